@@ -1,0 +1,1 @@
+"""What does the user ask for? YAML and `key=value` words in, one validated, frozen object out."""

@@ -1,0 +1,62 @@
+"""How is a user told what is wrong? One error type that names key or file, value and fix, for every floor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+LONGEST_VALUE = 80
+"""Characters of a given value that are repeated to the user."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing the user has to change; one line as text.
+
+    key:   dotted configuration key or file path, e.g. `adapters.flora.rank`
+    value: what was given, as the user would recognise it (None: nothing was given)
+    fix:   what is allowed instead, or the command to run
+    """
+
+    key: str
+    value: object
+    fix: str
+
+    def __str__(self) -> str:
+        given = "" if self.value is None else f" = {_short(repr(self.value))}"
+        return " ".join(f"{self.key}{given}: {self.fix}".split("\n"))
+
+
+class UserError(Exception):
+    """Everything a user can get wrong, reported at once; the CLI prints it without a traceback."""
+
+    def __init__(self, *problems: Problem) -> None:
+        self.problems: tuple[Problem, ...] = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+def fail(key: str, value: object, fix: str) -> UserError:
+    """A UserError with one problem: `raise fail("tasks.lua.train", path, "no such file")`."""
+    return UserError(Problem(key, value, fix))
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest allowed word, else an empty string."""
+    matches: Sequence[str] = get_close_matches(str(word), list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def choices(allowed: Iterable[str]) -> str:
+    """`a, b or c`; `none` where nothing is allowed."""
+    words = sorted(allowed)
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else "".join(words) or "none"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says, cut to one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."

@@ -1,0 +1,126 @@
+"""How do a recipe, a data config and `key=value` words become one RunConfig?
+
+    recipes/NAME.yaml   may name a `data_config`, whose tasks come first and whose `task_defaults` go under each task
+    key.sub=value       the command line wins over both
+
+`${other.key}` is resolved at the very end, so that it follows the command line; `\\${` is the two characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from flora_train.config.errors import Problem, UserError, choices, fail, first_line
+from flora_train.config.explain import explain
+from flora_train.config.files import PROJECT_ROOT, Layer, find_config, find_file, read_yaml, shipped
+from flora_train.config.schema import RunConfig, disagreements
+from flora_train.config.words import merge, parse_words
+
+__all__ = ["PROJECT_ROOT", "find_file", "load_config", "save_config", "shipped", "validate"]
+
+
+def load_config(words: Sequence[str]) -> RunConfig:
+    """The validated configuration of `recipe=NAME key.sub=value ...`.
+
+    Raises UserError with every problem found: unknown keys, wrong types, values out of range or contradictory.
+    """
+    overrides = parse_words(words)
+    recipe = overrides.pop("recipe", None)
+    if recipe is None:
+        names = choices(shipped("recipes"))
+        raise fail("recipe", None, f"say which: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml")
+    layers = merge(read_yaml(find_config("recipe", str(recipe))), overrides)
+    data_config = layers.pop("data_config", None)
+    if data_config is not None:
+        layers = merge(read_yaml(find_config("data_config", str(data_config))), layers)
+    layers = _resolve(layers, str(recipe))
+    defaults, tasks = layers.pop("task_defaults", None) or {}, layers.get("tasks")
+    if not isinstance(defaults, dict):
+        raise fail("task_defaults", defaults, "must hold keys, as every task does")
+    if not isinstance(tasks, dict):
+        return validate(layers)
+    try:
+        return validate({**layers, "tasks": {name: _under(defaults, task) for name, task in tasks.items()}})
+    except UserError as error:
+        raise UserError(*_unique([_blame_defaults(problem, defaults, tasks) for problem in error.problems])) from None
+
+
+def validate(raw: Layer) -> RunConfig:
+    """A RunConfig from plain mappings, or one UserError listing all problems."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = explain(error, raw)
+        # pydantic compares sections only when all are valid: to report everything at once, compare them anyway
+        known = [(problem.key, problem.value) for problem in problems]
+        problems += [problem for problem in _disagreements(raw) if (problem.key, problem.value) not in known]
+        raise UserError(*problems) from None
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration so that `recipe=<path>` runs it again."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(_escaped(config.model_dump(mode="json")))), encoding="utf-8")
+
+
+def _resolve(layers: Layer, recipe: str) -> Layer:
+    try:
+        return OmegaConf.to_container(OmegaConf.create(layers), resolve=True)
+    except OmegaConfBaseException as error:
+        raise fail("recipe", recipe, f"{first_line(error)} (a literal ${{ is written \\${{)") from None
+
+
+def _under(defaults: Layer, task: Any) -> Any:
+    """A task on top of the defaults; what is not even a mapping is left for the validation to report."""
+    return merge(defaults, task or {}) if isinstance(task, dict | None) else task
+
+
+def _blame_defaults(problem: Problem, defaults: Layer, tasks: Layer) -> Problem:
+    """A fault that a task only inherits is a fault of `task_defaults`, once."""
+    section, _, rest = problem.key.partition(".")
+    task, _, field = rest.partition(".")
+    if section == "tasks" and _holds(defaults, field) and not _holds(tasks.get(task), field):
+        return Problem(f"task_defaults.{field}", problem.value, problem.fix)
+    return problem
+
+
+def _holds(layer: Any, dotted: str) -> bool:
+    for part in dotted.split("."):
+        if not isinstance(layer, dict) or part not in layer:
+            return False
+        layer = layer[part]
+    return True
+
+
+def _unique(problems: list[Problem]) -> list[Problem]:
+    return [problem for i, problem in enumerate(problems) if problem not in problems[:i]]
+
+
+def _disagreements(raw: Layer) -> list[Problem]:
+    """What the sections contradict in each other, as far as they can be read at all."""
+
+    def section(key: str) -> Layer:
+        return {str(name): value for name, value in found.items()} if isinstance(found := raw.get(key), dict) else {}
+
+    adapters: dict[str, tuple[list[str] | None, int]] = {}
+    for name, adapter in section("adapters").items():
+        tasks, warmup = (adapter.get("tasks"), adapter.get("warmup_steps")) if isinstance(adapter, dict) else (None, None)
+        chosen = [task for task in tasks if isinstance(task, str)] if isinstance(tasks, list) else None
+        adapters[name] = (chosen, warmup if isinstance(warmup, int) else 0)
+    steps = section("training").get("steps")
+    return disagreements(section("tasks"), adapters, steps if isinstance(steps, int) and steps > 0 else None)
+
+
+def _escaped(value: Any) -> Any:
+    """`${` in text as OmegaConf reads it back literally: one more backslash, and those before it doubled."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value) if isinstance(value, str) else value

@@ -1,0 +1,236 @@
+"""What can a run be told? Every key, its type, its range and its meaning, documented once, here and in task_schema.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from flora_train.config.errors import Problem, choices, did_you_mean
+from flora_train.config.section import Name, Section, Text
+from flora_train.config.task_schema import TaskConfig
+
+
+class ModelConfig(Section):
+    path: Text
+    """A folder with a transformers checkpoint, or a name on the Hugging Face hub."""
+    revision: str | None = None
+    """Hub branch, tag or commit."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the frozen base. auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    gradient_checkpointing: Literal["off", "reentrant", "non_reentrant"] = "off"
+    """Recompute activations in the backward pass: less memory, one more forward."""
+    attn_implementation: str | None = None
+    """Passed to transformers (eager, sdpa, flash_attention_2)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+
+
+class AdapterConfig(Section):
+    method: Literal["flora", "lora", "ia3"]
+    """flora: W0 * (B A). lora: W0 + alpha/r B A. ia3: a learnt scale per output (feed-forward: input)."""
+    rank: int | None = Field(None, ge=1)
+    """Rank r of flora (default 4) and lora (default 8); ia3 has none."""
+    variant: Literal["pure", "residual"] | None = None
+    """flora only. residual (default): W0 * (1 + B A). pure: W0 * (B A), the paper's."""
+    alpha: float | None = Field(None, gt=0)
+    """lora only: the update is scaled by alpha / rank. Default: 2 x rank."""
+    rslora: bool | None = None
+    """lora only: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """lora only: dropout on the input of A, seeded per adapter and step."""
+    lr: float = Field(gt=0)
+    """Peak learning rate. Multiplicative methods want 10 to 50 times LoRA's: sweep per method."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay towards zero. For ia3 and pure flora zero is not the identity: leave it at 0."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Clip this adapter's own gradient norm; null: never."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after warm-up, by the adapter's own steps."""
+    max_steps: int | None = Field(None, ge=1)
+    """The adapter leaves the batch after this many steps of its own. Default: training.steps."""
+    warmup_steps: int = Field(0, ge=0)
+    """Linear warm-up over the adapter's own first steps."""
+    target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear"] = "default"
+    """Module name endings, or all-linear (every linear layer but the output head), or default: all-linear
+    for flora and lora; keys, values and the feed-forward output for ia3 (PEFT's table per architecture)."""
+    feedforward_modules: list[Text] | None = None
+    """ia3 only: targets whose input is scaled instead of the output. Default: PEFT's table."""
+    tasks: list[Name] | None = Field(None, min_length=1)
+    """Train this adapter on these tasks only. Default: all."""
+
+    @field_validator("rank", "variant", "alpha", "rslora", "dropout", "feedforward_modules")
+    @classmethod
+    def _belongs_to_the_method(cls, value: Any, info: ValidationInfo) -> Any:
+        method, owners = info.data.get("method"), OWNERS[str(info.field_name)]
+        if value is not None and method is not None and method not in owners:
+            raise ValueError(f"has no meaning for method {method}; it belongs to {' and '.join(owners)}: remove it")
+        return value
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _warmup_ends(cls, warmup_steps: int, info: ValidationInfo) -> int:
+        if fix := _warmup_fix(warmup_steps, "max_steps", info.data.get("max_steps")):
+            raise ValueError(fix)
+        return warmup_steps
+
+
+OWNERS = {
+    "rank": ("flora", "lora"),
+    "variant": ("flora",),
+    "alpha": ("lora",),
+    "rslora": ("lora",),
+    "dropout": ("lora",),
+    "feedforward_modules": ("ia3",),
+}
+"""Option of an adapter -> the methods that have it; options that are not here belong to all."""
+
+
+def _warmup_fix(warmup_steps: int, limit_key: str, limit: int | None) -> str | None:
+    if limit is None or warmup_steps < limit:
+        return None
+    return f"leaves no step after warm-up: make it smaller than {limit_key} = {limit}"
+
+
+class MixtureConfig(Section):
+    strategy: Literal["uniform", "proportional", "temperature", "fair"] = "fair"
+    """Which task the next example comes from. uniform: by weight. proportional: by weight x examples.
+    temperature: proportional ** (1 / temperature). fair: the task with the fewest tokens served so far,
+    per weight (virtual token counter)."""
+    temperature: float | None = Field(None, gt=0, validate_default=True)
+    """temperature strategy only (1 is proportional, large is uniform)."""
+    examples_per_draw: int = Field(1, ge=1)
+    """Consecutive examples of a task that enter a step together: the least batch of an adapter's step."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _belongs_to_its_strategy(cls, temperature: float | None, info: ValidationInfo) -> float | None:
+        if "strategy" in info.data and (temperature is not None) != (info.data["strategy"] == "temperature"):
+            raise ValueError("temperature and strategy=temperature go together: give both or neither")
+        return temperature
+
+
+class TrainingConfig(Section):
+    steps: int = Field(ge=1)
+    """Optimizer steps of the run."""
+    tokens_per_step: int = Field(4096, ge=16)
+    """Tokens of all adapters and all processes in one optimizer step. A task's example counts once per
+    adapter that learns from it."""
+    tokens_per_microbatch: int = Field(2048, ge=16)
+    """Padded tokens in one forward pass on one device: what fits in memory. Steps accumulate micro-batches."""
+    max_length: int = Field(512, ge=4, validate_default=True)
+    """Longest example in tokens, prompt included."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019) or plain sgd with the same decoupled decay."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's denominator constant."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two progress lines and rows of metrics.jsonl."""
+
+    @field_validator("max_length")
+    @classmethod
+    def _an_example_must_fit(cls, max_length: int, info: ValidationInfo) -> int:
+        for key in ("tokens_per_microbatch", "tokens_per_step"):
+            if max_length > info.data.get(key, max_length):
+                raise ValueError(f"does not fit into {key} = {info.data[key]}: raise the latter or shorten it")
+        return max_length
+
+
+class EvaluationConfig(Section):
+    every: int | None = Field(None, ge=1)
+    """Steps between two evaluations on the held-out rows; null: only at the end."""
+    select_best: bool = True
+    """Keep, per adapter, the parameters of its best evaluation; else those of its last step."""
+    max_examples: int | None = Field(None, ge=1)
+    """Held-out examples per task at the evaluations during training, which select; the report uses all."""
+    bootstrap_samples: int = Field(2000, ge=100)
+    """Resamples of the held-out examples behind every interval."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Level of the intervals."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Length of the completions of tasks.*.sample_prompts."""
+
+
+class TrackingConfig(Section):
+    trackers: list[Literal["wandb", "tensorboard"]] = []
+    """Where metrics go besides metrics.jsonl."""
+    project: Text = "flora_train"
+    """Project name at the tracker."""
+    online: bool = False
+    """Let wandb talk to its server. Off: it writes to the run folder, and `wandb sync` sends it later."""
+
+
+class Contradictions(ValueError):
+    """Values of several sections that are each valid but do not go together."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(str(problem) for problem in problems))
+
+
+class RunConfig(Section):
+    name: Name
+    """Name of the run."""
+    output_dir: Text | None = None
+    """Run folder. Default: outputs/<name>."""
+    existing_run: Literal["refuse", "reuse", "replace"] = "refuse"
+    """If output_dir holds a run already: stop; or keep a finished run of the same configuration (an interrupted one is
+    set aside as <folder>.interrupted-1); or delete it."""
+    seed: int = Field(0, ge=0)
+    """Seed of initialisation, mixture, splits and dropout."""
+    num_processes: int | None = Field(None, ge=1)
+    """Processes that the launcher must have started; checked at the start of the run."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads per process. Default: the machine's cores, shared among the processes (accelerate's launcher would
+    leave it at one)."""
+    model: ModelConfig
+    tasks: dict[Name, TaskConfig] = Field(min_length=1)
+    adapters: dict[Name, AdapterConfig] = Field(min_length=1)
+    mixture: MixtureConfig = MixtureConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if found := disagreements(
+            list(self.tasks), {name: (a.tasks, a.warmup_steps) for name, a in self.adapters.items()}, self.training.steps
+        ):
+            raise Contradictions(found)
+        return self
+
+    @property
+    def folder(self) -> str:
+        """The run folder, relative to the working directory unless the user gave an absolute path."""
+        return str(Path(self.output_dir or f"outputs/{self.name}").expanduser())
+
+
+def disagreements(
+    tasks: Collection[str], adapters: Mapping[str, tuple[Sequence[str] | None, int]], steps: int | None
+) -> list[Problem]:
+    """What sections contradict in each other.
+
+    tasks: their names; adapters: name -> (its tasks, None for all; warmup_steps); steps: of the run, None if not known.
+    """
+    problems = []
+    for name, (chosen, warmup_steps) in adapters.items():
+        for task in chosen or ():
+            if task not in tasks:
+                fix = f"is not a task; tasks are {choices(tasks)}.{did_you_mean(task, tasks)}"
+                problems.append(Problem(f"adapters.{name}.tasks", task, fix))
+        if fix := _warmup_fix(warmup_steps, "training.steps", steps) or "":
+            problems.append(Problem(f"adapters.{name}.warmup_steps", warmup_steps, fix))
+    counts = Counter(adapter_name(task, name) for name, (chosen, _) in adapters.items() for task in chosen or tasks)
+    for twice in sorted(name for name, count in counts.items() if count > 1):
+        problems.append(Problem("adapters", twice, "two adapters (task-adapter) would have this name: rename a task or adapter"))
+    return problems
+
+
+def adapter_name(task: str, adapter: str) -> str:
+    """The public name of `adapter` trained on `task`: its folder, its column in reports."""
+    return f"{task}-{adapter}"
