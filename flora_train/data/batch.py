@@ -1,0 +1,78 @@
+"""How do a step's rows become padded batches? Grouped by length, ordered by adapter, shared out to processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flora_train.data.tokens import TokenSplit
+
+IGNORE = -100
+"""The label of positions that are not learnt (torch's cross_entropy ignores it)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example for one adapter. adapter: id in the bank, -1 the base model; length: tokens."""
+
+    adapter: int
+    task: str
+    example: int
+    length: int
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """input_ids, attention_mask, labels: int64 [B, L], right-padded; adapter_ids: int64 [B], non-decreasing;
+    labels are IGNORE at prompt and padding. rows: what each row is."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    adapter_ids: Tensor
+    rows: tuple[Row, ...]
+
+    def to(self, device: torch.device) -> MixedBatch:
+        """The same batch with its tensors on `device`."""
+        names = ("input_ids", "attention_mask", "labels", "adapter_ids")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+def group_by_length(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
+    """Micro-batches of at most `max_tokens` padded tokens, similar lengths together, each ordered by adapter.
+
+    A pure function of the rows. Single rows longer than `max_tokens` get a micro-batch of their own.
+    """
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: (-row.length, row.task, row.example, row.adapter)):
+        if groups and groups[-1][0].length * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [sorted(group, key=lambda row: row.adapter) for group in groups]
+
+
+def share_of_rank(groups: Sequence[Sequence[Row]], rank: int, processes: int) -> list[list[Row]]:
+    """One process's micro-batches: dealt out from the longest to the shortest, back and forth."""
+    deal = [*range(processes), *reversed(range(processes))]
+    return [list(group) for i, group in enumerate(groups) if deal[i % len(deal)] == rank]
+
+
+def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:
+    """Rows -> tensors. `split_of(task)` holds the tokens."""
+    length = max(row.length for row in rows)
+    input_ids = np.full((len(rows), length), pad_token, dtype=np.int64)
+    mask = np.zeros((len(rows), length), dtype=np.int64)
+    labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
+    for i, row in enumerate(rows):
+        split = split_of(row.task)
+        tokens, prompt = split.example(row.example), max(int(split.prompt_lengths[row.example]), 1)
+        input_ids[i, : len(tokens)] = tokens
+        mask[i, : len(tokens)] = 1
+        labels[i, prompt : len(tokens)] = tokens[prompt:]
+    ids = torch.tensor([row.adapter for row in rows])
+    return MixedBatch(torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(labels), ids, tuple(rows))

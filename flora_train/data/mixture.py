@@ -1,0 +1,147 @@
+"""Which examples does step n train on? A pure function of (configuration, seed, n), whatever the processes.
+
+A draw takes the next examples of one task; every adapter of that task learns from them in that same step, so that
+methods are compared on the same examples in the same order. A step is filled with draws up to its token budget.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flora_train.config.errors import UserError
+from flora_train.config.schema import MixtureConfig
+from flora_train.data.task import draw_problem, seed_of
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What the mixture knows of a task.
+
+    lengths: tokens per training example, int [n]; weight: its share relative to others;
+    max_steps: adapter name -> the steps after which that adapter leaves.
+    """
+
+    name: str
+    lengths: NDArray[np.int64]
+    weight: float
+    max_steps: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Some examples of one task and the adapters that learn from them."""
+
+    task: str
+    examples: tuple[int, ...]
+    adapters: tuple[str, ...]
+
+
+class TaskMixture:
+    """Draws by strategy, grouped into steps. A task whose adapters have all left is no longer drawn.
+
+    Raises UserError if a step cannot hold one draw.
+    """
+
+    def __init__(self, streams: Sequence[Stream], config: MixtureConfig, tokens_per_step: int, seed: int) -> None:
+        self.streams = tuple(streams)
+        self.config = config
+        self.tokens_per_step = tokens_per_step
+        self._check_budget()
+        self._queues = [_endless_examples(stream, seed) for stream in streams]
+        self._random = np.random.default_rng(seed_of(seed, "mixture"))
+        self._served = np.zeros(len(streams))
+        self._steps_taken: Counter[str] = Counter()
+        self._postponed: tuple[int, tuple[int, ...]] | None = None
+        self._steps: list[tuple[Draw, ...]] = []
+
+    def step(self, number: int) -> tuple[Draw, ...]:
+        """The draws of step `number` (from 0), at most tokens_per_step tokens together; empty once all have left."""
+        while len(self._steps) <= number:
+            self._steps.append(self._fill_step())
+        return self._steps[number]
+
+    def target_shares(self) -> dict[str, float]:
+        """The share of every task that the strategy aims at: of examples, or of tokens under `fair`."""
+        weights = self._weights()
+        return {s.name: float(w) for s, w in zip(self.streams, weights / weights.sum(), strict=True)}
+
+    def token_shares(self) -> dict[str, float]:
+        """The share of all tokens that every task may expect: by weight under `fair`, else by draws x mean length."""
+        expected = self._weights()
+        if self.config.strategy != "fair":
+            expected = expected * np.array([stream.lengths.mean() for stream in self.streams])
+        return {s.name: float(w) for s, w in zip(self.streams, expected / expected.sum(), strict=True)}
+
+    def tokens_of(self, draw: Draw) -> int:
+        """Tokens of a draw over all its adapters."""
+        lengths = next(stream.lengths for stream in self.streams if stream.name == draw.task)
+        return int(lengths[list(draw.examples)].sum()) * len(draw.adapters)
+
+    def _fill_step(self) -> tuple[Draw, ...]:
+        draws: list[Draw] = []
+        budget = self.tokens_per_step
+        while (choice := self._postponed or self._choose()) is not None:
+            self._postponed = None
+            index, examples = choice
+            stream = self.streams[index]
+            adapters = self._learners(stream)
+            if not adapters:
+                continue
+            tokens = int(stream.lengths[list(examples)].sum())
+            budget -= tokens * len(adapters)
+            if budget < 0:
+                self._postponed = choice
+                break
+            draws.append(Draw(stream.name, examples, adapters))
+        self._steps_taken.update({draw.task for draw in draws})
+        return tuple(draws)
+
+    def _choose(self) -> tuple[int, tuple[int, ...]] | None:
+        """The next task by strategy and its next examples; None when every task has left."""
+        live = np.array([bool(self._learners(stream)) for stream in self.streams])
+        if not live.any():
+            return None
+        if self.config.strategy == "fair":
+            # Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): serve the
+            # task with the fewest tokens per weight. Two live tasks never drift apart by more than one draw.
+            index = int(np.where(live, self._served, np.inf).argmin())
+        else:
+            shares = np.where(live, self._weights(), 0.0)
+            index = int(self._random.choice(len(shares), p=shares / shares.sum()))
+        examples = tuple(next(self._queues[index]) for _ in range(self.config.examples_per_draw))
+        stream = self.streams[index]
+        self._served[index] += stream.lengths[list(examples)].sum() / stream.weight
+        return index, examples
+
+    def _learners(self, stream: Stream) -> tuple[str, ...]:
+        taken = self._steps_taken[stream.name]
+        return tuple(adapter for adapter, limit in stream.max_steps.items() if taken < limit)
+
+    def _weights(self) -> NDArray[np.float64]:
+        weights = np.array([stream.weight for stream in self.streams])
+        sizes = np.array([len(stream.lengths) for stream in self.streams], dtype=np.float64)
+        if self.config.strategy == "proportional":
+            return weights * sizes
+        if self.config.strategy == "temperature":
+            return (weights * sizes) ** (1.0 / (self.config.temperature or 1.0))
+        return weights
+
+    def _check_budget(self) -> None:
+        for stream in self.streams:
+            examples = self.config.examples_per_draw
+            problem = draw_problem(stream.name, stream.lengths, len(stream.max_steps), examples, self.tokens_per_step)
+            if problem is not None:
+                raise UserError(problem)
+
+
+def _endless_examples(stream: Stream, seed: int) -> Iterator[int]:
+    """The task's examples, every epoch in a new order."""
+    epoch = 0
+    while True:
+        yield from np.random.default_rng(seed_of(seed, stream.name, f"epoch {epoch}")).permutation(len(stream.lengths)).tolist()
+        epoch += 1

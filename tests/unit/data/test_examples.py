@@ -1,0 +1,81 @@
+"""Rows become prompts and completions by columns or templates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flora_train.config.errors import UserError
+from flora_train.config.task_schema import TaskConfig
+from flora_train.data.examples import TextExample, make_formatter
+
+
+def examples(rows: list[dict[str, Any]], **task: Any) -> list[TextExample]:
+    return list(map(make_formatter(TaskConfig(train="unused", **task), rows, "tasks.t"), rows))
+
+
+def refusals(rows: list[dict[str, Any]], **task: Any) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        examples(rows, **task)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_columns_are_taken_by_name_or_guessed() -> None:
+    row = {"prompt": "p", "completion": "c", "text": "t", "doc string": "d"}
+    assert examples([row]) == [TextExample("p", "c")]
+    assert examples([{"text": "t", "prompt": "p"}]) == [TextExample("", "t")]
+    assert examples([row], text="doc string") == [TextExample("", "d")]
+    assert examples([row], prompt="text", completion="doc string") == [TextExample("t", "d")]
+
+
+def test_templates_fill_columns_and_keep_doubled_braces() -> None:
+    row = {"doc string": "d", "code": "{x}", "n": 3}
+    assert examples([row], text="{{ {doc string}: {code} }} {n}") == [TextExample("", "{ d: {x} } 3")]
+
+
+def test_column_that_some_rows_lack_is_empty_there_wherever_they_stand() -> None:
+    rows = [{"prompt": "p"}, {"completion": "c"}, {"prompt": None, "completion": "d"}]
+    assert examples(rows) == [TextExample("p", ""), TextExample("", "c"), TextExample("", "d")]
+    assert examples([{"a": "x"}, {"b": "y"}], text="{a}/{b}") == [TextExample("", "x/"), TextExample("", "/y")]
+
+
+def test_half_a_character_in_json_becomes_the_replacement_character() -> None:
+    assert examples([{"text": "a\ud83d b\ud83d\ude00"}]) == [TextExample("", "a\ufffd b😀")]
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        ({"text": "cod"}, "tasks.t.text = 'cod': 'cod' is not a column of the training rows; "
+         "they have code or doc. Did you mean 'code'?"),
+        ({"text": "# {dok}\n{code}"}, "tasks.t.text = '# {dok}\\n{code}': 'dok' is not a column of the training rows; "
+         "they have code or doc. Did you mean 'doc'?"),
+        ({"text": "{code"}, "tasks.t.text = '{code': is not a template: "
+         "expected '}' before end of string (a literal brace is written twice)"),
+        ({"text": "{code}}"}, "tasks.t.text = '{code}}': is not a template: "
+         "Single '}' encountered in format string (a literal brace is written twice)"),
+        ({"text": "{}"}, "tasks.t.text = '{}': is not a template: between braces stands a column and nothing else"),
+        ({"text": "{code:>5}"}, "tasks.t.text = '{code:>5}': is not a template: between braces stands a column and nothing else"),
+        ({"text": "{code!r}"}, "tasks.t.text = '{code!r}': is not a template: between braces stands a column and nothing else"),
+        ({}, "tasks.t: name the columns: text, or prompt and completion; the rows have doc, code"),
+    ],
+)  # fmt: skip
+def test_unusable_column_or_template_names_key_value_and_what_there_is(task: dict[str, str], line: str) -> None:
+    assert refusals([{"doc": "d", "code": "c"}], **task) == [line]
+
+
+def test_attribute_access_in_a_template_is_a_column_name_not_code() -> None:
+    (line,) = refusals([{"a": "x"}], text="{a.__class__}")
+    assert "'a.__class__' is not a column" in line
+    assert examples([{"a.b": "x"}], text="<{a.b}>") == [TextExample("", "<x>")]
+
+
+def test_all_lacking_columns_come_at_once() -> None:
+    assert len(refusals([{"a": "x"}], prompt="{b} {c}", completion="d")) == 3
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, b"bytes"])
+def test_value_that_is_neither_text_nor_number_is_an_error(value: Any) -> None:
+    (line,) = refusals([{"text": "fine"}, {"text": value}])
+    assert line == f"tasks.t.text = 'text': column 'text' holds a {type(value).__name__}: it must be text or a number"
