@@ -1,0 +1,28 @@
+"""fLoRA for a batch of adapters: the public op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from flora_train.kernels.cost_model import choose_formulation
+from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
+from flora_train.kernels.segments import Segments, check_stack
+
+
+def flora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments) -> Tensor:
+    """y_t = x_t (W0 * (offset_k + B_k A_k))^T for every token t of segment k (see `flora_reference`).
+
+    x: [T, in] float32, bfloat16 or float64; weight: [out, in] in x's dtype, frozen; A: [K, r, in] and B: [K, out, r]
+    float32 masters (or x's dtype); offset: K numbers, 0 pure or 1 residual; segments: K segments of T tokens.
+    Returns [T, out] in x's dtype. Differentiable in x, A and B, once.
+    Raises ValueError on shapes that do not agree.
+    """
+    K, rank = A.shape[:2]
+    check_stack("x", x.shape, (segments.tokens, weight.shape[1]))
+    check_stack("A", A.shape, (len(segments), rank, weight.shape[1]))
+    check_stack("B", B.shape, (K, weight.shape[0], rank))
+    formulation = choose_formulation(rank, any(offset), segments.tokens, len(segments), half=weight.element_size() == 2)
+    op = RankExpandedFlora if formulation == "rank_expanded" else MaterialisedFlora
+    return op.apply(x, weight, A, B, offset, segments)

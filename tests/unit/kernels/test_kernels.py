@@ -1,0 +1,196 @@
+"""Every fast path against its float64 reference: value and every gradient, at odd sizes and ragged segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flora_train.kernels.cost_model import EXPAND_BELOW, choose_formulation
+from flora_train.kernels.flora import flora_linear
+from flora_train.kernels.flora_reference import flora_reference, modulated_weight
+from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
+from flora_train.kernels.ia3 import ia3_scale
+from flora_train.kernels.ia3_reference import ia3_reference
+from flora_train.kernels.lora import lora_add
+from flora_train.kernels.lora_reference import lora_reference
+from flora_train.kernels.segments import Segments
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+RAGGED = (0, 7, 0, 1, 63, 130)
+IN, OUT = 37, 53
+
+
+def bounds(lengths: tuple[int, ...]) -> Segments:
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return Segments(tuple(ends))
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Relative root mean square error; NaN never passes a `<=`."""
+    difference = (value.double() - reference.double()).norm()
+    return float(difference / reference.double().norm()) if reference.double().norm() else float(difference)
+
+
+def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def check(
+    fast: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    dtypes: dict[str, torch.dtype],
+    bar: float,
+) -> None:
+    """Compare outputs and the gradient of every input; the reference sees the same rounded numbers in float64."""
+    rounded = {name: tensor.to(dtypes[name]) for name, tensor in inputs.items()}
+    ours = {name: tensor.clone().requires_grad_() for name, tensor in rounded.items()}
+    exact = {name: tensor.double().requires_grad_() for name, tensor in rounded.items()}
+    y, expected = fast(**ours), reference(**exact)
+    upstream = random(*expected.shape, seed=99)
+    y.backward(upstream.to(y.dtype))
+    expected.backward(upstream.to(y.dtype).double())
+    assert relative_error(y.detach(), expected.detach()) <= bar
+    for name in inputs:
+        gradient, exact_gradient = ours[name].grad, exact[name].grad
+        assert gradient is not None, name
+        assert exact_gradient is not None, name
+        assert gradient.dtype == ours[name].dtype
+        assert relative_error(gradient, exact_gradient) <= bar, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 16, 20])
+@pytest.mark.parametrize("op", [MaterialisedFlora, RankExpandedFlora], ids=["materialised", "expanded"])
+@pytest.mark.parametrize("offsets", ["pure", "residual", "mixed"])
+def test_flora_equals_the_float64_reference_in_value_and_every_gradient(
+    dtype: torch.dtype, rank: int, op: type, offsets: str
+) -> None:
+    segments = bounds(RAGGED)
+    K = len(segments)
+    offset = {"pure": [0.0] * K, "residual": [1.0] * K, "mixed": [float(k % 2) for k in range(K)]}[offsets]
+    weight = random(OUT, IN, seed=0).to(dtype)
+    master = torch.promote_types(dtype, torch.float32)
+    inputs = {
+        "x": random(segments.tokens, IN, seed=1),
+        "A": random(K, rank, IN, seed=2),
+        "B": random(K, OUT, rank, seed=3, scale=0.3),
+    }
+    for k in range(K):  # near the identity, where adapters live: far from it bfloat16's split form loses digits
+        if not offset[k]:
+            inputs["A"][k, 0] = 1 + 0.1 * inputs["A"][k, 0]
+            inputs["B"][k, :, 0] = 1 + inputs["B"][k, :, 0]
+    check(
+        lambda x, A, B: op.apply(x, weight, A, B, offset, segments),
+        lambda x, A, B: flora_reference(x, weight.double(), A, B, offset, segments),
+        inputs,
+        {"x": dtype, "A": master, "B": master},
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_lora_equals_the_float64_reference_in_value_and_every_gradient(dtype: torch.dtype, rank: int) -> None:
+    segments = bounds(RAGGED)
+    K = len(segments)
+    scaling = [0.5 + k for k in range(K)]
+    master = torch.promote_types(dtype, torch.float32)
+    inputs = {
+        "y": random(segments.tokens, OUT, seed=0),
+        "x": random(segments.tokens, IN, seed=1),
+        "A": random(K, rank, IN, seed=2, scale=0.2),
+        "B": random(K, OUT, rank, seed=3, scale=0.2),
+    }
+    check(
+        lambda y, x, A, B: lora_add(y.clone(), x, A, B, scaling, segments),
+        lambda y, x, A, B: lora_reference(y, x, A, B, scaling, segments),
+        inputs,
+        {"y": dtype, "x": dtype, "A": master, "B": master},
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_ia3_equals_the_float64_reference_in_value_and_every_gradient(dtype: torch.dtype) -> None:
+    segments = bounds(RAGGED)
+    inputs = {"x": random(segments.tokens, IN, seed=0), "scale": random(len(segments), IN, seed=1)}
+    dtypes = {"x": dtype, "scale": torch.promote_types(dtype, torch.float32)}
+    check(
+        lambda x, scale: ia3_scale(x, scale, segments),
+        lambda x, scale: ia3_reference(x, scale, segments),
+        inputs,
+        dtypes,
+        TOLERANCE[dtype],
+    )
+
+
+def test_hand_written_gradients_pass_gradcheck() -> None:
+    segments = bounds((2, 0, 3))
+    x, weight = random(5, 4, seed=0).requires_grad_(), random(3, 4, seed=1)
+    A, B = random(3, 2, 4, seed=2).requires_grad_(), random(3, 3, 2, seed=3).requires_grad_()
+    for op in (MaterialisedFlora, RankExpandedFlora):
+        assert torch.autograd.gradcheck(lambda x, A, B, op=op: op.apply(x, weight, A, B, [0.0, 1.0, 1.0], segments), (x, A, B))
+    y = random(5, 3, seed=4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y, x, A, B: lora_add(y * 1.0, x, A, B, [1.0, 2.0, 0.5], segments), (y, x, A, B))
+    assert torch.autograd.gradcheck(lambda x, s: ia3_scale(x, s, segments), (x, random(3, 4, seed=5).requires_grad_()))
+
+
+def test_bfloat16_keeps_modulations_that_its_own_rounding_would_lose() -> None:
+    """At mean |M - 1| = 1e-3, bfloat16(W0 * M) loses 70-100 % of the adapter's effect (docs/math.md)."""
+    segments = bounds((128,))
+    x, weight = random(128, 64, seed=0).bfloat16(), random(48, 64, seed=1).bfloat16()
+    A, B = random(1, 2, 64, seed=2).float(), (random(1, 48, 2, seed=3) * 1e-3 / 1.1).float()
+    base = x.double() @ weight.double().T
+    effect = flora_reference(x.double(), weight.double(), A.double(), B.double(), [1.0], segments) - base
+    ours = MaterialisedFlora.apply(x, weight, A, B, [1.0], segments).double() - base
+    naive = (x @ modulated_weight(weight, A[0], B[0], 1.0).T).double() - base
+    # The output itself is rounded to bfloat16, in both: compare the mean over many tokens' projections on the effect.
+    kept = float((ours * effect).sum() / (effect * effect).sum())
+    lost = float((naive * effect).sum() / (effect * effect).sum())
+    assert abs(kept - 1) < 0.1
+    assert abs(lost - 1) > 0.5
+
+
+def test_tokens_of_other_segments_never_enter_an_adapter_s_output_or_gradient() -> None:
+    segments = bounds((5, 6))
+    x = random(11, IN, seed=0)
+    x[5:] = float("nan")
+    A, B = random(2, 3, IN, seed=1).requires_grad_(), random(2, OUT, 3, seed=2).requires_grad_()
+    for op in (MaterialisedFlora, RankExpandedFlora):
+        y = op.apply(x, random(OUT, IN, seed=3), A, B, [1.0, 1.0], segments)
+        dA, dB = torch.autograd.grad(y.sum(), (A, B))
+        assert y[:5].isfinite().all()
+        assert y[5:].isnan().all()
+        assert dA[0].isfinite().all()
+        assert dB[0].isfinite().all()
+        assert dA[1].isnan().any()
+
+
+def test_dispatch_follows_the_measured_rule() -> None:
+    few = EXPAND_BELOW // 4 - 1
+    assert choose_formulation(rank=1, residual=False, tokens=100_000, segments=1) == "rank_expanded"
+    assert choose_formulation(rank=1, residual=True, tokens=100_000, segments=1) == "materialised"
+    assert choose_formulation(rank=4, residual=False, tokens=8 * few, segments=8) == "rank_expanded"
+    assert choose_formulation(rank=4, residual=False, tokens=8 * (few + 1), segments=8) == "materialised"
+    assert choose_formulation(rank=4, residual=True, tokens=8 * few, segments=8) == "materialised"
+    assert choose_formulation(rank=4, residual=True, tokens=8 * few, segments=8, half=True) == "rank_expanded"
+
+
+def test_shapes_that_do_not_agree_are_refused() -> None:
+    with pytest.raises(ValueError, match="A has shape"):
+        flora_linear(
+            random(4, IN, seed=0),
+            random(OUT, IN, seed=1),
+            random(2, 3, IN, seed=2),
+            random(2, OUT, 3, seed=3),
+            [1.0],
+            bounds((4,)),
+        )
+    with pytest.raises(ValueError, match="bounds must rise"):
+        Segments((0, 3, 2))
