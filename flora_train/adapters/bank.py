@@ -1,0 +1,136 @@
+"""Who holds all adapters of a run? One bank on one frozen base model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora_train.adapters.layer import AdapterLinear
+from flora_train.adapters.methods import Target
+from flora_train.adapters.pool import Pool
+from flora_train.adapters.routing import Router, RowNoise, build_routing
+from flora_train.adapters.spec import BASE, BASE_ID, AdapterSpec
+from flora_train.adapters.targets import check_base, find_targets
+from flora_train.config.errors import choices, did_you_mean, fail
+
+
+class AdapterBank:
+    """All adapters of a run. Ids are positions in `specs`: adapters of one pool are neighbours.
+
+    Use: `bank = AdapterBank.attach(model, specs)`, then for every batch `bank.route(ids)`, forward and backward.
+    """
+
+    def __init__(self, model: nn.Module, pools: Sequence[Pool]) -> None:
+        self.model = model
+        self.pools = tuple(pools)
+        self.specs: tuple[AdapterSpec, ...] = tuple(spec for pool in pools for spec in pool.specs)
+        self.ids = {spec.name: i for i, spec in enumerate(self.specs)}
+        self.location: list[tuple[Pool, int]] = [(pool, slot) for pool in pools for slot in range(len(pool.specs))]
+        self.router = Router()
+        self.device = check_base(model)
+
+    @classmethod
+    def attach(
+        cls, model: nn.Module, specs: Sequence[AdapterSpec], seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> AdapterBank:
+        """Freeze `model`, wrap its target layers in place and start every adapter as the identity.
+
+        Raises UserError when a target matches nothing (with what could match) or two adapters share a name.
+        """
+        names = [spec.name for spec in specs]
+        for name in names:
+            if names.count(name) > 1 or name == BASE:
+                raise fail("adapters", name, "two adapters cannot share a name (and __base__ is the base model)")
+        groups: dict[tuple[Any, ...], list[AdapterSpec]] = defaultdict(list)
+        targets_of: dict[tuple[Any, ...], dict[str, Target]] = {}
+        for spec in specs:
+            key = (spec.method, spec.rank, spec.target_modules, spec.feedforward_modules)
+            if key not in targets_of:
+                targets_of[key] = find_targets(model, spec)
+            groups[key].append(spec)
+        model.requires_grad_(False)
+        bank = cls(model, [Pool(key[0], members, targets_of[key]) for key, members in groups.items()])
+        bank._wrap_layers()
+        for pool in bank.pools:
+            pool.allocate(bank.device, dtype)
+            for slot in range(len(pool.specs)):
+                pool.initialise(slot, seed)
+        return bank
+
+    def route(self, adapters: Tensor | Sequence[int] | Sequence[str], noise: Sequence[RowNoise] | None = None) -> None:
+        """Say which adapter each row of the coming batch uses: ids (-1: base) or names ("__base__": base), [B].
+
+        The routing stays until the next call. Raises UserError for an unknown name or id.
+        """
+        ids = (
+            adapters.tolist() if isinstance(adapters, Tensor) else [self.id_of(a) if isinstance(a, str) else a for a in adapters]
+        )
+        for wrong in (i for i in ids if not BASE_ID <= i < len(self.specs)):
+            raise fail("adapter_ids", wrong, f"ids run from 0 to {len(self.specs) - 1}, and {BASE_ID} is the base model")
+        self.router.set(build_routing(ids, self.location, self.device, noise))
+
+    @contextmanager
+    def routed(self, adapters: Tensor | Sequence[int] | Sequence[str]) -> Iterator[None]:
+        """`route` for forward passes without a backward; afterwards the model is the plain base again."""
+        self.route(adapters)
+        try:
+            yield
+        finally:
+            self.router.set(None)
+
+    def abandon(self) -> None:
+        """Forget a forward whose backward will not run, and be the plain base again."""
+        self.router.abandon()
+
+    def id_of(self, name: str) -> int:
+        if name == BASE:
+            return BASE_ID
+        if name not in self.ids:
+            raise fail("adapter", name, f"there are {choices(self.ids)}.{did_you_mean(name, self.ids)}")
+        return self.ids[name]
+
+    def parameters_of(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """Module -> parameter -> view of this adapter's values."""
+        pool, slot = self.location[self.id_of(name)]
+        return pool.row(slot)
+
+    def base_names(self) -> list[str]:
+        """The names of all modules of the model as it was before `attach`."""
+        names = (name.replace(".base_layer", "") for name, _ in self.model.named_modules())
+        return list(dict.fromkeys(names))
+
+    def row(self, adapter: int) -> Tensor:
+        """All numbers of one adapter, [P]: a view."""
+        pool, slot = self.location[adapter]
+        return pool.values[slot]
+
+    def gradient_row(self, adapter: int) -> Tensor:
+        """All gradients of one adapter, [P]: a view."""
+        pool, slot = self.location[adapter]
+        return pool.gradients[slot]
+
+    def _wrap_layers(self) -> None:
+        for pool in self.pools:
+            for name, target in pool.targets.items():
+                layer = self.model.get_submodule(name)
+                if not isinstance(layer, AdapterLinear):
+                    layer = AdapterLinear(layer, target, self.router)
+                    self.model.set_submodule(name, layer)
+                layer.add_pool(pool)
+        embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.register_forward_hook(self._after_embedding)
+
+    def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.router.routing is not None and torch.is_grad_enabled() and _recomputes(self.model):
+            self.router.expect_backward(output)
+
+
+def _recomputes(model: nn.Module) -> bool:
+    # transformers 5.20 renamed the property; the old name warns.
+    name = "is_activation_checkpointing" if hasattr(type(model), "is_activation_checkpointing") else "is_gradient_checkpointing"
+    return model.training and getattr(model, name, False)

@@ -1,0 +1,93 @@
+"""How is the frozen base model loaded?"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from flora_train.config.errors import fail, first_line
+from flora_train.config.load import find_file
+from flora_train.config.schema import ModelConfig
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The base model's tokenizer. Raises UserError if the folder or hub name cannot be read."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, config)
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The base model's own configuration, as published."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, config)
+
+
+def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
+    """The base model on `device`, frozen, its own dropout off: regularisation is each adapter's business, and a mask
+    drawn for the whole batch would make an adapter's training depend on its neighbours."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model_config = load_model_config(config)
+    _without_dropout(model_config)
+    options: dict[str, Any] = {"config": model_config, "dtype": resolve_dtype(config.dtype, device)}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    model = _from_pretrained(AutoModelForCausalLM, config, **options).to(device)
+    if config.gradient_checkpointing != "off":
+        reentrant = config.gradient_checkpointing == "reentrant"
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.requires_grad_(False)
+    return model
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the hardware multiplies it (Ampere and later, AMX or AVX512-BF16), else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> Any:
+    local = find_file(source.path)
+    if not local.exists():
+        looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
+        if looks_local:
+            raise fail("model.path", source.path, f"no such folder{_how_to_build(source.path)}")
+    try:
+        return auto_class.from_pretrained(
+            str(local) if local.exists() else source.path,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = first_line(error)
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not local.exists()
+        fix = "is no folder here and not in the hub's cache, and HF_HUB_OFFLINE=1 forbids to fetch it: give a local folder, or unset it"
+        raise fail("model.path", source.path, fix if offline else f"cannot be loaded: {reason}") from error
+
+
+def _how_to_build(path: str) -> str:
+    return "; build it with: python assets/build_smollm2.py" if Path(path).name == "smollm2-135m" else ""
+
+
+def _without_dropout(config: Any) -> None:
+    for part in [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]:
+        for key, value in list(vars(part).items()):
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)

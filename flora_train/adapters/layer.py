@@ -1,0 +1,91 @@
+"""What replaces a frozen linear layer? The same layer, with every row passed through its own adapter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flora_train.adapters.methods import Site, Target
+from flora_train.adapters.pool import Pool
+from flora_train.adapters.routing import Router, Routing, Span
+from flora_train.adapters.targets import dense_weight
+
+
+class AdapterLinear(nn.Module):
+    """`base_layer` (frozen) and the pools that target it. Without a routing it is the base layer.
+
+    Adapter parameters are not parameters of this module: they live in the bank, so the model's state_dict, its
+    sharding and its device moves concern the frozen base alone.
+    """
+
+    def __init__(self, base_layer: nn.Module, target: Target, router: Router) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.target = target
+        self.router = router
+        self.pools: dict[int, Pool] = {}
+        self._pool_ids: frozenset[int] = frozenset()
+
+    def add_pool(self, pool: Pool) -> None:
+        self.pools[id(pool)] = pool
+        self._pool_ids = frozenset(self.pools)
+
+    # Some architectures look at a layer's weight to choose a dtype, or at its sizes.
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        return self.target.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.target.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, ..., in], or [B * L, in] row by row, for the B rows of the current routing. Returns [..., out].
+
+        Raises RuntimeError if x does not hold B rows.
+        """
+        routing = self.router.routing
+        if routing is None:
+            return self.base_layer(x)
+        spans = routing.spans_for(self._pool_ids)
+        if len(spans) == 1 and spans[0].pool is None:
+            return self.base_layer(x)
+        tokens = x.numel() // x.shape[-1]
+        tokens_per_row, remainder = divmod(tokens, routing.rows)
+        if remainder or (x.dim() > 2 and x.shape[0] != routing.rows):
+            raise RuntimeError(
+                f"{self.target.name} got {tuple(x.shape)}, which are not the {routing.rows} rows that were routed; "
+                "call bank.route with one adapter per row of this batch"
+            )
+        rows = x.reshape(routing.rows, tokens_per_row, x.shape[-1])
+        if routing.order is not None:
+            rows = rows.index_select(0, routing.order)
+        outputs = [
+            self._run(span, rows[span.start : span.end].reshape(-1, x.shape[-1]), tokens_per_row, routing) for span in spans
+        ]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if routing.inverse is not None:
+            y = y.view(routing.rows, tokens_per_row, -1).index_select(0, routing.inverse)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _run(self, span: Span, x: Tensor, tokens_per_row: int, routing: Routing) -> Tensor:
+        if span.pool is None or span.slots is None:
+            return self.base_layer(x)
+        target = span.pool.targets[self.target.name]
+        site = Site(
+            base=self.base_layer,
+            weight=lambda: dense_weight(self.base_layer, self.target),
+            bias=self.bias,
+            dropout=lambda rows: routing.dropout(rows, target.name, span, tokens_per_row),
+        )
+        params = span.pool.gather(target.name, span.slots)
+        segments = span.segments.scaled(tokens_per_row)
+        return span.pool.method.forward(x, site, params, span.specs, target.feedforward, segments)

@@ -1,0 +1,10 @@
+"""Which methods exist? One file each; this table is the only place that lists them."""
+
+from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target
+from flora_train.adapters.methods.flora import Flora
+from flora_train.adapters.methods.ia3 import Ia3
+from flora_train.adapters.methods.lora import Lora
+
+METHODS: dict[str, AdapterMethod] = {method.name: method for method in (Flora(), Lora(), Ia3())}
+
+__all__ = ["METHODS", "AdapterMethod", "Params", "Site", "Target"]

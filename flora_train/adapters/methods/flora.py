@@ -1,0 +1,54 @@
+"""fLoRA: W0 * M with M = B A (pure) or 1 + B A (residual)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target, kaiming_uniform
+from flora_train.adapters.spec import AdapterSpec
+from flora_train.kernels.flora import flora_linear
+from flora_train.kernels.flora_reference import modulated_weight
+from flora_train.kernels.segments import Segments
+
+
+class Flora(AdapterMethod):
+    name = "flora"
+
+    def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
+        return {"A": (spec.rank, target.in_features), "B": (target.out_features, spec.rank)}
+
+    def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
+        """Residual: B = 0. Pure: a_1 = b_1 = 1, other b_k = 0. Random a_k break the symmetry between ranks, which an
+        all-ones start would keep for ever (docs/math.md)."""
+        A, B = params["A"], params["B"]
+        B.zero_()
+        if spec.offset:
+            kaiming_uniform(A, generator)
+        else:
+            A.normal_(generator=generator)
+            A[0], B[:, 0] = 1.0, 1.0
+
+    def forward(
+        self, x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], feedforward: bool, segments: Segments
+    ) -> Tensor:
+        y = flora_linear(x, site.weight(), params["A"], params["B"], [spec.offset for spec in specs], segments)
+        return y if site.bias is None else y + site.bias
+
+    def merge(
+        self, weight: Tensor, bias: Tensor | None, params: Params, spec: AdapterSpec, feedforward: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return modulated_weight(weight, params["A"], params["B"], spec.offset), bias
+
+    def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
+        return {"peft_type": "HIRA", "r": spec.rank + (not spec.offset), "target_modules": target_modules, "hira_dropout": 0.0}
+
+    def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
+        """HiRA computes W0 * (1 + B A): a pure adapter of rank r is HiRA of rank r + 1 with one rank for the -1."""
+        A, B = params["A"], params["B"]
+        if not spec.offset:
+            A = torch.cat([A, A.new_ones(1, A.shape[1])])
+            B = torch.cat([B, B.new_full((B.shape[0], 1), -1.0)], dim=1)
+        return {"hira_A": A, "hira_B": B}

@@ -1,0 +1,47 @@
+"""IA3: a learnt scale per output feature, or per input feature of feed-forward layers (PEFT's rule)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target
+from flora_train.adapters.spec import AdapterSpec
+from flora_train.kernels.ia3 import ia3_scale
+from flora_train.kernels.segments import Segments
+
+
+class Ia3(AdapterMethod):
+    name = "ia3"
+
+    def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
+        return {"l": (target.in_features if target.feedforward else target.out_features,)}
+
+    def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
+        params["l"].fill_(1.0)
+
+    def forward(
+        self, x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], feedforward: bool, segments: Segments
+    ) -> Tensor:
+        if feedforward:
+            return site.base(ia3_scale(x, params["l"], segments))
+        return ia3_scale(site.base(x), params["l"], segments)  # the bias is scaled too, as in PEFT
+
+    def merge(
+        self, weight: Tensor, bias: Tensor | None, params: Params, spec: AdapterSpec, feedforward: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        scale = params["l"]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if feedforward:
+            return (weight.to(wide) * scale).to(weight.dtype), bias
+        return (weight.to(wide) * scale[:, None]).to(weight.dtype), None if bias is None else (bias.to(wide) * scale).to(
+            bias.dtype
+        )
+
+    def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
+        return {"peft_type": "IA3", "target_modules": target_modules, "feedforward_modules": feedforward_modules}
+
+    def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
+        return {"ia3_l": params["l"][None] if feedforward else params["l"][:, None]}

@@ -1,0 +1,49 @@
+"""LoRA: W0 + scaling * B A."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target, kaiming_uniform
+from flora_train.adapters.spec import AdapterSpec
+from flora_train.kernels.lora import lora_add
+from flora_train.kernels.segments import Segments
+
+
+class Lora(AdapterMethod):
+    name = "lora"
+
+    def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
+        return {"A": (spec.rank, target.in_features), "B": (target.out_features, spec.rank)}
+
+    def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
+        kaiming_uniform(params["A"], generator)
+        params["B"].zero_()
+
+    def forward(
+        self, x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], feedforward: bool, segments: Segments
+    ) -> Tensor:
+        return lora_add(site.base(x), site.dropout(x), params["A"], params["B"], [spec.scaling for spec in specs], segments)
+
+    def merge(
+        self, weight: Tensor, bias: Tensor | None, params: Params, spec: AdapterSpec, feedforward: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return (weight.to(wide) + spec.scaling * (params["B"].to(wide) @ params["A"].to(wide))).to(weight.dtype), bias
+
+    def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
+        return {
+            "peft_type": "LORA",
+            "r": spec.rank,
+            "lora_alpha": spec.alpha,
+            "use_rslora": spec.rslora,
+            "lora_dropout": spec.dropout,
+            "bias": "none",
+            "target_modules": target_modules,
+        }
+
+    def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
+        return {"lora_A.weight": params["A"], "lora_B.weight": params["B"]}
