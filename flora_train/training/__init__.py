@@ -1,0 +1,1 @@
+"""How do all adapters of a batch learn at once, each as if alone? The loop and its parts."""

@@ -1,0 +1,98 @@
+"""How well does every adapter, and the base model, predict the held-out examples of its task?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.spec import BASE_ID
+from flora_train.data.batch import Row, collate, group_by_length, share_of_rank
+from flora_train.data.task import Task
+from flora_train.training.distributed import sum_over_processes, world
+from flora_train.training.loss import RowLosses
+from flora_train.training.plan import heldout_rows
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Losses on the first n held-out examples of one task, the same for every contender.
+
+    nats: contender id (-1: base) -> float64 [n], summed over an example's learnt tokens;
+    label_tokens, label_bytes: int64 [n].
+    """
+
+    task: str
+    nats: Mapping[int, NDArray[np.float64]]
+    label_tokens: NDArray[np.int64]
+    label_bytes: NDArray[np.int64]
+
+    def loss(self, contender: int, first: int | None = None) -> float:
+        """Mean nats per learnt token, over all examples or the first so many."""
+        return float(self.nats[contender][:first].sum() / self.label_tokens[:first].sum())
+
+    def bits_per_byte(self, contender: int) -> float:
+        """Bits per UTF-8 byte of learnt text: comparable between tokenizers."""
+        return float(self.nats[contender].sum() / np.log(2) / self.label_bytes.sum())
+
+
+@torch.no_grad()
+def evaluate_heldout(
+    row_losses: RowLosses,
+    bank: AdapterBank,
+    tasks: Iterable[Task],
+    max_tokens: int,
+    pad_token: int,
+    max_examples: int | None = None,
+    with_base: bool = False,
+    report: Callable[[float], None] = lambda share: None,
+) -> dict[str, HeldOut]:
+    """Held-out losses per task, all adapters and tasks mixed in the same batches, shared out to all processes.
+
+    max_tokens: padded tokens per forward pass; max_examples: the first so many of each task; report: called with the
+    share done. The model's routing is the plain base afterwards.
+    """
+    used = {task.name: task for task in tasks if any(spec.task == task.name for spec in bank.specs)}
+    rows: list[Row] = []
+    contenders: dict[str, list[int]] = {}
+    for name, task in used.items():
+        contenders[name] = [bank.ids[spec.name] for spec in bank.specs if spec.task == name]
+        if with_base:
+            contenders[name].append(BASE_ID)
+        rows += heldout_rows(contenders[name], name, list(task.validation.lengths[:max_examples]))
+    sums = {
+        (name, adapter): np.zeros(min(len(task.validation), max_examples or len(task.validation)))
+        for name, task in used.items()
+        for adapter in contenders[name]
+    }
+    groups = share_of_rank(group_by_length(rows, max_tokens), *world())
+    model = row_losses.model
+    training, done, total = model.training, 0, sum(row.length for group in groups for row in group)
+    model.eval()
+    try:
+        for group in groups:
+            batch = collate(group, lambda name: used[name].validation, pad_token).to(bank.device)
+            with bank.routed(batch.adapter_ids):
+                losses = row_losses(batch).double().cpu().numpy()
+            for row, loss in zip(group, losses, strict=True):
+                sums[row.task, row.adapter][row.example] = loss
+            done += sum(row.length for row in group)
+            report(done / total)
+    finally:
+        model.train(training)
+    flat = torch.from_numpy(np.concatenate(list(sums.values()))).to(bank.device)
+    parts = np.split(sum_over_processes(flat).cpu().numpy(), np.cumsum([len(part) for part in sums.values()])[:-1])
+    nats = dict(zip(sums, parts, strict=True))
+    return {
+        name: HeldOut(
+            name,
+            {adapter: nats[name, adapter] for adapter in contenders[name]},
+            task.validation.label_counts[:max_examples],
+            task.validation.label_bytes[:max_examples],
+        )
+        for name, task in used.items()
+    }

@@ -1,0 +1,103 @@
+"""What does each example contribute to its adapter's loss?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from flora_train.data.batch import IGNORE, MixedBatch
+
+CHUNK = 128
+"""Positions whose logits exist at one time."""
+
+
+class RowLosses:
+    """Next-token losses of a causal LM, summed per row. Looks once, at the start, at how the model makes its logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self.head_makes_logits = _head_makes_logits(model, self.head)
+
+    def __call__(self, batch: MixedBatch) -> Tensor:
+        """Sum of the next-token losses (nats) of every row, float32 [B], differentiable once.
+
+        Logits exist only at positions that have a label and, unless the architecture changes them after the output
+        head (soft caps, scales), only CHUNK of them at a time.
+        """
+        labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
+        learnt = labels != IGNORE
+        with _head_input(self.head, learnt, first_only=self.head_makes_logits) as hidden:
+            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        if self.head_makes_logits:
+            losses = ChunkedCrossEntropy.apply(hidden[0], self.head.weight, self.head.bias, labels[learnt])
+        else:
+            losses = F.cross_entropy(logits[0].float(), labels[learnt], reduction="none")
+        rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[learnt]
+        return losses.new_zeros(len(labels)).index_add(0, rows, losses)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """-log softmax(hidden weight^T + bias)[target] per position, through a frozen head.
+
+    hidden: [n, d]; weight: [V, d]; bias: [V] or None; targets: int64 [n]. Returns float32 [n]. The gradient is made
+    in the forward, chunk by chunk, so that [n, V] never exists (the idea of Liger-Kernel's fused linear cross entropy).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        losses = torch.empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = F.linear(hidden[part], weight, bias).to(losses.dtype)
+            picked = targets[part, None]
+            # The softmax kernels work row by row. Not exp and logsumexp: on CPU those run through a vector library that
+            # takes another path for a whole block once it meets a NaN, and so changes the last bits of other adapters.
+            losses[part] = -logits.log_softmax(dim=1).gather(1, picked)[:, 0]
+            if gradient is not None:
+                probabilities = logits.softmax(dim=1)
+                probabilities.scatter_add_(1, picked, -torch.ones_like(picked, dtype=losses.dtype))
+                gradient[part] = probabilities.to(hidden.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * dlosses[:, None].to(gradient.dtype), None, None, None
+
+
+@contextmanager
+def _head_input(head: nn.Module, learnt: Tensor, first_only: bool) -> Iterator[list[Tensor]]:
+    """Catch the hidden states [n, d] at the learnt positions of [B, L]; the head sees them as [1, n, d], or only the
+    first of them, where its output is not used."""
+    caught: list[Tensor] = []
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        caught.append(args[0][learnt])
+        return (caught[0][None, :1].detach() if first_only else caught[0][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _head_makes_logits(model: nn.Module, head: nn.Module) -> bool:
+    """Whether the model's logits are just its linear head's output, tried on one token."""
+    if not isinstance(head, nn.Linear):
+        return False
+    token = torch.ones(1, 1, dtype=torch.long, device=head.weight.device)
+    with _head_input(head, token.bool(), first_only=False) as hidden:
+        logits = model(input_ids=token, use_cache=False).logits
+    return torch.equal(head(hidden[0]), logits[0])

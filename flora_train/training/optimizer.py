@@ -1,0 +1,105 @@
+"""How do the adapters of a step move? Lazy, per-adapter AdamW or SGD on the bank's rows.
+
+Every adapter has its own learning rate, decay, clip norm and step count, and only the adapters that were in the step
+are touched: stock optimizers move absent ones through momentum and weight decay. The work is a few calls on stacked
+rows per pool, whatever the number of adapters and layers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.pool import Pool
+from flora_train.config.schema import TrainingConfig
+from flora_train.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class AdapterStep:
+    """What one adapter's update was. skipped: its gradient was not finite, nothing of it moved."""
+
+    lr: float
+    gradient_norm: float
+    skipped: bool
+
+
+class BankOptimizer:
+    """State per pool: two moments [slots, P] (AdamW) and each adapter's own step count."""
+
+    def __init__(self, bank: AdapterBank, config: TrainingConfig) -> None:
+        self.bank = bank
+        self.config = config
+        self.steps = [0] * len(bank.specs)
+        self.moments: dict[int, tuple[Tensor, Tensor]] = {}
+        if config.optimizer == "adamw":
+            self.moments = {id(pool): (torch.zeros_like(pool.values), torch.zeros_like(pool.values)) for pool in bank.pools}
+
+    @torch.no_grad()
+    def step(self, adapters: Iterable[int]) -> dict[int, AdapterStep]:
+        """Update the adapters of this step from the pool's gradients, then clear those gradients."""
+        present: dict[int, list[int]] = defaultdict(list)
+        for adapter in sorted(adapters):
+            present[id(self.bank.location[adapter][0])].append(adapter)
+        results: dict[int, AdapterStep] = {}
+        for pool in self.bank.pools:
+            if present[id(pool)]:
+                results |= self._step_pool(pool, present[id(pool)])
+        return results
+
+    def _step_pool(self, pool: Pool, adapters: list[int]) -> dict[int, AdapterStep]:
+        slots = _index(pool, [self.bank.location[a][1] for a in adapters])
+        norms = torch.linalg.vector_norm(pool.gradients[slots], dim=1)
+        norm_of = dict(zip(adapters, norms.tolist(), strict=True))  # the step's one wait for the device, per pool
+        results = {
+            a: AdapterStep(learning_rate(self.bank.specs[a], self.steps[a]), norm, not _is_finite(norm))
+            for a, norm in norm_of.items()
+        }
+        finite = [a for a in adapters if not results[a].skipped]
+        if finite:
+            for adapter in finite:
+                self.steps[adapter] += 1
+            moving = _index(pool, [self.bank.location[a][1] for a in finite])
+            self._update(pool, moving, finite, [results[a] for a in finite])
+        pool.gradients[slots] = 0.0
+        return results
+
+    def _update(self, pool: Pool, slots: Tensor | slice, adapters: list[int], steps: list[AdapterStep]) -> None:
+        specs = [self.bank.specs[a] for a in adapters]
+
+        def column(numbers: Iterable[float]) -> Tensor:
+            return torch.tensor(list(numbers), dtype=pool.values.dtype, device=pool.values.device)[:, None]
+
+        clip = column(
+            min(1.0, (s.max_grad_norm or float("inf")) / (r.gradient_norm + 1e-6)) for s, r in zip(specs, steps, strict=True)
+        )
+        decay = column(1.0 - r.lr * s.weight_decay for s, r in zip(specs, steps, strict=True))
+        gradient = pool.gradients[slots] * clip
+        values = pool.values[slots] * decay
+        if self.config.optimizer == "sgd":
+            pool.values[slots] = values.sub_(gradient.mul_(column(r.lr for r in steps)))
+            return
+        beta1, beta2 = self.config.betas
+        own = [self.steps[a] for a in adapters]
+        first, second = self.moments[id(pool)]
+        m = first[slots].lerp_(gradient, 1.0 - beta1)
+        v = second[slots].mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        first[slots], second[slots] = m, v
+        rate = column(-r.lr / (1.0 - beta1**t) for r, t in zip(steps, own, strict=True))
+        denominator = v.sqrt().div_(column((1.0 - beta2**t) ** 0.5 for t in own)).add_(self.config.eps)
+        pool.values[slots] = values.addcdiv_(m.mul(rate), denominator)
+
+
+def _index(pool: Pool, slots: list[int]) -> Any:
+    """A slice when every slot is present: then rows are updated in place instead of copied out and back."""
+    return slice(None) if slots == list(range(len(pool.specs))) else torch.tensor(slots, device=pool.values.device)
+
+
+def _is_finite(number: float) -> bool:
+    return number - number == 0.0

@@ -1,0 +1,69 @@
+"""What does a person watching the run see? A bar with ETA and loss per method; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from flora_train.training.distributed import is_main_process
+
+
+class Watch:
+    """Progress over `total` units of one stage, for instance steps. Silent in all but the main process."""
+
+    def __init__(self, stage: str, total: float, line_every: float = 30.0) -> None:
+        self.stage, self.total, self.line_every = stage, total, line_every
+        self.started = time.monotonic()
+        self._last_line = -float("inf")
+        self._bar: Progress | None = None
+        self.silent = not is_main_process()
+        if not self.silent and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), console=Console(stderr=True)
+            )
+            self._task: Any = self._bar.add_task(stage, total=total, detail="")
+            self._bar.start()
+
+    def update(self, done: float, facts: Mapping[str, str] | None = None, force_line: bool = False) -> None:
+        """done: units so far; facts: short words for the line; force_line: print a plain line now."""
+        if self.silent:
+            return
+        detail = f"{_percent(done / self.total)} {self._eta(done)}  " + "  ".join(
+            f"{key} {value}" for key, value in (facts or {}).items()
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, detail=detail.strip())
+        elif force_line or time.monotonic() - self._last_line > self.line_every:
+            self._last_line = time.monotonic()
+            print(f"{self.stage}: {detail.strip()}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _eta(self, done: float) -> str:
+        seconds = time.monotonic() - self.started
+        return f"{duration(seconds)} < {duration(seconds * (self.total - done) / done)}" if done else ""
+
+
+def duration(seconds: float) -> str:
+    """`42s`, `3m05s`, `2h07m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:3.0f}%"

@@ -1,0 +1,51 @@
+"""Which parameters of an adapter are its best? Those of its lowest held-out loss so far, kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isnan
+from pathlib import Path
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.training.checkpoint import load_adapter, save_adapter
+from flora_train.training.distributed import is_main_process, wait_for_everyone
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The kept state of one adapter: the run's step and the held-out loss (nats per token) there."""
+
+    step: int
+    loss: float
+
+
+class Selection:
+    """Keeps one checkpoint per adapter. best=False: the latest, whatever its loss."""
+
+    def __init__(self, bank: AdapterBank, folder: Path, best: bool) -> None:
+        self.bank = bank
+        self.folder = folder
+        self.best = best
+        self.kept: dict[int, Kept] = {}
+
+    def offer(self, losses: Mapping[int, float], step: int) -> None:
+        """Held-out losses by adapter id after `step` steps: keep the adapters that improved."""
+        for adapter, loss in losses.items():
+            kept = self.kept.get(adapter)
+            if self.best and kept is not None and not _is_better(loss, kept.loss):
+                continue
+            self.kept[adapter] = Kept(step, loss)
+            if is_main_process():
+                save_adapter(self.bank, adapter, self.folder, {"step": step, "heldout_loss": loss})
+
+    def restore(self) -> None:
+        """Put the kept parameters of every adapter back into the bank."""
+        wait_for_everyone()
+        for adapter in self.kept:
+            load_adapter(self.bank, adapter, self.folder)
+
+
+def _is_better(loss: float, than: float) -> bool:
+    """Any number is better than NaN."""
+    return loss < than or (isnan(than) and not isnan(loss))

@@ -1,0 +1,229 @@
+"""Is nothing of a user's overwritten, and nothing of ours half-written?"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flora_train.config.errors import UserError
+from flora_train.config.load import validate
+from flora_train.config.schema import RunConfig
+from flora_train.training.run_folder import RunFolder, disk_errors, open_run, write_atomically
+from tests.unit.training.small_disk import file_size_limit
+
+
+def run_config(existing_run: str = "refuse", steps: int = 5) -> RunConfig:
+    return validate(
+        {
+            "name": "test",
+            "existing_run": existing_run,
+            "model": {"path": "unused"},
+            "tasks": {"a": {"train": "unused.jsonl"}},
+            "adapters": {"lora": {"method": "lora", "lr": 1e-3}},
+            "training": {"steps": steps},
+        }
+    )
+
+
+def existing_run(path: Path, finished: bool) -> RunFolder:
+    folder = RunFolder(path)
+    folder.claim(run_config())
+    folder.update_run_json(finished=finished)
+    (path / "precious").write_text("result")
+    return folder
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("mode", ["refuse", "reuse", "replace"])
+@pytest.mark.parametrize("made", [False, True], ids=["absent", "empty"])
+def test_free_folder_is_claimed(tmp_path: Path, mode: str, made: bool) -> None:
+    folder = RunFolder(tmp_path / "runs" / "one")
+    if made:
+        folder.path.mkdir(parents=True)
+    assert folder.finished_twin(run_config(mode)) is False
+    folder.claim(run_config(mode))
+    assert not folder.finished
+    assert sorted(content(folder.path)) == ["config.yaml", "run.json"]
+    _, reread = open_run(folder.path)
+    assert reread == run_config(mode)
+
+
+@pytest.mark.parametrize(("finished", "kind"), [(True, "a finished run"), (False, "an unfinished run")])
+def test_refuse_keeps_any_run_and_says_how_to_go_on(tmp_path: Path, finished: bool, kind: str) -> None:
+    folder = existing_run(tmp_path, finished)
+    before = content(tmp_path)
+    for action in (folder.finished_twin, folder.claim):
+        with pytest.raises(UserError, match=f"output_dir = .*: holds {kind}: choose another output_dir, or existing_run=replace"):
+            action(run_config("refuse"))
+    assert content(tmp_path) == before
+
+
+def test_reuse_keeps_a_finished_run_of_the_same_configuration(tmp_path: Path) -> None:
+    folder = existing_run(tmp_path, finished=True)
+    before = content(tmp_path)
+    assert folder.finished_twin(run_config("reuse")) is True
+    assert content(tmp_path) == before
+
+
+def test_reuse_starts_an_unfinished_run_of_the_same_configuration_again(tmp_path: Path) -> None:
+    folder = existing_run(tmp_path, finished=False)
+    assert folder.finished_twin(run_config("reuse")) is False
+    folder.claim(run_config("reuse"))
+    assert "precious" not in content(tmp_path)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_reuse_refuses_a_run_of_another_configuration(tmp_path: Path, finished: bool) -> None:
+    folder = existing_run(tmp_path, finished)
+    for action in (folder.finished_twin, folder.claim):
+        with pytest.raises(UserError, match="finished run of another configuration: choose another output_dir"):
+            action(run_config("reuse", steps=6))
+    assert "precious" in content(tmp_path)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_replace_deletes_the_run_only_when_the_new_one_claims_the_folder(tmp_path: Path, finished: bool) -> None:
+    folder = existing_run(tmp_path, finished)
+    assert folder.finished_twin(run_config("replace", steps=6)) is False
+    assert "precious" in content(tmp_path)
+    folder.claim(run_config("replace", steps=6))
+    assert sorted(content(tmp_path)) == ["config.yaml", "run.json"]
+    assert open_run(tmp_path)[1].training.steps == 6
+
+
+FOREIGN = {
+    "notes": {"notes.txt": "mine"},
+    "other-run.json": {"run.json": '{"laps": 3}', "notes.txt": "mine"},
+    "list-run.json": {"run.json": "[1, 2]"},
+    "broken-run.json": {"run.json": '{"finished": tr'},
+}
+
+
+@pytest.mark.parametrize("mode", ["refuse", "reuse", "replace"])
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_folder_that_is_not_ours_is_never_deleted(tmp_path: Path, files: dict[str, str], mode: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    before = content(tmp_path)
+    for action in (RunFolder(tmp_path).finished_twin, RunFolder(tmp_path).claim):
+        with pytest.raises(UserError, match="is not empty and holds no run of ours: choose another folder"):
+            action(run_config(mode))
+    assert content(tmp_path) == before
+
+
+def test_file_in_the_folder_s_place_is_never_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="holds no run of ours"):
+        RunFolder(path).claim(run_config("replace"))
+    assert path.read_text() == "mine"
+
+
+def test_opening_what_is_no_run_says_where_runs_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run folder .* runs are in outputs/"):
+        open_run(tmp_path)
+
+
+def test_run_whose_disk_filled_up_while_it_began_can_be_replaced(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    room = len(json.dumps(run_state(tmp_path), indent=2)) + 1
+    with file_size_limit(room), pytest.raises(UserError, match=r"config\.yaml: the disk is full"):
+        folder.claim(run_config().model_copy(update={"name": "x" * 2 * room}))
+    folder.claim(run_config("replace"))
+    assert sorted(content(folder.path)) == ["config.yaml", "run.json"]
+
+
+def run_state(tmp_path: Path) -> dict[str, Any]:
+    folder = RunFolder(tmp_path / "other")
+    folder.claim(run_config())
+    return json.loads(folder.run_json.read_text())
+
+
+def test_metrics_are_read_back_by_kind_in_order(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.read_metrics("step") == []
+    for step, kind in enumerate(("step", "evaluation", "step")):
+        folder.append_metrics({"kind": kind, "step": step})
+    assert [record["step"] for record in folder.read_metrics("step")] == [0, 2]
+    assert [record["step"] for record in folder.read_metrics("evaluation")] == [1]
+
+
+@pytest.mark.parametrize("padding", [10, 30_000], ids=["short-lines", "lines-longer-than-the-buffer"])
+def test_metrics_line_that_does_not_fit_is_taken_back(tmp_path: Path, padding: int) -> None:
+    folder = RunFolder(tmp_path)
+    record = {"kind": "step", "text": "x" * padding}
+    folder.append_metrics(record)
+    room = 2 * folder.metrics.stat().st_size + padding // 2
+    folder.append_metrics(record)
+    whole = folder.metrics.read_bytes()
+    with file_size_limit(room), pytest.raises(UserError, match=r"metrics\.jsonl: the disk is full .* make room and run again"):
+        folder.append_metrics(record)
+    assert folder.metrics.read_bytes() == whole
+    folder.append_metrics(record)
+    assert len(folder.read_metrics("step")) == 3
+
+
+def test_metrics_that_may_not_be_written_are_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(os, "truncate", refused)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: may not be written .Permission denied.: choose another place"):
+        RunFolder(tmp_path).append_metrics({"kind": "step"})
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied"), r"may not be written \(Permission denied\): choose another place"),
+    ],
+)
+def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Path, error: OSError, told: str) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fail_halfway(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise error
+
+    with pytest.raises(UserError, match=f"file: {told}"):
+        write_atomically(path, fail_halfway)
+    assert content(tmp_path) == {"file": b"old"}
+
+
+def test_interrupted_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def interrupted(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, interrupted)
+    assert content(tmp_path) == {"file": b"old"}
+
+
+def test_write_past_a_file_size_limit_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with file_size_limit(100), pytest.raises(UserError, match="the disk is full"):
+        write_atomically(path, lambda temporary: temporary.write_text("x" * 101))
+    assert content(tmp_path) == {"file": b"old"}
+
+
+def test_other_errors_pass_through_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mine"), disk_errors(tmp_path):
+        raise ValueError("mine")
+    with disk_errors(tmp_path):
+        pass
