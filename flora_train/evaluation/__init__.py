@@ -1,0 +1,1 @@
+"""How good is each adapter? Held-out comparison with intervals, completions, and the report."""

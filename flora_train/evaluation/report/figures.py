@@ -1,0 +1,254 @@
+"""What do the report's figures look like? One small SVG panel per task, in the colours of the page around it."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from statistics import fmean, median
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Point = tuple[float, float]
+
+WIDTH = 320
+"""Of a panel, in CSS pixels: it fits a phone, and three fit a desktop page."""
+
+MAX_POINTS = 200
+"""Longer training curves are averaged in blocks."""
+
+# matplotlib knows no CSS variables: it draws in colours that nobody else uses, and `_svg` puts the variables in their place
+INK, MUTED, RULE, PAPER, FAMILY = "#010101", "#020202", "#030303", "#040404", "#0500"
+VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
+
+COLOURS = 7
+"""The page defines --family-0 to --family-6, for light and dark."""
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.6, 1.4, 1.6)))
+MARKERS = "os^DvPX*"
+
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flora_train",
+    "font.size": 11,
+    "axes.linewidth": 0.8,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+}
+
+
+@dataclass(frozen=True)
+class FamilyStyle:
+    """How a family is drawn everywhere: never told by its colour alone."""
+
+    colour: str
+    dash: Any
+    marker: str
+
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """Keywords of a held-out curve: markers keep the page's colour as a rim, so that crossing curves stay apart."""
+        rim = {"markersize": 6, "markeredgecolor": PAPER, "markeredgewidth": 0.8}
+        return {"color": self.colour, "linestyle": self.dash, "marker": self.marker, "linewidth": 1.5, **rim}
+
+
+def family_styles(families: Sequence[str]) -> dict[str, FamilyStyle]:
+    """Colour, dash and marker per family, in order."""
+    return {
+        family: FamilyStyle(f"{FAMILY}{i % COLOURS:02x}", DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)])
+        for i, family in enumerate(families)
+    }
+
+
+def legend_key(name: str, style: FamilyStyle) -> Markup:
+    """Line and marker of one family, 40 by 14 pixels."""
+
+    def draw(axes: Axes) -> None:
+        axes.axis("off")
+        axes.plot([0, 0.5, 1], [0.5, 0.5, 0.5], markevery=[1], **style.held_out)
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+
+    return _svg(name, (40, 14), (2, 38, 1, 1), draw)
+
+
+def difference_range(results: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """The x axis of all difference panels: zero and every interval within five times their median extent."""
+    found = [_finite(c["difference_to_base"]) for r in results for c in r["contenders"]]
+    extents = {estimate: max(map(abs, estimate)) for estimate in found if estimate is not None}
+    cap = 5 * median(extents.values()) if extents else 0.0
+    shown = [estimate for estimate, extent in extents.items() if extent <= cap]
+    low, high = min([0.0, *(e[1] for e in shown)]), max([0.0, *(e[2] for e in shown)])
+    room = 0.08 * (high - low) or 0.01
+    beyond = [estimate[0] for estimate, extent in extents.items() if extent > cap]
+    return low - room * (4 if min(beyond, default=0.0) < 0 else 1), high + room * (4 if max(beyond, default=0.0) > 0 else 1)
+
+
+def difference_panel(
+    name: str, result: Mapping[str, Any], styles: Mapping[str, FamilyStyle], limits: tuple[float, float]
+) -> Markup:
+    """Difference to the base in bits per byte, one row per family: a point and its interval."""
+    rows = result["contenders"]
+    labels = [_shortened(c["family"]) for c in rows]
+    left = 14 + 6.4 * max(len(label) for label in labels)
+
+    def draw(axes: Axes) -> None:
+        low, high = limits
+        axes.axvline(0, color=INK, linewidth=0.9)
+        axes.grid(axis="x", color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for y, contender in enumerate(rows):
+            look, estimate = styles[contender["family"]], _finite(contender["difference_to_base"])
+            if estimate is None:
+                axes.text(low, y, " not finite", color=MUTED, va="center", style="italic")
+                continue
+            axes.plot(estimate[1:], [y, y], color=look.colour, linewidth=1.8, solid_capstyle="butt")
+            axes.plot(estimate[0], y, look.marker, color=look.colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=0.8)
+            for edge, beyond, arrow, side in ((low, estimate[1] < low, "<", 1), (high, estimate[2] > high, ">", -1)):
+                if beyond:
+                    axes.plot(edge, y, arrow, color=look.colour, markersize=6, clip_on=False)
+                if beyond and not low <= estimate[0] <= high:
+                    place = (edge + side * 0.04 * (high - low), y)
+                    axes.text(*place, _signed(estimate[0]), ha="left" if side > 0 else "right", va="center")
+        axes.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
+        axes.set_yticklabels(labels, color=INK)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+
+    title = f"Difference to the base model on {result['task']}"
+    spoken = "; ".join(f"{c['family']} {_spoken(_finite(c['difference_to_base']))}" for c in rows)
+    description = f"Bits per byte with interval: {spoken}."
+    return _svg(name, (WIDTH, 30 + 24 * len(rows)), (left, WIDTH - 14, 24, 4), draw, title, description)
+
+
+def curve_panel(
+    name: str,
+    task: str,
+    adapters: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, Any],
+    styles: Mapping[str, FamilyStyle],
+) -> Markup:
+    """Training loss (thin) and held-out loss (marked) of a task's adapters over steps, the selected step ringed, and the
+    base model's held-out loss (dotted)."""
+    base = curves["base"].get(task)
+    series = {(kind, a["name"]): _points(curves[kind].get(a["name"], [])) for kind in ("training", "heldout") for a in adapters}
+    losses = [loss for points in series.values() for _, loss in points if not math.isnan(loss)]
+    missing = sum(math.isnan(loss) for points in series.values() for _, loss in points)
+    losses += [] if base is None else [base]
+    ordinary = sorted(losses)[: math.ceil(0.95 * (len(losses) - 1)) + 1] if losses else [0.0]
+    ceiling = ordinary[-1] + 1.5 * (ordinary[-1] - ordinary[0])
+    cut = bool(losses) and max(losses) > ceiling
+
+    def draw(axes: Axes) -> None:
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        if base is not None:
+            axes.axhline(base, color=INK, linewidth=1.0, linestyle=(0, (1, 2)))
+        for a in adapters:
+            points, look = _averaged(series["training", a["name"]]), styles[a["family"]]
+            lone = "x" if len(points) == 1 else ""
+            axes.plot(*_columns(points), color=look.colour, alpha=0.42, linewidth=1.0, linestyle=look.dash, marker=lone)
+        for a in adapters:
+            points, look = series["heldout", a["name"]], styles[a["family"]]
+            axes.plot(*_columns(points), **look.held_out)
+            ring = [point for point in points if point[0] == a["selected_step"]]
+            axes.plot(*_columns(ring), "o", color=look.colour, markerfacecolor="none", markersize=12, markeredgewidth=1.2)
+        notes = [f"{missing} {'loss is' if missing == 1 else 'losses are'} not finite"] if missing else []
+        notes += ["highest losses run off the top"] if cut else []
+        notes += [] if series and any(series.values()) else ["nothing was logged"]
+        axes.text(0.99, 0.97, "\n".join(notes), transform=axes.transAxes, ha="right", va="top", style="italic", fontsize=10)
+        if cut:
+            axes.set_ylim(ordinary[0] - 0.1 * (ceiling - ordinary[0]), ceiling)
+        axes.margins(x=0.06, y=0.1)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.ticklabel_format(style="plain", useOffset=False)
+        axes.set_xlabel("step", loc="right", labelpad=1)
+
+    title = f"Loss over steps on {task}"
+    ends = [f"{a['family']} {_end(series['heldout', a['name']])}" for a in adapters]
+    return _svg(name, (WIDTH, 200), (36, WIDTH - 6, 34, 6), draw, title, f"Held-out loss in nats per token: {'; '.join(ends)}.")
+
+
+def _svg(
+    name: str, size: Point, box: Sequence[float], draw: Callable[[Axes], None], title: str = "", description: str = ""
+) -> Markup:
+    """Draw one axes and make its SVG part of a page. size: width, height; box: left, right, and what is left free
+    below and above, in pixels; name: prefix of ids, unique in the page. Without a title the figure is decoration."""
+    width, height = size
+    left, right, below, above = box
+    text = io.StringIO()
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(width / 72, height / 72))
+        place = (left / width, below / height, (right - left) / width, (height - below - above) / height)
+        draw(figure.add_axes(place))
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    # without the head: metadata, and a style that would reach the whole page
+    body = "<g>" + text.getvalue().partition('<g id="figure_1">')[2].rpartition("</svg>")[0]
+    used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', body))
+    body = re.sub(r' id="([\w.-]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
+    body = re.sub(r'(?:xlink:)?(href="|url\()#', rf"\1#{name}-", body)
+    body = re.sub(r"font-family:[^;\"]*;? ?|transform=\"rotate\(-0 [^)]*\)\"", "", body)
+    body = re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(m[0].split())), body)
+    body = re.sub(r">\s+<", "><", body)
+    for colour, variable in VARIABLES.items():
+        body = body.replace(colour, variable)
+    body = re.sub(rf"{FAMILY}(\w\w)", lambda m: f"var(--family-{int(m[1], 16)})", body)
+    role = 'aria-hidden="true"'
+    if title:
+        role = f'role="img" aria-labelledby="{name}-title {name}-desc"'
+        body = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>{body}'
+    return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" {role}>{body}</svg>')
+
+
+def _finite(estimate: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    return None if value is None or low is None or high is None else (value, low, high)
+
+
+def _points(points: Sequence[Sequence[float | None]]) -> list[Point]:
+    return [(float(step or 0), math.nan if loss is None else float(loss)) for step, loss in points]
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [step for step, _ in points], [loss for _, loss in points]
+
+
+def _averaged(points: Sequence[Point]) -> list[Point]:
+    size = math.ceil(len(points) / MAX_POINTS) or 1
+    blocks = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(fmean(step for step, _ in block), fmean(loss for _, loss in block)) for block in blocks]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2g}".replace("-", "−")
+
+
+def _spoken(estimate: tuple[float, float, float] | None) -> str:
+    return "not finite" if estimate is None else f"{_signed(estimate[0])} ({_signed(estimate[1])} to {_signed(estimate[2])})"
+
+
+def _end(points: Sequence[Point]) -> str:
+    if not points:
+        return "not evaluated"
+    return "not finite" if math.isnan(points[-1][1]) else f"{points[-1][1]:.3f} at step {points[-1][0]:g}"
+
+
+def _shortened(label: str, most: int = 18) -> str:
+    return label if len(label) <= most else label[: most - 1] + "…"

@@ -1,0 +1,57 @@
+"""What does a person at the terminal see when a run ends?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Held-out bits per byte of the base and every adapter, per task: value, difference to the base with its interval, and
+    the best in bold. Fits 80 columns."""
+    console = console or Console(soft_wrap=True)
+    confidence = round(100 * results["results"][0]["confidence"])
+    console.print(Text(f"\n{results['name']}: held-out bits per byte, lower is better", style="bold"))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("task", "method", "bits per byte", f"difference to base [{confidence} % interval]"):
+        table.add_column(heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True)
+    for result in results["results"]:
+        table.add_row(result["task"], "base", _number(result["base"]["bits_per_byte"]["value"]), "")
+        for contender in result["contenders"]:
+            style = "bold" if contender["best"] else ""
+            difference = contender["difference_to_base"]
+            interval = f"[{_number(difference['low'], '+')}, {_number(difference['high'], '+')}]"
+            cells = (
+                contender["family"] + (" (best)" if contender["best"] else ""),
+                _number(contender["bits_per_byte"]["value"]),
+                f"{_number(difference['value'], '+')} {interval}",
+            )
+            table.add_row("", *(Text(cell, style=style) for cell in cells))
+    console.print(table)
+
+
+def print_completions(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """One prompt per task, continued by the base and by the task's best adapter."""
+    console = console or Console(soft_wrap=True)
+    shown = set()
+    for entry in results["completions"]:
+        if entry["task"] in shown:
+            continue
+        shown.add(entry["task"])
+        result = next((r for r in results["results"] if r["task"] == entry["task"]), None)
+        if result is None:  # a task that no adapter learns
+            continue
+        best = [c["family"] for c in result["contenders"] if c["best"]]  # empty where no held-out loss is finite
+        after = [(f"after, {family}", entry["completions"][family]) for family in best]
+        for title, text in (("before", entry["completions"]["base"]), *after):
+            console.print(Text(f"\n{entry['task']} ({title})", style="bold"))
+            console.print(Text(entry["prompt"], style="dim"), Text(text.rstrip()), sep="")
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "not finite" if value is None else f"{value:{sign}.3f}"

@@ -1,0 +1,176 @@
+"""What came out of a run? One plain mapping (report.json) that every form of the report is drawn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.spec import BASE_ID
+from flora_train.config.schema import RunConfig
+from flora_train.data.task import Task, seed_of
+from flora_train.evaluation.compare import Estimate, compare
+from flora_train.training.heldout import HeldOut
+from flora_train.training.plan import make_mixture
+from flora_train.training.run_folder import RunFolder
+from flora_train.training.selection import Kept
+
+SCHEMA = 2
+"""Of report.json; raised when a reader would miss or misread something."""
+
+
+def build_results(
+    config: RunConfig,
+    folder: RunFolder,
+    tasks: Mapping[str, Task],
+    bank: AdapterBank,
+    heldout: Mapping[str, HeldOut],
+    kept: Mapping[int, Kept],
+    completions: list[dict[str, Any]],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of report.json.
+
+    tasks: data counts, tokens served against the target share
+    adapters: hyper-parameters, tokens, selected step, skipped steps
+    results: per task the base and every adapter on the same held-out examples: bits per byte, loss (nats per token),
+             perplexity, and paired differences in bits per byte with bootstrap intervals
+    curves: training and held-out loss over steps, and the base's loss on the same held-out examples
+    completions: prompts continued by base and adapters
+    """
+    shares = make_mixture(tasks, bank, config).token_shares()
+    steps = folder.read_metrics("step")
+    last = steps[-1] if steps else {"task_tokens": {}, "adapters": {}}
+    latest: dict[str, dict[str, Any]] = {}
+    for record in steps:
+        latest.update(record["adapters"])
+    return {
+        "schema": SCHEMA,
+        "name": config.name,
+        "facts": dict(facts),
+        "tasks": [_task(task, last["task_tokens"].get(name, 0), shares.get(name, 0.0)) for name, task in tasks.items()],
+        "adapters": [_adapter(bank, i, kept, latest) for i in range(len(bank.specs))],
+        "results": [_result(config, bank, heldout[name]) for name in heldout],
+        "curves": _curves(config, folder, heldout),
+        "completions": completions,
+        "not_measured": not_measured(config),
+    }
+
+
+def not_measured(config: RunConfig) -> list[str]:
+    """What a reader might take for granted and this report does not show."""
+    items = [
+        "Whether completions are correct: nothing was executed. Held-out loss is not pass@k.",
+        "Variation between seeds: every adapter was trained once. The intervals cover the choice of held-out examples only.",
+        "Other learning rates: a method is shown at the learning rate of the recipe.",
+    ]
+    if config.evaluation.select_best and config.evaluation.every:
+        items.append(
+            "An untouched test set: each adapter's checkpoint was chosen by the same held-out examples"
+            + (f" (the first {config.evaluation.max_examples} of each task)" if config.evaluation.max_examples else "")
+            + ", which flatters all adapters a little, the base model not at all."
+        )
+    return items
+
+
+def _task(task: Task, tokens: int, target_share: float) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "weight": task.weight,
+        "train": asdict(task.train.counts),
+        "validation": asdict(task.validation.counts),
+        "tokens_drawn": tokens,
+        "target_share": target_share,
+        "epochs": tokens / max(1, task.train.counts.tokens),
+        "data_hash": task.data_hash,
+    }
+
+
+def _adapter(bank: AdapterBank, adapter: int, kept: Mapping[int, Kept], latest: Mapping[str, Any]) -> dict[str, Any]:
+    spec = bank.specs[adapter]
+    pool, _ = bank.location[adapter]
+    return {
+        "name": spec.name,
+        "task": spec.task,
+        "family": spec.family,
+        "method": spec.method,
+        "rank": spec.rank or None,
+        "variant": ("residual" if spec.offset else "pure") if spec.method == "flora" else None,
+        "lr": spec.lr,
+        "parameters": pool.row_size,
+        "tokens": latest.get(spec.name, {}).get("tokens", 0),
+        "skipped_steps": latest.get(spec.name, {}).get("skipped_steps", 0),
+        "selected_step": kept[adapter].step if adapter in kept else None,
+    }
+
+
+def _result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> dict[str, Any]:
+    evaluation = config.evaluation
+    comparison = compare(heldout, evaluation.bootstrap_samples, evaluation.confidence, seed_of(config.seed, heldout.task))
+    ids = [a for a in heldout.nats if a != BASE_ID]
+    finite = [a for a in ids if math.isfinite(heldout.bits_per_byte(a))]
+    best = min(finite, key=heldout.bits_per_byte, default=None)
+
+    def contender(adapter: int) -> dict[str, Any]:
+        loss = heldout.loss(adapter)
+        facts = {
+            "bits_per_byte": _plain(comparison.contenders[adapter]),
+            "loss": _number(loss),
+            "perplexity": _number(math.exp(min(loss, 700.0))),
+        }
+        if adapter == BASE_ID:
+            return {"name": "base", "family": "base", **facts}
+        difference = comparison.differences[adapter, BASE_ID]
+        spec = bank.specs[adapter]
+        return {
+            "name": spec.name,
+            "family": spec.family,
+            **facts,
+            "difference_to_base": _plain(difference),
+            "best": adapter == best,
+        }
+
+    return {
+        "task": heldout.task,
+        "examples": len(heldout.label_bytes),
+        "label_tokens": int(heldout.label_tokens.sum()),
+        "label_bytes": int(heldout.label_bytes.sum()),
+        "confidence": evaluation.confidence,
+        "base": contender(BASE_ID),
+        "contenders": [contender(a) for a in ids],
+        "differences": [
+            {"a": bank.specs[a].family, "b": bank.specs[b].family, "bits_per_byte": _plain(comparison.differences[a, b])}
+            for a in ids
+            for b in ids
+            if a < b
+        ],
+    }
+
+
+def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]) -> dict[str, Any]:
+    """`training` and `heldout`: adapter -> [[step, nats per token], ...]; `base`: task -> the base model's nats per token
+    on the examples of `heldout`, the first `heldout_examples` of each task (null: all)."""
+    first = config.evaluation.max_examples
+    curves: dict[str, dict[str, list[list[float | None]]]] = {"training": {}, "heldout": {}}
+    for kind, curve in (("step", "training"), ("evaluation", "heldout")):
+        for record in folder.read_metrics(kind):
+            for name, facts in record["adapters"].items():
+                curves[curve].setdefault(name, []).append([record["step"], _number(facts["loss"])])
+    base = {name: _number(judged.loss(BASE_ID, first)) for name, judged in heldout.items()}
+    return {**curves, "base": base, "heldout_examples": first}
+
+
+def _plain(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "value": _number(estimate.value),
+        "low": _number(estimate.low),
+        "high": _number(estimate.high),
+        "excludes_zero": estimate.excludes_zero,
+    }
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN: a figure that is not finite is null."""
+    return float(value) if value is not None and math.isfinite(value) else None
