@@ -1,0 +1,50 @@
+"""How does one adapter become a plain model? Its weights folded into a copy of the base."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.layer import AdapterLinear
+from flora_train.adapters.targets import dense_weight
+from flora_train.config.errors import fail
+from flora_train.training.run_folder import disk_errors
+
+
+@torch.no_grad()
+def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
+    """Fold one adapter into the bank's model and unwrap every layer. The bank cannot be used afterwards."""
+    pool, slot = bank.location[bank.id_of(name)]
+    rows = pool.row(slot)
+    for module, layer in [(n, m) for n, m in bank.model.named_modules() if isinstance(m, AdapterLinear)]:
+        if module in rows:
+            target = pool.targets[module]
+            weight, bias = dense_weight(layer.base_layer, target), layer.bias
+            merged, merged_bias = pool.method.merge(weight, bias, rows[module], pool.specs[slot], target.feedforward)
+            weight.copy_(merged)
+            if bias is not None and merged_bias is not None:
+                bias.copy_(merged_bias)
+        bank.model.set_submodule(module, layer.base_layer)
+    return bank.model
+
+
+def save_merged(bank: AdapterBank, name: str, tokenizer: Any, folder: Path) -> Path:
+    """Merge and save as a transformers checkpoint, whole or not at all. Raises UserError if the folder exists."""
+    if folder.exists():
+        raise fail("output folder", str(folder), "exists already: choose another")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with disk_errors(folder):
+        try:
+            model: Any = merge_into_base(bank, name)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder

@@ -1,0 +1,65 @@
+"""How does an adapter become a folder that `PeftModel.from_pretrained` loads? LORA, IA3, and fLoRA as HIRA."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.targets import shortest_suffixes
+from flora_train.training.run_folder import disk_errors
+
+
+def export_peft(bank: AdapterBank, name: str, folder: Path, base_model: str) -> Path:
+    """Write `folder`/adapter_config.json and adapter_model.safetensors (float32), whole or not at all.
+
+    A pure fLoRA of rank r becomes HiRA of rank r + 1 (exactly), a residual one HiRA of rank r.
+    Raises UserError if the disk is full.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with disk_errors(folder):
+        try:
+            temporary.mkdir(parents=True)
+            save_file(peft_tensors(bank, name), temporary / "adapter_model.safetensors", {"format": "pt"})
+            content = json.dumps(peft_config(bank, name, base_model), indent=2) + "\n"
+            (temporary / "adapter_config.json").write_text(content, encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def peft_config(bank: AdapterBank, name: str, base_model: str) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    pool, slot = bank.location[bank.id_of(name)]
+    # Apart, because PEFT wants its feedforward_modules to be some of its target_modules, word by word.
+    inputs, outputs = (
+        shortest_suffixes(
+            bank.base_names(), [target.name for target in pool.targets.values() if target.feedforward is feedforward]
+        )
+        for feedforward in (True, False)
+    )
+    return {
+        **pool.method.peft_config(pool.specs[slot], sorted([*outputs, *inputs]), inputs),
+        "base_model_name_or_path": base_model,
+        "task_type": "SEQ_2_SEQ_LM" if getattr(bank.model.config, "is_encoder_decoder", False) else "CAUSAL_LM",
+        "inference_mode": True,
+        "fan_in_fan_out": any(target.transposed for target in pool.targets.values()),
+    }
+
+
+def peft_tensors(bank: AdapterBank, name: str) -> dict[str, Tensor]:
+    """The content of adapter_model.safetensors, by PEFT's names."""
+    pool, slot = bank.location[bank.id_of(name)]
+    return {
+        f"base_model.model.{module}.{suffix}": tensor.detach().cpu().contiguous()
+        for module, params in pool.row(slot).items()
+        for suffix, tensor in pool.method.peft_tensors(params, pool.specs[slot], pool.targets[module].feedforward).items()
+    }

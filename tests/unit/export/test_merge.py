@@ -1,0 +1,76 @@
+"""Is a merged model a plain transformers model that says what the adapted one said?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.layer import AdapterLinear
+from flora_train.config.errors import UserError
+from flora_train.export.merge import merge_into_base, save_merged
+from tests.conftest import CONFIGS, tiny_model
+from tests.unit.adapters.helpers import logits, plain_logits, tokens
+from tests.unit.data.conftest import byte_tokenizer
+from tests.unit.export.test_peft_format import perturbed_bank
+from tests.unit.training.small_disk import file_size_limit
+
+
+@pytest.mark.parametrize("family", ["pure", "residual", "rslora", "ia3_explicit"])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_transformers_loads_the_merged_model_and_computes_our_logits(tmp_path: Path, architecture: str, family: str) -> None:
+    """Not to the last bit: W0 * M is rounded to float32 once more than x (W0 * M) inside one kernel, and LoRA and IA3
+    multiply in another order. That is 1e-7 a layer; 1e-4 of the logits leaves room for the depth."""
+    bank, x = perturbed_bank(architecture), tokens(3)
+    name = f"task-{family}"
+    ours = logits(bank, x, [name] * len(x))
+    folder = save_merged(bank, name, byte_tokenizer(), tmp_path / "new" / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        theirs = merged(x).logits
+    assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max()
+    assert (ours - plain_logits(architecture, x)).abs().max() > 50 * (theirs - ours).abs().max()
+    assert set(merged.state_dict()) == set(tiny_model(architecture).state_dict())
+    assert AutoTokenizer.from_pretrained(folder)("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["merged"]
+
+
+def test_merging_leaves_no_adapter_layer_and_other_layers_as_they_were() -> None:
+    bank = perturbed_bank("llama")
+    targets = set(bank.pools[bank_pool(bank, "task-lora_subset")].targets)
+    model = merge_into_base(bank, "task-lora_subset")
+    assert not any(isinstance(module, AdapterLinear) for module in model.modules())
+    plain = tiny_model("llama").state_dict()
+    changed = {
+        name.removesuffix(".weight") for name, tensor in model.state_dict().items() if not torch.equal(tensor, plain[name])
+    }
+    assert changed == targets
+
+
+def bank_pool(bank: AdapterBank, name: str) -> int:
+    return bank.pools.index(bank.location[bank.ids[name]][0])
+
+
+def test_merging_refuses_a_folder_that_exists(tmp_path: Path) -> None:
+    bank, x = perturbed_bank("llama"), tokens(2)
+    (tmp_path / "notes").write_text("mine")
+    before = logits(bank, x, [0, 1])
+    with pytest.raises(UserError, match="exists already: choose another"):
+        save_merged(bank, "task-pure", byte_tokenizer(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    assert torch.equal(logits(bank, x, [0, 1]), before)
+
+
+def test_merging_an_unknown_adapter_says_which_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Did you mean 'task-pure'"):
+        save_merged(perturbed_bank("llama"), "task-pur", byte_tokenizer(), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_leaves_no_half_model(tmp_path: Path) -> None:
+    with file_size_limit(50_000), pytest.raises(UserError, match="merged: the disk is full"):
+        save_merged(perturbed_bank("llama"), "task-pure", byte_tokenizer(), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
