@@ -1,0 +1,127 @@
+"""flora-train: what can one ask for on the command line?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flora_train.config.errors import UserError, choices, did_you_mean
+
+# torch's threads wait for each other by spinning, which starves them all where another process is busy on the same cores.
+# A shorter spin costs nothing on an idle machine. It is read when torch loads, which is after this module.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+@dataclass(frozen=True)
+class Command:
+    """usage: its arguments; help: one line; least, most: how many words it takes (most None: any number)."""
+
+    usage: str
+    help: str
+    example: str
+    run: Callable[[Sequence[str]], None]
+    least: int = 1
+    most: int | None = 1
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, or 2 after an error that the user can mend."""
+    command, *rest = list(sys.argv[1:] if words is None else words) or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if command not in COMMANDS:
+        return _complain(f"no command {command!r}; there are {choices(COMMANDS)}.{did_you_mean(command, COMMANDS)}")
+    entry = COMMANDS[command]
+    if {"-h", "--help"} & set(rest):
+        print(f"flora-train {command} {entry.usage}\n  {entry.help}\n\nExample: {entry.example}")
+        return 0
+    if len(rest) < entry.least or (entry.most is not None and len(rest) > entry.most):
+        return _complain(f"usage: flora-train {command} {entry.usage}")
+    try:
+        entry.run(rest)
+    except UserError as error:
+        return _complain(*map(str, error.problems))
+    return 0
+
+
+def _complain(*lines: str) -> int:
+    for line in lines if os.environ.get("RANK", "0") == "0" else ():  # once, not once per process
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _overview() -> str:
+    width = max(len(f"{name} {entry.usage}") for name, entry in COMMANDS.items())
+    rows = (f"  {f'{name} {entry.usage}':{width}}  {entry.help}" for name, entry in COMMANDS.items())
+    return "\n".join(
+        ["flora-train COMMAND ...: train many adapters at once on one frozen base model", "", *rows, "", f"Example: {EXAMPLE}"]
+    )
+
+
+def _train(words: Sequence[str]) -> None:
+    from flora_train.config.load import load_config
+
+    config = load_config(words)
+    from flora_train.run import train_run  # torch loads only once the words make sense
+
+    train_run(config)
+
+
+def _recipes(words: Sequence[str]) -> None:
+    from flora_train.config.load import shipped
+
+    for name, path in sorted(shipped("recipes").items()):
+        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        print(f"{name:20} {first}")
+
+
+def _evaluate(words: Sequence[str]) -> None:
+    from flora_train.run import evaluate_run
+
+    evaluate_run(words[0])
+
+
+def _report(words: Sequence[str]) -> None:
+    from flora_train.run import redraw_report
+
+    redraw_report(words[0])
+
+
+def _export(words: Sequence[str]) -> None:
+    from flora_train.run import export_run
+
+    export_run(words[0], words[1:])
+
+
+def _merge(words: Sequence[str]) -> None:
+    from flora_train.run import merge_run
+
+    merge_run(*words)
+
+
+EXAMPLE = "flora-train train recipe=quickstart training.steps=20 output_dir=outputs/short"
+COMMANDS = {
+    "train": Command("recipe=NAME [key.sub=value ...]", "train, evaluate, report and export one run", EXAMPLE, _train, 0, None),
+    "recipes": Command("", "list the recipes that ship", "flora-train recipes", _recipes, 0, 0),
+    "evaluate": Command("RUN", "judge a run's kept adapters again", "flora-train evaluate outputs/quickstart", _evaluate),
+    "report": Command("RUN", "draw a run's report again", "flora-train report outputs/quickstart", _report),
+    "export": Command(
+        "RUN [ADAPTER ...]",
+        "write adapters in PEFT's format again",
+        "flora-train export outputs/quickstart lua-flora",
+        _export,
+        1,
+        None,
+    ),
+    "merge": Command(
+        "RUN ADAPTER FOLDER",
+        "write a plain model with one adapter folded in",
+        "flora-train merge outputs/quickstart lua-flora outputs/merged-lua",
+        _merge,
+        3,
+        3,
+    ),
+}

@@ -1,0 +1,217 @@
+"""What happens in a run, from the configuration to the report? The stages in order."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import torch
+from torch import nn
+
+from flora_train.adapters.base_model import load_model_config
+from flora_train.adapters.spec import BASE_ID
+from flora_train.config.errors import fail
+from flora_train.config.schema import RunConfig
+from flora_train.data.tokens import pad_token
+from flora_train.evaluation.generate import complete
+from flora_train.evaluation.report import write_report
+from flora_train.evaluation.report.terminal import print_completions, print_results
+from flora_train.evaluation.results import SCHEMA, build_results
+from flora_train.export.merge import save_merged
+from flora_train.export.peft_format import export_peft
+from flora_train.session import Session, load_session, make_accelerator, on_main_process, reopen, say
+from flora_train.training.distributed import check_world_size, is_main_process, wait_for_everyone, world
+from flora_train.training.heldout import HeldOut, evaluate_heldout
+from flora_train.training.loss import RowLosses
+from flora_train.training.progress import Watch, duration
+from flora_train.training.run_folder import RunFolder, environment, now, open_run
+from flora_train.training.selection import Kept
+from flora_train.training.trainer import Trainer
+
+
+def train_run(config: RunConfig) -> Path:
+    """Train, evaluate, report and export one run; returns its folder. Raises UserError on bad input, before any long
+    work where that can be known."""
+    started = time.monotonic()
+    folder = RunFolder(Path(config.folder))
+    accelerator = make_accelerator(config, folder)
+    check_world_size(config.num_processes, accelerator.num_processes)
+    if on_main_process(lambda: folder.finished_twin(config)):
+        say(f"{folder.path} holds this run, finished; it is kept (existing_run=replace runs it again)")
+        if is_main_process():
+            show(folder)
+        return folder.path
+    session = load_session(config, folder, accelerator.device)
+    trainer = Trainer(config, session.model, session.bank, session.tasks, pad_token(session.tokenizer), folder, accelerator)
+    on_main_process(lambda: folder.claim(config))
+    trackers = {"wandb": {"name": config.name, "dir": str(folder.path)}} if "wandb" in config.tracking.trackers else {}
+    accelerator.init_trackers(config.tracking.project, config=_flat(config.model_dump(mode="json")), init_kwargs=trackers)
+    say(
+        f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {_dtype(session.model)}, on {accelerator.device}"
+    )
+    loaded = time.monotonic()
+    trainer.train()
+    trained = time.monotonic()
+    seconds = {"load": loaded - started, "train": trainer.seconds, "evaluate during training": trained - loaded - trainer.seconds}
+    if is_main_process():
+        folder.update_run_json(training=training_facts(session, seconds))
+    judge(session, trainer.selection.kept)
+    if is_main_process():
+        folder.update_run_json(finished=True)
+        show(folder)
+    accelerator.end_training()
+    wait_for_everyone()
+    return folder.path
+
+
+def training_facts(session: Session, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Where, with what and at what cost a run was trained; kept in run.json, so that a later evaluation cannot blur it."""
+    facts = {**environment(), "seconds": dict(seconds), "peak_memory_bytes": peak_memory(session.bank.device)}
+    facts |= {"processes": world()[1], "device": str(session.bank.device), "finished": now()}
+    return facts | {"model": session.config.model.path, "dtype": _dtype(session.model)}
+
+
+def judge(session: Session, kept: Mapping[int, Kept]) -> None:
+    """Evaluate base and adapters on all held-out examples, let them write, and leave report and exported adapters."""
+    config, bank, folder = session.config, session.bank, session.folder
+    started = time.monotonic()
+    heldout = final_heldout(session)
+    if not is_main_process():
+        return
+    for name in bank.ids:
+        export_peft(bank, name, folder.adapters / name, config.model.path)
+    completions = write_completions(session)
+    facts = json.loads(folder.run_json.read_text(encoding="utf-8")).get("training") or training_facts(session, {})
+    facts["seconds"] = {**facts["seconds"], "evaluate at the end": time.monotonic() - started}
+    facts["config"] = folder.config.read_text(encoding="utf-8")
+    write_report(build_results(config, folder, session.tasks, bank, heldout, kept, completions, facts), folder.evaluation)
+
+
+def final_heldout(session: Session) -> dict[str, HeldOut]:
+    """Held-out losses of the base and all adapters on every held-out example."""
+    room = 2 * session.config.training.tokens_per_microbatch
+    with Watch("evaluate", 1.0) as watch:
+        return evaluate_heldout(
+            RowLosses(session.model),
+            session.bank,
+            session.tasks.values(),
+            room,
+            pad_token(session.tokenizer),
+            with_base=True,
+            report=watch.update,
+        )
+
+
+def write_completions(session: Session) -> list[dict[str, Any]]:
+    """Every task's sample prompts, continued by the base model and by the task's adapters in one batch."""
+    requests, entries = [], []
+    for name, task in session.config.tasks.items():
+        for prompt in task.sample_prompts:
+            adapters = [spec for spec in session.bank.specs if spec.task == name]
+            if not adapters:
+                continue
+            entries.append({"task": name, "prompt": prompt, "families": ["base", *(spec.family for spec in adapters)]})
+            requests += [(prompt, BASE_ID), *((prompt, session.bank.ids[spec.name]) for spec in adapters)]
+    if not requests:
+        return []
+    texts = iter(complete(session.model, session.bank, session.tokenizer, requests, session.config.evaluation.max_new_tokens))
+    return [
+        {"task": entry["task"], "prompt": entry["prompt"], "completions": {family: next(texts) for family in entry["families"]}}
+        for entry in entries
+    ]
+
+
+def show(folder: RunFolder) -> None:
+    """Print what a run found and where it is."""
+    results = read_report(folder)
+    print_results(results)
+    print_completions(results)
+    seconds = results["facts"]["seconds"]
+    best = next((c["name"] for r in results["results"] for c in r["contenders"] if c["best"]), "ADAPTER")
+    print(
+        f"\nreport    {folder.evaluation / 'report.html'}\nadapters  {folder.adapters}/<name>/ (PeftModel.from_pretrained loads them)\n"
+        f"time      {', '.join(f'{stage} {duration(s)}' for stage, s in seconds.items())}\n"
+        f"next      {_command()} merge {folder.path} {best} outputs/merged-{best}"
+    )
+
+
+def read_report(folder: RunFolder) -> dict[str, Any]:
+    """report.json of a run. Raises UserError if there is none yet."""
+    path = folder.evaluation / "report.json"
+    if not path.exists():
+        raise fail("run", str(folder.path), "has no report yet: it did not finish; flora-train evaluate judges what it kept")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results["schema"] != SCHEMA:
+        fix = f"was written by another version (schema {results['schema']}, ours is {SCHEMA}): flora-train evaluate {folder.path} renews it"
+        raise fail(str(path), None, fix)
+    return results
+
+
+def evaluate_run(run: str) -> None:
+    """Judge a run's kept adapters again and rewrite its report."""
+    session, kept = reopen(run, with_tasks=True)
+    judge(session, kept)
+    show(session.folder)
+
+
+def export_run(run: str, names: Sequence[str]) -> None:
+    """Write the named adapters (all without names) in PEFT's format again."""
+    session, _ = reopen(run)
+    for name in names or session.bank.ids:
+        session.bank.id_of(name)
+    for name in names or session.bank.ids:
+        print(export_peft(session.bank, name, session.folder.adapters / name, session.config.model.path))
+
+
+def merge_run(run: str, name: str, folder: str) -> None:
+    """Write a plain model with one adapter of a run folded in, in float32: rounding W0 * M to half precision would lose
+    its small modulations."""
+    if Path(folder).exists():
+        raise fail("output folder", folder, "exists already: choose another")
+    session, _ = reopen(run, dtype="float32")
+    published: Any = load_model_config(session.config.model)  # ours has its dropout switched off
+    published.dtype = torch.float32
+    session.model.config = published
+    print(save_merged(session.bank, name, session.tokenizer, Path(folder)))
+
+
+def redraw_report(run: str) -> None:
+    """Draw the report of a run again from its report.json."""
+    folder, _ = open_run(run)
+    print(write_report(read_report(folder), folder.evaluation))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's peak allocation, or the process's largest resident size on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _command() -> str:
+    """How to call our command from this terminal, whether or not the environment is activated."""
+    beside = Path(sys.executable).with_name("flora-train")
+    if which("flora-train") or not beside.exists():
+        return "flora-train"
+    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float]:
+    """Dotted keys and plain values, as trackers want them."""
+    flat: dict[str, str | int | float] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float)) else str(value)
+    return flat

@@ -1,0 +1,116 @@
+"""What does every command on a run need loaded? Processes and device, tokenizer, tasks, base model and bank."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.base_model import load_base_model, load_tokenizer
+from flora_train.adapters.spec import expand
+from flora_train.config.errors import UserError, fail
+from flora_train.config.schema import RunConfig
+from flora_train.data.task import Task, load_tasks
+from flora_train.data.tokens import check_tokenizer
+from flora_train.training.checkpoint import load_adapter
+from flora_train.training.distributed import is_main_process
+from flora_train.training.run_folder import RunFolder, open_run
+from flora_train.training.selection import Kept
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a stage needs, loaded."""
+
+    config: RunConfig
+    folder: RunFolder
+    tokenizer: Any
+    tasks: Mapping[str, Task]
+    model: nn.Module
+    bank: AdapterBank
+
+
+def load_session(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool = True) -> Session:
+    """Data first, then the model: what is wrong with a task is known before the long load."""
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads or max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    tokenizer = load_tokenizer(config.model)
+    check_tokenizer(tokenizer, config.model.path)
+    tasks = load_tasks(config, tokenizer, cache_folder()) if with_tasks else {}
+    specs = expand(config)
+    for name in sorted(tasks.keys() - {spec.task for spec in specs}):
+        say(f"note: no adapter learns task {name}")
+    model = load_base_model(config.model, device)
+    return Session(config, folder, tokenizer, tasks, model, AdapterBank.attach(model, specs, config.seed))
+
+
+def reopen(run: str, with_tasks: bool = False, dtype: str | None = None) -> tuple[Session, dict[int, Kept]]:
+    """A run on disk with its kept adapters in the bank. dtype: of the base, instead of the run's.
+
+    Raises UserError if a checkpoint is missing or damaged.
+    """
+    folder, config = open_run(run)
+    if dtype is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    session = load_session(config, folder, make_accelerator(config, folder, trackers=False).device, with_tasks)
+    kept = {}
+    for adapter in range(len(session.bank.specs)):
+        facts = load_adapter(session.bank, adapter, folder.checkpoints)
+        kept[adapter] = Kept(facts["step"], facts["heldout_loss"])
+    return session, kept
+
+
+def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True) -> Any:
+    """Accelerate's device, processes and trackers. wandb stays offline unless tracking.online says otherwise."""
+    from accelerate import Accelerator
+
+    if not config.tracking.online:
+        os.environ.setdefault("WANDB_MODE", "offline")
+    wanted = [tracker for tracker in config.tracking.trackers if trackers]
+    for tracker in wanted:
+        _check_installed(tracker)
+    return Accelerator(log_with=wanted or None, project_dir=str(folder.path), cpu=not torch.cuda.is_available())
+
+
+def on_main_process(action: Any) -> Any:
+    """Run `action` on the main process; every process gets its result, or its UserError."""
+    outcome: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = error.problems
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(*outcome[1])
+    return outcome[0]
+
+
+def say(line: str) -> None:
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
+
+
+def cache_folder() -> Path:
+    """Where tokenised tasks are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flora_train" / "tokens"
+
+
+def available_cpus() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_installed(tracker: str) -> None:
+    if find_spec(tracker) is None:
+        raise fail("tracking.trackers", tracker, f"is not installed: pip install 'flora-train[{tracker}]'")

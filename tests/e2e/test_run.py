@@ -1,0 +1,148 @@
+"""The main job, as a user starts it: train, evaluate, report, export, and what the run folder holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import ROOT, Launch
+
+ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for method in ("flora", "lora", "ia3"))
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    done = launch(f"recipe={recipe}", f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    (folder / "stderr.txt").write_text(done.stderr)
+    return folder
+
+
+def adapter_bytes(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / "adapters" / name / "adapter_model.safetensors").read_bytes() for name in ADAPTERS}
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    differences = []
+    for name in ADAPTERS:
+        left, right = (load_file(folder / "adapters" / name / "adapter_model.safetensors") for folder in (a, b))
+        assert left.keys() == right.keys()
+        differences += [float((left[key] - right[key]).abs().max()) for key in left]
+    return max(differences)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "eval" / "report.json").read_text())
+
+
+def test_run_folder_holds_what_the_documentation_says(finished: Path) -> None:
+    assert sorted(path.name for path in (finished / "adapters").iterdir()) == ADAPTERS
+    assert sorted(path.stem for path in (finished / "checkpoints").iterdir()) == ADAPTERS
+    for name in ("config.yaml", "metrics.jsonl", "run.json", "eval/report.html", "eval/report.json"):
+        assert (finished / name).stat().st_size > 0, name
+    assert json.loads((finished / "run.json").read_text())["finished"]
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_every_adapter_beats_the_base_on_held_out_examples_of_its_task(finished: Path) -> None:
+    report = read_report(finished)
+    assert {result["task"] for result in report["results"]} == {"letters", "digits"}
+    for result in report["results"]:
+        assert len(result["contenders"]) == 3
+        for contender in result["contenders"]:
+            assert contender["difference_to_base"]["high"] < 0, contender["name"]
+
+
+def test_terminal_shows_progress_with_eta_results_completions_and_the_next_command(finished: Path) -> None:
+    shown, progress = (finished / "stdout.txt").read_text(), (finished / "stderr.txt").read_text()
+    assert "train: 100%" in progress
+    assert "tok/s" in progress
+    assert all(method in progress for method in ("flora", "lora", "ia3"))
+    for words in ("held-out bits per byte", "letters (before)", "letters (after", "report.html", "flora-train merge"):
+        assert words in shown
+
+
+def test_resolved_configuration_runs_again_to_the_same_bytes(finished: Path, launch: Launch, tmp_path: Path) -> None:
+    done = launch(f"recipe={finished / 'config.yaml'}", f"output_dir={tmp_path / 'again'}")
+    assert done.returncode == 0, done.stderr
+    assert adapter_bytes(finished) == adapter_bytes(tmp_path / "again")
+
+
+def test_two_processes_equal_one_to_1e_6(finished: Path, launch: Launch, recipe: Path, tmp_path: Path) -> None:
+    done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'two'}", "num_processes=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert read_report(tmp_path / "two")["facts"]["processes"] == 2
+    assert largest_difference(finished, tmp_path / "two") <= 1e-6
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(launch: Launch, recipe: Path, tmp_path: Path) -> None:
+    done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'x'}", "num_processes=2")
+    assert done.returncode == 1 or done.returncode == 2
+    assert "num_processes = 2: but 1 process(es) run" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_finished_run_is_kept_on_reuse_and_refused_otherwise(finished: Path, launch: Launch, recipe: Path) -> None:
+    before = (finished / "run.json").read_text()
+    again = launch(f"recipe={recipe}", f"output_dir={finished}", "existing_run=reuse")
+    assert again.returncode == 0, again.stderr
+    assert "is kept" in again.stderr
+    assert "held-out bits per byte" in again.stdout
+    refused = launch(f"recipe={recipe}", f"output_dir={finished}")
+    assert "holds a finished run" in refused.stderr
+    other = launch(f"recipe={recipe}", f"output_dir={finished}", "existing_run=reuse", "seed=5")
+    assert "of another configuration" in other.stderr
+    assert (finished / "run.json").read_text() == before
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "flora_train", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_evaluate_export_and_report_commands_reproduce_the_run(finished: Path) -> None:
+    before, report = adapter_bytes(finished), read_report(finished)
+    for words in (("evaluate", str(finished)), ("export", str(finished), "letters-flora"), ("report", str(finished))):
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+    assert adapter_bytes(finished) == before
+    assert read_report(finished)["results"] == report["results"]
+
+
+def test_merge_writes_a_model_that_equals_the_adapted_one(finished: Path, checkpoint: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    done = command("merge", str(finished), "digits-flora", str(tmp_path / "merged"))
+    assert done.returncode == 0, done.stderr
+    ids = torch.arange(3, 19)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, finished / "adapters" / "digits-flora")(ids).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+    assert (merged - plain).abs().max() > 0.01
+
+
+def test_tensorboard_gets_per_adapter_metrics(launch: Launch, recipe: Path, tmp_path: Path) -> None:
+    done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "tracking.trackers=[tensorboard]", "training.steps=4")
+    assert done.returncode == 0, done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = next((tmp_path / "run").rglob("events.out.tfevents*"))
+    log = EventAccumulator(str(events.parent)).Reload()
+    assert {f"eval/{name}/loss" for name in ADAPTERS} <= set(log.Tags()["scalars"])
+
+
+def test_wandb_stays_offline_by_default(launch: Launch, recipe: Path, tmp_path: Path) -> None:
+    done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "tracking.trackers=[wandb]", "training.steps=4")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run").rglob("offline-run-*"))

@@ -1,0 +1,42 @@
+"""On a GPU: the same training as on the CPU, and no waiting for the device inside a layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.layer import AdapterLinear
+from tests.conftest import mixed_specs, tiny_model
+from tests.unit.training.harness import make_trainer, plans_of, train_together
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_on_the_gpu_equals_training_on_the_cpu(tmp_path: Path, optimizer: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    trainers = [make_trainer(mixed_specs(lr=2e-3), tmp_path, device=device, optimizer=optimizer) for device in ("cpu", "cuda")]
+    plans = plans_of(trainers[0], 10)
+    for trainer in trainers:
+        train_together(trainer, plans)
+    for cpu, gpu in zip(trainers[0].bank.pools, trainers[1].bank.pools, strict=True):
+        torch.testing.assert_close(gpu.values.cpu(), cpu.values, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_do_not_wait_for_the_device(dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype).cuda()
+    bank = AdapterBank.attach(model, mixed_specs())
+    bank.route([*range(len(bank.specs)), -1])
+    layers = [module for module in model.modules() if isinstance(module, AdapterLinear)]
+    x = {n: torch.randn(len(bank.specs) + 1, 9, n, device="cuda", dtype=dtype, requires_grad=True) for n in (32, 48)}
+    for repeat in range(2):  # the first pass works out the spans of every layer
+        torch.cuda.set_sync_debug_mode("error" if repeat else "default")
+        try:
+            for layer in layers:
+                layer(x[layer.in_features]).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
