@@ -1,0 +1,103 @@
+"""Which figures stand in the README? Those of committed results, put between its markers by this script.
+
+Usage: python benchmarks/update_figures.py [--check]   (--check: only say whether README.md is in step)
+Results come from `make quickstart` and `make sweep`: benchmarks/results/<name>.json is that run's eval/report.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from flora_train.evaluation.report.terminal import print_completions, print_results
+from flora_train.training.progress import duration
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def quickstart_block() -> str:
+    """What `make quickstart` printed, and the machine it ran on."""
+    results = read("quickstart")
+    output = io.StringIO()
+    console = Console(file=output, width=140, soft_wrap=True)
+    print_results(results, console)
+    print_completions(results, console)
+    return f"~~~\n{output.getvalue().strip()}\n~~~\n\n{machine(results)}"  # completions may hold backticks
+
+
+def sweep_block() -> str:
+    """Held-out bits per byte of every setting of the sweep."""
+    results = read("quickstart_sweep")
+    (result,) = results["results"]
+    lr = {adapter["family"]: adapter for adapter in results["adapters"]}
+    rows = [
+        "| method | learning rate | held-out bits per byte (base {:.3f}) |".format(result["base"]["bits_per_byte"]["value"]),
+        "|---|---|---|",
+    ]
+    for contender in result["contenders"]:
+        adapter = lr[contender["family"]]
+        name = " ".join(
+            str(part)
+            for part in (adapter["method"], adapter["variant"], f"r={adapter['rank']}")
+            if part and "None" not in str(part)
+        )
+        best = (
+            min(c["bits_per_byte"]["value"] for c in result["contenders"] if kind(lr[c["family"]]) == kind(adapter))
+            == contender["bits_per_byte"]["value"]
+        )
+        value = f"{contender['bits_per_byte']['value']:.3f}"
+        rows.append(f"| {name} | {adapter['lr']:g} | {f'**{value}**' if best else value} |")
+    return "\n".join([*rows, "", machine(results)])
+
+
+def kind(adapter: dict[str, Any]) -> tuple[Any, ...]:
+    return adapter["method"], adapter["variant"]
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Where and with what the figures were measured."""
+    facts, packages = results["facts"], results["facts"]["packages"]
+    seconds = ", ".join(f"{stage} {duration(time)}" for stage, time in facts["seconds"].items())
+    return (
+        f"<sub>{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs, base in {facts['dtype']}, torch {packages['torch']}, "
+        f"transformers {packages['transformers']}; {seconds}; {facts['peak_memory_bytes'] / 2**30:.1f} GiB. One seed.</sub>"
+    )
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def updated(readme: str) -> str:
+    """The README with fresh figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
+    blocks = {"quickstart": quickstart_block, "sweep": sweep_block}
+
+    def replace(match: re.Match[str]) -> str:
+        return f"<!-- figures: {match[1]} -->\n{blocks[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- figures: (\w+) -->.*?<!-- end -->", replace, readme, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of step")
+    options = parser.parse_args()
+    now = README.read_text(encoding="utf-8")
+    fresh = updated(now)
+    if options.check:
+        return int(fresh != now)
+    README.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
