@@ -65,8 +65,8 @@ def train_run(config: RunConfig) -> Path:
     if is_main_process():
         folder.update_run_json(finished=True)
         show(folder)
+    wait_for_everyone()  # a process that leaves early takes its end of the connections with it
     accelerator.end_training()
-    wait_for_everyone()
     return folder.path
 
 

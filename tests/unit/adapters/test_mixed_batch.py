@@ -52,13 +52,14 @@ def test_mixed_rows_equal_one_adapter_at_a_time(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_base_rows_are_bit_equal_to_the_base_beside_trained_adapters(architecture: str) -> None:
+def test_base_rows_equal_the_base_beside_trained_adapters(architecture: str) -> None:
     bank = varied_bank(architecture)
     x = tokens(8)
     names = [BASE, "task-one", BASE, "task-ia3", "task-residual", "task-some", "task-lora", BASE]
     mixed, plain = logits(bank, x, names), plain_logits(architecture, x)
     for row, name in enumerate(names):
-        assert torch.equal(mixed[row], plain[row]) == (name == BASE), name
+        difference = (mixed[row] - plain[row]).abs().max()
+        assert difference <= 1e-6 if name == BASE else difference > 1e-3, name  # not 0: matmuls are blocked by their shape
 
 
 def test_without_a_routing_the_model_is_the_base() -> None:
@@ -74,7 +75,8 @@ def test_unsorted_adapter_ids_give_what_sorted_ones_give() -> None:
     ids = torch.tensor([4, 0, -1, 5, 2, 0, 3, 1, 4])
     x = tokens(len(ids))
     order = ids.argsort(stable=True)
-    assert torch.equal(logits(bank, x, ids)[order], logits(bank, x[order], ids[order]))
+    # not bit by bit: in some matrix libraries the last digit of a row depends on its place in the batch
+    torch.testing.assert_close(logits(bank, x, ids)[order], logits(bank, x[order], ids[order]), rtol=1e-5, atol=1e-6)
 
 
 def test_unsorted_adapter_ids_give_the_gradients_of_sorted_ones() -> None:
@@ -171,7 +173,11 @@ def test_layer_fed_with_flattened_tokens_routes_them_row_by_row() -> None:
             outputs.append(bank.model(x))
     assert torch.equal(*outputs)
     plain = Flattening(False)(x)
-    assert [torch.equal(row, base) for row, base in zip(outputs[0], plain, strict=True)] == [i == -1 for i in ids]
+    assert [(row - base).abs().max() <= 1e-6 for row, base in zip(outputs[0], plain, strict=True)] == [i == -1 for i in ids]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).float().norm() / expected.float().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,9 +204,9 @@ def test_encoder_decoder_model_takes_mixed_rows(feed_forward: str, dtype: torch.
             part = slice(row, row + 1)
             with bank.routed([adapter]):
                 alone = model(input_ids=source[part], decoder_input_ids=target[part]).logits
-            error = (mixed[part] - alone).float().norm() / alone.float().norm()
-            assert error <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-            assert torch.equal(mixed[row], plain[row]) == (adapter == -1)
+            rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+            assert relative_error(mixed[part], alone) <= rounding
+            assert (relative_error(mixed[part], plain[part]) <= rounding) == (adapter == -1)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
