@@ -11,10 +11,10 @@ help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
 
 quickstart: $(INSTALLED) $(MODEL)  ## train 9 adapters in one run on real code, evaluate, report, export (ARGS="key=value ...")
-	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart existing_run=reuse $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart resume=true $(ARGS)
 
 sweep: $(INSTALLED) $(MODEL)  ## the learning rates behind the quickstart (15 minutes)
-	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart_sweep existing_run=reuse $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart_sweep resume=true $(ARGS)
 
 test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)

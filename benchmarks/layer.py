@@ -20,7 +20,7 @@ from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
 from flora_train.kernels.ia3 import ia3_scale
 from flora_train.kernels.lora import lora_add
 from flora_train.kernels.segments import Segments
-from flora_train.training.run_folder import environment
+from flora_train.training.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "layer_cpu.md"
 SHAPES = [(576, 1024, 8), (576, 1024, 32), (1024, 2048, 4), (1024, 2048, 16), (1024, 256, 16)]  # d, tokens, adapters

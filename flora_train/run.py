@@ -25,12 +25,14 @@ from flora_train.evaluation.report.terminal import print_completions, print_resu
 from flora_train.evaluation.results import SCHEMA, build_results
 from flora_train.export.merge import save_merged
 from flora_train.export.peft_format import export_peft
-from flora_train.session import Session, load_session, make_accelerator, on_main_process, reopen, say
-from flora_train.training.distributed import check_world_size, is_main_process, wait_for_everyone, world
+from flora_train.session import Session, load_session, make_accelerator, reopen
+from flora_train.training.clock import spoken
+from flora_train.training.distributed import check_world_size, is_main_process, on_main_process, say, wait_for_everyone, world
+from flora_train.training.environment import environment, now
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.progress import Watch, duration
-from flora_train.training.run_folder import RunFolder, environment, now, open_run
+from flora_train.training.run_folder import RunFolder, flat, open_run
 from flora_train.training.selection import Kept
 from flora_train.training.trainer import Trainer
 
@@ -42,8 +44,9 @@ def train_run(config: RunConfig) -> Path:
     folder = RunFolder(Path(config.folder))
     accelerator = make_accelerator(config, folder)
     check_world_size(config.num_processes, accelerator.num_processes)
-    if on_main_process(lambda: folder.finished_twin(config)):
-        say(f"{folder.path} holds this run, finished; it is kept (existing_run=replace runs it again)")
+    standing = on_main_process(lambda: folder.standing(config))
+    if standing == "finished":
+        say(f"{folder.path} holds this run, finished; it is kept (resume=false existing_run=replace runs it again)")
         if is_main_process():
             show(folder)
         return folder.path
@@ -51,19 +54,21 @@ def train_run(config: RunConfig) -> Path:
     trainer = Trainer(config, session.model, session.bank, session.tasks, pad_token(session.tokenizer), folder, accelerator)
     on_main_process(lambda: folder.claim(config))
     trackers = {"wandb": {"name": config.name, "dir": str(folder.path)}} if "wandb" in config.tracking.trackers else {}
-    accelerator.init_trackers(config.tracking.project, config=_flat(config.model_dump(mode="json")), init_kwargs=trackers)
+    accelerator.init_trackers(config.tracking.project, config=_scalars(config), init_kwargs=trackers)
     say(
         f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {_dtype(session.model)}, on {accelerator.device}"
     )
-    loaded = time.monotonic()
+    if standing == "interrupted":
+        trainer.resume()
+    seconds = {"load": time.monotonic() - started}
     trainer.train()
-    trained = time.monotonic()
-    seconds = {"load": loaded - started, "train": trainer.seconds, "evaluate during training": trained - loaded - trainer.seconds}
+    seconds |= {"train": trainer.at.seconds, "evaluate during training": trainer.at.evaluation_seconds}
     if is_main_process():
-        folder.update_run_json(training=training_facts(session, seconds))
+        folder.update_run_json(training=training_facts(session, seconds) | {"time_shares": trainer.clock.shares()})
     judge(session, trainer.selection.kept)
     if is_main_process():
         folder.update_run_json(finished=True)
+        trainer.checkpoints.clear()
         show(folder)
     wait_for_everyone()  # a process that leaves early takes its end of the connections with it
     accelerator.end_training()
@@ -137,6 +142,7 @@ def show(folder: RunFolder) -> None:
     print(
         f"\nreport    {folder.evaluation / 'report.html'}\nadapters  {folder.adapters}/<name>/ (PeftModel.from_pretrained loads them)\n"
         f"time      {', '.join(f'{stage} {duration(s)}' for stage, s in seconds.items())}\n"
+        f"speed     {_speed(results)}\n"
         f"next      {_command()} merge {folder.path} {best} outputs/merged-{best}"
     )
 
@@ -202,16 +208,18 @@ def _command() -> str:
     return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
+def _speed(results: Mapping[str, Any]) -> str:
+    tokens, seconds = sum(adapter["tokens"] for adapter in results["adapters"]), results["facts"]["seconds"].get("train")
+    rate = f"{tokens / seconds:.0f} tokens/s" if seconds else "not recorded"
+    shares = spoken(results["facts"].get("time_shares", {}))
+    return f"{rate}: {shares}" if shares else rate
+
+
 def _dtype(model: nn.Module) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float]:
+def _scalars(config: RunConfig) -> dict[str, str | int | float]:
     """Dotted keys and plain values, as trackers want them."""
-    flat: dict[str, str | int | float] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float)) else str(value)
-    return flat
+    keys = flat(config.model_dump(mode="json"))
+    return {key: value if isinstance(value, (int, float)) else str(value) for key, value in keys.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.base_model import load_base_model, load_tokenizer
 from flora_train.adapters.spec import expand
-from flora_train.config.errors import UserError, fail
+from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokens import check_tokenizer
-from flora_train.training.checkpoint import load_adapter
-from flora_train.training.distributed import is_main_process
+from flora_train.training.adapter_file import load_adapter
+from flora_train.training.distributed import say
 from flora_train.training.run_folder import RunFolder, open_run
 from flora_train.training.selection import Kept
 
@@ -64,7 +62,7 @@ def reopen(run: str, with_tasks: bool = False, dtype: str | None = None) -> tupl
     session = load_session(config, folder, make_accelerator(config, folder, trackers=False).device, with_tasks)
     kept = {}
     for adapter in range(len(session.bank.specs)):
-        facts = load_adapter(session.bank, adapter, folder.checkpoints)
+        facts = load_adapter(session.bank, adapter, folder.kept)
         kept[adapter] = Kept(facts["step"], facts["heldout_loss"])
     return session, kept
 
@@ -79,26 +77,6 @@ def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True
     for tracker in wanted:
         _check_installed(tracker)
     return Accelerator(log_with=wanted or None, project_dir=str(folder.path), cpu=not torch.cuda.is_available())
-
-
-def on_main_process(action: Any) -> Any:
-    """Run `action` on the main process; every process gets its result, or its UserError."""
-    outcome: list[Any] = [None, None]
-    if is_main_process():
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = error.problems
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(*outcome[1])
-    return outcome[0]
-
-
-def say(line: str) -> None:
-    if is_main_process():
-        print(line, file=sys.stderr, flush=True)
 
 
 def cache_folder() -> Path:

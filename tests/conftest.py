@@ -1,64 +1,19 @@
-"""Tiny random-weight models and adapter specs shared by the tests."""
+"""Adapter specs shared by the tests."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PhiConfig
 
 from flora_train.adapters.spec import AdapterSpec, make_spec
 from flora_train.config.schema import AdapterConfig
 
-VOCABULARY = 97
-
-CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    ),
-    "gpt2": GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    ),
-    "opt": OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        word_embed_proj_dim=32,
-        dropout=0.0,
-        pad_token_id=1,
-    ),
-    "phi": PhiConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    ),
-}
-
-
-def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A random-weight causal LM, the same at every call."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # a zero bias would hide mistakes with biases
-                parameter.normal_(std=0.1)
-    return model.to(dtype)
+FEW = ("llama", "gpt2", "opt", "phi")
+"""Architectures that most tests are content with: Linear with and without bias, Conv1D, grouped and plain attention."""
 
 
 def spec(method: str, task: str = "task", family: str | None = None, steps: int = 100, **options: Any) -> AdapterSpec:
@@ -91,3 +46,20 @@ def perturb(bank: Any, scale: float = 0.2) -> None:
 def one_thread() -> None:
     """Tiny matrices gain nothing from a second thread, and tests run two at a time."""
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-docs", action="store_true", help="write the tables in docs/ instead of comparing them")
+
+
+@pytest.fixture
+def update_docs(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """Compare a document with what a test found, or under --update-docs write it."""
+
+    def update(path: Path, content: str) -> None:
+        if request.config.getoption("--update-docs"):
+            path.write_text(content, encoding="utf-8")
+        assert path.exists(), f"{path} is missing: run this test with --update-docs"
+        assert path.read_text(encoding="utf-8") == content, f"{path} is out of step: run this test with --update-docs"
+
+    return update

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +83,18 @@ class AdapterBank:
         finally:
             self.router.set(None)
 
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The plain base, forward and backward: as if the embeddings were trained, so that gradients flow through every
+        layer, as they do for adapters."""
+        embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        self.router.set(None)
+        handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def abandon(self) -> None:
         """Forget a forward whose backward will not run, and be the plain base again."""
         self.router.abandon()
@@ -113,6 +125,17 @@ class AdapterBank:
         """All gradients of one adapter, [P]: a view."""
         pool, slot = self.location[adapter]
         return pool.gradients[slot]
+
+    def by_pool(self, adapters: Iterable[int]) -> Iterator[tuple[Pool, list[int], Any]]:
+        """These adapters pool by pool: the pool, its adapter ids ascending, and an index of their rows: a slice where it is
+        every row (they are then updated in place instead of copied out and back), else LongTensor [K]."""
+        members: dict[int, list[int]] = defaultdict(list)
+        for adapter in sorted(adapters):
+            members[id(self.location[adapter][0])].append(adapter)
+        for pool in self.pools:
+            if ids := members[id(pool)]:
+                slots = [self.location[adapter][1] for adapter in ids]
+                yield pool, ids, slice(None) if len(ids) == len(pool.specs) else torch.tensor(slots, device=self.device)
 
     def _wrap_layers(self) -> None:
         for pool in self.pools:

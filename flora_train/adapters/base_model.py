@@ -37,7 +37,7 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
 
     logging.disable_progress_bar()
     model_config = load_model_config(config)
-    _without_dropout(model_config)
+    without_dropout(model_config)
     options: dict[str, Any] = {"config": model_config, "dtype": resolve_dtype(config.dtype, device)}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
@@ -86,7 +86,8 @@ def _how_to_build(path: str) -> str:
     return "; build it with: python assets/build_smollm2.py" if Path(path).name == "smollm2-135m" else ""
 
 
-def _without_dropout(config: Any) -> None:
+def without_dropout(config: Any) -> None:
+    """Set every dropout rate in a model's configuration, and in the configurations inside it, to 0."""
     for part in [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]:
         for key, value in list(vars(part).items()):
             if "drop" in key and isinstance(value, float):

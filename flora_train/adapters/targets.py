@@ -13,6 +13,12 @@ from flora_train.adapters.methods import Target
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import did_you_mean, fail
 
+IA3_BEYOND_PEFT: dict[str, dict[str, list[str]]] = {
+    "target_modules": {"starcoder2": ["k_proj", "v_proj", "mlp.c_proj"], "whisper": ["k_proj", "v_proj", "fc2"]},
+    "feedforward_modules": {"starcoder2": ["mlp.c_proj"], "whisper": ["fc2"]},
+}
+"""Keys, values and the feed-forward output (the IA3 paper's rule) of architectures that PEFT's table lacks."""
+
 
 def linear_layers(model: Any) -> dict[str, Target]:
     """Every layer that adapters support, by module name; the output head is left out."""
@@ -105,7 +111,7 @@ def _ia3_default(model: nn.Module, which: str, key: str) -> list[str]:
     """PEFT's table, so that an exported adapter means the same there."""
     from peft.utils import constants
 
-    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_IA3_{which.upper()}_MAPPING")
+    table = {**getattr(constants, f"TRANSFORMERS_MODELS_TO_IA3_{which.upper()}_MAPPING"), **IA3_BEYOND_PEFT[which]}
     architecture = getattr(getattr(model, "config", None), "model_type", None)
     if architecture not in table:
         options = ", ".join(endings(linear_layers(model)))

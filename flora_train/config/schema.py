@@ -131,6 +131,8 @@ class TrainingConfig(Section):
     """AdamW's denominator constant."""
     log_every: int = Field(10, ge=1)
     """Steps between two progress lines and rows of metrics.jsonl."""
+    checkpoint_every: int = Field(20, ge=1)
+    """Steps between two checkpoints for resume=true: adapters, optimizer and position, never the base."""
 
     @field_validator("max_length")
     @classmethod
@@ -178,9 +180,10 @@ class RunConfig(Section):
     """Name of the run."""
     output_dir: Text | None = None
     """Run folder. Default: outputs/<name>."""
-    existing_run: Literal["refuse", "reuse", "replace"] = "refuse"
-    """If output_dir holds a run already: stop; or keep a finished run of the same configuration (an interrupted one is
-    set aside as <folder>.interrupted-1); or delete it."""
+    existing_run: Literal["refuse", "replace"] = "refuse"
+    """If output_dir holds a run already: stop, or delete it."""
+    resume: bool = False
+    """If output_dir holds this run already: go on from its last checkpoint, or keep it if it is finished."""
     seed: int = Field(0, ge=0)
     """Seed of initialisation, mixture, splits and dropout."""
     num_processes: int | None = Field(None, ge=1)
@@ -195,6 +198,13 @@ class RunConfig(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("resume")
+    @classmethod
+    def _one_way_with_what_is_there(cls, resume: bool, info: ValidationInfo) -> bool:
+        if resume and info.data.get("existing_run") == "replace":
+            raise ValueError("contradicts existing_run=replace, which deletes what could be resumed: give one of them")
+        return resume
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

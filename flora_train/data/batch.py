@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,19 +27,23 @@ class Row:
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """input_ids, attention_mask, labels: int64 [B, L], right-padded; adapter_ids: int64 [B], non-decreasing;
-    labels are IGNORE at prompt and padding. rows: what each row is."""
+    """inputs: what the model is called with; of a causal model input_ids and attention_mask, int64 [B, L], right-padded;
+    labels: int64 [B, L], IGNORE at prompt and padding; adapter_ids: int64 [B], non-decreasing; rows: what each row is."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    inputs: Mapping[str, Tensor]
     labels: Tensor
     adapter_ids: Tensor
     rows: tuple[Row, ...]
 
     def to(self, device: torch.device) -> MixedBatch:
         """The same batch with its tensors on `device`."""
-        names = ("input_ids", "attention_mask", "labels", "adapter_ids")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        labels, ids = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.adapter_ids))
+        return replace(self, inputs=inputs, labels=labels, adapter_ids=ids)
+
+
+Collate = Callable[[Sequence[Row], Callable[[str], TokenSplit], int], MixedBatch]
+"""(rows, task -> its tokens, padding token) -> a batch. What a batch holds is the model's business: `collate` for causal ones."""
 
 
 def group_by_length(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
@@ -63,7 +67,7 @@ def share_of_rank(groups: Sequence[Sequence[Row]], rank: int, processes: int) ->
 
 
 def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:
-    """Rows -> tensors. `split_of(task)` holds the tokens."""
+    """Rows -> tensors for a causal model. `split_of(task)` holds the tokens."""
     length = max(row.length for row in rows)
     input_ids = np.full((len(rows), length), pad_token, dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=np.int64)
@@ -75,4 +79,5 @@ def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_toke
         mask[i, : len(tokens)] = 1
         labels[i, prompt : len(tokens)] = tokens[prompt:]
     ids = torch.tensor([row.adapter for row in rows])
-    return MixedBatch(torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(labels), ids, tuple(rows))
+    inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
+    return MixedBatch(inputs, torch.from_numpy(labels), ids, tuple(rows))

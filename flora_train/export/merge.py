@@ -14,7 +14,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import fail
-from flora_train.training.run_folder import disk_errors
+from flora_train.training.atomic import disk_errors
 
 
 @torch.no_grad()

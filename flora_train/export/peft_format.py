@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.targets import shortest_suffixes
-from flora_train.training.run_folder import disk_errors
+from flora_train.training.atomic import disk_errors
 
 
 def export_peft(bank: AdapterBank, name: str, folder: Path, base_model: str) -> Path:
@@ -49,7 +49,7 @@ def peft_config(bank: AdapterBank, name: str, base_model: str) -> dict[str, Any]
     return {
         **pool.method.peft_config(pool.specs[slot], sorted([*outputs, *inputs]), inputs),
         "base_model_name_or_path": base_model,
-        "task_type": "SEQ_2_SEQ_LM" if getattr(bank.model.config, "is_encoder_decoder", False) else "CAUSAL_LM",
+        "task_type": _task_type(bank.model),
         "inference_mode": True,
         "fan_in_fan_out": any(target.transposed for target in pool.targets.values()),
     }
@@ -63,3 +63,10 @@ def peft_tensors(bank: AdapterBank, name: str) -> dict[str, Tensor]:
         for module, params in pool.row(slot).items()
         for suffix, tensor in pool.method.peft_tensors(params, pool.specs[slot], pool.targets[module].feedforward).items()
     }
+
+
+def _task_type(model: Any) -> str | None:
+    """PEFT's word for the kind of model. None for speech: PEFT would hand `input_ids` to a model that has no such input."""
+    if model.main_input_name != "input_ids":
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.config.errors import fail
+from flora_train.config.errors import UserError, fail
 
 
 def check_world_size(expected: int | None, actual: int) -> None:
@@ -23,19 +25,27 @@ def check_world_size(expected: int | None, actual: int) -> None:
 
 
 def sum_gradients(bank: AdapterBank, adapters: Iterable[int]) -> None:
-    """Add up the gradients of these adapters over all processes, in place. Every process names the same adapters:
-    the step is planned alike everywhere, also where a process holds no row of one of them."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    """Add up the gradients of these adapters over all processes, in place, one exchange per pool. Every process names
+    the same adapters: the step is planned alike everywhere, also where a process holds no row of one of them."""
+    if not _several():
         return
-    for adapter in sorted(adapters):
-        dist.all_reduce(bank.gradient_row(adapter))
+    for pool, _, rows in bank.by_pool(adapters):
+        gradients = pool.gradients[rows]
+        dist.all_reduce(gradients)
+        pool.gradients[rows] = gradients
 
 
 def sum_over_processes(numbers: Tensor) -> Tensor:
     """The elementwise sum over processes, in place."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _several():
         dist.all_reduce(numbers)
     return numbers
+
+
+def share_from_main(tensors: Iterable[Tensor]) -> None:
+    """Give every process the main one's numbers, in place."""
+    for tensor in tensors if _several() else ():
+        dist.broadcast(tensor, 0)
 
 
 def is_main_process() -> bool:
@@ -43,10 +53,34 @@ def is_main_process() -> bool:
 
 
 def wait_for_everyone() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _several():
         dist.barrier()
 
 
 def world() -> tuple[int, int]:
     """(rank, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_main_process(action: Callable[[], Any]) -> Any:
+    """Run `action` on the main process; every process gets its result, or its UserError."""
+    outcome: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = error.problems
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(*outcome[1])
+    return outcome[0]
+
+
+def say(line: str) -> None:
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1

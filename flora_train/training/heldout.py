@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
-from flora_train.data.batch import Row, collate, group_by_length, share_of_rank
+from flora_train.data.batch import Collate, Row, collate, group_by_length, share_of_rank
 from flora_train.data.task import Task
 from flora_train.training.distributed import sum_over_processes, world
 from flora_train.training.loss import RowLosses
@@ -50,6 +50,7 @@ def evaluate_heldout(
     max_examples: int | None = None,
     with_base: bool = False,
     report: Callable[[float], None] = lambda share: None,
+    collate: Collate = collate,
 ) -> dict[str, HeldOut]:
     """Held-out losses per task, all adapters and tasks mixed in the same batches, shared out to all processes.
 

@@ -12,33 +12,38 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from flora_train.data.batch import IGNORE, MixedBatch
+from flora_train.training.clock import StepClock
 
 CHUNK = 128
 """Positions whose logits exist at one time."""
 
 
 class RowLosses:
-    """Next-token losses of a causal LM, summed per row. Looks once, at the start, at how the model makes its logits."""
+    """Next-token losses of a model, summed per row. Looks once, at the start, at how the model makes its logits."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, clock: StepClock | None = None) -> None:
         self.model = model
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self.encoder_decoder = _is_encoder_decoder(model)
         self.head_makes_logits = _head_makes_logits(model, self.head)
+        self.clock = clock or StepClock(next(model.parameters()).device, 1)
 
     def __call__(self, batch: MixedBatch) -> Tensor:
         """Sum of the next-token losses (nats) of every row, float32 [B], differentiable once.
 
-        Logits exist only at positions that have a label and, unless the architecture changes them after the output
-        head (soft caps, scales), only CHUNK of them at a time.
+        A causal model's labels are its inputs: position i predicts label i + 1. An encoder-decoder's decoder reads them
+        shifted right (decoder_input_ids of the batch): position i predicts label i. Logits exist only at positions that have a label and, unless
+        the architecture changes them after the output head (soft caps, scales), only CHUNK of them at a time.
         """
-        labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
+        labels = batch.labels if self.encoder_decoder else F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
         learnt = labels != IGNORE
         with _head_input(self.head, learnt, first_only=self.head_makes_logits) as hidden:
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        if self.head_makes_logits:
-            losses = ChunkedCrossEntropy.apply(hidden[0], self.head.weight, self.head.bias, labels[learnt])
-        else:
-            losses = F.cross_entropy(logits[0].float(), labels[learnt], reduction="none")
+            logits = self.model(**batch.inputs, use_cache=False).logits
+        with self.clock.part("loss"):
+            if self.head_makes_logits:
+                losses = ChunkedCrossEntropy.apply(hidden[0], self.head.weight, self.head.bias, labels[learnt])
+            else:
+                losses = F.cross_entropy(logits[0].float(), labels[learnt], reduction="none")
         rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[learnt]
         return losses.new_zeros(len(labels)).index_add(0, rows, losses)
 
@@ -98,6 +103,14 @@ def _head_makes_logits(model: nn.Module, head: nn.Module) -> bool:
     if not isinstance(head, nn.Linear):
         return False
     token = torch.ones(1, 1, dtype=torch.long, device=head.weight.device)
+    inputs: dict[str, Any] = {"input_ids": token}
+    if _is_encoder_decoder(model):
+        encoded = torch.zeros(1, 1, model.config.d_model, dtype=head.weight.dtype, device=head.weight.device)  # type: ignore
+        inputs = {"encoder_outputs": (encoded,), "decoder_input_ids": token}
     with _head_input(head, token.bool(), first_only=False) as hidden:
-        logits = model(input_ids=token, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     return torch.equal(head(hidden[0]), logits[0])
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))

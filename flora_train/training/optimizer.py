@@ -7,7 +7,6 @@ rows per pool, whatever the number of adapters and layers.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,18 +43,22 @@ class BankOptimizer:
     @torch.no_grad()
     def step(self, adapters: Iterable[int]) -> dict[int, AdapterStep]:
         """Update the adapters of this step from the pool's gradients, then clear those gradients."""
-        present: dict[int, list[int]] = defaultdict(list)
-        for adapter in sorted(adapters):
-            present[id(self.bank.location[adapter][0])].append(adapter)
         results: dict[int, AdapterStep] = {}
-        for pool in self.bank.pools:
-            if present[id(pool)]:
-                results |= self._step_pool(pool, present[id(pool)])
+        for pool, members, rows in self.bank.by_pool(adapters):
+            results |= self._step_pool(pool, members, rows)
         return results
 
-    def _step_pool(self, pool: Pool, adapters: list[int]) -> dict[int, AdapterStep]:
-        slots = _index(pool, [self.bank.location[a][1] for a in adapters])
-        norms = torch.linalg.vector_norm(pool.gradients[slots], dim=1)
+    def tensors(self) -> dict[str, Tensor]:
+        """The bank's values and the moments, as they stand, by name: with `steps`, all that a training state holds."""
+        named = {}
+        for i, pool in enumerate(self.bank.pools):
+            named[f"pool{i}.values"] = pool.values
+            for name, moment in zip(("first", "second"), self.moments.get(id(pool), ()), strict=False):
+                named[f"pool{i}.{name}"] = moment
+        return named
+
+    def _step_pool(self, pool: Pool, adapters: list[int], rows: Any) -> dict[int, AdapterStep]:
+        norms = torch.linalg.vector_norm(pool.gradients[rows], dim=1)
         norm_of = dict(zip(adapters, norms.tolist(), strict=True))  # the step's one wait for the device, per pool
         results = {
             a: AdapterStep(learning_rate(self.bank.specs[a], self.steps[a]), norm, not _is_finite(norm))
@@ -65,9 +68,9 @@ class BankOptimizer:
         if finite:
             for adapter in finite:
                 self.steps[adapter] += 1
-            moving = _index(pool, [self.bank.location[a][1] for a in finite])
+            ((_, _, moving),) = self.bank.by_pool(finite)
             self._update(pool, moving, finite, [results[a] for a in finite])
-        pool.gradients[slots] = 0.0
+        pool.gradients[rows] = 0.0
         return results
 
     def _update(self, pool: Pool, slots: Tensor | slice, adapters: list[int], steps: list[AdapterStep]) -> None:
@@ -94,11 +97,6 @@ class BankOptimizer:
         rate = column(-r.lr / (1.0 - beta1**t) for r, t in zip(steps, own, strict=True))
         denominator = v.sqrt().div_(column((1.0 - beta2**t) ** 0.5 for t in own)).add_(self.config.eps)
         pool.values[slots] = values.addcdiv_(m.mul(rate), denominator)
-
-
-def _index(pool: Pool, slots: list[int]) -> Any:
-    """A slice when every slot is present: then rows are updated in place instead of copied out and back."""
-    return slice(None) if slots == list(range(len(pool.specs))) else torch.tensor(slots, device=pool.values.device)
 
 
 def _is_finite(number: float) -> bool:

@@ -14,10 +14,13 @@ from flora_train.training.distributed import is_main_process
 
 
 class Watch:
-    """Progress over `total` units of one stage, for instance steps. Silent in all but the main process."""
+    """Progress over `total` units of one stage, for instance steps. Silent in all but the main process.
 
-    def __init__(self, stage: str, total: float, line_every: float = 30.0) -> None:
-        self.stage, self.total, self.line_every = stage, total, line_every
+    begun: units that an earlier sitting did; line_every: seconds between two plain lines, where there is no terminal.
+    """
+
+    def __init__(self, stage: str, total: float, begun: float = 0.0, line_every: float = 30.0) -> None:
+        self.stage, self.total, self.begun, self.line_every = stage, total, begun, line_every
         self.started = time.monotonic()
         self._last_line = -float("inf")
         self._bar: Progress | None = None
@@ -54,7 +57,8 @@ class Watch:
 
     def _eta(self, done: float) -> str:
         seconds = time.monotonic() - self.started
-        return f"{duration(seconds)} < {duration(seconds * (self.total - done) / done)}" if done else ""
+        ours = done - self.begun
+        return f"{duration(seconds)} < {duration(seconds * (self.total - done) / ours)}" if ours else ""
 
 
 def duration(seconds: float) -> str:

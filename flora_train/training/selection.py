@@ -8,7 +8,7 @@ from math import isnan
 from pathlib import Path
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.training.checkpoint import load_adapter, save_adapter
+from flora_train.training.adapter_file import load_adapter, save_adapter
 from flora_train.training.distributed import is_main_process, wait_for_everyone
 
 

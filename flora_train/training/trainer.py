@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -14,32 +14,46 @@ from torch import nn
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.routing import RowNoise
 from flora_train.config.schema import RunConfig
-from flora_train.data.batch import Row, collate, share_of_rank
+from flora_train.data.batch import Collate, Row, collate, share_of_rank
 from flora_train.data.task import Task, seed_of
-from flora_train.training.distributed import is_main_process, sum_gradients, sum_over_processes, world
+from flora_train.training.checkpoint import Checkpoints, fingerprint
+from flora_train.training.clock import StepClock
+from flora_train.training.distributed import (
+    is_main_process,
+    on_main_process,
+    say,
+    share_from_main,
+    sum_gradients,
+    sum_over_processes,
+    world,
+)
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
-from flora_train.training.optimizer import AdapterStep, BankOptimizer
+from flora_train.training.optimizer import BankOptimizer
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
 from flora_train.training.progress import Watch
-from flora_train.training.run_folder import RunFolder
-from flora_train.training.selection import Selection
+from flora_train.training.run_folder import RunFolder, comparable
+from flora_train.training.selection import Kept, Selection
+from flora_train.training.tally import Tally
 
 
 @dataclass
-class Tally:
-    """What has happened to each adapter so far, for the log."""
+class Position:
+    """Where the run stands: steps done, and up to which of them it has logged and evaluated.
 
-    tokens: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    skipped: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    task_tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    recent_nats: dict[int, float] = field(default_factory=lambda: defaultdict(float))
-    recent_label_tokens: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    last: dict[int, AdapterStep] = field(default_factory=dict)
+    seconds: spent in steps; evaluation_seconds: in evaluations between them; both over all sittings of the run.
+    """
+
+    done: int = 0
+    logged: int = 0
+    evaluated: int = 0
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
 
 
 class Trainer:
-    """Trains all adapters of a bank on their tasks. `accelerator` gives processes and trackers."""
+    """Trains all adapters of a bank on their tasks. `accelerator` gives processes and trackers; checkpoints: where a run
+    that is interrupted goes on from."""
 
     def __init__(
         self,
@@ -50,107 +64,153 @@ class Trainer:
         pad_token: int,
         folder: RunFolder,
         accelerator: Any,
+        collate: Collate = collate,
     ) -> None:
         self.config, self.model, self.bank, self.tasks = config, model, bank, tasks
-        self.pad_token, self.folder, self.accelerator = pad_token, folder, accelerator
-        self.row_losses = RowLosses(model)
+        self.pad_token, self.folder, self.accelerator, self.collate = pad_token, folder, accelerator, collate
+        self.clock = StepClock(bank.device, config.training.log_every)
+        self.row_losses = RowLosses(model, self.clock)
         self.mixture = make_mixture(tasks, bank, config)
         self.optimizer = BankOptimizer(bank, config.training)
-        self.selection = Selection(bank, folder.checkpoints, best=config.evaluation.select_best)
+        self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
+        self.checkpoints = Checkpoints(folder.checkpoints, self._identity, say)
         self.tally = Tally()
-        self.seconds = 0.0
-        """Spent in steps, evaluations left out."""
+        self.at = Position()
         self._last_losses: dict[str, str] = {}
 
     def train(self) -> None:
-        """Run every step; afterwards the bank holds each adapter's selected parameters."""
-        total, log_every = self.config.training.steps, self.config.training.log_every
-        every = self.config.evaluation.every or total
-        done = 0
+        """Run every step that is still to do; afterwards the bank holds each adapter's selected parameters."""
+        config, at, begun = self.config.training, self.at, self.at.done
+        every = self.config.evaluation.every or config.steps
         self.model.train()
-        with Watch("train", total) as watch:
-            for number in range(total):
-                plan = plan_step(self.mixture, number, self.tasks, self.bank, self.config.training.tokens_per_microbatch)
+        with Watch("train", config.steps, begun) as watch:
+            while at.done < config.steps:
+                plan = plan_step(self.mixture, at.done, self.tasks, self.bank, config.tokens_per_microbatch)
                 if plan is None:
                     break
+                if self.clock.base_rate is None:
+                    self.time_base(plan)
                 started = time.monotonic()
-                self.step(number, plan)
-                self.seconds += time.monotonic() - started
-                done = number + 1
-                watch.update(done, self._facts(), force_line=done % log_every == 0)
-                if done % log_every == 0:
-                    self._log(done)
-                if done % every == 0:
-                    self._evaluate(done)
-            if done % log_every:
-                self._log(done)
-            if done % every:
-                self._evaluate(done)
+                self.step(at.done, plan)
+                at.seconds += time.monotonic() - started
+                at.done += 1
+                watch.update(at.done, self._facts(), force_line=at.done % config.log_every == 0)
+                if at.done % config.log_every == 0:
+                    self._log()
+                if at.done % every == 0:
+                    self._evaluate()
+                if at.done % config.checkpoint_every == 0:
+                    self.save()
+            if at.logged < at.done:
+                self._log()
+            if at.evaluated < at.done:
+                self._evaluate()
+            if at.done > begun:
+                self.save()
         self.selection.restore()
+
+    def save(self) -> None:
+        """Write a checkpoint of the whole training state."""
+        if is_main_process():
+            position = {
+                **asdict(self.at),
+                "optimizer_steps": self.optimizer.steps,
+                "kept": [(adapter, kept.step, kept.loss) for adapter, kept in self.selection.kept.items()],
+                "tally": self.tally.to_json(),
+                "metrics_size": self.folder.metrics_size,
+            }
+            self.checkpoints.save(self.at.done, self.optimizer.tensors(), position)
+
+    def resume(self) -> None:
+        """Take the state of the last good checkpoint, on all processes; without one, begin at the beginning.
+
+        Raises UserError if it is of another configuration, base model, data or adapter set.
+        """
+        tensors = self.optimizer.tensors()
+        position = on_main_process(lambda: self.checkpoints.restore(tensors))
+        on_main_process(lambda: self.folder.cut_metrics(position["metrics_size"] if position else 0))
+        if position is None:
+            say("no checkpoint to go on from: beginning at step 1")
+            return
+        share_from_main(tensors.values())
+        self.at = Position(**{f.name: position[f.name] for f in fields(Position)})
+        self.optimizer.steps = position["optimizer_steps"]
+        self.selection.kept = {adapter: Kept(step, loss) for adapter, step, loss in position["kept"]}
+        self.tally = Tally.from_json(position["tally"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            **comparable(self.config),
+            "adapters": [spec.name for spec in self.bank.specs],
+            "weights of the base model (SHA-256)": fingerprint(self.model),
+            **{f"examples of tasks.{name} (SHA-256)": task.data_hash for name, task in self.tasks.items()},
+        }
 
     def step(self, number: int, plan: StepPlan) -> None:
         """One optimizer step: micro-batches accumulate, each adapter's loss is the mean over its own tokens of the
         whole step, on all processes (guarantee I1)."""
-        nats = torch.zeros(len(self.bank.specs), dtype=torch.float64, device=self.bank.device)
-        per_token = torch.zeros(len(self.bank.specs), device=self.bank.device)
-        for adapter, tokens in plan.label_tokens.items():
-            per_token[adapter] = 1.0 / tokens
-        for rows in share_of_rank(plan.microbatches, *world()):
-            batch = collate(rows, lambda task: self.tasks[task].train, self.pad_token).to(self.bank.device)
-            self.bank.route(batch.adapter_ids, [self._noise(number, row) for row in rows])
-            losses = self.row_losses(batch)
-            (losses * per_token[batch.adapter_ids]).sum().backward()
-            nats.index_add_(0, batch.adapter_ids, losses.detach().double())
-        sum_gradients(self.bank, plan.label_tokens)
-        self._count(plan, sum_over_processes(nats).tolist(), self.optimizer.step(plan.label_tokens))
+        clock = self.clock
+        with clock.step(number):
+            nats = torch.zeros(len(self.bank.specs), dtype=torch.float64, device=self.bank.device)
+            per_token = torch.zeros(len(self.bank.specs), device=self.bank.device)
+            for adapter, tokens in plan.label_tokens.items():
+                per_token[adapter] = 1.0 / tokens
+            for rows in share_of_rank(plan.microbatches, *world()):
+                with clock.part("data"):
+                    batch = self.collate(rows, lambda task: self.tasks[task].train, self.pad_token).to(self.bank.device)
+                clock.saw(batch.labels.numel())
+                self.bank.route(batch.adapter_ids, [self._noise(number, row) for row in rows])
+                losses = self.row_losses(batch)
+                (losses * per_token[batch.adapter_ids]).sum().backward()
+                nats.index_add_(0, batch.adapter_ids, losses.detach().double())
+            with clock.part("exchange"):
+                sum_gradients(self.bank, plan.label_tokens)
+                totals = sum_over_processes(nats).tolist()
+            with clock.part("optimizer"):
+                steps = self.optimizer.step(plan.label_tokens)
+        self.tally.count(plan, totals, steps)
+
+    def time_base(self, plan: StepPlan) -> None:
+        """Measure once what the frozen base alone takes for a micro-batch, forward and backward: what adapters cost is
+        told apart by it. Nothing of the run changes."""
+        rows = max(plan.microbatches, key=lambda rows: rows[0].length * len(rows))
+        batch = self.collate(rows, lambda task: self.tasks[task].train, self.pad_token).to(self.bank.device)
+        seconds = []
+        for _ in range(2):  # the first time, memory is still to be had
+            started, loss_before = self.clock.now(), self.clock.seconds["loss"]
+            with self.bank.without_adapters(), self.clock.step(0):
+                self.row_losses(batch).sum().backward()
+            seconds.append(self.clock.now() - started - (self.clock.seconds["loss"] - loss_before))
+        self.clock.seconds.clear()
+        self.clock.base_rate = min(seconds) / batch.labels.numel()
 
     def _noise(self, number: int, row: Row) -> RowNoise:
         return RowNoise(seed_of(self.config.seed, f"dropout {number}", row.task, str(row.example)), row.length)
 
-    def _count(self, plan: StepPlan, nats: list[float], steps: Mapping[int, AdapterStep]) -> None:
-        tally = self.tally
-        for rows in plan.microbatches:
-            for row in rows:
-                tally.tokens[row.adapter] += row.length
-        for task, tokens in plan.task_tokens.items():
-            tally.task_tokens[task] += tokens
-        for adapter, tokens in plan.label_tokens.items():
-            tally.recent_nats[adapter] += nats[adapter]
-            tally.recent_label_tokens[adapter] += tokens
-            tally.skipped[adapter] += steps[adapter].skipped
-        tally.last.update(steps)
-
-    def _log(self, done: int) -> None:
-        tally = self.tally
-        adapters = {
-            self.bank.specs[a].name: {
-                "loss": tally.recent_nats[a] / tally.recent_label_tokens[a],
-                "lr": tally.last[a].lr,
-                "gradient_norm": tally.last[a].gradient_norm,
-                "tokens": tally.tokens[a],
-                "skipped_steps": tally.skipped[a],
-            }
-            for a in tally.recent_label_tokens
-        }
-        tokens = sum(tally.tokens.values())
+    def _log(self) -> None:
+        at, tokens = self.at, self.tally.tokens.total()
+        at.logged = at.done
+        adapters = self.tally.take_record(self.bank.specs)
         record = {
             "kind": "step",
-            "step": done,
-            "seconds": round(self.seconds, 3),
+            "step": at.done,
+            "seconds": round(at.seconds, 3),
             "tokens": tokens,
-            "tokens_per_second": round(tokens / self.seconds, 1),
-            "task_tokens": dict(tally.task_tokens),
+            "tokens_per_second": round(tokens / at.seconds, 1),
+            "time_shares": {name: round(share, 4) for name, share in self.clock.shares().items()},
+            "task_tokens": dict(self.tally.task_tokens),
             "adapters": adapters,
         }
         self._record(record, {f"train/{name}/{key}": value for name, facts in adapters.items() for key, value in facts.items()})
-        tally.recent_nats.clear()
-        tally.recent_label_tokens.clear()
 
-    def _evaluate(self, done: int) -> None:
-        limit = self.config.evaluation.max_examples
+    def _evaluate(self) -> None:
+        done, limit = self.at.done, self.config.evaluation.max_examples
+        started = time.monotonic()
         heldout = self.heldout(max_examples=limit)
         losses = {adapter: result.loss(adapter) for result in heldout.values() for adapter in result.nats}
         self.selection.offer(losses, done)
+        self.at.evaluated = done
+        self.at.evaluation_seconds += time.monotonic() - started
         adapters = {
             self.bank.specs[adapter].name: {"loss": result.loss(adapter), "bits_per_byte": result.bits_per_byte(adapter)}
             for result in heldout.values()
@@ -162,7 +222,9 @@ class Trainer:
     def heldout(self, max_examples: int | None = None) -> dict[str, HeldOut]:
         """Held-out losses of every adapter as it stands in the bank now."""
         room = 2 * self.config.training.tokens_per_microbatch  # no activations are kept for a backward
-        return evaluate_heldout(self.row_losses, self.bank, self.tasks.values(), room, self.pad_token, max_examples)
+        return evaluate_heldout(
+            self.row_losses, self.bank, self.tasks.values(), room, self.pad_token, max_examples, collate=self.collate
+        )
 
     def _record(self, record: dict[str, Any], scalars: dict[str, float]) -> None:
         if is_main_process():
@@ -172,9 +234,8 @@ class Trainer:
     def _facts(self) -> dict[str, str]:
         """Tokens per second and the mean recent loss of every method, for the progress line."""
         per_family: dict[str, list[float]] = defaultdict(list)
-        tally = self.tally
-        for adapter, tokens in tally.recent_label_tokens.items():
-            per_family[self.bank.specs[adapter].family].append(tally.recent_nats[adapter] / tokens)
+        for adapter, loss in self.tally.recent_losses().items():
+            per_family[self.bank.specs[adapter].family].append(loss)
         for family, losses in per_family.items():
             self._last_losses[family] = f"{sum(losses) / len(losses):.3f}"
-        return {"tok/s": f"{sum(tally.tokens.values()) / self.seconds:.0f}", **self._last_losses}
+        return {"tok/s": f"{self.tally.tokens.total() / self.at.seconds:.0f}", **self._last_losses}

@@ -77,29 +77,24 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     return path
 
 
+def launch_command(*words: str, processes: int = 1) -> list[str]:
+    """accelerate launch train.py, as a user would call it."""
+    config = ROOT / "launch" / ("single.yaml" if processes == 1 else "cpu_2proc.yaml")
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(ROOT / "train.py"), *words]
+
+
+def launch_environment(cache: Path) -> dict[str, str]:
+    ours = {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return {**os.environ, **ours}
+
+
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """`launch("recipe=...", processes=2)`: accelerate launch train.py in a process of its own."""
-    cache = str(tmp_path_factory.mktemp("cache"))
+    environment = launch_environment(tmp_path_factory.mktemp("cache"))
 
     def run(*words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "XDG_CACHE_HOME": cache,
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        }
-        config = ROOT / "launch" / ("single.yaml" if processes == 1 else "cpu_2proc.yaml")
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(config),
-            str(ROOT / "train.py"),
-            *words,
-        ]
+        command = launch_command(*words, processes=processes)
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
     return run

@@ -113,6 +113,10 @@ def listing(folder: Path) -> dict[str, int]:
             ["training.tokens_per_step=16", "adapters.x={method: ia3, lr: 1}", "adapters.y={method: ia3, lr: 1}"],
             ["training.tokens_per_step = 16: cannot hold one draw of task 'lua': 1 example(s) of up to 7 tokens for each of 3 *"],
         ),
+        (
+            ["existing_run=replace", "resume=true"],
+            ["resume = True: contradicts existing_run=replace, which deletes what could be resumed: give one of them"],
+        ),
         (["num_processes=3"], ["num_processes = 3: but 1 process(es) run; start it with: *"]),
         (
             ["adapters.lora.rank=0", "training.stepz=3", "tasks.lua.train={}", "adapters.x.method=flora"],
@@ -185,9 +189,9 @@ def occupy(folder: Path, finished: bool | None) -> None:
     ("finished", "words", "reason"),
     [
         (True, [], "holds a finished run: choose another output_dir, or existing_run=replace"),
-        (False, [], "holds an unfinished run: choose another output_dir, or existing_run=replace"),
-        (True, ["existing_run=reuse"], "holds a finished run of another configuration"),
+        (False, [], "holds an unfinished run: choose another output_dir, resume=true to go on with it, or existing_run=replace"),
         (None, [], "is not empty and holds no run of ours"),
+        (None, ["resume=true"], "is not empty and holds no run of ours"),
         (None, ["existing_run=replace"], "is not empty and holds no run of ours"),
     ],
 )

@@ -46,7 +46,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def test_run_folder_holds_what_the_documentation_says(finished: Path) -> None:
     assert sorted(path.name for path in (finished / "adapters").iterdir()) == ADAPTERS
-    assert sorted(path.stem for path in (finished / "checkpoints").iterdir()) == ADAPTERS
+    assert sorted(path.stem for path in (finished / "checkpoints").rglob("*.*")) == ADAPTERS
     for name in ("config.yaml", "metrics.jsonl", "run.json", "eval/report.html", "eval/report.json"):
         assert (finished / name).stat().st_size > 0, name
     assert json.loads((finished / "run.json").read_text())["finished"]
@@ -91,16 +91,16 @@ def test_another_number_of_processes_than_asked_for_is_refused(launch: Launch, r
     assert not (tmp_path / "x").exists()
 
 
-def test_finished_run_is_kept_on_reuse_and_refused_otherwise(finished: Path, launch: Launch, recipe: Path) -> None:
+def test_finished_run_is_kept_on_resume_and_refused_otherwise(finished: Path, launch: Launch, recipe: Path) -> None:
     before = (finished / "run.json").read_text()
-    again = launch(f"recipe={recipe}", f"output_dir={finished}", "existing_run=reuse")
+    again = launch(f"recipe={recipe}", f"output_dir={finished}", "resume=true")
     assert again.returncode == 0, again.stderr
     assert "is kept" in again.stderr
     assert "held-out bits per byte" in again.stdout
     refused = launch(f"recipe={recipe}", f"output_dir={finished}")
     assert "holds a finished run" in refused.stderr
-    other = launch(f"recipe={recipe}", f"output_dir={finished}", "existing_run=reuse", "seed=5")
-    assert "of another configuration" in other.stderr
+    other = launch(f"recipe={recipe}", f"output_dir={finished}", "resume=true", "seed=5")
+    assert "seed = 5: was 0 when the run in" in other.stderr
     assert (finished / "run.json").read_text() == before
 
 

@@ -9,7 +9,8 @@ import torch
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
-from tests.conftest import mixed_specs, tiny_model
+from tests.architectures import tiny_model
+from tests.conftest import mixed_specs
 from tests.unit.training.harness import make_trainer, plans_of, train_together
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

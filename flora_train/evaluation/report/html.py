@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flora_train.evaluation.report import figures
+from flora_train.training.clock import spoken
 from flora_train.training.progress import duration
 
 NOT_FINITE = "not finite"
@@ -193,8 +194,10 @@ def cost(results: Mapping[str, Any]) -> dict[str, str]:
     cores = f"{machine['cpus']} CPUs, {machine['threads']} threads" if {"cpus", "threads"} <= machine.keys() else None
     versions = {"flora_train": facts.get("flora_train"), "Python": facts.get("python"), **facts.get("packages", {})}
     rate = f"{number(tokens / seconds, 0)} while training, {count(tokens)} tokens in all" if seconds and tokens else None
+    shares = spoken(facts.get("time_shares", {}))
     found = {
         "Adapter tokens per second": rate,
+        "Time of a step": f"{shares} (base: the frozen model alone, forward and backward)" if shares else None,
         "Peak memory": f"{memory / 2**30:.1f} GiB in the main process" if memory else None,
         "Processes": facts.get("processes"),
         "Device": facts.get("device"),

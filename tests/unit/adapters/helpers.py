@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from flora_train.adapters.bank import AdapterBank
-from tests.conftest import VOCABULARY, tiny_model
+from tests.architectures import VOCABULARY, tiny_model
 
 
 def tokens(rows: int, length: int = 11) -> Tensor:

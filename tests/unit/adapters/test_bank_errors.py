@@ -14,7 +14,8 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE
 from flora_train.adapters.targets import linear_layers
 from flora_train.config.errors import UserError
-from tests.conftest import CONFIGS, spec, tiny_model
+from tests.architectures import tiny_model
+from tests.conftest import FEW, spec
 from tests.unit.adapters.helpers import logits, tokens
 
 
@@ -100,7 +101,7 @@ def test_a_model_without_linear_layers_is_refused() -> None:
         AdapterBank.attach(Empty(), [spec("lora")])
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 def test_all_linear_is_every_linear_layer_but_the_output_head(architecture: str) -> None:
     model = tiny_model(architecture)
     bank = AdapterBank.attach(model, [spec("lora", target_modules="all-linear")])
@@ -110,7 +111,7 @@ def test_all_linear_is_every_linear_layer_but_the_output_head(architecture: str)
     assert len(bank.pools[0].targets) == 2 * per_layer
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 def test_ia3_default_targets_are_peft_s_table(architecture: str) -> None:
     targets = AdapterBank.attach(tiny_model(architecture), [spec("ia3")]).pools[0].targets
     available = linear_layers(tiny_model(architecture))

@@ -14,7 +14,8 @@ from torch import Tensor
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.spec import AdapterSpec
-from tests.conftest import CONFIGS, mixed_specs, perturb, spec, tiny_model
+from tests.architectures import tiny_model
+from tests.conftest import FEW, mixed_specs, perturb, spec
 from tests.unit.adapters.helpers import logits, plain_logits, tokens
 from tests.unit.training.harness import make_trainer, plans_of, train_together
 
@@ -25,7 +26,7 @@ STARTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 @pytest.mark.parametrize("rows", [1, 12], ids=["few-tokens", "many-tokens"])  # both formulations of fLoRA
 def test_every_method_starts_as_the_exact_identity(architecture: str, rows: int) -> None:
     x = tokens(rows)
@@ -36,7 +37,7 @@ def test_every_method_starts_as_the_exact_identity(architecture: str, rows: int)
         assert torch.equal(logits(bank, x, [i] * rows), expected), (method, options)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 def test_ia3_on_its_default_targets_starts_as_the_exact_identity(architecture: str) -> None:
     x = tokens(4)
     bank = AdapterBank.attach(tiny_model(architecture).eval(), [spec("ia3")])
@@ -95,7 +96,7 @@ def test_flora_of_rank_one_with_a_one_equals_ia3_without_bias() -> None:
     assert (y - plain_logits("llama", x)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 @pytest.mark.parametrize(
     "ours",
     [
@@ -149,7 +150,7 @@ def as_hira(A: Tensor, B: Tensor, offset: float) -> Sequence[Tensor]:
     ],
     ids=["pure", "residual", "lora", "ia3"],
 )
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 def test_merged_layer_computes_what_the_adapted_layer_computes(architecture: str, ours: AdapterSpec) -> None:
     bank = AdapterBank.attach(tiny_model(architecture), [ours])
     perturb(bank)

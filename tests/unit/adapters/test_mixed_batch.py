@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, AdapterSpec
-from tests.conftest import CONFIGS, VOCABULARY, perturb, spec, tiny_model
+from tests.architectures import VOCABULARY, tiny_model
+from tests.conftest import FEW, perturb, spec
 from tests.unit.adapters.helpers import logits, plain_logits, tiny_t5, tokens
 
 SOME_TARGETS = {
@@ -38,7 +39,7 @@ def varied_bank(architecture: str) -> AdapterBank:
     return bank
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 def test_mixed_rows_equal_one_adapter_at_a_time(architecture: str) -> None:
     bank = varied_bank(architecture)
     ids = [*range(len(bank.specs)), 2, -1, 0, 4]
@@ -51,7 +52,7 @@ def test_mixed_rows_equal_one_adapter_at_a_time(architecture: str) -> None:
     assert all((mixed[row] - plain[row]).abs().max() > 1e-3 for row, adapter in enumerate(ids) if adapter >= 0)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 def test_base_rows_equal_the_base_beside_trained_adapters(architecture: str) -> None:
     bank = varied_bank(architecture)
     x = tokens(8)
@@ -124,7 +125,7 @@ def test_state_dict_holds_the_base_and_no_adapter() -> None:
     assert all(torch.equal(tensor, plain[name.replace(".base_layer", "")]) for name, tensor in wrapped.items())
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 def test_bfloat16_base_runs_with_float32_adapters(architecture: str) -> None:
     wide = varied_bank(architecture)
     bank = AdapterBank.attach(tiny_model(architecture).to(torch.bfloat16).eval(), varied_specs(architecture))

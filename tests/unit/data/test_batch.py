@@ -74,13 +74,15 @@ SPLIT = TokenSplit(
 def test_collated_rows_are_right_padded_and_labelled_where_something_is_learnt() -> None:
     rows = [Row(-1, "t", 1, 2), Row(0, "t", 0, 5), Row(4, "t", 2, 3)]
     batch = collate(rows, lambda task: {"t": SPLIT}[task], 9)
-    assert batch.input_ids.tolist() == [[21, 22, 9, 9, 9], [11, 12, 13, 14, 15], [31, 32, 33, 9, 9]]
-    assert batch.attention_mask.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch.inputs["input_ids"].tolist() == [[21, 22, 9, 9, 9], [11, 12, 13, 14, 15], [31, 32, 33, 9, 9]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     no = IGNORE
     assert batch.labels.tolist() == [[no, 22, no, no, no], [no, no, 13, 14, 15], [no, 32, 33, no, no]]
     assert batch.adapter_ids.tolist() == [-1, 0, 4]
     assert batch.rows == tuple(rows)
-    assert {t.dtype for t in (batch.input_ids, batch.attention_mask, batch.labels, batch.adapter_ids)} == {torch.int64}
+    assert {t.dtype for t in (batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.labels, batch.adapter_ids)} == {
+        torch.int64
+    }
 
 
 def test_labels_of_a_batch_are_as_many_as_the_split_counts() -> None:
@@ -92,5 +94,7 @@ def test_labels_of_a_batch_are_as_many_as_the_split_counts() -> None:
 def test_batch_moves_whole_to_a_device() -> None:
     batch = collate([Row(0, "t", 0, 5)], lambda task: SPLIT, 0)
     moved = batch.to(torch.device("meta"))
-    assert {t.device.type for t in (moved.input_ids, moved.attention_mask, moved.labels, moved.adapter_ids)} == {"meta"}
+    assert {
+        t.device.type for t in (moved.inputs["input_ids"], moved.inputs["attention_mask"], moved.labels, moved.adapter_ids)
+    } == {"meta"}
     assert moved.rows == batch.rows

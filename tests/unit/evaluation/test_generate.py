@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.evaluation.generate import complete
-from tests.conftest import CONFIGS, perturb, spec
+from tests.architectures import architecture_config
+from tests.conftest import perturb, spec
 from tests.unit.data.conftest import byte_tokenizer
 
 PROMPTS = ["x", "function add(a, b)", "-- sum of a list\n", "local t = {}", "return"]
@@ -20,7 +21,7 @@ PROMPTS = ["x", "function add(a, b)", "-- sum of a list\n", "local t = {}", "ret
 def model_for(architecture: str, tokenizer: Any) -> nn.Module:
     """A tiny model whose next token depends on what it read: random weights as they come repeat one token."""
     torch.manual_seed(0)
-    config = CONFIGS[architecture]
+    config = architecture_config(architecture)
     sizes = {**config.to_dict(), "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     model = AutoModelForCausalLM.from_config(type(config)(**{**sizes, "tie_word_embeddings": False}))
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 python load_with_peft.py FOLDER...
 
-A folder holds base/, tokens.safetensors and adapters/<name>/, and gets logits.safetensors.
+A folder holds base/, class (of transformers), inputs.safetensors and adapters/<name>/, and gets logits.safetensors.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
 
 
 def main(*folders: str) -> None:
     torch.set_num_threads(2)
     for folder in map(Path, folders):
-        x = load_file(folder / "tokens.safetensors")["x"]
+        inputs, auto_class = load_file(folder / "inputs.safetensors"), getattr(transformers, (folder / "class").read_text())
         logits = {}
         for adapter in sorted((folder / "adapters").iterdir()):
-            model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+            model = auto_class.from_pretrained(folder / "base").eval()
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("error", UserWarning)  # PEFT only warns where keys are missing or a layout is wrong
-                logits[adapter.name] = PeftModel.from_pretrained(model, adapter).eval()(x).logits
+                logits[adapter.name] = PeftModel.from_pretrained(model, adapter).eval()(**inputs).logits
         save_file(logits, folder / "logits.safetensors")
     assert not [name for name in sys.modules if name.split(".")[0] == "flora_train"]
 

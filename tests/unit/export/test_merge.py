@@ -12,7 +12,8 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.config.errors import UserError
 from flora_train.export.merge import merge_into_base, save_merged
-from tests.conftest import CONFIGS, tiny_model
+from tests.architectures import tiny_model
+from tests.conftest import FEW
 from tests.unit.adapters.helpers import logits, plain_logits, tokens
 from tests.unit.data.conftest import byte_tokenizer
 from tests.unit.export.test_peft_format import perturbed_bank
@@ -20,7 +21,7 @@ from tests.unit.training.small_disk import file_size_limit
 
 
 @pytest.mark.parametrize("family", ["pure", "residual", "rslora", "ia3_explicit"])
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 def test_transformers_loads_the_merged_model_and_computes_our_logits(tmp_path: Path, architecture: str, family: str) -> None:
     """Not to the last bit: W0 * M is rounded to float32 once more than x (W0 * M) inside one kernel, and LoRA and IA3
     multiply in another order. That is 1e-7 a layer; 1e-4 of the logits leaves room for the depth."""

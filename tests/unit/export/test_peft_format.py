@@ -23,7 +23,8 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError
 from flora_train.export import peft_format
 from flora_train.export.peft_format import export_peft, peft_config
-from tests.conftest import CONFIGS, perturb, spec, tiny_model
+from tests.architectures import tiny_model
+from tests.conftest import FEW, perturb, spec
 from tests.unit.adapters.helpers import logits, plain_logits, tiny_t5, tokens
 from tests.unit.training.small_disk import file_size_limit
 
@@ -70,11 +71,12 @@ class Export:
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
     root, x = tmp_path_factory.mktemp("exports"), tokens(3)
-    banks = {architecture: perturbed_bank(architecture) for architecture in CONFIGS}
+    banks = {architecture: perturbed_bank(architecture) for architecture in FEW}
     for architecture, bank in banks.items():
         folder, model = root / architecture, cast(Any, tiny_model(architecture))
         model.save_pretrained(folder / "base")
-        save_file({"x": x}, folder / "tokens.safetensors")
+        save_file({"input_ids": x}, folder / "inputs.safetensors")
+        (folder / "class").write_text("AutoModelForCausalLM")
         for name in bank.ids:
             export_peft(bank, name, folder / "adapters" / name, str(folder / "base"))
     program = [sys.executable, str(Path(__file__).with_name("load_with_peft.py")), *(str(root / name) for name in banks)]
@@ -91,7 +93,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 def test_plain_peft_computes_our_logits_from_the_exported_folder(
     exports: dict[str, Export], architecture: str, family: str
 ) -> None:
@@ -101,7 +103,7 @@ def test_plain_peft_computes_our_logits_from_the_exported_folder(
     assert (export.ours[name] - export.plain).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", FEW)
 def test_target_modules_are_short_endings_that_select_exactly_the_targets(architecture: str) -> None:
     bank = perturbed_bank(architecture)
     modules = [name for name, _ in tiny_model(architecture).named_modules()]

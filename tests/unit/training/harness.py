@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.load import validate
+from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
 from flora_train.data.task import Task
 from flora_train.data.tokens import SplitCounts, TokenSplit
 from flora_train.training.plan import StepPlan, plan_step
 from flora_train.training.run_folder import RunFolder
 from flora_train.training.trainer import Trainer
-from tests.conftest import VOCABULARY, tiny_model
+from tests.architectures import VOCABULARY, features_of, tiny_model
 
 PAD = 0
 
 
-def random_split(seed: int, examples: int, longest: int = 14) -> TokenSplit:
+def random_split(seed: int, examples: int, least_prompt: int = 0, longest: int = 14) -> TokenSplit:
     """Examples of 4 to `longest` random tokens, some with a prompt."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(4, longest + 1, examples)
     return TokenSplit(
         tokens=generator.integers(2, VOCABULARY, lengths.sum()).astype(np.int32),
         offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
-        prompt_lengths=generator.integers(0, 3, examples).astype(np.int32),
+        prompt_lengths=generator.integers(least_prompt, 3, examples).astype(np.int32),
         label_bytes=lengths.astype(np.int64),
         counts=SplitCounts(rows=examples, examples=examples, tokens=int(lengths.sum())),
     )
@@ -43,6 +46,7 @@ def make_trainer(
     architecture: str = "llama",
     checkpointing: str = "off",
     device: str = "cpu",
+    every: int | None = None,
     **training: Any,
 ) -> Trainer:
     """A trainer for `specs` on tasks a, b and c; same arguments, same trainer."""
@@ -55,15 +59,40 @@ def make_trainer(
             "adapters": {"unused": {"method": "ia3", "lr": 1e-3}},
             "mixture": {"strategy": "uniform"},
             "training": {"steps": 20, "tokens_per_step": 90, "tokens_per_microbatch": 4096, "max_length": 16, **training},
+            "evaluation": {"every": every},
         }
     )
     model: Any = tiny_model(architecture).to(device)
+    encoder_decoder = model.config.is_encoder_decoder
     if checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     model.train()
-    tasks = {name: Task(name, 1.0, random_split(i, 40), random_split(10 + i, 6), "") for i, name in enumerate("abc")}
+    least = int(encoder_decoder)  # an encoder must get something to read
+    splits = {name: (random_split(i, 40, least), random_split(10 + i, 6, least)) for i, name in enumerate("abc")}
+    tasks = {name: Task(name, 1.0, *halves, "") for name, halves in splits.items()}
     bank = AdapterBank.attach(model, specs)
-    return Trainer(config, model, bank, tasks, PAD, RunFolder(folder), SimpleNamespace(log=lambda *args, **options: None))
+    accelerator = SimpleNamespace(log=lambda *args, **options: None)
+    make_batch = partial(collate_pairs, model.config) if encoder_decoder else collate
+    return Trainer(config, model, bank, tasks, PAD, RunFolder(folder), accelerator, make_batch)
+
+
+def collate_pairs(config: Any, rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:
+    """Rows -> a batch of an encoder-decoder: its encoder reads the prompt (Whisper's: features), its decoder learns the rest."""
+
+    def padded(parts: list[np.ndarray], fill: int) -> torch.Tensor:
+        return pad_sequence([torch.from_numpy(part.astype(np.int64)) for part in parts], batch_first=True, padding_value=fill)
+
+    found = [(split_of(row.task).example(row.example), split_of(row.task).prompt_lengths[row.example]) for row in rows]
+    read, mask = (padded([np.ones_like(e[:n]) if ones else e[:n] for e, n in found], 0) for ones in (False, True))
+    labels = padded([example[n:] for example, n in found], IGNORE)
+    decoder = labels.roll(1, dims=1).masked_fill(labels.roll(1, dims=1) == IGNORE, pad_token)
+    decoder[:, 0] = config.decoder_start_token_id
+    inputs = {"decoder_input_ids": decoder}
+    if config.model_type == "whisper":
+        inputs["input_features"] = torch.cat([features_of(part[None, :n]) for part, n in zip(read, mask.sum(1), strict=True)])
+    else:
+        inputs |= {"input_ids": read, "attention_mask": mask}
+    return MixedBatch(inputs, labels, torch.tensor([row.adapter for row in rows]), tuple(rows))
 
 
 def plans_of(trainer: Trainer, steps: int = 20) -> list[StepPlan]:
@@ -102,9 +131,9 @@ def largest_difference_to_training_alone(
     return differences
 
 
-def moved(trainer: Trainer) -> dict[str, float]:
+def moved(trainer: Trainer, architecture: str = "llama") -> dict[str, float]:
     """How far every adapter is from its start: an isolation test on adapters that stand still proves nothing."""
-    start = AdapterBank.attach(tiny_model(), trainer.bank.specs)
+    start = AdapterBank.attach(tiny_model(architecture), trainer.bank.specs)
     return {name: float((start.row(i) - trainer.bank.row(i)).abs().max()) for name, i in trainer.bank.ids.items()}
 
 

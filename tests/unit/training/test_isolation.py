@@ -49,7 +49,7 @@ def some_absent(plans: list[StepPlan], adapters: int) -> bool:
 def test_trained_together_equals_trained_alone(
     tmp_path: Path, optimizer: str, options: dict[str, Any], adapter_options: dict[str, Any]
 ) -> None:
-    lr = {"adamw": 2e-3, "sgd": 0.5}[optimizer]
+    lr = {"adamw": 2e-3, "sgd": 0.4}[optimizer]  # from 0.5 on, SGD on LoRA is unstable: any rounding grows step by step
     specs = [replace(s, dropout=0.2) if s.name == "a-lora" else s for s in mixed_specs(lr=lr, **adapter_options)]
     options = {"optimizer": optimizer, **options}
     together = make_trainer(specs, tmp_path, **options)
@@ -83,11 +83,11 @@ def test_i1_gradient_is_that_of_the_adapter_s_own_examples_whatever_its_neighbou
 def backward_only(trainer: Any, plan: StepPlan) -> None:
     """Trainer.step without its optimizer step."""
     step, trainer.optimizer.step = trainer.optimizer.step, lambda adapters: dict.fromkeys(adapters)
-    count, trainer._count = trainer._count, lambda *args: None
+    count, trainer.tally.count = trainer.tally.count, lambda *args: None
     try:
         trainer.step(0, plan)
     finally:
-        trainer.optimizer.step, trainer._count = step, count
+        trainer.optimizer.step, trainer.tally.count = step, count
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

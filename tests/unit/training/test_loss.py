@@ -15,7 +15,8 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
 from flora_train.training import loss as loss_module
 from flora_train.training.loss import RowLosses
-from tests.conftest import CONFIGS, VOCABULARY, perturb, spec, tiny_model
+from tests.architectures import VOCABULARY, tiny_model
+from tests.conftest import FEW, perturb, spec
 from tests.unit.training.harness import PAD, random_split
 
 SOFT_CAP = 0.5
@@ -41,7 +42,7 @@ def soft_capped_model() -> Any:
     return model
 
 
-MODELS: dict[str, Any] = {**{name: lambda name=name: tiny_model(name) for name in CONFIGS}, "soft_capped": soft_capped_model}
+MODELS: dict[str, Any] = {**{name: lambda name=name: tiny_model(name) for name in FEW}, "soft_capped": soft_capped_model}
 
 
 def mixed_batch() -> MixedBatch:
@@ -64,7 +65,7 @@ def bank_on(model: Any) -> AdapterBank:
 
 def plain_row_losses(model: Any, batch: MixedBatch) -> Tensor:
     """All logits, then cross entropy per row."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits = model(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"], use_cache=False).logits
     losses = F.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="none"
     )
@@ -145,12 +146,8 @@ def test_row_without_labels_costs_nothing_and_moves_nothing() -> None:
 def test_padding_changes_no_loss() -> None:
     model, batch = tiny_model().eval(), mixed_batch()
     row_losses = RowLosses(model)
-    longer = replace(
-        batch,
-        input_ids=F.pad(batch.input_ids, (0, 5), value=PAD),
-        attention_mask=F.pad(batch.attention_mask, (0, 5)),
-        labels=F.pad(batch.labels, (0, 5), value=IGNORE),
-    )
+    inputs = {name: F.pad(tensor, (0, 5), value=PAD if name == "input_ids" else 0) for name, tensor in batch.inputs.items()}
+    longer = replace(batch, inputs=inputs, labels=F.pad(batch.labels, (0, 5), value=IGNORE))
     torch.testing.assert_close(row_losses(longer), row_losses(batch), rtol=1e-6, atol=1e-6)
 
 
@@ -175,4 +172,4 @@ def test_hooks_are_gone_after_a_failure() -> None:
         row_losses(batch)
     handle.remove()
     with torch.no_grad():
-        assert model(input_ids=batch.input_ids).logits.shape == (*batch.input_ids.shape, VOCABULARY)
+        assert model(input_ids=batch.inputs["input_ids"]).logits.shape == (*batch.inputs["input_ids"].shape, VOCABULARY)

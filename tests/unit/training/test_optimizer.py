@@ -16,7 +16,8 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import TrainingConfig
 from flora_train.training.optimizer import BankOptimizer
 from flora_train.training.schedule import learning_rate
-from tests.conftest import CONFIGS, mixed_specs, spec, tiny_model
+from tests.architectures import architecture_config, tiny_model
+from tests.conftest import mixed_specs, spec
 from tests.unit.training.harness import make_trainer, plans_of
 
 ADAMW = {"optimizer": "adamw", "betas": (0.8, 0.95), "eps": 1e-6}
@@ -131,7 +132,8 @@ class CountCalls(TorchDispatchMode):
 
 
 def calls_of_a_step(optimizer: str, layers: int, adapters: int, absent: int) -> int:
-    config = CONFIGS["llama"].__class__(**{**CONFIGS["llama"].to_dict(), "num_hidden_layers": layers})
+    config = architecture_config("llama")
+    config.num_hidden_layers = layers
     bank = AdapterBank.attach(AutoModelForCausalLM.from_config(config), [spec("flora", f"t{i}", rank=2) for i in range(adapters)])
     stepper = BankOptimizer(bank, TrainingConfig(steps=10, optimizer=optimizer))
     draw_gradients(bank, 0)

@@ -13,15 +13,19 @@ import pytest
 from flora_train.config.errors import UserError
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
-from flora_train.training.run_folder import RunFolder, disk_errors, open_run, write_atomically
+from flora_train.training.atomic import disk_errors, write_atomically
+from flora_train.training.run_folder import RunFolder, open_run
 from tests.unit.training.small_disk import file_size_limit
 
 
-def run_config(existing_run: str = "refuse", steps: int = 5) -> RunConfig:
+def run_config(mode: str = "refuse", steps: int = 5, **changes: Any) -> RunConfig:
+    """mode: what to do with a run that is there: refuse, replace or resume."""
     return validate(
         {
             "name": "test",
-            "existing_run": existing_run,
+            "existing_run": "refuse" if mode == "resume" else mode,
+            "resume": mode == "resume",
+            **changes,
             "model": {"path": "unused"},
             "tasks": {"a": {"train": "unused.jsonl"}},
             "adapters": {"lora": {"method": "lora", "lr": 1e-3}},
@@ -42,13 +46,13 @@ def content(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("mode", ["refuse", "reuse", "replace"])
+@pytest.mark.parametrize("mode", ["refuse", "resume", "replace"])
 @pytest.mark.parametrize("made", [False, True], ids=["absent", "empty"])
 def test_free_folder_is_claimed(tmp_path: Path, mode: str, made: bool) -> None:
     folder = RunFolder(tmp_path / "runs" / "one")
     if made:
         folder.path.mkdir(parents=True)
-    assert folder.finished_twin(run_config(mode)) is False
+    assert folder.standing(run_config(mode)) == "free"
     folder.claim(run_config(mode))
     assert not folder.finished
     assert sorted(content(folder.path)) == ["config.yaml", "run.json"]
@@ -56,43 +60,58 @@ def test_free_folder_is_claimed(tmp_path: Path, mode: str, made: bool) -> None:
     assert reread == run_config(mode)
 
 
-@pytest.mark.parametrize(("finished", "kind"), [(True, "a finished run"), (False, "an unfinished run")])
-def test_refuse_keeps_any_run_and_says_how_to_go_on(tmp_path: Path, finished: bool, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("finished", "told"),
+    [
+        (True, "a finished run: choose another output_dir, or existing_run=replace to delete it"),
+        (False, "an unfinished run: choose another output_dir, resume=true to go on with it, or existing_run=replace"),
+    ],
+)
+def test_refuse_keeps_any_run_and_says_how_to_go_on(tmp_path: Path, finished: bool, told: str) -> None:
     folder = existing_run(tmp_path, finished)
     before = content(tmp_path)
-    for action in (folder.finished_twin, folder.claim):
-        with pytest.raises(UserError, match=f"output_dir = .*: holds {kind}: choose another output_dir, or existing_run=replace"):
+    for action in (folder.standing, folder.claim):
+        with pytest.raises(UserError, match=f"output_dir = .*: holds {told}"):
             action(run_config("refuse"))
     assert content(tmp_path) == before
 
 
-def test_reuse_keeps_a_finished_run_of_the_same_configuration(tmp_path: Path) -> None:
+def test_resume_keeps_a_finished_run_of_the_same_configuration(tmp_path: Path) -> None:
     folder = existing_run(tmp_path, finished=True)
     before = content(tmp_path)
-    assert folder.finished_twin(run_config("reuse")) is True
+    assert folder.standing(run_config("resume")) == "finished"
     assert content(tmp_path) == before
 
 
-def test_reuse_starts_an_unfinished_run_of_the_same_configuration_again(tmp_path: Path) -> None:
+def test_resume_goes_on_in_the_folder_of_an_unfinished_run(tmp_path: Path) -> None:
     folder = existing_run(tmp_path, finished=False)
-    assert folder.finished_twin(run_config("reuse")) is False
-    folder.claim(run_config("reuse"))
-    assert "precious" not in content(tmp_path)
+    begun = json.loads(folder.run_json.read_text())["started"]
+    config = run_config("resume", num_threads=3)  # how a run is computed may change
+    assert folder.standing(config) == "interrupted"
+    folder.claim(config)
+    assert content(tmp_path)["precious"] == b"result"
+    assert json.loads(folder.run_json.read_text())["started"] == begun
+    assert open_run(tmp_path)[1].num_threads == 3
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_reuse_refuses_a_run_of_another_configuration(tmp_path: Path, finished: bool) -> None:
+def test_resume_refuses_a_run_of_another_configuration_and_names_what_differs(tmp_path: Path, finished: bool) -> None:
     folder = existing_run(tmp_path, finished)
-    for action in (folder.finished_twin, folder.claim):
-        with pytest.raises(UserError, match="finished run of another configuration: choose another output_dir"):
-            action(run_config("reuse", steps=6))
-    assert "precious" in content(tmp_path)
+    before = content(tmp_path)
+    for action in (folder.standing, folder.claim):
+        with pytest.raises(UserError) as caught:
+            action(run_config("resume", steps=6, seed=3))
+        assert [str(problem).split(" when ")[0] for problem in caught.value.problems] == [
+            "seed = 3: was 0",
+            "training.steps = 6: was 5",
+        ]
+    assert content(tmp_path) == before
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_replace_deletes_the_run_only_when_the_new_one_claims_the_folder(tmp_path: Path, finished: bool) -> None:
     folder = existing_run(tmp_path, finished)
-    assert folder.finished_twin(run_config("replace", steps=6)) is False
+    assert folder.standing(run_config("replace", steps=6)) == "free"
     assert "precious" in content(tmp_path)
     folder.claim(run_config("replace", steps=6))
     assert sorted(content(tmp_path)) == ["config.yaml", "run.json"]
@@ -107,13 +126,13 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("mode", ["refuse", "reuse", "replace"])
+@pytest.mark.parametrize("mode", ["refuse", "resume", "replace"])
 @pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
 def test_folder_that_is_not_ours_is_never_deleted(tmp_path: Path, files: dict[str, str], mode: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     before = content(tmp_path)
-    for action in (RunFolder(tmp_path).finished_twin, RunFolder(tmp_path).claim):
+    for action in (RunFolder(tmp_path).standing, RunFolder(tmp_path).claim):
         with pytest.raises(UserError, match="is not empty and holds no run of ours: choose another folder"):
             action(run_config(mode))
     assert content(tmp_path) == before

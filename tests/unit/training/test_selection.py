@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
-from flora_train.training.checkpoint import adapter_file, load_adapter, save_adapter
+from flora_train.training.adapter_file import adapter_file, load_adapter, save_adapter
 from flora_train.training.selection import Kept, Selection
-from tests.conftest import mixed_specs, perturb, spec, tiny_model
+from tests.architectures import tiny_model
+from tests.conftest import mixed_specs, perturb, spec
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""How is an adapter kept on disk? Its row of the bank as one small safetensors file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.config.errors import fail
+from flora_train.training.atomic import write_atomically
+
+
+def adapter_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def save_adapter(bank: AdapterBank, adapter: int, folder: Path, facts: dict[str, Any]) -> None:
+    """Write one adapter's numbers and facts about them (step, held-out loss), atomically."""
+    name = bank.specs[adapter].name
+    tensors = {
+        f"{module}.{param}": tensor.detach().cpu().contiguous()
+        for module, params in bank.parameters_of(name).items()
+        for param, tensor in params.items()
+    }
+    metadata = {"facts": json.dumps(facts)}
+    write_atomically(adapter_file(folder, name), lambda path: save_file(tensors, path, metadata))
+
+
+def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any]:
+    """Read one adapter's numbers into the bank; returns its facts. Raises UserError if the file is missing, damaged
+    or of another shape."""
+    name = bank.specs[adapter].name
+    path = adapter_file(folder, name)
+    if not path.exists():
+        raise fail(str(path), None, "no such checkpoint: the run has no saved state of this adapter")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+            for module, params in bank.parameters_of(name).items():
+                for param, view in params.items():
+                    tensor = file.get_tensor(f"{module}.{param}")
+                    if tensor.shape != view.shape:
+                        raise fail(
+                            str(path), f"{module}.{param}", f"has shape {tuple(tensor.shape)}, the adapter {tuple(view.shape)}"
+                        )
+                    view.copy_(tensor)
+    except (SafetensorError, KeyError) as error:
+        raise fail(str(path), None, f"is not a whole checkpoint of {name}: {error}") from error
+    return facts
