@@ -1,13 +1,14 @@
 """fLoRA in torch: two formulations with hand-written gradients (docs/math.md derives both).
 
-Materialise forms W0 * M of one segment at a time in a scratch buffer; all ranks' gradients come from one
+Materialise forms W0 * M of a segment in a scratch buffer, a segment a thread; all ranks' gradients come from one
 dY^T X per segment, so the cost does not grow with the rank. Rank expansion runs r scaled copies of the tokens
 through W0, which reads W0 once for all adapters: right for few tokens or rank 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flora_train.kernels.segments import Segments
+from flora_train.kernels.threads import SCRATCH, Job, division_for, run_jobs
 
 
 class MaterialisedFlora(torch.autograd.Function):
@@ -25,18 +27,28 @@ class MaterialisedFlora(torch.autograd.Function):
         ctx.save_for_backward(x, weight, A, B)
         ctx.offset, ctx.segments = offset, segments
         y = x.new_empty(x.shape[0], weight.shape[0])
-        if _is_half(weight):
-            # bfloat16(W0 * M) loses every modulation below 0.3 %. [x x] [W0 D]^T with D = W0 * (M - 1) keeps it: the sum
-            # of both terms is rounded once, after the matmul's float32 accumulation.
-            twice = torch.cat([x, x], dim=1)
-            pair = torch.cat([weight, weight], dim=1)
-            for k, start, end in segments:
-                _deviation(weight, A[k], B[k], offset[k], out=pair[:, weight.shape[1] :])
-                torch.mm(twice[start:end], pair.T, out=y[start:end])
-        else:
-            scratch = torch.empty_like(weight)
-            for k, start, end in segments:
-                torch.mm(x[start:end], _modulate(weight, A[k], B[k], offset[k], scratch).T, out=y[start:end])
+        half = _is_half(weight)
+        # bfloat16(W0 * M) loses every modulation below 0.3 %. [x x] [W0 D]^T with D = W0 * (M - 1) keeps it: the sum of
+        # both terms is rounded once, after the matmul's float32 accumulation.
+        tokens = torch.cat([x, x], dim=1) if half else x
+
+        filled: dict[int, tuple[int, int]] = {}  # thread -> the rows of W0 in its pair
+
+        def work(job: Job) -> None:
+            tokens_k, A_k = tokens[job.start : job.end], A[job.k]
+            for rows in _blocks(job, weight):
+                W, B_k = weight[slice(*rows)], B[job.k, slice(*rows)]
+                if half:
+                    modulated = SCRATCH.matrix("pair", (len(W), 2 * weight.shape[1]), weight)
+                    if filled.get(get_ident()) != rows:
+                        modulated[:, : weight.shape[1]].copy_(W)
+                        filled[get_ident()] = rows
+                    _deviation(W, A_k, B_k, offset[job.k], out=modulated[:, weight.shape[1] :])
+                else:
+                    modulated = _modulated(W, A_k, B_k, offset[job.k])
+                torch.mm(tokens_k, modulated.T, out=y[job.start : job.end, slice(*rows)])
+
+        run_jobs(division_for(segments, x.device), work)
         return y
 
     @staticmethod
@@ -45,19 +57,29 @@ class MaterialisedFlora(torch.autograd.Function):
         x, weight, A, B = ctx.saved_tensors
         need_dx, need_dAB = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         dy = dy.contiguous()
-        dx = torch.empty_like(x) if need_dx else None
-        dA, dB = (torch.zeros_like(A), torch.zeros_like(B)) if need_dAB else (None, None)
-        scratch = torch.empty_like(weight)
-        for k, start, end in ctx.segments:
-            dy_k, x_k = dy[start:end], x[start:end]
-            if dx is not None:
-                torch.mm(dy_k, _modulate(weight, A[k], B[k], ctx.offset[k], scratch), out=dx[start:end])
-            if dA is not None and dB is not None:
-                # P = W0 * (dY^T X); dB = P A^T; dA = B^T P: one matmul over tokens whatever the rank.
-                P = torch.mm(dy_k.T, x_k, out=scratch).mul_(weight)
-                dB[k] = P @ A[k].T.to(P.dtype)
-                dA[k] = B[k].T.to(P.dtype) @ P
-        return dx, None, dA, dB, None, None
+        division = division_for(ctx.segments, x.device)
+        # what parts of a segment have to be summed over, each in a slice of its own
+        dx = x.new_empty(division.parts, *x.shape) if need_dx else None
+        dA = A.new_zeros(division.parts, *A.shape) if need_dAB else None
+        dB = B.new_zeros(len(B), B.shape[2], B.shape[1]) if need_dAB else None  # [K, r, out]: a thin matmul is faster lying down
+
+        def work(job: Job) -> None:
+            A_k, x_k, dy_job = A[job.k], x[job.start : job.end], dy[job.start : job.end]
+            dx_k = None if dx is None else dx[job.part, job.start : job.end]
+            begun = False
+            for rows in _blocks(job, weight, summed=True):
+                W, B_k, dy_k = weight[slice(*rows)], B[job.k, slice(*rows)], dy_job[:, slice(*rows)]
+                if dx_k is not None:
+                    torch.addmm(dx_k, dy_k, _modulated(W, A_k, B_k, ctx.offset[job.k]), beta=float(begun), out=dx_k)
+                if dA is not None and dB is not None:
+                    # P = W0 * (dY^T X); dB = P A^T; dA = B^T P: one matmul over tokens whatever the rank.
+                    P = torch.mm(dy_k.T, x_k, out=SCRATCH.matrix("weight", (len(W), W.shape[1]), W)).mul_(W)
+                    dB[job.k, :, slice(*rows)] = A_k.to(P.dtype) @ P.T
+                    dA[job.part, job.k] += B_k.T.to(P.dtype) @ P
+                begun = True
+
+        run_jobs(division, work)
+        return _summed(dx), None, _summed(dA), dB if dB is None else dB.transpose(1, 2), None, None
 
 
 class RankExpandedFlora(torch.autograd.Function):
@@ -108,8 +130,27 @@ def _is_half(weight: Tensor) -> bool:
     return weight.dtype in (torch.bfloat16, torch.float16)
 
 
-def _modulate(weight: Tensor, A: Tensor, B: Tensor, offset: float, out: Tensor) -> Tensor:
-    """W0 * (offset + B A) into `out` [out, in]; the product B A is formed in A's dtype (float32 masters)."""
+BLOCK_BYTES = 2 << 20
+"""Of W0 * M that is formed at one time: it should still be in a core's cache when the matmul reads it."""
+
+
+def _blocks(job: Job, weight: Tensor, summed: bool = False) -> Iterator[tuple[int, int]]:
+    """The job's output features in ranges whose part of W0 [out, in] fits into BLOCK_BYTES. In half precision a result that
+    is summed over them is computed in one: it would be rounded at every sum."""
+    first, last = job.rows(weight.shape[0])
+    size = max(1, BLOCK_BYTES // (weight.shape[1] * weight.element_size()))
+    count = 1 if summed and _is_half(weight) else -(-(last - first) // size)
+    for i in range(count):
+        yield first + (last - first) * i // count, first + (last - first) * (i + 1) // count
+
+
+def _summed(parts: Tensor | None) -> Tensor | None:
+    return parts if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _modulated(weight: Tensor, A: Tensor, B: Tensor, offset: float) -> Tensor:
+    """W0 * (offset + B A) in this thread's scratch, [out, in]; the product is formed in A's dtype (float32 masters)."""
+    out = SCRATCH.matrix("weight", (len(weight), weight.shape[1]), weight)
     if _is_half(weight):
         return _deviation(weight, A, B, offset, out).add_(weight)
     product = torch.mm(B, A, out=out)
@@ -120,7 +161,7 @@ def _modulate(weight: Tensor, A: Tensor, B: Tensor, offset: float, out: Tensor) 
 
 def _deviation(weight: Tensor, A: Tensor, B: Tensor, offset: float, out: Tensor) -> Tensor:
     """W0 * (M - 1) into `out` [out, in] of the weight's half type; M - 1 is formed in A's dtype."""
-    deviation = B @ A
+    deviation = torch.mm(B, A, out=SCRATCH.matrix("product", (len(weight), weight.shape[1]), A))
     if offset != 1.0:
         deviation.add_(offset - 1.0)
     return out.copy_(deviation).mul_(weight)
