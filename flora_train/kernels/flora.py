@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from flora_train.kernels.cost_model import choose_formulation
+from flora_train.kernels.cost_model import Formulation, choose_formulation
+from flora_train.kernels.flora_grouped import GroupedFlora
 from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
 from flora_train.kernels.segments import Segments, check_stack
 
@@ -23,6 +25,13 @@ def flora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequen
     check_stack("x", x.shape, (segments.tokens, weight.shape[1]))
     check_stack("A", A.shape, (len(segments), rank, weight.shape[1]))
     check_stack("B", B.shape, (K, weight.shape[0], rank))
-    formulation = choose_formulation(rank, any(offset), segments.tokens, len(segments), half=weight.element_size() == 2)
-    op = RankExpandedFlora if formulation == "rank_expanded" else MaterialisedFlora
-    return op.apply(x, weight, A, B, offset, segments)
+    half, device = weight.element_size() == 2, x.device.type
+    formulation = choose_formulation(rank, any(offset), segments.tokens, len(segments), half, device)
+    return FORMULATIONS[formulation].apply(x, weight, A, B, offset, segments)
+
+
+FORMULATIONS: dict[Formulation, Any] = {
+    "rank_expanded": RankExpandedFlora,
+    "materialised": MaterialisedFlora,
+    "grouped": GroupedFlora,
+}

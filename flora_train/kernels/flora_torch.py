@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flora_train.kernels.segments import Segments
+from flora_train.kernels.segments import Segments, per_row, segment_of_rows
 from flora_train.kernels.threads import SCRATCH, Job, division_for, run_jobs
 
 
@@ -88,42 +88,43 @@ class RankExpandedFlora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments) -> Tensor:
         rank, residual = A.shape[1], any(offset)
-        expanded = x.new_empty(rank + residual, *x.shape)
-        for k, start, end in segments:
-            torch.mul(x[None, start:end], A[k][:, None], out=expanded[:rank, start:end])
+        owner, rows = segment_of_rows(segments, x.device), x.view(-1, segments.unit, x.shape[1])
+        expanded = x.new_empty(rank + residual, *rows.shape)
+        torch.mul(rows, A[owner].transpose(0, 1)[:, :, None], out=expanded[:rank])
         if residual:
-            expanded[rank] = x
-        z = expanded.view(-1, x.shape[1]) @ weight.T
-        z = z.view(rank + residual, x.shape[0], weight.shape[0])
-        y = torch.empty_like(z[0])
-        for k, start, end in segments:
-            torch.sum(z[:rank, start:end] * B[k].T[:, None], dim=0, out=y[start:end])
-            if offset[k]:
-                y[start:end].add_(z[rank, start:end], alpha=offset[k])
+            expanded[rank] = rows
+        z = (expanded.view(-1, x.shape[1]) @ weight.T).view(*expanded.shape[:-1], weight.shape[0])
+        y = torch.sum(z[:rank] * _features_of_rows(B, owner), dim=0, dtype=x.dtype)
+        if residual:
+            y.add_(z[rank] * per_row(offset, segments, x))
         ctx.save_for_backward(x, weight, A, B, z[:rank])
         ctx.offset, ctx.segments = offset, segments
-        return y
+        return y.view(x.shape[0], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, z = ctx.saved_tensors
         rank, residual = A.shape[1], any(ctx.offset)
-        dz = dy.new_empty(rank + residual, *dy.shape)
-        for k, start, end in ctx.segments:
-            torch.mul(dy[None, start:end], B[k].T[:, None], out=dz[:rank, start:end])
-            if residual:
-                torch.mul(dy[start:end], ctx.offset[k], out=dz[rank, start:end])
-        dexpanded = (dz.view(-1, dy.shape[1]) @ weight).view(rank + residual, *x.shape)
-        dx = torch.empty_like(x)
-        dA, dB = torch.zeros_like(A), torch.zeros_like(B)
-        for k, start, end in ctx.segments:
-            torch.sum(dexpanded[:rank, start:end] * A[k][:, None], dim=0, out=dx[start:end])
-            if residual:
-                dx[start:end] += dexpanded[rank, start:end]
-            dA[k] = torch.sum(dexpanded[:rank, start:end] * x[start:end], dim=1, dtype=A.dtype)
-            dB[k] = torch.sum(z[:, start:end] * dy[start:end], dim=1, dtype=B.dtype).T
-        return dx, None, dA, dB, None, None
+        owner, unit = segment_of_rows(ctx.segments, x.device), ctx.segments.unit
+        rows, drows = x.view(-1, unit, x.shape[1]), dy.reshape(-1, unit, dy.shape[1])
+        dz = dy.new_empty(rank + residual, *drows.shape)
+        torch.mul(drows, _features_of_rows(B, owner), out=dz[:rank])
+        if residual:
+            torch.mul(drows, per_row(ctx.offset, ctx.segments, dy), out=dz[rank])
+        dexpanded = (dz.view(-1, dy.shape[1]) @ weight).view(*dz.shape[:-1], x.shape[1])
+        dx = torch.sum(dexpanded[:rank] * A[owner].transpose(0, 1)[:, :, None], dim=0, dtype=x.dtype)
+        if residual:
+            dx += dexpanded[rank]
+        dA_rows = torch.sum(dexpanded[:rank] * rows, dim=2, dtype=A.dtype).transpose(0, 1)  # [rows, r, in]
+        dB_rows = torch.sum(z * drows, dim=2, dtype=B.dtype).permute(1, 2, 0)  # [rows, out, r]
+        dA, dB = torch.zeros_like(A).index_add_(0, owner, dA_rows), torch.zeros_like(B).index_add_(0, owner, dB_rows)
+        return dx.view(x.shape), None, dA, dB, None, None
+
+
+def _features_of_rows(B: Tensor, owner: Tensor) -> Tensor:
+    """[K, out, r] -> [r, rows, 1, out]."""
+    return B[owner].permute(2, 0, 1)[:, :, None]
 
 
 def _is_half(weight: Tensor) -> bool:

@@ -1,4 +1,8 @@
-"""LoRA in torch: the update accumulates into the base output, without a [T, out] tensor of its own."""
+"""LoRA in torch: all adapters of a batch in two batched matmuls, without a loop over them.
+
+The tokens are seen as rows of `segments.unit` tokens that share an adapter, so that segments of different lengths need
+no padding. The update accumulates into the base output, without a [T, out] tensor of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flora_train.kernels.segments import Segments
+from flora_train.kernels.segments import Segments, per_row, segment_of_rows
 
 
 class SegmentedLora(torch.autograd.Function):
@@ -18,11 +22,10 @@ class SegmentedLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments) -> Tensor:
         ctx.mark_dirty(y)
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        hidden = x.new_empty(x.shape[0], A.shape[1])
-        for k, start, end in segments:
-            torch.mm(x[start:end], A[k].T, out=hidden[start:end])
-            y[start:end].addmm_(hidden[start:end], B[k].T, alpha=scaling[k])
+        owner, unit = segment_of_rows(segments, x.device), segments.unit
+        rows = x.view(-1, unit, x.shape[1])
+        hidden = torch.bmm(rows, A.to(x.dtype)[owner].mT).mul_(per_row(scaling, segments, x))  # [rows, unit, r]
+        y.view(-1, unit, y.shape[1]).baddbmm_(hidden, B.to(x.dtype)[owner].mT)
         ctx.save_for_backward(x, A, B, hidden)
         ctx.scaling, ctx.segments = scaling, segments
         return y
@@ -31,12 +34,10 @@ class SegmentedLora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, hidden = ctx.saved_tensors
-        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
-        dA, dB = torch.zeros_like(A), torch.zeros_like(B)
-        for k, start, end in ctx.segments:
-            dhidden = (dy[start:end] @ B[k]).mul_(ctx.scaling[k])
-            if dx is not None:
-                torch.mm(dhidden, A[k], out=dx[start:end])
-            torch.mm(dhidden.T, x[start:end], out=dA[k])
-            torch.mm(dy[start:end].T, hidden[start:end], out=dB[k]).mul_(ctx.scaling[k])
+        owner, unit = segment_of_rows(ctx.segments, x.device), ctx.segments.unit
+        rows, drows = x.view(-1, unit, x.shape[1]), dy.reshape(-1, unit, dy.shape[1])
+        dhidden = torch.bmm(drows, B.to(x.dtype)[owner]).mul_(per_row(ctx.scaling, ctx.segments, x))
+        dx = torch.bmm(dhidden, A.to(x.dtype)[owner]).view_as(x) if ctx.needs_input_grad[1] else None
+        dA = torch.zeros_like(A).index_add_(0, owner, torch.bmm(dhidden.mT, rows).to(A.dtype))
+        dB = torch.zeros_like(B).index_add_(0, owner, torch.bmm(drows.mT, hidden).to(B.dtype))
         return dy, dx, dA, dB, None, None

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from math import gcd
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class Segments:
     bounds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.bounds) < 2 or self.bounds[0] != 0 or any(a > b for a, b in zip(self.bounds, self.bounds[1:], strict=False)):
+        if len(self.bounds) < 2 or self.bounds[0] != 0 or any(a > b for a, b in pairwise(self.bounds)):
             raise ValueError(f"segment bounds must rise from 0, got {self.bounds}")
 
     def __len__(self) -> int:
@@ -33,9 +39,49 @@ class Segments:
     def tokens(self) -> int:
         return self.bounds[-1]
 
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every segment."""
+        return tuple(b - a for a, b in pairwise(self.bounds))
+
+    @cached_property
+    def unit(self) -> int:
+        """The largest number of tokens that divides every segment: at least a row of the padded batch."""
+        return gcd(*self.bounds) or 1
+
     def scaled(self, tokens_per_row: int) -> Segments:
         """Segments of rows turned into segments of tokens, for rows of equal padded length."""
-        return Segments(tuple(bound * tokens_per_row for bound in self.bounds))
+        return _scaled(self, tokens_per_row)
+
+
+@lru_cache(maxsize=256)
+def _scaled(segments: Segments, tokens_per_row: int) -> Segments:
+    return Segments(tuple(bound * tokens_per_row for bound in segments.bounds))
+
+
+@lru_cache(maxsize=256)
+def segment_of_rows(segments: Segments, device: torch.device) -> Tensor:
+    """The segment of every row of `unit` tokens, LongTensor [T / unit]. Made once per batch, not once per layer: making it
+    would wait for the device."""
+    rows = [k for k, length in enumerate(segments.lengths) for _ in range(length // segments.unit)]
+    return torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def per_row(numbers: Sequence[float], segments: Segments, like: Tensor) -> Tensor | float:
+    """One number per segment as [rows, 1, 1] of `like`'s type, or the number itself where all are the same."""
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    return per_segment(numbers, like)[segment_of_rows(segments, like.device)]
+
+
+def per_segment(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """One number per segment as [K, 1, 1] of `like`'s type."""
+    return _numbers(tuple(numbers), like.dtype, like.device)[:, None, None]
+
+
+@lru_cache(maxsize=256)
+def _numbers(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def check_stack(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from flora_train.kernels import flora_torch
 from flora_train.kernels.cost_model import EXPAND_BELOW, choose_formulation
-from flora_train.kernels.flora import flora_linear
+from flora_train.kernels.flora import FORMULATIONS, flora_linear
 from flora_train.kernels.flora_reference import flora_reference, modulated_weight
-from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
+from flora_train.kernels.flora_torch import MaterialisedFlora
 from flora_train.kernels.ia3 import ia3_scale
 from flora_train.kernels.ia3_reference import ia3_reference
 from flora_train.kernels.lora import lora_add
@@ -20,6 +22,7 @@ from flora_train.kernels.segments import Segments
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 RAGGED = (0, 7, 0, 1, 63, 130)
+EVEN = (24, 24, 24, 24)
 IN, OUT = 37, 53
 
 
@@ -66,12 +69,16 @@ def check(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 16, 20])
-@pytest.mark.parametrize("op", [MaterialisedFlora, RankExpandedFlora], ids=["materialised", "expanded"])
+@pytest.mark.parametrize("op", FORMULATIONS.values(), ids=FORMULATIONS)
 @pytest.mark.parametrize("offsets", ["pure", "residual", "mixed"])
+@pytest.mark.parametrize("lengths", [RAGGED, EVEN], ids=["ragged", "even"])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_flora_equals_the_float64_reference_in_value_and_every_gradient(
-    dtype: torch.dtype, rank: int, op: type, offsets: str
+    dtype: torch.dtype, rank: int, op: Any, offsets: str, lengths: tuple[int, ...], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    segments = bounds(RAGGED)
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(flora_torch, "BLOCK_BYTES", 20 * IN * dtype.itemsize)  # several blocks of output features
+    segments = bounds(lengths)
     K = len(segments)
     offset = {"pure": [0.0] * K, "residual": [1.0] * K, "mixed": [float(k % 2) for k in range(K)]}[offsets]
     weight = random(OUT, IN, seed=0).to(dtype)
@@ -96,10 +103,14 @@ def test_flora_equals_the_float64_reference_in_value_and_every_gradient(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 3, 16])
-def test_lora_equals_the_float64_reference_in_value_and_every_gradient(dtype: torch.dtype, rank: int) -> None:
-    segments = bounds(RAGGED)
+@pytest.mark.parametrize("lengths", [RAGGED, EVEN], ids=["ragged", "even"])
+@pytest.mark.parametrize("one_scaling", [True, False])
+def test_lora_equals_the_float64_reference_in_value_and_every_gradient(
+    dtype: torch.dtype, rank: int, lengths: tuple[int, ...], one_scaling: bool
+) -> None:
+    segments = bounds(lengths)
     K = len(segments)
-    scaling = [0.5 + k for k in range(K)]
+    scaling = [0.5 + k * (not one_scaling) for k in range(K)]
     master = torch.promote_types(dtype, torch.float32)
     inputs = {
         "y": random(segments.tokens, OUT, seed=0),
@@ -117,8 +128,9 @@ def test_lora_equals_the_float64_reference_in_value_and_every_gradient(dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_ia3_equals_the_float64_reference_in_value_and_every_gradient(dtype: torch.dtype) -> None:
-    segments = bounds(RAGGED)
+@pytest.mark.parametrize("lengths", [RAGGED, EVEN], ids=["ragged", "even"])
+def test_ia3_equals_the_float64_reference_in_value_and_every_gradient(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+    segments = bounds(lengths)
     inputs = {"x": random(segments.tokens, IN, seed=0), "scale": random(len(segments), IN, seed=1)}
     dtypes = {"x": dtype, "scale": torch.promote_types(dtype, torch.float32)}
     check(
@@ -134,7 +146,7 @@ def test_hand_written_gradients_pass_gradcheck() -> None:
     segments = bounds((2, 0, 3))
     x, weight = random(5, 4, seed=0).requires_grad_(), random(3, 4, seed=1)
     A, B = random(3, 2, 4, seed=2).requires_grad_(), random(3, 3, 2, seed=3).requires_grad_()
-    for op in (MaterialisedFlora, RankExpandedFlora):
+    for op in FORMULATIONS.values():
         assert torch.autograd.gradcheck(lambda x, A, B, op=op: op.apply(x, weight, A, B, [0.0, 1.0, 1.0], segments), (x, A, B))
     y = random(5, 3, seed=4).requires_grad_()
     assert torch.autograd.gradcheck(lambda y, x, A, B: lora_add(y * 1.0, x, A, B, [1.0, 2.0, 0.5], segments), (y, x, A, B))
@@ -162,7 +174,7 @@ def test_tokens_of_other_segments_never_enter_an_adapter_s_output_or_gradient() 
     x = random(11, IN, seed=0)
     x[5:] = float("nan")
     A, B = random(2, 3, IN, seed=1).requires_grad_(), random(2, OUT, 3, seed=2).requires_grad_()
-    for op in (MaterialisedFlora, RankExpandedFlora):
+    for op in FORMULATIONS.values():
         y = op.apply(x, random(OUT, IN, seed=3), A, B, [1.0, 1.0], segments)
         dA, dB = torch.autograd.grad(y.sum(), (A, B))
         assert y[:5].isfinite().all()
@@ -180,6 +192,8 @@ def test_dispatch_follows_the_measured_rule() -> None:
     assert choose_formulation(rank=4, residual=False, tokens=8 * (few + 1), segments=8) == "materialised"
     assert choose_formulation(rank=4, residual=True, tokens=8 * few, segments=8) == "materialised"
     assert choose_formulation(rank=4, residual=True, tokens=8 * few, segments=8, half=True) == "rank_expanded"
+    assert choose_formulation(rank=4, residual=False, tokens=8 * few, segments=8, device="cuda") == "rank_expanded"
+    assert choose_formulation(rank=4, residual=True, tokens=8 * few, segments=8, device="cuda") == "grouped"
 
 
 def test_shapes_that_do_not_agree_are_refused() -> None:

@@ -1,0 +1,76 @@
+"""fLoRA on a GPU without kernels of our own: every adapter's W0 * M at once, and batched matmuls over the adapters.
+
+No loop over adapters and no wait for the device, at the price of [K, out, in] numbers that exist at one time. Segments of
+different lengths are padded to the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flora_train.kernels.segments import Segments, per_segment
+
+
+class GroupedFlora(torch.autograd.Function):
+    """y = x (W0 * M_k)^T per segment. Shapes and dtypes as `flora_linear`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.offset, ctx.segments = offset, segments
+        grouped = _grouped(x, segments)
+        deviation = torch.bmm(B, A).add_(per_segment(offset, B) - 1.0).to(weight.dtype).mul_(weight)
+        if weight.element_size() == 2:
+            # the sum of x W0^T and x (W0 * (M - 1))^T, rounded once: half precision loses M near 1 (flora_torch.py)
+            pair = torch.cat([weight.expand_as(deviation), deviation], dim=2)
+            return _ungrouped(torch.bmm(torch.cat([grouped, grouped], dim=2), pair.mT), segments)
+        return _ungrouped(torch.bmm(grouped, deviation.add_(weight).mT), segments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B = ctx.saved_tensors
+        grouped, dgrouped = _grouped(x, ctx.segments), _grouped(dy, ctx.segments)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            modulated = torch.bmm(B, A).add_(per_segment(ctx.offset, B)).to(weight.dtype).mul_(weight)
+            dx = _ungrouped(torch.bmm(dgrouped, modulated), ctx.segments)
+        P = torch.bmm(dgrouped.mT, grouped).mul_(weight)  # W0 * (dY^T X); dB = P A^T; dA = B^T P
+        dA, dB = torch.bmm(B.mT.to(P.dtype), P).to(A.dtype), torch.bmm(P, A.mT.to(P.dtype)).to(B.dtype)
+        return dx, None, dA, dB, None, None
+
+
+def _grouped(tokens: Tensor, segments: Segments) -> Tensor:
+    """[T, d] -> [K, longest, d], zeros after the end of shorter segments."""
+    if len(set(segments.lengths)) == 1:
+        return tokens.view(len(segments), -1, tokens.shape[1])
+    there, _ = _places(segments, tokens.device)
+    padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
+    return padded[there].view(len(segments), -1, tokens.shape[1])
+
+
+def _ungrouped(grouped: Tensor, segments: Segments) -> Tensor:
+    """[K, longest, d] -> [T, d]."""
+    flat = grouped.flatten(0, 1)
+    if len(set(segments.lengths)) == 1:
+        return flat
+    return flat[_places(segments, grouped.device)[1]]
+
+
+@lru_cache(maxsize=256)
+def _places(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which token stands at each place of the groups (T: none), and at which place each token stands."""
+    longest = max(segments.lengths)
+    there = [
+        start + i if i < n else segments.tokens
+        for start, n in zip(segments.bounds, segments.lengths, strict=False)
+        for i in range(longest)
+    ]
+    back = [k * longest + i for k, n in enumerate(segments.lengths) for i in range(n)]
+    return torch.tensor(there, device=device), torch.tensor(back, device=device)
