@@ -59,7 +59,7 @@ def _ungrouped(grouped: Tensor, segments: Segments) -> Tensor:
     """[K, longest, d] -> [T, d]."""
     flat = grouped.flatten(0, 1)
     if len(set(segments.lengths)) == 1:
-        return flat
+        return flat.clone()  # not a view of something: a model may add to it in place
     return flat[_places(segments, grouped.device)[1]]
 
 

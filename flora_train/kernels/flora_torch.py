@@ -94,12 +94,14 @@ class RankExpandedFlora(torch.autograd.Function):
         if residual:
             expanded[rank] = rows
         z = (expanded.view(-1, x.shape[1]) @ weight.T).view(*expanded.shape[:-1], weight.shape[0])
-        y = torch.sum(z[:rank] * _features_of_rows(B, owner), dim=0, dtype=x.dtype)
+        y = x.new_empty(x.shape[0], weight.shape[0])  # not a view of something: a model may add to it in place
+        by_rows = y.view(z.shape[1:])
+        torch.sum(z[:rank] * _features_of_rows(B, owner), dim=0, dtype=x.dtype, out=by_rows)
         if residual:
-            y.add_(z[rank] * per_row(offset, segments, x))
+            by_rows.add_(z[rank] * per_row(offset, segments, x))
         ctx.save_for_backward(x, weight, A, B, z[:rank])
         ctx.offset, ctx.segments = offset, segments
-        return y.view(x.shape[0], -1)
+        return y
 
     @staticmethod
     @once_differentiable

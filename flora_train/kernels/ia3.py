@@ -33,7 +33,9 @@ def _scaled(x: Tensor, scale: Tensor, segments: Segments) -> Tensor:
     rows = x.reshape(-1, segments.unit, x.shape[1])
     # The scale is not cast first: near 1, bfloat16 cannot hold the small steps that training makes.
     scales = scale[segment_of_rows(segments, x.device)][:, None]
-    return torch.mul(rows, scales, out=torch.empty_like(rows)).view(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.mul(rows, scales, out=y.view(rows.shape))
+    return y  # not a view of something: a model may add to it in place
 
 
 def ia3_scale(x: Tensor, scale: Tensor, segments: Segments) -> Tensor:

@@ -208,3 +208,19 @@ def test_shapes_that_do_not_agree_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="bounds must rise"):
         Segments((0, 3, 2))
+
+
+@pytest.mark.parametrize("op", ["ia3", "lora", *FORMULATIONS])
+def test_a_model_may_add_to_the_result_in_place(op: str) -> None:
+    segments = bounds(EVEN)
+    x, weight = random(segments.tokens, IN, seed=0).requires_grad_(), random(OUT, IN, seed=1)
+    A, B = random(4, 2, IN, seed=2).requires_grad_(), random(4, OUT, 2, seed=3).requires_grad_()
+    if op == "ia3":
+        y = ia3_scale(x, A[:, 0], segments)
+    elif op == "lora":
+        y = lora_add(x @ weight.T, x, A, B, [1.0] * 4, segments)
+    else:
+        y = FORMULATIONS[op].apply(x, weight, A, B, [1.0] * 4, segments)
+    y.view(2, -1, y.shape[1]).add_(1.0)
+    y.sum().backward()
+    assert x.grad is not None
