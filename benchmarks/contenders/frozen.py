@@ -1,0 +1,19 @@
+"""The limit: the frozen model alone, forward and backward to its embeddings, with our loss and no adapter at all."""
+
+from __future__ import annotations
+
+import flora_train.cli  # noqa: F401
+from flora_train.data.batch import MixedBatch
+from flora_train.training.loss import RowLosses
+from benchmarks.contenders.workload import load_model, make_batch, parse, serve
+
+import torch
+
+work = parse()
+model = load_model(work)
+model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+row_losses = RowLosses(model)
+ids = make_batch(work, model.config.vocab_size)
+inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+batch = MixedBatch(inputs, ids, torch.zeros(work.rows, dtype=torch.long), ())
+serve(lambda: row_losses(batch).sum().backward())
