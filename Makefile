@@ -5,10 +5,10 @@ INSTALLED := .venv/.installed
 MODEL := assets/models/smollm2-135m/manifest.json
 ARGS ?=
 
-.PHONY: help quickstart sweep test lint types format bench figures clean
+.PHONY: help quickstart sweep test lint types format bench bench-quick figures clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
 
 quickstart: $(INSTALLED) $(MODEL)  ## train 9 adapters in one run on real code, evaluate, report, export (ARGS="key=value ...")
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart resume=true $(ARGS)
@@ -31,8 +31,13 @@ format: $(INSTALLED)  ## put the code in ruff's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED)  ## measure the adapted layer against a frozen one
-	$(BIN)/python benchmarks/layer.py
+bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, and the adapted layer against a frozen one (40 minutes)
+	$(BIN)/python benchmarks/joint.py --save
+	$(BIN)/python benchmarks/layer.py --save
+
+bench-quick: $(INSTALLED)  ## the same in ten minutes: fewer repeats, the small model only
+	$(BIN)/python benchmarks/joint.py --quick
+	$(BIN)/python benchmarks/layer.py --repeats 5
 
 figures: $(INSTALLED)  ## put the committed results into README and docs
 	$(BIN)/python benchmarks/update_figures.py

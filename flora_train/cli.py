@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from flora_train.config.errors import UserError, choices, did_you_mean
 
-# torch's threads wait for each other by spinning, which starves them all where another process is busy on the same cores.
-# A shorter spin costs nothing on an idle machine. It is read when torch loads, which is after this module.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# torch's threads wait for each other by spinning, which starves whatever else wants the same cores: another process, or the
+# threads that compute adapters (kernels/threads.py). It is read when torch loads, which is after this module.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 import flora_train.cli  # noqa: F401
+from benchmarks.contenders.workload import load_model, make_batch, parse, serve
 from flora_train.data.batch import MixedBatch
 from flora_train.training.loss import RowLosses
-from benchmarks.contenders.workload import load_model, make_batch, parse, serve
-
-import torch
 
 work = parse()
 model = load_model(work)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 import flora_train.cli  # noqa: F401  (sets up the threads' waiting, as the command does)
+from benchmarks.contenders.workload import LEARNING_RATE, RANK, TARGETS, load_model, make_batch, parse, serve
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import make_spec
 from flora_train.config.schema import AdapterConfig, TrainingConfig
 from flora_train.data.batch import MixedBatch
 from flora_train.training.loss import RowLosses
 from flora_train.training.optimizer import BankOptimizer
-from benchmarks.contenders.workload import LEARNING_RATE, RANK, TARGETS, load_model, make_batch, parse, serve
-
-import torch
 
 work = parse()
 model = load_model(work)

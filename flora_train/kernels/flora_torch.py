@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flora_train.kernels.segments import Segments, per_row, segment_of_rows
+from flora_train.kernels.segments import Segments, from_rows, in_rows, per_row, to_rows
 from flora_train.kernels.threads import SCRATCH, Job, division_for, run_jobs
 
 
@@ -88,15 +88,15 @@ class RankExpandedFlora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments) -> Tensor:
         rank, residual = A.shape[1], any(offset)
-        owner, rows = segment_of_rows(segments, x.device), x.view(-1, segments.unit, x.shape[1])
+        rows = in_rows(x, segments)
         expanded = x.new_empty(rank + residual, *rows.shape)
-        torch.mul(rows, A[owner].transpose(0, 1)[:, :, None], out=expanded[:rank])
+        torch.mul(rows, _features_of_rows(A, segments), out=expanded[:rank])
         if residual:
             expanded[rank] = rows
         z = (expanded.view(-1, x.shape[1]) @ weight.T).view(*expanded.shape[:-1], weight.shape[0])
         y = x.new_empty(x.shape[0], weight.shape[0])  # not a view of something: a model may add to it in place
         by_rows = y.view(z.shape[1:])
-        torch.sum(z[:rank] * _features_of_rows(B, owner), dim=0, dtype=x.dtype, out=by_rows)
+        torch.sum(z[:rank] * _features_of_rows(B.mT, segments), dim=0, dtype=x.dtype, out=by_rows)
         if residual:
             by_rows.add_(z[rank] * per_row(offset, segments, x))
         ctx.save_for_backward(x, weight, A, B, z[:rank])
@@ -107,26 +107,24 @@ class RankExpandedFlora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, z = ctx.saved_tensors
-        rank, residual = A.shape[1], any(ctx.offset)
-        owner, unit = segment_of_rows(ctx.segments, x.device), ctx.segments.unit
-        rows, drows = x.view(-1, unit, x.shape[1]), dy.reshape(-1, unit, dy.shape[1])
+        rank, residual, segments = A.shape[1], any(ctx.offset), ctx.segments
+        rows, drows = in_rows(x, segments), in_rows(dy.contiguous(), segments)
         dz = dy.new_empty(rank + residual, *drows.shape)
-        torch.mul(drows, _features_of_rows(B, owner), out=dz[:rank])
+        torch.mul(drows, _features_of_rows(B.mT, segments), out=dz[:rank])
         if residual:
-            torch.mul(drows, per_row(ctx.offset, ctx.segments, dy), out=dz[rank])
+            torch.mul(drows, per_row(ctx.offset, segments, dy), out=dz[rank])
         dexpanded = (dz.view(-1, dy.shape[1]) @ weight).view(*dz.shape[:-1], x.shape[1])
-        dx = torch.sum(dexpanded[:rank] * A[owner].transpose(0, 1)[:, :, None], dim=0, dtype=x.dtype)
+        dx = torch.sum(dexpanded[:rank] * _features_of_rows(A, segments), dim=0, dtype=x.dtype)
         if residual:
             dx += dexpanded[rank]
-        dA_rows = torch.sum(dexpanded[:rank] * rows, dim=2, dtype=A.dtype).transpose(0, 1)  # [rows, r, in]
-        dB_rows = torch.sum(z * drows, dim=2, dtype=B.dtype).permute(1, 2, 0)  # [rows, out, r]
-        dA, dB = torch.zeros_like(A).index_add_(0, owner, dA_rows), torch.zeros_like(B).index_add_(0, owner, dB_rows)
+        dA = from_rows(torch.sum(dexpanded[:rank] * rows, dim=2, dtype=A.dtype).transpose(0, 1), segments, A.dtype)
+        dB = from_rows(torch.sum(z * drows, dim=2, dtype=B.dtype).transpose(0, 1), segments, B.dtype).mT
         return dx.view(x.shape), None, dA, dB, None, None
 
 
-def _features_of_rows(B: Tensor, owner: Tensor) -> Tensor:
-    """[K, out, r] -> [r, rows, 1, out]."""
-    return B[owner].permute(2, 0, 1)[:, :, None]
+def _features_of_rows(factors: Tensor, segments: Segments) -> Tensor:
+    """[K, r, features] -> [r, rows, 1, features]."""
+    return to_rows(factors, segments).transpose(0, 1)[:, :, None]
 
 
 def _is_half(weight: Tensor) -> bool:

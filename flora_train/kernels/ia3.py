@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flora_train.kernels.segments import Segments, check_stack, segment_of_rows
+from flora_train.kernels.segments import Segments, check_stack, from_rows, in_rows, to_rows
 
 
 class SegmentedScale(torch.autograd.Function):
@@ -24,17 +24,14 @@ class SegmentedScale(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        owner, shape = segment_of_rows(ctx.segments, x.device), (-1, ctx.segments.unit, x.shape[1])
-        per_row = torch.sum((dy * x).view(shape), dim=1, dtype=scale.dtype)
-        return _scaled(dy, scale, ctx.segments), torch.zeros_like(scale).index_add_(0, owner, per_row), None
+        dscale = torch.sum(in_rows(dy * x, ctx.segments), dim=1, dtype=scale.dtype)
+        return _scaled(dy, scale, ctx.segments), from_rows(dscale, ctx.segments, scale.dtype), None
 
 
 def _scaled(x: Tensor, scale: Tensor, segments: Segments) -> Tensor:
-    rows = x.reshape(-1, segments.unit, x.shape[1])
-    # The scale is not cast first: near 1, bfloat16 cannot hold the small steps that training makes.
-    scales = scale[segment_of_rows(segments, x.device)][:, None]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.mul(rows, scales, out=y.view(rows.shape))
+    # The scale is not cast first: near 1, bfloat16 cannot hold the small steps that training makes.
+    torch.mul(in_rows(x.contiguous(), segments), to_rows(scale, segments)[:, None], out=in_rows(y, segments))
     return y  # not a view of something: a model may add to it in place
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flora_train.kernels.segments import Segments, per_row, segment_of_rows
+from flora_train.kernels.segments import Segments, from_rows, in_rows, per_row, to_rows
 
 
 class SegmentedLora(torch.autograd.Function):
@@ -22,10 +22,9 @@ class SegmentedLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments) -> Tensor:
         ctx.mark_dirty(y)
-        owner, unit = segment_of_rows(segments, x.device), segments.unit
-        rows = x.view(-1, unit, x.shape[1])
-        hidden = torch.bmm(rows, A.to(x.dtype)[owner].mT).mul_(per_row(scaling, segments, x))  # [rows, unit, r]
-        y.view(-1, unit, y.shape[1]).baddbmm_(hidden, B.to(x.dtype)[owner].mT)
+        rows = in_rows(x, segments)
+        hidden = torch.bmm(rows, to_rows(A.to(x.dtype), segments).mT).mul_(per_row(scaling, segments, x))  # [rows, unit, r]
+        in_rows(y, segments).baddbmm_(hidden, _lying(B, x, segments))
         ctx.save_for_backward(x, A, B, hidden)
         ctx.scaling, ctx.segments = scaling, segments
         return y
@@ -34,10 +33,15 @@ class SegmentedLora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, hidden = ctx.saved_tensors
-        owner, unit = segment_of_rows(ctx.segments, x.device), ctx.segments.unit
-        rows, drows = x.view(-1, unit, x.shape[1]), dy.reshape(-1, unit, dy.shape[1])
-        dhidden = torch.bmm(drows, B.to(x.dtype)[owner]).mul_(per_row(ctx.scaling, ctx.segments, x))
-        dx = torch.bmm(dhidden, A.to(x.dtype)[owner]).view_as(x) if ctx.needs_input_grad[1] else None
-        dA = torch.zeros_like(A).index_add_(0, owner, torch.bmm(dhidden.mT, rows).to(A.dtype))
-        dB = torch.zeros_like(B).index_add_(0, owner, torch.bmm(drows.mT, hidden).to(B.dtype))
+        segments = ctx.segments
+        rows, drows = in_rows(x, segments), in_rows(dy.contiguous(), segments)
+        dhidden = torch.bmm(drows, _lying(B, x, segments).mT).mul_(per_row(ctx.scaling, segments, x))
+        dx = torch.bmm(dhidden, to_rows(A.to(x.dtype), segments)).view_as(x) if ctx.needs_input_grad[1] else None
+        dA = from_rows(torch.bmm(dhidden.mT, rows), segments, A.dtype)
+        dB = from_rows(torch.bmm(hidden.mT, drows), segments, B.dtype).mT
         return dy, dx, dA, dB, None, None
+
+
+def _lying(B: Tensor, x: Tensor, segments: Segments) -> Tensor:
+    """[K, out, r] -> [rows, r, out]: a matmul with few columns is several times slower than one with few rows."""
+    return to_rows(B.mT.to(x.dtype, memory_format=torch.contiguous_format), segments)

@@ -49,6 +49,11 @@ class Segments:
         """The largest number of tokens that divides every segment: at least a row of the padded batch."""
         return gcd(*self.bounds) or 1
 
+    @cached_property
+    def one_row_each(self) -> bool:
+        """Whether all segments have the same length, so that every segment is one row of `unit` tokens."""
+        return all(length == self.unit for length in self.lengths)
+
     def scaled(self, tokens_per_row: int) -> Segments:
         """Segments of rows turned into segments of tokens, for rows of equal padded length."""
         return _scaled(self, tokens_per_row)
@@ -67,11 +72,29 @@ def segment_of_rows(segments: Segments, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.long, device=device)
 
 
+def in_rows(tokens: Tensor, segments: Segments) -> Tensor:
+    """[T, d] -> [rows, unit, d]: a view."""
+    return tokens.view(-1, segments.unit, tokens.shape[1])
+
+
+def to_rows(stack: Tensor, segments: Segments) -> Tensor:
+    """[K, ...] -> [rows, ...]: each row gets its segment's entry."""
+    return stack if segments.one_row_each else stack[segment_of_rows(segments, stack.device)]
+
+
+def from_rows(rows: Tensor, segments: Segments, dtype: torch.dtype) -> Tensor:
+    """[rows, ...] -> [K, ...] of `dtype`: each segment gets the sum of its rows."""
+    if segments.one_row_each:
+        return rows.to(dtype)
+    summed = torch.zeros(len(segments), *rows.shape[1:], dtype=dtype, device=rows.device)
+    return summed.index_add_(0, segment_of_rows(segments, rows.device), rows.to(dtype))
+
+
 def per_row(numbers: Sequence[float], segments: Segments, like: Tensor) -> Tensor | float:
     """One number per segment as [rows, 1, 1] of `like`'s type, or the number itself where all are the same."""
     if len(set(numbers)) == 1:
         return numbers[0]
-    return per_segment(numbers, like)[segment_of_rows(segments, like.device)]
+    return to_rows(per_segment(numbers, like), segments)
 
 
 def per_segment(numbers: Sequence[float], like: Tensor) -> Tensor:
