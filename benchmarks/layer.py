@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import flora_train.cli  # noqa: F401  (before torch: how its threads wait, as in a run)
+
+# isort: split
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import flora_train.cli  # noqa: F401  (before torch: how its threads wait, as in a run)
 from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
 from flora_train.kernels.ia3 import ia3_scale
 from flora_train.kernels.lora import lora_add

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import flora_train.cli  # noqa: F401  (before torch: how its threads wait, as in a run)
+
+# isort: split
 import torch
 
-import flora_train.cli  # noqa: F401
 from benchmarks.contenders.workload import load_model, make_batch, parse, serve
 from flora_train.data.batch import MixedBatch
 from flora_train.training.loss import RowLosses

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import flora_train.cli  # noqa: F401  (before torch: how its threads wait, as in a run)
+
+# isort: split
 import torch
 
-import flora_train.cli  # noqa: F401  (sets up the threads' waiting, as the command does)
 from benchmarks.contenders.workload import LEARNING_RATE, RANK, TARGETS, load_model, make_batch, parse, serve
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import make_spec
