@@ -12,6 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.base_model import load_base_model, load_tokenizer
+from flora_train.adapters.spec import expand
+from flora_train.config.load import load_config
+from flora_train.data.batch import share_of_rank
+from flora_train.data.task import load_tasks
+from flora_train.training.plan import make_mixture, plan_step
 from tests.e2e.conftest import ROOT, Launch
 
 ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for method in ("flora", "lora", "ia3"))
@@ -82,6 +89,21 @@ def test_two_processes_equal_one_to_1e_6(finished: Path, launch: Launch, recipe:
     assert done.returncode == 0, done.stderr
     assert read_report(tmp_path / "two")["facts"]["processes"] == 2
     assert largest_difference(finished, tmp_path / "two") <= 1e-6
+    assert steps_where_a_process_lacks_an_adapter(recipe, tmp_path) > 0
+
+
+def steps_where_a_process_lacks_an_adapter(recipe: Path, cache: Path) -> int:
+    config = load_config([f"recipe={recipe}"])
+    tasks = load_tasks(config, load_tokenizer(config.model), cache)
+    bank = AdapterBank.attach(load_base_model(config.model, torch.device("cpu")), expand(config))
+    mixture, lacking = make_mixture(tasks, bank, config), 0
+    for number in range(config.training.steps):
+        plan = plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch)
+        assert plan is not None
+        for rank in range(2):
+            held = {row.adapter for rows in share_of_rank(plan.microbatches, rank, 2) for row in rows}
+            lacking += held != plan.label_tokens.keys()
+    return lacking
 
 
 def test_another_number_of_processes_than_asked_for_is_refused(launch: Launch, recipe: Path, tmp_path: Path) -> None:
