@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ class Position:
 
 
 class Trainer:
-    """Trains all adapters of a bank on their tasks. `accelerator` gives processes and trackers; checkpoints: where a run
-    that is interrupted goes on from."""
+    """Trains all adapters of a bank on their tasks. `accelerator` gives processes and trackers, `collate` makes batches."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Trainer:
         self.mixture = make_mixture(tasks, bank, config)
         self.optimizer = BankOptimizer(bank, config.training)
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
-        self.checkpoints = Checkpoints(folder.checkpoints, self._identity, say)
+        self.checkpoints = Checkpoints(folder.checkpoints, lambda: self._identity, say)
         self.tally = Tally()
         self.at = Position()
         self._last_losses: dict[str, str] = {}
@@ -138,7 +138,9 @@ class Trainer:
         self.selection.kept = {adapter: Kept(step, loss) for adapter, step, loss in position["kept"]}
         self.tally = Tally.from_json(position["tally"])
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with this run; made once, because it reads the whole base."""
         return {
             **comparable(self.config),
             "adapters": [spec.name for spec in self.bank.specs],
