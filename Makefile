@@ -34,10 +34,12 @@ format: $(INSTALLED)  ## put the code in ruff's format
 bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, and the adapted layer against a frozen one (40 minutes)
 	$(BIN)/python benchmarks/joint.py --save
 	$(BIN)/python benchmarks/layer.py --save
+	$(BIN)/python benchmarks/memory.py --save
 
 bench-quick: $(INSTALLED)  ## the same in ten minutes: fewer repeats, the small model only
 	$(BIN)/python benchmarks/joint.py --quick
 	$(BIN)/python benchmarks/layer.py --repeats 5
+	$(BIN)/python benchmarks/memory.py
 
 figures: $(INSTALLED)  ## put the committed results into README and docs
 	$(BIN)/python benchmarks/update_figures.py

@@ -1,7 +1,8 @@
 """Which figures stand in the README? Those of committed results, put between its markers by this script.
 
 Usage: python benchmarks/update_figures.py [--check]   (--check: only say whether README.md is in step)
-Results come from `make quickstart` and `make sweep`: benchmarks/results/<name>.json is that run's eval/report.json.
+Results come from `make quickstart` and `make sweep` (benchmarks/results/<name>.json is that run's eval/report.json) and from
+`python benchmarks/joint.py --save`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from joint import table
 from rich.console import Console
 
 from flora_train.evaluation.report.terminal import print_completions, print_results
@@ -59,6 +61,17 @@ def sweep_block() -> str:
     return "\n".join([*rows, "", machine(results)])
 
 
+def joint_block() -> str:
+    """The small model's tables of `python benchmarks/joint.py --save`."""
+    results = read("joint_cpu")
+    facts, regime = results["facts"], results["regimes"][0]
+    packages = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    where = (
+        f"{facts['machine']['processor']}, {facts['threads']} threads, float32, {packages}; medians of {facts['repeats']} steps"
+    )
+    return "\n".join([*table(regime)[2:], f"<sub>{where} that took turns.</sub>"])
+
+
 def kind(adapter: dict[str, Any]) -> tuple[Any, ...]:
     return adapter["method"], adapter["variant"]
 
@@ -79,7 +92,7 @@ def read(name: str) -> dict[str, Any]:
 
 def updated(readme: str) -> str:
     """The README with fresh figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
-    blocks = {"quickstart": quickstart_block, "sweep": sweep_block}
+    blocks = {"quickstart": quickstart_block, "sweep": sweep_block, "joint": joint_block}
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- figures: {match[1]} -->\n{blocks[match[1]]()}\n<!-- end -->"
