@@ -31,7 +31,7 @@ format: $(INSTALLED)  ## put the code in ruff's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, and the adapted layer against a frozen one (40 minutes)
+bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, and the adapted layer against a frozen one; writes benchmarks/results
 	$(BIN)/python benchmarks/joint.py --save
 	$(BIN)/python benchmarks/layer.py --save
 	$(BIN)/python benchmarks/memory.py --save

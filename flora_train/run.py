@@ -151,7 +151,11 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
     """report.json of a run. Raises UserError if there is none yet."""
     path = folder.evaluation / "report.json"
     if not path.exists():
-        raise fail("run", str(folder.path), "has no report yet: it did not finish; flora-train evaluate judges what it kept")
+        raise fail(
+            "run",
+            str(folder.path),
+            "has no report yet: it did not finish; train it on with resume=true, or let flora-train evaluate judge what it kept",
+        )
     results = json.loads(path.read_text(encoding="utf-8"))
     if results["schema"] != SCHEMA:
         fix = f"was written by another version (schema {results['schema']}, ours is {SCHEMA}): flora-train evaluate {folder.path} renews it"

@@ -89,7 +89,7 @@ def run_jobs(division: Division, work: Callable[[Job], None]) -> None:
 
 
 class Scratch(threading.local):
-    """Matrices that a thread fills again and again, by name. They start as NaN would: never read what was not written."""
+    """Matrices that a thread fills again and again, by name. They hold what was there before: write before you read."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
