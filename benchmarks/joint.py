@@ -37,19 +37,21 @@ class Contender:
     environment: str = "ours"
 
 
-OURS = {"lora": "ours, LoRA r=8", "flora": "ours, fLoRA r=4", "mixed": "ours, mixed methods"}
+OURS = {"lora": "ours, LoRA r=8", "lora5": "ours, LoRA r=8 without o and gate", "flora": "ours, fLoRA r=4", "mixed": "ours, mixed methods"}
 CONTENDERS = (
     Contender("frozen model alone", "frozen", "none"),
     Contender(OURS["lora"], "ours", "lora"),
     Contender("PEFT loop, LoRA r=8", "peft_loop", "lora"),
     Contender("PEFT adapter_names, LoRA r=8", "peft_names", "lora"),
-    Contender("AdapterHub BatchSplit, LoRA r=8", "adapterhub", "lora", "adapterhub"),
+    Contender(OURS["lora5"], "ours", "lora5"),
+    Contender("AdapterHub BatchSplit, LoRA r=8 without o and gate", "adapterhub", "lora5", "adapterhub"),
     Contender(OURS["flora"], "ours", "flora"),
     Contender("PEFT loop, HiRA r=4", "peft_loop", "hira"),
     Contender(OURS["mixed"], "ours", "mixed"),
 )
 RIVALS = {
     OURS["lora"]: [c.label for c in CONTENDERS if c.method == "lora" and c.program != "ours"],
+    OURS["lora5"]: ["AdapterHub BatchSplit, LoRA r=8 without o and gate"],
     OURS["flora"]: ["PEFT loop, HiRA r=4"],
 }
 

@@ -1,5 +1,5 @@
-"""AdapterHub's `adapters`: BatchSplit composition of LoRA adapters. It adapts q, k, v, up and down projections, not o and gate:
-a little less work than the others do."""
+"""AdapterHub's `adapters`: BatchSplit composition of LoRA adapters. It adapts q, k, v, up and down projections, but cannot adapt
+o and gate: its rival is ours on the same five layers."""
 
 from __future__ import annotations
 

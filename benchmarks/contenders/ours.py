@@ -1,4 +1,5 @@
-"""flora_train: all adapters in one batch. Methods: lora, flora, mixed (LoRA, fLoRA and IA3 in turn)."""
+"""flora_train: all adapters in one batch. Methods: lora, lora5 (on the layers that AdapterHub adapts), flora, mixed (LoRA, fLoRA
+and IA3 in turn)."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ from flora_train.training.optimizer import BankOptimizer
 
 work = parse()
 model = load_model(work)
-methods = ["lora", "flora", "ia3"] if work.method == "mixed" else [work.method]
+methods = ["lora", "flora", "ia3"] if work.method == "mixed" else [work.method.removesuffix("5")]
+targets = [name for name in TARGETS if name not in ("o_proj", "gate_proj")] if work.method == "lora5" else TARGETS
 specs = []
 for i, name in enumerate(work.names):
     method = methods[i % len(methods)]
-    options = {"rank": RANK[method], "target_modules": TARGETS} if method in RANK else {}
+    options = {"rank": RANK[method], "target_modules": targets} if method in RANK else {}
     specs.append(make_spec(name, method, AdapterConfig(method=method, lr=LEARNING_RATE, **options), 1000))
 bank = AdapterBank.attach(model, specs)
 model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 Formulation = Literal["rank_expanded", "materialised", "grouped"]
@@ -12,17 +13,37 @@ EXPAND_BELOW = 100
 EXPAND_BELOW_HALF = 400  # half precision multiplies fast, forming W0 * M is as slow as ever
 
 
-def choose_formulation(
-    rank: int, residual: bool, tokens: int, segments: int, half: bool = False, device: str = "cpu"
-) -> Formulation:
-    """The formulation for `tokens` tokens in `segments` segments at `rank`; residual: some offset is not 0; half: W0 is
-    bfloat16 or float16; device: torch's word for its type.
+GROUPED_BYTES = 12 << 20
+"""Of all adapters' W0 * M at one time, up to which a CPU works on all at once: beyond, they no longer stay in its cache."""
 
-    One term alone, or terms x tokens per adapter below EXPAND_BELOW (_HALF), is faster expanded. Else W0 * M is formed: of
-    one segment a thread on a CPU, of all at once elsewhere, where a loop over adapters would leave the device idle.
+
+@dataclass(frozen=True)
+class Work:
+    """tokens in `segments` segments, all of one length if `even`, through W0 [out_features, in_features] of `bytes_each`
+    bytes a number; residual: some offset is not 0; device: torch's word for its type."""
+
+    rank: int
+    residual: bool
+    tokens: int
+    segments: int
+    in_features: int
+    out_features: int
+    even: bool = True
+    bytes_each: int = 4
+    device: str = "cpu"
+
+
+def choose_formulation(work: Work) -> Formulation:
+    """The fastest formulation of fLoRA for this work.
+
+    One term alone, or terms x tokens per adapter below EXPAND_BELOW (_HALF), is faster expanded. Else W0 * M is formed: on
+    a CPU of one segment a thread, or of all at once while they are small; elsewhere always of all at once, because a loop
+    over adapters would leave the device idle.
     """
-    terms, tokens_per_adapter = rank + residual, tokens / max(segments, 1)
-    limit = EXPAND_BELOW_HALF if half else EXPAND_BELOW
-    if terms == 1 or terms * tokens_per_adapter < limit:
+    terms, tokens_per_adapter = work.rank + work.residual, work.tokens / max(work.segments, 1)
+    half = work.bytes_each == 2
+    if terms == 1 or terms * tokens_per_adapter < (EXPAND_BELOW_HALF if half else EXPAND_BELOW):
         return "rank_expanded"
-    return "materialised" if device == "cpu" else "grouped"
+    all_at_once = work.segments * work.out_features * work.in_features * work.bytes_each
+    small = work.even and not half and work.segments > 1 and all_at_once <= GROUPED_BYTES
+    return "grouped" if work.device != "cpu" or small else "materialised"

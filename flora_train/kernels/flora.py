@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flora_train.kernels.cost_model import Formulation, choose_formulation
+from flora_train.kernels.cost_model import Formulation, Work, choose_formulation
 from flora_train.kernels.flora_grouped import GroupedFlora
 from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
 from flora_train.kernels.segments import Segments, check_stack
@@ -25,9 +25,18 @@ def flora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequen
     check_stack("x", x.shape, (segments.tokens, weight.shape[1]))
     check_stack("A", A.shape, (len(segments), rank, weight.shape[1]))
     check_stack("B", B.shape, (K, weight.shape[0], rank))
-    half, device = weight.element_size() == 2, x.device.type
-    formulation = choose_formulation(rank, any(offset), segments.tokens, len(segments), half, device)
-    return FORMULATIONS[formulation].apply(x, weight, A, B, offset, segments)
+    work = Work(
+        rank=rank,
+        residual=any(offset),
+        tokens=segments.tokens,
+        segments=len(segments),
+        in_features=weight.shape[1],
+        out_features=weight.shape[0],
+        even=segments.even,
+        bytes_each=weight.element_size(),
+        device=x.device.type,
+    )
+    return FORMULATIONS[choose_formulation(work)].apply(x, weight, A, B, offset, segments)
 
 
 FORMULATIONS: dict[Formulation, Any] = {

@@ -1,7 +1,8 @@
-"""fLoRA on a GPU without kernels of our own: every adapter's W0 * M at once, and batched matmuls over the adapters.
+"""fLoRA in batched matmuls over the adapters: every adapter's W0 * M at once.
 
 No loop over adapters and no wait for the device, at the price of [K, out, in] numbers that exist at one time. Segments of
-different lengths are padded to the longest.
+different lengths are padded to the longest. For a GPU without kernels of our own, and for small weights on a CPU, where a
+loop over adapters costs more than it computes.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class GroupedFlora(torch.autograd.Function):
         if weight.element_size() == 2:
             # the sum of x W0^T and x (W0 * (M - 1))^T, rounded once: half precision loses M near 1 (flora_torch.py)
             pair = torch.cat([weight.expand_as(deviation), deviation], dim=2)
-            return _ungrouped(torch.bmm(torch.cat([grouped, grouped], dim=2), pair.mT), segments)
-        return _ungrouped(torch.bmm(grouped, deviation.add_(weight).mT), segments)
+            return _batched_matmul(torch.cat([grouped, grouped], dim=2), pair.mT, segments)
+        return _batched_matmul(grouped, deviation.add_(weight).mT, segments)
 
     @staticmethod
     @once_differentiable
@@ -40,27 +41,29 @@ class GroupedFlora(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             modulated = torch.bmm(B, A).add_(per_segment(ctx.offset, B)).to(weight.dtype).mul_(weight)
-            dx = _ungrouped(torch.bmm(dgrouped, modulated), ctx.segments)
+            dx = _batched_matmul(dgrouped, modulated, ctx.segments)
         P = torch.bmm(dgrouped.mT, grouped).mul_(weight)  # W0 * (dY^T X); dB = P A^T; dA = B^T P
-        dA, dB = torch.bmm(B.mT.to(P.dtype), P).to(A.dtype), torch.bmm(P, A.mT.to(P.dtype)).to(B.dtype)
+        dA = torch.bmm(B.mT.to(P.dtype), P).to(A.dtype)
+        dB = torch.bmm(A.to(P.dtype), P.mT).to(B.dtype).mT  # a thin matmul is faster lying down
         return dx, None, dA, dB, None, None
 
 
 def _grouped(tokens: Tensor, segments: Segments) -> Tensor:
     """[T, d] -> [K, longest, d], zeros after the end of shorter segments."""
-    if len(set(segments.lengths)) == 1:
+    if segments.even:
         return tokens.view(len(segments), -1, tokens.shape[1])
     there, _ = _places(segments, tokens.device)
     padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
     return padded[there].view(len(segments), -1, tokens.shape[1])
 
 
-def _ungrouped(grouped: Tensor, segments: Segments) -> Tensor:
-    """[K, longest, d] -> [T, d]."""
-    flat = grouped.flatten(0, 1)
-    if len(set(segments.lengths)) == 1:
-        return flat.clone()  # not a view of something: a model may add to it in place
-    return flat[_places(segments, grouped.device)[1]]
+def _batched_matmul(grouped: Tensor, weights: Tensor, segments: Segments) -> Tensor:
+    """[K, longest, d] by [K, d, d'] -> [T, d']."""
+    if not segments.even:
+        return torch.bmm(grouped, weights).flatten(0, 1)[_places(segments, grouped.device)[1]]
+    y = grouped.new_empty(segments.tokens, weights.shape[2])  # not a view of something: a model may add to it in place
+    torch.bmm(grouped, weights, out=y.view(len(segments), -1, weights.shape[2]))
+    return y
 
 
 @lru_cache(maxsize=256)

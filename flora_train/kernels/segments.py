@@ -50,8 +50,13 @@ class Segments:
         return gcd(*self.bounds) or 1
 
     @cached_property
+    def even(self) -> bool:
+        """Whether all segments have the same length."""
+        return len(set(self.lengths)) == 1
+
+    @cached_property
     def one_row_each(self) -> bool:
-        """Whether all segments have the same length, so that every segment is one row of `unit` tokens."""
+        """Whether every segment is one row of `unit` tokens."""
         return all(length == self.unit for length in self.lengths)
 
     def scaled(self, tokens_per_row: int) -> Segments:

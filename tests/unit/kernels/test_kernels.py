@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flora_train.kernels import flora_torch
-from flora_train.kernels.cost_model import EXPAND_BELOW, choose_formulation
+from flora_train.kernels.cost_model import EXPAND_BELOW, GROUPED_BYTES, Work, choose_formulation
 from flora_train.kernels.flora import FORMULATIONS, flora_linear
 from flora_train.kernels.flora_reference import flora_reference, modulated_weight
 from flora_train.kernels.flora_torch import MaterialisedFlora
@@ -186,14 +187,20 @@ def test_tokens_of_other_segments_never_enter_an_adapter_s_output_or_gradient() 
 
 def test_dispatch_follows_the_measured_rule() -> None:
     few = EXPAND_BELOW // 4 - 1
-    assert choose_formulation(rank=1, residual=False, tokens=100_000, segments=1) == "rank_expanded"
-    assert choose_formulation(rank=1, residual=True, tokens=100_000, segments=1) == "materialised"
-    assert choose_formulation(rank=4, residual=False, tokens=8 * few, segments=8) == "rank_expanded"
-    assert choose_formulation(rank=4, residual=False, tokens=8 * (few + 1), segments=8) == "materialised"
-    assert choose_formulation(rank=4, residual=True, tokens=8 * few, segments=8) == "materialised"
-    assert choose_formulation(rank=4, residual=True, tokens=8 * few, segments=8, half=True) == "rank_expanded"
-    assert choose_formulation(rank=4, residual=False, tokens=8 * few, segments=8, device="cuda") == "rank_expanded"
-    assert choose_formulation(rank=4, residual=True, tokens=8 * few, segments=8, device="cuda") == "grouped"
+    large = Work(rank=4, residual=False, tokens=8 * few, segments=8, in_features=4096, out_features=4096)
+    assert choose_formulation(replace(large, rank=1, tokens=100_000)) == "rank_expanded"
+    assert choose_formulation(replace(large, rank=1, residual=True, tokens=100_000)) == "materialised"
+    assert choose_formulation(large) == "rank_expanded"
+    assert choose_formulation(replace(large, tokens=8 * (few + 1))) == "materialised"
+    assert choose_formulation(replace(large, residual=True)) == "materialised"
+    assert choose_formulation(replace(large, residual=True, bytes_each=2)) == "rank_expanded"
+    assert choose_formulation(replace(large, device="cuda")) == "rank_expanded"
+    assert choose_formulation(replace(large, residual=True, device="cuda")) == "grouped"
+    small = replace(large, residual=True, in_features=256, out_features=GROUPED_BYTES // (8 * 256 * 4))
+    assert choose_formulation(small) == "grouped"
+    assert choose_formulation(replace(small, out_features=small.out_features + 1)) == "materialised"
+    assert choose_formulation(replace(small, even=False)) == "materialised"
+    assert choose_formulation(replace(small, segments=1)) == "materialised"
 
 
 def test_shapes_that_do_not_agree_are_refused() -> None:
