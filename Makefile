@@ -38,7 +38,7 @@ bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, and the adapte
 
 bench-quick: $(INSTALLED)  ## the same in ten minutes: fewer repeats, the small model only
 	$(BIN)/python benchmarks/joint.py --quick
-	$(BIN)/python benchmarks/layer.py --repeats 5
+	$(BIN)/python benchmarks/layer.py --quick --repeats 5
 	$(BIN)/python benchmarks/memory.py
 
 figures: $(INSTALLED)  ## put the committed results into README and docs

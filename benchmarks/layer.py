@@ -1,7 +1,8 @@
 """What does an adapted layer cost? Forward + backward against the same frozen layer, on this machine.
 
-Runs of the adapted and the frozen layer alternate; each figure is the median of the pairs' ratios. Materialised fLoRA is
-residual, expanded fLoRA pure (a residual one costs one rank more). Prints a Markdown table, and writes it with `--save`. Usage: python benchmarks/layer.py [--repeats 15] [--save]
+Runs of the adapted and the frozen layer alternate; each figure is the median of the pairs' ratios. The first table of a dtype
+is what a run does (kernels/cost_model.py chooses the formulation), the second forces each formulation. Prints Markdown, and
+writes it with `--save`. Usage: python benchmarks/layer.py [--quick] [--repeats 7] [--dtype float32] [--save]
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import flora_train.cli  # noqa: F401  (before torch: how its threads wait, as in a run)
@@ -19,27 +20,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
+from flora_train.kernels.flora import FORMULATIONS, flora_linear
 from flora_train.kernels.ia3 import ia3_scale
 from flora_train.kernels.lora import lora_add
 from flora_train.kernels.segments import Segments
 from flora_train.training.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "layer_cpu.md"
-SHAPES = [(576, 1024, 8), (576, 1024, 32), (1024, 2048, 4), (1024, 2048, 16), (1024, 256, 16)]  # d, tokens, adapters
-RANKS = (1, 4, 16)
+Shape = tuple[int, int, int]  # d, tokens, adapters
+SHAPES: list[Shape] = [
+    (256, 2048, 16),
+    *((576, 1024, 1024 // each) for each in (8, 32, 128, 512, 1024)),
+    *((1024, 2048, 2048 // each) for each in (8, 32, 128, 256, 512, 1024)),
+]
+FORCED: list[Shape] = [(256, 2048, 16), (576, 1024, 32), (576, 1024, 8), (1024, 256, 16), (1024, 2048, 16), (1024, 2048, 4)]
+RANKS = (1, 2, 4, 16, 64)
+PURE, RESIDUAL = 0.0, 1.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="pairs of runs behind every ratio")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of runs behind every ratio (at most 8 s are spent on one)")
+    parser.add_argument("--quick", action="store_true", help="three shapes of 128 tokens per adapter only")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
-    lines = [*heading(options.repeats)]
-    for dtype in options.dtype:
-        lines += table(getattr(torch, dtype), options.repeats)
-    text = "\n".join(lines) + "\n"
+    shapes = [(d, tokens, n) for d, tokens, n in SHAPES if tokens // n == 128] if options.quick else SHAPES
+    lines = heading(options.repeats)
+    for name in options.dtype:
+        dtype = getattr(torch, name)
+        lines += [f"## {name}: as a run does it", "", *table(shapes, as_run(), dtype, options.repeats)]
+        if not options.quick:
+            lines += [f"## {name}: each formulation of fLoRA", "", *table(FORCED, forced(), dtype, options.repeats)]
+    text = "\n".join(lines)
     print(text)
     if options.save:
         RESULT.write_text(text)
@@ -52,58 +65,95 @@ def heading(repeats: int) -> list[str]:
         "# Cost of an adapted layer: forward + backward, as a multiple of the frozen layer's",
         "",
         f"{machine['processor']}, {machine['threads']} threads, torch {packages['torch']}, Python {facts['python']}, commit {facts['commit']}.",
-        f"Median of {repeats} interleaved pairs. `python benchmarks/layer.py --save` prints this file.",
-        "Materialised fLoRA is residual, expanded fLoRA pure (a residual one costs one rank more).",
+        f"Median of {repeats} interleaved pairs. `python benchmarks/layer.py --save` prints this file. fLoRA is residual unless",
+        "it says pure (W0 * (B A)); a residual one has one term more to expand. Three matmuls instead of two: 1.5 is the floor of",
+        "materialised fLoRA, and with the thin ones of rank r at m tokens per adapter 1.5 + 2 r / m.",
         "",
     ]
 
 
-def table(dtype: torch.dtype, repeats: int) -> list[str]:
-    ranks = [f"{name} r={rank}" for name in ("materialised", "expanded", "lora") for rank in RANKS]
+class Problem:
+    """One layer's tensors for a shape, type and rank."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, rank: int) -> None:
+        d, tokens, adapters = shape
+        generator = torch.Generator().manual_seed(0)
+        self.segments = Segments(tuple(range(0, tokens + 1, tokens // adapters)))
+        self.x = torch.randn(tokens, d, generator=generator).to(dtype).requires_grad_()
+        self.weight = torch.randn(d, d, generator=generator).to(dtype) / d**0.5
+        self.dy = torch.randn(tokens, d, generator=generator).to(dtype)
+        self.A = torch.randn(adapters, rank, d, generator=generator).requires_grad_()
+        self.B = (0.1 * torch.randn(adapters, d, rank, generator=generator)).requires_grad_()
+
+    def frozen(self) -> Tensor:
+        return F.linear(self.x, self.weight)
+
+    def numbers(self, value: float) -> list[float]:
+        """The same number for every adapter."""
+        return [value] * len(self.segments)
+
+
+Forward = Callable[[Problem], Tensor]
+
+
+def as_run() -> dict[str, tuple[int, Forward]]:
+    """column -> (rank, forward)."""
+
+    def flora(offset: float) -> Forward:
+        return lambda p: flora_linear(p.x, p.weight, p.A, p.B, p.numbers(offset), p.segments)
+
+    def lora(p: Problem) -> Tensor:
+        return lora_add(p.frozen(), p.x, p.A, p.B, p.numbers(1.0), p.segments)
+
+    return {
+        "fLoRA pure r=1": (1, flora(PURE)),
+        **{f"fLoRA r={rank}": (rank, flora(RESIDUAL)) for rank in RANKS},
+        **{f"LoRA r={rank}": (rank, lora) for rank in RANKS},
+        "IA3": (1, lambda p: ia3_scale(p.frozen(), p.A[:, 0], p.segments)),
+    }
+
+
+def forced() -> dict[str, tuple[int, Forward]]:
+    """column -> (rank, forward)."""
+
+    def form(formulation: str) -> Forward:
+        function = FORMULATIONS[formulation]  # type: ignore[index]
+        return lambda p: function.apply(p.x, p.weight, p.A, p.B, p.numbers(RESIDUAL), p.segments)
+
+    return {f"{name} r={rank}": (rank, form(name)) for name in FORMULATIONS for rank in (1, 4, 16)}
+
+
+def table(shapes: Sequence[Shape], columns: dict[str, tuple[int, Forward]], dtype: torch.dtype, repeats: int) -> list[str]:
+    """Markdown."""
     lines = [
-        f"## {str(dtype).removeprefix('torch.')}",
-        "",
-        f"| d, tokens, adapters (tokens each) | {' | '.join([*ranks, 'ia3'])} |",
+        f"| d, tokens, adapters (tokens each) | {' | '.join(name.replace('_', ' ') for name in columns)} |",
+        "|---" * (len(columns) + 1) + "|",
     ]
-    lines.append("|---" * (len(ranks) + 2) + "|")
-    for d, tokens, adapters in SHAPES:
-        segments = Segments(tuple(range(0, tokens + 1, tokens // adapters)))
-        ratios = [
-            measure(d, segments, kind, rank, dtype, repeats) for kind in ("materialised", "expanded", "lora") for rank in RANKS
-        ]
-        ratios.append(measure(d, segments, "ia3", 1, dtype, repeats))
+    for shape in shapes:
+        d, tokens, adapters = shape
+        ratios = [measure(Problem(shape, dtype, rank), forward, repeats) for rank, forward in columns.values()]
         lines.append(f"| {d}, {tokens}, {adapters} ({tokens // adapters}) | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
     return [*lines, ""]
 
 
-def measure(d: int, segments: Segments, kind: str, rank: int, dtype: torch.dtype, repeats: int) -> float:
-    """The median ratio adapted / frozen over interleaved pairs."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(segments.tokens, d, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(d, d, generator=generator).to(dtype) / d**0.5
-    dy = torch.randn(segments.tokens, d, generator=generator).to(dtype)
-    K = len(segments)
-    A = torch.randn(K, rank, d, generator=generator).requires_grad_()
-    B = (0.1 * torch.randn(K, d, rank, generator=generator)).requires_grad_()
-    ones = [1.0] * K
-    forms: dict[str, Callable[[], Tensor]] = {
-        "materialised": lambda: MaterialisedFlora.apply(x, weight, A, B, ones, segments),
-        "expanded": lambda: RankExpandedFlora.apply(x, weight, A, B, [0.0] * K, segments),
-        "lora": lambda: lora_add(F.linear(x, weight), x, A, B, ones, segments),
-        "ia3": lambda: ia3_scale(F.linear(x, weight), A[:, 0], segments),
-    }
+MOST_SECONDS = 8.0
 
-    def timed(forward: Callable[[], Tensor]) -> float:
+
+def measure(problem: Problem, forward: Forward, repeats: int) -> float:
+    """The median ratio adapted / frozen over interleaved pairs."""
+
+    def timed(forward: Forward) -> float:
         started = time.perf_counter()
-        forward().backward(dy)
+        forward(problem).backward(problem.dy)
         return time.perf_counter() - started
 
-    def frozen() -> Tensor:
-        return F.linear(x, weight)
-
-    for forward in (forms[kind], frozen):
-        timed(forward)
-    return statistics.median(timed(forms[kind]) / timed(frozen) for _ in range(repeats))
+    ends = time.perf_counter() + MOST_SECONDS
+    for warm in (forward, Problem.frozen):
+        timed(warm)
+    ratios: list[float] = []
+    while len(ratios) < repeats and (not ratios or time.perf_counter() < ends):
+        ratios.append(timed(forward) / timed(Problem.frozen))
+    return statistics.median(ratios)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def joint_block() -> str:
     facts, regime = results["facts"], results["regimes"][0]
     packages = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
     where = (
-        f"{facts['machine']['processor']}, {facts['threads']} threads, float32, {packages}; medians of {facts['repeats']} steps"
+        f"{facts['machine']['processor']}, {facts['threads']} threads, float32, {packages}; medians of {regime['repeats']} steps"
     )
     return "\n".join([*table(regime)[2:], f"<sub>{where} that took turns.</sub>"])
 
