@@ -37,7 +37,12 @@ class Contender:
     environment: str = "ours"
 
 
-OURS = {"lora": "ours, LoRA r=8", "lora5": "ours, LoRA r=8 without o and gate", "flora": "ours, fLoRA r=4", "mixed": "ours, mixed methods"}
+OURS = {
+    "lora": "ours, LoRA r=8",
+    "lora5": "ours, LoRA r=8 without o and gate",
+    "flora": "ours, fLoRA r=4",
+    "mixed": "ours, mixed methods",
+}
 CONTENDERS = (
     Contender("frozen model alone", "frozen", "none"),
     Contender(OURS["lora"], "ours", "lora"),
@@ -200,7 +205,12 @@ def table(result: dict[str, Any]) -> list[str]:
     """Markdown."""
     counts = list(result["adapters"])
     labels = [c.label for c in CONTENDERS if c.label in result["adapters"][counts[0]]["tokens_per_second"]]
-    lines = [f"## {result['name']}", "", f"{result['note']}. Useful tokens per second, from the median of {result['repeats']} steps.", ""]
+    lines = [
+        f"## {result['name']}",
+        "",
+        f"{result['note']}. Useful tokens per second, from the median of {result['repeats']} steps.",
+        "",
+    ]
     several = len(counts) > 1
     keeps = " | kept at N = 16" if several and "16" in counts else ""
     lines += [f"| | {' | '.join(f'N = {n}' for n in counts)}{keeps} |", "|---" * (len(counts) + 1 + bool(keeps)) + "|"]

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import tests.triton_device  # noqa: F401
+
+# isort: split
 from flora_train.adapters.spec import AdapterSpec, make_spec
 from flora_train.config.schema import AdapterConfig
 

@@ -158,6 +158,12 @@ class EvaluationConfig(Section):
     """Length of the completions of tasks.*.sample_prompts."""
 
 
+class KernelsConfig(Section):
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """What computes flora adapters. torch: batched matmuls. triton: our kernels, on a GPU (exact, but not timed on one
+    yet). auto: torch. lora and ia3 adapters are torch's in any case."""
+
+
 class TrackingConfig(Section):
     trackers: list[Literal["wandb", "tensorboard"]] = []
     """Where metrics go besides metrics.jsonl."""
@@ -197,6 +203,7 @@ class RunConfig(Section):
     mixture: MixtureConfig = MixtureConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    kernels: KernelsConfig = KernelsConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("resume")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Formulation = Literal["rank_expanded", "materialised", "grouped"]
+Formulation = Literal["rank_expanded", "materialised", "grouped", "fused"]
 
 # Forming W0 * M costs passes over W0 per segment, however few its tokens; expansion costs one run of the tokens through
 # W0 per term: every rank, and one more for the base if some adapter is residual. benchmarks/layer.py measures both.
@@ -20,7 +20,7 @@ GROUPED_BYTES = 12 << 20
 @dataclass(frozen=True)
 class Work:
     """tokens in `segments` segments, all of one length if `even`, through W0 [out_features, in_features] of `bytes_each`
-    bytes a number; residual: some offset is not 0; device: torch's word for its type."""
+    bytes a number; residual: some offset is not 0; device: torch's word for its type; triton: kernels/backend.py chose it."""
 
     rank: int
     residual: bool
@@ -31,6 +31,7 @@ class Work:
     even: bool = True
     bytes_each: int = 4
     device: str = "cpu"
+    triton: bool = False
 
 
 def choose_formulation(work: Work) -> Formulation:
@@ -38,10 +39,12 @@ def choose_formulation(work: Work) -> Formulation:
 
     One term alone, or terms x tokens per adapter below EXPAND_BELOW (_HALF), is faster expanded. Else W0 * M is formed: on
     a CPU of one segment a thread, or of all at once while they are small; elsewhere always of all at once, because a loop
-    over adapters would leave the device idle.
+    over adapters would leave the device idle. Triton forms it a tile at a time, whatever the numbers.
     """
     terms, tokens_per_adapter = work.rank + work.residual, work.tokens / max(work.segments, 1)
     half = work.bytes_each == 2
+    if work.triton and terms > 1:
+        return "fused"
     if terms == 1 or terms * tokens_per_adapter < (EXPAND_BELOW_HALF if half else EXPAND_BELOW):
         return "rank_expanded"
     all_at_once = work.segments * work.out_features * work.in_features * work.bytes_each

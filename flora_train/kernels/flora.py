@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flora_train.kernels.backend import backend
 from flora_train.kernels.cost_model import Formulation, Work, choose_formulation
 from flora_train.kernels.flora_grouped import GroupedFlora
 from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
@@ -35,8 +36,18 @@ def flora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequen
         even=segments.even,
         bytes_each=weight.element_size(),
         device=x.device.type,
+        triton=backend() == "triton",
     )
-    return FORMULATIONS[choose_formulation(work)].apply(x, weight, A, B, offset, segments)
+    return formulation(choose_formulation(work)).apply(x, weight, A, B, offset, segments)
+
+
+def formulation(name: Formulation) -> Any:
+    """The implementation: its `apply` takes what `flora_linear` takes. Triton is loaded when it is first asked for."""
+    if name == "fused":
+        from flora_train.kernels.flora_triton import FusedFlora
+
+        return FusedFlora
+    return FORMULATIONS[name]
 
 
 FORMULATIONS: dict[Formulation, Any] = {
@@ -44,3 +55,4 @@ FORMULATIONS: dict[Formulation, Any] = {
     "materialised": MaterialisedFlora,
     "grouped": GroupedFlora,
 }
+"""Those in torch."""

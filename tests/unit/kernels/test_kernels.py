@@ -196,6 +196,8 @@ def test_dispatch_follows_the_measured_rule() -> None:
     assert choose_formulation(replace(large, residual=True, bytes_each=2)) == "rank_expanded"
     assert choose_formulation(replace(large, device="cuda")) == "rank_expanded"
     assert choose_formulation(replace(large, residual=True, device="cuda")) == "grouped"
+    assert choose_formulation(replace(large, device="cuda", triton=True)) == "fused"
+    assert choose_formulation(replace(large, device="cuda", triton=True, rank=1)) == "rank_expanded"
     small = replace(large, residual=True, in_features=256, out_features=GROUPED_BYTES // (8 * 256 * 4))
     assert choose_formulation(small) == "grouped"
     assert choose_formulation(replace(small, out_features=small.out_features + 1)) == "materialised"

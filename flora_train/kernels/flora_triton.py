@@ -1,0 +1,235 @@
+"""fLoRA in Triton: W0 * M is formed a tile at a time, in registers, and never exists as a whole.
+
+All adapters of the batch run in one launch each for y, dX and dA/dB. A table on the device says which tokens of which
+segment a program takes; its length depends on the numbers of tokens and segments alone, so that nothing waits for the
+device. One kernel serves y and dX: dX is the same sum with the roles of A and B, and of W0 and its transpose, exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flora_train.kernels.segments import Segments, per_segment
+
+BLOCK_TOKENS = 64
+BLOCK_FEATURES = 64
+BLOCK_SUMMED = 32
+
+
+@triton.jit
+def _modulated_matmul(
+    x, weight, left, right, offset, blocks, y,
+    features, summed, rank,
+    x_token, weight_feature, weight_summed,
+    left_segment, left_feature, left_rank,
+    right_segment, right_rank, right_summed,
+    y_token,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SUMMED: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, RANK_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[t, f] = sum_s x[t, s] weight[f, s] (offset_k + sum_j left[k, f, j] right[k, j, s]) for the tokens of one block.
+
+    SPLIT: the sum of x weight and x (weight * (M - 1)), which half precision needs for an M near 1.
+    """
+    block = tl.program_id(0)
+    k = tl.load(blocks + 3 * block)
+    if k < 0:
+        return
+    tokens = (tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)).to(tl.int64)
+    there = tokens < tl.load(blocks + 3 * block + 2)
+    f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    j = tl.arange(0, RANK)
+    left_tile = tl.load(
+        left + k * left_segment + f[:, None] * left_feature + j[None, :] * left_rank,
+        mask=(f[:, None] < features) & (j[None, :] < rank),
+        other=0.0,
+    ).to(tl.float32)
+    shift = tl.load(offset + k)
+    acc = tl.zeros((FEATURES, TOKENS), tl.float32)
+    for first in range(0, summed, SUMMED):
+        s = first + tl.arange(0, SUMMED)
+        x_tile = tl.load(x + tokens[:, None] * x_token + s[None, :], mask=there[:, None] & (s[None, :] < summed), other=0.0)
+        w_tile = tl.load(
+            weight + f[:, None] * weight_feature + s[None, :] * weight_summed,
+            mask=(f[:, None] < features) & (s[None, :] < summed),
+            other=0.0,
+        )
+        right_tile = tl.load(
+            right + k * right_segment + j[:, None] * right_rank + s[None, :] * right_summed,
+            mask=(j[:, None] < rank) & (s[None, :] < summed),
+            other=0.0,
+        ).to(tl.float32)
+        M = tl.dot(left_tile, right_tile, input_precision=RANK_PRECISION) + shift
+        x_columns = tl.trans(x_tile)
+        if SPLIT:
+            acc = tl.dot(w_tile, x_columns, acc, input_precision=PRECISION)
+            M -= 1.0
+        acc = tl.dot((w_tile.to(tl.float32) * M).to(w_tile.dtype), x_columns, acc, input_precision=PRECISION)
+    places = y + tokens[:, None] * y_token + f[None, :]
+    tl.store(places, tl.trans(acc).to(y.dtype.element_ty), mask=there[:, None] & (f[None, :] < features))
+
+
+@triton.jit
+def _adapter_gradients(
+    x, dy, weight, A, B, bounds, dA, dB,
+    in_features, out_features, rank, K,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+    PRECISION: tl.constexpr, RANK_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of P = W0 * (dY^T X) of one segment, and its part of dB = P A^T and dA = B^T P.
+
+    dA: [blocks of out, K, rank, in]; dB: [blocks of in, K, out, rank]: parts to be summed, so that every run adds alike.
+    """
+    k, out_block, in_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o, i, j = out_block * OUT + tl.arange(0, OUT), in_block * IN + tl.arange(0, IN), tl.arange(0, RANK)
+    end = tl.load(bounds + k + 1)
+    G = tl.zeros((OUT, IN), tl.float32)
+    for first in range(tl.load(bounds + k), end, TOKENS):
+        t = (first + tl.arange(0, TOKENS)).to(tl.int64)
+        dy_tile = tl.load(
+            dy + t[:, None] * out_features + o[None, :], mask=(t[:, None] < end) & (o[None, :] < out_features), other=0.0
+        )
+        x_tile = tl.load(
+            x + t[:, None] * in_features + i[None, :], mask=(t[:, None] < end) & (i[None, :] < in_features), other=0.0
+        )
+        G = tl.dot(tl.trans(dy_tile), x_tile, G, input_precision=PRECISION)
+    inside = (o[:, None] < out_features) & (i[None, :] < in_features)
+    P = G * tl.load(weight + o[:, None] * in_features + i[None, :], mask=inside, other=0.0).to(tl.float32)
+    A_mask = (j[:, None] < rank) & (i[None, :] < in_features)
+    B_mask = (o[:, None] < out_features) & (j[None, :] < rank)
+    A_tile = tl.load(A + (k * rank + j[:, None]) * in_features + i[None, :], mask=A_mask, other=0.0).to(tl.float32)
+    B_tile = tl.load(B + (k * out_features + o[:, None]) * rank + j[None, :], mask=B_mask, other=0.0).to(tl.float32)
+    dB_tile = tl.dot(P, tl.trans(A_tile), input_precision=RANK_PRECISION)
+    dA_tile = tl.dot(tl.trans(B_tile), P, input_precision=RANK_PRECISION)
+    dB_part, dA_part = (in_block * K + k).to(tl.int64), (out_block * K + k).to(tl.int64)
+    tl.store(dB + (dB_part * out_features + o[:, None]) * rank + j[None, :], dB_tile, mask=B_mask)
+    tl.store(dA + (dA_part * rank + j[:, None]) * in_features + i[None, :], dA_tile, mask=A_mask)
+
+
+@torch.library.custom_op("flora_train::flora", mutates_args=())
+def flora_op(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Tensor, bounds: Tensor, blocks: Tensor, split: bool
+) -> Tensor:
+    """x [T, in], weight [out, in], A [K, r, in], B [K, out, r], offset [K], bounds [K + 1] int32, blocks [n, 3] int32 (see
+    `block_table`) -> [T, out]."""
+    x, A, B = x.contiguous(), A.contiguous(), B.contiguous()
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _launch_matmul(x, weight, weight.stride(), B, B.stride(), A, A.stride(), offset, blocks, y, A.shape[1], split)
+    return y
+
+
+@torch.library.custom_op("flora_train::flora_backward", mutates_args=())
+def flora_backward_op(
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Tensor, bounds: Tensor, blocks: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dA, dB), of the shapes and types of x, A and B."""
+    dy, x, weight, A, B = (tensor.contiguous() for tensor in (dy, x, weight, A, B))
+    (K, rank, in_features), out_features = A.shape, B.shape[1]
+    dx = torch.empty_like(x)
+    _launch_matmul(dy, weight, weight.stride()[::-1], A, _swapped(A), B, _swapped(B), offset, blocks, dx, rank, split=False)
+    tile = gradient_tile(x.dtype, rank)
+    outs, ins = triton.cdiv(out_features, tile), triton.cdiv(in_features, tile)
+    dA, dB = A.new_empty(outs, *A.shape), B.new_empty(ins, *B.shape)
+    _adapter_gradients[(K, outs, ins)](
+        x, dy, weight, A, B, bounds, dA, dB, in_features, out_features, rank, K,
+        TOKENS=BLOCK_SUMMED, OUT=tile, IN=tile,
+        **tuning(x.dtype, rank),
+    )  # fmt: skip
+    return dx, dA.sum(0), dB.sum(0)
+
+
+@flora_op.register_fake
+def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@flora_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(A), torch.empty_like(B)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dA, dB = flora_backward_op(dy, *ctx.saved_tensors)
+    return dx, None, dA, dB, None, None, None, None
+
+
+flora_op.register_autograd(_backward, setup_context=_save)
+
+
+class FusedFlora:
+    """y = x (W0 * M_k)^T per segment. Shapes and dtypes as `flora_linear`, but float64."""
+
+    @staticmethod
+    def apply(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments) -> Tensor:
+        bounds, blocks = block_table(segments, x.device)
+        shift = per_segment(offset, A).view(-1).float()
+        return flora_op(x, weight, A, B, shift, bounds, blocks, weight.element_size() == 2)
+
+
+@lru_cache(maxsize=256)
+def block_table(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(bounds [K + 1], blocks [T // BLOCK_TOKENS + K, 3]), int32. A block is a segment, its first token and the segment's end;
+    the spare ones at the end say segment -1. Made once per batch, not once per layer: making it would wait for the device."""
+    rows = [(k, first, end) for k, start, end in segments for first in range(start, end, BLOCK_TOKENS)]
+    spare = segments.tokens // BLOCK_TOKENS + len(segments) - len(rows)
+    table = [*rows, *[(-1, 0, 0)] * spare]
+    return (
+        torch.tensor(segments.bounds, dtype=torch.int32, device=device),
+        torch.tensor(table, dtype=torch.int32, device=device),
+    )
+
+
+def _launch_matmul(
+    x: Tensor,
+    weight: Tensor,
+    weight_strides: Sequence[int],
+    left: Tensor,
+    left_strides: Sequence[int],
+    right: Tensor,
+    right_strides: Sequence[int],
+    offset: Tensor,
+    blocks: Tensor,
+    y: Tensor,
+    rank: int,
+    split: bool,
+) -> None:
+    """left [K, features, rank] and right [K, rank, summed], however they lie in memory."""
+    features, summed = y.shape[1], x.shape[1]
+    _modulated_matmul[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
+        x, weight, left, right, offset, blocks, y, features, summed, rank,
+        x.stride(0), *weight_strides, *left_strides, *right_strides, y.stride(0),
+        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, SUMMED=BLOCK_SUMMED,
+        SPLIT=split, **tuning(x.dtype, rank),
+    )  # fmt: skip
+
+
+def _swapped(stack: Tensor) -> tuple[int, int, int]:
+    """The strides of a [K, a, b] stack read as [K, b, a]."""
+    return stack.stride(0), stack.stride(2), stack.stride(1)
+
+
+def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
+    """What the kernels are compiled with for x of this type.
+
+    The rank is padded to the least size that a matmul of Triton's takes. float32 means float32, at the price of registers: a
+    large rank wants more threads to hold them (benchmarks/compile_kernels.py). Beside half, tf32 is the finer type.
+    """
+    padded, precision = max(16, triton.next_power_of_2(rank)), "ieee" if dtype == torch.float32 else "tf32"
+    warps = 8 if dtype == torch.float32 and padded > 16 else 4
+    return {"RANK": padded, "PRECISION": precision, "RANK_PRECISION": precision, "num_warps": warps}
+
+
+def gradient_tile(dtype: torch.dtype, rank: int) -> int:
+    """Features of the tile of P that a program holds, in both directions: what its registers take."""
+    return BLOCK_FEATURES // 2 if dtype == torch.float32 and rank > 16 else BLOCK_FEATURES

@@ -1,0 +1,104 @@
+"""The Triton kernels of fLoRA against the float64 reference: in Triton's interpreter, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flora_train.kernels.flora_reference import flora_reference
+from flora_train.kernels.flora_triton import BLOCK_TOKENS, FusedFlora, block_table, flora_op
+from flora_train.kernels.segments import Segments, per_segment
+from tests.triton_device import DEVICE
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    *([torch.bfloat16] if DEVICE.type == "cuda" else []),
+]  # the interpreter's bfloat16 is wrong
+IN, OUT = 37, 71
+
+
+def problem(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Segments]:
+    """x, W0, A, B, segments."""
+    generator = torch.Generator().manual_seed(rank)
+    segments = Segments(tuple(sum(lengths[:i]) for i in range(len(lengths) + 1)))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    x, weight = random(segments.tokens, IN).to(dtype), (random(OUT, IN) / IN**0.5).to(dtype)
+    A, B = random(len(segments), rank, IN), 0.3 * random(len(segments), OUT, rank) / rank**0.5
+    return x.requires_grad_(), weight, A.requires_grad_(), B.requires_grad_(), segments
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Relative root mean square error; NaN never passes a `<=`."""
+    return float((value.detach().double() - reference).norm() / reference.norm())
+
+
+@pytest.fixture(autouse=True)
+def memory_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel fails to write shows."""
+
+    def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: object, **options: object) -> Tensor:
+            made = make(*args, **options)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return call
+
+    monkeypatch.setattr(Tensor, "new_empty", filled(Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(0, 7, 0, 1, 63, 130), (24, 24)], ids=["ragged", "even"])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 16, 20, 64])
+def test_value_and_every_gradient(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, A, B, segments = problem(rank, lengths, dtype)
+    offset = [float(k % 2) for k in range(len(segments))]  # pure and residual adapters side by side
+    dy = torch.randn(segments.tokens, OUT, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    y = FusedFlora.apply(x, weight, A, B, offset, segments)
+    y.backward(dy)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, A, B)]
+    reference = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset, segments)
+    reference.backward(dy.double())
+    assert relative_error(y, reference) <= TOLERANCE[dtype]
+    for mine, theirs in zip((x, A, B), exact, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert relative_error(mine.grad, theirs.grad) <= TOLERANCE[dtype]
+
+
+def test_the_table_has_a_length_that_the_lengths_of_segments_do_not_change() -> None:
+    tables = [block_table(Segments(bounds), torch.device("cpu"))[1] for bounds in ((0, 0, 300), (0, 150, 300), (0, 1, 300))]
+    assert {len(table) for table in tables} == {300 // BLOCK_TOKENS + 2}
+    for table in tables:
+        taken = [(first, min(first + BLOCK_TOKENS, end)) for k, first, end in table.tolist() if k >= 0]
+        assert [token for span in taken for token in range(*span)] == list(range(300))
+
+
+def test_half_precision_keeps_modulations_that_its_own_rounding_would_lose() -> None:
+    x, weight, A, B, segments = problem(4, (512,), torch.float16)
+    exact = [tensor.detach().double() for tensor in (x, weight, A, B * 1e-4)]
+    reference, base = flora_reference(*exact, [1.0], segments), exact[0] @ exact[1].T
+    effect = reference - base
+
+    def kept(y: Tensor) -> float:
+        """The share of the adapter's effect that y shows: rounding y itself adds noise, but takes nothing away."""
+        return float(((y.detach().double() - base) * effect).sum() / effect.square().sum())
+
+    modulated = (exact[1] * (1 + exact[3][0] @ exact[2][0])).to(weight.dtype)
+    assert kept(exact[0] @ modulated.double().T) < 0.3
+    assert kept(FusedFlora.apply(x, weight, A, B * 1e-4, [1.0], segments)) == pytest.approx(1, abs=0.15)
+
+
+def test_the_op_keeps_its_contract_with_torch() -> None:
+    x, weight, A, B, segments = problem(2, (3, 5), torch.float32)
+    bounds, blocks = block_table(segments, x.device)
+    shift = per_segment([0.0, 1.0], A).view(-1)
+    torch.library.opcheck(flora_op, (x, weight, A, B, shift, bounds, blocks, False))

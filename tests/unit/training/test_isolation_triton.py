@@ -1,0 +1,51 @@
+"""Trained together equals trained alone, with the Triton kernels: interpreted here, compiled on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from flora_train.config.errors import UserError
+from flora_train.kernels import flora
+from flora_train.kernels.backend import use_backend
+from tests.conftest import mixed_specs
+from tests.triton_device import DEVICE
+from tests.unit.training.harness import (
+    largest_difference_to_training_alone,
+    make_trainer,
+    moved,
+    plans_of,
+    train_together,
+)
+
+
+@pytest.fixture
+def triton_backend() -> Iterator[None]:
+    use_backend("triton", DEVICE)
+    yield
+    use_backend("auto", DEVICE)
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_trained_together_equals_trained_alone(tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    formulation = flora.formulation
+    monkeypatch.setattr(flora, "formulation", lambda name: used.append(name) or formulation(name))
+    options = {"optimizer": optimizer, "device": str(DEVICE), "tokens_per_microbatch": 64}
+    together = make_trainer(mixed_specs(lr={"adamw": 2e-3, "sgd": 0.4}[optimizer]), tmp_path, **options)
+    plans = plans_of(together, 6)
+    train_together(together, plans)
+    assert {"fused", "rank_expanded"} == set(used)
+    assert min(moved(together).values()) > 1e-4
+    differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
+    assert max(differences.values()) <= 1e-5, differences
+
+
+def test_triton_without_a_gpu_or_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=r"kernels.backend.*triton.*needs a GPU.*leave it at auto"):
+        use_backend("triton", torch.device("cpu"))
