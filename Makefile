@@ -35,6 +35,8 @@ bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, and the adapte
 	$(BIN)/python benchmarks/joint.py --save
 	$(BIN)/python benchmarks/layer.py --save
 	$(BIN)/python benchmarks/memory.py --save
+	PYTHONPATH=. $(BIN)/python benchmarks/profiles.py --save
+	$(BIN)/python benchmarks/compile_kernels.py --save
 
 bench-quick: $(INSTALLED)  ## the same in ten minutes: fewer repeats, the small model only
 	$(BIN)/python benchmarks/joint.py --quick
