@@ -17,7 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 def _keep_freed_memory() -> None:
     """A step frees and takes the same memory again and again. glibc would give it back to the system in between, and the
-    system fill it with zeros again: 4 % of a small model's step."""
+    system fill it with zeros again, page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # not with another C library
         trim_threshold, mmap_threshold = -1, -3
