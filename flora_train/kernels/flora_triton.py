@@ -32,7 +32,7 @@ def _modulated_matmul(
     right_segment, right_rank, right_summed,
     y_token,
     RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SUMMED: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, RANK_PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[t, f] = sum_s x[t, s] weight[f, s] (offset_k + sum_j left[k, f, j] right[k, j, s]) for the tokens of one block.
 
@@ -66,7 +66,7 @@ def _modulated_matmul(
             mask=(j[:, None] < rank) & (s[None, :] < summed),
             other=0.0,
         ).to(tl.float32)
-        M = tl.dot(left_tile, right_tile, input_precision=RANK_PRECISION) + shift
+        M = tl.dot(left_tile, right_tile, input_precision=PRECISION) + shift
         x_columns = tl.trans(x_tile)
         if SPLIT:
             acc = tl.dot(w_tile, x_columns, acc, input_precision=PRECISION)
@@ -81,7 +81,7 @@ def _adapter_gradients(
     x, dy, weight, A, B, bounds, dA, dB,
     in_features, out_features, rank, K,
     RANK: tl.constexpr, TOKENS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
-    PRECISION: tl.constexpr, RANK_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of P = W0 * (dY^T X) of one segment, and its part of dB = P A^T and dA = B^T P.
 
@@ -106,8 +106,8 @@ def _adapter_gradients(
     B_mask = (o[:, None] < out_features) & (j[None, :] < rank)
     A_tile = tl.load(A + (k * rank + j[:, None]) * in_features + i[None, :], mask=A_mask, other=0.0).to(tl.float32)
     B_tile = tl.load(B + (k * out_features + o[:, None]) * rank + j[None, :], mask=B_mask, other=0.0).to(tl.float32)
-    dB_tile = tl.dot(P, tl.trans(A_tile), input_precision=RANK_PRECISION)
-    dA_tile = tl.dot(tl.trans(B_tile), P, input_precision=RANK_PRECISION)
+    dB_tile = tl.dot(P, tl.trans(A_tile), input_precision=PRECISION)
+    dA_tile = tl.dot(tl.trans(B_tile), P, input_precision=PRECISION)
     dB_part, dA_part = (in_block * K + k).to(tl.int64), (out_block * K + k).to(tl.int64)
     tl.store(dB + (dB_part * out_features + o[:, None]) * rank + j[None, :], dB_tile, mask=B_mask)
     tl.store(dA + (dA_part * rank + j[:, None]) * in_features + i[None, :], dA_tile, mask=A_mask)
@@ -227,7 +227,7 @@ def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     """
     padded, precision = max(16, triton.next_power_of_2(rank)), "ieee" if dtype == torch.float32 else "tf32"
     warps = 8 if dtype == torch.float32 and padded > 16 else 4
-    return {"RANK": padded, "PRECISION": precision, "RANK_PRECISION": precision, "num_warps": warps}
+    return {"RANK": padded, "PRECISION": precision, "num_warps": warps}
 
 
 def gradient_tile(dtype: torch.dtype, rank: int) -> int:
