@@ -2,7 +2,8 @@
 
 Every contender is a process of its own that runs one step when asked to; they take turns, so that a slow moment of the
 machine hits all alike. Printed are useful tokens per second (from the median step), the share of its own N = 1 rate that
-each keeps, and our speed relative to each peer (median of the ratios of neighbouring steps).
+each keeps, and our speed relative to each peer and to the frozen model, the limit (median of the ratios of neighbouring
+steps). With --save every N is written as soon as it is measured.
 
 Usage: python benchmarks/joint.py [--quick] [--save]
 """
@@ -43,8 +44,9 @@ OURS = {
     "flora": "ours, fLoRA r=4",
     "mixed": "ours, mixed methods",
 }
+FROZEN = "frozen model alone"
 CONTENDERS = (
-    Contender("frozen model alone", "frozen", "none"),
+    Contender(FROZEN, "frozen", "none"),
     Contender(OURS["lora"], "ours", "lora"),
     Contender("PEFT loop, LoRA r=8", "peft_loop", "lora"),
     Contender("PEFT adapter_names, LoRA r=8", "peft_names", "lora"),
@@ -55,9 +57,10 @@ CONTENDERS = (
     Contender(OURS["mixed"], "ours", "mixed"),
 )
 RIVALS = {
-    OURS["lora"]: [c.label for c in CONTENDERS if c.method == "lora" and c.program != "ours"],
+    OURS["lora"]: [*(c.label for c in CONTENDERS if c.method == "lora" and c.program != "ours"), FROZEN],
     OURS["lora5"]: ["AdapterHub BatchSplit, LoRA r=8 without o and gate"],
-    OURS["flora"]: ["PEFT loop, HiRA r=4"],
+    OURS["flora"]: ["PEFT loop, HiRA r=4", FROZEN],
+    OURS["mixed"]: [FROZEN],
 }
 
 
@@ -180,25 +183,20 @@ def measure(regime: Regime, adapters: int, repeats: int, threads: int) -> tuple[
     return seconds, skipped
 
 
-def run(regime: Regime, counts: tuple[int, ...], repeats: int, threads: int) -> dict[str, Any]:
-    """tokens_per_second, ratios (ours / rival, median of pairs) and skipped, by N."""
-    result: dict[str, Any] = {"name": regime.name, "note": regime.note, "repeats": repeats, "adapters": {}, "skipped": {}}
-    for adapters in counts:
-        print(f"{regime.name}: N = {adapters}", file=sys.stderr, flush=True)
-        seconds, skipped = measure(regime, adapters, repeats, threads)
-        tokens = regime.rows * regime.length
-        rates = {label: tokens / statistics.median(times) for label, times in seconds.items()}
-        ratios = {
+def summary(regime: Regime, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """tokens_per_second by label, and ratios: ours -> rival -> how many times as fast (median over the rounds)."""
+    tokens = regime.rows * regime.length
+    return {
+        "tokens_per_second": {label: tokens / statistics.median(times) for label, times in seconds.items()},
+        "ratios": {
             ours: {
                 rival: statistics.median(theirs / mine for mine, theirs in zip(seconds[ours], seconds[rival], strict=True))
                 for rival in rivals
                 if rival in seconds
             }
             for ours, rivals in RIVALS.items()
-        }
-        result["adapters"][str(adapters)] = {"tokens_per_second": rates, "ratios": ratios}
-        result["skipped"] |= skipped
-    return result
+        },
+    }
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -237,14 +235,30 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}/joint_cpu.*")
     options = parser.parse_args()
     chosen = [(regime, regime.quick if options.quick else regime.adapters) for regime in REGIMES]
-    results = [run(regime, counts, options.repeats or regime.repeats, options.threads) for regime, counts in chosen if counts]
-    facts = environment() | {"threads": options.threads, "finished": now()}
-    text = "\n".join([*heading(facts), *(line for result in results for line in table(result))])
+    facts = environment() | {"threads": options.threads}
+    results: list[dict[str, Any]] = []
+    text = ""
+    for regime, counts in chosen:
+        if not counts:
+            continue
+        repeats = options.repeats or regime.repeats
+        result: dict[str, Any] = {"name": regime.name, "note": regime.note, "repeats": repeats, "adapters": {}, "skipped": {}}
+        results.append(result)
+        for adapters in counts:
+            print(f"{regime.name}: N = {adapters}", file=sys.stderr, flush=True)
+            seconds, skipped = measure(regime, adapters, repeats, options.threads)
+            result["adapters"][str(adapters)] = summary(regime, seconds)
+            result["skipped"] |= skipped
+            text = "\n".join([*heading(facts), *(line for each in results for line in table(each))])
+            if options.save:
+                save(facts | {"finished": now()}, results, text)
     print(text)
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "joint_cpu.json").write_text(json.dumps({"facts": facts, "regimes": results}, indent=1) + "\n")
-        (RESULTS / "joint_cpu.md").write_text(text + "\n")
+
+
+def save(facts: dict[str, Any], results: list[dict[str, Any]], text: str) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "joint_cpu.json").write_text(json.dumps({"facts": facts, "regimes": results}, indent=1) + "\n")
+    (RESULTS / "joint_cpu.md").write_text(text + "\n")
 
 
 def heading(facts: dict[str, Any]) -> list[str]:
