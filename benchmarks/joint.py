@@ -5,7 +5,7 @@ machine hits all alike. Printed are useful tokens per second (from the median st
 each keeps, and our speed relative to each peer and to the frozen model, the limit (median of the ratios of neighbouring
 steps). With --save every N is written as soon as it is measured.
 
-Usage: python benchmarks/joint.py [--quick] [--save]
+Usage: python benchmarks/joint.py [--quick] [--only WORDS] [--save]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -99,9 +100,9 @@ REGIMES = (
     ),
     Regime(
         "SmolLM2-135M, one large task",
-        "8 rows x 128 tokens, all of one adapter: here mixing can gain nothing, and none is expected",
+        "4 rows x 128 tokens, all of one adapter: here mixing can gain nothing, and none is expected",
         "assets/models/smollm2-135m",
-        8,
+        4,
         128,
         (1,),
         (),
@@ -141,7 +142,8 @@ class Worker:
         return float(seconds)
 
     def close(self) -> None:
-        self.process.communicate()
+        with suppress(OSError):
+            self.process.communicate()
 
     @property
     def _out(self) -> IO[str]:
@@ -176,8 +178,14 @@ def measure(regime: Regime, adapters: int, repeats: int, threads: int) -> tuple[
             print(f"skipped {contender.label}: {error}", file=sys.stderr, flush=True)
     seconds: dict[str, list[float]] = {label: [] for label in workers}
     for _ in range(repeats):
-        for label, worker in workers.items():
-            seconds[label].append(worker.step())
+        for label, worker in list(workers.items()):
+            try:
+                seconds[label].append(worker.step())
+            except (OSError, ValueError):  # its pipe is broken, or it said nothing
+                workers.pop(label).close()
+                del seconds[label]
+                skipped[label] = f"ended in the middle of N = {adapters}: out of memory?"
+                print(f"skipped {label}: {skipped[label]}", file=sys.stderr, flush=True)
     for worker in workers.values():
         worker.close()
     return seconds, skipped
@@ -195,6 +203,7 @@ def summary(regime: Regime, seconds: dict[str, list[float]]) -> dict[str, Any]:
                 if rival in seconds
             }
             for ours, rivals in RIVALS.items()
+            if ours in seconds
         },
     }
 
@@ -206,20 +215,21 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"## {result['name']}",
         "",
-        f"{result['note']}. Useful tokens per second, from the median of {result['repeats']} steps.",
+        f"{result['note']}. Useful tokens per second, from the median of {result['repeats']} steps "
+        f"(commit {result['commit'][:10]}, {result['finished'][:10]}).",
         "",
     ]
     several = len(counts) > 1
     keeps = " | kept at N = 16" if several and "16" in counts else ""
     lines += [f"| | {' | '.join(f'N = {n}' for n in counts)}{keeps} |", "|---" * (len(counts) + 1 + bool(keeps)) + "|"]
     for label in labels:
-        rates = [result["adapters"][n]["tokens_per_second"][label] for n in counts]
-        kept = f" | {result['adapters']['16']['tokens_per_second'][label] / rates[0]:.2f}" if keeps else ""
-        lines.append(f"| {label} | {' | '.join(f'{rate:,.0f}' for rate in rates)}{kept} |")
+        rates = {n: result["adapters"][n]["tokens_per_second"].get(label) for n in counts}
+        kept = f" | {rates['16'] / rates[counts[0]]:.2f}" if keeps and rates["16"] else " | –" if keeps else ""
+        lines.append(f"| {label} | {' | '.join('–' if rate is None else f'{rate:,.0f}' for rate in rates.values())}{kept} |")
     lines += ["", f"| times as fast | {' | '.join(f'N = {n}' for n in counts)} |", "|---" * (len(counts) + 1) + "|"]
     for ours, rivals in RIVALS.items():
         for rival in rivals:
-            found = [result["adapters"][n]["ratios"][ours].get(rival) for n in counts]
+            found = [result["adapters"][n]["ratios"].get(ours, {}).get(rival) for n in counts]
             if any(found):
                 cells = " | ".join("–" if ratio is None else f"{ratio:.2f}" for ratio in found)
                 lines.append(f"| {ours} : {rival} | {cells} |")
@@ -230,35 +240,43 @@ def table(result: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="N = 1 and 16 on the small model only")
+    parser.add_argument("--only", default="", help="the regimes whose name holds this; --save keeps what is there of others")
     parser.add_argument("--repeats", type=int, help="steps of each contender (default 15, of the larger model 5)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each contender")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}/joint_cpu.*")
     options = parser.parse_args()
-    chosen = [(regime, regime.quick if options.quick else regime.adapters) for regime in REGIMES]
+    chosen = [(regime, regime.quick if options.quick else regime.adapters) for regime in REGIMES if options.only in regime.name]
     facts = environment() | {"threads": options.threads}
-    results: list[dict[str, Any]] = []
-    text = ""
+    results: dict[str, dict[str, Any]] = saved() if options.only else {}
     for regime, counts in chosen:
-        if not counts:
-            continue
         repeats = options.repeats or regime.repeats
         result: dict[str, Any] = {"name": regime.name, "note": regime.note, "repeats": repeats, "adapters": {}, "skipped": {}}
-        results.append(result)
         for adapters in counts:
             print(f"{regime.name}: N = {adapters}", file=sys.stderr, flush=True)
             seconds, skipped = measure(regime, adapters, repeats, options.threads)
             result["adapters"][str(adapters)] = summary(regime, seconds)
             result["skipped"] |= skipped
-            text = "\n".join([*heading(facts), *(line for each in results for line in table(each))])
+            results[regime.name] = result | {"commit": facts["commit"], "finished": now()}
             if options.save:
-                save(facts | {"finished": now()}, results, text)
-    print(text)
+                save(facts, results)
+    print(text(facts, list(results.values())))
 
 
-def save(facts: dict[str, Any], results: list[dict[str, Any]], text: str) -> None:
+def text(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    return "\n".join([*heading(facts), *(line for result in results for line in table(result))])
+
+
+def saved() -> dict[str, dict[str, Any]]:
+    """Results by regime, of the last run with --save."""
+    file = RESULTS / "joint_cpu.json"
+    return {result["name"]: result for result in json.loads(file.read_text())["regimes"]} if file.exists() else {}
+
+
+def save(facts: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
+    ordered = [results[regime.name] for regime in REGIMES if regime.name in results]
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "joint_cpu.json").write_text(json.dumps({"facts": facts, "regimes": results}, indent=1) + "\n")
-    (RESULTS / "joint_cpu.md").write_text(text + "\n")
+    (RESULTS / "joint_cpu.json").write_text(json.dumps({"facts": facts, "regimes": ordered}, indent=1) + "\n")
+    (RESULTS / "joint_cpu.md").write_text(text(facts, ordered) + "\n")
 
 
 def heading(facts: dict[str, Any]) -> list[str]:
@@ -266,7 +284,7 @@ def heading(facts: dict[str, Any]) -> list[str]:
     return [
         "# N adapters in one step: ours and its peers",
         "",
-        f"{facts['machine']['processor']}, {facts['threads']} threads, float32, {packages}, commit {facts['commit']}.",
+        f"{facts['machine']['processor']}, {facts['threads']} threads, float32, {packages}.",
         "A step is forward, loss, backward and AdamW; the contenders' steps took turns.",
         "`python benchmarks/joint.py --save` prints this file.",
         "",
