@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flora_train.kernels import flora_triton as kernels
+from flora_train.kernels import flora_triton as flora
+from flora_train.kernels import ia3_triton as ia3
+from flora_train.kernels import lora_triton as lora
+from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS
 
 RESULT = Path(__file__).parent / "results" / "compiled_kernels.md"
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # CUDA C++ Programming Guide, technical specifications per compute capability
@@ -47,46 +51,57 @@ class Compiled:
         return self.spilled == 0 and self.shared <= SHARED_BYTES[self.capability]
 
 
-def variants(dtype: str, rank: int) -> dict[str, tuple[Any, set[str], dict[str, Any]]]:
-    """name -> (kernel, names of pointers to x's type, constants)."""
-    constants = kernels.tuning(DTYPES[dtype], rank)
-    del constants["num_warps"]
-    matmul = constants | {
-        "TOKENS": kernels.BLOCK_TOKENS,
-        "FEATURES": kernels.BLOCK_FEATURES,
-        "SUMMED": kernels.BLOCK_SUMMED,
-        "SPLIT": dtype != "fp32",
-    }
-    tile = kernels.gradient_tile(DTYPES[dtype], rank)
-    gradients = constants | {"TOKENS": kernels.BLOCK_SUMMED, "OUT": tile, "IN": tile}
-    forward = {"weight_feature": FEATURES, "weight_summed": 1, "left_rank": 1, "right_summed": 1}
-    backward = {"weight_feature": 1, "weight_summed": FEATURES, "left_feature": 1, "right_rank": 1}
-    types = {"x", "weight", "y", "dy"}
+TYPED = {"x", "weight", "y", "dy", "dx", "tokens"}
+FLOAT32 = {"left", "right", "offset", "A", "B", "dA", "dB", "stack", "scaling", "scale", "hidden", "parts", "sums"}
+INDICES = {"blocks", "bounds"}
+WITHOUT_RANK = ("IA3 y", "IA3 dX, dl")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as it is launched."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int = 4
+
+
+def variants(dtype: str, rank: int) -> dict[str, Variant]:
+    """What flora_triton.py, lora_triton.py and ia3_triton.py launch for tokens of this type."""
+    of_rank, tile = flora.tuning(DTYPES[dtype], rank), flora.gradient_tile(DTYPES[dtype], rank)
+    warps = of_rank.pop("num_warps")
+    blocks = {"TOKENS": BLOCK_TOKENS, "FEATURES": BLOCK_FEATURES}
+    matmul = of_rank | blocks | {"SUMMED": flora.BLOCK_SUMMED}
+    forward = {"weight_feature": FEATURES, "weight_summed": 1, "left_rank": 1, "right_summed": 1, "SPLIT": dtype != "fp32"}
+    backward = {"weight_feature": 1, "weight_summed": FEATURES, "left_feature": 1, "right_rank": 1, "SPLIT": False}
+    gradients = of_rank | {"TOKENS": flora.BLOCK_SUMMED, "OUT": tile, "IN": tile}
+    parts = blocks | {"PARTS": 8}
     return {
-        "y": (kernels._modulated_matmul, types, matmul | forward),
-        "dX": (kernels._modulated_matmul, types, matmul | backward | {"SPLIT": False}),
-        "dA, dB": (kernels._adapter_gradients, types, gradients),
+        "fLoRA y": Variant(flora._modulated_matmul, matmul | forward, warps),
+        "fLoRA dX": Variant(flora._modulated_matmul, matmul | backward, warps),
+        "fLoRA dA, dB": Variant(flora._adapter_gradients, gradients, warps),
+        "LoRA shrink": Variant(lora._shrink, of_rank | parts | {"stack_feature": 1}),
+        "LoRA expand": Variant(lora._expand, of_rank | blocks | {"stack_rank": 1, "ADD": True}),
+        "LoRA dA, dB": Variant(lora._outer, of_rank | parts),
+        "IA3 y": Variant(ia3._scale, blocks),
+        "IA3 dX, dl": Variant(ia3._scale_gradients, parts),
     }
 
 
-POINTERS = {
-    "left": "*fp32",
-    "right": "*fp32",
-    "offset": "*fp32",
-    "A": "*fp32",
-    "B": "*fp32",
-    "dA": "*fp32",
-    "dB": "*fp32",
-} | dict.fromkeys(("blocks", "bounds"), "*i32")
+def configurations() -> Iterator[tuple[str, str, int, int]]:
+    """(kernel, type, rank, compute capability); a kernel that knows no rank comes once."""
+    for capability in SHARED_BYTES:
+        for dtype in DTYPES:
+            for rank in RANKS:
+                for name in variants(dtype, rank):
+                    if name not in WITHOUT_RANK or rank == RANKS[0]:
+                        yield name, dtype, rank, capability
 
 
 def compile_one(name: str, dtype: str, rank: int, capability: int) -> Compiled:
-    kernel, typed, constants = variants(dtype, rank)[name]
-    warps = kernels.tuning(DTYPES[dtype], rank)["num_warps"]
-    signature = {
-        argument: "constexpr" if argument in constants else f"*{dtype}" if argument in typed else POINTERS.get(argument, INTEGERS)
-        for argument in kernel.arg_names
-    }
+    variant = variants(dtype, rank)[name]
+    kernel, constants = variant.kernel, variant.constants
+    signature = {argument: argument_type(argument, constants, dtype) for argument in kernel.arg_names}
     aligned = {"features", "summed", "in_features", "out_features", "x_token", "y_token", "weight_feature", "weight_summed"}
     attributes = {
         (i,): [["tt.divisibility", 16]]
@@ -95,9 +110,18 @@ def compile_one(name: str, dtype: str, rank: int, capability: int) -> Compiled:
     }
     places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.warps})
     registers, spilled = resources(compiled.asm["ptx"], capability)
     return Compiled(name, dtype, rank, capability, registers, spilled, compiled.metadata.shared)
+
+
+def argument_type(argument: str, constants: dict[str, Any], dtype: str) -> str:
+    """Triton's word for it."""
+    if argument in constants:
+        return "constexpr"
+    if argument in INDICES:
+        return f"*{INTEGERS}"
+    return f"*{dtype}" if argument in TYPED else "*fp32" if argument in FLOAT32 else INTEGERS
 
 
 def resources(ptx: str, capability: int) -> tuple[int, int]:
@@ -119,7 +143,9 @@ def table(found: list[Compiled]) -> list[str]:
     lines = ["| kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) |", "|---" * 7 + "|"]
     for c in found:
         shared = f"{c.shared / 1024:.0f} ({SHARED_BYTES[c.capability] >> 10})"
-        lines.append(f"| {c.kernel} | {c.dtype} | {c.rank} | sm_{c.capability} | {c.registers} | {c.spilled} | {shared} |")
+        lines.append(
+            f"| {c.kernel} | {c.dtype} | {'any' if c.kernel in WITHOUT_RANK else c.rank} | sm_{c.capability} | {c.registers} | {c.spilled} | {shared} |"
+        )
     return lines
 
 
@@ -127,18 +153,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
-    found = [
-        compile_one(kernel, dtype, rank, capability)
-        for capability in SHARED_BYTES
-        for dtype in DTYPES
-        for rank in RANKS
-        for kernel in variants(dtype, rank)
-    ]
+    found = [compile_one(*configuration) for configuration in configurations()]
     heading = [
         "# The Triton kernels, compiled",
         "",
-        f"triton {triton.__version__}, blocks of {kernels.BLOCK_TOKENS} tokens x {kernels.BLOCK_FEATURES} features, "
-        f"{kernels.BLOCK_SUMMED} summed at a time. `python benchmarks/compile_kernels.py --save` prints this file.",
+        f"triton {triton.__version__}, blocks of {BLOCK_TOKENS} tokens x {BLOCK_FEATURES} features, "
+        f"{flora.BLOCK_SUMMED} summed at a time. `python benchmarks/compile_kernels.py --save` prints this file.",
         "",
     ]
     text = "\n".join([*heading, *table(found)]) + "\n"

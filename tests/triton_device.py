@@ -8,3 +8,15 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    *([torch.bfloat16] if DEVICE.type == "cuda" else []),
+]  # the interpreter's bfloat16 is wrong
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative root mean square error; NaN never passes a `<=`."""
+    return float((value.detach().double() - reference.detach()).norm() / reference.detach().norm())

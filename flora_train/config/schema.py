@@ -160,8 +160,8 @@ class EvaluationConfig(Section):
 
 class KernelsConfig(Section):
     backend: Literal["auto", "torch", "triton"] = "auto"
-    """What computes flora adapters. torch: batched matmuls. triton: our kernels, on a GPU (exact, but not timed on one
-    yet). auto: torch. lora and ia3 adapters are torch's in any case."""
+    """What computes the adapters. torch: batched matmuls. triton: our kernels, on a GPU (exact, but not timed on one yet).
+    auto: torch."""
 
 
 class TrackingConfig(Section):

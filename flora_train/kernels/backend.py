@@ -1,4 +1,4 @@
-"""Which kernels compute fLoRA: torch's operators, or our own in Triton? One choice for the process, made when a run starts."""
+"""Which kernels compute the adapters: torch's operators, or our own in Triton? One choice for the process, made when a run starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from flora_train.config.errors import fail
 
@@ -27,6 +28,11 @@ def use_backend(wanted: Backend, device: torch.device) -> None:
 def backend() -> Literal["torch", "triton"]:
     """What was chosen; torch before any choice."""
     return _chosen
+
+
+def runs_in_triton(x: Tensor) -> bool:
+    """Whether our own kernels take tokens of this type: float64 is for references, and stays in torch."""
+    return _chosen == "triton" and x.dtype != torch.float64
 
 
 def _why_not_triton(device: torch.device) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flora_train.kernels.backend import backend
+from flora_train.kernels.backend import runs_in_triton
 from flora_train.kernels.cost_model import Formulation, Work, choose_formulation
 from flora_train.kernels.flora_grouped import GroupedFlora
 from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
@@ -36,7 +36,7 @@ def flora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequen
         even=segments.even,
         bytes_each=weight.element_size(),
         device=x.device.type,
-        triton=backend() == "triton",
+        triton=runs_in_triton(x),
     )
     return formulation(choose_formulation(work)).apply(x, weight, A, B, offset, segments)
 

@@ -8,7 +8,6 @@ device. One kernel serves y and dX: dX is the same sum with the roles of A and B
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, matmul_constants
 from flora_train.kernels.segments import Segments, per_segment
 
-BLOCK_TOKENS = 64
-BLOCK_FEATURES = 64
 BLOCK_SUMMED = 32
 
 
@@ -177,19 +175,6 @@ class FusedFlora:
         return flora_op(x, weight, A, B, shift, bounds, blocks, weight.element_size() == 2)
 
 
-@lru_cache(maxsize=256)
-def block_table(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(bounds [K + 1], blocks [T // BLOCK_TOKENS + K, 3]), int32. A block is a segment, its first token and the segment's end;
-    the spare ones at the end say segment -1. Made once per batch, not once per layer: making it would wait for the device."""
-    rows = [(k, first, end) for k, start, end in segments for first in range(start, end, BLOCK_TOKENS)]
-    spare = segments.tokens // BLOCK_TOKENS + len(segments) - len(rows)
-    table = [*rows, *[(-1, 0, 0)] * spare]
-    return (
-        torch.tensor(segments.bounds, dtype=torch.int32, device=device),
-        torch.tensor(table, dtype=torch.int32, device=device),
-    )
-
-
 def _launch_matmul(
     x: Tensor,
     weight: Tensor,
@@ -220,14 +205,10 @@ def _swapped(stack: Tensor) -> tuple[int, int, int]:
 
 
 def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
-    """What the kernels are compiled with for x of this type.
-
-    The rank is padded to the least size that a matmul of Triton's takes. float32 means float32, at the price of registers: a
-    large rank wants more threads to hold them (benchmarks/compile_kernels.py). Beside half, tf32 is the finer type.
-    """
-    padded, precision = max(16, triton.next_power_of_2(rank)), "ieee" if dtype == torch.float32 else "tf32"
-    warps = 8 if dtype == torch.float32 and padded > 16 else 4
-    return {"RANK": padded, "PRECISION": precision, "num_warps": warps}
+    """What the kernels are compiled with for x of this type: a large rank in float32 wants more threads to hold its registers
+    (benchmarks/compile_kernels.py)."""
+    constants = matmul_constants(dtype, rank)
+    return constants | {"num_warps": 8 if dtype == torch.float32 and constants["RANK"] > 16 else 4}
 
 
 def gradient_tile(dtype: torch.dtype, rank: int) -> int:

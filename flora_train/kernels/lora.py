@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from flora_train.kernels.backend import runs_in_triton
 from flora_train.kernels.lora_torch import SegmentedLora
 from flora_train.kernels.segments import Segments, check_stack
 
@@ -24,4 +26,13 @@ def lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float
     check_stack("B", B.shape, (K, y.shape[1], rank))
     if y._is_view():  # a module hook on the base layer wraps its output so; autograd forbids to write into that
         y = y.clone()
-    return SegmentedLora.apply(y, x, A, B, scaling, segments)
+    return implementation(x).apply(y, x, A, B, scaling, segments)
+
+
+def implementation(x: Tensor) -> type[torch.autograd.Function]:
+    """Torch's operators or our own kernels, for tokens like x. Triton is loaded when it is first asked for."""
+    if runs_in_triton(x):
+        from flora_train.kernels.lora_triton import FusedLora
+
+        return FusedLora
+    return SegmentedLora

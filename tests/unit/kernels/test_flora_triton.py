@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
+from flora_train.kernels.blocks import BLOCK_TOKENS, block_table
 from flora_train.kernels.flora_reference import flora_reference
-from flora_train.kernels.flora_triton import BLOCK_TOKENS, FusedFlora, block_table, flora_op
+from flora_train.kernels.flora_triton import FusedFlora, flora_op
 from flora_train.kernels.segments import Segments, per_segment
-from tests.triton_device import DEVICE
+from tests.triton_device import DEVICE, DTYPES, TOLERANCE, relative_error
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    *([torch.bfloat16] if DEVICE.type == "cuda" else []),
-]  # the interpreter's bfloat16 is wrong
+pytestmark = pytest.mark.usefixtures("memory_full_of_nan")
 IN, OUT = 37, 71
 
 
@@ -33,26 +27,6 @@ def problem(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Te
     x, weight = random(segments.tokens, IN).to(dtype), (random(OUT, IN) / IN**0.5).to(dtype)
     A, B = random(len(segments), rank, IN), 0.3 * random(len(segments), OUT, rank) / rank**0.5
     return x.requires_grad_(), weight, A.requires_grad_(), B.requires_grad_(), segments
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Relative root mean square error; NaN never passes a `<=`."""
-    return float((value.detach().double() - reference).norm() / reference.norm())
-
-
-@pytest.fixture(autouse=True)
-def memory_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel fails to write shows."""
-
-    def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: object, **options: object) -> Tensor:
-            made = make(*args, **options)
-            return made.fill_(float("nan")) if made.is_floating_point() else made
-
-        return call
-
-    monkeypatch.setattr(Tensor, "new_empty", filled(Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

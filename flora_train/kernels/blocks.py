@@ -1,0 +1,54 @@
+"""Which tokens does a Triton program take? Tables on the device that are made once per batch, for every kernel and layer."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flora_train.kernels.segments import Segments
+
+BLOCK_TOKENS = 64
+BLOCK_FEATURES = 64
+
+
+@lru_cache(maxsize=256)
+def block_table(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(bounds [K + 1], blocks [T // BLOCK_TOKENS + K, 3]), int32. A block is a segment, its first token and the segment's end;
+    the spare ones at the end say segment -1. Made once per batch, not once per layer: making it would wait for the device."""
+    rows = [(k, first, end) for k, start, end in segments for first in range(start, end, BLOCK_TOKENS)]
+    spare = segments.tokens // BLOCK_TOKENS + len(segments) - len(rows)
+    table = [*rows, *[(-1, 0, 0)] * spare]
+    return (
+        torch.tensor(segments.bounds, dtype=torch.int32, device=device),
+        torch.tensor(table, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def part_of_segment(bounds, k, part, PARTS: tl.constexpr, TOKENS: tl.constexpr):
+    """(first, end): the tokens of one of PARTS equal parts of segment k, in whole blocks of TOKENS; the last may be short."""
+    start, end = tl.load(bounds + k), tl.load(bounds + k + 1)
+    length = tl.cdiv(tl.cdiv(end - start, PARTS), TOKENS) * TOKENS
+    first = start + part * length
+    return first, tl.minimum(first + length, end)
+
+
+def matmul_constants(dtype: torch.dtype, rank: int) -> dict[str, Any]:
+    """What a matmul over the rank is compiled with for tokens of this type: the rank padded to the least size that Triton
+    multiplies; float32 means float32, and beside half precision tf32 is the finer type."""
+    return {"RANK": max(16, triton.next_power_of_2(rank)), "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+
+
+def parts_for(programs: int) -> int:
+    """Into how many parts each of `programs` programs is cut, so that a large device has enough of them: their results are
+    summed afterwards, in one order, so that every run adds alike."""
+    return next((parts for parts in (8, 4, 2) if programs * parts <= ENOUGH_PROGRAMS), 1)
+
+
+ENOUGH_PROGRAMS = 512
+"""Some four for every multiprocessor of an H100. Not measured: no GPU was there."""

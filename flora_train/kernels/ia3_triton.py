@@ -1,0 +1,103 @@
+"""IA3 in Triton: y = x * scale_k, and in one pass over the tokens both gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, part_of_segment, parts_for
+from flora_train.kernels.segments import Segments
+
+
+@triton.jit
+def _scale(x, scale, blocks, y, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
+    """y[t, f] = x[t, f] scale[k, f]: the product is formed in float32, because half precision cannot hold a scale near 1."""
+    block = tl.program_id(0)
+    k = tl.load(blocks + 3 * block)
+    if k < 0:
+        return
+    t = (tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)).to(tl.int64)
+    f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    mask = (t[:, None] < tl.load(blocks + 3 * block + 2)) & (f[None, :] < features)
+    row = tl.load(scale + k * features + f, mask=f < features, other=0.0).to(tl.float32)
+    places = t[:, None] * features + f[None, :]
+    product = tl.load(x + places, mask=mask, other=0.0).to(tl.float32) * row[None, :]
+    tl.store(y + places, product.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scale_gradients(
+    x, dy, scale, bounds, dx, sums, features, K,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """dx = dy scale_k, and sums[part, k, f] = sum_t dy[t, f] x[t, f], over one part of the tokens of segment k."""
+    k, part = tl.program_id(0), tl.program_id(2)
+    f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    start, end = part_of_segment(bounds, k, part, PARTS, TOKENS)
+    row = tl.load(scale + k * features + f, mask=f < features, other=0.0).to(tl.float32)
+    acc = tl.zeros((FEATURES,), tl.float32)
+    for first in range(start, end, TOKENS):
+        t = (first + tl.arange(0, TOKENS)).to(tl.int64)
+        places, mask = t[:, None] * features + f[None, :], (t[:, None] < end) & (f[None, :] < features)
+        upstream = tl.load(dy + places, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.sum(upstream * tl.load(x + places, mask=mask, other=0.0).to(tl.float32), axis=0)
+        tl.store(dx + places, (upstream * row[None, :]).to(dx.dtype.element_ty), mask=mask)
+    tl.store(sums + (part * K + k) * features + f, acc, mask=f < features)
+
+
+@torch.library.custom_op("flora_train::ia3", mutates_args=())
+def ia3_op(x: Tensor, scale: Tensor, bounds: Tensor, blocks: Tensor) -> Tensor:
+    """x [T, d], scale [K, d], bounds and blocks as `block_table` -> [T, d]."""
+    x, scale = x.contiguous(), scale.contiguous()
+    y, features = torch.empty_like(x), x.shape[1]
+    _scale[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
+        x, scale, blocks, y, features, TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES
+    )
+    return y
+
+
+@torch.library.custom_op("flora_train::ia3_backward", mutates_args=())
+def ia3_backward_op(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, dscale), of the shapes and types of x and scale."""
+    dy, x, scale = dy.contiguous(), x.contiguous(), scale.contiguous()
+    dx, (K, features) = torch.empty_like(x), scale.shape
+    columns = triton.cdiv(features, BLOCK_FEATURES)
+    parts = parts_for(K * columns)
+    sums = x.new_empty(parts, K, features, dtype=torch.float32)
+    _scale_gradients[(K, columns, parts)](
+        x, dy, scale, bounds, dx, sums, features, K, TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts
+    )
+    return dx, sums.sum(0).to(scale.dtype)
+
+
+@ia3_op.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@ia3_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(scale)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *ia3_backward_op(dy, *ctx.saved_tensors), None, None
+
+
+ia3_op.register_autograd(_backward, setup_context=_save)
+
+
+class FusedScale:
+    """y = x * scale_k per segment. Shapes and dtypes as `ia3_scale`, but float64."""
+
+    @staticmethod
+    def apply(x: Tensor, scale: Tensor, segments: Segments) -> Tensor:
+        return ia3_op(x, scale, *block_table(segments, x.device))
