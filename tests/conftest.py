@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import tests.triton_device  # noqa: F401
+from tests.triton_device import DEVICE
 
 # isort: split
 from flora_train.adapters.spec import AdapterSpec, make_spec
 from flora_train.config.schema import AdapterConfig
+from flora_train.kernels.backend import use_backend
 
 FEW = ("llama", "gpt2", "opt", "phi")
 """Architectures that most tests are content with: Linear with and without bias, Conv1D, grouped and plain attention."""
@@ -49,6 +50,14 @@ def perturb(bank: Any, scale: float = 0.2) -> None:
 def one_thread() -> None:
     """Tiny matrices gain nothing from a second thread, and tests run two at a time."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def triton_backend() -> Iterator[None]:
+    """Our own kernels for everything: compiled on a GPU, interpreted elsewhere."""
+    use_backend("triton", DEVICE)
+    yield
+    use_backend("auto", DEVICE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

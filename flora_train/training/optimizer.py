@@ -17,6 +17,7 @@ from torch import Tensor
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.pool import Pool
 from flora_train.config.schema import TrainingConfig
+from flora_train.kernels.backend import runs_in_triton
 from flora_train.training.schedule import learning_rate
 
 
@@ -74,29 +75,37 @@ class BankOptimizer:
         return results
 
     def _update(self, pool: Pool, slots: Tensor | slice, adapters: list[int], steps: list[AdapterStep]) -> None:
-        specs = [self.bank.specs[a] for a in adapters]
-
-        def column(numbers: Iterable[float]) -> Tensor:
-            return torch.tensor(list(numbers), dtype=pool.values.dtype, device=pool.values.device)[:, None]
-
-        clip = column(
-            min(1.0, (s.max_grad_norm or float("inf")) / (r.gradient_norm + 1e-6)) for s, r in zip(specs, steps, strict=True)
+        beta1, beta2 = self.config.betas if self.config.optimizer == "adamw" else (0.0, 0.0)
+        numbers = torch.tensor(
+            [
+                [
+                    min(1.0, (self.bank.specs[a].max_grad_norm or float("inf")) / (step.gradient_norm + 1e-6)),
+                    1.0 - step.lr * self.bank.specs[a].weight_decay,
+                    -step.lr / (1.0 - beta1 ** self.steps[a]),
+                    (1.0 - beta2 ** self.steps[a]) ** 0.5,
+                ]
+                for a, step in zip(adapters, steps, strict=True)
+            ],
+            dtype=pool.values.dtype,
+            device=pool.values.device,
         )
-        decay = column(1.0 - r.lr * s.weight_decay for s, r in zip(specs, steps, strict=True))
-        gradient = pool.gradients[slots] * clip
-        values = pool.values[slots] * decay
+        clip, decay, rate, root = numbers.split(1, dim=1)
         if self.config.optimizer == "sgd":
-            pool.values[slots] = values.sub_(gradient.mul_(column(r.lr for r in steps)))
+            pool.values[slots] = (pool.values[slots] * decay).addcmul_(pool.gradients[slots] * clip, rate)
             return
-        beta1, beta2 = self.config.betas
-        own = [self.steps[a] for a in adapters]
         first, second = self.moments[id(pool)]
+        if runs_in_triton(pool.values):
+            from flora_train.kernels.adamw_triton import fused_adamw
+
+            rows = torch.arange(len(adapters), device=self.bank.device) if isinstance(slots, slice) else slots
+            fused_adamw(pool.values, pool.gradients, first, second, rows, numbers, self.config.betas, self.config.eps)
+            return
+        gradient = pool.gradients[slots] * clip
         m = first[slots].lerp_(gradient, 1.0 - beta1)
         v = second[slots].mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
         first[slots], second[slots] = m, v
-        rate = column(-r.lr / (1.0 - beta1**t) for r, t in zip(steps, own, strict=True))
-        denominator = v.sqrt().div_(column((1.0 - beta2**t) ** 0.5 for t in own)).add_(self.config.eps)
-        pool.values[slots] = values.addcdiv_(m.mul(rate), denominator)
+        denominator = v.sqrt().div_(root).add_(self.config.eps)
+        pool.values[slots] = (pool.values[slots] * decay).addcdiv_(m.mul(rate), denominator)
 
 
 def _is_finite(number: float) -> bool:

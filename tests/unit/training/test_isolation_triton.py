@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,6 @@ from tests.unit.training.harness import (
     plans_of,
     train_together,
 )
-
-
-@pytest.fixture
-def triton_backend() -> Iterator[None]:
-    use_backend("triton", DEVICE)
-    yield
-    use_backend("auto", DEVICE)
 
 
 @pytest.mark.usefixtures("triton_backend")

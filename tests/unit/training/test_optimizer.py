@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from transformers import AutoModelForCausalLM
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import TrainingConfig
+from flora_train.kernels.backend import use_backend
 from flora_train.training.optimizer import BankOptimizer
 from flora_train.training.schedule import learning_rate
 from tests.architectures import architecture_config, tiny_model
 from tests.conftest import mixed_specs, spec
+from tests.triton_device import DEVICE
 from tests.unit.training.harness import make_trainer, plans_of
 
 ADAMW = {"optimizer": "adamw", "betas": (0.8, 0.95), "eps": 1e-6}
@@ -92,6 +95,30 @@ def test_slots_of_a_pool_move_the_same_whether_all_or_some_are_present(optimizer
         rows.append(bank.pools[0].values.clone())
     assert torch.equal(rows[0][:2], rows[1][:2])
     assert not torch.equal(rows[0][2], rows[1][2])
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("present", [range(6), (0, 3, 4)], ids=["all", "some"])
+def test_the_triton_kernel_moves_adapters_as_torch_does(present: Sequence[int]) -> None:
+    """Three steps, in the second of which one adapter's gradient is not finite: values, moments, step counts and gradients."""
+    steppers = []
+    for name in ("torch", "triton"):
+        use_backend(name, DEVICE)
+        bank = AdapterBank.attach(tiny_model().to(DEVICE), own_settings())
+        stepper = BankOptimizer(bank, TrainingConfig(steps=100, **ADAMW))
+        for step in range(3):
+            draw_gradients(bank, step)
+            if step == 1:
+                bank.gradient_row(3)[7] = float("nan")
+            stepper.step(present)
+        steppers.append(stepper)
+    ours, theirs = steppers[1], steppers[0]
+    assert ours.steps == theirs.steps
+    assert ours.steps[3] == 2
+    for name, tensor in theirs.tensors().items():
+        torch.testing.assert_close(ours.tensors()[name], tensor, rtol=2e-6, atol=1e-7)
+    for adapter in range(6):
+        assert bool(ours.bank.gradient_row(adapter).any()) == (adapter not in present)
 
 
 def test_gradients_of_the_step_are_cleared_and_its_norms_reported() -> None:
