@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from flora_train.kernels import adamw_triton as adamw
 from flora_train.kernels import flora_triton as flora
 from flora_train.kernels import ia3_triton as ia3
 from flora_train.kernels import lora_triton as lora
@@ -52,9 +53,16 @@ class Compiled:
 
 
 TYPED = {"x", "weight", "y", "dy", "dx", "tokens"}
-FLOAT32 = {"left", "right", "offset", "A", "B", "dA", "dB", "stack", "scaling", "scale", "hidden", "parts", "sums"}
-INDICES = {"blocks", "bounds"}
-WITHOUT_RANK = ("IA3 y", "IA3 dX, dl")
+FLOAT32 = {"left", "right", "offset", "A", "B", "dA", "dB", "stack", "scaling", "scale", "hidden", "parts", "sums"} | {
+    "values",
+    "gradients",
+    "first",
+    "second",
+    "numbers",
+}
+OTHERS = {"blocks": "*i32", "bounds": "*i32", "slots": "*i64", "beta1": "fp32", "beta2": "fp32", "eps": "fp32"}
+WITHOUT_RANK = ("IA3 y", "IA3 dX, dl", "AdamW")
+ONLY_FLOAT32 = ("AdamW",)
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,20 @@ class Variant:
 
     kernel: Any
     constants: dict[str, Any]
-    warps: int = 4
+    warps: int
+
+
+def launched(kernel: Any, options: dict[str, Any]) -> Variant:
+    """As Python launches it; Triton's default is 4 warps."""
+    constants = dict(options)
+    warps = constants.pop("num_warps", 4)
+    return Variant(kernel, constants, warps)
 
 
 def variants(dtype: str, rank: int) -> dict[str, Variant]:
-    """What flora_triton.py, lora_triton.py and ia3_triton.py launch for tokens of this type."""
+    """What the *_triton.py of flora_train/kernels launch for tokens of this type."""
     of_rank, tile = flora.tuning(DTYPES[dtype], rank), flora.gradient_tile(DTYPES[dtype], rank)
-    warps = of_rank.pop("num_warps")
+    of_lora, of_expand = lora.tuning(DTYPES[dtype], rank), lora.expand_tuning(DTYPES[dtype], rank)
     blocks = {"TOKENS": BLOCK_TOKENS, "FEATURES": BLOCK_FEATURES}
     matmul = of_rank | blocks | {"SUMMED": flora.BLOCK_SUMMED}
     forward = {"weight_feature": FEATURES, "weight_summed": 1, "left_rank": 1, "right_summed": 1, "SPLIT": dtype != "fp32"}
@@ -77,14 +92,15 @@ def variants(dtype: str, rank: int) -> dict[str, Variant]:
     gradients = of_rank | {"TOKENS": flora.BLOCK_SUMMED, "OUT": tile, "IN": tile}
     parts = blocks | {"PARTS": 8}
     return {
-        "fLoRA y": Variant(flora._modulated_matmul, matmul | forward, warps),
-        "fLoRA dX": Variant(flora._modulated_matmul, matmul | backward, warps),
-        "fLoRA dA, dB": Variant(flora._adapter_gradients, gradients, warps),
-        "LoRA shrink": Variant(lora._shrink, of_rank | parts | {"stack_feature": 1}),
-        "LoRA expand": Variant(lora._expand, of_rank | blocks | {"stack_rank": 1, "ADD": True}),
-        "LoRA dA, dB": Variant(lora._outer, of_rank | parts),
-        "IA3 y": Variant(ia3._scale, blocks),
-        "IA3 dX, dl": Variant(ia3._scale_gradients, parts),
+        "fLoRA y": launched(flora._modulated_matmul, matmul | forward),
+        "fLoRA dX": launched(flora._modulated_matmul, matmul | backward),
+        "fLoRA dA, dB": launched(flora._adapter_gradients, gradients),
+        "LoRA shrink": launched(lora._shrink, of_lora | parts | {"stack_feature": 1}),
+        "LoRA expand": launched(lora._expand, of_expand | blocks | {"stack_rank": 1, "ADD": True}),
+        "LoRA dA, dB": launched(lora._outer, of_lora | parts),
+        "IA3 y": launched(ia3._scale, blocks),
+        "IA3 dX, dl": launched(ia3._scale_gradients, parts),
+        "AdamW": launched(adamw._adamw, {"BLOCK": adamw.BLOCK}),
     }
 
 
@@ -94,7 +110,7 @@ def configurations() -> Iterator[tuple[str, str, int, int]]:
         for dtype in DTYPES:
             for rank in RANKS:
                 for name in variants(dtype, rank):
-                    if name not in WITHOUT_RANK or rank == RANKS[0]:
+                    if (name not in WITHOUT_RANK or rank == RANKS[0]) and (name not in ONLY_FLOAT32 or dtype == "fp32"):
                         yield name, dtype, rank, capability
 
 
@@ -119,9 +135,9 @@ def argument_type(argument: str, constants: dict[str, Any], dtype: str) -> str:
     """Triton's word for it."""
     if argument in constants:
         return "constexpr"
-    if argument in INDICES:
-        return f"*{INTEGERS}"
-    return f"*{dtype}" if argument in TYPED else "*fp32" if argument in FLOAT32 else INTEGERS
+    if argument in TYPED:
+        return f"*{dtype}"
+    return "*fp32" if argument in FLOAT32 else OTHERS.get(argument, INTEGERS)
 
 
 def resources(ptx: str, capability: int) -> tuple[int, int]:

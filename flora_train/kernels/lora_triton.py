@@ -57,25 +57,28 @@ def _expand(
     stack_segment, stack_feature, stack_rank,
     RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y[t, f] = sum_j hidden[t, j] stack[k, f, j], or += with ADD: rounded once, after the sum."""
+    """y[t, f] = sum_j hidden[t, j] stack[k, f, j], RANK terms at a time, or += with ADD: rounded once, after the sum."""
     block = tl.program_id(0)
     k = tl.load(blocks + 3 * block)
     if k < 0:
         return
     t = (tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)).to(tl.int64)
     there = t < tl.load(blocks + 3 * block + 2)
-    f, j = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES), tl.arange(0, RANK)
-    h = tl.load(hidden + t[:, None] * rank + j[None, :], mask=there[:, None] & (j[None, :] < rank), other=0.0)
-    factor = tl.load(
-        stack + k * stack_segment + f[None, :] * stack_feature + j[:, None] * stack_rank,
-        mask=(f[None, :] < features) & (j[:, None] < rank),
-        other=0.0,
-    )
+    f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     dtype = y.dtype.element_ty
-    acc = tl.dot(h.to(dtype), factor.to(dtype), input_precision=PRECISION)
     places, mask = y + t[:, None] * features + f[None, :], there[:, None] & (f[None, :] < features)
+    acc = tl.zeros((TOKENS, FEATURES), tl.float32)
     if ADD:
         acc += tl.load(places, mask=mask, other=0.0).to(tl.float32)
+    for first in range(0, rank, RANK):
+        j = first + tl.arange(0, RANK)
+        h = tl.load(hidden + t[:, None] * rank + j[None, :], mask=there[:, None] & (j[None, :] < rank), other=0.0)
+        factor = tl.load(
+            stack + k * stack_segment + f[None, :] * stack_feature + j[:, None] * stack_rank,
+            mask=(f[None, :] < features) & (j[:, None] < rank),
+            other=0.0,
+        )
+        acc = tl.dot(h.to(dtype), factor.to(dtype), acc, input_precision=PRECISION)
     tl.store(places, acc.to(dtype), mask=mask)
 
 
@@ -149,6 +152,18 @@ class FusedLora(torch.autograd.Function):
         return dy, *lora_backward_op(dy.contiguous(), *ctx.saved_tensors), None, None
 
 
+def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
+    """What shrink and outer are compiled with: a large rank wants more threads to hold its registers
+    (benchmarks/compile_kernels.py)."""
+    constants = matmul_constants(dtype, rank)
+    return constants | {"num_warps": 8 if constants["RANK"] > 16 else 4}
+
+
+def expand_tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
+    """What expand is compiled with: a large rank is taken in bites that registers hold (float32 has no matmul unit)."""
+    return matmul_constants(dtype, min(rank, 16 if dtype == torch.float32 else 32)) | {"num_warps": 4}
+
+
 def _launch_shrink(x: Tensor, stack: Tensor, scaling: Tensor, blocks: Tensor) -> Tensor:
     """x [T, features] and stack [K, rank, features], however it lies in memory -> [T, rank] float32."""
     (T, features), rank = x.shape, stack.shape[1]
@@ -156,7 +171,7 @@ def _launch_shrink(x: Tensor, stack: Tensor, scaling: Tensor, blocks: Tensor) ->
     hidden = x.new_empty(parts, T, rank, dtype=torch.float32)
     _shrink[(len(blocks), parts)](
         x, stack, scaling, blocks, hidden, features, rank, T, *stack.stride(),
-        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, **matmul_constants(x.dtype, rank),
+        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, **tuning(x.dtype, rank),
     )  # fmt: skip
     return hidden.sum(0)
 
@@ -166,7 +181,7 @@ def _launch_expand(hidden: Tensor, stack: Tensor, blocks: Tensor, y: Tensor, add
     features, rank = y.shape[1], hidden.shape[1]
     _expand[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
         hidden, stack, blocks, y, features, rank, *stack.stride(),
-        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, ADD=add, **matmul_constants(y.dtype, rank),
+        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, ADD=add, **expand_tuning(y.dtype, rank),
     )  # fmt: skip
 
 
@@ -178,6 +193,6 @@ def _launch_outer(hidden: Tensor, tokens: Tensor, bounds: Tensor) -> Tensor:
     sums = tokens.new_empty(parts, K, rank, features, dtype=torch.float32)
     _outer[(K, columns, parts)](
         hidden, tokens, bounds, sums, features, rank, K,
-        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, **matmul_constants(tokens.dtype, rank),
+        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, **tuning(tokens.dtype, rank),
     )  # fmt: skip
     return sums.sum(0)
