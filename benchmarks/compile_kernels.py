@@ -53,13 +53,8 @@ class Compiled:
 
 
 TYPED = {"x", "weight", "y", "dy", "dx", "tokens"}
-FLOAT32 = {"left", "right", "offset", "A", "B", "dA", "dB", "stack", "scaling", "scale", "hidden", "parts", "sums"} | {
-    "values",
-    "gradients",
-    "first",
-    "second",
-    "numbers",
-}
+FLOAT32 = {"left", "right", "offset", "A", "B", "dA", "dB", "stack", "scaling", "scale", "hidden", "parts", "sums"}
+FLOAT32 |= {"values", "gradients", "first", "second", "numbers"}
 OTHERS = {"blocks": "*i32", "bounds": "*i32", "slots": "*i64", "beta1": "fp32", "beta2": "fp32", "eps": "fp32"}
 WITHOUT_RANK = ("IA3 y", "IA3 dX, dl", "AdamW")
 ONLY_FLOAT32 = ("AdamW",)

@@ -27,14 +27,13 @@ def _adamw(
     tl.store(first + places, m, mask=mask)
     tl.store(second + places, v, mask=mask)
     tl.store(values + places, value, mask=mask)
-    tl.store(gradients + places, 0.0, mask=mask)
 
 
 def fused_adamw(
     values: Tensor, gradients: Tensor, first: Tensor, second: Tensor, slots: Tensor, numbers: Tensor,
     betas: tuple[float, float], eps: float,
 ) -> None:  # fmt: skip
-    """Update the rows `slots` [K] int of values and moments [S, P] float32 by their gradients, and clear those.
+    """Update the rows `slots` [K] int of values and moments [S, P] float32 by their gradients.
 
     numbers: [K, 4] float32, row k for slots[k]: clip factor, decay factor, -lr / (1 - beta1^t), sqrt(1 - beta2^t).
     """

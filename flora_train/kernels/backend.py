@@ -25,13 +25,8 @@ def use_backend(wanted: Backend, device: torch.device) -> None:
     _chosen = "triton" if wanted == "triton" else "torch"
 
 
-def backend() -> Literal["torch", "triton"]:
-    """What was chosen; torch before any choice."""
-    return _chosen
-
-
 def runs_in_triton(x: Tensor) -> bool:
-    """Whether our own kernels take tokens of this type: float64 is for references, and stays in torch."""
+    """Whether our own kernels take tensors of this type: not before they were chosen, and float64, for references, never."""
     return _chosen == "triton" and x.dtype != torch.float64
 
 

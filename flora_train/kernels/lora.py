@@ -24,8 +24,8 @@ def lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float
     check_stack("x", x.shape, (segments.tokens, A.shape[2]))
     check_stack("A", A.shape, (len(segments), rank, x.shape[1]))
     check_stack("B", B.shape, (K, y.shape[1], rank))
-    if y._is_view():  # a module hook on the base layer wraps its output so; autograd forbids to write into that
-        y = y.clone()
+    if y._is_view() or not y.is_contiguous():  # a module hook on the base layer makes it a view: autograd lets nobody write there
+        y = y.clone(memory_format=torch.contiguous_format)
     return implementation(x).apply(y, x, A, B, scaling, segments)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from flora_train.kernels.blocks import block_table
 from flora_train.kernels.ia3_reference import ia3_reference
 from flora_train.kernels.ia3_triton import FusedScale, ia3_op
+from flora_train.kernels.lora import lora_add
 from flora_train.kernels.lora_reference import lora_reference
 from flora_train.kernels.lora_triton import FusedLora, lora_backward_op
 from flora_train.kernels.segments import Segments, per_segment
@@ -93,3 +94,11 @@ def test_the_ops_keep_their_contract_with_torch() -> None:
     torch.library.opcheck(torch.ops.flora_train.lora_add, (random(8, OUT, seed=4), x, A, B, scaling, blocks))
     dy, hidden = random(8, OUT, seed=5), random(8, 3, seed=6)
     torch.library.opcheck(lora_backward_op, (dy, x, hidden, A, B, scaling, bounds, blocks))
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_a_base_output_that_lies_across_memory_is_added_to_all_the_same() -> None:
+    segments = segments_of((3, 5))
+    y, x, A, B = random(OUT, 8, seed=0).T, random(8, IN, seed=1), random(2, 3, IN, seed=2), random(2, OUT, 3, seed=3)
+    expected = lora_reference(*(tensor.double() for tensor in (y, x, A, B)), [1.0, 2.0], segments)
+    assert relative_error(lora_add(y, x, A, B, [1.0, 2.0], segments), expected) <= TOLERANCE[torch.float32]
