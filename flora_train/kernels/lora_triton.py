@@ -120,7 +120,7 @@ def lora_backward_op(
     dx = torch.empty_like(x)
     _launch_expand(dhidden, A.mT, blocks, dx, add=False)
     dA, dB = _launch_outer(dhidden, x, bounds), _launch_outer(hidden, dy, bounds)
-    return dx, dA.to(A.dtype), dB.mT.to(B.dtype, memory_format=torch.contiguous_format)
+    return dx, dA.to(A.dtype), dB.mT.contiguous().to(B.dtype)
 
 
 @lora_add_op.register_fake
