@@ -55,7 +55,16 @@ class Compiled:
 TYPED = {"x", "weight", "y", "dy", "dx", "tokens"}
 FLOAT32 = {"left", "right", "offset", "A", "B", "dA", "dB", "stack", "scaling", "scale", "hidden", "parts", "sums"}
 FLOAT32 |= {"values", "gradients", "first", "second", "numbers"}
-OTHERS = {"blocks": "*i32", "bounds": "*i32", "slots": "*i64", "beta1": "fp32", "beta2": "fp32", "eps": "fp32"}
+OTHERS = {
+    "blocks": "*i32",
+    "bounds": "*i32",
+    "ranks": "*i32",
+    "order": "*i64",
+    "slots": "*i64",
+    "beta1": "fp32",
+    "beta2": "fp32",
+    "eps": "fp32",
+}
 WITHOUT_RANK = ("IA3 y", "IA3 dX, dl", "AdamW")
 ONLY_FLOAT32 = ("AdamW",)
 
@@ -80,11 +89,11 @@ def variants(dtype: str, rank: int) -> dict[str, Variant]:
     """What the *_triton.py of flora_train/kernels launch for tokens of this type."""
     of_rank, tile = flora.tuning(DTYPES[dtype], rank), flora.gradient_tile(DTYPES[dtype], rank)
     of_lora, of_expand = lora.tuning(DTYPES[dtype], rank), lora.expand_tuning(DTYPES[dtype], rank)
-    blocks = {"TOKENS": BLOCK_TOKENS, "FEATURES": BLOCK_FEATURES}
+    blocks = {"TOKENS": BLOCK_TOKENS, "FEATURES": BLOCK_FEATURES, "ORDERED": False}
     matmul = of_rank | blocks | {"SUMMED": flora.BLOCK_SUMMED}
     forward = {"weight_feature": FEATURES, "weight_summed": 1, "left_rank": 1, "right_summed": 1, "SPLIT": dtype != "fp32"}
     backward = {"weight_feature": 1, "weight_summed": FEATURES, "left_feature": 1, "right_rank": 1, "SPLIT": False}
-    gradients = of_rank | {"TOKENS": flora.BLOCK_SUMMED, "OUT": tile, "IN": tile}
+    gradients = of_rank | {"TOKENS": flora.BLOCK_SUMMED, "OUT": tile, "IN": tile, "ORDERED": False}
     parts = blocks | {"PARTS": 8}
     return {
         "fLoRA y": launched(flora._modulated_matmul, matmul | forward),

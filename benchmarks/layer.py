@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flora_train.kernels.backend import splits
 from flora_train.kernels.flora import FORMULATIONS, flora_linear
 from flora_train.kernels.ia3 import ia3_scale
 from flora_train.kernels.lora import lora_add
@@ -118,7 +119,7 @@ def forced() -> dict[str, tuple[int, Forward]]:
 
     def form(formulation: str) -> Forward:
         function = FORMULATIONS[formulation]  # type: ignore[index]
-        return lambda p: function.apply(p.x, p.weight, p.A, p.B, p.numbers(RESIDUAL), p.segments)
+        return lambda p: function.apply(p.x, p.weight, p.A, p.B, p.numbers(RESIDUAL), p.segments, splits(p.x.dtype))
 
     return {f"{name} r={rank}": (rank, form(name)) for name in FORMULATIONS for rank in (1, 4, 16)}
 

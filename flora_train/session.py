@@ -19,7 +19,7 @@ from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokens import check_tokenizer
-from flora_train.kernels.backend import use_backend
+from flora_train.kernels.backend import use_backend, use_precision
 from flora_train.training.adapter_file import load_adapter
 from flora_train.training.distributed import say
 from flora_train.training.run_folder import RunFolder, open_run
@@ -43,6 +43,7 @@ def load_session(config: RunConfig, folder: RunFolder, device: torch.device, wit
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     use_backend(config.kernels.backend, device)
+    use_precision(config.kernels.precision)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, config.model.path)
     tasks = load_tasks(config, tokenizer, cache_folder()) if with_tasks else {}

@@ -8,13 +8,12 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests import bfloat16_interpreter
+
+    bfloat16_interpreter.install()
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    *([torch.bfloat16] if DEVICE.type == "cuda" else []),
-]  # the interpreter's bfloat16 is wrong
+DTYPES = list(TOLERANCE)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

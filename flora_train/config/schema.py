@@ -162,6 +162,9 @@ class KernelsConfig(Section):
     backend: Literal["auto", "torch", "triton"] = "auto"
     """What computes the adapters. torch: batched matmuls. triton: our kernels, on a GPU (exact, but not timed on one yet).
     auto: torch."""
+    precision: Literal["auto", "split", "fused"] = "auto"
+    """fLoRA on a base in half precision. split: x W0 + x (W0 * (M - 1)), which keeps modulations that half precision cannot
+    hold beside 1. fused: x (W0 * M), one matmul less. auto: split."""
 
 
 class TrackingConfig(Section):

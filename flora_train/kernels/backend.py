@@ -1,4 +1,4 @@
-"""Which kernels compute the adapters: torch's operators, or our own in Triton? One choice for the process, made when a run starts."""
+"""Which kernels compute the adapters, and how exactly? One choice for the process, made when a run starts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ from torch import Tensor
 from flora_train.config.errors import fail
 
 Backend = Literal["auto", "torch", "triton"]
+Precision = Literal["auto", "split", "fused"]
 
 _chosen: Literal["torch", "triton"] = "torch"
+_split = True
 
 
 def use_backend(wanted: Backend, device: torch.device) -> None:
     """Compute on `device` by this backend from now on. auto is torch: the Triton kernels are exact (their tests), but nobody
     has timed them on a GPU yet. Raises UserError where Triton was asked for and cannot run."""
     global _chosen
-    if wanted == "triton" and (reason := _why_not_triton(device)):
+    if wanted == "triton" and (reason := why_not_triton(device)):
         raise fail("kernels.backend", wanted, f"{reason}; leave it at auto")
     _chosen = "triton" if wanted == "triton" else "torch"
+
+
+def use_precision(wanted: Precision) -> None:
+    """How fLoRA is computed in half precision from now on. split: x W0^T + x (W0 * (M - 1))^T, which keeps modulations that
+    half precision cannot hold beside 1. fused: x (W0 * M)^T, one matmul less and deaf to them. auto is split: what it costs
+    and what it keeps is in benchmarks/results/precision_cpu.md."""
+    global _split
+    _split = wanted != "fused"
 
 
 def runs_in_triton(x: Tensor) -> bool:
@@ -30,7 +40,13 @@ def runs_in_triton(x: Tensor) -> bool:
     return _chosen == "triton" and x.dtype != torch.float64
 
 
-def _why_not_triton(device: torch.device) -> str | None:
+def splits(dtype: torch.dtype) -> bool:
+    """Whether fLoRA on tokens of this type keeps M - 1 apart from 1."""
+    return _split and dtype in (torch.bfloat16, torch.float16)
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why our own kernels cannot run on this device; None if they can."""
     if find_spec("triton") is None:
         return "needs the package triton, which is not installed: pip install triton"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

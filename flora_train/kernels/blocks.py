@@ -29,6 +29,20 @@ def block_table(segments: Segments, device: torch.device) -> tuple[Tensor, Tenso
     )
 
 
+@lru_cache(maxsize=256)
+def rank_table(segments: Segments, rank: int, device: torch.device) -> Tensor:
+    """How many of the stacks' `rank` ranks each segment uses, [K] int32. Made once per batch."""
+    return torch.tensor(segments.ranks or [rank] * len(segments), dtype=torch.int32, device=device)
+
+
+@triton.jit
+def place(t, there, order, ORDERED: tl.constexpr):
+    """Where tokens t of the grouped order lie in memory: there, or with ORDERED where `order` says."""
+    if ORDERED:
+        return tl.load(order + t, mask=there, other=0).to(tl.int64)
+    return t.to(tl.int64)
+
+
 @triton.jit
 def part_of_segment(bounds, k, part, PARTS: tl.constexpr, TOKENS: tl.constexpr):
     """(first, end): the tokens of one of PARTS equal parts of segment k, in whole blocks of TOKENS; the last may be short."""

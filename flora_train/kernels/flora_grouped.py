@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flora_train.kernels.autocast import as_written
 from flora_train.kernels.segments import Segments, per_segment
 
 
@@ -22,12 +23,14 @@ class GroupedFlora(torch.autograd.Function):
     """y = x (W0 * M_k)^T per segment. Shapes and dtypes as `flora_linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments, split: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)
         ctx.offset, ctx.segments = offset, segments
         grouped = _grouped(x, segments)
         deviation = torch.bmm(B, A).add_(per_segment(offset, B) - 1.0).to(weight.dtype).mul_(weight)
-        if weight.element_size() == 2:
+        if split:
             # the sum of x W0^T and x (W0 * (M - 1))^T, rounded once: half precision loses M near 1 (flora_torch.py)
             pair = torch.cat([weight.expand_as(deviation), deviation], dim=2)
             return _batched_matmul(torch.cat([grouped, grouped], dim=2), pair.mT, segments)
@@ -35,6 +38,7 @@ class GroupedFlora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_written
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
         grouped, dgrouped = _grouped(x, ctx.segments), _grouped(dy, ctx.segments)
@@ -45,7 +49,7 @@ class GroupedFlora(torch.autograd.Function):
         P = torch.bmm(dgrouped.mT, grouped).mul_(weight)  # W0 * (dY^T X); dB = P A^T; dA = B^T P
         dA = torch.bmm(B.mT.to(P.dtype), P).to(A.dtype)
         dB = torch.bmm(A.to(P.dtype), P.mT).to(B.dtype).mT  # a thin matmul is faster lying down
-        return dx, None, dA, dB, None, None
+        return dx, None, dA, dB, None, None, None
 
 
 def _grouped(tokens: Tensor, segments: Segments) -> Tensor:

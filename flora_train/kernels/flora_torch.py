@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flora_train.kernels.segments import Segments, from_rows, in_rows, per_row, to_rows
+from flora_train.kernels.autocast import as_written
+from flora_train.kernels.segments import Segments, from_rows, in_rows, per_row, per_segment, to_rows
 from flora_train.kernels.threads import SCRATCH, Job, division_for, run_jobs
 
 
@@ -23,14 +24,15 @@ class MaterialisedFlora(torch.autograd.Function):
     """y = x (W0 * M_k)^T per segment. Shapes and dtypes as `flora_linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments, split: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)
         ctx.offset, ctx.segments = offset, segments
         y = x.new_empty(x.shape[0], weight.shape[0])
-        half = _is_half(weight)
         # bfloat16(W0 * M) loses every modulation below 0.3 %. [x x] [W0 D]^T with D = W0 * (M - 1) keeps it: the sum of
         # both terms is rounded once, after the matmul's float32 accumulation.
-        tokens = torch.cat([x, x], dim=1) if half else x
+        tokens = torch.cat([x, x], dim=1) if split else x
 
         filled: dict[int, tuple[int, int]] = {}  # thread -> the rows of W0 in its pair
 
@@ -38,7 +40,7 @@ class MaterialisedFlora(torch.autograd.Function):
             tokens_k, A_k = tokens[job.start : job.end], A[job.k]
             for rows in _blocks(job, weight):
                 W, B_k = weight[slice(*rows)], B[job.k, slice(*rows)]
-                if half:
+                if split:
                     modulated = SCRATCH.matrix("pair", (len(W), 2 * weight.shape[1]), weight)
                     if filled.get(get_ident()) != rows:
                         modulated[:, : weight.shape[1]].copy_(W)
@@ -53,6 +55,7 @@ class MaterialisedFlora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_written
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
         need_dx, need_dAB = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
@@ -79,25 +82,39 @@ class MaterialisedFlora(torch.autograd.Function):
                 begun = True
 
         run_jobs(division, work)
-        return _summed(dx), None, _summed(dA), dB if dB is None else dB.transpose(1, 2), None, None
+        return _summed(dx), None, _summed(dA), dB if dB is None else dB.transpose(1, 2), None, None, None
 
 
 class RankExpandedFlora(torch.autograd.Function):
-    """y = offset_k x W0^T + sum_j b_kj * ((a_kj * x) W0^T): one matmul over all ranks, segments and the offset."""
+    """y = offset_k x W0^T + sum_j b_kj * ((a_kj * x) W0^T): one matmul over all ranks, segments and the offset.
+
+    split: what adapters add to x W0^T is summed first, and x W0^T on top of it in a matmul that rounds once. Pure ones add
+    sum_j b_kj * ((a_kj - 1) * x) W0^T and (sum_j b_kj - 1) * x W0^T: half precision cannot hold a_kj * x for an a_kj near 1,
+    where they start.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments) -> Tensor:
-        rank, residual = A.shape[1], any(offset)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments, split: bool
+    ) -> Tensor:
+        rank = A.shape[1]
+        taken = [1.0 - number if split else 0.0 for number in offset]  # off every a_kj
+        with_base = any(taken) if split else any(offset)
         rows = in_rows(x, segments)
-        expanded = x.new_empty(rank + residual, *rows.shape)
-        torch.mul(rows, _features_of_rows(A, segments), out=expanded[:rank])
-        if residual:
+        expanded = x.new_empty(rank + with_base, *rows.shape)
+        torch.mul(rows, _features_of_rows(A - per_segment(taken, A) if any(taken) else A, segments), out=expanded[:rank])
+        if with_base:
             expanded[rank] = rows
         z = (expanded.view(-1, x.shape[1]) @ weight.T).view(*expanded.shape[:-1], weight.shape[0])
         y = x.new_empty(x.shape[0], weight.shape[0])  # not a view of something: a model may add to it in place
         by_rows = y.view(z.shape[1:])
         torch.sum(z[:rank] * _features_of_rows(B.mT, segments), dim=0, dtype=x.dtype, out=by_rows)
-        if residual:
+        if split:
+            if with_base:
+                by_rows.add_(z[rank] * to_rows(per_segment(taken, B) * (B.sum(2)[:, None] - 1.0), segments))
+                z[:rank] += z[rank] * per_row(taken, segments, x)
+            y.addmm_(x, weight.T)
+        elif with_base:
             by_rows.add_(z[rank] * per_row(offset, segments, x))
         ctx.save_for_backward(x, weight, A, B, z[:rank])
         ctx.offset, ctx.segments = offset, segments
@@ -105,6 +122,7 @@ class RankExpandedFlora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_written
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, z = ctx.saved_tensors
         rank, residual, segments = A.shape[1], any(ctx.offset), ctx.segments
@@ -119,7 +137,7 @@ class RankExpandedFlora(torch.autograd.Function):
             dx += dexpanded[rank]
         dA = from_rows(torch.sum(dexpanded[:rank] * rows, dim=2, dtype=A.dtype).transpose(0, 1), segments, A.dtype)
         dB = from_rows(torch.sum(z * drows, dim=2, dtype=B.dtype).transpose(0, 1), segments, B.dtype).mT
-        return dx.view(x.shape), None, dA, dB, None, None
+        return dx.view(x.shape), None, dA, dB, None, None, None
 
 
 def _features_of_rows(factors: Tensor, segments: Segments) -> Tensor:

@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, matmul_constants
+from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, matmul_constants, place, rank_table
+from flora_train.kernels.ia3_triton import FusedScale
 from flora_train.kernels.segments import Segments, per_segment
 
 BLOCK_SUMMED = 32
@@ -23,14 +25,14 @@ BLOCK_SUMMED = 32
 
 @triton.jit
 def _modulated_matmul(
-    x, weight, left, right, offset, blocks, y,
-    features, summed, rank,
+    x, weight, left, right, offset, blocks, ranks, order, y,
+    features, summed,
     x_token, weight_feature, weight_summed,
     left_segment, left_feature, left_rank,
     right_segment, right_rank, right_summed,
     y_token,
     RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SUMMED: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[t, f] = sum_s x[t, s] weight[f, s] (offset_k + sum_j left[k, f, j] right[k, j, s]) for the tokens of one block.
 
@@ -40,8 +42,10 @@ def _modulated_matmul(
     k = tl.load(blocks + 3 * block)
     if k < 0:
         return
-    tokens = (tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)).to(tl.int64)
+    rank = tl.load(ranks + k)
+    tokens = tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)
     there = tokens < tl.load(blocks + 3 * block + 2)
+    tokens = place(tokens, there, order, ORDERED)
     f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     j = tl.arange(0, RANK)
     left_tile = tl.load(
@@ -76,10 +80,10 @@ def _modulated_matmul(
 
 @triton.jit
 def _adapter_gradients(
-    x, dy, weight, A, B, bounds, dA, dB,
+    x, dy, weight, A, B, bounds, ranks, order, dA, dB,
     in_features, out_features, rank, K,
     RANK: tl.constexpr, TOKENS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of P = W0 * (dY^T X) of one segment, and its part of dB = P A^T and dA = B^T P.
 
@@ -90,20 +94,25 @@ def _adapter_gradients(
     end = tl.load(bounds + k + 1)
     G = tl.zeros((OUT, IN), tl.float32)
     for first in range(tl.load(bounds + k), end, TOKENS):
-        t = (first + tl.arange(0, TOKENS)).to(tl.int64)
+        t = first + tl.arange(0, TOKENS)
+        there = t < end
+        t = place(t, there, order, ORDERED)
         dy_tile = tl.load(
-            dy + t[:, None] * out_features + o[None, :], mask=(t[:, None] < end) & (o[None, :] < out_features), other=0.0
+            dy + t[:, None] * out_features + o[None, :], mask=there[:, None] & (o[None, :] < out_features), other=0.0
         )
-        x_tile = tl.load(
-            x + t[:, None] * in_features + i[None, :], mask=(t[:, None] < end) & (i[None, :] < in_features), other=0.0
-        )
+        x_tile = tl.load(x + t[:, None] * in_features + i[None, :], mask=there[:, None] & (i[None, :] < in_features), other=0.0)
         G = tl.dot(tl.trans(dy_tile), x_tile, G, input_precision=PRECISION)
     inside = (o[:, None] < out_features) & (i[None, :] < in_features)
     P = G * tl.load(weight + o[:, None] * in_features + i[None, :], mask=inside, other=0.0).to(tl.float32)
     A_mask = (j[:, None] < rank) & (i[None, :] < in_features)
     B_mask = (o[:, None] < out_features) & (j[None, :] < rank)
-    A_tile = tl.load(A + (k * rank + j[:, None]) * in_features + i[None, :], mask=A_mask, other=0.0).to(tl.float32)
-    B_tile = tl.load(B + (k * out_features + o[:, None]) * rank + j[None, :], mask=B_mask, other=0.0).to(tl.float32)
+    used = j < tl.load(ranks + k)
+    A_places, B_places = (
+        A + (k * rank + j[:, None]) * in_features + i[None, :],
+        B + (k * out_features + o[:, None]) * rank + j[None, :],
+    )
+    A_tile = tl.load(A_places, mask=A_mask & used[:, None], other=0.0).to(tl.float32)
+    B_tile = tl.load(B_places, mask=B_mask & used[None, :], other=0.0).to(tl.float32)
     dB_tile = tl.dot(P, tl.trans(A_tile), input_precision=PRECISION)
     dA_tile = tl.dot(tl.trans(B_tile), P, input_precision=PRECISION)
     dB_part, dA_part = (in_block * K + k).to(tl.int64), (out_block * K + k).to(tl.int64)
@@ -113,31 +122,49 @@ def _adapter_gradients(
 
 @torch.library.custom_op("flora_train::flora", mutates_args=())
 def flora_op(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Tensor, bounds: Tensor, blocks: Tensor, split: bool
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offset: Tensor,
+    bounds: Tensor,
+    blocks: Tensor,
+    ranks: Tensor,
+    order: Tensor | None,
+    split: bool,
 ) -> Tensor:
     """x [T, in], weight [out, in], A [K, r, in], B [K, out, r], offset [K], bounds [K + 1] int32, blocks [n, 3] int32 (see
-    `block_table`) -> [T, out]."""
+    `block_table`), ranks [K] int32, order [T] or None -> [T, out]."""
     x, A, B = x.contiguous(), A.contiguous(), B.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
-    _launch_matmul(x, weight, weight.stride(), B, B.stride(), A, A.stride(), offset, blocks, y, A.shape[1], split)
+    _launch_matmul(x, weight, B, A, offset, blocks, ranks, order, y, split)
     return y
 
 
 @torch.library.custom_op("flora_train::flora_backward", mutates_args=())
 def flora_backward_op(
-    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Tensor, bounds: Tensor, blocks: Tensor
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offset: Tensor,
+    bounds: Tensor,
+    blocks: Tensor,
+    ranks: Tensor,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB), of the shapes and types of x, A and B."""
     dy, x, weight, A, B = (tensor.contiguous() for tensor in (dy, x, weight, A, B))
     (K, rank, in_features), out_features = A.shape, B.shape[1]
     dx = torch.empty_like(x)
-    _launch_matmul(dy, weight, weight.stride()[::-1], A, _swapped(A), B, _swapped(B), offset, blocks, dx, rank, split=False)
+    _launch_matmul(dy, weight.T, A.mT, B.mT, offset, blocks, ranks, order, dx, split=False)
     tile = gradient_tile(x.dtype, rank)
     outs, ins = triton.cdiv(out_features, tile), triton.cdiv(in_features, tile)
     dA, dB = A.new_empty(outs, *A.shape), B.new_empty(ins, *B.shape)
     _adapter_gradients[(K, outs, ins)](
-        x, dy, weight, A, B, bounds, dA, dB, in_features, out_features, rank, K,
-        TOKENS=BLOCK_SUMMED, OUT=tile, IN=tile,
+        x, dy, weight, A, B, bounds, ranks, ranks if order is None else order, dA, dB, in_features, out_features, rank, K,
+        TOKENS=BLOCK_SUMMED, OUT=tile, IN=tile, ORDERED=order is not None,
         **tuning(x.dtype, rank),
     )  # fmt: skip
     return dx, dA.sum(0), dB.sum(0)
@@ -159,7 +186,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dA, dB = flora_backward_op(dy, *ctx.saved_tensors)
-    return dx, None, dA, dB, None, None, None, None
+    return dx, None, dA, dB, None, None, None, None, None, None
 
 
 flora_op.register_autograd(_backward, setup_context=_save)
@@ -169,39 +196,64 @@ class FusedFlora:
     """y = x (W0 * M_k)^T per segment. Shapes and dtypes as `flora_linear`, but float64."""
 
     @staticmethod
-    def apply(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments) -> Tensor:
+    def apply(
+        x: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        offset: Sequence[float],
+        segments: Segments,
+        split: bool,
+        order: Tensor | None = None,
+    ) -> Tensor:
         bounds, blocks = block_table(segments, x.device)
+        ranks = rank_table(segments, A.shape[1], x.device)
         shift = per_segment(offset, A).view(-1).float()
-        return flora_op(x, weight, A, B, shift, bounds, blocks, weight.element_size() == 2)
+        return flora_op(x, weight, A, B, shift, bounds, blocks, ranks, order, split)
+
+
+class ScaledFlora:
+    """Pure fLoRA of rank 1, y = b_k * ((a_k * x) W0^T) per segment: between two scales the tokens of all adapters go
+    through W0 at once."""
+
+    @staticmethod
+    def apply(
+        x: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        offset: Sequence[float],
+        segments: Segments,
+        split: bool,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        if A.shape[1] != 1 or any(offset) or split:
+            raise ValueError("two scales around W0 are pure fLoRA of rank 1, not split")
+        scaled = FusedScale.apply(x, A[:, 0], segments, order)
+        return FusedScale.apply(F.linear(scaled, weight), B[:, :, 0], segments, order)
 
 
 def _launch_matmul(
     x: Tensor,
     weight: Tensor,
-    weight_strides: Sequence[int],
     left: Tensor,
-    left_strides: Sequence[int],
     right: Tensor,
-    right_strides: Sequence[int],
     offset: Tensor,
     blocks: Tensor,
+    ranks: Tensor,
+    order: Tensor | None,
     y: Tensor,
-    rank: int,
     split: bool,
 ) -> None:
-    """left [K, features, rank] and right [K, rank, summed], however they lie in memory."""
-    features, summed = y.shape[1], x.shape[1]
+    """x [T, summed], weight [features, summed], left [K, features, rank], right [K, rank, summed] -> y [T, features]; weight,
+    left and right as they lie in memory."""
+    (features, summed), rank = weight.shape, left.shape[2]
     _modulated_matmul[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
-        x, weight, left, right, offset, blocks, y, features, summed, rank,
-        x.stride(0), *weight_strides, *left_strides, *right_strides, y.stride(0),
+        x, weight, left, right, offset, blocks, ranks, ranks if order is None else order, y, features, summed,
+        x.stride(0), *weight.stride(), *left.stride(), *right.stride(), y.stride(0),
         TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, SUMMED=BLOCK_SUMMED,
-        SPLIT=split, **tuning(x.dtype, rank),
+        SPLIT=split, ORDERED=order is not None, **tuning(x.dtype, rank),
     )  # fmt: skip
-
-
-def _swapped(stack: Tensor) -> tuple[int, int, int]:
-    """The strides of a [K, a, b] stack read as [K, b, a]."""
-    return stack.stride(0), stack.stride(2), stack.stride(1)
 
 
 def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flora_train.kernels.autocast import as_written
 from flora_train.kernels.segments import Segments, from_rows, in_rows, to_rows
 
 
@@ -22,6 +23,7 @@ class SegmentedScale(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_written
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         dscale = torch.sum(in_rows(dy * x, ctx.segments), dim=1, dtype=scale.dtype)

@@ -9,20 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, part_of_segment, parts_for
+from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, part_of_segment, parts_for, place
 from flora_train.kernels.segments import Segments
 
 
 @triton.jit
-def _scale(x, scale, blocks, y, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
+def _scale(x, scale, blocks, order, y, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr, ORDERED: tl.constexpr):
     """y[t, f] = x[t, f] scale[k, f]: the product is formed in float32, because half precision cannot hold a scale near 1."""
     block = tl.program_id(0)
     k = tl.load(blocks + 3 * block)
     if k < 0:
         return
-    t = (tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)).to(tl.int64)
+    t = tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)
+    there = t < tl.load(blocks + 3 * block + 2)
+    t = place(t, there, order, ORDERED)
     f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    mask = (t[:, None] < tl.load(blocks + 3 * block + 2)) & (f[None, :] < features)
+    mask = there[:, None] & (f[None, :] < features)
     row = tl.load(scale + k * features + f, mask=f < features, other=0.0).to(tl.float32)
     places = t[:, None] * features + f[None, :]
     product = tl.load(x + places, mask=mask, other=0.0).to(tl.float32) * row[None, :]
@@ -31,8 +33,8 @@ def _scale(x, scale, blocks, y, features, TOKENS: tl.constexpr, FEATURES: tl.con
 
 @triton.jit
 def _scale_gradients(
-    x, dy, scale, bounds, dx, sums, features, K,
-    TOKENS: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr,
+    x, dy, scale, bounds, order, dx, sums, features, K,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """dx = dy scale_k, and sums[part, k, f] = sum_t dy[t, f] x[t, f], over one part of the tokens of segment k."""
     k, part = tl.program_id(0), tl.program_id(2)
@@ -41,8 +43,10 @@ def _scale_gradients(
     row = tl.load(scale + k * features + f, mask=f < features, other=0.0).to(tl.float32)
     acc = tl.zeros((FEATURES,), tl.float32)
     for first in range(start, end, TOKENS):
-        t = (first + tl.arange(0, TOKENS)).to(tl.int64)
-        places, mask = t[:, None] * features + f[None, :], (t[:, None] < end) & (f[None, :] < features)
+        t = first + tl.arange(0, TOKENS)
+        there = t < end
+        t = place(t, there, order, ORDERED)
+        places, mask = t[:, None] * features + f[None, :], there[:, None] & (f[None, :] < features)
         upstream = tl.load(dy + places, mask=mask, other=0.0).to(tl.float32)
         acc += tl.sum(upstream * tl.load(x + places, mask=mask, other=0.0).to(tl.float32), axis=0)
         tl.store(dx + places, (upstream * row[None, :]).to(dx.dtype.element_ty), mask=mask)
@@ -50,18 +54,19 @@ def _scale_gradients(
 
 
 @torch.library.custom_op("flora_train::ia3", mutates_args=())
-def ia3_op(x: Tensor, scale: Tensor, bounds: Tensor, blocks: Tensor) -> Tensor:
-    """x [T, d], scale [K, d], bounds and blocks as `block_table` -> [T, d]."""
+def ia3_op(x: Tensor, scale: Tensor, bounds: Tensor, blocks: Tensor, order: Tensor | None) -> Tensor:
+    """x [T, d], scale [K, d], bounds and blocks as `block_table`, order [T] or None -> [T, d]."""
     x, scale = x.contiguous(), scale.contiguous()
     y, features = torch.empty_like(x), x.shape[1]
     _scale[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
-        x, scale, blocks, y, features, TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES
-    )
+        x, scale, blocks, blocks if order is None else order, y, features,
+        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, ORDERED=order is not None,
+    )  # fmt: skip
     return y
 
 
 @torch.library.custom_op("flora_train::ia3_backward", mutates_args=())
-def ia3_backward_op(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+def ia3_backward_op(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """(dx, dscale), of the shapes and types of x and scale."""
     dy, x, scale = dy.contiguous(), x.contiguous(), scale.contiguous()
     dx, (K, features) = torch.empty_like(x), scale.shape
@@ -69,8 +74,9 @@ def ia3_backward_op(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor) -> tup
     parts = parts_for(K * columns)
     sums = x.new_empty(parts, K, features, dtype=torch.float32)
     _scale_gradients[(K, columns, parts)](
-        x, dy, scale, bounds, dx, sums, features, K, TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts
-    )
+        x, dy, scale, bounds, bounds if order is None else order, dx, sums, features, K,
+        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, ORDERED=order is not None,
+    )  # fmt: skip
     return dx, sums.sum(0).to(scale.dtype)
 
 
@@ -80,16 +86,17 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 
 
 @ia3_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(scale)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    x, scale, bounds, _, order = inputs
+    ctx.save_for_backward(x, scale, bounds, order)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *ia3_backward_op(dy, *ctx.saved_tensors), None, None
+    return *ia3_backward_op(dy, *ctx.saved_tensors), None, None, None
 
 
 ia3_op.register_autograd(_backward, setup_context=_save)
@@ -99,5 +106,5 @@ class FusedScale:
     """y = x * scale_k per segment. Shapes and dtypes as `ia3_scale`, but float64."""
 
     @staticmethod
-    def apply(x: Tensor, scale: Tensor, segments: Segments) -> Tensor:
-        return ia3_op(x, scale, *block_table(segments, x.device))
+    def apply(x: Tensor, scale: Tensor, segments: Segments, order: Tensor | None = None) -> Tensor:
+        return ia3_op(x, scale, *block_table(segments, x.device), order)

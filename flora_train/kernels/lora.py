@@ -7,17 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flora_train.kernels.autocast import no_autocast
 from flora_train.kernels.backend import runs_in_triton
 from flora_train.kernels.lora_torch import SegmentedLora
-from flora_train.kernels.segments import Segments, check_stack
+from flora_train.kernels.segments import Segments, check_stack, in_order, within_ranks
 
 
-def lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments) -> Tensor:
-    """y_t + scaling_k (x_t A_k^T) B_k^T for every token t of segment k; overwrites y (see `lora_reference`).
+def lora_add(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: Sequence[float],
+    segments: Segments,
+    order: Tensor | None = None,
+) -> Tensor:
+    """y_t + scaling_k (x_t A_k^T) B_k^T for every token t of segment k; may overwrite y (see `lora_reference`).
 
-    y: [T, out], x: [T, in] of one dtype; A: [K, r, in], B: [K, out, r], float32 masters, cast to x's dtype;
-    scaling: K numbers; segments: K segments of T tokens. Differentiable in y, x, A and B, once.
-    Raises ValueError on shapes that do not agree.
+    y: [T, out]; x: [T, in], cast to y's dtype; A: [K, r, in], B: [K, out, r], float32 masters, cast to it too;
+    scaling: K numbers; segments: K segments of T tokens; order: LongTensor [T], where the tokens of the segments lie in x and
+    y, if not one after the other. Differentiable in y, x, A and B, once. Raises ValueError on shapes that do not agree.
     """
     K, rank = A.shape[:2]
     check_stack("y", y.shape, (segments.tokens, B.shape[1]))
@@ -26,13 +35,11 @@ def lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float
     check_stack("B", B.shape, (K, y.shape[1], rank))
     if y._is_view() or not y.is_contiguous():  # a module hook on the base layer makes it a view: autograd lets nobody write there
         y = y.clone(memory_format=torch.contiguous_format)
-    return implementation(x).apply(y, x, A, B, scaling, segments)
+    x = x.to(y.dtype)  # under autocast the base layer's output has another type than its input
+    with no_autocast(x):
+        if runs_in_triton(x):
+            from flora_train.kernels.lora_triton import FusedLora  # loaded when it is first asked for
 
-
-def implementation(x: Tensor) -> type[torch.autograd.Function]:
-    """Torch's operators or our own kernels, for tokens like x. Triton is loaded when it is first asked for."""
-    if runs_in_triton(x):
-        from flora_train.kernels.lora_triton import FusedLora
-
-        return FusedLora
-    return SegmentedLora
+            return FusedLora.apply(y, x, A, B, scaling, segments, order)
+        A, B = within_ranks(A, segments, dim=1), within_ranks(B, segments, dim=2)
+        return in_order(lambda y, x: SegmentedLora.apply(y, x, A, B, scaling, segments), order, y, x)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flora_train.kernels.autocast import as_written
 from flora_train.kernels.segments import Segments, from_rows, in_rows, per_row, to_rows
 
 
@@ -31,6 +32,7 @@ class SegmentedLora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_written
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, hidden = ctx.saved_tensors
         segments = ctx.segments

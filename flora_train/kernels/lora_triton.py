@@ -15,25 +15,38 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, matmul_constants, part_of_segment, parts_for
+from flora_train.kernels.autocast import as_written
+from flora_train.kernels.blocks import (
+    BLOCK_FEATURES,
+    BLOCK_TOKENS,
+    block_table,
+    matmul_constants,
+    part_of_segment,
+    parts_for,
+    place,
+    rank_table,
+)
 from flora_train.kernels.segments import Segments, per_segment
 
 
 @triton.jit
 def _shrink(
-    x, stack, scaling, blocks, hidden,
+    x, stack, scaling, blocks, ranks, order, hidden,
     features, rank, T,
     stack_segment, stack_rank, stack_feature,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr,
+    ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden[part, t, j] = scaling_k sum_f x[t, f] stack[k, j, f], f over one part of the features; hidden is float32."""
     block, part = tl.program_id(0), tl.program_id(1)
     k = tl.load(blocks + 3 * block)
     if k < 0:
         return
-    t = (tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)).to(tl.int64)
+    t = tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)
     there = t < tl.load(blocks + 3 * block + 2)
+    t = place(t, there, order, ORDERED)
     j = tl.arange(0, RANK)
+    used = j < tl.load(ranks + k)
     length = tl.cdiv(tl.cdiv(features, PARTS), FEATURES) * FEATURES
     end = tl.minimum((part + 1) * length, features)
     acc = tl.zeros((TOKENS, RANK), tl.float32)
@@ -42,7 +55,7 @@ def _shrink(
         x_tile = tl.load(x + t[:, None] * features + f[None, :], mask=there[:, None] & (f[None, :] < end), other=0.0)
         factor = tl.load(
             stack + k * stack_segment + f[:, None] * stack_feature + j[None, :] * stack_rank,
-            mask=(f[:, None] < end) & (j[None, :] < rank),
+            mask=(f[:, None] < end) & used[None, :],
             other=0.0,
         )
         acc = tl.dot(x_tile, factor.to(x_tile.dtype), acc, input_precision=PRECISION)
@@ -52,30 +65,33 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    hidden, stack, blocks, y,
+    hidden, stack, blocks, ranks, order, y,
     features, rank,
     stack_segment, stack_feature, stack_rank,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, ADD: tl.constexpr,
+    ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[t, f] = sum_j hidden[t, j] stack[k, f, j], RANK terms at a time, or += with ADD: rounded once, after the sum."""
     block = tl.program_id(0)
     k = tl.load(blocks + 3 * block)
     if k < 0:
         return
-    t = (tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)).to(tl.int64)
+    t = tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)
     there = t < tl.load(blocks + 3 * block + 2)
+    t = place(t, there, order, ORDERED)
     f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     dtype = y.dtype.element_ty
     places, mask = y + t[:, None] * features + f[None, :], there[:, None] & (f[None, :] < features)
     acc = tl.zeros((TOKENS, FEATURES), tl.float32)
     if ADD:
         acc += tl.load(places, mask=mask, other=0.0).to(tl.float32)
-    for first in range(0, rank, RANK):
+    used = tl.load(ranks + k)
+    for first in range(0, used, RANK):
         j = first + tl.arange(0, RANK)
-        h = tl.load(hidden + t[:, None] * rank + j[None, :], mask=there[:, None] & (j[None, :] < rank), other=0.0)
+        h = tl.load(hidden + t[:, None] * rank + j[None, :], mask=there[:, None] & (j[None, :] < used), other=0.0)
         factor = tl.load(
             stack + k * stack_segment + f[None, :] * stack_feature + j[:, None] * stack_rank,
-            mask=(f[None, :] < features) & (j[:, None] < rank),
+            mask=(f[None, :] < features) & (j[:, None] < used),
             other=0.0,
         )
         acc = tl.dot(h.to(dtype), factor.to(dtype), acc, input_precision=PRECISION)
@@ -84,9 +100,10 @@ def _expand(
 
 @triton.jit
 def _outer(
-    hidden, tokens, bounds, parts,
+    hidden, tokens, bounds, order, parts,
     features, rank, K,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr,
+    ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """parts[part, k, j, f] = sum_t hidden[t, j] tokens[t, f] over one part of the tokens of segment k."""
     k, part = tl.program_id(0), tl.program_id(2)
@@ -94,32 +111,45 @@ def _outer(
     start, end = part_of_segment(bounds, k, part, PARTS, TOKENS)
     acc = tl.zeros((RANK, FEATURES), tl.float32)
     for first in range(start, end, TOKENS):
-        t = (first + tl.arange(0, TOKENS)).to(tl.int64)
-        h = tl.load(hidden + t[None, :] * rank + j[:, None], mask=(t[None, :] < end) & (j[:, None] < rank), other=0.0)
-        tile = tl.load(tokens + t[:, None] * features + f[None, :], mask=(t[:, None] < end) & (f[None, :] < features), other=0.0)
+        t = first + tl.arange(0, TOKENS)
+        there = t < end
+        t = place(t, there, order, ORDERED)
+        h = tl.load(hidden + t[None, :] * rank + j[:, None], mask=there[None, :] & (j[:, None] < rank), other=0.0)
+        tile = tl.load(tokens + t[:, None] * features + f[None, :], mask=there[:, None] & (f[None, :] < features), other=0.0)
         acc = tl.dot(h.to(tile.dtype), tile, acc, input_precision=PRECISION)
     row = ((part * K + k) * rank + j[:, None]).to(tl.int64)
     tl.store(parts + row * features + f[None, :], acc, mask=(j[:, None] < rank) & (f[None, :] < features))
 
 
 @torch.library.custom_op("flora_train::lora_add", mutates_args=("y",))
-def lora_add_op(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, blocks: Tensor) -> Tensor:
-    """y [T, out] += (scaling_k x A_k^T) B_k^T, for x [T, in], A [K, r, in], B [K, out, r], scaling [K]; blocks as
-    `block_table`. Returns scaling_k x A_k^T, [T, r] float32, for the backward."""
-    hidden = _launch_shrink(x, A, scaling, blocks)
-    _launch_expand(hidden, B, blocks, y, add=True)
+def lora_add_op(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, blocks: Tensor, ranks: Tensor, order: Tensor | None
+) -> Tensor:
+    """y [T, out] += (scaling_k x A_k^T) B_k^T, for x [T, in], A [K, r, in], B [K, out, r], scaling [K]; blocks and ranks as
+    `block_table` and `rank_table`, order [T] or None. Returns scaling_k x A_k^T, [T, r] float32, for the backward."""
+    hidden = _launch_shrink(x, A, scaling, blocks, ranks, order)
+    _launch_expand(hidden, B, blocks, ranks, order, y, add=True)
     return hidden
 
 
 @torch.library.custom_op("flora_train::lora_backward", mutates_args=())
 def lora_backward_op(
-    dy: Tensor, x: Tensor, hidden: Tensor, A: Tensor, B: Tensor, scaling: Tensor, bounds: Tensor, blocks: Tensor
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: Tensor,
+    bounds: Tensor,
+    blocks: Tensor,
+    ranks: Tensor,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB), of the shapes and types of x, A and B."""
-    dhidden = _launch_shrink(dy, B.mT, scaling, blocks)
+    dhidden = _launch_shrink(dy, B.mT, scaling, blocks, ranks, order)
     dx = torch.empty_like(x)
-    _launch_expand(dhidden, A.mT, blocks, dx, add=False)
-    dA, dB = _launch_outer(dhidden, x, bounds), _launch_outer(hidden, dy, bounds)
+    _launch_expand(dhidden, A.mT, blocks, ranks, order, dx, add=False)
+    dA, dB = _launch_outer(dhidden, x, bounds, order), _launch_outer(hidden, dy, bounds, order)
     return dx, dA.to(A.dtype), dB.mT.contiguous().to(B.dtype)
 
 
@@ -137,19 +167,29 @@ class FusedLora(torch.autograd.Function):
     """y += scaling_k (x A_k^T) B_k^T, in place. Shapes and dtypes as `lora_add`, but float64."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments) -> Tensor:
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: Sequence[float],
+        segments: Segments,
+        order: Tensor | None = None,
+    ) -> Tensor:
         ctx.mark_dirty(y)
         x, A, B = x.contiguous(), A.contiguous(), B.contiguous()
         bounds, blocks = block_table(segments, x.device)
-        scales = per_segment(scaling, A).view(-1)
-        hidden = lora_add_op(y, x, A, B, scales, blocks)
-        ctx.save_for_backward(x, hidden, A, B, scales, bounds, blocks)
+        ranks, scales = rank_table(segments, A.shape[1], x.device), per_segment(scaling, A).view(-1)
+        hidden = lora_add_op(y, x, A, B, scales, blocks, ranks, order)
+        ctx.save_for_backward(x, hidden, A, B, scales, bounds, blocks, ranks, order)
         return y
 
     @staticmethod
     @once_differentiable
+    @as_written
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy, *lora_backward_op(dy.contiguous(), *ctx.saved_tensors), None, None
+        return dy, *lora_backward_op(dy.contiguous(), *ctx.saved_tensors), None, None, None
 
 
 def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
@@ -164,35 +204,37 @@ def expand_tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     return matmul_constants(dtype, min(rank, 16 if dtype == torch.float32 else 32)) | {"num_warps": 4}
 
 
-def _launch_shrink(x: Tensor, stack: Tensor, scaling: Tensor, blocks: Tensor) -> Tensor:
+def _launch_shrink(x: Tensor, stack: Tensor, scaling: Tensor, blocks: Tensor, ranks: Tensor, order: Tensor | None) -> Tensor:
     """x [T, features] and stack [K, rank, features], however it lies in memory -> [T, rank] float32."""
     (T, features), rank = x.shape, stack.shape[1]
     parts = parts_for(len(blocks))
     hidden = x.new_empty(parts, T, rank, dtype=torch.float32)
     _shrink[(len(blocks), parts)](
-        x, stack, scaling, blocks, hidden, features, rank, T, *stack.stride(),
-        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, **tuning(x.dtype, rank),
+        x, stack, scaling, blocks, ranks, ranks if order is None else order, hidden, features, rank, T, *stack.stride(),
+        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, ORDERED=order is not None, **tuning(x.dtype, rank),
     )  # fmt: skip
     return hidden.sum(0)
 
 
-def _launch_expand(hidden: Tensor, stack: Tensor, blocks: Tensor, y: Tensor, add: bool) -> None:
+def _launch_expand(
+    hidden: Tensor, stack: Tensor, blocks: Tensor, ranks: Tensor, order: Tensor | None, y: Tensor, add: bool
+) -> None:
     """hidden [T, rank] and stack [K, features, rank], however it lies in memory -> y [T, features]."""
     features, rank = y.shape[1], hidden.shape[1]
     _expand[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
-        hidden, stack, blocks, y, features, rank, *stack.stride(),
-        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, ADD=add, **expand_tuning(y.dtype, rank),
+        hidden, stack, blocks, ranks, ranks if order is None else order, y, features, rank, *stack.stride(),
+        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, ADD=add, ORDERED=order is not None, **expand_tuning(y.dtype, rank),
     )  # fmt: skip
 
 
-def _launch_outer(hidden: Tensor, tokens: Tensor, bounds: Tensor) -> Tensor:
+def _launch_outer(hidden: Tensor, tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
     """hidden [T, rank] and tokens [T, features] -> the sum over each segment's tokens, [K, rank, features] float32."""
     rank, features, K = hidden.shape[1], tokens.shape[1], len(bounds) - 1
     columns = triton.cdiv(features, BLOCK_FEATURES)
     parts = parts_for(K * columns)
     sums = tokens.new_empty(parts, K, rank, features, dtype=torch.float32)
     _outer[(K, columns, parts)](
-        hidden, tokens, bounds, sums, features, rank, K,
-        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, **tuning(tokens.dtype, rank),
+        hidden, tokens, bounds, bounds if order is None else order, sums, features, rank, K,
+        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, ORDERED=order is not None, **tuning(tokens.dtype, rank),
     )  # fmt: skip
     return sums.sum(0)

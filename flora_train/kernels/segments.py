@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -18,13 +18,18 @@ class Segments:
 
     bounds: K + 1 non-decreasing ints from 0 to T, known on the host, so that no kernel has to wait for the device.
     Empty segments are allowed.
+    ranks: K ints, of which row k of the stacks uses the first ranks[k]; what lies beyond is neither read nor given a
+    gradient, whatever it holds. None: all of them.
     """
 
     bounds: tuple[int, ...]
+    ranks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.bounds) < 2 or self.bounds[0] != 0 or any(a > b for a, b in pairwise(self.bounds)):
             raise ValueError(f"segment bounds must rise from 0, got {self.bounds}")
+        if self.ranks is not None and (len(self.ranks) != len(self) or min(self.ranks) < 1):
+            raise ValueError(f"one rank from 1 a segment, got {self.ranks} for {len(self)} segments")
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -66,7 +71,7 @@ class Segments:
 
 @lru_cache(maxsize=256)
 def _scaled(segments: Segments, tokens_per_row: int) -> Segments:
-    return Segments(tuple(bound * tokens_per_row for bound in segments.bounds))
+    return Segments(tuple(bound * tokens_per_row for bound in segments.bounds), segments.ranks)
 
 
 @lru_cache(maxsize=256)
@@ -110,6 +115,27 @@ def per_segment(numbers: Sequence[float], like: Tensor) -> Tensor:
 @lru_cache(maxsize=256)
 def _numbers(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def within_ranks(stack: Tensor, segments: Segments, dim: int) -> Tensor:
+    """A stack [K, ...] with zeros beyond every segment's own rank along `dim`, differentiable."""
+    if segments.ranks is None:
+        return stack
+    return torch.where(_rank_mask(segments, stack.shape[dim], stack.dim(), dim, stack.device), stack, 0.0)
+
+
+@lru_cache(maxsize=256)
+def _rank_mask(segments: Segments, rank: int, dims: int, dim: int, device: torch.device) -> Tensor:
+    used = torch.arange(rank, device=device) < torch.tensor(segments.ranks, device=device)[:, None]
+    return used.view(len(segments), *(rank if i == dim else 1 for i in range(1, dims)))
+
+
+def in_order(compute: Callable[..., Tensor], order: Tensor | None, *tokens: Tensor) -> Tensor:
+    """`compute` of tokens [T, ...] grouped by adapter, for tokens whose groups lie where `order` [T] says; the result lies as
+    they do."""
+    if order is None:
+        return compute(*tokens)
+    return compute(*(tensor.index_select(0, order) for tensor in tokens)).index_select(0, order.argsort())
 
 
 def check_stack(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

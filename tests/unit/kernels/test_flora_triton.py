@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from flora_train.kernels.blocks import BLOCK_TOKENS, block_table
+from flora_train.kernels.blocks import BLOCK_TOKENS, block_table, rank_table
 from flora_train.kernels.flora_reference import flora_reference
-from flora_train.kernels.flora_triton import FusedFlora, flora_op
+from flora_train.kernels.flora_triton import FusedFlora, ScaledFlora, flora_op
 from flora_train.kernels.segments import Segments, per_segment
 from tests.triton_device import DEVICE, DTYPES, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.usefixtures("memory_full_of_nan")
 IN, OUT = 37, 71
+RAGGED = (0, 7, 0, 1, 63, 128)
 
 
 def problem(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Segments]:
@@ -30,13 +33,34 @@ def problem(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Te
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [(0, 7, 0, 1, 63, 130), (24, 24)], ids=["ragged", "even"])
+@pytest.mark.parametrize("lengths", [RAGGED, (24, 24), (1000,)], ids=["ragged", "even", "one"])
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 16, 20, 64])
 def test_value_and_every_gradient(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, A, B, segments = problem(rank, lengths, dtype)
     offset = [float(k % 2) for k in range(len(segments))]  # pure and residual adapters side by side
+    check(FusedFlora.apply, offset, x, weight, A, B, segments, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pure_rank_one_between_two_scales(dtype: torch.dtype) -> None:
+    x, weight, A, B, segments = problem(1, RAGGED, dtype)
+    check(ScaledFlora.apply, [0.0] * len(segments), x, weight, A, B, segments, dtype, split=False)
+
+
+def check(
+    op: Callable[..., Tensor],
+    offset: list[float],
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    segments: Segments,
+    dtype: torch.dtype,
+    split: bool | None = None,
+) -> None:
+    """Output and every gradient against the float64 reference."""
     dy = torch.randn(segments.tokens, OUT, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    y = FusedFlora.apply(x, weight, A, B, offset, segments)
+    y = op(x, weight, A, B, offset, segments, dtype != torch.float32 if split is None else split)
     y.backward(dy)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, A, B)]
     reference = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset, segments)
@@ -68,11 +92,29 @@ def test_half_precision_keeps_modulations_that_its_own_rounding_would_lose() -> 
 
     modulated = (exact[1] * (1 + exact[3][0] @ exact[2][0])).to(weight.dtype)
     assert kept(exact[0] @ modulated.double().T) < 0.3
-    assert kept(FusedFlora.apply(x, weight, A, B * 1e-4, [1.0], segments)) == pytest.approx(1, abs=0.15)
+    assert kept(FusedFlora.apply(x, weight, A, B * 1e-4, [1.0], segments, True)) == pytest.approx(1, abs=0.15)
 
 
 def test_the_op_keeps_its_contract_with_torch() -> None:
     x, weight, A, B, segments = problem(2, (3, 5), torch.float32)
     bounds, blocks = block_table(segments, x.device)
     shift = per_segment([0.0, 1.0], A).view(-1)
-    torch.library.opcheck(flora_op, (x, weight, A, B, shift, bounds, blocks, False))
+    torch.library.opcheck(flora_op, (x, weight, A, B, shift, bounds, blocks, rank_table(segments, 2, x.device), None, False))
+
+
+@pytest.mark.filterwarnings("ignore:Input")  # not in double precision
+@pytest.mark.parametrize("rank", [1, 3])
+def test_gradients_pass_gradcheck(rank: int) -> None:
+    """In float32: y is linear in each of x, A and B, so that a wide step costs no accuracy."""
+    segments = Segments((0, 3, 3, 7))
+    x, weight, A, B = (torch.rand(*shape).to(DEVICE) for shape in ((7, 5), (6, 5), (3, rank, 5), (3, 6, rank)))
+    inputs = tuple(tensor.requires_grad_() for tensor in (x, A, B))
+    options = {"eps": 0.5, "atol": 1e-3, "rtol": 1e-3, "nondet_tol": 0.0}
+    for offset in ([0.0] * 3, [1.0, 0.0, 1.0]):
+        assert torch.autograd.gradcheck(
+            lambda x, A, B, o=offset: FusedFlora.apply(x, weight, A, B, o, segments, False), inputs, **options
+        )
+    if rank == 1:
+        assert torch.autograd.gradcheck(
+            lambda x, A, B: ScaledFlora.apply(x, weight, A, B, [0.0] * 3, segments, False), inputs, **options
+        )

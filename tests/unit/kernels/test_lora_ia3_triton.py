@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_train.kernels.blocks import block_table
+from flora_train.kernels.blocks import block_table, rank_table
 from flora_train.kernels.ia3_reference import ia3_reference
 from flora_train.kernels.ia3_triton import FusedScale, ia3_op
 from flora_train.kernels.lora import lora_add
@@ -17,7 +17,7 @@ from tests.triton_device import DEVICE, DTYPES, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.usefixtures("memory_full_of_nan")
 IN, OUT = 37, 71
-LENGTHS = pytest.mark.parametrize("lengths", [(0, 7, 0, 1, 63, 130), (24, 24), (1000,)], ids=["ragged", "even", "one"])
+LENGTHS = pytest.mark.parametrize("lengths", [(0, 7, 0, 1, 63, 128), (24, 24), (1000,)], ids=["ragged", "even", "one"])
 
 
 def segments_of(lengths: tuple[int, ...]) -> Segments:
@@ -87,13 +87,13 @@ def test_the_ops_keep_their_contract_with_torch() -> None:
     segments = segments_of((3, 5))
     bounds, blocks = block_table(segments, DEVICE)
     x, scale = random(8, IN, seed=0).requires_grad_(), random(2, IN, seed=1).requires_grad_()
-    torch.library.opcheck(ia3_op, (x, scale, bounds, blocks))
+    torch.library.opcheck(ia3_op, (x, scale, bounds, blocks, None))
     A, B = random(2, 3, IN, seed=2), random(2, OUT, 3, seed=3)
     scaling = per_segment([0.5, 2.0], A).view(-1)
-    x = x.detach()
-    torch.library.opcheck(torch.ops.flora_train.lora_add, (random(8, OUT, seed=4), x, A, B, scaling, blocks))
+    x, ranks = x.detach(), rank_table(segments, 3, DEVICE)
+    torch.library.opcheck(torch.ops.flora_train.lora_add, (random(8, OUT, seed=4), x, A, B, scaling, blocks, ranks, None))
     dy, hidden = random(8, OUT, seed=5), random(8, 3, seed=6)
-    torch.library.opcheck(lora_backward_op, (dy, x, hidden, A, B, scaling, bounds, blocks))
+    torch.library.opcheck(lora_backward_op, (dy, x, hidden, A, B, scaling, bounds, blocks, ranks, None))
 
 
 @pytest.mark.usefixtures("triton_backend")
@@ -102,3 +102,18 @@ def test_a_base_output_that_lies_across_memory_is_added_to_all_the_same() -> Non
     y, x, A, B = random(OUT, 8, seed=0).T, random(8, IN, seed=1), random(2, 3, IN, seed=2), random(2, OUT, 3, seed=3)
     expected = lora_reference(*(tensor.double() for tensor in (y, x, A, B)), [1.0, 2.0], segments)
     assert relative_error(lora_add(y, x, A, B, [1.0, 2.0], segments), expected) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.filterwarnings("ignore:Input")  # not in double precision
+def test_gradients_pass_gradcheck() -> None:
+    """In float32: y is linear in each input, so that a wide step costs no accuracy."""
+    segments = segments_of((3, 0, 4))
+    y, x, A, B = (torch.rand(*shape).to(DEVICE).requires_grad_() for shape in ((7, 6), (7, 5), (3, 2, 5), (3, 6, 2)))
+    options = {"eps": 0.5, "atol": 1e-3, "rtol": 1e-3}
+    scaling = [1.0, 2.0, 0.5]
+    assert torch.autograd.gradcheck(
+        lambda y, x, A, B: FusedLora.apply(y * 1.0, x, A, B, scaling, segments), (y, x, A, B), **options
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, s: FusedScale.apply(x, s, segments), (x, torch.rand(3, 5).to(DEVICE).requires_grad_()), **options
+    )

@@ -1,0 +1,56 @@
+"""Which formulation is chosen, why, and from which numbers?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flora_train.kernels.cost_model import Thresholds, Work, calibrated_on, decide, thresholds_for
+
+FEW = 24
+MEASURED = Thresholds(expand_below=4 * FEW + 4, grouped_bytes=12 << 20)
+LARGE = Work(rank=4, residual=False, tokens=8 * FEW, segments=8, in_features=4096, out_features=4096)
+ENOUGH = replace(LARGE, residual=True)
+
+
+def chosen(work: Work) -> str:
+    return decide(work, MEASURED).formulation
+
+
+def test_one_term_is_expanded_whatever_the_tokens() -> None:
+    one = replace(LARGE, rank=1, tokens=100_000)
+    assert chosen(one) == "rank_expanded"
+    assert chosen(replace(one, residual=True)) == "materialised"
+    assert chosen(replace(one, split=True)) == "materialised"
+    assert chosen(replace(one, device="cuda", triton=True)) == "scaled"
+    assert chosen(replace(one, device="cuda", triton=True, split=True)) == "fused"
+
+
+def test_few_tokens_per_adapter_are_expanded() -> None:
+    for device, triton, otherwise in (("cpu", False, "materialised"), ("cuda", False, "grouped"), ("cuda", True, "fused")):
+        work = replace(LARGE, device=device, triton=triton)
+        assert chosen(work) == "rank_expanded"
+        assert chosen(replace(work, tokens=8 * (FEW + 1))) == otherwise
+        assert chosen(replace(work, residual=True)) == otherwise
+
+
+def test_a_cpu_works_on_all_adapters_at_once_while_they_fit_its_cache() -> None:
+    small = replace(ENOUGH, in_features=256, out_features=MEASURED.grouped_bytes // (8 * 256 * 4))
+    assert chosen(small) == "grouped"
+    assert chosen(replace(small, out_features=small.out_features + 1)) == "materialised"
+    assert chosen(replace(small, even=False)) == "materialised"
+    assert chosen(replace(small, segments=1)) == "materialised"
+
+
+def test_the_reason_names_the_numbers_that_decided() -> None:
+    assert decide(LARGE, MEASURED).why == "4 terms x 24 tokens per adapter < 100: too few to form W0 * M for"
+    assert "512 MiB > 12 MiB" in decide(ENOUGH, MEASURED).why
+    assert "differ in length" in decide(replace(ENOUGH, in_features=64, out_features=64, even=False), MEASURED).why
+
+
+def test_the_thresholds_are_those_of_the_calibration() -> None:
+    assert thresholds_for(LARGE) != thresholds_for(replace(LARGE, bytes_each=2))
+    assert thresholds_for(replace(LARGE, device="mps")) == thresholds_for(replace(LARGE, device="cuda"))
+    assert thresholds_for(replace(LARGE, bytes_each=8)) == thresholds_for(LARGE)
+    measured = calibrated_on("cpu")
+    assert measured is not None
+    assert "torch" in measured
