@@ -1,7 +1,7 @@
 """Do the Triton kernels fit the chips they are for? Compiled ahead of time, on any Linux machine, without a GPU.
 
-Prints registers, spilled bytes and shared memory of every kernel, type, rank and chip; exits with 1 if one spills or needs more
-shared memory than the chip has. Nothing here says how fast they are. Usage: python benchmarks/compile_kernels.py [--save]
+Prints registers, spilled bytes, shared memory and instructions of every kernel, type, rank and chip; exits with 1 if one spills or needs more
+shared memory than the chip has. Nothing here says how fast they are. Usage: python benchmarks/compile_kernels.py [--jobs N] [--save]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from flora_train.kernels import flora_triton as flora
 from flora_train.kernels import ia3_triton as ia3
 from flora_train.kernels import lora_triton as lora
 from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS
+from flora_train.kernels.segments import Segments
 
 RESULT = Path(__file__).parent / "results" / "compiled_kernels.md"
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # CUDA C++ Programming Guide, technical specifications per compute capability
+SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""CUDA C++ Programming Guide, technical specifications per compute capability. sm_86 and sm_89 run what is compiled for sm_80
+and have less than it."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-RANKS = (4, 16, 64)
+RANKS = (16, 32, 64)  # smaller ones are padded to 16
 INTEGERS = "i32"
 FEATURES = 4096
 
@@ -46,6 +50,8 @@ class Compiled:
     registers: int
     spilled: int
     shared: int
+    instructions: int
+    matmuls: int
 
     @property
     def fits(self) -> bool:
@@ -75,29 +81,31 @@ class Variant:
 
     kernel: Any
     constants: dict[str, Any]
-    warps: int
+    options: dict[str, int]
 
 
 def launched(kernel: Any, options: dict[str, Any]) -> Variant:
-    """As Python launches it; Triton's default is 4 warps."""
+    """As Python launches it; Triton's default is 4 warps and 3 stages."""
     constants = dict(options)
     warps = constants.pop("num_warps", 4)
-    return Variant(kernel, constants, warps)
+    return Variant(kernel, constants, {"num_warps": warps, "num_stages": constants.pop("num_stages", 3)})
 
 
-def variants(dtype: str, rank: int) -> dict[str, Variant]:
-    """What the *_triton.py of flora_train/kernels launch for tokens of this type."""
-    of_rank, tile = flora.tuning(DTYPES[dtype], rank), flora.gradient_tile(DTYPES[dtype], rank)
+def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
+    """What the *_triton.py of flora_train/kernels launch for tokens of this type on this chip."""
+    of_rank, tile = flora.tuning(DTYPES[dtype], rank), flora.block_features(DTYPES[dtype], rank)
     of_lora, of_expand = lora.tuning(DTYPES[dtype], rank), lora.expand_tuning(DTYPES[dtype], rank)
     blocks = {"TOKENS": BLOCK_TOKENS, "FEATURES": BLOCK_FEATURES, "ORDERED": False}
-    matmul = of_rank | blocks | {"SUMMED": flora.BLOCK_SUMMED}
     forward = {"weight_feature": FEATURES, "weight_summed": 1, "left_rank": 1, "right_summed": 1, "SPLIT": dtype != "fp32"}
     backward = {"weight_feature": 1, "weight_summed": FEATURES, "left_feature": 1, "right_rank": 1, "SPLIT": False}
+    found = {}
+    for tokens in sorted({flora.block_tokens(Segments((0, n)), DTYPES[dtype], capability) for n in (1, 128, 4096)}):
+        matmul = of_rank | blocks | {"TOKENS": tokens, "FEATURES": tile, "SUMMED": flora.BLOCK_SUMMED}
+        found[f"fLoRA y, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | forward)
+        found[f"fLoRA dX, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | backward)
     gradients = of_rank | {"TOKENS": flora.BLOCK_SUMMED, "OUT": tile, "IN": tile, "ORDERED": False}
     parts = blocks | {"PARTS": 8}
-    return {
-        "fLoRA y": launched(flora._modulated_matmul, matmul | forward),
-        "fLoRA dX": launched(flora._modulated_matmul, matmul | backward),
+    return found | {
         "fLoRA dA, dB": launched(flora._adapter_gradients, gradients),
         "LoRA shrink": launched(lora._shrink, of_lora | parts | {"stack_feature": 1}),
         "LoRA expand": launched(lora._expand, of_expand | blocks | {"stack_rank": 1, "ADD": True}),
@@ -113,13 +121,13 @@ def configurations() -> Iterator[tuple[str, str, int, int]]:
     for capability in SHARED_BYTES:
         for dtype in DTYPES:
             for rank in RANKS:
-                for name in variants(dtype, rank):
+                for name in variants(dtype, rank, capability):
                     if (name not in WITHOUT_RANK or rank == RANKS[0]) and (name not in ONLY_FLOAT32 or dtype == "fp32"):
                         yield name, dtype, rank, capability
 
 
 def compile_one(name: str, dtype: str, rank: int, capability: int) -> Compiled:
-    variant = variants(dtype, rank)[name]
+    variant = variants(dtype, rank, capability)[name]
     kernel, constants = variant.kernel, variant.constants
     signature = {argument: argument_type(argument, constants, dtype) for argument in kernel.arg_names}
     aligned = {"features", "summed", "in_features", "out_features", "x_token", "y_token", "weight_feature", "weight_summed"}
@@ -130,9 +138,8 @@ def compile_one(name: str, dtype: str, rank: int, capability: int) -> Compiled:
     }
     places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.warps})
-    registers, spilled = resources(compiled.asm["ptx"], capability)
-    return Compiled(name, dtype, rank, capability, registers, spilled, compiled.metadata.shared)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+    return Compiled(name, dtype, rank, capability, shared=compiled.metadata.shared, **resources(compiled.asm["ptx"], capability))
 
 
 def argument_type(argument: str, constants: dict[str, Any], dtype: str) -> str:
@@ -144,27 +151,42 @@ def argument_type(argument: str, constants: dict[str, Any], dtype: str) -> str:
     return "*fp32" if argument in FLOAT32 else OTHERS.get(argument, INTEGERS)
 
 
-def resources(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers, spilled bytes) by ptxas."""
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+def resources(ptx: str, capability: int) -> dict[str, int]:
+    """Registers and spilled bytes by ptxas, and what it made of the code: instructions, and those for matrix units."""
     arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
+        file, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         file.write_text(ptx)
-        words = [str(ptxas), "-v", f"--gpu-name={arch}", str(file), "-o", str(Path(folder) / "kernel.cubin")]
-        said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+        said = tool(
+            "ptxas-blackwell" if capability >= 100 else "ptxas", "-v", f"--gpu-name={arch}", str(file), "-o", str(cubin)
+        ).stderr
+        code = tool("nvdisasm", "-hex", "-c", str(cubin)).stdout
     registers, spilled = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill stores", said)
     assert registers is not None, said
-    return int(registers[1]), sum(map(int, spilled))
+    return {
+        "registers": int(registers[1]),
+        "spilled": sum(map(int, spilled)),
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+[@A-Z]", code)),
+        "matmuls": len(re.findall(r"\s(?:HMMA|HGMMA|UTC\w*MMA)\.", code)),
+    }
+
+
+def tool(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """One of NVIDIA's programs that come with Triton."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(program), *words], capture_output=True, text=True, check=True)
 
 
 def table(found: list[Compiled]) -> list[str]:
     """Markdown."""
-    lines = ["| kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) |", "|---" * 7 + "|"]
+    columns = (
+        "kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) | instructions | of them for matrix units"
+    )
+    lines = [f"| {columns} |", "|---" * 9 + "|"]
     for c in found:
         shared = f"{c.shared / 1024:.0f} ({SHARED_BYTES[c.capability] >> 10})"
         lines.append(
-            f"| {c.kernel} | {c.dtype} | {'any' if c.kernel in WITHOUT_RANK else c.rank} | sm_{c.capability} | {c.registers} | {c.spilled} | {shared} |"
+            f"| {c.kernel} | {c.dtype} | {'any' if c.kernel in WITHOUT_RANK else f'to {c.rank}'} | sm_{c.capability} | {c.registers} | {c.spilled} | {shared} | {c.instructions} | {c.matmuls} |"
         )
     return lines
 
@@ -172,12 +194,14 @@ def table(found: list[Compiled]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     options = parser.parse_args()
-    found = [compile_one(*configuration) for configuration in configurations()]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        found = list(pool.map(compile_one, *zip(*configurations(), strict=True)))
     heading = [
         "# The Triton kernels, compiled",
         "",
-        f"triton {triton.__version__}, blocks of {BLOCK_TOKENS} tokens x {BLOCK_FEATURES} features, "
+        f"triton {triton.__version__}, blocks of {BLOCK_TOKENS} tokens (fLoRA: as named) x {BLOCK_FEATURES} features (fLoRA in fp32 from rank 17 on: half of that), "
         f"{flora.BLOCK_SUMMED} summed at a time. `python benchmarks/compile_kernels.py --save` prints this file.",
         "",
     ]

@@ -17,11 +17,12 @@ BLOCK_FEATURES = 64
 
 
 @lru_cache(maxsize=256)
-def block_table(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(bounds [K + 1], blocks [T // BLOCK_TOKENS + K, 3]), int32. A block is a segment, its first token and the segment's end;
-    the spare ones at the end say segment -1. Made once per batch, not once per layer: making it would wait for the device."""
-    rows = [(k, first, end) for k, start, end in segments for first in range(start, end, BLOCK_TOKENS)]
-    spare = segments.tokens // BLOCK_TOKENS + len(segments) - len(rows)
+def block_table(segments: Segments, device: torch.device, tokens: int = BLOCK_TOKENS) -> tuple[Tensor, Tensor]:
+    """(bounds [K + 1], blocks [T // tokens + K, 3]), int32. A block of up to `tokens` tokens is a segment, its first token and
+    the segment's end; the spare ones at the end say segment -1. Made once per batch, not once per layer: making it would wait
+    for the device."""
+    rows = [(k, first, end) for k, start, end in segments for first in range(start, end, tokens)]
+    spare = segments.tokens // tokens + len(segments) - len(rows)
     table = [*rows, *[(-1, 0, 0)] * spare]
     return (
         torch.tensor(segments.bounds, dtype=torch.int32, device=device),

@@ -8,6 +8,7 @@ device. One kernel serves y and dX: dX is the same sum with the roles of A and B
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, matmul_constants, place, rank_table
+from flora_train.kernels.blocks import BLOCK_FEATURES, block_table, matmul_constants, place, rank_table
 from flora_train.kernels.ia3_triton import FusedScale
 from flora_train.kernels.segments import Segments, per_segment
 
@@ -131,13 +132,14 @@ def flora_op(
     blocks: Tensor,
     ranks: Tensor,
     order: Tensor | None,
+    tokens: int,
     split: bool,
 ) -> Tensor:
     """x [T, in], weight [out, in], A [K, r, in], B [K, out, r], offset [K], bounds [K + 1] int32, blocks [n, 3] int32 (see
-    `block_table`), ranks [K] int32, order [T] or None -> [T, out]."""
+    `block_table`) of `tokens` tokens, ranks [K] int32, order [T] or None -> [T, out]."""
     x, A, B = x.contiguous(), A.contiguous(), B.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
-    _launch_matmul(x, weight, B, A, offset, blocks, ranks, order, y, split)
+    _launch_matmul(x, weight, B, A, offset, blocks, ranks, order, y, tokens, split)
     return y
 
 
@@ -153,13 +155,14 @@ def flora_backward_op(
     blocks: Tensor,
     ranks: Tensor,
     order: Tensor | None,
+    tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB), of the shapes and types of x, A and B."""
     dy, x, weight, A, B = (tensor.contiguous() for tensor in (dy, x, weight, A, B))
     (K, rank, in_features), out_features = A.shape, B.shape[1]
     dx = torch.empty_like(x)
-    _launch_matmul(dy, weight.T, A.mT, B.mT, offset, blocks, ranks, order, dx, split=False)
-    tile = gradient_tile(x.dtype, rank)
+    _launch_matmul(dy, weight.T, A.mT, B.mT, offset, blocks, ranks, order, dx, tokens, split=False)
+    tile = block_features(x.dtype, rank)
     outs, ins = triton.cdiv(out_features, tile), triton.cdiv(in_features, tile)
     dA, dB = A.new_empty(outs, *A.shape), B.new_empty(ins, *B.shape)
     _adapter_gradients[(K, outs, ins)](
@@ -181,12 +184,13 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any) -
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:-1])
+    *tensors, ctx.tokens, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dA, dB = flora_backward_op(dy, *ctx.saved_tensors)
-    return dx, None, dA, dB, None, None, None, None, None, None
+    dx, dA, dB = flora_backward_op(dy, *ctx.saved_tensors, ctx.tokens)
+    return dx, None, dA, dB, *[None] * 7
 
 
 flora_op.register_autograd(_backward, setup_context=_save)
@@ -206,10 +210,11 @@ class FusedFlora:
         split: bool,
         order: Tensor | None = None,
     ) -> Tensor:
-        bounds, blocks = block_table(segments, x.device)
+        tokens = block_tokens(segments, x.dtype, compute_capability(x.device))
+        bounds, blocks = block_table(segments, x.device, tokens)
         ranks = rank_table(segments, A.shape[1], x.device)
         shift = per_segment(offset, A).view(-1).float()
-        return flora_op(x, weight, A, B, shift, bounds, blocks, ranks, order, split)
+        return flora_op(x, weight, A, B, shift, bounds, blocks, ranks, order, tokens, split)
 
 
 class ScaledFlora:
@@ -243,26 +248,44 @@ def _launch_matmul(
     ranks: Tensor,
     order: Tensor | None,
     y: Tensor,
+    tokens: int,
     split: bool,
 ) -> None:
     """x [T, summed], weight [features, summed], left [K, features, rank], right [K, rank, summed] -> y [T, features]; weight,
     left and right as they lie in memory."""
     (features, summed), rank = weight.shape, left.shape[2]
-    _modulated_matmul[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
+    tile = block_features(x.dtype, rank)
+    _modulated_matmul[(len(blocks), triton.cdiv(features, tile))](
         x, weight, left, right, offset, blocks, ranks, ranks if order is None else order, y, features, summed,
         x.stride(0), *weight.stride(), *left.stride(), *right.stride(), y.stride(0),
-        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, SUMMED=BLOCK_SUMMED,
+        TOKENS=tokens, FEATURES=tile, SUMMED=BLOCK_SUMMED,
         SPLIT=split, ORDERED=order is not None, **tuning(x.dtype, rank),
     )  # fmt: skip
 
 
 def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
-    """What the kernels are compiled with for x of this type: a large rank in float32 wants more threads to hold its registers
-    (benchmarks/compile_kernels.py)."""
-    constants = matmul_constants(dtype, rank)
-    return constants | {"num_warps": 8 if dtype == torch.float32 and constants["RANK"] > 16 else 4}
+    """What the kernels are compiled with for x of this type. Two stages leave room for a second program on a multiprocessor,
+    whose matmuls run while this one modulates (benchmarks/compile_kernels.py)."""
+    return matmul_constants(dtype, rank) | {"num_warps": 4, "num_stages": 2}
 
 
-def gradient_tile(dtype: torch.dtype, rank: int) -> int:
-    """Features of the tile of P that a program holds, in both directions: what its registers take."""
+def block_tokens(segments: Segments, dtype: torch.dtype, capability: int) -> int:
+    """Tokens that share a modulated tile of W0: the more, the less modulation costs, as far as segments are long enough and
+    registers hold the sums (sm_90 and sm_100 multiply from shared memory and leave more of them). capability: of the GPU, 90
+    for an H100."""
+    most = 64 if dtype == torch.float32 else 256 if 90 <= capability < 120 else 128
+    return min(most, max(64, triton.next_power_of_2(segments.tokens // len(segments))))
+
+
+@lru_cache(maxsize=16)
+def compute_capability(device: torch.device) -> int:
+    """80 for an A100, 90 for an H100; the interpreter passes for the latter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def block_features(dtype: torch.dtype, rank: int) -> int:
+    """Features of the tile of W0 that a program modulates: what its registers hold of it beside the factors."""
     return BLOCK_FEATURES // 2 if dtype == torch.float32 and rank > 16 else BLOCK_FEATURES

@@ -99,7 +99,9 @@ def test_the_op_keeps_its_contract_with_torch() -> None:
     x, weight, A, B, segments = problem(2, (3, 5), torch.float32)
     bounds, blocks = block_table(segments, x.device)
     shift = per_segment([0.0, 1.0], A).view(-1)
-    torch.library.opcheck(flora_op, (x, weight, A, B, shift, bounds, blocks, rank_table(segments, 2, x.device), None, False))
+    torch.library.opcheck(
+        flora_op, (x, weight, A, B, shift, bounds, blocks, rank_table(segments, 2, x.device), None, BLOCK_TOKENS, False)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Input")  # not in double precision
