@@ -84,6 +84,15 @@ def _train(words: Sequence[str]) -> None:
     train_run(config)
 
 
+def _doctor(words: Sequence[str]) -> None:
+    from flora_train.config.load import load_config
+
+    config = load_config(words)
+    from flora_train.doctor import doctor
+
+    doctor(config)
+
+
 def _recipes(words: Sequence[str]) -> None:
     from flora_train.config.load import shipped
 
@@ -119,6 +128,14 @@ def _merge(words: Sequence[str]) -> None:
 EXAMPLE = "flora-train train recipe=quickstart training.steps=20 output_dir=outputs/short"
 COMMANDS = {
     "train": Command("recipe=NAME [key.sub=value ...]", "train, evaluate, report and export one run", EXAMPLE, _train, 0, None),
+    "doctor": Command(
+        "recipe=NAME [key.sub=value ...]",
+        "say what would compute the adapters of a run, and why",
+        "flora-train doctor recipe=quickstart adapters.flora.rank=16",
+        _doctor,
+        0,
+        None,
+    ),
     "recipes": Command("", "list the recipes that ship", "flora-train recipes", _recipes, 0, 0),
     "evaluate": Command("RUN", "judge a run's kept adapters again", "flora-train evaluate outputs/quickstart", _evaluate),
     "report": Command("RUN", "draw a run's report again", "flora-train report outputs/quickstart", _report),

@@ -86,6 +86,15 @@ def _how_to_build(path: str) -> str:
     return "; build it with: python assets/build_smollm2.py" if Path(path).name == "smollm2-135m" else ""
 
 
+def empty_model(config: ModelConfig) -> nn.Module:
+    """The base model's modules without numbers (on the meta device), for questions about its shape."""
+    from transformers import AutoModelForCausalLM
+
+    published = load_model_config(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(published, trust_remote_code=config.trust_remote_code)
+
+
 def without_dropout(config: Any) -> None:
     """Set every dropout rate in a model's configuration, and in the configurations inside it, to 0."""
     for part in [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]:

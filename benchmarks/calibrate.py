@@ -1,0 +1,219 @@
+"""At which numbers does one formulation of fLoRA overtake another? Measures them and writes the cost model's thresholds.
+
+Every formulation is timed, forward + backward, interleaved with the others, on shapes around the turning points; the
+thresholds are those that lose least on average against the fastest of each shape. Prints Markdown; `--save` writes it to
+benchmarks/results and the thresholds of this device to flora_train/kernels/thresholds.json.
+Usage: python benchmarks/calibrate.py [--repeats 5] [--save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import flora_train.cli  # noqa: F401  (before torch: how its threads wait, as in a run)
+
+# isort: split
+import torch
+from torch import Tensor
+
+from flora_train.kernels import cost_model
+from flora_train.kernels.backend import use_backend, why_not_triton
+from flora_train.kernels.cost_model import Thresholds, Work, decide
+from flora_train.kernels.flora import formulation
+from flora_train.kernels.segments import Segments
+from flora_train.training.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+THRESHOLDS = Path(cost_model.__file__).with_name("thresholds.json")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MOST_TOKENS = 16384 if DEVICE.type == "cuda" else 2048
+DTYPES = {4: torch.float32, 2: torch.bfloat16}
+WIDTHS = (1024, 2048, 4096) if DEVICE.type == "cuda" else (128, 256, 576, 1024)
+EACH = (1, 8, 16, 32, 64, 128, 256)
+ADAPTERS = (1, 4, 16, 64)
+RANKS = (1, 2, 4, 16)
+EXPAND_BELOW = (0, 16, 32, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 1600)
+GROUPED_MIB = (0, 1, 2, 4, 8, 12, 16, 24, 32, 64)
+MOST_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A shape, and the seconds of every formulation on it."""
+
+    work: Work
+    seconds: dict[str, float]
+
+    def loss(self, thresholds: Thresholds) -> float:
+        """How many times slower the chosen formulation is than the fastest one."""
+        return self.seconds[decide(self.work, thresholds).formulation] / min(self.seconds.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds over the formulations of a shape")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS} and {THRESHOLDS}")
+    options = parser.parse_args()
+    triton = DEVICE.type == "cuda" and why_not_triton(DEVICE) is None
+    use_backend("triton" if triton else "torch", DEVICE)
+    shapes = list(works(triton))
+    began, timed = time.monotonic(), []
+    for i, work in enumerate(shapes):
+        timed.append(measure(work, options.repeats))
+        left = (time.monotonic() - began) / (i + 1) * (len(shapes) - i - 1)
+        print(f"\r{i + 1}/{len(shapes)} shapes, {left:.0f} s left", end="", flush=True)
+    print("\r" + " " * 40)
+    found = {size: fit([t for t in timed if t.work.bytes_each == size]) for size in DTYPES}
+    text = "\n".join(report(timed, found, options.repeats)) + "\n"
+    print(text)
+    if options.save:
+        (RESULTS / f"calibration_{DEVICE.type}.md").write_text(text)
+        save(found)
+
+
+def works(triton: bool) -> list[Work]:
+    """Shapes around the turning points. Residual adapters: pure ones of one rank more take as many terms."""
+    found = []
+    for size in DTYPES:
+        for width in WIDTHS:
+            for adapters in ADAPTERS:
+                for each in EACH:
+                    for rank in RANKS:
+                        work = Work(rank, True, each * adapters, adapters, width, width, bytes_each=size, split=size == 2)
+                        turning = 8 <= work.terms * each <= 2048
+                        if each * adapters <= MOST_TOKENS and turning and each * adapters >= 16:
+                            found.append(replace(work, device=DEVICE.type, triton=triton))
+    return found
+
+
+def measure(work: Work, repeats: int) -> Timed:
+    """The median seconds of every formulation that this work could take."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = DTYPES[work.bytes_each]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    x = random(work.tokens, work.in_features).to(dtype).requires_grad_()
+    weight = (random(work.out_features, work.in_features) / work.in_features**0.5).to(dtype)
+    A = random(work.segments, work.rank, work.in_features).requires_grad_()
+    B = (0.1 * random(work.segments, work.out_features, work.rank)).requires_grad_()
+    dy = random(work.tokens, work.out_features).to(dtype)
+    segments = Segments(tuple(range(0, work.tokens + 1, work.tokens // work.segments)))
+    names = [
+        "rank_expanded",
+        *(["fused"] if work.triton else ["grouped"] if work.device != "cpu" else ["materialised", "grouped"]),
+    ]
+
+    def once(name: Any) -> float:
+        synchronise()
+        started = time.perf_counter()
+        formulation(name).apply(x, weight, A, B, [1.0] * work.segments, segments, work.split).backward(dy)
+        synchronise()
+        return time.perf_counter() - started
+
+    seconds: dict[str, list[float]] = {name: [] for name in names if once(name)}
+    ends = time.perf_counter() + MOST_SECONDS
+    for i in range(repeats):
+        if i and time.perf_counter() > ends:
+            break
+        for name, of_name in seconds.items():
+            of_name.append(once(name))
+    return Timed(work, {name: statistics.median(of_name) for name, of_name in seconds.items()})
+
+
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def fit(timed: Sequence[Timed]) -> Thresholds:
+    """The thresholds with the least mean loss (of its logarithm: twice as slow weighs as much as half is good)."""
+    grouped = GROUPED_MIB if DEVICE.type == "cpu" else (0,)
+    candidates = [Thresholds(below, mib << 20) for below in EXPAND_BELOW for mib in grouped]
+    return min(candidates, key=lambda thresholds: mean_loss(timed, thresholds))
+
+
+def mean_loss(timed: Sequence[Timed], thresholds: Thresholds) -> float:
+    return math.exp(statistics.fmean(math.log(t.loss(thresholds)) for t in timed))
+
+
+def report(timed: Sequence[Timed], found: dict[int, Thresholds], repeats: int) -> list[str]:
+    """Markdown."""
+    lines = [
+        "# Where fLoRA's formulations overtake each other",
+        "",
+        f"{where()}. `python benchmarks/calibrate.py --save` prints this file.",
+        f"Forward + backward of {len(timed)} shapes, residual adapters, median of up to {repeats} interleaved rounds. The loss of a",
+        "rule is how many times slower its choice is than the fastest formulation of a shape (geometric mean).",
+        "",
+        "| dtype | expand below (terms x tokens per adapter) | work on all adapters at once up to (MiB of W0 * M) | loss | worst shape | loss of always the same |",
+        "|---" * 6 + "|",
+    ]
+    for size, thresholds in found.items():
+        mine = [t for t in timed if t.work.bytes_each == size]
+        worst = max(mine, key=lambda t: t.loss(thresholds))
+        always = {
+            name: math.exp(statistics.fmean(math.log(t.seconds[name] / min(t.seconds.values())) for t in mine))
+            for name in mine[0].seconds
+        }
+        alternatives = ", ".join(f"{name.replace('_', ' ')} {loss:.2f}" for name, loss in always.items())
+        lines.append(
+            f"| {DTYPES[size]} | {thresholds.expand_below} | {thresholds.grouped_bytes >> 20} | {mean_loss(mine, thresholds):.3f} | "
+            f"{worst.loss(thresholds):.2f} at {said(worst.work)} | {alternatives} |"
+        )
+    lines += [
+        "",
+        "| dtype | shape | terms x tokens each | MiB of W0 * M | fastest | "
+        + " | ".join(name.replace("_", " ") for name in timed[0].seconds)
+        + " | chosen |",
+        "|---" * (len(timed[0].seconds) + 6) + "|",
+    ]
+    for t in timed:
+        fastest = min(t.seconds, key=lambda name: t.seconds[name])
+        ratios = " | ".join(f"{seconds / t.seconds[fastest]:.2f}" for seconds in t.seconds.values())
+        work = t.work
+        mib = work.segments * work.in_features * work.out_features * work.bytes_each / 2**20
+        chosen = decide(work, found[work.bytes_each]).formulation
+        lines.append(
+            f"| {DTYPES[work.bytes_each]} | {said(work)} | {work.terms * work.tokens // work.segments} | {mib:.1f} | "
+            f"{fastest.replace('_', ' ')} | {ratios} | {chosen.replace('_', ' ')} |"
+        )
+    return lines
+
+
+def said(work: Work) -> str:
+    return f"d {work.in_features}, {work.segments} x {work.tokens // work.segments} tokens, r {work.rank}"
+
+
+def where() -> str:
+    """Machine and versions."""
+    facts = environment()
+    device = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"{facts['machine']['processor']}, {facts['machine']['threads']} threads"
+    )
+    return f"{device}, torch {facts['packages']['torch']}, Python {facts['python']}"
+
+
+def save(found: dict[int, Thresholds]) -> None:
+    """Replace this device's entries."""
+    known = json.loads(THRESHOLDS.read_text())
+    known["measured_on"][DEVICE.type] = where()
+    known["thresholds"][DEVICE.type] = {
+        str(size): {"expand_below": t.expand_below, "grouped_bytes": t.grouped_bytes} for size, t in sorted(found.items())
+    }
+    THRESHOLDS.write_text(json.dumps(known, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
