@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from flora_train.adapters.base_model import empty_model, resolve_dtype
+from flora_train.adapters.base_model import check_quantiser, empty_model, resolve_dtype
 from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.adapters.targets import find_targets
 from flora_train.config.errors import UserError
@@ -22,21 +20,18 @@ from flora_train.kernels.cost_model import Work, calibrated_on, decide, threshol
 from flora_train.training.environment import environment
 
 WHAT_RUNS = {
-    "rank_expanded": "fLoRA: rank expansion",
-    "materialised": "fLoRA: W0 * M, an adapter at a time",
-    "grouped": "fLoRA: W0 * M, all adapters at once",
-    "fused": "fLoRA: Triton, W0 * M tile by tile",
-    "scaled": "fLoRA: Triton, two scales around W0",
+    "rank_expanded": "tokens through W0 once a term (rank expansion, torch)",
+    "materialised": "W0 * M formed an adapter at a time (torch)",
+    "grouped": "W0 * M formed for all adapters at once (torch)",
+    "fused": "W0 * M formed tile by tile (Triton)",
+    "scaled": "W0 between two scales (Triton)",
 }
 
 
 @dataclass(frozen=True)
-class Line:
-    """What a family's adapters do in layers of one shape."""
+class Choice:
+    """What a family's adapters do in some of their layers."""
 
-    family: str
-    layers: str
-    shape: str
     runs: str
     why: str
 
@@ -49,6 +44,7 @@ def doctor(config: RunConfig) -> None:
     refused = None
     try:
         use_backend(config.kernels.backend, device)
+        check_quantiser(config.model, device)
     except UserError as error:
         refused = error
     use_precision(config.kernels.precision)
@@ -61,12 +57,15 @@ def doctor(config: RunConfig) -> None:
         f"\nA micro-batch of {config.training.tokens_per_microbatch} tokens, shared evenly by {len(specs)} adapters:",
         highlight=False,
     )
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("adapters", "layers", "in x out", "what runs", "why"):
-        table.add_column(heading, overflow="fold")
-    for line in lines(specs, empty_model(config.model), each, dtype, device):
-        table.add_row(line.family, line.layers, line.shape, line.runs, line.why)
-    console.print(table)
+    model = empty_model(config.model)
+    families: dict[str, list[AdapterSpec]] = defaultdict(list)
+    for spec in specs:
+        families[spec.family].append(spec)
+    for family, members in families.items():
+        rank = f", rank {members[0].rank}" if members[0].rank else ""
+        console.print(f"\n{len(members)} x {family}{rank}", style="bold", highlight=False)
+        for choice, layers in choices_of(members, model, each, dtype, device).items():
+            console.print(f"  {', '.join(layers)}\n      {choice.runs}\n      {choice.why}", highlight=False)
     if refused is not None:
         raise refused
 
@@ -79,7 +78,10 @@ def _facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Itera
     )
     machine = facts["machine"]
     yield "device", f"{device}: {machine['gpu'] or machine['processor']}, {machine['cpus']} CPUs"
-    yield "base", f"{config.model.path} in {str(dtype).removeprefix('torch.')} (model.dtype={config.model.dtype})"
+    yield (
+        "base",
+        f"{config.model.path} in {str(dtype).removeprefix('torch.')} (model.dtype={config.model.dtype}), quantization {config.model.quantization}",
+    )
     triton = why_not_triton(device)
     yield (
         "backend",
@@ -98,33 +100,30 @@ def _facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Itera
     yield "thresholds", f"measured on {measured}" if measured else f"not measured on a {device.type} device: a CPU's rule"
 
 
-def lines(specs: Sequence[AdapterSpec], model: Any, each: float, dtype: torch.dtype, device: torch.device) -> Iterator[Line]:
-    """Family by family, one line for every shape of layer. each: tokens of an adapter."""
-    families: dict[str, list[AdapterSpec]] = defaultdict(list)
-    for spec in specs:
-        families[spec.family].append(spec)
-    for family, members in families.items():
-        spec, count = members[0], len(members)
-        targets = find_targets(model, spec).values()
-        shapes: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
-        for target in targets:
-            shapes[target.in_features, target.out_features][target.name.rpartition(".")[2]] += 1
-        for (in_features, out_features), names in shapes.items():
-            layers = ", ".join(f"{number} {name}" for name, number in names.items())
-            runs, why = _what_runs(spec, count, each, in_features, out_features, dtype, device)
-            label = f"{count} x {family}" + (f", r {spec.rank}" if spec.rank else "")
-            yield Line(label, layers, f"{in_features} x {out_features}", runs, why)
+def choices_of(
+    members: Sequence[AdapterSpec], model: Any, each: float, dtype: torch.dtype, device: torch.device
+) -> dict[Choice, list[str]]:
+    """Choice -> the layers of which it holds, as `60 q_proj 576 x 576`. each: tokens of an adapter."""
+    kinds = Counter(
+        (target.name.rpartition(".")[2], target.in_features, target.out_features)
+        for target in find_targets(model, members[0]).values()
+    )
+    found: dict[Choice, list[str]] = defaultdict(list)
+    for (name, in_features, out_features), count in kinds.items():
+        choice = _choice(members[0], len(members), each, in_features, out_features, dtype, device)
+        found[choice].append(f"{count} {name} {in_features} x {out_features}")
+    return found
 
 
-def _what_runs(
+def _choice(
     spec: AdapterSpec, count: int, each: float, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
-) -> tuple[str, str]:
+) -> Choice:
     triton = runs_in_triton(torch.empty(0, dtype=dtype))
     where = "Triton" if triton else "torch"
     if spec.method == "lora":
-        return f"LoRA: {where}, shrink and expand", "the base layer, and two thin matmuls that add to its output"
+        return Choice(f"shrink and expand ({where})", "the base layer, and two thin matmuls that add to its output")
     if spec.method == "ia3":
-        return f"IA3: {where}, one scale", "the base layer, and a product a feature"
+        return Choice(f"one scale ({where})", "the base layer, and a product a feature")
     work = Work(
         rank=spec.rank,
         residual=bool(spec.offset),
@@ -138,4 +137,4 @@ def _what_runs(
         triton=triton,
     )
     decision = decide(work, thresholds_for(work))
-    return WHAT_RUNS[decision.formulation], decision.why
+    return Choice(WHAT_RUNS[decision.formulation], decision.why)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import load_base_model, load_tokenizer
+from flora_train.adapters.base_model import check_quantiser, load_base_model, load_tokenizer
 from flora_train.adapters.spec import expand
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
@@ -44,6 +44,7 @@ def load_session(config: RunConfig, folder: RunFolder, device: torch.device, wit
         torch.set_num_threads(config.num_threads or max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     use_backend(config.kernels.backend, device)
     use_precision(config.kernels.precision)
+    check_quantiser(config.model, device)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, config.model.path)
     tasks = load_tasks(config, tokenizer, cache_folder()) if with_tasks else {}
@@ -55,13 +56,13 @@ def load_session(config: RunConfig, folder: RunFolder, device: torch.device, wit
 
 
 def reopen(run: str, with_tasks: bool = False, dtype: str | None = None) -> tuple[Session, dict[int, Kept]]:
-    """A run on disk with its kept adapters in the bank. dtype: of the base, instead of the run's.
+    """A run on disk with its kept adapters in the bank. dtype: of the base, instead of the run's, and not quantised.
 
     Raises UserError if a checkpoint is missing or damaged.
     """
     folder, config = open_run(run)
     if dtype is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype, "quantization": "none"})})
     session = load_session(config, folder, make_accelerator(config, folder, trackers=False).device, with_tasks)
     kept = {}
     for adapter in range(len(session.bank.specs)):

@@ -149,7 +149,8 @@ class AdapterBank:
         embeddings.register_forward_hook(self._after_embedding)
 
     def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self.router.routing is not None and torch.is_grad_enabled() and _recomputes(self.model):
+        self.router.recomputes = _recomputes(self.model)
+        if self.router.routing is not None and torch.is_grad_enabled() and self.router.recomputes:
             self.router.expect_backward(output)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,38 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
     options: dict[str, Any] = {"config": model_config, "dtype": resolve_dtype(config.dtype, device)}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    model = _from_pretrained(AutoModelForCausalLM, config, **options).to(device)
+    if config.quantization == "none":
+        model = _from_pretrained(AutoModelForCausalLM, config, **options).to(device)
+    else:
+        options |= {"quantization_config": _quantiser(config, options["dtype"]), "device_map": {"": device}}
+        model = _from_pretrained(AutoModelForCausalLM, config, **options)
     if config.gradient_checkpointing != "off":
         reentrant = config.gradient_checkpointing == "reentrant"
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.requires_grad_(False)
     return model
+
+
+def check_quantiser(config: ModelConfig, device: torch.device) -> None:
+    """Raises UserError where model.quantization cannot run."""
+    if config.quantization == "none":
+        return
+    if device.type != "cuda":
+        fix = f"needs a CUDA GPU, and this run is on {device.type}: leave it at none (model.dtype=bfloat16 halves the base)"
+        raise fail("model.quantization", config.quantization, fix)
+    if find_spec("bitsandbytes") is None:
+        raise fail("model.quantization", config.quantization, "needs bitsandbytes: pip install 'flora-train[quantised]'")
+
+
+def _quantiser(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """transformers' word for model.quantization."""
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from flora_train.adapters.methods import Site, Target
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.quantised import dequantised, is_quantised
 from flora_train.adapters.routing import Router, Routing, Span
 from flora_train.adapters.targets import dense_weight
+from flora_train.kernels.autocast import linear_dtype
 
 
 class AdapterLinear(nn.Module):
@@ -23,6 +27,7 @@ class AdapterLinear(nn.Module):
         self.base_layer = base_layer
         self.target = target
         self.router = router
+        self._quantised = is_quantised(base_layer)
         self.pools: dict[int, Pool] = {}
         self._pool_ids: frozenset[int] = frozenset()
 
@@ -47,10 +52,11 @@ class AdapterLinear(nn.Module):
     def out_features(self) -> int:
         return self.target.out_features
 
+    @torch.compiler.disable(reason="which rows meet which adapter changes with every batch")
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, ..., in], or [B * L, in] row by row, for the B rows of the current routing. Returns [..., out].
 
-        Raises RuntimeError if x does not hold B rows.
+        Raises RuntimeError if x does not hold B rows. torch.compile compiles what lies between adapted layers, not these.
         """
         routing = self.router.routing
         if routing is None:
@@ -76,13 +82,18 @@ class AdapterLinear(nn.Module):
             y = y.view(routing.rows, tokens_per_row, -1).index_select(0, routing.inverse)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def _weight(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        if self._quantised:
+            return dequantised(self.base_layer, dtype, keep=self.router.recomputes)
+        return nullcontext(dense_weight(self.base_layer, self.target))
+
     def _run(self, span: Span, x: Tensor, tokens_per_row: int, routing: Routing) -> Tensor:
         if span.pool is None or span.slots is None:
             return self.base_layer(x)
         target = span.pool.targets[self.target.name]
         site = Site(
             base=self.base_layer,
-            weight=lambda: dense_weight(self.base_layer, self.target),
+            weight=lambda: self._weight(linear_dtype(x)),
             bias=self.bias,
             dropout=lambda rows: routing.dropout(rows, target.name, span, tokens_per_row),
         )

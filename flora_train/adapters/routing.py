@@ -83,6 +83,8 @@ class Router:
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
+        self.recomputes = False
+        """Whether the running forward will be run again in the backward."""
         self._backwards_due = 0
 
     def set(self, routing: Routing | None) -> None:

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """The type in which `F.linear(x, weight)` would multiply."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def as_linear_casts(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the type in which `F.linear(x, weight)` would multiply them, differentiable."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not torch.is_autocast_enabled(x.device.type):
         return x, weight
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype)
+    return x.to(linear_dtype(x)), weight.to(linear_dtype(x))
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:

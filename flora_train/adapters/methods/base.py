@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +34,13 @@ class Site:
     """What a method may use of the layer it runs in.
 
     base:   the frozen layer as a function, [T, in] -> [T, out], bias included
-    weight: returns its dense weight as [out, in] (a view, or dequantised)
+    weight: a context in which its dense weight stands as [out, in] (a view, or dequantised)
     bias:   [out] or None
     dropout: the routing's dropout for these tokens [T, in]
     """
 
     base: Callable[[Tensor], Tensor]
-    weight: Callable[[], Tensor]
+    weight: Callable[[], AbstractContextManager[Tensor]]
     bias: Tensor | None
     dropout: Callable[[Tensor], Tensor]
 

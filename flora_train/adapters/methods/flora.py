@@ -34,8 +34,9 @@ class Flora(AdapterMethod):
     def forward(
         self, x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], feedforward: bool, segments: Segments
     ) -> Tensor:
-        y = flora_linear(x, site.weight(), params["A"], params["B"], [spec.offset for spec in specs], segments)
-        return y if site.bias is None else y + site.bias
+        with site.weight() as weight:
+            y = flora_linear(x, weight, params["A"], params["B"], [spec.offset for spec in specs], segments)
+        return y if site.bias is None else y + site.bias.to(y.dtype)
 
     def merge(
         self, weight: Tensor, bias: Tensor | None, params: Params, spec: AdapterSpec, feedforward: bool

@@ -120,3 +120,18 @@ def test_gradients_pass_gradcheck(rank: int) -> None:
         assert torch.autograd.gradcheck(
             lambda x, A, B: ScaledFlora.apply(x, weight, A, B, [0.0] * 3, segments, False), inputs, **options
         )
+
+
+def test_the_op_compiles_into_one_graph() -> None:
+    x, weight, A, B, segments = problem(2, (3, 5), torch.float32)
+    bounds, blocks = block_table(segments, x.device)
+    ranks, shift = rank_table(segments, 2, x.device), per_segment([0.0, 1.0], A).view(-1)
+
+    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return torch.relu(flora_op(x * 2.0, weight, A, B, shift, bounds, blocks, ranks, None, BLOCK_TOKENS, False))
+
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = run(x, A, B)
+        results.append([y, *torch.autograd.grad(y.sum(), (x, A, B))])
+    torch.testing.assert_close(results[0], results[1])
