@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.base_model import check_quantiser
-from flora_train.adapters.layer import AdapterLinear
 from flora_train.config.errors import UserError
 from flora_train.config.schema import ModelConfig
 from tests.architectures import tiny_model
-from tests.conftest import mixed_specs, perturb
+from tests.conftest import mixed_specs, perturb, spec
 from tests.unit.adapters.helpers import tokens
 
 
@@ -110,42 +109,39 @@ def test_bitsandbytes_layers_are_adapted_through_their_own_dequantisation(kind: 
     bnb = pytest.importorskip("bitsandbytes", reason="not installed: pip install 'flora-train[quantised]'")
     from peft.utils.integrations import dequantize_module_weight
 
-    generator = torch.Generator().manual_seed(0)
-
-    def quantised(linear: nn.Linear) -> nn.Module:
-        numbers = {"weight": torch.randn(256, 256, generator=generator) / 16}
-        if kind == "4bit":
-            layer = bnb.nn.Linear4bit(256, 256, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-        else:
-            layer = bnb.nn.Linear8bitLt(256, 256, bias=False, has_fp16_weights=False, threshold=0.0)
-        layer.load_state_dict(numbers)
-        return layer.to("cpu")
-
-    class OneLayer(nn.Module):
-        def __init__(self, layer: nn.Module) -> None:
-            super().__init__()
-            self.embed, self.up_proj = nn.Embedding(7, 256), layer
-
-        def get_input_embeddings(self) -> nn.Module:
-            return self.embed
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.up_proj(self.embed(ids))
-
-    layer = quantised(nn.Linear(1, 1))
-    weight = dequantize_module_weight(layer).float()
+    if kind == "4bit":
+        layer = bnb.nn.Linear4bit(256, 256, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    else:
+        layer = bnb.nn.Linear8bitLt(256, 256, bias=False, has_fp16_weights=False, threshold=0.0)
+    layer.load_state_dict({"weight": torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) / 16})
+    layer = layer.to("cpu")
+    plain = nn.Linear(256, 256, bias=False)
+    plain.weight = nn.Parameter(dequantize_module_weight(layer).float(), requires_grad=False)
     outputs = []
-    for made in (layer, plain := nn.Linear(256, 256, bias=False)):
-        plain.weight = nn.Parameter(weight, requires_grad=False)
+    for base in (layer, plain):
         torch.manual_seed(1)
-        bank = AdapterBank.attach(OneLayer(made), [s for s in mixed_specs(target_modules=["up_proj"]) if s.method == "flora"])
+        specs = [spec("flora", variant, rank=3, variant=variant, target_modules=["up_proj"]) for variant in ("pure", "residual")]
+        bank = AdapterBank.attach(OneLayer(base), specs)
         perturb(bank)
-        assert isinstance(bank.model.up_proj, AdapterLinear)
-        bank.route([0, 1, 2])
+        bank.route([0, 1, -1])
         y = bank.model(torch.arange(6).view(3, 2))
-        y.square().sum().backward()
-        outputs.append([y.detach(), *(pool.gradients for pool in bank.pools)])
+        y[:2].square().sum().backward()
+        outputs.append([y[:2].detach(), *(pool.gradients for pool in bank.pools)])
     torch.testing.assert_close(*outputs)
+
+
+class OneLayer(nn.Module):
+    """An embedding and one layer of 256 x 256."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.up_proj = nn.Embedding(7, 256), layer
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.up_proj(self.embed(ids))
 
 
 def test_without_a_gpu_the_error_says_so() -> None:
