@@ -18,22 +18,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import flora_train.cli  # noqa: F401  (before torch: how its threads wait, as in a run)
+from adapted_layer import DEVICE, RESIDUAL, Problem, seconds, where
 
 # isort: split
 import torch
-from torch import Tensor
 
 from flora_train.kernels import cost_model
 from flora_train.kernels.backend import use_backend, why_not_triton
 from flora_train.kernels.cost_model import Thresholds, Work, decide
 from flora_train.kernels.flora import formulation
-from flora_train.kernels.segments import Segments
-from flora_train.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 THRESHOLDS = Path(cost_model.__file__).with_name("thresholds.json")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MOST_TOKENS = 16384 if DEVICE.type == "cuda" else 2048
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 WIDTHS = (1024, 2048, 4096) if DEVICE.type == "cuda" else (128, 256, 576, 1024)
@@ -96,43 +92,27 @@ def works(triton: bool) -> list[Work]:
 
 def measure(work: Work, repeats: int) -> Timed:
     """The median seconds of every formulation that this work could take."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = DTYPES[work.bytes_each]
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    x = random(work.tokens, work.in_features).to(dtype).requires_grad_()
-    weight = (random(work.out_features, work.in_features) / work.in_features**0.5).to(dtype)
-    A = random(work.segments, work.rank, work.in_features).requires_grad_()
-    B = (0.1 * random(work.segments, work.out_features, work.rank)).requires_grad_()
-    dy = random(work.tokens, work.out_features).to(dtype)
-    segments = Segments(tuple(range(0, work.tokens + 1, work.tokens // work.segments)))
+    problem = Problem(work.in_features, work.tokens, work.segments, work.rank, DTYPES[work.bytes_each])
     names = [
         "rank_expanded",
         *(["fused"] if work.triton else ["grouped"] if work.device != "cpu" else ["materialised", "grouped"]),
     ]
 
-    def once(name: Any) -> float:
-        synchronise()
-        started = time.perf_counter()
-        formulation(name).apply(x, weight, A, B, [1.0] * work.segments, segments, work.split).backward(dy)
-        synchronise()
-        return time.perf_counter() - started
+    def once(name: Any) -> None:
+        offset = problem.numbers(RESIDUAL)
+        arguments = (problem.x, problem.weight, problem.A, problem.B, offset, problem.segments, work.split)
+        formulation(name).apply(*arguments).backward(problem.dy)
 
-    seconds: dict[str, list[float]] = {name: [] for name in names if once(name)}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        once(name)
     ends = time.perf_counter() + MOST_SECONDS
     for i in range(repeats):
         if i and time.perf_counter() > ends:
             break
-        for name, of_name in seconds.items():
-            of_name.append(once(name))
-    return Timed(work, {name: statistics.median(of_name) for name, of_name in seconds.items()})
-
-
-def synchronise() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+        for name, of_name in taken.items():
+            of_name.append(seconds(lambda name=name: once(name)))
+    return Timed(work, {name: statistics.median(of_name) for name, of_name in taken.items()})
 
 
 def fit(timed: Sequence[Timed]) -> Thresholds:
@@ -192,17 +172,6 @@ def report(timed: Sequence[Timed], found: dict[int, Thresholds], repeats: int) -
 
 def said(work: Work) -> str:
     return f"d {work.in_features}, {work.segments} x {work.tokens // work.segments} tokens, r {work.rank}"
-
-
-def where() -> str:
-    """Machine and versions."""
-    facts = environment()
-    device = (
-        torch.cuda.get_device_name()
-        if DEVICE.type == "cuda"
-        else f"{facts['machine']['processor']}, {facts['machine']['threads']} threads"
-    )
-    return f"{device}, torch {facts['packages']['torch']}, Python {facts['python']}"
 
 
 def save(found: dict[int, Thresholds]) -> None:

@@ -103,7 +103,8 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
         matmul = of_rank | blocks | {"TOKENS": tokens, "FEATURES": tile, "SUMMED": flora.BLOCK_SUMMED}
         found[f"fLoRA y, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | forward)
         found[f"fLoRA dX, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | backward)
-    gradients = of_rank | {"TOKENS": flora.BLOCK_SUMMED, "OUT": tile, "IN": tile, "ORDERED": False}
+    gradients = of_rank | {"TOKENS": flora.BLOCK_SUMMED, "TILE": flora.gradient_tile(DTYPES[dtype]), "ORDERED": False}
+    gradients["num_warps"] = flora.GRADIENT_WARPS
     parts = blocks | {"PARTS": 8}
     return found | {
         "fLoRA dA, dB": launched(flora._adapter_gradients, gradients),

@@ -8,23 +8,19 @@ writes it with `--save`. Usage: python benchmarks/layer.py [--quick] [--repeats 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import flora_train.cli  # noqa: F401  (before torch: how its threads wait, as in a run)
+from adapted_layer import PURE, RESIDUAL, Problem, where
 
 # isort: split
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flora_train.kernels.backend import splits
 from flora_train.kernels.flora import FORMULATIONS, flora_linear
 from flora_train.kernels.ia3 import ia3_scale
 from flora_train.kernels.lora import lora_add
-from flora_train.kernels.segments import Segments
 from flora_train.training.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "layer_cpu.md"
@@ -36,7 +32,6 @@ SHAPES: list[Shape] = [
 ]
 FORCED: list[Shape] = [(256, 2048, 16), (576, 1024, 32), (576, 1024, 8), (1024, 256, 16), (1024, 2048, 16), (1024, 2048, 4)]
 RANKS = (1, 2, 4, 16, 64)
-PURE, RESIDUAL = 0.0, 1.0
 
 
 def main() -> None:
@@ -60,38 +55,15 @@ def main() -> None:
 
 
 def heading(repeats: int) -> list[str]:
-    facts = environment()
-    machine, packages = facts["machine"], facts["packages"]
     return [
         "# Cost of an adapted layer: forward + backward, as a multiple of the frozen layer's",
         "",
-        f"{machine['processor']}, {machine['threads']} threads, torch {packages['torch']}, Python {facts['python']}, commit {facts['commit']}.",
+        f"{where()}, commit {environment()['commit']}.",
         f"Median of {repeats} interleaved pairs. `python benchmarks/layer.py --save` prints this file. fLoRA is residual unless",
         "it says pure (W0 * (B A)); a residual one has one term more to expand. Three matmuls instead of two: 1.5 is the floor of",
         "materialised fLoRA, and with the thin ones of rank r at m tokens per adapter 1.5 + 2 r / m.",
         "",
     ]
-
-
-class Problem:
-    """One layer's tensors for a shape, type and rank."""
-
-    def __init__(self, shape: Shape, dtype: torch.dtype, rank: int) -> None:
-        d, tokens, adapters = shape
-        generator = torch.Generator().manual_seed(0)
-        self.segments = Segments(tuple(range(0, tokens + 1, tokens // adapters)))
-        self.x = torch.randn(tokens, d, generator=generator).to(dtype).requires_grad_()
-        self.weight = torch.randn(d, d, generator=generator).to(dtype) / d**0.5
-        self.dy = torch.randn(tokens, d, generator=generator).to(dtype)
-        self.A = torch.randn(adapters, rank, d, generator=generator).requires_grad_()
-        self.B = (0.1 * torch.randn(adapters, d, rank, generator=generator)).requires_grad_()
-
-    def frozen(self) -> Tensor:
-        return F.linear(self.x, self.weight)
-
-    def numbers(self, value: float) -> list[float]:
-        """The same number for every adapter."""
-        return [value] * len(self.segments)
 
 
 Forward = Callable[[Problem], Tensor]
@@ -132,29 +104,9 @@ def table(shapes: Sequence[Shape], columns: dict[str, tuple[int, Forward]], dtyp
     ]
     for shape in shapes:
         d, tokens, adapters = shape
-        ratios = [measure(Problem(shape, dtype, rank), forward, repeats) for rank, forward in columns.values()]
+        ratios = [Problem(*shape, rank, dtype).ratio(forward, repeats) for rank, forward in columns.values()]
         lines.append(f"| {d}, {tokens}, {adapters} ({tokens // adapters}) | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
     return [*lines, ""]
-
-
-MOST_SECONDS = 8.0
-
-
-def measure(problem: Problem, forward: Forward, repeats: int) -> float:
-    """The median ratio adapted / frozen over interleaved pairs."""
-
-    def timed(forward: Forward) -> float:
-        started = time.perf_counter()
-        forward(problem).backward(problem.dy)
-        return time.perf_counter() - started
-
-    ends = time.perf_counter() + MOST_SECONDS
-    for warm in (forward, Problem.frozen):
-        timed(warm)
-    ratios: list[float] = []
-    while len(ratios) < repeats and (not ratios or time.perf_counter() < ends):
-        ratios.append(timed(forward) / timed(Problem.frozen))
-    return statistics.median(ratios)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from flora_train.kernels import blocks as programs
 from flora_train.kernels.blocks import BLOCK_FEATURES, block_table, matmul_constants, place, rank_table
 from flora_train.kernels.ia3_triton import FusedScale
 from flora_train.kernels.segments import Segments, per_segment
@@ -82,43 +83,51 @@ def _modulated_matmul(
 @triton.jit
 def _adapter_gradients(
     x, dy, weight, A, B, bounds, ranks, order, dA, dB,
-    in_features, out_features, rank, K,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+    in_features, out_features, rank, K, out_tiles, in_tiles,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr,
     ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of P = W0 * (dY^T X) of one segment, and its part of dB = P A^T and dA = B^T P.
+    """P = W0 * (dY^T X) of one segment, TILE x TILE at a time, and what it adds to dB = P A^T and dA = B^T P. A program takes
+    out_tiles x in_tiles of them, and sums over them in its own part of dA and dB, which a cache holds.
 
-    dA: [blocks of out, K, rank, in]; dB: [blocks of in, K, out, rank]: parts to be summed, so that every run adds alike.
+    dA: [programs along out, K, rank, in]; dB: [programs along in, K, out, rank]: parts to be summed, in one order every run.
     """
-    k, out_block, in_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o, i, j = out_block * OUT + tl.arange(0, OUT), in_block * IN + tl.arange(0, IN), tl.arange(0, RANK)
-    end = tl.load(bounds + k + 1)
-    G = tl.zeros((OUT, IN), tl.float32)
-    for first in range(tl.load(bounds + k), end, TOKENS):
-        t = first + tl.arange(0, TOKENS)
-        there = t < end
-        t = place(t, there, order, ORDERED)
-        dy_tile = tl.load(
-            dy + t[:, None] * out_features + o[None, :], mask=there[:, None] & (o[None, :] < out_features), other=0.0
-        )
-        x_tile = tl.load(x + t[:, None] * in_features + i[None, :], mask=there[:, None] & (i[None, :] < in_features), other=0.0)
-        G = tl.dot(tl.trans(dy_tile), x_tile, G, input_precision=PRECISION)
-    inside = (o[:, None] < out_features) & (i[None, :] < in_features)
-    P = G * tl.load(weight + o[:, None] * in_features + i[None, :], mask=inside, other=0.0).to(tl.float32)
-    A_mask = (j[:, None] < rank) & (i[None, :] < in_features)
-    B_mask = (o[:, None] < out_features) & (j[None, :] < rank)
+    k, out_part, in_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    j = tl.arange(0, RANK)
+    start, end = tl.load(bounds + k), tl.load(bounds + k + 1)
     used = j < tl.load(ranks + k)
-    A_places, B_places = (
-        A + (k * rank + j[:, None]) * in_features + i[None, :],
-        B + (k * out_features + o[:, None]) * rank + j[None, :],
-    )
-    A_tile = tl.load(A_places, mask=A_mask & used[:, None], other=0.0).to(tl.float32)
-    B_tile = tl.load(B_places, mask=B_mask & used[None, :], other=0.0).to(tl.float32)
-    dB_tile = tl.dot(P, tl.trans(A_tile), input_precision=PRECISION)
-    dA_tile = tl.dot(tl.trans(B_tile), P, input_precision=PRECISION)
-    dB_part, dA_part = (in_block * K + k).to(tl.int64), (out_block * K + k).to(tl.int64)
-    tl.store(dB + (dB_part * out_features + o[:, None]) * rank + j[None, :], dB_tile, mask=B_mask)
-    tl.store(dA + (dA_part * rank + j[:, None]) * in_features + i[None, :], dA_tile, mask=A_mask)
+    A += k * rank * in_features
+    B += k * out_features * rank
+    dA += (out_part * K + k).to(tl.int64) * rank * in_features
+    dB += (in_part * K + k).to(tl.int64) * out_features * rank
+    for tile in range(out_tiles * in_tiles):
+        o = (out_part * out_tiles + tile // in_tiles) * TILE + tl.arange(0, TILE)
+        i = (in_part * in_tiles + tile % in_tiles) * TILE + tl.arange(0, TILE)
+        G = tl.zeros((TILE, TILE), tl.float32)
+        for first in range(start, end, TOKENS):
+            t = first + tl.arange(0, TOKENS)
+            there = t < end
+            t = place(t, there, order, ORDERED)
+            dy_tile = tl.load(
+                dy + t[:, None] * out_features + o[None, :], mask=there[:, None] & (o[None, :] < out_features), other=0.0
+            )
+            x_tile = tl.load(
+                x + t[:, None] * in_features + i[None, :], mask=there[:, None] & (i[None, :] < in_features), other=0.0
+            )
+            G = tl.dot(tl.trans(dy_tile), x_tile, G, input_precision=PRECISION)
+        inside = (o[:, None] < out_features) & (i[None, :] < in_features)
+        P = G * tl.load(weight + o[:, None] * in_features + i[None, :], mask=inside, other=0.0).to(tl.float32)
+        of_A, A_there = j[:, None] * in_features + i[None, :], (j[:, None] < rank) & (i[None, :] < in_features)
+        of_B, B_there = o[:, None] * rank + j[None, :], (o[:, None] < out_features) & (j[None, :] < rank)
+        A_tile = tl.load(A + of_A, mask=A_there & used[:, None], other=0.0).to(tl.float32)
+        dB_tile = tl.dot(P, tl.trans(A_tile), input_precision=PRECISION)
+        dB_tile += tl.load(dB + of_B, mask=B_there & (tile % in_tiles > 0), other=0.0)
+        tl.store(dB + of_B, dB_tile, mask=B_there)
+        B_tile = tl.load(B + of_B, mask=B_there & used[None, :], other=0.0).to(tl.float32)
+        dA_tile = tl.dot(tl.trans(B_tile), P, input_precision=PRECISION)
+        dA_tile += tl.load(dA + of_A, mask=A_there & (tile >= in_tiles), other=0.0)
+        tl.store(dA + of_A, dA_tile, mask=A_there)
+        tl.debug_barrier()  # the next tile adds to what all threads have written
 
 
 @torch.library.custom_op("flora_train::flora", mutates_args=())
@@ -162,13 +171,15 @@ def flora_backward_op(
     (K, rank, in_features), out_features = A.shape, B.shape[1]
     dx = torch.empty_like(x)
     _launch_matmul(dy, weight.T, A.mT, B.mT, offset, blocks, ranks, order, dx, tokens, split=False)
-    tile = block_features(x.dtype, rank)
-    outs, ins = triton.cdiv(out_features, tile), triton.cdiv(in_features, tile)
-    dA, dB = A.new_empty(outs, *A.shape), B.new_empty(ins, *B.shape)
-    _adapter_gradients[(K, outs, ins)](
-        x, dy, weight, A, B, bounds, ranks, ranks if order is None else order, dA, dB, in_features, out_features, rank, K,
-        TOKENS=BLOCK_SUMMED, OUT=tile, IN=tile, ORDERED=order is not None,
-        **tuning(x.dtype, rank),
+    tile = gradient_tile(x.dtype)
+    tiles = gradient_tiles(K, triton.cdiv(out_features, tile), triton.cdiv(in_features, tile))
+    out_parts, in_parts = (
+        triton.cdiv(features, n * tile) for features, n in zip((out_features, in_features), tiles, strict=True)
+    )
+    dA, dB = A.new_empty(out_parts, *A.shape), B.new_empty(in_parts, *B.shape)
+    _adapter_gradients[(K, out_parts, in_parts)](
+        x, dy, weight, A, B, bounds, ranks, ranks if order is None else order, dA, dB, in_features, out_features, rank, K, *tiles,
+        TOKENS=BLOCK_SUMMED, TILE=tile, ORDERED=order is not None, **tuning(x.dtype, rank) | {"num_warps": GRADIENT_WARPS},
     )  # fmt: skip
     return dx, dA.sum(0), dB.sum(0)
 
@@ -289,3 +300,19 @@ def compute_capability(device: torch.device) -> int:
 def block_features(dtype: torch.dtype, rank: int) -> int:
     """Features of the tile of W0 that a program modulates: what its registers hold of it beside the factors."""
     return BLOCK_FEATURES // 2 if dtype == torch.float32 and rank > 16 else BLOCK_FEATURES
+
+
+def gradient_tile(dtype: torch.dtype) -> int:
+    """Rows and columns of the tile of P that a program holds beside what it adds up."""
+    return 32 if dtype == torch.float32 else 64
+
+
+GRADIENT_WARPS = 8
+
+
+def gradient_tiles(K: int, outs: int, ins: int) -> tuple[int, int]:
+    """Of the outs x ins tiles of P of each of K adapters, how many a program takes in both directions. The more it takes, the
+    fewer parts of dA and dB go through memory; but the device wants programs enough, and a program's part should stay in a
+    cache."""
+    in_tiles = min(8, ins)
+    return max(1, min(outs, K * outs * ins // (in_tiles * programs.ENOUGH_PROGRAMS))), in_tiles

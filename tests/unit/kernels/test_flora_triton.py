@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from flora_train.kernels import blocks
 from flora_train.kernels.blocks import BLOCK_TOKENS, block_table, rank_table
 from flora_train.kernels.flora_reference import flora_reference
-from flora_train.kernels.flora_triton import FusedFlora, ScaledFlora, flora_op
+from flora_train.kernels.flora_triton import FusedFlora, ScaledFlora, flora_op, gradient_tile, gradient_tiles
 from flora_train.kernels.segments import Segments, per_segment
 from tests.triton_device import DEVICE, DTYPES, TOLERANCE, relative_error
 
@@ -59,7 +60,7 @@ def check(
     split: bool | None = None,
 ) -> None:
     """Output and every gradient against the float64 reference."""
-    dy = torch.randn(segments.tokens, OUT, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    dy = torch.randn(segments.tokens, len(weight), generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     y = op(x, weight, A, B, offset, segments, dtype != torch.float32 if split is None else split)
     y.backward(dy)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, A, B)]
@@ -135,3 +136,22 @@ def test_the_op_compiles_into_one_graph() -> None:
         y = run(x, A, B)
         results.append([y, *torch.autograd.grad(y.sum(), (x, A, B))])
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("rank", [3, 20])
+def test_a_program_may_take_any_number_of_tiles(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a large layer of many adapters every program sums over rows and columns of tiles."""
+    generator = torch.Generator().manual_seed(rank)
+    segments = Segments((0, 5, 5, 75))
+    shapes = ((75, 600), (130, 600), (3, rank, 600), (3, 130, rank))
+    x, weight, A, B = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
+    weight /= 25.0
+    tiles = {}
+    for enough in (1, 10_000):
+        monkeypatch.setattr(blocks, "ENOUGH_PROGRAMS", enough)
+        tile = gradient_tile(x.dtype)
+        tiles[enough] = gradient_tiles(3, -(-130 // tile), -(-600 // tile))
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
+        check(FusedFlora.apply, [1.0, 0.0, 1.0], leaves[0], weight, *leaves[1:], segments, torch.float32)
+    assert tiles[1][0] > 1 == tiles[10_000][0]
+    assert all(in_tiles == 8 for _, in_tiles in tiles.values())
