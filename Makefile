@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 MODEL := assets/models/smollm2-135m/manifest.json
 ARGS ?=
 
-.PHONY: help quickstart sweep test lint types format bench bench-quick figures clean
+.PHONY: help quickstart sweep test test-gpu lint types format bench bench-quick bench-gpu figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -19,6 +19,12 @@ sweep: $(INSTALLED) $(MODEL)  ## the learning rates behind the quickstart (15 mi
 test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
+test-gpu:  ## on a machine with a GPU: its tests, and the kernels' own (PYTHON=... without .venv)
+	$(PYTHON) -m pytest tests/gpu tests/unit/kernels $(ARGS)
+
+bench-gpu:  ## on a machine with a GPU: tests, calibration and every benchmark; writes benchmarks/results
+	benchmarks/gpu.sh $(PYTHON)
+
 lint: $(INSTALLED)  ## ruff and the floors of the house
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -31,12 +37,16 @@ format: $(INSTALLED)  ## put the code in ruff's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, and the adapted layer against a frozen one; writes benchmarks/results
+bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, layers, kernels, precision; writes benchmarks/results
 	$(BIN)/python benchmarks/joint.py --save
 	$(BIN)/python benchmarks/layer.py --save
 	$(BIN)/python benchmarks/memory.py --save
 	PYTHONPATH=. $(BIN)/python benchmarks/profiles.py --save
 	$(BIN)/python benchmarks/compile_kernels.py --save
+	$(BIN)/python benchmarks/roofline.py --save
+	$(BIN)/python benchmarks/calibrate.py --save
+	$(BIN)/python benchmarks/kernels.py --save
+	$(BIN)/python benchmarks/precision.py --train --save
 
 bench-quick: $(INSTALLED)  ## the same in ten minutes: fewer repeats, the small model only
 	$(BIN)/python benchmarks/joint.py --quick

@@ -14,7 +14,8 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ WIDTHS = (1024, 2048, 4096) if DEVICE.type == "cuda" else (128, 256, 576, 1024)
 EACH = (1, 8, 16, 32, 64, 128, 256)
 ADAPTERS = (1, 4, 16, 64)
 RANKS = (1, 2, 4, 16)
-EXPAND_BELOW = (0, 16, 32, 64, 100, 128, 200, 256, 400, 512, 800, 1024, 1600)
+EXPANDING = (100, 105, 110, 120, 130, 140, 160)
+FORMING = (0, 10, 20, 30, 40, 50, 60, 80, 100, 120, 150, 200, 300)
+FORMING_A_RANK = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 GROUPED_MIB = (0, 1, 2, 4, 8, 12, 16, 24, 32, 64)
 MOST_SECONDS = 1.0
 
@@ -118,7 +121,7 @@ def measure(work: Work, repeats: int) -> Timed:
 def fit(timed: Sequence[Timed]) -> Thresholds:
     """The thresholds with the least mean loss (of its logarithm: twice as slow weighs as much as half is good)."""
     grouped = GROUPED_MIB if DEVICE.type == "cpu" else (0,)
-    candidates = [Thresholds(below, mib << 20) for below in EXPAND_BELOW for mib in grouped]
+    candidates = [Thresholds(*costs, mib << 20) for costs in product(EXPANDING, FORMING, FORMING_A_RANK) for mib in grouped]
     return min(candidates, key=lambda thresholds: mean_loss(timed, thresholds))
 
 
@@ -135,8 +138,8 @@ def report(timed: Sequence[Timed], found: dict[int, Thresholds], repeats: int) -
         f"Forward + backward of {len(timed)} shapes, residual adapters, median of up to {repeats} interleaved rounds. The loss of a",
         "rule is how many times slower its choice is than the fastest formulation of a shape (geometric mean).",
         "",
-        "| dtype | expand below (terms x tokens per adapter) | work on all adapters at once up to (MiB of W0 * M) | loss | worst shape | loss of always the same |",
-        "|---" * 6 + "|",
+        "| dtype | a term costs (% of a run through W0) | forming W0 * M costs an adapter (tokens through W0) | and a rank | work on all adapters at once up to (MiB of W0 * M) | loss | worst shape | loss of always the same |",
+        "|---" * 8 + "|",
     ]
     for size, thresholds in found.items():
         mine = [t for t in timed if t.work.bytes_each == size]
@@ -147,7 +150,7 @@ def report(timed: Sequence[Timed], found: dict[int, Thresholds], repeats: int) -
         }
         alternatives = ", ".join(f"{name.replace('_', ' ')} {loss:.2f}" for name, loss in always.items())
         lines.append(
-            f"| {DTYPES[size]} | {thresholds.expand_below} | {thresholds.grouped_bytes >> 20} | {mean_loss(mine, thresholds):.3f} | "
+            f"| {DTYPES[size]} | {thresholds.expanding} | {thresholds.forming} | {thresholds.forming_a_rank} | {thresholds.grouped_bytes >> 20} | {mean_loss(mine, thresholds):.3f} | "
             f"{worst.loss(thresholds):.2f} at {said(worst.work)} | {alternatives} |"
         )
     lines += [
@@ -178,9 +181,7 @@ def save(found: dict[int, Thresholds]) -> None:
     """Replace this device's entries."""
     known = json.loads(THRESHOLDS.read_text())
     known["measured_on"][DEVICE.type] = where()
-    known["thresholds"][DEVICE.type] = {
-        str(size): {"expand_below": t.expand_below, "grouped_bytes": t.grouped_bytes} for size, t in sorted(found.items())
-    }
+    known["thresholds"][DEVICE.type] = {str(size): asdict(t) for size, t in sorted(found.items())}
     THRESHOLDS.write_text(json.dumps(known, indent=2) + "\n")
 
 

@@ -16,11 +16,14 @@ Formulation = Literal["rank_expanded", "materialised", "grouped", "fused", "scal
 
 @dataclass(frozen=True)
 class Thresholds:
-    """expand_below: terms x tokens per adapter, below which running the tokens through W0 once per term beats forming W0 * M,
-    which costs passes over W0 per segment, however few its tokens. grouped_bytes: of all adapters' W0 * M at one time, up to
-    which a CPU works on all of them at once: beyond, they no longer stay in its cache."""
+    """expanding: what a run of tokens through W0 costs as a term of an expansion, with the products around it, in percent of a
+    run alone. forming, forming_a_rank: what forming W0 * M costs an adapter, however few its tokens, in tokens that go through W0 once:
+    passes over W0, and thin matmuls for every rank. grouped_bytes: of all adapters' W0 * M at one time, up to which a CPU
+    works on all of them at once: beyond, they no longer stay in its cache."""
 
-    expand_below: int
+    expanding: int
+    forming: int
+    forming_a_rank: int
     grouped_bytes: int
 
 
@@ -43,6 +46,11 @@ class Work:
     triton: bool = False
 
     @property
+    def each(self) -> float:
+        """Tokens per adapter."""
+        return self.tokens / max(self.segments, 1)
+
+    @property
     def terms(self) -> int:
         """Runs of the tokens through W0 that an expansion takes: every rank, and the base where it is apart."""
         return self.rank + (self.residual or self.split)
@@ -62,29 +70,30 @@ def choose_formulation(work: Work) -> Formulation:
 def decide(work: Work, thresholds: Thresholds) -> Decision:
     """The fastest formulation of fLoRA for this work, and why.
 
-    One term alone, or few tokens per adapter, is faster expanded. Else W0 * M is formed: a tile at a time in Triton; in
-    torch on a CPU of one segment a thread, or of all at once while they are small; elsewhere always of all at once, because
-    a loop over adapters would leave the device idle.
+    An expansion takes every token through W0 once a term, forward and backward; with W0 * M it goes through W0 three times
+    (four if split), after M was formed. One term alone, or few tokens per adapter, is faster expanded. W0 * M is formed a tile
+    at a time in Triton; in torch on a CPU of one segment a thread, or of all at once while they are small; elsewhere always of
+    all at once, because a loop over adapters would leave the device idle.
     """
     if work.terms == 1:
         why = "one term: the tokens of all adapters go through W0 once, between two scales"
         return Decision("scaled" if work.triton else "rank_expanded", why)
-    each = work.tokens / max(work.segments, 1)
-    if work.terms * each < thresholds.expand_below:
-        why = f"{work.terms} terms x {each:.0f} tokens per adapter < {thresholds.expand_below}: too few to form W0 * M for"
-        return Decision("rank_expanded", why)
-    enough = f"{work.terms} terms x {each:.0f} tokens per adapter >= {thresholds.expand_below}"
+    expanded = 2 * work.terms * work.each * thresholds.expanding / 100
+    formed = (3 + work.split) * work.each + thresholds.forming + thresholds.forming_a_rank * work.rank
+    costs = f"for {work.each:.0f} tokens, {work.terms} terms cost {expanded:.0f} runs through W0 and forming W0 * M {formed:.0f}"
+    if expanded < formed:
+        return Decision("rank_expanded", costs)
     if work.triton:
-        return Decision("fused", f"{enough}: W0 * M is formed a tile at a time, in registers")
+        return Decision("fused", f"{costs}; it * M is formed a tile at a time, in registers")
     if work.device != "cpu":
-        return Decision("grouped", f"{enough}, and no loop over adapters on a {work.device} device")
+        return Decision("grouped", f"{costs}; no loop over adapters on a {work.device} device")
     at_once = work.segments * work.out_features * work.in_features * work.bytes_each
     if work.even and work.segments > 1 and at_once <= thresholds.grouped_bytes:
-        return Decision("grouped", f"{enough}, and all W0 * M together are {_mib(at_once)} <= {_mib(thresholds.grouped_bytes)}")
+        return Decision("grouped", f"{costs}; all W0 * M together are {_mib(at_once)} <= {_mib(thresholds.grouped_bytes)}")
     reason = f"all W0 * M together are {_mib(at_once)} > {_mib(thresholds.grouped_bytes)}"
     if at_once <= thresholds.grouped_bytes:
         reason = "there is one adapter" if work.segments == 1 else "segments differ in length"
-    return Decision("materialised", f"{enough}, and {reason}")
+    return Decision("materialised", f"{costs}; {reason}")
 
 
 def thresholds_for(work: Work) -> Thresholds:
@@ -100,8 +109,8 @@ def calibrated_on(device: str) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _thresholds(expand_below: int, grouped_bytes: int) -> Thresholds:
-    return Thresholds(expand_below, grouped_bytes)
+def _thresholds(*numbers: int) -> Thresholds:
+    return Thresholds(*numbers)
 
 
 @lru_cache(maxsize=1)

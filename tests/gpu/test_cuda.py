@@ -1,4 +1,5 @@
-"""On a GPU: the same training as on the CPU, and no waiting for the device inside a layer."""
+"""On a GPU: the same training as on the CPU, and no waiting for the device inside a layer. The kernels' own tests, in
+tests/unit/kernels, run on a GPU where there is one, with the same parameters (`make test-gpu`)."""
 
 from __future__ import annotations
 
@@ -41,3 +42,36 @@ def test_layers_do_not_wait_for_the_device(dtype: torch.dtype) -> None:
                 layer(x[layer.in_features]).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_s_forward_and_backward_replay_from_a_cuda_graph(dtype: torch.dtype) -> None:
+    from flora_train.kernels.blocks import block_table, rank_table
+    from flora_train.kernels.flora_triton import flora_backward_op, flora_op
+    from flora_train.kernels.segments import Segments, per_segment
+
+    segments = Segments((0, 70, 70, 300))
+    device = torch.device("cuda")
+    x, dy = torch.randn(300, 128, device=device, dtype=dtype), torch.randn(300, 192, device=device, dtype=dtype)
+    weight = torch.randn(192, 128, device=device, dtype=dtype)
+    A, B = torch.randn(3, 4, 128, device=device), torch.randn(3, 192, 4, device=device)
+    bounds, blocks = block_table(segments, device, 64)
+    ranks, shift = rank_table(segments, 4, device), per_segment([0.0, 1.0, 1.0], A).view(-1)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        y = flora_op(x, weight, A, B, shift, bounds, blocks, ranks, None, 64, True)
+        return y, *flora_backward_op(dy, x, weight, A, B, shift, bounds, blocks, ranks, None, 64)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compiles before the capture
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(2):
+        x.normal_()
+        B.normal_()
+        graph.replay()
+        for replayed, eager in zip(captured, run(), strict=True):
+            assert torch.equal(replayed, eager)
