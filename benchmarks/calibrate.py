@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from adapted_layer import DEVICE, RESIDUAL, Problem, seconds, where
 
@@ -25,8 +24,8 @@ from adapted_layer import DEVICE, RESIDUAL, Problem, seconds, where
 import torch
 
 from flora_train.kernels import cost_model
-from flora_train.kernels.backend import use_backend, why_not_triton
-from flora_train.kernels.cost_model import Thresholds, Work, decide
+from flora_train.kernels.backend import why_not_triton
+from flora_train.kernels.cost_model import Formulation, Thresholds, Work, decide, place_of
 from flora_train.kernels.flora import formulation
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,30 +54,37 @@ class Timed:
         """How many times slower the chosen formulation is than the fastest one."""
         return self.seconds[decide(self.work, thresholds).formulation] / min(self.seconds.values())
 
+    def by(self, triton: bool) -> Timed:
+        """As torch, or our own kernels, see it: rank expansion is torch's in both."""
+        ours = {name: taken for name, taken in self.seconds.items() if name == "rank_expanded" or (name == "fused") == triton}
+        return Timed(replace(self.work, triton=triton), ours)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="rounds over the formulations of a shape")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS} and {THRESHOLDS}")
     options = parser.parse_args()
-    triton = DEVICE.type == "cuda" and why_not_triton(DEVICE) is None
-    use_backend("triton" if triton else "torch", DEVICE)
-    shapes = list(works(triton))
+    ways = [False, *([True] if DEVICE.type == "cuda" and why_not_triton(DEVICE) is None else [])]
+    shapes = list(works())
     began, timed = time.monotonic(), []
     for i, work in enumerate(shapes):
-        timed.append(measure(work, options.repeats))
+        timed.append(measure(work, options.repeats, with_triton=ways[-1]))
         left = (time.monotonic() - began) / (i + 1) * (len(shapes) - i - 1)
         print(f"\r{i + 1}/{len(shapes)} shapes, {left:.0f} s left", end="", flush=True)
     print("\r" + " " * 40)
-    found = {size: fit([t for t in timed if t.work.bytes_each == size]) for size in DTYPES}
-    text = "\n".join(report(timed, found, options.repeats)) + "\n"
-    print(text)
-    if options.save:
-        (RESULTS / f"calibration_{DEVICE.type}.md").write_text(text)
-        save(found)
+    for triton in ways:
+        mine = [t.by(triton) for t in timed]
+        found = {size: fit([t for t in mine if t.work.bytes_each == size]) for size in DTYPES}
+        text = "\n".join(report(mine, found, options.repeats)) + "\n"
+        print(text)
+        if options.save:
+            name = place_of(mine[0].work)
+            (RESULTS / f"calibration_{name.replace(', ', '_')}.md").write_text(text)
+            save(name, found)
 
 
-def works(triton: bool) -> list[Work]:
+def works() -> list[Work]:
     """Shapes around the turning points. Residual adapters: pure ones of one rank more take as many terms."""
     found = []
     for size in DTYPES:
@@ -89,19 +95,17 @@ def works(triton: bool) -> list[Work]:
                         work = Work(rank, True, each * adapters, adapters, width, width, bytes_each=size, split=size == 2)
                         turning = 8 <= work.terms * each <= 2048
                         if each * adapters <= MOST_TOKENS and turning and each * adapters >= 16:
-                            found.append(replace(work, device=DEVICE.type, triton=triton))
+                            found.append(replace(work, device=DEVICE.type))
     return found
 
 
-def measure(work: Work, repeats: int) -> Timed:
+def measure(work: Work, repeats: int, with_triton: bool) -> Timed:
     """The median seconds of every formulation that this work could take."""
     problem = Problem(work.in_features, work.tokens, work.segments, work.rank, DTYPES[work.bytes_each])
-    names = [
-        "rank_expanded",
-        *(["fused"] if work.triton else ["grouped"] if work.device != "cpu" else ["materialised", "grouped"]),
-    ]
+    names: list[Formulation] = ["rank_expanded", *(["materialised"] if work.device == "cpu" else []), "grouped"]
+    names += ["fused"] if with_triton else []
 
-    def once(name: Any) -> None:
+    def once(name: Formulation) -> None:
         offset = problem.numbers(RESIDUAL)
         arguments = (problem.x, problem.weight, problem.A, problem.B, offset, problem.segments, work.split)
         formulation(name).apply(*arguments).backward(problem.dy)
@@ -177,11 +181,15 @@ def said(work: Work) -> str:
     return f"d {work.in_features}, {work.segments} x {work.tokens // work.segments} tokens, r {work.rank}"
 
 
-def save(found: dict[int, Thresholds]) -> None:
-    """Replace this device's entries."""
+def save(name: str, found: dict[int, Thresholds]) -> None:
+    """Replace the entries of this device and backend; those that were never measured follow the CPU's."""
     known = json.loads(THRESHOLDS.read_text())
-    known["measured_on"][DEVICE.type] = where()
-    known["thresholds"][DEVICE.type] = {str(size): asdict(t) for size, t in sorted(found.items())}
+    known["measured_on"][name] = where()
+    known["thresholds"][name] = {str(size): asdict(t) for size, t in sorted(found.items())}
+    for other, measured in known["measured_on"].items():
+        if measured is None:
+            cpu = known["thresholds"]["cpu"]
+            known["thresholds"][other] = {size: numbers | {"grouped_bytes": 0} for size, numbers in cpu.items()}
     THRESHOLDS.write_text(json.dumps(known, indent=2) + "\n")
 
 

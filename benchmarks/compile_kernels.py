@@ -99,9 +99,11 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
     forward = {"weight_feature": FEATURES, "weight_summed": 1, "left_rank": 1, "right_summed": 1, "SPLIT": dtype != "fp32"}
     backward = {"weight_feature": 1, "weight_summed": FEATURES, "left_feature": 1, "right_rank": 1, "SPLIT": False}
     found = {}
-    for tokens in sorted({flora.block_tokens(Segments((0, n)), DTYPES[dtype], capability) for n in (1, 128, 4096)}):
+    for tokens in sorted({flora.block_tokens(Segments((0, n)), DTYPES[dtype], rank, capability) for n in (1, 128, 4096)}):
         matmul = of_rank | blocks | {"TOKENS": tokens, "FEATURES": tile, "SUMMED": flora.BLOCK_SUMMED}
         found[f"fLoRA y, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | forward)
+        if dtype != "fp32":
+            found[f"fLoRA y, not split, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | forward | {"SPLIT": False})
         found[f"fLoRA dX, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | backward)
     gradients = of_rank | {"TOKENS": flora.BLOCK_SUMMED, "TILE": flora.gradient_tile(DTYPES[dtype]), "ORDERED": False}
     gradients["num_warps"] = flora.GRADIENT_WARPS
@@ -109,7 +111,9 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
     return found | {
         "fLoRA dA, dB": launched(flora._adapter_gradients, gradients),
         "LoRA shrink": launched(lora._shrink, of_lora | parts | {"stack_feature": 1}),
+        "LoRA shrink of dY": launched(lora._shrink, of_lora | parts | {"stack_rank": 1}),
         "LoRA expand": launched(lora._expand, of_expand | blocks | {"stack_rank": 1, "ADD": True}),
+        "LoRA expand to dX": launched(lora._expand, of_expand | blocks | {"stack_feature": 1, "ADD": False}),
         "LoRA dA, dB": launched(lora._outer, of_lora | parts),
         "IA3 y": launched(ia3._scale, blocks),
         "IA3 dX, dl": launched(ia3._scale_gradients, parts),
@@ -203,7 +207,7 @@ def main() -> int:
         "# The Triton kernels, compiled",
         "",
         f"triton {triton.__version__}, blocks of {BLOCK_TOKENS} tokens (fLoRA: as named) x {BLOCK_FEATURES} features (fLoRA in fp32 from rank 17 on: half of that), "
-        f"{flora.BLOCK_SUMMED} summed at a time. `python benchmarks/compile_kernels.py --save` prints this file.",
+        f"{flora.BLOCK_SUMMED} summed at a time, tokens in order, 8 parts. `python benchmarks/compile_kernels.py --save` prints this file.",
         "",
     ]
     text = "\n".join([*heading, *table(found)]) + "\n"

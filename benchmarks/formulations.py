@@ -103,17 +103,16 @@ def main() -> None:
     use_precision(options.precision)
     shapes = list(grid(options.quick))
     began, rows = time.monotonic(), []
+    suffix = DEVICE.type + ("" if options.precision == "auto" else f"_{options.precision}")
     for i, shape in enumerate(shapes):
         rows.append(measure(*shape, options.repeats))
+        if options.save and (i + 1 == len(shapes) or shapes[i + 1][:2] != shape[:2]):  # a batch is complete
+            (RESULTS / f"kernels_{suffix}.md").write_text("\n".join(report(rows, options.repeats)) + "\n")
+            plot(rows, RESULTS / f"critical_rank_{suffix}.svg")
         left = (time.monotonic() - began) / (i + 1) * (len(shapes) - i - 1)
         print(f"\r{i + 1}/{len(shapes)} shapes, {left:.0f} s left", end="", flush=True)
     print("\r" + " " * 40)
-    name = f"kernels_{DEVICE.type}" + ("" if options.precision == "auto" else f"_{options.precision}")
-    text = "\n".join(report(rows, options.repeats)) + "\n"
-    print(text)
-    if options.save:
-        (RESULTS / f"{name}.md").write_text(text)
-        plot(rows, RESULTS / f"critical_rank_{DEVICE.type}.svg")
+    print("\n".join(report(rows, options.repeats)))
 
 
 def grid(quick: bool) -> Iterator[tuple[int, int, int, int]]:
@@ -123,7 +122,8 @@ def grid(quick: bool) -> Iterator[tuple[int, int, int, int]]:
             for each in EACH:
                 if each <= tokens and (tokens // each <= MOST_ADAPTERS or each == 1):
                     for rank in RANKS:
-                        if 2 * tokens // each * rank * d * 4 <= MOST_BYTES:
+                        factors = 2 * tokens // each * rank * d * 4  # and their gradients, twice while one is added
+                        if 3 * factors <= MOST_BYTES:
                             yield d, tokens, each, rank
 
 
@@ -136,7 +136,10 @@ def measure(d: int, tokens: int, each: int, rank: int, repeats: int) -> Row:
         too_large = contender.forms_weights and adapters * d * d * DTYPE.itemsize * 2 > MOST_BYTES
         too_large |= contender.loops and adapters > MOST_ADAPTERS
         too_large |= contender.forward is rank_expansion and expanded > MOST_BYTES
-        ratios[name] = None if too_large else problem.ratio(contender.forward, repeats, MOST_SECONDS)
+        try:
+            ratios[name] = None if too_large else problem.ratio(contender.forward, repeats, MOST_SECONDS)
+        except torch.cuda.OutOfMemoryError:
+            ratios[name] = None
     return Row(d, tokens, each, rank, ratios)
 
 
@@ -171,8 +174,7 @@ def report(rows: Sequence[Row], repeats: int) -> list[str]:
 def against_best(row: Row) -> float:
     """Ours as a multiple of the fastest other formulation of the same adapter."""
     others = [row.ratios[name] for name in ("fLoRA, rank expansion (paper)", "fLoRA, F.grouped_mm", "HiRA, PEFT")]
-    mine = row.ratios["fLoRA, ours"]
-    assert mine is not None
+    mine = row.ratios["fLoRA, ours"] or math.nan
     return mine / min((other for other in others if other is not None), default=mine)
 
 

@@ -1,15 +1,15 @@
 """A whole training step of a large model: ours, all adapters in one batch, against PEFT, adapter by adapter.
 
 A random-weight StarCoder2-3B (real shapes) in bfloat16 on a GPU, or with --tiny a small one anywhere; every contender has a copy of
-the model, and their steps (forward, loss, backward, AdamW) take turns. Prints useful tokens per second, peak memory beyond the
-frozen weights, and the ratio to PEFT (median of neighbouring steps). Usage: python benchmarks/large_step.py [--tiny] [--save]
+the model, and their steps (forward, loss, backward, AdamW) take turns. Prints useful tokens per second, peak memory, and the
+ratio to PEFT (median of neighbouring steps). Usage: python benchmarks/large_step.py [--tiny] [--save]
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,51 +57,59 @@ def main() -> None:
         "",
         f"{where()}. StarCoder2 shapes, random weights, rank {RANK} on every linear layer. `python benchmarks/large_step.py --save` prints this file.",
         "",
-        "| adapters | contender | tokens/s | memory beyond the weights (GiB) | times PEFT's speed (its loop of the same kind) |",
+        "| adapters | contender | tokens/s | memory, base included (GiB) | times PEFT's speed (its loop of the same kind) |",
         "|---|---|---|---|---|",
     ]
     for adapters in (8, 32):
-        lines += compare(adapters, options.tiny, options.repeats)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.save:
-        RESULT.write_text(text)
+        for rival, ways in RIVALS.items():
+            lines += compare(adapters, rival, ways, options.tiny, options.repeats)
+            if options.save:
+                RESULT.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
-def compare(adapters: int, tiny: bool, repeats: int) -> list[str]:
+RIVALS: dict[str, list[tuple[str, Precision]]] = {"lora": [("lora", "auto")], "hira": [("flora", "split"), ("flora", "fused")]}
+"""PEFT's method -> ours beside it. Only these are in memory at one time."""
+
+
+def compare(adapters: int, rival: str, ways: Sequence[tuple[str, Precision]], tiny: bool, repeats: int) -> list[str]:
     """Markdown rows."""
     length = 16 if tiny else LENGTH
     ids = torch.randint(0, 97, (adapters, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    steps: dict[str, Step] = {
-        "PEFT loop, LoRA": peft_loop(LoraConfig(r=RANK, target_modules=TARGETS), ids, tiny),
-        "PEFT loop, HiRA": peft_loop(HiraConfig(r=RANK, target_modules=TARGETS), ids, tiny),
-        "ours, LoRA": ours("lora", "auto", ids, tiny),
-        "ours, fLoRA, split": ours("flora", "split", ids, tiny),
-        "ours, fLoRA, fused": ours("flora", "fused", ids, tiny),
-    }
-    memory = {name: peak(step) for name, step in steps.items()}
+    makers: dict[str, Callable[[], Step]] = {f"PEFT loop, {rival}": lambda: peft_loop(rival, ids, tiny)}
+    for method, precision in ways:
+        name = f"ours, {method}" + (f", {precision}" if method == "flora" else "")
+        makers[name] = lambda method=method, precision=precision: ours(method, precision, ids, tiny)
+    steps, memory = {}, {}
+    for name, make in makers.items():
+        try:
+            steps[name], memory[name] = loaded(make)
+        except torch.cuda.OutOfMemoryError:
+            memory[name] = "does not fit"
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             taken[name].append(seconds(step))
+    peft = taken.get(f"PEFT loop, {rival}", [])
     rows = []
-    for name, of_name in taken.items():
-        rival = "PEFT loop, LoRA" if "LoRA" in name and "fLoRA" not in name else "PEFT loop, HiRA"
-        ratio = statistics.median(theirs / mine for theirs, mine in zip(taken[rival], of_name, strict=True))
-        speed = ids.numel() / statistics.median(of_name)
-        rows.append(f"| {adapters} | {name} | {speed:.0f} | {memory[name]} | {ratio:.2f} |")
+    for name, needed in memory.items():
+        speed = f"{ids.numel() / statistics.median(taken[name]):.0f}" if name in taken else "-"
+        pairs = [theirs / mine for theirs, mine in zip(peft, taken.get(name, []), strict=False)]
+        rows.append(f"| {adapters} | {name} | {speed} | {needed} | {f'{statistics.median(pairs):.2f}' if pairs else '-'} |")
     return rows
 
 
-def peak(step: Step) -> str:
-    """What a step needs beyond what stays, in GiB. The first call also warms up."""
-    step()
+def loaded(make: Callable[[], Step]) -> tuple[Step, str]:
+    """A contender after its first two steps, and the most that it took while it made them, its copy of the base included."""
     if DEVICE.type != "cuda":
-        return "-"
-    stays = torch.cuda.memory_allocated()
+        step = make()
+        step()
+        return step, "-"
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step()
-    return f"{(torch.cuda.max_memory_allocated() - stays) / 2**30:.2f}"
+    step = make()
+    step(), step()
+    return step, f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.1f}"
 
 
 def load(tiny: bool) -> Any:
@@ -113,13 +121,14 @@ def load(tiny: bool) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).train()
 
 
-def peft_loop(config: Any, ids: torch.Tensor, tiny: bool) -> Step:
+def peft_loop(method: str, ids: torch.Tensor, tiny: bool) -> Step:
     """Every adapter is made active in turn, for its own row; one AdamW step for all."""
+    config = (LoraConfig if method == "lora" else HiraConfig)(r=RANK, target_modules=TARGETS)
     model = get_peft_model(load(tiny), config, adapter_name="0")
     for k in range(1, len(ids)):
         model.add_adapter(str(k), config)
-    kind = "lora_" if isinstance(config, LoraConfig) else "hira_"
-    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if kind in name], lr=1e-3, weight_decay=0.0)
+    parameters = [p for name, p in model.named_parameters() if f"{method}_" in name]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
 
     def step() -> None:
         for k, row in enumerate(ids.split(1)):

@@ -62,7 +62,7 @@ def main() -> None:
     ]
     torch.set_num_threads(1)
     columns = layer.as_run()
-    problems = {name: layer.Problem(SHAPE, torch.float32, columns[name][0]) for name in LAYERS}
+    problems = {name: layer.Problem(*SHAPE, columns[name][0], torch.float32) for name in LAYERS}
     steps = {name: layer_step(problems[name], columns[name][1]) for name in LAYERS}
     lines += table({"frozen": layer_step(problems["IA3"], layer.Problem.frozen), **steps})
     text = "\n".join(lines)

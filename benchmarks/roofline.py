@@ -78,12 +78,12 @@ class Layer:
 def modulated(layer: Layer, chip: Chip, split: bool) -> Kernel:
     """y or dX: every block of tokens modulates all of W0 for itself."""
     each = layer.tokens // layer.adapters
-    block = flora_triton.block_tokens(Segments((0, each)), DTYPE, chip.capability)
+    block = flora_triton.block_tokens(Segments((0, each)), DTYPE, layer.rank, chip.capability)
     blocks = layer.adapters * -(-each // block)
     rank = matmul_constants(DTYPE, layer.rank)["RANK"]
     numbers = float(blocks) * layer.d**2
     moved = layer.matmul().moved + 4.0 * layer.adapters * 2 * layer.d * layer.rank
-    return Kernel((1 + split) * 2 * numbers * block, 2 * rank * numbers, MODULATION * numbers, moved)
+    return Kernel((1 + split) * 2 * numbers * block, (3 if split else 1) * 2 * rank * numbers, MODULATION * numbers, moved)
 
 
 def gradients(layer: Layer) -> Kernel:
@@ -106,8 +106,9 @@ def flora(layer: Layer, chip: Chip, split: bool, overlapping: bool) -> float:
 def expansion(layer: Layer, chip: Chip) -> float:
     """The paper's: every rank's copy of the tokens, through W0 and back."""
     product = layer.matmul()
-    one = Kernel(layer.rank * product.half, 0, 0, layer.rank * BYTES * 4 * layer.tokens * layer.d + BYTES * layer.d**2)
-    return 2 * one.seconds(chip, True)
+    matmul = Kernel(layer.rank * product.half, 0, 0, layer.rank * product.moved)
+    products = Kernel(0, 0, 0, layer.rank * BYTES * 4 * layer.tokens * layer.d)  # a * x, and the sum of b * z
+    return 2 * (matmul.seconds(chip, True) + products.seconds(chip, True))
 
 
 def lora(layer: Layer, chip: Chip) -> float:

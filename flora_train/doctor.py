@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from flora_train.adapters.base_model import check_quantiser, empty_model, resolve_dtype
+from flora_train.adapters.pool import pool_key
 from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.adapters.targets import find_targets
 from flora_train.config.errors import UserError
@@ -58,12 +59,14 @@ def doctor(config: RunConfig) -> None:
         highlight=False,
     )
     model = empty_model(config.model)
-    families: dict[str, list[AdapterSpec]] = defaultdict(list)
+    pools: dict[tuple[object, ...], list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
-        families[spec.family].append(spec)
-    for family, members in families.items():
+        pools[pool_key(spec)].append(spec)
+    for members in pools.values():
+        families = Counter(spec.family for spec in members)
         rank = f", rank {members[0].rank}" if members[0].rank else ""
-        console.print(f"\n{len(members)} x {family}{rank}", style="bold", highlight=False)
+        names = " + ".join(f"{number} x {family}" for family, number in families.items())
+        console.print(f"\n{names}{rank}", style="bold", highlight=False)
         for choice, layers in choices_of(members, model, each, dtype, device).items():
             console.print(f"  {', '.join(layers)}\n      {choice.runs}\n      {choice.why}", highlight=False)
     if refused is not None:
@@ -96,8 +99,8 @@ def _facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Itera
         else "has no meaning in float32"
     )
     yield "precision", f"{half} (kernels.precision={config.kernels.precision})"
-    measured = calibrated_on(device.type)
-    yield "thresholds", f"measured on {measured}" if measured else f"not measured on a {device.type} device: a CPU's rule"
+    measured = calibrated_on(Work(1, False, 1, 1, 1, 1, device=device.type, triton=runs_in_triton(torch.empty(0, dtype=dtype))))
+    yield "thresholds", f"measured on {measured}" if measured else "not measured on such a device: a CPU's"
 
 
 def choices_of(
@@ -110,15 +113,16 @@ def choices_of(
     )
     found: dict[Choice, list[str]] = defaultdict(list)
     for (name, in_features, out_features), count in kinds.items():
-        choice = _choice(members[0], len(members), each, in_features, out_features, dtype, device)
+        choice = _choice(members, each, in_features, out_features, dtype, device)
         found[choice].append(f"{count} {name} {in_features} x {out_features}")
     return found
 
 
 def _choice(
-    spec: AdapterSpec, count: int, each: float, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
+    members: Sequence[AdapterSpec], each: float, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
 ) -> Choice:
-    triton = runs_in_triton(torch.empty(0, dtype=dtype))
+    spec = members[0]
+    triton = runs_in_triton(torch.empty(0, dtype=dtype), spec.rank)
     where = "Triton" if triton else "torch"
     if spec.method == "lora":
         return Choice(f"shrink and expand ({where})", "the base layer, and two thin matmuls that add to its output")
@@ -126,9 +130,9 @@ def _choice(
         return Choice(f"one scale ({where})", "the base layer, and a product a feature")
     work = Work(
         rank=spec.rank,
-        residual=bool(spec.offset),
-        tokens=round(each * count),
-        segments=count,
+        residual=any(spec.offset for spec in members),
+        tokens=round(each * len(members)),
+        segments=len(members),
         in_features=in_features,
         out_features=out_features,
         bytes_each=dtype.itemsize,

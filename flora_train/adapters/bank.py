@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.methods import Target
-from flora_train.adapters.pool import Pool
+from flora_train.adapters.pool import Pool, pool_key
 from flora_train.adapters.routing import Router, RowNoise, build_routing
 from flora_train.adapters.spec import BASE, BASE_ID, AdapterSpec
 from flora_train.adapters.targets import check_base, find_targets
@@ -49,7 +49,7 @@ class AdapterBank:
         groups: dict[tuple[Any, ...], list[AdapterSpec]] = defaultdict(list)
         targets_of: dict[tuple[Any, ...], dict[str, Target]] = {}
         for spec in specs:
-            key = (spec.method, spec.rank, spec.target_modules, spec.feedforward_modules)
+            key = pool_key(spec)
             if key not in targets_of:
                 targets_of[key] = find_targets(model, spec)
             groups[key].append(spec)

@@ -118,8 +118,11 @@ def empty_model(config: ModelConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     published = load_model_config(config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(published, trust_remote_code=config.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(published, trust_remote_code=config.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise fail("model.path", config.path, f"cannot be loaded: {first_line(error)}") from error
 
 
 def without_dropout(config: Any) -> None:

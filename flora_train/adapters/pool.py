@@ -31,6 +31,11 @@ class GatherRows(torch.autograd.Function):
         return None, None, None
 
 
+def pool_key(spec: AdapterSpec) -> tuple[str, int, object, object]:
+    """Adapters with the same key share a pool."""
+    return spec.method, spec.rank, spec.target_modules, spec.feedforward_modules
+
+
 class Pool:
     """values, gradients: [slots, P] float32, P the numbers of one adapter; `specs[slot]` says whose row it is."""
 

@@ -14,10 +14,10 @@ Saved = Tensor | tuple[torch.Size, tuple[int, ...]]
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether `layer` holds its weight as a quantiser packed it: bitsandbytes (4 and 8 bit), HQQ or torchao."""
-    weight = getattr(layer, "weight", None)
-    packed = isinstance(weight, Tensor) and not weight.is_floating_point()
-    return packed or hasattr(layer, "W_q") or type(weight).__module__.startswith("torchao.")
+    """Whether `layer` holds its weight as a quantiser that PEFT knows packed it: bitsandbytes' 4 and 8 bit, HQQ's layers (W_q),
+    or torchao's tensors."""
+    weight = type(getattr(layer, "weight", None))
+    return hasattr(layer, "W_q") or weight.__name__ in ("Params4bit", "Int8Params") or weight.__module__.startswith("torchao.")
 
 
 @contextmanager

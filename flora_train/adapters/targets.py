@@ -27,7 +27,7 @@ def linear_layers(model: Any) -> dict[str, Target]:
     for name, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or hasattr(module, "W_q"):  # HQQ's layer is no nn.Linear
             found[name] = Target(name, module.in_features, module.out_features, transposed=False)
         elif isinstance(module, Conv1D):
             found[name] = Target(name, module.nx, module.nf, transposed=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,6 +39,7 @@ def fused_adamw(
     numbers: [K, 4] float32, row k for slots[k]: clip factor, decay factor, -lr / (1 - beta1^t), sqrt(1 - beta2^t).
     """
     size = values.shape[1]
-    _adamw[(len(slots), triton.cdiv(size, BLOCK))](
-        values, gradients, first, second, slots, numbers, size, *betas, eps, BLOCK=BLOCK
-    )
+    with torch.cuda.device_of(values):
+        _adamw[(len(slots), triton.cdiv(size, BLOCK))](
+            values, gradients, first, second, slots, numbers, size, *betas, eps, BLOCK=BLOCK
+        )

@@ -35,9 +35,13 @@ def use_precision(wanted: Precision) -> None:
     _split = wanted != "fused"
 
 
-def runs_in_triton(x: Tensor) -> bool:
+TRITON_RANKS = 64
+"""The largest rank that our kernels were compiled for (benchmarks/compile_kernels.py); torch takes what is larger."""
+
+
+def runs_in_triton(x: Tensor, rank: int = 1) -> bool:
     """Whether our own kernels take tensors of this type: not before they were chosen, and float64, for references, never."""
-    return _chosen == "triton" and x.dtype != torch.float64
+    return _chosen == "triton" and x.dtype != torch.float64 and rank <= TRITON_RANKS
 
 
 def splits(dtype: torch.dtype) -> bool:

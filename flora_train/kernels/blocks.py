@@ -36,6 +36,11 @@ def rank_table(segments: Segments, rank: int, device: torch.device) -> Tensor:
     return torch.tensor(segments.ranks or [rank] * len(segments), dtype=torch.int32, device=device)
 
 
+def like(tensor: Tensor) -> Tensor:
+    """What an op returns for a tensor of this shape and type, for torch.compile: contiguous, as the kernels write it."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 @triton.jit
 def place(t, there, order, ORDERED: tl.constexpr):
     """Where tokens t of the grouped order lie in memory: there, or with ORDERED where `order` says."""

@@ -84,7 +84,7 @@ def decide(work: Work, thresholds: Thresholds) -> Decision:
     if expanded < formed:
         return Decision("rank_expanded", costs)
     if work.triton:
-        return Decision("fused", f"{costs}; it * M is formed a tile at a time, in registers")
+        return Decision("fused", f"{costs}; W0 * M is formed a tile at a time, in registers")
     if work.device != "cpu":
         return Decision("grouped", f"{costs}; no loop over adapters on a {work.device} device")
     at_once = work.segments * work.out_features * work.in_features * work.bytes_each
@@ -99,18 +99,24 @@ def decide(work: Work, thresholds: Thresholds) -> Decision:
 def thresholds_for(work: Work) -> Thresholds:
     """Those of this device and size of number, or of the nearest that is known."""
     known = _calibration()["thresholds"]
-    of_device = known.get(work.device, known["cuda"])
-    return _thresholds(*of_device.get(str(work.bytes_each), of_device["4"]).values())
+    of_device = known.get(place_of(work), known["cuda"])
+    numbers = of_device.get(str(work.bytes_each), of_device["4"])
+    return _thresholds(**numbers)
 
 
-def calibrated_on(device: str) -> str | None:
-    """Machine and versions on which this device's thresholds were measured; None: they are its nearest neighbour's."""
-    return _calibration()["measured_on"].get(device)
+def place_of(work: Work) -> str:
+    """The name of its thresholds: the device, and whether torch or our own kernels form W0 * M there."""
+    return f"{work.device}, triton" if work.triton else work.device
+
+
+def calibrated_on(work: Work) -> str | None:
+    """Machine and versions on which the thresholds for this work were measured; None: they are a CPU's."""
+    return _calibration()["measured_on"].get(place_of(work))
 
 
 @lru_cache(maxsize=64)
-def _thresholds(*numbers: int) -> Thresholds:
-    return Thresholds(*numbers)
+def _thresholds(**numbers: int) -> Thresholds:
+    return Thresholds(**numbers)
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from flora_train.kernels.backend import runs_in_triton, splits
 from flora_train.kernels.cost_model import Formulation, Work, choose_formulation
 from flora_train.kernels.flora_grouped import GroupedFlora
 from flora_train.kernels.flora_torch import MaterialisedFlora, RankExpandedFlora
-from flora_train.kernels.segments import Segments, check_stack, in_order, within_ranks
+from flora_train.kernels.segments import Segments, check_layout, check_stack, in_order, within_ranks
 
 
 def flora_linear(
@@ -36,6 +36,7 @@ def flora_linear(
     check_stack("x", x.shape, (segments.tokens, weight.shape[1]))
     check_stack("A", A.shape, (len(segments), rank, weight.shape[1]))
     check_stack("B", B.shape, (K, weight.shape[0], rank))
+    check_layout(segments, rank, order)
     x, weight = as_linear_casts(x, weight)
     work = Work(
         rank=rank,
@@ -48,7 +49,7 @@ def flora_linear(
         bytes_each=weight.element_size(),
         split=splits(x.dtype),
         device=x.device.type,
-        triton=runs_in_triton(x),
+        triton=runs_in_triton(x, rank),
     )
     chosen = choose_formulation(work)
     apply = formulation(chosen).apply

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flora_train.kernels import blocks as programs
-from flora_train.kernels.blocks import BLOCK_FEATURES, block_table, matmul_constants, place, rank_table
+from flora_train.kernels.blocks import BLOCK_FEATURES, block_table, like, matmul_constants, place, rank_table
 from flora_train.kernels.ia3_triton import FusedScale
 from flora_train.kernels.segments import Segments, per_segment
 
@@ -38,10 +38,11 @@ def _modulated_matmul(
 ):  # fmt: skip
     """y[t, f] = sum_s x[t, s] weight[f, s] (offset_k + sum_j left[k, f, j] right[k, j, s]) for the tokens of one block.
 
-    SPLIT: the sum of x weight and x (weight * (M - 1)), which half precision needs for an M near 1.
+    SPLIT: the sum of x weight and x (weight * (M - 1)), which half precision needs for an M near 1; M itself is then summed
+    from three products of tf32, because one has no more than ten bits.
     """
     block = tl.program_id(0)
-    k = tl.load(blocks + 3 * block)
+    k = tl.load(blocks + 3 * block).to(tl.int64)
     if k < 0:
         return
     rank = tl.load(ranks + k)
@@ -70,7 +71,7 @@ def _modulated_matmul(
             mask=(j[:, None] < rank) & (s[None, :] < summed),
             other=0.0,
         ).to(tl.float32)
-        M = tl.dot(left_tile, right_tile, input_precision=PRECISION) + shift
+        M = tl.dot(left_tile, right_tile, input_precision="tf32x3" if SPLIT else PRECISION) + shift
         x_columns = tl.trans(x_tile)
         if SPLIT:
             acc = tl.dot(w_tile, x_columns, acc, input_precision=PRECISION)
@@ -92,14 +93,14 @@ def _adapter_gradients(
 
     dA: [programs along out, K, rank, in]; dB: [programs along in, K, out, rank]: parts to be summed, in one order every run.
     """
-    k, out_part, in_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    k, out_part, in_part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     j = tl.arange(0, RANK)
     start, end = tl.load(bounds + k), tl.load(bounds + k + 1)
     used = j < tl.load(ranks + k)
     A += k * rank * in_features
     B += k * out_features * rank
-    dA += (out_part * K + k).to(tl.int64) * rank * in_features
-    dB += (in_part * K + k).to(tl.int64) * out_features * rank
+    dA += (out_part * K + k) * rank * in_features
+    dB += (in_part * K + k) * out_features * rank
     for tile in range(out_tiles * in_tiles):
         o = (out_part * out_tiles + tile // in_tiles) * TILE + tl.arange(0, TILE)
         i = (in_part * in_tiles + tile % in_tiles) * TILE + tl.arange(0, TILE)
@@ -176,12 +177,14 @@ def flora_backward_op(
     out_parts, in_parts = (
         triton.cdiv(features, n * tile) for features, n in zip((out_features, in_features), tiles, strict=True)
     )
-    dA, dB = A.new_empty(out_parts, *A.shape), B.new_empty(in_parts, *B.shape)
-    _adapter_gradients[(K, out_parts, in_parts)](
-        x, dy, weight, A, B, bounds, ranks, ranks if order is None else order, dA, dB, in_features, out_features, rank, K, *tiles,
-        TOKENS=BLOCK_SUMMED, TILE=tile, ORDERED=order is not None, **tuning(x.dtype, rank) | {"num_warps": GRADIENT_WARPS},
-    )  # fmt: skip
-    return dx, dA.sum(0), dB.sum(0)
+    dA = A.new_empty(out_parts, *A.shape, dtype=torch.float32)
+    dB = B.new_empty(in_parts, *B.shape, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _adapter_gradients[(K, out_parts, in_parts)](
+            x, dy, weight, A, B, bounds, ranks, ranks if order is None else order, dA, dB, in_features, out_features, rank, K, *tiles,
+            TOKENS=BLOCK_SUMMED, TILE=tile, ORDERED=order is not None, **tuning(x.dtype, rank) | {"num_warps": GRADIENT_WARPS},
+        )  # fmt: skip
+    return dx, dA.sum(0).to(A.dtype), dB.sum(0).to(B.dtype)
 
 
 @flora_op.register_fake
@@ -191,7 +194,7 @@ def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 @flora_backward_op.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(A), torch.empty_like(B)
+    return like(x), like(A), like(B)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -221,7 +224,7 @@ class FusedFlora:
         split: bool,
         order: Tensor | None = None,
     ) -> Tensor:
-        tokens = block_tokens(segments, x.dtype, compute_capability(x.device))
+        tokens = block_tokens(segments, x.dtype, A.shape[1], compute_capability(x.device))
         bounds, blocks = block_table(segments, x.device, tokens)
         ranks = rank_table(segments, A.shape[1], x.device)
         shift = per_segment(offset, A).view(-1).float()
@@ -266,12 +269,13 @@ def _launch_matmul(
     left and right as they lie in memory."""
     (features, summed), rank = weight.shape, left.shape[2]
     tile = block_features(x.dtype, rank)
-    _modulated_matmul[(len(blocks), triton.cdiv(features, tile))](
-        x, weight, left, right, offset, blocks, ranks, ranks if order is None else order, y, features, summed,
-        x.stride(0), *weight.stride(), *left.stride(), *right.stride(), y.stride(0),
-        TOKENS=tokens, FEATURES=tile, SUMMED=BLOCK_SUMMED,
-        SPLIT=split, ORDERED=order is not None, **tuning(x.dtype, rank),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _modulated_matmul[(len(blocks), triton.cdiv(features, tile))](
+            x, weight, left, right, offset, blocks, ranks, ranks if order is None else order, y, features, summed,
+            x.stride(0), *weight.stride(), *left.stride(), *right.stride(), y.stride(0),
+            TOKENS=tokens, FEATURES=tile, SUMMED=BLOCK_SUMMED,
+            SPLIT=split, ORDERED=order is not None, **tuning(x.dtype, rank),
+        )  # fmt: skip
 
 
 def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
@@ -280,11 +284,12 @@ def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     return matmul_constants(dtype, rank) | {"num_warps": 4, "num_stages": 2}
 
 
-def block_tokens(segments: Segments, dtype: torch.dtype, capability: int) -> int:
+def block_tokens(segments: Segments, dtype: torch.dtype, rank: int, capability: int) -> int:
     """Tokens that share a modulated tile of W0: the more, the less modulation costs, as far as segments are long enough and
-    registers hold the sums (sm_90 and sm_100 multiply from shared memory and leave more of them). capability: of the GPU, 90
-    for an H100."""
-    most = 64 if dtype == torch.float32 else 256 if 90 <= capability < 120 else 128
+    registers hold the sums beside the factors (sm_90 and sm_100 multiply from shared memory and leave more of them).
+    capability: of the GPU, 90 for an H100."""
+    most, few = (256, rank <= 16) if 90 <= capability < 120 else (128, rank <= 32)
+    most = 64 if dtype == torch.float32 else most if few else most // 2
     return min(most, max(64, triton.next_power_of_2(segments.tokens // len(segments))))
 
 

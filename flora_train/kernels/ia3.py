@@ -7,7 +7,7 @@ from torch import Tensor
 from flora_train.kernels.autocast import no_autocast
 from flora_train.kernels.backend import runs_in_triton
 from flora_train.kernels.ia3_torch import SegmentedScale
-from flora_train.kernels.segments import Segments, check_stack, in_order
+from flora_train.kernels.segments import Segments, check_layout, check_stack, in_order
 
 
 def ia3_scale(x: Tensor, scale: Tensor, segments: Segments, order: Tensor | None = None) -> Tensor:
@@ -19,6 +19,7 @@ def ia3_scale(x: Tensor, scale: Tensor, segments: Segments, order: Tensor | None
     """
     check_stack("x", x.shape, (segments.tokens, scale.shape[1]))
     check_stack("scale", scale.shape, (len(segments), x.shape[1]))
+    check_layout(segments, 1, order)
     with no_autocast(x):
         if runs_in_triton(x):
             from flora_train.kernels.ia3_triton import FusedScale  # loaded when it is first asked for

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, part_of_segment, parts_for, place
+from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, like, part_of_segment, parts_for, place
 from flora_train.kernels.segments import Segments
 
 
@@ -17,7 +17,7 @@ from flora_train.kernels.segments import Segments
 def _scale(x, scale, blocks, order, y, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr, ORDERED: tl.constexpr):
     """y[t, f] = x[t, f] scale[k, f]: the product is formed in float32, because half precision cannot hold a scale near 1."""
     block = tl.program_id(0)
-    k = tl.load(blocks + 3 * block)
+    k = tl.load(blocks + 3 * block).to(tl.int64)
     if k < 0:
         return
     t = tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)
@@ -37,7 +37,7 @@ def _scale_gradients(
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """dx = dy scale_k, and sums[part, k, f] = sum_t dy[t, f] x[t, f], over one part of the tokens of segment k."""
-    k, part = tl.program_id(0), tl.program_id(2)
+    k, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     start, end = part_of_segment(bounds, k, part, PARTS, TOKENS)
     row = tl.load(scale + k * features + f, mask=f < features, other=0.0).to(tl.float32)
@@ -58,10 +58,11 @@ def ia3_op(x: Tensor, scale: Tensor, bounds: Tensor, blocks: Tensor, order: Tens
     """x [T, d], scale [K, d], bounds and blocks as `block_table`, order [T] or None -> [T, d]."""
     x, scale = x.contiguous(), scale.contiguous()
     y, features = torch.empty_like(x), x.shape[1]
-    _scale[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
-        x, scale, blocks, blocks if order is None else order, y, features,
-        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, ORDERED=order is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _scale[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
+            x, scale, blocks, blocks if order is None else order, y, features,
+            TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, ORDERED=order is not None,
+        )  # fmt: skip
     return y
 
 
@@ -73,21 +74,22 @@ def ia3_backward_op(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor, order:
     columns = triton.cdiv(features, BLOCK_FEATURES)
     parts = parts_for(K * columns)
     sums = x.new_empty(parts, K, features, dtype=torch.float32)
-    _scale_gradients[(K, columns, parts)](
-        x, dy, scale, bounds, bounds if order is None else order, dx, sums, features, K,
-        TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, ORDERED=order is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _scale_gradients[(K, columns, parts)](
+            x, dy, scale, bounds, bounds if order is None else order, dx, sums, features, K,
+            TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, ORDERED=order is not None,
+        )  # fmt: skip
     return dx, sums.sum(0).to(scale.dtype)
 
 
 @ia3_op.register_fake
 def _(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return like(x)
 
 
 @ia3_backward_op.register_fake
 def _(dy: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(scale)
+    return like(x), like(scale)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

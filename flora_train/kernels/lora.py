@@ -10,7 +10,7 @@ from torch import Tensor
 from flora_train.kernels.autocast import no_autocast
 from flora_train.kernels.backend import runs_in_triton
 from flora_train.kernels.lora_torch import SegmentedLora
-from flora_train.kernels.segments import Segments, check_stack, in_order, within_ranks
+from flora_train.kernels.segments import Segments, check_layout, check_stack, in_order, within_ranks
 
 
 def lora_add(
@@ -33,11 +33,12 @@ def lora_add(
     check_stack("x", x.shape, (segments.tokens, A.shape[2]))
     check_stack("A", A.shape, (len(segments), rank, x.shape[1]))
     check_stack("B", B.shape, (K, y.shape[1], rank))
+    check_layout(segments, rank, order)
     if y._is_view() or not y.is_contiguous():  # a module hook on the base layer makes it a view: autograd lets nobody write there
         y = y.clone(memory_format=torch.contiguous_format)
     x = x.to(y.dtype)  # under autocast the base layer's output has another type than its input
     with no_autocast(x):
-        if runs_in_triton(x):
+        if runs_in_triton(x, rank):
             from flora_train.kernels.lora_triton import FusedLora  # loaded when it is first asked for
 
             return FusedLora.apply(y, x, A, B, scaling, segments, order)

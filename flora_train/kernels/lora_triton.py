@@ -20,6 +20,7 @@ from flora_train.kernels.blocks import (
     BLOCK_FEATURES,
     BLOCK_TOKENS,
     block_table,
+    like,
     matmul_constants,
     part_of_segment,
     parts_for,
@@ -39,7 +40,7 @@ def _shrink(
 ):  # fmt: skip
     """hidden[part, t, j] = scaling_k sum_f x[t, f] stack[k, j, f], f over one part of the features; hidden is float32."""
     block, part = tl.program_id(0), tl.program_id(1)
-    k = tl.load(blocks + 3 * block)
+    k = tl.load(blocks + 3 * block).to(tl.int64)
     if k < 0:
         return
     t = tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)
@@ -73,7 +74,7 @@ def _expand(
 ):  # fmt: skip
     """y[t, f] = sum_j hidden[t, j] stack[k, f, j], RANK terms at a time, or += with ADD: rounded once, after the sum."""
     block = tl.program_id(0)
-    k = tl.load(blocks + 3 * block)
+    k = tl.load(blocks + 3 * block).to(tl.int64)
     if k < 0:
         return
     t = tl.load(blocks + 3 * block + 1) + tl.arange(0, TOKENS)
@@ -106,7 +107,7 @@ def _outer(
     ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """parts[part, k, j, f] = sum_t hidden[t, j] tokens[t, f] over one part of the tokens of segment k."""
-    k, part = tl.program_id(0), tl.program_id(2)
+    k, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     f, j = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES), tl.arange(0, RANK)
     start, end = part_of_segment(bounds, k, part, PARTS, TOKENS)
     acc = tl.zeros((RANK, FEATURES), tl.float32)
@@ -117,7 +118,7 @@ def _outer(
         h = tl.load(hidden + t[None, :] * rank + j[:, None], mask=there[None, :] & (j[:, None] < rank), other=0.0)
         tile = tl.load(tokens + t[:, None] * features + f[None, :], mask=there[:, None] & (f[None, :] < features), other=0.0)
         acc = tl.dot(h.to(tile.dtype), tile, acc, input_precision=PRECISION)
-    row = ((part * K + k) * rank + j[:, None]).to(tl.int64)
+    row = (part * K + k) * rank + j[:, None]
     tl.store(parts + row * features + f[None, :], acc, mask=(j[:, None] < rank) & (f[None, :] < features))
 
 
@@ -127,9 +128,10 @@ def lora_add_op(
 ) -> Tensor:
     """y [T, out] += (scaling_k x A_k^T) B_k^T, for x [T, in], A [K, r, in], B [K, out, r], scaling [K]; blocks and ranks as
     `block_table` and `rank_table`, order [T] or None. Returns scaling_k x A_k^T, [T, r] float32, for the backward."""
-    hidden = _launch_shrink(x, A, scaling, blocks, ranks, order)
-    _launch_expand(hidden, B, blocks, ranks, order, y, add=True)
-    return hidden
+    with torch.cuda.device_of(x):
+        hidden = _launch_shrink(x, A, scaling, blocks, ranks, order)
+        _launch_expand(hidden, B, blocks, ranks, order, y, add=True)
+        return hidden
 
 
 @torch.library.custom_op("flora_train::lora_backward", mutates_args=())
@@ -146,11 +148,12 @@ def lora_backward_op(
     order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB), of the shapes and types of x, A and B."""
-    dhidden = _launch_shrink(dy, B.mT, scaling, blocks, ranks, order)
-    dx = torch.empty_like(x)
-    _launch_expand(dhidden, A.mT, blocks, ranks, order, dx, add=False)
-    dA, dB = _launch_outer(dhidden, x, bounds, order), _launch_outer(hidden, dy, bounds, order)
-    return dx, dA.to(A.dtype), dB.mT.contiguous().to(B.dtype)
+    with torch.cuda.device_of(x):
+        dhidden = _launch_shrink(dy, B.mT, scaling, blocks, ranks, order)
+        dx = torch.empty_like(x)
+        _launch_expand(dhidden, A.mT, blocks, ranks, order, dx, add=False)
+        dA, dB = _launch_outer(dhidden, x, bounds, order), _launch_outer(hidden, dy, bounds, order)
+        return dx, dA.to(A.dtype), dB.mT.contiguous().to(B.dtype)
 
 
 @lora_add_op.register_fake
@@ -160,7 +163,7 @@ def _(y: Tensor, x: Tensor, A: Tensor, *rest: Any) -> Tensor:
 
 @lora_backward_op.register_fake
 def _(dy: Tensor, x: Tensor, hidden: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(A), torch.empty_like(B)
+    return like(x), like(A), like(B)
 
 
 class FusedLora(torch.autograd.Function):

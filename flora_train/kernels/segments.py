@@ -138,6 +138,14 @@ def in_order(compute: Callable[..., Tensor], order: Tensor | None, *tokens: Tens
     return compute(*(tensor.index_select(0, order) for tensor in tokens)).index_select(0, order.argsort())
 
 
+def check_layout(segments: Segments, rank: int, order: Tensor | None) -> None:
+    """Ranks and order reach beyond neither stacks nor tokens: a kernel would read whatever lies there."""
+    if segments.ranks is not None and max(segments.ranks) > rank:
+        raise ValueError(f"a segment uses {max(segments.ranks)} ranks of stacks that hold {rank}")
+    if order is not None:
+        check_stack("order", order.shape, (segments.tokens,))
+
+
 def check_stack(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Shapes are our own contract between layer and kernel: a mismatch is a bug, said clearly."""
     if tuple(shape) != expected:

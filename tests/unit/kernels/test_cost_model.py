@@ -49,7 +49,8 @@ def test_the_reason_names_the_numbers_that_decided() -> None:
 def test_the_thresholds_are_those_of_the_calibration() -> None:
     assert thresholds_for(LARGE) != thresholds_for(replace(LARGE, bytes_each=2))
     assert thresholds_for(replace(LARGE, device="mps")) == thresholds_for(replace(LARGE, device="cuda"))
+    assert calibrated_on(replace(LARGE, device="mps")) is None
     assert thresholds_for(replace(LARGE, bytes_each=8)) == thresholds_for(LARGE)
-    measured = calibrated_on("cpu")
+    measured = calibrated_on(LARGE)
     assert measured is not None
     assert "torch" in measured

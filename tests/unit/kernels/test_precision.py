@@ -44,15 +44,18 @@ def kept(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: flo
 
 @pytest.mark.parametrize("name", [*FORMULATIONS, "fused"])
 @pytest.mark.parametrize("offset", [0.0, 1.0], ids=["pure", "residual"])
+@pytest.mark.parametrize("by", [1e-4, 1e-3])
 @pytest.mark.parametrize("rank", [1, 4])
-def test_bfloat16_keeps_small_modulations_when_split_and_loses_them_otherwise(name: str, offset: float, rank: int) -> None:
+def test_bfloat16_keeps_small_modulations_when_split_and_loses_them_otherwise(
+    name: str, offset: float, rank: int, by: float
+) -> None:
     op: Any = FusedFlora if name == "fused" else FORMULATIONS[name]
-    x, weight, A, B = near_identity(rank, offset)
+    x, weight, A, B = near_identity(rank, offset, by)
     shares = {
         split: kept(op.apply(x, weight, A, B, [offset] * 2, SEGMENTS, split), x, weight, A, B, offset) for split in (True, False)
     }
-    assert shares[True] == pytest.approx(1, abs=0.1)
-    assert abs(shares[False] - 1) > 0.2
+    assert shares[True] == pytest.approx(1, abs=0.2)  # y rounded: noise
+    assert abs(shares[False] - 1) > 0.25
 
 
 def test_the_precision_is_one_choice_for_the_process() -> None:
