@@ -93,6 +93,12 @@ def _doctor(words: Sequence[str]) -> None:
     doctor(config)
 
 
+def _execute(words: Sequence[str]) -> None:
+    from flora_train.execute import execute_completions
+
+    execute_completions(words[0], words[1:])
+
+
 def _recipes(words: Sequence[str]) -> None:
     from flora_train.config.load import shipped
 
@@ -139,6 +145,14 @@ COMMANDS = {
     "recipes": Command("", "list the recipes that ship", "flora-train recipes", _recipes, 0, 0),
     "evaluate": Command("RUN", "judge a run's kept adapters again", "flora-train evaluate outputs/quickstart", _evaluate),
     "report": Command("RUN", "draw a run's report again", "flora-train report outputs/quickstart", _report),
+    "execute": Command(
+        "COMPLETIONS [prompts=FOLDER] [languages=[lua,...]] [k=[1,10]] [sandbox=none] [workers=N] [out=FILE]",
+        "run generated programs in the sandbox and say pass@k",
+        "flora-train execute completions.jsonl prompts=multipl_e",
+        _execute,
+        1,
+        None,
+    ),
     "export": Command(
         "RUN [ADAPTER ...]",
         "write adapters in PEFT's format again",

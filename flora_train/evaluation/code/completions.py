@@ -1,0 +1,96 @@
+"""What did somebody generate? Completions from a jsonl file, or from MultiPL-E's own folder of .json(.gz) files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flora_train.config.errors import fail
+from flora_train.evaluation.code.problems import Problem, load_problems
+
+MODEL = "model"
+"""The adapter's name where a file names none."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample of one adapter for one problem."""
+
+    adapter: str
+    problem: Problem
+    sample: int
+    text: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.adapter, self.problem.language, self.problem.name, self.sample
+
+
+def read_completions(path: Path, prompts: Path | None) -> list[Completion]:
+    """path: a jsonl file of {language, name, completion, sample?, adapter?}, whose problems stand in the folder `prompts`; or
+    MultiPL-E's layout, a file or folder of .json or .json.gz with {language, name, prompt, tests, completions, stop_tokens}.
+    Samples without a number count from 0. Raises UserError naming file and line; two samples with one key are an error."""
+    if not path.exists():
+        raise fail("completions", str(path), "no such file or folder")
+    found = list(_from_jsonl(path, prompts) if path.suffix == ".jsonl" else _from_multipl_e(path))
+    if not found:
+        raise fail("completions", str(path), "holds no completion")
+    seen: set[tuple[str, str, str, int]] = set()
+    for completion in found:
+        if completion.key in seen:
+            raise fail("completions", str(completion.key), "stands twice (adapter, language, name, sample)")
+        seen.add(completion.key)
+    return found
+
+
+def _from_jsonl(path: Path, prompts: Path | None) -> Iterator[Completion]:
+    if prompts is None:
+        raise fail("prompts", None, "say where MultiPL-E's prompt files are: prompts=FOLDER")
+    problems: dict[str, dict[str, Problem]] = {}
+    counts: dict[tuple[str, str, str], int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        at = f"{path}:{number}"
+        row = _object(at, line, ("language", "name", "completion"))
+        language, name, adapter = str(row["language"]), str(row["name"]), str(row.get("adapter", MODEL))
+        if language not in problems:
+            problems[language] = load_problems(prompts, language)
+        if name not in problems[language]:
+            raise fail(
+                at, name, f"is no problem of {prompts}/humaneval-{language}.jsonl: these completions are for other prompts"
+            )
+        next_sample = counts.get((adapter, language, name), 0)
+        counts[adapter, language, name] = next_sample + 1
+        yield Completion(adapter, problems[language][name], int(row.get("sample", next_sample)), str(row["completion"]))
+
+
+def _from_multipl_e(path: Path) -> Iterator[Completion]:
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.endswith((".json", ".json.gz")))
+    for file in files:
+        if ".results." in file.name:
+            continue
+        text = gzip.decompress(file.read_bytes()).decode() if file.suffix == ".gz" else file.read_text(encoding="utf-8")
+        row = _object(str(file), text, ("language", "name", "prompt", "tests", "completions"))
+        stop_tokens = tuple(row.get("stop_tokens", ()))
+        language = _key(str(row["language"]))
+        problem = Problem(language, str(row["name"]), str(row["prompt"]), str(row["tests"]), stop_tokens)
+        for sample, text in enumerate(row["completions"]):
+            yield Completion(MODEL, problem, sample, str(text))
+
+
+def _key(language: str) -> str:
+    """MultiPL-E's word for a language inside its files -> the key of its prompt set."""
+    return {"go_test.go": "go", "adb": "ada", "humaneval_to_dlang.py": "d"}.get(language, language)
+
+
+def _object(at: str, text: str, fields: tuple[str, ...]) -> Mapping[str, Any]:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise fail(at, None, f"is no JSON: {error}") from error
+    if missing := [field for field in fields if not isinstance(row, dict) or field not in row]:
+        raise fail(at, None, f"lacks {', '.join(missing)}")
+    return row

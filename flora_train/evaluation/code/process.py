@@ -1,0 +1,69 @@
+"""How is one command run within limits? Its output is kept up to a size and drained beyond it, so that nobody waits for a reader."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import IO
+
+KEPT_BYTES = 64 << 10
+CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Ended:
+    """status: as the shell counts, 128 + n for signal n; wall: seconds on the clock; timed_out: stopped by it."""
+
+    status: int
+    output: str
+    errors: str
+    wall: float
+    timed_out: bool
+
+
+def run_command(words: Sequence[str], folder: Path, wall: float, environment: Mapping[str, str] | None = None) -> Ended:
+    """Run it to its end, or to `wall` seconds; whatever it started ends with it."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        words,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    kept: dict[str, bytes] = {}
+    readers = [Thread(target=_drain, args=(process.stdout, kept, "out"), daemon=True)]
+    readers += [Thread(target=_drain, args=(process.stderr, kept, "err"), daemon=True)]
+    for reader in readers:
+        reader.start()
+    timed_out = False
+    try:
+        process.wait(timeout=wall)
+    except subprocess.TimeoutExpired:
+        timed_out = True
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    status = process.wait()
+    for reader in readers:
+        reader.join(timeout=5)
+    output, errors = (kept.get(name, b"").decode("utf-8", errors="replace") for name in ("out", "err"))
+    return Ended(128 - status if status < 0 else status, output, errors, time.monotonic() - started, timed_out)
+
+
+def _drain(stream: IO[bytes] | None, kept: dict[str, bytes], name: str) -> None:
+    assert stream is not None
+    begun = b""
+    with stream, suppress(OSError, ValueError):
+        while chunk := stream.read1(CHUNK):  # type: ignore[attr-defined]
+            if len(begun) < KEPT_BYTES:
+                begun += chunk[: KEPT_BYTES - len(begun)]
+                kept[name] = begun

@@ -1,0 +1,71 @@
+"""Where do verdicts stand? In a jsonl file that only grows: what was judged is not judged again, and nothing is mixed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flora_train.config.errors import fail
+from flora_train.evaluation.code.completions import Completion
+from flora_train.evaluation.code.execute import Program, Verdict, execute_all
+from flora_train.evaluation.code.languages import Language
+from flora_train.evaluation.code.sandbox import Sandbox
+from flora_train.training.atomic import disk_errors
+from flora_train.training.progress import Watch
+
+Key = tuple[str, str, str, int]
+
+
+def judge_all(
+    completions: Sequence[Completion], languages: Mapping[str, Language], sandbox: Sandbox, file: Path, workers: int
+) -> dict[Key, dict[str, Any]]:
+    """Key -> verdict record of every completion. Those that `file` holds already are taken from it, the others are run and
+    appended as they end. Raises UserError if the file holds a verdict on another program under the same key."""
+    programs = {c.key: Program(languages[c.problem.language], c.problem.program(c.text)) for c in completions}
+    known = _read(file, sandbox)
+    for key, program in programs.items():
+        if key in known and known[key]["program"] != program.sha:
+            words = "holds the verdict on another completion or prompt of this key: move it away, or give another out=FILE"
+            raise fail(str(file), "/".join(map(str, key)), words)
+    todo = [key for key in programs if key not in known]
+    with disk_errors(file), file.open("a", encoding="utf-8") as out, Watch("execute", max(1, len(todo))) as watch:
+        done = 0
+
+        def report(i: int, verdict: Verdict) -> None:
+            nonlocal done
+            key = todo[i]
+            record = dict(zip(("adapter", "language", "name", "sample"), key, strict=True))
+            record |= {"program": programs[key].sha, "sandbox": sandbox.kind, **verdict.record()}
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.flush()
+            known[key] = record
+            done += 1
+            watch.update(done)
+
+        execute_all([programs[key] for key in todo], sandbox, workers, report)
+    return {key: known[key] for key in programs}
+
+
+def _read(file: Path, sandbox: Sandbox) -> dict[Key, dict[str, Any]]:
+    """What stands there; a last line that a kill cut short is taken away."""
+    if not file.exists():
+        return {}
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with file.open("r+b") as cut:
+            cut.truncate(len(whole))
+    known: dict[Key, dict[str, Any]] = {}
+    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            known[record["adapter"], record["language"], record["name"], record["sample"]] = record
+        except (json.JSONDecodeError, KeyError) as error:
+            raise fail(f"{file}:{number}", None, "is no verdict: move the file away, or give another out=FILE") from error
+        if record["sandbox"] != sandbox.kind:
+            raise fail(
+                f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox.kind}: give another out=FILE"
+            )
+    return known

@@ -1,0 +1,140 @@
+"""Completions and verdicts on disk: both layouts are read, an interrupted judging goes on, and nothing is mixed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flora_train.cli import main
+from flora_train.config.errors import UserError
+from flora_train.evaluation.code import verdicts
+from flora_train.evaluation.code.completions import read_completions
+from flora_train.evaluation.code.languages import load_languages
+from flora_train.evaluation.code.problems import Problem
+from flora_train.evaluation.code.sandbox import Sandbox
+from flora_train.evaluation.code.scores import score
+
+PROBLEM = {"name": "p", "language": "sh", "prompt": "add() {\n", "tests": "}\n[[ $(add 1 2) = 3 ]]", "stop_tokens": ["\n}"]}
+GOOD, BAD = "    echo $(($1 + $2))\n}\nrm -rf x", "    echo 4"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    (tmp_path / "humaneval-sh.jsonl").write_text(json.dumps(PROBLEM) + "\n" + json.dumps({**PROBLEM, "name": "q"}))
+    return tmp_path
+
+
+def write(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "made.jsonl"
+    path.write_text("\n".join(json.dumps({"language": "sh", "name": "p", **row}) for row in rows))
+    return path
+
+
+def test_a_completion_ends_at_its_earliest_stop_token() -> None:
+    problem = Problem("sh", "p", "P", "T", ("\n}", "\n#"))
+    assert problem.program("a\n# b\n}") == "Pa\nT"
+    assert problem.program("a") == "Pa\nT"
+
+
+def test_samples_count_up_and_both_layouts_mean_the_same(prompts: Path) -> None:
+    ours = read_completions(write(prompts, {"completion": GOOD}, {"completion": BAD}), prompts)
+    theirs = prompts / "theirs"
+    theirs.mkdir()
+    packed = gzip.compress(json.dumps({**PROBLEM, "completions": [GOOD, BAD]}).encode())
+    (theirs / "p.json.gz").write_bytes(packed)
+    (theirs / "p.results.json.gz").write_bytes(packed)
+    assert read_completions(theirs, None) == ours
+    assert [completion.key for completion in ours] == [("model", "sh", "p", 0), ("model", "sh", "p", 1)]
+
+
+def test_pass_at_k_and_endings_are_counted_per_adapter_and_language() -> None:
+    def record(adapter: str, name: str, sample: int, status: str) -> dict[str, Any]:
+        return {"adapter": adapter, "language": "sh", "name": name, "sample": sample, "status": status}
+
+    rows = [record("a", "p", 0, "OK"), record("a", "p", 1, "Timeout"), record("a", "q", 0, "OK"), record("a", "q", 1, "OK")]
+    rows += [record("b", "p", 0, "SyntaxError"), record("b", "p", 1, "SyntaxError")]
+    a, b = score(dict(enumerate(rows)), [1, 2])
+    assert a.pass_at[1][0] == pytest.approx(0.75)
+    assert a.pass_at[2][0] == 1.0
+    assert a.pass_at[1][1] == pytest.approx(0.5)
+    assert a.ended == {"OK": 3, "Timeout": 1}
+    assert b.pass_at[1] == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="pass@3 wants k from 1 to n"):
+        score(dict(enumerate(rows)), [3])
+
+
+def judged(prompts: Path, path: Path, sandbox: Sandbox) -> dict[Any, dict[str, Any]]:
+    return verdicts.judge_all(read_completions(path, prompts), load_languages(), sandbox, prompts / "verdicts.jsonl", 2)
+
+
+def test_judging_goes_on_where_it_was_killed(prompts: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(prompts, *({"name": name, "completion": text} for name in "pq" for text in (GOOD, BAD)))
+    first = judged(prompts, path, sandbox)
+    assert [record["status"] for record in first.values()] == ["OK", "AssertionError", "OK", "AssertionError"]
+    file = prompts / "verdicts.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:2]) + lines[2][:20])  # killed while it wrote the third
+    ran: list[int] = []
+    real = verdicts.execute_all
+    monkeypatch.setattr(verdicts, "execute_all", lambda programs, *rest: (ran.append(len(programs)), real(programs, *rest)))
+    again = judged(prompts, path, sandbox)
+    assert ran == [2]
+    assert {key: record["status"] for key, record in again.items()} == {key: record["status"] for key, record in first.items()}
+    assert len(file.read_text().splitlines()) == 4
+
+
+def test_verdicts_on_other_completions_are_not_mixed_in(prompts: Path, sandbox: Sandbox) -> None:
+    judged(prompts, write(prompts, {"completion": GOOD}), sandbox)
+    with pytest.raises(UserError, match="verdict on another completion or prompt"):
+        judged(prompts, write(prompts, {"completion": BAD}), sandbox)
+
+
+def test_the_command_prints_pass_at_k(prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(prompts, {"completion": GOOD, "adapter": "sh-flora"}, {"completion": BAD, "adapter": "sh-lora"})
+    assert main(["execute", str(path), f"prompts={prompts}"]) == 0
+    said = capsys.readouterr().out
+    assert "sh-flora" in said
+    assert "1.000 [1.000, 1.000]" in said
+    assert "1 AssertionError" in said
+    assert (prompts / "made.verdicts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "said"),
+    [
+        ([{"completion": GOOD}], ["languages=[shh]"], "'shh': is not in eval/languages.yaml.*Did you mean 'sh'"),
+        ([{"completion": GOOD}], ["languages=[lua]"], "no completion is in it; there are sh"),
+        ([{"completion": GOOD}], ["k=[1,2]"], "k = 2: is more than the 1 samples"),
+        ([{"completion": GOOD}], ["k=[0]"], "k.0 = 0: must be at least 1"),
+        ([{"completion": GOOD}], ["sandbox=docker"], "sandbox = 'docker': must be bubblewrap or none"),
+        ([{"completion": GOOD}], ["worker=2"], "worker: unknown key.*Did you mean 'workers'"),
+        ([{"completion": GOOD, "name": "z"}], [], "'z': is no problem of .*humaneval-sh.jsonl: these completions are for other"),
+        ([{"completion": GOOD, "language": "lua"}], [], "humaneval-lua.jsonl.*no such file; the folder has prompts of sh"),
+        ([{"text": GOOD}], [], "made.jsonl:1: lacks completion"),
+        ([{"completion": GOOD, "sample": 0}, {"completion": BAD, "sample": 0}], [], "stands twice"),
+        ([], [], "holds no completion"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    rows: list[dict[str, Any]], words: list[str], said: str, prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["execute", str(write(prompts, *rows)), f"prompts={prompts}", *words]) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error), error
+
+
+def test_without_bubblewrap_nothing_runs(
+    prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flora_train.evaluation.code.sandbox.shutil.which", lambda name: None if name == "bwrap" else name)
+    path = write(prompts, {"completion": "touch /tmp/ran"})
+    assert main(["execute", str(path), f"prompts={prompts}"]) == 2
+    assert "needs bubblewrap: apt-get install bubblewrap" in capsys.readouterr().err
+    assert not (prompts / "made.verdicts.jsonl").exists()
+    assert main(["execute", str(write(prompts, {"completion": GOOD})), f"prompts={prompts}", "sandbox=none"]) == 0
+    assert "unconfined" in capsys.readouterr().out

@@ -1,0 +1,95 @@
+"""Programs of many languages, each with the verdict it deserves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flora_train.evaluation.code.completions import read_completions
+from flora_train.evaluation.code.execute import Program, Verdict, execute, execute_all
+from flora_train.evaluation.code.languages import load_languages
+from flora_train.evaluation.code.sandbox import Sandbox
+from tests.unit.evaluation.code.conftest import working
+
+FIXTURES = Path(__file__).parents[3] / "fixtures" / "multipl_e"
+KEYS = sorted(path.name.partition("-")[0] for path in FIXTURES.glob("*.json"))
+IN_TABLE = [key for key in KEYS if key in load_languages()]
+ENDS = {
+    "lua": {
+        "AssertionError": "local function add(x, y)\n  return x - y\nend",
+        "SyntaxError": "local function add(x, y)\n  return x +\nend",
+    },
+    "pl": {
+        "AssertionError": "sub add { my ($x, $y) = @_; return $x - $y; }",
+        "SyntaxError": "sub add { my ($x, $y) = @_; return $x + ; }",
+    },
+    "py": {
+        "AssertionError": "def add(x, y):\n    return x - y",
+        "SyntaxError": "def add(x, y):\n    return x +",
+        "Exception": "def add(x, y):\n    return nothing",
+        "OutOfMemory": "def add(x, y):\n    return bytearray(1 << 33)",
+        "Timeout": "def add(x, y):\n    while True: pass",
+    },
+    "cpp": {
+        "AssertionError": "#include <bits/stdc++.h>\nlong add(long x, long y) { return x - y;",
+        "SyntaxError": "#include <bits/stdc++.h>\nlong add(long x, long y) { return x + ;",
+        "Timeout": "#include <bits/stdc++.h>\nlong add(long x, long y) { for (volatile int i = 0;; ++i) {}",
+        "Exception": "#include <bits/stdc++.h>\nlong add(long x, long y) { throw 1;",
+    },
+}
+
+
+@pytest.mark.parametrize("key", IN_TABLE)
+def test_the_fixtures_pass_and_fail(key: str, sandbox: Sandbox) -> None:
+    language = working(key, sandbox)
+    (path,) = FIXTURES.glob(f"{key}-*.json")
+    passing, failing = read_completions(path, None)
+    assert execute(Program(language, passing.problem.program(passing.text)), sandbox).status == "OK"
+    assert execute(Program(language, failing.problem.program(failing.text)), sandbox).status in (
+        "AssertionError",
+        "SyntaxError",
+        "Exception",
+    )
+
+
+@pytest.mark.parametrize(("key", "status"), [(key, status) for key, ends in ENDS.items() for status in ends])
+def test_every_end_has_its_word(key: str, status: str, sandbox: Sandbox) -> None:
+    language = working(key, sandbox).model_copy(update={"seconds": 2.0})
+    (path,) = FIXTURES.glob(f"{key}-*.json")
+    tests = json.loads(path.read_text())["tests"]
+    verdict = execute(Program(language, f"{ENDS[key][status]}\n{tests}"), sandbox)
+    assert verdict.status == status, verdict
+
+
+def test_much_output_is_drained_and_not_waited_for(sandbox: Sandbox) -> None:
+    language = working("py", sandbox)
+    verdict = execute(Program(language, "import sys\nfor _ in range(1000): sys.stdout.write('x' * 300_000)"), sandbox)
+    assert verdict.status == "OK"
+    assert verdict.seconds < 5
+    assert len(verdict.output) <= 2000
+
+
+def test_equal_programs_run_once_and_every_sample_gets_its_verdict(sandbox: Sandbox) -> None:
+    language = working("sh", sandbox)
+    sources = ["true", "date +%s%N >&2; [[ 1 = 2 ]]", "date +%s%N >&2; [[ 1 = 2 ]]", "true"]
+    verdicts: dict[int, Verdict] = {}
+    execute_all([Program(language, source) for source in sources], sandbox, 2, verdicts.__setitem__)
+    assert [verdicts[i].status for i in range(4)] == ["OK", "Exception", "Exception", "OK"]
+    assert verdicts[1].output == verdicts[2].output
+
+
+def test_what_times_out_beside_others_is_run_again_alone(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = working("sh", sandbox)
+    calls: list[str] = []
+
+    def first_time_out(program: Program, sandbox: Sandbox) -> Verdict:
+        calls.append(program.source)
+        return Verdict("Timeout" if calls.count(program.source) == 1 else "OK", 0, 0.0, "")
+
+    monkeypatch.setattr("flora_train.evaluation.code.execute.execute", first_time_out)
+    verdicts: dict[int, Verdict] = {}
+    execute_all([Program(language, "a"), Program(language, "b")], sandbox, 2, verdicts.__setitem__)
+    assert verdicts == {i: replace(Verdict("OK", 0, 0.0, ""), again=True) for i in range(2)}
