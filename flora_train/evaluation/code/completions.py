@@ -83,7 +83,8 @@ def _from_multipl_e(path: Path) -> Iterator[Completion]:
 
 def _key(language: str) -> str:
     """MultiPL-E's word for a language inside its files -> the key of its prompt set."""
-    return {"go_test.go": "go", "adb": "ada", "humaneval_to_dlang.py": "d"}.get(language, language)
+    others = {"go_test.go": "go", "adb": "ada", "humaneval_to_dlang.py": "d", "python": "py", "racket": "rkt", "rust": "rs"}
+    return others.get(language, language)
 
 
 def _object(at: str, text: str, fields: tuple[str, ...]) -> Mapping[str, Any]:

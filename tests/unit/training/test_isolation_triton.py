@@ -31,7 +31,7 @@ def test_trained_together_equals_trained_alone(tmp_path: Path, optimizer: str, m
     together = make_trainer(mixed_specs(lr={"adamw": 2e-3, "sgd": 0.4}[optimizer]), tmp_path, **options)
     plans = plans_of(together, 6)
     train_together(together, plans)
-    assert {"fused", "rank_expanded"} == set(used)
+    assert {"fused", "scaled"} <= set(used)  # beside rank expansion, where an adapter has few tokens
     assert min(moved(together).values()) > 1e-4
     differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
     assert max(differences.values()) <= 1e-5, differences

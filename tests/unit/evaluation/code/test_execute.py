@@ -55,6 +55,10 @@ def test_the_fixtures_pass_and_fail(key: str, sandbox: Sandbox) -> None:
     )
 
 
+def test_every_fixture_names_a_language_of_the_table() -> None:
+    assert {completion.problem.language for completion in read_completions(FIXTURES, None)} == set(KEYS) == set(IN_TABLE)
+
+
 @pytest.mark.parametrize(("key", "status"), [(key, status) for key, ends in ENDS.items() for status in ends])
 def test_every_end_has_its_word(key: str, status: str, sandbox: Sandbox) -> None:
     language = working(key, sandbox).model_copy(update={"seconds": 2.0})
