@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +57,7 @@ def execute_completions(file: str, words: Sequence[str]) -> None:
     out = Path(options.out) if options.out else path.with_name(f"{path.name.removesuffix('.jsonl')}.verdicts.jsonl")
     records = judge_all(mine, languages, sandbox, out, options.workers or available_cpus())
     if records:
-        _print(score(records, options.k), {key: language.name for key, language in languages.items()})
+        _print(score(records, options.k))
         print(f"verdicts  {out}" + ("" if sandbox.kind == "bubblewrap" else "  (unconfined: sandbox=none)"))
     for reason in broken.values():
         print(f"not evaluated: {reason}")
@@ -76,15 +76,14 @@ def _options(words: Sequence[str]) -> ExecuteOptions:
         raise UserError(*explain(error, raw)) from None
 
 
-def _print(scores: Sequence[Score], names: Mapping[str, str]) -> None:
+def _print(scores: Sequence[Score]) -> None:
     console = Console(soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    ks = list(scores[0].pass_at)
-    headings = ["adapter", "language", "problems", "n", *(f"pass@{k} [95 %]" for k in ks)]
-    for heading in [*headings, "how programs ended"]:
-        table.add_column(heading, justify="left" if heading in ("adapter", "language", "how programs ended") else "right")
+    for heading in ("adapter", "language", "problems x n", *(f"pass@{k} [95 %]" for k in scores[0].pass_at)):
+        table.add_column(heading, justify="left" if heading in ("adapter", "language") else "right", no_wrap=True)
+    table.add_column("ended", overflow="fold")
     for row in scores:
         cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in row.pass_at.values()]
         ended = ", ".join(f"{row.ended[status]} {status}" for status in STATUSES if row.ended.get(status))
-        table.add_row(row.adapter, names[row.language], str(row.problems), str(row.n), *cells, ended)
+        table.add_row(row.adapter, row.language, f"{row.problems} x {row.n}", *cells, ended)
     console.print(table)
