@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flora_train.kernels import adamw_triton as adamw
+from flora_train.kernels import flora_tiles as tiles
 from flora_train.kernels import flora_triton as flora
 from flora_train.kernels import ia3_triton as ia3
 from flora_train.kernels import lora_triton as lora
@@ -93,20 +94,20 @@ def launched(kernel: Any, options: dict[str, Any]) -> Variant:
 
 def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
     """What the *_triton.py of flora_train/kernels launch for tokens of this type on this chip."""
-    of_rank, tile = flora.tuning(DTYPES[dtype], rank), flora.block_features(DTYPES[dtype], rank)
+    of_rank, tile = tiles.tuning(DTYPES[dtype], rank), tiles.block_features(DTYPES[dtype], rank)
     of_lora, of_expand = lora.tuning(DTYPES[dtype], rank), lora.expand_tuning(DTYPES[dtype], rank)
     blocks = {"TOKENS": BLOCK_TOKENS, "FEATURES": BLOCK_FEATURES, "ORDERED": False}
     forward = {"weight_feature": FEATURES, "weight_summed": 1, "left_rank": 1, "right_summed": 1, "SPLIT": dtype != "fp32"}
     backward = {"weight_feature": 1, "weight_summed": FEATURES, "left_feature": 1, "right_rank": 1, "SPLIT": False}
     found = {}
-    for tokens in sorted({flora.block_tokens(Segments((0, n)), DTYPES[dtype], rank, capability) for n in (1, 128, 4096)}):
-        matmul = of_rank | blocks | {"TOKENS": tokens, "FEATURES": tile, "SUMMED": flora.BLOCK_SUMMED}
+    for tokens in sorted({tiles.block_tokens(Segments((0, n)), DTYPES[dtype], rank, capability) for n in (1, 128, 4096)}):
+        matmul = of_rank | blocks | {"TOKENS": tokens, "FEATURES": tile, "SUMMED": tiles.BLOCK_SUMMED}
         found[f"fLoRA y, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | forward)
         if dtype != "fp32":
             found[f"fLoRA y, not split, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | forward | {"SPLIT": False})
         found[f"fLoRA dX, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | backward)
-    gradients = of_rank | {"TOKENS": flora.BLOCK_SUMMED, "TILE": flora.gradient_tile(DTYPES[dtype]), "ORDERED": False}
-    gradients["num_warps"] = flora.GRADIENT_WARPS
+    gradients = of_rank | {"TOKENS": tiles.BLOCK_SUMMED, "TILE": tiles.gradient_tile(DTYPES[dtype]), "ORDERED": False}
+    gradients["num_warps"] = tiles.GRADIENT_WARPS
     parts = blocks | {"PARTS": 8}
     return found | {
         "fLoRA dA, dB": launched(flora._adapter_gradients, gradients),
@@ -207,7 +208,7 @@ def main() -> int:
         "# The Triton kernels, compiled",
         "",
         f"triton {triton.__version__}, blocks of {BLOCK_TOKENS} tokens (fLoRA: as named) x {BLOCK_FEATURES} features (fLoRA in fp32 from rank 17 on: half of that), "
-        f"{flora.BLOCK_SUMMED} summed at a time, tokens in order, 8 parts. `python benchmarks/compile_kernels.py --save` prints this file.",
+        f"{tiles.BLOCK_SUMMED} summed at a time, tokens in order, 8 parts. `python benchmarks/compile_kernels.py --save` prints this file.",
         "",
     ]
     text = "\n".join([*heading, *table(found)]) + "\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from flora_train.kernels import flora_triton
+from flora_train.kernels import flora_tiles
 from flora_train.kernels.blocks import matmul_constants
 from flora_train.kernels.segments import Segments
 
@@ -78,7 +78,7 @@ class Layer:
 def modulated(layer: Layer, chip: Chip, split: bool) -> Kernel:
     """y or dX: every block of tokens modulates all of W0 for itself."""
     each = layer.tokens // layer.adapters
-    block = flora_triton.block_tokens(Segments((0, each)), DTYPE, layer.rank, chip.capability)
+    block = flora_tiles.block_tokens(Segments((0, each)), DTYPE, layer.rank, chip.capability)
     blocks = layer.adapters * -(-each // block)
     rank = matmul_constants(DTYPE, layer.rank)["RANK"]
     numbers = float(blocks) * layer.d**2
@@ -89,8 +89,8 @@ def modulated(layer: Layer, chip: Chip, split: bool) -> Kernel:
 def gradients(layer: Layer) -> Kernel:
     """dA and dB from tiles of dY^T X, and the parts of them that are summed afterwards."""
     rank = matmul_constants(DTYPE, layer.rank)["RANK"]
-    side = -(-layer.d // flora_triton.gradient_tile(DTYPE))
-    out_tiles, in_tiles = flora_triton.gradient_tiles(layer.adapters, side, side)
+    side = -(-layer.d // flora_tiles.gradient_tile(DTYPE))
+    out_tiles, in_tiles = flora_tiles.gradient_tiles(layer.adapters, side, side)
     numbers = float(layer.adapters) * layer.d**2
     parts = 2 * 4.0 * layer.adapters * layer.d * layer.rank * (-(-side // out_tiles) + -(-side // in_tiles))
     moved = BYTES * (2 * layer.tokens * layer.d + layer.d**2) + parts

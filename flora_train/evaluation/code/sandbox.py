@@ -104,7 +104,7 @@ def _bubblewrap(folder: Path, limits: Limits, writable: bool) -> list[str]:
     words += ["--proc", "/proc", "--dev", "/dev"]
     for scratch in ("/tmp", "/dev/shm"):
         words += ["--size", str(limits.scratch), "--tmpfs", scratch]
-    words += ["--bind" if writable else "--ro-bind", str(folder), "/work", "--chdir", "/work", "--clearenv"]
+    words += ["--bind" if writable else "--ro-bind", str(folder), "/program", "--chdir", "/program", "--clearenv"]
     words += ["--remount-ro", "/dev", "--remount-ro", "/"]  # bubblewrap's own tmpfs, which knows no size
     for name, value in {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "GOCACHE": "/tmp/go"}.items():
         words += ["--setenv", name, value]

@@ -11,7 +11,8 @@ from torch import Tensor
 from flora_train.kernels import blocks
 from flora_train.kernels.blocks import BLOCK_TOKENS, block_table, rank_table
 from flora_train.kernels.flora_reference import flora_reference
-from flora_train.kernels.flora_triton import FusedFlora, ScaledFlora, flora_op, gradient_tile, gradient_tiles
+from flora_train.kernels.flora_tiles import gradient_tile, gradient_tiles
+from flora_train.kernels.flora_triton import FusedFlora, ScaledFlora, flora_op
 from flora_train.kernels.segments import Segments, per_segment
 from tests.triton_device import DEVICE, DTYPES, TOLERANCE, relative_error
 

@@ -30,7 +30,7 @@ def test_what_is_the_user_s_is_not_there(path: str, sandbox: Sandbox) -> None:
     assert attack(sandbox, "sh", f"cat {path} || ls {path}/*").status != "OK"
 
 
-@pytest.mark.parametrize("path", ["/usr/bin/mine", "/etc/mine", "/work/mine", "/mine", "/dev/mine", "/proc/mine"])
+@pytest.mark.parametrize("path", ["/usr/bin/mine", "/etc/mine", "/program/mine", "/mine", "/dev/mine", "/proc/mine"])
 def test_nothing_outside_the_scratch_folder_can_be_written(path: str, sandbox: Sandbox) -> None:
     assert attack(sandbox, "sh", f"echo x > {path}").status != "OK"
     assert attack(sandbox, "sh", "echo x > /tmp/mine && [[ $(cat /tmp/mine) = x ]]").status == "OK"
@@ -60,7 +60,7 @@ def test_a_gigabyte_of_output_is_drained(sandbox: Sandbox) -> None:
     assert len(verdict.output) <= 2000
 
 
-@pytest.mark.parametrize("folder", ["/tmp", "/work", "/dev/shm"])
+@pytest.mark.parametrize("folder", ["/tmp", "/program", "/dev/shm"])
 def test_the_disk_cannot_be_filled(folder: str, sandbox: Sandbox) -> None:
     source = f"for i in 1 2 3 4 5 6 7 8 9; do head -c 60000000 /dev/zero > {folder}/$i || exit 1; done"
     assert attack(sandbox, "sh", source, seconds=10).status != "OK"
