@@ -73,6 +73,11 @@ class TaskConfig(Section):
     over_long: Literal["truncate", "split", "drop"] = "truncate"
     """What happens to examples longer than training.max_length tokens; each is counted in the report. split: equal
     parts (examples with a prompt are truncated)."""
+    packing: bool = False
+    """Put short training examples together into sequences of up to training.max_length tokens. They do not see each other;
+    fewer, fuller rows cost less padding. Checked on the model before training."""
+    language: Text | None = None
+    """The programming language that completions are judged in: a key of eval/languages.yaml (lua, pl, rb, ...)."""
     weight: float = Field(1.0, gt=0)
     """Share in the mixture, relative to the other tasks."""
     sample_prompts: list[Text] = []

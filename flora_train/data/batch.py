@@ -27,7 +27,8 @@ class Row:
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """inputs: what the model is called with; of a causal model input_ids and attention_mask, int64 [B, L], right-padded;
+    """inputs: what the model is called with; of a causal model input_ids and attention_mask (or position_ids, see `collate`),
+    int64 [B, L], right-padded;
     labels: int64 [B, L], IGNORE at prompt and padding; adapter_ids: int64 [B], non-decreasing; rows: what each row is."""
 
     inputs: Mapping[str, Tensor]
@@ -67,17 +68,31 @@ def share_of_rank(groups: Sequence[Sequence[Row]], rank: int, processes: int) ->
 
 
 def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:
-    """Rows -> tensors for a causal model. `split_of(task)` holds the tokens."""
+    """Rows -> tensors for a causal model. `split_of(task)` holds the tokens.
+
+    Where an example holds several pieces, the batch says so by position_ids that begin anew with every piece (padding is
+    one more), in place of the mask: transformers then lets no piece see another.
+    """
     length = max(row.length for row in rows)
     input_ids = np.full((len(rows), length), pad_token, dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=np.int64)
     labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
+    positions = np.empty((len(rows), length), dtype=np.int64)
+    packed = False
     for i, row in enumerate(rows):
-        split = split_of(row.task)
-        tokens, prompt = split.example(row.example), max(int(split.prompt_lengths[row.example]), 1)
-        input_ids[i, : len(tokens)] = tokens
-        mask[i, : len(tokens)] = 1
-        labels[i, prompt : len(tokens)] = tokens[prompt:]
+        pieces = split_of(row.task).pieces(row.example)
+        packed |= len(pieces) > 1
+        start = 0
+        for tokens, prompt in pieces:
+            end = start + len(tokens)
+            input_ids[i, start:end] = tokens
+            positions[i, start:end] = np.arange(len(tokens))
+            learnt = start + max(prompt, 1)
+            labels[i, learnt:end] = input_ids[i, learnt:end]
+            start = end
+        mask[i, :start] = 1
+        positions[i, start:] = np.arange(length - start)
     ids = torch.tensor([row.adapter for row in rows])
-    inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
+    where = {"position_ids": positions} if packed else {"attention_mask": mask}
+    inputs = {name: torch.from_numpy(array) for name, array in {"input_ids": input_ids, **where}.items()}
     return MixedBatch(inputs, torch.from_numpy(labels), ids, tuple(rows))

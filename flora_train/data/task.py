@@ -20,10 +20,11 @@ from flora_train.config.errors import Problem, UserError, fail
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.examples import TextExample, make_formatter
+from flora_train.data.packing import pack
 from flora_train.data.sources import Row, read_rows, source_files
 from flora_train.data.tokens import TokenSplit, tokenise
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def load_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, ca
     else:
         train_rows, held_rows = _split(train_rows, task.validation_fraction, seed_of(config.seed, name, "split"), key)
     max_length, over_long = config.training.max_length, task.over_long
-    setting = [CACHE_VERSION, max_length, over_long, tokenizer_hash(tokenizer)]
+    setting = [CACHE_VERSION, max_length, over_long, task.packing, tokenizer_hash(tokenizer)]
     splits = {}
     digest = hashlib.sha256()
     for split, rows, limit in (("train", train_rows, task.max_examples), ("validation", held_rows, task.max_validation_examples)):
@@ -98,6 +99,8 @@ def load_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, ca
         content = _hash([*setting, unsampled], examples)
         digest.update(content.encode())
         make = partial(tokenise, examples, tokenizer, max_length, over_long, unsampled)
+        if split == "train" and task.packing:  # held-out examples stay apart: intervals resample them
+            make = partial(_packed, make, max_length)
         splits[split] = _cached(cache / f"{content[:32]}.npz", make)
         if not len(splits[split]):
             counts = splits[split].counts
@@ -108,6 +111,10 @@ def load_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, ca
                 f"{counts.prompt_too_long} with a prompt of training.max_length = {max_length} tokens or more",
             )
     return Task(name, task.weight, splits["train"], splits["validation"], digest.hexdigest())
+
+
+def _packed(make: Callable[[], TokenSplit], max_length: int) -> TokenSplit:
+    return pack(make(), max_length)
 
 
 def seed_of(seed: int, *words: str) -> int:

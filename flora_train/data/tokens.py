@@ -35,41 +35,64 @@ class SplitCounts:
     over_long_dropped: int = 0
     prompt_too_long: int = 0
     """The prompt alone fills max_length, so nothing would be learnt."""
+    pieces: int = 0
+    """Pieces of text that are learnt: more than rows used where long ones were split, as many as examples without packing."""
     examples: int = 0
-    """Examples made (more than rows used where long ones were split)."""
+    """Sequences made of them: fewer than pieces where several are packed into one."""
     tokens: int = 0
     label_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """Tokenised examples, one after the other.
+    """Tokenised pieces of text, one after the other, and the examples that they make up.
 
-    tokens: int32 [sum of lengths]; offsets: int64 [n + 1]; prompt_lengths: int32 [n], tokens that are read but not
-    learnt; label_bytes: int64 [n], UTF-8 bytes of the learnt text (for bits per byte; the end token has none).
+    tokens: int32 [sum of lengths]; offsets: int64 [m + 1], where pieces begin; prompt_lengths: int32 [m], tokens that are
+    read but not learnt; label_bytes: int64 [m], UTF-8 bytes of the learnt text (for bits per byte; the end token has none);
+    packs: int64 [n + 1], example i is the pieces packs[i]:packs[i + 1], which must not see each other.
     """
 
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
     prompt_lengths: NDArray[np.int32]
     label_bytes: NDArray[np.int64]
+    packs: NDArray[np.int64]
     counts: SplitCounts
 
     def __len__(self) -> int:
-        return len(self.prompt_lengths)
+        return len(self.packs) - 1
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per example."""
-        return np.diff(self.offsets)
+        return np.diff(self.offsets[self.packs])
 
     @property
     def label_counts(self) -> NDArray[np.int64]:
-        """Learnt tokens per example. A first token has nothing before it to be predicted from."""
-        return self.lengths - np.maximum(self.prompt_lengths, 1)
+        """Learnt tokens per example. A piece's first token has nothing before it to be predicted from."""
+        return self._per_example(np.diff(self.offsets) - np.maximum(self.prompt_lengths, 1))
+
+    @property
+    def example_bytes(self) -> NDArray[np.int64]:
+        """UTF-8 bytes of learnt text per example."""
+        return self._per_example(self.label_bytes)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether some example has several pieces."""
+        return len(self) < len(self.prompt_lengths)
 
     def example(self, index: int) -> NDArray[np.int32]:
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        """Its tokens."""
+        return self.tokens[self.offsets[self.packs[index]] : self.offsets[self.packs[index + 1]]]
+
+    def pieces(self, index: int) -> list[tuple[NDArray[np.int32], int]]:
+        """The pieces of an example: tokens, and how many of them are read only."""
+        pieces = range(self.packs[index], self.packs[index + 1])
+        return [(self.tokens[self.offsets[i] : self.offsets[i + 1]], int(self.prompt_lengths[i])) for i in pieces]
+
+    def _per_example(self, per_piece: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.diff(np.concatenate([[0], per_piece.cumsum()])[self.packs])
 
     def save(self, path: Path) -> None:
         """Atomically, so that a cache file is whole or absent, whichever processes write it. Raises OSError."""
@@ -126,6 +149,7 @@ def tokenise(examples: list[TextExample], tokenizer: Any, max_length: int, over_
         over_long_split=tally["split"],
         over_long_dropped=tally["drop"],
         prompt_too_long=tally["prompt_too_long"],
+        pieces=len(pieces),
         examples=len(pieces),
         tokens=int(lengths.sum()),
         label_tokens=int((lengths - np.maximum(prompt_array, 1)).sum()),
@@ -135,6 +159,7 @@ def tokenise(examples: list[TextExample], tokenizer: Any, max_length: int, over_
         offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
         prompt_lengths=prompt_array,
         label_bytes=np.array(label_bytes, dtype=np.int64),
+        packs=np.arange(len(pieces) + 1, dtype=np.int64),
         counts=counts,
     )
 

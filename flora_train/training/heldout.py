@@ -93,7 +93,7 @@ def evaluate_heldout(
             name,
             {adapter: nats[name, adapter] for adapter in contenders[name]},
             task.validation.label_counts[:max_examples],
-            task.validation.label_bytes[:max_examples],
+            task.validation.example_bytes[:max_examples],
         )
         for name, task in used.items()
     }

@@ -31,6 +31,7 @@ from flora_train.training.distributed import (
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.optimizer import BankOptimizer
+from flora_train.training.packed import check_packing
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, comparable
@@ -70,6 +71,8 @@ class Trainer:
         self.pad_token, self.folder, self.accelerator, self.collate = pad_token, folder, accelerator, collate
         self.clock = StepClock(bank.device, config.training.log_every)
         self.row_losses = RowLosses(model, self.clock)
+        for name in [name for name, task in tasks.items() if task.train.is_packed][:1]:
+            check_packing(self.row_losses, name)
         self.mixture = make_mixture(tasks, bank, config)
         self.optimizer = BankOptimizer(bank, config.training)
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)

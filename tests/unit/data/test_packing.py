@@ -1,0 +1,69 @@
+"""Packing puts every piece into some sequence, whole, once, and no sequence is too long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flora_train.data.batch import IGNORE, Row, collate
+from flora_train.data.examples import TextExample
+from flora_train.data.packing import pack
+from flora_train.data.tokens import TokenSplit, tokenise
+
+MAX_LENGTH = 12
+
+
+@pytest.fixture
+def pieces(tokenizer: Any) -> TokenSplit:
+    random = np.random.default_rng(0)
+    texts = ["abcdefghijkl"[: random.integers(1, 12)] for _ in range(50)]
+    return tokenise([TextExample("xy" if i % 3 else "", text) for i, text in enumerate(texts)], tokenizer, MAX_LENGTH, "truncate")
+
+
+def contents(split: TokenSplit) -> list[tuple[tuple[int, ...], int]]:
+    return sorted((tuple(tokens.tolist()), prompt) for i in range(len(split)) for tokens, prompt in split.pieces(i))
+
+
+def test_every_piece_is_there_once_with_its_prompt_and_bytes(pieces: TokenSplit) -> None:
+    packed = pack(pieces, MAX_LENGTH)
+    assert packed.is_packed
+    assert not pieces.is_packed
+    assert contents(packed) == contents(pieces)
+    assert packed.counts.pieces == pieces.counts.pieces == len(pieces)
+    assert packed.counts.examples == len(packed) < len(pieces)
+    for total in ("lengths", "label_counts", "example_bytes"):
+        assert getattr(packed, total).sum() == getattr(pieces, total).sum()
+    assert packed.label_counts.sum() == packed.counts.label_tokens
+
+
+def test_sequences_are_full_but_never_longer_than_allowed(pieces: TokenSplit) -> None:
+    packed = pack(pieces, MAX_LENGTH)
+    assert packed.lengths.max() <= MAX_LENGTH
+    assert len(packed) <= 11 / 9 * np.ceil(pieces.lengths.sum() / MAX_LENGTH) + 6 / 9  # the bound of Dosa (2007)
+
+
+def test_no_two_sequences_would_fit_into_one(pieces: TokenSplit) -> None:
+    shortest, second = sorted(pack(pieces, MAX_LENGTH).lengths)[:2]
+    assert shortest + second > MAX_LENGTH
+
+
+def test_labels_begin_anew_with_every_piece_and_positions_say_where(tokenizer: Any) -> None:
+    split = pack(tokenise([TextExample("ab", "cd"), TextExample("", "efg")], tokenizer, 9, "truncate"), 9)
+    alone = tokenise([TextExample("", "hi")], tokenizer, 9, "truncate")
+    splits = {"packed": split, "alone": alone}
+    batch = collate([Row(0, "packed", 0, 9), Row(1, "alone", 0, 3)], splits.__getitem__, tokenizer.pad_token_id)
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2, 3, 4, 5]]
+    assert "attention_mask" not in batch.inputs
+    learnt = [[tokenizer.decode(token) for token in row[row != IGNORE]] for row in batch.labels]
+    assert learnt == [["c", "d", "<e>", "f", "g", "<e>"], ["i", "<e>"]]
+
+
+def test_a_batch_without_packed_rows_keeps_its_mask(pieces: TokenSplit) -> None:
+    batch = collate([Row(0, "t", 0, int(pieces.lengths[0]))], lambda task: pieces, 0)
+    assert set(batch.inputs) == {"input_ids", "attention_mask"}
+
+
+def test_an_empty_split_stays_empty(tokenizer: Any) -> None:
+    assert len(pack(tokenise([], tokenizer, 8, "drop"), 8)) == 0
