@@ -19,7 +19,7 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.data.tokens import pad_token
-from flora_train.evaluation.generate import complete
+from flora_train.evaluation.generation import complete
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_completions, print_results
 from flora_train.evaluation.results import SCHEMA, build_results

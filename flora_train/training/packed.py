@@ -20,7 +20,7 @@ def check_packing(row_losses: RowLosses, task: str) -> None:
     that it has alone, up to rounding. Raises UserError for a model that ignores position_ids when it makes its mask (linear
     attention, ALiBi, convolutions), naming tasks.<task>.packing."""
     model = row_losses.model
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     ids = np.random.default_rng(0).integers(0, vocabulary, (3, LENGTH)).astype(np.int32)
     before, other, piece = ids
     training = model.training

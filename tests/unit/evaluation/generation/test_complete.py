@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.evaluation.generate import complete
+from flora_train.evaluation.generation import complete
 from tests.architectures import architecture_config
 from tests.conftest import perturb, spec
 from tests.unit.data.conftest import byte_tokenizer

@@ -1,0 +1,198 @@
+"""How do many prompts for many adapters become texts? In one batch that is kept full, each row leaving when it is done."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.config.errors import fail
+from flora_train.data.tokens import pad_token, start_tokens
+from flora_train.evaluation.generation.row_cache import RowCache
+from flora_train.evaluation.generation.sampling import Sampling
+
+Ended = Literal["stop", "end", "length"]
+REFILL = 0.75
+"""New rows are read in when the batch is no fuller than this: one prompt at a time would cost a pass over the base each."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt for one adapter (-1: the base model). keys: one name a sample, of which its draws depend; stops: a text ends
+    before the first of these strings in it."""
+
+    adapter: int
+    prompt: str
+    keys: tuple[str, ...]
+    stops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One sample. ended: at a stop string, at the model's end token, or at max_new_tokens; tokens: that were computed."""
+
+    request: int
+    sample: int
+    text: str
+    tokens: int
+    ended: Ended
+
+
+@dataclass
+class _Row:
+    request: int
+    sample: int
+    adapter: int
+    key: str
+    stops: tuple[str, ...]
+    tokens: list[int] = field(default_factory=list)
+
+
+class Decoder:
+    """A causal model, the adapters on it, and how to draw.
+
+    route: adapter ids of a batch's rows -> a context in which the model runs them (`bank.routed`; a null context for a model
+    without a bank); max_rows: rows decoded at one time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        route: Callable[[Sequence[int]], AbstractContextManager[Any]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        max_rows: int = 32,
+    ) -> None:
+        self.model, self.tokenizer, self.route, self.sampling = model, tokenizer, route, sampling
+        self.max_new_tokens, self.max_rows = max_new_tokens, max_rows
+        self.device = next(model.parameters()).device
+        self._takes = inspect.signature(model.forward).parameters.keys()
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        self._ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+
+    @torch.no_grad()
+    def run(self, requests: Sequence[Request], report: Callable[[Generated], None]) -> None:
+        """Call `report` for every sample of every request, as they end. Longest prompts first. Raises UserError if a prompt and
+        its continuation are longer than the model can read."""
+        start = start_tokens(self.tokenizer)  # as in training: no end token after a prompt
+        prompts = [start + self.tokenizer(r.prompt, add_special_tokens=False)["input_ids"] for r in requests]
+        self._check_lengths(prompts)
+        order = sorted(range(len(requests)), key=lambda i: -len(prompts[i]))
+        waiting = deque(rows for i in order for rows in self._rows(i, requests[i]))
+        live: list[_Row] = []
+        cache: RowCache | None = None
+        training = self.model.training
+        self.model.eval()
+        try:
+            while waiting or live:
+                if waiting and len(live) <= REFILL * self.max_rows:
+                    room = self.max_rows - len(live)
+                    entering = [waiting.popleft()]
+                    while waiting and sum(map(len, entering)) + len(waiting[0]) <= room:
+                        entering.append(waiting.popleft())
+                    new = self._read([prompts[rows[0].request] for rows in entering], entering)
+                    live += [row for rows in entering for row in rows]
+                    if cache is None:
+                        cache = new
+                    else:
+                        cache.join(new)
+                elif cache is not None:
+                    self._step(live, cache)
+                staying = [i for i, row in enumerate(live) if not self._ended(row, report)]
+                if len(staying) < len(live) and cache is not None:
+                    live = [live[i] for i in staying]
+                    cache.keep(torch.tensor(staying, dtype=torch.long, device=self.device))
+                    cache = cache if live else None
+        finally:
+            self.model.train(training)
+
+    def _rows(self, index: int, request: Request) -> list[list[_Row]]:
+        """A request's samples, in groups that share the reading of their prompt and fit into a batch."""
+        rows = [_Row(index, i, request.adapter, key, request.stops) for i, key in enumerate(request.keys)]
+        return [rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows)]
+
+    def _read(self, prompts: Sequence[list[int]], entering: Sequence[Sequence[_Row]]) -> RowCache:
+        """Run prompts through the model, each once, and draw the first token of every sample."""
+        longest, pad = max(map(len, prompts)), pad_token(self.tokenizer)
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device).bool()
+        cache = RowCache(mask)
+        logits = self._forward(ids, cache, [rows[0].adapter for rows in entering])
+        copies = [i for i, rows in enumerate(entering) for _ in rows]
+        rows = [row for group in entering for row in group]
+        if len(rows) > len(entering):
+            repeated = torch.tensor(copies, device=self.device)
+            cache.keep(repeated)
+            logits = logits[repeated]
+        self._draw(logits, rows)
+        return cache
+
+    def _step(self, live: Sequence[_Row], cache: RowCache) -> None:
+        cache.append_token()
+        ids = torch.tensor([[row.tokens[-1]] for row in live], device=self.device)
+        self._draw(self._forward(ids, cache, [row.adapter for row in live]), live)
+
+    def _forward(self, ids: Tensor, cache: RowCache, adapters: Sequence[int]) -> Tensor:
+        """Logits [B, V] after the last of `ids` [B, new]."""
+        places = cache.mask.long().cumsum(1) - 1
+        options: dict[str, Any] = {"position_ids": places.clamp(min=0)[:, -ids.shape[1] :], "logits_to_keep": 1}
+        options = {name: value for name, value in options.items() if name in self._takes}
+        with self.route(adapters):
+            found = self.model(
+                input_ids=ids, attention_mask=cache.mask.long(), past_key_values=cache.layers, use_cache=True, **options
+            )
+        return found.logits[:, -1]
+
+    def _draw(self, logits: Tensor, rows: Sequence[_Row]) -> None:
+        tokens = self.sampling.choose(logits, [row.key for row in rows], [len(row.tokens) for row in rows])
+        for row, token in zip(rows, tokens, strict=True):
+            row.tokens.append(token)
+
+    def _ended(self, row: _Row, report: Callable[[Generated], None]) -> bool:
+        """Whether the row is done; it is reported then."""
+        at_end, full = row.tokens[-1] in self._ends, len(row.tokens) >= self.max_new_tokens
+        if not (at_end or full or self._stop_in_sight(row)):
+            return False
+        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        cut = min((at for stop in row.stops if (at := text.find(stop)) >= 0), default=None)
+        if cut is None and not (at_end or full):  # the tail alone decoded to what the whole does not say
+            return False
+        ended: Ended = "stop" if cut is not None else "end" if at_end else "length"
+        report(Generated(row.request, row.sample, text[:cut], len(row.tokens), ended))
+        return True
+
+    def _stop_in_sight(self, row: _Row) -> bool:
+        """Whether the end of the text holds a stop string: a token stands for a byte at least."""
+        if not row.stops:
+            return False
+        tail = self.tokenizer.decode(row.tokens[-max(len(stop.encode()) for stop in row.stops) - 4 :])
+        return any(stop in tail for stop in row.stops)
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        longest = max(map(len, prompts), default=0)
+        if limit is not None and longest + self.max_new_tokens > limit:
+            fix = f"with a prompt of {longest} tokens is more than the {limit} that the model can read: at most {limit - longest}"
+            raise fail("evaluation.max_new_tokens", self.max_new_tokens, fix)
+
+
+def complete(
+    model: nn.Module, bank: AdapterBank, tokenizer: Any, requests: Sequence[tuple[str, int]], max_new_tokens: int
+) -> list[str]:
+    """Greedy completions of (prompt, adapter id) requests, in their order; -1 is the base model."""
+    texts = [""] * len(requests)
+
+    def keep(generated: Generated) -> None:
+        texts[generated.request] = generated.text
+
+    decoder = Decoder(model, tokenizer, bank.routed, Sampling(0.0, 1.0, 0), max_new_tokens)
+    decoder.run([Request(adapter, prompt, ("",)) for prompt, adapter in requests], keep)
+    return texts

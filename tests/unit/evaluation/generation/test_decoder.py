@@ -1,0 +1,105 @@
+"""A batch that is kept full, with rows of many adapters, writes what each row would write alone."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.config.errors import UserError
+from flora_train.evaluation.generation import Decoder, Generated, Request, Sampling
+from tests.architectures import ARCHITECTURES
+from tests.conftest import perturb, spec
+from tests.unit.data.conftest import byte_tokenizer
+from tests.unit.evaluation.generation.test_complete import PROMPTS, model_for
+
+CAUSAL = [name for name in ARCHITECTURES if name not in ("t5", "whisper")]
+GREEDY = Sampling(0.0, 1.0, 0)
+WARM = Sampling(1.0, 0.95, 3)
+
+
+def decode(
+    bank: AdapterBank, requests: list[Request], sampling: Sampling, tokens: int = 12, rows: int = 32
+) -> dict[Any, Generated]:
+    found: dict[Any, Generated] = {}
+    decoder = Decoder(bank.model, byte_tokenizer(), bank.routed, sampling, tokens, rows)
+
+    def report(generated: Generated) -> None:
+        key = generated.request, generated.sample
+        assert key not in found
+        found[key] = generated
+
+    decoder.run(requests, report)
+    return found
+
+
+def bank_for(architecture: str = "llama") -> AdapterBank:
+    linear = {"target_modules": "all-linear"}
+    specs = [spec("flora", rank=2), spec("lora", rank=2), spec("ia3", feedforward_modules=[], **linear)]
+    bank = AdapterBank.attach(model_for(architecture, byte_tokenizer()), specs)
+    perturb(bank, 0.3)
+    return bank
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_rows_that_come_and_go_write_what_transformers_generates_for_each_alone(architecture: str) -> None:
+    tokenizer, bank = byte_tokenizer(), bank_for(architecture)
+    requests = [Request(adapter, prompt, ("",)) for prompt in PROMPTS for adapter in (2, -1, 0, 1)]
+    found = decode(bank, requests, GREEDY, rows=6)
+    bank.model.eval()
+    for i, request in enumerate(requests):
+        ids = torch.tensor([tokenizer(request.prompt)["input_ids"]])
+        with bank.routed([request.adapter]):
+            alone = bank.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+            )  # type: ignore[operator]
+        assert found[i, 0].text == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_samples_do_not_depend_on_batch_size_order_or_company() -> None:
+    bank = bank_for()
+    requests = [Request(a, p, tuple(f"{a} {p} {i}" for i in range(3))) for p in PROMPTS for a in (-1, 0, 1, 2)]
+    together = decode(bank, requests, WARM)
+    assert len({generated.text for generated in together.values()}) > len(requests)
+    for rows in (2, 7):
+        assert {key: g.text for key, g in decode(bank, requests, WARM, rows=rows).items()} == {
+            k: g.text for k, g in together.items()
+        }
+    backwards = decode(bank, requests[::-1], WARM)
+    assert all(backwards[len(requests) - 1 - i, s].text == g.text for (i, s), g in together.items())
+    alone = decode(bank, [Request(requests[5].adapter, requests[5].prompt, requests[5].keys[1:2])], WARM)
+    assert alone[0, 0].text == together[5, 1].text
+
+
+def test_another_seed_draws_other_texts() -> None:
+    bank, requests = bank_for(), [Request(0, "local", ("a", "b"))]
+    first, second = decode(bank, requests, WARM), decode(bank, requests, Sampling(1.0, 0.95, 4))
+    assert {g.text for g in first.values()}.isdisjoint({g.text for g in second.values()})
+
+
+def test_every_row_ends_at_its_own_stop_string_and_computes_no_more() -> None:
+    bank = bank_for()
+    whole = decode(bank, [Request(-1, prompt, ("",)) for prompt in PROMPTS], GREEDY, tokens=20)
+    texts = [whole[i, 0].text for i in range(len(PROMPTS))]
+    stops = [next(char for char in text[3:15] if char.isascii()) for text in texts]
+    cut = decode(bank, [Request(-1, p, ("",), ("\0\0", stop)) for p, stop in zip(PROMPTS, stops, strict=True)], GREEDY, tokens=20)
+    for i, stop in enumerate(stops):
+        assert cut[i, 0].text == whole[i, 0].text[: whole[i, 0].text.index(stop)]
+        assert cut[i, 0].ended == "stop"
+        assert cut[i, 0].tokens < whole[i, 0].tokens
+    assert {g.ended for g in whole.values()} <= {"length", "end"}
+
+
+def test_a_model_without_a_bank_is_decoded_as_it_is() -> None:
+    bank, found = bank_for(), []
+    plain = model_for("llama", byte_tokenizer())
+    Decoder(plain, byte_tokenizer(), lambda adapters: nullcontext(), GREEDY, 9).run([Request(-1, "return", ("",))], found.append)
+    assert found[0].text == decode(bank, [Request(-1, "return", ("",))], GREEDY, tokens=9)[0, 0].text
+
+
+def test_too_long_a_continuation_is_refused_before_anything_is_computed() -> None:
+    with pytest.raises(UserError, match=r"max_new_tokens = 60: with a prompt of 6 tokens is more than the 64 .* at most 58"):
+        decode(bank_for(), [Request(-1, "return", ("",))], GREEDY, tokens=60)
