@@ -93,6 +93,12 @@ def _doctor(words: Sequence[str]) -> None:
     doctor(config)
 
 
+def _solve(words: Sequence[str]) -> None:
+    from flora_train.solve import solve_run
+
+    solve_run(words[0], words[1:])
+
+
 def _execute(words: Sequence[str]) -> None:
     from flora_train.execute import execute_completions
 
@@ -145,6 +151,14 @@ COMMANDS = {
     "recipes": Command("", "list the recipes that ship", "flora-train recipes", _recipes, 0, 0),
     "evaluate": Command("RUN", "judge a run's kept adapters again", "flora-train evaluate outputs/quickstart", _evaluate),
     "report": Command("RUN", "draw a run's report again", "flora-train report outputs/quickstart", _report),
+    "solve": Command(
+        "RUN [languages=[lua,...]] [contenders=[PEFT,...]] [evaluation.KEY=VALUE ...] [out=FOLDER] [multipl_e=FOLDER]",
+        "let a run's base and adapters solve programming problems, and say pass@k",
+        "flora-train solve outputs/quickstart evaluation.problems=starter evaluation.n=20 evaluation.k=[1,10]",
+        _solve,
+        1,
+        None,
+    ),
     "execute": Command(
         "COMPLETIONS [prompts=FOLDER] [languages=[lua,...]] [k=[1,10]] [sandbox=none] [workers=N] [out=FILE]",
         "run generated programs in the sandbox and say pass@k",

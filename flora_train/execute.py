@@ -6,22 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from flora_train.config.errors import Problem, UserError, choices, did_you_mean
-from flora_train.config.explain import explain
+from flora_train.config.errors import Problem, UserError, choices
+from flora_train.config.evaluation_schema import Ks, Sandbox
+from flora_train.config.options import read_options
 from flora_train.config.section import Section, Text
 from flora_train.config.words import parse_words
 from flora_train.evaluation.code.completions import read_completions
 from flora_train.evaluation.code.execute import STATUSES, preflight
 from flora_train.evaluation.code.languages import find_language, load_languages
-from flora_train.evaluation.code.sandbox import Kind, open_sandbox
-from flora_train.evaluation.code.scores import Score, check_k, score
+from flora_train.evaluation.code.sandbox import open_sandbox
+from flora_train.evaluation.code.scores import Scores, check_k
 from flora_train.evaluation.code.verdicts import judge_all
-from flora_train.session import available_cpus
+from flora_train.training.environment import available_cpus
 
 
 class ExecuteOptions(Section):
@@ -29,9 +30,9 @@ class ExecuteOptions(Section):
     """Folder of MultiPL-E's prompt files; needed where the completions do not carry their problems."""
     languages: Annotated[list[Text], Field(min_length=1)] | None = None
     """Judge these only. Default: all that the completions have."""
-    k: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1]
+    k: Ks = [1]
     """pass@k for these k."""
-    sandbox: Kind = "bubblewrap"
+    sandbox: Sandbox = "bubblewrap"
     """none runs programs unconfined; every verdict then says so."""
     workers: int | None = Field(None, ge=1)
     """Programs that run at one time. Default: the machine's cores."""
@@ -41,7 +42,7 @@ class ExecuteOptions(Section):
 
 def execute_completions(file: str, words: Sequence[str]) -> None:
     """Raises UserError for bad input before anything runs; verdicts are written as they come, and a second call goes on."""
-    options = _options(words)
+    options = read_options(ExecuteOptions, parse_words(words))
     path = Path(file)
     completions = read_completions(path, None if options.prompts is None else Path(options.prompts))
     table = load_languages()
@@ -57,33 +58,24 @@ def execute_completions(file: str, words: Sequence[str]) -> None:
     out = Path(options.out) if options.out else path.with_name(f"{path.name.removesuffix('.jsonl')}.verdicts.jsonl")
     records = judge_all(mine, languages, sandbox, out, options.workers or available_cpus())
     if records:
-        _print(score(records, options.k))
+        _print(Scores(records.values()), options.k)
         print(f"verdicts  {out}" + ("" if sandbox.kind == "bubblewrap" else "  (unconfined: sandbox=none)"))
     for reason in broken.values():
         print(f"not evaluated: {reason}")
 
 
-def _options(words: Sequence[str]) -> ExecuteOptions:
-    raw = parse_words(words)
-    known = list(ExecuteOptions.model_fields)
-    if unknown := [key for key in raw if key not in known]:
-        raise UserError(
-            *(Problem(key, None, f"unknown key; here are {choices(known)}.{did_you_mean(key, known)}") for key in unknown)
-        )
-    try:
-        return ExecuteOptions.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(*explain(error, raw)) from None
-
-
-def _print(scores: Sequence[Score]) -> None:
+def _print(scores: Scores, ks: Sequence[int]) -> None:
     console = Console(soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("adapter", "language", "problems x n", *(f"pass@{k} [95 %]" for k in scores[0].pass_at)):
+    for heading in ("adapter", "language", "problems x n", *(f"pass@{k} [95 %]" for k in ks)):
         table.add_column(heading, justify="left" if heading in ("adapter", "language") else "right", no_wrap=True)
     table.add_column("ended", overflow="fold")
-    for row in scores:
-        cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in row.pass_at.values()]
-        ended = ", ".join(f"{row.ended[status]} {status}" for status in STATUSES if row.ended.get(status))
-        table.add_row(row.adapter, row.language, f"{row.problems} x {row.n}", *cells, ended)
+    for adapter, language in scores.cells:
+        cell = adapter, language
+        found = [scores.pass_at(cell, k) for k in ks]
+        cells = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in found]
+        ended = [f"{scores.ended[cell][status]} {status}" for status in STATUSES if scores.ended[cell][status]]
+        if scores.suspicious[cell]:
+            ended.append(f"{scores.suspicious[cell]} suspicious OK (ends early)")
+        table.add_row(adapter, language, f"{len(scores.problems(cell))} x {scores.n(cell)}", *cells, ", ".join(ended))
     console.print(table)

@@ -19,9 +19,11 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.data.tokens import pad_token
+from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evaluation
+from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.generation import complete
 from flora_train.evaluation.report import write_report
-from flora_train.evaluation.report.terminal import print_completions, print_results
+from flora_train.evaluation.report.terminal import print_completions, print_pass_at_k, print_results
 from flora_train.evaluation.results import SCHEMA, build_results
 from flora_train.export.merge import save_merged
 from flora_train.export.peft_format import export_peft
@@ -50,6 +52,7 @@ def train_run(config: RunConfig) -> Path:
         if is_main_process():
             show(folder)
         return folder.path
+    plan = on_main_process(lambda: plan_evaluation(config))
     session = load_session(config, folder, accelerator.device)
     trainer = Trainer(config, session.model, session.bank, session.tasks, pad_token(session.tokenizer), folder, accelerator)
     on_main_process(lambda: folder.claim(config))
@@ -65,7 +68,7 @@ def train_run(config: RunConfig) -> Path:
     seconds |= {"train": trainer.at.seconds, "evaluate during training": trainer.at.evaluation_seconds}
     if is_main_process():
         folder.update_run_json(training=training_facts(session, seconds) | {"time_shares": trainer.clock.shares()})
-    judge(session, trainer.selection.kept)
+    judge(session, trainer.selection.kept, plan)
     if is_main_process():
         folder.update_run_json(finished=True)
         trainer.checkpoints.clear()
@@ -82,20 +85,29 @@ def training_facts(session: Session, seconds: Mapping[str, float]) -> dict[str, 
     return facts | {"model": session.config.model.path, "dtype": _dtype(session.model)}
 
 
-def judge(session: Session, kept: Mapping[int, Kept]) -> None:
-    """Evaluate base and adapters on all held-out examples, let them write, and leave report and exported adapters."""
+def judge(session: Session, kept: Mapping[int, Kept], plan: Plan | None = None) -> None:
+    """Evaluate base and adapters on all held-out examples, let them write and solve problems, and leave report and exported
+    adapters."""
     config, bank, folder = session.config, session.bank, session.folder
     started = time.monotonic()
     heldout = final_heldout(session)
+    if is_main_process():
+        for name in bank.ids:
+            export_peft(bank, name, folder.adapters / name, config.model.path)
+    judged = time.monotonic()
+    if plan is not None:
+        evaluate_code(config, plan, session.model, bank, session.tokenizer, folder.evaluation)
     if not is_main_process():
         return
-    for name in bank.ids:
-        export_peft(bank, name, folder.adapters / name, config.model.path)
+    solved = time.monotonic()
     completions = write_completions(session)
     facts = json.loads(folder.run_json.read_text(encoding="utf-8")).get("training") or training_facts(session, {})
-    facts["seconds"] = {**facts["seconds"], "evaluate at the end": time.monotonic() - started}
+    facts["seconds"] = {**facts["seconds"], "evaluate at the end": time.monotonic() - solved + judged - started}
+    if plan is not None:
+        facts["seconds"]["solve problems"] = solved - judged
     facts["config"] = folder.config.read_text(encoding="utf-8")
-    write_report(build_results(config, folder, session.tasks, bank, heldout, kept, completions, facts), folder.evaluation)
+    code = read_summaries(folder.evaluation)
+    write_report(build_results(config, folder, session.tasks, bank, heldout, kept, completions, code, facts), folder.evaluation)
 
 
 def final_heldout(session: Session) -> dict[str, HeldOut]:
@@ -136,6 +148,7 @@ def show(folder: RunFolder) -> None:
     """Print what a run found and where it is."""
     results = read_report(folder)
     print_results(results)
+    print_pass_at_k(results["code"])
     print_completions(results)
     seconds = results["facts"]["seconds"]
     best = next((c["name"] for r in results["results"] for c in r["contenders"] if c["best"]), "ADAPTER")
@@ -165,8 +178,9 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
 
 def evaluate_run(run: str) -> None:
     """Judge a run's kept adapters again and rewrite its report."""
+    plan = on_main_process(lambda: plan_evaluation(open_run(run)[1]))
     session, kept = reopen(run, with_tasks=True)
-    judge(session, kept)
+    judge(session, kept, plan)
     show(session.folder)
 
 

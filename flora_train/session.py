@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from flora_train.data.tokens import check_tokenizer
 from flora_train.kernels.backend import use_backend, use_precision
 from flora_train.training.adapter_file import load_adapter
 from flora_train.training.distributed import say
+from flora_train.training.environment import available_cpus
 from flora_train.training.run_folder import RunFolder, open_run
 from flora_train.training.selection import Kept
 
@@ -49,8 +51,8 @@ def load_session(config: RunConfig, folder: RunFolder, device: torch.device, wit
     check_tokenizer(tokenizer, config.model.path)
     tasks = load_tasks(config, tokenizer, cache_folder()) if with_tasks else {}
     specs = expand(config)
-    for name in sorted(tasks.keys() - {spec.task for spec in specs}):
-        say(f"note: no adapter learns task {name}")
+    if with_tasks and (idle := sorted(config.tasks.keys() - tasks.keys())):
+        say(f"note: no adapter learns {', '.join(idle)}: not read")
     model = load_base_model(config.model, device)
     return Session(config, folder, tokenizer, tasks, model, AdapterBank.attach(model, specs, config.seed))
 
@@ -74,23 +76,25 @@ def reopen(run: str, with_tasks: bool = False, dtype: str | None = None) -> tupl
 def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True) -> Any:
     """Accelerate's device, processes and trackers. wandb stays offline unless tracking.online says otherwise."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     if not config.tracking.online:
         os.environ.setdefault("WANDB_MODE", "offline")
     wanted = [tracker for tracker in config.tracking.trackers if trackers]
     for tracker in wanted:
         _check_installed(tracker)
-    return Accelerator(log_with=wanted or None, project_dir=str(folder.path), cpu=not torch.cuda.is_available())
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the main process executes programs while others wait
+    return Accelerator(
+        log_with=wanted or None,
+        project_dir=str(folder.path),
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[patience],
+    )
 
 
 def cache_folder() -> Path:
     """Where tokenised tasks are kept between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flora_train" / "tokens"
-
-
-def available_cpus() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_installed(tracker: str) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flora_train.config.errors import Problem, choices, did_you_mean
+from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.section import Name, Section, Text
 from flora_train.config.task_schema import TaskConfig
 
@@ -144,21 +145,6 @@ class TrainingConfig(Section):
             if max_length > info.data.get(key, max_length):
                 raise ValueError(f"does not fit into {key} = {info.data[key]}: raise the latter or shorten it")
         return max_length
-
-
-class EvaluationConfig(Section):
-    every: int | None = Field(None, ge=1)
-    """Steps between two evaluations on the held-out rows; null: only at the end."""
-    select_best: bool = True
-    """Keep, per adapter, the parameters of its best evaluation; else those of its last step."""
-    max_examples: int | None = Field(None, ge=1)
-    """Held-out examples per task at the evaluations during training, which select; the report uses all."""
-    bootstrap_samples: int = Field(2000, ge=100)
-    """Resamples of the held-out examples behind every interval."""
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    """Level of the intervals."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Length of the completions of tasks.*.sample_prompts."""
 
 
 class KernelsConfig(Section):

@@ -18,8 +18,14 @@ class SourceConfig(Section):
     """Its configuration name."""
     split: str = "train"
     """Its split."""
+    data_dir: str | None = None
+    """The folder of it that is read, where it has one a language (data/lua)."""
     revision: str | None = None
     """Its branch, tag or commit."""
+    max_rows: int | None = Field(None, ge=1)
+    """Read its first so many rows only, streamed: for data sets that are larger than the disk."""
+    stand_in: str | None = None
+    """A local source that can take its place: what the error says when the hub does not give it."""
     files: list[Text] | None = Field(None, min_length=1)
     """Paths or globs of .jsonl, .json, .parquet, .csv, .tsv or .txt files."""
     folder: str | None = Field(None, validate_default=True)

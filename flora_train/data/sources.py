@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,24 @@ def _hub_rows(source: SourceConfig, key: str) -> list[Row]:
         import datasets
     except ImportError:
         raise fail(f"{key}.hub", source.hub, "needs the datasets package: pip install 'flora-train[hub]'") from None
+    options = {"data_dir": source.data_dir, "split": source.split, "revision": source.revision}
     try:
         # a data set in the local cache loads offline too
-        return list(datasets.load_dataset(source.hub, source.subset, split=source.split, revision=source.revision))
+        rows = datasets.load_dataset(source.hub, source.subset, streaming=source.max_rows is not None, **options)
+        return list(islice(rows, source.max_rows))
     except Exception as error:  # the library raises many kinds; every one means that this source cannot be used
-        if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-            reason = "is not in the local cache, and HF_HUB_OFFLINE says there is no hub: give files or a folder, or unset it"
-        else:
-            reason = f"cannot be loaded ({type(error).__name__}: {first_line(error)}); offline, give files or a folder"
-        raise fail(f"{key}.hub", source.hub, reason) from error
+        raise fail(f"{key}.hub", source.hub, _why_no_hub(source, error)) from error
+
+
+def _why_no_hub(source: SourceConfig, error: Exception) -> str:
+    instead = f" Instead of it: {source.stand_in}" if source.stand_in else " Instead of it: files or a folder"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return f"is not in the local cache, and HF_HUB_OFFLINE says there is no hub: unset it.{instead}"
+    said = f"{type(error).__name__}: {error}"
+    if any(word in said.lower() for word in ("gated", "401", "403", "restricted", "authenticated")):
+        page = f"https://huggingface.co/datasets/{source.hub}"
+        return f"is gated: accept its terms on {page}, then run `hf auth login`.{instead}"
+    return f"cannot be loaded ({type(error).__name__}: {first_line(error)}).{instead}"
 
 
 def _folder_rows(source: SourceConfig, key: str) -> list[Row]:

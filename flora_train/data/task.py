@@ -40,17 +40,19 @@ class Task:
 
 
 def load_tasks(config: RunConfig, tokenizer: Any, cache: Path) -> dict[str, Task]:
-    """All tasks of a run. Raises one UserError with the faults of all tasks' sources, formats, splits and step sizes."""
+    """All tasks that some adapter learns. Raises one UserError with the faults of all their sources, formats, splits and step
+    sizes."""
     problems: list[Problem] = []
     tasks: dict[str, Task] = {}
-    for name, task in config.tasks.items():  # missing files are found before anything long is read
+    learnt = {name: task for name, task in config.tasks.items() if _learners(name, config)}
+    for name, task in learnt.items():  # missing files are found before anything long is read
         for split, source in (("train", task.train), ("validation", task.validation)):
             try:
                 if source is not None:
                     source_files(source, f"tasks.{name}.{split}")
             except UserError as error:
                 problems += error.problems
-    for name, task in config.tasks.items():
+    for name, task in learnt.items():
         if any(problem.key.startswith(f"tasks.{name}.") for problem in problems):
             continue
         try:
@@ -58,13 +60,16 @@ def load_tasks(config: RunConfig, tokenizer: Any, cache: Path) -> dict[str, Task
         except UserError as error:
             problems += error.problems
         else:
-            adapters = sum(name in (adapter.tasks or config.tasks) for adapter in config.adapters.values())
             step = (config.mixture.examples_per_draw, config.training.tokens_per_step)
-            if problem := draw_problem(name, tasks[name].train.lengths, adapters, *step):
+            if problem := draw_problem(name, tasks[name].train.lengths, _learners(name, config), *step):
                 problems.append(problem)
     if problems:
         raise UserError(*problems)
     return tasks
+
+
+def _learners(task: str, config: RunConfig) -> int:
+    return sum(task in (adapter.tasks or config.tasks) for adapter in config.adapters.values())
 
 
 def draw_problem(task: str, lengths: NDArray[np.int64], adapters: int, examples: int, tokens_per_step: int) -> Problem | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from flora_train.training.plan import make_mixture
 from flora_train.training.run_folder import RunFolder
 from flora_train.training.selection import Kept
 
-SCHEMA = 2
+SCHEMA = 3
 """Of report.json; raised when a reader would miss or misread something."""
 
 
@@ -29,6 +29,7 @@ def build_results(
     heldout: Mapping[str, HeldOut],
     kept: Mapping[int, Kept],
     completions: list[dict[str, Any]],
+    code: list[dict[str, Any]],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of report.json.
@@ -39,6 +40,7 @@ def build_results(
              perplexity, and paired differences in bits per byte with bootstrap intervals
     curves: training and held-out loss over steps, and the base's loss on the same held-out examples
     completions: prompts continued by base and adapters
+    code: a suite of programming problems each, see code/summary.py
     """
     shares = make_mixture(tasks, bank, config).token_shares()
     steps = folder.read_metrics("step")
@@ -55,14 +57,15 @@ def build_results(
         "results": [_result(config, bank, heldout[name]) for name in heldout],
         "curves": _curves(config, folder, heldout),
         "completions": completions,
-        "not_measured": not_measured(config),
+        "code": code,
+        "not_measured": not_measured(config, code),
     }
 
 
-def not_measured(config: RunConfig) -> list[str]:
+def not_measured(config: RunConfig, code: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader might take for granted and this report does not show."""
-    items = [
-        "Whether completions are correct: nothing was executed. Held-out loss is not pass@k.",
+    items = [] if code else ["Whether completions are correct: nothing was executed. Held-out loss is not pass@k."]
+    items += [
         "Variation between seeds: every adapter was trained once. The intervals cover the choice of held-out examples only.",
         "Other learning rates: a method is shown at the learning rate of the recipe.",
     ]

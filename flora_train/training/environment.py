@@ -42,6 +42,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def available_cpus() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def now() -> str:
     """ISO 8601, with the offset to UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -55,8 +55,13 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def seconds(self) -> float:
+        """Since it began; never 0."""
+        return max(time.monotonic() - self.started, 1e-9)
+
     def _eta(self, done: float) -> str:
-        seconds = time.monotonic() - self.started
+        seconds = self.seconds
         ours = done - self.begun
         return f"{duration(seconds)} < {duration(seconds * (self.total - done) / ours)}" if ours else ""
 

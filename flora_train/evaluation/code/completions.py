@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import fail
+from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.evaluation.code.problems import Problem, load_problems
+from flora_train.training.atomic import write_atomically
 
 MODEL = "model"
 """The adapter's name where a file names none."""
@@ -45,6 +48,30 @@ def read_completions(path: Path, prompts: Path | None) -> list[Completion]:
             raise fail("completions", str(completion.key), "stands twice (adapter, language, name, sample)")
         seen.add(completion.key)
     return found
+
+
+def write_multipl_e(completions: Iterable[Completion], folder: Path, options: EvaluationConfig) -> Path:
+    """In MultiPL-E's layout: `folder`/humaneval-<language>-<adapter>-<temperature>-reworded/<name>.json.gz, all samples of a
+    problem in one file. options: how they were drawn."""
+    grouped: dict[tuple[str, Problem], dict[int, str]] = {}
+    for completion in completions:
+        grouped.setdefault((completion.adapter, completion.problem), {})[completion.sample] = completion.text
+    drawn = {"temperature": options.temperature, "top_p": options.top_p, "max_tokens": options.max_new_tokens}
+    for (adapter, problem), samples in grouped.items():
+        row = {
+            **{"name": problem.name, "language": problem.language, "prompt": problem.prompt, "tests": problem.tests},
+            **drawn,
+            "completions": [samples[i] for i in sorted(samples)],
+            "stop_tokens": problem.stop_tokens,
+        }
+        place = folder / f"humaneval-{problem.language}-{adapter}-{options.temperature}-reworded"
+        content = gzip.compress(json.dumps(row).encode(), mtime=0)
+        write_atomically(place / f"{problem.name}.json.gz", partial(_write_bytes, content))
+    return folder
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def _from_jsonl(path: Path, prompts: Path | None) -> Iterator[Completion]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from flora_train.config.errors import fail
 
@@ -40,22 +41,28 @@ def load_problems(folder: Path, language: str) -> dict[str, Problem]:
     if not path.is_file():
         there = ", ".join(sorted(p.stem.removeprefix("humaneval-") for p in folder.glob("humaneval-*.jsonl"))) or "none"
         raise fail(str(path), None, f"no such file; the folder has prompts of {there}")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return problems_of_rows(language, ((f"{path}:{number}", _parsed(path, number, line)) for number, line in enumerate(lines, 1)))
+
+
+def problems_of_rows(language: str, rows: Iterable[tuple[str, Any]]) -> dict[str, Problem]:
+    """rows: (where it stands, MultiPL-E's mapping). Raises UserError naming the place of a row that lacks a field or repeats a
+    name."""
     found: dict[str, Problem] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        row = _row(path, number, line)
-        stop_tokens: Sequence[str] = row["stop_tokens"]  # type: ignore[assignment]
-        problem = Problem(language, str(row["name"]), str(row["prompt"]), str(row["tests"]), tuple(stop_tokens))
+    for at, row in rows:
+        if missing := [field for field in FIELDS if not isinstance(row, dict) or field not in row]:
+            raise fail(at, None, f"lacks {', '.join(missing)}: these are not MultiPL-E prompts")
+        problem = Problem(language, str(row["name"]), str(row["prompt"]), str(row["tests"]), tuple(row["stop_tokens"]))
         if problem.name in found:
-            raise fail(f"{path}:{number}", problem.name, "stands twice: names are keys")
+            raise fail(at, problem.name, "stands twice: names are keys")
         found[problem.name] = problem
+    if not found:
+        raise fail("evaluation.problems", language, "the prompt set is empty")
     return found
 
 
-def _row(path: Path, number: int, line: str) -> dict[str, object]:
+def _parsed(path: Path, number: int, line: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise fail(f"{path}:{number}", None, f"is no JSON: {error}") from error
-    if missing := [field for field in FIELDS if not isinstance(row, dict) or field not in row]:
-        raise fail(f"{path}:{number}", None, f"lacks {', '.join(missing)}: these are not MultiPL-E prompts")
-    return row

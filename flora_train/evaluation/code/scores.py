@@ -1,28 +1,21 @@
-"""What do the verdicts say? pass@k per adapter and language, with intervals over problems, and how programs ended."""
+"""What do the verdicts say? pass@k and differences of pass@k, with intervals over problems, the same resamples for every contender."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flora_train.config.errors import fail
 from flora_train.evaluation.code.pass_at_k import pass_at_k
+from flora_train.evaluation.compare import Estimate
 
-
-@dataclass(frozen=True)
-class Score:
-    """n: samples of each problem, the fewest; pass_at: k -> (value, low, high), means over problems; ended: status -> programs."""
-
-    adapter: str
-    language: str
-    problems: int
-    n: int
-    pass_at: Mapping[int, tuple[float, float, float]]
-    ended: Mapping[str, int]
+Cell = tuple[str, str]
+"""(adapter, language)"""
 
 
 def check_k(keys: Iterable[tuple[str, str, str, int]], ks: Sequence[int]) -> None:
@@ -34,25 +27,79 @@ def check_k(keys: Iterable[tuple[str, str, str, int]], ks: Sequence[int]) -> Non
         raise fail("k", max(ks), words)
 
 
-def score(
-    records: Mapping[Any, Mapping[str, Any]], ks: Sequence[int], samples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> list[Score]:
-    """One Score for every adapter and language. Intervals resample problems (percentile bootstrap). Raises ValueError if some
-    problem has fewer samples than the largest k."""
-    statuses: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for record in records.values():
-        statuses[record["adapter"], record["language"]][record["name"]].append(record["status"])
-    scores = []
-    for (adapter, language), by_name in sorted(statuses.items()):
-        n = min(map(len, by_name.values()))
-        passed = [(len(ended), ended.count("OK")) for ended in by_name.values()]
-        rng = np.random.default_rng(seed)
-        drawn = rng.integers(len(passed), size=(samples, len(passed)))
-        estimates = {}
-        for k in ks:
-            values = np.array([pass_at_k(count, good, k) for count, good in passed])
-            low, high = np.quantile(values[drawn].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-            estimates[k] = (float(values.mean()), float(low), float(high))
-        ended = Counter(status for ended in by_name.values() for status in ended)
-        scores.append(Score(adapter, language, len(by_name), n, estimates, ended))
-    return scores
+class Scores:
+    """records: verdicts, each with adapter, language, name, status and perhaps suspicious. An interval resamples problems
+    (percentile bootstrap); differences are paired, on the problems that both have tried."""
+
+    def __init__(
+        self, records: Iterable[Mapping[str, Any]], resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+    ) -> None:
+        self.resamples, self.tail, self.seed = resamples, (1 - confidence) / 2, seed
+        self.ended: dict[Cell, Counter[str]] = defaultdict(Counter)
+        self.suspicious: Counter[Cell] = Counter()
+        self._passed: dict[Cell, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+        for record in records:
+            cell = record["adapter"], record["language"]
+            self.ended[cell][record["status"]] += 1
+            self.suspicious[cell] += bool(record.get("suspicious"))
+            self._passed[cell][record["name"]].append(record["status"] == "OK")
+        self.cells: list[Cell] = sorted(self._passed)
+        self._draws: dict[tuple[str, int], NDArray[np.int64]] = {}
+
+    def problems(self, cell: Cell) -> list[str]:
+        """The names of those that it tried."""
+        return sorted(self._passed[cell])
+
+    def n(self, cell: Cell) -> int:
+        """Samples of each problem, the fewest."""
+        return min(map(len, self._passed[cell].values()), default=0)
+
+    def pass_at(self, cell: Cell, k: int) -> Estimate:
+        """Mean over problems. Where no problem was ever solved, or all were always, resampling sees no variation: the interval
+        then ends at the exact bound on a share of so many problems (Clopper & Pearson 1934). Raises ValueError if a problem has
+        fewer than k samples."""
+        return self._mean([(cell[1], self._values(cell, self.problems(cell), k))])
+
+    def difference(self, adapter: str, other: str, language: str, k: int) -> Estimate:
+        """pass@k of `adapter` minus that of `other`."""
+        return self._mean([self._paired((adapter, language), (other, language), k)], of_shares=False)
+
+    def macro(self, adapters: Mapping[str, str], k: int) -> Estimate:
+        """The mean over languages, each counting alike. adapters: language -> adapter."""
+        cells = [(adapter, language) for language, adapter in adapters.items()]
+        return self._mean([(cell[1], self._values(cell, self.problems(cell), k)) for cell in cells])
+
+    def macro_difference(self, adapters: Mapping[str, str], others: Mapping[str, str], k: int) -> Estimate:
+        """The mean over languages of the differences; both mappings have the same languages."""
+        return self._mean(
+            [self._paired((adapters[language], language), (others[language], language), k) for language in adapters],
+            of_shares=False,
+        )
+
+    def _values(self, cell: Cell, names: Sequence[str], k: int) -> NDArray[np.float64]:
+        passed = self._passed[cell]
+        return np.array([pass_at_k(len(passed[name]), sum(passed[name]), k) for name in names])
+
+    def _paired(self, cell: Cell, other: Cell, k: int) -> tuple[str, NDArray[np.float64]]:
+        names = [name for name in self.problems(cell) if name in self._passed[other]]
+        return cell[1], self._values(cell, names, k) - self._values(other, names, k)
+
+    def _mean(self, parts: Sequence[tuple[str, NDArray[np.float64]]], of_shares: bool = True) -> Estimate:
+        """Of the means of (language, value per problem) parts, each resampled on its own."""
+        value = float(np.mean([values.mean() for _, values in parts]))
+        problems = sum(len(values) for _, values in parts)
+        if of_shares and value == 0.0:
+            return Estimate(0.0, 0.0, 1 - self.tail ** (1 / problems))
+        if of_shares and value == 1.0:
+            return Estimate(1.0, self.tail ** (1 / problems), 1.0)
+        drawn = np.mean([values[self._resamples(language, len(values))].mean(axis=1) for language, values in parts], axis=0)
+        low, high = np.quantile(drawn, [self.tail, 1 - self.tail])
+        return Estimate(value, float(low), float(high))
+
+    def _resamples(self, language: str, problems: int) -> NDArray[np.int64]:
+        """[resamples, problems]: the same for all contenders of a language, so that differences are paired."""
+        key = language, problems
+        if key not in self._draws:
+            generator = np.random.default_rng([self.seed, crc32(language.encode())])
+            self._draws[key] = generator.integers(problems, size=(self.resamples, problems))
+        return self._draws[key]

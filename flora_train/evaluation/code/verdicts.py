@@ -12,6 +12,7 @@ from flora_train.evaluation.code.completions import Completion
 from flora_train.evaluation.code.execute import Program, Verdict, execute_all
 from flora_train.evaluation.code.languages import Language
 from flora_train.evaluation.code.sandbox import Sandbox
+from flora_train.evaluation.code.suspicious import ends_early
 from flora_train.training.atomic import disk_errors
 from flora_train.training.progress import Watch
 
@@ -24,6 +25,7 @@ def judge_all(
     """Key -> verdict record of every completion. Those that `file` holds already are taken from it, the others are run and
     appended as they end. Raises UserError if the file holds a verdict on another program under the same key."""
     programs = {c.key: Program(languages[c.problem.language], c.problem.program(c.text)) for c in completions}
+    texts = {c.key: c.text for c in completions}
     known = _read(file, sandbox)
     for key, program in programs.items():
         if key in known and known[key]["program"] != program.sha:
@@ -38,6 +40,7 @@ def judge_all(
             key = todo[i]
             record = dict(zip(("adapter", "language", "name", "sample"), key, strict=True))
             record |= {"program": programs[key].sha, "sandbox": sandbox.kind, **verdict.record()}
+            record["suspicious"] = verdict.status == "OK" and ends_early(programs[key].language, texts[key])
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
             out.flush()
             known[key] = record

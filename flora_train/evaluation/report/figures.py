@@ -136,6 +136,35 @@ def difference_panel(
     return _svg(name, (WIDTH, 30 + 24 * len(rows)), (left, WIDTH - 14, 24, 4), draw, title, description)
 
 
+def pass_panel(name: str, part: Mapping[str, Any], k: str, styles: Mapping[str, FamilyStyle], top: float) -> Markup:
+    """pass@k in percent of every contender in one language, one row each: a point and its interval, on a scale that ends at
+    `top`. The base is drawn in the ink of the text."""
+    rows = part["contenders"]
+    labels = [_shortened(c["family"]) for c in rows]
+    estimates = [tuple(100 * c["pass_at"][k][key] for key in ("value", "low", "high")) for c in rows]
+
+    def draw(axes: Axes) -> None:
+        axes.grid(axis="x", color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for y, (contender, (value, low, high)) in enumerate(zip(rows, estimates, strict=True)):
+            look = styles.get(contender["family"], FamilyStyle(INK, "-", "|"))
+            axes.plot([low, high], [y, y], color=look.colour, linewidth=1.8, solid_capstyle="butt")
+            axes.plot(value, y, look.marker, color=look.colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=0.8)
+            if contender["family"] not in styles:
+                axes.plot(value, y, "|", color=INK, markersize=11, markeredgewidth=2)
+        axes.set(xlim=(-2 * top, 104 * top), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
+        axes.set_yticklabels(labels, color=INK)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+
+    spoken = "; ".join(f"{c['family']} {e[0]:.1f} ({e[1]:.1f} to {e[2]:.1f})" for c, e in zip(rows, estimates, strict=True))
+    left = 14 + 6.4 * max(len(label) for label in labels)
+    box = (left, WIDTH - 14, 24, 4)
+    title = f"pass@{k} of {part['language']}"
+    return _svg(name, (WIDTH, 30 + 24 * len(rows)), box, draw, title, f"Percent with interval: {spoken}.")
+
+
 def curve_panel(
     name: str,
     task: str,

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from flora_train.evaluation.code.execute import STATUSES
 from flora_train.evaluation.report import figures
 from flora_train.training.clock import spoken
 from flora_train.training.progress import duration
@@ -34,7 +35,7 @@ def render_html(results: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {function.__name__: function for function in (number, estimate, count, listed)}
+    environment.filters |= {function.__name__: function for function in (number, estimate, count, listed, share)}
     environment.filters["duration"] = lambda seconds: duration(seconds) if seconds >= 0.5 else "under a second"
     environment.filters["visible"] = lambda text: text.translate(CONTROLS).strip("\n").rstrip()
     families = list(dict.fromkeys(a["family"] for a in results["adapters"]))
@@ -55,6 +56,9 @@ def render_html(results: Mapping[str, Any]) -> str:
             figures.curve_panel(f"curve-{i}", r["task"], adapters[r["task"]], results["curves"], styles)
             for i, r in enumerate(drawn)
         ],
+        pass_panels=[_pass_panels(i, suite, styles) for i, suite in enumerate(results["code"])],
+        suite_families=suite_families,
+        statuses=STATUSES,
         left_out={split: left_out([task[split] for task in results["tasks"]]) for split in ("train", "validation")},
         shares=shares(results),
         cost=cost(results),
@@ -62,6 +66,20 @@ def render_html(results: Mapping[str, Any]) -> str:
         max_points=figures.MAX_POINTS,
     )
     return page.encode("utf-8", "replace").decode()
+
+
+def suite_families(suite: Mapping[str, Any]) -> list[str]:
+    """Everybody who takes part in a suite, the base first."""
+    return list(dict.fromkeys(c["family"] for part in suite["languages"] for c in part["contenders"]))
+
+
+def _pass_panels(i: int, suite: Mapping[str, Any], styles: Mapping[str, figures.FamilyStyle]) -> list[tuple[str, Any]]:
+    """(language, panel) of the first languages and, where there are several, their mean."""
+    several = [{**suite["macro"], "language": "mean of languages"}] if len(suite["macro"]["languages"]) > 1 else []
+    parts = [*several, *suite["languages"][:MAX_DRAWN]]
+    k = str(suite["k"][0])
+    top = max((c["pass_at"][k]["high"] for part in parts for c in part["contenders"]), default=1.0)
+    return [(part["language"], figures.pass_panel(f"pass-{i}-{j}", part, k, styles, top)) for j, part in enumerate(parts)]
 
 
 def summarise(results: Mapping[str, Any]) -> list[str]:
@@ -72,7 +90,24 @@ def summarise(results: Mapping[str, Any]) -> list[str]:
     where = f"task {tasks[0]}" if len(tasks) == 1 else plural(len(tasks), "task")
     what = f"{plural(len(adapters), 'adapter')} on {where} {'was' if len(adapters) == 1 else 'were'} trained in one run on "
     what += f"{results['facts'].get('model', 'one base model')}" + (f", in {plural(steps, 'step')}." if steps else ".")
-    return [f"{what} {_against_base(judged)}", *_between_methods(judged)]
+    return [f"{what} {_against_base(judged)}", *_between_methods(judged), *map(_of_programs, results["code"])]
+
+
+def _of_programs(suite: Mapping[str, Any]) -> str:
+    """What a suite's mean over languages, or its only language, says."""
+    parts = suite["languages"] if len(suite["languages"]) == 1 else [suite["macro"]] if suite["macro"]["languages"] else []
+    if not parts:
+        return f"On the {suite['suite']} problems nothing could be compared: see what was not evaluated."
+    part, k = parts[0], str(suite["k"][0])
+    to_base = {d["a"]: d["pass_at"][k] for d in part["differences"] if d["b"] == "base"}
+    values = {c["family"]: c["pass_at"][k]["value"] for c in part["contenders"]}
+    where = f"in {part['language']}" if "language" in part else f"over {len(part['languages'])} languages"
+    words = [
+        f"{family} {share(value)} %" + ("" if to_base[family]["excludes_zero"] else " (no clear difference to the base)")
+        for family, value in values.items()
+        if family in to_base
+    ]
+    return f"pass@{k} on the {suite['suite']} problems {where}: base {share(values['base'])} %, {listed(words)}."
 
 
 def _against_base(judged: Sequence[Mapping[str, Any]]) -> str:
@@ -159,6 +194,11 @@ def shared_digits(judged: Sequence[Mapping[str, Any]]) -> int:
     widths = sorted((d["high"] - d["low"]) / 2 for d in found if verdict(d) != NOT_FINITE)
     width = widths[len(widths) // 2] if widths else 0.0
     return min(5, max(2, 1 - math.floor(math.log10(width)))) if width > 0 else 3
+
+
+def share(value: float, sign: str = "") -> str:
+    """A probability, or a difference of two, in percent."""
+    return f"{100 * value:{sign}.1f}".replace("-", "\u2212")
 
 
 def percent(judged: Sequence[Mapping[str, Any]]) -> str:

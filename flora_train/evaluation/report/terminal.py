@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -35,6 +35,36 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
     console.print(table)
 
 
+def print_pass_at_k(suites: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """pass@k of the base and every contender, per suite and language, with intervals and the difference to the base."""
+    console = console or Console(soft_wrap=True)
+    for suite in suites:
+        console.print(Text(f"\n{suite['suite']} problems: pass@k, higher is better", style="bold"))
+        for k in map(str, suite["k"]):
+            table = Table(box=SIMPLE_HEAD, pad_edge=False)
+            percent = f"{100 * suite['confidence']:.0f} %"
+            for heading in ("language", "method", f"pass@{k} [{percent}]", "difference to base"):
+                table.add_column(heading, justify="left" if heading in ("language", "method") else "right", no_wrap=True)
+            macro = suite["macro"]
+            several = [{**macro, "language": "mean of all"}] if len(macro["languages"]) > 1 else []
+            for part in [*suite["languages"], *several]:
+                to_base = {d["a"]: d["pass_at"][k] for d in part["differences"] if d["b"] == "base"}
+                title = part["language"]
+                for contender in part["contenders"]:
+                    difference = to_base.get(contender["family"])
+                    row = (
+                        title,
+                        contender["family"],
+                        _interval(contender["pass_at"][k]),
+                        difference and _interval(difference, "+"),
+                    )
+                    table.add_row(*(cell or "" for cell in row))
+                    title = ""
+            console.print(table)
+        for left_out in suite["not_evaluated"]:
+            console.print(f"not evaluated: {left_out['language']}: {left_out['reason']}")
+
+
 def print_completions(results: Mapping[str, Any], console: Console | None = None) -> None:
     """One prompt per task, continued by the base and by the task's best adapter."""
     console = console or Console(soft_wrap=True)
@@ -51,6 +81,10 @@ def print_completions(results: Mapping[str, Any], console: Console | None = None
         for title, text in (("before", entry["completions"]["base"]), *after):
             console.print(Text(f"\n{entry['task']} ({title})", style="bold"))
             console.print(Text(entry["prompt"], style="dim"), Text(text.rstrip()), sep="")
+
+
+def _interval(estimate: Mapping[str, Any], sign: str = "") -> str:
+    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.config.task_schema import TaskConfig
+from flora_train.config.task_schema import SourceConfig, TaskConfig
 from flora_train.data.sources import READERS, read_rows
 
 ROWS = [{"a": "one", "b": "x,y"}, {"a": 'tw"o', "b": "zweiß\nlines"}]
@@ -179,6 +181,36 @@ def test_hub_name_while_offline_says_so_and_what_to_do() -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == (
-        "tasks.t.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE says there is no hub: "
-        "give files or a folder, or unset it\n"
+        "tasks.t.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE says there is no hub: unset it. "
+        "Instead of it: files or a folder\n"
     ), done.stderr
+
+
+class Gate(Exception):
+    """As the hub's client words it."""
+
+
+@pytest.mark.parametrize("stand_in", [None, "data_config=local"])
+def test_gated_hub_data_says_how_to_get_it_and_what_can_stand_in(monkeypatch: pytest.MonkeyPatch, stand_in: str | None) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise Gate("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    line = refusal(hub="a/b", data_dir="data/lua", stand_in=stand_in)
+    assert "is gated: accept its terms on https://huggingface.co/datasets/a/b, then run `hf auth login`" in line
+    assert line.endswith(f"Instead of it: {stand_in or 'files or a folder'}")
+
+
+def test_a_limit_on_hub_rows_streams_and_reads_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def load(*args: object, **options: object) -> Iterator[dict[str, int]]:
+        asked.update(options)
+        return ({"n": n} for n in itertools.count())
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    source = SourceConfig(hub="a/b", data_dir="data/lua", max_rows=3)
+    assert read_rows(source, "tasks.t.train") == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert asked["streaming"] is True
+    assert asked["data_dir"] == "data/lua"

@@ -86,7 +86,7 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
             {"task": task, "prompt": "def f():", "completions": {"base": "\n  pass", **dict.fromkeys(families, "\n  1")}}
         )
     facts = {"model": "models/tiny", "dtype": "float32", "seconds": {"train": 61.0}, "config": "name: x", "commit": None}
-    parts = {"tasks": tasks, "adapters": adapters, "results": judged, "curves": curves, "completions": completions}
+    parts = {"tasks": tasks, "adapters": adapters, "results": judged, "curves": curves, "completions": completions, "code": []}
     return {"schema": 1, "name": "a run", "facts": facts, **parts, "not_measured": ["Everything else."], **changes}
 
 

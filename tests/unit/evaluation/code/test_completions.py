@@ -12,12 +12,12 @@ import pytest
 
 from flora_train.cli import main
 from flora_train.config.errors import UserError
+from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.evaluation.code import verdicts
-from flora_train.evaluation.code.completions import read_completions
+from flora_train.evaluation.code.completions import read_completions, write_multipl_e
 from flora_train.evaluation.code.languages import load_languages
 from flora_train.evaluation.code.problems import Problem
 from flora_train.evaluation.code.sandbox import Sandbox
-from flora_train.evaluation.code.scores import score
 
 PROBLEM = {"name": "p", "language": "sh", "prompt": "add() {\n", "tests": "}\n[[ $(add 1 2) = 3 ]]", "stop_tokens": ["\n}"]}
 GOOD, BAD = "    echo $(($1 + $2))\n}\nrm -rf x", "    echo 4"
@@ -52,20 +52,12 @@ def test_samples_count_up_and_both_layouts_mean_the_same(prompts: Path) -> None:
     assert [completion.key for completion in ours] == [("model", "sh", "p", 0), ("model", "sh", "p", 1)]
 
 
-def test_pass_at_k_and_endings_are_counted_per_adapter_and_language() -> None:
-    def record(adapter: str, name: str, sample: int, status: str) -> dict[str, Any]:
-        return {"adapter": adapter, "language": "sh", "name": name, "sample": sample, "status": status}
-
-    rows = [record("a", "p", 0, "OK"), record("a", "p", 1, "Timeout"), record("a", "q", 0, "OK"), record("a", "q", 1, "OK")]
-    rows += [record("b", "p", 0, "SyntaxError"), record("b", "p", 1, "SyntaxError")]
-    a, b = score(dict(enumerate(rows)), [1, 2])
-    assert a.pass_at[1][0] == pytest.approx(0.75)
-    assert a.pass_at[2][0] == 1.0
-    assert a.pass_at[1][1] == pytest.approx(0.5)
-    assert a.ended == {"OK": 3, "Timeout": 1}
-    assert b.pass_at[1] == (0.0, 0.0, 0.0)
-    with pytest.raises(ValueError, match="pass@3 wants k from 1 to n"):
-        score(dict(enumerate(rows)), [3])
+def test_what_is_written_in_multipl_es_layout_is_read_again(prompts: Path) -> None:
+    ours = read_completions(write(prompts, {"completion": GOOD}, {"completion": BAD}), prompts)
+    write_multipl_e(ours[::-1], prompts / "theirs", EvaluationConfig(temperature=0.8))
+    (folder,) = (prompts / "theirs").iterdir()
+    assert folder.name == "humaneval-sh-model-0.8-reworded"
+    assert read_completions(folder, None) == ours
 
 
 def judged(prompts: Path, path: Path, sandbox: Sandbox) -> dict[Any, dict[str, Any]]:
@@ -99,7 +91,7 @@ def test_the_command_prints_pass_at_k(prompts: Path, sandbox: Sandbox, capsys: p
     assert main(["execute", str(path), f"prompts={prompts}"]) == 0
     said = capsys.readouterr().out
     assert "sh-flora" in said
-    assert "1.000 [1.000, 1.000]" in said
+    assert "1.000 [0.025, 1.000]" in said  # of one problem
     assert "1 AssertionError" in said
     assert (prompts / "made.verdicts.jsonl").exists()
 

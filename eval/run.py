@@ -1,0 +1,9 @@
+"""accelerate launch eval/run.py run=outputs/NAME [languages=[lua,pl]] [contenders=[PEFT,...]] [evaluation.KEY=VALUE ...]"""
+
+import sys
+
+from flora_train.cli import main
+
+if __name__ == "__main__":
+    run = [word.removeprefix("run=") for word in sys.argv[1:] if word.startswith("run=")]
+    sys.exit(main(["solve", *run, *(word for word in sys.argv[1:] if not word.startswith("run="))]))

@@ -1,0 +1,149 @@
+"""From a bank of adapters to pass@k: plan, generate, execute, score. Every stage takes up where it was killed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.config.errors import Problem as Fault
+from flora_train.config.errors import UserError, choices, fail
+from flora_train.config.schema import RunConfig
+from flora_train.evaluation.code.completion_log import CompletionLog
+from flora_train.evaluation.code.completions import Completion
+from flora_train.evaluation.code.contenders import Contender, Route, contenders_of, languages_of, peft_contender
+from flora_train.evaluation.code.execute import preflight
+from flora_train.evaluation.code.languages import Language, find_language, load_languages
+from flora_train.evaluation.code.sandbox import open_sandbox
+from flora_train.evaluation.code.solve import solve
+from flora_train.evaluation.code.suites import Suite, load_suite
+from flora_train.evaluation.code.summary import summarise, write_summary
+from flora_train.evaluation.code.verdicts import judge_all
+from flora_train.evaluation.generation import Decoder, Sampling
+from flora_train.training.checkpoint import fingerprint
+from flora_train.training.distributed import is_main_process, on_main_process, say, wait_for_everyone
+from flora_train.training.environment import available_cpus
+
+
+@dataclass(frozen=True)
+class Plan:
+    """languages: key -> row of the table, of those that run here; broken: key -> why one does not. The main process makes it
+    for all."""
+
+    suites: tuple[Suite, ...]
+    languages: Mapping[str, Language]
+    broken: Mapping[str, str]
+
+
+def plan_evaluation(config: RunConfig) -> Plan | None:
+    """What will be solved, and whether it can be executed here; None if the recipe has no problems. Called before training.
+
+    Raises UserError for an unknown language or suite, for tasks without a language, or if no sandbox works.
+    """
+    if not config.evaluation.problems:
+        return None
+    spoken = languages_of(config.tasks)
+    if not spoken:
+        fix = "no task says its language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, rb, ...)"
+        raise fail("evaluation.problems", config.evaluation.problems, fix)
+    table = load_languages()
+    faults: list[Fault] = []
+    for key, language in [(f"tasks.{task}.language", language) for task, language in spoken.items()] + [
+        ("evaluation.languages", language) for language in config.evaluation.languages or ()
+    ]:
+        try:
+            find_language(language, table)
+        except UserError as error:
+            faults += [Fault(key, language, problem.fix) for problem in error.problems]
+    if faults:
+        raise UserError(*faults)
+    wanted = config.evaluation.languages or sorted(set(spoken.values()))
+    if absent := sorted(set(wanted) - set(spoken.values())):
+        raise fail("evaluation.languages", absent[0], f"no task is in it; tasks are in {choices(sorted(set(spoken.values())))}")
+    suites = tuple(load_suite(source, wanted, config.evaluation.max_problems) for source in config.evaluation.problems)
+    names = [suite.name for suite in suites]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise fail("evaluation.problems", twice[0], "two suites would share this name, and their folder: rename one")
+    sandbox = open_sandbox(config.evaluation.sandbox)
+    broken = preflight([table[key] for key in wanted], sandbox)
+    return Plan(suites, {key: table[key] for key in wanted if key not in broken}, broken)
+
+
+def evaluate_code(
+    config: RunConfig,
+    plan: Plan,
+    model: nn.Module,
+    bank: AdapterBank,
+    tokenizer: Any,
+    folder: Path,
+    peft: Sequence[str] = (),
+    load_base: Callable[[], nn.Module] | None = None,
+) -> None:
+    """Leaves `folder`/<suite>/scores.json (see summary.py) beside completions and verdicts.
+
+    peft: further contenders, PEFT adapters from disk or hub, each on the plain model that `load_base` makes.
+    """
+    options = config.evaluation
+    sampling = Sampling(options.temperature, options.top_p, config.seed)
+    languages = list(plan.languages)
+    contenders = contenders_of(config, bank, languages)
+    logs = {suite.name: CompletionLog(folder / suite.name) for suite in plan.suites}
+    settings = {
+        "model": config.model.path,
+        "weights of the base model (SHA-256)": fingerprint(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "quantization": config.model.quantization,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "max_new_tokens": options.max_new_tokens,
+        "seed": config.seed,
+        "prompt": "without its trailing white space",
+    }
+    for name, log in logs.items():
+        on_main_process(partial(log.claim, {"problems": name, **settings}))
+
+    def write(model: nn.Module, route: Route, writers: Sequence[Contender]) -> None:
+        decoder = Decoder(model, tokenizer, route, sampling, options.max_new_tokens, options.batch_rows)
+        for suite in plan.suites:
+            log = logs[suite.name]
+            known = log.read()
+            wait_for_everyone()  # all have read before one writes
+            solve(decoder, writers, suite, options.n, log, known)
+            wait_for_everyone()
+
+    if not languages:
+        say("no language can be evaluated here: " + "; ".join(plan.broken.values()))
+    write(model, bank.routed, contenders)
+    if peft:
+        assert load_base is not None
+        base = load_base()
+        for source in peft:
+            with peft_contender(source, base, languages, [c.name for c in contenders]) as (contender, adapted, route):
+                write(adapted, route, [contender])
+                contenders.append(contender)
+    if is_main_process():
+        for suite in plan.suites:
+            _judge(config, plan, suite, contenders, logs[suite.name])
+
+
+def _judge(config: RunConfig, plan: Plan, suite: Suite, contenders: Sequence[Contender], log: CompletionLog) -> None:
+    """Execute what the log has for these contenders and languages, and score it."""
+    names = {contender.name for contender in contenders}
+    logged = [
+        entry
+        for entry in log.read().values()
+        if entry.adapter in names and entry.name in suite.problems.get(entry.language, {}) and entry.language in plan.languages
+    ]
+    completions = [
+        Completion(entry.adapter, suite.problems[entry.language][entry.name], entry.sample, entry.completion) for entry in logged
+    ]
+    workers = config.evaluation.workers or available_cpus()
+    sandbox = open_sandbox(config.evaluation.sandbox)
+    records = judge_all(completions, plan.languages, sandbox, log.verdicts, workers) if completions else {}
+    summary = summarise(config, suite, contenders, logged, records, plan.broken, sandbox.kind)
+    write_summary(summary, log.path)

@@ -1,0 +1,86 @@
+"""Which problems does `evaluation.problems` mean? Our starter problems, a folder of MultiPL-E's prompt files, or the hub's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+
+from flora_train.config.errors import choices, fail, first_line
+from flora_train.config.load import find_file
+from flora_train.evaluation.code.problems import Problem, load_problems, problems_of_rows
+from flora_train.evaluation.code.starter import STARTER_LANGUAGES, load_starter_problems
+
+STARTER = "starter"
+HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """name: of its folder in a run; source: what the recipe says; problems: language -> name -> problem, the first so many of
+    `available`; missing: language -> why the suite has no problems in it."""
+
+    name: str
+    source: str
+    problems: Mapping[str, Mapping[str, Problem]]
+    available: Mapping[str, int]
+    missing: Mapping[str, str]
+
+    def sha(self, language: str) -> str:
+        """Of all problems that are asked in this language."""
+        return sha256("".join(problem.sha for problem in self.problems[language].values()).encode()).hexdigest()
+
+
+def load_suite(source: str, languages: Iterable[str], limit: int | None) -> Suite:
+    """The suite's problems in these languages, at most `limit` of each. Raises UserError if there is no such suite, or if it
+    has none of these languages."""
+    found: dict[str, Mapping[str, Problem]] = {}
+    missing: dict[str, str] = {}
+    for language in languages:
+        problems = _problems(source, language)
+        if problems is None:
+            missing[language] = f"{source} has no problems in it"
+        else:
+            found[language] = problems
+    if not found:
+        raise fail("evaluation.problems", source, f"has no problems in {choices(missing)}")
+    chosen = {language: dict(islice(problems.items(), limit)) for language, problems in found.items()}
+    return Suite(suite_name(source), source, chosen, {key: len(problems) for key, problems in found.items()}, missing)
+
+
+def suite_name(source: str) -> str:
+    """`starter`, or the last part of a folder or hub name, in lower case."""
+    return Path(source.removeprefix(HUB)).name.lower()
+
+
+def _problems(source: str, language: str) -> Mapping[str, Problem] | None:
+    if source == STARTER:
+        return load_starter_problems(language) if language in STARTER_LANGUAGES else None
+    if source.startswith(HUB):
+        return _from_hub(source.removeprefix(HUB), language)
+    folder = find_file(source)
+    if not folder.is_dir():
+        fix = (
+            "is no folder here: give starter, a folder with MultiPL-E's humaneval-<language>.jsonl, or hub:nuprl/MultiPL-E "
+            "(for evaluation only, never for training)"
+        )
+        raise fail("evaluation.problems", source, fix)
+    return load_problems(folder, language) if (folder / f"humaneval-{language}.jsonl").is_file() else None
+
+
+def _from_hub(name: str, language: str) -> Mapping[str, Problem] | None:
+    try:
+        from datasets import get_dataset_config_names, load_dataset
+    except ImportError as error:
+        raise fail("evaluation.problems", HUB + name, "needs datasets: pip install 'flora-train[hub]'") from error
+    subset = f"humaneval-{language}"
+    try:
+        if subset not in get_dataset_config_names(name):
+            return None
+        rows = load_dataset(name, subset, split="test")
+    except Exception as error:  # whatever the hub's client raises: no network, a gate, another revision
+        fix = f"cannot be had ({first_line(error)}): give a folder with MultiPL-E's humaneval-<language>.jsonl, or starter"
+        raise fail("evaluation.problems", HUB + name, fix) from error
+    return problems_of_rows(language, ((f"{name} {subset} {i}", dict(row)) for i, row in enumerate(rows)))

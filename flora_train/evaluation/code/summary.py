@@ -1,0 +1,150 @@
+"""What does a reader get to see of a suite? One plain mapping (scores.json, and a part of report.json)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flora_train.config.schema import RunConfig
+from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
+from flora_train.evaluation.code.contenders import Contender
+from flora_train.evaluation.code.execute import STATUSES
+from flora_train.evaluation.code.scores import Scores
+from flora_train.evaluation.code.suites import Suite
+from flora_train.evaluation.compare import Estimate
+from flora_train.training.atomic import write_atomically
+
+SCORES = "scores.json"
+
+
+def read_summaries(folder: Path) -> list[dict[str, Any]]:
+    """All suites that a run was evaluated on, by name."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"*/{SCORES}"))]
+
+
+def write_summary(summary: Mapping[str, Any], folder: Path) -> None:
+    """As `folder`/scores.json, whole or not at all."""
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / SCORES, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def summarise(
+    config: RunConfig,
+    suite: Suite,
+    contenders: Sequence[Contender],
+    logged: Sequence[LoggedCompletion],
+    records: Mapping[Key, Mapping[str, Any]],
+    broken: Mapping[str, str],
+    sandbox: str,
+) -> dict[str, Any]:
+    """languages: per language every contender's pass@k, how its programs ended, suspicious passes and cut completions, and all
+    differences, paired by problem; macro: means over languages, by family; not_evaluated: language and reason."""
+    options = config.evaluation
+    scores = Scores(records.values(), options.bootstrap_samples, options.confidence, config.seed)
+    tokens = sum(entry.tokens for entry in logged)
+    return {
+        "suite": suite.name,
+        "source": suite.source,
+        "n": options.n,
+        "k": list(options.k),
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "max_new_tokens": options.max_new_tokens,
+        "seed": config.seed,
+        "confidence": options.confidence,
+        "sandbox": sandbox,
+        "completions": len(logged),
+        "tokens": tokens,
+        "languages": [
+            _language(config, suite, language, judged, logged, scores)
+            for language in suite.problems
+            if (judged := [c for c in contenders if (c.name, language) in scores.cells])
+        ],
+        "macro": _macro(contenders, scores, options.k),
+        "not_evaluated": [
+            {"language": language, "reason": reason} for language, reason in sorted({**broken, **suite.missing}.items())
+        ],
+    }
+
+
+def _language(
+    config: RunConfig,
+    suite: Suite,
+    language: str,
+    contenders: Sequence[Contender],
+    logged: Iterable[LoggedCompletion],
+    scores: Scores,
+) -> dict[str, Any]:
+    ks = config.evaluation.k
+    cut = [entry.adapter for entry in logged if entry.language == language and entry.ended == "length"]
+    return {
+        "language": language,
+        "problems": max(len(scores.problems((c.name, language))) for c in contenders),
+        "available": suite.available[language],
+        "prompts_sha": suite.sha(language),
+        "contenders": [
+            {
+                "name": c.name,
+                "family": c.family,
+                "n": scores.n((c.name, language)),
+                "pass_at": {str(k): _plain(scores.pass_at((c.name, language), k)) for k in ks},
+                "ended": {status: scores.ended[c.name, language][status] for status in STATUSES},
+                "suspicious": scores.suspicious[c.name, language],
+                "cut": cut.count(c.name),
+            }
+            for c in contenders
+        ],
+        "differences": [
+            {
+                "a": a.family,
+                "b": b.family,
+                "pass_at": {str(k): _plain(scores.difference(a.name, b.name, language, k)) for k in ks},
+            }
+            for a, b in _pairs(contenders)
+        ],
+    }
+
+
+def _macro(contenders: Sequence[Contender], scores: Scores, ks: Sequence[int]) -> dict[str, Any]:
+    """Means over the languages in which every family stands, so that all are means of the same."""
+    adapters: dict[str, dict[str, str]] = {}
+    for c in contenders:
+        mine = adapters.setdefault(c.family, {})
+        mine |= {language: c.name for language in c.languages if (c.name, language) in scores.cells}
+    shared = sorted(set.intersection(*(set(mine) for mine in adapters.values()))) if adapters else []
+    if not shared:
+        return {"languages": [], "contenders": [], "differences": []}
+    of = {family: {language: mine[language] for language in shared} for family, mine in adapters.items()}
+    families = [Contender(family, family, -1, (), "") for family in of]
+    return {
+        "languages": shared,
+        "contenders": [
+            {"family": family, "pass_at": {str(k): _plain(scores.macro(mine, k)) for k in ks}} for family, mine in of.items()
+        ],
+        "differences": [
+            {
+                "a": a.family,
+                "b": b.family,
+                "pass_at": {str(k): _plain(scores.macro_difference(of[a.family], of[b.family], k)) for k in ks},
+            }
+            for a, b in _pairs(families)
+        ],
+    }
+
+
+def _pairs(contenders: Sequence[Contender]) -> list[tuple[Contender, Contender]]:
+    """Everybody against the base, and each against those after it."""
+    base = [c for c in contenders if c.family == "base"]
+    others = [c for c in contenders if c.family != "base"]
+    return [(a, b) for a in others for b in base] + [(a, b) for i, a in enumerate(others) for b in others[i + 1 :]]
+
+
+def _plain(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "excludes_zero": estimate.excludes_zero,
+    }

@@ -1,0 +1,88 @@
+"""flora-train solve (and eval/run.py): let a trained run's base, adapters and any PEFT adapter solve programming problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from flora_train.adapters.base_model import load_base_model
+from flora_train.config.errors import fail
+from flora_train.config.load import merge, validate
+from flora_train.config.options import read_options
+from flora_train.config.section import Section, Text
+from flora_train.config.words import parse_words
+from flora_train.evaluation.code.completion_log import CompletionLog
+from flora_train.evaluation.code.completions import Completion, write_multipl_e
+from flora_train.evaluation.code.evaluate import evaluate_code, plan_evaluation
+from flora_train.evaluation.code.summary import read_summaries
+from flora_train.evaluation.report import write_report
+from flora_train.evaluation.report.terminal import print_pass_at_k
+from flora_train.run import read_report
+from flora_train.session import reopen
+from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone
+from flora_train.training.run_folder import open_run
+
+Names = Annotated[list[Text], Field(min_length=1)]
+
+
+class SolveOptions(Section):
+    languages: Names | None = None
+    """The same as evaluation.languages."""
+    contenders: Names | None = None
+    """PEFT adapters, folders or hub names, that solve the same problems."""
+    out: Text | None = None
+    """Folder of completions, verdicts and scores. Default: the run's own, eval/<suite>, which the report is drawn from."""
+    multipl_e: Text | None = None
+    """Write the completions in MultiPL-E's layout, too: one folder a contender and language here."""
+
+
+def solve_run(run: str, words: Sequence[str]) -> None:
+    """words: SolveOptions and evaluation.key=value, which stand above the run's own. Completions that are there are kept.
+
+    Raises UserError for bad input before the model is loaded.
+    """
+    folder, recorded = open_run(run)
+    raw = parse_words(words)
+    evaluation = raw.pop("evaluation", {})
+    options = read_options(SolveOptions, raw, also=["evaluation.KEY"])
+    if options.languages is not None:
+        evaluation = {**evaluation, "languages": options.languages}
+    config = validate(merge(recorded.model_dump(mode="json"), {"evaluation": evaluation}))
+    if not config.evaluation.problems:
+        fix = "say which: evaluation.problems=starter, a folder of MultiPL-E's prompt files, or hub:nuprl/MultiPL-E"
+        raise fail("evaluation.problems", None, fix)
+    if not folder.adapters.is_dir() or not any(folder.adapters.iterdir()):
+        raise fail("run", run, "has no adapters yet: it did not finish; train it on with resume=true")
+    plan = on_main_process(lambda: plan_evaluation(config))
+    session, _ = reopen(run)
+    place = folder.evaluation if options.out is None else Path(options.out)
+    evaluate_code(
+        config,
+        plan,
+        session.model,
+        session.bank,
+        session.tokenizer,
+        place,
+        options.contenders or (),
+        lambda: load_base_model(config.model, session.bank.device),
+    )
+    if is_main_process():
+        summaries = read_summaries(place)
+        print_pass_at_k(summaries)
+        for suite in plan.suites:
+            print(f"\ncompletions, verdicts, scores   {place / suite.name}/")
+            if options.multipl_e is not None:
+                logged = CompletionLog(place / suite.name).read().values()
+                known = [e for e in logged if e.name in suite.problems.get(e.language, {})]
+                completions = [Completion(e.adapter, suite.problems[e.language][e.name], e.sample, e.completion) for e in known]
+                print(
+                    f"in MultiPL-E's layout           {write_multipl_e(completions, Path(options.multipl_e), config.evaluation)}/"
+                )
+        if options.out is None and (folder.evaluation / "report.json").exists():
+            print(
+                f"report                          {write_report({**read_report(folder), 'code': summaries}, folder.evaluation)}"
+            )
+    wait_for_everyone()
