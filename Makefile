@@ -4,17 +4,23 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := assets/models/smollm2-135m/manifest.json
 ARGS ?=
+MULTIPL_E ?= ../shared/data/multipl_e
 
-.PHONY: help quickstart sweep test test-gpu lint types format bench bench-quick bench-gpu figures clean
+.PHONY: help quickstart sweep code-local test test-gpu lint types format bench bench-quick bench-gpu figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
 
-quickstart: $(INSTALLED) $(MODEL)  ## train 9 adapters in one run on real code, evaluate, report, export (ARGS="key=value ...")
+quickstart: $(INSTALLED) $(MODEL)  ## train 9 adapters in one run on real code, evaluate, run their programs, report, export (ARGS="key=value ...")
+	eval/install_toolchains.sh --if-possible lua pl rb
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart resume=true $(ARGS)
 
 sweep: $(INSTALLED) $(MODEL)  ## the learning rates behind the quickstart (15 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart_sweep resume=true $(ARGS)
+
+code-local: $(INSTALLED)  ## on Debian 12: build example code in six more languages into assets/code_local (MULTIPL_E=prompts to leave out)
+	$(BIN)/python assets/build_code_corpus.py --languages php js go rust d python --output assets/code_local \
+		--exclude-problems eval/starter_problems.yaml $(if $(wildcard $(MULTIPL_E)/*.jsonl),--exclude-prompts $(MULTIPL_E))
 
 test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)

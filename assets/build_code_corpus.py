@@ -1,23 +1,22 @@
-"""Builds `assets/code/<language>.{train,validation}.jsonl`: short Lua, Perl and Ruby functions and files.
+"""Builds `<language>.{train,validation}.jsonl`: short functions and files in Lua, Perl, Ruby and other languages.
 
     python assets/build_code_corpus.py --exclude-prompts <folder with MultiPL-E's humaneval-*.jsonl>
+    python assets/build_code_corpus.py --languages php js go rust d --output assets/code_local
 
-The sources are Debian packages under permissive licences (`code_corpus/sources.py`), fetched with
-`apt-get download`. The same package versions give the same bytes.
+The sources are Debian packages under permissive licences (`code_corpus/sources.py`, `local_sources.py`), fetched
+with `apt-get download`. The same package versions give the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from code_corpus import lua, perl, ruby
 from code_corpus.debian import CorpusError, Package, fetch, unpack
 from code_corpus.duplicates import NearDuplicateIndex
 from code_corpus.examples import (
@@ -25,18 +24,19 @@ from code_corpus.examples import (
     Origin,
     file_example,
     function_examples,
-    normalised_name,
     normalised_source,
 )
+from code_corpus.languages import SHIPPED, SYNTAX
 from code_corpus.licences import names_other_licence
+from code_corpus.local_sources import ALL_SOURCES
 from code_corpus.notice import write_licences, write_notice
+from code_corpus.overlap import OverlapError, Problems, add_prompts, add_starter_problems
 from code_corpus.selection import QUOTAS, choose, shuffled
-from code_corpus.sources import SOURCES, LanguageSources
+from code_corpus.sources import LanguageSources
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "code"
 SEED = 20
 MAXIMUM_FILE_BYTES = 1024 * 1024
-SYNTAX = {"lua": lua, "perl": perl, "ruby": ruby}
 
 
 @dataclass
@@ -48,22 +48,12 @@ class Split:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def benchmark_names(folder: Path) -> frozenset[str]:
-    """Normalised function names of the HumanEval problems in MultiPL-E's files."""
-    names = set()
-    for file in sorted(folder.glob("*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if match := re.fullmatch(r"HumanEval_\d+_(\w+)", json.loads(line).get("name", "")):
-                names.add(normalised_name(match[1]))
-    if not names:
-        raise CorpusError(f"--exclude-prompts {folder}: no *.jsonl with names such as HumanEval_0_has_close_elements")
-    return frozenset(names)
-
-
-def candidates_of(package: Package, language: str, excluded_names: frozenset[str], dropped: Counter[str]) -> list[Example]:
+def candidates_of(package: Package, language: str, problems: Problems, dropped: Counter[str]) -> list[Example]:
     """All function and file examples of one package."""
-    sources, found = SOURCES[language], []
+    sources, found = ALL_SOURCES[language], []
     for path, raw in package.files(sources.suffixes, sources.only_under.get(package.name, "")):
+        if sources.skipped and sources.skipped.search(path):
+            continue
         licence = package.copyright.licence_of(path)
         if licence is None:
             dropped["file: licence not permissive"] += 1
@@ -72,8 +62,8 @@ def candidates_of(package: Package, language: str, excluded_names: frozenset[str
             dropped["file: its text names another licence"] += 1
             continue
         text, origin = normalised_source(raw), Origin(package.name, package.version, path, licence)
-        found += function_examples(text, SYNTAX[language], origin, excluded_names, dropped)
-        whole = file_example(text, SYNTAX[language], origin, excluded_names, dropped)
+        found += function_examples(text, SYNTAX[language], origin, problems, dropped)
+        whole = file_example(text, SYNTAX[language], origin, problems, dropped)
         found += [whole] if whole else []
     return found
 
@@ -82,16 +72,18 @@ def build_split(
     packages: list[Package],
     language: str,
     split: str,
-    excluded_names: frozenset[str],
+    problems: Problems,
     training: NearDuplicateIndex | None,
 ) -> Split:
     """Extract and choose the examples of one split."""
     result = Split()
     found = []
     for package in packages:
-        found += candidates_of(package, language, excluded_names, result.dropped)
+        found += candidates_of(package, language, problems, result.dropped)
     result.candidates = len(found)
     for kind, quota in QUOTAS[split].items():
+        if ALL_SOURCES[language].few_packages:
+            quota = replace(quota, per_package=quota.total)
         of_kind = [example for example in found if example.kind == kind]
         result.examples += choose(of_kind, quota, SEED, training, result.dropped)
     result.examples = shuffled(result.examples, SEED)
@@ -128,18 +120,19 @@ def print_summary(language: str, split: str, result: Split) -> None:
     print("  dropped: ", ", ".join(f"{reason} {count}" for reason, count in sorted(result.dropped.items())))
 
 
-def build(output: Path, downloads: Path, excluded_names: frozenset[str]) -> None:
+def build(output: Path, downloads: Path, languages: list[str], problems: Problems) -> None:
     """Fetch every package and write all corpus files, NOTICE.md and licenses/."""
     output.mkdir(parents=True, exist_ok=True)
     used: dict[str, list[tuple[Package, list[Example]]]] = {}
-    for language, sources in SOURCES.items():
+    for language in languages:
+        sources = ALL_SOURCES[language]
         packages = {name: fetch(name, downloads) for name in sorted({*sources.train, *sources.validation})}
         check_held_out(sources, packages)
         training: NearDuplicateIndex | None = None
         chosen: list[Example] = []
         for split, names in (("train", sources.train), ("validation", sources.validation)):
             members = [packages[name] for name in names]
-            result = build_split(members, language, split, excluded_names, training)
+            result = build_split(members, language, split, problems, training)
             write_examples(output / f"{language}.{split}.jsonl", result.examples)
             print_summary(language, split, result)
             chosen += result.examples
@@ -155,23 +148,41 @@ def build(output: Path, downloads: Path, excluded_names: frozenset[str]) -> None
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: returns 0, or 1 with a one-line error."""
-    parser = argparse.ArgumentParser(description="Build the Lua, Perl and Ruby example corpora from Debian packages.")
+    parser = argparse.ArgumentParser(description="Build example corpora of programming languages from Debian packages.")
+    parser.add_argument(
+        "--languages",
+        nargs="+",
+        default=list(SHIPPED),
+        choices=sorted(SYNTAX),
+        metavar="LANGUAGE",
+        help=f"of {', '.join(SYNTAX)} (default: {' '.join(SHIPPED)})",
+    )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)")
     parser.add_argument(
         "--exclude-prompts",
         type=Path,
         metavar="DIR",
-        help="leave out functions named like the problems in DIR",
+        help="leave out what has the name or the words of MultiPL-E's problems in DIR",
+    )
+    parser.add_argument(
+        "--exclude-problems",
+        type=Path,
+        metavar="YAML",
+        help="the same for the problems of a file such as eval/starter_problems.yaml",
     )
     parser.add_argument("--downloads", type=Path, metavar="DIR", help="keep the .deb files here and use those there")
     options = parser.parse_args(arguments)
     try:
-        excluded = benchmark_names(options.exclude_prompts) if options.exclude_prompts else frozenset()
+        problems = Problems()
+        if options.exclude_prompts:
+            add_prompts(problems, options.exclude_prompts)
+        if options.exclude_problems:
+            add_starter_problems(problems, options.exclude_problems)
         with tempfile.TemporaryDirectory() as scratch:
             downloads = options.downloads or Path(scratch)
             downloads.mkdir(parents=True, exist_ok=True)
-            build(options.output, downloads.resolve(), excluded)
-    except (CorpusError, OSError) as error:
+            build(options.output, downloads.resolve(), options.languages, problems)
+    except (CorpusError, OverlapError, OSError) as error:
         print(f"build_code_corpus: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,14 +1,38 @@
 #!/usr/bin/env bash
 # Install what programs of these languages need, and the sandbox, on Debian or Ubuntu (as root).
-# Usage: eval/install_toolchains.sh lua pl rb ...      (keys of eval/languages.yaml; without words: only the sandbox)
+# Usage: eval/install_toolchains.sh [--if-possible] lua pl rb ...   (keys of eval/languages.yaml; without any: only the sandbox)
+# --if-possible: where this is no Debian, or not root's shell, say what is missing and leave it
 set -euo pipefail
 table="$(dirname "${BASH_SOURCE[0]}")/languages.yaml"
+if_possible=false
+if [ "${1:-}" = --if-possible ]; then
+  if_possible=true
+  shift
+fi
+keys=("$@")
 packages=(bubblewrap util-linux)
+npm=()
+listed() { # KEY FIELD: the words of the row's list
+  awk -v key="$1:" -v field="$2:" '$1 == key && /^[a-z]/ {on = 1; next} /^[a-z]/ {on = 0} on && $1 == field {print; exit}' "$table" |
+    sed 's/.*\[\(.*\)\].*/\1/; s/,/ /g'
+}
 for key in "$@"; do
-  line=$(awk -v key="$key:" '$1 == key && /^[a-z]/ {on = 1; next} /^[a-z]/ {on = 0} on && $1 == "packages:" {print; exit}' "$table")
-  [ -n "$line" ] || { echo "error: language '$key' is not in $table" >&2; exit 2; }
-  read -r -a words <<<"$(sed 's/.*\[\(.*\)\].*/\1/; s/,/ /g' <<<"$line")"
+  read -r -a words <<<"$(listed "$key" packages)"
+  [ "${#words[@]}" -gt 0 ] || { echo "error: language '$key' is not in $table" >&2; exit 2; }
   packages+=("${words[@]}")
+  read -r -a words <<<"$(listed "$key" npm)"
+  npm+=("${words[@]}")
 done
-apt-get update -qq
-apt-get install -y --no-install-recommends "${packages[@]}"
+missing=()
+for package in "${packages[@]}"; do
+  dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+if [ "${#missing[@]}" -gt 0 ]; then
+  if $if_possible && { [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; }; then
+    echo "note: to run programs, first: sudo eval/install_toolchains.sh ${keys[*]}   (missing: ${missing[*]})" >&2
+    exit 0
+  fi
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
+fi
+[ "${#npm[@]}" -eq 0 ] || npm install --global "${npm[@]}"

@@ -52,7 +52,9 @@ def train_run(config: RunConfig) -> Path:
         if is_main_process():
             show(folder)
         return folder.path
-    plan = on_main_process(lambda: plan_evaluation(config))
+    plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
+    for reason in dict.fromkeys(plan.broken.values() if plan else ()):
+        say(f"note: some programs will not be evaluated: {reason}")
     session = load_session(config, folder, accelerator.device)
     trainer = Trainer(config, session.model, session.bank, session.tasks, pad_token(session.tokenizer), folder, accelerator)
     on_main_process(lambda: folder.claim(config))
@@ -178,7 +180,7 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
 
 def evaluate_run(run: str) -> None:
     """Judge a run's kept adapters again and rewrite its report."""
-    plan = on_main_process(lambda: plan_evaluation(open_run(run)[1]))
+    plan = on_main_process(lambda: plan_evaluation(open_run(run)[1], need_sandbox=False))
     session, kept = reopen(run, with_tasks=True)
     judge(session, kept, plan)
     show(session.folder)

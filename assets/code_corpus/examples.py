@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from .comments import useful_comment, without_legal_comments
+from .overlap import Problems
 from .source_function import SourceFunction, indentation
 
 BODY_LINES = range(2, 26)
@@ -18,7 +19,6 @@ MAXIMUM_DATA_SHARE = 0.4
 
 # a line of a table: it ends in a comma and calls nothing
 _DATA_LINE = re.compile(r"[^()]*,$")
-_DEFINED_NAME = re.compile(r"\b(?:function|def|sub)\s+(?:[\w.:]*[.:])?(\w+)")
 _RUDE_WORD = re.compile(r"\b(?:fuck|shit|crap|damn|idiot|moron|stupid|retarded|sucks)", re.IGNORECASE)
 _CLOSING_LINE = re.compile(r"\s*(?:end|\}|end\)|\};)\s*$")
 
@@ -54,50 +54,43 @@ class Example:
         return {"kind": self.kind, "prompt": self.prompt, "completion": self.completion, **vars(self.origin)}
 
 
-def normalised_name(name: str) -> str:
-    """Spelling of a function name that `has_close_elements` and `hasCloseElements` share."""
-    return name.replace("_", "").lower()
-
-
 def normalised_source(text: str) -> str:
     """LF line ends, no white space at the end of a line."""
     return "\n".join(line.rstrip() for line in text.lstrip("\ufeff").splitlines()) + "\n"
 
 
 def function_examples(
-    text: str, language: ModuleType, origin: Origin, excluded_names: frozenset[str], dropped: Counter[str]
+    text: str, language: ModuleType, origin: Origin, problems: Problems, dropped: Counter[str]
 ) -> list[Example]:
     """Examples of the functions in a file; every other function is counted in `dropped` under its reason."""
     examples = []
     for function in language.functions(text):
         comment = useful_comment(function.comment, language.COMMENT)
-        prompt = f"{comment}\n{function.signature}" if comment else function.signature
-        reason = reason_to_drop(function, prompt, excluded_names)
+        function = replace(function, comment=comment)
+        reason = reason_to_drop(function, language, problems)
         if reason:
             dropped[reason] += 1
             continue
-        plain = not language.RECEIVER.search(function.signature + function.body)
+        plain = not function.member and not language.RECEIVER.search(function.signature + function.body)
         rank = 2 * (not comment) + (not plain)
-        examples.append(Example("function", prompt, function.completion, origin, rank))
+        examples.append(Example("function", function.prompt, function.completion, origin, rank))
     return examples
 
 
-def reason_to_drop(function: SourceFunction, prompt: str, excluded_names: frozenset[str]) -> str | None:
+def reason_to_drop(function: SourceFunction, language: ModuleType, problems: Problems) -> str | None:
     """Why a function makes no example, or None."""
     lines = [line for line in function.body.split("\n") if line.strip()]
-    whole = prompt + function.completion
+    whole = function.prompt + function.completion
     if len(lines) not in BODY_LINES:
         return "body length"
     if len(whole) > MAXIMUM_FUNCTION_CHARACTERS:
         return "too many characters"
     if function.name.startswith("test"):
         return "test"
-    return _reason_to_drop_text(whole, lines, excluded_names)
+    return _reason_to_drop_text(whole, lines, language, problems)
 
 
-def file_example(
-    text: str, language: ModuleType, origin: Origin, excluded_names: frozenset[str], dropped: Counter[str]
-) -> Example | None:
+def file_example(text: str, language: ModuleType, origin: Origin, problems: Problems, dropped: Counter[str]) -> Example | None:
     """A file or its first part, without documentation and licence comments; None is counted in `dropped`."""
     code = without_legal_comments(language.code_only(text), language.COMMENT)
     code = re.sub(r"\n{3,}", "\n\n", code).strip("\n") + "\n"
@@ -108,7 +101,7 @@ def file_example(
     elif not language.functions(head):
         reason = "file without functions"
     else:
-        reason = _reason_to_drop_text(head, [line for line in head.split("\n") if line.strip()], excluded_names)
+        reason = _reason_to_drop_text(head, [line for line in head.split("\n") if line.strip()], language, problems)
     if reason:
         dropped[reason] += 1
         return None
@@ -126,7 +119,7 @@ def cut_after_function(code: str, limit: int) -> str:
     return "\n".join(lines[: last + 1]) + "\n"
 
 
-def _reason_to_drop_text(text: str, lines: list[str], excluded_names: frozenset[str]) -> str | None:
+def _reason_to_drop_text(text: str, lines: list[str], language: ModuleType, problems: Problems) -> str | None:
     if not text.isascii():
         return "not ASCII"
     if max(map(len, text.split("\n"))) > MAXIMUM_LINE_LENGTH:
@@ -135,6 +128,6 @@ def _reason_to_drop_text(text: str, lines: list[str], excluded_names: frozenset[
         return "data table"
     if _RUDE_WORD.search(text):
         return "rude word"
-    if any(normalised_name(name) in excluded_names for name in _DEFINED_NAME.findall(text)):
+    if problems.named_in(text, language.DEFINED_NAME):
         return "benchmark name"
-    return None
+    return "benchmark text" if problems.described_in(text) else None

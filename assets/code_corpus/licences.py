@@ -27,6 +27,11 @@ PERMISSIVE = {
     "artistic": "Artistic-1.0-Perl",
     "artistic-1.0": "Artistic-1.0-Perl",
     "ruby": "Ruby",
+    "bsl-1.0": "BSL-1.0",
+    "boost-1.0": "BSL-1.0",
+    "zlib": "Zlib",
+    # LDC's word for the licence of the University of Illinois
+    "llvm": "NCSA",
 }
 # what the text behind a short name must say; Debian calls a few other texts "Expat"
 _EXPECTED_WORDS = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-from .source_function import SourceFunction, comment_above, dedent
+from .source_function import KEYWORD_DEFINITION, SourceFunction, comment_above, dedent
 
 COMMENT = "--"
 RECEIVER = re.compile(r"\bself\b")
+DEFINED_NAME = KEYWORD_DEFINITION
 
 _OPAQUE = re.compile(
     r"--\[(?P<c>=*)\[.*?\](?P=c)\]|--[^\n]*|\[(?P<s>=*)\[.*?\](?P=s)\]"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .debian import Package
 from .examples import Example
+from .languages import SHIPPED
 
 # texts that Debian's copyright files refer to by path instead of quoting them
 _COMMON_LICENCE = re.compile(r"/usr/share/common-licenses/(Apache-2\.0|Artistic|BSD)\b")
@@ -32,11 +33,17 @@ were left out.
 licence texts; `licenses/common/` holds the texts these files refer to as `/usr/share/common-licenses/`. A
 GPL named in them is an alternative that was not chosen, or covers other files (mostly Debian's packaging).
 """
+_FURTHER_CHANGES = """\
+In the languages with braces, documentation above a function became a comment in the language's line style (in D a
+block), up to its first parameter, example or tag; attributes and, in PHP and JavaScript, words such as
+`public static` and `export` in front of `function` were removed; an opening brace below a signature was moved up to it,
+but in D the lines of a signature were joined and the brace stayed below. In Python docstrings were shortened likewise.
+"""
 
 
 def write_notice(folder: Path, used: dict[str, list[tuple[Package, list[Example]]]]) -> None:
     """Write `NOTICE.md` for the packages that gave examples; `used` maps each language to them."""
-    parts = [_INTRODUCTION]
+    parts = [_INTRODUCTION] + [_FURTHER_CHANGES] * any(language not in SHIPPED for language in used)
     for language, packages in used.items():
         parts.append(f"## {language.capitalize()}\n")
         parts += [_entry(package, examples) for package, examples in packages]

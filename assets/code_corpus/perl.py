@@ -6,10 +6,11 @@ import re
 
 from .indented_blocks import blocks
 from .line_kinds import Syntax, line_kinds
-from .source_function import SourceFunction, comment_above
+from .source_function import KEYWORD_DEFINITION, SourceFunction, comment_above
 
 COMMENT = "#"
 RECEIVER = re.compile(r"\$(?:self|class|this)\b|\bshift->")
+DEFINED_NAME = KEYWORD_DEFINITION
 
 _SYNTAX = Syntax(
     documentation_start=re.compile(r"=[a-zA-Z]"),

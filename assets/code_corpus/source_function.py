@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+# how Lua, Perl and Ruby define a function; other languages have patterns of their own
+KEYWORD_DEFINITION = re.compile(r"\b(?:function|def|sub)\s+(?:[\w.:]*[.:])?(\w+)")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class SourceFunction:
     closing: str
     """The closing line: `end` or `}`."""
 
+    member: bool = False
+    """Whether it may use the names of a class around it without saying so."""
+
     @property
     def prompt(self) -> str:
         """Comment and signature; no newline at the end, since small models fail after one."""
@@ -33,6 +40,30 @@ class SourceFunction:
     def completion(self) -> str:
         """Everything after the prompt."""
         return f"\n{self.body}\n{self.closing}"
+
+
+class BlockCommented(SourceFunction):
+    """A function whose comment is shown as a block, as D's documentation mostly is."""
+
+    @property
+    def prompt(self) -> str:
+        """Comment block and signature."""
+        if not self.comment:
+            return self.signature
+        text = "\n".join(line.removeprefix("//").removeprefix(" ") for line in self.comment.split("\n"))
+        return f"/**\n{text}\n*/\n{self.signature}"
+
+
+class Documented(SourceFunction):
+    """A function whose comment stands below its signature, as Python's docstrings do."""
+
+    @property
+    def prompt(self) -> str:
+        """Signature and docstring."""
+        if not self.comment:
+            return self.signature
+        text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in self.comment.split("\n"))
+        return f'{self.signature}\n    """' + text.replace("\n", "\n    ").replace("    \n", "\n") + '"""'
 
 
 def indentation(line: str) -> int:

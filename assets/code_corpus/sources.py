@@ -1,4 +1,4 @@
-"""Which Debian packages is each language's corpus made of, and which of them are held out?
+"""Which Debian packages is each shipped language's corpus made of, and which of them are held out?
 
 A held-out package never shares its Debian source package with a training one (checked when the corpus is
 built). `perl-modules-5.36` is left out on purpose: its copyright file names paths of the source tree
@@ -8,6 +8,7 @@ looked up.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 
@@ -26,6 +27,12 @@ class LanguageSources:
 
     only_under: dict[str, str] = field(default_factory=dict)
     """Package -> the folder to read, where the rest of a package is bundled third-party code."""
+
+    skipped: re.Pattern[str] | None = None
+    """Paths of tests and of generated or bundled files."""
+
+    few_packages: bool = False
+    """Whether one package may fill a quota."""
 
 
 # folders that hold tests, fixtures, generated or bundled code, wherever they occur in a path

@@ -62,7 +62,8 @@ def _matches(pattern: str, key: str) -> list[Path]:
         hits = sorted(glob.glob(str(root / Path(pattern).expanduser()), recursive=True))
         if files := [Path(hit) for hit in hits if Path(hit).is_file()]:
             return files
-    raise fail(key, pattern, f"no such file in {Path.cwd()}")
+    how = "; build it with: make code-local" if pattern.startswith("assets/code_local/") else ""
+    raise fail(key, pattern, f"no such file in {Path.cwd()}{how}")
 
 
 def _files_below(name: str, pattern: str, key: str) -> list[Path]:

@@ -48,24 +48,34 @@ def contenders_of(config: RunConfig, bank: AdapterBank, languages: Sequence[str]
     return found
 
 
+def check_peft_contenders(sources: Sequence[str], taken: Sequence[str]) -> None:
+    """Raises UserError for a source that holds no PEFT adapter, or whose name (its last part) another contender has."""
+    from peft import PeftConfig
+
+    names = [Path(source).name for source in sources]
+    for source, name in zip(sources, names, strict=True):
+        if name in taken or names.count(name) > 1:
+            raise fail("contenders", source, f"the name {name!r} is taken by another contender: rename its folder")
+        try:
+            PeftConfig.from_pretrained(source)
+        except Exception as error:  # PEFT and the hub's client each have their own
+            raise fail("contenders", source, f"is no PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
+
+
 @contextmanager
-def peft_contender(
-    source: str, base: nn.Module, languages: Sequence[str], taken: Sequence[str]
-) -> Iterator[tuple[Contender, nn.Module, Route]]:
+def peft_contender(source: str, base: nn.Module, languages: Sequence[str]) -> Iterator[tuple[Contender, nn.Module, Route]]:
     """A PEFT adapter of any kind, from a folder or the hub, on a plain base model of its own; afterwards the base is bare again.
 
-    Raises UserError if PEFT cannot load it there, or if its name (the last part of `source`) is taken.
+    Raises UserError if it does not fit the base model.
     """
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
     name = Path(source).name
-    if name in taken:
-        raise fail("contenders", source, f"the name {name!r} is taken by another contender: rename its folder")
     try:
         model = PeftModel.from_pretrained(base, source)
     except Exception as error:  # PEFT, safetensors, torch and the hub's client each have their own
-        raise fail("contenders", source, f"is no PEFT adapter for this base model: {first_line(error)}") from error
+        raise fail("contenders", source, f"does not fit this base model: {first_line(error)}") from error
     digest = sha256()
     for key, tensor in sorted(get_peft_model_state_dict(model).items()):
         digest.update(key.encode() + tensor.detach().cpu().float().numpy().tobytes())

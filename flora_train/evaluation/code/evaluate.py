@@ -16,7 +16,14 @@ from flora_train.config.errors import UserError, choices, fail
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.completion_log import CompletionLog
 from flora_train.evaluation.code.completions import Completion
-from flora_train.evaluation.code.contenders import Contender, Route, contenders_of, languages_of, peft_contender
+from flora_train.evaluation.code.contenders import (
+    Contender,
+    Route,
+    check_peft_contenders,
+    contenders_of,
+    languages_of,
+    peft_contender,
+)
 from flora_train.evaluation.code.execute import preflight
 from flora_train.evaluation.code.languages import Language, find_language, load_languages
 from flora_train.evaluation.code.sandbox import open_sandbox
@@ -26,7 +33,7 @@ from flora_train.evaluation.code.summary import summarise, write_summary
 from flora_train.evaluation.code.verdicts import judge_all
 from flora_train.evaluation.generation import Decoder, Sampling
 from flora_train.training.checkpoint import fingerprint
-from flora_train.training.distributed import is_main_process, on_main_process, say, wait_for_everyone
+from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone
 from flora_train.training.environment import available_cpus
 
 
@@ -40,10 +47,11 @@ class Plan:
     broken: Mapping[str, str]
 
 
-def plan_evaluation(config: RunConfig) -> Plan | None:
+def plan_evaluation(config: RunConfig, need_sandbox: bool = True) -> Plan | None:
     """What will be solved, and whether it can be executed here; None if the recipe has no problems. Called before training.
 
-    Raises UserError for an unknown language or suite, for tasks without a language, or if no sandbox works.
+    Raises UserError for an unknown language or suite, for tasks without a language, or if no sandbox works: nothing runs
+    unconfined unless it was asked for. need_sandbox=False: without one, no language is evaluated, and the plan says why.
     """
     if not config.evaluation.problems:
         return None
@@ -69,7 +77,12 @@ def plan_evaluation(config: RunConfig) -> Plan | None:
     names = [suite.name for suite in suites]
     if twice := [name for name in names if names.count(name) > 1]:
         raise fail("evaluation.problems", twice[0], "two suites would share this name, and their folder: rename one")
-    sandbox = open_sandbox(config.evaluation.sandbox)
+    try:
+        sandbox = open_sandbox(config.evaluation.sandbox)
+    except UserError as error:
+        if need_sandbox:
+            raise
+        return Plan(suites, {}, dict.fromkeys(wanted, str(error.problems[0])))
     broken = preflight([table[key] for key in wanted], sandbox)
     return Plan(suites, {key: table[key] for key in wanted if key not in broken}, broken)
 
@@ -92,6 +105,7 @@ def evaluate_code(
     sampling = Sampling(options.temperature, options.top_p, config.seed)
     languages = list(plan.languages)
     contenders = contenders_of(config, bank, languages)
+    check_peft_contenders(peft, [contender.name for contender in contenders])
     logs = {suite.name: CompletionLog(folder / suite.name) for suite in plan.suites}
     settings = {
         "model": config.model.path,
@@ -116,14 +130,12 @@ def evaluate_code(
             solve(decoder, writers, suite, options.n, log, known)
             wait_for_everyone()
 
-    if not languages:
-        say("no language can be evaluated here: " + "; ".join(plan.broken.values()))
     write(model, bank.routed, contenders)
     if peft:
         assert load_base is not None
         base = load_base()
         for source in peft:
-            with peft_contender(source, base, languages, [c.name for c in contenders]) as (contender, adapted, route):
+            with peft_contender(source, base, languages) as (contender, adapted, route):
                 write(adapted, route, [contender])
                 contenders.append(contender)
     if is_main_process():
@@ -143,7 +155,8 @@ def _judge(config: RunConfig, plan: Plan, suite: Suite, contenders: Sequence[Con
         Completion(entry.adapter, suite.problems[entry.language][entry.name], entry.sample, entry.completion) for entry in logged
     ]
     workers = config.evaluation.workers or available_cpus()
-    sandbox = open_sandbox(config.evaluation.sandbox)
-    records = judge_all(completions, plan.languages, sandbox, log.verdicts, workers) if completions else {}
-    summary = summarise(config, suite, contenders, logged, records, plan.broken, sandbox.kind)
+    records = {}
+    if completions:
+        records = judge_all(completions, plan.languages, open_sandbox(config.evaluation.sandbox), log.verdicts, workers)
+    summary = summarise(config, suite, contenders, logged, records, plan.broken)
     write_summary(summary, log.path)

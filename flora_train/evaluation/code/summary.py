@@ -37,7 +37,6 @@ def summarise(
     logged: Sequence[LoggedCompletion],
     records: Mapping[Key, Mapping[str, Any]],
     broken: Mapping[str, str],
-    sandbox: str,
 ) -> dict[str, Any]:
     """languages: per language every contender's pass@k, how its programs ended, suspicious passes and cut completions, and all
     differences, paired by problem; macro: means over languages, by family; not_evaluated: language and reason."""
@@ -54,7 +53,7 @@ def summarise(
         "max_new_tokens": options.max_new_tokens,
         "seed": config.seed,
         "confidence": options.confidence,
-        "sandbox": sandbox,
+        "sandbox": options.sandbox,
         "completions": len(logged),
         "tokens": tokens,
         "languages": [

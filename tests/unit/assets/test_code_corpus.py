@@ -10,6 +10,7 @@ from assets.code_corpus import lua, perl, ruby
 from assets.code_corpus.comments import useful_comment, without_legal_comments
 from assets.code_corpus.duplicates import NearDuplicateIndex
 from assets.code_corpus.examples import Example, Origin, cut_after_function, file_example, function_examples
+from assets.code_corpus.overlap import Problems
 from assets.code_corpus.selection import Quota, choose
 from assets.code_corpus.sources import SOURCES
 
@@ -222,14 +223,14 @@ def test_dropped_functions_are_counted_by_reason():
         "function kept(x)\n  local y = x\n  return y\nend\n"
     )
     dropped: Counter[str] = Counter()
-    examples = function_examples(source, lua, ORIGIN, frozenset({"hasclose"}), dropped)
+    examples = function_examples(source, lua, ORIGIN, Problems(names={"hasclose": "HumanEval_0"}), dropped)
     assert [example.prompt for example in examples] == ["function kept(x)"]
     assert dropped == {"body length": 1, "benchmark name": 1, "data table": 1}
 
 
 def test_long_file_is_cut_after_a_whole_function():
     code = "".join(f"function f{i}(x)\n  if x then\n    return {i}\n  end\nend\n\n" for i in range(80))
-    example = file_example(code, lua, ORIGIN, frozenset(), Counter())
+    example = file_example(code, lua, ORIGIN, Problems(), Counter())
     assert example is not None
     assert example.prompt == ""
     assert example.completion.endswith("  end\nend\n")

@@ -18,6 +18,7 @@ from assets.code_corpus.licences import (
         ("Artistic or GPL-1+", "Artistic-1.0-Perl"),
         ("BSD-2-clause or Ruby", "BSD-2-Clause"),
         ("Artistic or GPL-1+, and Expat", "Artistic-1.0-Perl AND MIT"),
+        ("BSD-3-Clause and BSL-1.0 and LLVM", "BSD-3-Clause AND BSL-1.0 AND NCSA"),
         ("GPL-2+ and Expat", None),
         ("CC-BY-SA-4.0", None),
         ("", None),

@@ -1,0 +1,70 @@
+"""Does finished training data give away an evaluation problem?  Exit status 1 names the examples that do.
+
+    python assets/check_overlap.py --prompts <folder with humaneval-*.jsonl> --problems eval/starter_problems.yaml \\
+        assets/code assets/code_local
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from code_corpus.languages import SYNTAX
+from code_corpus.overlap import OverlapError, Problems, add_prompts, add_starter_problems
+
+
+def examples(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """(where, language, text) of every example in a folder's `<language>.<split>.jsonl`; OverlapError without any."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise OverlapError(f"{folder}: no *.jsonl; build it with assets/build_code_corpus.py")
+    for file in files:
+        language = file.name.split(".")[0]
+        if language not in SYNTAX:
+            raise OverlapError(f"{file}: unknown language {language!r}, not one of {', '.join(SYNTAX)}")
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            row = json.loads(line)
+            yield f"{file}:{number}", language, row["prompt"] + row["completion"]
+
+
+def overlaps(text: str, language: str, problems: Problems) -> list[str]:
+    """What `text` shares with the problems: at most one remark about names and one about words."""
+    named = problems.named_in(text, SYNTAX[language].DEFINED_NAME)
+    described = problems.described_in(text)
+    found = [f"defines the function of {named}"] if named else []
+    return found + ([f"has words of {described}"] if described else [])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: returns 0, or 1 when examples overlap or nothing can be compared."""
+    parser = argparse.ArgumentParser(description="Check that training data does not contain evaluation problems.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with <language>.<split>.jsonl")
+    parser.add_argument("--prompts", type=Path, metavar="DIR", help="MultiPL-E's prompts")
+    parser.add_argument("--problems", type=Path, metavar="YAML", help="starter problems")
+    options = parser.parse_args(arguments)
+    if not options.prompts and not options.problems:
+        parser.error("give --prompts or --problems, or both")
+    problems, compared, bad = Problems(), 0, 0
+    try:
+        if options.prompts:
+            add_prompts(problems, options.prompts)
+        if options.problems:
+            add_starter_problems(problems, options.problems)
+        for folder in options.folders:
+            for where, language, text in examples(folder):
+                compared += 1
+                for remark in overlaps(text, language, problems):
+                    bad += 1
+                    print(f"{where} {remark}")
+    except (OverlapError, OSError) as error:
+        print(f"check_overlap: {error}", file=sys.stderr)
+        return 1
+    print(f"{compared} examples compared with {problems.count} problems ({len(problems.names)} names): {bad} overlaps")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,20 @@
+"""Which module knows the functions of which language?"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import d, go, js, lua, perl, php, python, ruby, rust
+
+SYNTAX: dict[str, ModuleType] = {
+    "lua": lua,
+    "perl": perl,
+    "ruby": ruby,
+    "php": php,
+    "js": js,
+    "go": go,
+    "rust": rust,
+    "d": d,
+    "python": python,
+}
+SHIPPED = ("lua", "perl", "ruby")
