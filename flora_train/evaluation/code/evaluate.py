@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import Problem as Fault
 from flora_train.config.errors import UserError, choices, fail
 from flora_train.config.schema import RunConfig
@@ -30,7 +32,7 @@ from flora_train.evaluation.code.sandbox import open_sandbox
 from flora_train.evaluation.code.solve import solve
 from flora_train.evaluation.code.suites import Suite, load_suite
 from flora_train.evaluation.code.summary import summarise, write_summary
-from flora_train.evaluation.code.verdicts import judge_all
+from flora_train.evaluation.code.verdicts import judge_all, read_verdicts
 from flora_train.evaluation.generation import Decoder, Sampling
 from flora_train.training.checkpoint import fingerprint
 from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone
@@ -137,26 +139,29 @@ def evaluate_code(
         for source in peft:
             with peft_contender(source, base, languages) as (contender, adapted, route):
                 write(adapted, route, [contender])
-                contenders.append(contender)
     if is_main_process():
         for suite in plan.suites:
-            _judge(config, plan, suite, contenders, logs[suite.name])
+            _judge(config, plan, suite, bank, logs[suite.name])
 
 
-def _judge(config: RunConfig, plan: Plan, suite: Suite, contenders: Sequence[Contender], log: CompletionLog) -> None:
-    """Execute what the log has for these contenders and languages, and score it."""
-    names = {contender.name for contender in contenders}
-    logged = [
-        entry
-        for entry in log.read().values()
-        if entry.adapter in names and entry.name in suite.problems.get(entry.language, {}) and entry.language in plan.languages
-    ]
+def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: CompletionLog) -> None:
+    """Execute what the log has in the plan's languages, and score all that it has verdicts on, also of earlier calls in other
+    languages or with further contenders."""
+    logged = list(log.read().values())
     completions = [
-        Completion(entry.adapter, suite.problems[entry.language][entry.name], entry.sample, entry.completion) for entry in logged
+        Completion(entry.adapter, suite.problems[entry.language][entry.name], entry.sample, entry.completion)
+        for entry in logged
+        if entry.language in plan.languages and entry.name in suite.problems.get(entry.language, {})
     ]
-    workers = config.evaluation.workers or available_cpus()
-    records = {}
     if completions:
-        records = judge_all(completions, plan.languages, open_sandbox(config.evaluation.sandbox), log.verdicts, workers)
-    summary = summarise(config, suite, contenders, logged, records, plan.broken)
-    write_summary(summary, log.path)
+        workers = config.evaluation.workers or available_cpus()
+        judge_all(completions, plan.languages, open_sandbox(config.evaluation.sandbox), log.verdicts, workers)
+    records = read_verdicts(log.verdicts, config.evaluation.sandbox)
+    samples = Counter(key[:3] for key in records)
+    scored = {key: record for key, record in records.items() if samples[key[:3]] >= max(config.evaluation.k)}
+    languages = list(dict.fromkeys([*suite.problems, *(key[1] for key in scored)]))
+    contenders = contenders_of(config, bank, languages)
+    others = dict.fromkeys(key[0] for key in scored if key[0] not in {contender.name for contender in contenders})
+    contenders += [Contender(name, name, BASE_ID, tuple(languages), "") for name in others]
+    whole = replace(load_suite(suite.source, languages, None), missing=suite.missing)
+    write_summary(summarise(config, whole, contenders, logged, scored, plan.broken), log.path)

@@ -18,12 +18,16 @@ from flora_train.evaluation.code.sandbox import Limits, Sandbox
 
 Status = Literal["OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"]
 STATUSES: tuple[Status, ...] = ("OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation")
+PREPARED_BYTES = 1 << 30
+"""The largest file that may be prepared; GCC's precompiled header has 100 MB."""
 CPU_SIGNALS = (128 + 24, 128 + 9)
 """SIGXCPU, and SIGKILL a second later; an interpreter's own exit may hide which."""
 OUT_OF_MEMORY = r"MemoryError|bad_alloc|OutOfMemoryError|not enough memory|[Oo]ut of memory|heap limit|Cannot allocate memory|cannot allocate vector"
 VIOLATION = (
     r"Read-only file system|Network is unreachable|Operation not permitted|Permission denied|EACCES|EROFS|EPERM|ENETUNREACH"
 )
+COMPILER_KILLED = r"Killed signal terminated|CPU time limit exceeded|signal: killed"
+"""What a driver says whose compiler proper ran out of time; it exits with 1 itself."""
 TAIL = 2000
 
 
@@ -64,12 +68,12 @@ def execute(program: Program, sandbox: Sandbox) -> Verdict:
         sandbox.own(folder)
         seconds = 0.0
         if language.compile is not None:
-            ended = _run(language.compile, language, folder, sandbox, language.compile_seconds, writable=True)
+            ended = _compile(program, language.compile, folder, sandbox)
             seconds = ended.wall
             if ended.status or ended.timed_out:
-                status: Status = "Timeout" if _out_of_time(ended) else "SyntaxError"
-                return Verdict(status, ended.status, seconds, _tail(ended))
-        ended = _run(language.run, language, folder, sandbox, language.seconds)
+                late = _out_of_time(ended) or re.search(COMPILER_KILLED, ended.errors)
+                return Verdict("Timeout" if late else "SyntaxError", ended.status, seconds, _tail(ended))
+        ended = _run(language.run, language, folder, sandbox, Limits(language.seconds))
         return Verdict(judge(ended, language), ended.status, seconds + ended.wall, _tail(ended))
 
 
@@ -132,12 +136,33 @@ def preflight(languages: Iterable[Language], sandbox: Sandbox) -> dict[str, str]
     return broken
 
 
+def _compile(program: Program, words: Sequence[str], folder: Path, sandbox: Sandbox) -> Ended:
+    """With what the language prepared, where that suits the program; without it where preparing failed."""
+    language, prepare = program.language, program.language.prepare
+    prepared = None
+    if prepare is not None and re.match(prepare.when, program.source):
+        prepared = sandbox.prepared.get(language.key, lambda empty: _prepared(language, prepare.command, empty, sandbox))
+        words = words if prepared is None else [*words, *prepare.words]
+    return _run(words, language, folder, sandbox, Limits(language.compile_seconds), writable=True, prepared=prepared)
+
+
+def _prepared(language: Language, command: Sequence[str], folder: Path, sandbox: Sandbox) -> bool:
+    sandbox.own(folder)
+    ended = _run(command, language, folder, sandbox, Limits(language.compile_seconds, file=PREPARED_BYTES), writable=True)
+    return ended.status == 0 and not ended.timed_out
+
+
 def _run(
-    words: Sequence[str], language: Language, folder: Path, sandbox: Sandbox, seconds: float, writable: bool = False
+    words: Sequence[str],
+    language: Language,
+    folder: Path,
+    sandbox: Sandbox,
+    limits: Limits,
+    writable: bool = False,
+    prepared: Path | None = None,
 ) -> Ended:
-    limits = Limits(cpu=seconds)
     command = [word.replace("{file}", language.file) for word in words]
-    return run_command(sandbox.command(command, folder, limits, writable), folder, limits.wall)
+    return run_command(sandbox.command(command, folder, limits, writable, prepared), folder, limits.wall)
 
 
 def _out_of_time(ended: Ended) -> bool:

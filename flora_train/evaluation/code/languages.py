@@ -15,6 +15,16 @@ from flora_train.config.files import PROJECT_ROOT
 from flora_train.config.section import Section, Text
 
 TABLE = PROJECT_ROOT / "eval" / "languages.yaml"
+EXITS = r"(?i)\b(?:_?exit|quick_exit|quit|halt)!?\s*\("
+"""A call that ends the program: exit(), System.exit(), process.exit(), os.Exit(), std::process::exit(), Runtime.halt(), ..."""
+
+
+class Prepare(Section):
+    """What a language's compiler needs once; what each key means stands at the table's top."""
+
+    command: list[Text]
+    when: str
+    words: list[Text]
 
 
 class Language(Section):
@@ -25,12 +35,15 @@ class Language(Section):
     file: Text
     run: list[Text]
     compile: list[Text] | None = None
+    prepare: Prepare | None = None
     seconds: float = Field(15.0, gt=0)
     compile_seconds: float = Field(30.0, gt=0)
     quiet: bool = False
     says: str | None = None
     assertion: str
     syntax: str | None = None
+    exits: str = EXITS
+    comment: str = "//"
     packages: list[Text] = []
     npm: list[Text] = []
     passing: str = Field(alias="pass")

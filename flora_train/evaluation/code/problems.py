@@ -29,10 +29,14 @@ class Problem:
         """Of all that a verdict depends on besides the completion."""
         return sha256("\x1f".join((self.language, self.name, self.prompt, self.tests)).encode()).hexdigest()
 
-    def program(self, completion: str) -> str:
-        """The whole program. The completion is cut at the earliest stop token in it."""
+    def cut(self, completion: str) -> str:
+        """The completion up to the earliest stop token in it."""
         cuts = [at for stop in self.stop_tokens if (at := completion.find(stop)) >= 0]
-        return f"{self.prompt}{completion[: min(cuts, default=len(completion))]}\n{self.tests}"
+        return completion[: min(cuts, default=len(completion))]
+
+    def program(self, completion: str) -> str:
+        """The whole program, of a completion as it was generated."""
+        return f"{self.prompt}{self.cut(completion)}\n{self.tests}"
 
 
 def load_problems(folder: Path, language: str) -> dict[str, Problem]:

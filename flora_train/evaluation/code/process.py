@@ -1,4 +1,4 @@
-"""How is one command run within limits? Its output is kept up to a size and drained beyond it, so that nobody waits for a reader."""
+"""How is one command run within limits? Its output is drained, so that nobody waits for a reader, and its two ends are kept."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from threading import Thread
 from typing import IO
 
 KEPT_BYTES = 64 << 10
+"""Of either end: what a program says of its tests comes last."""
 CHUNK = 1 << 16
 
 
@@ -40,7 +41,7 @@ def run_command(words: Sequence[str], folder: Path, wall: float, environment: Ma
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    kept: dict[str, bytes] = {}
+    kept: dict[str, tuple[bytes, bytes]] = {}
     readers = [Thread(target=_drain, args=(process.stdout, kept, "out"), daemon=True)]
     readers += [Thread(target=_drain, args=(process.stderr, kept, "err"), daemon=True)]
     for reader in readers:
@@ -55,15 +56,16 @@ def run_command(words: Sequence[str], folder: Path, wall: float, environment: Ma
     status = process.wait()
     for reader in readers:
         reader.join(timeout=5)
-    output, errors = (kept.get(name, b"").decode("utf-8", errors="replace") for name in ("out", "err"))
+    output, errors = (b"".join(kept.get(name, ())).decode("utf-8", errors="replace") for name in ("out", "err"))
     return Ended(128 - status if status < 0 else status, output, errors, time.monotonic() - started, timed_out)
 
 
-def _drain(stream: IO[bytes] | None, kept: dict[str, bytes], name: str) -> None:
+def _drain(stream: IO[bytes] | None, kept: dict[str, tuple[bytes, bytes]], name: str) -> None:
     assert stream is not None
-    begun = b""
+    begun, ended = b"", b""
     with stream, suppress(OSError, ValueError):
         while chunk := stream.read1(CHUNK):  # type: ignore[attr-defined]
-            if len(begun) < KEPT_BYTES:
-                begun += chunk[: KEPT_BYTES - len(begun)]
-                kept[name] = begun
+            room = KEPT_BYTES - len(begun)
+            begun += chunk[:room]
+            ended = (ended + chunk[room:])[-KEPT_BYTES:]
+            kept[name] = (begun, ended)

@@ -11,14 +11,17 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from flora_train.config.errors import fail
+from flora_train.evaluation.code.prepared import PreparedFolders
 
 Kind = Literal["bubblewrap", "none"]
 NOBODY = 65534
+PREPARED = "/prepared"
+"""Where a language's prepared folder stands for its compiler."""
 SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 SETTINGS = (
     "alternatives",
@@ -55,13 +58,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """kind: bubblewrap, or none where the user asked for it."""
+    """kind: bubblewrap, or none where the user asked for it; prepared: what its languages prepared once."""
 
     kind: Kind
+    prepared: PreparedFolders = field(default_factory=PreparedFolders, compare=False)
 
-    def command(self, words: Sequence[str], folder: Path, limits: Limits, writable: bool = False) -> list[str]:
+    def command(
+        self, words: Sequence[str], folder: Path, limits: Limits, writable: bool = False, prepared: Path | None = None
+    ) -> list[str]:
         """`words` with `folder` as the current directory, confined. writable: they may write there, as a compiler must; a
-        program has its scratch folder, whose size is limited."""
+        program has its scratch folder, whose size is limited. {prepared} in a word is where the folder `prepared` can be read."""
+        if prepared is not None:
+            place = PREPARED if self.kind == "bubblewrap" else str(prepared)
+            words = [word.replace("{prepared}", place) for word in words]
         limited = [
             "prlimit",
             f"--cpu={max(1, round(limits.cpu))}",
@@ -75,7 +84,7 @@ class Sandbox:
         if self.kind == "none":
             return limited
         drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"] if os.geteuid() == 0 else []
-        return [*drop, *_bubblewrap(folder, limits, writable), *limited]
+        return [*drop, *_bubblewrap(folder, limits, writable, prepared), *limited]
 
     def own(self, folder: Path) -> None:
         """Let the sandbox's user write there."""
@@ -83,7 +92,7 @@ class Sandbox:
             os.chown(folder, NOBODY, NOBODY)
 
 
-def _bubblewrap(folder: Path, limits: Limits, writable: bool) -> list[str]:
+def _bubblewrap(folder: Path, limits: Limits, writable: bool, prepared: Path | None) -> list[str]:
     words = [
         "bwrap",
         "--unshare-all",
@@ -105,6 +114,8 @@ def _bubblewrap(folder: Path, limits: Limits, writable: bool) -> list[str]:
     for scratch in ("/tmp", "/dev/shm"):
         words += ["--size", str(limits.scratch), "--tmpfs", scratch]
     words += ["--bind" if writable else "--ro-bind", str(folder), "/program", "--chdir", "/program", "--clearenv"]
+    if prepared is not None:
+        words += ["--ro-bind", str(prepared), PREPARED]
     words += ["--remount-ro", "/dev", "--remount-ro", "/"]  # bubblewrap's own tmpfs, which knows no size
     for name, value in {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "GOCACHE": "/tmp/go"}.items():
         words += ["--setenv", name, value]

@@ -42,7 +42,7 @@ def summarise(
     differences, paired by problem; macro: means over languages, by family; not_evaluated: language and reason."""
     options = config.evaluation
     scores = Scores(records.values(), options.bootstrap_samples, options.confidence, config.seed)
-    tokens = sum(entry.tokens for entry in logged)
+    judged = [entry for entry in logged if entry.key in records]
     return {
         "suite": suite.name,
         "source": suite.source,
@@ -54,12 +54,12 @@ def summarise(
         "seed": config.seed,
         "confidence": options.confidence,
         "sandbox": options.sandbox,
-        "completions": len(logged),
-        "tokens": tokens,
+        "completions": len(judged),
+        "tokens": sum(entry.tokens for entry in judged),
         "languages": [
-            _language(config, suite, language, judged, logged, scores)
+            _language(config, suite, language, there, judged, scores)
             for language in suite.problems
-            if (judged := [c for c in contenders if (c.name, language) in scores.cells])
+            if (there := [c for c in contenders if (c.name, language) in scores.cells])
         ],
         "macro": _macro(contenders, scores, options.k),
         "not_evaluated": [

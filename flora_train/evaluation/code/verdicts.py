@@ -11,7 +11,7 @@ from flora_train.config.errors import fail
 from flora_train.evaluation.code.completions import Completion
 from flora_train.evaluation.code.execute import Program, Verdict, execute_all
 from flora_train.evaluation.code.languages import Language
-from flora_train.evaluation.code.sandbox import Sandbox
+from flora_train.evaluation.code.sandbox import Kind, Sandbox
 from flora_train.evaluation.code.suspicious import ends_early
 from flora_train.training.atomic import disk_errors
 from flora_train.training.progress import Watch
@@ -25,8 +25,8 @@ def judge_all(
     """Key -> verdict record of every completion. Those that `file` holds already are taken from it, the others are run and
     appended as they end. Raises UserError if the file holds a verdict on another program under the same key."""
     programs = {c.key: Program(languages[c.problem.language], c.problem.program(c.text)) for c in completions}
-    texts = {c.key: c.text for c in completions}
-    known = _read(file, sandbox)
+    texts = {c.key: c.problem.cut(c.text) for c in completions}
+    known = read_verdicts(file, sandbox.kind)
     for key, program in programs.items():
         if key in known and known[key]["program"] != program.sha:
             words = "holds the verdict on another completion or prompt of this key: move it away, or give another out=FILE"
@@ -51,8 +51,8 @@ def judge_all(
     return {key: known[key] for key in programs}
 
 
-def _read(file: Path, sandbox: Sandbox) -> dict[Key, dict[str, Any]]:
-    """What stands there; a last line that a kill cut short is taken away."""
+def read_verdicts(file: Path, sandbox: Kind) -> dict[Key, dict[str, Any]]:
+    """Key -> verdict record; a last line that a kill cut short is taken away. Raises UserError for verdicts of another sandbox."""
     if not file.exists():
         return {}
     content = file.read_bytes()
@@ -67,8 +67,8 @@ def _read(file: Path, sandbox: Sandbox) -> dict[Key, dict[str, Any]]:
             known[record["adapter"], record["language"], record["name"], record["sample"]] = record
         except (json.JSONDecodeError, KeyError) as error:
             raise fail(f"{file}:{number}", None, "is no verdict: move the file away, or give another out=FILE") from error
-        if record["sandbox"] != sandbox.kind:
+        if record["sandbox"] != sandbox:
             raise fail(
-                f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox.kind}: give another out=FILE"
+                f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox}: give another out=FILE"
             )
     return known

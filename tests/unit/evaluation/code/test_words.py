@@ -1,0 +1,46 @@
+"""The words of a failed run mean what they say, whatever the program itself has printed."""
+
+from __future__ import annotations
+
+import pytest
+
+from flora_train.evaluation.code.execute import Program, execute
+from flora_train.evaluation.code.sandbox import Sandbox
+from tests.unit.evaluation.code.conftest import working
+
+GO = 'package p\nimport "testing"\nfunc TestIt(t *testing.T) {{ {} }}'
+D = "import std.stdio;\nlong f() {{ {} }}\nunittest {{ assert(f() == 2); }}\nvoid main() {{}}"
+ELIXIR = 'ExUnit.start()\ndefmodule T do\n  use ExUnit.Case\n  test "it" do\n    {}\n  end\nend'
+CLOJURE = "(require '[clojure.test :refer [deftest is run-test]])\n(deftest it {})\n(run-test it)"
+ENDS = [
+    ("pl", 'print "debug"; print STDERR "debug"; exit 1;', "AssertionError"),
+    ("pl", 'die "no";', "Exception"),
+    ("pl", 'print "no end;', "SyntaxError"),
+    ("sh", "set -e\necho debug >&2\n[[ 1 = 2 ]]", "AssertionError"),
+    ("sh", "set -e\nno_such_command", "Exception"),
+    ("go", GO.format('panic("no")'), "Exception"),
+    ("go", GO.format('t.Errorf("no")'), "AssertionError"),
+    ("d", D.format('throw new Exception("no");'), "Exception"),
+    ("d", D.format("return 1;"), "AssertionError"),
+    ("elixir", ELIXIR.format('raise "no"'), "Exception"),
+    ("elixir", ELIXIR.format("assert 1 == 2"), "AssertionError"),
+    ("clj", CLOJURE.format("(is (= 1 2)) " * 10), "AssertionError"),  # "10 failures, 0 errors" is not "0 failures, 0 errors"
+    ("clj", CLOJURE.format('(throw (Exception. "no"))'), "Exception"),
+    ("clj", CLOJURE.format('(print (apply str (repeat 300000 "x"))) (is (= 1 1))'), "OK"),
+    ("py", "import sys\nsys.stderr.write('x' * 300_000)\nassert 1 == 2", "AssertionError"),
+    ("js", "console.error('x'.repeat(300000));\nrequire('node:assert').equal(1, 2);", "AssertionError"),
+]
+
+
+@pytest.mark.parametrize(("key", "source", "status"), ENDS)
+def test_a_failed_run_has_its_word(key: str, source: str, status: str, sandbox: Sandbox) -> None:
+    verdict = execute(Program(working(key, sandbox), source), sandbox)
+    assert verdict.status == status, verdict
+
+
+def test_a_compiler_that_runs_out_of_time_is_a_timeout(sandbox: Sandbox) -> None:
+    language = working("cpp", sandbox)
+    assert language.compile is not None
+    slow = {"compile": [*language.compile, "-fconstexpr-ops-limit=999999999999"], "compile_seconds": 1.0}
+    source = "constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\nconstexpr long x = f(60);\nint main() {}"
+    assert execute(Program(language.model_copy(update=slow), source), sandbox).status == "Timeout"
