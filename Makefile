@@ -43,7 +43,7 @@ format: $(INSTALLED)  ## put the code in ruff's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, layers, kernels, precision; writes benchmarks/results
+bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, layers, kernels, precision, decoding, executing; writes benchmarks/results
 	$(BIN)/python benchmarks/joint.py --save
 	$(BIN)/python benchmarks/layer.py --save
 	$(BIN)/python benchmarks/memory.py --save
@@ -53,6 +53,8 @@ bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, layers, kernel
 	$(BIN)/python benchmarks/calibrate.py --save
 	$(BIN)/python benchmarks/kernels.py --save
 	$(BIN)/python benchmarks/precision.py --train --save
+	$(BIN)/python benchmarks/generation.py --save
+	$(BIN)/python benchmarks/execution.py --save
 
 bench-quick: $(INSTALLED)  ## the same in ten minutes: fewer repeats, the small model only
 	$(BIN)/python benchmarks/joint.py --quick

@@ -1,8 +1,8 @@
-"""Which figures stand in the README? Those of committed results, put between its markers by this script.
+"""Which figures stand in README and docs? Those of committed results, put between their markers by this script.
 
-Usage: python benchmarks/update_figures.py [--check]   (--check: only say whether README.md is in step)
-Results come from `make quickstart` and `make sweep` (benchmarks/results/<name>.json is that run's eval/report.json) and from
-`python benchmarks/joint.py --save`.
+Usage: python benchmarks/update_figures.py [--check]   (--check: only say whether the texts are in step)
+Results come from `make quickstart`, `make sweep` and recipe multipl_e_local (benchmarks/results/<name>.json is that run's
+eval/report.json) and from `python benchmarks/joint.py --save`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 from joint import table
 from rich.console import Console
 
-from flora_train.evaluation.report.terminal import print_completions, print_results
+from flora_train.evaluation.report.terminal import print_completions, print_pass_at_k, print_results
 from flora_train.training.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "code.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -32,8 +32,23 @@ def quickstart_block() -> str:
     output = io.StringIO()
     console = Console(file=output, width=140, soft_wrap=True)
     print_results(results, console)
+    print_pass_at_k(results["code"], console)
     print_completions(results, console)
     return f"~~~\n{output.getvalue().strip()}\n~~~\n\n{machine(results)}"  # completions may hold backticks
+
+
+def code_block() -> str:
+    """What recipe multipl_e_local found: held-out loss, and pass@k on every suite that it was asked."""
+    results = read("multipl_e_local")
+    output = io.StringIO()
+    console = Console(file=output, width=140, soft_wrap=True)
+    print_results(results, console)
+    print_pass_at_k(results["code"], console)
+    asked = [
+        f"{suite['suite']}: {suite['completions']} completions at temperature {suite['temperature']}, at most {suite['max_new_tokens']} tokens"
+        for suite in results["code"]
+    ]
+    return f"~~~\n{output.getvalue().strip()}\n~~~\n\n<sub>{'; '.join(asked)}.</sub>\n{machine(results)}"
 
 
 def sweep_block() -> str:
@@ -90,26 +105,28 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def updated(readme: str) -> str:
-    """The README with fresh figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
-    blocks = {"quickstart": quickstart_block, "sweep": sweep_block, "joint": joint_block}
+def updated(text: str) -> str:
+    """A text with fresh figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
+    blocks = {"quickstart": quickstart_block, "sweep": sweep_block, "joint": joint_block, "code": code_block}
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- figures: {match[1]} -->\n{blocks[match[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- figures: (\w+) -->.*?<!-- end -->", replace, readme, flags=re.DOTALL)
+    return re.sub(r"<!-- figures: (\w+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of step")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a text is out of step")
     options = parser.parse_args()
-    now = README.read_text(encoding="utf-8")
-    fresh = updated(now)
-    if options.check:
-        return int(fresh != now)
-    README.write_text(fresh, encoding="utf-8")
-    return 0
+    stale = 0
+    for path in TEXTS:
+        now = path.read_text(encoding="utf-8")
+        fresh = updated(now)
+        stale += fresh != now
+        if not options.check:
+            path.write_text(fresh, encoding="utf-8")
+    return int(options.check and stale > 0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flora_train.kernels.cost_model import Thresholds, Work, calibrated_on, decide, thresholds_for
+import pytest
+
+from flora_train.kernels.cost_model import Thresholds, Work, calibrated_on, choose_formulation, decide, thresholds_for
 
 FEW = 16  # 4 terms: 8 runs through W0 a token, against 3 and forming
 MEASURED = Thresholds(expanding=100, forming=57, forming_a_rank=6, grouped_bytes=12 << 20)
@@ -54,3 +56,12 @@ def test_the_thresholds_are_those_of_the_calibration() -> None:
     measured = calibrated_on(LARGE)
     assert measured is not None
     assert "torch" in measured
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("bytes_each", [2, 4])
+@pytest.mark.parametrize("rank", [1, 4, 16, 64])
+def test_decoding_a_token_of_each_adapter_sends_all_through_w0_together(device: str, bytes_each: int, rank: int) -> None:
+    sizes = {"in_features": 576, "out_features": 1536, "bytes_each": bytes_each, "split": bytes_each == 2}
+    work = Work(rank=rank, residual=True, tokens=8, segments=8, device=device, **sizes)
+    assert choose_formulation(work) == "rank_expanded"

@@ -1,0 +1,106 @@
+"""Which problems a recipe means, and what is said where they, their language or the sandbox are not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flora_train.config.errors import UserError, fail
+from flora_train.config.load import validate
+from flora_train.config.schema import RunConfig
+from flora_train.evaluation.code import evaluate
+from flora_train.evaluation.code.evaluate import plan_evaluation
+from flora_train.evaluation.code.suites import load_suite
+
+ROWS = [{"name": f"p{i}", "prompt": "x=1 #", "tests": "true", "stop_tokens": ["\n"]} for i in range(5)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "Mine"
+    place.mkdir()
+    (place / "humaneval-sh.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return place
+
+
+def recipe(problems: Any, language: str | None = "sh", **evaluation: Any) -> RunConfig:
+    return validate(
+        {
+            "name": "r",
+            "model": {"path": "m"},
+            "tasks": {"t": {"train": "t.jsonl", "language": language}},
+            "adapters": {"ia3": {"method": "ia3", "lr": 1e-3}},
+            "training": {"steps": 1},
+            "evaluation": {"problems": problems, **evaluation},
+        }
+    )
+
+
+def test_a_folder_is_a_suite_of_its_name_and_a_limit_is_remembered(folder: Path) -> None:
+    suite = load_suite(str(folder), ["sh", "lua"], 2)
+    assert suite.name == "mine"
+    assert list(suite.problems["sh"]) == ["p0", "p1"]
+    assert suite.available == {"sh": 5}
+    assert suite.missing == {"lua": f"{folder} has no problems in it"}
+
+
+def test_another_prompt_is_another_suite(folder: Path) -> None:
+    before = load_suite(str(folder), ["sh"], None).sha("sh")
+    (folder / "humaneval-sh.jsonl").write_text("\n".join(json.dumps({**row, "prompt": "y=1 #"}) for row in ROWS))
+    assert load_suite(str(folder), ["sh"], None).sha("sh") != before
+
+
+def test_starter_problems_are_there_in_the_languages_that_they_are_written_in() -> None:
+    suite = load_suite("starter", ["lua", "hs"], None)
+    assert len(suite.problems["lua"]) >= 20
+    assert "hs" in suite.missing
+
+
+def test_the_hubs_problems_are_read_and_its_refusal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.get_dataset_config_names", lambda name: ["humaneval-sh"])
+    monkeypatch.setattr("datasets.load_dataset", lambda *words, **options: ROWS)
+    suite = load_suite("hub:nuprl/MultiPL-E", ["sh", "py"], None)
+    assert (suite.name, list(suite.problems), list(suite.missing)) == ("multipl-e", ["sh"], ["py"])
+
+    def refuse(name: str) -> list[str]:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("datasets.get_dataset_config_names", refuse)
+    with pytest.raises(UserError, match=r"cannot be had \(.*no route.*: give a folder with MultiPL-E's"):
+        load_suite("hub:nuprl/MultiPL-E", ["sh"], None)
+
+
+@pytest.mark.parametrize("field", ["name", "prompt", "tests", "stop_tokens"])
+def test_a_prompt_file_without_a_field_is_named_with_its_line(folder: Path, field: str) -> None:
+    rows = [ROWS[0], {key: value for key, value in ROWS[1].items() if key != field}]
+    (folder / "humaneval-sh.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=rf"humaneval-sh\.jsonl:2: lacks {field}: these are not MultiPL-E prompts"):
+        load_suite(str(folder), ["sh"], None)
+
+
+def test_a_plan_needs_tasks_with_a_language_that_the_table_has(folder: Path) -> None:
+    assert plan_evaluation(recipe([])) is None
+    with pytest.raises(UserError, match=r"no task says its language: give tasks\.<name>\.language"):
+        plan_evaluation(recipe(str(folder), language=None))
+    with pytest.raises(UserError, match=r"tasks\.t\.language = 'phpp': is not in eval/languages\.yaml.* Did you mean 'php'"):
+        plan_evaluation(recipe(str(folder), language="phpp"))
+    with pytest.raises(UserError, match=r"evaluation\.languages = 'lua': no task is in it; tasks are in sh"):
+        plan_evaluation(recipe(str(folder), languages=["lua"]))
+    with pytest.raises(UserError, match="two suites would share this name"):
+        plan_evaluation(recipe([str(folder), f"{folder}/"]))
+
+
+def test_without_a_sandbox_nothing_is_planned_and_training_may_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(kind: str) -> None:
+        raise fail("evaluation.sandbox", kind, "needs bubblewrap: apt-get install bubblewrap")
+
+    monkeypatch.setattr(evaluate, "open_sandbox", closed)
+    with pytest.raises(UserError, match="needs bubblewrap"):
+        plan_evaluation(recipe(str(folder)))
+    plan = plan_evaluation(recipe(str(folder)), need_sandbox=False)
+    assert plan is not None
+    assert plan.languages == {}
+    assert "needs bubblewrap" in plan.broken["sh"]
