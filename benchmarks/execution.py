@@ -25,10 +25,10 @@ import yaml
 from reference_executor import run_like_the_reference
 
 # isort: split
-from flora_train.evaluation.code.execute import Program, Verdict, execute_all, preflight
-from flora_train.evaluation.code.languages import Language, load_languages
-from flora_train.evaluation.code.problems import Problem, load_problems
-from flora_train.evaluation.code.sandbox import Sandbox, open_sandbox
+from flora_train.evaluation.code.problems.problem import Problem, load_problems
+from flora_train.evaluation.code.programs.execute import Program, Verdict, execute_all, preflight
+from flora_train.evaluation.code.programs.languages import Language, load_languages
+from flora_train.evaluation.code.programs.sandbox import Sandbox, open_sandbox
 from flora_train.training.environment import available_cpus, environment
 
 RESULT = Path(__file__).parent / "results" / "execution.md"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from flora_train.evaluation.code.execute import Program
+from flora_train.evaluation.code.programs.execute import Program
 
 LOOK_SECONDS = 0.1
 LOOK_BYTES = 1024

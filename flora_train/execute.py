@@ -17,11 +17,11 @@ from flora_train.config.options import read_options
 from flora_train.config.section import Section, Text
 from flora_train.config.words import parse_words
 from flora_train.evaluation.code.completions import read_completions
-from flora_train.evaluation.code.execute import STATUSES, preflight
-from flora_train.evaluation.code.languages import find_language, load_languages
-from flora_train.evaluation.code.sandbox import open_sandbox
+from flora_train.evaluation.code.programs.execute import STATUSES, preflight
+from flora_train.evaluation.code.programs.languages import find_language, load_languages
+from flora_train.evaluation.code.programs.sandbox import open_sandbox
+from flora_train.evaluation.code.programs.verdicts import judge_all
 from flora_train.evaluation.code.scores import Scores, check_k
-from flora_train.evaluation.code.verdicts import judge_all
 from flora_train.training.environment import available_cpus
 
 

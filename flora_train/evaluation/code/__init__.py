@@ -1,8 +1,10 @@
-"""Does generated code do what was asked? Programs of many languages, run in a sandbox, judged by their own tests.
+"""Does generated code do what was asked? From adapters to pass@k.
 
-languages.py  how each language is compiled and run, and what its words mean (eval/languages.yaml)
-sandbox.py    what a program may touch
-process.py    one command within limits, its output drained
-execute.py    programs to verdicts: many at once, timeouts again on a quiet machine
-pass_at_k.py  verdicts to pass@k
+problems/          what is asked
+contenders.py      who answers: base, adapters, PEFT adapters
+solve.py           contenders write completions, mixed in one batch
+completion_log.py  completions on disk, with the settings that made them; completions.py: those of others
+programs/          completions become programs, and programs verdicts
+pass_at_k.py       the estimator; scores.py: with intervals and differences; summary.py: for readers
+evaluate.py        all of it, in order
 """

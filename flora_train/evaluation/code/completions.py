@@ -12,7 +12,7 @@ from typing import Any
 
 from flora_train.config.errors import fail
 from flora_train.config.evaluation_schema import EvaluationConfig
-from flora_train.evaluation.code.problems import Problem, load_problems
+from flora_train.evaluation.code.problems.problem import Problem, load_problems
 from flora_train.training.atomic import write_atomically
 
 MODEL = "model"

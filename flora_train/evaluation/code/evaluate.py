@@ -26,13 +26,13 @@ from flora_train.evaluation.code.contenders import (
     languages_of,
     peft_contender,
 )
-from flora_train.evaluation.code.execute import preflight
-from flora_train.evaluation.code.languages import Language, find_language, load_languages
-from flora_train.evaluation.code.sandbox import open_sandbox
+from flora_train.evaluation.code.problems.suites import Suite, load_suite
+from flora_train.evaluation.code.programs.execute import preflight
+from flora_train.evaluation.code.programs.languages import Language, find_language, load_languages
+from flora_train.evaluation.code.programs.sandbox import open_sandbox
+from flora_train.evaluation.code.programs.verdicts import judge_all, read_verdicts
 from flora_train.evaluation.code.solve import solve
-from flora_train.evaluation.code.suites import Suite, load_suite
 from flora_train.evaluation.code.summary import summarise, write_summary
-from flora_train.evaluation.code.verdicts import judge_all, read_verdicts
 from flora_train.evaluation.generation import Decoder, Sampling
 from flora_train.training.checkpoint import fingerprint
 from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone

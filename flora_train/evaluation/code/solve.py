@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from flora_train.config.errors import fail
 from flora_train.evaluation.code.completion_log import CompletionLog, Key, LoggedCompletion
 from flora_train.evaluation.code.contenders import Contender
-from flora_train.evaluation.code.problems import Problem
-from flora_train.evaluation.code.suites import Suite
+from flora_train.evaluation.code.problems.problem import Problem
+from flora_train.evaluation.code.problems.suites import Suite
 from flora_train.evaluation.generation import Decoder, Generated, Request
 from flora_train.training.distributed import world
 from flora_train.training.progress import Watch

@@ -10,9 +10,10 @@ from typing import Any
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
 from flora_train.evaluation.code.contenders import Contender
-from flora_train.evaluation.code.execute import STATUSES
+from flora_train.evaluation.code.problems.suites import Suite
+from flora_train.evaluation.code.programs.execute import STATUSES
+from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.scores import Scores
-from flora_train.evaluation.code.suites import Suite
 from flora_train.evaluation.compare import Estimate
 from flora_train.training.atomic import write_atomically
 
@@ -80,6 +81,7 @@ def _language(
     cut = [entry.adapter for entry in logged if entry.language == language and entry.ended == "length"]
     return {
         "language": language,
+        "name": load_languages()[language].name,
         "problems": max(len(scores.problems((c.name, language))) for c in contenders),
         "available": suite.available[language],
         "prompts_sha": suite.sha(language),

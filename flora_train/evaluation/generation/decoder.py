@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import fail
 from flora_train.data.tokens import pad_token, start_tokens
+from flora_train.evaluation.generation.attention import decoding_attention
 from flora_train.evaluation.generation.row_cache import RowCache
 from flora_train.evaluation.generation.sampling import Sampling
 
@@ -87,11 +88,17 @@ class Decoder:
         self._check_lengths(prompts)
         order = sorted(range(len(requests)), key=lambda i: -len(prompts[i]))
         waiting = deque(rows for i in order for rows in self._rows(i, requests[i]))
-        live: list[_Row] = []
-        cache: RowCache | None = None
         training = self.model.training
         self.model.eval()
         try:
+            self._decode(prompts, waiting, report)
+        finally:
+            self.model.train(training)
+
+    def _decode(self, prompts: Sequence[list[int]], waiting: deque[list[_Row]], report: Callable[[Generated], None]) -> None:
+        live: list[_Row] = []
+        cache: RowCache | None = None
+        with decoding_attention(self.model):
             while waiting or live:
                 if waiting and len(live) <= REFILL * self.max_rows:
                     room = self.max_rows - len(live)
@@ -111,8 +118,6 @@ class Decoder:
                     live = [live[i] for i in staying]
                     cache.keep(torch.tensor(staying, dtype=torch.long, device=self.device))
                     cache = cache if live else None
-        finally:
-            self.model.train(training)
 
     def _rows(self, index: int, request: Request) -> list[list[_Row]]:
         """A request's samples, in groups that share the reading of their prompt and fit into a batch."""

@@ -161,7 +161,7 @@ def pass_panel(name: str, part: Mapping[str, Any], k: str, styles: Mapping[str, 
     spoken = "; ".join(f"{c['family']} {e[0]:.1f} ({e[1]:.1f} to {e[2]:.1f})" for c, e in zip(rows, estimates, strict=True))
     left = 14 + 6.4 * max(len(label) for label in labels)
     box = (left, WIDTH - 14, 24, 4)
-    title = f"pass@{k} of {part['language']}"
+    title = f"pass@{k}: {part['name']}"
     return _svg(name, (WIDTH, 30 + 24 * len(rows)), box, draw, title, f"Percent with interval: {spoken}.")
 
 

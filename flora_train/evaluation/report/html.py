@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from flora_train.evaluation.code.execute import STATUSES
+from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.report import figures
 from flora_train.training.clock import spoken
 from flora_train.training.progress import duration
@@ -75,11 +75,11 @@ def suite_families(suite: Mapping[str, Any]) -> list[str]:
 
 def _pass_panels(i: int, suite: Mapping[str, Any], styles: Mapping[str, figures.FamilyStyle]) -> list[tuple[str, Any]]:
     """(language, panel) of the first languages and, where there are several, their mean."""
-    several = [{**suite["macro"], "language": "mean of languages"}] if len(suite["macro"]["languages"]) > 1 else []
+    several = [{**suite["macro"], "name": "mean of languages"}] if len(suite["macro"]["languages"]) > 1 else []
     parts = [*several, *suite["languages"][:MAX_DRAWN]]
     k = str(suite["k"][0])
     top = max((c["pass_at"][k]["high"] for part in parts for c in part["contenders"]), default=1.0)
-    return [(part["language"], figures.pass_panel(f"pass-{i}-{j}", part, k, styles, top)) for j, part in enumerate(parts)]
+    return [(part["name"], figures.pass_panel(f"pass-{i}-{j}", part, k, styles, top)) for j, part in enumerate(parts)]
 
 
 def summarise(results: Mapping[str, Any]) -> list[str]:
@@ -101,13 +101,13 @@ def _of_programs(suite: Mapping[str, Any]) -> str:
     part, k = parts[0], str(suite["k"][0])
     to_base = {d["a"]: d["pass_at"][k] for d in part["differences"] if d["b"] == "base"}
     values = {c["family"]: c["pass_at"][k]["value"] for c in part["contenders"]}
-    where = f"in {part['language']}" if "language" in part else f"over {len(part['languages'])} languages"
+    where = f"in {part['name']}" if "name" in part else f"over {len(part['languages'])} languages"
     words = [
-        f"{family} {share(value)} %" + ("" if to_base[family]["excludes_zero"] else " (no clear difference to the base)")
+        f"{family} {share(value)}\u00a0%" + ("" if to_base[family]["excludes_zero"] else " (no clear difference to the base)")
         for family, value in values.items()
         if family in to_base
     ]
-    return f"pass@{k} on the {suite['suite']} problems {where}: base {share(values['base'])} %, {listed(words)}."
+    return f"pass@{k} on the {suite['suite']} problems {where}: base {share(values['base'])}\u00a0%, {listed(words)}."
 
 
 def _against_base(judged: Sequence[Mapping[str, Any]]) -> str:

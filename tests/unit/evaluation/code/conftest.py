@@ -7,9 +7,9 @@ from functools import lru_cache
 
 import pytest
 
-from flora_train.evaluation.code.execute import preflight
-from flora_train.evaluation.code.languages import Language, load_languages
-from flora_train.evaluation.code.sandbox import Sandbox, open_sandbox
+from flora_train.evaluation.code.programs.execute import preflight
+from flora_train.evaluation.code.programs.languages import Language, load_languages
+from flora_train.evaluation.code.programs.sandbox import Sandbox, open_sandbox
 
 
 @pytest.fixture(scope="session")

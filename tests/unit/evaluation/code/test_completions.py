@@ -13,11 +13,11 @@ import pytest
 from flora_train.cli import main
 from flora_train.config.errors import UserError
 from flora_train.config.evaluation_schema import EvaluationConfig
-from flora_train.evaluation.code import verdicts
 from flora_train.evaluation.code.completions import read_completions, write_multipl_e
-from flora_train.evaluation.code.languages import load_languages
-from flora_train.evaluation.code.problems import Problem
-from flora_train.evaluation.code.sandbox import Sandbox
+from flora_train.evaluation.code.problems.problem import Problem
+from flora_train.evaluation.code.programs import verdicts
+from flora_train.evaluation.code.programs.languages import load_languages
+from flora_train.evaluation.code.programs.sandbox import Sandbox
 
 PROBLEM = {"name": "p", "language": "sh", "prompt": "add() {\n", "tests": "}\n[[ $(add 1 2) = 3 ]]", "stop_tokens": ["\n}"]}
 GOOD, BAD = "    echo $(($1 + $2))\n}\nrm -rf x", "    echo 4"
@@ -123,7 +123,9 @@ def test_bad_input_is_one_clear_error(
 def test_without_bubblewrap_nothing_runs(
     prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("flora_train.evaluation.code.sandbox.shutil.which", lambda name: None if name == "bwrap" else name)
+    monkeypatch.setattr(
+        "flora_train.evaluation.code.programs.sandbox.shutil.which", lambda name: None if name == "bwrap" else name
+    )
     path = write(prompts, {"completion": "touch /tmp/ran"})
     assert main(["execute", str(path), f"prompts={prompts}"]) == 2
     assert "needs bubblewrap: apt-get install bubblewrap" in capsys.readouterr().err

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flora_train.evaluation.code.execute import Program, execute
-from flora_train.evaluation.code.problems import load_problems
-from flora_train.evaluation.code.sandbox import Sandbox
-from flora_train.evaluation.code.suspicious import ends_early
+from flora_train.evaluation.code.problems.problem import load_problems
+from flora_train.evaluation.code.programs.execute import Program, execute
+from flora_train.evaluation.code.programs.sandbox import Sandbox
+from flora_train.evaluation.code.programs.suspicious import ends_early
 from tests.unit.evaluation.code.conftest import working
 
-FOLDER = Path(__file__).parents[3] / "fixtures" / "multipl_e_problems"
+FOLDER = Path(__file__).parents[4] / "fixtures" / "multipl_e_problems"
 SOLUTIONS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (FOLDER / "solutions").glob("*.yaml")}
 DESERVED = {"right": "OK", "wrong": "AssertionError"}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flora_train.evaluation.code.execute import Program, execute
-from flora_train.evaluation.code.sandbox import Sandbox
+from flora_train.evaluation.code.programs.execute import Program, execute
+from flora_train.evaluation.code.programs.sandbox import Sandbox
 from tests.unit.evaluation.code.conftest import working
 
 GO = 'package p\nimport "testing"\nfunc TestIt(t *testing.T) {{ {} }}'

@@ -14,7 +14,7 @@ from flora_train.config.errors import Problem as UserProblem
 from flora_train.config.errors import UserError, choices, did_you_mean, fail
 from flora_train.config.files import PROJECT_ROOT, read_yaml
 from flora_train.config.section import Section, Text
-from flora_train.evaluation.code.problems import Problem
+from flora_train.evaluation.code.problems.problem import Problem
 
 PROBLEMS = PROJECT_ROOT / "eval" / "starter_problems.yaml"
 LANGUAGES = PROJECT_ROOT / "eval" / "starter_languages.yaml"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from flora_train.evaluation.code.completions import read_completions
-from flora_train.evaluation.code.execute import Program, Verdict, execute, execute_all
-from flora_train.evaluation.code.languages import load_languages
-from flora_train.evaluation.code.sandbox import Sandbox
+from flora_train.evaluation.code.programs.execute import Program, Verdict, execute, execute_all
+from flora_train.evaluation.code.programs.languages import load_languages
+from flora_train.evaluation.code.programs.sandbox import Sandbox
 from tests.unit.evaluation.code.conftest import working
 
-FIXTURES = Path(__file__).parents[3] / "fixtures" / "multipl_e"
+FIXTURES = Path(__file__).parents[4] / "fixtures" / "multipl_e"
 KEYS = sorted(path.name.partition("-")[0] for path in FIXTURES.glob("*.json"))
 IN_TABLE = [key for key in KEYS if key in load_languages()]
 ENDS = {
@@ -93,7 +93,7 @@ def test_what_times_out_beside_others_is_run_again_alone(sandbox: Sandbox, monke
         calls.append(program.source)
         return Verdict("Timeout" if calls.count(program.source) == 1 else "OK", 0, 0.0, "")
 
-    monkeypatch.setattr("flora_train.evaluation.code.execute.execute", first_time_out)
+    monkeypatch.setattr("flora_train.evaluation.code.programs.execute.execute", first_time_out)
     verdicts: dict[int, Verdict] = {}
     execute_all([Program(language, "a"), Program(language, "b")], sandbox, 2, verdicts.__setitem__)
     assert verdicts == {i: replace(Verdict("OK", 0, 0.0, ""), again=True) for i in range(2)}

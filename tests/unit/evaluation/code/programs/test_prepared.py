@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from flora_train.evaluation.code.execute import Program, execute
-from flora_train.evaluation.code.languages import Language
-from flora_train.evaluation.code.prepared import PreparedFolders
-from flora_train.evaluation.code.sandbox import Kind, Sandbox, open_sandbox
+from flora_train.evaluation.code.programs.execute import Program, execute
+from flora_train.evaluation.code.programs.languages import Language
+from flora_train.evaluation.code.programs.prepared import PreparedFolders
+from flora_train.evaluation.code.programs.sandbox import Kind, Sandbox, open_sandbox
 from tests.unit.evaluation.code.conftest import working
 
 HEAD = "#include<assert.h>\n#include<bits/stdc++.h>\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from flora_train.evaluation.code.languages import Language
+from flora_train.evaluation.code.programs.languages import Language
 
 
 def ends_early(language: Language, completion: str) -> bool:

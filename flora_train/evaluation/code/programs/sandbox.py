@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from flora_train.config.errors import fail
-from flora_train.evaluation.code.prepared import PreparedFolders
+from flora_train.evaluation.code.programs.prepared import PreparedFolders
 
 Kind = Literal["bubblewrap", "none"]
 NOBODY = 65534

@@ -12,9 +12,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from flora_train.evaluation.code.languages import Language
-from flora_train.evaluation.code.process import Ended, run_command
-from flora_train.evaluation.code.sandbox import Limits, Sandbox
+from flora_train.evaluation.code.programs.languages import Language
+from flora_train.evaluation.code.programs.process import Ended, run_command
+from flora_train.evaluation.code.programs.sandbox import Limits, Sandbox
 
 Status = Literal["OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"]
 STATUSES: tuple[Status, ...] = ("OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation")

@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 from flora_train.config.errors import UserError
-from flora_train.evaluation.code.execute import Program, Verdict, execute_all
-from flora_train.evaluation.code.languages import Language, load_languages
-from flora_train.evaluation.code.problems import Problem
-from flora_train.evaluation.code.sandbox import Sandbox
-from flora_train.evaluation.code.starter import LANGUAGES, PROBLEMS, STARTER_LANGUAGES, load_starter_problems
+from flora_train.evaluation.code.problems.problem import Problem
+from flora_train.evaluation.code.problems.starter import LANGUAGES, PROBLEMS, STARTER_LANGUAGES, load_starter_problems
+from flora_train.evaluation.code.programs.execute import Program, Verdict, execute_all
+from flora_train.evaluation.code.programs.languages import Language, load_languages
+from flora_train.evaluation.code.programs.sandbox import Sandbox
 from tests.unit.evaluation.code.conftest import working
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[5]
 FIXTURES = ROOT / "tests" / "fixtures"
 SOLUTIONS: Mapping[str, Mapping[str, Any]] = {
     path.stem: yaml.safe_load(path.read_text()) for path in sorted((FIXTURES / "starter_solutions").glob("*.yaml"))

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from flora_train.evaluation.code.completions import read_completions
-from flora_train.evaluation.code.execute import Program, execute
-from flora_train.evaluation.code.languages import load_languages
-from flora_train.evaluation.code.problems import load_problems
-from flora_train.evaluation.code.sandbox import Sandbox
-from flora_train.evaluation.code.suspicious import ends_early
+from flora_train.evaluation.code.problems.problem import load_problems
+from flora_train.evaluation.code.programs.execute import Program, execute
+from flora_train.evaluation.code.programs.languages import load_languages
+from flora_train.evaluation.code.programs.sandbox import Sandbox
+from flora_train.evaluation.code.programs.suspicious import ends_early
 from tests.unit.evaluation.code.conftest import working
 
-FIXTURES = Path(__file__).parents[3] / "fixtures"
+FIXTURES = Path(__file__).parents[4] / "fixtures"
 EARLY = {
     "lua": ["  return 0\nend\nos.exit(0)", "  return 0\nend\ndo return end"],
     "pl": ["    exit 0;\n}", "    exit;\n}", "    return 0;\n}\n__END__", "    return 0;\n}\n=pod", "    exec 'true';\n}"],

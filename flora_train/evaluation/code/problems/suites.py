@@ -10,8 +10,8 @@ from pathlib import Path
 
 from flora_train.config.errors import choices, fail, first_line
 from flora_train.config.load import find_file
-from flora_train.evaluation.code.problems import Problem, load_problems, problems_of_rows
-from flora_train.evaluation.code.starter import STARTER_LANGUAGES, load_starter_problems
+from flora_train.evaluation.code.problems.problem import Problem, load_problems, problems_of_rows
+from flora_train.evaluation.code.problems.starter import STARTER_LANGUAGES, load_starter_problems
 
 STARTER = "starter"
 HUB = "hub:"

@@ -13,7 +13,7 @@ from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code import evaluate
 from flora_train.evaluation.code.evaluate import plan_evaluation
-from flora_train.evaluation.code.suites import load_suite
+from flora_train.evaluation.code.problems.suites import load_suite
 
 ROWS = [{"name": f"p{i}", "prompt": "x=1 #", "tests": "true", "stop_tokens": ["\n"]} for i in range(5)]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from flora_train.evaluation.code.execute import Program, Verdict, execute
-from flora_train.evaluation.code.sandbox import Sandbox
+from flora_train.evaluation.code.programs.execute import Program, Verdict, execute
+from flora_train.evaluation.code.programs.sandbox import Sandbox
 from tests.unit.evaluation.code.conftest import working
 
 PTRACE = """
@@ -89,3 +91,19 @@ def test_nobody_outside_can_be_killed_or_traced(sandbox: Sandbox) -> None:
         assert sibling.poll() is None
         assert attack(sandbox, "py", PTRACE).exit != 7
         sibling.kill()
+
+
+def test_an_ordinary_user_s_sandbox_contains_all_of_this_too(tmp_path: Path) -> None:
+    """The tests of this file once more, in a process that is not root and has no rights to regain."""
+    if os.geteuid() != 0:
+        pytest.skip("the tests above ran as an ordinary user already")
+    user = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--"]
+    if subprocess.run([*user, sys.executable, "-c", "import pytest, flora_train"], capture_output=True).returncode:
+        pytest.skip("another user may not read this Python or this folder")
+    tmp_path.chmod(0o777)
+    words = ["-q", "-rs", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/own", "-k", "not ordinary_user", __file__]
+    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run([*user, sys.executable, "-m", "pytest", *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout
