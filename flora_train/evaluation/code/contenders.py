@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
@@ -14,7 +14,7 @@ from torch import nn
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import fail, first_line
-from flora_train.config.schema import RunConfig, TaskConfig
+from flora_train.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,15 @@ class Contender:
 Route = Callable[[Sequence[int]], AbstractContextManager[Any]]
 
 
-def languages_of(tasks: Mapping[str, TaskConfig]) -> dict[str, str]:
-    """Task -> programming language, of the tasks that name one."""
-    return {name: task.language for name, task in tasks.items() if task.language is not None}
+def languages_of(config: RunConfig) -> dict[str, str]:
+    """Task -> programming language, of the tasks that name one and that some adapter learns."""
+    learnt = {task for adapter in config.adapters.values() for task in adapter.tasks or config.tasks}
+    return {name: task.language for name, task in config.tasks.items() if task.language is not None and name in learnt}
 
 
 def contenders_of(config: RunConfig, bank: AdapterBank, languages: Sequence[str]) -> list[Contender]:
     """The base model in all of these languages, and every adapter whose task is in one of them."""
-    language_of = languages_of(config.tasks)
+    language_of = languages_of(config)
     found = [Contender("base", "base", BASE_ID, tuple(languages), "")]
     for adapter, spec in enumerate(bank.specs):
         if (language := language_of.get(spec.task)) in languages:

@@ -57,7 +57,7 @@ def plan_evaluation(config: RunConfig, need_sandbox: bool = True) -> Plan | None
     """
     if not config.evaluation.problems:
         return None
-    spoken = languages_of(config.tasks)
+    spoken = languages_of(config)
     if not spoken:
         fix = "no task says its language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, rb, ...)"
         raise fail("evaluation.problems", config.evaluation.problems, fix)
