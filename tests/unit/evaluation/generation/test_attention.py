@@ -28,9 +28,14 @@ def test_it_is_torchs_attention(key_heads: int, masked: bool, dtype: torch.dtype
 
 def test_a_model_has_its_own_attention_again_also_after_an_error() -> None:
     model = tiny_model("llama")
-    with pytest.raises(RuntimeError, match="stop"), decoding_attention(model):
-        assert model.config._attn_implementation == NAME
-        raise RuntimeError("stop")
+
+    def fails() -> None:
+        with decoding_attention(model):
+            assert model.config._attn_implementation == NAME
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fails()
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
     with decoding_attention(model):

@@ -74,6 +74,20 @@ def test_samples_do_not_depend_on_batch_size_order_or_company() -> None:
     assert alone[0, 0].text == together[5, 1].text
 
 
+def test_samples_of_a_prompt_share_its_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    forward = Decoder._forward
+
+    def watched(decoder: Decoder, ids: torch.Tensor, *words: Any) -> torch.Tensor:
+        shapes.append(tuple(ids.shape))
+        return forward(decoder, ids, *words)
+
+    monkeypatch.setattr(Decoder, "_forward", watched)
+    decode(bank_for(), [Request(0, "return", tuple("abcd")), Request(1, "local", tuple("ef"))], WARM, tokens=3)
+    assert shapes[0] == (2, len("return"))  # two prompts, read once each
+    assert shapes[1][0] == 6  # six samples
+
+
 def test_another_seed_draws_other_texts() -> None:
     bank, requests = bank_for(), [Request(0, "local", ("a", "b"))]
     first, second = decode(bank, requests, WARM), decode(bank, requests, Sampling(1.0, 0.95, 4))
