@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := assets/models/smollm2-135m/manifest.json
 ARGS ?=
-MULTIPL_E ?= ../shared/data/multipl_e
+MULTIPL_E ?=
 
 .PHONY: help quickstart sweep code-local test test-gpu lint types format bench bench-quick bench-gpu figures clean
 
@@ -20,7 +20,8 @@ sweep: $(INSTALLED) $(MODEL)  ## the learning rates behind the quickstart (15 mi
 
 code-local: $(INSTALLED)  ## on Debian 12: build example code in six more languages into assets/code_local (MULTIPL_E=prompts to leave out)
 	$(BIN)/python assets/build_code_corpus.py --languages php js go rust d python --output assets/code_local \
-		--exclude-problems eval/starter_problems.yaml $(if $(wildcard $(MULTIPL_E)/*.jsonl),--exclude-prompts $(MULTIPL_E))
+		--exclude-problems eval/starter_problems.yaml $(if $(MULTIPL_E),--exclude-prompts $(MULTIPL_E))
+	$(if $(MULTIPL_E),,@echo "note: examples like MultiPL-E's problems were not looked for: make code-local MULTIPL_E=FOLDER of its prompts")
 
 test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)

@@ -32,7 +32,10 @@ if [ "${#missing[@]}" -gt 0 ]; then
     echo "note: to run programs, first: sudo eval/install_toolchains.sh ${keys[*]}   (missing: ${missing[*]})" >&2
     exit 0
   fi
-  apt-get update -qq
-  apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
+  if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >&2; then
+    $if_possible || exit 1
+    echo "note: ${missing[*]} could not be installed: some programs will not be run" >&2
+    exit 0
+  fi
 fi
-[ "${#npm[@]}" -eq 0 ] || npm install --global "${npm[@]}"
+[ "${#npm[@]}" -eq 0 ] || npm ls --global "${npm[@]}" >/dev/null 2>&1 || npm install --global "${npm[@]}"

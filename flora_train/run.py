@@ -21,7 +21,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.data.tokens import pad_token
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evaluation
 from flora_train.evaluation.code.summary import read_summaries
-from flora_train.evaluation.generation import complete
+from flora_train.evaluation.generation import check_room, complete
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_completions, print_pass_at_k, print_results
 from flora_train.evaluation.results import SCHEMA, build_results
@@ -56,6 +56,7 @@ def train_run(config: RunConfig) -> Path:
     for reason in dict.fromkeys(plan.broken.values() if plan else ()):
         say(f"note: some programs will not be evaluated: {reason}")
     session = load_session(config, folder, accelerator.device)
+    check_prompts(session, plan)
     trainer = Trainer(config, session.model, session.bank, session.tasks, pad_token(session.tokenizer), folder, accelerator)
     on_main_process(lambda: folder.claim(config))
     trackers = {"wandb": {"name": config.name, "dir": str(folder.path)}} if "wandb" in config.tracking.trackers else {}
@@ -78,6 +79,16 @@ def train_run(config: RunConfig) -> Path:
     wait_for_everyone()  # a process that leaves early takes its end of the connections with it
     accelerator.end_training()
     return folder.path
+
+
+def check_prompts(session: Session, plan: Plan | None) -> None:
+    """Raises UserError if some prompt that will be completed after training leaves no room for evaluation.max_new_tokens."""
+    prompts = [prompt for task in session.config.tasks.values() for prompt in task.sample_prompts]
+    prompts += (
+        [problem.prompt for suite in plan.suites for part in suite.asked.values() for problem in part.values()] if plan else []
+    )
+    lengths = map(len, session.tokenizer(prompts)["input_ids"] if prompts else ())
+    check_room(session.model, max(lengths, default=0), session.config.evaluation.max_new_tokens)
 
 
 def training_facts(session: Session, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -180,8 +191,8 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
 
 def evaluate_run(run: str) -> None:
     """Judge a run's kept adapters again and rewrite its report."""
-    plan = on_main_process(lambda: plan_evaluation(open_run(run)[1], need_sandbox=False))
     session, kept = reopen(run, with_tasks=True)
+    plan = on_main_process(lambda: plan_evaluation(session.config, need_sandbox=False))
     judge(session, kept, plan)
     show(session.folder)
 

@@ -21,7 +21,7 @@ from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_pass_at_k
 from flora_train.run import read_report
-from flora_train.session import reopen
+from flora_train.session import make_accelerator, reopen
 from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone
 from flora_train.training.run_folder import open_run
 
@@ -56,6 +56,7 @@ def solve_run(run: str, words: Sequence[str]) -> None:
         raise fail("evaluation.problems", None, fix)
     if not folder.adapters.is_dir() or not any(folder.adapters.iterdir()):
         raise fail("run", run, "has no adapters yet: it did not finish; train it on with resume=true")
+    make_accelerator(config, folder, trackers=False)  # from here on the processes know each other
     plan = on_main_process(lambda: plan_evaluation(config))
     session, _ = reopen(run)
     place = folder.evaluation if options.out is None else Path(options.out)

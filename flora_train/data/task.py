@@ -95,16 +95,17 @@ def load_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, ca
     else:
         train_rows, held_rows = _split(train_rows, task.validation_fraction, seed_of(config.seed, name, "split"), key)
     max_length, over_long = config.training.max_length, task.over_long
-    setting = [CACHE_VERSION, max_length, over_long, task.packing, tokenizer_hash(tokenizer)]
+    setting = [CACHE_VERSION, max_length, over_long, tokenizer_hash(tokenizer)]
     splits = {}
     digest = hashlib.sha256()
     for split, rows, limit in (("train", train_rows, task.max_examples), ("validation", held_rows, task.max_validation_examples)):
         chosen = _sample(rows, limit, seed_of(config.seed, name, split))
         examples, unsampled = [format_row(row) for row in chosen], len(rows) - len(chosen)
-        content = _hash([*setting, unsampled], examples)
+        packing = split == "train" and task.packing  # held-out examples stay apart: intervals resample them
+        content = _hash([*setting, packing, unsampled], examples)
         digest.update(content.encode())
         make = partial(tokenise, examples, tokenizer, max_length, over_long, unsampled)
-        if split == "train" and task.packing:  # held-out examples stay apart: intervals resample them
+        if packing:
             make = partial(_packed, make, max_length)
         splits[split] = _cached(cache / f"{content[:32]}.npz", make)
         if not len(splits[split]):

@@ -23,7 +23,7 @@ if subprocess.run(["sh", "-c", "command -v bwrap"], capture_output=True).returnc
 
 # a completion is commented out by its prompt, so that the tests alone decide
 SOLVED = {"name": "solved", "prompt": "echo a #", "tests": "true", "stop_tokens": ["\n"]}
-UNSOLVED = {"name": "unsolved", "prompt": "echo b #", "tests": "false", "stop_tokens": ["\n"]}
+UNSOLVED = {"name": "unsolved", "prompt": "echo b c d e #", "tests": "false", "stop_tokens": ["\n"]}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from flora_train.config.errors import UserError, fail
 from flora_train.training.atomic import disk_errors, write_atomically
 
 Key = tuple[str, str, str, int]
-ANOTHER = "choose another folder with out=FOLDER, or move this one away"
+ANOTHER = "choose another folder (flora-train solve RUN out=FOLDER), or move this one away"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CompletionLog:
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Make the folder that of completions made with these settings. Raises UserError, naming every setting that differs, if
         it holds those of others: they would be mixed."""
-        if self.settings.exists():
+        if self.settings.exists() and any(_whole(file) for file in self._files()):
             try:
                 there = json.loads(self.settings.read_text(encoding="utf-8"))
             except ValueError as error:
@@ -57,7 +57,7 @@ class CompletionLog:
             differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
             if differing:
                 raise UserError(*(self._mixed(key, there.get(key), settings.get(key)) for key in differing))
-        elif self._files():
+        elif any(_whole(file) for file in self._files()):
             raise fail(str(self.path), None, f"holds completions, and no settings.json that says how they were made: {ANOTHER}")
         else:
             text = json.dumps(settings, indent=2) + "\n"
@@ -67,7 +67,7 @@ class CompletionLog:
         """All completions. A last line that a kill or a full disk cut short is no completion; the next writer removes it."""
         found: dict[Key, LoggedCompletion] = {}
         for file in self._files():
-            for number, line in enumerate(_whole(file).decode("utf-8").splitlines(), 1):
+            for number, line in enumerate(_whole(file).decode("utf-8").split("\n")[:-1], 1):
                 try:
                     logged = LoggedCompletion(**json.loads(line))
                 except (ValueError, TypeError) as error:

@@ -79,7 +79,9 @@ def _from_jsonl(path: Path, prompts: Path | None) -> Iterator[Completion]:
         raise fail("prompts", None, "say where MultiPL-E's prompt files are: prompts=FOLDER")
     problems: dict[str, dict[str, Problem]] = {}
     counts: dict[tuple[str, str, str], int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # U+2028 may stand inside a line
+        if not line.strip():
+            continue
         at = f"{path}:{number}"
         row = _object(at, line, ("language", "name", "completion"))
         language, name, adapter = str(row["language"]), str(row["name"]), str(row.get("adapter", MODEL))
@@ -91,7 +93,7 @@ def _from_jsonl(path: Path, prompts: Path | None) -> Iterator[Completion]:
             )
         next_sample = counts.get((adapter, language, name), 0)
         counts[adapter, language, name] = next_sample + 1
-        yield Completion(adapter, problems[language][name], int(row.get("sample", next_sample)), str(row["completion"]))
+        yield Completion(adapter, problems[language][name], int(row.get("sample", next_sample)), _text(row["completion"]))
 
 
 def _from_multipl_e(path: Path) -> Iterator[Completion]:
@@ -105,7 +107,12 @@ def _from_multipl_e(path: Path) -> Iterator[Completion]:
         language = _key(str(row["language"]))
         problem = Problem(language, str(row["name"]), str(row["prompt"]), str(row["tests"]), stop_tokens)
         for sample, text in enumerate(row["completions"]):
-            yield Completion(MODEL, problem, sample, str(text))
+            yield Completion(MODEL, problem, sample, _text(text))
+
+
+def _text(value: Any) -> str:
+    """JSON can spell half a character, which no file takes."""
+    return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _key(language: str) -> str:

@@ -58,14 +58,18 @@ def check_peft_contenders(sources: Sequence[str], taken: Sequence[str]) -> None:
         if name in taken or names.count(name) > 1:
             raise fail("contenders", source, f"the name {name!r} is taken by another contender: rename its folder")
         try:
-            PeftConfig.from_pretrained(source)
+            config = PeftConfig.from_pretrained(source)
         except Exception as error:  # PEFT and the hub's client each have their own
             raise fail("contenders", source, f"is no PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
+        if config.is_prompt_learning:
+            raise fail(
+                "contenders", source, f"{config.peft_type} puts tokens before every prompt: only adapters of layers take part"
+            )
 
 
 @contextmanager
 def peft_contender(source: str, base: nn.Module, languages: Sequence[str]) -> Iterator[tuple[Contender, nn.Module, Route]]:
-    """A PEFT adapter of any kind, from a folder or the hub, on a plain base model of its own; afterwards the base is bare again.
+    """A PEFT adapter of layers (LoRA, IA3, HiRA, ...), from a folder or the hub, on a plain base model; afterwards it is bare again.
 
     Raises UserError if it does not fit the base model.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from flora_train.evaluation.code.programs.languages import Language, find_langua
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
 from flora_train.evaluation.code.programs.verdicts import judge_all, read_verdicts
 from flora_train.evaluation.code.solve import solve
-from flora_train.evaluation.code.summary import summarise, write_summary
+from flora_train.evaluation.code.summary import read_summary, summarise, write_summary
 from flora_train.evaluation.generation import Decoder, Sampling
 from flora_train.training.checkpoint import fingerprint
 from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone
@@ -107,7 +107,7 @@ def evaluate_code(
     sampling = Sampling(options.temperature, options.top_p, config.seed)
     languages = list(plan.languages)
     contenders = contenders_of(config, bank, languages)
-    check_peft_contenders(peft, [contender.name for contender in contenders])
+    check_peft_contenders(peft, [word for contender in contenders for word in (contender.name, contender.family)])
     logs = {suite.name: CompletionLog(folder / suite.name) for suite in plan.suites}
     settings = {
         "model": config.model.path,
@@ -120,7 +120,7 @@ def evaluate_code(
         "seed": config.seed,
         "prompt": "without its trailing white space",
     }
-    for name, log in logs.items():
+    for name, log in logs.items() if languages else ():
         on_main_process(partial(log.claim, {"problems": name, **settings}))
 
     def write(model: nn.Module, route: Route, writers: Sequence[Contender]) -> None:
@@ -156,12 +156,14 @@ def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: 
     if completions:
         workers = config.evaluation.workers or available_cpus()
         judge_all(completions, plan.languages, open_sandbox(config.evaluation.sandbox), log.verdicts, workers)
+    known = {language: (len(problems), suite.sha(language)) for language, problems in suite.problems.items()}
+    for part in read_summary(log.path)["languages"]:
+        known.setdefault(part["language"], (part["available"], part["prompts_sha"]))
     records = read_verdicts(log.verdicts, config.evaluation.sandbox)
     samples = Counter(key[:3] for key in records)
-    scored = {key: record for key, record in records.items() if samples[key[:3]] >= max(config.evaluation.k)}
-    languages = list(dict.fromkeys([*suite.problems, *(key[1] for key in scored)]))
-    contenders = contenders_of(config, bank, languages)
+    scored = {key: record for key, record in records.items() if key[1] in known and samples[key[:3]] >= max(config.evaluation.k)}
+    contenders = contenders_of(config, bank, list(known))
     others = dict.fromkeys(key[0] for key in scored if key[0] not in {contender.name for contender in contenders})
-    contenders += [Contender(name, name, BASE_ID, tuple(languages), "") for name in others]
-    whole = replace(load_suite(suite.source, languages, None), missing=suite.missing)
-    write_summary(summarise(config, whole, contenders, logged, scored, plan.broken), log.path)
+    contenders += [Contender(name, name, BASE_ID, tuple(known), "") for name in others]
+    broken = {**plan.broken, **suite.missing}
+    write_summary(summarise(config, suite, known, contenders, logged, scored, broken), log.path)

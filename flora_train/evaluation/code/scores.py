@@ -61,7 +61,8 @@ class Scores:
         return self._mean([(cell[1], self._values(cell, self.problems(cell), k))])
 
     def difference(self, adapter: str, other: str, language: str, k: int) -> Estimate:
-        """pass@k of `adapter` minus that of `other`."""
+        """pass@k of `adapter` minus that of `other`. Where no problem tells them apart, resampling sees no variation either: the
+        interval is then the exact bound on the share of problems that could."""
         return self._mean([self._paired((adapter, language), (other, language), k)], of_shares=False)
 
     def macro(self, adapters: Mapping[str, str], k: int) -> Estimate:
@@ -88,10 +89,11 @@ class Scores:
         """Of the means of (language, value per problem) parts, each resampled on its own."""
         value = float(np.mean([values.mean() for _, values in parts]))
         problems = sum(len(values) for _, values in parts)
-        if of_shares and value == 0.0:
-            return Estimate(0.0, 0.0, 1 - self.tail ** (1 / problems))
-        if of_shares and value == 1.0:
-            return Estimate(1.0, self.tail ** (1 / problems), 1.0)
+        bound = 1 - self.tail ** (1 / problems)
+        if of_shares and value in (0.0, 1.0):
+            return Estimate(value, max(0.0, value - bound), min(1.0, value + bound))
+        if not of_shares and not any(values.any() for _, values in parts):
+            return Estimate(0.0, -bound, bound)
         drawn = np.mean([values[self._resamples(language, len(values))].mean(axis=1) for language, values in parts], axis=0)
         low, high = np.quantile(drawn, [self.tail, 1 - self.tail])
         return Estimate(value, float(low), float(high))

@@ -28,10 +28,11 @@ def solve(
     Raises UserError if the log has completions of another prompt or of other numbers of an adapter.
     """
     rank, processes = world()
+    asked = suite.asked
     todo: list[tuple[Contender, Problem, tuple[int, ...]]] = []
     for contender in contenders:
         for language in contender.languages:
-            for problem in suite.problems.get(language, {}).values():
+            for problem in asked.get(language, {}).values():
                 missing = tuple(i for i in range(n) if not _is_known(known, contender, problem, i, log))
                 if missing:
                     todo.append((contender, problem, missing))

@@ -25,6 +25,12 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"*/{SCORES}"))]
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What an earlier call left there; without one, a summary of nothing."""
+    file = folder / SCORES
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"languages": []}
+
+
 def write_summary(summary: Mapping[str, Any], folder: Path) -> None:
     """As `folder`/scores.json, whole or not at all."""
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
@@ -34,12 +40,15 @@ def write_summary(summary: Mapping[str, Any], folder: Path) -> None:
 def summarise(
     config: RunConfig,
     suite: Suite,
+    known: Mapping[str, tuple[int, str]],
     contenders: Sequence[Contender],
     logged: Sequence[LoggedCompletion],
     records: Mapping[Key, Mapping[str, Any]],
     broken: Mapping[str, str],
 ) -> dict[str, Any]:
-    """languages: per language every contender's pass@k, how its programs ended, suspicious passes and cut completions, and all
+    """known: language -> (its problems, their SHA-256); broken: language -> why it cannot be evaluated.
+
+    languages: per language every contender's pass@k, how its programs ended, suspicious passes and cut completions, and all
     differences, paired by problem; macro: means over languages, by family; not_evaluated: language and reason."""
     options = config.evaluation
     scores = Scores(records.values(), options.bootstrap_samples, options.confidence, config.seed)
@@ -58,21 +67,23 @@ def summarise(
         "completions": len(judged),
         "tokens": sum(entry.tokens for entry in judged),
         "languages": [
-            _language(config, suite, language, there, judged, scores)
-            for language in suite.problems
+            _language(config, language, known[language], there, judged, scores)
+            for language in known
             if (there := [c for c in contenders if (c.name, language) in scores.cells])
         ],
         "macro": _macro(contenders, scores, options.k),
         "not_evaluated": [
-            {"language": language, "reason": reason} for language, reason in sorted({**broken, **suite.missing}.items())
+            {"language": language, "reason": reason}
+            for language, reason in sorted(broken.items())
+            if language not in {key[1] for key in records}
         ],
     }
 
 
 def _language(
     config: RunConfig,
-    suite: Suite,
     language: str,
+    known: tuple[int, str],
     contenders: Sequence[Contender],
     logged: Iterable[LoggedCompletion],
     scores: Scores,
@@ -83,8 +94,8 @@ def _language(
         "language": language,
         "name": load_languages()[language].name,
         "problems": max(len(scores.problems((c.name, language))) for c in contenders),
-        "available": suite.available[language],
-        "prompts_sha": suite.sha(language),
+        "available": known[0],
+        "prompts_sha": known[1],
         "contenders": [
             {
                 "name": c.name,
@@ -109,15 +120,15 @@ def _language(
 
 
 def _macro(contenders: Sequence[Contender], scores: Scores, ks: Sequence[int]) -> dict[str, Any]:
-    """Means over the languages in which every family stands, so that all are means of the same."""
+    """Means over languages in which all families that are shown stand, so that all are means of the same."""
     adapters: dict[str, dict[str, str]] = {}
     for c in contenders:
         mine = adapters.setdefault(c.family, {})
         mine |= {language: c.name for language in c.languages if (c.name, language) in scores.cells}
-    shared = sorted(set.intersection(*(set(mine) for mine in adapters.values()))) if adapters else []
+    shared = _widest({family: frozenset(mine) for family, mine in adapters.items()})
     if not shared:
         return {"languages": [], "contenders": [], "differences": []}
-    of = {family: {language: mine[language] for language in shared} for family, mine in adapters.items()}
+    of = {family: {key: mine[key] for key in shared} for family, mine in adapters.items() if set(shared) <= set(mine)}
     families = [Contender(family, family, -1, (), "") for family in of]
     return {
         "languages": shared,
@@ -133,6 +144,13 @@ def _macro(contenders: Sequence[Contender], scores: Scores, ks: Sequence[int]) -
             for a, b in _pairs(families)
         ],
     }
+
+
+def _widest(languages_of: Mapping[str, frozenset[str]]) -> list[str]:
+    """The languages of one family for which families times languages is largest: some have more, some less than the others."""
+    sets = sorted(set(languages_of.values()), key=sorted)
+    best = max(sets, key=lambda s: len(s) * sum(s <= other for other in languages_of.values()), default=frozenset())
+    return sorted(best)
 
 
 def _pairs(contenders: Sequence[Contender]) -> list[tuple[Contender, Contender]]:

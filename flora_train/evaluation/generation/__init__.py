@@ -1,11 +1,12 @@
 """What does each adapter write? Rows of many adapters, and of the base model, decoded in one batch that is kept full.
 
 decoder.py   prompts in, texts out: admits rows, steps them together, lets each leave on its own stop string
+attention.py one new token of every row, on a CPU
 row_cache.py keys and values of the rows that are being decoded
 sampling.py  the next token of every row; what is drawn depends on the row alone
 """
 
-from flora_train.evaluation.generation.decoder import Decoder, Generated, Request, complete
+from flora_train.evaluation.generation.decoder import Decoder, Generated, Request, check_room, complete
 from flora_train.evaluation.generation.sampling import Sampling
 
-__all__ = ["Decoder", "Generated", "Request", "Sampling", "complete"]
+__all__ = ["Decoder", "Generated", "Request", "Sampling", "check_room", "complete"]

@@ -49,7 +49,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 @contextmanager
 def decoding_attention(model: Any) -> Iterator[None]:
     """A model on the CPU that runs torch's attention runs ours meanwhile; others stay as they are."""
-    ours = getattr(model.config, "_attn_implementation", None) == "sdpa" and next(model.parameters()).device.type == "cpu"
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    ours = on_cpu and getattr(model.config, "_attn_implementation", None) == "sdpa" and _lets_choose(model)
     if ours:
         model.set_attn_implementation(NAME)
     try:
@@ -57,3 +58,8 @@ def decoding_attention(model: Any) -> Iterator[None]:
     finally:
         if ours:
             model.set_attn_implementation("sdpa")
+
+
+def _lets_choose(model: Any) -> bool:
+    """Whether the architecture takes its attention from transformers' table at all (Falcon and BLOOM do not)."""
+    return bool(getattr(model, "_can_set_attn_implementation", lambda: False)())

@@ -75,7 +75,9 @@ class Decoder:
         self.model, self.tokenizer, self.route, self.sampling = model, tokenizer, route, sampling
         self.max_new_tokens, self.max_rows = max_new_tokens, max_rows
         self.device = next(model.parameters()).device
-        self._takes = inspect.signature(model.forward).parameters.keys()
+        # PEFT's wrapper takes anything and passes it on: what the model inside it takes is what counts
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self._takes = inspect.signature(inner.forward).parameters.keys()
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self._ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
@@ -85,7 +87,7 @@ class Decoder:
         its continuation are longer than the model can read."""
         start = start_tokens(self.tokenizer)  # as in training: no end token after a prompt
         prompts = [start + self.tokenizer(r.prompt, add_special_tokens=False)["input_ids"] for r in requests]
-        self._check_lengths(prompts)
+        check_room(self.model, max(map(len, prompts), default=0), self.max_new_tokens)
         order = sorted(range(len(requests)), key=lambda i: -len(prompts[i]))
         waiting = deque(rows for i in order for rows in self._rows(i, requests[i]))
         training = self.model.training
@@ -100,11 +102,7 @@ class Decoder:
         cache: RowCache | None = None
         with decoding_attention(self.model):
             while waiting or live:
-                if waiting and len(live) <= REFILL * self.max_rows:
-                    room = self.max_rows - len(live)
-                    entering = [waiting.popleft()]
-                    while waiting and sum(map(len, entering)) + len(waiting[0]) <= room:
-                        entering.append(waiting.popleft())
+                if entering := self._entering(waiting, len(live)):
                     new = self._read([prompts[rows[0].request] for rows in entering], entering)
                     live += [row for rows in entering for row in rows]
                     if cache is None:
@@ -118,6 +116,15 @@ class Decoder:
                     live = [live[i] for i in staying]
                     cache.keep(torch.tensor(staying, dtype=torch.long, device=self.device))
                     cache = cache if live else None
+
+    def _entering(self, waiting: deque[list[_Row]], live: int) -> list[list[_Row]]:
+        """Who is read in now: nobody while the batch is rather full, else as many as fit."""
+        entering: list[list[_Row]] = []
+        room = self.max_rows - live if live <= REFILL * self.max_rows else 0
+        while waiting and len(waiting[0]) <= room:
+            room -= len(waiting[0])
+            entering.append(waiting.popleft())
+        return entering
 
     def _rows(self, index: int, request: Request) -> list[list[_Row]]:
         """A request's samples, in groups that share the reading of their prompt and fit into a batch."""
@@ -181,12 +188,15 @@ class Decoder:
         tail = self.tokenizer.decode(row.tokens[-max(len(stop.encode()) for stop in row.stops) - 4 :])
         return any(stop in tail for stop in row.stops)
 
-    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        longest = max(map(len, prompts), default=0)
-        if limit is not None and longest + self.max_new_tokens > limit:
-            fix = f"with a prompt of {longest} tokens is more than the {limit} that the model can read: at most {limit - longest}"
-            raise fail("evaluation.max_new_tokens", self.max_new_tokens, fix)
+
+def check_room(model: Any, longest: int, max_new_tokens: int) -> None:
+    """Raises UserError if a prompt of `longest` tokens and its continuation are more than the model can read."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or longest + max_new_tokens <= limit:
+        return
+    rest = f"at most {limit - longest}" if longest < limit else "there is no room for it, whatever the length: leave it out"
+    fix = f"with a prompt of {longest} tokens is more than the {limit} that the model can read: {rest}"
+    raise fail("evaluation.max_new_tokens", max_new_tokens, fix)
 
 
 def complete(

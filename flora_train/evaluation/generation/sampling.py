@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -31,30 +31,35 @@ class Sampling:
         """
         if self.temperature == 0:
             return logits.argmax(-1).tolist()
-        probabilities = (logits.float() / self.temperature).softmax(-1)
-        candidates, weights = self._nuclei(probabilities)
+        probabilities = _usable((logits.float() / self.temperature).softmax(-1))
         return [
             _pick(ids, shares, uniform(self.seed, key, position))
-            for ids, shares, key, position in zip(candidates, weights, keys, positions, strict=True)
+            for (ids, shares), key, position in zip(self._nuclei(probabilities), keys, positions, strict=True)
         ]
 
-    def _nuclei(self, probabilities: Tensor) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float64]]]:
+    def _nuclei(self, probabilities: Tensor) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Tokens and their probabilities that each row is drawn from."""
         vocabulary = probabilities.shape[-1]
         if self.top_p >= 1:
-            everything = np.arange(vocabulary)
-            return [everything] * len(probabilities), list(probabilities.double().cpu().numpy())
-        ids: list[NDArray[np.int64]] = []
-        weights: list[NDArray[np.float64]] = []
+            yield from ((np.arange(vocabulary), row) for row in probabilities.double().cpu().numpy())
+            return
         values, order = probabilities.topk(min(FIRST, vocabulary))
-        for row in range(len(probabilities)):
-            shares, tokens = values[row].double(), order[row]
+        all_shares, all_tokens = values.double().cpu().numpy(), order.cpu().numpy()
+        for row, (shares, tokens) in enumerate(zip(all_shares, all_tokens, strict=True)):
             if shares.sum() < self.top_p:
-                sorted_row = probabilities[row].sort(descending=True)
-                shares, tokens = sorted_row.values.double(), sorted_row.indices
-            inside = (shares.cumsum(0) - shares < self.top_p).cpu().numpy()
-            ids.append(tokens.cpu().numpy()[inside])
-            weights.append(shares.cpu().numpy()[inside])
-        return ids, weights
+                whole = probabilities[row].sort(descending=True)
+                shares, tokens = whole.values.double().cpu().numpy(), whole.indices.cpu().numpy()
+            inside = shares.cumsum() - shares < self.top_p
+            yield tokens[inside], shares[inside]
+
+
+def _usable(probabilities: Tensor) -> Tensor:
+    """A row that is not finite (an adapter that diverged) becomes its first token: it writes nonsense, and stops nobody else."""
+    lost = ~probabilities.isfinite().all(-1)
+    if lost.any():
+        probabilities = probabilities.masked_fill(lost[:, None], 0.0)
+        probabilities[lost, 0] = 1.0
+    return probabilities
 
 
 def uniform(seed: int, key: str, position: int) -> float:

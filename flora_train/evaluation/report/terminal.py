@@ -46,7 +46,7 @@ def print_pass_at_k(suites: Sequence[Mapping[str, Any]], console: Console | None
             for heading in ("language", "method", f"pass@{k} [{percent}]", "difference to base"):
                 table.add_column(heading, justify="left" if heading in ("language", "method") else "right", no_wrap=True)
             macro = suite["macro"]
-            several = [{**macro, "name": "mean of all"}] if len(macro["languages"]) > 1 else []
+            several = [{**macro, "name": f"mean of {len(macro['languages'])}"}] if len(macro["languages"]) > 1 else []
             for part in [*suite["languages"], *several]:
                 to_base = {d["a"]: d["pass_at"][k] for d in part["differences"] if d["b"] == "base"}
                 title = part["name"]

@@ -45,8 +45,8 @@ def load_problems(folder: Path, language: str) -> dict[str, Problem]:
     if not path.is_file():
         there = ", ".join(sorted(p.stem.removeprefix("humaneval-") for p in folder.glob("humaneval-*.jsonl"))) or "none"
         raise fail(str(path), None, f"no such file; the folder has prompts of {there}")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return problems_of_rows(language, ((f"{path}:{number}", _parsed(path, number, line)) for number, line in enumerate(lines, 1)))
+    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)  # U+2028 may stand inside a line
+    return problems_of_rows(language, ((f"{path}:{n}", _parsed(path, n, line)) for n, line in lines if line.strip()))
 
 
 def problems_of_rows(language: str, rows: Iterable[tuple[str, Any]]) -> dict[str, Problem]:

@@ -19,22 +19,27 @@ HUB = "hub:"
 
 @dataclass(frozen=True)
 class Suite:
-    """name: of its folder in a run; source: what the recipe says; problems: language -> name -> problem, the first so many of
-    `available`; missing: language -> why the suite has no problems in it."""
+    """name: of its folder in a run; source: what the recipe says; problems: language -> name -> problem; limit: so many of each
+    language are asked (None: all); missing: language -> why the suite has no problems in it."""
 
     name: str
     source: str
     problems: Mapping[str, Mapping[str, Problem]]
-    available: Mapping[str, int]
+    limit: int | None
     missing: Mapping[str, str]
 
+    @property
+    def asked(self) -> dict[str, dict[str, Problem]]:
+        """Language -> name -> problem, of those that contenders are to solve."""
+        return {language: dict(islice(problems.items(), self.limit)) for language, problems in self.problems.items()}
+
     def sha(self, language: str) -> str:
-        """Of all problems that are asked in this language."""
+        """Of all problems in this language."""
         return sha256("".join(problem.sha for problem in self.problems[language].values()).encode()).hexdigest()
 
 
 def load_suite(source: str, languages: Iterable[str], limit: int | None) -> Suite:
-    """The suite's problems in these languages, at most `limit` of each. Raises UserError if there is no such suite, or if it
+    """The suite's problems in these languages, of which at most `limit` of each are asked. Raises UserError if there is no such suite, or if it
     has none of these languages."""
     found: dict[str, Mapping[str, Problem]] = {}
     missing: dict[str, str] = {}
@@ -46,13 +51,12 @@ def load_suite(source: str, languages: Iterable[str], limit: int | None) -> Suit
             found[language] = problems
     if not found:
         raise fail("evaluation.problems", source, f"has no problems in {choices(missing)}")
-    chosen = {language: dict(islice(problems.items(), limit)) for language, problems in found.items()}
-    return Suite(suite_name(source), source, chosen, {key: len(problems) for key, problems in found.items()}, missing)
+    return Suite(suite_name(source), source, found, limit, missing)
 
 
 def suite_name(source: str) -> str:
     """`starter`, or the last part of a folder or hub name, in lower case."""
-    return Path(source.removeprefix(HUB)).name.lower()
+    return Path(source.removeprefix(HUB)).name.lower() if source.startswith(HUB) else find_file(source).resolve().name.lower()
 
 
 def _problems(source: str, language: str) -> Mapping[str, Problem] | None:

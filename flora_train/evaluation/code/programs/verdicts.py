@@ -61,7 +61,7 @@ def read_verdicts(file: Path, sandbox: Kind) -> dict[Key, dict[str, Any]]:
         with file.open("r+b") as cut:
             cut.truncate(len(whole))
     known: dict[Key, dict[str, Any]] = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
         try:
             record = json.loads(line)
             known[record["adapter"], record["language"], record["name"], record["sample"]] = record

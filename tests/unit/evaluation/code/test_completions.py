@@ -13,6 +13,7 @@ import pytest
 from flora_train.cli import main
 from flora_train.config.errors import UserError
 from flora_train.config.evaluation_schema import EvaluationConfig
+from flora_train.evaluation.code.completion_log import CompletionLog, LoggedCompletion
 from flora_train.evaluation.code.completions import read_completions, write_multipl_e
 from flora_train.evaluation.code.problems.problem import Problem
 from flora_train.evaluation.code.programs import verdicts
@@ -132,3 +133,27 @@ def test_without_bubblewrap_nothing_runs(
     assert not (prompts / "made.verdicts.jsonl").exists()
     assert main(["execute", str(write(prompts, {"completion": GOOD})), f"prompts={prompts}", "sandbox=none"]) == 0
     assert "unconfined" in capsys.readouterr().out
+
+
+ODD = "echo '\u2028\u2029\x85\ud800'"
+
+
+def test_line_ends_that_only_unicode_knows_stay_inside_a_completion(prompts: Path, sandbox: Sandbox) -> None:
+    file = write(prompts, {"completion": ODD})
+    for _ in range(2):  # the second time verdicts are read again
+        assert len(judged(prompts, file, sandbox)) == 1
+    log = CompletionLog(prompts / "log")
+    log.claim({"seed": 0})
+    logged = LoggedCompletion("a", "sh", "p", 0, ODD.replace("\ud800", ""), "stop", 3, "", "")
+    log.writer(0).append(logged)
+    assert log.read() == {logged.key: logged}
+
+
+def test_settings_bind_only_once_something_was_written(tmp_path: Path) -> None:
+    log = CompletionLog(tmp_path)
+    log.claim({"seed": 0})
+    log.claim({"seed": 1})
+    log.writer(0).append(LoggedCompletion("a", "sh", "p", 0, "", "stop", 1, "", ""))
+    log.claim({"seed": 1})
+    with pytest.raises(UserError, match=r"seed = 2: its completions were made with 1 and would be mixed"):
+        log.claim({"seed": 2})

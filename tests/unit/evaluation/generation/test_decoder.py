@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
 from flora_train.evaluation.generation import Decoder, Generated, Request, Sampling
+from flora_train.export.peft_format import export_peft
 from tests.architectures import ARCHITECTURES
 from tests.conftest import perturb, spec
 from tests.unit.data.conftest import byte_tokenizer
@@ -86,6 +89,37 @@ def test_samples_of_a_prompt_share_its_reading(monkeypatch: pytest.MonkeyPatch) 
     decode(bank_for(), [Request(0, "return", tuple("abcd")), Request(1, "local", tuple("ef"))], WARM, tokens=3)
     assert shapes[0] == (2, len("return"))  # two prompts, read once each
     assert shapes[1][0] == 6  # six samples
+
+
+def test_no_batch_is_larger_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    step = Decoder._step
+
+    def watched(decoder: Decoder, live: list[Any], cache: Any) -> None:
+        sizes.append(len(live))
+        step(decoder, live, cache)
+
+    monkeypatch.setattr(Decoder, "_step", watched)
+    decode(bank_for(), [Request(0, prompt, tuple("abcde")) for prompt in PROMPTS], WARM, rows=7)
+    assert max(sizes) == 5  # the second prompt's five samples would not fit beside the first's
+    sizes.clear()
+    decode(bank_for(), [Request(0, prompt, tuple("ab")) for prompt in PROMPTS], WARM, rows=7)
+    assert 6 <= max(sizes) <= 7
+
+
+def test_a_peft_model_is_decoded_as_peft_generates(tmp_path: Path) -> None:
+    bank, tokenizer = bank_for("gpt2"), byte_tokenizer()
+    folder = export_peft(bank, bank.specs[1].name, tmp_path / "lora", "base")
+    theirs = PeftModel.from_pretrained(model_for("gpt2", tokenizer), folder).eval()
+    found: dict[int, str] = {}
+    decoder = Decoder(theirs, tokenizer, lambda adapters: nullcontext(), GREEDY, 12, 2)
+    decoder.run([Request(-1, prompt, ("",)) for prompt in PROMPTS], lambda g: found.update({g.request: g.text}))
+    for i, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        alone = theirs.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        assert found[i] == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_another_seed_draws_other_texts() -> None:

@@ -42,9 +42,14 @@ def recipe(problems: Any, language: str | None = "sh", **evaluation: Any) -> Run
 def test_a_folder_is_a_suite_of_its_name_and_a_limit_is_remembered(folder: Path) -> None:
     suite = load_suite(str(folder), ["sh", "lua"], 2)
     assert suite.name == "mine"
-    assert list(suite.problems["sh"]) == ["p0", "p1"]
-    assert suite.available == {"sh": 5}
+    assert list(suite.asked["sh"]) == ["p0", "p1"]
+    assert len(suite.problems["sh"]) == 5
     assert suite.missing == {"lua": f"{folder} has no problems in it"}
+
+
+def test_a_name_is_that_of_the_folder_however_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert load_suite(".", ["sh"], None).name == load_suite(f"{folder}/../Mine/", ["sh"], None).name == "mine"
 
 
 def test_another_prompt_is_another_suite(folder: Path) -> None:
