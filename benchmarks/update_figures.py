@@ -12,6 +12,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +30,28 @@ RESULTS = ROOT / "benchmarks" / "results"
 def quickstart_block() -> str:
     """What `make quickstart` printed, and the machine it ran on."""
     results = read("quickstart")
-    output = io.StringIO()
-    console = Console(file=output, width=140, soft_wrap=True)
-    print_results(results, console)
-    print_pass_at_k(results["code"], console)
-    print_completions(results, console)
-    return f"~~~\n{output.getvalue().strip()}\n~~~\n\n{machine(results)}"  # completions may hold backticks
+    return f"{printed(results, print_completions)}\n\n{machine(results)}"
 
 
 def code_block() -> str:
     """What recipe multipl_e_local found: held-out loss, and pass@k on every suite that it was asked."""
     results = read("multipl_e_local")
-    output = io.StringIO()
-    console = Console(file=output, width=140, soft_wrap=True)
-    print_results(results, console)
-    print_pass_at_k(results["code"], console)
     asked = [
         f"{suite['suite']}: {suite['completions']} completions at temperature {suite['temperature']}, at most {suite['max_new_tokens']} tokens"
         for suite in results["code"]
     ]
-    return f"~~~\n{output.getvalue().strip()}\n~~~\n\n<sub>{'; '.join(asked)}.</sub>\n{machine(results)}"
+    return f"{printed(results)}\n\n<sub>{'; '.join(asked)}.</sub>\n{machine(results)}"
+
+
+def printed(results: dict[str, Any], *more: Callable[[dict[str, Any], Console], None]) -> str:
+    """What a run prints at its end, as a block; completions in it may hold backticks."""
+    output = io.StringIO()
+    console = Console(file=output, width=140, soft_wrap=True)
+    print_results(results, console)
+    print_pass_at_k(results["code"], console)
+    for show in more:
+        show(results, console)
+    return f"~~~\n{output.getvalue().strip()}\n~~~"
 
 
 def sweep_block() -> str:
