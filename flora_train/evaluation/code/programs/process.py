@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from typing import IO
 KEPT_BYTES = 64 << 10
 """Of either end: what a program says of its tests comes last."""
 CHUNK = 1 << 16
+PIPE_BYTES = 1 << 20
+"""What Linux grants anyone. Node writes to its pipes without waiting and drops what does not fit, the error that ended it too."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ def run_command(words: Sequence[str], folder: Path, wall: float, environment: Ma
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    for stream in (process.stdout, process.stderr):
+        with suppress(OSError):
+            fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[arg-type]
     kept: dict[str, tuple[bytes, bytes]] = {}
     readers = [Thread(target=_drain, args=(process.stdout, kept, "out"), daemon=True)]
     readers += [Thread(target=_drain, args=(process.stderr, kept, "err"), daemon=True)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 
+from flora_train.evaluation.code.programs import process
 from flora_train.evaluation.code.programs.execute import Program, execute
 from flora_train.evaluation.code.programs.sandbox import Sandbox
 from tests.unit.evaluation.code.conftest import working
@@ -36,6 +40,17 @@ ENDS = [
 def test_a_failed_run_has_its_word(key: str, source: str, status: str, sandbox: Sandbox) -> None:
     verdict = execute(Program(working(key, sandbox), source), sandbox)
     assert verdict.status == status, verdict
+
+
+def test_a_program_says_how_it_ended_to_a_reader_that_comes_late(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*arguments: Any) -> None:
+        time.sleep(0.5)
+        drain(*arguments)
+
+    drain = process._drain
+    monkeypatch.setattr(process, "_drain", late)
+    source = "console.error('x'.repeat(300000));\nrequire('node:assert').equal(1, 2);"
+    assert execute(Program(working("js", sandbox), source), sandbox).status == "AssertionError"
 
 
 def test_a_compiler_that_runs_out_of_time_is_a_timeout(sandbox: Sandbox) -> None:
