@@ -74,7 +74,7 @@ def decoded(model: Any, bank: AdapterBank, tokenizer: Any, batches: list[list[in
 def generated_in_peft(model: Any, tokenizer: Any, tokens: int) -> list[str]:
     texts = []
     for i, prompt in enumerate(PROMPTS):
-        model.set_adapter(f"a{i}")
+        model.set_adapter(f"task{i}")
         ids = tokenizer(prompt, return_tensors="pt")
         with torch.no_grad():
             out = model.generate(
@@ -91,9 +91,9 @@ def peft_model(bank: AdapterBank) -> Any:
         for i, name in enumerate(bank.ids):
             path = export_peft(bank, name, Path(folder) / name, MODEL.path)
             if model is None:
-                model = PeftModel.from_pretrained(base, path, adapter_name=f"a{i}")
+                model = PeftModel.from_pretrained(base, path, adapter_name=f"task{i}")
             else:
-                model.load_adapter(path, adapter_name=f"a{i}")
+                model.load_adapter(path, adapter_name=f"task{i}")
     return model
 
 
