@@ -181,8 +181,8 @@ def heading(repeats: int) -> list[str]:
         f"Median of {repeats} interleaved pair{'s' * (repeats > 1)} of runs. `python benchmarks/execution.py --save` prints this",
         f"file. Ours: {available_cpus()} programs at a time, each in its sandbox, C++ with a precompiled header (making it is in",
         "the time). The reference: one at a time without a sandbox, looked at every 0.1 s. Both stop a program after",
-        f"{SECONDS:g} s; the reference's own limit of 15 s would make it slower yet. In every hundred programs one never ends; ours",
-        "runs it twice, the second time alone.",
+        f"{SECONDS:g} s (ours, beside others, after twice that; doubtful ones are run again alone); the reference's own limit of 15 s",
+        "would make it slower yet. In every hundred programs one never ends.",
         "",
     ]
 

@@ -1,4 +1,4 @@
-"""What becomes of a program? Compile, run, one word for how it ended; many at once, and timeouts once more on a quiet machine."""
+"""What becomes of a program? Compile, run, one word for how it ended; many at once, and doubtful ones again on a quiet machine."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ VIOLATION = (
 COMPILER_KILLED = r"Killed signal terminated|CPU time limit exceeded|signal: killed"
 """What a driver says whose compiler proper ran out of time; it exits with 1 itself."""
 TAIL = 2000
+PATIENCE = 2
+"""Beside others a program may compute so many times its limit, for it then computes slower. Who needs more is out of time."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """seconds: on the clock; output: the end of what it said; again: it timed out beside others and was run alone."""
+    """seconds: on the clock; output: the end of what it said; again: beside others it was late, and it was run alone."""
 
     status: Status
     exit: int
@@ -60,7 +62,12 @@ class Verdict:
 
 
 def execute(program: Program, sandbox: Sandbox) -> Verdict:
-    """Compile and run one program in a folder of its own."""
+    """Compile and run one program in a folder of its own, with nothing beside it."""
+    return _execute(program, sandbox, 1)[0]
+
+
+def _execute(program: Program, sandbox: Sandbox, patience: int) -> tuple[Verdict, bool]:
+    """The verdict, and whether it might be another one alone. patience: times the limit that it may compute."""
     language = program.language
     with tempfile.TemporaryDirectory(prefix="flora-train-") as name:
         folder = Path(name)
@@ -71,10 +78,13 @@ def execute(program: Program, sandbox: Sandbox) -> Verdict:
             ended = _compile(program, language.compile, folder, sandbox)
             seconds = ended.wall
             if ended.status or ended.timed_out:
-                late = _out_of_time(ended) or re.search(COMPILER_KILLED, ended.errors)
-                return Verdict("Timeout" if late else "SyntaxError", ended.status, seconds, _tail(ended))
-        ended = _run(language.run, language, folder, sandbox, Limits(language.seconds))
-        return Verdict(judge(ended, language), ended.status, seconds + ended.wall, _tail(ended))
+                late = bool(_out_of_time(ended) or re.search(COMPILER_KILLED, ended.errors))
+                return Verdict("Timeout" if late else "SyntaxError", ended.status, seconds, _tail(ended)), late
+        ended = _run(language.run, language, folder, sandbox, Limits(patience * language.seconds))
+        verdict = Verdict(judge(ended, language), ended.status, seconds + ended.wall, _tail(ended))
+        # on the clock it takes at least as long as it computes; what stopped it earlier than that was something else
+        endless = ended.status in CPU_SIGNALS and not ended.timed_out and ended.wall > 0.9 * PATIENCE * language.seconds
+        return verdict, not endless and (verdict.status == "Timeout" or ended.wall > language.seconds)
 
 
 def judge(ended: Ended, language: Language) -> Status:
@@ -93,8 +103,9 @@ def judge(ended: Ended, language: Language) -> Status:
 
 
 def execute_all(programs: Sequence[Program], sandbox: Sandbox, workers: int, report: Callable[[int, Verdict], None]) -> None:
-    """Call `report(i, verdict)` for programs[i] as verdicts come, from this thread. Equal programs run once. What times out
-    beside others is run again alone, so that no verdict depends on what else ran."""
+    """Call `report(i, verdict)` for programs[i] as verdicts come, from this thread. Equal programs run once. What is late beside
+    others is run again alone, so that no verdict depends on what else ran; what computes PATIENCE times its limit, and goes on, is
+    out of time wherever it runs."""
     same: dict[str, list[int]] = defaultdict(list)
     for i, program in enumerate(programs):
         same[program.sha].append(i)
@@ -105,11 +116,12 @@ def execute_all(programs: Sequence[Program], sandbox: Sandbox, workers: int, rep
             report(i, verdict)
 
     with ThreadPoolExecutor(workers) as pool:
-        running = {pool.submit(execute, programs[places[0]], sandbox): sha for sha, places in same.items()}
+        patience = PATIENCE if workers > 1 else 1
+        running = {pool.submit(_execute, programs[places[0]], sandbox, patience): sha for sha, places in same.items()}
         try:
             for done in as_completed(running):
-                verdict = done.result()
-                if verdict.status == "Timeout" and workers > 1:
+                verdict, doubtful = done.result()
+                if doubtful and workers > 1:
                     late.append(running[done])
                 else:
                     tell(running[done], verdict)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flora_train.evaluation.code.completions import read_completions
 from flora_train.evaluation.code.programs.execute import Program, Verdict, execute, execute_all
 from flora_train.evaluation.code.programs.languages import load_languages
+from flora_train.evaluation.code.programs.process import Ended
 from flora_train.evaluation.code.programs.sandbox import Sandbox
 from tests.unit.evaluation.code.conftest import working
 
@@ -85,15 +86,42 @@ def test_equal_programs_run_once_and_every_sample_gets_its_verdict(sandbox: Sand
     assert verdicts[1].output == verdicts[2].output
 
 
-def test_what_times_out_beside_others_is_run_again_alone(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    language = working("sh", sandbox)
-    calls: list[str] = []
+BUSY = "local function spin(seconds) while os.clock() < seconds do end end\n"
 
-    def first_time_out(program: Program, sandbox: Sandbox) -> Verdict:
-        calls.append(program.source)
-        return Verdict("Timeout" if calls.count(program.source) == 1 else "OK", 0, 0.0, "")
 
-    monkeypatch.setattr("flora_train.evaluation.code.programs.execute.execute", first_time_out)
+@pytest.mark.parametrize(
+    ("source", "status", "again"),
+    [
+        (BUSY + "spin(0.1)", "OK", False),
+        (BUSY + "spin(1.5)", "Timeout", True),  # within what it may compute beside others, too long alone
+        (BUSY + "spin(60)", "Timeout", False),  # out of time wherever it runs: not run again
+    ],
+)
+def test_what_is_late_beside_others_is_run_again_alone(source: str, status: str, again: bool, sandbox: Sandbox) -> None:
+    language = working("lua", sandbox).model_copy(update={"seconds": 1.0})
     verdicts: dict[int, Verdict] = {}
-    execute_all([Program(language, "a"), Program(language, "b")], sandbox, 2, verdicts.__setitem__)
-    assert verdicts == {i: replace(Verdict("OK", 0, 0.0, ""), again=True) for i in range(2)}
+    execute_all([Program(language, source), Program(language, "os.exit(0)")], sandbox, 2, verdicts.__setitem__)
+    assert (verdicts[0].status, verdicts[0].again) == (status, again), verdicts[0]
+
+
+def test_what_the_clock_stops_beside_others_is_run_again_alone(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = working("sh", sandbox)
+    calls: list[float] = []
+
+    def first_time_late(words: Any, folder: Path, wall: float) -> Ended:
+        calls.append(wall)
+        return Ended(137 if len(calls) == 1 else 0, "", "", wall, len(calls) == 1)
+
+    monkeypatch.setattr("flora_train.evaluation.code.programs.execute.run_command", first_time_late)
+    verdicts: dict[int, Verdict] = {}
+    execute_all([Program(language, "sleep 1")], sandbox, 2, verdicts.__setitem__)
+    assert (verdicts[0].status, verdicts[0].again) == ("OK", True)
+    assert calls[1] < calls[0]  # alone, it has its own limit
+
+
+def test_one_at_a_time_nothing_is_run_twice(sandbox: Sandbox) -> None:
+    language = working("lua", sandbox).model_copy(update={"seconds": 1.0})
+    verdicts: dict[int, Verdict] = {}
+    execute_all([Program(language, BUSY + "spin(60)")], sandbox, 1, verdicts.__setitem__)
+    assert (verdicts[0].status, verdicts[0].again) == ("Timeout", False)
+    assert verdicts[0].seconds < 1.9
