@@ -12,7 +12,7 @@ from flora_train.evaluation.code.completions import read_completions
 from flora_train.evaluation.code.programs.execute import Program, Verdict, execute, execute_all
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.programs.process import Ended
-from flora_train.evaluation.code.programs.sandbox import Sandbox
+from flora_train.evaluation.code.programs.sandbox import Limits, Sandbox
 from tests.unit.evaluation.code.conftest import working
 
 FIXTURES = Path(__file__).parents[4] / "fixtures" / "multipl_e"
@@ -93,12 +93,12 @@ BUSY = "local function spin(seconds) while os.clock() < seconds do end end\n"
     ("source", "status", "again"),
     [
         (BUSY + "spin(0.1)", "OK", False),
-        (BUSY + "spin(1.5)", "Timeout", True),  # within what it may compute beside others, too long alone
+        (BUSY + "spin(3)", "Timeout", True),  # within what it may compute beside others, too long alone
         (BUSY + "spin(60)", "Timeout", False),  # out of time wherever it runs: not run again
     ],
 )
 def test_what_is_late_beside_others_is_run_again_alone(source: str, status: str, again: bool, sandbox: Sandbox) -> None:
-    language = working("lua", sandbox).model_copy(update={"seconds": 1.0})
+    language = working("lua", sandbox).model_copy(update={"seconds": 2.0})
     verdicts: dict[int, Verdict] = {}
     execute_all([Program(language, source), Program(language, "os.exit(0)")], sandbox, 2, verdicts.__setitem__)
     assert (verdicts[0].status, verdicts[0].again) == (status, again), verdicts[0]
@@ -119,9 +119,16 @@ def test_what_the_clock_stops_beside_others_is_run_again_alone(sandbox: Sandbox,
     assert calls[1] < calls[0]  # alone, it has its own limit
 
 
-def test_one_at_a_time_nothing_is_run_twice(sandbox: Sandbox) -> None:
-    language = working("lua", sandbox).model_copy(update={"seconds": 1.0})
+def test_one_at_a_time_nothing_is_run_twice(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = working("sh", sandbox)
+    walls: list[float] = []
+
+    def late(words: Any, folder: Path, wall: float) -> Ended:
+        walls.append(wall)
+        return Ended(137, "", "", wall, True)
+
+    monkeypatch.setattr("flora_train.evaluation.code.programs.execute.run_command", late)
     verdicts: dict[int, Verdict] = {}
-    execute_all([Program(language, BUSY + "spin(60)")], sandbox, 1, verdicts.__setitem__)
+    execute_all([Program(language, "sleep 1")], sandbox, 1, verdicts.__setitem__)
     assert (verdicts[0].status, verdicts[0].again) == ("Timeout", False)
-    assert verdicts[0].seconds < 1.9
+    assert walls == [Limits(language.seconds).wall]  # the limit is its own from the start
