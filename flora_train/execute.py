@@ -34,6 +34,8 @@ class ExecuteOptions(Section):
     """pass@k for these k."""
     sandbox: Sandbox = "bubblewrap"
     """none runs programs unconfined; every verdict then says so."""
+    cpu_seconds: float | None = Field(None, gt=0)
+    """What a program may compute, in seconds. Default: each language's, in eval/languages.yaml."""
     workers: int | None = Field(None, ge=1)
     """Programs that run at one time. Default: the machine's cores."""
     out: Text | None = None
@@ -45,7 +47,7 @@ def execute_completions(file: str, words: Sequence[str]) -> None:
     options = read_options(ExecuteOptions, parse_words(words))
     path = Path(file)
     completions = read_completions(path, None if options.prompts is None else Path(options.prompts))
-    table = load_languages()
+    table = load_languages(options.cpu_seconds)
     used = {completion.problem.language for completion in completions}
     wanted = used if options.languages is None else set(options.languages)
     languages = {key: find_language(key, table) for key in sorted(wanted)}

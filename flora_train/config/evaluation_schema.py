@@ -48,6 +48,9 @@ class EvaluationConfig(Section):
     """Completions decoded at one time on one device; what is written does not depend on it, but for rounding."""
     sandbox: Sandbox = "bubblewrap"
     """What confines generated programs. none: nothing does, and the report says so."""
+    cpu_seconds: float | None = Field(None, gt=0)
+    """What a program may compute, in seconds; counted in its own time, not on the clock. Default: each language's, in
+    eval/languages.yaml (mostly 15)."""
     workers: int | None = Field(None, ge=1)
     """Programs that run at one time. Default: the machine's cores."""
 

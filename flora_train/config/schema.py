@@ -21,7 +21,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Hub branch, tag or commit."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the frozen base. auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    """Type of the frozen base. auto: bfloat16 where the hardware multiplies it faster, else float32."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the frozen base through bitsandbytes (needs a CUDA GPU): LLM.int8 without its outlier split, which would let a
     batch's rows see each other, or NF4. fLoRA dequantises a layer's weight when it runs, and again in the backward."""

@@ -17,7 +17,7 @@ from flora_train.training.plan import make_mixture
 from flora_train.training.run_folder import RunFolder
 from flora_train.training.selection import Kept
 
-SCHEMA = 3
+SCHEMA = 4
 """Of report.json; raised when a reader would miss or misread something."""
 
 

@@ -61,7 +61,7 @@ def plan_evaluation(config: RunConfig, need_sandbox: bool = True) -> Plan | None
     if not spoken:
         fix = "no task says its language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, rb, ...)"
         raise fail("evaluation.problems", config.evaluation.problems, fix)
-    table = load_languages()
+    table = load_languages(config.evaluation.cpu_seconds)
     faults: list[Fault] = []
     for key, language in [(f"tasks.{task}.language", language) for task, language in spoken.items()] + [
         ("evaluation.languages", language) for language in config.evaluation.languages or ()
@@ -122,6 +122,7 @@ def evaluate_code(
     }
     for name, log in logs.items() if languages else ():
         on_main_process(partial(log.claim, {"problems": name, **settings}))
+        on_main_process(partial(read_verdicts, log.verdicts, options.sandbox, plan.languages))
 
     def write(model: nn.Module, route: Route, writers: Sequence[Contender]) -> None:
         decoder = Decoder(model, tokenizer, route, sampling, options.max_new_tokens, options.batch_rows)
@@ -159,7 +160,7 @@ def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: 
     known = {language: (len(problems), suite.sha(language)) for language, problems in suite.problems.items()}
     for part in read_summary(log.path)["languages"]:
         known.setdefault(part["language"], (part["available"], part["prompts_sha"]))
-    records = read_verdicts(log.verdicts, config.evaluation.sandbox)
+    records = read_verdicts(log.verdicts, config.evaluation.sandbox, plan.languages)
     samples = Counter(key[:3] for key in records)
     scored = {key: record for key, record in records.items() if key[1] in known and samples[key[:3]] >= max(config.evaluation.k)}
     contenders = contenders_of(config, bank, list(known))

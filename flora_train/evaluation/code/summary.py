@@ -53,6 +53,7 @@ def summarise(
     options = config.evaluation
     scores = Scores(records.values(), options.bootstrap_samples, options.confidence, config.seed)
     judged = [entry for entry in logged if entry.key in records]
+    seconds = {key[1]: record["cpu_seconds"] for key, record in records.items()}
     return {
         "suite": suite.name,
         "source": suite.source,
@@ -67,7 +68,7 @@ def summarise(
         "completions": len(judged),
         "tokens": sum(entry.tokens for entry in judged),
         "languages": [
-            _language(config, language, known[language], there, judged, scores)
+            {**_language(config, language, known[language], there, judged, scores), "cpu_seconds": seconds[language]}
             for language in known
             if (there := [c for c in contenders if (c.name, language) in scores.cells])
         ],

@@ -40,7 +40,7 @@ def suite_of(*languages: str, **changes: Any) -> dict[str, Any]:
             difference("flora", "lora", 0.1, 0.05, 0.15),
         ],
     }
-    facts = {"name": "Lua", "problems": 40, "available": 161, "prompts_sha": "0"}
+    facts = {"name": "Lua", "problems": 40, "available": 161, "prompts_sha": "0", "cpu_seconds": 15.0}
     settings = {"source": "starter", "n": 20, "k": [1, 10], "temperature": 0.2, "top_p": 0.95, "max_new_tokens": 96, "seed": 0}
     counts = {"confidence": 0.95, "sandbox": "bubblewrap", "completions": 4800, "tokens": 100000}
     return {
@@ -69,7 +69,14 @@ def test_values_differences_and_what_was_left_out_stand_in_the_page() -> None:
     assert "mean of 2" in text
     assert "yes, flora is better" in text
     assert "a score on them is no HumanEval score" in text
+    assert "A program could compute for 15 seconds." in text
     assert "Nothing was executed" not in text
+
+
+def test_time_limits_that_differ_by_language_are_all_said() -> None:
+    suite = suite_of("lua", "java")
+    suite["languages"][1]["cpu_seconds"] = 20.0
+    assert "A program could compute for 15 or 20 seconds, depending on its language." in text_of(render_html(results_of(code=[suite])))
 
 
 def test_a_run_without_problems_has_no_such_section() -> None:

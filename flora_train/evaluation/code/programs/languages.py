@@ -62,13 +62,17 @@ class Language(Section):
         return f"apt-get install {' '.join(self.packages)}{npm}"
 
 
-def load_languages(table: Path = TABLE) -> dict[str, Language]:
-    """Key of MultiPL-E's prompt sets -> language. Raises UserError for a damaged table."""
+def load_languages(cpu_seconds: float | None = None, table: Path = TABLE) -> dict[str, Language]:
+    """Key of MultiPL-E's prompt sets -> language. cpu_seconds: what a program may compute, for all languages instead of their own.
+    Raises UserError for a damaged table."""
     rows: Mapping[str, Any] = yaml.safe_load(table.read_text(encoding="utf-8"))
     try:
-        return {key: Language(key=key, **row) for key, row in rows.items()}
+        languages = {key: Language(key=key, **row) for key, row in rows.items()}
     except (ValidationError, TypeError) as error:
         raise fail(str(table), None, str(error)) from error
+    if cpu_seconds is None:
+        return languages
+    return {key: language.model_copy(update={"seconds": cpu_seconds}) for key, language in languages.items()}
 
 
 def find_language(key: str, languages: Mapping[str, Language]) -> Language:

@@ -17,6 +17,7 @@ from flora_train.training.atomic import disk_errors
 from flora_train.training.progress import Watch
 
 Key = tuple[str, str, str, int]
+ANOTHER = "move the file away, or give another out="
 
 
 def judge_all(
@@ -26,10 +27,10 @@ def judge_all(
     appended as they end. Raises UserError if the file holds a verdict on another program under the same key."""
     programs = {c.key: Program(languages[c.problem.language], c.problem.program(c.text)) for c in completions}
     texts = {c.key: c.problem.cut(c.text) for c in completions}
-    known = read_verdicts(file, sandbox.kind)
+    known = read_verdicts(file, sandbox.kind, languages)
     for key, program in programs.items():
         if key in known and known[key]["program"] != program.sha:
-            words = "holds the verdict on another completion or prompt of this key: move it away, or give another out=FILE"
+            words = f"holds the verdict on another completion or prompt of this key: {ANOTHER}"
             raise fail(str(file), "/".join(map(str, key)), words)
     todo = [key for key in programs if key not in known]
     with disk_errors(file), file.open("a", encoding="utf-8") as out, Watch("execute", max(1, len(todo))) as watch:
@@ -39,7 +40,8 @@ def judge_all(
             nonlocal done
             key = todo[i]
             record = dict(zip(("adapter", "language", "name", "sample"), key, strict=True))
-            record |= {"program": programs[key].sha, "sandbox": sandbox.kind, **verdict.record()}
+            record |= {"program": programs[key].sha, "sandbox": sandbox.kind, "cpu_seconds": programs[key].language.seconds}
+            record |= verdict.record()
             record["suspicious"] = verdict.status == "OK" and ends_early(programs[key].language, texts[key])
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
             out.flush()
@@ -51,8 +53,9 @@ def judge_all(
     return {key: known[key] for key in programs}
 
 
-def read_verdicts(file: Path, sandbox: Kind) -> dict[Key, dict[str, Any]]:
-    """Key -> verdict record; a last line that a kill cut short is taken away. Raises UserError for verdicts of another sandbox."""
+def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) -> dict[Key, dict[str, Any]]:
+    """Key -> verdict record; a last line that a kill cut short is taken away. Raises UserError for verdicts of another sandbox, or
+    of another time limit than `languages` have."""
     if not file.exists():
         return {}
     content = file.read_bytes()
@@ -65,10 +68,14 @@ def read_verdicts(file: Path, sandbox: Kind) -> dict[Key, dict[str, Any]]:
         try:
             record = json.loads(line)
             known[record["adapter"], record["language"], record["name"], record["sample"]] = record
+            language, seconds = languages.get(record["language"]), record["cpu_seconds"]
         except (json.JSONDecodeError, KeyError) as error:
-            raise fail(f"{file}:{number}", None, "is no verdict: move the file away, or give another out=FILE") from error
+            raise fail(f"{file}:{number}", None, f"is no verdict: {ANOTHER}") from error
         if record["sandbox"] != sandbox:
             raise fail(
-                f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox}: give another out=FILE"
+                f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox}: {ANOTHER}"
             )
+        if language is not None and seconds != language.seconds:
+            words = f"is the time (s) that this program might compute; {language.name} now has {language.seconds:g}"
+            raise fail(f"{file}:{number}: cpu_seconds", seconds, f"{words}: give the same cpu_seconds, or {ANOTHER}")
     return known

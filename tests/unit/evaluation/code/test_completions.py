@@ -21,6 +21,7 @@ from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.programs.sandbox import Sandbox
 
 PROBLEM = {"name": "p", "language": "sh", "prompt": "add() {\n", "tests": "}\n[[ $(add 1 2) = 3 ]]", "stop_tokens": ["\n}"]}
+ENDLESS = "echo 3\n }\nwhile :; do :; done\nafterwards() {"  # in the main shell: a subshell would be killed alone
 GOOD, BAD = "    echo $(($1 + $2))\n}\nrm -rf x", "    echo 4"
 
 
@@ -85,6 +86,19 @@ def test_verdicts_on_other_completions_are_not_mixed_in(prompts: Path, sandbox: 
     judged(prompts, write(prompts, {"completion": GOOD}), sandbox)
     with pytest.raises(UserError, match="verdict on another completion or prompt"):
         judged(prompts, write(prompts, {"completion": BAD}), sandbox)
+
+
+def test_verdicts_of_another_time_limit_are_not_mixed_in(
+    prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["execute", str(write(prompts, {"completion": ENDLESS})), f"prompts={prompts}"]
+    assert main([*words, "cpu_seconds=1"]) == 0
+    (record,) = map(json.loads, (prompts / "made.verdicts.jsonl").read_text().splitlines())
+    assert (record["status"], record["cpu_seconds"]) == ("Timeout", 1)
+    assert record["seconds"] < load_languages()["sh"].seconds
+    capsys.readouterr()
+    assert main(words) == 2
+    assert re.search(r"verdicts.jsonl:1: cpu_seconds = 1.*now has 15: give the same cpu_seconds, or", capsys.readouterr().err)
 
 
 def test_the_command_prints_pass_at_k(prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
