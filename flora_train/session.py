@@ -14,16 +14,29 @@ import torch
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import check_quantiser, load_base_model, load_tokenizer
+from flora_train.adapters.base_model import (
+    check_kind,
+    check_quantiser,
+    load_base_model,
+    load_feature_extractor,
+    load_model_config,
+    load_tokenizer,
+)
+from flora_train.adapters.encoder import is_speech_model
 from flora_train.adapters.spec import expand
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
+from flora_train.data.audio.batch import SpeechCollate
+from flora_train.data.audio.ears import Ears, check_tokenizer_speaks
+from flora_train.data.audio.features import FeatureStore
+from flora_train.data.batch import Collate, collate
 from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokens import check_tokenizer
 from flora_train.kernels.backend import use_backend, use_precision
 from flora_train.training.adapter_file import load_adapter
 from flora_train.training.distributed import say
 from flora_train.training.environment import available_cpus
+from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, open_run
 from flora_train.training.selection import Kept
 
@@ -38,6 +51,18 @@ class Session:
     tasks: Mapping[str, Task]
     model: nn.Module
     bank: AdapterBank
+    ears: Ears | None = None
+    """Where the tasks are speech."""
+
+    @property
+    def collate(self) -> Collate:
+        """What makes batches of this run's tasks."""
+        return collate if self.ears is None else SpeechCollate(self.ears.store, self.config.audio.spec_augment)
+
+    def close(self) -> None:
+        """End what works in the background."""
+        if self.ears is not None:
+            self.ears.store.close()
 
 
 def load_session(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool = True) -> Session:
@@ -49,12 +74,28 @@ def load_session(config: RunConfig, folder: RunFolder, device: torch.device, wit
     check_quantiser(config.model, device)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, config.model.path)
-    tasks = load_tasks(config, tokenizer, cache_folder()) if with_tasks else {}
+    model_config = load_model_config(config.model)
+    check_kind(model_config, config)
+    ears = open_ears(config, model_config, tokenizer) if is_speech_model(model_config) else None
+    tasks = load_tasks(config, tokenizer, cache_folder(), ears) if with_tasks else {}
     specs = expand(config)
     if with_tasks and (idle := sorted(config.tasks.keys() - tasks.keys())):
         say(f"note: no adapter learns {', '.join(idle)}: not read")
     model = load_base_model(config.model, device)
-    return Session(config, folder, tokenizer, tasks, model, AdapterBank.attach(model, specs, config.seed))
+    return Session(config, folder, tokenizer, tasks, model, AdapterBank.attach(model, specs, config.seed), ears)
+
+
+def open_ears(config: RunConfig, model_config: Any, tokenizer: Any) -> Ears:
+    """What reads clips for a speech model. Raises UserError if it is not a multilingual Whisper, or soundfile and soxr are missing."""
+    check_tokenizer_speaks(tokenizer, config.model.path)
+    for package in ("soundfile", "soxr", "jiwer"):
+        if find_spec(package) is None:
+            raise fail("tasks", "speech", f"speech tasks need the package {package}: pip install 'flora-train[speech]'")
+    share = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = min(8, max(1, share)) if config.audio.workers is None else config.audio.workers
+    extractor = load_feature_extractor(config.model)
+    store = FeatureStore(cache_folder().parent / "features", extractor, config.audio.cache_gigabytes, workers)
+    return Ears(tokenizer, model_config.max_source_positions, model_config.max_target_positions, store, config.audio, Watch)
 
 
 def reopen(run: str, with_tasks: bool = False, dtype: str | None = None) -> tuple[Session, dict[int, Kept]]:

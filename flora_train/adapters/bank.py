@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flora_train.adapters.encoder import encoder_name
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.methods import Target
 from flora_train.adapters.pool import Pool, pool_key
@@ -33,6 +35,7 @@ class AdapterBank:
         self.location: list[tuple[Pool, int]] = [(pool, slot) for pool in pools for slot in range(len(pool.specs))]
         self.router = Router()
         self.device = check_base(model)
+        self._encoder = encoder_name(model)
 
     @classmethod
     def attach(
@@ -106,6 +109,12 @@ class AdapterBank:
             raise fail("adapter", name, f"there are {choices(self.ids)}.{did_you_mean(name, self.ids)}")
         return self.ids[name]
 
+    def shares_encoding(self, adapter: int) -> bool:
+        """Whether this adapter (-1: the base) leaves an encoder-decoder's encoder as it is."""
+        if self._encoder is None:
+            return False
+        return adapter == BASE_ID or not any(name.startswith(f"{self._encoder}.") for name in self.location[adapter][0].targets)
+
     def parameters_of(self, name: str) -> dict[str, dict[str, Tensor]]:
         """Module -> parameter -> view of this adapter's values."""
         pool, slot = self.location[self.id_of(name)]
@@ -120,6 +129,10 @@ class AdapterBank:
         """All numbers of one adapter, [P]: a view."""
         pool, slot = self.location[adapter]
         return pool.values[slot]
+
+    def digest(self, adapter: int) -> str:
+        """SHA-256 of all numbers of one adapter; "" for the base."""
+        return "" if adapter == BASE_ID else sha256(self.row(adapter).detach().cpu().numpy().tobytes()).hexdigest()
 
     def gradient_row(self, adapter: int) -> Tensor:
         """All gradients of one adapter, [P]: a view."""
@@ -147,6 +160,16 @@ class AdapterBank:
                 layer.add_pool(pool)
         embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         embeddings.register_forward_hook(self._after_embedding)
+        layers = getattr(self.model.get_submodule(self._encoder), "layers", None) if self._encoder else None
+        if layers is not None:  # an encoder of sounds has no embedding of tokens to begin with
+            layers[0].register_forward_pre_hook(self._before_encoder_layers, with_kwargs=True)
+
+    def _before_encoder_layers(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Reentrant checkpointing gives gradients to nothing whose input asks for none."""
+        if self.router.routing is not None and torch.is_grad_enabled() and _recomputes(self.model):
+            states: Tensor = args[0] if args else kwargs["hidden_states"]
+            if not states.requires_grad:
+                states.requires_grad_(True)
 
     def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.router.recomputes = _recomputes(self.model)

@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from flora_train.adapters.encoder import is_speech_model, take_short_windows
 from flora_train.config.errors import fail, first_line
 from flora_train.config.load import find_file
-from flora_train.config.schema import ModelConfig
+from flora_train.config.schema import ModelConfig, RunConfig
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -21,6 +22,24 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     return _from_pretrained(AutoTokenizer, config)
+
+
+def load_feature_extractor(config: ModelConfig) -> Any:
+    """What makes a speech model's features."""
+    from transformers import AutoFeatureExtractor
+
+    return _from_pretrained(AutoFeatureExtractor, config)
+
+
+def check_kind(model_config: Any, config: RunConfig) -> None:
+    """Raises UserError where the tasks are speech and the model reads text, or the other way round."""
+    spoken = any(task.speech is not None for task in config.tasks.values())
+    if spoken and not is_speech_model(model_config):
+        fix = f"is a {model_config.model_type} model, and the tasks are speech: give a Whisper model"
+        raise fail("model.path", config.model.path, fix)
+    if not spoken and is_speech_model(model_config):
+        fix = "is a speech model: its tasks need tasks.NAME.speech (docs/speech.md)"
+        raise fail("model.path", config.model.path, fix)
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -33,7 +52,6 @@ def load_model_config(config: ModelConfig) -> Any:
 def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """The base model on `device`, frozen, its own dropout off: regularisation is each adapter's business, and a mask
     drawn for the whole batch would make an adapter's training depend on its neighbours."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -43,13 +61,15 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization == "none":
-        model = _from_pretrained(AutoModelForCausalLM, config, **options).to(device)
+        model = _from_pretrained(_auto_class(model_config), config, **options).to(device)
     else:
         options |= {"quantization_config": _quantiser(config, options["dtype"]), "device_map": {"": device}}
-        model = _from_pretrained(AutoModelForCausalLM, config, **options)
+        model = _from_pretrained(_auto_class(model_config), config, **options)
     if config.gradient_checkpointing != "off":
         reentrant = config.gradient_checkpointing == "reentrant"
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if is_speech_model(model_config):
+        take_short_windows(model)
     model.requires_grad_(False)
     return model
 
@@ -118,23 +138,30 @@ def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> An
 
 
 def _how_to_build(path: str) -> str:
-    return "; build it with: python assets/build_smollm2.py" if Path(path).name == "smollm2-135m" else ""
+    builder = {"smollm2-135m": "build_smollm2.py", "whisper-base": "build_whisper.py"}.get(Path(path).name)
+    return f"; build it with: python assets/{builder}" if builder else ""
 
 
 def empty_model(config: ModelConfig) -> nn.Module:
     """The base model's modules without numbers (on the meta device), for questions about its shape."""
-    from transformers import AutoModelForCausalLM
-
     published = load_model_config(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(published, trust_remote_code=config.trust_remote_code)
+            return _auto_class(published).from_config(published, trust_remote_code=config.trust_remote_code)
     except (ValueError, ImportError) as error:
         raise fail("model.path", config.path, f"cannot be loaded: {first_line(error)}") from error
 
 
+def _auto_class(model_config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
+
+    return AutoModelForSpeechSeq2Seq if is_speech_model(model_config) else AutoModelForCausalLM
+
+
 def without_dropout(config: Any) -> None:
-    """Set every dropout rate in a model's configuration, and in the configurations inside it, to 0."""
+    """Set every dropout rate in a model's configuration, and in the configurations inside it, to 0, and its own SpecAugment off."""
+    if hasattr(config, "apply_spec_augment"):
+        config.apply_spec_augment = False
     for part in [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]:
         for key, value in list(vars(part).items()):
             if "drop" in key and isinstance(value, float):

@@ -31,9 +31,9 @@ class GatherRows(torch.autograd.Function):
         return None, None, None
 
 
-def pool_key(spec: AdapterSpec) -> tuple[str, int, object, object]:
+def pool_key(spec: AdapterSpec) -> tuple[str, int, object, object, object]:
     """Adapters with the same key share a pool."""
-    return spec.method, spec.rank, spec.target_modules, spec.feedforward_modules
+    return spec.method, spec.rank, spec.target_modules, spec.feedforward_modules, spec.within
 
 
 class Pool:

@@ -30,10 +30,12 @@ class Span:
 
 @dataclass(frozen=True)
 class RowNoise:
-    """What dropout in a row depends on: a seed of the example and step, and the row's tokens without padding."""
+    """What dropout in a row depends on: a seed of the example and step, the row's tokens without padding, and the positions of its
+    encoder window, which has no padding (0: there is none, or it is as long as the tokens)."""
 
     seed: int
     length: int
+    window: int = 0
 
 
 @dataclass
@@ -71,9 +73,10 @@ class Routing:
             for row in range(first, end):
                 noise = self.noise[span.start + row]
                 generator = seeded_generator(noise.seed, span.specs[k].name, module, device=x.device)
-                keep = torch.rand(noise.length, x.shape[1], generator=generator, device=x.device) >= rate
+                length = noise.window if tokens_per_row == noise.window else noise.length
+                keep = torch.rand(length, x.shape[1], generator=generator, device=x.device) >= rate
                 start = row * tokens_per_row
-                mask[start : start + noise.length] = keep.to(x.dtype) / (1 - rate)
+                mask[start : start + length] = keep.to(x.dtype) / (1 - rate)
         return x * mask
 
 

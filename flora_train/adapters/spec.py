@@ -39,6 +39,7 @@ class AdapterSpec:
     max_steps: int
     target_modules: tuple[str, ...] | str
     feedforward_modules: tuple[str, ...] | None
+    within: str | None = None
 
 
 def make_spec(task: str, family: str, adapter: AdapterConfig, default_steps: int) -> AdapterSpec:
@@ -64,6 +65,7 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, default_steps: int
         max_steps=adapter.max_steps or default_steps,
         target_modules=adapter.target_modules if isinstance(adapter.target_modules, str) else tuple(adapter.target_modules),
         feedforward_modules=None if adapter.feedforward_modules is None else tuple(adapter.feedforward_modules),
+        within=adapter.within,
     )
 
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flora_train.adapters.methods import Target
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.errors import did_you_mean, fail
+from flora_train.config.errors import choices, did_you_mean, fail
 
 IA3_BEYOND_PEFT: dict[str, dict[str, list[str]]] = {
     "target_modules": {"starcoder2": ["k_proj", "v_proj", "mlp.c_proj"], "whisper": ["k_proj", "v_proj", "fc2"]},
@@ -49,6 +49,12 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> dict[str, Target]:
     else:
         wanted = _ia3_default(model, "target_modules", key) if spec.target_modules == "default" else spec.target_modules
         chosen = _match(model, available, wanted, f"{key}.target_modules")
+    if spec.within is not None:
+        chosen = {name: target for name, target in chosen.items() if spec.within in name.split(".")[:-1]}
+        if not chosen:
+            parts = sorted({part for name in available for part in name.split(".")[:-1] if not part.isdigit()})
+            words = f"no target is below it; there are {choices(parts)}.{did_you_mean(spec.within, parts)}"
+            raise fail(f"{key}.within", spec.within, words)
     if not chosen:
         raise fail(f"{key}.target_modules", spec.target_modules, f"{type(model).__name__} has no linear layer to adapt")
     if spec.method != "ia3":

@@ -44,6 +44,10 @@ class EvaluationConfig(Section):
     """Of drawing completions; 0 is greedy. MultiPL-E: 0.2 for pass@1, 0.8 for pass@10 and pass@100."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Draw from the likeliest tokens that have this probability together."""
+    beams: int = Field(1, ge=1)
+    """Speech: hypotheses that decoding keeps (beam search); 1 is greedy."""
+    played_clips: int = Field(12, ge=0)
+    """Speech: clips that the report holds, to be played; 0 where they must not be passed on."""
     batch_rows: int = Field(32, ge=1)
     """Completions decoded at one time on one device; what is written does not depend on it, but for rounding."""
     sandbox: Sandbox = "bubblewrap"

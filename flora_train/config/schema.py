@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from flora_train.config.errors import Problem, choices, did_you_mean
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.section import Name, Section, Text
+from flora_train.config.speech_schema import AudioConfig
 from flora_train.config.task_schema import TaskConfig
 
 
@@ -61,6 +62,8 @@ class AdapterConfig(Section):
     target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear"] = "default"
     """Module name endings, or all-linear (every linear layer but the output head), or default: all-linear
     for flora and lora; keys, values and the feed-forward output for ia3 (PEFT's table per architecture)."""
+    within: Text | None = None
+    """Adapt only targets below modules of this name: decoder, of a speech model, whose encoder is then shared by all such adapters."""
     feedforward_modules: list[Text] | None = None
     """ia3 only: targets whose input is scaled instead of the output. Default: PEFT's table."""
     tasks: list[Name] | None = Field(None, min_length=1)
@@ -194,6 +197,7 @@ class RunConfig(Section):
     adapters: dict[Name, AdapterConfig] = Field(min_length=1)
     mixture: MixtureConfig = MixtureConfig()
     training: TrainingConfig
+    audio: AudioConfig = AudioConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     kernels: KernelsConfig = KernelsConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -211,6 +215,8 @@ class RunConfig(Section):
             list(self.tasks), {name: (a.tasks, a.warmup_steps) for name, a in self.adapters.items()}, self.training.steps
         ):
             raise Contradictions(found)
+        if problem := _one_kind_of_task(self.tasks):
+            raise Contradictions([problem])
         return self
 
     @property
@@ -238,6 +244,16 @@ def disagreements(
     for twice in sorted(name for name, count in counts.items() if count > 1):
         problems.append(Problem("adapters", twice, "two adapters (task-adapter) would have this name: rename a task or adapter"))
     return problems
+
+
+def _one_kind_of_task(tasks: Mapping[str, TaskConfig]) -> Problem | None:
+    """A base model reads text or hears speech."""
+    spoken = [name for name, task in tasks.items() if task.speech is not None]
+    if not spoken or len(spoken) == len(tasks):
+        return None
+    text = next(name for name in tasks if name not in spoken)
+    fix = f"has none, and tasks.{spoken[0]} is speech: one base model does not do both; make two runs"
+    return Problem(f"tasks.{text}.speech", None, fix)
 
 
 def adapter_name(task: str, adapter: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from flora_train.config.section import Section, Text
+from flora_train.config.speech_schema import SpeechConfig
 
 
 class SourceConfig(Section):
-    """Where rows come from: exactly one of `hub`, `files` or `folder`. A bare string means `files`."""
+    """Where rows come from: exactly one of `hub`, `files`, `common_voice` or `folder`. A bare string means `files`."""
 
     hub: Text | None = None
     """A data set on the Hugging Face hub."""
@@ -28,6 +31,10 @@ class SourceConfig(Section):
     """A local source that can take its place: what the error says when the hub does not give it."""
     files: list[Text] | None = Field(None, min_length=1)
     """Paths or globs of .jsonl, .json, .parquet, .csv, .tsv or .txt files."""
+    common_voice: Text | None = None
+    """A release of Common Voice as it is given out: its folder (cv-corpus-<version>/), or a language's .tar.gz."""
+    locale: Text | None = Field(None, validate_default=True)
+    """The language of the release (cs, mr, ...): its folder there."""
     folder: str | None = Field(None, validate_default=True)
     """A folder of source code: one row a file, in column `text` (and its path in `path`)."""
     glob: Text = "**/*"
@@ -35,13 +42,20 @@ class SourceConfig(Section):
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """How a .txt file is cut into rows (as in `datasets`): blank lines stand between paragraphs."""
 
+    @field_validator("locale")
+    @classmethod
+    def _a_release_has_languages(cls, locale: str | None, info: ValidationInfo) -> str | None:
+        if "common_voice" in info.data and (locale is None) != (info.data["common_voice"] is None):
+            raise ValueError("common_voice and locale (its language: cs, mr, ...) go together: give both or neither")
+        return locale
+
     @field_validator("folder")
     @classmethod
     def _exactly_one_kind(cls, folder: str | None, info: ValidationInfo) -> str | None:
-        kinds = {"hub", "files"}
+        kinds = {"hub", "files", "common_voice"}
         given = sorted(kind for kind in kinds if info.data.get(kind) is not None) + ["folder"] * (folder is not None)
         if kinds <= info.data.keys() and len(given) != 1:
-            raise ValueError(f"give exactly one of hub, files or folder, not {' and '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of hub, files, common_voice or folder, not {' and '.join(given) or 'none'}")
         return folder
 
 
@@ -61,9 +75,11 @@ Source = Annotated[SourceConfig, BeforeValidator(_source_shorthand)]
 
 class TaskConfig(Section):
     train: Source
-    """Rows to learn from."""
+    """Rows to learn from: never a test split."""
     validation: Source | None = None
     """Held-out rows. Without it, `validation_fraction` of the training rows is split off by seed."""
+    test: Source | None = None
+    """Speech: clips that error rates are measured on, which neither train nor select. Default: the validation rows."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the training rows held out when there is no validation source."""
     prompt: Text | None = None
@@ -76,6 +92,8 @@ class TaskConfig(Section):
     """Use at most this many training rows (a seeded sample)."""
     max_validation_examples: int | None = Field(None, ge=1)
     """Use at most this many held-out rows (a seeded sample)."""
+    max_test_examples: int | None = Field(None, ge=1)
+    """Use at most this many test rows (a seeded sample)."""
     over_long: Literal["truncate", "split", "drop"] = "truncate"
     """What happens to examples longer than training.max_length tokens; each is counted in the report. split: equal
     parts (examples with a prompt are truncated)."""
@@ -84,6 +102,8 @@ class TaskConfig(Section):
     fewer, fuller rows cost less padding. Checked on the model before training."""
     language: Text | None = None
     """The programming language that completions are judged in: a key of eval/languages.yaml (lua, pl, rb, ...)."""
+    speech: SpeechConfig | None = None
+    """Makes this a speech task."""
     weight: float = Field(1.0, gt=0)
     """Share in the mixture, relative to the other tasks."""
     sample_prompts: list[Text] = []
@@ -102,3 +122,26 @@ class TaskConfig(Section):
         if text is not None and (info.data.get("prompt") is not None or info.data.get("completion") is not None):
             raise ValueError("give text, or prompt and completion, not both")
         return text
+
+    @field_validator("train")
+    @classmethod
+    def _never_train_on_a_test_split(cls, train: SourceConfig) -> SourceConfig:
+        split = train.split if train.hub or train.common_voice else ""
+        if re.search(r"\btest\b", split) or any(re.fullmatch(r"(.*\.)?test", _stem(file)) for file in train.files or ()):
+            raise ValueError("names a test split as training data: train on another one")
+        return train
+
+    @field_validator("speech")
+    @classmethod
+    def _text_is_not_speech(cls, speech: SpeechConfig | None, info: ValidationInfo) -> SpeechConfig | None:
+        if speech is not None and (given := [key for key in TEXT_ONLY if info.data.get(key)]):
+            raise ValueError(f"belongs to a task of clips, {given[0]} to a task of text: remove one of them")
+        return speech
+
+
+TEXT_ONLY = ("prompt", "completion", "text", "packing", "language")
+
+
+def _stem(file: str) -> str:
+    """a/b/cs.test.jsonl -> cs.test"""
+    return PurePath(file).name.rpartition(".")[0]

@@ -17,44 +17,75 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Row:
-    """One example for one adapter. adapter: id in the bank, -1 the base model; length: tokens."""
+    """One example for one adapter. adapter: id in the bank, -1 the base model; length: what it costs, in tokens and encoder
+    positions; window: those encoder positions, 0 for text; shares_encoding: its adapter leaves the encoder as it is; seed: of the
+    noise that its input gets, None for no noise."""
 
     adapter: int
     task: str
     example: int
     length: int
+    window: int = 0
+    shares_encoding: bool = False
+    seed: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Without the encoder's."""
+        return self.length - self.window
 
 
 @dataclass(frozen=True)
 class MixedBatch:
     """inputs: what the model is called with; of a causal model input_ids and attention_mask (or position_ids, see `collate`),
     int64 [B, L], right-padded;
-    labels: int64 [B, L], IGNORE at prompt and padding; adapter_ids: int64 [B], non-decreasing; rows: what each row is."""
+    labels: int64 [B, L], IGNORE at prompt and padding; adapter_ids: int64 [B], non-decreasing; rows: what each row is;
+    clips: int64 [B], where inputs hold features of different clips once: which of them a row hears."""
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
     adapter_ids: Tensor
     rows: tuple[Row, ...]
+    clips: Tensor | None = None
+
+    @property
+    def padded_tokens(self) -> int:
+        """Positions that are computed, padding and the encoder's included."""
+        return self.labels.numel() + sum(row.window for row in self.rows)
 
     def to(self, device: torch.device) -> MixedBatch:
         """The same batch with its tensors on `device`."""
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
         labels, ids = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.adapter_ids))
-        return replace(self, inputs=inputs, labels=labels, adapter_ids=ids)
+        clips = None if self.clips is None else self.clips.to(device, non_blocking=True)
+        return replace(self, inputs=inputs, labels=labels, adapter_ids=ids, clips=clips)
 
 
 Collate = Callable[[Sequence[Row], Callable[[str], TokenSplit], int], MixedBatch]
 """(rows, task -> its tokens, padding token) -> a batch. What a batch holds is the model's business: `collate` for causal ones."""
 
 
+def look_ahead(collate: Collate, rows: Sequence[Row], split_of: Callable[[str], TokenSplit]) -> None:
+    """Tell a `collate` that can prepare rows in the background which ones come next."""
+    ahead: Callable[..., None] | None = getattr(collate, "ahead", None)
+    if ahead is not None:
+        ahead(rows, split_of)
+
+
 def group_by_length(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     """Micro-batches of at most `max_tokens` padded tokens, similar lengths together, each ordered by adapter.
 
-    A pure function of the rows. Single rows longer than `max_tokens` get a micro-batch of their own.
+    A pure function of the rows. Single rows longer than `max_tokens` get a micro-batch of their own. Rows of different encoder
+    windows stay apart, so that no clip is padded because of another; so do rows that share an encoding and those that do not.
     """
+
+    def kind(row: Row) -> tuple[int, bool]:
+        return -row.window, row.shares_encoding
+
     groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: (-row.length, row.task, row.example, row.adapter)):
-        if groups and groups[-1][0].length * (len(groups[-1]) + 1) <= max_tokens:
+    for row in sorted(rows, key=lambda row: (*kind(row), -row.length, row.task, row.example, row.adapter)):
+        fits = groups and groups[-1][0].length * (len(groups[-1]) + 1) <= max_tokens
+        if fits and kind(groups[-1][0]) == kind(row):
             groups[-1].append(row)
         else:
             groups.append([row])

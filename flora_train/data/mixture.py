@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from flora_train.config.errors import UserError
 from flora_train.config.schema import MixtureConfig
-from flora_train.data.task import draw_problem, seed_of
+from flora_train.data.sampling import seed_of
+from flora_train.data.task import draw_problem
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TaskMixture:
         self.streams = tuple(streams)
         self.config = config
         self.tokens_per_step = tokens_per_step
+        self.seed = seed
         self._check_budget()
         self._queues = [_endless_examples(stream, seed) for stream in streams]
         self._random = np.random.default_rng(seed_of(seed, "mixture"))

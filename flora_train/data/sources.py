@@ -16,6 +16,7 @@ from typing import Any
 from flora_train.config.errors import choices, fail, first_line
 from flora_train.config.files import PROJECT_ROOT, find_file
 from flora_train.config.task_schema import SourceConfig
+from flora_train.data.audio.common_voice import release_file, release_rows
 
 Row = dict[str, Any]
 
@@ -29,10 +30,12 @@ def read_rows(source: SourceConfig, key: str) -> list[Row]:
         rows = _hub_rows(source, key)
     elif source.folder is not None:
         rows = _folder_rows(source, key)
+    elif source.common_voice is not None:
+        rows = release_rows(source, key, lambda table: list(_file_rows(table, source, key)))
     else:
         rows = [row for path in source_files(source, key) for row in _file_rows(path, source, key)]
     if not rows:
-        raise fail(key, source.hub or source.folder or source.files, "holds no rows")
+        raise fail(key, source.hub or source.folder or source.common_voice or source.files, "holds no rows")
     return rows
 
 
@@ -42,6 +45,8 @@ def source_files(source: SourceConfig, key: str) -> list[Path]:
         return []
     if source.folder is not None:
         return _files_below(source.folder, source.glob, key)
+    if source.common_voice is not None:
+        return [release_file(source, key)]
     paths = list(dict.fromkeys(path for pattern in source.files or () for path in _matches(pattern, key)))
     for path in paths:
         if path.is_dir():
@@ -62,8 +67,12 @@ def _matches(pattern: str, key: str) -> list[Path]:
         hits = sorted(glob.glob(str(root / Path(pattern).expanduser()), recursive=True))
         if files := [Path(hit) for hit in hits if Path(hit).is_file()]:
             return files
-    how = "; build it with: make code-local" if pattern.startswith("assets/code_local/") else ""
+    how = next((f"; build it with: make {target}" for folder, target in BUILT.items() if pattern.startswith(folder)), "")
     raise fail(key, pattern, f"no such file in {Path.cwd()}{how}")
+
+
+BUILT = {"assets/code_local/": "code-local", "assets/speech_local/": "speech-local"}
+"""Folders that are built once -> what builds them."""
 
 
 def _files_below(name: str, pattern: str, key: str) -> list[Path]:
@@ -89,6 +98,9 @@ def _hub_rows(source: SourceConfig, key: str) -> list[Row]:
     try:
         # a data set in the local cache loads offline too
         rows = datasets.load_dataset(source.hub, source.subset, streaming=source.max_rows is not None, **options)
+        for name, feature in (rows.features or {}).items():
+            if isinstance(feature, datasets.Audio):  # as bytes: decoding is ours
+                rows = rows.cast_column(name, datasets.Audio(decode=False))
         return list(islice(rows, source.max_rows))
     except Exception as error:  # the library raises many kinds; every one means that this source cannot be used
         raise fail(f"{key}.hub", source.hub, _why_no_hub(source, error)) from error

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +16,17 @@ from numpy.typing import NDArray
 from flora_train.config.errors import Problem, UserError, fail
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
+from flora_train.data.audio.ears import Ears
+from flora_train.data.audio.speech import load_speech_task
+from flora_train.data.audio.split import SpeechSplit
+from flora_train.data.cache import cached
 from flora_train.data.examples import TextExample, make_formatter
 from flora_train.data.packing import pack
-from flora_train.data.sources import Row, read_rows, source_files
-from flora_train.data.tokens import TokenSplit, tokenise
+from flora_train.data.sampling import hold_out, sample, seed_of
+from flora_train.data.sources import read_rows, source_files
+from flora_train.data.tokens import TokenSplit, tokenise, tokenizer_hash
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,20 @@ class Task:
     validation: TokenSplit
     data_hash: str
     """SHA-256 of the rows, the format and the tokenizer: the key of the cache."""
+    test: SpeechSplit | None = None
+    """Clips that error rates are measured on; None: the validation split."""
+    origin: str = ""
+    """The release that the rows are from, where it has a name."""
 
 
-def load_tasks(config: RunConfig, tokenizer: Any, cache: Path) -> dict[str, Task]:
-    """All tasks that some adapter learns. Raises one UserError with the faults of all their sources, formats, splits and step
-    sizes."""
+def load_tasks(config: RunConfig, tokenizer: Any, cache: Path, ears: Ears | None = None) -> dict[str, Task]:
+    """All tasks that some adapter learns. ears: where they are speech. Raises one UserError with the faults of all their sources,
+    formats, splits and step sizes."""
     problems: list[Problem] = []
     tasks: dict[str, Task] = {}
     learnt = {name: task for name, task in config.tasks.items() if _learners(name, config)}
     for name, task in learnt.items():  # missing files are found before anything long is read
-        for split, source in (("train", task.train), ("validation", task.validation)):
+        for split, source in (("train", task.train), ("validation", task.validation), ("test", task.test)):
             try:
                 if source is not None:
                     source_files(source, f"tasks.{name}.{split}")
@@ -56,7 +62,8 @@ def load_tasks(config: RunConfig, tokenizer: Any, cache: Path) -> dict[str, Task
         if any(problem.key.startswith(f"tasks.{name}.") for problem in problems):
             continue
         try:
-            tasks[name] = load_task(name, task, config, tokenizer, cache)
+            load = load_text_task if ears is None else partial(load_spoken_task, ears=ears)
+            tasks[name] = load(name, task, config, tokenizer, cache)
         except UserError as error:
             problems += error.problems
         else:
@@ -84,7 +91,13 @@ def draw_problem(task: str, lengths: NDArray[np.int64], adapters: int, examples:
     return Problem("training.tokens_per_step", tokens_per_step, fix)
 
 
-def load_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path) -> Task:
+def load_spoken_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path, ears: Ears) -> Task:
+    """A task of clips with transcripts."""
+    found = load_speech_task(name, task, config, ears, cache)
+    return Task(name, task.weight, found.train, found.validation, found.data_hash, found.test, found.origin)
+
+
+def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path) -> Task:
     """Read, split, format and tokenise one task, or take the result from `cache`."""
     key = f"tasks.{name}"
     train_rows = read_rows(task.train, f"{key}.train")
@@ -93,13 +106,13 @@ def load_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, ca
         held_rows = read_rows(task.validation, f"{key}.validation")
         format_row.check(held_rows, "validation")
     else:
-        train_rows, held_rows = _split(train_rows, task.validation_fraction, seed_of(config.seed, name, "split"), key)
+        train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed_of(config.seed, name, "split"), key)
     max_length, over_long = config.training.max_length, task.over_long
     setting = [CACHE_VERSION, max_length, over_long, tokenizer_hash(tokenizer)]
     splits = {}
     digest = hashlib.sha256()
     for split, rows, limit in (("train", train_rows, task.max_examples), ("validation", held_rows, task.max_validation_examples)):
-        chosen = _sample(rows, limit, seed_of(config.seed, name, split))
+        chosen = sample(rows, limit, seed_of(config.seed, name, split))
         examples, unsampled = [format_row(row) for row in chosen], len(rows) - len(chosen)
         packing = split == "train" and task.packing  # held-out examples stay apart: intervals resample them
         content = _hash([*setting, packing, unsampled], examples)
@@ -107,7 +120,7 @@ def load_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, ca
         make = partial(tokenise, examples, tokenizer, max_length, over_long, unsampled)
         if packing:
             make = partial(_packed, make, max_length)
-        splits[split] = _cached(cache / f"{content[:32]}.npz", make)
+        splits[split] = cached(cache / f"{content[:32]}.npz", TokenSplit, make)
         if not len(splits[split]):
             counts = splits[split].counts
             raise fail(
@@ -123,49 +136,8 @@ def _packed(make: Callable[[], TokenSplit], max_length: int) -> TokenSplit:
     return pack(make(), max_length)
 
 
-def seed_of(seed: int, *words: str) -> int:
-    """A seed that depends on its words only: adding a task changes no other's."""
-    return zlib.crc32("\x1f".join((str(seed), *words)).encode())
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 over the fast tokenizer's whole definition, or over the vocabulary of a slow one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256((content + str(tokenizer.eos_token_id)).encode()).hexdigest()
-
-
-def _split(rows: list[Row], fraction: float, seed: int, key: str) -> tuple[list[Row], list[Row]]:
-    if len(rows) < 2:
-        raise fail(f"{key}.train", None, f"has {len(rows)} row: none can be held out; give a validation source or more rows")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    held = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
-
-
-def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:limit])]
-
-
 def _hash(setting: list[Any], examples: list[TextExample]) -> str:
     digest = hashlib.sha256(json.dumps(setting).encode())
     for example in examples:
         digest.update(json.dumps([example.prompt, example.completion]).encode())
     return digest.hexdigest()
-
-
-def _cached(path: Path, make: Callable[[], TokenSplit]) -> TokenSplit:
-    if path.exists():
-        try:
-            return TokenSplit.load(path)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
-            path.unlink(missing_ok=True)  # a damaged cache file is made again
-    split = make()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        split.save(path)
-    except OSError as error:  # a cache that cannot be written costs time, not the run
-        warnings.warn(f"tokens are not cached: {error}", stacklevel=2)
-    return split

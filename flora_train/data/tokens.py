@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from flora_train.data.examples import TextExample
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What became of a split's rows: rows = used rows + empty + over_long_dropped + prompt_too_long + unsampled.
+    """What became of a split's rows: rows = used rows + empty + over_long_dropped + prompt_too_long + unsampled + unusable.
 
     Rows that went to the other split by validation_fraction count there.
     """
@@ -41,6 +42,10 @@ class SplitCounts:
     """Sequences made of them: fewer than pieces where several are packed into one."""
     tokens: int = 0
     label_tokens: int = 0
+    unusable: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Speech: reason -> the clips that were left out for it."""
+    seconds: float = 0.0
+    """Speech: of all clips used."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,10 @@ class TokenSplit:
         """Whether some example has several pieces."""
         return len(self) < len(self.prompt_lengths)
 
+    def window(self, index: int) -> int:
+        """Encoder positions of an example: text has none."""
+        return 0
+
     def example(self, index: int) -> NDArray[np.int32]:
         """Its tokens."""
         return self.tokens[self.offsets[self.packs[index]] : self.offsets[self.packs[index + 1]]]
@@ -107,7 +116,7 @@ class TokenSplit:
             raise
 
     @classmethod
-    def load(cls, path: Path) -> TokenSplit:
+    def load(cls, path: Path) -> Self:
         with np.load(path) as content:
             counts = SplitCounts(**json.loads(str(content["counts"])))
             arrays = {f.name: content[f.name] for f in fields(cls) if f.name != "counts"}
@@ -235,3 +244,10 @@ def start_tokens(tokenizer: Any) -> list[int]:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     places = (i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
     return marked[: next(places, 0)]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 over the fast tokenizer's whole definition, or over the vocabulary of a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256((content + str(tokenizer.eos_token_id)).encode()).hexdigest()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
-from flora_train.data.batch import Collate, Row, collate, group_by_length, share_of_rank
+from flora_train.data.batch import Collate, Row, collate, group_by_length, look_ahead, share_of_rank
 from flora_train.data.task import Task
 from flora_train.training.distributed import sum_over_processes, world
 from flora_train.training.loss import RowLosses
@@ -64,7 +64,7 @@ def evaluate_heldout(
         contenders[name] = [bank.ids[spec.name] for spec in bank.specs if spec.task == name]
         if with_base:
             contenders[name].append(BASE_ID)
-        rows += heldout_rows(contenders[name], name, list(task.validation.lengths[:max_examples]))
+        rows += heldout_rows(bank, contenders[name], name, task.validation, max_examples)
     sums = {
         (name, adapter): np.zeros(min(len(task.validation), max_examples or len(task.validation)))
         for name, task in used.items()
@@ -75,7 +75,9 @@ def evaluate_heldout(
     training, done, total = model.training, 0, sum(row.length for group in groups for row in group)
     model.eval()
     try:
-        for group in groups:
+        for i, group in enumerate(groups):
+            for coming in groups[i : i + 2]:
+                look_ahead(collate, coming, lambda name: used[name].validation)
             batch = collate(group, lambda name: used[name].validation, pad_token).to(bank.device)
             with bank.routed(batch.adapter_ids):
                 losses = row_losses(batch).double().cpu().numpy()

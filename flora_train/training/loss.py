@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from flora_train.adapters.encoder import inputs_of
 from flora_train.data.batch import IGNORE, MixedBatch
 from flora_train.training.clock import StepClock
 
@@ -38,7 +39,7 @@ class RowLosses:
         labels = batch.labels if self.encoder_decoder else F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
         learnt = labels != IGNORE
         with _head_input(self.head, learnt, first_only=self.head_makes_logits) as hidden:
-            logits = self.model(**batch.inputs, use_cache=False).logits
+            logits = self.model(**inputs_of(self.model, batch), use_cache=False).logits
         with self.clock.part("loss"):
             if self.head_makes_logits:
                 losses = ChunkedCrossEntropy.apply(hidden[0], self.head.weight, self.head.bias, labels[learnt])

@@ -10,7 +10,9 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import Row, group_by_length
 from flora_train.data.mixture import Stream, TaskMixture
+from flora_train.data.sampling import seed_of
 from flora_train.data.task import Task
+from flora_train.data.tokens import TokenSplit
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,12 @@ def plan_step(
     for draw in mixture.step(number):
         split = tasks[draw.task].train
         for example in draw.examples:
-            length = int(split.lengths[example])
+            length, window = int(split.lengths[example]), split.window(example)
             task_tokens[draw.task] += length
             for name in draw.adapters:
                 adapter = bank.ids[name]
-                rows.append(Row(adapter, draw.task, example, length))
+                seed = None if window == 0 else seed_of(mixture.seed, f"augment {number}", draw.task, str(example))
+                rows.append(Row(adapter, draw.task, example, length, window, bank.shares_encoding(adapter), seed))
                 label_tokens[adapter] += int(split.label_counts[example])
     if not rows:
         return None
@@ -63,6 +66,12 @@ def plan_step(
     )
 
 
-def heldout_rows(adapters: Sequence[int], task: str, lengths: Sequence[int]) -> list[Row]:
-    """Every held-out example of a task for every one of these adapters (-1: the base model)."""
-    return [Row(adapter, task, i, int(length)) for i, length in enumerate(lengths) for adapter in adapters]
+def heldout_rows(
+    bank: AdapterBank, adapters: Sequence[int], task: str, split: TokenSplit, max_examples: int | None = None
+) -> list[Row]:
+    """The first held-out examples of a task for every one of these adapters (-1: the base model)."""
+    return [
+        Row(adapter, task, i, int(length), split.window(i), bank.shares_encoding(adapter))
+        for i, length in enumerate(split.lengths[:max_examples])
+        for adapter in adapters
+    ]

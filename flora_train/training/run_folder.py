@@ -130,7 +130,10 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     return flat(config.model_dump(mode="json", exclude=HOW_NOT_WHAT))
 
 
-HOW_NOT_WHAT = {"output_dir", "existing_run", "resume", "num_processes", "num_threads", "tracking"}
+HOW_NOT_WHAT: dict[str, Any] = {
+    **dict.fromkeys(("output_dir", "existing_run", "resume", "num_processes", "num_threads", "tracking"), True),
+    "audio": {"workers", "cache_gigabytes"},
+}
 """Keys that may change when a run is resumed. Other processes or threads change sums in their last digits."""
 
 

@@ -15,8 +15,10 @@ from torch import nn
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.routing import RowNoise
 from flora_train.config.schema import RunConfig
-from flora_train.data.batch import Collate, Row, collate, share_of_rank
-from flora_train.data.task import Task, seed_of
+from flora_train.data.batch import Collate, Row, collate, look_ahead, share_of_rank
+from flora_train.data.sampling import seed_of
+from flora_train.data.task import Task
+from flora_train.data.tokens import TokenSplit
 from flora_train.training.checkpoint import Checkpoints, fingerprint
 from flora_train.training.clock import StepClock
 from flora_train.training.distributed import (
@@ -91,6 +93,11 @@ class Trainer:
                 plan = plan_step(self.mixture, at.done, self.tasks, self.bank, config.tokens_per_microbatch)
                 if plan is None:
                     break
+                if (
+                    coming := plan_step(self.mixture, at.done + 1, self.tasks, self.bank, config.tokens_per_microbatch)
+                ) is not None:
+                    for rows in share_of_rank(coming.microbatches, *world()):
+                        look_ahead(self.collate, rows, self._training_split)
                 if self.clock.base_rate is None:
                     self.time_base(plan)
                 started = time.monotonic()
@@ -162,8 +169,8 @@ class Trainer:
                 per_token[adapter] = 1.0 / tokens
             for rows in share_of_rank(plan.microbatches, *world()):
                 with clock.part("data"):
-                    batch = self.collate(rows, lambda task: self.tasks[task].train, self.pad_token).to(self.bank.device)
-                clock.saw(batch.labels.numel())
+                    batch = self.collate(rows, self._training_split, self.pad_token).to(self.bank.device)
+                clock.saw(batch.padded_tokens)
                 self.bank.route(batch.adapter_ids, [self._noise(number, row) for row in rows])
                 losses = self.row_losses(batch)
                 (losses * per_token[batch.adapter_ids]).sum().backward()
@@ -179,7 +186,7 @@ class Trainer:
         """Measure once what the frozen base alone takes for a micro-batch, forward and backward: what adapters cost is
         told apart by it. Nothing of the run changes."""
         rows = max(plan.microbatches, key=lambda rows: rows[0].length * len(rows))
-        batch = self.collate(rows, lambda task: self.tasks[task].train, self.pad_token).to(self.bank.device)
+        batch = self.collate(rows, self._training_split, self.pad_token).to(self.bank.device)
         seconds = []
         for _ in range(2):  # the first time, memory is still to be had
             started, loss_before = self.clock.now(), self.clock.seconds["loss"]
@@ -187,10 +194,14 @@ class Trainer:
                 self.row_losses(batch).sum().backward()
             seconds.append(self.clock.now() - started - (self.clock.seconds["loss"] - loss_before))
         self.clock.seconds.clear()
-        self.clock.base_rate = min(seconds) / batch.labels.numel()
+        self.clock.base_rate = min(seconds) / batch.padded_tokens
+
+    def _training_split(self, task: str) -> TokenSplit:
+        return self.tasks[task].train
 
     def _noise(self, number: int, row: Row) -> RowNoise:
-        return RowNoise(seed_of(self.config.seed, f"dropout {number}", row.task, str(row.example)), row.length)
+        seed = seed_of(self.config.seed, f"dropout {number}", row.task, str(row.example))
+        return RowNoise(seed, row.tokens - 1 if row.window else row.tokens, row.window)  # a decoder does not read the last token
 
     def _log(self) -> None:
         at, tokens = self.at, self.tally.tokens.total()

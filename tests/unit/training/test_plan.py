@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
+from flora_train.adapters.bank import AdapterBank
 from flora_train.data.batch import IGNORE, collate
 from flora_train.training.plan import heldout_rows, plan_step
+from tests.architectures import tiny_model
 from tests.conftest import mixed_specs, spec
-from tests.unit.training.harness import PAD, make_trainer, plans_of
+from tests.unit.training.harness import PAD, make_trainer, plans_of, random_split
 
 
 def test_label_tokens_are_those_that_the_collated_batches_learn(tmp_path: Path) -> None:
@@ -77,5 +79,13 @@ def test_adding_an_adapter_to_another_task_changes_no_order_of_examples(tmp_path
 
 
 def test_heldout_rows_give_every_contender_every_example() -> None:
-    rows = heldout_rows([-1, 4], "a", [7, 9])
-    assert [(row.adapter, row.example, row.length) for row in rows] == [(-1, 0, 7), (4, 0, 7), (-1, 1, 9), (4, 1, 9)]
+    bank, split = AdapterBank.attach(tiny_model(), [spec("lora", "a"), spec("ia3", "b")]), random_split(0, 5)
+    rows = heldout_rows(bank, [-1, 1], "a", split, 2)
+    lengths = split.lengths.tolist()
+    assert [(row.adapter, row.example, row.length) for row in rows] == [
+        (-1, 0, lengths[0]),
+        (1, 0, lengths[0]),
+        (-1, 1, lengths[1]),
+        (1, 1, lengths[1]),
+    ]
+    assert not any(row.window or row.shares_encoding or row.seed is not None for row in rows)

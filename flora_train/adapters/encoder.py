@@ -1,0 +1,63 @@
+"""What does a speech model's encoder hear? Windows of any length, and a clip once for all rows whose adapters leave it as it is."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from flora_train.data.batch import MixedBatch
+
+
+def is_speech_model(model_config: Any) -> bool:
+    """Whether this configuration is of an encoder-decoder that hears log-mel features (Whisper)."""
+    return getattr(model_config, "model_type", None) == "whisper"
+
+
+def encoder_name(model: Any) -> str | None:
+    """The module name of an encoder-decoder's encoder."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return None
+    encoder = model.get_encoder()
+    return next(name for name, module in model.named_modules() if module is encoder)
+
+
+def take_short_windows(model: Any) -> None:
+    """Let Whisper's encoder hear fewer frames than its longest window: as it is, it refuses them. Position i keeps its embedding, so
+    that a full window gives what it gave."""
+    encoder = model.get_encoder()
+    encoder.config = copy(encoder.config)  # its own: what is saved and exported says the longest window
+    stride = encoder.conv1.stride[0] * encoder.conv2.stride[0]
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        features: Tensor = args[0] if args else kwargs["input_features"]
+        encoder.config.max_source_positions = features.shape[-1] // stride
+
+    def cut(module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor:
+        return embeddings[: encoder.config.max_source_positions]
+
+    encoder.register_forward_pre_hook(before, with_kwargs=True)
+    encoder.embed_positions.register_forward_hook(cut)
+
+
+def inputs_of(model: Any, batch: MixedBatch) -> dict[str, Any]:
+    """What the model is called with. Where the batch holds each clip once (`clips`) and its rows' adapters leave the encoder as it
+    is, every clip is encoded once, without gradients, by the frozen base; else features are repeated for each row."""
+    inputs = dict(batch.inputs)
+    if batch.clips is None:
+        return inputs
+    features = inputs.pop("input_features").to(next(model.parameters()).dtype)
+    if not all(row.shares_encoding for row in batch.rows):
+        return {**inputs, "input_features": features[batch.clips]}
+    return {**inputs, "encoder_outputs": BaseModelOutput(last_hidden_state=encode(model, features)[batch.clips])}
+
+
+@torch.no_grad()
+def encode(model: Any, features: Tensor) -> Tensor:
+    """[B, mel bins, frames] -> [B, positions, d]. Rows must be those that are routed, or rows of adapters that no encoder layer
+    has."""
+    hidden: Tensor = model.get_encoder()(features).last_hidden_state
+    return hidden

@@ -1,0 +1,1 @@
+"""How does a clip become what an encoder hears? Decoding, features, releases of Common Voice, utterances, batches."""

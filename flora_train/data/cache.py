@@ -1,0 +1,29 @@
+"""How is a tokenised split kept between runs? As one file named by what it was made of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+from zipfile import BadZipFile
+
+from flora_train.data.tokens import TokenSplit
+
+Split = TypeVar("Split", bound=TokenSplit)
+
+
+def cached(path: Path, kind: type[Split], make: Callable[[], Split]) -> Split:
+    """What `path` holds, or what `make` makes, which is then kept there."""
+    if path.exists():
+        try:
+            return kind.load(path)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+            path.unlink(missing_ok=True)  # a damaged cache file is made again
+    split = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        split.save(path)
+    except OSError as error:  # a cache that cannot be written costs time, not the run
+        warnings.warn(f"tokens are not cached: {error}", stacklevel=2)
+    return split

@@ -1,0 +1,83 @@
+"""Releases of Common Voice are read as they are given out, folder or archive."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from flora_train.config.errors import UserError
+from flora_train.config.task_schema import SourceConfig
+from flora_train.data.sources import read_rows
+from tests.speech import write_clip
+
+HEADER = "client_id\tsentence_id\tpath\tsentence\tup_votes\tlocale"
+"""Columns stand in another order in every few releases."""
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    folder = tmp_path / "cv-corpus-22.0-2025-06-20" / "cs"
+    write_clip(folder / "clips" / "common_voice_cs_1.mp3", 0.5)
+    rows = ['s1\tx\tcommon_voice_cs_1.mp3\tŘekl: "Dobrý den\t2\tcs', "s2\ty\tcommon_voice_cs_2.mp3\t'Tak ' jo\"\t2\tcs"]
+    for split in ("train", "dev", "test"):
+        (folder / f"{split}.tsv").write_text("\n".join([HEADER, *rows]) + "\n", encoding="utf-8")
+    (folder / "clip_durations.tsv").write_text("clip\tduration[ms]\ncommon_voice_cs_1.mp3\t504\n")
+    return folder.parent
+
+
+def rows_of(place: Path, split: str = "dev", locale: str = "cs") -> list[dict]:
+    return read_rows(SourceConfig(common_voice=str(place), locale=locale, split=split), "tasks.cs.validation")
+
+
+def test_quotes_are_letters_and_columns_go_by_their_names(release: Path) -> None:
+    first, second = rows_of(release)
+    assert first["sentence"] == 'Řekl: "Dobrý den'
+    assert second["sentence"] == "'Tak ' jo\""
+    assert first["path"] == str(release / "cs" / "clips" / "common_voice_cs_1.mp3")
+    assert (first["seconds"], "seconds" in second) == (0.504, False)
+    assert first["release"] == "cv-corpus-22.0-2025-06-20"
+
+
+def test_the_folder_above_and_the_one_of_the_language_mean_the_same(release: Path) -> None:
+    assert rows_of(release.parent) == rows_of(release) == rows_of(release / "cs")
+
+
+def test_an_archive_is_unpacked_once(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    archive = tmp_path / "cs.tar.gz"
+    with tarfile.open(archive, "w:gz") as out:
+        out.add(release, arcname=release.name)
+    first = rows_of(archive)
+    assert [row["sentence"] for row in first] == [row["sentence"] for row in rows_of(release)]
+    assert Path(first[0]["path"]).exists()
+    assert first[0]["release"] == release.name
+    assert rows_of(archive) == first
+    (unpacked,) = (tmp_path / "cache" / "flora_train" / "releases").iterdir()
+    assert unpacked.name.startswith("cs-")
+
+
+def test_a_damaged_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    archive = tmp_path / "cs.tar.gz"
+    archive.write_bytes(b"\x1f\x8b no archive")
+    with pytest.raises(UserError, match=r"cs\.tar\.gz.*cannot be unpacked"):
+        rows_of(archive)
+    assert list((tmp_path / "cache" / "flora_train" / "releases").iterdir()) == []
+
+
+def test_what_is_missing_is_named(release: Path) -> None:
+    with pytest.raises(UserError, match=r"locale = 'css': is no language of .*; there are cs.*Did you mean 'cs'"):
+        rows_of(release, locale="css")
+    with pytest.raises(UserError, match=r"split = 'validation': is no split of .*; there are .*dev.*test.*train"):
+        rows_of(release, split="validation")
+    with pytest.raises(UserError, match=r"no such release here: download it"):
+        rows_of(release / "absent")
+    table = release / "cs" / "dev.tsv"
+    table.write_text("client_id\tpath\n1\tx.mp3\n")
+    with pytest.raises(UserError, match=r"dev\.tsv: has no column 'sentence': it has client_id or path"):
+        rows_of(release)
+    table.write_text(f"{HEADER}\na\tb\tc\td\te\tf\tone tab too many\n")
+    with pytest.raises(UserError, match=r"line 2 has more cells than the header"):
+        rows_of(release)
