@@ -19,11 +19,11 @@ from typing import Any
 from joint import table
 from rich.console import Console
 
-from flora_train.evaluation.report.terminal import print_completions, print_pass_at_k, print_results
+from flora_train.evaluation.report.terminal import print_completions, print_error_rates, print_pass_at_k, print_results
 from flora_train.training.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = (ROOT / "README.md", ROOT / "docs" / "code.md")
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "code.md", ROOT / "docs" / "speech.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -41,6 +41,35 @@ def code_block() -> str:
         for suite in results["code"]
     ]
     return f"{printed(results)}\n\n<sub>{'; '.join(asked)}.</sub>\n{machine(results)}"
+
+
+def speech_block() -> str:
+    """What recipe speech_local found: error rates of base and adapters."""
+    results = read("speech_local")
+    return f"{error_rates(results)}\n\n{machine(results)}"
+
+
+def speech_sweep_block() -> str:
+    """Learning rates on one language: held-out loss and word error rate at the end."""
+    results = read("speech_sweep")
+    (part,), (result,) = results["speech"]["languages"], results["results"]
+    heldout = {c["family"]: c["loss"] for c in result["contenders"]}
+    rates = {c["family"]: c["wer_normalized"]["value"] for c in part["contenders"]}
+    rows = [
+        f"| method | learning rate | held-out loss (base {result['base']['loss']:.3f}) | WER, normalised (base {rates['base']:.3f}) |",
+        "|---|---|---|---|",
+    ]
+    for adapter in results["adapters"]:
+        name = " ".join(filter(None, (adapter["method"], adapter["variant"])))
+        rows.append(f"| {name} | {adapter['lr']:g} | {heldout[adapter['family']]:.3f} | {rates[adapter['family']]:.3f} |")
+    return "\n".join([*rows, "", machine(results)])
+
+
+def error_rates(results: dict[str, Any]) -> str:
+    """What a run prints of its error rates, as a block."""
+    output = io.StringIO()
+    print_error_rates(results["speech"], Console(file=output, width=140, soft_wrap=True))
+    return f"~~~\n{output.getvalue().strip()}\n~~~"
 
 
 def printed(results: dict[str, Any], *more: Callable[[dict[str, Any], Console], None]) -> str:
@@ -111,6 +140,7 @@ def read(name: str) -> dict[str, Any]:
 def updated(text: str) -> str:
     """A text with fresh figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
     blocks = {"quickstart": quickstart_block, "sweep": sweep_block, "joint": joint_block, "code": code_block}
+    blocks |= {"speech": speech_block, "speech_sweep": speech_sweep_block}
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- figures: {match[1]} -->\n{blocks[match[1]]()}\n<!-- end -->"

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import which
@@ -23,8 +24,10 @@ from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evalu
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.generation import check_room, complete
 from flora_train.evaluation.report import write_report
-from flora_train.evaluation.report.terminal import print_completions, print_pass_at_k, print_results
+from flora_train.evaluation.report.terminal import print_completions, print_error_rates, print_pass_at_k, print_results
 from flora_train.evaluation.results import SCHEMA, build_results
+from flora_train.evaluation.speech.evaluate import evaluate_speech
+from flora_train.evaluation.speech.summary import read_summary
 from flora_train.export.merge import save_merged
 from flora_train.export.peft_format import export_peft
 from flora_train.session import Session, load_session, make_accelerator, reopen
@@ -57,8 +60,10 @@ def train_run(config: RunConfig) -> Path:
         say(f"note: some programs will not be evaluated: {reason}")
     session = load_session(config, folder, accelerator.device)
     check_prompts(session, plan)
-    trainer = Trainer(config, session.model, session.bank, session.tasks, pad_token(session.tokenizer), folder, accelerator)
+    pad = pad_token(session.tokenizer)
+    trainer = Trainer(config, session.model, session.bank, session.tasks, pad, folder, accelerator, session.collate)
     on_main_process(lambda: folder.claim(config))
+    report_left_out(session)
     trackers = {"wandb": {"name": config.name, "dir": str(folder.path)}} if "wandb" in config.tracking.trackers else {}
     accelerator.init_trackers(config.tracking.project, config=_scalars(config), init_kwargs=trackers)
     say(
@@ -79,6 +84,22 @@ def train_run(config: RunConfig) -> Path:
     wait_for_everyone()  # a process that leaves early takes its end of the connections with it
     accelerator.end_training()
     return folder.path
+
+
+def report_left_out(session: Session) -> None:
+    """Say which clips cannot be used, and list them all in clips_left_out.tsv (task, split, reason, file)."""
+    lines = [
+        f"{name}\t{split}\t{reason}\t{path}\n"
+        for name, task in session.tasks.items()
+        for split, held in (("train", task.train), ("validation", task.validation), ("test", task.test))
+        for reason, paths in (held.counts.unusable.items() if held is not None else ())
+        for path in paths
+    ]
+    if lines and is_main_process():
+        file = session.folder.path / "clips_left_out.tsv"
+        file.write_text("task\tsplit\treason\tfile\n" + "".join(lines), encoding="utf-8")
+        reasons = Counter(line.split("\t")[2] for line in lines)
+        say(f"note: {len(lines)} clips are left out ({', '.join(f'{n} {r}' for r, n in reasons.items())}): {file}")
 
 
 def check_prompts(session: Session, plan: Plan | None) -> None:
@@ -110,6 +131,8 @@ def judge(session: Session, kept: Mapping[int, Kept], plan: Plan | None = None) 
     judged = time.monotonic()
     if plan is not None:
         evaluate_code(config, plan, session.model, bank, session.tokenizer, folder.evaluation)
+    if session.ears is not None:
+        evaluate_speech(config, session.tasks, session.model, bank, session.ears, folder.evaluation)
     if not is_main_process():
         return
     solved = time.monotonic()
@@ -118,9 +141,12 @@ def judge(session: Session, kept: Mapping[int, Kept], plan: Plan | None = None) 
     facts["seconds"] = {**facts["seconds"], "evaluate at the end": time.monotonic() - solved + judged - started}
     if plan is not None:
         facts["seconds"]["solve problems"] = solved - judged
+    if session.ears is not None:
+        facts["seconds"]["transcribe"] = solved - judged
     facts["config"] = folder.config.read_text(encoding="utf-8")
-    code = read_summaries(folder.evaluation)
-    write_report(build_results(config, folder, session.tasks, bank, heldout, kept, completions, code, facts), folder.evaluation)
+    code, speech = read_summaries(folder.evaluation), read_summary(folder.evaluation)
+    results = build_results(config, folder, session.tasks, bank, heldout, kept, completions, code, speech, facts)
+    write_report(results, folder.evaluation)
 
 
 def final_heldout(session: Session) -> dict[str, HeldOut]:
@@ -135,6 +161,7 @@ def final_heldout(session: Session) -> dict[str, HeldOut]:
             pad_token(session.tokenizer),
             with_base=True,
             report=watch.update,
+            collate=session.collate,
         )
 
 
@@ -162,6 +189,7 @@ def show(folder: RunFolder) -> None:
     results = read_report(folder)
     print_results(results)
     print_pass_at_k(results["code"])
+    print_error_rates(results["speech"])
     print_completions(results)
     seconds = results["facts"]["seconds"]
     best = next((c["name"] for r in results["results"] for c in r["contenders"] if c["best"]), "ADAPTER")

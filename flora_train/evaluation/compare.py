@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,33 +25,53 @@ class Estimate:
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
+    def record(self) -> dict[str, Any]:
+        """As it is written down. JSON has no NaN: what is not finite is null."""
+        figures = {name: finite(getattr(self, name)) for name in ("value", "low", "high")}
+        return {**figures, "excludes_zero": self.excludes_zero}
+
+
+def finite(value: float | None) -> float | None:
+    """A figure as JSON can hold it."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Bits per byte on one task. contenders: id -> estimate; differences: (a, b) -> estimate of bits(a) - bits(b),
-    paired by example, negative where a is better."""
+    """A ratio of sums on one task (bits per byte, errors per word). contenders: id -> estimate; differences: (a, b) -> estimate of
+    ratio(a) - ratio(b), paired by example, negative where a is better."""
 
     contenders: Mapping[int, Estimate]
     differences: Mapping[tuple[int, int], Estimate]
 
 
 def compare(heldout: HeldOut, samples: int, confidence: float, seed: int) -> Comparison:
-    """Bits per byte of every contender and every pair, with intervals at `confidence` from `samples` resamples.
+    """Bits per byte of every contender and every pair, with intervals."""
+    bits = {contender: nats / np.log(2) for contender, nats in heldout.nats.items()}
+    return compare_ratios(bits, heldout.label_bytes, samples, confidence, seed)
 
-    An example is the unit that is resampled: tokens within one are not independent. Source: Efron & Tibshirani,
-    "An Introduction to the Bootstrap", 1993, chapter 13 (percentile interval of a ratio of sums).
+
+def compare_ratios(
+    numerators: Mapping[int, NDArray[Any]], denominators: NDArray[Any], samples: int, confidence: float, seed: int
+) -> Comparison:
+    """sum(numerators) / sum(denominators) of every contender and every pair, with intervals at `confidence` from `samples` resamples.
+
+    numerators: id -> [n]; denominators: [n], the same for all. An example is the unit that is resampled: tokens or words within one
+    are not independent. Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13 (percentile interval of a
+    ratio of sums).
     """
-    n = len(heldout.label_bytes)
+    n, ids = len(denominators), sorted(numerators)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples).astype(np.float64)
-    bytes_drawn = weights @ heldout.label_bytes
-    ids = sorted(heldout.nats)
-    with np.errstate(invalid="ignore"):  # a loss that is not finite makes its figures NaN, which is what they are
-        bits = {c: weights @ heldout.nats[c] / np.log(2) / bytes_drawn for c in ids}
-        point = {c: heldout.bits_per_byte(c) for c in ids}
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # a loss that is not finite makes its figures NaN, which is what they are
+        drawn = weights @ denominators
+        ratios = {c: weights @ numerators[c] / drawn for c in ids}
+        point = {c: float(numerators[c].sum() / denominators.sum()) for c in ids}
         return Comparison(
-            contenders={c: _estimate(point[c], bits[c], confidence) for c in ids},
+            contenders={c: _estimate(point[c], ratios[c], confidence) for c in ids},
             differences={
-                (a, b): _estimate(point[a] - point[b], bits[a] - bits[b], confidence) for a in ids for b in ids if a != b
+                (a, b): _estimate(point[a] - point[b], ratios[a] - ratios[b], confidence) for a in ids for b in ids if a != b
             },
         )
 

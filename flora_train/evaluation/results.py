@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.schema import RunConfig
-from flora_train.data.task import Task, seed_of
-from flora_train.evaluation.compare import Estimate, compare
+from flora_train.data.sampling import seed_of
+from flora_train.data.task import Task
+from flora_train.data.tokens import TokenSplit
+from flora_train.evaluation.compare import compare, finite
 from flora_train.training.heldout import HeldOut
 from flora_train.training.plan import make_mixture
 from flora_train.training.run_folder import RunFolder
@@ -19,6 +21,10 @@ from flora_train.training.selection import Kept
 
 SCHEMA = 4
 """Of report.json; raised when a reader would miss or misread something."""
+
+
+SHOWN = 5
+"""Paths of clips that were left out, for each reason."""
 
 
 def build_results(
@@ -30,6 +36,7 @@ def build_results(
     kept: Mapping[int, Kept],
     completions: list[dict[str, Any]],
     code: list[dict[str, Any]],
+    speech: Mapping[str, Any] | None,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of report.json.
@@ -41,6 +48,7 @@ def build_results(
     curves: training and held-out loss over steps, and the base's loss on the same held-out examples
     completions: prompts continued by base and adapters
     code: a suite of programming problems each, see code/summary.py
+    speech: error rates of spoken tasks, see speech/summary.py
     """
     shares = make_mixture(tasks, bank, config).token_shares()
     steps = folder.read_metrics("step")
@@ -58,13 +66,14 @@ def build_results(
         "curves": _curves(config, folder, heldout),
         "completions": completions,
         "code": code,
-        "not_measured": not_measured(config, code),
+        "speech": speech,
+        "not_measured": not_measured(config, executed=bool(code) or speech is not None),
     }
 
 
-def not_measured(config: RunConfig, code: Sequence[Mapping[str, Any]]) -> list[str]:
+def not_measured(config: RunConfig, executed: bool) -> list[str]:
     """What a reader might take for granted and this report does not show."""
-    items = [] if code else ["Whether completions are correct: nothing was executed. Held-out loss is not pass@k."]
+    items = [] if executed else ["Whether completions are correct: nothing was executed. Held-out loss is not pass@k."]
     items += [
         "Variation between seeds: every adapter was trained once. The intervals cover the choice of held-out examples only.",
         "Other learning rates: a method is shown at the learning rate of the recipe.",
@@ -82,13 +91,21 @@ def _task(task: Task, tokens: int, target_share: float) -> dict[str, Any]:
     return {
         "name": task.name,
         "weight": task.weight,
-        "train": asdict(task.train.counts),
-        "validation": asdict(task.validation.counts),
+        "origin": task.origin,
+        "train": _counts(task.train),
+        "validation": _counts(task.validation),
+        "test": None if task.test is None else _counts(task.test),
         "tokens_drawn": tokens,
         "target_share": target_share,
         "epochs": tokens / max(1, task.train.counts.tokens),
         "data_hash": task.data_hash,
     }
+
+
+def _counts(split: TokenSplit) -> dict[str, Any]:
+    """Counts of a split; of clips that were left out the first SHOWN paths of each reason (all stand in clips_left_out.tsv)."""
+    unusable = {reason: {"clips": len(paths), "first": list(paths[:SHOWN])} for reason, paths in split.counts.unusable.items()}
+    return {**asdict(split.counts), "unusable": unusable}
 
 
 def _adapter(bank: AdapterBank, adapter: int, kept: Mapping[int, Kept], latest: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,15 +130,15 @@ def _result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> dict[str,
     evaluation = config.evaluation
     comparison = compare(heldout, evaluation.bootstrap_samples, evaluation.confidence, seed_of(config.seed, heldout.task))
     ids = [a for a in heldout.nats if a != BASE_ID]
-    finite = [a for a in ids if math.isfinite(heldout.bits_per_byte(a))]
-    best = min(finite, key=heldout.bits_per_byte, default=None)
+    measured = [a for a in ids if math.isfinite(heldout.bits_per_byte(a))]
+    best = min(measured, key=heldout.bits_per_byte, default=None)
 
     def contender(adapter: int) -> dict[str, Any]:
         loss = heldout.loss(adapter)
         facts = {
-            "bits_per_byte": _plain(comparison.contenders[adapter]),
-            "loss": _number(loss),
-            "perplexity": _number(math.exp(min(loss, 700.0))),
+            "bits_per_byte": comparison.contenders[adapter].record(),
+            "loss": finite(loss),
+            "perplexity": finite(math.exp(min(loss, 700.0))),
         }
         if adapter == BASE_ID:
             return {"name": "base", "family": "base", **facts}
@@ -131,7 +148,7 @@ def _result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> dict[str,
             "name": spec.name,
             "family": spec.family,
             **facts,
-            "difference_to_base": _plain(difference),
+            "difference_to_base": difference.record(),
             "best": adapter == best,
         }
 
@@ -144,7 +161,7 @@ def _result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> dict[str,
         "base": contender(BASE_ID),
         "contenders": [contender(a) for a in ids],
         "differences": [
-            {"a": bank.specs[a].family, "b": bank.specs[b].family, "bits_per_byte": _plain(comparison.differences[a, b])}
+            {"a": bank.specs[a].family, "b": bank.specs[b].family, "bits_per_byte": comparison.differences[a, b].record()}
             for a in ids
             for b in ids
             if a < b
@@ -160,20 +177,6 @@ def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]
     for kind, curve in (("step", "training"), ("evaluation", "heldout")):
         for record in folder.read_metrics(kind):
             for name, facts in record["adapters"].items():
-                curves[curve].setdefault(name, []).append([record["step"], _number(facts["loss"])])
-    base = {name: _number(judged.loss(BASE_ID, first)) for name, judged in heldout.items()}
+                curves[curve].setdefault(name, []).append([record["step"], finite(facts["loss"])])
+    base = {name: finite(judged.loss(BASE_ID, first)) for name, judged in heldout.items()}
     return {**curves, "base": base, "heldout_examples": first}
-
-
-def _plain(estimate: Estimate) -> dict[str, Any]:
-    return {
-        "value": _number(estimate.value),
-        "low": _number(estimate.low),
-        "high": _number(estimate.high),
-        "excludes_zero": estimate.excludes_zero,
-    }
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has no NaN: a figure that is not finite is null."""
-    return float(value) if value is not None and math.isfinite(value) else None

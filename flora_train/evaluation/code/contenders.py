@@ -44,8 +44,7 @@ def contenders_of(config: RunConfig, bank: AdapterBank, languages: Sequence[str]
     found = [Contender("base", "base", BASE_ID, tuple(languages), "")]
     for adapter, spec in enumerate(bank.specs):
         if (language := language_of.get(spec.task)) in languages:
-            digest = sha256(bank.row(adapter).detach().cpu().numpy().tobytes()).hexdigest()
-            found.append(Contender(spec.name, spec.family, adapter, (str(language),), digest))
+            found.append(Contender(spec.name, spec.family, adapter, (str(language),), bank.digest(adapter)))
     return found
 
 

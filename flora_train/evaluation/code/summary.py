@@ -14,7 +14,6 @@ from flora_train.evaluation.code.problems.suites import Suite
 from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.scores import Scores
-from flora_train.evaluation.compare import Estimate
 from flora_train.training.atomic import write_atomically
 
 SCORES = "scores.json"
@@ -102,7 +101,7 @@ def _language(
                 "name": c.name,
                 "family": c.family,
                 "n": scores.n((c.name, language)),
-                "pass_at": {str(k): _plain(scores.pass_at((c.name, language), k)) for k in ks},
+                "pass_at": {str(k): scores.pass_at((c.name, language), k).record() for k in ks},
                 "ended": {status: scores.ended[c.name, language][status] for status in STATUSES},
                 "suspicious": scores.suspicious[c.name, language],
                 "cut": cut.count(c.name),
@@ -113,7 +112,7 @@ def _language(
             {
                 "a": a.family,
                 "b": b.family,
-                "pass_at": {str(k): _plain(scores.difference(a.name, b.name, language, k)) for k in ks},
+                "pass_at": {str(k): scores.difference(a.name, b.name, language, k).record() for k in ks},
             }
             for a, b in _pairs(contenders)
         ],
@@ -134,13 +133,13 @@ def _macro(contenders: Sequence[Contender], scores: Scores, ks: Sequence[int]) -
     return {
         "languages": shared,
         "contenders": [
-            {"family": family, "pass_at": {str(k): _plain(scores.macro(mine, k)) for k in ks}} for family, mine in of.items()
+            {"family": family, "pass_at": {str(k): scores.macro(mine, k).record() for k in ks}} for family, mine in of.items()
         ],
         "differences": [
             {
                 "a": a.family,
                 "b": b.family,
-                "pass_at": {str(k): _plain(scores.macro_difference(of[a.family], of[b.family], k)) for k in ks},
+                "pass_at": {str(k): scores.macro_difference(of[a.family], of[b.family], k).record() for k in ks},
             }
             for a, b in _pairs(families)
         ],
@@ -159,12 +158,3 @@ def _pairs(contenders: Sequence[Contender]) -> list[tuple[Contender, Contender]]
     base = [c for c in contenders if c.family == "base"]
     others = [c for c in contenders if c.family != "base"]
     return [(a, b) for a in others for b in base] + [(a, b) for i, a in enumerate(others) for b in others[i + 1 :]]
-
-
-def _plain(estimate: Estimate) -> dict[str, Any]:
-    return {
-        "value": estimate.value,
-        "low": estimate.low,
-        "high": estimate.high,
-        "excludes_zero": estimate.excludes_zero,
-    }

@@ -65,6 +65,27 @@ def print_pass_at_k(suites: Sequence[Mapping[str, Any]], console: Console | None
             console.print(f"not evaluated: {left_out['language']}: {left_out['reason']}")
 
 
+def print_error_rates(speech: Mapping[str, Any] | None, console: Console | None = None) -> None:
+    """Error rates of the base and every contender, per language, with the difference to the base. Fits 80 columns."""
+    if speech is None:
+        return
+    console = console or Console(soft_wrap=True)
+    console.print(Text("\nwords and characters that are wrong, lower is better", style="bold"))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    percent = f"{100 * speech['confidence']:.0f} %"
+    for heading in ("task", "method", "WER", "normalised", f"difference to base [{percent}]", "CER"):
+        table.add_column(heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True)
+    for part in speech["languages"]:
+        to_base = {d["a"]: d["wer_normalized"] for d in part["differences"] if d["b"] == "base"}
+        title = part["task"]
+        for contender in part["contenders"]:
+            difference = to_base.get(contender["family"])
+            cells = [_number(contender[rate]["value"]) for rate in ("wer", "wer_normalized", "cer")]
+            table.add_row(title, contender["family"], *cells[:2], _interval(difference, "+") if difference else "", cells[2])
+            title = ""
+    console.print(table)
+
+
 def print_completions(results: Mapping[str, Any], console: Console | None = None) -> None:
     """One prompt per task, continued by the base and by the task's best adapter."""
     console = console or Console(soft_wrap=True)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from flora_train.evaluation.report.html import count, interval, listed, number, render_html, shared_digits, summarise, verdict
+from flora_train.evaluation.report.findings import summarise
+from flora_train.evaluation.report.html import render_html
+from flora_train.evaluation.report.words import count, interval, listed, number, shared_digits, verdict
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr", "use", "path", "rect", "circle", "line"}
 
@@ -22,7 +24,8 @@ def estimate(value: float | None, half: float = 0.01) -> dict[str, Any]:
 
 def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict[str, Any]:
     """The mapping of a run. differences: task -> family -> bits per byte against the base, None for not finite."""
-    counts = dict.fromkeys(("empty", "over_long_split", "over_long_dropped", "prompt_too_long"), 0)
+    counts: dict[str, Any] = dict.fromkeys(("empty", "over_long_split", "over_long_dropped", "prompt_too_long"), 0)
+    counts["unusable"] = {}
     counts |= {"rows": 1234, "unsampled": 17, "over_long_truncated": 5, "examples": 1217, "tokens": 9000, "label_tokens": 8000}
     tasks, adapters, judged, completions = [], [], [], []
     curves: dict[str, Any] = {"training": {}, "heldout": {}, "base": dict.fromkeys(differences, 2.0), "heldout_examples": 8}
@@ -86,7 +89,8 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
             {"task": task, "prompt": "def f():", "completions": {"base": "\n  pass", **dict.fromkeys(families, "\n  1")}}
         )
     facts = {"model": "models/tiny", "dtype": "float32", "seconds": {"train": 61.0}, "config": "name: x", "commit": None}
-    parts = {"tasks": tasks, "adapters": adapters, "results": judged, "curves": curves, "completions": completions, "code": []}
+    parts = {"tasks": tasks, "adapters": adapters, "results": judged, "curves": curves, "completions": completions}
+    parts |= {"code": [], "speech": None}
     return {"schema": 1, "name": "a run", "facts": facts, **parts, "not_measured": ["Everything else."], **changes}
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from flora_train.evaluation.report.html import render_html, summarise
+from flora_train.evaluation.report.findings import summarise
+from flora_train.evaluation.report.html import render_html
 from flora_train.evaluation.report.terminal import print_pass_at_k
 from tests.unit.evaluation.test_report_html import run
 
@@ -76,7 +77,9 @@ def test_values_differences_and_what_was_left_out_stand_in_the_page() -> None:
 def test_time_limits_that_differ_by_language_are_all_said() -> None:
     suite = suite_of("lua", "java")
     suite["languages"][1]["cpu_seconds"] = 20.0
-    assert "A program could compute for 15 or 20 seconds, depending on its language." in text_of(render_html(results_of(code=[suite])))
+    assert "A program could compute for 15 or 20 seconds, depending on its language." in text_of(
+        render_html(results_of(code=[suite]))
+    )
 
 
 def test_a_run_without_problems_has_no_such_section() -> None:

@@ -64,7 +64,7 @@ def results_of(
         {"task": "a", "prompt": "p", "completions": {"base": "base text", **{name: f"{name} text" for name in losses}}}
     ]
     facts = {"seconds": {"train": 3.0}, "model": "unused", "dtype": "float32", "config": "name: test\n", **facts}
-    return build_results(config, run_folder, tasks, bank, heldout, kept, completions, [], facts)
+    return build_results(config, run_folder, tasks, bank, heldout, kept, completions, [], None, facts)
 
 
 def best_of(results: Mapping[str, Any]) -> list[str]:
@@ -159,7 +159,7 @@ def test_results_of_a_trained_bank_name_every_adapter_once(tmp_path: Path) -> No
     trainer.at = Position(done=2, seconds=1.0)
     trainer._log()
     heldout = evaluate_heldout(trainer.row_losses, trainer.bank, trainer.tasks.values(), 4096, PAD, with_base=True)
-    results = build_results(trainer.config, trainer.folder, trainer.tasks, trainer.bank, heldout, {}, [], [], {})
+    results = build_results(trainer.config, trainer.folder, trainer.tasks, trainer.bank, heldout, {}, [], [], None, {})
     named = {(r["task"], c["name"], c["family"]) for r in results["results"] for c in r["contenders"]}
     assert named == {(s.task, s.name, s.family) for s in specs}
     assert [len(r["differences"]) for r in results["results"]] == [1, 0, 0]

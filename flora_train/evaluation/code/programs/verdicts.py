@@ -72,9 +72,7 @@ def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) 
         except (json.JSONDecodeError, KeyError) as error:
             raise fail(f"{file}:{number}", None, f"is no verdict: {ANOTHER}") from error
         if record["sandbox"] != sandbox:
-            raise fail(
-                f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox}: {ANOTHER}"
-            )
+            raise fail(f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox}: {ANOTHER}")
         if language is not None and seconds != language.seconds:
             words = f"is the time (s) that this program might compute; {language.name} now has {language.seconds:g}"
             raise fail(f"{file}:{number}: cpu_seconds", seconds, f"{words}: give the same cpu_seconds, or {ANOTHER}")

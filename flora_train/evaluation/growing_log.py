@@ -1,0 +1,103 @@
+"""Where does work stand that a kill must not lose? In jsonl files that only grow, one a process, beside the settings that made them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from flora_train.config.errors import Problem as Fault
+from flora_train.config.errors import UserError, fail
+from flora_train.training.atomic import disk_errors, write_atomically
+
+
+class Logged(Protocol):
+    """A dataclass whose `key` says which piece of work it is the result of."""
+
+    @property
+    def key(self) -> tuple[Hashable, ...]: ...
+
+
+Entry = TypeVar("Entry", bound=Logged)
+
+
+class GrowingLog(Generic[Entry]):
+    """The folder `path`: settings.json and <word>s-<process>.jsonl. kind: of an entry; word: what one is called; another: what to do
+    about entries that would be mixed."""
+
+    def __init__(self, path: Path, kind: type[Entry], word: str, another: str) -> None:
+        self.path, self.kind, self.word, self.another = path, kind, word, another
+        self.settings = path / "settings.json"
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder that of entries made with these settings. Raises UserError, naming every setting that differs, if it
+        holds those of others: they would be mixed."""
+        if self.settings.exists() and any(_whole(file) for file in self._files()):
+            try:
+                there = json.loads(self.settings.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise fail(str(self.settings), None, f"is damaged: {self.another}") from error
+            differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
+            if differing:
+                raise UserError(*(self._mixed(key, there.get(key), settings.get(key)) for key in differing))
+        elif any(_whole(file) for file in self._files()):
+            words = f"holds {self.word}s, and no settings.json that says how they were made: {self.another}"
+            raise fail(str(self.path), None, words)
+        else:
+            text = json.dumps(settings, indent=2) + "\n"
+            write_atomically(self.settings, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def read(self) -> dict[tuple[Any, ...], Entry]:
+        """All entries by key. A last line that a kill or a full disk cut short is none; the next writer removes it."""
+        found: dict[tuple[Any, ...], Entry] = {}
+        for file in self._files():
+            for number, line in enumerate(_whole(file).decode("utf-8").split("\n")[:-1], 1):
+                try:
+                    logged = self.kind(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise fail(f"{file}:{number}", None, f"is no {self.word} of ours: {self.another}") from error
+                if logged.key in found:
+                    raise fail(f"{file}:{number}", "/".join(map(str, logged.key)), f"stands twice: {self.another}")
+                found[logged.key] = logged
+        return found
+
+    def writer(self, rank: int) -> LogWriter:
+        """For one process."""
+        return LogWriter(self.path / f"{self.word}s-{rank}.jsonl")
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.glob(f"{self.word}s-*.jsonl"))
+
+    def _mixed(self, key: str, there: Any, ours: Any) -> Fault:
+        return Fault(f"{self.path}: {key}", ours, f"its {self.word}s were made with {there!r} and would be mixed: {self.another}")
+
+
+class LogWriter:
+    """Appends entries to one file; each is on its way to the disk before the next."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with disk_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                os.truncate(file, len(_whole(file)))
+
+    def append(self, logged: Any) -> None:
+        """Raises UserError if the disk is full; the file then holds what it held."""
+        size = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with disk_errors(self.file), self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(asdict(logged), ensure_ascii=False) + "\n")
+        except UserError:
+            with suppress(OSError):
+                os.truncate(self.file, size)
+            raise
+
+
+def _whole(file: Path) -> bytes:
+    content = file.read_bytes()
+    return content[: content.rfind(b"\n") + 1]

@@ -1,0 +1,165 @@
+"""From a bank of adapters to error rates: who transcribes what, transcripts that a kill does not lose, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.spec import BASE, BASE_ID
+from flora_train.config.errors import fail
+from flora_train.config.schema import RunConfig
+from flora_train.data.audio.ears import Ears
+from flora_train.data.audio.split import SpeechSplit
+from flora_train.data.task import Task
+from flora_train.evaluation.growing_log import GrowingLog
+from flora_train.evaluation.speech.summary import Heard, summarise, write_summary
+from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
+from flora_train.training.checkpoint import fingerprint
+from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone, world
+from flora_train.training.progress import Watch
+
+Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class LoggedTranscript:
+    """What one adapter heard in one clip. clip_sha: of the file's bytes; adapter_sha: of the adapter's numbers ("" the base)."""
+
+    adapter: str
+    task: str
+    example: int
+    text: str
+    ended: str
+    tokens: int
+    clip_sha: str
+    adapter_sha: str
+
+    @property
+    def key(self) -> Key:
+        return self.adapter, self.task, self.example
+
+
+def judged_split(task: Task) -> SpeechSplit:
+    """The clips that error rates are measured on."""
+    split = task.test or task.validation
+    assert isinstance(split, SpeechSplit)
+    return split
+
+
+def evaluate_speech(
+    config: RunConfig, tasks: Mapping[str, Task], model: nn.Module, bank: AdapterBank, ears: Ears, folder: Path
+) -> None:
+    """Leaves `folder`/speech/error_rates.json (see summary.py) beside the transcripts.
+
+    Raises UserError if transcripts are there that were made with other settings, clips or numbers of an adapter."""
+    log = GrowingLog(folder / "speech", LoggedTranscript, "transcript", "move it away, or evaluate into another output_dir")
+    learnt = {name: task for name, task in tasks.items() if any(spec.task == name for spec in bank.specs)}
+    settings = {
+        "model": config.model.path,
+        "weights of the base model (SHA-256)": fingerprint(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "beams": config.evaluation.beams,
+        "max_new_tokens": config.evaluation.max_new_tokens,
+        "window_step": config.audio.window_step,
+        **{f"clips of tasks.{name} (SHA-256)": task.data_hash for name, task in learnt.items()},
+    }
+    on_main_process(partial(log.claim, settings))
+    known = log.read()
+    wait_for_everyone()  # all have read before one writes
+    _transcribe(config, learnt, model, bank, ears, log, known)
+    wait_for_everyone()
+    if is_main_process():
+        heard = [
+            Heard(entry.adapter, entry.task, entry.example, entry.text, entry.ended)
+            for entry in log.read().values()
+            if entry.task in learnt and entry.example < len(judged_split(learnt[entry.task]))
+        ]
+        splits = {name: judged_split(task) for name, task in learnt.items()}
+        write_summary(summarise(config, splits, bank, heard), log.path)
+
+
+def _transcribe(
+    config: RunConfig,
+    tasks: Mapping[str, Task],
+    model: nn.Module,
+    bank: AdapterBank,
+    ears: Ears,
+    log: GrowingLog[LoggedTranscript],
+    known: Mapping[tuple[Any, ...], LoggedTranscript],
+) -> None:
+    """Append what the log lacks: every test clip of every task, by the base and by the task's adapters, shared out to processes."""
+    digests = {adapter: bank.digest(adapter) for adapter in (BASE_ID, *range(len(bank.specs)))}
+    todo: list[tuple[str, int, int]] = []
+    for name, task in tasks.items():
+        adapters = [BASE_ID, *(bank.ids[spec.name] for spec in bank.specs if spec.task == name)]
+        split = judged_split(task)
+        for example in range(len(split)):
+            for adapter in adapters:
+                logged = known.get((_name(bank, adapter), name, example))
+                if logged is None or (logged.clip_sha, logged.adapter_sha) != (str(split.shas[example]), digests[adapter]):
+                    todo.append((name, example, adapter))
+    stale = [entry for entry in todo if (_name(bank, entry[2]), entry[0], entry[1]) in known]
+    if stale:
+        _refuse(log, bank, stale[0])
+    # neighbours in the deal share their clip, so a process gets whole clips
+    clips = sorted({(name, example) for name, example, _ in todo}, key=lambda clip: -_window(tasks, clip))
+    rank, processes = world()
+    mine = set(clips[rank::processes])
+    work = [entry for entry in todo if entry[:2] in mine]
+    if not work:
+        return
+    prompts = {
+        name: tuple(ears.prompt(speech, f"tasks.{name}")) for name in tasks if (speech := config.tasks[name].speech) is not None
+    }
+    requests = [
+        Request(adapter, judged_split(tasks[name]).heard(example), prompts[name], bank.shares_encoding(adapter))
+        for name, example, adapter in work
+    ]
+    options = config.evaluation
+    transcriber = Transcriber(
+        model, ears.tokenizer, bank.routed, ears.store, options.max_new_tokens, options.beams, options.batch_rows
+    )
+    writer, done = log.writer(rank), 0
+    with Watch("transcribe", len(requests)) as watch:
+
+        def report(transcript: Transcript) -> None:
+            nonlocal done
+            name, example, adapter = work[transcript.request]
+            sha = str(judged_split(tasks[name]).shas[example])
+            writer.append(
+                LoggedTranscript(
+                    _name(bank, adapter),
+                    name,
+                    example,
+                    transcript.text,
+                    transcript.ended,
+                    transcript.tokens,
+                    sha,
+                    digests[adapter],
+                )
+            )
+            done += 1
+            watch.update(done, {"clips/s": f"{done / watch.seconds:.1f}"})
+
+        transcriber.run(requests, report)
+
+
+def _window(tasks: Mapping[str, Task], clip: tuple[str, int]) -> int:
+    """Encoder positions of a (task, example)."""
+    return judged_split(tasks[clip[0]]).window(clip[1])
+
+
+def _name(bank: AdapterBank, adapter: int) -> str:
+    return BASE if adapter == BASE_ID else bank.specs[adapter].name
+
+
+def _refuse(log: GrowingLog[LoggedTranscript], bank: AdapterBank, entry: tuple[str, int, int]) -> None:
+    name, example, adapter = entry
+    words = "was transcribed by other numbers of this adapter, or from another file (trained on?): move the folder away"
+    raise fail(f"{log.path}: {_name(bank, adapter)}/{name}/{example}", None, words)

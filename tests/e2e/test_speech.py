@@ -1,0 +1,141 @@
+"""A speech run from recipe to error rates: one and two processes, taken up again, loaded by plain peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForSpeechSeq2Seq
+
+from tests.e2e.conftest import Launch
+from tests.speech import MEL_BINS, POSITIONS, save_tiny_whisper, write_corpus, write_manifest
+
+LANGUAGES = ("en", "cs")
+
+
+@pytest.fixture(scope="module")
+def speech_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speech")
+    tasks = {}
+    for language in LANGUAGES:
+        tasks[language] = {"speech": {"language": language}, **write_corpus(folder, language, held=3)}
+    with (folder / "cs.train.jsonl").open("a") as manifest:
+        manifest.write(json.dumps({"path": "absent.wav", "sentence": "never recorded", "speaker": "x"}) + "\n")
+    content = {
+        "name": "tiny_speech",
+        "num_threads": 1,
+        "model": {"path": str(save_tiny_whisper(folder / "model")), "dtype": "float32"},
+        "tasks": tasks,
+        "adapters": {
+            "flora": {"method": "flora", "rank": 2, "lr": 0.02},
+            "lora": {"method": "lora", "rank": 2, "lr": 0.02, "within": "decoder"},
+        },
+        "audio": {"window_step": 0.5, "spec_augment": True, "workers": 1},
+        "training": {"steps": 4, "tokens_per_step": 900, "tokens_per_microbatch": 600, "max_length": 40, "log_every": 2},
+        "evaluation": {"max_new_tokens": 8, "bootstrap_samples": 200},
+    }
+    path = folder / "tiny_speech.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(speech_recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "one"
+    done = launch(f"recipe={speech_recipe}", f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    (folder / "said.txt").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "eval" / "report.json").read_text())
+
+
+def transcripts_of(folder: Path) -> dict[tuple[str, str, int], str]:
+    lines = [line for file in (folder / "eval" / "speech").glob("transcripts-*.jsonl") for line in file.read_text().splitlines()]
+    found = [json.loads(line) for line in lines]
+    assert len({(row["adapter"], row["task"], row["example"]) for row in found}) == len(found)
+    return {(row["adapter"], row["task"], row["example"]): row["text"] for row in found}
+
+
+def test_the_report_has_error_rates_of_base_and_adapters(finished: Path) -> None:
+    speech = report_of(finished)["speech"]
+    assert [part["task"] for part in speech["languages"]] == list(LANGUAGES)
+    for part in speech["languages"]:
+        assert [contender["family"] for contender in part["contenders"]] == ["base", "flora", "lora"]
+        assert [(d["a"], d["b"]) for d in part["differences"]] == [("flora", "base"), ("lora", "base"), ("flora", "lora")]
+        assert part["contenders"][0]["wer"]["n"] == 3
+        assert part["utterances"][0]["audio"].startswith("data:audio/ogg;base64,")
+    assert len(transcripts_of(finished)) == 2 * 3 * 3
+    page = (finished / "eval" / "report.html").read_text()
+    assert "Words that are wrong" in page
+    assert "Whether completions are correct" not in page
+
+
+def test_clips_that_cannot_be_used_are_said_and_listed(finished: Path) -> None:
+    listed = (finished / "clips_left_out.tsv").read_text().splitlines()
+    assert listed[0] == "task\tsplit\treason\tfile"
+    assert [line.rpartition("/")[2] for line in listed[1:]] == ["absent.wav"]
+    assert listed[1].startswith("cs\ttrain\tno such file\t")
+    assert "note: 1 clips are left out (1 no such file)" in (finished / "said.txt").read_text()
+    train = next(task for task in report_of(finished)["tasks"] if task["name"] == "cs")["train"]
+    assert train["unusable"]["no such file"]["clips"] == 1
+
+
+def test_two_processes_hear_the_same(speech_recipe: Path, finished: Path, launch: Launch, tmp_path: Path) -> None:
+    done = launch(f"recipe={speech_recipe}", f"output_dir={tmp_path}/two", "num_processes=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "two" / "eval" / "speech").glob("transcripts-*.jsonl"))) == 2
+    one, two = transcripts_of(finished), transcripts_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    base = [key for key in one if key[0] == "__base__"]
+    assert [one[key] for key in base] == [two[key] for key in base]
+
+
+def test_transcripts_that_are_there_are_kept(finished: Path, launch: Launch, tmp_path: Path) -> None:
+    (log,) = (finished / "eval" / "speech").glob("transcripts-*.jsonl")
+    before = transcripts_of(finished)
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:5]) + lines[5][:10])  # killed while it wrote the sixth
+    (finished / "eval" / "report.json").unlink()
+    facts = json.loads((finished / "run.json").read_text())
+    (finished / "run.json").write_text(json.dumps({**facts, "finished": False}))
+    done = launch(f"recipe={finished}/config.yaml", f"output_dir={finished}", "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert transcripts_of(finished) == before
+    assert log.read_text().startswith("".join(lines[:5]))
+
+
+def test_peft_loads_what_was_trained(speech_recipe: Path, finished: Path) -> None:
+    base = AutoModelForSpeechSeq2Seq.from_pretrained(speech_recipe.parent / "model").eval()
+    features = torch.randn(1, MEL_BINS, 2 * POSITIONS, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_features": features, "decoder_input_ids": torch.tensor([[1, 2, 3]])}
+    with torch.no_grad():
+        before = base(**inputs).logits.clone()
+        model = PeftModel.from_pretrained(base, finished / "adapters" / "cs-lora").eval()
+        assert all(".decoder." in name for name, _ in model.named_modules() if name.endswith("lora_A.default"))
+        assert (model(**inputs).logits - before).abs().max() > 1e-4
+
+
+def test_a_text_recipe_on_a_speech_model_is_one_clear_error(speech_recipe: Path, launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' * 4)
+    raw = yaml.safe_load(speech_recipe.read_text())
+    raw["tasks"] = {"a": {"train": str(tmp_path / "a.jsonl")}}
+    (tmp_path / "text.yaml").write_text(yaml.safe_dump(raw))
+    done = launch(f"recipe={tmp_path}/text.yaml", f"output_dir={tmp_path}/run")
+    assert done.returncode == 2
+    assert "is a speech model: its tasks need tasks.NAME.speech" in done.stderr
+
+
+def test_too_few_usable_clips_are_named_before_the_model_is_loaded(speech_recipe: Path, launch: Launch, tmp_path: Path) -> None:
+    write_manifest(tmp_path / "none.jsonl", [("absent.wav", "one")])
+    done = launch(f"recipe={speech_recipe}", f"output_dir={tmp_path}/run", f"tasks.en.test={tmp_path}/none.jsonl")
+    assert done.returncode == 2
+    assert "tasks.en.test: no usable clip among 1: 1 no such file" in done.stderr
+    assert not (tmp_path / "run").exists()
