@@ -133,6 +133,7 @@ def judge(session: Session, kept: Mapping[int, Kept], plan: Plan | None = None) 
         evaluate_code(config, plan, session.model, bank, session.tokenizer, folder.evaluation)
     if session.ears is not None:
         evaluate_speech(config, session.tasks, session.model, bank, session.ears, folder.evaluation)
+        session.close()
     if not is_main_process():
         return
     solved = time.monotonic()

@@ -108,7 +108,7 @@ def _transcribe(
     if stale:
         _refuse(log, bank, stale[0])
     # neighbours in the deal share their clip, so a process gets whole clips
-    clips = sorted({(name, example) for name, example, _ in todo}, key=lambda clip: -_window(tasks, clip))
+    clips = sorted({(name, example) for name, example, _ in todo}, key=lambda clip: (-_window(tasks, clip), clip))
     rank, processes = world()
     mine = set(clips[rank::processes])
     work = [entry for entry in todo if entry[:2] in mine]

@@ -133,6 +133,21 @@ def test_audio_may_be_bytes_as_in_hub_data_sets(tmp_path: Path) -> None:
     assert all(Path(path).read_bytes() in clips for path in task.train.paths.tolist())
 
 
+def test_a_hub_data_sets_audio_column_is_decoded_here(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    clips = [str(write_clip(tmp_path / f"{i}.wav", 0.5, seed=i)) for i in range(4)]
+    rows = {"audio": [{"bytes": Path(clip).read_bytes(), "path": "clip.wav"} for clip in clips], "transcription": list("abcd")}
+    (tmp_path / "set").mkdir()
+    made = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(sampling_rate=16000))
+    made.to_parquet(tmp_path / "set" / "train.parquet")
+    speech = {"language": "hi", "audio": "audio", "sentence": "transcription"}
+    for more in ({}, {"max_rows": 3}):
+        task = load({"train": {"hub": str(tmp_path / "set"), **more}}, tmp_path, speech=speech)
+        assert isinstance(task.train, SpeechSplit)
+        assert len(task.train) + len(task.validation) == more.get("max_rows", 4)
+        assert task.train.seconds[0] == 0.5
+
+
 @pytest.mark.parametrize(
     ("task", "said"),
     [
