@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
@@ -138,3 +139,49 @@ def test_a_nan_in_one_adapter_leaves_the_others_bit_for_bit(corpus: Path, tmp_pa
     for name in results[0]:
         if name != "hi-decoder":
             assert all(torch.equal(a, b) for a, b in zip(results[0][name], results[1][name], strict=True)), name
+
+
+def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(corpus: Path, tmp_path: Path) -> None:
+    """PEFT's LoRA on transformers' Whisper, its cross entropy, torch's SGD (AdamW would blow rounding up): no code of ours but the batches."""
+    specs = [
+        spec("lora", "en", "lora", rank=2, lr=0.05, max_grad_norm=None),
+        spec("flora", "cs", lr=2e-3),
+        spec("ia3", "hi", lr=2e-3),
+    ]
+    together = trainer_of(specs, corpus, tmp_path, optimizer="sgd")
+    adapter = together.bank.ids["en-lora"]
+    start = {name: {p: t.clone() for p, t in params.items()} for name, params in together.bank.parameters_of("en-lora").items()}
+    plans = plans_of(together)
+    train_together(together, plans)
+
+    model = get_peft_model(
+        loaded_tiny_whisper(),
+        LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+    )
+    modules = dict(model.base_model.model.named_modules())
+    with torch.no_grad():
+        for name, params in start.items():
+            modules[name].lora_A["default"].weight.copy_(params["A"])
+            modules[name].lora_B["default"].weight.copy_(params["B"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model.train()
+    steps = 0
+    for plan in plans:
+        if (part := only(plan, adapter)) is None:
+            continue
+        total = torch.zeros(())
+        for rows in part.microbatches:
+            batch = together.collate(rows, lambda task: together.tasks[task].train, together.pad_token)
+            features = batch.inputs["input_features"][batch.clips]
+            logits = model(input_features=features, decoder_input_ids=batch.inputs["decoder_input_ids"]).logits
+            total = total + torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="sum")
+        (total / part.label_tokens[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    assert steps > 5
+    for name, params in together.bank.parameters_of("en-lora").items():
+        for param, letter in (("A", "lora_A"), ("B", "lora_B")):
+            theirs = getattr(modules[name], letter)["default"].weight
+            torch.testing.assert_close(params[param], theirs, rtol=0, atol=1e-5)
+    assert max(float(params["B"].abs().max()) for params in together.bank.parameters_of("en-lora").values()) > 1e-2
