@@ -1,0 +1,221 @@
+"""Twelve adapters on speech: one joint run beside twelve PEFT runs one after the other, on the same clips.
+
+    make speech-local
+    python benchmarks/speech_joint.py --save        benchmarks/results/speech_joint_cpu.md
+
+Four languages x fLoRA (PEFT: HiRA, its residual form), LoRA and IA3 in Whisper base's decoder. One segment: a step of the joint run
+(every adapter learns from four clips), and then one step of each PEFT run on the very same clips in batches of the same windows;
+segments take turns. PEFT encodes a clip in every run, the joint run once. Memory: largest resident size of a process that does one
+step, ours with all adapters, PEFT's with one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import flora_train.cli  # noqa: F401  (how torch's threads wait is read when torch loads)
+
+# isort: split
+import torch
+from peft import HiraConfig, IA3Config, LoraConfig, get_peft_model
+
+from flora_train.adapters.base_model import load_base_model
+from flora_train.adapters.spec import AdapterSpec, expand
+from flora_train.adapters.targets import find_targets
+from flora_train.config.load import load_config
+from flora_train.config.schema import RunConfig
+from flora_train.data.batch import IGNORE
+from flora_train.data.tokens import pad_token
+from flora_train.session import Session, load_session
+from flora_train.training.environment import available_cpus, environment
+from flora_train.training.plan import StepPlan, plan_step
+from flora_train.training.run_folder import RunFolder
+from flora_train.training.trainer import Trainer
+
+RESULT = Path(__file__).resolve().parent / "results" / "speech_joint_cpu.md"
+
+
+def configuration() -> RunConfig:
+    """recipe speech_local on fewer clips, which are read sooner."""
+    limits = [f"tasks.{task}.max_examples=200" for task in ("cs", "nl", "ro", "bg")]
+    return load_config(["recipe=speech_local", "model.dtype=float32", *limits])
+
+
+class Joint:
+    """Our trainer, step by step."""
+
+    def __init__(self, folder: Path) -> None:
+        config = configuration()
+        self.session: Session = load_session(config, RunFolder(folder), torch.device("cpu"))
+        session = self.session
+        logger = SimpleNamespace(log=lambda *args, **options: None)
+        pad = pad_token(session.tokenizer)
+        self.trainer = Trainer(
+            config, session.model, session.bank, session.tasks, pad, RunFolder(folder), logger, session.collate
+        )
+        self.session.model.train()
+
+    def plan(self, number: int) -> StepPlan:
+        """The step's rows; their features are made beforehand, which is no part of what is measured."""
+        trainer = self.trainer
+        plan = plan_step(trainer.mixture, number, trainer.tasks, trainer.bank, trainer.config.training.tokens_per_microbatch)
+        assert plan is not None
+        for rows in plan.microbatches:
+            trainer.collate(rows, lambda task: trainer.tasks[task].train, trainer.pad_token)
+        return plan
+
+    def step(self, number: int, plan: StepPlan) -> None:
+        self.trainer.step(number, plan)
+
+    def batches_of(self, plan: StepPlan, adapter: int) -> list[Batch]:
+        """One adapter's part of a step, in batches of the same windows."""
+        found = []
+        for group in plan.microbatches:
+            if rows := [row for row in group if row.adapter == adapter]:
+                batch = self.trainer.collate(rows, lambda task: self.trainer.tasks[task].train, self.trainer.pad_token)
+                found.append((batch.inputs["input_features"][batch.clips], batch.inputs["decoder_input_ids"], batch.labels))
+        return found
+
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Features, decoder tokens, labels."""
+
+
+class Peft:
+    """A PEFT run of one adapter, on a base of its own."""
+
+    def __init__(self, config: RunConfig, spec: AdapterSpec) -> None:
+        base: Any = load_base_model(config.model, torch.device("cpu"))
+        modules = sorted(find_targets(base, spec))
+        if spec.method == "lora":
+            options: Any = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=modules)
+        elif spec.method == "flora":
+            options = HiraConfig(r=spec.rank, target_modules=modules)
+        else:
+            feedforward = [name for name in modules if name.endswith("fc2")]
+            options = IA3Config(target_modules=modules, feedforward_modules=feedforward)
+        self.model = get_peft_model(base, options).train()
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=spec.lr, weight_decay=0.0)
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        tokens = sum(int((labels != IGNORE).sum()) for *_, labels in batches)
+        for features, read, labels in batches:
+            logits = self.model(input_features=features, decoder_input_ids=read).logits
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="sum")
+            (loss / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def times(repeats: int) -> dict[str, Any]:
+    """Seconds of every segment, and where ours go."""
+    torch.set_num_threads(available_cpus())
+    with tempfile.TemporaryDirectory() as folder:
+        joint = Joint(Path(folder))
+        specs = joint.session.bank.specs
+        runs = [Peft(joint.session.config, spec) for spec in specs]
+        found: dict[str, list[float]] = {"joint": [], "peft": []}
+        for number in range(repeats + 1):
+            plan = joint.plan(number)
+            parts = [joint.batches_of(plan, adapter) for adapter in range(len(specs))]
+            order = ["joint", "peft"] if number % 2 else ["peft", "joint"]
+            for who in order:
+                started = time.perf_counter()
+                if who == "joint":
+                    joint.step(number, plan)
+                else:
+                    for run, batches in zip(runs, parts, strict=True):
+                        run.step(batches)
+                if number:  # the first is a warm-up
+                    found[who].append(time.perf_counter() - started)
+        return {**found, "adapters": len(specs), "shares": joint.trainer.clock.shares()}
+
+
+def peaks() -> dict[str, float]:
+    """GiB of a process of its own that does one step: jointly, and of every method in PEFT."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        joint = Joint(Path(folder))
+        plan = joint.plan(0)
+        for who in ("joint", *dict.fromkeys(spec.family for spec in joint.session.bank.specs)):
+            file = Path(folder) / f"{who}.pt"
+            if who != "joint":
+                torch.save(joint.batches_of(plan, joint.session.bank.ids[f"cs-{who}"]), file)
+            done = subprocess.run(
+                [sys.executable, __file__, "--peak", who, str(file)], capture_output=True, text=True, check=True
+            )
+            found[who] = float(done.stdout.splitlines()[-1])
+    return found
+
+
+def one_step(who: str, file: str) -> None:
+    """Do it, and print the largest resident size."""
+    torch.set_num_threads(available_cpus())
+    if who == "joint":
+        with tempfile.TemporaryDirectory() as folder:
+            joint = Joint(Path(folder))
+            joint.step(0, joint.plan(0))
+    else:
+        config = configuration()
+        spec = next(spec for spec in expand(config) if spec.name == f"cs-{who}")
+        Peft(config, spec).step(torch.load(file))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def report(repeats: int) -> str:
+    """The result, as Markdown."""
+    found = times(repeats)
+    ratios = [theirs / ours for theirs, ours in zip(found["peft"], found["joint"], strict=True)]
+    memory = peaks()
+    facts = environment()
+    where = f"{facts['machine']['processor']}, {available_cpus()} threads, float32"
+    versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    alone = max(size for who, size in memory.items() if who != "joint")
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in found["shares"].items() if share >= 0.005)
+    return "\n".join(
+        [
+            "# Speech: twelve adapters in one run, and in twelve PEFT runs one after the other",
+            "",
+            f"{where}, {versions}, commit {facts['commit']}. `python benchmarks/speech_joint.py --save` prints this file.",
+            "",
+            "| | joint | PEFT | PEFT / joint |",
+            "|---|---|---|---|",
+            f"| one step of {found['adapters']} adapters, median of {repeats} that took turns | {median(found['joint']):.1f} s "
+            f"| {median(found['peft']):.1f} s | **{median(ratios):.2f}** [{min(ratios):.2f}, {max(ratios):.2f}] |",
+            f"| memory of one process, GiB | {memory['joint']:.2f} | {alone:.2f} (one adapter) | {alone / memory['joint']:.2f} |",
+            "",
+            f"Where the joint run's time goes: {shares}.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        one_step(*options.peak)
+        return
+    text = report(options.repeats)
+    print(text)
+    if options.save:
+        RESULT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
