@@ -121,7 +121,7 @@ def listing(folder: Path) -> dict[str, int]:
         (
             ["adapters.lora.rank=0", "training.stepz=3", "tasks.lua.train={}", "adapters.x.method=flora"],
             [
-                "tasks.lua.train.folder: give exactly one of hub, files or folder, not none",
+                "tasks.lua.train.folder: give exactly one of hub, files, common_voice or folder, not none",
                 "adapters.lora.rank = 0: must be at least 1",
                 "adapters.x.lr: is required",
                 "training.stepz: unknown key; *",

@@ -95,18 +95,7 @@ def _transcribe(
 ) -> None:
     """Append what the log lacks: every test clip of every task, by the base and by the task's adapters, shared out to processes."""
     digests = {adapter: bank.digest(adapter) for adapter in (BASE_ID, *range(len(bank.specs)))}
-    todo: list[tuple[str, int, int]] = []
-    for name, task in tasks.items():
-        adapters = [BASE_ID, *(bank.ids[spec.name] for spec in bank.specs if spec.task == name)]
-        split = judged_split(task)
-        for example in range(len(split)):
-            for adapter in adapters:
-                logged = known.get((_name(bank, adapter), name, example))
-                if logged is None or (logged.clip_sha, logged.adapter_sha) != (str(split.shas[example]), digests[adapter]):
-                    todo.append((name, example, adapter))
-    stale = [entry for entry in todo if (_name(bank, entry[2]), entry[0], entry[1]) in known]
-    if stale:
-        _refuse(log, bank, stale[0])
+    todo = _missing(tasks, bank, digests, log, known)
     # neighbours in the deal share their clip, so a process gets whole clips
     clips = sorted({(name, example) for name, example, _ in todo}, key=lambda clip: (-_window(tasks, clip), clip))
     rank, processes = world()
@@ -150,6 +139,29 @@ def _transcribe(
         transcriber.run(requests, report)
 
 
+def _missing(
+    tasks: Mapping[str, Task],
+    bank: AdapterBank,
+    digests: Mapping[int, str],
+    log: GrowingLog[LoggedTranscript],
+    known: Mapping[tuple[Any, ...], LoggedTranscript],
+) -> list[tuple[str, int, int]]:
+    """(task, example, adapter) of every transcript that the log lacks. Raises UserError for one of other numbers or another file."""
+    todo: list[tuple[str, int, int]] = []
+    for name, task in tasks.items():
+        adapters = [BASE_ID, *(bank.ids[spec.name] for spec in bank.specs if spec.task == name)]
+        for example, sha in enumerate(judged_split(task).shas.tolist()):
+            for adapter in adapters:
+                key = (_name(bank, adapter), name, example)
+                logged = known.get(key)
+                if logged is None:
+                    todo.append((name, example, adapter))
+                elif (logged.clip_sha, logged.adapter_sha) != (sha, digests[adapter]):
+                    words = "was made by other numbers of this adapter, or from another file (trained on?)"
+                    raise fail(f"{log.path}: {'/'.join(map(str, key))}", None, f"{words}: {log.another}")
+    return todo
+
+
 def _window(tasks: Mapping[str, Task], clip: tuple[str, int]) -> int:
     """Encoder positions of a (task, example)."""
     return judged_split(tasks[clip[0]]).window(clip[1])
@@ -157,9 +169,3 @@ def _window(tasks: Mapping[str, Task], clip: tuple[str, int]) -> int:
 
 def _name(bank: AdapterBank, adapter: int) -> str:
     return BASE if adapter == BASE_ID else bank.specs[adapter].name
-
-
-def _refuse(log: GrowingLog[LoggedTranscript], bank: AdapterBank, entry: tuple[str, int, int]) -> None:
-    name, example, adapter = entry
-    words = "was transcribed by other numbers of this adapter, or from another file (trained on?): move the folder away"
-    raise fail(f"{log.path}: {_name(bank, adapter)}/{name}/{example}", None, words)

@@ -24,8 +24,7 @@ def estimate(value: float | None, half: float = 0.01) -> dict[str, Any]:
 
 def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict[str, Any]:
     """The mapping of a run. differences: task -> family -> bits per byte against the base, None for not finite."""
-    counts: dict[str, Any] = dict.fromkeys(("empty", "over_long_split", "over_long_dropped", "prompt_too_long"), 0)
-    counts["unusable"] = {}
+    counts: Any = {"unusable": {}, **dict.fromkeys(("empty", "over_long_split", "over_long_dropped", "prompt_too_long"), 0)}
     counts |= {"rows": 1234, "unsampled": 17, "over_long_truncated": 5, "examples": 1217, "tokens": 9000, "label_tokens": 8000}
     tasks, adapters, judged, completions = [], [], [], []
     curves: dict[str, Any] = {"training": {}, "heldout": {}, "base": dict.fromkeys(differences, 2.0), "heldout_examples": 8}
@@ -90,8 +89,8 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
         )
     facts = {"model": "models/tiny", "dtype": "float32", "seconds": {"train": 61.0}, "config": "name: x", "commit": None}
     parts = {"tasks": tasks, "adapters": adapters, "results": judged, "curves": curves, "completions": completions}
-    parts |= {"code": [], "speech": None}
-    return {"schema": 1, "name": "a run", "facts": facts, **parts, "not_measured": ["Everything else."], **changes}
+    rest = {"code": [], "speech": None, "not_measured": ["Everything else."], **changes}
+    return {"schema": 1, "name": "a run", "facts": facts, **parts, **rest}
 
 
 def summary(differences: dict[str, dict[str, float | None]]) -> str:
