@@ -19,7 +19,7 @@ def is_speech_model(model_config: Any) -> bool:
 
 def encoder_name(model: Any) -> str | None:
     """The module name of an encoder-decoder's encoder."""
-    if not getattr(model.config, "is_encoder_decoder", False):
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     encoder = model.get_encoder()
     return next(name for name, module in model.named_modules() if module is encoder)

@@ -98,7 +98,7 @@ def _hub_rows(source: SourceConfig, key: str) -> list[Row]:
     try:
         # a data set in the local cache loads offline too
         rows = datasets.load_dataset(source.hub, source.subset, streaming=source.max_rows is not None, **options)
-        for name, feature in (rows.features or {}).items():
+        for name, feature in (getattr(rows, "features", None) or {}).items():
             if isinstance(feature, datasets.Audio):  # as bytes: decoding is ours
                 rows = rows.cast_column(name, datasets.Audio(decode=False))
         return list(islice(rows, source.max_rows))
