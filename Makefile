@@ -7,7 +7,7 @@ WHISPER := assets/models/whisper-base/manifest.json
 ARGS ?=
 MULTIPL_E ?=
 
-.PHONY: help quickstart sweep code-local speech-local test test-gpu lint types format bench bench-quick bench-gpu figures clean
+.PHONY: help quickstart sweep code-local speech-local test test-slow test-gpu lint types format bench bench-quick bench-gpu figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -29,6 +29,9 @@ speech-local: $(INSTALLED) $(WHISPER)  ## on Debian 12: build Whisper base and h
 
 test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+test-slow: $(INSTALLED) $(MODEL)  ## the tests that `make test` leaves out because shorter ones of their kind are in it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu:  ## on a machine with a GPU: its tests, and the kernels' own (PYTHON=... without .venv)
 	$(PYTHON) -m pytest tests/gpu tests/unit/kernels $(ARGS)

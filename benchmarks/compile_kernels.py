@@ -1,7 +1,7 @@
 """Do the Triton kernels fit the chips they are for? Compiled ahead of time, on any Linux machine, without a GPU.
 
 Prints registers, spilled bytes, shared memory and instructions of every kernel, type, rank and chip; exits with 1 if one spills or needs more
-shared memory than the chip has. Nothing here says how fast they are. Usage: python benchmarks/compile_kernels.py [--jobs N] [--save]
+shared memory than the chip has. Nothing here says how fast they are. Usage: python benchmarks/compile_kernels.py [--jobs N] [--chips 80 90] [--save]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +122,9 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
     }
 
 
-def configurations() -> Iterator[tuple[str, str, int, int]]:
+def configurations(chips: Sequence[int]) -> Iterator[tuple[str, str, int, int]]:
     """(kernel, type, rank, compute capability); a kernel that knows no rank comes once."""
-    for capability in SHARED_BYTES:
+    for capability in chips:
         for dtype in DTYPES:
             for rank in RANKS:
                 for name in variants(dtype, rank, capability):
@@ -201,9 +201,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument(
+        "--chips", type=int, nargs="+", choices=list(SHARED_BYTES), default=list(SHARED_BYTES), help="for these only"
+    )
     options = parser.parse_args()
     with ProcessPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(compile_one, *zip(*configurations(), strict=True)))
+        found = list(pool.map(compile_one, *zip(*configurations(options.chips), strict=True)))
     heading = [
         "# The Triton kernels, compiled",
         "",

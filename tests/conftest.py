@@ -64,6 +64,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-docs", action="store_true", help="write the tables in docs/ instead of comparing them")
 
 
+LONGEST = (
+    "test_compiled_kernels",
+    "test_isolation_triton",
+    "test_lora_ia3_triton",
+    "test_resume",
+    "test_solve",
+    "test_flora_triton",
+)
+"""Modules that take longest: the first to begin, so that no process ends long after the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture
 def update_docs(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
     """Compare a document with what a test found, or under --update-docs write it."""

@@ -22,7 +22,7 @@ from tests.unit.training.harness import (
 
 
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"])
 def test_trained_together_equals_trained_alone(tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
     formulation = flora.formulation
