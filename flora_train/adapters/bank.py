@@ -36,6 +36,7 @@ class AdapterBank:
         self.router = Router()
         self.device = check_base(model)
         self._encoder = encoder_name(model)
+        self._sharing = frozenset() if self._encoder is None else self._who_leaves_the_encoder(f"{self._encoder}.")
 
     @classmethod
     def attach(
@@ -111,9 +112,11 @@ class AdapterBank:
 
     def shares_encoding(self, adapter: int) -> bool:
         """Whether this adapter (-1: the base) leaves an encoder-decoder's encoder as it is."""
-        if self._encoder is None:
-            return False
-        return adapter == BASE_ID or not any(name.startswith(f"{self._encoder}.") for name in self.location[adapter][0].targets)
+        return adapter in self._sharing
+
+    def _who_leaves_the_encoder(self, prefix: str) -> frozenset[int]:
+        apart = {id(pool) for pool in self.pools if any(name.startswith(prefix) for name in pool.targets)}
+        return frozenset({BASE_ID} | {i for i, (pool, _) in enumerate(self.location) if id(pool) not in apart})
 
     def parameters_of(self, name: str) -> dict[str, dict[str, Tensor]]:
         """Module -> parameter -> view of this adapter's values."""

@@ -103,7 +103,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        # Intel's AVX512-BF16 runs at half the rate of float32 multiplication, which leaves bfloat16 slower than float32
+        # without AMX, Intel's processors multiply bfloat16 slower than float32
         native = torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
     else:
         native = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from flora_train.adapters.bank import AdapterBank
@@ -104,8 +105,17 @@ def _task(task: Task, tokens: int, target_share: float) -> dict[str, Any]:
 
 def _counts(split: TokenSplit) -> dict[str, Any]:
     """Counts of a split; of clips that were left out the first SHOWN paths of each reason (all stand in clips_left_out.tsv)."""
-    unusable = {reason: {"clips": len(paths), "first": list(paths[:SHOWN])} for reason, paths in split.counts.unusable.items()}
+    unusable = {
+        reason: {"clips": len(paths), "first": [_from_here(path) for path in paths[:SHOWN]]}
+        for reason, paths in split.counts.unusable.items()
+    }
     return {**asdict(split.counts), "unusable": unusable}
+
+
+def _from_here(path: str) -> str:
+    """Relative to the working directory where it is below it: a report is passed on, and says nothing of its machine."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _adapter(bank: AdapterBank, adapter: int, kept: Mapping[int, Kept], latest: Mapping[str, Any]) -> dict[str, Any]:

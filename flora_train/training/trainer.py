@@ -88,22 +88,20 @@ class Trainer:
         config, at, begun = self.config.training, self.at, self.at.done
         every = self.config.evaluation.every or config.steps
         self.model.train()
+        plan = self._plan(at.done)
         with Watch("train", config.steps, begun) as watch:
             while at.done < config.steps:
-                plan = plan_step(self.mixture, at.done, self.tasks, self.bank, config.tokens_per_microbatch)
                 if plan is None:
                     break
-                if (
-                    coming := plan_step(self.mixture, at.done + 1, self.tasks, self.bank, config.tokens_per_microbatch)
-                ) is not None:
-                    for rows in share_of_rank(coming.microbatches, *world()):
-                        look_ahead(self.collate, rows, self._training_split)
+                coming = self._plan(at.done + 1) if at.done + 1 < config.steps else None
+                for rows in share_of_rank(coming.microbatches if coming else (), *world()):
+                    look_ahead(self.collate, rows, self._training_split)
                 if self.clock.base_rate is None:
                     self.time_base(plan)
                 started = time.monotonic()
                 self.step(at.done, plan)
                 at.seconds += time.monotonic() - started
-                at.done += 1
+                at.done, plan = at.done + 1, coming
                 watch.update(at.done, self._facts(), force_line=at.done % config.log_every == 0)
                 if at.done % config.log_every == 0:
                     self._log()
@@ -195,6 +193,9 @@ class Trainer:
             seconds.append(self.clock.now() - started - (self.clock.seconds["loss"] - loss_before))
         self.clock.seconds.clear()
         self.clock.base_rate = min(seconds) / batch.padded_tokens
+
+    def _plan(self, number: int) -> StepPlan | None:
+        return plan_step(self.mixture, number, self.tasks, self.bank, self.config.training.tokens_per_microbatch)
 
     def _training_split(self, task: str) -> TokenSplit:
         return self.tasks[task].train

@@ -48,7 +48,7 @@ class Ears:
                 raise fail(f"{key}.speech.token", token, words)
             words = (
                 "is a language that this model has no token for: to train it nevertheless, choose the token of a related language, "
-                f"tasks.NAME.speech.token=<|xx|>.{did_you_mean(speech.language, [known[2:-2] for known in languages])}"
+                f"{key}.speech.token=<|xx|>.{did_you_mean(speech.language, [known[2:-2] for known in languages])}"
             )
             raise fail(f"{key}.speech.language", speech.language, words)
         return [vocabulary[word] for word in (START, token, TRANSCRIBE, NO_TIMESTAMPS)]
