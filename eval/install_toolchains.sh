@@ -25,6 +25,7 @@ for key in "$@"; do
 done
 missing=()
 for package in "${packages[@]}"; do
+  [ "$package" = npm ] && command -v npm >/dev/null && continue # Node's own packages contain it, and conflict with Debian's
   dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
 done
 if [ "${#missing[@]}" -gt 0 ]; then
