@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -26,14 +25,11 @@ import flora_train.cli  # noqa: F401  (how torch's threads wait is read when tor
 
 # isort: split
 import torch
-from peft import HiraConfig, IA3Config, LoraConfig, get_peft_model
+from contenders.peft_speech import Batch, PeftRun, batches_of
 
-from flora_train.adapters.base_model import load_base_model
-from flora_train.adapters.spec import AdapterSpec, expand
-from flora_train.adapters.targets import find_targets
+from flora_train.adapters.spec import expand
 from flora_train.config.load import load_config
 from flora_train.config.schema import RunConfig
-from flora_train.data.batch import IGNORE
 from flora_train.data.tokens import pad_token
 from flora_train.session import Session, load_session
 from flora_train.training.environment import available_cpus, environment
@@ -77,45 +73,8 @@ class Joint:
         self.trainer.step(number, plan)
 
     def batches_of(self, plan: StepPlan, adapter: int) -> list[Batch]:
-        """One adapter's part of a step, in batches of the same windows."""
-        found = []
-        for group in plan.microbatches:
-            if rows := [row for row in group if row.adapter == adapter]:
-                batch = self.trainer.collate(rows, lambda task: self.trainer.tasks[task].train, self.trainer.pad_token)
-                found.append((batch.inputs["input_features"][batch.clips], batch.inputs["decoder_input_ids"], batch.labels))
-        return found
-
-
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Features, decoder tokens, labels."""
-
-
-class Peft:
-    """A PEFT run of one adapter, on a base of its own."""
-
-    def __init__(self, config: RunConfig, spec: AdapterSpec) -> None:
-        base: Any = load_base_model(config.model, torch.device("cpu"))
-        modules = sorted(find_targets(base, spec))
-        if spec.method == "lora":
-            options: Any = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=modules)
-        elif spec.method == "flora":
-            options = HiraConfig(r=spec.rank, target_modules=modules)
-        else:
-            feedforward = [name for name in modules if name.endswith("fc2")]
-            options = IA3Config(target_modules=modules, feedforward_modules=feedforward)
-        self.model = get_peft_model(base, options).train()
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=spec.lr, weight_decay=0.0)
-
-    def step(self, batches: Sequence[Batch]) -> None:
-        tokens = sum(int((labels != IGNORE).sum()) for *_, labels in batches)
-        for features, read, labels in batches:
-            logits = self.model(input_features=features, decoder_input_ids=read).logits
-            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="sum")
-            (loss / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        """One adapter's part of a step, for PEFT."""
+        return batches_of(plan, adapter, self.trainer.tasks, self.trainer.collate, self.trainer.pad_token)
 
 
 def times(repeats: int) -> dict[str, Any]:
@@ -124,7 +83,7 @@ def times(repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         joint = Joint(Path(folder))
         specs = joint.session.bank.specs
-        runs = [Peft(joint.session.config, spec) for spec in specs]
+        runs = [PeftRun(joint.session.config, spec) for spec in specs]
         found: dict[str, list[float]] = {"joint": [], "peft": []}
         for number in range(repeats + 1):
             plan = joint.plan(number)
@@ -171,7 +130,7 @@ def one_step(who: str, file: str) -> None:
     else:
         config = configuration()
         spec = next(spec for spec in expand(config) if spec.name == f"cs-{who}")
-        Peft(config, spec).step(torch.load(file))
+        PeftRun(config, spec).step(torch.load(file))
     # not getrusage: its figure begins with that of the process that started this one
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     print(int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 2**20)

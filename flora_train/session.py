@@ -17,18 +17,21 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.base_model import (
     check_kind,
     check_quantiser,
+    empty_model,
     load_base_model,
     load_feature_extractor,
     load_model_config,
     load_tokenizer,
 )
-from flora_train.adapters.encoder import is_speech_model
+from flora_train.adapters.encoder import count_positions, is_speech_model, is_whisper, longest_text
 from flora_train.adapters.spec import expand
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.batch import SpeechCollate
+from flora_train.data.audio.decode import RATE
 from flora_train.data.audio.ears import Ears, check_tokenizer_speaks
 from flora_train.data.audio.features import FeatureStore
+from flora_train.data.audio.windows import GRAIN, Windows
 from flora_train.data.batch import Collate, collate
 from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokens import check_tokenizer
@@ -86,8 +89,9 @@ def load_session(config: RunConfig, folder: RunFolder, device: torch.device, wit
 
 
 def open_ears(config: RunConfig, model_config: Any, tokenizer: Any) -> Ears:
-    """What reads clips for a speech model. Raises UserError if it is not a multilingual Whisper, or soundfile and soxr are missing."""
-    check_tokenizer_speaks(tokenizer, config.model.path)
+    """What reads clips for a speech model. Raises UserError if a package is missing, or a Whisper knows English only."""
+    if is_whisper(model_config):
+        check_tokenizer_speaks(tokenizer, config.model.path)
     for package in ("soundfile", "soxr", "jiwer"):
         if find_spec(package) is None:
             raise fail("tasks", "speech", f"speech tasks need the package {package}: pip install 'flora-train[speech]'")
@@ -95,7 +99,17 @@ def open_ears(config: RunConfig, model_config: Any, tokenizer: Any) -> Ears:
     workers = min(8, max(1, share)) if config.audio.workers is None else config.audio.workers
     extractor = load_feature_extractor(config.model)
     store = FeatureStore(cache_folder().parent / "features", extractor, config.audio.cache_gigabytes, workers)
-    return Ears(tokenizer, model_config.max_source_positions, model_config.max_target_positions, store, config.audio, Watch)
+    windows, whisper = _windows(config, model_config, extractor), is_whisper(model_config)
+    start = getattr(model_config, "decoder_start_token_id", None)
+    return Ears(tokenizer, windows, longest_text(model_config), whisper, start, store, config.audio, Watch)
+
+
+def _windows(config: RunConfig, model_config: Any, extractor: Any) -> Windows:
+    """Whisper's reach to 30 s whatever is heard; other encoders hear what there is, up to the longest clip."""
+    if is_whisper(model_config):
+        return Windows(model_config.max_source_positions * GRAIN, config.audio.window_step, lambda samples: samples // GRAIN)
+    longest = int(config.audio.max_seconds * RATE)
+    return Windows(longest, config.audio.window_step or 1.0, count_positions(empty_model(config.model), extractor))
 
 
 def reopen(run: str, with_tasks: bool = False, dtype: str | None = None) -> tuple[Session, dict[int, Kept]]:

@@ -19,6 +19,7 @@ from flora_train.config.speech_schema import AudioConfig
 from flora_train.data.audio.decode import RATE
 from flora_train.data.audio.ears import Ears
 from flora_train.data.audio.features import FeatureStore
+from flora_train.data.audio.windows import GRAIN, Windows
 from flora_train.training.progress import Watch
 
 POSITIONS, MEL_BINS = 100, 16
@@ -92,7 +93,9 @@ def save_tiny_whisper(folder: Path) -> Path:
 
 def tiny_ears(cache: Path, workers: int = 0, **audio: Any) -> Ears:
     store = FeatureStore(cache / "features", tiny_extractor(), 1.0, workers)
-    return Ears(tiny_tokenizer(), POSITIONS, 96, store, AudioConfig(**audio), Watch)
+    settings = AudioConfig(**audio)
+    windows = Windows(POSITIONS * GRAIN, settings.window_step, lambda samples: samples // GRAIN)
+    return Ears(tiny_tokenizer(), windows, 96, True, None, store, settings, Watch)
 
 
 def write_clip(path: Path, seconds: float, seed: int = 0, rate: int = RATE, channels: int = 1) -> Path:

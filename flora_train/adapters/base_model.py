@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from flora_train.adapters.encoder import is_speech_model, take_short_windows
+from flora_train.adapters.encoder import is_speech_model, is_whisper, take_short_windows
 from flora_train.config.errors import fail, first_line
 from flora_train.config.load import find_file
 from flora_train.config.schema import ModelConfig, RunConfig
@@ -35,8 +35,14 @@ def check_kind(model_config: Any, config: RunConfig) -> None:
     """Raises UserError where the tasks are speech and the model reads text, or the other way round."""
     spoken = any(task.speech is not None for task in config.tasks.values())
     if spoken and not is_speech_model(model_config):
-        fix = f"is a {model_config.model_type} model, and the tasks are speech: give a Whisper model"
+        fix = (
+            f"is a {model_config.model_type} model, and the tasks are speech: give an encoder-decoder of speech, such as Whisper"
+        )
         raise fail("model.path", config.model.path, fix)
+    if spoken and config.audio.spec_augment and not is_whisper(model_config):
+        raise fail(
+            "audio.spec_augment", True, f"is for Whisper's features, and the model is a {model_config.model_type}: leave it off"
+        )
     if not spoken and is_speech_model(model_config):
         fix = "is a speech model: its tasks need tasks.NAME.speech (docs/speech.md)"
         raise fail("model.path", config.model.path, fix)
@@ -68,7 +74,7 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
     if config.gradient_checkpointing != "off":
         reentrant = config.gradient_checkpointing == "reentrant"
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if is_speech_model(model_config):
+    if is_whisper(model_config):
         take_short_windows(model)
     model.requires_grad_(False)
     return model

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from flora_train.data.audio.features import extracted
 from flora_train.data.batch import MixedBatch
 
 
 def is_speech_model(model_config: Any) -> bool:
-    """Whether this configuration is of an encoder-decoder that hears log-mel features (Whisper)."""
+    """Whether this configuration is of an encoder-decoder that hears speech: Whisper, Moonshine, Speech2Text, ..."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+
+    known = getattr(model_config, "model_type", None) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+    return known and bool(getattr(model_config, "is_encoder_decoder", False))
+
+
+def is_whisper(model_config: Any) -> bool:
+    """Whether it is a Whisper: 30 s windows, and prompts of four tokens."""
     return getattr(model_config, "model_type", None) == "whisper"
+
+
+def longest_text(model_config: Any) -> int:
+    """Tokens that the decoder can read."""
+    text = model_config.get_text_config(decoder=True)
+    return int(getattr(text, "max_target_positions", None) or text.max_position_embeddings)
+
+
+def count_positions(empty_model: Any, extractor: Any) -> Callable[[int], int]:
+    """Samples of a window -> positions of the encoder's output: from shapes alone, on a model that holds no numbers (meta device)."""
+
+    @cache
+    @torch.no_grad()
+    def count(samples: int) -> int:
+        noise = np.random.default_rng(0).standard_normal(samples).astype(np.float32)  # some extractors divide by what varies
+        shape = extracted(extractor, noise).shape
+        return int(encode(empty_model, torch.empty((1, *shape), device="meta")).shape[1])
+
+    return count
 
 
 def encoder_name(model: Any) -> str | None:
@@ -49,15 +80,23 @@ def inputs_of(model: Any, batch: MixedBatch) -> dict[str, Any]:
     inputs = dict(batch.inputs)
     if batch.clips is None:
         return inputs
-    features = inputs.pop("input_features").to(next(model.parameters()).dtype)
+    name = model.main_input_name
+    features = inputs.pop(name).to(next(model.parameters()).dtype)
     if not all(row.shares_encoding for row in batch.rows):
-        return {**inputs, "input_features": features[batch.clips]}
-    return {**inputs, "encoder_outputs": BaseModelOutput(last_hidden_state=encode(model, features)[batch.clips])}
+        return {**inputs, name: features[batch.clips]}
+    return {**inputs, "encoder_outputs": as_outputs(encode(model, features)[batch.clips])}
+
+
+def as_outputs(hidden: Tensor) -> BaseModelOutput:
+    """States [B, positions, d] as decoders take them; all are heard, there is no mask."""
+    outputs = BaseModelOutput(last_hidden_state=hidden)
+    outputs.attention_mask = None  # some models look for one here
+    return outputs
 
 
 @torch.no_grad()
 def encode(model: Any, features: Tensor) -> Tensor:
-    """[B, mel bins, frames] -> [B, positions, d]. Rows must be those that are routed, or rows of adapters that no encoder layer
+    """Features [B, ...] -> [B, positions, d]. Rows must be those that are routed, or rows of adapters that no encoder layer
     has."""
     hidden: Tensor = model.get_encoder()(features).last_hidden_state
     return hidden

@@ -13,9 +13,10 @@ from flora_train.adapters.methods import Target
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import choices, did_you_mean, fail
 
+SPEECH = ("whisper", "speech_to_text", "moonshine")
 IA3_BEYOND_PEFT: dict[str, dict[str, list[str]]] = {
-    "target_modules": {"starcoder2": ["k_proj", "v_proj", "mlp.c_proj"], "whisper": ["k_proj", "v_proj", "fc2"]},
-    "feedforward_modules": {"starcoder2": ["mlp.c_proj"], "whisper": ["fc2"]},
+    "target_modules": {"starcoder2": ["k_proj", "v_proj", "mlp.c_proj"], **{key: ["k_proj", "v_proj", "fc2"] for key in SPEECH}},
+    "feedforward_modules": {"starcoder2": ["mlp.c_proj"], **{key: ["fc2"] for key in SPEECH}},
 }
 """Keys, values and the feed-forward output (the IA3 paper's rule) of architectures that PEFT's table lacks."""
 

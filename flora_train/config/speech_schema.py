@@ -20,6 +20,9 @@ class SpeechConfig(Section):
     token: Text | None = None
     """The language token of the decoder's prompt, for a language that the model does not know: that of a related one (<|ru|>).
     Default: <|language|>."""
+    prompt: list[Text] | None = Field(None, min_length=1)
+    """All first tokens of the decoder, by their names. Default: Whisper's four, around its language token; of another
+    encoder-decoder its start token."""
     audio: Text = "path"
     """Column of the clip: a path (absolute, or relative to the manifest), or {bytes, path} as in hub data sets."""
     sentence: Text = "sentence"
@@ -39,9 +42,10 @@ class AudioConfig(Section):
     """Longer clips are left out, and counted."""
     window_step: float | None = Field(None, gt=0, le=30.0)
     """Encoder windows: a clip is padded with silence to the next multiple of so many seconds instead of to the model's 30 s, which
-    costs less and is not the same to the last digit; docs/speech.md has what it does to error rates. Default: always 30 s."""
+    costs less and is not the same to the last digit; docs/speech.md has what it does to error rates. Default: always 30 s; steps of
+    1 s for encoders that hear any length (all but Whisper's)."""
     spec_augment: bool = False
-    """Mask bands of time and frequency in training clips (Park et al. 2019), drawn anew for each (task, example, step)."""
+    """Mask bands of time and frequency in training clips (Park et al. 2019), drawn anew for each (task, example, step). Whisper only."""
     cache_gigabytes: float = Field(20.0, gt=0)
     """Log-mel features kept on disk; beyond that, those that were not used for longest go."""
     workers: int | None = Field(None, ge=0)

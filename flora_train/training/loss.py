@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from flora_train.adapters.encoder import inputs_of
+from flora_train.adapters.encoder import as_outputs, inputs_of
 from flora_train.data.batch import IGNORE, MixedBatch
 from flora_train.training.clock import StepClock
 
@@ -106,8 +106,9 @@ def _head_makes_logits(model: nn.Module, head: nn.Module) -> bool:
     token = torch.ones(1, 1, dtype=torch.long, device=head.weight.device)
     inputs: dict[str, Any] = {"input_ids": token}
     if _is_encoder_decoder(model):
-        encoded = torch.zeros(1, 1, model.config.d_model, dtype=head.weight.dtype, device=head.weight.device)  # type: ignore
-        inputs = {"encoder_outputs": (encoded,), "decoder_input_ids": token}
+        width: int = model.config.hidden_size  # type: ignore
+        encoded = torch.zeros(1, 1, width, dtype=head.weight.dtype, device=head.weight.device)
+        inputs = {"encoder_outputs": as_outputs(encoded), "decoder_input_ids": token}
     with _head_input(head, token.bool(), first_only=False) as hidden:
         logits = model(**inputs, use_cache=False).logits
     return torch.equal(head(hidden[0]), logits[0])

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForSpeechSeq2Seq
 
 from tests.e2e.conftest import Launch
+from tests.other_speech import save_tiny
 from tests.speech import MEL_BINS, POSITIONS, save_tiny_whisper, write_corpus, write_manifest
 
 LANGUAGES = ("en", "cs")
@@ -139,3 +140,20 @@ def test_too_few_usable_clips_are_named_before_the_model_is_loaded(speech_recipe
     assert done.returncode != 0
     assert "tasks.en.test: no usable clip among 1: 1 no such file" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_another_encoder_decoder_trains_and_is_measured(launch: Launch, speech_recipe: Path, tmp_path: Path) -> None:
+    words = [
+        f"recipe={speech_recipe}",
+        f"model.path={save_tiny('moonshine', tmp_path / 'model')}",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    refused = launch(*words)
+    assert "error: audio.spec_augment = True: is for Whisper" in refused.stderr
+    done = launch(*words, "audio.spec_augment=false", "training.steps=2", "training.tokens_per_step=2000")
+    assert done.returncode == 0, done.stderr
+    for part in report_of(tmp_path / "run")["speech"]["languages"]:
+        assert [contender["family"] for contender in part["contenders"]] == ["base", "flora", "lora"]
+        assert all(contender["wer"]["N"] > 0 for contender in part["contenders"])
+    base = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
+    PeftModel.from_pretrained(base, tmp_path / "run" / "adapters" / "cs-lora")

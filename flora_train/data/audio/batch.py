@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flora_train.data.audio.features import FeatureStore, Heard
+from flora_train.data.audio.features import FeatureStore, Heard, input_name
 from flora_train.data.audio.split import SpeechSplit
 from flora_train.data.batch import IGNORE, MixedBatch, Row
 from flora_train.data.tokens import TokenSplit
@@ -20,8 +20,8 @@ SPANS, SPAN_WIDTH = 2, 0.05
 
 
 class SpeechCollate:
-    """Batches of an encoder-decoder that hears log-mel features: input_features float32 [clips, mel bins, frames] and
-    decoder_input_ids int64 [B, L]; labels [B, L] are what each of these predicts."""
+    """Batches of an encoder-decoder: features float32 [clips, ...], under the name that the model has for them (input_features
+    [clips, mel bins, frames] of Whisper), and decoder_input_ids int64 [B, L]; labels [B, L] are what each of these predicts."""
 
     def __init__(self, store: FeatureStore, spec_augment: bool) -> None:
         self.store, self.spec_augment = store, spec_augment
@@ -48,7 +48,10 @@ class SpeechCollate:
             read[i, : len(tokens) - 1] = tokens[:-1]
             labels[i, prompt - 1 : len(tokens) - 1] = tokens[prompt:]
         return MixedBatch(
-            inputs={"input_features": torch.from_numpy(np.stack(heard)), "decoder_input_ids": torch.from_numpy(read)},
+            inputs={
+                input_name(self.store.extractor): torch.from_numpy(np.stack(heard)),
+                "decoder_input_ids": torch.from_numpy(read),
+            },
             labels=torch.from_numpy(labels),
             adapter_ids=torch.tensor([row.adapter for row in rows]),
             rows=tuple(rows),

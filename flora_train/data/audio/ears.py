@@ -1,8 +1,7 @@
-"""What must be known of a speech model before its data can be read? Its tokens, its window, and where clips and features are kept."""
+"""What must be known of a speech model before its data can be read? Its tokens, its windows, and where clips and features are kept."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from concurrent.futures import as_completed
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 from flora_train.config.errors import did_you_mean, fail
 from flora_train.config.speech_schema import AudioConfig, SpeechConfig
 from flora_train.data.audio.decode import RATE, Clip, look_at
-from flora_train.data.audio.features import SAMPLES_PER_POSITION, FeatureStore
+from flora_train.data.audio.features import FeatureStore
+from flora_train.data.audio.windows import Windows
 
-POSITIONS_PER_SECOND = RATE // SAMPLES_PER_POSITION
 START, TRANSCRIBE, NO_TIMESTAMPS = "<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>"
 
 Progress = Callable[[str, int], Any]
@@ -26,20 +25,36 @@ Progress = Callable[[str, int], Any]
 
 @dataclass(frozen=True)
 class Ears:
-    """tokenizer: Whisper's; positions: of the encoder's longest window; max_tokens: of the decoder; store: of features."""
+    """whisper: whether it is one, whose prompts are made around a language; else start: the decoder's first token, where the model
+    says it; max_tokens: that the decoder can read; store: of features."""
 
     tokenizer: Any
-    positions: int
+    windows: Windows
     max_tokens: int
+    whisper: bool
+    start: int | None
     store: FeatureStore
     audio: AudioConfig
     progress: Progress
 
     def prompt(self, speech: SpeechConfig, key: str) -> list[int]:
-        """The decoder's first tokens for a language: start, language, transcribe, no timestamps.
+        """The decoder's first tokens for a language; of Whisper: start, language, transcribe, no timestamps.
 
         Raises UserError for a language that the model does not know (a related one's token can be chosen), or an unknown token."""
         vocabulary = self.tokenizer.get_vocab()
+        if speech.prompt is not None:
+            if unknown := [word for word in speech.prompt if word not in vocabulary]:
+                words = f"is no token of this model.{did_you_mean(unknown[0], vocabulary)}"
+                raise fail(f"{key}.speech.prompt", unknown[0], words)
+            return [vocabulary[word] for word in speech.prompt]
+        if not self.whisper:
+            if speech.token is not None:
+                words = "only Whisper's prompt is made around a language token: name all first tokens in speech.prompt instead"
+                raise fail(f"{key}.speech.token", speech.token, words)
+            if self.start is None:
+                words = "name the decoder's first tokens: this model's configuration does not say its start token"
+                raise fail(f"{key}.speech.prompt", None, words)
+            return [self.start]
         languages = language_tokens(vocabulary)
         token = speech.token or f"<|{speech.language}|>"
         if token not in languages:
@@ -54,22 +69,14 @@ class Ears:
         return [vocabulary[word] for word in (START, token, TRANSCRIBE, NO_TIMESTAMPS)]
 
     def tokens(self, prompt: list[int], sentence: str) -> NDArray[np.int32]:
-        """Prompt, sentence (after a space, as Whisper writes) and end token."""
-        text = self.tokenizer(f" {sentence}", add_special_tokens=False)["input_ids"]
+        """Prompt, sentence (of Whisper after a space, as it writes) and end token."""
+        text = self.tokenizer(f" {sentence}" if self.whisper else sentence, add_special_tokens=False)["input_ids"]
         return np.array([*prompt, *text, self.tokenizer.eos_token_id], dtype=np.int32)
-
-    def window(self, seconds: float) -> int:
-        """Encoder positions of a clip: all, or as many as the next multiple of audio.window_step takes."""
-        step = self.audio.window_step
-        if step is None:
-            return self.positions
-        padded = max(1, math.ceil(seconds / step - 1e-9)) * step
-        return min(self.positions, math.ceil(padded * POSITIONS_PER_SECOND - 1e-9))
 
     @property
     def max_seconds(self) -> float:
         """The longest clip that is used."""
-        return min(self.audio.max_seconds, self.positions / POSITIONS_PER_SECOND)
+        return min(self.audio.max_seconds, self.windows.longest / RATE)
 
     def look(self, paths: list[str], what: str) -> list[Clip]:
         """Decode every file once, in the workers. what: for the progress line."""

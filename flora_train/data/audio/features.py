@@ -19,30 +19,26 @@ from numpy.typing import NDArray
 
 from flora_train.data.audio.decode import RATE, read_clip
 
-SAMPLES_PER_POSITION = 320
-"""Of 16 kHz audio in one position of the encoder: two frames of 10 ms, which its second convolution joins."""
-
 
 @dataclass(frozen=True)
 class Heard:
-    """A clip as an encoder gets it: its file, the SHA-256 of its bytes, and the encoder positions of its window."""
+    """A clip as an encoder gets it: its file, the SHA-256 of its bytes, and the samples of its window."""
 
     path: str
     sha: str
-    window: int
+    samples: int
 
 
 class FeatureStore:
-    """Features of clips, float16 [mel bins, 2 x window], kept in `folder` by content up to `gigabytes`; the longest unused go first.
+    """Features of clips, as `extracted` makes them, kept in `folder` by content up to `gigabytes`; the longest unused go first.
 
-    extractor: a WhisperFeatureExtractor, or one with its interface; workers: processes that decode and transform (0: this one).
-    Rounded to half precision whether they come from disk or not, so that the cache changes nothing.
+    extractor: a feature extractor of transformers; workers: processes that decode and transform (0: this one).
     """
 
     def __init__(self, folder: Path, extractor: Any, gigabytes: float, workers: int) -> None:
         self.folder, self.extractor, self.limit, self.workers = folder, extractor, int(gigabytes * 1e9), workers
         self._settings = json.dumps(extractor.to_dict(), sort_keys=True, default=str)
-        self._coming: dict[Path, Future[NDArray[np.float16]]] = {}
+        self._coming: dict[Path, Future[NDArray[Any]]] = {}
         self._pool: ProcessPoolExecutor | None = None
         self._bytes: int | None = None
 
@@ -53,7 +49,7 @@ class FeatureStore:
             if self.workers and path not in self._coming and not path.exists():
                 self._coming[path] = self.pool.submit(_features, self.extractor, clip)
 
-    def get(self, clips: Sequence[Heard]) -> list[NDArray[np.float16]]:
+    def get(self, clips: Sequence[Heard]) -> list[NDArray[Any]]:
         """The features of these clips, in their order."""
         self.ahead(clips)
         return [self._get(clip) for clip in clips]
@@ -72,12 +68,12 @@ class FeatureStore:
             self._pool = None
         self._coming.clear()
 
-    def _get(self, clip: Heard) -> NDArray[np.float16]:
+    def _get(self, clip: Heard) -> NDArray[Any]:
         path = self._path(clip)
         coming = self._coming.pop(path, None)
         if coming is None and path.exists():
             try:
-                features: NDArray[np.float16] = np.load(path, allow_pickle=False)
+                features: NDArray[Any] = np.load(path, allow_pickle=False)
                 os.utime(path)  # its last use
                 return features
             except (OSError, ValueError, EOFError):
@@ -87,10 +83,10 @@ class FeatureStore:
         return features
 
     def _path(self, clip: Heard) -> Path:
-        key = sha256(f"{self._settings}\x1f{clip.sha}\x1f{clip.window}".encode()).hexdigest()
+        key = sha256(f"{self._settings}\x1f{clip.sha}\x1f{clip.samples}".encode()).hexdigest()
         return self.folder / key[:2] / f"{key[2:40]}.npy"
 
-    def _keep(self, path: Path, features: NDArray[np.float16]) -> None:
+    def _keep(self, path: Path, features: NDArray[Any]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
@@ -129,12 +125,22 @@ class FeatureStore:
         return found
 
 
-def _features(extractor: Any, clip: Heard) -> NDArray[np.float16]:
-    """Log-mel features of a clip, padded with silence to its window. Raises ClipError."""
-    samples = read_clip(Path(clip.path))
-    size = clip.window * SAMPLES_PER_POSITION
-    found = extractor(samples, sampling_rate=RATE, padding="max_length", max_length=size, truncation=True, return_tensors="np")
-    return found["input_features"][0].astype(np.float16)
+def extracted(extractor: Any, samples: NDArray[np.float32]) -> NDArray[Any]:
+    """What the encoder gets of these samples: log-mel features float16 ([mel bins, frames] for Whisper), rounded whether they come
+    from disk or not, so that the cache changes nothing; or, of a model that hears the wave itself, float32 [n]."""
+    found = extractor(samples, sampling_rate=RATE, padding=True, return_tensors="np")[input_name(extractor)][0]
+    return found.astype(np.float32 if found.ndim == 1 else np.float16)
+
+
+def input_name(extractor: Any) -> str:
+    """What the model calls its features."""
+    return str(extractor.model_input_names[0])
+
+
+def _features(extractor: Any, clip: Heard) -> NDArray[Any]:
+    """Features of a clip, padded with silence to its window. Raises ClipError."""
+    samples = read_clip(Path(clip.path))[: clip.samples]
+    return extracted(extractor, np.pad(samples, (0, clip.samples - len(samples))))
 
 
 def _one_thread() -> None:

@@ -23,7 +23,7 @@ from flora_train.data.sampling import hold_out, sample, seed_of
 from flora_train.data.sources import Row, read_rows, source_files
 from flora_train.data.tokens import SplitCounts, tokenizer_hash
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 NO_SENTENCE, OVER_LONG, TWICE, HELD_OUT, TOO_MANY_TOKENS = (
     "no transcript",
     "longer than audio.max_seconds",
@@ -107,8 +107,16 @@ class _SplitMaker:
                 usable[line.path] = line
         chosen = sample(list(usable.values()), limit, seed_of(self.config.seed, self.name, split))
         audio = self.ears.audio
-        setting: list[Any] = [CACHE_VERSION, self.config.training.max_length, audio.max_seconds, audio.window_step]
-        setting += [self.ears.positions, self.prompt, tokenizer_hash(self.ears.tokenizer), len(lines), dict(left_out)]
+        setting: list[Any] = [CACHE_VERSION, self.config.training.max_length, audio.max_seconds, self.ears.windows.step]
+        longest = self.ears.windows.longest
+        setting += [
+            longest,
+            self.ears.windows.positions(longest),
+            self.prompt,
+            tokenizer_hash(self.ears.tokenizer),
+            len(lines),
+            dict(left_out),
+        ]
         content = [[line.path, line.sentence, line.stamp] for line in chosen]
         key = hashlib.sha256(json.dumps([setting, content]).encode()).hexdigest()
         self.hashes.append(key)
@@ -136,8 +144,9 @@ class _SplitMaker:
             elif len(tokens) > room:
                 unusable[TOO_MANY_TOKENS].append(line.path)
             else:
-                window = self.ears.window(clip.seconds)
-                utterances.append(Utterance(line.path, clip.sha, clip.seconds, line.sentence, window, tokens))
+                samples = self.ears.windows.samples(clip.seconds)
+                positions = self.ears.windows.positions(samples)
+                utterances.append(Utterance(line.path, clip.sha, clip.seconds, line.sentence, samples, positions, tokens))
         tokens_made = sum(len(u.tokens) for u in utterances)
         counts = SplitCounts(
             rows=rows,

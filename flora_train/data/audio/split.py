@@ -14,25 +14,28 @@ from flora_train.data.tokens import SplitCounts, TokenSplit
 
 @dataclass(frozen=True)
 class Utterance:
-    """A clip that can be used, and what is said in it. window: encoder positions; tokens: decoder tokens, prompt and end included."""
+    """A clip that can be used, and what is said in it. samples, positions: of its window; tokens: decoder tokens, prompt and end included."""
 
     path: str
     sha: str
     seconds: float
     sentence: str
-    window: int
+    samples: int
+    positions: int
     tokens: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class SpeechSplit(TokenSplit):
-    """paths, shas, sentences: text [n]; seconds: float32 [n]; windows: int64 [n], encoder positions. An example's length counts
+    """paths, shas, sentences: text [n]; seconds: float32 [n]; samples, windows: int64 [n], of their windows in samples and in
+    encoder positions. An example's length counts
     its encoder positions and its decoder tokens: what a step costs goes by both."""
 
     paths: NDArray[np.str_]
     shas: NDArray[np.str_]
     sentences: NDArray[np.str_]
     seconds: NDArray[np.float32]
+    samples: NDArray[np.int64]
     windows: NDArray[np.int64]
 
     @property
@@ -44,7 +47,7 @@ class SpeechSplit(TokenSplit):
 
     def heard(self, index: int) -> Heard:
         """The clip of an example, as the encoder gets it."""
-        return Heard(str(self.paths[index]), str(self.shas[index]), int(self.windows[index]))
+        return Heard(str(self.paths[index]), str(self.shas[index]), int(self.samples[index]))
 
 
 def speech_split(utterances: Sequence[Utterance], prompt_tokens: int, counts: SplitCounts) -> SpeechSplit:
@@ -61,5 +64,6 @@ def speech_split(utterances: Sequence[Utterance], prompt_tokens: int, counts: Sp
         shas=np.array([u.sha for u in utterances], dtype=np.str_),
         sentences=np.array([u.sentence for u in utterances], dtype=np.str_),
         seconds=np.array([u.seconds for u in utterances], dtype=np.float32),
-        windows=np.array([u.window for u in utterances], dtype=np.int64),
+        samples=np.array([u.samples for u in utterances], dtype=np.int64),
+        windows=np.array([u.positions for u in utterances], dtype=np.int64),
     )

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
-from flora_train.adapters.encoder import encode
+from flora_train.adapters.encoder import as_outputs, encode
+from flora_train.data.audio.ears import NO_TIMESTAMPS
 from flora_train.data.audio.features import FeatureStore, Heard
 from flora_train.evaluation.speech.loops import loop_start
 
@@ -53,7 +53,7 @@ class _Row:
 
 
 class Transcriber:
-    """A Whisper model and the adapters on it.
+    """An encoder-decoder of speech and the adapters on it.
 
     route: adapter ids of a batch's rows -> a context in which the model runs them; max_rows: hypotheses decoded at one time;
     beams: hypotheses a clip keeps (1: greedy). Timestamps and other special tokens are never written, nor what the model's own
@@ -80,7 +80,8 @@ class Transcriber:
         self.never = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
         self.never[list(getattr(own, "suppress_tokens", None) or [])] = True
         self.never[[i for i in tokenizer.all_special_ids if i < vocabulary]] = True
-        self.never[self.end + 1 :] = True  # languages, tasks and timestamps stand behind the end token
+        if NO_TIMESTAMPS in tokenizer.get_vocab():  # Whisper: languages, tasks and timestamps stand behind the end token
+            self.never[self.end + 1 :] = True
         self.never[self.end] = False
         self.not_first = self.never.clone()
         self.not_first[list(getattr(own, "begin_suppress_tokens", None) or [])] = True
@@ -103,7 +104,7 @@ class Transcriber:
         """Neighbours have the same clip; rows of one batch the same window, prompt length, and way to the encoder."""
 
         def kind(i: int) -> tuple[int, bool, int]:
-            return -requests[i].heard.window, requests[i].shares_encoding, len(requests[i].prompt)
+            return -requests[i].heard.samples, requests[i].shares_encoding, len(requests[i].prompt)
 
         batch: list[int] = []
         for i in sorted(range(len(requests)), key=lambda i: (*kind(i), requests[i].heard.path, requests[i].adapter)):
@@ -145,7 +146,7 @@ class Transcriber:
         """Logits [B, V] after the last of `ids` [B, new]. The cache has the keys and values of `hidden` after the first call."""
         with self.route(adapters):
             found = self.model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+                encoder_outputs=as_outputs(hidden),
                 decoder_input_ids=ids,
                 past_key_values=cache,
                 use_cache=True,

@@ -21,6 +21,7 @@ from flora_train.training.plan import StepPlan, plan_step
 from flora_train.training.run_folder import RunFolder
 from flora_train.training.trainer import Trainer
 from tests.conftest import spec
+from tests.other_speech import KINDS, ears_of, loaded_tiny
 from tests.speech import loaded_tiny_whisper, tiny_ears, write_corpus
 from tests.unit.training.harness import only, snapshot, train_together
 
@@ -47,7 +48,13 @@ def specs_of(**options: Any) -> list[AdapterSpec]:
     ]
 
 
-def trainer_of(specs: Sequence[AdapterSpec], corpus: Path, folder: Path, checkpointing: str = "off", **training: Any) -> Trainer:
+def base_of(kind: str) -> Any:
+    return loaded_tiny_whisper() if kind == "whisper" else loaded_tiny(kind)
+
+
+def trainer_of(
+    specs: Sequence[AdapterSpec], corpus: Path, folder: Path, checkpointing: str = "off", kind: str = "whisper", **training: Any
+) -> Trainer:
     tasks = {
         language: {
             "speech": {"language": language},
@@ -62,12 +69,12 @@ def trainer_of(specs: Sequence[AdapterSpec], corpus: Path, folder: Path, checkpo
             "tasks": tasks,
             "adapters": {"unused": {"method": "ia3", "lr": 1e-3}},
             "mixture": {"strategy": "uniform"},
-            "audio": {"window_step": 0.5, "spec_augment": True},
+            "audio": {"window_step": 0.5},
             "training": {"steps": 12, "max_length": 40, "tokens_per_step": 700, "tokens_per_microbatch": 700, **training},
         }
     )
-    ears = tiny_ears(corpus, window_step=0.5)
-    model = loaded_tiny_whisper()
+    ears = tiny_ears(corpus, window_step=0.5) if kind == "whisper" else ears_of(kind, corpus, window_step=0.5)
+    model = base_of(kind)
     if checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     model.train()
@@ -75,7 +82,9 @@ def trainer_of(specs: Sequence[AdapterSpec], corpus: Path, folder: Path, checkpo
     accelerator = SimpleNamespace(log=lambda *args, **options: None)
     found = load_tasks(config, ears.tokenizer, corpus / "tokens", ears)
     pad = int(ears.tokenizer.pad_token_id)
-    return Trainer(config, model, bank, found, pad, RunFolder(folder), accelerator, SpeechCollate(ears.store, spec_augment=True))
+    return Trainer(
+        config, model, bank, found, pad, RunFolder(folder), accelerator, SpeechCollate(ears.store, spec_augment=kind == "whisper")
+    )
 
 
 def plans_of(trainer: Trainer, steps: int = 12) -> list[StepPlan]:
@@ -93,6 +102,8 @@ def plans_of(trainer: Trainer, steps: int = 12) -> list[StepPlan]:
         pytest.param({}, id="plain"),
         pytest.param({"tokens_per_microbatch": 250}, id="accumulation"),
         pytest.param({"checkpointing": "reentrant"}, id="reentrant-checkpointing"),
+        pytest.param({"kind": "moonshine"}, id="moonshine"),
+        pytest.param({"kind": "speech_to_text"}, id="speech_to_text"),
     ],
 )
 def test_trained_together_equals_trained_alone(optimizer: str, options: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
@@ -141,22 +152,23 @@ def test_a_nan_in_one_adapter_leaves_the_others_bit_for_bit(corpus: Path, tmp_pa
             assert all(torch.equal(a, b) for a, b in zip(results[0][name], results[1][name], strict=True)), name
 
 
-def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(corpus: Path, tmp_path: Path) -> None:
-    """PEFT's LoRA on transformers' Whisper, its cross entropy, torch's SGD (AdamW would blow rounding up): no code of ours but the batches."""
+@pytest.mark.parametrize("kind", ["whisper", *KINDS])
+def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(kind: str, corpus: Path, tmp_path: Path) -> None:
+    """PEFT's LoRA on transformers' own model, its cross entropy, torch's SGD (AdamW would blow rounding up): no code of ours but the batches."""
     specs = [
         spec("lora", "en", "lora", rank=2, lr=0.05, max_grad_norm=None),
         spec("flora", "cs", lr=2e-3),
         spec("ia3", "hi", lr=2e-3),
     ]
-    together = trainer_of(specs, corpus, tmp_path, optimizer="sgd")
+    together = trainer_of(specs, corpus, tmp_path, kind=kind, optimizer="sgd")
     adapter = together.bank.ids["en-lora"]
     start = {name: {p: t.clone() for p, t in params.items()} for name, params in together.bank.parameters_of("en-lora").items()}
     plans = plans_of(together)
     train_together(together, plans)
 
     model = get_peft_model(
-        loaded_tiny_whisper(),
-        LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+        base_of(kind),
+        LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "fc1", "fc2"]),
     )
     modules = dict(model.base_model.model.named_modules())
     with torch.no_grad():
@@ -172,8 +184,8 @@ def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(corpus: Path,
         total = torch.zeros(())
         for rows in part.microbatches:
             batch = together.collate(rows, lambda task: together.tasks[task].train, together.pad_token)
-            features = batch.inputs["input_features"][batch.clips]
-            logits = model(input_features=features, decoder_input_ids=batch.inputs["decoder_input_ids"]).logits
+            name = model.base_model.model.main_input_name
+            logits = model(**{**batch.inputs, name: batch.inputs[name][batch.clips]}).logits
             total = total + torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="sum")
         (total / part.label_tokens[0]).backward()
         optimizer.step()

@@ -9,12 +9,13 @@ import pytest
 
 from flora_train.data.audio.decode import look_at, read_clip
 from flora_train.data.audio.features import FeatureStore, Heard
+from flora_train.data.audio.windows import GRAIN
 from tests.speech import MEL_BINS, tiny_extractor, write_clip
 
 
 def heard(folder: Path, seconds: float = 0.8, seed: int = 0, window: int = 50) -> Heard:
     path = write_clip(folder / f"{seed}.wav", seconds, seed)
-    return Heard(str(path), look_at(str(path)).sha, window)
+    return Heard(str(path), look_at(str(path)).sha, window * GRAIN)
 
 
 def store(folder: Path, gigabytes: float = 1.0, workers: int = 0) -> FeatureStore:
@@ -68,7 +69,7 @@ def test_the_longest_unused_go_when_the_disk_share_is_full(tmp_path: Path) -> No
 
 def test_other_content_or_window_is_another_entry(tmp_path: Path) -> None:
     clip = heard(tmp_path)
-    places = {store(tmp_path)._path(Heard(clip.path, sha, window)) for sha in (clip.sha, "other") for window in (50, 100)}
+    places = {store(tmp_path)._path(Heard(clip.path, sha, window * GRAIN)) for sha in (clip.sha, "other") for window in (50, 100)}
     assert len(places) == 4
 
 

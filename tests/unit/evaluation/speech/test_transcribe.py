@@ -13,6 +13,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.audio.decode import look_at
 from flora_train.data.audio.features import FeatureStore, Heard
+from flora_train.data.audio.windows import GRAIN
 from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
 from tests.conftest import spec
 from tests.speech import loaded_tiny_whisper, tiny_extractor, tiny_tokenizer, write_clip
@@ -34,7 +35,7 @@ def bank() -> AdapterBank:
 def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Heard]:
     folder = tmp_path_factory.mktemp("clips")
     files = [write_clip(folder / f"{i}.wav", 0.4 + 0.5 * (i % 3), seed=i) for i in range(5)]
-    return [Heard(str(file), look_at(str(file)).sha, 25 * (1 + 2 * (i % 2))) for i, file in enumerate(files)]
+    return [Heard(str(file), look_at(str(file)).sha, GRAIN * 25 * (1 + 2 * (i % 2))) for i, file in enumerate(files)]
 
 
 def store_of(clips: list[Heard]) -> FeatureStore:

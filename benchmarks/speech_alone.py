@@ -1,0 +1,192 @@
+"""Is an adapter of a mixed speech run as good as one that PEFT trained alone? Error rates on the same test clips.
+
+    accelerate launch --config_file launch/single.yaml train.py recipe=speech_local
+    python benchmarks/speech_alone.py outputs/speech_local --save        benchmarks/results/speech_alone_cpu.md
+
+For every LoRA adapter of the run, PEFT trains a LoRA of its own on a base of its own: the same clips in the same steps, learning rates,
+clipping, from its own first numbers, in a plain loop; its last step counts. It transcribes as the run's adapters did, and what it wrote
+is kept in the run (eval/peft/), so that a second call goes on with the next language.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import flora_train.cli  # noqa: F401  sets how threads wait, before torch is loaded
+
+# isort: split
+from contenders.peft_speech import PeftRun, batches_of
+
+from flora_train.adapters.spec import BASE, BASE_ID
+from flora_train.config.errors import UserError, fail
+from flora_train.data.sampling import seed_of
+from flora_train.data.tokens import pad_token
+from flora_train.evaluation.compare import compare_ratios
+from flora_train.evaluation.growing_log import GrowingLog
+from flora_train.evaluation.speech.errors import word_errors
+from flora_train.evaluation.speech.evaluate import LoggedTranscript, judged_split
+from flora_train.evaluation.speech.normalize import NORMALIZERS, normalizer_name
+from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
+from flora_train.session import Session, reopen
+from flora_train.training.atomic import write_atomically
+from flora_train.training.environment import available_cpus, environment
+from flora_train.training.plan import make_mixture, plan_step
+from flora_train.training.progress import Watch
+from flora_train.training.schedule import learning_rate
+
+RESULT = Path(__file__).resolve().parent / "results" / "speech_alone_cpu.md"
+ALONE = -2
+"""Who PEFT trained, beside the run's adapters and its base."""
+
+
+def train_alone(session: Session, adapter: int) -> PeftRun:
+    """PEFT on what the joint run gave this adapter, step by step."""
+    config, spec = session.config, session.bank.specs[adapter]
+    run, mixture = PeftRun(config, spec), make_mixture(session.tasks, session.bank, config)
+    pad = pad_token(session.tokenizer)
+    with Watch(f"PEFT, {spec.name}", spec.max_steps) as watch:
+        for number in range(spec.max_steps):
+            plan = plan_step(mixture, number, session.tasks, session.bank, config.training.tokens_per_microbatch)
+            assert plan is not None
+            batches = batches_of(plan, adapter, session.tasks, session.collate, pad)
+            loss = run.step(batches, learning_rate(spec, number))
+            watch.update(number + 1, {"loss": f"{loss:.3f}"})
+    return run
+
+
+def transcribe(session: Session, adapter: int, run: PeftRun) -> list[str]:
+    """What it hears in the test clips of its language."""
+    config, task, ears = session.config, session.bank.specs[adapter].task, session.ears
+    speech, split = config.tasks[task].speech, judged_split(session.tasks[task])
+    assert ears is not None
+    assert speech is not None
+    prompt, shared = tuple(ears.prompt(speech, task)), session.bank.shares_encoding(adapter)
+    requests = [Request(BASE_ID, split.heard(example), prompt, shared) for example in range(len(split))]
+    texts = [""] * len(requests)
+
+    def keep(found: Transcript) -> None:
+        texts[found.request] = found.text
+
+    options, model = config.evaluation, run.model.get_base_model()
+    writer = Transcriber(
+        model, ears.tokenizer, lambda rows: nullcontext(), ears.store, options.max_new_tokens, options.beams, options.batch_rows
+    )
+    writer.run(requests, keep)
+    return texts
+
+
+def alone(session: Session, adapter: int) -> list[str]:
+    """The transcripts of PEFT's adapter; made once and kept. Raises UserError if they are of an adapter that was trained otherwise."""
+    spec = session.bank.specs[adapter]
+    file = session.folder.evaluation / "peft" / f"{spec.name}.json"
+    digest = session.bank.digest(adapter)
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["joint"] != digest:
+            raise fail(str(file), None, "is from an earlier run of this name: delete it")
+        return list(kept["texts"])
+    texts = transcribe(session, adapter, train_alone(session, adapter))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = json.dumps({"joint": digest, "texts": texts}, ensure_ascii=False, indent=1)
+    write_atomically(file, lambda path: path.write_text(record, encoding="utf-8"))
+    return texts
+
+
+def jointly(session: Session) -> dict[tuple[str, str], dict[int, str]]:
+    """(adapter, task) -> test clip -> what the run's evaluation wrote."""
+    log = GrowingLog(session.folder.evaluation / "speech", LoggedTranscript, "transcript", "evaluate the run first")
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for entry in log.read().values():
+        found.setdefault((entry.adapter, entry.task), {})[entry.example] = entry.text
+    return found
+
+
+def rows_of(session: Session, adapter: int, wrote: Mapping[tuple[str, str], Mapping[int, str]]) -> list[str]:
+    """One language's lines of the table."""
+    bank, config = session.bank, session.config
+    task = bank.specs[adapter].task
+    speech, split = config.tasks[task].speech, judged_split(session.tasks[task])
+    assert speech is not None
+    normalize = NORMALIZERS[normalizer_name(speech)]
+    said = [normalize(str(sentence)) for sentence in split.sentences]
+    texts = {ALONE: alone(session, adapter)}
+    for who in (BASE_ID, *(i for i, spec in enumerate(bank.specs) if spec.task == task)):
+        written = wrote[BASE if who == BASE_ID else bank.specs[who].name, task]
+        texts[who] = [written[example] for example in range(len(said))]
+    errors = {who: word_errors(said, [normalize(text) for text in found]) for who, found in texts.items()}
+    options = config.evaluation
+    compared = compare_ratios(
+        {who: found.total for who, found in errors.items()},
+        errors[ALONE].units,
+        options.bootstrap_samples,
+        options.confidence,
+        seed_of(config.seed, task, "error rates"),
+    )
+    lines = []
+    for who in (BASE_ID, ALONE, *(i for i in sorted(texts) if i >= 0)):
+        name = {BASE_ID: "base", ALONE: "lora, PEFT alone"}.get(who) or bank.specs[who].family
+        rate = compared.contenders[who]
+        cells = [
+            task,
+            name,
+            f"{rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}]",
+            f"{rate.value / errors[BASE_ID].rate - 1:+.0%}",
+        ]
+        if who == ALONE:
+            cells.append("")
+        else:
+            d = compared.differences[who, ALONE]
+            cells.append(f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def report(session: Session, tasks: list[str]) -> str:
+    """The result, as Markdown."""
+    bank, wrote = session.bank, jointly(session)
+    adapters = [i for i, spec in enumerate(bank.specs) if spec.method == "lora" and (not tasks or spec.task in tasks)]
+    lines = [line for adapter in adapters for line in rows_of(session, adapter, wrote)]
+    facts: dict[str, Any] = environment()
+    versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    steps = max(bank.specs[adapter].max_steps for adapter in adapters)
+    return "\n".join(
+        [
+            f"# Speech: adapters of a mixed run of {len(bank.specs)}, and LoRA trained alone with PEFT on the same clips",
+            "",
+            f"{facts['machine']['processor']}, {available_cpus()} threads, {versions}, commit {facts['commit']}. "
+            f"`python benchmarks/speech_alone.py outputs/{session.config.name} --save` prints this file.",
+            f"Word error rate, normalised; {steps} steps an adapter; differences are paired by test clip, "
+            f"{session.config.evaluation.confidence:.0%} intervals.",
+            "",
+            "| language | adapter | error rate | against the base | minus LoRA alone |",
+            "|---|---|---|---|---|",
+            *lines,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a finished run of speech tasks")
+    parser.add_argument("--tasks", nargs="*", default=[], help="only these (default: all)")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
+    options = parser.parse_args()
+    try:
+        session, _ = reopen(options.run, with_tasks=True)
+        text = report(session, options.tasks)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+    session.close()
+    print(text)
+    if options.save:
+        RESULT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

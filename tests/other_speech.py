@@ -1,0 +1,115 @@
+"""Tiny encoder-decoders of speech beside Whisper, with random weights: Moonshine, which hears the wave, and Speech2Text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MoonshineConfig,
+    MoonshineForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Speech2TextConfig,
+    Speech2TextFeatureExtractor,
+    Speech2TextForConditionalGeneration,
+    Wav2Vec2FeatureExtractor,
+)
+
+from flora_train.adapters.base_model import without_dropout
+from flora_train.adapters.encoder import count_positions
+from flora_train.config.speech_schema import AudioConfig
+from flora_train.data.audio.decode import RATE
+from flora_train.data.audio.ears import Ears
+from flora_train.data.audio.features import FeatureStore
+from flora_train.data.audio.windows import Windows
+from flora_train.training.progress import Watch
+from tests.speech import tiny_tokenizer
+
+KINDS = ("moonshine", "speech_to_text")
+BINS = 16
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and an end token: nothing of Whisper's."""
+    tokenizer = tiny_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    kept = PreTrainedTokenizerFast(
+        tokenizer_object=type(backend).from_str(backend.to_str().replace("<|notimestamps|>", "<other>"))
+    )
+    kept.add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|startoftranscript|>"})
+    return kept
+
+
+def configuration(kind: str) -> Any:
+    tokenizer = plain_tokenizer()
+    shared = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "decoder_start_token_id": tokenizer.convert_tokens_to_ids("<|en|>"),
+    }
+    if kind == "moonshine":
+        return MoonshineConfig(
+            **shared,
+            hidden_size=32,
+            intermediate_size=48,
+            encoder_num_hidden_layers=2,
+            decoder_num_hidden_layers=2,
+            encoder_num_attention_heads=4,
+            decoder_num_attention_heads=4,
+        )
+    return Speech2TextConfig(
+        **shared,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        conv_channels=32,
+        input_feat_per_channel=BINS,
+        max_target_positions=300,
+        dropout=0.1,
+    )
+
+
+def model_class(kind: str) -> Any:
+    return MoonshineForConditionalGeneration if kind == "moonshine" else Speech2TextForConditionalGeneration
+
+
+def loaded_tiny(kind: str) -> Any:
+    """The same at every call, as load_base_model leaves it."""
+    torch.manual_seed(0)
+    config = configuration(kind)
+    without_dropout(config)
+    model = model_class(kind)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.1 if name.endswith("bias") else 0.3)
+    return model
+
+
+def extractor_of(kind: str) -> Any:
+    if kind == "moonshine":
+        return Wav2Vec2FeatureExtractor(do_normalize=False)
+    return Speech2TextFeatureExtractor(feature_size=BINS, num_mel_bins=BINS)
+
+
+def ears_of(kind: str, cache: Path, window_step: float) -> Ears:
+    with torch.device("meta"):
+        empty = model_class(kind)(configuration(kind))
+    extractor = extractor_of(kind)
+    store = FeatureStore(cache / f"features {kind}", extractor, 1.0, 0)
+    windows, start = Windows(2 * RATE, window_step, count_positions(empty, extractor)), empty.config.decoder_start_token_id
+    return Ears(plain_tokenizer(), windows, 96, False, start, store, AudioConfig(window_step=window_step), Watch)
+
+
+def save_tiny(kind: str, folder: Path) -> Path:
+    """A folder that model.path may name."""
+    loaded_tiny(kind).save_pretrained(folder)
+    plain_tokenizer().save_pretrained(folder)
+    extractor_of(kind).save_pretrained(folder)
+    return folder
