@@ -4,7 +4,7 @@
     python benchmarks/speech_joint.py --save        benchmarks/results/speech_joint_cpu.md
 
 Four languages x fLoRA (PEFT: HiRA, its residual form), LoRA and IA3 in Whisper base's decoder. One segment: a step of the joint run
-(every adapter learns from four clips), and then one step of each PEFT run on the very same clips in batches of the same windows;
+(every adapter learns from its task's clips of that step), and then one step of each PEFT run on the very same clips in batches of the same windows;
 segments take turns. PEFT encodes a clip in every run, the joint run once. Memory: largest resident size of a process that does one
 step, ours with all adapters, PEFT's with one.
 """

@@ -98,7 +98,7 @@ def _task(task: Task, tokens: int, target_share: float) -> dict[str, Any]:
         "test": None if task.test is None else _counts(task.test),
         "tokens_drawn": tokens,
         "target_share": target_share,
-        "epochs": tokens / max(1, task.train.counts.tokens),
+        "epochs": tokens / max(1, int(task.train.lengths.sum())),
         "data_hash": task.data_hash,
     }
 

@@ -74,6 +74,9 @@ def test_the_report_has_error_rates_of_base_and_adapters(finished: Path) -> None
         assert part["contenders"][0]["wer"]["n"] == 3
         assert part["utterances"][0]["audio"].startswith("data:audio/ogg;base64,")
     assert len(transcripts_of(finished)) == 2 * 3 * 3
+    for task in report_of(finished)["tasks"]:  # clips of 0.3 to 1.9 s in windows of 0.5 s steps, 50 positions a second
+        whole = 2 * (25 + 50 + 75 + 75 + 100) + task["train"]["tokens"]
+        assert task["epochs"] == pytest.approx(task["tokens_drawn"] / whole)
     page = (finished / "eval" / "report.html").read_text()
     assert "Words that are wrong" in page
     assert "Whether completions are correct" not in page
