@@ -57,6 +57,11 @@ class AdapterConfig(Section):
     """Learning rate after warm-up, by the adapter's own steps."""
     max_steps: int | None = Field(None, ge=1)
     """The adapter leaves the batch after this many steps of its own. Default: training.steps."""
+    patience: int | None = Field(None, ge=1)
+    """The adapter also leaves after so many held-out evaluations in a row (one each evaluation.every steps) without a better loss;
+    the others share its part of the batch. Default: it stays."""
+    min_delta: float | None = Field(None, gt=0, validate_default=True)
+    """With patience: a loss is better if it is lower by more than this, in nats a token. Default: by anything."""
     warmup_steps: int = Field(0, ge=0)
     """Linear warm-up over the adapter's own first steps."""
     target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear"] = "default"
@@ -76,6 +81,13 @@ class AdapterConfig(Section):
         if value is not None and method is not None and method not in owners:
             raise ValueError(f"has no meaning for method {method}; it belongs to {' and '.join(owners)}: remove it")
         return value
+
+    @field_validator("min_delta")
+    @classmethod
+    def _belongs_to_patience(cls, min_delta: float | None, info: ValidationInfo) -> float | None:
+        if min_delta is not None and info.data.get("patience") is None:
+            raise ValueError("says what patience waits for, and there is no patience: give both, or remove it")
+        return min_delta
 
     @field_validator("warmup_steps")
     @classmethod
@@ -217,6 +229,10 @@ class RunConfig(Section):
             raise Contradictions(found)
         if problem := _one_kind_of_task(self.tasks):
             raise Contradictions([problem])
+        for name, adapter in self.adapters.items():
+            if adapter.patience is not None and self.evaluation.every is None:
+                fix = f"adapters.{name}.patience counts evaluations during training, and there are none: set it to some number of steps"
+                raise Contradictions([Problem("evaluation.every", None, fix)])
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""Which examples does step n train on? A pure function of (configuration, seed, n), whatever the processes.
+"""Which examples does step n train on? A pure function of (configuration, seed, who left when, n), whatever the processes.
 
 A draw takes the next examples of one task; every adapter of that task learns from them in that same step, so that
 methods are compared on the same examples in the same order. A step is filled with draws up to its token budget.
@@ -43,16 +43,25 @@ class Draw:
 
 
 class TaskMixture:
-    """Draws by strategy, grouped into steps. A task whose adapters have all left is no longer drawn.
+    """Draws by strategy, grouped into steps. A task whose adapters have all left is no longer drawn: the others share its part.
 
+    left: adapter name -> the first step without it, of those that left before their max_steps.
     Raises UserError if a step cannot hold one draw.
     """
 
-    def __init__(self, streams: Sequence[Stream], config: MixtureConfig, tokens_per_step: int, seed: int) -> None:
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        config: MixtureConfig,
+        tokens_per_step: int,
+        seed: int,
+        left: Mapping[str, int] | None = None,
+    ) -> None:
         self.streams = tuple(streams)
         self.config = config
         self.tokens_per_step = tokens_per_step
         self.seed = seed
+        self.left = left or {}
         self._check_budget()
         self._queues = [_endless_examples(stream, seed) for stream in streams]
         self._random = np.random.default_rng(seed_of(seed, "mixture"))
@@ -122,7 +131,10 @@ class TaskMixture:
 
     def _learners(self, stream: Stream) -> tuple[str, ...]:
         taken = self._steps_taken[stream.name]
-        return tuple(adapter for adapter, limit in stream.max_steps.items() if taken < limit)
+        now = len(self._steps)
+        return tuple(
+            adapter for adapter, limit in stream.max_steps.items() if taken < limit and now < self.left.get(adapter, now + 1)
+        )
 
     def _weights(self) -> NDArray[np.float64]:
         weights = np.array([stream.weight for stream in self.streams])

@@ -43,7 +43,7 @@ def build_results(
     """The content of report.json.
 
     tasks: data counts, tokens served against the target share
-    adapters: hyper-parameters, tokens, selected step, skipped steps
+    adapters: hyper-parameters, tokens, selected step, step after which it stopped early, skipped steps
     results: per task the base and every adapter on the same held-out examples: bits per byte, loss (nats per token),
              perplexity, and paired differences in bits per byte with bootstrap intervals
     curves: training and held-out loss over steps, and the base's loss on the same held-out examples
@@ -57,12 +57,13 @@ def build_results(
     latest: dict[str, dict[str, Any]] = {}
     for record in steps:
         latest.update(record["adapters"])
+    stopped = (folder.read_metrics("evaluation") or [{}])[-1].get("stopped", {})
     return {
         "schema": SCHEMA,
         "name": config.name,
         "facts": dict(facts),
         "tasks": [_task(task, last["task_tokens"].get(name, 0), shares.get(name, 0.0)) for name, task in tasks.items()],
-        "adapters": [_adapter(bank, i, kept, latest) for i in range(len(bank.specs))],
+        "adapters": [_adapter(bank, i, kept, latest, stopped) for i in range(len(bank.specs))],
         "results": [_result(config, bank, heldout[name]) for name in heldout],
         "curves": _curves(config, folder, heldout),
         "completions": completions,
@@ -118,7 +119,9 @@ def _from_here(path: str) -> str:
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
-def _adapter(bank: AdapterBank, adapter: int, kept: Mapping[int, Kept], latest: Mapping[str, Any]) -> dict[str, Any]:
+def _adapter(
+    bank: AdapterBank, adapter: int, kept: Mapping[int, Kept], latest: Mapping[str, Any], stopped: Mapping[str, int]
+) -> dict[str, Any]:
     spec = bank.specs[adapter]
     pool, _ = bank.location[adapter]
     return {
@@ -133,6 +136,7 @@ def _adapter(bank: AdapterBank, adapter: int, kept: Mapping[int, Kept], latest: 
         "tokens": latest.get(spec.name, {}).get("tokens", 0),
         "skipped_steps": latest.get(spec.name, {}).get("skipped_steps", 0),
         "selected_step": kept[adapter].step if adapter in kept else None,
+        "stopped_step": stopped.get(spec.name),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,17 +51,19 @@ def evaluate_heldout(
     with_base: bool = False,
     report: Callable[[float], None] = lambda share: None,
     collate: Collate = collate,
+    absent: Collection[int] = (),
 ) -> dict[str, HeldOut]:
     """Held-out losses per task, all adapters and tasks mixed in the same batches, shared out to all processes.
 
     max_tokens: padded tokens per forward pass; max_examples: the first so many of each task; report: called with the
-    share done. The model's routing is the plain base afterwards.
+    share done; absent: adapters that are not asked. The model's routing is the plain base afterwards.
     """
-    used = {task.name: task for task in tasks if any(spec.task == task.name for spec in bank.specs)}
+    asked = [spec for spec in bank.specs if bank.ids[spec.name] not in absent]
+    used = {task.name: task for task in tasks if any(spec.task == task.name for spec in asked)}
     rows: list[Row] = []
     contenders: dict[str, list[int]] = {}
     for name, task in used.items():
-        contenders[name] = [bank.ids[spec.name] for spec in bank.specs if spec.task == name]
+        contenders[name] = [bank.ids[spec.name] for spec in asked if spec.task == name]
         if with_base:
             contenders[name].append(BASE_ID)
         rows += heldout_rows(bank, contenders[name], name, task.validation, max_examples)

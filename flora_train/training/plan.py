@@ -29,14 +29,16 @@ class StepPlan:
     """Tokens drawn per task, counted once however many adapters learn from them."""
 
 
-def make_mixture(tasks: Mapping[str, Task], bank: AdapterBank, config: RunConfig) -> TaskMixture:
-    """The mixture over the tasks that have adapters."""
+def make_mixture(
+    tasks: Mapping[str, Task], bank: AdapterBank, config: RunConfig, left: Mapping[str, int] | None = None
+) -> TaskMixture:
+    """The mixture over the tasks that have adapters. left: adapter name -> the first step without it."""
     streams = []
     for task in tasks.values():
         limits = {spec.name: spec.max_steps for spec in bank.specs if spec.task == task.name}
         if limits:
             streams.append(Stream(task.name, task.train.lengths, task.weight, limits))
-    return TaskMixture(streams, config.mixture, config.training.tokens_per_step, config.seed)
+    return TaskMixture(streams, config.mixture, config.training.tokens_per_step, config.seed, left)
 
 
 def plan_step(

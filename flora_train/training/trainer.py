@@ -38,6 +38,7 @@ from flora_train.training.plan import StepPlan, make_mixture, plan_step
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, comparable
 from flora_train.training.selection import Kept, Selection
+from flora_train.training.stopping import EarlyStopping
 from flora_train.training.tally import Tally
 
 
@@ -78,6 +79,7 @@ class Trainer:
         self.mixture = make_mixture(tasks, bank, config)
         self.optimizer = BankOptimizer(bank, config.training)
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
+        self.stopping = EarlyStopping(bank.specs)
         self.checkpoints = Checkpoints(folder.checkpoints, lambda: self._identity, say)
         self.tally = Tally()
         self.at = Position()
@@ -105,8 +107,8 @@ class Trainer:
                 watch.update(at.done, self._facts(), force_line=at.done % config.log_every == 0)
                 if at.done % config.log_every == 0:
                     self._log()
-                if at.done % every == 0:
-                    self._evaluate()
+                if at.done % every == 0 and self._evaluate():
+                    plan = self._plan(at.done)
                 if at.done % config.checkpoint_every == 0:
                     self.save()
             if at.logged < at.done:
@@ -124,6 +126,7 @@ class Trainer:
                 **asdict(self.at),
                 "optimizer_steps": self.optimizer.steps,
                 "kept": [(adapter, kept.step, kept.loss) for adapter, kept in self.selection.kept.items()],
+                "stopping": self.stopping.to_json(),
                 "tally": self.tally.to_json(),
                 "metrics_size": self.folder.metrics_size,
             }
@@ -145,6 +148,8 @@ class Trainer:
         self.optimizer.steps = position["optimizer_steps"]
         self.selection.kept = {adapter: Kept(step, loss) for adapter, step, loss in position["kept"]}
         self.tally = Tally.from_json(position["tally"])
+        self.stopping.take(position["stopping"])
+        self._without_stopped()
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
@@ -220,7 +225,8 @@ class Trainer:
         }
         self._record(record, {f"train/{name}/{key}": value for name, facts in adapters.items() for key, value in facts.items()})
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Returns whether an adapter stops, and the steps to come are others than they were."""
         done, limit = self.at.done, self.config.evaluation.max_examples
         started = time.monotonic()
         heldout = self.heldout(max_examples=limit)
@@ -234,13 +240,35 @@ class Trainer:
             for adapter in result.nats
         }
         record = {"kind": "evaluation", "step": done, "max_examples": limit, "adapters": adapters}
+        leaving = self.stopping.observe(losses, done)
+        for adapter in leaving:
+            kept = self.selection.kept[adapter]
+            say(
+                f"{self.bank.specs[adapter].name} stops at step {done}: its held-out loss was best at step {kept.step}, {kept.loss:.4f}"
+            )
+        record["stopped"] = {self.bank.specs[adapter].name: step for adapter, step in self.stopping.stopped.items()}
         self._record(record, {f"eval/{name}/{key}": value for name, facts in adapters.items() for key, value in facts.items()})
+        if leaving:
+            self._without_stopped()
+        return bool(leaving)
+
+    def _without_stopped(self) -> None:
+        """The mixture of those that are left."""
+        left = {self.bank.specs[adapter].name: step for adapter, step in self.stopping.stopped.items()}
+        self.mixture = make_mixture(self.tasks, self.bank, self.config, left)
 
     def heldout(self, max_examples: int | None = None) -> dict[str, HeldOut]:
-        """Held-out losses of every adapter as it stands in the bank now."""
+        """Held-out losses of every adapter that has not stopped, as it stands in the bank now."""
         room = 2 * self.config.training.tokens_per_microbatch  # no activations are kept for a backward
         return evaluate_heldout(
-            self.row_losses, self.bank, self.tasks.values(), room, self.pad_token, max_examples, collate=self.collate
+            self.row_losses,
+            self.bank,
+            self.tasks.values(),
+            room,
+            self.pad_token,
+            max_examples,
+            collate=self.collate,
+            absent=self.stopping.stopped,
         )
 
     def _record(self, record: dict[str, Any], scalars: dict[str, float]) -> None:

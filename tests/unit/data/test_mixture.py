@@ -215,3 +215,22 @@ def test_draw_that_cannot_fit_into_a_step_is_an_error_with_the_number_that_does(
         mixture([stream("a", [10, 20], x=5, y=5, z=5)], budget=100, examples_per_draw=2)
     assert len(caught.value.problems) == 1
     assert mixture([stream("a", [10, 20], x=5, y=5, z=5)], budget=120, examples_per_draw=2).step(0)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "fair"])
+def test_who_leaves_changes_no_step_before_and_is_in_none_after(strategy: str) -> None:
+    config = MixtureConfig(strategy=strategy)
+    whole, left = TaskMixture(three(), config, 1000, 0), {"a-1": 4, "b-0": 4}
+    without = TaskMixture(three(), config, 1000, 0, left)
+    assert [without.step(n) for n in range(4)] == [whole.step(n) for n in range(4)]
+    after = [draw for n in range(4, 40) for draw in without.step(n)]
+    assert {adapter for draw in after for adapter in draw.adapters} == {"a-0", "a-2", "c-0", "c-1"}
+    assert all(sum(without.tokens_of(draw) for draw in without.step(n)) > 1000 - 60 * 3 for n in range(4, 40)), (
+        "its part is given away"
+    )
+
+
+def test_once_all_have_left_steps_are_empty() -> None:
+    streams = [stream("a", [10, 20], **{"a-0": FOR_EVER})]
+    gone = TaskMixture(streams, MixtureConfig(), 100, 0, {"a-0": 2})
+    assert [bool(gone.step(n)) for n in range(4)] == [True, True, False, False]

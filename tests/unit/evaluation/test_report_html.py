@@ -60,7 +60,7 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
                 "tokens": 500,
                 "skipped_steps": 0,
             }
-            adapters.append({"name": name, "task": task, "family": family, **hyper, "selected_step": 20})
+            adapters.append({"name": name, "task": task, "family": family, **hyper, "selected_step": 20, "stopped_step": None})
             curves["training"][name] = [[step, loss and loss + 1 / step] for step in range(1, 21)]
             curves["heldout"][name] = [[10, loss], [20, loss]]
         pairs = [(a, b) for a in contenders for b in contenders if contenders.index(a) < contenders.index(b)]
@@ -255,6 +255,15 @@ def test_skipped_steps_stand_out() -> None:
     results = run(THREE)
     results["adapters"][0]["skipped_steps"] = 3
     assert '<td class="loud">3</td>' in render_html(results)
+
+
+def test_who_stopped_early_is_told() -> None:
+    results = run(THREE)
+    assert "stopped at" not in render_html(results)
+    results["adapters"][1]["stopped_step"] = 40
+    page = render_html(results)
+    assert page.count("<td>20, stopped at 40</td>") == 1
+    assert "no better held-out loss for as long as its patience" in page
 
 
 def test_a_task_without_adapter_has_no_target_share() -> None:

@@ -148,6 +148,7 @@ def test_curves_and_counts_come_from_the_metrics(tmp_path: Path) -> None:
     assert results["tasks"][0]["tokens_drawn"] == 300
     adapter = next(a for a in results["adapters"] if a["family"] == "lora")
     assert (adapter["tokens"], adapter["skipped_steps"], adapter["selected_step"]) == (70, 2, 10)
+    assert adapter["stopped_step"] is None
 
 
 def test_results_of_a_trained_bank_name_every_adapter_once(tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""Adapters that have learnt what they will leave, each by its own held-out loss; the others go on as if nothing had happened."""
+
+from __future__ import annotations
+
+from math import nan
+from pathlib import Path
+
+import pytest
+import torch
+
+from flora_train.config.errors import UserError
+from flora_train.config.load import validate
+from flora_train.training.stopping import EarlyStopping
+from flora_train.training.trainer import Trainer
+from tests.conftest import spec
+from tests.unit.training.harness import make_trainer
+
+
+def observed(losses: list[float], patience: int | None, min_delta: float = 0.0) -> int | None:
+    """The evaluation at which one adapter stops."""
+    stopping = EarlyStopping([spec("lora", "a", patience=patience, min_delta=min_delta or None)])
+    for step, loss in enumerate(losses, start=1):
+        stopping.observe({0: loss}, step)
+    return stopping.stopped.get(0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "min_delta", "at"),
+    [
+        ([3, 2, 1, 0.5], 1, 0.0, None),
+        ([3, 3], 1, 0.0, 2),
+        ([3, 4, 2, 3, 2, 2], 2, 0.0, 5),  # an improvement begins the count anew; equal is no better
+        ([3, 2.95, 2.9, 2.85], 2, 0.1, 3),  # each a little better than the last, none than the best by enough
+        ([3, 2.95, 2.88, 2.85, 2.8], 2, 0.1, 5),
+        ([nan, nan], 2, 0.0, 2),
+        ([3, nan, 2, nan, nan], 2, 0.0, 5),
+        ([3, 4, 5, 6], None, 0.0, None),
+        ([3, 4, 2, 1], 1, 0.0, 2),  # who has left does not come back
+    ],
+)
+def test_it_stops_after_so_many_evaluations_that_were_no_better(
+    losses: list[float], patience: int | None, min_delta: float, at: int | None
+) -> None:
+    assert observed(losses, patience, min_delta) == at
+
+
+def test_a_stopping_that_is_taken_up_again_decides_as_the_whole_one() -> None:
+    specs = [spec("lora", "a", patience=2), spec("lora", "b", patience=3)]
+    losses = [{0: a, 1: b} for a, b in zip([3, 2, 2.5, 2.6, 1], [3, 3, 3, 2, 2], strict=True)]
+    whole = EarlyStopping(specs)
+    for step, found in enumerate(losses):
+        whole.observe(found, step)
+    assert whole.stopped == {0: 3}
+    for pause in range(len(losses)):
+        parts = EarlyStopping(specs)
+        for step, found in enumerate(losses[:pause]):
+            parts.observe(found, step)
+        again = EarlyStopping(specs)
+        again.take(parts.to_json())
+        for step, found in enumerate(losses[pause:], start=pause):
+            again.observe(found, step)
+        assert again.to_json() == whole.to_json()
+
+
+def trainer(folder: Path, **training: int) -> Trainer:
+    """lora on task a learns far too fast to get better for long; the others are patient for ever."""
+    specs = [
+        spec("lora", "a", lr=3.0, max_grad_norm=None, patience=1),
+        spec("flora", "a", lr=1e-3),
+        spec("ia3", "b", lr=1e-3),
+    ]
+    return make_trainer(specs, folder, every=2, **{"steps": 12, **training})
+
+
+def test_who_stops_stays_as_it_is_and_the_others_train_on(tmp_path: Path) -> None:
+    one = trainer(tmp_path / "one")
+    one.train()
+    assert one.stopping.stopped.keys() == {0}
+    step = one.stopping.stopped[0]
+    assert step < 10
+    plans = [one._plan(number) for number in range(12)]
+    assert all((0 in plan.label_tokens) <= (number < step) for number, plan in enumerate(plans) if plan is not None)
+    assert sum(0 in plan.label_tokens for plan in plans if plan is not None) == one.optimizer.steps[0] > 0
+    assert one.optimizer.steps[2] > one.optimizer.steps[0]
+    records = one.folder.read_metrics("evaluation")
+    assert [record["stopped"] for record in records][-1] == {"a-lora": step}
+    assert [("a-lora" in record["adapters"]) for record in records] == [record["step"] <= step for record in records]
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 3])
+def test_a_run_with_stops_that_is_taken_up_again_ends_the_same(tmp_path: Path, checkpoint_every: int) -> None:
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    for pause in (3, 5, 7):  # before and after the stop
+        folder = tmp_path / f"pause {pause}"
+        first = trainer(folder, checkpoint_every=checkpoint_every)
+        step = first.step
+
+        def killed(number: int, plan: object, first: Trainer = first, step: object = step, pause: int = pause) -> None:
+            if number == pause:
+                raise KeyboardInterrupt
+            step(number, plan)  # type: ignore[operator]
+
+        first.step = killed  # type: ignore[assignment, method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            first.train()
+        again = trainer(folder, checkpoint_every=checkpoint_every)
+        again.resume()
+        again.train()
+        assert again.stopping.to_json() == whole.stopping.to_json()
+        assert all(torch.equal(again.bank.row(i), whole.bank.row(i)) for i in range(3))
+
+
+def test_a_run_ends_when_all_have_stopped(tmp_path: Path) -> None:
+    specs = [spec("lora", task, lr=3.0, max_grad_norm=None, patience=1) for task in "ab"]
+    one = make_trainer(specs, tmp_path, every=1, steps=200)
+    one.train()
+    assert one.stopping.stopped.keys() == {0, 1}
+    assert one.at.done == max(one.stopping.stopped.values()) < 200
+
+
+@pytest.mark.parametrize(
+    ("adapter", "evaluation", "words"),
+    [
+        ({"patience": 2}, {}, r"evaluation\.every: adapters\.x\.patience counts evaluations during training"),
+        ({"min_delta": 0.1}, {"every": 5}, r"adapters\.x\.min_delta = 0\.1: says what patience waits for"),
+        ({"patience": 0}, {"every": 5}, r"adapters\.x\.patience = 0"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(adapter: dict[str, float], evaluation: dict[str, int], words: str) -> None:
+    raw = {
+        "name": "test",
+        "model": {"path": "unused"},
+        "tasks": {"a": {"train": "unused.jsonl"}},
+        "adapters": {"x": {"method": "lora", "lr": 1e-3, **adapter}},
+        "training": {"steps": 5},
+        "evaluation": evaluation,
+    }
+    with pytest.raises(UserError, match=words):
+        validate(raw)
