@@ -24,7 +24,13 @@ from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evalu
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.generation import check_room, complete
 from flora_train.evaluation.report import write_report
-from flora_train.evaluation.report.terminal import print_completions, print_error_rates, print_pass_at_k, print_results
+from flora_train.evaluation.report.terminal import (
+    print_completions,
+    print_error_rates,
+    print_pass_at_k,
+    print_results,
+    print_sweeps,
+)
 from flora_train.evaluation.results import SCHEMA, build_results
 from flora_train.evaluation.speech.evaluate import evaluate_speech
 from flora_train.evaluation.speech.summary import read_summary
@@ -189,6 +195,7 @@ def show(folder: RunFolder) -> None:
     """Print what a run found and where it is."""
     results = read_report(folder)
     print_results(results)
+    print_sweeps(results)
     print_pass_at_k(results["code"])
     print_error_rates(results["speech"])
     print_completions(results)

@@ -40,6 +40,7 @@ class AdapterSpec:
     target_modules: tuple[str, ...] | str
     feedforward_modules: tuple[str, ...] | None
     within: str | None = None
+    sweep: str | None = None
     patience: int | None = None
     min_delta: float = 0.0
 
@@ -68,6 +69,7 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, default_steps: int
         target_modules=adapter.target_modules if isinstance(adapter.target_modules, str) else tuple(adapter.target_modules),
         feedforward_modules=None if adapter.feedforward_modules is None else tuple(adapter.feedforward_modules),
         within=adapter.within,
+        sweep=adapter.sweep,
         patience=adapter.patience,
         min_delta=adapter.min_delta or 0.0,
     )

@@ -21,6 +21,7 @@ from flora_train.config.errors import Problem, UserError, choices, fail, first_l
 from flora_train.config.explain import explain
 from flora_train.config.files import PROJECT_ROOT, Layer, find_config, find_file, read_yaml, shipped
 from flora_train.config.schema import RunConfig, disagreements
+from flora_train.config.sweep import expand_sweeps
 from flora_train.config.words import merge, parse_words
 
 __all__ = ["PROJECT_ROOT", "find_file", "load_config", "save_config", "shipped", "validate"]
@@ -54,6 +55,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
 def validate(raw: Layer) -> RunConfig:
     """A RunConfig from plain mappings, or one UserError listing all problems."""
+    raw = {**raw, "adapters": expand_sweeps(raw["adapters"])} if "adapters" in raw else raw
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:

@@ -13,6 +13,7 @@ from flora_train.config.errors import Problem, choices, did_you_mean
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.section import Name, Section, Text
 from flora_train.config.speech_schema import AudioConfig
+from flora_train.config.sweep import SweepConfig
 from flora_train.config.task_schema import TaskConfig
 
 
@@ -73,6 +74,8 @@ class AdapterConfig(Section):
     """ia3 only: targets whose input is scaled instead of the output. Default: PEFT's table."""
     tasks: list[Name] | None = Field(None, min_length=1)
     """Train this adapter on these tasks only. Default: all."""
+    sweep: Name | None = None
+    """The entry of `adapters` that this adapter was made from, where a list of values stood for one; written by the program."""
 
     @field_validator("rank", "variant", "alpha", "rslora", "dropout", "feedforward_modules")
     @classmethod
@@ -211,6 +214,7 @@ class RunConfig(Section):
     training: TrainingConfig
     audio: AudioConfig = AudioConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    sweep: SweepConfig = SweepConfig()
     kernels: KernelsConfig = KernelsConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -229,6 +233,12 @@ class RunConfig(Section):
             raise Contradictions(found)
         if problem := _one_kind_of_task(self.tasks):
             raise Contradictions([problem])
+        if late := [rung for rung in self.sweep.rungs or () if rung >= self.training.steps]:
+            fix = f"is no step before the end: rungs are before training.steps = {self.training.steps}"
+            raise Contradictions([Problem("sweep.rungs", late[0], fix)])
+        if self.sweep.strategy == "halving" and not any(adapter.sweep for adapter in self.adapters.values()):
+            fix = "has nothing to halve: no adapter has a list of values, such as adapters.NAME.lr=[1e-3,2e-3]"
+            raise Contradictions([Problem("sweep.strategy", "halving", fix)])
         for name, adapter in self.adapters.items():
             if adapter.patience is not None and self.evaluation.every is None:
                 fix = f"adapters.{name}.patience counts evaluations during training, and there are none: set it to some number of steps"

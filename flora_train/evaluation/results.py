@@ -20,7 +20,7 @@ from flora_train.training.plan import make_mixture
 from flora_train.training.run_folder import RunFolder
 from flora_train.training.selection import Kept
 
-SCHEMA = 4
+SCHEMA = 5
 """Of report.json; raised when a reader would miss or misread something."""
 
 
@@ -46,6 +46,7 @@ def build_results(
     adapters: hyper-parameters, tokens, selected step, step after which it stopped early, skipped steps
     results: per task the base and every adapter on the same held-out examples: bits per byte, loss (nats per token),
              perplexity, and paired differences in bits per byte with bootstrap intervals
+    sweeps: per sweep and task the members' held-out bits per byte, and which is lowest
     curves: training and held-out loss over steps, and the base's loss on the same held-out examples
     completions: prompts continued by base and adapters
     code: a suite of programming problems each, see code/summary.py
@@ -65,6 +66,7 @@ def build_results(
         "tasks": [_task(task, last["task_tokens"].get(name, 0), shares.get(name, 0.0)) for name, task in tasks.items()],
         "adapters": [_adapter(bank, i, kept, latest, stopped) for i in range(len(bank.specs))],
         "results": [_result(config, bank, heldout[name]) for name in heldout],
+        "sweeps": sweeps_of(bank, heldout, stopped),
         "curves": _curves(config, folder, heldout),
         "completions": completions,
         "code": code,
@@ -78,8 +80,11 @@ def not_measured(config: RunConfig, executed: bool) -> list[str]:
     items = [] if executed else ["Whether completions are correct: nothing was executed. Held-out loss is not pass@k."]
     items += [
         "Variation between seeds: every adapter was trained once. The intervals cover the choice of held-out examples only.",
-        "Other learning rates: a method is shown at the learning rate of the recipe.",
     ]
+    if not any(adapter.sweep for adapter in config.adapters.values()):
+        items.append("Other learning rates: a method is shown at the learning rate of the recipe.")
+    else:
+        items.append("An untouched test set for sweeps: a winner was chosen by the same held-out examples, which flatters it.")
     if config.evaluation.select_best and config.evaluation.every:
         items.append(
             "An untouched test set: each adapter's checkpoint was chosen by the same held-out examples"
@@ -138,6 +143,27 @@ def _adapter(
         "selected_step": kept[adapter].step if adapter in kept else None,
         "stopped_step": stopped.get(spec.name),
     }
+
+
+def sweeps_of(bank: AdapterBank, heldout: Mapping[str, HeldOut], stopped: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Per sweep and task: every setting's bits per byte, and the lowest. stopped: adapter name -> the step after which it left."""
+    found = []
+    for sweep, task in dict.fromkeys((spec.sweep, spec.task) for spec in bank.specs if spec.sweep is not None):
+        members = [spec for spec in bank.specs if (spec.sweep, spec.task) == (sweep, task)]
+        bits = {spec.family: heldout[task].bits_per_byte(bank.ids[spec.name]) for spec in members}
+        measured = {family: value for family, value in bits.items() if math.isfinite(value)}
+        found.append(
+            {
+                "sweep": sweep,
+                "task": task,
+                "winner": min(measured, key=lambda family: measured[family], default=None),
+                "members": [
+                    {"family": spec.family, "bits_per_byte": finite(bits[spec.family]), "stopped_step": stopped.get(spec.name)}
+                    for spec in members
+                ],
+            }
+        )
+    return found
 
 
 def _result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> dict[str, Any]:

@@ -34,9 +34,13 @@ class EarlyStopping:
                 continue
             self._waited[adapter] += 1
             if self._waited[adapter] >= patience:
-                self.stopped[adapter] = step
                 leaving.append(adapter)
+        self.leave(leaving, step)
         return leaving
+
+    def leave(self, adapters: Sequence[int], step: int) -> None:
+        """They stop now, for a reason that is not theirs."""
+        self.stopped.update(dict.fromkeys(adapters, step))
 
     def to_json(self) -> dict[str, Any]:
         """Lists of pairs, because JSON's keys are text."""

@@ -30,6 +30,7 @@ from flora_train.training.distributed import (
     sum_over_processes,
     world,
 )
+from flora_train.training.halving import Halving
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.optimizer import BankOptimizer
@@ -80,6 +81,7 @@ class Trainer:
         self.optimizer = BankOptimizer(bank, config.training)
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
         self.stopping = EarlyStopping(bank.specs)
+        self.halving = Halving(bank.specs, config.sweep, config.training.steps)
         self.checkpoints = Checkpoints(folder.checkpoints, lambda: self._identity, say)
         self.tally = Tally()
         self.at = Position()
@@ -107,7 +109,7 @@ class Trainer:
                 watch.update(at.done, self._facts(), force_line=at.done % config.log_every == 0)
                 if at.done % config.log_every == 0:
                     self._log()
-                if at.done % every == 0 and self._evaluate():
+                if (at.done % every == 0 or at.done in self.halving.rungs) and self._evaluate():
                     plan = self._plan(at.done)
                 if at.done % config.checkpoint_every == 0:
                     self.save()
@@ -241,6 +243,10 @@ class Trainer:
         }
         record = {"kind": "evaluation", "step": done, "max_examples": limit, "adapters": adapters}
         leaving = self.stopping.observe(losses, done)
+        losers = self.halving.losers(losses, done, self.stopping.stopped)
+        self.stopping.leave(losers, done)
+        if losers:
+            say(f"step {done}: {', '.join(self.bank.specs[adapter].name for adapter in losers)} left the sweep")
         for adapter in leaving:
             kept = self.selection.kept[adapter]
             say(
@@ -248,9 +254,9 @@ class Trainer:
             )
         record["stopped"] = {self.bank.specs[adapter].name: step for adapter, step in self.stopping.stopped.items()}
         self._record(record, {f"eval/{name}/{key}": value for name, facts in adapters.items() for key, value in facts.items()})
-        if leaving:
+        if leaving or losers:
             self._without_stopped()
-        return bool(leaving)
+        return bool(leaving or losers)
 
     def _without_stopped(self) -> None:
         """The mixture of those that are left."""

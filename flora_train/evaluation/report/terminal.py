@@ -35,6 +35,14 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
     console.print(table)
 
 
+def print_sweeps(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """The winner of every sweep, per task."""
+    console = console or Console(soft_wrap=True)
+    for sweep in dict.fromkeys(part["sweep"] for part in results["sweeps"]):
+        won = [f"{part['winner'] or 'none'} on {part['task']}" for part in results["sweeps"] if part["sweep"] == sweep]
+        console.print(f"\nsweep {sweep}: lowest bits per byte for {', '.join(won)}")
+
+
 def print_pass_at_k(suites: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """pass@k of the base and every contender, per suite and language, with intervals and the difference to the base."""
     console = console or Console(soft_wrap=True)

@@ -89,7 +89,7 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
         )
     facts = {"model": "models/tiny", "dtype": "float32", "seconds": {"train": 61.0}, "config": "name: x", "commit": None}
     parts = {"tasks": tasks, "adapters": adapters, "results": judged, "curves": curves, "completions": completions}
-    rest = {"code": [], "speech": None, "not_measured": ["Everything else."], **changes}
+    rest = {"sweeps": [], "code": [], "speech": None, "not_measured": ["Everything else."], **changes}
     return {"schema": 1, "name": "a run", "facts": facts, **parts, **rest}
 
 
@@ -264,6 +264,21 @@ def test_who_stopped_early_is_told() -> None:
     page = render_html(results)
     assert page.count("<td>20, stopped at 40</td>") == 1
     assert "no better held-out loss for as long as its patience" in page
+
+
+def test_a_sweep_shows_every_setting_and_its_winner() -> None:
+    results = run(THREE)
+    assert "Sweeps" not in render_html(results)
+    members = [
+        {"family": "lora_lr1e-3", "bits_per_byte": 1.2, "stopped_step": None},
+        {"family": "lora_lr2e-3", "bits_per_byte": 1.3, "stopped_step": 25},
+        {"family": "lora_lr4e-3", "bits_per_byte": None, "stopped_step": None},
+    ]
+    results["sweeps"] = [{"sweep": "lora", "task": task, "winner": "lora_lr1e-3", "members": members} for task in ("lua", "perl")]
+    page = render_html(results)
+    assert page.count("<b>1.200</b>") == 2
+    assert page.count("left at 25") == 2
+    assert '<a href="#sweeps">' in page
 
 
 def test_a_task_without_adapter_has_no_target_share() -> None:

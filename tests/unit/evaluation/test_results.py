@@ -20,8 +20,8 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.config.load import validate
 from flora_train.data.task import Task
 from flora_train.evaluation.report import write_report
-from flora_train.evaluation.report.terminal import print_completions, print_results
-from flora_train.evaluation.results import build_results
+from flora_train.evaluation.report.terminal import print_completions, print_results, print_sweeps
+from flora_train.evaluation.results import build_results, sweeps_of
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.run_folder import RunFolder
@@ -102,6 +102,26 @@ def test_nobody_is_best_where_no_loss_is_finite_and_every_form_of_the_report_cop
     assert "a (before)" in shown
     assert "after" not in shown
     assert "flora-train merge" in shown
+
+
+def test_a_sweep_names_the_winner_of_each_task() -> None:
+    specs = [spec("lora", task, f"x_lr{i}", sweep="x") for task in "ab" for i in range(3)] + [spec("ia3", "a")]
+    bank = AdapterBank.attach(tiny_model(), specs)
+    bits = {"a": [2.0, 1.0, NAN], "b": [NAN, NAN, NAN]}
+    heldout = {}
+    for task, values in bits.items():
+        nats = {bank.ids[f"{task}-x_lr{i}"]: np.array([value * math.log(2)]) for i, value in enumerate(values)}
+        heldout[task] = HeldOut(task, {**nats, bank.ids["a-ia3"]: np.array([0.1])}, np.array([1]), np.array([1]))
+    found = sweeps_of(bank, heldout, {"a-x_lr0": 5})
+    assert [(part["sweep"], part["task"], part["winner"]) for part in found] == [("x", "a", "x_lr1"), ("x", "b", None)]
+    assert found[0]["members"] == [
+        {"family": "x_lr0", "bits_per_byte": pytest.approx(2.0), "stopped_step": 5},
+        {"family": "x_lr1", "bits_per_byte": pytest.approx(1.0), "stopped_step": None},
+        {"family": "x_lr2", "bits_per_byte": None, "stopped_step": None},
+    ]
+    console = Console(record=True, width=80, soft_wrap=True)
+    print_sweeps({"sweeps": found}, console)
+    assert "sweep x: lowest bits per byte for x_lr1 on a, none on b" in console.export_text()
 
 
 @pytest.mark.parametrize("losses", [{"flora": NAN, "lora": 2.0}, {"flora": INF, "lora": NAN}, {"lora": 1e6}])

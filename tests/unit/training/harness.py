@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.load import validate
+from flora_train.config.sweep import SweepConfig
 from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
 from flora_train.data.task import Task
 from flora_train.data.tokens import SplitCounts, TokenSplit
@@ -48,6 +49,7 @@ def make_trainer(
     checkpointing: str = "off",
     device: str = "cpu",
     every: int | None = None,
+    sweep: str = "all",
     **training: Any,
 ) -> Trainer:
     """A trainer for `specs` on tasks a, b and c; same arguments, same trainer."""
@@ -73,6 +75,9 @@ def make_trainer(
     tasks = {name: Task(name, 1.0, *halves, "") for name, halves in splits.items()}
     bank = AdapterBank.attach(model, specs)
     accelerator = SimpleNamespace(log=lambda *args, **options: None)
+    config = config.model_copy(
+        update={"sweep": SweepConfig.model_validate({"strategy": sweep})}
+    )  # the specs are the adapters here
     make_batch = partial(collate_pairs, model.config) if encoder_decoder else collate
     return Trainer(config, model, bank, tasks, PAD, RunFolder(folder), accelerator, make_batch)
 

@@ -1,0 +1,93 @@
+"""How does one entry of a recipe become several adapters? A list where one value belongs is a sweep: every combination, named by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from itertools import product
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from flora_train.config.errors import choices, fail
+from flora_train.config.files import Layer
+from flora_train.config.section import Section
+
+SWEPT = ("lr", "rank", "alpha", "variant", "dropout", "weight_decay", "max_grad_norm", "schedule", "warmup_steps", "max_steps")
+"""Keys of an adapter that may be lists of values, each of which becomes an adapter."""
+LISTS = ("tasks", "target_modules", "feedforward_modules")
+"""Keys that are lists by themselves."""
+
+
+class SweepConfig(Section):
+    strategy: Literal["all", "halving"] = "all"
+    """What happens to the adapters that a list of values (adapters.NAME.lr=[1e-3,2e-3]) made. all: they are trained to the end.
+    halving: at each rung those of a task with the higher held-out losses leave, and the others share their part of the batch
+    (successive halving, Jamieson & Talwalkar 2016)."""
+    factor: int | None = Field(None, ge=2, validate_default=True)
+    """halving: one in so many stays at a rung. Default: 2."""
+    rungs: list[int] | None = Field(None, min_length=1, validate_default=True)
+    """halving: the run's steps at which is compared. Default: as many as it takes until one is left, the last at
+    training.steps / factor, each before it at the factor's part of the next."""
+
+    @field_validator("factor", "rungs")
+    @classmethod
+    def _belongs_to_halving(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("strategy") == "all":
+            raise ValueError("has no meaning for strategy all: remove it, or give strategy=halving")
+        return value
+
+    @field_validator("rungs")
+    @classmethod
+    def _one_after_the_other(cls, rungs: list[int] | None) -> list[int] | None:
+        if rungs is not None and (rungs[0] < 1 or sorted(set(rungs)) != rungs):
+            raise ValueError("must be steps from 1, each after the one before")
+        return rungs
+
+
+def expand_sweeps(adapters: Any) -> Any:
+    """`adapters` of a raw configuration with every sweep written out; `sweep` says of its members which entry they come from.
+
+    Raises UserError for a list where there is nothing to sweep, an empty one, and one with a value twice.
+    """
+    if not isinstance(adapters, Mapping):
+        return adapters
+    expanded: Layer = {}
+    for name, adapter in adapters.items():
+        values = {key: value for key, value in adapter.items() if isinstance(value, list)} if isinstance(adapter, Mapping) else {}
+        for key, value in values.items():
+            _check(f"adapters.{name}.{key}", key, value)
+        swept = {key: value for key, value in values.items() if key in SWEPT}
+        for combination in product(*swept.values()):
+            chosen = dict(zip(swept, combination, strict=True))
+            member = "_".join([str(name), *(f"{key}{_short(value)}" for key, value in chosen.items())])
+            if member in expanded or (chosen and member in adapters):
+                raise fail(
+                    "adapters", member, f"is the name of two adapters, one of them from the sweep adapters.{name}: rename one"
+                )
+            expanded[member] = {**adapter, **chosen, "sweep": str(name)} if chosen else adapter
+    return expanded
+
+
+def _check(key: str, option: str, values: list[Any]) -> None:
+    if option in LISTS:
+        return
+    if option not in SWEPT:
+        raise fail(key, values, f"is no key that can be swept: a list of values may stand for {choices(SWEPT)}")
+    if not values:
+        raise fail(key, values, "is a sweep over nothing: give one value or several")
+    names = [_short(value) for value in values]
+    if twice := next((value for i, value in enumerate(values) if names[i] in names[:i]), None):
+        raise fail(key, twice, "is in this sweep twice: remove one")
+
+
+def _short(value: Any) -> str:
+    """A value as part of a name, which has no points: 16, 2e-3, 15e-4, cosine."""
+    try:
+        number = Decimal(str(value))
+    except InvalidOperation:
+        return str(value)
+    if not number.is_finite() or number == number.to_integral_value():
+        return f"{number:f}".partition(".")[0]
+    _, digits, exponent = number.normalize().as_tuple()
+    return f"{''.join(map(str, digits))}e{exponent}"

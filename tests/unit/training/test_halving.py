@@ -1,0 +1,77 @@
+"""Of a sweep's settings, those with the lower held-out losses go on; the winner learns as it would have alone."""
+
+from __future__ import annotations
+
+from math import nan
+from pathlib import Path
+
+import pytest
+
+from flora_train.adapters.spec import AdapterSpec
+from flora_train.config.sweep import SweepConfig
+from flora_train.training.halving import Halving
+from flora_train.training.trainer import Trainer
+from tests.conftest import spec
+from tests.unit.training.harness import make_trainer
+
+
+def members(task: str, count: int, sweep: str | None = "x") -> list[AdapterSpec]:
+    return [spec("lora", task, f"x{i}", sweep=sweep) for i in range(count)]
+
+
+def halving(**options: object) -> SweepConfig:
+    return SweepConfig(strategy="halving", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "steps", "rungs"),
+    [
+        (4, {}, 100, [25, 50]),
+        (12, {}, 160, [10, 20, 40, 80]),
+        (9, {"factor": 3}, 90, [10, 30]),
+        (2, {}, 100, [50]),
+        (1, {}, 100, []),
+        (8, {}, 4, [1, 2]),
+        (4, {"rungs": [7]}, 100, [7]),
+    ],
+)
+def test_rungs_suffice_until_one_is_left(count: int, options: dict[str, object], steps: int, rungs: list[int]) -> None:
+    assert Halving(members("a", count), halving(**options), steps).rungs == rungs
+
+
+def test_nothing_is_halved_without_a_sweep_or_with_all() -> None:
+    assert Halving(members("a", 4, sweep=None), halving(), 100).rungs == []
+    assert Halving(members("a", 4), SweepConfig(), 100).rungs == []
+
+
+def test_of_each_task_the_higher_losses_leave() -> None:
+    judge = Halving([*members("a", 4), *members("b", 3), spec("lora", "a", "alone")], halving(), 100)
+    losses = dict(enumerate([3.0, 1.0, nan, 2.0, 2.0, 2.0, 1.0, 9.0]))
+    assert judge.losers(losses, 24, ()) == []
+    assert judge.losers(losses, 25, ()) == [0, 2, 5]  # a NaN is the highest; of equals the first stays
+    assert judge.losers(losses, 50, {0, 2, 5}) == [3, 4]
+    assert judge.losers(losses, 50, {0, 1, 2, 5}) == [4]  # who stopped by itself takes nobody along
+
+
+def trainer(folder: Path, strategy: str = "halving") -> Trainer:
+    folder.mkdir()
+    specs = [spec("lora", task, f"x_lr{i}", lr=lr, sweep="x") for task in "ab" for i, lr in enumerate((1e-4, 3e-3, 1.0, 3.0))]
+    return make_trainer(specs, folder, steps=16, sweep=strategy)
+
+
+def test_the_others_get_the_part_of_those_who_left(tmp_path: Path) -> None:
+    one, whole = trainer(tmp_path / "one"), trainer(tmp_path / "whole", "all")
+    one.train()
+    whole.train()
+    stopped = one.stopping.stopped
+    assert sorted(stopped.values()) == [4, 4, 4, 4, 8, 8]
+    for first in (0, 4):  # one of each task is left
+        assert len([a for a in range(first, first + 4) if a not in stopped]) == 1
+    steps = one.optimizer.steps
+    for left in set(range(8)) - stopped.keys():
+        assert steps[left] >= max(steps[a] for a in stopped)
+    after = [one._plan(number) for number in range(8, 16)]
+    before = [whole._plan(number) for number in range(8, 16)]
+    draws = [len({(row.task, row.example) for group in plan.microbatches for row in group}) for plan in after if plan]
+    assert sum(draws) > 2 * sum(len({(r.task, r.example) for g in plan.microbatches for r in g}) for plan in before if plan)
+    assert whole.stopping.stopped == {}
