@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flora_train.config.errors import Problem, choices, did_you_mean
 from flora_train.config.evaluation_schema import EvaluationConfig
+from flora_train.config.guard_schema import GuardConfig
 from flora_train.config.section import Name, Section, Text
 from flora_train.config.speech_schema import AudioConfig
 from flora_train.config.sweep import SweepConfig
@@ -215,6 +216,7 @@ class RunConfig(Section):
     audio: AudioConfig = AudioConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sweep: SweepConfig = SweepConfig()
+    guard: GuardConfig = GuardConfig()
     kernels: KernelsConfig = KernelsConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -43,7 +43,7 @@ def build_results(
     """The content of report.json.
 
     tasks: data counts, tokens served against the target share
-    adapters: hyper-parameters, tokens, selected step, step after which it stopped early, skipped steps
+    adapters: hyper-parameters, tokens, selected step, skipped steps, rollbacks, quarantine, and when and why it left early
     results: per task the base and every adapter on the same held-out examples: bits per byte, loss (nats per token),
              perplexity, and paired differences in bits per byte with bootstrap intervals
     sweeps: per sweep and task the members' held-out bits per byte, and which is lowest
@@ -58,15 +58,16 @@ def build_results(
     latest: dict[str, dict[str, Any]] = {}
     for record in steps:
         latest.update(record["adapters"])
-    stopped = (folder.read_metrics("evaluation") or [{}])[-1].get("stopped", {})
+    quarantined = steps[-1].get("quarantined", {}) if steps else {}
+    left = {name: facts for record in folder.read_metrics("evaluation") for name, facts in record.get("left", {}).items()}
     return {
         "schema": SCHEMA,
         "name": config.name,
         "facts": dict(facts),
         "tasks": [_task(task, last["task_tokens"].get(name, 0), shares.get(name, 0.0)) for name, task in tasks.items()],
-        "adapters": [_adapter(bank, i, kept, latest, stopped) for i in range(len(bank.specs))],
+        "adapters": [_adapter(bank, i, kept, latest, left, quarantined) for i in range(len(bank.specs))],
         "results": [_result(config, bank, heldout[name]) for name in heldout],
-        "sweeps": sweeps_of(bank, heldout, stopped),
+        "sweeps": sweeps_of(bank, heldout, left),
         "curves": _curves(config, folder, heldout),
         "completions": completions,
         "code": code,
@@ -125,7 +126,12 @@ def _from_here(path: str) -> str:
 
 
 def _adapter(
-    bank: AdapterBank, adapter: int, kept: Mapping[int, Kept], latest: Mapping[str, Any], stopped: Mapping[str, int]
+    bank: AdapterBank,
+    adapter: int,
+    kept: Mapping[int, Kept],
+    latest: Mapping[str, Any],
+    left: Mapping[str, Any],
+    quarantined: Mapping[str, Any],
 ) -> dict[str, Any]:
     spec = bank.specs[adapter]
     pool, _ = bank.location[adapter]
@@ -141,12 +147,14 @@ def _adapter(
         "tokens": latest.get(spec.name, {}).get("tokens", 0),
         "skipped_steps": latest.get(spec.name, {}).get("skipped_steps", 0),
         "selected_step": kept[adapter].step if adapter in kept else None,
-        "stopped_step": stopped.get(spec.name),
+        "rollbacks": latest.get(spec.name, {}).get("rollbacks", 0),
+        "quarantined": quarantined.get(spec.name),
+        "left": left.get(spec.name),
     }
 
 
-def sweeps_of(bank: AdapterBank, heldout: Mapping[str, HeldOut], stopped: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Per sweep and task: every setting's bits per byte, and the lowest. stopped: adapter name -> the step after which it left."""
+def sweeps_of(bank: AdapterBank, heldout: Mapping[str, HeldOut], left: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per sweep and task: every setting's bits per byte, and the lowest. left: adapter name -> when and why it left early."""
     found = []
     for sweep, task in dict.fromkeys((spec.sweep, spec.task) for spec in bank.specs if spec.sweep is not None):
         members = [spec for spec in bank.specs if (spec.sweep, spec.task) == (sweep, task)]
@@ -158,7 +166,7 @@ def sweeps_of(bank: AdapterBank, heldout: Mapping[str, HeldOut], stopped: Mappin
                 "task": task,
                 "winner": min(measured, key=lambda family: measured[family], default=None),
                 "members": [
-                    {"family": spec.family, "bits_per_byte": finite(bits[spec.family]), "stopped_step": stopped.get(spec.name)}
+                    {"family": spec.family, "bits_per_byte": finite(bits[spec.family]), "left": left.get(spec.name)}
                     for spec in members
                 ],
             }

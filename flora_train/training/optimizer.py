@@ -7,7 +7,7 @@ rows per pool, whatever the number of adapters and layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from flora_train.training.schedule import learning_rate
 
 @dataclass(frozen=True)
 class AdapterStep:
-    """What one adapter's update was. skipped: its gradient was not finite, nothing of it moved."""
+    """What one adapter's update was. skipped: its gradient was not finite, or its loss was bad; nothing of it moved."""
 
     lr: float
     gradient_norm: float
@@ -42,11 +42,11 @@ class BankOptimizer:
             self.moments = {id(pool): (torch.zeros_like(pool.values), torch.zeros_like(pool.values)) for pool in bank.pools}
 
     @torch.no_grad()
-    def step(self, adapters: Iterable[int]) -> dict[int, AdapterStep]:
-        """Update the adapters of this step from the pool's gradients, then clear those gradients."""
+    def step(self, adapters: Iterable[int], bad: Collection[int] = ()) -> dict[int, AdapterStep]:
+        """Update the adapters of this step from the pool's gradients, then clear those gradients. bad: of these, who must not move."""
         results: dict[int, AdapterStep] = {}
         for pool, members, rows in self.bank.by_pool(adapters):
-            results |= self._step_pool(pool, members, rows)
+            results |= self._step_pool(pool, members, rows, bad)
         return results
 
     def tensors(self) -> dict[str, Tensor]:
@@ -58,11 +58,11 @@ class BankOptimizer:
                 named[f"pool{i}.{name}"] = moment
         return named
 
-    def _step_pool(self, pool: Pool, adapters: list[int], rows: Any) -> dict[int, AdapterStep]:
+    def _step_pool(self, pool: Pool, adapters: list[int], rows: Any, bad: Collection[int]) -> dict[int, AdapterStep]:
         norms = torch.linalg.vector_norm(pool.gradients[rows], dim=1)
         norm_of = dict(zip(adapters, norms.tolist(), strict=True))  # the step's one wait for the device, per pool
         results = {
-            a: AdapterStep(learning_rate(self.bank.specs[a], self.steps[a]), norm, not _is_finite(norm))
+            a: AdapterStep(learning_rate(self.bank.specs[a], self.steps[a]), norm, a in bad or not _is_finite(norm))
             for a, norm in norm_of.items()
         }
         finite = [a for a in adapters if not results[a].skipped]

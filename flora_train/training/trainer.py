@@ -21,6 +21,7 @@ from flora_train.data.task import Task
 from flora_train.data.tokens import TokenSplit
 from flora_train.training.checkpoint import Checkpoints, fingerprint
 from flora_train.training.clock import StepClock
+from flora_train.training.departures import Departures
 from flora_train.training.distributed import (
     is_main_process,
     on_main_process,
@@ -30,7 +31,7 @@ from flora_train.training.distributed import (
     sum_over_processes,
     world,
 )
-from flora_train.training.halving import Halving
+from flora_train.training.guard import Guard
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.optimizer import BankOptimizer
@@ -39,7 +40,6 @@ from flora_train.training.plan import StepPlan, make_mixture, plan_step
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, comparable
 from flora_train.training.selection import Kept, Selection
-from flora_train.training.stopping import EarlyStopping
 from flora_train.training.tally import Tally
 
 
@@ -80,8 +80,8 @@ class Trainer:
         self.mixture = make_mixture(tasks, bank, config)
         self.optimizer = BankOptimizer(bank, config.training)
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
-        self.stopping = EarlyStopping(bank.specs)
-        self.halving = Halving(bank.specs, config.sweep, config.training.steps)
+        self.departures = Departures(bank.specs, config)
+        self.guard = Guard(bank, self.optimizer, config.guard)
         self.checkpoints = Checkpoints(folder.checkpoints, lambda: self._identity, say)
         self.tally = Tally()
         self.at = Position()
@@ -92,6 +92,7 @@ class Trainer:
         config, at, begun = self.config.training, self.at, self.at.done
         every = self.config.evaluation.every or config.steps
         self.model.train()
+        self.guard.remember()
         plan = self._plan(at.done)
         with Watch("train", config.steps, begun) as watch:
             while at.done < config.steps:
@@ -109,9 +110,10 @@ class Trainer:
                 watch.update(at.done, self._facts(), force_line=at.done % config.log_every == 0)
                 if at.done % config.log_every == 0:
                     self._log()
-                if (at.done % every == 0 or at.done in self.halving.rungs) and self._evaluate():
+                if (at.done % every == 0 or at.done in self.departures.halving.rungs) and self._evaluate():
                     plan = self._plan(at.done)
                 if at.done % config.checkpoint_every == 0:
+                    self.guard.remember()
                     self.save()
             if at.logged < at.done:
                 self._log()
@@ -128,7 +130,8 @@ class Trainer:
                 **asdict(self.at),
                 "optimizer_steps": self.optimizer.steps,
                 "kept": [(adapter, kept.step, kept.loss) for adapter, kept in self.selection.kept.items()],
-                "stopping": self.stopping.to_json(),
+                "departures": self.departures.to_json(),
+                "guard": self.guard.to_json(),
                 "tally": self.tally.to_json(),
                 "metrics_size": self.folder.metrics_size,
             }
@@ -150,8 +153,9 @@ class Trainer:
         self.optimizer.steps = position["optimizer_steps"]
         self.selection.kept = {adapter: Kept(step, loss) for adapter, step, loss in position["kept"]}
         self.tally = Tally.from_json(position["tally"])
-        self.stopping.take(position["stopping"])
-        self._without_stopped()
+        self.departures.take(position["departures"])
+        self.guard.take(position["guard"])
+        self._without_the_gone()
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
@@ -184,8 +188,10 @@ class Trainer:
                 sum_gradients(self.bank, plan.label_tokens)
                 totals = sum_over_processes(nats).tolist()
             with clock.part("optimizer"):
-                steps = self.optimizer.step(plan.label_tokens)
+                bad = self.guard.bad_losses({adapter: totals[adapter] / n for adapter, n in plan.label_tokens.items()})
+                steps = self.optimizer.step(plan.label_tokens, bad)
         self.tally.count(plan, totals, steps)
+        self.guard.answer(bad, steps, number + 1)
 
     def time_base(self, plan: StepPlan) -> None:
         """Measure once what the frozen base alone takes for a micro-batch, forward and backward: what adapters cost is
@@ -215,6 +221,8 @@ class Trainer:
         at, tokens = self.at, self.tally.tokens.total()
         at.logged = at.done
         adapters = self.tally.take_record(self.bank.specs)
+        for name, facts in adapters.items():
+            facts["rollbacks"] = self.guard.rolled_back[self.bank.ids[name]]
         record = {
             "kind": "step",
             "step": at.done,
@@ -224,6 +232,7 @@ class Trainer:
             "time_shares": {name: round(share, 4) for name, share in self.clock.shares().items()},
             "task_tokens": dict(self.tally.task_tokens),
             "adapters": adapters,
+            "quarantined": self.guard.record(),
         }
         self._record(record, {f"train/{name}/{key}": value for name, facts in adapters.items() for key, value in facts.items()})
 
@@ -242,29 +251,19 @@ class Trainer:
             for adapter in result.nats
         }
         record = {"kind": "evaluation", "step": done, "max_examples": limit, "adapters": adapters}
-        leaving = self.stopping.observe(losses, done)
-        losers = self.halving.losers(losses, done, self.stopping.stopped)
-        self.stopping.leave(losers, done)
-        if losers:
-            say(f"step {done}: {', '.join(self.bank.specs[adapter].name for adapter in losers)} left the sweep")
-        for adapter in leaving:
-            kept = self.selection.kept[adapter]
-            say(
-                f"{self.bank.specs[adapter].name} stops at step {done}: its held-out loss was best at step {kept.step}, {kept.loss:.4f}"
-            )
-        record["stopped"] = {self.bank.specs[adapter].name: step for adapter, step in self.stopping.stopped.items()}
+        left = self.departures.after_evaluation(losses, done)
+        record["left"] = self.departures.record()
         self._record(record, {f"eval/{name}/{key}": value for name, facts in adapters.items() for key, value in facts.items()})
-        if leaving or losers:
-            self._without_stopped()
-        return bool(leaving or losers)
+        if left:
+            self._without_the_gone()
+        return left
 
-    def _without_stopped(self) -> None:
+    def _without_the_gone(self) -> None:
         """The mixture of those that are left."""
-        left = {self.bank.specs[adapter].name: step for adapter, step in self.stopping.stopped.items()}
-        self.mixture = make_mixture(self.tasks, self.bank, self.config, left)
+        self.mixture = make_mixture(self.tasks, self.bank, self.config, self.departures.left)
 
     def heldout(self, max_examples: int | None = None) -> dict[str, HeldOut]:
-        """Held-out losses of every adapter that has not stopped, as it stands in the bank now."""
+        """Held-out losses of every adapter that has not left, as it stands in the bank now."""
         room = 2 * self.config.training.tokens_per_microbatch  # no activations are kept for a backward
         return evaluate_heldout(
             self.row_losses,
@@ -274,7 +273,7 @@ class Trainer:
             self.pad_token,
             max_examples,
             collate=self.collate,
-            absent=self.stopping.stopped,
+            absent=self.departures.gone,
         )
 
     def _record(self, record: dict[str, Any], scalars: dict[str, float]) -> None:

@@ -36,8 +36,11 @@ def solve(
                 missing = tuple(i for i in range(n) if not _is_known(known, contender, problem, i, log))
                 if missing:
                     todo.append((contender, problem, missing))
-    todo.sort(key=lambda item: -len(item[1].prompt))
-    mine = todo[rank::processes]
+    todo.sort(key=lambda item: (-len(item[1].prompt), item[1].language, item[1].name))
+    # whole problems are dealt out: one contender's tokens cost more than another's, and every process shall have some of each
+    problems = list(dict.fromkeys((problem.language, problem.name) for _, problem, _ in todo))
+    dealt = set(problems[rank::processes])
+    mine = [item for item in todo if (item[1].language, item[1].name) in dealt]
     if not mine:
         return
     requests = [

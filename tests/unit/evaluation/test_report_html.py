@@ -60,7 +60,18 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
                 "tokens": 500,
                 "skipped_steps": 0,
             }
-            adapters.append({"name": name, "task": task, "family": family, **hyper, "selected_step": 20, "stopped_step": None})
+            adapters.append(
+                {
+                    "name": name,
+                    "task": task,
+                    "family": family,
+                    **hyper,
+                    "selected_step": 20,
+                    "rollbacks": 0,
+                    "quarantined": None,
+                    "left": None,
+                }
+            )
             curves["training"][name] = [[step, loss and loss + 1 / step] for step in range(1, 21)]
             curves["heldout"][name] = [[10, loss], [20, loss]]
         pairs = [(a, b) for a in contenders for b in contenders if contenders.index(a) < contenders.index(b)]
@@ -259,20 +270,25 @@ def test_skipped_steps_stand_out() -> None:
 
 def test_who_stopped_early_is_told() -> None:
     results = run(THREE)
-    assert "stopped at" not in render_html(results)
-    results["adapters"][1]["stopped_step"] = 40
+    assert "left at" not in render_html(results)
+    assert "rolled back" not in render_html(results)
+    results["adapters"][1]["left"] = {"step": 40, "why": "patience"}
+    results["adapters"][2] |= {"quarantined": {"step": 5, "why": "its loss is not finite"}, "rollbacks": 3}
     page = render_html(results)
-    assert page.count("<td>20, stopped at 40</td>") == 1
-    assert "no better held-out loss for as long as its patience" in page
+    assert page.count("<td>20, left at 40 (no better for as long as its patience)</td>") == 1
+    assert page.count('<td>20, <b class="loud">quarantined at 5</b>: its loss is not finite</td>') == 1
+    assert page.count('<td class="loud">3</td>') == 1
+    assert "Rolled back: it went wrong" in page
+    assert "Quarantined: it went back" in page
 
 
 def test_a_sweep_shows_every_setting_and_its_winner() -> None:
     results = run(THREE)
     assert "Sweeps" not in render_html(results)
     members = [
-        {"family": "lora_lr1e-3", "bits_per_byte": 1.2, "stopped_step": None},
-        {"family": "lora_lr2e-3", "bits_per_byte": 1.3, "stopped_step": 25},
-        {"family": "lora_lr4e-3", "bits_per_byte": None, "stopped_step": None},
+        {"family": "lora_lr1e-3", "bits_per_byte": 1.2, "left": None},
+        {"family": "lora_lr2e-3", "bits_per_byte": 1.3, "left": {"step": 25, "why": "halving"}},
+        {"family": "lora_lr4e-3", "bits_per_byte": None, "left": None},
     ]
     results["sweeps"] = [{"sweep": "lora", "task": task, "winner": "lora_lr1e-3", "members": members} for task in ("lua", "perl")]
     page = render_html(results)

@@ -112,12 +112,12 @@ def test_a_sweep_names_the_winner_of_each_task() -> None:
     for task, values in bits.items():
         nats = {bank.ids[f"{task}-x_lr{i}"]: np.array([value * math.log(2)]) for i, value in enumerate(values)}
         heldout[task] = HeldOut(task, {**nats, bank.ids["a-ia3"]: np.array([0.1])}, np.array([1]), np.array([1]))
-    found = sweeps_of(bank, heldout, {"a-x_lr0": 5})
+    found = sweeps_of(bank, heldout, {"a-x_lr0": {"step": 5, "why": "halving"}})
     assert [(part["sweep"], part["task"], part["winner"]) for part in found] == [("x", "a", "x_lr1"), ("x", "b", None)]
     assert found[0]["members"] == [
-        {"family": "x_lr0", "bits_per_byte": pytest.approx(2.0), "stopped_step": 5},
-        {"family": "x_lr1", "bits_per_byte": pytest.approx(1.0), "stopped_step": None},
-        {"family": "x_lr2", "bits_per_byte": None, "stopped_step": None},
+        {"family": "x_lr0", "bits_per_byte": pytest.approx(2.0), "left": {"step": 5, "why": "halving"}},
+        {"family": "x_lr1", "bits_per_byte": pytest.approx(1.0), "left": None},
+        {"family": "x_lr2", "bits_per_byte": None, "left": None},
     ]
     console = Console(record=True, width=80, soft_wrap=True)
     print_sweeps({"sweeps": found}, console)
@@ -168,7 +168,7 @@ def test_curves_and_counts_come_from_the_metrics(tmp_path: Path) -> None:
     assert results["tasks"][0]["tokens_drawn"] == 300
     adapter = next(a for a in results["adapters"] if a["family"] == "lora")
     assert (adapter["tokens"], adapter["skipped_steps"], adapter["selected_step"]) == (70, 2, 10)
-    assert adapter["stopped_step"] is None
+    assert (adapter["rollbacks"], adapter["quarantined"], adapter["left"]) == (0, None, None)
 
 
 def test_results_of_a_trained_bank_name_every_adapter_once(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def make_trainer(
     device: str = "cpu",
     every: int | None = None,
     sweep: str = "all",
+    guard: dict[str, Any] | None = None,
     **training: Any,
 ) -> Trainer:
     """A trainer for `specs` on tasks a, b and c; same arguments, same trainer."""
@@ -63,6 +64,7 @@ def make_trainer(
             "mixture": {"strategy": "uniform"},
             "training": {"steps": 20, "tokens_per_step": 90, "tokens_per_microbatch": 4096, "max_length": 16, **training},
             "evaluation": {"every": every},
+            "guard": guard or {},
         }
     )
     model: Any = tiny_model(architecture).to(device)

@@ -63,8 +63,8 @@ def test_the_others_get_the_part_of_those_who_left(tmp_path: Path) -> None:
     one, whole = trainer(tmp_path / "one"), trainer(tmp_path / "whole", "all")
     one.train()
     whole.train()
-    stopped = one.stopping.stopped
-    assert sorted(stopped.values()) == [4, 4, 4, 4, 8, 8]
+    stopped = one.departures.gone
+    assert sorted(one.departures.left.values()) == [4, 4, 4, 4, 8, 8]
     for first in (0, 4):  # one of each task is left
         assert len([a for a in range(first, first + 4) if a not in stopped]) == 1
     steps = one.optimizer.steps
@@ -74,4 +74,4 @@ def test_the_others_get_the_part_of_those_who_left(tmp_path: Path) -> None:
     before = [whole._plan(number) for number in range(8, 16)]
     draws = [len({(row.task, row.example) for group in plan.microbatches for row in group}) for plan in after if plan]
     assert sum(draws) > 2 * sum(len({(r.task, r.example) for g in plan.microbatches for r in g}) for plan in before if plan)
-    assert whole.stopping.stopped == {}
+    assert whole.departures.gone == {}

@@ -19,9 +19,7 @@ from tests.unit.training.harness import make_trainer
 def observed(losses: list[float], patience: int | None, min_delta: float = 0.0) -> int | None:
     """The evaluation at which one adapter stops."""
     stopping = EarlyStopping([spec("lora", "a", patience=patience, min_delta=min_delta or None)])
-    for step, loss in enumerate(losses, start=1):
-        stopping.observe({0: loss}, step)
-    return stopping.stopped.get(0)
+    return next((step for step, loss in enumerate(losses, start=1) if stopping.observe({0: loss})), None)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +33,6 @@ def observed(losses: list[float], patience: int | None, min_delta: float = 0.0) 
         ([nan, nan], 2, 0.0, 2),
         ([3, nan, 2, nan, nan], 2, 0.0, 5),
         ([3, 4, 5, 6], None, 0.0, None),
-        ([3, 4, 2, 1], 1, 0.0, 2),  # who has left does not come back
     ],
 )
 def test_it_stops_after_so_many_evaluations_that_were_no_better(
@@ -48,17 +45,14 @@ def test_a_stopping_that_is_taken_up_again_decides_as_the_whole_one() -> None:
     specs = [spec("lora", "a", patience=2), spec("lora", "b", patience=3)]
     losses = [{0: a, 1: b} for a, b in zip([3, 2, 2.5, 2.6, 1], [3, 3, 3, 2, 2], strict=True)]
     whole = EarlyStopping(specs)
-    for step, found in enumerate(losses):
-        whole.observe(found, step)
-    assert whole.stopped == {0: 3}
+    assert [whole.observe(found) for found in losses] == [[], [], [], [0], []]
     for pause in range(len(losses)):
-        parts = EarlyStopping(specs)
-        for step, found in enumerate(losses[:pause]):
-            parts.observe(found, step)
-        again = EarlyStopping(specs)
+        parts, again = EarlyStopping(specs), EarlyStopping(specs)
+        for found in losses[:pause]:
+            parts.observe(found)
         again.take(parts.to_json())
-        for step, found in enumerate(losses[pause:], start=pause):
-            again.observe(found, step)
+        for found in losses[pause:]:
+            again.observe(found)
         assert again.to_json() == whole.to_json()
 
 
@@ -75,15 +69,14 @@ def trainer(folder: Path, **training: int) -> Trainer:
 def test_who_stops_stays_as_it_is_and_the_others_train_on(tmp_path: Path) -> None:
     one = trainer(tmp_path / "one")
     one.train()
-    assert one.stopping.stopped.keys() == {0}
-    step = one.stopping.stopped[0]
+    assert one.departures.record() == {"a-lora": {"step": (step := one.departures.gone[0].step), "why": "patience"}}
     assert step < 10
     plans = [one._plan(number) for number in range(12)]
     assert all((0 in plan.label_tokens) <= (number < step) for number, plan in enumerate(plans) if plan is not None)
     assert sum(0 in plan.label_tokens for plan in plans if plan is not None) == one.optimizer.steps[0] > 0
     assert one.optimizer.steps[2] > one.optimizer.steps[0]
     records = one.folder.read_metrics("evaluation")
-    assert [record["stopped"] for record in records][-1] == {"a-lora": step}
+    assert records[-1]["left"] == one.departures.record()
     assert [("a-lora" in record["adapters"]) for record in records] == [record["step"] <= step for record in records]
 
 
@@ -107,7 +100,7 @@ def test_a_run_with_stops_that_is_taken_up_again_ends_the_same(tmp_path: Path, c
         again = trainer(folder, checkpoint_every=checkpoint_every)
         again.resume()
         again.train()
-        assert again.stopping.to_json() == whole.stopping.to_json()
+        assert again.departures.to_json() == whole.departures.to_json()
         assert all(torch.equal(again.bank.row(i), whole.bank.row(i)) for i in range(3))
 
 
@@ -115,8 +108,8 @@ def test_a_run_ends_when_all_have_stopped(tmp_path: Path) -> None:
     specs = [spec("lora", task, lr=3.0, max_grad_norm=None, patience=1) for task in "ab"]
     one = make_trainer(specs, tmp_path, every=1, steps=200)
     one.train()
-    assert one.stopping.stopped.keys() == {0, 1}
-    assert one.at.done == max(one.stopping.stopped.values()) < 200
+    assert one.departures.gone.keys() == {0, 1}
+    assert one.at.done == max(one.departures.left.values()) < 200
 
 
 @pytest.mark.parametrize(
