@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flora_train.config.errors import UserError, choices, did_you_mean
+from flora_train.training.signals import SAVED, Interrupted
 
 # torch's threads wait for each other by spinning, which starves whatever else wants the same cores: another process, or the
 # threads that compute adapters (kernels/threads.py). It is read when torch loads, which is after this module.
@@ -41,7 +42,8 @@ class Command:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 2 after an error that the user can mend."""
+    """Run one command. Returns the exit status: 0, 2 after an error that the user can mend, or 75 (SAVED) where a run was told to
+    end (SIGTERM, SIGINT) and can go on."""
     command, *rest = list(sys.argv[1:] if words is None else words) or ["--help"]
     if command in ("-h", "--help", "help"):
         print(_overview())
@@ -58,6 +60,10 @@ def main(words: Sequence[str] | None = None) -> int:
         entry.run(rest)
     except UserError as error:
         return _complain(*map(str, error.problems))
+    except Interrupted as pause:
+        if os.environ.get("RANK", "0") == "0":
+            print(str(pause), file=sys.stderr)
+        return SAVED
     return 0
 
 

@@ -45,12 +45,13 @@ from flora_train.training.loss import RowLosses
 from flora_train.training.progress import Watch, duration
 from flora_train.training.run_folder import RunFolder, flat, open_run
 from flora_train.training.selection import Kept
+from flora_train.training.signals import Interrupted
 from flora_train.training.trainer import Trainer
 
 
 def train_run(config: RunConfig) -> Path:
     """Train, evaluate, report and export one run; returns its folder. Raises UserError on bad input, before any long
-    work where that can be known."""
+    work where that can be known, and Interrupted if it is told to end while it trains."""
     started = time.monotonic()
     folder = RunFolder(Path(config.folder))
     accelerator = make_accelerator(config, folder)
@@ -78,7 +79,11 @@ def train_run(config: RunConfig) -> Path:
     if standing == "interrupted":
         trainer.resume()
     seconds = {"load": time.monotonic() - started}
-    trainer.train()
+    try:
+        trainer.train()
+    except Interrupted:
+        session.close()
+        raise
     seconds |= {"train": trainer.at.seconds, "evaluate during training": trainer.at.evaluation_seconds}
     if is_main_process():
         folder.update_run_json(training=training_facts(session, seconds) | {"time_shares": trainer.clock.shares()})

@@ -29,6 +29,7 @@ from flora_train.training.distributed import (
     share_from_main,
     sum_gradients,
     sum_over_processes,
+    wait_for_everyone,
     world,
 )
 from flora_train.training.guard import Guard
@@ -40,6 +41,7 @@ from flora_train.training.plan import StepPlan, make_mixture, plan_step
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, comparable
 from flora_train.training.selection import Kept, Selection
+from flora_train.training.signals import Interrupted, StopSignals
 from flora_train.training.tally import Tally
 
 
@@ -85,19 +87,20 @@ class Trainer:
         self.checkpoints = Checkpoints(folder.checkpoints, lambda: self._identity, say)
         self.tally = Tally()
         self.at = Position()
+        self.signals = StopSignals()
+        self._told_to_end = False
         self._last_losses: dict[str, str] = {}
 
     def train(self) -> None:
-        """Run every step that is still to do; afterwards the bank holds each adapter's selected parameters."""
+        """Run every step that is still to do; afterwards the bank holds each adapter's selected parameters. Raises Interrupted, once
+        the state is saved, if some process is sent SIGTERM or SIGINT."""
         config, at, begun = self.config.training, self.at, self.at.done
         every = self.config.evaluation.every or config.steps
         self.model.train()
         self.guard.remember()
         plan = self._plan(at.done)
-        with Watch("train", config.steps, begun) as watch:
-            while at.done < config.steps:
-                if plan is None:
-                    break
+        with self.signals, Watch("train", config.steps, begun) as watch:
+            while at.done < config.steps and plan is not None:
                 coming = self._plan(at.done + 1) if at.done + 1 < config.steps else None
                 for rows in share_of_rank(coming.microbatches if coming else (), *world()):
                     look_ahead(self.collate, rows, self._training_split)
@@ -112,9 +115,12 @@ class Trainer:
                     self._log()
                 if (at.done % every == 0 or at.done in self.departures.halving.rungs) and self._evaluate():
                     plan = self._plan(at.done)
-                if at.done % config.checkpoint_every == 0:
+                if at.done % config.checkpoint_every == 0 or self._told_to_end:
                     self.guard.remember()
                     self.save()
+                if self._told_to_end:
+                    wait_for_everyone()  # whoever ends first is taken for an accident by some launchers
+                    raise Interrupted(at.done)
             if at.logged < at.done:
                 self._log()
             if at.evaluated < at.done:
@@ -172,7 +178,7 @@ class Trainer:
         whole step, on all processes (guarantee I1)."""
         clock = self.clock
         with clock.step(number):
-            nats = torch.zeros(len(self.bank.specs), dtype=torch.float64, device=self.bank.device)
+            nats = torch.zeros(len(self.bank.specs) + 1, dtype=torch.float64, device=self.bank.device)
             per_token = torch.zeros(len(self.bank.specs), device=self.bank.device)
             for adapter, tokens in plan.label_tokens.items():
                 per_token[adapter] = 1.0 / tokens
@@ -185,6 +191,7 @@ class Trainer:
                 (losses * per_token[batch.adapter_ids]).sum().backward()
                 nats.index_add_(0, batch.adapter_ids, losses.detach().double())
             with clock.part("exchange"):
+                nats[-1] = self.signals.asked  # one process that was told to end tells all
                 sum_gradients(self.bank, plan.label_tokens)
                 totals = sum_over_processes(nats).tolist()
             with clock.part("optimizer"):
@@ -192,6 +199,7 @@ class Trainer:
                 steps = self.optimizer.step(plan.label_tokens, bad)
         self.tally.count(plan, totals, steps)
         self.guard.answer(bad, steps, number + 1)
+        self._told_to_end = totals[-1] > 0
 
     def time_base(self, plan: StepPlan) -> None:
         """Measure once what the frozen base alone takes for a micro-batch, forward and backward: what adapters cost is
@@ -220,9 +228,9 @@ class Trainer:
     def _log(self) -> None:
         at, tokens = self.at, self.tally.tokens.total()
         at.logged = at.done
-        adapters = self.tally.take_record(self.bank.specs)
-        for name, facts in adapters.items():
-            facts["rollbacks"] = self.guard.rolled_back[self.bank.ids[name]]
+        back = self.guard.rolled_back
+        taken = self.tally.take_record(self.bank.specs)
+        adapters = {name: {**facts, "rollbacks": back[self.bank.ids[name]]} for name, facts in taken.items()}
         record = {
             "kind": "step",
             "step": at.done,

@@ -1,44 +1,52 @@
-"""A run that is killed (SIGKILL) goes on with resume=true and ends with the bytes of one that was not."""
+"""A run that is killed, or told to end, goes on with resume=true and ends with the bytes of one that was not."""
 
 from __future__ import annotations
 
-import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
+from flora_train.training.signals import SAVED
 from tests.e2e.conftest import ROOT, Launch, launch_command, launch_environment
 from tests.e2e.test_run import adapter_bytes
 
 WORDS = ("training.steps=120", "training.checkpoint_every=10", "evaluation.every=40")
 
-Kill = Callable[..., None]
+Kill = Callable[..., str]
 
 
 @pytest.fixture
 def kill_after() -> Kill:
-    """Start a run and kill it, with all its processes, as soon as a checkpoint of `step` or later is there."""
+    """Start a run and kill it, with all its processes, as soon as it has written a checkpoint of `step` or later; returns what it said."""
 
-    def kill(step: int, folder: Path, *words: str, processes: int = 1) -> None:
+    def kill(step: int, folder: Path, *words: str, processes: int = 1, number: int = signal.SIGKILL) -> str:
         with subprocess.Popen(
             launch_command(*words, processes=processes),
             cwd=ROOT,
             env=launch_environment(folder.parent / "cache"),
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,
             text=True,
         ) as process:
             patience = time.monotonic() + 120
-            while not any(int(path.stem.removeprefix("step-")) >= step for path in folder.glob("checkpoints/step-*")):
+            before = set(folder.glob("checkpoints/step-*"))
+            while not any(int(path.stem[5:]) >= step for path in set(folder.glob("checkpoints/step-*")) - before):
                 assert process.poll() is None, process.stderr.read() if process.stderr else ""
                 assert time.monotonic() < patience
                 time.sleep(0.005)
-            os.killpg(process.pid, signal.SIGKILL)
+            launcher = psutil.Process(process.pid)
+            for one in (launcher, *launcher.children(recursive=True)):  # a launcher's workers are in sessions of their own
+                with suppress(psutil.NoSuchProcess):
+                    one.send_signal(number)
+            return process.communicate(timeout=60)[1]
 
     return kill
 
@@ -51,8 +59,14 @@ def test_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
     done = launch(*words, f"output_dir={tmp_path / 'whole'}", processes=processes)
     assert done.returncode == 0, done.stderr
     parts = tmp_path / "parts"
-    for step in (20, 70):
-        kill_after(step, parts, *words, f"output_dir={parts}", "resume=true", processes=processes)
+    for step, number in ((20, signal.SIGKILL), (30, signal.SIGTERM), (60, signal.SIGINT)):
+        told = kill_after(step, parts, *words, f"output_dir={parts}", "resume=true", processes=processes, number=number)
+        if number == signal.SIGKILL:
+            continue
+        assert f"{signal.Signals(number).name}: the step is finished and saved first" in told
+        saved = re.search(r"told to end: saved after step (\d+); resume=true", told)
+        assert saved, told
+        assert (parts / "checkpoints" / f"step-{int(saved[1]):08d}.safetensors").exists()
     last = launch(*words, f"output_dir={parts}", "resume=true", processes=processes)
     assert last.returncode == 0, last.stderr
     assert "going on after step" in last.stderr
@@ -69,3 +83,31 @@ def test_unfinished_run_of_another_configuration_is_refused_before_the_model_loa
     assert refused.returncode in (1, 2)
     told = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
     assert [line.split(": was")[0] for line in told] == ["error: model.path = '/nowhere'", "error: adapters.lora.rank = 3"]
+
+
+def test_a_run_that_is_told_to_end_says_so_by_its_exit_status(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "train.py",
+            f"recipe={recipe}",
+            "training.steps=100000",
+            "training.checkpoint_every=5",
+            f"output_dir={folder}",
+        ],
+        cwd=ROOT,
+        env=launch_environment(tmp_path / "cache"),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        patience = time.monotonic() + 120
+        while not list(folder.glob("checkpoints/step-*")):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < patience
+            time.sleep(0.01)
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == SAVED == 75
+    assert "Traceback" not in said

@@ -1,0 +1,58 @@
+"""What happens when a run is told to end? The step is finished and saved, on all processes alike; told again, it ends at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+SAVED = 75
+"""Exit status of a run that was told to end, saved its state and can go on (EX_TEMPFAIL of sysexits.h)."""
+
+SAME = 2.0
+"""Seconds within which signals are one: a scheduler tells every process, and a launcher tells its own again."""
+
+
+class Interrupted(Exception):
+    """The run was told to end, and is saved after `step` steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(f"told to end: saved after step {step}; resume=true goes on from there")
+
+
+class StopSignals:
+    """A context in which SIGTERM and SIGINT are noted (`asked`) instead of ending the process. A second one, `same` seconds after the
+    first or later, does what it does without us: checkpoints are whole or not there, so the last good one is left."""
+
+    def __init__(self, same: float = SAME) -> None:
+        self.asked = False
+        self.same = same
+        self._first = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # signals are Python's main thread's business
+            self._before = {number: signal.signal(number, self._noted) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _noted(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._first = True, now
+            name = signal.Signals(number).name
+            print(f"\n{name}: the step is finished and saved first; a second one ends at once", file=sys.stderr, flush=True)
+        elif now - self._first >= self.same:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

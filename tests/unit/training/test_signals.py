@@ -1,0 +1,54 @@
+"""Told to end, a run finishes its step; told again, it ends as any program would; afterwards signals are what they were."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from flora_train.training.signals import Interrupted, StopSignals
+from tests.conftest import mixed_specs
+from tests.unit.training.harness import make_trainer
+
+
+def test_the_first_is_noted_and_a_later_one_is_what_it_was() -> None:
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        _told_twice()
+    finally:
+        signal.signal(signal.SIGINT, own)
+
+
+def _told_twice() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopSignals(same=0.0) as signals:
+        assert not signals.asked
+        signal.raise_signal(signal.SIGINT)
+        assert signals.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_signals_shortly_after_one_another_are_one() -> None:
+    with StopSignals(same=60.0) as signals:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert signals.asked
+
+
+def test_the_step_in_which_it_is_told_is_the_last_and_is_saved(tmp_path: Path) -> None:
+    trainer = make_trainer(mixed_specs(lr=2e-3), tmp_path, steps=10, checkpoint_every=100)
+    step = trainer.step
+
+    def told(number: int, plan: object) -> None:
+        if number == 4:
+            signal.raise_signal(signal.SIGTERM)
+        step(number, plan)  # type: ignore[arg-type]
+
+    trainer.step = told  # type: ignore[assignment, method-assign]
+    with pytest.raises(Interrupted, match="saved after step 5") as pause:
+        trainer.train()
+    assert (pause.value.step, trainer.at.done) == (5, 5)
+    assert [file.name for file in trainer.checkpoints.files()] == ["step-00000005.safetensors"]
