@@ -111,10 +111,9 @@ class Decoder:
                         cache.join(new)
                 elif cache is not None:
                     self._step(live, cache)
-                staying = [i for i, row in enumerate(live) if not self._ended(row, report)]
-                if len(staying) < len(live) and cache is not None:
-                    live = [live[i] for i in staying]
-                    cache.keep(torch.tensor(staying, dtype=torch.long, device=self.device))
+                ended = [i for i, row in enumerate(live) if self._ended(row, report)]
+                if ended and cache is not None:
+                    live = [live[i] for i in cache.drop(ended)]
                     cache = cache if live else None
 
     def _entering(self, waiting: deque[list[_Row]], live: int) -> list[list[_Row]]:
@@ -142,7 +141,7 @@ class Decoder:
         rows = [row for group in entering for row in group]
         if len(rows) > len(entering):
             repeated = torch.tensor(copies, device=self.device)
-            cache.keep(repeated)
+            cache.repeat(repeated)
             logits = logits[repeated]
         self._draw(logits, rows)
         return cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,16 @@ class RowLayer(DynamicLayer):
         self._buffers = [keys, values]
         self._show(length)
 
+    def move(self, to: Tensor, rows: Tensor) -> None:
+        """Put these rows where others stood."""
+        for buffer in self._buffers:
+            buffer[to, :, : self._length] = buffer[rows, :, : self._length]
+
+    def narrow(self, rows: int, first: int) -> None:
+        """Hold the first so many rows without the first columns; nothing is copied."""
+        self._buffers = [buffer[:rows, :, first:] for buffer in self._buffers]
+        self._show(self._length - first)
+
     def _show(self, length: int) -> None:
         self._length = length
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
@@ -57,13 +68,32 @@ class RowCache:
         """Every row is about to get one more token: give the model mask and `layers` then."""
         self.mask = F.pad(self.mask, (0, 1), value=True)
 
-    def keep(self, rows: Tensor) -> None:
-        """Let only these rows (LongTensor, repeats allowed) stay, without columns that are padding in all of them."""
-        mask = self.mask[rows]
-        first = int((~mask).long().sum(1).min()) if len(rows) else 0
+    def repeat(self, rows: Tensor) -> None:
+        """Hold these rows (LongTensor, repeats allowed) instead."""
+        self.mask = self.mask[rows]
+        for layer in self.layers.layers:
+            layer.replace(layer.keys[rows], layer.values[rows], self.mask.shape[1])
+
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Let these rows go, and columns that are padding in all others. Rows from the end move to where they stood, so that only
+        those are copied. Returns who stands at 0, 1, ... now, by the numbers from before."""
+        left, gone = len(self.mask) - len(rows), set(rows)
+        order = list(range(left))
+        holes = [place for place in order if place in gone]
+        movers = [row for row in range(left, len(self.mask)) if row not in gone]
+        if holes:
+            to, of = (torch.tensor(places, device=self.mask.device) for places in (holes, movers))
+            self.mask[to] = self.mask[of]
+            for layer in self.layers.layers:
+                layer.move(to, of)
+            for hole, mover in zip(holes, movers, strict=True):
+                order[hole] = mover
+        mask = self.mask[:left]
+        first = int((~mask).long().sum(1).min()) if left else 0
         self.mask = mask[:, first:]
         for layer in self.layers.layers:
-            layer.replace(layer.keys[rows, :, first:], layer.values[rows, :, first:], self.mask.shape[1])
+            layer.narrow(left, first)
+        return order
 
     def join(self, other: RowCache) -> None:
         """Take the rows of `other` in, after one's own; the shorter of both is padded on the left."""

@@ -95,15 +95,16 @@ def plans_of(trainer: Trainer, steps: int = 12) -> list[StepPlan]:
     return [plan for plan in found if plan is not None]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize(
-    "options",
+    ("optimizer", "options"),
     [
-        pytest.param({}, id="plain"),
-        pytest.param({"tokens_per_microbatch": 250}, id="accumulation"),
-        pytest.param({"checkpointing": "reentrant"}, id="reentrant-checkpointing"),
-        pytest.param({"kind": "moonshine"}, id="moonshine"),
-        pytest.param({"kind": "speech_to_text"}, id="speech_to_text"),
+        pytest.param("sgd", {}, id="sgd"),
+        pytest.param("adamw", {}, id="adamw"),
+        pytest.param("sgd", {"tokens_per_microbatch": 250}, id="sgd, accumulation"),
+        pytest.param("adamw", {"tokens_per_microbatch": 250}, id="adamw, accumulation"),
+        pytest.param("adamw", {"checkpointing": "reentrant"}, id="adamw, reentrant checkpointing"),
+        pytest.param("sgd", {"kind": "moonshine"}, id="sgd, moonshine"),
+        pytest.param("sgd", {"kind": "speech_to_text"}, id="sgd, speech_to_text"),
     ],
 )
 def test_trained_together_equals_trained_alone(optimizer: str, options: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
