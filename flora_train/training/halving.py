@@ -25,10 +25,9 @@ class Halving:
                 if spec.sweep is not None:
                     groups[spec.task, spec.sweep].append(adapter)
         self.groups = list(groups.values())
-        largest = max(map(len, self.groups), default=1)
         self.rungs = list(config.rungs or ()) if self.groups else []
         if self.groups and config.rungs is None:
-            needed = math.ceil(round(math.log(largest, self.factor), 9))
+            needed = max(map(self._needed, map(len, self.groups)))
             self.rungs = sorted({max(1, steps // self.factor**i) for i in range(1, needed + 1)})
 
     def losers(self, losses: Mapping[int, float], step: int, gone: Collection[int]) -> list[int]:
@@ -36,12 +35,20 @@ class Halving:
         highest. gone: who left before, for whatever reason."""
         if step not in self.rungs:
             return []
-        part = self.factor ** (self.rungs.index(step) + 1)
+        to_come = len(self.rungs) - self.rungs.index(step)
         leaving: list[int] = []
         for members in self.groups:
+            needed = min(self._needed(len(members)), len(self.rungs))
+            if to_come > needed:
+                continue  # a smaller sweep than others is halved at the last rungs
+            part = self.factor ** (needed - to_come + 1)
             there = sorted((a for a in members if a not in gone), key=lambda a: (_comparable(losses[a]), a))
             leaving += there[math.ceil(len(members) / part) :]
         return sorted(leaving)
+
+    def _needed(self, members: int) -> int:
+        """Rungs until one is left."""
+        return math.ceil(round(math.log(members, self.factor), 9))
 
 
 def _comparable(loss: float) -> float:

@@ -46,11 +46,18 @@ def test_nothing_is_halved_without_a_sweep_or_with_all() -> None:
 
 def test_of_each_task_the_higher_losses_leave() -> None:
     judge = Halving([*members("a", 4), *members("b", 3), spec("lora", "a", "alone")], halving(), 100)
-    losses = dict(enumerate([3.0, 1.0, nan, 2.0, 2.0, 2.0, 1.0, 9.0]))
+    losses = dict(enumerate([3.0, 1.0, nan, 2.0, 2.0, 2.0, 1.0, 9.0]))  # two rungs for three as for four
     assert judge.losers(losses, 24, ()) == []
     assert judge.losers(losses, 25, ()) == [0, 2, 5]  # a NaN is the highest; of equals the first stays
     assert judge.losers(losses, 50, {0, 2, 5}) == [3, 4]
     assert judge.losers(losses, 50, {0, 1, 2, 5}) == [4]  # who stopped by itself takes nobody along
+
+
+def test_a_smaller_sweep_is_halved_at_the_last_rungs() -> None:
+    judge = Halving([*members("a", 4), *members("b", 2)], halving(), 100)
+    losses = dict(enumerate([4.0, 3.0, 2.0, 1.0, 2.0, 1.0]))
+    assert judge.losers(losses, 25, ()) == [0, 1]
+    assert judge.losers(losses, 50, {0, 1}) == [2, 4]
 
 
 def trainer(folder: Path, strategy: str = "halving") -> Trainer:
