@@ -49,12 +49,15 @@ def train_alone(session: Session, adapter: int) -> PeftRun:
     config, spec = session.config, session.bank.specs[adapter]
     run, mixture = PeftRun(config, spec), make_mixture(session.tasks, session.bank, config)
     pad = pad_token(session.tokenizer)
-    with Watch(f"PEFT, {spec.name}", spec.max_steps) as watch:
-        for number in range(spec.max_steps):
+    own = 0  # steps that the adapter was in
+    with Watch(f"PEFT, {spec.name}", config.training.steps) as watch:
+        for number in range(config.training.steps):
             plan = plan_step(mixture, number, session.tasks, session.bank, config.training.tokens_per_microbatch)
-            assert plan is not None
+            if plan is None or adapter not in plan.label_tokens:
+                continue
             batches = batches_of(plan, adapter, session.tasks, session.collate, pad)
-            loss = run.step(batches, learning_rate(spec, number))
+            loss = run.step(batches, learning_rate(spec, own))
+            own += 1
             watch.update(number + 1, {"loss": f"{loss:.3f}"})
     return run
 

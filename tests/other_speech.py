@@ -24,7 +24,7 @@ from flora_train.data.audio.ears import Ears
 from flora_train.data.audio.features import FeatureStore
 from flora_train.data.audio.windows import Windows
 from flora_train.training.progress import Watch
-from tests.speech import tiny_tokenizer
+from tests.speech import tiny_tokenizer, with_random_weights
 
 KINDS = ("moonshine", "speech_to_text")
 BINS = 16
@@ -85,11 +85,7 @@ def loaded_tiny(kind: str) -> Any:
     torch.manual_seed(0)
     config = configuration(kind)
     without_dropout(config)
-    model = model_class(kind)(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.1 if name.endswith("bias") else 0.3)
-    return model
+    return with_random_weights(model_class(kind)(config))
 
 
 def extractor_of(kind: str) -> Any:

@@ -77,12 +77,11 @@ class Guard:
         }
 
     def take(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `to_json` gave; the state of now, which a checkpoint held, is the good one."""
+        """Go on from what `to_json` gave."""
         self.rolled_back = Counter(dict(state["rolled_back"]))
         self.quarantined = {adapter: (step, why) for adapter, step, why in state["quarantined"]}
         for adapter, losses in state["losses"]:
             self._losses[adapter].extend(losses)
-        self.remember()
 
     def _is_spike(self, adapter: int, loss: float) -> bool:
         known = self._losses[adapter]

@@ -11,7 +11,6 @@ import pytest
 
 from flora_train.evaluation.report.findings import summarise
 from flora_train.evaluation.report.html import render_html
-from flora_train.evaluation.report.words import count, interval, listed, number, shared_digits, verdict
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr", "use", "path", "rect", "circle", "line"}
 
@@ -278,28 +277,3 @@ def test_a_run_of_100_adapters_stays_under_3_megabytes_and_draws_every_task() ->
     assert len(page.encode()) < 3_000_000
     assert page.count("Loss over steps on task") == 25
     assert "13 more tasks" in page
-
-
-def test_numbers_have_no_false_precision() -> None:
-    assert [number(v) for v in (1.23456, 123.456, 12345.6, None, float("nan"))] == [
-        "1.235",
-        "123",
-        "12,346",
-        "not finite",
-        "not finite",
-    ]
-    assert number(-0.0001, 3, "+") == "0.000"
-    assert interval(estimate(-0.04), 3) == "−0.050 to −0.030"
-    assert (count(1234567), count(None)) == ("1,234,567", "–")
-    assert listed(["a", "b", "c"], 2) == "a, b and 1 more"
-
-
-def test_decimals_follow_the_typical_interval() -> None:
-    for half, digits in ((0.3, 2), (0.012, 3), (0.0018, 4), (1e-9, 5)):
-        results = run({"lua": {"flora": -0.2}})["results"]
-        results[0]["contenders"][0]["difference_to_base"] = estimate(-0.2, half)
-        assert shared_digits(results) == digits
-
-
-def test_verdict_needs_an_interval_that_excludes_zero() -> None:
-    assert [verdict(estimate(v)) for v in (-0.2, 0.2, 0.001, None)] == ["better", "worse", "unclear", "not finite"]

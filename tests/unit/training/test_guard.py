@@ -86,6 +86,7 @@ HARMS = [
     pytest.param("gradient", nan, id="NaN gradient"),
     pytest.param("gradient", -inf, id="infinite gradient"),
     pytest.param("weight", nan, id="NaN weight"),
+    pytest.param("weight", inf, id="infinite weight"),
 ]
 
 
