@@ -20,6 +20,7 @@ from flora_train.evaluation.code.evaluate import evaluate_code, plan_evaluation
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_pass_at_k
+from flora_train.evaluation.results import not_measured
 from flora_train.run import read_report
 from flora_train.session import make_accelerator, reopen
 from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone
@@ -56,6 +57,7 @@ def solve_run(run: str, words: Sequence[str]) -> None:
         raise fail("evaluation.problems", None, fix)
     if not folder.adapters.is_dir() or not any(folder.adapters.iterdir()):
         raise fail("run", run, "has no adapters yet: it did not finish; train it on with resume=true")
+    report = read_report(folder) if options.out is None and (folder.evaluation / "report.json").exists() else None
     make_accelerator(config, folder, trackers=False)  # from here on the processes know each other
     plan = on_main_process(lambda: plan_evaluation(config))
     session, _ = reopen(run)
@@ -82,8 +84,7 @@ def solve_run(run: str, words: Sequence[str]) -> None:
                 print(
                     f"in MultiPL-E's layout           {write_multipl_e(completions, Path(options.multipl_e), config.evaluation)}/"
                 )
-        if options.out is None and (folder.evaluation / "report.json").exists():
-            print(
-                f"report                          {write_report({**read_report(folder), 'code': summaries}, folder.evaluation)}"
-            )
+        if report is not None:
+            report |= {"code": summaries, "not_measured": not_measured(recorded, executed=True)}
+            print(f"report                          {write_report(report, folder.evaluation)}")
     wait_for_everyone()

@@ -95,12 +95,30 @@ def test_a_run_with_problems_reports_pass_at_k_of_base_and_every_adapter_in_a_la
 
 def test_more_samples_are_added_to_those_that_are_there(mine: Path) -> None:
     before = completions(mine / "eval" / "trivial")
+    file = mine / "eval" / "report.json"
+    unsolved = json.loads(file.read_text())  # as of a run without problems
+    file.write_text(
+        json.dumps(unsolved | {"code": [], "not_measured": ["Whether completions are correct: nothing was executed."]})
+    )
     done = solve(mine, "evaluation.n=3", "languages=[sh]")
     assert done.returncode == 0, done.stderr
     after = completions(mine / "eval" / "trivial")
     assert len(after) == 4 * 2 * 3
     assert before.items() <= after.items()
-    assert json.loads((mine / "eval" / "report.json").read_text())["code"][0]["n"] == 3
+    report = json.loads(file.read_text())
+    assert report["code"][0]["n"] == 3
+    assert report["not_measured"] == unsolved["not_measured"]
+
+
+def test_a_report_of_another_version_is_refused_before_anything_is_written(mine: Path) -> None:
+    before = completions(mine / "eval" / "trivial")
+    file = mine / "eval" / "report.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 1}))
+    done = solve(mine, "evaluation.n=3", "languages=[sh]")
+    assert done.returncode != 0
+    assert "schema 1" in done.stderr
+    assert "flora-train evaluate" in done.stderr
+    assert completions(mine / "eval" / "trivial") == before
 
 
 def test_killed_generation_goes_on_and_ends_with_what_an_uninterrupted_one_writes(run: Path, tmp_path: Path) -> None:
