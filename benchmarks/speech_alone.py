@@ -33,7 +33,7 @@ from flora_train.evaluation.speech.evaluate import LoggedTranscript, judged_spli
 from flora_train.evaluation.speech.normalize import NORMALIZERS, normalizer_name
 from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
 from flora_train.session import Session, reopen
-from flora_train.training.atomic import write_atomically
+from flora_train.atomic import write_atomically
 from flora_train.training.environment import available_cpus, environment
 from flora_train.training.plan import make_mixture, plan_step
 from flora_train.training.progress import Watch

@@ -24,6 +24,7 @@ from flora_train.adapters.base_model import (
     load_tokenizer,
 )
 from flora_train.adapters.encoder import count_positions, is_speech_model, is_whisper, longest_text
+from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
@@ -85,7 +86,10 @@ def load_session(config: RunConfig, folder: RunFolder, device: torch.device, wit
     if with_tasks and (idle := sorted(config.tasks.keys() - tasks.keys())):
         say(f"note: no adapter learns {', '.join(idle)}: not read")
     model = load_base_model(config.model, device)
-    return Session(config, folder, tokenizer, tasks, model, AdapterBank.attach(model, specs, config.seed), ears)
+    slots, on_disk = config.paging.device_slots, config.paging.host == "disk"
+    paging = Paging(None if slots == "auto" else slots, folder.path.parent if on_disk else None)
+    bank = AdapterBank.attach(model, specs, config.seed, paging=paging)
+    return Session(config, folder, tokenizer, tasks, model, bank, ears)
 
 
 def open_ears(config: RunConfig, model_config: Any, tokenizer: Any) -> Ears:

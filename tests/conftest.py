@@ -46,9 +46,10 @@ def perturb(bank: Any, scale: float = 0.2) -> None:
         pool.values.add_(torch.randn(pool.values.shape, generator=generator).to(pool.values), alpha=scale)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Tiny matrices gain nothing from a second thread, and tests run two at a time."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Tiny matrices gain nothing from a second thread, and tests run two at a time. Before any fixture, of modules, too: other
+    threads are other sums."""
     torch.set_num_threads(1)
 
 

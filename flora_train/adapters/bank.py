@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flora_train.adapters.encoder import encoder_name
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.methods import Target
+from flora_train.adapters.paging import Pager, Paging
 from flora_train.adapters.pool import Pool, pool_key
 from flora_train.adapters.routing import Router, RowNoise, build_routing
 from flora_train.adapters.spec import BASE, BASE_ID, AdapterSpec
@@ -27,23 +28,38 @@ class AdapterBank:
     Use: `bank = AdapterBank.attach(model, specs)`, then for every batch `bank.route(ids)`, forward and backward.
     """
 
-    def __init__(self, model: nn.Module, pools: Sequence[Pool]) -> None:
+    def __init__(
+        self, model: nn.Module, pools: Sequence[Pool], paging: Paging | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.model = model
         self.pools = tuple(pools)
         self.specs: tuple[AdapterSpec, ...] = tuple(spec for pool in pools for spec in pool.specs)
         self.ids = {spec.name: i for i, spec in enumerate(self.specs)}
-        self.location: list[tuple[Pool, int]] = [(pool, slot) for pool in pools for slot in range(len(pool.specs))]
+        self.location: list[tuple[Pool, int]] = [(pool, member) for pool in pools for member in range(len(pool.specs))]
         self.router = Router()
         self.device = check_base(model)
+        self.pager: Pager | None = None
+        slots = None if paging is None else paging.slots_for(self.pools, self.device, dtype)
+        if paging is not None and slots is not None:
+            self.pager = Pager(self.pools, self.location, slots, paging.folder, self.device, dtype)
+        else:
+            for pool in self.pools:
+                pool.allocate(self.device, dtype)
         self._encoder = encoder_name(model)
         self._sharing = frozenset() if self._encoder is None else self._who_leaves_the_encoder(f"{self._encoder}.")
 
     @classmethod
     def attach(
-        cls, model: nn.Module, specs: Sequence[AdapterSpec], seed: int = 0, dtype: torch.dtype = torch.float32
+        cls,
+        model: nn.Module,
+        specs: Sequence[AdapterSpec],
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        paging: Paging | None = None,
     ) -> AdapterBank:
         """Freeze `model`, wrap its target layers in place and start every adapter as the identity.
 
+        paging: who of them may be on the host (default: nobody).
         Raises UserError when a target matches nothing (with what could match) or two adapters share a name.
         """
         names = [spec.name for spec in specs]
@@ -58,12 +74,10 @@ class AdapterBank:
                 targets_of[key] = find_targets(model, spec)
             groups[key].append(spec)
         model.requires_grad_(False)
-        bank = cls(model, [Pool(key[0], members, targets_of[key]) for key, members in groups.items()])
+        bank = cls(model, [Pool(key[0], members, targets_of[key]) for key, members in groups.items()], paging, dtype)
         bank._wrap_layers()
-        for pool in bank.pools:
-            pool.allocate(bank.device, dtype)
-            for slot in range(len(pool.specs)):
-                pool.initialise(slot, seed)
+        for pool, member in bank.location:
+            pool.initialise(member, seed)
         return bank
 
     def route(self, adapters: Tensor | Sequence[int] | Sequence[str], noise: Sequence[RowNoise] | None = None) -> None:
@@ -76,6 +90,8 @@ class AdapterBank:
         )
         for wrong in (i for i in ids if not BASE_ID <= i < len(self.specs)):
             raise fail("adapter_ids", wrong, f"ids run from 0 to {len(self.specs) - 1}, and {BASE_ID} is the base model")
+        if self.pager is not None:
+            self.pager.bring({i for i in ids if i != BASE_ID})
         self.router.set(build_routing(ids, self.location, self.device, noise))
 
     @contextmanager
@@ -120,8 +136,9 @@ class AdapterBank:
 
     def parameters_of(self, name: str) -> dict[str, dict[str, Tensor]]:
         """Module -> parameter -> view of this adapter's values."""
-        pool, slot = self.location[self.id_of(name)]
-        return pool.row(slot)
+        self._settle()
+        pool, member = self.location[self.id_of(name)]
+        return pool.row(member)
 
     def base_names(self) -> list[str]:
         """The names of all modules of the model as it was before `attach`."""
@@ -129,9 +146,42 @@ class AdapterBank:
         return list(dict.fromkeys(names))
 
     def row(self, adapter: int) -> Tensor:
-        """All numbers of one adapter, [P]: a view."""
-        pool, slot = self.location[adapter]
-        return pool.values[slot]
+        """All numbers of one adapter, [P]: a view, on the device or the host."""
+        return self.state(adapter)["values"]
+
+    def state(self, adapter: int) -> dict[str, Tensor]:
+        """Plane (values, and what the optimizer adds) -> that of one adapter, [P]: views, valid until adapters are moved."""
+        self._settle()
+        pool, member = self.location[adapter]
+        return pool.state(member)
+
+    def add_plane(self, name: str) -> None:
+        """One more number for every number of every adapter, 0 at first: what an optimizer remembers."""
+        if self.pager is not None:
+            self.pager.add_plane(name)
+            return
+        for pool in self.pools:
+            pool.planes[name] = torch.zeros_like(pool.values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`pool<i>.<plane>` -> [adapters of that pool, P], as they stand: the same with and without paging. Who writes to them calls
+        `forget_device` afterwards."""
+        if self.pager is not None:
+            self.pager.write_home()
+        return {f"pool{i}.{name}": rows for i, pool in enumerate(self.pools) for name, rows in (pool.home or pool.planes).items()}
+
+    def forget_device(self) -> None:
+        """The numbers on the host count, where there is paging."""
+        if self.pager is not None:
+            self.pager.forget()
+
+    def blocks(self, adapters: Iterable[int]) -> list[frozenset[int]]:
+        """These adapters (-1: the base), ascending, in parts that fit on the device at one time; without paging in one."""
+        ids = sorted(set(adapters))
+        if self.pager is None:
+            return [frozenset(ids)]
+        parts = [frozenset(part) for part in self.pager.blocks(i for i in ids if i != BASE_ID)]
+        return [parts[0] | {BASE_ID}, *parts[1:]] if BASE_ID in ids else parts
 
     def digest(self, adapter: int) -> str:
         """SHA-256 of all numbers of one adapter; "" for the base."""
@@ -139,19 +189,26 @@ class AdapterBank:
 
     def gradient_row(self, adapter: int) -> Tensor:
         """All gradients of one adapter, [P]: a view."""
-        pool, slot = self.location[adapter]
-        return pool.gradients[slot]
+        pool, member = self.location[adapter]
+        return pool.gradients[pool.slot_of[member]]
 
     def by_pool(self, adapters: Iterable[int]) -> Iterator[tuple[Pool, list[int], Any]]:
-        """These adapters pool by pool: the pool, its adapter ids ascending, and an index of their rows: a slice where it is
-        every row (they are then updated in place instead of copied out and back), else LongTensor [K]."""
+        """These adapters pool by pool, to be changed: the pool, its adapter ids ascending, and an index of their rows on the device: a
+        slice where it is every row (they are then updated in place instead of copied out and back), else LongTensor [K]."""
         members: dict[int, list[int]] = defaultdict(list)
         for adapter in sorted(adapters):
             members[id(self.location[adapter][0])].append(adapter)
         for pool in self.pools:
             if ids := members[id(pool)]:
-                slots = [self.location[adapter][1] for adapter in ids]
-                yield pool, ids, slice(None) if len(ids) == len(pool.specs) else torch.tensor(slots, device=self.device)
+                changing = [self.location[adapter][1] for adapter in ids]
+                pool.changed.update(changing)
+                slots = [pool.slot_of[member] for member in changing]
+                every = slots == list(range(len(pool.values)))
+                yield pool, ids, slice(None) if every else torch.tensor(slots, device=self.device)
+
+    def _settle(self) -> None:
+        if self.pager is not None:
+            self.pager.settle()
 
     def _wrap_layers(self) -> None:
         for pool in self.pools:

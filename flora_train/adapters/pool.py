@@ -1,4 +1,4 @@
-"""How are many adapters stored? As rows: one adapter is one row of one [slots, numbers] tensor.
+"""How are many adapters stored? As rows: one adapter is one row of a [slots, numbers] tensor.
 
 Adapters of the same method, rank and targets share a pool. A layer's stack is a view of the pool, so that clipping,
 the optimizer, checkpoints and the exchange between processes handle an adapter as one vector, not layer by layer.
@@ -37,12 +37,21 @@ def pool_key(spec: AdapterSpec) -> tuple[str, int, object, object, object]:
 
 
 class Pool:
-    """values, gradients: [slots, P] float32, P the numbers of one adapter; `specs[slot]` says whose row it is."""
+    """All adapters of one kind; `specs[member]` says whose numbers are whose. P: the numbers of one adapter.
+
+    planes: name -> [slots, P] on the device: "values", and what an optimizer adds; gradients: [slots, P].
+    slot_of: member -> its row there. It is the member itself, unless a pager decides who is on the device; then
+    home: name -> [members, P] on the host has those that are not.
+    """
 
     def __init__(self, method: str, specs: Sequence[AdapterSpec], targets: Mapping[str, Target]) -> None:
         self.method: AdapterMethod = METHODS[method]
         self.specs = tuple(specs)
         self.targets = dict(targets)
+        self.slot_of: dict[int, int] = {}
+        self.changed: set[int] = set()
+        """Members on the device whose numbers may differ from those at home."""
+        self.home: dict[str, Tensor] = {}
         self.layout: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
         self.row_size = 0
         for name, target in targets.items():
@@ -52,26 +61,48 @@ class Pool:
                 self.row_size += prod(shape)
 
     def allocate(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Values and gradients for every slot. Rows start undefined: `initialise` or `load` fills them."""
-        self.values = torch.full((len(self.specs), self.row_size), float("nan"), dtype=dtype, device=device)
-        self.gradients = torch.zeros_like(self.values)
+        """Room for every adapter on the device. Rows start undefined: `initialise` or `load` fills them."""
+        shape = len(self.specs), self.row_size
+        self.slot_of = {member: member for member in range(len(self.specs))}
+        self.place(
+            {"values": torch.full(shape, float("nan"), dtype=dtype, device=device)},
+            torch.zeros(shape, dtype=dtype, device=device),
+        )
+
+    def place(self, planes: Mapping[str, Tensor], gradients: Tensor) -> None:
+        """Live in this memory of the device, [slots, P] each."""
+        self.planes, self.gradients = dict(planes), gradients
         # Leaves that ask for gradients, so that autograd calls GatherRows.backward; they share the pool's memory.
         self._leaves = {name: self._views(self.values, name, leaf=True) for name in self.layout}
         self._leaf_gradients = {name: self._views(self.gradients, name) for name in self.layout}
 
-    def initialise(self, slot: int, seed: int) -> None:
+    @property
+    def values(self) -> Tensor:
+        """[slots, P]: the adapters' numbers on the device."""
+        return self.planes["values"]
+
+    def state(self, member: int) -> dict[str, Tensor]:
+        """Plane -> [P], a view of one adapter's part of it, on the device or at home."""
+        slot = self.slot_of.get(member)
+        if slot is None:
+            return {name: rows[member] for name, rows in self.home.items()}
+        self.changed.add(member)  # who asks may write
+        return {name: rows[slot] for name, rows in self.planes.items()}
+
+    def initialise(self, member: int, seed: int) -> None:
         """Give one adapter its start, a function of (seed, adapter name, layer) alone."""
-        spec = self.specs[slot]
+        spec, views = self.specs[member], self.row(member)
         for name in self.layout:
-            params = {p: torch.empty(shape, dtype=self.values.dtype) for p, (_, shape) in self.layout[name].items()}
+            params = {p: torch.empty(shape, dtype=views[name][p].dtype) for p, (_, shape) in self.layout[name].items()}
             self.method.initialise(params, spec, seeded_generator(seed, spec.name, name))
-            for param, view in self.row(slot)[name].items():
+            for param, view in views[name].items():
                 view.copy_(params[param])
 
-    def row(self, slot: int) -> dict[str, dict[str, Tensor]]:
-        """Module -> parameter -> view of one adapter's values."""
+    def row(self, member: int) -> dict[str, dict[str, Tensor]]:
+        """Module -> parameter -> view of one adapter's values, on the device or at home."""
+        values = self.state(member)["values"]
         return {
-            name: {p: self.values[slot, start : start + prod(shape)].view(shape) for p, (start, shape) in layout.items()}
+            name: {p: values[start : start + prod(shape)].view(shape) for p, (start, shape) in layout.items()}
             for name, layout in self.layout.items()
         }
 
@@ -84,7 +115,7 @@ class Pool:
         views = {}
         for param, (start, shape) in self.layout[module].items():
             strides = (self.row_size, *torch.empty(shape, device="meta").stride())
-            view = storage.as_strided((storage.shape[0], *shape), strides, start)
+            view = storage.as_strided((storage.shape[0], *shape), strides, storage.storage_offset() + start)
             views[param] = view.detach().requires_grad_() if leaf else view
         return views
 

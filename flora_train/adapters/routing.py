@@ -119,7 +119,7 @@ def build_routing(
     device: torch.device,
     noise: Sequence[RowNoise] | None = None,
 ) -> Routing:
-    """Routing for one adapter id a row (-1: base); `locate[id]` is its pool and slot."""
+    """Routing for one adapter id a row (-1: base); `locate[id]` is its pool and its number there."""
     order = sorted(range(len(ids)), key=lambda row: ids[row])
     grouped = [ids[row] for row in order]
     runs: list[tuple[int, int, int]] = []  # adapter id, first row, end row
@@ -138,8 +138,9 @@ def build_routing(
         if pool is None:
             spans.append(Span(None, start, end, segments))
             continue
-        slots = [locate[run[0]][1] for run in members]
-        specs = tuple(pool.specs[slot] for slot in slots)
+        numbers = [locate[run[0]][1] for run in members]
+        slots = [pool.slot_of[number] for number in numbers]
+        specs = tuple(pool.specs[number] for number in numbers)
         spans.append(Span(pool, start, end, segments, torch.tensor(slots, device=device), specs))
     grouped_noise = None if noise is None else tuple(noise[row] for row in order)
     if order == list(range(len(ids))):

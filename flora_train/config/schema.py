@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from flora_train.config.errors import Problem, choices, did_you_mean
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.guard_schema import GuardConfig
+from flora_train.config.paging_schema import PagingConfig
 from flora_train.config.section import Name, Section, Text
 from flora_train.config.speech_schema import AudioConfig
 from flora_train.config.sweep import SweepConfig
@@ -217,6 +218,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     sweep: SweepConfig = SweepConfig()
     guard: GuardConfig = GuardConfig()
+    paging: PagingConfig = PagingConfig()
     kernels: KernelsConfig = KernelsConfig()
     tracking: TrackingConfig = TrackingConfig()
 

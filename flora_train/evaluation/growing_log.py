@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem as Fault
 from flora_train.config.errors import UserError, fail
-from flora_train.training.atomic import disk_errors, write_atomically
 
 
 class Logged(Protocol):

@@ -13,20 +13,20 @@ from torch import nn
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.targets import dense_weight
+from flora_train.atomic import disk_errors
 from flora_train.config.errors import fail
-from flora_train.training.atomic import disk_errors
 
 
 @torch.no_grad()
 def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
     """Fold one adapter into the bank's model and unwrap every layer. The bank cannot be used afterwards."""
-    pool, slot = bank.location[bank.id_of(name)]
-    rows = pool.row(slot)
+    pool, member = bank.location[bank.id_of(name)]
+    rows = bank.parameters_of(name)
     for module, layer in [(n, m) for n, m in bank.model.named_modules() if isinstance(m, AdapterLinear)]:
         if module in rows:
             target = pool.targets[module]
             weight, bias = dense_weight(layer.base_layer, target), layer.bias
-            merged, merged_bias = pool.method.merge(weight, bias, rows[module], pool.specs[slot], target.feedforward)
+            merged, merged_bias = pool.method.merge(weight, bias, rows[module], pool.specs[member], target.feedforward)
             weight.copy_(merged)
             if bias is not None and merged_bias is not None:
                 bias.copy_(merged_bias)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.targets import shortest_suffixes
-from flora_train.training.atomic import disk_errors
+from flora_train.atomic import disk_errors
 
 
 def export_peft(bank: AdapterBank, name: str, folder: Path, base_model: str) -> Path:
@@ -38,7 +38,7 @@ def export_peft(bank: AdapterBank, name: str, folder: Path, base_model: str) -> 
 
 def peft_config(bank: AdapterBank, name: str, base_model: str) -> dict[str, Any]:
     """The content of adapter_config.json."""
-    pool, slot = bank.location[bank.id_of(name)]
+    pool, member = bank.location[bank.id_of(name)]
     # Apart, because PEFT wants its feedforward_modules to be some of its target_modules, word by word.
     inputs, outputs = (
         shortest_suffixes(
@@ -47,7 +47,7 @@ def peft_config(bank: AdapterBank, name: str, base_model: str) -> dict[str, Any]
         for feedforward in (True, False)
     )
     return {
-        **pool.method.peft_config(pool.specs[slot], sorted([*outputs, *inputs]), inputs),
+        **pool.method.peft_config(pool.specs[member], sorted([*outputs, *inputs]), inputs),
         "base_model_name_or_path": base_model,
         "task_type": _task_type(bank.model),
         "inference_mode": True,
@@ -57,11 +57,11 @@ def peft_config(bank: AdapterBank, name: str, base_model: str) -> dict[str, Any]
 
 def peft_tensors(bank: AdapterBank, name: str) -> dict[str, Tensor]:
     """The content of adapter_model.safetensors, by PEFT's names."""
-    pool, slot = bank.location[bank.id_of(name)]
+    pool, member = bank.location[bank.id_of(name)]
     return {
         f"base_model.model.{module}.{suffix}": tensor.detach().cpu().contiguous()
-        for module, params in pool.row(slot).items()
-        for suffix, tensor in pool.method.peft_tensors(params, pool.specs[slot], pool.targets[module].feedforward).items()
+        for module, params in bank.parameters_of(name).items()
+        for suffix, tensor in pool.method.peft_tensors(params, pool.specs[member], pool.targets[module].feedforward).items()
     }
 
 

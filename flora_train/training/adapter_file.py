@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
-from flora_train.training.atomic import write_atomically
 
 
 def adapter_file(folder: Path, name: str) -> Path:

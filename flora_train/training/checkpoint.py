@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flora_train.atomic import write_atomically
 from flora_train.config.errors import UserError, fail
-from flora_train.training.atomic import write_atomically
 from flora_train.training.run_folder import differences
 
 KEPT = 2
@@ -27,6 +27,20 @@ Identity = Mapping[str, Any]
 
 class DamagedError(Exception):
     """A checkpoint file that is not what was written."""
+
+
+@dataclass
+class Position:
+    """Where a run stands: steps done, and up to which of them it has logged and evaluated.
+
+    seconds: spent in steps; evaluation_seconds: in evaluations between them; both over all sittings of the run.
+    """
+
+    done: int = 0
+    logged: int = 0
+    evaluated: int = 0
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
 
 
 @dataclass

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -42,10 +43,14 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
     return numbers
 
 
-def share_from_main(tensors: Iterable[Tensor]) -> None:
-    """Give every process the main one's numbers, in place."""
+def share_from_main(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Give every process the main one's numbers, in place. device: what the processes' exchange goes through."""
     for tensor in tensors if _several() else ():
-        dist.broadcast(tensor, 0)
+        for row in tensor:  # of adapters on the host one at a time has room on the device
+            there = row.to(device)
+            dist.broadcast(there, 0)
+            if there is not row:
+                row.copy_(there)
 
 
 def is_main_process() -> bool:

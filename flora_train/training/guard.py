@@ -48,7 +48,7 @@ class Guard:
     def remember(self) -> None:
         """The state of now is what adapters go back to."""
         if self.config.policy != "skip":
-            self._good = {name: tensor.clone() for name, tensor in self.optimizer.tensors().items()}, list(self.optimizer.steps)
+            self._good = {name: tensor.clone() for name, tensor in self.bank.tensors().items()}, list(self.optimizer.steps)
 
     def answer(self, bad: Mapping[int, str], steps: Mapping[int, AdapterStep], step: int) -> None:
         """Do what the policy says to who had a bad step, the run's `step`. bad: by `bad_losses`; steps: what the optimizer did, or left."""
@@ -91,9 +91,7 @@ class Guard:
         if self._good is None:
             return
         tensors, steps = self._good
-        now, pool_of = self.optimizer.tensors(), {id(pool): i for i, pool in enumerate(self.bank.pools)}
-        pool, slot = self.bank.location[adapter]
-        for name, tensor in now.items():
-            if name.startswith(f"pool{pool_of[id(pool)]}."):
-                tensor[slot] = tensors[name][slot]
+        pool, member = self.bank.location[adapter]
+        for name, now in self.bank.state(adapter).items():
+            now.copy_(tensors[f"pool{self.bank.pools.index(pool)}.{name}"][member])
         self.optimizer.steps[adapter] = steps[adapter]

@@ -53,7 +53,7 @@ def evaluate_heldout(
     collate: Collate = collate,
     absent: Collection[int] = (),
 ) -> dict[str, HeldOut]:
-    """Held-out losses per task, all adapters and tasks mixed in the same batches, shared out to all processes.
+    """Held-out losses per task, all its adapters mixed in the same batches, which are shared out to all processes.
 
     max_tokens: padded tokens per forward pass; max_examples: the first so many of each task; report: called with the
     share done; absent: adapters that are not asked. The model's routing is the plain base afterwards.
@@ -72,7 +72,9 @@ def evaluate_heldout(
         for name, task in used.items()
         for adapter in contenders[name]
     }
-    groups = share_of_rank(group_by_length(rows, max_tokens), *world())
+    # a batch is of one task: few adapters at a time have to be on the device, and with more rows each
+    by_task = [[row for row in rows if row.task == name] for name in used]
+    groups = share_of_rank([group for part in by_task for group in group_by_length(part, max_tokens)], *world())
     model = row_losses.model
     training, done, total = model.training, 0, sum(row.length for group in groups for row in group)
     model.eval()

@@ -20,6 +20,9 @@ from flora_train.config.schema import TrainingConfig
 from flora_train.kernels.backend import runs_in_triton
 from flora_train.training.schedule import learning_rate
 
+MOMENTS = ("first", "second")
+"""AdamW's planes of the bank."""
+
 
 @dataclass(frozen=True)
 class AdapterStep:
@@ -31,15 +34,14 @@ class AdapterStep:
 
 
 class BankOptimizer:
-    """State per pool: two moments [slots, P] (AdamW) and each adapter's own step count."""
+    """State: two planes of the bank (AdamW's moments), and each adapter's own step count."""
 
     def __init__(self, bank: AdapterBank, config: TrainingConfig) -> None:
         self.bank = bank
         self.config = config
         self.steps = [0] * len(bank.specs)
-        self.moments: dict[int, tuple[Tensor, Tensor]] = {}
-        if config.optimizer == "adamw":
-            self.moments = {id(pool): (torch.zeros_like(pool.values), torch.zeros_like(pool.values)) for pool in bank.pools}
+        for name in MOMENTS if config.optimizer == "adamw" else ():
+            bank.add_plane(name)
 
     @torch.no_grad()
     def step(self, adapters: Iterable[int], bad: Collection[int] = ()) -> dict[int, AdapterStep]:
@@ -48,15 +50,6 @@ class BankOptimizer:
         for pool, members, rows in self.bank.by_pool(adapters):
             results |= self._step_pool(pool, members, rows, bad)
         return results
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The bank's values and the moments, as they stand, by name: with `steps`, all that a training state holds."""
-        named = {}
-        for i, pool in enumerate(self.bank.pools):
-            named[f"pool{i}.values"] = pool.values
-            for name, moment in zip(("first", "second"), self.moments.get(id(pool), ()), strict=False):
-                named[f"pool{i}.{name}"] = moment
-        return named
 
     def _step_pool(self, pool: Pool, adapters: list[int], rows: Any, bad: Collection[int]) -> dict[int, AdapterStep]:
         norms = torch.linalg.vector_norm(pool.gradients[rows], dim=1)
@@ -93,7 +86,7 @@ class BankOptimizer:
         if self.config.optimizer == "sgd":
             pool.values[slots] = (pool.values[slots] * decay).addcmul_(pool.gradients[slots] * clip, rate)
             return
-        first, second = self.moments[id(pool)]
+        first, second = (pool.planes[name] for name in MOMENTS)
         if runs_in_triton(pool.values):
             from flora_train.kernels.adamw_triton import fused_adamw
 

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem, UserError, fail
 from flora_train.config.load import load_config, save_config
 from flora_train.config.schema import RunConfig
-from flora_train.training.atomic import disk_errors, write_atomically
 from flora_train.training.environment import environment, now
 
 Standing = Literal["free", "interrupted", "finished"]
@@ -131,7 +131,7 @@ def comparable(config: RunConfig) -> dict[str, Any]:
 
 
 HOW_NOT_WHAT: dict[str, Any] = {
-    **dict.fromkeys(("output_dir", "existing_run", "resume", "num_processes", "num_threads", "tracking"), True),
+    **dict.fromkeys(("output_dir", "existing_run", "resume", "num_processes", "num_threads", "tracking", "paging"), True),
     "audio": {"workers", "cache_gigabytes"},
 }
 """Keys that may change when a run is resumed. Other processes or threads change sums in their last digits."""

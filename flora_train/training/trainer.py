@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from flora_train.data.batch import Collate, Row, collate, look_ahead, share_of_r
 from flora_train.data.sampling import seed_of
 from flora_train.data.task import Task
 from flora_train.data.tokens import TokenSplit
-from flora_train.training.checkpoint import Checkpoints, fingerprint
+from flora_train.training.checkpoint import Checkpoints, Position, fingerprint
 from flora_train.training.clock import StepClock
 from flora_train.training.departures import Departures
 from flora_train.training.distributed import (
@@ -37,26 +37,13 @@ from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.optimizer import BankOptimizer
 from flora_train.training.packed import check_packing
+from flora_train.training.pages_ahead import PagesAhead
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, comparable
 from flora_train.training.selection import Kept, Selection
 from flora_train.training.signals import Interrupted, StopSignals
 from flora_train.training.tally import Tally
-
-
-@dataclass
-class Position:
-    """Where the run stands: steps done, and up to which of them it has logged and evaluated.
-
-    seconds: spent in steps; evaluation_seconds: in evaluations between them; both over all sittings of the run.
-    """
-
-    done: int = 0
-    logged: int = 0
-    evaluated: int = 0
-    seconds: float = 0.0
-    evaluation_seconds: float = 0.0
 
 
 class Trainer:
@@ -80,6 +67,7 @@ class Trainer:
         for name in [name for name, task in tasks.items() if task.train.is_packed][:1]:
             check_packing(self.row_losses, name)
         self.mixture = make_mixture(tasks, bank, config)
+        self.pages = PagesAhead(bank, self.mixture, 0, config.training.steps)
         self.optimizer = BankOptimizer(bank, config.training)
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
         self.departures = Departures(bank.specs, config)
@@ -131,6 +119,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the whole training state."""
+        tensors = self.bank.tensors()
         if is_main_process():
             position = {
                 **asdict(self.at),
@@ -141,20 +130,21 @@ class Trainer:
                 "tally": self.tally.to_json(),
                 "metrics_size": self.folder.metrics_size,
             }
-            self.checkpoints.save(self.at.done, self.optimizer.tensors(), position)
+            self.checkpoints.save(self.at.done, tensors, position)
 
     def resume(self) -> None:
         """Take the state of the last good checkpoint, on all processes; without one, begin at the beginning.
 
         Raises UserError if it is of another configuration, base model, data or adapter set.
         """
-        tensors = self.optimizer.tensors()
+        tensors = self.bank.tensors()
         position = on_main_process(lambda: self.checkpoints.restore(tensors))
         on_main_process(lambda: self.folder.cut_metrics(position["metrics_size"] if position else 0))
         if position is None:
             say("no checkpoint to go on from: beginning at step 1")
             return
-        share_from_main(tensors.values())
+        share_from_main(tensors.values(), self.bank.device)
+        self.bank.forget_device()
         self.at = Position(**{f.name: position[f.name] for f in fields(Position)})
         self.optimizer.steps = position["optimizer_steps"]
         self.selection.kept = {adapter: Kept(step, loss) for adapter, step, loss in position["kept"]}
@@ -177,7 +167,7 @@ class Trainer:
         """One optimizer step: micro-batches accumulate, each adapter's loss is the mean over its own tokens of the
         whole step, on all processes (guarantee I1)."""
         clock = self.clock
-        with clock.step(number):
+        with clock.step(number), self.pages.held(number, plan.label_tokens):
             nats = torch.zeros(len(self.bank.specs) + 1, dtype=torch.float64, device=self.bank.device)
             per_token = torch.zeros(len(self.bank.specs), device=self.bank.device)
             for adapter, tokens in plan.label_tokens.items():
@@ -269,6 +259,7 @@ class Trainer:
     def _without_the_gone(self) -> None:
         """The mixture of those that are left."""
         self.mixture = make_mixture(self.tasks, self.bank, self.config, self.departures.left)
+        self.pages = PagesAhead(self.bank, self.mixture, self.at.done, self.config.training.steps)
 
     def heldout(self, max_examples: int | None = None) -> dict[str, HeldOut]:
         """Held-out losses of every adapter that has not left, as it stands in the bank now."""

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.evaluation.code.problems.problem import Problem, load_problems
-from flora_train.training.atomic import write_atomically
 
 MODEL = "model"
 """The adapter's name where a file names none."""

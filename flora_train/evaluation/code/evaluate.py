@@ -125,7 +125,7 @@ def evaluate_code(
         on_main_process(partial(read_verdicts, log.verdicts, options.sandbox, plan.languages))
 
     def write(model: nn.Module, route: Route, writers: Sequence[Contender]) -> None:
-        decoder = Decoder(model, tokenizer, route, sampling, options.max_new_tokens, options.batch_rows)
+        decoder = Decoder(model, tokenizer, route, sampling, options.max_new_tokens, options.batch_rows, bank.blocks)
         for suite in plan.suites:
             log = logs[suite.name]
             known = log.read()

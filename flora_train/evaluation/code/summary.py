@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flora_train.atomic import write_atomically
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
 from flora_train.evaluation.code.contenders import Contender
@@ -14,7 +15,6 @@ from flora_train.evaluation.code.problems.suites import Suite
 from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.scores import Scores
-from flora_train.training.atomic import write_atomically
 
 SCORES = "scores.json"
 

@@ -6,7 +6,7 @@ row_cache.py keys and values of the rows that are being decoded
 sampling.py  the next token of every row; what is drawn depends on the row alone
 """
 
-from flora_train.evaluation.generation.decoder import Decoder, Generated, Request, check_room, complete
+from flora_train.evaluation.generation.decoder import Blocks, Decoder, Generated, Request, check_room, complete
 from flora_train.evaluation.generation.sampling import Sampling
 
-__all__ = ["Decoder", "Generated", "Request", "Sampling", "check_room", "complete"]
+__all__ = ["Blocks", "Decoder", "Generated", "Request", "Sampling", "check_room", "complete"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from flora_train.evaluation.generation.row_cache import RowCache
 from flora_train.evaluation.generation.sampling import Sampling
 
 Ended = Literal["stop", "end", "length"]
+Blocks = Callable[[Iterable[int]], Sequence[Collection[int]]]
 REFILL = 0.75
 """New rows are read in when the batch is no fuller than this: one prompt at a time would cost a pass over the base each."""
 
@@ -60,7 +61,7 @@ class Decoder:
     """A causal model, the adapters on it, and how to draw.
 
     route: adapter ids of a batch's rows -> a context in which the model runs them (`bank.routed`; a null context for a model
-    without a bank); max_rows: rows decoded at one time.
+    without a bank); max_rows: rows decoded at one time; blocks: adapter ids -> those that can be in one batch (`bank.blocks`).
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Decoder:
         sampling: Sampling,
         max_new_tokens: int,
         max_rows: int = 32,
+        blocks: Blocks = lambda adapters: [frozenset(adapters)],
     ) -> None:
+        self.blocks = blocks
         self.model, self.tokenizer, self.route, self.sampling = model, tokenizer, route, sampling
         self.max_new_tokens, self.max_rows = max_new_tokens, max_rows
         self.device = next(model.parameters()).device
@@ -89,11 +92,12 @@ class Decoder:
         prompts = [start + self.tokenizer(r.prompt, add_special_tokens=False)["input_ids"] for r in requests]
         check_room(self.model, max(map(len, prompts), default=0), self.max_new_tokens)
         order = sorted(range(len(requests)), key=lambda i: -len(prompts[i]))
-        waiting = deque(rows for i in order for rows in self._rows(i, requests[i]))
         training = self.model.training
         self.model.eval()
         try:
-            self._decode(prompts, waiting, report)
+            for block in self.blocks({request.adapter for request in requests}):
+                part = [i for i in order if requests[i].adapter in block]
+                self._decode(prompts, deque(rows for i in part for rows in self._rows(i, requests[i])), report)
         finally:
             self.model.train(training)
 
@@ -207,6 +211,6 @@ def complete(
     def keep(generated: Generated) -> None:
         texts[generated.request] = generated.text
 
-    decoder = Decoder(model, tokenizer, bank.routed, Sampling(0.0, 1.0, 0), max_new_tokens)
+    decoder = Decoder(model, tokenizer, bank.routed, Sampling(0.0, 1.0, 0), max_new_tokens, blocks=bank.blocks)
     decoder.run([Request(adapter, prompt, ("",)) for prompt, adapter in requests], keep)
     return texts

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flora_train.atomic import write_atomically
 from flora_train.evaluation.report.html import render_html
-from flora_train.training.atomic import write_atomically
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> Path:

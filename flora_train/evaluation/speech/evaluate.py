@@ -112,7 +112,7 @@ def _transcribe(
     ]
     options = config.evaluation
     transcriber = Transcriber(
-        model, ears.tokenizer, bank.routed, ears.store, options.max_new_tokens, options.beams, options.batch_rows
+        model, ears.tokenizer, bank.routed, ears.store, options.max_new_tokens, options.beams, options.batch_rows, bank.blocks
     )
     writer, done = log.writer(rank), 0
     with Watch("transcribe", len(requests)) as watch:

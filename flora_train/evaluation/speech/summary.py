@@ -14,6 +14,7 @@ from typing import Any
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, BASE_ID
+from flora_train.atomic import write_atomically
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.decode import RATE, ClipError, read_clip
 from flora_train.data.audio.split import SpeechSplit
@@ -21,7 +22,6 @@ from flora_train.data.sampling import seed_of
 from flora_train.evaluation.compare import compare_ratios
 from flora_train.evaluation.speech.errors import Errors, aligned, character_errors, word_errors
 from flora_train.evaluation.speech.normalize import NORMALIZERS, VERSION, letters, normalizer_name, primary_metric
-from flora_train.training.atomic import write_atomically
 
 SCORES = "error_rates.json"
 RATES = ("wer", "wer_normalized", "cer")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from flora_train.adapters.encoder import as_outputs, encode
 from flora_train.data.audio.ears import NO_TIMESTAMPS
 from flora_train.data.audio.features import FeatureStore, Heard
+from flora_train.evaluation.generation import Blocks
 from flora_train.evaluation.speech.loops import loop_start
 
 Ended = Literal["end", "length", "loop"]
@@ -56,6 +57,7 @@ class Transcriber:
     """An encoder-decoder of speech and the adapters on it.
 
     route: adapter ids of a batch's rows -> a context in which the model runs them; max_rows: hypotheses decoded at one time;
+    blocks: adapter ids -> those that can be in one batch;
     beams: hypotheses a clip keeps (1: greedy). Timestamps and other special tokens are never written, nor what the model's own
     generation_config suppresses.
     """
@@ -69,7 +71,9 @@ class Transcriber:
         max_new_tokens: int,
         beams: int = 1,
         max_rows: int = 32,
+        blocks: Blocks = lambda adapters: [frozenset(adapters)],
     ) -> None:
+        self.blocks = blocks
         self.model, self.tokenizer, self.route, self.store = model, tokenizer, route, store
         self.max_new_tokens, self.beams, self.max_clips = max_new_tokens, beams, max(1, max_rows // beams)
         first = next(model.parameters())
@@ -92,7 +96,8 @@ class Transcriber:
         training = self.model.training
         self.model.eval()
         try:
-            batches = list(self._batches(requests))
+            blocks = self.blocks({request.adapter for request in requests})
+            batches = [batch for block in blocks for batch in self._batches(requests, block)]
             for i, batch in enumerate(batches):
                 for coming in batches[i : i + 2]:
                     self.store.ahead(dict.fromkeys(requests[request].heard for request in coming))
@@ -100,14 +105,15 @@ class Transcriber:
         finally:
             self.model.train(training)
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+    def _batches(self, requests: Sequence[Request], block: Collection[int]) -> Iterator[list[int]]:
         """Neighbours have the same clip; rows of one batch the same window, prompt length, and way to the encoder."""
 
         def kind(i: int) -> tuple[int, bool, int]:
             return -requests[i].heard.samples, requests[i].shares_encoding, len(requests[i].prompt)
 
         batch: list[int] = []
-        for i in sorted(range(len(requests)), key=lambda i: (*kind(i), requests[i].heard.path, requests[i].adapter)):
+        mine = [i for i, request in enumerate(requests) if request.adapter in block]
+        for i in sorted(mine, key=lambda i: (*kind(i), requests[i].heard.path, requests[i].adapter)):
             if batch and (kind(i) != kind(batch[0]) or len(batch) == self.max_clips):
                 yield batch
                 batch = []

@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.load import validate
 from flora_train.config.sweep import SweepConfig
@@ -51,6 +52,7 @@ def make_trainer(
     every: int | None = None,
     sweep: str = "all",
     guard: dict[str, Any] | None = None,
+    paging: Paging | None = None,
     **training: Any,
 ) -> Trainer:
     """A trainer for `specs` on tasks a, b and c; same arguments, same trainer."""
@@ -75,7 +77,7 @@ def make_trainer(
     least = int(encoder_decoder)  # an encoder must get something to read
     splits = {name: (random_split(i, 40, least), random_split(10 + i, 6, least)) for i, name in enumerate("abc")}
     tasks = {name: Task(name, 1.0, *halves, "") for name, halves in splits.items()}
-    bank = AdapterBank.attach(model, specs)
+    bank = AdapterBank.attach(model, specs, paging=paging)
     accelerator = SimpleNamespace(log=lambda *args, **options: None)
     config = config.model_copy(
         update={"sweep": SweepConfig.model_validate({"strategy": sweep})}
@@ -149,8 +151,6 @@ def snapshot(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     """Every adapter's numbers and optimizer state, bit by bit."""
     states: dict[str, list[torch.Tensor]] = {}
     for name, adapter in trainer.bank.ids.items():
-        pool, slot = trainer.bank.location[adapter]
-        moments = trainer.optimizer.moments.get(id(pool), ())
         count = torch.tensor(trainer.optimizer.steps[adapter])
-        states[name] = [pool.values[slot].clone(), *(moment[slot].clone() for moment in moments), count]
+        states[name] = [*(part.clone() for part in trainer.bank.state(adapter).values()), count]
     return states

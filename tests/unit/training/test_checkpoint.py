@@ -56,7 +56,7 @@ def result(trainer: Trainer) -> dict[str, Any]:
         for kind in ("step", "evaluation")
         for record in trainer.folder.read_metrics(kind)
     ]
-    states = {name: tensor.clone() for name, tensor in trainer.optimizer.tensors().items()}
+    states = {name: tensor.clone() for name, tensor in trainer.bank.tensors().items()}
     return {"states": states, "steps": trainer.optimizer.steps, "kept": trainer.selection.kept, "records": records}
 
 

@@ -52,8 +52,7 @@ class Harm:
         def summed(bank: AdapterBank, adapters: Any) -> None:
             exchange(bank, adapters)
             if self.kind == "gradient" and now["step"] == self.at and bank is trainer.bank:
-                pool, slot = bank.location[victim]
-                pool.gradients[slot, 5] = self.factor
+                bank.gradient_row(victim)[5] = self.factor
 
         trainer.step = at_step  # type: ignore[method-assign]
         trainer.row_losses = Losses()  # type: ignore[assignment]
@@ -126,12 +125,11 @@ def test_the_others_are_the_same_to_the_last_bit(
 def test_it_goes_back_to_the_last_checkpoint_step_moments_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_in(tmp_path / "one", {"policy": "quarantine"})
     victim = trainer.bank.ids[VICTIM]
-    pool, slot = trainer.bank.location[victim]
     states: list[list[torch.Tensor]] = []
     save = trainer.save
 
     def seen() -> None:
-        states.append([pool.values[slot].clone(), *_moments(trainer, victim)])
+        states.append([part.clone() for part in trainer.bank.state(victim).values()])
         save()
 
     monkeypatch.setattr(trainer, "save", seen)
@@ -142,14 +140,9 @@ def test_it_goes_back_to_the_last_checkpoint_step_moments_included(tmp_path: Pat
     assert not torch.equal(states[0][0], states[1][0])
 
 
-def _moments(trainer: Trainer, adapter: int) -> list[torch.Tensor]:
-    pool, slot = trainer.bank.location[adapter]
-    return [moment[slot].clone() for moment in trainer.optimizer.moments[id(pool)]]
-
-
 def load_state(trainer: Trainer, adapter: int) -> list[torch.Tensor]:
     """Of the last checkpoint: selection has put the best state into the bank meanwhile."""
-    tensors = {name: torch.empty_like(tensor) for name, tensor in trainer.optimizer.tensors().items()}
+    tensors = {name: torch.empty_like(tensor) for name, tensor in trainer.bank.tensors().items()}
     trainer.checkpoints.restore(tensors)
     pool, slot = trainer.bank.location[adapter]
     number = trainer.bank.pools.index(pool)

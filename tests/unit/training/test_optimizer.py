@@ -115,8 +115,8 @@ def test_the_triton_kernel_moves_adapters_as_torch_does(present: Sequence[int]) 
     ours, theirs = steppers[1], steppers[0]
     assert ours.steps == theirs.steps
     assert ours.steps[3] == 2
-    for name, tensor in theirs.tensors().items():
-        torch.testing.assert_close(ours.tensors()[name], tensor, rtol=2e-6, atol=1e-7)
+    for name, tensor in theirs.bank.tensors().items():
+        torch.testing.assert_close(ours.bank.tensors()[name], tensor, rtol=2e-6, atol=1e-7)
     for adapter in range(6):
         assert bool(ours.bank.gradient_row(adapter).any()) == (adapter not in present)
 

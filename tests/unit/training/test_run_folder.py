@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import UserError
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
-from flora_train.training.atomic import disk_errors, write_atomically
 from flora_train.training.run_folder import RunFolder, open_run
 from tests.unit.training.small_disk import file_size_limit
 

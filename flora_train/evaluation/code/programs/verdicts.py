@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flora_train.atomic import disk_errors
 from flora_train.config.errors import fail
 from flora_train.evaluation.code.completions import Completion
 from flora_train.evaluation.code.programs.execute import Program, Verdict, execute_all
 from flora_train.evaluation.code.programs.languages import Language
 from flora_train.evaluation.code.programs.sandbox import Kind, Sandbox
 from flora_train.evaluation.code.programs.suspicious import ends_early
-from flora_train.training.atomic import disk_errors
 from flora_train.training.progress import Watch
 
 Key = tuple[str, str, str, int]

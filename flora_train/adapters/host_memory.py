@@ -1,0 +1,39 @@
+"""Where on the host do adapters live that are not on the device? In memory, pinned for a GPU, or in files that the system pages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+from torch import Tensor
+
+from flora_train.atomic import disk_errors
+from flora_train.config.errors import fail
+
+
+def host_rows(rows: int, size: int, dtype: torch.dtype, pinned: bool, folder: Path | None) -> Tensor:
+    """Zeros [rows, size] on the host; in a file if a folder is given. The file has no name once this returns: no kill leaves it behind,
+    and nobody else can write to it. Raises UserError if there is not enough memory, or room on the disk."""
+    length = rows * size * dtype.itemsize
+    if folder is None:
+        if length > (free := free_memory()):
+            fix = f"would keep {length / 1e9:.1f} GB more of adapters in memory, where {free / 1e9:.1f} GB are free: disk keeps them in files"
+            raise fail("paging.host", "memory", fix)
+        return torch.zeros(rows, size, dtype=dtype, pin_memory=pinned)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, prefix=".pages-") as file:
+            os.posix_fallocate(file.fileno(), 0, length)  # a full disk is an error now, not a crash at some later write
+            return torch.from_file(file.name, shared=True, size=rows * size, dtype=dtype).view(rows, size)
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping, as far as the system says."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            facts = dict(line.split(":") for line in lines)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
