@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from flora_train.config.errors import Problem, choices, did_you_mean
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.guard_schema import GuardConfig
+from flora_train.config.mixture_schema import MixtureConfig
 from flora_train.config.paging_schema import PagingConfig
 from flora_train.config.section import Name, Section, Text
 from flora_train.config.speech_schema import AudioConfig
@@ -117,24 +118,6 @@ def _warmup_fix(warmup_steps: int, limit_key: str, limit: int | None) -> str | N
     if limit is None or warmup_steps < limit:
         return None
     return f"leaves no step after warm-up: make it smaller than {limit_key} = {limit}"
-
-
-class MixtureConfig(Section):
-    strategy: Literal["uniform", "proportional", "temperature", "fair"] = "fair"
-    """Which task the next example comes from. uniform: by weight. proportional: by weight x examples.
-    temperature: proportional ** (1 / temperature). fair: the task with the fewest tokens served so far,
-    per weight (virtual token counter)."""
-    temperature: float | None = Field(None, gt=0, validate_default=True)
-    """temperature strategy only (1 is proportional, large is uniform)."""
-    examples_per_draw: int = Field(1, ge=1)
-    """Consecutive examples of a task that enter a step together: the least batch of an adapter's step."""
-
-    @field_validator("temperature")
-    @classmethod
-    def _belongs_to_its_strategy(cls, temperature: float | None, info: ValidationInfo) -> float | None:
-        if "strategy" in info.data and (temperature is not None) != (info.data["strategy"] == "temperature"):
-            raise ValueError("temperature and strategy=temperature go together: give both or neither")
-        return temperature
 
 
 class TrainingConfig(Section):

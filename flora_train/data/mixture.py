@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.config.errors import UserError
-from flora_train.config.schema import MixtureConfig
+from flora_train.config.mixture_schema import MixtureConfig
 from flora_train.data.sampling import seed_of
 from flora_train.data.task import draw_problem
+
+TURN_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class TaskMixture:
         self._steps_taken: Counter[str] = Counter()
         self._postponed: tuple[int, tuple[int, ...]] | None = None
         self._steps: list[tuple[Draw, ...]] = []
+        self._turn: NDArray[np.bool_] | None = None
 
     def step(self, number: int) -> tuple[Draw, ...]:
         """The draws of step `number` (from 0), at most tokens_per_step tokens together; empty once all have left."""
@@ -96,7 +99,8 @@ class TaskMixture:
     def _fill_step(self) -> tuple[Draw, ...]:
         draws: list[Draw] = []
         budget = self.tokens_per_step
-        while (choice := self._postponed or self._choose()) is not None:
+        live = self._at_turn(np.array([bool(self._learners(stream)) for stream in self.streams]))
+        while (choice := self._postponed or self._choose(live)) is not None:
             self._postponed = None
             index, examples = choice
             stream = self.streams[index]
@@ -112,9 +116,20 @@ class TaskMixture:
         self._steps_taken.update({draw.task for draw in draws})
         return tuple(draws)
 
-    def _choose(self) -> tuple[int, tuple[int, ...]] | None:
-        """The next task by strategy and its next examples; None when every task has left."""
-        live = np.array([bool(self._learners(stream)) for stream in self.streams])
+    def _at_turn(self, live: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Of the tasks that have not left, those whose turn it is: with active_tasks the least served, for turn_steps."""
+        active = self.config.active_tasks
+        if active is None:
+            return live
+        begins = len(self._steps) % (self.config.turn_steps or TURN_STEPS) == 0
+        if self._turn is None or begins or not (live & self._turn).any():
+            order = np.where(live, self._served, np.inf).argsort(kind="stable")
+            self._turn = np.zeros_like(live)
+            self._turn[order[:active]] = True
+        return live & self._turn
+
+    def _choose(self, live: NDArray[np.bool_]) -> tuple[int, tuple[int, ...]] | None:
+        """The next task by strategy, of those that are `live`, and its next examples; None when every task has left."""
         if not live.any():
             return None
         if self.config.strategy == "fair":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.config.schema import MixtureConfig
+from flora_train.config.mixture_schema import MixtureConfig
 from flora_train.data.mixture import Stream, TaskMixture
 
 FOR_EVER = 10**9
@@ -234,3 +234,29 @@ def test_once_all_have_left_steps_are_empty() -> None:
     streams = [stream("a", [10, 20], **{"a-0": FOR_EVER})]
     gone = TaskMixture(streams, MixtureConfig(), 100, 0, {"a-0": 2})
     assert [bool(gone.step(n)) for n in range(4)] == [True, True, False, False]
+
+
+def test_tasks_take_turns_and_none_falls_behind() -> None:
+    """Twelve tasks, four at a time, turns of five steps: after every third turn all have had the same, up to a draw."""
+    lengths = np.random.default_rng(0).integers(5, 60, 50)
+    mix = mixture([stream(f"t{i}", lengths) for i in range(12)], "fair", budget=400, active_tasks=4, turn_steps=5)
+    served: Counter[str] = Counter()
+    for turn in range(30):
+        steps = [mix.step(5 * turn + i) for i in range(5)]
+        at_turn = {draw.task for step in steps for draw in step}
+        assert len(at_turn) in (4, 5)  # a draw that did not fit into the last step of a turn opens the next
+        assert len({draw.task for step in steps[1:] for draw in step}) == 4
+        for step in steps:
+            for draw in step:
+                served[draw.task] += mix.tokens_of(draw)
+        if turn % 3 == 2:
+            assert len(served) == 12
+            assert max(served.values()) - min(served.values()) < 2 * 60 + 5 * 400 / 4
+
+
+def test_a_turn_ends_early_where_all_its_tasks_have_left() -> None:
+    streams = [stream(f"t{i}", [20] * 10, **{f"t{i}-lora": 3}) for i in range(6)]
+    mix = mixture(streams, "fair", budget=40, active_tasks=2, turn_steps=50)
+    drawn = [{draw.task for draw in mix.step(number)} for number in range(9)]
+    assert [sorted(tasks) for tasks in drawn[::3]] == [["t0", "t1"], ["t2", "t3"], ["t4", "t5"]]
+    assert mix.step(9) == ()
