@@ -99,6 +99,15 @@ def _doctor(words: Sequence[str]) -> None:
     doctor(config)
 
 
+def _plan(words: Sequence[str]) -> None:
+    from flora_train.config.load import load_config
+
+    config = load_config(words)
+    from flora_train.plan import plan_run
+
+    plan_run(config)
+
+
 def _solve(words: Sequence[str]) -> None:
     from flora_train.solve import solve_run
 
@@ -151,6 +160,14 @@ COMMANDS = {
         "say what would compute the adapters of a run, and why",
         "flora-train doctor recipe=quickstart adapters.flora.rank=16",
         _doctor,
+        0,
+        None,
+    ),
+    "plan": Command(
+        "recipe=NAME [key.sub=value ...]",
+        "say what a run would take of memory, disk and time, and whether it fits",
+        "flora-train plan recipe=quickstart adapters.device_slots=6",
+        _plan,
         0,
         None,
     ),

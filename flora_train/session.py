@@ -71,25 +71,39 @@ class Session:
 
 def load_session(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool = True) -> Session:
     """Data first, then the model: what is wrong with a task is known before the long load."""
+    prepare(config, device)
+    check_quantiser(config.model, device)
+    tokenizer, tasks, ears = load_data(config, with_tasks)
+    model = load_base_model(config.model, device)
+    bank = AdapterBank.attach(model, expand(config), config.seed, paging=paging_of(config))
+    return Session(config, folder, tokenizer, tasks, model, bank, ears)
+
+
+def prepare(config: RunConfig, device: torch.device) -> None:
+    """Threads, and what computes adapters. Raises UserError for a backend that cannot run on this device."""
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     use_backend(config.kernels.backend, device)
     use_precision(config.kernels.precision)
-    check_quantiser(config.model, device)
+
+
+def load_data(config: RunConfig, with_tasks: bool = True) -> tuple[Any, dict[str, Task], Ears | None]:
+    """Tokenizer, tasks (none without `with_tasks`), and what reads clips, where the model hears speech."""
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, config.model.path)
     model_config = load_model_config(config.model)
     check_kind(model_config, config)
     ears = open_ears(config, model_config, tokenizer) if is_speech_model(model_config) else None
     tasks = load_tasks(config, tokenizer, cache_folder(), ears) if with_tasks else {}
-    specs = expand(config)
     if with_tasks and (idle := sorted(config.tasks.keys() - tasks.keys())):
         say(f"note: no adapter learns {', '.join(idle)}: not read")
-    model = load_base_model(config.model, device)
+    return tokenizer, tasks, ears
+
+
+def paging_of(config: RunConfig) -> Paging:
+    """Where this run's adapters may live."""
     slots, on_disk = config.paging.device_slots, config.paging.host == "disk"
-    paging = Paging(None if slots == "auto" else slots, folder.path.parent if on_disk else None)
-    bank = AdapterBank.attach(model, specs, config.seed, paging=paging)
-    return Session(config, folder, tokenizer, tasks, model, bank, ears)
+    return Paging(None if slots == "auto" else slots, Path(config.folder).parent if on_disk else None)
 
 
 def open_ears(config: RunConfig, model_config: Any, tokenizer: Any) -> Ears:

@@ -71,13 +71,17 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
     else:
         options |= {"quantization_config": _quantiser(config, options["dtype"]), "device_map": {"": device}}
         model = _from_pretrained(_auto_class(model_config), config, **options)
+    return _made_ready(model, config, model_config)
+
+
+def _made_ready(model: Any, config: ModelConfig, model_config: Any) -> nn.Module:
+    """Frozen, and as a run wants it."""
     if config.gradient_checkpointing != "off":
         reentrant = config.gradient_checkpointing == "reentrant"
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if is_whisper(model_config):
         take_short_windows(model)
-    model.requires_grad_(False)
-    return model
+    return model.requires_grad_(False)
 
 
 def check_quantiser(config: ModelConfig, device: torch.device) -> None:
@@ -156,6 +160,44 @@ def empty_model(config: ModelConfig) -> nn.Module:
             return _auto_class(published).from_config(published, trust_remote_code=config.trust_remote_code)
     except (ValueError, ImportError) as error:
         raise fail("model.path", config.path, f"cannot be loaded: {first_line(error)}") from error
+
+
+def shallow_model(config: ModelConfig, layers: int, device: torch.device) -> nn.Module:
+    """A model of this shape with so many layers (an encoder and a decoder: each) and random numbers: what a layer costs."""
+    published = load_model_config(config)
+    without_dropout(published)
+    text = published.get_text_config(decoder=True)
+    for part in {id(part): part for part in (published, text)}.values():
+        for key in LAYER_COUNTS & vars(part).keys():
+            setattr(part, key, layers)
+        for key, value in vars(part).items():
+            if key in ("layer_types", "attention_layers") and isinstance(value, list):  # what each layer is
+                setattr(part, key, value[:layers])
+    options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    model = _auto_class(published).from_config(
+        published, dtype=resolve_dtype(config.dtype, device), trust_remote_code=config.trust_remote_code, **options
+    )
+    return _made_ready(model.to(device), config, published)
+
+
+LAYER_COUNTS = {
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+}
+
+
+def count_layers(config: ModelConfig) -> int:
+    """Layers of the published model; of an encoder and a decoder the mean."""
+    published = load_model_config(config)
+    encoder, decoder = (getattr(published, key, None) for key in ("encoder_layers", "decoder_layers"))
+    if encoder is not None and decoder is not None:
+        return round((encoder + decoder) / 2)
+    return int(published.get_text_config(decoder=True).num_hidden_layers)
 
 
 def _auto_class(model_config: Any) -> Any:

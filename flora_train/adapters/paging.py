@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flora_train.adapters.host_memory import host_rows
+from flora_train.adapters.host_memory import free_memory, host_rows
 from flora_train.adapters.pool import Pool
 from flora_train.config.errors import fail
 
@@ -35,9 +35,16 @@ class Paging:
     folder: Path | None = None
 
     def slots_for(self, pools: Sequence[Pool], device: torch.device, dtype: torch.dtype) -> int | None:
-        """How many slots there shall be, or None where all adapters of these pools have room."""
+        """How many slots there shall be, or None where all adapters of these pools have room. Raises UserError if memory is short."""
         largest, everything = max(pool.row_size for pool in pools), sum(len(pool.specs) * pool.row_size for pool in pools)
         slots = self.device_slots
+        needed = PLANES * dtype.itemsize * everything
+        if slots is None and device.type == "cpu" and needed > (free := free_memory()):
+            fix = (
+                f"keeps all adapters in memory: {needed / 1e9:.1f} GB for their weights, gradients and moments, where {free / 1e9:.1f} GB "
+                "are free: give what a step needs (flora-train plan says it) and paging.host=disk"
+            )
+            raise fail("adapters.device_slots", "auto", fix)
         if slots is None and device.type == "cuda":
             slots = max(1, int(torch.cuda.mem_get_info(device)[0] * OF_FREE_MEMORY) // (PLANES * dtype.itemsize * largest))
         return None if slots is None or slots * largest >= everything else slots

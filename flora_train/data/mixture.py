@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ class TaskMixture:
         self.seed = seed
         self.left = left or {}
         self._check_budget()
-        self._queues = [_endless_examples(stream, seed) for stream in streams]
+        self._queues: list[Iterator[int]] = [_endless_examples(stream, seed) for stream in streams]
         self._random = np.random.default_rng(seed_of(seed, "mixture"))
         self._served = np.zeros(len(streams))
         self._steps_taken: Counter[str] = Counter()
@@ -126,7 +127,16 @@ class TaskMixture:
             order = np.where(live, self._served, np.inf).argsort(kind="stable")
             self._turn = np.zeros_like(live)
             self._turn[order[:active]] = True
+            self._wait_for_its_turn()
         return live & self._turn
+
+    def _wait_for_its_turn(self) -> None:
+        """A draw that did not fit into the step before is the task's next one, but not now."""
+        if self._postponed is not None and self._turn is not None and not self._turn[self._postponed[0]]:
+            (index, examples), self._postponed = self._postponed, None
+            stream = self.streams[index]
+            self._queues[index] = chain(examples, self._queues[index])
+            self._served[index] -= stream.lengths[list(examples)].sum() / stream.weight
 
     def _choose(self, live: NDArray[np.bool_]) -> tuple[int, tuple[int, ...]] | None:
         """The next task by strategy, of those that are `live`, and its next examples; None when every task has left."""

@@ -1,0 +1,115 @@
+"""flora-train plan says what a run takes; a run with as few slots as it says ends with the bytes of one with room for all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.base_model import load_base_model
+from flora_train.adapters.spec import expand
+from flora_train.cli import main
+from flora_train.config.errors import UserError
+from flora_train.config.load import load_config
+from flora_train.data.batch import collate
+from flora_train.plan import Capacity, capacity, check_fits, measure
+from flora_train.session import load_data
+from flora_train.training.optimizer import BankOptimizer
+from tests.e2e.conftest import Launch
+
+TURNS = ("mixture.strategy=fair", "mixture.active_tasks=1", "mixture.turn_steps=3")
+"""One task at a time: a step has three of the six adapters."""
+
+
+@pytest.fixture(scope="module")
+def found(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Capacity:
+    return capacity(load_config([f"recipe={recipe}", *TURNS, f"output_dir={tmp_path_factory.mktemp('runs') / 'run'}"]))
+
+
+def test_the_plan_is_said_and_leaves_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "adapters.device_slots=4", *TURNS]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "2 x flora, rank 2",
+        "2 x ia3",
+        "at most 3 adapters (in any step), which fill 3 slots",
+        "room for 4 adapters of the largest kind",
+        "12 steps",
+    ):
+        assert words in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_of_adapters_is_what_the_bank_takes(found: Capacity, recipe: Path) -> None:
+    config = load_config([f"recipe={recipe}"])
+    model = load_base_model(config.model, torch.device("cpu"))
+    assert found.base == sum(p.numel() * p.element_size() for p in model.parameters())
+    bank = AdapterBank.attach(model, expand(config))
+    BankOptimizer(bank, config.training)
+    assert found.on_device == sum(4 * t.numel() for pool in bank.pools for t in (*pool.planes.values(), pool.gradients))
+    assert found.checkpoint == sum(4 * tensor.numel() for tensor in bank.tensors().values())
+
+
+def test_activations_of_many_layers_follow_from_one_and_two(recipe: Path, checkpoint: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "deep"
+    shutil.copytree(checkpoint, deep)
+    (deep / "model.safetensors").unlink()  # no weights are read
+    settings = json.loads((deep / "config.json").read_text())
+    (deep / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 7}))
+    config = load_config([f"recipe={recipe}", f"model.path={deep}", f"output_dir={tmp_path / 'run'}"])
+    _, tasks, _ = load_data(config)
+    whole = measure(config, 7, torch.device("cpu"), tasks, 0, collate)
+    planned = capacity(config)
+    assert whole.activations > 3 * measure(config, 1, torch.device("cpu"), tasks, 0, collate).activations
+    assert planned.activations == pytest.approx(whole.activations, rel=0.02)
+    assert planned.step_seconds > 0
+
+
+def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
+    found: Capacity, recipe: Path, launch: Launch, tmp_path: Path
+) -> None:
+    """Two processes, one of them stopped by a full run's folder of its own: adapters, held-out losses, texts."""
+    assert found.step_slots == 3
+    runs = []
+    for name, words in {"all": (), "few": (f"adapters.device_slots={found.step_slots}", "paging.host=disk")}.items():
+        done = launch(f"recipe={recipe}", f"output_dir={tmp_path / name}", *TURNS, *words, processes=2)
+        assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / name / "eval" / "report.json").read_text())
+        files = sorted((tmp_path / name / "adapters").rglob("*.safetensors"))
+        runs.append(([file.read_bytes() for file in files], report["results"], report["completions"]))
+    assert len(runs[0][0]) == 6
+    assert runs[0] == runs[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "few"]  # no page file is left
+    refused = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'less'}", *TURNS, "adapters.device_slots=2")
+    assert refused.returncode != 0
+    assert "adapters.device_slots = 2: hold less than the 3 adapters of step 1 need: give 3 or more" in refused.stderr
+    assert not (tmp_path / "less").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"slots": 2}, r"adapters\.device_slots = 2: hold less than the 3 adapters of a step need: give 3 or more"),
+        ({"free_device": 0}, r"adapters\.device_slots = 'auto': has no room: a step needs 3 slots, and there is room for 0"),
+        (
+            {"on_device": 10**12},
+            r"adapters\.device_slots = 'auto': needs 1000\.0 GB beside the base, where .* are free: give \d+",
+        ),
+        (
+            {"activations": 10**12},
+            r"training\.tokens_per_microbatch = 60: keeps 1000\.0 GB .*: give \d+, or model\.gradient_checkpointing",
+        ),
+        ({"on_host": 10**12}, r"paging\.host = 'memory': needs 1000\.0 GB"),
+        ({"on_disk": 10**15}, r"output_dir = .*: needs 1000000\.0 GB"),
+    ],
+)
+def test_what_does_not_fit_names_the_setting(change: dict[str, int], words: str, found: Capacity, recipe: Path) -> None:
+    config = load_config([f"recipe={recipe}"])
+    check_fits(config, found)
+    with pytest.raises(UserError, match=words):
+        check_fits(config, replace(found, **change))  # type: ignore[arg-type]
