@@ -29,7 +29,6 @@ from flora_train.data.batch import collate
 from flora_train.data.task import Task
 from flora_train.data.tokens import pad_token
 from flora_train.session import load_data, prepare
-from flora_train.training.checkpoint import KEPT
 from flora_train.training.plan import StepPlan, plan_step
 from flora_train.training.progress import duration
 from flora_train.training.run_folder import RunFolder
@@ -113,10 +112,10 @@ def capacity(config: RunConfig) -> Capacity:
         on_device=PLANES * FLOAT * numbers,
         activations=one.activations + more * (two.activations - one.activations),
         free_device=free_device,
-        on_host=home - pages,
+        on_host=home - pages + moved,
         free_host=free_memory(),
         checkpoint=moved,
-        on_disk=(KEPT + 1) * moved + 2 * FLOAT * everything + pages,
+        on_disk=(config.training.keep_checkpoints + 1) * moved + 2 * FLOAT * everything + pages,
         free_disk=disk_usage(next(p for p in Path(config.folder).absolute().parents if p.exists())).free,
         step_seconds=one.seconds + more * (two.seconds - one.seconds),
     )
@@ -207,15 +206,11 @@ def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:
         f"{_size(needed)} = base {_size(found.base)} + room for {room} {_size(found.on_device)} + activations of a micro-batch "
         f"{_size(found.activations)}; {_size(found.free_device)} are free",
     )
-    host = (
-        "nothing: all adapters are on the device"
-        if found.slots is None
-        else f"{_size(found.on_host)}; {_size(found.free_host)} are free"
-    )
-    yield "host", host
+    others = "" if found.slots is None or config.paging.host == "disk" else ", and the adapters that are not on the device"
+    yield "host", f"{_size(found.on_host)}: a copy while a checkpoint is written{others}; {_size(found.free_host)} are free"
     yield (
         "disk",
-        f"{_size(found.on_disk)} at most (a checkpoint {_size(found.checkpoint)}, {KEPT} are kept); {_size(found.free_disk)} are free",
+        f"{_size(found.on_disk)} at most (a checkpoint {_size(found.checkpoint)}, {config.training.keep_checkpoints} are kept); {_size(found.free_disk)} are free",
     )
     total = duration(found.step_seconds * config.training.steps)
     yield "time", f"about {found.step_seconds:.1f}s a step on one process, {config.training.steps} steps {total}, and evaluations"

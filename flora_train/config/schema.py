@@ -139,7 +139,10 @@ class TrainingConfig(Section):
     log_every: int = Field(10, ge=1)
     """Steps between two progress lines and rows of metrics.jsonl."""
     checkpoint_every: int = Field(20, ge=1)
-    """Steps between two checkpoints for resume=true: adapters, optimizer and position, never the base."""
+    """Steps between two checkpoints for resume=true: adapters, optimizer and position, never the base. They are written while training
+    goes on, from a copy in memory."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """So many of the last stay: one is enough, unless it is damaged. Each adapter's best state is kept apart."""
 
     @field_validator("max_length")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,6 @@ from torch import Tensor, nn
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import UserError, fail
 from flora_train.training.run_folder import differences
-
-KEPT = 2
-"""Checkpoints on disk: the last, and the one before in case the last is damaged."""
 
 Identity = Mapping[str, Any]
 """What must be the same for a run to go on: dotted configuration keys, hashes of base model and data, adapter names."""
@@ -43,22 +41,37 @@ class Position:
     evaluation_seconds: float = 0.0
 
 
-@dataclass
 class Checkpoints:
-    """The files checkpoints/step-<n>.safetensors of one run. say: tells the user one line."""
+    """The files checkpoints/step-<n>.safetensors of one run, written by a thread while training goes on.
 
-    folder: Path
-    identity: Callable[[], Identity]
-    say: Callable[[str], None]
+    keep: so many of the last stay. say: tells the user one line.
+    """
+
+    def __init__(self, folder: Path, keep: int, identity: Callable[[], Identity], say: Callable[[str], None]) -> None:
+        self.folder, self.keep, self.identity, self.say = folder, keep, identity, say
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
-        """Write one checkpoint, atomically, then delete those before the last. Raises UserError if the disk is full; the
-        checkpoints that there were are then still there."""
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        """Copy the state and begin to write it, atomically; those before the last `keep` are deleted once it is there.
+
+        Raises UserError if the disk was full for the one before; the checkpoints that there were are then still there.
+        """
+        self.wait()
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         facts = {"step": step, "position": position, "identity": self.identity()}
-        metadata = {"facts": json.dumps(facts), "sha256": _digest(on_cpu.items())}
-        write_atomically(self.folder / f"step-{step:08d}.safetensors", lambda path: save_file(on_cpu, path, metadata))
-        for old in self.files()[:-KEPT]:
+        self._writing = self._writer.submit(self._write, step, copies, json.dumps(facts))
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk. Raises UserError if it is full."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], facts: str) -> None:
+        metadata = {"facts": facts, "sha256": _digest(tensors.items())}
+        write_atomically(self.folder / f"step-{step:08d}.safetensors", lambda path: save_file(dict(tensors), path, metadata))
+        for old in self._files()[: -self.keep]:
             old.unlink()
 
     def clear(self) -> None:
@@ -67,7 +80,11 @@ class Checkpoints:
             path.unlink()
 
     def files(self) -> list[Path]:
-        """Oldest first."""
+        """Oldest first, with the one that is being written."""
+        self.wait()
+        return self._files()
+
+    def _files(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"))
 
     def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -75,6 +92,8 @@ class Checkpoints:
 
         Raises UserError if it is of another configuration, base model, data or adapter set.
         """
+        for cut_off in self.folder.glob(".step-*.tmp"):  # by a kill while it was written
+            cut_off.unlink()
         for path in reversed(self.files()):
             try:
                 facts, content = _read(path)

@@ -133,6 +133,7 @@ def comparable(config: RunConfig) -> dict[str, Any]:
 HOW_NOT_WHAT: dict[str, Any] = {
     **dict.fromkeys(("output_dir", "existing_run", "resume", "num_processes", "num_threads", "tracking", "paging"), True),
     "audio": {"workers", "cache_gigabytes"},
+    "training": {"keep_checkpoints"},
 }
 """Keys that may change when a run is resumed. Other processes or threads change sums in their last digits."""
 

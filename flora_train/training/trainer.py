@@ -72,7 +72,7 @@ class Trainer:
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
         self.departures = Departures(bank.specs, config)
         self.guard = Guard(bank, self.optimizer, config.guard)
-        self.checkpoints = Checkpoints(folder.checkpoints, lambda: self._identity, say)
+        self.checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints, lambda: self._identity, say)
         self.tally = Tally()
         self.at = Position()
         self.signals = StopSignals()
@@ -107,6 +107,7 @@ class Trainer:
                     self.guard.remember()
                     self.save()
                 if self._told_to_end:
+                    self.checkpoints.wait()
                     wait_for_everyone()  # whoever ends first is taken for an accident by some launchers
                     raise Interrupted(at.done)
             if at.logged < at.done:
@@ -115,6 +116,7 @@ class Trainer:
                 self._evaluate()
             if at.done > begun:
                 self.save()
+            self.checkpoints.wait()
         self.selection.restore()
 
     def save(self) -> None:

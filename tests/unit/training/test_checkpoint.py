@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from flora_train.atomic import write_atomically
 from flora_train.config.errors import UserError
+from flora_train.training import checkpoint
 from flora_train.training.checkpoint import Checkpoints, fingerprint
 from flora_train.training.trainer import Trainer
 from tests.architectures import tiny_model
@@ -47,6 +50,7 @@ def stop_before(trainer: Trainer, number: int) -> None:
     trainer.step = until  # type: ignore[method-assign]
     with pytest.raises(Stopped):
         trainer.train()
+    trainer.checkpoints.wait()
 
 
 def result(trainer: Trainer) -> dict[str, Any]:
@@ -101,6 +105,32 @@ def test_two_checkpoints_are_kept_and_hold_no_weight_of_the_base(tmp_path: Path)
     assert [path.name for path in files] == ["step-00000006.safetensors", "step-00000009.safetensors"]
     adapters = sum(pool.values.numel() for pool in trainer.bank.pools)
     assert files[0].stat().st_size < 3 * 4 * adapters + 20_000  # values and two moments, and the facts
+
+
+def test_more_can_be_kept_and_what_a_kill_cut_off_is_removed(tmp_path: Path) -> None:
+    stop_before(trainer_in(tmp_path, keep_checkpoints=3), 11)
+    again = trainer_in(tmp_path)  # how many are kept may change
+    assert [path.name for path in again.checkpoints.files()] == [f"step-0000000{n}.safetensors" for n in (3, 6, 9)]
+    cut_off = again.checkpoints.folder / ".step-00000012.safetensors.4711.tmp"
+    cut_off.write_bytes(b"half of it")
+    again.resume()
+    assert again.at.done == 9
+    assert not cut_off.exists()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_state_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, may_write = Checkpoints(tmp_path, 2, dict, print), threading.Event()
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda path, write: (may_write.wait(10), write_atomically(path, write)))
+    state = {"x": torch.ones(3)}
+    files.save(1, state, {"at": 1})
+    state["x"] += 1.0  # the next step
+    assert list(tmp_path.iterdir()) == []
+    may_write.set()
+    restored = {"x": torch.zeros(3)}
+    assert files.restore(restored) == {"at": 1}
+    assert torch.equal(restored["x"], torch.ones(3))
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped"])
@@ -180,14 +210,16 @@ def test_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path: Path) -> 
     stop_before(trainer, 4)
     before = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     trainer.at.done = 6
-    with file_size_limit(10_000), pytest.raises(UserError, match=r"step-00000006.safetensors: the disk is full"):
+    with file_size_limit(10_000):
         trainer.save()
+        with pytest.raises(UserError, match=r"step-00000006.safetensors: the disk is full"):
+            trainer.checkpoints.wait()
     assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
     told: list[str] = []
-    files = Checkpoints(tmp_path, dict, told.append)
+    files = Checkpoints(tmp_path, 2, dict, told.append)
     files.save(1, {"x": torch.zeros(3)}, {})
     with pytest.raises(UserError, match=r"holds .*\(3,\).* needs .*\(4,\)"):
         files.restore({"x": torch.zeros(4)})
