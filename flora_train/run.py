@@ -36,6 +36,7 @@ from flora_train.evaluation.speech.evaluate import evaluate_speech
 from flora_train.evaluation.speech.summary import read_summary
 from flora_train.export.merge import save_merged
 from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_start import start_from_peft
 from flora_train.session import Session, load_session, make_accelerator, reopen
 from flora_train.training.clock import spoken
 from flora_train.training.distributed import check_world_size, is_main_process, on_main_process, say, wait_for_everyone, world
@@ -69,6 +70,7 @@ def train_run(config: RunConfig) -> Path:
     check_prompts(session, plan)
     pad = pad_token(session.tokenizer)
     trainer = Trainer(config, session.model, session.bank, session.tasks, pad, folder, accelerator, session.collate)
+    start_from_peft(session.bank)
     on_main_process(lambda: folder.claim(config))
     report_left_out(session)
     trackers = {"wandb": {"name": config.name, "dir": str(folder.path)}} if "wandb" in config.tracking.trackers else {}

@@ -41,6 +41,7 @@ class AdapterSpec:
     feedforward_modules: tuple[str, ...] | None
     within: str | None = None
     sweep: str | None = None
+    start_from: str | None = None
     patience: int | None = None
     min_delta: float = 0.0
 
@@ -70,6 +71,7 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, default_steps: int
         feedforward_modules=None if adapter.feedforward_modules is None else tuple(adapter.feedforward_modules),
         within=adapter.within,
         sweep=adapter.sweep,
+        start_from=None if adapter.start_from is None else adapter.start_from.replace("{task}", task),
         patience=adapter.patience,
         min_delta=adapter.min_delta or 0.0,
     )

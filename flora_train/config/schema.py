@@ -77,6 +77,9 @@ class AdapterConfig(Section):
     """ia3 only: targets whose input is scaled instead of the output. Default: PEFT's table."""
     tasks: list[Name] | None = Field(None, min_length=1)
     """Train this adapter on these tasks only. Default: all."""
+    start_from: Text | None = None
+    """Begin with the numbers of a PEFT adapter (LORA, IA3, or HIRA for flora), a folder or a name on the hub, instead of the identity.
+    {task} in it stands for the name of the task: outputs/before/adapters/{task}-lora."""
     sweep: Name | None = None
     """The entry of `adapters` that this adapter was made from, where a list of values stood for one; written by the program."""
 

@@ -78,6 +78,10 @@ class AdapterMethod(ABC):
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
         """Suffix below the module (`lora_A.weight`) -> tensor, as PEFT stores them."""
 
+    @abstractmethod
+    def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
+        """What `peft_tensors` made these of. Raises ValueError, saying what it needs, for what it never makes."""
+
 
 def kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
     """nn.Linear's default start for [r, in] factors, from our own generator."""

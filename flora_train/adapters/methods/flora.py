@@ -53,3 +53,11 @@ class Flora(AdapterMethod):
             A = torch.cat([A, A.new_ones(1, A.shape[1])])
             B = torch.cat([B, B.new_full((B.shape[0], 1), -1.0)], dim=1)
         return {"hira_A": A, "hira_B": B}
+
+    def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
+        A, B = tensors["hira_A"], tensors["hira_B"]
+        if spec.offset:
+            return {"A": A, "B": B}
+        if not ((A[-1] == 1.0).all() and (B[:, -1] == -1.0).all()):
+            raise ValueError(f"is W0 * (1 + B A): variant=residual and rank={len(A)} go on from it")
+        return {"A": A[:-1], "B": B[:, :-1]}

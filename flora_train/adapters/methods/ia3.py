@@ -45,3 +45,6 @@ class Ia3(AdapterMethod):
 
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
         return {"ia3_l": params["l"][None] if feedforward else params["l"][:, None]}
+
+    def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
+        return {"l": tensors["ia3_l"].flatten()}

@@ -47,3 +47,6 @@ class Lora(AdapterMethod):
 
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
         return {"lora_A.weight": params["A"], "lora_B.weight": params["B"]}
+
+    def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
+        return {"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]}
