@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections import Counter
@@ -40,7 +39,8 @@ from flora_train.export.peft_start import start_from_peft
 from flora_train.session import Session, load_session, make_accelerator, reopen
 from flora_train.training.clock import spoken
 from flora_train.training.distributed import check_world_size, is_main_process, on_main_process, say, wait_for_everyone, world
-from flora_train.training.environment import environment, now
+from flora_train.training.environment import environment, now, peak_memory
+from flora_train.training.growth import grow
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.progress import Watch, duration
@@ -71,6 +71,8 @@ def train_run(config: RunConfig) -> Path:
     pad = pad_token(session.tokenizer)
     trainer = Trainer(config, session.model, session.bank, session.tasks, pad, folder, accelerator, session.collate)
     start_from_peft(session.bank)
+    if standing == "grown":
+        grow(trainer)
     on_main_process(lambda: folder.claim(config))
     report_left_out(session)
     trackers = {"wandb": {"name": config.name, "dir": str(folder.path)}} if "wandb" in config.tracking.trackers else {}
@@ -265,13 +267,6 @@ def redraw_report(run: str) -> None:
     """Draw the report of a run again from its report.json."""
     folder, _ = open_run(run)
     print(write_report(read_report(folder), folder.evaluation))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's peak allocation, or the process's largest resident size on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _command() -> str:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +28,16 @@ class Stream:
     """What the mixture knows of a task.
 
     lengths: tokens per training example, int [n]; weight: its share relative to others;
-    max_steps: adapter name -> the steps after which that adapter leaves.
+    max_steps: adapter name -> the steps after which that adapter leaves; begins, ends: it is drawn from that step on (from 0), and
+    before that one.
     """
 
     name: str
     lengths: NDArray[np.int64]
     weight: float
     max_steps: Mapping[str, int]
+    begins: int = 0
+    ends: float = inf
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class TaskMixture:
         return int(lengths[list(draw.examples)].sum()) * len(draw.adapters)
 
     def _fill_step(self) -> tuple[Draw, ...]:
+        self._let_join()
         draws: list[Draw] = []
         budget = self.tokens_per_step
         live = self._at_turn(np.array([bool(self._learners(stream)) for stream in self.streams]))
@@ -116,6 +121,14 @@ class TaskMixture:
             draws.append(Draw(stream.name, examples, adapters))
         self._steps_taken.update({draw.task for draw in draws})
         return tuple(draws)
+
+    def _let_join(self) -> None:
+        """Who joins now has been served as much as who has least: it does not have to catch up."""
+        now = len(self._steps)
+        joining = [i for i, stream in enumerate(self.streams) if stream.begins == now > 0]
+        there = [self._served[i] for i, stream in enumerate(self.streams) if stream.begins < now and self._learners(stream)]
+        for i in joining if there else ():
+            self._served[i] = min(there)
 
     def _at_turn(self, live: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Of the tasks that have not left, those whose turn it is: with active_tasks the least served, for turn_steps."""
@@ -157,6 +170,8 @@ class TaskMixture:
     def _learners(self, stream: Stream) -> tuple[str, ...]:
         taken = self._steps_taken[stream.name]
         now = len(self._steps)
+        if not stream.begins <= now < stream.ends:
+            return ()
         return tuple(
             adapter for adapter, limit in stream.max_steps.items() if taken < limit and now < self.left.get(adapter, now + 1)
         )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +19,29 @@ from flora_train.config.errors import UserError, fail
 from flora_train.training.run_folder import differences
 
 Identity = Mapping[str, Any]
-"""What must be the same for a run to go on: dotted configuration keys, hashes of base model and data, adapter names."""
+"""What must be the same for a run to go on: dotted configuration keys, hashes of base model and data."""
 
 
 class DamagedError(Exception):
     """A checkpoint file that is not what was written."""
 
 
-@dataclass
-class Position:
-    """Where a run stands: steps done, and up to which of them it has logged and evaluated.
-
-    seconds: spent in steps; evaluation_seconds: in evaluations between them; both over all sittings of the run.
-    """
-
-    done: int = 0
-    logged: int = 0
-    evaluated: int = 0
-    seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-
-
 class Checkpoints:
     """The files checkpoints/step-<n>.safetensors of one run, written by a thread while training goes on.
 
-    keep: so many of the last stay. say: tells the user one line.
+    keep: so many of the last stay. identity: of this run without the tasks that are named. rows: tensor name up to its first dot ->
+    whose rows it has. say: tells the user one line.
     """
 
-    def __init__(self, folder: Path, keep: int, identity: Callable[[], Identity], say: Callable[[str], None]) -> None:
-        self.folder, self.keep, self.identity, self.say = folder, keep, identity, say
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        identity: Callable[[Collection[str]], Identity],
+        rows: Mapping[str, Sequence[str]],
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder, self.keep, self.identity, self.rows, self.say = folder, keep, identity, rows, say
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
@@ -59,7 +52,7 @@ class Checkpoints:
         """
         self.wait()
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        facts = {"step": step, "position": position, "identity": self.identity()}
+        facts = {"step": step, "position": position, "identity": self.identity(()), "rows": self.rows}
         self._writing = self._writer.submit(self._write, step, copies, json.dumps(facts))
 
     def wait(self) -> None:
@@ -88,7 +81,8 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.safetensors"))
 
     def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Fill `tensors` from the last whole checkpoint; returns its position, or None if there is none.
+        """Fill `tensors` from the last whole checkpoint; returns its position, or None if there is none. Rows of adapters that have
+        joined since then stay as they are.
 
         Raises UserError if it is of another configuration, base model, data or adapter set.
         """
@@ -100,19 +94,52 @@ class Checkpoints:
             except DamagedError as error:
                 self.say(f"checkpoint {path} is damaged ({error}) and left alone; the one before it is used")
                 continue
-            self._check(path, facts["identity"], content, tensors)
+            self._check(path, facts, content, tensors)
             for name, tensor in tensors.items():
-                tensor.copy_(content[name])
+                self._fill(name, tensor, facts["rows"], content)
             self.say(f"going on after step {facts['step']}, from {path}")
             return facts["position"]
         return None
 
-    def _check(self, path: Path, then: Identity, content: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        if problems := differences(then, self.identity(), f"in checkpoint {path}"):
+    def _check(self, path: Path, facts: Mapping[str, Any], content: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        then, now = facts["identity"], self.identity(())
+        joined = _tasks(now) - _tasks(then)
+        if problems := differences(then, self.identity(joined) if joined else now, f"in checkpoint {path}"):
             raise UserError(*problems)
-        shapes = [{name: tuple(tensor.shape) for name, tensor in side.items()} for side in (content, tensors)]
-        if shapes[0] != shapes[1]:
-            raise fail(str(path), None, f"holds {shapes[0]}, this version of flora_train needs {shapes[1]}: begin a new run")
+        known = {name for names in facts["rows"].values() for name in names}
+        ours = {name for names in self.rows.values() for name in names}
+        if gone := sorted(known - ours):
+            raise fail("adapters", gone[0], f"is in checkpoint {path}, and not in this run: choose another output_dir")
+        planes = [{name.partition(".")[2] for name in side} for side in (content, tensors)]
+        if planes[0] != planes[1] or (not joined and _shapes(content) != _shapes(tensors)):
+            fix = f"holds {_shapes(content)}, this version of flora_train needs {_shapes(tensors)}: begin a new run"
+            raise fail(str(path), None, fix)
+
+    def _fill(self, name: str, tensor: Tensor, rows: Mapping[str, Sequence[str]], content: Mapping[str, Tensor]) -> None:
+        """Every adapter's row of one tensor, from wherever the checkpoint has it."""
+        group, _, plane = name.partition(".")
+        if rows.get(group) == list(self.rows[group]):
+            tensor.copy_(content[name])
+            return
+        places = {adapter: (other, row) for other, names in rows.items() for row, adapter in enumerate(names)}
+        for row, adapter in enumerate(self.rows[group]):
+            if adapter in places:
+                other, place = places[adapter]
+                tensor[row].copy_(content[f"{other}.{plane}"][place])
+
+
+def _tasks(identity: Identity) -> set[str]:
+    return {key.split(".")[1] for key in identity if key.startswith("tasks.")}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def identity_of(settings: Mapping[str, Any], base: str, data: Mapping[str, str]) -> dict[str, Any]:
+    """What a checkpoint must have in common with a run. base: SHA-256 of its weights; data: task -> SHA-256 of its examples."""
+    examples = {f"examples of tasks.{name} (SHA-256)": sha for name, sha in data.items()}
+    return {**settings, "weights of the base model (SHA-256)": base, **examples}
 
 
 def fingerprint(model: nn.Module) -> str:

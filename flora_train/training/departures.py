@@ -18,7 +18,8 @@ class Departure:
     """step: of the run, after which the adapter was in no step."""
 
     step: int
-    why: Literal["patience", "halving"]
+    why: Literal["patience", "halving", "finished"]
+    """finished: the run had ended before other tasks joined it."""
 
 
 class Departures:
@@ -46,17 +47,19 @@ class Departures:
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Adapter name -> step and reason, as the log has them."""
-        return {self.specs[adapter].name: {"step": d.step, "why": d.why} for adapter, d in self.gone.items()}
+        return {
+            self.specs[adapter].name: {"step": d.step, "why": d.why} for adapter, d in self.gone.items() if d.why != "finished"
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Lists, because JSON's keys are text."""
         gone = [(adapter, *astuple(departure)) for adapter, departure in self.gone.items()]
-        return {"gone": gone, "stopping": self.stopping.to_json()}
+        return {"gone": gone, **self.stopping.to_json()}
 
     def take(self, state: Mapping[str, Any]) -> None:
         """Go on from what `to_json` gave."""
         self.gone = {adapter: Departure(step, why) for adapter, step, why in state["gone"]}
-        self.stopping.take(state["stopping"])
+        self.stopping.take(state)
 
     def _leave(self, adapters: Iterable[int], departure: Departure, words: str) -> None:
         for adapter in adapters:

@@ -90,6 +90,7 @@ def evaluate_heldout(
             done += sum(row.length for row in group)
             report(done / total)
     finally:
+        bank.abandon()  # a process that got no batch still has the routing of its last step
         model.train(training)
     flat = torch.from_numpy(np.concatenate(list(sums.values()))).to(bank.device)
     parts = np.split(sum_over_processes(flat).cpu().numpy(), np.cumsum([len(part) for part in sums.values()])[:-1])

@@ -30,14 +30,20 @@ class StepPlan:
 
 
 def make_mixture(
-    tasks: Mapping[str, Task], bank: AdapterBank, config: RunConfig, left: Mapping[str, int] | None = None
+    tasks: Mapping[str, Task],
+    bank: AdapterBank,
+    config: RunConfig,
+    left: Mapping[str, int] | None = None,
+    joined: Mapping[str, int] | None = None,
 ) -> TaskMixture:
-    """The mixture over the tasks that have adapters. left: adapter name -> the first step without it."""
+    """The mixture over the tasks that have adapters. left: adapter name -> the first step without it; joined: task -> the first step
+    with it (default 0); each has training.steps from there."""
     streams = []
     for task in tasks.values():
         limits = {spec.name: spec.max_steps for spec in bank.specs if spec.task == task.name}
         if limits:
-            streams.append(Stream(task.name, task.train.lengths, task.weight, limits))
+            begins = (joined or {}).get(task.name, 0)
+            streams.append(Stream(task.name, task.train.lengths, task.weight, limits, begins, begins + config.training.steps))
     return TaskMixture(streams, config.mixture, config.training.tokens_per_step, config.seed, left)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ from flora_train.config.load import load_config, save_config
 from flora_train.config.schema import RunConfig
 from flora_train.training.environment import environment, now
 
-Standing = Literal["free", "interrupted", "finished"]
+Standing = Literal["free", "interrupted", "finished", "grown"]
+"""grown: finished, and now asked for more tasks."""
 
 
 class RunFolder:
@@ -48,9 +49,18 @@ class RunFolder:
         if self._state is None:
             raise fail("output_dir", str(self.path), "is not empty and holds no run of ours: choose another folder")
         if config.resume:
-            if problems := self._other_configuration(config):
+            begun = self._begun_with()
+            joining = [] if begun is None else [name for name in config.tasks if name not in begun.tasks]
+            if joining and config.sweep.strategy == "halving":
+                fix = f"compares the adapters of a run from its first step, and tasks.{joining[0]} joins later: make a new run of it"
+                raise fail("sweep.strategy", "halving", fix)
+            if begun is not None and (
+                problems := differences(comparable(begun), comparable(config, joining), f"when the run in {self.path} began")
+            ):
                 raise UserError(*problems)
-            return "finished" if self.finished else "interrupted"
+            if not self.finished:
+                return "interrupted"
+            return "grown" if joining else "finished"
         if config.existing_run == "replace":
             return "free"
         kind, hint = ("a finished run", "") if self.finished else ("an unfinished run", "resume=true to go on with it, ")
@@ -117,17 +127,23 @@ class RunFolder:
     def _occupied(self) -> bool:
         return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
 
-    def _other_configuration(self, config: RunConfig) -> list[Problem]:
+    def _begun_with(self) -> RunConfig | None:
         try:
-            _, begun = open_run(self.path)
+            return open_run(self.path)[1]
         except UserError:  # written by an older version, damaged, or never written: the disk was full
-            return []
-        return differences(comparable(begun), comparable(config), f"when the run in {self.path} began")
+            return None
 
 
-def comparable(config: RunConfig) -> dict[str, Any]:
-    """Every key that decides what a run computes -> its value."""
-    return flat(config.model_dump(mode="json", exclude=HOW_NOT_WHAT))
+def comparable(config: RunConfig, without: Collection[str] = ()) -> dict[str, Any]:
+    """Every key that decides what a run computes -> its value. without: tasks that are left out, with adapters that learn no others."""
+    tasks = {name: task for name, task in config.tasks.items() if name not in without}
+    adapters = {}
+    for name, adapter in config.adapters.items():
+        chosen = None if adapter.tasks is None else [task for task in adapter.tasks if task not in without]
+        if chosen != []:
+            adapters[name] = adapter.model_copy(update={"tasks": chosen})
+    rest = config.model_copy(update={"tasks": tasks, "adapters": adapters})
+    return flat(rest.model_dump(mode="json", exclude=HOW_NOT_WHAT))
 
 
 HOW_NOT_WHAT: dict[str, Any] = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from flora_train.data.batch import Collate, Row, collate, look_ahead, share_of_r
 from flora_train.data.sampling import seed_of
 from flora_train.data.task import Task
 from flora_train.data.tokens import TokenSplit
-from flora_train.training.checkpoint import Checkpoints, Position, fingerprint
+from flora_train.training.checkpoint import Checkpoints, fingerprint, identity_of
 from flora_train.training.clock import StepClock
 from flora_train.training.departures import Departures
 from flora_train.training.distributed import (
@@ -39,6 +39,7 @@ from flora_train.training.optimizer import BankOptimizer
 from flora_train.training.packed import check_packing
 from flora_train.training.pages_ahead import PagesAhead
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
+from flora_train.training.position import Position, renumbered
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, comparable
 from flora_train.training.selection import Kept, Selection
@@ -66,15 +67,18 @@ class Trainer:
         self.row_losses = RowLosses(model, self.clock)
         for name in [name for name, task in tasks.items() if task.train.is_packed][:1]:
             check_packing(self.row_losses, name)
-        self.mixture = make_mixture(tasks, bank, config)
-        self.pages = PagesAhead(bank, self.mixture, 0, config.training.steps)
+        self.joined = dict.fromkeys(tasks, 0)
+        """Task -> the first step with it, counted from 0."""
+        self.at = Position()
+        self.departures = Departures(bank.specs, config)
+        self.foresee()
         self.optimizer = BankOptimizer(bank, config.training)
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
-        self.departures = Departures(bank.specs, config)
         self.guard = Guard(bank, self.optimizer, config.guard)
-        self.checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints, lambda: self._identity, say)
+        rows = {f"pool{i}": [spec.name for spec in pool.specs] for i, pool in enumerate(bank.pools)}
+        self.checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints, self._identity, rows, say)
         self.tally = Tally()
-        self.at = Position()
+        self._base = cache(lambda: fingerprint(model))  # made once: it reads the whole base
         self.signals = StopSignals()
         self._told_to_end = False
         self._last_losses: dict[str, str] = {}
@@ -83,13 +87,13 @@ class Trainer:
         """Run every step that is still to do; afterwards the bank holds each adapter's selected parameters. Raises Interrupted, once
         the state is saved, if some process is sent SIGTERM or SIGINT."""
         config, at, begun = self.config.training, self.at, self.at.done
-        every = self.config.evaluation.every or config.steps
+        every = self.config.evaluation.every or self.end
         self.model.train()
         self.guard.remember()
         plan = self._plan(at.done)
-        with self.signals, Watch("train", config.steps, begun) as watch:
-            while at.done < config.steps and plan is not None:
-                coming = self._plan(at.done + 1) if at.done + 1 < config.steps else None
+        with self.signals, Watch("train", self.end, begun) as watch:
+            while at.done < self.end and plan is not None:
+                coming = self._plan(at.done + 1) if at.done + 1 < self.end else None
                 for rows in share_of_rank(coming.microbatches if coming else (), *world()):
                     look_ahead(self.collate, rows, self._training_split)
                 if self.clock.base_rate is None:
@@ -125,6 +129,8 @@ class Trainer:
         if is_main_process():
             position = {
                 **asdict(self.at),
+                "names": [spec.name for spec in self.bank.specs],
+                "joined": self.joined,
                 "optimizer_steps": self.optimizer.steps,
                 "kept": [(adapter, kept.step, kept.loss) for adapter, kept in self.selection.kept.items()],
                 "departures": self.departures.to_json(),
@@ -147,23 +153,24 @@ class Trainer:
             return
         share_from_main(tensors.values(), self.bank.device)
         self.bank.forget_device()
+        position = renumbered(position, self.bank.ids)
         self.at = Position(**{f.name: position[f.name] for f in fields(Position)})
+        self.joined = {task: position["joined"].get(task, self.at.done) for task in self.tasks}
         self.optimizer.steps = position["optimizer_steps"]
         self.selection.kept = {adapter: Kept(step, loss) for adapter, step, loss in position["kept"]}
         self.tally = Tally.from_json(position["tally"])
         self.departures.take(position["departures"])
         self.guard.take(position["guard"])
-        self._without_the_gone()
+        self.foresee()
 
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this run; made once, because it reads the whole base."""
-        return {
-            **comparable(self.config),
-            "adapters": [spec.name for spec in self.bank.specs],
-            "weights of the base model (SHA-256)": fingerprint(self.model),
-            **{f"examples of tasks.{name} (SHA-256)": task.data_hash for name, task in self.tasks.items()},
-        }
+    @property
+    def end(self) -> int:
+        """Steps of the run: training.steps from where the last task joined."""
+        return max(self.joined.values()) + self.config.training.steps
+
+    def _identity(self, without: Collection[str]) -> dict[str, Any]:
+        data = {name: task.data_hash for name, task in self.tasks.items() if name not in without}
+        return identity_of(comparable(self.config, without), self._base(), data)
 
     def step(self, number: int, plan: StepPlan) -> None:
         """One optimizer step: micro-batches accumulate, each adapter's loss is the mean over its own tokens of the
@@ -255,13 +262,13 @@ class Trainer:
         record["left"] = self.departures.record()
         self._record(record, {f"eval/{name}/{key}": value for name, facts in adapters.items() for key, value in facts.items()})
         if left:
-            self._without_the_gone()
+            self.foresee()
         return left
 
-    def _without_the_gone(self) -> None:
-        """The mixture of those that are left."""
-        self.mixture = make_mixture(self.tasks, self.bank, self.config, self.departures.left)
-        self.pages = PagesAhead(self.bank, self.mixture, self.at.done, self.config.training.steps)
+    def foresee(self) -> None:
+        """What steps to come will hold: who has joined, without who has left."""
+        self.mixture = make_mixture(self.tasks, self.bank, self.config, self.departures.left, self.joined)
+        self.pages = PagesAhead(self.bank, self.mixture, self.at.done, self.end)
 
     def heldout(self, max_examples: int | None = None) -> dict[str, HeldOut]:
         """Held-out losses of every adapter that has not left, as it stands in the bank now."""
