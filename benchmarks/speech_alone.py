@@ -23,6 +23,7 @@ import flora_train.cli  # noqa: F401  sets how threads wait, before torch is loa
 from contenders.peft_speech import PeftRun, batches_of
 
 from flora_train.adapters.spec import BASE, BASE_ID
+from flora_train.atomic import write_atomically
 from flora_train.config.errors import UserError, fail
 from flora_train.data.sampling import seed_of
 from flora_train.data.tokens import pad_token
@@ -33,7 +34,6 @@ from flora_train.evaluation.speech.evaluate import LoggedTranscript, judged_spli
 from flora_train.evaluation.speech.normalize import NORMALIZERS, normalizer_name
 from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
 from flora_train.session import Session, reopen
-from flora_train.atomic import write_atomically
 from flora_train.training.environment import available_cpus, environment
 from flora_train.training.plan import make_mixture, plan_step
 from flora_train.training.progress import Watch

@@ -40,7 +40,22 @@ def code_block() -> str:
         f"{suite['suite']}: {suite['completions']} completions at temperature {suite['temperature']}, at most {suite['max_new_tokens']} tokens"
         for suite in results["code"]
     ]
-    return f"{printed(results)}\n\n<sub>{'; '.join(asked)}.</sub>\n{machine(results)}"
+    return f"{printed(results)}\n\n{parsing(results)}\n\n<sub>{'; '.join(asked)}.</sub>\n{machine(results)}"
+
+
+def parsing(results: dict[str, Any]) -> str:
+    """Of MultiPL-E's programs the share that is not refused as no program of its language, and the share that was cut at the most tokens."""
+    suite = next(suite for suite in results["code"] if suite["suite"] == "multipl_e")
+    families = [c["family"] for c in suite["languages"][0]["contenders"]]
+    rows = [
+        f"| MultiPL-E: programs that parse (that were cut off) | {' | '.join(families)} |",
+        "|---" * (len(families) + 1) + "|",
+    ]
+    for part in suite["languages"]:
+        counts = [(c["ended"]["SyntaxError"], c["cut"], sum(c["ended"].values())) for c in part["contenders"]]
+        shares = (f"{1 - refused / programs:.2f} ({cut / programs:.2f})" for refused, cut, programs in counts)
+        rows.append(f"| {part['name']} | {' | '.join(shares)} |")
+    return "\n".join(rows)
 
 
 def speech_block() -> str:

@@ -100,6 +100,7 @@ class Trainer:
                     self.time_base(plan)
                 started = time.monotonic()
                 self.step(at.done, plan)
+                self.checkpoints.wait()  # a kill never costs more than checkpoint_every steps
                 at.seconds += time.monotonic() - started
                 at.done, plan = at.done + 1, coming
                 watch.update(at.done, self._facts(), force_line=at.done % config.log_every == 0)

@@ -12,7 +12,9 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
 from tests.architectures import tiny_model
 from tests.conftest import mixed_specs
-from tests.unit.training.harness import make_trainer, plans_of, train_together
+from tests.unit.training.harness import make_trainer, plans_of, snapshot, train_together
+from tests.unit.training.test_paging import SLOTS
+from tests.unit.training.test_paging import trainer_in as paging_trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -26,6 +28,21 @@ def test_training_on_the_gpu_equals_training_on_the_cpu(tmp_path: Path, optimize
         train_together(trainer, plans)
     for cpu, gpu in zip(trainers[0].bank.pools, trainers[1].bank.pools, strict=True):
         torch.testing.assert_close(gpu.values.cpu(), cpu.values, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["pinned", "files"])
+def test_adapters_that_come_and_go_keep_the_bits_of_those_that_stay(disk: bool, tmp_path: Path) -> None:
+    """Copies run beside the steps, on a stream of their own."""
+    resident, paged = (paging_trainer(tmp_path / str(slots), slots, disk, device="cuda") for slots in (None, SLOTS))
+    for number, plan in enumerate(plans_of(resident, 12)):
+        resident.step(number, plan)
+        paged.step(number, plan)
+        ours, theirs = snapshot(paged), snapshot(resident)
+        assert all(torch.equal(a.cpu(), b.cpu()) for name in theirs for a, b in zip(ours[name], theirs[name], strict=True)), (
+            number
+        )
+    assert paged.bank.pager is not None
+    assert paged.bank.pager.traffic.to_host > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,0 +1,168 @@
+"""Does a run survive kill -9 at any moment? It is killed again and again, started again by an outside supervisor, and compared.
+
+A short run on SmolLM2-135M that writes a checkpoint every other step is killed at random moments, all its processes at once, until it has
+been killed --kills times; the moments are spread over start, steps, saves and evaluations. Then it may end, and its adapters are
+compared byte by byte with those of a run that nobody disturbed. Prints Markdown. Usage: python benchmarks/kills.py [--kills 50] [--processes 1] [--save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+
+import flora_train.cli  # noqa: F401
+
+# isort: split
+from flora_train.training.environment import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+SAVE_EVERY = 2
+RECIPE = (
+    "recipe=quickstart",
+    "training.steps=60",
+    "training.tokens_per_step=768",
+    "training.tokens_per_microbatch=768",
+    "training.max_length=64",
+    "training.log_every=1",
+    f"training.checkpoint_every={SAVE_EVERY}",
+    "evaluation.every=20",
+    "evaluation.max_examples=1",
+    "evaluation.problems=[]",
+    "tasks.lua.max_validation_examples=2",
+    "tasks.perl.max_validation_examples=2",
+    "tasks.ruby.max_validation_examples=2",
+)
+
+
+@dataclass
+class Seen:
+    """Of all kills: seconds from a start to its first step, steps that were done and lost, checkpoints that could not be read, and
+    how many kills came while a checkpoint was being written."""
+
+    back: list[float] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    damaged: int = 0
+    while_saving: int = 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS}/kills_<processes>.md")
+    options = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        whole, parts = Path(folder) / "whole", Path(folder) / "parts"
+        subprocess.run(command(whole, options.processes), cwd=ROOT, env=surroundings(), check=True, stderr=subprocess.DEVNULL)
+        seen = harass(parts, options.kills, options.processes, random.Random(options.seed))
+        same = digests(whole) == digests(parts)
+        text = "\n".join(report(options.kills, options.processes, seen, same, len(digests(whole))))
+    print(text)
+    if options.save:
+        (RESULTS / f"kills_{options.processes}.md").write_text(text + "\n", encoding="utf-8")
+    sys.exit(0 if same and not seen.damaged else 1)
+
+
+def harass(run: Path, kills: int, processes: int, chance: random.Random) -> Seen:
+    """Start, kill, and start again; at last let it end."""
+    seen, killed = Seen(), 0
+    while True:
+        steps_before, started = steps_done(run), time.monotonic()
+        with subprocess.Popen(
+            command(run, processes), cwd=ROOT, env=surroundings(), stderr=subprocess.PIPE, text=True
+        ) as process:
+            deadline = None if killed == kills else chance.uniform(0.0, 6.0)
+            if deadline is not None and chance.random() < 0.8:  # else while it starts
+                wait_for_a_step(run, process)
+                seen.back.append(time.monotonic() - started)
+            if deadline is not None:
+                time.sleep(deadline)
+                if process.poll() is None:
+                    seen.while_saving += bool(list(run.glob("checkpoints/.step-*.tmp")))
+                    kill(process)
+                    killed += 1
+                    print(f"kill {killed} of {kills}: at step {steps_done(run)}", file=sys.stderr, flush=True)
+            said = process.communicate()[1]
+        seen.damaged += said.count("is damaged")
+        if found := re.search(r"going on after step (\d+)", said):
+            seen.lost.append(max(0, steps_before - int(found[1])))
+        if process.returncode == 0:
+            if killed < kills:
+                print(f"it ended after {killed} kills: longer runs take more", file=sys.stderr)
+            return seen
+
+
+def wait_for_a_step(run: Path, process: subprocess.Popen[str]) -> None:
+    """Until this sitting has done a step: its line in metrics.jsonl."""
+    file, began = run / "metrics.jsonl", time.time()
+    while process.poll() is None and not (file.exists() and file.stat().st_mtime > began and file.stat().st_size):
+        time.sleep(0.02)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """The launcher and its workers, which are in sessions of their own."""
+    launcher = psutil.Process(process.pid)
+    for one in (launcher, *launcher.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
+def steps_done(run: Path) -> int:
+    """The last step in metrics.jsonl; what a kill cut off does not count."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+def command(run: Path, processes: int) -> list[str]:
+    config = ROOT / "launch" / ("single.yaml" if processes == 1 else "cpu_2proc.yaml")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), "train.py"]
+    return [*launcher, *RECIPE, f"output_dir={run}", "resume=true"]
+
+
+def surroundings() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def digests(run: Path) -> dict[str, str]:
+    files = sorted((run / "adapters").rglob("*.safetensors"))
+    return {str(file.relative_to(run)): sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def report(kills: int, processes: int, seen: Seen, same: bool, adapters: int) -> list[str]:
+    """Markdown."""
+    facts = environment()
+    return [
+        f"# {kills} times kill -9, {processes} process{'es' if processes > 1 else ''}",
+        "",
+        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch {facts['packages']['torch']}; SmolLM2-135M, {adapters} adapters, 60 steps, a checkpoint "
+        f"every {SAVE_EVERY}. `python benchmarks/kills.py --kills {kills} --processes {processes} --save` prints this file.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| kills | {kills}, of which {seen.while_saving} while a checkpoint was being written |",
+        f"| adapters with the bytes of the run that was not killed | {'all' if same else 'NOT all'} of {adapters} |",
+        f"| checkpoints that could not be read | {seen.damaged} |",
+        f"| steps done and lost at a kill | at most {max(seen.lost, default=0)}, median {statistics.median(seen.lost or [0]):g} |",
+        f"| seconds from a start to the first step | median {statistics.median(seen.back or [0]):.1f}, at most {max(seen.back, default=0):.1f} |",
+    ]
+
+
+if __name__ == "__main__":
+    main()
