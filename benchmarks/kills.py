@@ -57,6 +57,7 @@ class Seen:
     back: list[float] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     damaged: int = 0
+    kills: int = 0
     while_saving: int = 0
 
 
@@ -72,22 +73,22 @@ def main() -> None:
         subprocess.run(command(whole, options.processes), cwd=ROOT, env=surroundings(), check=True, stderr=subprocess.DEVNULL)
         seen = harass(parts, options.kills, options.processes, random.Random(options.seed))
         same = digests(whole) == digests(parts)
-        text = "\n".join(report(options.kills, options.processes, seen, same, len(digests(whole))))
+        text = "\n".join(report(options.processes, seen, same, len(digests(whole))))
     print(text)
     if options.save:
         (RESULTS / f"kills_{options.processes}.md").write_text(text + "\n", encoding="utf-8")
-    sys.exit(0 if same and not seen.damaged else 1)
+    sys.exit(0 if same and not seen.damaged and seen.kills == options.kills else 1)
 
 
 def harass(run: Path, kills: int, processes: int, chance: random.Random) -> Seen:
     """Start, kill, and start again; at last let it end."""
-    seen, killed = Seen(), 0
+    seen = Seen()
     while True:
         steps_before, started = steps_done(run), time.monotonic()
         with subprocess.Popen(
             command(run, processes), cwd=ROOT, env=surroundings(), stderr=subprocess.PIPE, text=True
         ) as process:
-            deadline = None if killed == kills else chance.uniform(0.0, 6.0)
+            deadline = None if seen.kills == kills else chance.uniform(0.0, 6.0)
             if deadline is not None and chance.random() < 0.8:  # else while it starts
                 wait_for_a_step(run, process)
                 seen.back.append(time.monotonic() - started)
@@ -96,15 +97,15 @@ def harass(run: Path, kills: int, processes: int, chance: random.Random) -> Seen
                 if process.poll() is None:
                     seen.while_saving += bool(list(run.glob("checkpoints/.step-*.tmp")))
                     kill(process)
-                    killed += 1
-                    print(f"kill {killed} of {kills}: at step {steps_done(run)}", file=sys.stderr, flush=True)
+                    seen.kills += 1
+                    print(f"kill {seen.kills} of {kills}: at step {steps_done(run)}", file=sys.stderr, flush=True)
             said = process.communicate()[1]
         seen.damaged += said.count("is damaged")
         if found := re.search(r"going on after step (\d+)", said):
             seen.lost.append(max(0, steps_before - int(found[1])))
         if process.returncode == 0:
-            if killed < kills:
-                print(f"it ended after {killed} kills: longer runs take more", file=sys.stderr)
+            if seen.kills < kills:
+                print(f"it ended after {seen.kills} kills: longer runs take more", file=sys.stderr)
             return seen
 
 
@@ -145,18 +146,18 @@ def digests(run: Path) -> dict[str, str]:
     return {str(file.relative_to(run)): sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def report(kills: int, processes: int, seen: Seen, same: bool, adapters: int) -> list[str]:
+def report(processes: int, seen: Seen, same: bool, adapters: int) -> list[str]:
     """Markdown."""
     facts = environment()
     return [
-        f"# {kills} times kill -9, {processes} process{'es' if processes > 1 else ''}",
+        f"# {seen.kills} times kill -9, {processes} process{'es' if processes > 1 else ''}",
         "",
         f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch {facts['packages']['torch']}; SmolLM2-135M, {adapters} adapters, 60 steps, a checkpoint "
-        f"every {SAVE_EVERY}. `python benchmarks/kills.py --kills {kills} --processes {processes} --save` prints this file.",
+        f"every {SAVE_EVERY}. `python benchmarks/kills.py --kills {seen.kills} --processes {processes} --save` prints this file.",
         "",
         "| | |",
         "|---|---|",
-        f"| kills | {kills}, of which {seen.while_saving} while a checkpoint was being written |",
+        f"| kills | {seen.kills}, of which {seen.while_saving} while a checkpoint was being written |",
         f"| adapters with the bytes of the run that was not killed | {'all' if same else 'NOT all'} of {adapters} |",
         f"| checkpoints that could not be read | {seen.damaged} |",
         f"| steps done and lost at a kill | at most {max(seen.lost, default=0)}, median {statistics.median(seen.lost or [0]):g} |",

@@ -14,29 +14,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 from adapted_layer import DEVICE, where
 
 # isort: split
-import numpy as np
 import torch
+from contenders.many_tasks import make_trainer
 from contenders.workload import SMALL
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.paging import Paging
-from flora_train.adapters.spec import expand
-from flora_train.config.load import validate
-from flora_train.data.task import Task
-from flora_train.data.tokens import SplitCounts, TokenSplit
 from flora_train.training.plan import plan_step
-from flora_train.training.run_folder import RunFolder
-from flora_train.training.trainer import Trainer
 
 RESULT = Path(__file__).parent / "results" / f"paging_{DEVICE.type}.md"
 TASKS, SLOTS = 128, 32
+ADAPTERS = {"flora": {"method": "flora", "rank": 4, "lr": 1e-2}, "lora": {"method": "lora", "rank": 4, "lr": 1e-3}}
+TRAINING = {"tokens_per_step": 2048, "tokens_per_microbatch": 2048, "max_length": 128}
 PLANES = 3
 """Weights and AdamW's two moments move; a gradient lives for one step."""
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -57,8 +51,8 @@ def main() -> None:
         f"{where()}. Random-weight Llama, d = {SMALL['hidden_size']}, {SMALL['num_hidden_layers']} layers, float32; 128 tasks x (fLoRA, LoRA) of rank 4 on every linear layer; "
         f"{options.steps} steps of 2,048 tokens, AdamW; the trainers' steps alternate. `python benchmarks/paging.py --save` prints this file.",
         "",
-        "| schedule | adapters a step | adapters live | speed against all resident | MB to the device a step (Belady's rule) | MB back to the host a step | same bits |",
-        "|---|---|---|---|---|---|---|",
+        "| schedule | adapters a step | adapters live | speed against all resident | MB to the device a step (Belady's rule) | MB back to the host a step | arena cut anew | same bits |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, mixture in SCHEDULES.items():
         lines += compare(name, mixture, options.steps)
@@ -78,7 +72,10 @@ def compare(name: str, mixture: dict[str, Any], steps: int) -> list[str]:
     """Markdown rows, one for each of WAYS."""
     with TemporaryDirectory() as folder:
         paging = (None, Paging(SLOTS), Paging(SLOTS, Path(folder)))
-        trainers = [make_trainer(mixture, steps, way, Path(folder) / str(i)) for i, way in enumerate(paging)]
+        trainers = [
+            make_trainer(ADAPTERS, TASKS, mixture, TRAINING | {"steps": steps}, Path(folder) / str(i), DEVICE, way)
+            for i, way in enumerate(paging)
+        ]
         taken: list[list[float]] = [[] for _ in trainers]
         uses: list[set[int]] = []
         for number in range(steps):
@@ -97,11 +94,11 @@ def compare(name: str, mixture: dict[str, Any], steps: int) -> list[str]:
             same = all(torch.equal(trainer.bank.row(i), trainers[0].bank.row(i)) for i in range(len(trainer.bank.specs)))
             adapters = f"{min(map(len, uses))} to {max(map(len, uses))}"
             pager = trainer.bank.pager
-            moved = "- | -"
+            moved = "- | - | -"
             if pager is not None:
                 theory = sum(loads(uses, trainer.bank, pool, steps) for pool in trainer.bank.pools)
                 into, back = (n / steps / 1e6 for n in (pager.traffic.to_device, pager.traffic.to_host))
-                moved = f"{into:.2f} ({theory / steps / 1e6:.2f}) | {back:.2f}"
+                moved = f"{into:.2f} ({theory / steps / 1e6:.2f}) | {back:.2f} | {pager.traffic.cuts - PLANES}"
             rows.append(f"| {name} | {adapters} | {way} | {ratio:.2f} | {moved} | {'yes' if same else 'NO'} |")
     return rows
 
@@ -122,43 +119,6 @@ def loads(uses: Sequence[set[int]], bank: AdapterBank, pool: Any, steps: int) ->
             inside.add(adapter)
             count += 1
     return count * PLANES * 4 * int(pool.row_size)
-
-
-def make_trainer(mixture: dict[str, Any], steps: int, paging: Paging | None, folder: Path) -> Trainer:
-    """128 tasks of random tokens, two adapters each."""
-    config = validate(
-        {
-            "name": "paging",
-            "model": {"path": "unused"},
-            "tasks": {f"t{i}": {"train": "unused.jsonl"} for i in range(TASKS)},
-            "adapters": {
-                "flora": {"method": "flora", "rank": 4, "lr": 1e-2},
-                "lora": {"method": "lora", "rank": 4, "lr": 1e-3},
-            },
-            "mixture": mixture,
-            "training": {"steps": steps, "tokens_per_step": 2048, "tokens_per_microbatch": 2048, "max_length": 128},
-        }
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).to(DEVICE).train()
-    bank = AdapterBank.attach(model, expand(config), paging=paging)
-    tasks = {name: Task(name, 1.0, random_split(i), random_split(i), "") for i, name in enumerate(config.tasks)}
-    accelerator = SimpleNamespace(log=lambda *args, **options: None)
-    return Trainer(config, model, bank, tasks, 0, RunFolder(folder), accelerator)
-
-
-def random_split(seed: int) -> TokenSplit:
-    """40 examples of 64 to 128 random tokens."""
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(64, 129, 40)
-    return TokenSplit(
-        tokens=generator.integers(2, SMALL["vocab_size"], lengths.sum()).astype(np.int32),
-        offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
-        prompt_lengths=np.zeros(40, dtype=np.int32),
-        label_bytes=lengths.astype(np.int64),
-        packs=np.arange(41),
-        counts=SplitCounts(rows=40, examples=40, tokens=int(lengths.sum())),
-    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ ALONE = -2
 def train_alone(session: Session, adapter: int) -> PeftRun:
     """PEFT on what the joint run gave this adapter, step by step."""
     config, spec = session.config, session.bank.specs[adapter]
-    run, mixture = PeftRun(config, spec), make_mixture(session.tasks, session.bank, config)
+    run, mixture = PeftRun(config, spec), make_mixture(session.tasks, session.bank.specs, config)
     pad = pad_token(session.tokenizer)
     own = 0  # steps that the adapter was in
     with Watch(f"PEFT, {spec.name}", config.training.steps) as watch:

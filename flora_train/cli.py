@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flora_train.config.errors import UserError, choices, did_you_mean
-from flora_train.training.signals import SAVED, Interrupted
+from flora_train.training.signals import SAVED, Interrupted, end_with_launcher
 
 # torch's threads wait for each other by spinning, which starves whatever else wants the same cores: another process, or the
 # threads that compute adapters (kernels/threads.py). It is read when torch loads, which is after this module.
@@ -85,6 +85,7 @@ def _train(words: Sequence[str]) -> None:
     from flora_train.config.load import load_config
 
     config = load_config(words)
+    end_with_launcher()
     from flora_train.run import train_run  # torch loads only once the words make sense
 
     train_run(config)

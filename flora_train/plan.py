@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import count_layers, empty_model, resolve_dtype, shallow_model
+from flora_train.adapters.base_model import empty_model, resolve_dtype
 from flora_train.adapters.host_memory import free_memory
 from flora_train.adapters.paging import OF_FREE_MEMORY, PLANES
 from flora_train.adapters.pool import Pool, pool_key
@@ -24,20 +19,15 @@ from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.adapters.targets import find_targets
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
-from flora_train.data.audio.batch import SpeechCollate
-from flora_train.data.batch import collate
-from flora_train.data.task import Task
+from flora_train.cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
 from flora_train.data.tokens import pad_token
 from flora_train.session import load_data, prepare
-from flora_train.training.plan import StepPlan, plan_step
 from flora_train.training.progress import duration
-from flora_train.training.run_folder import RunFolder
-from flora_train.training.trainer import Trainer
 
 FLOAT = 4
 """Bytes of a number of an adapter, and of its gradient and moments."""
-STEPS_SEEN = 200
-"""Steps that are looked at for the largest."""
+BYTES = {"8bit": 1.0, "4bit": 0.5}
+"""Of a number of a quantised base."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,9 @@ class Capacity:
     """What a run takes, in bytes and seconds.
 
     pools: of all adapters; largest: numbers of the largest adapter; step_adapters, step_slots: the most that a step has, and the slots
-    that they fill; slots: for which there is room (None: for all); free_device, free_host, free_disk: what there is now.
+    that they fill; slots: for which there is room (None: for all); home: of adapters in host memory; copies: that checkpoints and the
+    guard take there; free_device, free_host, free_disk: what there is now; shared: device and host are one memory, as on a CPU;
+    processes: so many on one machine, each with all of this but the disk.
     """
 
     pools: Sequence[Pool]
@@ -57,12 +49,20 @@ class Capacity:
     on_device: int
     activations: int
     free_device: int
-    on_host: int
+    home: int
+    copies: int
     free_host: int
     checkpoint: int
     on_disk: int
     free_disk: int
     step_seconds: float
+    shared: bool
+    processes: int
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory of one process, beside those of a device that is the host itself."""
+        return self.home + self.copies
 
 
 def plan_run(config: RunConfig) -> None:
@@ -79,45 +79,45 @@ def capacity(config: RunConfig) -> Capacity:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare(config, device)
     tokenizer, tasks, ears = load_data(config)
-    make_batch = collate if ears is None else SpeechCollate(ears.store, config.audio.spec_augment)
     pools = pools_of(config)
     largest = max(pool.row_size for pool in pools)
     everything = sum(len(pool.specs) * pool.row_size for pool in pools)
     size_of = {spec.name: pool.row_size for pool in pools for spec in pool.specs}
+    steps = adapters_of_steps(config, tasks)
     free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     base = sum(tensor.numel() for tensor in empty_model(config.model).parameters())
-    base *= resolve_dtype(config.model.dtype, device).itemsize
+    base = int(base * BYTES.get(config.model.quantization, resolve_dtype(config.model.dtype, device).itemsize))
     try:
-        one, two = (measure(config, layers, device, tasks, pad_token(tokenizer), make_batch) for layers in (1, 2))
+        cost = cost_of_a_step(config, device, tasks, pad_token(tokenizer), ears)
     finally:
         if ears is not None:
             ears.store.close()
-    more = count_layers(config.model) - 1
     slots: int | None = None if config.paging.device_slots == "auto" else config.paging.device_slots
     if slots is None and device.type == "cuda":
         slots = max(1, int((free_device - base) * OF_FREE_MEMORY) // (PLANES * FLOAT * largest))
     if slots is not None and slots * largest >= everything:
         slots = None
-    numbers = everything if slots is None else slots * largest
     moved = FLOAT * (PLANES - 1) * everything  # no gradient lives longer than a step
-    home = 0 if slots is None else moved
-    pages = home if config.paging.host == "disk" else 0
+    home, on_disk = 0 if slots is None else moved, config.paging.host == "disk"
     return Capacity(
         pools=pools,
         largest=largest,
-        step_adapters=max(map(len, one.steps)),
-        step_slots=-(-max(sum(size_of[name] for name in names) for names in one.steps) // largest),
+        step_adapters=max(map(len, steps)),
+        step_slots=-(-max(sum(size_of[name] for name in names) for names in steps) // largest),
         slots=slots,
         base=base,
-        on_device=PLANES * FLOAT * numbers,
-        activations=one.activations + more * (two.activations - one.activations),
+        on_device=PLANES * FLOAT * (everything if slots is None else slots * largest),
+        activations=cost.activations,
         free_device=free_device,
-        on_host=home - pages + moved,
+        home=0 if on_disk else home,
+        copies=moved * (1 if config.guard.policy == "skip" else 2),
         free_host=free_memory(),
         checkpoint=moved,
-        on_disk=(config.training.keep_checkpoints + 1) * moved + 2 * FLOAT * everything + pages,
+        on_disk=(config.training.keep_checkpoints + 1) * moved + 2 * FLOAT * everything + (home if on_disk else 0),
         free_disk=disk_usage(next(p for p in Path(config.folder).absolute().parents if p.exists())).free,
-        step_seconds=one.seconds + more * (two.seconds - one.seconds),
+        step_seconds=cost.step_seconds,
+        shared=device.type == "cpu",
+        processes=config.num_processes or 1,
     )
 
 
@@ -130,66 +130,6 @@ def pools_of(config: RunConfig) -> list[Pool]:
     return [Pool(specs[0].method, specs, find_targets(model, specs[0])) for specs in groups.values()]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Of a shallow model. steps: the adapters of every step that was looked at; seconds: of a step; activations: bytes that a
-    micro-batch keeps for its backward."""
-
-    steps: Sequence[frozenset[str]]
-    seconds: float
-    activations: int
-
-
-def measure(
-    config: RunConfig, layers: int, device: torch.device, tasks: Mapping[str, Task], pad: int, make_batch: Any
-) -> Measured:
-    """One micro-batch, the largest of the first steps, forward, backward and update; the best of two after a first."""
-    model = shallow_model(config.model, layers, device)
-    bank = AdapterBank.attach(model, expand(config), config.seed)
-    accelerator = SimpleNamespace(log=lambda *args, **options: None)
-    trainer = Trainer(config, model, bank, tasks, pad, RunFolder(Path(config.folder)), accelerator, make_batch)
-    model.train()
-    steps, largest = [], None
-    for number in range(min(config.training.steps, STEPS_SEEN)):
-        plan = plan_step(trainer.mixture, number, tasks, bank, config.training.tokens_per_microbatch)
-        if plan is None:
-            break
-        steps.append(frozenset(bank.specs[adapter].name for adapter in plan.label_tokens))
-        padded, rows = max(((rows[0].length * len(rows), rows) for rows in plan.microbatches), key=lambda pair: pair[0])
-        if largest is None or padded > largest[0]:
-            present = {row.adapter for row in rows}
-            part = StepPlan((rows,), {a: n for a, n in plan.label_tokens.items() if a in present}, padded, {})
-            share = sum(r[0].length * len(r) for r in plan.microbatches) / padded
-            largest = padded, part, share
-    assert largest is not None
-    _, part, share = largest
-    saved = _Saved()
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        trainer.step(0, part)
-    seconds = []
-    for number in (1, 2):
-        started = time.perf_counter()
-        trainer.step(number, part)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *bank.tensors().values()]}
-    kept = sum(size for place, size in saved.storages.items() if place not in parameters)
-    return Measured(steps, min(seconds) * share, kept)
-
-
-class _Saved:
-    """What autograd keeps for a backward. storages: address -> bytes, each counted once."""
-
-    def __init__(self) -> None:
-        self.storages: dict[int, int] = {}
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-
 def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:
     for pool in found.pools:
         families = Counter(spec.family for spec in pool.specs)
@@ -200,14 +140,19 @@ def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:
     room = "all adapters" if found.slots is None else f"{found.slots} adapters of the largest kind"
     most = "" if config.training.steps <= STEPS_SEEN else f" of the first {STEPS_SEEN}"
     yield "a step", f"at most {found.step_adapters} adapters (in any step{most}), which fill {found.step_slots} slots"
+    each = " for each process" if found.processes > 1 else ""
     needed = found.base + found.on_device + found.activations
     yield (
         "device",
-        f"{_size(needed)} = base {_size(found.base)} + room for {room} {_size(found.on_device)} + activations of a micro-batch "
+        f"{_size(needed)}{each} = base {_size(found.base)} + room for {room} {_size(found.on_device)} + activations of a micro-batch "
         f"{_size(found.activations)}; {_size(found.free_device)} are free",
     )
-    others = "" if found.slots is None or config.paging.host == "disk" else ", and the adapters that are not on the device"
-    yield "host", f"{_size(found.on_host)}: a copy while a checkpoint is written{others}; {_size(found.free_host)} are free"
+    copies = "a copy while a checkpoint is written" + (
+        "" if found.copies == found.checkpoint else ", and what the guard goes back to"
+    )
+    others = f", and {_size(found.home)} of adapters that are not on the device" if found.home else ""
+    same = "the same memory" if found.shared else f"{_size(found.free_host)} are free"
+    yield "host", f"{_size(found.copies)}{each}: {copies}{others}; {same}"
     yield (
         "disk",
         f"{_size(found.on_disk)} at most (a checkpoint {_size(found.checkpoint)}, {config.training.keep_checkpoints} are kept); {_size(found.free_disk)} are free",
@@ -221,10 +166,13 @@ def check_fits(config: RunConfig, found: Capacity) -> None:
     if found.slots is not None and found.step_slots > found.slots:
         fix = f"hold less than the {found.step_adapters} adapters of a step need: give {found.step_slots} or more, or lower training.tokens_per_step"
         raise fail("adapters.device_slots", found.slots, fix)
-    rest = found.free_device - found.base
+    processes = found.processes if found.shared else 1
+    rest = found.free_device // processes - found.base - (found.host if found.shared else 0)
     if found.on_device > rest:
         slots = max(0, rest - found.activations) // (PLANES * FLOAT * found.largest)
         fix = f"needs {_size(found.on_device)} beside the base, where {_size(max(0, rest))} are free: give {slots}"
+        if found.shared:
+            fix += " and paging.host=disk"
         if slots < found.step_slots:
             fix = f"has no room: a step needs {found.step_slots} slots, and there is room for {slots}; lower training.tokens_per_step or the rank"
         raise fail("adapters.device_slots", config.paging.device_slots, fix)
@@ -235,9 +183,12 @@ def check_fits(config: RunConfig, found: Capacity) -> None:
             f"{int(part * config.training.tokens_per_microbatch)}, or model.gradient_checkpointing=non_reentrant"
         )
         raise fail("training.tokens_per_microbatch", config.training.tokens_per_microbatch, fix)
-    if found.on_host > found.free_host:
-        fix = f"needs {_size(found.on_host)}, where {_size(found.free_host)} are free: disk keeps adapters in files"
-        raise fail("paging.host", config.paging.host, fix)
+    if not found.shared and found.host * found.processes > found.free_host:
+        if found.home and found.copies * found.processes <= found.free_host:
+            fix = f"needs {_size(found.host)} a process, where {_size(found.free_host)} are free: disk keeps adapters in files"
+            raise fail("paging.host", config.paging.host, fix)
+        fix = f"are copied, {_size(found.copies)} a process, while a checkpoint is written, and {_size(found.free_host)} are free: train fewer in one run"
+        raise fail("adapters", sum(len(pool.specs) for pool in found.pools), fix)
     if found.on_disk > found.free_disk:
         fix = f"needs {_size(found.on_disk)}, where {_size(found.free_disk)} are free: choose another place, or make room"
         raise fail("output_dir", config.folder, fix)

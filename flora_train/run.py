@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -58,6 +59,8 @@ def train_run(config: RunConfig) -> Path:
     accelerator = make_accelerator(config, folder)
     check_world_size(config.num_processes, accelerator.num_processes)
     standing = on_main_process(lambda: folder.standing(config))
+    if standing in ("interrupted", "grown"):
+        on_main_process(folder.lock)
     if standing == "finished":
         say(f"{folder.path} holds this run, finished; it is kept (resume=false existing_run=replace runs it again)")
         if is_main_process():
@@ -70,9 +73,11 @@ def train_run(config: RunConfig) -> Path:
     check_prompts(session, plan)
     pad = pad_token(session.tokenizer)
     trainer = Trainer(config, session.model, session.bank, session.tasks, pad, folder, accelerator, session.collate)
-    start_from_peft(session.bank)
+    start = partial(start_from_peft, session.bank)
     if standing == "grown":
-        grow(trainer)
+        grow(trainer, start)
+    elif standing == "free":
+        start(range(len(session.bank.specs)))
     on_main_process(lambda: folder.claim(config))
     report_left_out(session)
     trackers = {"wandb": {"name": config.name, "dir": str(folder.path)}} if "wandb" in config.tracking.trackers else {}
@@ -81,11 +86,13 @@ def train_run(config: RunConfig) -> Path:
         f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {_dtype(session.model)}, on {accelerator.device}"
     )
     if standing == "interrupted":
-        trainer.resume()
+        start(trainer.resume())
     seconds = {"load": time.monotonic() - started}
     try:
         trainer.train()
-    except Interrupted:
+    except Interrupted as pause:
+        if is_main_process():
+            folder.update_run_json(interrupted=pause.step)
         session.close()
         raise
     seconds |= {"train": trainer.at.seconds, "evaluate during training": trainer.at.evaluation_seconds}
@@ -93,7 +100,7 @@ def train_run(config: RunConfig) -> Path:
         folder.update_run_json(training=training_facts(session, seconds) | {"time_shares": trainer.clock.shares()})
     judge(session, trainer.selection.kept, plan)
     if is_main_process():
-        folder.update_run_json(finished=True)
+        folder.update_run_json(finished=True, ended={"joined": trainer.joined, "identity": trainer.identity()})
         trainer.checkpoints.clear()
         show(folder)
     wait_for_everyone()  # a process that leaves early takes its end of the connections with it

@@ -102,8 +102,9 @@ def load_data(config: RunConfig, with_tasks: bool = True) -> tuple[Any, dict[str
 
 def paging_of(config: RunConfig) -> Paging:
     """Where this run's adapters may live."""
-    slots, on_disk = config.paging.device_slots, config.paging.host == "disk"
-    return Paging(None if slots == "auto" else slots, Path(config.folder).parent if on_disk else None)
+    slots = config.paging.device_slots
+    folder = None if config.paging.host == "memory" else Path(config.paging.folder or Path(config.folder).parent)
+    return Paging(None if slots == "auto" else slots, folder)
 
 
 def open_ears(config: RunConfig, model_config: Any, tokenizer: Any) -> Ears:

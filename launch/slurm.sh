@@ -3,8 +3,9 @@
 #
 #   sbatch --nodes=2 launch/slurm.sh recipe=multipl_e output_dir=/shared/outputs/multipl_e
 #
-# Two minutes before the job's time is up SLURM tells the run to end: it finishes its step, saves, and ends with status 75; the job is
-# put into the queue again. So it is after a node failed (--requeue). A run that ends with another status ends the job.
+# Two minutes before the job's time is up SLURM tells the run to end: it finishes its step, for which torchrun leaves it 30 s, and saves; run.json
+# then says `interrupted`, and the job is put into the queue again. So it is, by SLURM itself, after a node failed (--requeue). A run that
+# ends otherwise ends the job.
 #SBATCH --job-name=flora_train
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -17,17 +18,19 @@
 set -uo pipefail
 
 source .venv/bin/activate
+run=$(printf '%s\n' "$@" | sed -n 's/^output_dir=//p')
+saved() { grep '"interrupted"' "$run/run.json" 2>/dev/null; }
+before=$(saved)
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # sbatch runs this script on one node and srun starts one launcher a node; each finds its rank in SLURM_NODEID
 export FIRST=$first EACH=${SLURM_GPUS_ON_NODE:-8}
 # shellcheck disable=SC2016 (to be expanded on each node)
-srun --kill-on-bad-exit=0 bash -c 'exec accelerate launch --quiet --config_file launch/multi_node.yaml \
+srun --kill-on-bad-exit=0 --wait=60 bash -c 'exec accelerate launch --quiet --config_file launch/multi_node.yaml \
   --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --main_process_ip "$FIRST" --main_process_port 29500 \
   --num_processes $((SLURM_NNODES * EACH)) train.py "$@" resume=true' launch "$@"
 status=$?
-run=$(printf '%s\n' "$@" | sed -n 's/^output_dir=//p')
 # a launcher makes 1 of its processes' 75: that the run was saved and has not finished is in its folder
-if [ "$status" != 0 ] && [ -n "$run" ] && ls "$run"/checkpoints/step-* >/dev/null 2>&1 && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
+if [ "$status" != 0 ] && [ -n "$(saved)" ] && [ "$(saved)" != "$before" ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -208,7 +208,7 @@ class AdapterBank:
 
     def _settle(self) -> None:
         if self.pager is not None:
-            self.pager.settle()
+            self.pager.settle(for_host=True)
 
     def _wrap_layers(self) -> None:
         for pool in self.pools:

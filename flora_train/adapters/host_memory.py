@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from flora_train.config.errors import fail
 
 
 def host_rows(rows: int, size: int, dtype: torch.dtype, pinned: bool, folder: Path | None) -> Tensor:
-    """Zeros [rows, size] on the host; in a file if a folder is given. The file has no name once this returns: no kill leaves it behind,
-    and nobody else can write to it. Raises UserError if there is not enough memory, or room on the disk."""
+    """Zeros [rows, size] on the host; in a file if a folder is given (Linux). The file has no name: no kill leaves it behind, and nobody
+    else can write to it. Raises UserError if there is not enough memory, or room on the disk."""
     length = rows * size * dtype.itemsize
     if folder is None:
         if length > (free := free_memory()):
@@ -24,9 +24,10 @@ def host_rows(rows: int, size: int, dtype: torch.dtype, pinned: bool, folder: Pa
         return torch.zeros(rows, size, dtype=dtype, pin_memory=pinned)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=folder, prefix=".pages-") as file:
+        with TemporaryFile(dir=folder) as file:  # has no name from the beginning
             os.posix_fallocate(file.fileno(), 0, length)  # a full disk is an error now, not a crash at some later write
-            return torch.from_file(file.name, shared=True, size=rows * size, dtype=dtype).view(rows, size)
+            here = f"/proc/self/fd/{file.fileno()}"
+            return torch.from_file(here, shared=True, size=rows * size, dtype=dtype).view(rows, size)
 
 
 def free_memory() -> int:

@@ -3,7 +3,8 @@
 The device's memory for adapters is one arena a plane (values, moments), cut into rows: pools of any method and rank share it, and
 where their needs shift, it is cut anew, so that nothing is lost to gaps. What must leave is what is needed again last (Belady, "A study
 of replacement algorithms for a virtual-storage computer", 1966), which is known: the mixture says what every step to come holds.
-Copies go through pinned memory and a stream of their own on a GPU, through a thread on a CPU, while the step computes.
+Copies for the next step are made while this one computes: by a thread on a CPU, on a stream of its own on a GPU, where host memory is
+pinned; files are not, so that their copies are waited for there.
 """
 
 from __future__ import annotations
@@ -133,6 +134,8 @@ class Pager:
 
     def bring(self, adapters: Collection[int], next_use: NextUse = lambda adapter: inf) -> None:
         """Have all of these on the device, beside those that are kept. Raises UserError if they do not fit."""
+        if self.kept.issuperset(adapters):
+            return  # they are there, whatever is being copied for the next step
         self.settle()
         together = self.kept.union(adapters)
         wanted = self._by_pool(together)
@@ -151,22 +154,22 @@ class Pager:
         self.settle()
         self._move(*self._choose(self._by_pool(adapters), next_use, self.kept.union(adapters)))
 
-    def settle(self) -> None:
-        """What computes next on the device finds all copies done."""
+    def settle(self, for_host: bool = False) -> None:
+        """What computes next on the device finds all copies done; for_host: what reads or writes on the host, too."""
         copying, self._copying = self._copying, None
         if isinstance(copying, Future):
             copying.result()
         elif copying is not None:
             torch.cuda.current_stream(self.device).wait_event(copying)
+        if for_host and self._stream is not None:
+            self._stream.synchronize()
 
     def write_home(self) -> None:
         """The numbers at home are those of now, for all adapters."""
         self.settle()
         out = [_Move(pool, member, pool.slot_of[member]) for pool in self.pools for member in sorted(pool.changed)]
         self._move(out, [])
-        self.settle()
-        if self._stream is not None:
-            self._stream.synchronize()
+        self.settle(for_host=True)
 
     def forget(self) -> None:
         """What is at home counts: the device's copies are older."""

@@ -33,15 +33,15 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
     Raises UserError with every problem found: unknown keys, wrong types, values out of range or contradictory.
     """
-    overrides = parse_words(words)
+    overrides = place_device_slots(parse_words(words))
     recipe = overrides.pop("recipe", None)
     if recipe is None:
         names = choices(shipped("recipes"))
         raise fail("recipe", None, f"say which: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml")
-    layers = merge(read_yaml(find_config("recipe", str(recipe))), overrides)
+    layers = merge(place_device_slots(read_yaml(find_config("recipe", str(recipe)))), overrides)
     data_config = layers.pop("data_config", None)
     if data_config is not None:
-        layers = merge(read_yaml(find_config("data_config", str(data_config))), layers)
+        layers = merge(place_device_slots(read_yaml(find_config("data_config", str(data_config)))), layers)
     layers = _resolve(layers, str(recipe))
     defaults, tasks = layers.pop("task_defaults", None) or {}, layers.get("tasks")
     if not isinstance(defaults, dict):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from flora_train.config.errors import fail
 from flora_train.config.files import Layer
-from flora_train.config.section import Section
+from flora_train.config.section import Section, Text
 
 
 class PagingConfig(Section):
@@ -16,7 +16,17 @@ class PagingConfig(Section):
     """The device has room for so many adapters of the largest kind (weights, gradient, moments), however many there are; those of a
     step must fit. Also written adapters.device_slots. auto: all, on a GPU as many as fit into half of its free memory."""
     host: Literal["memory", "disk"] = "memory"
-    """Where the others are: in memory, pinned for a GPU, or in files without a name beside the run folder."""
+    """Where the others are: in memory, pinned for a GPU, or in files without a name. A checkpoint takes a copy of all in memory while it
+    is written, wherever they are."""
+    folder: Text | None = Field(None, validate_default=True)
+    """host=disk: where the files are, best on a disk of this machine. Default: beside the run folder."""
+
+    @field_validator("folder")
+    @classmethod
+    def _belongs_to_disk(cls, folder: str | None, info: ValidationInfo) -> str | None:
+        if folder is not None and info.data.get("host") == "memory":
+            raise ValueError("is where host=disk has its files: give both, or remove it")
+        return folder
 
 
 ALIAS = "adapters.device_slots"

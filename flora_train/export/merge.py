@@ -21,7 +21,11 @@ from flora_train.config.errors import fail
 def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
     """Fold one adapter into the bank's model and unwrap every layer. The bank cannot be used afterwards."""
     pool, member = bank.location[bank.id_of(name)]
-    rows = bank.parameters_of(name)
+    device = bank.device
+    rows = {
+        module: {param: tensor.to(device) for param, tensor in params.items()}
+        for module, params in bank.parameters_of(name).items()
+    }
     for module, layer in [(n, m) for n, m in bank.model.named_modules() if isinstance(m, AdapterLinear)]:
         if module in rows:
             target = pool.targets[module]

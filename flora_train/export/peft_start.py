@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ NOT_OURS = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lay
 
 
 @torch.no_grad()
-def start_from_peft(bank: AdapterBank) -> None:
-    """Give every adapter with `start_from` the numbers of that PEFT adapter. Raises UserError with all that do not fit: another kind,
+def start_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
+    """Give those of these adapters that have `start_from` the numbers of that PEFT adapter. Raises UserError with all that do not fit: another kind,
     rank or scale, other layers; no adapter has changed then."""
     problems: list[Problem] = []
     found: dict[str, dict[str, Tensor]] = {}
-    for spec in bank.specs:
+    for spec in (bank.specs[adapter] for adapter in adapters):
         if spec.start_from is not None:
             try:
                 found[spec.name] = _numbers(bank, spec.name, spec.start_from, f"adapters.{spec.family}.start_from")

@@ -30,6 +30,15 @@ def save_adapter(bank: AdapterBank, adapter: int, folder: Path, facts: dict[str,
     write_atomically(adapter_file(folder, name), lambda path: save_file(tensors, path, metadata))
 
 
+def kept_step(folder: Path, name: str) -> int | None:
+    """The run's step after which this adapter's file was written; None if there is none that can be read."""
+    try:
+        with safe_open(adapter_file(folder, name), framework="pt") as file:
+            return int(json.loads((file.metadata() or {})["facts"])["step"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
 def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any]:
     """Read one adapter's numbers into the bank; returns its facts. Raises UserError if the file is missing, damaged
     or of another shape."""

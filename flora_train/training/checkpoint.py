@@ -86,6 +86,7 @@ class Checkpoints:
 
         Raises UserError if it is of another configuration, base model, data or adapter set.
         """
+        self.wait()
         for cut_off in self.folder.glob(".step-*.tmp"):  # by a kill while it was written
             cut_off.unlink()
         for path in reversed(self.files()):

@@ -3,40 +3,54 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from typing import Any
 
+from flora_train.config.errors import UserError, fail
 from flora_train.training.adapter_file import load_adapter
 from flora_train.training.departures import Departure
 from flora_train.training.distributed import is_main_process, say, wait_for_everyone
-from flora_train.training.run_folder import open_run
+from flora_train.training.run_folder import differences, open_run
 from flora_train.training.selection import Kept
 from flora_train.training.trainer import Trainer
 
 
-def grow(trainer: Trainer) -> None:
+def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
     """Let a trainer whose run folder holds a finished run begin after its last step, with a checkpoint of that. Call it before the
-    folder is claimed: a kill then leaves the run as it was, finished. Raises UserError if a kept adapter is missing."""
+    folder is claimed: a kill then leaves the run as it was, finished. start: gives adapters that join the numbers they begin with.
+
+    Raises UserError if a kept adapter is missing, or was trained on another base or other data.
+    """
     folder, bank = trainer.folder, trainer.bank
     _, before = open_run(folder.path)
+    facts = json.loads(folder.run_json.read_text(encoding="utf-8"))
+    if "ended" not in facts:
+        raise fail("output_dir", str(folder.path), "was finished by an older version, which kept too little to add tasks to it")
+    ended = facts["ended"]
+    now = trainer.identity([task for task in trainer.tasks if task not in before.tasks])
+    if problems := differences(ended["identity"], now, f"when the run in {folder.path} ended"):
+        raise UserError(*problems)
     known = [i for i, spec in enumerate(bank.specs) if spec.task in before.tasks]
     steps = folder.read_metrics("step")
     done = max(record["step"] for record in steps)
     trainer.at.done = trainer.at.logged = trainer.at.evaluated = done
     trainer.at.seconds = steps[-1]["seconds"]
-    seconds = json.loads(folder.run_json.read_text(encoding="utf-8"))["training"]["seconds"]
-    trainer.at.evaluation_seconds = seconds["evaluate during training"]
+    trainer.at.evaluation_seconds = facts["training"]["seconds"]["evaluate during training"]
     latest: dict[str, Any] = {}
     for record in steps:
         latest |= record["adapters"]
     for adapter in known:
         name = bank.specs[adapter].name
-        facts = load_adapter(bank, adapter, folder.kept)
-        trainer.selection.kept[adapter] = Kept(facts["step"], facts["heldout_loss"])
+        kept = load_adapter(bank, adapter, folder.kept)
+        trainer.selection.kept[adapter] = Kept(kept["step"], kept["heldout_loss"])
         trainer.departures.gone[adapter] = Departure(done, "finished")
         trainer.tally.tokens[adapter] = latest.get(name, {}).get("tokens", 0)
     trainer.tally.task_tokens.update(steps[-1]["task_tokens"])
-    trainer.joined = {task: 0 if task in before.tasks else done for task in trainer.tasks}
+    for name, spoilt in steps[-1].get("quarantined", {}).items():
+        trainer.guard.quarantined[bank.ids[name]] = spoilt["step"], spoilt["why"]
+    trainer.joined = {task: ended["joined"].get(task, done) for task in trainer.tasks}
     trainer.foresee()
+    start([i for i, spec in enumerate(bank.specs) if spec.task not in before.tasks])
     joining = [task for task, step in trainer.joined.items() if step == done]
     say(f"{', '.join(joining)} join after step {done}; {len(known)} adapters stay as they are")
     trainer.save()

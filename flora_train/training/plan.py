@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import Row, group_by_length
 from flora_train.data.mixture import Stream, TaskMixture
@@ -31,7 +32,7 @@ class StepPlan:
 
 def make_mixture(
     tasks: Mapping[str, Task],
-    bank: AdapterBank,
+    specs: Sequence[AdapterSpec],
     config: RunConfig,
     left: Mapping[str, int] | None = None,
     joined: Mapping[str, int] | None = None,
@@ -40,7 +41,7 @@ def make_mixture(
     with it (default 0); each has training.steps from there."""
     streams = []
     for task in tasks.values():
-        limits = {spec.name: spec.max_steps for spec in bank.specs if spec.task == task.name}
+        limits = {spec.name: spec.max_steps for spec in specs if spec.task == task.name}
         if limits:
             begins = (joined or {}).get(task.name, 0)
             streams.append(Stream(task.name, task.train.lengths, task.weight, limits, begins, begins + config.training.steps))

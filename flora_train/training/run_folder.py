@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
+import sys
+import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem, UserError, fail
 from flora_train.config.load import load_config, save_config
 from flora_train.config.schema import RunConfig
 from flora_train.training.environment import environment, now
+
+WAIT = 60.0
+"""Seconds; see RunFolder.lock."""
 
 Standing = Literal["free", "interrupted", "finished", "grown"]
 """grown: finished, and now asked for more tasks."""
@@ -33,6 +39,7 @@ class RunFolder:
         self.kept = self.checkpoints / "kept"
         self.adapters = path / "adapters"
         self.evaluation = path / "eval"
+        self._lock: IO[str] | None = None
 
     @property
     def finished(self) -> bool:
@@ -67,13 +74,37 @@ class RunFolder:
         fix = f"holds {kind}: choose another output_dir, {hint}or existing_run=replace to delete it"
         raise fail("output_dir", str(self.path), fix)
 
+    def lock(self) -> None:
+        """Keep other processes from training in this folder, as long as this one lives. Raises UserError if one does and does not end
+        within WAIT seconds: one that was told to end needs some for its step."""
+        if self._lock is not None or not self.path.exists():
+            return
+        patience, said = time.monotonic() + WAIT, False
+        with disk_errors(self.path):
+            self._lock = (self.path / ".lock").open("a")
+        while True:
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() > patience:
+                    raise fail(
+                        "output_dir", str(self.path), "another process trains in it: end that one, or choose another"
+                    ) from None
+                if not said:
+                    print(f"waiting for another process that trains in {self.path}", file=sys.stderr, flush=True)
+                said = True
+                time.sleep(0.2)
+
     def claim(self, config: RunConfig) -> None:
         """Make the folder this run's own. What was there is deleted, unless it is this run, interrupted."""
         standing = self.standing(config)
         with disk_errors(self.path):
             if standing == "free" and self._occupied:
                 shutil.rmtree(self.path)
+                self._lock = None
             self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
         # run.json first: it is what makes the folder ours, also if the disk is full before the second file
         begun = (self._state or {}).get("started", now())
         self.write_run_json({"finished": False, "started": begun, **environment()})

@@ -8,7 +8,7 @@ from math import isnan
 from pathlib import Path
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.training.adapter_file import load_adapter, save_adapter
+from flora_train.training.adapter_file import kept_step, load_adapter, save_adapter
 from flora_train.training.distributed import is_main_process, wait_for_everyone
 
 
@@ -38,6 +38,13 @@ class Selection:
             self.kept[adapter] = Kept(step, loss)
             if is_main_process():
                 save_adapter(self.bank, adapter, self.folder, {"step": step, "heldout_loss": loss})
+
+    def take(self, kept: Mapping[int, Kept]) -> None:
+        """Go on from what a checkpoint knows. A file that was written after it is not what it knows of: the next evaluation, which may
+        be another one now, decides anew."""
+        for adapter, known in kept.items():
+            if kept_step(self.folder, self.bank.specs[adapter].name) == known.step:
+                self.kept[adapter] = known
 
     def restore(self) -> None:
         """Put the kept parameters of every adapter back into the bank."""

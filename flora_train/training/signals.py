@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import sys
 import threading
@@ -56,3 +58,13 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def end_with_launcher() -> None:
+    """Be told to end (SIGTERM) when the launcher that started this process is gone, whatever ended it: else it would train on alone, and
+    beside whatever is started next. On Linux, below accelerate or torchrun."""
+    launched = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" and launched else None
+    if prctl is not None:
+        set_parent_death_signal = 1
+        prctl(set_parent_death_signal, int(signal.SIGTERM))

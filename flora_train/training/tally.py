@@ -22,6 +22,8 @@ class Tally:
     recent_nats: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     recent_label_tokens: Counter[int] = field(default_factory=Counter)
     last: dict[int, AdapterStep] = field(default_factory=dict)
+    last_losses: dict[str, str] = field(default_factory=dict)
+    """Family -> what the progress line said last."""
 
     def count(self, plan: StepPlan, nats: Sequence[float], steps: Mapping[int, AdapterStep]) -> None:
         """Add a step. nats: summed loss by adapter id."""
@@ -55,9 +57,18 @@ class Tally:
         self.recent_label_tokens.clear()
         return record
 
+    def facts(self, specs: Sequence[AdapterSpec], seconds: float) -> dict[str, str]:
+        """Tokens per second and the mean recent loss of every method, for the progress line."""
+        per_family: dict[str, list[float]] = defaultdict(list)
+        for adapter, loss in self.recent_losses().items():
+            per_family[specs[adapter].family].append(loss)
+        for family, losses in per_family.items():
+            self.last_losses[family] = f"{sum(losses) / len(losses):.3f}"
+        return {"tok/s": f"{self.tokens.total() / seconds:.0f}", **self.last_losses}
+
     def to_json(self) -> dict[str, Any]:
         """Lists of pairs, because JSON's keys are text."""
-        pairs = {f.name: list(getattr(self, f.name).items()) for f in fields(self) if f.name != "last"}
+        pairs = {f.name: list(getattr(self, f.name).items()) for f in fields(self) if f.name not in ("last", "last_losses")}
         return pairs | {"last": [(adapter, astuple(step)) for adapter, step in self.last.items()]}
 
     @classmethod

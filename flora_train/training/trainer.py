@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from functools import cache
@@ -76,12 +75,11 @@ class Trainer:
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
         self.guard = Guard(bank, self.optimizer, config.guard)
         rows = {f"pool{i}": [spec.name for spec in pool.specs] for i, pool in enumerate(bank.pools)}
-        self.checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints, self._identity, rows, say)
+        self.checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints, self.identity, rows, say)
         self.tally = Tally()
         self._base = cache(lambda: fingerprint(model))  # made once: it reads the whole base
         self.signals = StopSignals()
-        self._told_to_end = False
-        self._last_losses: dict[str, str] = {}
+        self._told_to_end = self._saving = False
 
     def train(self) -> None:
         """Run every step that is still to do; afterwards the bank holds each adapter's selected parameters. Raises Interrupted, once
@@ -100,10 +98,10 @@ class Trainer:
                     self.time_base(plan)
                 started = time.monotonic()
                 self.step(at.done, plan)
-                self.checkpoints.wait()  # a kill never costs more than checkpoint_every steps
+                self.finish_saving()  # a kill never costs more than checkpoint_every steps
                 at.seconds += time.monotonic() - started
                 at.done, plan = at.done + 1, coming
-                watch.update(at.done, self._facts(), force_line=at.done % config.log_every == 0)
+                watch.update(at.done, self.tally.facts(self.bank.specs, at.seconds), force_line=at.done % config.log_every == 0)
                 if at.done % config.log_every == 0:
                     self._log()
                 if (at.done % every == 0 or at.done in self.departures.halving.rungs) and self._evaluate():
@@ -112,7 +110,7 @@ class Trainer:
                     self.guard.remember()
                     self.save()
                 if self._told_to_end:
-                    self.checkpoints.wait()
+                    self.finish_saving()
                     wait_for_everyone()  # whoever ends first is taken for an accident by some launchers
                     raise Interrupted(at.done)
             if at.logged < at.done:
@@ -121,12 +119,13 @@ class Trainer:
                 self._evaluate()
             if at.done > begun:
                 self.save()
-            self.checkpoints.wait()
+            self.finish_saving()
         self.selection.restore()
 
     def save(self) -> None:
-        """Write a checkpoint of the whole training state."""
+        """Begin to write a checkpoint of the whole training state."""
         tensors = self.bank.tensors()
+        self._saving = True
         if is_main_process():
             position = {
                 **asdict(self.at),
@@ -141,35 +140,44 @@ class Trainer:
             }
             self.checkpoints.save(self.at.done, tensors, position)
 
-    def resume(self) -> None:
+    def finish_saving(self) -> None:
+        """Raises UserError, on all processes, if the disk is full."""
+        if self._saving:
+            self._saving = False
+            on_main_process(self.checkpoints.wait)
+
+    def resume(self) -> list[int]:
         """Take the state of the last good checkpoint, on all processes; without one, begin at the beginning.
 
-        Raises UserError if it is of another configuration, base model, data or adapter set.
+        Returns the adapters that it does not know. Raises UserError if it is of another configuration, base model, data or adapter set.
         """
         tensors = self.bank.tensors()
         position = on_main_process(lambda: self.checkpoints.restore(tensors))
         on_main_process(lambda: self.folder.cut_metrics(position["metrics_size"] if position else 0))
         if position is None:
             say("no checkpoint to go on from: beginning at step 1")
-            return
+            return list(range(len(self.bank.specs)))
         share_from_main(tensors.values(), self.bank.device)
         self.bank.forget_device()
+        unknown = [i for name, i in self.bank.ids.items() if name not in position["names"]]
         position = renumbered(position, self.bank.ids)
         self.at = Position(**{f.name: position[f.name] for f in fields(Position)})
         self.joined = {task: position["joined"].get(task, self.at.done) for task in self.tasks}
         self.optimizer.steps = position["optimizer_steps"]
-        self.selection.kept = {adapter: Kept(step, loss) for adapter, step, loss in position["kept"]}
+        self.selection.take({adapter: Kept(step, loss) for adapter, step, loss in position["kept"]})
         self.tally = Tally.from_json(position["tally"])
         self.departures.take(position["departures"])
         self.guard.take(position["guard"])
         self.foresee()
+        return unknown
 
     @property
     def end(self) -> int:
         """Steps of the run: training.steps from where the last task joined."""
         return max(self.joined.values()) + self.config.training.steps
 
-    def _identity(self, without: Collection[str]) -> dict[str, Any]:
+    def identity(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """What this run, without these tasks, must have in common with what it goes on from."""
         data = {name: task.data_hash for name, task in self.tasks.items() if name not in without}
         return identity_of(comparable(self.config, without), self._base(), data)
 
@@ -268,7 +276,7 @@ class Trainer:
 
     def foresee(self) -> None:
         """What steps to come will hold: who has joined, without who has left."""
-        self.mixture = make_mixture(self.tasks, self.bank, self.config, self.departures.left, self.joined)
+        self.mixture = make_mixture(self.tasks, self.bank.specs, self.config, self.departures.left, self.joined)
         self.pages = PagesAhead(self.bank, self.mixture, self.at.done, self.end)
 
     def heldout(self, max_examples: int | None = None) -> dict[str, HeldOut]:
@@ -289,12 +297,3 @@ class Trainer:
         if is_main_process():
             self.folder.append_metrics(record)
         self.accelerator.log(scalars, step=record["step"])
-
-    def _facts(self) -> dict[str, str]:
-        """Tokens per second and the mean recent loss of every method, for the progress line."""
-        per_family: dict[str, list[float]] = defaultdict(list)
-        for adapter, loss in self.tally.recent_losses().items():
-            per_family[self.bank.specs[adapter].family].append(loss)
-        for family, losses in per_family.items():
-            self._last_losses[family] = f"{sum(losses) / len(losses):.3f}"
-        return {"tok/s": f"{self.tally.tokens.total() / self.at.seconds:.0f}", **self._last_losses}

@@ -16,8 +16,8 @@ from flora_train.adapters.spec import expand
 from flora_train.cli import main
 from flora_train.config.errors import UserError
 from flora_train.config.load import load_config
-from flora_train.data.batch import collate
-from flora_train.plan import Capacity, capacity, check_fits, measure
+from flora_train.cost import measure
+from flora_train.plan import Capacity, capacity, check_fits
 from flora_train.session import load_data
 from flora_train.training.optimizer import BankOptimizer
 from tests.e2e.conftest import Launch
@@ -63,9 +63,9 @@ def test_activations_of_many_layers_follow_from_one_and_two(recipe: Path, checkp
     (deep / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 7}))
     config = load_config([f"recipe={recipe}", f"model.path={deep}", f"output_dir={tmp_path / 'run'}"])
     _, tasks, _ = load_data(config)
-    whole = measure(config, 7, torch.device("cpu"), tasks, 0, collate)
+    whole = measure(config, 7, torch.device("cpu"), tasks, 0, None)
     planned = capacity(config)
-    assert whole.activations > 3 * measure(config, 1, torch.device("cpu"), tasks, 0, collate).activations
+    assert whole.activations > 3 * measure(config, 1, torch.device("cpu"), tasks, 0, None).activations
     assert planned.activations == pytest.approx(whole.activations, rel=0.02)
     assert planned.step_seconds > 0
 
@@ -104,7 +104,9 @@ def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
             {"activations": 10**12},
             r"training\.tokens_per_microbatch = 60: keeps 1000\.0 GB .*: give \d+, or model\.gradient_checkpointing",
         ),
-        ({"on_host": 10**12}, r"paging\.host = 'memory': needs 1000\.0 GB"),
+        ({"processes": 10**6}, r"adapters\.device_slots = 'auto': has no room"),
+        ({"shared": False, "home": 10**12}, r"paging\.host = 'memory': needs 1000\.0 GB a process.*disk keeps adapters in files"),
+        ({"shared": False, "copies": 10**12}, r"adapters = 6: are copied, 1000\.0 GB a process, while a checkpoint is written"),
         ({"on_disk": 10**15}, r"output_dir = .*: needs 1000000\.0 GB"),
     ],
 )

@@ -96,7 +96,7 @@ def steps_where_a_process_lacks_an_adapter(recipe: Path, cache: Path) -> int:
     config = load_config([f"recipe={recipe}"])
     tasks = load_tasks(config, load_tokenizer(config.model), cache)
     bank = AdapterBank.attach(load_base_model(config.model, torch.device("cpu")), expand(config))
-    mixture, lacking = make_mixture(tasks, bank, config), 0
+    mixture, lacking = make_mixture(tasks, bank.specs, config), 0
     for number in range(config.training.steps):
         plan = plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch)
         assert plan is not None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from flora_train.adapters import host_memory
+from flora_train.adapters import paging as paging_module
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.paging import Paging, cut_rows
 from flora_train.adapters.spec import AdapterSpec
@@ -104,6 +107,25 @@ def test_the_numbers_of_every_adapter_survive_any_order_of_moves() -> None:
     for i in range(12):
         pool, member = bank.location[i]
         assert torch.equal(pool.home["values"][member], expected[i])
+
+
+def test_a_step_does_not_wait_for_what_the_next_one_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy hangs until the step's forward and backward are done."""
+    bank = AdapterBank.attach(tiny_model(), twelve(), paging=Paging(3))
+    pager, may_copy, copy = bank.pager, threading.Event(), paging_module._copy
+    assert pager is not None
+    pager.hold([0, 1], lambda adapter: 0.0)
+
+    def later(*moves: Any) -> None:
+        assert may_copy.wait(20)
+        copy(*moves)
+
+    monkeypatch.setattr(paging_module, "_copy", later)
+    pager.bring_ahead([2], lambda adapter: 0.0)
+    bank.route([0, 1])
+    bank.model(input_ids=torch.zeros(2, 5, dtype=torch.long)).logits.sum().backward()
+    may_copy.set()
+    assert torch.isfinite(bank.row(2)).all()
 
 
 @pytest.mark.parametrize("room", [0, 7, 50, 99, 1000])

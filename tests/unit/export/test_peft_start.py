@@ -30,7 +30,7 @@ def test_every_exported_adapter_comes_back_with_the_same_bits(architecture: str,
     specs = [replace(s, start_from=str(tmp_path / s.name)) for s in before.specs]
     after = AdapterBank.attach(tiny_model(architecture), specs)
     untouched = AdapterBank.attach(tiny_model(architecture), before.specs)
-    start_from_peft(after)
+    start_from_peft(after, range(len(after.specs)))
     for i in range(len(specs)):
         assert torch.equal(after.row(i), before.row(i))
         assert not torch.equal(untouched.row(i), before.row(i))
@@ -73,7 +73,7 @@ def test_an_adapter_that_peft_made_gives_the_same_logits(kind: str, tmp_path: Pa
         expected = model(input_ids=x).logits
     bank = AdapterBank.attach(tiny_model().eval(), [replace(ours, start_from=str(folder))])
     identity = logits(bank, x, [0, 0, 0])
-    start_from_peft(bank)
+    start_from_peft(bank, range(len(bank.specs)))
     found = logits(bank, x, [0, 0, 0])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (found - identity).abs().max() > 1e-3
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(ours: AdapterSpec, wor
     bank = AdapterBank.attach(tiny_model(), [good, replace(ours, start_from=str(folder))])
     before = [bank.row(i).clone() for i in range(2)]
     with pytest.raises(UserError, match=words):
-        start_from_peft(bank)
+        start_from_peft(bank, range(len(bank.specs)))
     assert all(torch.equal(bank.row(i), before[i]) for i in range(2))
 
 
@@ -107,7 +107,7 @@ def test_a_hira_adapter_is_no_pure_flora(tmp_path: Path) -> None:
     pure = spec("flora", rank=2, variant="pure", target_modules=TARGETS)
     bank = AdapterBank.attach(tiny_model(), [replace(pure, start_from=str(folder))])
     with pytest.raises(UserError, match=r"is W0 \* \(1 \+ B A\): variant=residual and rank=3 go on from it"):
-        start_from_peft(bank)
+        start_from_peft(bank, range(len(bank.specs)))
 
 
 @pytest.mark.parametrize(("option", "value"), [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 5})])
@@ -117,10 +117,10 @@ def test_options_that_no_adapter_here_has_are_refused(option: str, value: Any, t
     file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
     bank = AdapterBank.attach(tiny_model(), [replace(THEIRS["LoRA"][1], start_from=str(folder))])
     with pytest.raises(UserError, match=f"{option}.*cannot be trained on"):
-        start_from_peft(bank)
+        start_from_peft(bank, range(len(bank.specs)))
 
 
 def test_what_is_no_adapter_is_named(tmp_path: Path) -> None:
     bank = AdapterBank.attach(tiny_model(), [replace(THEIRS["LoRA"][1], start_from=str(tmp_path))])
     with pytest.raises(UserError, match=r"adapters\.lora\.start_from = .*is no PEFT adapter"):
-        start_from_peft(bank)
+        start_from_peft(bank, range(len(bank.specs)))

@@ -121,16 +121,16 @@ def test_more_can_be_kept_and_what_a_kill_cut_off_is_removed(tmp_path: Path) -> 
 def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_state_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, may_write = Checkpoints(tmp_path, 2, dict, print), threading.Event()
+    files, may_write = Checkpoints(tmp_path, 2, lambda without: {}, {"pool0": ["a", "b", "c"]}, print), threading.Event()
     monkeypatch.setattr(checkpoint, "write_atomically", lambda path, write: (may_write.wait(10), write_atomically(path, write)))
-    state = {"x": torch.ones(3)}
+    state = {"pool0.x": torch.ones(3)}
     files.save(1, state, {"at": 1})
-    state["x"] += 1.0  # the next step
+    state["pool0.x"] += 1.0  # the next step
     assert list(tmp_path.iterdir()) == []
     may_write.set()
-    restored = {"x": torch.zeros(3)}
+    restored = {"pool0.x": torch.zeros(3)}
     assert files.restore(restored) == {"at": 1}
-    assert torch.equal(restored["x"], torch.ones(3))
+    assert torch.equal(restored["pool0.x"], torch.ones(3))
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped"])
@@ -219,8 +219,8 @@ def test_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path: Path) -> 
 
 def test_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
     told: list[str] = []
-    files = Checkpoints(tmp_path, 2, dict, told.append)
-    files.save(1, {"x": torch.zeros(3)}, {})
+    files = Checkpoints(tmp_path, 2, lambda without: {}, {"pool0": ["a", "b", "c"]}, told.append)
+    files.save(1, {"pool0.x": torch.zeros(3)}, {})
     with pytest.raises(UserError, match=r"holds .*\(3,\).* needs .*\(4,\)"):
-        files.restore({"x": torch.zeros(4)})
+        files.restore({"pool0.x": torch.zeros(4)})
     assert told == []

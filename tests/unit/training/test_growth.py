@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def finish(trainer: Trainer) -> None:
     trainer.folder.claim(trainer.config)
     trainer.train()
     seconds = {"evaluate during training": trainer.at.evaluation_seconds}
-    trainer.folder.update_run_json(finished=True, training={"seconds": seconds})
+    ended = {"joined": trainer.joined, "identity": trainer.identity()}
+    trainer.folder.update_run_json(finished=True, training={"seconds": seconds}, ended=ended)
     trainer.checkpoints.clear()
 
 
@@ -61,7 +63,7 @@ def test_tasks_join_a_finished_run_and_its_adapters_keep_their_bits(tmp_path: Pa
     kept = snapshot(before)
     files = {path.name: path.read_bytes() for path in before.selection.folder.iterdir()}
     after = trainer_of(tmp_path, "abc")
-    grow(after)
+    grow(after, lambda adapters: None)
     assert (after.at.done, after.end) == (8, 16)
     assert after.joined == {"a": 0, "b": 0, "c": 8}
     assert len(after.checkpoints.files()) == 1
@@ -79,10 +81,29 @@ def test_tasks_join_a_finished_run_and_its_adapters_keep_their_bits(tmp_path: Pa
     assert after.departures.record() == {}
 
 
+def test_another_base_or_other_data_is_refused_and_a_quarantined_adapter_stays_so(tmp_path: Path) -> None:
+    before = trainer_of(tmp_path, "ab")
+    before.guard.quarantined[before.bank.ids["a-lora"]] = 3, "its loss is not finite"
+    finish(before)
+    for change, words in (("base", "weights of the base model"), ("data", "examples of tasks.b")):
+        after = trainer_of(tmp_path, "abc")
+        if change == "base":
+            next(after.model.parameters()).data[0, 0] += 1
+        else:
+            after.tasks = {**after.tasks, "b": replace(after.tasks["b"], data_hash="other")}
+        with pytest.raises(UserError, match=words):
+            grow(after, lambda adapters: None)
+        assert not after.checkpoints.files()
+    after, asked = trainer_of(tmp_path, "abc"), list[int]()
+    grow(after, asked.extend)
+    assert asked == [after.bank.ids["c-pure"]]
+    assert after.guard.quarantined == {after.bank.ids["a-lora"]: (3, "its loss is not finite")}
+
+
 def test_the_newcomer_learns_as_if_it_had_been_alone(tmp_path: Path) -> None:
     finish(trainer_of(tmp_path / "grown", "ab"))
     grown = trainer_of(tmp_path / "grown", "abc")
-    grow(grown)
+    grow(grown, lambda adapters: None)
     grown.train()
     alone = trainer_of(tmp_path / "alone", "c")
     alone.train()
@@ -95,7 +116,7 @@ def test_a_grown_run_that_is_interrupted_goes_on_with_the_same_bits(tmp_path: Pa
     for name, stop in (("whole", None), ("parts", 13)):
         finish(trainer_of(tmp_path / name, "ab"))
         trainer = trainer_of(tmp_path / name, "abc")
-        grow(trainer)
+        grow(trainer, lambda adapters: None)
         if stop is not None:
             stop_before(trainer, stop)
             trainer = trainer_of(tmp_path / name, "abc")

@@ -55,7 +55,7 @@ def test_free_folder_is_claimed(tmp_path: Path, mode: str, made: bool) -> None:
     assert folder.standing(run_config(mode)) == "free"
     folder.claim(run_config(mode))
     assert not folder.finished
-    assert sorted(content(folder.path)) == ["config.yaml", "run.json"]
+    assert sorted(content(folder.path)) == [".lock", "config.yaml", "run.json"]
     _, reread = open_run(folder.path)
     assert reread == run_config(mode)
 
@@ -114,7 +114,7 @@ def test_replace_deletes_the_run_only_when_the_new_one_claims_the_folder(tmp_pat
     assert folder.standing(run_config("replace", steps=6)) == "free"
     assert "precious" in content(tmp_path)
     folder.claim(run_config("replace", steps=6))
-    assert sorted(content(tmp_path)) == ["config.yaml", "run.json"]
+    assert sorted(content(tmp_path)) == [".lock", "config.yaml", "run.json"]
     assert open_run(tmp_path)[1].training.steps == 6
 
 
@@ -157,7 +157,7 @@ def test_run_whose_disk_filled_up_while_it_began_can_be_replaced(tmp_path: Path)
     with file_size_limit(room), pytest.raises(UserError, match=r"config\.yaml: the disk is full"):
         folder.claim(run_config().model_copy(update={"name": "x" * 2 * room}))
     folder.claim(run_config("replace"))
-    assert sorted(content(folder.path)) == ["config.yaml", "run.json"]
+    assert sorted(content(folder.path)) == [".lock", "config.yaml", "run.json"]
 
 
 def run_state(tmp_path: Path) -> dict[str, Any]:
