@@ -19,7 +19,7 @@ SUPERVISE = str(ROOT / "launch" / "supervise.sh")
 
 
 def test_a_killed_run_is_started_again_and_ends_with_the_same_bytes(recipe: Path, launch: Launch, tmp_path: Path) -> None:
-    words = (f"recipe={recipe}", "training.steps=120", "training.checkpoint_every=10", "resume=true")
+    words = (f"recipe={recipe}", "training.steps=60", "training.checkpoint_every=10", "resume=true")
     assert launch(*words, f"output_dir={tmp_path / 'whole'}").returncode == 0
     run = tmp_path / "run"
     command = [SUPERVISE, *launch_command(*words, f"output_dir={run}")]

@@ -51,7 +51,7 @@ def kill_after() -> Kill:
     return kill
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
     launch: Launch, kill_after: Kill, recipe: Path, tmp_path: Path, processes: int
 ) -> None:

@@ -76,7 +76,7 @@ def test_adapters_of_the_decoder_share_an_encoding() -> None:
     row_losses = RowLosses(model)
     generator = torch.Generator().manual_seed(2)
     for pool in bank.pools:
-        pool.values += 0.1 * torch.randn(pool.values.shape, generator=generator)
+        pool.values.add_(0.1 * torch.randn(pool.values.shape, generator=generator))
     together = batch_of([0, 0, 1, 1, 2, 2], bank)
     bank.route(together.adapter_ids)
     shared = row_losses(together)
@@ -98,7 +98,7 @@ def test_recomputing_reaches_adapters_in_the_encoder(reentrant: bool) -> None:
         bank = AdapterBank.attach(model, [spec("flora", "a"), spec("lora", "b")])
         generator = torch.Generator().manual_seed(2)
         for pool in bank.pools:
-            pool.values += 0.1 * torch.randn(pool.values.shape, generator=generator)
+            pool.values.add_(0.1 * torch.randn(pool.values.shape, generator=generator))
         row_losses = RowLosses(model)
         model.train()
         if recompute:

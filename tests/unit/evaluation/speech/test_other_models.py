@@ -28,7 +28,7 @@ def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> N
     specs = [spec("flora", "a"), spec("lora", "a"), replace(spec("lora", "b"), within="decoder"), spec("ia3", "b")]
     bank, ears = AdapterBank.attach(loaded_tiny(kind), specs), ears_of(kind, tmp_path, window_step=0.5)
     for pool in bank.pools:
-        pool.values += 0.3 * torch.randn(pool.values.shape, generator=torch.Generator().manual_seed(1))
+        pool.values.add_(0.3 * torch.randn(pool.values.shape, generator=torch.Generator().manual_seed(1)))
     files = [str(write_clip(tmp_path / f"{i}.wav", 0.4 + 0.5 * i, seed=i)) for i in range(3)]
     clips = [Heard(file, look_at(file).sha, ears.windows.samples(0.4 + 0.5 * i)) for i, file in enumerate(files)]
     prompt = tuple(ears.prompt(SpeechConfig(language="en"), "tasks.a"))

@@ -27,7 +27,7 @@ def bank() -> AdapterBank:
     bank = AdapterBank.attach(loaded_tiny_whisper(), specs)
     generator = torch.Generator().manual_seed(1)
     for pool in bank.pools:  # adapters that do something
-        pool.values += 0.3 * torch.randn(pool.values.shape, generator=generator)
+        pool.values.add_(0.3 * torch.randn(pool.values.shape, generator=generator))
     return bank
 
 
