@@ -1,6 +1,6 @@
 """What does a step cost when a thousand adapters are registered? SmolLM2-135M with 9, 99 and 1,026 of them, the same batch.
 
-Three processes, each with all its adapters (fLoRA, LoRA of rank 4 on queries and values, IA3) in memory, take the same steps in turn: nine
+Three processes, each with all its adapters (fLoRA, LoRA of rank 4 on queries and values, IA3) in memory, take the same steps in turn: up to nine
 adapters of three tasks, rows of 32 to 64 tokens. Prints the time of a step beside that of nine, the memory that adapters
 take beside what `flora-train plan` reckons (16 bytes a number), and the seconds of a checkpoint and of exporting all as PEFT folders.
 Usage: python benchmarks/thousand.py [--model assets/models/smollm2-135m] [--steps 15] [--save]
@@ -123,7 +123,7 @@ def serve(tasks: int, model: str, steps: int) -> None:
             if word == "step\n":
                 plan = plan_step(trainer.mixture, number, trainer.tasks, trainer.bank, training["tokens_per_microbatch"])
                 assert plan is not None
-                assert len(plan.label_tokens) == 9
+                assert len(plan.label_tokens) <= 9
                 started = time.perf_counter()
                 trainer.step(number, plan)
                 number += 1
