@@ -63,6 +63,8 @@ bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, layers, kernel
 	$(BIN)/python benchmarks/precision.py --train --save
 	$(BIN)/python benchmarks/generation.py --save
 	$(BIN)/python benchmarks/execution.py --save
+	$(BIN)/python benchmarks/paging.py --save
+	$(BIN)/python benchmarks/thousand.py --save
 
 bench-quick: $(INSTALLED)  ## the same in ten minutes: fewer repeats, the small model only
 	$(BIN)/python benchmarks/joint.py --quick
