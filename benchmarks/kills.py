@@ -34,9 +34,9 @@ RESULTS = Path(__file__).parent / "results"
 SAVE_EVERY = 2
 RECIPE = (
     "recipe=quickstart",
-    "training.steps=60",
-    "training.tokens_per_step=768",
-    "training.tokens_per_microbatch=768",
+    "training.steps=40",
+    "training.tokens_per_step=256",
+    "training.tokens_per_microbatch=256",
     "training.max_length=64",
     "training.log_every=1",
     f"training.checkpoint_every={SAVE_EVERY}",
@@ -152,7 +152,7 @@ def report(processes: int, seen: Seen, same: bool, adapters: int) -> list[str]:
     return [
         f"# {seen.kills} times kill -9, {processes} process{'es' if processes > 1 else ''}",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch {facts['packages']['torch']}; SmolLM2-135M, {adapters} adapters, 60 steps, a checkpoint "
+        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch {facts['packages']['torch']}; SmolLM2-135M, {adapters} adapters, 40 steps, a checkpoint "
         f"every {SAVE_EVERY}. `python benchmarks/kills.py --kills {seen.kills} --processes {processes} --save` prints this file.",
         "",
         "| | |",
