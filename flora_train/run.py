@@ -13,7 +13,6 @@ from shutil import which
 from typing import Any
 
 import torch
-from torch import nn
 
 from flora_train.adapters.base_model import load_model_config
 from flora_train.adapters.spec import BASE_ID
@@ -40,7 +39,7 @@ from flora_train.export.peft_start import start_from_peft
 from flora_train.session import Session, load_session, make_accelerator, reopen
 from flora_train.training.clock import spoken
 from flora_train.training.distributed import check_world_size, is_main_process, on_main_process, say, wait_for_everyone, world
-from flora_train.training.environment import environment, now, peak_memory
+from flora_train.training.environment import dtype_of, environment, now, peak_memory
 from flora_train.training.growth import grow
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
@@ -83,7 +82,7 @@ def train_run(config: RunConfig) -> Path:
     trackers = {"wandb": {"name": config.name, "dir": str(folder.path)}} if "wandb" in config.tracking.trackers else {}
     accelerator.init_trackers(config.tracking.project, config=_scalars(config), init_kwargs=trackers)
     say(
-        f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {_dtype(session.model)}, on {accelerator.device}"
+        f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {dtype_of(session.model)}, on {accelerator.device}"
     )
     if standing == "interrupted":
         start(trainer.resume())
@@ -138,7 +137,7 @@ def training_facts(session: Session, seconds: Mapping[str, float]) -> dict[str, 
     """Where, with what and at what cost a run was trained; kept in run.json, so that a later evaluation cannot blur it."""
     facts = {**environment(), "seconds": dict(seconds), "peak_memory_bytes": peak_memory(session.bank.device)}
     facts |= {"processes": world()[1], "device": str(session.bank.device), "finished": now()}
-    return facts | {"model": session.config.model.path, "dtype": _dtype(session.model)}
+    return facts | {"model": session.config.model.path, "dtype": dtype_of(session.model)}
 
 
 def judge(session: Session, kept: Mapping[int, Kept], plan: Plan | None = None) -> None:
@@ -289,10 +288,6 @@ def _speed(results: Mapping[str, Any]) -> str:
     rate = f"{tokens / seconds:.0f} tokens/s" if seconds else "not recorded"
     shares = spoken(results["facts"].get("time_shares", {}))
     return f"{rate}: {shares}" if shares else rate
-
-
-def _dtype(model: nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _scalars(config: RunConfig) -> dict[str, str | int | float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from flora_train import __version__
 from flora_train.config.load import PROJECT_ROOT
@@ -82,3 +83,8 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def dtype_of(model: nn.Module) -> str:
+    """What a model's weights are, as `model.dtype` spells it."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -18,23 +20,33 @@ from tests.e2e.test_run import adapter_bytes
 SUPERVISE = str(ROOT / "launch" / "supervise.sh")
 
 
-def test_a_killed_run_is_started_again_and_ends_with_the_same_bytes(recipe: Path, launch: Launch, tmp_path: Path) -> None:
-    words = (f"recipe={recipe}", "training.steps=60", "training.checkpoint_every=10", "resume=true")
-    assert launch(*words, f"output_dir={tmp_path / 'whole'}").returncode == 0
-    run = tmp_path / "run"
-    command = [SUPERVISE, *launch_command(*words, f"output_dir={run}")]
+def wait_for_a_checkpoint(run: Path) -> None:
+    patience = time.monotonic() + 120
+    while not list(run.glob("checkpoints/step-*")):
+        assert time.monotonic() < patience
+        time.sleep(0.01)
+
+
+@contextmanager
+def supervised(run: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A run under the supervisor, once it has written a checkpoint."""
     with subprocess.Popen(
-        command,
+        [SUPERVISE, *launch_command(*words, f"output_dir={run}")],
         cwd=ROOT,
-        env=launch_environment(tmp_path / "cache"),
+        env=launch_environment(run.parent / "cache"),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     ) as process:
-        patience = time.monotonic() + 120
-        while not list(run.glob("checkpoints/step-*")):
-            assert time.monotonic() < patience
-            time.sleep(0.01)
+        wait_for_a_checkpoint(run)
+        yield process
+
+
+def test_a_killed_run_is_started_again_and_ends_with_the_same_bytes(recipe: Path, launch: Launch, tmp_path: Path) -> None:
+    words = (f"recipe={recipe}", "training.steps=60", "training.checkpoint_every=10", "resume=true")
+    assert launch(*words, f"output_dir={tmp_path / 'whole'}").returncode == 0
+    run = tmp_path / "run"
+    with supervised(run, *words) as process:
         (launcher,) = psutil.Process(process.pid).children()
         launcher.kill()  # and its worker is told by the system to end
         said = process.communicate(timeout=120)[1]
@@ -46,19 +58,8 @@ def test_a_killed_run_is_started_again_and_ends_with_the_same_bytes(recipe: Path
 
 def test_who_tells_the_supervisor_to_end_tells_the_run(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = (f"recipe={recipe}", "training.steps=100000", "training.checkpoint_every=5", "resume=true", f"output_dir={run}")
-    with subprocess.Popen(
-        [SUPERVISE, *launch_command(*words)],
-        cwd=ROOT,
-        env=launch_environment(tmp_path / "cache"),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        patience = time.monotonic() + 120
-        while not list(run.glob("checkpoints/step-*")):
-            assert time.monotonic() < patience
-            time.sleep(0.01)
+    words = (f"recipe={recipe}", "training.steps=100000", "training.checkpoint_every=5", "resume=true")
+    with supervised(run, *words) as process:
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
     assert process.returncode != 0
@@ -113,10 +114,7 @@ def test_two_nodes_of_a_cluster_train_what_two_processes_train(recipe: Path, lau
     assert not (tmp_path / "requeued").exists()
     long = (f"recipe={recipe}", f"output_dir={tmp_path / 'long'}", "training.checkpoint_every=5")
     with subprocess.Popen(["bash", "launch/slurm.sh", *long, "training.steps=400"], cwd=ROOT, env=environment) as told:
-        patience = time.monotonic() + 120
-        while not list((tmp_path / "long").glob("checkpoints/step-*")):
-            assert time.monotonic() < patience
-            time.sleep(0.01)
+        wait_for_a_checkpoint(tmp_path / "long")
         for one in psutil.Process(told.pid).children(recursive=True):  # as SLURM does to the tasks of a job's steps
             if "python" in one.cmdline()[0]:
                 one.terminate()

@@ -36,7 +36,7 @@ from flora_train.evaluation.code.summary import read_summary, summarise, write_s
 from flora_train.evaluation.generation import Decoder, Sampling
 from flora_train.training.checkpoint import fingerprint
 from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone
-from flora_train.training.environment import available_cpus
+from flora_train.training.environment import available_cpus, dtype_of
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def evaluate_code(
     settings = {
         "model": config.model.path,
         "weights of the base model (SHA-256)": fingerprint(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype_of(model),
         "quantization": config.model.quantization,
         "temperature": options.temperature,
         "top_p": options.top_p,
