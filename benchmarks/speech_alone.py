@@ -20,7 +20,7 @@ from typing import Any
 import flora_train.cli  # noqa: F401  sets how threads wait, before torch is loaded
 
 # isort: split
-from contenders.peft_speech import PeftRun, batches_of
+from contenders.peft_run import PeftRun, batches_of
 
 from flora_train.adapters.spec import BASE, BASE_ID
 from flora_train.atomic import write_atomically
@@ -55,7 +55,7 @@ def train_alone(session: Session, adapter: int) -> PeftRun:
             plan = plan_step(mixture, number, session.tasks, session.bank, config.training.tokens_per_microbatch)
             if plan is None or adapter not in plan.label_tokens:
                 continue
-            batches = batches_of(plan, adapter, session.tasks, session.collate, pad)
+            batches = batches_of(plan, adapter, lambda task: session.tasks[task].train, session.collate, pad)
             loss = run.step(batches, learning_rate(spec, own))
             own += 1
             watch.update(number + 1, {"loss": f"{loss:.3f}"})

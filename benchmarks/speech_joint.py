@@ -25,7 +25,7 @@ import flora_train.cli  # noqa: F401  (how torch's threads wait is read when tor
 
 # isort: split
 import torch
-from contenders.peft_speech import Batch, PeftRun, batches_of
+from contenders.peft_run import Batch, PeftRun, batches_of
 
 from flora_train.adapters.spec import expand
 from flora_train.config.load import load_config
@@ -74,7 +74,9 @@ class Joint:
 
     def batches_of(self, plan: StepPlan, adapter: int) -> list[Batch]:
         """One adapter's part of a step, for PEFT."""
-        return batches_of(plan, adapter, self.trainer.tasks, self.trainer.collate, self.trainer.pad_token)
+        return batches_of(
+            plan, adapter, lambda task: self.trainer.tasks[task].train, self.trainer.collate, self.trainer.pad_token
+        )
 
 
 def times(repeats: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from flora_train.cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
 from flora_train.data.tokens import pad_token
 from flora_train.session import load_data, prepare
 from flora_train.training.progress import duration
+from flora_train.training.sharding import largest_part
 
 FLOAT = 4
 """Bytes of a number of an adapter, and of its gradient and moments."""
@@ -85,8 +86,10 @@ def capacity(config: RunConfig) -> Capacity:
     size_of = {spec.name: pool.row_size for pool in pools for spec in pool.specs}
     steps = adapters_of_steps(config, tasks)
     free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    base = sum(tensor.numel() for tensor in empty_model(config.model).parameters())
-    base = int(base * BYTES.get(config.model.quantization, resolve_dtype(config.model.dtype, device).itemsize))
+    model = empty_model(config.model)
+    part = largest_part(model, config.num_processes or 1) if config.model.sharded else 1.0
+    size = BYTES.get(config.model.quantization, resolve_dtype(config.model.dtype, device).itemsize)
+    base = int(part * size * sum(tensor.numel() for tensor in model.parameters()))
     try:
         cost = cost_of_a_step(config, device, tasks, pad_token(tokenizer), ears)
     finally:

@@ -46,6 +46,7 @@ from flora_train.training.loss import RowLosses
 from flora_train.training.progress import Watch, duration
 from flora_train.training.run_folder import RunFolder, flat, open_run
 from flora_train.training.selection import Kept
+from flora_train.training.sharding import gather_base, loads_in_parts
 from flora_train.training.signals import Interrupted
 from flora_train.training.trainer import Trainer
 
@@ -68,10 +69,11 @@ def train_run(config: RunConfig) -> Path:
     plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
     for reason in dict.fromkeys(plan.broken.values() if plan else ()):
         say(f"note: some programs will not be evaluated: {reason}")
-    session = load_session(config, folder, accelerator.device)
+    session = load_session(config, folder, accelerator.device, in_parts=loads_in_parts(config))
     check_prompts(session, plan)
     pad = pad_token(session.tokenizer)
-    trainer = Trainer(config, session.model, session.bank, session.tasks, pad, folder, accelerator, session.collate)
+    data = (session.tasks, pad, folder, accelerator, session.collate)
+    trainer = Trainer(config, session.model, session.bank, *data, session.base_hash)
     start = partial(start_from_peft, session.bank)
     if standing == "grown":
         grow(trainer, start)
@@ -150,6 +152,8 @@ def judge(session: Session, kept: Mapping[int, Kept], plan: Plan | None = None) 
         for name in bank.ids:
             export_peft(bank, name, folder.adapters / name, config.model.path)
     judged = time.monotonic()
+    if plan is not None or any(task.sample_prompts for task in session.config.tasks.values()):
+        gather_base(session.model)
     if plan is not None:
         evaluate_code(config, plan, session.model, bank, session.tokenizer, folder.evaluation)
     if session.ears is not None:

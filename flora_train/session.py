@@ -38,11 +38,13 @@ from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokens import check_tokenizer
 from flora_train.kernels.backend import use_backend, use_precision
 from flora_train.training.adapter_file import load_adapter
+from flora_train.training.checkpoint import fingerprint
 from flora_train.training.distributed import say
 from flora_train.training.environment import available_cpus
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, open_run
 from flora_train.training.selection import Kept
+from flora_train.training.sharding import check_launcher, shard_base
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Session:
     bank: AdapterBank
     ears: Ears | None = None
     """Where the tasks are speech."""
+    base_hash: str | None = None
+    """The base's fingerprint, where it is divided among processes."""
 
     @property
     def collate(self) -> Collate:
@@ -69,14 +73,19 @@ class Session:
             self.ears.store.close()
 
 
-def load_session(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool = True) -> Session:
-    """Data first, then the model: what is wrong with a task is known before the long load."""
+def load_session(
+    config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool = True, in_parts: bool = False
+) -> Session:
+    """Data first, then the model: what is wrong with a task is known before the long load. in_parts: divide the base among processes."""
     prepare(config, device)
     check_quantiser(config.model, device)
     tokenizer, tasks, ears = load_data(config, with_tasks)
-    model = load_base_model(config.model, device)
-    bank = AdapterBank.attach(model, expand(config), config.seed, paging=paging_of(config))
-    return Session(config, folder, tokenizer, tasks, model, bank, ears)
+    model = load_base_model(config.model, torch.device("cpu") if in_parts else device)
+    base_hash = fingerprint(model) if in_parts else None
+    bank = AdapterBank.attach(model, expand(config), config.seed, paging=paging_of(config), device=device)
+    if in_parts:
+        shard_base(bank)
+    return Session(config, folder, tokenizer, tasks, model, bank, ears, base_hash)
 
 
 def prepare(config: RunConfig, device: torch.device) -> None:
@@ -152,6 +161,7 @@ def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    check_launcher()
     if not config.tracking.online:
         os.environ.setdefault("WANDB_MODE", "offline")
     wanted = [tracker for tracker in config.tracking.trackers if trackers]

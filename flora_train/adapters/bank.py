@@ -29,7 +29,12 @@ class AdapterBank:
     """
 
     def __init__(
-        self, model: nn.Module, pools: Sequence[Pool], paging: Paging | None = None, dtype: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        pools: Sequence[Pool],
+        paging: Paging | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         self.model = model
         self.pools = tuple(pools)
@@ -37,7 +42,7 @@ class AdapterBank:
         self.ids = {spec.name: i for i, spec in enumerate(self.specs)}
         self.location: list[tuple[Pool, int]] = [(pool, member) for pool in pools for member in range(len(pool.specs))]
         self.router = Router()
-        self.device = check_base(model)
+        self.device = check_base(model) if device is None else device
         self.pager: Pager | None = None
         slots = None if paging is None else paging.slots_for(self.pools, self.device, dtype)
         if paging is not None and slots is not None:
@@ -56,10 +61,11 @@ class AdapterBank:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         paging: Paging | None = None,
+        device: torch.device | None = None,
     ) -> AdapterBank:
         """Freeze `model`, wrap its target layers in place and start every adapter as the identity.
 
-        paging: who of them may be on the host (default: nobody).
+        paging: who of them may be on the host (default: nobody); device: where they compute (default: where the model is).
         Raises UserError when a target matches nothing (with what could match) or two adapters share a name.
         """
         names = [spec.name for spec in specs]
@@ -74,7 +80,7 @@ class AdapterBank:
                 targets_of[key] = find_targets(model, spec)
             groups[key].append(spec)
         model.requires_grad_(False)
-        bank = cls(model, [Pool(key[0], members, targets_of[key]) for key, members in groups.items()], paging, dtype)
+        bank = cls(model, [Pool(key[0], members, targets_of[key]) for key, members in groups.items()], paging, dtype, device)
         bank._wrap_layers()
         for pool, member in bank.location:
             pool.initialise(member, seed)

@@ -43,6 +43,8 @@ def check_kind(model_config: Any, config: RunConfig) -> None:
         raise fail(
             "audio.spec_augment", True, f"is for Whisper's features, and the model is a {model_config.model_type}: leave it off"
         )
+    if spoken and config.model.sharded:
+        raise fail("model.sharded", True, "is for text models: leave a speech model whole on every process")
     if not spoken and is_speech_model(model_config):
         fix = "is a speech model: its tasks need tasks.NAME.speech (docs/speech.md)"
         raise fail("model.path", config.model.path, fix)

@@ -30,12 +30,24 @@ class ModelConfig(Section):
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the frozen base through bitsandbytes (needs a CUDA GPU): LLM.int8 without its outlier split, which would let a
     batch's rows see each other, or NF4. fLoRA dequantises a layer's weight when it runs, and again in the backward."""
+    sharded: bool = False
+    """Divide the frozen base among the processes (FSDP2) instead of having it whole on each: less memory, more traffic. Layers are
+    gathered when they run. Text models only. Writing text (sample prompts, problems) gathers all of it on every process."""
     gradient_checkpointing: Literal["off", "reentrant", "non_reentrant"] = "off"
     """Recompute activations in the backward pass: less memory, one more forward."""
     attn_implementation: str | None = None
     """Passed to transformers (eager, sdpa, flash_attention_2)."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
+
+    @field_validator("sharded")
+    @classmethod
+    def _is_not_quantised(cls, sharded: bool, info: ValidationInfo) -> bool:
+        if sharded and info.data.get("quantization", "none") != "none":
+            raise ValueError(
+                f"cannot divide a base in {info.data['quantization']}: give model.quantization=none, or leave it whole"
+            )
+        return sharded
 
 
 class AdapterConfig(Section):

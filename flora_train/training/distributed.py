@@ -25,15 +25,19 @@ def check_world_size(expected: int | None, actual: int) -> None:
         )
 
 
-def sum_gradients(bank: AdapterBank, adapters: Iterable[int]) -> None:
+def sum_gradients(bank: AdapterBank, adapters: Iterable[int]) -> int:
     """Add up the gradients of these adapters over all processes, in place, one exchange per pool. Every process names
-    the same adapters: the step is planned alike everywhere, also where a process holds no row of one of them."""
-    if not _several():
-        return
-    for pool, _, rows in bank.by_pool(adapters):
+    the same adapters: the step is planned alike everywhere, also where a process holds no row of one of them.
+
+    Returns the bytes that this process put in: those of these adapters, however many the bank has.
+    """
+    sent = 0
+    for pool, _, rows in bank.by_pool(adapters) if _several() else ():
         gradients = pool.gradients[rows]
         dist.all_reduce(gradients)
         pool.gradients[rows] = gradients
+        sent += gradients.nbytes
+    return sent
 
 
 def sum_over_processes(numbers: Tensor) -> Tensor:

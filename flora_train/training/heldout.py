@@ -16,6 +16,7 @@ from flora_train.data.task import Task
 from flora_train.training.distributed import sum_over_processes, world
 from flora_train.training.loss import RowLosses
 from flora_train.training.plan import heldout_rows
+from flora_train.training.sharding import keep_pace
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def evaluate_heldout(
     }
     # a batch is of one task: few adapters at a time have to be on the device, and with more rows each
     by_task = [[row for row in rows if row.task == name] for name in used]
-    groups = share_of_rank([group for part in by_task for group in group_by_length(part, max_tokens)], *world())
+    everyones = [group for part in by_task for group in group_by_length(part, max_tokens)]
+    groups = share_of_rank(everyones, *world())
     model = row_losses.model
     training, done, total = model.training, 0, sum(row.length for group in groups for row in group)
     model.eval()
@@ -89,6 +91,7 @@ def evaluate_heldout(
                 sums[row.task, row.adapter][row.example] = loss
             done += sum(row.length for row in group)
             report(done / total)
+        keep_pace(row_losses, bank, everyones)
     finally:
         bank.abandon()  # a process that got no batch still has the routing of its last step
         model.train(training)

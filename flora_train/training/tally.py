@@ -19,14 +19,17 @@ class Tally:
     tokens: Counter[int] = field(default_factory=Counter)
     skipped: Counter[int] = field(default_factory=Counter)
     task_tokens: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
+    """Bytes of gradients that this process has put into exchanges."""
     recent_nats: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     recent_label_tokens: Counter[int] = field(default_factory=Counter)
     last: dict[int, AdapterStep] = field(default_factory=dict)
     last_losses: dict[str, str] = field(default_factory=dict)
     """Family -> what the progress line said last."""
 
-    def count(self, plan: StepPlan, nats: Sequence[float], steps: Mapping[int, AdapterStep]) -> None:
-        """Add a step. nats: summed loss by adapter id."""
+    def count(self, plan: StepPlan, nats: Sequence[float], steps: Mapping[int, AdapterStep], sent: int) -> None:
+        """Add a step. nats: summed loss by adapter id; sent: bytes of gradients that went into exchanges."""
+        self.sent["gradients"] += sent
         for rows in plan.microbatches:
             for row in rows:
                 self.tokens[row.adapter] += row.length

@@ -42,6 +42,7 @@ from flora_train.training.position import Position, renumbered
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, comparable
 from flora_train.training.selection import Kept, Selection
+from flora_train.training.sharding import keep_pace
 from flora_train.training.signals import Interrupted, StopSignals
 from flora_train.training.tally import Tally
 
@@ -59,6 +60,7 @@ class Trainer:
         folder: RunFolder,
         accelerator: Any,
         collate: Collate = collate,
+        base_hash: str | None = None,
     ) -> None:
         self.config, self.model, self.bank, self.tasks = config, model, bank, tasks
         self.pad_token, self.folder, self.accelerator, self.collate = pad_token, folder, accelerator, collate
@@ -77,7 +79,7 @@ class Trainer:
         rows = {f"pool{i}": [spec.name for spec in pool.specs] for i, pool in enumerate(bank.pools)}
         self.checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints, self.identity, rows, say)
         self.tally = Tally()
-        self._base = cache(lambda: fingerprint(model))  # made once: it reads the whole base
+        self._base = cache(lambda: base_hash or fingerprint(model))  # made once: it reads the whole base
         self.signals = StopSignals()
         self._told_to_end = self._saving = False
 
@@ -182,8 +184,7 @@ class Trainer:
         return identity_of(comparable(self.config, without), self._base(), data)
 
     def step(self, number: int, plan: StepPlan) -> None:
-        """One optimizer step: micro-batches accumulate, each adapter's loss is the mean over its own tokens of the
-        whole step, on all processes (guarantee I1)."""
+        """Micro-batches accumulate; each adapter's loss is the mean over its own tokens of the whole step, on all processes (I1)."""
         clock = self.clock
         with clock.step(number), self.pages.held(number, plan.label_tokens):
             nats = torch.zeros(len(self.bank.specs) + 1, dtype=torch.float64, device=self.bank.device)
@@ -198,20 +199,20 @@ class Trainer:
                 losses = self.row_losses(batch)
                 (losses * per_token[batch.adapter_ids]).sum().backward()
                 nats.index_add_(0, batch.adapter_ids, losses.detach().double())
+            keep_pace(self.row_losses, self.bank, plan.microbatches)
             with clock.part("exchange"):
                 nats[-1] = self.signals.asked  # one process that was told to end tells all
-                sum_gradients(self.bank, plan.label_tokens)
+                sent = sum_gradients(self.bank, plan.label_tokens)
                 totals = sum_over_processes(nats).tolist()
             with clock.part("optimizer"):
                 bad = self.guard.bad_losses({adapter: totals[adapter] / n for adapter, n in plan.label_tokens.items()})
                 steps = self.optimizer.step(plan.label_tokens, bad)
-        self.tally.count(plan, totals, steps)
+        self.tally.count(plan, totals, steps, sent)
         self.guard.answer(bad, steps, number + 1)
         self._told_to_end = totals[-1] > 0
 
     def time_base(self, plan: StepPlan) -> None:
-        """Measure once what the frozen base alone takes for a micro-batch, forward and backward: what adapters cost is
-        told apart by it. Nothing of the run changes."""
+        """Measure once what the base alone takes for a micro-batch, to tell apart what adapters cost. Nothing of the run changes."""
         rows = max(plan.microbatches, key=lambda rows: rows[0].length * len(rows))
         batch = self.collate(rows, self._training_split, self.pad_token).to(self.bank.device)
         seconds = []
@@ -236,8 +237,7 @@ class Trainer:
     def _log(self) -> None:
         at, tokens = self.at, self.tally.tokens.total()
         at.logged = at.done
-        back = self.guard.rolled_back
-        taken = self.tally.take_record(self.bank.specs)
+        taken, back = self.tally.take_record(self.bank.specs), self.guard.rolled_back
         adapters = {name: {**facts, "rollbacks": back[self.bank.ids[name]]} for name, facts in taken.items()}
         record = {
             "kind": "step",
@@ -247,6 +247,7 @@ class Trainer:
             "tokens_per_second": round(tokens / at.seconds, 1),
             "time_shares": {name: round(share, 4) for name, share in self.clock.shares().items()},
             "task_tokens": dict(self.tally.task_tokens),
+            "gradient_bytes_sent": self.tally.sent["gradients"],
             "adapters": adapters,
             "quarantined": self.guard.record(),
         }

@@ -18,7 +18,7 @@ from flora_train.adapters.spec import expand
 from flora_train.config.load import load_config
 from flora_train.data.batch import share_of_rank
 from flora_train.data.task import load_tasks
-from flora_train.training.plan import make_mixture, plan_step
+from flora_train.training.plan import StepPlan, make_mixture, plan_step
 from tests.e2e.conftest import ROOT, Launch
 
 ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for method in ("flora", "lora", "ia3"))
@@ -89,21 +89,48 @@ def test_two_processes_equal_one_to_1e_6(finished: Path, launch: Launch, recipe:
     assert done.returncode == 0, done.stderr
     assert read_report(tmp_path / "two")["facts"]["processes"] == 2
     assert largest_difference(finished, tmp_path / "two") <= 1e-6
-    assert steps_where_a_process_lacks_an_adapter(recipe, tmp_path) > 0
+    plans, bank = plans_and_bank(recipe, tmp_path)
+    lacking = [
+        plan.label_tokens.keys() - {row.adapter for rows in share_of_rank(plan.microbatches, rank, 2) for row in rows}
+        for plan in plans
+        for rank in range(2)
+    ]
+    assert any(lacking)
+    assert bytes_sent(finished) == 0
+    assert bytes_sent(tmp_path / "two") == sum(bank.row(adapter).nbytes for plan in plans for adapter in plan.label_tokens)
+    assert bytes_sent(tmp_path / "two") < sum(bank.row(adapter).nbytes for adapter in range(len(bank.specs))) * len(plans)
 
 
-def steps_where_a_process_lacks_an_adapter(recipe: Path, cache: Path) -> int:
+def bytes_sent(run: Path) -> int:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])["gradient_bytes_sent"]
+
+
+def test_two_processes_that_divide_the_base_page_and_guard_equal_one_that_does_not(
+    launch: Launch, recipe: Path, tmp_path: Path
+) -> None:
+    going_wrong = ["adapters.ia3.lr=1e30", "guard.policy=quarantine"]  # its second loss is not finite
+    apart = ["model.sharded=true", "adapters.device_slots=6", "model.gradient_checkpointing=non_reentrant"]
+    for name, settings, processes in (("one", [], 1), ("two", apart, 2)):
+        folder = f"output_dir={tmp_path / name}"
+        done = launch(f"recipe={recipe}", folder, *going_wrong, *settings, processes=processes)
+        assert done.returncode == 0, done.stderr
+    assert "every process holds 1/2 of the base" in done.stderr
+    assert largest_difference(tmp_path / "one", tmp_path / "two") <= 1e-6
+    whole, divided = read_report(tmp_path / "one"), read_report(tmp_path / "two")
+    assert divided["completions"] == whole["completions"]
+    gone = [[adapter["name"] for adapter in report["adapters"] if adapter["quarantined"]] for report in (whole, divided)]
+    assert gone[0] == gone[1] == ["letters-ia3", "digits-ia3"]
+
+
+def plans_and_bank(recipe: Path, cache: Path) -> tuple[list[StepPlan], AdapterBank]:
+    """What the recipe's steps hold."""
     config = load_config([f"recipe={recipe}"])
     tasks = load_tasks(config, load_tokenizer(config.model), cache)
     bank = AdapterBank.attach(load_base_model(config.model, torch.device("cpu")), expand(config))
-    mixture, lacking = make_mixture(tasks, bank.specs, config), 0
-    for number in range(config.training.steps):
-        plan = plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch)
-        assert plan is not None
-        for rank in range(2):
-            held = {row.adapter for rows in share_of_rank(plan.microbatches, rank, 2) for row in rows}
-            lacking += held != plan.label_tokens.keys()
-    return lacking
+    mixture = make_mixture(tasks, bank.specs, config)
+    numbers = range(config.training.steps)
+    plans = [plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch) for number in numbers]
+    return [plan for plan in plans if plan is not None], bank
 
 
 def test_another_number_of_processes_than_asked_for_is_refused(launch: Launch, recipe: Path, tmp_path: Path) -> None:

@@ -49,10 +49,11 @@ class Harm:
                     found = found.index_copy(0, wrong.nonzero()[:, 0], found[wrong] * self.factor)
                 return found
 
-        def summed(bank: AdapterBank, adapters: Any) -> None:
-            exchange(bank, adapters)
+        def summed(bank: AdapterBank, adapters: Any) -> int:
+            sent = exchange(bank, adapters)
             if self.kind == "gradient" and now["step"] == self.at and bank is trainer.bank:
                 bank.gradient_row(victim)[5] = self.factor
+            return sent
 
         trainer.step = at_step  # type: ignore[method-assign]
         trainer.row_losses = Losses()  # type: ignore[assignment]
