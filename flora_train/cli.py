@@ -142,15 +142,9 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _export(words: Sequence[str]) -> None:
-    from flora_train.run import export_run
+    from flora_train.exporting import export_adapters
 
-    export_run(words[0], words[1:])
-
-
-def _merge(words: Sequence[str]) -> None:
-    from flora_train.run import merge_run
-
-    merge_run(*words)
+    export_adapters(words)
 
 
 EXAMPLE = "flora-train train recipe=quickstart training.steps=20 output_dir=outputs/short"
@@ -192,19 +186,11 @@ COMMANDS = {
         None,
     ),
     "export": Command(
-        "RUN [ADAPTER ...]",
-        "write adapters in PEFT's format again",
-        "flora-train export outputs/quickstart lua-flora",
+        "RUN [ADAPTER ...] [--as peft|merged|lora-svd] [--rank N] [--max-error X] [--out FOLDER]",
+        "write adapters for other programs: PEFT's folders, plain models, or the closest LoRA",
+        "flora-train export outputs/quickstart lua-flora --as lora-svd --max-error 0.2",
         _export,
         1,
         None,
-    ),
-    "merge": Command(
-        "RUN ADAPTER FOLDER",
-        "write a plain model with one adapter folded in",
-        "flora-train merge outputs/quickstart lua-flora outputs/merged-lua",
-        _merge,
-        3,
-        3,
     ),
 }

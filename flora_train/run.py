@@ -6,15 +6,12 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from shutil import which
 from typing import Any
 
-import torch
-
-from flora_train.adapters.base_model import load_model_config
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
@@ -33,7 +30,7 @@ from flora_train.evaluation.report.terminal import (
 from flora_train.evaluation.results import SCHEMA, build_results
 from flora_train.evaluation.speech.evaluate import evaluate_speech
 from flora_train.evaluation.speech.summary import read_summary
-from flora_train.export.merge import save_merged
+from flora_train.export.card import write_card
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_start import start_from_peft
 from flora_train.session import Session, load_session, make_accelerator, reopen
@@ -173,6 +170,8 @@ def judge(session: Session, kept: Mapping[int, Kept], plan: Plan | None = None) 
     code, speech = read_summaries(folder.evaluation), read_summary(folder.evaluation)
     results = build_results(config, folder, session.tasks, bank, heldout, kept, completions, code, speech, facts)
     write_report(results, folder.evaluation)
+    for spec in bank.specs:
+        write_card(results, spec, folder.adapters / spec.name)
 
 
 def final_heldout(session: Session) -> dict[str, HeldOut]:
@@ -224,7 +223,7 @@ def show(folder: RunFolder) -> None:
         f"\nreport    {folder.evaluation / 'report.html'}\nadapters  {folder.adapters}/<name>/ (PeftModel.from_pretrained loads them)\n"
         f"time      {', '.join(f'{stage} {duration(s)}' for stage, s in seconds.items())}\n"
         f"speed     {_speed(results)}\n"
-        f"next      {_command()} merge {folder.path} {best} outputs/merged-{best}"
+        f"next      {_command()} export {folder.path} {best} --as merged"
     )
 
 
@@ -250,27 +249,6 @@ def evaluate_run(run: str) -> None:
     plan = on_main_process(lambda: plan_evaluation(session.config, need_sandbox=False))
     judge(session, kept, plan)
     show(session.folder)
-
-
-def export_run(run: str, names: Sequence[str]) -> None:
-    """Write the named adapters (all without names) in PEFT's format again."""
-    session, _ = reopen(run)
-    for name in names or session.bank.ids:
-        session.bank.id_of(name)
-    for name in names or session.bank.ids:
-        print(export_peft(session.bank, name, session.folder.adapters / name, session.config.model.path))
-
-
-def merge_run(run: str, name: str, folder: str) -> None:
-    """Write a plain model with one adapter of a run folded in, in float32: rounding W0 * M to half precision would lose
-    its small modulations."""
-    if Path(folder).exists():
-        raise fail("output folder", folder, "exists already: choose another")
-    session, _ = reopen(run, dtype="float32")
-    published: Any = load_model_config(session.config.model)  # ours has its dropout switched off
-    published.dtype = torch.float32
-    session.model.config = published
-    print(save_merged(session.bank, name, session.tokenizer, Path(folder)))
 
 
 def redraw_report(run: str) -> None:

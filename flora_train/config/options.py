@@ -17,7 +17,7 @@ Options = TypeVar("Options", bound=Section)
 def read_options(kind: type[Options], raw: Mapping[str, object], also: Sequence[str] = ()) -> Options:
     """raw: what `parse_words` found. also: further keys that the command knows, for the error. Raises UserError for unknown keys
     and wrong values."""
-    known = list(kind.model_fields)
+    known = [field.alias or name for name, field in kind.model_fields.items()]
     if unknown := [key for key in raw if key not in known]:
         here = choices([*known, *also])
         raise UserError(

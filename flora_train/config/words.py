@@ -38,6 +38,24 @@ def parse_words(words: Sequence[str]) -> Layer:
     return layer
 
 
+def from_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands by itself, and `--max-error 0.1`, `--max-error=0.1` or `max_error=0.1` as `max_error=0.1`: for commands that others have
+    under the same name, with flags."""
+    alone: list[str] = []
+    options: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and "=" not in word and rest and not rest[0].startswith("--"):
+            word += f"={rest.pop(0)}"
+        key, equals, value = word.partition("=")
+        if word.startswith("--"):
+            options.append(f"{key[2:].replace('-', '_')}={value if equals else 'true'}")
+        else:
+            (options if equals else alone).append(word)
+    return alone, options
+
+
 def merge(below: Layer, above: Layer) -> Layer:
     """Mappings merge key by key; anything else above replaces what is below."""
     merged = dict(below)

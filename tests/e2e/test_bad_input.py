@@ -231,7 +231,17 @@ def test_hub_name_while_offline_is_refused(complain: Complain, tmp_path: Path, w
             ["evaluate", "nowhere"],
             "run = 'nowhere': is not a run folder *",
         ),
-        (["merge", "nowhere"], "usage: flora-train merge RUN ADAPTER FOLDER"),
+        (["export"], "usage: flora-train export RUN *"),
+        (["export", "nowhere", "--as", "lora"], "as = 'lora': *"),
+        (["export", "nowhere", "--rank", "8"], "rank = 8: has no meaning for --as peft: it is for --as lora-svd"),
+        (
+            ["export", "nowhere", "--as", "lora-svd", "--rank", "8", "--max-error=0.1"],
+            "max_error = 0.1: and rank both choose the rank: give one",
+        ),
+        (
+            ["export", "nowhere", "--max-eror", "1"],
+            "max_eror: unknown key; here are as, max_error, out or rank. Did you mean 'max_error'?",
+        ),
     ],
 )
 def test_other_commands_answer_in_one_line(words: list[str], line: str, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:

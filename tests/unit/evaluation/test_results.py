@@ -101,7 +101,7 @@ def test_nobody_is_best_where_no_loss_is_finite_and_every_form_of_the_report_cop
     shown = capsys.readouterr().out
     assert "a (before)" in shown
     assert "after" not in shown
-    assert "flora-train merge" in shown
+    assert "--as merged" in shown
 
 
 def test_a_sweep_names_the_winner_of_each_task() -> None:

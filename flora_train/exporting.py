@@ -1,0 +1,157 @@
+"""flora-train export: hand a run's adapters to other programs, as PEFT folders, as plain models, or as the LoRA that is closest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.base_model import load_base_model, load_model_config
+from flora_train.adapters.spec import BASE_ID
+from flora_train.config.errors import fail
+from flora_train.config.options import read_options
+from flora_train.config.section import Section, Text
+from flora_train.config.words import from_flags, parse_words
+from flora_train.data.tokens import pad_token
+from flora_train.export.card import write_card
+from flora_train.export.merge import save_merged
+from flora_train.export.peft_format import export_peft
+from flora_train.export.stand_in import StandIn, lora_stand_in, write_into
+from flora_train.run import read_report
+from flora_train.session import Session, reopen
+from flora_train.training.heldout import evaluate_heldout
+from flora_train.training.loss import RowLosses
+from flora_train.training.progress import Watch
+from flora_train.training.run_folder import open_run
+
+FOLDERS = {"peft": "adapters", "merged": "merged", "lora-svd": "lora-svd"}
+"""What an adapter is written as -> where, in the run's folder."""
+RANK = 64
+"""Of a lora-svd that nothing is said of: the most that vLLM takes without being told (max_lora_rank) is 16, and can be told."""
+
+
+class ExportOptions(Section):
+    as_: Literal["peft", "merged", "lora-svd"] = Field("peft", alias="as")
+    """peft: what PEFT calls it (LORA, IA3, HIRA for fLoRA), exactly. merged: a plain model with the adapter folded in, in float32. lora-svd: the
+    closest LoRA, for servers that take nothing else."""
+    rank: int | None = Field(None, ge=1)
+    """lora-svd only: its rank. Default: 64."""
+    max_error: float | None = Field(None, gt=0, lt=1)
+    """lora-svd only, instead of rank: the smallest rank (the same in all layers) with |dW - B A| / |dW| at most this."""
+    out: Text | None = None
+    """Folder for the adapters' folders. Default: adapters/, merged/ or lora-svd/ of the run."""
+
+    @field_validator("rank", "max_error")
+    @classmethod
+    def _of_a_stand_in(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("as_", "lora-svd") != "lora-svd":
+            raise ValueError(f"has no meaning for --as {info.data['as_']}: it is for --as lora-svd")
+        if value is not None and info.data.get("rank") is not None:
+            raise ValueError("and rank both choose the rank: give one")
+        return value
+
+
+def export_adapters(words: Sequence[str]) -> None:
+    """words: a run, names of adapters (none: all), and ExportOptions. Raises UserError for bad input before anything is written."""
+    (run, *names), raw = from_flags(words)
+    options = read_options(ExportOptions, parse_words(raw))
+    folder, _ = open_run(run)
+    out = folder.path / FOLDERS[options.as_] if options.out is None else Path(options.out)
+    if options.as_ == "merged":
+        merge(run, names, out)
+        return
+    session, _ = reopen(run, with_tasks=options.as_ == "lora-svd", dtype="float32" if options.as_ == "lora-svd" else None)
+    names = checked(session.bank, names)
+    file = folder.evaluation / "report.json"
+    report = read_report(folder) if file.exists() else {}
+    if options.as_ == "lora-svd":
+        stand_ins = [_stand_in(session.bank, name, options) for name in names]
+        _write_stand_ins(session, stand_ins, report, out)
+        return
+    for name in names:
+        export_peft(session.bank, name, out / name, session.config.model.path)
+        print(write_card(report, session.bank.specs[session.bank.ids[name]], out / name))
+
+
+def checked(bank: AdapterBank, names: Sequence[str]) -> list[str]:
+    """These, or all. Raises UserError for an unknown one."""
+    for name in names:
+        bank.id_of(name)
+    return list(names or bank.ids)
+
+
+def merge(run: str, names: Sequence[str], out: Path) -> None:
+    """Plain models in float32: rounding W0 * M to half precision would lose its small modulations."""
+    session, _ = reopen(run, dtype="float32")
+    names = checked(session.bank, names)
+    for taken in (out / name for name in names if (out / name).exists()):
+        raise fail("output folder", str(taken), "exists already: choose another with --out, or delete it")
+    for i, name in enumerate(names):
+        if i:  # the bank's base was consumed
+            session, _ = reopen(run, dtype="float32")
+        published: Any = load_model_config(session.config.model)  # ours has its dropout switched off
+        published.dtype = torch.float32
+        session.model.config = published
+        print(save_merged(session.bank, name, session.tokenizer, out / name))
+
+
+def _stand_in(bank: AdapterBank, name: str, options: ExportOptions) -> StandIn:
+    rank = None if options.max_error is not None else options.rank or RANK
+    with Watch(f"decompose {name}", 1.0) as watch:
+        return lora_stand_in(bank, name, rank, options.max_error, watch.update)
+
+
+def _write_stand_ins(session: Session, stand_ins: Sequence[StandIn], report: Mapping[str, Any], out: Path) -> None:
+    """PEFT folders, with what was lost in the terminal and on the cards."""
+    names = [stand_in.spec.name for stand_in in stand_ins]
+    others = [i for name, i in session.bank.ids.items() if name not in names]
+    before = _heldout(session, session.bank, others)
+    bank = AdapterBank.attach(
+        load_base_model(session.config.model, session.bank.device), [stand_in.spec for stand_in in stand_ins]
+    )
+    for stand_in in stand_ins:
+        write_into(bank, stand_in)
+        export_peft(bank, stand_in.spec.name, out / stand_in.spec.name, session.config.model.path)
+    after = _heldout(session, bank, ())
+    table = Table(box=SIMPLE_HEAD, title="closest LoRAs: held-out loss, nats a token", title_justify="left")
+    for heading in ("adapter", "rank", "|dW - BA| / |dW|", "base", "adapter", "LoRA"):
+        table.add_column(heading, justify="left" if heading == "adapter" and not table.columns else "right")
+    for stand_in in stand_ins:
+        name, task = stand_in.spec.name, stand_in.spec.task
+        losses = {"base": before[task]["base"], "adapter": before[task][name], "LoRA": after[task][name]}
+        table.add_row(name, str(stand_in.spec.rank), f"{stand_in.error:.3f}", *(f"{loss:.3f}" for loss in losses.values()))
+        original = session.bank.specs[session.bank.ids[name]]
+        write_card(report, original, out / name, stand_in, losses)
+    Console(soft_wrap=True).print(table)
+    for stand_in in stand_ins:
+        if stand_in.biases:
+            print(f"note: {stand_in.spec.name} changes the biases of {stand_in.biases} layers, which a LoRA cannot")
+        print(out / stand_in.spec.name)
+
+
+def _heldout(session: Session, bank: AdapterBank, absent: Sequence[int]) -> Mapping[str, Mapping[str, float]]:
+    """Task -> "base" or adapter -> mean nats of a held-out token."""
+    room, pad = 2 * session.config.training.tokens_per_microbatch, pad_token(session.tokenizer)
+    with Watch("evaluate", 1.0) as watch:
+        judged = evaluate_heldout(
+            RowLosses(bank.model),
+            bank,
+            session.tasks.values(),
+            room,
+            pad,
+            with_base=True,
+            report=watch.update,
+            collate=session.collate,
+            absent=absent,
+        )
+    return {
+        task: {"base" if i == BASE_ID else bank.specs[i].name: result.loss(i) for i in result.nats}
+        for task, result in judged.items()
+    }

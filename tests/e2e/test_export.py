@@ -1,0 +1,100 @@
+"""flora-train export, as a user would call it: what it writes is loaded by plain PEFT and transformers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.e2e.conftest import ROOT, Launch
+
+IDS = torch.arange(3, 19)[None]
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "run"
+    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.steps=6", "evaluation.every=null")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def export(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flora_train", "export", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def logits_of(checkpoint: Path, adapter: Path | None = None) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_merged_models_equal_the_adapted_ones(run: Path, checkpoint: Path, tmp_path: Path) -> None:
+    names = ("digits-flora", "letters-ia3")
+    done = export(str(run), *names, "--as", "merged", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        merged = logits_of(tmp_path / name)
+        torch.testing.assert_close(merged, logits_of(checkpoint, run / "adapters" / name), rtol=1e-4, atol=1e-5)
+        assert (merged - logits_of(checkpoint)).abs().max() > 0.01
+    again = export(str(run), names[0], "--as", "merged", "--out", str(tmp_path))
+    assert again.returncode == 2
+    assert f"{tmp_path / names[0]}': exists already: choose another with --out, or delete it" in again.stderr
+
+
+def test_the_closest_lora_comes_with_its_error_and_what_it_costs(run: Path, checkpoint: Path) -> None:
+    names = ("digits-flora", "digits-lora", "letters-flora")
+    done = export(str(run), *names, "--as", "lora-svd", "--rank=2")
+    assert done.returncode == 0, done.stderr
+    rows = {cells[0]: cells[1:] for line in done.stdout.splitlines() if (cells := line.split()) and cells[0] in names}
+    assert rows.keys() == set(names)
+    errors = {name: float(cells[1]) for name, cells in rows.items()}
+    assert errors["digits-lora"] == 0.0  # it is of rank 2 itself
+    assert 0.0 < errors["digits-flora"] < 1.0
+    for name, (rank, _, base, adapter, lora) in rows.items():
+        assert rank == "2"
+        assert float(adapter) < float(base)
+        assert float(lora) < float(base)
+        card = (run / "lora-svd" / name / "README.md").read_text()
+        assert f"|dW - B A| / |dW| = {errors[name]:.3f}" in card
+        assert f"| this LoRA | {lora} |" in card
+    torch.testing.assert_close(
+        logits_of(checkpoint, run / "lora-svd" / "digits-lora"),
+        logits_of(checkpoint, run / "adapters" / "digits-lora"),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_the_rank_follows_from_the_error_that_is_allowed(run: Path, checkpoint: Path, tmp_path: Path) -> None:
+    done = export(str(run), "digits-flora", "--as", "lora-svd", "--max-error", "0.01", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (cells,) = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["digits-flora"])
+    assert float(cells[2]) <= 0.01
+    assert 2 < int(cells[1]) <= 32
+    stand_in, adapter = logits_of(checkpoint, tmp_path / "digits-flora"), logits_of(checkpoint, run / "adapters" / "digits-flora")
+    assert (stand_in - adapter).abs().max() < 0.05 * (adapter - logits_of(checkpoint)).abs().max()
+
+
+@pytest.mark.parametrize("name", ["digits-flora", "letters-lora", "letters-ia3"])
+def test_the_card_has_results_and_a_snippet_that_loads_the_adapter(run: Path, name: str) -> None:
+    card = (run / "adapters" / name / "README.md").read_text()
+    assert f"| **{name.partition('-')[2]}** | " in card
+    assert "## Limits\n\n- " in card
+    snippet = re.search(r"```python\n(.*?)```", card, re.S)
+    assert snippet is not None
+    checks = "assert model.peft_config['default'].peft_type.value in ('LORA', 'IA3', 'HIRA') and tokenizer('a')['input_ids']"
+    loaded = subprocess.run(
+        [sys.executable, "-c", snippet[1] + checks], cwd=run / "adapters", capture_output=True, text=True, timeout=120
+    )
+    assert loaded.returncode == 0, loaded.stderr
