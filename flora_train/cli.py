@@ -147,6 +147,12 @@ def _export(words: Sequence[str]) -> None:
     export_adapters(words)
 
 
+def _convert(words: Sequence[str]) -> None:
+    from flora_train.convert import convert_adapter
+
+    convert_adapter(words)
+
+
 EXAMPLE = "flora-train train recipe=quickstart training.steps=20 output_dir=outputs/short"
 COMMANDS = {
     "train": Command("recipe=NAME [key.sub=value ...]", "train, evaluate, report and export one run", EXAMPLE, _train, 0, None),
@@ -190,6 +196,14 @@ COMMANDS = {
         "write adapters for other programs: PEFT's folders, plain models, or the closest LoRA",
         "flora-train export outputs/quickstart lua-flora --as lora-svd --max-error 0.2",
         _export,
+        1,
+        None,
+    ),
+    "convert": Command(
+        "PEFT_LORA --out FOLDER [--rank N] [--model MODEL]",
+        "make the fLoRA that is closest to a LoRA, and say how close",
+        "flora-train convert outputs/quickstart/adapters/lua-lora --out outputs/lua-flora --rank 8",
+        _convert,
         1,
         None,
     ),

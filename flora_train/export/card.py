@@ -22,11 +22,12 @@ def write_card(
     folder: Path,
     stand_in: StandIn | None = None,
     losses: Mapping[str, float] | None = None,
+    origin: str = "",
 ) -> Path:
     """README.md in the folder of an exported adapter.
 
     report: of its run (report.json), or nothing where there is none yet; stand_in: the LoRA that the folder holds instead; losses: held-out
-    nats a token of "base", "adapter" and "LoRA". Returns the folder.
+    nats a token of "base", "adapter" and "LoRA"; origin: a sentence on what it was made from. Returns the folder.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -69,6 +70,7 @@ def write_card(
         reader="AutoProcessor" if spoken else "AutoTokenizer",
         stand_in=stand_in,
         losses=losses,
+        origin=origin,
         adapter=adapter,
         result=result,
         data=data,

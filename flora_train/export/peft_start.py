@@ -1,17 +1,25 @@
-"""How does an adapter begin where a PEFT adapter ended? LORA, IA3, and HIRA as fLoRA: the way back of peft_format.py."""
+"""How does an adapter begin where a PEFT adapter ended? LORA, IA3, and HIRA as fLoRA: the way back of peft_format.py. LORA as fLoRA: as close as it gets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, fail, first_line
 from flora_train.config.files import find_file
+from flora_train.export.low_rank import modulation
 from flora_train.export.peft_format import peft_config, peft_tensors
+from flora_train.training.distributed import say
+from flora_train.training.progress import Watch
+from flora_train.training.sharding import whole
+
+PREFIX = "base_model.model."
+"""Of PEFT's names of tensors."""
 
 NOT_OURS = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias")
 """Options of PEFT's that change what an adapter computes and that no adapter of ours has."""
@@ -22,7 +30,7 @@ def start_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
     """Give those of these adapters that have `start_from` the numbers of that PEFT adapter. Raises UserError with all that do not fit: another kind,
     rank or scale, other layers; no adapter has changed then."""
     problems: list[Problem] = []
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, Mapping[str, Tensor]] = {}
     for spec in (bank.specs[adapter] for adapter in adapters):
         if spec.start_from is not None:
             try:
@@ -37,32 +45,57 @@ def start_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
                 view.copy_(numbers[f"{module}.{param}"])
 
 
-def _numbers(bank: AdapterBank, name: str, source: str, key: str) -> dict[str, Tensor]:
-    """`<module>.<parameter>` -> its numbers, as the bank has them."""
+def read_peft(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a PEFT adapter, a folder or a name on the hub. Raises UserError, naming `key`, if there is none."""
     from peft import PeftConfig
     from peft.utils import load_peft_weights
 
     local = find_file(source)
     place = str(local) if local.exists() else source
     try:
-        config = PeftConfig.from_pretrained(place).to_dict()
-        theirs = load_peft_weights(place, device="cpu")
+        return PeftConfig.from_pretrained(place).to_dict(), load_peft_weights(place, device="cpu")
     except Exception as error:  # PEFT, safetensors and the hub's client each have their own
         raise fail(key, source, f"is no PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """PEFT's word for it: LORA, IA3, HIRA, ..."""
+    return str(getattr(config["peft_type"], "value", config["peft_type"]))
+
+
+def scale_of(config: Mapping[str, Any]) -> float:
+    """What a LORA multiplies B A by."""
+    return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+
+
+def _numbers(bank: AdapterBank, name: str, source: str, key: str) -> Mapping[str, Tensor]:
+    """`<module>.<parameter>` -> its numbers, as the bank has them."""
+    config, theirs = read_peft(source, key)
+    check_plain(config, source, key)
+    spec = bank.specs[bank.id_of(name)]
+    if kind_of(config) == "LORA" and spec.method == "flora" and spec.offset:
+        check_layers(
+            {f"{PREFIX}{module}.lora_A.weight" for module in bank.parameters_of(name)},
+            {k for k in theirs if ".lora_A." in k},
+            source,
+            key,
+        )
+        numbers, error = fit_lora(bank, name, theirs, scale_of(config))
+        say(
+            f"{name} begins as close to {source} as W0 * (1 + B A) of rank {spec.rank} comes: |W0 * (B A) - dW| / |dW| = {error:.3f}"
+        )
+        return numbers
     _check_kind(bank, name, config, source, key)
     ours = peft_tensors(bank, name)
-    for side, keys in (("lacks", ours.keys() - theirs.keys()), ("has beside ours", theirs.keys() - ours.keys())):
-        if keys:
-            fix = f"{side} {len(keys)} tensors, {min(keys)} for one: target_modules (and feedforward_modules) must be the same"
-            raise fail(key, source, fix)
+    check_layers(ours.keys(), theirs.keys(), source, key)
     for tensor in ours:
         if ours[tensor].shape != theirs[tensor].shape:
             shapes = f"{tuple(theirs[tensor].shape)}, ours {tuple(ours[tensor].shape)}"
             raise fail(key, source, f"{tensor} has shape {shapes}: rank or base model is another one")
     pool, member = bank.location[bank.id_of(name)]
-    numbers: dict[str, Tensor] = {}
+    numbers = {}
     for module in pool.targets:
-        prefix = f"base_model.model.{module}."
+        prefix = f"{PREFIX}{module}."
         part = {suffix.removeprefix(prefix): tensor for suffix, tensor in theirs.items() if suffix.startswith(prefix)}
         try:
             params = pool.method.from_peft(part, pool.specs[member], pool.targets[module].feedforward)
@@ -72,21 +105,58 @@ def _numbers(bank: AdapterBank, name: str, source: str, key: str) -> dict[str, T
     return numbers
 
 
-def _check_kind(bank: AdapterBank, name: str, theirs: dict[str, Any], source: str, key: str) -> None:
+@torch.no_grad()
+def fit_lora(bank: AdapterBank, name: str, theirs: Mapping[str, Tensor], scale: float) -> tuple[dict[str, Tensor], float]:
+    """A residual fLoRA that adds about what a LORA adds: `<module>.<parameter>` -> its numbers, and |W0 * (B A) - dW| / |dW|, Frobenius over
+    all layers. A weight that is 0 cannot be changed by a product: the error says what is lost."""
+    pool, member = bank.location[bank.id_of(name)]
+    numbers: dict[str, Tensor] = {}
+    lost = total = 0.0
+    with Watch(f"fit {name}", len(pool.targets)) as watch:
+        for done, (module, target) in enumerate(pool.targets.items(), start=1):
+            weight = whole(dense_weight(bank.model.get_submodule(module).base_layer, target)).double()  # type: ignore[arg-type]
+            A, B = (theirs[f"{PREFIX}{module}.lora_{side}.weight"].to(weight) for side in "AB")
+            if (len(B), A.shape[1]) != tuple(weight.shape):
+                raise fail(
+                    "start_from",
+                    module,
+                    f"has shape {tuple(weight.shape)} here and {(len(B), A.shape[1])} there: another base model",
+                )
+            delta = scale * (B @ A)
+            B, A = modulation(weight, delta, pool.specs[member].rank)
+            lost += float((weight * (B.double() @ A.double()) - delta).square().sum())
+            total += float(delta.square().sum())
+            numbers |= {f"{module}.A": A, f"{module}.B": B}
+            watch.update(done)
+    return numbers, (lost / total) ** 0.5 if total else 0.0
+
+
+def check_layers(ours: Collection[str], theirs: Collection[str], source: str, key: str) -> None:
+    """Raises UserError where one of them has a tensor that the other lacks."""
+    for side, keys in (("lacks", set(ours) - set(theirs)), ("has beside ours", set(theirs) - set(ours))):
+        if keys:
+            fix = f"{side} {len(keys)} tensors, {min(keys)} for one: target_modules (and feedforward_modules) must be the same"
+            raise fail(key, source, fix)
+
+
+def check_plain(config: Mapping[str, Any], source: str, key: str) -> None:
+    """Raises UserError where the adapter has parts that no adapter of ours has."""
+    if used := [option for option in NOT_OURS if config.get(option)]:
+        raise fail(key, source, f"uses {used[0]}, which no adapter here has: it cannot be trained on")
+    if config.get("bias", "none") != "none":
+        raise fail(key, source, f"has biases (bias={config['bias']!r}), which no adapter here has: it cannot be trained on")
+
+
+def _check_kind(bank: AdapterBank, name: str, theirs: Mapping[str, Any], source: str, key: str) -> None:
     """Raises UserError where the adapter computes something else than ours."""
     ours, spec = peft_config(bank, name, ""), bank.specs[bank.id_of(name)]
-    kind = str(getattr(theirs["peft_type"], "value", theirs["peft_type"]))
-    if kind != ours["peft_type"]:
-        raise fail(key, source, f"is of kind {kind}, and an adapter of method {spec.method} begins as {ours['peft_type']}")
-    if used := [option for option in NOT_OURS if theirs.get(option)]:
-        raise fail(key, source, f"uses {used[0]}, which no adapter here has: it cannot be trained on")
-    if theirs.get("bias", "none") != "none":
-        raise fail(key, source, f"has biases (bias={theirs['bias']!r}), which no adapter here has: it cannot be trained on")
+    if kind_of(theirs) != ours["peft_type"]:
+        raise fail(
+            key, source, f"is of kind {kind_of(theirs)}, and an adapter of method {spec.method} begins as {ours['peft_type']}"
+        )
     if "r" in ours and theirs["r"] != ours["r"]:
         rank = theirs["r"] - (ours["r"] - spec.rank)
         raise fail(f"adapters.{spec.family}.rank", spec.rank, f"is not that of {source}: set it to {rank}")
-    if spec.method == "lora":
-        scale = theirs["lora_alpha"] / (theirs["r"] ** 0.5 if theirs.get("use_rslora") else theirs["r"])
-        if abs(scale - spec.scaling) > 1e-9:
-            fix = f"is not that of {source}: set it to {theirs['lora_alpha']:g}, and rslora to {bool(theirs.get('use_rslora'))}"
-            raise fail(f"adapters.{spec.family}.alpha", spec.alpha, fix)
+    if spec.method == "lora" and abs(scale_of(theirs) - spec.scaling) > 1e-9:
+        fix = f"is not that of {source}: set it to {theirs['lora_alpha']:g}, and rslora to {bool(theirs.get('use_rslora'))}"
+        raise fail(f"adapters.{spec.family}.alpha", spec.alpha, fix)

@@ -81,6 +81,12 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def whole(weight: Tensor) -> Tensor:
+    """All of a weight that may be divided. Collective if it is."""
+    gather = getattr(weight, "full_tensor", None)
+    return weight if gather is None else gather()
+
+
 def gather_base(model: nn.Module) -> None:
     """Have the whole base on every process from now on, so that each can run it when it likes. Collective; nothing for a base that is whole."""
     from torch.distributed.fsdp import FSDPModule

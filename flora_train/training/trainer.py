@@ -84,14 +84,15 @@ class Trainer:
         self._told_to_end = self._saving = False
 
     def train(self) -> None:
-        """Run every step that is still to do; afterwards the bank holds each adapter's selected parameters. Raises Interrupted, once
-        the state is saved, if some process is sent SIGTERM or SIGINT."""
+        """Run every step that is to do; then the bank holds each adapter's selected parameters. Raises Interrupted, saved, on SIGTERM or SIGINT."""
         config, at, begun = self.config.training, self.at, self.at.done
         every = self.config.evaluation.every or self.end
         self.model.train()
         self.guard.remember()
         plan = self._plan(at.done)
         with self.signals, Watch("train", self.end, begun) as watch:
+            if not begun and self.config.evaluation.every and any(spec.start_from for spec in self.bank.specs):
+                self._evaluate()  # what they were worth before
             while at.done < self.end and plan is not None:
                 coming = self._plan(at.done + 1) if at.done + 1 < self.end else None
                 for rows in share_of_rank(coming.microbatches if coming else (), *world()):
@@ -126,8 +127,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint of the whole training state."""
-        tensors = self.bank.tensors()
-        self._saving = True
+        tensors, self._saving = self.bank.tensors(), True
         if is_main_process():
             position = {
                 **asdict(self.at),

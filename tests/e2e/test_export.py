@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -26,9 +27,12 @@ def run(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "flora_train", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
 def export(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flora_train", "export", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return command("export", *words)
 
 
 def logits_of(checkpoint: Path, adapter: Path | None = None) -> Tensor:
@@ -98,3 +102,46 @@ def test_the_card_has_results_and_a_snippet_that_loads_the_adapter(run: Path, na
         [sys.executable, "-c", snippet[1] + checks], cwd=run / "adapters", capture_output=True, text=True, timeout=120
     )
     assert loaded.returncode == 0, loaded.stderr
+
+
+def test_a_lora_becomes_a_flora_that_a_run_goes_on_from(
+    run: Path, recipe: Path, checkpoint: Path, launch: Launch, tmp_path: Path
+) -> None:
+    source, out = run / "adapters" / "digits-lora", tmp_path / "digits"
+    done = command("convert", str(source), "--out", str(out), "--rank", "16")
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"= (0\.\d+) over 14 layers", done.stdout)
+    assert found is not None
+    assert f"= {found[1]} over 14 layers" in (out / "README.md").read_text()
+    plain, lora, flora = (logits_of(checkpoint, folder) for folder in (None, source, out))
+    assert (flora - lora).norm() < 0.8 * (lora - plain).norm()
+    words = ["adapters.flora.rank=16", "adapters.flora.tasks=[digits]"]
+    begins = {"fitted before": out, "fitted at the start": source}
+    losses = {}
+    for name, start in begins.items():
+        folder = tmp_path / name.replace(" ", "-")
+        done = launch(
+            f"recipe={recipe}", f"output_dir={folder}", *words, f"adapters.flora.start_from={start}", "training.steps=3"
+        )
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        first = next(line for line in lines if line["kind"] == "evaluation")
+        assert first["step"] == 0
+        losses[name] = first["adapters"]["digits-flora"]["loss"]
+        report = json.loads((folder / "eval" / "report.json").read_text())
+        rows = {row["name"]: row["loss"] for result in report["results"] for row in result["contenders"]}
+        assert rows["digits-flora"] <= losses[name] + 1e-6  # at worst it stays what it began as
+    assert losses["fitted before"] == pytest.approx(losses["fitted at the start"], rel=1e-5)
+
+
+def test_only_a_lora_is_converted_and_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:
+    ia3 = command("convert", str(run / "adapters" / "digits-ia3"), "--out", str(tmp_path / "x"))
+    assert ia3.returncode == 2
+    assert "is of kind IA3: LORA is converted; HIRA and IA3 go on as they are" in ia3.stderr
+    taken = command("convert", str(run / "adapters" / "digits-lora"), "--out", str(tmp_path))
+    assert taken.returncode == 2
+    assert f"out = '{tmp_path}': exists already" in taken.stderr
+    nothing = command("convert", "nowhere", "--out", str(tmp_path / "x"), "--model", str(tmp_path))
+    assert nothing.returncode == 2
+    assert "adapter = 'nowhere': is no PEFT adapter" in nothing.stderr
+    assert not (tmp_path / "x").exists()

@@ -89,7 +89,10 @@ def test_an_adapter_that_peft_made_gives_the_same_logits(kind: str, tmp_path: Pa
         ),
         (spec("lora", rank=3, alpha=6.0), r"start_from = .*: lacks \d+ tensors, .* target_modules"),
         (spec("lora", rank=3, alpha=6.0, target_modules=["q_proj"]), r"start_from = .*: has beside ours \d+ tensors"),
-        (spec("flora", rank=3, target_modules=TARGETS), r"is of kind LORA, and an adapter of method flora begins as HIRA"),
+        (
+            spec("flora", rank=3, variant="pure", target_modules=TARGETS),
+            r"is of kind LORA, and an adapter of method flora begins as HIRA",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(ours: AdapterSpec, words: str, tmp_path: Path) -> None:
@@ -100,6 +103,24 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(ours: AdapterSpec, wor
     with pytest.raises(UserError, match=words):
         start_from_peft(bank, range(len(bank.specs)))
     assert all(torch.equal(bank.row(i), before[i]) for i in range(2))
+
+
+def test_a_residual_flora_comes_closer_to_a_lora_with_its_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made_by_peft(THEIRS["LoRA"][0], tmp_path / "theirs")
+    x = tokens(3)
+    lora = AdapterBank.attach(tiny_model().eval(), [replace(THEIRS["LoRA"][1], start_from=str(folder))])
+    start_from_peft(lora, [0])
+    expected, identity = logits(lora, x, [0] * 3), logits(lora, x, [-1] * 3)
+    distances, errors = [], []
+    for rank in (1, 4, 16, 32):
+        ours = replace(spec("flora", rank=rank, target_modules=TARGETS), start_from=str(folder))
+        bank = AdapterBank.attach(tiny_model().eval(), [ours])
+        start_from_peft(bank, [0])
+        distances.append(float((logits(bank, x, [0] * 3) - expected).norm() / (expected - identity).norm()))
+        errors.append(float(capsys.readouterr().err.rpartition("|dW| = ")[2]))
+    assert errors == sorted(errors, reverse=True)
+    assert distances[0] < 1.0
+    assert distances[-1] < 0.05
 
 
 def test_a_hira_adapter_is_no_pure_flora(tmp_path: Path) -> None:

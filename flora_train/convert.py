@@ -1,0 +1,66 @@
+"""flora-train convert: a LoRA that anybody trained becomes a fLoRA, as close as W0 * (1 + B A) of its rank comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.base_model import load_base_model
+from flora_train.adapters.spec import make_spec
+from flora_train.config.errors import fail
+from flora_train.config.options import read_options
+from flora_train.config.schema import AdapterConfig, ModelConfig
+from flora_train.config.section import Section, Text
+from flora_train.config.words import from_flags, parse_words
+from flora_train.export.card import write_card
+from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_start import PREFIX, check_plain, fit_lora, kind_of, read_peft, scale_of
+
+MARK = ".lora_A.weight"
+
+
+class ConvertOptions(Section):
+    out: Text
+    """Folder of the new adapter (PEFT: HIRA)."""
+    model: Text | None = None
+    """The base model. Default: the one that the adapter names."""
+    rank: int = Field(8, ge=1)
+    """Of the fLoRA."""
+
+
+def convert_adapter(words: Sequence[str]) -> None:
+    """words: a PEFT LORA, folder or hub name, and ConvertOptions. Raises UserError before anything is written."""
+    sources, raw = from_flags(words)
+    options = read_options(ConvertOptions, parse_words(raw))
+    if len(sources) != 1:
+        raise fail("adapter", sources, "give one folder or hub name of a PEFT adapter")
+    source, out = sources[0], Path(options.out)
+    if out.exists():
+        raise fail("out", str(out), "exists already: choose another, or delete it")
+    config, tensors = read_peft(source, "adapter")
+    if kind_of(config) != "LORA":
+        fix = f"is of kind {kind_of(config)}: LORA is converted; HIRA and IA3 go on as they are, with adapters.NAME.start_from"
+        raise fail("adapter", source, fix)
+    check_plain(config, source, "adapter")
+    base = options.model or config["base_model_name_or_path"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
+    modules = [name.removeprefix(PREFIX).removesuffix(MARK) for name in tensors if name.endswith(MARK)]
+    spec = make_spec("", "flora", AdapterConfig(method="flora", rank=options.rank, lr=1.0, target_modules=modules), 1)
+    bank = AdapterBank.attach(model, [replace(spec, name=out.name)])
+    numbers, error = fit_lora(bank, out.name, tensors, scale_of(config))
+    for module, params in bank.parameters_of(out.name).items():
+        for param, view in params.items():
+            view.copy_(numbers[f"{module}.{param}"])
+    export_peft(bank, out.name, out, base)
+    found = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
+    write_card(
+        {}, bank.specs[0], out, origin=f"Fitted to the LoRA `{source}` of rank {config['r']} by weighted least squares: {found}."
+    )
+    print(f"{out}: fLoRA of rank {options.rank}, {found}")
+    print(f"next  train it on with adapters.flora={{method: flora, rank: {options.rank}, lr: 2.0e-2, start_from: {out}}}")
