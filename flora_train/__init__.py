@@ -1,3 +1,63 @@
-"""Train many task-specific adapters at once on one frozen base model, each as good as if trained alone."""
+"""Train many task-specific adapters at once on one frozen base model, each as good as if trained alone.
+
+What the command line does, in Python: `load_config`, `train`, `evaluate`, `export_adapters`. For training loops of your own: `AdapterBank`,
+`AdapterConfig`, `make_spec`, `BankOptimizer`, `TorchBankOptimizer`. docs/python.md has an example of each.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flora_train.adapters.bank import AdapterBank
+    from flora_train.adapters.spec import make_spec
+    from flora_train.config.errors import UserError
+    from flora_train.config.load import load_config
+    from flora_train.config.schema import AdapterConfig, TrainingConfig
+    from flora_train.exporting import export_adapters
+    from flora_train.run import evaluate_run as evaluate
+    from flora_train.run import train_run as train
+    from flora_train.training.optimizer import BankOptimizer
+    from flora_train.training.torch_optimizer import TorchBankOptimizer
 
 __version__ = "0.1.0"
+__all__ = [
+    "AdapterBank",
+    "AdapterConfig",
+    "BankOptimizer",
+    "TorchBankOptimizer",
+    "TrainingConfig",
+    "UserError",
+    "evaluate",
+    "export_adapters",
+    "load_config",
+    "make_spec",
+    "train",
+]
+
+HOMES = {
+    "AdapterBank": "flora_train.adapters.bank",
+    "AdapterConfig": "flora_train.config.schema",
+    "BankOptimizer": "flora_train.training.optimizer",
+    "TorchBankOptimizer": "flora_train.training.torch_optimizer",
+    "TrainingConfig": "flora_train.config.schema",
+    "UserError": "flora_train.config.errors",
+    "evaluate": "flora_train.run:evaluate_run",
+    "export_adapters": "flora_train.exporting",
+    "load_config": "flora_train.config.load",
+    "make_spec": "flora_train.adapters.spec",
+    "train": "flora_train.run:train_run",
+}
+"""Name -> module, and what it is called there: torch loads only when something is asked for that needs it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, original = HOMES[name].partition(":")
+    return getattr(import_module(module), original or name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

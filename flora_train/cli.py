@@ -130,9 +130,11 @@ def _recipes(words: Sequence[str]) -> None:
 
 
 def _evaluate(words: Sequence[str]) -> None:
-    from flora_train.run import evaluate_run
+    from flora_train.run import evaluate_run, show
+    from flora_train.training.run_folder import open_run
 
     evaluate_run(words[0])
+    show(open_run(words[0])[0])
 
 
 def _report(words: Sequence[str]) -> None:
@@ -142,9 +144,9 @@ def _report(words: Sequence[str]) -> None:
 
 
 def _export(words: Sequence[str]) -> None:
-    from flora_train.exporting import export_adapters
+    from flora_train.exporting import export_words
 
-    export_adapters(words)
+    export_words(words)
 
 
 def _convert(words: Sequence[str]) -> None:

@@ -58,26 +58,36 @@ class ExportOptions(Section):
         return value
 
 
-def export_adapters(words: Sequence[str]) -> None:
-    """words: a run, names of adapters (none: all), and ExportOptions. Raises UserError for bad input before anything is written."""
+def export_words(words: Sequence[str]) -> None:
+    """words: a run, names of adapters (none: all), and ExportOptions."""
     (run, *names), raw = from_flags(words)
-    options = read_options(ExportOptions, parse_words(raw))
+    for place in _export(run, names, read_options(ExportOptions, parse_words(raw))):
+        print(place)
+
+
+def export_adapters(run: str | Path, names: Sequence[str] = (), as_: str = "peft", **options: Any) -> list[Path]:
+    """Write adapters of a run (none named: all) for other programs; returns their folders. options: rank, max_error and out, see ExportOptions.
+
+    Raises UserError for bad input before anything is written.
+    """
+    return _export(str(run), names, read_options(ExportOptions, {"as": as_, **options}))
+
+
+def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path]:
     folder, _ = open_run(run)
     out = folder.path / FOLDERS[options.as_] if options.out is None else Path(options.out)
     if options.as_ == "merged":
-        merge(run, names, out)
-        return
-    session, _ = reopen(run, with_tasks=options.as_ == "lora-svd", dtype="float32" if options.as_ == "lora-svd" else None)
+        return merge(run, names, out)
+    stands_in = options.as_ == "lora-svd"
+    session, _ = reopen(run, with_tasks=stands_in, dtype="float32" if stands_in else None)
     names = checked(session.bank, names)
-    file = folder.evaluation / "report.json"
-    report = read_report(folder) if file.exists() else {}
-    if options.as_ == "lora-svd":
-        stand_ins = [_stand_in(session.bank, name, options) for name in names]
-        _write_stand_ins(session, stand_ins, report, out)
-        return
+    report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
+    if stands_in:
+        return _write_stand_ins(session, [_stand_in(session.bank, name, options) for name in names], report, out)
     for name in names:
         export_peft(session.bank, name, out / name, session.config.model.path)
-        print(write_card(report, session.bank.specs[session.bank.ids[name]], out / name))
+        write_card(report, session.bank.specs[session.bank.ids[name]], out / name)
+    return [out / name for name in names]
 
 
 def checked(bank: AdapterBank, names: Sequence[str]) -> list[str]:
@@ -87,7 +97,7 @@ def checked(bank: AdapterBank, names: Sequence[str]) -> list[str]:
     return list(names or bank.ids)
 
 
-def merge(run: str, names: Sequence[str], out: Path) -> None:
+def merge(run: str, names: Sequence[str], out: Path) -> list[Path]:
     """Plain models in float32: rounding W0 * M to half precision would lose its small modulations."""
     session, _ = reopen(run, dtype="float32")
     names = checked(session.bank, names)
@@ -99,7 +109,8 @@ def merge(run: str, names: Sequence[str], out: Path) -> None:
         published: Any = load_model_config(session.config.model)  # ours has its dropout switched off
         published.dtype = torch.float32
         session.model.config = published
-        print(save_merged(session.bank, name, session.tokenizer, out / name))
+        save_merged(session.bank, name, session.tokenizer, out / name)
+    return [out / name for name in names]
 
 
 def _stand_in(bank: AdapterBank, name: str, options: ExportOptions) -> StandIn:
@@ -108,7 +119,7 @@ def _stand_in(bank: AdapterBank, name: str, options: ExportOptions) -> StandIn:
         return lora_stand_in(bank, name, rank, options.max_error, watch.update)
 
 
-def _write_stand_ins(session: Session, stand_ins: Sequence[StandIn], report: Mapping[str, Any], out: Path) -> None:
+def _write_stand_ins(session: Session, stand_ins: Sequence[StandIn], report: Mapping[str, Any], out: Path) -> list[Path]:
     """PEFT folders, with what was lost in the terminal and on the cards."""
     names = [stand_in.spec.name for stand_in in stand_ins]
     others = [i for name, i in session.bank.ids.items() if name not in names]
@@ -133,7 +144,7 @@ def _write_stand_ins(session: Session, stand_ins: Sequence[StandIn], report: Map
     for stand_in in stand_ins:
         if stand_in.biases:
             print(f"note: {stand_in.spec.name} changes the biases of {stand_in.biases} layers, which a LoRA cannot")
-        print(out / stand_in.spec.name)
+    return [out / name for name in names]
 
 
 def _heldout(session: Session, bank: AdapterBank, absent: Sequence[int]) -> Mapping[str, Mapping[str, float]]:

@@ -243,12 +243,12 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
     return results
 
 
-def evaluate_run(run: str) -> None:
-    """Judge a run's kept adapters again and rewrite its report."""
+def evaluate_run(run: str) -> dict[str, Any]:
+    """Judge a run's kept adapters again and rewrite its report, whose content is returned."""
     session, kept = reopen(run, with_tasks=True)
     plan = on_main_process(lambda: plan_evaluation(session.config, need_sandbox=False))
     judge(session, kept, plan)
-    show(session.folder)
+    return on_main_process(lambda: read_report(session.folder))
 
 
 def redraw_report(run: str) -> None:

@@ -25,9 +25,10 @@ class Watch:
         self._last_line = -float("inf")
         self._bar: Progress | None = None
         self.silent = not is_main_process()
-        if not self.silent and sys.stderr.isatty():
+        console = Console(stderr=True)
+        if not self.silent and (sys.stderr.isatty() or console.is_jupyter):
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), console=Console(stderr=True)
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), console=console
             )
             self._task: Any = self._bar.add_task(stage, total=total, detail="")
             self._bar.start()
