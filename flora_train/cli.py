@@ -155,6 +155,12 @@ def _convert(words: Sequence[str]) -> None:
     convert_adapter(words)
 
 
+def _push(words: Sequence[str]) -> None:
+    from flora_train.push import push_run
+
+    push_run(words)
+
+
 EXAMPLE = "flora-train train recipe=quickstart training.steps=20 output_dir=outputs/short"
 COMMANDS = {
     "train": Command("recipe=NAME [key.sub=value ...]", "train, evaluate, report and export one run", EXAMPLE, _train, 0, None),
@@ -206,6 +212,14 @@ COMMANDS = {
         "make the fLoRA that is closest to a LoRA, and say how close",
         "flora-train convert outputs/quickstart/adapters/lua-lora --out outputs/lua-flora --rank 8",
         _convert,
+        1,
+        None,
+    ),
+    "push": Command(
+        "RUN [ADAPTER ...] --repo ORG/NAME [--repo-per-adapter] [--base ORG/MODEL] [--public] [--dry-run]",
+        "put adapters, their cards and the report on the Hugging Face hub",
+        "flora-train push outputs/quickstart --repo me/quickstart --base HuggingFaceTB/SmolLM2-135M --dry-run",
+        _push,
         1,
         None,
     ),

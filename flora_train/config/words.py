@@ -38,21 +38,23 @@ def parse_words(words: Sequence[str]) -> Layer:
     return layer
 
 
-def from_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def from_flags(words: Sequence[str], switches: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """What stands by itself, and `--max-error 0.1`, `--max-error=0.1` or `max_error=0.1` as `max_error=0.1`: for commands that others have
-    under the same name, with flags."""
+    under the same name, with flags. switches: keys that take no value, `--dry-run` is `dry_run=true`."""
     alone: list[str] = []
     options: list[str] = []
     rest = list(words)
     while rest:
-        word = rest.pop(0)
-        if word.startswith("--") and "=" not in word and rest and not rest[0].startswith("--"):
-            word += f"={rest.pop(0)}"
-        key, equals, value = word.partition("=")
-        if word.startswith("--"):
-            options.append(f"{key[2:].replace('-', '_')}={value if equals else 'true'}")
-        else:
-            (options if equals else alone).append(word)
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--"):
+            (options if equals else alone).append(f"{key}{equals}{value}")
+            continue
+        key = key[2:].replace("-", "_")
+        if key in switches:
+            value = value or "true"
+        elif not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        options.append(f"{key}={value}")
     return alone, options
 
 

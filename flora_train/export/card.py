@@ -23,11 +23,13 @@ def write_card(
     stand_in: StandIn | None = None,
     losses: Mapping[str, float] | None = None,
     origin: str = "",
+    source: str | None = None,
 ) -> Path:
     """README.md in the folder of an exported adapter.
 
     report: of its run (report.json), or nothing where there is none yet; stand_in: the LoRA that the folder holds instead; losses: held-out
-    nats a token of "base", "adapter" and "LoRA"; origin: a sentence on what it was made from. Returns the folder.
+    nats a token of "base", "adapter" and "LoRA"; origin: a sentence on what it was made from; source:
+    what PeftModel.from_pretrained is called with after the base (default: the folder's name). Returns the folder.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -65,7 +67,7 @@ def write_card(
         base=base,
         task=spec.task,
         others=max(0, len(report.get("adapters", ())) - 1),
-        folder=folder.name,
+        source=source or f'"{folder.name}"',
         auto_class="AutoModelForSpeechSeq2Seq" if spoken else "AutoModelForCausalLM",
         reader="AutoProcessor" if spoken else "AutoTokenizer",
         stand_in=stand_in,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flora_train.config.words import parse_words
+from flora_train.config.words import from_flags, parse_words
 from tests.unit.config.helpers import refusal
 
 
@@ -62,3 +62,11 @@ def test_value_that_yaml_cannot_read_is_named_with_the_fix() -> None:
 
 def test_all_wrong_words_come_at_once() -> None:
     assert len(refusal(lambda: parse_words(["+a=1", "~b", "c=[", "d", "e=1"]))) == 4
+
+
+def test_flags_become_words() -> None:
+    words = ["run", "--as", "merged", "a-b", "--max-error=0.1", "rank=8", "--dry-run", "c", "--out"]
+    assert from_flags(words, ["dry_run"]) == (
+        ["run", "a-b", "c"],
+        ["as=merged", "max_error=0.1", "rank=8", "dry_run=true", "out="],
+    )

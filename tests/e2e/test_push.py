@@ -1,0 +1,235 @@
+"""flora-train push against a hub on loopback: huggingface_hub's own client does the work, and the hub breaks in the middle of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from flora_train.cli import main
+from tests.e2e.conftest import ROOT, Launch
+from tests.hub_server import ME, OTHERS, TOKEN, Hub, Repo, serve
+
+ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for method in ("flora", "lora", "ia3"))
+Push = Callable[..., "Said"]
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("push") / "run"
+    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.steps=2", "evaluation.every=null")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as hub:
+        yield hub
+
+
+@dataclass
+class Said:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """The command, in this process: the client looks its constants up when it is called."""
+    from huggingface_hub import constants
+
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(tmp_path),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    capfd.readouterr()
+
+    def run(*words: str) -> Said:
+        status = main(["push", *words])
+        return Said(status, *capfd.readouterr())
+
+    return run
+
+
+def call(program: list[str], hub: Hub, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    away = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HOME")
+    ours = {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    environment = {**{k: v for k, v in os.environ.items() if k not in away}, **ours, **more}
+    return subprocess.run([sys.executable, *program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_one_private_repository_in_one_commit_that_plain_peft_loads(
+    run: Path, checkpoint: Path, hub: Hub, tmp_path: Path, push: Push
+) -> None:
+    done = push(str(run), "--repo", "me/tiny")
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["me/tiny"]
+    assert repo.private
+    assert len(repo.commits) == 1
+    expected = {f"{name}/{file}" for name in ADAPTERS for file in FILES} | {
+        "README.md",
+        "report.html",
+        "flora_train.json",
+        ".gitattributes",
+    }
+    assert repo.files.keys() == expected
+    for name in ADAPTERS:
+        assert (
+            repo.files[f"{name}/adapter_model.safetensors"]
+            == (run / "adapters" / name / "adapter_model.safetensors").read_bytes()
+        )
+        assert f'PeftModel.from_pretrained(base, "me/tiny", subfolder="{name}")' in repo.files[f"{name}/README.md"].decode()
+    program = f"""
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(checkpoint)!r}), "me/tiny", subfolder="digits-flora")
+print(model.peft_config["default"].peft_type.value)
+"""
+    loaded = call(["-c", program], hub, tmp_path)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.strip() == "HIRA"
+    again = push(str(run), "--repo", "me/tiny")
+    assert again.returncode == 0, again.stderr
+    assert len(repo.commits) == 1  # nothing to send
+
+
+def test_a_push_that_breaks_off_is_finished_by_another(run: Path, hub: Hub, push: Push) -> None:
+    hub.faults = [["PUT", "/lfs/", 403, 99]]
+    broken = push(str(run), "--repo", "me/tiny")
+    assert broken.returncode == 2
+    assert "adapter_model.safetensors' to the Hub.); what the hub has stays: push again" in broken.stderr
+    assert hub.repos["me/tiny"].commits == []
+    hub.faults = []
+    sent = len(hub.lfs)
+    done = push(str(run), "--repo", "me/tiny")
+    assert done.returncode == 0, done.stderr
+    assert len(hub.lfs) == len(ADAPTERS) >= sent
+    assert len(hub.repos["me/tiny"].commits) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ["POST", "/commit/", 503, 1],
+        ["POST", "/api/repos/create", 429, 2],
+        ["POST", "/commit/", "drop", 1],
+        ["PUT", "/lfs/", 503, 1],
+    ],
+    ids=["503", "429", "dropped", "LFS 503"],
+)
+def test_a_hub_that_is_busy_is_asked_again(run: Path, hub: Hub, push: Push, fault: list[object]) -> None:
+    hub.faults = [list(fault)]
+    done = push(str(run), "digits-flora", "--repo", "me/tiny")
+    assert done.returncode == 0, done.stderr
+    assert hub.faults[0][3] == 0
+    assert len(hub.repos["me/tiny"].commits) == 1
+    assert "digits-flora/adapter_model.safetensors" in hub.repos["me/tiny"].files
+
+
+def test_a_repository_for_each_and_a_collection(run: Path, hub: Hub, push: Push) -> None:
+    words = [str(run), "digits-flora", "letters-ia3", "--repo", "me/tiny", "--repo-per-adapter", "--public", "--base", "org/base"]
+    for _ in range(2):
+        done = push(*words)
+        assert done.returncode == 0, done.stderr
+    assert hub.repos.keys() == {"me/tiny-digits-flora", "me/tiny-letters-ia3"}
+    for name, repo in hub.repos.items():
+        assert not repo.private
+        assert len(repo.commits) == 1
+        assert json.loads(repo.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+        assert f'PeftModel.from_pretrained(base, "{name}")' in repo.files["README.md"].decode()
+        assert "base_model: org/base" in repo.files["README.md"].decode()
+    (collection,) = hub.collections.values()
+    assert [item["id"] for item in collection["items"]] == list(hub.repos)
+
+
+def test_a_dry_run_asks_nothing_and_says_everything(run: Path, hub: Hub, push: Push) -> None:
+    done = push(str(run), "--dry-run", "--repo", "me/tiny")
+    assert done.returncode == 0, done.stderr
+    assert hub.asked == []
+    assert done.stdout.startswith("me/tiny  private, ")
+    assert done.stdout.count("adapter_model.safetensors") == len(ADAPTERS)
+
+
+def test_adapters_of_another_run_and_what_is_not_ours_are_left_alone(run: Path, hub: Hub, push: Push) -> None:
+    assert push(str(run), "digits-flora", "--repo", "me/tiny").returncode == 0
+    repo = hub.repos["me/tiny"]
+    assert push(str(run), "digits-lora", "--repo", "me/tiny").returncode == 0
+    assert set(json.loads(repo.files["flora_train.json"])["adapters"]) == {"digits-flora", "digits-lora"}
+    repo.files["flora_train.json"] = b'{"adapters": {"digits-flora": "another"}}'
+    clash = push(str(run), "digits-flora", "--repo", "me/tiny")
+    assert clash.returncode == 2
+    assert "repo = 'me/tiny': has an adapter digits-flora of another run" in clash.stderr
+    hub.repos["me/novel"] = Repo(True, {"chapter.txt": b"Once"})
+    other = push(str(run), "--repo", "me/novel")
+    assert other.returncode == 2
+    assert "repo = 'me/novel': exists, and holds something else (chapter.txt)" in other.stderr
+    assert hub.repos["me/novel"].commits == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--repo", f"{OTHERS}/tiny"], f"repo = '{OTHERS}/tiny': may not be written by you ({ME})"),
+        (["digits-flra", "--repo", "me/tiny"], "adapter = 'digits-flra': there are "),
+        (["--repo", "tiny"], "repo = 'tiny': "),
+        ([], "repo: "),
+    ],
+)
+def test_bad_input_is_one_clear_error(run: Path, hub: Hub, push: Push, words: list[str], line: str) -> None:
+    done = push(str(run), *words)
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert not any(repo.commits for repo in hub.repos.values())
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ({"HF_TOKEN": "hf_wrong"}, "the hub does not know your token: hf auth login"),
+        ({"HF_TOKEN": ""}, "needs you to be logged in: hf auth login, or HF_TOKEN=..."),
+        ({"HF_HUB_OFFLINE": "1"}, "cannot be reached, HF_HUB_OFFLINE=1 forbids it"),
+    ],
+)
+def test_who_is_not_let_in_hears_how(run: Path, hub: Hub, tmp_path: Path, more: dict[str, str], line: str) -> None:
+    done = call(["-m", "flora_train", "push", str(run), "--repo", "me/tiny"], hub, tmp_path, **more)
+    assert done.returncode == 2, done.stderr
+    assert line in done.stderr
+    assert "use the folders as they are: plain peft loads them" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert hub.repos == {}
+
+
+def test_a_run_that_trains_still_is_refused(run: Path, hub: Hub, push: Push) -> None:
+    state = run / "run.json"
+    before = state.read_text()
+    state.write_text(json.dumps({**json.loads(before), "finished": False}))
+    try:
+        done = push(str(run), "--repo", "me/tiny")
+    finally:
+        state.write_text(before)
+    assert done.returncode == 2
+    assert "is not finished: it trains still, or goes on with resume=true" in done.stderr
