@@ -161,9 +161,23 @@ def _push(words: Sequence[str]) -> None:
     push_run(words)
 
 
+def _init(words: Sequence[str]) -> None:
+    from flora_train.init import init_recipe
+
+    init_recipe(words)
+
+
 EXAMPLE = "flora-train train recipe=quickstart training.steps=20 output_dir=outputs/short"
 COMMANDS = {
     "train": Command("recipe=NAME [key.sub=value ...]", "train, evaluate, report and export one run", EXAMPLE, _train, 0, None),
+    "init": Command(
+        "FILE_OR_FOLDER ... [--model MODEL] [--out RECIPE.yaml] [--language CODE]",
+        "write a commented recipe for your own files, and check it",
+        "flora-train init data/support.jsonl src --model assets/models/smollm2-135m --out mine.yaml",
+        _init,
+        1,
+        None,
+    ),
     "doctor": Command(
         "recipe=NAME [key.sub=value ...]",
         "say what would compute the adapters of a run, and why",
