@@ -92,6 +92,10 @@ def _train(words: Sequence[str]) -> None:
 
 
 def _doctor(words: Sequence[str]) -> None:
+    if not words:
+        from flora_train.checkup import check_machine
+
+        return check_machine()
     from flora_train.config.load import load_config
 
     config = load_config(words)
@@ -179,8 +183,8 @@ COMMANDS = {
         None,
     ),
     "doctor": Command(
-        "recipe=NAME [key.sub=value ...]",
-        "say what would compute the adapters of a run, and why",
+        "[recipe=NAME key.sub=value ...]",
+        "say what this machine is ready for; of a recipe what would compute its adapters, and why",
         "flora-train doctor recipe=quickstart adapters.flora.rank=16",
         _doctor,
         0,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flora_train.cli import main
+from flora_train.evaluation.code.programs.languages import load_languages
 
 HEADINGS = ("versions", "device", "base", "backend", "triton", "precision", "thresholds")
 
@@ -44,3 +45,21 @@ def test_what_cannot_run_here_is_refused_after_the_diagnosis(word: str, recipe: 
     assert "2 x flora" in said.out
     key, _, value = word.partition("=")
     assert said.err.startswith(f"error: {key} = '{value}': needs a")
+
+
+def test_without_a_recipe_it_says_what_the_machine_is_ready_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flora_train.checkup.find_spec", lambda name: None if name == "wandb" else object())
+    assert main(["doctor"]) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["wandb"] == "wandb: not installed: pip install 'flora-train[wandb]'"
+    assert lines["hub"].endswith(("ready", "login"))
+    assert "GB free here" in lines["disk"]
+    if lines["sandbox"] == "bubblewrap confines programs here":
+        ready = lines["languages"].partition(": ")[2].split(", ")
+        assert "py" in ready
+        for key, language in load_languages().items():
+            assert key in ready or language.how_to_install in lines[key]
+    else:
+        assert "apt-get install" in lines["sandbox"]
