@@ -3,10 +3,10 @@
     make speech-local
     python benchmarks/speech_joint.py --save        benchmarks/results/speech_joint_cpu.md
 
-Four languages x fLoRA (PEFT: HiRA, its residual form), LoRA and IA3 in Whisper base's decoder. One segment: a step of the joint run
-(every adapter learns from its task's clips of that step), and then one step of each PEFT run on the very same clips in batches of the same windows;
-segments take turns. PEFT encodes a clip in every run, the joint run once. Memory: largest resident size of a process that does one
-step, ours with all adapters, PEFT's with one.
+Four languages x fLoRA (PEFT: HiRA, its residual form), LoRA and IA3 on Whisper base, in encoder and decoder as in recipe speech_local, and in the
+decoder only. One segment: a step of the joint run (every adapter learns from its task's clips of that step), and then one step of each PEFT run on
+the very same clips in batches of the same windows; segments take turns. With adapters in the decoder only PEFT encodes a clip in every run, the
+joint run once. Memory: largest resident size of a process that does one step, ours with all adapters, PEFT's with one.
 """
 
 from __future__ import annotations
@@ -37,20 +37,23 @@ from flora_train.training.plan import StepPlan, plan_step
 from flora_train.training.run_folder import RunFolder
 from flora_train.training.trainer import Trainer
 
+PLACES = {"encoder and decoder": "null", "decoder only": "decoder"}
+"""Where the adapters are -> adapters.NAME.within."""
 RESULT = Path(__file__).resolve().parent / "results" / "speech_joint_cpu.md"
 
 
-def configuration() -> RunConfig:
+def configuration(place: str) -> RunConfig:
     """recipe speech_local on fewer clips, which are read sooner."""
     limits = [f"tasks.{task}.max_examples=200" for task in ("cs", "nl", "ro", "bg")]
-    return load_config(["recipe=speech_local", "model.dtype=float32", "training.log_every=1", *limits])
+    within = [f"adapters.{method}.within={PLACES[place]}" for method in ("flora", "lora", "ia3")]
+    return load_config(["recipe=speech_local", "model.dtype=float32", "training.log_every=1", *limits, *within])
 
 
 class Joint:
     """Our trainer, step by step."""
 
-    def __init__(self, folder: Path) -> None:
-        config = configuration()
+    def __init__(self, folder: Path, place: str) -> None:
+        config = configuration(place)
         self.session: Session = load_session(config, RunFolder(folder), torch.device("cpu"))
         session = self.session
         logger = SimpleNamespace(log=lambda *args, **options: None)
@@ -79,11 +82,11 @@ class Joint:
         )
 
 
-def times(repeats: int) -> dict[str, Any]:
+def times(repeats: int, place: str) -> dict[str, Any]:
     """Seconds of every segment, and where ours go."""
     torch.set_num_threads(available_cpus())
     with tempfile.TemporaryDirectory() as folder:
-        joint = Joint(Path(folder))
+        joint = Joint(Path(folder), place)
         specs = joint.session.bank.specs
         runs = [PeftRun(joint.session.config, spec) for spec in specs]
         found: dict[str, list[float]] = {"joint": [], "peft": []}
@@ -105,32 +108,32 @@ def times(repeats: int) -> dict[str, Any]:
         return {**found, "adapters": len(specs), "shares": joint.trainer.clock.shares()}
 
 
-def peaks() -> dict[str, float]:
+def peaks(place: str) -> dict[str, float]:
     """GiB of a process of its own that does one step: jointly, and of every method in PEFT."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        joint = Joint(Path(folder))
+        joint = Joint(Path(folder), place)
         plan = joint.plan(0)
         for who in ("joint", *dict.fromkeys(spec.family for spec in joint.session.bank.specs)):
             file = Path(folder) / f"{who}.pt"
             if who != "joint":
                 torch.save(joint.batches_of(plan, joint.session.bank.ids[f"cs-{who}"]), file)
             done = subprocess.run(
-                [sys.executable, __file__, "--peak", who, str(file)], capture_output=True, text=True, check=True
+                [sys.executable, __file__, "--peak", who, str(file), place], capture_output=True, text=True, check=True
             )
             found[who] = float(done.stdout.splitlines()[-1])
     return found
 
 
-def one_step(who: str, file: str) -> None:
+def one_step(who: str, file: str, place: str) -> None:
     """Do it, and print the largest resident size."""
     torch.set_num_threads(available_cpus())
     if who == "joint":
         with tempfile.TemporaryDirectory() as folder:
-            joint = Joint(Path(folder))
+            joint = Joint(Path(folder), place)
             joint.step(0, joint.plan(0))
     else:
-        config = configuration()
+        config = configuration(place)
         spec = next(spec for spec in expand(config) if spec.name == f"cs-{who}")
         PeftRun(config, spec).step(torch.load(file))
     # not getrusage: its figure begins with that of the process that started this one
@@ -140,37 +143,46 @@ def one_step(who: str, file: str) -> None:
 
 def report(repeats: int) -> str:
     """The result, as Markdown."""
-    found = times(repeats)
-    ratios = [theirs / ours for theirs, ours in zip(found["peft"], found["joint"], strict=True)]
-    memory = peaks()
     facts = environment()
     where = f"{facts['machine']['processor']}, {available_cpus()} threads, float32"
     versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
-    alone = max(size for who, size in memory.items() if who != "joint")
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in found["shares"].items() if share >= 0.005)
+    parts = [part for place in PLACES for part in section(repeats, place)]
     return "\n".join(
         [
             "# Speech: twelve adapters in one run, and in twelve PEFT runs one after the other",
             "",
-            f"{where}, {versions}, commit {facts['commit']}. `python benchmarks/speech_joint.py --save` prints this file.",
+            f"{where}, {versions}, commit {facts['commit']}. `python benchmarks/speech_joint.py --repeats {repeats} --save` prints this file.",
             "",
-            "| | joint | PEFT | PEFT / joint |",
-            "|---|---|---|---|",
-            f"| one step of {found['adapters']} adapters, median of {repeats} that took turns | {median(found['joint']):.1f} s "
-            f"| {median(found['peft']):.1f} s | **{median(ratios):.2f}** [{min(ratios):.2f}, {max(ratios):.2f}] |",
-            f"| memory of one process, GiB | {memory['joint']:.2f} | {alone:.2f} (one adapter) | {alone / memory['joint']:.2f} |",
-            "",
-            f"Where the joint run's time goes: {shares}.",
-            "",
+            *parts,
         ]
     )
+
+
+def section(repeats: int, place: str) -> list[str]:
+    """One place of the adapters."""
+    found, memory = times(repeats, place), peaks(place)
+    ratios = [theirs / ours for theirs, ours in zip(found["peft"], found["joint"], strict=True)]
+    alone = max(size for who, size in memory.items() if who != "joint")
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in found["shares"].items() if share >= 0.005)
+    return [
+        f"## Adapters in {place}",
+        "",
+        "| | joint | PEFT | PEFT / joint |",
+        "|---|---|---|---|",
+        f"| one step of {found['adapters']} adapters, median of {repeats} that took turns | {median(found['joint']):.1f} s "
+        f"| {median(found['peft']):.1f} s | **{median(ratios):.2f}** [{min(ratios):.2f}, {max(ratios):.2f}] |",
+        f"| memory of one process, GiB | {memory['joint']:.2f} | {alone:.2f} (one adapter) | {alone / memory['joint']:.2f} |",
+        "",
+        f"Where the joint run's time goes: {shares}.",
+        "",
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         one_step(*options.peak)

@@ -49,7 +49,7 @@ class PeftRun:
         for batch in batches:
             loss = self.loss(batch)
             (loss / tokens).backward()
-            total += float(loss)
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

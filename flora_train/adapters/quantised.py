@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 Saved = Tensor | tuple[torch.Size, tuple[int, ...]]
@@ -38,5 +37,7 @@ def dequantised(layer: nn.Module, dtype: torch.dtype, keep: bool = False) -> Ite
 
 
 def _read(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """Through PEFT, which knows every quantiser's own call."""
+    """Through PEFT, which knows every quantiser's own call (and takes seconds to load)."""
+    from peft.utils.integrations import dequantize_module_weight
+
     return dequantize_module_weight(layer).detach().to(dtype)

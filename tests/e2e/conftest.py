@@ -90,11 +90,13 @@ def launch_environment(cache: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """`launch("recipe=...", processes=2)`: accelerate launch train.py in a process of its own."""
+    """`launch("recipe=...", processes=2)`: train.py in a process of its own, or two."""
     environment = launch_environment(tmp_path_factory.mktemp("cache"))
 
-    def run(*words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-        command = launch_command(*words, processes=processes)
+    def run(*words: str, processes: int = 1, accelerate: bool = False) -> subprocess.CompletedProcess[str]:
+        """Through accelerate's launcher if there is more than one process, or if that is asked for: it takes seconds to load."""
+        through = accelerate or processes > 1
+        command = launch_command(*words, processes=processes) if through else [sys.executable, str(ROOT / "train.py"), *words]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
     return run
