@@ -95,7 +95,8 @@ def train_run(config: RunConfig) -> Path:
         raise
     seconds |= {"train": trainer.at.seconds, "evaluate during training": trainer.at.evaluation_seconds}
     if is_main_process():
-        folder.update_run_json(training=training_facts(session, seconds) | {"time_shares": trainer.clock.shares()})
+        more = {"time_shares": trainer.clock.shares(), "joined": trainer.joined}
+        folder.update_run_json(training=training_facts(session, seconds) | more)
     judge(session, trainer.selection.kept, plan)
     if is_main_process():
         folder.update_run_json(finished=True, ended={"joined": trainer.joined, "identity": trainer.identity()})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from math import inf
 
 import numpy as np
@@ -90,11 +90,19 @@ class TaskMixture:
         return {s.name: float(w) for s, w in zip(self.streams, weights / weights.sum(), strict=True)}
 
     def token_shares(self) -> dict[str, float]:
-        """The share of all tokens that every task may expect: by weight under `fair`, else by draws x mean length."""
+        """The share of all tokens that every task may expect: by weight under `fair`, else by draws x mean length, among those that are drawn
+        at the same time."""
         expected = self._weights()
         if self.config.strategy != "fair":
             expected = expected * np.array([stream.lengths.mean() for stream in self.streams])
-        return {s.name: float(w) for s, w in zip(self.streams, expected / expected.sum(), strict=True)}
+        last = max((stream.ends for stream in self.streams if stream.ends < inf), default=0)
+        last = max(last, 1 + max(stream.begins for stream in self.streams))
+        shares = np.zeros(len(self.streams))
+        for start, end in pairwise(sorted({t for s in self.streams for t in (s.begins, min(s.ends, last))})):
+            live = np.array([stream.begins <= start < stream.ends for stream in self.streams])
+            now = np.where(live, expected, 0.0)
+            shares += (end - start) * now / max(now.sum(), 1e-300)
+        return {s.name: float(w) for s, w in zip(self.streams, shares / shares.sum(), strict=True)}
 
     def tokens_of(self, draw: Draw) -> int:
         """Tokens of a draw over all its adapters."""

@@ -52,7 +52,7 @@ def build_results(
     code: a suite of programming problems each, see code/summary.py
     speech: error rates of spoken tasks, see speech/summary.py
     """
-    shares = make_mixture(tasks, bank.specs, config).token_shares()
+    shares = make_mixture(tasks, bank.specs, config, joined=facts.get("joined")).token_shares()
     steps = folder.read_metrics("step")
     last = steps[-1] if steps else {"task_tokens": {}, "adapters": {}}
     latest: dict[str, dict[str, Any]] = {}

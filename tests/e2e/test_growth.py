@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import Launch
 
 MORE = [{"prompt": "z", "completion": "yxwvutsr"[: 3 + i % 5]} for i in range(40)]
@@ -30,6 +32,10 @@ def test_a_task_joins_a_finished_run(recipe: Path, launch: Launch, tmp_path: Pat
     assert [result["task"] for result in kept["results"]] == ["letters", "digits"]
     for result in kept["results"]:
         assert now[result["task"]]["contenders"] == result["contenders"]
+    targets = {task["name"]: task["target_share"] for task in report["tasks"]}
+    assert targets == pytest.approx(
+        {"letters": 0.25, "digits": 0.25, "more": 0.5}, abs=0.02
+    )  # two had the first half, one the second
     new = {contender["family"]: contender["bits_per_byte"]["value"] for contender in now["more"]["contenders"]}
     assert new["lora"] < now["more"]["base"]["bits_per_byte"]["value"]
     assert launch(*words, f"tasks.more.train={rows}", processes=2).returncode == 0  # finished, and kept

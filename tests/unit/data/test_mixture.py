@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,14 @@ def test_expected_token_shares_are_those_that_are_drawn(strategy: str, options: 
             tokens[draw.task] += int(lengths[draw.task][list(draw.examples)].sum())
     for task, share in mix.token_shares().items():
         assert tokens[task] / tokens.total() == pytest.approx(share, abs=0.02)
+
+
+def test_who_joins_later_may_expect_less() -> None:
+    early, late = stream("early", [10] * 200), replace(stream("late", [10] * 200, 3.0), begins=10, ends=30)
+    mix = mixture([replace(early, ends=20), late])
+    tokens = Counter(draw.task for number in range(30) for draw in mix.step(number))
+    assert mix.token_shares() == pytest.approx({"early": (10 + 10 / 4) / 30, "late": (10 * 3 / 4 + 10) / 30})
+    assert tokens["early"] / tokens.total() == pytest.approx((10 + 10 / 4) / 30, abs=0.03)
 
 
 def skewed() -> list[Stream]:
