@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e.conftest import ROOT, Launch, launch_command, launch_environment
 from tests.e2e.test_run import adapter_bytes
@@ -90,6 +91,7 @@ case "$1" in show) echo 127.0.0.1; echo 127.0.0.1 ;; requeue) echo "$2" >> "$REQ
 """
 
 
+@pytest.mark.slow
 def test_two_nodes_of_a_cluster_train_what_two_processes_train(recipe: Path, launch: Launch, tmp_path: Path) -> None:
     """launch/slurm.sh with stand-ins of srun and scontrol; the launchers, their meeting and the exchange are real."""
     tools = tmp_path / "tools"

@@ -11,7 +11,9 @@ import pytest
 from tests.e2e.conftest import ROOT
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
+@pytest.mark.parametrize(
+    "checkpointing", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("off", "reentrant")), "non_reentrant"]
+)
 def test_a_sharded_base_gives_the_numbers_of_the_plain_one(checkpointing: str) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
