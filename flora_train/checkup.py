@@ -16,7 +16,7 @@ from flora_train.evaluation.code.programs.execute import preflight
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
 from flora_train.kernels.backend import why_not_triton
-from flora_train.training.environment import available_cpus, environment
+from flora_train.training.environment import available_cpus, environment, versions_line
 
 EXTRAS = {
     "hub": ("data sets of the hub", ["datasets"]),
@@ -38,10 +38,7 @@ def check_machine() -> None:
 
 def _findings() -> Iterator[tuple[str, str]]:
     facts = environment()
-    yield (
-        "versions",
-        f"Python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
-    )
+    yield "versions", versions_line(facts)
     machine = facts["machine"]
     yield "machine", f"{machine['processor']}, {available_cpus()} CPUs, {free_memory() / 1e9:.1f} GB of memory free"
     yield "GPU", _gpu()

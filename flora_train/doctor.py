@@ -18,7 +18,7 @@ from flora_train.config.errors import UserError
 from flora_train.config.schema import RunConfig
 from flora_train.kernels.backend import runs_in_triton, splits, use_backend, use_precision, why_not_triton
 from flora_train.kernels.cost_model import Work, calibrated_on, decide, thresholds_for
-from flora_train.training.environment import environment
+from flora_train.training.environment import environment, versions_line
 
 WHAT_RUNS = {
     "rank_expanded": "tokens through W0 once a term (rank expansion, torch)",
@@ -75,10 +75,7 @@ def doctor(config: RunConfig) -> None:
 
 def _facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
     facts = environment()
-    yield (
-        "versions",
-        f"Python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
-    )
+    yield "versions", versions_line(facts)
     machine = facts["machine"]
     yield "device", f"{device}: {machine['gpu'] or machine['processor']}, {machine['cpus']} CPUs"
     yield (

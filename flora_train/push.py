@@ -89,7 +89,7 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    api, repo = HfApi(library_name="flora_train"), options.repo
+    api, repo, me = HfApi(library_name="flora_train"), options.repo, ""
     try:
         me = insist(api.whoami)["name"]
         with Watch("push", len(repositories)) as watch:
@@ -106,15 +106,12 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
         raise fail("repo", repo, f"cannot be reached, HF_HUB_OFFLINE=1 forbids it: unset it, {LOCALLY}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        reason = {
-            401: "the hub does not know your token: hf auth login",
-            403: f"may not be written by you ({me if status == 403 else ''})",
-        }
-        raise fail(
-            "repo",
-            repo,
-            reason.get(status, f"the hub answered {status}: {first_line(error)}; what it has stays, push again") + f", {LOCALLY}",
-        ) from error
+        reason = f"the hub answered {status}: {first_line(error)}; what it has stays, push again"
+        if status == 401:
+            reason = "the hub does not know your token: hf auth login"
+        if status == 403:
+            reason = f"may not be written by you ({me})"
+        raise fail("repo", repo, f"{reason}, {LOCALLY}") from error
     except OSError as error:
         raise fail("repo", repo, f"broke off ({first_line(error)}); what the hub has stays: push again, {LOCALLY}") from error
 

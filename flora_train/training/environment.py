@@ -49,6 +49,11 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def versions_line(facts: dict[str, Any]) -> str:
+    """Python and packages of `environment()`, as a person reads them."""
+    return f"Python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+
+
 def now() -> str:
     """ISO 8601, with the offset to UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
