@@ -16,7 +16,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.e2e.forked import ROOT, python
+
 WORDS = ["<pad>", "<end>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 =+().:\n"]
 
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -94,9 +95,10 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     environment = launch_environment(tmp_path_factory.mktemp("cache"))
 
     def run(*words: str, processes: int = 1, accelerate: bool = False) -> subprocess.CompletedProcess[str]:
-        """Through accelerate's launcher if there is more than one process, or if that is asked for: it takes seconds to load."""
-        through = accelerate or processes > 1
-        command = launch_command(*words, processes=processes) if through else [sys.executable, str(ROOT / "train.py"), *words]
+        """accelerate: through its launcher, from nothing, which takes many seconds."""
+        if not accelerate:
+            return python("train.py", *words, environment=environment, processes=processes)
+        command = launch_command(*words, processes=processes)
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
     return run

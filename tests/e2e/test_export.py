@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flora_train.cli import main
-from tests.e2e.conftest import ROOT, Launch
+from tests.e2e.conftest import Launch
+from tests.e2e.forked import python
 
 IDS = torch.arange(3, 19)[None]
 
@@ -29,7 +29,7 @@ def run(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "flora_train", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return python("-m", "flora_train", *words)
 
 
 def export(*words: str) -> subprocess.CompletedProcess[str]:
@@ -99,10 +99,30 @@ def test_the_card_has_results_and_a_snippet_that_loads_the_adapter(run: Path, na
     snippet = re.search(r"```python\n(.*?)```", card, re.S)
     assert snippet is not None
     checks = "assert model.peft_config['default'].peft_type.value in ('LORA', 'IA3', 'HIRA') and tokenizer('a')['input_ids']"
-    loaded = subprocess.run(
-        [sys.executable, "-c", snippet[1] + checks], cwd=run / "adapters", capture_output=True, text=True, timeout=120
-    )
+    loaded = python("-c", snippet[1] + checks, folder=run / "adapters")
     assert loaded.returncode == 0, loaded.stderr
+
+
+def test_flora_under_a_type_of_its_own_keeps_its_rank(run: Path, checkpoint: Path) -> None:
+    done = export(str(run), "--as", "flora")
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (run / "flora").iterdir())
+    assert names == ["digits-flora", "letters-flora"]
+    config = json.loads((run / "flora" / names[0] / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("FLORA", 2)
+    snippet = re.search(r"```python\n(.*?)```", (run / "flora" / names[0] / "README.md").read_text(), re.S)
+    assert snippet is not None
+    show = (
+        f"import torch\nids = torch.tensor({IDS.tolist()})\nwith torch.no_grad():\n    torch.save(model(ids).logits, 'logits')\n"
+    )
+    loaded = python("-c", snippet[1] + show, folder=run / "flora")
+    assert loaded.returncode == 0, loaded.stderr
+    torch.testing.assert_close(
+        torch.load(run / "flora" / "logits"), logits_of(checkpoint, run / "adapters" / names[0]), rtol=1e-4, atol=1e-5
+    )
+    refused = export(str(run), "digits-lora", "--as", "flora")
+    assert refused.returncode == 2
+    assert "adapter = 'digits-lora': is lora: --as flora writes fLoRA only; --as peft writes all methods" in refused.stderr
 
 
 def test_a_lora_becomes_a_flora_that_a_run_goes_on_from(

@@ -179,10 +179,19 @@ def test_adapters_of_another_run_and_what_is_not_ours_are_left_alone(run: Path, 
     repo = hub.repos["me/tiny"]
     assert push(str(run), "digits-lora", "--repo", "me/tiny").returncode == 0
     assert set(json.loads(repo.files["flora_train.json"])["adapters"]) == {"digits-flora", "digits-lora"}
-    repo.files["flora_train.json"] = b'{"adapters": {"digits-flora": "another"}}'
+    table = repo.files["README.md"].decode()
+    assert "2 adapters for" in table
+    assert all(f"| [{name}]({name}) | digits |" in table for name in ("digits-flora", "digits-lora"))
+    told = json.loads(repo.files["flora_train.json"])["adapters"]
+    repo.files["flora_train.json"] = json.dumps(
+        {"adapters": {"digits-flora": told["digits-flora"] | {"run": "another"}}}
+    ).encode()
     clash = push(str(run), "digits-flora", "--repo", "me/tiny")
     assert clash.returncode == 2
     assert "repo = 'me/tiny': has an adapter digits-flora of another run" in clash.stderr
+    elsewhere = push(str(run), "digits-ia3", "--repo", "me/tiny", "--base", "org/base")
+    assert elsewhere.returncode == 2
+    assert "repo = 'me/tiny': holds adapters for another base, " in elsewhere.stderr
     hub.repos["me/novel"] = Repo(True, {"chapter.txt": b"Once"})
     other = push(str(run), "--repo", "me/novel")
     assert other.returncode == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,22 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ROOT
+from tests.e2e.conftest import launch_environment
+from tests.e2e.forked import ROOT, python
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.S)
 
 
 def run(program: str, folder: Path) -> str:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "XDG_CACHE_HOME": str(folder),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = python("-c", program, environment=launch_environment(folder), folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,6 +52,13 @@ assert all(not torch.equal(bank.row(i), before[i]) for i in range(len(specs)))
 print("moved", own.rows.steps)
 """
     assert "moved [5, 5, 5, 5]" in run(own_loop + checks + BLOCKS[2] + after, tmp_path)
+
+
+def test_flora_in_plain_peft(checkpoint: Path, tmp_path: Path) -> None:
+    block = BLOCKS[3].replace("assets/models/smollm2-135m", str(checkpoint))
+    said = run(block + "print(model.peft_config['default'].peft_type.value, len(model.active_adapters))", tmp_path)
+    assert "trainable params: 896 ||" in said
+    assert said.splitlines()[-1] == "FLORA 1"
 
 
 def test_torch_is_not_loaded_before_something_needs_it() -> None:

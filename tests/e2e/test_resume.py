@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from flora_train.training.signals import SAVED
-from tests.e2e.conftest import ROOT, Launch, launch_command, launch_environment
+from tests.e2e.conftest import Launch, launch_command, launch_environment
+from tests.e2e.forked import ROOT, Forked
 from tests.e2e.test_run import adapter_bytes
 
 WORDS = ("training.steps=120", "training.checkpoint_every=10", "evaluation.every=40")
@@ -23,25 +24,29 @@ WORDS = ("training.steps=120", "training.checkpoint_every=10", "evaluation.every
 Kill = Callable[..., str]
 
 
+def wait_for_a_checkpoint(folder: Path, step: int, poll: Callable[[], int | None]) -> None:
+    """Until there is a new one of `step` or later; not longer than the process runs."""
+    patience, before = time.monotonic() + 120, set(folder.glob("checkpoints/step-*"))
+    while not any(int(path.stem[5:]) >= step for path in set(folder.glob("checkpoints/step-*")) - before):
+        assert poll() is None
+        assert time.monotonic() < patience
+        time.sleep(0.005)
+
+
 @pytest.fixture
 def kill_after() -> Kill:
     """Start a run and kill it, with all its processes, as soon as it has written a checkpoint of `step` or later; returns what it said."""
 
     def kill(step: int, folder: Path, *words: str, processes: int = 1, number: int = signal.SIGKILL) -> str:
-        with subprocess.Popen(
-            launch_command(*words, processes=processes),
-            cwd=ROOT,
-            env=launch_environment(folder.parent / "cache"),
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        ) as process:
-            patience = time.monotonic() + 120
-            before = set(folder.glob("checkpoints/step-*"))
-            while not any(int(path.stem[5:]) >= step for path in set(folder.glob("checkpoints/step-*")) - before):
-                assert process.poll() is None, process.stderr.read() if process.stderr else ""
-                assert time.monotonic() < patience
-                time.sleep(0.005)
+        environment = launch_environment(folder.parent / "cache")
+        if processes == 1:
+            alone = Forked(["train.py", *words], environment)
+            wait_for_a_checkpoint(folder, step, alone.poll)
+            os.kill(alone.pid, number)
+            return alone.wait(60).stderr
+        command, pipes = launch_command(*words, processes=processes), {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
+            wait_for_a_checkpoint(folder, step, process.poll)
             launcher = psutil.Process(process.pid)
             for one in (launcher, *launcher.children(recursive=True)):  # a launcher's workers are in sessions of their own
                 with suppress(psutil.NoSuchProcess):
@@ -51,7 +56,7 @@ def kill_after() -> Kill:
     return kill
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
     launch: Launch, kill_after: Kill, recipe: Path, tmp_path: Path, processes: int
 ) -> None:
@@ -86,28 +91,10 @@ def test_unfinished_run_of_another_configuration_is_refused_before_the_model_loa
 
 
 def test_a_run_that_is_told_to_end_says_so_by_its_exit_status(recipe: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with subprocess.Popen(
-        [
-            sys.executable,
-            "train.py",
-            f"recipe={recipe}",
-            "training.steps=100000",
-            "training.checkpoint_every=5",
-            f"output_dir={folder}",
-        ],
-        cwd=ROOT,
-        env=launch_environment(tmp_path / "cache"),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        patience = time.monotonic() + 120
-        while not list(folder.glob("checkpoints/step-*")):
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            assert time.monotonic() < patience
-            time.sleep(0.01)
-        process.terminate()
-        said = process.communicate(timeout=60)[1]
-    assert process.returncode == SAVED == 75
-    assert "Traceback" not in said
+    words = (f"recipe={recipe}", "training.steps=100000", "training.checkpoint_every=5", f"output_dir={tmp_path / 'run'}")
+    run = Forked(["train.py", *words], launch_environment(tmp_path / "cache"))
+    wait_for_a_checkpoint(tmp_path / "run", 5, run.poll)
+    os.kill(run.pid, signal.SIGTERM)
+    done = run.wait(60)
+    assert done.returncode == SAVED == 75
+    assert "Traceback" not in done.stderr

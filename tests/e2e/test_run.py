@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from flora_train.config.load import load_config
 from flora_train.data.batch import share_of_rank
 from flora_train.data.task import load_tasks
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
-from tests.e2e.conftest import ROOT, Launch
+from tests.e2e.conftest import Launch
+from tests.e2e.forked import python
 
 ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for method in ("flora", "lora", "ia3"))
 
@@ -85,7 +84,7 @@ def test_resolved_configuration_runs_again_to_the_same_bytes(finished: Path, lau
 
 
 def test_two_processes_equal_one_to_1e_6(finished: Path, launch: Launch, recipe: Path, tmp_path: Path) -> None:
-    done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'two'}", "num_processes=2", processes=2)
+    done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'two'}", "num_processes=2", processes=2, accelerate=True)
     assert done.returncode == 0, done.stderr
     assert read_report(tmp_path / "two")["facts"]["processes"] == 2
     assert largest_difference(finished, tmp_path / "two") <= 1e-6
@@ -153,14 +152,10 @@ def test_finished_run_is_kept_on_resume_and_refused_otherwise(finished: Path, la
     assert (finished / "run.json").read_text() == before
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "flora_train", *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
 def test_evaluate_export_and_report_commands_reproduce_the_run(finished: Path) -> None:
     before, report = adapter_bytes(finished), read_report(finished)
     for words in (("evaluate", str(finished)), ("export", str(finished), "letters-flora"), ("report", str(finished))):
-        done = command(*words)
+        done = python("-m", "flora_train", *words)
         assert done.returncode == 0, done.stderr
     assert adapter_bytes(finished) == before
     assert read_report(finished)["results"] == report["results"]

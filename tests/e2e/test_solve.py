@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.conftest import ROOT, Launch, launch_environment
+from tests.e2e.conftest import Launch, launch_environment
+from tests.e2e.forked import Forked, python
 
 if subprocess.run(["sh", "-c", "command -v bwrap"], capture_output=True).returncode:
     pytest.skip("programs are executed in bubblewrap: eval/install_toolchains.sh sh", allow_module_level=True)
@@ -59,16 +57,9 @@ def mine(run: Path, tmp_path: Path) -> Path:
     return copytree(run, tmp_path / "run")
 
 
-def command(run: Path, *words: str, processes: int = 1) -> list[str]:
-    config = ROOT / "launch" / ("single.yaml" if processes == 1 else "cpu_2proc.yaml")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return [*launcher, str(ROOT / "eval" / "run.py"), f"run={run}", *words]
-
-
 def solve(run: Path, *words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     environment = launch_environment(run.parent / "cache")
-    words_ = command(run, *words, processes=processes)
-    return subprocess.run(words_, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return python("eval/run.py", f"run={run}", *words, environment=environment, processes=processes)
 
 
 def completions(folder: Path) -> dict[tuple[Any, ...], str]:
@@ -127,15 +118,13 @@ def test_killed_generation_goes_on_and_ends_with_what_an_uninterrupted_one_write
     assert whole.returncode == 0, whole.stderr
     parts, environment = tmp_path / "parts", launch_environment(tmp_path / "cache")
     for least in (20, 120):
-        process = subprocess.Popen(
-            command(run, *words, f"out={parts}"), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        process = Forked(["eval/run.py", f"run={run}", *words, f"out={parts}"], environment)
         patience = time.monotonic() + 120
         while sum(file.read_bytes().count(b"\n") for file in parts.glob("trivial/completions-*.jsonl")) < least:
             assert process.poll() is None
             assert time.monotonic() < patience
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
         with (parts / "trivial" / "completions-0.jsonl").open("a") as file:
             file.write('{"adapter": "cut sho')  # as a kill in the middle of a line leaves it
@@ -172,8 +161,7 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
         assert found["theirs", "sh", name, 0] == found["letters-flora", "sh", name, 0]
     folder = tmp_path / "layout" / "humaneval-sh-theirs-0.0-reworded"
     assert sorted(path.name for path in folder.iterdir()) == ["solved.json.gz", "unsolved.json.gz"]
-    judged = [sys.executable, "-m", "flora_train", "execute", str(folder)]
-    again = subprocess.run(judged, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    again = python("-m", "flora_train", "execute", str(folder))
     assert "0.500" in again.stdout, again.stderr
 
 
@@ -192,9 +180,7 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
     ],
 )
 def test_bad_input_is_one_clear_error(run: Path, words: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flora_train", "solve", str(run), *words], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = python("-m", "flora_train", "solve", str(run), *words)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
