@@ -2,10 +2,11 @@
 
     python benchmarks/soak.py --hours 2 --save        benchmarks/results/soak_cpu.md; needs root (its disk is a tmpfs that can be filled)
 
-Every half to two minutes something happens, drawn at random: SIGTERM, SIGINT, kill -9, a disk without room, or another process that takes the
-machine's free memory but for a gigabyte and keeps it for 20 s. Whatever ends the run, it is started again with resume=true. After that time it may end in
-peace. Then its adapters are compared byte by byte with those of a run that nobody disturbed (--reference FOLDER: one that is finished already).
-Resident memory is sampled every 2 s; its growth is that from the first to the last third of the longest sitting.
+Every 20 to 90 seconds something happens, drawn at random: SIGTERM, SIGINT, kill -9, a disk without room, or another process that takes the
+machine's free memory but for a gigabyte and keeps it for 20 s. Whatever ends the run, it is started again with resume=true; if it comes to its end, it
+is compared and begun anew; once the time is over, it may end in peace. Compared are its adapters, byte by byte, with those of a run that nobody
+disturbed, trained first, or, with --reference FOLDER, by then. Resident memory is sampled every 2 s; its growth is that from the first to
+the last third of the longest sitting.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,23 +42,28 @@ KEPT_FREE = 10**9
 """Bytes that who takes the memory leaves."""
 HELD = 20.0
 """Seconds that disk or memory stay short."""
+SAVING = ("training.checkpoint_every=3", "training.keep_checkpoints=1")
+"""A checkpoint of a thousand adapters has 2 GB, and the disk is small."""
 
 
 @dataclass
 class Seen:
-    """events: how often each; ended: exit status -> how often; lost: steps done and lost at a start; damaged: checkpoints that could not
-    be read; memory: sitting -> resident bytes over time."""
+    """hours: how long it was disturbed; events: how often each; ended: exit status -> how often; lost: steps done and lost at a start;
+    damaged: checkpoints that could not be read; memory: sitting -> resident bytes over time; finished: the adapters' digests
+    of each run that came to its end."""
 
+    hours: float = 0.0
     events: Counter[str] = field(default_factory=Counter)
     ended: Counter[int] = field(default_factory=Counter)
     lost: list[int] = field(default_factory=list)
     damaged: int = 0
     memory: list[list[int]] = field(default_factory=list)
+    finished: list[dict[str, str]] = field(default_factory=list)
 
 
 def soak(command: list[str], run: Path, disk: Path, seconds: float, chance: random.Random) -> Seen:
     """Start, disturb for so long, start again, and let it end."""
-    seen, deadline = Seen(), time.monotonic() + seconds
+    seen, deadline = Seen(hours=seconds / 3600), time.monotonic() + seconds
     while True:
         before, log = steps_done(run), disk.parent / "said.txt"
         with log.open("w", encoding="utf-8") as said:
@@ -64,7 +71,7 @@ def soak(command: list[str], run: Path, disk: Path, seconds: float, chance: rand
         memory: list[int] = []
         seen.memory.append(memory)
         while process.poll() is None:
-            moment = time.monotonic() + chance.uniform(30.0, 120.0)
+            moment = time.monotonic() + chance.uniform(20.0, 90.0)
             watch(process, memory, until=moment)
             if process.poll() is None and moment < deadline:
                 event = chance.choice(EVENTS)
@@ -77,8 +84,11 @@ def soak(command: list[str], run: Path, disk: Path, seconds: float, chance: rand
         if found := re.search(r"going on after step (\d+)", words):
             seen.lost.append(max(0, before - int(found[1])))
         if process.returncode == 0:
-            return seen
-        if process.returncode not in (-signal.SIGKILL, 2, 75, 137):
+            seen.finished.append(digests(run))
+            if time.monotonic() > deadline:
+                return seen
+            shutil.rmtree(run)
+        elif process.returncode not in (-signal.SIGKILL, 2, 75, 137):
             print(words[-2000:], file=sys.stderr, flush=True)
 
 
@@ -133,24 +143,25 @@ def growth(memory: list[int]) -> float:
     return median(settled[-third:]) / median(settled[:third]) - 1 if third else 0.0
 
 
-def report(recipe: list[str], hours: float, seen: Seen, same: bool, adapters: int, steps: int) -> str:
+def report(recipe: list[str], seen: Seen, expected: dict[str, str], steps: int) -> str:
     """Markdown."""
     facts = environment()
+    same, runs = seen.finished.count(expected), len(seen.finished)
     sittings = [memory for memory in seen.memory if len(memory) > 30]
     longest = max(sittings, key=len)
     peaks = [max(memory) / 1e6 for memory in sittings]
     return "\n".join(
         [
-            f"# {hours:g} hours of disturbance: {adapters} adapters in one run",
+            f"# {seen.hours:g} hours of disturbance: {len(expected)} adapters in one run",
             "",
             f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch {facts['packages']['torch']}; "
-            f"`{' '.join(recipe)}`, {steps} steps. `python benchmarks/soak.py --hours {hours:g} --save` prints this file.",
+            f"`{' '.join(recipe)}`, {steps} steps. `python benchmarks/soak.py --hours {seen.hours:g} --save` prints this file.",
             "",
             "| | |",
             "|---|---|",
             f"| what happened | {', '.join(f'{count} x {event}' for event, count in sorted(seen.events.items()))} |",
             f"| how sittings ended | {', '.join(f'{count} x status {status}' for status, count in sorted(seen.ended.items()))} |",
-            f"| adapters with the bytes of the run that nobody disturbed | {'all' if same else 'NOT all'} of {adapters} |",
+            f"| runs that came to their end, all {len(expected)} adapters with the bytes of the run that nobody disturbed | {same} of {runs} |",
             f"| checkpoints that could not be read | {seen.damaged} |",
             f"| steps done and lost at a start | at most {max(seen.lost, default=0)}, median {median(seen.lost or [0]):g} |",
             f"| resident memory, the most of each of {len(sittings)} sittings longer than a minute | {min(peaks):.0f} to {max(peaks):.0f} MB |",
@@ -163,8 +174,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--disk", default="4g", help="size of the disk that is filled")
-    parser.add_argument("--reference", type=Path, help="a finished run of the same recipe, instead of training it first")
+    parser.add_argument("--disk", default="6g", help="size of the disk that is filled")
+    parser.add_argument("--reference", type=Path, help="a run of the same recipe that is finished by then, instead of training it first")
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
     parser.add_argument("recipe", nargs="*", default=["recipe=thousand"], help="recipe and settings")
     options = parser.parse_args()
@@ -173,15 +184,14 @@ def main() -> None:
         whole, parts = options.reference or Path(folder) / "whole", disk / "run"
         if options.reference is None:
             subprocess.run([*launcher, *options.recipe, f"output_dir={whole}"], cwd=ROOT, env=surroundings(), check=True)
-        command = [*launcher, *options.recipe, f"output_dir={parts}", "resume=true"]
+        command = [*launcher, *options.recipe, *SAVING, f"output_dir={parts}", "resume=true"]
         seen = soak(command, parts, disk, 3600 * options.hours, random.Random(options.seed))
         expected = digests(whole)
-        same = expected == digests(parts)
-        text = report(options.recipe, options.hours, seen, same, len(expected), steps_done(parts))
+        text = report(options.recipe, seen, expected, steps_done(parts))
     print(text)
     if options.save:
         RESULT.write_text(text + "\n", encoding="utf-8")
-    sys.exit(0 if same and not seen.damaged else 1)
+    sys.exit(0 if seen.finished.count(expected) == len(seen.finished) and not seen.damaged else 1)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def configuration(steps: int) -> RunConfig:
     """recipe quickstart with a list for every learning rate."""
     lists = [f"adapters.{method}.{key}" for method, rates in RATES.items() for key in (f"lr={rates}", f"tasks=[{TASK}]")]
     sizes = [f"training.steps={steps}", "training.tokens_per_step=3072", "training.max_length=128"]
-    others = ["model.dtype=float32", "evaluation.problems=[]", "tasks.perl=null", "tasks.ruby=null"]
-    return load_config(["recipe=quickstart", *lists, *sizes, *others])
+    files = [f"tasks.{TASK}.{part}=assets/code/{TASK}.{part}.jsonl" for part in ("train", "validation")]
+    others = ["model.dtype=float32", "evaluation.problems=[]", "data_config=null", "task_defaults.over_long=truncate"]
+    return load_config(["recipe=quickstart", *lists, *sizes, *files, *others])
 
 
 class Sweep:
