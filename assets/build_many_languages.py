@@ -33,6 +33,7 @@ LANGUAGES = 342
 HEADER = f"""# {LANGUAGES} languages, one task each: the Universal Declaration of Human Rights, paragraph by paragraph; every sixth article is held out.
 # Written by `python assets/build_many_languages.py --tasks`; the text itself is built by the same script into assets/udhr_local.
 task_defaults:
+  license: other
   max_validation_examples: 2
 tasks:
 """

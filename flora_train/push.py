@@ -16,7 +16,7 @@ from flora_train.config.errors import UserError, choices, did_you_mean, fail, fi
 from flora_train.config.options import read_options
 from flora_train.config.section import Section, Text
 from flora_train.config.words import from_flags, parse_words
-from flora_train.export.repository import MANIFEST, Repository, stage
+from flora_train.export.repository import MANIFEST, Entries, Repository, stage
 from flora_train.run import read_report
 from flora_train.training.distributed import say
 from flora_train.training.progress import Watch
@@ -78,9 +78,11 @@ def push_run(words: Sequence[str]) -> None:
 def _show(repositories: Sequence[Repository], options: PushOptions) -> None:
     """What would be created."""
     for repository in repositories:
-        print(f"{repository.name}  {'public' if options.public else 'private'}, {repository.size / 1e6:.1f} MB")
-        for path, file in repository.files.items():
-            print(f"  {path}  {file.stat().st_size:,} bytes")
+        sizes = {path: file.stat().st_size for path, file in repository.files.items()}
+        sizes |= {path: len(content) for path, content in repository.overview({}).items()}
+        print(f"{repository.name}  {'public' if options.public else 'private'}, {sum(sizes.values()) / 1e6:.1f} MB")
+        for path, size in sizes.items():
+            print(f"  {path}  {size:,} bytes")
     if options.repo_per_adapter:
         print(f"collection {options.repo}  {len(repositories)} items")
 
@@ -121,32 +123,33 @@ def _create(api: Any, repository: Repository, options: PushOptions) -> str:
     from huggingface_hub import CommitOperationAdd
 
     theirs = _adapters_there(api, repository)
-    for name in repository.adapters:
-        if theirs.get(name, repository.run) != repository.run:
+    if others := {entry.get("base", repository.base) for entry in theirs.values()} - {repository.base}:
+        raise fail("repo", repository.name, f"holds adapters for another base, {others.pop()}: choose another repository")
+    for name, mine in repository.adapters.items():
+        if theirs.get(name, mine)["run"] != mine["run"]:
             fix = f"has an adapter {name} of another run: choose another repository, or rename the task or adapter"
             raise fail("repo", repository.name, fix)
     address = insist(lambda: api.create_repo(repository.name, private=not options.public, exist_ok=True))
-    manifest = json.dumps({"adapters": {**theirs, **dict.fromkeys(repository.adapters, repository.run)}}, indent=2) + "\n"
+    files: dict[str, Path | bytes] = {**repository.files, **repository.overview(theirs)}
 
     def commit() -> Any:
-        files: dict[str, Path | bytes] = {**repository.files, MANIFEST: manifest.encode()}
         operations = [CommitOperationAdd(path, file) for path, file in files.items()]
         return api.create_commit(
-            repository.name, operations, commit_message=f"{len(repository.adapters)} adapters of flora_train"
+            repository.name, operations, commit_message=f"Adapters of flora_train: {', '.join(repository.adapters)}"[:200]
         )
 
     insist(commit)
     return str(address)
 
 
-def _adapters_there(api: Any, repository: Repository) -> dict[str, str]:
-    """Adapter -> its run, of those that were pushed there. Raises UserError for a repository that holds something else."""
+def _adapters_there(api: Any, repository: Repository) -> Entries:
+    """What was pushed there before. Raises UserError for a repository that holds something else."""
     if not insist(lambda: api.repo_exists(repository.name)):
         return {}
     files = set(insist(lambda: api.list_repo_files(repository.name))) - {".gitattributes"}
     if MANIFEST in files:
         file = insist(lambda: api.hf_hub_download(repository.name, MANIFEST))
-        found: dict[str, str] = json.loads(Path(file).read_text(encoding="utf-8"))["adapters"]
+        found: Entries = json.loads(Path(file).read_text(encoding="utf-8"))["adapters"]
         return found
     if files:
         raise fail("repo", repository.name, f"exists, and holds something else ({min(files)}): choose another name")

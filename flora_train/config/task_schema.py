@@ -104,6 +104,8 @@ class TaskConfig(Section):
     """The programming language that completions are judged in: a key of eval/languages.yaml (lua, pl, rb, ...)."""
     speech: SpeechConfig | None = None
     """Makes this a speech task."""
+    license: Text | None = None
+    """What its rows may be used under, for the cards of its adapters: an identifier of the hub's (mit, cc0-1.0, other, ...)."""
     weight: float = Field(1.0, gt=0)
     """Share in the mixture, relative to the other tasks."""
     sample_prompts: list[Text] = []

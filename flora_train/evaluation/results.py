@@ -11,6 +11,7 @@ from typing import Any
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.schema import RunConfig
+from flora_train.config.task_schema import TaskConfig
 from flora_train.data.sampling import seed_of
 from flora_train.data.task import Task
 from flora_train.data.tokens import TokenSplit
@@ -64,7 +65,10 @@ def build_results(
         "schema": SCHEMA,
         "name": config.name,
         "facts": dict(facts),
-        "tasks": [_task(task, last["task_tokens"].get(name, 0), shares.get(name, 0.0)) for name, task in tasks.items()],
+        "tasks": [
+            _task(task, config.tasks[name], last["task_tokens"].get(name, 0), shares.get(name, 0.0))
+            for name, task in tasks.items()
+        ],
         "adapters": [_adapter(bank, i, kept, latest, left, quarantined) for i in range(len(bank.specs))],
         "results": [_result(config, bank, heldout[name]) for name in heldout],
         "sweeps": sweeps_of(bank, heldout, left),
@@ -95,11 +99,14 @@ def not_measured(config: RunConfig, executed: bool) -> list[str]:
     return items
 
 
-def _task(task: Task, tokens: int, target_share: float) -> dict[str, Any]:
+def _task(task: Task, said: TaskConfig, tokens: int, target_share: float) -> dict[str, Any]:
     return {
         "name": task.name,
         "weight": task.weight,
         "origin": task.origin,
+        "hub": said.train.hub,
+        "license": said.license,
+        "speech": said.speech and said.speech.language,
         "train": _counts(task.train),
         "validation": _counts(task.validation),
         "test": None if task.test is None else _counts(task.test),

@@ -10,6 +10,7 @@ from typing import Any
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.atomic import write_atomically
 from flora_train.config.files import find_file
+from flora_train.export.measured import figures, tables
 from flora_train.export.stand_in import StandIn
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -36,25 +37,23 @@ def write_card(
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = config["base_model_name_or_path"]
     adapter = next((row for row in report.get("adapters", ()) if row["name"] == spec.name), None)
-    result = next((row for row in report.get("results", ()) if row["task"] == spec.task), None)
-    data = next((row for row in report.get("tasks", ()) if row["name"] == spec.task), None)
-    spoken = config["task_type"] is None
-    known: list[Any] = []
-    if result is not None and stand_in is None:
-        mine = next(row for row in result["contenders"] if row["name"] == spec.name)
-        known.append(
-            EvalResult(
-                task_type="automatic-speech-recognition" if spoken else "text-generation",
-                dataset_type=spec.task,
-                dataset_name=f"{spec.task} (held out)",
-                metric_type="bits_per_byte",
-                metric_value=mine["bits_per_byte"]["value"],
-            )
+    data: Mapping[str, Any] = next((row for row in report.get("tasks", ()) if row["name"] == spec.task), {})
+    spoken, own_type = config["task_type"] is None, config["peft_type"] == "FLORA"
+    kind = "automatic-speech-recognition" if spoken else "text-generation"
+    known = [
+        EvalResult(
+            kind, figure.data, f"{figure.data} ({figure.subset})", figure.metric, figure.value, dataset_config=figure.subset
         )
+        for figure in figures(report, spec.name)
+        if stand_in is None
+    ]
     card_data = ModelCardData(
         base_model=None if find_file(base).exists() else base,
         library_name="peft",
         tags=["flora_train", config["peft_type"].lower()],
+        license=data.get("license"),
+        language=[data["speech"]] if data.get("speech") else None,
+        datasets=[data["hub"]] if data.get("hub") else None,
         model_name=spec.name if known else None,
         eval_results=known or None,
     )
@@ -62,7 +61,8 @@ def write_card(
         card_data,
         template_path=str(TEMPLATE),
         name=spec.name,
-        kind=KINDS[spec.method] if stand_in is None else "LoRA",
+        kind="fLoRA" if own_type else KINDS[spec.method] if stand_in is None else "LoRA",
+        own_type=own_type,
         original=KINDS[spec.method],
         base=base,
         task=spec.task,
@@ -74,7 +74,8 @@ def write_card(
         losses=losses,
         origin=origin,
         adapter=adapter,
-        result=result,
+        tables=tables(report, spec.name),
+        spec=spec,
         data=data,
         facts=report.get("facts"),
         limits=report.get("not_measured"),

@@ -10,50 +10,77 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.export.card import KINDS, write_card
+from flora_train.export.measured import benchmarks
 from flora_train.training.run_folder import RunFolder
 
 MANIFEST = "flora_train.json"
-"""Which adapter of a repository is of which run: what another push may replace."""
+"""What a repository tells of its adapters: what another push may replace, and what its table says of them."""
 TEMPLATE = Path(__file__).with_name("repository.md.jinja")
+
+Entries = Mapping[str, Mapping[str, Any]]
+"""Adapter -> its `run` (an identity), base, task, kind, rank, and bits_per_byte and difference_to_base if it was judged."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """name: ORG/NAME; files: path in it -> file here; adapters: whose folders they are; run: identifies the run they are of."""
+    """name: ORG/NAME; files: path in it -> file here; adapters: those whose folders they are; base: their base model; table: whether it
+    is described by a table of its adapters, else it holds one with a card of its own."""
 
     name: str
     files: Mapping[str, Path]
-    adapters: tuple[str, ...]
-    run: str
+    adapters: Entries
+    base: str
+    table: bool
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(file.stat().st_size for file in self.files.values())
+    def overview(self, theirs: Entries) -> dict[str, bytes]:
+        """Path -> content of what tells of these adapters and of those that are there already."""
+        together = {**theirs, **self.adapters}
+        files = {MANIFEST: (json.dumps({"adapters": together}, indent=2) + "\n").encode()}
+        if self.table:
+            files["README.md"] = _table(self.name, self.base, together, "report.html" in self.files).encode()
+        return files
 
 
 def stage(
     run: RunFolder, specs: Sequence[AdapterSpec], report: Mapping[str, Any], repo: str, base: str | None, apart: bool, place: Path
 ) -> list[Repository]:
-    """Write what is pushed below `place`: adapters with cards that load them from the hub, the report, a table of all.
+    """Write what is pushed below `place`: adapters with cards that load them from the hub.
 
     base: what the adapters' configurations call their base, instead of what the run's recipe did; apart: a repository for each adapter.
     """
-    identity, found = sha256(run.config.read_bytes()).hexdigest(), []
+    identity = sha256(run.config.read_bytes()).hexdigest()
+    results = {row["name"]: row for result in report.get("results", ()) for row in result["contenders"]}
     folders = {spec.name: _adapter(run, spec, report, repo, base, apart, place) for spec in specs}
+    named = base or _base_of(next(iter(folders.values())))
+    entries = {spec.name: {"run": identity, "base": named, **_entry(spec, results.get(spec.name, {}))} for spec in specs}
     shown = run.evaluation / "report.html"
     extra = {"report.html": shown} if shown.exists() else {}
     if apart:
-        for name, folder in folders.items():
-            manifest = _manifest(place / name, identity, [name])
-            found.append(Repository(f"{repo}-{name}", {**_files(folder), **extra, MANIFEST: manifest}, (name,), identity))
-        return found
+        return [
+            Repository(
+                f"{repo}-{name}",
+                {**_files(folder), **extra, **_scores(report, name, place)},
+                {name: entries[name]},
+                named,
+                table=False,
+            )
+            for name, folder in folders.items()
+        ]
     files = {f"{name}/{path}": file for name, folder in folders.items() for path, file in _files(folder).items()}
-    card = _table(specs, report, repo, base or _base_of(next(iter(folders.values()))), place / "README.md")
-    manifest = _manifest(place, identity, list(folders))
-    return [Repository(repo, {**files, **extra, "README.md": card, MANIFEST: manifest}, tuple(folders), identity)]
+    return [Repository(repo, {**files, **extra}, entries, named, table=True)]
+
+
+def _entry(spec: AdapterSpec, result: Mapping[str, Any]) -> dict[str, Any]:
+    judged = {
+        what: {key: round(value, 6) for key, value in result[what].items()}
+        for what in ("bits_per_byte", "difference_to_base")
+        if result
+    }
+    return {"task": spec.task, "kind": KINDS[spec.method], "rank": spec.rank, **judged}
 
 
 def _adapter(
@@ -73,28 +100,31 @@ def _files(folder: Path) -> dict[str, Path]:
     return {file.name: file for file in sorted(folder.iterdir())}
 
 
+def _scores(report: Mapping[str, Any], name: str, place: Path) -> dict[str, Path]:
+    """What the hub lists on a model's page and in the benchmark's table. Not where a repository holds several: it would call them one model's."""
+    scores = benchmarks(report, name)
+    if not scores:
+        return {}
+    file = place / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(scores, sort_keys=False), encoding="utf-8")
+    return {".eval_results/flora_train.yaml": file}
+
+
 def _base_of(folder: Path) -> str:
     return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
-def _manifest(place: Path, identity: str, names: Sequence[str]) -> Path:
-    place.mkdir(parents=True, exist_ok=True)
-    (place / MANIFEST).write_text(json.dumps({"adapters": dict.fromkeys(names, identity)}, indent=2) + "\n", encoding="utf-8")
-    return place / MANIFEST
-
-
-def _table(specs: Sequence[AdapterSpec], report: Mapping[str, Any], repo: str, base: str, file: Path) -> Path:
+def _table(repo: str, base: str, adapters: Entries, has_report: bool) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    results = {row["name"]: row for result in report.get("results", ()) for row in result["contenders"]}
     known = base if not Path(base).exists() else None
     card = ModelCard.from_template(
         ModelCardData(base_model=known, library_name="peft", tags=["flora_train"]),
         template_path=str(TEMPLATE),
         repo=repo,
         base=base,
-        rows=[(spec, KINDS[spec.method], results.get(spec.name)) for spec in specs],
-        has_report=bool(report),
+        adapters=adapters,
+        runs=len({entry["run"] for entry in adapters.values()}),
+        has_report=has_report,
     )
-    file.write_text(str(card).rstrip() + "\n", encoding="utf-8")
-    return file
+    return str(card).rstrip() + "\n"
