@@ -41,7 +41,7 @@ from flora_train.training.growth import grow
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.progress import Watch, duration
-from flora_train.training.run_folder import RunFolder, flat, open_run
+from flora_train.training.run_folder import RunFolder, flat
 from flora_train.training.selection import Kept
 from flora_train.training.sharding import gather_base, loads_in_parts
 from flora_train.training.signals import Interrupted
@@ -250,12 +250,6 @@ def evaluate_run(run: str) -> dict[str, Any]:
     plan = on_main_process(lambda: plan_evaluation(session.config, need_sandbox=False))
     judge(session, kept, plan)
     return on_main_process(lambda: read_report(session.folder))
-
-
-def redraw_report(run: str) -> None:
-    """Draw the report of a run again from its report.json."""
-    folder, _ = open_run(run)
-    print(write_report(read_report(folder), folder.evaluation))
 
 
 def _command() -> str:

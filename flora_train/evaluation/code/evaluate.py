@@ -16,6 +16,7 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import Problem as Fault
 from flora_train.config.errors import UserError, choices, fail
 from flora_train.config.schema import RunConfig
+from flora_train.evaluation.code.cases import cases
 from flora_train.evaluation.code.completion_log import CompletionLog
 from flora_train.evaluation.code.completions import Completion
 from flora_train.evaluation.code.contenders import (
@@ -158,8 +159,9 @@ def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: 
         workers = config.evaluation.workers or available_cpus()
         judge_all(completions, plan.languages, open_sandbox(config.evaluation.sandbox), log.verdicts, workers)
     known = {language: (len(problems), suite.sha(language)) for language, problems in suite.problems.items()}
-    for part in read_summary(log.path)["languages"]:
-        known.setdefault(part["language"], (part["available"], part["prompts_sha"]))
+    earlier = {part["language"]: part for part in read_summary(log.path)["languages"]}
+    for language, part in earlier.items():
+        known.setdefault(language, (part["available"], part["prompts_sha"]))
     records = read_verdicts(log.verdicts, config.evaluation.sandbox, plan.languages)
     samples = Counter(key[:3] for key in records)
     scored = {key: record for key, record in records.items() if key[1] in known and samples[key[:3]] >= max(config.evaluation.k)}
@@ -167,4 +169,6 @@ def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: 
     others = dict.fromkeys(key[0] for key in scored if key[0] not in {contender.name for contender in contenders})
     contenders += [Contender(name, name, BASE_ID, tuple(known), "") for name in others]
     broken = {**plan.broken, **suite.missing}
-    write_summary(summarise(config, suite, known, contenders, logged, scored, broken), log.path)
+    shown = {language: part.get("cases", []) for language, part in earlier.items()}
+    shown |= {language: cases(problems, language, contenders, logged, scored) for language, problems in suite.problems.items()}
+    write_summary(summarise(config, suite, known, contenders, logged, scored, broken, shown), log.path)

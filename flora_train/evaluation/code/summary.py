@@ -44,11 +44,13 @@ def summarise(
     logged: Sequence[LoggedCompletion],
     records: Mapping[Key, Mapping[str, Any]],
     broken: Mapping[str, str],
+    cases: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
-    """known: language -> (its problems, their SHA-256); broken: language -> why it cannot be evaluated.
+    """known: language -> (its problems, their SHA-256); broken: language -> why it cannot be evaluated; cases: language -> problems
+    that were won or lost.
 
-    languages: per language every contender's pass@k, how its programs ended, suspicious passes and cut completions, and all
-    differences, paired by problem; macro: means over languages, by family; not_evaluated: language and reason."""
+    languages: per language every contender's pass@k, how its programs ended, suspicious passes and cut completions, all
+    differences, paired by problem, and its cases; macro: means over languages, by family; not_evaluated: language and reason."""
     options = config.evaluation
     scores = Scores(records.values(), options.bootstrap_samples, options.confidence, config.seed)
     judged = [entry for entry in logged if entry.key in records]
@@ -67,7 +69,11 @@ def summarise(
         "completions": len(judged),
         "tokens": sum(entry.tokens for entry in judged),
         "languages": [
-            {**_language(config, language, known[language], there, judged, scores), "cpu_seconds": seconds[language]}
+            {
+                **_language(config, language, known[language], there, judged, scores),
+                "cases": cases.get(language, []),
+                "cpu_seconds": seconds[language],
+            }
             for language in known
             if (there := [c for c in contenders if (c.name, language) in scores.cells])
         ],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.atomic import write_atomically
-from flora_train.evaluation.report.html import render_html
+from flora_train.evaluation.report.html import render_comparison, render_html
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> Path:
@@ -20,3 +20,8 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     html = folder / "report.html"
     write_atomically(html, lambda path: path.write_text(render_html(results), encoding="utf-8"))
     return html
+
+
+def write_comparison(runs: Mapping[str, Mapping[str, Any]], html: Path) -> None:
+    """runs: what each is called -> its report.json."""
+    write_atomically(html, lambda path: path.write_text(render_comparison(runs), encoding="utf-8"))

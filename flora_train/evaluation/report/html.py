@@ -1,22 +1,34 @@
-"""What does a run look like on paper? One self-contained page drawn from report.json: no scripts, nothing loaded."""
+"""What does a run look like on paper, or several beside each other? One self-contained page drawn from report.json: nothing is loaded, and it reads
+without its script."""
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.report import figures
+from flora_train.evaluation.report.comparison import costs, measures, settings, verdicts
 from flora_train.evaluation.report.findings import summarise
+from flora_train.evaluation.report.gains import gain_maps
 from flora_train.evaluation.report.words import count, estimate, listed, number, percent, share, shared_digits, verdict
 from flora_train.training.clock import spoken
 from flora_train.training.progress import duration
 
 MAX_DRAWN = 100
 """Tasks that get figures. The tables hold all; the page says what is not drawn."""
+
+MANY_TASKS = 8
+"""From more tasks on there is a field to search for one."""
+
+SCRIPT = Path(__file__).with_name("report.js")
 
 FEW_EXAMPLES = 30
 """Below this many held-out examples a percentile bootstrap interval tends to be too narrow, and the page says so."""
@@ -25,23 +37,14 @@ CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 
 
 def render_html(results: Mapping[str, Any]) -> str:
-    """The page, as text. results: the mapping that is saved as report.json, see `results.build_results`."""
-    environment = Environment(
-        loader=PackageLoader("flora_train.evaluation.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {function.__name__: function for function in (number, estimate, count, listed, share)}
-    environment.filters["duration"] = lambda seconds: duration(seconds) if seconds >= 0.5 else "under a second"
-    environment.filters["visible"] = lambda text: text.translate(CONTROLS).strip("\n").rstrip()
+    """The page of a run, as text. results: the mapping that is saved as report.json, see `results.build_results`."""
     families = list(dict.fromkeys(a["family"] for a in results["adapters"]))
     styles = figures.family_styles(families)
     limits = figures.difference_range(results["results"])
     drawn = results["results"][:MAX_DRAWN]
     adapters = {r["task"]: [a for a in results["adapters"] if a["task"] == r["task"]] for r in drawn}
-    page = environment.get_template("report.html.j2").render(
+    return _page(
+        "report.html.j2",
         **results,
         families=families,
         keys={family: figures.legend_key(f"key-{i}", style) for i, (family, style) in enumerate(styles.items())},
@@ -55,6 +58,8 @@ def render_html(results: Mapping[str, Any]) -> str:
             for i, r in enumerate(drawn)
         ],
         pass_panels=[_pass_panels(i, suite, styles) for i, suite in enumerate(results["code"])],
+        gain_maps=gain_maps(results),
+        many_tasks=MANY_TASKS,
         suite_families=suite_families,
         speech_families=suite_families(results["speech"]) if results["speech"] else [],
         statuses=STATUSES,
@@ -64,6 +69,37 @@ def render_html(results: Mapping[str, Any]) -> str:
         few_examples=FEW_EXAMPLES,
         max_points=figures.MAX_POINTS,
     )
+
+
+def render_comparison(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of several runs, as text. runs: what each is called -> its report.json."""
+    reports = list(runs.values())
+    found = measures(reports)
+    return _page(
+        "comparison.html.j2",
+        names=list(runs),
+        measures=found,
+        summary=verdicts(list(runs), found),
+        settings=settings(reports),
+        costs=costs(reports),
+        many=max((len(measure.rows) for measure in found), default=0) > MANY_TASKS,
+    )
+
+
+def _page(template: str, **content: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("flora_train.evaluation.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {function.__name__: function for function in (number, estimate, count, listed, share)}
+    environment.filters["duration"] = lambda seconds: duration(seconds) if seconds >= 0.5 else "under a second"
+    environment.filters["visible"] = lambda text: text.translate(CONTROLS).strip("\n").rstrip()
+    script = SCRIPT.read_text(encoding="utf-8")
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    page = environment.get_template(template).render(**content, script=Markup(script), script_hash=digest)
     return page.encode("utf-8", "replace").decode()
 
 

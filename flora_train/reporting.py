@@ -1,0 +1,41 @@
+"""flora-train report: draw a run's report again, or several runs beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flora_train.config.errors import fail
+from flora_train.config.options import read_options
+from flora_train.config.section import Section, Text
+from flora_train.config.words import from_flags, parse_words
+from flora_train.evaluation.report import write_comparison, write_report
+from flora_train.evaluation.report.comparison import labels, measures, verdicts
+from flora_train.run import read_report
+from flora_train.training.run_folder import open_run
+
+
+class ReportOptions(Section):
+    out: Text | None = None
+    """Several runs only: the page, a name that ends in .html. Default: comparison.html beside the first run."""
+
+
+def draw_reports(words: Sequence[str]) -> None:
+    """words: a run or more, and ReportOptions. Nothing is judged again. Raises UserError."""
+    runs, raw = from_flags(words)
+    options = read_options(ReportOptions, parse_words(raw))
+    if not runs:
+        raise fail("run", None, "say which: a folder in outputs/")
+    reports = [read_report(open_run(run)[0]) for run in runs]
+    if len(runs) == 1:
+        if options.out is not None:
+            raise fail("out", options.out, "is for several runs beside each other; one has its page in its folder")
+        print(write_report(reports[0], open_run(runs[0])[0].evaluation))
+        return
+    named = dict(zip(labels(runs), reports, strict=True))
+    page = Path(runs[0]).resolve().parent / "comparison.html" if options.out is None else Path(options.out)
+    if page.suffix != ".html":
+        raise fail("out", options.out, "is a page: give it a name that ends in .html")
+    write_comparison(named, page)
+    print(verdicts(list(named), measures(reports)))
+    print(page)
