@@ -142,9 +142,9 @@ def _evaluate(words: Sequence[str]) -> None:
 
 
 def _report(words: Sequence[str]) -> None:
-    from flora_train.run import redraw_report
+    from flora_train.reporting import draw_reports
 
-    redraw_report(words[0])
+    draw_reports(words)
 
 
 def _export(words: Sequence[str]) -> None:
@@ -200,7 +200,14 @@ COMMANDS = {
     ),
     "recipes": Command("", "list the recipes that ship", "flora-train recipes", _recipes, 0, 0),
     "evaluate": Command("RUN", "judge a run's kept adapters again", "flora-train evaluate outputs/quickstart", _evaluate),
-    "report": Command("RUN", "draw a run's report again", "flora-train report outputs/quickstart", _report),
+    "report": Command(
+        "RUN [RUN ...] [--out FILE.html]",
+        "draw a run's report again, or several runs beside each other",
+        "flora-train report outputs/quickstart outputs/quickstart_sweep",
+        _report,
+        1,
+        None,
+    ),
     "solve": Command(
         "RUN [languages=[lua,...]] [contenders=[PEFT,...]] [evaluation.KEY=VALUE ...] [out=FOLDER] [multipl_e=FOLDER]",
         "let a run's base and adapters solve programming problems, and say pass@k",
@@ -218,7 +225,7 @@ COMMANDS = {
         None,
     ),
     "export": Command(
-        "RUN [ADAPTER ...] [--as peft|merged|lora-svd] [--rank N] [--max-error X] [--out FOLDER]",
+        "RUN [ADAPTER ...] [--as peft|flora|merged|lora-svd] [--rank N] [--max-error X] [--out FOLDER]",
         "write adapters for other programs: PEFT's folders, plain models, or the closest LoRA",
         "flora-train export outputs/quickstart lua-flora --as lora-svd --max-error 0.2",
         _export,

@@ -31,22 +31,23 @@ from flora_train.training.loss import RowLosses
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import open_run
 
-FOLDERS = {"peft": "adapters", "merged": "merged", "lora-svd": "lora-svd"}
+FOLDERS = {"peft": "adapters", "flora": "flora", "merged": "merged", "lora-svd": "lora-svd"}
 """What an adapter is written as -> where, in the run's folder."""
 RANK = 64
 """Of a lora-svd that nothing is said of: the most that vLLM takes without being told (max_lora_rank) is 16, and can be told."""
 
 
 class ExportOptions(Section):
-    as_: Literal["peft", "merged", "lora-svd"] = Field("peft", alias="as")
-    """peft: what PEFT calls it (LORA, IA3, HIRA for fLoRA), exactly. merged: a plain model with the adapter folded in, in float32. lora-svd: the
+    as_: Literal["peft", "flora", "merged", "lora-svd"] = Field("peft", alias="as")
+    """peft: what PEFT calls it (LORA, IA3, HIRA for fLoRA), exactly. flora: fLoRA under a type of its own, without HiRA's extra rank, for peft with
+    flora_train.peft_plugin. merged: a plain model with the adapter folded in, in float32. lora-svd: the
     closest LoRA, for servers that take nothing else."""
     rank: int | None = Field(None, ge=1)
     """lora-svd only: its rank. Default: 64."""
     max_error: float | None = Field(None, gt=0, lt=1)
     """lora-svd only, instead of rank: the smallest rank (the same in all layers) with |dW - B A| / |dW| at most this."""
     out: Text | None = None
-    """Folder for the adapters' folders. Default: adapters/, merged/ or lora-svd/ of the run."""
+    """Folder for the adapters' folders. Default: adapters/, flora/, merged/ or lora-svd/ of the run."""
 
     @field_validator("rank", "max_error")
     @classmethod
@@ -80,27 +81,30 @@ def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path
         return merge(run, names, out)
     stands_in = options.as_ == "lora-svd"
     session, _ = reopen(run, with_tasks=stands_in, dtype="float32" if stands_in else None)
-    names = checked(session.bank, names)
+    names = checked(session.bank, names, options.as_)
     report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
     if stands_in:
         return _write_stand_ins(session, [_stand_in(session.bank, name, options) for name in names], report, out)
     for name in names:
-        export_peft(session.bank, name, out / name, session.config.model.path)
+        export_peft(session.bank, name, out / name, session.config.model.path, own_type=options.as_ == "flora")
         write_card(report, session.bank.specs[session.bank.ids[name]], out / name)
     return [out / name for name in names]
 
 
-def checked(bank: AdapterBank, names: Sequence[str]) -> list[str]:
-    """These, or all. Raises UserError for an unknown one."""
+def checked(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str]:
+    """These, or all. Raises UserError for one that is unknown or that cannot be written so."""
+    methods = {spec.name: spec.method for spec in bank.specs}
     for name in names:
         bank.id_of(name)
-    return list(names or bank.ids)
+        if as_ == "flora" and methods[name] != "flora":
+            raise fail("adapter", name, f"is {methods[name]}: --as flora writes fLoRA only; --as peft writes all methods")
+    return list(names) or [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
 
 
 def merge(run: str, names: Sequence[str], out: Path) -> list[Path]:
     """Plain models in float32: rounding W0 * M to half precision would lose its small modulations."""
     session, _ = reopen(run, dtype="float32")
-    names = checked(session.bank, names)
+    names = checked(session.bank, names, "merged")
     for taken in (out / name for name in names if (out / name).exists()):
         raise fail("output folder", str(taken), "exists already: choose another with --out, or delete it")
     for i, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""How does an adapter become a folder that `PeftModel.from_pretrained` loads? LORA, IA3, and fLoRA as HIRA."""
+"""How does an adapter become a folder that `PeftModel.from_pretrained` loads? LORA, IA3, and fLoRA as HIRA, or under a type of its own."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from flora_train.adapters.targets import shortest_suffixes
 from flora_train.atomic import disk_errors
 
 
-def export_peft(bank: AdapterBank, name: str, folder: Path, base_model: str) -> Path:
+def export_peft(bank: AdapterBank, name: str, folder: Path, base_model: str, own_type: bool = False) -> Path:
     """Write `folder`/adapter_config.json and adapter_model.safetensors (float32), whole or not at all.
 
-    A pure fLoRA of rank r becomes HiRA of rank r + 1 (exactly), a residual one HiRA of rank r.
+    A pure fLoRA of rank r becomes HiRA of rank r + 1 (exactly), a residual one HiRA of rank r. own_type: it becomes FLORA of rank r, which
+    peft knows once flora_train.peft_plugin is imported.
     Raises UserError if the disk is full.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with disk_errors(folder):
         try:
             temporary.mkdir(parents=True)
-            save_file(peft_tensors(bank, name), temporary / "adapter_model.safetensors", {"format": "pt"})
-            content = json.dumps(peft_config(bank, name, base_model), indent=2) + "\n"
+            save_file(peft_tensors(bank, name, own_type), temporary / "adapter_model.safetensors", {"format": "pt"})
+            content = json.dumps(peft_config(bank, name, base_model, own_type), indent=2) + "\n"
             (temporary / "adapter_config.json").write_text(content, encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
@@ -36,7 +37,7 @@ def export_peft(bank: AdapterBank, name: str, folder: Path, base_model: str) -> 
     return folder
 
 
-def peft_config(bank: AdapterBank, name: str, base_model: str) -> dict[str, Any]:
+def peft_config(bank: AdapterBank, name: str, base_model: str, own_type: bool = False) -> dict[str, Any]:
     """The content of adapter_config.json."""
     pool, member = bank.location[bank.id_of(name)]
     # Apart, because PEFT wants its feedforward_modules to be some of its target_modules, word by word.
@@ -46,8 +47,10 @@ def peft_config(bank: AdapterBank, name: str, base_model: str) -> dict[str, Any]
         )
         for feedforward in (True, False)
     )
+    spec, targets = pool.specs[member], sorted([*outputs, *inputs])
+    own = {"peft_type": "FLORA", "r": spec.rank, "variant": "residual" if spec.offset else "pure", "target_modules": targets}
     return {
-        **pool.method.peft_config(pool.specs[member], sorted([*outputs, *inputs]), inputs),
+        **(own if own_type else pool.method.peft_config(spec, targets, inputs)),
         "base_model_name_or_path": base_model,
         "task_type": _task_type(bank.model),
         "inference_mode": True,
@@ -55,13 +58,18 @@ def peft_config(bank: AdapterBank, name: str, base_model: str) -> dict[str, Any]
     }
 
 
-def peft_tensors(bank: AdapterBank, name: str) -> dict[str, Tensor]:
+def peft_tensors(bank: AdapterBank, name: str, own_type: bool = False) -> dict[str, Tensor]:
     """The content of adapter_model.safetensors, by PEFT's names."""
     pool, member = bank.location[bank.id_of(name)]
+    own = {"A": "flora_A", "B": "flora_B"}
     return {
         f"base_model.model.{module}.{suffix}": tensor.detach().cpu().contiguous()
         for module, params in bank.parameters_of(name).items()
-        for suffix, tensor in pool.method.peft_tensors(params, pool.specs[member], pool.targets[module].feedforward).items()
+        for suffix, tensor in (
+            {own[side]: tensor for side, tensor in params.items()}
+            if own_type
+            else pool.method.peft_tensors(params, pool.specs[member], pool.targets[module].feedforward)
+        ).items()
     }
 
 

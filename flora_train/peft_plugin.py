@@ -1,0 +1,188 @@
+"""fLoRA as a method of PEFT's own: `import flora_train.peft_plugin`, and plain peft trains, saves and loads peft_type FLORA.
+
+    from flora_train.peft_plugin import FloraConfig
+    model = get_peft_model(base, FloraConfig(r=4, variant="pure", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+`flora-train export --as flora` writes such folders. `--as peft` writes HIRA, which peft knows without this module; there a pure adapter needs
+one rank more. One adapter at a time is active: batches that mix them are what AdapterBank is for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import PeftType, register_peft_method
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from flora_train.kernels.flora_reference import modulated_weight
+
+TYPE = "FLORA"
+
+
+@dataclass
+class FloraConfig(PeftConfig):
+    """r: rank; variant: what a weight becomes, `pure` W0 * (B A) as in the paper, or `residual` W0 * (1 + B A); target_modules: endings of module
+    names, or one regular expression, or "all-linear"; exclude_modules: left out of these; flora_dropout: of the input, while training."""
+
+    r: int = 4
+    variant: Literal["pure", "residual"] = "pure"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    flora_dropout: float = 0.0
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "weights are stored (in, out), as GPT-2's Conv1D does"})
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = getattr(PeftType, TYPE)
+        if self.r < 1:
+            raise ValueError(f"r = {self.r}: a rank is at least 1")
+        if self.variant not in ("pure", "residual"):
+            raise ValueError(f"variant = {self.variant!r}: is pure, W0 * (B A), or residual, W0 * (1 + B A)")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+
+
+class FloraLinear(nn.Module, BaseTunerLayer):
+    """A Linear or Conv1D whose weight is multiplied. The product of weight and modulation is made in every forward pass: for one adapter that
+    is what costs least (docs/math.md)."""
+
+    base_layer: Any
+    get_base_layer: Any
+    set_adapter: Any
+    active_adapters: Any
+    _move_adapter_to_device_of_base_layer: Any
+    adapter_layer_names = ("flora_A", "flora_B")
+    other_param_names = ("flora_offset", "flora_dropout")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.transposed = isinstance(base_layer, Conv1D)
+        rows, columns = self.base_layer.weight.shape
+        self.out_features, self.in_features = (columns, rows) if self.transposed else (rows, columns)
+        self.flora_A, self.flora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.flora_dropout = nn.ModuleDict()
+        self.flora_offset: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._before: Tensor | None = None
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: FloraConfig) -> None:
+        """Another adapter, which changes nothing yet: B A = 1, or 0 for a residual one."""
+        A, B = torch.randn(config.r, self.in_features), torch.zeros(self.out_features, config.r)
+        if config.variant == "pure":
+            A[0], B[:, 0] = 1.0, 1.0
+        else:
+            nn.init.kaiming_uniform_(A, a=5**0.5)
+        self.flora_A[adapter_name], self.flora_B[adapter_name] = nn.Parameter(A), nn.Parameter(B)
+        self.flora_offset[adapter_name] = float(config.variant == "residual")
+        self.flora_dropout[adapter_name] = nn.Dropout(config.flora_dropout)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def adapted_weight(self, adapter_name: str) -> Tensor:
+        """[out, in], as W0 is stored the other way round in a Conv1D, in the dtype of W0."""
+        weight = self._before if self._before is not None else self.get_base_layer().weight
+        A, B = self.flora_A[adapter_name], self.flora_B[adapter_name]
+        whole = modulated_weight((weight.T if self.transposed else weight).to(A.dtype), A, B, self.flora_offset[adapter_name])
+        return whole.to(weight.dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [name for name in self.active_adapters if name in self.flora_A]
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if len(active) > 1:
+            raise ValueError(
+                f"{' and '.join(active)} are active: one fLoRA adapter multiplies a weight at a time; set_adapter one"
+            )
+        weight, bias = self.adapted_weight(active[0]), self.get_base_layer().bias
+        x = self.flora_dropout[active[0]](x)
+        return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.flora_A]
+        if not names:
+            return
+        if len(names) > 1 or self.merged:
+            raise ValueError(
+                f"{', '.join([*self.merged_adapters, *names])}: one fLoRA adapter is merged at a time; unmerge the other"
+            )
+        with torch.no_grad():
+            merged = self.adapted_weight(names[0])
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+            weight = self.get_base_layer().weight
+            self._before = weight.detach().clone()
+            weight.copy_(merged.T if self.transposed else merged)
+        self.merged_adapters.append(names[0])
+
+    def unmerge(self) -> None:
+        if self._before is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.get_base_layer().weight.data.copy_(self._before)
+        self._before = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: `flora-train export --as lora-svd` does it, and says what is lost."""
+        return False
+
+
+class FloraModel(BaseTuner):
+    """PEFT's view of a model with fLoRA adapters."""
+
+    prefix = "flora_"
+    tuner_layer_cls = FloraLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self,
+        peft_config: FloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, FloraLinear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        if not isinstance(target, nn.Linear | Conv1D):
+            raise TypeError(f"{current_key} is {type(target).__name__}: fLoRA multiplies the weights of Linear and Conv1D")
+        layer = FloraLinear(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def _register() -> None:
+    """PEFT's list of types is an Enum, which has no door for others: the member is put where Enum itself would have put it."""
+    if TYPE in PeftType._member_map_:
+        return
+    member = str.__new__(PeftType, TYPE)
+    member._name_, member._value_ = TYPE, TYPE
+    type.__setattr__(PeftType, TYPE, member)
+    PeftType._member_map_[TYPE] = member
+    PeftType._value2member_map_[TYPE] = member
+    PeftType._member_names_.append(TYPE)
+    register_peft_method(name=TYPE.lower(), config_cls=FloraConfig, model_cls=FloraModel)
+
+
+_register()
