@@ -19,6 +19,7 @@ from flora_train.data.tokens import pad_token
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evaluation
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.generation import check_room, complete
+from flora_train.evaluation.heldout_log import HeldOutLog
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import (
     print_completions,
@@ -145,7 +146,8 @@ def judge(session: Session, kept: Mapping[int, Kept], plan: Plan | None = None) 
     adapters."""
     config, bank, folder = session.config, session.bank, session.folder
     started = time.monotonic()
-    heldout = final_heldout(session)
+    log = HeldOutLog(folder.evaluation / "heldout", bank, {name: task.data_hash for name, task in session.tasks.items()})
+    heldout = final_heldout(session, log)
     if is_main_process():
         for name in bank.ids:
             export_peft(bank, name, folder.adapters / name, config.model.path)
@@ -171,11 +173,12 @@ def judge(session: Session, kept: Mapping[int, Kept], plan: Plan | None = None) 
     code, speech = read_summaries(folder.evaluation), read_summary(folder.evaluation)
     results = build_results(config, folder, session.tasks, bank, heldout, kept, completions, code, speech, facts)
     write_report(results, folder.evaluation)
+    log.forget()
     for spec in bank.specs:
         write_card(results, spec, folder.adapters / spec.name)
 
 
-def final_heldout(session: Session) -> dict[str, HeldOut]:
+def final_heldout(session: Session, log: HeldOutLog) -> dict[str, HeldOut]:
     """Held-out losses of the base and all adapters on every held-out example."""
     room = 2 * session.config.training.tokens_per_microbatch
     with Watch("evaluate", 1.0) as watch:
@@ -188,6 +191,7 @@ def final_heldout(session: Session) -> dict[str, HeldOut]:
             with_base=True,
             report=watch.update,
             collate=session.collate,
+            log=log,
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,6 +42,14 @@ class HeldOut:
         return float(self.nats[contender].sum() / np.log(2) / self.label_bytes.sum())
 
 
+class LossLog(Protocol):
+    """Where losses are kept that a kill must not lose. A batch is called by the task, adapter and example of its first row."""
+
+    def known(self, batches: Sequence[Sequence[Row]]) -> Mapping[tuple[str, int, int], Sequence[float]]: ...
+
+    def add(self, batch: Sequence[Row], losses: Sequence[float]) -> None: ...
+
+
 @torch.no_grad()
 def evaluate_heldout(
     row_losses: RowLosses,
@@ -53,11 +62,12 @@ def evaluate_heldout(
     report: Callable[[float], None] = lambda share: None,
     collate: Collate = collate,
     absent: Collection[int] = (),
+    log: LossLog | None = None,
 ) -> dict[str, HeldOut]:
     """Held-out losses per task, all its adapters mixed in the same batches, which are shared out to all processes.
 
     max_tokens: padded tokens per forward pass; max_examples: the first so many of each task; report: called with the
-    share done; absent: adapters that are not asked. The model's routing is the plain base afterwards.
+    share done; absent: adapters that are not asked; log: batches in it are not computed again. The model's routing is the plain base afterwards.
     """
     asked = [spec for spec in bank.specs if bank.ids[spec.name] not in absent]
     used = {task.name: task for task in tasks if any(spec.task == task.name for spec in asked)}
@@ -76,9 +86,15 @@ def evaluate_heldout(
     # a batch is of one task: few adapters at a time have to be on the device, and with more rows each
     by_task = [[row for row in rows if row.task == name] for name in used]
     everyones = [group for part in by_task for group in group_by_length(part, max_tokens)]
-    groups = share_of_rank(everyones, *world())
+    known = {} if log is None else log.known(everyones)
+    for group in everyones if world()[0] == 0 else ():  # one process adds what is known, all sum
+        for row, loss in zip(group, known.get(_name(group), ()), strict=False):
+            sums[row.task, row.adapter][row.example] = loss
+    unknown = [group for group in everyones if _name(group) not in known]
+    groups = share_of_rank(unknown, *world())
     model = row_losses.model
-    training, done, total = model.training, 0, sum(row.length for group in groups for row in group)
+    training, total = model.training, sum(row.length for group in groups for row in group)
+    done = 0
     model.eval()
     try:
         for i, group in enumerate(groups):
@@ -89,9 +105,11 @@ def evaluate_heldout(
                 losses = row_losses(batch).double().cpu().numpy()
             for row, loss in zip(group, losses, strict=True):
                 sums[row.task, row.adapter][row.example] = loss
+            if log is not None:
+                log.add(group, losses.tolist())
             done += sum(row.length for row in group)
             report(done / total)
-        keep_pace(row_losses, bank, everyones)
+        keep_pace(row_losses, bank, unknown)
     finally:
         bank.abandon()  # a process that got no batch still has the routing of its last step
         model.train(training)
@@ -107,3 +125,7 @@ def evaluate_heldout(
         )
         for name, task in used.items()
     }
+
+
+def _name(batch: Sequence[Row]) -> tuple[str, int, int]:
+    return batch[0].task, batch[0].adapter, batch[0].example
