@@ -13,7 +13,7 @@ from torch import nn
 
 from flora_train.adapters.encoder import is_speech_model, is_whisper, take_short_windows
 from flora_train.config.errors import fail, first_line
-from flora_train.config.load import find_file
+from flora_train.config.files import IS_CHECKOUT, PROJECT_ROOT, find_file
 from flora_train.config.schema import ModelConfig, RunConfig
 
 
@@ -151,7 +151,10 @@ def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> An
 
 def _how_to_build(path: str) -> str:
     builder = {"smollm2-135m": "build_smollm2.py", "whisper-base": "build_whisper.py"}.get(Path(path).name)
-    return f"; build it with: python assets/{builder}" if builder else ""
+    if builder is None:
+        return ""
+    script = f"assets/{builder}" if IS_CHECKOUT else f"{PROJECT_ROOT / 'assets' / builder} --output {path}"
+    return f"; build it with: python {script}"
 
 
 def empty_model(config: ModelConfig) -> nn.Module:

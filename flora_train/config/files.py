@@ -12,7 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail, first_line
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[2]
+IS_CHECKOUT = (CHECKOUT / "recipes").is_dir()
+PROJECT_ROOT = CHECKOUT if IS_CHECKOUT else Path(__file__).resolve().parents[1] / "shipped"
+"""Recipes, data configs, example data and the scripts beside them: of the source tree, or, installed from a wheel, in the package."""
 
 Layer = dict[str, Any]
 """Nested mappings as read, interpolations not yet resolved."""

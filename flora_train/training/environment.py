@@ -76,6 +76,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
+    if not (PROJECT_ROOT / ".git").exists():  # a wheel may be installed inside another project's tree
+        return None
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=10)
     except OSError:
