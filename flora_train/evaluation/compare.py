@@ -15,15 +15,17 @@ from flora_train.training.heldout import HeldOut
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its bootstrap percentile interval."""
+    """A figure and its bootstrap percentile interval. alone: of a single example, which says nothing of others: the interval has no width, and
+    nothing is clear."""
 
     value: float
     low: float
     high: float
+    alone: bool = False
 
     @property
     def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+        return not self.alone and (self.low > 0 or self.high < 0)
 
     def record(self) -> dict[str, Any]:
         """As it is written down. JSON has no NaN: what is not finite is null."""
@@ -69,14 +71,17 @@ def compare_ratios(
         ratios = {c: weights @ numerators[c] / drawn for c in ids}
         point = {c: float(numerators[c].sum() / denominators.sum()) for c in ids}
         return Comparison(
-            contenders={c: _estimate(point[c], ratios[c], confidence) for c in ids},
+            contenders={c: _estimate(point[c], ratios[c], confidence, n == 1) for c in ids},
             differences={
-                (a, b): _estimate(point[a] - point[b], ratios[a] - ratios[b], confidence) for a in ids for b in ids if a != b
+                (a, b): _estimate(point[a] - point[b], ratios[a] - ratios[b], confidence, n == 1)
+                for a in ids
+                for b in ids
+                if a != b
             },
         )
 
 
-def _estimate(value: float, resampled: NDArray[np.float64], confidence: float) -> Estimate:
+def _estimate(value: float, resampled: NDArray[np.float64], confidence: float, alone: bool) -> Estimate:
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
+    return Estimate(value, float(low), float(high), alone)

@@ -8,6 +8,7 @@ from typing import Any
 
 from flora_train.evaluation.report.words import (
     NOT_FINITE,
+    count,
     interval,
     listed,
     number,
@@ -89,10 +90,15 @@ def _against_base(judged: Sequence[Mapping[str, Any]]) -> str:
     if names := found["worse"]:
         parts.append(f"{len(names)} {'predicts' if len(names) == 1 else 'predict'} it worse ({listed(names, 4)})")
     if names := found["unclear"]:
-        parts.append(f"for {len(names)} there is no clear difference, the {level} interval includes zero ({listed(names, 4)})")
+        why = "one held-out example allows none" if _alone(judged) else f"the {level} interval includes zero"
+        parts.append(f"for {len(names)} there is no clear difference, {why} ({listed(names, 4)})")
     if names := found[NOT_FINITE]:
         parts.append(f"{len(names)} cannot be judged, the held-out loss is not finite ({listed(names, 4)})")
-    return f"Of {total} adapters, {'; '.join(parts)}."
+    return f"Of {count(total)} adapters, {'; '.join(parts)}."
+
+
+def _alone(judged: Sequence[Mapping[str, Any]]) -> bool:
+    return all(result["examples"] == 1 for result in judged)
 
 
 def _between_methods(judged: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -119,7 +125,8 @@ def _between_methods(judged: Sequence[Mapping[str, Any]]) -> list[str]:
         sentence = f"Of {len(best)} tasks with more than one method, the best is {listed([f'{w} on {n}' for w, n in wins], 6)}."
     if tied:
         where = "" if len(best) == 1 else f" on {listed(tied, 4)}" if len(tied) < len(best) else " on any task"
-        return [f"{sentence} The lead over the next method is not clear{where}: the interval includes zero."]
+        why = "one held-out example allows no interval" if _alone(judged) else "the interval includes zero"
+        return [f"{sentence} The lead over the next method is not clear{where}: {why}."]
     where = {1: "", 2: " on both tasks"}.get(len(best), f" on all {len(best)} tasks")
     return [f"{sentence} The lead over the next method is clear{where}."]
 

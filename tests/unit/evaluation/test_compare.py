@@ -28,6 +28,15 @@ def losses(n: int, seed: int = 0) -> NDArray[np.float64]:
     return np.random.default_rng(seed).gamma(4.0, 2.0, n)
 
 
+def test_one_example_says_nothing_of_others() -> None:
+    heldout = HeldOut("a", {0: np.array([3.0]), -1: np.array([5.0])}, np.array([4]), np.array([10]))
+    difference = compare(heldout, 100, 0.95, 0).differences[0, -1]
+    assert difference.value < 0
+    assert difference.low == difference.high == difference.value
+    assert not difference.excludes_zero
+    assert not difference.record()["excludes_zero"]
+
+
 def test_identical_contenders_differ_by_exactly_zero() -> None:
     result = judge(held_out({-1: losses(40), 0: losses(40)}))
     for pair in ((-1, 0), (0, -1)):
