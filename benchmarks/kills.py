@@ -32,12 +32,13 @@ from flora_train.training.environment import environment
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 SAVE_EVERY = 2
+STEPS = 110
 RECIPE = (
     "recipe=quickstart",
-    "training.steps=40",
-    "training.tokens_per_step=256",
-    "training.tokens_per_microbatch=256",
-    "training.max_length=64",
+    f"training.steps={STEPS}",
+    "training.tokens_per_step=192",
+    "training.tokens_per_microbatch=192",
+    "training.max_length=32",
     "training.log_every=1",
     f"training.checkpoint_every={SAVE_EVERY}",
     "evaluation.every=20",
@@ -88,12 +89,15 @@ def harass(run: Path, kills: int, processes: int, chance: random.Random) -> Seen
         with subprocess.Popen(
             command(run, processes), cwd=ROOT, env=surroundings(), stderr=subprocess.PIPE, text=True
         ) as process:
-            deadline = None if seen.kills == kills else chance.uniform(0.0, 6.0)
-            if deadline is not None and chance.random() < 0.8:  # else while it starts
-                wait_for_a_step(run, process)
-                seen.back.append(time.monotonic() - started)
-            if deadline is not None:
-                time.sleep(deadline)
+            if seen.kills < kills:
+                if chance.random() < 0.8:
+                    wait_for_steps(run, process, 1)
+                    first = time.monotonic()
+                    seen.back.append(first - started)
+                    wait_for_steps(run, process, chance.randint(0, 4))
+                    time.sleep(chance.uniform(0.0, 2.0))
+                else:  # while it starts
+                    time.sleep(chance.uniform(0.0, 15.0))
                 if process.poll() is None:
                     seen.while_saving += bool(list(run.glob("checkpoints/.step-*.tmp")))
                     kill(process)
@@ -109,10 +113,12 @@ def harass(run: Path, kills: int, processes: int, chance: random.Random) -> Seen
             return seen
 
 
-def wait_for_a_step(run: Path, process: subprocess.Popen[str]) -> None:
-    """Until this sitting has done a step: its line in metrics.jsonl."""
-    file, began = run / "metrics.jsonl", time.time()
-    while process.poll() is None and not (file.exists() and file.stat().st_mtime > began and file.stat().st_size):
+def wait_for_steps(run: Path, process: subprocess.Popen[str], steps: int) -> None:
+    """Until so many more are done. A start takes back those after its checkpoint: that is no step."""
+    last, more = steps_done(run), 0
+    while process.poll() is None and more < steps:
+        done = steps_done(run)
+        more, last = more + max(0, done - last), done
         time.sleep(0.02)
 
 
@@ -152,7 +158,7 @@ def report(processes: int, seen: Seen, same: bool, adapters: int) -> list[str]:
     return [
         f"# {seen.kills} times kill -9, {processes} process{'es' if processes > 1 else ''}",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch {facts['packages']['torch']}; SmolLM2-135M, {adapters} adapters, 40 steps, a checkpoint "
+        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch {facts['packages']['torch']}; SmolLM2-135M, {adapters} adapters, {STEPS} steps, a checkpoint "
         f"every {SAVE_EVERY}. `python benchmarks/kills.py --kills {seen.kills} --processes {processes} --save` prints this file.",
         "",
         "| | |",

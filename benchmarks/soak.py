@@ -175,7 +175,9 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disk", default="6g", help="size of the disk that is filled")
-    parser.add_argument("--reference", type=Path, help="a run of the same recipe that is finished by then, instead of training it first")
+    parser.add_argument(
+        "--reference", type=Path, help="a run of the same recipe that is finished by then, instead of training it first"
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
     parser.add_argument("recipe", nargs="*", default=["recipe=thousand"], help="recipe and settings")
     options = parser.parse_args()
