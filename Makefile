@@ -7,7 +7,7 @@ WHISPER := assets/models/whisper-base/manifest.json
 ARGS ?=
 MULTIPL_E ?=
 
-.PHONY: help quickstart sweep code-local speech-local test test-slow test-gpu lint types format bench bench-quick bench-gpu figures clean
+.PHONY: help quickstart sweep code-local speech-local test test-slow test-gpu lint types format bench bench-quick bench-gpu docs figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -70,6 +70,9 @@ bench-quick: $(INSTALLED)  ## the same in ten minutes: fewer repeats, the small 
 	$(BIN)/python benchmarks/joint.py --quick
 	$(BIN)/python benchmarks/layer.py --quick --repeats 5
 	$(BIN)/python benchmarks/memory.py
+
+docs: $(INSTALLED)  ## build the documentation into outputs/site, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 figures: $(INSTALLED)  ## put the committed results into README and docs
 	$(BIN)/python benchmarks/update_figures.py

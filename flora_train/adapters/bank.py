@@ -87,7 +87,7 @@ class AdapterBank:
         return bank
 
     def route(self, adapters: Tensor | Sequence[int] | Sequence[str], noise: Sequence[RowNoise] | None = None) -> None:
-        """Say which adapter each row of the coming batch uses: ids (-1: base) or names ("__base__": base), [B].
+        """Say which adapter each row of the coming batch uses: ids (-1: base) or names (`__base__`: base), [B].
 
         The routing stays until the next call. Raises UserError for an unknown name or id.
         """

@@ -1,0 +1,77 @@
+"""docs/tutorial.md, run from top to bottom as it stands, but for smaller steps; and the commands of the other pages exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flora_train.cli import COMMANDS
+from tests.e2e.conftest import ROOT
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TUTORIAL, re.S | re.M)
+SMALLER = {
+    "training.steps=20": "training.steps=6 training.tokens_per_step=384 training.tokens_per_microbatch=384 training.max_length=128 "
+    "tasks.lua.max_validation_examples=2 tasks.ruby.max_validation_examples=2",
+    "flora-train doctor\n": "",  # test_doctor.py has it
+    "evaluation.every=10": "evaluation.every=3",
+    "tasks.perl.train=perl.jsonl": "tasks.perl.train=perl.jsonl tasks.perl.max_validation_examples=2",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a clone, in which nothing of ours is written over."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("assets", "launch", "train.py"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def test_the_tutorial_from_top_to_bottom(place: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    surroundings = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    said = ""
+    for language, block in BLOCKS:
+        for whole, part in SMALLER.items():
+            block = block.replace(whole, part)
+        command = ["bash", "-e", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+        done = subprocess.run(command, cwd=place, env=surroundings, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        said += done.stdout
+    for sign in ("6 adapters", "Held-out loss: clearly better is", "local function add(a, b)", "YOU/mine  private"):
+        assert sign in said
+    adapters = {path.name for path in (place / "outputs" / "mine" / "adapters").iterdir()}
+    assert adapters == {f"{task}-{method}" for task in ("lua", "ruby", "perl") for method in ("flora", "lora", "ia3")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_the_pages_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:bash|)\n(.*?)^```", text, re.S | re.M)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", text)
+    for line in (line for line in lines if re.match(r"(flora-train|make) \w", line)):
+        program, *words = shlex.split(line.replace("\\|", "|"), comments=True)
+        if program == "flora-train":
+            assert words[0] in COMMANDS, line
+        elif program == "make":
+            assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M), line
+
+
+def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in PAGES:
+        assert (tmp_path / "site" / ("" if page.stem == "index" else page.stem) / "index.html").exists()
+    reference = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    assert "flora_train.adapters.bank.AdapterBank.attach" in reference
+    assert "tokens_per_microbatch" in reference
