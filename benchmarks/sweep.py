@@ -3,8 +3,8 @@
     python benchmarks/sweep.py --save        benchmarks/results/sweep_cpu.md
 
 fLoRA (PEFT: HiRA, its residual form), LoRA and IA3 at four learning rates each, on the quickstart's Lua. One segment: a step of the joint
-run, and then one step of every PEFT run on the same rows, learning rates and clipping; the two take turns. PEFT's adapters begin with their
-own first numbers. At the end both are judged on the same held-out examples, after their last step. Loading the model, once here and twelve
+run, and then one step of every PEFT run on the same rows, learning rates and clipping; the two take turns. PEFT's adapters begin with
+the first numbers of ours, so that both are the same experiment. At the end both are judged on the same held-out examples, after their last step. Loading the model, once here and twelve
 times there, is not in the times.
 """
 
@@ -67,6 +67,8 @@ class Sweep:
         session.model.train()
         self.specs: Sequence[AdapterSpec] = session.bank.specs
         self.runs = [PeftRun(config, spec) for spec in self.specs]
+        for run, spec in zip(self.runs, self.specs, strict=True):
+            run.begin_as(session.bank, spec.name)
 
     def segment(self, number: int) -> dict[str, float]:
         """One step of all, in an order that changes; seconds of each side."""

@@ -35,6 +35,7 @@ from flora_train.export.card import write_card
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_start import start_from_peft
 from flora_train.session import Session, load_session, make_accelerator, reopen
+from flora_train.tracking import begin_tracking, end_tracking
 from flora_train.training.clock import spoken
 from flora_train.training.distributed import check_world_size, is_main_process, on_main_process, say, wait_for_everyone, world
 from flora_train.training.environment import dtype_of, environment, now, peak_memory
@@ -42,7 +43,7 @@ from flora_train.training.growth import grow
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.progress import Watch, duration
-from flora_train.training.run_folder import RunFolder, flat
+from flora_train.training.run_folder import RunFolder
 from flora_train.training.selection import Kept
 from flora_train.training.sharding import gather_base, loads_in_parts
 from flora_train.training.signals import Interrupted
@@ -79,8 +80,7 @@ def train_run(config: RunConfig) -> Path:
         start(range(len(session.bank.specs)))
     on_main_process(lambda: folder.claim(config))
     report_left_out(session)
-    trackers = {"wandb": {"name": config.name, "dir": str(folder.path)}} if "wandb" in config.tracking.trackers else {}
-    accelerator.init_trackers(config.tracking.project, config=_scalars(config), init_kwargs=trackers)
+    begin_tracking(accelerator, config, folder)
     say(
         f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {dtype_of(session.model)}, on {accelerator.device}"
     )
@@ -102,6 +102,7 @@ def train_run(config: RunConfig) -> Path:
     if is_main_process():
         folder.update_run_json(finished=True, ended={"joined": trainer.joined, "identity": trainer.identity()})
         trainer.checkpoints.clear()
+        end_tracking(accelerator, config, folder, read_report(folder), trainer.at.done)
         show(folder)
     wait_for_everyone()  # a process that leaves early takes its end of the connections with it
     accelerator.end_training()
@@ -269,9 +270,3 @@ def _speed(results: Mapping[str, Any]) -> str:
     rate = f"{tokens / seconds:.0f} tokens/s" if seconds else "not recorded"
     shares = spoken(results["facts"].get("time_shares", {}))
     return f"{rate}: {shares}" if shares else rate
-
-
-def _scalars(config: RunConfig) -> dict[str, str | int | float]:
-    """Dotted keys and plain values, as trackers want them."""
-    keys = flat(config.model_dump(mode="json"))
-    return {key: value if isinstance(value, (int, float)) else str(value) for key, value in keys.items()}

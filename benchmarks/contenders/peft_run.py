@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft import HiraConfig, IA3Config, LoraConfig, get_peft_model
+from peft import HiraConfig, IA3Config, LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 
+from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.base_model import load_base_model
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import find_targets
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import IGNORE, Collate, MixedBatch
 from flora_train.data.tokens import TokenSplit
+from flora_train.export.peft_format import peft_tensors
 from flora_train.training.plan import StepPlan
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -40,6 +42,10 @@ class PeftRun:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=spec.lr, betas=config.training.betas, weight_decay=spec.weight_decay
         )
+
+    def begin_as(self, bank: AdapterBank, name: str) -> None:
+        """With the numbers that an adapter of ours has now."""
+        set_peft_model_state_dict(self.model, peft_tensors(bank, name))
 
     def step(self, batches: Sequence[Batch], lr: float | None = None) -> float:
         """One update from all batches, which weigh by their learnt tokens; returns the mean loss of one."""

@@ -183,6 +183,10 @@ class TrackingConfig(Section):
     """Where metrics go besides metrics.jsonl."""
     project: Text = "flora_train"
     """Project name at the tracker."""
+    group: Text | None = None
+    """wandb's name for runs that belong together."""
+    artifacts: bool = False
+    """Give wandb the report and all adapters, too."""
     online: bool = False
     """Let wandb talk to its server. Off: it writes to the run folder, and `wandb sync` sends it later."""
 

@@ -80,3 +80,9 @@ class Tally:
         for name in pairs.keys() - {"last"}:
             getattr(tally, name).update(dict(pairs[name]))
         return tally
+
+
+def tracker_keys(stage: str, specs: Sequence[AdapterSpec], adapters: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """As trackers group them: `<stage>/<task>/<method>/<figure>`. adapters: name -> figures."""
+    of = {spec.name: f"{stage}/{spec.task}/{spec.family}" for spec in specs}
+    return {f"{of[name]}/{key}": value for name, facts in adapters.items() for key, value in facts.items()}

@@ -44,7 +44,7 @@ from flora_train.training.run_folder import RunFolder, comparable
 from flora_train.training.selection import Kept, Selection
 from flora_train.training.sharding import keep_pace
 from flora_train.training.signals import Interrupted, StopSignals
-from flora_train.training.tally import Tally
+from flora_train.training.tally import Tally, tracker_keys
 
 
 class Trainer:
@@ -251,7 +251,7 @@ class Trainer:
             "adapters": adapters,
             "quarantined": self.guard.record(),
         }
-        self._record(record, {f"train/{name}/{key}": value for name, facts in adapters.items() for key, value in facts.items()})
+        self._record(record, tracker_keys("train", self.bank.specs, adapters))
 
     def _evaluate(self) -> bool:
         """Returns whether an adapter stops, and the steps to come are others than they were."""
@@ -270,7 +270,7 @@ class Trainer:
         record = {"kind": "evaluation", "step": done, "max_examples": limit, "adapters": adapters}
         left = self.departures.after_evaluation(losses, done)
         record["left"] = self.departures.record()
-        self._record(record, {f"eval/{name}/{key}": value for name, facts in adapters.items() for key, value in facts.items()})
+        self._record(record, tracker_keys("eval", self.bank.specs, adapters))
         if left:
             self.foresee()
         return left

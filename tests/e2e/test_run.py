@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,8 @@ from flora_train.config.load import load_config
 from flora_train.data.batch import share_of_rank
 from flora_train.data.task import load_tasks
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
-from tests.e2e.conftest import Launch
-from tests.e2e.forked import python
+from tests.e2e.conftest import Launch, launch_environment
+from tests.e2e.forked import Forked, python
 
 ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for method in ("flora", "lora", "ia3"))
 
@@ -168,10 +171,31 @@ def test_tensorboard_gets_per_adapter_metrics(launch: Launch, recipe: Path, tmp_
 
     events = next((tmp_path / "run").rglob("events.out.tfevents*"))
     log = EventAccumulator(str(events.parent)).Reload()
-    assert {f"eval/{name}/loss" for name in ADAPTERS} <= set(log.Tags()["scalars"])
+    of = [name.replace("-", "/") for name in ADAPTERS]
+    found = set(log.Tags()["scalars"])
+    assert {f"{stage}/{name}/loss" for stage in ("train", "eval") for name in of} <= found
+    assert {f"final/{name}/bits_per_byte" for name in (*of, "letters/base", "digits/base")} <= found
+    (final,) = log.Scalars("final/letters/flora/bits_per_byte")
+    contenders = {row["name"]: row for result in read_report(tmp_path / "run")["results"] for row in result["contenders"]}
+    assert final.value == pytest.approx(contenders["letters-flora"]["bits_per_byte"]["value"], rel=1e-6)
 
 
-def test_wandb_stays_offline_by_default(launch: Launch, recipe: Path, tmp_path: Path) -> None:
-    done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "tracking.trackers=[wandb]", "training.steps=4")
+def test_wandb_is_offline_by_default_and_knows_a_run_that_is_taken_up_again(launch: Launch, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = (f"recipe={recipe}", f"output_dir={run}", "tracking.trackers=[wandb]", "tracking.group=tests", "resume=true")
+    words += ("tracking.artifacts=true", "training.checkpoint_every=5", "training.steps=400", "evaluation.every=null")
+    begun = Forked(["train.py", *words], launch_environment(tmp_path / "cache"))
+    while not list(run.glob("checkpoints/step-*")):
+        assert begun.poll() is None, begun.said()
+        time.sleep(0.01)
+    os.kill(begun.pid, signal.SIGTERM)
+    begun.wait(60)
+    done = launch(*words)
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "run").rglob("offline-run-*"))
+    logs = sorted(run.rglob("run-*.wandb"))
+    assert len(logs) == 2
+    assert len({log.stem for log in logs}) == 1
+    assert all(log.parent.name.startswith("offline-run-") for log in logs)
+    content = logs[-1].read_bytes() + logs[0].read_bytes()
+    for name in (b"tests", b"tiny-report", b"tiny-letters-flora", b"final/letters/flora/bits_per_byte"):
+        assert name in content
