@@ -22,6 +22,8 @@ from flora_train.training.run_folder import RunFolder
 from flora_train.training.selection import Kept
 
 SCHEMA = 5
+MOMENTS = 40
+"""Points of the curve of what was drawn."""
 """Of report.json; raised when a reader would miss or misread something."""
 
 
@@ -225,7 +227,7 @@ def _result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> dict[str,
 
 
 def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]) -> dict[str, Any]:
-    """`training` and `heldout`: adapter -> [[step, nats per token], ...]; `base`: task -> the base model's nats per token
+    """`training` and `heldout`: adapter -> [[step, nats per token], ...]; `drawn`: task -> [[step, tokens so far], ...], at most MOMENTS; `base`: task -> the base model's nats per token
     on the examples of `heldout`, the first `heldout_examples` of each task (null: all)."""
     first = config.evaluation.max_examples
     curves: dict[str, dict[str, list[list[float | None]]]] = {"training": {}, "heldout": {}}
@@ -234,4 +236,7 @@ def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]
             for name, facts in record["adapters"].items():
                 curves[curve].setdefault(name, []).append([record["step"], finite(facts["loss"])])
     base = {name: finite(judged.loss(BASE_ID, first)) for name, judged in heldout.items()}
-    return {**curves, "base": base, "heldout_examples": first}
+    steps = folder.read_metrics("step")
+    moments = [steps[i] for i in sorted({round(i * (len(steps) - 1) / MOMENTS) for i in range(MOMENTS + 1)})] if steps else []
+    drawn = {name: [[record["step"], record["task_tokens"].get(name, 0)] for record in moments] for name in heldout}
+    return {**curves, "drawn": drawn, "base": base, "heldout_examples": first}

@@ -1,78 +1,20 @@
-"""What do the report's figures look like? One small SVG panel per task, in the colours of the page around it."""
+"""What do the report's figures look like? One small SVG panel per task."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-Point = tuple[float, float]
-
-WIDTH = 320
-"""Of a panel, in CSS pixels: it fits a phone, and three fit a desktop page."""
+from flora_train.evaluation.report.canvas import INK, MUTED, PAPER, RULE, WIDTH, FamilyStyle, Point, draw_svg
 
 MAX_POINTS = 200
 """Longer training curves are averaged in blocks."""
-
-# matplotlib knows no CSS variables: it draws in colours that nobody else uses, and `_svg` puts the variables in their place
-INK, MUTED, RULE, PAPER, FAMILY = "#010101", "#020202", "#030303", "#040404", "#0500"
-VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
-
-COLOURS = 7
-"""The page defines --family-0 to --family-6, for light and dark."""
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.6, 1.4, 1.6)))
-MARKERS = "os^DvPX*"
-
-SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "flora_train",
-    "font.size": 11,
-    "axes.linewidth": 0.8,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-}
-
-
-@dataclass(frozen=True)
-class FamilyStyle:
-    """How a family is drawn everywhere: never told by its colour alone."""
-
-    colour: str
-    dash: Any
-    marker: str
-
-    @property
-    def held_out(self) -> dict[str, Any]:
-        """Keywords of a held-out curve: markers keep the page's colour as a rim, so that crossing curves stay apart."""
-        rim = {"markersize": 6, "markeredgecolor": PAPER, "markeredgewidth": 0.8}
-        return {"color": self.colour, "linestyle": self.dash, "marker": self.marker, "linewidth": 1.5, **rim}
-
-
-def family_styles(families: Sequence[str]) -> dict[str, FamilyStyle]:
-    """Colour, dash and marker per family, in order."""
-    return {
-        family: FamilyStyle(f"{FAMILY}{i % COLOURS:02x}", DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)])
-        for i, family in enumerate(families)
-    }
 
 
 def legend_key(name: str, style: FamilyStyle) -> Markup:
@@ -83,7 +25,7 @@ def legend_key(name: str, style: FamilyStyle) -> Markup:
         axes.plot([0, 0.5, 1], [0.5, 0.5, 0.5], markevery=[1], **style.held_out)
         axes.set(xlim=(0, 1), ylim=(0, 1))
 
-    return _svg(name, (40, 14), (2, 38, 1, 1), draw)
+    return draw_svg(name, (40, 14), (2, 38, 1, 1), draw)
 
 
 def difference_range(results: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
@@ -133,7 +75,7 @@ def difference_panel(
     title = f"Difference to the base model on {result['task']}"
     spoken = "; ".join(f"{c['family']} {_spoken(_finite(c['difference_to_base']))}" for c in rows)
     description = f"Bits per byte with interval: {spoken}."
-    return _svg(name, (WIDTH, 30 + 24 * len(rows)), (left, WIDTH - 14, 24, 4), draw, title, description)
+    return draw_svg(name, (WIDTH, 30 + 24 * len(rows)), (left, WIDTH - 14, 24, 4), draw, title, description)
 
 
 def pass_panel(name: str, part: Mapping[str, Any], k: str, styles: Mapping[str, FamilyStyle], top: float) -> Markup:
@@ -162,7 +104,7 @@ def pass_panel(name: str, part: Mapping[str, Any], k: str, styles: Mapping[str, 
     left = 14 + 6.4 * max(len(label) for label in labels)
     box = (left, WIDTH - 14, 24, 4)
     title = f"pass@{k}: {part['name']}"
-    return _svg(name, (WIDTH, 30 + 24 * len(rows)), box, draw, title, f"Percent with interval: {spoken}.")
+    return draw_svg(name, (WIDTH, 30 + 24 * len(rows)), box, draw, title, f"Percent with interval: {spoken}.")
 
 
 def curve_panel(
@@ -212,38 +154,43 @@ def curve_panel(
 
     title = f"Loss over steps on {task}"
     ends = [f"{a['family']} {_end(series['heldout', a['name']])}" for a in adapters]
-    return _svg(name, (WIDTH, 200), (36, WIDTH - 6, 34, 6), draw, title, f"Held-out loss in nats per token: {'; '.join(ends)}.")
+    return draw_svg(
+        name, (WIDTH, 200), (36, WIDTH - 6, 34, 6), draw, title, f"Held-out loss in nats per token: {'; '.join(ends)}."
+    )
 
 
-def _svg(
-    name: str, size: Point, box: Sequence[float], draw: Callable[[Axes], None], title: str = "", description: str = ""
-) -> Markup:
-    """Draw one axes and make its SVG part of a page. size: width, height; box: left, right, and what is left free
-    below and above, in pixels; name: prefix of ids, unique in the page. Without a title the figure is decoration."""
-    width, height = size
-    left, right, below, above = box
-    text = io.StringIO()
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(width / 72, height / 72))
-        place = (left / width, below / height, (right - left) / width, (height - below - above) / height)
-        draw(figure.add_axes(place))
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    # without the head: metadata, and a style that would reach the whole page
-    body = "<g>" + text.getvalue().partition('<g id="figure_1">')[2].rpartition("</svg>")[0]
-    used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', body))
-    body = re.sub(r' id="([\w.-]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
-    body = re.sub(r'(?:xlink:)?(href="|url\()#', rf"\1#{name}-", body)
-    body = re.sub(r"font-family:[^;\"]*;? ?|transform=\"rotate\(-0 [^)]*\)\"", "", body)
-    body = re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(m[0].split())), body)
-    body = re.sub(r">\s+<", "><", body)
-    for colour, variable in VARIABLES.items():
-        body = body.replace(colour, variable)
-    body = re.sub(rf"{FAMILY}(\w\w)", lambda m: f"var(--family-{int(m[1], 16)})", body)
-    role = 'aria-hidden="true"'
-    if title:
-        role = f'role="img" aria-labelledby="{name}-title {name}-desc"'
-        body = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>{body}'
-    return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" {role}>{body}</svg>')
+def fairness_panel(name: str, drawn: Mapping[str, Sequence[Sequence[float]]], targets: Mapping[str, float]) -> Markup:
+    """Each task's share of all tokens drawn so far, as a multiple of the share that the mixture aims at, over steps. The two tasks that end
+    farthest from 1 are named."""
+    steps = [point[0] for point in next(iter(drawn.values()))]
+    totals = [sum(points[i][1] for points in drawn.values()) for i in range(len(steps))]
+    ratios = {
+        task: [points[i][1] / total / targets[task] if total else 0.0 for i, total in enumerate(totals)]
+        for task, points in drawn.items()
+        if targets.get(task)
+    }
+    last = sorted(ratios, key=lambda task: ratios[task][-1])
+    named = {last[0]: "top", last[-1]: "bottom"}
+    top = max(2.0, max(values[-1] for values in ratios.values()) * 1.1)
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(1, color=INK, linewidth=0.9)
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for task, values in ratios.items():
+            loud = task in named and len(ratios) > 1
+            axes.plot(steps, values, color=INK if loud else MUTED, linewidth=1.4 if loud else 0.8, alpha=1.0 if loud else 0.45)
+        for task, side in named.items():
+            axes.text(steps[-1], ratios[task][-1], f" {_shortened(task, 10)}", va=side, color=INK, fontsize=10)
+        axes.set(xlim=(steps[0], steps[-1] + 0.12 * max(1, steps[-1] - steps[0])), ylim=(0, top))
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.set_xlabel("step", loc="right", labelpad=1)
+
+    spoken = f"At the end {last[0]} has {ratios[last[0]][-1]:.2f} and {last[-1]} {ratios[last[-1]][-1]:.2f} times its share."
+    return draw_svg(
+        name, (2 * WIDTH, 200), (36, 2 * WIDTH - 6, 34, 6), draw, "Share of tokens drawn so far, against the aim", spoken
+    )
 
 
 def _finite(estimate: Mapping[str, Any]) -> tuple[float, float, float] | None:

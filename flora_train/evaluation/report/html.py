@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.report import figures
+from flora_train.evaluation.report.canvas import FamilyStyle, family_styles
 from flora_train.evaluation.report.comparison import costs, measures, settings, verdicts
 from flora_train.evaluation.report.findings import summarise
 from flora_train.evaluation.report.gains import gain_maps
@@ -39,7 +40,7 @@ CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 def render_html(results: Mapping[str, Any]) -> str:
     """The page of a run, as text. results: the mapping that is saved as report.json, see `results.build_results`."""
     families = list(dict.fromkeys(a["family"] for a in results["adapters"]))
-    styles = figures.family_styles(families)
+    styles = family_styles(families)
     limits = figures.difference_range(results["results"])
     drawn = results["results"][:MAX_DRAWN]
     adapters = {r["task"]: [a for a in results["adapters"] if a["task"] == r["task"]] for r in drawn}
@@ -65,6 +66,7 @@ def render_html(results: Mapping[str, Any]) -> str:
         statuses=STATUSES,
         left_out={split: left_out([task[split] for task in results["tasks"]]) for split in ("train", "validation")},
         shares=shares(results),
+        fairness=fairness(results),
         cost=cost(results),
         few_examples=FEW_EXAMPLES,
         max_points=figures.MAX_POINTS,
@@ -108,7 +110,7 @@ def suite_families(suite: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(c["family"] for part in suite["languages"] for c in part["contenders"]))
 
 
-def _pass_panels(i: int, suite: Mapping[str, Any], styles: Mapping[str, figures.FamilyStyle]) -> list[tuple[str, Any]]:
+def _pass_panels(i: int, suite: Mapping[str, Any], styles: Mapping[str, FamilyStyle]) -> list[tuple[str, Any]]:
     """(language, panel) of the first languages and, where there are several, their mean."""
     several = [{**suite["macro"], "name": "mean of languages"}] if len(suite["macro"]["languages"]) > 1 else []
     parts = [*several, *suite["languages"][:MAX_DRAWN]]
@@ -140,6 +142,15 @@ def shares(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per task: the share of all drawn tokens, beside the `target_share` of the mixture."""
     drawn = sum(t["tokens_drawn"] for t in results["tasks"])
     return [{**t, "share": t["tokens_drawn"] / max(1, drawn)} for t in results["tasks"]]
+
+
+def fairness(results: Mapping[str, Any]) -> Markup | None:
+    """Shares over time, where there are several tasks and more than one moment was logged."""
+    targets = {task["name"]: task["target_share"] for task in results["tasks"]}
+    drawn = {task: points for task, points in results["curves"].get("drawn", {}).items() if targets.get(task)}
+    if len(drawn) < 2 or len(next(iter(drawn.values()))) < 2:
+        return None
+    return figures.fairness_panel("fairness", drawn, targets)
 
 
 def cost(results: Mapping[str, Any]) -> dict[str, str]:

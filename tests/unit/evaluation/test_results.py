@@ -166,6 +166,7 @@ def test_curves_and_counts_come_from_the_metrics(tmp_path: Path) -> None:
     assert results["curves"]["training"] == {"a-lora": [[10, 2.0]], "a-flora": [[10, None]]}
     assert results["curves"]["heldout"]["a-lora"] == [[10, 2.0]]
     assert results["tasks"][0]["tokens_drawn"] == 300
+    assert results["curves"]["drawn"] == {"a": [[10, 300]]}
     adapter = next(a for a in results["adapters"] if a["family"] == "lora")
     assert (adapter["tokens"], adapter["skipped_steps"], adapter["selected_step"]) == (70, 2, 10)
     assert (adapter["rollbacks"], adapter["quarantined"], adapter["left"]) == (0, None, None)
