@@ -36,6 +36,7 @@ from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_start import start_from_peft
 from flora_train.session import Session, load_session, make_accelerator, reopen
 from flora_train.tracking import begin_tracking, end_tracking
+from flora_train.training.apart import time_apart
 from flora_train.training.clock import spoken
 from flora_train.training.distributed import check_world_size, is_main_process, on_main_process, say, wait_for_everyone, world
 from flora_train.training.environment import dtype_of, environment, now, peak_memory
@@ -97,7 +98,7 @@ def train_run(config: RunConfig) -> Path:
     seconds |= {"train": trainer.at.seconds, "evaluate during training": trainer.at.evaluation_seconds}
     if is_main_process():
         more = {"time_shares": trainer.clock.shares(), "joined": trainer.joined}
-        folder.update_run_json(training=training_facts(session, seconds) | more)
+        folder.update_run_json(training=training_facts(session, seconds) | more | {"apart": time_apart(trainer)})
     judge(session, trainer.selection.kept, plan)
     if is_main_process():
         folder.update_run_json(finished=True, ended={"joined": trainer.joined, "identity": trainer.identity()})

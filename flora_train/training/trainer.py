@@ -89,14 +89,14 @@ class Trainer:
         every = self.config.evaluation.every or self.end
         self.model.train()
         self.guard.remember()
-        plan = self._plan(at.done)
+        plan = self.plan(at.done)
         with self.signals, Watch("train", self.end, begun) as watch:
             if not begun and self.config.evaluation.every and any(spec.start_from for spec in self.bank.specs):
                 self._evaluate()  # what they were worth before
             while at.done < self.end and plan is not None:
-                coming = self._plan(at.done + 1) if at.done + 1 < self.end else None
+                coming = self.plan(at.done + 1) if at.done + 1 < self.end else None
                 for rows in share_of_rank(coming.microbatches if coming else (), *world()):
-                    look_ahead(self.collate, rows, self._training_split)
+                    look_ahead(self.collate, rows, self.training_split)
                 if self.clock.base_rate is None:
                     self.time_base(plan)
                 started = time.monotonic()
@@ -108,7 +108,7 @@ class Trainer:
                 if at.done % config.log_every == 0:
                     self._log()
                 if (at.done % every == 0 or at.done in self.departures.halving.rungs) and self._evaluate():
-                    plan = self._plan(at.done)
+                    plan = self.plan(at.done)
                 if at.done % config.checkpoint_every == 0 or self._told_to_end:
                     self.guard.remember()
                     self.save()
@@ -193,9 +193,9 @@ class Trainer:
                 per_token[adapter] = 1.0 / tokens
             for rows in share_of_rank(plan.microbatches, *world()):
                 with clock.part("data"):
-                    batch = self.collate(rows, self._training_split, self.pad_token).to(self.bank.device)
+                    batch = self.collate(rows, self.training_split, self.pad_token).to(self.bank.device)
                 clock.saw(batch.padded_tokens)
-                self.bank.route(batch.adapter_ids, [self._noise(number, row) for row in rows])
+                self.bank.route(batch.adapter_ids, [self.noise(number, row) for row in rows])
                 losses = self.row_losses(batch)
                 (losses * per_token[batch.adapter_ids]).sum().backward()
                 nats.index_add_(0, batch.adapter_ids, losses.detach().double())
@@ -214,7 +214,7 @@ class Trainer:
     def time_base(self, plan: StepPlan) -> None:
         """Measure once what the base alone takes for a micro-batch, to tell apart what adapters cost. Nothing of the run changes."""
         rows = max(plan.microbatches, key=lambda rows: rows[0].length * len(rows))
-        batch = self.collate(rows, self._training_split, self.pad_token).to(self.bank.device)
+        batch = self.collate(rows, self.training_split, self.pad_token).to(self.bank.device)
         seconds = []
         for _ in range(2):  # the first time, memory is still to be had
             started, loss_before = self.clock.now(), self.clock.seconds["loss"]
@@ -224,13 +224,13 @@ class Trainer:
         self.clock.seconds.clear()
         self.clock.base_rate = min(seconds) / batch.padded_tokens
 
-    def _plan(self, number: int) -> StepPlan | None:
+    def plan(self, number: int) -> StepPlan | None:
         return plan_step(self.mixture, number, self.tasks, self.bank, self.config.training.tokens_per_microbatch)
 
-    def _training_split(self, task: str) -> TokenSplit:
+    def training_split(self, task: str) -> TokenSplit:
         return self.tasks[task].train
 
-    def _noise(self, number: int, row: Row) -> RowNoise:
+    def noise(self, number: int, row: Row) -> RowNoise:
         seed = seed_of(self.config.seed, f"dropout {number}", row.task, str(row.example))
         return RowNoise(seed, row.tokens - 1 if row.window else row.tokens, row.window)  # a decoder does not read the last token
 

@@ -71,6 +71,13 @@ def test_every_adapter_beats_the_base_on_held_out_examples_of_its_task(finished:
             assert contender["difference_to_base"]["high"] < 0, contender["name"]
 
 
+def test_the_report_says_what_separate_runs_would_cost(finished: Path) -> None:
+    apart = read_report(finished)["facts"]["apart"]
+    assert apart["adapters"] > 1
+    assert apart["together"] > 0
+    assert "adapter by adapter (once each)" in (finished / "eval" / "report.html").read_text()
+
+
 def test_terminal_shows_progress_with_eta_results_completions_and_the_next_command(finished: Path) -> None:
     shown, progress = (finished / "stdout.txt").read_text(), (finished / "stderr.txt").read_text()
     assert "train: 100%" in progress

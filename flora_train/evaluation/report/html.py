@@ -153,6 +153,17 @@ def fairness(results: Mapping[str, Any]) -> Markup | None:
     return figures.fairness_panel("fairness", drawn, targets)
 
 
+def apart(found: Mapping[str, Any] | None) -> str:
+    """What the last step's batches took together and adapter by adapter."""
+    if found is None:
+        return "not measured: adapters on the host, several processes, or one adapter"
+    ratio = number(found["apart"] / found["together"], 2)
+    return (
+        f"{ratio} times as long, and the base loaded {found['adapters']} times: the last step's rows, forward and backward, took "
+        f"{number(found['together'], 1)} s together and {number(found['apart'], 1)} s adapter by adapter (once each)"
+    )
+
+
 def cost(results: Mapping[str, Any]) -> dict[str, str]:
     """Figures of effort and surroundings, label to text. What was not recorded is left out."""
     facts, machine = results["facts"], results["facts"].get("machine", {})
@@ -164,6 +175,7 @@ def cost(results: Mapping[str, Any]) -> dict[str, str]:
     shares = spoken(facts.get("time_shares", {}))
     found = {
         "Adapter tokens per second": rate,
+        "As separate runs": apart(facts.get("apart")),
         "Time of a step": f"{shares} (base: the frozen model alone, forward and backward)" if shares else None,
         "Peak memory": f"{memory / 2**30:.1f} GiB in the main process" if memory else None,
         "Processes": facts.get("processes"),

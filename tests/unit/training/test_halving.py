@@ -77,8 +77,8 @@ def test_the_others_get_the_part_of_those_who_left(tmp_path: Path) -> None:
     steps = one.optimizer.steps
     for left in set(range(8)) - stopped.keys():
         assert steps[left] >= max(steps[a] for a in stopped)
-    after = [one._plan(number) for number in range(8, 16)]
-    before = [whole._plan(number) for number in range(8, 16)]
+    after = [one.plan(number) for number in range(8, 16)]
+    before = [whole.plan(number) for number in range(8, 16)]
     draws = [len({(row.task, row.example) for group in plan.microbatches for row in group}) for plan in after if plan]
     assert sum(draws) > 2 * sum(len({(r.task, r.example) for g in plan.microbatches for r in g}) for plan in before if plan)
     assert whole.departures.gone == {}

@@ -71,7 +71,7 @@ def test_who_stops_stays_as_it_is_and_the_others_train_on(tmp_path: Path) -> Non
     one.train()
     assert one.departures.record() == {"a-lora": {"step": (step := one.departures.gone[0].step), "why": "patience"}}
     assert step < 10
-    plans = [one._plan(number) for number in range(12)]
+    plans = [one.plan(number) for number in range(12)]
     assert all((0 in plan.label_tokens) <= (number < step) for number, plan in enumerate(plans) if plan is not None)
     assert sum(0 in plan.label_tokens for plan in plans if plan is not None) == one.optimizer.steps[0] > 0
     assert one.optimizer.steps[2] > one.optimizer.steps[0]
