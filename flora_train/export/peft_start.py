@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.methods.flora import as_hira
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, fail, first_line
 from flora_train.config.files import find_file
@@ -50,12 +51,28 @@ def read_peft(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]
     from peft import PeftConfig
     from peft.utils import load_peft_weights
 
+    import flora_train.peft_plugin  # noqa: F401  (so that peft knows FLORA)
+
     local = find_file(source)
     place = str(local) if local.exists() else source
     try:
-        return PeftConfig.from_pretrained(place).to_dict(), load_peft_weights(place, device="cpu")
+        return _as_peft_has_it(PeftConfig.from_pretrained(place).to_dict(), load_peft_weights(place, device="cpu"))
     except Exception as error:  # PEFT, safetensors and the hub's client each have their own
         raise fail(key, source, f"is no PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
+
+
+def _as_peft_has_it(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """FLORA, our own type, as the HIRA that computes the same; others as they are."""
+    if kind_of(config) != "FLORA":
+        return config, tensors
+    found: dict[str, Tensor] = {}
+    for name, A in tensors.items():
+        if name.endswith("flora_A"):
+            stem = name.removesuffix("flora_A")
+            numbers = as_hira(A, tensors[f"{stem}flora_B"], float(config["variant"] == "residual"))
+            found |= {f"{stem}{suffix}": tensor for suffix, tensor in numbers.items()}
+    rank = config["r"] + (config["variant"] == "pure")
+    return {**config, "peft_type": "HIRA", "r": rank, "hira_dropout": config["flora_dropout"]}, found
 
 
 def kind_of(config: Mapping[str, Any]) -> str:

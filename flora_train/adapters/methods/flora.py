@@ -47,12 +47,7 @@ class Flora(AdapterMethod):
         return {"peft_type": "HIRA", "r": spec.rank + (not spec.offset), "target_modules": target_modules, "hira_dropout": 0.0}
 
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
-        """HiRA computes W0 * (1 + B A): a pure adapter of rank r is HiRA of rank r + 1 with one rank for the -1."""
-        A, B = params["A"], params["B"]
-        if not spec.offset:
-            A = torch.cat([A, A.new_ones(1, A.shape[1])])
-            B = torch.cat([B, B.new_full((B.shape[0], 1), -1.0)], dim=1)
-        return {"hira_A": A, "hira_B": B}
+        return as_hira(params["A"], params["B"], spec.offset)
 
     def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
         A, B = tensors["hira_A"], tensors["hira_B"]
@@ -61,3 +56,11 @@ class Flora(AdapterMethod):
         if not ((A[-1] == 1.0).all() and (B[:, -1] == -1.0).all()):
             raise ValueError(f"is W0 * (1 + B A): variant=residual and rank={len(A)} go on from it")
         return {"A": A[:-1], "B": B[:, :-1]}
+
+
+def as_hira(A: Tensor, B: Tensor, offset: float) -> dict[str, Tensor]:
+    """HiRA computes W0 * (1 + B A): a pure adapter of rank r is HiRA of rank r + 1 with one rank for the -1. A: [r, in]; B: [out, r]."""
+    if not offset:
+        A = torch.cat([A, A.new_ones(1, A.shape[1])])
+        B = torch.cat([B, B.new_full((B.shape[0], 1), -1.0)], dim=1)
+    return {"hira_A": A, "hira_B": B}

@@ -22,11 +22,11 @@ from tests.unit.adapters.helpers import logits, tokens
 from tests.unit.export.test_peft_format import perturbed_bank
 
 
-@pytest.mark.parametrize("architecture", FEW)
-def test_every_exported_adapter_comes_back_with_the_same_bits(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("architecture", "own_type"), [*((name, False) for name in FEW), ("llama", True)])
+def test_every_exported_adapter_comes_back_with_the_same_bits(architecture: str, own_type: bool, tmp_path: Path) -> None:
     before = perturbed_bank(architecture)
     for s in before.specs:
-        export_peft(before, s.name, tmp_path / s.name, "base")
+        export_peft(before, s.name, tmp_path / s.name, "base", own_type=own_type and s.method == "flora")
     specs = [replace(s, start_from=str(tmp_path / s.name)) for s in before.specs]
     after = AdapterBank.attach(tiny_model(architecture), specs)
     untouched = AdapterBank.attach(tiny_model(architecture), before.specs)
