@@ -114,8 +114,8 @@ def curve_panel(
     curves: Mapping[str, Any],
     styles: Mapping[str, FamilyStyle],
 ) -> Markup:
-    """Training loss (thin) and held-out loss (marked) of a task's adapters over steps, the selected step ringed, and the
-    base model's held-out loss (dotted)."""
+    """Training loss (thin) and held-out loss (marked) of a task's adapters over steps, the selected step ringed, a cross where one was quarantined, and
+    the base model's held-out loss (dotted)."""
     base = curves["base"].get(task)
     series = {(kind, a["name"]): _points(curves[kind].get(a["name"], [])) for kind in ("training", "heldout") for a in adapters}
     losses = [loss for points in series.values() for _, loss in points if not math.isnan(loss)]
@@ -137,6 +137,9 @@ def curve_panel(
         for a in adapters:
             points, look = series["heldout", a["name"]], styles[a["family"]]
             axes.plot(*_columns(points), **look.held_out)
+            if gone := a.get("quarantined"):
+                until = [p for p in (series["training", a["name"]] or points) if p[0] <= gone["step"] and not math.isnan(p[1])]
+                axes.plot(*_columns(until[-1:]), "x", color=look.colour, markersize=11, markeredgewidth=2.2)
             ring = [point for point in points if point[0] == a["selected_step"]]
             axes.plot(*_columns(ring), "o", color=look.colour, markerfacecolor="none", markersize=12, markeredgewidth=1.2)
         notes = [f"{missing} {'loss is' if missing == 1 else 'losses are'} not finite"] if missing else []
@@ -153,7 +156,11 @@ def curve_panel(
         axes.set_xlabel("step", loc="right", labelpad=1)
 
     title = f"Loss over steps on {task}"
-    ends = [f"{a['family']} {_end(series['heldout', a['name']])}" for a in adapters]
+    ends = [
+        f"{a['family']} {_end(series['heldout', a['name']])}"
+        + (f", quarantined at step {a['quarantined']['step']}" if a.get("quarantined") else "")
+        for a in adapters
+    ]
     return draw_svg(
         name, (WIDTH, 200), (36, WIDTH - 6, 34, 6), draw, title, f"Held-out loss in nats per token: {'; '.join(ends)}."
     )

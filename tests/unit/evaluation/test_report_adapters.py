@@ -21,6 +21,8 @@ def test_who_stopped_early_is_told() -> None:
     page = render_html(results)
     assert page.count("<td>20, left at 40 (no better for as long as its patience)</td>") == 1
     assert page.count('<td>20, <b class="loud">quarantined at 5</b>: its loss is not finite</td>') == 1
+    assert page.count("quarantined at step 5") == 1  # what a screen reader hears of the curve
+    assert "A cross: the adapter was quarantined." in page
     assert page.count('<td class="loud">3</td>') == 1
     assert "Rolled back: it went wrong" in page
     assert "Quarantined: it went back" in page
