@@ -18,11 +18,11 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TUTORIAL, re.S | re.M)
 SMALLER = {
-    "training.steps=20": "training.steps=6 training.tokens_per_step=384 training.tokens_per_microbatch=384 training.max_length=128 "
-    "tasks.lua.max_validation_examples=2 tasks.ruby.max_validation_examples=2",
+    "training.steps=20": "training.steps=5 training.tokens_per_step=192 training.tokens_per_microbatch=192 training.max_length=64 "
+    "tasks.lua.max_validation_examples=6 tasks.ruby.max_validation_examples=6",
     "flora-train doctor\n": "",  # test_doctor.py has it
     "evaluation.every=10": "evaluation.every=3",
-    "tasks.perl.train=perl.jsonl": "tasks.perl.train=perl.jsonl tasks.perl.max_validation_examples=2",
+    "tasks.perl.train=perl.jsonl": "tasks.perl.train=perl.jsonl tasks.perl.max_validation_examples=6",
 }
 
 
@@ -35,6 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_tutorial_from_top_to_bottom(place: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     surroundings = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
