@@ -150,6 +150,12 @@ def _adapters_there(api: Any, repository: Repository) -> Entries:
     if MANIFEST in files:
         file = insist(lambda: api.hf_hub_download(repository.name, MANIFEST))
         found: Entries = json.loads(Path(file).read_text(encoding="utf-8"))["adapters"]
+        if not all(isinstance(entry, dict) and "run" in entry for entry in found.values()):
+            raise fail(
+                "repo",
+                repository.name,
+                f"has a {MANIFEST} of another version: choose another repository, or delete that file there",
+            )
         return found
     if files:
         raise fail("repo", repository.name, f"exists, and holds something else ({min(files)}): choose another name")

@@ -26,11 +26,12 @@ def draw_reports(words: Sequence[str]) -> None:
     options = read_options(ReportOptions, parse_words(raw))
     if not runs:
         raise fail("run", None, "say which: a folder in outputs/")
-    reports = [read_report(open_run(run)[0]) for run in runs]
+    folders = [open_run(run)[0] for run in runs]
+    reports = [read_report(folder) for folder in folders]
     if len(runs) == 1:
         if options.out is not None:
             raise fail("out", options.out, "is for several runs beside each other; one has its page in its folder")
-        print(write_report(reports[0], open_run(runs[0])[0].evaluation))
+        print(write_report(reports[0], folders[0].evaluation))
         return
     named = dict(zip(labels(runs), reports, strict=True))
     page = Path(runs[0]).resolve().parent / "comparison.html" if options.out is None else Path(options.out)

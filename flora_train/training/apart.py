@@ -15,8 +15,8 @@ from flora_train.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Apart:
-    """Seconds of forward and backward of one step's rows: in its micro-batches, and adapter after adapter, each in as few micro-batches as hold its
-    rows."""
+    """Seconds of forward and backward of one step's rows: in its micro-batches (the less of before and after the other), and adapter after
+    adapter, each in as few micro-batches as hold its rows."""
 
     together: float
     apart: float
@@ -39,13 +39,16 @@ def time_apart(trainer: Trainer) -> dict[str, Any] | None:
     for row in (row for rows in plan.microbatches for row in rows):
         of.setdefault(row.adapter, []).append(row)
     alone = [group_by_length(rows, room) for rows in of.values()]
-    with Watch("time adapters apart", len(alone) + 1) as watch:
+    with Watch("time adapters apart", len(alone) + 2) as watch:
         together = _seconds(trainer, plan.microbatches)
         watch.update(1)
         apart = 0.0
         for done, batches in enumerate(alone, start=2):
             apart += _seconds(trainer, batches)
             watch.update(done)
+        together = min(
+            together, _seconds(trainer, plan.microbatches)
+        )  # what a first time costs, or a neighbour, is no gain of the others
     return asdict(Apart(together, apart, len(alone)))
 
 

@@ -192,6 +192,10 @@ def test_adapters_of_another_run_and_what_is_not_ours_are_left_alone(run: Path, 
     elsewhere = push(str(run), "digits-ia3", "--repo", "me/tiny", "--base", "org/base")
     assert elsewhere.returncode == 2
     assert "repo = 'me/tiny': holds adapters for another base, " in elsewhere.stderr
+    repo.files["flora_train.json"] = b'{"adapters": {"digits-flora": "as it once was"}}'
+    older = push(str(run), "digits-flora", "--repo", "me/tiny")
+    assert older.returncode == 2
+    assert "repo = 'me/tiny': has a flora_train.json of another version" in older.stderr
     hub.repos["me/novel"] = Repo(True, {"chapter.txt": b"Once"})
     other = push(str(run), "--repo", "me/novel")
     assert other.returncode == 2

@@ -75,7 +75,7 @@ def test_the_report_says_what_separate_runs_would_cost(finished: Path) -> None:
     apart = read_report(finished)["facts"]["apart"]
     assert apart["adapters"] > 1
     assert apart["together"] > 0
-    assert "adapter by adapter (once each)" in (finished / "eval" / "report.html").read_text()
+    assert "adapter by adapter (one step" in (finished / "eval" / "report.html").read_text()
 
 
 def test_terminal_shows_progress_with_eta_results_completions_and_the_next_command(finished: Path) -> None:

@@ -160,7 +160,7 @@ def apart(found: Mapping[str, Any] | None) -> str:
     ratio = number(found["apart"] / found["together"], 2)
     return (
         f"{ratio} times as long, and the base loaded {found['adapters']} times: the last step's rows, forward and backward, took "
-        f"{number(found['together'], 1)} s together and {number(found['apart'], 1)} s adapter by adapter (once each)"
+        f"{number(found['together'], 1)} s together and {number(found['apart'], 1)} s adapter by adapter (one step, on the machine as it was)"
     )
 
 

@@ -25,7 +25,9 @@ def test_the_last_step_s_rows_are_timed_both_ways_and_nothing_changes(tmp_path: 
     assert found["adapters"] == len(plan.label_tokens) > 1
     assert 0 < found["together"] < 60
     assert 0 < found["apart"] < 60
-    joint, alone = seen[: len(plan.microbatches)], seen[len(plan.microbatches) :]
+    n = len(plan.microbatches)
+    joint, alone = seen[:n], seen[n:-n]
+    assert seen[-n:] == joint
     rows = [row.adapter for batch in plan.microbatches for row in batch]
     assert sorted(i for ids in joint for i in ids) == sorted(i for ids in alone for i in ids) == sorted(rows)
     assert all(len(set(ids)) == 1 for ids in alone)
