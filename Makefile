@@ -57,7 +57,6 @@ bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, layers, kernel
 	$(BIN)/python benchmarks/memory.py --save
 	PYTHONPATH=. $(BIN)/python benchmarks/profiles.py --save
 	$(BIN)/python benchmarks/compile_kernels.py --save
-	$(BIN)/python benchmarks/roofline.py --save
 	$(BIN)/python benchmarks/calibrate.py --save
 	$(BIN)/python benchmarks/kernels.py --save
 	$(BIN)/python benchmarks/precision.py --train --save

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flora_train.kernels import adamw_triton as adamw
+from flora_train.kernels import flora_gradient_triton, flora_matmul_triton
 from flora_train.kernels import flora_tiles as tiles
-from flora_train.kernels import flora_triton as flora
 from flora_train.kernels import ia3_triton as ia3
 from flora_train.kernels import lora_triton as lora
-from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS
+from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, matmul_constants
 from flora_train.kernels.segments import Segments
 
 RESULT = Path(__file__).parent / "results" / "compiled_kernels.md"
@@ -83,34 +83,53 @@ class Variant:
     kernel: Any
     constants: dict[str, Any]
     options: dict[str, int]
+    fetched: Mapping[str, Sequence[int]]
 
 
-def launched(kernel: Any, options: dict[str, Any]) -> Variant:
-    """As Python launches it; Triton's default is 4 warps and 3 stages."""
+def launched(kernel: Any, options: dict[str, Any], fetched: Mapping[str, Sequence[int]] | None = None) -> Variant:
+    """As Python launches it; Triton's default is 4 warps and 3 stages. fetched: tensors given as descriptors, and their tiles."""
     constants = dict(options)
     warps = constants.pop("num_warps", 4)
-    return Variant(kernel, constants, {"num_warps": warps, "num_stages": constants.pop("num_stages", 3)})
+    return Variant(kernel, constants, {"num_warps": warps, "num_stages": constants.pop("num_stages", 3)}, fetched or {})
+
+
+def tiled(shape: tiles.MatmulTiles | tiles.GradientTiles) -> dict[str, int]:
+    return {"num_warps": shape.warps, "num_stages": shape.stages}
 
 
 def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
     """What the *_triton.py of flora_train/kernels launch for tokens of this type on this chip."""
-    of_rank, tile = tiles.tuning(DTYPES[dtype], rank), tiles.block_features(DTYPES[dtype], rank)
-    of_lora, of_expand = lora.tuning(DTYPES[dtype], rank), lora.expand_tuning(DTYPES[dtype], rank)
+    type_ = DTYPES[dtype]
+    of_rank, of_lora, of_expand = matmul_constants(type_, rank), lora.tuning(type_, rank), lora.expand_tuning(type_, rank)
     blocks = {"TOKENS": BLOCK_TOKENS, "FEATURES": BLOCK_FEATURES, "ORDERED": False}
-    forward = {"weight_feature": FEATURES, "weight_summed": 1, "left_rank": 1, "right_summed": 1, "SPLIT": dtype != "fp32"}
-    backward = {"weight_feature": 1, "weight_summed": FEATURES, "left_feature": 1, "right_rank": 1, "SPLIT": False}
     found = {}
-    for tokens in sorted({tiles.block_tokens(Segments((0, n)), DTYPES[dtype], rank, capability) for n in (1, 128, 4096)}):
-        matmul = of_rank | blocks | {"TOKENS": tokens, "FEATURES": tile, "SUMMED": tiles.BLOCK_SUMMED}
-        found[f"fLoRA y, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | forward)
-        if dtype != "fp32":
-            found[f"fLoRA y, not split, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | forward | {"SPLIT": False})
-        found[f"fLoRA dX, {tokens} tokens"] = launched(flora._modulated_matmul, matmul | backward)
-    gradients = of_rank | {"TOKENS": tiles.BLOCK_SUMMED, "TILE": tiles.gradient_tile(DTYPES[dtype]), "ORDERED": False}
-    gradients["num_warps"] = tiles.GRADIENT_WARPS
+    for described in (False, True) if capability == 90 and dtype != "fp32" else (False,):
+        how = ", fetched" if described else ""
+        matmul = of_rank | {"ORDERED": False, "GROUP": flora_matmul_triton.GROUP, "DESCRIBED": described}
+        lengths = (1, 128, 4096)
+        for tokens in sorted({tiles.block_tokens(Segments((0, n)), type_, rank, capability, described) for n in lengths}):
+            for backward in (False, True):
+                for split in (False, True) if dtype != "fp32" and not backward else (False,):
+                    name = f"fLoRA {'dX' if backward else 'y, split' if split else 'y'}, {tokens} tokens{how}"
+                    exact = {"SPLIT": split, "OF_M": "tf32x3" if split else of_rank["PRECISION"], "TRANSPOSED": backward}
+                    shape = tiles.matmul_tiles(type_, rank, described, split)
+                    exact |= tiled(shape) | {"FEATURES": shape.features, "SUMMED": shape.summed}
+                    one = {"weight_feature" if backward else "weight_summed": 1}
+                    variant = matmul | exact | one | {"TOKENS": tokens}
+                    stored = [shape.summed, shape.features] if backward else [shape.features, shape.summed]
+                    fetched = {"x": [tokens, shape.summed], "weight": stored} if described else {}
+                    found[name] = launched(flora_matmul_triton._modulated_matmul, variant, fetched)
+        for each in (1, 4096) if described else (1,):
+            tile = tiles.gradient_tiles(type_, rank, each, described)
+            variant = (
+                of_rank | tiled(tile) | {"TOKENS": tile.tokens, "OUTS": tile.outs, "INS": tile.ins, "ORDERED": False, "ADD": True}
+            )
+            shapes = {"x": (tile.tokens, tile.ins), "dy": (tile.tokens, tile.outs), "weight": (tile.outs, tile.ins)}
+            found[f"fLoRA dA, dB, {tile.outs} x {tile.ins}{how}"] = launched(
+                flora_gradient_triton._adapter_gradients, variant | {"DESCRIBED": described}, shapes if described else {}
+            )
     parts = blocks | {"PARTS": 8}
     return found | {
-        "fLoRA dA, dB": launched(flora._adapter_gradients, gradients),
         "LoRA shrink": launched(lora._shrink, of_lora | parts | {"stack_feature": 1}),
         "LoRA shrink of dY": launched(lora._shrink, of_lora | parts | {"stack_rank": 1}),
         "LoRA expand": launched(lora._expand, of_expand | blocks | {"stack_rank": 1, "ADD": True}),
@@ -135,7 +154,7 @@ def configurations(chips: Sequence[int]) -> Iterator[tuple[str, str, int, int]]:
 def compile_one(name: str, dtype: str, rank: int, capability: int) -> Compiled:
     variant = variants(dtype, rank, capability)[name]
     kernel, constants = variant.kernel, variant.constants
-    signature = {argument: argument_type(argument, constants, dtype) for argument in kernel.arg_names}
+    signature = {argument: argument_type(argument, variant, dtype) for argument in kernel.arg_names}
     aligned = {"features", "summed", "in_features", "out_features", "x_token", "y_token", "weight_feature", "weight_summed"}
     attributes = {
         (i,): [["tt.divisibility", 16]]
@@ -148,11 +167,14 @@ def compile_one(name: str, dtype: str, rank: int, capability: int) -> Compiled:
     return Compiled(name, dtype, rank, capability, shared=compiled.metadata.shared, **resources(compiled.asm["ptx"], capability))
 
 
-def argument_type(argument: str, constants: dict[str, Any], dtype: str) -> str:
+def argument_type(argument: str, variant: Variant, dtype: str) -> str:
     """Triton's word for it."""
-    if argument in constants:
+    if argument in variant.constants:
         return "constexpr"
-    if argument in TYPED:
+    if argument in variant.fetched:
+        return f"tensordesc<{dtype}{list(variant.fetched[argument])}>"
+    of_factors = variant.kernel is flora_gradient_triton._adapter_gradients and argument in ("left", "right")
+    if of_factors or argument in TYPED:
         return f"*{dtype}"
     return "*fp32" if argument in FLOAT32 else OTHERS.get(argument, INTEGERS)
 
@@ -210,8 +232,8 @@ def main() -> int:
     heading = [
         "# The Triton kernels, compiled",
         "",
-        f"triton {triton.__version__}, blocks of {BLOCK_TOKENS} tokens (fLoRA: as named) x {BLOCK_FEATURES} features (fLoRA in fp32 from rank 17 on: half of that), "
-        f"{tiles.BLOCK_SUMMED} summed at a time, tokens in order, 8 parts. `python benchmarks/compile_kernels.py --save` prints this file.",
+        f"triton {triton.__version__}, blocks of {BLOCK_TOKENS} tokens (fLoRA: as named) x {BLOCK_FEATURES} features, tokens in order, 8 parts; fetched: by "
+        "the copy engine of sm_90. `python benchmarks/compile_kernels.py --save` prints this file.",
         "",
     ]
     text = "\n".join([*heading, *table(found)]) + "\n"

@@ -31,12 +31,12 @@ from flora_train.kernels.lora import lora_add
 RESULTS = Path(__file__).parent / "results"
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-WIDTHS = (1024, 2048, 4096, 6144) if ON_GPU else (512, 1024)
-TOKENS = (4096, 16384) if ON_GPU else (512, 2048)
-EACH = (1, 8, 32, 128, 256, 512, 2048, 16384) if ON_GPU else (1, 8, 32, 128, 512, 2048)
+WIDTHS = (4096, 2048) if ON_GPU else (512, 1024)
+TOKENS = (8192,) if ON_GPU else (512, 2048)
+EACH = (32, 128, 256, 1024, 8192) if ON_GPU else (1, 8, 32, 128, 512, 2048)
 MOST_ADAPTERS = 128
 """More of them only at one token each: the extreme in which every token has an adapter of its own."""
-RANKS = (1, 2, 4, 8, 16, 32, 64)
+RANKS = (1, 2, 4, 16, 32, 64) if ON_GPU else (1, 2, 4, 8, 16, 32, 64)
 MOST_BYTES = (24 if ON_GPU else 3) << 30
 MOST_SECONDS = 2.5
 

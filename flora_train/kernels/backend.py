@@ -19,12 +19,15 @@ _split = True
 
 
 def use_backend(wanted: Backend, device: torch.device) -> None:
-    """Compute on `device` by this backend from now on. auto is torch: the Triton kernels are exact (their tests), but nobody
-    has timed them on a GPU yet. Raises UserError where Triton was asked for and cannot run."""
+    """Compute on `device` by this backend from now on. auto is our own kernels where they were timed and are faster, on Hopper
+    GPUs (benchmarks/results/calibration_cuda_triton.md), and torch elsewhere. Raises UserError where Triton was asked for and
+    cannot run."""
     global _chosen
-    if wanted == "triton" and (reason := why_not_triton(device)):
+    reason = why_not_triton(device)
+    if wanted == "triton" and reason:
         raise fail("kernels.backend", wanted, f"{reason}; leave it at auto")
-    _chosen = "triton" if wanted == "triton" else "torch"
+    timed = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    _chosen = "triton" if wanted == "triton" or (wanted == "auto" and timed and not reason) else "torch"
 
 
 def use_precision(wanted: Precision) -> None:

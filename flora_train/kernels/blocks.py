@@ -42,6 +42,36 @@ def like(tensor: Tensor) -> Tensor:
 
 
 @triton.jit
+def _by_feature(stack, ranks, laid, features, rank, segment, of_feature, of_rank, FEATURES: tl.constexpr, RANK: tl.constexpr):
+    """laid[k, f, j] = stack[k, f, j] for the ranks of adapter k, zeros beyond."""
+    k = tl.program_id(0).to(tl.int64)
+    f, j = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES), tl.arange(0, RANK)
+    used = j < tl.minimum(tl.load(ranks + k), rank)
+    there = f[:, None] < features
+    tile = tl.load(stack + k * segment + f[:, None] * of_feature + j[None, :] * of_rank, mask=there & used[None, :], other=0.0)
+    tl.store(laid + (k * features + f[:, None]) * RANK + j[None, :], tile.to(tl.float32), mask=there)
+
+
+def by_feature(stack: Tensor, ranks: Tensor, dim: int) -> Tensor:
+    """Factors of K adapters, their ranks along `dim`, 1 (A [K, r, in]) or 2 (B [K, out, r]) -> [K, features, RANK] float32: the
+    ranks padded with zeros to what Triton multiplies, so that kernels need no mask along them."""
+    K, features, rank = len(stack), stack.shape[3 - dim], stack.shape[dim]
+    padded = padded_rank(rank)
+    laid = stack.new_empty(K, features, padded, dtype=torch.float32)
+    with torch.cuda.device_of(stack):
+        _by_feature[(K, triton.cdiv(features, BLOCK_FEATURES))](
+            stack, ranks, laid, features, rank, stack.stride(0), stack.stride(3 - dim), stack.stride(dim),
+            FEATURES=BLOCK_FEATURES, RANK=padded,
+        )  # fmt: skip
+    return laid
+
+
+def padded_rank(rank: int) -> int:
+    """The least size that Triton multiplies, which holds `rank`."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+@triton.jit
 def place(t, there, order, ORDERED: tl.constexpr):
     """Where tokens t of the grouped order lie in memory: there, or with ORDERED where `order` says."""
     if ORDERED:
@@ -61,7 +91,7 @@ def part_of_segment(bounds, k, part, PARTS: tl.constexpr, TOKENS: tl.constexpr):
 def matmul_constants(dtype: torch.dtype, rank: int) -> dict[str, Any]:
     """What a matmul over the rank is compiled with for tokens of this type: the rank padded to the least size that Triton
     multiplies; float32 means float32, and beside half precision tf32 is the finer type."""
-    return {"RANK": max(16, triton.next_power_of_2(rank)), "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+    return {"RANK": padded_rank(rank), "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
 
 
 def parts_for(programs: int) -> int:
@@ -71,4 +101,4 @@ def parts_for(programs: int) -> int:
 
 
 ENOUGH_PROGRAMS = 512
-"""Some four for every multiprocessor of an H100. Not measured: no GPU was there."""
+"""Some four for every multiprocessor of an H100."""

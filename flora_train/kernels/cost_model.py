@@ -19,12 +19,14 @@ class Thresholds:
     """expanding: what a run of tokens through W0 costs as a term of an expansion, with the products around it, in percent of a
     run alone. forming, forming_a_rank: what forming W0 * M costs an adapter, however few its tokens, in tokens that go through W0 once:
     passes over W0, and thin matmuls for every rank. grouped_bytes: of all adapters' W0 * M at one time, up to which a CPU
-    works on all of them at once: beyond, they no longer stay in its cache."""
+    works on all of them at once: beyond, they no longer stay in its cache. fused_tokens: per adapter, up to which our own kernel
+    is faster than W0 * M formed as a whole and the matmuls of the GPU's own library."""
 
     expanding: int
     forming: int
     forming_a_rank: int
     grouped_bytes: int
+    fused_tokens: int = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,10 @@ def decide(work: Work, thresholds: Thresholds) -> Decision:
     costs = f"for {work.each:.0f} tokens, {work.terms} terms cost {expanded:.0f} runs through W0 and forming W0 * M {formed:.0f}"
     if expanded < formed:
         return Decision("rank_expanded", costs)
-    if work.triton:
+    if work.triton and (work.each <= thresholds.fused_tokens or not work.even):
         return Decision("fused", f"{costs}; W0 * M is formed a tile at a time, in registers")
     if work.device != "cpu":
-        return Decision("grouped", f"{costs}; no loop over adapters on a {work.device} device")
+        return Decision("grouped", f"{costs}; on a {work.device} device without a loop over adapters")
     at_once = work.segments * work.out_features * work.in_features * work.bytes_each
     if work.even and work.segments > 1 and at_once <= thresholds.grouped_bytes:
         return Decision("grouped", f"{costs}; all W0 * M together are {_mib(at_once)} <= {_mib(thresholds.grouped_bytes)}")

@@ -1,35 +1,89 @@
-"""How large are the tiles of fLoRA's Triton kernels? What registers hold on every chip (benchmarks/compile_kernels.py), and what
-keeps gradients out of memory (benchmarks/roofline.py)."""
+"""How large are the tiles of fLoRA's Triton kernels? The best of some dozens that were tried on an H100, whose times are in
+benchmarks/results/kernel_times_cuda.md, as far as registers hold them (benchmarks/compile_kernels.py)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
-from flora_train.kernels import blocks
-from flora_train.kernels.blocks import BLOCK_FEATURES, matmul_constants
 from flora_train.kernels.segments import Segments
 
-BLOCK_SUMMED = 32
-GRADIENT_WARPS = 8
+
+@dataclass(frozen=True)
+class MatmulTiles:
+    """A program makes [tokens, features] of y, `summed` numbers of the sum at a time."""
+
+    features: int
+    summed: int
+    warps: int
+    stages: int
 
 
-def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
-    """What the kernels are compiled with for x of this type. Two stages leave room for a second program on a multiprocessor,
-    whose matmuls run while this one modulates."""
-    return matmul_constants(dtype, rank) | {"num_warps": 4, "num_stages": 2}
+@dataclass(frozen=True)
+class GradientTiles:
+    """A program holds [outs, ins] of W0's gradient, which it sums `tokens` at a time."""
+
+    outs: int
+    ins: int
+    tokens: int
+    warps: int
+    stages: int
 
 
-def block_tokens(segments: Segments, dtype: torch.dtype, rank: int, capability: int) -> int:
+def matmul_tiles(dtype: torch.dtype, rank: int, described: bool, split: bool) -> MatmulTiles:
+    if described:
+        return MatmulTiles(128, 32, 8, 4) if split and rank > 32 else MatmulTiles(128, 64, 8, 3)
+    if dtype == torch.float32:
+        return MatmulTiles(64 if rank <= 16 else 32, 32, 4, 2)
+    return MatmulTiles(64, 32, 4, 2)
+
+
+def block_tokens(segments: Segments, dtype: torch.dtype, rank: int, capability: int, described: bool) -> int:
     """Tokens that share a modulated tile of W0: the more, the less modulation costs, as far as segments are long enough and
     registers hold the sums beside the factors (sm_90 and sm_100 multiply from shared memory and leave more of them).
     capability: of the GPU, 90 for an H100."""
     most, few = (256, rank <= 16) if 90 <= capability < 120 else (128, rank <= 32)
-    most = 64 if dtype == torch.float32 else most if few else most // 2
+    most = 64 if dtype == torch.float32 else most if few or described else most // 2
     return min(most, max(64, triton.next_power_of_2(segments.tokens // len(segments))))
+
+
+def gradient_tiles(dtype: torch.dtype, rank: int, each: float, described: bool) -> GradientTiles:
+    """each: tokens per adapter."""
+    if described:
+        return GradientTiles(128, 128, 64, 8, 4 if each >= LONG and rank <= 32 else 3)
+    side = 32 if dtype == torch.float32 else 64
+    return GradientTiles(side, side, 32, 8, 2)
+
+
+LONG = 512
+
+
+def parts(K: int, outs: int, ins: int) -> tuple[int, int]:
+    """(parts of rows, columns at a time) for outs x ins tiles of each of K adapters. A program takes one part of one column. Every
+    part of rows is one more dA in memory, every column at a time one more dB: both as few as keep the device busy."""
+    columns = min(ins, max(-(-ENOUGH_PROGRAMS // K), -(-ins // MOST_LAUNCHES)))
+    return min(outs, max(1, ENOUGH_PROGRAMS // (K * columns))), columns
+
+
+ENOUGH_PROGRAMS = 256
+"""Nearly two for every multiprocessor of an H100."""
+MOST_LAUNCHES = 4
+
+
+def describable(x: Tensor, weight: Tensor, order: Tensor | None) -> bool:
+    """Whether a Hopper GPU's copy engine can fetch the tiles: of tokens that lie in order, in rows of whole 16 bytes. (Not
+    measured on other chips, and float32 is not worth it.)"""
+    return (
+        order is None
+        and x.dtype != torch.float32
+        and compute_capability(x.device) == 90
+        and all(n * x.element_size() % 16 == 0 for n in weight.shape)
+        and x.shape[0] > 0
+    )
 
 
 @lru_cache(maxsize=16)
@@ -39,21 +93,3 @@ def compute_capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def block_features(dtype: torch.dtype, rank: int) -> int:
-    """Features of the tile of W0 that a program modulates: what its registers hold of it beside the factors."""
-    return BLOCK_FEATURES // 2 if dtype == torch.float32 and rank > 16 else BLOCK_FEATURES
-
-
-def gradient_tile(dtype: torch.dtype) -> int:
-    """Rows and columns of the tile of P that a program holds beside what it adds up."""
-    return 32 if dtype == torch.float32 else 64
-
-
-def gradient_tiles(K: int, outs: int, ins: int) -> tuple[int, int]:
-    """Of the outs x ins tiles of P of each of K adapters, how many a program takes in both directions. The more it takes, the
-    fewer parts of dA and dB go through memory; but the device wants programs enough, and a program's part should stay in a
-    cache."""
-    in_tiles = min(8, ins)
-    return max(1, min(outs, K * outs * ins // (in_tiles * blocks.ENOUGH_PROGRAMS))), in_tiles

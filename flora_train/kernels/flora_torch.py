@@ -113,7 +113,10 @@ class RankExpandedFlora(torch.autograd.Function):
             if with_base:
                 by_rows.add_(z[rank] * to_rows(per_segment(taken, B) * (B.sum(2)[:, None] - 1.0), segments))
                 z[:rank] += z[rank] * per_row(taken, segments, x)
-            y.addmm_(x, weight.T)
+            if y.is_cuda:  # where addmm may round x W0^T before it adds, and what is small beside it is lost
+                y = torch.mm(x, weight.T, out_dtype=torch.float32).add_(y).to(y.dtype)
+            else:
+                y.addmm_(x, weight.T)
         elif with_base:
             by_rows.add_(z[rank] * per_row(offset, segments, x))
         ctx.save_for_backward(x, weight, A, B, z[:rank])

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, block_table, like, part_of_segment, parts_for, place
 from flora_train.kernels.segments import Segments
@@ -56,30 +57,13 @@ def _scale_gradients(
 @torch.library.custom_op("flora_train::ia3", mutates_args=())
 def ia3_op(x: Tensor, scale: Tensor, bounds: Tensor, blocks: Tensor, order: Tensor | None) -> Tensor:
     """x [T, d], scale [K, d], bounds and blocks as `block_table`, order [T] or None -> [T, d]."""
-    x, scale = x.contiguous(), scale.contiguous()
-    y, features = torch.empty_like(x), x.shape[1]
-    with torch.cuda.device_of(x):
-        _scale[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
-            x, scale, blocks, blocks if order is None else order, y, features,
-            TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, ORDERED=order is not None,
-        )  # fmt: skip
-    return y
+    return _forward(x.contiguous(), scale.contiguous(), blocks, order)
 
 
 @torch.library.custom_op("flora_train::ia3_backward", mutates_args=())
 def ia3_backward_op(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """(dx, dscale), of the shapes and types of x and scale."""
-    dy, x, scale = dy.contiguous(), x.contiguous(), scale.contiguous()
-    dx, (K, features) = torch.empty_like(x), scale.shape
-    columns = triton.cdiv(features, BLOCK_FEATURES)
-    parts = parts_for(K * columns)
-    sums = x.new_empty(parts, K, features, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _scale_gradients[(K, columns, parts)](
-            x, dy, scale, bounds, bounds if order is None else order, dx, sums, features, K,
-            TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, ORDERED=order is not None,
-        )  # fmt: skip
-    return dx, sums.sum(0).to(scale.dtype)
+    return _backward(dy, x.contiguous(), scale.contiguous(), bounds, order)
 
 
 @ia3_op.register_fake
@@ -97,11 +81,50 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, scale, bounds, order)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _compiled_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *ia3_backward_op(dy, *ctx.saved_tensors), None, None, None
 
 
-ia3_op.register_autograd(_backward, setup_context=_save)
+ia3_op.register_autograd(_compiled_backward, setup_context=_save)
+
+
+class _Scale(torch.autograd.Function):
+    """What ia3_op does, without the dispatch that torch.compile needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bounds: Tensor, blocks: Tensor, order: Tensor | None) -> Tensor:
+        x, scale = x.contiguous(), scale.contiguous()
+        ctx.save_for_backward(x, scale, bounds, order)
+        return _forward(x, scale, blocks, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(dy, *ctx.saved_tensors), None, None, None
+
+
+def _forward(x: Tensor, scale: Tensor, blocks: Tensor, order: Tensor | None) -> Tensor:
+    y, features = torch.empty_like(x), x.shape[1]
+    with torch.cuda.device_of(x):
+        _scale[(len(blocks), triton.cdiv(features, BLOCK_FEATURES))](
+            x, scale, blocks, blocks if order is None else order, y, features,
+            TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, ORDERED=order is not None,
+        )  # fmt: skip
+    return y
+
+
+def _backward(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    dy = dy.contiguous()
+    dx, (K, features) = torch.empty_like(x), scale.shape
+    columns = triton.cdiv(features, BLOCK_FEATURES)
+    parts = parts_for(K * columns)
+    sums = x.new_empty(parts, K, features, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _scale_gradients[(K, columns, parts)](
+            x, dy, scale, bounds, bounds if order is None else order, dx, sums, features, K,
+            TOKENS=BLOCK_TOKENS, FEATURES=BLOCK_FEATURES, PARTS=parts, ORDERED=order is not None,
+        )  # fmt: skip
+    return dx, sums.sum(0).to(scale.dtype)
 
 
 class FusedScale:
@@ -109,4 +132,5 @@ class FusedScale:
 
     @staticmethod
     def apply(x: Tensor, scale: Tensor, segments: Segments, order: Tensor | None = None) -> Tensor:
-        return ia3_op(x, scale, *block_table(segments, x.device), order)
+        op = ia3_op if torch.compiler.is_compiling() else _Scale.apply
+        return op(x, scale, *block_table(segments, x.device), order)

@@ -38,9 +38,14 @@ def lora_add(
         y = y.clone(memory_format=torch.contiguous_format)
     x = x.to(y.dtype)  # under autocast the base layer's output has another type than its input
     with no_autocast(x):
-        if runs_in_triton(x, rank):
+        if runs_in_triton(x, rank) and segments.unit < LONG_ROWS:
             from flora_train.kernels.lora_triton import FusedLora  # loaded when it is first asked for
 
             return FusedLora.apply(y, x, A, B, scaling, segments, order)
         A, B = within_ranks(A, segments, dim=1), within_ranks(B, segments, dim=2)
         return in_order(lambda y, x: SegmentedLora.apply(y, x, A, B, scaling, segments), order, y, x)
+
+
+LONG_ROWS = 64
+"""Tokens of a row from which on torch's batched matmuls take the tokens: on an H100 they were as fast as our kernels, with half
+the launches (benchmarks/results/kernel_times_cuda.md has them)."""

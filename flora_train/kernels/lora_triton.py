@@ -122,8 +122,7 @@ def _outer(
     tl.store(parts + row * features + f[None, :], acc, mask=(j[:, None] < rank) & (f[None, :] < features))
 
 
-@torch.library.custom_op("flora_train::lora_add", mutates_args=("y",))
-def lora_add_op(
+def _add(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, blocks: Tensor, ranks: Tensor, order: Tensor | None
 ) -> Tensor:
     """y [T, out] += (scaling_k x A_k^T) B_k^T, for x [T, in], A [K, r, in], B [K, out, r], scaling [K]; blocks and ranks as
@@ -134,8 +133,7 @@ def lora_add_op(
         return hidden
 
 
-@torch.library.custom_op("flora_train::lora_backward", mutates_args=())
-def lora_backward_op(
+def _gradients(
     dy: Tensor,
     x: Tensor,
     hidden: Tensor,
@@ -154,6 +152,11 @@ def lora_backward_op(
         _launch_expand(dhidden, A.mT, blocks, ranks, order, dx, add=False)
         dA, dB = _launch_outer(dhidden, x, bounds, order), _launch_outer(hidden, dy, bounds, order)
         return dx, dA.to(A.dtype), dB.mT.contiguous().to(B.dtype)
+
+
+lora_add_op = torch.library.custom_op("flora_train::lora_add", _add, mutates_args=("y",))
+lora_backward_op = torch.library.custom_op("flora_train::lora_backward", _gradients, mutates_args=())
+"""For torch.compile, which does not look into them; their dispatch takes Python longer than some layers take a GPU."""
 
 
 @lora_add_op.register_fake
@@ -184,7 +187,8 @@ class FusedLora(torch.autograd.Function):
         x, A, B = x.contiguous(), A.contiguous(), B.contiguous()
         bounds, blocks = block_table(segments, x.device)
         ranks, scales = rank_table(segments, A.shape[1], x.device), per_segment(scaling, A).view(-1)
-        hidden = lora_add_op(y, x, A, B, scales, blocks, ranks, order)
+        add = lora_add_op if torch.compiler.is_compiling() else _add
+        hidden = add(y, x, A, B, scales, blocks, ranks, order)
         ctx.save_for_backward(x, hidden, A, B, scales, bounds, blocks, ranks, order)
         return y
 
@@ -192,7 +196,8 @@ class FusedLora(torch.autograd.Function):
     @once_differentiable
     @as_written
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy, *lora_backward_op(dy.contiguous(), *ctx.saved_tensors), None, None, None
+        gradients = lora_backward_op if torch.compiler.is_compiling() else _gradients
+        return dy, *gradients(dy.contiguous(), *ctx.saved_tensors), None, None, None
 
 
 def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:

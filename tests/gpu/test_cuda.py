@@ -10,8 +10,11 @@ import torch
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
+from flora_train.kernels.flora_reference import flora_reference
+from flora_train.kernels.segments import Segments
 from tests.architectures import tiny_model
 from tests.conftest import mixed_specs
+from tests.triton_device import TOLERANCE, relative_error
 from tests.unit.training.harness import make_trainer, plans_of, snapshot, train_together
 from tests.unit.training.test_paging import SLOTS
 from tests.unit.training.test_paging import trainer_in as paging_trainer
@@ -65,7 +68,7 @@ def test_layers_do_not_wait_for_the_device(dtype: torch.dtype) -> None:
 def test_a_layer_s_forward_and_backward_replay_from_a_cuda_graph(dtype: torch.dtype) -> None:
     from flora_train.kernels.blocks import block_table, rank_table
     from flora_train.kernels.flora_triton import flora_backward_op, flora_op
-    from flora_train.kernels.segments import Segments, per_segment
+    from flora_train.kernels.segments import per_segment
 
     segments = Segments((0, 70, 70, 300))
     device = torch.device("cuda")
@@ -76,7 +79,7 @@ def test_a_layer_s_forward_and_backward_replay_from_a_cuda_graph(dtype: torch.dt
     ranks, shift = rank_table(segments, 4, device), per_segment([0.0, 1.0, 1.0], A).view(-1)
 
     def run() -> tuple[torch.Tensor, ...]:
-        y = flora_op(x, weight, A, B, shift, bounds, blocks, ranks, None, 64, True)
+        y = flora_op(x, weight, A, B, shift, bounds, blocks, ranks, None, 64, True, True)
         return y, *flora_backward_op(dy, x, weight, A, B, shift, bounds, blocks, ranks, None, 64)
 
     side = torch.cuda.Stream()
@@ -92,3 +95,36 @@ def test_a_layer_s_forward_and_backward_replay_from_a_cuda_graph(dtype: torch.dt
         graph.replay()
         for replayed, eager in zip(captured, run(), strict=True):
             assert torch.equal(replayed, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [4, 16, 32, 64])
+@pytest.mark.parametrize("lengths", [(64, 0, 300, 7), (2048, 1024)], ids=["short", "long"])
+def test_layers_of_many_tiles(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Wide enough that every program takes several tiles and launches add up, which is too slow for the interpreter."""
+    from flora_train.kernels.flora_triton import FusedFlora
+
+    generator = torch.Generator("cuda").manual_seed(rank)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    segments = Segments(tuple(sum(lengths[:k]) for k in range(len(lengths) + 1)))
+    many = Segments((*segments.bounds, *(segments.tokens + 64 * (k + 1) for k in range(60))))
+    K, ins, outs = len(many), 1160, 1032
+    weight = (random(outs, ins) / ins**0.5).to(dtype)
+    leaves = [
+        random(many.tokens, ins).to(dtype), random(K, rank, ins), 0.3 * random(K, outs, rank) / rank**0.5,
+    ]  # fmt: skip
+    dy = (random(many.tokens, outs) / outs**0.5).to(dtype)
+    offset = [float(k % 2) for k in range(K)]
+    for split in (False, True):
+        x, A, B = (leaf.clone().requires_grad_() for leaf in leaves)
+        y = FusedFlora.apply(x, weight, A, B, offset, many, split)
+        y.backward(dy)
+        exact = [leaf.double().requires_grad_() for leaf in leaves]
+        reference = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset, many)
+        reference.backward(dy.double())
+        assert relative_error(y, reference) <= TOLERANCE[dtype]
+        for mine, theirs in zip((x, A, B), exact, strict=True):
+            assert relative_error(mine.grad, theirs.grad) <= TOLERANCE[dtype]  # type: ignore[arg-type]

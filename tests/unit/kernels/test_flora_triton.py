@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from flora_train.kernels import blocks
+from flora_train.kernels import flora_tiles
 from flora_train.kernels.blocks import BLOCK_TOKENS, block_table, rank_table
 from flora_train.kernels.flora_reference import flora_reference
-from flora_train.kernels.flora_tiles import gradient_tile, gradient_tiles
+from flora_train.kernels.flora_tiles import describable, gradient_tiles, parts
 from flora_train.kernels.flora_triton import FusedFlora, ScaledFlora, flora_op
 from flora_train.kernels.segments import Segments, per_segment
 from tests.triton_device import DEVICE, DTYPES, TOLERANCE, relative_error
@@ -21,7 +22,9 @@ IN, OUT = 37, 71
 RAGGED = (0, 7, 0, 1, 63, 128)
 
 
-def problem(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Segments]:
+def problem(
+    rank: int, lengths: tuple[int, ...], dtype: torch.dtype, features: tuple[int, int] = (IN, OUT)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Segments]:
     """x, W0, A, B, segments."""
     generator = torch.Generator().manual_seed(rank)
     segments = Segments(tuple(sum(lengths[:i]) for i in range(len(lengths) + 1)))
@@ -29,8 +32,9 @@ def problem(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Te
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(DEVICE)
 
-    x, weight = random(segments.tokens, IN).to(dtype), (random(OUT, IN) / IN**0.5).to(dtype)
-    A, B = random(len(segments), rank, IN), 0.3 * random(len(segments), OUT, rank) / rank**0.5
+    ins, outs = features
+    x, weight = random(segments.tokens, ins).to(dtype), (random(outs, ins) / ins**0.5).to(dtype)
+    A, B = random(len(segments), rank, ins), 0.3 * random(len(segments), outs, rank) / rank**0.5
     return x.requires_grad_(), weight, A.requires_grad_(), B.requires_grad_(), segments
 
 
@@ -47,6 +51,26 @@ def test_value_and_every_gradient(rank: int, lengths: tuple[int, ...], dtype: to
 def test_pure_rank_one_between_two_scales(dtype: torch.dtype) -> None:
     x, weight, A, B, segments = problem(1, RAGGED, dtype)
     check(ScaledFlora.apply, [0.0] * len(segments), x, weight, A, B, segments, dtype, split=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 4, 20])
+@pytest.mark.parametrize("lengths", [(7, 0, 64, 65), (300,)], ids=["ragged", "one"])
+def test_tiles_that_the_copy_engine_fetches(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Rows of whole 16 bytes, on a Hopper GPU. Tiles then hold tokens of the next segment, too: nothing of them may get in."""
+    x, weight, A, B, segments = problem(rank, lengths, dtype, features=(136, 72))
+    if DEVICE.type == "cpu" or torch.cuda.get_device_capability() == (9, 0):
+        assert describable(x, weight, None)
+    offset = [float(k % 2) for k in range(len(segments))]
+    check(FusedFlora.apply, offset, x, weight, A, B, segments, dtype)
+    with torch.no_grad():
+        A[-1], x[segments.bounds[-2] :] = math.nan, math.nan
+    x.grad = A.grad = B.grad = None
+    y = FusedFlora.apply(x, weight, A, B, offset, segments, True)
+    y.backward(torch.ones_like(y))
+    others = segments.bounds[-2]
+    for clean in (y[:others], x.grad[:others], A.grad[:-1], B.grad[:-1]):  # type: ignore[index]
+        assert clean.isfinite().all()
 
 
 def check(
@@ -102,7 +126,7 @@ def test_the_op_keeps_its_contract_with_torch() -> None:
     bounds, blocks = block_table(segments, x.device)
     shift = per_segment([0.0, 1.0], A).view(-1)
     torch.library.opcheck(
-        flora_op, (x, weight, A, B, shift, bounds, blocks, rank_table(segments, 2, x.device), None, BLOCK_TOKENS, False)
+        flora_op, (x, weight, A, B, shift, bounds, blocks, rank_table(segments, 2, x.device), None, BLOCK_TOKENS, False, False)
     )
 
 
@@ -130,7 +154,7 @@ def test_the_op_compiles_into_one_graph() -> None:
     ranks, shift = rank_table(segments, 2, x.device), per_segment([0.0, 1.0], A).view(-1)
 
     def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return torch.relu(flora_op(x * 2.0, weight, A, B, shift, bounds, blocks, ranks, None, BLOCK_TOKENS, False))
+        return torch.relu(flora_op(x * 2.0, weight, A, B, shift, bounds, blocks, ranks, None, BLOCK_TOKENS, False, False))
 
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
@@ -147,12 +171,13 @@ def test_a_program_may_take_any_number_of_tiles(rank: int, monkeypatch: pytest.M
     shapes = ((75, 600), (130, 600), (3, rank, 600), (3, 130, rank))
     x, weight, A, B = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
     weight /= 25.0
-    tiles = {}
+    cut = {}
     for enough in (1, 10_000):
-        monkeypatch.setattr(blocks, "ENOUGH_PROGRAMS", enough)
-        tile = gradient_tile(x.dtype)
-        tiles[enough] = gradient_tiles(3, -(-130 // tile), -(-600 // tile))
+        monkeypatch.setattr(flora_tiles, "ENOUGH_PROGRAMS", enough)
+        tiles = gradient_tiles(x.dtype, rank, 25, described=False)
+        rows, columns = -(-130 // tiles.outs), -(-600 // tiles.ins)
+        cut[enough] = parts(3, rows, columns)
         leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
         check(FusedFlora.apply, [1.0, 0.0, 1.0], leaves[0], weight, *leaves[1:], segments, torch.float32)
-    assert tiles[1][0] > 1 == tiles[10_000][0]
-    assert all(in_tiles == 8 for _, in_tiles in tiles.values())
+    assert cut[1][0] == 1 < cut[1][1] < columns  # several launches add up
+    assert cut[10_000] == (rows, columns)

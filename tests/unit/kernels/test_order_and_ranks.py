@@ -112,7 +112,7 @@ def test_tokens_may_lie_anywhere(method: str, rank: int) -> None:
     for ours, theirs in zip(scattered[:2], grouped[:2], strict=True):
         torch.testing.assert_close(ours[order], theirs)
     for ours, theirs in zip(scattered[2:], grouped[2:], strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # sums in another order
 
 
 @pytest.mark.parametrize("ranks", [(1, 2, 3), (0, 1, 1, 1)])
