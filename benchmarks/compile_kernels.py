@@ -1,7 +1,7 @@
 """Do the Triton kernels fit the chips they are for? Compiled ahead of time, on any Linux machine, without a GPU.
 
 Prints registers, spilled bytes, shared memory and instructions of every kernel, type, rank and chip; exits with 1 if one spills or needs more
-shared memory than the chip has. Nothing here says how fast they are. Usage: python benchmarks/compile_kernels.py [--jobs N] [--chips 80 90] [--save]
+shared memory than the chip has. Nothing here says how fast they are. Usage: python benchmarks/compile_kernels.py [--jobs N] [--chips 80 90] [--types bf16] [--save]
 """
 
 from __future__ import annotations
@@ -141,10 +141,10 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
     }
 
 
-def configurations(chips: Sequence[int]) -> Iterator[tuple[str, str, int, int]]:
+def configurations(chips: Sequence[int], types: Sequence[str]) -> Iterator[tuple[str, str, int, int]]:
     """(kernel, type, rank, compute capability); a kernel that knows no rank comes once."""
     for capability in chips:
-        for dtype in DTYPES:
+        for dtype in types:
             for rank in RANKS:
                 for name in variants(dtype, rank, capability):
                     if (name not in WITHOUT_RANK or rank == RANKS[0]) and (name not in ONLY_FLOAT32 or dtype == "fp32"):
@@ -226,9 +226,10 @@ def main() -> int:
     parser.add_argument(
         "--chips", type=int, nargs="+", choices=list(SHARED_BYTES), default=list(SHARED_BYTES), help="for these only"
     )
+    parser.add_argument("--types", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="for tokens of these only")
     options = parser.parse_args()
     with ProcessPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(compile_one, *zip(*configurations(options.chips), strict=True)))
+        found = list(pool.map(compile_one, *zip(*configurations(options.chips, options.types), strict=True)))
     heading = [
         "# The Triton kernels, compiled",
         "",

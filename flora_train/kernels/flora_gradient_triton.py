@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flora_train.kernels.blocks import matmul_constants, place
-from flora_train.kernels.flora_tiles import describable, gradient_tiles, parts
+from flora_train.kernels.flora_tiles import aligned, describable, gradient_tiles, parts
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def adapter_gradients(
     [K + 1] -> (of right [K, in, RANK], of left [K, out, RANK]), float32."""
     (K, out_features, _), in_features = left.shape, right.shape[1]
     left, right = left.to(x.dtype), right.to(x.dtype)
-    described = describable(x, weight, order)
+    described = describable(x, weight, order) and aligned(x, dy, weight)
     tiles = gradient_tiles(x.dtype, left.shape[2], x.shape[0] / K, described)
     outs, ins = triton.cdiv(out_features, tiles.outs), triton.cdiv(in_features, tiles.ins)
     out_parts, columns = parts(K, outs, ins)

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flora_train.kernels.blocks import matmul_constants, place
-from flora_train.kernels.flora_tiles import describable, matmul_tiles
+from flora_train.kernels.flora_tiles import aligned, describable, matmul_tiles
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def modulated_matmul(
     where M - 1 is a difference of large numbers."""
     (features, summed), T = weight.shape, x.shape[0]
     y = x.new_empty(T, features)
-    described, transposed = describable(x, weight, order), weight.stride(1) != 1
+    described, transposed = describable(x, weight, order) and aligned(x, weight), weight.stride(1) != 1
     tiles = matmul_tiles(x.dtype, left.shape[2], described, split)
     of_x: Any = x
     of_weight: Any = weight

@@ -75,7 +75,7 @@ MOST_LAUNCHES = 4
 
 
 def describable(x: Tensor, weight: Tensor, order: Tensor | None) -> bool:
-    """Whether a Hopper GPU's copy engine can fetch the tiles: of tokens that lie in order, in rows of whole 16 bytes. (Not
+    """Whether a Hopper GPU's copy engine could fetch the tiles: of tokens that lie in order, in rows of whole 16 bytes. (Not
     measured on other chips, and float32 is not worth it.)"""
     return (
         order is None
@@ -84,6 +84,11 @@ def describable(x: Tensor, weight: Tensor, order: Tensor | None) -> bool:
         and all(n * x.element_size() % 16 == 0 for n in weight.shape)
         and x.shape[0] > 0
     )
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether they begin where the copy engine can."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 @lru_cache(maxsize=16)

@@ -106,10 +106,10 @@ def test_a_base_output_that_lies_across_memory_is_added_to_all_the_same() -> Non
 
 @pytest.mark.filterwarnings("ignore:Input")  # not in double precision
 def test_gradients_pass_gradcheck() -> None:
-    """In float32: y is linear in each input, so that a wide step costs no accuracy."""
+    """In float32: y is linear in each input, so that a wide step costs no accuracy. Along random directions, all numbers at once."""
     segments = segments_of((2, 0, 3))
     y, x, A, B = (torch.rand(*shape).to(DEVICE).requires_grad_() for shape in ((5, 4), (5, 3), (3, 2, 3), (3, 4, 2)))
-    options = {"eps": 0.5, "atol": 1e-3, "rtol": 1e-3}
+    options = {"eps": 0.5, "atol": 1e-3, "rtol": 1e-3, "fast_mode": True}
     scaling = [1.0, 2.0, 0.5]
     assert torch.autograd.gradcheck(
         lambda y, x, A, B: FusedLora.apply(y * 1.0, x, A, B, scaling, segments), (y, x, A, B), **options

@@ -29,7 +29,7 @@ def test_trained_together_equals_trained_alone(tmp_path: Path, optimizer: str, m
     monkeypatch.setattr(flora, "formulation", lambda name: used.append(name) or formulation(name))
     options = {"optimizer": optimizer, "device": str(DEVICE), "tokens_per_microbatch": 64}
     together = make_trainer(mixed_specs(lr={"adamw": 2e-3, "sgd": 0.4}[optimizer]), tmp_path, **options)
-    plans = plans_of(together, 3)
+    plans = plans_of(together, 2)
     train_together(together, plans)
     assert {"fused", "scaled"} <= set(used)  # beside rank expansion, where an adapter has few tokens
     assert min(moved(together).values()) > 1e-4
