@@ -36,10 +36,8 @@ class GradientTiles:
 
 def matmul_tiles(dtype: torch.dtype, rank: int, described: bool, split: bool) -> MatmulTiles:
     if described:
-        return MatmulTiles(128, 32, 8, 4) if split and rank > 32 else MatmulTiles(128, 64, 8, 3)
-    if dtype == torch.float32:
-        return MatmulTiles(64 if rank <= 16 else 32, 32, 4, 2)
-    return MatmulTiles(64, 32, 4, 2)
+        return MatmulTiles(128, 32, 8, 4) if split and rank > 16 else MatmulTiles(128, 64, 8, 3)
+    return MatmulTiles(64, 32, 8 if rank > (16 if dtype == torch.float32 else 32) else 4, 2)
 
 
 def block_tokens(segments: Segments, dtype: torch.dtype, rank: int, capability: int, described: bool) -> int:
@@ -55,8 +53,7 @@ def gradient_tiles(dtype: torch.dtype, rank: int, each: float, described: bool) 
     """each: tokens per adapter."""
     if described:
         return GradientTiles(128, 128, 64, 8, 4 if each >= LONG and rank <= 32 else 3)
-    side = 32 if dtype == torch.float32 else 64
-    return GradientTiles(side, side, 32, 8, 2)
+    return GradientTiles(32, 32, 16, 4, 2) if dtype == torch.float32 else GradientTiles(64, 64, 32, 8, 2)
 
 
 LONG = 512

@@ -177,15 +177,15 @@ def test_the_op_compiles_into_one_graph() -> None:
 def test_a_program_may_take_any_number_of_tiles(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a large layer of many adapters every program sums over rows and columns of tiles."""
     generator = torch.Generator().manual_seed(rank)
-    segments = Segments((0, 5, 5, 75))
-    shapes = ((75, 600), (130, 600), (3, rank, 600), (3, 130, rank))
+    segments = Segments((0, 5, 5, 40))
+    shapes = ((40, 300), (70, 300), (3, rank, 300), (3, 70, rank))
     x, weight, A, B = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
-    weight /= 25.0
+    weight /= 17.0
     cut = {}
     for enough in (1, 10_000):
         monkeypatch.setattr(flora_tiles, "ENOUGH_PROGRAMS", enough)
         tiles = gradient_tiles(x.dtype, rank, 25, described=False)
-        rows, columns = -(-130 // tiles.outs), -(-600 // tiles.ins)
+        rows, columns = -(-70 // tiles.outs), -(-300 // tiles.ins)
         cut[enough] = parts(3, rows, columns)
         leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
         check(FusedFlora.apply, [1.0, 0.0, 1.0], leaves[0], weight, *leaves[1:], segments, torch.float32)
