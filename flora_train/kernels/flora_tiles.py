@@ -1,5 +1,6 @@
-"""How large are the tiles of fLoRA's Triton kernels? The best of some dozens that were tried on an H100, whose times are in
-benchmarks/results/kernel_times_cuda.md, as far as registers hold them (benchmarks/compile_kernels.py)."""
+"""How large are the tiles of fLoRA's Triton kernels? Chosen by trial on an H100 for tokens in half precision that its copy
+engine fetches (benchmarks/results/kernel_times_cuda.md has their times), elsewhere by what registers hold on every chip
+(benchmarks/compile_kernels.py)."""
 
 from __future__ import annotations
 

@@ -91,21 +91,8 @@ class _Flora(torch.autograd.Function):
     """What flora_op does, without the dispatch that torch.compile needs: it takes Python longer than some layers take the GPU."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        A: Tensor,
-        B: Tensor,
-        offset: Tensor,
-        bounds: Tensor,
-        blocks: Tensor,
-        ranks: Tensor,
-        order: Tensor | None,
-        tokens: int,
-        split: bool,
-        exact: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, A, B, offset, bounds, blocks, ranks, order, tokens, split, exact = inputs
         x, weight = x.contiguous(), weight.contiguous()
         left, right = by_feature(B, ranks, dim=2), by_feature(A, ranks, dim=1)
         ctx.save_for_backward(x, weight, left, right, offset, bounds, blocks, order)

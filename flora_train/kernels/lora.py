@@ -47,5 +47,5 @@ def lora_add(
 
 
 LONG_ROWS = 64
-"""Tokens of a row from which on torch's batched matmuls take the tokens: on an H100 they were as fast as our kernels, with half
-the launches (benchmarks/results/kernel_times_cuda.md has them)."""
+"""Tokens of a row from which on torch's batched matmuls take the tokens, in fewer launches than ours and without a loop over
+adapters. Not calibrated: what they cost on an H100 is in benchmarks/results/kernel_times_cuda.md, ours are not beside them."""
