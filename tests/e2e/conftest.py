@@ -16,7 +16,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from tests.e2e.forked import ROOT, python
+from tests.forked import ROOT, python
 
 WORDS = ["<pad>", "<end>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 =+().:\n"]
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from flora_train.cli import main
 from tests.e2e.conftest import Launch
-from tests.e2e.forked import python
+from tests.forked import python
 
 IDS = torch.arange(3, 19)[None]
 

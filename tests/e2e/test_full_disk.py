@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.conftest import ROOT
+from tests.e2e.conftest import launch_environment
+from tests.forked import python
+
+LIMITED = """
+import resource, sys
+from flora_train.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(main({words}))
+"""
 
 
-def train(recipe: Path, folder: Path, cache: Path, file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    def limit() -> None:
-        if file_limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "XDG_CACHE_HOME": str(cache),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
+def train(recipe: Path, folder: Path, cache: Path, file_limit: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
     words = ["train", f"recipe={recipe}", f"output_dir={folder}", "training.log_every=1", "evaluation.every=1"]
-    command = [sys.executable, "-m", "flora_train", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    return python("-c", LIMITED.format(limit=file_limit, words=words), environment=launch_environment(cache))
 
 
 def check_what_is_left(folder: Path) -> None:

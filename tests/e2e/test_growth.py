@@ -38,8 +38,8 @@ def test_a_task_joins_a_finished_run(recipe: Path, launch: Launch, tmp_path: Pat
     )  # two had the first half, one the second
     new = {contender["family"]: contender["bits_per_byte"]["value"] for contender in now["more"]["contenders"]}
     assert new["lora"] < now["more"]["base"]["bits_per_byte"]["value"]
-    assert launch(*words, f"tasks.more.train={rows}", processes=2).returncode == 0  # finished, and kept
+    assert launch(*words, f"tasks.more.train={rows}").returncode == 0  # finished, and kept
     assert adapters(run) == after
-    other = launch(*words, f"tasks.more.train={rows}", "adapters.lora.rank=3", processes=2)
+    other = launch(*words, f"tasks.more.train={rows}", "adapters.lora.rank=3")
     assert other.returncode != 0
     assert "adapters.lora.rank = 3: was 2 when the run" in other.stderr

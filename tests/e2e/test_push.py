@@ -53,6 +53,7 @@ def push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
         "ENDPOINT": hub.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": template,
         "HF_HUB_CACHE": str(tmp_path),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_OFFLINE": False,
     }
@@ -219,21 +220,31 @@ def test_bad_input_is_one_clear_error(run: Path, hub: Hub, push: Push, words: li
     assert not any(repo.commits for repo in hub.repos.values())
 
 
-@pytest.mark.parametrize(
-    ("more", "line"),
-    [
-        ({"HF_TOKEN": "hf_wrong"}, "the hub does not know your token: hf auth login"),
-        ({"HF_TOKEN": ""}, "needs you to be logged in: hf auth login, or HF_TOKEN=..."),
-        ({"HF_HUB_OFFLINE": "1"}, "cannot be reached, HF_HUB_OFFLINE=1 forbids it"),
-    ],
-)
-def test_who_is_not_let_in_hears_how(run: Path, hub: Hub, tmp_path: Path, more: dict[str, str], line: str) -> None:
-    done = call(["-m", "flora_train", "push", str(run), "--repo", "me/tiny"], hub, tmp_path, **more)
+def check_who_is_not_let_in(done: Said | subprocess.CompletedProcess[str], hub: Hub, line: str) -> None:
     assert done.returncode == 2, done.stderr
     assert line in done.stderr
     assert "use the folders as they are: plain peft loads them" in done.stderr
     assert "Traceback" not in done.stderr
     assert hub.repos == {}
+
+
+@pytest.mark.parametrize(
+    ("token", "line"),
+    [
+        ("hf_wrong", "the hub does not know your token: hf auth login"),
+        ("", "needs you to be logged in: hf auth login, or HF_TOKEN=..."),
+    ],
+)
+def test_who_is_not_let_in_hears_how(
+    run: Path, hub: Hub, push: Push, monkeypatch: pytest.MonkeyPatch, token: str, line: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    check_who_is_not_let_in(push(str(run), "--repo", "me/tiny"), hub, line)
+
+
+def test_who_is_offline_hears_how(run: Path, hub: Hub, tmp_path: Path) -> None:
+    done = call(["-m", "flora_train", "push", str(run), "--repo", "me/tiny"], hub, tmp_path, HF_HUB_OFFLINE="1")
+    check_who_is_not_let_in(done, hub, "cannot be reached, HF_HUB_OFFLINE=1 forbids it")
 
 
 def test_a_run_that_trains_still_is_refused(run: Path, hub: Hub, push: Push) -> None:

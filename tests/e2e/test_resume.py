@@ -16,10 +16,10 @@ import pytest
 
 from flora_train.training.signals import SAVED
 from tests.e2e.conftest import Launch, launch_command, launch_environment
-from tests.e2e.forked import ROOT, Forked
 from tests.e2e.test_run import adapter_bytes
+from tests.forked import ROOT, Forked, start
 
-WORDS = ("training.steps=120", "training.checkpoint_every=10", "evaluation.every=40")
+WORDS = ("training.steps=80", "training.checkpoint_every=10", "evaluation.every=40")
 
 Kill = Callable[..., str]
 
@@ -35,15 +35,18 @@ def wait_for_a_checkpoint(folder: Path, step: int, poll: Callable[[], int | None
 
 @pytest.fixture
 def kill_after() -> Kill:
-    """Start a run and kill it, with all its processes, as soon as it has written a checkpoint of `step` or later; returns what it said."""
+    """Start a run and kill it, with all its processes, as soon as it has written a checkpoint of `step` or later; returns what it said.
+
+    Two processes are told to end as a cluster tells them: through their launcher, too."""
 
     def kill(step: int, folder: Path, *words: str, processes: int = 1, number: int = signal.SIGKILL) -> str:
         environment = launch_environment(folder.parent / "cache")
-        if processes == 1:
-            alone = Forked(["train.py", *words], environment)
-            wait_for_a_checkpoint(folder, step, alone.poll)
-            os.kill(alone.pid, number)
-            return alone.wait(60).stderr
+        if processes == 1 or number != signal.SIGTERM:
+            ranks = start(["train.py", *words], environment, processes)
+            wait_for_a_checkpoint(folder, step, ranks[0].poll)
+            for rank in ranks:
+                os.kill(rank.pid, number)
+            return "".join(rank.wait(60).stderr for rank in ranks)
         command, pipes = launch_command(*words, processes=processes), {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
         with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
             wait_for_a_checkpoint(folder, step, process.poll)

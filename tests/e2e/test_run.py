@@ -21,7 +21,7 @@ from flora_train.data.batch import share_of_rank
 from flora_train.data.task import load_tasks
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
 from tests.e2e.conftest import Launch, launch_environment
-from tests.e2e.forked import Forked, python
+from tests.forked import Forked, python
 
 ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for method in ("flora", "lora", "ia3"))
 

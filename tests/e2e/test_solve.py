@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.e2e.conftest import Launch, launch_environment
-from tests.e2e.forked import Forked, python
+from tests.forked import Forked, python
 
 if subprocess.run(["sh", "-c", "command -v bwrap"], capture_output=True).returncode:
     pytest.skip("programs are executed in bubblewrap: eval/install_toolchains.sh sh", allow_module_level=True)

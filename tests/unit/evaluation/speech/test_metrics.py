@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
 from flora_train.config.errors import UserError
 from flora_train.evaluation.speech.metrics import CharacterErrorRate, WordErrorRate
+from tests.forked import python
 
 SCRIPT = """
-import sys
+import os
 from flora_train.evaluation.speech.metrics import WordErrorRate
-rank, folder = int(sys.argv[1]), sys.argv[2]
-metric = WordErrorRate(normalizer="letters", num_process=2, process_id=rank, experiment_id="test", cache_dir=folder)
+rank = int(os.environ["RANK"])
+metric = WordErrorRate(normalizer="letters", num_process=2, process_id=rank, experiment_id="test", cache_dir=os.environ["FOLDER"])
 said = [["One fish.", "two fish"], ["red fish", "blue fish!"]][rank]
 heard = [["one fish", "two dish"], ["red", "blue fish fish"]][rank]
 print(metric.compute(predictions=heard, references=said))
@@ -39,12 +39,12 @@ def test_a_metric_says_rate_counts_and_normaliser(tmp_path: Path) -> None:
 
 
 def test_two_processes_make_one_corpus(tmp_path: Path) -> None:
-    running = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
+    done = python("-c", SCRIPT, environment={**os.environ, "FOLDER": str(tmp_path)}, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "{'wer': 0.375, 'S': 1, 'D': 1, 'I': 1, 'N': 8, 'n': 4, 'normalizer': 'letters-1'}",
+        "None",
     ]
-    said = [process.communicate(timeout=240)[0].strip() for process in running]
-    assert said == ["{'wer': 0.375, 'S': 1, 'D': 1, 'I': 1, 'N': 8, 'n': 4, 'normalizer': 'letters-1'}", "None"]
 
 
 def test_an_unknown_normaliser_is_named(tmp_path: Path) -> None:

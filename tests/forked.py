@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
@@ -71,12 +71,10 @@ class Forked:
         return subprocess.CompletedProcess(self.words, status, out, err)
 
 
-def python(
-    *words: str, environment: Mapping[str, str] = os.environ, processes: int = 1, folder: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
-    """`python *words` in a folder; or as many of them as torchrun would start, of which one that fails ends all."""
+def start(words: Sequence[str], environment: Mapping[str, str], processes: int = 1, folder: Path = ROOT) -> list[Forked]:
+    """`python *words`, or as many of them as torchrun would start."""
     if processes == 1:
-        return Forked(words, environment, folder).wait()
+        return [Forked(words, environment, folder)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -86,14 +84,21 @@ def python(
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
     }
-    ranks = [
+    return [
         Forked(words, {**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}, folder) for rank in range(processes)
     ]
+
+
+def python(
+    *words: str, environment: Mapping[str, str] = os.environ, processes: int = 1, folder: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """`python *words` in a folder; or as many of them as torchrun would start, of which one that fails ends all."""
+    ranks = start(words, environment, processes, folder)
     patience = time.monotonic() + 300
     while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
         assert time.monotonic() < patience
         time.sleep(0.02)
-    if any(rank.poll() for rank in ranks):
+    if processes > 1 and any(rank.poll() for rank in ranks):
         time.sleep(1.0)  # for what the others have to say
         for rank in ranks:
             rank.kill()
