@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from huggingface_hub import constants
+
 ROOT = Path(__file__).resolve().parents[1]
 
 _server = multiprocessing.get_context("forkserver")
@@ -116,6 +118,7 @@ def _become(words: list[str], environment: dict[str, str], folder: Path, streams
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    constants.HF_HUB_OFFLINE = environment.get("HF_HUB_OFFLINE") == "1"  # the one variable of ours that is read at import
     try:
         if words[0] == "-m":
             sys.argv = words[1:]

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flora_train.cli import main
 from flora_train.config.load import PROJECT_ROOT
+from tests.forked import python
 from tests.unit.data.conftest import byte_tokenizer
 
 GOOD = [{"text": f"text {i}", "doc": "d"} for i in range(10)]
@@ -214,9 +213,8 @@ def test_output_folder_that_holds_something_is_refused_and_kept(
     ],
 )
 def test_hub_name_while_offline_is_refused(complain: Complain, tmp_path: Path, word: str, line: str) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(PROJECT_ROOT)}
-    command = [sys.executable, str(PROJECT_ROOT / "train.py"), "recipe=bad.yaml", word]  # the hub reads the variable at import
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = python(str(PROJECT_ROOT / "train.py"), "recipe=bad.yaml", word, environment=environment, folder=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: {line.rstrip('*')}"), done.stderr
     assert done.stderr.count("\n") == 1

@@ -15,6 +15,7 @@ import pytest
 
 from flora_train.cli import main
 from tests.e2e.conftest import ROOT, Launch
+from tests.forked import python
 from tests.hub_server import ME, OTHERS, TOKEN, Hub, Repo, serve
 
 ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for method in ("flora", "lora", "ia3"))
@@ -70,7 +71,7 @@ def push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     return run
 
 
-def call(program: list[str], hub: Hub, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+def call(program: str, hub: Hub, home: Path) -> subprocess.CompletedProcess[str]:
     away = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HOME")
     ours = {
         "HF_ENDPOINT": hub.url,
@@ -79,8 +80,8 @@ def call(program: list[str], hub: Hub, home: Path, **more: str) -> subprocess.Co
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    environment = {**{k: v for k, v in os.environ.items() if k not in away}, **ours, **more}
-    return subprocess.run([sys.executable, *program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {**{k: v for k, v in os.environ.items() if k not in away}, **ours}
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_one_private_repository_in_one_commit_that_plain_peft_loads(
@@ -110,7 +111,7 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(checkpoint)!r}), "me/tiny", subfolder="digits-flora")
 print(model.peft_config["default"].peft_type.value)
 """
-    loaded = call(["-c", program], hub, tmp_path)
+    loaded = call(program, hub, tmp_path)
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.strip() == "HIRA"
     again = push(str(run), "--repo", "me/tiny")
@@ -242,8 +243,9 @@ def test_who_is_not_let_in_hears_how(
     check_who_is_not_let_in(push(str(run), "--repo", "me/tiny"), hub, line)
 
 
-def test_who_is_offline_hears_how(run: Path, hub: Hub, tmp_path: Path) -> None:
-    done = call(["-m", "flora_train", "push", str(run), "--repo", "me/tiny"], hub, tmp_path, HF_HUB_OFFLINE="1")
+def test_who_is_offline_hears_how(run: Path, hub: Hub) -> None:
+    environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}
+    done = python("-m", "flora_train", "push", str(run), "--repo", "me/tiny", environment=environment)
     check_who_is_not_let_in(done, hub, "cannot be reached, HF_HUB_OFFLINE=1 forbids it")
 
 

@@ -6,8 +6,6 @@ import csv
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 from flora_train.config.errors import UserError
 from flora_train.config.task_schema import SourceConfig, TaskConfig
 from flora_train.data.sources import READERS, read_rows
+from tests.forked import python
 
 ROWS = [{"a": "one", "b": "x,y"}, {"a": 'tw"o', "b": "zweiß\nlines"}]
 
@@ -178,8 +177,7 @@ def test_hub_name_while_offline_says_so_and_what_to_do() -> None:
         "try:\n    read_rows(SourceConfig(hub='nobody/nothing'), 'tasks.t.train')\n"
         "except UserError as error:\n    print(error)\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = python("-c", code, environment={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.stdout == (
         "tasks.t.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE says there is no hub: unset it. "
         "Instead of it: files or a folder\n"
