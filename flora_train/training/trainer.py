@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, fields
 from functools import cache
 from typing import Any
@@ -92,7 +92,7 @@ class Trainer:
         plan = self.plan(at.done)
         with self.signals, Watch("train", self.end, begun) as watch:
             if not begun and self.config.evaluation.every and any(spec.start_from for spec in self.bank.specs):
-                self._evaluate()  # what they were worth before
+                self._evaluate(watch)  # what they were worth before
             while at.done < self.end and plan is not None:
                 coming = self.plan(at.done + 1) if at.done + 1 < self.end else None
                 for rows in share_of_rank(coming.microbatches if coming else (), *world()):
@@ -107,7 +107,7 @@ class Trainer:
                 watch.update(at.done, self.tally.facts(self.bank.specs, at.seconds), force_line=at.done % config.log_every == 0)
                 if at.done % config.log_every == 0:
                     self._log()
-                if (at.done % every == 0 or at.done in self.departures.halving.rungs) and self._evaluate():
+                if (at.done % every == 0 or at.done in self.departures.halving.rungs) and self._evaluate(watch):
                     plan = self.plan(at.done)
                 if at.done % config.checkpoint_every == 0 or self._told_to_end:
                     self.guard.remember()
@@ -119,7 +119,7 @@ class Trainer:
             if at.logged < at.done:
                 self._log()
             if at.evaluated < at.done:
-                self._evaluate()
+                self._evaluate(watch)
             if at.done > begun:
                 self.save()
             self.finish_saving()
@@ -253,11 +253,11 @@ class Trainer:
         }
         self._record(record, tracker_keys("train", self.bank.specs, adapters))
 
-    def _evaluate(self) -> bool:
+    def _evaluate(self, watch: Watch) -> bool:
         """Returns whether an adapter stops, and the steps to come are others than they were."""
         done, limit = self.at.done, self.config.evaluation.max_examples
         started = time.monotonic()
-        heldout = self.heldout(max_examples=limit)
+        heldout = self.heldout(limit, lambda share: watch.update(done, {"evaluate": f"{share:.0%}"}))
         losses = {adapter: result.loss(adapter) for result in heldout.values() for adapter in result.nats}
         self.selection.offer(losses, done)
         self.at.evaluated = done
@@ -267,9 +267,8 @@ class Trainer:
             for result in heldout.values()
             for adapter in result.nats
         }
-        record = {"kind": "evaluation", "step": done, "max_examples": limit, "adapters": adapters}
-        left = self.departures.after_evaluation(losses, done)
-        record["left"] = self.departures.record()
+        left, gone = self.departures.after_evaluation(losses, done), self.departures.record()
+        record = {"kind": "evaluation", "step": done, "max_examples": limit, "adapters": adapters, "left": gone}
         self._record(record, tracker_keys("eval", self.bank.specs, adapters))
         if left:
             self.foresee()
@@ -280,8 +279,8 @@ class Trainer:
         self.mixture = make_mixture(self.tasks, self.bank.specs, self.config, self.departures.left, self.joined)
         self.pages = PagesAhead(self.bank, self.mixture, self.at.done, self.end)
 
-    def heldout(self, max_examples: int | None = None) -> dict[str, HeldOut]:
-        """Held-out losses of every adapter that has not left, as it stands in the bank now."""
+    def heldout(self, max_examples: int | None, report: Callable[[float], None]) -> dict[str, HeldOut]:
+        """Held-out losses of every adapter that has not left, as it stands in the bank now. report: called with the share done."""
         room = 2 * self.config.training.tokens_per_microbatch  # no activations are kept for a backward
         return evaluate_heldout(
             self.row_losses,
@@ -290,6 +289,7 @@ class Trainer:
             room,
             self.pad_token,
             max_examples,
+            report=report,
             collate=self.collate,
             absent=self.departures.gone,
         )

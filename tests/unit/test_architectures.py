@@ -56,7 +56,9 @@ def test_adapters_of_all_methods_train_mixed_and_each_as_if_alone(architecture: 
     assert any(len(plan.label_tokens) == len(specs) for plan in plans)
     assert any(len(plan.label_tokens) < len(specs) for plan in plans)
     before = {
-        name: float(result.loss(a)) for result in together.heldout().values() for a, name in named(together.bank, result.nats)
+        name: float(result.loss(a))
+        for result in together.heldout(None, print).values()
+        for a, name in named(together.bank, result.nats)
     }
     train_together(together, plans)
     assert min(moved(together, architecture).values()) > 1e-3
