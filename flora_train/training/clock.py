@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -49,6 +49,17 @@ class StepClock:
         started = self.now()
         yield
         self.seconds[name] += self.now() - started
+
+    def time_base(self, base_pass: Callable[[], None], padded_tokens: int) -> None:
+        """Measure `base_rate`. base_pass: the base's forward and backward over so many padded tokens; its loss is not counted."""
+        seconds = []
+        for _ in range(2):  # the first time, memory is still to be had
+            started, loss_before = self.now(), self.seconds["loss"]
+            with self.step(0):
+                base_pass()
+            seconds.append(self.now() - started - (self.seconds["loss"] - loss_before))
+        self.seconds.clear()
+        self.base_rate = min(seconds) / padded_tokens
 
     def saw(self, padded_tokens: int) -> None:
         """A micro-batch of so many padded tokens belongs to the step that runs."""

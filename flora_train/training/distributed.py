@@ -47,6 +47,11 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
     return numbers
 
 
+def on_any_process(is_so: bool, device: torch.device) -> bool:
+    """Whether it is so on one of the processes at least; all get the same answer."""
+    return bool(sum_over_processes(torch.tensor(float(is_so), device=device)))
+
+
 def share_from_main(tensors: Iterable[Tensor], device: torch.device) -> None:
     """Give every process the main one's numbers, in place. device: what the processes' exchange goes through."""
     for tensor in tensors if _several() else ():

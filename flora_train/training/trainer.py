@@ -23,6 +23,7 @@ from flora_train.training.clock import StepClock
 from flora_train.training.departures import Departures
 from flora_train.training.distributed import (
     is_main_process,
+    on_any_process,
     on_main_process,
     say,
     share_from_main,
@@ -123,6 +124,8 @@ class Trainer:
             if at.done > begun:
                 self.save()
             self.finish_saving()
+            if on_any_process(self.signals.asked, self.bank.device):  # during the last evaluation
+                raise Interrupted(at.done)
         self.selection.restore()
 
     def save(self) -> None:
@@ -215,14 +218,8 @@ class Trainer:
         """Measure once what the base alone takes for a micro-batch, to tell apart what adapters cost. Nothing of the run changes."""
         rows = max(plan.microbatches, key=lambda rows: rows[0].length * len(rows))
         batch = self.collate(rows, self.training_split, self.pad_token).to(self.bank.device)
-        seconds = []
-        for _ in range(2):  # the first time, memory is still to be had
-            started, loss_before = self.clock.now(), self.clock.seconds["loss"]
-            with self.bank.without_adapters(), self.clock.step(0):
-                self.row_losses(batch).sum().backward()
-            seconds.append(self.clock.now() - started - (self.clock.seconds["loss"] - loss_before))
-        self.clock.seconds.clear()
-        self.clock.base_rate = min(seconds) / batch.padded_tokens
+        with self.bank.without_adapters():
+            self.clock.time_base(lambda: self.row_losses(batch).sum().backward(), batch.padded_tokens)
 
     def plan(self, number: int) -> StepPlan | None:
         return plan_step(self.mixture, number, self.tasks, self.bank, self.config.training.tokens_per_microbatch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,21 @@ def test_the_step_in_which_it_is_told_is_the_last_and_is_saved(tmp_path: Path) -
         trainer.train()
     assert (pause.value.step, trainer.at.done) == (5, 5)
     assert [file.name for file in trainer.checkpoints.files()] == ["step-00000005.safetensors"]
+
+
+def test_told_to_end_in_the_last_evaluation_it_is_saved_and_ends_before_the_final_one(tmp_path: Path) -> None:
+    trainer = make_trainer(mixed_specs(lr=2e-3), tmp_path, steps=3, every=3)
+    heldout = trainer.heldout
+
+    def told(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return heldout(*arguments)
+
+    trainer.heldout = told  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="saved after step 3"):
+        trainer.train()
+    again = make_trainer(mixed_specs(lr=2e-3), tmp_path, steps=3, every=3)
+    again.resume()
+    again.heldout = None  # type: ignore[assignment, method-assign]  # nothing is left to evaluate
+    again.train()
+    assert again.at.done == again.at.evaluated == 3
