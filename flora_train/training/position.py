@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ class Position:
     evaluated: int = 0
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
+
+    def owes_evaluation(self, every: int, also_after: Collection[int]) -> bool:
+        """Whether an evaluation is due after the step just done, and has not been."""
+        return self.evaluated < self.done and (self.done % every == 0 or self.done in also_after)
 
 
 BY_ADAPTER = {

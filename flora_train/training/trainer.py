@@ -87,13 +87,15 @@ class Trainer:
     def train(self) -> None:
         """Run every step that is to do; then the bank holds each adapter's selected parameters. Raises Interrupted, saved, on SIGTERM or SIGINT."""
         config, at, begun = self.config.training, self.at, self.at.done
-        every = self.config.evaluation.every or self.end
+        every, rungs = self.config.evaluation.every or self.end, self.departures.halving.rungs
         self.model.train()
         self.guard.remember()
         plan = self.plan(at.done)
         with self.signals, Watch("train", self.end, begun) as watch:
             if not begun and self.config.evaluation.every and any(spec.start_from for spec in self.bank.specs):
                 self._evaluate(watch)  # what they were worth before
+            if at.owes_evaluation(every, rungs) and self._evaluate(watch):  # a pause did not wait for it
+                plan = self.plan(at.done)
             while at.done < self.end and plan is not None:
                 coming = self.plan(at.done + 1) if at.done + 1 < self.end else None
                 for rows in share_of_rank(coming.microbatches if coming else (), *world()):
@@ -108,15 +110,15 @@ class Trainer:
                 watch.update(at.done, self.tally.facts(self.bank.specs, at.seconds), force_line=at.done % config.log_every == 0)
                 if at.done % config.log_every == 0:
                     self._log()
-                if (at.done % every == 0 or at.done in self.departures.halving.rungs) and self._evaluate(watch):
-                    plan = self.plan(at.done)
-                if at.done % config.checkpoint_every == 0 or self._told_to_end:
+                if at.done % config.checkpoint_every == 0 or at.done == self.end or self._told_to_end:
                     self.guard.remember()
-                    self.save()
+                    self.save()  # before an evaluation: that may take long
                 if self._told_to_end:
                     self.finish_saving()
                     wait_for_everyone()  # whoever ends first is taken for an accident by some launchers
                     raise Interrupted(at.done)
+                if at.owes_evaluation(every, rungs) and self._evaluate(watch):
+                    plan = self.plan(at.done)
             if at.logged < at.done:
                 self._log()
             if at.evaluated < at.done:

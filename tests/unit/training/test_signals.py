@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flora_train.training.signals import Interrupted, StopSignals
+from flora_train.training.trainer import Trainer
 from tests.conftest import mixed_specs
 from tests.unit.training.harness import make_trainer
 
@@ -71,3 +73,53 @@ def test_told_to_end_in_the_last_evaluation_it_is_saved_and_ends_before_the_fina
     again.heldout = None  # type: ignore[assignment, method-assign]  # nothing is left to evaluate
     again.train()
     assert again.at.done == again.at.evaluated == 3
+
+
+def test_a_pause_does_not_wait_for_an_evaluation_which_is_made_up_for(tmp_path: Path) -> None:
+    def run(name: str) -> Trainer:
+        return make_trainer(mixed_specs(lr=2e-3, patience=1), tmp_path / name, steps=8, every=2, checkpoint_every=100)
+
+    whole, paused, again = run("whole"), run("parts"), run("parts")
+    whole.train()
+    step = paused.step
+
+    def told(number: int, plan: object) -> None:
+        if number == 3:
+            signal.raise_signal(signal.SIGTERM)
+        step(number, plan)  # type: ignore[arg-type]
+
+    paused.step = told  # type: ignore[assignment, method-assign]
+    with pytest.raises(Interrupted, match="saved after step 4"):
+        paused.train()
+    assert paused.at.evaluated == 2
+    again.resume()
+    again.train()
+    check_alike(again, whole)
+
+
+def test_a_kill_in_a_long_evaluation_costs_no_step(tmp_path: Path) -> None:
+    def run(name: str) -> Trainer:
+        return make_trainer(mixed_specs(lr=2e-3, patience=1), tmp_path / name, steps=8, every=4, checkpoint_every=4)
+
+    whole, killed, again = run("whole"), run("parts"), run("parts")
+    whole.train()
+
+    def end(*arguments: object) -> None:
+        killed.finish_saving()
+        raise KeyboardInterrupt
+
+    killed.heldout = end  # type: ignore[assignment, method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    again.resume()
+    assert (again.at.done, again.at.evaluated) == (4, 0)
+    again.train()
+    check_alike(again, whole)
+
+
+def check_alike(run: Trainer, other: Trainer) -> None:
+    """Adapters, and what was measured of them, are the same to the last bit."""
+    for name, tensor in run.bank.tensors().items():
+        assert torch.equal(tensor, other.bank.tensors()[name]), name
+    assert run.folder.read_metrics("evaluation") == other.folder.read_metrics("evaluation")
+    assert run.selection.kept == other.selection.kept
