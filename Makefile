@@ -7,7 +7,7 @@ WHISPER := assets/models/whisper-base/manifest.json
 ARGS ?=
 MULTIPL_E ?=
 
-.PHONY: help quickstart sweep code-local speech-local test test-slow test-gpu lint types format bench bench-quick bench-gpu docs figures clean
+.PHONY: help quickstart setup sweep code-local speech-local test test-slow test-gpu lint types format bench bench-quick bench-gpu docs figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -15,6 +15,9 @@ help:  ## this list
 quickstart: $(INSTALLED) $(MODEL)  ## train 9 adapters in one run on real code, evaluate, run their programs, report, export (ARGS="key=value ...")
 	eval/install_toolchains.sh --if-possible lua pl rb
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart resume=true $(ARGS)
+
+setup: $(INSTALLED) $(MODEL)  ## the environment and the small model, for runs of your own
+	@echo "source .venv/bin/activate, then flora-train init (docs/tutorial.md)"
 
 sweep: $(INSTALLED) $(MODEL)  ## the learning rates behind the quickstart (15 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart_sweep resume=true $(ARGS)

