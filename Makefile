@@ -85,6 +85,7 @@ clean:  ## remove the environment and the built model (outputs/ stays)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
+	@echo "installing the packages into .venv: minutes in which pip says nothing, and gigabytes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return _complain(f"no command {command!r}; there are {choices(COMMANDS)}.{did_you_mean(command, COMMANDS)}")
     entry = COMMANDS[command]
     if {"-h", "--help"} & set(rest):
-        print(f"flora-train {command} {entry.usage}\n  {entry.help}\n\nExample: {entry.example}")
+        print(f"flora-train {command} {entry.usage}\n\n{entry.help}\n\nExample: {entry.example}")
         return 0
     if len(rest) < entry.least or (entry.most is not None and len(rest) > entry.most):
         return _complain(f"usage: flora-train {command} {entry.usage}")
@@ -74,10 +74,17 @@ def _complain(*lines: str) -> int:
 
 
 def _overview() -> str:
-    width = max(len(f"{name} {entry.usage}") for name, entry in COMMANDS.items())
-    rows = (f"  {f'{name} {entry.usage}':{width}}  {entry.help}" for name, entry in COMMANDS.items())
+    width = max(map(len, COMMANDS))
+    rows = (f"  {name:{width}}  {entry.help}" for name, entry in COMMANDS.items())
     return "\n".join(
-        ["flora-train COMMAND ...: train many adapters at once on one frozen base model", "", *rows, "", f"Example: {EXAMPLE}"]
+        [
+            "flora-train COMMAND ...: train many adapters at once on one frozen base model",
+            "",
+            *rows,
+            "",
+            "flora-train COMMAND --help: its arguments",
+            f"Example: {EXAMPLE}",
+        ]
     )
 
 

@@ -92,7 +92,9 @@ def init_recipe(words: Sequence[str]) -> None:
     for task, facts in found.items():
         print(f"{task:20} {facts.seen}")
     print(
-        f"\n{out}: {3 * len(found)} adapters, {steps} steps of {tokens:,} tokens\nnext  flora-train plan recipe={out}\n      accelerate launch train.py recipe={out}"
+        f"\n{out}: {3 * len(found)} adapters, {steps} steps of {tokens:,} tokens, into outputs/{name}/\n"
+        f"next  flora-train plan recipe={out}     how long that takes here; training.steps=N makes it shorter\n"
+        f"      flora-train train recipe={out}    train, evaluate, report, export"
     )
 
 
@@ -110,7 +112,7 @@ def look_at(source: str, language: str | None) -> Found:
         config = SourceConfig.model_validate({"files": [source]})
     except ValidationError as error:
         raise fail(source, None, str(error.errors()[0]["msg"])) from error
-    rows = read_rows(config, source)
+    rows = read_rows(config, "source")
     columns = list(rows[0])
     sound = next((c for c in AUDIO if c in columns and str(rows[0][c]).lower().endswith(SOUNDS)), None)
     sentence = next((c for c in SENTENCE if c in columns), None)
@@ -172,10 +174,10 @@ def recipe_text(name: str, model: str, found: Mapping[str, Found], steps: int, t
     """YAML with a word on every key that one is likely to change."""
     raw = raw_recipe(name, model, found, steps, tokens)
     lines = [
-        f"# {len(found)} task{'s' if len(found) > 1 else ''} x fLoRA, LoRA and IA3 in one run. Every key: docs/tasks.md, flora_train/config/schema.py",
+        f"# {len(found)} task{'s' if len(found) > 1 else ''} x fLoRA, LoRA and IA3 in one run. Keys: docs/tasks.md; every one: docs/api.md",
         "#",
-        f"#   flora-train plan recipe={out}                  what it takes of memory, disk and time",
-        f"#   accelerate launch train.py recipe={out}        train, evaluate, report, export",
+        f"#   flora-train plan recipe={out}     what it takes of memory, disk and time",
+        f"#   flora-train train recipe={out}    train, evaluate, report, export (several GPUs: docs/cluster.md)",
         f"name: {json.dumps(name)}",
         "model:",
         f"  path: {json.dumps(model)}",

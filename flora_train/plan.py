@@ -26,6 +26,8 @@ from flora_train.training.progress import duration
 from flora_train.training.sharding import largest_part
 
 FLOAT = 4
+LONG = 3600.0
+"""Seconds of training from which on the plan says how to shorten it."""
 """Bytes of a number of an adapter, and of its gradient and moments."""
 BYTES = {"8bit": 1.0, "4bit": 0.5}
 """Of a number of a quantised base."""
@@ -160,8 +162,10 @@ def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:
         "disk",
         f"{_size(found.on_disk)} at most (a checkpoint {_size(found.checkpoint)}, {config.training.keep_checkpoints} are kept); {_size(found.free_disk)} are free",
     )
-    total = duration(found.step_seconds * config.training.steps)
-    yield "time", f"about {found.step_seconds:.1f}s a step on one process, {config.training.steps} steps {total}, and evaluations"
+    seconds = found.step_seconds * config.training.steps
+    shorter = "; training.steps and training.tokens_per_step make it shorter" if seconds > LONG else ""
+    steps = f"{config.training.steps} steps {duration(seconds)}"
+    yield "time", f"about {found.step_seconds:.1f}s a step on one process, {steps}, and evaluations{shorter}"
 
 
 def check_fits(config: RunConfig, found: Capacity) -> None:

@@ -97,8 +97,10 @@ def train_run(config: RunConfig) -> Path:
         raise
     seconds |= {"train": trainer.at.seconds, "evaluate during training": trainer.at.evaluation_seconds}
     if is_main_process():
-        more = {"time_shares": trainer.clock.shares(), "joined": trainer.joined}
-        folder.update_run_json(training=training_facts(session, seconds) | more | {"apart": time_apart(trainer)})
+        trained = time.monotonic()
+        more = {"time_shares": trainer.clock.shares(), "joined": trainer.joined, "apart": time_apart(trainer)}
+        seconds["time adapters apart"] = time.monotonic() - trained
+        folder.update_run_json(training=training_facts(session, seconds) | more)
     judge(session, trainer.selection.kept, plan)
     if is_main_process():
         folder.update_run_json(finished=True, ended={"joined": trainer.joined, "identity": trainer.identity()})

@@ -55,6 +55,8 @@ def find_config(kind: str, name: str) -> Path:
     hint = did_you_mean(wanted, known) or did_you_mean(Path(wanted).name, known)
     if wanted != name or "/" in name:
         raise fail(kind, name, f"no such file.{hint}")
+    if find_file(f"{name}.yaml").is_file():
+        raise fail(kind, name, f"no {kind} of that name in {kind}s/. There is a file: {kind}={name}.yaml")
     raise fail(kind, name, f"no {kind} of that name in {kind}s/; there are {choices(known)}.{hint}")
 
 

@@ -40,6 +40,7 @@ def time_apart(trainer: Trainer) -> dict[str, Any] | None:
         of.setdefault(row.adapter, []).append(row)
     alone = [group_by_length(rows, room) for rows in of.values()]
     with Watch("time adapters apart", len(alone) + 2) as watch:
+        watch.update(0)
         together = _seconds(trainer, plan.microbatches)
         watch.update(1)
         apart = 0.0
@@ -49,6 +50,7 @@ def time_apart(trainer: Trainer) -> dict[str, Any] | None:
         together = min(
             together, _seconds(trainer, plan.microbatches)
         )  # what a first time costs, or a neighbour, is no gain of the others
+        watch.update(len(alone) + 2)
     return asdict(Apart(together, apart, len(alone)))
 
 

@@ -67,6 +67,11 @@ class Watch:
         return f"{duration(seconds)} < {duration(seconds * (self.total - done) / ours)}" if ours else ""
 
 
+def share_and_eta(share: float, started: float) -> str:
+    """`28% < 2m05s`. started: time.monotonic() when it began."""
+    return f"{share:.0%} < {duration((time.monotonic() - started) * (1 / share - 1))}" if share else "0%"
+
+
 def duration(seconds: float) -> str:
     """`42s`, `3m05s`, `2h07m`."""
     whole = round(seconds)

@@ -40,7 +40,7 @@ from flora_train.training.packed import check_packing
 from flora_train.training.pages_ahead import PagesAhead
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
 from flora_train.training.position import Position, renumbered
-from flora_train.training.progress import Watch
+from flora_train.training.progress import Watch, share_and_eta
 from flora_train.training.run_folder import RunFolder, comparable
 from flora_train.training.selection import Kept, Selection
 from flora_train.training.sharding import keep_pace
@@ -256,7 +256,7 @@ class Trainer:
         """Returns whether an adapter stops, and the steps to come are others than they were."""
         done, limit = self.at.done, self.config.evaluation.max_examples
         started = time.monotonic()
-        heldout = self.heldout(limit, lambda share: watch.update(done, {"evaluate": f"{share:.0%}"}))
+        heldout = self.heldout(limit, lambda share: watch.update(done, {"evaluate": share_and_eta(share, started)}))
         losses = {adapter: result.loss(adapter) for result in heldout.values() for adapter in result.nats}
         self.selection.offer(losses, done)
         self.at.evaluated = done

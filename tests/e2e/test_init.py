@@ -47,7 +47,7 @@ def test_a_recipe_for_files_and_folders_runs_as_it_stands(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["absent.jsonl"], "absent.jsonl = 'absent.jsonl': no such file"),
+        (["absent.jsonl"], "source = 'absent.jsonl': no such file"),
         (["other.jsonl"], "other.jsonl: has the columns left or right: which is asked and which is learnt cannot be told"),
         (["clips.tsv"], "clips.tsv: holds clips (path) with transcripts (sentence): say in which language, --language cs"),
         (["empty"], "empty: holds no files"),

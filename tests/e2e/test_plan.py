@@ -17,7 +17,7 @@ from flora_train.cli import main
 from flora_train.config.errors import UserError
 from flora_train.config.load import load_config
 from flora_train.cost import measure
-from flora_train.plan import Capacity, capacity, check_fits
+from flora_train.plan import Capacity, _lines, capacity, check_fits
 from flora_train.session import load_data
 from flora_train.training.optimizer import BankOptimizer
 from tests.e2e.conftest import Launch
@@ -43,6 +43,13 @@ def test_the_plan_is_said_and_leaves_nothing(recipe: Path, tmp_path: Path, capsy
     ):
         assert words in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_many_hours_is_told_how_to_be_shorter(found: Capacity, recipe: Path) -> None:
+    config = load_config([f"recipe={recipe}"])
+    said = [dict(_lines(config, replace(found, step_seconds=seconds)))["time"] for seconds in (1.0, 1000.0)]
+    assert said[0] == "about 1.0s a step on one process, 12 steps 12s, and evaluations"
+    assert "12 steps 3h20m, and evaluations; training.steps and training.tokens_per_step make it shorter" in said[1]
 
 
 def test_memory_of_adapters_is_what_the_bank_takes(found: Capacity, recipe: Path) -> None:

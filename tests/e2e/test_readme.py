@@ -56,6 +56,7 @@ def test_every_command_has_help_with_an_example_that_fits_a_screen() -> None:
         assert done.returncode == 0
         assert "Example: flora-train" in done.stdout
         assert len(done.stdout.splitlines()) <= 24
+        assert max(map(len, done.stdout.splitlines())) <= (150 if words else 100)
 
 
 def test_figures_of_the_readme_are_those_of_the_committed_results() -> None:

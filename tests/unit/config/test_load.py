@@ -49,6 +49,9 @@ def test_unknown_recipe_or_data_config_is_suggested(write) -> None:
     (line,) = loading_faults("recipe=quikstart")
     assert line.startswith("recipe = 'quikstart': no recipe of that name in recipes/; there are ")
     assert line.endswith("Did you mean 'quickstart'?")
+    write("mine.yaml", "name: mine")
+    (line,) = loading_faults("recipe=mine")
+    assert line == "recipe = 'mine': no recipe of that name in recipes/. There is a file: recipe=mine.yaml"
     (line,) = loading_faults("recipe=recipes/quikstart.yaml")
     assert line == "recipe = 'recipes/quikstart.yaml': no such file. Did you mean 'quickstart'?"
     (line,) = loading_faults("recipe=quickstart", "data_config=quickstat")

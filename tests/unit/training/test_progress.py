@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flora_train.training import trainer
-from flora_train.training.progress import Watch, duration
+from flora_train.training.progress import Watch, duration, share_and_eta
 from tests.conftest import spec
 from tests.unit.training.harness import make_trainer
 
@@ -21,8 +21,13 @@ def test_a_long_evaluation_between_steps_says_how_far_it_is(
     run.train()
     said = capsys.readouterr().err
     assert "train: 50%" in said
-    assert "evaluate 55%" in said
-    assert said.rstrip().endswith("evaluate 100%")
+    assert "evaluate 55% < 0s" in said
+    assert said.rstrip().endswith("evaluate 100% < 0s")
+
+
+def test_a_stage_within_another_has_an_eta_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 160.0)
+    assert [share_and_eta(share, 100.0) for share in (0.0, 0.25, 1.0)] == ["0%", "25% < 3m00s", "100% < 0s"]
 
 
 def test_durations_are_short_words() -> None:

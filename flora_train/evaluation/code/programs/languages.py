@@ -46,6 +46,7 @@ class Language(Section):
     comment: str = "//"
     packages: list[Text] = []
     npm: list[Text] = []
+    maker: Text | None = None
     passing: str = Field(alias="pass")
     failing: str = Field(alias="fail")
 
@@ -57,7 +58,9 @@ class Language(Section):
 
     @property
     def how_to_install(self) -> str:
-        """The commands that a Debian user runs."""
+        """The commands that a Debian user runs, or who has what Debian 12 has not."""
+        if self.maker is not None:
+            return f"from {self.maker}; Debian 12 has no package"
         npm = f" && npm install -g {' '.join(self.npm)}" if self.npm else ""
         return f"apt-get install {' '.join(self.packages)}{npm}"
 
