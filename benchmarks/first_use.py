@@ -65,6 +65,11 @@ def run(clone: Path, command: list[str]) -> float:
     return time.monotonic() - started
 
 
+def on_disk(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+
+
 def report(clone: Path, steps: list[tuple[str, str, float]]) -> list[str]:
     """Markdown."""
     facts = environment()
@@ -78,6 +83,7 @@ def report(clone: Path, steps: list[tuple[str, str, float]]) -> list[str]:
         "|---|---|---|",
         *[f"| {what} | {command} | {duration(seconds)} |" for what, command, seconds in steps],
         f"| all | | {duration(sum(seconds for *_, seconds in steps))} |",
+        f"| on disk afterwards | | {on_disk(clone) / 1e9:.1f} GB |",
     ]
 
 
