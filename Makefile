@@ -31,7 +31,7 @@ speech-local: $(INSTALLED) $(WHISPER)  ## on Debian 12: build Whisper base and h
 	$(BIN)/python assets/build_speech_corpus.py --languages cs nl ro bg
 
 test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-slow: $(INSTALLED) $(MODEL)  ## the tests that `make test` leaves out because shorter ones of their kind are in it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)

@@ -66,12 +66,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 LONGEST = (
-    "test_compiled_kernels",
-    "test_isolation_triton",
     "test_lora_ia3_triton",
-    "test_resume",
-    "test_solve",
+    "test_compiled_kernels",
+    "test_isolation",
+    "test_starter",
     "test_flora_triton",
+    "test_run",
+    "test_launch",
+    "test_resume",
+    "test_isolation_triton",
 )
 """Modules that take longest: the first to begin, so that no process ends long after the other."""
 
