@@ -18,11 +18,11 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TUTORIAL, re.S | re.M)
 SMALLER = {
-    "training.steps=20": "training.steps=5 training.tokens_per_step=192 training.tokens_per_microbatch=192 training.max_length=64 "
-    "tasks.lua.max_validation_examples=6 tasks.ruby.max_validation_examples=6",
+    "training.steps=20 training.tokens_per_step=768 training.max_length=256": "training.steps=5 training.tokens_per_step=192 "
+    "training.tokens_per_microbatch=192 training.max_length=64",
+    "max_validation_examples=10": "max_validation_examples=6",
     "flora-train doctor\n": "",  # test_doctor.py has it
     "evaluation.every=10": "evaluation.every=3",
-    "tasks.perl.train=perl.jsonl": "tasks.perl.train=perl.jsonl tasks.perl.max_validation_examples=6",
 }
 
 
