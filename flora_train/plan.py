@@ -26,9 +26,9 @@ from flora_train.training.progress import duration
 from flora_train.training.sharding import largest_part
 
 FLOAT = 4
+"""Bytes of a number of an adapter, and of its gradient and moments."""
 LONG = 3600.0
 """Seconds of training from which on the plan says how to shorten it."""
-"""Bytes of a number of an adapter, and of its gradient and moments."""
 BYTES = {"8bit": 1.0, "4bit": 0.5}
 """Of a number of a quantised base."""
 

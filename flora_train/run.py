@@ -99,7 +99,8 @@ def train_run(config: RunConfig) -> Path:
     if is_main_process():
         trained = time.monotonic()
         more = {"time_shares": trainer.clock.shares(), "joined": trainer.joined, "apart": time_apart(trainer)}
-        seconds["time adapters apart"] = time.monotonic() - trained
+        if more["apart"] is not None:
+            seconds["time adapters apart"] = time.monotonic() - trained
         folder.update_run_json(training=training_facts(session, seconds) | more)
     judge(session, trainer.selection.kept, plan)
     if is_main_process():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from flora_train.training.plan import StepPlan
 from flora_train.training.signals import Interrupted, StopSignals
 from flora_train.training.trainer import Trainer
 from tests.conftest import mixed_specs
@@ -41,16 +42,21 @@ def test_signals_shortly_after_one_another_are_one() -> None:
         assert signals.asked
 
 
-def test_the_step_in_which_it_is_told_is_the_last_and_is_saved(tmp_path: Path) -> None:
-    trainer = make_trainer(mixed_specs(lr=2e-3), tmp_path, steps=10, checkpoint_every=100)
+def tell_to_end_in_step(trainer: Trainer, number: int) -> None:
+    """number: counted from 1."""
     step = trainer.step
 
-    def told(number: int, plan: object) -> None:
-        if number == 4:
+    def told(before: int, plan: StepPlan) -> None:
+        if before == number - 1:
             signal.raise_signal(signal.SIGTERM)
-        step(number, plan)  # type: ignore[arg-type]
+        step(before, plan)
 
-    trainer.step = told  # type: ignore[assignment, method-assign]
+    trainer.step = told  # type: ignore[method-assign]
+
+
+def test_the_step_in_which_it_is_told_is_the_last_and_is_saved(tmp_path: Path) -> None:
+    trainer = make_trainer(mixed_specs(lr=2e-3), tmp_path, steps=10, checkpoint_every=100)
+    tell_to_end_in_step(trainer, 5)
     with pytest.raises(Interrupted, match="saved after step 5") as pause:
         trainer.train()
     assert (pause.value.step, trainer.at.done) == (5, 5)
@@ -81,14 +87,7 @@ def test_a_pause_does_not_wait_for_an_evaluation_which_is_made_up_for(tmp_path: 
 
     whole, paused, again = run("whole"), run("parts"), run("parts")
     whole.train()
-    step = paused.step
-
-    def told(number: int, plan: object) -> None:
-        if number == 3:
-            signal.raise_signal(signal.SIGTERM)
-        step(number, plan)  # type: ignore[arg-type]
-
-    paused.step = told  # type: ignore[assignment, method-assign]
+    tell_to_end_in_step(paused, 4)
     with pytest.raises(Interrupted, match="saved after step 4"):
         paused.train()
     assert paused.at.evaluated == 2
