@@ -1,7 +1,7 @@
 """Does a run survive kill -9 at any moment? It is killed again and again, started again by an outside supervisor, and compared.
 
 A short run on SmolLM2-135M that writes a checkpoint every other step is killed at random moments, all its processes at once, until it has
-been killed --kills times; the moments are spread over start, steps, saves and evaluations. Then it may end, and its adapters are
+been killed --kills times; the moments are spread over start, steps and evaluations, and every fifth waits for a save. Then it may end, and its adapters are
 compared byte by byte with those of a run that nobody disturbed. Prints Markdown. Usage: python benchmarks/kills.py [--kills 50] [--processes 1] [--save]
 """
 
@@ -90,10 +90,14 @@ def harass(run: Path, kills: int, processes: int, chance: random.Random) -> Seen
             command(run, processes), cwd=ROOT, env=surroundings(), stderr=subprocess.PIPE, text=True
         ) as process:
             if seen.kills < kills:
-                if chance.random() < 0.8:
+                moment = chance.choice(("start", "save", "step", "step", "step"))
+                if moment != "start":
                     wait_for_steps(run, process, 1)
                     first = time.monotonic()
                     seen.back.append(first - started)
+                if moment == "save":
+                    wait_for_a_save(run, process)
+                elif moment == "step":
                     wait_for_steps(run, process, chance.randint(0, 4))
                     time.sleep(chance.uniform(0.0, 2.0))
                 else:  # while it starts
@@ -120,6 +124,12 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str], steps: int) -> Non
         done = steps_done(run)
         more, last = more + max(0, done - last), done
         time.sleep(0.02)
+
+
+def wait_for_a_save(run: Path, process: subprocess.Popen[str]) -> None:
+    """Until a checkpoint is being written."""
+    while process.poll() is None and not list(run.glob("checkpoints/.step-*.tmp")):
+        time.sleep(0.001)
 
 
 def kill(process: subprocess.Popen[str]) -> None:

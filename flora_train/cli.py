@@ -68,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _complain(*lines: str) -> int:
-    for line in lines if os.environ.get("RANK", "0") == "0" else ():  # once, not once per process
+    for line in lines if os.environ.get("LOCAL_RANK", "0") == "0" else ():  # once per machine, not per process
         print(f"error: {line}", file=sys.stderr)
     return 2
 

@@ -21,7 +21,7 @@ from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
 from flora_train.data.tokens import pad_token
-from flora_train.session import load_data, prepare
+from flora_train.session import load_data, paging_of, prepare
 from flora_train.training.progress import duration
 from flora_train.training.sharding import largest_part
 
@@ -39,8 +39,9 @@ class Capacity:
 
     pools: of all adapters; largest: numbers of the largest adapter; step_adapters, step_slots: the most that a step has, and the slots
     that they fill; slots: for which there is room (None: for all); home: of adapters in host memory; copies: that checkpoints and the
-    guard take there; free_device, free_host, free_disk: what there is now; shared: device and host are one memory, as on a CPU;
-    processes: so many on one machine, each with all of this but the disk.
+    guard take there (both 0 where files hold them); pages: of those files, where they are on a disk of their own; free_device, free_host,
+    free_disk, free_pages: what there is now; shared: device and host are one memory, as on a CPU; processes: so many on one machine,
+    each with all of this but the disks.
     """
 
     pools: Sequence[Pool]
@@ -58,6 +59,8 @@ class Capacity:
     checkpoint: int
     on_disk: int
     free_disk: int
+    pages: int
+    free_pages: int
     step_seconds: float
     shared: bool
     processes: int
@@ -103,7 +106,14 @@ def capacity(config: RunConfig) -> Capacity:
     if slots is not None and slots * largest >= everything:
         slots = None
     moved = FLOAT * (PLANES - 1) * everything  # no gradient lives longer than a step
-    home, on_disk = 0 if slots is None else moved, config.paging.host == "disk"
+    home, guarded, processes = (
+        0 if slots is None else moved,
+        0 if config.guard.policy == "skip" else moved,
+        config.num_processes or 1,
+    )
+    folder = paging_of(config).folder if home else None
+    pages = 0 if folder is None else processes * (home + guarded) + moved  # one process writes checkpoints
+    own_disk = folder is not None and _there(folder).stat().st_dev != _there(Path(config.folder)).stat().st_dev
     return Capacity(
         pools=pools,
         largest=largest,
@@ -114,16 +124,23 @@ def capacity(config: RunConfig) -> Capacity:
         on_device=PLANES * FLOAT * (everything if slots is None else slots * largest),
         activations=cost.activations,
         free_device=free_device,
-        home=0 if on_disk else home,
-        copies=moved * (1 if config.guard.policy == "skip" else 2),
+        home=0 if pages else home,
+        copies=0 if pages else moved + guarded,
         free_host=free_memory(),
         checkpoint=moved,
-        on_disk=(config.training.keep_checkpoints + 1) * moved + 2 * FLOAT * everything + (home if on_disk else 0),
-        free_disk=disk_usage(next(p for p in Path(config.folder).absolute().parents if p.exists())).free,
+        on_disk=(config.training.keep_checkpoints + 1) * moved + 2 * FLOAT * everything + (0 if own_disk else pages),
+        free_disk=disk_usage(_there(Path(config.folder))).free,
+        pages=pages if own_disk else 0,
+        free_pages=disk_usage(_there(folder)).free if folder is not None else 0,
         step_seconds=cost.step_seconds,
         shared=device.type == "cpu",
-        processes=config.num_processes or 1,
+        processes=processes,
     )
+
+
+def _there(place: Path) -> Path:
+    """It, or the folder that it will be made in."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
 
 
 def pools_of(config: RunConfig) -> list[Pool]:
@@ -153,15 +170,20 @@ def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:
         f"{_size(found.activations)}; {_size(found.free_device)} are free",
     )
     copies = "a copy while a checkpoint is written" + (
-        "" if found.copies == found.checkpoint else ", and what the guard goes back to"
+        "" if config.guard.policy == "skip" else ", and what the guard goes back to"
     )
     others = f", and {_size(found.home)} of adapters that are not on the device" if found.home else ""
     same = "the same memory" if found.shared else f"{_size(found.free_host)} are free"
-    yield "host", f"{_size(found.copies)}{each}: {copies}{others}; {same}"
+    if found.host:
+        yield "host", f"{_size(found.copies)}{each}: {copies}{others}; {same}"
+    else:
+        yield "host", f"nothing: adapters that are not on the device are in files, with {copies}"
     yield (
         "disk",
         f"{_size(found.on_disk)} at most (a checkpoint {_size(found.checkpoint)}, {config.training.keep_checkpoints} are kept); {_size(found.free_disk)} are free",
     )
+    if found.pages:
+        yield "pages", f"{_size(found.pages)} in {config.paging.folder}; {_size(found.free_pages)} are free"
     seconds = found.step_seconds * config.training.steps
     shorter = "; training.steps and training.tokens_per_step make it shorter" if seconds > LONG else ""
     steps = f"{config.training.steps} steps {duration(seconds)}"
@@ -174,9 +196,10 @@ def check_fits(config: RunConfig, found: Capacity) -> None:
         fix = f"hold less than the {found.step_adapters} adapters of a step need: give {found.step_slots} or more, or lower training.tokens_per_step"
         raise fail("adapters.device_slots", found.slots, fix)
     processes = found.processes if found.shared else 1
-    rest = found.free_device // processes - found.base - (found.host if found.shared else 0)
+    beside_base = found.free_device // processes - found.base
+    rest = beside_base - (found.host if found.shared else 0)
     if found.on_device > rest:
-        slots = max(0, rest - found.activations) // (PLANES * FLOAT * found.largest)
+        slots = max(0, beside_base - found.activations) // (PLANES * FLOAT * found.largest)
         fix = f"needs {_size(found.on_device)} beside the base, where {_size(max(0, rest))} are free: give {slots}"
         if found.shared:
             fix += " and paging.host=disk"
@@ -191,11 +214,12 @@ def check_fits(config: RunConfig, found: Capacity) -> None:
         )
         raise fail("training.tokens_per_microbatch", config.training.tokens_per_microbatch, fix)
     if not found.shared and found.host * found.processes > found.free_host:
-        if found.home and found.copies * found.processes <= found.free_host:
-            fix = f"needs {_size(found.host)} a process, where {_size(found.free_host)} are free: disk keeps adapters in files"
-            raise fail("paging.host", config.paging.host, fix)
-        fix = f"are copied, {_size(found.copies)} a process, while a checkpoint is written, and {_size(found.free_host)} are free: train fewer in one run"
-        raise fail("adapters", sum(len(pool.specs) for pool in found.pools), fix)
+        fewer = "" if found.home else f", with adapters.device_slots={found.step_slots}"
+        fix = f"needs {_size(found.host)} a process, where {_size(found.free_host)} are free: disk keeps all that in files{fewer}"
+        raise fail("paging.host", config.paging.host, fix)
+    if found.pages > found.free_pages:
+        fix = f"needs {_size(found.pages)} for adapters, where {_size(found.free_pages)} are free: choose another place, or make room"
+        raise fail("paging.folder", config.paging.folder, fix)
     if found.on_disk > found.free_disk:
         fix = f"needs {_size(found.on_disk)}, where {_size(found.free_disk)} are free: choose another place, or make room"
         raise fail("output_dir", config.folder, fix)

@@ -12,15 +12,11 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
-from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.data.tokens import pad_token
-from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evaluation
-from flora_train.evaluation.code.summary import read_summaries
-from flora_train.evaluation.generation import check_room, complete
-from flora_train.evaluation.heldout_log import HeldOutLog
-from flora_train.evaluation.report import write_report
+from flora_train.evaluation.code.evaluate import Plan, plan_evaluation
+from flora_train.evaluation.generation import check_room
 from flora_train.evaluation.report.terminal import (
     print_completions,
     print_error_rates,
@@ -28,25 +24,27 @@ from flora_train.evaluation.report.terminal import (
     print_results,
     print_sweeps,
 )
-from flora_train.evaluation.results import SCHEMA, build_results
-from flora_train.evaluation.speech.evaluate import evaluate_speech
-from flora_train.evaluation.speech.summary import read_summary
-from flora_train.export.card import write_card
-from flora_train.export.peft_format import export_peft
+from flora_train.evaluation.results import SCHEMA
 from flora_train.export.peft_start import start_from_peft
+from flora_train.judge import judge, training_facts
 from flora_train.session import Session, load_session, make_accelerator, reopen
 from flora_train.tracking import begin_tracking, end_tracking
 from flora_train.training.apart import time_apart
 from flora_train.training.clock import spoken
-from flora_train.training.distributed import check_world_size, is_main_process, on_main_process, say, wait_for_everyone, world
-from flora_train.training.environment import dtype_of, environment, now, peak_memory
+from flora_train.training.distributed import (
+    check_alike,
+    check_world_size,
+    is_main_process,
+    on_every_process,
+    on_main_process,
+    say,
+    wait_for_everyone,
+)
+from flora_train.training.environment import dtype_of
 from flora_train.training.growth import grow
-from flora_train.training.heldout import HeldOut, evaluate_heldout
-from flora_train.training.loss import RowLosses
-from flora_train.training.progress import Watch, duration
-from flora_train.training.run_folder import RunFolder
-from flora_train.training.selection import Kept
-from flora_train.training.sharding import gather_base, loads_in_parts
+from flora_train.training.progress import duration
+from flora_train.training.run_folder import RunFolder, comparable
+from flora_train.training.sharding import loads_in_parts
 from flora_train.training.signals import Interrupted
 from flora_train.training.trainer import Trainer
 
@@ -57,7 +55,8 @@ def train_run(config: RunConfig) -> Path:
     started = time.monotonic()
     folder = RunFolder(Path(config.folder))
     accelerator = make_accelerator(config, folder)
-    check_world_size(config.num_processes, accelerator.num_processes)
+    on_every_process(lambda: check_world_size(config.num_processes, accelerator.num_processes))
+    check_alike(lambda: comparable(config))
     standing = on_main_process(lambda: folder.standing(config))
     if standing in ("interrupted", "grown"):
         on_main_process(folder.lock)
@@ -70,18 +69,19 @@ def train_run(config: RunConfig) -> Path:
     for reason in dict.fromkeys(plan.broken.values() if plan else ()):
         say(f"note: some programs will not be evaluated: {reason}")
     session = load_session(config, folder, accelerator.device, in_parts=loads_in_parts(config))
-    check_prompts(session, plan)
+    on_every_process(lambda: check_prompts(session, plan))
     pad = pad_token(session.tokenizer)
     data = (session.tasks, pad, folder, accelerator, session.collate)
     trainer = Trainer(config, session.model, session.bank, *data, session.base_hash)
+    check_alike(trainer.identity)
     start = partial(start_from_peft, session.bank)
     if standing == "grown":
         grow(trainer, start)
     elif standing == "free":
         start(range(len(session.bank.specs)))
     on_main_process(lambda: folder.claim(config))
-    report_left_out(session)
-    begin_tracking(accelerator, config, folder)
+    on_main_process(lambda: report_left_out(session))
+    on_every_process(lambda: begin_tracking(accelerator, config, folder))
     say(
         f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {dtype_of(session.model)}, on {accelerator.device}"
     )
@@ -96,21 +96,28 @@ def train_run(config: RunConfig) -> Path:
         session.close()
         raise
     seconds |= {"train": trainer.at.seconds, "evaluate during training": trainer.at.evaluation_seconds}
-    if is_main_process():
-        trained = time.monotonic()
-        more = {"time_shares": trainer.clock.shares(), "joined": trainer.joined, "apart": time_apart(trainer)}
-        if more["apart"] is not None:
-            seconds["time adapters apart"] = time.monotonic() - trained
-        folder.update_run_json(training=training_facts(session, seconds) | more)
+    on_main_process(lambda: note_training(session, trainer, seconds))
     judge(session, trainer.selection.kept, plan)
-    if is_main_process():
+
+    def finish() -> None:
         folder.update_run_json(finished=True, ended={"joined": trainer.joined, "identity": trainer.identity()})
         trainer.checkpoints.clear()
         end_tracking(accelerator, config, folder, read_report(folder), trainer.at.done)
         show(folder)
+
+    on_main_process(finish)
     wait_for_everyone()  # a process that leaves early takes its end of the connections with it
     accelerator.end_training()
     return folder.path
+
+
+def note_training(session: Session, trainer: Trainer, seconds: dict[str, float]) -> None:
+    """Write into run.json what training was; what its adapters would take apart is measured for that."""
+    trained = time.monotonic()
+    more = {"time_shares": trainer.clock.shares(), "joined": trainer.joined, "apart": time_apart(trainer)}
+    if more["apart"] is not None:
+        seconds["time adapters apart"] = time.monotonic() - trained
+    session.folder.update_run_json(training=training_facts(session, seconds) | more)
 
 
 def report_left_out(session: Session) -> None:
@@ -122,7 +129,7 @@ def report_left_out(session: Session) -> None:
         for reason, paths in (held.counts.unusable.items() if held is not None else ())
         for path in paths
     ]
-    if lines and is_main_process():
+    if lines:
         file = session.folder.path / "clips_left_out.tsv"
         file.write_text("task\tsplit\treason\tfile\n" + "".join(lines), encoding="utf-8")
         reasons = Counter(line.split("\t")[2] for line in lines)
@@ -137,86 +144,6 @@ def check_prompts(session: Session, plan: Plan | None) -> None:
     )
     lengths = map(len, session.tokenizer(prompts)["input_ids"] if prompts else ())
     check_room(session.model, max(lengths, default=0), session.config.evaluation.max_new_tokens)
-
-
-def training_facts(session: Session, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Where, with what and at what cost a run was trained; kept in run.json, so that a later evaluation cannot blur it."""
-    facts = {**environment(), "seconds": dict(seconds), "peak_memory_bytes": peak_memory(session.bank.device)}
-    facts |= {"processes": world()[1], "device": str(session.bank.device), "finished": now()}
-    return facts | {"model": session.config.model.path, "dtype": dtype_of(session.model)}
-
-
-def judge(session: Session, kept: Mapping[int, Kept], plan: Plan | None = None) -> None:
-    """Evaluate base and adapters on all held-out examples, let them write and solve problems, and leave report and exported
-    adapters."""
-    config, bank, folder = session.config, session.bank, session.folder
-    started = time.monotonic()
-    log = HeldOutLog(folder.evaluation / "heldout", bank, {name: task.data_hash for name, task in session.tasks.items()})
-    heldout = final_heldout(session, log)
-    if is_main_process():
-        for name in bank.ids:
-            export_peft(bank, name, folder.adapters / name, config.model.path)
-    judged = time.monotonic()
-    if plan is not None or any(task.sample_prompts for task in session.config.tasks.values()):
-        gather_base(session.model)
-    if plan is not None:
-        evaluate_code(config, plan, session.model, bank, session.tokenizer, folder.evaluation)
-    if session.ears is not None:
-        evaluate_speech(config, session.tasks, session.model, bank, session.ears, folder.evaluation)
-        session.close()
-    if not is_main_process():
-        return
-    solved = time.monotonic()
-    completions = write_completions(session)
-    facts = json.loads(folder.run_json.read_text(encoding="utf-8")).get("training") or training_facts(session, {})
-    facts["seconds"] = {**facts["seconds"], "evaluate at the end": time.monotonic() - solved + judged - started}
-    if plan is not None:
-        facts["seconds"]["solve problems"] = solved - judged
-    if session.ears is not None:
-        facts["seconds"]["transcribe"] = solved - judged
-    facts["config"] = folder.config.read_text(encoding="utf-8")
-    code, speech = read_summaries(folder.evaluation), read_summary(folder.evaluation)
-    results = build_results(config, folder, session.tasks, bank, heldout, kept, completions, code, speech, facts)
-    write_report(results, folder.evaluation)
-    log.forget()
-    for spec in bank.specs:
-        write_card(results, spec, folder.adapters / spec.name)
-
-
-def final_heldout(session: Session, log: HeldOutLog) -> dict[str, HeldOut]:
-    """Held-out losses of the base and all adapters on every held-out example."""
-    room = 2 * session.config.training.tokens_per_microbatch
-    with Watch("evaluate", 1.0) as watch:
-        return evaluate_heldout(
-            RowLosses(session.model),
-            session.bank,
-            session.tasks.values(),
-            room,
-            pad_token(session.tokenizer),
-            with_base=True,
-            report=watch.update,
-            collate=session.collate,
-            log=log,
-        )
-
-
-def write_completions(session: Session) -> list[dict[str, Any]]:
-    """Every task's sample prompts, continued by the base model and by the task's adapters in one batch."""
-    requests, entries = [], []
-    for name, task in session.config.tasks.items():
-        for prompt in task.sample_prompts:
-            adapters = [spec for spec in session.bank.specs if spec.task == name]
-            if not adapters:
-                continue
-            entries.append({"task": name, "prompt": prompt, "families": ["base", *(spec.family for spec in adapters)]})
-            requests += [(prompt, BASE_ID), *((prompt, session.bank.ids[spec.name]) for spec in adapters)]
-    if not requests:
-        return []
-    texts = iter(complete(session.model, session.bank, session.tokenizer, requests, session.config.evaluation.max_new_tokens))
-    return [
-        {"task": entry["task"], "prompt": entry["prompt"], "completions": {family: next(texts) for family in entry["families"]}}
-        for entry in entries
-    ]
 
 
 def show(folder: RunFolder) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -38,8 +38,8 @@ from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokens import check_tokenizer
 from flora_train.kernels.backend import use_backend, use_precision
 from flora_train.training.adapter_file import load_adapter
-from flora_train.training.checkpoint import fingerprint
-from flora_train.training.distributed import say
+from flora_train.training.checksum import fingerprint
+from flora_train.training.distributed import on_every_process, say
 from flora_train.training.environment import available_cpus
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, open_run
@@ -76,15 +76,21 @@ class Session:
 def load_session(
     config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool = True, in_parts: bool = False
 ) -> Session:
-    """Data first, then the model: what is wrong with a task is known before the long load. in_parts: divide the base among processes."""
+    """in_parts: divide the base among processes. Raises UserError, on all processes, where one of them cannot load."""
+    session = on_every_process(lambda: _load(config, folder, device, with_tasks, in_parts))
+    if in_parts:
+        shard_base(session.bank)
+    return session
+
+
+def _load(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool, in_parts: bool) -> Session:
+    """Data first, then the model: what is wrong with a task is known before the long load."""
     prepare(config, device)
     check_quantiser(config.model, device)
     tokenizer, tasks, ears = load_data(config, with_tasks)
     model = load_base_model(config.model, torch.device("cpu") if in_parts else device)
     base_hash = fingerprint(model) if in_parts else None
     bank = AdapterBank.attach(model, expand(config), config.seed, paging=paging_of(config), device=device)
-    if in_parts:
-        shard_base(bank)
     return Session(config, folder, tokenizer, tasks, model, bank, ears, base_hash)
 
 
@@ -149,11 +155,12 @@ def reopen(run: str, with_tasks: bool = False, dtype: str | None = None) -> tupl
     if dtype is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype, "quantization": "none"})})
     session = load_session(config, folder, make_accelerator(config, folder, trackers=False).device, with_tasks)
-    kept = {}
-    for adapter in range(len(session.bank.specs)):
-        facts = load_adapter(session.bank, adapter, folder.kept)
-        kept[adapter] = Kept(facts["step"], facts["heldout_loss"])
-    return session, kept
+
+    def load() -> dict[int, Kept]:
+        facts = [load_adapter(session.bank, adapter, folder.kept) for adapter in range(len(session.bank.specs))]
+        return {adapter: Kept(kept["step"], kept["heldout_loss"]) for adapter, kept in enumerate(facts)}
+
+    return session, on_every_process(load)
 
 
 def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True) -> Any:
@@ -165,15 +172,15 @@ def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True
     if not config.tracking.online:
         os.environ.setdefault("WANDB_MODE", "offline")
     wanted = [tracker for tracker in config.tracking.trackers if trackers]
-    for tracker in wanted:
-        _check_installed(tracker)
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the main process executes programs while others wait
-    return Accelerator(
+    accelerator = Accelerator(
         log_with=wanted or None,
         project_dir=str(folder.path),
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[patience],
     )
+    on_every_process(lambda: _check_installed(wanted))
+    return accelerator
 
 
 def cache_folder() -> Path:
@@ -181,6 +188,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flora_train" / "tokens"
 
 
-def _check_installed(tracker: str) -> None:
-    if find_spec(tracker) is None:
-        raise fail("tracking.trackers", tracker, f"is not installed: pip install 'flora-train[{tracker}]'")
+def _check_installed(trackers: Sequence[str]) -> None:
+    for tracker in trackers:
+        if find_spec(tracker) is None:
+            raise fail("tracking.trackers", tracker, f"is not installed: pip install 'flora-train[{tracker}]'")

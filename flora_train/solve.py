@@ -23,7 +23,7 @@ from flora_train.evaluation.report.terminal import print_pass_at_k
 from flora_train.evaluation.results import not_measured
 from flora_train.run import read_report
 from flora_train.session import make_accelerator, reopen
-from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone
+from flora_train.training.distributed import on_main_process, wait_for_everyone
 from flora_train.training.run_folder import open_run
 
 Names = Annotated[list[Text], Field(min_length=1)]
@@ -72,7 +72,8 @@ def solve_run(run: str, words: Sequence[str]) -> None:
         options.contenders or (),
         lambda: load_base_model(config.model, session.bank.device),
     )
-    if is_main_process():
+
+    def finish() -> None:
         summaries = read_summaries(place)
         print_pass_at_k(summaries)
         for suite in plan.suites:
@@ -85,6 +86,8 @@ def solve_run(run: str, words: Sequence[str]) -> None:
                     f"in MultiPL-E's layout           {write_multipl_e(completions, Path(options.multipl_e), config.evaluation)}/"
                 )
         if report is not None:
-            report |= {"code": summaries, "not_measured": not_measured(recorded, executed=True)}
-            print(f"report                          {write_report(report, folder.evaluation)}")
+            now = {**report, "code": summaries, "not_measured": not_measured(recorded, executed=True)}
+            print(f"report                          {write_report(now, folder.evaluation)}")
+
+    on_main_process(finish)
     wait_for_everyone()

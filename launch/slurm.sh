@@ -3,9 +3,9 @@
 #
 #   sbatch --nodes=2 launch/slurm.sh recipe=multipl_e output_dir=/shared/outputs/multipl_e
 #
-# Two minutes before the job's time is up SLURM tells the run to end: it finishes its step, for which torchrun leaves it 30 s, and saves; run.json
-# then says `interrupted`, and the job is put into the queue again. So it is, by SLURM itself, after a node failed (--requeue). A run that
-# ends otherwise ends the job.
+# Two minutes before the job's time is up SLURM tells the run to end: it finishes its step, for which torchrun leaves it 30 s, and saves.
+# Then, or after an accident, the job is put into the queue again if it got further than it had been; SLURM itself does so after a node
+# failed (--requeue). A run that ends without having got further, as by a mistake in its recipe, ends the job.
 #SBATCH --job-name=flora_train
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -19,8 +19,8 @@ set -uo pipefail
 
 source .venv/bin/activate
 run=$(printf '%s\n' "$@" | sed -n 's/^output_dir=//p')
-saved() { grep '"interrupted"' "$run/run.json" 2>/dev/null; }
-before=$(saved)
+reached() { find "$run/checkpoints" "$run/eval" -type f -printf '%P %s\n' 2>/dev/null | sort; }  # checkpoints, and logs of evaluations
+before=$(reached)
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # sbatch runs this script on one node and srun starts one launcher a node; each finds its rank in SLURM_NODEID
 export FIRST=$first EACH=${SLURM_GPUS_ON_NODE:-8}
@@ -29,8 +29,7 @@ srun --kill-on-bad-exit=0 --wait=60 bash -c 'exec accelerate launch --quiet --co
   --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --main_process_ip "$FIRST" --main_process_port 29500 \
   --num_processes $((SLURM_NNODES * EACH)) train.py "$@" resume=true' launch "$@"
 status=$?
-# a launcher makes 1 of its processes' 75: that the run was saved and has not finished is in its folder
-if [ "$status" != 0 ] && [ -n "$(saved)" ] && [ "$(saved)" != "$before" ]; then
+if [ "$status" != 0 ] && [ "$(reached)" != "$before" ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

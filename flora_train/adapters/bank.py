@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_train.adapters.encoder import encoder_name
+from flora_train.adapters.host_memory import host_copy
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.methods import Target
 from flora_train.adapters.paging import Pager, Paging
@@ -175,6 +176,11 @@ class AdapterBank:
         if self.pager is not None:
             self.pager.write_home()
         return {f"pool{i}.{name}": rows for i, pool in enumerate(self.pools) for name, rows in (pool.home or pool.planes).items()}
+
+    def copy_to_host(self, tensor: Tensor) -> Tensor:
+        """One of `tensors` as it stands, copied to where adapters that are not on the device live: host memory, or a file, for which
+        UserError says where its disk is full."""
+        return host_copy(tensor, None if self.pager is None else self.pager.folder)
 
     def forget_device(self) -> None:
         """The numbers on the host count, where there is paging."""

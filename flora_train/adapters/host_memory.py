@@ -30,6 +30,15 @@ def host_rows(rows: int, size: int, dtype: torch.dtype, pinned: bool, folder: Pa
             return torch.from_file(here, shared=True, size=rows * size, dtype=dtype).view(rows, size)
 
 
+def host_copy(tensor: Tensor, folder: Path | None = None) -> Tensor:
+    """A copy of [rows, size] on the host; in a file if a folder is given, whose pages the system writes out where memory is short: UserError
+    says where the disk is full."""
+    if folder is None:
+        return tensor.detach().to("cpu", copy=True).contiguous()
+    rows, size = tensor.shape
+    return host_rows(rows, size, tensor.dtype, False, folder).copy_(tensor.detach())
+
+
 def free_memory() -> int:
     """Bytes that can be had without swapping, as far as the system says."""
     try:

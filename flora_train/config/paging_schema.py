@@ -16,8 +16,8 @@ class PagingConfig(Section):
     """The device has room for so many adapters of the largest kind (weights, gradient, moments), however many there are; those of a
     step must fit. Also written adapters.device_slots. auto: all, on a GPU as many as fit into half of its free memory."""
     host: Literal["memory", "disk"] = "memory"
-    """Where the others are: in memory, pinned for a GPU, or in files without a name. A checkpoint takes a copy of all in memory while it
-    is written, wherever they are."""
+    """Where the others are: in memory, pinned for a GPU, or in files without a name, which nobody else can write to. In
+    files is then, too, the copy of all that a checkpoint takes while it is written, and what the guard goes back to."""
     folder: Text | None = Field(None, validate_default=True)
     """host=disk: where the files are, best on a disk of this machine. Default: beside the run folder."""
 

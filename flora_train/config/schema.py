@@ -156,7 +156,7 @@ class TrainingConfig(Section):
     """Steps between two progress lines and rows of metrics.jsonl."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps between two checkpoints for resume=true: adapters, optimizer and position, never the base. They are written while training
-    goes on, from a copy in memory."""
+    goes on, from a copy."""
     keep_checkpoints: int = Field(2, ge=1)
     """So many of the last stay: one is enough, unless it is damaged. Each adapter's best state is kept apart."""
 

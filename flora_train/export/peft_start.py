@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.methods.flora import as_hira
+from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, fail, first_line
 from flora_train.config.files import find_file
 from flora_train.export.low_rank import modulation
 from flora_train.export.peft_format import peft_config, peft_tensors
-from flora_train.training.distributed import say
+from flora_train.training.distributed import on_every_process, say
 from flora_train.training.progress import Watch
 from flora_train.training.sharding import whole
+
+Found = TypeVar("Found")
 
 PREFIX = "base_model.model."
 """Of PEFT's names of tensors."""
@@ -29,21 +32,29 @@ NOT_OURS = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lay
 @torch.no_grad()
 def start_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
     """Give those of these adapters that have `start_from` the numbers of that PEFT adapter. Raises UserError with all that do not fit: another kind,
-    rank or scale, other layers; no adapter has changed then."""
-    problems: list[Problem] = []
-    found: dict[str, Mapping[str, Tensor]] = {}
-    for spec in (bank.specs[adapter] for adapter in adapters):
-        if spec.start_from is not None:
-            try:
-                found[spec.name] = _numbers(bank, spec.name, spec.start_from, f"adapters.{spec.family}.start_from")
-            except UserError as error:
-                problems += error.problems
-    if problems:
-        raise UserError(*problems)
+    rank or scale, other layers; no adapter has changed then. Collective: a base may be divided among processes."""
+    specs = [bank.specs[adapter] for adapter in adapters]
+    read = on_every_process(lambda: _of_each(specs, lambda spec, source, key: read_peft(source, key)))
+    found = _of_each(specs, lambda spec, source, key: _numbers(bank, spec.name, *read[spec.name], source, key))
     for name, numbers in found.items():
         for module, params in bank.parameters_of(name).items():
             for param, view in params.items():
                 view.copy_(numbers[f"{module}.{param}"])
+
+
+def _of_each(specs: Iterable[AdapterSpec], get: Callable[[AdapterSpec, str, str], Found]) -> dict[str, Found]:
+    """Name -> what `get` gives for the spec, its source and the source's key, for those that have one. Raises UserError with all problems."""
+    problems: list[Problem] = []
+    found: dict[str, Found] = {}
+    for spec in specs:
+        if spec.start_from is not None:
+            try:
+                found[spec.name] = get(spec, spec.start_from, f"adapters.{spec.family}.start_from")
+            except UserError as error:
+                problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return found
 
 
 def read_peft(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -85,9 +96,10 @@ def scale_of(config: Mapping[str, Any]) -> float:
     return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
 
 
-def _numbers(bank: AdapterBank, name: str, source: str, key: str) -> Mapping[str, Tensor]:
-    """`<module>.<parameter>` -> its numbers, as the bank has them."""
-    config, theirs = read_peft(source, key)
+def _numbers(
+    bank: AdapterBank, name: str, config: Mapping[str, Any], theirs: Mapping[str, Tensor], source: str, key: str
+) -> Mapping[str, Tensor]:
+    """`<module>.<parameter>` -> its numbers, as the bank has them. config, theirs: what PEFT has."""
     check_plain(config, source, key)
     spec = bank.specs[bank.id_of(name)]
     if kind_of(config) == "LORA" and spec.method == "flora" and spec.offset:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from flora_train.adapters.bank import AdapterBank
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
+from flora_train.training.checksum import DamagedError, verify, with_checksums
 
 
 def adapter_file(folder: Path, name: str) -> Path:
@@ -26,8 +27,8 @@ def save_adapter(bank: AdapterBank, adapter: int, folder: Path, facts: dict[str,
         for module, params in bank.parameters_of(name).items()
         for param, tensor in params.items()
     }
-    metadata = {"facts": json.dumps(facts)}
-    write_atomically(adapter_file(folder, name), lambda path: save_file(tensors, path, metadata))
+    header = with_checksums(tensors, json.dumps(facts))
+    write_atomically(adapter_file(folder, name), lambda path: save_file(tensors, path, header))
 
 
 def kept_step(folder: Path, name: str) -> int | None:
@@ -48,7 +49,10 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
         raise fail(str(path), None, "no such checkpoint: the run has no saved state of this adapter")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
+            header = file.metadata() or {}
+            facts = json.loads(header["facts"])
+            if "sha256" in header:  # older files have none
+                verify(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
             for module, params in bank.parameters_of(name).items():
                 for param, view in params.items():
                     tensor = file.get_tensor(f"{module}.{param}")
@@ -57,6 +61,6 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
                             str(path), f"{module}.{param}", f"has shape {tuple(tensor.shape)}, the adapter {tuple(view.shape)}"
                         )
                     view.copy_(tensor)
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, DamagedError) as error:
         raise fail(str(path), None, f"is not a whole checkpoint of {name}: {error}") from error
     return facts

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from flora_train.adapters.host_memory import host_copy
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import UserError, fail
+from flora_train.training.checksum import DamagedError, verify, with_checksums
 from flora_train.training.run_folder import differences
 
 Identity = Mapping[str, Any]
 """What must be the same for a run to go on: dotted configuration keys, hashes of base model and data."""
 
 
-class DamagedError(Exception):
-    """A checkpoint file that is not what was written."""
-
-
 class Checkpoints:
     """The files checkpoints/step-<n>.safetensors of one run, written by a thread while training goes on.
 
     keep: so many of the last stay. identity: of this run without the tasks that are named. rows: tensor name up to its first dot ->
-    whose rows it has. say: tells the user one line.
+    whose rows it has. say: tells the user one line. copy: gives a tensor of its own to what is written while training changes the
+    other.
     """
 
     def __init__(
@@ -40,18 +37,19 @@ class Checkpoints:
         identity: Callable[[Collection[str]], Identity],
         rows: Mapping[str, Sequence[str]],
         say: Callable[[str], None],
+        copy: Callable[[Tensor], Tensor] = host_copy,
     ) -> None:
-        self.folder, self.keep, self.identity, self.rows, self.say = folder, keep, identity, rows, say
+        self.folder, self.keep, self.identity, self.rows, self.say, self.copy = folder, keep, identity, rows, say, copy
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
         """Copy the state and begin to write it, atomically; those before the last `keep` are deleted once it is there.
 
-        Raises UserError if the disk was full for the one before; the checkpoints that there were are then still there.
+        Raises UserError if the disk is full, or was for the one before; the checkpoints that there were are then still there.
         """
         self.wait()
-        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        copies = {name: self.copy(tensor) for name, tensor in tensors.items()}
         facts = {"step": step, "position": position, "identity": self.identity(()), "rows": self.rows}
         self._writing = self._writer.submit(self._write, step, copies, json.dumps(facts))
 
@@ -62,8 +60,8 @@ class Checkpoints:
             writing.result()
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], facts: str) -> None:
-        metadata = {"facts": facts, "sha256": _digest(tensors.items())}
-        write_atomically(self.folder / f"step-{step:08d}.safetensors", lambda path: save_file(dict(tensors), path, metadata))
+        header = with_checksums(tensors, facts)
+        write_atomically(self.folder / f"step-{step:08d}.safetensors", lambda path: save_file(dict(tensors), path, header))
         for old in self._files()[: -self.keep]:
             old.unlink()
 
@@ -143,34 +141,12 @@ def identity_of(settings: Mapping[str, Any], base: str, data: Mapping[str, str])
     return {**settings, "weights of the base model (SHA-256)": base, **examples}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all weights of the base, whatever is wrapped around it."""
-    state = model.state_dict()
-    return _digest((name.replace(".base_layer", ""), state[name]) for name in sorted(state))
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            header = file.metadata() or {}
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise DamagedError(str(error)) from error
-    if metadata.get("sha256") != _digest(sorted(content.items())):
-        raise DamagedError("its content does not match its checksum")
-    return json.loads(metadata["facts"]), content
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for part in _parts(tensor):
-            digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Flat pieces of at most 64 MiB, so that a copy of a large weight never exists."""
-    flat = tensor.reshape(-1)
-    yield from flat.split(max(1, (64 << 20) // max(1, tensor.element_size())))
+    verify(header, content)
+    return json.loads(header["facts"]), content

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.config.errors import UserError, fail
+from flora_train.config.errors import Problem, UserError, fail, first_line
+
+Result = TypeVar("Result")
 
 
 def check_world_size(expected: int | None, actual: int) -> None:
@@ -77,18 +80,70 @@ def world() -> tuple[int, int]:
 
 
 def on_main_process(action: Callable[[], Any]) -> Any:
-    """Run `action` on the main process; every process gets its result, or its UserError."""
-    outcome: list[Any] = [None, None]
+    """Run `action` on the main process; every process gets its result, or a UserError where it raised."""
+    mine: Exception | None = None
+    outcome: list[Any] = [None, ()]
     if is_main_process():
         try:
             outcome[0] = action()
-        except UserError as error:
-            outcome[1] = error.problems
+        except Exception as error:
+            mine, outcome[1] = error, _problems(error)
     if dist.is_initialized():
         dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
+    if mine is not None:
+        raise mine
+    if outcome[1]:
         raise UserError(*outcome[1])
     return outcome[0]
+
+
+def on_every_process(action: Callable[[], Result]) -> Result:
+    """Run `action`, which exchanges nothing, on every process, and go on where it worked on all: one that failed alone, on a machine
+    of its own, would leave the others waiting for it.
+
+    Raises what it raised here, or UserError with what another process was told, and where.
+    """
+    mine: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        mine = error
+    told: list[tuple[Problem, ...]] = [()] * world()[1]
+    if _several():
+        dist.all_gather_object(told, _problems(mine))
+    if mine is not None:
+        raise mine
+    if any(told):
+        raise UserError(*next(filter(None, told)))
+    return result
+
+
+def _problems(error: Exception | None) -> tuple[Problem, ...]:
+    """What the other processes say of it."""
+    if error is None:
+        return ()
+    where = f"process {world()[0]} on {socket.gethostname()}"
+    if not isinstance(error, UserError):
+        return (Problem(where, None, f"ended with {type(error).__name__}: {first_line(error)}"),)
+    return tuple(Problem(problem.key, problem.value, f"{problem.fix} (said by {where})") for problem in error.problems)
+
+
+def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
+    """Raises UserError, on all processes, if a machine has other data, another base model or another recipe than the first. facts: key ->
+    what must be the same; not asked for where one process runs."""
+    if not _several():
+        return
+    mine = on_every_process(facts)
+    first = [mine]
+    dist.broadcast_object_list(first)
+
+    def compare() -> None:
+        others = [key for key in dict.fromkeys([*first[0], *mine]) if first[0].get(key) != mine.get(key)]
+        fix = "is {!r} on process 0: give every machine the same recipe and files"
+        if others:
+            raise UserError(*(Problem(key, mine.get(key), fix.format(first[0].get(key))) for key in others))
+
+    on_every_process(compare)
 
 
 def say(line: str) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from flora_train.config.errors import UserError, fail
+from flora_train.config.schema import RunConfig
 from flora_train.training.adapter_file import load_adapter
 from flora_train.training.departures import Departure
-from flora_train.training.distributed import is_main_process, say, wait_for_everyone
+from flora_train.training.distributed import on_every_process, say
 from flora_train.training.run_folder import differences, open_run
 from flora_train.training.selection import Kept
 from flora_train.training.trainer import Trainer
@@ -22,15 +23,8 @@ def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
     Raises UserError if a kept adapter is missing, or was trained on another base or other data.
     """
     folder, bank = trainer.folder, trainer.bank
-    _, before = open_run(folder.path)
-    facts = json.loads(folder.run_json.read_text(encoding="utf-8"))
-    if "ended" not in facts:
-        raise fail("output_dir", str(folder.path), "was finished by an older version, which kept too little to add tasks to it")
+    before, facts, kept = on_every_process(lambda: _read_ended(trainer))
     ended = facts["ended"]
-    now = trainer.identity([task for task in trainer.tasks if task not in before.tasks])
-    if problems := differences(ended["identity"], now, f"when the run in {folder.path} ended"):
-        raise UserError(*problems)
-    known = [i for i, spec in enumerate(bank.specs) if spec.task in before.tasks]
     steps = folder.read_metrics("step")
     done = max(record["step"] for record in steps)
     trainer.at.done = trainer.at.logged = trainer.at.evaluated = done
@@ -39,10 +33,9 @@ def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
     latest: dict[str, Any] = {}
     for record in steps:
         latest |= record["adapters"]
-    for adapter in known:
+    trainer.selection.kept |= kept
+    for adapter in kept:
         name = bank.specs[adapter].name
-        kept = load_adapter(bank, adapter, folder.kept)
-        trainer.selection.kept[adapter] = Kept(kept["step"], kept["heldout_loss"])
         trainer.departures.gone[adapter] = Departure(done, "finished")
         trainer.tally.tokens[adapter] = latest.get(name, {}).get("tokens", 0)
     trainer.tally.task_tokens.update(steps[-1]["task_tokens"])
@@ -52,8 +45,23 @@ def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
     trainer.foresee()
     start([i for i, spec in enumerate(bank.specs) if spec.task not in before.tasks])
     joining = [task for task, step in trainer.joined.items() if step == done]
-    say(f"{', '.join(joining)} join after step {done}; {len(known)} adapters stay as they are")
+    say(f"{', '.join(joining)} join after step {done}; {len(kept)} adapters stay as they are")
     trainer.save()
-    if is_main_process():
-        trainer.checkpoints.wait()
-    wait_for_everyone()
+    trainer.finish_saving()
+
+
+def _read_ended(trainer: Trainer) -> tuple[RunConfig, dict[str, Any], dict[int, Kept]]:
+    """The finished run's configuration, its run.json, and its adapters, which are in the bank then."""
+    folder, bank = trainer.folder, trainer.bank
+    _, before = open_run(folder.path)
+    facts = json.loads(folder.run_json.read_text(encoding="utf-8"))
+    if "ended" not in facts:
+        raise fail("output_dir", str(folder.path), "was finished by an older version, which kept too little to add tasks to it")
+    now = trainer.identity([task for task in trainer.tasks if task not in before.tasks])
+    if problems := differences(facts["ended"]["identity"], now, f"when the run in {folder.path} ended"):
+        raise UserError(*problems)
+    kept = {}
+    for adapter in (i for i, spec in enumerate(bank.specs) if spec.task in before.tasks):
+        loaded = load_adapter(bank, adapter, folder.kept)
+        kept[adapter] = Kept(loaded["step"], loaded["heldout_loss"])
+    return before, facts, kept

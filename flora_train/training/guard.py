@@ -48,7 +48,10 @@ class Guard:
     def remember(self) -> None:
         """The state of now is what adapters go back to."""
         if self.config.policy != "skip":
-            self._good = {name: tensor.clone() for name, tensor in self.bank.tensors().items()}, list(self.optimizer.steps)
+            self._good = (
+                {name: self.bank.copy_to_host(tensor) for name, tensor in self.bank.tensors().items()},
+                list(self.optimizer.steps),
+            )
 
     def answer(self, bad: Mapping[int, str], steps: Mapping[int, AdapterStep], step: int) -> None:
         """Do what the policy says to who had a bad step, the run's `step`. bad: by `bad_losses`; steps: what the optimizer did, or left."""

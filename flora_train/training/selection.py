@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.training.adapter_file import kept_step, load_adapter, save_adapter
-from flora_train.training.distributed import is_main_process, wait_for_everyone
+from flora_train.training.distributed import on_every_process, on_main_process
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,17 @@ class Selection:
 
     def offer(self, losses: Mapping[int, float], step: int) -> None:
         """Held-out losses by adapter id after `step` steps: keep the adapters that improved."""
+        better = {
+            adapter: loss
+            for adapter, loss in losses.items()
+            if not self.best or adapter not in self.kept or _is_better(loss, self.kept[adapter].loss)
+        }
+        self.kept |= {adapter: Kept(step, loss) for adapter, loss in better.items()}
+        on_main_process(lambda: self._save(better, step))
+
+    def _save(self, losses: Mapping[int, float], step: int) -> None:
         for adapter, loss in losses.items():
-            kept = self.kept.get(adapter)
-            if self.best and kept is not None and not _is_better(loss, kept.loss):
-                continue
-            self.kept[adapter] = Kept(step, loss)
-            if is_main_process():
-                save_adapter(self.bank, adapter, self.folder, {"step": step, "heldout_loss": loss})
+            save_adapter(self.bank, adapter, self.folder, {"step": step, "heldout_loss": loss})
 
     def take(self, kept: Mapping[int, Kept]) -> None:
         """Go on from what a checkpoint knows. A file that was written after it is not what it knows of: the next evaluation, which may
@@ -47,8 +51,10 @@ class Selection:
                 self.kept[adapter] = known
 
     def restore(self) -> None:
-        """Put the kept parameters of every adapter back into the bank."""
-        wait_for_everyone()
+        """Put the kept parameters of every adapter back into the bank. Raises UserError, on all processes, if a file is missing or damaged."""
+        on_every_process(self._load)
+
+    def _load(self) -> None:
         for adapter in self.kept:
             load_adapter(self.bank, adapter, self.folder)
 

@@ -18,12 +18,13 @@ from flora_train.data.batch import Collate, Row, collate, look_ahead, share_of_r
 from flora_train.data.sampling import seed_of
 from flora_train.data.task import Task
 from flora_train.data.tokens import TokenSplit
-from flora_train.training.checkpoint import Checkpoints, fingerprint, identity_of
+from flora_train.training.checkpoint import Checkpoints, identity_of
+from flora_train.training.checksum import fingerprint
 from flora_train.training.clock import StepClock
 from flora_train.training.departures import Departures
 from flora_train.training.distributed import (
-    is_main_process,
     on_any_process,
+    on_every_process,
     on_main_process,
     say,
     share_from_main,
@@ -74,11 +75,13 @@ class Trainer:
         self.at = Position()
         self.departures = Departures(bank.specs, config)
         self.foresee()
-        self.optimizer = BankOptimizer(bank, config.training)
+        self.optimizer = on_every_process(lambda: BankOptimizer(bank, config.training))
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
         self.guard = Guard(bank, self.optimizer, config.guard)
         rows = {f"pool{i}": [spec.name for spec in pool.specs] for i, pool in enumerate(bank.pools)}
-        self.checkpoints = Checkpoints(folder.checkpoints, config.training.keep_checkpoints, self.identity, rows, say)
+        self.checkpoints = Checkpoints(
+            folder.checkpoints, config.training.keep_checkpoints, self.identity, rows, say, bank.copy_to_host
+        )
         self.tally = Tally()
         self._base = cache(lambda: base_hash or fingerprint(model))  # made once: it reads the whole base
         self.signals = StopSignals()
@@ -89,7 +92,7 @@ class Trainer:
         config, at, begun = self.config.training, self.at, self.at.done
         every, rungs = self.config.evaluation.every or self.end, self.departures.halving.rungs
         self.model.train()
-        self.guard.remember()
+        on_every_process(self.guard.remember)
         plan = self.plan(at.done)
         with self.signals, Watch("train", self.end, begun) as watch:
             if not begun and self.config.evaluation.every and any(spec.start_from for spec in self.bank.specs):
@@ -111,7 +114,7 @@ class Trainer:
                 if at.done % config.log_every == 0:
                     self._log()
                 if at.done % config.checkpoint_every == 0 or at.done == self.end or self._told_to_end:
-                    self.guard.remember()
+                    on_every_process(self.guard.remember)
                     self.save()  # before an evaluation: that may take long
                 if self._told_to_end:
                     self.finish_saving()
@@ -131,21 +134,22 @@ class Trainer:
         self.selection.restore()
 
     def save(self) -> None:
-        """Begin to write a checkpoint of the whole training state."""
+        """Begin to write a checkpoint of the whole training state. Raises UserError, on all processes, if the disk is full."""
         tensors, self._saving = self.bank.tensors(), True
-        if is_main_process():
-            position = {
-                **asdict(self.at),
-                "names": [spec.name for spec in self.bank.specs],
-                "joined": self.joined,
-                "optimizer_steps": self.optimizer.steps,
-                "kept": [(adapter, kept.step, kept.loss) for adapter, kept in self.selection.kept.items()],
-                "departures": self.departures.to_json(),
-                "guard": self.guard.to_json(),
-                "tally": self.tally.to_json(),
-                "metrics_size": self.folder.metrics_size,
-            }
-            self.checkpoints.save(self.at.done, tensors, position)
+        on_main_process(lambda: self.checkpoints.save(self.at.done, tensors, self._position()))
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            **asdict(self.at),
+            "names": [spec.name for spec in self.bank.specs],
+            "joined": self.joined,
+            "optimizer_steps": self.optimizer.steps,
+            "kept": [(adapter, kept.step, kept.loss) for adapter, kept in self.selection.kept.items()],
+            "departures": self.departures.to_json(),
+            "guard": self.guard.to_json(),
+            "tally": self.tally.to_json(),
+            "metrics_size": self.folder.metrics_size,
+        }
 
     def finish_saving(self) -> None:
         """Raises UserError, on all processes, if the disk is full."""
@@ -294,6 +298,5 @@ class Trainer:
         )
 
     def _record(self, record: dict[str, Any], scalars: dict[str, float]) -> None:
-        if is_main_process():
-            self.folder.append_metrics(record)
+        on_main_process(lambda: self.folder.append_metrics(record))
         self.accelerator.log(scalars, step=record["step"])

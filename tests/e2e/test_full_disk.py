@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import launch_environment
-from tests.forked import python
+from tests.forked import start
 
 LIMITED = """
 import resource, sys
@@ -22,9 +22,17 @@ sys.exit(main({words}))
 """
 
 
-def train(recipe: Path, folder: Path, cache: Path, file_limit: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
+def train(
+    recipe: Path, folder: Path, cache: Path, file_limit: int = resource.RLIM_INFINITY, processes: int = 1
+) -> list[subprocess.CompletedProcess[str]]:
     words = ["train", f"recipe={recipe}", f"output_dir={folder}", "training.log_every=1", "evaluation.every=1"]
-    return python("-c", LIMITED.format(limit=file_limit, words=words), environment=launch_environment(cache))
+    command = ["-c", LIMITED.format(limit=file_limit, words=words)]
+    ranks = start(command, launch_environment(cache), processes)
+    try:
+        return [rank.wait(60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def check_what_is_left(folder: Path) -> None:
@@ -50,7 +58,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(recipe: Path, small_disk: Path, tmp_path: Path) -> None:
-    done = train(recipe, small_disk / "run", tmp_path / "cache")
+    (done,) = train(recipe, small_disk / "run", tmp_path / "cache")
     assert done.returncode == 2, done.stderr
     assert "the disk is full" in done.stderr
     assert str(small_disk / "run") in done.stderr
@@ -58,9 +66,11 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(recipe: Pa
     check_what_is_left(small_disk / "run")
 
 
-def test_file_size_limit_is_one_clear_error_and_leaves_nothing_half_written(recipe: Path, tmp_path: Path) -> None:
-    done = train(recipe, tmp_path / "run", tmp_path / "cache", file_limit=9000)
-    assert done.returncode == 2, done.stderr
-    assert "the disk is full" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("processes", [1, 2])
+def test_file_size_limit_is_one_clear_error_and_leaves_nothing_half_written(recipe: Path, processes: int, tmp_path: Path) -> None:
+    """Of two processes one writes; the other ends, too."""
+    done = train(recipe, tmp_path / "run", tmp_path / "cache", 9000, processes)
+    assert [one.returncode for one in done] == [2] * processes, done
+    assert "the disk is full" in done[0].stderr
+    assert not any("Traceback" in one.stderr for one in done)
     check_what_is_left(tmp_path / "run")

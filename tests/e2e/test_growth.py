@@ -43,3 +43,7 @@ def test_a_task_joins_a_finished_run(recipe: Path, launch: Launch, tmp_path: Pat
     other = launch(*words, f"tasks.more.train={rows}", "adapters.lora.rank=3")
     assert other.returncode != 0
     assert "adapters.lora.rank = 3: was 2 when the run" in other.stderr
+    used = launch(*words, f"tasks.more.train={rows}", f"tasks.letters.train={rows}")
+    assert used.returncode != 0
+    assert "error: tasks.letters.train.files = " in used.stderr
+    assert adapters(run) == after

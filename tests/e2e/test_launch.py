@@ -1,19 +1,15 @@
-"""The scripts of launch/: a run that is started again until it has ended, and one on two machines (two launchers on this one)."""
+"""launch/supervise.sh: a run that is started again until it has ended. (launch/slurm.sh: test_slurm.py)"""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.e2e.conftest import ROOT, Launch, launch_command, launch_environment
 from tests.e2e.test_run import adapter_bytes
@@ -76,55 +72,3 @@ def test_a_mistake_is_not_started_for_ever(tmp_path: Path) -> None:
     assert gone.returncode == 3
     assert gone.stderr.count("starting again") == 4
     assert "five times within a minute" in gone.stderr
-
-
-SRUN = """#!/usr/bin/env bash
-# SLURM's srun as far as it matters here: the command once a node, each with its SLURM_NODEID; fails if one of them does.
-while [ "${1#--}" != "$1" ]; do shift; done
-for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" & pids="$pids $!"; done
-status=0
-for pid in $pids; do wait "$pid" || status=$?; done
-exit $status
-"""
-SCONTROL = """#!/usr/bin/env bash
-case "$1" in show) echo 127.0.0.1; echo 127.0.0.1 ;; requeue) echo "$2" >> "$REQUEUED" ;; esac
-"""
-
-
-@pytest.mark.slow
-def test_two_nodes_of_a_cluster_train_what_two_processes_train(recipe: Path, launch: Launch, tmp_path: Path) -> None:
-    """launch/slurm.sh with stand-ins of srun and scontrol; the launchers, their meeting and the exchange are real."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
-    environment = launch_environment(tmp_path / "cache")
-    path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    cluster = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_ID": "4711"}
-    environment |= {"PATH": path, "REQUEUED": str(tmp_path / "requeued"), **cluster}
-
-    def job(*words: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", "launch/slurm.sh", *words]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-    assert launch(f"recipe={recipe}", f"output_dir={tmp_path / 'here'}", processes=2).returncode == 0
-    done = job(f"recipe={recipe}", f"output_dir={tmp_path / 'nodes'}")
-    assert done.returncode == 0, done.stderr
-    assert adapter_bytes(tmp_path / "nodes") == adapter_bytes(tmp_path / "here")
-    assert json.loads((tmp_path / "nodes" / "run.json").read_text())["training"]["processes"] == 2
-    assert not (tmp_path / "requeued").exists()
-    long = (f"recipe={recipe}", f"output_dir={tmp_path / 'long'}", "training.checkpoint_every=5")
-    with subprocess.Popen(["bash", "launch/slurm.sh", *long, "training.steps=400"], cwd=ROOT, env=environment) as told:
-        wait_for_a_checkpoint(tmp_path / "long")
-        for one in psutil.Process(told.pid).children(recursive=True):  # as SLURM does to the tasks of a job's steps
-            if "python" in one.cmdline()[0]:
-                one.terminate()
-        told.wait(timeout=60)
-    assert told.returncode != 0
-    assert (tmp_path / "requeued").read_text() == "4711\n"
-    (tmp_path / "requeued").unlink()
-    wrong = job(*long, "training.steps=400", "adapters.lora.rank=0")
-    assert wrong.returncode != 0
-    assert "adapters.lora.rank = 0" in wrong.stderr
-    assert not (tmp_path / "requeued").exists()

@@ -62,6 +62,20 @@ def test_memory_of_adapters_is_what_the_bank_takes(found: Capacity, recipe: Path
     assert found.checkpoint == sum(4 * tensor.numel() for tensor in bank.tensors().values())
 
 
+def test_files_take_what_memory_would(recipe: Path, tmp_path: Path) -> None:
+    words = [f"recipe={recipe}", *TURNS, f"output_dir={tmp_path / 'run'}", "adapters.device_slots=4", "guard.policy=rollback"]
+    memory, files = (capacity(load_config([*words, f"paging.host={host}"])) for host in ("memory", "disk"))
+    assert memory.host == 3 * memory.checkpoint  # adapters, a checkpoint's copy, and the guard's
+    assert files.host == 0
+    assert files.on_disk - memory.on_disk == memory.host
+    apart = capacity(load_config([*words, "paging.host=disk", "paging.folder=/dev/shm", "num_processes=2"]))
+    assert apart.on_disk == memory.on_disk
+    assert apart.pages == 2 * memory.host - memory.checkpoint  # one of them writes checkpoints
+    said = [dict(_lines(load_config(words), found))["host"] for found in (memory, files)]
+    assert "of adapters that are not on the device" in said[0]
+    assert said[1].startswith("nothing: adapters that are not on the device are in files, with a copy while")
+
+
 def test_activations_of_many_layers_follow_from_one_and_two(recipe: Path, checkpoint: Path, tmp_path: Path) -> None:
     deep = tmp_path / "deep"
     shutil.copytree(checkpoint, deep)
@@ -112,8 +126,16 @@ def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
             r"training\.tokens_per_microbatch = 60: keeps 1000\.0 GB .*: give \d+, or model\.gradient_checkpointing",
         ),
         ({"processes": 10**6}, r"adapters\.device_slots = 'auto': has no room"),
-        ({"shared": False, "home": 10**12}, r"paging\.host = 'memory': needs 1000\.0 GB a process.*disk keeps adapters in files"),
-        ({"shared": False, "copies": 10**12}, r"adapters = 6: are copied, 1000\.0 GB a process, while a checkpoint is written"),
+        (
+            {"shared": False, "home": 10**12},
+            r"paging\.host = 'memory': needs 1000\.0 GB a process.*disk keeps all that in files$",
+        ),
+        (
+            {"shared": False, "copies": 10**12},
+            r"paging\.host = 'memory': .*disk keeps all that in files, with adapters\.device_slots=3",
+        ),
+        ({"copies": 10**12}, r"adapters\.device_slots = 'auto': needs .*give \d+ and paging\.host=disk"),
+        ({"pages": 10**15}, r"paging\.folder: needs 1000000\.0 GB for adapters"),
         ({"on_disk": 10**15}, r"output_dir = .*: needs 1000000\.0 GB"),
     ],
 )

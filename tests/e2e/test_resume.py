@@ -16,7 +16,7 @@ import pytest
 
 from flora_train.training.signals import SAVED
 from tests.e2e.conftest import Launch, launch_command, launch_environment
-from tests.e2e.test_run import adapter_bytes
+from tests.e2e.test_run import adapter_bytes, largest_difference
 from tests.forked import ROOT, Forked, start
 
 WORDS = ("training.steps=80", "training.checkpoint_every=10", "evaluation.every=40")
@@ -80,6 +80,17 @@ def test_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
     assert "going on after step" in last.stderr
     assert adapter_bytes(parts) == adapter_bytes(tmp_path / "whole")
     assert not list(parts.rglob("step-*"))
+
+
+def test_a_run_goes_on_with_another_number_of_processes(launch: Launch, kill_after: Kill, recipe: Path, tmp_path: Path) -> None:
+    words, parts = (f"recipe={recipe}", *WORDS), tmp_path / "parts"
+    assert launch(*words, f"output_dir={tmp_path / 'whole'}").returncode == 0
+    for step, processes in ((10, 2), (30, 1)):
+        kill_after(step, parts, *words, f"output_dir={parts}", "resume=true", processes=processes)
+    last = launch(*words, f"output_dir={parts}", "resume=true", processes=2)
+    assert last.returncode == 0, last.stderr
+    assert int(re.search(r"going on after step (\d+)", last.stderr)[1]) >= 30  # type: ignore[index]
+    assert largest_difference(parts, tmp_path / "whole") <= 1e-5
 
 
 def test_unfinished_run_of_another_configuration_is_refused_before_the_model_loads(

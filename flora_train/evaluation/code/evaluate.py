@@ -35,8 +35,8 @@ from flora_train.evaluation.code.programs.verdicts import judge_all, read_verdic
 from flora_train.evaluation.code.solve import solve
 from flora_train.evaluation.code.summary import read_summary, summarise, write_summary
 from flora_train.evaluation.generation import Decoder, Sampling
-from flora_train.training.checkpoint import fingerprint
-from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone
+from flora_train.training.checksum import fingerprint
+from flora_train.training.distributed import on_main_process, wait_for_everyone
 from flora_train.training.environment import available_cpus, dtype_of
 
 
@@ -141,9 +141,8 @@ def evaluate_code(
         for source in peft:
             with peft_contender(source, base, languages) as (contender, adapted, route):
                 write(adapted, route, [contender])
-    if is_main_process():
-        for suite in plan.suites:
-            _judge(config, plan, suite, bank, logs[suite.name])
+    for suite in plan.suites:
+        on_main_process(partial(_judge, config, plan, suite, bank, logs[suite.name]))
 
 
 def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: CompletionLog) -> None:

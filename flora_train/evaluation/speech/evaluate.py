@@ -20,8 +20,8 @@ from flora_train.data.task import Task
 from flora_train.evaluation.growing_log import GrowingLog
 from flora_train.evaluation.speech.summary import Heard, summarise, write_summary
 from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
-from flora_train.training.checkpoint import fingerprint
-from flora_train.training.distributed import is_main_process, on_main_process, wait_for_everyone, world
+from flora_train.training.checksum import fingerprint
+from flora_train.training.distributed import on_main_process, wait_for_everyone, world
 from flora_train.training.progress import Watch
 
 Key = tuple[str, str, int]
@@ -74,7 +74,8 @@ def evaluate_speech(
     wait_for_everyone()  # all have read before one writes
     _transcribe(config, learnt, model, bank, ears, log, known)
     wait_for_everyone()
-    if is_main_process():
+
+    def summarise_log() -> None:
         heard = [
             Heard(entry.adapter, entry.task, entry.example, entry.text, entry.ended)
             for entry in log.read().values()
@@ -82,6 +83,8 @@ def evaluate_speech(
         ]
         splits = {name: judged_split(task) for name, task in learnt.items()}
         write_summary(summarise(config, splits, bank, heard), log.path)
+
+    on_main_process(summarise_log)
 
 
 def _transcribe(

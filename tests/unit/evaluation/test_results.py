@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flora_train import run
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.load import validate
 from flora_train.data.task import Task
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_completions, print_results, print_sweeps
 from flora_train.evaluation.results import build_results, sweeps_of
+from flora_train.judge import judge
+from flora_train.run import read_report, show
+from flora_train.session import Session
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.run_folder import RunFolder
@@ -97,7 +99,7 @@ def test_nobody_is_best_where_no_loss_is_finite_and_every_form_of_the_report_cop
     assert best_of(results) == []
     folder = RunFolder(tmp_path)
     write_report(results, folder.evaluation)
-    run.show(folder)
+    show(folder)
     shown = capsys.readouterr().out
     assert "a (before)" in shown
     assert "after" not in shown
@@ -192,9 +194,9 @@ def test_judging_a_run_leaves_report_adapters_and_when_and_where_it_was_done(tmp
     trainer = make_trainer([spec("lora", "a"), spec("ia3", "b")], tmp_path / "run")
     trainer.folder.claim(trainer.config)
     tokenizer = SimpleNamespace(pad_token_id=PAD)
-    session = run.Session(trainer.config, trainer.folder, tokenizer, trainer.tasks, trainer.model, trainer.bank)
-    run.judge(session, {0: Kept(7, 1.0)})
-    facts = run.read_report(trainer.folder)["facts"]
+    session = Session(trainer.config, trainer.folder, tokenizer, trainer.tasks, trainer.model, trainer.bank)
+    judge(session, {0: Kept(7, 1.0)})
+    facts = read_report(trainer.folder)["facts"]
     assert facts["device"] == "cpu"
     assert datetime.fromisoformat(facts["finished"]).tzinfo is not None
     assert not trainer.folder.finished  # that is for the end of training to say

@@ -14,7 +14,8 @@ import torch
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import UserError
 from flora_train.training import checkpoint
-from flora_train.training.checkpoint import Checkpoints, fingerprint
+from flora_train.training.checkpoint import Checkpoints
+from flora_train.training.checksum import fingerprint
 from flora_train.training.trainer import Trainer
 from tests.architectures import tiny_model
 from tests.conftest import mixed_specs
@@ -133,7 +134,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_state_o
     assert torch.equal(restored["pool0.x"], torch.ones(3))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped", "other facts"])
 def test_damaged_checkpoint_is_recognised_and_the_one_before_it_used(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,7 +145,9 @@ def test_damaged_checkpoint_is_recognised_and_the_one_before_it_used(
     last = trainer.checkpoints.files()[-1]
     content = last.read_bytes()
     flipped = content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
-    last.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"step: 9\n" * 50, "flipped": flipped}[damage])
+    damaged = {"cut": content[: len(content) // 2], "empty": b"", "text": b"step: 9\n" * 50, "flipped": flipped}
+    damaged["other facts"] = content.replace(b"optimizer_steps", b"optimizer_stops")
+    last.write_bytes(damaged[damage])
     capsys.readouterr()
     trainer.resume()
     told = capsys.readouterr().err

@@ -56,6 +56,30 @@ def test_a_run_ends_with_the_same_bits(disk: bool, optimizer: str, policy: str, 
     same(found[1], found[0])
 
 
+def is_in_a_file(tensor: torch.Tensor, folder: Path) -> bool:
+    """Whether the system has its memory from a file there, whose pages it can write out."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return str(folder) in line
+    return False
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
+def test_copies_are_where_the_pages_are(disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint that is being written, and of what the guard goes back to."""
+    trainer = trainer_in(tmp_path / "run", SLOTS, disk, guard={"policy": "rollback"})
+    written: list[torch.Tensor] = []
+    monkeypatch.setattr(trainer.checkpoints, "_write", lambda step, tensors, facts: written.extend(tensors.values()))
+    trainer.guard.remember()
+    trainer.save()
+    trainer.finish_saving()
+    assert trainer.guard._good is not None
+    copies = [*written, *trainer.guard._good[0].values()]
+    assert len(copies) == 2 * len(trainer.bank.tensors())
+    assert [is_in_a_file(copy, tmp_path) for copy in copies] == [disk] * len(copies)
+
+
 def test_every_step_leaves_the_same_bits_of_every_adapter(tmp_path: Path) -> None:
     resident, paged = (trainer_in(tmp_path / str(slots), slots) for slots in (None, SLOTS))
     absent = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,26 @@ def test_interrupted_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, interrupted)
     assert content(tmp_path) == {"file": b"old"}
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_is_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    sync, rename = os.fsync, Path.replace
+
+    def noted_sync(descriptor: int) -> None:
+        happened.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        happened.append("name")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", noted_rename)
+    write_atomically(tmp_path / "file", lambda temporary: temporary.write_text("new"))
+    assert happened == ["file", "name", "folder"]
 
 
 def test_write_past_a_file_size_limit_leaves_the_old_file(tmp_path: Path) -> None:

@@ -91,12 +91,14 @@ def test_missing_checkpoint_is_a_clear_error(bank: AdapterBank, tmp_path: Path) 
         load_adapter(bank, bank.ids["a-lora"], tmp_path)
 
 
-@pytest.mark.parametrize("content", ["cut", "empty", "text"])
+@pytest.mark.parametrize("content", ["cut", "empty", "text", "flipped", "other facts"])
 def test_damaged_checkpoint_is_a_clear_error(bank: AdapterBank, tmp_path: Path, content: str) -> None:
     save_adapter(bank, 0, tmp_path, {"step": 1})
     path = adapter_file(tmp_path, "a-flora")
     whole = path.read_bytes()
-    path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"step: 1\n" * 50}[content])
+    damaged = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"step: 1\n" * 50}
+    damaged |= {"flipped": whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:], "other facts": whole.replace(b"step", b"stop")}
+    path.write_bytes(damaged[content])
     with pytest.raises(UserError, match=r"a-flora\.safetensors: is not a whole checkpoint of a-flora"):
         load_adapter(bank, 0, tmp_path)
 

@@ -1,0 +1,52 @@
+"""Is a file what was written? SHA-256 over the tensors, and over the facts, beside them in its header."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class DamagedError(Exception):
+    """A file that is not what was written."""
+
+
+def with_checksums(tensors: Mapping[str, Tensor], facts: str) -> dict[str, str]:
+    """The header of a safetensors file with these tensors and these facts."""
+    return {"facts": facts, "sha256": digest(tensors.items()), "facts_sha256": _of_text(facts)}
+
+
+def verify(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Raises DamagedError if tensors or facts are not those that the header was made of. (Older files have no checksum of their facts.)"""
+    if header.get("sha256") != digest(tensors.items()):
+        raise DamagedError("its content does not match its checksum")
+    if "facts_sha256" in header and header["facts_sha256"] != _of_text(header["facts"]):
+        raise DamagedError("its facts do not match their checksum")
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for part in _parts(tensor):
+            found.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all weights of the base, whatever is wrapped around it."""
+    state = model.state_dict()
+    return digest((name.replace(".base_layer", ""), state[name]) for name in sorted(state))
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Flat pieces of at most 64 MiB, so that a copy of a large weight never exists."""
+    flat = tensor.reshape(-1)
+    yield from flat.split(max(1, (64 << 20) // max(1, tensor.element_size())))
+
+
+def _of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
