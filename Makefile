@@ -33,7 +33,7 @@ speech-local: $(INSTALLED) $(WHISPER)  ## on Debian 12: build Whisper base and h
 test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
-test-slow: $(INSTALLED) $(MODEL)  ## the tests that `make test` leaves out because shorter ones of their kind are in it
+test-slow: $(INSTALLED) $(MODEL)  ## the tests that `make test` leaves out: shorter ones of their kind are in it, or they want SLURM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu:  ## on a machine with a GPU: its tests, and the kernels' own (PYTHON=... without .venv)

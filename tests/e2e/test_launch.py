@@ -1,7 +1,8 @@
-"""launch/supervise.sh: a run that is started again until it has ended. (launch/slurm.sh: test_slurm.py)"""
+"""launch/supervise.sh: a run that is started again until it has ended. launch/slurm.sh: what it decides (test_slurm.py: on a cluster)."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e.conftest import ROOT, Launch, launch_command, launch_environment
 from tests.e2e.test_run import adapter_bytes
@@ -72,3 +74,33 @@ def test_a_mistake_is_not_started_for_ever(tmp_path: Path) -> None:
     assert gone.returncode == 3
     assert gone.stderr.count("starting again") == 4
     assert "five times within a minute" in gone.stderr
+
+
+@pytest.mark.parametrize(
+    ("does", "status", "goes_back"),
+    [
+        ("touch run/checkpoints/step-00000004.safetensors", 1, True),
+        ("echo more >> run/eval/heldout.jsonl", 137, True),
+        ("true", 1, False),
+        ("touch run/checkpoints/step-00000004.safetensors", 0, False),
+    ],
+    ids=["saved", "evaluated", "no further", "finished"],
+)
+def test_a_job_goes_back_to_the_queue_if_it_got_further(does: str, status: int, goes_back: bool, tmp_path: Path) -> None:
+    """srun and scontrol are stand-ins: one leaves what a run would leave, the other notes what it is asked for."""
+    programs = {
+        "srun": f"{does}; exit {status}",
+        "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "$@" > asked; fi',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    for file in ("checkpoints/step-00000002.safetensors", "eval/heldout.jsonl"):
+        (tmp_path / "run" / file).parent.mkdir(parents=True)
+        (tmp_path / "run" / file).touch()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "7"}
+    command = ["bash", str(ROOT / "launch" / "slurm.sh"), "recipe=any", "output_dir=run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if goes_back else "")
