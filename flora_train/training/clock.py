@@ -51,14 +51,15 @@ class StepClock:
         self.seconds[name] += self.now() - started
 
     def time_base(self, base_pass: Callable[[], None], padded_tokens: int) -> None:
-        """Measure `base_rate`. base_pass: the base's forward and backward over so many padded tokens; its loss is not counted."""
-        seconds = []
+        """Measure `base_rate`. base_pass: the base's forward and backward over so many padded tokens. What steps took so far stays."""
+        seconds, steps = [], dict(self.seconds)
         for _ in range(2):  # the first time, memory is still to be had
             started, loss_before = self.now(), self.seconds["loss"]
             with self.step(0):
                 base_pass()
             seconds.append(self.now() - started - (self.seconds["loss"] - loss_before))
         self.seconds.clear()
+        self.seconds.update(steps)
         self.base_rate = min(seconds) / padded_tokens
 
     def saw(self, padded_tokens: int) -> None:

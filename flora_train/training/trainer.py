@@ -103,7 +103,7 @@ class Trainer:
                 coming = self.plan(at.done + 1) if at.done + 1 < self.end else None
                 for rows in share_of_rank(coming.microbatches if coming else (), *world()):
                     look_ahead(self.collate, rows, self.training_split)
-                if self.clock.base_rate is None:
+                if self.clock.base_rate is None and (at.done > begun or coming is None):  # a run that goes on trains first
                     self.time_base(plan)
                 started = time.monotonic()
                 self.step(at.done, plan)
@@ -258,8 +258,7 @@ class Trainer:
 
     def _evaluate(self, watch: Watch) -> bool:
         """Returns whether an adapter stops, and the steps to come are others than they were."""
-        done, limit = self.at.done, self.config.evaluation.max_examples
-        started = time.monotonic()
+        done, limit, started = self.at.done, self.config.evaluation.max_examples, time.monotonic()
         heldout = self.heldout(limit, lambda share: watch.update(done, {"evaluate": share_and_eta(share, started)}))
         losses = {adapter: result.loss(adapter) for result in heldout.values() for adapter in result.nats}
         self.selection.offer(losses, done)
@@ -284,12 +283,11 @@ class Trainer:
 
     def heldout(self, max_examples: int | None, report: Callable[[float], None]) -> dict[str, HeldOut]:
         """Held-out losses of every adapter that has not left, as it stands in the bank now. report: called with the share done."""
-        room = 2 * self.config.training.tokens_per_microbatch  # no activations are kept for a backward
         return evaluate_heldout(
             self.row_losses,
             self.bank,
             self.tasks.values(),
-            room,
+            2 * self.config.training.tokens_per_microbatch,  # no activations are kept for a backward
             self.pad_token,
             max_examples,
             report=report,

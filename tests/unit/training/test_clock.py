@@ -41,6 +41,24 @@ def test_shares_are_of_the_timed_steps_and_add_up() -> None:
     assert spoken(clock.shares()) == "base 20 %, adapters 30 %, loss 30 %, optimizer 10 %, data 10 %"
 
 
+def test_measuring_the_base_between_two_steps_keeps_what_the_first_took() -> None:
+    clock = SlowClock(torch.device("cpu"), 5)
+    with clock.step(0):
+        clock.saw(10)
+        clock.at += 5
+
+    def base_pass() -> None:
+        clock.at += 2
+        with clock.part("loss"):
+            clock.at += 1
+
+    clock.time_base(base_pass, 10)
+    assert clock.base_rate == pytest.approx(0.2)
+    assert dict(clock.seconds) == {"step": 5}
+    shares = {name: share for name, share in clock.shares().items() if share}
+    assert shares == pytest.approx({"base": 0.4, "adapters": 0.6})
+
+
 def test_on_a_gpu_only_some_steps_are_timed() -> None:
     clock = SlowClock(torch.device("cuda"), 3)
     for number in range(7):
