@@ -19,7 +19,8 @@ set -uo pipefail
 
 source .venv/bin/activate
 run=$(printf '%s\n' "$@" | sed -n 's/^output_dir=//p')
-reached() { find "$run/checkpoints" "$run/eval" -type f -printf '%P %s\n' 2>/dev/null | sort; }  # checkpoints, and logs of evaluations
+# whole checkpoints, and logs of evaluations
+reached() { find "$run/checkpoints" "$run/eval" -type f ! -name '.*' -printf '%P %s\n' 2>/dev/null | sort; }
 before=$(reached)
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # sbatch runs this script on one node and srun starts one launcher a node; each finds its rank in SLURM_NODEID

@@ -82,9 +82,10 @@ def test_a_mistake_is_not_started_for_ever(tmp_path: Path) -> None:
         ("touch run/checkpoints/step-00000004.safetensors", 1, True),
         ("echo more >> run/eval/heldout.jsonl", 137, True),
         ("true", 1, False),
+        ("echo half > run/checkpoints/.step-00000004.safetensors.9.tmp", 137, False),
         ("touch run/checkpoints/step-00000004.safetensors", 0, False),
     ],
-    ids=["saved", "evaluated", "no further", "finished"],
+    ids=["saved", "evaluated", "no further", "half saved", "finished"],
 )
 def test_a_job_goes_back_to_the_queue_if_it_got_further(does: str, status: int, goes_back: bool, tmp_path: Path) -> None:
     """srun and scontrol are stand-ins: one leaves what a run would leave, the other notes what it is asked for."""
