@@ -24,10 +24,10 @@ reached() { find "$run/checkpoints" "$run/eval" -type f ! -name '.*' -printf '%P
 before=$(reached)
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # sbatch runs this script on one node and srun starts one launcher a node; each finds its rank in SLURM_NODEID
-export FIRST=$first EACH=${SLURM_GPUS_ON_NODE:-8}
+export FIRST=$first EACH=${SLURM_GPUS_ON_NODE:-8} PORT=$((29500 + SLURM_JOB_ID % 1000))
 # shellcheck disable=SC2016 (to be expanded on each node)
 srun --kill-on-bad-exit=0 --wait=60 bash -c 'exec accelerate launch --quiet --config_file launch/multi_node.yaml \
-  --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --main_process_ip "$FIRST" --main_process_port 29500 \
+  --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --main_process_ip "$FIRST" --main_process_port "$PORT" \
   --num_processes $((SLURM_NNODES * EACH)) train.py "$@" resume=true' launch "$@"
 status=$?
 if [ "$status" != 0 ] && [ "$(reached)" != "$before" ]; then
