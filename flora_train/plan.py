@@ -91,8 +91,8 @@ def capacity(config: RunConfig) -> Capacity:
     size_of = {spec.name: pool.row_size for pool in pools for spec in pool.specs}
     steps = adapters_of_steps(config, tasks)
     free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    model = empty_model(config.model)
-    part = largest_part(model, config.num_processes or 1) if config.model.sharded else 1.0
+    model, processes = empty_model(config.model), config.num_processes or 1
+    part = largest_part(model, processes) if config.model.sharded else 1.0
     size = BYTES.get(config.model.quantization, resolve_dtype(config.model.dtype, device).itemsize)
     base = int(part * size * sum(tensor.numel() for tensor in model.parameters()))
     try:
@@ -106,11 +106,8 @@ def capacity(config: RunConfig) -> Capacity:
     if slots is not None and slots * largest >= everything:
         slots = None
     moved = FLOAT * (PLANES - 1) * everything  # no gradient lives longer than a step
-    home, guarded, processes = (
-        0 if slots is None else moved,
-        0 if config.guard.policy == "skip" else moved,
-        config.num_processes or 1,
-    )
+    home = 0 if slots is None else moved
+    guarded = 0 if config.guard.policy == "skip" else moved
     folder = paging_of(config).folder if home else None
     pages = 0 if folder is None else processes * (home + guarded) + moved  # one process writes checkpoints
     own_disk = folder is not None and _there(folder).stat().st_dev != _there(Path(config.folder)).stat().st_dev
@@ -183,7 +180,7 @@ def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:
         f"{_size(found.on_disk)} at most (a checkpoint {_size(found.checkpoint)}, {config.training.keep_checkpoints} are kept); {_size(found.free_disk)} are free",
     )
     if found.pages:
-        yield "pages", f"{_size(found.pages)} in {config.paging.folder}; {_size(found.free_pages)} are free"
+        yield "pages", f"{_size(found.pages)} in {paging_of(config).folder}; {_size(found.free_pages)} are free"
     seconds = found.step_seconds * config.training.steps
     shorter = "; training.steps and training.tokens_per_step make it shorter" if seconds > LONG else ""
     steps = f"{config.training.steps} steps {duration(seconds)}"

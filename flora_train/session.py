@@ -37,13 +37,12 @@ from flora_train.data.batch import Collate, collate
 from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokens import check_tokenizer
 from flora_train.kernels.backend import use_backend, use_precision
-from flora_train.training.adapter_file import load_adapter
 from flora_train.training.checksum import fingerprint
 from flora_train.training.distributed import on_every_process, say
 from flora_train.training.environment import available_cpus
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, open_run
-from flora_train.training.selection import Kept
+from flora_train.training.selection import Kept, load_kept
 from flora_train.training.sharding import check_launcher, shard_base
 
 
@@ -155,12 +154,8 @@ def reopen(run: str, with_tasks: bool = False, dtype: str | None = None) -> tupl
     if dtype is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype, "quantization": "none"})})
     session = load_session(config, folder, make_accelerator(config, folder, trackers=False).device, with_tasks)
-
-    def load() -> dict[int, Kept]:
-        facts = [load_adapter(session.bank, adapter, folder.kept) for adapter in range(len(session.bank.specs))]
-        return {adapter: Kept(kept["step"], kept["heldout_loss"]) for adapter, kept in enumerate(facts)}
-
-    return session, on_every_process(load)
+    adapters = range(len(session.bank.specs))
+    return session, on_every_process(lambda: load_kept(session.bank, adapters, folder.kept))
 
 
 def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True) -> Any:

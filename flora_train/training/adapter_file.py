@@ -51,11 +51,12 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             facts = json.loads(header["facts"])
+            content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             if "sha256" in header:  # older files have none
-                verify(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
+                verify(header, content)
             for module, params in bank.parameters_of(name).items():
                 for param, view in params.items():
-                    tensor = file.get_tensor(f"{module}.{param}")
+                    tensor = content[f"{module}.{param}"]
                     if tensor.shape != view.shape:
                         raise fail(
                             str(path), f"{module}.{param}", f"has shape {tuple(tensor.shape)}, the adapter {tuple(view.shape)}"

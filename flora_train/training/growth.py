@@ -8,11 +8,10 @@ from typing import Any
 
 from flora_train.config.errors import UserError, fail
 from flora_train.config.schema import RunConfig
-from flora_train.training.adapter_file import load_adapter
 from flora_train.training.departures import Departure
 from flora_train.training.distributed import on_every_process, say
 from flora_train.training.run_folder import differences, open_run
-from flora_train.training.selection import Kept
+from flora_train.training.selection import Kept, load_kept
 from flora_train.training.trainer import Trainer
 
 
@@ -60,8 +59,5 @@ def _read_ended(trainer: Trainer) -> tuple[RunConfig, dict[str, Any], dict[int, 
     now = trainer.identity([task for task in trainer.tasks if task not in before.tasks])
     if problems := differences(facts["ended"]["identity"], now, f"when the run in {folder.path} ended"):
         raise UserError(*problems)
-    kept = {}
-    for adapter in (i for i, spec in enumerate(bank.specs) if spec.task in before.tasks):
-        loaded = load_adapter(bank, adapter, folder.kept)
-        kept[adapter] = Kept(loaded["step"], loaded["heldout_loss"])
-    return before, facts, kept
+    known = [i for i, spec in enumerate(bank.specs) if spec.task in before.tasks]
+    return before, facts, load_kept(bank, known, folder.kept)

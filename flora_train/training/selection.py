@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -52,11 +52,14 @@ class Selection:
 
     def restore(self) -> None:
         """Put the kept parameters of every adapter back into the bank. Raises UserError, on all processes, if a file is missing or damaged."""
-        on_every_process(self._load)
+        on_every_process(lambda: load_kept(self.bank, self.kept, self.folder))
 
-    def _load(self) -> None:
-        for adapter in self.kept:
-            load_adapter(self.bank, adapter, self.folder)
+
+def load_kept(bank: AdapterBank, adapters: Iterable[int], folder: Path) -> dict[int, Kept]:
+    """Put the parameters that were kept of these adapters into the bank; adapter id -> their step and loss. Raises UserError if a file is
+    missing or damaged."""
+    facts = {adapter: load_adapter(bank, adapter, folder) for adapter in adapters}
+    return {adapter: Kept(known["step"], known["heldout_loss"]) for adapter, known in facts.items()}
 
 
 def _is_better(loss: float, than: float) -> bool:
