@@ -7,7 +7,7 @@ WHISPER := assets/models/whisper-base/manifest.json
 ARGS ?=
 MULTIPL_E ?=
 
-.PHONY: help quickstart setup sweep code-local speech-local test test-slow test-gpu lint types format bench bench-quick bench-gpu docs figures clean
+.PHONY: help quickstart setup sweep code-local speech-local test test-slow test-attack test-gpu lint types format bench bench-quick bench-gpu docs figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -35,6 +35,9 @@ test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
 
 test-slow: $(INSTALLED) $(MODEL)  ## the tests that `make test` leaves out: shorter ones of their kind are in it, or they want SLURM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-attack: $(INSTALLED) $(MODEL)  ## the sandbox, fuzz and damage suites at full length (make test runs them short)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m attack --hypothesis-profile=attack $(ARGS)
 
 test-gpu:  ## on a machine with a GPU: its tests, and the kernels' own (PYTHON=... without .venv)
 	$(PYTHON) -m pytest tests/gpu tests/unit/kernels $(ARGS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.triton_device import DEVICE
 
@@ -15,6 +16,10 @@ from tests.triton_device import DEVICE
 from flora_train.adapters.spec import AdapterSpec, make_spec
 from flora_train.config.schema import AdapterConfig
 from flora_train.kernels.backend import use_backend
+
+settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.register_profile("attack", max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("quick")
 
 FEW = ("llama", "gpt2", "opt", "phi")
 """Architectures that most tests are content with: Linear with and without bias, Conv1D, grouped and plain attention."""
