@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from tests.triton_device import DEVICE
 
 # isort: split
+from flora_train.adapters import base_model
 from flora_train.adapters.spec import AdapterSpec, make_spec
 from flora_train.config.schema import AdapterConfig
 from flora_train.kernels.backend import use_backend
@@ -56,6 +57,22 @@ def pytest_runtest_setup() -> None:
     """Tiny matrices gain nothing from a second thread, and tests run two at a time. Before any fixture, of modules, too: other
     threads are other sums."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _every_machine_is_alike() -> Iterator[None]:
+    """`model.dtype=auto` is float32, whatever this CPU multiplies fast; `auto_dtype` asks for both answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_model, "multiplies_bfloat16_fast", lambda device: False)
+        yield
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def auto_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """What `model.dtype=auto` is in this process: each test runs once as on a machine that multiplies bfloat16 fast, and once as on one
+    that does not."""
+    monkeypatch.setattr(base_model, "multiplies_bfloat16_fast", lambda device: request.param == "bfloat16")
+    return getattr(torch, request.param)
 
 
 @pytest.fixture

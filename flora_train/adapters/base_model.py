@@ -109,17 +109,21 @@ def _quantiser(config: ModelConfig, dtype: torch.dtype) -> Any:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the hardware multiplies it faster (Ampere and later, AMX, AVX512-BF16 of AMD), else float32."""
+    """The type of a base that `model.dtype` names; auto: bfloat16 where the device multiplies it faster than float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
+    return torch.bfloat16 if multiplies_bfloat16_fast(device) else torch.float32
+
+
+def multiplies_bfloat16_fast(device: torch.device) -> bool:
+    """Whether this device multiplies bfloat16 faster than float32: Ampere and later, AMX, AVX512-BF16 of AMD. The only question
+    about the machine that `model.dtype=auto` asks; tests replace the answer."""
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
         # without AMX, Intel's processors multiply bfloat16 slower than float32
-        native = torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
+        return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
+    return False
 
 
 def _is_intel() -> bool:

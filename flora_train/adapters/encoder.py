@@ -78,10 +78,12 @@ def inputs_of(model: Any, batch: MixedBatch) -> dict[str, Any]:
     """What the model is called with. Where the batch holds each clip once (`clips`) and its rows' adapters leave the encoder as it
     is, every clip is encoded once, without gradients, by the frozen base; else features are repeated for each row."""
     inputs = dict(batch.inputs)
+    name = model.main_input_name
+    if name in inputs and inputs[name].is_floating_point():
+        inputs[name] = as_base(model, inputs[name])
     if batch.clips is None:
         return inputs
-    name = model.main_input_name
-    features = inputs.pop(name).to(next(model.parameters()).dtype)
+    features = inputs.pop(name)
     if not all(row.shares_encoding for row in batch.rows):
         return {**inputs, name: features[batch.clips]}
     return {**inputs, "encoder_outputs": as_outputs(encode(model, features)[batch.clips])}
@@ -94,9 +96,14 @@ def as_outputs(hidden: Tensor) -> BaseModelOutput:
     return outputs
 
 
+def as_base(model: Any, features: Tensor) -> Tensor:
+    """Features in the type of the base's weights: they come in float16 or float32, whatever the base is in."""
+    return features.to(next(model.parameters()).dtype)
+
+
 @torch.no_grad()
 def encode(model: Any, features: Tensor) -> Tensor:
-    """Features [B, ...] -> [B, positions, d]. Rows must be those that are routed, or rows of adapters that no encoder layer
-    has."""
-    hidden: Tensor = model.get_encoder()(features).last_hidden_state
+    """Features [B, ...] of any floating type -> [B, positions, d]. Rows must be those that are routed, or rows of adapters that no
+    encoder layer has."""
+    hidden: Tensor = model.get_encoder()(as_base(model, features)).last_hidden_state
     return hidden

@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import load_base_model
-from flora_train.adapters.encoder import inputs_of, take_short_windows
+from flora_train.adapters.base_model import empty_model, load_base_model
+from flora_train.adapters.encoder import as_base, count_positions, inputs_of, take_short_windows
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.schema import ModelConfig
 from flora_train.data.batch import MixedBatch, Row
 from flora_train.training.loss import RowLosses
 from tests.conftest import spec
+from tests.other_speech import KINDS, extractor_of, loaded_tiny, save_tiny
 from tests.speech import MEL_BINS, POSITIONS, loaded_tiny_whisper, save_tiny_whisper, tiny_whisper
 
 WINDOW = 30
@@ -48,11 +50,34 @@ def test_the_longest_window_is_heard_as_before() -> None:
 
 
 @torch.no_grad()
-def test_the_models_own_specaugment_is_off(tmp_path: Path) -> None:
+def test_the_models_own_specaugment_is_off(tmp_path: Path, auto_dtype: torch.dtype) -> None:
     config = ModelConfig(path=str(save_tiny_whisper(tmp_path)))
-    model = load_base_model(config, torch.device("cpu")).train()
-    inputs = {"input_features": torch.randn(2, MEL_BINS, 2 * POSITIONS), "decoder_input_ids": torch.tensor([[1, 2]] * 2)}
+    model: Any = load_base_model(config, torch.device("cpu")).train()
+    features = as_base(model, torch.randn(2, MEL_BINS, 2 * POSITIONS))
+    assert features.dtype == auto_dtype
+    inputs = {"input_features": features, "decoder_input_ids": torch.tensor([[1, 2]] * 2)}
     assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_encoder_takes_features_of_any_type_for_a_base_of_any_type(tmp_path: Path, auto_dtype: torch.dtype, shared: bool) -> None:
+    model: Any = load_base_model(ModelConfig(path=str(save_tiny_whisper(tmp_path))), torch.device("cpu"))
+    bank = AdapterBank.attach(model, [spec("flora", "a"), spec("lora", "b")])
+    batch, row_losses, losses = batch_of([0, 1], bank), RowLosses(model), []
+    for of_features in (torch.float32, torch.float16, torch.bfloat16):
+        inputs = {**batch.inputs, "input_features": batch.inputs["input_features"].bfloat16().to(of_features)}
+        bank.route(batch.adapter_ids)
+        losses.append(row_losses(replace(batch, inputs=inputs, clips=batch.clips if shared else None)).detach())
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_of_an_encoder_whose_weights_are_saved_in_half_precision_are_counted(kind: str, tmp_path: Path) -> None:
+    save_tiny(kind, tmp_path)
+    expected = count_positions(empty_model(ModelConfig(path=str(tmp_path))), extractor_of(kind))(16000)
+    loaded_tiny(kind).bfloat16().save_pretrained(tmp_path)
+    assert count_positions(empty_model(ModelConfig(path=str(tmp_path))), extractor_of(kind))(16000) == expected
 
 
 def test_what_is_saved_says_the_longest_window(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def make_trainer(
     sweep: str = "all",
     guard: dict[str, Any] | None = None,
     paging: Paging | None = None,
+    dtype: torch.dtype = torch.float32,
     **training: Any,
 ) -> Trainer:
     """A trainer for `specs` on tasks a, b and c; same arguments, same trainer."""
@@ -69,7 +70,7 @@ def make_trainer(
             "guard": guard or {},
         }
     )
-    model: Any = tiny_model(architecture).to(device)
+    model: Any = tiny_model(architecture, dtype).to(device)
     encoder_decoder = model.config.is_encoder_decoder
     if checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
