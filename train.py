@@ -2,7 +2,7 @@
 
 import sys
 
-from flora_train.cli import main
+from flora_train.__main__ import start
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    start(["train", *sys.argv[1:]])

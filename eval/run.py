@@ -2,8 +2,8 @@
 
 import sys
 
-from flora_train.cli import main
+from flora_train.__main__ import start
 
 if __name__ == "__main__":
     run = [word.removeprefix("run=") for word in sys.argv[1:] if word.startswith("run=")]
-    sys.exit(main(["solve", *run, *(word for word in sys.argv[1:] if not word.startswith("run="))]))
+    start(["solve", *run, *(word for word in sys.argv[1:] if not word.startswith("run="))])

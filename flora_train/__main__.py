@@ -1,8 +1,25 @@
-"""python -m flora_train"""
+"""python -m flora_train, and the flora-train command."""
 
+from __future__ import annotations
+
+import signal
 import sys
+from collections.abc import Sequence
 
-from flora_train.cli import main
+
+def start(words: Sequence[str] | None = None) -> None:
+    """Run the command line (default: the process's own) and end the process with its status. Ctrl-C while the first modules load, or
+    while the process ends, is Ctrl-C, too: no traceback."""
+    try:
+        from flora_train.cli import main
+
+        status = main(words)
+    except KeyboardInterrupt:
+        status = 130
+    if status == 130:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from flora_train.adapters.host_memory import free_memory
 from flora_train.config.errors import UserError
+from flora_train.config.terminal_text import shown
 from flora_train.evaluation.code.programs.execute import preflight
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
@@ -33,7 +34,7 @@ def check_machine() -> None:
     """Print it. Programs of every language are run once, in the sandbox; the hub is not asked anything."""
     console = Console(soft_wrap=True)
     for name, value in _findings():
-        console.print(f"{name:11} {value}", highlight=False, markup=False)
+        console.print(shown(f"{name:11} {value}"))
 
 
 def _findings() -> Iterator[tuple[str, str]]:

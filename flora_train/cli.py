@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flora_train.config.errors import UserError, choices, did_you_mean
-from flora_train.training.signals import SAVED, Interrupted, end_with_launcher
+from flora_train.config.errors import UserError, choices, did_you_mean, fail
+from flora_train.config.terminal_text import plain, print_plain, safe_streams, write_failure
+from flora_train.training.signals import SAVED, STOPPED, Interrupted, end_with_launcher, stop_on_interrupt
 
 # torch's threads wait for each other by spinning, which starves whatever else wants the same cores: another process, or the
 # threads that compute adapters (kernels/threads.py). It is read when torch loads, which is after this module.
@@ -42,9 +43,24 @@ class Command:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 after an error that the user can mend, or 75 (SAVED) where a run was told to
-    end (SIGTERM, SIGINT) and can go on."""
-    command, *rest = list(sys.argv[1:] if words is None else words) or ["--help"]
+    """Run one command. Returns the exit status: 0, 2 after an error that the user can mend, 75 (SAVED) where a run was told to
+    end (SIGTERM, SIGINT) and can go on, or 130 (STOPPED) after Ctrl-C elsewhere."""
+    with safe_streams():
+        try:
+            with stop_on_interrupt():
+                status = _run(list(sys.argv[1:] if words is None else words) or ["--help"])
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") == "0":
+                print("interrupted: what was written is whole", file=sys.stderr)
+            return STOPPED
+        if (failure := write_failure()) is not None:
+            return _complain(str(fail("standard output", None, f"could not be written ({failure.strerror})").problems[0]))
+    return status
+
+
+def _run(words: Sequence[str]) -> int:
+    command, *rest = words
     if command in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -69,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _complain(*lines: str) -> int:
     for line in lines if os.environ.get("LOCAL_RANK", "0") == "0" else ():  # once per machine, not per process
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {plain(line)}", file=sys.stderr)
     return 2
 
 
@@ -137,7 +153,7 @@ def _recipes(words: Sequence[str]) -> None:
 
     for name, path in sorted(shipped("recipes").items()):
         first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        print(f"{name:20} {first}")
+        print_plain(f"{name:20} {first}")
 
 
 def _evaluate(words: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from flora_train.config.errors import fail
 from flora_train.config.options import read_options
 from flora_train.config.schema import AdapterConfig, ModelConfig
 from flora_train.config.section import Section, Text
+from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.export.card import write_card
 from flora_train.export.peft_format import export_peft
@@ -62,5 +63,5 @@ def convert_adapter(words: Sequence[str]) -> None:
     write_card(
         {}, bank.specs[0], out, origin=f"Fitted to the LoRA `{source}` of rank {config['r']} by weighted least squares: {found}."
     )
-    print(f"{out}: fLoRA of rank {options.rank}, {found}")
-    print(f"next  train it on with adapters.flora={{method: flora, rank: {options.rank}, lr: 2.0e-2, start_from: {out}}}")
+    print_plain(f"{out}: fLoRA of rank {options.rank}, {found}")
+    print_plain(f"next  train it on with adapters.flora={{method: flora, rank: {options.rank}, lr: 2.0e-2, start_from: {out}}}")

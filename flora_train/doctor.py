@@ -16,6 +16,7 @@ from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.adapters.targets import find_targets
 from flora_train.config.errors import UserError
 from flora_train.config.schema import RunConfig
+from flora_train.config.terminal_text import shown
 from flora_train.kernels.backend import runs_in_triton, splits, use_backend, use_precision, why_not_triton
 from flora_train.kernels.cost_model import Work, calibrated_on, decide, thresholds_for
 from flora_train.training.environment import environment, versions_line
@@ -51,12 +52,11 @@ def doctor(config: RunConfig) -> None:
     use_precision(config.kernels.precision)
     console = Console(soft_wrap=True)
     for name, value in _facts(config, device, dtype):
-        console.print(f"{name:11} {value}", highlight=False)
+        console.print(shown(f"{name:11} {value}"))
     specs = expand(config)
     each = config.training.tokens_per_microbatch / len(specs)
     console.print(
-        f"\nA micro-batch of {config.training.tokens_per_microbatch} tokens, shared evenly by {len(specs)} adapters:",
-        highlight=False,
+        shown(f"\nA micro-batch of {config.training.tokens_per_microbatch} tokens, shared evenly by {len(specs)} adapters:")
     )
     model = empty_model(config.model)
     pools: dict[tuple[object, ...], list[AdapterSpec]] = defaultdict(list)
@@ -66,9 +66,9 @@ def doctor(config: RunConfig) -> None:
         families = Counter(spec.family for spec in members)
         rank = f", rank {members[0].rank}" if members[0].rank else ""
         names = " + ".join(f"{number} x {family}" for family, number in families.items())
-        console.print(f"\n{names}{rank}", style="bold", highlight=False)
+        console.print(shown(f"\n{names}{rank}", "bold"))
         for choice, layers in choices_of(members, model, each, dtype, device).items():
-            console.print(f"  {', '.join(layers)}\n      {choice.runs}\n      {choice.why}", highlight=False)
+            console.print(shown(f"  {', '.join(layers)}\n      {choice.runs}\n      {choice.why}"))
     if refused is not None:
         raise refused
 

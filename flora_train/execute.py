@@ -15,6 +15,7 @@ from flora_train.config.errors import Problem, UserError, choices
 from flora_train.config.evaluation_schema import Ks, Sandbox
 from flora_train.config.options import read_options
 from flora_train.config.section import Section, Text
+from flora_train.config.terminal_text import in_cell, print_plain
 from flora_train.config.words import parse_words
 from flora_train.evaluation.code.completions import read_completions
 from flora_train.evaluation.code.programs.execute import STATUSES, preflight
@@ -61,9 +62,9 @@ def execute_completions(file: str, words: Sequence[str]) -> None:
     records = judge_all(mine, languages, sandbox, out, options.workers or available_cpus())
     if records:
         _print(Scores(records.values()), options.k)
-        print(f"verdicts  {out}" + ("" if sandbox.kind == "bubblewrap" else "  (unconfined: sandbox=none)"))
+        print_plain(f"verdicts  {out}" + ("" if sandbox.kind == "bubblewrap" else "  (unconfined: sandbox=none)"))
     for reason in broken.values():
-        print(f"not evaluated: {reason}")
+        print_plain(f"not evaluated: {reason}")
 
 
 def _print(scores: Scores, ks: Sequence[int]) -> None:
@@ -79,5 +80,7 @@ def _print(scores: Scores, ks: Sequence[int]) -> None:
         ended = [f"{scores.ended[cell][status]} {status}" for status in STATUSES if scores.ended[cell][status]]
         if scores.suspicious[cell]:
             ended.append(f"{scores.suspicious[cell]} suspicious OK (ends early)")
-        table.add_row(adapter, language, f"{len(scores.problems(cell))} x {scores.n(cell)}", *cells, ", ".join(ended))
+        table.add_row(
+            in_cell(adapter), in_cell(language), f"{len(scores.problems(cell))} x {scores.n(cell)}", *cells, ", ".join(ended)
+        )
     console.print(table)

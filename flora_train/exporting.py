@@ -18,6 +18,7 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
 from flora_train.config.section import Section, Text
+from flora_train.config.terminal_text import in_cell, print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.data.tokens import pad_token
 from flora_train.export.card import write_card
@@ -63,7 +64,7 @@ def export_words(words: Sequence[str]) -> None:
     """words: a run, names of adapters (none: all), and ExportOptions."""
     (run, *names), raw = from_flags(words)
     for place in _export(run, names, read_options(ExportOptions, parse_words(raw))):
-        print(place)
+        print_plain(place)
 
 
 def export_adapters(run: str | Path, names: Sequence[str] = (), as_: str = "peft", **options: Any) -> list[Path]:
@@ -141,13 +142,15 @@ def _write_stand_ins(session: Session, stand_ins: Sequence[StandIn], report: Map
     for stand_in in stand_ins:
         name, task = stand_in.spec.name, stand_in.spec.task
         losses = {"base": before[task]["base"], "adapter": before[task][name], "LoRA": after[task][name]}
-        table.add_row(name, str(stand_in.spec.rank), f"{stand_in.error:.3f}", *(f"{loss:.3f}" for loss in losses.values()))
+        table.add_row(
+            in_cell(name), str(stand_in.spec.rank), f"{stand_in.error:.3f}", *(f"{loss:.3f}" for loss in losses.values())
+        )
         original = session.bank.specs[session.bank.ids[name]]
         write_card(report, original, out / name, stand_in, losses)
     Console(soft_wrap=True).print(table)
     for stand_in in stand_ins:
         if stand_in.biases:
-            print(f"note: {stand_in.spec.name} changes the biases of {stand_in.biases} layers, which a LoRA cannot")
+            print_plain(f"note: {stand_in.spec.name} changes the biases of {stand_in.biases} layers, which a LoRA cannot")
     return [out / name for name in names]
 
 

@@ -18,6 +18,7 @@ from flora_train.config.options import read_options
 from flora_train.config.schema import RunConfig
 from flora_train.config.section import Name, Section, Text
 from flora_train.config.task_schema import SourceConfig
+from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.data.sources import read_rows
 from flora_train.session import load_data
@@ -90,8 +91,8 @@ def init_recipe(words: Sequence[str]) -> None:
     write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
     load_config([f"recipe={out}"])
     for task, facts in found.items():
-        print(f"{task:20} {facts.seen}")
-    print(
+        print_plain(f"{task:20} {facts.seen}")
+    print_plain(
         f"\n{out}: {3 * len(found)} adapters, {steps} steps of {tokens:,} tokens, into outputs/{name}/\n"
         f"next  flora-train plan recipe={out}     how long that takes here; training.steps=N makes it shorter\n"
         f"      flora-train train recipe={out}    train, evaluate, report, export"

@@ -19,6 +19,7 @@ from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.adapters.targets import find_targets
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
+from flora_train.config.terminal_text import shown
 from flora_train.cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
 from flora_train.data.tokens import pad_token
 from flora_train.session import load_data, paging_of, prepare
@@ -76,7 +77,7 @@ def plan_run(config: RunConfig) -> None:
     found = capacity(config)
     console = Console(soft_wrap=True)
     for name, value in _lines(config, found):
-        console.print(f"{name:10} {value}", highlight=False)
+        console.print(shown(f"{name:10} {value}"))
     check_fits(config, found)
 
 

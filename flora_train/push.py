@@ -15,6 +15,7 @@ from flora_train.adapters.spec import expand
 from flora_train.config.errors import UserError, choices, did_you_mean, fail, first_line
 from flora_train.config.options import read_options
 from flora_train.config.section import Section, Text
+from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.export.repository import MANIFEST, Entries, Repository, stage
 from flora_train.run import read_report
@@ -80,11 +81,11 @@ def _show(repositories: Sequence[Repository], options: PushOptions) -> None:
     for repository in repositories:
         sizes = {path: file.stat().st_size for path, file in repository.files.items()}
         sizes |= {path: len(content) for path, content in repository.overview({}).items()}
-        print(f"{repository.name}  {'public' if options.public else 'private'}, {sum(sizes.values()) / 1e6:.1f} MB")
+        print_plain(f"{repository.name}  {'public' if options.public else 'private'}, {sum(sizes.values()) / 1e6:.1f} MB")
         for path, size in sizes.items():
-            print(f"  {path}  {size:,} bytes")
+            print_plain(f"  {path}  {size:,} bytes")
     if options.repo_per_adapter:
-        print(f"collection {options.repo}  {len(repositories)} items")
+        print_plain(f"collection {options.repo}  {len(repositories)} items")
 
 
 def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
@@ -96,12 +97,12 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
         me = insist(api.whoami)["name"]
         with Watch("push", len(repositories)) as watch:
             for done, repository in enumerate(repositories, start=1):
-                print(_create(api, repository, options))
+                print_plain(_create(api, repository, options))
                 watch.update(done)
                 if done < len(repositories):
                     time.sleep(options.pause)
         if options.repo_per_adapter:
-            print(_collect(api, repositories, options))
+            print_plain(_collect(api, repositories, options))
     except LocalTokenNotFoundError as error:
         raise fail("repo", repo, f"needs you to be logged in: hf auth login, or HF_TOKEN=...; {LOCALLY}") from error
     except OfflineModeIsEnabled as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
 from flora_train.config.section import Section, Text
+from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.evaluation.report import write_comparison, write_report
 from flora_train.evaluation.report.comparison import labels, measures, verdicts
@@ -31,12 +32,11 @@ def draw_reports(words: Sequence[str]) -> None:
     if len(runs) == 1:
         if options.out is not None:
             raise fail("out", options.out, "is for several runs beside each other; one has its page in its folder")
-        print(write_report(reports[0], folders[0].evaluation))
+        print_plain(write_report(reports[0], folders[0].evaluation))
         return
     named = dict(zip(labels(runs), reports, strict=True))
     page = Path(runs[0]).resolve().parent / "comparison.html" if options.out is None else Path(options.out)
     if page.suffix != ".html":
         raise fail("out", options.out, "is a page: give it a name that ends in .html")
     write_comparison(named, page)
-    print(verdicts(list(named), measures(reports)))
-    print(page)
+    print_plain(verdicts(list(named), measures(reports)), page)

@@ -14,6 +14,7 @@ from typing import Any
 
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
+from flora_train.config.terminal_text import print_plain, safe_streams
 from flora_train.data.tokens import pad_token
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation
 from flora_train.evaluation.generation import check_room
@@ -49,6 +50,7 @@ from flora_train.training.signals import Interrupted
 from flora_train.training.trainer import Trainer
 
 
+@safe_streams()
 def train_run(config: RunConfig) -> Path:
     """Train, evaluate, report and export one run; returns its folder. Raises UserError on bad input, before any long
     work where that can be known, and Interrupted if it is told to end while it trains."""
@@ -156,7 +158,7 @@ def show(folder: RunFolder) -> None:
     print_completions(results)
     seconds = results["facts"]["seconds"]
     best = next((c["name"] for r in results["results"] for c in r["contenders"] if c["best"]), "ADAPTER")
-    print(
+    print_plain(
         f"\nreport    {folder.evaluation / 'report.html'}\nadapters  {folder.adapters}/<name>/ (PeftModel.from_pretrained loads them)\n"
         f"time      {', '.join(f'{stage} {duration(s)}' for stage, s in seconds.items())}\n"
         f"speed     {_speed(results)}\n"

@@ -13,6 +13,7 @@ from flora_train.config.errors import fail
 from flora_train.config.load import merge, validate
 from flora_train.config.options import read_options
 from flora_train.config.section import Section, Text
+from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import parse_words
 from flora_train.evaluation.code.completion_log import CompletionLog
 from flora_train.evaluation.code.completions import Completion, write_multipl_e
@@ -77,17 +78,17 @@ def solve_run(run: str, words: Sequence[str]) -> None:
         summaries = read_summaries(place)
         print_pass_at_k(summaries)
         for suite in plan.suites:
-            print(f"\ncompletions, verdicts, scores   {place / suite.name}/")
+            print_plain(f"\ncompletions, verdicts, scores   {place / suite.name}/")
             if options.multipl_e is not None:
                 logged = CompletionLog(place / suite.name).read().values()
                 known = [e for e in logged if e.name in suite.problems.get(e.language, {})]
                 completions = [Completion(e.adapter, suite.problems[e.language][e.name], e.sample, e.completion) for e in known]
-                print(
+                print_plain(
                     f"in MultiPL-E's layout           {write_multipl_e(completions, Path(options.multipl_e), config.evaluation)}/"
                 )
         if report is not None:
             now = {**report, "code": summaries, "not_measured": not_measured(recorded, executed=True)}
-            print(f"report                          {write_report(now, folder.evaluation)}")
+            print_plain(f"report                          {write_report(now, folder.evaluation)}")
 
     on_main_process(finish)
     wait_for_everyone()

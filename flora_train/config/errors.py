@@ -6,13 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from flora_train.config.terminal_text import plain
+
 LONGEST_VALUE = 80
 """Characters of a given value that are repeated to the user."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing the user has to change; one line as text.
+    """One thing the user has to change; one line as text, in which a terminal obeys nothing.
 
     key:   dotted configuration key or file path, e.g. `adapters.flora.rank`
     value: what was given, as the user would recognise it (None: nothing was given)
@@ -25,7 +27,7 @@ class Problem:
 
     def __str__(self) -> str:
         given = "" if self.value is None else f" = {_short(repr(self.value))}"
-        return " ".join(f"{self.key}{given}: {self.fix}".split("\n"))
+        return plain(" ".join(f"{self.key}{given}: {self.fix}".split("\n")), keep="\t")
 
 
 class UserError(Exception):

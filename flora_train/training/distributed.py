@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import Problem, UserError, fail, first_line
+from flora_train.config.terminal_text import plain
 
 Result = TypeVar("Result")
 
@@ -147,8 +148,9 @@ def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def say(line: str) -> None:
+    """Print a line on standard error, on the main process."""
     if is_main_process():
-        print(line, file=sys.stderr, flush=True)
+        print(plain(line), file=sys.stderr, flush=True)
 
 
 def _several() -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from flora_train.config.terminal_text import plain
 from flora_train.training.distributed import is_main_process
 
 
@@ -20,7 +21,7 @@ class Watch:
     """
 
     def __init__(self, stage: str, total: float, begun: float = 0.0, line_every: float = 30.0) -> None:
-        self.stage, self.total, self.begun, self.line_every = stage, total, begun, line_every
+        self.stage, self.total, self.begun, self.line_every = plain(stage, keep=""), total, begun, line_every
         self.started = time.monotonic()
         self._last_line = -float("inf")
         self._bar: Progress | None = None
@@ -28,9 +29,12 @@ class Watch:
         console = Console(stderr=True)
         if not self.silent and (sys.stderr.isatty() or console.is_jupyter):
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), console=console
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[detail]}", markup=False),
+                console=console,
             )
-            self._task: Any = self._bar.add_task(stage, total=total, detail="")
+            self._task: Any = self._bar.add_task(self.stage, total=total, detail="")
             self._bar.start()
 
     def update(self, done: float, facts: Mapping[str, str] | None = None, force_line: bool = False) -> None:
@@ -38,7 +42,7 @@ class Watch:
         if self.silent:
             return
         detail = f"{_percent(done / self.total)} {self._eta(done)}  " + "  ".join(
-            f"{key} {value}" for key, value in (facts or {}).items()
+            plain(f"{key} {value}", keep="") for key, value in (facts or {}).items()
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, detail=detail.strip())

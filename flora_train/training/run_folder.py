@@ -18,6 +18,7 @@ from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem, UserError, fail
 from flora_train.config.load import load_config, save_config
 from flora_train.config.schema import RunConfig
+from flora_train.config.terminal_text import plain
 from flora_train.training.environment import environment, now
 
 WAIT = 60.0
@@ -92,7 +93,7 @@ class RunFolder:
                         "output_dir", str(self.path), "another process trains in it: end that one, or choose another"
                     ) from None
                 if not said:
-                    print(f"waiting for another process that trains in {self.path}", file=sys.stderr, flush=True)
+                    print(plain(f"waiting for another process that trains in {self.path}"), file=sys.stderr, flush=True)
                 said = True
                 time.sleep(0.2)
 

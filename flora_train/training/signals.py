@@ -8,11 +8,16 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 SAVED = 75
 """Exit status of a run that was told to end, saved its state and can go on (EX_TEMPFAIL of sysexits.h)."""
+
+STOPPED = 130
+"""Exit status after Ctrl-C where nothing is saved to go on from: as a shell counts, 128 + 2."""
 
 SAME = 2.0
 """Seconds within which signals are one: a scheduler tells every process, and a launcher tells its own again."""
@@ -58,6 +63,32 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[None]:
+    """A context in which the first Ctrl-C raises KeyboardInterrupt out of it, whatever a library makes of it on the way (some turn it into
+    an error of their own), and a second one ends the process at once, without a traceback."""
+    asked = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except BaseException as error:
+        if asked and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_with_launcher() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from flora_train.config.errors import choices, did_you_mean, fail, first_line
 from flora_train.config.files import find_file
 from flora_train.config.task_schema import SourceConfig
+from flora_train.config.terminal_text import plain
 
 Row = dict[str, Any]
 NEEDED = ("path", "sentence")
@@ -92,7 +93,7 @@ def _unpacked(archive: Path, key: str) -> Path:
     place = cache / name
     if place.is_dir():
         return place
-    print(f"unpacking {archive} ({status.st_size / 1e9:.1f} GB) into {place}", file=sys.stderr, flush=True)
+    print(plain(f"unpacking {archive} ({status.st_size / 1e9:.1f} GB) into {place}"), file=sys.stderr, flush=True)
     cache.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".", dir=cache))
     try:

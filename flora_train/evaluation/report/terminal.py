@@ -8,7 +8,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+
+from flora_train.config.terminal_text import in_cell, shown
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
@@ -16,12 +17,12 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
     the best in bold. Fits 80 columns."""
     console = console or Console(soft_wrap=True)
     confidence = round(100 * results["results"][0]["confidence"])
-    console.print(Text(f"\n{results['name']}: held-out bits per byte, lower is better", style="bold"))
+    console.print(shown(f"\n{results['name']}: held-out bits per byte, lower is better", "bold"))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("task", "method", "bits per byte", f"difference to base [{confidence} % interval]"):
         table.add_column(heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True)
     for result in results["results"]:
-        table.add_row(result["task"], "base", _number(result["base"]["bits_per_byte"]["value"]), "")
+        table.add_row(in_cell(result["task"]), "base", _number(result["base"]["bits_per_byte"]["value"]), "")
         for contender in result["contenders"]:
             style = "bold" if contender["best"] else ""
             difference = contender["difference_to_base"]
@@ -31,7 +32,7 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
                 _number(contender["bits_per_byte"]["value"]),
                 f"{_number(difference['value'], '+')} {interval}",
             )
-            table.add_row("", *(Text(cell, style=style) for cell in cells))
+            table.add_row("", *(in_cell(text, style) for text in cells))
     console.print(table)
 
 
@@ -40,14 +41,14 @@ def print_sweeps(results: Mapping[str, Any], console: Console | None = None) -> 
     console = console or Console(soft_wrap=True)
     for sweep in dict.fromkeys(part["sweep"] for part in results["sweeps"]):
         won = [f"{part['winner'] or 'none'} on {part['task']}" for part in results["sweeps"] if part["sweep"] == sweep]
-        console.print(f"\nsweep {sweep}: lowest bits per byte for {', '.join(won)}")
+        console.print(shown(f"\nsweep {sweep}: lowest bits per byte for {', '.join(won)}"))
 
 
 def print_pass_at_k(suites: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """pass@k of the base and every contender, per suite and language, with intervals and the difference to the base."""
     console = console or Console(soft_wrap=True)
     for suite in suites:
-        console.print(Text(f"\n{suite['suite']} problems: pass@k, higher is better", style="bold"))
+        console.print(shown(f"\n{suite['suite']} problems: pass@k, higher is better", "bold"))
         for k in map(str, suite["k"]):
             table = Table(box=SIMPLE_HEAD, pad_edge=False)
             percent = f"{100 * suite['confidence']:.0f} %"
@@ -66,11 +67,11 @@ def print_pass_at_k(suites: Sequence[Mapping[str, Any]], console: Console | None
                         _interval(contender["pass_at"][k]),
                         difference and _interval(difference, "+"),
                     )
-                    table.add_row(*(cell or "" for cell in row))
+                    table.add_row(*(in_cell(text or "") for text in row))
                     title = ""
             console.print(table)
         for left_out in suite["not_evaluated"]:
-            console.print(f"not evaluated: {left_out['language']}: {left_out['reason']}")
+            console.print(shown(f"not evaluated: {left_out['language']}: {left_out['reason']}"))
 
 
 def print_error_rates(speech: Mapping[str, Any] | None, console: Console | None = None) -> None:
@@ -78,7 +79,7 @@ def print_error_rates(speech: Mapping[str, Any] | None, console: Console | None 
     if speech is None:
         return
     console = console or Console(soft_wrap=True)
-    console.print(Text("\nwords and characters that are wrong, lower is better", style="bold"))
+    console.print(shown("\nwords and characters that are wrong, lower is better", "bold"))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     percent = f"{100 * speech['confidence']:.0f} %"
     for heading in ("task", "method", "WER", "normalised", f"difference to base [{percent}]", "CER"):
@@ -89,7 +90,13 @@ def print_error_rates(speech: Mapping[str, Any] | None, console: Console | None 
         for contender in part["contenders"]:
             difference = to_base.get(contender["family"])
             cells = [_number(contender[rate]["value"]) for rate in ("wer", "wer_normalized", "cer")]
-            table.add_row(title, contender["family"], *cells[:2], _interval(difference, "+") if difference else "", cells[2])
+            table.add_row(
+                in_cell(title),
+                in_cell(contender["family"]),
+                *cells[:2],
+                _interval(difference, "+") if difference else "",
+                cells[2],
+            )
             title = ""
     console.print(table)
 
@@ -97,19 +104,19 @@ def print_error_rates(speech: Mapping[str, Any] | None, console: Console | None 
 def print_completions(results: Mapping[str, Any], console: Console | None = None) -> None:
     """One prompt per task, continued by the base and by the task's best adapter."""
     console = console or Console(soft_wrap=True)
-    shown = set()
+    seen = set()
     for entry in results["completions"]:
-        if entry["task"] in shown:
+        if entry["task"] in seen:
             continue
-        shown.add(entry["task"])
+        seen.add(entry["task"])
         result = next((r for r in results["results"] if r["task"] == entry["task"]), None)
         if result is None:  # a task that no adapter learns
             continue
         best = [c["family"] for c in result["contenders"] if c["best"]]  # empty where no held-out loss is finite
         after = [(f"after, {family}", entry["completions"][family]) for family in best]
         for title, text in (("before", entry["completions"]["base"]), *after):
-            console.print(Text(f"\n{entry['task']} ({title})", style="bold"))
-            console.print(Text(entry["prompt"], style="dim"), Text(text.rstrip()), sep="")
+            console.print(shown(f"\n{entry['task']} ({title})", "bold"))
+            console.print(shown(entry["prompt"], "dim"), shown(text.rstrip()), sep="")
 
 
 def _interval(estimate: Mapping[str, Any], sign: str = "") -> str:
