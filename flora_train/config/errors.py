@@ -10,6 +10,8 @@ from flora_train.config.terminal_text import plain
 
 LONGEST_VALUE = 80
 """Characters of a given value that are repeated to the user."""
+MOST_CHOICES = 100
+"""Words that one error lists."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,9 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        given = "" if self.value is None else f" = {_short(repr(self.value))}"
-        return plain(" ".join(f"{self.key}{given}: {self.fix}".split("\n")), keep="\t")
+        given = "" if self.value is None else f" = {_short(_written(self.value))}"
+        return plain(" ".join(f"{self.key}{given}: {self.fix}".split("
+")), keep="	")
 
 
 class UserError(Exception):
@@ -50,14 +53,23 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 
 def choices(allowed: Iterable[str]) -> str:
-    """`a, b or c`; `none` where nothing is allowed."""
+    """`a, b or c`; `none` where nothing is allowed; of very many the first."""
     words = sorted(allowed)
+    if len(words) > MOST_CHOICES:
+        return f"{', '.join(words[:MOST_CHOICES])} and {len(words) - MOST_CHOICES:,} more"
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else "".join(words) or "none"
 
 
 def first_line(error: BaseException) -> str:
     """What another library says, cut to one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _written(value: object) -> str:
+    try:
+        return repr(value[: 2 * LONGEST_VALUE] if isinstance(value, str) else value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; a value that holds itself
+        return f"<{type(value).__name__}>"
 
 
 def _short(text: str) -> str:

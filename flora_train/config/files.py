@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail, first_line
+from flora_train.config import yaml_text
+from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (CHECKOUT / "recipes").is_dir()
@@ -32,10 +28,26 @@ def shipped(kind: str) -> dict[str, Path]:
     }
 
 
+def at_home(path: str) -> Path:
+    """`path` with `~` as the home folder; a user that is not known here stays as it is written."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def find_file(path: str) -> Path:
     """`path` in the working directory, or else in the project's own folder (shipped data)."""
-    here = Path(path).expanduser()
-    return here if here.exists() or not (PROJECT_ROOT / here).exists() else PROJECT_ROOT / here
+    here = at_home(path)
+    return here if _exists(here) or not _exists(PROJECT_ROOT / here) else PROJECT_ROOT / here
+
+
+def _exists(path: Path) -> bool:
+    """Also False for a name that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def find_config(kind: str, name: str) -> Path:
@@ -47,9 +59,13 @@ def find_config(kind: str, name: str) -> Path:
     if name in known:
         return known[name]
     path = find_file(name)
-    if path.is_dir() and (path / "config.yaml").is_file():
+    if _exists(path) and path.is_dir():
+        if not (path / "config.yaml").is_file():
+            raise fail(kind, name, "is a folder without a config.yaml: give a YAML file, or the folder of a run")
         return path / "config.yaml"
-    if path.is_file():
+    if _exists(path):
+        if not path.is_file():
+            raise fail(kind, name, "is no regular file: give a YAML file, or the folder of a run")
         return path
     wanted = name.removesuffix(".yaml").removesuffix(".yml")
     hint = did_you_mean(wanted, known) or did_you_mean(Path(wanted).name, known)
@@ -65,46 +81,28 @@ def read_yaml(path: Path) -> Layer:
     is not text to YAML (`no` is a boolean)."""
     try:
         text = path.read_text(encoding="utf-8")
-        problems = [problem for node in _mappings(yaml.compose(text, yaml.SafeLoader)) for problem in _key_problems(path, node)]
-        if problems:
-            raise UserError(*problems)
-        content = OmegaConf.create(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise fail(str(path), None, f"is not readable YAML: {yaml_reason(error)}") from None
-    except AssertionError:  # OmegaConf's answer to a lone number
-        content = None
-    if not isinstance(content, DictConfig):
-        raise fail(str(path), None, "must hold keys and values at the top level")
-    return OmegaConf.to_container(content, resolve=False)
+    except UnicodeDecodeError:
+        raise fail(str(path), None, "is not readable YAML: it is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise fail(str(path), None, f"cannot be read: {error.strerror}") from None
+    return read_mapping(text, str(path))
 
 
-def yaml_reason(error: Exception) -> str:
-    """One line that says what a YAML reader did not like, with the line number where it knows."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    return f"{problem} (line {mark.line + 1})" if problem and mark else first_line(error)
+def read_mapping(text: str, source: str) -> Layer:
+    """The mapping in a YAML text. source: what errors call it."""
+    try:
+        content = yaml_text.read(text)
+    except yaml_text.YamlFaults as error:
+        raise UserError(*(_problem(source, fault) for fault in error.faults)) from None
+    if not isinstance(content, dict):
+        raise fail(source, None, "must hold keys and values at the top level")
+    return content
 
 
-def _mappings(node: yaml.Node | None) -> Iterator[yaml.MappingNode]:
-    """All mappings of a YAML document; an alias is followed like the node that it stands for."""
-    if isinstance(node, yaml.MappingNode):
-        yield node
-        for _, value in node.value:
-            yield from _mappings(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _mappings(item)
-
-
-def _key_problems(path: Path, mapping: yaml.MappingNode) -> Iterator[Problem]:
-    first_lines: dict[str, int] = {}
-    for key, _ in mapping.value:
-        line, kind = key.start_mark.line + 1, key.tag.rpartition(":")[2]
-        if kind not in ("str", "merge"):
-            given = key.value if isinstance(key, yaml.ScalarNode) else None
-            yield Problem(f"{path}:{line}", given, f"YAML reads this key as {kind}, not as text: put it in quotes")
-        elif kind == "str" and key.value in first_lines:
-            yield Problem(
-                f"{path}:{line}", key.value, f"this key is given twice (first on line {first_lines[key.value]}): rename one"
-            )
-        else:
-            first_lines[key.value] = line
+def _problem(source: str, fault: yaml_text.Fault) -> Problem:
+    if fault.line is None:
+        return Problem(source, fault.given, fault.fix)
+    if fault.fix.startswith(yaml_text.UNREADABLE):
+        given = f" {fault.given}" if fault.given else ""
+        return Problem(source, None, f"{fault.fix}{given} (line {fault.line})")
+    return Problem(f"{source}:{fault.line}", fault.given, fault.fix)

@@ -3,24 +3,24 @@
     recipes/NAME.yaml   may name a `data_config`, whose tasks come first and whose `task_defaults` go under each task
     key.sub=value       the command line wins over both
 
-`${other.key}` is resolved at the very end, so that it follows the command line; `\\${` is the two characters.
+`${other.key}` is resolved at the very end, so that it follows the command line; `\\${` is the two characters. Nothing is read
+from the environment, so that no secret is written into a run folder.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from flora_train.config.errors import Problem, UserError, choices, fail, first_line
+from flora_train.config import yaml_text
+from flora_train.config.errors import Problem, UserError, choices, fail
 from flora_train.config.explain import explain
 from flora_train.config.files import PROJECT_ROOT, Layer, find_config, find_file, read_yaml, shipped
 from flora_train.config.paging_schema import place_device_slots
+from flora_train.config.references import escape, resolve
 from flora_train.config.schema import RunConfig, disagreements
 from flora_train.config.sweep import expand_sweeps
 from flora_train.config.words import merge, parse_words
@@ -42,7 +42,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
     data_config = layers.pop("data_config", None)
     if data_config is not None:
         layers = merge(place_device_slots(read_yaml(find_config("data_config", str(data_config)))), layers)
-    layers = _resolve(layers, str(recipe))
+    layers = resolve(layers)
     defaults, tasks = layers.pop("task_defaults", None) or {}, layers.get("tasks")
     if not isinstance(defaults, dict):
         raise fail("task_defaults", defaults, "must hold keys, as every task does")
@@ -69,15 +69,21 @@ def validate(raw: Layer) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration so that `recipe=<path>` runs it again."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(_escaped(config.model_dump(mode="json")))), encoding="utf-8")
+    """Write the resolved configuration so that `recipe=<path>` runs it again, and `load_saved` reads it equal."""
+    path.write_text(yaml_text.write(escape(config.model_dump(mode="json"))), encoding="utf-8")
 
 
-def _resolve(layers: Layer, recipe: str) -> Layer:
+def load_saved(path: Path) -> RunConfig:
+    """The configuration that `save_config` wrote. Raises UserError that names the file if it cannot be read, or another version
+    wrote it."""
     try:
-        return OmegaConf.to_container(OmegaConf.create(layers), resolve=True)
-    except OmegaConfBaseException as error:
-        raise fail("recipe", recipe, f"{first_line(error)} (a literal ${{ is written \\${{)") from None
+        return validate(resolve(read_yaml(path)))
+    except UserError as error:
+        raise UserError(*(_in_file(path, problem) for problem in error.problems)) from None
+
+
+def _in_file(path: Path, problem: Problem) -> Problem:
+    return problem if problem.key.startswith(str(path)) else Problem(f"{path}: {problem.key}", problem.value, problem.fix)
 
 
 def _under(defaults: Layer, task: Any) -> Any:
@@ -119,12 +125,3 @@ def _disagreements(raw: Layer) -> list[Problem]:
         adapters[name] = (chosen, warmup if isinstance(warmup, int) else 0)
     steps = section("training").get("steps")
     return disagreements(section("tasks"), adapters, steps if isinstance(steps, int) and steps > 0 else None)
-
-
-def _escaped(value: Any) -> Any:
-    """`${` in text as OmegaConf reads it back literally: one more backslash, and those before it doubled."""
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value) if isinstance(value, str) else value

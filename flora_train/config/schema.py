@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flora_train.config.errors import Problem, choices, did_you_mean
 from flora_train.config.evaluation_schema import EvaluationConfig
+from flora_train.config.files import at_home
 from flora_train.config.guard_schema import GuardConfig
 from flora_train.config.mixture_schema import MixtureConfig
 from flora_train.config.paging_schema import PagingConfig
@@ -258,7 +258,7 @@ class RunConfig(Section):
     @property
     def folder(self) -> str:
         """The run folder, relative to the working directory unless the user gave an absolute path."""
-        return str(Path(self.output_dir or f"outputs/{self.name}").expanduser())
+        return str(at_home(self.output_dir or f"outputs/{self.name}"))
 
 
 def disagreements(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
+from flora_train.config import yaml_text
 from flora_train.config.errors import Problem, UserError, did_you_mean
-from flora_train.config.files import Layer, shipped, yaml_reason
+from flora_train.config.files import Layer, shipped
 
 ONLY_ONCE = ("recipe", "data_config")
 """Of other keys given twice the last one counts, so that a script's words can be overridden."""
+DEEPEST_KEY = 16
 
 
 def parse_words(words: Sequence[str]) -> Layer:
@@ -21,14 +20,13 @@ def parse_words(words: Sequence[str]) -> Layer:
     layer: Layer = {}
     problems: list[Problem] = []
     for word in _options_with_their_values(words):
-        problem = _dialect_problem(word)
+        problem = _dialect_problem(word) or _key_problem(word)
         if problem is None:
+            key, _, value = word.partition("=")
             try:
-                layer = merge(layer, OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False))
-            except (OmegaConfBaseException, YAMLError) as error:
-                key, _, value = word.partition("=")
-                fix = f"is not readable YAML ({yaml_reason(error)}); text needs its own quotes: '{key}=\"...\"'"
-                problem = Problem(key, value, fix)
+                _set(layer, key.split("."), yaml_text.read(value))
+            except yaml_text.YamlFaults as error:
+                problem = Problem(key, value, _value_fix(key, error.faults[0]))
         if problem is not None:
             problems.append(problem)
     counts = Counter(word.partition("=")[0] for word in words)
@@ -56,6 +54,34 @@ def from_flags(words: Sequence[str], switches: Sequence[str] = ()) -> tuple[list
             value = rest.pop(0)
         options.append(f"{key}={value}")
     return alone, options
+
+
+def _set(layer: Layer, parts: Sequence[str], value: Any) -> None:
+    """Put a value at a.b.c; mappings merge, anything else is replaced. Only mappings that this call or another made are changed."""
+    for part in parts[:-1]:
+        below = layer.get(part)
+        layer[part] = layer = dict(below) if isinstance(below, dict) else {}
+    last, there = parts[-1], layer.get(parts[-1])
+    layer[last] = merge(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
+
+
+def _key_problem(word: str) -> Problem | None:
+    key = word.partition("=")[0]
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return Problem(key.encode(errors="replace").decode(), None, "is not valid UTF-8 text")
+    parts = key.split(".")
+    if not all(part.strip() == part != "" for part in parts):
+        return Problem(word, None, "expected key=value, a dotted key such as training.steps without spaces before the =")
+    return Problem(key, None, "has too many parts: no key is that deep") if len(parts) > DEEPEST_KEY else None
+
+
+def _value_fix(key: str, fault: yaml_text.Fault) -> str:
+    if not fault.fix.startswith(yaml_text.UNREADABLE):
+        return f"{fault.given} {fault.fix}" if fault.given else fault.fix
+    reason = fault.fix.removeprefix(f"{yaml_text.UNREADABLE}: ")
+    return f"{yaml_text.UNREADABLE} ({reason}); text needs its own quotes: '{key}=\"...\"'"
 
 
 def merge(below: Layer, above: Layer) -> Layer:

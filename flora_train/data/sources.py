@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import choices, fail, first_line
-from flora_train.config.files import PROJECT_ROOT, find_file
+from flora_train.config.files import PROJECT_ROOT, at_home, find_file
 from flora_train.config.task_schema import SourceConfig
 from flora_train.data.audio.common_voice import release_file, release_rows
 
@@ -64,7 +64,7 @@ def _matches(pattern: str, key: str) -> list[Path]:
     if exact.exists():
         return [exact]
     for root in (Path(), PROJECT_ROOT):
-        hits = sorted(glob.glob(str(root / Path(pattern).expanduser()), recursive=True))
+        hits = sorted(glob.glob(str(root / at_home(pattern)), recursive=True))
         if files := [Path(hit) for hit in hits if Path(hit).is_file()]:
             return files
     how = next((f"; build it with: make {target}" for folder, target in BUILT.items() if pattern.startswith(folder)), "")

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal
 
 from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem, UserError, fail
-from flora_train.config.load import load_config, save_config
+from flora_train.config.load import load_saved, save_config
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain
 from flora_train.training.environment import environment, now
@@ -210,7 +210,7 @@ def open_run(path: str | Path) -> tuple[RunFolder, RunConfig]:
     folder = RunFolder(Path(path))
     if not folder.run_json.exists() or not folder.config.exists():
         raise fail("run", str(path), "is not a run folder (no run.json and config.yaml in it); runs are in outputs/")
-    return folder, load_config([f"recipe={folder.config}"])
+    return folder, load_saved(folder.config)
 
 
 def _strict(value: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import choices, did_you_mean, fail
-from flora_train.config.files import find_file
+from flora_train.config.files import at_home, find_file
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig, TaskConfig
 from flora_train.data.audio.ears import Ears
@@ -198,7 +198,7 @@ def _clip_file(value: Any, base: Path, cache: Path) -> str:
             temporary.write_bytes(content)
             os.replace(temporary, file)
         return str(file)
-    path = Path(str(value or "")).expanduser()
+    path = at_home(str(value or ""))
     beside = base / path
     return str((beside if beside.exists() else find_file(str(path))).absolute())
 

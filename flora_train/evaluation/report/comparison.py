@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from flora_train.config.files import read_mapping
 from flora_train.evaluation.report.words import count, listed, number, share
 from flora_train.training.progress import duration
 from flora_train.training.run_folder import flat
@@ -89,7 +88,7 @@ def _columns(rows: Sequence[Row]) -> Iterator[Sequence[Cell | None]]:
 
 def settings(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """Keys of the configurations that differ, with every run's value."""
-    configs = [flat(yaml.safe_load(run["facts"]["config"])) for run in runs]
+    configs = [flat(read_mapping(run["facts"]["config"], "the configuration in report.json")) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key not in OF_ITS_OWN)
     rows = [(key, [_word(config, key) for config in configs]) for key in keys]
     return [(key, words) for key, words in rows if len(set(words)) > 1]
