@@ -15,7 +15,7 @@ from flora_train.adapters.spec import make_spec
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
 from flora_train.config.schema import AdapterConfig, ModelConfig
-from flora_train.config.section import Section, Text
+from flora_train.config.section import PathText, Section
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.export.card import write_card
@@ -26,11 +26,11 @@ MARK = ".lora_A.weight"
 
 
 class ConvertOptions(Section):
-    out: Text
+    out: PathText
     """Folder of the new adapter (PEFT: HIRA)."""
-    model: Text | None = None
+    model: PathText | None = None
     """The base model. Default: the one that the adapter names."""
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=8192)
     """Of the fLoRA."""
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from flora_train.config.errors import Problem, UserError, choices
 from flora_train.config.evaluation_schema import Ks, Sandbox
 from flora_train.config.options import read_options
-from flora_train.config.section import Section, Text
+from flora_train.config.section import MOST_PROCESSES, PathText, Section, Text
 from flora_train.config.terminal_text import in_cell, print_plain
 from flora_train.config.words import parse_words
 from flora_train.evaluation.code.completions import read_completions
@@ -27,7 +27,7 @@ from flora_train.training.environment import available_cpus
 
 
 class ExecuteOptions(Section):
-    prompts: Text | None = None
+    prompts: PathText | None = None
     """Folder of MultiPL-E's prompt files; needed where the completions do not carry their problems."""
     languages: Annotated[list[Text], Field(min_length=1)] | None = None
     """Judge these only. Default: all that the completions have."""
@@ -35,11 +35,11 @@ class ExecuteOptions(Section):
     """pass@k for these k."""
     sandbox: Sandbox = "bubblewrap"
     """none runs programs unconfined; every verdict then says so."""
-    cpu_seconds: float | None = Field(None, gt=0)
+    cpu_seconds: float | None = Field(None, ge=0.01, le=86_400)
     """What a program may compute, in seconds. Default: each language's, in eval/languages.yaml."""
-    workers: int | None = Field(None, ge=1)
+    workers: int | None = Field(None, ge=1, le=MOST_PROCESSES)
     """Programs that run at one time. Default: the machine's cores."""
-    out: Text | None = None
+    out: PathText | None = None
     """Where verdicts are appended. Default: beside the completions, as <name>.verdicts.jsonl."""
 
 

@@ -17,7 +17,7 @@ from flora_train.adapters.base_model import load_base_model, load_model_config
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
-from flora_train.config.section import Section, Text
+from flora_train.config.section import PathText, Section
 from flora_train.config.terminal_text import in_cell, print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.data.tokens import pad_token
@@ -43,11 +43,11 @@ class ExportOptions(Section):
     """peft: what PEFT calls it (LORA, IA3, HIRA for fLoRA), exactly. flora: fLoRA under a type of its own, without HiRA's extra rank, for peft with
     flora_train.peft_plugin. merged: a plain model with the adapter folded in, in float32. lora-svd: the
     closest LoRA, for servers that take nothing else."""
-    rank: int | None = Field(None, ge=1)
+    rank: int | None = Field(None, ge=1, le=65_536)
     """lora-svd only: its rank. Default: 64."""
     max_error: float | None = Field(None, gt=0, lt=1)
     """lora-svd only, instead of rank: the smallest rank (the same in all layers) with |dW - B A| / |dW| at most this."""
-    out: Text | None = None
+    out: PathText | None = None
     """Folder for the adapters' folders. Default: adapters/, flora/, merged/ or lora-svd/ of the run."""
 
     @field_validator("rank", "max_error")

@@ -16,7 +16,7 @@ from flora_train.config.errors import Problem, UserError, choices, fail
 from flora_train.config.load import load_config, validate
 from flora_train.config.options import read_options
 from flora_train.config.schema import RunConfig
-from flora_train.config.section import Name, Section, Text
+from flora_train.config.section import Name, PathText, Section, Text
 from flora_train.config.task_schema import SourceConfig
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
@@ -43,9 +43,9 @@ EPOCHS = 3
 
 
 class InitOptions(Section):
-    model: Text = "HuggingFaceTB/SmolLM2-135M"
+    model: PathText = "HuggingFaceTB/SmolLM2-135M"
     """The base: a folder, or a name on the hub. Of clips with transcripts: a Whisper."""
-    out: Text | None = None
+    out: PathText | None = None
     """The recipe. Default: NAME.yaml here."""
     name: Name | None = None
     """Of the run. Default: that of the first task."""

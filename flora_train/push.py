@@ -40,7 +40,7 @@ class PushOptions(Section):
     """What the adapters call their base model on the hub. Default: what the recipe called it."""
     public: bool = False
     """Visible to everybody. Default: private."""
-    pause: float = Field(1.0, ge=0)
+    pause: float = Field(1.0, ge=0, le=86_400)
     """Seconds between two repositories: the hub limits how fast they are created."""
     dry_run: bool = False
     """Say what would be created, and ask the hub nothing."""

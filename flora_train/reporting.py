@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
-from flora_train.config.section import Section, Text
+from flora_train.config.section import PathText, Section
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.evaluation.report import write_comparison, write_report
@@ -17,7 +17,7 @@ from flora_train.training.run_folder import open_run
 
 
 class ReportOptions(Section):
-    out: Text | None = None
+    out: PathText | None = None
     """Several runs only: the page, a name that ends in .html. Default: comparison.html beside the first run."""
 
 

@@ -12,7 +12,7 @@ from flora_train.adapters.base_model import load_base_model
 from flora_train.config.errors import fail
 from flora_train.config.load import merge, validate
 from flora_train.config.options import read_options
-from flora_train.config.section import Section, Text
+from flora_train.config.section import PathText, Section, Text
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import parse_words
 from flora_train.evaluation.code.completion_log import CompletionLog
@@ -33,11 +33,11 @@ Names = Annotated[list[Text], Field(min_length=1)]
 class SolveOptions(Section):
     languages: Names | None = None
     """The same as evaluation.languages."""
-    contenders: Names | None = None
+    contenders: Annotated[list[PathText], Field(min_length=1)] | None = None
     """PEFT adapters, folders or hub names, that solve the same problems."""
-    out: Text | None = None
+    out: PathText | None = None
     """Folder of completions, verdicts and scores. Default: the run's own, eval/<suite>, which the report is drawn from."""
-    multipl_e: Text | None = None
+    multipl_e: PathText | None = None
     """Write the completions in MultiPL-E's layout, too: one folder a contender and language here."""
 
 

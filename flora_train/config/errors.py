@@ -10,6 +10,9 @@ from flora_train.config.terminal_text import plain
 
 LONGEST_VALUE = 80
 """Characters of a given value that are repeated to the user."""
+MOST_PROBLEMS = 50
+"""Problems that one error lists; the user sees the others when these are mended."""
+LONGEST_KEY = 600
 MOST_CHOICES = 100
 """Words that one error lists."""
 
@@ -29,8 +32,8 @@ class Problem:
 
     def __str__(self) -> str:
         given = "" if self.value is None else f" = {_short(_written(self.value))}"
-        return plain(" ".join(f"{self.key}{given}: {self.fix}".split("
-")), keep="	")
+        key = self.key if len(self.key) <= LONGEST_KEY else f"{self.key[: LONGEST_KEY - 3]}..."
+        return plain(" ".join(f"{key}{given}: {self.fix}".split("\n")), keep="\t")
 
 
 class UserError(Exception):

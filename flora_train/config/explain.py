@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from flora_train.config.errors import Problem, choices, did_you_mean
+from flora_train.config.errors import MOST_PROBLEMS, Problem, choices, did_you_mean
 from flora_train.config.schema import Contradictions, RunConfig
 
 ONLY_IN_FILES = ("data_config", "recipe", "task_defaults")
@@ -21,14 +21,17 @@ FIXES = {
     "finite_number": "must be a finite number",
     "float_parsing": "must be a number",
     "float_type": "must be a number",
-    "greater_than": "must be more than {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
     "int_from_float": "must be a whole number",
     "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of fewer digits",
     "int_type": "must be a whole number",
-    "less_than": "must be less than {lt:g}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
     "list_type": "must be a list",
     "string_pattern_mismatch": "must be letters, digits, _ and -, and begin with a letter or digit",
+    "string_too_long": "must have at most {max_length:,} characters",
     "string_too_short": "must not be empty",
     "string_type": "must be text (in quotes, where YAML reads something else)",
     "too_long": "must have at most {max_length} items",
@@ -39,10 +42,15 @@ FIXES = {
 """pydantic's error type -> what the user should do; braces name the facts that pydantic gives with it."""
 
 
+LIMITS = ("gt", "ge", "lt", "le")
+
+
 def explain(error: ValidationError, raw: Any) -> list[Problem]:
     """The problems of a configuration, one per key: what each alternative of a key wants is joined by `or`."""
     problems: dict[str, Problem] = {}
     for item in error.errors():
+        if len(problems) >= MOST_PROBLEMS:
+            break
         for problem in _translate(item, raw):
             before = problems.get(problem.key)
             fix = f"{before.fix}, or {problem.fix}" if before else problem.fix
@@ -65,8 +73,14 @@ def _translate(item: Any, raw: Any) -> list[Problem]:
         return [Problem(key, value, f"must be {choices(options)}.{did_you_mean(value, options)}")]
     if item["type"] in ("model_type", "model_attributes_type"):
         return [Problem(key, value, f"must hold keys: {', '.join(_keys_of(loc))}")]
-    fix = FIXES.get(item["type"], item["msg"].replace("Input should", "must")).format(**context)
+    fix = FIXES.get(item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}"))
+    fix = fix.format(**{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()})
     return [Problem(key, None if item["loc"][-1] == "[key]" else value, fix)]
+
+
+def _readable(limit: float) -> str:
+    """10,000,000 and 0.001, and 1e+30 where digits would say nothing."""
+    return f"{limit:g}" if abs(limit) >= 1e20 or 0 < abs(limit) < 1e-4 else f"{limit:,.10g}"
 
 
 def _as_written(loc: Sequence[Any], raw: Any) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ class GuardConfig(Section):
     """What follows a bad step: a loss or gradient that is not finite, or a spike. skip: the adapter is left as it was. rollback: it
     goes back to where it was at the last checkpoint step, moments included, and trains on. quarantine: it goes back and learns no
     more; its rows stay in the batch, so that other adapters are the same to the last bit whatever happens to it."""
-    spike: float | None = Field(None, gt=1)
+    spike: float | None = Field(None, gt=1, le=1e9)
     """A step's loss more than so many times the median of the adapter's last good ones is a spike. Default: none is."""
-    window: int | None = Field(None, ge=4, validate_default=True)
+    window: int | None = Field(None, ge=4, le=10_000, validate_default=True)
     """spike: how many losses the median is of; nothing is a spike until there are so many. Default: 16."""
-    rollbacks: int | None = Field(None, ge=1, validate_default=True)
+    rollbacks: int | None = Field(None, ge=1, le=1_000_000, validate_default=True)
     """rollback: after so many the next bad step is quarantine. Default: 3."""
 
     @field_validator("window", "rollbacks")

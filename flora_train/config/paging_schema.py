@@ -8,17 +8,17 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from flora_train.config.errors import fail
 from flora_train.config.files import Layer
-from flora_train.config.section import Section, Text
+from flora_train.config.section import PathText, Section
 
 
 class PagingConfig(Section):
-    device_slots: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    device_slots: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = "auto"
     """The device has room for so many adapters of the largest kind (weights, gradient, moments), however many there are; those of a
     step must fit. Also written adapters.device_slots. auto: all, on a GPU as many as fit into half of its free memory."""
     host: Literal["memory", "disk"] = "memory"
     """Where the others are: in memory, pinned for a GPU, or in files without a name, which nobody else can write to. In
     files is then, too, the copy of all that a checkpoint takes while it is written, and what the guard goes back to."""
-    folder: Text | None = Field(None, validate_default=True)
+    folder: PathText | None = Field(None, validate_default=True)
     """host=disk: where the files are, best on a disk of this machine. Default: beside the run folder."""
 
     @field_validator("folder")

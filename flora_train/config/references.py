@@ -191,11 +191,16 @@ def _target(match: re.Match[str], place: Place) -> Place:
 
 def _find(top: Any, wanted: Place) -> tuple[Place, Any]:
     """The place that is meant, positions in lists as numbers, and its value. Raises KeyError, IndexError or ValueError if there is none."""
-    value, place = top, list[str | int]()
+    value: Any = top
+    place: list[str | int] = []
     for part in wanted:
-        if not isinstance(value, (dict, list)):
+        if isinstance(value, list):
+            position = int(part)
+            place.append(position)
+            value = value[position]
+        elif isinstance(value, dict):
+            place.append(part)
+            value = value[part]
+        else:
             raise KeyError(part)
-        key = int(part) if isinstance(value, list) else part
-        value = value[key]
-        place.append(key)
     return tuple(place), value

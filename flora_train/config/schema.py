@@ -8,20 +8,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from flora_train.config.errors import Problem, choices, did_you_mean
+from flora_train.config.errors import MOST_PROBLEMS, Problem, choices, did_you_mean
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.files import at_home
 from flora_train.config.guard_schema import GuardConfig
 from flora_train.config.mixture_schema import MixtureConfig
 from flora_train.config.paging_schema import PagingConfig
-from flora_train.config.section import Name, Section, Text
+from flora_train.config.section import LONGEST_NAME, MOST_PROCESSES, MOST_STEPS, MOST_TOKENS, Name, PathText, Section, Text
 from flora_train.config.speech_schema import AudioConfig
 from flora_train.config.sweep import SweepConfig
 from flora_train.config.task_schema import TaskConfig
 
 
 class ModelConfig(Section):
-    path: Text
+    path: PathText
     """A folder with a transformers checkpoint, or a name on the Hugging Face hub."""
     revision: str | None = None
     """Hub branch, tag or commit."""
@@ -53,32 +53,32 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     method: Literal["flora", "lora", "ia3"]
     """flora: W0 * (B A). lora: W0 + alpha/r B A. ia3: a learnt scale per output (feed-forward: input)."""
-    rank: int | None = Field(None, ge=1)
+    rank: int | None = Field(None, ge=1, le=8192)
     """Rank r of flora (default 4) and lora (default 8); ia3 has none."""
     variant: Literal["pure", "residual"] | None = None
     """flora only. residual (default): W0 * (1 + B A). pure: W0 * (B A), the paper's."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(None, gt=0, le=1_000_000)
     """lora only: the update is scaled by alpha / rank. Default: 2 x rank."""
     rslora: bool | None = None
     """lora only: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """lora only: dropout on the input of A, seeded per adapter and step."""
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=10_000)
     """Peak learning rate. Multiplicative methods want 10 to 50 times LoRA's: sweep per method."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=10_000)
     """Decoupled decay towards zero. For ia3 and pure flora zero is not the identity: leave it at 0."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, le=1e30)
     """Clip this adapter's own gradient norm; null: never."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after warm-up, by the adapter's own steps."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     """The adapter leaves the batch after this many steps of its own. Default: training.steps."""
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(None, ge=1, le=MOST_STEPS)
     """The adapter also leaves after so many held-out evaluations in a row (one each evaluation.every steps) without a better loss;
     the others share its part of the batch. Default: it stays."""
-    min_delta: float | None = Field(None, gt=0, validate_default=True)
+    min_delta: float | None = Field(None, gt=0, le=1_000_000, validate_default=True)
     """With patience: a loss is better if it is lower by more than this, in nats a token. Default: by anything."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)
     """Linear warm-up over the adapter's own first steps."""
     target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear"] = "default"
     """Module name endings, or all-linear (every linear layer but the output head), or default: all-linear
@@ -89,7 +89,7 @@ class AdapterConfig(Section):
     """ia3 only: targets whose input is scaled instead of the output. Default: PEFT's table."""
     tasks: list[Name] | None = Field(None, min_length=1)
     """Train this adapter on these tasks only. Default: all."""
-    start_from: Text | None = None
+    start_from: PathText | None = None
     """Begin with the numbers of a PEFT adapter (LORA, IA3, or HIRA for flora), a folder or a name on the hub, instead of the identity. A
     residual flora can begin with a LORA, too, as close as its rank comes. With evaluation.every, step 0 is judged then.
     {task} in it stands for the name of the task: outputs/before/adapters/{task}-lora."""
@@ -103,6 +103,16 @@ class AdapterConfig(Section):
         if value is not None and method is not None and method not in owners:
             raise ValueError(f"has no meaning for method {method}; it belongs to {' and '.join(owners)}: remove it")
         return value
+
+    @field_validator("weight_decay")
+    @classmethod
+    def _decays(cls, weight_decay: float, info: ValidationInfo) -> float:
+        lr = info.data.get("lr")
+        if lr is not None and lr * weight_decay > 1:
+            raise ValueError(
+                f"times lr = {lr:g} is more than 1: every step would turn the adapter's numbers around; make it smaller"
+            )
+        return weight_decay
 
     @field_validator("min_delta")
     @classmethod
@@ -137,27 +147,27 @@ def _warmup_fix(warmup_steps: int, limit_key: str, limit: int | None) -> str | N
 
 
 class TrainingConfig(Section):
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MOST_STEPS)
     """Optimizer steps of the run."""
-    tokens_per_step: int = Field(4096, ge=16)
+    tokens_per_step: int = Field(4096, ge=16, le=MOST_TOKENS)
     """Tokens of all adapters and all processes in one optimizer step. A task's example counts once per
     adapter that learns from it."""
-    tokens_per_microbatch: int = Field(2048, ge=16)
+    tokens_per_microbatch: int = Field(2048, ge=16, le=MOST_TOKENS)
     """Padded tokens in one forward pass on one device: what fits in memory. Steps accumulate micro-batches."""
-    max_length: int = Field(512, ge=4, validate_default=True)
+    max_length: int = Field(512, ge=4, le=MOST_TOKENS, validate_default=True)
     """Longest example in tokens, prompt included."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw (Loshchilov & Hutter 2019) or plain sgd with the same decoupled decay."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, ge=1e-30, le=1)
     """AdamW's denominator constant."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(10, ge=1, le=MOST_STEPS)
     """Steps between two progress lines and rows of metrics.jsonl."""
-    checkpoint_every: int = Field(20, ge=1)
+    checkpoint_every: int = Field(20, ge=1, le=MOST_STEPS)
     """Steps between two checkpoints for resume=true: adapters, optimizer and position, never the base. They are written while training
     goes on, from a copy."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, le=100_000)
     """So many of the last stay: one is enough, unless it is damaged. Each adapter's best state is kept apart."""
 
     @field_validator("max_length")
@@ -202,17 +212,17 @@ class Contradictions(ValueError):
 class RunConfig(Section):
     name: Name
     """Name of the run."""
-    output_dir: Text | None = None
+    output_dir: PathText | None = None
     """Run folder. Default: outputs/<name>."""
     existing_run: Literal["refuse", "replace"] = "refuse"
     """If output_dir holds a run already: stop, or delete it."""
     resume: bool = False
     """If output_dir holds this run already: go on from its last checkpoint, or keep it if it is finished."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of initialisation, mixture, splits and dropout."""
-    num_processes: int | None = Field(None, ge=1)
+    num_processes: int | None = Field(None, ge=1, le=100_000)
     """Processes that the launcher must have started; checked at the start of the run."""
-    num_threads: int | None = Field(None, ge=1)
+    num_threads: int | None = Field(None, ge=1, le=MOST_PROCESSES)
     """CPU threads per process. Default: the machine's cores, shared among the processes (accelerate's launcher would
     leave it at one)."""
     model: ModelConfig
@@ -261,6 +271,10 @@ class RunConfig(Section):
         return str(at_home(self.output_dir or f"outputs/{self.name}"))
 
 
+MOST_ADAPTERS = 100_000
+"""Of one run: families times their tasks."""
+
+
 def disagreements(
     tasks: Collection[str], adapters: Mapping[str, tuple[Sequence[str] | None, int]], steps: int | None
 ) -> list[Problem]:
@@ -268,18 +282,39 @@ def disagreements(
 
     tasks: their names; adapters: name -> (its tasks, None for all; warmup_steps); steps: of the run, None if not known.
     """
-    problems = []
+    count = sum(len(tasks if chosen is None else chosen) for chosen, _ in adapters.values())
+    if count > MOST_ADAPTERS:
+        fix = f"are {count:,}, each on every one of its tasks: at most {MOST_ADAPTERS:,} train in one run; divide them among several"
+        return [Problem("adapters", None, fix)]
+    problems, known = [], frozenset(tasks)
     for name, (chosen, warmup_steps) in adapters.items():
         for task in chosen or ():
-            if task not in tasks:
+            if task not in known:
                 fix = f"is not a task; tasks are {choices(tasks)}.{did_you_mean(task, tasks)}"
                 problems.append(Problem(f"adapters.{name}.tasks", task, fix))
         if fix := _warmup_fix(warmup_steps, "training.steps", steps) or "":
             problems.append(Problem(f"adapters.{name}.warmup_steps", warmup_steps, fix))
-    counts = Counter(adapter_name(task, name) for name, (chosen, _) in adapters.items() for task in chosen or tasks)
-    for twice in sorted(name for name, count in counts.items() if count > 1):
-        problems.append(Problem("adapters", twice, "two adapters (task-adapter) would have this name: rename a task or adapter"))
-    return problems
+        if len(problems) >= MOST_PROBLEMS:
+            return problems
+    names = [adapter_name(task, name) for name, (chosen, _) in adapters.items() for task in chosen or tasks]
+    return problems + _unusable_names(names)
+
+
+def _unusable_names(names: Sequence[str]) -> list[Problem]:
+    """Every adapter has files of its own, which its name must tell apart on every file system."""
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    problems = [
+        Problem("adapters", name, "two adapters (task-adapter) would have this name: rename a task or adapter") for name in twice
+    ]
+    first: dict[str, str] = {}
+    for name in names:
+        if len(name) > LONGEST_NAME:
+            fix = f"is the name of an adapter (task-adapter) of more than {LONGEST_NAME} characters, too long for its files: rename the task or adapter"
+            problems.append(Problem("adapters", name, fix))
+        elif (other := first.setdefault(name.lower(), name)) != name:
+            fix = f"and {other} are adapters (task-adapter) whose names differ in case only, which not every file system tells apart: rename one"
+            problems.append(Problem("adapters", name, fix))
+    return problems[:MOST_PROBLEMS]
 
 
 def _one_kind_of_task(tasks: Mapping[str, TaskConfig]) -> Problem | None:

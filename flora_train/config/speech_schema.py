@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from flora_train.config.section import Section, Text
+from flora_train.config.section import MOST_PROCESSES, Section, Text
 
 Normalizer = Literal["auto", "letters", "arabic", "unspaced"]
 Metric = Literal["auto", "wer", "cer"]
@@ -20,7 +20,7 @@ class SpeechConfig(Section):
     token: Text | None = None
     """The language token of the decoder's prompt, for a language that the model does not know: that of a related one (<|ru|>).
     Default: <|language|>."""
-    prompt: list[Text] | None = Field(None, min_length=1)
+    prompt: list[Text] | None = Field(None, min_length=1, max_length=1000)
     """All first tokens of the decoder, by their names. Default: Whisper's four, around its language token; of another
     encoder-decoder its start token."""
     audio: Text = "path"
@@ -38,16 +38,16 @@ class SpeechConfig(Section):
 
 
 class AudioConfig(Section):
-    max_seconds: float = Field(30.0, gt=0, le=30.0)
+    max_seconds: float = Field(30.0, ge=0.01, le=30.0)
     """Longer clips are left out, and counted."""
-    window_step: float | None = Field(None, gt=0, le=30.0)
+    window_step: float | None = Field(None, ge=0.02, le=30.0)
     """Encoder windows: a clip is padded with silence to the next multiple of so many seconds instead of to the model's 30 s, which
     costs less and is not the same to the last digit; docs/speech.md has what it does to error rates. Default: always 30 s; steps of
     1 s for encoders that hear any length (all but Whisper's)."""
     spec_augment: bool = False
     """Mask bands of time and frequency in training clips (Park et al. 2019), drawn anew for each (task, example, step). Whisper only."""
-    cache_gigabytes: float = Field(20.0, gt=0)
+    cache_gigabytes: float = Field(20.0, gt=0, le=1_000_000)
     """Log-mel features kept on disk; beyond that, those that were not used for longest go."""
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0, le=MOST_PROCESSES)
     """Processes that read clips ahead of the step, for each training process; 0: the training process does. Default: its share of
     the machine's cores, at most 8."""

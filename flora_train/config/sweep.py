@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from itertools import product
-from typing import Any, Literal
+from math import prod
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from flora_train.config.errors import choices, fail
 from flora_train.config.files import Layer
-from flora_train.config.section import Section
+from flora_train.config.section import LONGEST_NAME, MOST_STEPS, Section
 
 SWEPT = ("lr", "rank", "alpha", "variant", "dropout", "weight_decay", "max_grad_norm", "schedule", "warmup_steps", "max_steps")
 """Keys of an adapter that may be lists of values, each of which becomes an adapter."""
+MOST_MEMBERS = 10_000
+"""Adapters that the sweeps of a run may make."""
 LISTS = ("tasks", "target_modules", "feedforward_modules")
 """Keys that are lists by themselves."""
 
@@ -24,9 +27,9 @@ class SweepConfig(Section):
     """What happens to the adapters that a list of values (adapters.NAME.lr=[1e-3,2e-3]) made. all: they are trained to the end.
     halving: at each rung those of a task with the higher held-out losses leave, and the others share their part of the batch
     (successive halving, Jamieson & Talwalkar 2016)."""
-    factor: int | None = Field(None, ge=2, validate_default=True)
+    factor: int | None = Field(None, ge=2, le=1_000_000, validate_default=True)
     """halving: one in so many stays at a rung. Default: 2."""
-    rungs: list[int] | None = Field(None, min_length=1, validate_default=True)
+    rungs: list[Annotated[int, Field(le=MOST_STEPS)]] | None = Field(None, min_length=1, max_length=1000, validate_default=True)
     """halving: the run's steps at which is compared. Default: as many as it takes until one is left, the last at
     training.steps / factor, each before it at the factor's part of the next."""
 
@@ -58,6 +61,10 @@ def expand_sweeps(adapters: Any) -> Any:
         for key, value in values.items():
             _check(f"adapters.{name}.{key}", key, value)
         swept = {key: value for key, value in values.items() if key in SWEPT}
+        count = prod(map(len, swept.values()))
+        if count + len(expanded) > MOST_MEMBERS:
+            fix = f"is a sweep over {count:,} combinations of values: at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
+            raise fail(f"adapters.{name}", None, fix)
         for combination in product(*swept.values()):
             chosen = dict(zip(swept, combination, strict=True))
             member = "_".join([str(name), *(f"{key}{_short(value)}" for key, value in chosen.items())])
@@ -76,17 +83,22 @@ def _check(key: str, option: str, values: list[Any]) -> None:
         raise fail(key, values, f"is no key that can be swept: a list of values may stand for {choices(SWEPT)}")
     if not values:
         raise fail(key, values, "is a sweep over nothing: give one value or several")
-    names = [_short(value) for value in values]
-    if twice := next((value for i, value in enumerate(values) if names[i] in names[:i]), None):
-        raise fail(key, twice, "is in this sweep twice: remove one")
+    if len(values) > MOST_MEMBERS:
+        raise fail(
+            key, None, f"is a sweep over {len(values):,} values: at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
+        )
+    seen: set[str] = set()
+    for value in values:
+        if (name := _short(value)) in seen:
+            raise fail(key, value, "is in this sweep twice: remove one")
+        seen.add(name)
 
 
 def _short(value: Any) -> str:
     """A value as part of a name, which has no points: 16, 2e-3, 15e-4, cosine."""
-    try:
-        number = Decimal(str(value))
-    except InvalidOperation:
-        return str(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)[: LONGEST_NAME + 1]  # longer ones are refused as names
+    number = Decimal(str(value))
     if not number.is_finite() or number == number.to_integral_value():
         return f"{number:f}".partition(".")[0]
     _, digits, exponent = number.normalize().as_tuple()

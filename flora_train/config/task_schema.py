@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from flora_train.config.section import Section, Text
+from flora_train.config.section import MOST_ROWS, PathText, Section, Text
 from flora_train.config.speech_schema import SpeechConfig
 
 
 class SourceConfig(Section):
     """Where rows come from: exactly one of `hub`, `files`, `common_voice` or `folder`. A bare string means `files`."""
 
-    hub: Text | None = None
+    hub: PathText | None = None
     """A data set on the Hugging Face hub."""
     subset: str | None = None
     """Its configuration name."""
@@ -25,17 +25,17 @@ class SourceConfig(Section):
     """The folder of it that is read, where it has one a language (data/lua)."""
     revision: str | None = None
     """Its branch, tag or commit."""
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Read its first so many rows only, streamed: for data sets that are larger than the disk."""
     stand_in: str | None = None
     """A local source that can take its place: what the error says when the hub does not give it."""
-    files: list[Text] | None = Field(None, min_length=1)
+    files: list[PathText] | None = Field(None, min_length=1)
     """Paths or globs of .jsonl, .json, .parquet, .csv, .tsv or .txt files."""
-    common_voice: Text | None = None
+    common_voice: PathText | None = None
     """A release of Common Voice as it is given out: its folder (cv-corpus-<version>/), or a language's .tar.gz."""
     locale: Text | None = Field(None, validate_default=True)
     """The language of the release (cs, mr, ...): its folder there."""
-    folder: str | None = Field(None, validate_default=True)
+    folder: PathText | None = Field(None, validate_default=True)
     """A folder of source code: one row a file, in column `text` (and its path in `path`)."""
     glob: Text = "**/*"
     """Which files of `folder`. Hidden ones (.git) are left out."""
@@ -57,6 +57,9 @@ class SourceConfig(Section):
         if kinds <= info.data.keys() and len(given) != 1:
             raise ValueError(f"give exactly one of hub, files, common_voice or folder, not {' and '.join(given) or 'none'}")
         return folder
+
+
+LEAST_WEIGHT = 1e-6
 
 
 def _source_shorthand(value: Any) -> Any:
@@ -88,11 +91,11 @@ class TaskConfig(Section):
     """Column (or template) that is learnt after the prompt."""
     text: Text | None = None
     """Column (or template) that is learnt whole. Use this or prompt + completion."""
-    max_examples: int | None = Field(None, ge=1)
+    max_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Use at most this many training rows (a seeded sample)."""
-    max_validation_examples: int | None = Field(None, ge=1)
+    max_validation_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Use at most this many held-out rows (a seeded sample)."""
-    max_test_examples: int | None = Field(None, ge=1)
+    max_test_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Use at most this many test rows (a seeded sample)."""
     over_long: Literal["truncate", "split", "drop"] = "truncate"
     """What happens to examples longer than training.max_length tokens; each is counted in the report. split: equal
@@ -106,10 +109,17 @@ class TaskConfig(Section):
     """Makes this a speech task."""
     license: Text | None = None
     """What its rows may be used under, for the cards of its adapters: an identifier of the hub's (mit, cc0-1.0, other, ...)."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e6)
     """Share in the mixture, relative to the other tasks."""
     sample_prompts: list[Text] = []
     """Prompts completed by the base model and by every adapter at the end of the run."""
+
+    @field_validator("weight")
+    @classmethod
+    def _is_drawn_at_all(cls, weight: float) -> float:
+        if weight < LEAST_WEIGHT:
+            raise ValueError(f"must be at least {LEAST_WEIGHT:g}: the task would not be drawn")
+        return weight
 
     @field_validator("completion")
     @classmethod

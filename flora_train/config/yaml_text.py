@@ -5,9 +5,11 @@ Numbers are YAML 1.2's where YAML 1.1 surprises: `1e-3` is a number, a date is t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import yaml
@@ -26,7 +28,6 @@ from yaml.events import (
 from yaml.resolver import Resolver
 
 PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-EMITTER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 DEEPEST = 64
 """Levels of mappings and lists inside each other, aliases followed."""
@@ -75,19 +76,14 @@ class _Scalars(SafeConstructor, Resolver):
         Resolver.__init__(self)
 
 
-class _Dumper(EMITTER):  # type: ignore[misc]
-    """Puts all text in quotes that would not be read as text."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-for _kind in (_Scalars, _Dumper):
-    _kind.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+0123456789."))
+_Scalars.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+0123456789."))
 _Scalars.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{TAG}timestamp", f"{TAG}value")]
     for first, resolvers in _Scalars.yaml_implicit_resolvers.items()
 }
+PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+"""Text that needs no quotes, unless it is reserved."""
+RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 SCALARS = {f"{TAG}{kind}" for kind in ("str", "int", "float", "bool", "null")}
 
 
@@ -96,18 +92,57 @@ def read(text: str) -> Any:
 
     Raises YamlFaults.
     """
-    if fault := _unwritable(text):
+    if fault := unwritable(text):
         raise YamlFaults(Fault(None, None, fault))
     return _Reader().read(text.removeprefix("\ufeff"))
 
 
-def write(value: Any) -> str:
-    """YAML that `read` reads back equal, keys in their order."""
-    written: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
-    return written
+def write(value: dict[str, Any]) -> str:
+    """YAML that `read` reads back equal, keys in their order. value: mappings and lists of text, numbers, booleans and None."""
+    lines: list[str] = []
+    _write_mapping(value, "", lines)
+    return "\n".join(lines) + "\n" if lines else "{}\n"
 
 
-def _unwritable(text: str) -> str | None:
+def _write_mapping(mapping: dict[str, Any], indent: str, lines: list[str]) -> None:
+    for key, value in mapping.items():
+        begin = f"{indent}{_scalar(key)}:"
+        if isinstance(value, dict) and value:
+            lines.append(begin)
+            _write_mapping(value, f"{indent}  ", lines)
+        elif isinstance(value, (list, tuple)) and value and not any(isinstance(item, (dict, list, tuple)) for item in value):
+            lines.append(begin)
+            lines.extend(f"{indent}- {_scalar(item)}" for item in value)
+        else:
+            lines.append(f"{begin} {_flow(value)}")
+
+
+def _flow(value: Any) -> str:
+    """A value on one line."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_scalar(key)}: {_flow(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_flow, value))}]"
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return value if PLAIN.fullmatch(value) and value.lower() not in RESERVED else _quoted(value)
+    if isinstance(value, float):
+        return {inf: ".inf", -inf: "-.inf"}.get(value, ".nan" if value != value else repr(value))
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+
+
+def _quoted(text: str) -> str:
+    """In double quotes, with an escape for whatever is not printed as it is. json's escapes are YAML's."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return quoted if quoted.isprintable() else "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
+
+
+def unwritable(text: str) -> str | None:
     """Why this text cannot be part of a file's name or content; None if it can."""
     if "\0" in text:
         return "holds a character of code 0, which no text or file name may have"
@@ -287,7 +322,7 @@ class _Reader:
         return value
 
     def _text(self, event: ScalarEvent) -> str:
-        if fault := _unwritable(event.value):
+        if fault := unwritable(event.value):
             self.faults.append(Fault(_line(event), None, fault))
         return str(event.value)
 

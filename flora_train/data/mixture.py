@@ -168,7 +168,7 @@ class TaskMixture:
             # task with the fewest tokens per weight. Two live tasks never drift apart by more than one draw.
             index = int(np.where(live, self._served, np.inf).argmin())
         else:
-            shares = np.where(live, self._weights(), 0.0)
+            shares = np.where(live, self._weights(live), 0.0)
             index = int(self._random.choice(len(shares), p=shares / shares.sum()))
         examples = tuple(next(self._queues[index]) for _ in range(self.config.examples_per_draw))
         stream = self.streams[index]
@@ -184,13 +184,16 @@ class TaskMixture:
             adapter for adapter, limit in stream.max_steps.items() if taken < limit and now < self.left.get(adapter, now + 1)
         )
 
-    def _weights(self) -> NDArray[np.float64]:
+    def _weights(self, live: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+        """Shares of the strategy, not yet summed to 1. live: the tasks that are drawn from now (default: all)."""
         weights = np.array([stream.weight for stream in self.streams])
         sizes = np.array([len(stream.lengths) for stream in self.streams], dtype=np.float64)
         if self.config.strategy == "proportional":
             return weights * sizes
         if self.config.strategy == "temperature":
-            return (weights * sizes) ** (1.0 / (self.config.temperature or 1.0))
+            sized = weights * sizes
+            largest = sized.max() if live is None else sized[live].max()
+            return np.minimum(sized / largest, 1.0) ** (1.0 / (self.config.temperature or 1.0))  # powers of more than 1 overflow
         return weights
 
     def _check_budget(self) -> None:
