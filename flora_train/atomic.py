@@ -4,27 +4,56 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import UserError, fail
+
+Write = Callable[[Path], Any]
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` a temporary neighbour, then rename: the file is the old one, or the new one whole."""
+def write_atomically(path: Path, write: Write, new: bool = False) -> None:
+    """`write` a temporary neighbour, then rename: the file is the old one, or the new one whole.
+
+    new: the file must not exist, not even if another process has made it meanwhile. Raises UserError if it cannot be written.
+    """
+    with disk_errors(path), _written(path, write) as temporary:
+        if new:
+            _name_new(temporary, path)
+        else:
+            temporary.replace(path)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def _written(path: Path, write: Write) -> Iterator[Path]:
+    """A temporary neighbour of `path` with its content on the disk; removed at the end if it is still there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_folder(path.parent)
+            yield temporary
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _name_new(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise fail(str(path), None, "exists already: choose another, or delete it") from None
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise fail(str(path), None, "exists already: choose another, or delete it") from None
+        temporary.replace(path)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -36,8 +65,27 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FIXES = {
+    errno.EACCES: "choose another place, or change its permissions",
+    errno.EPERM: "choose another place, or change its permissions",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENAMETOOLONG: "choose shorter names",
+    errno.ENOTDIR: "a file is in the way of a folder: choose another place",
+    errno.EISDIR: "a folder is in the way of the file: choose another place",
+    errno.EEXIST: "something of this name is in the way: choose another place",
+    errno.ENOTEMPTY: "a folder that is not empty is in the way: choose another place",
+    errno.ELOOP: "links lead in a circle there, or a link is in the way: choose another place",
+    errno.EIO: "the disk reports an error: check it, or choose another place",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine",
+}
+"""What a user does about an error of the system."""
+ELSEWHERE = "choose another place"
+
+
 class disk_errors:
-    """Turn "no space left" and "not allowed" into a UserError that names the file and the space there is."""
+    """A context in which files are written: turn the system's errors into a UserError that names the file and the fix."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,15 +94,30 @@ class disk_errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        full = isinstance(error, OSError) and error.errno in codes
-        # safetensors passes on the system's words, in an error type of its own
-        full = full or any(os.strerror(code) in str(error) for code in codes)
-        if full:
-            place = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
-            free = shutil.disk_usage(place).free / 1e6
+        code = _code(error)
+        if error is None or code is None:
+            return
+        if code in FULL:
+            room = f" ({free:.1f} MB free)" if (free := _free_megabytes(self.path)) is not None else ""
             raise fail(
-                str(self.path), None, f"the disk is full ({free:.1f} MB free): what was there is kept; make room and run again"
+                str(self.path), None, f"the disk is full{room}: what was there is kept; make room and run again"
             ) from error
-        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
-            raise fail(str(self.path), None, f"may not be written ({error.strerror}): choose another place") from error
+        raise fail(str(self.path), None, f"may not be written ({os.strerror(code)}): {FIXES.get(code, ELSEWHERE)}") from error
+
+
+def _code(error: BaseException | None) -> int | None:
+    """The number of the system's error; None if the error is another one."""
+    if isinstance(error, ConnectionError):
+        return None
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO
+    # safetensors passes on the system's number in an error type of its own
+    passed_on = re.search(r"os error (\d+)", str(error)) if error is not None and not isinstance(error, UserError) else None
+    return int(passed_on[1]) if passed_on else None
+
+
+def _free_megabytes(path: Path) -> float | None:
+    for parent in (path, *path.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(parent).free / 1e6
+    return None

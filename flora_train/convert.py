@@ -58,7 +58,7 @@ def convert_adapter(words: Sequence[str]) -> None:
     for module, params in bank.parameters_of(out.name).items():
         for param, view in params.items():
             view.copy_(numbers[f"{module}.{param}"])
-    export_peft(bank, out.name, out, base)
+    export_peft(bank, out.name, out, base, replace=False)
     found = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
     write_card(
         {}, bank.specs[0], out, origin=f"Fitted to the LoRA `{source}` of rank {config['r']} by weighted least squares: {found}."

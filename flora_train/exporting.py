@@ -23,12 +23,13 @@ from flora_train.config.words import from_flags, parse_words
 from flora_train.data.tokens import pad_token
 from flora_train.export.card import write_card
 from flora_train.export.merge import save_merged
-from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_format import check_new, export_peft
 from flora_train.export.stand_in import StandIn, lora_stand_in, write_into
 from flora_train.run import read_report
-from flora_train.session import Session, reopen
+from flora_train.session import Session, locked, reopen
 from flora_train.training.heldout import evaluate_heldout
 from flora_train.training.loss import RowLosses
+from flora_train.training.manifest import PEFT_FILES
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import open_run
 
@@ -77,19 +78,30 @@ def export_adapters(run: str | Path, names: Sequence[str] = (), as_: str = "peft
 
 def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path]:
     folder, _ = open_run(run)
-    out = folder.path / FOLDERS[options.as_] if options.out is None else Path(options.out)
-    if options.as_ == "merged":
-        return merge(run, names, out)
-    stands_in = options.as_ == "lora-svd"
-    session, _ = reopen(run, with_tasks=stands_in, dtype="float32" if stands_in else None)
-    names = checked(session.bank, names, options.as_)
-    report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
-    if stands_in:
-        return _write_stand_ins(session, [_stand_in(session.bank, name, options) for name in names], report, out)
-    for name in names:
-        export_peft(session.bank, name, out / name, session.config.model.path, own_type=options.as_ == "flora")
-        write_card(report, session.bank.specs[session.bank.ids[name]], out / name)
-    return [out / name for name in names]
+    own = folder.path / FOLDERS[options.as_]
+    out = own if options.out is None else Path(options.out)
+    inside = out.resolve().is_relative_to(folder.path.resolve())
+    with locked(run, alone=inside) as folder:
+        if options.as_ == "merged":
+            return merge(run, names, out)
+        stands_in = options.as_ == "lora-svd"
+        session, _ = reopen(run, with_tasks=stands_in, dtype="float32" if stands_in else None)
+        names = checked(session.bank, names, options.as_)
+        files = [f"{FOLDERS[options.as_]}/{{adapter}}/{file}" for file in PEFT_FILES]
+        ours = out.resolve() == own.resolve() and (options.as_ == "peft" or folder.names(files))
+        for name in () if ours else names:
+            check_new(out / name)
+        if out.resolve() == own.resolve():
+            folder.add_files(files)
+        report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
+        if stands_in:
+            found = [_stand_in(session.bank, name, options) for name in names]
+            return _write_stand_ins(session, found, report, out, replace=ours)
+        for name in names:
+            own_type = options.as_ == "flora"
+            export_peft(session.bank, name, out / name, session.config.model.path, own_type, replace=ours)
+            write_card(report, session.bank.specs[session.bank.ids[name]], out / name)
+        return [out / name for name in names]
 
 
 def checked(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str]:
@@ -115,6 +127,8 @@ def merge(run: str, names: Sequence[str], out: Path) -> list[Path]:
         published.dtype = torch.float32
         session.model.config = published
         save_merged(session.bank, name, session.tokenizer, out / name)
+        if out.resolve() == (session.folder.path / FOLDERS["merged"]).resolve():
+            session.folder.add_files(f"merged/{name}/{path.name}" for path in (out / name).iterdir())
     return [out / name for name in names]
 
 
@@ -124,7 +138,9 @@ def _stand_in(bank: AdapterBank, name: str, options: ExportOptions) -> StandIn:
         return lora_stand_in(bank, name, rank, options.max_error, watch.update)
 
 
-def _write_stand_ins(session: Session, stand_ins: Sequence[StandIn], report: Mapping[str, Any], out: Path) -> list[Path]:
+def _write_stand_ins(
+    session: Session, stand_ins: Sequence[StandIn], report: Mapping[str, Any], out: Path, replace: bool
+) -> list[Path]:
     """PEFT folders, with what was lost in the terminal and on the cards."""
     names = [stand_in.spec.name for stand_in in stand_ins]
     others = [i for name, i in session.bank.ids.items() if name not in names]
@@ -134,7 +150,7 @@ def _write_stand_ins(session: Session, stand_ins: Sequence[StandIn], report: Map
     )
     for stand_in in stand_ins:
         write_into(bank, stand_in)
-        export_peft(bank, stand_in.spec.name, out / stand_in.spec.name, session.config.model.path)
+        export_peft(bank, stand_in.spec.name, out / stand_in.spec.name, session.config.model.path, replace=replace)
     after = _heldout(session, bank, ())
     table = Table(box=SIMPLE_HEAD, title="closest LoRAs: held-out loss, nats a token", title_justify="left")
     for heading in ("adapter", "rank", "|dW - BA| / |dW|", "base", "adapter", "LoRA"):

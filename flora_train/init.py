@@ -88,7 +88,7 @@ def init_recipe(words: Sequence[str]) -> None:
         raise fail("out", str(out), "exists already: choose another, or delete it")
     steps, tokens = sizes(validate(raw_recipe(name, options.model, found, 100, 1 << 20)))
     text = recipe_text(name, options.model, found, steps, tokens, out)
-    write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"), new=True)
     load_config([f"recipe={out}"])
     for task, facts in found.items():
         print_plain(f"{task:20} {facts.seen}")

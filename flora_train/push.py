@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
-from flora_train.adapters.spec import expand
+from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.config.errors import UserError, choices, did_you_mean, fail, first_line
 from flora_train.config.options import read_options
+from flora_train.config.schema import RunConfig
 from flora_train.config.section import Section, Text
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
@@ -21,7 +22,7 @@ from flora_train.export.repository import MANIFEST, Entries, Repository, stage
 from flora_train.run import read_report
 from flora_train.training.distributed import say
 from flora_train.training.progress import Watch
-from flora_train.training.run_folder import open_run
+from flora_train.training.run_folder import RunFolder, open_run
 
 ATTEMPTS = 6
 PASSING = (429, 500, 502, 503, 504)
@@ -57,13 +58,22 @@ def push_run(words: Sequence[str]) -> None:
         if name not in specs:
             raise fail("adapter", name, f"there are {choices(specs)}.{did_you_mean(name, specs)}")
     names = names or list(specs)
+    folder.share()
+    try:
+        _push(folder, config, [specs[name] for name in names], options)
+    finally:
+        folder.unlock()
+
+
+def _push(folder: RunFolder, config: RunConfig, chosen: Sequence[AdapterSpec], options: PushOptions) -> None:
+    """Stage and send, while no other process trains in the folder."""
+    run = str(folder.path)
     if not folder.finished:
         raise fail("run", run, "is not finished: it trains still, or goes on with resume=true")
-    if missing := [name for name in names if not (folder.adapters / name).is_dir()]:
+    if missing := [spec.name for spec in chosen if not (folder.adapters / spec.name).is_dir()]:
         raise fail("run", run, f"has no folder of {missing[0]}: flora-train export {run} writes it")
     report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
     with TemporaryDirectory() as place:
-        chosen = [specs[name] for name in names]
         repositories = stage(folder, chosen, report, options.repo, options.base, options.repo_per_adapter, Path(place))
         base = options.base or config.model.path
         if Path(base).exists():

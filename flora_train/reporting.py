@@ -32,7 +32,11 @@ def draw_reports(words: Sequence[str]) -> None:
     if len(runs) == 1:
         if options.out is not None:
             raise fail("out", options.out, "is for several runs beside each other; one has its page in its folder")
-        print_plain(write_report(reports[0], folders[0].evaluation))
+        folders[0].lock()
+        try:
+            print_plain(write_report(reports[0], folders[0].evaluation))
+        finally:
+            folders[0].unlock()
         return
     named = dict(zip(labels(runs), reports, strict=True))
     page = Path(runs[0]).resolve().parent / "comparison.html" if options.out is None else Path(options.out)

@@ -12,6 +12,7 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
+from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain, safe_streams
@@ -28,7 +29,7 @@ from flora_train.evaluation.report.terminal import (
 from flora_train.evaluation.results import SCHEMA
 from flora_train.export.peft_start import start_from_peft
 from flora_train.judge import judge, training_facts
-from flora_train.session import Session, load_session, make_accelerator, reopen
+from flora_train.session import Session, load_session, locked, make_accelerator, reopen
 from flora_train.tracking import begin_tracking, end_tracking
 from flora_train.training.apart import time_apart
 from flora_train.training.clock import spoken
@@ -43,8 +44,9 @@ from flora_train.training.distributed import (
 )
 from flora_train.training.environment import dtype_of
 from flora_train.training.growth import grow
+from flora_train.training.manifest import suite_files
 from flora_train.training.progress import duration
-from flora_train.training.run_folder import RunFolder, comparable
+from flora_train.training.run_folder import RunFolder, Standing, comparable
 from flora_train.training.sharding import loads_in_parts
 from flora_train.training.signals import Interrupted
 from flora_train.training.trainer import Trainer
@@ -59,9 +61,15 @@ def train_run(config: RunConfig) -> Path:
     accelerator = make_accelerator(config, folder)
     on_every_process(lambda: check_world_size(config.num_processes, accelerator.num_processes))
     check_alike(lambda: comparable(config))
-    standing = on_main_process(lambda: folder.standing(config))
-    if standing in ("interrupted", "grown"):
-        on_main_process(folder.lock)
+    standing = on_main_process(lambda: folder.enter(config))
+    try:
+        return _train_run(config, folder, accelerator, standing, started)
+    finally:
+        folder.unlock()
+
+
+def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing: Standing, started: float) -> Path:
+    """`train_run`, while no other process works in the folder."""
     if standing == "finished":
         say(f"{folder.path} holds this run, finished; it is kept (resume=false existing_run=replace runs it again)")
         if is_main_process():
@@ -81,7 +89,8 @@ def train_run(config: RunConfig) -> Path:
         grow(trainer, start)
     elif standing == "free":
         start(range(len(session.bank.specs)))
-    on_main_process(lambda: folder.claim(config))
+    suites = suite_files(suite.name for suite in plan.suites) if plan else []
+    on_main_process(lambda: folder.claim(config, also=suites))
     on_main_process(lambda: report_left_out(session))
     on_every_process(lambda: begin_tracking(accelerator, config, folder))
     say(
@@ -133,7 +142,8 @@ def report_left_out(session: Session) -> None:
     ]
     if lines:
         file = session.folder.path / "clips_left_out.tsv"
-        file.write_text("task\tsplit\treason\tfile\n" + "".join(lines), encoding="utf-8")
+        text = "task\tsplit\treason\tfile\n" + "".join(lines)
+        write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
         reasons = Counter(line.split("\t")[2] for line in lines)
         say(f"note: {len(lines)} clips are left out ({', '.join(f'{n} {r}' for r, n in reasons.items())}): {file}")
 
@@ -184,10 +194,12 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
 
 def evaluate_run(run: str) -> dict[str, Any]:
     """Judge a run's kept adapters again and rewrite its report, whose content is returned."""
-    session, kept = reopen(run, with_tasks=True)
-    plan = on_main_process(lambda: plan_evaluation(session.config, need_sandbox=False))
-    judge(session, kept, plan)
-    return on_main_process(lambda: read_report(session.folder))
+    with locked(run) as folder:
+        session, kept = reopen(run, with_tasks=True)
+        plan = on_main_process(lambda: plan_evaluation(session.config, need_sandbox=False))
+        on_main_process(lambda: folder.add_files(suite_files(suite.name for suite in plan.suites) if plan else []))
+        judge(session, kept, plan)
+        return on_main_process(lambda: read_report(session.folder))
 
 
 def _command() -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -38,7 +39,7 @@ from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokens import check_tokenizer
 from flora_train.kernels.backend import use_backend, use_precision
 from flora_train.training.checksum import fingerprint
-from flora_train.training.distributed import on_every_process, say
+from flora_train.training.distributed import on_every_process, on_main_process, say
 from flora_train.training.environment import available_cpus
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, open_run
@@ -156,6 +157,18 @@ def reopen(run: str, with_tasks: bool = False, dtype: str | None = None) -> tupl
     session = load_session(config, folder, make_accelerator(config, folder, trackers=False).device, with_tasks)
     adapters = range(len(session.bank.specs))
     return session, on_every_process(lambda: load_kept(session.bank, adapters, folder.kept))
+
+
+@contextmanager
+def locked(run: str, alone: bool = True) -> Iterator[RunFolder]:
+    """A run folder in which no other process trains meanwhile; `alone`: nor reads. Raises UserError if one does."""
+    folder, config = open_run(run)
+    make_accelerator(config, folder, trackers=False)  # from here on the processes know each other
+    on_main_process(folder.lock if alone else folder.share)
+    try:
+        yield folder
+    finally:
+        folder.unlock()
 
 
 def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True) -> Any:

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from flora_train.adapters.base_model import load_base_model
 from flora_train.config.errors import fail
+from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.load import merge, validate
 from flora_train.config.options import read_options
+from flora_train.config.schema import RunConfig
 from flora_train.config.section import PathText, Section, Text
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import parse_words
 from flora_train.evaluation.code.completion_log import CompletionLog
-from flora_train.evaluation.code.completions import Completion, write_multipl_e
-from flora_train.evaluation.code.evaluate import evaluate_code, plan_evaluation
+from flora_train.evaluation.code.completions import Completion, check_multipl_e, write_multipl_e
+from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evaluation
+from flora_train.evaluation.code.problems.suites import Suite
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_pass_at_k
 from flora_train.evaluation.results import not_measured
 from flora_train.run import read_report
-from flora_train.session import make_accelerator, reopen
+from flora_train.session import locked, reopen
 from flora_train.training.distributed import on_main_process, wait_for_everyone
-from flora_train.training.run_folder import open_run
+from flora_train.training.manifest import suite_files
+from flora_train.training.run_folder import RunFolder, open_run
 
 Names = Annotated[list[Text], Field(min_length=1)]
 
@@ -59,10 +63,44 @@ def solve_run(run: str, words: Sequence[str]) -> None:
     if not folder.adapters.is_dir() or not any(folder.adapters.iterdir()):
         raise fail("run", run, "has no adapters yet: it did not finish; train it on with resume=true")
     report = read_report(folder) if options.out is None and (folder.evaluation / "report.json").exists() else None
-    make_accelerator(config, folder, trackers=False)  # from here on the processes know each other
-    plan = on_main_process(lambda: plan_evaluation(config))
-    session, _ = reopen(run)
     place = folder.evaluation if options.out is None else Path(options.out)
+    inside = place.resolve().is_relative_to(folder.path.resolve())
+    with locked(run, alone=inside) as folder:
+        plan = on_main_process(lambda: plan_evaluation(config))
+        if options.out is None:
+            on_main_process(lambda: folder.add_files(suite_files(suite.name for suite in plan.suites)))
+        if options.multipl_e is not None:
+            on_main_process(lambda: _check_layout(plan, place, config.evaluation, Path(str(options.multipl_e))))
+        _solve(run, config, options, plan, place, folder, report, recorded)
+
+
+def _check_layout(plan: Plan, place: Path, evaluation: EvaluationConfig, layout: Path) -> None:
+    """Raises UserError if `layout` holds completions that are not in the logs that it would be written from."""
+    for suite in plan.suites:
+        check_multipl_e(_completions(place, suite), layout, evaluation)
+
+
+def _completions(place: Path, suite: Suite) -> list[Completion]:
+    known = [entry for entry in CompletionLog(place / suite.name).read().values() if entry.language in suite.problems]
+    problems = suite.problems
+    return [
+        Completion(entry.adapter, problems[entry.language][entry.name], entry.sample, entry.completion)
+        for entry in known
+        if entry.name in problems[entry.language]
+    ]
+
+
+def _solve(
+    run: str,
+    config: RunConfig,
+    options: SolveOptions,
+    plan: Plan,
+    place: Path,
+    folder: RunFolder,
+    report: dict[str, Any] | None,
+    recorded: RunConfig,
+) -> None:
+    session, _ = reopen(run)
     evaluate_code(
         config,
         plan,
@@ -80,12 +118,8 @@ def solve_run(run: str, words: Sequence[str]) -> None:
         for suite in plan.suites:
             print_plain(f"\ncompletions, verdicts, scores   {place / suite.name}/")
             if options.multipl_e is not None:
-                logged = CompletionLog(place / suite.name).read().values()
-                known = [e for e in logged if e.name in suite.problems.get(e.language, {})]
-                completions = [Completion(e.adapter, suite.problems[e.language][e.name], e.sample, e.completion) for e in known]
-                print_plain(
-                    f"in MultiPL-E's layout           {write_multipl_e(completions, Path(options.multipl_e), config.evaluation)}/"
-                )
+                layout = write_multipl_e(_completions(place, suite), Path(options.multipl_e), config.evaluation)
+                print_plain(f"in MultiPL-E's layout           {layout}/")
         if report is not None:
             now = {**report, "code": summaries, "not_measured": not_measured(recorded, executed=True)}
             print_plain(f"report                          {write_report(now, folder.evaluation)}")

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from typing import Any
 
+from flora_train.adapters.spec import expand
 from flora_train.config.schema import RunConfig
 from flora_train.training.distributed import is_main_process
+from flora_train.training.manifest import PEFT_FILES
 from flora_train.training.run_folder import RunFolder, flat
 
 
@@ -19,6 +21,8 @@ def begin_tracking(accelerator: Any, config: RunConfig, folder: RunFolder) -> No
     if "wandb" in config.tracking.trackers and is_main_process():
         named = {"name": config.name, "group": config.tracking.group, "dir": str(folder.path)}
         options["wandb"] = {**named, "id": _identity(folder), "resume": "allow"}
+    if is_main_process():
+        folder.add_files(tracker_files(config, folder))
     accelerator.init_trackers(config.tracking.project, config=_scalars(config), init_kwargs=options)
 
 
@@ -33,10 +37,24 @@ def end_tracking(accelerator: Any, config: RunConfig, folder: RunFolder, results
         for name in ("report.html", "report.json"):
             report.add_file(str(folder.evaluation / name))
         run.log_artifact(report)
-        for adapter in sorted(folder.adapters.iterdir()):
-            artifact = wandb.Artifact(f"{config.name}-{adapter.name}", type="model")
-            artifact.add_dir(str(adapter))
+        for spec in expand(config):
+            artifact = wandb.Artifact(f"{config.name}-{spec.name}", type="model")
+            for name in PEFT_FILES:
+                artifact.add_file(str(folder.adapters / spec.name / name))
             run.log_artifact(artifact)
+
+
+def tracker_files(config: RunConfig, folder: RunFolder) -> list[str]:
+    """What the trackers write into the run folder, as its manifest names it."""
+    found = []
+    if "wandb" in config.tracking.trackers:
+        run = f"run-{{part}}-{_identity(folder)}/{{rest}}"
+        found += [f"wandb/{run}", f"wandb/offline-{run}", "wandb/latest-run", "wandb/debug.log", "wandb/debug-internal.log"]
+    place = config.tracking.project
+    if "tensorboard" in config.tracking.trackers and ".." not in place and not place.startswith("/"):
+        events = "events.out.tfevents.{part}"
+        found += [f"{place}/{events}", f"{place}/{{part}}/{events}", f"{place}/hparams.yml"]
+    return found
 
 
 def final_figures(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

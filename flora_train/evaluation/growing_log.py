@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -48,8 +49,27 @@ class GrowingLog(Generic[Entry]):
             words = f"holds {self.word}s, and no settings.json that says how they were made: {self.another}"
             raise fail(str(self.path), None, words)
         else:
+            self._check_ours(settings)
             text = json.dumps(settings, indent=2) + "\n"
             write_atomically(self.settings, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _check_ours(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError if a settings.json is there that is of something else."""
+        if not self.settings.exists():
+            return
+        try:
+            there = json.loads(self.settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            there = None
+        if not isinstance(there, dict) or there.keys() != settings.keys():
+            raise fail(str(self.settings), None, f"is not ours and would be overwritten: {self.another}")
+
+    def forget(self) -> None:
+        """Delete the log: its own files, and the folder if nothing else is in it."""
+        for file in (*self._files(), self.settings):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def read(self) -> dict[tuple[Any, ...], Entry]:
         """All entries by key. A last line that a kill or a full disk cut short is none; the next writer removes it."""
@@ -70,7 +90,7 @@ class GrowingLog(Generic[Entry]):
         return LogWriter(self.path / f"{self.word}s-{rank}.jsonl")
 
     def _files(self) -> list[Path]:
-        return sorted(self.path.glob(f"{self.word}s-*.jsonl"))
+        return sorted(file for file in self.path.glob(f"{self.word}s-*.jsonl") if re.fullmatch(r".*-\d+", file.stem))
 
     def _mixed(self, key: str, there: Any, ours: Any) -> Fault:
         return Fault(f"{self.path}: {key}", ours, f"its {self.word}s were made with {there!r} and would be mixed: {self.another}")

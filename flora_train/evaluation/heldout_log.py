@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.atomic import disk_errors
 from flora_train.config.errors import UserError
 from flora_train.data.batch import Row
 from flora_train.evaluation.growing_log import GrowingLog
@@ -51,7 +51,8 @@ class HeldOutLog:
 
     def forget(self) -> None:
         """Once the report is written."""
-        shutil.rmtree(self.log.path, ignore_errors=True)
+        with disk_errors(self.log.path):
+            self.log.forget()
 
     def _claim(self, settings: Mapping[str, object]) -> None:
         try:

@@ -44,6 +44,7 @@ def save_merged(bank: AdapterBank, name: str, tokenizer: Any, folder: Path) -> P
         raise fail("output folder", str(folder), "exists already: choose another")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with disk_errors(folder):
+        temporary.mkdir(parents=True)
         try:
             model: Any = merge_into_base(bank, name)
             model.save_pretrained(temporary)

@@ -14,27 +14,50 @@ from torch import Tensor
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.targets import shortest_suffixes
 from flora_train.atomic import disk_errors
+from flora_train.config.errors import fail
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def export_peft(bank: AdapterBank, name: str, folder: Path, base_model: str, own_type: bool = False) -> Path:
-    """Write `folder`/adapter_config.json and adapter_model.safetensors (float32), whole or not at all.
+def export_peft(
+    bank: AdapterBank, name: str, folder: Path, base_model: str, own_type: bool = False, replace: bool = True
+) -> Path:
+    """Write `folder`/adapter_config.json and adapter_model.safetensors (float32), whole or not at all. Other files in it stay.
 
     A pure fLoRA of rank r becomes HiRA of rank r + 1 (exactly), a residual one HiRA of rank r. own_type: it becomes FLORA of rank r, which
-    peft knows once flora_train.peft_plugin is imported.
-    Raises UserError if the disk is full.
+    peft knows once flora_train.peft_plugin is imported. replace: whether these two files may be there already.
+    Raises UserError if they cannot be written.
     """
+    if not replace:
+        check_new(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with disk_errors(folder):
+        temporary.mkdir(parents=True)
         try:
-            temporary.mkdir(parents=True)
-            save_file(peft_tensors(bank, name, own_type), temporary / "adapter_model.safetensors", {"format": "pt"})
+            save_file(peft_tensors(bank, name, own_type), temporary / WEIGHTS, {"format": "pt"})
             content = json.dumps(peft_config(bank, name, base_model, own_type), indent=2) + "\n"
-            (temporary / "adapter_config.json").write_text(content, encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            (temporary / CONFIG).write_text(content, encoding="utf-8")
+            _move(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    """Put the two files into `folder`. A kill leaves the old adapter, the new one, or a folder without CONFIG, which is no adapter."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    (folder / CONFIG).unlink(missing_ok=True)
+    for file in (WEIGHTS, CONFIG):
+        (temporary / file).replace(folder / file)
+
+
+def check_new(folder: Path, key: str = "out") -> None:
+    """Raises UserError if the folder holds anything."""
+    with disk_errors(folder):
+        if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+            raise fail(key, str(folder), "exists already: choose another, or delete it")
 
 
 def peft_config(bank: AdapterBank, name: str, base_model: str, own_type: bool = False) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 
 from flora_train.adapters.spec import AdapterSpec
+from flora_train.config.errors import fail
 from flora_train.export.card import KINDS, write_card
 from flora_train.export.measured import benchmarks
+from flora_train.training.manifest import PEFT_FILES
 from flora_train.training.run_folder import RunFolder
 
 MANIFEST = "flora_train.json"
@@ -87,13 +89,20 @@ def _adapter(
     run: RunFolder, spec: AdapterSpec, report: Mapping[str, Any], repo: str, base: str | None, apart: bool, place: Path
 ) -> Path:
     folder = place / "adapters" / spec.name
-    shutil.copytree(run.adapters / spec.name, folder)
+    folder.mkdir(parents=True)
+    for name in PEFT_FILES:  # whatever else lies there is not meant for the hub
+        source = run.adapters / spec.name / name
+        if name == "README.md" and not source.exists():
+            continue
+        if not source.is_file():
+            raise fail("run", str(run.path), f"lacks {source}: flora-train export {run.path} writes it")
+        shutil.copyfile(source, folder / name)
     if base is not None:
         file = folder / "adapter_config.json"
         content = {**json.loads(file.read_text(encoding="utf-8")), "base_model_name_or_path": base}
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    source = f'"{repo}-{spec.name}"' if apart else f'"{repo}", subfolder="{spec.name}"'
-    return write_card(report, spec, folder, source=source)
+    pushed_as = f'"{repo}-{spec.name}"' if apart else f'"{repo}", subfolder="{spec.name}"'
+    return write_card(report, spec, folder, source=pushed_as)
 
 
 def _files(folder: Path) -> dict[str, Path]:

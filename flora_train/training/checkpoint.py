@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flora_train.adapters.host_memory import host_copy
-from flora_train.atomic import write_atomically
+from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import UserError, fail
 from flora_train.training.checksum import DamagedError, verify, with_checksums
 from flora_train.training.run_folder import differences
+
+FILE = re.compile(r"step-\d{8,}\.safetensors")
+CUT_OFF = re.compile(r"\.step-\d{8,}\.safetensors\.\d+\.tmp")
+"""What a kill leaves of a checkpoint that is being written."""
 
 Identity = Mapping[str, Any]
 """What must be the same for a run to go on: dotted configuration keys, hashes of base model and data."""
@@ -62,13 +67,11 @@ class Checkpoints:
     def _write(self, step: int, tensors: Mapping[str, Tensor], facts: str) -> None:
         header = with_checksums(tensors, facts)
         write_atomically(self.folder / f"step-{step:08d}.safetensors", lambda path: save_file(dict(tensors), path, header))
-        for old in self._files()[: -self.keep]:
-            old.unlink()
+        _delete(self._files()[: -self.keep])
 
     def clear(self) -> None:
         """Delete them all: the run has finished."""
-        for path in self.files():
-            path.unlink()
+        _delete(self.files())
 
     def files(self) -> list[Path]:
         """Oldest first, with the one that is being written."""
@@ -76,7 +79,7 @@ class Checkpoints:
         return self._files()
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.safetensors"))
+        return sorted(path for path in self.folder.glob("step-*") if FILE.fullmatch(path.name))
 
     def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Fill `tensors` from the last whole checkpoint; returns its position, or None if there is none. Rows of adapters that have
@@ -85,8 +88,7 @@ class Checkpoints:
         Raises UserError if it is of another configuration, base model, data or adapter set.
         """
         self.wait()
-        for cut_off in self.folder.glob(".step-*.tmp"):  # by a kill while it was written
-            cut_off.unlink()
+        _delete(path for path in self.folder.glob(".step-*") if CUT_OFF.fullmatch(path.name))
         for path in reversed(self.files()):
             try:
                 facts, content = _read(path)
@@ -125,6 +127,12 @@ class Checkpoints:
             if adapter in places:
                 other, place = places[adapter]
                 tensor[row].copy_(content[f"{other}.{plane}"][place])
+
+
+def _delete(files: Iterable[Path]) -> None:
+    for file in files:
+        with disk_errors(file):
+            file.unlink(missing_ok=True)
 
 
 def _tasks(identity: Identity) -> set[str]:

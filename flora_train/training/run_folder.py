@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import shutil
 import sys
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from flora_train.adapters.spec import expand
 from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem, UserError, fail
 from flora_train.config.load import load_saved, save_config
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain
 from flora_train.training.environment import environment, now
+from flora_train.training.manifest import RUN_FILES, Manifest, delete
+from flora_train.training.run_inputs import check_not_data, check_not_replaced
+from flora_train.training.run_lock import RunLock
 
 WAIT = 60.0
-"""Seconds; see RunFolder.lock."""
+"""Seconds that a run which is resumed waits for the lock: a process that was told to end needs some for its step."""
 
 Standing = Literal["free", "interrupted", "finished", "grown"]
 """grown: finished, and now asked for more tasks."""
@@ -40,7 +41,7 @@ class RunFolder:
         self.kept = self.checkpoints / "kept"
         self.adapters = path / "adapters"
         self.evaluation = path / "eval"
-        self._lock: IO[str] | None = None
+        self._lock = RunLock(path)
 
     @property
     def finished(self) -> bool:
@@ -52,7 +53,11 @@ class RunFolder:
         Raises UserError if it holds something that the user did not say what to do with, or that `resume` cannot go on
         with: a folder that is no run, or a run of another configuration (with every key that differs).
         """
+        check_not_data(config, self.path)
         if not self._occupied:
+            if outer := self._outer_run():
+                fix = f"is inside the run folder {outer}: choose another output_dir"
+                raise fail("output_dir", str(self.path), fix)
             return "free"
         if self._state is None:
             raise fail("output_dir", str(self.path), "is not empty and holds no run of ours: choose another folder")
@@ -70,46 +75,93 @@ class RunFolder:
                 return "interrupted"
             return "grown" if joining else "finished"
         if config.existing_run == "replace":
+            self._check_replaceable()
+            check_not_replaced(config, self.path)
             return "free"
         kind, hint = ("a finished run", "") if self.finished else ("an unfinished run", "resume=true to go on with it, ")
         fix = f"holds {kind}: choose another output_dir, {hint}or existing_run=replace to delete it"
         raise fail("output_dir", str(self.path), fix)
 
-    def lock(self) -> None:
-        """Keep other processes from training in this folder, as long as this one lives. Raises UserError if one does and does not end
-        within WAIT seconds: one that was told to end needs some for its step."""
-        if self._lock is not None or not self.path.exists():
-            return
-        patience, said = time.monotonic() + WAIT, False
-        with disk_errors(self.path):
-            self._lock = (self.path / ".lock").open("a")
-        while True:
-            try:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                if time.monotonic() > patience:
-                    raise fail(
-                        "output_dir", str(self.path), "another process trains in it: end that one, or choose another"
-                    ) from None
-                if not said:
-                    print(plain(f"waiting for another process that trains in {self.path}"), file=sys.stderr, flush=True)
-                said = True
-                time.sleep(0.2)
+    def lock(self, wait: float = 0.0) -> None:
+        """Keep other processes from training, evaluating or exporting in this folder, until `unlock` or the end of this process. The
+        folder is created where it is missing. Raises UserError if another process has it, and still has after `wait` seconds."""
+        self._lock.take(wait)
 
-    def claim(self, config: RunConfig) -> None:
-        """Make the folder this run's own. What was there is deleted, unless it is this run, interrupted."""
-        standing = self.standing(config)
-        with disk_errors(self.path):
-            if standing == "free" and self._occupied:
-                shutil.rmtree(self.path)
-                self._lock = None
-            self.path.mkdir(parents=True, exist_ok=True)
-        self.lock()
+    def share(self) -> None:
+        """Keep other processes from training in this folder while this one reads it. Raises UserError if one does."""
+        self._lock.share()
+
+    def unlock(self) -> None:
+        self._lock.release()
+
+    def enter(self, config: RunConfig) -> Standing:
+        """`standing`, with the lock held. A run that is resumed waits for a process that was told to end.
+
+        Raises UserError as `standing` does, or if another process works in the folder.
+        """
+        self.standing(config)  # nothing is created in a folder that is refused
+        self.lock(WAIT if config.resume else 0.0)
+        return self.standing(config)  # another process may have changed it before this one had the lock
+
+    def claim(self, config: RunConfig, also: Iterable[str] = (), **facts: Any) -> None:
+        """Make the folder this run's own. A run that it replaces is deleted, file by file, as its manifest names them.
+
+        also: files that it may write beside RUN_FILES; facts: what run.json says beside the usual.
+        """
+        standing = self.enter(config)
+        manifest = Manifest.of((spec.name for spec in expand(config)), (*RUN_FILES, *also))
+        state = self._state or {}
+        begun = now() if standing == "free" else state.get("started", now())
+        before = Manifest.read(state.get("files"))
         # run.json first: it is what makes the folder ours, also if the disk is full before the second file
-        begun = (self._state or {}).get("started", now())
-        self.write_run_json({"finished": False, "started": begun, **environment()})
+        facts = {"finished": False, "started": begun, **environment(), **facts}
+        self.write_run_json({**facts, "files": (manifest | before if before else manifest).to_json()})
+        if standing == "free" and before is not None:
+            self._delete(before)
+            self.write_run_json({**facts, "files": manifest.to_json()})
         write_atomically(self.config, lambda path: save_config(config, path))
+
+    def names(self, files: Iterable[str]) -> bool:
+        """Whether the manifest has all these names."""
+        manifest = Manifest.read((self._state or {}).get("files"))
+        return manifest is not None and set(files) <= set(manifest.names)
+
+    def add_files(self, names: Iterable[str]) -> None:
+        """Note in the manifest that the run writes these files, too: paths below the folder, or patterns as in RUN_FILES."""
+        manifest = Manifest.read((self._state or {}).get("files")) or Manifest.of(())
+        more = manifest | Manifest.of((), names)
+        if more != manifest:
+            self.update_run_json(files=more.to_json())
+
+    def _check_replaceable(self) -> None:
+        """Raises UserError if it cannot be told which files are the run's."""
+        by_hand = "delete the folder by hand, or choose another output_dir"
+        manifest = Manifest.read((self._state or {}).get("files"))
+        if manifest is None:
+            fix = f"holds a run without a manifest of its files (run.json, key files), so that they cannot be told from others: {by_hand}"
+            raise fail("output_dir", str(self.path), fix)
+        if links := manifest.links(self.path):
+            raise fail("output_dir", str(self.path), f"{links[0].name} in it is a link to another folder: {by_hand}")
+        if not self._lock.enforced:
+            fix = f"its file system has no locks, so that another process may be training there unnoticed: {by_hand}"
+            raise fail("output_dir", str(self.path), fix)
+
+    def _delete(self, manifest: Manifest) -> None:
+        with disk_errors(self.path):
+            ours = manifest.files(self.path)
+            first = [path for path in ours if path.parent == self.checkpoints]  # a kill now leaves a run that begins again
+            delete([*first, *(path for path in ours if path not in first)], self.path, keep=(self.run_json,))
+            others = [path for path in self.path.rglob("*") if path.is_file() and path not in (self.run_json, self._lock.file)]
+        if others:
+            print(
+                plain(f"note: {len(others)} files in {self.path} were not written by the run, and stay"),
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _outer_run(self) -> Path | None:
+        """The run folder that this one lies in."""
+        return next((parent for parent in self.path.resolve().parents if RunFolder(parent)._state is not None), None)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """One JSON line. A line that does not fit on the disk is taken back."""
@@ -157,7 +209,9 @@ class RunFolder:
 
     @property
     def _occupied(self) -> bool:
-        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        if not self.path.is_dir():
+            return self.path.exists() or self.path.is_symlink()
+        return any(path != self._lock.file for path in self.path.iterdir())
 
     def _begun_with(self) -> RunConfig | None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -53,21 +54,40 @@ def read_completions(path: Path, prompts: Path | None) -> list[Completion]:
 def write_multipl_e(completions: Iterable[Completion], folder: Path, options: EvaluationConfig) -> Path:
     """In MultiPL-E's layout: `folder`/humaneval-<language>-<adapter>-<temperature>-reworded/<name>.json.gz, all samples of a
     problem in one file. options: how they were drawn."""
+    for file, row in _layout(completions, folder, options).items():
+        write_atomically(file, partial(_write_bytes, gzip.compress(json.dumps(row).encode(), mtime=0)))
+    return folder
+
+
+def check_multipl_e(completions: Iterable[Completion], folder: Path, options: EvaluationConfig) -> None:
+    """Raises UserError if `write_multipl_e` might overwrite a file whose completions are not among these, which it was written from."""
+    ours = _layout(completions, folder, options)
+    for file in sorted(folder.glob(f"humaneval-*-{options.temperature}-reworded/*.json.gz")):
+        mine = ours.get(file, {}).get("completions", [])
+        try:
+            theirs = json.loads(gzip.decompress(file.read_bytes()))["completions"]
+        except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError, zlib.error):
+            theirs = None
+        if not isinstance(theirs, list) or any(text not in mine for text in theirs):
+            raise fail("multipl_e", str(file), "holds completions of another origin: choose another folder, or move it away")
+
+
+def _layout(completions: Iterable[Completion], folder: Path, options: EvaluationConfig) -> dict[Path, dict[str, Any]]:
+    """File -> its content, in MultiPL-E's layout."""
     grouped: dict[tuple[str, Problem], dict[int, str]] = {}
     for completion in completions:
         grouped.setdefault((completion.adapter, completion.problem), {})[completion.sample] = completion.text
     drawn = {"temperature": options.temperature, "top_p": options.top_p, "max_tokens": options.max_new_tokens}
+    files = {}
     for (adapter, problem), samples in grouped.items():
-        row = {
+        place = folder / f"humaneval-{problem.language}-{adapter}-{options.temperature}-reworded"
+        files[place / f"{problem.name}.json.gz"] = {
             **{"name": problem.name, "language": problem.language, "prompt": problem.prompt, "tests": problem.tests},
             **drawn,
             "completions": [samples[i] for i in sorted(samples)],
             "stop_tokens": problem.stop_tokens,
         }
-        place = folder / f"humaneval-{problem.language}-{adapter}-{options.temperature}-reworded"
-        content = gzip.compress(json.dumps(row).encode(), mtime=0)
-        write_atomically(place / f"{problem.name}.json.gz", partial(_write_bytes, content))
-    return folder
+    return files
 
 
 def _write_bytes(content: bytes, path: Path) -> None:

@@ -139,14 +139,14 @@ def test_adapter_of_an_encoder_decoder_says_so_to_peft() -> None:
     assert peft_config(bank, "task-lora", "base")["task_type"] == "SEQ_2_SEQ_LM"
 
 
-def test_export_again_replaces_the_folder(tmp_path: Path) -> None:
+def test_export_peft_replaces_its_own_files_and_keeps_others(tmp_path: Path) -> None:
     bank = perturbed_bank("llama")
     folder = tmp_path / "adapter"
     export_peft(bank, "task-lora", folder, "base")
-    (folder / "stale").touch()
+    (folder / "notes.txt").write_text("mine")
     bank.row(bank.ids["task-lora"]).fill_(0.5)
     export_peft(bank, "task-lora", folder, "base")
-    assert not (folder / "stale").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
     assert all((tensor == 0.5).all() for tensor in load_file(folder / "adapter_model.safetensors").values())
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

