@@ -1,4 +1,4 @@
-"""flora-train convert: a LoRA that anybody trained becomes a fLoRA, as close as W0 * (1 + B A) of its rank comes."""
+"""flora-train convert: writes a fLoRA W0 * (1 + B A) that is close to a LoRA that anybody trained."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.base_model import load_base_model
+from flora_train.adapters.peft_files import check_targets, kind_of
 from flora_train.adapters.spec import make_spec
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
@@ -20,9 +21,7 @@ from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.export.card import write_card
 from flora_train.export.peft_format import export_peft
-from flora_train.export.peft_start import PREFIX, check_plain, fit_lora, kind_of, read_peft, scale_of
-
-MARK = ".lora_A.weight"
+from flora_train.export.peft_start import fit_lora, modules_of, read_peft, scale_of
 
 
 class ConvertOptions(Section):
@@ -47,11 +46,13 @@ def convert_adapter(words: Sequence[str]) -> None:
     if kind_of(config) != "LORA":
         fix = f"is of kind {kind_of(config)}: LORA is converted; HIRA and IA3 go on as they are, with adapters.NAME.start_from"
         raise fail("adapter", source, fix)
-    check_plain(config, source, "adapter")
-    base = options.model or config["base_model_name_or_path"]
+    base = options.model or config.get("base_model_name_or_path")
+    if not base:
+        raise fail("model", None, f"{source} names no base model: give model=FOLDER or a name on the hub")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
-    modules = [name.removeprefix(PREFIX).removesuffix(MARK) for name in tensors if name.endswith(MARK)]
+    modules = sorted(modules_of(config, tensors))
+    check_targets(config, modules, [name for name, _ in model.named_modules()], source, "adapter")
     spec = make_spec("", "flora", AdapterConfig(method="flora", rank=options.rank, lr=1.0, target_modules=modules), 1)
     bank = AdapterBank.attach(model, [replace(spec, name=out.name)])
     numbers, error = fit_lora(bank, out.name, tensors, scale_of(config))
@@ -61,7 +62,10 @@ def convert_adapter(words: Sequence[str]) -> None:
     export_peft(bank, out.name, out, base, replace=False)
     found = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
     write_card(
-        {}, bank.specs[0], out, origin=f"Fitted to the LoRA `{source}` of rank {config['r']} by weighted least squares: {found}."
+        {},
+        bank.specs[0],
+        out,
+        origin=f"Fitted to the LoRA `{source}` of rank {config['r']} by weighted least squares, a close fit and not always the closest: {found}.",
     )
     print_plain(f"{out}: fLoRA of rank {options.rank}, {found}")
     print_plain(f"next  train it on with adapters.flora={{method: flora, rank: {options.rank}, lr: 2.0e-2, start_from: {out}}}")

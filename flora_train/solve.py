@@ -21,6 +21,7 @@ from flora_train.evaluation.code.completion_log import CompletionLog
 from flora_train.evaluation.code.completions import Completion, check_multipl_e, write_multipl_e
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evaluation
 from flora_train.evaluation.code.problems.suites import Suite
+from flora_train.evaluation.code.contenders import check_peft_contenders
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_pass_at_k
@@ -62,6 +63,7 @@ def solve_run(run: str, words: Sequence[str]) -> None:
         raise fail("evaluation.problems", None, fix)
     if not folder.adapters.is_dir() or not any(folder.adapters.iterdir()):
         raise fail("run", run, "has no adapters yet: it did not finish; train it on with resume=true")
+    check_peft_contenders(options.contenders or (), ())
     report = read_report(folder) if options.out is None and (folder.evaluation / "report.json").exists() else None
     place = folder.evaluation if options.out is None else Path(options.out)
     inside = place.resolve().is_relative_to(folder.path.resolve())

@@ -1,4 +1,4 @@
-"""How does an adapter begin where a PEFT adapter ended? LORA, IA3, and HIRA as fLoRA: the way back of peft_format.py. LORA as fLoRA: as close as it gets."""
+"""Starts an adapter where a PEFT adapter ended: LORA, IA3, and HIRA as fLoRA, the way back of peft_format.py. A LORA becomes a fLoRA that is close to it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.methods.flora import as_hira
+from flora_train.adapters.peft_files import (
+    ADALORA_EPSILON,
+    ANY_KIND,
+    PREFIX,
+    SOME_LAYERS,
+    SUFFIXES,
+    check_harmless,
+    check_targets,
+    check_tensors,
+    kind_of,
+    read_files,
+)
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
-from flora_train.config.errors import Problem, UserError, fail, first_line
-from flora_train.config.files import find_file
+from flora_train.config.errors import Problem, UserError, fail
 from flora_train.export.low_rank import modulation
 from flora_train.export.peft_format import peft_config, peft_tensors
 from flora_train.training.distributed import on_every_process, say
@@ -21,12 +32,6 @@ from flora_train.training.progress import Watch
 from flora_train.training.sharding import whole
 
 Found = TypeVar("Found")
-
-PREFIX = "base_model.model."
-"""Of PEFT's names of tensors."""
-
-NOT_OURS = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias")
-"""Options of PEFT's that change what an adapter computes and that no adapter of ours has."""
 
 
 @torch.no_grad()
@@ -58,22 +63,22 @@ def _of_each(specs: Iterable[AdapterSpec], get: Callable[[AdapterSpec, str, str]
 
 
 def read_peft(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a PEFT adapter, a folder or a name on the hub. Raises UserError, naming `key`, if there is none."""
-    from peft import PeftConfig
-    from peft.utils import load_peft_weights
+    """Configuration and tensors of a LORA, IA3 or HIRA, from a folder or the hub; FLORA and ADALORA as the HIRA or LORA that computes the same.
 
-    import flora_train.peft_plugin  # noqa: F401  (so that peft knows FLORA)
-
-    local = find_file(source)
-    place = str(local) if local.exists() else source
-    try:
-        return _as_peft_has_it(PeftConfig.from_pretrained(place).to_dict(), load_peft_weights(place, device="cpu"))
-    except Exception as error:  # PEFT, safetensors and the hub's client each have their own
-        raise fail(key, source, f"is no PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
+    Raises UserError, naming `key`, for any other adapter, and for one with an option or a tensor that is not known to be harmless.
+    """
+    config, tensors = read_files(source, key)
+    check_harmless(config, source, key)
+    check_tensors(config, tensors, source, key)
+    if kind_of(config) == "FLORA":
+        import flora_train.peft_plugin  # noqa: F401  (so that peft knows FLORA)
+    return _as_peft_has_it(config, tensors)
 
 
 def _as_peft_has_it(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """FLORA, our own type, as the HIRA that computes the same; others as they are."""
+    """FLORA, our own type, as the HIRA and ADALORA as the LORA that computes the same; others as they are."""
+    if kind_of(config) == "ADALORA":
+        return _as_lora(config, tensors)
     if kind_of(config) != "FLORA":
         return config, tensors
     found: dict[str, Tensor] = {}
@@ -83,12 +88,25 @@ def _as_peft_has_it(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple
             numbers = as_hira(A, tensors[f"{stem}flora_B"], float(config["variant"] == "residual"))
             found |= {f"{stem}{suffix}": tensor for suffix, tensor in numbers.items()}
     rank = config["r"] + (config["variant"] == "pure")
-    return {**config, "peft_type": "HIRA", "r": rank, "hira_dropout": config["flora_dropout"]}, found
+    return {**_kept(config), "peft_type": "HIRA", "r": rank, "hira_dropout": config.get("flora_dropout", 0.0)}, found
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
-    """PEFT's word for it: LORA, IA3, HIRA, ..."""
-    return str(getattr(config["peft_type"], "value", config["peft_type"]))
+def _as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """ADALORA adds alpha / (r + 1e-5) B (E * A), with a number of E for each rank."""
+    rank = config["init_r"]
+    found: dict[str, Tensor] = {}
+    for name, E in tensors.items():
+        if name.endswith("lora_E"):
+            stem = name.removesuffix("lora_E")
+            A = tensors[f"{stem}lora_A"].double() * E.double() * (rank / (rank + ADALORA_EPSILON))
+            found |= {f"{stem}lora_A.weight": A.float(), f"{stem}lora_B.weight": tensors[f"{stem}lora_B"]}
+    alpha = {"r": rank, "lora_alpha": config["lora_alpha"], "lora_dropout": config.get("lora_dropout", 0.0)}
+    return {**_kept(config), "peft_type": "LORA", **alpha}, found
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What two kinds have in common."""
+    return {name: value for name, value in config.items() if name in ANY_KIND or name in SOME_LAYERS}
 
 
 def scale_of(config: Mapping[str, Any]) -> float:
@@ -100,19 +118,17 @@ def _numbers(
     bank: AdapterBank, name: str, config: Mapping[str, Any], theirs: Mapping[str, Tensor], source: str, key: str
 ) -> Mapping[str, Tensor]:
     """`<module>.<parameter>` -> its numbers, as the bank has them. config, theirs: what PEFT has."""
-    check_plain(config, source, key)
     spec = bank.specs[bank.id_of(name)]
     if kind_of(config) == "LORA" and spec.method == "flora" and spec.offset:
         check_layers(
             {f"{PREFIX}{module}.lora_A.weight" for module in bank.parameters_of(name)},
-            {k for k in theirs if ".lora_A." in k},
+            {k for k in theirs if k.endswith(".lora_A.weight")},
             source,
             key,
         )
+        check_targets(config, modules_of(config, theirs), bank.base_names(), source, key)
         numbers, error = fit_lora(bank, name, theirs, scale_of(config))
-        say(
-            f"{name} begins as close to {source} as W0 * (1 + B A) of rank {spec.rank} comes: |W0 * (B A) - dW| / |dW| = {error:.3f}"
-        )
+        say(f"{name} begins as W0 * (1 + B A) of rank {spec.rank} close to {source}: |W0 * (B A) - dW| / |dW| = {error:.3f}")
         return numbers
     _check_kind(bank, name, config, source, key)
     ours = peft_tensors(bank, name)
@@ -121,6 +137,7 @@ def _numbers(
         if ours[tensor].shape != theirs[tensor].shape:
             shapes = f"{tuple(theirs[tensor].shape)}, ours {tuple(ours[tensor].shape)}"
             raise fail(key, source, f"{tensor} has shape {shapes}: rank or base model is another one")
+    check_targets(config, modules_of(config, theirs), bank.base_names(), source, key)
     pool, member = bank.location[bank.id_of(name)]
     numbers = {}
     for module in pool.targets:
@@ -136,7 +153,7 @@ def _numbers(
 
 @torch.no_grad()
 def fit_lora(bank: AdapterBank, name: str, theirs: Mapping[str, Tensor], scale: float) -> tuple[dict[str, Tensor], float]:
-    """A residual fLoRA that adds about what a LORA adds: `<module>.<parameter>` -> its numbers, and |W0 * (B A) - dW| / |dW|, Frobenius over
+    """A residual fLoRA that adds about what a LORA adds, a close one and not always the closest: `<module>.<parameter>` -> its numbers, and |W0 * (B A) - dW| / |dW|, Frobenius over
     all layers. A weight that is 0 cannot be changed by a product: the error says what is lost."""
     pool, member = bank.location[bank.id_of(name)]
     numbers: dict[str, Tensor] = {}
@@ -168,12 +185,10 @@ def check_layers(ours: Collection[str], theirs: Collection[str], source: str, ke
             raise fail(key, source, fix)
 
 
-def check_plain(config: Mapping[str, Any], source: str, key: str) -> None:
-    """Raises UserError where the adapter has parts that no adapter of ours has."""
-    if used := [option for option in NOT_OURS if config.get(option)]:
-        raise fail(key, source, f"uses {used[0]}, which no adapter here has: it cannot be trained on")
-    if config.get("bias", "none") != "none":
-        raise fail(key, source, f"has biases (bias={config['bias']!r}), which no adapter here has: it cannot be trained on")
+def modules_of(config: Mapping[str, Any], tensors: Collection[str]) -> set[str]:
+    """The modules that these tensors adapt."""
+    suffix = f".{SUFFIXES[kind_of(config)][0]}"
+    return {name.removeprefix(PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix)}
 
 
 def _check_kind(bank: AdapterBank, name: str, theirs: Mapping[str, Any], source: str, key: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,11 +11,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.peft_files import check_init, kind_of, read_files
 from flora_train.adapters.spec import BASE_ID
-from flora_train.config.errors import fail, first_line
+from flora_train.config.errors import UserError, fail, first_line
+from flora_train.config.files import find_file
 from flora_train.config.schema import RunConfig
 
 
@@ -56,8 +61,11 @@ def check_peft_contenders(sources: Sequence[str], taken: Sequence[str]) -> None:
     for source, name in zip(sources, names, strict=True):
         if name in taken or names.count(name) > 1:
             raise fail("contenders", source, f"the name {name!r} is taken by another contender: rename its folder")
+        written, _ = read_files(source, "contenders")
+        if kind_of(written) == "LORA":
+            check_init(written, source, "contenders")
         try:
-            config = PeftConfig.from_pretrained(source)
+            config = PeftConfig.from_pretrained(_place(source))
         except Exception as error:  # PEFT and the hub's client each have their own
             raise fail("contenders", source, f"is no PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
         if config.is_prompt_learning:
@@ -67,23 +75,69 @@ def check_peft_contenders(sources: Sequence[str], taken: Sequence[str]) -> None:
 
 
 @contextmanager
-def peft_contender(source: str, base: nn.Module, languages: Sequence[str]) -> Iterator[tuple[Contender, nn.Module, Route]]:
-    """A PEFT adapter of layers (LoRA, IA3, HiRA, ...), from a folder or the hub, on a plain base model; afterwards it is bare again.
+def peft_contender(
+    source: str, load_base: Callable[[], nn.Module], languages: Sequence[str]
+) -> Iterator[tuple[Contender, nn.Module, Route]]:
+    """A PEFT adapter of layers (LoRA, IA3, HiRA, ...), from a folder or the hub, on a base model of its own: some kinds change the base model
+    when they are loaded, and no kind is sure to leave it as it was.
 
-    Raises UserError if it does not fit the base model.
+    Raises UserError if it does not fit the base model, or if some of its tensors would have no effect there.
     """
-    from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
     name = Path(source).name
+    gc.collect()  # a PEFT model is a cycle: without this, the base of an earlier contender takes memory still
+    model = _load(source, load_base())
+    digest = sha256()
+    for key, tensor in sorted(get_peft_model_state_dict(model, save_embedding_layers=False).items()):
+        digest.update(key.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    yield Contender(name, name, BASE_ID, tuple(languages), digest.hexdigest()), model, lambda adapters: nullcontext()
+
+
+def check_fit(sources: Sequence[str], load_base: Callable[[], nn.Module]) -> None:
+    """Raises UserError for the first of these PEFT adapters that cannot be loaded onto the base model, or that cannot run there: before any of
+    them writes anything."""
+    for source in sources:
+        gc.collect()
+        model = _load(source, load_base())
+        tokens = torch.ones((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+        try:
+            with torch.no_grad():
+                finite = bool(model(input_ids=tokens).logits.isfinite().all())
+        except Exception as error:  # whatever the adapter's kind needs beside tokens
+            raise fail("contenders", source, f"does not run on tokens alone: {first_line(error)}") from error
+        if not finite:
+            raise fail("contenders", source, "computes numbers that are not finite on this base model")
+
+
+def _load(source: str, base: nn.Module) -> Any:
+    from peft import PeftModel
+
     try:
-        model = PeftModel.from_pretrained(base, source)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            model = PeftModel.from_pretrained(base, _place(source))
+        _check_every_tensor_counts(model, source, [str(warning.message) for warning in heard])
+    except UserError:
+        raise
     except Exception as error:  # PEFT, safetensors, torch and the hub's client each have their own
         raise fail("contenders", source, f"does not fit this base model: {first_line(error)}") from error
-    digest = sha256()
-    for key, tensor in sorted(get_peft_model_state_dict(model).items()):
-        digest.update(key.encode() + tensor.detach().cpu().float().numpy().tobytes())
-    try:
-        yield Contender(name, name, BASE_ID, tuple(languages), digest.hexdigest()), model, lambda adapters: nullcontext()
-    finally:
-        model.unload()
+    return model
+
+
+def _place(source: str) -> str:
+    """The folder, or the name on the hub."""
+    local = find_file(source)
+    return str(local) if local.exists() else source
+
+
+def _check_every_tensor_counts(model: Any, source: str, warned: Sequence[str]) -> None:
+    """Raises UserError where PEFT left tensors of the file out, or found none for a layer: it only warns then, or says nothing."""
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    fix = "does not fit this base model: PEFT would leave its tensors out"
+    tensors = load_peft_weights(_place(source), device=str(next(model.parameters()).device))
+    if left_out := set_peft_model_state_dict(model, tensors).unexpected_keys:
+        raise fail("contenders", source, f"{fix}, {left_out[0]} for one")
+    if any("missing adapter keys" in text for text in warned):
+        raise fail("contenders", source, fix)

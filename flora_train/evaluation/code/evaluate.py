@@ -22,6 +22,7 @@ from flora_train.evaluation.code.completions import Completion
 from flora_train.evaluation.code.contenders import (
     Contender,
     Route,
+    check_fit,
     check_peft_contenders,
     contenders_of,
     languages_of,
@@ -102,13 +103,15 @@ def evaluate_code(
 ) -> None:
     """Leaves `folder`/<suite>/scores.json (see summary.py) beside completions and verdicts.
 
-    peft: further contenders, PEFT adapters from disk or hub, each on the plain model that `load_base` makes.
+    peft: further contenders, PEFT adapters from disk or hub, each on a plain model of its own that `load_base` makes.
     """
     options = config.evaluation
     sampling = Sampling(options.temperature, options.top_p, config.seed)
     languages = list(plan.languages)
     contenders = contenders_of(config, bank, languages)
     check_peft_contenders(peft, [word for contender in contenders for word in (contender.name, contender.family)])
+    if peft and load_base is not None:
+        check_fit(peft, load_base)
     logs = {suite.name: CompletionLog(folder / suite.name) for suite in plan.suites}
     settings = {
         "model": config.model.path,
@@ -137,12 +140,21 @@ def evaluate_code(
     write(model, bank.routed, contenders)
     if peft:
         assert load_base is not None
-        base = load_base()
         for source in peft:
-            with peft_contender(source, base, languages) as (contender, adapted, route):
-                write(adapted, route, [contender])
+            _write_alone(write, source, load_base, languages)
     for suite in plan.suites:
         on_main_process(partial(_judge, config, plan, suite, bank, logs[suite.name]))
+
+
+def _write_alone(
+    write: Callable[[nn.Module, Route, Sequence[Contender]], None],
+    source: str,
+    load_base: Callable[[], nn.Module],
+    languages: Sequence[str],
+) -> None:
+    """In a function of its own, so that nothing refers to the base model when the next one is loaded."""
+    with peft_contender(source, load_base, languages) as (contender, adapted, route):
+        write(adapted, route, [contender])
 
 
 def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: CompletionLog) -> None:
