@@ -19,9 +19,9 @@ from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import parse_words
 from flora_train.evaluation.code.completion_log import CompletionLog
 from flora_train.evaluation.code.completions import Completion, check_multipl_e, write_multipl_e
+from flora_train.evaluation.code.contenders import check_peft_contenders
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evaluation
 from flora_train.evaluation.code.problems.suites import Suite
-from flora_train.evaluation.code.contenders import check_peft_contenders
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_pass_at_k
