@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -84,7 +83,7 @@ def write_results(
     config, bank, folder = session.config, session.bank, session.folder
     started = time.monotonic()
     completions = write_completions(session)
-    facts = json.loads(folder.run_json.read_text(encoding="utf-8")).get("training") or training_facts(session, {})
+    facts = folder.facts().get("training") or training_facts(session, {})
     facts["seconds"] = {**facts["seconds"], **seconds}
     facts["seconds"]["evaluate at the end"] += time.monotonic() - started
     facts["config"] = folder.config.read_text(encoding="utf-8")

@@ -27,6 +27,7 @@ from flora_train.evaluation.report.terminal import (
     print_sweeps,
 )
 from flora_train.evaluation.results import SCHEMA
+from flora_train.evaluation.saved import check_evaluation
 from flora_train.export.peft_start import start_from_peft
 from flora_train.judge import judge, training_facts
 from flora_train.session import Session, load_session, locked, make_accelerator, reopen
@@ -46,7 +47,7 @@ from flora_train.training.environment import dtype_of
 from flora_train.training.growth import grow
 from flora_train.training.manifest import suite_files
 from flora_train.training.progress import duration
-from flora_train.training.run_folder import RunFolder, Standing, comparable
+from flora_train.training.run_folder import RunFolder, Standing, comparable, open_run
 from flora_train.training.sharding import loads_in_parts
 from flora_train.training.signals import Interrupted
 from flora_train.training.trainer import Trainer
@@ -76,6 +77,8 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
             show(folder)
         return folder.path
     plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
+    if standing != "free":
+        on_main_process(lambda: check_saved(folder, config, plan))
     for reason in dict.fromkeys(plan.broken.values() if plan else ()):
         say(f"note: some programs will not be evaluated: {reason}")
     session = load_session(config, folder, accelerator.device, in_parts=loads_in_parts(config))
@@ -120,6 +123,12 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     wait_for_everyone()  # a process that leaves early takes its end of the connections with it
     accelerator.end_training()
     return folder.path
+
+
+def check_saved(folder: RunFolder, config: RunConfig, plan: Plan | None) -> None:
+    """Raises UserError if something that the run's evaluation will read is damaged."""
+    suites = {suite.name: plan.languages for suite in plan.suites} if plan else {}
+    check_evaluation(folder.evaluation, suites, config.evaluation.sandbox)
 
 
 def note_training(session: Session, trainer: Trainer, seconds: dict[str, float]) -> None:
@@ -195,8 +204,11 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
 def evaluate_run(run: str) -> dict[str, Any]:
     """Judge a run's kept adapters again and rewrite its report, whose content is returned."""
     with locked(run) as folder:
+        config = open_run(run)[1]
+        plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
+        on_main_process(lambda: check_saved(folder, config, plan))
+        on_main_process(lambda: folder.read_metrics("step"))
         session, kept = reopen(run, with_tasks=True)
-        plan = on_main_process(lambda: plan_evaluation(session.config, need_sandbox=False))
         on_main_process(lambda: folder.add_files(suite_files(suite.name for suite in plan.suites) if plan else []))
         judge(session, kept, plan)
         return on_main_process(lambda: read_report(session.folder))

@@ -26,6 +26,7 @@ from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_pass_at_k
 from flora_train.evaluation.results import not_measured
+from flora_train.evaluation.saved import check_evaluation
 from flora_train.run import read_report
 from flora_train.session import locked, reopen
 from flora_train.training.distributed import on_main_process, wait_for_everyone
@@ -69,6 +70,8 @@ def solve_run(run: str, words: Sequence[str]) -> None:
     inside = place.resolve().is_relative_to(folder.path.resolve())
     with locked(run, alone=inside) as folder:
         plan = on_main_process(lambda: plan_evaluation(config))
+        suites = {suite.name: plan.languages for suite in plan.suites}
+        on_main_process(lambda: check_evaluation(place, suites, config.evaluation.sandbox))
         if options.out is None:
             on_main_process(lambda: folder.add_files(suite_files(suite.name for suite in plan.suites)))
         if options.multipl_e is not None:

@@ -3,7 +3,6 @@ where that is asked for, the report and the adapters at the end."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from typing import Any
@@ -76,7 +75,7 @@ def final_figures(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _identity(folder: RunFolder) -> str:
     """Of where and when the run was begun: a folder that is used again is another run."""
-    begun = json.loads(folder.run_json.read_text(encoding="utf-8"))["started"]
+    begun = folder.facts().get("started", "")
     return sha256(f"{folder.path.resolve()} {begun}".encode()).hexdigest()[:16]
 
 

@@ -8,12 +8,15 @@ import re
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, get_origin, get_type_hints
 
 from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem as Fault
 from flora_train.config.errors import UserError, fail
+from flora_train.config.json_object import parse_object, read_object
 
 
 class Logged(Protocol):
@@ -38,10 +41,7 @@ class GrowingLog(Generic[Entry]):
         """Make the folder that of entries made with these settings. Raises UserError, naming every setting that differs, if it
         holds those of others: they would be mixed."""
         if self.settings.exists() and any(_whole(file) for file in self._files()):
-            try:
-                there = json.loads(self.settings.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise fail(str(self.settings), None, f"is damaged: {self.another}") from error
+            there = read_object(self.settings, self.another)
             differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
             if differing:
                 raise UserError(*(self._mixed(key, there.get(key), settings.get(key)) for key in differing))
@@ -75,11 +75,12 @@ class GrowingLog(Generic[Entry]):
         """All entries by key. A last line that a kill or a full disk cut short is none; the next writer removes it."""
         found: dict[tuple[Any, ...], Entry] = {}
         for file in self._files():
-            for number, line in enumerate(_whole(file).decode("utf-8").split("\n")[:-1], 1):
+            for number, line in enumerate(_whole(file).split(b"\n")[:-1], 1):
                 try:
-                    logged = self.kind(**json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise fail(f"{file}:{number}", None, f"is no {self.word} of ours: {self.another}") from error
+                    logged = _entry(self.kind, line)
+                except (ValueError, TypeError, RecursionError) as error:
+                    words = f"is no {self.word} of ours, or damaged: delete this line, and it is made again; or {self.another}"
+                    raise fail(f"{file}:{number}", None, words) from error
                 if logged.key in found:
                     raise fail(f"{file}:{number}", "/".join(map(str, logged.key)), f"stands twice: {self.another}")
                 found[logged.key] = logged
@@ -111,11 +112,36 @@ class LogWriter:
         size = self.file.stat().st_size if self.file.exists() else 0
         try:
             with disk_errors(self.file), self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(asdict(logged), ensure_ascii=False) + "\n")
+                out.write(json.dumps({**(entry := asdict(logged)), CHECK: _checksum(entry)}, ensure_ascii=False) + "\n")
         except UserError:
             with suppress(OSError):
                 os.truncate(self.file, size)
             raise
+
+
+CHECK = "check"
+"""The key of a line's checksum. A line without one is taken as it is: somebody else may have written it."""
+COMPARED = ("adapter_sha", "prompt_sha", "clip_sha")
+"""Not in the checksum: they are compared with what they are of."""
+
+
+def _entry(kind: type[Entry], line: bytes) -> Entry:
+    content = parse_object(line)
+    check = content.pop(CHECK, None)
+    if check is not None and check != _checksum(content):
+        raise ValueError("its checksum is another one")
+    for key, hint in _hints(kind).items():
+        if not isinstance(content.get(key), get_origin(hint) or hint):
+            raise TypeError(f"{key} is no {hint}")
+    return kind(**content)
+
+
+_hints = cache(get_type_hints)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in content.items() if key not in COMPARED}
+    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _whole(file: Path) -> bytes:

@@ -8,11 +8,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
-from flora_train.training.checksum import DamagedError, verify, with_checksums
+from flora_train.training.checksum import DamagedError, damaged_file, verify, with_checksums
 
 
 def adapter_file(folder: Path, name: str) -> Path:
@@ -36,7 +37,15 @@ def kept_step(folder: Path, name: str) -> int | None:
     try:
         with safe_open(adapter_file(folder, name), framework="pt") as file:
             return int(json.loads((file.metadata() or {})["facts"])["step"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return None
+
+
+def verified_step(folder: Path, name: str) -> int | None:
+    """As `kept_step`, of a file that is whole; None if it is missing or damaged."""
+    try:
+        return int(_read(adapter_file(folder, name))[0]["step"])
+    except (DamagedError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -48,20 +57,26 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
     if not path.exists():
         raise fail(str(path), None, "no such checkpoint: the run has no saved state of this adapter")
     try:
+        facts, content = _read(path)
+        for module, params in bank.parameters_of(name).items():
+            for param, view in params.items():
+                tensor = content[f"{module}.{param}"]
+                if tensor.shape != view.shape:
+                    raise fail(
+                        str(path), f"{module}.{param}", f"has shape {tuple(tensor.shape)}, the adapter {tuple(view.shape)}"
+                    )
+                view.copy_(tensor)
+    except (KeyError, DamagedError) as error:
+        fix = "put it back from a copy, or train again (existing_run=replace)"
+        raise fail(str(path), None, f"is not a whole checkpoint of {name}: {error}; {fix}") from error
+    return facts
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and tensors of a whole file. Raises DamagedError."""
+    with damaged_file():
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            facts = json.loads(header["facts"])
             content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            if "sha256" in header:  # older files have none
-                verify(header, content)
-            for module, params in bank.parameters_of(name).items():
-                for param, view in params.items():
-                    tensor = content[f"{module}.{param}"]
-                    if tensor.shape != view.shape:
-                        raise fail(
-                            str(path), f"{module}.{param}", f"has shape {tuple(tensor.shape)}, the adapter {tuple(view.shape)}"
-                        )
-                    view.copy_(tensor)
-    except (SafetensorError, KeyError, DamagedError) as error:
-        raise fail(str(path), None, f"is not a whole checkpoint of {name}: {error}") from error
-    return facts
+        verify(header, content)
+        return json.loads(header["facts"]), content

@@ -9,20 +9,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flora_train.adapters.host_memory import host_copy
 from flora_train.atomic import disk_errors, write_atomically
-from flora_train.config.errors import UserError, fail
-from flora_train.training.checksum import DamagedError, verify, with_checksums
+from flora_train.config.errors import Problem, UserError, fail
+from flora_train.training.checksum import DamagedError, damaged_file, verify, with_checksums
 from flora_train.training.run_folder import differences
 
 FILE = re.compile(r"step-\d{8,}\.safetensors")
 CUT_OFF = re.compile(r"\.step-\d{8,}\.safetensors\.\d+\.tmp")
 """What a kill leaves of a checkpoint that is being written."""
 
+ANEW = "resume=false existing_run=replace"
+
+Fault = Callable[[Mapping[str, Any], Mapping[str, Any]], Problem | None]
 Identity = Mapping[str, Any]
 """What must be the same for a run to go on: dotted configuration keys, hashes of base model and data."""
 
@@ -81,14 +84,17 @@ class Checkpoints:
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if FILE.fullmatch(path.name))
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    def restore(self, tensors: Mapping[str, Tensor], fault: Fault = lambda position, newest: None) -> dict[str, Any] | None:
         """Fill `tensors` from the last whole checkpoint; returns its position, or None if there is none. Rows of adapters that have
         joined since then stay as they are.
 
-        Raises UserError if it is of another configuration, base model, data or adapter set.
+        fault: what a checkpoint at `position` needs and is not there; `newest` is the position of the last whole one.
+        Raises UserError if it is of another configuration, base model, data or adapter set, or if every one has a fault.
         """
         self.wait()
         _delete(path for path in self.folder.glob(".step-*") if CUT_OFF.fullmatch(path.name))
+        newest: dict[str, Any] | None = None
+        faults: list[Problem] = []
         for path in reversed(self.files()):
             try:
                 facts, content = _read(path)
@@ -96,10 +102,18 @@ class Checkpoints:
                 self.say(f"checkpoint {path} is damaged ({error}) and left alone; the one before it is used")
                 continue
             self._check(path, facts, content, tensors)
+            newest = newest or facts["position"]
+            if missing := fault(facts["position"], newest):
+                self.say(f"checkpoint {path} cannot be used: {missing}; the one before it is tried")
+                faults.append(missing)
+                continue
             for name, tensor in tensors.items():
                 self._fill(name, tensor, facts["rows"], content)
             self.say(f"going on after step {facts['step']}, from {path}")
             return facts["position"]
+        if faults:
+            fix = f"{faults[0].fix}, and no checkpoint can do without it: put it back from a copy, or train again ({ANEW})"
+            raise fail(faults[0].key, faults[0].value, fix)
         return None
 
     def _check(self, path: Path, facts: Mapping[str, Any], content: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -150,11 +164,9 @@ def identity_of(settings: Mapping[str, Any], base: str, data: Mapping[str, str])
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
+    with damaged_file():
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise DamagedError(str(error)) from error
-    verify(header, content)
-    return json.loads(header["facts"]), content
+        verify(header, content)
+        return json.loads(header["facts"]), content

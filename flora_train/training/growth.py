@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -25,6 +24,8 @@ def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
     before, facts, kept = on_every_process(lambda: _read_ended(trainer))
     ended = facts["ended"]
     steps = folder.read_metrics("step")
+    if not steps:
+        raise fail(str(folder.metrics), None, "has no record of the run's steps: put it back from a copy")
     done = max(record["step"] for record in steps)
     trainer.at.done = trainer.at.logged = trainer.at.evaluated = done
     trainer.at.seconds = steps[-1]["seconds"]
@@ -53,7 +54,7 @@ def _read_ended(trainer: Trainer) -> tuple[RunConfig, dict[str, Any], dict[int, 
     """The finished run's configuration, its run.json, and its adapters, which are in the bank then."""
     folder, bank = trainer.folder, trainer.bank
     _, before = open_run(folder.path)
-    facts = json.loads(folder.run_json.read_text(encoding="utf-8"))
+    facts = folder.facts()
     if "ended" not in facts:
         raise fail("output_dir", str(folder.path), "was finished by an older version, which kept too little to add tasks to it")
     now = trainer.identity([task for task in trainer.tasks if task not in before.tasks])

@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from flora_train.adapters.spec import expand
 from flora_train.atomic import disk_errors, write_atomically
-from flora_train.config.errors import Problem, UserError, fail
+from flora_train.config.errors import Problem, UserError, fail, first_line
+from flora_train.config.json_object import parse_object, read_object
 from flora_train.config.load import load_saved, save_config
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain
@@ -42,6 +44,7 @@ class RunFolder:
         self.adapters = path / "adapters"
         self.evaluation = path / "eval"
         self._lock = RunLock(path)
+        self._hashed = 0, sha256()
 
     @property
     def finished(self) -> bool:
@@ -179,33 +182,73 @@ class RunFolder:
         """Bytes of metrics.jsonl."""
         return self.metrics.stat().st_size if self.metrics.exists() else 0
 
+    def saved_metrics(self) -> dict[str, Any]:
+        """Size and SHA-256 of metrics.jsonl, which is on the disk then."""
+        if self.metrics.exists():
+            with disk_errors(self.metrics), self.metrics.open("rb") as file:
+                os.fsync(file.fileno())
+        size = self.metrics_size
+        return {"metrics_size": size, "metrics_sha256": self.metrics_digest(size)}
+
+    def metrics_digest(self, size: int) -> str:
+        """SHA-256 of the first `size` bytes of metrics.jsonl. What was read before is not read again where more has been appended."""
+        hashed, digest = self._hashed if self._hashed[0] <= size else (0, sha256())
+        if hashed < size:
+            digest = digest.copy()
+            with self.metrics.open("rb") as file:
+                file.seek(hashed)
+                while hashed < size and (part := file.read(min(1 << 20, size - hashed))):
+                    digest.update(part)
+                    hashed += len(part)
+        self._hashed = hashed, digest
+        return digest.hexdigest()
+
     def cut_metrics(self, size: int) -> None:
         """Forget what was measured after metrics.jsonl had `size` bytes."""
         if self.metrics_size > size:
-            os.truncate(self.metrics, size)
+            with disk_errors(self.metrics):
+                os.truncate(self.metrics, size)
+            self._hashed = 0, sha256()
 
     def read_metrics(self, kind: str) -> list[dict[str, Any]]:
-        """The records of one kind (`step`, `evaluation`), oldest first."""
+        """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is not one of ours."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        records = [json.loads(line) for line in lines[:-1]]  # what follows the last line end was cut off by a kill
-        return [record for record in records if record["kind"] == kind]
+        lines = self.metrics.read_bytes().split(b"\n")
+        records = [self._record(number, line) for number, line in enumerate(lines[:-1], 1)]
+        return [record for record in records if record["kind"] == kind]  # a kill cut off what follows the last line end
+
+    def _record(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            record = parse_object(line)
+            if not isinstance(record["kind"], str) or not isinstance(record["step"], int):
+                raise ValueError("kind or step is of another type")
+        except (ValueError, LookupError, RecursionError) as error:
+            fix = "put the file back from a copy, or train again (existing_run=replace)"
+            raise fail(f"{self.metrics}:{number}", None, f"is damaged ({first_line(error)}): {fix}") from error
+        return record
+
+    def facts(self) -> dict[str, Any]:
+        """The content of run.json. Raises UserError if it is damaged."""
+        facts = read_object(self.run_json, "put it back from a copy, or train again into another output_dir")
+        if problem := _wrong(facts):
+            raise fail(str(self.run_json), None, f"is damaged ({problem}): put it back from a copy")
+        return facts
 
     def write_run_json(self, content: dict[str, Any]) -> None:
         write_atomically(self.run_json, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
     def update_run_json(self, **content: Any) -> None:
-        self.write_run_json({**json.loads(self.run_json.read_text()), **content})
+        self.write_run_json({**self.facts(), **content})
 
     @property
     def _state(self) -> dict[str, Any] | None:
         """The content of run.json; None if there is none, or one that we did not write."""
         try:
-            content = json.loads(self.run_json.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = parse_object(self.run_json.read_bytes())
+        except (OSError, ValueError, RecursionError):
             return None
-        return content if isinstance(content, dict) and "finished" in content else None
+        return content if isinstance(content.get("finished"), bool) else None
 
     @property
     def _occupied(self) -> bool:
@@ -264,7 +307,24 @@ def open_run(path: str | Path) -> tuple[RunFolder, RunConfig]:
     folder = RunFolder(Path(path))
     if not folder.run_json.exists() or not folder.config.exists():
         raise fail("run", str(path), "is not a run folder (no run.json and config.yaml in it); runs are in outputs/")
+    folder.facts()
     return folder, load_saved(folder.config)
+
+
+def _wrong(facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with the content of run.json; None if nothing is."""
+    training, ended = facts.get("training", {}), facts.get("ended", {})
+    wanted: list[tuple[str, object, type]] = [
+        ("finished", facts.get("finished"), bool),
+        ("started", facts.get("started", ""), str),
+        ("training", training, dict),
+        ("ended", ended, dict),
+    ]
+    if isinstance(training, dict):
+        wanted.append(("training.seconds", training.get("seconds", {}), dict))
+    if isinstance(ended, dict):
+        wanted += [(f"ended.{key}", ended.get(key, {}), dict) for key in ("joined", "identity")]
+    return next((f"{key} is no {kind.__name__}" for key, value, kind in wanted if not isinstance(value, kind)), None)
 
 
 def _strict(value: Any) -> Any:

@@ -42,6 +42,7 @@ from flora_train.training.pages_ahead import PagesAhead
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
 from flora_train.training.position import Position, renumbered
 from flora_train.training.progress import Watch, share_and_eta
+from flora_train.training.resumable import Surroundings
 from flora_train.training.run_folder import RunFolder, comparable
 from flora_train.training.selection import Kept, Selection
 from flora_train.training.sharding import keep_pace
@@ -148,7 +149,7 @@ class Trainer:
             "departures": self.departures.to_json(),
             "guard": self.guard.to_json(),
             "tally": self.tally.to_json(),
-            "metrics_size": self.folder.metrics_size,
+            **self.folder.saved_metrics(),
         }
 
     def finish_saving(self) -> None:
@@ -163,7 +164,8 @@ class Trainer:
         Returns the adapters that it does not know. Raises UserError if it is of another configuration, base model, data or adapter set.
         """
         tensors = self.bank.tensors()
-        position = on_main_process(lambda: self.checkpoints.restore(tensors))
+        surroundings = Surroundings(self.folder)
+        position = on_main_process(lambda: self.checkpoints.restore(tensors, surroundings.fault))
         on_main_process(lambda: self.folder.cut_metrics(position["metrics_size"] if position else 0))
         if position is None:
             say("no checkpoint to go on from: beginning at step 1")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.atomic import write_atomically
+from flora_train.config.errors import fail
+from flora_train.config.json_object import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
 from flora_train.evaluation.code.contenders import Contender
@@ -17,17 +19,26 @@ from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.scores import Scores
 
 SCORES = "scores.json"
+KEYS = {"language", "available", "prompts_sha", "contenders"}
+"""Of every language in it."""
 
 
 def read_summaries(folder: Path) -> list[dict[str, Any]]:
     """All suites that a run was evaluated on, by name."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"*/{SCORES}"))]
+    return [read_summary(file.parent) for file in sorted(folder.glob(f"*/{SCORES}"))]
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """What an earlier call left there; without one, a summary of nothing."""
     file = folder / SCORES
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"languages": []}
+    if not file.exists():
+        return {"languages": []}
+    summary = read_object(file, "delete it, and flora-train solve makes it again")
+    parts = summary.get("languages")
+    known = isinstance(parts, list) and all(isinstance(part, dict) and part.keys() >= KEYS for part in parts)
+    if not known:
+        raise fail(str(file), None, "is damaged: delete it, and flora-train solve makes it again")
+    return summary
 
 
 def write_summary(summary: Mapping[str, Any], folder: Path) -> None:

@@ -45,6 +45,11 @@ class LoggedTranscript:
         return self.adapter, self.task, self.example
 
 
+def transcript_log(folder: Path) -> GrowingLog[LoggedTranscript]:
+    """folder: of a run's evaluation."""
+    return GrowingLog(folder / "speech", LoggedTranscript, "transcript", "move it away, or evaluate into another output_dir")
+
+
 def judged_split(task: Task) -> SpeechSplit:
     """The clips that error rates are measured on."""
     split = task.test or task.validation
@@ -58,7 +63,7 @@ def evaluate_speech(
     """Leaves `folder`/speech/error_rates.json (see summary.py) beside the transcripts.
 
     Raises UserError if transcripts are there that were made with other settings, clips or numbers of an adapter."""
-    log = GrowingLog(folder / "speech", LoggedTranscript, "transcript", "move it away, or evaluate into another output_dir")
+    log = transcript_log(folder)
     learnt = {name: task for name, task in tasks.items() if any(spec.task == name for spec in bank.specs)}
     settings = {
         "model": config.model.path,

@@ -15,6 +15,7 @@ from typing import Any
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, BASE_ID
 from flora_train.atomic import write_atomically
+from flora_train.config.json_object import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.decode import RATE, ClipError, read_clip
 from flora_train.data.audio.split import SpeechSplit
@@ -44,7 +45,7 @@ class Heard:
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """What an evaluation left in a run's evaluation folder."""
     file = folder / "speech" / SCORES
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return read_object(file, "delete it, and flora-train evaluate makes it again") if file.exists() else None
 
 
 def write_summary(summary: Mapping[str, Any], folder: Path) -> None:

@@ -1,0 +1,36 @@
+"""Read a JSON object from a file: a mapping, or one clear error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flora_train.config.errors import fail, first_line
+
+
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """The object in a JSON file. fix: what a user does about a damaged one. Raises UserError if the file is missing, unreadable or
+    no JSON object."""
+    try:
+        return parse_object(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise fail(str(path), None, f"cannot be read ({error.strerror}): {fix}") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise fail(str(path), None, f"is damaged ({_reason(error)}): {fix}") from error
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Raises ValueError or RecursionError for what is no JSON object, or holds NaN or infinity."""
+    content = json.loads(text, parse_constant=_no_number)
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _reason(error: BaseException) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
