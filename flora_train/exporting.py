@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from flora_train.config.terminal_text import in_cell, print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.data.tokens import pad_token
 from flora_train.export.card import write_card
+from flora_train.export.loadability import WARNING
 from flora_train.export.merge import save_merged
 from flora_train.export.peft_format import check_new, export_peft
 from flora_train.export.stand_in import StandIn, lora_stand_in, write_into
@@ -101,6 +102,7 @@ def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path
             own_type = options.as_ == "flora"
             export_peft(session.bank, name, out / name, session.config.model.path, own_type, replace=ours)
             write_card(report, session.bank.specs[session.bank.ids[name]], out / name)
+        _say_what_peft_does(out / name for name in names)
         return [out / name for name in names]
 
 
@@ -150,7 +152,8 @@ def _write_stand_ins(
     )
     for stand_in in stand_ins:
         write_into(bank, stand_in)
-        export_peft(bank, stand_in.spec.name, out / stand_in.spec.name, session.config.model.path, replace=replace)
+        place = out / stand_in.spec.name
+        export_peft(bank, stand_in.spec.name, place, session.config.model.path, always_lora=True, replace=replace)
     after = _heldout(session, bank, ())
     table = Table(box=SIMPLE_HEAD, title="closest LoRAs: held-out loss, nats a token", title_justify="left")
     for heading in ("adapter", "rank", "|dW - BA| / |dW|", "base", "adapter", "LoRA"):
@@ -167,7 +170,15 @@ def _write_stand_ins(
     for stand_in in stand_ins:
         if stand_in.biases:
             print_plain(f"note: {stand_in.spec.name} changes the biases of {stand_in.biases} layers, which a LoRA cannot")
+    _say_what_peft_does(out / name for name in names)
     return [out / name for name in names]
+
+
+def _say_what_peft_does(folders: Iterable[Path]) -> None:
+    """A line for each folder that plain PEFT does not load."""
+    for file in (folder / WARNING for folder in folders):
+        if file.exists():
+            print_plain(f"note: {file.parent.name}: {file.read_text(encoding='utf-8').strip()}; --as merged writes a plain model")
 
 
 def _heldout(session: Session, bank: AdapterBank, absent: Sequence[int]) -> Mapping[str, Mapping[str, float]]:

@@ -22,6 +22,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
 from flora_train.cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
 from flora_train.data.tokens import pad_token
+from flora_train.export.loadability import notes
 from flora_train.session import load_data, paging_of, prepare
 from flora_train.training.progress import duration
 from flora_train.training.sharding import largest_part
@@ -78,6 +79,8 @@ def plan_run(config: RunConfig) -> None:
     console = Console(soft_wrap=True)
     for name, value in _lines(config, found):
         console.print(shown(f"{name:10} {value}"))
+    for note in notes(empty_model(config.model), found.pools):
+        console.print(shown(note))
     check_fits(config, found)
 
 

@@ -28,6 +28,7 @@ from flora_train.evaluation.report.terminal import (
 )
 from flora_train.evaluation.results import SCHEMA
 from flora_train.evaluation.saved import check_evaluation
+from flora_train.export.loadability import WARNING, say_what_peft_loads
 from flora_train.export.peft_start import start_from_peft
 from flora_train.judge import judge, training_facts
 from flora_train.session import Session, load_session, locked, make_accelerator, reopen
@@ -83,6 +84,7 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
         say(f"note: some programs will not be evaluated: {reason}")
     session = load_session(config, folder, accelerator.device, in_parts=loads_in_parts(config))
     on_every_process(lambda: check_prompts(session, plan))
+    on_main_process(lambda: say_what_peft_loads(session.model, session.bank.pools))
     pad = pad_token(session.tokenizer)
     data = (session.tasks, pad, folder, accelerator, session.collate)
     trainer = Trainer(config, session.model, session.bank, *data, session.base_hash)
@@ -176,9 +178,11 @@ def show(folder: RunFolder) -> None:
     print_error_rates(results["speech"])
     print_completions(results)
     seconds = results["facts"]["seconds"]
+    apart = len(list(folder.adapters.glob(f"*/{WARNING}")))
+    loads = f"PeftModel.from_pretrained loads them{f', all but the {apart} with a {WARNING}' if apart else ''}"
     best = next((c["name"] for r in results["results"] for c in r["contenders"] if c["best"]), "ADAPTER")
     print_plain(
-        f"\nreport    {folder.evaluation / 'report.html'}\nadapters  {folder.adapters}/<name>/ (PeftModel.from_pretrained loads them)\n"
+        f"\nreport    {folder.evaluation / 'report.html'}\nadapters  {folder.adapters}/<name>/ ({loads})\n"
         f"time      {', '.join(f'{stage} {duration(s)}' for stage, s in seconds.items())}\n"
         f"speed     {_speed(results)}\n"
         f"next      {_command()} export {folder.path} {best} --as merged"

@@ -13,6 +13,7 @@ from jinja2 import Template
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.atomic import write_atomically
 from flora_train.config.files import find_file
+from flora_train.export.loadability import WARNING
 from flora_train.export.measured import figures, tables
 from flora_train.export.stand_in import StandIn
 
@@ -38,6 +39,7 @@ def write_card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    warning = folder / WARNING
     base = config["base_model_name_or_path"]
     adapter = next((row for row in report.get("adapters", ()) if row["name"] == spec.name), None)
     data: Mapping[str, Any] = next((row for row in report.get("tasks", ()) if row["name"] == spec.task), {})
@@ -75,6 +77,8 @@ def write_card(
         stand_in=stand_in,
         losses=losses,
         origin=origin,
+        warning=warning.read_text(encoding="utf-8").strip() if warning.exists() else "",
+        as_adalora=config["peft_type"] == "ADALORA",
         adapter=adapter,
         tables=tables(report, spec.name),
         spec=spec,

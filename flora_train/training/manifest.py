@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "NOT_FOR_PLAIN_PEFT.txt", "README.md")
 
 RUN_FILES = (
     "config.yaml",
