@@ -18,6 +18,7 @@ def start(words: Sequence[str] | None = None) -> None:
         status = 130
     if status == 130:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        exec("")  # else Python remembers an interrupt inside somebody's exec, and ends by the signal instead of this status
     sys.exit(status)
 
 

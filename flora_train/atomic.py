@@ -37,7 +37,7 @@ def _written(path: Path, write: Write) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
-            with temporary.open("rb") as file:
+            with temporary.open("r+b") as file:  # Windows syncs what may be written
                 os.fsync(file.fileno())
             yield temporary
         finally:
@@ -58,6 +58,8 @@ def _name_new(temporary: Path, path: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """The new name, too, is there after a power cut."""
+    if os.name == "nt":  # has no such thing
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -22,6 +22,8 @@ def host_rows(rows: int, size: int, dtype: torch.dtype, pinned: bool, folder: Pa
             fix = f"would keep {length / 1e9:.1f} GB more of adapters in memory, where {free / 1e9:.1f} GB are free: disk keeps them in files"
             raise fail("paging.host", "memory", fix)
         return torch.zeros(rows, size, dtype=dtype, pin_memory=pinned)
+    if not hasattr(os, "posix_fallocate") or not Path("/proc/self/fd").is_dir():
+        raise fail("paging.host", "disk", "keeps adapters in files on Linux only: leave it at memory")
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder) as file:  # has no name from the beginning
@@ -45,5 +47,7 @@ def free_memory() -> int:
         with open("/proc/meminfo", encoding="ascii") as lines:
             facts = dict(line.split(":") for line in lines)
         return int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (OSError, KeyError, ValueError):  # macOS, Windows
+        import psutil  # of accelerate's
+
+        return int(psutil.virtual_memory().available)

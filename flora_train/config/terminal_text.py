@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,6 +75,11 @@ class PatientStream:
         with self._patiently():
             self._stream.flush()
 
+    def reconfigure(self, **options: Any) -> None:
+        with self._patiently():
+            self._stream.flush()  # which reconfigure does, too
+        self._stream.reconfigure(**options)
+
     @contextmanager
     def _patiently(self) -> Iterator[None]:
         try:
@@ -100,19 +105,23 @@ def safe_streams() -> Iterator[None]:
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     errors = {name: getattr(stream, "errors", None) for name, stream in before.items()}
     for name, stream in before.items():
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        _answer_errors(stream, "backslashreplace")
         if stream is not None and stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, PatientStream(stream))
     try:
         yield
     finally:
         for name, stream in before.items():
-            if isinstance(patient := getattr(sys, name), PatientStream):
+            if isinstance(patient := getattr(sys, name), PatientStream) and patient is not stream:
                 patient.flush()
                 setattr(sys, name, stream)
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors=errors[name])
+            _answer_errors(stream, errors[name])
+
+
+def _answer_errors(stream: Any, errors: str | None) -> None:
+    if errors is not None and hasattr(stream, "reconfigure"):
+        with suppress(OSError, ValueError):  # some that were redirected meanwhile do not take it, and stay as they are
+            stream.reconfigure(errors=errors)
 
 
 def write_failure() -> OSError | None:

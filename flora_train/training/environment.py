@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -86,9 +85,13 @@ def _commit() -> str | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's peak allocation, or the process's largest resident size on CPU."""
+    """Bytes: the device's peak allocation, or the process's largest resident size on CPU; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -83,8 +83,8 @@ class Ears:
         if not self.store.workers or len(paths) < 2:
             return [look_at(path) for path in paths]
         found: dict[int, Clip] = {}
-        with self.progress(f"read clips of {what}", len(paths)) as watch:
-            coming = {self.store.pool.submit(look_at, path): i for i, path in enumerate(paths)}
+        with self.store.ended_by_errors(), self.progress(f"read clips of {what}", len(paths)) as watch:
+            coming = {self.store.submit(look_at, path): i for i, path in enumerate(paths)}
             for future in as_completed(coming):
                 found[coming[future]] = future.result()
                 watch.update(len(found))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing import get_context
@@ -47,19 +49,29 @@ class FeatureStore:
         for clip in clips:
             path = self._path(clip)
             if self.workers and path not in self._coming and not path.exists():
-                self._coming[path] = self.pool.submit(_features, self.extractor, clip)
+                self._coming[path] = self.submit(_features, self.extractor, clip)
 
     def get(self, clips: Sequence[Heard]) -> list[NDArray[Any]]:
         """The features of these clips, in their order."""
-        self.ahead(clips)
-        return [self._get(clip) for clip in clips]
+        with self.ended_by_errors():
+            self.ahead(clips)
+            return [self._get(clip) for clip in clips]
 
-    @property
-    def pool(self) -> ProcessPoolExecutor:
-        """The workers; they start when they are first needed."""
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Let a worker do it. Workers start when they are first needed."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_one_thread)
-        return self._pool
+        with _interrupts_held():
+            return self._pool.submit(function, *arguments)
+
+    @contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """An error, or Ctrl-C, ends the workers and drops what waits for them: else the process would not end before all is done."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the workers."""
@@ -143,8 +155,22 @@ def _features(extractor: Any, clip: Heard) -> NDArray[Any]:
     return extracted(extractor, np.pad(samples, (0, clip.samples - len(samples))))
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes that start meanwhile never see Ctrl-C, not even while they load: the main process ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _one_thread() -> None:
     """Workers share the cores: each computes on one."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -44,8 +43,10 @@ def run_command(words: Sequence[str], folder: Path, wall: float, environment: Ma
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    import fcntl  # Linux and macOS only, as all of this: what else a run does is done on Windows, too
+
     for stream in (process.stdout, process.stderr):
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # macOS has no F_SETPIPE_SZ
             fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[arg-type]
     kept: dict[str, tuple[bytes, bytes]] = {}
     readers = [Thread(target=_drain, args=(process.stdout, kept, "out"), daemon=True)]
@@ -57,8 +58,9 @@ def run_command(words: Sequence[str], folder: Path, wall: float, environment: Ma
         process.wait(timeout=wall)
     except subprocess.TimeoutExpired:
         timed_out = True
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    finally:  # also after Ctrl-C
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
     status = process.wait()
     for reader in readers:
         reader.join(timeout=5)

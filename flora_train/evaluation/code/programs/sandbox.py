@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -122,8 +123,22 @@ def _bubblewrap(folder: Path, limits: Limits, writable: bool, prepared: Path | N
     return words
 
 
+def no_programs_here() -> str | None:
+    """Why this system cannot execute generated programs at all; None on Linux."""
+    try:
+        import fcntl
+        import resource  # noqa: F401
+    except ImportError:
+        return "programs are executed on Linux only: on Windows use WSL. Everything else runs here, and completions that are kept can be executed there"
+    if sys.platform == "linux" and hasattr(fcntl, "F_SETPIPE_SZ"):
+        return None
+    return "programs are executed on Linux only: use a container or another machine. Everything else runs here, and completions that are kept can be executed there"
+
+
 def open_sandbox(kind: Kind) -> Sandbox:
     """Raises UserError where bubblewrap cannot confine a program here: nothing runs unconfined unless that was asked for."""
+    if (reason := no_programs_here()) is not None:
+        raise fail("evaluation.sandbox", kind, reason)
     if shutil.which("prlimit") is None:
         raise fail("evaluation.sandbox", kind, "needs the program prlimit: apt-get install util-linux")
     sandbox = Sandbox(kind)
