@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -69,9 +69,9 @@ class AdapterBank:
         paging: who of them may be on the host (default: nobody); device: where they compute (default: where the model is).
         Raises UserError when a target matches nothing (with what could match) or two adapters share a name.
         """
-        names = [spec.name for spec in specs]
-        for name in names:
-            if names.count(name) > 1 or name == BASE:
+        counts = Counter(spec.name for spec in specs)
+        for name, count in counts.items():
+            if count > 1 or name == BASE:
                 raise fail("adapters", name, "two adapters cannot share a name (and __base__ is the base model)")
         groups: dict[tuple[Any, ...], list[AdapterSpec]] = defaultdict(list)
         targets_of: dict[tuple[Any, ...], dict[str, Target]] = {}

@@ -70,6 +70,14 @@ class TaskMixture:
         self.seed = seed
         self.left = left or {}
         self._check_budget()
+        self._places = {stream.name: i for i, stream in enumerate(self.streams)}
+        self._begins = np.array([stream.begins for stream in self.streams], dtype=np.float64)
+        self._ends = np.array([stream.ends for stream in self.streams], dtype=np.float64)
+        self._teaches = np.ones(len(self.streams), dtype=np.bool_)
+        """Whether some adapter of a task still learns, by its own steps and by who has left."""
+        self._losing = {i for i, stream in enumerate(self.streams) if self.left.keys() & stream.max_steps.keys()}
+        self._unsure = set(range(len(self.streams)))
+        """Tasks whose `_teaches` may have changed since it was set."""
         self._queues: list[Iterator[int]] = [_endless_examples(stream, seed) for stream in streams]
         self._random = np.random.default_rng(seed_of(seed, "mixture"))
         self._served = np.zeros(len(streams))
@@ -106,14 +114,14 @@ class TaskMixture:
 
     def tokens_of(self, draw: Draw) -> int:
         """Tokens of a draw over all its adapters."""
-        lengths = next(stream.lengths for stream in self.streams if stream.name == draw.task)
+        lengths = self.streams[self._places[draw.task]].lengths
         return int(lengths[list(draw.examples)].sum()) * len(draw.adapters)
 
     def _fill_step(self) -> tuple[Draw, ...]:
         self._let_join()
         draws: list[Draw] = []
         budget = self.tokens_per_step
-        live = self._at_turn(np.array([bool(self._learners(stream)) for stream in self.streams]))
+        live = self._at_turn(self._live())
         while (choice := self._postponed or self._choose(live)) is not None:
             self._postponed = None
             index, examples = choice
@@ -127,13 +135,25 @@ class TaskMixture:
                 self._postponed = choice
                 break
             draws.append(Draw(stream.name, examples, adapters))
-        self._steps_taken.update({draw.task for draw in draws})
+        drawn = {draw.task for draw in draws}
+        self._steps_taken.update(drawn)
+        self._unsure |= {self._places[task] for task in drawn}
         return tuple(draws)
+
+    def _live(self) -> NDArray[np.bool_]:
+        """The tasks that some adapter learns in the step that is filled now, [tasks]. Only tasks that may have changed are looked at."""
+        now = len(self._steps)
+        for i in self._unsure | self._losing:
+            self._teaches[i] = bool(self._still_learning(self.streams[i]))
+        self._unsure = set()
+        return (self._begins <= now) & (now < self._ends) & self._teaches
 
     def _let_join(self) -> None:
         """Who joins now has been served as much as who has least: it does not have to catch up."""
         now = len(self._steps)
-        joining = [i for i, stream in enumerate(self.streams) if stream.begins == now > 0]
+        joining = np.flatnonzero(self._begins == now) if now > 0 else ()
+        if not len(joining):
+            return
         there = [self._served[i] for i, stream in enumerate(self.streams) if stream.begins < now and self._learners(stream)]
         for i in joining if there else ():
             self._served[i] = min(there)
@@ -176,10 +196,13 @@ class TaskMixture:
         return index, examples
 
     def _learners(self, stream: Stream) -> tuple[str, ...]:
+        if not stream.begins <= len(self._steps) < stream.ends:
+            return ()
+        return self._still_learning(stream)
+
+    def _still_learning(self, stream: Stream) -> tuple[str, ...]:
         taken = self._steps_taken[stream.name]
         now = len(self._steps)
-        if not stream.begins <= now < stream.ends:
-            return ()
         return tuple(
             adapter for adapter, limit in stream.max_steps.items() if taken < limit and now < self.left.get(adapter, now + 1)
         )

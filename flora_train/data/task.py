@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,8 @@ def load_tasks(config: RunConfig, tokenizer: Any, cache: Path, ears: Ears | None
     formats, splits and step sizes."""
     problems: list[Problem] = []
     tasks: dict[str, Task] = {}
-    learnt = {name: task for name, task in config.tasks.items() if _learners(name, config)}
+    learners = _learners(config)
+    learnt = {name: task for name, task in config.tasks.items() if learners[name]}
     for name, task in learnt.items():  # missing files are found before anything long is read
         for split, source in (("train", task.train), ("validation", task.validation), ("test", task.test)):
             try:
@@ -58,8 +60,9 @@ def load_tasks(config: RunConfig, tokenizer: Any, cache: Path, ears: Ears | None
                     source_files(source, f"tasks.{name}.{split}")
             except UserError as error:
                 problems += error.problems
+    missing = {problem.key.split(".")[1] for problem in problems if problem.key.startswith("tasks.")}
     for name, task in learnt.items():
-        if any(problem.key.startswith(f"tasks.{name}.") for problem in problems):
+        if name in missing:
             continue
         try:
             load = load_text_task if ears is None else partial(load_spoken_task, ears=ears)
@@ -68,15 +71,16 @@ def load_tasks(config: RunConfig, tokenizer: Any, cache: Path, ears: Ears | None
             problems += error.problems
         else:
             step = (config.mixture.examples_per_draw, config.training.tokens_per_step)
-            if problem := draw_problem(name, tasks[name].train.lengths, _learners(name, config), *step):
+            if problem := draw_problem(name, tasks[name].train.lengths, learners[name], *step):
                 problems.append(problem)
     if problems:
         raise UserError(*problems)
     return tasks
 
 
-def _learners(task: str, config: RunConfig) -> int:
-    return sum(task in (adapter.tasks or config.tasks) for adapter in config.adapters.values())
+def _learners(config: RunConfig) -> Counter[str]:
+    """Task -> how many adapters learn it."""
+    return Counter(task for adapter in config.adapters.values() for task in dict.fromkeys(adapter.tasks or config.tasks))
 
 
 def draw_problem(task: str, lengths: NDArray[np.int64], adapters: int, examples: int, tokens_per_step: int) -> Problem | None:

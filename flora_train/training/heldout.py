@@ -69,22 +69,22 @@ def evaluate_heldout(
     max_tokens: padded tokens per forward pass; max_examples: the first so many of each task; report: called with the
     share done; absent: adapters that are not asked; log: batches in it are not computed again. The model's routing is the plain base afterwards.
     """
-    asked = [spec for spec in bank.specs if bank.ids[spec.name] not in absent]
-    used = {task.name: task for task in tasks if any(spec.task == task.name for spec in asked)}
-    rows: list[Row] = []
     contenders: dict[str, list[int]] = {}
+    for adapter, spec in enumerate(bank.specs):
+        if adapter not in absent:
+            contenders.setdefault(spec.task, []).append(adapter)
+    used = {task.name: task for task in tasks if task.name in contenders}
+    by_task: list[list[Row]] = []
     for name, task in used.items():
-        contenders[name] = [bank.ids[spec.name] for spec in asked if spec.task == name]
         if with_base:
             contenders[name].append(BASE_ID)
-        rows += heldout_rows(bank, contenders[name], name, task.validation, max_examples)
+        by_task.append(heldout_rows(bank, contenders[name], name, task.validation, max_examples))
     sums = {
         (name, adapter): np.zeros(min(len(task.validation), max_examples or len(task.validation)))
         for name, task in used.items()
         for adapter in contenders[name]
     }
     # a batch is of one task: few adapters at a time have to be on the device, and with more rows each
-    by_task = [[row for row in rows if row.task == name] for name in used]
     everyones = [group for part in by_task for group in group_by_length(part, max_tokens)]
     known = {} if log is None else log.known(everyones)
     for group in everyones if world()[0] == 0 else ():  # one process adds what is known, all sum

@@ -39,10 +39,12 @@ def make_mixture(
 ) -> TaskMixture:
     """The mixture over the tasks that have adapters. left: adapter name -> the first step without it; joined: task -> the first step
     with it (default 0); each has training.steps from there."""
+    limits_of: dict[str, dict[str, int]] = defaultdict(dict)
+    for spec in specs:
+        limits_of[spec.task][spec.name] = spec.max_steps
     streams = []
     for task in tasks.values():
-        limits = {spec.name: spec.max_steps for spec in specs if spec.task == task.name}
-        if limits:
+        if limits := limits_of.get(task.name):
             begins = (joined or {}).get(task.name, 0)
             streams.append(Stream(task.name, task.train.lengths, task.weight, limits, begins, begins + config.training.steps))
     return TaskMixture(streams, config.mixture, config.training.tokens_per_step, config.seed, left)
