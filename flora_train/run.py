@@ -16,6 +16,7 @@ from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain, safe_streams
+from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.tokens import pad_token
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation
 from flora_train.evaluation.generation import check_room
@@ -161,11 +162,14 @@ def report_left_out(session: Session) -> None:
 
 def check_prompts(session: Session, plan: Plan | None) -> None:
     """Raises UserError if some prompt that will be completed after training leaves no room for evaluation.max_new_tokens."""
-    prompts = [prompt for task in session.config.tasks.values() for prompt in task.sample_prompts]
+    prompts = [(prompt, True) for task in session.config.tasks.values() for prompt in task.sample_prompts]
     prompts += (
-        [problem.prompt for suite in plan.suites for part in suite.asked.values() for problem in part.values()] if plan else []
+        [(problem.prompt, False) for suite in plan.suites for part in suite.asked.values() for problem in part.values()]
+        if plan
+        else []
     )
-    lengths = map(len, session.tokenizer(prompts)["input_ids"] if prompts else ())
+    encoder = TextEncoder(session.tokenizer)
+    lengths = (len(encoder.prompt(prompt, special_tokens)) for prompt, special_tokens in prompts)
     check_room(session.model, max(lengths, default=0), session.config.evaluation.max_new_tokens)
 
 

@@ -103,6 +103,9 @@ class TaskConfig(Section):
     packing: bool = False
     """Put short training examples together into sequences of up to training.max_length tokens. They do not see each other;
     fewer, fuller rows cost less padding. Checked on the model before training."""
+    special_tokens: bool = False
+    """Special tokens of the base model (<|im_end|>, </s>, <think>) that are written in rows are tokens, for text that was rendered
+    elsewhere. Else they are text there, as a user's words are; in the recipe's own templates they are always tokens."""
     language: Text | None = None
     """The programming language that completions are judged in: a key of eval/languages.yaml (lua, pl, rb, ...)."""
     speech: SpeechConfig | None = None

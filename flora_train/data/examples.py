@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isinf, isnan
+from typing import Any
 
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.sources import Row
 
+Span = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class TextExample:
-    """`completion` is learnt, `prompt` (perhaps empty) is only read."""
+    """`completion` is learnt, `prompt` (perhaps empty) is only read. prompt_rows, completion_rows: the parts of them, in characters,
+    that are columns of a row; the others are the recipe's."""
 
     prompt: str
     completion: str
+    prompt_rows: tuple[Span, ...] = field(default=(), compare=False)
+    completion_rows: tuple[Span, ...] = field(default=(), compare=False)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to learn: no text, or none of what a template takes from its row."""
+        parts = [self.completion[a:b] for a, b in self.completion_rows] or [self.completion]
+        return all(not part or part.isspace() for part in parts)
 
 
 @dataclass(frozen=True)
@@ -30,18 +43,47 @@ class Template:
     def columns(self) -> list[str]:
         return [column for _, column in self.pieces if column is not None]
 
-    def render(self, row: Row) -> str:
-        """The text of a row; a column that it lacks is empty. Raises UserError for a value that is not text or number."""
-        return "".join(text if column is None else text + self._cell(row, column) for text, column in self.pieces)
+    def render(self, row: Row) -> tuple[str, tuple[Span, ...]]:
+        """The text of a row, and the parts of it that are its columns; a column that it lacks is empty. Raises UserError for a value
+        that is not text or number."""
+        parts: list[str] = []
+        spans: list[Span] = []
+        length = 0
+        for literal, column in self.pieces:
+            cell = "" if column is None else self._cell(row, column)
+            parts += [literal, cell]
+            length += len(literal) + len(cell)
+            if column is not None:
+                spans.append((length - len(cell), length))
+        return "".join(parts), tuple(spans)
 
     def _cell(self, row: Row, column: str) -> str:
-        value = row.get(column)
-        if value is None:
-            return ""
-        if not isinstance(value, str | int | float):
-            raise fail(self.key, self.source, f"column {column!r} holds a {type(value).__name__}: it must be text or a number")
-        # JSON can spell half a character (a lone surrogate), which no tokenizer takes
-        return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        try:
+            return cell_text(row.get(column))
+        except ValueError as error:
+            raise fail(self.key, self.source, f"column {column!r} {error}") from None
+
+
+def cell_text(value: Any) -> str:
+    """A cell as text. A missing value is empty, also as tables of numbers write it (NaN). Raises ValueError, with the reason, for a
+    value that is neither text nor a finite number."""
+    if value is None or (isinstance(value, float) and isnan(value)):
+        return ""
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"holds a {type(value).__name__}: it must be text or a number")
+    if isinstance(value, float) and isinf(value):
+        raise ValueError(f"holds {value}: it must be text or a finite number")
+    if not isinstance(value, str):
+        return _digits(value)
+    # JSON can spell half a character (a lone surrogate), which no tokenizer takes
+    return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _digits(value: float) -> str:
+    try:
+        return str(value)
+    except ValueError:
+        raise ValueError("holds a whole number of thousands of digits: write it as text") from None
 
 
 @dataclass(frozen=True)
@@ -52,7 +94,9 @@ class Formatter:
     completion: Template
 
     def __call__(self, row: Row) -> TextExample:
-        return TextExample(self.prompt.render(row) if self.prompt else "", self.completion.render(row))
+        prompt, prompt_rows = self.prompt.render(row) if self.prompt else ("", ())
+        completion, completion_rows = self.completion.render(row)
+        return TextExample(prompt, completion, prompt_rows, completion_rows)
 
     def check(self, rows: list[Row], what: str) -> None:
         """Every column must be in some row; rows that lack it are empty there. Raises UserError with the columns there

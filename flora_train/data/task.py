@@ -27,7 +27,7 @@ from flora_train.data.sampling import hold_out, sample, seed_of
 from flora_train.data.sources import read_rows, source_files
 from flora_train.data.tokens import TokenSplit, tokenise, tokenizer_hash
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
     else:
         train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed_of(config.seed, name, "split"), key)
     max_length, over_long = config.training.max_length, task.over_long
-    setting = [CACHE_VERSION, max_length, over_long, tokenizer_hash(tokenizer)]
+    setting = [CACHE_VERSION, max_length, over_long, tokenizer_hash(tokenizer), task.special_tokens]
     splits = {}
     digest = hashlib.sha256()
     for split, rows, limit in (("train", train_rows, task.max_examples), ("validation", held_rows, task.max_validation_examples)):
@@ -121,7 +121,7 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         packing = split == "train" and task.packing  # held-out examples stay apart: intervals resample them
         content = _hash([*setting, packing, unsampled], examples)
         digest.update(content.encode())
-        make = partial(tokenise, examples, tokenizer, max_length, over_long, unsampled)
+        make = partial(tokenise, examples, tokenizer, max_length, over_long, unsampled, task.special_tokens)
         if packing:
             make = partial(_packed, make, max_length)
         splits[split] = cached(cache / f"{content[:32]}.npz", TokenSplit, make)
@@ -143,5 +143,6 @@ def _packed(make: Callable[[], TokenSplit], max_length: int) -> TokenSplit:
 def _hash(setting: list[Any], examples: list[TextExample]) -> str:
     digest = hashlib.sha256(json.dumps(setting).encode())
     for example in examples:
-        digest.update(json.dumps([example.prompt, example.completion]).encode())
+        content = [example.prompt, example.completion, example.prompt_rows, example.completion_rows]
+        digest.update(json.dumps(content).encode())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.config.errors import fail
+from flora_train.data.encoded import Encoded
 from flora_train.data.examples import TextExample
+from flora_train.data.text_encoder import TextEncoder, start_tokens
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class SplitCounts:
     """Speech: reason -> the clips that were left out for it."""
     seconds: float = 0.0
     """Speech: of all clips used."""
+    special_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Special token -> how often it is written in rows: as text, unless the task says special_tokens: true."""
 
 
 @dataclass(frozen=True)
@@ -123,31 +127,46 @@ class TokenSplit:
         return cls(**arrays, counts=counts)
 
 
-def tokenise(examples: list[TextExample], tokenizer: Any, max_length: int, over_long: str, unsampled: int = 0) -> TokenSplit:
+def tokenise(
+    examples: list[TextExample],
+    tokenizer: Any,
+    max_length: int,
+    over_long: str,
+    unsampled: int = 0,
+    special_tokens: bool = False,
+) -> TokenSplit:
     """Token ids of prompt + completion + end token for each example, none dropped without being counted.
 
-    Prompt and completion are tokenised apart, so that training sees a prompt as generation will. The end token is
-    left out where an example was cut.
+    Prompt and completion are tokenised apart, so that training sees a prompt as generation will; the completion as text that
+    goes on. Start and end token stand once, also where the text has them itself. The end token is left out where an example was
+    cut. special_tokens: special tokens that are written in rows are tokens; else they are text.
     """
-    kept = [example for example in examples if example.completion.strip()]
-    start = start_tokens(tokenizer)
+    kept = [example for example in examples if not example.is_empty]
+    encoder = TextEncoder(tokenizer, special_tokens)
     pieces: list[NDArray[np.int32]] = []
     prompt_lengths: list[int] = []
     label_bytes: list[int] = []
-    tally = Counter(empty=len(examples) - len(kept))
-    for prompt, completion, bytes_before in _encode(tokenizer, kept):
-        if not completion:  # the tokenizer knows none of its characters
+    tally, written = Counter(empty=len(examples) - len(kept)), Counter[str]()
+    for prompt, completion in _encode(encoder, kept, max_length, over_long):
+        written += prompt.written + completion.written
+        if not len(completion.ids):  # the tokenizer knows none of its characters
             tally["empty"] += 1
             continue
-        head = start + prompt
-        whole = [*completion, tokenizer.eos_token_id]
-        fate, spans = _cut(len(whole), max_length - len(head), "truncate" if over_long == "split" and prompt else over_long)
+        head, begins = _head(encoder, prompt.ids, completion.ids)
+        ends_itself = own_end(tokenizer, completion)
+        whole = completion.ids[begins:] if ends_itself is not None else np.append(completion.ids[begins:], tokenizer.eos_token_id)
+        fate, spans = _cut(
+            len(whole), max_length - len(head), "truncate" if over_long == "split" and len(prompt.ids) else over_long
+        )
         tally[fate] += 1
-        for begin, end in spans:
-            pieces.append(np.array(head + whole[begin:end], dtype=np.int32))
+        for begin, after in spans:
+            pieces.append(np.concatenate([head, whole[begin:after]]).astype(np.int32))
             prompt_lengths.append(len(head))
-            first_learnt = begin if head else begin + 1  # nothing predicts the first token of all
-            label_bytes.append(bytes_before(end) - bytes_before(first_learnt))
+            first_learnt = begin if len(head) else begin + 1  # nothing predicts the first token of all
+            covered = completion.bytes_before(begins + after) - completion.bytes_before(begins + first_learnt)
+            if ends_itself is not None and begins + first_learnt <= ends_itself < begins + after:
+                covered -= completion.bytes_before(ends_itself + 1) - completion.bytes_before(ends_itself)
+            label_bytes.append(covered)  # the end token stands for no text
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     prompt_array = np.array(prompt_lengths, dtype=np.int32)
     counts = SplitCounts(
@@ -162,6 +181,7 @@ def tokenise(examples: list[TextExample], tokenizer: Any, max_length: int, over_
         examples=len(pieces),
         tokens=int(lengths.sum()),
         label_tokens=int((lengths - np.maximum(prompt_array, 1)).sum()),
+        special_tokens=dict(written),
     )
     return TokenSplit(
         tokens=np.concatenate([np.empty(0, dtype=np.int32), *pieces]),
@@ -173,19 +193,40 @@ def tokenise(examples: list[TextExample], tokenizer: Any, max_length: int, over_
     )
 
 
+def _head(encoder: TextEncoder, prompt: NDArray[np.int32], completion: NDArray[np.int32]) -> tuple[list[int], int]:
+    """The tokens that are read only, and how many of the completion's are among them: start tokens that it begins with."""
+    start = encoder.start
+    if not len(prompt) and start and completion[: len(start)].tolist() == start and len(completion) > len(start):
+        return start, len(start)
+    return encoder.with_start(prompt.tolist()), 0
+
+
+def own_end(tokenizer: Any, completion: Encoded) -> int | None:
+    """Where the end token stands that a text ends with itself, perhaps before white space; None: it has none."""
+    ids = completion.ids if completion.whole else completion.ids[:0]
+    for at in range(len(ids) - 1, max(-1, len(ids) - 1 - LAST), -1):
+        if ids[at] == tokenizer.eos_token_id:
+            return at
+        if tokenizer.decode([int(ids[at])]).strip():
+            break
+    return None
+
+
+LAST = 8
+"""Tokens at the end of a text among which its end token is looked for."""
+
+
 def check_tokenizer(tokenizer: Any, model_path: str) -> None:
-    """Training needs an end token and something to pad with. Raises UserError if the tokenizer lacks one."""
+    """Training needs an end token. Raises UserError if the tokenizer lacks one."""
     if tokenizer.eos_token_id is None:
         fix = "its tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it there"
-        raise fail("model.path", model_path, fix)
-    if tokenizer.pad_token_id is None:
-        fix = "its tokenizer has no padding token: set tokenizer.pad_token (often to eos_token) and save it there"
         raise fail("model.path", model_path, fix)
 
 
 def pad_token(tokenizer: Any) -> int:
-    """What fills a row up; never learnt, because labels go by position."""
-    return int(tokenizer.pad_token_id)
+    """What fills a row up: the padding token, or the end token where a tokenizer has none. Padding is never learnt, because labels
+    and masks go by lengths; the end token of a text is."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def _cut(length: int, room: int, over_long: str) -> tuple[str, list[tuple[int, int]]]:
@@ -203,51 +244,49 @@ def _cut(length: int, room: int, over_long: str) -> tuple[str, list[tuple[int, i
     return "split", [(length * i // parts, length * (i + 1) // parts) for i in range(parts)]
 
 
-def _encode(tokenizer: Any, examples: list[TextExample]) -> Iterator[tuple[list[int], list[int], Callable[[int], int]]]:
-    """(prompt ids, completion ids, number of completion tokens -> UTF-8 bytes of the text they cover) of each example."""
-    for begin in range(0, len(examples), ENCODE_AT_ONCE):  # tokenizers keep offsets in memory, too
-        chunk = examples[begin : begin + ENCODE_AT_ONCE]
-        prompts = _ids(tokenizer, [example.prompt for example in chunk])["input_ids"]
-        completions = _ids(tokenizer, [example.completion for example in chunk])
-        for i, example in enumerate(chunk):
-            ids = completions["input_ids"][i]
-            encoding = completions.encodings[i] if completions.encodings else None
-            yield prompts[i], ids, _byte_counter(tokenizer, example.completion, ids, encoding)
+def _encode(
+    encoder: TextEncoder, examples: Sequence[TextExample], max_length: int, over_long: str
+) -> Iterator[tuple[Encoded, Encoded]]:
+    """(prompt, completion) of each example; where only their first tokens are used, no more than are needed."""
+    for chunk in _chunks(examples):
+        prompts = encoder.encode([(e.prompt, e.prompt_rows) for e in chunk], more=True, limit=max_length)
+        # what stands before a completion, and whether all of it can be used
+        kinds = [
+            (encoder.place_after(prompt.ids, e.prompt), over_long == "split" and not len(prompt.ids))
+            for e, prompt in zip(chunk, prompts, strict=True)
+        ]
+        found: dict[int, Encoded] = {}
+        for kind in dict.fromkeys(kinds):
+            place, all_is_used = kind
+            mine = [i for i, other in enumerate(kinds) if other == kind]
+            texts = [encoder.after(prompts[i].ids, chunk[i].completion, chunk[i].completion_rows) for i in mine]
+            found |= zip(mine, encoder.encode(texts, place, limit=None if all_is_used else max_length), strict=True)
+        yield from ((prompt, found[i]) for i, prompt in enumerate(prompts))
 
 
-ENCODE_AT_ONCE = 1024
-"""Examples that are tokenised in one call."""
+def _chunks(examples: Sequence[TextExample]) -> Iterator[list[TextExample]]:
+    """Examples that are tokenised in one call: tokenizers keep offsets of all of them in memory."""
+    chunk: list[TextExample] = []
+    size = 0
+    for example in examples:
+        more = len(example.prompt) + len(example.completion)
+        if chunk and (len(chunk) == ENCODE_AT_ONCE or size + more > CHARACTERS_AT_ONCE):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(example)
+        size += more
+    if chunk:
+        yield chunk
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> Any:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-
-
-def _byte_counter(tokenizer: Any, text: str, ids: list[int], encoding: Any) -> Callable[[int], int]:
-    """How many UTF-8 bytes of `text` do its first n tokens cover? A character that tokens share counts with the first."""
-
-    def bytes_before(n: int) -> int:
-        if n >= len(ids):  # the end token stands for no text
-            return len(text.encode())
-        if n == 0:
-            return 0
-        if encoding is not None:
-            return len(text[: encoding.token_to_chars(n - 1)[1]].encode())
-        return len(tokenizer.decode(ids[:n]).rstrip("\ufffd").encode())  # a slow tokenizer has no offsets
-
-    return bytes_before
-
-
-def start_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text (a beginning token, or nothing)."""
-    marked = tokenizer("a")["input_ids"]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    places = (i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
-    return marked[: next(places, 0)]
+ENCODE_AT_ONCE, CHARACTERS_AT_ONCE = 1024, 1 << 22
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 over the fast tokenizer's whole definition, or over the vocabulary of a slow one."""
+    """SHA-256 over all of a tokenizer that tokens depend on: the fast tokenizer's whole definition, or the vocabulary of a slow one;
+    special tokens; what it puts before a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256((content + str(tokenizer.eos_token_id)).encode()).hexdigest()
+    added = sorted((int(i), repr(token)) for i, token in tokenizer.added_tokens_decoder.items())
+    rest = [added, start_tokens(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id]
+    return hashlib.sha256((content + json.dumps(rest)).encode()).hexdigest()

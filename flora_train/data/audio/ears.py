@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from flora_train.config.speech_schema import AudioConfig, SpeechConfig
 from flora_train.data.audio.decode import RATE, Clip, look_at
 from flora_train.data.audio.features import FeatureStore
 from flora_train.data.audio.windows import Windows
+from flora_train.data.text_encoder import TextEncoder
+from flora_train.data.tokens import own_end
 
 START, TRANSCRIBE, NO_TIMESTAMPS = "<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>"
 
@@ -36,6 +38,7 @@ class Ears:
     store: FeatureStore
     audio: AudioConfig
     progress: Progress
+    encoders: dict[bool, TextEncoder] = field(default_factory=dict)
 
     def prompt(self, speech: SpeechConfig, key: str) -> list[int]:
         """The decoder's first tokens for a language; of Whisper: start, language, transcribe, no timestamps.
@@ -70,8 +73,19 @@ class Ears:
 
     def tokens(self, prompt: list[int], sentence: str) -> NDArray[np.int32]:
         """Prompt, sentence (of Whisper after a space, as it writes) and end token."""
-        text = self.tokenizer(f" {sentence}" if self.whisper else sentence, add_special_tokens=False)["input_ids"]
-        return np.array([*prompt, *text, self.tokenizer.eos_token_id], dtype=np.int32)
+        return self.transcript(prompt, sentence)[0]
+
+    def transcript(
+        self, prompt: list[int], sentence: str, special_tokens: bool = False
+    ) -> tuple[NDArray[np.int32], Mapping[str, int]]:
+        """Its tokens, and the special tokens that are written in the sentence: text, unless `special_tokens` says that they are
+        tokens; an end token then stands once. Of a sentence that is longer than the decoder can read, not all tokens are made."""
+        if special_tokens not in self.encoders:
+            self.encoders[special_tokens] = TextEncoder(self.tokenizer, special_tokens)
+        text = f" {sentence}" if self.whisper else sentence
+        (found,) = self.encoders[special_tokens].encode([(text, [(0, len(text))])], limit=self.max_tokens)
+        end = [] if own_end(self.tokenizer, found) is not None else [self.tokenizer.eos_token_id]
+        return np.array([*prompt, *found.ids, *end], dtype=np.int32), found.written
 
     @property
     def max_seconds(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from flora_train.data.sampling import hold_out, sample, seed_of
 from flora_train.data.sources import Row, read_rows, source_files
 from flora_train.data.tokens import SplitCounts, tokenizer_hash
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 NO_SENTENCE, OVER_LONG, TWICE, HELD_OUT, TOO_MANY_TOKENS = (
     "no transcript",
     "longer than audio.max_seconds",
@@ -87,6 +87,7 @@ def load_speech_task(name: str, task: TaskConfig, config: RunConfig, ears: Ears,
 class _SplitMaker:
     def __init__(self, name: str, config: RunConfig, ears: Ears, prompt: list[int], cache: Path) -> None:
         self.name, self.config, self.ears, self.prompt, self.cache = name, config, ears, prompt, cache
+        self.special_tokens = config.tasks[name].special_tokens
         self.hashes: list[str] = []
 
     def __call__(self, split: str, lines: Sequence[Line], apart: Sequence[Line], limit: int | None) -> SpeechSplit:
@@ -114,6 +115,7 @@ class _SplitMaker:
             self.ears.windows.positions(longest),
             self.prompt,
             tokenizer_hash(self.ears.tokenizer),
+            self.special_tokens,
             len(lines),
             dict(left_out),
         ]
@@ -132,11 +134,12 @@ class _SplitMaker:
         self, split: str, chosen: Sequence[Line], left_out: Mapping[str, list[str]], unsampled: int, rows: int
     ) -> SpeechSplit:
         unusable = defaultdict(list, {reason: list(paths) for reason, paths in left_out.items()})
-        utterances = []
+        utterances, written = [], Counter[str]()
         room = min(self.config.training.max_length, self.ears.max_tokens)
         clips = self.ears.look([line.path for line in chosen], f"{self.name} ({split})")
         for line, clip in zip(chosen, clips, strict=True):
-            tokens = self.ears.tokens(self.prompt, line.sentence)
+            tokens, special = self.ears.transcript(self.prompt, line.sentence, self.special_tokens)
+            written += special
             if clip.fault is not None:
                 unusable[clip.fault].append(line.path)
             elif clip.seconds > self.ears.max_seconds:
@@ -157,6 +160,7 @@ class _SplitMaker:
             label_tokens=tokens_made - len(self.prompt) * len(utterances),
             unusable=dict(unusable),
             seconds=float(sum(u.seconds for u in utterances)),
+            special_tokens=dict(written),
         )
         return speech_split(utterances, len(self.prompt), counts)
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import fail
-from flora_train.data.tokens import pad_token, start_tokens
+from flora_train.data.text_encoder import TextEncoder
+from flora_train.data.tokens import pad_token
 from flora_train.evaluation.generation.attention import decoding_attention
 from flora_train.evaluation.generation.row_cache import RowCache
 from flora_train.evaluation.generation.sampling import Sampling
@@ -28,12 +29,13 @@ REFILL = 0.75
 @dataclass(frozen=True)
 class Request:
     """A prompt for one adapter (-1: the base model). keys: one name a sample, of which its draws depend; stops: a text ends
-    before the first of these strings in it."""
+    before the first of these strings in it; special_tokens: those written in the prompt are tokens (a recipe's prompt), else text."""
 
     adapter: int
     prompt: str
     keys: tuple[str, ...]
     stops: tuple[str, ...] = ()
+    special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class _Row:
     adapter: int
     key: str
     stops: tuple[str, ...]
+    prompt: list[int]
     tokens: list[int] = field(default_factory=list)
 
 
@@ -76,6 +79,7 @@ class Decoder:
     ) -> None:
         self.blocks = blocks
         self.model, self.tokenizer, self.route, self.sampling = model, tokenizer, route, sampling
+        self.encoder = TextEncoder(tokenizer)
         self.max_new_tokens, self.max_rows = max_new_tokens, max_rows
         self.device = next(model.parameters()).device
         # PEFT's wrapper takes anything and passes it on: what the model inside it takes is what counts
@@ -88,8 +92,7 @@ class Decoder:
     def run(self, requests: Sequence[Request], report: Callable[[Generated], None]) -> None:
         """Call `report` for every sample of every request, as they end. Longest prompts first. Raises UserError if a prompt and
         its continuation are longer than the model can read."""
-        start = start_tokens(self.tokenizer)  # as in training: no end token after a prompt
-        prompts = [start + self.tokenizer(r.prompt, add_special_tokens=False)["input_ids"] for r in requests]
+        prompts = [self.encoder.prompt(r.prompt, r.special_tokens) for r in requests]
         check_room(self.model, max(map(len, prompts), default=0), self.max_new_tokens)
         order = sorted(range(len(requests)), key=lambda i: -len(prompts[i]))
         training = self.model.training
@@ -97,17 +100,17 @@ class Decoder:
         try:
             for block in self.blocks({request.adapter for request in requests}):
                 part = [i for i in order if requests[i].adapter in block]
-                self._decode(prompts, deque(rows for i in part for rows in self._rows(i, requests[i])), report)
+                self._decode(deque(rows for i in part for rows in self._rows(i, requests[i], prompts[i])), report)
         finally:
             self.model.train(training)
 
-    def _decode(self, prompts: Sequence[list[int]], waiting: deque[list[_Row]], report: Callable[[Generated], None]) -> None:
+    def _decode(self, waiting: deque[list[_Row]], report: Callable[[Generated], None]) -> None:
         live: list[_Row] = []
         cache: RowCache | None = None
         with decoding_attention(self.model):
             while waiting or live:
                 if entering := self._entering(waiting, len(live)):
-                    new = self._read([prompts[rows[0].request] for rows in entering], entering)
+                    new = self._read(entering)
                     live += [row for rows in entering for row in rows]
                     if cache is None:
                         cache = new
@@ -129,13 +132,14 @@ class Decoder:
             entering.append(waiting.popleft())
         return entering
 
-    def _rows(self, index: int, request: Request) -> list[list[_Row]]:
+    def _rows(self, index: int, request: Request, prompt: list[int]) -> list[list[_Row]]:
         """A request's samples, in groups that share the reading of their prompt and fit into a batch."""
-        rows = [_Row(index, i, request.adapter, key, request.stops) for i, key in enumerate(request.keys)]
+        rows = [_Row(index, i, request.adapter, key, request.stops, prompt) for i, key in enumerate(request.keys)]
         return [rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows)]
 
-    def _read(self, prompts: Sequence[list[int]], entering: Sequence[Sequence[_Row]]) -> RowCache:
+    def _read(self, entering: Sequence[Sequence[_Row]]) -> RowCache:
         """Run prompts through the model, each once, and draw the first token of every sample."""
+        prompts = [rows[0].prompt for rows in entering]
         longest, pad = max(map(len, prompts)), pad_token(self.tokenizer)
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device).bool()
@@ -176,7 +180,7 @@ class Decoder:
         at_end, full = row.tokens[-1] in self._ends, len(row.tokens) >= self.max_new_tokens
         if not (at_end or full or self._stop_in_sight(row)):
             return False
-        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        text = self.encoder.decode_after(row.prompt, row.tokens)
         cut = min((at for stop in row.stops if (at := text.find(stop)) >= 0), default=None)
         if cut is None and not (at_end or full):  # the tail alone decoded to what the whole does not say
             return False
@@ -205,12 +209,13 @@ def check_room(model: Any, longest: int, max_new_tokens: int) -> None:
 def complete(
     model: nn.Module, bank: AdapterBank, tokenizer: Any, requests: Sequence[tuple[str, int]], max_new_tokens: int
 ) -> list[str]:
-    """Greedy completions of (prompt, adapter id) requests, in their order; -1 is the base model."""
+    """Greedy completions of (prompt, adapter id) requests, in their order; -1 is the base model. The prompts are a recipe's: special
+    tokens in them are tokens."""
     texts = [""] * len(requests)
 
     def keep(generated: Generated) -> None:
         texts[generated.request] = generated.text
 
     decoder = Decoder(model, tokenizer, bank.routed, Sampling(0.0, 1.0, 0), max_new_tokens, blocks=bank.blocks)
-    decoder.run([Request(adapter, prompt, ("",)) for prompt, adapter in requests], keep)
+    decoder.run([Request(adapter, prompt, ("",), special_tokens=True) for prompt, adapter in requests], keep)
     return texts

@@ -12,7 +12,7 @@ import pytest
 from flora_train.config.errors import UserError
 from flora_train.data.batch import IGNORE, Row, collate
 from flora_train.data.examples import TextExample
-from flora_train.data.tokens import SplitCounts, TokenSplit, check_tokenizer, tokenise
+from flora_train.data.tokens import SplitCounts, TokenSplit, check_tokenizer, pad_token, tokenise
 from tests.unit.data.conftest import byte_tokenizer
 
 POLICIES = ["truncate", "split", "drop"]
@@ -160,8 +160,18 @@ def test_no_examples_make_an_empty_split(tokenizer: Any) -> None:
     assert split.counts == SplitCounts(rows=2, unsampled=2)
 
 
-@pytest.mark.parametrize(("missing", "word"), [("eos_token_id", "end-of-sequence"), ("pad_token_id", "padding")])
-def test_tokenizer_without_end_or_padding_token_is_refused_with_the_fix(missing: str, word: str) -> None:
-    tokenizer = SimpleNamespace(**{"eos_token_id": 1, "pad_token_id": 1, missing: None})
-    with pytest.raises(UserError, match=rf"model.path = 'm': its tokenizer has no {word} token: set tokenizer\."):
-        check_tokenizer(tokenizer, "m")
+def test_tokenizer_without_end_token_is_refused_with_the_fix() -> None:
+    with pytest.raises(UserError, match=r"model.path = 'm': its tokenizer has no end-of-sequence token: set tokenizer\."):
+        check_tokenizer(SimpleNamespace(eos_token_id=None, pad_token_id=1), "m")
+
+
+def test_tokenizer_without_padding_token_pads_with_its_end_token_which_is_learnt_all_the_same() -> None:
+    tokenizer = byte_tokenizer(start=True)
+    tokenizer.pad_token = None
+    check_tokenizer(tokenizer, "m")
+    assert pad_token(tokenizer) == tokenizer.eos_token_id
+    split = tokenise([TextExample("p", "longer text"), TextExample("p", "ab")], tokenizer, 32, "truncate")
+    rows = [Row(0, "t", i, int(split.lengths[i])) for i in range(2)]
+    batch = collate(rows, lambda task: split, pad_token(tokenizer))
+    assert tokenizer.decode(batch.labels[1][batch.labels[1] != IGNORE]) == "ab<e>"
+    assert batch.inputs["attention_mask"].sum(1).tolist() == split.lengths.tolist()
