@@ -28,8 +28,8 @@ WARNING = "NOT_FOR_PLAIN_PEFT.txt"
 """A file beside those of an adapter that plain PEFT does not load: it says why."""
 ADAPTER = "default"
 """PEFT's name for the only adapter of a model."""
-IRRELEVANT = ("base_model_name_or_path", "lora_alpha", "lora_dropout", "hira_dropout")
-"""Keys that change neither which layers nor which tensors PEFT makes."""
+IRRELEVANT = ("base_model_name_or_path", "lora_alpha")
+"""Keys that change nothing about how PEFT loads an adapter. Of a dropout, PEFT asks only whether there is one."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,13 @@ class Loadability:
 
     def written(self, layers: Layers, spec: AdapterSpec) -> Written:
         """What adapters of these settings on these layers are written as."""
-        key = (spec.method, spec.offset, *((target.name, target.feedforward) for target in layers.values()))
+        key = (
+            spec.method,
+            spec.offset,
+            spec.rslora,
+            spec.dropout > 0,
+            *((target.name, target.feedforward) for target in layers.values()),
+        )
         if key not in self._forms:
             self._forms[key] = self._choose(layers, spec)
         return self._forms[key]
@@ -91,7 +97,7 @@ class Loadability:
         modules = {_without_ending(name.removeprefix(PREFIX), endings) for name in shapes}
         if self.twin is None or not modules <= self.names.keys():
             return None
-        known = {name: value for name, value in config.items() if name not in IRRELEVANT}
+        known = {name: bool(value) if "dropout" in name else value for name, value in config.items() if name not in IRRELEVANT}
         key = (json.dumps(known, sort_keys=True), *sorted(shapes.items()))
         if key not in self._tried:
             self._tried[key] = self._load(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
@@ -176,11 +182,11 @@ def notes(model: nn.Module, pools: Iterable[Pool]) -> Iterator[str]:
     """
     told = set()
     for pool in pools:
-        found = loadability_of(model).written(pool.targets, pool.specs[0])
-        for family in dict.fromkeys(spec.family for spec in pool.specs):
-            if family not in told and (found.problem or found.avoided):
-                told.add(family)
-                yield f"note: {_note(family, found)}"
+        for spec in {spec.family: spec for spec in pool.specs}.values():
+            found = loadability_of(model).written(pool.targets, spec)
+            if spec.family not in told and (found.problem or found.avoided):
+                told.add(spec.family)
+                yield f"note: {_note(spec.family, found)}"
 
 
 def say_what_peft_loads(model: nn.Module, pools: Iterable[Pool]) -> None:

@@ -136,6 +136,17 @@ def test_an_adalora_of_any_settings_has_the_numbers_of_its_lora_and_comes_back(o
     torch.testing.assert_close(again.row(0), bank.row(0), rtol=1e-6, atol=1e-7)
 
 
+def test_settings_that_peft_refuses_for_some_adapters_of_a_pool_are_seen() -> None:
+    """PEFT takes no dropout on a model's experts, and two adapters that differ in it alone are in one pool."""
+    bank = AdapterBank.attach(
+        built("deepseek_v3")[1], [spec("lora", family="plain"), spec("lora", family="dropped", dropout=0.1)]
+    )
+    assert len(bank.pools) == 1
+    said = list(notes(bank.model, bank.pools))
+    assert "note: plain: plain PEFT leaves" in said[0]
+    assert "note: dropped: plain PEFT refuses it as LORA" in said[1]
+
+
 def test_a_lora_for_other_servers_stays_a_lora_and_says_what_plain_peft_does(tmp_path: Path) -> None:
     bank = bank_on(built("deepseek_v3")[1], spec("lora"))
     folder = export_peft(bank, "task-lora", tmp_path / "a", "base", always_lora=True)
