@@ -19,7 +19,7 @@ from flora_train.config.errors import fail
 from flora_train.config.options import read_options
 from flora_train.config.section import PathText, Section
 from flora_train.config.terminal_text import in_cell, print_plain
-from flora_train.config.words import from_flags, parse_words
+from flora_train.config.words import from_flags, parse_words, run_and_names
 from flora_train.data.tokens import pad_token
 from flora_train.export.card import write_card
 from flora_train.export.loadability import WARNING
@@ -64,7 +64,8 @@ class ExportOptions(Section):
 
 def export_words(words: Sequence[str]) -> None:
     """words: a run, names of adapters (none: all), and ExportOptions."""
-    (run, *names), raw = from_flags(words)
+    alone, raw = from_flags(words)
+    run, names = run_and_names(alone)
     for place in _export(run, names, read_options(ExportOptions, parse_words(raw))):
         print_plain(place)
 

@@ -17,7 +17,7 @@ from flora_train.config.options import read_options
 from flora_train.config.schema import RunConfig
 from flora_train.config.section import Section, Text
 from flora_train.config.terminal_text import print_plain
-from flora_train.config.words import from_flags, parse_words
+from flora_train.config.words import from_flags, parse_words, run_and_names
 from flora_train.export.repository import MANIFEST, Entries, Repository, stage
 from flora_train.run import read_report
 from flora_train.training.distributed import say
@@ -50,7 +50,8 @@ class PushOptions(Section):
 def push_run(words: Sequence[str]) -> None:
     """words: a run, names of adapters (none: all), and PushOptions. What is there already is not sent again, so that a push that broke off is
     finished by another. Raises UserError."""
-    (run, *names), raw = from_flags(words, switches=("repo_per_adapter", "public", "dry_run"))
+    alone, raw = from_flags(words, switches=("repo_per_adapter", "public", "dry_run"))
+    run, names = run_and_names(alone)
     options = read_options(PushOptions, parse_words(raw))
     folder, config = open_run(run)
     specs = {spec.name: spec for spec in expand(config)}

@@ -63,7 +63,7 @@ def train_run(config: RunConfig) -> Path:
     folder = RunFolder(Path(config.folder))
     accelerator = make_accelerator(config, folder)
     on_every_process(lambda: check_world_size(config.num_processes, accelerator.num_processes))
-    check_alike(lambda: comparable(config))
+    check_alike(lambda: comparable(config, with_evaluation=True))
     standing = on_main_process(lambda: folder.enter(config))
     try:
         return _train_run(config, folder, accelerator, standing, started)

@@ -38,7 +38,10 @@ def parse_words(words: Sequence[str]) -> Layer:
 
 def from_flags(words: Sequence[str], switches: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """What stands by itself, and `--max-error 0.1`, `--max-error=0.1` or `max_error=0.1` as `max_error=0.1`: for commands that others have
-    under the same name, with flags. switches: keys that take no value, `--dry-run` is `dry_run=true`."""
+    under the same name, with flags. switches: keys that take no value, `--dry-run` is `dry_run=true`.
+
+    Raises UserError for a flag that has no value and needs one.
+    """
     alone: list[str] = []
     options: list[str] = []
     rest = list(words)
@@ -52,8 +55,18 @@ def from_flags(words: Sequence[str], switches: Sequence[str] = ()) -> tuple[list
             value = value or "true"
         elif not equals and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
+        if not key or not value:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(Problem(flag, None, f"needs a value: {flag} VALUE" if key else "is no flag: give it a name"))
         options.append(f"{key}={value}")
     return alone, options
+
+
+def run_and_names(alone: Sequence[str]) -> tuple[str, list[str]]:
+    """The run and the adapters that stand by themselves on a command line. Raises UserError if there is no run."""
+    if not alone:
+        raise UserError(Problem("run", None, "say which: a folder in outputs/"))
+    return alone[0], list(alone[1:])
 
 
 def _set(layer: Layer, parts: Sequence[str], value: Any) -> None:

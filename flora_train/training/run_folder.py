@@ -67,11 +67,14 @@ class RunFolder:
         if config.resume:
             begun = self._begun_with()
             joining = [] if begun is None else [name for name in config.tasks if name not in begun.tasks]
+            kept = self.finished and not joining  # its report stands: it is not evaluated again
             if joining and config.sweep.strategy == "halving":
                 fix = f"compares the adapters of a run from its first step, and tasks.{joining[0]} joins later: make a new run of it"
                 raise fail("sweep.strategy", "halving", fix)
             if begun is not None and (
-                problems := differences(comparable(begun), comparable(config, joining), f"when the run in {self.path} began")
+                problems := differences(
+                    comparable(begun, (), kept), comparable(config, joining, kept), f"when the run in {self.path} began"
+                )
             ):
                 raise UserError(*problems)
             if not self.finished:
@@ -257,14 +260,24 @@ class RunFolder:
         return any(path != self._lock.file for path in self.path.iterdir())
 
     def _begun_with(self) -> RunConfig | None:
-        try:
-            return open_run(self.path)[1]
-        except UserError:  # written by an older version, damaged, or never written: the disk was full
+        """The configuration that is recorded here; None where nothing was, because the disk was full when the run began.
+
+        Raises UserError if it cannot be read: what it was is then not known, and nothing can be compared with it.
+        """
+        if not self.config.exists() and not self.finished and not self.metrics.exists() and not self.checkpoints.exists():
             return None
+        if not self.config.exists():
+            fix = (
+                "is missing, so that it is not known what was trained here: put it back from a copy, or choose another output_dir"
+            )
+            raise fail(str(self.config), None, fix)
+        return load_saved(self.config)
 
 
-def comparable(config: RunConfig, without: Collection[str] = ()) -> dict[str, Any]:
-    """Every key that decides what a run computes -> its value. without: tasks that are left out, with adapters that learn no others."""
+def comparable(config: RunConfig, without: Collection[str] = (), with_evaluation: bool = False) -> dict[str, Any]:
+    """Every key that decides what a run trains and keeps -> its value. without: tasks that are left out, with adapters that learn no
+    others; with_evaluation: also keys that only decide how it is evaluated at its end."""
+    without = frozenset(without)
     tasks = {name: task for name, task in config.tasks.items() if name not in without}
     adapters = {}
     for name, adapter in config.adapters.items():
@@ -272,7 +285,8 @@ def comparable(config: RunConfig, without: Collection[str] = ()) -> dict[str, An
         if chosen != []:
             adapters[name] = adapter.model_copy(update={"tasks": chosen})
     rest = config.model_copy(update={"tasks": tasks, "adapters": adapters})
-    return flat(rest.model_dump(mode="json", exclude=HOW_NOT_WHAT))
+    found = flat(rest.model_dump(mode="json", exclude=HOW_NOT_WHAT))
+    return found if with_evaluation else {key: value for key, value in found.items() if not only_evaluates(key)}
 
 
 HOW_NOT_WHAT: dict[str, Any] = {
@@ -282,11 +296,43 @@ HOW_NOT_WHAT: dict[str, Any] = {
 }
 """Keys that may change when a run is resumed. Other processes or threads change sums in their last digits."""
 
+AT_THE_END = frozenset(
+    [
+        "bootstrap_samples",
+        "confidence",
+        "max_new_tokens",
+        "problems",
+        "languages",
+        "max_problems",
+        "n",
+        "k",
+        "temperature",
+        "top_p",
+        "beams",
+        "played_clips",
+        "batch_rows",
+        "sandbox",
+        "cpu_seconds",
+        "workers",
+    ]
+)
+"""Keys of `evaluation` that decide nothing before the end of training. The others select adapters, or let them leave."""
+OF_A_TASK = frozenset({"language", "license", "sample_prompts", "speech.normalizer", "speech.metric"})
+"""Keys of a task that do not."""
+
+
+def only_evaluates(key: str) -> bool:
+    """Whether a dotted key may change in a run that is interrupted: training does not depend on it."""
+    section, _, rest = key.partition(".")
+    return (section == "evaluation" and rest in AT_THE_END) or (section == "tasks" and rest.partition(".")[2] in OF_A_TASK)
+
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], when: str) -> list[Problem]:
     """One problem for every key whose value is not what it was."""
     problems = []
     for key in dict.fromkeys([*then, *now]):
+        if key not in now and only_evaluates(key):
+            continue  # an older version compared it
         if then.get(key) != now.get(key):
             was = repr(then[key]) if key in then else "not set"
             fix = f"was {was} {when}: set it back, or choose another output_dir"

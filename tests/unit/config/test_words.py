@@ -65,8 +65,8 @@ def test_all_wrong_words_come_at_once() -> None:
 
 
 def test_flags_become_words() -> None:
-    words = ["run", "--as", "merged", "a-b", "--max-error=0.1", "rank=8", "--dry-run", "c", "--out"]
+    words = ["run", "--as", "merged", "a-b", "--max-error=0.1", "rank=8", "--dry-run", "c", "--out", "x"]
     assert from_flags(words, ["dry_run"]) == (
         ["run", "a-b", "c"],
-        ["as=merged", "max_error=0.1", "rank=8", "dry_run=true", "out="],
+        ["as=merged", "max_error=0.1", "rank=8", "dry_run=true", "out=x"],
     )
