@@ -11,7 +11,7 @@ from flora_train.config.section import PathText, Section
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.evaluation.report import write_comparison, write_report
-from flora_train.evaluation.report.comparison import labels, measures, verdicts
+from flora_train.evaluation.report.comparison import labels, measures, seed_groups, verdicts, with_seeds
 from flora_train.run import read_report
 from flora_train.training.run_folder import open_run
 
@@ -43,4 +43,4 @@ def draw_reports(words: Sequence[str]) -> None:
     if page.suffix != ".html":
         raise fail("out", options.out, "is a page: give it a name that ends in .html")
     write_comparison(named, page)
-    print_plain(verdicts(list(named), measures(reports)), page)
+    print_plain(verdicts(with_seeds(list(named), reports), measures(reports), seed_groups(reports)), page)

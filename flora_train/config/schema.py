@@ -286,7 +286,13 @@ def disagreements(
     if count > MOST_ADAPTERS:
         fix = f"are {count:,}, each on every one of its tasks: at most {MOST_ADAPTERS:,} train in one run; divide them among several"
         return [Problem("adapters", None, fix)]
-    problems, known = [], frozenset(tasks)
+    problems = [
+        Problem(f"{section}.{name}", None, RESERVED)
+        for section, names in (("tasks", tasks), ("adapters", adapters))
+        for name in names
+        if name.lower() == "base"
+    ]
+    known = frozenset(tasks)
     for name, (chosen, warmup_steps) in adapters.items():
         for task in chosen or ():
             if task not in known:
@@ -315,6 +321,9 @@ def _unusable_names(names: Sequence[str]) -> list[Problem]:
             fix = f"and {other} are adapters (task-adapter) whose names differ in case only, which not every file system tells apart: rename one"
             problems.append(Problem("adapters", name, fix))
     return problems[:MOST_PROBLEMS]
+
+
+RESERVED = "is what reports call the base model: rename it"
 
 
 def _one_kind_of_task(tasks: Mapping[str, TaskConfig]) -> Problem | None:

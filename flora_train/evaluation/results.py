@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
@@ -22,9 +25,9 @@ from flora_train.training.run_folder import RunFolder
 from flora_train.training.selection import Kept
 
 SCHEMA = 5
+"""Of report.json; raised when a reader would miss or misread something."""
 MOMENTS = 40
 """Points of the curve of what was drawn."""
-"""Of report.json; raised when a reader would miss or misread something."""
 
 
 SHOWN = 5
@@ -116,7 +119,21 @@ def _task(task: Task, said: TaskConfig, tokens: int, target_share: float) -> dic
         "target_share": target_share,
         "epochs": tokens / max(1, int(task.train.lengths.sum())),
         "data_hash": task.data_hash,
+        "heldout_hash": examples_hash(task.validation),
+        "test_hash": examples_hash(task.validation if task.test is None else task.test),
     }
+
+
+def examples_hash(split: TokenSplit) -> str:
+    """SHA-256 of the examples themselves, whatever else their task holds: two runs with the same held-out rows have the same. Of clips it is
+    that of sound and sentences, of text that of the tokens."""
+    digest = sha256()
+    spoken = hasattr(split, "shas")
+    for name in ("shas", "samples", "sentences") if spoken else ("tokens", "offsets", "prompt_lengths", "label_bytes", "packs"):
+        values = np.ascontiguousarray(getattr(split, name))
+        digest.update(f"{name}\x1f{values.shape}\x1f".encode())
+        digest.update("\x1f".join(values.tolist()).encode() if values.dtype.kind == "U" else values.astype(np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def _counts(split: TokenSplit) -> dict[str, Any]:

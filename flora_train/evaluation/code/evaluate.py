@@ -40,6 +40,9 @@ from flora_train.training.checksum import fingerprint
 from flora_train.training.distributed import on_main_process, wait_for_everyone
 from flora_train.training.environment import available_cpus, dtype_of
 
+FILES_OF_EVAL = ("", "heldout", "speech", "report.html", "report.json")
+"""What stands in a run's folder eval/ beside the folders of suites, which are called by the suites' names."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -79,6 +82,8 @@ def plan_evaluation(config: RunConfig, need_sandbox: bool = True) -> Plan | None
         raise fail("evaluation.languages", absent[0], f"no task is in it; tasks are in {choices(sorted(set(spoken.values())))}")
     suites = tuple(load_suite(source, wanted, config.evaluation.max_problems) for source in config.evaluation.problems)
     names = [suite.name for suite in suites]
+    if taken := [source for source, name in zip(config.evaluation.problems, names, strict=True) if name in FILES_OF_EVAL]:
+        raise fail("evaluation.problems", taken[0], "would have the name of something else in the run's folder eval/: rename it")
     if twice := [name for name in names if names.count(name) > 1]:
         raise fail("evaluation.problems", twice[0], "two suites would share this name, and their folder: rename one")
     try:

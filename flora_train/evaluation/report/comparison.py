@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from flora_train.config.files import read_mapping
@@ -13,6 +14,7 @@ from flora_train.training.run_folder import flat
 
 OF_ITS_OWN = ("name", "output_dir", "existing_run", "resume")
 """Keys of a configuration that differ without a meaning."""
+SEED = "seed"
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """what: task and method; cells: one a run, None where it has no such figure; note: why the figures are not of the same thing, or ""."""
+    """what: task and method; cells: one a run, None where it has no such figure; note: why the figures are not of the same thing, or "";
+    seeds: the mean and the range over the runs of each group that has several, `0.812 (0.805 to 0.820)`, or ""."""
 
     what: tuple[str, str]
     cells: Sequence[Cell | None]
     note: str
+    seeds: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -55,24 +59,52 @@ class Found:
 
 def measures(runs: Sequence[Mapping[str, Any]]) -> list[Measure]:
     """Held-out loss, pass@k and error rates of every task and method that two runs or more have, or one alone."""
+    groups = seed_groups(runs)
     found: dict[str, dict[tuple[str, str], dict[int, Found]]] = {}
     for i, run in enumerate(runs):
         for figure in _figures(run):
             found.setdefault(figure.measure, {}).setdefault((figure.task, figure.family), {})[i] = figure
-    return [
-        Measure(measure, [_row(measure, what, row, len(runs)) for what, row in rows.items()]) for measure, rows in found.items()
-    ]
+    return [Measure(measure, [_row(measure, what, row, groups) for what, row in rows.items()]) for measure, rows in found.items()]
 
 
-def verdicts(names: Sequence[str], found: Sequence[Measure]) -> str:
-    """One sentence for each measure: how often which run is better, as far as intervals that do not meet can say."""
+def seed_groups(runs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Runs that compete, by number: those whose configurations differ in nothing but their seeds are one group, else each is its own."""
+    alike: dict[str, list[int]] = {}
+    seeds = []
+    for i, run in enumerate(runs):
+        config = flat(yaml.safe_load(run["facts"]["config"]))
+        seeds.append(config.get(SEED, 0))
+        alike.setdefault(repr(sorted((k, repr(v)) for k, v in config.items() if k not in (SEED, *OF_ITS_OWN))), []).append(i)
+    groups = []
+    for members in alike.values():
+        distinct = len({seeds[i] for i in members}) == len(members)
+        groups += [members] if distinct else [[i] for i in members]
+    return sorted(groups)
+
+
+def with_seeds(names: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What runs are called, with the seed of each that stands beside others of its configuration."""
+    told = list(names)
+    for group in seed_groups(runs):
+        for i in group if len(group) > 1 else ():
+            told[i] += f" (seed {flat(yaml.safe_load(runs[i]['facts']['config'])).get(SEED, 0)})"
+    return told
+
+
+def verdicts(names: Sequence[str], found: Sequence[Measure], groups: Sequence[Sequence[int]] | None = None) -> str:
+    """One sentence for each measure: how often which run is better, as far as intervals that do not meet can say. groups: of
+    `seed_groups`; seeds of one configuration win together, or not at all."""
+    groups = [[i] for i in range(len(names))] if groups is None else groups
+    names = [" and ".join(names[i] for i in group) for group in groups]
+    if len(groups) == 1:
+        return f"{names[0]} differ in nothing but the seed: none is better, and the range between them is what a seed makes."
     sentences = []
     for measure in found:
         rows = [row for row in measure.rows if sum(cell is not None for cell in row.cells) > 1 and row.what[1] != "base"]
         alike = [row for row in rows if not row.note]
         wins = {
-            name: sum(cell is not None and cell.best for cell in cells)
-            for name, cells in zip(names, _columns(alike), strict=False)
+            name: sum(any(cell is not None and cell.best for cell in (row.cells[i] for i in group)) for row in alike)
+            for name, group in zip(names, groups, strict=True)
         }
         clear = [f"{name} on {wins[name]}" for name in names if wins.get(name)]
         title = measure.title.partition(",")[0]
@@ -80,10 +112,6 @@ def verdicts(names: Sequence[str], found: Sequence[Measure]) -> str:
         sentences += [f"{title}: clearly better is {told} adapters that can be compared."] if alike else []
         sentences += [f"{title}: nothing can be compared, the examples differ."] if rows and not alike else []
     return " ".join(sentences) or "They have no task and method in common."
-
-
-def _columns(rows: Sequence[Row]) -> Iterator[Sequence[Cell | None]]:
-    return zip(*(row.cells for row in rows), strict=True)
 
 
 def settings(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -121,7 +149,9 @@ def labels(paths: Sequence[str]) -> list[str]:
 
 
 def _figures(run: Mapping[str, Any]) -> Iterator[Found]:
-    hashes = {task["name"]: task["data_hash"] for task in run["tasks"]}
+    # reports of before have only the hash of all of a task's examples
+    hashes = {task["name"]: task.get("heldout_hash", task["data_hash"]) for task in run["tasks"]}
+    heard = {task["name"]: task.get("test_hash") for task in run["tasks"]}
     for result in run["results"]:
         same: tuple[Any, ...] = (hashes[result["task"]], result["examples"])
         for row in (result["base"], *result["contenders"]):
@@ -136,7 +166,13 @@ def _figures(run: Mapping[str, Any]) -> Iterator[Found]:
                     change = changes.get(row["family"], {}).get(str(k))
                     yield Found(title, part["name"], row["family"], row["pass_at"][str(k)], change, same)
     for part in (run["speech"] or {}).get("languages", ()):
-        same = (part["metric"], part["normalizer"], part["clips"], part["contenders"][0][part["metric"]]["N"])
+        same = (
+            heard.get(part["task"]),
+            part["metric"],
+            part["normalizer"],
+            part["clips"],
+            part["contenders"][0][part["metric"]]["N"],
+        )
         for row in part["contenders"]:
             change = _to_base(part["differences"], part["metric"]).get(row["family"])
             yield Found("Error rate", part["task"], row["family"], row[part["metric"]], change, same)
@@ -146,18 +182,32 @@ def _to_base(differences: Sequence[Mapping[str, Any]], key: str) -> dict[str, An
     return {d["a"]: d[key] for d in differences if d["b"] == "base"}
 
 
-def _row(measure: str, what: tuple[str, str], found: Mapping[int, Found], runs: int) -> Row:
+def _row(measure: str, what: tuple[str, str], found: Mapping[int, Found], groups: Sequence[Sequence[int]]) -> Row:
     better = -1 if measure.startswith("pass@") else 1
     note = "" if len({figure.same for figure in found.values()}) == 1 else "not of the same examples"
     changes = {i: f.change or f.estimate for i, f in found.items()}
     finite = {i: change for i, change in changes.items() if None not in (change["value"], change["low"], change["high"])}
-    best = None
-    if not note and len(finite) == len(found) > 1:
+    competing = [[i for i in group if i in found] for group in groups]
+    competing = [group for group in competing if group]
+    best: list[int] = []
+    if not note and len(finite) == len(found) and len(competing) > 1:
         low, high = ("low", "high") if better > 0 else ("high", "low")
         first = min(finite, key=lambda i: better * finite[i]["value"])
-        if all(better * finite[first][high] < better * other[low] for i, other in finite.items() if i != first):
-            best = first
-    return Row(what, [_cell(found[i], better, i == best) if i in found else None for i in range(runs)], note)
+        group = next(group for group in competing if first in group)
+        others = [change for i, change in finite.items() if i not in group]
+        if all(better * finite[i][high] < better * other[low] for i in group for other in others):
+            best = group
+    cells = [_cell(found[i], better, i in best) if i in found else None for i in sorted(i for group in groups for i in group)]
+    return Row(what, cells, note, [_over_seeds(found, group, better) for group in groups if len(group) > 1])
+
+
+def _over_seeds(found: Mapping[int, Found], group: Sequence[int], better: int) -> str:
+    """Mean and range of the runs of one configuration; "" where one of them has no such figure."""
+    values = [found[i].estimate["value"] for i in group if i in found]
+    if len(values) < len(group) or None in values:
+        return ""
+    mean, low, high = (number(v, 3) if better > 0 else share(v) for v in (fmean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
 
 
 def _cell(found: Found, better: int, best: bool) -> Cell:

@@ -13,10 +13,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from flora_train.config.terminal_text import plain
 from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.report import figures
 from flora_train.evaluation.report.canvas import FamilyStyle, family_styles
-from flora_train.evaluation.report.comparison import costs, measures, settings, verdicts
+from flora_train.evaluation.report.comparison import costs, measures, seed_groups, settings, verdicts, with_seeds
 from flora_train.evaluation.report.findings import summarise
 from flora_train.evaluation.report.gains import gain_maps
 from flora_train.evaluation.report.words import count, estimate, listed, number, percent, share, shared_digits, verdict
@@ -76,12 +77,13 @@ def render_html(results: Mapping[str, Any]) -> str:
 def render_comparison(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of several runs, as text. runs: what each is called -> its report.json."""
     reports = list(runs.values())
-    found = measures(reports)
+    found, groups, names = measures(reports), seed_groups(reports), with_seeds(list(runs), reports)
     return _page(
         "comparison.html.j2",
-        names=list(runs),
+        names=names,
+        seed_groups=[" and ".join(names[i] for i in group) for group in groups if len(group) > 1],
         measures=found,
-        summary=verdicts(list(runs), found),
+        summary=verdicts(names, found, groups),
         settings=settings(reports),
         costs=costs(reports),
         many=max((len(measure.rows) for measure in found), default=0) > MANY_TASKS,
@@ -102,7 +104,7 @@ def _page(template: str, **content: Any) -> str:
     script = SCRIPT.read_text(encoding="utf-8")
     digest = b64encode(sha256(script.encode()).digest()).decode()
     page = environment.get_template(template).render(**content, script=Markup(script), script_hash=digest)
-    return page.encode("utf-8", "replace").decode()
+    return plain(page)
 
 
 def suite_families(suite: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flora_train.config.load import validate
-from tests.unit.config.helpers import SMALL, faults, small
+from tests.unit.config.helpers import SMALL, faults, refusal, small
 
 
 def test_small_recipe_is_valid_so_that_every_fault_below_is_the_named_one() -> None:
@@ -199,3 +199,39 @@ def test_configuration_is_frozen() -> None:
     config = validate(SMALL)
     with pytest.raises(ValueError, match="frozen"):
         config.training.steps = 3
+
+
+@pytest.mark.parametrize("name", ["base", "Base", "BASE"])
+@pytest.mark.parametrize("section", ["tasks", "adapters"])
+def test_nothing_is_called_as_reports_call_the_base(section: str, name: str) -> None:
+    raw = small()
+    raw[section][name] = raw[section].pop(next(iter(raw[section])))
+    (problem,) = refusal(lambda: validate(raw))
+    assert str(problem) == f"{section}.{name}: is what reports call the base model: rename it"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "adapters", "named"),
+    [
+        (["lua", "Lua"], ["lora"], ["Lua-lora", "lua-lora"]),
+        (["lua"], ["lora", "LoRA"], ["lua-LoRA", "lua-lora"]),
+        (["a", "A-b"], ["B-c", "c"], ["A-b-c", "a-B-c"]),
+    ],
+)
+def test_adapters_whose_names_differ_in_capitals_only_are_refused(
+    tasks: list[str], adapters: list[str], named: list[str]
+) -> None:
+    raw = small()
+    task, adapter = (next(iter(raw[section].values())) for section in ("tasks", "adapters"))
+    raw["tasks"], raw["adapters"] = dict.fromkeys(tasks, task), dict.fromkeys(adapters, adapter)
+    problems = refusal(lambda: validate(raw))
+    assert sorted(str(problem.value) for problem in problems) == named
+    assert all("in capitals only" in problem.fix for problem in problems)
+
+
+def test_names_that_join_to_one_are_refused() -> None:
+    raw = small()
+    task, adapter = (next(iter(raw[section].values())) for section in ("tasks", "adapters"))
+    raw["tasks"], raw["adapters"] = dict.fromkeys(["a", "a-b"], task), dict.fromkeys(["b-c", "c"], adapter)
+    (problem,) = refusal(lambda: validate(raw))
+    assert problem.value == "a-b-c"

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from flora_train.cli import main
-from flora_train.evaluation.report.comparison import costs, labels, measures, settings, verdicts
+from flora_train.evaluation.report.comparison import costs, labels, measures, seed_groups, settings, verdicts, with_seeds
 from flora_train.evaluation.report.html import render_comparison
+from flora_train.evaluation.report.words import number
 from flora_train.evaluation.results import SCHEMA
 
 REPORTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
@@ -90,6 +91,68 @@ def test_settings_that_differ_are_listed_and_the_page_names_both(report: dict[st
     assert "&lt;two&gt;" in page
     assert "<two>" not in page
     assert page.count("<script>") == 1
+
+
+def with_seed(report: dict[str, Any], seed: int) -> dict[str, Any]:
+    other = copy.deepcopy(report)
+    other["facts"]["config"] = (
+        other["facts"]["config"].replace("\nseed: 0\n", f"\nseed: {seed}\n").replace("\nname: ", f"\nname: s{seed}")
+    )
+    return other
+
+
+def test_runs_that_differ_in_the_seed_alone_do_not_compete(report: dict[str, Any]) -> None:
+    runs = [report, with_seed(shifted(report, "flora", -10.0), 1), with_seed(shifted(report, "flora", 10.0), 2)]
+    assert seed_groups(runs) == [[0, 1, 2]]
+    found = measures(runs)
+    assert not any(cell.best for measure in found for row in measure.rows for cell in row.cells if cell)
+    names = with_seeds(["a", "b", "c"], runs)
+    assert names == ["a (seed 0)", "b (seed 1)", "c (seed 2)"]
+    assert "differ in nothing but the seed: none is better" in verdicts(names, found, seed_groups(runs))
+    flora = next(row for row in found[0].rows if row.what[1] == "flora")
+    value = next(c for c in report["results"][0]["contenders"] if c["family"] == "flora")["bits_per_byte"]["value"]
+    assert flora.seeds == [f"{value:.3f} ({number(value - 10.0)} to {number(value + 10.0)})"]
+    page = render_comparison(dict(zip("abc", runs, strict=True)))
+    assert "b (seed 1)" in page
+    assert "over the seeds of a (seed 0) and b (seed 1) and c (seed 2)" in page
+
+
+def test_seeds_of_one_configuration_win_together_or_not_at_all(report: dict[str, Any]) -> None:
+    def other_rate(run: dict[str, Any]) -> dict[str, Any]:
+        run = copy.deepcopy(run)
+        run["facts"]["config"] += "\nextra: 1\n"
+        return run
+
+    better, worse = shifted(report, "flora", -10.0), shifted(report, "flora", 10.0)
+    together = [other_rate(better), with_seed(report, 0), other_rate(with_seed(better, 1)), with_seed(report, 2)]
+    assert seed_groups(together) == [[0, 2], [1, 3]]
+    (held_out, *_) = measures(together)
+    row = next(row for row in held_out.rows if row.what[1] == "flora")
+    assert [cell.best for cell in row.cells if cell] == [True, False, True, False]
+    assert "clearly better is a and c on " in verdicts(list("abcd"), [held_out], seed_groups(together))
+    mixed = [other_rate(better), report, other_rate(with_seed(worse, 1)), with_seed(report, 2)]
+    row = next(row for row in measures(mixed)[0].rows if row.what[1] == "flora")
+    assert not any(cell.best for cell in row.cells if cell)
+
+
+def test_the_same_held_out_examples_are_compared_whatever_was_trained_on(report: dict[str, Any]) -> None:
+    runs = [report, shifted(report, "flora", -10.0)]
+    for i, run in enumerate(runs):
+        for task in run["tasks"]:
+            task |= {"data_hash": f"{i} {task['name']}", "heldout_hash": task["name"]}
+    (held_out, *_) = measures(runs)
+    assert {row.note for row in held_out.rows} == {""}
+    assert any(cell.best for row in held_out.rows for cell in row.cells if cell)
+
+
+@pytest.mark.parametrize("report", ["speech_local"], indirect=True)
+def test_error_rates_on_other_clips_are_not_compared(report: dict[str, Any]) -> None:
+    runs = [copy.deepcopy(report), report]
+    for i, run in enumerate(runs):
+        for task in run["tasks"]:
+            task["test_hash"] = str(i)
+    (rates,) = [measure for measure in measures(runs) if measure.title == "Error rate"]
+    assert {row.note for row in rates.rows} == {"not of the same examples"}
 
 
 @pytest.mark.parametrize(

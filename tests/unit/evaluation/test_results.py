@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from flora_train.config.load import validate
 from flora_train.data.task import Task
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_completions, print_results, print_sweeps
-from flora_train.evaluation.results import build_results, sweeps_of
+from flora_train.evaluation.results import build_results, examples_hash, sweeps_of
 from flora_train.judge import judge
 from flora_train.run import read_report, show
 from flora_train.session import Session
@@ -214,3 +215,12 @@ def test_terminal_shows_the_best_in_bold_and_its_completion(tmp_path: Path) -> N
     assert "a (after, lora)" in plain
     assert "lora text" in plain
     assert "flora text" not in plain
+
+
+def test_examples_hash_is_of_the_held_out_examples_alone() -> None:
+    same, other = random_split(3, 20), random_split(4, 20)
+    assert examples_hash(same) == examples_hash(random_split(3, 20))
+    assert examples_hash(same) != examples_hash(other)
+    changed = replace(same, label_bytes=same.label_bytes + 1)
+    assert examples_hash(same) != examples_hash(changed)
+    assert examples_hash(same) != examples_hash(replace(same, packs=same.packs[:-1]))

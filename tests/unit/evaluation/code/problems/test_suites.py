@@ -109,3 +109,10 @@ def test_without_a_sandbox_nothing_is_planned_and_training_may_go_on(folder: Pat
     assert plan is not None
     assert plan.languages == {}
     assert "needs bubblewrap" in plan.broken["sh"]
+
+
+@pytest.mark.parametrize("name", ["heldout", "Speech", "report.json"])
+def test_a_suite_is_not_called_as_something_else_in_the_folder_of_results(folder: Path, name: str) -> None:
+    place = folder.rename(folder.with_name(name))
+    with pytest.raises(UserError, match="would have the name of something else in the run's folder eval/: rename it"):
+        plan_evaluation(recipe([str(place)]))
