@@ -72,7 +72,7 @@ def seed_groups(runs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     alike: dict[str, list[int]] = {}
     seeds = []
     for i, run in enumerate(runs):
-        config = flat(yaml.safe_load(run["facts"]["config"]))
+        config = _configuration(run)
         seeds.append(config.get(SEED, 0))
         alike.setdefault(repr(sorted((k, repr(v)) for k, v in config.items() if k not in (SEED, *OF_ITS_OWN))), []).append(i)
     groups = []
@@ -87,8 +87,13 @@ def with_seeds(names: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[
     told = list(names)
     for group in seed_groups(runs):
         for i in group if len(group) > 1 else ():
-            told[i] += f" (seed {flat(yaml.safe_load(runs[i]['facts']['config'])).get(SEED, 0)})"
+            told[i] += f" (seed {_configuration(runs[i]).get(SEED, 0)})"
     return told
+
+
+def _configuration(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value, as report.json holds it. Raises UserError if it cannot be read."""
+    return flat(read_mapping(run["facts"]["config"], "the configuration in report.json"))
 
 
 def verdicts(names: Sequence[str], found: Sequence[Measure], groups: Sequence[Sequence[int]] | None = None) -> str:
@@ -116,7 +121,7 @@ def verdicts(names: Sequence[str], found: Sequence[Measure], groups: Sequence[Se
 
 def settings(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """Keys of the configurations that differ, with every run's value."""
-    configs = [flat(read_mapping(run["facts"]["config"], "the configuration in report.json")) for run in runs]
+    configs = [_configuration(run) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key not in OF_ITS_OWN)
     rows = [(key, [_word(config, key) for config in configs]) for key in keys]
     return [(key, words) for key, words in rows if len(set(words)) > 1]
