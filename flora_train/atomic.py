@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,6 +66,17 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def user_cache(part: str) -> Path:
+    """The folder for one kind of cached files: below XDG_CACHE_HOME, ~/.cache, or where a user has no home, the system's temporary folder."""
+    above = os.environ.get("XDG_CACHE_HOME")
+    if not above:
+        try:
+            above = str(Path.home() / ".cache")
+        except RuntimeError:
+            above = tempfile.gettempdir()
+    return Path(above) / "flora_train" / part
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

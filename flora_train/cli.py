@@ -157,11 +157,9 @@ def _recipes(words: Sequence[str]) -> None:
 
 
 def _evaluate(words: Sequence[str]) -> None:
-    from flora_train.run import evaluate_run, show
-    from flora_train.training.run_folder import open_run
+    from flora_train.evaluating import evaluate_words
 
-    evaluate_run(words[0])
-    show(open_run(words[0])[0])
+    evaluate_words(words)
 
 
 def _report(words: Sequence[str]) -> None:
@@ -222,7 +220,14 @@ COMMANDS = {
         None,
     ),
     "recipes": Command("", "list the recipes that ship", "flora-train recipes", _recipes, 0, 0),
-    "evaluate": Command("RUN", "judge a run's kept adapters again", "flora-train evaluate outputs/quickstart", _evaluate),
+    "evaluate": Command(
+        "RUN [--allow-different-base] [--allow-different-data]",
+        "judge a run's kept adapters again",
+        "flora-train evaluate outputs/quickstart",
+        _evaluate,
+        1,
+        None,
+    ),
     "report": Command(
         "RUN [RUN ...] [--out FILE.html]",
         "draw a run's report again, or several runs beside each other",
@@ -232,7 +237,7 @@ COMMANDS = {
         None,
     ),
     "solve": Command(
-        "RUN [languages=[lua,...]] [contenders=[PEFT,...]] [evaluation.KEY=VALUE ...] [out=FOLDER] [multipl_e=FOLDER]",
+        "RUN [languages=[lua,...]] [contenders=[PEFT,...]] [evaluation.KEY=VALUE ...] [out=FOLDER] [multipl_e=FOLDER] [allow_different_base=true]",
         "let a run's base and adapters solve programming problems, and say pass@k",
         "flora-train solve outputs/quickstart evaluation.problems=starter evaluation.n=20 evaluation.k=[1,10]",
         _solve,
@@ -248,7 +253,8 @@ COMMANDS = {
         None,
     ),
     "export": Command(
-        "RUN [ADAPTER ...] [--as peft|flora|merged|lora-svd] [--rank N] [--max-error X] [--out FOLDER]",
+        "RUN [ADAPTER ...] [--as peft|flora|merged|lora-svd] [--rank N] [--max-error X] [--out FOLDER]\n"
+        "    [--allow-different-base] [--allow-different-data]",
         "write adapters for other programs: PEFT's folders, plain models, or the closest LoRA",
         "flora-train export outputs/quickstart lua-flora --as lora-svd --max-error 0.2",
         _export,
@@ -264,7 +270,7 @@ COMMANDS = {
         None,
     ),
     "push": Command(
-        "RUN [ADAPTER ...] --repo ORG/NAME [--repo-per-adapter] [--base ORG/MODEL] [--public] [--dry-run]",
+        "RUN [ADAPTER ...] --repo ORG/NAME [--repo-per-adapter] [--base ORG/MODEL] [--public] [--dry-run] [--allow-different-base]",
         "put adapters, their cards and the report on the Hugging Face hub",
         "flora-train push outputs/quickstart --repo me/quickstart --base HuggingFaceTB/SmolLM2-135M --dry-run",
         _push,

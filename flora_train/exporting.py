@@ -17,7 +17,7 @@ from flora_train.adapters.base_model import load_base_model, load_model_config
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
-from flora_train.config.section import PathText, Section
+from flora_train.config.section import PathText
 from flora_train.config.terminal_text import in_cell, print_plain
 from flora_train.config.words import from_flags, parse_words, run_and_names
 from flora_train.data.tokens import pad_token
@@ -27,10 +27,11 @@ from flora_train.export.merge import save_merged
 from flora_train.export.peft_format import check_new, export_peft
 from flora_train.export.stand_in import StandIn, lora_stand_in, write_into
 from flora_train.run import read_report
-from flora_train.session import Session, locked, reopen
+from flora_train.session import Session, locked, note_differences, reopen
 from flora_train.training.heldout import evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.manifest import PEFT_FILES
+from flora_train.training.origin import SWITCHES, OriginOptions
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import open_run
 
@@ -40,7 +41,7 @@ RANK = 64
 """Of a lora-svd that nothing is said of: the most that vLLM takes without being told (max_lora_rank) is 16, and can be told."""
 
 
-class ExportOptions(Section):
+class ExportOptions(OriginOptions):
     as_: Literal["peft", "flora", "merged", "lora-svd"] = Field("peft", alias="as")
     """peft: what PEFT calls it (LORA, IA3, HIRA for fLoRA), exactly. flora: fLoRA under a type of its own, without HiRA's extra rank, for peft with
     flora_train.peft_plugin. merged: a plain model with the adapter folded in, in float32. lora-svd: the
@@ -64,7 +65,7 @@ class ExportOptions(Section):
 
 def export_words(words: Sequence[str]) -> None:
     """words: a run, names of adapters (none: all), and ExportOptions."""
-    alone, raw = from_flags(words)
+    alone, raw = from_flags(words, switches=SWITCHES)
     run, names = run_and_names(alone)
     for place in _export(run, names, read_options(ExportOptions, parse_words(raw))):
         print_plain(place)
@@ -83,11 +84,12 @@ def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path
     own = folder.path / FOLDERS[options.as_]
     out = own if options.out is None else Path(options.out)
     inside = out.resolve().is_relative_to(folder.path.resolve())
-    with locked(run, alone=inside) as folder:
+    alone = inside or options.allow_different_base or options.allow_different_data
+    with locked(run, alone) as folder:
         if options.as_ == "merged":
-            return merge(run, names, out)
+            return merge(run, names, out, options)
         stands_in = options.as_ == "lora-svd"
-        session, _ = reopen(run, with_tasks=stands_in, dtype="float32" if stands_in else None)
+        session, _ = reopen(run, with_tasks=stands_in, dtype="float32" if stands_in else None, allow=options)
         names = checked(session.bank, names, options.as_)
         files = [f"{FOLDERS[options.as_]}/{{adapter}}/{file}" for file in PEFT_FILES]
         ours = out.resolve() == own.resolve() and (options.as_ == "peft" or folder.names(files))
@@ -95,6 +97,7 @@ def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path
             check_new(out / name)
         if out.resolve() == own.resolve():
             folder.add_files(files)
+        note_differences(folder, f"export --as {options.as_}", session.differences)
         report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
         if stands_in:
             found = [_stand_in(session.bank, name, options) for name in names]
@@ -102,7 +105,8 @@ def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path
         for name in names:
             own_type = options.as_ == "flora"
             export_peft(session.bank, name, out / name, session.config.model.path, own_type, replace=ours)
-            write_card(report, session.bank.specs[session.bank.ids[name]], out / name)
+            spec = session.bank.specs[session.bank.ids[name]]
+            write_card(report, spec, out / name, origin=" ".join(session.differences))
         _say_what_peft_does(out / name for name in names)
         return [out / name for name in names]
 
@@ -117,19 +121,21 @@ def checked(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str]:
     return list(names) or [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
 
 
-def merge(run: str, names: Sequence[str], out: Path) -> list[Path]:
+def merge(run: str, names: Sequence[str], out: Path, allow: OriginOptions) -> list[Path]:
     """Plain models in float32: rounding W0 * M to half precision would lose its small modulations."""
-    session, _ = reopen(run, dtype="float32")
+    session, _ = reopen(run, dtype="float32", allow=allow)
     names = checked(session.bank, names, "merged")
     for taken in (out / name for name in names if (out / name).exists()):
         raise fail("output folder", str(taken), "exists already: choose another with --out, or delete it")
+    note_differences(session.folder, "export --as merged", session.differences)
     for i, name in enumerate(names):
         if i:  # the bank's base was consumed
-            session, _ = reopen(run, dtype="float32")
+            session, _ = reopen(run, dtype="float32", allow=allow)
         published: Any = load_model_config(session.config.model)  # ours has its dropout switched off
         published.dtype = torch.float32
         session.model.config = published
-        save_merged(session.bank, name, session.tokenizer, out / name)
+        made_of = {"adapter": name, "base": session.config.model.path, "run": run, "differences": list(session.differences)}
+        save_merged(session.bank, name, session.tokenizer, out / name, made_of)
         if out.resolve() == (session.folder.path / FOLDERS["merged"]).resolve():
             session.folder.add_files(f"merged/{name}/{path.name}" for path in (out / name).iterdir())
     return [out / name for name in names]
@@ -166,7 +172,7 @@ def _write_stand_ins(
             in_cell(name), str(stand_in.spec.rank), f"{stand_in.error:.3f}", *(f"{loss:.3f}" for loss in losses.values())
         )
         original = session.bank.specs[session.bank.ids[name]]
-        write_card(report, original, out / name, stand_in, losses)
+        write_card(report, original, out / name, stand_in, losses, origin=" ".join(session.differences))
     Console(soft_wrap=True).print(table)
     for stand_in in stand_ins:
         if stand_in.biases:

@@ -89,6 +89,8 @@ def write_results(
     facts["config"] = folder.config.read_text(encoding="utf-8")
     code, speech = read_summaries(folder.evaluation), read_summary(folder.evaluation)
     results = build_results(config, folder, session.tasks, bank, heldout, kept, completions, code, speech, facts)
+    results["facts"]["differences"] = list(session.differences)
+    results["not_measured"] += session.differences
     write_report(results, folder.evaluation)
     for spec in bank.specs:
         write_card(results, spec, folder.adapters / spec.name)

@@ -20,7 +20,9 @@ from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words, run_and_names
 from flora_train.export.repository import MANIFEST, Entries, Repository, stage
 from flora_train.run import read_report
+from flora_train.session import check_base
 from flora_train.training.distributed import say
+from flora_train.training.origin import OriginOptions
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, open_run
 
@@ -45,12 +47,14 @@ class PushOptions(Section):
     """Seconds between two repositories: the hub limits how fast they are created."""
     dry_run: bool = False
     """Say what would be created, and ask the hub nothing."""
+    allow_different_base: bool = False
+    """Push though the base at model.path is not the one that the run was trained on. The cards say so."""
 
 
 def push_run(words: Sequence[str]) -> None:
     """words: a run, names of adapters (none: all), and PushOptions. What is there already is not sent again, so that a push that broke off is
     finished by another. Raises UserError."""
-    alone, raw = from_flags(words, switches=("repo_per_adapter", "public", "dry_run"))
+    alone, raw = from_flags(words, switches=("repo_per_adapter", "public", "dry_run", "allow_different_base"))
     run, names = run_and_names(alone)
     options = read_options(PushOptions, parse_words(raw))
     folder, config = open_run(run)
@@ -74,8 +78,10 @@ def _push(folder: RunFolder, config: RunConfig, chosen: Sequence[AdapterSpec], o
     if missing := [spec.name for spec in chosen if not (folder.adapters / spec.name).is_dir()]:
         raise fail("run", run, f"has no folder of {missing[0]}: flora-train export {run} writes it")
     report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
+    differences = check_base(folder, config, OriginOptions(allow_different_base=options.allow_different_base))
+    origin = " ".join(differences)
     with TemporaryDirectory() as place:
-        repositories = stage(folder, chosen, report, options.repo, options.base, options.repo_per_adapter, Path(place))
+        repositories = stage(folder, chosen, report, options.repo, options.base, options.repo_per_adapter, Path(place), origin)
         base = options.base or config.model.path
         if Path(base).exists():
             say(

@@ -12,6 +12,7 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
+from flora_train.adapters.base_files import base_identity
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
@@ -32,7 +33,7 @@ from flora_train.evaluation.saved import check_evaluation
 from flora_train.export.loadability import WARNING, say_what_peft_loads
 from flora_train.export.peft_start import start_from_peft
 from flora_train.judge import judge, training_facts
-from flora_train.session import Session, load_session, locked, make_accelerator, reopen
+from flora_train.session import Session, check_base, check_data, load_session, locked, make_accelerator, note_differences, reopen
 from flora_train.tracking import begin_tracking, end_tracking
 from flora_train.training.apart import time_apart
 from flora_train.training.clock import spoken
@@ -48,6 +49,7 @@ from flora_train.training.distributed import (
 from flora_train.training.environment import dtype_of
 from flora_train.training.growth import grow
 from flora_train.training.manifest import suite_files
+from flora_train.training.origin import OriginOptions, data_of
 from flora_train.training.progress import duration
 from flora_train.training.run_folder import RunFolder, Standing, comparable, open_run
 from flora_train.training.sharding import loads_in_parts
@@ -81,9 +83,12 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
     if standing != "free":
         on_main_process(lambda: check_saved(folder, config, plan))
+        on_main_process(lambda: check_base(folder, config, OriginOptions()))
     for reason in dict.fromkeys(plan.broken.values() if plan else ()):
         say(f"note: some programs will not be evaluated: {reason}")
     session = load_session(config, folder, accelerator.device, in_parts=loads_in_parts(config))
+    if standing != "free":
+        on_main_process(lambda: check_data(folder, session.tasks, OriginOptions()))
     on_every_process(lambda: check_prompts(session, plan))
     on_main_process(lambda: say_what_peft_loads(session.model, session.bank.pools))
     pad = pad_token(session.tokenizer)
@@ -96,7 +101,7 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     elif standing == "free":
         start(range(len(session.bank.specs)))
     suites = suite_files(suite.name for suite in plan.suites) if plan else []
-    on_main_process(lambda: folder.claim(config, also=suites))
+    on_main_process(lambda: folder.claim(config, suites, base=base_identity(config.model), data=data_of_all(session)))
     on_main_process(lambda: report_left_out(session))
     on_every_process(lambda: begin_tracking(accelerator, config, folder))
     say(
@@ -126,6 +131,11 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     wait_for_everyone()  # a process that leaves early takes its end of the connections with it
     accelerator.end_training()
     return folder.path
+
+
+def data_of_all(session: Session) -> dict[str, Any]:
+    """Task -> what identifies its examples, for run.json."""
+    return {name: data_of(task) for name, task in session.tasks.items()}
 
 
 def check_saved(folder: RunFolder, config: RunConfig, plan: Plan | None) -> None:
@@ -209,14 +219,19 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
     return results
 
 
-def evaluate_run(run: str) -> dict[str, Any]:
-    """Judge a run's kept adapters again and rewrite its report, whose content is returned."""
+def evaluate_run(run: str, **allow: bool) -> dict[str, Any]:
+    """Judge a run's kept adapters again and rewrite its report, whose content is returned. allow: see OriginOptions.
+
+    Raises UserError if the base or the data is not what the run was trained with, and that is not allowed.
+    """
+    options = OriginOptions(**allow)
     with locked(run) as folder:
         config = open_run(run)[1]
         plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
         on_main_process(lambda: check_saved(folder, config, plan))
         on_main_process(lambda: folder.read_metrics("step"))
-        session, kept = reopen(run, with_tasks=True)
+        session, kept = reopen(run, with_tasks=True, allow=options)
+        on_main_process(lambda: note_differences(folder, "evaluate", session.differences))
         on_main_process(lambda: folder.add_files(suite_files(suite.name for suite in plan.suites) if plan else []))
         judge(session, kept, plan)
         return on_main_process(lambda: read_report(session.folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ from flora_train.adapters.base_model import (
 from flora_train.adapters.encoder import count_positions, is_speech_model, is_whisper, longest_text
 from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
+from flora_train.atomic import user_cache
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.batch import SpeechCollate
@@ -40,7 +41,8 @@ from flora_train.data.tokens import check_tokenizer
 from flora_train.kernels.backend import use_backend, use_precision
 from flora_train.training.checksum import fingerprint
 from flora_train.training.distributed import on_every_process, on_main_process, say
-from flora_train.training.environment import available_cpus
+from flora_train.training.environment import available_cpus, now
+from flora_train.training.origin import Origin, OriginOptions, allowed
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, open_run
 from flora_train.training.selection import Kept, load_kept
@@ -61,6 +63,8 @@ class Session:
     """Where the tasks are speech."""
     base_hash: str | None = None
     """The base's fingerprint, where it is divided among processes."""
+    differences: tuple[str, ...] = ()
+    """What of base and data is not what the run was trained with, and was allowed: sentences for the results."""
 
     @property
     def collate(self) -> Collate:
@@ -146,17 +150,47 @@ def _windows(config: RunConfig, model_config: Any, extractor: Any) -> Windows:
     return Windows(longest, config.audio.window_step or 1.0, count_positions(empty_model(config.model), extractor))
 
 
-def reopen(run: str, with_tasks: bool = False, dtype: str | None = None) -> tuple[Session, dict[int, Kept]]:
-    """A run on disk with its kept adapters in the bank. dtype: of the base, instead of the run's, and not quantised.
+def reopen(
+    run: str, with_tasks: bool = False, dtype: str | None = None, allow: OriginOptions | None = None
+) -> tuple[Session, dict[int, Kept]]:
+    """A run on disk with its kept adapters in the bank. dtype: of the base, instead of the run's, and not quantised; allow: which
+    differences to what the run was trained with are no error.
 
-    Raises UserError if a checkpoint is missing or damaged.
+    Raises UserError if a checkpoint is missing or damaged, or if base or data are others.
     """
     folder, config = open_run(run)
+    allow = allow or OriginOptions()
     if dtype is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype, "quantization": "none"})})
-    session = load_session(config, folder, make_accelerator(config, folder, trackers=False).device, with_tasks)
+    device = make_accelerator(config, folder, trackers=False).device
+    differences = on_main_process(lambda: check_base(folder, config, allow))
+    session = load_session(config, folder, device, with_tasks)
+    if not differences:  # a base from the hub is on this machine only now
+        differences = on_main_process(lambda: check_base(folder, config, allow))
+    differences += on_main_process(lambda: check_data(folder, session.tasks, allow))
     adapters = range(len(session.bank.specs))
-    return session, on_every_process(lambda: load_kept(session.bank, adapters, folder.kept))
+    kept = on_every_process(lambda: load_kept(session.bank, adapters, folder.kept))
+    return replace(session, differences=tuple(differences)), kept
+
+
+def check_base(folder: RunFolder, config: RunConfig, allow: OriginOptions) -> list[str]:
+    """What differs in the base, where that is allowed. Raises UserError where it is not."""
+    found = Origin.read(folder.facts()).base_differences(config)
+    return allowed(found, allow.allow_different_base, "--allow-different-base")
+
+
+def check_data(folder: RunFolder, tasks: Mapping[str, Task], allow: OriginOptions) -> list[str]:
+    """What differs in the examples, where that is allowed. Raises UserError where it is not."""
+    found = Origin.read(folder.facts()).data_differences(tasks)
+    return allowed(found, allow.allow_different_data, "--allow-different-data")
+
+
+def note_differences(folder: RunFolder, command: str, differences: Sequence[str]) -> None:
+    """Write into run.json what a command was allowed to do."""
+    if differences:
+        known = folder.facts().get("allowed")
+        entry = {"command": command, "when": now(), "differences": list(differences)}
+        folder.update_run_json(allowed=[*(known if isinstance(known, list) else []), entry])
 
 
 @contextmanager
@@ -193,7 +227,7 @@ def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True
 
 def cache_folder() -> Path:
     """Where tokenised tasks are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flora_train" / "tokens"
+    return user_cache("tokens")
 
 
 def _check_installed(trackers: Sequence[str]) -> None:

@@ -22,21 +22,27 @@ from flora_train.evaluation.code.completions import Completion, check_multipl_e,
 from flora_train.evaluation.code.contenders import check_peft_contenders
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evaluation
 from flora_train.evaluation.code.problems.suites import Suite
-from flora_train.evaluation.code.summary import read_summaries
+from flora_train.evaluation.code.summary import read_summaries, read_summary, write_summary
 from flora_train.evaluation.report import write_report
 from flora_train.evaluation.report.terminal import print_pass_at_k
 from flora_train.evaluation.results import not_measured
 from flora_train.evaluation.saved import check_evaluation
 from flora_train.run import read_report
-from flora_train.session import locked, reopen
+from flora_train.session import locked, note_differences, reopen
 from flora_train.training.distributed import on_main_process, wait_for_everyone
 from flora_train.training.manifest import suite_files
+from flora_train.training.origin import OriginOptions
 from flora_train.training.run_folder import RunFolder, open_run
 
 Names = Annotated[list[Text], Field(min_length=1)]
 
 
+FLAGS = {"--allow-different-base": "allow_different_base=true"}
+
+
 class SolveOptions(Section):
+    allow_different_base: bool = False
+    """Go on with another base model than the run was trained on. Results say so."""
     languages: Names | None = None
     """The same as evaluation.languages."""
     contenders: Annotated[list[PathText], Field(min_length=1)] | None = None
@@ -53,7 +59,7 @@ def solve_run(run: str, words: Sequence[str]) -> None:
     Raises UserError for bad input before the model is loaded.
     """
     folder, recorded = open_run(run)
-    raw = parse_words(words)
+    raw = parse_words([FLAGS.get(word, word) for word in words])
     evaluation = raw.pop("evaluation", {})
     options = read_options(SolveOptions, raw, also=["evaluation.KEY"])
     if options.languages is not None:
@@ -68,7 +74,7 @@ def solve_run(run: str, words: Sequence[str]) -> None:
     report = read_report(folder) if options.out is None and (folder.evaluation / "report.json").exists() else None
     place = folder.evaluation if options.out is None else Path(options.out)
     inside = place.resolve().is_relative_to(folder.path.resolve())
-    with locked(run, alone=inside) as folder:
+    with locked(run, alone=inside or options.allow_different_base) as folder:
         plan = on_main_process(lambda: plan_evaluation(config))
         suites = {suite.name: plan.languages for suite in plan.suites}
         on_main_process(lambda: check_evaluation(place, suites, config.evaluation.sandbox))
@@ -105,7 +111,8 @@ def _solve(
     report: dict[str, Any] | None,
     recorded: RunConfig,
 ) -> None:
-    session, _ = reopen(run)
+    session, _ = reopen(run, allow=OriginOptions(allow_different_base=options.allow_different_base))
+    on_main_process(lambda: note_differences(folder, "solve", session.differences))
     evaluate_code(
         config,
         plan,
@@ -118,6 +125,9 @@ def _solve(
     )
 
     def finish() -> None:
+        for suite in plan.suites if session.differences else ():
+            summary = {**read_summary(place / suite.name), "differences": list(session.differences)}
+            write_summary(summary, place / suite.name)
         summaries = read_summaries(place)
         print_pass_at_k(summaries)
         for suite in plan.suites:
@@ -126,7 +136,10 @@ def _solve(
                 layout = write_multipl_e(_completions(place, suite), Path(options.multipl_e), config.evaluation)
                 print_plain(f"in MultiPL-E's layout           {layout}/")
         if report is not None:
-            now = {**report, "code": summaries, "not_measured": not_measured(recorded, executed=True)}
+            differences = list(dict.fromkeys([*report["facts"].get("differences", []), *session.differences]))
+            limits = [*not_measured(recorded, executed=True), *differences]
+            facts = {**report["facts"], "differences": differences}
+            now = {**report, "facts": facts, "code": summaries, "not_measured": limits}
             print_plain(f"report                          {write_report(now, folder.evaluation)}")
 
     on_main_process(finish)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,11 @@ def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
     return bank.model
 
 
-def save_merged(bank: AdapterBank, name: str, tokenizer: Any, folder: Path) -> Path:
-    """Merge and save as a transformers checkpoint, whole or not at all. Raises UserError if the folder exists."""
+def save_merged(bank: AdapterBank, name: str, tokenizer: Any, folder: Path, made_of: Mapping[str, Any] | None = None) -> Path:
+    """Merge and save as a transformers checkpoint, whole or not at all. Raises UserError if the folder exists.
+
+    made_of: what flora_train.json in the folder says of the model's origin.
+    """
     if folder.exists():
         raise fail("output folder", str(folder), "exists already: choose another")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -49,6 +54,8 @@ def save_merged(bank: AdapterBank, name: str, tokenizer: Any, folder: Path) -> P
             model: Any = merge_into_base(bank, name)
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            if made_of is not None:
+                (temporary / "flora_train.json").write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -48,15 +48,23 @@ class Repository:
 
 
 def stage(
-    run: RunFolder, specs: Sequence[AdapterSpec], report: Mapping[str, Any], repo: str, base: str | None, apart: bool, place: Path
+    run: RunFolder,
+    specs: Sequence[AdapterSpec],
+    report: Mapping[str, Any],
+    repo: str,
+    base: str | None,
+    apart: bool,
+    place: Path,
+    origin: str = "",
 ) -> list[Repository]:
     """Write what is pushed below `place`: adapters with cards that load them from the hub.
 
-    base: what the adapters' configurations call their base, instead of what the run's recipe did; apart: a repository for each adapter.
+    base: what the adapters' configurations call their base, instead of what the run's recipe did; apart: a repository for each adapter;
+    origin: a sentence for every card.
     """
     identity = sha256(run.config.read_bytes()).hexdigest()
     results = {row["name"]: row for result in report.get("results", ()) for row in result["contenders"]}
-    folders = {spec.name: _adapter(run, spec, report, repo, base, apart, place) for spec in specs}
+    folders = {spec.name: _adapter(run, spec, report, repo, base, apart, place, origin) for spec in specs}
     named = base or _base_of(next(iter(folders.values())))
     entries = {spec.name: {"run": identity, "base": named, **_entry(spec, results.get(spec.name, {}))} for spec in specs}
     shown = run.evaluation / "report.html"
@@ -86,7 +94,14 @@ def _entry(spec: AdapterSpec, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adapter(
-    run: RunFolder, spec: AdapterSpec, report: Mapping[str, Any], repo: str, base: str | None, apart: bool, place: Path
+    run: RunFolder,
+    spec: AdapterSpec,
+    report: Mapping[str, Any],
+    repo: str,
+    base: str | None,
+    apart: bool,
+    place: Path,
+    origin: str,
 ) -> Path:
     folder = place / "adapters" / spec.name
     folder.mkdir(parents=True)
@@ -102,7 +117,7 @@ def _adapter(
         content = {**json.loads(file.read_text(encoding="utf-8")), "base_model_name_or_path": base}
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     pushed_as = f'"{repo}-{spec.name}"' if apart else f'"{repo}", subfolder="{spec.name}"'
-    return write_card(report, spec, folder, source=pushed_as)
+    return write_card(report, spec, folder, origin=origin, source=pushed_as)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -224,7 +224,7 @@ class RunFolder:
     def _record(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             record = parse_object(line)
-            if not isinstance(record["kind"], str) or not isinstance(record["step"], int):
+            if not isinstance(record["kind"], str) or not isinstance(record.get("step", 0), int):
                 raise ValueError("kind or step is of another type")
         except (ValueError, LookupError, RecursionError) as error:
             fix = "put the file back from a copy, or train again (existing_run=replace)"

@@ -1,0 +1,141 @@
+"""Base and data are those that a run was trained with, or it is refused by name; what a flag allows is written into every result."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.conftest import Launch
+from tests.forked import python
+
+BASE = "holds other weights than the run was trained on (SHA-256 "
+NAME = "letters-lora"
+
+
+@pytest.fixture(scope="module")
+def trained(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, data and a run (outputs/tiny) of their own."""
+    place = tmp_path_factory.mktemp("identity")
+    content = yaml.safe_load(recipe.read_text())
+    copytree(content["model"]["path"], place / "base", ignore=lambda *_: [".flora_train_sha256.json"])
+    content["model"]["path"] = "base"
+    for name, task in content["tasks"].items():
+        (place / f"{name}.jsonl").write_text(Path(task["train"]).read_text())
+        task["train"] = f"{name}.jsonl"
+    (place / "tiny.yaml").write_text(yaml.safe_dump(content))
+    done = python("-m", "flora_train", "train", "recipe=tiny.yaml", "training.steps=3", "evaluation.every=null", folder=place)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path) -> Path:
+    return Path(copytree(trained, tmp_path / "place"))
+
+
+def call(place: Path, *words: str) -> tuple[int, str]:
+    done = python("-m", "flora_train", *words, folder=place)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def change_weights(place: Path) -> None:
+    file = place / "base" / "model.safetensors"
+    before, tensors = file.stat(), load_file(file)
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, file, {"format": "pt"})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync and cp -p leave it
+
+
+def add_row(place: Path) -> None:
+    with (place / "letters.jsonl").open("a") as rows:
+        rows.write('\n{"prompt": "a", "completion": "bcd"}')
+
+
+def test_the_hash_of_the_base_is_kept_beside_it_and_read_again_when_a_file_changes(place: Path) -> None:
+    status, said = call(place, "evaluate", "outputs/tiny")
+    assert status == 0, said
+    kept = json.loads((place / "base" / ".flora_train_sha256.json").read_text())["model.safetensors"]
+    facts = json.loads((place / "outputs/tiny/run.json").read_text())
+    assert facts["base"]["weights"] == kept["sha256"]
+    assert set(facts["data"]) == {"letters", "digits"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "outputs/tiny"],
+        ["export", "outputs/tiny", NAME, "--as", "merged"],
+        ["export", "outputs/tiny", NAME, "--as", "lora-svd"],
+        ["export", "outputs/tiny", NAME],
+        ["push", "outputs/tiny", "--repo", "me/tiny", "--dry-run"],
+    ],
+    ids=" ".join,
+)
+def test_another_base_is_refused_and_nothing_is_written(place: Path, words: list[str]) -> None:
+    change_weights(place)
+    before = {path: path.read_bytes() for path in (place / "outputs").rglob("*") if path.is_file()}
+    status, said = call(place, *words)
+    assert status == 2
+    assert f"model.path = 'base': {BASE}" in said
+    assert "--allow-different-base" in said
+    assert {path: path.read_bytes() for path in (place / "outputs").rglob("*") if path.is_file()} == before
+
+
+def test_another_base_that_is_allowed_stands_in_every_result(place: Path) -> None:
+    change_weights(place)
+    allow = "--allow-different-base"
+    run = place / "outputs" / "tiny"
+    for words in (["evaluate", "outputs/tiny"], ["export", "outputs/tiny", NAME, "--as", "merged"]):
+        status, said = call(place, *words, allow)
+        assert status == 0, said
+    report = json.loads((run / "eval" / "report.json").read_text())
+    (difference,) = report["facts"]["differences"]
+    assert BASE in difference
+    assert difference in report["not_measured"]
+    assert "holds other weights than the run was trained on" in (run / "eval" / "report.html").read_text()
+    assert BASE in (run / "adapters" / NAME / "README.md").read_text()
+    assert json.loads((run / "merged" / NAME / "flora_train.json").read_text())["differences"] == [difference]
+    allowed = json.loads((run / "run.json").read_text())["allowed"]
+    assert [entry["command"] for entry in allowed] == ["evaluate", "export --as merged"]
+
+
+def test_changed_rows_are_refused_by_task_and_difference_unless_allowed(place: Path) -> None:
+    add_row(place)
+    for words in (["evaluate", "outputs/tiny"], ["export", "outputs/tiny", NAME, "--as", "lora-svd"]):
+        status, said = call(place, *words)
+        assert status == 2
+        assert "tasks.letters: gives other examples than the run was trained on (57 training rows then, 58 now)" in said
+        assert "held-out examples may have been trained on" in said
+        assert "tasks.digits" not in said
+    status, said = call(place, "evaluate", "outputs/tiny", "--allow-different-data")
+    assert status == 0, said
+    report = json.loads((place / "outputs/tiny/eval/report.json").read_text())
+    assert "tasks.letters: gives other examples" in report["facts"]["differences"][0]
+
+
+def test_a_report_needs_neither_base_nor_data(place: Path) -> None:
+    for path in (*place.glob("base/*"), *place.glob("*.jsonl")):
+        path.unlink()
+    status, said = call(place, "report", "outputs/tiny")
+    assert status == 0, said
+
+
+def test_a_run_that_goes_on_refuses_another_base_and_other_rows(place: Path) -> None:
+    state = place / "outputs" / "tiny" / "run.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "finished": False}))
+    words = ["train", "recipe=tiny.yaml", "training.steps=3", "evaluation.every=null", "resume=true"]
+    add_row(place)
+    status, said = call(place, *words)
+    assert status == 2
+    assert "tasks.letters: gives other examples" in said
+    change_weights(place)
+    status, said = call(place, *words)
+    assert status == 2
+    assert f"model.path = 'base': {BASE}" in said
