@@ -80,6 +80,8 @@ def _translate(item: Any, raw: Any) -> list[Problem]:
 
 def _readable(limit: float) -> str:
     """10,000,000 and 0.001, and 1e+30 where digits would say nothing."""
+    if isinstance(limit, int):
+        return f"{limit:,}"
     return f"{limit:g}" if abs(limit) >= 1e20 or 0 < abs(limit) < 1e-4 else f"{limit:,.10g}"
 
 

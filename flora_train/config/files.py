@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def at_home(path: str) -> Path:
 def find_file(path: str) -> Path:
     """`path` in the working directory, or else in the project's own folder (shipped data)."""
     here = at_home(path)
-    return here if _exists(here) or not _exists(PROJECT_ROOT / here) else PROJECT_ROOT / here
+    return here if exists(here) or not exists(PROJECT_ROOT / here) else PROJECT_ROOT / here
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
     """Also False for a name that no file can have."""
     try:
         return path.exists()
@@ -59,11 +60,11 @@ def find_config(kind: str, name: str) -> Path:
     if name in known:
         return known[name]
     path = find_file(name)
-    if _exists(path) and path.is_dir():
+    if exists(path) and path.is_dir():
         if not (path / "config.yaml").is_file():
             raise fail(kind, name, "is a folder without a config.yaml: give a YAML file, or the folder of a run")
         return path / "config.yaml"
-    if _exists(path):
+    if exists(path):
         if not path.is_file():
             raise fail(kind, name, "is no regular file: give a YAML file, or the folder of a run")
         return path
@@ -71,7 +72,7 @@ def find_config(kind: str, name: str) -> Path:
     hint = did_you_mean(wanted, known) or did_you_mean(Path(wanted).name, known)
     if wanted != name or "/" in name:
         raise fail(kind, name, f"no such file.{hint}")
-    if find_file(f"{name}.yaml").is_file():
+    if exists(find_file(f"{name}.yaml")):
         raise fail(kind, name, f"no {kind} of that name in {kind}s/. There is a file: {kind}={name}.yaml")
     raise fail(kind, name, f"no {kind} of that name in {kind}s/; there are {choices(known)}.{hint}")
 
@@ -97,6 +98,23 @@ def read_mapping(text: str, source: str) -> Layer:
     if not isinstance(content, dict):
         raise fail(source, None, "must hold keys and values at the top level")
     return content
+
+
+def check_texts(raw: Mapping[str, Any]) -> None:
+    """Raises UserError for texts that no file could hold, keys included: half of a pair of UTF-16, or a character of code 0."""
+    seen: set[int] = set()
+    rest: list[tuple[str, Any]] = [("", raw)]
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, str):
+            if fault := yaml_text.unwritable(value):
+                raise fail(key.encode(errors="replace").decode() or "configuration", None, fault)
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for name, item in items:
+                below = f"{key}.{name}" if key else str(name)
+                rest += [(below, name), (below, item)] if isinstance(name, str) else [(below, item)]
 
 
 def _problem(source: str, fault: yaml_text.Fault) -> Problem:

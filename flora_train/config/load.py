@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from flora_train.config import yaml_text
 from flora_train.config.errors import Problem, UserError, choices, fail
 from flora_train.config.explain import explain
-from flora_train.config.files import PROJECT_ROOT, Layer, find_config, find_file, read_yaml, shipped
+from flora_train.config.files import PROJECT_ROOT, Layer, check_texts, find_config, find_file, read_yaml, shipped
 from flora_train.config.paging_schema import place_device_slots
 from flora_train.config.references import escape, resolve
 from flora_train.config.schema import RunConfig, disagreements
@@ -56,6 +56,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
 def validate(raw: Layer) -> RunConfig:
     """A RunConfig from plain mappings, or one UserError listing all problems."""
+    check_texts(raw)
     raw = place_device_slots(raw)
     raw = {**raw, "adapters": expand_sweeps(raw["adapters"])} if "adapters" in raw else raw
     try:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean
 from flora_train.config.explain import explain
+from flora_train.config.files import check_texts
 from flora_train.config.section import Section
 
 Options = TypeVar("Options", bound=Section)
@@ -23,6 +24,7 @@ def read_options(kind: type[Options], raw: Mapping[str, object], also: Sequence[
         raise UserError(
             *(Problem(key, None, f"unknown key; here are {here}.{did_you_mean(key, [*known, *also])}") for key in unknown)
         )
+    check_texts(raw)
     try:
         return kind.model_validate(dict(raw))
     except ValidationError as error:

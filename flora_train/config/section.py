@@ -6,8 +6,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from flora_train.config.yaml_text import unwritable
-
 LONGEST_NAME = 200
 """Characters of a name: files are called by names, and may have 255 bytes with ending and temporary prefix."""
 LONGEST_PART, LONGEST_PATH = 255, 3500
@@ -23,12 +21,6 @@ MOST_PROCESSES = 1024
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=LONGEST_NAME)]
 
 
-def _writable(text: str) -> str:
-    if fault := unwritable(text):
-        raise ValueError(fault)
-    return text
-
-
 def _possible_path(text: str) -> str:
     """Refused before anything runs: the system would do so in the middle of it."""
     if max(len(part.encode()) for part in text.split("/")) > LONGEST_PART or len(text.encode()) > LONGEST_PATH:
@@ -36,7 +28,7 @@ def _possible_path(text: str) -> str:
     return text
 
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000), AfterValidator(_writable)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
 PathText = Annotated[Text, AfterValidator(_possible_path)]
 """A file, a folder, a glob, or a name on the hub."""
 
@@ -62,8 +54,6 @@ class Section(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Without this, `steps: yes` would be one step."""
-        if isinstance(value, str) and (fault := unwritable(value)):
-            raise ValueError(fault)
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
             raise ValueError("is true or false to YAML: give a number, or text in quotes")
         return value

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flora_train.config import yaml_text
-from flora_train.config.errors import Problem, UserError, did_you_mean
+from flora_train.config.errors import LONGEST_VALUE, Problem, UserError, did_you_mean
 from flora_train.config.files import Layer, shipped
 
 ONLY_ONCE = ("recipe", "data_config")
@@ -92,7 +92,7 @@ def _key_problem(word: str) -> Problem | None:
 
 def _value_fix(key: str, fault: yaml_text.Fault) -> str:
     if not fault.fix.startswith(yaml_text.UNREADABLE):
-        return f"{fault.given} {fault.fix}" if fault.given else fault.fix
+        return f"{fault.given[:LONGEST_VALUE]} {fault.fix}" if fault.given else fault.fix
     reason = fault.fix.removeprefix(f"{yaml_text.UNREADABLE}: ")
     return f"{yaml_text.UNREADABLE} ({reason}); text needs its own quotes: '{key}=\"...\"'"
 

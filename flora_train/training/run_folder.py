@@ -16,6 +16,7 @@ from flora_train.adapters.spec import expand
 from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem, UserError, fail, first_line
 from flora_train.config.json_object import parse_object, read_object
+from flora_train.config.files import exists
 from flora_train.config.load import load_saved, save_config
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain
@@ -351,7 +352,7 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def open_run(path: str | Path) -> tuple[RunFolder, RunConfig]:
     """A run on disk and its configuration. Raises UserError if the folder holds none."""
     folder = RunFolder(Path(path))
-    if not folder.run_json.exists() or not folder.config.exists():
+    if not exists(folder.run_json) or not exists(folder.config):
         raise fail("run", str(path), "is not a run folder (no run.json and config.yaml in it); runs are in outputs/")
     folder.facts()
     return folder, load_saved(folder.config)

@@ -13,9 +13,10 @@ import pytest
 
 from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import UserError
+from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
-from flora_train.training.run_folder import RunFolder, open_run
+from flora_train.training.run_folder import AT_THE_END, RunFolder, open_run
 from tests.unit.training.small_disk import file_size_limit
 
 
@@ -267,3 +268,79 @@ def test_other_errors_pass_through_as_they_are(tmp_path: Path) -> None:
         raise ValueError("mine")
     with disk_errors(tmp_path):
         pass
+
+
+def changed(config: RunConfig, **evaluation: Any) -> RunConfig:
+    return validate({**config.model_dump(mode="json"), "evaluation": evaluation})
+
+
+ONLY_AT_THE_END = {
+    "bootstrap_samples": 300, "confidence": 0.9, "max_new_tokens": 5, "problems": ["starter"], "languages": ["lua"], "max_problems": 3,
+    "n": 4, "k": [2], "temperature": 0.5, "top_p": 0.5, "beams": 2, "played_clips": 1, "batch_rows": 2, "sandbox": "none",
+    "cpu_seconds": 3.0, "workers": 1,
+}  # fmt: skip
+DURING_TRAINING = {"every": 3, "select_best": False, "max_examples": 7}
+
+
+def test_every_key_of_the_evaluation_is_known_to_decide_training_or_not() -> None:
+    assert ONLY_AT_THE_END.keys() | DURING_TRAINING.keys() == EvaluationConfig.model_fields.keys()
+    assert ONLY_AT_THE_END.keys() == AT_THE_END
+
+
+@pytest.mark.parametrize("key", ONLY_AT_THE_END)
+def test_settings_used_only_for_evaluation_may_change_when_a_run_goes_on(tmp_path: Path, key: str) -> None:
+    folder = existing_run(tmp_path, finished=False)
+    config = changed(run_config("resume"), **({"n": 2, "k": [2]} if key == "k" else {key: ONLY_AT_THE_END[key]}))
+    assert folder.standing(config) == "interrupted"
+    folder.claim(config)
+    assert open_run(tmp_path)[1].evaluation == config.evaluation
+
+
+@pytest.mark.parametrize("key", DURING_TRAINING)
+def test_settings_that_select_adapters_may_not(tmp_path: Path, key: str) -> None:
+    folder = existing_run(tmp_path, finished=False)
+    with pytest.raises(UserError, match=f"evaluation.{key} = "):
+        folder.standing(changed(run_config("resume"), **{key: DURING_TRAINING[key]}))
+
+
+def test_finished_run_is_not_taken_for_one_of_another_evaluation(tmp_path: Path) -> None:
+    folder = existing_run(tmp_path, finished=True)
+    with pytest.raises(UserError, match=r"evaluation\.n = 3: was 20"):
+        folder.standing(changed(run_config("resume"), n=3))
+
+
+def test_texts_of_a_task_that_are_not_learnt_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
+    folder = existing_run(tmp_path, finished=False)
+    raw = run_config("resume").model_dump(mode="json")
+    for key, value in {"sample_prompts": ["a"], "license": "mit", "language": "lua"}.items():
+        task = {**raw["tasks"]["a"], key: value}
+        assert folder.standing(validate({**raw, "tasks": {"a": task}})) == "interrupted"
+    with pytest.raises(UserError, match=r"tasks\.a\.over_long"):
+        folder.standing(validate({**raw, "tasks": {"a": {**raw["tasks"]["a"], "over_long": "drop"}}}))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("text", ["name: [", "nam: x", "", None], ids=["damaged", "unknown", "empty", "missing"])
+def test_configuration_that_cannot_be_read_is_an_error_and_not_nothing_to_compare(
+    tmp_path: Path, finished: bool, text: str | None
+) -> None:
+    folder = existing_run(tmp_path, finished)
+    folder.metrics.touch()
+    folder.config.unlink()
+    if text is not None:
+        folder.config.write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        folder.standing(run_config("resume", seed=5))
+
+
+def test_run_of_hundreds_of_tasks_is_opened_and_compared(tmp_path: Path) -> None:
+    raw = run_config("resume").model_dump(mode="json")
+    raw["tasks"] = {f"t{i}": {"train": "unused.jsonl"} for i in range(400)}
+    config = validate(raw)
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(config)
+    folder.update_run_json(finished=True)
+    assert open_run(folder.path)[1] == config
+    assert folder.standing(config) == "finished"
+    with pytest.raises(UserError, match="seed = 5: was 0"):
+        folder.standing(validate({**raw, "seed": 5}))
