@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import Field
 
 from flora_train.adapters.spec import AdapterSpec, expand
-from flora_train.config.errors import UserError, choices, did_you_mean, fail, first_line
+from flora_train.config.errors import choices, did_you_mean, fail, first_line
 from flora_train.config.options import read_options
 from flora_train.config.schema import RunConfig
 from flora_train.config.section import Section, Text
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words, run_and_names
-from flora_train.export.repository import MANIFEST, Entries, Repository, stage
+from flora_train.export.hub_client import AnswerError, check_repository_name, insist
+from flora_train.export.repository import MANIFEST, Entries, Repository, read_entries, stage
 from flora_train.run import read_report
 from flora_train.session import check_base
 from flora_train.training.distributed import say
@@ -26,16 +26,11 @@ from flora_train.training.origin import OriginOptions
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import RunFolder, open_run
 
-ATTEMPTS = 6
-PASSING = (429, 500, 502, 503, 504)
-"""Answers of the hub that another time may not be given."""
 LOCALLY = "or use the folders as they are: plain peft loads them"
-
-Result = TypeVar("Result")
 
 
 class PushOptions(Section):
-    repo: Text = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    repo: Text
     """ORG/NAME (or YOU/NAME) on the hub."""
     repo_per_adapter: bool = False
     """A repository ORG/NAME-ADAPTER for each, and a collection NAME, instead of one repository with a folder for each."""
@@ -59,10 +54,15 @@ def push_run(words: Sequence[str]) -> None:
     options = read_options(PushOptions, parse_words(raw))
     folder, config = open_run(run)
     specs = {spec.name: spec for spec in expand(config)}
+    check_repository_name(options.repo)
+    if options.base is not None and "/" in options.base and not Path(options.base).exists():
+        check_repository_name(options.base, "base")
     for name in names:
         if name not in specs:
             raise fail("adapter", name, f"there are {choices(specs)}.{did_you_mean(name, specs)}")
     names = names or list(specs)
+    for name in names if options.repo_per_adapter else ():
+        check_repository_name(f"{options.repo}-{name}", f"repo_per_adapter: {name}")
     folder.share()
     try:
         _push(folder, config, [specs[name] for name in names], options)
@@ -111,15 +111,23 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
 
     api, repo, me = HfApi(library_name="flora_train"), options.repo, ""
     try:
-        me = insist(api.whoami)["name"]
+        me = insist(lambda: str(api.whoami()["name"]))
+        for repository in repositories:  # before anything is sent
+            private = _is_private(api, repository.name)
+            check_visibility(repository.name, private, options.public)
+            if private and options.public:
+                say(
+                    f"note: {repository.name} exists and stays private: its settings on the hub make it public, --public does not"
+                )
+        collection = _collection(api, options) if options.repo_per_adapter else None
         with Watch("push", len(repositories)) as watch:
             for done, repository in enumerate(repositories, start=1):
                 print_plain(_create(api, repository, options))
                 watch.update(done)
                 if done < len(repositories):
                     time.sleep(options.pause)
-        if options.repo_per_adapter:
-            print_plain(_collect(api, repositories, options))
+        if collection is not None:
+            print_plain(_collect(api, collection, repositories))
     except LocalTokenNotFoundError as error:
         raise fail("repo", repo, f"needs you to be logged in: hf auth login, or HF_TOKEN=...; {LOCALLY}") from error
     except OfflineModeIsEnabled as error:
@@ -131,6 +139,9 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
             reason = "the hub does not know your token: hf auth login"
         if status == 403:
             reason = f"may not be written by you ({me})"
+        raise fail("repo", repo, f"{reason}, {LOCALLY}") from error
+    except AnswerError as error:
+        reason = f"the hub gave an answer that makes no sense ({error}); what it has stays: push again"
         raise fail("repo", repo, f"{reason}, {LOCALLY}") from error
     except OSError as error:
         raise fail("repo", repo, f"broke off ({first_line(error)}); what the hub has stays: push again, {LOCALLY}") from error
@@ -147,7 +158,8 @@ def _create(api: Any, repository: Repository, options: PushOptions) -> str:
         if theirs.get(name, mine)["run"] != mine["run"]:
             fix = f"has an adapter {name} of another run: choose another repository, or rename the task or adapter"
             raise fail("repo", repository.name, fix)
-    address = insist(lambda: api.create_repo(repository.name, private=not options.public, exist_ok=True))
+    address = insist(lambda: str(api.create_repo(repository.name, private=not options.public, exist_ok=True)))
+    check_visibility(repository.name, _is_private(api, repository.name), options.public)  # another may have been first
     files: dict[str, Path | bytes] = {**repository.files, **repository.overview(theirs)}
 
     def commit() -> Any:
@@ -157,66 +169,64 @@ def _create(api: Any, repository: Repository, options: PushOptions) -> str:
         )
 
     insist(commit)
-    return str(address)
+    return address
+
+
+def _is_private(api: Any, name: str) -> bool | None:
+    """None: there is no such repository."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    def ask() -> bool | None:
+        try:
+            private = api.repo_info(name).private
+        except GatedRepoError:  # everybody sees that it is there
+            return False
+        except RepositoryNotFoundError:
+            return None
+        if not isinstance(private, bool):
+            raise TypeError(f"{name} is private: {private!r}")
+        return private
+
+    return insist(ask)
+
+
+def check_visibility(name: str, private: bool | None, public: bool) -> None:
+    """private: None where it is not there yet. Raises UserError if what is there is public and --public was not given."""
+    if private is False and not public:
+        raise fail("repo", name, "exists and is public: give --public to push for everybody to see, or choose another repository")
 
 
 def _adapters_there(api: Any, repository: Repository) -> Entries:
     """What was pushed there before. Raises UserError for a repository that holds something else."""
     if not insist(lambda: api.repo_exists(repository.name)):
         return {}
-    files = set(insist(lambda: api.list_repo_files(repository.name))) - {".gitattributes"}
+    files = insist(lambda: {str(file) for file in api.list_repo_files(repository.name)}) - {".gitattributes"}
     if MANIFEST in files:
-        file = insist(lambda: api.hf_hub_download(repository.name, MANIFEST))
-        found: Entries = json.loads(Path(file).read_text(encoding="utf-8"))["adapters"]
-        if not all(isinstance(entry, dict) and "run" in entry for entry in found.values()):
-            raise fail(
-                "repo",
-                repository.name,
-                f"has a {MANIFEST} of another version: choose another repository, or delete that file there",
-            )
-        return found
+        file = insist(lambda: Path(api.hf_hub_download(repository.name, MANIFEST)))
+        try:
+            return read_entries(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            fix = f"has a {MANIFEST} of another version: choose another repository, or delete that file there"
+            raise fail("repo", repository.name, fix) from error
     if files:
         raise fail("repo", repository.name, f"exists, and holds something else ({min(files)}): choose another name")
     return {}
 
 
-def _collect(api: Any, repositories: Sequence[Repository], options: PushOptions) -> str:
+def _collection(api: Any, options: PushOptions) -> Any:
+    """The collection of that name, made where it is not there. Raises UserError if it is public and --public was not given."""
     owner, _, name = options.repo.partition("/")
     collection = insist(lambda: api.create_collection(name, namespace=owner, private=not options.public, exists_ok=True))
+    if not isinstance(collection.slug, str) or not isinstance(collection.private, bool | None):
+        raise AnswerError(f"a collection {collection.slug!r}")
+    if not collection.private and not options.public:
+        raise fail(
+            "repo", options.repo, "the collection of this name exists and is public: give --public, or choose another name"
+        )
+    return collection
+
+
+def _collect(api: Any, collection: Any, repositories: Sequence[Repository]) -> str:
     for repository in repositories:
         insist(lambda item=repository.name: api.add_collection_item(collection.slug, item, "model", exists_ok=True))  # type: ignore[misc]
     return str(collection.url)
-
-
-def insist(action: Callable[[], Result]) -> Result:
-    """Do it, again where the hub is busy or the line breaks, each time after twice as long or as long as the hub says."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    for attempt in range(ATTEMPTS):
-        wait = 2.0**attempt
-        try:
-            return action()
-        except (LocalTokenNotFoundError, OfflineModeIsEnabled, UserError):
-            raise
-        except HfHubHTTPError as error:
-            if error.response.status_code not in PASSING or attempt == ATTEMPTS - 1:
-                raise
-            reason = f"the hub answered {error.response.status_code}"
-            wait = float(error.response.headers.get("Retry-After", wait))
-        except Exception as error:
-            if not _line_broke(error):
-                raise
-            if attempt == ATTEMPTS - 1 or isinstance(error, RuntimeError):
-                raise OSError(first_line(error)) from error
-            reason = first_line(error)
-        say(f"note: {reason}; trying again in {wait:g}s")
-        time.sleep(wait)
-    raise AssertionError
-
-
-def _line_broke(error: Exception) -> bool:
-    """By name: which HTTP library the hub's client is made with changes with its version. A RuntimeError is an upload that its own attempts
-    did not finish."""
-    return isinstance(error, (ConnectionError, RuntimeError)) or any(
-        kind.__name__ == "TransportError" for kind in type(error).__mro__
-    )

@@ -1,7 +1,7 @@
 """A hub on loopback that speaks what huggingface_hub's client asks when it pushes: login, repositories, LFS, commits, files, collections.
 
 It holds everything in memory and breaks when told to: `faults` is a list of [method, part of the path, answer, how many times more], where an answer
-is a status or "drop", which closes the connection without a word.
+is a status, "drop", which closes the connection without a word, or (status, content, headers).
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
             method, part, answer, left = fault
             if left and method == self.command and part in path:
                 fault[3] -= 1
+                if isinstance(answer, tuple):  # status, content and headers as they are
+                    return self.say(*answer)
                 if answer == "drop":
                     self.close_connection = True
                     self.connection.close()

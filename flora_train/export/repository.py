@@ -14,6 +14,7 @@ import yaml
 
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import fail
+from flora_train.config.json_object import parse_object
 from flora_train.export.card import KINDS, write_card
 from flora_train.export.measured import benchmarks
 from flora_train.training.manifest import PEFT_FILES
@@ -45,6 +46,28 @@ class Repository:
         if self.table:
             files["README.md"] = _table(self.name, self.base, together, "report.html" in self.files).encode()
         return files
+
+
+def read_entries(manifest: bytes) -> Entries:
+    """The adapters that a MANIFEST names. Raises ValueError or RecursionError if it is not one of ours."""
+    entries = parse_object(manifest).get("adapters")
+    if not isinstance(entries, dict):
+        raise ValueError("no adapters")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("run", "task", "kind")):
+            raise ValueError(f"{name} is not described")
+        if not isinstance(entry.get("base", ""), str) or not isinstance(entry.get("rank"), int | None):
+            raise ValueError(f"{name} has another base or rank")
+        if "bits_per_byte" in entry and not _are_numbers(entry, "bits_per_byte", ("value",)):
+            raise ValueError(f"{name} has no bits per byte")
+        if "bits_per_byte" in entry and not _are_numbers(entry, "difference_to_base", ("value", "low", "high")):
+            raise ValueError(f"{name} has no difference to the base")
+    return entries
+
+
+def _are_numbers(entry: Mapping[str, Any], key: str, names: Sequence[str]) -> bool:
+    numbers = entry.get(key)
+    return isinstance(numbers, dict) and all(isinstance(numbers.get(name), int | float) for name in names)
 
 
 def stage(

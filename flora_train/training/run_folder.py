@@ -15,8 +15,8 @@ from typing import Any, Literal
 from flora_train.adapters.spec import expand
 from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem, UserError, fail, first_line
-from flora_train.config.json_object import parse_object, read_object
 from flora_train.config.files import exists
+from flora_train.config.json_object import parse_object, read_object
 from flora_train.config.load import load_saved, save_config
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flora_train.cli import main
 from tests.e2e.conftest import ROOT, Launch
@@ -259,3 +261,130 @@ def test_a_run_that_trains_still_is_refused(run: Path, hub: Hub, push: Push) -> 
         state.write_text(before)
     assert done.returncode == 2
     assert "is not finished: it trains still, or goes on with resume=true" in done.stderr
+
+
+def test_an_existing_public_repository_is_not_filled_unless_public_is_given(run: Path, hub: Hub, push: Push) -> None:
+    hub.repos["me/tiny"] = Repo(False, {".gitattributes": b""})
+    done = push(str(run), "digits-flora", "--repo", "me/tiny")
+    assert done.returncode == 2
+    assert "repo = 'me/tiny': exists and is public: give --public" in done.stderr
+    assert hub.repos["me/tiny"].commits == []
+    done = push(str(run), "digits-flora", "--repo", "me/tiny", "--public")
+    assert done.returncode == 0, done.stderr
+    assert len(hub.repos["me/tiny"].commits) == 1
+
+
+def test_a_private_repository_that_is_to_be_public_stays_private_and_it_is_said(run: Path, hub: Hub, push: Push) -> None:
+    hub.repos["me/tiny"] = Repo(True, {".gitattributes": b""})
+    done = push(str(run), "digits-flora", "--repo", "me/tiny", "--public")
+    assert done.returncode == 0, done.stderr
+    assert "me/tiny exists and stays private" in done.stderr
+
+
+def test_one_public_repository_of_several_is_found_before_anything_is_sent(run: Path, hub: Hub, push: Push) -> None:
+    hub.repos["me/tiny-letters-ia3"] = Repo(False, {".gitattributes": b""})
+    done = push(str(run), "--repo", "me/tiny", "--repo-per-adapter")
+    assert done.returncode == 2
+    assert "me/tiny-letters-ia3': exists and is public" in done.stderr
+    assert list(hub.repos) == ["me/tiny-letters-ia3"]
+    assert hub.collections == {}
+
+
+@pytest.mark.parametrize(
+    "wait", ["99999999999", "3153600000", "Fri, 31 Dec 9999 23:59:59 GMT", "inf", "nan", "-5", "soon", "9" * 400]
+)
+def test_a_wait_that_the_hub_asks_for_is_bounded(
+    run: Path, hub: Hub, push: Push, monkeypatch: pytest.MonkeyPatch, wait: str
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    answer = (429, {"error": "slow down"}, {"Retry-After": wait})
+    hub.faults = [["POST", "/api/repos/create", answer, 1], ["POST", "/commit/", answer, 1], ["PUT", "/lfs/", answer, 1]]
+    done = push(str(run), "digits-flora", "--repo", "me/tiny")
+    assert done.returncode == 0, done.stderr
+    assert [fault[3] for fault in hub.faults] == [0, 0, 0]
+    assert all(0 <= seconds <= 61 for seconds in waited), waited
+    assert "trying again in" in done.stderr
+
+
+NONSENSE = [
+    b"<html>",
+    b"",
+    b"[]",
+    b"3",
+    b"null",
+    b"{}",
+    b"\xff\xfe",
+    b'{"name": []}',
+    b"[" * 5000,
+    b'{"adapters": 3}',
+    b'{"siblings": 3}',
+]
+ASKED = [
+    "/api/whoami-v2",
+    "/api/models/me/tiny",
+    "/api/repos/create",
+    "/preupload/",
+    "/commit/",
+    "objects/batch",
+    "/resolve/",
+    "/api/collections",
+]
+
+
+@pytest.mark.attack
+@given(
+    asked=st.sampled_from(ASKED), status=st.sampled_from([200, 200, 200, 400, 404, 418, 500]), content=st.sampled_from(NONSENSE)
+)
+def test_a_hub_that_answers_nonsense_is_one_line(
+    run: Path, hub: Hub, push: Push, asked: str, status: int, content: bytes
+) -> None:
+    words = [str(run), "digits-flora", "--repo", "me/tiny", *(["--repo-per-adapter"] if "collections" in asked else [])]
+    hub.repos.clear()
+    hub.collections.clear()
+    if "resolve" in asked:
+        hub.repos["me/tiny"] = Repo(True, {"flora_train.json": b"{}"})
+    hub.faults = [[method, asked, (status, content), 99] for method in ("GET", "POST", "HEAD")]
+    done = push(*words)
+    hub.faults = []
+    assert done.returncode in (0, 2)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 or len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "me/a--b",
+        "me/a..b",
+        "me/-a",
+        "me/a-",
+        "me/.a",
+        "me/a.",
+        "me/a b",
+        "me/" + "a" * 97,
+        "me/é",
+        "me/a.git",
+        "me--x/a",
+        "a/b/c",
+    ],
+)
+def test_a_name_that_the_hub_refuses_is_refused_before_anything_is_asked(run: Path, hub: Hub, push: Push, name: str) -> None:
+    for words in (["--repo", name], ["--repo", name, "--repo-per-adapter"], ["--repo", name, "--dry-run"]):
+        done = push(str(run), *words)
+        assert done.returncode == 2
+        assert done.stderr.count("the hub refuses this name") == 1
+    long = push(str(run), "--repo", "me/" + "a" * 90, "--repo-per-adapter")
+    assert "repo_per_adapter: " in long.stderr
+    assert "characters, and may have 96" in long.stderr
+    assert hub.asked == []
+
+
+def test_only_the_adapter_s_own_files_are_pushed(run: Path, hub: Hub, push: Push) -> None:
+    notes = run / "adapters" / "digits-flora" / "secret.txt"
+    notes.write_text("mine")
+    try:
+        assert push(str(run), "digits-flora", "--repo", "me/tiny").returncode == 0
+    finally:
+        notes.unlink()
+    assert not any("secret" in path for path in hub.repos["me/tiny"].files)
