@@ -68,6 +68,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def real_path(path: Path) -> Path:
+    """Absolute, its links followed. Unlike Path.resolve it also takes links that lead in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def user_cache(part: str) -> Path:
     """The folder for one kind of cached files: below XDG_CACHE_HOME, ~/.cache, or where a user has no home, the system's temporary folder."""
     above = os.environ.get("XDG_CACHE_HOME")

@@ -76,6 +76,12 @@ def _run(words: Sequence[str]) -> int:
         entry.run(rest)
     except UserError as error:
         return _complain(*map(str, error.problems))
+    except ConnectionError:
+        raise
+    except OSError as error:  # of the system, where no closer place knows more
+        return _complain(
+            f"{error.filename or command}: {error.strerror or error}: mend that, or choose another place, and run again"
+        )
     except Interrupted as pause:
         if os.environ.get("RANK", "0") == "0":
             print(str(pause), file=sys.stderr)

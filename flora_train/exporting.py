@@ -15,12 +15,14 @@ from rich.table import Table
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.base_model import load_base_model, load_model_config
 from flora_train.adapters.spec import BASE_ID
+from flora_train.atomic import real_path
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
 from flora_train.config.section import PathText
 from flora_train.config.terminal_text import in_cell, print_plain
 from flora_train.config.words import from_flags, parse_words, run_and_names
 from flora_train.data.tokens import pad_token
+from flora_train.evaluation.results import reading_report
 from flora_train.export.card import write_card
 from flora_train.export.loadability import WARNING
 from flora_train.export.merge import save_merged
@@ -83,7 +85,7 @@ def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path
     folder, _ = open_run(run)
     own = folder.path / FOLDERS[options.as_]
     out = own if options.out is None else Path(options.out)
-    inside = out.resolve().is_relative_to(folder.path.resolve())
+    inside = real_path(out).is_relative_to(real_path(folder.path))
     alone = inside or options.allow_different_base or options.allow_different_data
     with locked(run, alone) as folder:
         if options.as_ == "merged":
@@ -92,10 +94,10 @@ def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path
         session, _ = reopen(run, with_tasks=stands_in, dtype="float32" if stands_in else None, allow=options)
         names = checked(session.bank, names, options.as_)
         files = [f"{FOLDERS[options.as_]}/{{adapter}}/{file}" for file in PEFT_FILES]
-        ours = out.resolve() == own.resolve() and (options.as_ == "peft" or folder.names(files))
+        ours = real_path(out) == real_path(own) and (options.as_ == "peft" or folder.names(files))
         for name in () if ours else names:
             check_new(out / name)
-        if out.resolve() == own.resolve():
+        if real_path(out) == real_path(own):
             folder.add_files(files)
         note_differences(folder, f"export --as {options.as_}", session.differences)
         report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
@@ -106,7 +108,8 @@ def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path
             own_type = options.as_ == "flora"
             export_peft(session.bank, name, out / name, session.config.model.path, own_type, replace=ours)
             spec = session.bank.specs[session.bank.ids[name]]
-            write_card(report, spec, out / name, origin=" ".join(session.differences))
+            with reading_report(folder.evaluation / "report.json"):
+                write_card(report, spec, out / name, origin=" ".join(session.differences))
         _say_what_peft_does(out / name for name in names)
         return [out / name for name in names]
 
@@ -136,7 +139,7 @@ def merge(run: str, names: Sequence[str], out: Path, allow: OriginOptions) -> li
         session.model.config = published
         made_of = {"adapter": name, "base": session.config.model.path, "run": run, "differences": list(session.differences)}
         save_merged(session.bank, name, session.tokenizer, out / name, made_of)
-        if out.resolve() == (session.folder.path / FOLDERS["merged"]).resolve():
+        if real_path(out) == real_path(session.folder.path / FOLDERS["merged"]):
             session.folder.add_files(f"merged/{name}/{path.name}" for path in (out / name).iterdir())
     return [out / name for name in names]
 
@@ -172,7 +175,8 @@ def _write_stand_ins(
             in_cell(name), str(stand_in.spec.rank), f"{stand_in.error:.3f}", *(f"{loss:.3f}" for loss in losses.values())
         )
         original = session.bank.specs[session.bank.ids[name]]
-        write_card(report, original, out / name, stand_in, losses, origin=" ".join(session.differences))
+        with reading_report(session.folder.evaluation / "report.json"):
+            write_card(report, original, out / name, stand_in, losses, origin=" ".join(session.differences))
     Console(soft_wrap=True).print(table)
     for stand_in in stand_ins:
         if stand_in.biases:

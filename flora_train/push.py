@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 from pydantic import Field
 
 from flora_train.adapters.spec import AdapterSpec, expand
+from flora_train.atomic import disk_errors
 from flora_train.config.errors import choices, did_you_mean, fail, first_line
 from flora_train.config.options import read_options
 from flora_train.config.schema import RunConfig
 from flora_train.config.section import Section, Text
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words, run_and_names
+from flora_train.evaluation.results import reading_report
 from flora_train.export.hub_client import AnswerError, check_repository_name, insist
 from flora_train.export.repository import MANIFEST, Entries, Repository, read_entries, stage
 from flora_train.run import read_report
@@ -80,8 +84,10 @@ def _push(folder: RunFolder, config: RunConfig, chosen: Sequence[AdapterSpec], o
     report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
     differences = check_base(folder, config, OriginOptions(allow_different_base=options.allow_different_base))
     origin = " ".join(differences)
-    with TemporaryDirectory() as place:
-        repositories = stage(folder, chosen, report, options.repo, options.base, options.repo_per_adapter, Path(place), origin)
+    with _staging() as place:
+        with reading_report(folder.evaluation / "report.json"):
+            apart = options.repo_per_adapter
+            repositories = stage(folder, chosen, report, options.repo, options.base, apart, place, origin)
         base = options.base or config.model.path
         if Path(base).exists():
             say(
@@ -91,6 +97,15 @@ def _push(folder: RunFolder, config: RunConfig, chosen: Sequence[AdapterSpec], o
             _show(repositories, options)
             return
         _send(repositories, options)
+
+
+@contextmanager
+def _staging() -> Iterator[Path]:
+    """A temporary folder. Raises UserError where there is none."""
+    with disk_errors(Path(os.environ.get("TMPDIR", "/tmp"))):
+        folder = TemporaryDirectory()
+    with folder as name:
+        yield Path(name)
 
 
 def _show(repositories: Sequence[Repository], options: PushOptions) -> None:

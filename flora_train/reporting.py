@@ -12,6 +12,8 @@ from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.evaluation.report import write_comparison, write_report
 from flora_train.evaluation.report.comparison import labels, measures, seed_groups, verdicts, with_seeds
+from flora_train.evaluation.report.html import render_comparison
+from flora_train.evaluation.results import reading_report
 from flora_train.run import read_report
 from flora_train.training.run_folder import open_run
 
@@ -34,7 +36,9 @@ def draw_reports(words: Sequence[str]) -> None:
             raise fail("out", options.out, "is for several runs beside each other; one has its page in its folder")
         folders[0].lock()
         try:
-            print_plain(write_report(reports[0], folders[0].evaluation))
+            with reading_report(folders[0].evaluation / "report.json"):
+                page = write_report(reports[0], folders[0].evaluation)
+            print_plain(page)
         finally:
             folders[0].unlock()
         return
@@ -42,5 +46,10 @@ def draw_reports(words: Sequence[str]) -> None:
     page = Path(runs[0]).resolve().parent / "comparison.html" if options.out is None else Path(options.out)
     if page.suffix != ".html":
         raise fail("out", options.out, "is a page: give it a name that ends in .html")
-    write_comparison(named, page)
-    print_plain(verdicts(with_seeds(list(named), reports), measures(reports), seed_groups(reports)), page)
+    for folder, report in zip(folders, reports, strict=True):  # which one is damaged
+        with reading_report(folder.evaluation / "report.json"):
+            render_comparison({"": report})
+    with reading_report(folders[0].evaluation / "report.json"):
+        write_comparison(named, page)
+        print_plain(verdicts(with_seeds(list(named), reports), measures(reports), seed_groups(reports)))
+    print_plain(page)

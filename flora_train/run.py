@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 from flora_train.adapters.base_files import base_identity
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
+from flora_train.config.json_object import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain, safe_streams
 from flora_train.data.text_encoder import TextEncoder
@@ -28,7 +28,7 @@ from flora_train.evaluation.report.terminal import (
     print_results,
     print_sweeps,
 )
-from flora_train.evaluation.results import SCHEMA
+from flora_train.evaluation.results import KINDS, SCHEMA, reading_report
 from flora_train.evaluation.saved import check_evaluation
 from flora_train.export.loadability import WARNING, say_what_peft_loads
 from flora_train.export.peft_start import start_from_peft
@@ -186,6 +186,11 @@ def check_prompts(session: Session, plan: Plan | None) -> None:
 def show(folder: RunFolder) -> None:
     """Print what a run found and where it is."""
     results = read_report(folder)
+    with reading_report(folder.evaluation / "report.json"):
+        _show(folder, results)
+
+
+def _show(folder: RunFolder, results: Mapping[str, Any]) -> None:
     print_results(results)
     print_sweeps(results)
     print_pass_at_k(results["code"])
@@ -212,10 +217,13 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
             str(folder.path),
             "has no report yet: it did not finish; train it on with resume=true, or let flora-train evaluate judge what it kept",
         )
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if results["schema"] != SCHEMA:
-        fix = f"was written by another version (schema {results['schema']}, ours is {SCHEMA}): flora-train evaluate {folder.path} renews it"
+    renewed = f"flora-train evaluate {folder.path} renews it"
+    results = read_object(path, renewed)
+    if results.get("schema") != SCHEMA:
+        fix = f"was written by another version (schema {results.get('schema')}, ours is {SCHEMA}): {renewed}"
         raise fail(str(path), None, fix)
+    if wrong := [key for key, kind in KINDS.items() if not isinstance(results.get(key), kind)]:
+        raise fail(str(path), None, f"is damaged ({wrong[0]} is missing or of another type): {renewed}")
     return results
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from flora_train.adapters.base_model import load_base_model
+from flora_train.atomic import real_path
 from flora_train.config.errors import fail
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.load import merge, validate
@@ -24,8 +25,9 @@ from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evalu
 from flora_train.evaluation.code.problems.suites import Suite
 from flora_train.evaluation.code.summary import read_summaries, read_summary, write_summary
 from flora_train.evaluation.report import write_report
+from flora_train.evaluation.report.html import render_html
 from flora_train.evaluation.report.terminal import print_pass_at_k
-from flora_train.evaluation.results import not_measured
+from flora_train.evaluation.results import not_measured, reading_report
 from flora_train.evaluation.saved import check_evaluation
 from flora_train.run import read_report
 from flora_train.session import locked, note_differences, reopen
@@ -72,8 +74,11 @@ def solve_run(run: str, words: Sequence[str]) -> None:
         raise fail("run", run, "has no adapters yet: it did not finish; train it on with resume=true")
     check_peft_contenders(options.contenders or (), ())
     report = read_report(folder) if options.out is None and (folder.evaluation / "report.json").exists() else None
+    if report is not None:
+        with reading_report(folder.evaluation / "report.json"):
+            render_html(report)  # it is drawn again at the end
     place = folder.evaluation if options.out is None else Path(options.out)
-    inside = place.resolve().is_relative_to(folder.path.resolve())
+    inside = real_path(place).is_relative_to(real_path(folder.path))
     with locked(run, alone=inside or options.allow_different_base) as folder:
         plan = on_main_process(lambda: plan_evaluation(config))
         suites = {suite.name: plan.languages for suite in plan.suites}
@@ -136,11 +141,14 @@ def _solve(
                 layout = write_multipl_e(_completions(place, suite), Path(options.multipl_e), config.evaluation)
                 print_plain(f"in MultiPL-E's layout           {layout}/")
         if report is not None:
-            differences = list(dict.fromkeys([*report["facts"].get("differences", []), *session.differences]))
+            earlier = report["facts"].get("differences")
+            differences = list(dict.fromkeys([*(earlier if isinstance(earlier, list) else []), *session.differences]))
             limits = [*not_measured(recorded, executed=True), *differences]
             facts = {**report["facts"], "differences": differences}
             now = {**report, "facts": facts, "code": summaries, "not_measured": limits}
-            print_plain(f"report                          {write_report(now, folder.evaluation)}")
+            with reading_report(folder.evaluation / "report.json"):
+                page = write_report(now, folder.evaluation)
+            print_plain(f"report                          {page}")
 
     on_main_process(finish)
     wait_for_everyone()

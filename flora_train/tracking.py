@@ -8,6 +8,7 @@ from hashlib import sha256
 from typing import Any
 
 from flora_train.adapters.spec import expand
+from flora_train.atomic import disk_errors
 from flora_train.config.schema import RunConfig
 from flora_train.training.distributed import is_main_process
 from flora_train.training.manifest import PEFT_FILES
@@ -22,7 +23,8 @@ def begin_tracking(accelerator: Any, config: RunConfig, folder: RunFolder) -> No
         options["wandb"] = {**named, "id": _identity(folder), "resume": "allow"}
     if is_main_process():
         folder.add_files(tracker_files(config, folder))
-    accelerator.init_trackers(config.tracking.project, config=_scalars(config), init_kwargs=options)
+    with disk_errors(folder.path):
+        accelerator.init_trackers(config.tracking.project, config=_scalars(config), init_kwargs=options)
 
 
 def end_tracking(accelerator: Any, config: RunConfig, folder: RunFolder, results: Mapping[str, Any], step: int) -> None:
@@ -38,8 +40,9 @@ def end_tracking(accelerator: Any, config: RunConfig, folder: RunFolder, results
         run.log_artifact(report)
         for spec in expand(config):
             artifact = wandb.Artifact(f"{config.name}-{spec.name}", type="model")
-            for name in PEFT_FILES:
-                artifact.add_file(str(folder.adapters / spec.name / name))
+            for path in (folder.adapters / spec.name / name for name in PEFT_FILES):
+                if path.exists():
+                    artifact.add_file(str(path))
             run.log_artifact(artifact)
 
 

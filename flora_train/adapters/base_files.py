@@ -8,7 +8,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from flora_train.atomic import user_cache, write_atomically
+from flora_train.atomic import real_path, user_cache, write_atomically
 from flora_train.config.errors import UserError, fail
 from flora_train.config.files import find_file
 from flora_train.config.json_object import parse_object
@@ -77,7 +77,7 @@ def _shards(index: Path) -> set[str]:
 def _hashes(folder: Path, files: list[Path]) -> dict[str, str]:
     """File name -> SHA-256 of its bytes."""
     linked = any(file.is_symlink() for file in files)  # a snapshot: its files are links to blobs
-    places = [user_cache("bases") / f"{sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"]
+    places = [user_cache("bases") / f"{sha256(str(real_path(folder)).encode()).hexdigest()[:32]}.json"]
     places = places if linked else [folder / KEPT, *places]
     known: dict[str, Any] = {}
     for place in reversed(places):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile
@@ -15,10 +16,12 @@ Split = TypeVar("Split", bound=TokenSplit)
 
 def cached(path: Path, kind: type[Split], make: Callable[[], Split]) -> Split:
     """What `path` holds, or what `make` makes, which is then kept there."""
-    if path.exists():
-        try:
-            return kind.load(path)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+    try:
+        return kind.load(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+        with suppress(OSError):
             path.unlink(missing_ok=True)  # a damaged cache file is made again
     split = make()
     try:

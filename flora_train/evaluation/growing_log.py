@@ -145,5 +145,8 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _whole(file: Path) -> bytes:
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise fail(str(file), None, f"cannot be read ({error.strerror})") from error
     return content[: content.rfind(b"\n") + 1]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
+from flora_train.config.errors import fail, first_line
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.sampling import seed_of
@@ -29,6 +32,14 @@ SCHEMA = 5
 MOMENTS = 40
 """Points of the curve of what was drawn."""
 
+
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("facts", "curves"), dict),
+    **dict.fromkeys(("tasks", "adapters", "results", "sweeps", "completions", "code", "not_measured"), list),
+    "name": str,
+    "speech": dict | None,
+}
+"""Key of report.json -> its type."""
 
 SHOWN = 5
 """Paths of clips that were left out, for each reason."""
@@ -83,6 +94,17 @@ def build_results(
         "speech": speech,
         "not_measured": not_measured(config, executed=bool(code) or speech is not None),
     }
+
+
+@contextmanager
+def reading_report(path: Path) -> Iterator[None]:
+    """A context that draws from a report.json, which anybody may have changed: what does not fit there is a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, TemplateError) as error:
+        fix = f"flora-train evaluate {path.parent.parent} renews it"
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise fail(str(path), None, f"is damaged, or was written by another version ({what}): {fix}") from error
 
 
 def not_measured(config: RunConfig, executed: bool) -> list[str]:

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from flora_train.adapters.spec import AdapterSpec
+from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import fail
-from flora_train.config.json_object import parse_object
+from flora_train.config.json_object import parse_object, read_object
 from flora_train.export.card import KINDS, write_card
 from flora_train.export.measured import benchmarks
 from flora_train.training.manifest import PEFT_FILES
@@ -134,13 +135,25 @@ def _adapter(
             continue
         if not source.is_file():
             raise fail("run", str(run.path), f"lacks {source}: flora-train export {run.path} writes it")
-        shutil.copyfile(source, folder / name)
+        with disk_errors(folder / name):
+            shutil.copyfile(source, folder / name)
+    _adapter_config(run, spec.name)
     if base is not None:
         file = folder / "adapter_config.json"
-        content = {**json.loads(file.read_text(encoding="utf-8")), "base_model_name_or_path": base}
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = {**_adapter_config(run, spec.name), "base_model_name_or_path": base}
+        write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
     pushed_as = f'"{repo}-{spec.name}"' if apart else f'"{repo}", subfolder="{spec.name}"'
     return write_card(report, spec, folder, origin=origin, source=pushed_as)
+
+
+def _adapter_config(run: RunFolder, name: str) -> dict[str, Any]:
+    """The adapter's PEFT configuration. Raises UserError if it is damaged."""
+    again = f"flora-train export {run.path} writes it again"
+    path = run.adapters / name / "adapter_config.json"
+    content = read_object(path, again)
+    if not isinstance(content.get("base_model_name_or_path"), str) or not isinstance(content.get("peft_type"), str):
+        raise fail(str(path), None, f"is damaged: {again}")
+    return {"task_type": None, **content}
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -153,7 +166,7 @@ def _scores(report: Mapping[str, Any], name: str, place: Path) -> dict[str, Path
     if not scores:
         return {}
     file = place / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(scores, sort_keys=False), encoding="utf-8")
+    write_atomically(file, lambda path: path.write_text(yaml.safe_dump(scores, sort_keys=False), encoding="utf-8"))
     return {".eval_results/flora_train.yaml": file}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flora_train.adapters.spec import expand
-from flora_train.atomic import disk_errors, write_atomically
+from flora_train.atomic import disk_errors, real_path, write_atomically
 from flora_train.config.errors import Problem, UserError, fail, first_line
 from flora_train.config.files import exists
 from flora_train.config.json_object import parse_object, read_object
@@ -106,9 +106,10 @@ class RunFolder:
 
         Raises UserError as `standing` does, or if another process works in the folder.
         """
-        self.standing(config)  # nothing is created in a folder that is refused
-        self.lock(WAIT if config.resume else 0.0)
-        return self.standing(config)  # another process may have changed it before this one had the lock
+        with disk_errors(self.path):
+            self.standing(config)  # nothing is created in a folder that is refused
+            self.lock(WAIT if config.resume else 0.0)
+            return self.standing(config)  # another process may have changed it before this one had the lock
 
     def claim(self, config: RunConfig, also: Iterable[str] = (), **facts: Any) -> None:
         """Make the folder this run's own. A run that it replaces is deleted, file by file, as its manifest names them.
@@ -168,7 +169,7 @@ class RunFolder:
 
     def _outer_run(self) -> Path | None:
         """The run folder that this one lies in."""
-        return next((parent for parent in self.path.resolve().parents if RunFolder(parent)._state is not None), None)
+        return next((parent for parent in real_path(self.path).parents if RunFolder(parent)._state is not None), None)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """One JSON line. A line that does not fit on the disk is taken back."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from flora_train.atomic import real_path
 from flora_train.config.errors import Problem, UserError
 from flora_train.config.files import find_file
 from flora_train.config.schema import RunConfig
@@ -18,10 +19,10 @@ OTHER = "choose another output_dir"
 
 def check_not_replaced(config: RunConfig, folder: Path) -> None:
     """Raises UserError if something that the run reads lies in the folder whose run it replaces."""
-    place, problems = folder.resolve(), []
+    place, problems = real_path(folder), []
     for key, name in _inputs(config):
         plain = glob.glob(name) or [name]
-        if any(find_file(path).resolve().is_relative_to(place) for path in plain):
+        if any(real_path(find_file(path)).is_relative_to(place) for path in plain):
             problems.append(Problem(key, name, f"lies in the run that existing_run=replace would delete: {OTHER}"))
     if problems:
         raise UserError(*problems)
@@ -29,7 +30,7 @@ def check_not_replaced(config: RunConfig, folder: Path) -> None:
 
 def check_not_data(config: RunConfig, folder: Path) -> None:
     """Raises UserError if the run's own files would be read as rows of a task when it is resumed."""
-    place, problems = folder.resolve(), []
+    place, problems = real_path(folder), []
     for key, source in _sources(config):
         for pattern in _recursive(source):
             if any(fnmatch(str(place / name), pattern) for name in RUN_FILES):

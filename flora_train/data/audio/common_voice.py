@@ -6,7 +6,6 @@ cv-corpus-<version>-<date>/<locale>/{train,dev,test,validated,...}.tsv, clip_dur
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tarfile
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flora_train.atomic import disk_errors, user_cache
 from flora_train.config.errors import choices, did_you_mean, fail, first_line
 from flora_train.config.files import find_file
 from flora_train.config.task_schema import SourceConfig
@@ -89,13 +89,14 @@ def _unpacked(archive: Path, key: str) -> Path:
     """The folder that an archive's content was unpacked into; a half unpacked one is never seen."""
     status = archive.stat()
     name = f"{archive.name.removesuffix('.tar.gz')}-{status.st_size:x}-{status.st_mtime_ns:x}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flora_train" / "releases"
+    cache = user_cache("releases")
     place = cache / name
     if place.is_dir():
         return place
     print(plain(f"unpacking {archive} ({status.st_size / 1e9:.1f} GB) into {place}"), file=sys.stderr, flush=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".", dir=cache))
+    with disk_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".", dir=cache))
     try:
         with tarfile.open(archive) as content:
             content.extractall(temporary, filter="data")

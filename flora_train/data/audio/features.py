@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing import get_context
@@ -48,7 +48,7 @@ class FeatureStore:
         """Let the workers begin with what is not on disk."""
         for clip in clips:
             path = self._path(clip)
-            if self.workers and path not in self._coming and not path.exists():
+            if self.workers and path not in self._coming and not _is_there(path):
                 self._coming[path] = self.submit(_features, self.extractor, clip)
 
     def get(self, clips: Sequence[Heard]) -> list[NDArray[Any]]:
@@ -83,13 +83,15 @@ class FeatureStore:
     def _get(self, clip: Heard) -> NDArray[Any]:
         path = self._path(clip)
         coming = self._coming.pop(path, None)
-        if coming is None and path.exists():
+        if coming is None and _is_there(path):
             try:
                 features: NDArray[Any] = np.load(path, allow_pickle=False)
-                os.utime(path)  # its last use
+                with suppress(OSError):  # a cache that cannot be written to
+                    os.utime(path)  # its last use
                 return features
             except (OSError, ValueError, EOFError):
-                path.unlink(missing_ok=True)  # a damaged file is made again
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)  # a damaged file is made again
         features = coming.result() if coming is not None else _features(self.extractor, clip)
         self._keep(path, features)
         return features
@@ -102,13 +104,17 @@ class FeatureStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                np.save(file, features, allow_pickle=False)
-            os.replace(temporary, path)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    np.save(file, features, allow_pickle=False)
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
         except OSError as error:  # a cache that cannot be written costs time, not the run
             warnings.warn(f"features are not cached: {error}", stacklevel=2)
             return
-        self._make_room(path.stat().st_size)
+        self._make_room(features.nbytes)
 
     def _make_room(self, added: int) -> None:
         if self._bytes is None:
@@ -122,7 +128,8 @@ class FeatureStore:
         for _, size, path in files:
             if self._bytes <= 0.9 * self.limit:
                 break
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             self._bytes -= size
 
     def _files(self) -> list[tuple[float, int, Path]]:
@@ -131,10 +138,17 @@ class FeatureStore:
         for path in self.folder.glob("*/*.npy"):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # another process made room
+            except OSError:  # another process made room
                 continue
             found.append((status.st_mtime, status.st_size, path))
         return found
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a folder that may not be read
+        return False
 
 
 def extracted(extractor: Any, samples: NDArray[np.float32]) -> NDArray[Any]:

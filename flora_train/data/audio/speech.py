@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flora_train.atomic import write_atomically
 from flora_train.config.errors import choices, did_you_mean, fail
 from flora_train.config.files import at_home, find_file
 from flora_train.config.schema import RunConfig
@@ -197,10 +198,7 @@ def _clip_file(value: Any, base: Path, cache: Path) -> str:
         content = value["bytes"]
         file = cache.parent / "clips" / hashlib.sha256(content).hexdigest()[:40]
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            temporary.write_bytes(content)
-            os.replace(temporary, file)
+            write_atomically(file, lambda path: path.write_bytes(content))
         return str(file)
     path = at_home(str(value or ""))
     beside = base / path
