@@ -269,7 +269,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "PEFT_LORA --out FOLDER [--rank N] [--model MODEL]",
-        "make the fLoRA that is closest to a LoRA, and say how close",
+        "make a fLoRA that is close to a LoRA, and say how close",
         "flora-train convert outputs/quickstart/adapters/lua-lora --out outputs/lua-flora --rank 8",
         _convert,
         1,

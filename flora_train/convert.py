@@ -48,7 +48,7 @@ def convert_adapter(words: Sequence[str]) -> None:
         raise fail("adapter", source, fix)
     base = options.model or config.get("base_model_name_or_path")
     if not base:
-        raise fail("model", None, f"{source} names no base model: give model=FOLDER or a name on the hub")
+        raise fail("model", None, f"{source} names no base model: give --model, a folder or a name on the hub")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
     modules = sorted(modules_of(config, tensors))

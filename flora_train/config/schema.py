@@ -91,7 +91,7 @@ class AdapterConfig(Section):
     """Train this adapter on these tasks only. Default: all."""
     start_from: PathText | None = None
     """Begin with the numbers of a PEFT adapter (LORA, IA3, or HIRA for flora), a folder or a name on the hub, instead of the identity. A
-    residual flora can begin with a LORA, too, as close as its rank comes. With evaluation.every, step 0 is judged then.
+    residual flora can begin close to a LORA, too. With evaluation.every, step 0 is judged then.
     {task} in it stands for the name of the task: outputs/before/adapters/{task}-lora."""
     sweep: Name | None = None
     """The entry of `adapters` that this adapter was made from, where a list of values stood for one; written by the program."""

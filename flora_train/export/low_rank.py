@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 RIDGE = 1e-6
 """Of the mean of a least-squares system's diagonal: keeps a row without weights solvable."""
+
+BRAKES = (0.1, 0.01, 1.0)
+"""Of the mean squared weight: what is added to each before a change is divided by it."""
+RANDOM_STARTS, SMALL = 5, 2**18
+"""Random starts, of layers with at most so many weights: the local optima of larger ones differ little, and a start there takes long."""
+FINISHED = 2
+"""Starts of such a layer that are followed to the end: those that are best after a quarter of the rounds. Of a larger one the best alone."""
 
 
 def energies(delta: Tensor) -> Tensor:
@@ -53,16 +61,43 @@ def smallest_rank(spectra: Sequence[Tensor], max_error: float) -> int:
 def modulation(weight: Tensor, delta: Tensor, rank: int, rounds: int = 30) -> tuple[Tensor, Tensor]:
     """B [out, r] and A [r, in], float32, with weight * (B A) close to delta [out, in]: the start of a residual fLoRA.
 
-    Low-rank approximation weighted by weight^2 has no closed form (Srebro & Jaakkola 2003): alternating least squares, from the
-    truncated ratio delta / weight, to a local optimum.
+    Low-rank approximation weighted by weight^2 has no closed form (Srebro & Jaakkola 2003), and alternating least squares ends in a local optimum:
+    the best of several starts is taken, always the same ones, which is a close fit and not always the closest.
     """
     weights = weight.double().square()
     pulled = weight.double() * delta.double()
-    B, A = (factor.double() for factor in truncated(pulled / (weights + 0.1 * weights.mean()), rank))
-    for _ in range(rounds):
-        B = _solve(weights, pulled, A)
-        A = _solve(weights.T, pulled.T, B.T).T
+    first = max(1, rounds // 4)
+    tried = [_improved(weights, pulled, A, first) for A in _starts(weights, pulled, rank)]
+    tried.sort(key=lambda factors: _loss(weights, pulled, *factors))
+    finished = FINISHED if weights.numel() <= SMALL else 1
+    ended = [_improved(weights, pulled, A, rounds - first) for _, A in tried[:finished]]
+    B, A = min(ended, key=lambda factors: _loss(weights, pulled, *factors))
     return B.float(), A.float()
+
+
+def _starts(weights: Tensor, pulled: Tensor, rank: int) -> Iterator[Tensor]:
+    """A [r, in] of the ratio delta / weight, truncated, with more or less of a brake where a weight is near 0, and random ones."""
+    for brake in BRAKES:
+        yield truncated(pulled / (weights + brake * weights.mean() + 1e-300), rank)[1].double()
+    if weights.numel() <= SMALL:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(RANDOM_STARTS):
+            yield torch.randn(rank, weights.shape[1], generator=generator, dtype=torch.float64).to(weights.device)
+
+
+def _improved(weights: Tensor, pulled: Tensor, A: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """B and A after so many rounds of alternating least squares."""
+    B = _solve(weights, pulled, A)
+    for _ in range(rounds):
+        A = _solve(weights.T, pulled.T, B.T).T
+        B = _solve(weights, pulled, A)
+    return B, A
+
+
+def _loss(weights: Tensor, pulled: Tensor, B: Tensor, A: Tensor) -> float:
+    """|weight * (B A) - delta|^2, less |delta|^2."""
+    product = B @ A
+    return float((weights * product.square() - 2.0 * pulled * product).sum().nan_to_num(nan=math.inf))
 
 
 def _solve(weights: Tensor, pulled: Tensor, A: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_train.export.low_rank import energies, modulation, relative_error, smallest_rank, truncated
+from flora_train.export.low_rank import _improved, energies, modulation, relative_error, smallest_rank, truncated
 
 SHAPES = [(24, 40), (40, 24), (16, 16)]
 
@@ -69,3 +69,29 @@ def test_a_modulation_fits_a_lora_better_than_its_truncated_ratio_and_cannot_be_
     assert found < 0.9 * start
     found.backward()
     assert float((B.grad.norm() * B.norm() + A.grad.norm() * A.norm()).detach()) < 0.02 * found.item()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", [2, 5, 7, 20, 34, 52])
+def test_a_modulation_is_no_worse_than_that_of_any_start_and_the_same_at_every_call(seed: int) -> None:
+    """For these the single start from the ratio ends in a local optimum that is 4 to 10 % worse."""
+    rows, columns, theirs, rank = [(16, 16, 1, 2), (12, 16, 2, 2), (16, 24, 2, 4), (24, 24, 2, 2)][seed % 4]
+    generator = torch.Generator().manual_seed(seed)
+    weight, left, right = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((rows, columns), (rows, theirs), (theirs, columns))
+    )
+    delta = left @ right
+
+    def error(B: Tensor, A: Tensor) -> float:
+        return float((weight * (B.double() @ A.double()) - delta).norm() / delta.norm())
+
+    weights, pulled = weight.square(), weight * delta
+    single = error(*_improved(weights, pulled, truncated(pulled / (weights + 0.1 * weights.mean()), rank)[1].double(), 30))
+    found = modulation(weight, delta, rank)
+    assert error(*found) < 0.97 * single
+    assert all(torch.equal(*pair) for pair in zip(found, modulation(weight, delta, rank), strict=True))
+
+
+def test_a_modulation_of_a_layer_without_weights_is_finite() -> None:
+    for weight in (torch.zeros(6, 4), torch.eye(6, 4)):
+        assert all(factor.isfinite().all() for factor in modulation(weight, matrix(6, 4), 2))
