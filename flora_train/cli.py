@@ -71,7 +71,7 @@ def _run(words: Sequence[str]) -> int:
         print(f"flora-train {command} {entry.usage}\n\n{entry.help}\n\nExample: {entry.example}")
         return 0
     if len(rest) < entry.least or (entry.most is not None and len(rest) > entry.most):
-        return _complain(f"usage: flora-train {command} {entry.usage}")
+        return _complain(f"usage: flora-train {command} {' '.join(entry.usage.split())}")
     try:
         entry.run(rest)
     except UserError as error:

@@ -63,7 +63,7 @@ class AdapterConfig(Section):
     """lora only: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """lora only: dropout on the input of A, seeded per adapter and step."""
-    lr: float = Field(gt=0, le=10_000)
+    lr: float = Field(gt=0, le=1e30)
     """Peak learning rate. Multiplicative methods want 10 to 50 times LoRA's: sweep per method."""
     weight_decay: float = Field(0.0, ge=0, le=10_000)
     """Decoupled decay towards zero. For ia3 and pure flora zero is not the identity: leave it at 0."""

@@ -17,6 +17,7 @@ from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.json_object import parse_object, read_object
 from flora_train.export.card import KINDS, write_card
+from flora_train.export.loadability import WARNING
 from flora_train.export.measured import benchmarks
 from flora_train.training.manifest import PEFT_FILES
 from flora_train.training.run_folder import RunFolder
@@ -131,7 +132,7 @@ def _adapter(
     folder.mkdir(parents=True)
     for name in PEFT_FILES:  # whatever else lies there is not meant for the hub
         source = run.adapters / spec.name / name
-        if name == "README.md" and not source.exists():
+        if name in ("README.md", WARNING) and not source.exists():
             continue
         if not source.is_file():
             raise fail("run", str(run.path), f"lacks {source}: flora-train export {run.path} writes it")
