@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -156,9 +156,12 @@ def test_a_lora_becomes_a_flora_that_a_run_goes_on_from(
 
 
 def test_only_a_lora_is_converted_and_nothing_is_overwritten(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    config = LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config).save_pretrained(tmp_path / "pissa")
     for words, line in (
+        ([str(tmp_path / "pissa"), "--out", str(tmp_path / "x")], "init_lora_weights='pissa'"),
         (
             [str(run / "adapters" / "digits-ia3"), "--out", str(tmp_path / "x")],
             "is of kind IA3: LORA is converted; HIRA and IA3 go on",

@@ -98,16 +98,19 @@ def check_fit(sources: Sequence[str], load_base: Callable[[], nn.Module]) -> Non
     """Raises UserError for the first of these PEFT adapters that cannot be loaded onto the base model, or that cannot run there: before any of
     them writes anything."""
     for source in sources:
-        gc.collect()
-        model = _load(source, load_base())
-        tokens = torch.ones((1, 2), dtype=torch.long, device=next(model.parameters()).device)
-        try:
-            with torch.no_grad():
-                finite = bool(model(input_ids=tokens).logits.isfinite().all())
-        except Exception as error:  # whatever the adapter's kind needs beside tokens
-            raise fail("contenders", source, f"does not run on tokens alone: {first_line(error)}") from error
-        if not finite:
-            raise fail("contenders", source, "computes numbers that are not finite on this base model")
+        gc.collect()  # nothing refers to the model before, and its base is freed before the next is loaded
+        _check_runs(_load(source, load_base()), source)
+
+
+def _check_runs(model: Any, source: str) -> None:
+    tokens = torch.ones((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            finite = bool(model(input_ids=tokens).logits.isfinite().all())
+    except Exception as error:  # whatever the adapter's kind needs beside tokens
+        raise fail("contenders", source, f"does not run on tokens alone: {first_line(error)}") from error
+    if not finite:
+        raise fail("contenders", source, "computes numbers that are not finite on this base model")
 
 
 def _load(source: str, base: nn.Module) -> Any:

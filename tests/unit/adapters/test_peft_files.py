@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -290,3 +292,23 @@ def test_any_value_of_any_key_is_accepted_or_a_user_error(kind: str, data: st.Da
         config["peft_type"] = kind
     with suppress(UserError):
         check_harmless(config, "adapter", "key")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("whole") / "a")[0]
+
+
+@pytest.mark.attack
+@given(data=st.data())
+def test_any_damage_to_either_file_is_read_or_a_user_error(whole: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
+    content = bytearray((whole / name).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, min(len(content) - 1, 4000)))  # the header, and a few numbers
+        content[place : place + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+    with TemporaryDirectory() as place_of_copy:
+        folder = Path(copytree(whole, Path(place_of_copy) / "a"))
+        (folder / name).write_bytes(content)
+        with suppress(UserError):
+            read_peft(str(folder), "key")
