@@ -122,7 +122,8 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     judge(session, trainer.selection.kept, plan)
 
     def finish() -> None:
-        folder.update_run_json(finished=True, ended={"joined": trainer.joined, "identity": trainer.identity()})
+        ended = {"joined": trainer.joined, "identity": trainer.identity()}
+        folder.update_run_json(finished=True, ended=ended, **folder.saved_metrics())
         trainer.checkpoints.clear()
         end_tracking(accelerator, config, folder, read_report(folder), trainer.at.done)
         show(folder)
@@ -237,7 +238,7 @@ def evaluate_run(run: str, **allow: bool) -> dict[str, Any]:
         config = open_run(run)[1]
         plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
         on_main_process(lambda: check_saved(folder, config, plan))
-        on_main_process(lambda: folder.read_metrics("step"))
+        on_main_process(folder.check_metrics)
         session, kept = reopen(run, with_tasks=True, allow=options)
         on_main_process(lambda: note_differences(folder, "evaluate", session.differences))
         on_main_process(lambda: folder.add_files(suite_files(suite.name for suite in plan.suites) if plan else []))

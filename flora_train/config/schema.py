@@ -215,7 +215,8 @@ class RunConfig(Section):
     output_dir: PathText | None = None
     """Run folder. Default: outputs/<name>."""
     existing_run: Literal["refuse", "replace"] = "refuse"
-    """If output_dir holds a run already: stop, or delete it."""
+    """If output_dir holds a run already: stop, or delete the files that the run wrote (its manifest, in run.json, names them). A run that
+    another process trains, or whose run.json has no manifest, is not deleted."""
     resume: bool = False
     """If output_dir holds this run already: go on from its last checkpoint, or keep it if it is finished."""
     seed: int = Field(0, ge=0, le=2**63 - 1)

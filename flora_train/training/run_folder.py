@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +18,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain
 from flora_train.training.environment import environment, now
 from flora_train.training.manifest import RUN_FILES, Manifest, delete
+from flora_train.training.metrics_file import MetricsFile
 from flora_train.training.run_inputs import check_not_data, check_not_replaced
 from flora_train.training.run_lock import RunLock
 
@@ -45,7 +42,7 @@ class RunFolder:
         self.adapters = path / "adapters"
         self.evaluation = path / "eval"
         self._lock = RunLock(path)
-        self._hashed = 0, sha256()
+        self._metrics = MetricsFile(self.metrics)
 
     @property
     def finished(self) -> bool:
@@ -172,66 +169,36 @@ class RunFolder:
         return next((parent for parent in real_path(self.path).parents if RunFolder(parent)._state is not None), None)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """One JSON line. A line that does not fit on the disk is taken back."""
-        size = self.metrics_size
-        try:
-            with disk_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
-        except UserError:
-            with suppress(OSError):
-                os.truncate(self.metrics, size)
-            raise
+        self._metrics.append(record)
 
     @property
     def metrics_size(self) -> int:
         """Bytes of metrics.jsonl."""
-        return self.metrics.stat().st_size if self.metrics.exists() else 0
+        return self._metrics.size
 
     def saved_metrics(self) -> dict[str, Any]:
         """Size and SHA-256 of metrics.jsonl, which is on the disk then."""
-        if self.metrics.exists():
-            with disk_errors(self.metrics), self.metrics.open("rb") as file:
-                os.fsync(file.fileno())
-        size = self.metrics_size
-        return {"metrics_size": size, "metrics_sha256": self.metrics_digest(size)}
+        return {"metrics_size": self._metrics.sync(), "metrics_sha256": self._metrics.digest(self.metrics_size)}
 
     def metrics_digest(self, size: int) -> str:
-        """SHA-256 of the first `size` bytes of metrics.jsonl. What was read before is not read again where more has been appended."""
-        hashed, digest = self._hashed if self._hashed[0] <= size else (0, sha256())
-        if hashed < size:
-            digest = digest.copy()
-            with self.metrics.open("rb") as file:
-                file.seek(hashed)
-                while hashed < size and (part := file.read(min(1 << 20, size - hashed))):
-                    digest.update(part)
-                    hashed += len(part)
-        self._hashed = hashed, digest
-        return digest.hexdigest()
+        """SHA-256 of the first `size` bytes of metrics.jsonl."""
+        return self._metrics.digest(size)
+
+    def check_metrics(self) -> None:
+        """Raises UserError if metrics.jsonl cannot be read, or is not what it was when the run finished."""
+        self.read_metrics("step")
+        size, sha = (self.facts().get(key) for key in ("metrics_size", "metrics_sha256"))
+        if isinstance(size, int) and (self.metrics_size != size or self.metrics_digest(size) != sha):
+            fix = "is not what it was when the run finished: put it back from a copy, or train again (existing_run=replace)"
+            raise fail(str(self.metrics), None, fix)
 
     def cut_metrics(self, size: int) -> None:
         """Forget what was measured after metrics.jsonl had `size` bytes."""
-        if self.metrics_size > size:
-            with disk_errors(self.metrics):
-                os.truncate(self.metrics, size)
-            self._hashed = 0, sha256()
+        self._metrics.cut(size)
 
     def read_metrics(self, kind: str) -> list[dict[str, Any]]:
         """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is not one of ours."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_bytes().split(b"\n")
-        records = [self._record(number, line) for number, line in enumerate(lines[:-1], 1)]
-        return [record for record in records if record["kind"] == kind]  # a kill cut off what follows the last line end
-
-    def _record(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            record = parse_object(line)
-            if not isinstance(record["kind"], str) or not isinstance(record.get("step", 0), int):
-                raise ValueError("kind or step is of another type")
-        except (ValueError, LookupError, RecursionError) as error:
-            fix = "put the file back from a copy, or train again (existing_run=replace)"
-            raise fail(f"{self.metrics}:{number}", None, f"is damaged ({first_line(error)}): {fix}") from error
-        return record
+        return self._metrics.read(kind)
 
     def facts(self) -> dict[str, Any]:
         """The content of run.json. Raises UserError if it is damaged."""
@@ -373,10 +340,3 @@ def _wrong(facts: Mapping[str, Any]) -> str | None:
     if isinstance(ended, dict):
         wanted += [(f"ended.{key}", ended.get(key, {}), dict) for key in ("joined", "identity")]
     return next((f"{key} is no {kind.__name__}" for key, value, kind in wanted if not isinstance(value, kind)), None)
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not finite is null."""
-    if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
