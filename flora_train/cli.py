@@ -259,8 +259,8 @@ COMMANDS = {
         None,
     ),
     "export": Command(
-        "RUN [ADAPTER ...] [--as peft|flora|merged|lora-svd] [--rank N] [--max-error X] [--out FOLDER]\n"
-        "    [--allow-different-base] [--allow-different-data]",
+        "RUN [ADAPTER ...] [--as peft|flora|merged|lora-svd] [--rank N] [--max-error X] [--out FOLDER] "
+        "[--allow-different-base] [--allow-different-data]",
         "write adapters for other programs: PEFT's folders, plain models, or the closest LoRA",
         "flora-train export outputs/quickstart lua-flora --as lora-svd --max-error 0.2",
         _export,

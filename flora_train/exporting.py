@@ -18,7 +18,7 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.atomic import real_path
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
-from flora_train.config.section import PathText
+from flora_train.config.section import PathText, Section
 from flora_train.config.terminal_text import in_cell, print_plain
 from flora_train.config.words import from_flags, parse_words, run_and_names
 from flora_train.data.tokens import pad_token
@@ -33,7 +33,7 @@ from flora_train.session import Session, locked, note_differences, reopen
 from flora_train.training.heldout import evaluate_heldout
 from flora_train.training.loss import RowLosses
 from flora_train.training.manifest import PEFT_FILES
-from flora_train.training.origin import SWITCHES, OriginOptions
+from flora_train.training.origin import SWITCHES, OriginOptions, take_origin_options
 from flora_train.training.progress import Watch
 from flora_train.training.run_folder import open_run
 
@@ -43,7 +43,7 @@ RANK = 64
 """Of a lora-svd that nothing is said of: the most that vLLM takes without being told (max_lora_rank) is 16, and can be told."""
 
 
-class ExportOptions(OriginOptions):
+class ExportOptions(Section):
     as_: Literal["peft", "flora", "merged", "lora-svd"] = Field("peft", alias="as")
     """peft: what PEFT calls it (LORA, IA3, HIRA for fLoRA), exactly. flora: fLoRA under a type of its own, without HiRA's extra rank, for peft with
     flora_train.peft_plugin. merged: a plain model with the adapter folded in, in float32. lora-svd: the
@@ -69,29 +69,32 @@ def export_words(words: Sequence[str]) -> None:
     """words: a run, names of adapters (none: all), and ExportOptions."""
     alone, raw = from_flags(words, switches=SWITCHES)
     run, names = run_and_names(alone)
-    for place in _export(run, names, read_options(ExportOptions, parse_words(raw))):
+    allow, mine = take_origin_options(parse_words(raw))
+    for place in _export(run, names, read_options(ExportOptions, mine), allow):
         print_plain(place)
 
 
 def export_adapters(run: str | Path, names: Sequence[str] = (), as_: str = "peft", **options: Any) -> list[Path]:
-    """Write adapters of a run (none named: all) for other programs; returns their folders. options: rank, max_error and out, see ExportOptions.
+    """Write adapters of a run (none named: all) for other programs; returns their folders. options: rank, max_error and out, see ExportOptions,
+    and those of OriginOptions.
 
     Raises UserError for bad input before anything is written.
     """
-    return _export(str(run), names, read_options(ExportOptions, {"as": as_, **options}))
+    allow, mine = take_origin_options({"as": as_, **options})
+    return _export(str(run), names, read_options(ExportOptions, mine), allow)
 
 
-def _export(run: str, names: Sequence[str], options: ExportOptions) -> list[Path]:
+def _export(run: str, names: Sequence[str], options: ExportOptions, allow: OriginOptions) -> list[Path]:
     folder, _ = open_run(run)
     own = folder.path / FOLDERS[options.as_]
     out = own if options.out is None else Path(options.out)
     inside = real_path(out).is_relative_to(real_path(folder.path))
-    alone = inside or options.allow_different_base or options.allow_different_data
+    alone = inside or allow.allow_different_base or allow.allow_different_data
     with locked(run, alone) as folder:
         if options.as_ == "merged":
-            return merge(run, names, out, options)
+            return merge(run, names, out, allow)
         stands_in = options.as_ == "lora-svd"
-        session, _ = reopen(run, with_tasks=stands_in, dtype="float32" if stands_in else None, allow=options)
+        session, _ = reopen(run, with_tasks=stands_in, dtype="float32" if stands_in else None, allow=allow)
         names = checked(session.bank, names, options.as_)
         files = [f"{FOLDERS[options.as_]}/{{adapter}}/{file}" for file in PEFT_FILES]
         ours = real_path(out) == real_path(own) and (options.as_ == "peft" or folder.names(files))

@@ -33,7 +33,7 @@ from flora_train.run import read_report
 from flora_train.session import locked, note_differences, reopen
 from flora_train.training.distributed import on_main_process, wait_for_everyone
 from flora_train.training.manifest import suite_files
-from flora_train.training.origin import OriginOptions
+from flora_train.training.origin import OriginOptions, take_origin_options
 from flora_train.training.run_folder import RunFolder, open_run
 
 Names = Annotated[list[Text], Field(min_length=1)]
@@ -43,8 +43,6 @@ FLAGS = {"--allow-different-base": "allow_different_base=true"}
 
 
 class SolveOptions(Section):
-    allow_different_base: bool = False
-    """Go on with another base model than the run was trained on. Results say so."""
     languages: Names | None = None
     """The same as evaluation.languages."""
     contenders: Annotated[list[PathText], Field(min_length=1)] | None = None
@@ -63,6 +61,7 @@ def solve_run(run: str, words: Sequence[str]) -> None:
     folder, recorded = open_run(run)
     raw = parse_words([FLAGS.get(word, word) for word in words])
     evaluation = raw.pop("evaluation", {})
+    allow, raw = take_origin_options(raw)
     options = read_options(SolveOptions, raw, also=["evaluation.KEY"])
     if options.languages is not None:
         evaluation = {**evaluation, "languages": options.languages}
@@ -73,13 +72,10 @@ def solve_run(run: str, words: Sequence[str]) -> None:
     if not folder.adapters.is_dir() or not any(folder.adapters.iterdir()):
         raise fail("run", run, "has no adapters yet: it did not finish; train it on with resume=true")
     check_peft_contenders(options.contenders or (), ())
-    report = read_report(folder) if options.out is None and (folder.evaluation / "report.json").exists() else None
-    if report is not None:
-        with reading_report(folder.evaluation / "report.json"):
-            render_html(report)  # it is drawn again at the end
     place = folder.evaluation if options.out is None else Path(options.out)
     inside = real_path(place).is_relative_to(real_path(folder.path))
-    with locked(run, alone=inside or options.allow_different_base) as folder:
+    with locked(run, alone=inside or allow.allow_different_base) as folder:
+        report = on_main_process(lambda: _report(folder)) if options.out is None else None
         plan = on_main_process(lambda: plan_evaluation(config))
         suites = {suite.name: plan.languages for suite in plan.suites}
         on_main_process(lambda: check_evaluation(place, suites, config.evaluation.sandbox))
@@ -87,7 +83,18 @@ def solve_run(run: str, words: Sequence[str]) -> None:
             on_main_process(lambda: folder.add_files(suite_files(suite.name for suite in plan.suites)))
         if options.multipl_e is not None:
             on_main_process(lambda: _check_layout(plan, place, config.evaluation, Path(str(options.multipl_e))))
-        _solve(run, config, options, plan, place, folder, report, recorded)
+        _solve(run, config, options, allow, plan, place, folder, report, recorded)
+
+
+def _report(folder: RunFolder) -> dict[str, Any] | None:
+    """The run's report, if there is one. Raises UserError if it cannot be drawn again at the end."""
+    path = folder.evaluation / "report.json"
+    if not path.exists():
+        return None
+    report = read_report(folder)
+    with reading_report(path):
+        render_html(report)
+    return report
 
 
 def _check_layout(plan: Plan, place: Path, evaluation: EvaluationConfig, layout: Path) -> None:
@@ -110,13 +117,14 @@ def _solve(
     run: str,
     config: RunConfig,
     options: SolveOptions,
+    allow: OriginOptions,
     plan: Plan,
     place: Path,
     folder: RunFolder,
     report: dict[str, Any] | None,
     recorded: RunConfig,
 ) -> None:
-    session, _ = reopen(run, allow=OriginOptions(allow_different_base=options.allow_different_base))
+    session, _ = reopen(run, allow=allow)
     on_main_process(lambda: note_differences(folder, "solve", session.differences))
     evaluate_code(
         config,

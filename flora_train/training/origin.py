@@ -8,6 +8,7 @@ from typing import Any
 
 from flora_train.adapters.base_files import base_identity
 from flora_train.config.errors import Problem, UserError
+from flora_train.config.options import read_options
 from flora_train.config.schema import RunConfig
 from flora_train.config.section import Section
 from flora_train.data.task import Task
@@ -22,6 +23,12 @@ class OriginOptions(Section):
     """Go on with another base model than the run was trained on. Results say so."""
     allow_different_data: bool = False
     """Go on with other rows than the run was trained on: held-out examples may have been trained on. Results say so."""
+
+
+def take_origin_options(raw: Mapping[str, object]) -> tuple[OriginOptions, dict[str, object]]:
+    """OriginOptions and the other keys of what a command was told. Raises UserError for a wrong value."""
+    mine = {key: value for key, value in raw.items() if key in SWITCHES}
+    return read_options(OriginOptions, mine), {key: value for key, value in raw.items() if key not in mine}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from flora_train.adapters.spec import expand
 from flora_train.atomic import disk_errors, real_path, write_atomically
-from flora_train.config.errors import Problem, UserError, fail, first_line
+from flora_train.config.errors import Problem, UserError, fail
 from flora_train.config.files import exists
 from flora_train.config.json_object import parse_object, read_object
 from flora_train.config.load import load_saved, save_config

@@ -238,7 +238,7 @@ def test_hub_name_while_offline_is_refused(complain: Complain, tmp_path: Path, w
         ),
         (
             ["export", "nowhere", "--max-eror", "1"],
-            "max_eror: unknown key; here are allow_different_base, allow_different_data, as, max_error, out or rank. Did you mean 'max_error'?",
+            "max_eror: unknown key; here are as, max_error, out or rank. Did you mean 'max_error'?",
         ),
     ],
 )

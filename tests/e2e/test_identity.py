@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.conftest import Launch
 from tests.forked import python
 
+SOLVE = ["solve", "outputs/tiny", "evaluation.problems=trivial", "evaluation.n=1", "evaluation.sandbox=none"]
 BASE = "holds other weights than the run was trained on (SHA-256 "
 NAME = "letters-lora"
 
@@ -28,6 +29,10 @@ def trained(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFacto
     for name, task in content["tasks"].items():
         (place / f"{name}.jsonl").write_text(Path(task["train"]).read_text())
         task["train"] = f"{name}.jsonl"
+    content["tasks"]["letters"]["language"] = "sh"
+    (place / "trivial").mkdir()
+    problem = {"name": "solved", "prompt": "echo a #", "tests": "true", "stop_tokens": ["\n"]}
+    (place / "trivial" / "humaneval-sh.jsonl").write_text(json.dumps(problem))
     (place / "tiny.yaml").write_text(yaml.safe_dump(content))
     done = python("-m", "flora_train", "train", "recipe=tiny.yaml", "training.steps=3", "evaluation.every=null", folder=place)
     assert done.returncode == 0, done.stderr
@@ -75,6 +80,7 @@ def test_the_hash_of_the_base_is_kept_beside_it_and_read_again_when_a_file_chang
         ["export", "outputs/tiny", NAME, "--as", "lora-svd"],
         ["export", "outputs/tiny", NAME],
         ["push", "outputs/tiny", "--repo", "me/tiny", "--dry-run"],
+        [*SOLVE, "out=outputs/solved"],
     ],
     ids=" ".join,
 )
@@ -92,7 +98,7 @@ def test_another_base_that_is_allowed_stands_in_every_result(place: Path) -> Non
     change_weights(place)
     allow = "--allow-different-base"
     run = place / "outputs" / "tiny"
-    for words in (["evaluate", "outputs/tiny"], ["export", "outputs/tiny", NAME, "--as", "merged"]):
+    for words in (["evaluate", "outputs/tiny"], ["export", "outputs/tiny", NAME, "--as", "merged"], SOLVE):
         status, said = call(place, *words, allow)
         assert status == 0, said
     report = json.loads((run / "eval" / "report.json").read_text())
@@ -103,7 +109,8 @@ def test_another_base_that_is_allowed_stands_in_every_result(place: Path) -> Non
     assert BASE in (run / "adapters" / NAME / "README.md").read_text()
     assert json.loads((run / "merged" / NAME / "flora_train.json").read_text())["differences"] == [difference]
     allowed = json.loads((run / "run.json").read_text())["allowed"]
-    assert [entry["command"] for entry in allowed] == ["evaluate", "export --as merged"]
+    assert [entry["command"] for entry in allowed] == ["evaluate", "export --as merged", "solve"]
+    assert report["code"][0]["differences"] == [difference]
 
 
 def test_changed_rows_are_refused_by_task_and_difference_unless_allowed(place: Path) -> None:

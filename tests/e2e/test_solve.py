@@ -175,7 +175,7 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
         (["evaluation.temperature=0"], "evaluation.temperature = 0: writes the same completion 2 times"),
         (["evaluation.problems=nowhere"], "evaluation.problems = 'nowhere': is no folder here"),
         (["evaluation.nn=2"], "evaluation.nn"),
-        (["language=[sh]"], "language: unknown key; here are allow_different_base, contenders, evaluation.KEY, languages"),
+        (["language=[sh]"], "language: unknown key; here are contenders, evaluation.KEY, languages"),
         (["contenders=[nothing/here]"], "contenders = 'nothing/here': is no PEFT adapter"),
     ],
 )
