@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.training.heldout import HeldOut
+
+AT_ONCE = 1 << 25
+"""Numbers of the resamples that are in memory at one time."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +67,44 @@ def compare_ratios(
     ratio of sums).
     """
     n, ids = len(denominators), sorted(numerators)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples).astype(np.float64)
+    generator = np.random.default_rng(seed)
     with np.errstate(
         invalid="ignore", divide="ignore"
     ):  # a loss that is not finite makes its figures NaN, which is what they are
-        drawn = weights @ denominators
-        ratios = {c: weights @ numerators[c] / drawn for c in ids}
+        parts: dict[int, list[NDArray[np.float64]]] = {c: [] for c in ids}
+        for first in range(0, samples, rows := max(1, AT_ONCE // n)):
+            weights = generator.multinomial(n, np.full(n, 1 / n), size=min(rows, samples - first)).astype(np.float64)
+            drawn = weights @ denominators
+            for c in ids:
+                parts[c].append(weights @ numerators[c] / drawn)
+        ratios = {c: np.concatenate(parts[c]) for c in ids}
         point = {c: float(numerators[c].sum() / denominators.sum()) for c in ids}
         return Comparison(
             contenders={c: _estimate(point[c], ratios[c], confidence, n == 1) for c in ids},
-            differences={
-                (a, b): _estimate(point[a] - point[b], ratios[a] - ratios[b], confidence, n == 1)
-                for a in ids
-                for b in ids
-                if a != b
-            },
+            differences=_Differences(point, ratios, confidence, n == 1),
         )
+
+
+class _Differences(Mapping[tuple[int, int], Estimate]):
+    """Of every pair, made when it is asked for: a sweep of thousands has millions of pairs."""
+
+    def __init__(
+        self, point: Mapping[int, float], ratios: Mapping[int, NDArray[np.float64]], confidence: float, alone: bool
+    ) -> None:
+        self.point, self.ratios, self.confidence, self.alone = point, ratios, confidence, alone
+
+    def __getitem__(self, pair: tuple[int, int]) -> Estimate:
+        a, b = pair
+        if a == b:
+            raise KeyError(pair)
+        with np.errstate(invalid="ignore"):
+            return _estimate(self.point[a] - self.point[b], self.ratios[a] - self.ratios[b], self.confidence, self.alone)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return permutations(self.point, 2)
+
+    def __len__(self) -> int:
+        return len(self.point) * (len(self.point) - 1)
 
 
 def _estimate(value: float, resampled: NDArray[np.float64], confidence: float, alone: bool) -> Estimate:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,10 @@ def sweeps_of(bank: AdapterBank, heldout: Mapping[str, HeldOut], left: Mapping[s
     return found
 
 
+MOST_PAIRED = 64
+"""Adapters of a task up to which the report compares each with each; of more, each with the best."""
+
+
 def _result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> dict[str, Any]:
     evaluation = config.evaluation
     comparison = compare(heldout, evaluation.bootstrap_samples, evaluation.confidence, seed_of(config.seed, heldout.task))
@@ -258,9 +263,8 @@ def _result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> dict[str,
         "contenders": [contender(a) for a in ids],
         "differences": [
             {"a": bank.specs[a].family, "b": bank.specs[b].family, "bits_per_byte": comparison.differences[a, b].record()}
-            for a in ids
-            for b in ids
-            if a < b
+            for a, b in combinations(ids, 2)
+            if len(ids) <= MOST_PAIRED or best in (a, b)
         ],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -123,3 +124,22 @@ def test_losses_that_are_not_finite_warn_of_nothing() -> None:
     result = judge(held_out({-1: losses(30), 0: np.full(30, math.inf), 1: np.full(30, math.nan), 2: np.full(30, math.inf)}))
     assert math.isnan(result.differences[0, 2].value)
     assert not any(result.differences[a, -1].excludes_zero for a in (0, 1, 2))
+
+
+def test_sweep_of_thousands_is_compared_in_linear_time() -> None:
+    random = np.random.default_rng(0)
+    nats = {i: random.normal(100, 1, 20) for i in range(-1, 3000)}
+    started = time.process_time()
+    found = compare(held_out(nats), 200, 0.95, 0)
+    assert all(found.differences[a, -1].value for a in range(0, 3000, 100))
+    assert len(found.differences) == 3001 * 3000
+    assert time.process_time() - started < 10  # each with each: a quarter of an hour
+
+
+def test_resamples_do_not_depend_on_how_many_are_in_memory_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    heldout = held_out({-1: np.arange(1.0, 61), 0: np.arange(2.0, 62)})
+    whole = compare(heldout, 300, 0.9, 1)
+    monkeypatch.setattr("flora_train.evaluation.compare.AT_ONCE", 700)
+    parts = compare(heldout, 300, 0.9, 1)
+    assert parts.contenders[0].low == pytest.approx(whole.contenders[0].low, rel=1e-12)
+    assert parts.differences[0, -1].high == pytest.approx(whole.differences[0, -1].high, rel=1e-12)
