@@ -62,7 +62,7 @@ class Compiled:
 
 
 TYPED = {"x", "weight", "y", "dy", "dx", "tokens"}
-FLOAT32 = {"left", "right", "offset", "A", "B", "dA", "dB", "stack", "scaling", "scale", "hidden", "parts", "sums"}
+FLOAT32 = {"left", "right", "offset", "near", "A", "B", "dA", "dB", "stack", "scaling", "scale", "hidden", "parts", "sums"}
 FLOAT32 |= {"values", "gradients", "first", "second", "numbers"}
 OTHERS = {
     "blocks": "*i32",

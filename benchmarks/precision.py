@@ -1,7 +1,8 @@
 """What does half precision lose of an adapter near the identity, what does `kernels.precision=split` cost, and does it matter?
 
-Three tables: the share of an adapter's effect that the output shows, forward + backward of split as a multiple of fused
-(interleaved), and, with --train, held-out bits per byte after the same short run in float32 and in bfloat16 both ways.
+Four tables: the share of an adapter's effect that the output shows, forward + backward of split as a multiple of fused
+(interleaved), with --train held-out bits per byte after the same short run in float32 and in bfloat16 both ways, and the error of
+value and gradients wherever M is.
 Usage: python benchmarks/precision.py [--repeats 9] [--train] [--save]
 """
 
@@ -28,6 +29,7 @@ from flora_train.run import train_run
 
 RESULT = Path(__file__).parent / "results" / f"precision_{DEVICE.type}.md"
 DEVIATIONS = (1e-4, 1e-3, 3e-3, 1e-2, 1e-1)
+MEANS = (0.01, 0.1, 0.5, 1.01, 2.0, 10.0, -0.1)
 NAMES: list[Formulation] = [*FORMULATIONS, *(["fused"] if DEVICE.type == "cuda" and why_not_triton(DEVICE) is None else [])]
 DTYPES = {"bfloat16": torch.bfloat16} | ({"float16": torch.float16} if DEVICE.type == "cuda" else {})
 TRAINED = {"float32": ("float32", "auto"), "bfloat16, split": ("bfloat16", "split"), "bfloat16, fused": ("bfloat16", "fused")}
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="also train SmolLM2 three times (about 10 minutes on two cores)")
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
-    lines = [*heading(), *kept_table(), *cost_table(options.repeats), *(trained_table() if options.train else [])]
+    lines = [*heading(), *kept_table(), *cost_table(options.repeats), *(trained_table() if options.train else []), *far_table()]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.save:
@@ -152,6 +154,50 @@ def trained_table() -> list[str]:
     ]
     lines += [f"| {label} | {' | '.join(f'{row[family]:.4f}' for family in families)} |" for label, row in found.items()]
     return [*lines, "", "small: learning rate 1e-3; large: 1e-2.", ""]
+
+
+def far_table() -> list[str]:
+    """Markdown: the largest relative root mean square error of y and of the gradients of x, A and B, against float64."""
+    lines = [
+        "## Error of value and gradients wherever M is: the worst of y, dX, dA and dB, relative root mean square, split / fused",
+        "",
+        "| dtype | adapter | mean M | " + " | ".join(name.replace("_", " ") for name in NAMES) + " |",
+        "|---" * (len(NAMES) + 3) + "|",
+    ]
+    for dtype_name, dtype in DTYPES.items():
+        for label, rank, offset in (("pure r 1", 1, 0.0), ("pure r 4", 4, 0.0), ("residual r 4", 4, 1.0)):
+            for mean in MEANS:
+                cells = [
+                    " / ".join(f"{worst_error(name, dtype, rank, mean, offset, split):.4f}" for split in (True, False))
+                    for name in NAMES
+                ]
+                lines.append(f"| {dtype_name} | {label} | {mean:g} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def worst_error(name: Formulation, dtype: torch.dtype, rank: int, mean: float, offset: float, split: bool) -> float:
+    """M = mean within some per cent; its size lies in B, and, for a mean above 0, in A and B alike: the worse of both."""
+    found = []
+    for in_a in (1.0, abs(mean - offset) ** 0.5):
+        problem = Problem(256, 1024, 2, rank, dtype, 0.0)
+        generator = torch.Generator().manual_seed(rank)
+        noise = [torch.randn(tensor.shape, generator=generator).to(tensor) for tensor in (problem.A, problem.B)]
+        with torch.no_grad():
+            problem.A.copy_(noise[0])
+            problem.A[:, 0] = in_a * (1 + 0.05 * noise[0][:, 0])
+            problem.B.copy_(0.05 * abs(mean - offset) / rank**0.5 * noise[1])
+            problem.B[:, :, 0] = (mean - offset) / in_a * (1 + 0.05 * noise[1][:, :, 0])
+        ours = run(problem, name, offset, split)
+        leaves = (problem.x, problem.A, problem.B)
+        gradients = torch.autograd.grad(ours, leaves, problem.dy)
+        exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+        y = flora_reference(
+            exact[0], problem.weight.detach().double(), exact[1], exact[2], problem.numbers(offset), problem.segments
+        )
+        expected = torch.autograd.grad(y, exact, problem.dy.double())
+        pairs = [(ours.detach(), y.detach()), *zip(gradients, expected, strict=True)]
+        found += [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+    return max(found)
 
 
 if __name__ == "__main__":

@@ -68,11 +68,19 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
     options: dict[str, Any] = {"config": model_config, "dtype": resolve_dtype(config.dtype, device)}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    if config.quantization == "none":
-        model = _from_pretrained(_auto_class(model_config), config, **options).to(device)
-    else:
+    if config.quantization != "none":
         options |= {"quantization_config": _quantiser(config, options["dtype"]), "device_map": {"": device}}
-        model = _from_pretrained(_auto_class(model_config), config, **options)
+    model, loaded = _from_pretrained(_auto_class(model_config), config, output_loading_info=True, **options)
+    # transformers only warns, and draws what is missing at random
+    if missing := sorted(loaded["missing_keys"] & {name for name, _ in model.named_parameters()}):
+        fix = (
+            f"has no weights for {missing[0]}, and {len(missing) - 1} more"
+            if len(missing) > 1
+            else f"has no weights for {missing[0]}"
+        )
+        raise fail("model.path", config.path, f"{fix}: its files do not belong together, or one is missing")
+    if config.quantization == "none":
+        model = model.to(device)
     return _made_ready(model, config, model_config)
 
 
@@ -146,8 +154,8 @@ def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> An
             trust_remote_code=source.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = first_line(error)
+    except Exception as error:  # transformers and the readers below it each have their own for a file that is damaged
+        reason = _reason(error)
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not local.exists()
         fix = "is no folder here and not in the hub's cache, and HF_HUB_OFFLINE=1 forbids to fetch it: give a local folder, or unset it"
         raise fail("model.path", source.path, fix if offline else f"cannot be loaded: {reason}") from error
@@ -164,11 +172,25 @@ def _how_to_build(path: str) -> str:
 def empty_model(config: ModelConfig) -> nn.Module:
     """The base model's modules without numbers (on the meta device), for questions about its shape."""
     published = load_model_config(config)
+    with torch.device("meta"):
+        return _from_config(published, config)
+
+
+def _from_config(published: Any, config: ModelConfig, **options: Any) -> nn.Module:
+    """A model of this configuration with random numbers. Raises UserError if there is none."""
     try:
-        with torch.device("meta"):
-            return _auto_class(published).from_config(published, trust_remote_code=config.trust_remote_code)
-    except (ValueError, ImportError) as error:
-        raise fail("model.path", config.path, f"cannot be loaded: {first_line(error)}") from error
+        model: nn.Module = _auto_class(published).from_config(published, trust_remote_code=config.trust_remote_code, **options)
+    except Exception as error:
+        raise fail("model.path", config.path, f"cannot be loaded: {_reason(error)}") from error
+    return model
+
+
+def _reason(error: Exception) -> str:
+    """What was wrong with a model's files, in one line."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says"
+    known = isinstance(error, (OSError, ValueError, ImportError, SafetensorError))
+    return first_line(error) if known else f"one of its files is damaged ({type(error).__name__}: {first_line(error)})"
 
 
 def shallow_model(config: ModelConfig, layers: int, device: torch.device) -> nn.Module:
@@ -183,9 +205,7 @@ def shallow_model(config: ModelConfig, layers: int, device: torch.device) -> nn.
             if key in ("layer_types", "attention_layers") and isinstance(value, list):  # what each layer is
                 setattr(part, key, value[:layers])
     options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    model = _auto_class(published).from_config(
-        published, dtype=resolve_dtype(config.dtype, device), trust_remote_code=config.trust_remote_code, **options
-    )
+    model = _from_config(published, config, dtype=resolve_dtype(config.dtype, device), **options)
     return _made_ready(model.to(device), config, published)
 
 
@@ -204,9 +224,12 @@ def count_layers(config: ModelConfig) -> int:
     """Layers of the published model; of an encoder and a decoder the mean."""
     published = load_model_config(config)
     encoder, decoder = (getattr(published, key, None) for key in ("encoder_layers", "decoder_layers"))
-    if encoder is not None and decoder is not None:
+    if isinstance(encoder, int) and isinstance(decoder, int) and encoder + decoder > 0:
         return round((encoder + decoder) / 2)
-    return int(published.get_text_config(decoder=True).num_hidden_layers)
+    count = getattr(published.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(count, int) or count < 1:
+        raise fail("model.path", config.path, f"says in its config.json that it has {count!r} layers: the file is damaged")
+    return count
 
 
 def _auto_class(model_config: Any) -> Any:

@@ -184,8 +184,8 @@ class KernelsConfig(Section):
     """What computes the adapters. torch: batched matmuls. triton: our kernels, on a GPU. auto: triton on Hopper GPUs, where it
     was timed, and torch elsewhere."""
     precision: Literal["auto", "split", "fused"] = "auto"
-    """fLoRA on a base in half precision. split: x W0 + x (W0 * (M - 1)), which keeps modulations that half precision cannot
-    hold beside 1. fused: x (W0 * M), one matmul less. auto: split."""
+    """fLoRA on a base in half precision. split: x W0 + x (W0 * (M - 1)) where M is near 1, which keeps modulations that half precision
+    cannot hold beside 1. fused: x (W0 * M), one matmul less. auto: split."""
 
 
 class TrackingConfig(Section):

@@ -31,8 +31,8 @@ def use_backend(wanted: Backend, device: torch.device) -> None:
 
 
 def use_precision(wanted: Precision) -> None:
-    """How fLoRA is computed in half precision from now on. split: x W0^T + x (W0 * (M - 1))^T, which keeps modulations that
-    half precision cannot hold beside 1. fused: x (W0 * M)^T, one matmul less and deaf to them. auto is split: what it costs
+    """How fLoRA is computed in half precision from now on. split: x W0^T + x (W0 * (M - 1))^T where M is near 1, which keeps modulations
+    that half precision cannot hold beside 1. fused: x (W0 * M)^T, one matmul less and deaf to them. auto is split: what it costs
     and what it keeps is in benchmarks/results/precision_cpu.md."""
     global _split
     _split = wanted != "fused"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flora_train.kernels.autocast import as_written
+from flora_train.kernels.flora_torch import near_one
 from flora_train.kernels.segments import Segments, per_segment
 
 
@@ -29,12 +30,16 @@ class GroupedFlora(torch.autograd.Function):
         ctx.save_for_backward(x, weight, A, B)
         ctx.offset, ctx.segments = offset, segments
         grouped = _grouped(x, segments)
-        deviation = torch.bmm(B, A).add_(per_segment(offset, B) - 1.0).to(weight.dtype).mul_(weight)
+        near = near_one(A, B, per_segment(offset, B).view(-1))[:, None, None].to(B.dtype)
+        deviation = torch.bmm(B, A).add_(per_segment(offset, B) - near).to(weight.dtype).mul_(weight)
+        base = weight.expand_as(deviation)
+        if near.is_cuda or not near.all():  # a GPU is not waited for
+            base = base * near.to(weight.dtype)
         if split:
             # the sum of x W0^T and x (W0 * (M - 1))^T, rounded once: half precision loses M near 1 (flora_torch.py)
-            pair = torch.cat([weight.expand_as(deviation), deviation], dim=2)
+            pair = torch.cat([base, deviation], dim=2)
             return _batched_matmul(torch.cat([grouped, grouped], dim=2), pair.mT, segments)
-        return _batched_matmul(grouped, deviation.add_(weight).mT, segments)
+        return _batched_matmul(grouped, deviation.add_(base).mT, segments)
 
     @staticmethod
     @once_differentiable

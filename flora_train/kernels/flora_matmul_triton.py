@@ -19,7 +19,7 @@ from flora_train.kernels.flora_tiles import aligned, describable, matmul_tiles
 
 @triton.jit
 def _modulated_matmul(
-    x, weight, left, right, offset, blocks, order, y,
+    x, weight, left, right, offset, near, blocks, order, y,
     features, summed, n_blocks,
     x_token, weight_feature, weight_summed, y_token,
     RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SUMMED: tl.constexpr, GROUP: tl.constexpr,
@@ -29,7 +29,8 @@ def _modulated_matmul(
     """y[t, f] = sum_s x[t, s] weight[f, s] M[k, f, s], M = offset_k + sum_j left[k, f, j] right[k, s, j], for the tokens of one
     block. left [K, features, RANK], right [K, summed, RANK], float32.
 
-    SPLIT: the sum of x weight and x (weight * (M - 1)), which half precision needs for an M near 1; OF_M: how exactly M is summed.
+    SPLIT: the sum of x weight and x (weight * (M - 1)) where near[k] is 1, which half precision needs for an M near 1, and of nothing and
+    x (weight * M) where it is 0; OF_M: how exactly M is summed.
     DESCRIBED: x and weight are descriptors of such tiles, weight's as it lies in memory: [summed, features] if TRANSPOSED.
     """
     pid = tl.program_id(0)
@@ -50,6 +51,7 @@ def _modulated_matmul(
     right += k * summed * RANK
     left_tile = tl.load(left + f[:, None] * RANK + j[None, :], mask=f[:, None] < features, other=0.0)
     shift = tl.load(offset + k)
+    taken = tl.load(near + k)
     acc = tl.zeros((FEATURES, TOKENS), tl.float32)
     for first in range(0, summed, SUMMED):
         s = first + tl.arange(0, SUMMED)
@@ -68,8 +70,8 @@ def _modulated_matmul(
         right_tile = tl.load(right + s[None, :] * RANK + j[:, None], mask=s[None, :] < summed, other=0.0)
         M = tl.dot(left_tile, right_tile, input_precision=OF_M) + shift
         if SPLIT:
-            acc = tl.dot(w_tile, x_columns, acc, input_precision=PRECISION)
-            M -= 1.0
+            acc = tl.dot(tl.where(taken > 0.5, w_tile, tl.zeros_like(w_tile)), x_columns, acc, input_precision=PRECISION)
+            M -= taken
         acc = tl.dot((w_tile.to(tl.float32) * M).to(w_tile.dtype), x_columns, acc, input_precision=PRECISION)
     places = y + tokens[None, :] * y_token + f[:, None]
     tl.store(places, acc.to(y.dtype.element_ty), mask=there[None, :] & (f[:, None] < features))
@@ -84,6 +86,7 @@ def modulated_matmul(
     left: Tensor,
     right: Tensor,
     offset: Tensor,
+    near: Tensor,
     blocks: Tensor,
     order: Tensor | None,
     tokens: int,
@@ -91,7 +94,7 @@ def modulated_matmul(
     exact: bool = False,
 ) -> Tensor:
     """x [T, summed], weight [features, summed] as it lies in memory, left [K, features, RANK] and right [K, summed, RANK] as
-    `by_feature` lays them, offset [K], blocks of `tokens` tokens -> y [T, features]. exact: M beyond ten bits, which split needs
+    `by_feature` lays them, offset and near (1 where M is near 1, for split) [K], blocks of `tokens` tokens -> y [T, features]. exact: M beyond ten bits, which split needs
     where M - 1 is a difference of large numbers."""
     (features, summed), T = weight.shape, x.shape[0]
     y = x.new_empty(T, features)
@@ -106,7 +109,7 @@ def modulated_matmul(
     constants = matmul_constants(x.dtype, left.shape[2])
     with torch.cuda.device_of(x):
         _modulated_matmul[(len(blocks) * triton.cdiv(features, tiles.features),)](
-            of_x, of_weight, left, right, offset, blocks, blocks if order is None else order, y, features, summed, len(blocks),
+            of_x, of_weight, left, right, offset, near, blocks, blocks if order is None else order, y, features, summed, len(blocks),
             x.stride(0), *weight.stride(), y.stride(0),
             TOKENS=tokens, FEATURES=tiles.features, SUMMED=tiles.summed, GROUP=GROUP,
             SPLIT=split, ORDERED=order is not None, DESCRIBED=described, TRANSPOSED=transposed,

@@ -29,25 +29,28 @@ class MaterialisedFlora(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)
         ctx.offset, ctx.segments = offset, segments
+        ctx.near = near_one(A, B, per_segment(offset, A).view(-1)).tolist() if _is_half(weight) else [True] * len(segments)
         y = x.new_empty(x.shape[0], weight.shape[0])
         # bfloat16(W0 * M) loses every modulation below 0.3 %. [x x] [W0 D]^T with D = W0 * (M - 1) keeps it: the sum of
-        # both terms is rounded once, after the matmul's float32 accumulation.
-        tokens = torch.cat([x, x], dim=1) if split else x
+        # both terms is rounded once, after the matmul's float32 accumulation. Of an M near 0 it would be the difference of
+        # two large numbers: such an adapter is formed whole.
+        tokens = torch.cat([x, x], dim=1) if split and any(ctx.near) else x
 
         filled: dict[int, tuple[int, int]] = {}  # thread -> the rows of W0 in its pair
 
         def work(job: Job) -> None:
-            tokens_k, A_k = tokens[job.start : job.end], A[job.k]
+            apart = split and ctx.near[job.k]
+            tokens_k, A_k = (tokens if apart else x)[job.start : job.end], A[job.k]
             for rows in _blocks(job, weight):
                 W, B_k = weight[slice(*rows)], B[job.k, slice(*rows)]
-                if split:
+                if apart:
                     modulated = SCRATCH.matrix("pair", (len(W), 2 * weight.shape[1]), weight)
                     if filled.get(get_ident()) != rows:
                         modulated[:, : weight.shape[1]].copy_(W)
                         filled[get_ident()] = rows
-                    _deviation(W, A_k, B_k, offset[job.k], out=modulated[:, weight.shape[1] :])
+                    _deviation(W, A_k, B_k, offset[job.k], modulated[:, weight.shape[1] :], taken=1.0)
                 else:
-                    modulated = _modulated(W, A_k, B_k, offset[job.k])
+                    modulated = _modulated(W, A_k, B_k, offset[job.k], ctx.near[job.k])
                 torch.mm(tokens_k, modulated.T, out=y[job.start : job.end, slice(*rows)])
 
         run_jobs(division_for(segments, x.device), work)
@@ -73,7 +76,9 @@ class MaterialisedFlora(torch.autograd.Function):
             for rows in _blocks(job, weight, summed=True):
                 W, B_k, dy_k = weight[slice(*rows)], B[job.k, slice(*rows)], dy_job[:, slice(*rows)]
                 if dx_k is not None:
-                    torch.addmm(dx_k, dy_k, _modulated(W, A_k, B_k, ctx.offset[job.k]), beta=float(begun), out=dx_k)
+                    torch.addmm(
+                        dx_k, dy_k, _modulated(W, A_k, B_k, ctx.offset[job.k], ctx.near[job.k]), beta=float(begun), out=dx_k
+                    )
                 if dA is not None and dB is not None:
                     # P = W0 * (dY^T X); dB = P A^T; dA = B^T P: one matmul over tokens whatever the rank.
                     P = torch.mm(dy_k.T, x_k, out=SCRATCH.matrix("weight", (len(W), W.shape[1]), W)).mul_(W)
@@ -88,9 +93,9 @@ class MaterialisedFlora(torch.autograd.Function):
 class RankExpandedFlora(torch.autograd.Function):
     """y = offset_k x W0^T + sum_j b_kj * ((a_kj * x) W0^T): one matmul over all ranks, segments and the offset.
 
-    split: what adapters add to x W0^T is summed first, and x W0^T on top of it in a matmul that rounds once. Pure ones add
-    sum_j b_kj * ((a_kj - 1) * x) W0^T and (sum_j b_kj - 1) * x W0^T: half precision cannot hold a_kj * x for an a_kj near 1,
-    where they start.
+    split: half precision cannot hold a_kj * x for an a_kj near a constant c_kj, such as the 1 where pure adapters start. So
+    a_kj - c_kj is expanded, and x W0^T is scaled by g_k = offset_k + sum_j c_kj b_kj, of which 1 is taken where M is near it
+    (`near_one`): x W0^T on top of the rest, in a matmul that rounds once.
     """
 
     @staticmethod
@@ -98,28 +103,38 @@ class RankExpandedFlora(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: Sequence[float], segments: Segments, split: bool
     ) -> Tensor:
         rank = A.shape[1]
-        taken = [1.0 - number if split else 0.0 for number in offset]  # off every a_kj
-        with_base = any(taken) if split else any(offset)
+        constant = _constant_part(A) if split else A.new_zeros(len(A), rank, 1)
+        near = near_one(A, B, per_segment(offset, A).view(-1)).tolist() if split and not x.is_cuda else []
+        of_base = any(offset) if not split else not x.is_cuda and not (all(offset) and all(near) and not constant.any())
         rows = in_rows(x, segments)
-        expanded = x.new_empty(rank + with_base, *rows.shape)
-        torch.mul(rows, _features_of_rows(A - per_segment(taken, A) if any(taken) else A, segments), out=expanded[:rank])
-        if with_base:
+        expanded = x.new_empty(rank + of_base, *rows.shape)
+        torch.mul(rows, _features_of_rows(A - constant if split else A, segments), out=expanded[:rank])
+        if of_base:
             expanded[rank] = rows
         z = (expanded.view(-1, x.shape[1]) @ weight.T).view(*expanded.shape[:-1], weight.shape[0])
         y = x.new_empty(x.shape[0], weight.shape[0])  # not a view of something: a model may add to it in place
         by_rows = y.view(z.shape[1:])
-        torch.sum(z[:rank] * _features_of_rows(B.mT, segments), dim=0, dtype=x.dtype, out=by_rows)
         if split:
-            if with_base:
-                by_rows.add_(z[rank] * to_rows(per_segment(taken, B) * (B.sum(2)[:, None] - 1.0), segments))
-                z[:rank] += z[rank] * per_row(taken, segments, x)
-            if y.is_cuda:  # where addmm may round x W0^T before it adds, and what is small beside it is lost
-                y = torch.mm(x, weight.T, out_dtype=torch.float32).add_(y).to(y.dtype)
+            scale = _scale_of_base(B, constant, offset)
+            base: Tensor | None
+            if x.is_cuda:  # which gives x W0^T in float32
+                base = torch.mm(x, weight.T, out_dtype=torch.float32).view(z.shape[1:])
             else:
-                y.addmm_(x, weight.T)
-        elif with_base:
-            by_rows.add_(z[rank] * per_row(offset, segments, x))
-        ctx.save_for_backward(x, weight, A, B, z[:rank])
+                base = z[rank] if of_base else None
+                scale = scale - torch.tensor(near, dtype=scale.dtype)[:, None]
+            added = torch.sum(z[:rank] * _features_of_rows(B.mT, segments), dim=0, dtype=scale.dtype)
+            if base is not None:
+                added.add_(base * to_rows(scale[:, None], segments))
+                z[:rank] += base * _features_of_rows(constant, segments)
+            by_rows.copy_(added)
+            if any(near):
+                taken = x if all(near) else (rows * per_row([float(one) for one in near], segments, x)).view_as(x)
+                y.addmm_(taken, weight.T)
+        else:
+            torch.sum(z[:rank] * _features_of_rows(B.mT, segments), dim=0, dtype=x.dtype, out=by_rows)
+            if of_base:
+                by_rows.add_(z[rank] * per_row(offset, segments, x))
+        ctx.save_for_backward(x, weight, A, B, z[:rank], constant)
         ctx.offset, ctx.segments = offset, segments
         return y
 
@@ -127,20 +142,33 @@ class RankExpandedFlora(torch.autograd.Function):
     @once_differentiable
     @as_written
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, z = ctx.saved_tensors
+        x, weight, A, B, z, constant = ctx.saved_tensors
         rank, residual, segments = A.shape[1], any(ctx.offset), ctx.segments
+        constant = constant * per_segment(ctx.offset, A)  # a pure adapter's terms cannot cancel x W0^T
         rows, drows = in_rows(x, segments), in_rows(dy.contiguous(), segments)
         dz = dy.new_empty(rank + residual, *drows.shape)
         torch.mul(drows, _features_of_rows(B.mT, segments), out=dz[:rank])
         if residual:
-            torch.mul(drows, per_row(ctx.offset, segments, dy), out=dz[rank])
+            torch.mul(drows, to_rows(_scale_of_base(B, constant, ctx.offset)[:, None], segments), out=dz[rank])
         dexpanded = (dz.view(-1, dy.shape[1]) @ weight).view(*dz.shape[:-1], x.shape[1])
-        dx = torch.sum(dexpanded[:rank] * _features_of_rows(A, segments), dim=0, dtype=x.dtype)
+        dx = torch.sum(dexpanded[:rank] * _features_of_rows(A - constant, segments), dim=0, dtype=x.dtype)
         if residual:
             dx += dexpanded[rank]
         dA = from_rows(torch.sum(dexpanded[:rank] * rows, dim=2, dtype=A.dtype).transpose(0, 1), segments, A.dtype)
         dB = from_rows(torch.sum(z * drows, dim=2, dtype=B.dtype).transpose(0, 1), segments, B.dtype).mT
         return dx.view(x.shape), None, dA, dB, None, None, None
+
+
+def _constant_part(A: Tensor) -> Tensor:
+    """[K, r, in] -> [K, r, 1]: the mean of each a_kj that is mostly constant along the features, and 0 for others."""
+    mean, square = A.mean(2, keepdim=True), A.square().mean(2, keepdim=True)
+    return torch.where((mean.square() > 0.5 * square) & square.isfinite(), mean, 0.0)
+
+
+def _scale_of_base(B: Tensor, constant: Tensor, offset: Sequence[float]) -> Tensor:
+    """[K, out]: offset_k + sum_j c_kj b_kj."""
+    terms = torch.where(constant.mT != 0, B * constant.mT, 0.0)  # what is not finite must not reach others
+    return terms.sum(2) + per_segment(offset, B)[:, 0]
 
 
 def _features_of_rows(factors: Tensor, segments: Segments) -> Tensor:
@@ -170,20 +198,27 @@ def _summed(parts: Tensor | None) -> Tensor | None:
     return parts if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)
 
 
-def _modulated(weight: Tensor, A: Tensor, B: Tensor, offset: float) -> Tensor:
-    """W0 * (offset + B A) in this thread's scratch, [out, in]; the product is formed in A's dtype (float32 masters)."""
+def near_one(A: Tensor, B: Tensor, offset: Tensor) -> Tensor:
+    """Whether the mean of M_k = offset_k + B_k A_k is above 1/2, for every adapter of A [K, r, in], B [K, out, r] and offset [K]: bool [K]. Then the mean square of M - 1 is at most that
+    of M, and half precision loses least of W0 + W0 * (M - 1); else of W0 * M. An adapter that is not finite is called near."""
+    mean = (B.mean(1) * A.mean(2)).sum(1) + offset
+    return (mean > 0.5) | ~mean.isfinite()
+
+
+def _modulated(weight: Tensor, A: Tensor, B: Tensor, offset: float, near: bool) -> Tensor:
+    """W0 * (offset + B A) in this thread's scratch, [out, in]; the product is formed in A's dtype (float32 masters). near: see near_one."""
     out = SCRATCH.matrix("weight", (len(weight), weight.shape[1]), weight)
     if _is_half(weight):
-        return _deviation(weight, A, B, offset, out).add_(weight)
+        return _deviation(weight, A, B, offset, out, 1.0).add_(weight) if near else _deviation(weight, A, B, offset, out, 0.0)
     product = torch.mm(B, A, out=out)
     if offset:
         product.add_(offset)
     return product.mul_(weight)
 
 
-def _deviation(weight: Tensor, A: Tensor, B: Tensor, offset: float, out: Tensor) -> Tensor:
-    """W0 * (M - 1) into `out` [out, in] of the weight's half type; M - 1 is formed in A's dtype."""
+def _deviation(weight: Tensor, A: Tensor, B: Tensor, offset: float, out: Tensor, taken: float) -> Tensor:
+    """W0 * (M - taken) into `out` [out, in] of the weight's half type; M - taken is formed in A's dtype."""
     deviation = torch.mm(B, A, out=SCRATCH.matrix("product", (len(weight), weight.shape[1]), A))
-    if offset != 1.0:
-        deviation.add_(offset - 1.0)
+    if offset != taken:
+        deviation.add_(offset - taken)
     return out.copy_(deviation).mul_(weight)

@@ -19,6 +19,7 @@ from flora_train.kernels.blocks import block_table, by_feature, like, rank_table
 from flora_train.kernels.flora_gradient_triton import adapter_gradients
 from flora_train.kernels.flora_matmul_triton import modulated_matmul
 from flora_train.kernels.flora_tiles import block_tokens, compute_capability, describable
+from flora_train.kernels.flora_torch import near_one
 from flora_train.kernels.ia3_triton import FusedScale
 from flora_train.kernels.segments import Segments, per_segment
 
@@ -41,7 +42,8 @@ def flora_op(
     """x [T, in], weight [out, in], A [K, r, in], B [K, out, r], offset [K], bounds [K + 1] int32, blocks [n, 3] int32 (see
     `block_table`) of `tokens` tokens, ranks [K] int32, order [T] or None; exact: see `modulated_matmul` -> [T, out]."""
     left, right = by_feature(B, ranks, dim=2), by_feature(A, ranks, dim=1)
-    return modulated_matmul(x.contiguous(), weight.contiguous(), left, right, offset, blocks, order, tokens, split, exact)
+    near = _near(left, right, offset, split)
+    return modulated_matmul(x.contiguous(), weight.contiguous(), left, right, offset, near, blocks, order, tokens, split, exact)
 
 
 @torch.library.custom_op("flora_train::flora_backward", mutates_args=())
@@ -97,7 +99,8 @@ class _Flora(torch.autograd.Function):
         left, right = by_feature(B, ranks, dim=2), by_feature(A, ranks, dim=1)
         ctx.save_for_backward(x, weight, left, right, offset, bounds, blocks, order)
         ctx.tokens, ctx.rank, ctx.dtypes = tokens, A.shape[1], (A.dtype, B.dtype)
-        return modulated_matmul(x, weight, left, right, offset, blocks, order, tokens, split, exact)
+        near = _near(left, right, offset, split)
+        return modulated_matmul(x, weight, left, right, offset, near, blocks, order, tokens, split, exact)
 
     @staticmethod
     @once_differentiable
@@ -121,8 +124,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, and what flora_gradient_triton.py makes of right and left."""
     dy = dy.contiguous()
-    dx = modulated_matmul(dy, weight.T, right, left, offset, blocks, order, tokens, split=False)
+    dx = modulated_matmul(dy, weight.T, right, left, offset, offset, blocks, order, tokens, split=False)
     return dx, *adapter_gradients(dy, x, weight, left, right, bounds, order)
+
+
+def _near(left: Tensor, right: Tensor, offset: Tensor, split: bool) -> Tensor:
+    """`near_one` of left [K, out, RANK] and right [K, in, RANK], float32 [K], found on the device; any numbers where it is not used."""
+    return near_one(right.mT, left, offset).float() if split else offset
 
 
 def _factors(d_right: Tensor, d_left: Tensor, rank: int, of_A: torch.dtype, of_B: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,8 @@ class Decoder:
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._takes = inspect.signature(inner.forward).parameters.keys()
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        self._ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        listed = own if isinstance(own, list) else [own]
+        self._ends = {tokenizer.eos_token_id, *(token for token in listed if isinstance(token, int))} - {None}
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request], report: Callable[[Generated], None]) -> None:

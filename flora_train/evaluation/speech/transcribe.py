@@ -82,13 +82,13 @@ class Transcriber:
         own: Any = getattr(model, "generation_config", None)
         vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
         self.never = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
-        self.never[list(getattr(own, "suppress_tokens", None) or [])] = True
+        self.never[_tokens(own, "suppress_tokens", vocabulary)] = True
         self.never[[i for i in tokenizer.all_special_ids if i < vocabulary]] = True
         if NO_TIMESTAMPS in tokenizer.get_vocab():  # Whisper: languages, tasks and timestamps stand behind the end token
             self.never[self.end + 1 :] = True
         self.never[self.end] = False
         self.not_first = self.never.clone()
-        self.not_first[list(getattr(own, "begin_suppress_tokens", None) or [])] = True
+        self.not_first[_tokens(own, "begin_suppress_tokens", vocabulary)] = True
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request], report: Callable[[Transcript], None]) -> None:
@@ -203,3 +203,9 @@ class Transcriber:
         """Whether enough hypotheses have ended, and none that goes on is likelier, by token, than the worst of the best of them."""
         kept = sorted(row.ended, reverse=True)[: self.beams]
         return len(kept) == self.beams and kept[-1][0] >= row.scores[0] / length
+
+
+def _tokens(settings: Any, key: str, vocabulary: int) -> list[int]:
+    """The tokens that a generation_config lists, without what the model has no logits of."""
+    listed = getattr(settings, key, None)
+    return [token for token in listed if type(token) is int and 0 <= token < vocabulary] if isinstance(listed, list) else []

@@ -86,7 +86,7 @@ def test_flora_equals_the_float64_reference_in_value_and_every_gradient(
         "A": random(K, rank, IN, seed=2),
         "B": random(K, OUT, rank, seed=3, scale=0.3),
     }
-    for k in range(K):  # near the identity, where adapters live: far from it bfloat16's split form loses digits
+    for k in range(K):  # near the identity, where adapters begin; test_precision_far.py is about the rest
         if not offset[k]:
             inputs["A"][k, 0] = 1 + 0.1 * inputs["A"][k, 0]
             inputs["B"][k, :, 0] = 1 + inputs["B"][k, :, 0]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
-from flora_train.config.errors import choices, did_you_mean, fail
+from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail, first_line
 from flora_train.config.files import PROJECT_ROOT
 from flora_train.config.section import Section, Text
 
@@ -19,12 +19,23 @@ EXITS = r"(?i)\b(?:_?exit|quick_exit|quit|halt)!?\s*\("
 """A call that ends the program: exit(), System.exit(), process.exit(), os.Exit(), std::process::exit(), Runtime.halt(), ..."""
 
 
+def _a_pattern(value: str | None) -> str | None:
+    """Raises ValueError for what is no regular expression: it would be found out at the first program, after training."""
+    try:
+        re.compile(value or "")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"is no regular expression: {error}") from error
+    return value
+
+
 class Prepare(Section):
     """What a language's compiler needs once; what each key means stands at the table's top."""
 
-    command: list[Text]
+    command: list[Text] = Field(min_length=1)
     when: str
     words: list[Text]
+
+    _patterns = field_validator("when")(_a_pattern)
 
 
 class Language(Section):
@@ -32,9 +43,9 @@ class Language(Section):
 
     key: Text
     name: Text
-    file: Text
-    run: list[Text]
-    compile: list[Text] | None = None
+    file: Text = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    run: list[Text] = Field(min_length=1)
+    compile: list[Text] | None = Field(None, min_length=1)
     prepare: Prepare | None = None
     seconds: float = Field(15.0, gt=0)
     compile_seconds: float = Field(30.0, gt=0)
@@ -49,6 +60,8 @@ class Language(Section):
     maker: Text | None = None
     passing: str = Field(alias="pass")
     failing: str = Field(alias="fail")
+
+    _patterns = field_validator("says", "assertion", "syntax", "exits")(_a_pattern)
 
     def meaning(self, output: str) -> str:
         """AssertionError, SyntaxError or Exception: what the words of a failed run mean."""
@@ -67,15 +80,39 @@ class Language(Section):
 
 def load_languages(cpu_seconds: float | None = None, table: Path = TABLE) -> dict[str, Language]:
     """Key of MultiPL-E's prompt sets -> language. cpu_seconds: what a program may compute, for all languages instead of their own.
-    Raises UserError for a damaged table."""
-    rows: Mapping[str, Any] = yaml.safe_load(table.read_text(encoding="utf-8"))
-    try:
-        languages = {key: Language(key=key, **row) for key, row in rows.items()}
-    except (ValidationError, TypeError) as error:
-        raise fail(str(table), None, str(error)) from error
+    Raises UserError for a damaged table, with every row and key that is wrong."""
+    languages, problems = {}, []
+    for key, row in _rows(table).items():
+        try:
+            languages[key] = Language.model_validate({**row, "key": key})
+        except ValidationError as error:
+            problems += [
+                Problem(
+                    f"{table}: {'.'.join(map(str, (key, *found['loc'])))}",
+                    found["input"],
+                    found["msg"].removeprefix("Value error, "),
+                )
+                for found in error.errors()
+            ]
+    if problems:
+        raise UserError(*problems)
     if cpu_seconds is None:
         return languages
     return {key: language.model_copy(update={"seconds": cpu_seconds}) for key, language in languages.items()}
+
+
+def _rows(table: Path) -> Mapping[Any, Mapping[str, Any]]:
+    """Raises UserError for a file that holds no rows of keys and values."""
+    try:
+        rows = yaml.safe_load(table.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise fail(str(table), None, f"cannot be read: {first_line(error)}") from error
+    if not isinstance(rows, Mapping) or not rows:
+        raise fail(str(table), None, "must hold a row of keys and values for each language")
+    for key, row in rows.items():
+        if not isinstance(row, Mapping) or "key" in row:
+            raise fail(f"{table}: {key}", row, "must be keys and values, and key is not one of them")
+    return rows
 
 
 def find_language(key: str, languages: Mapping[str, Language]) -> Language:
