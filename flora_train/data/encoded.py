@@ -16,19 +16,21 @@ from numpy.typing import NDArray
 Tokens = Sequence[int] | NDArray[np.int32]
 Spans = Sequence[tuple[int, int]]
 """Parts of a text, in its characters, ascending."""
-WINDOW = 1 << 20
-"""Characters that are tokenised at one time: tokenizers take about a hundred bytes for each."""
-SHORTEST_WINDOW, CHARACTERS_A_TOKEN = 1 << 16, 32
-"""Where only the first tokens of a text are used, windows are shorter: so many characters for each of them, but at least so many."""
+LONGEST_WHOLE = 1 << 20
+"""Characters of the longest text that is tokenised at once: tokenizers take more than a hundred bytes for each."""
+WINDOW = 1 << 16
+"""Characters of the parts in which longer texts are tokenised."""
+CHARACTERS_A_TOKEN = 32
+"""Where only the first tokens of a text are used, it is tokenised at once up to so many characters for each of them."""
 BETWEEN_WORDS = re.compile(r"\w(?= \w)")
 """Where a text can be cut without any change of its tokens."""
 SEEN_FOR_A_CUT = 4096
 """Last characters of a window that are searched for such a place."""
 
 
-def window_for(limit: int | None) -> int:
-    """Characters that are tokenised at one time where only the first `limit` tokens of a text are used (None: all)."""
-    return WINDOW if limit is None else min(WINDOW, max(SHORTEST_WINDOW, CHARACTERS_A_TOKEN * limit))
+def longest_whole(limit: int | None) -> int:
+    """Characters of the longest text that is tokenised at once, where only its first `limit` tokens are used (None: all)."""
+    return LONGEST_WHOLE if limit is None else min(LONGEST_WHOLE, max(WINDOW, CHARACTERS_A_TOKEN * limit))
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ def between(rows: Spans, length: int) -> Iterator[tuple[int, int]]:
         end = max(end, b)
 
 
-def windows(text: str, rows: Spans, window: int) -> Iterator[tuple[int, int]]:
-    """Parts of at most `window` characters, cut between words where that is possible, and never inside a template's text."""
+def windows(text: str, rows: Spans) -> Iterator[tuple[int, int]]:
+    """Parts of at most WINDOW characters, cut between words where that is possible, and never inside a template's text."""
     begin = 0
     while begin < len(text):
-        end = begin + window
+        end = begin + WINDOW
         if end < len(text):
             near = [found.end() for found in BETWEEN_WORDS.finditer(text, end - SEEN_FOR_A_CUT, end)]
             end = near[-1] if near else end
@@ -95,6 +97,8 @@ class Utf8:
 
 def byte_counter(tokenizer: Any, text: str, ids: Sequence[int], encoding: Any) -> Callable[[int], int]:
     """How many UTF-8 bytes of `text` do its first n tokens cover? A character that tokens share counts with the first."""
+    if encoding is not None and len(text) >= WINDOW // 2:
+        return counter_of_ends(text, [end for _, end in encoding.offsets])
     utf8 = Utf8(text)
 
     def bytes_before(n: int) -> int:
@@ -107,3 +111,16 @@ def byte_counter(tokenizer: Any, text: str, ids: Sequence[int], encoding: Any) -
         return len(tokenizer.decode(ids[:n]).rstrip("\ufffd").encode())  # a slow tokenizer has no offsets
 
     return bytes_before
+
+
+def counter_of_ends(text: str, ends: Sequence[int]) -> Callable[[int], int]:
+    """The same from where each token ends, in characters. Of a long text it keeps 4 bytes a token, and not the text."""
+    characters = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    sizes = 1 + (characters > 0x7F).astype(np.int32) + (characters > 0x7FF) + (characters > 0xFFFF)
+    before = np.concatenate([[0], sizes.cumsum()]).astype(np.int32)
+    found = (
+        before[np.concatenate([[0], np.minimum(ends[:-1], len(text)), [len(text)]]).astype(np.int64)]
+        if len(ends)
+        else before[-1:]
+    )
+    return lambda n: int(found[max(0, min(n, len(found) - 1))])

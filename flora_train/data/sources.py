@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import glob
 import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import choices, fail, first_line
-from flora_train.config.files import PROJECT_ROOT, at_home, find_file
+from flora_train.config.files import PROJECT_ROOT, find_file
 from flora_train.config.task_schema import SourceConfig
 from flora_train.data.audio.common_voice import release_file, release_rows
+from flora_train.data.globs import files_matching
+from flora_train.data.strict_json import DoubledKey, read_json
 
 Row = dict[str, Any]
 
@@ -49,24 +51,34 @@ def source_files(source: SourceConfig, key: str) -> list[Path]:
         return [release_file(source, key)]
     paths = list(dict.fromkeys(path for pattern in source.files or () for path in _matches(pattern, key)))
     for path in paths:
-        if path.is_dir():
-            raise fail(key, str(path), f"is a folder: write {key}.folder={path} and {key}.glob=PATTERN")
-        if path.suffix.lower() not in READERS:
-            raise fail(key, str(path), f"unknown kind of file; there are {choices(READERS)}")
-        if path.stat().st_size == 0:
-            raise fail(key, str(path), "is empty: give a file with rows")
+        _check_file(path, key)
     return paths
+
+
+def _check_file(path: Path, key: str) -> None:
+    if path.is_dir():
+        raise fail(key, str(path), f"is a folder: write {key}.folder={path} and {key}.glob=PATTERN")
+    if path.suffix.lower() not in READERS:
+        raise fail(key, str(path), f"unknown kind of file; there are {choices(READERS)}")
+    if not path.is_file():
+        raise fail(key, str(path), "is no file that can be read twice (a pipe or a device): give a file with rows")
+    if not os.access(path, os.R_OK):
+        raise fail(key, str(path), "may not be read: change its permissions")
+    if path.stat().st_size == 0:
+        raise fail(key, str(path), "is empty: give a file with rows")
 
 
 def _matches(pattern: str, key: str) -> list[Path]:
     """A path as it stands, else as a glob; the working directory's before the project's."""
-    exact = find_file(pattern)
-    if exact.exists():
-        return [exact]
-    for root in (Path(), PROJECT_ROOT):
-        hits = sorted(glob.glob(str(root / at_home(pattern)), recursive=True))
-        if files := [Path(hit) for hit in hits if Path(hit).is_file()]:
-            return files
+    try:
+        exact = find_file(pattern)
+        if exact.exists():
+            return [exact]
+        for root in (Path(), PROJECT_ROOT):
+            if files := files_matching(root / Path(pattern).expanduser()):
+                return files
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero in it, an unknown ~user
+        raise fail(key, pattern, f"is no path that can be read: {first_line(error)}") from None
     how = next((f"; build it with: make {target}" for folder, target in BUILT.items() if pattern.startswith(folder)), "")
     raise fail(key, pattern, f"no such file in {Path.cwd()}{how}")
 
@@ -76,14 +88,17 @@ BUILT = {"assets/code_local/": "code-local", "assets/speech_local/": "speech-loc
 
 
 def _files_below(name: str, pattern: str, key: str) -> list[Path]:
-    folder = find_file(name)
-    if not folder.is_dir():
-        raise fail(f"{key}.folder", name, f"no such folder in {Path.cwd()}")
+    try:
+        folder = find_file(name)
+        if not folder.is_dir():
+            raise fail(f"{key}.folder", name, f"no such folder in {Path.cwd()}")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise fail(f"{key}.folder", name, f"is no path that can be read: {first_line(error)}") from None
     try:
         found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
-    except (NotImplementedError, ValueError) as error:
+        visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    except (NotImplementedError, ValueError, OSError, IndexError) as error:
         raise fail(f"{key}.glob", pattern, f"is not a pattern below the folder: {error}") from None
-    visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not visible:
         raise fail(f"{key}.glob", pattern, f"matches no file in {name}")
     return visible
@@ -143,19 +158,38 @@ def _read_jsonl(path: Path, source: SourceConfig) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON: {error.msg} (column {error.colno})") from None
+            row = read_json(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"line {number} must be a JSON object with columns")
         yield row
 
 
 def _read_json(path: Path, source: SourceConfig) -> Iterator[Row]:
-    content = json.loads(_decode(path))
+    text = _decode(path)
+    try:
+        content = read_json(text)
+    except DoubledKey as error:
+        raise ValueError(f"{_place_of_doubled_key(text)} {error}") from None
+    except ValueError as error:
+        raise ValueError(f"it {error}") from None
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError("it must be a JSON list of objects")
     yield from content
+
+
+def _place_of_doubled_key(text: str) -> str:
+    """Which row of a list it is in, and on which line that begins."""
+    decoder, at, number = json.JSONDecoder(), text.find("[") + 1, 0
+    while (begin := text.find("{", at)) >= 0:
+        _, at = decoder.raw_decode(text, begin)
+        number += 1
+        try:
+            read_json(text[begin:at])
+        except DoubledKey:
+            return f"row {number} (line {text.count(chr(10), 0, begin) + 1})"
+    return "it"
 
 
 def _read_csv(path: Path, source: SourceConfig) -> Iterator[Row]:
@@ -163,28 +197,73 @@ def _read_csv(path: Path, source: SourceConfig) -> Iterator[Row]:
     # The module's limit of 128 KiB a cell is shorter than a long source file.
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
-        lines, rows = io.StringIO(text, newline=""), []
-        if path.suffix.lower() == ".tsv":  # tab-separated corpora (Common Voice) hold bare quotation marks
-            reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            reader = csv.DictReader(lines)
-        for row in reader:
-            if None in row:
-                raise ValueError(f"line {reader.line_num} has more cells than the header")
-            rows.append(row)
+        rows = list(_table(text, path.suffix.lower() == ".tsv"))
     finally:
         csv.field_size_limit(limit)
     yield from rows
 
 
+def _table(text: str, tabs: bool) -> Iterator[Row]:
+    """Rows by the header's names; a row may be shorter. Raises ValueError naming the line of what cannot be a table."""
+    lines = io.StringIO(text, newline="")
+    # tab-separated corpora (Common Voice) hold bare quotation marks; with commas, one that is not closed would swallow rows
+    how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    reader = csv.reader(lines, **how)
+    header: list[str] | None = None
+    while True:
+        begin = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            quote = "a quotation mark is opened on it and not closed, or stands inside a quoted cell without being doubled"
+            raise ValueError(f"line {begin}: {error}: {quote}" if not tabs else f"line {begin}: {error}") from None
+        if cells is None:
+            return
+        if header is None:
+            header = _checked_header(cells, tabs) if cells else None
+        elif len(cells) > len(header):
+            raise ValueError(f"line {begin} has more cells than the header")
+        elif cells:
+            yield dict(zip_longest(header, cells))
+
+
+def _checked_header(names: list[str], tabs: bool) -> list[str]:
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ValueError(f"line 1 has the column {twice!r} twice: one of them would be lost; rename one")
+    if names.count("") > 1:
+        raise ValueError("line 1 has several columns without a name: name them")
+    other = "," if tabs else next((mark for mark in ";\t|" if mark in names[0]), None)
+    if len(names) == 1 and other is not None and other in names[0]:
+        wanted = (
+            "tabs between cells: name a file with commas .csv"
+            if tabs
+            else "commas between cells (a file with tabs is named .tsv)"
+        )
+        raise ValueError(f"line 1 is one column, {names[0]!r}: there must be {wanted}")
+    return names
+
+
 def _read_parquet(path: Path, source: SourceConfig) -> Iterator[Row]:
     import pyarrow.parquet as parquet
-    from pyarrow import ArrowException
 
     try:
-        yield from parquet.read_table(path).to_pylist()
-    except ArrowException as error:
+        table = parquet.read_table(path)
+        names = [_name_of(field) for field in table.schema]
+        for twice in (name for i, name in enumerate(names) if name in names[:i]):
+            raise ValueError(f"has the column {twice!r} twice: one of them would be lost")
+        rows = table.to_pylist()
+    except Exception as error:  # a damaged file raises many kinds, of pyarrow and of Python
         raise ValueError(first_line(error)) from None
+    yield from rows
+
+
+def _name_of(field: Any) -> str:
+    """A column's name. Raises ValueError where a structure in it has a name twice."""
+    inner = [field.type.field(i) for i in range(field.type.num_fields)] if hasattr(field.type, "num_fields") else []
+    names = [_name_of(one) for one in inner]
+    for twice in (name for i, name in enumerate(names) if name in names[:i]):
+        raise ValueError(f"has {twice!r} twice in column {field.name!r}: one of them would be lost")
+    return str(field.name)
 
 
 def _read_text(path: Path, source: SourceConfig) -> Iterator[Row]:
@@ -199,10 +278,28 @@ def _read_text(path: Path, source: SourceConfig) -> Iterator[Row]:
 
 
 def _decode(path: Path) -> str:
+    """The text of a file of ours or others. Raises ValueError for what is no UTF-8 text."""
+    content = path.read_bytes()
+    for mark, name in ENCODINGS:
+        if content.startswith(mark):
+            raise ValueError(f"is not UTF-8 text (byte 0): it is {name}")
     try:
-        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
+        text = content.decode("utf-8-sig")  # with or without the mark that Windows puts first
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text (byte {error.start})") from None
+    if (at := text.find("\0")) >= 0:
+        raise ValueError(f"is not text: character {at} is a zero, as in binary files and in UTF-16")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "UTF-32: save it as UTF-8"),
+    (codecs.BOM_UTF16_LE, "UTF-16: save it as UTF-8"),
+    (codecs.BOM_UTF16_BE, "UTF-16: save it as UTF-8"),
+    (b"\x1f\x8b", "compressed (gzip): unpack it"),
+    (b"PK\x03\x04", "compressed (zip): unpack it"),
+)
+"""How a file begins that is something else, and what that is."""
 
 
 READERS: dict[str, Callable[[Path, SourceConfig], Iterator[Row]]] = {

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 
 from flora_train.config.errors import fail
-from flora_train.data.encoded import Encoded, Spans, Tokens, Utf8, between, byte_counter, joined, window_for, windows
+from flora_train.data.encoded import (
+    Encoded,
+    Spans,
+    Tokens,
+    between,
+    byte_counter,
+    counter_of_ends,
+    joined,
+    longest_whole,
+    windows,
+)
 from flora_train.data.tokenizer_copies import (
     Place,
     copy_tokenizer,
@@ -86,18 +96,17 @@ class TextEncoder:
 
         place: what stands before each text; more: whether text follows; limit: tokens that can be used: of a text that has more, at
         least so many and one are made, and not all. Raises UserError for a special token that cannot be read as text."""
-        window = window_for(limit)
-        short = [i for i, (text, _) in enumerate(texts) if len(text) <= window]
+        short = [i for i, (text, _) in enumerate(texts) if len(text) <= longest_whole(limit)]
         found = dict(zip(short, self._encode([texts[i] for i in short], place, more), strict=True))
         for i, (text, rows) in enumerate(texts):
             if i not in found:
-                found[i] = self._in_windows(text, rows, place, more, window, limit)
+                found[i] = self._in_windows(text, rows, place, more, limit)
         return [found[i] for i in range(len(texts))]
 
-    def _in_windows(self, text: str, rows: Spans, place: Place, more: bool, window: int, limit: int | None) -> Encoded:
+    def _in_windows(self, text: str, rows: Spans, place: Place, more: bool, limit: int | None) -> Encoded:
         parts: list[Encoded] = []
         tokens, begin = 0, 0
-        for begin, end in windows(text, rows, window):
+        for begin, end in windows(text, rows):
             inside = [(max(a, begin) - begin, min(b, end) - begin) for a, b in rows if a < end and b > begin]
             here: Place = place if begin == 0 else "text"
             parts += self._encode([(text[begin:end], inside)], here, more or end < len(text))
@@ -202,19 +211,14 @@ class TextEncoder:
             end = after
             shifts.append((shifts[-1][0] + len(parts[-2]) + len(parts[-1]), end))
         encoding = self._copy(place, more, stand_ins=True).encode("".join([*parts, text[end:]]), add_special_tokens=False)
-        at, utf8 = [place for place, _ in shifts], Utf8(text)
+        at = [place for place, _ in shifts]
 
-        def bytes_before(n: int) -> int:
-            if n <= 0:
-                return 0
-            if n >= len(encoding.ids):
-                return utf8(len(text))
-            there = encoding.token_to_chars(n - 1)[1]
+        def original(there: int) -> int:
             shift = bisect_right(at, there) - 1
-            original = there - at[shift] + shifts[shift][1]
-            return utf8(min(original, shifts[shift + 1][1]) if shift + 1 < len(shifts) else original)
+            moved = there - at[shift] + shifts[shift][1]
+            return min(moved, shifts[shift + 1][1]) if shift + 1 < len(shifts) else moved
 
-        return encoding.ids, bytes_before
+        return encoding.ids, counter_of_ends(text, [original(end) for _, end in encoding.offsets])
 
     def _piecewise(self, text: str, rows: Spans, place: Place) -> tuple[list[int], Callable[[int], int]]:
         """By a slow tokenizer: what stands between the template's tokens, each by itself."""

@@ -165,7 +165,8 @@ def tokenise(
             pieces.append(np.concatenate([head, whole[begin:after]]).astype(np.int32))
             prompt_lengths.append(len(head))
             first_learnt = begin if len(head) else begin + 1  # nothing predicts the first token of all
-            covered = completion.bytes_before(begins + after) - completion.bytes_before(begins + first_learnt)
+            before = completion.bytes_before(begins + first_learnt)  # first the smaller: counting goes on from there
+            covered = completion.bytes_before(begins + after) - before
             if ends_itself is not None and begins + first_learnt <= ends_itself < begins + after:
                 covered -= completion.bytes_before(ends_itself + 1) - completion.bytes_before(ends_itself)
             label_bytes.append(covered)  # the end token stands for no text

@@ -6,6 +6,7 @@ cv-corpus-<version>-<date>/<locale>/{train,dev,test,validated,...}.tsv, clip_dur
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import tarfile
@@ -26,13 +27,17 @@ NEEDED = ("path", "sentence")
 
 def release_file(source: SourceConfig, key: str) -> Path:
     """The table of a split. An archive is unpacked once, into the cache. Raises UserError naming what is missing."""
-    place = find_file(str(source.common_voice))
-    if not place.exists():
+    try:
+        place = find_file(str(source.common_voice))
+        found = place.is_file() or place.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero in it, an unknown ~user
+        raise fail(f"{key}.common_voice", source.common_voice, f"is no path that can be read: {first_line(error)}") from None
+    if not found:
         fix = "no such release here: download it from the Mozilla Data Collective, and give its folder or .tar.gz"
         raise fail(f"{key}.common_voice", source.common_voice, fix)
     folder = _language_folder(_unpacked(place, key) if place.is_file() else place, source, key)
     table = folder / f"{source.split}.tsv"
-    if not table.exists():
+    if not re.fullmatch(r"[\w-]+", source.split) or not table.is_file():
         there = [path.stem for path in folder.glob("*.tsv")]
         words = f"is no split of {folder}; there are {choices(there)}.{did_you_mean(source.split, there)}"
         raise fail(f"{key}.split", source.split, words)
@@ -50,7 +55,7 @@ def release_rows(source: SourceConfig, key: str, read_table: Callable[[Path], li
     return [
         {
             **row,
-            "path": str(table.parent / "clips" / str(row["path"])),
+            "path": str(table.parent / "clips" / str(row["path"] or "")),
             "release": release,
             **({"seconds": seconds[row["path"]]} if row["path"] in seconds else {}),
         }
@@ -65,6 +70,8 @@ def release_name(table: Path) -> str:
 
 def _language_folder(place: Path, source: SourceConfig, key: str) -> Path:
     locale = str(source.locale)
+    if not re.fullmatch(r"[\w-]+", locale):
+        raise fail(f"{key}.locale", locale, "is the name of a language's folder in the release: letters, digits, _ and -")
     for folder in (place / locale, *sorted(place.glob(f"cv-corpus-*/{locale}"), reverse=True), place):
         if any(folder.glob("*.tsv")) and folder.name == locale:
             return folder
@@ -80,7 +87,7 @@ def _durations(table: Path, read_table: Callable[[Path], list[Row]]) -> dict[str
     found = {}
     for row in read_table(table):
         column = next((name for name in row if name.startswith("duration")), None)
-        if column is not None and str(row.get("clip", "")) and str(row[column]).isdigit():
+        if column is not None and row.get("clip") and re.fullmatch("[0-9]{1,12}", str(row[column])):
             found[str(row["clip"])] = int(row[column]) / 1000
     return found
 
@@ -105,7 +112,7 @@ def _unpacked(archive: Path, key: str) -> Path:
         except OSError:  # another process was faster
             if not place.is_dir():
                 raise
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged archive raises many kinds
         raise fail(f"{key}.common_voice", str(archive), f"cannot be unpacked: {first_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

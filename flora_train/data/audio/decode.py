@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 RATE = 16000
 """Samples per second of everything that is heard."""
 
+MOST_SECONDS = 60
+"""Of a file that are decoded: twice what any model of ours hears, so that a longer one is known to be too long."""
+LOWEST_RATE, HIGHEST_RATE, MOST_CHANNELS = 1000, 1_000_000, 64
+"""A header that says otherwise is damaged."""
 MISSING, EMPTY, DAMAGED, SILENT = "no such file", "empty file", "cannot be decoded", "no samples"
 
 
@@ -46,12 +50,16 @@ def look_at(path: str) -> Clip:
 
 
 def decode(content: bytes) -> NDArray[np.float32]:
-    """The samples in an audio file's bytes. Raises ClipError."""
+    """The samples in an audio file's bytes, of the first MOST_SECONDS. Raises ClipError."""
     import soundfile
 
     try:
-        samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            rate = file.samplerate
+            if not LOWEST_RATE <= rate <= HIGHEST_RATE or file.channels > MOST_CHANNELS:
+                raise ClipError(DAMAGED)
+            samples = file.read(MOST_SECONDS * rate, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
         raise ClipError(DAMAGED) from error
     mono = _resampled(samples.mean(axis=1), rate)
     if not len(mono) or not np.isfinite(mono).all():
@@ -70,8 +78,10 @@ def _resampled(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
 
 def _bytes_of(path: Path) -> bytes:
     try:
+        if not path.is_file():  # a pipe would never end, nor would some devices
+            raise ClipError(MISSING)
         content = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ClipError(MISSING) from error
     if not content:
         raise ClipError(EMPTY)

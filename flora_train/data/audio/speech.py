@@ -14,12 +14,13 @@ from typing import Any
 
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import choices, did_you_mean, fail
-from flora_train.config.files import at_home, find_file
+from flora_train.config.files import find_file
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig, TaskConfig
 from flora_train.data.audio.ears import Ears
 from flora_train.data.audio.split import SpeechSplit, Utterance, speech_split
 from flora_train.data.cache import cached
+from flora_train.data.examples import cell_text
 from flora_train.data.sampling import hold_out, sample, seed_of
 from flora_train.data.sources import Row, read_rows, source_files
 from flora_train.data.tokens import SplitCounts, tokenizer_hash
@@ -178,37 +179,51 @@ def _lines(rows: Sequence[Row], source: SourceConfig, task: TaskConfig, key: str
             raise fail(f"{key.rpartition('.')[0]}.speech.{name}", column, words)
     manifests = source_files(source, key)
     base = manifests[0].parent if manifests and source.common_voice is None else Path()
-    return [
-        Line(
-            path := _clip_file(row[audio], base, cache),
-            " ".join(str(row.get(speech.sentence) or "").split()),
-            str(row.get(speech.speaker) or "") if speech.speaker else "",
-            _stamp(path),
-            row.get("seconds") if isinstance(row.get("seconds"), float) else None,
-        )
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        sentence, speaker = (_text(row, column, key) for column in (speech.sentence, speech.speaker))
+        try:
+            path = _clip_file(row.get(audio), base, cache)
+        except ValueError as error:
+            raise fail(key, None, f"column {audio!r} {error}") from None
+        seconds = row.get("seconds") if isinstance(row.get("seconds"), float) else None
+        found.append(Line(path, " ".join(sentence.split()), speaker, _stamp(path), seconds))
+    return found
+
+
+def _text(row: Row, column: str | None, key: str) -> str:
+    try:
+        return cell_text(row.get(column)) if column is not None else ""
+    except ValueError as error:
+        raise fail(key, None, f"column {column!r} {error}") from None
 
 
 def _clip_file(value: Any, base: Path, cache: Path) -> str:
-    """The file of a cell: a path, beside its manifest, in the working directory or the project; or {bytes, path}."""
+    """The file of a cell: a path, beside its manifest, in the working directory or the project; or {bytes, path}. Raises ValueError
+    for what is neither."""
     if isinstance(value, Mapping):
-        if value.get("bytes") is None:
-            return _clip_file(value.get("path"), base, cache)
-        content = value["bytes"]
+        content = value.get("bytes")
+        if content is None:
+            return _clip_file(str(value.get("path") or ""), base, cache)
+        if not isinstance(content, bytes):
+            raise ValueError(f"holds a {type(content).__name__} under bytes: they must be bytes, as in parquet files")
         file = cache.parent / "clips" / hashlib.sha256(content).hexdigest()[:40]
         if not file.exists():
             write_atomically(file, lambda path: path.write_bytes(content))
         return str(file)
-    path = at_home(str(value or ""))
-    beside = base / path
-    return str((beside if beside.exists() else find_file(str(path))).absolute())
+    text = cell_text(value)
+    try:
+        path = Path(text).expanduser()
+        beside = base / path
+        return str((beside if beside.exists() else find_file(str(path))).absolute())
+    except (OSError, ValueError, RuntimeError):  # no such name can be: it is left out as a missing file
+        return str(Path(text.replace("\0", "")).absolute())
 
 
 def _stamp(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return -1, -1
     return status.st_size, status.st_mtime_ns
 

@@ -14,7 +14,8 @@ from typing import Any
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.evaluation_schema import EvaluationConfig
-from flora_train.evaluation.code.problems.problem import Problem, load_problems
+from flora_train.data.strict_json import read_json
+from flora_train.evaluation.code.problems.problem import Problem, load_problems, stop_tokens
 
 MODEL = "model"
 """The adapter's name where a file names none."""
@@ -123,9 +124,11 @@ def _from_multipl_e(path: Path) -> Iterator[Completion]:
             continue
         text = gzip.decompress(file.read_bytes()).decode() if file.suffix == ".gz" else file.read_text(encoding="utf-8")
         row = _object(str(file), text, ("language", "name", "prompt", "tests", "completions"))
-        stop_tokens = tuple(row.get("stop_tokens", ()))
+        stops = stop_tokens(row.get("stop_tokens", ()), str(file))
+        if not isinstance(row["completions"], list):
+            raise fail(str(file), row["completions"], "completions must be a list of texts")
         language = _key(str(row["language"]))
-        problem = Problem(language, str(row["name"]), str(row["prompt"]), str(row["tests"]), stop_tokens)
+        problem = Problem(language, str(row["name"]), str(row["prompt"]), str(row["tests"]), stops)
         for sample, text in enumerate(row["completions"]):
             yield Completion(MODEL, problem, sample, _text(text))
 
@@ -143,9 +146,9 @@ def _key(language: str) -> str:
 
 def _object(at: str, text: str, fields: tuple[str, ...]) -> Mapping[str, Any]:
     try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise fail(at, None, f"is no JSON: {error}") from error
+        row = read_json(text)
+    except ValueError as error:
+        raise fail(at, None, str(error)) from error
     if missing := [field for field in fields if not isinstance(row, dict) or field not in row]:
         raise fail(at, None, f"lacks {', '.join(missing)}")
     return row

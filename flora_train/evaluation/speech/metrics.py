@@ -17,18 +17,18 @@ import evaluate
 
 from flora_train.config.errors import choices, fail
 from flora_train.evaluation.speech.errors import Errors, character_errors, word_errors
-from flora_train.evaluation.speech.normalize import NORMALIZERS, VERSION
+from flora_train.evaluation.speech.normalize import NORMALIZERS, label, normalizer_of
 
 
 class _ErrorRate(evaluate.Metric):
-    """normalizer: a name of NORMALIZERS, or "none": what is written counts as it is."""
+    """normalizer: a name of NORMALIZERS, or "none": what is written counts as it is; language: whose rules of case it follows."""
 
     errors: Callable[[Sequence[str], Sequence[str]], Errors]
 
-    def __init__(self, normalizer: str = "none", **options: Any) -> None:
+    def __init__(self, normalizer: str = "none", language: str = "", **options: Any) -> None:
         if normalizer not in (known := (*NORMALIZERS, "none")):
             raise fail("normalizer", normalizer, f"there are {choices(known)}")
-        self.normalizer = normalizer
+        self.normalizer, self.language = normalizer, language
         super().__init__(**options)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -40,9 +40,9 @@ class _ErrorRate(evaluate.Metric):
         )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-        normalize = NORMALIZERS.get(self.normalizer, str)
+        normalize = str if self.normalizer == "none" else normalizer_of(self.normalizer, self.language)
         found = type(self).errors([normalize(text) for text in references], [normalize(text) for text in predictions])
-        name = self.normalizer if self.normalizer == "none" else f"{self.normalizer}-{VERSION}"
+        name = self.normalizer if self.normalizer == "none" else label(self.normalizer, self.language)
         return {self.name: found.rate, **found.record(), "normalizer": name}
 
 

@@ -16,6 +16,11 @@ VERSION = 1
 ARABIC = ("ar", "fa", "ur", "ps", "ckb", "ug", "sd", "ku")
 UNSPACED = ("zh", "ja", "th", "lo", "my", "km", "yue", "bo")
 """Languages written without spaces between words."""
+TURKIC, LITHUANIAN = ("tr", "tur", "az", "aze", "crh", "gag"), ("lt", "lit")
+"""Languages with small letters of their own: of I and İ; i and j that keep their dot below an accent. All others are folded alike, the
+Greek final sigma and the German sharp s among them."""
+DOTS = str.maketrans({"I": "ı", "İ": "i"})
+KEPT_DOT = re.compile("(?<=[iIjJ])(̨?)̇")
 APOSTROPHES = str.maketrans(dict.fromkeys("‘’ʼ＇`´", "'"))
 SHORT_VOWELS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")
 """Arabic signs that are written or left out at will (harakat, superscript alef, Quranic marks), and tatweel."""
@@ -43,11 +48,31 @@ def unspaced(text: str) -> str:
 NORMALIZERS: dict[str, Callable[[str], str]] = {"letters": letters, "arabic": arabic, "unspaced": unspaced}
 
 
+def normalizer_of(name: str, language: str = "") -> Callable[[str], str]:
+    """The normaliser of that name, by the language's own rules of case."""
+    normalize, code = NORMALIZERS[name], _code(language)
+    if code in TURKIC:
+        return lambda text: normalize(unicodedata.normalize("NFKC", text).translate(DOTS))
+    if code in LITHUANIAN:
+        return lambda text: normalize(KEPT_DOT.sub(r"\1", unicodedata.normalize("NFD", text)))
+    return normalize
+
+
+def label(name: str, language: str = "") -> str:
+    """What stands beside an error rate: the normaliser, the version of its rules, and the language where it has rules of its own."""
+    code = _code(language)
+    return f"{name}-{VERSION}" + (f"-{code}" if code in (*TURKIC, *LITHUANIAN) else "")
+
+
+def _code(language: str) -> str:
+    return language.lower().partition("-")[0].partition("_")[0]
+
+
 def normalizer_name(speech: SpeechConfig) -> str:
     """The normaliser of a task, by name: what it asks for, or its language's."""
     if speech.normalizer != "auto":
         return speech.normalizer
-    language = speech.language.lower().partition("-")[0].partition("_")[0]
+    language = _code(speech.language)
     return "arabic" if language in ARABIC else "unspaced" if language in UNSPACED else "letters"
 
 

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -22,7 +22,7 @@ from flora_train.data.audio.split import SpeechSplit
 from flora_train.data.sampling import seed_of
 from flora_train.evaluation.compare import compare_ratios
 from flora_train.evaluation.speech.errors import Errors, aligned, character_errors, word_errors
-from flora_train.evaluation.speech.normalize import NORMALIZERS, VERSION, letters, normalizer_name, primary_metric
+from flora_train.evaluation.speech.normalize import label, normalizer_name, normalizer_of, primary_metric
 
 SCORES = "error_rates.json"
 RATES = ("wer", "wer_normalized", "cer")
@@ -97,7 +97,7 @@ def _language(
     heard = {i: texts[name, BASE if i == BASE_ID else bank.specs[i].name] for i in ids}
     wrote = {i: [heard[i][example].text for example in range(len(said))] for i in ids}
     normalizer = normalizer_name(speech)
-    errors = {rate: {i: _errors(rate, normalizer, said, wrote[i]) for i in ids} for rate in RATES}
+    errors = {rate: {i: _errors(rate, normalizer, speech.language, said, wrote[i]) for i in ids} for rate in RATES}
     options = config.evaluation
     seed = seed_of(config.seed, name, "error rates")
     compared = {
@@ -111,7 +111,7 @@ def _language(
         "task": name,
         "language": speech.language,
         "token": speech.token or f"<|{speech.language}|>",
-        "normalizer": f"{normalizer}-{VERSION}",
+        "normalizer": label(normalizer, speech.language),
         "metric": "cer" if primary_metric(speech) == "cer" else "wer_normalized",
         "clips": len(split),
         "seconds": float(split.seconds.sum()),
@@ -128,18 +128,23 @@ def _language(
             {"a": families[a], "b": families[b], **{rate: compared[rate].differences[a, b].record() for rate in RATES}}
             for a, b in _pairs(ids)
         ],
-        "utterances": _utterances(normalizer, split, said, wrote, errors["wer_normalized"], families, shown),
+        "utterances": _utterances(
+            normalizer_of(_of_words(normalizer), speech.language), split, said, wrote, errors["wer_normalized"], families, shown
+        ),
     }
 
 
-def _errors(rate: str, normalizer: str, said: Sequence[str], wrote: Sequence[str]) -> Errors:
+def _errors(rate: str, normalizer: str, language: str, said: Sequence[str], wrote: Sequence[str]) -> Errors:
     if rate == "wer":
         return word_errors(said, wrote)
-    normalize = NORMALIZERS[normalizer]
-    if rate == "wer_normalized" and normalizer == "unspaced":
-        normalize = letters  # without spaces there are no words
+    normalize = normalizer_of(_of_words(normalizer) if rate == "wer_normalized" else normalizer, language)
     count = character_errors if rate == "cer" else word_errors
     return count([normalize(text) for text in said], [normalize(text) for text in wrote])
+
+
+def _of_words(normalizer: str) -> str:
+    """Without spaces there are no words."""
+    return "letters" if normalizer == "unspaced" else normalizer
 
 
 def _pairs(ids: Sequence[int]) -> list[tuple[int, int]]:
@@ -149,7 +154,7 @@ def _pairs(ids: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _utterances(
-    normalizer: str,
+    normalize: Callable[[str], str],
     split: SpeechSplit,
     said: Sequence[str],
     wrote: Mapping[int, Sequence[str]],
@@ -159,7 +164,6 @@ def _utterances(
 ) -> list[dict[str, Any]]:
     """The clips that the first family got most wrong, and those where it won most words over the base; each aligned."""
     first = next((i for i in families if i != BASE_ID), BASE_ID)
-    normalize = letters if normalizer == "unspaced" else NORMALIZERS[normalizer]
     mine, base = errors[first].total, errors[BASE_ID].total
     worst = sorted(range(len(said)), key=lambda e: (-mine[e], e))[:shown]
     won = [e for e in sorted(range(len(said)), key=lambda e: (mine[e] - base[e], e)) if base[e] > mine[e] and e not in worst]

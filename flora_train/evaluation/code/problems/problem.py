@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import fail, first_line
+from flora_train.data.strict_json import read_json
 
 FIELDS = ("name", "prompt", "tests", "stop_tokens")
 
@@ -45,7 +45,10 @@ def load_problems(folder: Path, language: str) -> dict[str, Problem]:
     if not path.is_file():
         there = ", ".join(sorted(p.stem.removeprefix("humaneval-") for p in folder.glob("humaneval-*.jsonl"))) or "none"
         raise fail(str(path), None, f"no such file; the folder has prompts of {there}")
-    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)  # U+2028 may stand inside a line
+    try:
+        lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)  # U+2028 may stand inside a line
+    except (OSError, UnicodeDecodeError) as error:
+        raise fail(str(path), None, f"is not UTF-8 text that can be read: {first_line(error)}") from None
     return problems_of_rows(language, ((f"{path}:{n}", _parsed(path, n, line)) for n, line in lines if line.strip()))
 
 
@@ -56,7 +59,10 @@ def problems_of_rows(language: str, rows: Iterable[tuple[str, Any]]) -> dict[str
     for at, row in rows:
         if missing := [field for field in FIELDS if not isinstance(row, dict) or field not in row]:
             raise fail(at, None, f"lacks {', '.join(missing)}: these are not MultiPL-E prompts")
-        problem = Problem(language, str(row["name"]), str(row["prompt"]), str(row["tests"]), tuple(row["stop_tokens"]))
+        if wrong := next((field for field in FIELDS[:3] if not isinstance(row[field], str)), None):
+            raise fail(at, row[wrong], f"{wrong} must be text")
+        name, prompt, tests = (as_text(row[field]) for field in FIELDS[:3])
+        problem = Problem(language, name, prompt, tests, stop_tokens(row["stop_tokens"], at))
         if problem.name in found:
             raise fail(at, problem.name, "stands twice: names are keys")
         found[problem.name] = problem
@@ -65,8 +71,21 @@ def problems_of_rows(language: str, rows: Iterable[tuple[str, Any]]) -> dict[str
     return found
 
 
+def stop_tokens(value: Any, at: str) -> tuple[str, ...]:
+    """A problem's stop tokens. Raises UserError, naming the place `at`, unless they are a list of texts: text itself would end a
+    completion at each of its letters, and an empty one before its first."""
+    if not isinstance(value, list | tuple) or not all(isinstance(word, str) and word for word in value):
+        raise fail(at, value, 'stop_tokens must be a list of texts, none of them empty, such as ["\\nend"]')
+    return tuple(map(as_text, value))
+
+
+def as_text(value: str) -> str:
+    """JSON can spell half a character (a lone surrogate), which no file takes."""
+    return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _parsed(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise fail(f"{path}:{number}", None, f"is no JSON: {error}") from error
+        return read_json(line)
+    except ValueError as error:
+        raise fail(f"{path}:{number}", None, str(error)) from error

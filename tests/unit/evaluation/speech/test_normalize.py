@@ -6,7 +6,16 @@ import pytest
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from flora_train.config.speech_schema import SpeechConfig
-from flora_train.evaluation.speech.normalize import NORMALIZERS, arabic, letters, normalizer_name, primary_metric, unspaced
+from flora_train.evaluation.speech.normalize import (
+    NORMALIZERS,
+    arabic,
+    label,
+    letters,
+    normalizer_name,
+    normalizer_of,
+    primary_metric,
+    unspaced,
+)
 
 
 @pytest.mark.parametrize(
@@ -63,3 +72,32 @@ def test_languages_without_spaces_are_judged_by_character() -> None:
     assert primary_metric(SpeechConfig(language="th", metric="wer")) == "wer"
     assert normalizer_name(SpeechConfig(language="th", normalizer="letters")) == "letters"
     assert set(NORMALIZERS) == {"letters", "arabic", "unspaced"}
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "same"),
+    [
+        ("tr", "IŞIK, İstanbul'da!", "ışık istanbul'da"),
+        ("tr-TR", "I\u0307zmir DİYARBAKIR", "izmir diyarbakır"),
+        ("az", "İKİ QIZIL", "iki qızıl"),
+        ("en", "ISTANBUL", "istanbul"),
+        ("lt", "Ĩ i\u0307\u0303 J\u0303 j\u0307\u0303 į\u0307\u0301", "ĩ ĩ j\u0303 j\u0303 į\u0301"),
+        ("el", "ΟΔΟΣ Σοφός", "οδοσ σοφόσ"),
+        ("de", "STRASSE Straße STRAẞE", "strasse strasse strasse"),
+        ("ar", "كَتَبَ", "كتب"),
+    ],
+)
+def test_letters_are_folded_by_the_languages_own_rules_of_case(language: str, text: str, same: str) -> None:
+    normalize = normalizer_of(normalizer_name(SpeechConfig(language=language)), language)
+    assert normalize(text) == same
+    assert normalize(same) == same  # the small letters are already what they become
+
+
+def test_dotless_i_is_another_letter_in_turkish_and_its_capital_is_not_that_of_i() -> None:
+    turkish = normalizer_of("letters", "tr")
+    assert turkish("KIZ") == turkish("kız") != turkish("kiz") == turkish("KİZ")
+    assert (label("letters", "tr"), label("letters", "cs"), label("unspaced", "zh-CN")) == (
+        "letters-1-tr",
+        "letters-1",
+        "unspaced-1",
+    )
