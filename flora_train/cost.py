@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import count_layers, shallow_model
+from flora_train.adapters.base_model import count_layers, set_mode, shallow_model
+from flora_train.adapters.probe_inputs import noise_features
 from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.batch import SpeechCollate
@@ -20,6 +21,7 @@ from flora_train.data.audio.ears import Ears
 from flora_train.data.batch import collate
 from flora_train.data.task import Task
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
+from flora_train.training.row_check import check_rows
 from flora_train.training.run_folder import RunFolder
 from flora_train.training.trainer import Trainer
 
@@ -62,7 +64,9 @@ def measure(config: RunConfig, layers: int, device: torch.device, tasks: Mapping
     present = {name for draw in mixture.step(number) for name in draw.adapters}
     there: list[AdapterSpec] = [spec for spec in specs if spec.name in present]
     model = shallow_model(config.model, layers, device)
-    bank = AdapterBank.attach(model, there, config.seed)
+    features = None if ears is None else noise_features(ears.store.extractor)
+    bank = AdapterBank.attach(model, there, config.seed, features=features)
+    check_rows(model, pad, features)
     plan = plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch)
     assert plan is not None
     padded, rows = max(((rows[0].length * len(rows), rows) for rows in plan.microbatches), key=lambda pair: pair[0])
@@ -80,7 +84,7 @@ def measure(config: RunConfig, layers: int, device: torch.device, tasks: Mapping
         SimpleNamespace(log=lambda *args, **options: None),
         collate if ears is None else SpeechCollate(ears.store, config.audio.spec_augment),
     )
-    model.train()
+    set_mode(model, training=True)
     saved = _Saved()
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         trainer.step(0, part)

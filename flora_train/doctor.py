@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from flora_train.adapters.base_model import check_quantiser, empty_model, resolve_dtype
+from flora_train.adapters.layer_usage import unusable_by_shape
 from flora_train.adapters.pool import pool_key
 from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.adapters.targets import find_targets
@@ -59,6 +61,7 @@ def doctor(config: RunConfig) -> None:
         shown(f"\nA micro-batch of {config.training.tokens_per_microbatch} tokens, shared evenly by {len(specs)} adapters:")
     )
     model = empty_model(config.model)
+    left_out = unusable_by_shape(config.model, model)
     pools: dict[tuple[object, ...], list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
         pools[pool_key(spec)].append(spec)
@@ -67,7 +70,7 @@ def doctor(config: RunConfig) -> None:
         rank = f", rank {members[0].rank}" if members[0].rank else ""
         names = " + ".join(f"{number} x {family}" for family, number in families.items())
         console.print(shown(f"\n{names}{rank}", "bold"))
-        for choice, layers in choices_of(members, model, each, dtype, device).items():
+        for choice, layers in choices_of(members, model, each, dtype, device, left_out).items():
             console.print(shown(f"  {', '.join(layers)}\n      {choice.runs}\n      {choice.why}"))
     if refused is not None:
         raise refused
@@ -101,12 +104,17 @@ def _facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Itera
 
 
 def choices_of(
-    members: Sequence[AdapterSpec], model: Any, each: float, dtype: torch.dtype, device: torch.device
+    members: Sequence[AdapterSpec],
+    model: Any,
+    each: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[Choice, list[str]]:
-    """Choice -> the layers of which it holds, as `60 q_proj 576 x 576`. each: tokens of an adapter."""
+    """Choice -> the layers of which it holds, as `60 q_proj 576 x 576`. each: tokens of an adapter; left_out: layers without adapters."""
     kinds = Counter(
         (target.name.rpartition(".")[2], target.in_features, target.out_features)
-        for target in find_targets(model, members[0]).values()
+        for target in find_targets(model, members[0], left_out).values()
     )
     found: dict[Choice, list[str]] = defaultdict(list)
     for (name, in_features, out_features), count in kinds.items():

@@ -11,10 +11,13 @@ from shutil import disk_usage
 import torch
 from rich.console import Console
 
-from flora_train.adapters.base_model import empty_model, resolve_dtype
+from flora_train.adapters.base_model import empty_model, load_feature_extractor, resolve_dtype
+from flora_train.adapters.encoder import is_speech_model
 from flora_train.adapters.host_memory import free_memory
+from flora_train.adapters.layer_usage import unusable_by_shape
 from flora_train.adapters.paging import OF_FREE_MEMORY, PLANES
 from flora_train.adapters.pool import Pool, pool_key
+from flora_train.adapters.probe_inputs import noise_features
 from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.adapters.targets import find_targets
 from flora_train.config.errors import fail
@@ -147,10 +150,14 @@ def _there(place: Path) -> Path:
 def pools_of(config: RunConfig) -> list[Pool]:
     """The pools that the run's bank will have, without memory."""
     model = empty_model(config.model)
+    features = None
+    if is_speech_model(model.config):
+        features = noise_features(load_feature_extractor(config.model))
+    left_out = unusable_by_shape(config.model, model, features)
     groups: dict[tuple[object, ...], list[AdapterSpec]] = defaultdict(list)
     for spec in expand(config):
         groups[pool_key(spec)].append(spec)
-    return [Pool(specs[0].method, specs, find_targets(model, specs[0])) for specs in groups.values()]
+    return [Pool(specs[0].method, specs, find_targets(model, specs[0], left_out)) for specs in groups.values()]
 
 
 def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:

@@ -89,6 +89,7 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     session = load_session(config, folder, accelerator.device, in_parts=loads_in_parts(config))
     if standing != "free":
         on_main_process(lambda: check_data(folder, session.tasks, OriginOptions()))
+    on_every_process(session.check_model)
     on_every_process(lambda: check_prompts(session, plan))
     on_main_process(lambda: say_what_peft_loads(session.model, session.bank.pools))
     pad = pad_token(session.tokenizer)

@@ -25,7 +25,9 @@ from flora_train.adapters.base_model import (
     load_tokenizer,
 )
 from flora_train.adapters.encoder import count_positions, is_speech_model, is_whisper, longest_text
+from flora_train.adapters.layer_usage import described
 from flora_train.adapters.paging import Paging
+from flora_train.adapters.probe_inputs import noise_features
 from flora_train.adapters.spec import expand
 from flora_train.atomic import user_cache
 from flora_train.config.errors import fail
@@ -37,13 +39,14 @@ from flora_train.data.audio.features import FeatureStore
 from flora_train.data.audio.windows import GRAIN, Windows
 from flora_train.data.batch import Collate, collate
 from flora_train.data.task import Task, load_tasks
-from flora_train.data.tokens import check_tokenizer
+from flora_train.data.tokens import check_tokenizer, pad_token
 from flora_train.kernels.backend import use_backend, use_precision
 from flora_train.training.checksum import fingerprint
 from flora_train.training.distributed import on_every_process, on_main_process, say
 from flora_train.training.environment import available_cpus, now
 from flora_train.training.origin import Origin, OriginOptions, allowed
 from flora_train.training.progress import Watch
+from flora_train.training.row_check import check_rows
 from flora_train.training.run_folder import RunFolder, open_run
 from flora_train.training.selection import Kept, load_kept
 from flora_train.training.sharding import check_launcher, shard_base
@@ -71,6 +74,15 @@ class Session:
         """What makes batches of this run's tasks."""
         return collate if self.ears is None else SpeechCollate(self.ears.store, self.config.audio.spec_augment)
 
+    def check_model(self) -> None:
+        """Raises UserError where the model does not keep rows apart. Says which layers take no adapter. Collective where the base is
+        divided."""
+        features = None if self.ears is None else noise_features(self.ears.store.extractor)
+        check_rows(self.model, pad_token(self.tokenizer), features)
+        if self.bank.left_out:
+            usable = {name for pool in self.bank.pools for name in pool.targets}
+            say(f"note: no adapter is attached to {described(self.bank.left_out, usable)}")
+
     def close(self) -> None:
         """End what works in the background."""
         if self.ears is not None:
@@ -94,7 +106,8 @@ def _load(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks
     tokenizer, tasks, ears = load_data(config, with_tasks)
     model = load_base_model(config.model, torch.device("cpu") if in_parts else device)
     base_hash = fingerprint(model) if in_parts else None
-    bank = AdapterBank.attach(model, expand(config), config.seed, paging=paging_of(config), device=device)
+    features = None if ears is None else noise_features(ears.store.extractor)
+    bank = AdapterBank.attach(model, expand(config), config.seed, paging=paging_of(config), device=device, features=features)
     return Session(config, folder, tokenizer, tasks, model, bank, ears, base_hash)
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from flora_train.adapters.encoder import encoder_name
 from flora_train.adapters.host_memory import host_copy
 from flora_train.adapters.layer import AdapterLinear
+from flora_train.adapters.layer_usage import unusable_layers
 from flora_train.adapters.methods import Target
 from flora_train.adapters.paging import Pager, Paging
 from flora_train.adapters.pool import Pool, pool_key
 from flora_train.adapters.routing import Router, RowNoise, build_routing
 from flora_train.adapters.spec import BASE, BASE_ID, AdapterSpec
-from flora_train.adapters.targets import check_base, find_targets
+from flora_train.adapters.targets import check_base, find_targets, linear_layers
 from flora_train.config.errors import choices, did_you_mean, fail
 
 
@@ -51,6 +52,8 @@ class AdapterBank:
         else:
             for pool in self.pools:
                 pool.allocate(self.device, dtype)
+        self.left_out: dict[str, str] = {}
+        """Linear layers that adapters would have, but cannot be attached to -> why."""
         self._encoder = encoder_name(model)
         self._sharing = frozenset() if self._encoder is None else self._who_leaves_the_encoder(f"{self._encoder}.")
 
@@ -63,25 +66,31 @@ class AdapterBank:
         dtype: torch.dtype = torch.float32,
         paging: Paging | None = None,
         device: torch.device | None = None,
+        features: Tensor | None = None,
     ) -> AdapterBank:
         """Freeze `model`, wrap its target layers in place and start every adapter as the identity.
 
-        paging: who of them may be on the host (default: nobody); device: where they compute (default: where the model is).
+        paging: who of them may be on the host (default: nobody); device: where they compute (default: where the model is);
+        features: [1, ...] of a clip, for a speech model: the model is run on a few rows to see which of its layers can be adapted.
         Raises UserError when a target matches nothing (with what could match) or two adapters share a name.
         """
         counts = Counter(spec.name for spec in specs)
         for name, count in counts.items():
             if count > 1 or name == BASE:
                 raise fail("adapters", name, "two adapters cannot share a name (and __base__ is the base model)")
+        device = check_base(model) if device is None else device
+        model.requires_grad_(False)
+        left_out = unusable_layers(model, linear_layers(model), features)
         groups: dict[tuple[Any, ...], list[AdapterSpec]] = defaultdict(list)
         targets_of: dict[tuple[Any, ...], dict[str, Target]] = {}
         for spec in specs:
             key = pool_key(spec)
             if key not in targets_of:
-                targets_of[key] = find_targets(model, spec)
+                targets_of[key] = find_targets(model, spec, left_out)
             groups[key].append(spec)
-        model.requires_grad_(False)
+        wanted = {name for members in groups.values() for name in find_targets(model, members[0])}
         bank = cls(model, [Pool(key[0], members, targets_of[key]) for key, members in groups.items()], paging, dtype, device)
+        bank.left_out = {name: reason for name, reason in left_out.items() if name in wanted}
         bank._wrap_layers()
         for pool, member in bank.location:
             pool.initialise(member, seed)
@@ -116,7 +125,8 @@ class AdapterBank:
         layer, as they do for adapters."""
         embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         self.router.set(None)
-        handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        # the copy is for models that change their embeddings in place, which no leaf allows
+        handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True).clone())
         try:
             yield
         finally:
@@ -243,10 +253,12 @@ class AdapterBank:
             if not states.requires_grad:
                 states.requires_grad_(True)
 
-    def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         self.router.recomputes = _recomputes(self.model)
         if self.router.routing is not None and torch.is_grad_enabled() and self.router.recomputes:
             self.router.expect_backward(output)
+            return output.clone()  # some models change their embeddings in place, which no leaf allows
+        return output
 
 
 def _recomputes(model: nn.Module) -> bool:

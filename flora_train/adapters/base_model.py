@@ -195,6 +195,14 @@ def _reason(error: Exception) -> str:
 
 def shallow_model(config: ModelConfig, layers: int, device: torch.device) -> nn.Module:
     """A model of this shape with so many layers (an encoder and a decoder: each) and random numbers: what a layer costs."""
+    published = _shallow_config(config, layers)
+    options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    model = _from_config(published, config, dtype=resolve_dtype(config.dtype, device), **options)
+    return _made_ready(model.to(device), config, published)
+
+
+def _shallow_config(config: ModelConfig, layers: int) -> Any:
+    """The published configuration with so many layers."""
     published = load_model_config(config)
     without_dropout(published)
     text = published.get_text_config(decoder=True)
@@ -204,9 +212,17 @@ def shallow_model(config: ModelConfig, layers: int, device: torch.device) -> nn.
         for key, value in vars(part).items():
             if key in ("layer_types", "attention_layers") and isinstance(value, list):  # what each layer is
                 setattr(part, key, value[:layers])
-    options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    model = _from_config(published, config, dtype=resolve_dtype(config.dtype, device), **options)
-    return _made_ready(model.to(device), config, published)
+    return published
+
+
+def zero_model(config: ModelConfig, layers: int | None = None) -> nn.Module:
+    """A model of this shape (with so many layers) on the CPU, whose numbers are all 0: what runs in it, and up to which length. Its
+    memory is not touched before it is written to."""
+    published = load_model_config(config) if layers is None else _shallow_config(config, layers)
+    without_dropout(published)
+    with torch.device("meta"):
+        empty = _from_config(published, config, dtype=torch.float32)
+    return _made_ready(empty._apply(lambda tensor: torch.zeros_like(tensor, device="cpu")), config, published)
 
 
 LAYER_COUNTS = {
@@ -238,10 +254,21 @@ def _auto_class(model_config: Any) -> Any:
     return AutoModelForSpeechSeq2Seq if is_speech_model(model_config) else AutoModelForCausalLM
 
 
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Training or evaluation mode of a frozen base. In training mode are only modules that checkpoint activations, which depends on
+    it: in others it means random numbers (dropout, noise of routers) and batch norms, which make rows depend on their neighbours."""
+    model.train(training)
+    for module in model.modules() if training else ():
+        module.training = module is model or hasattr(module, "gradient_checkpointing")
+
+
 def without_dropout(config: Any) -> None:
-    """Set every dropout rate in a model's configuration, and in the configurations inside it, to 0, and its own SpecAugment off."""
+    """Set every dropout rate in a model's configuration, and in the configurations inside it, to 0, and its own SpecAugment off; and
+    what rescales its weights between training and evaluation (RWKV), which no adapter would follow."""
     if hasattr(config, "apply_spec_augment"):
         config.apply_spec_augment = False
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0
     for part in [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]:
         for key, value in list(vars(part).items()):
             if "drop" in key and isinstance(value, float):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,8 +42,11 @@ def dense_weight(layer: nn.Module, target: Target) -> Tensor:
     return weight.T if target.transposed else weight
 
 
-def find_targets(model: nn.Module, spec: AdapterSpec) -> dict[str, Target]:
-    """Module name -> Target for one adapter. Raises UserError when a name matches nothing or no supported layer."""
+def find_targets(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str] = MappingProxyType({})) -> dict[str, Target]:
+    """Module name -> Target for one adapter. unusable: layers that are left out, and why (layer_usage.py).
+
+    Raises UserError when a name matches nothing, no supported layer, or only layers that are left out.
+    """
     key = f"adapters.{spec.family}"
     available = linear_layers(model)
     if spec.target_modules == "all-linear" or (spec.target_modules == "default" and spec.method != "ia3"):
@@ -50,6 +54,12 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> dict[str, Target]:
     else:
         wanted = _ia3_default(model, "target_modules", key) if spec.target_modules == "default" else spec.target_modules
         chosen = _match(model, available, wanted, f"{key}.target_modules")
+        for suffix in wanted if spec.target_modules != "default" else ():
+            _check_usable(
+                model, [name for name in chosen if _ends_with(name, [suffix])], unusable, f"{key}.target_modules", suffix
+            )
+    none = next((reason for name, reason in unusable.items() if name in chosen), None)
+    chosen = {name: target for name, target in chosen.items() if name not in unusable}
     if spec.within is not None:
         chosen = {name: target for name, target in chosen.items() if spec.within in name.split(".")[:-1]}
         if not chosen:
@@ -57,7 +67,8 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> dict[str, Target]:
             words = f"no target is below it; there are {choices(parts)}.{did_you_mean(spec.within, parts)}"
             raise fail(f"{key}.within", spec.within, words)
     if not chosen:
-        raise fail(f"{key}.target_modules", spec.target_modules, f"{type(model).__name__} has no linear layer to adapt")
+        why = "" if none is None else f" that an adapter can be attached to ({none})"
+        raise fail(f"{key}.target_modules", spec.target_modules, f"{type(model).__name__} has no linear layer to adapt{why}")
     if spec.method != "ia3":
         return chosen
     given = spec.feedforward_modules
@@ -89,6 +100,13 @@ def shortest_suffixes(modules: Iterable[str], chosen: Iterable[str]) -> list[str
 
 def _ends_with(name: str, suffixes: Iterable[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _check_usable(model: nn.Module, names: Sequence[str], unusable: Mapping[str, str], key: str, suffix: str) -> None:
+    """Raises UserError where a name that was given matches only layers that are left out."""
+    if names and all(name in unusable for name in names):
+        fix = f"no adapter can be attached to {names[0]} of {type(model).__name__}, which {unusable[names[0]]}: leave it out"
+        raise fail(key, suffix, fix)
 
 
 def _match(model: nn.Module, available: Mapping[str, Target], wanted: Iterable[str], key: str) -> dict[str, Target]:

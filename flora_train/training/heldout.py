@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.base_model import set_mode
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import Collate, Row, collate, group_by_length, look_ahead, share_of_rank
 from flora_train.data.task import Task
@@ -112,7 +113,7 @@ def evaluate_heldout(
         keep_pace(row_losses, bank, unknown)
     finally:
         bank.abandon()  # a process that got no batch still has the routing of its last step
-        model.train(training)
+        set_mode(model, training)
     flat = torch.from_numpy(np.concatenate(list(sums.values()))).to(bank.device)
     parts = np.split(sum_over_processes(flat).cpu().numpy(), np.cumsum([len(part) for part in sums.values()])[:-1])
     nats = dict(zip(sums, parts, strict=True))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from flora_train.adapters.base_model import set_mode
 from flora_train.config.errors import fail
 from flora_train.data.batch import Row, collate
 from flora_train.data.tokens import SplitCounts, TokenSplit
@@ -32,7 +33,7 @@ def check_packing(row_losses: RowLosses, task: str) -> None:
     except TypeError as error:
         raise fail(f"tasks.{task}.packing", True, f"this model takes no position_ids ({error}): set it to false") from error
     finally:
-        model.train(training)
+        set_mode(model, training)
     if after_one != after_other or abs(after_one - alone) > 0.02 * abs(alone):
         fix = "this model lets packed pieces see each other (its mask does not come from position_ids): set it to false"
         raise fail(f"tasks.{task}.packing", True, fix)

@@ -69,10 +69,11 @@ def _numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _ask_for_gradients(module: nn.Module, args: Any, output: Tensor) -> None:
+def _ask_for_gradients(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """The backward goes through every layer on every process, whichever adapters its rows have: gathering is a collective."""
     if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_(True)
+        return output.requires_grad_(True).clone()  # some models change their embeddings in place, which no leaf allows
+    return output
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.base_model import set_mode
 from flora_train.adapters.routing import RowNoise
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import Collate, Row, collate, look_ahead, share_of_rank
@@ -92,7 +93,7 @@ class Trainer:
         """Run every step that is to do; then the bank holds each adapter's selected parameters. Raises Interrupted, saved, on SIGTERM or SIGINT."""
         config, at, begun = self.config.training, self.at, self.at.done
         every, rungs = self.config.evaluation.every or self.end, self.departures.halving.rungs
-        self.model.train()
+        set_mode(self.model, training=True)
         on_every_process(self.guard.remember)
         plan = self.plan(at.done)
         with self.signals, Watch("train", self.end, begun) as watch:

@@ -3,6 +3,7 @@
 decoder.py   prompts in, texts out: admits rows, steps them together, lets each leave on its own stop string
 attention.py one new token of every row, on a CPU
 row_cache.py keys and values of the rows that are being decoded
+way.py       whether rows can share a batch, or are written one at a time by the model's own generate
 sampling.py  the next token of every row; what is drawn depends on the row alone
 """
 

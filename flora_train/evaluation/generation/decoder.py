@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -13,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.base_model import set_mode
 from flora_train.config.errors import fail
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.tokens import pad_token
 from flora_train.evaluation.generation.attention import decoding_attention
 from flora_train.evaluation.generation.row_cache import RowCache
 from flora_train.evaluation.generation.sampling import Sampling
+from flora_train.evaluation.generation.way import Way, read, takes_of, way_of, write_row
 
 Ended = Literal["stop", "end", "length"]
 Blocks = Callable[[Iterable[int]], Sequence[Collection[int]]]
@@ -82,9 +83,7 @@ class Decoder:
         self.encoder = TextEncoder(tokenizer)
         self.max_new_tokens, self.max_rows = max_new_tokens, max_rows
         self.device = next(model.parameters()).device
-        # PEFT's wrapper takes anything and passes it on: what the model inside it takes is what counts
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        self._takes = inspect.signature(inner.forward).parameters.keys()
+        self._takes = takes_of(model)
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         listed = own if isinstance(own, list) else [own]
         self._ends = {tokenizer.eos_token_id, *(token for token in listed if isinstance(token, int))} - {None}
@@ -103,9 +102,14 @@ class Decoder:
                 part = [i for i in order if requests[i].adapter in block]
                 self._decode(deque(rows for i in part for rows in self._rows(i, requests[i], prompts[i])), report)
         finally:
-            self.model.train(training)
+            set_mode(self.model, training)
 
     def _decode(self, waiting: deque[list[_Row]], report: Callable[[Generated], None]) -> None:
+        way = way_of(self.model)
+        if way != "together":
+            for row in (row for rows in waiting for row in rows):
+                self._write_alone(way, row, report)
+            return
         live: list[_Row] = []
         cache: RowCache | None = None
         with decoding_attention(self.model):
@@ -123,6 +127,14 @@ class Decoder:
                 if ended and cache is not None:
                     live = [live[i] for i in cache.drop(ended)]
                     cache = cache if live else None
+
+    def _write_alone(self, way: Way, row: _Row, report: Callable[[Generated], None]) -> None:
+        def choose(logits: Tensor) -> int:
+            self._draw(logits, [row])
+            return row.tokens[-1]
+
+        with self.route([row.adapter]):
+            write_row(self.model, way, row.prompt, choose, lambda: self._ended(row, report), self.max_new_tokens)
 
     def _entering(self, waiting: deque[list[_Row]], live: int) -> list[list[_Row]]:
         """Who is read in now: nobody while the batch is rather full, else as many as fit."""
@@ -162,14 +174,8 @@ class Decoder:
 
     def _forward(self, ids: Tensor, cache: RowCache, adapters: Sequence[int]) -> Tensor:
         """Logits [B, V] after the last of `ids` [B, new]."""
-        places = cache.mask.long().cumsum(1) - 1
-        options: dict[str, Any] = {"position_ids": places.clamp(min=0)[:, -ids.shape[1] :], "logits_to_keep": 1}
-        options = {name: value for name, value in options.items() if name in self._takes}
         with self.route(adapters):
-            found = self.model(
-                input_ids=ids, attention_mask=cache.mask.long(), past_key_values=cache.layers, use_cache=True, **options
-            )
-        return found.logits[:, -1]
+            return read(self.model, ids, cache, self._takes)
 
     def _draw(self, logits: Tensor, rows: Sequence[_Row]) -> None:
         tokens = self.sampling.choose(logits, [row.key for row in rows], [len(row.tokens) for row in rows])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from flora_train.adapters.base_model import set_mode
 from flora_train.adapters.encoder import as_outputs, encode
 from flora_train.data.audio.ears import NO_TIMESTAMPS
 from flora_train.data.audio.features import FeatureStore, Heard
@@ -103,7 +104,7 @@ class Transcriber:
                     self.store.ahead(dict.fromkeys(requests[request].heard for request in coming))
                 self._transcribe(requests, batch, report)
         finally:
-            self.model.train(training)
+            set_mode(self.model, training)
 
     def _batches(self, requests: Sequence[Request], block: Collection[int]) -> Iterator[list[int]]:
         """Neighbours have the same clip; rows of one batch the same window, prompt length, and way to the encoder."""
