@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,9 @@ from flora_train.training.run_lock import RunLock
 
 WAIT = 60.0
 """Seconds that a run which is resumed waits for the lock: a process that was told to end needs some for its step."""
+
+LONGEST_ENDING = "..safetensors.4194304.tmp"
+"""What the name of an adapter's file has beside the adapter's, while it is written."""
 
 Standing = Literal["free", "interrupted", "finished", "grown"]
 """grown: finished, and now asked for more tasks."""
@@ -55,6 +59,7 @@ class RunFolder:
         with: a folder that is no run, or a run of another configuration (with every key that differs).
         """
         check_not_data(config, self.path)
+        self._check_names(config)
         if not self._occupied:
             if outer := self._outer_run():
                 fix = f"is inside the run folder {outer}: choose another output_dir"
@@ -137,6 +142,17 @@ class RunFolder:
         more = manifest | Manifest.of((), names)
         if more != manifest:
             self.update_run_json(files=more.to_json())
+
+    def _check_names(self, config: RunConfig) -> None:
+        """Raises UserError if an adapter's name is too long for the files that will be called so."""
+        folder = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.is_dir())
+        longest = (
+            os.pathconf(folder, "PC_NAME_MAX") - len(LONGEST_ENDING) if hasattr(os, "pathconf") else 255 - len(LONGEST_ENDING)
+        )
+        for spec in expand(config):
+            if len(spec.name.encode()) > longest:
+                fix = f"is too long: files are called so, and a name may have {longest} characters here; rename task or adapter"
+                raise fail("adapters", spec.name, fix)
 
     def _check_replaceable(self) -> None:
         """Raises UserError if it cannot be told which files are the run's."""

@@ -263,6 +263,56 @@ def test_write_past_a_file_size_limit_leaves_the_old_file(tmp_path: Path) -> Non
     assert content(tmp_path) == {"file": b"old"}
 
 
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (errno.EROFS, "Read-only file system.: choose a place that can be written to"),
+        (errno.EDQUOT, "the disk is full"),
+        (errno.EACCES, "Permission denied.: choose another place, or change its permissions"),
+        (errno.ENAMETOOLONG, "File name too long.: choose shorter names"),
+        (errno.ELOOP, "symbolic links.: links lead in a circle"),
+        (errno.ENOTDIR, "Not a directory.: a file is in the way"),
+        (errno.EISDIR, "Is a directory.: a folder is in the way"),
+        (errno.EIO, "Input/output error.: the disk reports an error"),
+        (errno.ENODEV, "No such device.: choose another place"),
+        (errno.ESTALE, "Stale file handle.: choose another place"),
+        (errno.EMFILE, "Too many open files.: too many files are open: raise the limit"),
+    ],
+    ids=lambda value: errno.errorcode.get(value, "") if isinstance(value, int) else "",
+)
+def test_disk_errors_name_file_and_fix_for_every_error_of_the_system(tmp_path: Path, code: int, told: str) -> None:
+    path = tmp_path / "nowhere" / "file"
+    passed_on = RuntimeError(f"Error while serializing: I/O error (os error {code})")  # as safetensors passes it on
+    for error in (OSError(code, os.strerror(code)), passed_on):
+        with pytest.raises(UserError, match=f"nowhere/file: .*{told}"), disk_errors(path):
+            raise error
+
+
+def test_a_file_of_the_longest_name_is_written(tmp_path: Path) -> None:
+    write_atomically(tmp_path / ("x" * 255), lambda path: path.write_text("content"))
+    assert content(tmp_path) == {"x" * 255: b"content"}
+    with pytest.raises(UserError, match="File name too long"):
+        write_atomically(tmp_path / ("x" * 256), lambda path: path.write_text("content"))
+
+
+def test_a_new_file_does_not_replace_one_that_was_made_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(UserError, match="exists already"):
+        write_atomically(path, lambda temporary: (temporary.write_text("new"), path.write_text("theirs")), new=True)
+    assert content(tmp_path) == {"file": b"theirs"}
+    path.unlink()
+    write_atomically(path, lambda temporary: temporary.write_text("new"), new=True)
+    assert content(tmp_path) == {"file": b"new"}
+
+
+def test_an_adapter_name_too_long_for_a_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = run_config()
+    config = config.model_copy(update={"adapters": {"x" * 240: config.adapters["lora"]}})
+    with pytest.raises(UserError, match="is too long: files are called so"):
+        RunFolder(tmp_path / "run").standing(config)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_errors_pass_through_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), disk_errors(tmp_path):
         raise ValueError("mine")
