@@ -142,7 +142,8 @@ def build_language(language: str, output: Path, packages: Path) -> Counter[str]:
 
 
 def build(languages: Sequence[str], output: Path) -> None:
-    """Build the corpus folder, whole or not at all."""
+    """Build the corpus folder, whole or not at all. Raises CorpusError if the folder holds anything that an earlier build did not write."""
+    check_ours(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         packages, finished = Path(scratch) / "packages", Path(scratch) / "finished"
@@ -152,9 +153,30 @@ def build(languages: Sequence[str], output: Path) -> None:
             dropped = build_language(language, finished, packages)
             print(f"{language} left out: " + (", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "nothing"))
         (finished / "NOTICE.md").write_text(NOTICE, encoding="utf-8")
+        files = [path.relative_to(finished).as_posix() for path in sorted(finished.rglob("*")) if path.is_file()]
+        (finished / MANIFEST_NAME).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+        check_ours(output)
         if output.exists():
             shutil.rmtree(output)
         finished.rename(output)
+
+
+def check_ours(output: Path) -> None:
+    """Raises CorpusError if the folder holds a file that its manifest does not name: it is not deleted."""
+    if not output.exists() and not output.is_symlink():
+        return
+    try:
+        ours = set(json.loads((output / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]) | {MANIFEST_NAME}
+    except (OSError, ValueError, LookupError, TypeError):
+        ours = set()
+    found = [path.relative_to(output).as_posix() for path in sorted(output.rglob("*")) if not path.is_dir() or path.is_symlink()]
+    if output.is_symlink() or not output.is_dir() or not ours.issuperset(found):
+        other = next((name for name in found if name not in ours), "no corpus")
+        raise CorpusError(f"{output} holds {other}, which was not built here: choose another --output, or delete it by hand")
+
+
+MANIFEST_NAME = "manifest.json"
+"""Names every file of a built corpus."""
 
 
 NOTICE = """\

@@ -42,6 +42,7 @@ def build(output: Path, requirements: Path, megabytes: int, make: Callable[[list
         if problem is None:
             print(f"{output}: already built")
             return
+        check_ours(output)
         print(f"{output}: building again ({problem})")
     output.parent.mkdir(parents=True, exist_ok=True)
     # beside the final folder, so that the rename below stays within one file system
@@ -54,6 +55,7 @@ def build(output: Path, requirements: Path, megabytes: int, make: Callable[[list
         said = make(wheels, finished)
         write_manifest(finished, source)
         if output.exists():
+            check_ours(output)
             shutil.rmtree(output)
         finished.rename(output)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
@@ -82,6 +84,21 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_ours(output: Path) -> None:
+    """Raises BuildError if the folder holds anything that its manifest does not name: it is not deleted."""
+    if output.is_symlink() or not output.is_dir():
+        raise BuildError(f"{output} is no folder: choose another --output, or delete it by hand")
+    names = {path.name for path in output.iterdir()}
+    try:
+        ours = set(json.loads((output / MANIFEST_NAME).read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, LookupError, TypeError):
+        ours = set()
+    if others := sorted(names - ours - {MANIFEST_NAME, ".flora_train_sha256.json"}):
+        raise BuildError(
+            f"{output} holds {others[0]}, which was not built here: choose another --output, or delete the folder by hand"
+        )
 
 
 def write_manifest(folder: Path, source: str) -> None:
