@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,7 +18,7 @@ from flora_train.adapters.host_memory import free_memory
 from flora_train.adapters.layer_usage import unusable_by_shape
 from flora_train.adapters.paging import OF_FREE_MEMORY, PLANES
 from flora_train.adapters.pool import Pool, pool_key
-from flora_train.adapters.probe_inputs import noise_features
+from flora_train.adapters.probe_inputs import count_tokens, noise_features
 from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.adapters.targets import find_targets
 from flora_train.config.errors import fail
@@ -25,6 +26,8 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
 from flora_train.cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
 from flora_train.data.tokens import pad_token
+from flora_train.evaluation.code.evaluate import load_suites, prompts_of
+from flora_train.evaluation.generation import check_prompts
 from flora_train.export.loadability import notes
 from flora_train.session import load_data, paging_of, prepare
 from flora_train.training.progress import duration
@@ -92,6 +95,7 @@ def capacity(config: RunConfig) -> Capacity:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare(config, device)
     tokenizer, tasks, ears = load_data(config)
+    check_texts(config, tokenizer)
     pools = pools_of(config)
     largest = max(pool.row_size for pool in pools)
     everything = sum(len(pool.specs) * pool.row_size for pool in pools)
@@ -140,6 +144,15 @@ def capacity(config: RunConfig) -> Capacity:
         shared=device.type == "cpu",
         processes=processes,
     )
+
+
+def check_texts(config: RunConfig, tokenizer: Any) -> None:
+    """Raises UserError as the run would, if a prompt that will be completed cannot be, or leaves no room for its continuation."""
+    prompts = prompts_of(config, load_suites(config)[0] if config.evaluation.problems else ())
+    model = empty_model(config.model)
+    if prompts and not is_speech_model(model.config):
+        options = (count_tokens(model), config.model, model.config, config.evaluation.max_new_tokens)
+        check_prompts(tokenizer, prompts, *options)
 
 
 def _there(place: Path) -> Path:

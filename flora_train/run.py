@@ -12,15 +12,15 @@ from shutil import which
 from typing import Any
 
 from flora_train.adapters.base_files import base_identity
+from flora_train.adapters.probe_inputs import count_tokens, noise_features
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.json_object import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain, safe_streams
-from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.tokens import pad_token
-from flora_train.evaluation.code.evaluate import Plan, plan_evaluation
-from flora_train.evaluation.generation import check_room
+from flora_train.evaluation.code.evaluate import Plan, plan_evaluation, prompts_of
+from flora_train.evaluation.generation import check_prompts, note_of
 from flora_train.evaluation.report.terminal import (
     print_completions,
     print_error_rates,
@@ -30,6 +30,7 @@ from flora_train.evaluation.report.terminal import (
 )
 from flora_train.evaluation.results import KINDS, SCHEMA, reading_report
 from flora_train.evaluation.saved import check_evaluation
+from flora_train.evaluation.speech.cache_check import check_transcribing
 from flora_train.export.loadability import WARNING, say_what_peft_loads
 from flora_train.export.peft_start import start_from_peft
 from flora_train.judge import judge, training_facts
@@ -90,7 +91,7 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     if standing != "free":
         on_main_process(lambda: check_data(folder, session.tasks, OriginOptions()))
     on_every_process(session.check_model)
-    on_every_process(lambda: check_prompts(session, plan))
+    on_every_process(lambda: check_texts(session, plan))
     on_main_process(lambda: say_what_peft_loads(session.model, session.bank.pools))
     pad = pad_token(session.tokenizer)
     data = (session.tasks, pad, folder, accelerator, session.collate)
@@ -172,17 +173,18 @@ def report_left_out(session: Session) -> None:
         say(f"note: {len(lines)} clips are left out ({', '.join(f'{n} {r}' for r, n in reasons.items())}): {file}")
 
 
-def check_prompts(session: Session, plan: Plan | None) -> None:
-    """Raises UserError if some prompt that will be completed after training leaves no room for evaluation.max_new_tokens."""
-    prompts = [(prompt, True) for task in session.config.tasks.values() for prompt in task.sample_prompts]
-    prompts += (
-        [(problem.prompt, False) for suite in plan.suites for part in suite.asked.values() for problem in part.values()]
-        if plan
-        else []
-    )
-    encoder = TextEncoder(session.tokenizer)
-    lengths = (len(encoder.prompt(prompt, special_tokens)) for prompt, special_tokens in prompts)
-    check_room(session.model, max(lengths, default=0), session.config.evaluation.max_new_tokens)
+def check_texts(session: Session, plan: Plan | None) -> None:
+    """Raises UserError if a prompt that will be completed after training cannot be, or leaves no room for evaluation.max_new_tokens.
+    Says so where texts are written one row at a time. Collective where the base is divided."""
+    config, prompts = session.config, prompts_of(session.config, plan.suites if plan else ())
+    if session.ears is not None:
+        check_transcribing(session.model, noise_features(session.ears.store.extractor))
+    if not prompts or session.ears is not None:
+        return
+    rows, model_config = count_tokens(session.model), session.model.config
+    check_prompts(session.tokenizer, prompts, rows, config.model, model_config, config.evaluation.max_new_tokens)
+    if (note := note_of(session.model)) is not None:
+        say(note)
 
 
 def show(folder: RunFolder) -> None:

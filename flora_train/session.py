@@ -50,6 +50,7 @@ from flora_train.training.row_check import check_rows
 from flora_train.training.run_folder import RunFolder, open_run
 from flora_train.training.selection import Kept, load_kept
 from flora_train.training.sharding import check_launcher, shard_base
+from flora_train.training.token_check import check_tokens
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,24 @@ def load_data(config: RunConfig, with_tasks: bool = True) -> tuple[Any, dict[str
     check_kind(model_config, config)
     ears = open_ears(config, model_config, tokenizer) if is_speech_model(model_config) else None
     tasks = load_tasks(config, tokenizer, cache_folder(), ears) if with_tasks else {}
+    if ears is not None:
+        check_transcripts(config, ears)
+    if tasks:
+        check_tokens(config, tokenizer, tasks)
     if with_tasks and (idle := sorted(config.tasks.keys() - tasks.keys())):
         say(f"note: no adapter learns {', '.join(idle)}: not read")
     return tokenizer, tasks, ears
+
+
+def check_transcripts(config: RunConfig, ears: Ears) -> None:
+    """Raises UserError if a transcript of evaluation.max_new_tokens is longer than the decoder can read."""
+    for name, task in config.tasks.items():
+        if task.speech is None:
+            continue
+        room = ears.max_tokens - len(ears.prompt(task.speech, f"tasks.{name}")) + 1  # the last token is written, not read
+        if config.evaluation.max_new_tokens > room:
+            fix = f"is more than the decoder has positions for ({ears.max_tokens}, its prompt among them): give at most {room}"
+            raise fail("evaluation.max_new_tokens", config.evaluation.max_new_tokens, fix)
 
 
 def paging_of(config: RunConfig) -> Paging:

@@ -36,6 +36,7 @@ from flora_train.evaluation.code.programs.verdicts import judge_all, read_verdic
 from flora_train.evaluation.code.solve import solve
 from flora_train.evaluation.code.summary import read_summary, summarise, write_summary
 from flora_train.evaluation.generation import Decoder, Sampling
+from flora_train.evaluation.generation.room import Prompts
 from flora_train.training.checksum import fingerprint
 from flora_train.training.distributed import on_main_process, wait_for_everyone
 from flora_train.training.environment import available_cpus, dtype_of
@@ -62,6 +63,20 @@ def plan_evaluation(config: RunConfig, need_sandbox: bool = True) -> Plan | None
     """
     if not config.evaluation.problems:
         return None
+    suites, wanted, table = load_suites(config)
+    try:
+        sandbox = open_sandbox(config.evaluation.sandbox)
+    except UserError as error:
+        if need_sandbox:
+            raise
+        return Plan(suites, {}, dict.fromkeys(wanted, str(error.problems[0])))
+    broken = preflight([table[key] for key in wanted], sandbox)
+    return Plan(suites, {key: table[key] for key in wanted if key not in broken}, broken)
+
+
+def load_suites(config: RunConfig) -> tuple[tuple[Suite, ...], Sequence[str], Mapping[str, Language]]:
+    """The problems that will be solved, their languages, and the table of languages. Raises UserError for an unknown language or
+    suite, or a language of no task."""
     spoken = languages_of(config)
     if not spoken:
         fix = "no task says its language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, rb, ...)"
@@ -86,14 +101,20 @@ def plan_evaluation(config: RunConfig, need_sandbox: bool = True) -> Plan | None
         raise fail("evaluation.problems", taken[0], "would have the name of something else in the run's folder eval/: rename it")
     if twice := [name for name in names if names.count(name) > 1]:
         raise fail("evaluation.problems", twice[0], "two suites would share this name, and their folder: rename one")
-    try:
-        sandbox = open_sandbox(config.evaluation.sandbox)
-    except UserError as error:
-        if need_sandbox:
-            raise
-        return Plan(suites, {}, dict.fromkeys(wanted, str(error.problems[0])))
-    broken = preflight([table[key] for key in wanted], sandbox)
-    return Plan(suites, {key: table[key] for key in wanted if key not in broken}, broken)
+    return suites, wanted, table
+
+
+def prompts_of(config: RunConfig, suites: Sequence[Suite]) -> dict[str, Prompts]:
+    """Configuration key -> the prompts that will be completed after training, as they are given to the model."""
+    learnt = {
+        name: task
+        for name, task in config.tasks.items()
+        if any(name in (a.tasks or config.tasks) for a in config.adapters.values())
+    }
+    found: dict[str, Prompts] = {f"tasks.{name}.sample_prompts": (task.sample_prompts, True) for name, task in learnt.items()}
+    problems = [problem.prompt.rstrip() for suite in suites for part in suite.asked.values() for problem in part.values()]
+    found["evaluation.problems"] = (problems, False)
+    return {key: prompts for key, prompts in found.items() if prompts[0]}
 
 
 def evaluate_code(

@@ -4,10 +4,13 @@ decoder.py   prompts in, texts out: admits rows, steps them together, lets each 
 attention.py one new token of every row, on a CPU
 row_cache.py keys and values of the rows that are being decoded
 way.py       whether rows can share a batch, or are written one at a time by the model's own generate
+room.py      whether there is room for a prompt and its continuation
 sampling.py  the next token of every row; what is drawn depends on the row alone
 """
 
-from flora_train.evaluation.generation.decoder import Blocks, Decoder, Generated, Request, check_room, complete
+from flora_train.evaluation.generation.decoder import Blocks, Decoder, Generated, Request, complete
+from flora_train.evaluation.generation.room import check_prompts, check_room
 from flora_train.evaluation.generation.sampling import Sampling
+from flora_train.evaluation.generation.way import note_of
 
-__all__ = ["Blocks", "Decoder", "Generated", "Request", "Sampling", "check_room", "complete"]
+__all__ = ["Blocks", "Decoder", "Generated", "Request", "Sampling", "check_prompts", "check_room", "complete", "note_of"]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.base_model import set_mode
-from flora_train.config.errors import fail
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.tokens import pad_token
 from flora_train.evaluation.generation.attention import decoding_attention
+from flora_train.evaluation.generation.room import check_room
 from flora_train.evaluation.generation.row_cache import RowCache
 from flora_train.evaluation.generation.sampling import Sampling
 from flora_train.evaluation.generation.way import Way, read, takes_of, way_of, write_row
@@ -93,7 +93,7 @@ class Decoder:
         """Call `report` for every sample of every request, as they end. Longest prompts first. Raises UserError if a prompt and
         its continuation are longer than the model can read."""
         prompts = [self.encoder.prompt(r.prompt, r.special_tokens) for r in requests]
-        check_room(self.model, max(map(len, prompts), default=0), self.max_new_tokens)
+        check_room(self.model.config, max(map(len, prompts), default=0), self.max_new_tokens)
         order = sorted(range(len(requests)), key=lambda i: -len(prompts[i]))
         training = self.model.training
         self.model.eval()
@@ -201,16 +201,6 @@ class Decoder:
             return False
         tail = self.tokenizer.decode(row.tokens[-max(len(stop.encode()) for stop in row.stops) - 4 :])
         return any(stop in tail for stop in row.stops)
-
-
-def check_room(model: Any, longest: int, max_new_tokens: int) -> None:
-    """Raises UserError if a prompt of `longest` tokens and its continuation are more than the model can read."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None or longest + max_new_tokens <= limit:
-        return
-    rest = f"at most {limit - longest}" if longest < limit else "there is no room for it, whatever the length: leave it out"
-    fix = f"with a prompt of {longest} tokens is more than the {limit} that the model can read: {rest}"
-    raise fail("evaluation.max_new_tokens", max_new_tokens, fix)
 
 
 def complete(

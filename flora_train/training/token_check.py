@@ -1,0 +1,71 @@
+"""Can the model read every token of the data, and every example to its end? Asked before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from flora_train.adapters.base_model import empty_model, load_model_config
+from flora_train.adapters.limits import declared_positions, longest_readable
+from flora_train.adapters.probe_inputs import count_tokens
+from flora_train.config.errors import Problem, UserError
+from flora_train.config.schema import RunConfig
+from flora_train.data.task import Task
+from flora_train.data.tokens import TokenSplit, pad_token
+from flora_train.training.distributed import say
+
+
+def check_tokens(config: RunConfig, tokenizer: Any, tasks: Mapping[str, Task]) -> None:
+    """Raises UserError where a token has an id beyond the model's embedding, or an example more tokens than the model has positions."""
+    rows = count_tokens(empty_model(config.model))
+    problems = [*_special_tokens(config, tokenizer, rows), *_unknown_tokens(tokenizer, tasks, rows)]
+    if not problems:
+        problems = list(_long_examples(config, tasks))
+    if problems:
+        raise UserError(*problems)
+
+
+def _special_tokens(config: RunConfig, tokenizer: Any, rows: int) -> Iterator[Problem]:
+    for kind, number in (("padding", pad_token(tokenizer)), ("end", int(tokenizer.eos_token_id))):
+        if number >= rows:
+            fix = (
+                f"its tokenizer's {kind} token {tokenizer.convert_ids_to_tokens(number)!r} has the id {number}, and the model has the "
+                f"tokens 0 to {rows - 1}: choose one of these (tokenizer.pad_token = tokenizer.eos_token) and save the tokenizer, or "
+                "enlarge the model's embedding and save both"
+            )
+            yield Problem("model.path", config.model.path, fix)
+
+
+def _unknown_tokens(tokenizer: Any, tasks: Mapping[str, Task], rows: int) -> Iterator[Problem]:
+    for key, split in _splits(tasks):
+        beyond = split.tokens[split.tokens >= rows]
+        if len(beyond):
+            number = int(beyond[0])
+            fix = (
+                f"holds the token {tokenizer.convert_ids_to_tokens(number)!r} with the id {number}, and the model has the tokens 0 to "
+                f"{rows - 1}: the tokenizer is of another model, or got tokens that the model's embedding did not"
+            )
+            yield Problem(key, None, fix)
+
+
+def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Problem]:
+    lengths = {key: int(np.diff(split.offsets).max(initial=0)) for key, split in _splits(tasks)}
+    key, longest = max(lengths.items(), key=lambda item: item[1], default=("", 0))
+    model_config = load_model_config(config.model)
+    limit, declared = longest_readable(config.model, model_config, longest), declared_positions(model_config)
+    if limit is not None:
+        fix = f"{key} has an example of {longest} tokens, and the model has positions for {limit}: give at most {limit}"
+        yield Problem("training.max_length", config.training.max_length, fix)
+    elif declared is not None and longest > declared:
+        say(f"note: {key} has an example of {longest} tokens; the model was made for {declared} (max_position_embeddings)")
+
+
+def _splits(tasks: Mapping[str, Task]) -> Iterator[tuple[str, TokenSplit]]:
+    """Configuration key -> tokens."""
+    for name, task in tasks.items():
+        for split in ("train", "validation", "test"):
+            tokens = getattr(task, split, None)
+            if tokens is not None:
+                yield f"tasks.{name}.{split}", tokens
