@@ -196,7 +196,7 @@ def test_what_is_in_the_way_of_a_folder_or_file_is_named(finished: Path, recipe:
     for place, reason in (
         (tmp_path / "file" / "run", "Not a directory"),
         (tmp_path / "loop" / "run", "Too many levels of symbolic links"),
-        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / ("x" * 300), "is too long for a path"),
         (Path("/proc/self/run"), "No such file or directory"),
     ):
         for words in (

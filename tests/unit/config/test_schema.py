@@ -213,20 +213,18 @@ def test_nothing_is_called_as_reports_call_the_base(section: str, name: str) -> 
 @pytest.mark.parametrize(
     ("tasks", "adapters", "named"),
     [
-        (["lua", "Lua"], ["lora"], ["Lua-lora", "lua-lora"]),
-        (["lua"], ["lora", "LoRA"], ["lua-LoRA", "lua-lora"]),
-        (["a", "A-b"], ["B-c", "c"], ["A-b-c", "a-B-c"]),
+        (["lua", "Lua"], ["lora"], "Lua-lora and lua-lora"),
+        (["lua"], ["lora", "LoRA"], "lua-LoRA and lua-lora"),
+        (["a", "A-b"], ["B-c", "c"], "A-b-c and a-B-c"),
     ],
 )
-def test_adapters_whose_names_differ_in_capitals_only_are_refused(
-    tasks: list[str], adapters: list[str], named: list[str]
-) -> None:
+def test_adapters_whose_names_differ_in_capitals_only_are_refused(tasks: list[str], adapters: list[str], named: str) -> None:
     raw = small()
     task, adapter = (next(iter(raw[section].values())) for section in ("tasks", "adapters"))
     raw["tasks"], raw["adapters"] = dict.fromkeys(tasks, task), dict.fromkeys(adapters, adapter)
-    problems = refusal(lambda: validate(raw))
-    assert sorted(str(problem.value) for problem in problems) == named
-    assert all("in capitals only" in problem.fix for problem in problems)
+    (problem,) = refusal(lambda: validate(raw))
+    assert {str(problem.value), problem.fix.split()[1]} == set(named.split(" and "))
+    assert "differ in case only" in problem.fix
 
 
 def test_names_that_join_to_one_are_refused() -> None:

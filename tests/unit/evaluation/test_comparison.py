@@ -171,7 +171,7 @@ def test_runs_are_called_by_what_tells_them_apart(paths: list[str], expected: li
 def test_by_command(report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         (tmp_path / name / "eval").mkdir(parents=True)
-        (tmp_path / name / "run.json").write_text("{}")
+        (tmp_path / name / "run.json").write_text('{"finished": true}')
         (tmp_path / name / "config.yaml").write_text(report["facts"]["config"])
         (tmp_path / name / "eval" / "report.json").write_text(json.dumps({**report, "schema": SCHEMA}))
     runs = [str(tmp_path / name) for name in ("a", "b")]
