@@ -243,7 +243,7 @@ COMMANDS = {
         None,
     ),
     "solve": Command(
-        "RUN [languages=[lua,...]] [contenders=[PEFT,...]] [evaluation.KEY=VALUE ...] [out=FOLDER] [multipl_e=FOLDER] [allow_different_base=true]",
+        "RUN [languages=[lua,...]] [contenders=[PEFT,...]] [evaluation.KEY=VALUE] [out=FOLDER] [multipl_e=FOLDER] [--allow-different-base]",
         "let a run's base and adapters solve programming problems, and say pass@k",
         "flora-train solve outputs/quickstart evaluation.problems=starter evaluation.n=20 evaluation.k=[1,10]",
         _solve,
@@ -260,7 +260,7 @@ COMMANDS = {
     ),
     "export": Command(
         "RUN [ADAPTER ...] [--as peft|flora|merged|lora-svd] [--rank N] [--max-error X] [--out FOLDER] "
-        "[--allow-different-base] [--allow-different-data]",
+        "[--allow-different-base|-data]",
         "write adapters for other programs: PEFT's folders, plain models, or the closest LoRA",
         "flora-train export outputs/quickstart lua-flora --as lora-svd --max-error 0.2",
         _export,

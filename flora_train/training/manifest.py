@@ -101,14 +101,15 @@ class Manifest:
 
 def delete(files: Sequence[Path], folder: Path, keep: Collection[Path] = ()) -> None:
     """Delete these files below `folder`, and the folders that are empty then. Raises OSError."""
-    parents: set[Path] = set()
+    kept, touched = set(keep), set()
     for file in files:
-        if file not in keep:
+        if file not in kept:
             file.unlink(missing_ok=True)
-            parents |= {parent for parent in file.parents if parent != folder and parent.is_relative_to(folder)}
-    for parent in sorted(parents, key=lambda path: len(path.parts), reverse=True):
-        if parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()
+            touched.add(file.parent)
+    for place in sorted(touched, key=lambda path: len(path.parts), reverse=True):
+        while place != folder and place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+            place = place.parent
 
 
 def _pattern(name: str) -> re.Pattern[str]:
