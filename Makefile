@@ -70,6 +70,7 @@ bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, layers, kernel
 	$(BIN)/python benchmarks/execution.py --save
 	$(BIN)/python benchmarks/paging.py --save
 	$(BIN)/python benchmarks/thousand.py --save
+	$(BIN)/python benchmarks/scaling.py --save
 
 bench-quick: $(INSTALLED)  ## the same in ten minutes: fewer repeats, the small model only
 	$(BIN)/python benchmarks/joint.py --quick

@@ -60,7 +60,9 @@ def solve_run(run: str, words: Sequence[str]) -> None:
     """
     folder, recorded = open_run(run)
     raw = parse_words([FLAGS.get(word, word) for word in words])
-    evaluation = raw.pop("evaluation", {})
+    evaluation = raw.pop("evaluation", None) or {}
+    if not isinstance(evaluation, dict):
+        raise fail("evaluation", evaluation, "must hold keys: give evaluation.KEY=VALUE")
     allow, raw = take_origin_options(raw)
     options = read_options(SolveOptions, raw, also=["evaluation.KEY"])
     if options.languages is not None:

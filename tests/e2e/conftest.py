@@ -78,6 +78,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     return path
 
 
+PLANTED = "planted-secret-5c1f"
+"""The value of secrets in the environment of every run."""
+
+
 def launch_command(*words: str, processes: int = 1) -> list[str]:
     """accelerate launch train.py, as a user would call it."""
     config = ROOT / "launch" / ("single.yaml" if processes == 1 else "cpu_2proc.yaml")
@@ -86,7 +90,7 @@ def launch_command(*words: str, processes: int = 1) -> list[str]:
 
 def launch_environment(cache: Path) -> dict[str, str]:
     ours = {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return {**os.environ, **ours}
+    return {**os.environ, **ours, **dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "FLORA_TEST_SECRET"), PLANTED)}
 
 
 @pytest.fixture(scope="session")

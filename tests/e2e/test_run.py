@@ -20,7 +20,7 @@ from flora_train.config.load import load_config
 from flora_train.data.batch import share_of_rank
 from flora_train.data.task import load_tasks
 from flora_train.training.plan import StepPlan, make_mixture, plan_step
-from tests.e2e.conftest import Launch, launch_environment
+from tests.e2e.conftest import PLANTED, Launch, launch_environment
 from tests.forked import Forked, python
 
 ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for method in ("flora", "lora", "ia3"))
@@ -34,6 +34,21 @@ def finished(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFact
     (folder / "stdout.txt").write_text(done.stdout)
     (folder / "stderr.txt").write_text(done.stderr)
     return folder
+
+
+def test_no_secret_of_the_environment_is_in_any_file_of_a_run(finished: Path) -> None:
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert [path for path in files if PLANTED.encode() in path.read_bytes()] == []
+
+
+def test_reference_to_a_secret_is_refused_before_anything_is_written(recipe: Path, launch: Launch, tmp_path: Path) -> None:
+    for key in ("tracking.group", "tasks.letters.license", "model.revision"):
+        done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", f"{key}=${{oc.env:FLORA_TEST_SECRET}}")
+        assert done.returncode == 2
+        assert f"error: {key} = '${{oc.env:FLORA_TEST_SECRET}}': 'oc.env' is a resolver" in done.stderr
+        assert PLANTED not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def adapter_bytes(folder: Path) -> dict[str, bytes]:
