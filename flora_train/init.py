@@ -20,6 +20,7 @@ from flora_train.config.section import Name, PathText, Section, Text
 from flora_train.config.task_schema import SourceConfig
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
+from flora_train.data.examples import cell_text
 from flora_train.data.sources import read_rows
 from flora_train.session import load_data
 
@@ -114,14 +115,18 @@ def look_at(source: str, language: str | None) -> Found:
     except ValidationError as error:
         raise fail(source, None, str(error.errors()[0]["msg"])) from error
     rows = read_rows(config, "source")
-    columns = list(rows[0])
-    sound = next((c for c in AUDIO if c in columns and str(rows[0][c]).lower().endswith(SOUNDS)), None)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    sound = next((c for c in AUDIO if c in columns and str(rows[0].get(c)).lower().endswith(SOUNDS)), None)
     sentence = next((c for c in SENTENCE if c in columns), None)
     if sound is not None and sentence is not None:
         if language is None:
             raise fail(source, None, f"holds clips ({sound}) with transcripts ({sentence}): say in which language, --language cs")
         speech = {"language": language, "audio": sound, "sentence": sentence}
-        return Found({"speech": speech, "train": source}, f"{len(rows):,} clips in {language}", spoken=True)
+        return Found(
+            {"speech": speech, "train": source},
+            f"{len(rows):,} clips in {language}{_rest(columns, sound, sentence)}",
+            spoken=True,
+        )
     for asked, answered in PAIRS:
         if asked in columns and answered in columns:
             plain = (asked, answered) == PAIRS[0]
@@ -130,12 +135,26 @@ def look_at(source: str, language: str | None) -> Found:
                 if plain
                 else {"prompt": f"{{{asked}}}", "completion": f"\n{{{answered}}}"}
             )
-            return Found({"train": source, **keys}, f"{len(rows):,} rows, {answered} is learnt after {asked}")
+            return Found(
+                {"train": source, **keys},
+                f"{len(rows):,} rows, {answered} is learnt after {asked}{_rest(columns, asked, answered)}",
+            )
     whole = next((c for c in WHOLE if c in columns), None)
     if whole is not None:
-        return Found({"train": source, "text": whole}, f"{len(rows):,} rows, {whole} is learnt whole")
+        return Found({"train": source, "text": whole}, f"{len(rows):,} rows, {whole} is learnt whole{_rest(columns, whole)}")
     fix = f"has the columns {choices(columns)}: which is asked and which is learnt cannot be told; write tasks.NAME.prompt and completion by hand (docs/tasks.md)"
     raise fail(source, None, fix)
+
+
+def _rest(columns: Sequence[str], *used: str) -> str:
+    """The columns that the recipe does not use."""
+    rest = [" ".join(cell_text(column).split()) for column in columns if column not in used]
+    more = f" and {len(rest) - SHOWN} more" if len(rest) > SHOWN else ""
+    return f"; not used: {', '.join(rest[:SHOWN])}{more}" if rest else ""
+
+
+SHOWN = 8
+"""Columns that are named."""
 
 
 def raw_recipe(name: str, model: str, found: Mapping[str, Found], steps: int, tokens: int) -> dict[str, Any]:

@@ -24,7 +24,9 @@ from flora_train.adapters.targets import find_targets
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
+from flora_train.config.unused_keys import notes_on_unused
 from flora_train.cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
+from flora_train.data.task import notes_on_rows
 from flora_train.data.tokens import pad_token
 from flora_train.evaluation.code.evaluate import load_suites, prompts_of
 from flora_train.evaluation.generation import check_prompts
@@ -72,6 +74,8 @@ class Capacity:
     step_seconds: float
     shared: bool
     processes: int
+    notes: Sequence[str] = ()
+    """On the rows, and on keys that are not used."""
 
     @property
     def host(self) -> int:
@@ -143,6 +147,7 @@ def capacity(config: RunConfig) -> Capacity:
         step_seconds=cost.step_seconds,
         shared=device.type == "cpu",
         processes=processes,
+        notes=[*notes_on_rows(tasks, config), *notes_on_unused(config.tasks, bool(config.evaluation.problems))],
     )
 
 
@@ -174,6 +179,7 @@ def pools_of(config: RunConfig) -> list[Pool]:
 
 
 def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:
+    yield from (("note", note) for note in found.notes)
     for pool in found.pools:
         families = Counter(spec.family for spec in pool.specs)
         rank = f", rank {pool.specs[0].rank}" if pool.specs[0].rank else ""

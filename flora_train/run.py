@@ -18,6 +18,8 @@ from flora_train.config.errors import fail
 from flora_train.config.json_object import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain, safe_streams
+from flora_train.config.unused_keys import notes_on_unused
+from flora_train.data.task import notes_on_rows
 from flora_train.data.tokens import pad_token
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation, prompts_of
 from flora_train.evaluation.generation import check_prompts, note_of
@@ -105,6 +107,8 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     suites = suite_files(suite.name for suite in plan.suites) if plan else []
     on_main_process(lambda: folder.claim(config, suites, base=base_identity(config.model), data=data_of_all(session)))
     on_main_process(lambda: report_left_out(session))
+    for note in [*notes_on_rows(session.tasks, config), *notes_on_unused(config.tasks, bool(config.evaluation.problems))]:
+        say(f"note: {note}")
     on_every_process(lambda: begin_tracking(accelerator, config, folder))
     say(
         f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {dtype_of(session.model)}, on {accelerator.device}"

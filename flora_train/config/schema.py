@@ -18,6 +18,7 @@ from flora_train.config.section import LONGEST_NAME, MOST_PROCESSES, MOST_STEPS,
 from flora_train.config.speech_schema import AudioConfig
 from flora_train.config.sweep import SweepConfig
 from flora_train.config.task_schema import TaskConfig
+from flora_train.config.unused_keys import ignored_keys
 
 
 class ModelConfig(Section):
@@ -254,6 +255,8 @@ class RunConfig(Section):
             raise Contradictions(found)
         if problem := _one_kind_of_task(self.tasks):
             raise Contradictions([problem])
+        if ignored := ignored_keys(self.tasks):
+            raise Contradictions(ignored)
         if late := [rung for rung in self.sweep.rungs or () if rung >= self.training.steps]:
             fix = f"is no step before the end: rungs are before training.steps = {self.training.steps}"
             raise Contradictions([Problem("sweep.rungs", late[0], fix)])

@@ -133,9 +133,9 @@ def _why_no_hub(source: SourceConfig, error: Exception) -> str:
 
 
 def _folder_rows(source: SourceConfig, key: str) -> list[Row]:
+    paths, rows = source_files(source, key), []
     root = find_file(str(source.folder))
-    rows = []
-    for path in source_files(source, key):
+    for path in paths:
         try:
             rows.append({"text": _decode(path), "path": path.relative_to(root).as_posix()})
         except (OSError, ValueError) as error:
@@ -247,11 +247,11 @@ def _read_parquet(path: Path, source: SourceConfig) -> Iterator[Row]:
     import pyarrow.parquet as parquet
 
     try:
-        table = parquet.read_table(path)
-        names = [_name_of(field) for field in table.schema]
-        for twice in (name for i, name in enumerate(names) if name in names[:i]):
-            raise ValueError(f"has the column {twice!r} twice: one of them would be lost")
-        rows = table.to_pylist()
+        with parquet.ParquetFile(path) as file:
+            names = [_name_of(field) for field in file.schema_arrow]
+            for twice in (name for i, name in enumerate(names) if name in names[:i]):
+                raise ValueError(f"has the column {twice!r} twice: one of them would be lost")
+            rows = file.read().to_pylist()
     except Exception as error:  # a damaged file raises many kinds, of pyarrow and of Python
         raise ValueError(first_line(error)) from None
     yield from rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,24 @@ def load_tasks(config: RunConfig, tokenizer: Any, cache: Path, ears: Ears | None
     if problems:
         raise UserError(*problems)
     return tasks
+
+
+def notes_on_rows(tasks: Mapping[str, Task], config: RunConfig) -> list[str]:
+    """What a user must know of a run's rows: special tokens that are written in them, and how they are read."""
+    notes = []
+    for name, task in tasks.items():
+        written = Counter[str]()
+        for split in (task.train, task.validation, task.test):
+            written.update(split.counts.special_tokens if split is not None else {})
+        if not written:
+            continue
+        kinds = ", ".join(f"{token} {count:,}" for token, count in written.most_common(3))
+        more = f" and {len(written) - 3} more" if len(written) > 3 else ""
+        how = (
+            "are tokens" if config.tasks[name].special_tokens else f"are text; tasks.{name}.special_tokens=true makes them tokens"
+        )
+        notes.append(f"special tokens written in rows of {name} ({written.total():,}: {kinds}{more}) {how}")
+    return notes
 
 
 def _learners(config: RunConfig) -> Counter[str]:

@@ -33,7 +33,8 @@ def test_a_recipe_for_files_and_folders_runs_as_it_stands(
     assert main(["init", *words, "--model", str(checkpoint), "--out", str(out), "--name", "mine"]) == 0
     shown = capsys.readouterr().out
     assert "60 rows, answer is learnt after question" in shown
-    assert "40 rows, text is learnt whole" in shown
+    assert "40 rows, text is learnt whole; not used: author" in shown
+    assert "40 rows, text is learnt whole; not used: author" in out.read_text()
     assert "30 files .py, learnt whole" in shown
     config = load_config([f"recipe={out}"])
     assert list(config.tasks) == ["support", "notes", "src"]

@@ -79,3 +79,34 @@ def test_all_lacking_columns_come_at_once() -> None:
 def test_value_that_is_neither_text_nor_number_is_an_error(value: Any) -> None:
     (line,) = refusals([{"text": "fine"}, {"text": value}])
     assert line == f"tasks.t.text = 'text': column 'text' holds a {type(value).__name__}: it must be text or a number"
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), ""])
+def test_missing_cells_are_empty_however_a_table_writes_them(missing: Any) -> None:
+    rows = [{"q": "one", "a": missing}, {"q": missing, "a": "two"}]
+    found = examples(rows, prompt="{q}:", completion="Answer: {a}.")
+    assert found == [TextExample("one:", "Answer: ."), TextExample(":", "Answer: two.")]
+    assert [example.is_empty for example in found] == [True, False]  # of the first nothing of the row would be learnt
+
+
+def test_the_word_nan_is_text() -> None:
+    assert examples([{"text": "NaN"}, {"text": "nan"}]) == [TextExample("", "NaN"), TextExample("", "nan")]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (float("inf"), "holds inf: it must be text or a finite number"),
+        (-float("inf"), "holds -inf"),
+        pytest.param(10**5000, "thousands of digits", id="long"),
+    ],
+)
+def test_numbers_that_are_no_text_are_an_error(value: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        examples([{"text": value}])
+
+
+def test_example_knows_which_parts_of_it_are_columns() -> None:
+    (example,) = examples([{"a": "xy", "b": "z"}], prompt="<{a}|{b}>", completion="{b}")
+    assert [example.prompt[a:b] for a, b in example.prompt_rows] == ["xy", "z"]
+    assert [example.completion[a:b] for a, b in example.completion_rows] == ["z"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import itertools
 import json
 import os
@@ -137,6 +138,28 @@ def test_folder_of_code_is_one_row_a_file_without_hidden_ones(write) -> None:
         ("a.jsonl", b'{"a": "\xff"}', "is not UTF-8 text (byte 7)"),
         ("a.parquet", b"PAR1 or not", "cannot be read"),
         ("a.docx", b"x", "unknown kind of file; there are .csv, .json"),
+        ("a.jsonl", b'{"a": 1}\n{"text": "one", "text": "two"}', "line 2 has the key 'text' twice"),
+        ("a.jsonl", b'{"a": {"b": [{"c": 1, "c": 2}]}}', "line 1 has the key 'c' twice"),
+        ("a.json", b'[{"a": 1},\n {"b": "{}"},\n {"a": 1, "a": 2}]', "row 3 (line 3) has the key 'a' twice"),
+        pytest.param("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply", id="deep-jsonl"),
+        pytest.param("a.json", b'[{"a": ' + b"[" * 100_000 + b"}]", "it is nested too deeply", id="deep-json"),
+        pytest.param("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1 holds a number of thousands of digits", id="digits"),
+        ("a.csv", b"text,text\nalpha,beta\n", "line 1 has the column 'text' twice"),
+        ("a.tsv", b"a\tb\ta\n1\t2\t3\n", "line 1 has the column 'a' twice"),
+        ("a.csv", b"a,,\n1,2,3\n", "line 1 has several columns without a name"),
+        (
+            "a.csv",
+            b'text\none\n"two\nthree\nfour\n',
+            "line 3: unexpected end of data: a quotation mark is opened on it and not closed",
+        ),
+        ("a.csv", b'text\n"one"two\n', "line 2: ',' expected after '\"': a quotation mark"),
+        ("a.csv", b"question;answer\n1;2\n", "line 1 is one column, 'question;answer': there must be commas between cells"),
+        ("a.tsv", b"question,answer\n1,2\n", "line 1 is one column, 'question,answer': there must be tabs between cells"),
+        ("a.csv", "a\n\u00fc\n".encode("utf-16"), "is not UTF-8 text (byte 0): it is UTF-16: save it as UTF-8"),
+        ("a.txt", "ab".encode("utf-16-le"), "is not text: character 1 is a zero"),
+        ("a.csv", b"a\nb\0c\n", "is not text: character 3 is a zero"),
+        ("a.jsonl", gzip.compress(b'{"a": 1}'), "it is compressed (gzip): unpack it"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}'), "unknown kind of file"),
         ("a", b"x", "unknown kind of file"),
     ],
 )
@@ -212,3 +235,62 @@ def test_a_limit_on_hub_rows_streams_and_reads_no_more(monkeypatch: pytest.Monke
     assert read_rows(source, "tasks.t.train") == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert asked["streaming"] is True
     assert asked["data_dir"] == "data/lua"
+
+
+def test_unclosed_quote_deep_in_a_table_names_the_line_where_it_is_opened(write) -> None:
+    rows = "".join(f"alpha beta {i}\n" for i in range(100))
+    write("rows.csv", f'text\n{rows}"gamma starts a quote\n{rows * 4}')
+    assert "line 102: " in refusal(files="rows.csv")
+
+
+def test_quoted_cells_may_hold_quotes_commas_and_lines(write) -> None:
+    write("rows.csv", 'a,b\r\n"x ""y"", z","one\r\ntwo"\r\n5" disk,\'\r\n')
+    assert rows_of(files="rows.csv") == [{"a": 'x "y", z', "b": "one\ntwo"}, {"a": '5" disk', "b": "'"}]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_parquet_columns_and_fields_of_one_name_are_an_error(tmp_path: Path, nested: bool) -> None:
+    values = [pyarrow.array(["x"]), pyarrow.array(["y"])]
+    both = pyarrow.StructArray.from_arrays(values, names=["a", "a"])
+    table = pyarrow.Table.from_arrays([both] if nested else values, names=["s"] if nested else ["a", "a"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert "'a' twice" in refusal(files=str(tmp_path / "rows.parquet"))
+
+
+def test_pipes_and_devices_are_refused_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    for name in ("rows.jsonl", "zero.txt"):
+        assert "is no file that can be read twice" in refusal(files=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "~nobody_of_this_name/x", "/" * 3 + "x" * 5000])
+@pytest.mark.parametrize("key", ["files", "folder", "common_voice"])
+def test_names_that_no_file_can_have_are_one_error(name: str, key: str) -> None:
+    more = {"locale": "cs"} if key == "common_voice" else {}
+    assert refusal(**{key: name + ("" if key != "files" else ".jsonl")}, **more).startswith("tasks.t.train")
+
+
+def test_links_that_lead_back_are_entered_once_and_no_file_is_read_twice_for_them(write, tmp_path: Path) -> None:
+    for name in ("d/a.jsonl", "d/e/b.jsonl", "d/.hidden/c.jsonl", "d/e/.x.jsonl"):
+        write(name, [{"text": name}])
+    for number in range(3):
+        (tmp_path / f"d/e/back{number}").symlink_to(tmp_path / "d")
+    assert [row["text"] for row in rows_of(files="d/**/*.jsonl")] == ["d/a.jsonl", "d/e/b.jsonl"]
+    assert [row["text"] for row in rows_of(files="**/b.json*")] == ["d/e/b.jsonl"]
+    assert [row["path"] for row in rows_of(folder="d", glob="**/*.jsonl")] == ["a.jsonl", "e/b.jsonl"]
+
+
+def test_a_thousand_files_are_read_as_one_source(write) -> None:
+    for number in range(1000):
+        write(f"d/{number:04}.txt", f"{number}\n")
+    assert [row["text"] for row in rows_of(files="d/*.txt")] == [str(number) for number in range(1000)]
+
+
+def test_binary_text_without_a_wrong_byte_is_found_by_its_zeros(write) -> None:
+    write("src/a.lua", "x")
+    write("src/b.lua", b"\x7fELF\0\0")
+    assert (
+        refusal(folder="src")
+        == "tasks.t.train = 'src/b.lua': is not text: character 4 is a zero, as in binary files and in UTF-16: narrow tasks.t.train.glob"
+    )

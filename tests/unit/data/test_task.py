@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import time
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 
 from flora_train.config.errors import UserError
+from flora_train.data.examples import TextExample
 from flora_train.data.task import Task
-from flora_train.data.tokens import TokenSplit
+from flora_train.data.tokens import TokenSplit, tokenise
 from tests.unit.data.conftest import byte_tokenizer
+from tests.unit.data.many_tokenizers import smollm2
 
 ROWS = [{"text": f"text number {i}"} for i in range(100)]
 
@@ -236,3 +240,46 @@ def test_faults_of_all_tasks_come_at_once(write, load, tokenizer: Any) -> None:
         "tasks.b.train",
         "tasks.c.text",
     ]
+
+
+def test_missing_numbers_are_counted_as_empty_and_never_learnt(write, load, tokenizer: Any) -> None:
+    rows = [{"question": f"{i}?", "answer": float("nan") if i % 3 == 0 else str(i)} for i in range(30)]
+    write("a.jsonl", rows)
+    task = load(tokenizer, a={"train": "a.jsonl", "validation": "a.jsonl", "prompt": "question", "completion": " {answer}"})["a"]
+    assert (task.train.counts.empty, task.train.counts.examples) == (10, 20)
+    assert "nan" not in "".join(texts(task.train, tokenizer))
+
+
+@pytest.mark.parametrize("over_long", ["truncate", "drop"])
+def test_of_a_text_of_a_hundred_megabytes_no_more_is_tokenised_than_can_be_used(over_long: str) -> None:
+    tokenizer, text = smollm2(), "many words of text, " * 5_000_000
+    tokenise([TextExample("", "warm up")], tokenizer, 64, over_long)
+    before, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    examples = [TextExample("", text, (), ((0, len(text)),)), TextExample(text, "too long a prompt", ((0, len(text)),))]
+    split = tokenise(examples, tokenizer, 512, over_long)
+    assert time.process_time() - before < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 * 1024  # KiB
+    assert split.counts.prompt_too_long == 1
+    assert split.counts.over_long_dropped == (over_long == "drop")
+    if over_long == "truncate":
+        assert split.example(0).tolist() == tokenizer(text[:8000])["input_ids"][:512]
+
+
+def test_a_long_text_is_split_in_windows_as_it_would_be_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, text = smollm2(), "one, two; \u00fcber drei\n    vier {x} 5678 \u8a9e " * 1500
+    example = TextExample("", text, (), ((0, len(text)),))
+    at_once = tokenise([example], tokenizer, 256, "split")
+    for name, size in (("LONGEST_WHOLE", 10_000), ("WINDOW", 5_000)):
+        monkeypatch.setattr(f"flora_train.data.encoded.{name}", size)
+    in_windows = tokenise([example], tokenizer, 256, "split")
+    assert same(in_windows, at_once)
+    assert len(at_once) > 100
+
+
+@pytest.mark.attack
+def test_memory_for_splitting_a_long_text_stays_a_few_bytes_a_character() -> None:
+    tokenizer, text = smollm2(), "many words of text, " * 200_000
+    tokenise([TextExample("", "words of text, " * 10_000)], tokenizer, 512, "split")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(tokenise([TextExample("", text)], tokenizer, 512, "split")) > 1500
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < 16 * len(text)

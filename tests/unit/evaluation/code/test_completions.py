@@ -171,3 +171,25 @@ def test_settings_bind_only_once_something_was_written(tmp_path: Path) -> None:
     log.claim({"seed": 1})
     with pytest.raises(UserError, match=r"seed = 2: its completions were made with 1 and would be mixed"):
         log.claim({"seed": 2})
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"completions": "return 1"}, "completions must be a list of texts"),
+        ({"completions": ["x"], "stop_tokens": "\n}"}, "stop_tokens must be a list of texts"),
+        ({"completions": ["x"], "stop_tokens": [""]}, "none of them empty"),
+    ],
+)
+def test_text_where_a_list_belongs_is_refused_and_never_cut_into_letters(
+    prompts: Path, changed: dict[str, Any], reason: str
+) -> None:
+    (prompts / "theirs.json").write_text(json.dumps({**PROBLEM, **changed}))
+    with pytest.raises(UserError, match=reason):
+        read_completions(prompts / "theirs.json", None)
+
+
+def test_completion_whose_line_has_a_key_twice_is_refused(prompts: Path) -> None:
+    (prompts / "made.jsonl").write_text('{"language": "sh", "name": "p", "completion": "a", "completion": "b"}')
+    with pytest.raises(UserError, match=r"made.jsonl:1: has the key 'completion' twice"):
+        read_completions(prompts / "made.jsonl", prompts)

@@ -116,3 +116,41 @@ def test_a_suite_is_not_called_as_something_else_in_the_folder_of_results(folder
     place = folder.rename(folder.with_name(name))
     with pytest.raises(UserError, match="would have the name of something else in the run's folder eval/: rename it"):
         plan_evaluation(recipe([str(place)]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"stop_tokens": "\nend"}, "stop_tokens must be a list of texts"),
+        ({"stop_tokens": '["\\nend"]'}, "stop_tokens must be a list of texts"),
+        ({"stop_tokens": None}, "stop_tokens must be a list of texts"),
+        ({"stop_tokens": ["\nend", ""]}, "stop_tokens must be a list of texts, none of them empty"),
+        ({"stop_tokens": ["\nend", 3]}, "stop_tokens must be a list of texts"),
+        ({"prompt": ["x"]}, "prompt must be text"),
+        ({"tests": None}, "tests must be text"),
+    ],
+)
+def test_problem_with_a_field_of_another_kind_is_refused_with_its_line(
+    folder: Path, changed: dict[str, Any], reason: str
+) -> None:
+    (folder / "humaneval-sh.jsonl").write_text("\n".join(map(json.dumps, [ROWS[0], {**ROWS[1], **changed}])))
+    with pytest.raises(UserError) as caught:
+        load_suite(str(folder), ["sh"], None)
+    assert str(caught.value).startswith(f"{folder / 'humaneval-sh.jsonl'}:2")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"name": "p", "name": "q"}', "has the key 'name' twice"),
+        ('{"name": "p", "x": {"a": 1, "a": 2}}', "has the key 'a' twice"),
+        ("[" * 100_000, "is nested too deeply"),
+        ("{", "is not JSON"),
+    ],
+    ids=["twice", "nested", "deep", "cut"],
+)
+def test_line_that_cannot_be_read_whole_is_refused_with_its_place(folder: Path, line: str, reason: str) -> None:
+    (folder / "humaneval-sh.jsonl").write_text(f"{json.dumps(ROWS[0])}\n{line}")
+    with pytest.raises(UserError, match=f"humaneval-sh.jsonl:2: {reason}"):
+        load_suite(str(folder), ["sh"], None)
