@@ -74,9 +74,13 @@ def unusable_layers(model: nn.Module, names: Iterable[str], features: Tensor | N
         if reason is not None:
             alone[name] = reason
     reasons = _whole_lists(alone, first)
-    for name in names:
-        if name not in reasons and _mixes(first[name], turned[name], rows):
-            raise fail("model", type(model).__name__, f"mixes its rows before {name}: adapters would meet rows of others")
+    used = [name for name in names if name not in reasons]
+    if any(_mixes(first[name], turned[name], rows) for name in used):
+        with undisturbed(model), torch.no_grad():
+            first, _, _ = _observe(model, names, inputs)  # without what is random while it trains
+        for name in used:
+            if _mixes(first[name], turned[name], rows):
+                raise fail("model", type(model).__name__, f"mixes its rows before {name}: adapters would meet rows of others")
     return reasons
 
 

@@ -19,7 +19,7 @@ from flora_train.training.loss import RowLosses
 
 ASKED, SHORT, LONG = 4, 6, 9
 """Tokens of the row that is asked about, and of its neighbours in two batches."""
-LOSS, GRADIENT = {True: 2e-3, False: 5e-2}, {True: 2e-2, False: 0.3}
+LOSS, GRADIENT = {True: 5e-4, False: 2e-2}, {True: 5e-3, False: 0.15}
 """Relative changes that are rounding, in float32 and in 16 bits: of a loss, and of a gradient."""
 LEAK = 1e-4
 """Share of the largest gradient up to which one is none."""
@@ -71,10 +71,9 @@ def _check(row_losses: RowLosses, rows: _Rows, features: Tensor | None) -> None:
     changed = max(abs(found - loss) for found in (beside, alone))
     if changed <= LOSS[exact] * abs(loss) and (turned - gradient).norm() <= GRADIENT[exact] * gradient.norm():
         return
-    with torch.no_grad():
-        torch.manual_seed(2)
-        again = float(row_losses(batch)[0])
-    if abs(again - loss) > LOSS[exact] * abs(loss):
+    torch.manual_seed(2)
+    again, drawn = _loss(row_losses, batch, rows)
+    if abs(again - loss) > LOSS[exact] * abs(loss) or (drawn - gradient).norm() > GRADIENT[exact] * gradient.norm():
         words = "draws random numbers while it trains, which depend on the other rows of a batch: set its dropout and noise to 0"
         raise fail("model", type(model).__name__, words)
     what = f"loss by {changed / abs(loss):.0%}" if changed > LOSS[exact] * abs(loss) else "gradient"
