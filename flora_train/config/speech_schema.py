@@ -32,7 +32,8 @@ class SpeechConfig(Section):
     off by validation_fraction."""
     normalizer: Normalizer = "auto"
     """What normalised error rates ignore. letters: case, punctuation, symbols (marks such as Hindi's vowel signs are kept). arabic:
-    also short vowels and tatweel. unspaced: also spaces (Chinese, Japanese, Thai, ...). auto: by language."""
+    also short vowels and tatweel. unspaced: also spaces (Chinese, Japanese, Thai, ...). auto: by language. Case is
+    folded by the language's own rules (Turkish, Lithuanian, ...)."""
     metric: Metric = "auto"
     """The rate that comes first in reports. auto: cer where the normalizer is unspaced, else wer."""
 

@@ -45,6 +45,16 @@ def test_the_plan_is_said_and_leaves_nothing(recipe: Path, tmp_path: Path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_counts_special_tokens_that_rows_hold(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": f"abc {i} <end> cab"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = load_config([f"recipe={recipe}"])
+    words = [f"tasks.{name}={{train: {tmp_path / 'rows.jsonl'}, text: text}}" for name in config.tasks]
+    assert main(["plan", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", *words]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(40: <end> 40) are text; tasks." in said
+
+
 def test_a_run_of_many_hours_is_told_how_to_be_shorter(found: Capacity, recipe: Path) -> None:
     config = load_config([f"recipe={recipe}"])
     said = [dict(_lines(config, replace(found, step_seconds=seconds)))["time"] for seconds in (1.0, 1000.0)]

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora_train.data.examples import TextExample, make_formatter
+from flora_train.data.task import notes_on_rows
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.tokens import TokenSplit, tokenise, tokenizer_hash
 from tests.unit.data.conftest import byte_tokenizer, run_config
@@ -135,8 +136,8 @@ def test_only_the_templates_special_tokens_are_tokens_whatever_rows_hold(kind: s
     assert special_ids(tokenizer, found.ids) == expected
     sizes = [found.bytes_before(n) for n in range(len(found.ids) + 1)]
     assert sizes == sorted(sizes)
-    assert not sizes or sizes[0] == 0
-    assert sizes[-1] == len(text.encode()) or not len(found.ids)
+    if len(found.ids):
+        assert (sizes[0], sizes[-1]) == (0, len(text.encode()))
 
 
 @cache
@@ -229,6 +230,20 @@ def test_task_reads_rows_held_out_rows_and_packed_rows_alike_and_counts(write, l
         for split in (real.train, real.validation):
             assert split.tokens.tolist().count(tokenizer.eos_token_id) == 20
             assert split.counts.special_tokens == {"<e>": 10}
+
+
+def test_special_tokens_in_rows_are_counted_in_a_note_that_says_how_they_are_read(write, load) -> None:
+    tokenizer = byte_tokenizer()
+    write("a.jsonl", [{"text": f"x{i}<e>y<p><e>"} for i in range(10)])
+    write("b.jsonl", [{"text": "plain"}] * 4)
+    sources = {"a": {"train": "a.jsonl"}, "b": {"train": "b.jsonl"}}
+    (note,) = notes_on_rows(load(tokenizer, **sources), run_config(sources))
+    assert (
+        note == "special tokens written in rows of a (30: <e> 20, <p> 10) are text; tasks.a.special_tokens=true makes them tokens"
+    )
+    sources["a"]["special_tokens"] = True
+    (note,) = notes_on_rows(load(tokenizer, **sources), run_config(sources))
+    assert note == "special tokens written in rows of a (30: <e> 20, <p> 10) are tokens"
 
 
 def test_cached_tokens_know_what_was_template_and_what_was_row(write, load) -> None:

@@ -207,3 +207,32 @@ def test_text_and_speech_are_not_mixed() -> None:
         validate(raw)
     with pytest.raises(UserError, match=r"common_voice and locale .* go together"):
         config_of({"train": {"common_voice": "x"}})
+
+
+def test_special_tokens_in_transcripts_are_text_unless_the_task_says_otherwise(tmp_path: Path) -> None:
+    files = write_corpus(tmp_path, "cs")
+    write_manifest(tmp_path / "cs.train.jsonl", [("clips/cs-1.wav", "one<|cs|>two<|endoftext|>"), ("clips/cs-2.wav", "three")])
+    tokenizer = tiny_ears(tmp_path).tokenizer
+    special = [tokenizer.get_vocab()[word] for word in ("<|cs|>", "<|endoftext|>")]
+    for as_tokens, counts in ((False, (1, 1)), (True, (2, 1))):  # the end token stands once, whoever writes it
+        split = load(files, tmp_path, special_tokens=as_tokens).train
+        example = split.example(0).tolist()
+        assert tuple(example.count(i) for i in special) == counts
+        assert split.counts.special_tokens == {"<|cs|>": 1, "<|endoftext|>": 1}
+    words = "<|startoftranscript|><|cs|><|transcribe|><|notimestamps|> three<|endoftext|>"
+    assert tokenizer.decode(split.example(1)) == words
+
+
+def test_missing_numbers_are_no_transcripts(tmp_path: Path) -> None:
+    files = write_corpus(tmp_path, "cs")
+    rows = [{"path": f"clips/cs-{i}.wav", "sentence": float("nan") if i == 1 else f"said {i}"} for i in (1, 2, 3)]
+    (tmp_path / "cs.train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    counts = load(files, tmp_path).train.counts
+    assert [Path(path).name for path in counts.unusable["no transcript"]] == ["cs-1.wav"]
+    assert counts.examples == 2
+
+
+def test_transcript_of_megabytes_is_left_out_without_being_tokenised_whole(tmp_path: Path) -> None:
+    ears = tiny_ears(tmp_path)
+    tokens, _ = ears.transcript([1], "word " * 2_000_000)
+    assert ears.max_tokens < len(tokens) < 200_000

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.evaluation.generation import complete
+from flora_train.evaluation.generation import Decoder, Request, Sampling, complete
 from tests.architectures import architecture_config
 from tests.conftest import perturb, spec
 from tests.unit.data.conftest import byte_tokenizer
+from tests.unit.data.many_tokenizers import KINDS
 
 PROMPTS = ["x", "function add(a, b)", "-- sum of a list\n", "local t = {}", "return"]
 
@@ -62,3 +63,38 @@ def test_completion_leaves_training_mode_and_routing_as_they_were() -> None:
     complete(bank.model, bank, tokenizer, [("x", 0)], 2)
     assert bank.model.training
     assert bank.router.routing is None
+
+
+@pytest.mark.parametrize("kind", ["unigram-first", "legacy-llama"])
+def test_completion_goes_on_where_the_prompt_ends_without_losing_its_first_space(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    words = [i for i, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if piece[:1] in ("\u2581", "b")]
+
+    def model_of_words() -> Any:
+        model: Any = model_for("llama", tokenizer)
+        head = model.get_output_embeddings().weight.data
+        head[[i for i in range(len(tokenizer)) if i not in words]] = 0  # never the likeliest
+        return model
+
+    bank = AdapterBank.attach(model_of_words(), [spec("lora")])
+    plain = model_of_words().eval()
+    prompts = [f"{first} ab{last}" for first in "abct4x" for last in (":", "", "4", "the")]
+    spaced = 0
+    for prompt, text in zip(prompts, complete(bank.model, bank, tokenizer, [(p, -1) for p in prompts], 9), strict=True):
+        ids = torch.tensor([[1, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+        written = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[0]
+        read, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[0], written))
+        assert read + text == whole
+        spaced += text.startswith(" ")
+    assert spaced  # some completion begins with one
+
+
+def test_special_tokens_are_tokens_in_a_recipes_prompt_and_text_in_a_problems() -> None:
+    tokenizer = byte_tokenizer(start=True)
+    bank = AdapterBank.attach(model_for("llama", tokenizer), [spec("lora")])
+    decoder = Decoder(bank.model, tokenizer, bank.routed, Sampling(0.0, 1.0, 0), 3)
+    read: list[int] = []
+    bank.model.get_input_embeddings().register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
+    for special in (True, False):
+        decoder.run([Request(-1, "<s>x<e>", ("",), special_tokens=special)], lambda generated: None)
+    assert [length for length in read if length > 1] == [3, 8]  # <s> x <e>; the start token and seven letters
