@@ -97,7 +97,7 @@ def _files_below(name: str, pattern: str, key: str) -> list[Path]:
     try:
         found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
         visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    except (NotImplementedError, ValueError, OSError, IndexError) as error:
+    except (NotImplementedError, ValueError, OSError, IndexError, AttributeError) as error:  # pathlib's own, for ./ and its like
         raise fail(f"{key}.glob", pattern, f"is not a pattern below the folder: {error}") from None
     if not visible:
         raise fail(f"{key}.glob", pattern, f"matches no file in {name}")
