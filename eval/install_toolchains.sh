@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install what programs of these languages need, and the sandbox, on Debian or Ubuntu (as root).
-# Usage: eval/install_toolchains.sh [--if-possible] lua pl rb ...   (keys of eval/languages.yaml; without any: only the sandbox)
+# Usage: eval/install_toolchains.sh [--if-possible] lua pl rb ...   (keys of eval/languages.yaml, or MultiPL-E's other words for
+# them; without any: only the sandbox)
 # --if-possible: where this is no Debian, or not root's shell, say what is missing and leave it
 set -euo pipefail
 table="$(dirname "${BASH_SOURCE[0]}")/languages.yaml"
@@ -9,14 +10,39 @@ if [ "${1:-}" = --if-possible ]; then
   if_possible=true
   shift
 fi
-keys=("$@")
+key_of() { # WORD: the key of the language, as flora_train/config/language_words.py has it
+  case "$1" in
+    adb) echo ada ;;
+    clojure) echo clj ;;
+    c++ | cxx) echo cpp ;;
+    csharp | c#) echo cs ;;
+    dlang) echo d ;;
+    ex | exs) echo elixir ;;
+    golang | go_test.go) echo go ;;
+    haskell) echo hs ;;
+    julia) echo jl ;;
+    javascript) echo js ;;
+    ocaml) echo ml ;;
+    perl) echo pl ;;
+    python | python3 | notypes.py | py_no_types) echo py ;;
+    ruby) echo rb ;;
+    racket | rkt-multiline) echo rkt ;;
+    php-multiline) echo php ;;
+    rust) echo rs ;;
+    bash) echo sh ;;
+    typescript) echo ts ;;
+    *) echo "$1" ;;
+  esac
+}
+keys=()
+for word in "$@"; do keys+=("$(key_of "${word,,}")"); done
 packages=(bubblewrap util-linux)
 npm=()
 listed() { # KEY FIELD: the words of the row's list
   awk -v key="$1:" -v field="$2:" '$1 == key && /^[a-z]/ {on = 1; next} /^[a-z]/ {on = 0} on && $1 == field {print; exit}' "$table" |
     sed 's/.*\[\(.*\)\].*/\1/; s/,/ /g'
 }
-for key in "$@"; do
+for key in "${keys[@]}"; do
   read -r -a words <<<"$(listed "$key" packages)"
   [ "${#words[@]}" -gt 0 ] || { echo "error: language '$key' is not in $table" >&2; exit 2; }
   packages+=("${words[@]}")

@@ -12,6 +12,7 @@ from flora_train.adapters.base_model import load_base_model
 from flora_train.atomic import real_path
 from flora_train.config.errors import fail
 from flora_train.config.evaluation_schema import EvaluationConfig
+from flora_train.config.language_words import ProgrammingLanguages
 from flora_train.config.load import merge, validate
 from flora_train.config.options import read_options
 from flora_train.config.schema import RunConfig
@@ -43,7 +44,7 @@ FLAGS = {"--allow-different-base": "allow_different_base=true"}
 
 
 class SolveOptions(Section):
-    languages: Names | None = None
+    languages: Annotated[ProgrammingLanguages, Field(min_length=1)] | None = None
     """The same as evaluation.languages."""
     contenders: Annotated[list[PathText], Field(min_length=1)] | None = None
     """PEFT adapters, folders or hub names, that solve the same problems."""

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from flora_train.config.section import MOST_PROCESSES, MOST_ROWS, MOST_STEPS, PathText, Section, Text
+from flora_train.config.language_words import ProgrammingLanguages
+from flora_train.config.section import MOST_PROCESSES, MOST_ROWS, MOST_STEPS, PathText, Section
 
 COLDEST = 0.001
 """The lowest temperature above 0: logits are divided by it."""
@@ -36,7 +37,7 @@ class EvaluationConfig(Section):
     problems: Annotated[list[PathText], BeforeValidator(_one_or_several)] = []
     """Programming problems that base and adapters solve at the end of the run, in the language of each task: starter (ours,
     easy), a folder of MultiPL-E's humaneval-<language>.jsonl, or hub:nuprl/MultiPL-E. Several may be listed."""
-    languages: list[Text] | None = Field(None, min_length=1)
+    languages: ProgrammingLanguages | None = Field(None, min_length=1)
     """Evaluate these languages only. Default: those of all tasks that name one."""
     max_problems: int | None = Field(None, ge=1, le=MOST_ROWS)
     """The first so many problems of each language; the report says how many there were."""
@@ -55,7 +56,8 @@ class EvaluationConfig(Section):
     batch_rows: int = Field(32, ge=1, le=65_536)
     """Completions decoded at one time on one device; what is written does not depend on it, but for rounding."""
     sandbox: Sandbox = "bubblewrap"
-    """What confines generated programs. none: nothing does, and the report says so."""
+    """What confines generated programs. none: nothing does, and the report says so; programs can then read your files and, in
+    /proc, the environment of your processes."""
     cpu_seconds: float | None = Field(None, ge=0.01, le=86_400)
     """What a program may compute, in seconds; counted in its own time, not on the clock. Default: each language's, in
     eval/languages.yaml (mostly 15)."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from flora_train.config.language_words import ProgrammingLanguage
 from flora_train.config.section import MOST_ROWS, PathText, Section, Text
 from flora_train.config.speech_schema import SpeechConfig
 
@@ -106,8 +107,9 @@ class TaskConfig(Section):
     special_tokens: bool = False
     """Special tokens of the base model (<|im_end|>, </s>, <think>) that are written in rows are tokens, for text that was rendered
     elsewhere. Else they are text there, as a user's words are; in the recipe's own templates they are always tokens."""
-    language: Text | None = None
-    """The programming language that completions are judged in: a key of eval/languages.yaml (lua, pl, rb, ...)."""
+    language: ProgrammingLanguage | None = None
+    """The programming language that completions are judged in: a key of eval/languages.yaml (lua, pl, rb, ...), or MultiPL-E's
+    other word for it (perl, ruby, ...)."""
     speech: SpeechConfig | None = None
     """Makes this a speech task."""
     license: Text | None = None

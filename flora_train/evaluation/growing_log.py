@@ -131,7 +131,7 @@ def _entry(kind: type[Entry], line: bytes) -> Entry:
     if check is not None and check != _checksum(content):
         raise ValueError("its checksum is another one")
     for key, hint in _hints(kind).items():
-        if not isinstance(content.get(key), get_origin(hint) or hint):
+        if not _fits(content.get(key), hint):
             raise TypeError(f"{key} is no {hint}")
     return kind(**content)
 
@@ -150,3 +150,14 @@ def _whole(file: Path) -> bytes:
     except OSError as error:
         raise fail(str(file), None, f"cannot be read ({error.strerror})") from error
     return content[: content.rfind(b"\n") + 1]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether JSON's value is one of a field of this type, as far as plain types go."""
+    if kind is float:
+        return type(value) in (int, float)
+    if kind in (str, int, bool):
+        return type(value) is kind
+    if get_origin(kind) in (list, tuple):
+        return isinstance(value, list)
+    return True

@@ -104,7 +104,9 @@ def test_a_padding_token_beyond_the_embedding_is_one_error(command: str, tmp_pat
 
 def test_a_token_of_the_data_beyond_the_embedding_names_the_split(tmp_path: Path) -> None:
     words = recipe(tmp_path, save(tmp_path / "model", gpt2(110)), [{"text": f"text {i} é"} for i in range(30)])
-    with pytest.raises(UserError, match=r"tasks\.one\.train: holds the token .* with the id \d+, and the model has the tokens 0 to 109"):
+    with pytest.raises(
+        UserError, match=r"tasks\.one\.train: holds the token .* with the id \d+, and the model has the tokens 0 to 109"
+    ):
         load_data(load_config(words))
 
 
@@ -113,7 +115,9 @@ def test_a_prompt_without_room_is_one_error(command: str, tmp_path: Path, capfd:
     words = recipe(tmp_path, save(tmp_path / "model", gpt2()), SHORT, sample_prompts=["x" * 10])
     assert main([command, *words, "evaluation.max_new_tokens=15"]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
-    assert said == ["error: evaluation.max_new_tokens = 15: with a prompt of 10 tokens is more than the 24 that the model can read: at most 14"]
+    assert said == [
+        "error: evaluation.max_new_tokens = 15: with a prompt of 10 tokens is more than the 24 that the model can read: at most 14"
+    ]
 
 
 def test_a_prompt_without_a_token_or_with_an_unknown_one_is_refused(tmp_path: Path) -> None:
@@ -131,7 +135,9 @@ def test_transcripts_longer_than_the_decoders_positions_are_refused(tmp_path: Pa
     path.write_text(yaml.safe_dump({**raw, "training": {"steps": 1}}))
     ears = tiny_ears(tmp_path)
     check_transcripts(load_config([f"recipe={path}", "evaluation.max_new_tokens=93"]), ears)
-    with pytest.raises(UserError, match=r"max_new_tokens = 94: is more than the decoder has positions for \(96, .*: give at most 93"):
+    with pytest.raises(
+        UserError, match=r"max_new_tokens = 94: is more than the decoder has positions for \(96, .*: give at most 93"
+    ):
         check_transcripts(load_config([f"recipe={path}", "evaluation.max_new_tokens=94"]), ears)
 
 
@@ -165,5 +171,7 @@ def test_a_model_whose_rows_cannot_be_told_apart_is_refused_by_both(command: str
     assert main([command, *words]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(said) == 1
-    assert said[0].startswith("error: model = 'XLNetLMHeadModel': does not have its rows first: transformer.layer.0.ff.layer_1 gets")
+    assert said[0].startswith(
+        "error: model = 'XLNetLMHeadModel': does not have its rows first: transformer.layer.0.ff.layer_1 gets"
+    )
     assert not (tmp_path / "run").exists()

@@ -12,13 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.atomic import write_atomically
-from flora_train.config.errors import fail
+from flora_train.config.errors import fail, first_line
 from flora_train.config.evaluation_schema import EvaluationConfig
-from flora_train.data.strict_json import read_json
-from flora_train.evaluation.code.problems.problem import Problem, load_problems, stop_tokens
+from flora_train.config.language_words import language_key
+from flora_train.evaluation.code.problems.problem import (
+    Problem,
+    load_problems,
+    parse_json,
+    problem_of,
+    read_text,
+    whole_characters,
+)
 
 MODEL = "model"
 """The adapter's name where a file names none."""
+LARGEST_FILE = 1 << 30
+"""Bytes that the completions of one problem may unpack to."""
+LARGEST_SAMPLE = 2**53
+"""What every JSON reader keeps whole."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +111,13 @@ def _from_jsonl(path: Path, prompts: Path | None) -> Iterator[Completion]:
         raise fail("prompts", None, "say where MultiPL-E's prompt files are: prompts=FOLDER")
     problems: dict[str, dict[str, Problem]] = {}
     counts: dict[tuple[str, str, str], int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # U+2028 may stand inside a line
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # U+2028 may stand inside a line
         if not line.strip():
             continue
         at = f"{path}:{number}"
         row = _object(at, line, ("language", "name", "completion"))
-        language, name, adapter = str(row["language"]), str(row["name"]), str(row.get("adapter", MODEL))
+        language, name = language_key(_text(at, row, "language")), _text(at, row, "name")
+        adapter = _text(at, row, "adapter") if "adapter" in row else MODEL
         if language not in problems:
             problems[language] = load_problems(prompts, language)
         if name not in problems[language]:
@@ -114,7 +126,10 @@ def _from_jsonl(path: Path, prompts: Path | None) -> Iterator[Completion]:
             )
         next_sample = counts.get((adapter, language, name), 0)
         counts[adapter, language, name] = next_sample + 1
-        yield Completion(adapter, problems[language][name], int(row.get("sample", next_sample)), _text(row["completion"]))
+        sample = row.get("sample", next_sample)
+        if type(sample) is not int or not 0 <= sample <= LARGEST_SAMPLE:
+            raise fail(f"{at}: sample", sample, "must be a whole number, counted from 0")
+        yield Completion(adapter, problems[language][name], sample, _text(at, row, "completion"))
 
 
 def _from_multipl_e(path: Path) -> Iterator[Completion]:
@@ -122,33 +137,38 @@ def _from_multipl_e(path: Path) -> Iterator[Completion]:
     for file in files:
         if ".results." in file.name:
             continue
-        text = gzip.decompress(file.read_bytes()).decode() if file.suffix == ".gz" else file.read_text(encoding="utf-8")
+        text = _unpacked(file) if file.suffix == ".gz" else read_text(file)
         row = _object(str(file), text, ("language", "name", "prompt", "tests", "completions"))
-        stops = stop_tokens(row.get("stop_tokens", ()), str(file))
-        if not isinstance(row["completions"], list):
-            raise fail(str(file), row["completions"], "completions must be a list of texts")
-        language = _key(str(row["language"]))
-        problem = Problem(language, str(row["name"]), str(row["prompt"]), str(row["tests"]), stops)
-        for sample, text in enumerate(row["completions"]):
-            yield Completion(MODEL, problem, sample, _text(text))
+        problem = problem_of(str(file), language_key(_text(str(file), row, "language")), row)
+        completions = row["completions"]
+        if not isinstance(completions, list):
+            raise fail(f"{file}: completions", completions, "must be a list of texts")
+        for sample, completion in enumerate(completions):
+            at = f"{file}: completions.{sample}"
+            yield Completion(MODEL, problem, sample, _text(at, {"completion": completion}, "completion"))
 
 
-def _text(value: Any) -> str:
-    """JSON can spell half a character, which no file takes."""
-    return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _text(at: str, row: Mapping[str, Any], field: str) -> str:
+    if not isinstance(row[field], str):
+        raise fail(f"{at}: {field}", row[field], "must be text")
+    return whole_characters(row[field])
 
 
-def _key(language: str) -> str:
-    """MultiPL-E's word for a language inside its files -> the key of its prompt set."""
-    others = {"go_test.go": "go", "adb": "ada", "humaneval_to_dlang.py": "d", "python": "py", "racket": "rkt", "rust": "rs"}
-    return others.get(language, language)
+def _unpacked(file: Path) -> str:
+    try:
+        with gzip.open(file) as packed:
+            content = packed.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise fail(str(file), None, f"unpacks to more than {LARGEST_FILE >> 20} MiB: these are no completions of one problem")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise fail(str(file), None, f"is no text in UTF-8 (byte {error.start})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise fail(str(file), None, f"is no whole gzip file: {first_line(error)}") from error
 
 
 def _object(at: str, text: str, fields: tuple[str, ...]) -> Mapping[str, Any]:
-    try:
-        row = read_json(text)
-    except ValueError as error:
-        raise fail(at, None, str(error)) from error
+    row = parse_json(at, text)
     if missing := [field for field in fields if not isinstance(row, dict) or field not in row]:
         raise fail(at, None, f"lacks {', '.join(missing)}")
     return row

@@ -29,7 +29,9 @@ def usable_and_not(model: Any) -> tuple[set[str], dict[str, str]]:
 
 
 def test_named_targets_that_do_not_run_are_refused() -> None:
-    with pytest.raises(UserError, match=r"lora\.target_modules = 'dt_proj': no adapter can be attached to .*, which does not run"):
+    with pytest.raises(
+        UserError, match=r"lora\.target_modules = 'dt_proj': no adapter can be attached to .*, which does not run"
+    ):
         AdapterBank.attach(family_model("mamba"), [spec("lora", target_modules=["in_proj", "dt_proj"])])
 
 
@@ -40,7 +42,12 @@ def test_a_name_that_some_layers_run_under_takes_these_alone() -> None:
 
 def test_experts_of_single_layers_are_left_out_all_together() -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "num_experts": 4}
-    sizes |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "decoder_start_token_id": 0, "vocab_size": VOCABULARY}
+    sizes |= {
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "decoder_start_token_id": 0,
+        "vocab_size": VOCABULARY,
+    }
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("switch_transformers", **sizes))
     usable, reasons = usable_and_not(model)
@@ -65,7 +72,9 @@ class Flattening(nn.Module):
 def test_a_layout_that_only_counts_right_is_refused_by_name() -> None:
     model: Any = tiny_model()
     model.model.layers[1].mlp.up_proj = Flattening(model.model.layers[1].mlp.up_proj)
-    with pytest.raises(UserError, match=r"^model = 'LlamaForCausalLM': mixes its rows before model\.layers\.1\.mlp\.up_proj\.inner"):
+    with pytest.raises(
+        UserError, match=r"^model = 'LlamaForCausalLM': mixes its rows before model\.layers\.1\.mlp\.up_proj\.inner"
+    ):
         AdapterBank.attach(model, [spec("lora")])
 
 

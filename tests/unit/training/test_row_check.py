@@ -32,9 +32,7 @@ def test_rows_that_stay_apart_are_let_through(architecture: str, dtype: torch.dt
 
 @pytest.mark.parametrize("kind", ["whisper", *KINDS])
 def test_speech_models_are_let_through(kind: str) -> None:
-    model, extractor = (
-        (loaded_tiny_whisper(), tiny_extractor()) if kind == "whisper" else (loaded_tiny(kind), extractor_of(kind))
-    )
+    model, extractor = (loaded_tiny_whisper(), tiny_extractor()) if kind == "whisper" else (loaded_tiny(kind), extractor_of(kind))
     check_rows(model, model.config.pad_token_id, noise_features(extractor))
 
 
@@ -53,7 +51,9 @@ class Spoilt(nn.Module):
 RULES = {
     "mixes the rows of a batch": lambda y: y + y.mean(0, keepdim=True),
     "sees the tokens that it is to predict": lambda y: y + y.mean(1, keepdim=True),
-    r"changes a row's (loss by \d+%|gradient) .*; rows meet in model\.layers\.1\.mlp\.down_proj": lambda y: y.roll(y.shape[1], -1),
+    r"changes a row's (loss by \d+%|gradient) .*; rows meet in model\.layers\.1\.mlp\.down_proj": lambda y: y.roll(
+        y.shape[1], -1
+    ),
     "draws random numbers": lambda y: y + torch.randn_like(y),
 }
 

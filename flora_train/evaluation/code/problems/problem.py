@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import fail, first_line
+from flora_train.config.errors import fail
+from flora_train.config.language_words import language_key
 from flora_train.data.strict_json import read_json
 
 FIELDS = ("name", "prompt", "tests", "stop_tokens")
+LONGEST_NAME = 200
+"""Characters; a problem's completions may be written to a file of its name."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,21 @@ class Problem:
         return f"{self.prompt}{self.cut(completion)}\n{self.tests}"
 
 
+def prompt_file(folder: Path, language: str) -> Path | None:
+    """The folder's humaneval-<language>.jsonl, by whatever word for the language; None if it has none."""
+    there = {path.stem.removeprefix("humaneval-"): path for path in sorted(folder.glob("humaneval-*.jsonl"))}
+    others = (path for word, path in there.items() if language_key(word) == language_key(language))
+    return there.get(language) or next(others, None)
+
+
 def load_problems(folder: Path, language: str) -> dict[str, Problem]:
     """Name -> problem, from `humaneval-<language>.jsonl`. Raises UserError if the file or a field is missing."""
-    path = folder / f"humaneval-{language}.jsonl"
-    if not path.is_file():
+    path = prompt_file(folder, language)
+    if path is None:
         there = ", ".join(sorted(p.stem.removeprefix("humaneval-") for p in folder.glob("humaneval-*.jsonl"))) or "none"
-        raise fail(str(path), None, f"no such file; the folder has prompts of {there}")
-    try:
-        lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)  # U+2028 may stand inside a line
-    except (OSError, UnicodeDecodeError) as error:
-        raise fail(str(path), None, f"is not UTF-8 text that can be read: {first_line(error)}") from None
-    return problems_of_rows(language, ((f"{path}:{n}", _parsed(path, n, line)) for n, line in lines if line.strip()))
+        raise fail(str(folder / f"humaneval-{language}.jsonl"), None, f"no such file; the folder has prompts of {there}")
+    lines = enumerate(read_text(path).split("\n"), 1)  # U+2028 may stand inside a line
+    return problems_of_rows(language, ((f"{path}:{n}", parse_json(f"{path}:{n}", line)) for n, line in lines if line.strip()))
 
 
 def problems_of_rows(language: str, rows: Iterable[tuple[str, Any]]) -> dict[str, Problem]:
@@ -57,12 +64,9 @@ def problems_of_rows(language: str, rows: Iterable[tuple[str, Any]]) -> dict[str
     name."""
     found: dict[str, Problem] = {}
     for at, row in rows:
-        if missing := [field for field in FIELDS if not isinstance(row, dict) or field not in row]:
+        if missing := [field for field in FIELDS if not isinstance(row, Mapping) or field not in row]:
             raise fail(at, None, f"lacks {', '.join(missing)}: these are not MultiPL-E prompts")
-        if wrong := next((field for field in FIELDS[:3] if not isinstance(row[field], str)), None):
-            raise fail(at, row[wrong], f"{wrong} must be text")
-        name, prompt, tests = (as_text(row[field]) for field in FIELDS[:3])
-        problem = Problem(language, name, prompt, tests, stop_tokens(row["stop_tokens"], at))
+        problem = problem_of(at, language, row)
         if problem.name in found:
             raise fail(at, problem.name, "stands twice: names are keys")
         found[problem.name] = problem
@@ -71,21 +75,41 @@ def problems_of_rows(language: str, rows: Iterable[tuple[str, Any]]) -> dict[str
     return found
 
 
-def stop_tokens(value: Any, at: str) -> tuple[str, ...]:
-    """A problem's stop tokens. Raises UserError, naming the place `at`, unless they are a list of texts: text itself would end a
-    completion at each of its letters, and an empty one before its first."""
-    if not isinstance(value, list | tuple) or not all(isinstance(word, str) and word for word in value):
-        raise fail(at, value, 'stop_tokens must be a list of texts, none of them empty, such as ["\\nend"]')
-    return tuple(map(as_text, value))
+def problem_of(at: str, language: str, row: Mapping[str, Any]) -> Problem:
+    """MultiPL-E's mapping as a problem. Raises UserError, which names `at`, for a field that is no text, for stop tokens that are
+    no list of texts, and for a name that could not be a file's."""
+    for field in ("name", "prompt", "tests"):
+        if not isinstance(row[field], str):
+            raise fail(f"{at}: {field}", row[field], "must be text")
+    stop_tokens = row.get("stop_tokens", ())
+    if not isinstance(stop_tokens, (list, tuple)) or not all(isinstance(token, str) and token for token in stop_tokens):
+        raise fail(f"{at}: stop_tokens", stop_tokens, 'must be a list of texts, none of them empty (["\\n}"])')
+    name = whole_characters(row["name"])
+    if not 0 < len(name) <= LONGEST_NAME or set(name) & set("/\\\0\n\r") or name in (".", ".."):
+        words = f"must be usable as a file name: 1 to {LONGEST_NAME} characters without / and line ends"
+        raise fail(f"{at}: name", row["name"], words)
+    prompt, tests = whole_characters(row["prompt"]), whole_characters(row["tests"])
+    return Problem(language, name, prompt, tests, tuple(map(whole_characters, stop_tokens)))
 
 
-def as_text(value: str) -> str:
-    """JSON can spell half a character (a lone surrogate), which no file takes."""
-    return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def whole_characters(text: str) -> str:
+    """JSON can spell half a character, which no file takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _parsed(path: Path, number: int, line: str) -> Any:
+def read_text(path: Path) -> str:
+    """Raises UserError for a file that cannot be read or is no text."""
     try:
-        return read_json(line)
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise fail(str(path), None, f"is no text in UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise fail(str(path), None, f"cannot be read ({error.strerror})") from error
+
+
+def parse_json(at: str, text: str) -> Any:
+    """What the JSON says. Raises UserError, which names `at`."""
+    try:
+        return read_json(text)
     except ValueError as error:
-        raise fail(f"{path}:{number}", None, str(error)) from error
+        raise fail(at, None, str(error)) from error

@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 from flora_train.config.errors import choices, fail, first_line
+from flora_train.config.language_words import language_key
 from flora_train.config.load import find_file
-from flora_train.evaluation.code.problems.problem import Problem, load_problems, problems_of_rows
+from flora_train.evaluation.code.problems.problem import Problem, load_problems, problems_of_rows, prompt_file
 from flora_train.evaluation.code.problems.starter import STARTER_LANGUAGES, load_starter_problems
 
 STARTER = "starter"
@@ -71,7 +72,7 @@ def _problems(source: str, language: str) -> Mapping[str, Problem] | None:
             "(for evaluation only, never for training)"
         )
         raise fail("evaluation.problems", source, fix)
-    return load_problems(folder, language) if (folder / f"humaneval-{language}.jsonl").is_file() else None
+    return load_problems(folder, language) if prompt_file(folder, language) is not None else None
 
 
 def _from_hub(name: str, language: str) -> Mapping[str, Problem] | None:
@@ -79,12 +80,18 @@ def _from_hub(name: str, language: str) -> Mapping[str, Problem] | None:
         from datasets import get_dataset_config_names, load_dataset
     except ImportError as error:
         raise fail("evaluation.problems", HUB + name, "needs datasets: pip install 'flora-train[hub]'") from error
-    subset = f"humaneval-{language}"
     try:
-        if subset not in get_dataset_config_names(name):
+        subset = _subset(get_dataset_config_names(name), language)
+        if subset is None:
             return None
         rows = load_dataset(name, subset, split="test")
     except Exception as error:  # whatever the hub's client raises: no network, a gate, another revision
         fix = f"cannot be had ({first_line(error)}): give a folder with MultiPL-E's humaneval-<language>.jsonl, or starter"
         raise fail("evaluation.problems", HUB + name, fix) from error
     return problems_of_rows(language, ((f"{name} {subset} {i}", dict(row)) for i, row in enumerate(rows)))
+
+
+def _subset(there: Iterable[str], language: str) -> str | None:
+    """The hub's configuration of the language, by whatever word for it."""
+    found = sorted(name for name in there if name.startswith("humaneval-") and language_key(name) == language)
+    return f"humaneval-{language}" if f"humaneval-{language}" in found else next(iter(found), None)

@@ -176,8 +176,8 @@ def test_settings_bind_only_once_something_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"completions": "return 1"}, "completions must be a list of texts"),
-        ({"completions": ["x"], "stop_tokens": "\n}"}, "stop_tokens must be a list of texts"),
+        ({"completions": "return 1"}, "completions = .*must be a list of texts"),
+        ({"completions": ["x"], "stop_tokens": "\n}"}, "stop_tokens = .*must be a list of texts"),
         ({"completions": ["x"], "stop_tokens": [""]}, "none of them empty"),
     ],
 )

@@ -121,13 +121,13 @@ def test_a_suite_is_not_called_as_something_else_in_the_folder_of_results(folder
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"stop_tokens": "\nend"}, "stop_tokens must be a list of texts"),
-        ({"stop_tokens": '["\\nend"]'}, "stop_tokens must be a list of texts"),
-        ({"stop_tokens": None}, "stop_tokens must be a list of texts"),
-        ({"stop_tokens": ["\nend", ""]}, "stop_tokens must be a list of texts, none of them empty"),
-        ({"stop_tokens": ["\nend", 3]}, "stop_tokens must be a list of texts"),
-        ({"prompt": ["x"]}, "prompt must be text"),
-        ({"tests": None}, "tests must be text"),
+        ({"stop_tokens": "\nend"}, "must be a list of texts"),
+        ({"stop_tokens": '["\\nend"]'}, "must be a list of texts"),
+        ({"stop_tokens": None}, "must be a list of texts"),
+        ({"stop_tokens": ["\nend", ""]}, "must be a list of texts, none of them empty"),
+        ({"stop_tokens": ["\nend", 3]}, "must be a list of texts"),
+        ({"prompt": ["x"]}, "prompt = ['x']: must be text"),
+        ({"tests": None}, "tests: must be text"),
     ],
 )
 def test_problem_with_a_field_of_another_kind_is_refused_with_its_line(
@@ -136,7 +136,7 @@ def test_problem_with_a_field_of_another_kind_is_refused_with_its_line(
     (folder / "humaneval-sh.jsonl").write_text("\n".join(map(json.dumps, [ROWS[0], {**ROWS[1], **changed}])))
     with pytest.raises(UserError) as caught:
         load_suite(str(folder), ["sh"], None)
-    assert str(caught.value).startswith(f"{folder / 'humaneval-sh.jsonl'}:2")
+    assert str(caught.value).startswith(f"{folder / 'humaneval-sh.jsonl'}:2: {next(iter(changed))}")
     assert reason in str(caught.value)
 
 
