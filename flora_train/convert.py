@@ -19,7 +19,7 @@ from flora_train.config.schema import AdapterConfig, ModelConfig
 from flora_train.config.section import PathText, Section
 from flora_train.config.terminal_text import print_plain
 from flora_train.config.words import from_flags, parse_words
-from flora_train.export.card import write_card
+from flora_train.export.card import in_code, write_card
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_start import fit_lora, modules_of, read_peft, scale_of
 
@@ -65,7 +65,7 @@ def convert_adapter(words: Sequence[str]) -> None:
         {},
         bank.specs[0],
         out,
-        origin=f"Fitted to the LoRA `{source}` of rank {config['r']} by weighted least squares, a close fit and not always the closest: {found}.",
+        origin=f"Fitted to the LoRA `{in_code(source)}` of rank {config['r']} by weighted least squares, a close fit and not always the closest: {found}.",
     )
     print_plain(f"{out}: fLoRA of rank {options.rank}, {found}")
     print_plain(f"next  train it on with adapters.flora={{method: flora, rank: {options.rank}, lr: 2.0e-2, start_from: {out}}}")

@@ -17,7 +17,7 @@ from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.json_object import read_object
 from flora_train.config.schema import RunConfig
-from flora_train.config.terminal_text import print_plain, safe_streams
+from flora_train.config.terminal_text import plain, print_plain, safe_streams
 from flora_train.config.unused_keys import notes_on_unused
 from flora_train.data.task import notes_on_rows
 from flora_train.data.tokens import pad_token
@@ -163,7 +163,7 @@ def note_training(session: Session, trainer: Trainer, seconds: dict[str, float])
 def report_left_out(session: Session) -> None:
     """Say which clips cannot be used, and list them all in clips_left_out.tsv (task, split, reason, file)."""
     lines = [
-        f"{name}\t{split}\t{reason}\t{path}\n"
+        "\t".join(plain(cell, keep="") for cell in (name, split, reason, path)) + "\n"
         for name, task in session.tasks.items()
         for split, held in (("train", task.train), ("validation", task.validation), ("test", task.test))
         for reason, paths in (held.counts.unusable.items() if held is not None else ())

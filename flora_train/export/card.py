@@ -13,6 +13,7 @@ from jinja2 import Template
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.atomic import write_atomically
 from flora_train.config.files import find_file
+from flora_train.config.terminal_text import plain
 from flora_train.export.loadability import WARNING
 from flora_train.export.measured import figures, tables
 from flora_train.export.stand_in import StandIn
@@ -68,7 +69,8 @@ def write_card(
         kind="fLoRA" if own_type else KINDS[spec.method] if stand_in is None else "LoRA",
         own_type=own_type,
         original=KINDS[spec.method],
-        base=base,
+        base=in_code(base),
+        base_literal=json.dumps(base),
         task=spec.task,
         others=max(0, len(report.get("adapters", ())) - 1),
         source=source or f'"{folder.name}"',
@@ -82,13 +84,26 @@ def write_card(
         adapter=adapter,
         tables=tables(report, spec.name),
         spec=spec,
-        data=data,
+        data={key: in_line(value) if isinstance(value, str) else value for key, value in data.items()},
         facts=report.get("facts"),
         limits=report.get("not_measured"),
     )
-    card = str(ModelCard(text)).rstrip() + "\n"
+    card = plain(ModelCard(text)).rstrip() + "\n"
     write_atomically(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
     return folder
+
+
+def in_line(text: str) -> str:
+    """What somebody calls something, for a line or a table of Markdown: on one line, and what would end a cell or begin HTML, a link or
+    code as entities."""
+    shown = plain(" ".join(text.split("\n")), keep="")
+    entities = {"&": "&amp;", "<": "&lt;", "|": "&#124;", "`": "&#96;", "[": "&#91;", "*": "&#42;"}
+    return "".join(entities.get(character, character) for character in shown)
+
+
+def in_code(text: str) -> str:
+    """The same for a code span, which knows no entities."""
+    return plain(" ".join(text.split("\n")), keep="").replace("`", "'")
 
 
 @cache

@@ -16,7 +16,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.json_object import parse_object, read_object
-from flora_train.export.card import KINDS, write_card
+from flora_train.export.card import KINDS, in_code, in_line, write_card
 from flora_train.export.loadability import WARNING
 from flora_train.export.measured import benchmarks
 from flora_train.training.manifest import PEFT_FILES
@@ -183,8 +183,12 @@ def _table(repo: str, base: str, adapters: Entries, has_report: bool) -> str:
         ModelCardData(base_model=known, library_name="peft", tags=["flora_train"]),
         template_path=str(TEMPLATE),
         repo=repo,
-        base=base,
-        adapters=adapters,
+        base=in_code(base),
+        base_literal=json.dumps(base),
+        adapters={
+            in_line(name): {key: in_line(value) if isinstance(value, str) else value for key, value in entry.items()}
+            for name, entry in adapters.items()
+        },
         runs=len({entry["run"] for entry in adapters.values()}),
         has_report=has_report,
     )

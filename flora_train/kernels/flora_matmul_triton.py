@@ -70,7 +70,8 @@ def _modulated_matmul(
         right_tile = tl.load(right + s[None, :] * RANK + j[:, None], mask=s[None, :] < summed, other=0.0)
         M = tl.dot(left_tile, right_tile, input_precision=OF_M) + shift
         if SPLIT:
-            acc = tl.dot(w_tile * taken.to(w_tile.dtype), x_columns, acc, input_precision=PRECISION)
+            if taken > 0.5:
+                acc = tl.dot(w_tile, x_columns, acc, input_precision=PRECISION)
             M -= taken
         acc = tl.dot((w_tile.to(tl.float32) * M).to(w_tile.dtype), x_columns, acc, input_precision=PRECISION)
     places = y + tokens[None, :] * y_token + f[:, None]

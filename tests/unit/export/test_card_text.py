@@ -1,0 +1,49 @@
+"""A model card stays Markdown and YAML, whatever a base, a licence or a data set is called."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flora_train.export.card import in_code, in_line, write_card
+from tests.conftest import spec
+
+EVIL = "a`b | c\n---\n# Heading <script>alert(1)</script> [x](javascript:1) \x1b[31m \u202e \"'"
+REPORT = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "quickstart.json"
+
+
+@pytest.mark.parametrize("evil", [EVIL, '"); import os; os.system("x', "\\", "---", "{{ 7 * 7 }}"])
+def test_a_card_stays_whole_whatever_things_are_called(evil: str, tmp_path: Path) -> None:
+    report = json.loads(REPORT.read_text(encoding="utf-8"))
+    for task in report["tasks"]:
+        task |= {"license": evil, "hub": evil, "origin": evil}
+    settings = {"base_model_name_or_path": evil, "peft_type": "IA3", "task_type": "CAUSAL_LM"}
+    folder = tmp_path / "ruby-ia3"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    write_card(report, spec("ia3", "ruby"), folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.S).groups()  # type: ignore[union-attr]
+    assert yaml.safe_load(head)["base_model"] == evil
+    assert yaml.safe_load(head)["license"] == evil
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", card)
+    assert "<script>" not in re.sub(r"```python\n.*?```|`[^`\n]*`", "", body, flags=re.S)
+    assert "49" not in re.findall(r"task `ruby`", body)
+    code = re.search(r"```python\n(.*?)```", body, re.S)
+    assert code is not None
+    calls = [node for node in ast.walk(ast.parse(code[1])) if isinstance(node, ast.Call)]
+    assert len(calls) == 3
+    assert ast.literal_eval(calls[0].args[0]) == evil
+    rows = [line for line in body.splitlines() if line.startswith("| data |")]
+    assert [row.count("|") for row in rows] == [3]
+    assert [line for line in body.splitlines() if line.startswith("# ")] == ["# ruby-ia3"]
+
+
+def test_text_in_a_line_keeps_ordinary_names() -> None:
+    assert in_line("HuggingFaceTB/SmolLM2-135M, cc-by-4.0 (naïve)") == "HuggingFaceTB/SmolLM2-135M, cc-by-4.0 (naïve)"
+    assert in_code("assets/models/smollm2-135m") == "assets/models/smollm2-135m"
