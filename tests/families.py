@@ -125,7 +125,7 @@ FAMILIES: dict[str, Family] = {
             "feed_forward_size": 48,
             "local_attn_chunk_length": 4,
         },
-        refused="cannot run on 2 rows",
+        refused="has no linear layer to adapt that an adapter can be attached to",
     ),
 }
 
@@ -140,7 +140,9 @@ def family_config(name: str, **more: Any) -> Any:
     for key, part in vars(default).items():
         if hasattr(part, "model_type"):
             sizes[key] = _sizes(part)
-    given = {**sizes, **family.options, **more}
+    given = dict(sizes)
+    for key, value in {**family.options, **more}.items():
+        given[key] = {**sizes[key], **value} if isinstance(sizes.get(key), dict) and isinstance(value, dict) else value
     config = AutoConfig.for_model(name, **{key: value for key, value in given.items() if value is not None})
     without_dropout(config)
     return config

@@ -30,8 +30,9 @@ def attached(name: str, **more: Any) -> AdapterBank:
 def test_a_family_is_refused_by_name_or_its_useless_layers_are_left_out(name: str) -> None:
     family = FAMILIES[name]
     if family.refused:
-        with pytest.raises(UserError, match=rf"^model = '\w+': {family.refused}"):
+        with pytest.raises(UserError, match=family.refused) as caught:
             check_rows(attached(name).model, pad_token=0)
+        assert type(family_model(name)).__name__ in str(caught.value)
         return
     bank = attached(name)
     check_rows(bank.model, pad_token=0)
@@ -39,7 +40,7 @@ def test_a_family_is_refused_by_name_or_its_useless_layers_are_left_out(name: st
     words = described(bank.left_out, usable)
     assert family.left_out in words
     assert bool(bank.left_out) == bool(family.left_out), words
-    assert not any(family.left_out in module for module in usable if family.left_out)
+    assert bank.left_out.keys().isdisjoint(usable)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -74,7 +75,7 @@ def test_mixed_texts_are_those_of_the_models_own_generate(name: str) -> None:
     bank = AdapterBank.attach(model, [spec("lora", rank=2)])
     perturb(bank, 0.3)
     assert way_of(model) == FAMILIES[name].way
-    prompts = ["x", "function add(a, b)", "return"]
+    prompts = ["xy", "function add(a, b)", "return"]  # RecurrentGemma writes anything after a single token
     mixed = complete(model, bank, tokenizer, [(prompt, adapter) for prompt in prompts for adapter in (0, -1)], 6)
     assert len(set(mixed)) > 2
     if FAMILIES[name].way == "afresh":  # its own generate does not give what its forward gives
