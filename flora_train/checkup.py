@@ -15,7 +15,8 @@ from flora_train.config.errors import UserError
 from flora_train.config.terminal_text import shown
 from flora_train.evaluation.code.programs.execute import preflight
 from flora_train.evaluation.code.programs.languages import load_languages
-from flora_train.evaluation.code.programs.sandbox import open_sandbox
+from flora_train.evaluation.code.programs.sandbox import Limits, Sandbox, open_sandbox
+from flora_train.evaluation.code.programs.system_calls import deny_filter
 from flora_train.kernels.backend import why_not_triton
 from flora_train.training.environment import available_cpus, environment, versions_line
 
@@ -55,6 +56,7 @@ def _findings() -> Iterator[tuple[str, str]]:
         yield "sandbox", str(error.problems[0])
         return
     yield "sandbox", "bubblewrap confines programs here"
+    yield "memory", _memory(sandbox)
     languages = load_languages()
     broken = preflight(languages.values(), sandbox)
     yield (
@@ -63,6 +65,15 @@ def _findings() -> Iterator[tuple[str, str]]:
     )
     for key, reason in broken.items():
         yield f"  {key}", reason
+
+
+def _memory(sandbox: Sandbox) -> str:
+    """What bounds the memory of generated programs here."""
+    limits = Limits(cpu=1)
+    sum_of_all = f"{limits.memory >> 30} GiB of data a process (kernel), and over all processes of a program together (looked at every 20 ms)"
+    if sandbox.filtered and deny_filter() is not None:
+        return f"{sum_of_all}; memory that a look does not see is denied"
+    return f"{sum_of_all}; this kernel or machine does not deny memory that a look does not see (memfd, System V)"
 
 
 def _gpu() -> str:

@@ -11,17 +11,19 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from flora_train.config.errors import Problem, UserError, choices
+from flora_train.config.errors import Problem, UserError, choices, fail
 from flora_train.config.evaluation_schema import Ks, Sandbox
+from flora_train.config.language_words import ProgrammingLanguages
 from flora_train.config.options import read_options
-from flora_train.config.section import MOST_PROCESSES, PathText, Section, Text
+from flora_train.config.section import MOST_PROCESSES, PathText, Section
 from flora_train.config.terminal_text import in_cell, print_plain
 from flora_train.config.words import parse_words
-from flora_train.evaluation.code.completions import read_completions
+from flora_train.evaluation.code.completions import Completion, read_completions
+from flora_train.evaluation.code.problems.problem import prompt_file
 from flora_train.evaluation.code.programs.execute import STATUSES, preflight
 from flora_train.evaluation.code.programs.languages import find_language, load_languages
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
-from flora_train.evaluation.code.programs.verdicts import judge_all
+from flora_train.evaluation.code.programs.verdicts import check_verdicts, judge_all
 from flora_train.evaluation.code.scores import Scores, check_k
 from flora_train.training.environment import available_cpus
 
@@ -29,7 +31,7 @@ from flora_train.training.environment import available_cpus
 class ExecuteOptions(Section):
     prompts: PathText | None = None
     """Folder of MultiPL-E's prompt files; needed where the completions do not carry their problems."""
-    languages: Annotated[list[Text], Field(min_length=1)] | None = None
+    languages: Annotated[ProgrammingLanguages, Field(min_length=1)] | None = None
     """Judge these only. Default: all that the completions have."""
     k: Ks = [1]
     """pass@k for these k."""
@@ -55,16 +57,33 @@ def execute_completions(file: str, words: Sequence[str]) -> None:
     if absent := sorted(wanted - used):
         raise UserError(Problem("languages", absent[0], f"no completion is in it; there are {choices(sorted(used))}"))
     check_k((c.key for c in completions if c.problem.language in languages), options.k)
+    out = Path(options.out) if options.out else path.with_name(f"{path.name.removesuffix('.jsonl')}.verdicts.jsonl")
+    mine = [c for c in completions if c.problem.language in languages]
+    _check_out(out, path, options, mine)
+    check_verdicts(mine, languages, options.sandbox, out)
     sandbox = open_sandbox(options.sandbox)
     broken = preflight(languages.values(), sandbox)
-    mine = [c for c in completions if c.problem.language in languages and c.problem.language not in broken]
-    out = Path(options.out) if options.out else path.with_name(f"{path.name.removesuffix('.jsonl')}.verdicts.jsonl")
+    mine = [c for c in mine if c.problem.language not in broken]
     records = judge_all(mine, languages, sandbox, out, options.workers or available_cpus())
     if records:
         _print(Scores(records.values()), options.k)
         print_plain(f"verdicts  {out}" + ("" if sandbox.kind == "bubblewrap" else "  (unconfined: sandbox=none)"))
     for reason in broken.values():
         print_plain(f"not evaluated: {reason}")
+
+
+def _check_out(out: Path, completions: Path, options: ExecuteOptions, read: Sequence[Completion]) -> None:
+    """Raises UserError where verdicts would be written over what is read."""
+    inputs = [completions, *([] if completions.is_file() else completions.glob("*"))]
+    if options.prompts is not None:
+        words = {completion.problem.language for completion in read}
+        inputs += [file for word in words if (file := prompt_file(Path(options.prompts), word)) is not None]
+    try:
+        same = out.exists() and next((file for file in inputs if file.exists() and out.samefile(file)), None)
+    except OSError as error:
+        raise fail("out", str(out), f"cannot be written ({error.strerror}): give another file") from error
+    if same:
+        raise fail("out", str(out), f"is {same}, which is read: give another file")
 
 
 def _print(scores: Scores, ks: Sequence[int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -12,7 +11,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from flora_train.evaluation.code.programs.evidence import draw_nonce, with_evidence
 from flora_train.evaluation.code.programs.languages import Language
+from flora_train.evaluation.code.programs.places import work_folder
 from flora_train.evaluation.code.programs.process import Ended, run_command
 from flora_train.evaluation.code.programs.sandbox import Limits, Sandbox
 
@@ -29,16 +30,20 @@ VIOLATION = (
 COMPILER_KILLED = r"Killed signal terminated|CPU time limit exceeded|signal: killed"
 """What a driver says whose compiler proper ran out of time; it exits with 1 itself."""
 TAIL = 2000
+EVIDENCE_PATIENCE = 3
+"""Times the limit that the second run of a passing program may compute: it must not miss its evidence on a busy machine."""
 PATIENCE = 2
 """Beside others a program may compute so many times its limit, for it then computes slower. Who needs more is out of time."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """source: prompt, completion and tests, as one text."""
+    """source: prompt, completion and tests, as one text. tests: those with which `source` ends, where it is to be found out whether
+    a passing program ran them."""
 
     language: Language
     source: str
+    tests: str = ""
 
     @property
     def sha(self) -> str:
@@ -48,13 +53,16 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """seconds: on the clock; output: the end of what it said; again: beside others it was late, and it was run alone."""
+    """seconds: on the clock; output: the end of what it said; again: beside others it was late, and it was run alone. checks_ran:
+    whether a second run, of the same program with a nonce and a check that fails after its last check, showed both; None where
+    that was not tried."""
 
     status: Status
     exit: int
     seconds: float
     output: str
     again: bool = False
+    checks_ran: bool | None = None
 
     def record(self) -> dict[str, Any]:
         """As it is written down."""
@@ -68,33 +76,86 @@ def execute(program: Program, sandbox: Sandbox) -> Verdict:
 
 def _execute(program: Program, sandbox: Sandbox, patience: int) -> tuple[Verdict, bool]:
     """The verdict, and whether it might be another one alone. patience: times the limit that it may compute."""
+    verdict, doubtful = _judge(program, sandbox, patience)
+    if verdict.status == "OK" and not doubtful and program.tests:
+        verdict = replace(verdict, checks_ran=_checks_ran(program, sandbox))
+    return verdict, doubtful
+
+
+def _checks_ran(program: Program, sandbox: Sandbox) -> bool | None:
+    """Whether a passing program comes to the end of its checks and fails one that is added there. It may take longer than it
+    took to pass. None where its tests have no place for that."""
+    nonce = draw_nonce()
+    changed = with_evidence(program.language, program.source, program.tests, nonce)
+    if changed is None:
+        return None
+    ended = _run_program(replace(program, source=changed), sandbox, EVIDENCE_PATIENCE, hidden=True)
+    # alone on its line, for a compiler's or an interpreter's message quotes what it complains of
+    shown = re.search(rf"^{nonce}\r?$", f"{ended.output}\n{ended.errors}", re.MULTILINE) is not None
+    return shown and ended.compiled and judge(ended, program.language) not in ("OK", "Timeout", "OutOfMemory")
+
+
+def _judge(program: Program, sandbox: Sandbox, patience: int) -> tuple[Verdict, bool]:
     language = program.language
-    with tempfile.TemporaryDirectory(prefix="flora-train-") as name:
+    ended = _run_program(program, sandbox, patience)
+    if not ended.compiled:
+        late = bool(_out_of_time(ended) or re.search(COMPILER_KILLED, ended.errors))
+        return Verdict("Timeout" if late else "SyntaxError", ended.status, ended.wall, _tail(ended)), late
+    # the kernel stops only the process that computes too long, such as a command that Bash substitutes; Bash goes on
+    limit = Limits(language.seconds).whole_cpu
+    endless = ended.cpu >= patience * limit and not ended.over_memory
+    status = "Timeout" if endless else judge(ended, language)
+    # on the clock it takes at least as long as it computes; what stopped it earlier than that was something else
+    endless |= ended.status in CPU_SIGNALS and not ended.timed_out and ended.wall > 0.9 * PATIENCE * language.seconds
+    doubtful = not endless and (status == "Timeout" or ended.cpu >= limit or ended.wall > language.seconds)
+    return Verdict(status, ended.status, ended.seconds, _tail(ended)), doubtful
+
+
+@dataclass(frozen=True)
+class Ran(Ended):
+    """seconds: on the clock, compiling included; compiled: it was run, and if not, all else is of the compiler."""
+
+    seconds: float = 0.0
+    compiled: bool = True
+
+
+def _run_program(program: Program, sandbox: Sandbox, patience: int, hidden: bool = False) -> Ran:
+    """hidden: it cannot read its own source, as far as its language allows."""
+    language = program.language
+    command, stdin = language.run, None
+    with work_folder(confined=sandbox.kind == "bubblewrap") as name:
         folder = Path(name)
-        (folder / language.file).write_text(program.source, encoding="utf-8")
+        file = folder / language.file
+        if hidden and language.evidence is not None and language.evidence.run is not None:
+            command, stdin = language.evidence.run, program.source
+        else:
+            file.write_text(program.source, encoding="utf-8")
         sandbox.own(folder)
         seconds = 0.0
         if language.compile is not None:
             ended = _compile(program, language.compile, folder, sandbox)
             seconds = ended.wall
             if ended.status or ended.timed_out:
-                late = bool(_out_of_time(ended) or re.search(COMPILER_KILLED, ended.errors))
-                return Verdict("Timeout" if late else "SyntaxError", ended.status, seconds, _tail(ended)), late
-        ended = _run(language.run, language, folder, sandbox, Limits(patience * language.seconds))
-        verdict = Verdict(judge(ended, language), ended.status, seconds + ended.wall, _tail(ended))
-        # on the clock it takes at least as long as it computes; what stopped it earlier than that was something else
-        endless = ended.status in CPU_SIGNALS and not ended.timed_out and ended.wall > 0.9 * PATIENCE * language.seconds
-        return verdict, not endless and (verdict.status == "Timeout" or ended.wall > language.seconds)
+                return Ran(**vars(ended), seconds=seconds, compiled=False)
+            if hidden:
+                file.unlink(missing_ok=True)
+        ended = _run(command, language, folder, sandbox, Limits(patience * language.seconds), stdin=stdin)
+        return Ran(**vars(ended), seconds=seconds + ended.wall)
 
 
 def judge(ended: Ended, language: Language) -> Status:
     """One word for how a run ended."""
     said = ended.output + ended.errors
+    if ended.over_memory:
+        return "OutOfMemory"
     if _out_of_time(ended):
         return "Timeout"
     quiet = not (language.quiet and ended.errors.strip())
-    if ended.status == 0 and quiet and (language.says is None or re.search(language.says, said)):
+    refused = language.never is not None and re.search(language.never, said)
+    if ended.status == 0 and quiet and not refused and (language.says is None or re.search(language.says, said)):
         return "OK"
+    if ended.status == 0 and refused:
+        return "Exception"
     if re.search(OUT_OF_MEMORY, said):
         return "OutOfMemory"
     if re.search(VIOLATION, said):
@@ -109,6 +170,7 @@ def execute_all(programs: Sequence[Program], sandbox: Sandbox, workers: int, rep
     same: dict[str, list[int]] = defaultdict(list)
     for i, program in enumerate(programs):
         same[program.sha].append(i)
+    programs = _without_evidence_that_fails_here(programs, sandbox)
     late: list[str] = []
 
     def tell(sha: str, verdict: Verdict) -> None:
@@ -130,6 +192,13 @@ def execute_all(programs: Sequence[Program], sandbox: Sandbox, workers: int, rep
             raise
     for sha in late:
         tell(sha, replace(execute(programs[same[sha][0]], sandbox), again=True))
+
+
+def _without_evidence_that_fails_here(programs: Sequence[Program], sandbox: Sandbox) -> Sequence[Program]:
+    """No evidence is asked of programs of a language whose known pass does not give it on this machine."""
+    languages = {program.language.key: program.language for program in programs if program.tests}
+    sure = {key: _checks_ran(Program(found, found.passing, found.passing), sandbox) for key, found in languages.items()}
+    return [program if sure.get(program.language.key) else replace(program, tests="") for program in programs]
 
 
 def preflight(languages: Iterable[Language], sandbox: Sandbox) -> dict[str, str]:
@@ -172,9 +241,10 @@ def _run(
     limits: Limits,
     writable: bool = False,
     prepared: Path | None = None,
+    stdin: str | None = None,
 ) -> Ended:
     command = [word.replace("{file}", language.file) for word in words]
-    return run_command(sandbox.command(command, folder, limits, writable, prepared), folder, limits.wall)
+    return run_command(sandbox.command(command, folder, limits, writable, prepared, stdin), limits.wall)
 
 
 def _out_of_time(ended: Ended) -> bool:

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail, first_line
 from flora_train.config.files import PROJECT_ROOT
+from flora_train.config.language_words import language_key
 from flora_train.config.section import Section, Text
 
 TABLE = PROJECT_ROOT / "eval" / "languages.yaml"
@@ -38,6 +39,14 @@ class Prepare(Section):
     _patterns = field_validator("when")(_a_pattern)
 
 
+class Evidence(Section):
+    """How a passing program shows that it ran its checks; what each key means stands at the table's top."""
+
+    before: str
+    write: str
+    run: list[Text] | None = None
+
+
 class Language(Section):
     """A row of the table; what each key means stands at its top."""
 
@@ -51,10 +60,12 @@ class Language(Section):
     compile_seconds: float = Field(30.0, gt=0)
     quiet: bool = False
     says: str | None = None
+    never: str | None = None
     assertion: str
     syntax: str | None = None
     exits: str = EXITS
     comment: str = "//"
+    evidence: Evidence | None = None
     packages: list[Text] = []
     npm: list[Text] = []
     maker: Text | None = None
@@ -116,7 +127,8 @@ def _rows(table: Path) -> Mapping[Any, Mapping[str, Any]]:
 
 
 def find_language(key: str, languages: Mapping[str, Language]) -> Language:
-    """Raises UserError for a language that the table lacks."""
+    """key: or another word for it. Raises UserError for a language that the table lacks."""
+    key = language_key(key)
     if key not in languages:
         raise fail(
             "language", key, f"is not in eval/languages.yaml; there are {choices(languages)}.{did_you_mean(key, languages)}"

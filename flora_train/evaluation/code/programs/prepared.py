@@ -1,6 +1,6 @@
 """What is made once and used by every program? A folder a language, such as a precompiled header, filled in the sandbox.
 
-It lives as long as its owner, in the system's temporary folder: as root the sandbox's user could not read one in root's home.
+It lives as long as its owner, in a folder whose name says nothing of the caller: the sandbox shows it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
+
+from flora_train.evaluation.code.programs.places import prepared_place
 
 
 class PreparedFolders:
@@ -24,7 +26,7 @@ class PreparedFolders:
         """The folder of `key`. The first call fills it, once, while others wait; `fill` says whether that worked."""
         with self._lock:
             if key not in self._folders:
-                folder = Path(tempfile.mkdtemp(prefix="flora-train-prepared-"))
+                folder = Path(tempfile.mkdtemp(prefix="prepared-", dir=prepared_place()))
                 weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
                 self._folders[key] = folder if fill(folder) else None
             return self._folders[key]

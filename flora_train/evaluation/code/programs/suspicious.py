@@ -1,4 +1,4 @@
-"""Did a completion pass because it ended the program before the tests? A flag for a reader; no score depends on it."""
+"""Words that may end a program before its tests: the flag where a program cannot give evidence of its checks (evidence.py)."""
 
 from __future__ import annotations
 

@@ -1,16 +1,20 @@
-"""Where do verdicts stand? In a jsonl file that only grows: what was judged is not judged again, and nothing is mixed."""
+"""Verdicts in a jsonl file that only grows: what was judged is not judged again, nothing is mixed, and a file of another kind is
+never changed."""
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flora_train.atomic import disk_errors
 from flora_train.config.errors import fail
 from flora_train.evaluation.code.completions import Completion
-from flora_train.evaluation.code.programs.execute import Program, Verdict, execute_all
+from flora_train.evaluation.code.programs.execute import STATUSES, Program, Verdict, execute_all
 from flora_train.evaluation.code.programs.languages import Language
 from flora_train.evaluation.code.programs.sandbox import Kind, Sandbox
 from flora_train.evaluation.code.programs.suspicious import ends_early
@@ -18,62 +22,121 @@ from flora_train.training.progress import Watch
 
 Key = tuple[str, str, str, int]
 ANOTHER = "move the file away, or give another out="
+KEY_FIELDS = ("adapter", "language", "name", "sample")
+BEGINNING = b'{"adapter": '
+"""Of every line that is written here."""
+TEXTS = ("adapter", "language", "name", "program", "sandbox", "status")
+NUMBERS = ("sample", "cpu_seconds")
 
 
 def judge_all(
     completions: Sequence[Completion], languages: Mapping[str, Language], sandbox: Sandbox, file: Path, workers: int
 ) -> dict[Key, dict[str, Any]]:
     """Key -> verdict record of every completion. Those that `file` holds already are taken from it, the others are run and
-    appended as they end. Raises UserError if the file holds a verdict on another program under the same key."""
-    programs = {c.key: Program(languages[c.problem.language], c.problem.program(c.text)) for c in completions}
+    appended as they end. Raises UserError, with the file as it was, if it holds anything else than verdicts, or a verdict on another
+    program under the same key, or if another process writes to it."""
+    programs = {c.key: Program(languages[c.problem.language], c.problem.program(c.text), c.problem.tests) for c in completions}
     texts = {c.key: c.problem.cut(c.text) for c in completions}
-    known = read_verdicts(file, sandbox.kind, languages)
-    for key, program in programs.items():
-        if key in known and known[key]["program"] != program.sha:
-            words = f"holds the verdict on another completion or prompt of this key: {ANOTHER}"
-            raise fail(str(file), "/".join(map(str, key)), words)
-    todo = [key for key in programs if key not in known]
-    with disk_errors(file), file.open("a", encoding="utf-8") as out, Watch("execute", max(1, len(todo))) as watch:
+    check_verdicts(completions, languages, sandbox.kind, file)
+    with disk_errors(file), _claimed(file) as out:
+        known = check_verdicts(completions, languages, sandbox.kind, file)  # once more: nobody else writes now
+        todo = [key for key in programs if key not in known]
+        os.truncate(file, len(_whole(file.read_bytes())))
         done = 0
 
         def report(i: int, verdict: Verdict) -> None:
             nonlocal done
             key = todo[i]
-            record = dict(zip(("adapter", "language", "name", "sample"), key, strict=True))
+            record = dict(zip(KEY_FIELDS, key, strict=True))
             record |= {"program": programs[key].sha, "sandbox": sandbox.kind, "cpu_seconds": programs[key].language.seconds}
             record |= verdict.record()
-            record["suspicious"] = verdict.status == "OK" and ends_early(programs[key].language, texts[key])
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            out.flush()
+            record["suspicious"] = verdict.status == "OK" and _suspicious(verdict, programs[key].language, texts[key])
+            os.write(out, (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
             known[key] = record
             done += 1
             watch.update(done)
 
-        execute_all([programs[key] for key in todo], sandbox, workers, report)
+        with Watch("execute", max(1, len(todo))) as watch:
+            execute_all([programs[key] for key in todo], sandbox, workers, report)
     return {key: known[key] for key in programs}
 
 
+def check_verdicts(
+    completions: Sequence[Completion], languages: Mapping[str, Language], sandbox: Kind, file: Path
+) -> dict[Key, dict[str, Any]]:
+    """What `file` holds, if verdicts on these completions can be appended to it. Raises UserError otherwise, and changes nothing."""
+    known = read_verdicts(file, sandbox, languages)
+    for completion in completions:
+        key, problem = completion.key, completion.problem
+        sha = Program(languages[problem.language], problem.program(completion.text)).sha
+        if key in known and known[key]["program"] != sha:
+            words = f"holds the verdict on another completion or prompt of this key: {ANOTHER}"
+            raise fail(str(file), "/".join(map(str, key)), words)
+    return known
+
+
 def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) -> dict[Key, dict[str, Any]]:
-    """Key -> verdict record; a last line that a kill cut short is taken away. Raises UserError for verdicts of another sandbox, or
-    of another time limit than `languages` have."""
+    """Key -> verdict record; a last line that a kill cut short is no verdict. Raises UserError for a file that holds anything else,
+    for verdicts of another sandbox, or of another time limit than `languages` have."""
     if not file.exists():
+        if file.is_symlink():
+            raise fail(str(file), None, f"is a link to nothing: {ANOTHER}")
         return {}
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with file.open("r+b") as cut:
-            cut.truncate(len(whole))
+    if not file.is_file():
+        raise fail(str(file), None, f"is no file: {ANOTHER}")
+    with disk_errors(file):
+        content = file.read_bytes()
+    whole = _whole(content)
+    rest = content[len(whole) :]
+    if rest[: len(BEGINNING)] != BEGINNING[: len(rest)]:
+        raise fail(str(file), None, f"holds no verdicts: {ANOTHER}")
     known: dict[Key, dict[str, Any]] = {}
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-            known[record["adapter"], record["language"], record["name"], record["sample"]] = record
-            language, seconds = languages.get(record["language"]), record["cpu_seconds"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise fail(f"{file}:{number}", None, f"is no verdict: {ANOTHER}") from error
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        record = _record(f"{file}:{number}", line)
+        known[record["adapter"], record["language"], record["name"], record["sample"]] = record
+        language, seconds = languages.get(record["language"]), record["cpu_seconds"]
         if record["sandbox"] != sandbox:
             raise fail(f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox}: {ANOTHER}")
         if language is not None and seconds != language.seconds:
             words = f"is the time (s) that this program might compute; {language.name} now has {language.seconds:g}"
             raise fail(f"{file}:{number}: cpu_seconds", seconds, f"{words}: give the same cpu_seconds, or {ANOTHER}")
     return known
+
+
+def _record(at: str, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or JSON a thousand levels deep
+        raise fail(at, None, f"is no verdict: {ANOTHER}") from error
+    texts = isinstance(record, dict) and all(isinstance(record.get(name), str) for name in TEXTS)
+    numbers = texts and all(type(record.get(name)) in (int, float) for name in NUMBERS)
+    if not numbers or type(record["sample"]) is not int or record["status"] not in STATUSES:
+        raise fail(at, None, f"is no verdict: {ANOTHER}")
+    return record
+
+
+def _suspicious(verdict: Verdict, language: Language, completion: str) -> bool:
+    """Of a pass: the evidence decides, and words only where there can be none."""
+    return ends_early(language, completion) if verdict.checks_ran is None else not verdict.checks_ran
+
+
+@contextmanager
+def _claimed(file: Path) -> Iterator[int]:
+    """A descriptor that appends to the file, which no other process claims meanwhile. Raises UserError if one has."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW * (not file.is_symlink()), 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise fail(str(file), None, "another process writes verdicts there now: wait for it, or give another out=") from error
+        except OSError:  # a file system without locks
+            pass
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _whole(content: bytes) -> bytes:
+    """Up to the last line end."""
+    return content[: content.rfind(b"\n") + 1]

@@ -108,7 +108,7 @@ def test_what_the_clock_stops_beside_others_is_run_again_alone(sandbox: Sandbox,
     language = working("sh", sandbox)
     calls: list[float] = []
 
-    def first_time_late(words: Any, folder: Path, wall: float) -> Ended:
+    def first_time_late(command: Any, wall: float) -> Ended:
         calls.append(wall)
         return Ended(137 if len(calls) == 1 else 0, "", "", wall, len(calls) == 1)
 
@@ -123,7 +123,7 @@ def test_one_at_a_time_nothing_is_run_twice(sandbox: Sandbox, monkeypatch: pytes
     language = working("sh", sandbox)
     walls: list[float] = []
 
-    def late(words: Any, folder: Path, wall: float) -> Ended:
+    def late(command: Any, wall: float) -> Ended:
         walls.append(wall)
         return Ended(137, "", "", wall, True)
 

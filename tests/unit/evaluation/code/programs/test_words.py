@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flora_train.evaluation.code.programs import process
-from flora_train.evaluation.code.programs.execute import Program, execute
+from flora_train.evaluation.code.programs.execute import Program, Verdict, execute, execute_all
 from flora_train.evaluation.code.programs.sandbox import Sandbox
 from tests.unit.evaluation.code.conftest import working
 
@@ -40,6 +40,33 @@ ENDS = [
 def test_a_failed_run_has_its_word(key: str, source: str, status: str, sandbox: Sandbox) -> None:
     verdict = execute(Program(working(key, sandbox), source), sandbox)
     assert verdict.status == status, verdict
+
+
+BASH = 'f() {\n{}\n}\ncandidate() {\n    f "$@"\n}\nset -e\nrun_test() {\n    [[ $(candidate) = "{}" ]]\n}\nrun_test'
+FOREVER = "    while :; do :; done"
+
+
+ENDLESS = [
+    BASH.replace("{}", FOREVER, 1).replace("{}", "1"),
+    BASH.replace("{}", FOREVER, 1).replace("{}", ""),  # what the substitution gives when its process was stopped
+    BASH.replace("{}", f"    trap '' XCPU\n    echo 1\n{FOREVER}", 1).replace("{}", "1"),
+    BASH.replace("{}", f"    x=$( {FOREVER.strip()} )\n    echo 1", 1).replace("{}", "1"),
+    FOREVER,
+]
+
+
+@pytest.mark.parametrize(("source", "workers"), [(source, 1) for source in ENDLESS] + [(ENDLESS[1], 2)])
+def test_bash_that_never_ends_is_a_timeout(source: str, workers: int, sandbox: Sandbox) -> None:
+    language = working("sh", sandbox).model_copy(update={"seconds": 1.0})
+    verdicts: dict[int, Verdict] = {}
+    execute_all([Program(language, source)], sandbox, workers, verdicts.__setitem__)
+    assert verdicts[0].status == "Timeout", verdicts[0]
+
+
+@pytest.mark.parametrize("source", ['print "ERROR\\n"; exit 0;', 'print STDERR "an ERROR"; print "ok!";'])
+def test_perl_that_says_error_is_an_exception_as_with_multipl_e(source: str, sandbox: Sandbox) -> None:
+    verdict = execute(Program(working("pl", sandbox), source), sandbox)
+    assert (verdict.status, verdict.exit) == ("Exception", 0)
 
 
 def test_a_program_says_how_it_ended_to_a_reader_that_comes_late(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
