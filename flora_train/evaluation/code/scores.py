@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.config.errors import fail
+from flora_train.config.terminal_text import plain
 from flora_train.evaluation.code.pass_at_k import pass_at_k
 from flora_train.evaluation.compare import Estimate
 
@@ -23,7 +24,7 @@ def check_k(keys: Iterable[tuple[str, str, str, int]], ks: Sequence[int]) -> Non
     counts = Counter(key[:3] for key in keys)
     fewest = min(counts, key=lambda problem: counts[problem])
     if max(ks) > counts[fewest]:
-        words = f"is more than the {counts[fewest]} samples of {', '.join(fewest)}: ask for k <= {counts[fewest]}"
+        words = f"is more than the {counts[fewest]} samples of {plain(', '.join(fewest))}: ask for k <= {counts[fewest]}"
         raise fail("k", max(ks), words)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from flora_train.config.errors import fail
 from flora_train.config.language_words import language_key
+from flora_train.config.terminal_text import plain
 from flora_train.data.strict_json import read_json
 
 FIELDS = ("name", "prompt", "tests", "stop_tokens")
@@ -54,7 +55,7 @@ def load_problems(folder: Path, language: str) -> dict[str, Problem]:
     path = prompt_file(folder, language)
     if path is None:
         there = ", ".join(sorted(p.stem.removeprefix("humaneval-") for p in folder.glob("humaneval-*.jsonl"))) or "none"
-        raise fail(str(folder / f"humaneval-{language}.jsonl"), None, f"no such file; the folder has prompts of {there}")
+        raise fail(plain(str(folder / f"humaneval-{language}.jsonl")), None, f"no such file; the folder has prompts of {there}")
     lines = enumerate(read_text(path).split("\n"), 1)  # U+2028 may stand inside a line
     return problems_of_rows(language, ((f"{path}:{n}", parse_json(f"{path}:{n}", line)) for n, line in lines if line.strip()))
 

@@ -17,6 +17,7 @@ from flora_train.evaluation.code import completions as completions_module
 from flora_train.evaluation.code.completion_log import CompletionLog
 from flora_train.evaluation.code.completions import read_completions
 from flora_train.evaluation.code.problems.problem import load_problems
+from flora_train.evaluation.code.scores import check_k
 
 PROBLEM: dict[str, Any] = {"name": "p", "language": "sh", "prompt": "f() {\n", "tests": "}", "stop_tokens": ["\n}"]}
 ROW: dict[str, Any] = {"language": "sh", "name": "p", "completion": "x", "sample": 0, "adapter": "a"}
@@ -149,3 +150,14 @@ def test_completion_log_raises_a_user_error_or_succeeds(
         with suppress(UserError):
             for entry in log.read().values():
                 assert {name: type(found) for name, found in vars(entry).items()} == {n: type(v) for n, v in LOGGED.items()}
+
+
+def test_errors_show_the_control_characters_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text(json.dumps({**ROW, "language": "\x1b[2J"}) + "\n")
+    with pytest.raises(UserError) as raised:
+        read_completions(file, prompts(tmp_path))
+    assert "\x1b" not in str(raised.value)
+    with pytest.raises(UserError) as raised:
+        check_k([("\x1b[2J", "sh", "p", 0)], [2])
+    assert "\x1b" not in str(raised.value)
