@@ -15,7 +15,7 @@ from rich.console import Console
 from flora_train.adapters.base_model import empty_model, load_feature_extractor, resolve_dtype
 from flora_train.adapters.encoder import is_speech_model
 from flora_train.adapters.host_memory import free_memory
-from flora_train.adapters.layer_usage import unusable_by_shape
+from flora_train.adapters.layer_usage import described, unusable_by_shape
 from flora_train.adapters.paging import OF_FREE_MEMORY, PLANES
 from flora_train.adapters.pool import Pool, pool_key
 from flora_train.adapters.probe_inputs import count_tokens, noise_features
@@ -32,6 +32,7 @@ from flora_train.evaluation.code.evaluate import load_suites, prompts_of
 from flora_train.evaluation.generation import check_prompts
 from flora_train.export.loadability import notes
 from flora_train.session import load_data, paging_of, prepare
+from flora_train.training.distributed import say
 from flora_train.training.progress import duration
 from flora_train.training.sharding import largest_part
 
@@ -175,7 +176,11 @@ def pools_of(config: RunConfig) -> list[Pool]:
     groups: dict[tuple[object, ...], list[AdapterSpec]] = defaultdict(list)
     for spec in expand(config):
         groups[pool_key(spec)].append(spec)
-    return [Pool(specs[0].method, specs, find_targets(model, specs[0], left_out)) for specs in groups.values()]
+    pools = [Pool(specs[0].method, specs, find_targets(model, specs[0], left_out)) for specs in groups.values()]
+    wanted = {name for specs in groups.values() for name in find_targets(model, specs[0])}
+    if reasons := {name: reason for name, reason in left_out.items() if name in wanted}:
+        say(f"note: no adapter is attached to {described(reasons, {name for pool in pools for name in pool.targets})}")
+    return pools
 
 
 def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:

@@ -82,7 +82,7 @@ class AdapterConfig(Section):
     warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)
     """Linear warm-up over the adapter's own first steps."""
     target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear"] = "default"
-    """Module name endings, or all-linear (every linear layer but the output head), or default: all-linear
+    """Module name endings, or all-linear (every linear layer that runs in rows, but the output head), or default: all-linear
     for flora and lora; keys, values and the feed-forward output for ia3 (PEFT's table per architecture)."""
     within: Text | None = None
     """Adapt only targets below modules of this name: decoder, of a speech model, whose encoder is then shared by all such adapters."""

@@ -155,10 +155,12 @@ def test_a_run_says_what_it_leaves_out_and_ends(name: str, notes: list[str], tmp
     config = family_config(name, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     words = recipe(tmp_path, save(tmp_path / "model", AutoModelForCausalLM.from_config(config)), SHORT, sample_prompts=["te"])
     assert main(["plan", *words]) == 0
+    planned = capfd.readouterr().err
     assert main(["train", *words]) == 0
     said = capfd.readouterr().err
     for note in notes:
         assert said.count(note) == 1, said
+        assert planned.count(note) == ("no adapter" in note), planned
     report = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())
     assert set(report["completions"][0]["completions"]) == {"base", "lora"}
 

@@ -24,6 +24,7 @@ from flora_train.config.files import PROJECT_ROOT
 from flora_train.export.peft_format import export_peft
 from tests.architectures import ARCHITECTURES, auto_class, model_inputs, tiny_model
 from tests.conftest import perturb, spec
+from tests.families import FAMILIES, Family
 from tests.unit.adapters.helpers import tokens
 from tests.unit.training.harness import largest_difference_to_training_alone, make_trainer, moved, plans_of, train_together
 
@@ -148,11 +149,37 @@ def document(rows: Sequence[Coverage]) -> str:
     ]
     lines += [
         "",
-        "IA3's defaults are PEFT's, where PEFT has some. Other causal models whose targets are `nn.Linear` or `Conv1D` attach the",
-        "same way; IA3 then needs `target_modules` and `feedforward_modules`. T5 and Whisper are covered here as models: the data",
-        "pipeline of a run makes causal batches only.",
+        "IA3's defaults are PEFT's, where PEFT has some. T5 and Whisper are covered here as models: the data pipeline of a run makes",
+        "causal batches, and speech batches for Whisper and its like.",
+        "",
+        "## Other families",
+        "",
+        "Any other causal model is asked before training, on a few tokens: which of its linear layers run in rows (others get no",
+        "adapter, and a line says so), whether a row's loss and gradient depend on its own past alone (else the model is refused by",
+        "name, with the module where rows meet), and whether rows can be decoded together with keys and values as their only memory",
+        "(else one row at a time, by the model's own `generate`, or reading all tokens again). IA3 needs `target_modules` and",
+        "`feedforward_modules` there. Tried on tiny random models (`tests/unit/test_families.py`):",
+        "",
+        "| `model_type` | adapters | texts |",
+        "|---|---|---|",
     ]
+    lines += [f"| `{name}` | {_adapters(family)} | {_texts(family)} |" for name, family in FAMILIES.items()]
+    lines += []
     return "\n".join(lines) + "\n"
+
+
+def _adapters(family: Family) -> str:
+    if family.refused:
+        return f"refused: {family.refused.split(': ')[0].strip('()').split('|')[0]}"
+    return f"all but `{family.left_out}`" if family.left_out else "all linear layers"
+
+
+def _texts(family: Family) -> str:
+    return (
+        ""
+        if family.refused
+        else {"together": "together", "alone": "one at a time", "afresh": "one at a time, read again"}[family.way]
+    )
 
 
 def test_table_in_the_docs_is_what_the_models_say(update_docs: Callable[[Path, str], None]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.probe_inputs import count_tokens
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import Problem as Fault
 from flora_train.config.errors import UserError, choices, fail
@@ -35,7 +36,7 @@ from flora_train.evaluation.code.programs.sandbox import open_sandbox
 from flora_train.evaluation.code.programs.verdicts import judge_all, read_verdicts
 from flora_train.evaluation.code.solve import solve
 from flora_train.evaluation.code.summary import read_summary, summarise, write_summary
-from flora_train.evaluation.generation import Decoder, Sampling
+from flora_train.evaluation.generation import Decoder, Sampling, check_prompts
 from flora_train.evaluation.generation.room import Prompts
 from flora_train.training.checksum import fingerprint
 from flora_train.training.distributed import on_main_process, wait_for_everyone
@@ -138,6 +139,11 @@ def evaluate_code(
     check_peft_contenders(peft, [word for contender in contenders for word in (contender.name, contender.family)])
     if peft and load_base is not None:
         check_fit(peft, load_base)
+    asked = [
+        problem.prompt.rstrip() for suite in plan.suites for key in languages for problem in suite.asked.get(key, {}).values()
+    ]
+    limits = (count_tokens(model), config.model, model.config, options.max_new_tokens)
+    check_prompts(tokenizer, {"evaluation.problems": (asked, False)}, *limits)  # of all suites, before the first is written
     logs = {suite.name: CompletionLog(folder / suite.name) for suite in plan.suites}
     settings = {
         "model": config.model.path,

@@ -12,8 +12,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
-CLOCK = os.sysconf("SC_CLK_TCK")
 FIRST = ("1", "2")
 """Processes of a sandbox: bubblewrap, and the program itself."""
 UNSEEN = 0.2
@@ -104,13 +102,13 @@ def _over(processes: Iterable[str], limit: int) -> bool:
 def _computed(folder: str) -> float:
     with suppress(OSError, IndexError, ValueError), open(f"{folder}/stat", encoding="ascii", errors="replace") as file:
         words = file.read().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / CLOCK
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
     return 0.0
 
 
 def _resident(folder: str) -> int:
     with suppress(OSError, IndexError, ValueError), open(f"{folder}/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * PAGE
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 

@@ -3,7 +3,6 @@ never changed."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,6 +122,8 @@ def _suspicious(verdict: Verdict, language: Language, completion: str) -> bool:
 @contextmanager
 def _claimed(file: Path) -> Iterator[int]:
     """A descriptor that appends to the file, which no other process claims meanwhile. Raises UserError if one has."""
+    import fcntl  # of Linux, where programs are executed
+
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW * (not file.is_symlink()), 0o666)
     try:
