@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from flora_train.data.tokenizer_copies import (
     pipeline_of,
     special_tokens_of,
     stand_in,
+    steps_of,
 )
 
 
@@ -48,6 +50,7 @@ class TextEncoder:
         self._strips_right = {int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._pipeline = {} if self._backend is None else pipeline_of(self._backend)
+        self._overlooked = self._overlooks()
         self._copies: dict[tuple[Place, bool, bool], Any] = {}
 
     def prompt(self, text: str, special_tokens: bool) -> list[int]:
@@ -115,10 +118,25 @@ class TextEncoder:
                 break
         return joined(parts, end == len(text))
 
+    def _overlooks(self) -> re.Pattern[str] | None:
+        """Llama 2's normalizer puts a space before an added token, too, which is then found behind a space only: here all are found.
+
+        A pattern of the special tokens of such a tokenizer, else None."""
+        kinds = [step["type"] for step in steps_of(self._pipeline.get("normalizer"))]
+        normalized = {int(i) for i, token in self.tokenizer.added_tokens_decoder.items() if token.normalized}
+        if "Prepend" not in kinds or not normalized & self.special.keys():
+            return None
+        return re.compile("|".join(map(re.escape, sorted(self.special.values(), key=len, reverse=True))))
+
     def _encode(self, texts: Sequence[tuple[str, Spans]], place: Place, more: bool) -> Iterator[Encoded]:
         if not texts:
             return
         for (text, rows), (ids, encoding) in zip(texts, self._tokenised([t for t, _ in texts], place, more), strict=True):
+            if self._overlooked is not None and (found := list(self._overlooked.finditer(text))):
+                of_rows = [one for one in found if any(a < one.end() and b > one.start() for a, b in rows)]
+                count = Counter(one.group() for one in of_rows)
+                yield self._with_rows_as_text(text, () if self.special_tokens else rows, place, more, count)
+                continue
             written = self._written(text, rows, ids, encoding) if not self.special.keys().isdisjoint(ids) else Counter[str]()
             if written and not self.special_tokens:
                 yield self._with_rows_as_text(text, rows, place, more, written)
@@ -250,6 +268,11 @@ class TextEncoder:
         """(begin, end, id) of the special tokens in the parts of a text that are not of rows."""
         for begin, end in between(rows, len(text)):
             literal = text[begin:end]
+            if self._overlooked is not None:
+                ids = {word: i for i, word in self.special.items()}
+                found = self._overlooked.finditer(literal)
+                yield from ((begin + one.start(), begin + one.end(), ids[one.group()]) for one in found)
+                continue
             if self._backend is not None:
                 encoding = self._native([literal]).encodings[0]
                 yield from ((begin + a, begin + b, i) for _, (a, b), i in self._occurrences(literal, encoding.ids, encoding))

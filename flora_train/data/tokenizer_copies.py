@@ -106,6 +106,14 @@ def _edited(part: Any, place: Place, more: bool) -> Any:
     return {**part, **changed}
 
 
+def steps_of(part: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer (as JSON), those inside sequences among them."""
+    if part is None:
+        return []
+    inner = part.get("normalizers") or part.get("pretokenizers") or []
+    return [part, *(step for one in inner for step in steps_of(one))]
+
+
 def pipeline_of(backend: Any) -> dict[str, Any]:
     """Normalizer and pre-tokenizer of a fast tokenizer, as JSON."""
     parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}

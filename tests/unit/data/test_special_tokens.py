@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -89,6 +90,18 @@ def test_words_single_characters_and_spaces_that_were_added_stay_tokens() -> Non
     assert tokenise([example], tokenizer, 64, "truncate").example(0).tolist() == [*native, tokenizer.eos_token_id]
 
 
+def test_added_token_that_a_prepended_space_would_hide_is_a_token_in_templates_and_counted_in_rows() -> None:
+    tokenizer = make("legacy-llama")
+    think = tokenizer.get_vocab()["<think>"]
+    assert think not in tokenizer("4<think>")["input_ids"]  # Llama 2's own reading
+    (example,) = rendered([{"a": "b<think>"}], text="4<think>{a}")
+    for special_tokens, count in ((False, 1), (True, 2)):
+        split = tokenise([example], tokenizer, 64, "truncate", special_tokens=special_tokens)
+        assert split.example(0).tolist().count(think) == count
+        assert split.counts.special_tokens == {"<think>": 1}
+    assert TextEncoder(tokenizer).prompt("4<think>", special_tokens=True)[-1] == think
+
+
 def test_unknown_words_are_no_special_tokens() -> None:
     tokenizer = words()
     (example,) = rendered([{"a": "one zebra two"}], text="{a}")
@@ -125,10 +138,11 @@ PART = st.one_of(
 def test_only_the_templates_special_tokens_are_tokens_whatever_rows_hold(kind: str, parts: list[tuple[str, bool]]) -> None:
     tokenizer, encoder = make(kind), _encoder(kind)
     text, rows, expected = "", [], []
-    literal = ""
+    literal, ids = "", {word: i for i, word in encoder.special.items()}
+    names = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))))
     for part, of_row in [*parts, ("", True)]:
         if of_row:
-            expected += special_ids(tokenizer, tokenizer(literal, add_special_tokens=False)["input_ids"])
+            expected += [ids[word] for word in names.findall(literal) if ids[word] != tokenizer.unk_token_id]
             rows.append((len(text), len(text) + len(part)))
         literal = "" if of_row else literal + part
         text += part
