@@ -36,7 +36,17 @@ from flora_train.evaluation.speech.cache_check import check_transcribing
 from flora_train.export.loadability import WARNING, say_what_peft_loads
 from flora_train.export.peft_start import start_from_peft
 from flora_train.judge import judge, training_facts
-from flora_train.session import Session, check_base, check_data, load_session, locked, make_accelerator, note_differences, reopen
+from flora_train.session import (
+    Session,
+    as_it_began,
+    check_base,
+    check_data,
+    load_session,
+    locked,
+    make_accelerator,
+    note_differences,
+    reopen,
+)
 from flora_train.tracking import begin_tracking, end_tracking
 from flora_train.training.apart import time_apart
 from flora_train.training.clock import spoken
@@ -89,7 +99,8 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
         on_main_process(lambda: check_base(folder, config, OriginOptions()))
     for reason in dict.fromkeys(plan.broken.values() if plan else ()):
         say(f"note: some programs will not be evaluated: {reason}")
-    session = load_session(config, folder, accelerator.device, in_parts=loads_in_parts(config))
+    loaded = config if standing == "free" else as_it_began(config, folder)
+    session = load_session(loaded, folder, accelerator.device, in_parts=loads_in_parts(config))
     if standing != "free":
         on_main_process(lambda: check_data(folder, session.tasks, OriginOptions()))
     on_every_process(session.check_model)
@@ -105,7 +116,8 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     elif standing == "free":
         start(range(len(session.bank.specs)))
     suites = suite_files(suite.name for suite in plan.suites) if plan else []
-    on_main_process(lambda: folder.claim(config, suites, base=base_identity(config.model), data=data_of_all(session)))
+    origin = {"base": base_identity(config.model), "base_dtype": dtype_of(session.model), "data": data_of_all(session)}
+    on_main_process(lambda: folder.claim(config, suites, **origin))
     on_main_process(lambda: report_left_out(session))
     for note in [*notes_on_rows(session.tasks, config), *notes_on_unused(config.tasks, bool(config.evaluation.problems))]:
         say(f"note: {note}")

@@ -189,7 +189,9 @@ def reopen(
     """
     folder, config = open_run(run)
     allow = allow or OriginOptions()
-    if dtype is not None:
+    if dtype is None:
+        config = as_it_began(config, folder)
+    else:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype, "quantization": "none"})})
     device = make_accelerator(config, folder, trackers=False).device
     differences = on_main_process(lambda: check_base(folder, config, allow))
@@ -200,6 +202,14 @@ def reopen(
     adapters = range(len(session.bank.specs))
     kept = on_every_process(lambda: load_kept(session.bank, adapters, folder.kept))
     return replace(session, differences=tuple(differences)), kept
+
+
+def as_it_began(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The configuration of a run that has begun, with the type of its base: `auto` may mean another one on this machine."""
+    began = folder.facts().get("base_dtype")
+    if config.model.dtype != "auto" or began not in ("float32", "bfloat16"):
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": began})})
 
 
 def check_base(folder: RunFolder, config: RunConfig, allow: OriginOptions) -> list[str]:
