@@ -187,8 +187,10 @@ def execute_all(programs: Sequence[Program], sandbox: Sandbox, workers: int, rep
                     late.append(running[done])
                 else:
                     tell(running[done], verdict)
-        except BaseException:
+        except BaseException:  # Ctrl-C does not wait for the programs that run
+            sandbox.stop.set()
             pool.shutdown(cancel_futures=True)
+            sandbox.stop.clear()
             raise
     for sha in late:
         tell(sha, replace(execute(programs[same[sha][0]], sandbox), again=True))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import IO
 
 from flora_train.evaluation.code.programs.memory import SandboxMemory, SessionMemory
@@ -29,7 +29,8 @@ INFO = "descriptor:info"
 class Command:
     """words: what is started, in `folder`, with `environment` and nothing else of ours. data: word -> content; the word becomes the
     number of a descriptor that the content can be read from. stdin: what the command reads, by default nothing. memory: bytes that
-    all its processes may hold together; scratch: bytes of each of the sandbox's scratch folders."""
+    all its processes may hold together; scratch: bytes of each of the sandbox's scratch folders; stop: once it is set, the command is
+    ended as by the clock."""
 
     words: Sequence[str]
     folder: Path
@@ -38,6 +39,7 @@ class Command:
     scratch: int = 0
     data: Mapping[str, bytes] = field(default_factory=dict)
     stdin: str | None = None
+    stop: Event = field(default_factory=Event)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def run_command(command: Command, wall: float) -> Ended:
             helper.start()
         timed_out, over_memory = False, False
         try:
-            timed_out, over_memory = _wait(process.pid, started + wall, watch)
+            timed_out, over_memory = _wait(process.pid, started + wall, watch, command.stop)
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -107,12 +109,13 @@ def _start(command: Command, opened: ExitStack) -> tuple[subprocess.Popen[bytes]
     return process, SandboxMemory(info, command.memory, command.scratch)
 
 
-def _wait(pid: int, deadline: float, watch: SandboxMemory | SessionMemory) -> tuple[bool, bool]:
-    """Until the process has ended, which is then still to be reaped: whether the clock stopped it, and whether its memory did."""
+def _wait(pid: int, deadline: float, watch: SandboxMemory | SessionMemory, stop: Event) -> tuple[bool, bool]:
+    """Until the process has ended, which is then still to be reaped: whether the clock (or `stop`) stopped it, and whether its memory
+    did."""
     with _end_of(pid) as ended:
         pause = watch.tick
         while not ended(max(0.0, min(pause, deadline - time.monotonic()))):
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or stop.is_set():
                 return True, False
             began = time.thread_time()  # on a busy machine a look takes longer, and costs no more
             if watch.exceeded():

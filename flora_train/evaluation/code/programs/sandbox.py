@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Literal
 
 from flora_train.config.errors import fail
@@ -79,11 +80,12 @@ class Limits:
 @dataclass(frozen=True)
 class Sandbox:
     """kind: bubblewrap, or none where the user asked for it; prepared: what its languages prepared once; filtered: some system calls
-    are denied, where the kernel can do that."""
+    are denied, where the kernel can do that; stop: once it is set, what runs is ended."""
 
     kind: Kind
     prepared: PreparedFolders = field(default_factory=PreparedFolders, compare=False)
     filtered: bool = True
+    stop: Event = field(default_factory=Event, compare=False)
 
     def command(
         self,
@@ -111,7 +113,7 @@ class Sandbox:
             *words,
         ]
         if self.kind == "none":
-            return Command(limited, folder, _unconfined_environment(words, folder), limits.memory, stdin=stdin)
+            return Command(limited, folder, _unconfined_environment(words, folder), limits.memory, stdin=stdin, stop=self.stop)
         data = {ARGUMENTS: "\0".join(_bubblewrap(folder, limits, writable, prepared)).encode()}
         bubblewrap = [find_program("bwrap") or "bwrap", "--args", ARGUMENTS, "--info-fd", INFO]
         if self.filtered and (calls := deny_filter()) is not None:
@@ -120,7 +122,14 @@ class Sandbox:
         drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"] if os.geteuid() == 0 else []
         path = {"PATH": ENVIRONMENT["PATH"]}
         return Command(
-            [*drop, *bubblewrap, "--", *limited], Path("/"), path, limits.memory, limits.scratch, data=data, stdin=stdin
+            [*drop, *bubblewrap, "--", *limited],
+            Path("/"),
+            path,
+            limits.memory,
+            limits.scratch,
+            data=data,
+            stdin=stdin,
+            stop=self.stop,
         )
 
     def own(self, folder: Path) -> None:

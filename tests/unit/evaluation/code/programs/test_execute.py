@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,16 @@ def test_one_at_a_time_nothing_is_run_twice(sandbox: Sandbox, monkeypatch: pytes
     execute_all([Program(language, "sleep 1")], sandbox, 1, verdicts.__setitem__)
     assert (verdicts[0].status, verdicts[0].again) == ("Timeout", False)
     assert walls == [Limits(language.seconds).wall]  # the limit is its own from the start
+
+
+def test_an_interrupt_ends_the_programs_that_run(sandbox: Sandbox) -> None:
+    language = load_languages()["sh"]
+
+    def interrupt(i: int, verdict: Verdict) -> None:
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        execute_all([Program(language, "sleep 50"), Program(language, "exit 1")], sandbox, 2, interrupt)
+    assert time.monotonic() - started < 25  # of the 50 that the first would have slept
+    assert execute(Program(language, "exit 0"), sandbox).status == "OK"
