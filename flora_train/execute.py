@@ -8,7 +8,6 @@ from typing import Annotated
 
 from pydantic import Field
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from flora_train.config.errors import Problem, UserError, choices, fail
@@ -16,7 +15,7 @@ from flora_train.config.evaluation_schema import Ks, Sandbox
 from flora_train.config.language_words import ProgrammingLanguages
 from flora_train.config.options import read_options
 from flora_train.config.section import MOST_PROCESSES, PathText, Section
-from flora_train.config.terminal_text import in_cell, print_plain
+from flora_train.config.terminal_text import in_cell, print_plain, print_table
 from flora_train.config.words import parse_words
 from flora_train.evaluation.code.completions import Completion, read_completions
 from flora_train.evaluation.code.problems.problem import prompt_file
@@ -87,11 +86,10 @@ def _check_out(out: Path, completions: Path, options: ExecuteOptions, read: Sequ
 
 
 def _print(scores: Scores, ks: Sequence[int]) -> None:
-    console = Console(soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("adapter", "language", "problems x n", *(f"pass@{k} [95 %]" for k in ks)):
         table.add_column(heading, justify="left" if heading in ("adapter", "language") else "right", no_wrap=True)
-    table.add_column("ended", overflow="fold")
+    table.add_column("ended", overflow="fold", max_width=40)
     for adapter, language in scores.cells:
         cell = adapter, language
         found = [scores.pass_at(cell, k) for k in ks]
@@ -102,4 +100,4 @@ def _print(scores: Scores, ks: Sequence[int]) -> None:
         table.add_row(
             in_cell(adapter), in_cell(language), f"{len(scores.problems(cell))} x {scores.n(cell)}", *cells, ", ".join(ended)
         )
-    console.print(table)
+    print_table(table)

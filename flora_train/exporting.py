@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from flora_train.adapters.bank import AdapterBank
@@ -19,7 +18,7 @@ from flora_train.atomic import real_path
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
 from flora_train.config.section import PathText, Section
-from flora_train.config.terminal_text import in_cell, print_plain
+from flora_train.config.terminal_text import in_cell, print_plain, print_table
 from flora_train.config.words import from_flags, parse_words, run_and_names
 from flora_train.data.tokens import pad_token
 from flora_train.evaluation.results import reading_report
@@ -124,7 +123,7 @@ def checked(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str]:
         bank.id_of(name)
         if as_ == "flora" and methods[name] != "flora":
             raise fail("adapter", name, f"is {methods[name]}: --as flora writes fLoRA only; --as peft writes all methods")
-    return list(names) or [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
+    return list(dict.fromkeys(names)) or [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
 
 
 def merge(run: str, names: Sequence[str], out: Path, allow: OriginOptions) -> list[Path]:
@@ -180,7 +179,7 @@ def _write_stand_ins(
         original = session.bank.specs[session.bank.ids[name]]
         with reading_report(session.folder.evaluation / "report.json"):
             write_card(report, original, out / name, stand_in, losses, origin=" ".join(session.differences))
-    Console(soft_wrap=True).print(table)
+    print_table(table)
     for stand_in in stand_ins:
         if stand_in.biases:
             print_plain(f"note: {stand_in.spec.name} changes the biases of {stand_in.biases} layers, which a LoRA cannot")

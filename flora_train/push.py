@@ -64,7 +64,7 @@ def push_run(words: Sequence[str]) -> None:
     for name in names:
         if name not in specs:
             raise fail("adapter", name, f"there are {choices(specs)}.{did_you_mean(name, specs)}")
-    names = names or list(specs)
+    names = list(dict.fromkeys(names)) or list(specs)
     for name in names if options.repo_per_adapter else ():
         check_repository_name(f"{options.repo}-{name}", f"repo_per_adapter: {name}")
     folder.share()

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
 HARMFUL = (
@@ -41,6 +43,20 @@ def shown(text: object, style: str = "", keep: str = "\n\t") -> Text:
 def in_cell(text: object, style: str = "") -> Text:
     """`shown` in one line, for a table."""
     return shown(text, style, keep="")
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """Print a table whole, its lines longer than the terminal's where they have to be: rich would cut names and figures instead."""
+    from rich.console import Console
+
+    console = console or Console(soft_wrap=True)
+    wanted = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+    before, console.width = console.width, max(console.width, wanted)
+    console.print(table)
+    console.width = before
+
+
+WIDEST = 10_000
 
 
 def print_plain(*lines: object) -> None:

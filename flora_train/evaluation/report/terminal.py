@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from flora_train.config.terminal_text import in_cell, shown
+from flora_train.config.terminal_text import in_cell, print_table, shown
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
@@ -33,7 +33,7 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
                 f"{_number(difference['value'], '+')} {interval}",
             )
             table.add_row("", *(in_cell(text, style) for text in cells))
-    console.print(table)
+    print_table(table, console)
 
 
 def print_sweeps(results: Mapping[str, Any], console: Console | None = None) -> None:
@@ -69,7 +69,7 @@ def print_pass_at_k(suites: Sequence[Mapping[str, Any]], console: Console | None
                     )
                     table.add_row(*(in_cell(text or "") for text in row))
                     title = ""
-            console.print(table)
+            print_table(table, console)
         for left_out in suite["not_evaluated"]:
             console.print(shown(f"not evaluated: {left_out['language']}: {left_out['reason']}"))
 
@@ -98,7 +98,7 @@ def print_error_rates(speech: Mapping[str, Any] | None, console: Console | None 
                 cells[2],
             )
             title = ""
-    console.print(table)
+    print_table(table, console)
 
 
 def print_completions(results: Mapping[str, Any], console: Console | None = None) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flora_train.config.errors import fail
-from flora_train.config.terminal_text import in_cell, plain, safe_streams, shown
+from flora_train.config.terminal_text import in_cell, plain, print_table, safe_streams, shown
 from flora_train.training.distributed import say
 from flora_train.training.progress import Watch
 
@@ -76,3 +76,16 @@ def test_safe_streams_write_what_they_cannot_encode_as_escapes(monkeypatch: pyte
     assert stream.errors == "strict"
     stream.flush()
     assert stream.buffer.getvalue() == b"\\u22120.05 [\\u22120.1, \\xe9] \\ud800\n"  # type: ignore[attr-defined]
+
+
+def test_a_table_is_printed_whole_on_a_narrow_terminal() -> None:
+    table = Table()
+    for heading in ("adapter", "pass@1", "ended"):
+        table.add_column(heading, no_wrap=heading != "ended", max_width=40 if heading == "ended" else None, overflow="fold")
+    table.add_row("x" * 60, "0.000 [0.000, 0.975]", "1 OK, 2 AssertionError")
+    file = io.StringIO()
+    print_table(table, console := Console(file=file, width=40, soft_wrap=True))
+    assert "x" * 60 in file.getvalue()
+    assert "0.000 [0.000, 0.975]" in file.getvalue()
+    assert "1 OK, 2 AssertionError" in file.getvalue()
+    assert console.width == 40
