@@ -49,7 +49,8 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             with stop_on_interrupt():
                 status = _run(list(sys.argv[1:] if words is None else words) or ["--help"])
-                sys.stdout.flush()
+                if sys.stdout is not None:  # closed by the caller (>&-)
+                    sys.stdout.flush()
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
                 print("interrupted: what was written is whole", file=sys.stderr)
@@ -76,8 +77,6 @@ def _run(words: Sequence[str]) -> int:
         entry.run(rest)
     except UserError as error:
         return _complain(*map(str, error.problems))
-    except ConnectionError:
-        raise
     except OSError as error:  # of the system, where no closer place knows more
         return _complain(
             f"{error.filename or command}: {error.strerror or error}: mend that, or choose another place, and run again"

@@ -166,3 +166,22 @@ module.shipped = shipped
     done = python("-c", program + MAIN.format(words=["recipes"]), environment=dict(os.environ))
     assert done.returncode == 130
     assert done.stderr == "interrupted: what was written is whole\n"
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)])
+def test_a_command_without_output_ends_quietly(closed: tuple[int, ...]) -> None:
+    streams = " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(
+        f"{sys.executable} -m flora_train recipes {streams}", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_the_process_ends_shows_no_traceback() -> None:
+    late = "import atexit, os, signal, sys; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); "
+    program = f"{late}from flora_train.__main__ import start; start(['recipes'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+    assert "quickstart" in done.stdout
