@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,8 @@ from flora_train.training.progress import Watch
 Key = tuple[str, str, str, int]
 ANOTHER = "move the file away, or give another out="
 KEY_FIELDS = ("adapter", "language", "name", "sample")
-BEGINNING = b'{"adapter": '
-"""Of every line that is written here."""
+BEGINNING = ("adapter", TEXT := r'"(?:[^"\\]|\\.)*"'), ("language", TEXT), ("name", TEXT), ("sample", r"\d+"), ("program", TEXT)
+"""The keys that every line here begins with, and what their values match."""
 TEXTS = ("adapter", "language", "name", "program", "sandbox", "status")
 NUMBERS = ("sample", "cpu_seconds")
 
@@ -86,8 +87,7 @@ def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) 
     with disk_errors(file):
         content = file.read_bytes()
     whole = _whole(content)
-    rest = content[len(whole) :]
-    if rest[: len(BEGINNING)] != BEGINNING[: len(rest)]:
+    if not _is_cut_verdict(content[len(whole) :].decode("utf-8", "replace")):
         raise fail(str(file), None, f"holds no verdicts: {ANOTHER}")
     known: dict[Key, dict[str, Any]] = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
@@ -100,6 +100,21 @@ def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) 
             words = f"is the time (s) that this program might compute; {language.name} now has {language.seconds:g}"
             raise fail(f"{file}:{number}: cpu_seconds", seconds, f"{words}: give the same cpu_seconds, or {ANOTHER}")
     return known
+
+
+def _is_cut_verdict(rest: str) -> bool:
+    """Whether a last line without an end may be the beginning of a verdict: only such a line is taken back."""
+    opening = "{"
+    for key, value in BEGINNING:
+        start = f'{opening}"{key}": '
+        if not rest.startswith(start):
+            return start.startswith(rest)
+        rest, opening = rest[len(start) :], ", "
+        match = re.match(value, rest)
+        if match is None:
+            return (value == TEXT and rest[:1] in ("", '"')) or not rest
+        rest = rest[match.end() :]
+    return True
 
 
 def _record(at: str, line: bytes) -> dict[str, Any]:

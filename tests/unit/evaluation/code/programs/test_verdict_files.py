@@ -123,7 +123,7 @@ def test_execute_shows_names_as_text(completions: Path, tmp_path: Path, capsys: 
     completions.write_text("".join(json.dumps({**row, "adapter": name}) + "\n" for name in names))
     execute(completions)
     shown = capsys.readouterr().out
-    for text in ("[/red]", "[bold]x", "\\x1b[31mred\\x1b]0;title\\x07", "a\\nb", "\\u202egnp.exe", ":smile:"):
+    for text in ("[/red]", "[bold]x", "\\x1b[31mred\\x1b]0;title\\x07", "a\\x0ab", "\\u202egnp.exe", ":smile:"):
         assert text in shown
     assert "\x1b" not in shown
     assert "\u202e" not in shown
@@ -154,3 +154,20 @@ def test_read_verdicts_takes_any_bytes(tmp_path_factory: pytest.TempPathFactory,
     with suppress(UserError):
         read_verdicts(file, "bubblewrap", {})
     assert file.read_bytes() == content
+
+
+def test_only_the_beginning_of_a_verdict_is_taken_back(tmp_path: Path) -> None:
+    file = tmp_path / "verdicts.jsonl"
+    line = json.dumps({**RECORD, "name": 'a "quoted\\ name é'}, ensure_ascii=False)
+    for end in range(len(line)):
+        file.write_text(line[:end])
+        assert read_verdicts(file, "bubblewrap", LANGUAGES) == {}
+    foreign = [
+        '{"adapter": "a", "language": "py", "name": "p", "sample": 0, "completion": "x"}',
+        '{"adapter": 3',
+        '{"adapter": "a", "no',
+    ]
+    for text in (*foreign, '{"adapter": "my notes"}', '{"adapter": "a", "language": "py", "name": "p", "completion": "return'):
+        file.write_text(text)
+        with pytest.raises(UserError, match="holds no verdicts"):
+            read_verdicts(file, "bubblewrap", LANGUAGES)
