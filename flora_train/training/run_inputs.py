@@ -32,22 +32,30 @@ def check_not_data(config: RunConfig, folder: Path) -> None:
     """Raises UserError if the run's own files would be read as rows of a task when it is resumed."""
     place, problems = real_path(folder), []
     for key, source in _sources(config):
-        for pattern in _recursive(source):
-            if any(fnmatch(str(place / name), pattern) for name in RUN_FILES):
+        for pattern in _patterns(source):
+            if any(_names(pattern, str(place / name)) for name in RUN_FILES):
                 fix = f"lies where {key} looks for rows ({pattern}), which would find the run's own files: {OTHER}"
                 problems.append(Problem("output_dir", str(folder), fix))
     if problems:
         raise UserError(*problems)
 
 
-def _recursive(source: SourceConfig) -> Iterator[str]:
-    """The absolute patterns of a source that look into folders of any depth, as fnmatch reads them."""
+def _patterns(source: SourceConfig) -> Iterator[str]:
+    """The absolute patterns of a source that may name several files."""
     patterns = list(source.files or ())
     if source.folder is not None:
         patterns.append(str(Path(glob.escape(source.folder), source.glob)))
     for pattern in patterns:
-        if "**" in pattern:
-            yield str(find_file(pattern).absolute()).replace("**/", "*")
+        if glob.has_magic(pattern):
+            yield str(find_file(pattern).absolute())
+
+
+def _names(pattern: str, path: str) -> bool:
+    """Whether a pattern names a file: `**` is folders of any depth, everything else stands for one part of the path."""
+    if "**" in pattern:
+        return fnmatch(path, pattern.replace("**/", "*"))
+    parts, wanted = path.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch, parts, wanted))
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:

@@ -71,3 +71,16 @@ def test_a_linked_run_folder_is_replaced_behind_the_link(tmp_path: Path) -> None
     (tmp_path / "real" / "adapters").symlink_to(tmp_path)
     with pytest.raises(UserError, match="adapters in it is a link to another folder"):
         RunFolder(tmp_path / "link").claim(config_of(tmp_path / "link"))
+
+
+def test_a_pattern_of_one_level_does_not_find_the_runs_own_files_either(tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "run"
+    for train in (
+        f"{tmp_path}/outputs/*/*.jsonl",
+        f"{tmp_path}/*/run/metrics.jsonl",
+        {"folder": str(run), "glob": "eval/*.json"},
+    ):
+        with pytest.raises(UserError, match="would find the run's own files"):
+            RunFolder(run).standing(config_of(run, train=train))
+    for train in (f"{tmp_path}/*/*.jsonl", f"{tmp_path}/outputs/other/*.jsonl", f"{tmp_path}/outputs/*/rows-*.jsonl"):
+        assert RunFolder(run).standing(config_of(run, train=train)) == "free"
