@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flora_train.atomic import write_atomically
+from flora_train.atomic import real_path, write_atomically
 from flora_train.config.errors import Problem, UserError, choices, fail
 from flora_train.config.load import load_config, validate
 from flora_train.config.options import read_options
 from flora_train.config.schema import RunConfig
 from flora_train.config.section import Name, PathText, Section, Text
 from flora_train.config.task_schema import SourceConfig
-from flora_train.config.terminal_text import print_plain
+from flora_train.config.terminal_text import plain, print_plain
 from flora_train.config.words import from_flags, parse_words
 from flora_train.data.examples import cell_text
 from flora_train.data.sources import read_rows
@@ -72,7 +73,7 @@ def init_recipe(words: Sequence[str]) -> None:
     found: dict[str, Found] = {}
     problems: list[Problem] = []
     for source in sources:
-        name = Path(source).stem.replace(".", "_").replace(" ", "_")
+        name = (Path(source).stem or real_path(Path(source)).stem).replace(".", "_").replace(" ", "_")
         try:
             if name in found:
                 raise fail(
@@ -108,7 +109,7 @@ def look_at(source: str, language: str | None) -> Found:
         if not endings:
             raise fail(source, None, "holds no files: give a folder of source code or text")
         ending, count = endings.most_common(1)[0]
-        train = {"folder": source, "glob": f"**/*{ending}"}
+        train = {"folder": source, "glob": f"**/*{glob.escape(ending)}"}
         return Found({"train": train, "over_long": "split"}, f"{count:,} files {ending}, learnt whole")
     try:
         config = SourceConfig.model_validate({"files": [source]})
@@ -192,19 +193,19 @@ def sizes(config: RunConfig) -> tuple[int, int]:
 
 def recipe_text(name: str, model: str, found: Mapping[str, Found], steps: int, tokens: int, out: Path) -> str:
     """YAML with a word on every key that one is likely to change."""
-    raw = raw_recipe(name, model, found, steps, tokens)
+    raw, place = raw_recipe(name, model, found, steps, tokens), plain(out, keep="")
     lines = [
         f"# {len(found)} task{'s' if len(found) > 1 else ''} x fLoRA, LoRA and IA3 in one run. Keys: docs/tasks.md; every one: docs/api.md",
         "#",
-        f"#   flora-train plan recipe={out}     what it takes of memory, disk and time",
-        f"#   flora-train train recipe={out}    train, evaluate, report, export (several GPUs: docs/cluster.md)",
+        f"#   flora-train plan recipe={place}     what it takes of memory, disk and time",
+        f"#   flora-train train recipe={place}    train, evaluate, report, export (several GPUs: docs/cluster.md)",
         f"name: {json.dumps(name)}",
         "model:",
         f"  path: {json.dumps(model)}",
         "tasks:",
     ]
     for task, facts in found.items():
-        lines.append(f"  {task}: # {facts.seen}")
+        lines.append(f"  {task}: # {plain(facts.seen, keep='')}")
         lines += [f"    {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.keys.items()]
         lines.append(
             "    validation_fraction: 0.05 # held out by seed; give validation: FILE where rows of one origin resemble each other"

@@ -69,3 +69,17 @@ def test_what_cannot_be_a_task_is_said_before_anything_is_written(
     assert main(["init", *words]) == 2
     assert line in capsys.readouterr().err
     assert sorted(files.rglob("*")) == before
+
+
+def test_names_of_columns_and_files_do_not_break_the_recipe(
+    files: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "a", "completion": "b" * (1 + i % 5), "\x1b[31mnote\u2028": "c"} for i in range(40)]
+    (files / "notes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (files / "here").mkdir()
+    for i in range(30):
+        (files / "here" / f"{i}.[a]").write_text("abc " * 9)
+    monkeypatch.chdir(files / "here")
+    for source, out in (("../notes.jsonl", files / "columns.yaml"), (".", files / "endings.yaml")):
+        assert main(["init", source, "--model", str(checkpoint), "--out", str(out)]) == 0
+        assert list(load_config([f"recipe={out}"]).tasks) == ["notes" if source != "." else "here"]
