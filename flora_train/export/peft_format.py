@@ -49,15 +49,15 @@ def export_peft(
             (temporary / CONFIG).write_text(content, encoding="utf-8")
             if (problem := loadability_of(bank.model).problem_of(temporary)) is not None:
                 (temporary / WARNING).write_text(f"{problem.text}\n", encoding="utf-8")
-            _move(temporary, folder)
+            _move(temporary, folder, replace)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _move(temporary: Path, folder: Path) -> None:
-    """Put the new files into `folder`. A kill leaves the old adapter, the new one, or a folder without CONFIG, which is no adapter."""
-    if not folder.exists():
+def _move(temporary: Path, folder: Path, replace: bool) -> None:
+    """Put the new files into `folder`. Without `replace` the system refuses a folder that another process has filled meanwhile. A kill leaves the old adapter, the new one, or a folder without CONFIG, which is no adapter."""
+    if not replace or not folder.exists():
         temporary.rename(folder)
         return
     for file in (CONFIG, WARNING):

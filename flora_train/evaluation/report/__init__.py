@@ -32,6 +32,8 @@ def write_comparison(runs: Mapping[str, Mapping[str, Any]], html: Path) -> None:
     page = render_comparison(runs)
     if html.exists() and not _is_ours(html):
         raise fail("out", str(html), "exists, and was not written by flora-train report: choose another")
+    if html.name == "report.html" and html.with_name("report.json").exists():
+        raise fail("out", str(html), "is the page of one run: choose another")
     write_atomically(html, lambda path: path.write_text(page, encoding="utf-8"))
 
 

@@ -198,3 +198,20 @@ def test_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         export_peft(perturbed_bank("llama"), "task-pure", tmp_path / "adapter", "base")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_adapter_is_not_written_into_a_folder_that_was_filled_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, folder = AdapterBank.attach(tiny_model(), [spec("lora", family="lora", rank=2)]), tmp_path / "out"
+
+    def fill(tensors: Any, path: Path, header: Any) -> None:
+        save_file(tensors, path, header)
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_text("of another")
+
+    monkeypatch.setattr(peft_format, "save_file", fill)
+    with pytest.raises(UserError, match="may not be written"):
+        export_peft(bank, bank.specs[0].name, folder, "base", replace=False)
+    assert (folder / "adapter_model.safetensors").read_text() == "of another"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
