@@ -80,6 +80,8 @@ def find_config(kind: str, name: str) -> Path:
 def read_yaml(path: Path) -> Layer:
     """The mapping in a YAML file. Raises UserError with file and line if it is damaged, a key is given twice, or a name
     is not text to YAML (`no` is a boolean)."""
+    if exists(path) and not path.is_file() and not path.is_dir():
+        raise fail(str(path), None, "is no regular file: give a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

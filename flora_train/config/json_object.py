@@ -12,6 +12,8 @@ from flora_train.config.errors import fail, first_line
 def read_object(path: Path, fix: str) -> dict[str, Any]:
     """The object in a JSON file. fix: what a user does about a damaged one. Raises UserError if the file is missing, unreadable or
     no JSON object."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise fail(str(path), None, f"is no regular file: {fix}")  # a pipe or a device may never end
     try:
         return parse_object(path.read_text(encoding="utf-8"))
     except OSError as error:

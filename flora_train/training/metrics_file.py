@@ -69,6 +69,8 @@ class MetricsFile:
         """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is not one of ours."""
         if not self.path.exists():
             return []
+        if not self.path.is_file():
+            raise fail(str(self.path), None, "is no file: put it back from a copy, or train again (existing_run=replace)")
         lines = self.path.read_bytes().split(b"\n")
         records = [self._record(number, line) for number, line in enumerate(lines[:-1], 1)]
         return [record for record in records if record["kind"] == kind]  # a kill cut off what follows the last line end

@@ -232,6 +232,8 @@ class RunFolder:
     @property
     def _state(self) -> dict[str, Any] | None:
         """The content of run.json; None if there is none, or one that we did not write."""
+        if not self.run_json.is_file():
+            return None
         try:
             content = parse_object(self.run_json.read_bytes())
         except (OSError, ValueError, RecursionError):

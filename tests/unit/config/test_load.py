@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from flora_train.config.errors import UserError
+from flora_train.config.files import read_yaml
+from flora_train.config.json_object import read_object
 from flora_train.config.load import PROJECT_ROOT, load_config, save_config, shipped, validate
 from tests.unit.config.helpers import SMALL, loading_faults, small
 
@@ -229,3 +233,12 @@ def test_shipped_recipe_loads_and_says_in_its_first_line_what_it_is(path: Path) 
 def test_shipped_data_config_loads(path: Path, write) -> None:
     write("mine.yaml", RECIPE)
     assert load_config(["recipe=mine.yaml", f"data_config={path}"]).tasks
+
+
+def test_a_pipe_in_the_place_of_a_file_is_an_error_and_no_wait(tmp_path: Path) -> None:
+    for name in ("config.yaml", "run.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"config\.yaml: is no regular file"):
+        read_yaml(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=r"run\.json: is no regular file: put it back"):
+        read_object(tmp_path / "run.json", "put it back")
