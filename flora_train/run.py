@@ -13,6 +13,7 @@ from typing import Any
 
 from flora_train.adapters.base_files import base_identity
 from flora_train.adapters.probe_inputs import count_tokens, noise_features
+from flora_train.adapters.spec import expand
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.json_object import read_object
@@ -20,7 +21,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain, print_plain, safe_streams
 from flora_train.config.unused_keys import notes_on_unused
 from flora_train.data.task import notes_on_rows
-from flora_train.data.tokens import pad_token
+from flora_train.data.tokens import pad_token, tokenizer_hash
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation, prompts_of
 from flora_train.evaluation.generation import check_prompts, note_of
 from flora_train.evaluation.report.terminal import (
@@ -31,7 +32,7 @@ from flora_train.evaluation.report.terminal import (
     print_sweeps,
 )
 from flora_train.evaluation.results import KINDS, SCHEMA, reading_report
-from flora_train.evaluation.saved import check_evaluation
+from flora_train.evaluation.saved import check_evaluation, check_places
 from flora_train.evaluation.speech.cache_check import check_transcribing
 from flora_train.export.loadability import WARNING, say_what_peft_loads
 from flora_train.export.peft_start import start_from_peft
@@ -116,8 +117,7 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     elif standing == "free":
         start(range(len(session.bank.specs)))
     suites = suite_files(suite.name for suite in plan.suites) if plan else []
-    origin = {"base": base_identity(config.model), "base_dtype": dtype_of(session.model), "data": data_of_all(session)}
-    on_main_process(lambda: folder.claim(config, suites, **origin))
+    on_main_process(lambda: folder.claim(config, suites, base_dtype=dtype_of(session.model), **origin_of(session)))
     on_main_process(lambda: report_left_out(session))
     for note in [*notes_on_rows(session.tasks, config), *notes_on_unused(config.tasks, bool(config.evaluation.problems))]:
         say(f"note: {note}")
@@ -152,15 +152,20 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     return folder.path
 
 
-def data_of_all(session: Session) -> dict[str, Any]:
-    """Task -> what identifies its examples, for run.json."""
-    return {name: data_of(task) for name, task in session.tasks.items()}
+def origin_of(session: Session) -> dict[str, Any]:
+    """What identifies base, tokenizer and, by task, examples, for run.json."""
+    return {
+        "base": base_identity(session.config.model),
+        "tokenizer": tokenizer_hash(session.tokenizer),
+        "data": {name: data_of(task) for name, task in session.tasks.items()},
+    }
 
 
 def check_saved(folder: RunFolder, config: RunConfig, plan: Plan | None) -> None:
-    """Raises UserError if something that the run's evaluation will read is damaged."""
+    """Raises UserError if something that the run's evaluation will read is damaged, or in the way of what it will write."""
     suites = {suite.name: plan.languages for suite in plan.suites} if plan else {}
-    check_evaluation(folder.evaluation, suites, config.evaluation.sandbox)
+    check_evaluation(folder.evaluation, suites, config)
+    check_places(folders=[folder.adapters, *(folder.adapters / spec.name for spec in expand(config))])
 
 
 def note_training(session: Session, trainer: Trainer, seconds: dict[str, float]) -> None:

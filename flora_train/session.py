@@ -198,6 +198,7 @@ def reopen(
     session = load_session(config, folder, device, with_tasks)
     if not differences:  # a base from the hub is on this machine only now
         differences = on_main_process(lambda: check_base(folder, config, allow))
+    differences += on_main_process(lambda: check_same_tokenizer(folder, session, allow))
     differences += on_main_process(lambda: check_data(folder, session.tasks, allow))
     adapters = range(len(session.bank.specs))
     kept = on_every_process(lambda: load_kept(session.bank, adapters, folder.kept))
@@ -215,6 +216,12 @@ def as_it_began(config: RunConfig, folder: RunFolder) -> RunConfig:
 def check_base(folder: RunFolder, config: RunConfig, allow: OriginOptions) -> list[str]:
     """What differs in the base, where that is allowed. Raises UserError where it is not."""
     found = Origin.read(folder.facts()).base_differences(config)
+    return allowed(found, allow.allow_different_base, "--allow-different-base")
+
+
+def check_same_tokenizer(folder: RunFolder, session: Session, allow: OriginOptions) -> list[str]:
+    """What differs in the tokenizer, where that is allowed. Raises UserError where it is not."""
+    found = Origin.read(folder.facts()).tokenizer_differences(session.config, session.tokenizer)
     return allowed(found, allow.allow_different_base, "--allow-different-base")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,7 @@ from flora_train.training.distributed import on_main_process, wait_for_everyone
 from flora_train.training.manifest import suite_files
 from flora_train.training.origin import OriginOptions, take_origin_options
 from flora_train.training.run_folder import RunFolder, open_run
+from flora_train.training.run_lock import RunLock
 
 Names = Annotated[list[Text], Field(min_length=1)]
 
@@ -77,16 +79,29 @@ def solve_run(run: str, words: Sequence[str]) -> None:
     check_peft_contenders(options.contenders or (), ())
     place = folder.evaluation if options.out is None else Path(options.out)
     inside = real_path(place).is_relative_to(real_path(folder.path))
-    with locked(run, alone=inside or allow.allow_different_base) as folder:
+    apart = nullcontext() if inside else _reserved(place)
+    with locked(run, alone=inside or allow.allow_different_base) as folder, apart:
         report = on_main_process(lambda: _report(folder)) if options.out is None else None
         plan = on_main_process(lambda: plan_evaluation(config))
         suites = {suite.name: plan.languages for suite in plan.suites}
-        on_main_process(lambda: check_evaluation(place, suites, config.evaluation.sandbox))
+        on_main_process(lambda: check_evaluation(place, suites, config))
         if options.out is None:
             on_main_process(lambda: folder.add_files(suite_files(suite.name for suite in plan.suites)))
         if options.multipl_e is not None:
             on_main_process(lambda: _check_layout(plan, place, config.evaluation, Path(str(options.multipl_e))))
         _solve(run, config, options, allow, plan, place, folder, report, recorded)
+
+
+@contextmanager
+def _reserved(place: Path) -> Iterator[None]:
+    """A folder outside the run, in which no other process solves or trains meanwhile. Raises UserError if one does."""
+    outer = (folder for folder in (real_path(place), *real_path(place).parents) if (folder / "run.json").exists())
+    lock = RunLock(next(outer, place))
+    on_main_process(lock.take)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _report(folder: RunFolder) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
@@ -42,9 +42,7 @@ class GrowingLog(Generic[Entry]):
         holds those of others: they would be mixed."""
         if self.settings.exists() and any(_whole(file) for file in self._files()):
             there = read_object(self.settings, self.another)
-            differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
-            if differing:
-                raise UserError(*(self._mixed(key, there.get(key), settings.get(key)) for key in differing))
+            self._compare(there, settings, {**there, **settings})
         elif any(_whole(file) for file in self._files()):
             words = f"holds {self.word}s, and no settings.json that says how they were made: {self.another}"
             raise fail(str(self.path), None, words)
@@ -52,6 +50,15 @@ class GrowingLog(Generic[Entry]):
             self._check_ours(settings)
             text = json.dumps(settings, indent=2) + "\n"
             write_atomically(self.settings, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """As far as these settings go, before the others are known. Changes nothing. Raises UserError as `claim` does."""
+        if self.settings.exists() and any(_whole(file) for file in self._files()):
+            self._compare(read_object(self.settings, self.another), settings, settings)
+
+    def _compare(self, there: Mapping[str, Any], settings: Mapping[str, Any], keys: Iterable[str]) -> None:
+        if differing := [key for key in keys if there.get(key) != settings.get(key)]:
+            raise UserError(*(self._mixed(key, there.get(key), settings.get(key)) for key in differing))
 
     def _check_ours(self, settings: Mapping[str, Any]) -> None:
         """Raises UserError if a settings.json is there that is of something else."""

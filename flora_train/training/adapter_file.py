@@ -28,7 +28,7 @@ def save_adapter(bank: AdapterBank, adapter: int, folder: Path, facts: dict[str,
         for module, params in bank.parameters_of(name).items()
         for param, tensor in params.items()
     }
-    header = with_checksums(tensors, json.dumps(facts))
+    header = with_checksums(tensors, json.dumps({**facts, "adapter": name}))
     write_atomically(adapter_file(folder, name), lambda path: save_file(tensors, path, header))
 
 
@@ -36,15 +36,16 @@ def kept_step(folder: Path, name: str) -> int | None:
     """The run's step after which this adapter's file was written; None if there is none that can be read."""
     try:
         with safe_open(adapter_file(folder, name), framework="pt") as file:
-            return int(json.loads((file.metadata() or {})["facts"])["step"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            facts = json.loads((file.metadata() or {})["facts"])
+        return int(_of(name, facts)["step"])
+    except (OSError, SafetensorError, DamagedError, KeyError, ValueError, TypeError):
         return None
 
 
 def verified_step(folder: Path, name: str) -> int | None:
     """As `kept_step`, of a file that is whole; None if it is missing or damaged."""
     try:
-        return int(_read(adapter_file(folder, name))[0]["step"])
+        return int(_of(name, _read(adapter_file(folder, name))[0])["step"])
     except (DamagedError, KeyError, TypeError, ValueError):
         return None
 
@@ -57,7 +58,8 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
     if not path.exists():
         raise fail(str(path), None, "no such checkpoint: the run has no saved state of this adapter")
     try:
-        facts, content = _read(path)
+        written, content = _read(path)
+        facts = _of(name, written)
         for module, params in bank.parameters_of(name).items():
             for param, view in params.items():
                 tensor = content[f"{module}.{param}"]
@@ -70,6 +72,14 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
         fix = "put it back from a copy, or train again (existing_run=replace)"
         raise fail(str(path), None, f"is not a whole checkpoint of {name}: {error}; {fix}") from error
     return facts
+
+
+def _of(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts beside its name. Raises DamagedError if they are of another adapter: its file may have the same shapes. Older files do not say whose they
+    are."""
+    if (written := facts.get("adapter", name)) != name:
+        raise DamagedError(f"it holds the adapter {written}")
+    return {key: value for key, value in facts.items() if key != "adapter"}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from flora_train.config.options import read_options
 from flora_train.config.schema import RunConfig
 from flora_train.config.section import Section
 from flora_train.data.task import Task
-from flora_train.data.tokens import TokenSplit
+from flora_train.data.tokens import TokenSplit, tokenizer_hash
 from flora_train.training.distributed import say
 
 SWITCHES = ("allow_different_base", "allow_different_data")
@@ -33,10 +33,12 @@ def take_origin_options(raw: Mapping[str, object]) -> tuple[OriginOptions, dict[
 
 @dataclass(frozen=True)
 class Origin:
-    """base: SHA-256 of its files (see base_identity), None if unknown; data: task -> SHA-256 of its examples, and counts of its splits."""
+    """base: SHA-256 of its files (see base_identity), None if unknown; data: task -> SHA-256 of its examples, and counts of its splits;
+    tokenizer: its SHA-256 (see tokenizer_hash), None if unknown."""
 
     base: Mapping[str, str] | None
     data: Mapping[str, Mapping[str, Any]]
+    tokenizer: str | None = None
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Origin:
@@ -44,7 +46,8 @@ class Origin:
         base, data = facts.get("base"), facts.get("data")
         known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("weights", "config"))
         rows = {name: entry for name, entry in data.items() if isinstance(entry, dict)} if isinstance(data, dict) else {}
-        return cls(base if known else None, rows)
+        tokenizer = facts.get("tokenizer")
+        return cls(base if known else None, rows, tokenizer if isinstance(tokenizer, str) else None)
 
     def base_differences(self, config: RunConfig) -> list[Problem]:
         """One problem if the base at model.path is another one. Nothing where it is not on this machine."""
@@ -59,6 +62,12 @@ class Origin:
         what = " and ".join(f"other {words[key]}" if key == "weights" else "another config.json" for key in found)
         hashes = f"SHA-256 {self.base[found[0]][:12]} then, {now[found[0]][:12]} now"
         return [Problem("model.path", config.model.path, f"holds {what} than the run was trained on ({hashes})")]
+
+    def tokenizer_differences(self, config: RunConfig, tokenizer: Any) -> list[Problem]:
+        """One problem if the base's tokenizer makes other tokens of a text than the run's did."""
+        if self.tokenizer is None or self.tokenizer == tokenizer_hash(tokenizer):
+            return []
+        return [Problem("model.path", config.model.path, "holds another tokenizer than the run was trained with")]
 
     def data_differences(self, tasks: Mapping[str, Task]) -> list[Problem]:
         """A problem for every task whose examples are others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -146,3 +147,58 @@ def test_a_run_that_goes_on_refuses_another_base_and_other_rows(place: Path) -> 
     status, said = call(place, *words)
     assert status == 2
     assert f"model.path = 'base': {BASE}" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["export", "outputs/tiny", NAME, "--as", "merged"], ["evaluate", "outputs/tiny", "--allow-different-data"], SOLVE],
+    ids=" ".join,
+)
+def test_another_tokenizer_is_refused(place: Path, words: list[str]) -> None:
+    file = place / "base" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    status, said = call(place, *words)
+    assert status == 2
+    assert "model.path = 'base': holds another tokenizer than the run was trained with" in said
+    assert not (place / "outputs/tiny/merged").exists()
+
+
+def test_a_kept_adapter_under_another_ones_name_is_refused(place: Path) -> None:
+    kept = place / "outputs/tiny/checkpoints/kept"
+    names = [kept / f"{task}-lora.safetensors" for task in ("letters", "digits")]
+    contents = [path.read_bytes() for path in names]
+    for path, content in zip(names, reversed(contents), strict=True):
+        path.write_bytes(content)
+    status, said = call(place, "evaluate", "outputs/tiny")
+    assert status == 2
+    assert "is not a whole checkpoint of digits-lora: it holds the adapter letters-lora" in said
+
+
+def test_an_adapter_named_twice_is_written_once(place: Path) -> None:
+    for words in (
+        ["export", "outputs/tiny", NAME, NAME, "--as", "merged"],
+        ["push", "outputs/tiny", NAME, NAME, "--repo", "me/x", "--dry-run"],
+    ):
+        status, said = call(place, *words)
+        assert status == 0, said
+
+
+def test_two_that_solve_into_one_folder_are_told(place: Path) -> None:
+    with (place / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, said = call(place, *SOLVE, f"out={place}")
+    assert status == 2
+    assert f"{place}': another process trains or evaluates in it" in said
+    assert not (place / "trivial" / "verdicts.jsonl").exists()
+
+
+def test_a_comparison_does_not_take_the_place_of_a_runs_page(place: Path) -> None:
+    page = place / "outputs/tiny/eval/report.html"
+    before = page.read_bytes()
+    status, said = call(place, "report", "outputs/tiny", "outputs/tiny", "--out", str(page))
+    assert status == 2
+    assert "is the page of one run: choose another" in said
+    assert page.read_bytes() == before

@@ -118,6 +118,20 @@ def prompts_of(config: RunConfig, suites: Sequence[Suite]) -> dict[str, Prompts]
     return {key: prompts for key, prompts in found.items() if prompts[0]}
 
 
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """What completions are made with, as far as the configuration says it."""
+    options = config.evaluation
+    return {
+        "model": config.model.path,
+        "quantization": config.model.quantization,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "max_new_tokens": options.max_new_tokens,
+        "seed": config.seed,
+        "prompt": "without its trailing white space",
+    }
+
+
 def evaluate_code(
     config: RunConfig,
     plan: Plan,
@@ -146,15 +160,9 @@ def evaluate_code(
     check_prompts(tokenizer, {"evaluation.problems": (asked, False)}, *limits)  # of all suites, before the first is written
     logs = {suite.name: CompletionLog(folder / suite.name) for suite in plan.suites}
     settings = {
-        "model": config.model.path,
+        **settings_of(config),
         "weights of the base model (SHA-256)": fingerprint(model),
         "dtype": dtype_of(model),
-        "quantization": config.model.quantization,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "max_new_tokens": options.max_new_tokens,
-        "seed": config.seed,
-        "prompt": "without its trailing white space",
     }
     for name, log in logs.items() if languages else ():
         on_main_process(partial(log.claim, {"problems": name, **settings}))

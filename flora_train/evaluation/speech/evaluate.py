@@ -50,6 +50,16 @@ def transcript_log(folder: Path) -> GrowingLog[LoggedTranscript]:
     return GrowingLog(folder / "speech", LoggedTranscript, "transcript", "move it away, or evaluate into another output_dir")
 
 
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """What transcripts are made with, as far as the configuration says it."""
+    return {
+        "model": config.model.path,
+        "beams": config.evaluation.beams,
+        "max_new_tokens": config.evaluation.max_new_tokens,
+        "window_step": config.audio.window_step,
+    }
+
+
 def judged_split(task: Task) -> SpeechSplit:
     """The clips that error rates are measured on."""
     split = task.test or task.validation
@@ -66,12 +76,9 @@ def evaluate_speech(
     log = transcript_log(folder)
     learnt = {name: task for name, task in tasks.items() if any(spec.task == name for spec in bank.specs)}
     settings = {
-        "model": config.model.path,
+        **settings_of(config),
         "weights of the base model (SHA-256)": fingerprint(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "beams": config.evaluation.beams,
-        "max_new_tokens": config.evaluation.max_new_tokens,
-        "window_step": config.audio.window_step,
         **{f"clips of tasks.{name} (SHA-256)": task.data_hash for name, task in learnt.items()},
     }
     on_main_process(partial(log.claim, settings))

@@ -10,10 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora_train.config.errors import UserError
+from flora_train.config.load import validate
 from flora_train.evaluation.code.completion_log import CompletionLog, LoggedCompletion
+from flora_train.evaluation.code.evaluate import settings_of
+from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.saved import check_evaluation
 
 SETTINGS = {"problems": "starter", "seed": 0}
+CONFIG = validate(
+    {
+        "name": "tiny",
+        "model": {"path": "base"},
+        "tasks": {"lua": {"train": "lua.jsonl"}},
+        "adapters": {"lora": {"method": "lora", "rank": 2, "lr": 0.1}},
+        "mixture": {"strategy": "uniform"},
+        "training": {"steps": 2},
+        "evaluation": {"sandbox": "none", "temperature": 0.5},
+    }
+)
 
 
 def entry(sample: int) -> LoggedCompletion:
@@ -79,7 +93,7 @@ def test_damaged_scores_are_found_before_an_evaluation(tmp_path: Path, text: str
     log = log_in(tmp_path)
     (log.path / "scores.json").write_text(text)
     with pytest.raises(UserError, match=r"scores\.json: is damaged.*: delete it, and flora-train solve makes it again"):
-        check_evaluation(tmp_path, {"starter": {}}, "none")
+        check_evaluation(tmp_path, {"starter": {}}, CONFIG)
 
 
 @pytest.mark.parametrize("line", ["[]", "3", '{"adapter": []}', "\udcff", "[" * 100_000])
@@ -87,7 +101,7 @@ def test_damaged_verdicts_are_found_before_an_evaluation(tmp_path: Path, line: s
     log = log_in(tmp_path)
     log.verdicts.write_bytes(line.encode("utf-8", "surrogateescape") + b"\n")
     with pytest.raises(UserError, match=r"verdicts\.jsonl"):
-        check_evaluation(tmp_path, {"starter": {}}, "none")
+        check_evaluation(tmp_path, {"starter": {}}, CONFIG)
 
 
 def test_a_log_line_without_checksum_is_checked_for_its_types(tmp_path: Path) -> None:
@@ -100,3 +114,20 @@ def test_a_log_line_without_checksum_is_checked_for_its_types(tmp_path: Path) ->
     file.write_text(json.dumps({**row, "sample": "0"}) + "\n")
     with pytest.raises(UserError, match="is no completion of ours"):
         log.read()
+
+
+def test_other_settings_of_completions_are_found_before_an_evaluation(tmp_path: Path) -> None:
+    log, languages = CompletionLog(tmp_path / "starter"), {"lua": load_languages()["lua"]}
+    log.claim({"problems": "starter", **settings_of(CONFIG), "dtype": "float32"})
+    log.writer(0).append(entry(0))
+    check_evaluation(tmp_path, {"starter": languages}, CONFIG)
+    warmer = CONFIG.model_copy(update={"evaluation": CONFIG.evaluation.model_copy(update={"temperature": 0.9})})
+    with pytest.raises(UserError, match=r"temperature = 0\.9: its completions were made with 0\.5"):
+        check_evaluation(tmp_path, {"starter": languages}, warmer)
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_a_folder_in_the_place_of_a_report_is_found_before_an_evaluation(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"is in the way of a file of this name"):
+        check_evaluation(tmp_path, {}, CONFIG)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
-from flora_train.training.adapter_file import adapter_file, load_adapter, save_adapter
+from flora_train.training.adapter_file import adapter_file, kept_step, load_adapter, save_adapter, verified_step
 from flora_train.training.selection import Kept, Selection
 from tests.architectures import tiny_model
 from tests.conftest import mixed_specs, perturb, spec
@@ -122,3 +122,14 @@ def test_checkpoint_of_another_rank_names_tensor_and_shapes(bank: AdapterBank, t
     save_adapter(other, 0, tmp_path, {"step": 1})
     with pytest.raises(UserError, match=r"'model\.layers\.0\.self_attn\.q_proj\.A': has shape \(5, 32\), the adapter \(3, 32\)"):
         load_adapter(bank, 0, tmp_path)
+
+
+def test_the_kept_file_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    bank = AdapterBank.attach(tiny_model(), [spec("lora", family=family, rank=2) for family in ("left", "right")])
+    left, right = (each.name for each in bank.specs)
+    save_adapter(bank, 0, tmp_path, {"step": 1})
+    assert (kept_step(tmp_path, left), verified_step(tmp_path, left)) == (1, 1)
+    adapter_file(tmp_path, left).rename(adapter_file(tmp_path, right))
+    assert (kept_step(tmp_path, right), verified_step(tmp_path, right)) == (None, None)
+    with pytest.raises(UserError, match=f"is not a whole checkpoint of {right}: it holds the adapter {left}"):
+        load_adapter(bank, 1, tmp_path)
