@@ -13,7 +13,7 @@ from torch import Tensor
 from flora_train.adapters.bank import AdapterBank
 from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
-from flora_train.training.checksum import DamagedError, damaged_file, verify, with_checksums
+from flora_train.training.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
 
 
 def adapter_file(folder: Path, name: str) -> Path:
@@ -35,6 +35,7 @@ def save_adapter(bank: AdapterBank, adapter: int, folder: Path, facts: dict[str,
 def kept_step(folder: Path, name: str) -> int | None:
     """The run's step after which this adapter's file was written; None if there is none that can be read."""
     try:
+        check_regular(adapter_file(folder, name))
         with safe_open(adapter_file(folder, name), framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
         return int(_of(name, facts)["step"])
@@ -85,6 +86,7 @@ def _of(name: str, facts: dict[str, Any]) -> dict[str, Any]:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Facts and tensors of a whole file. Raises DamagedError."""
     with damaged_file():
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -16,7 +16,7 @@ from torch import Tensor
 from flora_train.adapters.host_memory import host_copy
 from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem, UserError, fail
-from flora_train.training.checksum import DamagedError, damaged_file, verify, with_checksums
+from flora_train.training.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
 from flora_train.training.run_folder import differences
 
 FILE = re.compile(r"step-\d{8,}\.safetensors")
@@ -165,6 +165,7 @@ def identity_of(settings: Mapping[str, Any], base: str, data: Mapping[str, str])
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with damaged_file():
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

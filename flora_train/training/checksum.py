@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,12 @@ def damaged_file() -> Iterator[None]:
         raise
     except Exception as error:  # a flipped bit can be in any word of a header
         raise DamagedError(str(error) or type(error).__name__) from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises DamagedError for a pipe or a device, whose reader would wait without end. A file that is missing is its reader's to say."""
+    if path.exists() and not path.is_file():
+        raise DamagedError("it is no regular file")
 
 
 def verify(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from math import inf, nan
 from pathlib import Path
 
@@ -133,3 +134,10 @@ def test_the_kept_file_of_another_adapter_is_refused(tmp_path: Path) -> None:
     assert (kept_step(tmp_path, right), verified_step(tmp_path, right)) == (None, None)
     with pytest.raises(UserError, match=f"is not a whole checkpoint of {right}: it holds the adapter {left}"):
         load_adapter(bank, 1, tmp_path)
+
+
+def test_a_pipe_in_the_place_of_a_kept_file_is_an_error_and_no_wait(bank: AdapterBank, tmp_path: Path) -> None:
+    os.mkfifo(adapter_file(tmp_path, "a-flora"))
+    assert (kept_step(tmp_path, "a-flora"), verified_step(tmp_path, "a-flora")) == (None, None)
+    with pytest.raises(UserError, match="is not a whole checkpoint of a-flora: it is no regular file"):
+        load_adapter(bank, 0, tmp_path)

@@ -20,6 +20,11 @@ from flora_train.evaluation.code.programs.sandbox import Kind, Sandbox
 from flora_train.evaluation.code.programs.suspicious import ends_early
 from flora_train.training.progress import Watch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 Key = tuple[str, str, str, int]
 ANOTHER = "move the file away, or give another out="
 KEY_FIELDS = ("adapter", "language", "name", "sample")
@@ -140,10 +145,12 @@ def _claimed(file: Path) -> Iterator[int]:
     import fcntl  # of Linux, where programs are executed
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW * (not file.is_symlink()), 0o666)
+    follow = 0 if file.is_symlink() else getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | follow, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise fail(str(file), None, "another process writes verdicts there now: wait for it, or give another out=") from error
         except OSError:  # a file system without locks
