@@ -1,8 +1,8 @@
 """How much memory the processes of one program hold together: their own, what they share, and files in scratch folders. And how
 long a process computed that the program started.
 
-The kernel bounds the data of each process (RLIMIT_DATA), but neither shared mappings nor the sum. The sum is therefore measured
-while a program runs, and the program is stopped when it is too large.
+The kernel bounds the data of each process (RLIMIT_DATA), but neither shared mappings nor the sum, nor what it keeps for a program itself:
+page tables, file names in scratch folders, buffers of sockets. The sum is therefore measured while a program runs, and the program is stopped when it is too large.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 
 FIRST = ("1", "2")
 """Processes of a sandbox: bubblewrap, and the program itself."""
@@ -20,6 +21,10 @@ COUNTED = ("Pss_Anon:", "Pss_Shmem:", "SwapPss:", "Shared_Hugetlb:", "Private_Hu
 """Lines of smaps_rollup whose sum is charged. Pages of files on a disk are not: the kernel can drop them at any time."""
 SCRATCH = ("/tmp", "/dev/shm")
 """The scratch folders in the sandbox."""
+FILE_NAME = 1024
+"""Bytes that the kernel keeps for a file in a scratch folder, an empty one too."""
+MAPPED_BY_ENTRY = 512
+"""Bytes of a mapping for each byte of its page tables, where every page has an entry."""
 
 
 class SandboxMemory:
@@ -42,7 +47,9 @@ class SandboxMemory:
                 proc = f"{root}/proc"
                 names = [name for name in os.listdir(proc) if name.isdigit()]
                 self._computed = max([self._computed, *(_computed(f"{proc}/{name}") for name in names if name not in FIRST)])
-                return _over([f"{proc}/{name}" for name in names], self.limit - self._files(root))
+                return _over(
+                    [f"{proc}/{name}" for name in names], self.limit - self._files(root) - _sockets(root.removesuffix("/root"))
+                )
         return False
 
     def computed(self, waited_for: float) -> float:
@@ -62,12 +69,12 @@ class SandboxMemory:
         return self._root
 
     def _files(self, root: str) -> int:
-        """Bytes in the scratch folders. A file that is mapped is counted twice, which errs on the safe side."""
+        """Bytes in the scratch folders, names included. A file that is mapped is counted twice, which errs on the safe side."""
         used = 0
         for folder in SCRATCH:
             found = os.statvfs(root + folder)
             if found.f_blocks * found.f_frsize == self.scratch:  # not there yet, otherwise
-                used += (found.f_blocks - found.f_bfree) * found.f_frsize
+                used += (found.f_blocks - found.f_bfree) * found.f_frsize + (found.f_files - found.f_ffree) * FILE_NAME
         return used
 
 
@@ -91,12 +98,12 @@ class SessionMemory:
 
 
 def _over(processes: Iterable[str], limit: int) -> bool:
-    """processes: their folders. What they have resident is quick to read and at least what they hold; only where that is too much
-    is shared memory divided among its holders."""
+    """processes: their folders. What they hold at most is quick to read; only where that is too much is shared memory divided among
+    its holders."""
     folders = list(processes)
-    if sum(map(_resident, folders)) <= limit:
+    if sum(map(_at_most, folders)) <= limit:
         return False
-    return sum(map(_held, folders)) > limit
+    return sum(_held(folder) + _page_tables(folder) for folder in folders) > limit
 
 
 def _computed(folder: str) -> float:
@@ -104,6 +111,44 @@ def _computed(folder: str) -> float:
         words = file.read().rpartition(")")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
     return 0.0
+
+
+def _at_most(folder: str) -> int:
+    """What is resident, and page tables for all that is mapped."""
+    with suppress(OSError, IndexError, ValueError), open(f"{folder}/statm", encoding="ascii") as file:
+        mapped, resident = map(int, file.read().split()[:2])
+        return (resident + mapped // MAPPED_BY_ENTRY) * PAGE
+    return 0
+
+
+def _page_tables(folder: str) -> int:
+    with suppress(OSError, IndexError, ValueError), open(f"{folder}/status", encoding="ascii", errors="replace") as file:
+        return next((int(line.split()[1]) << 10 for line in file if line.startswith("VmPTE:")), 0)
+    return 0
+
+
+def _sockets(process: str) -> int:
+    """Bytes that the buffers of all sockets in the sandbox's network can hold; process: the folder of one that is in it."""
+    with suppress(OSError, IndexError, ValueError), open(f"{process}/net/sockstat", encoding="ascii") as file:
+        return int(file.readline().split()[2]) * _largest_buffers()
+    return 0
+
+
+@cache
+def _largest_buffers() -> int:
+    """Bytes that one socket can hold, sent and received. A size that a program asks for is doubled by the kernel."""
+    size = 0
+    for side in ("wmem", "rmem"):
+        asked, grown = _setting(f"core/{side}_max", 212_992), _setting(f"ipv4/tcp_{side}", 6 << 20)
+        size += max(2 * asked, grown)
+    return size
+
+
+def _setting(name: str, default: int) -> int:
+    """The last number of a setting of the network."""
+    with suppress(OSError, IndexError, ValueError), open(f"/proc/sys/net/{name}", encoding="ascii") as file:
+        return int(file.read().split()[-1])
+    return default
 
 
 def _resident(folder: str) -> int:

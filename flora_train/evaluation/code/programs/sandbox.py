@@ -57,12 +57,13 @@ UNCONFINED = (
 
 @dataclass(frozen=True)
 class Limits:
-    """cpu: seconds of one process; memory: bytes of its data, and of all that its processes hold together; processes, and bytes of a
-    file and of a scratch folder."""
+    """cpu: seconds of one process; memory: bytes of its data, and of all that its processes hold together; processes, descriptors of each
+    (pipes hold memory, too), and bytes of a file and of a scratch folder."""
 
     cpu: float
     memory: int = 2 << 30
     processes: int = 64
+    descriptors: int = 1024
     file: int = 64 << 20
     scratch: int = 256 << 20
 
@@ -107,6 +108,7 @@ class Sandbox:
             f"--cpu={limits.whole_cpu}",
             f"--data={limits.memory}",
             f"--fsize={limits.file}",
+            f"--nofile={limits.descriptors}",
             "--core=0",
             *([f"--nproc={limits.processes}"] if self.kind == "bubblewrap" else []),
             "--",

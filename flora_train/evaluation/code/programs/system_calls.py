@@ -1,7 +1,7 @@
 """System calls that a program in the sandbox may not make: they answer that they do not exist.
 
 They hold memory that no limit and no look at a process sees (files that live only in memory, shared segments that nobody has
-attached, queues), or read the keyrings of the user who started us.
+attached, queues, semaphores), or read the keyrings of the user who started us.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ DENIED = {
         "memfd_secret": 447,
         "shmget": 29,
         "msgget": 68,
+        "semget": 64,
         "add_key": 248,
         "request_key": 249,
         "keyctl": 250,
@@ -24,6 +25,7 @@ DENIED = {
         "memfd_secret": 447,
         "shmget": 194,
         "msgget": 186,
+        "semget": 190,
         "add_key": 217,
         "request_key": 218,
         "keyctl": 219,

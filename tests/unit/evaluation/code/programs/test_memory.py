@@ -25,11 +25,17 @@ HELD = {
     "files": "import time\nx = b'1' * (60 << 20)\nfor d in ('/tmp', '/dev/shm'):\n  for i in range(2): open(f'{d}/{i}', 'wb').write(x)\ntime.sleep(9)",
     "deleted files": "import time\nx = b'1' * (50 << 20)\nf = [open(f'/tmp/{i}', 'wb') for i in range(4)]\n"
     "import os\nfor i, g in enumerate(f): os.unlink(f'/tmp/{i}'); g.write(x); g.flush()\ntime.sleep(9)",
+    "names of files": "import os\nfor i in range(400_000): os.close(os.open(f'/tmp/{i}', os.O_CREAT | os.O_WRONLY))",
+    "page tables": "import ctypes, time\nc = ctypes.CDLL(None)\nc.mmap.restype = ctypes.c_void_p\nat = c.mmap(None, ctypes.c_size_t(1 << 43), 1, 0x4022, -1, ctypes.c_long(0))\n"
+    "c.madvise(ctypes.c_void_p(at), ctypes.c_size_t(1 << 43), 15)\nfor i in range(80_000): ctypes.string_at(at + (i << 21), 1)\ntime.sleep(9)",
+    "sockets": "import socket, time\nk = [socket.socketpair() for _ in range(400)]\nfor a, b in k:\n  a.setblocking(False)\n  try:\n    while True: a.send(b'1' * 65536)\n"
+    "  except BlockingIOError: pass\ntime.sleep(9)",
 }
 DENIED_CALLS = {
     "memfd_create": "import os\nos.memfd_create('x')",
     "shmget": "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nif c.shmget(0, 4096, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'shmget')",
     "msgget": "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nif c.msgget(0, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'msgget')",
+    "semget": "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nif c.semget(0, 9, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'semget')",
     "keyctl": "import ctypes, platform\nc = ctypes.CDLL(None, use_errno=True)\n"
     "n = {'x86_64': 250, 'aarch64': 219}[platform.machine()]\nif c.syscall(n, 0, -3, 0) < 0: raise OSError(ctypes.get_errno(), 'keyctl')",
 }
@@ -70,6 +76,12 @@ def test_too_much_memory_is_called_that(sandbox: Sandbox) -> None:
     language = working("py", sandbox)
     source = "import mmap\nm = mmap.mmap(-1, 3 << 30)\nfor i in range(0, 3 << 30, 4096): m[i] = 1"
     assert execute(Program(language, source), sandbox).status == "OutOfMemory"
+
+
+def test_pipes_are_few_enough_to_hold_little(sandbox: Sandbox) -> None:
+    source = "import os\nfor i in range(4000): os.pipe()"
+    verdict = execute(Program(working("py", sandbox), source), sandbox)
+    assert "Too many open files" in verdict.output
 
 
 @pytest.mark.parametrize("name", DENIED_CALLS)
