@@ -90,7 +90,7 @@ FAMILIES: dict[str, Family] = {
         left_out="gate_up_proj_adapter_list",
         way="alone",
     ),
-    "recurrent_gemma": Family({"num_hidden_layers": 3}, way="alone"),
+    "recurrent_gemma": Family({"num_hidden_layers": 3}, way="afresh"),
     "rwkv": Family({}, way="alone"),
     "falcon_h1": Family({"mamba_d_ssm": 64}, way="alone"),
     "lfm2": Family({"layer_types": ["conv", "full_attention"]}, way="alone"),

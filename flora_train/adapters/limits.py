@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,32 @@ def declared_positions(model_config: Any) -> int | None:
             if isinstance(value, int) and value > 0:
                 return value
     return None
+
+
+STATIC_ROPE = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
+"""Kinds of rotary positions that are the same whatever stands beside a row."""
+
+
+def apart_up_to(model_config: Any) -> int | None:
+    """Tokens of the longest row of a batch up to which the positions of all its rows are as if each were alone; None where they always
+    are. Beyond it, rotary positions of some kinds (longrope, dynamic) are computed anew for the whole batch."""
+    found: list[int] = []
+    for part in {id(part): part for part in (model_config.get_text_config(decoder=True), model_config)}.values():
+        for rope in _ropes(part):
+            if rope.get("rope_type", rope.get("type", "default")) not in STATIC_ROPE:
+                limits = (rope.get("original_max_position_embeddings"), getattr(part, "original_max_position_embeddings", None))
+                limits = (*limits, getattr(part, "max_position_embeddings", None))
+                found += [limit for limit in limits if isinstance(limit, int) and limit > 0][:1]
+    return min(found, default=None)
+
+
+def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
+    """What a configuration says of rotary positions: for all layers, or for each kind of layer."""
+    for key in ("rope_parameters", "rope_scaling"):
+        value = getattr(config, key, None)
+        if isinstance(value, Mapping):
+            yield value
+            yield from (inner for inner in value.values() if isinstance(inner, Mapping))
 
 
 def longest_readable(config: ModelConfig, model_config: Any, wanted: int) -> int | None:

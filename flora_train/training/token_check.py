@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flora_train.adapters.base_model import empty_model, load_model_config
-from flora_train.adapters.limits import declared_positions, longest_readable
+from flora_train.adapters.limits import apart_up_to, declared_positions, longest_readable
 from flora_train.adapters.probe_inputs import count_tokens
 from flora_train.config.errors import Problem, UserError
 from flora_train.config.schema import RunConfig
@@ -55,8 +55,15 @@ def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Pro
     key, longest = max(lengths.items(), key=lambda item: item[1], default=("", 0))
     model_config = load_model_config(config.model)
     limit, declared = longest_readable(config.model, model_config, longest), declared_positions(model_config)
+    apart = apart_up_to(model_config)
     if limit is not None:
         fix = f"{key} has an example of {longest} tokens, and the model has positions for {limit}: give at most {limit}"
+        yield Problem("training.max_length", config.training.max_length, fix)
+    elif apart is not None and longest > apart:
+        fix = (
+            f"{key} has an example of {longest} tokens; beyond {apart} the model computes the positions of all rows of a batch anew, so "
+            f"that rows would depend on their neighbours: give at most {apart}"
+        )
         yield Problem("training.max_length", config.training.max_length, fix)
     elif declared is not None and longest > declared:
         say(f"note: {key} has an example of {longest} tokens; the model was made for {declared} (max_position_embeddings)")

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from flora_train.cli import main
 from flora_train.config.errors import UserError
@@ -77,6 +85,40 @@ def test_the_limit_of_an_error_is_one_that_works(tmp_path: Path) -> None:
     words = recipe(tmp_path, save(tmp_path / "model", gpt2()), [*SHORT, {"text": "x" * 40}])
     train_run(load_config([*words, "training.max_length=24"]))
     assert (tmp_path / "run" / "eval" / "report.html").exists()
+
+
+def longrope() -> Any:
+    """Positions of all rows are others as soon as one row of the batch has more than 16 tokens."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 16,
+    }
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "partial_rotary_factor": 1.0}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, **factors}
+    tokenizer = byte_tokenizer()
+    ends = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    config = Phi3Config(max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=rope, **sizes, **ends)
+    return Phi3ForCausalLM(config)
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_an_example_that_changes_its_neighbours_positions_is_one_error(command: str, tmp_path: Path, capfd: Any) -> None:
+    words = recipe(tmp_path, save(tmp_path / "model", longrope()), [*SHORT, {"text": "x" * 20}])
+    assert main([command, *words]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(said) == 1
+    assert "training.max_length = 64: tasks.one.train has an example of 21 tokens; beyond 16 the model computes" in said[0]
+    load_data(load_config([*words, "training.max_length=16"]))
+
+
+def test_texts_that_change_their_neighbours_positions_are_refused(tmp_path: Path) -> None:
+    words = recipe(tmp_path, save(tmp_path / "model", longrope()), SHORT, sample_prompts=["x" * 10])
+    with pytest.raises(UserError, match=r"max_new_tokens = 7: with a prompt of 10 tokens is more than the 16 up to which"):
+        train_run(load_config([*words, "evaluation.max_new_tokens=7"]))
 
 
 def test_positions_that_begin_late_are_counted_as_the_model_does(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flora_train.adapters.limits import declared_positions, longest_readable
+from flora_train.adapters.limits import apart_up_to, declared_positions, longest_readable
 from flora_train.config.errors import fail
 from flora_train.config.schema import ModelConfig
 from flora_train.data.text_encoder import TextEncoder
@@ -42,12 +42,14 @@ def check_prompts(
 
 def check_room(model_config: Any, longest: int, max_new_tokens: int) -> None:
     """Raises UserError if a prompt of `longest` tokens and its continuation are more than the model was made to read."""
-    limit = declared_positions(model_config)
+    limit, apart = declared_positions(model_config), apart_up_to(model_config)
     if limit is not None and longest + max_new_tokens > limit:
         _refuse(limit, longest, max_new_tokens)
+    if apart is not None and longest + max_new_tokens > apart:
+        _refuse(apart, longest, max_new_tokens, "up to which a row's positions do not depend on its neighbours")
 
 
-def _refuse(limit: int, longest: int, max_new_tokens: int) -> None:
+def _refuse(limit: int, longest: int, max_new_tokens: int, what: str = "that the model can read") -> None:
     rest = f"at most {limit - longest}" if longest < limit else "there is no room for it, whatever the length: leave it out"
-    fix = f"with a prompt of {longest} tokens is more than the {limit} that the model can read: {rest}"
+    fix = f"with a prompt of {longest} tokens is more than the {limit} {what}: {rest}"
     raise fail("evaluation.max_new_tokens", max_new_tokens, fix)

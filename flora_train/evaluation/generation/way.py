@@ -23,8 +23,9 @@ cache that belongs to it; afresh: one row at a time, reading all of its tokens a
 
 ATTENTION_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 """What transformers' cache holds for layers that remember keys and values alone."""
-PROMPTS, NEW = (3, 5), 3
-"""Tokens of the probed prompts, and tokens that are added to each."""
+PROMPTS, NEW = (5, 1), 3
+"""Tokens of the probed prompts, and tokens that are added to each. A prompt of one token (a start token) takes a path of its own in some
+models, and may find there what the row before left."""
 CLOSE = {True: 1e-3, False: 0.03}
 """Relative difference of two rows of logits that is rounding, in float32 and in 16 bits."""
 ROUGH, TIMES = 0.15, 3
