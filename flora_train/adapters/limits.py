@@ -40,8 +40,8 @@ def apart_up_to(model_config: Any) -> int | None:
     for part in {id(part): part for part in (model_config.get_text_config(decoder=True), model_config)}.values():
         for rope in _ropes(part):
             if rope.get("rope_type", rope.get("type", "default")) not in STATIC_ROPE:
-                limits = (rope.get("original_max_position_embeddings"), getattr(part, "original_max_position_embeddings", None))
-                limits = (*limits, getattr(part, "max_position_embeddings", None))
+                original = getattr(part, "original_max_position_embeddings", None)
+                limits = (rope.get("original_max_position_embeddings"), original, getattr(part, "max_position_embeddings", None))
                 found += [limit for limit in limits if isinstance(limit, int) and limit > 0][:1]
     return min(found, default=None)
 
