@@ -117,7 +117,7 @@ def _at_most(folder: str) -> int:
     """What is resident, and page tables for all that is mapped."""
     with suppress(OSError, IndexError, ValueError), open(f"{folder}/statm", encoding="ascii") as file:
         mapped, resident = map(int, file.read().split()[:2])
-        return (resident + mapped // MAPPED_BY_ENTRY) * PAGE
+        return (resident + mapped // MAPPED_BY_ENTRY) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 

@@ -142,8 +142,6 @@ def _suspicious(verdict: Verdict, language: Language, completion: str) -> bool:
 @contextmanager
 def _claimed(file: Path) -> Iterator[int]:
     """A descriptor that appends to the file, which no other process claims meanwhile. Raises UserError if one has."""
-    import fcntl  # of Linux, where programs are executed
-
     file.parent.mkdir(parents=True, exist_ok=True)
     follow = 0 if file.is_symlink() else getattr(os, "O_NOFOLLOW", 0)
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | follow, 0o666)
