@@ -152,6 +152,8 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _whole(file: Path) -> bytes:
+    if file.exists() and not file.is_file():
+        raise fail(str(file), None, "is no file: move it away")
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -133,7 +133,7 @@ def _from_jsonl(path: Path, prompts: Path | None) -> Iterator[Completion]:
 
 
 def _from_multipl_e(path: Path) -> Iterator[Completion]:
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.endswith((".json", ".json.gz")))
+    files = [path] if not path.is_dir() else sorted(p for p in path.iterdir() if p.name.endswith((".json", ".json.gz")))
     for file in files:
         if ".results." in file.name:
             continue
@@ -155,6 +155,8 @@ def _text(at: str, row: Mapping[str, Any], field: str) -> str:
 
 
 def _unpacked(file: Path) -> str:
+    if not file.is_file():
+        raise fail(str(file), None, "is no regular file")
     try:
         with gzip.open(file) as packed:
             content = packed.read(LARGEST_FILE + 1)

@@ -100,6 +100,8 @@ def whole_characters(text: str) -> str:
 
 def read_text(path: Path) -> str:
     """Raises UserError for a file that cannot be read or is no text."""
+    if path.exists() and not path.is_file():
+        raise fail(str(path), None, "is no regular file")  # a pipe may never end
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,10 @@ def test_completion_whose_line_has_a_key_twice_is_refused(prompts: Path) -> None
     (prompts / "made.jsonl").write_text('{"language": "sh", "name": "p", "completion": "a", "completion": "b"}')
     with pytest.raises(UserError, match=r"made.jsonl:1: has the key 'completion' twice"):
         read_completions(prompts / "made.jsonl", prompts)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz", "fd"])
+def test_a_pipe_of_completions_is_an_error_and_no_wait(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: is no regular file"):
+        read_completions(tmp_path / name, tmp_path)
