@@ -80,6 +80,9 @@ class RunLock:
                     self.file.unlink()
                     for folder in reversed(self._created):
                         folder.rmdir()
+        if fcntl is not None:  # a process that was forked just now may still have a copy of the descriptor
+            with suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
         self._descriptor, self._created = None, []
 
