@@ -28,6 +28,8 @@ MOST_SAID = 4
 """Parts of a model that are named for one reason."""
 ALIKE = 0.1
 """Relative difference up to which two inputs of a layer are the same but for rounding."""
+ROUNDING = 0.03
+"""Relative difference up to which an output is the product with the weight but for rounding, in 16 bits too."""
 
 
 @dataclass
@@ -222,7 +224,7 @@ def _not_linear(module: nn.Module, x: Tensor, y: Tensor) -> str | None:
     if x.shape[-1] != module.in_features or y.shape != (*x.shape[:-1], module.out_features):
         return words
     expected = F.linear(x.to(module.weight.dtype), module.weight, module.bias).float()
-    return words if (y.float() - expected).norm() > 0.5 * expected.norm() + 1e-6 else None
+    return words if (y.float() - expected).norm() > ROUNDING * expected.norm() + 1e-6 else None
 
 
 def described(reasons: Mapping[str, str], usable: Iterable[str]) -> str:

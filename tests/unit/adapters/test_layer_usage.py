@@ -78,6 +78,19 @@ def test_a_layout_that_only_counts_right_is_refused_by_name() -> None:
         AdapterBank.attach(model, [spec("lora")])
 
 
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.1 * super().forward(x)
+
+
+def test_a_layer_that_scales_its_product_is_left_out() -> None:
+    model: Any = tiny_model()
+    mlp = model.model.layers[1].mlp
+    weight, mlp.up_proj = mlp.up_proj.weight, Scaled(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
+    mlp.up_proj.weight = weight
+    assert usable_and_not(model)[1] == {"model.layers.1.mlp.up_proj": "is a Scaled, which is not the product with its weight"}
+
+
 def test_a_layer_that_makes_the_logits_is_no_target() -> None:
     model: Any = tiny_model("qwen3")
     model.get_output_embeddings = lambda: None  # as of a classifier

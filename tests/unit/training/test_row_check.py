@@ -54,6 +54,7 @@ RULES = {
     r"changes a row's (loss by \d+%|gradient) .*; rows meet in model\.layers\.1\.mlp\.down_proj": lambda y: y.roll(
         y.shape[1], -1
     ),
+    r"changes a row's loss by \d+% ": lambda y: y * (1 - 4 * (torch.arange(y[..., 0].numel()).view(*y.shape[:2], 1) >= 20)),
     "draws random numbers": lambda y: y + torch.randn_like(y),
 }
 
