@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from flora_train.config.errors import fail
 
 @torch.no_grad()
 def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
-    """Fold one adapter into the bank's model and unwrap every layer. The bank cannot be used afterwards."""
+    """Fold one adapter into the bank's model and unwrap every layer. The bank cannot be used afterwards. Raises UserError, with nothing
+    changed, where a weight stands in another place of the model, too, which the adapter leaves as it is (a tied embedding)."""
     pool, member = bank.location[bank.id_of(name)]
     device = bank.device
     rows = {
         module: {param: tensor.to(device) for param, tensor in params.items()}
         for module, params in bank.parameters_of(name).items()
     }
+    _check_alone(bank.model, rows)
     for module, layer in [(n, m) for n, m in bank.model.named_modules() if isinstance(m, AdapterLinear)]:
         if module in rows:
             target = pool.targets[module]
@@ -38,6 +41,19 @@ def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
                 bias.copy_(merged_bias)
         bank.model.set_submodule(module, layer.base_layer)
     return bank.model
+
+
+def _check_alone(model: nn.Module, modules: Iterable[str]) -> None:
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, parent in model.named_modules():
+        for part, child in parent.named_children():
+            for parameter in child.parameters(recurse=False):
+                places[id(parameter)].append(f"{name}.{part}".removesuffix(".base_layer"))
+    for module in modules:
+        weight = getattr(model.get_submodule(module).base_layer, "weight", None)
+        if others := [place for place in places[id(weight)] if place != module]:
+            words = f"{module} has its weight together with {others[0]}, which the adapter leaves as it is: export it as peft"
+            raise fail("as", "merged", words)
 
 
 def save_merged(bank: AdapterBank, name: str, tokenizer: Any, folder: Path, made_of: Mapping[str, Any] | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from flora_train.adapters.layer import AdapterLinear
 from flora_train.config.errors import UserError
 from flora_train.export.merge import merge_into_base, save_merged
 from tests.architectures import tiny_model
-from tests.conftest import FEW
+from tests.conftest import FEW, spec
 from tests.unit.adapters.helpers import logits, plain_logits, tokens
 from tests.unit.data.conftest import byte_tokenizer
 from tests.unit.export.test_peft_format import perturbed_bank
@@ -37,6 +38,21 @@ def test_transformers_loads_the_merged_model_and_computes_our_logits(tmp_path: P
     assert set(merged.state_dict()) == set(tiny_model(architecture).state_dict())
     assert AutoTokenizer.from_pretrained(folder)("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("shared", ["weight", "layer"])
+def test_a_weight_that_stands_in_two_places_is_not_merged(shared: str) -> None:
+    model: Any = tiny_model("llama")
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    if shared == "layer":
+        second.up_proj = first.up_proj
+    else:
+        second.up_proj.weight = first.up_proj.weight
+    bank = AdapterBank.attach(model, [spec("lora", rank=2, target_modules="all-linear")])
+    before = first.up_proj.base_layer.weight.clone()
+    with pytest.raises(UserError, match=r"^as = 'merged': model\.layers\.\d\.mlp\.up_proj has its weight together with"):
+        merge_into_base(bank, bank.specs[0].name)
+    assert torch.equal(first.up_proj.base_layer.weight, before)
 
 
 def test_merging_leaves_no_adapter_layer_and_other_layers_as_they_were() -> None:
