@@ -167,7 +167,7 @@ def test_a_prompt_without_a_token_or_with_an_unknown_one_is_refused(tmp_path: Pa
     config = load_config(recipe(tmp_path, save(tmp_path / "model", model), SHORT)).model
     for text, rows, words in (("", 500, "is no token"), ("é", 110, r"holds the token .* with the id \d+, and the model")):
         with pytest.raises(UserError, match=rf"^tasks\.one\.sample_prompts.*: {words}"):
-            check_prompts(tokenizer, {"tasks.one.sample_prompts": [text]}, rows, config, model.config, 4)
+            check_prompts(tokenizer, {"tasks.one.sample_prompts": ([text], True)}, rows, config, model.config, 4)
 
 
 def test_transcripts_longer_than_the_decoders_positions_are_refused(tmp_path: Path) -> None:
