@@ -70,6 +70,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UserError if nothing can be written into a folder that exists, or is to be made. Leaves nothing."""
+    there = next((place for place in (folder, *folder.absolute().parents) if os.path.lexists(place)), folder)
+    with disk_errors(folder), tempfile.TemporaryFile(dir=there):
+        pass
+
+
 def real_path(path: Path) -> Path:
     """Absolute, its links followed. Unlike Path.resolve it also takes links that lead in a circle."""
     return Path(os.path.realpath(path))

@@ -13,6 +13,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.base_model import load_base_model
 from flora_train.adapters.peft_files import check_targets, kind_of
 from flora_train.adapters.spec import make_spec
+from flora_train.atomic import check_writable
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
 from flora_train.config.schema import AdapterConfig, ModelConfig
@@ -42,6 +43,7 @@ def convert_adapter(words: Sequence[str]) -> None:
     source, out = sources[0], Path(options.out)
     if out.exists():
         raise fail("out", str(out), "exists already: choose another, or delete it")
+    check_writable(out)
     config, tensors = read_peft(source, "adapter")
     if kind_of(config) != "LORA":
         fix = f"is of kind {kind_of(config)}: LORA is converted; HIRA and IA3 go on as they are, with adapters.NAME.start_from"

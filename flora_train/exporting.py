@@ -14,7 +14,7 @@ from rich.table import Table
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.base_model import load_base_model, load_model_config
 from flora_train.adapters.spec import BASE_ID
-from flora_train.atomic import real_path
+from flora_train.atomic import check_writable, real_path
 from flora_train.config.errors import fail
 from flora_train.config.options import read_options
 from flora_train.config.section import PathText, Section
@@ -90,6 +90,7 @@ def _export(run: str, names: Sequence[str], options: ExportOptions, allow: Origi
     inside = real_path(out).is_relative_to(real_path(folder.path))
     alone = inside or allow.allow_different_base or allow.allow_different_data
     with locked(run, alone) as folder:
+        check_writable(out)
         if options.as_ == "merged":
             return merge(run, names, out, allow)
         stands_in = options.as_ == "lora-svd"

@@ -172,3 +172,16 @@ def test_only_a_lora_is_converted_and_nothing_is_overwritten(
         assert main(["convert", *words]) == 2
         assert line in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["convert", "{run}/adapters/digits-lora", "--out", "/proc/x"], ["export", "{run}", "--as", "lora-svd", "--out", "/proc/x"]],
+    ids=" ".join,
+)
+def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_computed(
+    run: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(run=run) for word in words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: /proc/x: may not be written (No such file or directory)")
