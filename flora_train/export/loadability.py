@@ -178,10 +178,14 @@ def loadability_of(model: nn.Module) -> Loadability:
 
 
 def notes(model: nn.Module, pools: Iterable[Pool]) -> Iterator[str]:
-    """A line for every family of adapters that plain PEFT does not load, or loads under another type. Said before training.
+    """A line for every family of adapters that plain PEFT does not load, or loads under another type, or where that is not known. Said
+    before training.
 
     Raises UserError where plain PEFT would leave tensors out without a word and no form helps.
     """
+    if loadability_of(model).twin is None and hasattr(getattr(model, "config", None), "model_type"):
+        yield f"note: whether plain PEFT loads these adapters is not known: {type(model).__name__} cannot be made from its configuration alone"
+        return
     told = set()
     for pool in pools:
         for spec in {spec.family: spec for spec in pool.specs}.values():

@@ -194,14 +194,15 @@ def test_a_silent_loss_that_no_form_avoids_is_refused_before_training() -> None:
         list(notes(bank.model, bank.pools))
 
 
-def test_a_model_that_cannot_be_made_from_its_configuration_is_exported_without_a_word(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_made_from_its_configuration_is_exported_with_a_note_before_training(tmp_path: Path) -> None:
     class Own(LlamaForCausalLM):
         def __init__(self, config: Any, more: int) -> None:
             super().__init__(config)
 
     bank = bank_on(Own(architecture_config("llama"), 1), spec("lora"))
     assert Loadability(bank.model).twin is None
-    assert list(notes(bank.model, bank.pools)) == []
+    (line,) = notes(bank.model, bank.pools)
+    assert "is not known" in line
     assert not (export_peft(bank, "task-lora", tmp_path / "a", "base") / WARNING).exists()
 
 
