@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
-from flora_train.config.errors import fail, first_line
+from flora_train.config.errors import UserError, fail, first_line
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.sampling import seed_of
@@ -102,7 +101,9 @@ def reading_report(path: Path) -> Iterator[None]:
     """A context that draws from a report.json, which anybody may have changed: what does not fit there is a UserError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, TemplateError) as error:
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # whatever a value in the wrong place makes of the code that draws
         fix = f"flora-train evaluate {path.parent.parent} renews it"
         what = f"{type(error).__name__}: {first_line(error)}"
         raise fail(str(path), None, f"is damaged, or was written by another version ({what}): {fix}") from error
