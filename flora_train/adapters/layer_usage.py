@@ -1,4 +1,4 @@
-"""Which linear layers can an adapter not attach to? Asked of the model itself, on a few tokens, before adapters are attached."""
+"""Finds the linear layers that no adapter can be attached to, by running the model on a few tokens, before adapters are attached."""
 
 from __future__ import annotations
 

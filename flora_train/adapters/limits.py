@@ -1,4 +1,4 @@
-"""How many tokens can a model read, and which? Asked of its shape, before it is loaded."""
+"""Limits on the token ids and the lengths that a model can read, from its shape, before it is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is a model called with when it is probed: a few tokens that all differ, and for a speech model the features of noise."""
+"""Inputs that a model is probed with: a few tokens that all differ, and for a speech model the features of noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which keys of a task would be ignored? Those that cannot be meant are errors; those that another setting switches off are notes."""
+"""Finds the keys of a task that would be ignored. Those that cannot be meant are errors; those that another setting switches off are notes."""
 
 from __future__ import annotations
 

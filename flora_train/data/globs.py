@@ -1,4 +1,4 @@
-"""Which files does a pattern name? Each folder is entered once, so that links which lead back are no endless tree."""
+"""Finds the files that a pattern names. Each folder is entered once, so that links which lead back are no endless tree."""
 
 from __future__ import annotations
 

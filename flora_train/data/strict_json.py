@@ -1,4 +1,4 @@
-"""What does a JSON text say, where nothing of it may be lost? One reader for every file of rows that others wrote."""
+"""Reads JSON without losing any value. One reader for every file of rows that others wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How does text become tokens? Special tokens of a recipe's template are tokens, those in rows are text; what follows a prompt continues it."""
+"""Encodes text as tokens. Special tokens of a recipe's template are tokens, those in rows are text; what follows a prompt continues it."""
 
 from __future__ import annotations
 

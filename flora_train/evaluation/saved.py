@@ -1,4 +1,4 @@
-"""Can all that an earlier evaluation left in a run folder be read? Asked before anything long begins."""
+"""Checks, before anything long begins, that all results of an earlier evaluation in a run folder can be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files of a run folder did the run write? Only those are deleted when the run is replaced."""
+"""The manifest of the files that a run writes into its folder. Only those are deleted when the run is replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which base and which data was a run trained with, and are these the same? Written into run.json, compared wherever either is loaded."""
+"""The base model and the data that a run was trained with. Written into run.json, compared wherever either is loaded."""
 
 from __future__ import annotations
 

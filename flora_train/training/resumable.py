@@ -1,4 +1,4 @@
-"""What does a checkpoint need beside its own file? metrics.jsonl up to its step, and the best parameters kept so far."""
+"""Checks the files that a checkpoint needs beside its own: metrics.jsonl up to its step, and the best parameters kept so far."""
 
 from __future__ import annotations
 

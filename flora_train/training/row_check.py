@@ -1,4 +1,4 @@
-"""Does a row's loss depend on its own past tokens alone? Asked of the model itself, once, before training (guarantee I1)."""
+"""Checks that a row's loss depends on its own past tokens alone, by running the model once, before training (guarantee I1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files does a run read? None of them may lie in a folder whose run is replaced, and none of its own results may become data."""
+"""Checks the files that a run reads. None of them may lie in a folder whose run is replaced, and none of its own results may become data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Can the model read every token of the data, and every example to its end? Asked before the model is loaded."""
+"""Checks that the model can read every token of the data and every example to its end, before the model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is there room for what will be written? Prompts and their continuations, compared with what the model can read."""
+"""Checks that prompts and their continuations fit into what the model can read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How can a model's rows be decoded? Together where their keys and values are all that it remembers, else one at a time."""
+"""Chooses how a model's rows are decoded: together where their keys and values are all that it remembers, else one at a time."""
 
 from __future__ import annotations
 

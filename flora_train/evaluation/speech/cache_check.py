@@ -1,4 +1,4 @@
-"""Does a speech model write with a cache what it writes without? Asked of the model itself, before training."""
+"""Checks that a speech model gives the same logits with a cache as without one, before training."""
 
 from __future__ import annotations
 
