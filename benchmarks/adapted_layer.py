@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flora_train.kernels.segments import Segments
-from flora_train.training.environment import environment
+from flora_train.runtime.environment import environment
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PURE, RESIDUAL = 0.0, 1.0

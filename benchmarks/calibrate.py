@@ -2,7 +2,7 @@
 
 Every formulation is timed, forward + backward, interleaved with the others, on shapes around the turning points; the
 thresholds are those that lose least on average against the fastest of each shape. Prints Markdown; `--save` writes it to
-benchmarks/results and the thresholds of this device to flora_train/kernels/thresholds.json.
+benchmarks/results and the thresholds of this device to flora_train/kernels/flora/thresholds.json.
 `--refit` times nothing: it takes the ratios of a committed file.
 Usage: python benchmarks/calibrate.py [--repeats 5] [--refit benchmarks/results/calibration_cuda.md] [--save]
 """
@@ -25,10 +25,9 @@ from adapted_layer import DEVICE, RESIDUAL, Problem, seconds, where
 # isort: split
 import torch
 
-from flora_train.kernels import cost_model
 from flora_train.kernels.backend import why_not_triton
-from flora_train.kernels.cost_model import Formulation, Thresholds, Work, decide, place_of
-from flora_train.kernels.flora import formulation
+from flora_train.kernels.flora import cost_model, formulation
+from flora_train.kernels.flora.cost_model import Formulation, Thresholds, Work, decide, place_of
 
 RESULTS = Path(__file__).parent / "results"
 THRESHOLDS = Path(cost_model.__file__).with_name("thresholds.json")

@@ -25,12 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flora_train.kernels import adamw_triton as adamw
-from flora_train.kernels import flora_gradient_triton, flora_matmul_triton
-from flora_train.kernels import flora_tiles as tiles
-from flora_train.kernels import ia3_triton as ia3
-from flora_train.kernels import lora_triton as lora
-from flora_train.kernels.blocks import BLOCK_FEATURES, BLOCK_TOKENS, matmul_constants
+from flora_train.kernels.flora import triton_gradient as flora_gradient_triton
+from flora_train.kernels.flora import triton_matmul as flora_matmul_triton
+from flora_train.kernels.flora import triton_tiles as tiles
+from flora_train.kernels.ia3 import triton_kernels as ia3
+from flora_train.kernels.lora import triton_kernels as lora
 from flora_train.kernels.segments import Segments
+from flora_train.kernels.triton_common import BLOCK_FEATURES, BLOCK_TOKENS, matmul_constants
 
 RESULT = Path(__file__).parent / "results" / "compiled_kernels.md"
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

@@ -29,7 +29,7 @@ from flora_train.evaluation.code.problems.problem import Problem, load_problems
 from flora_train.evaluation.code.programs.execute import Program, Verdict, execute_all, preflight
 from flora_train.evaluation.code.programs.languages import Language, load_languages
 from flora_train.evaluation.code.programs.sandbox import Sandbox, open_sandbox
-from flora_train.training.environment import available_cpus, environment
+from flora_train.runtime.environment import available_cpus, environment
 
 RESULT = Path(__file__).parent / "results" / "execution.md"
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "multipl_e_problems"

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flora_train.training.environment import environment
-from flora_train.training.progress import duration
+from flora_train.runtime.environment import environment
+from flora_train.runtime.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "first_use_cpu.md"

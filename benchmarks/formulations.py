@@ -24,9 +24,9 @@ from contenders.peft_layer import peft_hira
 from torch import Tensor
 
 from flora_train.kernels.backend import splits, use_backend, use_precision, why_not_triton
-from flora_train.kernels.flora import flora_linear
-from flora_train.kernels.flora_torch import RankExpandedFlora
-from flora_train.kernels.lora import lora_add
+from flora_train.kernels.flora.materialised import RankExpandedFlora
+from flora_train.kernels.flora.op import flora_linear
+from flora_train.kernels.lora.op import lora_add
 
 RESULTS = Path(__file__).parent / "results"
 ON_GPU = DEVICE.type == "cuda"

@@ -23,12 +23,12 @@ import torch
 from peft import PeftModel
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import load_base_model, load_tokenizer
 from flora_train.adapters.spec import make_spec
 from flora_train.config.schema import AdapterConfig, ModelConfig
 from flora_train.evaluation.generation import Decoder, Generated, Request, Sampling
 from flora_train.export.peft_format import export_peft
-from flora_train.training.environment import available_cpus, environment
+from flora_train.models.loading import load_base_model, load_tokenizer
+from flora_train.runtime.environment import available_cpus, environment
 
 RESULT = Path(__file__).parent / "results" / "generation_cpu.md"
 MODEL = ModelConfig(path="assets/models/smollm2-135m", dtype="float32")

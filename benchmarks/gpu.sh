@@ -10,7 +10,7 @@ failed=0
 part() {
   echo "== $*"
   timeout "${PART_SECONDS:-540}" "$@" || { failed=1; echo "== failed: $*"; }
-  [ -z "${OUT:-}" ] || cp -r benchmarks/results flora_train/kernels/thresholds.json "$OUT/"
+  [ -z "${OUT:-}" ] || cp -r benchmarks/results flora_train/kernels/flora/thresholds.json "$OUT/"
 }
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "no CUDA device")' || exit 1
 part "$PYTHON" -m pytest -q tests/gpu tests/unit/kernels

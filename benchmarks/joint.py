@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from flora_train.training.environment import environment, now
+from flora_train.runtime.environment import environment, now
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "benchmarks"

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from flora_train.evaluation.report.html import render_html
-from flora_train.run import read_report
-from flora_train.training.run_folder import RunFolder
+from flora_train.evaluation.report.results import read_report
+from flora_train.runtime.run_folder import RunFolder
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

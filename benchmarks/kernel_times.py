@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from flora_train.kernels.flora_triton import FusedFlora, ScaledFlora
-from flora_train.kernels.lora_torch import SegmentedLora
+from flora_train.kernels.flora.triton_op import FusedFlora, ScaledFlora
+from flora_train.kernels.lora.batched import SegmentedLora
 
 RESULT = Path(__file__).parent / "results" / "kernel_times_cuda.md"
 WIDTH, TOKENS, REPEATS = 4096, 8192, 5

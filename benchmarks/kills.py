@@ -27,7 +27,7 @@ import psutil
 import flora_train.cli  # noqa: F401
 
 # isort: split
-from flora_train.training.environment import environment
+from flora_train.runtime.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -40,8 +40,8 @@ RECIPE = (
     "training.tokens_per_microbatch=192",
     "training.max_length=32",
     "training.log_every=1",
-    f"training.checkpoint_every={SAVE_EVERY}",
-    "evaluation.every=20",
+    f"training.save_every={SAVE_EVERY}",
+    "evaluation.interval=20",
     "evaluation.max_examples=1",
     "evaluation.problems=[]",
     "tasks.lua.max_validation_examples=2",

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from flora_train.kernels.backend import splits
-from flora_train.kernels.flora import FORMULATIONS, flora_linear
-from flora_train.kernels.ia3 import ia3_scale
-from flora_train.kernels.lora import lora_add
-from flora_train.training.environment import environment
+from flora_train.kernels.flora.op import FORMULATIONS, flora_linear
+from flora_train.kernels.ia3.op import ia3_scale
+from flora_train.kernels.lora.op import lora_add
+from flora_train.runtime.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "layer_cpu.md"
 Shape = tuple[int, int, int]  # d, tokens, adapters

@@ -25,7 +25,7 @@ from contenders.workload import SMALL
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.paging import Paging
-from flora_train.training.plan import plan_step
+from flora_train.training.step_plan import plan_step
 
 RESULT = Path(__file__).parent / "results" / f"paging_{DEVICE.type}.md"
 TASKS, SLOTS = 128, 32

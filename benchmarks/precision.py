@@ -20,12 +20,12 @@ from adapted_layer import DEVICE, Problem, seconds, where
 import torch
 from torch import Tensor
 
+from flora_train.commands.train import train_run
 from flora_train.config.load import load_config
 from flora_train.kernels.backend import why_not_triton
-from flora_train.kernels.cost_model import Formulation
-from flora_train.kernels.flora import FORMULATIONS, formulation
-from flora_train.kernels.flora_reference import flora_reference
-from flora_train.run import train_run
+from flora_train.kernels.flora.cost_model import Formulation
+from flora_train.kernels.flora.op import FORMULATIONS, formulation
+from flora_train.kernels.flora.reference import flora_reference
 
 RESULT = Path(__file__).parent / "results" / f"precision_{DEVICE.type}.md"
 DEVIATIONS = (1e-4, 1e-3, 3e-3, 1e-2, 1e-1)
@@ -35,7 +35,7 @@ DTYPES = {"bfloat16": torch.bfloat16} | ({"float16": torch.float16} if DEVICE.ty
 TRAINED = {"float32": ("float32", "auto"), "bfloat16, split": ("bfloat16", "split"), "bfloat16, fused": ("bfloat16", "fused")}
 OVERRIDES = (
     "tasks.perl.weight=0.001 tasks.ruby.weight=0.001 mixture.strategy=uniform training.steps=20 training.tokens_per_step=1024 "
-    "training.tokens_per_microbatch=1024 evaluation.every=null evaluation.max_new_tokens=1"
+    "training.tokens_per_microbatch=1024 evaluation.interval=null evaluation.max_new_tokens=1"
 )
 
 

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import layer
 from benchmarks.contenders import workload
-from flora_train.training.environment import environment
+from flora_train.runtime.environment import environment
 
 CONTENDERS = Path(__file__).parent / "contenders"
 RESULT = Path(__file__).parent / "results" / "profiles_cpu.md"

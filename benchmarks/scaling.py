@@ -59,7 +59,7 @@ def table(counts: list[int], forms: list[str], repeats: int) -> list[str]:
                 first = seconds / count if first is None else first
                 rows.append(f"| {FORMS[form]} | {what} | {count:,} | {seconds:.2f} | {seconds / count / first:.2f} |")
                 print(rows[-1], file=sys.stderr, flush=True)
-    from flora_train.training.environment import environment
+    from flora_train.runtime.environment import environment
 
     facts = environment()
     return [
@@ -92,9 +92,9 @@ class FirstStepDone(Exception):
 def measure(stage: str, form: str, count: int) -> float:
     """Processor seconds of one stage, from reading the recipe on."""
     import flora_train.cli  # noqa: F401  (before torch: how its threads wait, as in a run)
+    from flora_train.commands.plan import plan_run
+    from flora_train.commands.train import train_run
     from flora_train.config.load import load_config
-    from flora_train.plan import plan_run
-    from flora_train.run import train_run
     from flora_train.training.trainer import Trainer
 
     with TemporaryDirectory() as name:

@@ -34,7 +34,7 @@ import flora_train.cli  # noqa: F401
 # isort: split
 from kills import ROOT, digests, kill, steps_done, surroundings
 
-from flora_train.training.environment import environment
+from flora_train.runtime.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "soak_cpu.md"
 EVENTS = ("SIGTERM", "SIGINT", "SIGKILL", "disk full", "memory short")
@@ -42,7 +42,7 @@ KEPT_FREE = 10**9
 """Bytes that who takes the memory leaves."""
 HELD = 20.0
 """Seconds that disk or memory stay short."""
-SAVING = ("training.checkpoint_every=3", "training.keep_checkpoints=1")
+SAVING = ("training.save_every=3", "training.keep_checkpoints=1")
 """A checkpoint of a thousand adapters has 2 GB, and the disk is small."""
 
 

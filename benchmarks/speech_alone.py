@@ -23,34 +23,34 @@ import flora_train.cli  # noqa: F401  sets how threads wait, before torch is loa
 from contenders.peft_run import PeftRun, batches_of
 
 from flora_train.adapters.spec import BASE, BASE_ID
-from flora_train.atomic import write_atomically
 from flora_train.config.errors import UserError, fail
-from flora_train.data.sampling import seed_of
-from flora_train.data.tokens import pad_token
-from flora_train.evaluation.compare import compare_ratios
-from flora_train.evaluation.growing_log import GrowingLog
-from flora_train.evaluation.speech.errors import word_errors
+from flora_train.data.splits import seed_of
+from flora_train.data.tokenization import pad_token
+from flora_train.evaluation.bootstrap import compare_ratios
+from flora_train.evaluation.speech.error_rates import word_errors
 from flora_train.evaluation.speech.evaluate import LoggedTranscript, judged_split
 from flora_train.evaluation.speech.normalize import NORMALIZERS, normalizer_name
 from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
-from flora_train.session import Session, reopen
-from flora_train.training.environment import available_cpus, environment
-from flora_train.training.plan import make_mixture, plan_step
-from flora_train.training.progress import Watch
-from flora_train.training.schedule import learning_rate
+from flora_train.run_context import RunContext, load_run
+from flora_train.runtime.atomic import write_atomically
+from flora_train.runtime.environment import available_cpus, environment
+from flora_train.runtime.journal import Journal
+from flora_train.runtime.progress import ProgressBar
+from flora_train.training.optimizer import learning_rate
+from flora_train.training.step_plan import make_mixture, plan_step
 
 RESULT = Path(__file__).resolve().parent / "results" / "speech_alone_cpu.md"
 ALONE = -2
 """Who PEFT trained, beside the run's adapters and its base."""
 
 
-def train_alone(session: Session, adapter: int) -> PeftRun:
+def train_alone(session: RunContext, adapter: int) -> PeftRun:
     """PEFT on what the joint run gave this adapter, step by step."""
     config, spec = session.config, session.bank.specs[adapter]
     run, mixture = PeftRun(config, spec), make_mixture(session.tasks, session.bank.specs, config)
     pad = pad_token(session.tokenizer)
     own = 0  # steps that the adapter was in
-    with Watch(f"PEFT, {spec.name}", config.training.steps) as watch:
+    with ProgressBar(f"PEFT, {spec.name}", config.training.steps) as watch:
         for number in range(config.training.steps):
             plan = plan_step(mixture, number, session.tasks, session.bank, config.training.tokens_per_microbatch)
             if plan is None or adapter not in plan.label_tokens:
@@ -62,7 +62,7 @@ def train_alone(session: Session, adapter: int) -> PeftRun:
     return run
 
 
-def transcribe(session: Session, adapter: int, run: PeftRun) -> list[str]:
+def transcribe(session: RunContext, adapter: int, run: PeftRun) -> list[str]:
     """What it hears in the test clips of its language."""
     config, task, ears = session.config, session.bank.specs[adapter].task, session.ears
     speech, split = config.tasks[task].speech, judged_split(session.tasks[task])
@@ -83,7 +83,7 @@ def transcribe(session: Session, adapter: int, run: PeftRun) -> list[str]:
     return texts
 
 
-def alone(session: Session, adapter: int) -> list[str]:
+def alone(session: RunContext, adapter: int) -> list[str]:
     """The transcripts of PEFT's adapter; made once and kept. Raises UserError if they are of an adapter that was trained otherwise."""
     spec = session.bank.specs[adapter]
     file = session.folder.evaluation / "peft" / f"{spec.name}.json"
@@ -100,16 +100,16 @@ def alone(session: Session, adapter: int) -> list[str]:
     return texts
 
 
-def jointly(session: Session) -> dict[tuple[str, str], dict[int, str]]:
+def jointly(session: RunContext) -> dict[tuple[str, str], dict[int, str]]:
     """(adapter, task) -> test clip -> what the run's evaluation wrote."""
-    log = GrowingLog(session.folder.evaluation / "speech", LoggedTranscript, "transcript", "evaluate the run first")
+    log = Journal(session.folder.evaluation / "speech", LoggedTranscript, "transcript", "evaluate the run first")
     found: dict[tuple[str, str], dict[int, str]] = {}
     for entry in log.read().values():
         found.setdefault((entry.adapter, entry.task), {})[entry.example] = entry.text
     return found
 
 
-def rows_of(session: Session, adapter: int, wrote: Mapping[tuple[str, str], Mapping[int, str]]) -> list[str]:
+def rows_of(session: RunContext, adapter: int, wrote: Mapping[tuple[str, str], Mapping[int, str]]) -> list[str]:
     """One language's lines of the table."""
     bank, config = session.bank, session.config
     task = bank.specs[adapter].task
@@ -149,7 +149,7 @@ def rows_of(session: Session, adapter: int, wrote: Mapping[tuple[str, str], Mapp
     return lines
 
 
-def report(session: Session, tasks: list[str]) -> str:
+def report(session: RunContext, tasks: list[str]) -> str:
     """The result, as Markdown."""
     bank, wrote = session.bank, jointly(session)
     adapters = [i for i, spec in enumerate(bank.specs) if spec.method == "lora" and (not tasks or spec.task in tasks)]
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args()
     try:
-        session, _ = reopen(options.run, with_tasks=True)
+        session, _ = load_run(options.run, with_tasks=True)
         text = report(session, options.tasks)
     except UserError as error:
         raise SystemExit(f"error: {error}") from error

@@ -30,22 +30,22 @@ from contenders.peft_run import Batch, PeftRun, batches_of
 from flora_train.adapters.spec import expand
 from flora_train.config.load import load_config
 from flora_train.config.schema import RunConfig
-from flora_train.data.tokens import pad_token
-from flora_train.session import Session, load_session
-from flora_train.training.environment import available_cpus, environment
-from flora_train.training.plan import StepPlan, plan_step
-from flora_train.training.run_folder import RunFolder
+from flora_train.data.tokenization import pad_token
+from flora_train.run_context import RunContext, load_context
+from flora_train.runtime.environment import available_cpus, environment
+from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.step_plan import StepPlan, plan_step
 from flora_train.training.trainer import Trainer
 
 PLACES = {"encoder and decoder": "null", "decoder only": "decoder"}
-"""Where the adapters are -> adapters.NAME.within."""
+"""Where the adapters are -> adapters.NAME.parent_module."""
 RESULT = Path(__file__).resolve().parent / "results" / "speech_joint_cpu.md"
 
 
 def configuration(place: str) -> RunConfig:
     """recipe speech_local on fewer clips, which are read sooner."""
     limits = [f"tasks.{task}.max_examples=200" for task in ("cs", "nl", "ro", "bg")]
-    within = [f"adapters.{method}.within={PLACES[place]}" for method in ("flora", "lora", "ia3")]
+    within = [f"adapters.{method}.parent_module={PLACES[place]}" for method in ("flora", "lora", "ia3")]
     return load_config(["recipe=speech_local", "model.dtype=float32", "training.log_every=1", *limits, *within])
 
 
@@ -54,7 +54,7 @@ class Joint:
 
     def __init__(self, folder: Path, place: str) -> None:
         config = configuration(place)
-        self.session: Session = load_session(config, RunFolder(folder), torch.device("cpu"))
+        self.session: RunContext = load_context(config, RunFolder(folder), torch.device("cpu"))
         session = self.session
         logger = SimpleNamespace(log=lambda *args, **options: None)
         pad = pad_token(session.tokenizer)

@@ -28,14 +28,14 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.load import load_config
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import group_by_length
-from flora_train.data.tokens import pad_token
-from flora_train.session import Session, load_session
-from flora_train.training.environment import available_cpus, environment
+from flora_train.data.tokenization import pad_token
+from flora_train.run_context import RunContext, load_context
+from flora_train.runtime.environment import available_cpus, environment
+from flora_train.runtime.progress import ProgressBar
+from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.heldout import evaluate_heldout
-from flora_train.training.plan import heldout_rows, plan_step
-from flora_train.training.progress import Watch
-from flora_train.training.run_folder import RunFolder
-from flora_train.training.schedule import learning_rate
+from flora_train.training.optimizer import learning_rate
+from flora_train.training.step_plan import heldout_rows, plan_step
 from flora_train.training.trainer import Trainer
 
 RESULT = Path(__file__).resolve().parent / "results" / "sweep_cpu.md"
@@ -52,7 +52,7 @@ def configuration(steps: int) -> RunConfig:
     lists = [f"adapters.{method}.{key}" for method, rates in RATES.items() for key in (f"lr={rates}", f"tasks=[{TASK}]")]
     sizes = [f"training.steps={steps}", "training.tokens_per_step=3072", "training.max_length=128"]
     files = [f"tasks.{TASK}.{part}=assets/code/{TASK}.{part}.jsonl" for part in ("train", "validation")]
-    others = ["model.dtype=float32", "evaluation.problems=[]", "data_config=null", "task_defaults.over_long=truncate"]
+    others = ["model.dtype=float32", "evaluation.problems=[]", "data_config=null", "task_defaults.truncation=truncate"]
     return load_config(["recipe=quickstart", *lists, *sizes, *files, *others])
 
 
@@ -60,7 +60,7 @@ class Sweep:
     """Our trainer with twelve adapters, and twelve PEFT runs, step by step."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.session: Session = load_session(config, RunFolder(folder), torch.device("cpu"))
+        self.session: RunContext = load_context(config, RunFolder(folder), torch.device("cpu"))
         session, logger = self.session, SimpleNamespace(log=lambda *args, **options: None)
         pad = pad_token(session.tokenizer)
         self.trainer = Trainer(config, session.model, session.bank, session.tasks, pad, RunFolder(folder), logger)
@@ -118,7 +118,7 @@ def report(steps: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         sweep = Sweep(configuration(steps), Path(folder))
         segments = []
-        with Watch("sweep", steps) as watch:
+        with ProgressBar("sweep", steps) as watch:
             for number in range(steps):
                 segments.append(sweep.segment(number))
                 watch.update(number + 1)

@@ -24,8 +24,8 @@ import psutil
 import torch
 
 from flora_train.export.peft_format import export_peft
-from flora_train.training.environment import environment
-from flora_train.training.plan import plan_step
+from flora_train.runtime.environment import environment
+from flora_train.training.step_plan import plan_step
 
 RESULT = Path(__file__).parent / "results" / "thousand_cpu.md"
 TASKS = (3, 33, 342)

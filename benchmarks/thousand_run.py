@@ -22,7 +22,7 @@ import flora_train.cli  # noqa: F401
 # isort: split
 from kills import ROOT, digests, steps_done, surroundings
 
-from flora_train.training.environment import environment
+from flora_train.runtime.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "thousand_run_cpu.md"
 PARTS = 5

@@ -20,7 +20,7 @@ from joint import table
 from rich.console import Console
 
 from flora_train.evaluation.report.terminal import print_completions, print_error_rates, print_pass_at_k, print_results
-from flora_train.training.progress import duration
+from flora_train.runtime.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = (ROOT / "README.md", ROOT / "docs" / "code.md", ROOT / "docs" / "speech.md")

@@ -18,17 +18,17 @@ import flora_train.cli  # noqa: F401  sets how threads wait, before torch is loa
 # isort: split
 import torch
 
-from flora_train.adapters.base_model import load_base_model, load_model_config, load_tokenizer
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.load import load_config
 from flora_train.data.task import load_tasks
-from flora_train.evaluation.compare import compare_ratios
-from flora_train.evaluation.speech.errors import word_errors
+from flora_train.evaluation.bootstrap import compare_ratios
+from flora_train.evaluation.speech.error_rates import word_errors
 from flora_train.evaluation.speech.evaluate import judged_split
 from flora_train.evaluation.speech.normalize import NORMALIZERS, normalizer_name
 from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
-from flora_train.session import cache_folder, open_ears
-from flora_train.training.environment import available_cpus, environment
+from flora_train.models.loading import load_base_model, load_model_config, load_tokenizer
+from flora_train.run_context import build_speech_processor, cache_folder
+from flora_train.runtime.environment import available_cpus, environment
 
 RESULT = Path(__file__).resolve().parent / "results" / "windows_cpu.md"
 STEPS: tuple[float | None, ...] = (None, 10.0, 2.0)
@@ -42,7 +42,7 @@ def transcribe(step: float | None, clips: int) -> tuple[dict[str, tuple[list[str
     length = ["training.tokens_per_step=200000"]
     config = load_config(["recipe=speech_local", *([] if words else ["audio.window_step=null"]), *words, *limits, *few, *length])
     tokenizer = load_tokenizer(config.model)
-    ears = open_ears(config, load_model_config(config.model), tokenizer)
+    ears = build_speech_processor(config, load_model_config(config.model), tokenizer)
     tasks = load_tasks(config, tokenizer, cache_folder(), ears)
     model = load_base_model(config.model, torch.device("cpu"))
     requests, places = [], []

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flora_train.adapters.bank import AdapterBank
     from flora_train.adapters.spec import make_spec
+    from flora_train.commands.evaluate import evaluate_run as evaluate
+    from flora_train.commands.export import export_adapters
+    from flora_train.commands.train import train_run as train
     from flora_train.config.errors import UserError
     from flora_train.config.load import load_config
-    from flora_train.config.schema import AdapterConfig, TrainingConfig
-    from flora_train.exporting import export_adapters
-    from flora_train.run import evaluate_run as evaluate
-    from flora_train.run import train_run as train
-    from flora_train.training.optimizer import BankOptimizer
-    from flora_train.training.torch_optimizer import TorchBankOptimizer
+    from flora_train.config.schema import AdapterConfig
+    from flora_train.config.training_schema import TrainingConfig
+    from flora_train.training.optimizer import BankOptimizer, TorchBankOptimizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,14 +40,14 @@ HOMES = {
     "AdapterBank": "flora_train.adapters.bank",
     "AdapterConfig": "flora_train.config.schema",
     "BankOptimizer": "flora_train.training.optimizer",
-    "TorchBankOptimizer": "flora_train.training.torch_optimizer",
-    "TrainingConfig": "flora_train.config.schema",
+    "TorchBankOptimizer": "flora_train.training.optimizer",
+    "TrainingConfig": "flora_train.config.training_schema",
     "UserError": "flora_train.config.errors",
-    "evaluate": "flora_train.run:evaluate_run",
-    "export_adapters": "flora_train.exporting",
+    "evaluate": "flora_train.commands.evaluate:evaluate_run",
+    "export_adapters": "flora_train.commands.export",
     "load_config": "flora_train.config.load",
     "make_spec": "flora_train.adapters.spec",
-    "train": "flora_train.run:train_run",
+    "train": "flora_train.commands.train:train_run",
 }
 """Name -> module, and what it is called there: torch loads only when something is asked for that needs it."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flora_train.config.errors import UserError, choices, did_you_mean, fail
 from flora_train.config.terminal_text import plain, print_plain, safe_streams, write_failure
-from flora_train.training.signals import SAVED, STOPPED, Interrupted, end_with_launcher, stop_on_interrupt
+from flora_train.runtime.signals import SAVED, STOPPED, Interrupted, end_with_launcher, stop_on_interrupt
 
 # torch's threads wait for each other by spinning, which starves whatever else wants the same cores: another process, or the
 # threads that compute adapters (kernels/threads.py). It is read when torch loads, which is after this module.
@@ -114,20 +114,20 @@ def _train(words: Sequence[str]) -> None:
 
     config = load_config(words)
     end_with_launcher()
-    from flora_train.run import train_run  # torch loads only once the words make sense
+    from flora_train.commands.train import train_run  # torch loads only once the words make sense
 
     train_run(config)
 
 
 def _doctor(words: Sequence[str]) -> None:
     if not words:
-        from flora_train.checkup import check_machine
+        from flora_train.commands.doctor import check_machine
 
         return check_machine()
     from flora_train.config.load import load_config
 
     config = load_config(words)
-    from flora_train.doctor import doctor
+    from flora_train.commands.doctor import doctor
 
     doctor(config)
 
@@ -136,19 +136,19 @@ def _plan(words: Sequence[str]) -> None:
     from flora_train.config.load import load_config
 
     config = load_config(words)
-    from flora_train.plan import plan_run
+    from flora_train.commands.plan import plan_run
 
     plan_run(config)
 
 
 def _solve(words: Sequence[str]) -> None:
-    from flora_train.solve import solve_run
+    from flora_train.commands.solve import solve_run
 
     solve_run(words[0], words[1:])
 
 
 def _execute(words: Sequence[str]) -> None:
-    from flora_train.execute import execute_completions
+    from flora_train.commands.execute import execute_completions
 
     execute_completions(words[0], words[1:])
 
@@ -162,37 +162,37 @@ def _recipes(words: Sequence[str]) -> None:
 
 
 def _evaluate(words: Sequence[str]) -> None:
-    from flora_train.evaluating import evaluate_words
+    from flora_train.commands.evaluate import evaluate_words
 
     evaluate_words(words)
 
 
 def _report(words: Sequence[str]) -> None:
-    from flora_train.reporting import draw_reports
+    from flora_train.commands.report import draw_reports
 
     draw_reports(words)
 
 
 def _export(words: Sequence[str]) -> None:
-    from flora_train.exporting import export_words
+    from flora_train.commands.export import export_words
 
     export_words(words)
 
 
 def _convert(words: Sequence[str]) -> None:
-    from flora_train.convert import convert_adapter
+    from flora_train.commands.convert import convert_adapter
 
     convert_adapter(words)
 
 
 def _push(words: Sequence[str]) -> None:
-    from flora_train.push import push_run
+    from flora_train.commands.push import push_run
 
     push_run(words)
 
 
 def _init(words: Sequence[str]) -> None:
-    from flora_train.init import init_recipe
+    from flora_train.commands.init import init_recipe
 
     init_recipe(words)
 
@@ -244,7 +244,7 @@ COMMANDS = {
     "solve": Command(
         "RUN [languages=[lua,...]] [contenders=[PEFT,...]] [evaluation.KEY=VALUE] [out=FOLDER] [multipl_e=FOLDER] [--allow-different-base]",
         "let a run's base and adapters solve programming problems, and say pass@k",
-        "flora-train solve outputs/quickstart evaluation.problems=starter evaluation.n=20 evaluation.k=[1,10]",
+        "flora-train solve outputs/quickstart evaluation.problems=starter evaluation.num_samples=20 evaluation.pass_at_k=[1,10]",
         _solve,
         1,
         None,

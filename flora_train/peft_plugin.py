@@ -21,7 +21,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flora_train.kernels.flora_reference import modulated_weight
+from flora_train.kernels.flora.reference import modulated_weight
 
 TYPE = "FLORA"
 

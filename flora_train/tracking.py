@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from typing import Any
 
-from flora_train.adapters.spec import expand
-from flora_train.atomic import disk_errors
 from flora_train.config.schema import RunConfig
-from flora_train.training.distributed import is_main_process
-from flora_train.training.manifest import PEFT_FILES
-from flora_train.training.run_folder import RunFolder, flat
+from flora_train.runtime.atomic import disk_errors
+from flora_train.runtime.distributed import is_main_process
+from flora_train.runtime.manifest import PEFT_FILES
+from flora_train.runtime.run_folder import RunFolder, flat
 
 
 def begin_tracking(accelerator: Any, config: RunConfig, folder: RunFolder) -> None:
@@ -38,9 +37,9 @@ def end_tracking(accelerator: Any, config: RunConfig, folder: RunFolder, results
         for name in ("report.html", "report.json"):
             report.add_file(str(folder.evaluation / name))
         run.log_artifact(report)
-        for spec in expand(config):
-            artifact = wandb.Artifact(f"{config.name}-{spec.name}", type="model")
-            for path in (folder.adapters / spec.name / name for name in PEFT_FILES):
+        for name in config.adapter_names:
+            artifact = wandb.Artifact(f"{config.name}-{name}", type="model")
+            for path in (folder.adapters / name / file for file in PEFT_FILES):
                 if path.exists():
                     artifact.add_file(str(path))
             run.log_artifact(artifact)

@@ -15,7 +15,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from flora_train.adapters.base_model import without_dropout
+from flora_train.models.loading import without_dropout
 
 VOCABULARY = 97
 MEL_BINS, FRAMES = 8, 24

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, settings
 from tests.triton_device import DEVICE
 
 # isort: split
-from flora_train.adapters import base_model
 from flora_train.adapters.spec import AdapterSpec, make_spec
 from flora_train.config.schema import AdapterConfig
 from flora_train.kernels.backend import use_backend
+from flora_train.models import loading as base_model
 
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -34,7 +34,7 @@ FEW = ("llama", "gpt2", "opt", "phi")
 def spec(method: str, task: str = "task", family: str | None = None, steps: int = 100, **options: Any) -> AdapterSpec:
     """An adapter with defaults for tests."""
     return make_spec(
-        task, family or method, AdapterConfig(method=method, **{"lr": 1e-2, "schedule": "constant", **options}), steps
+        task, family or method, AdapterConfig(method=method, **{"lr": 1e-2, "lr_schedule": "constant", **options}), steps
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flora_train.adapters.base_model import without_dropout
+from flora_train.models.loading import without_dropout
 from tests.architectures import VOCABULARY
 
 SIZES: dict[str, Any] = {

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import constants
 
-from flora_train.adapters import base_model
+from flora_train.models import loading as base_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,10 +27,10 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         "flora_train.cli",  # first: it says how torch's threads wait
-        "flora_train.execute",
-        "flora_train.exporting",
-        "flora_train.session",
-        "flora_train.solve",
+        "flora_train.commands.execute",
+        "flora_train.commands.export",
+        "flora_train.run_context",
+        "flora_train.commands.solve",
         "flora_train.training.trainer",
         "peft",
         "transformers.models.llama.modeling_llama",

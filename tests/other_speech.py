@@ -16,14 +16,13 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
-from flora_train.adapters.base_model import without_dropout
-from flora_train.adapters.encoder import count_positions
 from flora_train.config.speech_schema import AudioConfig
 from flora_train.data.audio.decode import RATE
-from flora_train.data.audio.ears import Ears
 from flora_train.data.audio.features import FeatureStore
-from flora_train.data.audio.windows import Windows
-from flora_train.training.progress import Watch
+from flora_train.data.audio.speech_processor import SpeechProcessor, Windows
+from flora_train.models.loading import without_dropout
+from flora_train.models.speech_encoder import count_positions
+from flora_train.runtime.progress import ProgressBar
 from tests.speech import tiny_tokenizer, with_random_weights
 
 KINDS = ("moonshine", "speech_to_text")
@@ -94,13 +93,13 @@ def extractor_of(kind: str) -> Any:
     return Speech2TextFeatureExtractor(feature_size=BINS, num_mel_bins=BINS)
 
 
-def ears_of(kind: str, cache: Path, window_step: float) -> Ears:
+def speech_processor_of(kind: str, cache: Path, window_step: float) -> SpeechProcessor:
     with torch.device("meta"):
         empty = model_class(kind)(configuration(kind))
     extractor = extractor_of(kind)
     store = FeatureStore(cache / f"features {kind}", extractor, 1.0, 0)
     windows, start = Windows(2 * RATE, window_step, count_positions(empty, extractor)), empty.config.decoder_start_token_id
-    return Ears(plain_tokenizer(), windows, 96, False, start, store, AudioConfig(window_step=window_step), Watch)
+    return SpeechProcessor(plain_tokenizer(), windows, 96, False, start, store, AudioConfig(window_step=window_step), ProgressBar)
 
 
 def save_tiny(kind: str, folder: Path) -> Path:

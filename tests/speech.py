@@ -13,14 +13,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from flora_train.adapters.base_model import without_dropout
-from flora_train.adapters.encoder import take_short_windows
 from flora_train.config.speech_schema import AudioConfig
 from flora_train.data.audio.decode import RATE
-from flora_train.data.audio.ears import Ears
 from flora_train.data.audio.features import FeatureStore
-from flora_train.data.audio.windows import GRAIN, Windows
-from flora_train.training.progress import Watch
+from flora_train.data.audio.speech_processor import GRAIN, SpeechProcessor, Windows
+from flora_train.models.loading import without_dropout
+from flora_train.models.speech_encoder import take_short_windows
+from flora_train.runtime.progress import ProgressBar
 
 POSITIONS, MEL_BINS = 100, 16
 """Of the tiny encoder: 2 seconds."""
@@ -95,11 +94,11 @@ def save_tiny_whisper(folder: Path) -> Path:
     return folder
 
 
-def tiny_ears(cache: Path, workers: int = 0, **audio: Any) -> Ears:
+def tiny_ears(cache: Path, workers: int = 0, **audio: Any) -> SpeechProcessor:
     store = FeatureStore(cache / "features", tiny_extractor(), 1.0, workers)
     settings = AudioConfig(**audio)
     windows = Windows(POSITIONS * GRAIN, settings.window_step, lambda samples: samples // GRAIN)
-    return Ears(tiny_tokenizer(), windows, 96, True, None, store, settings, Watch)
+    return SpeechProcessor(tiny_tokenizer(), windows, 96, True, None, store, settings, ProgressBar)
 
 
 def write_clip(path: Path, seconds: float, seed: int = 0, rate: int = RATE, channels: int = 1) -> Path:

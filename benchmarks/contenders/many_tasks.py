@@ -16,8 +16,8 @@ from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
 from flora_train.config.load import validate
 from flora_train.data.task import Task
-from flora_train.data.tokens import SplitCounts, TokenSplit
-from flora_train.training.run_folder import RunFolder
+from flora_train.data.tokenization import SplitCounts, TokenSplit
+from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.trainer import Trainer
 
 EXAMPLES = 40

@@ -10,14 +10,14 @@ from peft import HiraConfig, IA3Config, LoraConfig, get_peft_model, set_peft_mod
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import load_base_model
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import find_targets
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import IGNORE, Collate, MixedBatch
-from flora_train.data.tokens import TokenSplit
+from flora_train.data.tokenization import TokenSplit
 from flora_train.export.peft_format import peft_tensors
-from flora_train.training.plan import StepPlan
+from flora_train.models.loading import load_base_model
+from flora_train.training.step_plan import StepPlan
 
 Batch = tuple[dict[str, Tensor], Tensor]
 """What the model is called with, and the labels [B, L] of its logits."""

@@ -1,1 +1,1 @@
-"""Where do the adapters live, and how does a frozen layer use them? The bank, its routing and the wrapped layers."""
+"""The adapter bank, its specifications, the routing of batch rows, paging, and the wrapped layers."""

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora_train.adapters.encoder import encoder_name
 from flora_train.adapters.host_memory import host_copy
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.layer_usage import unusable_layers
 from flora_train.adapters.methods import Target
 from flora_train.adapters.paging import Pager, Paging
 from flora_train.adapters.pool import Pool, pool_key
-from flora_train.adapters.routing import Router, RowNoise, build_routing
+from flora_train.adapters.routing import BatchRouting, RowNoise, build_routing
 from flora_train.adapters.spec import BASE, BASE_ID, AdapterSpec
 from flora_train.adapters.targets import check_base, find_targets, linear_layers
 from flora_train.config.errors import choices, did_you_mean, fail
+from flora_train.models.speech_encoder import encoder_name
 
 
 class AdapterBank:
@@ -43,7 +43,7 @@ class AdapterBank:
         self.specs: tuple[AdapterSpec, ...] = tuple(spec for pool in pools for spec in pool.specs)
         self.ids = {spec.name: i for i, spec in enumerate(self.specs)}
         self.location: list[tuple[Pool, int]] = [(pool, member) for pool in pools for member in range(len(pool.specs))]
-        self.router = Router()
+        self.router = BatchRouting()
         self.device = check_base(model) if device is None else device
         self.pager: Pager | None = None
         slots = None if paging is None else paging.slots_for(self.pools, self.device, dtype)

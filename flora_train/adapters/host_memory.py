@@ -9,8 +9,8 @@ from tempfile import TemporaryFile
 import torch
 from torch import Tensor
 
-from flora_train.atomic import disk_errors
 from flora_train.config.errors import fail
+from flora_train.runtime.atomic import disk_errors
 
 
 def host_rows(rows: int, size: int, dtype: torch.dtype, pinned: bool, folder: Path | None) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from flora_train.adapters.methods import Site, Target
 from flora_train.adapters.pool import Pool
-from flora_train.adapters.quantised import dequantised, is_quantised
-from flora_train.adapters.routing import Router, Routing, Span
+from flora_train.adapters.routing import BatchRouting, Routing, Span
 from flora_train.adapters.targets import dense_weight
 from flora_train.kernels.autocast import linear_dtype
+from flora_train.models.quantized import dequantised, is_quantised
 
 
 class AdapterLinear(nn.Module):
@@ -22,7 +22,7 @@ class AdapterLinear(nn.Module):
     sharding and its device moves concern the frozen base alone.
     """
 
-    def __init__(self, base_layer: nn.Module, target: Target, router: Router) -> None:
+    def __init__(self, base_layer: nn.Module, target: Target, router: BatchRouting) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.target = target

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flora_train.adapters.base_model import zero_model
-from flora_train.adapters.probe_inputs import asking_for_gradients, probe_inputs, undisturbed
-from flora_train.adapters.quantised import is_quantised
 from flora_train.adapters.targets import linear_layers
 from flora_train.config.errors import fail, first_line
 from flora_train.config.schema import ModelConfig
+from flora_train.models.loading import zero_model
+from flora_train.models.probe_inputs import asking_for_gradients, probe_inputs, undisturbed
+from flora_train.models.quantized import is_quantised
 
 SHAPES = ((2, 6), (3, 3))
 """Rows and tokens of the probes: unequal, with numbers that divide; and equal, where a sequence-first layout looks like rows."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flora_train.config.errors import UserError, choices, fail, first_line
-from flora_train.config.files import find_file
+from flora_train.config.paths import find_file
 
 PREFIX = "base_model.model."
 """The start of every tensor's name in a PEFT file."""

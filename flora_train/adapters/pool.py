@@ -33,7 +33,7 @@ class GatherRows(torch.autograd.Function):
 
 def pool_key(spec: AdapterSpec) -> tuple[str, int, object, object, object]:
     """Adapters with the same key share a pool."""
-    return spec.method, spec.rank, spec.target_modules, spec.feedforward_modules, spec.within
+    return spec.method, spec.rank, spec.target_modules, spec.feedforward_modules, spec.parent_module
 
 
 class Pool:

@@ -80,7 +80,7 @@ class Routing:
         return x * mask
 
 
-class Router:
+class BatchRouting:
     """Holds the routing that all layers read. It must not change between a forward and the end of its backward,
     because activation checkpointing runs the forward again in between (guarantee I4)."""
 

@@ -34,14 +34,14 @@ class AdapterSpec:
     lr: float
     weight_decay: float
     max_grad_norm: float | None
-    schedule: str
+    lr_schedule: str
     warmup_steps: int
     max_steps: int
     target_modules: tuple[str, ...] | str
     feedforward_modules: tuple[str, ...] | None
-    within: str | None = None
+    parent_module: str | None = None
     sweep: str | None = None
-    start_from: str | None = None
+    init_from: str | None = None
     patience: int | None = None
     min_delta: float = 0.0
 
@@ -64,14 +64,14 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, default_steps: int
         lr=adapter.lr,
         weight_decay=adapter.weight_decay,
         max_grad_norm=adapter.max_grad_norm,
-        schedule=adapter.schedule,
+        lr_schedule=adapter.lr_schedule,
         warmup_steps=adapter.warmup_steps,
         max_steps=adapter.max_steps or default_steps,
         target_modules=adapter.target_modules if isinstance(adapter.target_modules, str) else tuple(adapter.target_modules),
         feedforward_modules=None if adapter.feedforward_modules is None else tuple(adapter.feedforward_modules),
-        within=adapter.within,
+        parent_module=adapter.parent_module,
         sweep=adapter.sweep,
-        start_from=None if adapter.start_from is None else adapter.start_from.replace("{task}", task),
+        init_from=None if adapter.init_from is None else adapter.init_from.replace("{task}", task),
         patience=adapter.patience,
         min_delta=adapter.min_delta or 0.0,
     )

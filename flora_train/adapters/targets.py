@@ -60,12 +60,12 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str
             )
     none = next((reason for name, reason in unusable.items() if name in chosen), None)
     chosen = {name: target for name, target in chosen.items() if name not in unusable}
-    if spec.within is not None:
-        chosen = {name: target for name, target in chosen.items() if spec.within in name.split(".")[:-1]}
+    if spec.parent_module is not None:
+        chosen = {name: target for name, target in chosen.items() if spec.parent_module in name.split(".")[:-1]}
         if not chosen:
             parts = sorted({part for name in available for part in name.split(".")[:-1] if not part.isdigit()})
-            words = f"no target is below it; there are {choices(parts)}.{did_you_mean(spec.within, parts)}"
-            raise fail(f"{key}.within", spec.within, words)
+            words = f"no target is below it; there are {choices(parts)}.{did_you_mean(spec.parent_module, parts)}"
+            raise fail(f"{key}.parent_module", spec.parent_module, words)
     if not chosen:
         why = "" if none is None else f" that an adapter can be attached to ({none})"
         raise fail(f"{key}.target_modules", spec.target_modules, f"{type(model).__name__} has no linear layer to adapt{why}")

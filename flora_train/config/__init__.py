@@ -1,1 +1,1 @@
-"""What does the user ask for? YAML and `key=value` words in, one validated, frozen object out."""
+"""Recipes and `key=value` overrides, read into one validated, frozen configuration."""

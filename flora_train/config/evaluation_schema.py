@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from flora_train.config.language_words import ProgrammingLanguages
-from flora_train.config.section import MOST_PROCESSES, MOST_ROWS, MOST_STEPS, PathText, Section
+from flora_train.config.base import MOST_PROCESSES, MOST_ROWS, MOST_STEPS, ConfigModel, PathText
+from flora_train.config.language_names import ProgrammingLanguages
 
 COLDEST = 0.001
 """The lowest temperature above 0: logits are divided by it."""
@@ -21,8 +21,8 @@ def _one_or_several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class EvaluationConfig(Section):
-    every: int | None = Field(None, ge=1, le=MOST_STEPS)
+class EvaluationConfig(ConfigModel):
+    interval: int | None = Field(None, ge=1, le=MOST_STEPS)
     """Steps between two evaluations on the held-out rows; null: only at the end."""
     select_best: bool = True
     """Keep, per adapter, the parameters of its best evaluation; else those of its last step."""
@@ -41,9 +41,9 @@ class EvaluationConfig(Section):
     """Evaluate these languages only. Default: those of all tasks that name one."""
     max_problems: int | None = Field(None, ge=1, le=MOST_ROWS)
     """The first so many problems of each language; the report says how many there were."""
-    n: int = Field(20, ge=1, le=MOST_COMPLETIONS)
+    num_samples: int = Field(20, ge=1, le=MOST_COMPLETIONS)
     """Completions per problem and contender."""
-    k: Ks = Field([1], validate_default=True)
+    pass_at_k: Ks = Field([1], validate_default=True)
     """pass@k for these k, each at most n."""
     temperature: float = Field(0.2, ge=0, le=100)
     """Of drawing completions; 0 is greedy. MultiPL-E: 0.2 for pass@1, 0.8 for pass@10 and pass@100."""
@@ -51,7 +51,7 @@ class EvaluationConfig(Section):
     """Draw from the likeliest tokens that have this probability together."""
     beams: int = Field(1, ge=1, le=256)
     """Speech: hypotheses that decoding keeps (beam search); 1 is greedy."""
-    played_clips: int = Field(12, ge=0, le=10_000)
+    embedded_clips: int = Field(12, ge=0, le=10_000)
     """Speech: clips that the report holds, to be played; 0 where they must not be passed on."""
     batch_rows: int = Field(32, ge=1, le=65_536)
     """Completions decoded at one time on one device; what is written does not depend on it, but for rounding."""
@@ -64,20 +64,22 @@ class EvaluationConfig(Section):
     workers: int | None = Field(None, ge=1, le=MOST_PROCESSES)
     """Programs that run at one time. Default: the machine's cores."""
 
-    @field_validator("k")
+    @field_validator("pass_at_k")
     @classmethod
     def _no_more_than_n(cls, k: list[int], info: ValidationInfo) -> list[int]:
-        n = info.data.get("n")
+        n = info.data.get("num_samples")
         if n is not None and max(k) > n:
-            raise ValueError(f"pass@{max(k)} needs {max(k)} completions a problem and n = {n}: raise evaluation.n, or lower k")
+            raise ValueError(
+                f"pass@{max(k)} needs {max(k)} completions a problem and n = {n}: raise evaluation.num_samples, or lower k"
+            )
         return k
 
     @field_validator("temperature")
     @classmethod
     def _greedy_once(cls, temperature: float, info: ValidationInfo) -> float:
-        n = info.data.get("n")
+        n = info.data.get("num_samples")
         if 0 < temperature < COLDEST:
             raise ValueError(f"must be 0 (greedy), or at least {COLDEST}")
         if temperature == 0 and n is not None and n > 1:
-            raise ValueError(f"writes the same completion {n} times: set evaluation.n=1, or a temperature above 0")
+            raise ValueError(f"writes the same completion {n} times: set evaluation.num_samples=1, or a temperature above 0")
         return temperature

@@ -15,15 +15,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flora_train.config import yaml_text
+from flora_train.config import yaml_format as yaml_text
 from flora_train.config.errors import Problem, UserError, choices, fail
-from flora_train.config.explain import explain
-from flora_train.config.files import PROJECT_ROOT, Layer, check_texts, find_config, find_file, read_yaml, shipped
-from flora_train.config.paging_schema import place_device_slots
+from flora_train.config.overrides import merge, parse_words
+from flora_train.config.paths import PROJECT_ROOT, RawConfig, check_texts, find_config, find_file, read_yaml, shipped
 from flora_train.config.references import escape, resolve
 from flora_train.config.schema import RunConfig, disagreements
 from flora_train.config.sweep import expand_sweeps
-from flora_train.config.words import merge, parse_words
+from flora_train.config.training_schema import place_device_slots
+from flora_train.config.validation_errors import to_user_errors
 
 __all__ = ["PROJECT_ROOT", "find_file", "load_config", "save_config", "shipped", "validate"]
 
@@ -54,7 +54,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
         raise UserError(*_unique([_blame_defaults(problem, defaults, tasks) for problem in error.problems])) from None
 
 
-def validate(raw: Layer) -> RunConfig:
+def validate(raw: RawConfig) -> RunConfig:
     """A RunConfig from plain mappings, or one UserError listing all problems."""
     check_texts(raw)
     raw = place_device_slots(raw)
@@ -62,7 +62,7 @@ def validate(raw: Layer) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems = explain(error, raw)
+        problems = to_user_errors(error, raw)
         # pydantic compares sections only when all are valid: to report everything at once, compare them anyway
         known = [(problem.key, problem.value) for problem in problems]
         problems += [problem for problem in _disagreements(raw) if (problem.key, problem.value) not in known]
@@ -87,12 +87,12 @@ def _in_file(path: Path, problem: Problem) -> Problem:
     return problem if problem.key.startswith(str(path)) else Problem(f"{path}: {problem.key}", problem.value, problem.fix)
 
 
-def _under(defaults: Layer, task: Any) -> Any:
+def _under(defaults: RawConfig, task: Any) -> Any:
     """A task on top of the defaults; what is not even a mapping is left for the validation to report."""
     return merge(defaults, task or {}) if isinstance(task, dict | None) else task
 
 
-def _blame_defaults(problem: Problem, defaults: Layer, tasks: Layer) -> Problem:
+def _blame_defaults(problem: Problem, defaults: RawConfig, tasks: RawConfig) -> Problem:
     """A fault that a task only inherits is a fault of `task_defaults`, once."""
     section, _, rest = problem.key.partition(".")
     task, _, field = rest.partition(".")
@@ -113,10 +113,10 @@ def _unique(problems: list[Problem]) -> list[Problem]:
     return [problem for i, problem in enumerate(problems) if problem not in problems[:i]]
 
 
-def _disagreements(raw: Layer) -> list[Problem]:
+def _disagreements(raw: RawConfig) -> list[Problem]:
     """What the sections contradict in each other, as far as they can be read at all."""
 
-    def section(key: str) -> Layer:
+    def section(key: str) -> RawConfig:
         return {str(name): value for name, value in found.items()} if isinstance(found := raw.get(key), dict) else {}
 
     adapters: dict[str, tuple[list[str] | None, int]] = {}

@@ -8,20 +8,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from flora_train.config.base import LONGEST_NAME, MOST_PROCESSES, MOST_STEPS, ConfigModel, Name, PathText, Text
 from flora_train.config.errors import MOST_PROBLEMS, Problem, choices, did_you_mean
 from flora_train.config.evaluation_schema import EvaluationConfig
-from flora_train.config.files import at_home
-from flora_train.config.guard_schema import GuardConfig
-from flora_train.config.mixture_schema import MixtureConfig
-from flora_train.config.paging_schema import PagingConfig
-from flora_train.config.section import LONGEST_NAME, MOST_PROCESSES, MOST_STEPS, MOST_TOKENS, Name, PathText, Section, Text
+from flora_train.config.paths import at_home
 from flora_train.config.speech_schema import AudioConfig
 from flora_train.config.sweep import SweepConfig
 from flora_train.config.task_schema import TaskConfig
+from flora_train.config.training_schema import (
+    GuardConfig,
+    KernelsConfig,
+    MixtureConfig,
+    PagingConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
 from flora_train.config.unused_keys import ignored_keys
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigModel):
     path: PathText
     """A folder with a transformers checkpoint, or a name on the Hugging Face hub."""
     revision: str | None = None
@@ -31,7 +36,7 @@ class ModelConfig(Section):
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the frozen base through bitsandbytes (needs a CUDA GPU): LLM.int8 without its outlier split, which would let a
     batch's rows see each other, or NF4. fLoRA dequantises a layer's weight when it runs, and again in the backward."""
-    sharded: bool = False
+    fsdp: bool = False
     """Divide the frozen base among the processes (FSDP2) instead of having it whole on each: less memory, more traffic. Layers are
     gathered when they run. Text models only. Writing text (sample prompts, problems) gathers all of it on every process."""
     gradient_checkpointing: Literal["off", "reentrant", "non_reentrant"] = "off"
@@ -41,17 +46,17 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
 
-    @field_validator("sharded")
+    @field_validator("fsdp")
     @classmethod
-    def _is_not_quantised(cls, sharded: bool, info: ValidationInfo) -> bool:
-        if sharded and info.data.get("quantization", "none") != "none":
+    def _is_not_quantised(cls, fsdp: bool, info: ValidationInfo) -> bool:
+        if fsdp and info.data.get("quantization", "none") != "none":
             raise ValueError(
                 f"cannot divide a base in {info.data['quantization']}: give model.quantization=none, or leave it whole"
             )
-        return sharded
+        return fsdp
 
 
-class AdapterConfig(Section):
+class AdapterConfig(ConfigModel):
     method: Literal["flora", "lora", "ia3"]
     """flora: W0 * (B A). lora: W0 + alpha/r B A. ia3: a learnt scale per output (feed-forward: input)."""
     rank: int | None = Field(None, ge=1, le=8192)
@@ -70,12 +75,12 @@ class AdapterConfig(Section):
     """Decoupled decay towards zero. For ia3 and pure flora zero is not the identity: leave it at 0."""
     max_grad_norm: float | None = Field(1.0, gt=0, le=1e30)
     """Clip this adapter's own gradient norm; null: never."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after warm-up, by the adapter's own steps."""
     max_steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     """The adapter leaves the batch after this many steps of its own. Default: training.steps."""
     patience: int | None = Field(None, ge=1, le=MOST_STEPS)
-    """The adapter also leaves after so many held-out evaluations in a row (one each evaluation.every steps) without a better loss;
+    """The adapter also leaves after so many held-out evaluations in a row (one each evaluation.interval steps) without a better loss;
     the others share its part of the batch. Default: it stays."""
     min_delta: float | None = Field(None, gt=0, le=1_000_000, validate_default=True)
     """With patience: a loss is better if it is lower by more than this, in nats a token. Default: by anything."""
@@ -84,15 +89,15 @@ class AdapterConfig(Section):
     target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear"] = "default"
     """Module name endings, or all-linear (every linear layer that runs in rows, but the output head), or default: all-linear
     for flora and lora; keys, values and the feed-forward output for ia3 (PEFT's table per architecture)."""
-    within: Text | None = None
+    parent_module: Text | None = None
     """Adapt only targets below modules of this name: decoder, of a speech model, whose encoder is then shared by all such adapters."""
     feedforward_modules: list[Text] | None = None
     """ia3 only: targets whose input is scaled instead of the output. Default: PEFT's table."""
     tasks: list[Name] | None = Field(None, min_length=1)
     """Train this adapter on these tasks only. Default: all."""
-    start_from: PathText | None = None
+    init_from: PathText | None = None
     """Begin with the numbers of a PEFT adapter (LORA, IA3, or HIRA for flora), a folder or a name on the hub, instead of the identity. A
-    residual flora can begin close to a LORA, too. With evaluation.every, step 0 is judged then.
+    residual flora can begin close to a LORA, too. With evaluation.interval, step 0 is judged then.
     {task} in it stands for the name of the task: outputs/before/adapters/{task}-lora."""
     sweep: Name | None = None
     """The entry of `adapters` that this adapter was made from, where a list of values stood for one; written by the program."""
@@ -147,61 +152,6 @@ def _warmup_fix(warmup_steps: int, limit_key: str, limit: int | None) -> str | N
     return f"leaves no step after warm-up: make it smaller than {limit_key} = {limit}"
 
 
-class TrainingConfig(Section):
-    steps: int = Field(ge=1, le=MOST_STEPS)
-    """Optimizer steps of the run."""
-    tokens_per_step: int = Field(4096, ge=16, le=MOST_TOKENS)
-    """Tokens of all adapters and all processes in one optimizer step. A task's example counts once per
-    adapter that learns from it."""
-    tokens_per_microbatch: int = Field(2048, ge=16, le=MOST_TOKENS)
-    """Padded tokens in one forward pass on one device: what fits in memory. Steps accumulate micro-batches."""
-    max_length: int = Field(512, ge=4, le=MOST_TOKENS, validate_default=True)
-    """Longest example in tokens, prompt included."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw (Loshchilov & Hutter 2019) or plain sgd with the same decoupled decay."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moment."""
-    eps: float = Field(1e-8, ge=1e-30, le=1)
-    """AdamW's denominator constant."""
-    log_every: int = Field(10, ge=1, le=MOST_STEPS)
-    """Steps between two progress lines and rows of metrics.jsonl."""
-    checkpoint_every: int = Field(20, ge=1, le=MOST_STEPS)
-    """Steps between two checkpoints for resume=true: adapters, optimizer and position, never the base. They are written while training
-    goes on, from a copy."""
-    keep_checkpoints: int = Field(2, ge=1, le=100_000)
-    """So many of the last stay: one is enough, unless it is damaged. Each adapter's best state is kept apart."""
-
-    @field_validator("max_length")
-    @classmethod
-    def _an_example_must_fit(cls, max_length: int, info: ValidationInfo) -> int:
-        for key in ("tokens_per_microbatch", "tokens_per_step"):
-            if max_length > info.data.get(key, max_length):
-                raise ValueError(f"does not fit into {key} = {info.data[key]}: raise the latter or shorten it")
-        return max_length
-
-
-class KernelsConfig(Section):
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """What computes the adapters. torch: batched matmuls. triton: our kernels, on a GPU. auto: triton on Hopper GPUs, where it
-    was timed, and torch elsewhere."""
-    precision: Literal["auto", "split", "fused"] = "auto"
-    """fLoRA on a base in half precision. split: x W0 + x (W0 * (M - 1)) where M is near 1, which keeps modulations that half precision
-    cannot hold beside 1. fused: x (W0 * M), one matmul less. auto: split."""
-
-
-class TrackingConfig(Section):
-    trackers: list[Literal["wandb", "tensorboard"]] = []
-    """Where metrics go besides metrics.jsonl."""
-    project: Text = "flora_train"
-    """Project name at the tracker."""
-    group: Text | None = None
-    """wandb's name for runs that belong together."""
-    artifacts: bool = False
-    """Give wandb the report and all adapters, too."""
-    online: bool = False
-    """Let wandb talk to its server. Off: it writes to the run folder, and `wandb sync` sends it later."""
-
-
 class Contradictions(ValueError):
     """Values of several sections that are each valid but do not go together."""
 
@@ -210,13 +160,13 @@ class Contradictions(ValueError):
         super().__init__("; ".join(str(problem) for problem in problems))
 
 
-class RunConfig(Section):
+class RunConfig(ConfigModel):
     name: Name
     """Name of the run."""
     output_dir: PathText | None = None
     """Run folder. Default: outputs/<name>."""
-    existing_run: Literal["refuse", "replace"] = "refuse"
-    """If output_dir holds a run already: stop, or delete the files that the run wrote (its manifest, in run.json, names them). A run that
+    overwrite: bool = False
+    """If output_dir holds a run already: false stops, true deletes the files that the run wrote (its manifest, in run.json, names them). A run that
     another process trains, or whose run.json has no manifest, is not deleted."""
     resume: bool = False
     """If output_dir holds this run already: go on from its last checkpoint, or keep it if it is finished."""
@@ -243,8 +193,8 @@ class RunConfig(Section):
     @field_validator("resume")
     @classmethod
     def _one_way_with_what_is_there(cls, resume: bool, info: ValidationInfo) -> bool:
-        if resume and info.data.get("existing_run") == "replace":
-            raise ValueError("contradicts existing_run=replace, which deletes what could be resumed: give one of them")
+        if resume and info.data.get("overwrite"):
+            raise ValueError("contradicts overwrite=true, which deletes what could be resumed: give one of them")
         return resume
 
     @model_validator(mode="after")
@@ -264,10 +214,15 @@ class RunConfig(Section):
             fix = "has nothing to halve: no adapter has a list of values, such as adapters.NAME.lr=[1e-3,2e-3]"
             raise Contradictions([Problem("sweep.strategy", "halving", fix)])
         for name, adapter in self.adapters.items():
-            if adapter.patience is not None and self.evaluation.every is None:
+            if adapter.patience is not None and self.evaluation.interval is None:
                 fix = f"adapters.{name}.patience counts evaluations during training, and there are none: set it to some number of steps"
-                raise Contradictions([Problem("evaluation.every", None, fix)])
+                raise Contradictions([Problem("evaluation.interval", None, fix)])
         return self
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of all adapters, in the order of the bank: every entry of `adapters` with each of its tasks."""
+        return [adapter_name(task, family) for family, adapter in self.adapters.items() for task in adapter.tasks or self.tasks]
 
     @property
     def folder(self) -> str:

@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from flora_train.config.section import MOST_PROCESSES, Section, Text
+from flora_train.config.base import MOST_PROCESSES, ConfigModel, Text
 
 Normalizer = Literal["auto", "letters", "arabic", "unspaced"]
 Metric = Literal["auto", "wer", "cer"]
 
 
-class SpeechConfig(Section):
+class SpeechConfig(ConfigModel):
     """Makes a task a speech task: its rows are clips with transcripts, its model an encoder-decoder such as Whisper."""
 
     language: Text
@@ -38,7 +38,7 @@ class SpeechConfig(Section):
     """The rate that comes first in reports. auto: cer where the normalizer is unspaced, else wer."""
 
 
-class AudioConfig(Section):
+class AudioConfig(ConfigModel):
     max_seconds: float = Field(30.0, ge=0.01, le=30.0)
     """Longer clips are left out, and counted."""
     window_step: float | None = Field(None, ge=0.02, le=30.0)

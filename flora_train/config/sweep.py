@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from flora_train.config.base import LONGEST_NAME, MOST_STEPS, ConfigModel
 from flora_train.config.errors import choices, fail
-from flora_train.config.files import Layer
-from flora_train.config.section import LONGEST_NAME, MOST_STEPS, Section
+from flora_train.config.paths import RawConfig
 
-SWEPT = ("lr", "rank", "alpha", "variant", "dropout", "weight_decay", "max_grad_norm", "schedule", "warmup_steps", "max_steps")
+SWEPT = ("lr", "rank", "alpha", "variant", "dropout", "weight_decay", "max_grad_norm", "lr_schedule", "warmup_steps", "max_steps")
 """Keys of an adapter that may be lists of values, each of which becomes an adapter."""
 MOST_MEMBERS = 10_000
 """Adapters that the sweeps of a run may make."""
@@ -22,7 +22,7 @@ LISTS = ("tasks", "target_modules", "feedforward_modules")
 """Keys that are lists by themselves."""
 
 
-class SweepConfig(Section):
+class SweepConfig(ConfigModel):
     strategy: Literal["all", "halving"] = "all"
     """What happens to the adapters that a list of values (adapters.NAME.lr=[1e-3,2e-3]) made. all: they are trained to the end.
     halving: at each rung those of a task with the higher held-out losses leave, and the others share their part of the batch
@@ -55,7 +55,7 @@ def expand_sweeps(adapters: Any) -> Any:
     """
     if not isinstance(adapters, Mapping):
         return adapters
-    expanded: Layer = {}
+    expanded: RawConfig = {}
     for name, adapter in adapters.items():
         values = {key: value for key, value in adapter.items() if isinstance(value, list)} if isinstance(adapter, Mapping) else {}
         for key, value in values.items():

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from flora_train.config.language_words import ProgrammingLanguage
-from flora_train.config.section import MOST_ROWS, PathText, Section, Text
+from flora_train.config.base import MOST_ROWS, ConfigModel, PathText, Text
+from flora_train.config.language_names import ProgrammingLanguage
 from flora_train.config.speech_schema import SpeechConfig
 
 
-class SourceConfig(Section):
+class SourceConfig(ConfigModel):
     """Where rows come from: exactly one of `hub`, `files`, `common_voice` or `folder`. A bare string means `files`."""
 
     hub: PathText | None = None
@@ -28,7 +28,7 @@ class SourceConfig(Section):
     """Its branch, tag or commit."""
     max_rows: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Read its first so many rows only, streamed: for data sets that are larger than the disk."""
-    stand_in: str | None = None
+    fallback_hint: str | None = None
     """A local source that can take its place: what the error says when the hub does not give it."""
     files: list[PathText] | None = Field(None, min_length=1)
     """Paths or globs of .jsonl, .json, .parquet, .csv, .tsv or .txt files."""
@@ -77,7 +77,7 @@ def _source_shorthand(value: Any) -> Any:
 Source = Annotated[SourceConfig, BeforeValidator(_source_shorthand)]
 
 
-class TaskConfig(Section):
+class TaskConfig(ConfigModel):
     train: Source
     """Rows to learn from: never a test split."""
     validation: Source | None = None
@@ -98,7 +98,7 @@ class TaskConfig(Section):
     """Use at most this many held-out rows (a seeded sample)."""
     max_test_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Use at most this many test rows (a seeded sample)."""
-    over_long: Literal["truncate", "split", "drop"] = "truncate"
+    truncation: Literal["truncate", "split", "drop"] = "truncate"
     """What happens to examples longer than training.max_length tokens; each is counted in the report. split: equal
     parts (examples with a prompt are truncated)."""
     packing: bool = False

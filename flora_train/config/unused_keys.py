@@ -9,7 +9,7 @@ from typing import Any
 from flora_train.config.errors import Problem
 from flora_train.config.task_schema import SourceConfig, TaskConfig
 
-OF_HUB = ("subset", "data_dir", "revision", "max_rows", "stand_in")
+OF_HUB = ("subset", "data_dir", "revision", "max_rows", "fallback_hint")
 MAGIC = "*?["
 
 
@@ -32,8 +32,8 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
     if task.max_test_examples is not None and task.test is None:
         fix = "limits the test rows, and there are none: give test, or limit max_validation_examples"
         yield "max_test_examples", task.max_test_examples, fix
-    if task.over_long != "truncate":
-        yield "over_long", task.over_long, "is for text: transcripts that are too long are left out, and counted; remove it"
+    if task.truncation != "truncate":
+        yield "truncation", task.truncation, "is for text: transcripts that are too long are left out, and counted; remove it"
     if task.sample_prompts:
         yield "sample_prompts", task.sample_prompts, "is for text: a speech model transcribes its test clips; remove it"
     if task.speech.prompt is not None and task.speech.token is not None:

@@ -1,1 +1,1 @@
-"""What does each step train on? Rows from sources, tokenised once, mixed over tasks, grouped into batches."""
+"""Tasks, their sources and templates, tokenization, the task mixture and batches."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flora_train.data.tokens import TokenSplit
+from flora_train.data.tokenization import TokenSplit
 
 IGNORE = -100
 """The label of positions that are not learnt (torch's cross_entropy ignores it)."""
@@ -65,7 +65,7 @@ Collate = Callable[[Sequence[Row], Callable[[str], TokenSplit], int], MixedBatch
 """(rows, task -> its tokens, padding token) -> a batch. What a batch holds is the model's business: `collate` for causal ones."""
 
 
-def look_ahead(collate: Collate, rows: Sequence[Row], split_of: Callable[[str], TokenSplit]) -> None:
+def prefetch(collate: Collate, rows: Sequence[Row], split_of: Callable[[str], TokenSplit]) -> None:
     """Tell a `collate` that can prepare rows in the background which ones come next."""
     ahead: Callable[..., None] | None = getattr(collate, "ahead", None)
     if ahead is not None:

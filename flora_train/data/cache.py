@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile
 
-from flora_train.data.tokens import TokenSplit
+from flora_train.data.tokenization import TokenSplit
 
 Split = TypeVar("Split", bound=TokenSplit)
 

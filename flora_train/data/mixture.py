@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.config.errors import UserError
-from flora_train.config.mixture_schema import MixtureConfig
-from flora_train.data.sampling import seed_of
+from flora_train.config.training_schema import MixtureConfig
+from flora_train.data.splits import seed_of
 from flora_train.data.task import draw_problem
 
 TURN_STEPS = 20

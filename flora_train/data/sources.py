@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import choices, fail, first_line
-from flora_train.config.files import PROJECT_ROOT, find_file
+from flora_train.config.paths import PROJECT_ROOT, find_file
 from flora_train.config.task_schema import SourceConfig
 from flora_train.data.audio.common_voice import release_file, release_rows
 from flora_train.data.globs import files_matching
@@ -122,7 +122,7 @@ def _hub_rows(source: SourceConfig, key: str) -> list[Row]:
 
 
 def _why_no_hub(source: SourceConfig, error: Exception) -> str:
-    instead = f" Instead of it: {source.stand_in}" if source.stand_in else " Instead of it: files or a folder"
+    instead = f" Instead of it: {source.fallback_hint}" if source.fallback_hint else " Instead of it: files or a folder"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
         return f"is not in the local cache, and HF_HUB_OFFLINE says there is no hub: unset it.{instead}"
     said = f"{type(error).__name__}: {error}"

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from flora_train.config.errors import Problem, UserError, fail
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
-from flora_train.data.audio.ears import Ears
-from flora_train.data.audio.speech import load_speech_task
-from flora_train.data.audio.split import SpeechSplit
+from flora_train.data.audio.speech_processor import SpeechProcessor
+from flora_train.data.audio.speech_split import SpeechSplit
+from flora_train.data.audio.speech_task import load_speech_task
 from flora_train.data.cache import cached
-from flora_train.data.examples import TextExample, make_formatter
 from flora_train.data.packing import pack
-from flora_train.data.sampling import hold_out, sample, seed_of
 from flora_train.data.sources import read_rows, source_files
-from flora_train.data.tokens import TokenSplit, tokenise, tokenizer_hash
+from flora_train.data.splits import hold_out, sample, seed_of
+from flora_train.data.templates import PromptCompletion, make_formatter
+from flora_train.data.tokenization import TokenSplit, tokenise, tokenizer_hash
 
 CACHE_VERSION = 5
 
@@ -46,7 +46,7 @@ class Task:
     """The release that the rows are from, where it has a name."""
 
 
-def load_tasks(config: RunConfig, tokenizer: Any, cache: Path, ears: Ears | None = None) -> dict[str, Task]:
+def load_tasks(config: RunConfig, tokenizer: Any, cache: Path, ears: SpeechProcessor | None = None) -> dict[str, Task]:
     """All tasks that some adapter learns. ears: where they are speech. Raises one UserError with the faults of all their sources,
     formats, splits and step sizes."""
     problems: list[Problem] = []
@@ -113,7 +113,7 @@ def draw_problem(task: str, lengths: NDArray[np.int64], adapters: int, examples:
     return Problem("training.tokens_per_step", tokens_per_step, fix)
 
 
-def load_spoken_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path, ears: Ears) -> Task:
+def load_spoken_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path, ears: SpeechProcessor) -> Task:
     """A task of clips with transcripts."""
     found = load_speech_task(name, task, config, ears, cache)
     return Task(name, task.weight, found.train, found.validation, found.data_hash, found.test, found.origin)
@@ -129,8 +129,8 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         format_row.check(held_rows, "validation")
     else:
         train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed_of(config.seed, name, "split"), key)
-    max_length, over_long = config.training.max_length, task.over_long
-    setting = [CACHE_VERSION, max_length, over_long, tokenizer_hash(tokenizer), task.special_tokens]
+    max_length, truncation = config.training.max_length, task.truncation
+    setting = [CACHE_VERSION, max_length, truncation, tokenizer_hash(tokenizer), task.special_tokens]
     splits = {}
     digest = hashlib.sha256()
     for split, rows, limit in (("train", train_rows, task.max_examples), ("validation", held_rows, task.max_validation_examples)):
@@ -139,7 +139,7 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         packing = split == "train" and task.packing  # held-out examples stay apart: intervals resample them
         content = _hash([*setting, packing, unsampled], examples)
         digest.update(content.encode())
-        make = partial(tokenise, examples, tokenizer, max_length, over_long, unsampled, task.special_tokens)
+        make = partial(tokenise, examples, tokenizer, max_length, truncation, unsampled, task.special_tokens)
         if packing:
             make = partial(_packed, make, max_length)
         splits[split] = cached(cache / f"{content[:32]}.npz", TokenSplit, make)
@@ -158,7 +158,7 @@ def _packed(make: Callable[[], TokenSplit], max_length: int) -> TokenSplit:
     return pack(make(), max_length)
 
 
-def _hash(setting: list[Any], examples: list[TextExample]) -> str:
+def _hash(setting: list[Any], examples: list[PromptCompletion]) -> str:
     digest = hashlib.sha256(json.dumps(setting).encode())
     for example in examples:
         content = [example.prompt, example.completion, example.prompt_rows, example.completion_rows]

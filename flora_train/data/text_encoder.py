@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flora_train.config.errors import fail
-from flora_train.data.encoded import (
+from flora_train.data.token_cache import (
     Encoded,
     Spans,
     Tokens,
@@ -146,7 +146,7 @@ class TextEncoder:
 
     def _tokenised(self, texts: list[str], place: Place, more: bool) -> Iterator[tuple[list[int], Any]]:
         """(ids, the fast tokenizer's encoding or None) of each text, with special tokens wherever they are written."""
-        copy = self._copy(place, more, stand_ins=False)
+        copy = self._copy(place, more, svd_loras=False)
         if copy is not None:
             yield from ((encoding.ids, encoding) for encoding in copy.encode_batch(texts, add_special_tokens=False))
         elif self._backend is None and place == "text":
@@ -172,13 +172,13 @@ class TextEncoder:
                 return both[len(head) :]
         return ids
 
-    def _copy(self, place: Place, more: bool, stand_ins: bool) -> Any:
+    def _copy(self, place: Place, more: bool, svd_loras: bool) -> Any:
         """A copy of the fast tokenizer for this place; None where it reads such text right itself."""
-        key = (place, more, stand_ins)
+        key = (place, more, svd_loras)
         if key not in self._copies:
             pipeline = pipeline_at(self._pipeline, place, more) if self._backend is not None else {}
-            needed = self._backend is not None and (stand_ins or pipeline != self._pipeline)
-            special = self.special if stand_ins else None
+            needed = self._backend is not None and (svd_loras or pipeline != self._pipeline)
+            special = self.special if svd_loras else None
             self._copies[key] = copy_tokenizer(self._backend, pipeline, special) if needed else None
         return self._copies[key]
 
@@ -228,7 +228,7 @@ class TextEncoder:
             parts += [text[end:begin], stand_in(i)]
             end = after
             shifts.append((shifts[-1][0] + len(parts[-2]) + len(parts[-1]), end))
-        encoding = self._copy(place, more, stand_ins=True).encode("".join([*parts, text[end:]]), add_special_tokens=False)
+        encoding = self._copy(place, more, svd_loras=True).encode("".join([*parts, text[end:]]), add_special_tokens=False)
         at = [place for place, _ in shifts]
 
         def original(there: int) -> int:

@@ -1,1 +1,1 @@
-"""How good is each adapter? Held-out comparison with intervals, completions, and the report."""
+"""Held-out comparison with intervals, generated code, speech recognition, and the report."""

@@ -1,1 +1,1 @@
-"""How do adapters leave the run? PEFT folders that plain `peft` loads, and merged models."""
+"""PEFT folders, merged models, model cards and the Hugging Face hub."""

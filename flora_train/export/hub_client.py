@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from flora_train.config.errors import UserError, fail, first_line
-from flora_train.training.distributed import say
+from flora_train.runtime.distributed import say
 
 ATTEMPTS = 6
 PASSING = (429, 500, 502, 503, 504)

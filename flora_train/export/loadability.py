@@ -22,10 +22,8 @@ from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import fail, first_line
 from flora_train.export.peft_forms import Form, Layers, config_of, model_class, tensors_of
-from flora_train.training.distributed import say
+from flora_train.runtime.distributed import say
 
-WARNING = "NOT_FOR_PLAIN_PEFT.txt"
-"""A file beside those of an adapter that plain PEFT does not load: it says why."""
 ADAPTER = "default"
 """PEFT's name for the only adapter of a model."""
 IRRELEVANT = ("base_model_name_or_path", "lora_alpha")

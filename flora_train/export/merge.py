@@ -16,8 +16,8 @@ from torch import nn
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.targets import dense_weight
-from flora_train.atomic import disk_errors
 from flora_train.config.errors import fail
+from flora_train.runtime.atomic import disk_errors
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.atomic import disk_errors
 from flora_train.config.errors import fail
-from flora_train.export.loadability import WARNING, loadability_of
+from flora_train.export.loadability import loadability_of
 from flora_train.export.peft_forms import Form, config_of, tensors_of
+from flora_train.runtime.atomic import disk_errors
+from flora_train.runtime.manifest import PEFT_WARNING
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -48,7 +49,7 @@ def export_peft(
             content = json.dumps(_config(bank, name, base_model, form), indent=2) + "\n"
             (temporary / CONFIG).write_text(content, encoding="utf-8")
             if (problem := loadability_of(bank.model).problem_of(temporary)) is not None:
-                (temporary / WARNING).write_text(f"{problem.text}\n", encoding="utf-8")
+                (temporary / PEFT_WARNING).write_text(f"{problem.text}\n", encoding="utf-8")
             _move(temporary, folder, replace)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -60,9 +61,9 @@ def _move(temporary: Path, folder: Path, replace: bool) -> None:
     if not replace or not folder.exists():
         temporary.rename(folder)
         return
-    for file in (CONFIG, WARNING):
+    for file in (CONFIG, PEFT_WARNING):
         (folder / file).unlink(missing_ok=True)
-    for file in (WEIGHTS, WARNING, CONFIG):
+    for file in (WEIGHTS, PEFT_WARNING, CONFIG):
         if (temporary / file).exists():
             (temporary / file).replace(folder / file)
 

@@ -23,7 +23,7 @@ def config_of(
     model: nn.Module, names: Iterable[str], layers: Layers, spec: AdapterSpec, base_model: str, form: Form
 ) -> dict[str, Any]:
     """The content of adapter_config.json. names: of all modules of the model as it was before any adapter."""
-    # Apart, because PEFT wants its feedforward_modules to be some of its target_modules, word by word.
+    # JointSpeedup, because PEFT wants its feedforward_modules to be some of its target_modules, word by word.
     names = list(names)
     inputs, outputs = (
         shortest_suffixes(names, [target.name for target in layers.values() if target.feedforward is feedforward])

@@ -1,10 +1,11 @@
-"""How does each row of a batch meet its own adapter? Pure functions on grouped tokens, one file per question:
+"""Adapter computations as pure functions on grouped tokens. Each method has a folder:
 
-<method>_reference.py  the specification: the formula, a loop, plain autograd
-<method>_torch.py      the fast path in torch, with hand-written gradients; flora_grouped.py: all adapters at once
-<method>_triton.py     our own kernels, fLoRA's in flora_matmul_triton.py and flora_gradient_triton.py; blocks.py: which tokens a
-                       program takes; flora_tiles.py: how large its tiles are; adamw_triton.py: the bank's optimizer step
-<method>.py            the public op: checks and dispatch
-cost_model.py          which formulation is fastest; backend.py: what the run asked for; autocast.py
-segments.py            which tokens are whose; threads.py: how a CPU's threads share them out
+reference.py           the specification: the formula, a loop, plain autograd
+materialised.py, batched.py, grouped.py
+                       fast implementations in PyTorch, with hand-written gradients
+triton_*.py            Triton kernels
+op.py                  the public op: checks and dispatch
+
+Shared modules: segments.py (which tokens belong to which adapter), backend.py (the requested backend), autocast.py,
+adamw_triton.py (the bank's optimizer step), triton_common.py, cpu_threads.py.
 """

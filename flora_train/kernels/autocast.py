@@ -31,7 +31,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
 
 
-def as_written(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+def autocast_disabled(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
     """A hand-written backward that an autocast around `backward()` does not touch."""
 
     @wraps(backward)

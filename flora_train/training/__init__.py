@@ -1,1 +1,1 @@
-"""How do all adapters of a batch learn at once, each as if alone? The loop and its parts."""
+"""The training loop and its parts: step plan, optimizer, loss, guard, checkpoints, early stopping."""

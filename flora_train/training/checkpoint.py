@@ -14,16 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flora_train.adapters.host_memory import host_copy
-from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import Problem, UserError, fail
-from flora_train.training.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
-from flora_train.training.run_folder import differences
+from flora_train.runtime.atomic import disk_errors, write_atomically
+from flora_train.runtime.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
+from flora_train.runtime.run_folder import differences
 
 FILE = re.compile(r"step-\d{8,}\.safetensors")
 CUT_OFF = re.compile(r"\.step-\d{8,}\.safetensors\.\d+\.tmp")
 """What a kill leaves of a checkpoint that is being written."""
 
-ANEW = "resume=false existing_run=replace"
+ANEW = "resume=false overwrite=true"
 
 Fault = Callable[[Mapping[str, Any], Mapping[str, Any]], Problem | None]
 Identity = Mapping[str, Any]

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.config.guard_schema import GuardConfig
-from flora_train.training.distributed import say
+from flora_train.config.training_schema import GuardConfig
+from flora_train.runtime.distributed import say
 from flora_train.training.optimizer import AdapterStep, BankOptimizer
 
 WINDOW, ROLLBACKS = 16, 3
@@ -88,7 +88,11 @@ class Guard:
 
     def _is_spike(self, adapter: int, loss: float) -> bool:
         known = self._losses[adapter]
-        return self.config.spike is not None and len(known) == known.maxlen and loss > self.config.spike * median(known)
+        return (
+            self.config.spike_factor is not None
+            and len(known) == known.maxlen
+            and loss > self.config.spike_factor * median(known)
+        )
 
     def _go_back(self, adapter: int) -> None:
         if self._good is None:

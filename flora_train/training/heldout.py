@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import set_mode
 from flora_train.adapters.spec import BASE_ID
-from flora_train.data.batch import Collate, Row, collate, group_by_length, look_ahead, share_of_rank
+from flora_train.data.batch import Collate, Row, collate, group_by_length, prefetch, share_of_rank
 from flora_train.data.task import Task
-from flora_train.training.distributed import sum_over_processes, world
+from flora_train.models.loading import set_mode
+from flora_train.runtime.distributed import sum_over_processes, world
+from flora_train.training.fsdp import run_dummy_passes
 from flora_train.training.loss import RowLosses
-from flora_train.training.plan import heldout_rows
-from flora_train.training.sharding import keep_pace
+from flora_train.training.step_plan import heldout_rows
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def evaluate_heldout(
     try:
         for i, group in enumerate(groups):
             for coming in groups[i : i + 2]:
-                look_ahead(collate, coming, lambda name: used[name].validation)
+                prefetch(collate, coming, lambda name: used[name].validation)
             batch = collate(group, lambda name: used[name].validation, pad_token).to(bank.device)
             with bank.routed(batch.adapter_ids):
                 losses = row_losses(batch).double().cpu().numpy()
@@ -110,7 +110,7 @@ def evaluate_heldout(
                 log.add(group, losses.tolist())
             done += sum(row.length for row in group)
             report(done / total)
-        keep_pace(row_losses, bank, unknown)
+        run_dummy_passes(row_losses, bank, unknown)
     finally:
         bank.abandon()  # a process that got no batch still has the routing of its last step
         set_mode(model, training)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from flora_train.adapters.encoder import as_outputs, inputs_of
 from flora_train.data.batch import IGNORE, MixedBatch
-from flora_train.training.clock import StepClock
+from flora_train.models.speech_encoder import as_outputs, inputs_of
+from flora_train.training.step_timer import StepTimer
 
 CHUNK = 128
 """Positions whose logits exist at one time."""
@@ -22,12 +22,12 @@ CHUNK = 128
 class RowLosses:
     """Next-token losses of a model, summed per row. Looks once, at the start, at how the model makes its logits."""
 
-    def __init__(self, model: nn.Module, clock: StepClock | None = None) -> None:
+    def __init__(self, model: nn.Module, clock: StepTimer | None = None) -> None:
         self.model = model
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self.encoder_decoder = _is_encoder_decoder(model)
         self.head_makes_logits = _head_makes_logits(model, self.head)
-        self.clock = clock or StepClock(next(model.parameters()).device, 1)
+        self.clock = clock or StepTimer(next(model.parameters()).device, 1)
 
     def __call__(self, batch: MixedBatch) -> Tensor:
         """Sum of the next-token losses (nats) of every row, float32 [B], differentiable once.

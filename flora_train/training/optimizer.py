@@ -7,18 +7,21 @@ rows per pool, whatever the number of adapters and layers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from math import cos, pi
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.pool import Pool
-from flora_train.config.schema import TrainingConfig
+from flora_train.adapters.spec import AdapterSpec
+from flora_train.config.training_schema import TrainingConfig
 from flora_train.kernels.backend import runs_in_triton
-from flora_train.training.schedule import learning_rate
+from flora_train.runtime.distributed import several_processes
 
 MOMENTS = ("first", "second")
 """AdamW's planes of the bank."""
@@ -103,3 +106,66 @@ class BankOptimizer:
 
 def _is_finite(number: float) -> bool:
     return number - number == 0.0
+
+
+def learning_rate(spec: AdapterSpec, step: int) -> float:
+    """The learning rate of the adapter's own step number `step` (from 0).
+
+    Linear warm-up over `warmup_steps`, then constant, linear to zero or half a cosine to zero at `max_steps`.
+    """
+    if step < spec.warmup_steps:
+        return spec.lr * (step + 1) / spec.warmup_steps
+    progress = min(1.0, (step - spec.warmup_steps) / max(1, spec.max_steps - spec.warmup_steps))
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + cos(pi * progress))}[spec.lr_schedule]
+    return spec.lr * factor
+
+
+class TorchBankOptimizer(torch.optim.Optimizer):
+    """A BankOptimizer with the methods of torch's. A step moves the adapters that have a gradient, each at its own learning rate and schedule
+    (`lr` of the parameter group counts for nothing, nor does a scheduler), and clears those gradients.
+
+    Raises ValueError for a bank that pages: which adapters the next batch needs has to be known ahead there.
+    """
+
+    def __init__(self, bank: AdapterBank, config: TrainingConfig) -> None:
+        if bank.pager is not None:
+            raise ValueError("a bank that pages is trained by flora_train's own loop, which knows the coming batches")
+        self.rows = BankOptimizer(bank, config)
+        super().__init__([torch.zeros((), requires_grad=True)], {"lr": 0.0})  # torch wants a parameter; it is none of the bank's
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move the adapters of all batches since the last step."""
+        loss = None if closure is None else closure()
+        bank = self.rows.bank
+        self.rows.step([adapter for adapter in range(len(bank.specs)) if bank.gradient_row(adapter).any()])
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all adapters."""
+        for pool in self.rows.bank.pools:
+            pool.gradients.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, values and step counts of all adapters."""
+        return {"steps": list(self.rows.steps), "tensors": self.rows.bank.tensors(), "param_groups": []}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave, of a bank with the same adapters."""
+        self.rows.steps = list(state_dict["steps"])
+        for name, tensor in self.rows.bank.tensors().items():
+            tensor.copy_(state_dict["tensors"][name])
+
+
+def sum_gradients(bank: AdapterBank, adapters: Iterable[int]) -> int:
+    """Add up the gradients of these adapters over all processes, in place, one exchange per pool. Every process names
+    the same adapters: the step is planned alike everywhere, also where a process holds no row of one of them.
+
+    Returns the bytes that this process put in: those of these adapters, however many the bank has.
+    """
+    sent = 0
+    for pool, _, rows in bank.by_pool(adapters) if several_processes() else ():
+        gradients = pool.gradients[rows]
+        dist.all_reduce(gradients)
+        pool.gradients[rows] = gradients
+        sent += gradients.nbytes
+    return sent

@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flora_train.adapters.base_files import base_identity
+from flora_train.config.base import ConfigModel
+from flora_train.config.command_options import read_options
 from flora_train.config.errors import Problem, UserError
-from flora_train.config.options import read_options
 from flora_train.config.schema import RunConfig
-from flora_train.config.section import Section
 from flora_train.data.task import Task
-from flora_train.data.tokens import TokenSplit, tokenizer_hash
-from flora_train.training.distributed import say
+from flora_train.data.tokenization import TokenSplit, tokenizer_hash
+from flora_train.models.base_identity import base_identity
+from flora_train.runtime.distributed import say
 
 SWITCHES = ("allow_different_base", "allow_different_data")
 
 
-class OriginOptions(Section):
+class OriginOptions(ConfigModel):
     allow_different_base: bool = False
     """Go on with another base model than the run was trained on. Results say so."""
     allow_different_data: bool = False

@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 from flora_train.config.errors import Problem
-from flora_train.training.adapter_file import adapter_file, verified_step
-from flora_train.training.run_folder import RunFolder
+from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.best_adapters import adapter_file, verified_step
 
 
 class Surroundings:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flora_train.adapters.encoder import is_speech_model
-from flora_train.adapters.probe_inputs import asking_for_gradients, device_of, plain_tokens, probe_inputs, undisturbed
 from flora_train.config.errors import UserError, fail, first_line
 from flora_train.data.batch import IGNORE, MixedBatch, Row
+from flora_train.models.probe_inputs import asking_for_gradients, device_of, plain_tokens, probe_inputs, undisturbed
+from flora_train.models.speech_encoder import is_speech_model
 from flora_train.training.loss import RowLosses
 
 ASKED, SHORT, LONG = 4, 6, 9

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from flora_train.adapters.base_model import empty_model, load_model_config
-from flora_train.adapters.limits import apart_up_to, declared_positions, longest_readable
-from flora_train.adapters.probe_inputs import count_tokens
 from flora_train.config.errors import Problem, UserError
 from flora_train.config.schema import RunConfig
 from flora_train.data.task import Task
-from flora_train.data.tokens import TokenSplit, pad_token
-from flora_train.training.distributed import say
+from flora_train.data.tokenization import TokenSplit, pad_token
+from flora_train.models.context_length import apart_up_to, declared_positions, longest_readable
+from flora_train.models.loading import empty_model, load_model_config
+from flora_train.models.probe_inputs import count_tokens
+from flora_train.runtime.distributed import say
 
 
 def check_tokens(config: RunConfig, tokenizer: Any, tasks: Mapping[str, Task]) -> None:

@@ -12,43 +12,42 @@ import torch
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import set_mode
 from flora_train.adapters.routing import RowNoise
 from flora_train.config.schema import RunConfig
-from flora_train.data.batch import Collate, Row, collate, look_ahead, share_of_rank
-from flora_train.data.sampling import seed_of
+from flora_train.data.batch import Collate, Row, collate, prefetch, share_of_rank
+from flora_train.data.splits import seed_of
 from flora_train.data.task import Task
-from flora_train.data.tokens import TokenSplit
-from flora_train.training.checkpoint import Checkpoints, identity_of
-from flora_train.training.checksum import fingerprint
-from flora_train.training.clock import StepClock
-from flora_train.training.departures import Departures
-from flora_train.training.distributed import (
+from flora_train.data.tokenization import TokenSplit
+from flora_train.models.loading import set_mode
+from flora_train.runtime.checksum import fingerprint
+from flora_train.runtime.distributed import (
     on_any_process,
     on_every_process,
     on_main_process,
     say,
     share_from_main,
-    sum_gradients,
     sum_over_processes,
     wait_for_everyone,
     world,
 )
+from flora_train.runtime.progress import ProgressBar, share_and_eta
+from flora_train.runtime.run_folder import RunFolder, comparable
+from flora_train.runtime.signals import Interrupted, StopSignals
+from flora_train.training.best_adapters import BestCheckpoint, Selection
+from flora_train.training.checkpoint import Checkpoints, identity_of
+from flora_train.training.early_stopping import EarlyStopping
+from flora_train.training.fsdp import run_dummy_passes
 from flora_train.training.guard import Guard
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
-from flora_train.training.optimizer import BankOptimizer
-from flora_train.training.packed import check_packing
-from flora_train.training.pages_ahead import PagesAhead
-from flora_train.training.plan import StepPlan, make_mixture, plan_step
-from flora_train.training.position import Position, renumbered
-from flora_train.training.progress import Watch, share_and_eta
+from flora_train.training.metrics import TrainingMetrics, tracker_keys
+from flora_train.training.optimizer import BankOptimizer, sum_gradients
+from flora_train.training.packing_check import check_packing
+from flora_train.training.prefetch import AdapterPrefetcher
 from flora_train.training.resumable import Surroundings
-from flora_train.training.run_folder import RunFolder, comparable
-from flora_train.training.selection import Kept, Selection
-from flora_train.training.sharding import keep_pace
-from flora_train.training.signals import Interrupted, StopSignals
-from flora_train.training.tally import Tally, tracker_keys
+from flora_train.training.step_plan import StepPlan, make_mixture, plan_step
+from flora_train.training.step_timer import StepTimer
+from flora_train.training.train_state import Position, renumbered
 
 
 class Trainer:
@@ -68,15 +67,15 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.bank, self.tasks = config, model, bank, tasks
         self.pad_token, self.folder, self.accelerator, self.collate = pad_token, folder, accelerator, collate
-        self.clock = StepClock(bank.device, config.training.log_every)
+        self.clock = StepTimer(bank.device, config.training.log_every)
         self.row_losses = RowLosses(model, self.clock)
         for name in [name for name, task in tasks.items() if task.train.is_packed][:1]:
             check_packing(self.row_losses, name)
         self.joined = dict.fromkeys(tasks, 0)
         """Task -> the first step with it, counted from 0."""
         self.at = Position()
-        self.departures = Departures(bank.specs, config)
-        self.foresee()
+        self.early_stopping = EarlyStopping(bank.specs, config)
+        self.replan()
         self.optimizer = on_every_process(lambda: BankOptimizer(bank, config.training))
         self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
         self.guard = Guard(bank, self.optimizer, config.guard)
@@ -84,7 +83,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             folder.checkpoints, config.training.keep_checkpoints, self.identity, rows, say, bank.copy_to_host
         )
-        self.tally = Tally()
+        self.tally = TrainingMetrics()
         self._base = cache(lambda: base_hash or fingerprint(model))  # made once: it reads the whole base
         self.signals = StopSignals()
         self._told_to_end = self._saving = False
@@ -92,30 +91,30 @@ class Trainer:
     def train(self) -> None:
         """Run every step that is to do; then the bank holds each adapter's selected parameters. Raises Interrupted, saved, on SIGTERM or SIGINT."""
         config, at, begun = self.config.training, self.at, self.at.done
-        every, rungs = self.config.evaluation.every or self.end, self.departures.halving.rungs
+        every, rungs = self.config.evaluation.interval or self.end, self.early_stopping.halving.rungs
         set_mode(self.model, training=True)
         on_every_process(self.guard.remember)
         plan = self.plan(at.done)
-        with self.signals, Watch("train", self.end, begun) as watch:
-            if not begun and self.config.evaluation.every and any(spec.start_from for spec in self.bank.specs):
+        with self.signals, ProgressBar("train", self.end, begun) as watch:
+            if not begun and self.config.evaluation.interval and any(spec.init_from for spec in self.bank.specs):
                 self._evaluate(watch)  # what they were worth before
             if at.owes_evaluation(every, rungs) and self._evaluate(watch):  # a pause did not wait for it
                 plan = self.plan(at.done)
             while at.done < self.end and plan is not None:
                 coming = self.plan(at.done + 1) if at.done + 1 < self.end else None
                 for rows in share_of_rank(coming.microbatches if coming else (), *world()):
-                    look_ahead(self.collate, rows, self.training_split)
+                    prefetch(self.collate, rows, self.training_split)
                 if self.clock.base_rate is None and (at.done > begun or coming is None):  # a run that goes on trains first
                     self.time_base(plan)
                 started = time.monotonic()
                 self.step(at.done, plan)
-                self.finish_saving()  # a kill never costs more than checkpoint_every steps
+                self.finish_saving()  # a kill never costs more than save_every steps
                 at.seconds += time.monotonic() - started
                 at.done, plan = at.done + 1, coming
                 watch.update(at.done, self.tally.facts(self.bank.specs, at.seconds), force_line=at.done % config.log_every == 0)
                 if at.done % config.log_every == 0:
                     self._log()
-                if at.done % config.checkpoint_every == 0 or at.done == self.end or self._told_to_end:
+                if at.done % config.save_every == 0 or at.done == self.end or self._told_to_end:
                     on_every_process(self.guard.remember)
                     self.save()  # before an evaluation: that may take long
                 if self._told_to_end:
@@ -147,7 +146,7 @@ class Trainer:
             "joined": self.joined,
             "optimizer_steps": self.optimizer.steps,
             "kept": [(adapter, kept.step, kept.loss) for adapter, kept in self.selection.kept.items()],
-            "departures": self.departures.to_json(),
+            "early_stopping": self.early_stopping.to_json(),
             "guard": self.guard.to_json(),
             "tally": self.tally.to_json(),
             **self.folder.saved_metrics(),
@@ -178,11 +177,11 @@ class Trainer:
         self.at = Position(**{f.name: position[f.name] for f in fields(Position)})
         self.joined = {task: position["joined"].get(task, self.at.done) for task in self.tasks}
         self.optimizer.steps = position["optimizer_steps"]
-        self.selection.take({adapter: Kept(step, loss) for adapter, step, loss in position["kept"]})
-        self.tally = Tally.from_json(position["tally"])
-        self.departures.take(position["departures"])
+        self.selection.take({adapter: BestCheckpoint(step, loss) for adapter, step, loss in position["kept"]})
+        self.tally = TrainingMetrics.from_json(position["tally"])
+        self.early_stopping.take(position["early_stopping"])
         self.guard.take(position["guard"])
-        self.foresee()
+        self.replan()
         return unknown
 
     @property
@@ -211,7 +210,7 @@ class Trainer:
                 losses = self.row_losses(batch)
                 (losses * per_token[batch.adapter_ids]).sum().backward()
                 nats.index_add_(0, batch.adapter_ids, losses.detach().double())
-            keep_pace(self.row_losses, self.bank, plan.microbatches)
+            run_dummy_passes(self.row_losses, self.bank, plan.microbatches)
             with clock.part("exchange"):
                 nats[-1] = self.signals.asked  # one process that was told to end tells all
                 sent = sum_gradients(self.bank, plan.label_tokens)
@@ -243,7 +242,7 @@ class Trainer:
     def _log(self) -> None:
         at, tokens = self.at, self.tally.tokens.total()
         at.logged = at.done
-        taken, back = self.tally.take_record(self.bank.specs), self.guard.rolled_back
+        taken, back = self.tally.flush(self.bank.specs), self.guard.rolled_back
         adapters = {name: {**facts, "rollbacks": back[self.bank.ids[name]]} for name, facts in taken.items()}
         record = {
             "kind": "step",
@@ -259,7 +258,7 @@ class Trainer:
         }
         self._record(record, tracker_keys("train", self.bank.specs, adapters))
 
-    def _evaluate(self, watch: Watch) -> bool:
+    def _evaluate(self, watch: ProgressBar) -> bool:
         """Returns whether an adapter stops, and the steps to come are others than they were."""
         done, limit, started = self.at.done, self.config.evaluation.max_examples, time.monotonic()
         heldout = self.heldout(limit, lambda share: watch.update(done, {"evaluate": share_and_eta(share, started)}))
@@ -272,17 +271,17 @@ class Trainer:
             for result in heldout.values()
             for adapter in result.nats
         }
-        left, gone = self.departures.after_evaluation(losses, done), self.departures.record()
+        left, gone = self.early_stopping.after_evaluation(losses, done), self.early_stopping.record()
         record = {"kind": "evaluation", "step": done, "max_examples": limit, "adapters": adapters, "left": gone}
         self._record(record, tracker_keys("eval", self.bank.specs, adapters))
         if left:
-            self.foresee()
+            self.replan()
         return left
 
-    def foresee(self) -> None:
+    def replan(self) -> None:
         """What steps to come will hold: who has joined, without who has left."""
-        self.mixture = make_mixture(self.tasks, self.bank.specs, self.config, self.departures.left, self.joined)
-        self.pages = PagesAhead(self.bank, self.mixture, self.at.done, self.end)
+        self.mixture = make_mixture(self.tasks, self.bank.specs, self.config, self.early_stopping.left, self.joined)
+        self.pages = AdapterPrefetcher(self.bank, self.mixture, self.at.done, self.end)
 
     def heldout(self, max_examples: int | None, report: Callable[[float], None]) -> dict[str, HeldOut]:
         """Held-out losses of every adapter that has not left, as it stands in the bank now. report: called with the share done."""
@@ -295,7 +294,7 @@ class Trainer:
             max_examples,
             report=report,
             collate=self.collate,
-            absent=self.departures.gone,
+            absent=self.early_stopping.retired,
         )
 
     def _record(self, record: dict[str, Any], scalars: dict[str, float]) -> None:

@@ -71,7 +71,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
         },
         "mixture": {"strategy": "uniform"},
         "training": {"steps": 12, "tokens_per_step": 100, "tokens_per_microbatch": 60, "max_length": 32, "log_every": 4},
-        "evaluation": {"every": 6, "max_new_tokens": 4, "bootstrap_samples": 200},
+        "evaluation": {"interval": 6, "max_new_tokens": 4, "bootstrap_samples": 200},
     }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))

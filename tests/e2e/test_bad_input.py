@@ -104,7 +104,7 @@ def listing(folder: Path) -> dict[str, int]:
             ["tasks.lua.text = '# {dok}': 'dok' is not a column of the training rows; *. Did you mean 'doc'?"],
         ),
         (
-            ["tasks.lua.over_long=drop", "tasks.lua.text='{doc} {doc} {doc} {doc} {doc} {doc} {doc} {doc} {doc}'"],
+            ["tasks.lua.truncation=drop", "tasks.lua.text='{doc} {doc} {doc} {doc} {doc} {doc} {doc} {doc} {doc}'"],
             ["tasks.lua.train: no usable example among 9 rows: 0 empty, 9 over-long, 0 with a prompt of *"],
         ),
         (["model.path=./nothing/here"], ["model.path = './nothing/here': no such folder"]),
@@ -113,8 +113,8 @@ def listing(folder: Path) -> dict[str, int]:
             ["training.tokens_per_step = 16: cannot hold one draw of task 'lua': 1 example(s) of up to 7 tokens for each of 3 *"],
         ),
         (
-            ["existing_run=replace", "resume=true"],
-            ["resume = True: contradicts existing_run=replace, which deletes what could be resumed: give one of them"],
+            ["overwrite=true", "resume=true"],
+            ["resume = True: contradicts overwrite=true, which deletes what could be resumed: give one of them"],
         ),
         (["num_processes=3"], ["num_processes = 3: but 1 process(es) run; start it with: *"]),
         (
@@ -186,11 +186,11 @@ def occupy(folder: Path, finished: bool | None) -> None:
 @pytest.mark.parametrize(
     ("finished", "words", "reason"),
     [
-        (True, [], "holds a finished run: choose another output_dir, or existing_run=replace"),
-        (False, [], "holds an unfinished run: choose another output_dir, resume=true to go on with it, or existing_run=replace"),
+        (True, [], "holds a finished run: choose another output_dir, or overwrite=true"),
+        (False, [], "holds an unfinished run: choose another output_dir, resume=true to go on with it, or overwrite=true"),
         (None, [], "is not empty and holds no run of ours"),
         (None, ["resume=true"], "is not empty and holds no run of ours"),
-        (None, ["existing_run=replace"], "is not empty and holds no run of ours"),
+        (None, ["overwrite=true"], "is not empty and holds no run of ours"),
     ],
 )
 def test_output_folder_that_holds_something_is_refused_and_kept(

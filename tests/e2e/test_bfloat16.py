@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from flora_train.training.signals import SAVED
+from flora_train.runtime.signals import SAVED
 from tests.e2e.conftest import Launch, launch_environment
 from tests.e2e.test_export import logits_of
 from tests.e2e.test_resume import WORDS, wait_for_a_checkpoint

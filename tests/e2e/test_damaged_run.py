@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from flora_train.cli import main
 from flora_train.config.errors import UserError
 from flora_train.config.load import load_config
-from flora_train.training.run_folder import RunFolder
+from flora_train.runtime.run_folder import RunFolder
 from tests.e2e.conftest import Launch, launch_environment
 from tests.forked import python
 
@@ -28,7 +28,7 @@ READONLY = "may not be written (Read-only file system): choose a place that can 
 @pytest.fixture(scope="module")
 def finished(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damaged") / "run"
-    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.steps=4", "evaluation.every=2")
+    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.steps=4", "evaluation.interval=2")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -129,8 +129,8 @@ def test_a_changed_run_json_is_read_or_refused(data: st.DataObject, run: Path, f
     path = data.draw(st.sampled_from(sorted(set(places(facts)), key=str)), label="path")
     new = data.draw(ODD | st.just("gone"), label="new")
     (run / "run.json").write_text(json.dumps(changed(facts, path, {} if new == "gone" and not path else new)))
-    for words in (["existing_run=replace"], ["resume=true"], []):
-        config = load_config([f"recipe={recipe}", f"output_dir={run}", "training.steps=4", "evaluation.every=2", *words])
+    for words in (["overwrite=true"], ["resume=true"], []):
+        config = load_config([f"recipe={recipe}", f"output_dir={run}", "training.steps=4", "evaluation.interval=2", *words])
         for action in (RunFolder(run).standing, lambda config: RunFolder(run).facts()):
             with suppress(UserError):
                 action(config)
@@ -167,8 +167,8 @@ def test_every_command_says_in_one_line_that_a_file_system_is_read_only(
             f"recipe={recipe}",
             f"output_dir={readonly / 'run'}",
             "training.steps=4",
-            "evaluation.every=2",
-            "existing_run=replace",
+            "evaluation.interval=2",
+            "overwrite=true",
         ],
         ["init", str(tmp_path / "rows.jsonl"), "--model", model, "--out", f"{out}.yaml"],
         ["evaluate", str(readonly / "run")],

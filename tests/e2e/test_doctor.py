@@ -50,7 +50,7 @@ def test_what_cannot_run_here_is_refused_after_the_diagnosis(word: str, recipe: 
 def test_without_a_recipe_it_says_what_the_machine_is_ready_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flora_train.checkup.find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr("flora_train.commands.doctor.find_spec", lambda name: None if name == "wandb" else object())
     assert main(["doctor"]) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert lines["wandb"] == "wandb: not installed: pip install 'flora-train[wandb]'"

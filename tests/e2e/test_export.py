@@ -23,7 +23,7 @@ IDS = torch.arange(3, 19)[None]
 @pytest.fixture(scope="module")
 def run(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "run"
-    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.steps=6", "evaluation.every=null")
+    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.steps=6", "evaluation.interval=null")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -87,8 +87,8 @@ def test_the_rank_follows_from_the_error_that_is_allowed(run: Path, checkpoint: 
     (cells,) = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["digits-flora"])
     assert float(cells[2]) <= 0.01
     assert 2 < int(cells[1]) <= 32
-    stand_in, adapter = logits_of(checkpoint, tmp_path / "digits-flora"), logits_of(checkpoint, run / "adapters" / "digits-flora")
-    assert (stand_in - adapter).abs().max() < 0.05 * (adapter - logits_of(checkpoint)).abs().max()
+    svd_lora, adapter = logits_of(checkpoint, tmp_path / "digits-flora"), logits_of(checkpoint, run / "adapters" / "digits-flora")
+    assert (svd_lora - adapter).abs().max() < 0.05 * (adapter - logits_of(checkpoint)).abs().max()
 
 
 @pytest.mark.parametrize("name", ["digits-flora", "letters-lora", "letters-ia3"])
@@ -141,9 +141,7 @@ def test_a_lora_becomes_a_flora_that_a_run_goes_on_from(
     losses = {}
     for name, start in begins.items():
         folder = tmp_path / name.replace(" ", "-")
-        done = launch(
-            f"recipe={recipe}", f"output_dir={folder}", *words, f"adapters.flora.start_from={start}", "training.steps=3"
-        )
+        done = launch(f"recipe={recipe}", f"output_dir={folder}", *words, f"adapters.flora.init_from={start}", "training.steps=3")
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         first = next(line for line in lines if line["kind"] == "evaluation")

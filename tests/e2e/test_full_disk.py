@@ -25,7 +25,7 @@ sys.exit(main({words}))
 def train(
     recipe: Path, folder: Path, cache: Path, file_limit: int = resource.RLIM_INFINITY, processes: int = 1
 ) -> list[subprocess.CompletedProcess[str]]:
-    words = ["train", f"recipe={recipe}", f"output_dir={folder}", "training.log_every=1", "evaluation.every=1"]
+    words = ["train", f"recipe={recipe}", f"output_dir={folder}", "training.log_every=1", "evaluation.interval=1"]
     command = ["-c", LIMITED.format(limit=file_limit, words=words)]
     ranks = start(command, launch_environment(cache), processes)
     try:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.conftest import Launch
 from tests.forked import python
 
-SOLVE = ["solve", "outputs/tiny", "evaluation.problems=trivial", "evaluation.n=1", "evaluation.sandbox=none"]
+SOLVE = ["solve", "outputs/tiny", "evaluation.problems=trivial", "evaluation.num_samples=1", "evaluation.sandbox=none"]
 BASE = "holds other weights than the run was trained on (SHA-256 "
 NAME = "letters-lora"
 
@@ -35,7 +35,7 @@ def trained(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFacto
     problem = {"name": "solved", "prompt": "echo a #", "tests": "true", "stop_tokens": ["\n"]}
     (place / "trivial" / "humaneval-sh.jsonl").write_text(json.dumps(problem))
     (place / "tiny.yaml").write_text(yaml.safe_dump(content))
-    done = python("-m", "flora_train", "train", "recipe=tiny.yaml", "training.steps=3", "evaluation.every=null", folder=place)
+    done = python("-m", "flora_train", "train", "recipe=tiny.yaml", "training.steps=3", "evaluation.interval=null", folder=place)
     assert done.returncode == 0, done.stderr
     return place
 
@@ -138,7 +138,7 @@ def test_a_report_needs_neither_base_nor_data(place: Path) -> None:
 def test_a_run_that_goes_on_refuses_another_base_and_other_rows(place: Path) -> None:
     state = place / "outputs" / "tiny" / "run.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "finished": False}))
-    words = ["train", "recipe=tiny.yaml", "training.steps=3", "evaluation.every=null", "resume=true"]
+    words = ["train", "recipe=tiny.yaml", "training.steps=3", "evaluation.interval=null", "resume=true"]
     add_row(place)
     status, said = call(place, *words)
     assert status == 2

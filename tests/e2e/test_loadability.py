@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flora_train.cli import main
-from flora_train.session import reopen
+from flora_train.run_context import load_run
 from tests.e2e.conftest import WORDS, Launch, save_tiny_checkpoint
 from tests.unit.export.test_loadability import EXPERTS
 
@@ -34,7 +34,7 @@ def lora(recipe: Path, experts: Path, tmp_path_factory: pytest.TempPathFactory) 
     content: dict[str, Any] = yaml.safe_load(recipe.read_text())
     content["model"]["path"] = str(experts)
     content["adapters"] = {"lora": {**content["adapters"]["lora"], "dropout": 0.0, "target_modules": "all-linear"}}
-    content["evaluation"]["every"] = None
+    content["evaluation"]["interval"] = None
     path = tmp_path_factory.mktemp("recipe") / "experts.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
@@ -55,7 +55,7 @@ def test_a_trained_lora_is_the_same_in_plain_peft_though_peft_would_drop_it(
     assert "an ADALORA of the same numbers" in done.stderr
     assert "PeftModel.from_pretrained loads them)" in done.stdout
     assert "PEFT calls it ADALORA" in (run / "adapters" / "letters-lora" / "README.md").read_text()
-    bank = reopen(str(run))[0].bank
+    bank = load_run(str(run))[0].bank
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(experts).eval(), run / "adapters" / "letters-lora")
     with torch.no_grad(), bank.routed(["letters-lora"]):
         ours = bank.model.eval()(input_ids=IDS).logits

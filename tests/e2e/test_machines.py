@@ -85,11 +85,11 @@ def test_what_breaks_on_one_only_ends_all(machines: list[Path]) -> None:
 def test_another_recipe_on_one_machine_is_recognised_before_data_is_read(machines: list[Path]) -> None:
     """Of those that differ each key is named; what decides how the machines talk to each other, too."""
     (machines[1] / "recipe.yaml").write_text(
-        RECIPE.replace("dtype: float32", "dtype: float32, sharded: true").replace("1e-3", "1e-2")
+        RECIPE.replace("dtype: float32", "dtype: float32, fsdp: true").replace("1e-3", "1e-2")
     )
     statuses, said = train_on(machines)
     assert statuses == [2, 2], said
-    assert "error: model.sharded = True: is False on process 0: give every machine the same recipe and files" in said[1]
+    assert "error: model.fsdp = True: is False on process 0: give every machine the same recipe and files" in said[1]
     assert "error: adapters.lora.lr = 0.01: is 0.001 on process 0" in said[0]
 
 

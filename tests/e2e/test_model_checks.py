@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from flora_train.cli import main
+from flora_train.commands.train import train_run
 from flora_train.config.errors import UserError
 from flora_train.config.load import load_config
-from flora_train.evaluation.generation.room import check_prompts
-from flora_train.run import train_run
-from flora_train.session import check_transcripts, load_data
+from flora_train.evaluation.generation.context_limit import check_prompts
+from flora_train.run_context import check_transcripts, load_data
 from tests.families import family_config
 from tests.speech import tiny_ears
 from tests.unit.data.conftest import byte_tokenizer

@@ -16,7 +16,7 @@ from tests.e2e.conftest import Launch, launch_environment
 from tests.forked import Forked, python
 
 TAKEN = "another process trains or evaluates in it"
-LONG = ("training.steps=100000", "training.checkpoint_every=5", "evaluation.every=null")
+LONG = ("training.steps=100000", "training.save_every=5", "evaluation.interval=null")
 
 
 def wait_for(path: Path, process: Forked) -> None:
@@ -30,7 +30,7 @@ def wait_for(path: Path, process: Forked) -> None:
 @pytest.fixture(scope="module")
 def finished(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.steps=4", "evaluation.every=null")
+    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.steps=4", "evaluation.interval=null")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -52,7 +52,7 @@ def test_a_run_that_trains_is_not_replaced_evaluated_or_exported(
     folder, process = training
     environment = launch_environment(tmp_path / "cache")
     calls = [
-        ["train.py", f"recipe={recipe}", f"output_dir={folder}", "existing_run=replace"],
+        ["train.py", f"recipe={recipe}", f"output_dir={folder}", "overwrite=true"],
         ["-m", "flora_train", "evaluate", str(folder)],
         ["-m", "flora_train", "export", str(folder)],
         ["-m", "flora_train", "export", str(folder), "--out", str(tmp_path / "out")],
@@ -73,14 +73,14 @@ def test_the_lock_ends_with_a_process_that_is_killed(recipe: Path, training: tup
     folder, process = training
     process.kill()
     process.wait()
-    words = [f"recipe={recipe}", f"output_dir={folder}", "existing_run=replace", "training.steps=2", "evaluation.every=null"]
+    words = [f"recipe={recipe}", f"output_dir={folder}", "overwrite=true", "training.steps=2", "evaluation.interval=null"]
     done = python("train.py", *words, environment=launch_environment(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "run.json").read_text())["finished"]
 
 
 def test_two_starts_with_resume_train_a_new_run_once(recipe: Path, tmp_path: Path) -> None:
-    words = [f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "resume=true", "training.steps=12", "evaluation.every=null"]
+    words = [f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "resume=true", "training.steps=12", "evaluation.interval=null"]
     both = [Forked(["train.py", *words], launch_environment(tmp_path / "cache")) for _ in range(2)]
     done = [one.wait(120) for one in both]
     assert [one.returncode for one in done] == [0, 0], done
@@ -106,7 +106,7 @@ def test_replace_deletes_what_the_run_wrote_and_nothing_else(
         (run / name).write_text("mine")
     inner = copytree(finished, run / "older" / "run")
     before = {path: path.read_bytes() for path in inner.rglob("*") if path.is_file()}
-    words = [f"recipe={recipe}", f"output_dir={run}", "existing_run=replace", "training.steps=2", "adapters.ia3.tasks=[letters]"]
+    words = [f"recipe={recipe}", f"output_dir={run}", "overwrite=true", "training.steps=2", "adapters.ia3.tasks=[letters]"]
     done = launch(*words)
     assert done.returncode == 0, done.stderr
     assert all((run / name).read_text() == "mine" for name in foreign)
@@ -121,7 +121,7 @@ def test_a_run_without_a_manifest_is_not_replaced(finished: Path, recipe: Path, 
     for files in (None, {"names": ["../../x"], "adapters": []}, {"names": "all", "adapters": []}, 3):
         (run / "run.json").write_text(json.dumps({**{k: v for k, v in facts.items() if k != "files"}, "files": files}))
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-        done = launch(f"recipe={recipe}", f"output_dir={run}", "existing_run=replace", "training.steps=2")
+        done = launch(f"recipe={recipe}", f"output_dir={run}", "overwrite=true", "training.steps=2")
         assert done.returncode == 2
         assert "without a manifest of its files" in done.stderr
         assert "delete the folder by hand" in done.stderr

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import load_base_model
 from flora_train.adapters.spec import expand
 from flora_train.cli import main
+from flora_train.commands.plan import Capacity, _lines, capacity, check_fits
 from flora_train.config.errors import UserError
 from flora_train.config.load import load_config
-from flora_train.cost import measure
-from flora_train.plan import Capacity, _lines, capacity, check_fits
-from flora_train.session import load_data
+from flora_train.models.loading import load_base_model
+from flora_train.run_context import load_data
 from flora_train.training.optimizer import BankOptimizer
+from flora_train.training.step_cost import measure
 from tests.e2e.conftest import Launch
 
 TURNS = ("mixture.strategy=fair", "mixture.active_tasks=1", "mixture.turn_steps=3")

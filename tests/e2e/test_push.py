@@ -28,7 +28,7 @@ FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 @pytest.fixture(scope="module")
 def run(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("push") / "run"
-    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.steps=2", "evaluation.every=null")
+    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.steps=2", "evaluation.interval=null")
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flora_train.training.signals import SAVED
+from flora_train.runtime.signals import SAVED
 from tests.e2e.conftest import Launch, launch_command, launch_environment
 from tests.e2e.test_run import adapter_bytes, largest_difference
 from tests.forked import ROOT, Forked, start
 
-WORDS = ("training.steps=80", "training.checkpoint_every=10", "evaluation.every=40")
+WORDS = ("training.steps=80", "training.save_every=10", "evaluation.interval=40")
 
 Kill = Callable[..., str]
 
@@ -105,7 +105,7 @@ def test_unfinished_run_of_another_configuration_is_refused_before_the_model_loa
 
 
 def test_a_run_that_is_told_to_end_says_so_by_its_exit_status(recipe: Path, tmp_path: Path) -> None:
-    words = (f"recipe={recipe}", "training.steps=100000", "training.checkpoint_every=5", f"output_dir={tmp_path / 'run'}")
+    words = (f"recipe={recipe}", "training.steps=100000", "training.save_every=5", f"output_dir={tmp_path / 'run'}")
     run = Forked(["train.py", *words], launch_environment(tmp_path / "cache"))
     wait_for_a_checkpoint(tmp_path / "run", 5, run.poll)
     os.kill(run.pid, signal.SIGTERM)

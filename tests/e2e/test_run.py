@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import load_base_model, load_tokenizer
 from flora_train.adapters.spec import expand
 from flora_train.config.load import load_config
 from flora_train.data.batch import share_of_rank
 from flora_train.data.task import load_tasks
-from flora_train.training.plan import StepPlan, make_mixture, plan_step
+from flora_train.models.loading import load_base_model, load_tokenizer
+from flora_train.training.step_plan import StepPlan, make_mixture, plan_step
 from tests.e2e.conftest import PLANTED, Launch, launch_environment
 from tests.forked import Forked, python
 
@@ -134,7 +134,7 @@ def test_two_processes_that_divide_the_base_page_and_guard_equal_one_that_does_n
     policy: str, launch: Launch, recipe: Path, tmp_path: Path
 ) -> None:
     going_wrong = ["adapters.ia3.lr=1e30", f"guard.policy={policy}"]  # its second loss is not finite
-    apart = ["model.sharded=true", "adapters.device_slots=6", "model.gradient_checkpointing=non_reentrant"]
+    apart = ["model.fsdp=true", "adapters.device_slots=6", "model.gradient_checkpointing=non_reentrant"]
     for name, settings, processes in (("one", [], 1), ("two", apart, 2)):
         folder = f"output_dir={tmp_path / name}"
         done = launch(f"recipe={recipe}", folder, *going_wrong, *settings, processes=processes)
@@ -214,7 +214,7 @@ def test_tensorboard_gets_per_adapter_metrics(launch: Launch, recipe: Path, tmp_
 def test_wandb_is_offline_by_default_and_knows_a_run_that_is_taken_up_again(launch: Launch, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = (f"recipe={recipe}", f"output_dir={run}", "tracking.trackers=[wandb]", "tracking.group=tests", "resume=true")
-    words += ("tracking.artifacts=true", "training.checkpoint_every=5", "training.steps=400", "evaluation.every=null")
+    words += ("tracking.artifacts=true", "training.save_every=5", "training.steps=400", "evaluation.interval=null")
     begun = Forked(["train.py", *words], launch_environment(tmp_path / "cache"))
     while not list(run.glob("checkpoints/step-*")):
         assert begun.poll() is None, begun.said()

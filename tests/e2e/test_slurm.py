@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: apt-get install slurmctld slurmd slurm-client munge"),
     pytest.mark.skipif(os.geteuid() != 0, reason="the nodes' names are mounted, which needs root"),
 ]
-LONG = ("training.steps=100", "training.checkpoint_every=5")
+LONG = ("training.steps=100", "training.save_every=5")
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def speech_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tasks": tasks,
         "adapters": {
             "flora": {"method": "flora", "rank": 2, "lr": 0.02},
-            "lora": {"method": "lora", "rank": 2, "lr": 0.02, "within": "decoder"},
+            "lora": {"method": "lora", "rank": 2, "lr": 0.02, "parent_module": "decoder"},
         },
         "audio": {"window_step": 0.5, "spec_augment": True, "workers": 1},
         "training": {"steps": 4, "tokens_per_step": 900, "tokens_per_microbatch": 600, "max_length": 40, "log_every": 2},

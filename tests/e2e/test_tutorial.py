@@ -22,7 +22,7 @@ SMALLER = {
     "training.tokens_per_microbatch=192 training.max_length=64",
     "max_validation_examples=10": "max_validation_examples=6",
     "flora-train doctor\n": "",  # test_doctor.py has it
-    "evaluation.every=10": "evaluation.every=3",
+    "evaluation.interval=10": "evaluation.interval=3",
 }
 
 

@@ -10,7 +10,7 @@ import torch
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
-from flora_train.kernels.flora_reference import flora_reference
+from flora_train.kernels.flora.reference import flora_reference
 from flora_train.kernels.segments import Segments
 from tests.architectures import tiny_model
 from tests.conftest import mixed_specs
@@ -66,9 +66,9 @@ def test_layers_do_not_wait_for_the_device(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_s_forward_and_backward_replay_from_a_cuda_graph(dtype: torch.dtype) -> None:
-    from flora_train.kernels.blocks import block_table, rank_table
-    from flora_train.kernels.flora_triton import flora_backward_op, flora_op
+    from flora_train.kernels.flora.triton_op import flora_backward_op, flora_op
     from flora_train.kernels.segments import per_segment
+    from flora_train.kernels.triton_common import block_table, rank_table
 
     segments = Segments((0, 70, 70, 300))
     device = torch.device("cuda")
@@ -102,7 +102,7 @@ def test_a_layer_s_forward_and_backward_replay_from_a_cuda_graph(dtype: torch.dt
 @pytest.mark.parametrize("lengths", [(64, 0, 300, 7), (2048, 1024)], ids=["short", "long"])
 def test_layers_of_many_tiles(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     """Wide enough that every program takes several tiles and launches add up, which is too slow for the interpreter."""
-    from flora_train.kernels.flora_triton import FusedFlora
+    from flora_train.kernels.flora.triton_op import FusedFlora
 
     generator = torch.Generator("cuda").manual_seed(rank)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import endings
-from flora_train.config.files import PROJECT_ROOT
+from flora_train.config.paths import PROJECT_ROOT
 from flora_train.export.peft_format import export_peft
 from tests.architectures import ARCHITECTURES, auto_class, model_inputs, tiny_model
 from tests.conftest import perturb, spec

@@ -12,7 +12,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer_usage import described
 from flora_train.config.errors import UserError
 from flora_train.evaluation.generation import complete
-from flora_train.evaluation.generation.way import way_of
+from flora_train.evaluation.generation.batching_mode import way_of
 from flora_train.training.row_check import check_rows
 from tests.conftest import perturb, spec
 from tests.families import FAMILIES, QUICK, family_model

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target, kaiming_uniform
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.kernels.flora import flora_linear
-from flora_train.kernels.flora_reference import modulated_weight
+from flora_train.kernels.flora.op import flora_linear
+from flora_train.kernels.flora.reference import modulated_weight
 from flora_train.kernels.segments import Segments
 
 

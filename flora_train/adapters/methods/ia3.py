@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.kernels.ia3 import ia3_scale
+from flora_train.kernels.ia3.op import ia3_scale
 from flora_train.kernels.segments import Segments
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target, kaiming_uniform
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.kernels.lora import lora_add
+from flora_train.kernels.lora.op import lora_add
 from flora_train.kernels.segments import Segments
 
 

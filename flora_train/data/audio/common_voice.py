@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flora_train.atomic import disk_errors, user_cache
 from flora_train.config.errors import choices, did_you_mean, fail, first_line
-from flora_train.config.files import find_file
+from flora_train.config.paths import find_file
 from flora_train.config.task_schema import SourceConfig
 from flora_train.config.terminal_text import plain
+from flora_train.runtime.atomic import disk_errors, user_cache
 
 Row = dict[str, Any]
 NEEDED = ("path", "sentence")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flora_train.evaluation.growing_log import GrowingLog
+from flora_train.runtime.journal import Journal
 
 Key = tuple[str, str, str, int]
 
@@ -30,7 +30,7 @@ class LoggedCompletion:
         return self.adapter, self.language, self.name, self.sample
 
 
-class CompletionLog(GrowingLog[LoggedCompletion]):
+class CompletionLog(Journal[LoggedCompletion]):
     """The folder `path` of a suite: completions, how they were made, and the verdicts on them."""
 
     def __init__(self, path: Path) -> None:

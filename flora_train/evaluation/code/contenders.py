@@ -18,7 +18,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.peft_files import check_init, kind_of, read_files
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import UserError, fail, first_line
-from flora_train.config.files import find_file
+from flora_train.config.paths import find_file
 from flora_train.config.schema import RunConfig
 
 

@@ -12,14 +12,12 @@ from typing import Any
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.probe_inputs import count_tokens
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import Problem as Fault
 from flora_train.config.errors import UserError, choices, fail
 from flora_train.config.schema import RunConfig
-from flora_train.evaluation.code.cases import cases
+from flora_train.evaluation.code.completion_files import Completion
 from flora_train.evaluation.code.completion_log import CompletionLog
-from flora_train.evaluation.code.completions import Completion
 from flora_train.evaluation.code.contenders import (
     Contender,
     Route,
@@ -29,18 +27,20 @@ from flora_train.evaluation.code.contenders import (
     languages_of,
     peft_contender,
 )
+from flora_train.evaluation.code.generate import solve
 from flora_train.evaluation.code.problems.suites import Suite, load_suite
 from flora_train.evaluation.code.programs.execute import preflight
 from flora_train.evaluation.code.programs.languages import Language, find_language, load_languages
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
 from flora_train.evaluation.code.programs.verdicts import judge_all, read_verdicts
-from flora_train.evaluation.code.solve import solve
 from flora_train.evaluation.code.summary import read_summary, summarise, write_summary
+from flora_train.evaluation.code.wins_and_losses import cases
 from flora_train.evaluation.generation import Decoder, Sampling, check_prompts
-from flora_train.evaluation.generation.room import Prompts
-from flora_train.training.checksum import fingerprint
-from flora_train.training.distributed import on_main_process, wait_for_everyone
-from flora_train.training.environment import available_cpus, dtype_of
+from flora_train.evaluation.generation.context_limit import Prompts
+from flora_train.models.probe_inputs import count_tokens
+from flora_train.runtime.checksum import fingerprint
+from flora_train.runtime.distributed import on_main_process, wait_for_everyone
+from flora_train.runtime.environment import available_cpus, dtype_of
 
 FILES_OF_EVAL = ("", "heldout", "speech", "report.html", "report.json")
 """What stands in a run's folder eval/ beside the folders of suites, which are called by the suites' names."""
@@ -174,7 +174,7 @@ def evaluate_code(
             log = logs[suite.name]
             known = log.read()
             wait_for_everyone()  # all have read before one writes
-            solve(decoder, writers, suite, options.n, log, known)
+            solve(decoder, writers, suite, options.num_samples, log, known)
             wait_for_everyone()
 
     write(model, bank.routed, contenders)
@@ -215,7 +215,9 @@ def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: 
         known.setdefault(language, (part["available"], part["prompts_sha"]))
     records = read_verdicts(log.verdicts, config.evaluation.sandbox, plan.languages)
     samples = Counter(key[:3] for key in records)
-    scored = {key: record for key, record in records.items() if key[1] in known and samples[key[:3]] >= max(config.evaluation.k)}
+    scored = {
+        key: record for key, record in records.items() if key[1] in known and samples[key[:3]] >= max(config.evaluation.pass_at_k)
+    }
     contenders = contenders_of(config, bank, list(known))
     others = dict.fromkeys(key[0] for key in scored if key[0] not in {contender.name for contender in contenders})
     contenders += [Contender(name, name, BASE_ID, tuple(known), "") for name in others]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 from zlib import crc32
 
@@ -12,8 +13,7 @@ from numpy.typing import NDArray
 
 from flora_train.config.errors import fail
 from flora_train.config.terminal_text import plain
-from flora_train.evaluation.code.pass_at_k import pass_at_k
-from flora_train.evaluation.compare import Estimate
+from flora_train.evaluation.bootstrap import Estimate
 
 Cell = tuple[str, str]
 """(adapter, language)"""
@@ -106,3 +106,13 @@ class Scores:
             generator = np.random.default_rng([self.seed, crc32(language.encode())])
             self._draws[key] = generator.integers(problems, size=(self.resamples, problems))
         return self._draws[key]
+
+
+def pass_at_k(n: int, passed: int, k: int) -> float:
+    """1 - C(n - passed, k) / C(n, k): the chance that k of the n samples, drawn without replacement, hold one that passed.
+    Raises ValueError unless 0 <= passed <= n and 1 <= k <= n."""
+    if not (0 <= passed <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} wants k from 1 to n and 0 <= passed <= n, got n = {n}, passed = {passed}")
+    if n - passed < k:
+        return 1.0
+    return 1.0 - prod(1.0 - k / i for i in range(n - passed + 1, n + 1))

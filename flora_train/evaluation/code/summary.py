@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flora_train.atomic import write_atomically
 from flora_train.config.errors import fail
 from flora_train.config.json_object import read_object
 from flora_train.config.schema import RunConfig
@@ -17,6 +16,7 @@ from flora_train.evaluation.code.problems.suites import Suite
 from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.scores import Scores
+from flora_train.runtime.atomic import write_atomically
 
 SCORES = "scores.json"
 KEYS = {"language", "available", "prompts_sha", "contenders"}
@@ -69,8 +69,8 @@ def summarise(
     return {
         "suite": suite.name,
         "source": suite.source,
-        "n": options.n,
-        "k": list(options.k),
+        "n": options.num_samples,
+        "k": list(options.pass_at_k),
         "temperature": options.temperature,
         "top_p": options.top_p,
         "max_new_tokens": options.max_new_tokens,
@@ -88,7 +88,7 @@ def summarise(
             for language in known
             if (there := [c for c in contenders if (c.name, language) in scores.cells])
         ],
-        "macro": _macro(contenders, scores, options.k),
+        "macro": _macro(contenders, scores, options.pass_at_k),
         "not_evaluated": [
             {"language": language, "reason": reason}
             for language, reason in sorted(broken.items())
@@ -105,7 +105,7 @@ def _language(
     logged: Iterable[LoggedCompletion],
     scores: Scores,
 ) -> dict[str, Any]:
-    ks = config.evaluation.k
+    ks = config.evaluation.pass_at_k
     cut = [entry.adapter for entry in logged if entry.language == language and entry.ended == "length"]
     return {
         "language": language,

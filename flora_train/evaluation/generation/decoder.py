@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import set_mode
 from flora_train.data.text_encoder import TextEncoder
-from flora_train.data.tokens import pad_token
+from flora_train.data.tokenization import pad_token
 from flora_train.evaluation.generation.attention import decoding_attention
-from flora_train.evaluation.generation.room import check_room
-from flora_train.evaluation.generation.row_cache import RowCache
+from flora_train.evaluation.generation.batching_mode import Way, read, takes_of, way_of, write_row
+from flora_train.evaluation.generation.context_limit import check_room
+from flora_train.evaluation.generation.kv_cache import RowCache
 from flora_train.evaluation.generation.sampling import Sampling
-from flora_train.evaluation.generation.way import Way, read, takes_of, way_of, write_row
+from flora_train.models.loading import set_mode
 
 Ended = Literal["stop", "end", "length"]
 Blocks = Callable[[Iterable[int]], Sequence[Collection[int]]]

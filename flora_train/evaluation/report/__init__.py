@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flora_train.atomic import disk_errors, write_atomically
 from flora_train.config.errors import fail
 from flora_train.evaluation.report.html import render_comparison, render_html
+from flora_train.runtime.atomic import disk_errors, write_atomically
 
 MARK = '<meta name="generator" content="flora_train">'
 """In the first lines of every page that is ours (head.html.j2)."""

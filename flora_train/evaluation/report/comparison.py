@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from flora_train.config.files import read_mapping
-from flora_train.evaluation.report.words import count, listed, number, share
-from flora_train.training.progress import duration
-from flora_train.training.run_folder import flat
+from flora_train.config.paths import read_mapping
+from flora_train.evaluation.report.formatting import count, listed, number, share
+from flora_train.runtime.progress import duration
+from flora_train.runtime.run_folder import flat
 
-OF_ITS_OWN = ("name", "output_dir", "existing_run", "resume")
+OF_ITS_OWN = ("name", "output_dir", "overwrite", "resume")
 """Keys of a configuration that differ without a meaning."""
 SEED = "seed"
 

@@ -15,14 +15,14 @@ from markupsafe import Markup
 
 from flora_train.config.terminal_text import plain
 from flora_train.evaluation.code.programs.execute import STATUSES
-from flora_train.evaluation.report import figures
-from flora_train.evaluation.report.canvas import FamilyStyle, family_styles
+from flora_train.evaluation.report import plots as figures
 from flora_train.evaluation.report.comparison import costs, measures, seed_groups, settings, verdicts, with_seeds
-from flora_train.evaluation.report.findings import summarise
-from flora_train.evaluation.report.gains import gain_maps
-from flora_train.evaluation.report.words import count, estimate, listed, number, percent, share, shared_digits, verdict
-from flora_train.training.clock import spoken
-from flora_train.training.progress import duration
+from flora_train.evaluation.report.formatting import count, estimate, listed, number, percent, share, shared_digits, verdict
+from flora_train.evaluation.report.heatmap import gain_maps
+from flora_train.evaluation.report.summary_text import summarise
+from flora_train.evaluation.report.svg import FamilyStyle, family_styles
+from flora_train.runtime.progress import duration
+from flora_train.training.step_timer import spoken
 
 MAX_DRAWN = 100
 """Tasks that get figures. The tables hold all; the page says what is not drawn."""

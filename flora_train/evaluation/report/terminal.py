@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shutil import which
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from flora_train.config.terminal_text import in_cell, print_table, shown
+from flora_train.config.terminal_text import in_cell, print_plain, print_table, shown
+from flora_train.evaluation.report.results import read_report, reading_report
+from flora_train.runtime.manifest import PEFT_WARNING
+from flora_train.runtime.progress import duration
+from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.step_timer import spoken
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
@@ -125,3 +133,43 @@ def _interval(estimate: Mapping[str, Any], sign: str = "") -> str:
 
 def _number(value: float | None, sign: str = "") -> str:
     return "not finite" if value is None else f"{value:{sign}.3f}"
+
+
+def show(folder: RunFolder) -> None:
+    """Print what a run found and where it is."""
+    results = read_report(folder)
+    with reading_report(folder.evaluation / "report.json"):
+        _show(folder, results)
+
+
+def _show(folder: RunFolder, results: Mapping[str, Any]) -> None:
+    print_results(results)
+    print_sweeps(results)
+    print_pass_at_k(results["code"])
+    print_error_rates(results["speech"])
+    print_completions(results)
+    seconds = results["facts"]["seconds"]
+    apart = len(list(folder.adapters.glob(f"*/{PEFT_WARNING}")))
+    loads = f"PeftModel.from_pretrained loads them{f', all but the {apart} with a {PEFT_WARNING}' if apart else ''}"
+    best = next((c["name"] for r in results["results"] for c in r["contenders"] if c["best"]), "ADAPTER")
+    print_plain(
+        f"\nreport    {folder.evaluation / 'report.html'}\nadapters  {folder.adapters}/<name>/ ({loads})\n"
+        f"time      {', '.join(f'{stage} {duration(s)}' for stage, s in seconds.items())}\n"
+        f"speed     {_speed(results)}\n"
+        f"next      {_command()} export {folder.path} {best} --as merged"
+    )
+
+
+def _command() -> str:
+    """How to call our command from this terminal, whether or not the environment is activated."""
+    beside = Path(sys.executable).with_name("flora-train")
+    if which("flora-train") or not beside.exists():
+        return "flora-train"
+    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
+
+
+def _speed(results: Mapping[str, Any]) -> str:
+    tokens, seconds = sum(adapter["tokens"] for adapter in results["adapters"]), results["facts"]["seconds"].get("train")
+    rate = f"{tokens / seconds:.0f} tokens/s" if seconds else "not recorded"
+    shares = spoken(results["facts"].get("time_shares", {}))
+    return f"{rate}: {shares}" if shares else rate

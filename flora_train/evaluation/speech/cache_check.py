@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from flora_train.adapters.encoder import as_outputs, encode
-from flora_train.adapters.probe_inputs import plain_tokens, probe_inputs, undisturbed
 from flora_train.config.errors import fail, first_line
+from flora_train.models.probe_inputs import plain_tokens, probe_inputs, undisturbed
+from flora_train.models.speech_encoder import as_outputs, encode
 
 ROWS, PROMPT, NEW = 2, 2, 2
 CLOSE = {True: 1e-3, False: 0.15}

@@ -14,15 +14,15 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, BASE_ID
 from flora_train.config.errors import fail
 from flora_train.config.schema import RunConfig
-from flora_train.data.audio.ears import Ears
-from flora_train.data.audio.split import SpeechSplit
+from flora_train.data.audio.speech_processor import SpeechProcessor
+from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.task import Task
-from flora_train.evaluation.growing_log import GrowingLog
 from flora_train.evaluation.speech.summary import Heard, summarise, write_summary
 from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
-from flora_train.training.checksum import fingerprint
-from flora_train.training.distributed import on_main_process, wait_for_everyone, world
-from flora_train.training.progress import Watch
+from flora_train.runtime.checksum import fingerprint
+from flora_train.runtime.distributed import on_main_process, wait_for_everyone, world
+from flora_train.runtime.journal import Journal
+from flora_train.runtime.progress import ProgressBar
 
 Key = tuple[str, str, int]
 
@@ -45,9 +45,9 @@ class LoggedTranscript:
         return self.adapter, self.task, self.example
 
 
-def transcript_log(folder: Path) -> GrowingLog[LoggedTranscript]:
+def transcript_log(folder: Path) -> Journal[LoggedTranscript]:
     """folder: of a run's evaluation."""
-    return GrowingLog(folder / "speech", LoggedTranscript, "transcript", "move it away, or evaluate into another output_dir")
+    return Journal(folder / "speech", LoggedTranscript, "transcript", "move it away, or evaluate into another output_dir")
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def judged_split(task: Task) -> SpeechSplit:
 
 
 def evaluate_speech(
-    config: RunConfig, tasks: Mapping[str, Task], model: nn.Module, bank: AdapterBank, ears: Ears, folder: Path
+    config: RunConfig, tasks: Mapping[str, Task], model: nn.Module, bank: AdapterBank, ears: SpeechProcessor, folder: Path
 ) -> None:
     """Leaves `folder`/speech/error_rates.json (see summary.py) beside the transcripts.
 
@@ -104,8 +104,8 @@ def _transcribe(
     tasks: Mapping[str, Task],
     model: nn.Module,
     bank: AdapterBank,
-    ears: Ears,
-    log: GrowingLog[LoggedTranscript],
+    ears: SpeechProcessor,
+    log: Journal[LoggedTranscript],
     known: Mapping[tuple[Any, ...], LoggedTranscript],
 ) -> None:
     """Append what the log lacks: every test clip of every task, by the base and by the task's adapters, shared out to processes."""
@@ -130,7 +130,7 @@ def _transcribe(
         model, ears.tokenizer, bank.routed, ears.store, options.max_new_tokens, options.beams, options.batch_rows, bank.blocks
     )
     writer, done = log.writer(rank), 0
-    with Watch("transcribe", len(requests)) as watch:
+    with ProgressBar("transcribe", len(requests)) as watch:
 
         def report(transcript: Transcript) -> None:
             nonlocal done
@@ -158,7 +158,7 @@ def _missing(
     tasks: Mapping[str, Task],
     bank: AdapterBank,
     digests: Mapping[int, str],
-    log: GrowingLog[LoggedTranscript],
+    log: Journal[LoggedTranscript],
     known: Mapping[tuple[Any, ...], LoggedTranscript],
 ) -> list[tuple[str, int, int]]:
     """(task, example, adapter) of every transcript that the log lacks. Raises UserError for one of other numbers or another file."""

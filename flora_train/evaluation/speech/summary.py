@@ -14,15 +14,15 @@ from typing import Any
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, BASE_ID
-from flora_train.atomic import write_atomically
 from flora_train.config.json_object import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.decode import RATE, ClipError, read_clip
-from flora_train.data.audio.split import SpeechSplit
-from flora_train.data.sampling import seed_of
-from flora_train.evaluation.compare import compare_ratios
-from flora_train.evaluation.speech.errors import Errors, aligned, character_errors, word_errors
+from flora_train.data.audio.speech_split import SpeechSplit
+from flora_train.data.splits import seed_of
+from flora_train.evaluation.bootstrap import compare_ratios
+from flora_train.evaluation.speech.error_rates import Errors, aligned, character_errors, word_errors
 from flora_train.evaluation.speech.normalize import label, normalizer_name, normalizer_of, primary_metric
+from flora_train.runtime.atomic import write_atomically
 
 SCORES = "error_rates.json"
 RATES = ("wer", "wer_normalized", "cer")
@@ -67,7 +67,8 @@ def summarise(config: RunConfig, splits: Mapping[str, SpeechSplit], bank: Adapte
         "window_step": config.audio.window_step,
         "confidence": config.evaluation.confidence,
         "languages": _with_audio(
-            [_language(config, name, split, bank, texts, shown) for name, split in splits.items()], config.evaluation.played_clips
+            [_language(config, name, split, bank, texts, shown) for name, split in splits.items()],
+            config.evaluation.embedded_clips,
         ),
     }
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from flora_train.adapters.base_model import set_mode
-from flora_train.adapters.encoder import as_outputs, encode
-from flora_train.data.audio.ears import NO_TIMESTAMPS
 from flora_train.data.audio.features import FeatureStore, Heard
+from flora_train.data.audio.speech_processor import NO_TIMESTAMPS
 from flora_train.evaluation.generation import Blocks
-from flora_train.evaluation.speech.loops import loop_start
+from flora_train.models.loading import set_mode
+from flora_train.models.speech_encoder import as_outputs, encode
 
 Ended = Literal["end", "length", "loop"]
 
@@ -210,3 +209,22 @@ def _tokens(settings: Any, key: str, vocabulary: int) -> list[int]:
     """The tokens that a generation_config lists, without what the model has no logits of."""
     listed = getattr(settings, key, None)
     return [token for token in listed if type(token) is int and 0 <= token < vocabulary] if isinstance(listed, list) else []
+
+
+LONGEST, TIMES, LEAST = 24, 4, 16
+"""A loop is a phrase of at most LONGEST tokens at the end of a text, TIMES or more in a row and LEAST tokens together."""
+
+
+def loop_start(tokens: Sequence[int]) -> int | None:
+    """Where a loop at the end of `tokens` begins to repeat (after the phrase's first time), or None."""
+    for size in range(1, LONGEST + 1):
+        times = max(TIMES, -(-LEAST // size))
+        if len(tokens) < size * times:
+            break
+        phrase = tokens[-size:]
+        if all(list(tokens[len(tokens) - size * (i + 1) : len(tokens) - size * i]) == list(phrase) for i in range(times)):
+            start = len(tokens) - size
+            while start >= size and list(tokens[start - size : start]) == list(phrase):
+                start -= size
+            return start + size
+    return None

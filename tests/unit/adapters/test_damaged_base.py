@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from flora_train.adapters.base_model import (
+from flora_train.config.errors import UserError
+from flora_train.config.schema import ModelConfig
+from flora_train.data.tokenization import check_tokenizer
+from flora_train.models.loading import (
     count_layers,
     empty_model,
     load_base_model,
@@ -22,9 +25,6 @@ from flora_train.adapters.base_model import (
     load_tokenizer,
     shallow_model,
 )
-from flora_train.config.errors import UserError
-from flora_train.config.schema import ModelConfig
-from flora_train.data.tokens import check_tokenizer
 from tests.e2e.conftest import save_tiny_checkpoint
 from tests.speech import save_tiny_whisper
 

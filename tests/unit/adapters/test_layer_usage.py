@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import empty_model
 from flora_train.adapters.layer_usage import unusable_by_shape, unusable_layers
 from flora_train.adapters.targets import linear_layers
 from flora_train.config.errors import UserError
 from flora_train.config.schema import ModelConfig
+from flora_train.models.loading import empty_model
 from tests.architectures import VOCABULARY, tiny_model
 from tests.conftest import mixed_specs, spec
 from tests.families import family_config, family_model

@@ -22,7 +22,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.peft_files import HARMLESS, check_harmless
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError
-from flora_train.export.peft_start import read_peft, start_from_peft
+from flora_train.export.peft_import import init_from_peft, read_peft
 from flora_train.peft_plugin import FloraConfig
 from tests.architectures import tiny_model
 from tests.conftest import spec
@@ -49,8 +49,8 @@ def saved(folder: Path, *, model: Any = None, initial: Path | None = None, **opt
 
 
 def started(folder: Path, ours: AdapterSpec) -> AdapterBank:
-    bank = AdapterBank.attach(tiny_model().eval(), [replace(ours, start_from=str(folder))])
-    start_from_peft(bank, [0])
+    bank = AdapterBank.attach(tiny_model().eval(), [replace(ours, init_from=str(folder))])
+    init_from_peft(bank, [0])
     return bank
 
 
@@ -134,7 +134,7 @@ def test_what_peft_saved_with_another_meaning_is_refused_by_name(options: dict[s
     if options.get("task_type") == "SEQ_CLS":
         model = AutoModelForSequenceClassification.from_config(architecture_config("llama"))
     folder, _ = saved(tmp_path / "a", model=model, **options)
-    with pytest.raises(UserError, match=f"adapters.lora.start_from.*{named}"):
+    with pytest.raises(UserError, match=f"adapters.lora.init_from.*{named}"):
         started(folder, spec("lora", rank=4, alpha=6.0, target_modules=TARGETS))
 
 
@@ -180,7 +180,7 @@ def test_what_peft_saved_with_another_meaning_is_refused_by_name(options: dict[s
 def test_a_configuration_that_is_not_known_to_be_harmless_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "a")
     edit(folder, **change)
-    with pytest.raises(UserError, match=r"adapters\.lora\.start_from = "):
+    with pytest.raises(UserError, match=r"adapters\.lora\.init_from = "):
         started(folder, spec("lora", rank=4, alpha=6.0, target_modules=TARGETS))
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from flora_train.commands.convert import ConvertOptions
+from flora_train.commands.execute import ExecuteOptions
+from flora_train.commands.export import ExportOptions
+from flora_train.commands.push import PushOptions
+from flora_train.config.base import ConfigModel
 from flora_train.config.load import load_config, validate
 from flora_train.config.schema import RunConfig
-from flora_train.config.section import Section
-from flora_train.convert import ConvertOptions
-from flora_train.execute import ExecuteOptions
-from flora_train.exporting import ExportOptions
-from flora_train.push import PushOptions
 from tests.unit.config.helpers import SMALL, faults, loading_faults, refusal, small
 
 
@@ -32,7 +32,7 @@ def numbers(schema: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", [RunConfig, ExecuteOptions, ExportOptions, ConvertOptions, PushOptions])
-def test_every_number_has_a_least_and_a_largest_value(kind: type[Section]) -> None:
+def test_every_number_has_a_least_and_a_largest_value(kind: type[ConfigModel]) -> None:
     found = list(numbers(kind.model_json_schema()))
     assert found
     for at, schema in found:
@@ -68,7 +68,7 @@ def test_every_number_has_a_least_and_a_largest_value(kind: type[Section]) -> No
         ("evaluation__temperature", 1e-30, "must be 0 (greedy), or at least 0.001"),
         ("evaluation__temperature", 1e308, "at most 100"),
         ("evaluation__top_p", 1e-300, "at least 1e-06"),
-        ("evaluation__n", 10**9, "at most 10,000"),
+        ("evaluation__num_samples", 10**9, "at most 10,000"),
         ("evaluation__max_new_tokens", 10**12, "at most 1,000,000"),
         ("evaluation__cpu_seconds", 1e-9, "at least 0.01"),
         ("evaluation__cpu_seconds", 1e308, "at most 86,400"),
@@ -98,7 +98,7 @@ def test_extreme_number_on_the_command_line_is_one_line(word: str) -> None:
 def test_temperature_of_the_mixture_overflows_for_no_sizes() -> None:
     import numpy as np
 
-    from flora_train.config.mixture_schema import MixtureConfig
+    from flora_train.config.training_schema import MixtureConfig
     from flora_train.data.mixture import Stream, TaskMixture
 
     sizes = {"large": 2000, "small": 4}
@@ -142,7 +142,7 @@ def test_more_adapters_than_one_run_trains_are_counted_before_they_are_made() ->
 
 
 def test_thousands_of_equal_faults_are_answered_soon_and_not_all_listed() -> None:
-    tasks = {f"t{i}": {"trian": "x", "over_long": "dorp"} for i in range(5000)}
+    tasks = {f"t{i}": {"trian": "x", "truncation": "dorp"} for i in range(5000)}
     adapters = {f"a{i}": {"method": "lora", "lr": 1.0, "tasks": [f"u{i}"]} for i in range(5000)}
     started = time.process_time()
     problems = refusal(lambda: validate({**SMALL, "tasks": tasks, "adapters": adapters}))

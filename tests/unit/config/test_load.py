@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.config.files import read_yaml
 from flora_train.config.json_object import read_object
 from flora_train.config.load import PROJECT_ROOT, load_config, save_config, shipped, validate
+from flora_train.config.paths import read_yaml
 from tests.unit.config.helpers import SMALL, loading_faults, small
 
 RECIPE = """
@@ -71,11 +71,11 @@ def test_missing_recipe_lists_what_there_is(words: list[str]) -> None:
 
 
 def test_command_line_beats_recipe_beats_data_config_beats_task_defaults(write) -> None:
-    write("data_configs/some.yaml", "task_defaults: {weight: 1, max_examples: 1, text: a, over_long: drop}\n"
-          "tasks:\n  lua: {train: x, max_examples: 2, text: b, over_long: split}\n")  # fmt: skip
-    write("mine.yaml", RECIPE + "data_config: some\ntasks: {lua: {text: c, over_long: truncate}}\n")
-    lua = load_config(["recipe=mine.yaml", "tasks.lua.over_long=drop"]).tasks["lua"]
-    assert (lua.weight, lua.max_examples, lua.text, lua.over_long) == (1, 2, "c", "drop")
+    write("data_configs/some.yaml", "task_defaults: {weight: 1, max_examples: 1, text: a, truncation: drop}\n"
+          "tasks:\n  lua: {train: x, max_examples: 2, text: b, truncation: split}\n")  # fmt: skip
+    write("mine.yaml", RECIPE + "data_config: some\ntasks: {lua: {text: c, truncation: truncate}}\n")
+    lua = load_config(["recipe=mine.yaml", "tasks.lua.truncation=drop"]).tasks["lua"]
+    assert (lua.weight, lua.max_examples, lua.text, lua.truncation) == (1, 2, "c", "drop")
 
 
 def test_data_config_of_the_command_line_replaces_the_recipes(write) -> None:
@@ -87,11 +87,11 @@ def test_data_config_of_the_command_line_replaces_the_recipes(write) -> None:
 
 
 def test_task_can_be_changed_and_added_on_the_command_line(write) -> None:
-    write("mine.yaml", RECIPE + TASKS + "task_defaults: {over_long: drop}\n")
+    write("mine.yaml", RECIPE + TASKS + "task_defaults: {truncation: drop}\n")
     tasks = load_config(["recipe=mine.yaml", "tasks.lua.weight=2", "tasks.perl.train=perl.jsonl"]).tasks
     assert tasks["lua"].weight == 2
     assert tasks["perl"].train.files == ["perl.jsonl"]
-    assert tasks["perl"].over_long == "drop"
+    assert tasks["perl"].truncation == "drop"
 
 
 def test_fault_of_task_defaults_is_reported_once_and_there(write) -> None:
@@ -151,8 +151,8 @@ def test_file_that_is_not_utf8_names_the_file(write) -> None:
 
 
 def test_interpolation_follows_the_command_line(write) -> None:
-    write("mine.yaml", RECIPE + TASKS + "evaluation: {every: '${training.steps}'}\n")
-    assert load_config(["recipe=mine.yaml", "training.steps=7"]).evaluation.every == 7
+    write("mine.yaml", RECIPE + TASKS + "evaluation: {interval: '${training.steps}'}\n")
+    assert load_config(["recipe=mine.yaml", "training.steps=7"]).evaluation.interval == 7
 
 
 def test_interpolation_of_an_unknown_key_is_an_error_with_the_way_to_write_it_literally(write) -> None:

@@ -25,7 +25,7 @@ def test_small_recipe_is_valid_so_that_every_fault_below_is_the_named_one() -> N
         ("tasks__lua__wieght", "weight"),
         ("model__pathh", "path"),
         ("mixture__strateggy", "strategy"),
-        ("evaluation__evry", "every"),
+        ("evaluation__intervl", "interval"),
         ("tracking__projct", "project"),
     ],
 )
@@ -141,7 +141,7 @@ def test_values_that_contradict_each_other_are_refused_once(changes: dict[str, A
         ({"training__betas": [0.9]}, "training.betas.1", "required"),
         ({"training__betas": 0.9}, "training.betas = 0.9", "list"),
         ({"tracking__online": "maybe"}, "tracking.online = 'maybe'", "true or false"),
-        ({"tasks__lua__over_long": "splt"}, "tasks.lua.over_long = 'splt'", "Did you mean 'split'?"),
+        ({"tasks__lua__truncation": "splt"}, "tasks.lua.truncation = 'splt'", "Did you mean 'split'?"),
         ({"tasks__lua__validation_fraction": 1}, "tasks.lua.validation_fraction = 1", "less than 1"),
         ({"tasks__lua__text": ["a"]}, "tasks.lua.text = ['a']", "text"),
         ({"tasks__lua__train": 5}, "tasks.lua.train = 5", "must hold keys: hub"),

@@ -32,7 +32,7 @@ def test_every_combination_is_an_adapter_named_by_its_values() -> None:
     found = config(lr=[2e-3, 0.015, 1], rank=[1, 16]).adapters
     assert list(found) == [f"x_lr{lr}_rank{rank}" for lr in ("2e-3", "15e-3", "1") for rank in (1, 16)]
     assert [(a.lr, a.rank, a.sweep) for a in found.values()] == [(lr, rank, "x") for lr in (2e-3, 0.015, 1) for rank in (1, 16)]
-    assert list(config(schedule=["cosine", "linear"]).adapters) == ["x_schedulecosine", "x_schedulelinear"]
+    assert list(config(lr_schedule=["cosine", "linear"]).adapters) == ["x_lr_schedulecosine", "x_lr_schedulelinear"]
 
 
 def test_lists_that_are_no_sweep_stay_lists() -> None:

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from flora_train.config.errors import fail
 from flora_train.config.terminal_text import in_cell, plain, print_table, safe_streams, shown
-from flora_train.training.distributed import say
-from flora_train.training.progress import Watch
+from flora_train.runtime.distributed import say
+from flora_train.runtime.progress import ProgressBar
 
 OBEYED = [
     chr(code) for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
@@ -56,7 +56,7 @@ def test_tables_and_consoles_take_no_markup_from_data(text: str) -> None:
 
 
 def test_errors_progress_and_notes_show_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    with Watch("read \x1b[2Jclips [/x]", 2, line_every=0.0) as watch:
+    with ProgressBar("read \x1b[2Jclips [/x]", 2, line_every=0.0) as watch:
         watch.update(1, {"[/red]": "\x1b[1m"})
     say("note: \x1b[31m [/red]")
     error = str(fail("tasks.\x1b[31m", "\x1b[2J", "has \x1b]0;x\x07 and \u202e\nin it").problems[0])

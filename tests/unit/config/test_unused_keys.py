@@ -20,7 +20,7 @@ SPEECH = {"speech": {"language": "cs"}, "train": "cs.train.tsv"}
         ({"train": "a.jsonl", "test": "b.jsonl"}, "test", "is for speech tasks"),
         ({"train": "a.jsonl", "max_test_examples": 3}, "max_test_examples", "is for speech tasks"),
         ({**SPEECH, "max_test_examples": 3}, "max_test_examples", "limits the test rows, and there are none"),
-        ({**SPEECH, "over_long": "split"}, "over_long", "is for text"),
+        ({**SPEECH, "truncation": "split"}, "truncation", "is for text"),
         ({**SPEECH, "sample_prompts": ["x"]}, "sample_prompts", "is for text"),
         (
             {"train": "a", "speech": {"language": "cs", "prompt": ["<s>"], "token": "<|cs|>"}},
@@ -36,7 +36,7 @@ SPEECH = {"speech": {"language": "cs"}, "train": "cs.train.tsv"}
         ({"train": {"folder": "src", "data_dir": "x"}}, "train.data_dir", "is for data sets of the hub"),
         ({"train": {"files": "a.jsonl", "revision": "x"}}, "train.revision", "is for data sets of the hub"),
         ({"train": {"files": "a.jsonl", "max_rows": 3}}, "train.max_rows", "is for data sets of the hub"),
-        ({"train": {"files": "a.jsonl", "stand_in": "x"}}, "train.stand_in", "is for data sets of the hub"),
+        ({"train": {"files": "a.jsonl", "fallback_hint": "x"}}, "train.fallback_hint", "is for data sets of the hub"),
         ({"train": {"files": "a.jsonl", "split": "dev"}}, "train.split", "give the split's files instead"),
         ({"train": {"files": "a.jsonl", "glob": "*.x"}}, "train.glob", "chooses files below folder"),
         ({"train": {"hub": "a/b", "glob": "*.x"}}, "train.glob", "chooses files below folder"),

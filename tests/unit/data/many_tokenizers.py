@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 from transformers.models.byt5 import ByT5Tokenizer
 
-from flora_train.config.files import PROJECT_ROOT
+from flora_train.config.paths import PROJECT_ROOT
 from tests.unit.data.conftest import byte_tokenizer
 
 LETTERS = [chr(i) for i in range(33, 127)]

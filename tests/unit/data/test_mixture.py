@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.config.mixture_schema import MixtureConfig
+from flora_train.config.training_schema import MixtureConfig
 from flora_train.data.mixture import Stream, TaskMixture
 
 FOR_EVER = 10**9

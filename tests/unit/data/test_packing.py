@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from flora_train.data.batch import IGNORE, Row, collate
-from flora_train.data.examples import TextExample
 from flora_train.data.packing import pack
-from flora_train.data.tokens import TokenSplit, tokenise
+from flora_train.data.templates import PromptCompletion
+from flora_train.data.tokenization import TokenSplit, tokenise
 
 MAX_LENGTH = 12
 
@@ -19,7 +19,9 @@ MAX_LENGTH = 12
 def pieces(tokenizer: Any) -> TokenSplit:
     random = np.random.default_rng(0)
     texts = ["abcdefghijkl"[: random.integers(1, 12)] for _ in range(50)]
-    return tokenise([TextExample("xy" if i % 3 else "", text) for i, text in enumerate(texts)], tokenizer, MAX_LENGTH, "truncate")
+    return tokenise(
+        [PromptCompletion("xy" if i % 3 else "", text) for i, text in enumerate(texts)], tokenizer, MAX_LENGTH, "truncate"
+    )
 
 
 def contents(split: TokenSplit) -> list[tuple[tuple[int, ...], int]]:
@@ -50,8 +52,8 @@ def test_no_two_sequences_would_fit_into_one(pieces: TokenSplit) -> None:
 
 
 def test_labels_begin_anew_with_every_piece_and_positions_say_where(tokenizer: Any) -> None:
-    split = pack(tokenise([TextExample("ab", "cd"), TextExample("", "efg")], tokenizer, 9, "truncate"), 9)
-    alone = tokenise([TextExample("", "hi")], tokenizer, 9, "truncate")
+    split = pack(tokenise([PromptCompletion("ab", "cd"), PromptCompletion("", "efg")], tokenizer, 9, "truncate"), 9)
+    alone = tokenise([PromptCompletion("", "hi")], tokenizer, 9, "truncate")
     splits = {"packed": split, "alone": alone}
     batch = collate([Row(0, "packed", 0, 9), Row(1, "alone", 0, 3)], splits.__getitem__, tokenizer.pad_token_id)
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2, 3, 4, 5]]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from flora_train.config.errors import UserError
 from flora_train.config.task_schema import SourceConfig, TaskConfig
 from flora_train.data.audio.decode import ClipError, decode, look_at
-from flora_train.data.audio.speech import _lines
+from flora_train.data.audio.speech_task import _lines
 from flora_train.data.sources import READERS, read_rows
 from flora_train.data.task import load_tasks
 from tests.unit.data.conftest import byte_tokenizer, run_config

@@ -211,16 +211,18 @@ class Gate(Exception):
     """As the hub's client words it."""
 
 
-@pytest.mark.parametrize("stand_in", [None, "data_config=local"])
-def test_gated_hub_data_says_how_to_get_it_and_what_can_stand_in(monkeypatch: pytest.MonkeyPatch, stand_in: str | None) -> None:
+@pytest.mark.parametrize("fallback_hint", [None, "data_config=local"])
+def test_gated_hub_data_says_how_to_get_it_and_what_can_stand_in(
+    monkeypatch: pytest.MonkeyPatch, fallback_hint: str | None
+) -> None:
     def refuse(*args: object, **options: object) -> None:
         raise Gate("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.")
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    line = refusal(hub="a/b", data_dir="data/lua", stand_in=stand_in)
+    line = refusal(hub="a/b", data_dir="data/lua", fallback_hint=fallback_hint)
     assert "is gated: accept its terms on https://huggingface.co/datasets/a/b, then run `hf auth login`" in line
-    assert line.endswith(f"Instead of it: {stand_in or 'files or a folder'}")
+    assert line.endswith(f"Instead of it: {fallback_hint or 'files or a folder'}")
 
 
 def test_a_limit_on_hub_rows_streams_and_reads_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora_train.data.examples import TextExample, make_formatter
 from flora_train.data.task import notes_on_rows
+from flora_train.data.templates import PromptCompletion, make_formatter
 from flora_train.data.text_encoder import TextEncoder
-from flora_train.data.tokens import TokenSplit, tokenise, tokenizer_hash
+from flora_train.data.tokenization import TokenSplit, tokenise, tokenizer_hash
 from tests.unit.data.conftest import byte_tokenizer, run_config
 from tests.unit.data.many_tokenizers import KINDS, MARKS, smollm2, unigram, words
 
@@ -29,7 +29,7 @@ def special_ids(tokenizer: Any, ids: Any) -> list[int]:
     return [i for i in map(int, ids) if i in TextEncoder(tokenizer).special and i != tokenizer.unk_token_id]
 
 
-def rendered(rows: list[dict[str, Any]], **task: Any) -> list[TextExample]:
+def rendered(rows: list[dict[str, Any]], **task: Any) -> list[PromptCompletion]:
     config = run_config({"t": {"train": "unused.jsonl", **task}}).tasks["t"]
     return [make_formatter(config, rows, "tasks.t")(row) for row in rows]
 
@@ -123,7 +123,7 @@ def test_text_without_special_tokens_is_tokenised_as_by_the_tokenizer_itself(kin
         return
     (found,) = encoder.encode([(text, [(0, len(text))])])
     assert found.ids.tolist() == native
-    if (copy := encoder._copy("start", False, stand_ins=True)) is not None:
+    if (copy := encoder._copy("start", False, svd_loras=True)) is not None:
         assert copy.encode(text, add_special_tokens=False).ids == native
 
 
@@ -165,7 +165,7 @@ def test_completion_is_read_as_the_text_after_the_prompt_without_a_space_more_or
     kind: str, prompt: str, completion: str
 ) -> None:
     tokenizer = make(kind)
-    split = tokenise([TextExample(prompt, completion)], tokenizer, 64, "truncate")
+    split = tokenise([PromptCompletion(prompt, completion)], tokenizer, 64, "truncate")
     ((ids, read),) = split.pieces(0)
     start = len(TextEncoder(tokenizer).start)
     assert tokenizer.decode(ids[start:-1]) == tokenizer.decode(
@@ -178,7 +178,7 @@ def test_completion_is_read_as_the_text_after_the_prompt_without_a_space_more_or
 @pytest.mark.parametrize(("completion", "pieces"), [(" b", ["\u2581", "b"]), ("b", ["b"]), ("\nb", ["\u2581", "b"])])
 def test_completion_of_words_that_are_marked_between_spaces_continues_the_prompt(completion: str, pieces: list[str]) -> None:
     tokenizer = make("spaced-pieces")
-    split = tokenise([TextExample("a:", completion)], tokenizer, 64, "truncate")
+    split = tokenise([PromptCompletion("a:", completion)], tokenizer, 64, "truncate")
     assert tokenizer.convert_ids_to_tokens(split.example(0).tolist()) == ["\u2581", "a", ":", *pieces, "</s>"]
 
 
@@ -186,7 +186,7 @@ def test_completion_of_words_that_are_marked_between_spaces_continues_the_prompt
 def test_completion_after_a_special_token_is_read_as_the_tokenizer_reads_the_whole(scheme: str) -> None:
     tokenizer = unigram(scheme, start=False)
     for prompt in ("ab<|turn|>", "ab<|user|>"):  # the second strips the spaces behind it
-        split = tokenise([TextExample(prompt, " ab")], tokenizer, 64, "truncate")
+        split = tokenise([PromptCompletion(prompt, " ab")], tokenizer, 64, "truncate")
         assert split.example(0).tolist() == [*tokenizer(f"{prompt} ab", add_special_tokens=False)["input_ids"], 2]
 
 
@@ -195,31 +195,31 @@ def test_completion_after_a_special_token_is_read_as_the_tokenizer_reads_the_who
 def test_decoded_completion_keeps_its_first_space(kind: str, completion: str) -> None:
     tokenizer = make(kind)
     encoder = TextEncoder(tokenizer)
-    ((ids, read),) = tokenise([TextExample("the ab:", completion)], tokenizer, 64, "truncate").pieces(0)
+    ((ids, read),) = tokenise([PromptCompletion("the ab:", completion)], tokenizer, 64, "truncate").pieces(0)
     assert encoder.decode_after(ids[:read].tolist(), ids[read:].tolist()) == completion
 
 
 @pytest.mark.parametrize("kind", ["bytes", "unigram-first", "legacy-llama"])
 @pytest.mark.parametrize("text", ["{s}one{e}", "{s}one", "one{e}", "one{e}\n", "{s}one {e} two{e}"])
-@pytest.mark.parametrize("over_long", ["truncate", "split"])
-def test_start_and_end_token_that_a_text_has_itself_are_not_doubled(kind: str, text: str, over_long: str) -> None:
+@pytest.mark.parametrize("truncation", ["truncate", "split"])
+def test_start_and_end_token_that_a_text_has_itself_are_not_doubled(kind: str, text: str, truncation: str) -> None:
     tokenizer = make(kind)
     start, end = tokenizer.bos_token, tokenizer.eos_token
     (plain,) = rendered([{"a": text.format(s="", e="").strip()}], text="{a}")
     (example,) = rendered([{"a": text.format(s=start, e=end)}], text="{a}")
-    split = tokenise([example], tokenizer, 64, over_long, special_tokens=True)
+    split = tokenise([example], tokenizer, 64, truncation, special_tokens=True)
     ids = split.example(0).tolist()
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids.count(tokenizer.eos_token_id) == max(1, text.count("{e}"))
     if text == "{s}one{e}" and kind != "unigram-first":  # which puts no space before a text behind a token
-        alone = tokenise([plain], tokenizer, 64, over_long)
+        alone = tokenise([plain], tokenizer, 64, truncation)
         assert (ids, split.label_bytes.tolist()) == (alone.example(0).tolist(), alone.label_bytes.tolist())
         assert split.prompt_lengths.tolist() == alone.prompt_lengths.tolist()
 
 
 def test_start_token_that_a_prompt_has_itself_is_not_doubled_in_training_nor_generation() -> None:
     tokenizer = make("unigram-first")
-    split = tokenise([TextExample("<s>a", "b")], tokenizer, 64, "truncate")
+    split = tokenise([PromptCompletion("<s>a", "b")], tokenizer, 64, "truncate")
     assert split.example(0).tolist().count(1) == 1
     assert TextEncoder(tokenizer).prompt("<s>a", special_tokens=True).count(1) == 1
     assert TextEncoder(tokenizer).prompt("<s>a", special_tokens=False).count(1) == 1  # the start; the prompt's is text

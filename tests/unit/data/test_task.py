@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.data.examples import TextExample
 from flora_train.data.task import Task
-from flora_train.data.tokens import TokenSplit, tokenise
+from flora_train.data.templates import PromptCompletion
+from flora_train.data.tokenization import TokenSplit, tokenise
 from tests.unit.data.conftest import byte_tokenizer
 from tests.unit.data.many_tokenizers import smollm2
 
@@ -108,7 +108,7 @@ def change_content(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"text": "other"}, *rows[1:]]
 
 
-@pytest.mark.parametrize("change", ["content", "tokenizer", "end token", "max_length", "over_long", "template"])
+@pytest.mark.parametrize("change", ["content", "tokenizer", "end token", "max_length", "truncation", "template"])
 def test_cache_is_keyed_by_whatever_changes_the_tokens(write, load, tmp_path: Path, change: str) -> None:
     write("a.jsonl", ROWS)
     task, tokenizer = {"train": "a.jsonl", "validation": "a.jsonl"}, byte_tokenizer()
@@ -122,13 +122,13 @@ def test_cache_is_keyed_by_whatever_changes_the_tokens(write, load, tmp_path: Pa
         tokenizer.eos_token = "<s>"
     elif change == "template":
         task = {**task, "text": "# {text}"}
-    elif change == "over_long":
-        task = {**task, "over_long": "drop"}
+    elif change == "truncation":
+        task = {**task, "truncation": "drop"}
     second = load(tokenizer, max_length=8 if change == "max_length" else 64, a=task)["a"]
     after = cache_files(tmp_path)
     assert before.items() < after.items()
     assert first.data_hash != second.data_hash
-    if change != "over_long":  # here no example is over-long
+    if change != "truncation":  # here no example is over-long
         assert not same(first.train, second.train)
 
 
@@ -182,7 +182,7 @@ def test_full_disk_leaves_no_half_written_cache_file(write, load, tokenizer: Any
         raise OSError(28, "No space left on device")
 
     write("a.jsonl", ROWS)
-    monkeypatch.setattr("flora_train.data.tokens.np.savez", full)
+    monkeypatch.setattr("flora_train.data.tokenization.np.savez", full)
     with pytest.warns(UserWarning, match="No space left"):
         load(tokenizer, a={"train": "a.jsonl"})
     assert os.listdir(tmp_path / "cache") == []
@@ -194,7 +194,7 @@ def test_full_disk_leaves_no_half_written_cache_file(write, load, tokenizer: Any
         ([{"text": " "}, {"text": ""}, {}], {}, "no usable example among 3 rows: 3 empty, 0 over-long, 0 with a prompt"),
         (
             [{"text": "x" * 70}] * 2,
-            {"over_long": "drop"},
+            {"truncation": "drop"},
             "no usable example among 2 rows: 0 empty, 2 over-long, 0 with a prompt",
         ),
         (
@@ -250,27 +250,27 @@ def test_missing_numbers_are_counted_as_empty_and_never_learnt(write, load, toke
     assert "nan" not in "".join(texts(task.train, tokenizer))
 
 
-@pytest.mark.parametrize("over_long", ["truncate", "drop"])
-def test_of_a_text_of_a_hundred_megabytes_no_more_is_tokenised_than_can_be_used(over_long: str) -> None:
+@pytest.mark.parametrize("truncation", ["truncate", "drop"])
+def test_of_a_text_of_a_hundred_megabytes_no_more_is_tokenised_than_can_be_used(truncation: str) -> None:
     tokenizer, text = smollm2(), "many words of text, " * 5_000_000
-    tokenise([TextExample("", "warm up")], tokenizer, 64, over_long)
+    tokenise([PromptCompletion("", "warm up")], tokenizer, 64, truncation)
     before, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    examples = [TextExample("", text, (), ((0, len(text)),)), TextExample(text, "too long a prompt", ((0, len(text)),))]
-    split = tokenise(examples, tokenizer, 512, over_long)
+    examples = [PromptCompletion("", text, (), ((0, len(text)),)), PromptCompletion(text, "too long a prompt", ((0, len(text)),))]
+    split = tokenise(examples, tokenizer, 512, truncation)
     assert time.process_time() - before < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 * 1024  # KiB
     assert split.counts.prompt_too_long == 1
-    assert split.counts.over_long_dropped == (over_long == "drop")
-    if over_long == "truncate":
+    assert split.counts.over_long_dropped == (truncation == "drop")
+    if truncation == "truncate":
         assert split.example(0).tolist() == tokenizer(text[:8000])["input_ids"][:512]
 
 
 def test_a_long_text_is_split_in_windows_as_it_would_be_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, text = smollm2(), "one, two; \u00fcber drei\n    vier {x} 5678 \u8a9e " * 1500
-    example = TextExample("", text, (), ((0, len(text)),))
+    example = PromptCompletion("", text, (), ((0, len(text)),))
     at_once = tokenise([example], tokenizer, 256, "split")
     for name, size in (("LONGEST_WHOLE", 10_000), ("WINDOW", 5_000)):
-        monkeypatch.setattr(f"flora_train.data.encoded.{name}", size)
+        monkeypatch.setattr(f"flora_train.data.token_cache.{name}", size)
     in_windows = tokenise([example], tokenizer, 256, "split")
     assert same(in_windows, at_once)
     assert len(at_once) > 100
@@ -279,7 +279,7 @@ def test_a_long_text_is_split_in_windows_as_it_would_be_at_once(monkeypatch: pyt
 @pytest.mark.attack
 def test_memory_for_splitting_a_long_text_stays_a_few_bytes_a_character() -> None:
     tokenizer, text = smollm2(), "many words of text, " * 200_000
-    tokenise([TextExample("", "words of text, " * 10_000)], tokenizer, 512, "split")
+    tokenise([PromptCompletion("", "words of text, " * 10_000)], tokenizer, 512, "split")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert len(tokenise([TextExample("", text)], tokenizer, 512, "split")) > 1500
+    assert len(tokenise([PromptCompletion("", text)], tokenizer, 512, "split")) > 1500
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < 16 * len(text)

@@ -11,9 +11,9 @@ import pytest
 
 from flora_train.cli import main
 from flora_train.evaluation.report.comparison import costs, labels, measures, seed_groups, settings, verdicts, with_seeds
+from flora_train.evaluation.report.formatting import number
 from flora_train.evaluation.report.html import render_comparison
-from flora_train.evaluation.report.words import number
-from flora_train.evaluation.results import SCHEMA
+from flora_train.evaluation.report.results import SCHEMA
 
 REPORTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from flora_train.evaluation.report.findings import summarise
 from flora_train.evaluation.report.html import render_html
+from flora_train.evaluation.report.summary_text import summarise
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr", "use", "path", "rect", "circle", "line"}
 

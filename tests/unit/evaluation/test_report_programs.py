@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from flora_train.evaluation.report.findings import summarise
 from flora_train.evaluation.report.html import render_html
+from flora_train.evaluation.report.summary_text import summarise
 from flora_train.evaluation.report.terminal import print_pass_at_k
 from tests.unit.evaluation.test_report_html import run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flora_train.evaluation.report.words import count, interval, listed, number, shared_digits, verdict
+from flora_train.evaluation.report.formatting import count, interval, listed, number, shared_digits, verdict
 from tests.unit.evaluation.test_report_html import estimate, run
 
 

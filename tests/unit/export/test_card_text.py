@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flora_train.export.card import in_code, in_line, write_card
+from flora_train.export.model_card import in_code, in_line, write_card
 from tests.conftest import spec
 
 EVIL = "a`b | c\n---\n# Heading <script>alert(1)</script> [x](javascript:1) \x1b[31m \u202e \"'"

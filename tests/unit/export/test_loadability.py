@@ -24,13 +24,14 @@ from transformers import (
 )
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.base_model import without_dropout
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError
-from flora_train.export.loadability import WARNING, Loadability, loadability_of, notes
+from flora_train.export.loadability import Loadability, loadability_of, notes
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_forms import model_class, task_type_of
-from flora_train.export.peft_start import start_from_peft
+from flora_train.export.peft_import import init_from_peft
+from flora_train.models.loading import without_dropout
+from flora_train.runtime.manifest import PEFT_WARNING
 from tests.architectures import ARCHITECTURES, GROUPED, architecture_config, tiny_model
 from tests.conftest import perturb, spec
 from tests.unit.adapters.helpers import logits, tiny_t5, tokens
@@ -114,7 +115,7 @@ def test_a_lora_on_every_layer_of_a_model_of_experts_is_the_same_in_plain_peft(f
     for name, kind in (("task-lora", "ADALORA" if family in REWRITTEN else "LORA"), ("task-flora", "HIRA")):
         folder = export_peft(bank, name, tmp_path / name, "base")
         assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == kind
-        assert not (folder / WARNING).exists()
+        assert not (folder / PEFT_WARNING).exists()
         ours = logits(bank, x, [name, name])
         torch.testing.assert_close(by_peft(built(family)[1], folder, x), ours, rtol=1e-4, atol=1e-4)
         assert (ours - logits(bank, x, [-1, -1])).abs().max() > 0.01
@@ -131,8 +132,8 @@ def test_an_adalora_of_any_settings_has_the_numbers_of_its_lora_and_comes_back(o
     expected = logits(bank, x, [0, 0])
     for merge in (False, True):
         torch.testing.assert_close(by_peft(built("qwen3_moe")[1], folder, x, merge), expected, rtol=1e-4, atol=1e-4)
-    again = AdapterBank.attach(built("qwen3_moe")[1], [replace(ours, start_from=str(folder))])
-    start_from_peft(again, [0])
+    again = AdapterBank.attach(built("qwen3_moe")[1], [replace(ours, init_from=str(folder))])
+    init_from_peft(again, [0])
     torch.testing.assert_close(again.row(0), bank.row(0), rtol=1e-6, atol=1e-7)
 
 
@@ -151,7 +152,7 @@ def test_a_lora_for_other_servers_stays_a_lora_and_says_what_plain_peft_does(tmp
     bank = bank_on(built("deepseek_v3")[1], spec("lora"))
     folder = export_peft(bank, "task-lora", tmp_path / "a", "base", always_lora=True)
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert "tensors out" in (folder / WARNING).read_text()
+    assert "tensors out" in (folder / PEFT_WARNING).read_text()
 
 
 MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
@@ -164,7 +165,7 @@ def test_layers_that_peft_refuses_are_named_before_training_and_in_the_folder(tm
     assert said.startswith("note: all: plain PEFT refuses it as LORA")
     assert "out_proj" in said
     assert "--as merged" in said
-    warned = {name for name in bank.ids if (export_peft(bank, name, tmp_path / name, "base") / WARNING).exists()}
+    warned = {name for name in bank.ids if (export_peft(bank, name, tmp_path / name, "base") / PEFT_WARNING).exists()}
     assert warned == {"task-all"}
     with pytest.raises(ValueError, match="out_proj"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_config(model.config), tmp_path / "task-all")
@@ -203,7 +204,7 @@ def test_a_model_that_cannot_be_made_from_its_configuration_is_exported_with_a_n
     assert Loadability(bank.model).twin is None
     (line,) = notes(bank.model, bank.pools)
     assert "is not known" in line
-    assert not (export_peft(bank, "task-lora", tmp_path / "a", "base") / WARNING).exists()
+    assert not (export_peft(bank, "task-lora", tmp_path / "a", "base") / PEFT_WARNING).exists()
 
 
 def test_task_type_follows_the_model() -> None:

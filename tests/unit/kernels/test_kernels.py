@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_train.kernels import flora_torch
-from flora_train.kernels.flora import FORMULATIONS, flora_linear
-from flora_train.kernels.flora_reference import flora_reference
-from flora_train.kernels.ia3 import ia3_scale
-from flora_train.kernels.ia3_reference import ia3_reference
-from flora_train.kernels.lora import lora_add
-from flora_train.kernels.lora_reference import lora_reference
+from flora_train.kernels.flora import materialised as flora_torch
+from flora_train.kernels.flora.op import FORMULATIONS, flora_linear
+from flora_train.kernels.flora.reference import flora_reference
+from flora_train.kernels.ia3.op import ia3_scale
+from flora_train.kernels.ia3.reference import ia3_reference
+from flora_train.kernels.lora.op import lora_add
+from flora_train.kernels.lora.reference import lora_reference
 from flora_train.kernels.segments import Segments
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_train.kernels.blocks import block_table, rank_table
-from flora_train.kernels.ia3_reference import ia3_reference
-from flora_train.kernels.ia3_triton import FusedScale, ia3_op
-from flora_train.kernels.lora import lora_add
-from flora_train.kernels.lora_reference import lora_reference
-from flora_train.kernels.lora_triton import FusedLora, lora_backward_op
+from flora_train.kernels.ia3.reference import ia3_reference
+from flora_train.kernels.ia3.triton_kernels import FusedScale, ia3_op
+from flora_train.kernels.lora.op import lora_add
+from flora_train.kernels.lora.reference import lora_reference
+from flora_train.kernels.lora.triton_kernels import FusedLora, lora_backward_op
 from flora_train.kernels.segments import Segments, per_segment
+from flora_train.kernels.triton_common import block_table, rank_table
 from tests.triton_device import DEVICE, DTYPES, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.usefixtures("memory_full_of_nan")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from flora_train.kernels.backend import use_backend
-from flora_train.kernels.flora import flora_linear
-from flora_train.kernels.flora_reference import flora_reference
-from flora_train.kernels.ia3 import ia3_scale
-from flora_train.kernels.lora import lora_add
-from flora_train.kernels.lora_reference import lora_reference
+from flora_train.kernels.flora.op import flora_linear
+from flora_train.kernels.flora.reference import flora_reference
+from flora_train.kernels.ia3.op import ia3_scale
+from flora_train.kernels.lora.op import lora_add
+from flora_train.kernels.lora.reference import lora_reference
 from flora_train.kernels.segments import Segments
 from tests.triton_device import DEVICE, relative_error
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flora_train.kernels.backend import splits, use_precision
-from flora_train.kernels.flora import FORMULATIONS, flora_linear
-from flora_train.kernels.flora_reference import flora_reference
-from flora_train.kernels.flora_triton import FusedFlora
-from flora_train.kernels.ia3 import ia3_scale
-from flora_train.kernels.lora import lora_add
+from flora_train.kernels.flora.op import FORMULATIONS, flora_linear
+from flora_train.kernels.flora.reference import flora_reference
+from flora_train.kernels.flora.triton_op import FusedFlora
+from flora_train.kernels.ia3.op import ia3_scale
+from flora_train.kernels.lora.op import lora_add
 from flora_train.kernels.segments import Segments
 from tests.triton_device import DEVICE
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_train.kernels.flora import FORMULATIONS
-from flora_train.kernels.flora_reference import flora_reference
-from flora_train.kernels.flora_torch import RankExpandedFlora, near_one
-from flora_train.kernels.flora_triton import FusedFlora
+from flora_train.kernels.flora.materialised import RankExpandedFlora, near_one
+from flora_train.kernels.flora.op import FORMULATIONS
+from flora_train.kernels.flora.reference import flora_reference
+from flora_train.kernels.flora.triton_op import FusedFlora
 from flora_train.kernels.segments import Segments
 from tests.triton_device import DEVICE
 

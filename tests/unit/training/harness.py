@@ -20,9 +20,9 @@ from flora_train.config.load import validate
 from flora_train.config.sweep import SweepConfig
 from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
 from flora_train.data.task import Task
-from flora_train.data.tokens import SplitCounts, TokenSplit
-from flora_train.training.plan import StepPlan, plan_step
-from flora_train.training.run_folder import RunFolder
+from flora_train.data.tokenization import SplitCounts, TokenSplit
+from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.step_plan import StepPlan, plan_step
 from flora_train.training.trainer import Trainer
 from tests.architectures import VOCABULARY, features_of, tiny_model
 
@@ -49,7 +49,7 @@ def make_trainer(
     architecture: str = "llama",
     checkpointing: str = "off",
     device: str = "cpu",
-    every: int | None = None,
+    interval: int | None = None,
     sweep: str = "all",
     guard: dict[str, Any] | None = None,
     paging: Paging | None = None,
@@ -66,7 +66,7 @@ def make_trainer(
             "adapters": {"unused": {"method": "ia3", "lr": 1e-3}},
             "mixture": {"strategy": "uniform"},
             "training": {"steps": 20, "tokens_per_step": 90, "tokens_per_microbatch": 4096, "max_length": 16, **training},
-            "evaluation": {"every": every},
+            "evaluation": {"interval": interval},
             "guard": guard or {},
         }
     )

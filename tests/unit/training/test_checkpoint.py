@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from flora_train.atomic import write_atomically
 from flora_train.config.errors import UserError
+from flora_train.runtime.atomic import write_atomically
+from flora_train.runtime.checksum import fingerprint
 from flora_train.training import checkpoint
 from flora_train.training.checkpoint import Checkpoints
-from flora_train.training.checksum import fingerprint
 from flora_train.training.trainer import Trainer
 from tests.architectures import tiny_model
 from tests.conftest import mixed_specs
@@ -29,14 +29,14 @@ class Stopped(Exception):
 
 def specs(**options: Any) -> list[Any]:
     """Adapters of all methods, one with dropout, one that leaves early."""
-    ours = mixed_specs(lr=5e-3, schedule="cosine", **options)
+    ours = mixed_specs(lr=5e-3, lr_schedule="cosine", **options)
     return [replace(s, dropout=0.3) if s.name == "a-lora" else replace(s, max_steps=6) if s.name == "c-pure" else s for s in ours]
 
 
 def trainer_in(folder: Path, **options: Any) -> Trainer:
     folder.mkdir(exist_ok=True)
-    settings: dict[str, Any] = {"steps": 12, "checkpoint_every": 3, "log_every": 2, "optimizer": "adamw", **options}
-    return make_trainer(specs(), folder, every=4, **settings)
+    settings: dict[str, Any] = {"steps": 12, "save_every": 3, "log_every": 2, "optimizer": "adamw", **options}
+    return make_trainer(specs(), folder, interval=4, **settings)
 
 
 def stop_before(trainer: Trainer, number: int) -> None:
@@ -191,7 +191,7 @@ def test_another_base_data_or_adapter_set_is_refused_by_name(tmp_path: Path) -> 
         elif change == "data":
             other.tasks = {**other.tasks, "b": replace(other.tasks["b"], data_hash="other")}
         else:
-            other = make_trainer(specs()[:-1], tmp_path, every=4, steps=12, checkpoint_every=3, log_every=2)
+            other = make_trainer(specs()[:-1], tmp_path, interval=4, steps=12, save_every=3, log_every=2)
         before = result(other)
         with pytest.raises(UserError, match=told) as caught:
             other.resume()

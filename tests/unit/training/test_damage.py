@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from flora_train.config.errors import UserError
-from flora_train.training.adapter_file import adapter_file, verified_step
+from flora_train.training.best_adapters import adapter_file, verified_step
 from flora_train.training.trainer import Trainer
 from tests.conftest import spec
 from tests.unit.training.harness import make_trainer
@@ -25,8 +25,8 @@ STOP = 8
 def trainer_in(folder: Path) -> Trainer:
     """Two adapters, evaluated every second step, saved after steps 3 and 6."""
     folder.mkdir(exist_ok=True)
-    settings: dict[str, Any] = {"steps": 10, "checkpoint_every": 3, "log_every": 1, "optimizer": "adamw", "tokens_per_step": 60}
-    return make_trainer([spec("lora", "a", rank=2, lr=0.3), spec("ia3", "b", lr=0.3)], folder, every=2, **settings)
+    settings: dict[str, Any] = {"steps": 10, "save_every": 3, "log_every": 1, "optimizer": "adamw", "tokens_per_step": 60}
+    return make_trainer([spec("lora", "a", rank=2, lr=0.3), spec("ia3", "b", lr=0.3)], folder, interval=2, **settings)
 
 
 @pytest.fixture(scope="module")

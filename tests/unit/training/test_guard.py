@@ -65,7 +65,7 @@ def trainer_in(folder: Path, guard: dict[str, Any]) -> Trainer:
     folder.mkdir(exist_ok=True)
     # a large budget: every adapter is in every step
     specs = mixed_specs(lr=2e-3)
-    return make_trainer(specs, folder, every=7, guard=guard, steps=STEPS, checkpoint_every=4, tokens_per_step=600)
+    return make_trainer(specs, folder, interval=7, guard=guard, steps=STEPS, save_every=4, tokens_per_step=600)
 
 
 def trained(folder: Path, guard: dict[str, Any], monkeypatch: pytest.MonkeyPatch, harm: Harm | None = None) -> Trainer:
@@ -93,7 +93,7 @@ HARMS = [
 @pytest.fixture(scope="module")
 def well(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """The run that nothing happens to: the same under every policy."""
-    trainer = trainer_in(tmp_path_factory.mktemp("well"), {"spike": 5.0, "window": 4})
+    trainer = trainer_in(tmp_path_factory.mktemp("well"), {"spike_factor": 5.0, "window": 4})
     trainer.train()
     return trainer
 
@@ -103,7 +103,7 @@ def well(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 def test_the_others_are_the_same_to_the_last_bit(
     kind: str, factor: float, policy: str, well: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guard = {"policy": policy, "spike": 5.0, "window": 4}
+    guard = {"policy": policy, "spike_factor": 5.0, "window": 4}
     ill = trained(tmp_path / "ill", guard, monkeypatch, Harm(kind, factor))
     victim = ill.bank.ids[VICTIM]
     before, after = rows(well), rows(ill)
@@ -168,7 +168,7 @@ def test_after_so_many_rollbacks_it_is_quarantined(tmp_path: Path, monkeypatch: 
 def test_a_run_with_a_bad_step_that_is_taken_up_again_ends_the_same(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guard = {"policy": policy, "spike": 5.0, "window": 4}
+    guard = {"policy": policy, "spike_factor": 5.0, "window": 4}
     whole = trained(tmp_path / "whole", guard, monkeypatch, Harm("loss", 100.0))
     for pause in (BAD_STEP, 13):  # the checkpoints before are of steps 8 and 12
         folder = tmp_path / f"pause {pause}"
@@ -193,7 +193,7 @@ def test_a_run_with_a_bad_step_that_is_taken_up_again_ends_the_same(
 
 
 def test_a_spike_is_measured_by_the_adapters_own_losses(tmp_path: Path) -> None:
-    guard = trainer_in(tmp_path / "one", {"spike": 3.0, "window": 4}).guard
+    guard = trainer_in(tmp_path / "one", {"spike_factor": 3.0, "window": 4}).guard
     for losses in ({0: 1.0, 1: 10.0}, {0: 2.0, 1: 10.0}, {0: 100.0, 1: 10.0}):
         assert guard.bad_losses(losses) == {}  # of one that is new nothing is known
     assert guard.bad_losses({0: 3.0, 1: 10.0}) == {}
@@ -207,7 +207,7 @@ def test_a_spike_is_measured_by_the_adapters_own_losses(tmp_path: Path) -> None:
     [
         ({"window": 8}, r"guard\.window = 8: says what a spike is measured by"),
         ({"rollbacks": 2}, r"guard\.rollbacks = 2: has no meaning but for policy=rollback"),
-        ({"spike": 1.0}, r"guard\.spike = 1\.0: must be more than 1"),
+        ({"spike_factor": 1.0}, r"guard\.spike_factor = 1\.0: must be more than 1"),
         ({"policy": "ignore"}, r"guard\.policy = 'ignore': must be quarantine, rollback or skip"),
     ],
 )

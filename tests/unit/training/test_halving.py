@@ -9,7 +9,7 @@ import pytest
 
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.sweep import SweepConfig
-from flora_train.training.halving import Halving
+from flora_train.training.early_stopping import SuccessiveHalving
 from flora_train.training.trainer import Trainer
 from tests.conftest import spec
 from tests.unit.training.harness import make_trainer
@@ -36,28 +36,28 @@ def halving(**options: object) -> SweepConfig:
     ],
 )
 def test_rungs_suffice_until_one_is_left(count: int, options: dict[str, object], steps: int, rungs: list[int]) -> None:
-    assert Halving(members("a", count), halving(**options), steps).rungs == rungs
+    assert SuccessiveHalving(members("a", count), halving(**options), steps).rungs == rungs
 
 
 def test_nothing_is_halved_without_a_sweep_or_with_all() -> None:
-    assert Halving(members("a", 4, sweep=None), halving(), 100).rungs == []
-    assert Halving(members("a", 4), SweepConfig(), 100).rungs == []
+    assert SuccessiveHalving(members("a", 4, sweep=None), halving(), 100).rungs == []
+    assert SuccessiveHalving(members("a", 4), SweepConfig(), 100).rungs == []
 
 
 def test_of_each_task_the_higher_losses_leave() -> None:
-    judge = Halving([*members("a", 4), *members("b", 3), spec("lora", "a", "alone")], halving(), 100)
+    judge = SuccessiveHalving([*members("a", 4), *members("b", 3), spec("lora", "a", "alone")], halving(), 100)
     losses = dict(enumerate([3.0, 1.0, nan, 2.0, 2.0, 2.0, 1.0, 9.0]))  # two rungs for three as for four
-    assert judge.losers(losses, 24, ()) == []
-    assert judge.losers(losses, 25, ()) == [0, 2, 5]  # a NaN is the highest; of equals the first stays
-    assert judge.losers(losses, 50, {0, 2, 5}) == [3, 4]
-    assert judge.losers(losses, 50, {0, 1, 2, 5}) == [4]  # who stopped by itself takes nobody along
+    assert judge.eliminated(losses, 24, ()) == []
+    assert judge.eliminated(losses, 25, ()) == [0, 2, 5]  # a NaN is the highest; of equals the first stays
+    assert judge.eliminated(losses, 50, {0, 2, 5}) == [3, 4]
+    assert judge.eliminated(losses, 50, {0, 1, 2, 5}) == [4]  # who stopped by itself takes nobody along
 
 
 def test_a_smaller_sweep_is_halved_at_the_last_rungs() -> None:
-    judge = Halving([*members("a", 4), *members("b", 2)], halving(), 100)
+    judge = SuccessiveHalving([*members("a", 4), *members("b", 2)], halving(), 100)
     losses = dict(enumerate([4.0, 3.0, 2.0, 1.0, 2.0, 1.0]))
-    assert judge.losers(losses, 25, ()) == [0, 1]
-    assert judge.losers(losses, 50, {0, 1}) == [2, 4]
+    assert judge.eliminated(losses, 25, ()) == [0, 1]
+    assert judge.eliminated(losses, 50, {0, 1}) == [2, 4]
 
 
 def trainer(folder: Path, strategy: str = "halving") -> Trainer:
@@ -70,8 +70,8 @@ def test_the_others_get_the_part_of_those_who_left(tmp_path: Path) -> None:
     one, whole = trainer(tmp_path / "one"), trainer(tmp_path / "whole", "all")
     one.train()
     whole.train()
-    stopped = one.departures.gone
-    assert sorted(one.departures.left.values()) == [4, 4, 4, 4, 8, 8]
+    stopped = one.early_stopping.retired
+    assert sorted(one.early_stopping.left.values()) == [4, 4, 4, 4, 8, 8]
     for first in (0, 4):  # one of each task is left
         assert len([a for a in range(first, first + 4) if a not in stopped]) == 1
     steps = one.optimizer.steps
@@ -81,4 +81,4 @@ def test_the_others_get_the_part_of_those_who_left(tmp_path: Path) -> None:
     before = [whole.plan(number) for number in range(8, 16)]
     draws = [len({(row.task, row.example) for group in plan.microbatches for row in group}) for plan in after if plan]
     assert sum(draws) > 2 * sum(len({(r.task, r.example) for g in plan.microbatches for r in g}) for plan in before if plan)
-    assert whole.departures.gone == {}
+    assert whole.early_stopping.retired == {}

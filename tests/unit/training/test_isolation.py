@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.training.plan import StepPlan
+from flora_train.training.step_plan import StepPlan
 from tests.conftest import mixed_specs
 from tests.unit.training.harness import (
     largest_difference_to_training_alone,
@@ -43,7 +43,9 @@ def some_absent(plans: list[StepPlan], adapters: int) -> bool:
     "adapter_options",
     [
         pytest.param({"max_grad_norm": None}, id="unclipped"),
-        pytest.param({"max_grad_norm": 0.05, "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 3}, id="clipped-decayed"),
+        pytest.param(
+            {"max_grad_norm": 0.05, "weight_decay": 0.1, "lr_schedule": "cosine", "warmup_steps": 3}, id="clipped-decayed"
+        ),
     ],
 )
 def test_trained_together_equals_trained_alone(

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from flora_train.config.errors import UserError
-from flora_train.kernels import cost_model, flora
 from flora_train.kernels.backend import use_backend
-from flora_train.kernels.cost_model import Thresholds
+from flora_train.kernels.flora import cost_model
+from flora_train.kernels.flora import op as flora
+from flora_train.kernels.flora.cost_model import Thresholds
 from tests.conftest import mixed_specs
 from tests.triton_device import DEVICE
 from tests.unit.training.harness import (

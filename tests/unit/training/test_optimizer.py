@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.schema import TrainingConfig
+from flora_train.config.training_schema import TrainingConfig
 from flora_train.kernels.backend import use_backend
-from flora_train.training.optimizer import BankOptimizer
-from flora_train.training.schedule import learning_rate
+from flora_train.training.optimizer import BankOptimizer, learning_rate
 from tests.architectures import architecture_config, tiny_model
 from tests.conftest import mixed_specs, spec
 from tests.triton_device import DEVICE
@@ -32,7 +31,7 @@ def own_settings() -> list[AdapterSpec]:
     schedules = ["constant", "linear", "cosine"]
     return [
         replace(
-            s, lr=10.0 ** -(1 + i / 2), weight_decay=0.1 * i, max_grad_norm=clips[i], schedule=schedules[i % 3], warmup_steps=i
+            s, lr=10.0 ** -(1 + i / 2), weight_decay=0.1 * i, max_grad_norm=clips[i], lr_schedule=schedules[i % 3], warmup_steps=i
         )
         for i, s in enumerate(mixed_specs())
     ]
@@ -181,7 +180,7 @@ def test_kernel_calls_of_a_step_grow_with_neither_layers_nor_adapters(optimizer:
 
 def test_learning_rate_follows_the_adapter_s_own_steps(tmp_path: Path) -> None:
     """An adapter that sits out steps of the run continues its schedule where it left off."""
-    specs = mixed_specs(schedule="linear", warmup_steps=2, steps=12)
+    specs = mixed_specs(lr_schedule="linear", warmup_steps=2, steps=12)
     trainer = make_trainer(specs, tmp_path)
     own = [0] * len(specs)
     for number, plan in enumerate(plans_of(trainer, 10)):

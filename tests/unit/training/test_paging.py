@@ -23,11 +23,11 @@ def trainer_in(folder: Path, slots: int | None, disk: bool = False, **options: A
     """Twelve adapters of all methods, of which the device has room for about ten."""
     folder.mkdir(exist_ok=True)
     paging = None if slots is None else Paging(slots, folder if disk else None)
-    settings: dict[str, Any] = {"steps": 12, "checkpoint_every": 3, "tokens_per_step": 72, "optimizer": "adamw", **options}
+    settings: dict[str, Any] = {"steps": 12, "save_every": 3, "tokens_per_step": 72, "optimizer": "adamw", **options}
     specs = [replace(s, dropout=0.3) if s.name == "a-lora" else s for s in mixed_specs(lr=5e-3)]
     next_task = {"a": "b", "b": "c", "c": "a"}
     specs += [replace(s, task=next_task[s.task], name=f"{next_task[s.task]}2-{s.family}") for s in specs]
-    return make_trainer(specs, folder, every=4, paging=paging, **settings)
+    return make_trainer(specs, folder, interval=4, paging=paging, **settings)
 
 
 def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

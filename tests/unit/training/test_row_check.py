@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flora_train.adapters.base_model import set_mode
-from flora_train.adapters.probe_inputs import noise_features
 from flora_train.config.errors import UserError
+from flora_train.models.loading import set_mode
+from flora_train.models.probe_inputs import noise_features
 from flora_train.training.row_check import check_rows
 from tests.architectures import ARCHITECTURES, tiny_model
 from tests.other_speech import KINDS, extractor_of, loaded_tiny

@@ -15,13 +15,13 @@ from peft import LoraConfig, get_peft_model
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.load import validate
-from flora_train.data.audio.batch import SpeechCollate
+from flora_train.data.audio.collate import SpeechCollate
 from flora_train.data.task import load_tasks
-from flora_train.training.plan import StepPlan, plan_step
-from flora_train.training.run_folder import RunFolder
+from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.step_plan import StepPlan, plan_step
 from flora_train.training.trainer import Trainer
 from tests.conftest import spec
-from tests.other_speech import KINDS, ears_of, loaded_tiny
+from tests.other_speech import KINDS, loaded_tiny, speech_processor_of
 from tests.speech import loaded_tiny_whisper, tiny_ears, write_corpus
 from tests.unit.training.harness import only, snapshot, train_together
 
@@ -41,9 +41,9 @@ def specs_of(**options: Any) -> list[AdapterSpec]:
     return [
         spec("flora", "en", "flora", rank=2, **options),
         spec("flora", "cs", "pure", rank=2, variant="pure", **options),
-        replace(spec("flora", "hi", "decoder", rank=2, **options), within="decoder"),
+        replace(spec("flora", "hi", "decoder", rank=2, **options), parent_module="decoder"),
         spec("lora", "en", "lora", rank=2, dropout=0.2, **options),
-        replace(spec("lora", "cs", "lora_decoder", rank=2, dropout=0.2, **options), within="decoder"),
+        replace(spec("lora", "cs", "lora_decoder", rank=2, dropout=0.2, **options), parent_module="decoder"),
         spec("ia3", "hi", "ia3", **options),
     ]
 
@@ -73,7 +73,7 @@ def trainer_of(
             "training": {"steps": 12, "max_length": 40, "tokens_per_step": 700, "tokens_per_microbatch": 700, **training},
         }
     )
-    ears = tiny_ears(corpus, window_step=0.5) if kind == "whisper" else ears_of(kind, corpus, window_step=0.5)
+    ears = tiny_ears(corpus, window_step=0.5) if kind == "whisper" else speech_processor_of(kind, corpus, window_step=0.5)
     model = base_of(kind)
     if checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})

@@ -10,7 +10,7 @@ import torch
 
 from flora_train.config.errors import UserError
 from flora_train.config.load import validate
-from flora_train.training.stopping import EarlyStopping
+from flora_train.training.early_stopping import Patience
 from flora_train.training.trainer import Trainer
 from tests.conftest import spec
 from tests.unit.training.harness import make_trainer
@@ -18,7 +18,7 @@ from tests.unit.training.harness import make_trainer
 
 def observed(losses: list[float], patience: int | None, min_delta: float = 0.0) -> int | None:
     """The evaluation at which one adapter stops."""
-    stopping = EarlyStopping([spec("lora", "a", patience=patience, min_delta=min_delta or None)])
+    stopping = Patience([spec("lora", "a", patience=patience, min_delta=min_delta or None)])
     return next((step for step, loss in enumerate(losses, start=1) if stopping.observe({0: loss})), None)
 
 
@@ -44,10 +44,10 @@ def test_it_stops_after_so_many_evaluations_that_were_no_better(
 def test_a_stopping_that_is_taken_up_again_decides_as_the_whole_one() -> None:
     specs = [spec("lora", "a", patience=2), spec("lora", "b", patience=3)]
     losses = [{0: a, 1: b} for a, b in zip([3, 2, 2.5, 2.6, 1], [3, 3, 3, 2, 2], strict=True)]
-    whole = EarlyStopping(specs)
+    whole = Patience(specs)
     assert [whole.observe(found) for found in losses] == [[], [], [], [0], []]
     for pause in range(len(losses)):
-        parts, again = EarlyStopping(specs), EarlyStopping(specs)
+        parts, again = Patience(specs), Patience(specs)
         for found in losses[:pause]:
             parts.observe(found)
         again.take(parts.to_json())
@@ -63,30 +63,30 @@ def trainer(folder: Path, **training: int) -> Trainer:
         spec("flora", "a", lr=1e-3),
         spec("ia3", "b", lr=1e-3),
     ]
-    return make_trainer(specs, folder, every=2, **{"steps": 12, **training})
+    return make_trainer(specs, folder, interval=2, **{"steps": 12, **training})
 
 
 def test_who_stops_stays_as_it_is_and_the_others_train_on(tmp_path: Path) -> None:
     one = trainer(tmp_path / "one")
     one.train()
-    assert one.departures.record() == {"a-lora": {"step": (step := one.departures.gone[0].step), "why": "patience"}}
+    assert one.early_stopping.record() == {"a-lora": {"step": (step := one.early_stopping.retired[0].step), "why": "patience"}}
     assert step < 10
     plans = [one.plan(number) for number in range(12)]
     assert all((0 in plan.label_tokens) <= (number < step) for number, plan in enumerate(plans) if plan is not None)
     assert sum(0 in plan.label_tokens for plan in plans if plan is not None) == one.optimizer.steps[0] > 0
     assert one.optimizer.steps[2] > one.optimizer.steps[0]
     records = one.folder.read_metrics("evaluation")
-    assert records[-1]["left"] == one.departures.record()
+    assert records[-1]["left"] == one.early_stopping.record()
     assert [("a-lora" in record["adapters"]) for record in records] == [record["step"] <= step for record in records]
 
 
-@pytest.mark.parametrize("checkpoint_every", [1, 3])
-def test_a_run_with_stops_that_is_taken_up_again_ends_the_same(tmp_path: Path, checkpoint_every: int) -> None:
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_a_run_with_stops_that_is_taken_up_again_ends_the_same(tmp_path: Path, save_every: int) -> None:
     whole = trainer(tmp_path / "whole")
     whole.train()
     for pause in (3, 5, 7):  # before and after the stop
         folder = tmp_path / f"pause {pause}"
-        first = trainer(folder, checkpoint_every=checkpoint_every)
+        first = trainer(folder, save_every=save_every)
         step = first.step
 
         def killed(number: int, plan: object, first: Trainer = first, step: object = step, pause: int = pause) -> None:
@@ -97,27 +97,27 @@ def test_a_run_with_stops_that_is_taken_up_again_ends_the_same(tmp_path: Path, c
         first.step = killed  # type: ignore[assignment, method-assign]
         with pytest.raises(KeyboardInterrupt):
             first.train()
-        again = trainer(folder, checkpoint_every=checkpoint_every)
+        again = trainer(folder, save_every=save_every)
         again.resume()
         again.train()
-        assert again.departures.to_json() == whole.departures.to_json()
+        assert again.early_stopping.to_json() == whole.early_stopping.to_json()
         assert all(torch.equal(again.bank.row(i), whole.bank.row(i)) for i in range(3))
 
 
 def test_a_run_ends_when_all_have_stopped(tmp_path: Path) -> None:
     specs = [spec("lora", task, lr=3.0, max_grad_norm=None, patience=1) for task in "ab"]
-    one = make_trainer(specs, tmp_path, every=1, steps=200)
+    one = make_trainer(specs, tmp_path, interval=1, steps=200)
     one.train()
-    assert one.departures.gone.keys() == {0, 1}
-    assert one.at.done == max(one.departures.left.values()) < 200
+    assert one.early_stopping.retired.keys() == {0, 1}
+    assert one.at.done == max(one.early_stopping.left.values()) < 200
 
 
 @pytest.mark.parametrize(
     ("adapter", "evaluation", "words"),
     [
-        ({"patience": 2}, {}, r"evaluation\.every: adapters\.x\.patience counts evaluations during training"),
-        ({"min_delta": 0.1}, {"every": 5}, r"adapters\.x\.min_delta = 0\.1: says what patience waits for"),
-        ({"patience": 0}, {"every": 5}, r"adapters\.x\.patience = 0"),
+        ({"patience": 2}, {}, r"evaluation\.interval: adapters\.x\.patience counts evaluations during training"),
+        ({"min_delta": 0.1}, {"interval": 5}, r"adapters\.x\.min_delta = 0\.1: says what patience waits for"),
+        ({"patience": 0}, {"interval": 5}, r"adapters\.x\.patience = 0"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(adapter: dict[str, float], evaluation: dict[str, int], words: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import fail
-from flora_train.config.language_words import language_key
+from flora_train.config.language_names import language_key
 from flora_train.config.terminal_text import plain
 from flora_train.data.strict_json import read_json
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
+from flora_train.config.base import ConfigModel, Text
 from flora_train.config.errors import Problem as UserProblem
 from flora_train.config.errors import UserError, choices, did_you_mean, fail
-from flora_train.config.files import PROJECT_ROOT, read_yaml
-from flora_train.config.section import Section, Text
+from flora_train.config.paths import PROJECT_ROOT, read_yaml
 from flora_train.evaluation.code.problems.problem import Problem
 
 PROBLEMS = PROJECT_ROOT / "eval" / "starter_problems.yaml"
@@ -41,7 +41,7 @@ Content = TypeVar("Content")
 
 
 class StarterTest(BaseModel):
-    """One call and its result. No Section: a result may be true or false."""
+    """One call and its result. No ConfigModel: a result may be true or false."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,7 +49,7 @@ class StarterTest(BaseModel):
     result: Any
 
 
-class StarterProblem(Section):
+class StarterProblem(ConfigModel):
     """A row of eval/starter_problems.yaml; what each key means stands at its top."""
 
     name: SnakeCase
@@ -70,7 +70,7 @@ class StarterProblem(Section):
         return self
 
 
-class StarterLanguage(Section):
+class StarterLanguage(ConfigModel):
     """A row of eval/starter_languages.yaml; what each key means stands at its top."""
 
     prompt: Text
@@ -121,7 +121,7 @@ class StarterLanguage(Section):
         return "".join(f"\\{letter}" if letter in self.escapes else letter for letter in quoted)
 
 
-class StarterTable(Section):
+class StarterTable(ConfigModel):
     """eval/starter_problems.yaml."""
 
     problems: list[StarterProblem] = Field(min_length=1)

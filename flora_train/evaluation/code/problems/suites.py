@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from flora_train.config.errors import choices, fail, first_line
-from flora_train.config.language_words import language_key
+from flora_train.config.language_names import language_key
 from flora_train.config.load import find_file
 from flora_train.evaluation.code.problems.problem import Problem, load_problems, problems_of_rows, prompt_file
 from flora_train.evaluation.code.problems.starter import STARTER_LANGUAGES, load_starter_problems

@@ -11,11 +11,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from flora_train.evaluation.code.programs.evidence import draw_nonce, with_evidence
+from flora_train.evaluation.code.programs.completion_proof import draw_nonce, with_evidence
 from flora_train.evaluation.code.programs.languages import Language
-from flora_train.evaluation.code.programs.places import work_folder
 from flora_train.evaluation.code.programs.process import Ended, run_command
 from flora_train.evaluation.code.programs.sandbox import Limits, Sandbox
+from flora_train.evaluation.code.programs.sandbox_paths import work_folder
 
 Status = Literal["OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"]
 STATUSES: tuple[Status, ...] = ("OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation")
@@ -32,7 +32,7 @@ COMPILER_KILLED = r"Killed signal terminated|CPU time limit exceeded|signal: kil
 TAIL = 2000
 EVIDENCE_PATIENCE = 3
 """Times the limit that the second run of a passing program may compute: it must not miss its evidence on a busy machine."""
-PATIENCE = 2
+CONTENTION_FACTOR = 2
 """Beside others a program may compute so many times its limit, for it then computes slower. Who needs more is out of time."""
 
 
@@ -106,7 +106,7 @@ def _judge(program: Program, sandbox: Sandbox, patience: int) -> tuple[Verdict, 
     endless = ended.cpu >= patience * limit and not ended.over_memory
     status = "Timeout" if endless else judge(ended, language)
     # on the clock it takes at least as long as it computes; what stopped it earlier than that was something else
-    endless |= ended.status in CPU_SIGNALS and not ended.timed_out and ended.wall > 0.9 * PATIENCE * language.seconds
+    endless |= ended.status in CPU_SIGNALS and not ended.timed_out and ended.wall > 0.9 * CONTENTION_FACTOR * language.seconds
     doubtful = not endless and (status == "Timeout" or ended.cpu >= limit or ended.wall > language.seconds)
     return Verdict(status, ended.status, ended.seconds, _tail(ended)), doubtful
 
@@ -165,7 +165,7 @@ def judge(ended: Ended, language: Language) -> Status:
 
 def execute_all(programs: Sequence[Program], sandbox: Sandbox, workers: int, report: Callable[[int, Verdict], None]) -> None:
     """Call `report(i, verdict)` for programs[i] as verdicts come, from this thread. Equal programs run once. What is late beside
-    others is run again alone, so that no verdict depends on what else ran; what computes PATIENCE times its limit, and goes on, is
+    others is run again alone, so that no verdict depends on what else ran; what computes CONTENTION_FACTOR times its limit, and goes on, is
     out of time wherever it runs."""
     same: dict[str, list[int]] = defaultdict(list)
     for i, program in enumerate(programs):
@@ -178,7 +178,7 @@ def execute_all(programs: Sequence[Program], sandbox: Sandbox, workers: int, rep
             report(i, verdict)
 
     with ThreadPoolExecutor(workers) as pool:
-        patience = PATIENCE if workers > 1 else 1
+        patience = CONTENTION_FACTOR if workers > 1 else 1
         running = {pool.submit(_execute, programs[places[0]], sandbox, patience): sha for sha, places in same.items()}
         try:
             for done in as_completed(running):

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from flora_train.config.base import ConfigModel, Text
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail, first_line
-from flora_train.config.files import PROJECT_ROOT
-from flora_train.config.language_words import language_key
-from flora_train.config.section import Section, Text
+from flora_train.config.language_names import language_key
+from flora_train.config.paths import PROJECT_ROOT
 
 TABLE = PROJECT_ROOT / "eval" / "languages.yaml"
 EXITS = r"(?i)\b(?:_?exit|quick_exit|quit|halt)!?\s*\("
@@ -29,7 +29,7 @@ def _a_pattern(value: str | None) -> str | None:
     return value
 
 
-class Prepare(Section):
+class Prepare(ConfigModel):
     """What a language's compiler needs once; what each key means stands at the table's top."""
 
     command: list[Text] = Field(min_length=1)
@@ -39,7 +39,7 @@ class Prepare(Section):
     _patterns = field_validator("when")(_a_pattern)
 
 
-class Evidence(Section):
+class Evidence(ConfigModel):
     """How a passing program shows that it ran its checks; what each key means stands at the table's top."""
 
     before: str
@@ -47,7 +47,7 @@ class Evidence(Section):
     run: list[Text] | None = None
 
 
-class Language(Section):
+class Language(ConfigModel):
     """A row of the table; what each key means stands at its top."""
 
     key: Text

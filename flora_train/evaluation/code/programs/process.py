@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import IO
 
-from flora_train.evaluation.code.programs.memory import SandboxMemory, SessionMemory
+from flora_train.evaluation.code.programs.memory_limit import SandboxMemory, SessionMemory
 
 KEPT_BYTES = 64 << 10
 """Of either end: what a program says of its tests comes last."""

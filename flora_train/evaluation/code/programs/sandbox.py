@@ -18,11 +18,17 @@ from threading import Event
 from typing import Literal
 
 from flora_train.config.errors import fail
-from flora_train.evaluation.code.programs.memory import SCRATCH
-from flora_train.evaluation.code.programs.places import clean_path, find_program, hidden_below, private_folders, work_folder
-from flora_train.evaluation.code.programs.prepared import PreparedFolders
+from flora_train.evaluation.code.programs.memory_limit import SCRATCH
 from flora_train.evaluation.code.programs.process import INFO, Command, run_command
-from flora_train.evaluation.code.programs.system_calls import deny_filter
+from flora_train.evaluation.code.programs.sandbox_paths import (
+    clean_path,
+    find_program,
+    hidden_below,
+    private_folders,
+    work_folder,
+)
+from flora_train.evaluation.code.programs.seccomp import deny_filter
+from flora_train.evaluation.code.programs.toolchain_cache import ToolchainCache
 
 Kind = Literal["bubblewrap", "none"]
 NOBODY = 65534
@@ -84,7 +90,7 @@ class Sandbox:
     are denied, where the kernel can do that; stop: once it is set, what runs is ended."""
 
     kind: Kind
-    prepared: PreparedFolders = field(default_factory=PreparedFolders, compare=False)
+    prepared: ToolchainCache = field(default_factory=ToolchainCache, compare=False)
     filtered: bool = True
     stop: Event = field(default_factory=Event, compare=False)
 

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flora_train.atomic import disk_errors
 from flora_train.config.errors import fail
-from flora_train.evaluation.code.completions import Completion
+from flora_train.evaluation.code.completion_files import Completion
+from flora_train.evaluation.code.programs.early_exit import exits_early
 from flora_train.evaluation.code.programs.execute import STATUSES, Program, Verdict, execute_all
 from flora_train.evaluation.code.programs.languages import Language
 from flora_train.evaluation.code.programs.sandbox import Kind, Sandbox
-from flora_train.evaluation.code.programs.suspicious import ends_early
-from flora_train.training.progress import Watch
+from flora_train.runtime.atomic import disk_errors
+from flora_train.runtime.progress import ProgressBar
 
 try:
     import fcntl
@@ -61,7 +61,7 @@ def judge_all(
             done += 1
             watch.update(done)
 
-        with Watch("execute", max(1, len(todo))) as watch:
+        with ProgressBar("execute", max(1, len(todo))) as watch:
             execute_all([programs[key] for key in todo], sandbox, workers, report)
     return {key: known[key] for key in programs}
 
@@ -136,7 +136,7 @@ def _record(at: str, line: bytes) -> dict[str, Any]:
 
 def _suspicious(verdict: Verdict, language: Language, completion: str) -> bool:
     """Of a pass: the evidence decides, and words only where there can be none."""
-    return ends_early(language, completion) if verdict.checks_ran is None else not verdict.checks_ran
+    return exits_early(language, completion) if verdict.checks_ran is None else not verdict.checks_ran
 
 
 @contextmanager

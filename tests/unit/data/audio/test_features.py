@@ -9,7 +9,7 @@ import pytest
 
 from flora_train.data.audio.decode import look_at, read_clip
 from flora_train.data.audio.features import FeatureStore, Heard
-from flora_train.data.audio.windows import GRAIN
+from flora_train.data.audio.speech_processor import GRAIN
 from tests.speech import MEL_BINS, tiny_extractor, write_clip
 
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora_train.config.errors import UserError
-from flora_train.evaluation.code import completions as completions_module
+from flora_train.evaluation.code import completion_files as completions_module
+from flora_train.evaluation.code.completion_files import read_completions
 from flora_train.evaluation.code.completion_log import CompletionLog
-from flora_train.evaluation.code.completions import read_completions
 from flora_train.evaluation.code.problems.problem import load_problems
 from flora_train.evaluation.code.scores import check_k
 

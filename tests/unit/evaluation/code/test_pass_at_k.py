@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from flora_train.evaluation.code.pass_at_k import pass_at_k
+from flora_train.evaluation.code.scores import pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])

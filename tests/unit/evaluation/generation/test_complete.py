@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.evaluation.generation import Decoder, Request, Sampling, complete
-from flora_train.evaluation.generation.way import way_of
+from flora_train.evaluation.generation.batching_mode import way_of
 from tests.architectures import architecture_config
 from tests.conftest import perturb, spec
 from tests.unit.data.conftest import byte_tokenizer

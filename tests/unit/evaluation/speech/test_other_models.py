@@ -16,7 +16,7 @@ from flora_train.data.audio.decode import RATE, look_at
 from flora_train.data.audio.features import Heard, input_name
 from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
 from tests.conftest import spec
-from tests.other_speech import KINDS, ears_of, loaded_tiny
+from tests.other_speech import KINDS, loaded_tiny, speech_processor_of
 from tests.speech import write_clip
 
 MOST = 10
@@ -25,8 +25,8 @@ MOST = 10
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> None:
-    specs = [spec("flora", "a"), spec("lora", "a"), replace(spec("lora", "b"), within="decoder"), spec("ia3", "b")]
-    bank, ears = AdapterBank.attach(loaded_tiny(kind), specs), ears_of(kind, tmp_path, window_step=0.5)
+    specs = [spec("flora", "a"), spec("lora", "a"), replace(spec("lora", "b"), parent_module="decoder"), spec("ia3", "b")]
+    bank, ears = AdapterBank.attach(loaded_tiny(kind), specs), speech_processor_of(kind, tmp_path, window_step=0.5)
     for pool in bank.pools:
         pool.values.add_(0.3 * torch.randn(pool.values.shape, generator=torch.Generator().manual_seed(1)))
     files = [str(write_clip(tmp_path / f"{i}.wav", 0.4 + 0.5 * i, seed=i)) for i in range(3)]
@@ -56,7 +56,7 @@ def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_positions_of_a_window_are_those_that_the_encoder_makes(kind: str, tmp_path: Path) -> None:
-    ears, model = ears_of(kind, tmp_path, window_step=0.5), loaded_tiny(kind).eval()
+    ears, model = speech_processor_of(kind, tmp_path, window_step=0.5), loaded_tiny(kind).eval()
     for seconds in (0.3, 1.2):
         clip = write_clip(tmp_path / f"{seconds}.wav", seconds)
         samples = ears.windows.samples(seconds)
@@ -66,7 +66,7 @@ def test_positions_of_a_window_are_those_that_the_encoder_makes(kind: str, tmp_p
 
 
 def test_its_prompt_is_named_or_its_start_token(tmp_path: Path) -> None:
-    ears = ears_of("moonshine", tmp_path, window_step=0.5)
+    ears = speech_processor_of("moonshine", tmp_path, window_step=0.5)
     vocabulary = ears.tokenizer.get_vocab()
     assert ears.prompt(SpeechConfig(language="cs"), "tasks.a") == [vocabulary["<|en|>"]]
     assert ears.prompt(SpeechConfig(language="cs", prompt=["<|cs|>", "<|hi|>"]), "k") == [

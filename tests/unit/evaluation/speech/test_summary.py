@@ -10,12 +10,12 @@ import pytest
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, expand
 from flora_train.config.schema import RunConfig
-from flora_train.data.audio.split import SpeechSplit
+from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.evaluation.report.html import render_html
 from flora_train.evaluation.report.terminal import print_error_rates
 from flora_train.evaluation.speech.summary import Heard, summarise
 from tests.speech import loaded_tiny_whisper, write_corpus
-from tests.unit.data.audio.test_speech import config_of, load
+from tests.unit.data.audio.test_speech_task import config_of, load
 from tests.unit.evaluation.test_report_html import Outline
 from tests.unit.evaluation.test_report_html import run as results_of
 
@@ -36,7 +36,7 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     files = write_corpus(folder, "cs", held=6)
     split = load(files, folder).test
     assert isinstance(split, SpeechSplit)
-    run = config(files, played_clips=1)
+    run = config(files, embedded_clips=1)
     bank = AdapterBank.attach(loaded_tiny_whisper(), expand(run))
     heard = [
         Heard(adapter, "cs", i, " ".join(["wrong"] * n + str(sentence).upper().split()[n:]) + "!", "loop" if n == 2 else "end")
@@ -96,7 +96,7 @@ def test_nothing_is_played_where_clips_must_not_be_passed_on(summary: dict[str, 
     files = write_corpus(tmp_path, "cs")
     split = load(files, tmp_path).test
     assert isinstance(split, SpeechSplit)
-    run = config(files, played_clips=0)
+    run = config(files, embedded_clips=0)
     bank = AdapterBank.attach(loaded_tiny_whisper(), expand(run))
     heard = [Heard(adapter, "cs", i, "no", "end") for adapter in ROUNDS for i in range(len(split))]
     (part,) = summarise(run, {"cs": split}, bank, heard)["languages"]

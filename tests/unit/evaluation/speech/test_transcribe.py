@@ -13,7 +13,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.audio.decode import look_at
 from flora_train.data.audio.features import FeatureStore, Heard
-from flora_train.data.audio.windows import GRAIN
+from flora_train.data.audio.speech_processor import GRAIN
 from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
 from tests.conftest import spec
 from tests.speech import loaded_tiny_whisper, tiny_extractor, tiny_tokenizer, write_clip
@@ -23,7 +23,7 @@ MOST = 12
 
 @pytest.fixture(scope="module")
 def bank() -> AdapterBank:
-    specs = [spec("flora", "a"), spec("lora", "a"), replace(spec("lora", "b"), within="decoder"), spec("ia3", "b")]
+    specs = [spec("flora", "a"), spec("lora", "a"), replace(spec("lora", "b"), parent_module="decoder"), spec("ia3", "b")]
     bank = AdapterBank.attach(loaded_tiny_whisper(), specs)
     generator = torch.Generator().manual_seed(1)
     for pool in bank.pools:  # adapters that do something

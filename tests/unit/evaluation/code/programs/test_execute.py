@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flora_train.evaluation.code.completions import read_completions
+from flora_train.evaluation.code.completion_files import read_completions
 from flora_train.evaluation.code.programs.execute import Program, Verdict, execute, execute_all
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.programs.process import Ended

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from flora_train.evaluation.code.problems.problem import load_problems
+from flora_train.evaluation.code.programs.early_exit import exits_early
 from flora_train.evaluation.code.programs.execute import Program, execute
 from flora_train.evaluation.code.programs.sandbox import Sandbox
-from flora_train.evaluation.code.programs.suspicious import ends_early
 from tests.unit.evaluation.code.conftest import working
 
 FOLDER = Path(__file__).parents[4] / "fixtures" / "multipl_e_problems"
@@ -33,4 +33,4 @@ def test_the_right_solution_passes_and_the_wrong_one_fails_an_assertion(key: str
         completion = SOLUTIONS[key][name][kind]
         verdict = execute(Program(language, problem.program(completion)), sandbox)
         assert verdict.status == status, (kind, verdict)
-        assert not ends_early(language, completion)
+        assert not exits_early(language, completion)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.evaluation.code.programs import places
 from flora_train.evaluation.code.programs import sandbox as sandbox_module
+from flora_train.evaluation.code.programs import sandbox_paths as places
 from flora_train.evaluation.code.programs.execute import Program, execute, preflight
-from flora_train.evaluation.code.programs.places import clean_path, hidden_below, neutral_folder
 from flora_train.evaluation.code.programs.sandbox import Sandbox, open_sandbox
+from flora_train.evaluation.code.programs.sandbox_paths import clean_path, hidden_below, neutral_folder
 from tests.unit.evaluation.code.conftest import working
 
 CANARY = "canary-5f2c"

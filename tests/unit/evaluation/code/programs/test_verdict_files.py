@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flora_train.commands.execute import execute_completions
 from flora_train.config.errors import UserError
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.programs.sandbox import Sandbox
 from flora_train.evaluation.code.programs.verdicts import read_verdicts
-from flora_train.execute import execute_completions
 from tests.unit.evaluation.code.conftest import working
 
 ROOT = Path(__file__).parents[5]

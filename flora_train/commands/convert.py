@@ -1,0 +1,73 @@
+"""flora-train convert: writes a fLoRA W0 * (1 + B A) that is close to a LoRA that anybody trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.peft_files import check_targets, kind_of
+from flora_train.adapters.spec import make_spec
+from flora_train.config.base import ConfigModel, PathText
+from flora_train.config.command_options import read_options
+from flora_train.config.errors import fail
+from flora_train.config.overrides import from_flags, parse_words
+from flora_train.config.schema import AdapterConfig, ModelConfig
+from flora_train.config.terminal_text import print_plain
+from flora_train.export.model_card import in_code, write_card
+from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_import import fit_lora, modules_of, read_peft, scale_of
+from flora_train.models.loading import load_base_model
+from flora_train.runtime.atomic import check_writable
+
+
+class ConvertOptions(ConfigModel):
+    out: PathText
+    """Folder of the new adapter (PEFT: HIRA)."""
+    model: PathText | None = None
+    """The base model. Default: the one that the adapter names."""
+    rank: int = Field(8, ge=1, le=8192)
+    """Of the fLoRA."""
+
+
+def convert_adapter(words: Sequence[str]) -> None:
+    """words: a PEFT LORA, folder or hub name, and ConvertOptions. Raises UserError before anything is written."""
+    sources, raw = from_flags(words)
+    options = read_options(ConvertOptions, parse_words(raw))
+    if len(sources) != 1:
+        raise fail("adapter", sources, "give one folder or hub name of a PEFT adapter")
+    source, out = sources[0], Path(options.out)
+    if out.exists():
+        raise fail("out", str(out), "exists already: choose another, or delete it")
+    check_writable(out)
+    config, tensors = read_peft(source, "adapter")
+    if kind_of(config) != "LORA":
+        fix = f"is of kind {kind_of(config)}: LORA is converted; HIRA and IA3 go on as they are, with adapters.NAME.init_from"
+        raise fail("adapter", source, fix)
+    base = options.model or config.get("base_model_name_or_path")
+    if not base:
+        raise fail("model", None, f"{source} names no base model: give --model, a folder or a name on the hub")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
+    modules = sorted(modules_of(config, tensors))
+    check_targets(config, modules, [name for name, _ in model.named_modules()], source, "adapter")
+    spec = make_spec("", "flora", AdapterConfig(method="flora", rank=options.rank, lr=1.0, target_modules=modules), 1)
+    bank = AdapterBank.attach(model, [replace(spec, name=out.name)])
+    numbers, error = fit_lora(bank, out.name, tensors, scale_of(config))
+    for module, params in bank.parameters_of(out.name).items():
+        for param, view in params.items():
+            view.copy_(numbers[f"{module}.{param}"])
+    export_peft(bank, out.name, out, base, replace=False)
+    found = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
+    write_card(
+        {},
+        bank.specs[0],
+        out,
+        origin=f"Fitted to the LoRA `{in_code(source)}` of rank {config['r']} by weighted least squares, a close fit and not always the closest: {found}.",
+    )
+    print_plain(f"{out}: fLoRA of rank {options.rank}, {found}")
+    print_plain(f"next  train it on with adapters.flora={{method: flora, rank: {options.rank}, lr: 2.0e-2, init_from: {out}}}")

@@ -1,0 +1,179 @@
+"""flora-train solve (and eval/run.py): let a trained run's base, adapters and any PEFT adapter solve programming problems."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from flora_train.config.base import ConfigModel, PathText, Text
+from flora_train.config.command_options import read_options
+from flora_train.config.errors import fail
+from flora_train.config.evaluation_schema import EvaluationConfig
+from flora_train.config.language_names import ProgrammingLanguages
+from flora_train.config.load import validate
+from flora_train.config.overrides import merge, parse_words
+from flora_train.config.schema import RunConfig
+from flora_train.config.terminal_text import print_plain
+from flora_train.evaluation.code.completion_files import Completion, check_multipl_e, write_multipl_e
+from flora_train.evaluation.code.completion_log import CompletionLog
+from flora_train.evaluation.code.contenders import check_peft_contenders
+from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evaluation
+from flora_train.evaluation.code.problems.suites import Suite
+from flora_train.evaluation.code.summary import read_summaries, read_summary, write_summary
+from flora_train.evaluation.report import write_report
+from flora_train.evaluation.report.html import render_html
+from flora_train.evaluation.report.results import not_measured, read_report, reading_report
+from flora_train.evaluation.report.terminal import print_pass_at_k
+from flora_train.evaluation.saved_files import check_evaluation
+from flora_train.models.loading import load_base_model
+from flora_train.run_context import load_run, locked, note_differences
+from flora_train.runtime.atomic import real_path
+from flora_train.runtime.distributed import on_main_process, wait_for_everyone
+from flora_train.runtime.manifest import suite_files
+from flora_train.runtime.run_folder import RunFolder, open_run
+from flora_train.runtime.run_lock import RunLock
+from flora_train.training.origin import OriginOptions, take_origin_options
+
+Names = Annotated[list[Text], Field(min_length=1)]
+
+
+FLAGS = {"--allow-different-base": "allow_different_base=true"}
+
+
+class SolveOptions(ConfigModel):
+    languages: Annotated[ProgrammingLanguages, Field(min_length=1)] | None = None
+    """The same as evaluation.languages."""
+    contenders: Annotated[list[PathText], Field(min_length=1)] | None = None
+    """PEFT adapters, folders or hub names, that solve the same problems."""
+    out: PathText | None = None
+    """Folder of completions, verdicts and scores. Default: the run's own, eval/<suite>, which the report is drawn from."""
+    multipl_e: PathText | None = None
+    """Write the completions in MultiPL-E's layout, too: one folder a contender and language here."""
+
+
+def solve_run(run: str, words: Sequence[str]) -> None:
+    """words: SolveOptions and evaluation.key=value, which stand above the run's own. Completions that are there are kept.
+
+    Raises UserError for bad input before the model is loaded.
+    """
+    folder, recorded = open_run(run)
+    raw = parse_words([FLAGS.get(word, word) for word in words])
+    evaluation = raw.pop("evaluation", None) or {}
+    if not isinstance(evaluation, dict):
+        raise fail("evaluation", evaluation, "must hold keys: give evaluation.KEY=VALUE")
+    allow, raw = take_origin_options(raw)
+    options = read_options(SolveOptions, raw, also=["evaluation.KEY"])
+    if options.languages is not None:
+        evaluation = {**evaluation, "languages": options.languages}
+    config = validate(merge(recorded.model_dump(mode="json"), {"evaluation": evaluation}))
+    if not config.evaluation.problems:
+        fix = "say which: evaluation.problems=starter, a folder of MultiPL-E's prompt files, or hub:nuprl/MultiPL-E"
+        raise fail("evaluation.problems", None, fix)
+    if not folder.adapters.is_dir() or not any(folder.adapters.iterdir()):
+        raise fail("run", run, "has no adapters yet: it did not finish; train it on with resume=true")
+    check_peft_contenders(options.contenders or (), ())
+    place = folder.evaluation if options.out is None else Path(options.out)
+    inside = real_path(place).is_relative_to(real_path(folder.path))
+    apart = nullcontext() if inside else _reserved(place)
+    with locked(run, alone=inside or allow.allow_different_base) as folder, apart:
+        report = on_main_process(lambda: _report(folder)) if options.out is None else None
+        plan = on_main_process(lambda: plan_evaluation(config))
+        suites = {suite.name: plan.languages for suite in plan.suites}
+        on_main_process(lambda: check_evaluation(place, suites, config))
+        if options.out is None:
+            on_main_process(lambda: folder.add_files(suite_files(suite.name for suite in plan.suites)))
+        if options.multipl_e is not None:
+            on_main_process(lambda: _check_layout(plan, place, config.evaluation, Path(str(options.multipl_e))))
+        _solve(run, config, options, allow, plan, place, folder, report, recorded)
+
+
+@contextmanager
+def _reserved(place: Path) -> Iterator[None]:
+    """A folder outside the run, in which no other process solves or trains meanwhile. Raises UserError if one does."""
+    outer = (folder for folder in (real_path(place), *real_path(place).parents) if (folder / "run.json").exists())
+    lock = RunLock(next(outer, place))
+    on_main_process(lock.take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _report(folder: RunFolder) -> dict[str, Any] | None:
+    """The run's report, if there is one. Raises UserError if it cannot be drawn again at the end."""
+    path = folder.evaluation / "report.json"
+    if not path.exists():
+        return None
+    report = read_report(folder)
+    with reading_report(path):
+        render_html(report)
+    return report
+
+
+def _check_layout(plan: Plan, place: Path, evaluation: EvaluationConfig, layout: Path) -> None:
+    """Raises UserError if `layout` holds completions that are not in the logs that it would be written from."""
+    for suite in plan.suites:
+        check_multipl_e(_completions(place, suite), layout, evaluation)
+
+
+def _completions(place: Path, suite: Suite) -> list[Completion]:
+    known = [entry for entry in CompletionLog(place / suite.name).read().values() if entry.language in suite.problems]
+    problems = suite.problems
+    return [
+        Completion(entry.adapter, problems[entry.language][entry.name], entry.sample, entry.completion)
+        for entry in known
+        if entry.name in problems[entry.language]
+    ]
+
+
+def _solve(
+    run: str,
+    config: RunConfig,
+    options: SolveOptions,
+    allow: OriginOptions,
+    plan: Plan,
+    place: Path,
+    folder: RunFolder,
+    report: dict[str, Any] | None,
+    recorded: RunConfig,
+) -> None:
+    session, _ = load_run(run, allow=allow)
+    on_main_process(lambda: note_differences(folder, "solve", session.differences))
+    evaluate_code(
+        config,
+        plan,
+        session.model,
+        session.bank,
+        session.tokenizer,
+        place,
+        options.contenders or (),
+        lambda: load_base_model(config.model, session.bank.device),
+    )
+
+    def finish() -> None:
+        for suite in plan.suites if session.differences else ():
+            summary = {**read_summary(place / suite.name), "differences": list(session.differences)}
+            write_summary(summary, place / suite.name)
+        summaries = read_summaries(place)
+        print_pass_at_k(summaries)
+        for suite in plan.suites:
+            print_plain(f"\ncompletions, verdicts, scores   {place / suite.name}/")
+            if options.multipl_e is not None:
+                layout = write_multipl_e(_completions(place, suite), Path(options.multipl_e), config.evaluation)
+                print_plain(f"in MultiPL-E's layout           {layout}/")
+        if report is not None:
+            earlier = report["facts"].get("differences")
+            differences = list(dict.fromkeys([*(earlier if isinstance(earlier, list) else []), *session.differences]))
+            limits = [*not_measured(recorded, executed=True), *differences]
+            facts = {**report["facts"], "differences": differences}
+            now = {**report, "facts": facts, "code": summaries, "not_measured": limits}
+            with reading_report(folder.evaluation / "report.json"):
+                page = write_report(now, folder.evaluation)
+            print_plain(f"report                          {page}")
+
+    on_main_process(finish)
+    wait_for_everyone()

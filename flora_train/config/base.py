@@ -1,0 +1,59 @@
+"""What do all sections of the configuration have in common?"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator, model_validator
+
+LONGEST_NAME = 200
+"""Characters of a name: files are called by names, and may have 255 bytes with ending and temporary prefix."""
+LONGEST_PART, LONGEST_PATH = 255, 3500
+"""Bytes of a path's part, and of a path, beside what a run's files are called below it."""
+MOST_STEPS = 10_000_000
+MOST_ROWS = 1_000_000_000
+"""Rows or examples of one split."""
+MOST_TOKENS = 100_000_000
+"""Tokens of a step."""
+MOST_PROCESSES = 1024
+"""Threads or processes that work at one time on one machine."""
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=LONGEST_NAME)]
+
+
+def _possible_path(text: str) -> str:
+    """Refused before anything runs: the system would do so in the middle of it."""
+    if max(len(part.encode()) for part in text.split("/")) > LONGEST_PART or len(text.encode()) > LONGEST_PATH:
+        raise ValueError(f"is too long for a path: at most {LONGEST_PATH:,} bytes, and {LONGEST_PART} between two slashes")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
+PathText = Annotated[Text, AfterValidator(_possible_path)]
+"""A file, a folder, a glob, or a name on the hub."""
+
+
+class ConfigModel(BaseModel):
+    """An unknown key is an error, a validated section never changes, and fields carry their own help.
+
+    Values that contradict each other are found field by field, in the order of the fields: a validator sees in
+    `info.data` the valid ones above it, so that one wrong value never hides another.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_no_keys(cls, value: Any) -> Any:
+        """`training:` with nothing below it."""
+        return {} if value is None else value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Without this, `steps: yes` would be one step."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
+            raise ValueError("is true or false to YAML: give a number, or text in quotes")
+        return value

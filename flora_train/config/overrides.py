@@ -1,0 +1,138 @@
+"""What do the words of a command line say? `key.sub=value`, and one helpful line for other dialects."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from flora_train.config import yaml_format as yaml_text
+from flora_train.config.errors import LONGEST_VALUE, Problem, UserError, did_you_mean
+from flora_train.config.paths import RawConfig, shipped
+
+ONLY_ONCE = ("recipe", "data_config")
+"""Of other keys given twice the last one counts, so that a script's words can be overridden."""
+DEEPEST_KEY = 16
+
+
+def parse_words(words: Sequence[str]) -> RawConfig:
+    """The mapping that `key.sub=value` words spell. Raises UserError with every word that is not of that form."""
+    layer: RawConfig = {}
+    problems: list[Problem] = []
+    for word in _options_with_their_values(words):
+        problem = _dialect_problem(word) or _key_problem(word)
+        if problem is None:
+            key, _, value = word.partition("=")
+            try:
+                _set(layer, key.split("."), yaml_text.read(value))
+            except yaml_text.YamlFaults as error:
+                problem = Problem(key, value, _value_fix(key, error.faults[0]))
+        if problem is not None:
+            problems.append(problem)
+    counts = Counter(word.partition("=")[0] for word in words)
+    problems += [Problem(key, None, f"is given {counts[key]} times: give one") for key in ONLY_ONCE if counts[key] > 1]
+    if problems:
+        raise UserError(*problems)
+    return layer
+
+
+def from_flags(words: Sequence[str], switches: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """What stands by itself, and `--max-error 0.1`, `--max-error=0.1` or `max_error=0.1` as `max_error=0.1`: for commands that others have
+    under the same name, with flags. switches: keys that take no value, `--dry-run` is `dry_run=true`.
+
+    Raises UserError for a flag that has no value and needs one.
+    """
+    alone: list[str] = []
+    options: list[str] = []
+    rest = list(words)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--"):
+            (options if equals else alone).append(f"{key}{equals}{value}")
+            continue
+        key = key[2:].replace("-", "_")
+        if key in switches:
+            value = value or "true"
+        elif not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        if not key or not value:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(Problem(flag, None, f"needs a value: {flag} VALUE" if key else "is no flag: give it a name"))
+        options.append(f"{key}={value}")
+    return alone, options
+
+
+def run_and_names(alone: Sequence[str]) -> tuple[str, list[str]]:
+    """The run and the adapters that stand by themselves on a command line. Raises UserError if there is no run."""
+    if not alone:
+        raise UserError(Problem("run", None, "say which: a folder in outputs/"))
+    return alone[0], list(alone[1:])
+
+
+def _set(layer: RawConfig, parts: Sequence[str], value: Any) -> None:
+    """Put a value at a.b.c; mappings merge, anything else is replaced. Only mappings that this call or another made are changed."""
+    for part in parts[:-1]:
+        below = layer.get(part)
+        layer[part] = layer = dict(below) if isinstance(below, dict) else {}
+    last, there = parts[-1], layer.get(parts[-1])
+    layer[last] = merge(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
+
+
+def _key_problem(word: str) -> Problem | None:
+    key = word.partition("=")[0]
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return Problem(key.encode(errors="replace").decode(), None, "is not valid UTF-8 text")
+    parts = key.split(".")
+    if not all(part.strip() == part != "" for part in parts):
+        return Problem(word, None, "expected key=value, a dotted key such as training.steps without spaces before the =")
+    return Problem(key, None, "has too many parts: no key is that deep") if len(parts) > DEEPEST_KEY else None
+
+
+def _value_fix(key: str, fault: yaml_text.Fault) -> str:
+    if not fault.fix.startswith(yaml_text.UNREADABLE):
+        return f"{fault.given[:LONGEST_VALUE]} {fault.fix}" if fault.given else fault.fix
+    reason = fault.fix.removeprefix(f"{yaml_text.UNREADABLE}: ")
+    return f"{yaml_text.UNREADABLE} ({reason}); text needs its own quotes: '{key}=\"...\"'"
+
+
+def merge(below: RawConfig, above: RawConfig) -> RawConfig:
+    """Mappings merge key by key; anything else above replaces what is below."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = merge(below[key], value) if both else value
+    return merged
+
+
+def _options_with_their_values(words: Sequence[str]) -> list[str]:
+    """`--key value` as one word, so that it gets one answer."""
+    joined: list[str] = []
+    for word in words:
+        option = joined[-1] if joined else ""
+        takes_value = option.startswith("--") and option != "--multirun" and not {"=", " "} & set(option)
+        if takes_value and "=" not in word and not word.startswith(("-", "+", "~")):
+            joined[-1] += f" {word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _dialect_problem(word: str) -> Problem | None:
+    plain = word.lstrip("+~-")
+    if word in ("-m", "--multirun"):
+        return Problem(word, None, "is Hydra's: there is no multirun here; every adapter of a recipe trains in one run")
+    if word.startswith("+"):
+        return Problem(word, None, f"is Hydra's: write {plain}, keys need no + here")
+    if word.startswith("~"):
+        return Problem(word, None, f"is Hydra's: keys cannot be removed here; write {plain.partition('=')[0]}=VALUE to change it")
+    if word.startswith("-"):
+        key, _, value = plain.replace(" ", "=", 1).partition("=")
+        section, dot, field = key.rpartition(".")
+        return Problem(word, None, f"options are written key=value: {section}{dot}{field.replace('-', '_')}={value or 'VALUE'}")
+    if "=" not in word or word.startswith("="):
+        recipes = shipped("recipes")
+        hint = f" Did you mean recipe={word}?" if word in recipes else did_you_mean(word, recipes)
+        return Problem(word, None, f"expected key=value.{hint}")
+    return None

@@ -1,0 +1,128 @@
+"""Which file does a name in the configuration mean, and what does its YAML say?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flora_train.config import yaml_format as yaml_text
+from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+IS_CHECKOUT = (CHECKOUT / "recipes").is_dir()
+PROJECT_ROOT = CHECKOUT if IS_CHECKOUT else Path(__file__).resolve().parents[1] / "shipped"
+"""Recipes, data configs, example data and the scripts beside them: of the source tree, or, installed from a wheel, in the package."""
+
+RawConfig = dict[str, Any]
+"""Nested mappings as read, interpolations not yet resolved."""
+
+
+def shipped(kind: str) -> dict[str, Path]:
+    """Name -> file of the YAML files below `recipes` or `data_configs`, the working directory's before the project's.
+
+    `recipes/speech/nordic.yaml` has the name `speech/nordic`.
+    """
+    folders = (PROJECT_ROOT / kind, Path(kind))
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path for folder in folders for path in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def at_home(path: str) -> Path:
+    """`path` with `~` as the home folder; a user that is not known here stays as it is written."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def find_file(path: str) -> Path:
+    """`path` in the working directory, or else in the project's own folder (shipped data)."""
+    here = at_home(path)
+    return here if exists(here) or not exists(PROJECT_ROOT / here) else PROJECT_ROOT / here
+
+
+def exists(path: Path) -> bool:
+    """Also False for a name that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def find_config(kind: str, name: str) -> Path:
+    """The YAML file of a `recipe` or `data_config` given as shipped name, path, or folder of a finished run.
+
+    Raises UserError if there is none.
+    """
+    known = shipped(f"{kind}s")
+    if name in known:
+        return known[name]
+    path = find_file(name)
+    if exists(path) and path.is_dir():
+        if not (path / "config.yaml").is_file():
+            raise fail(kind, name, "is a folder without a config.yaml: give a YAML file, or the folder of a run")
+        return path / "config.yaml"
+    if exists(path):
+        if not path.is_file():
+            raise fail(kind, name, "is no regular file: give a YAML file, or the folder of a run")
+        return path
+    wanted = name.removesuffix(".yaml").removesuffix(".yml")
+    hint = did_you_mean(wanted, known) or did_you_mean(Path(wanted).name, known)
+    if wanted != name or "/" in name:
+        raise fail(kind, name, f"no such file.{hint}")
+    if exists(find_file(f"{name}.yaml")):
+        raise fail(kind, name, f"no {kind} of that name in {kind}s/. There is a file: {kind}={name}.yaml")
+    raise fail(kind, name, f"no {kind} of that name in {kind}s/; there are {choices(known)}.{hint}")
+
+
+def read_yaml(path: Path) -> RawConfig:
+    """The mapping in a YAML file. Raises UserError with file and line if it is damaged, a key is given twice, or a name
+    is not text to YAML (`no` is a boolean)."""
+    if exists(path) and not path.is_file() and not path.is_dir():
+        raise fail(str(path), None, "is no regular file: give a YAML file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise fail(str(path), None, "is not readable YAML: it is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise fail(str(path), None, f"cannot be read: {error.strerror}") from None
+    return read_mapping(text, str(path))
+
+
+def read_mapping(text: str, source: str) -> RawConfig:
+    """The mapping in a YAML text. source: what errors call it."""
+    try:
+        content = yaml_text.read(text)
+    except yaml_text.YamlFaults as error:
+        raise UserError(*(_problem(source, fault) for fault in error.faults)) from None
+    if not isinstance(content, dict):
+        raise fail(source, None, "must hold keys and values at the top level")
+    return content
+
+
+def check_texts(raw: Mapping[str, Any]) -> None:
+    """Raises UserError for texts that no file could hold, keys included: half of a pair of UTF-16, or a character of code 0."""
+    seen: set[int] = set()
+    rest: list[tuple[str, Any]] = [("", raw)]
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, str):
+            if fault := yaml_text.unwritable(value):
+                raise fail(key.encode(errors="replace").decode() or "configuration", None, fault)
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for name, item in items:
+                below = f"{key}.{name}" if key else str(name)
+                rest += [(below, name), (below, item)] if isinstance(name, str) else [(below, item)]
+
+
+def _problem(source: str, fault: yaml_text.Fault) -> Problem:
+    if fault.line is None:
+        return Problem(source, fault.given, fault.fix)
+    if fault.fix.startswith(yaml_text.UNREADABLE):
+        given = f" {fault.given}" if fault.given else ""
+        return Problem(source, None, f"{fault.fix}{given} (line {fault.line})")
+    return Problem(f"{source}:{fault.line}", fault.given, fault.fix)

@@ -1,0 +1,126 @@
+"""How does a user read pydantic's errors? As Problems: the key as it was written, the value, what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from flora_train.config.errors import MOST_PROBLEMS, Problem, choices, did_you_mean
+from flora_train.config.schema import Contradictions, RunConfig
+
+ONLY_IN_FILES = ("data_config", "recipe", "task_defaults")
+"""Keys of the outermost level that are used up before validation."""
+
+FIXES = {
+    "missing": "is required",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must hold names, each with keys below it",
+    "finite_number": "must be a finite number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of fewer digits",
+    "int_type": "must be a whole number",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "string_pattern_mismatch": "must be letters, digits, _ and -, and begin with a letter or digit",
+    "string_too_long": "must have at most {max_length:,} characters",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text (in quotes, where YAML reads something else)",
+    "too_long": "must have at most {max_length} items",
+    "too_short": "must have at least {min_length} item(s)",
+    "tuple_type": "must be a list",
+    "value_error": "{error}",
+}
+"""pydantic's error type -> what the user should do; braces name the facts that pydantic gives with it."""
+
+
+LIMITS = ("gt", "ge", "lt", "le")
+
+
+def to_user_errors(error: ValidationError, raw: Any) -> list[Problem]:
+    """The problems of a configuration, one per key: what each alternative of a key wants is joined by `or`."""
+    problems: dict[str, Problem] = {}
+    for item in error.errors():
+        if len(problems) >= MOST_PROBLEMS:
+            break
+        for problem in _translate(item, raw):
+            before = problems.get(problem.key)
+            fix = f"{before.fix}, or {problem.fix}" if before else problem.fix
+            problems[problem.key] = Problem(problem.key, problem.value, fix)
+    return list(problems.values())
+
+
+def _translate(item: Any, raw: Any) -> list[Problem]:
+    loc, value, context = _as_written(item["loc"], raw), item["input"], item.get("ctx", {})
+    key = ".".join(loc)
+    if isinstance(cause := context.get("error"), Contradictions):
+        return list(cause.problems)
+    if item["type"] == "missing":
+        return [Problem(key, None, FIXES["missing"])]
+    if item["type"] == "extra_forbidden":
+        allowed = _keys_of(loc[:-1])
+        return [Problem(key, None, f"unknown key; here are {choices(allowed)}.{_closest_key(loc, allowed)}")]
+    if item["type"] == "literal_error":
+        options = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
+        return [Problem(key, value, f"must be {choices(options)}.{did_you_mean(value, options)}")]
+    if item["type"] in ("model_type", "model_attributes_type"):
+        return [Problem(key, value, f"must hold keys: {', '.join(_keys_of(loc))}")]
+    fix = FIXES.get(item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}"))
+    fix = fix.format(**{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()})
+    return [Problem(key, None if item["loc"][-1] == "[key]" else value, fix)]
+
+
+def _readable(limit: float) -> str:
+    """10,000,000 and 0.001, and 1e+30 where digits would say nothing."""
+    if isinstance(limit, int):
+        return f"{limit:,}"
+    return f"{limit:g}" if abs(limit) >= 1e20 or 0 < abs(limit) < 1e-4 else f"{limit:,.10g}"
+
+
+def _as_written(loc: Sequence[Any], raw: Any) -> tuple[str, ...]:
+    """pydantic's location without the steps that are its own: alternatives, `[key]`, and what a shorthand stands for."""
+    written = []
+    for part in loc:
+        if isinstance(raw, dict) or (raw is None and str(part).isidentifier()):
+            raw = (raw or {}).get(part)
+        elif isinstance(raw, list) and isinstance(part, int):
+            raw = raw[part] if part < len(raw) else None
+        else:
+            continue
+        if part != "[key]":
+            written.append(str(part))
+    return tuple(written)
+
+
+def _keys_of(loc: Sequence[str]) -> list[str]:
+    """The keys of the section at `loc`, by the schema."""
+    section: Any = RunConfig
+    for part in loc:
+        # below a mapping by name comes the name, below a section a field
+        annotation = get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
+        section = annotation if get_origin(annotation) is dict else _section_in(annotation)
+    return [*section.model_fields, *(ONLY_IN_FILES if section is RunConfig else ())]
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section in `Section`, `Section | None` or `Annotated[ConfigModel, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
+
+
+def _closest_key(loc: Sequence[str], allowed: Sequence[str]) -> str:
+    """A key of this section that looks like the last of `loc`, else the section where that very key exists."""
+    for name, field in RunConfig.model_fields.items():
+        section = _section_in(field.annotation)
+        if len(loc) == 1 and section is not None and get_origin(field.annotation) is not dict and loc[0] in section.model_fields:
+            return f" Did you mean {f'{name}.{loc[0]}'!r}?"
+    return did_you_mean(loc[-1], allowed)

@@ -1,0 +1,67 @@
+"""Which held-out losses are known already? What a final evaluation has done, so that a killed one is not begun again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.config.errors import UserError
+from flora_train.data.batch import Row
+from flora_train.runtime.atomic import disk_errors
+from flora_train.runtime.distributed import on_main_process, world
+from flora_train.runtime.journal import Journal
+
+
+@dataclass(frozen=True)
+class LoggedBatch:
+    """Losses of a batch, in nats, summed over each row's learnt tokens; a batch is called by its first row."""
+
+    task: str
+    adapter: int
+    example: int
+    losses: list[float]
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.task, self.adapter, self.example
+
+
+class HeldoutJournal:
+    """The folder `path` of one run. data: task -> SHA-256 of its rows. Losses of other adapters, rows or batches than the ones that are asked
+    for are thrown away: they are of an evaluation that ended, or that is not wanted any more."""
+
+    def __init__(self, path: Path, bank: AdapterBank, data: Mapping[str, str]) -> None:
+        self.bank, self.data = bank, data
+        self.log = Journal(path, LoggedBatch, "piece", "delete it")
+
+    def known(self, batches: Sequence[Sequence[Row]]) -> dict[tuple[str, int, int], list[float]]:
+        """What every process finds, before one writes. batches: all that there will be, of all processes."""
+        settings = {"adapters": self._adapters(), "data": dict(self.data), "batches": sha256(repr(batches).encode()).hexdigest()}
+        on_main_process(lambda: self._claim(settings))
+        found = {key: entry.losses for key, entry in self.log.read().items()}
+        self.writer = self.log.writer(world()[0])
+        return found
+
+    def add(self, batch: Sequence[Row], losses: Sequence[float]) -> None:
+        self.writer.append(LoggedBatch(batch[0].task, batch[0].adapter, batch[0].example, list(losses)))
+
+    def forget(self) -> None:
+        """Once the report is written."""
+        with disk_errors(self.log.path):
+            self.log.forget()
+
+    def _claim(self, settings: Mapping[str, object]) -> None:
+        try:
+            self.log.claim(settings)
+            self.log.read()
+        except UserError:
+            self.forget()
+            self.log.claim(settings)
+
+    def _adapters(self) -> str:
+        digests = [self.bank.digest(adapter) for adapter in range(len(self.bank.specs))]
+        return sha256(json.dumps(digests).encode()).hexdigest()

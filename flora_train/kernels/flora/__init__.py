@@ -1,0 +1,1 @@
+"""fLoRA: reference, PyTorch and Triton implementations, and the public op."""

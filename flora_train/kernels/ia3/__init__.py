@@ -1,0 +1,1 @@
+"""IA3: reference, PyTorch and Triton implementations, and the public op."""

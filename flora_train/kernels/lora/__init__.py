@@ -1,0 +1,1 @@
+"""LoRA: reference, PyTorch and Triton implementations, and the public op."""

@@ -1,0 +1,1 @@
+"""Processes, progress, signals, the run folder, journals and atomic writes."""

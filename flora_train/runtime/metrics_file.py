@@ -1,0 +1,93 @@
+"""metrics.jsonl: one line a record, appended while a run trains. A checkpoint knows its size and SHA-256."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from flora_train.config.errors import UserError, fail, first_line
+from flora_train.config.json_object import parse_object
+from flora_train.runtime.atomic import disk_errors
+
+
+class MetricsFile:
+    """Reads and writes the records of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._hashed = 0, sha256()
+
+    def append(self, record: dict[str, Any]) -> None:
+        """One JSON line. A line that does not fit on the disk is taken back."""
+        size = self.size
+        try:
+            with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+        except UserError:
+            with suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def sync(self) -> int:
+        """Put the file on the disk; returns its size."""
+        if self.path.exists():
+            with disk_errors(self.path), self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        return self.size
+
+    def digest(self, size: int) -> str:
+        """SHA-256 of the first `size` bytes of the file. What was read before is not read again where more has been appended."""
+        hashed, digest = self._hashed if self._hashed[0] <= size else (0, sha256())
+        if hashed < size:
+            digest = digest.copy()
+            with self.path.open("rb") as file:
+                file.seek(hashed)
+                while hashed < size and (part := file.read(min(1 << 20, size - hashed))):
+                    digest.update(part)
+                    hashed += len(part)
+        self._hashed = hashed, digest
+        return digest.hexdigest()
+
+    def cut(self, size: int) -> None:
+        """Forget what was measured after the file had `size` bytes."""
+        if self.size > size:
+            with disk_errors(self.path):
+                os.truncate(self.path, size)
+            self._hashed = 0, sha256()
+
+    def read(self, kind: str) -> list[dict[str, Any]]:
+        """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is not one of ours."""
+        if not self.path.exists():
+            return []
+        if not self.path.is_file():
+            raise fail(str(self.path), None, "is no file: put it back from a copy, or train again (overwrite=true)")
+        lines = self.path.read_bytes().split(b"\n")
+        records = [self._record(number, line) for number, line in enumerate(lines[:-1], 1)]
+        return [record for record in records if record["kind"] == kind]  # a kill cut off what follows the last line end
+
+    def _record(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            record = parse_object(line)
+            if not isinstance(record["kind"], str) or not isinstance(record.get("step", 0), int):
+                raise ValueError("kind or step is of another type")
+        except (ValueError, LookupError, RecursionError) as error:
+            fix = "put the file back from a copy, or train again (overwrite=true)"
+            raise fail(f"{self.path}:{number}", None, f"is damaged ({first_line(error)}): {fix}") from error
+        return record
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN: a figure that is not finite is null."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

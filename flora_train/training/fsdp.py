@@ -1,0 +1,114 @@
+"""How do the processes of a run divide the frozen base among them? Each holds a part of every weight, and gathers a layer when it runs (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.config.errors import fail
+from flora_train.config.schema import RunConfig
+from flora_train.data.batch import MixedBatch, Row, share_of_rank
+from flora_train.runtime.distributed import say, world
+from flora_train.training.loss import RowLosses
+
+ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+"""What accelerate's launcher sets where its configuration file asks for an engine -> its name."""
+
+
+def check_launcher() -> None:
+    """Raises UserError where the launcher was told to wrap the model itself: it would do nothing here."""
+    for variable, engine in ENGINES.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            fix = f"{engine} is not taken from accelerate's configuration: launch with launch/ddp.yaml, and model.fsdp=true divides the base"
+            raise fail(variable, os.environ[variable], fix)
+
+
+def loads_in_parts(config: RunConfig) -> bool:
+    """Whether the base is to be divided, and there is somebody to share it with."""
+    return config.model.fsdp and world()[1] > 1
+
+
+def apply_fsdp(bank: AdapterBank) -> None:
+    """Divide the bank's base among all processes, in place. The base may wait in host memory; its parts move to the bank's device.
+
+    Layers are gathered one at a time and dropped again; what is outside of them, embeddings and
+    output head, stays gathered from the forward to the backward. The bank's own numbers stay whole. Collective.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = bank.model
+    mesh = init_device_mesh(bank.device.type, (world()[1],))
+    for block in layers_of(model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    model.get_input_embeddings().register_forward_hook(_ask_for_gradients)
+    say(f"every process holds 1/{world()[1]} of the base")
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """What is gathered and dropped as one: transformers' `_no_split_modules`."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
+def largest_part(model: nn.Module, processes: int) -> float:
+    """The most that a process holds at one time, of all numbers of the base: its own part of the layers, two of them gathered (one is
+    fetched while the other runs), and what is outside of them, gathered."""
+    sizes = [_numbers(layer) for layer in layers_of(model)]
+    total = _numbers(model)
+    return min(1.0, (sum(sizes) / processes + 2 * max(sizes, default=0) + total - sum(sizes)) / total)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _ask_for_gradients(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """The backward goes through every layer on every process, whichever adapters its rows have: gathering is a collective."""
+    if torch.is_grad_enabled() and not output.requires_grad:
+        return output.requires_grad_(True).clone()  # some models change their embeddings in place, which no leaf allows
+    return output
+
+
+def is_sharded(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """All of a weight that may be divided. Collective if it is."""
+    gather = getattr(weight, "full_tensor", None)
+    return weight if gather is None else gather()
+
+
+def unshard(model: nn.Module) -> None:
+    """Have the whole base on every process from now on, so that each can run it when it likes. Collective; nothing for a base that is whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+            module.unshard()
+
+
+def run_dummy_passes(row_losses: RowLosses, bank: AdapterBank, groups: Sequence[Sequence[Row]]) -> None:
+    """Run a divided base as often as the process with the most of these groups has run it: two tokens, without adapters, forward and,
+    where gradients are asked for, backward. Nothing of the run changes."""
+    if not is_sharded(row_losses.model):
+        return
+    rank, processes = world()
+    passes = [len(share_of_rank(groups, other, processes)) for other in range(processes)]
+    two = torch.zeros(1, 2, dtype=torch.long, device=bank.device)
+    for _ in range(max(passes) - passes[rank]):
+        with bank.without_adapters():
+            losses = row_losses(MixedBatch({"input_ids": two, "attention_mask": two + 1}, two, two[:, 0] - 1, ()))
+            if torch.is_grad_enabled():
+                losses.sum().backward()

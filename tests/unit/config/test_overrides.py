@@ -1,0 +1,94 @@
+"""The command line: key=value, and one helpful line for every other dialect."""
+
+from __future__ import annotations
+
+import pytest
+
+from flora_train.cli import main
+from flora_train.config.overrides import from_flags, parse_words
+from tests.unit.config.helpers import refusal
+
+
+@pytest.mark.parametrize(
+    ("words", "layer"),
+    [
+        (["tasks.lua.weight=2"], {"tasks": {"lua": {"weight": 2}}}),
+        (["a.b=1", "a.c=[x, y]"], {"a": {"b": 1, "c": ["x", "y"]}}),
+        (["adapters.x={method: ia3, lr: 1e-3}"], {"adapters": {"x": {"method": "ia3", "lr": 1e-3}}}),
+        (["a=1", "a=2"], {"a": 2}),
+        (["a=", "b=null"], {"a": None, "b": None}),
+        (["a=b=c"], {"a": "b=c"}),
+        (['text="{doc} {code}"'], {"text": "{doc} {code}"}),
+        (["a=${b}"], {"a": "${b}"}),
+    ],
+)
+def test_words_spell_a_mapping(words: list[str], layer: dict[str, object]) -> None:
+    assert parse_words(words) == layer
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["+a.b=1"], "+a.b=1: is Hydra's: write a.b=1, keys need no + here"),
+        (["++a.b=1"], "++a.b=1: is Hydra's: write a.b=1, keys need no + here"),
+        (["~a.b"], "~a.b: is Hydra's: keys cannot be removed here; write a.b=VALUE to change it"),
+        (["-m"], "-m: is Hydra's: there is no multirun here; every adapter of a recipe trains in one run"),
+        (["--multirun"], "--multirun: is Hydra's: there is no multirun here; every adapter of a recipe trains in one run"),
+        (["--a.b", "5"], "--a.b 5: options are written key=value: a.b=5"),
+        (["--a.b=5"], "--a.b=5: options are written key=value: a.b=5"),
+        (["--tasks.a-b.max-examples=5"], "--tasks.a-b.max-examples=5: options are written key=value: tasks.a-b.max_examples=5"),
+        (["--resume"], "--resume: options are written key=value: resume=VALUE"),
+        (["quickstart"], "quickstart: expected key=value. Did you mean recipe=quickstart?"),
+        (["quikstart"], "quikstart: expected key=value. Did you mean 'quickstart'?"),
+        (["zzzz"], "zzzz: expected key=value."),
+        (["=5"], "=5: expected key=value."),
+        (["recipe=a", "recipe=b"], "recipe: is given 2 times: give one"),
+    ],
+)  # fmt: skip
+def test_other_dialect_is_answered_with_one_helpful_line(words: list[str], line: str) -> None:
+    assert [str(problem) for problem in refusal(lambda: parse_words(words))] == [line]
+
+
+def test_option_does_not_swallow_a_word_that_stands_for_itself() -> None:
+    problems = refusal(lambda: parse_words(["--a", "b=1", "--c", "-m", "d=2"]))
+    assert [problem.key for problem in problems] == ["--a", "--c", "-m"]
+
+
+def test_value_that_yaml_cannot_read_is_named_with_the_fix() -> None:
+    (problem,) = refusal(lambda: parse_words(["a=1", "tasks.lua.text={doc} {code}"]))
+    assert problem.key == "tasks.lua.text"
+    assert problem.value == "{doc} {code}"
+    assert problem.fix.endswith("text needs its own quotes: 'tasks.lua.text=\"...\"'")
+
+
+def test_all_wrong_words_come_at_once() -> None:
+    assert len(refusal(lambda: parse_words(["+a=1", "~b", "c=[", "d", "e=1"]))) == 4
+
+
+def test_flags_become_words() -> None:
+    words = ["run", "--as", "merged", "a-b", "--max-error=0.1", "rank=8", "--dry-run", "c", "--out", "x"]
+    assert from_flags(words, ["dry_run"]) == (
+        ["run", "a-b", "c"],
+        ["as=merged", "max_error=0.1", "rank=8", "dry_run=true", "out=x"],
+    )
+
+
+@pytest.mark.parametrize("words", [["--out"], ["run", "--rank", "--as", "peft"], ["--out="], ["--out", ""], ["--"], ["--=x"]])
+def test_flag_without_a_value_is_refused(words: list[str]) -> None:
+    (problem,) = refusal(lambda: from_flags(words))
+    assert problem.key.startswith("--")
+    assert "value" in problem.fix or "no flag" in problem.fix
+
+
+@pytest.mark.parametrize("word", ["a..b=1", ".a=1", "a.=1", "a =1", " a=1", ".=1", f"{'a.' * 20}a=1", "a\ud800=1", "a=\ud800"])
+def test_key_that_is_none_is_refused(word: str) -> None:
+    assert len(refusal(lambda: parse_words([word]))) == 1
+
+
+def test_command_without_its_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["export", "--as", "merged"], ["push", "--repo", "a/b"], ["report", "--out", "x.html"]):
+        assert main(words) == 2
+        assert "error: run: say which" in capsys.readouterr().err
+    for command in ("evaluate", "solve", "execute", "export", "convert", "push", "report", "init"):
+        assert main([command]) == 2
+        assert f"usage: flora-train {command}" in capsys.readouterr().err

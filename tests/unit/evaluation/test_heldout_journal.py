@@ -1,0 +1,102 @@
+"""A final evaluation that is killed goes on where it was, to the bit, and only as long as it is the same evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.data.task import Task
+from flora_train.evaluation.heldout_journal import HeldoutJournal
+from flora_train.training.heldout import HeldOut, evaluate_heldout
+from flora_train.training.loss import RowLosses
+from tests.architectures import tiny_model
+from tests.conftest import perturb, spec
+from tests.unit.training.harness import PAD, random_split
+
+TASKS = [Task(name, 1.0, random_split(0, 5), random_split(seed, 9), name * 8) for name, seed in (("a", 1), ("b", 2))]
+
+
+class Counted:
+    """Row losses that are counted, and that end after `most` batches."""
+
+    def __init__(self, model: Any, most: int = 10**9) -> None:
+        self.inner, self.model, self.most, self.done = RowLosses(model), model, most, 0
+
+    def __call__(self, batch: Any) -> Tensor:
+        if self.done == self.most:
+            raise KeyboardInterrupt
+        self.done += 1
+        return self.inner(batch)
+
+
+@pytest.fixture
+def bank() -> AdapterBank:
+    found = AdapterBank.attach(tiny_model(), [spec(method, task) for task in "ab" for method in ("flora", "lora")])
+    perturb(found)
+    return found
+
+
+def log_of(folder: Path, bank: AdapterBank, **data: str) -> HeldoutJournal:
+    return HeldoutJournal(folder / "heldout", bank, {task.name: task.data_hash for task in TASKS} | data)
+
+
+def evaluated(bank: AdapterBank, losses: Counted, log: HeldoutJournal | None) -> dict[str, HeldOut]:
+    return evaluate_heldout(losses, bank, TASKS, 60, PAD, with_base=True, log=log)  # type: ignore[arg-type]
+
+
+def assert_same(found: dict[str, HeldOut], expected: dict[str, HeldOut]) -> None:
+    for name, held in expected.items():
+        for adapter, nats in held.nats.items():
+            assert np.array_equal(found[name].nats[adapter], nats)
+            assert (nats > 0).all()
+
+
+def test_what_was_done_is_not_done_again_and_ends_in_the_same_bits(bank: AdapterBank, tmp_path: Path) -> None:
+    whole = Counted(bank.model)
+    expected = evaluated(bank, whole, None)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(bank, Counted(bank.model, most=3), log_of(tmp_path, bank))
+    with (tmp_path / "heldout" / "pieces-0.jsonl").open("a") as file:
+        file.write('{"task": "a", "adap')  # as a kill in the middle of a line leaves it
+    last = Counted(bank.model)
+    assert_same(evaluated(bank, last, log_of(tmp_path, bank)), expected)
+    assert last.done == whole.done - 6
+    again = Counted(bank.model)
+    log = log_of(tmp_path, bank)
+    assert_same(evaluated(bank, again, log), expected)
+    assert again.done == 0
+    log.forget()
+    assert not list(tmp_path.iterdir())
+
+
+def test_losses_of_another_process_count_once(bank: AdapterBank, tmp_path: Path) -> None:
+    """As two processes leave them: in a file each."""
+    expected = evaluated(bank, Counted(bank.model), log_of(tmp_path, bank))
+    first = tmp_path / "heldout" / "pieces-0.jsonl"
+    lines = first.read_text().splitlines(keepends=True)
+    first.write_text("".join(lines[::2]))
+    (tmp_path / "heldout" / "pieces-1.jsonl").write_text("".join(lines[1::2]))
+    again = Counted(bank.model)
+    assert_same(evaluated(bank, again, log_of(tmp_path, bank)), expected)
+    assert again.done == 0
+
+
+@pytest.mark.parametrize("change", ["adapter", "data", "damage"])
+def test_losses_of_something_else_are_thrown_away(bank: AdapterBank, tmp_path: Path, change: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(bank, Counted(bank.model, most=3), log_of(tmp_path, bank))
+    if change == "adapter":
+        bank.row(0).add_(0.1)
+    if change == "damage":
+        (tmp_path / "heldout" / "pieces-0.jsonl").write_text("nonsense\n")
+    whole = Counted(bank.model)
+    expected = evaluated(bank, whole, None)
+    last = Counted(bank.model)
+    assert_same(evaluated(bank, last, log_of(tmp_path, bank, **({"a": "other"} if change == "data" else {}))), expected)
+    assert last.done == whole.done

@@ -1,0 +1,48 @@
+"""Does the LoRA that stands in for an adapter compute what it computes, as far as its rank goes?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flora_train.adapters.bank import AdapterBank
+from flora_train.export.svd_lora import SvdLora, lora_stand_in, write_into
+from tests.architectures import tiny_model
+from tests.conftest import FEW
+from tests.unit.adapters.helpers import logits, plain_logits, tokens
+from tests.unit.export.test_peft_format import perturbed_bank
+
+
+def logits_of(svd_lora: SvdLora, architecture: str) -> torch.Tensor:
+    bank = AdapterBank.attach(tiny_model(architecture).eval(), [svd_lora.spec])
+    write_into(bank, svd_lora)
+    return logits(bank, tokens(3), [0, 0, 0])
+
+
+@pytest.mark.parametrize("architecture", FEW)
+@pytest.mark.parametrize("family", ["pure", "residual", "rslora", "lora_subset", "ia3_explicit"])
+def test_at_full_rank_it_is_the_adapter_and_below_it_comes_closer(architecture: str, family: str) -> None:
+    bank, name = perturbed_bank(architecture), f"task-{family}"
+    ours, plain = logits(bank, tokens(3), [name] * 3), plain_logits(architecture, tokens(3))
+    full = lora_stand_in(bank, name, 48, None)
+    if not full.biases:
+        assert (logits_of(full, architecture) - ours).abs().max() <= 1e-4 * ours.abs().max()
+        assert (ours - plain).abs().max() > 100 * (logits_of(full, architecture) - ours).abs().max()
+    assert full.error < 1e-6
+    errors = [lora_stand_in(bank, name, rank, None).error for rank in (1, 2, 4, 8)]
+    assert errors == pytest.approx(sorted(errors, reverse=True), abs=1e-6)
+
+
+def test_it_takes_the_rank_that_the_error_asks_for() -> None:
+    bank, shares = perturbed_bank("llama"), []
+    found = lora_stand_in(bank, "task-residual", None, 0.3, shares.append)
+    assert found.error <= 0.3
+    assert lora_stand_in(bank, "task-residual", found.spec.rank - 1, None).error > 0.3
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_biases_that_it_cannot_change_are_counted() -> None:
+    counts = {name: lora_stand_in(perturbed_bank("gpt2"), f"task-{name}", 1, None).biases for name in ("pure", "ia3_explicit")}
+    assert counts["pure"] == 0
+    assert counts["ia3_explicit"] > 0

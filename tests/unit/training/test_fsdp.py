@@ -1,0 +1,46 @@
+"""Who may divide the base, and what it takes then. That the numbers are right: tests/e2e/test_run.py, in two processes."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig
+
+from flora_train.config.errors import UserError
+from flora_train.config.load import load_config
+from flora_train.models.loading import check_kind
+from flora_train.training.fsdp import check_launcher, is_sharded, largest_part, layers_of
+from tests.architectures import tiny_model
+
+
+@pytest.mark.parametrize(("variable", "engine"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_an_engine_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, engine: str) -> None:
+    check_launcher()
+    monkeypatch.setenv(variable, "false")
+    check_launcher()
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=rf"{variable} = 'true': {engine} is not taken .* model\.fsdp=true divides the base"):
+        check_launcher()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_bigcode", "starcoder2", "qwen3"])
+def test_every_layer_is_gathered_by_itself(name: str) -> None:
+    model = tiny_model(name)
+    assert not is_sharded(model)
+    assert len(layers_of(model)) == 2
+
+
+def test_a_process_holds_its_part_of_the_layers_two_of_them_whole_and_what_is_outside() -> None:
+    config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4)
+    model = LlamaForCausalLM(config)
+    layer, total = (sum(p.numel() for p in module.parameters()) for module in (layers_of(model)[0], model))
+    outside = total - 8 * layer
+    assert largest_part(model, 1) == 1.0
+    assert largest_part(model, 4) == pytest.approx((8 / 4 * layer + 2 * layer + outside) / total)
+
+
+def test_a_quantised_or_a_speech_model_stays_whole() -> None:
+    with pytest.raises(UserError, match=r"model\.fsdp = True: cannot divide a base in 8bit: give model\.quantization=none"):
+        load_config(["recipe=quickstart", "model.quantization=8bit", "model.fsdp=true"])
+    config = load_config(["recipe=speech_local", "model.fsdp=true"])
+    with pytest.raises(UserError, match=r"model\.fsdp = True: is for text models: leave a speech model whole"):
+        check_kind(WhisperConfig(), config)
