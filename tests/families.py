@@ -130,7 +130,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 QUICK = ("mamba", "lfm2", "phimoe", "xlnet", "bart", "ctrl", "gpt_oss", "rwkv", "xlm-roberta", "cpmant", "git", "gemma2")
-"""What `make test` looks at; the others are in make test-slow."""
+"""What `make test` looks at; the others are in make test-full."""
 
 
 def family_config(name: str, **more: Any) -> Any:

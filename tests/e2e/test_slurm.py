@@ -17,7 +17,7 @@ from tests.e2e.test_launch import wait_for_a_checkpoint
 from tests.e2e.test_run import adapter_bytes
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: apt-get install slurmctld slurmd slurm-client munge"),
     pytest.mark.skipif(os.geteuid() != 0, reason="the nodes' names are mounted, which needs root"),
 ]

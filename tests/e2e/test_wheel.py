@@ -100,7 +100,7 @@ def test_a_model_that_is_not_built_yet_is_named_with_the_script_that_builds_it(i
     assert f"build it with: python {script} --output assets/models/smollm2-135m" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_empty_environment_gets_everything_from_the_wheel(built: Path, tmp_path: Path) -> None:
     """pip, all dependencies, the real model, the quickstart's recipe and data, the console command."""
     venv.create(tmp_path / "venv", with_pip=True)

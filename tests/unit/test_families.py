@@ -18,7 +18,7 @@ from tests.conftest import perturb, spec
 from tests.families import FAMILIES, QUICK, family_model
 from tests.unit.data.conftest import byte_tokenizer
 
-ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in FAMILIES]
 TRAINED = [param for param in ALL if not FAMILIES[str(param.values[0])].refused]
 
 

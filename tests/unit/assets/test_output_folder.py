@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,22 @@ def test_model_builder_keeps_a_folder_that_it_did_not_build(tmp_path: Path) -> N
         assert (output / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("name", "first"), [("build_smollm2", "torch"), ("build_whisper", "torch"), ("build_speech_corpus", "soundfile")]
+)
+def test_builder_downloads_nothing_before_its_packages_are_installed(name: str, first: str, tmp_path: Path) -> None:
+    """In an interpreter without site-packages, whose pip would fail in another way."""
+    script = Path(pypi_model.__file__).with_name(f"{name}.py")
+    without = "import sys, runpy; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; sys.argv = sys.argv[1:]; "
+    start = f"import numpy, numpy.typing; {without} runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(script.parent)!r}); {start}", str(script)]
+    done = subprocess.run([*command, "--output", str(tmp_path / "model")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{name}: not installed: {first}" in done.stderr
+    assert "downloading" not in done.stdout
+    assert not (tmp_path / "model").exists()
+
+
 def test_model_builder_may_replace_what_its_manifest_names(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("damaged")
@@ -42,7 +59,6 @@ def test_model_builder_may_replace_what_its_manifest_names(tmp_path: Path) -> No
 
 
 def test_speech_corpus_builder_keeps_a_folder_that_it_did_not_build(tmp_path: Path) -> None:
-    pytest.importorskip("soundfile")
     import build_speech_corpus as builder
 
     builder.check_ours(tmp_path / "new")

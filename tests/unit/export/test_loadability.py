@@ -81,7 +81,7 @@ AS_THEY_ARE: dict[str, dict[str, Any]] = {
     "jamba": {**EXPERTS, **STATE, "attn_layer_period": 2, "attn_layer_offset": 1},
 }
 QUICK = ("qwen3_moe", "deepseek_v3", "ernie4_5_moe", "qwen3_next", "mixtral", "jamba")
-FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*REWRITTEN, *AS_THEY_ARE)]
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in (*REWRITTEN, *AS_THEY_ARE)]
 
 
 def built(family: str) -> tuple[PretrainedConfig, nn.Module]:

@@ -20,9 +20,9 @@ MORE = {("90", "fp16"): 36, ("90", "bf16"): 36, ("100", "fp16"): 6, ("100", "bf1
     [
         (("80", "90"), ("bf16",)),
         (("90",), ("fp32",)),
-        pytest.param(("80",), ("fp32",), marks=pytest.mark.slow),
-        pytest.param(("80", "90"), ("fp16",), marks=pytest.mark.slow),
-        pytest.param(("100", "120"), ("fp32", "fp16", "bf16"), marks=pytest.mark.slow),
+        pytest.param(("80",), ("fp32",), marks=pytest.mark.full),
+        pytest.param(("80", "90"), ("fp16",), marks=pytest.mark.full),
+        pytest.param(("100", "120"), ("fp32", "fp16", "bf16"), marks=pytest.mark.full),
     ],
 )
 def test_every_shipped_configuration_fits(chips: tuple[str, ...], types: tuple[str, ...]) -> None:

@@ -42,7 +42,7 @@ def assert_close(mine: tuple[Tensor, ...], exact: list[Tensor], dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @LENGTHS
-@pytest.mark.parametrize("rank", [1, 3, 16, 20, 64, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (2, 4))])
+@pytest.mark.parametrize("rank", [1, 3, 16, 20, 64, *(pytest.param(rank, marks=pytest.mark.full) for rank in (2, 4))])
 def test_lora_in_value_and_every_gradient(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     segments = segments_of(lengths)
     K = len(segments)

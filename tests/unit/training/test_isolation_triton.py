@@ -24,7 +24,7 @@ from tests.unit.training.harness import (
 
 
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.full), "adamw"])
 def test_trained_together_equals_trained_alone(tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
     formulation = flora.formulation

@@ -100,7 +100,7 @@ def plans_of(trainer: Trainer, steps: int = 12) -> list[StepPlan]:
     [
         pytest.param("sgd", {}, id="sgd"),
         pytest.param("adamw", {}, id="adamw"),
-        pytest.param("sgd", {"tokens_per_microbatch": 250}, id="sgd, accumulation", marks=pytest.mark.slow),
+        pytest.param("sgd", {"tokens_per_microbatch": 250}, id="sgd, accumulation", marks=pytest.mark.full),
         pytest.param("adamw", {"tokens_per_microbatch": 250}, id="adamw, accumulation"),
         pytest.param("adamw", {"checkpointing": "reentrant"}, id="adamw, reentrant checkpointing"),
         pytest.param("sgd", {"kind": "moonshine"}, id="sgd, moonshine"),

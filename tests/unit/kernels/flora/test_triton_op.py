@@ -40,7 +40,7 @@ def problem(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", [RAGGED, (24, 24), (1000,)], ids=["ragged", "even", "one"])
-@pytest.mark.parametrize("rank", [1, 3, 16, 20, 64, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (2, 4))])
+@pytest.mark.parametrize("rank", [1, 3, 16, 20, 64, *(pytest.param(rank, marks=pytest.mark.full) for rank in (2, 4))])
 def test_value_and_every_gradient(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, A, B, segments = problem(rank, lengths, dtype)
     offset = [float(k % 2) for k in range(len(segments))]  # pure and residual adapters side by side
