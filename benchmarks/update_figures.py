@@ -1,6 +1,6 @@
-"""Which figures stand in README and docs? Those of committed results, put between their markers by this script.
+"""Puts the figures of committed results between their markers in README and docs.
 
-Usage: python benchmarks/update_figures.py [--check]   (--check: only say whether the texts are in step)
+Usage: python benchmarks/update_figures.py [--check]   (--check: change nothing, only compare)
 Results come from `make quickstart`, `make sweep` and recipe multipl_e_local (benchmarks/results/<name>.json is that run's
 eval/report.json) and from `python benchmarks/joint.py --save`.
 """
@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,60 @@ from flora_train.evaluation.report.terminal import print_completions, print_erro
 from flora_train.runtime.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = (ROOT / "README.md", ROOT / "docs" / "code.md", ROOT / "docs" / "speech.md")
+TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RESULTS = ROOT / "benchmarks" / "results"
+STEP_TOKENS = 64 * 32
+"""Rows and tokens per row of a step in the first regime of joint_cpu.json."""
 
 
 def quickstart_block() -> str:
     """What `make quickstart` printed, and the machine it ran on."""
     results = read("quickstart")
     return f"{printed(results, print_completions)}\n\n{machine(results)}"
+
+
+def quickstart_excerpt() -> str:
+    """The first task's held-out losses and the mean pass@1 of the languages, as `make quickstart` prints them."""
+    lines = quickstart_block().splitlines()
+    heldout = next(number for number, line in enumerate(lines) if line.endswith("lower is better"))
+    solved = next(number for number, line in enumerate(lines) if line.endswith("higher is better"))
+    mean = next(number for number, line in enumerate(lines) if line.startswith(" mean of "))
+    title, _, heading, rule, first, *rest = lines[heldout:solved]
+    first_task = [first, *takewhile(_continues, rest)]
+    means = [lines[mean], *takewhile(_continues, lines[mean + 1 :])]
+    pass_at_1 = [lines[solved], *lines[solved + 2 : solved + 4], " ...", *means]
+    excerpt = [line.rstrip() for line in [title, heading, rule, *first_task, " ...", *pass_at_1]]
+    return "\n".join(["~~~", *excerpt, "~~~"])
+
+
+def _continues(row: str) -> bool:
+    """Whether a printed row belongs to the row above: its first column is empty, but the row is not."""
+    return row.startswith("  ") and bool(row.strip())
+
+
+def crossover_block() -> str:
+    """Speed against PEFT by the number of adapters that share a batch, and for one adapter alone."""
+    results = read("joint_cpu")
+    shared, alone = results["regimes"][0], results["regimes"][-1]
+    counts = list(shared["adapters"])
+    tokens = [f"{STEP_TOKENS // int(count):,}" for count in counts]
+    rows = [
+        f"| adapters in a step of {STEP_TOKENS:,} tokens | {' | '.join(counts)} |",
+        "|---" * (len(counts) + 1) + "|",
+        f"| tokens of each adapter | {' | '.join(tokens)} |",
+    ]
+    rivals = {"LoRA r=8": "PEFT loop, LoRA r=8", "fLoRA r=4": "PEFT loop, HiRA r=4"}
+    for method, rival in rivals.items():
+        ratios = [shared["adapters"][count]["ratios"][f"ours, {method}"][rival] for count in counts]
+        cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+        rows.append(f"| {method}, times the speed of PEFT's {rival.split()[-2]}, one adapter after another | {cells} |")
+    single = alone["adapters"]["1"]["ratios"]["ours, LoRA r=8"]["PEFT loop, LoRA r=8"]
+    machine_name, threads = results["facts"]["machine"]["processor"], results["facts"]["threads"]
+    note = (
+        f"{machine_name}, {threads} threads, float32: a Llama of 4 layers, d = 256. "
+        f"SmolLM2-135M with one adapter, 4 rows of 128 tokens, LoRA: {single:.2f} times."
+    )
+    return "\n".join([*rows, "", f"<sub>{note}</sub>"])
 
 
 def code_block() -> str:
@@ -156,6 +203,7 @@ def updated(text: str) -> str:
     """A text with fresh figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
     blocks = {"quickstart": quickstart_block, "sweep": sweep_block, "joint": joint_block, "code": code_block}
     blocks |= {"speech": speech_block, "speech_sweep": speech_sweep_block}
+    blocks |= {"quickstart_excerpt": quickstart_excerpt, "crossover": crossover_block}
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- figures: {match[1]} -->\n{blocks[match[1]]()}\n<!-- end -->"
