@@ -1,5 +1,7 @@
-"""Pages link to tests, results and recipes of the source tree (`../tests/...`): the site takes along what they link to, and a link that leads nowhere
-fails the build."""
+"""A mkdocs hook: copies the files of the source tree that pages link to (`../tests/...`) into the site.
+
+A link to a missing file fails the build.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     up = "../" * page.file.src_uri.count("/")
-    return LINK.sub(lambda found: f"{found[1]}{up}{_name(found[2])}{found[3] or ''}{found[4]}", markdown)
+    return LINK.sub(lambda link: f"{link[1]}{up}{_name(link[2])}{link[3] or ''}{link[4]}", markdown)
 
 
 def _name(path: str) -> str:
-    """Where the site has it: pages as they are, everything else as text, which browsers show."""
+    """Path in the site: pages and images keep their names, other files become text, which browsers display."""
     source = ROOT / path
     if source.is_dir():
         return f"source/{path.rstrip('/')}/index.md"
@@ -52,11 +54,11 @@ def _listing(config: Any, name: str, source: Path) -> File:
 
 
 LINK_ANY = re.compile(r"\[([^\]]*)\]\((?!https?:)[^)]+\)")
-"""Links of results among themselves: their text stays."""
+"""Links between results, of which the site keeps the text."""
 
 
 def _hidden() -> Any:
-    """Not in the navigation, and not missed there."""
+    """Inclusion level of files that are not in the navigation, without a warning."""
     from mkdocs.structure.files import InclusionLevel
 
     return InclusionLevel.NOT_IN_NAV
