@@ -31,7 +31,7 @@ LANGUAGES = 342
 """The first so many languages: three methods each are more than a thousand adapters."""
 
 HEADER = f"""# {LANGUAGES} languages, one task each: the Universal Declaration of Human Rights, paragraph by paragraph; every sixth article is held out.
-# Written by `python assets/build_many_languages.py --tasks`; the text itself is built by the same script into assets/udhr_local.
+# Written by `python assets/build_many_languages.py --tasks`; the same script builds the text into assets/udhr_local.
 task_defaults:
   license: other
   max_validation_examples: 2

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Install what programs of these languages need, and the sandbox, on Debian or Ubuntu (as root).
+# Installs the sandbox and the toolchains of these languages on Debian or Ubuntu (as root).
 # Usage: eval/install_toolchains.sh [--if-possible] lua pl rb ...   (keys of eval/languages.yaml, or MultiPL-E's other words for
 # them; without any: only the sandbox)
-# --if-possible: where this is no Debian, or not root's shell, say what is missing and leave it
+# --if-possible: on other systems, or without root, print what is missing instead of failing
 set -euo pipefail
 table="$(dirname "${BASH_SOURCE[0]}")/languages.yaml"
 if_possible=false
@@ -10,7 +10,7 @@ if [ "${1:-}" = --if-possible ]; then
   if_possible=true
   shift
 fi
-key_of() { # WORD: the key of the language, as flora_train/config/language_words.py has it
+key_of() { # WORD: the key of the language, as in flora_train/config/language_words.py
   case "$1" in
     adb) echo ada ;;
     clojure) echo clj ;;
@@ -38,7 +38,7 @@ keys=()
 for word in "$@"; do keys+=("$(key_of "${word,,}")"); done
 packages=(bubblewrap util-linux)
 npm=()
-listed() { # KEY FIELD: the words of the row's list
+listed() { # KEY FIELD: the items of a list in the entry of a language
   awk -v key="$1:" -v field="$2:" '$1 == key && /^[a-z]/ {on = 1; next} /^[a-z]/ {on = 0} on && $1 == field {print; exit}' "$table" |
     sed 's/.*\[\(.*\)\].*/\1/; s/,/ /g'
 }
@@ -51,17 +51,17 @@ for key in "${keys[@]}"; do
 done
 missing=()
 for package in "${packages[@]}"; do
-  [ "$package" = npm ] && command -v npm >/dev/null && continue # Node's own packages contain it, and conflict with Debian's
+  [ "$package" = npm ] && command -v npm >/dev/null && continue # Node's own packages contain npm and conflict with Debian's
   dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
 done
 if [ "${#missing[@]}" -gt 0 ]; then
   if $if_possible && { [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; }; then
-    echo "note: to run programs, first: sudo eval/install_toolchains.sh ${keys[*]}   (missing: ${missing[*]})" >&2
+    echo "note: to run programs, first run: sudo eval/install_toolchains.sh ${keys[*]}   (missing: ${missing[*]})" >&2
     exit 0
   fi
   if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >&2; then
     $if_possible || exit 1
-    echo "note: ${missing[*]} could not be installed: some programs will not be run" >&2
+    echo "note: ${missing[*]} could not be installed; some programs will not be run" >&2
     exit 0
   fi
 fi

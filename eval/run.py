@@ -1,4 +1,7 @@
-"""accelerate launch eval/run.py run=outputs/NAME [languages=[lua,pl]] [contenders=[PEFT,...]] [evaluation.KEY=VALUE ...]"""
+"""The command `flora-train solve`, for accelerate's launcher.
+
+Usage: accelerate launch eval/run.py run=outputs/NAME [evaluation.KEY=VALUE ...] [--languages lua,pl] [--contenders PEFT,...]
+"""
 
 import sys
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One run on several nodes of a SLURM cluster; it goes on in a new job until it has finished:
+# One run on several nodes of a SLURM cluster. It continues in a new job until it has finished:
 #
 #   sbatch --nodes=2 launch/slurm.sh recipe=multipl_e output_dir=/shared/outputs/multipl_e
 #
-# Two minutes before the job's time is up SLURM tells the run to end: it finishes its step, for which torchrun leaves it 30 s, and saves.
-# Then, or after an accident, the job is put into the queue again if it got further than it had been; SLURM itself does so after a node
-# failed (--requeue). A run that ends without having got further, as by a mistake in its recipe, ends the job.
+# Two minutes before the time limit SLURM sends SIGTERM: the run finishes its step, for which torchrun allows 30 s, and saves.
+# Then, or after a crash, the job returns to the queue if the run made progress; SLURM itself requeues it after a node
+# failed (--requeue). A run that ends without progress, for instance because of an error in its recipe, ends the job.
 #SBATCH --job-name=flora_train
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -19,13 +19,13 @@ set -uo pipefail
 
 source .venv/bin/activate
 run=$(printf '%s\n' "$@" | sed -n 's/^output_dir=//p')
-# whole checkpoints, and logs of evaluations
+# complete checkpoints, and journals of evaluations
 reached() { find "$run/checkpoints" "$run/eval" -type f ! -name '.*' -printf '%P %s\n' 2>/dev/null | sort; }
 before=$(reached)
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# sbatch runs this script on one node and srun starts one launcher a node; each finds its rank in SLURM_NODEID
+# sbatch runs this script on one node, and srun starts one launcher per node; each reads its rank from SLURM_NODEID
 export FIRST=$first EACH=${SLURM_GPUS_ON_NODE:-8} PORT=$((29500 + SLURM_JOB_ID % 1000))
-# shellcheck disable=SC2016 (to be expanded on each node)
+# shellcheck disable=SC2016 (expanded on each node)
 srun --kill-on-bad-exit=0 --wait=60 bash -c 'exec accelerate launch --quiet --config_file launch/multi_node.yaml \
   --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --main_process_ip "$FIRST" --main_process_port "$PORT" \
   --num_processes $((SLURM_NNODES * EACH)) train.py "$@" resume=true' launch "$@"
