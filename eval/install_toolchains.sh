@@ -10,7 +10,7 @@ if [ "${1:-}" = --if-possible ]; then
   if_possible=true
   shift
 fi
-key_of() { # WORD: the key of the language, as in flora_train/config/language_words.py
+key_of() { # WORD: the key of the language, as in flora_train/config/language_names.py
   case "$1" in
     adb) echo ada ;;
     clojure) echo clj ;;
