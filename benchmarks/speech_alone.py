@@ -23,7 +23,7 @@ import flora_train.cli  # noqa: F401  sets how threads wait, before torch is loa
 from contenders.peft_run import PeftRun, batches_of
 
 from flora_train.adapters.spec import BASE, BASE_ID
-from flora_train.config.errors import UserError, fail
+from flora_train.config.errors import UserError, user_error
 from flora_train.data.splits import seed_of
 from flora_train.data.tokenization import pad_token
 from flora_train.evaluation.bootstrap import compare_ratios
@@ -91,7 +91,7 @@ def alone(session: RunContext, adapter: int) -> list[str]:
     if file.exists():
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["joint"] != digest:
-            raise fail(str(file), None, "is from an earlier run of this name: delete it")
+            raise user_error(str(file), None, "is from an earlier run of this name: delete it")
         return list(kept["texts"])
     texts = transcribe(session, adapter, train_alone(session, adapter))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flora_train.config.errors import UserError, choices, did_you_mean, fail
+from flora_train.config.errors import UserError, choices, did_you_mean, user_error
 from flora_train.config.terminal_text import plain, print_plain, safe_streams, write_failure
 from flora_train.runtime.signals import SAVED, STOPPED, Interrupted, end_with_launcher, stop_on_interrupt
 
@@ -56,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 print("interrupted: what was written is whole", file=sys.stderr)
             return STOPPED
         if (failure := write_failure()) is not None:
-            return _complain(str(fail("standard output", None, f"could not be written ({failure.strerror})").problems[0]))
+            return _complain(str(user_error("standard output", None, f"could not be written ({failure.strerror})").problems[0]))
     return status
 
 

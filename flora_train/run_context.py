@@ -18,7 +18,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer_usage import described
 from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.collate import SpeechCollate
 from flora_train.data.audio.decode import RATE
@@ -143,8 +143,8 @@ def check_transcripts(config: RunConfig, ears: SpeechProcessor) -> None:
             continue
         room = ears.max_tokens - len(ears.prompt(task.speech, f"tasks.{name}")) + 1  # the last token is written, not read
         if config.evaluation.max_new_tokens > room:
-            fix = f"is more than the decoder has positions for ({ears.max_tokens}, its prompt among them): give at most {room}"
-            raise fail("evaluation.max_new_tokens", config.evaluation.max_new_tokens, fix)
+            hint = f"is more than the decoder has positions for ({ears.max_tokens}, its prompt among them): give at most {room}"
+            raise user_error("evaluation.max_new_tokens", config.evaluation.max_new_tokens, hint)
 
 
 def paging_of(config: RunConfig) -> Paging:
@@ -160,7 +160,7 @@ def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any)
         check_tokenizer_speaks(tokenizer, config.model.path)
     for package in ("soundfile", "soxr", "jiwer"):
         if find_spec(package) is None:
-            raise fail("tasks", "speech", f"speech tasks need the package {package}: pip install 'flora-train[speech]'")
+            raise user_error("tasks", "speech", f"speech tasks need the package {package}: pip install 'flora-train[speech]'")
     share = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = min(8, max(1, share)) if config.audio.workers is None else config.audio.workers
     extractor = load_feature_extractor(config.model)
@@ -278,4 +278,4 @@ def cache_folder() -> Path:
 def _check_installed(trackers: Sequence[str]) -> None:
     for tracker in trackers:
         if find_spec(tracker) is None:
-            raise fail("tracking.trackers", tracker, f"is not installed: pip install 'flora-train[{tracker}]'")
+            raise user_error("tracking.trackers", tracker, f"is not installed: pip install 'flora-train[{tracker}]'")

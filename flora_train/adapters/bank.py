@@ -20,7 +20,7 @@ from flora_train.adapters.pool import Pool, pool_key
 from flora_train.adapters.routing import BatchRouting, RowNoise, build_routing
 from flora_train.adapters.spec import BASE, BASE_ID, AdapterSpec
 from flora_train.adapters.targets import check_base, find_targets, linear_layers
-from flora_train.config.errors import choices, did_you_mean, fail
+from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.models.speech_encoder import encoder_name
 
 
@@ -77,7 +77,7 @@ class AdapterBank:
         counts = Counter(spec.name for spec in specs)
         for name, count in counts.items():
             if count > 1 or name == BASE:
-                raise fail("adapters", name, "two adapters cannot share a name (and __base__ is the base model)")
+                raise user_error("adapters", name, "two adapters cannot share a name (and __base__ is the base model)")
         device = check_base(model) if device is None else device
         model.requires_grad_(False)
         left_out = unusable_layers(model, linear_layers(model), features)
@@ -105,7 +105,7 @@ class AdapterBank:
             adapters.tolist() if isinstance(adapters, Tensor) else [self.id_of(a) if isinstance(a, str) else a for a in adapters]
         )
         for wrong in (i for i in ids if not BASE_ID <= i < len(self.specs)):
-            raise fail("adapter_ids", wrong, f"ids run from 0 to {len(self.specs) - 1}, and {BASE_ID} is the base model")
+            raise user_error("adapter_ids", wrong, f"ids run from 0 to {len(self.specs) - 1}, and {BASE_ID} is the base model")
         if self.pager is not None:
             self.pager.bring({i for i in ids if i != BASE_ID})
         self.router.set(build_routing(ids, self.location, self.device, noise))
@@ -140,7 +140,7 @@ class AdapterBank:
         if name == BASE:
             return BASE_ID
         if name not in self.ids:
-            raise fail("adapter", name, f"there are {choices(self.ids)}.{did_you_mean(name, self.ids)}")
+            raise user_error("adapter", name, f"there are {choices(self.ids)}.{did_you_mean(name, self.ids)}")
         return self.ids[name]
 
     def shares_encoding(self, adapter: int) -> bool:

@@ -9,7 +9,7 @@ from tempfile import TemporaryFile
 import torch
 from torch import Tensor
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.runtime.atomic import disk_errors
 
 
@@ -19,11 +19,11 @@ def host_rows(rows: int, size: int, dtype: torch.dtype, pinned: bool, folder: Pa
     length = rows * size * dtype.itemsize
     if folder is None:
         if length > (free := free_memory()):
-            fix = f"would keep {length / 1e9:.1f} GB more of adapters in memory, where {free / 1e9:.1f} GB are free: disk keeps them in files"
-            raise fail("paging.host", "memory", fix)
+            hint = f"would keep {length / 1e9:.1f} GB more of adapters in memory, where {free / 1e9:.1f} GB are free: disk keeps them in files"
+            raise user_error("paging.host", "memory", hint)
         return torch.zeros(rows, size, dtype=dtype, pin_memory=pinned)
     if not hasattr(os, "posix_fallocate") or not Path("/proc/self/fd").is_dir():
-        raise fail("paging.host", "disk", "keeps adapters in files on Linux only: leave it at memory")
+        raise user_error("paging.host", "disk", "keeps adapters in files on Linux only: leave it at memory")
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder) as file:  # has no name from the beginning

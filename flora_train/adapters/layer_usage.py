@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flora_train.adapters.targets import linear_layers
-from flora_train.config.errors import fail, first_line
+from flora_train.config.errors import first_line, user_error
 from flora_train.config.schema import ModelConfig
 from flora_train.models.loading import zero_model
 from flora_train.models.probe_inputs import asking_for_gradients, probe_inputs, undisturbed
@@ -65,7 +65,7 @@ def unusable_layers(model: nn.Module, names: Iterable[str], features: Tensor | N
             second, encoded_square, _ = _observe(model, names, square)
     except Exception as error:
         words = f"cannot run on {rows} rows of {length} tokens, as training would: {type(error).__name__}: {first_line(error)}"
-        raise fail("model", type(model).__name__, words) from error
+        raise user_error("model", type(model).__name__, words) from error
     for calls, batch, lengths in ((first, rows, {length, encoded}), (second, same, {also, encoded_square})):
         for name, seen in calls.items():
             faults = [_layout(model, name, shape, batch, lengths) for shape in seen.shapes]
@@ -82,7 +82,9 @@ def unusable_layers(model: nn.Module, names: Iterable[str], features: Tensor | N
             first, _, _ = _observe(model, names, inputs)  # without what is random while it trains
         for name in used:
             if _mixes(first[name], turned[name], rows):
-                raise fail("model", type(model).__name__, f"mixes its rows before {name}: adapters would meet rows of others")
+                raise user_error(
+                    "model", type(model).__name__, f"mixes its rows before {name}: adapters would meet rows of others"
+                )
     return reasons
 
 
@@ -144,7 +146,7 @@ def _layout(model: nn.Module, name: str, shape: tuple[int, ...], rows: int, leng
         return None
     if len(shape) > 2 and rows in shape[1:-1]:
         words = f"does not have its rows first: {name} gets {list(shape)} for {rows} rows, where adapters cannot tell rows apart"
-        raise fail("model", type(model).__name__, words)
+        raise user_error("model", type(model).__name__, words)
     return "gets tokens that are not in rows (as experts do)"
 
 

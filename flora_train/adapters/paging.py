@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flora_train.adapters.host_memory import free_memory, host_rows
 from flora_train.adapters.pool import Pool
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 
 NextUse = Callable[[int], float]
 """Adapter id -> the step that needs it next; infinity: none that is known."""
@@ -41,11 +41,11 @@ class Paging:
         slots = self.device_slots
         needed = PLANES * dtype.itemsize * everything
         if slots is None and device.type == "cpu" and needed > (free := free_memory()):
-            fix = (
+            hint = (
                 f"keeps all adapters in memory: {needed / 1e9:.1f} GB for their weights, gradients and moments, where {free / 1e9:.1f} GB "
                 "are free: give what a step needs (flora-train plan says it) and paging.host=disk"
             )
-            raise fail("adapters.device_slots", "auto", fix)
+            raise user_error("adapters.device_slots", "auto", hint)
         if slots is None and device.type == "cuda":
             slots = max(1, int(torch.cuda.mem_get_info(device)[0] * OF_FREE_MEMORY) // (PLANES * dtype.itemsize * largest))
         return None if slots is None or slots * largest >= everything else slots
@@ -111,11 +111,11 @@ class Pager:
         numbers = self._numbers(adapters)
         if numbers > self.room:
             least = -(-numbers // max(pool.row_size for pool in self.pools))
-            fix = (
+            hint = (
                 f"hold less than the {len(adapters)} adapters of {where} need: give {least} or more, or make the batch smaller "
                 "(training.tokens_per_step, evaluation.batch_rows)"
             )
-            raise fail("adapters.device_slots", self.device_slots, fix)
+            raise user_error("adapters.device_slots", self.device_slots, hint)
 
     def blocks(self, adapters: Iterable[int]) -> list[list[int]]:
         """These adapters in their order, cut where no more fit on the device at one time."""

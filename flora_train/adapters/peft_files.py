@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora_train.config.errors import UserError, choices, fail, first_line
+from flora_train.config.errors import UserError, choices, first_line, user_error
 from flora_train.config.paths import find_file
 
 PREFIX = "base_model.model."
@@ -206,18 +206,18 @@ def read_files(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]
     config = read_config(source, key)
     local = find_file(source)
     if local.exists() and not any((local / name).is_file() for name in WEIGHTS):
-        raise fail(key, source, f"is no PEFT adapter: it lacks {WEIGHTS[0]} (or {WEIGHTS[1]})")
+        raise user_error(key, source, f"is no PEFT adapter: it lacks {WEIGHTS[0]} (or {WEIGHTS[1]})")
     try:
         tensors = load_peft_weights(str(local) if local.exists() else source, device="cpu")
     except Exception as error:  # safetensors, pickle and the hub's client each have their own
-        raise fail(key, source, f"is no PEFT adapter: its tensors cannot be read: {first_line(error)}") from error
+        raise user_error(key, source, f"is no PEFT adapter: its tensors cannot be read: {first_line(error)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise fail(key, source, "is no PEFT adapter: its file of tensors holds something else")
+        raise user_error(key, source, "is no PEFT adapter: its file of tensors holds something else")
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise fail(key, source, f"is damaged: {name} is no dense tensor")
+            raise user_error(key, source, f"is damaged: {name} is no dense tensor")
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-            raise fail(key, source, f"is damaged: {name} holds numbers that are not finite (NaN or infinite)")
+            raise user_error(key, source, f"is damaged: {name} holds numbers that are not finite (NaN or infinite)")
     return config, tensors
 
 
@@ -237,11 +237,11 @@ def read_config(source: str, key: str) -> dict[str, Any]:
             raise ValueError(f"{CONFIG} is longer than {LONGEST_CONFIG} bytes")
         config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except RecursionError as error:
-        raise fail(key, source, f"is no PEFT adapter: {CONFIG} is nested too deeply") from error
+        raise user_error(key, source, f"is no PEFT adapter: {CONFIG} is nested too deeply") from error
     except Exception as error:  # json, the system and the hub's client each have their own
-        raise fail(key, source, f"is no PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
+        raise user_error(key, source, f"is no PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise fail(key, source, f"is no PEFT adapter: {CONFIG} has no peft_type")
+        raise user_error(key, source, f"is no PEFT adapter: {CONFIG} has no peft_type")
     return config
 
 
@@ -257,14 +257,14 @@ def check_harmless(config: Mapping[str, Any], source: str, key: str) -> None:
     """Raises UserError for the first key of adapter_config.json that is not known to be harmless, or that is missing."""
     kind = kind_of(config)
     if kind not in HARMLESS:
-        raise fail(key, source, f"is of kind {kind}: kinds that can be used are {choices(HARMLESS)}")
+        raise user_error(key, source, f"is of kind {kind}: kinds that can be used are {choices(HARMLESS)}")
     rules = HARMLESS[kind]
     for name, value in config.items():
         if not rules.get(name, _off)(value):
             raise _refused(name, value, source, key, known=name in rules)
     for name in REQUIRED[kind]:
         if name not in config:
-            raise fail(key, source, f"is damaged: {CONFIG} has no {name}")
+            raise user_error(key, source, f"is damaged: {CONFIG} has no {name}")
 
 
 def check_init(config: Mapping[str, Any], source: str, key: str) -> None:
@@ -276,10 +276,10 @@ def check_init(config: Mapping[str, Any], source: str, key: str) -> None:
 
 def _refused(name: str, value: Any, source: str, key: str, known: bool) -> UserError:
     given = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    fix = FIXES.get(name, "no adapter here has that, so that it cannot be trained on")
+    hint = FIXES.get(name, "no adapter here has that, so that it cannot be trained on")
     if not known:
-        fix = "a key that is not known here and may change what the adapter computes: remove it from the file if it does not"
-    return fail(key, source, f"has {name}={given} in {CONFIG}: {fix}")
+        hint = "a key that is not known here and may change what the adapter computes: remove it from the file if it does not"
+    return user_error(key, source, f"has {name}={given} in {CONFIG}: {hint}")
 
 
 def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, key: str) -> set[str]:
@@ -290,11 +290,11 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sour
     for name, tensor in tensors.items():
         suffix = next((suffix for suffix in SUFFIXES[kind] if name.endswith(f".{suffix}")), None)
         if suffix is None or not name.startswith(PREFIX):
-            raise fail(key, source, f"holds {name}, which is no tensor of a plain {kind}: it cannot be trained on")
+            raise user_error(key, source, f"holds {name}, which is no tensor of a plain {kind}: it cannot be trained on")
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise fail(key, source, f"{name} is of {tensor.dtype}: float32, float16 and bfloat16 can be used")
+            raise user_error(key, source, f"{name} is of {tensor.dtype}: float32, float16 and bfloat16 can be used")
         if not _fits(kind, suffix, tuple(tensor.shape), config):
-            raise fail(
+            raise user_error(
                 key,
                 source,
                 f"{name} has shape {tuple(tensor.shape)}, which is not that of {CONFIG}: the files do not belong together",
@@ -302,9 +302,9 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sour
         parts.setdefault(name.removeprefix(PREFIX).removesuffix(f".{suffix}"), set()).add(suffix)
     for module, found in parts.items():
         if missing := set(SUFFIXES[kind]) - found:
-            raise fail(key, source, f"is damaged: it lacks {PREFIX}{module}.{min(missing)}")
+            raise user_error(key, source, f"is damaged: it lacks {PREFIX}{module}.{min(missing)}")
     if not parts:
-        raise fail(key, source, "is damaged: it holds no tensors")
+        raise user_error(key, source, "is damaged: it holds no tensors")
     return set(parts)
 
 
@@ -337,10 +337,12 @@ def check_targets(
         selection = LoraConfig(**chosen)  # every kind reads these keys alike
         targets = {name for name in model_modules if name and check_target_module_exists(selection, name)}
     except (ValueError, TypeError, KeyError, re.error) as error:
-        raise fail(key, source, f"is damaged: {CONFIG} is refused by PEFT: {first_line(error)}") from error
+        raise user_error(key, source, f"is damaged: {CONFIG} is refused by PEFT: {first_line(error)}") from error
     if surplus := set(modules) - targets:
-        raise fail(
+        raise user_error(
             key, source, f"has tensors for {min(surplus)}, which its target_modules does not name: PEFT would leave them out"
         )
     if absent := targets - set(modules):
-        raise fail(key, source, f"has no tensors for {min(absent)}, which its target_modules names: PEFT would start it anew")
+        raise user_error(
+            key, source, f"has no tensors for {min(absent)}, which its target_modules names: PEFT would start it anew"
+        )

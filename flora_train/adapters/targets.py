@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flora_train.adapters.methods import Target
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.errors import choices, did_you_mean, fail
+from flora_train.config.errors import choices, did_you_mean, user_error
 
 SPEECH = ("whisper", "speech_to_text", "moonshine")
 IA3_BEYOND_PEFT: dict[str, dict[str, list[str]]] = {
@@ -65,10 +65,12 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str
         if not chosen:
             parts = sorted({part for name in available for part in name.split(".")[:-1] if not part.isdigit()})
             words = f"no target is below it; there are {choices(parts)}.{did_you_mean(spec.parent_module, parts)}"
-            raise fail(f"{key}.parent_module", spec.parent_module, words)
+            raise user_error(f"{key}.parent_module", spec.parent_module, words)
     if not chosen:
         why = "" if none is None else f" that an adapter can be attached to ({none})"
-        raise fail(f"{key}.target_modules", spec.target_modules, f"{type(model).__name__} has no linear layer to adapt{why}")
+        raise user_error(
+            f"{key}.target_modules", spec.target_modules, f"{type(model).__name__} has no linear layer to adapt{why}"
+        )
     if spec.method != "ia3":
         return chosen
     given = spec.feedforward_modules
@@ -76,7 +78,7 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str
     feedforward = [name for name in chosen if _ends_with(name, inputs)]
     unmatched = [suffix for suffix in given or () if not any(_ends_with(name, [suffix]) for name in chosen)]
     if unmatched:
-        raise fail(f"{key}.feedforward_modules", unmatched[0], f"matches none of the targets {', '.join(endings(chosen))}")
+        raise user_error(f"{key}.feedforward_modules", unmatched[0], f"matches none of the targets {', '.join(endings(chosen))}")
     return {name: Target(t.name, t.in_features, t.out_features, t.transposed, name in feedforward) for name, t in chosen.items()}
 
 
@@ -105,8 +107,8 @@ def _ends_with(name: str, suffixes: Iterable[str]) -> bool:
 def _check_usable(model: nn.Module, names: Sequence[str], unusable: Mapping[str, str], key: str, suffix: str) -> None:
     """Raises UserError where a name that was given matches only layers that are left out."""
     if names and all(name in unusable for name in names):
-        fix = f"no adapter can be attached to {names[0]} of {type(model).__name__}, which {unusable[names[0]]}: leave it out"
-        raise fail(key, suffix, fix)
+        hint = f"no adapter can be attached to {names[0]} of {type(model).__name__}, which {unusable[names[0]]}: leave it out"
+        raise user_error(key, suffix, hint)
 
 
 def _match(model: nn.Module, available: Mapping[str, Target], wanted: Iterable[str], key: str) -> dict[str, Target]:
@@ -116,7 +118,7 @@ def _match(model: nn.Module, available: Mapping[str, Target], wanted: Iterable[s
         usable = [name for name in hits if name in available]
         options = endings(available)
         if not hits:
-            raise fail(
+            raise user_error(
                 key,
                 suffix,
                 f"matches no module of {type(model).__name__}; it has {', '.join(options)}.{did_you_mean(suffix, options)}",
@@ -124,7 +126,7 @@ def _match(model: nn.Module, available: Mapping[str, Target], wanted: Iterable[s
         if len(usable) < len(hits):
             odd = next(name for name in hits if name not in available)
             kind = type(modules[odd]).__name__
-            raise fail(
+            raise user_error(
                 key,
                 suffix,
                 f"matches {odd}, a {kind}; supported are Linear and Conv1D below the output head: {', '.join(options)}",
@@ -140,7 +142,7 @@ def _ia3_default(model: nn.Module, which: str, key: str) -> list[str]:
     architecture = getattr(getattr(model, "config", None), "model_type", None)
     if architecture not in table:
         options = ", ".join(endings(linear_layers(model)))
-        raise fail(f"{key}.{which}", None, f"IA3 has no default for architecture {architecture!r}: name some of {options}")
+        raise user_error(f"{key}.{which}", None, f"IA3 has no default for architecture {architecture!r}: name some of {options}")
     return list(table[architecture])
 
 
@@ -148,5 +150,5 @@ def check_base(model: nn.Module) -> torch.device:
     """The one device of the base model; several (device_map) are refused."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
-        raise fail("model", sorted(map(str, devices)), "the base must be on one device")
+        raise user_error("model", sorted(map(str, devices)), "the base must be on one device")
     return devices.pop()

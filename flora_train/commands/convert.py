@@ -14,7 +14,7 @@ from flora_train.adapters.peft_files import check_targets, kind_of
 from flora_train.adapters.spec import make_spec
 from flora_train.config.base import ConfigModel, PathText
 from flora_train.config.command_options import read_options
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.overrides import from_flags, parse_words
 from flora_train.config.schema import AdapterConfig, ModelConfig
 from flora_train.config.terminal_text import print_plain
@@ -39,18 +39,18 @@ def convert_adapter(words: Sequence[str]) -> None:
     sources, raw = from_flags(words)
     options = read_options(ConvertOptions, parse_words(raw))
     if len(sources) != 1:
-        raise fail("adapter", sources, "give one folder or hub name of a PEFT adapter")
+        raise user_error("adapter", sources, "give one folder or hub name of a PEFT adapter")
     source, out = sources[0], Path(options.out)
     if out.exists():
-        raise fail("out", str(out), "exists already: choose another, or delete it")
+        raise user_error("out", str(out), "exists already: choose another, or delete it")
     check_writable(out)
     config, tensors = read_peft(source, "adapter")
     if kind_of(config) != "LORA":
-        fix = f"is of kind {kind_of(config)}: LORA is converted; HIRA and IA3 go on as they are, with adapters.NAME.init_from"
-        raise fail("adapter", source, fix)
+        hint = f"is of kind {kind_of(config)}: LORA is converted; HIRA and IA3 go on as they are, with adapters.NAME.init_from"
+        raise user_error("adapter", source, hint)
     base = options.model or config.get("base_model_name_or_path")
     if not base:
-        raise fail("model", None, f"{source} names no base model: give --model, a folder or a name on the hub")
+        raise user_error("model", None, f"{source} names no base model: give --model, a folder or a name on the hub")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
     modules = sorted(modules_of(config, tensors))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flora_train.config.command_options import read_options
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.overrides import from_flags, parse_words
 from flora_train.evaluation.code.evaluate import plan_evaluation
 from flora_train.evaluation.report.results import read_report
@@ -33,7 +33,7 @@ def evaluate_words(words: Sequence[str]) -> None:
     runs, raw = from_flags(words, switches=SWITCHES)
     options = read_options(OriginOptions, parse_words(raw))
     if len(runs) != 1:
-        raise fail("run", " ".join(runs) or None, "give one run: a folder in outputs/")
+        raise user_error("run", " ".join(runs) or None, "give one run: a folder in outputs/")
     evaluate_run(runs[0], **options.model_dump())
     show(open_run(runs[0])[0])
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from flora_train.config.base import MOST_PROCESSES, ConfigModel, PathText
 from flora_train.config.command_options import read_options
-from flora_train.config.errors import Problem, UserError, choices, fail
+from flora_train.config.errors import Problem, UserError, choices, user_error
 from flora_train.config.evaluation_schema import Ks, Sandbox
 from flora_train.config.language_names import ProgrammingLanguages
 from flora_train.config.overrides import parse_words
@@ -80,9 +80,9 @@ def _check_out(out: Path, completions: Path, options: ExecuteOptions, read: Sequ
     try:
         same = out.exists() and next((file for file in inputs if file.exists() and out.samefile(file)), None)
     except OSError as error:
-        raise fail("out", str(out), f"cannot be written ({error.strerror}): give another file") from error
+        raise user_error("out", str(out), f"cannot be written ({error.strerror}): give another file") from error
     if same:
-        raise fail("out", str(out), f"is {same}, which is read: give another file")
+        raise user_error("out", str(out), f"is {same}, which is read: give another file")
 
 
 def _print(scores: Scores, ks: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.base import ConfigModel, PathText
 from flora_train.config.command_options import read_options
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.overrides import from_flags, parse_words, run_and_names
 from flora_train.config.terminal_text import in_cell, print_plain, print_table
 from flora_train.data.tokenization import pad_token
@@ -121,7 +121,7 @@ def checked(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str]:
     for name in names:
         bank.id_of(name)
         if as_ == "flora" and methods[name] != "flora":
-            raise fail("adapter", name, f"is {methods[name]}: --as flora writes fLoRA only; --as peft writes all methods")
+            raise user_error("adapter", name, f"is {methods[name]}: --as flora writes fLoRA only; --as peft writes all methods")
     return list(dict.fromkeys(names)) or [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
 
 
@@ -130,7 +130,7 @@ def merge(run: str, names: Sequence[str], out: Path, allow: OriginOptions) -> li
     session, _ = load_run(run, dtype="float32", allow=allow)
     names = checked(session.bank, names, "merged")
     for taken in (out / name for name in names if (out / name).exists()):
-        raise fail("output folder", str(taken), "exists already: choose another with --out, or delete it")
+        raise user_error("output folder", str(taken), "exists already: choose another with --out, or delete it")
     note_differences(session.folder, "export --as merged", session.differences)
     for i, name in enumerate(names):
         if i:  # the bank's base was consumed

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from flora_train.config.base import ConfigModel, Name, PathText, Text
 from flora_train.config.command_options import read_options
-from flora_train.config.errors import Problem, UserError, choices, fail
+from flora_train.config.errors import Problem, UserError, choices, user_error
 from flora_train.config.load import load_config, validate
 from flora_train.config.overrides import from_flags, parse_words
 from flora_train.config.schema import RunConfig
@@ -69,14 +69,14 @@ def init_recipe(words: Sequence[str]) -> None:
     sources, raw = from_flags(words)
     options = read_options(InitOptions, parse_words(raw))
     if not sources:
-        raise fail("init", None, "give a file or a folder for each task: flora-train init data/support.jsonl src")
+        raise user_error("init", None, "give a file or a folder for each task: flora-train init data/support.jsonl src")
     found: dict[str, Found] = {}
     problems: list[Problem] = []
     for source in sources:
         name = (Path(source).stem or real_path(Path(source)).stem).replace(".", "_").replace(" ", "_")
         try:
             if name in found:
-                raise fail(
+                raise user_error(
                     source, None, f"would be a second task {name}: rename the file, or write the recipe by hand (docs/tasks.md)"
                 )
             found[name] = look_at(source, options.language)
@@ -87,7 +87,7 @@ def init_recipe(words: Sequence[str]) -> None:
     name = options.name or next(iter(found))
     out = Path(options.out or f"{name}.yaml")
     if out.exists():
-        raise fail("out", str(out), "exists already: choose another, or delete it")
+        raise user_error("out", str(out), "exists already: choose another, or delete it")
     steps, tokens = sizes(validate(raw_recipe(name, options.model, found, 100, 1 << 20)))
     text = recipe_text(name, options.model, found, steps, tokens, out)
     write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"), new=True)
@@ -107,21 +107,23 @@ def look_at(source: str, language: str | None) -> Found:
     if path.is_dir():
         endings = Counter(file.suffix for file in path.rglob("*") if file.is_file() and file.suffix)
         if not endings:
-            raise fail(source, None, "holds no files: give a folder of source code or text")
+            raise user_error(source, None, "holds no files: give a folder of source code or text")
         ending, count = endings.most_common(1)[0]
         train = {"folder": source, "glob": f"**/*{glob.escape(ending)}"}
         return Found({"train": train, "truncation": "split"}, f"{count:,} files {ending}, learnt whole")
     try:
         config = SourceConfig.model_validate({"files": [source]})
     except ValidationError as error:
-        raise fail(source, None, str(error.errors()[0]["msg"])) from error
+        raise user_error(source, None, str(error.errors()[0]["msg"])) from error
     rows = read_rows(config, "source")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     sound = next((c for c in AUDIO if c in columns and str(rows[0].get(c)).lower().endswith(SOUNDS)), None)
     sentence = next((c for c in SENTENCE if c in columns), None)
     if sound is not None and sentence is not None:
         if language is None:
-            raise fail(source, None, f"holds clips ({sound}) with transcripts ({sentence}): say in which language, --language cs")
+            raise user_error(
+                source, None, f"holds clips ({sound}) with transcripts ({sentence}): say in which language, --language cs"
+            )
         speech = {"language": language, "audio": sound, "sentence": sentence}
         return Found(
             {"speech": speech, "train": source},
@@ -143,8 +145,8 @@ def look_at(source: str, language: str | None) -> Found:
     whole = next((c for c in WHOLE if c in columns), None)
     if whole is not None:
         return Found({"train": source, "text": whole}, f"{len(rows):,} rows, {whole} is learnt whole{_rest(columns, whole)}")
-    fix = f"has the columns {choices(columns)}: which is asked and which is learnt cannot be told; write tasks.NAME.prompt and completion by hand (docs/tasks.md)"
-    raise fail(source, None, fix)
+    hint = f"has the columns {choices(columns)}: which is asked and which is learnt cannot be told; write tasks.NAME.prompt and completion by hand (docs/tasks.md)"
+    raise user_error(source, None, hint)
 
 
 def _rest(columns: Sequence[str], *used: str) -> str:

@@ -18,7 +18,7 @@ from flora_train.adapters.paging import OF_FREE_MEMORY, PLANES
 from flora_train.adapters.pool import Pool, pool_key
 from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.adapters.targets import find_targets
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
 from flora_train.config.unused_keys import notes_on_unused
@@ -225,36 +225,38 @@ def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:
 def check_fits(config: RunConfig, found: Capacity) -> None:
     """Raises UserError, naming the setting to change, where the run does not fit."""
     if found.slots is not None and found.step_slots > found.slots:
-        fix = f"hold less than the {found.step_adapters} adapters of a step need: give {found.step_slots} or more, or lower training.tokens_per_step"
-        raise fail("adapters.device_slots", found.slots, fix)
+        hint = f"hold less than the {found.step_adapters} adapters of a step need: give {found.step_slots} or more, or lower training.tokens_per_step"
+        raise user_error("adapters.device_slots", found.slots, hint)
     processes = found.processes if found.shared else 1
     beside_base = found.free_device // processes - found.base
     rest = beside_base - (found.host if found.shared else 0)
     if found.on_device > rest:
         slots = max(0, beside_base - found.activations) // (PLANES * FLOAT * found.largest)
-        fix = f"needs {_size(found.on_device)} beside the base, where {_size(max(0, rest))} are free: give {slots}"
+        hint = f"needs {_size(found.on_device)} beside the base, where {_size(max(0, rest))} are free: give {slots}"
         if found.shared:
-            fix += " and paging.host=disk"
+            hint += " and paging.host=disk"
         if slots < found.step_slots:
-            fix = f"has no room: a step needs {found.step_slots} slots, and there is room for {slots}; lower training.tokens_per_step or the rank"
-        raise fail("adapters.device_slots", config.paging.device_slots, fix)
+            hint = f"has no room: a step needs {found.step_slots} slots, and there is room for {slots}; lower training.tokens_per_step or the rank"
+        raise user_error("adapters.device_slots", config.paging.device_slots, hint)
     if found.activations > rest - found.on_device:
         part = (rest - found.on_device) / found.activations
-        fix = (
+        hint = (
             f"keeps {_size(found.activations)} for the backward, where {_size(rest - found.on_device)} are free: give "
             f"{int(part * config.training.tokens_per_microbatch)}, or model.gradient_checkpointing=non_reentrant"
         )
-        raise fail("training.tokens_per_microbatch", config.training.tokens_per_microbatch, fix)
+        raise user_error("training.tokens_per_microbatch", config.training.tokens_per_microbatch, hint)
     if not found.shared and found.host * found.processes > found.free_host:
         fewer = "" if found.home else f", with adapters.device_slots={found.step_slots}"
-        fix = f"needs {_size(found.host)} a process, where {_size(found.free_host)} are free: disk keeps all that in files{fewer}"
-        raise fail("paging.host", config.paging.host, fix)
+        hint = (
+            f"needs {_size(found.host)} a process, where {_size(found.free_host)} are free: disk keeps all that in files{fewer}"
+        )
+        raise user_error("paging.host", config.paging.host, hint)
     if found.pages > found.free_pages:
-        fix = f"needs {_size(found.pages)} for adapters, where {_size(found.free_pages)} are free: choose another place, or make room"
-        raise fail("paging.folder", config.paging.folder, fix)
+        hint = f"needs {_size(found.pages)} for adapters, where {_size(found.free_pages)} are free: choose another place, or make room"
+        raise user_error("paging.folder", config.paging.folder, hint)
     if found.on_disk > found.free_disk:
-        fix = f"needs {_size(found.on_disk)}, where {_size(found.free_disk)} are free: choose another place, or make room"
-        raise fail("output_dir", config.folder, fix)
+        hint = f"needs {_size(found.on_disk)}, where {_size(found.free_disk)} are free: choose another place, or make room"
+        raise user_error("output_dir", config.folder, hint)
 
 
 def _size(count: float) -> str:

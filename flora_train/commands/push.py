@@ -15,7 +15,7 @@ from pydantic import Field
 from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.config.base import ConfigModel, Text
 from flora_train.config.command_options import read_options
-from flora_train.config.errors import choices, did_you_mean, fail, first_line
+from flora_train.config.errors import choices, did_you_mean, first_line, user_error
 from flora_train.config.overrides import from_flags, parse_words, run_and_names
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain
@@ -62,7 +62,7 @@ def push_run(words: Sequence[str]) -> None:
         check_repository_name(options.base, "base")
     for name in names:
         if name not in specs:
-            raise fail("adapter", name, f"there are {choices(specs)}.{did_you_mean(name, specs)}")
+            raise user_error("adapter", name, f"there are {choices(specs)}.{did_you_mean(name, specs)}")
     names = list(dict.fromkeys(names)) or list(specs)
     for name in names if options.repo_per_adapter else ():
         check_repository_name(f"{options.repo}-{name}", f"repo_per_adapter: {name}")
@@ -77,9 +77,9 @@ def _push(folder: RunFolder, config: RunConfig, chosen: Sequence[AdapterSpec], o
     """Stage and send, while no other process trains in the folder."""
     run = str(folder.path)
     if not folder.finished:
-        raise fail("run", run, "is not finished: it trains still, or goes on with resume=true")
+        raise user_error("run", run, "is not finished: it trains still, or goes on with resume=true")
     if missing := [spec.name for spec in chosen if not (folder.adapters / spec.name).is_dir()]:
-        raise fail("run", run, f"has no folder of {missing[0]}: flora-train export {run} writes it")
+        raise user_error("run", run, f"has no folder of {missing[0]}: flora-train export {run} writes it")
     report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
     differences = check_base(folder, config, OriginOptions(allow_different_base=options.allow_different_base))
     origin = " ".join(differences)
@@ -143,9 +143,9 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
         if collection is not None:
             print_plain(_collect(api, collection, repositories))
     except LocalTokenNotFoundError as error:
-        raise fail("repo", repo, f"needs you to be logged in: hf auth login, or HF_TOKEN=...; {LOCALLY}") from error
+        raise user_error("repo", repo, f"needs you to be logged in: hf auth login, or HF_TOKEN=...; {LOCALLY}") from error
     except OfflineModeIsEnabled as error:
-        raise fail("repo", repo, f"cannot be reached, HF_HUB_OFFLINE=1 forbids it: unset it, {LOCALLY}") from error
+        raise user_error("repo", repo, f"cannot be reached, HF_HUB_OFFLINE=1 forbids it: unset it, {LOCALLY}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         reason = f"the hub answered {status}: {first_line(error)}; what it has stays, push again"
@@ -153,12 +153,14 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
             reason = "the hub does not know your token: hf auth login"
         if status == 403:
             reason = f"may not be written by you ({me})"
-        raise fail("repo", repo, f"{reason}, {LOCALLY}") from error
+        raise user_error("repo", repo, f"{reason}, {LOCALLY}") from error
     except AnswerError as error:
         reason = f"the hub gave an answer that makes no sense ({error}); what it has stays: push again"
-        raise fail("repo", repo, f"{reason}, {LOCALLY}") from error
+        raise user_error("repo", repo, f"{reason}, {LOCALLY}") from error
     except OSError as error:
-        raise fail("repo", repo, f"broke off ({first_line(error)}); what the hub has stays: push again, {LOCALLY}") from error
+        raise user_error(
+            "repo", repo, f"broke off ({first_line(error)}); what the hub has stays: push again, {LOCALLY}"
+        ) from error
 
 
 def _create(api: Any, repository: Repository, options: PushOptions) -> str:
@@ -167,11 +169,11 @@ def _create(api: Any, repository: Repository, options: PushOptions) -> str:
 
     theirs = _adapters_there(api, repository)
     if others := {entry.get("base", repository.base) for entry in theirs.values()} - {repository.base}:
-        raise fail("repo", repository.name, f"holds adapters for another base, {others.pop()}: choose another repository")
+        raise user_error("repo", repository.name, f"holds adapters for another base, {others.pop()}: choose another repository")
     for name, mine in repository.adapters.items():
         if theirs.get(name, mine)["run"] != mine["run"]:
-            fix = f"has an adapter {name} of another run: choose another repository, or rename the task or adapter"
-            raise fail("repo", repository.name, fix)
+            hint = f"has an adapter {name} of another run: choose another repository, or rename the task or adapter"
+            raise user_error("repo", repository.name, hint)
     address = insist(lambda: str(api.create_repo(repository.name, private=not options.public, exist_ok=True)))
     check_visibility(repository.name, _is_private(api, repository.name), options.public)  # another may have been first
     files: dict[str, Path | bytes] = {**repository.files, **repository.overview(theirs)}
@@ -207,7 +209,9 @@ def _is_private(api: Any, name: str) -> bool | None:
 def check_visibility(name: str, private: bool | None, public: bool) -> None:
     """private: None where it is not there yet. Raises UserError if what is there is public and --public was not given."""
     if private is False and not public:
-        raise fail("repo", name, "exists and is public: give --public to push for everybody to see, or choose another repository")
+        raise user_error(
+            "repo", name, "exists and is public: give --public to push for everybody to see, or choose another repository"
+        )
 
 
 def _adapters_there(api: Any, repository: Repository) -> Entries:
@@ -220,10 +224,10 @@ def _adapters_there(api: Any, repository: Repository) -> Entries:
         try:
             return read_entries(file.read_bytes())
         except (ValueError, RecursionError) as error:
-            fix = f"has a {MANIFEST} of another version: choose another repository, or delete that file there"
-            raise fail("repo", repository.name, fix) from error
+            hint = f"has a {MANIFEST} of another version: choose another repository, or delete that file there"
+            raise user_error("repo", repository.name, hint) from error
     if files:
-        raise fail("repo", repository.name, f"exists, and holds something else ({min(files)}): choose another name")
+        raise user_error("repo", repository.name, f"exists, and holds something else ({min(files)}): choose another name")
     return {}
 
 
@@ -234,7 +238,7 @@ def _collection(api: Any, options: PushOptions) -> Any:
     if not isinstance(collection.slug, str) or not isinstance(collection.private, bool | None):
         raise AnswerError(f"a collection {collection.slug!r}")
     if not collection.private and not options.public:
-        raise fail(
+        raise user_error(
             "repo", options.repo, "the collection of this name exists and is public: give --public, or choose another name"
         )
     return collection

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flora_train.config.base import ConfigModel, PathText
 from flora_train.config.command_options import read_options
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.overrides import from_flags, parse_words
 from flora_train.config.terminal_text import print_plain
 from flora_train.evaluation.report import write_comparison, write_report
@@ -27,12 +27,12 @@ def draw_reports(words: Sequence[str]) -> None:
     runs, raw = from_flags(words)
     options = read_options(ReportOptions, parse_words(raw))
     if not runs:
-        raise fail("run", None, "say which: a folder in outputs/")
+        raise user_error("run", None, "say which: a folder in outputs/")
     folders = [open_run(run)[0] for run in runs]
     reports = [read_report(folder) for folder in folders]
     if len(runs) == 1:
         if options.out is not None:
-            raise fail("out", options.out, "is for several runs beside each other; one has its page in its folder")
+            raise user_error("out", options.out, "is for several runs beside each other; one has its page in its folder")
         folders[0].lock()
         try:
             with reading_report(folders[0].evaluation / "report.json"):
@@ -44,7 +44,7 @@ def draw_reports(words: Sequence[str]) -> None:
     named = dict(zip(labels(runs), reports, strict=True))
     page = Path(runs[0]).resolve().parent / "comparison.html" if options.out is None else Path(options.out)
     if page.suffix != ".html":
-        raise fail("out", options.out, "is a page: give it a name that ends in .html")
+        raise user_error("out", options.out, "is a page: give it a name that ends in .html")
     for folder, report in zip(folders, reports, strict=True):  # which one is damaged
         with reading_report(folder.evaluation / "report.json"):
             render_comparison({"": report})

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from flora_train.config.base import ConfigModel, PathText, Text
 from flora_train.config.command_options import read_options
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.language_names import ProgrammingLanguages
 from flora_train.config.load import validate
@@ -64,17 +64,17 @@ def solve_run(run: str, words: Sequence[str]) -> None:
     raw = parse_words([FLAGS.get(word, word) for word in words])
     evaluation = raw.pop("evaluation", None) or {}
     if not isinstance(evaluation, dict):
-        raise fail("evaluation", evaluation, "must hold keys: give evaluation.KEY=VALUE")
+        raise user_error("evaluation", evaluation, "must hold keys: give evaluation.KEY=VALUE")
     allow, raw = take_origin_options(raw)
     options = read_options(SolveOptions, raw, also=["evaluation.KEY"])
     if options.languages is not None:
         evaluation = {**evaluation, "languages": options.languages}
     config = validate(merge(recorded.model_dump(mode="json"), {"evaluation": evaluation}))
     if not config.evaluation.problems:
-        fix = "say which: evaluation.problems=starter, a folder of MultiPL-E's prompt files, or hub:nuprl/MultiPL-E"
-        raise fail("evaluation.problems", None, fix)
+        hint = "say which: evaluation.problems=starter, a folder of MultiPL-E's prompt files, or hub:nuprl/MultiPL-E"
+        raise user_error("evaluation.problems", None, hint)
     if not folder.adapters.is_dir() or not any(folder.adapters.iterdir()):
-        raise fail("run", run, "has no adapters yet: it did not finish; train it on with resume=true")
+        raise user_error("run", run, "has no adapters yet: it did not finish; train it on with resume=true")
     check_peft_contenders(options.contenders or (), ())
     place = folder.evaluation if options.out is None else Path(options.out)
     inside = real_path(place).is_relative_to(real_path(folder.path))

@@ -1,4 +1,4 @@
-"""How is a user told what is wrong? One error type that names key or file, value and fix, for every floor."""
+"""UserError: the error type for everything that a user can get wrong, with key or file, value and hint."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Problem:
 
     key:   dotted configuration key or file path, e.g. `adapters.flora.rank`
     value: what was given, as the user would recognise it (None: nothing was given)
-    fix:   what is allowed instead, or the command to run
+    hint:  what is allowed instead, or the command to run
     """
 
     key: str
     value: object
-    fix: str
+    hint: str
 
     def __str__(self) -> str:
         given = "" if self.value is None else f" = {_short(_written(self.value))}"
         key = self.key if len(self.key) <= LONGEST_KEY else f"{self.key[: LONGEST_KEY - 3]}..."
-        return plain(" ".join(f"{key}{given}: {self.fix}".split("\n")), keep="\t")
+        return plain(" ".join(f"{key}{given}: {self.hint}".split("\n")), keep="\t")
 
 
 class UserError(Exception):
@@ -44,9 +44,9 @@ class UserError(Exception):
         super().__init__("\n".join(str(problem) for problem in problems))
 
 
-def fail(key: str, value: object, fix: str) -> UserError:
-    """A UserError with one problem: `raise fail("tasks.lua.train", path, "no such file")`."""
-    return UserError(Problem(key, value, fix))
+def user_error(key: str, value: object, hint: str) -> UserError:
+    """A UserError with one problem: `raise user_error("tasks.lua.train", path, "no such file")`."""
+    return UserError(Problem(key, value, hint))
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

@@ -6,20 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import fail, first_line
+from flora_train.config.errors import first_line, user_error
 
 
-def read_object(path: Path, fix: str) -> dict[str, Any]:
-    """The object in a JSON file. fix: what a user does about a damaged one. Raises UserError if the file is missing, unreadable or
+def read_object(path: Path, hint: str) -> dict[str, Any]:
+    """The object in a JSON file. hint: what a user does about a damaged one. Raises UserError if the file is missing, unreadable or
     no JSON object."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise fail(str(path), None, f"is no regular file: {fix}")  # a pipe or a device may never end
+        raise user_error(str(path), None, f"is no regular file: {hint}")  # a pipe or a device may never end
     try:
         return parse_object(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise fail(str(path), None, f"cannot be read ({error.strerror}): {fix}") from error
+        raise user_error(str(path), None, f"cannot be read ({error.strerror}): {hint}") from error
     except (ValueError, RecursionError, MemoryError) as error:
-        raise fail(str(path), None, f"is damaged ({_reason(error)}): {fix}") from error
+        raise user_error(str(path), None, f"is damaged ({_reason(error)}): {hint}") from error
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flora_train.config import yaml_format as yaml_text
-from flora_train.config.errors import Problem, UserError, choices, fail
+from flora_train.config.errors import Problem, UserError, choices, user_error
 from flora_train.config.overrides import merge, parse_words
 from flora_train.config.paths import PROJECT_ROOT, RawConfig, check_texts, find_config, find_file, read_yaml, shipped
 from flora_train.config.references import escape, resolve
@@ -37,7 +37,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
     recipe = overrides.pop("recipe", None)
     if recipe is None:
         names = choices(shipped("recipes"))
-        raise fail("recipe", None, f"say which: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml")
+        raise user_error("recipe", None, f"say which: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml")
     layers = merge(place_device_slots(read_yaml(find_config("recipe", str(recipe)))), overrides)
     data_config = layers.pop("data_config", None)
     if data_config is not None:
@@ -45,7 +45,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
     layers = resolve(layers)
     defaults, tasks = layers.pop("task_defaults", None) or {}, layers.get("tasks")
     if not isinstance(defaults, dict):
-        raise fail("task_defaults", defaults, "must hold keys, as every task does")
+        raise user_error("task_defaults", defaults, "must hold keys, as every task does")
     if not isinstance(tasks, dict):
         return validate(layers)
     try:
@@ -84,7 +84,7 @@ def load_saved(path: Path) -> RunConfig:
 
 
 def _in_file(path: Path, problem: Problem) -> Problem:
-    return problem if problem.key.startswith(str(path)) else Problem(f"{path}: {problem.key}", problem.value, problem.fix)
+    return problem if problem.key.startswith(str(path)) else Problem(f"{path}: {problem.key}", problem.value, problem.hint)
 
 
 def _under(defaults: RawConfig, task: Any) -> Any:
@@ -97,7 +97,7 @@ def _blame_defaults(problem: Problem, defaults: RawConfig, tasks: RawConfig) -> 
     section, _, rest = problem.key.partition(".")
     task, _, field = rest.partition(".")
     if section == "tasks" and _holds(defaults, field) and not _holds(tasks.get(task), field):
-        return Problem(f"task_defaults.{field}", problem.value, problem.fix)
+        return Problem(f"task_defaults.{field}", problem.value, problem.hint)
     return problem
 
 

@@ -91,9 +91,9 @@ def _key_problem(word: str) -> Problem | None:
 
 
 def _value_fix(key: str, fault: yaml_text.Fault) -> str:
-    if not fault.fix.startswith(yaml_text.UNREADABLE):
-        return f"{fault.given[:LONGEST_VALUE]} {fault.fix}" if fault.given else fault.fix
-    reason = fault.fix.removeprefix(f"{yaml_text.UNREADABLE}: ")
+    if not fault.hint.startswith(yaml_text.UNREADABLE):
+        return f"{fault.given[:LONGEST_VALUE]} {fault.hint}" if fault.given else fault.hint
+    reason = fault.hint.removeprefix(f"{yaml_text.UNREADABLE}: ")
     return f"{yaml_text.UNREADABLE} ({reason}); text needs its own quotes: '{key}=\"...\"'"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.config import yaml_format as yaml_text
-from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail
+from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (CHECKOUT / "recipes").is_dir()
@@ -62,32 +62,32 @@ def find_config(kind: str, name: str) -> Path:
     path = find_file(name)
     if exists(path) and path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise fail(kind, name, "is a folder without a config.yaml: give a YAML file, or the folder of a run")
+            raise user_error(kind, name, "is a folder without a config.yaml: give a YAML file, or the folder of a run")
         return path / "config.yaml"
     if exists(path):
         if not path.is_file():
-            raise fail(kind, name, "is no regular file: give a YAML file, or the folder of a run")
+            raise user_error(kind, name, "is no regular file: give a YAML file, or the folder of a run")
         return path
     wanted = name.removesuffix(".yaml").removesuffix(".yml")
     hint = did_you_mean(wanted, known) or did_you_mean(Path(wanted).name, known)
     if wanted != name or "/" in name:
-        raise fail(kind, name, f"no such file.{hint}")
+        raise user_error(kind, name, f"no such file.{hint}")
     if exists(find_file(f"{name}.yaml")):
-        raise fail(kind, name, f"no {kind} of that name in {kind}s/. There is a file: {kind}={name}.yaml")
-    raise fail(kind, name, f"no {kind} of that name in {kind}s/; there are {choices(known)}.{hint}")
+        raise user_error(kind, name, f"no {kind} of that name in {kind}s/. There is a file: {kind}={name}.yaml")
+    raise user_error(kind, name, f"no {kind} of that name in {kind}s/; there are {choices(known)}.{hint}")
 
 
 def read_yaml(path: Path) -> RawConfig:
     """The mapping in a YAML file. Raises UserError with file and line if it is damaged, a key is given twice, or a name
     is not text to YAML (`no` is a boolean)."""
     if exists(path) and not path.is_file() and not path.is_dir():
-        raise fail(str(path), None, "is no regular file: give a YAML file")
+        raise user_error(str(path), None, "is no regular file: give a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise fail(str(path), None, "is not readable YAML: it is not UTF-8 text; save it as UTF-8") from None
+        raise user_error(str(path), None, "is not readable YAML: it is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
-        raise fail(str(path), None, f"cannot be read: {error.strerror}") from None
+        raise user_error(str(path), None, f"cannot be read: {error.strerror}") from None
     return read_mapping(text, str(path))
 
 
@@ -98,7 +98,7 @@ def read_mapping(text: str, source: str) -> RawConfig:
     except yaml_text.YamlFaults as error:
         raise UserError(*(_problem(source, fault) for fault in error.faults)) from None
     if not isinstance(content, dict):
-        raise fail(source, None, "must hold keys and values at the top level")
+        raise user_error(source, None, "must hold keys and values at the top level")
     return content
 
 
@@ -110,7 +110,7 @@ def check_texts(raw: Mapping[str, Any]) -> None:
         key, value = rest.pop()
         if isinstance(value, str):
             if fault := yaml_text.unwritable(value):
-                raise fail(key.encode(errors="replace").decode() or "configuration", None, fault)
+                raise user_error(key.encode(errors="replace").decode() or "configuration", None, fault)
         elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -121,8 +121,8 @@ def check_texts(raw: Mapping[str, Any]) -> None:
 
 def _problem(source: str, fault: yaml_text.Fault) -> Problem:
     if fault.line is None:
-        return Problem(source, fault.given, fault.fix)
-    if fault.fix.startswith(yaml_text.UNREADABLE):
+        return Problem(source, fault.given, fault.hint)
+    if fault.hint.startswith(yaml_text.UNREADABLE):
         given = f" {fault.given}" if fault.given else ""
-        return Problem(source, None, f"{fault.fix}{given} (line {fault.line})")
-    return Problem(f"{source}:{fault.line}", fault.given, fault.fix)
+        return Problem(source, None, f"{fault.hint}{given} (line {fault.line})")
+    return Problem(f"{source}:{fault.line}", fault.given, fault.hint)

@@ -152,9 +152,9 @@ class _Resolver:
             return self._blame(place, text, f"nests more than {DEEPEST} levels deep")
         return resolved
 
-    def _blame(self, place: Place, text: str, fix: str) -> None:
+    def _blame(self, place: Place, text: str, hint: str) -> None:
         key = ".".join(map(str, place))
-        self.problems.setdefault(place, Problem(key, text, fix))
+        self.problems.setdefault(place, Problem(key, text, hint))
         if len(self.problems) >= MOST_PROBLEMS:
             raise UserError(*self.problems.values())
 

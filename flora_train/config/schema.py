@@ -130,8 +130,8 @@ class AdapterConfig(ConfigModel):
     @field_validator("warmup_steps")
     @classmethod
     def _warmup_ends(cls, warmup_steps: int, info: ValidationInfo) -> int:
-        if fix := _warmup_fix(warmup_steps, "max_steps", info.data.get("max_steps")):
-            raise ValueError(fix)
+        if hint := _warmup_hint(warmup_steps, "max_steps", info.data.get("max_steps")):
+            raise ValueError(hint)
         return warmup_steps
 
 
@@ -146,7 +146,7 @@ OWNERS = {
 """Option of an adapter -> the methods that have it; options that are not here belong to all."""
 
 
-def _warmup_fix(warmup_steps: int, limit_key: str, limit: int | None) -> str | None:
+def _warmup_hint(warmup_steps: int, limit_key: str, limit: int | None) -> str | None:
     if limit is None or warmup_steps < limit:
         return None
     return f"leaves no step after warm-up: make it smaller than {limit_key} = {limit}"
@@ -208,15 +208,15 @@ class RunConfig(ConfigModel):
         if ignored := ignored_keys(self.tasks):
             raise Contradictions(ignored)
         if late := [rung for rung in self.sweep.rungs or () if rung >= self.training.steps]:
-            fix = f"is no step before the end: rungs are before training.steps = {self.training.steps}"
-            raise Contradictions([Problem("sweep.rungs", late[0], fix)])
+            hint = f"is no step before the end: rungs are before training.steps = {self.training.steps}"
+            raise Contradictions([Problem("sweep.rungs", late[0], hint)])
         if self.sweep.strategy == "halving" and not any(adapter.sweep for adapter in self.adapters.values()):
-            fix = "has nothing to halve: no adapter has a list of values, such as adapters.NAME.lr=[1e-3,2e-3]"
-            raise Contradictions([Problem("sweep.strategy", "halving", fix)])
+            hint = "has nothing to halve: no adapter has a list of values, such as adapters.NAME.lr=[1e-3,2e-3]"
+            raise Contradictions([Problem("sweep.strategy", "halving", hint)])
         for name, adapter in self.adapters.items():
             if adapter.patience is not None and self.evaluation.interval is None:
-                fix = f"adapters.{name}.patience counts evaluations during training, and there are none: set it to some number of steps"
-                raise Contradictions([Problem("evaluation.interval", None, fix)])
+                hint = f"adapters.{name}.patience counts evaluations during training, and there are none: set it to some number of steps"
+                raise Contradictions([Problem("evaluation.interval", None, hint)])
         return self
 
     @property
@@ -243,8 +243,8 @@ def disagreements(
     """
     count = sum(len(tasks if chosen is None else chosen) for chosen, _ in adapters.values())
     if count > MOST_ADAPTERS:
-        fix = f"are {count:,}, each on every one of its tasks: at most {MOST_ADAPTERS:,} train in one run; divide them among several"
-        return [Problem("adapters", None, fix)]
+        hint = f"are {count:,}, each on every one of its tasks: at most {MOST_ADAPTERS:,} train in one run; divide them among several"
+        return [Problem("adapters", None, hint)]
     problems = [
         Problem(f"{section}.{name}", None, RESERVED)
         for section, names in (("tasks", tasks), ("adapters", adapters))
@@ -255,10 +255,10 @@ def disagreements(
     for name, (chosen, warmup_steps) in adapters.items():
         for task in chosen or ():
             if task not in known:
-                fix = f"is not a task; tasks are {choices(tasks)}.{did_you_mean(task, tasks)}"
-                problems.append(Problem(f"adapters.{name}.tasks", task, fix))
-        if fix := _warmup_fix(warmup_steps, "training.steps", steps) or "":
-            problems.append(Problem(f"adapters.{name}.warmup_steps", warmup_steps, fix))
+                hint = f"is not a task; tasks are {choices(tasks)}.{did_you_mean(task, tasks)}"
+                problems.append(Problem(f"adapters.{name}.tasks", task, hint))
+        if hint := _warmup_hint(warmup_steps, "training.steps", steps) or "":
+            problems.append(Problem(f"adapters.{name}.warmup_steps", warmup_steps, hint))
         if len(problems) >= MOST_PROBLEMS:
             return problems
     names = [adapter_name(task, name) for name, (chosen, _) in adapters.items() for task in chosen or tasks]
@@ -274,11 +274,11 @@ def _unusable_names(names: Sequence[str]) -> list[Problem]:
     first: dict[str, str] = {}
     for name in names:
         if len(name) > LONGEST_NAME:
-            fix = f"is the name of an adapter (task-adapter) of more than {LONGEST_NAME} characters, too long for its files: rename the task or adapter"
-            problems.append(Problem("adapters", name, fix))
+            hint = f"is the name of an adapter (task-adapter) of more than {LONGEST_NAME} characters, too long for its files: rename the task or adapter"
+            problems.append(Problem("adapters", name, hint))
         elif (other := first.setdefault(name.lower(), name)) != name:
-            fix = f"and {other} are adapters (task-adapter) whose names differ in case only, which not every file system tells apart: rename one"
-            problems.append(Problem("adapters", name, fix))
+            hint = f"and {other} are adapters (task-adapter) whose names differ in case only, which not every file system tells apart: rename one"
+            problems.append(Problem("adapters", name, hint))
     return problems[:MOST_PROBLEMS]
 
 
@@ -291,8 +291,8 @@ def _one_kind_of_task(tasks: Mapping[str, TaskConfig]) -> Problem | None:
     if not spoken or len(spoken) == len(tasks):
         return None
     text = next(name for name in tasks if name not in spoken)
-    fix = f"has none, and tasks.{spoken[0]} is speech: one base model does not do both; make two runs"
-    return Problem(f"tasks.{text}.speech", None, fix)
+    hint = f"has none, and tasks.{spoken[0]} is speech: one base model does not do both; make two runs"
+    return Problem(f"tasks.{text}.speech", None, hint)
 
 
 def adapter_name(task: str, adapter: str) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from flora_train.config.base import LONGEST_NAME, MOST_STEPS, ConfigModel
-from flora_train.config.errors import choices, fail
+from flora_train.config.errors import choices, user_error
 from flora_train.config.paths import RawConfig
 
 SWEPT = ("lr", "rank", "alpha", "variant", "dropout", "weight_decay", "max_grad_norm", "lr_schedule", "warmup_steps", "max_steps")
@@ -63,13 +63,13 @@ def expand_sweeps(adapters: Any) -> Any:
         swept = {key: value for key, value in values.items() if key in SWEPT}
         count = prod(map(len, swept.values()))
         if count + len(expanded) > MOST_MEMBERS:
-            fix = f"is a sweep over {count:,} combinations of values: at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
-            raise fail(f"adapters.{name}", None, fix)
+            hint = f"is a sweep over {count:,} combinations of values: at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
+            raise user_error(f"adapters.{name}", None, hint)
         for combination in product(*swept.values()):
             chosen = dict(zip(swept, combination, strict=True))
             member = "_".join([str(name), *(f"{key}{_short(value)}" for key, value in chosen.items())])
             if member in expanded or (chosen and member in adapters):
-                raise fail(
+                raise user_error(
                     "adapters", member, f"is the name of two adapters, one of them from the sweep adapters.{name}: rename one"
                 )
             expanded[member] = {**adapter, **chosen, "sweep": str(name)} if chosen else adapter
@@ -80,17 +80,17 @@ def _check(key: str, option: str, values: list[Any]) -> None:
     if option in LISTS:
         return
     if option not in SWEPT:
-        raise fail(key, values, f"is no key that can be swept: a list of values may stand for {choices(SWEPT)}")
+        raise user_error(key, values, f"is no key that can be swept: a list of values may stand for {choices(SWEPT)}")
     if not values:
-        raise fail(key, values, "is a sweep over nothing: give one value or several")
+        raise user_error(key, values, "is a sweep over nothing: give one value or several")
     if len(values) > MOST_MEMBERS:
-        raise fail(
+        raise user_error(
             key, None, f"is a sweep over {len(values):,} values: at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
         )
     seen: set[str] = set()
     for value in values:
         if (name := _short(value)) in seen:
-            raise fail(key, value, "is in this sweep twice: remove one")
+            raise user_error(key, value, "is in this sweep twice: remove one")
         seen.add(name)
 
 

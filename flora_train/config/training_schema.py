@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from flora_train.config.base import MOST_STEPS, MOST_TOKENS, ConfigModel, PathText, Text
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.paths import RawConfig
 
 
@@ -99,7 +99,9 @@ def place_device_slots(raw: RawConfig) -> RawConfig:
         return raw
     slots, paging = adapters["device_slots"], raw.get("paging") or {}
     if isinstance(paging, dict) and paging.get("device_slots", slots) != slots:
-        raise fail(ALIAS, slots, f"is {paging['device_slots']!r} as paging.device_slots: they are one setting, give one of them")
+        raise user_error(
+            ALIAS, slots, f"is {paging['device_slots']!r} as paging.device_slots: they are one setting, give one of them"
+        )
     rest = {name: adapter for name, adapter in adapters.items() if name != "device_slots"}
     return {**raw, "adapters": rest, "paging": {**paging, "device_slots": slots} if isinstance(paging, dict) else paging}
 

@@ -15,14 +15,14 @@ MAGIC = "*?["
 
 def ignored_keys(tasks: Mapping[str, TaskConfig]) -> list[Problem]:
     """A problem for each key that is given and could do nothing in a task or source of that kind."""
-    return [Problem(f"tasks.{name}.{key}", value, fix) for name, task in tasks.items() for key, value, fix in _of_task(task)]
+    return [Problem(f"tasks.{name}.{key}", value, hint) for name, task in tasks.items() for key, value, hint in _of_task(task)]
 
 
 def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
     for split in ("train", "validation", "test"):
         source: SourceConfig | None = getattr(task, split)
-        for key, fix in _of_source(source) if source is not None else ():
-            yield f"{split}.{key}", getattr(source, key), fix
+        for key, hint in _of_source(source) if source is not None else ():
+            yield f"{split}.{key}", getattr(source, key), hint
     if task.speech is None:
         if task.test is not None:
             yield "test", None, "is for speech tasks: a task of text is measured on its validation rows; remove it"
@@ -30,8 +30,8 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
             yield "max_test_examples", task.max_test_examples, "is for speech tasks: remove it"
         return
     if task.max_test_examples is not None and task.test is None:
-        fix = "limits the test rows, and there are none: give test, or limit max_validation_examples"
-        yield "max_test_examples", task.max_test_examples, fix
+        hint = "limits the test rows, and there are none: give test, or limit max_validation_examples"
+        yield "max_test_examples", task.max_test_examples, hint
     if task.truncation != "truncate":
         yield "truncation", task.truncation, "is for text: transcripts that are too long are left out, and counted; remove it"
     if task.sample_prompts:

@@ -13,7 +13,7 @@ from flora_train.config.schema import Contradictions, RunConfig
 ONLY_IN_FILES = ("data_config", "recipe", "task_defaults")
 """Keys of the outermost level that are used up before validation."""
 
-FIXES = {
+HINTS = {
     "missing": "is required",
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -53,8 +53,8 @@ def to_user_errors(error: ValidationError, raw: Any) -> list[Problem]:
             break
         for problem in _translate(item, raw):
             before = problems.get(problem.key)
-            fix = f"{before.fix}, or {problem.fix}" if before else problem.fix
-            problems[problem.key] = Problem(problem.key, problem.value, fix)
+            hint = f"{before.hint}, or {problem.hint}" if before else problem.hint
+            problems[problem.key] = Problem(problem.key, problem.value, hint)
     return list(problems.values())
 
 
@@ -64,7 +64,7 @@ def _translate(item: Any, raw: Any) -> list[Problem]:
     if isinstance(cause := context.get("error"), Contradictions):
         return list(cause.problems)
     if item["type"] == "missing":
-        return [Problem(key, None, FIXES["missing"])]
+        return [Problem(key, None, HINTS["missing"])]
     if item["type"] == "extra_forbidden":
         allowed = _keys_of(loc[:-1])
         return [Problem(key, None, f"unknown key; here are {choices(allowed)}.{_closest_key(loc, allowed)}")]
@@ -73,9 +73,9 @@ def _translate(item: Any, raw: Any) -> list[Problem]:
         return [Problem(key, value, f"must be {choices(options)}.{did_you_mean(value, options)}")]
     if item["type"] in ("model_type", "model_attributes_type"):
         return [Problem(key, value, f"must hold keys: {', '.join(_keys_of(loc))}")]
-    fix = FIXES.get(item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}"))
-    fix = fix.format(**{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()})
-    return [Problem(key, None if item["loc"][-1] == "[key]" else value, fix)]
+    hint = HINTS.get(item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}"))
+    hint = hint.format(**{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()})
+    return [Problem(key, None if item["loc"][-1] == "[key]" else value, hint)]
 
 
 def _readable(limit: float) -> str:

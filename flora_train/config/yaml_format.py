@@ -57,7 +57,7 @@ class Fault:
 
     line: int | None
     given: str | None
-    fix: str
+    hint: str
 
 
 class YamlFaults(Exception):
@@ -65,7 +65,7 @@ class YamlFaults(Exception):
 
     def __init__(self, *faults: Fault) -> None:
         self.faults = faults
-        super().__init__("; ".join(fault.fix for fault in faults))
+        super().__init__("; ".join(fault.hint for fault in faults))
 
 
 class _Scalars(SafeConstructor, Resolver):
@@ -249,8 +249,8 @@ class _Reader:
         value, size, depth = self.anchors[event.anchor]
         self.by_alias += size
         if self.by_alias > MOST_BY_ALIAS:
-            fix = f"aliases stand for more than {MOST_BY_ALIAS:,} values together: write what is meant without them"
-            raise YamlFaults(Fault(_line(event), f"*{event.anchor}", fix))
+            hint = f"aliases stand for more than {MOST_BY_ALIAS:,} values together: write what is meant without them"
+            raise YamlFaults(Fault(_line(event), f"*{event.anchor}", hint))
         top = self.stack[-1] if self.stack else None
         if top is not None and isinstance(top.value, dict) and not top.has_key:
             if isinstance(value, str):

@@ -13,7 +13,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import choices, fail, first_line
+from flora_train.config.errors import choices, first_line, user_error
 from flora_train.config.paths import PROJECT_ROOT, find_file
 from flora_train.config.task_schema import SourceConfig
 from flora_train.data.audio.common_voice import release_file, release_rows
@@ -37,7 +37,7 @@ def read_rows(source: SourceConfig, key: str) -> list[Row]:
     else:
         rows = [row for path in source_files(source, key) for row in _file_rows(path, source, key)]
     if not rows:
-        raise fail(key, source.hub or source.folder or source.common_voice or source.files, "holds no rows")
+        raise user_error(key, source.hub or source.folder or source.common_voice or source.files, "holds no rows")
     return rows
 
 
@@ -57,15 +57,15 @@ def source_files(source: SourceConfig, key: str) -> list[Path]:
 
 def _check_file(path: Path, key: str) -> None:
     if path.is_dir():
-        raise fail(key, str(path), f"is a folder: write {key}.folder={path} and {key}.glob=PATTERN")
+        raise user_error(key, str(path), f"is a folder: write {key}.folder={path} and {key}.glob=PATTERN")
     if path.suffix.lower() not in READERS:
-        raise fail(key, str(path), f"unknown kind of file; there are {choices(READERS)}")
+        raise user_error(key, str(path), f"unknown kind of file; there are {choices(READERS)}")
     if not path.is_file():
-        raise fail(key, str(path), "is no file that can be read twice (a pipe or a device): give a file with rows")
+        raise user_error(key, str(path), "is no file that can be read twice (a pipe or a device): give a file with rows")
     if not os.access(path, os.R_OK):
-        raise fail(key, str(path), "may not be read: change its permissions")
+        raise user_error(key, str(path), "may not be read: change its permissions")
     if path.stat().st_size == 0:
-        raise fail(key, str(path), "is empty: give a file with rows")
+        raise user_error(key, str(path), "is empty: give a file with rows")
 
 
 def _matches(pattern: str, key: str) -> list[Path]:
@@ -78,9 +78,9 @@ def _matches(pattern: str, key: str) -> list[Path]:
             if files := files_matching(root / Path(pattern).expanduser()):
                 return files
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero in it, an unknown ~user
-        raise fail(key, pattern, f"is no path that can be read: {first_line(error)}") from None
+        raise user_error(key, pattern, f"is no path that can be read: {first_line(error)}") from None
     how = next((f"; build it with: make {target}" for folder, target in BUILT.items() if pattern.startswith(folder)), "")
-    raise fail(key, pattern, f"no such file in {Path.cwd()}{how}")
+    raise user_error(key, pattern, f"no such file in {Path.cwd()}{how}")
 
 
 BUILT = {"assets/code_local/": "code-local", "assets/speech_local/": "speech-local"}
@@ -91,16 +91,16 @@ def _files_below(name: str, pattern: str, key: str) -> list[Path]:
     try:
         folder = find_file(name)
         if not folder.is_dir():
-            raise fail(f"{key}.folder", name, f"no such folder in {Path.cwd()}")
+            raise user_error(f"{key}.folder", name, f"no such folder in {Path.cwd()}")
     except (OSError, ValueError, RuntimeError) as error:
-        raise fail(f"{key}.folder", name, f"is no path that can be read: {first_line(error)}") from None
+        raise user_error(f"{key}.folder", name, f"is no path that can be read: {first_line(error)}") from None
     try:
         found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
         visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     except (NotImplementedError, ValueError, OSError, IndexError, AttributeError) as error:  # pathlib's own, for ./ and its like
-        raise fail(f"{key}.glob", pattern, f"is not a pattern below the folder: {error}") from None
+        raise user_error(f"{key}.glob", pattern, f"is not a pattern below the folder: {error}") from None
     if not visible:
-        raise fail(f"{key}.glob", pattern, f"matches no file in {name}")
+        raise user_error(f"{key}.glob", pattern, f"matches no file in {name}")
     return visible
 
 
@@ -108,7 +108,7 @@ def _hub_rows(source: SourceConfig, key: str) -> list[Row]:
     try:
         import datasets
     except ImportError:
-        raise fail(f"{key}.hub", source.hub, "needs the datasets package: pip install 'flora-train[hub]'") from None
+        raise user_error(f"{key}.hub", source.hub, "needs the datasets package: pip install 'flora-train[hub]'") from None
     options = {"data_dir": source.data_dir, "split": source.split, "revision": source.revision}
     try:
         # a data set in the local cache loads offline too
@@ -118,7 +118,7 @@ def _hub_rows(source: SourceConfig, key: str) -> list[Row]:
                 rows = rows.cast_column(name, datasets.Audio(decode=False))
         return list(islice(rows, source.max_rows))
     except Exception as error:  # the library raises many kinds; every one means that this source cannot be used
-        raise fail(f"{key}.hub", source.hub, _why_no_hub(source, error)) from error
+        raise user_error(f"{key}.hub", source.hub, _why_no_hub(source, error)) from error
 
 
 def _why_no_hub(source: SourceConfig, error: Exception) -> str:
@@ -139,7 +139,7 @@ def _folder_rows(source: SourceConfig, key: str) -> list[Row]:
         try:
             rows.append({"text": _decode(path), "path": path.relative_to(root).as_posix()})
         except (OSError, ValueError) as error:
-            raise fail(key, str(path), f"{first_line(error)}: narrow {key}.glob") from None
+            raise user_error(key, str(path), f"{first_line(error)}: narrow {key}.glob") from None
     return rows
 
 
@@ -147,9 +147,9 @@ def _file_rows(path: Path, source: SourceConfig, key: str) -> Iterator[Row]:
     try:
         yield from READERS[path.suffix.lower()](path, source)
     except (OSError, ValueError, csv.Error) as error:
-        raise fail(key, str(path), f"cannot be read: {first_line(error)}") from None
+        raise user_error(key, str(path), f"cannot be read: {first_line(error)}") from None
     except ImportError:
-        raise fail(key, str(path), "needs the pyarrow package: pip install 'flora-train[parquet]'") from None
+        raise user_error(key, str(path), "needs the pyarrow package: pip install 'flora-train[parquet]'") from None
 
 
 def _read_jsonl(path: Path, source: SourceConfig) -> Iterator[Row]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 
 Item = TypeVar("Item")
 
@@ -30,7 +30,7 @@ def hold_out(
     members = list(groups.values())
     if len(members) < 2:
         what = f"{len(rows)} row" if group_of is None else f"{len(members)} speaker or sentence"
-        raise fail(f"{key}.train", None, f"has {what}: none can be held out; give a validation source or more rows")
+        raise user_error(f"{key}.train", None, f"has {what}: none can be held out; give a validation source or more rows")
     wanted, held = max(1, round(fraction * len(rows))), set[int]()
     for group in np.random.default_rng(seed).permutation(len(members))[:-1]:
         if len(held) >= wanted:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flora_train.config.errors import Problem, UserError, fail
+from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.audio.speech_processor import SpeechProcessor
@@ -106,11 +106,11 @@ def draw_problem(task: str, lengths: NDArray[np.int64], adapters: int, examples:
     longest = int(lengths.max())
     if (needed := longest * adapters * examples) <= tokens_per_step:
         return None
-    fix = (
+    hint = (
         f"cannot hold one draw of task {task!r}: {examples} example(s) of up to {longest} tokens for each of "
         f"{adapters} adapters; raise it to {needed}, or shorten training.max_length"
     )
-    return Problem("training.tokens_per_step", tokens_per_step, fix)
+    return Problem("training.tokens_per_step", tokens_per_step, hint)
 
 
 def load_spoken_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path, ears: SpeechProcessor) -> Task:
@@ -145,7 +145,7 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         splits[split] = cached(cache / f"{content[:32]}.npz", TokenSplit, make)
         if not len(splits[split]):
             counts = splits[split].counts
-            raise fail(
+            raise user_error(
                 f"{key}.{split}",
                 None,
                 f"no usable example among {counts.rows} rows: {counts.empty} empty, {counts.over_long_dropped} over-long, "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import isinf, isnan
 from typing import Any
 
-from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail
+from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.sources import Row
 
@@ -61,7 +61,7 @@ class Template:
         try:
             return cell_text(row.get(column))
         except ValueError as error:
-            raise fail(self.key, self.source, f"column {column!r} {error}") from None
+            raise user_error(self.key, self.source, f"column {column!r} {error}") from None
 
 
 def cell_text(value: Any) -> str:
@@ -126,7 +126,7 @@ def make_formatter(task: TaskConfig, rows: list[Row], key: str) -> Formatter:
         elif "text" in there:
             text = "text"
         else:
-            raise fail(key, None, f"name the columns: text, or prompt and completion; the rows have {', '.join(there)}")
+            raise user_error(key, None, f"name the columns: text, or prompt and completion; the rows have {', '.join(there)}")
     if text is not None:
         formatter = Formatter(None, parse_template(text, f"{key}.text"))
     else:
@@ -142,10 +142,10 @@ def parse_template(source: str, key: str) -> Template:
     try:
         parsed = list(string.Formatter().parse(source))
     except ValueError as error:
-        raise fail(key, source, f"is not a template: {error} (a literal brace is written twice)") from None
+        raise user_error(key, source, f"is not a template: {error} (a literal brace is written twice)") from None
     for _, column, spec, conversion in parsed:
         if column == "" or spec or conversion:
-            raise fail(key, source, "is not a template: between braces stands a column and nothing else")
+            raise user_error(key, source, "is not a template: between braces stands a column and nothing else")
     return Template(key, source, tuple((text, column) for text, column, _, _ in parsed))
 
 

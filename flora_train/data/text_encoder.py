@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.data.token_cache import (
     Encoded,
     Spans,
@@ -217,7 +217,7 @@ class TextEncoder:
         extra = Counter(i for i in ids if i in self.special and i != self.tokenizer.unk_token_id) - allowed
         if extra:
             token = self.special[next(iter(extra))]
-            raise fail(
+            raise user_error(
                 "model.path", token, "its tokenizer cannot read this special token of a row as text: set special_tokens: true"
             )
         return Encoded(np.array(ids, dtype=np.int32), counter, written)

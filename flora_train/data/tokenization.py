@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.data.templates import PromptCompletion
 from flora_train.data.text_encoder import TextEncoder, start_tokens
 from flora_train.data.token_cache import Encoded
@@ -222,8 +222,8 @@ LAST = 8
 def check_tokenizer(tokenizer: Any, model_path: str) -> None:
     """Training needs an end token. Raises UserError if the tokenizer lacks one."""
     if tokenizer.eos_token_id is None:
-        fix = "its tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it there"
-        raise fail("model.path", model_path, fix)
+        hint = "its tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it there"
+        raise user_error("model.path", model_path, hint)
 
 
 def pad_token(tokenizer: Any) -> int:

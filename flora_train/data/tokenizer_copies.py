@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 
 BETWEEN_SPACES = ("WhitespaceSplit", "Whitespace", "BertPreTokenizer")
 """Steps that drop white space: what follows them sees single words, and no beginning of a text."""
@@ -132,7 +132,7 @@ def copy_tokenizer(backend: Any, pipeline: Mapping[str, Any], special: Mapping[i
         recognise_stand_ins(spec, special)
     copy = Tokenizer.from_str(json.dumps(spec))
     if any(copy.token_to_id(stand_in(i)) != i for i in special or ()):
-        raise fail(
+        raise user_error(
             "model.path", None, "its tokenizer cannot be told to read special tokens in rows as text: set special_tokens: true"
         )
     return copy

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from flora_train.adapters.spec import expand
-from flora_train.config.errors import UserError, fail, first_line
+from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.completion_log import CompletionLog
 from flora_train.evaluation.code.evaluate import Plan
@@ -25,7 +25,7 @@ def check_places(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -> No
     wrong = [(path, "folder") for path in folders if path.exists() and not path.is_dir()]
     wrong += [(path, "file") for path in files if path.exists() and not path.is_file()]
     for path, kind in wrong:
-        raise fail(str(path), None, f"is in the way of a {kind} of this name, which will be written: move it away")
+        raise user_error(str(path), None, f"is in the way of a {kind} of this name, which will be written: move it away")
 
 
 def check_evaluation(folder: Path, suites: Mapping[str, Mapping[str, Language]], config: RunConfig) -> None:
@@ -45,8 +45,8 @@ def check_evaluation(folder: Path, suites: Mapping[str, Mapping[str, Language]],
         except UserError:
             raise
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            fix = "delete it, and the programs are executed again"
-            raise fail(str(log.verdicts), None, f"is damaged ({first_line(error)}): {fix}") from error
+            hint = "delete it, and the programs are executed again"
+            raise user_error(str(log.verdicts), None, f"is damaged ({first_line(error)}): {hint}") from error
     transcripts = transcript_log(folder)
     transcripts.read()
     transcripts.check(speech_settings(config))

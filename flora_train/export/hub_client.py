@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-from flora_train.config.errors import UserError, fail, first_line
+from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.runtime.distributed import say
 
 ATTEMPTS = 6
@@ -33,21 +33,21 @@ def check_repository_name(name: str, key: str = "repo") -> None:
     """Raises UserError for a name that the hub would refuse: ORG/NAME, both of ASCII letters, digits, - _ and ."""
     owner, slash, short = name.partition("/")
     for part, word in ((owner, "ORG"), (short, "NAME")) if slash else ((name, "NAME"),):
-        fix = None
+        hint = None
         if not re.fullmatch(r"[A-Za-z0-9._-]+", part):
-            fix = "may hold letters (a-z), digits, -, _ and . only"
+            hint = "may hold letters (a-z), digits, -, _ and . only"
         elif part[0] in "-." or part[-1] in "-.":
-            fix = "may not begin or end with - or ."
+            hint = "may not begin or end with - or ."
         elif "--" in part or ".." in part:
-            fix = "may not hold -- or .."
+            hint = "may not hold -- or .."
         elif len(part) > LONGEST_NAME:
-            fix = f"has {len(part)} characters, and may have {LONGEST_NAME}"
+            hint = f"has {len(part)} characters, and may have {LONGEST_NAME}"
         elif part.endswith((".git", ".ipynb")):
-            fix = "may not end in .git or .ipynb"
-        if fix is not None:
-            raise fail(key, name, f"the hub refuses this name: {word} {fix}")
+            hint = "may not end in .git or .ipynb"
+        if hint is not None:
+            raise user_error(key, name, f"the hub refuses this name: {word} {hint}")
     if not slash:
-        raise fail(key, name, "write ORG/NAME (or YOU/NAME)")
+        raise user_error(key, name, "write ORG/NAME (or YOU/NAME)")
 
 
 def insist(action: Callable[[], Result]) -> Result:

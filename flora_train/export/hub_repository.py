@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.json_object import parse_object, read_object
 from flora_train.export.model_card import KINDS, in_code, in_line, write_card
 from flora_train.export.model_card_results import benchmarks
@@ -134,7 +134,7 @@ def _adapter(
         if name in ("README.md", PEFT_WARNING) and not source.exists():
             continue
         if not source.is_file():
-            raise fail("run", str(run.path), f"lacks {source}: flora-train export {run.path} writes it")
+            raise user_error("run", str(run.path), f"lacks {source}: flora-train export {run.path} writes it")
         with disk_errors(folder / name):
             shutil.copyfile(source, folder / name)
     _adapter_config(run, spec.name)
@@ -152,7 +152,7 @@ def _adapter_config(run: RunFolder, name: str) -> dict[str, Any]:
     path = run.adapters / name / "adapter_config.json"
     content = read_object(path, again)
     if not isinstance(content.get("base_model_name_or_path"), str) or not isinstance(content.get("peft_type"), str):
-        raise fail(str(path), None, f"is damaged: {again}")
+        raise user_error(str(path), None, f"is damaged: {again}")
     return {"task_type": None, **content}
 
 

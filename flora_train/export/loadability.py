@@ -20,7 +20,7 @@ from flora_train.adapters.methods import METHODS
 from flora_train.adapters.peft_files import PREFIX, SUFFIXES, kind_of
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.config.errors import fail, first_line
+from flora_train.config.errors import first_line, user_error
 from flora_train.export.peft_forms import Form, Layers, config_of, model_class, tensors_of
 from flora_train.runtime.distributed import say
 
@@ -205,5 +205,5 @@ def _note(family: str, found: Written) -> str:
     assert found.problem is not None
     key = f"adapters.{family}.target_modules"
     if found.problem.silent:
-        raise fail(key, None, f"{found.problem.text}: name other layers")
+        raise user_error(key, None, f"{found.problem.text}: name other layers")
     return f"{family}: {found.problem.text}; train it for use here and for flora-train export --as merged, or name other layers in {key}"

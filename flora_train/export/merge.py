@@ -16,7 +16,7 @@ from torch import nn
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.targets import dense_weight
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.runtime.atomic import disk_errors
 
 
@@ -53,7 +53,7 @@ def _check_alone(model: nn.Module, modules: Iterable[str]) -> None:
         weight = getattr(model.get_submodule(module).base_layer, "weight", None)
         if others := [place for place in places[id(weight)] if place != module]:
             words = f"{module} has its weight together with {others[0]}, which the adapter leaves as it is: export it as peft"
-            raise fail("as", "merged", words)
+            raise user_error("as", "merged", words)
 
 
 def save_merged(bank: AdapterBank, name: str, tokenizer: Any, folder: Path, made_of: Mapping[str, Any] | None = None) -> Path:
@@ -62,7 +62,7 @@ def save_merged(bank: AdapterBank, name: str, tokenizer: Any, folder: Path, made
     made_of: what flora_train.json in the folder says of the model's origin.
     """
     if folder.exists():
-        raise fail("output folder", str(folder), "exists already: choose another")
+        raise user_error("output folder", str(folder), "exists already: choose another")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with disk_errors(folder):
         temporary.mkdir(parents=True)

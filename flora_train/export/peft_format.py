@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.export.loadability import loadability_of
 from flora_train.export.peft_forms import Form, config_of, tensors_of
 from flora_train.runtime.atomic import disk_errors
@@ -72,7 +72,7 @@ def check_new(folder: Path, key: str = "out") -> None:
     """Raises UserError if the folder holds anything."""
     with disk_errors(folder):
         if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-            raise fail(key, str(folder), "exists already: choose another, or delete it")
+            raise user_error(key, str(folder), "exists already: choose another, or delete it")
 
 
 def form_of(bank: AdapterBank, name: str) -> Form:

@@ -24,7 +24,7 @@ from flora_train.adapters.peft_files import (
 )
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
-from flora_train.config.errors import Problem, UserError, fail
+from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.export.low_rank import modulation
 from flora_train.export.peft_format import peft_config, peft_tensors
 from flora_train.runtime.distributed import on_every_process, say
@@ -136,7 +136,7 @@ def _numbers(
     for tensor in ours:
         if ours[tensor].shape != theirs[tensor].shape:
             shapes = f"{tuple(theirs[tensor].shape)}, ours {tuple(ours[tensor].shape)}"
-            raise fail(key, source, f"{tensor} has shape {shapes}: rank or base model is another one")
+            raise user_error(key, source, f"{tensor} has shape {shapes}: rank or base model is another one")
     check_targets(config, modules_of(config, theirs), bank.base_names(), source, key)
     pool, member = bank.location[bank.id_of(name)]
     numbers = {}
@@ -146,7 +146,7 @@ def _numbers(
         try:
             params = pool.method.from_peft(part, pool.specs[member], pool.targets[module].feedforward)
         except ValueError as error:
-            raise fail(key, source, str(error)) from error
+            raise user_error(key, source, str(error)) from error
         numbers |= {f"{module}.{param}": tensor for param, tensor in params.items()}
     return numbers
 
@@ -163,7 +163,7 @@ def fit_lora(bank: AdapterBank, name: str, theirs: Mapping[str, Tensor], scale: 
             weight = whole(dense_weight(bank.model.get_submodule(module).base_layer, target)).double()  # type: ignore[arg-type]
             A, B = (theirs[f"{PREFIX}{module}.lora_{side}.weight"].to(weight) for side in "AB")
             if (len(B), A.shape[1]) != tuple(weight.shape):
-                raise fail(
+                raise user_error(
                     "init_from",
                     module,
                     f"has shape {tuple(weight.shape)} here and {(len(B), A.shape[1])} there: another base model",
@@ -181,8 +181,8 @@ def check_layers(ours: Collection[str], theirs: Collection[str], source: str, ke
     """Raises UserError where one of them has a tensor that the other lacks."""
     for side, keys in (("lacks", set(ours) - set(theirs)), ("has beside ours", set(theirs) - set(ours))):
         if keys:
-            fix = f"{side} {len(keys)} tensors, {min(keys)} for one: target_modules (and feedforward_modules) must be the same"
-            raise fail(key, source, fix)
+            hint = f"{side} {len(keys)} tensors, {min(keys)} for one: target_modules (and feedforward_modules) must be the same"
+            raise user_error(key, source, hint)
 
 
 def modules_of(config: Mapping[str, Any], tensors: Collection[str]) -> set[str]:
@@ -195,12 +195,12 @@ def _check_kind(bank: AdapterBank, name: str, theirs: Mapping[str, Any], source:
     """Raises UserError where the adapter computes something else than ours."""
     ours, spec = peft_config(bank, name, ""), bank.specs[bank.id_of(name)]
     if kind_of(theirs) != ours["peft_type"]:
-        raise fail(
+        raise user_error(
             key, source, f"is of kind {kind_of(theirs)}, and an adapter of method {spec.method} begins as {ours['peft_type']}"
         )
     if "r" in ours and theirs["r"] != ours["r"]:
         rank = theirs["r"] - (ours["r"] - spec.rank)
-        raise fail(f"adapters.{spec.family}.rank", spec.rank, f"is not that of {source}: set it to {rank}")
+        raise user_error(f"adapters.{spec.family}.rank", spec.rank, f"is not that of {source}: set it to {rank}")
     if spec.method == "lora" and abs(scale_of(theirs) - spec.scaling) > 1e-9:
-        fix = f"is not that of {source}: set it to {theirs['lora_alpha']:g}, and rslora to {bool(theirs.get('use_rslora'))}"
-        raise fail(f"adapters.{spec.family}.alpha", spec.alpha, fix)
+        hint = f"is not that of {source}: set it to {theirs['lora_alpha']:g}, and rslora to {bool(theirs.get('use_rslora'))}"
+        raise user_error(f"adapters.{spec.family}.alpha", spec.alpha, hint)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 
 Backend = Literal["auto", "torch", "triton"]
 Precision = Literal["auto", "split", "fused"]
@@ -25,7 +25,7 @@ def use_backend(wanted: Backend, device: torch.device) -> None:
     global _chosen
     reason = why_not_triton(device)
     if wanted == "triton" and reason:
-        raise fail("kernels.backend", wanted, f"{reason}; leave it at auto")
+        raise user_error("kernels.backend", wanted, f"{reason}; leave it at auto")
     timed = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     _chosen = "triton" if wanted == "triton" or (wanted == "auto" and timed and not reason) else "torch"
 

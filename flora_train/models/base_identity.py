@@ -8,7 +8,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import UserError, fail
+from flora_train.config.errors import UserError, user_error
 from flora_train.config.json_object import parse_object
 from flora_train.config.paths import find_file
 from flora_train.config.schema import ModelConfig
@@ -33,7 +33,9 @@ def base_identity(model: ModelConfig) -> dict[str, str] | None:
     try:
         hashes = _hashes(folder, files)
     except OSError as error:
-        raise fail("model.path", model.path, f"has a file that cannot be read: {error.filename} ({error.strerror})") from error
+        raise user_error(
+            "model.path", model.path, f"has a file that cannot be read: {error.filename} ({error.strerror})"
+        ) from error
     whole = hashes[files[0].name] if len(files) == 1 else sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
     return {"weights": whole, "config": _config_hash(folder / "config.json")}
 

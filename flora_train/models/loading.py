@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from flora_train.config.errors import fail, first_line
+from flora_train.config.errors import first_line, user_error
 from flora_train.config.paths import IS_CHECKOUT, PROJECT_ROOT, find_file
 from flora_train.config.schema import ModelConfig, RunConfig
 from flora_train.models.speech_encoder import is_speech_model, is_whisper, take_short_windows
@@ -35,19 +35,19 @@ def check_kind(model_config: Any, config: RunConfig) -> None:
     """Raises UserError where the tasks are speech and the model reads text, or the other way round."""
     spoken = any(task.speech is not None for task in config.tasks.values())
     if spoken and not is_speech_model(model_config):
-        fix = (
+        hint = (
             f"is a {model_config.model_type} model, and the tasks are speech: give an encoder-decoder of speech, such as Whisper"
         )
-        raise fail("model.path", config.model.path, fix)
+        raise user_error("model.path", config.model.path, hint)
     if spoken and config.audio.spec_augment and not is_whisper(model_config):
-        raise fail(
+        raise user_error(
             "audio.spec_augment", True, f"is for Whisper's features, and the model is a {model_config.model_type}: leave it off"
         )
     if spoken and config.model.fsdp:
-        raise fail("model.fsdp", True, "is for text models: leave a speech model whole on every process")
+        raise user_error("model.fsdp", True, "is for text models: leave a speech model whole on every process")
     if not spoken and is_speech_model(model_config):
-        fix = "is a speech model: its tasks need tasks.NAME.speech (docs/speech.md)"
-        raise fail("model.path", config.model.path, fix)
+        hint = "is a speech model: its tasks need tasks.NAME.speech (docs/speech.md)"
+        raise user_error("model.path", config.model.path, hint)
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -73,12 +73,12 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
     model, loaded = _from_pretrained(_auto_class(model_config), config, output_loading_info=True, **options)
     # transformers only warns, and draws what is missing at random
     if missing := sorted(loaded["missing_keys"] & {name for name, _ in model.named_parameters()}):
-        fix = (
+        hint = (
             f"has no weights for {missing[0]}, and {len(missing) - 1} more"
             if len(missing) > 1
             else f"has no weights for {missing[0]}"
         )
-        raise fail("model.path", config.path, f"{fix}: its files do not belong together, or one is missing")
+        raise user_error("model.path", config.path, f"{hint}: its files do not belong together, or one is missing")
     if config.quantization == "none":
         model = model.to(device)
     return _made_ready(model, config, model_config)
@@ -99,10 +99,10 @@ def check_quantiser(config: ModelConfig, device: torch.device) -> None:
     if config.quantization == "none":
         return
     if device.type != "cuda":
-        fix = f"needs a CUDA GPU, and this run is on {device.type}: leave it at none (model.dtype=bfloat16 halves the base)"
-        raise fail("model.quantization", config.quantization, fix)
+        hint = f"needs a CUDA GPU, and this run is on {device.type}: leave it at none (model.dtype=bfloat16 halves the base)"
+        raise user_error("model.quantization", config.quantization, hint)
     if find_spec("bitsandbytes") is None:
-        raise fail("model.quantization", config.quantization, "needs bitsandbytes: pip install 'flora-train[quantised]'")
+        raise user_error("model.quantization", config.quantization, "needs bitsandbytes: pip install 'flora-train[quantised]'")
 
 
 def _quantiser(config: ModelConfig, dtype: torch.dtype) -> Any:
@@ -146,7 +146,7 @@ def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> An
     if not local.exists():
         looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
         if looks_local:
-            raise fail("model.path", source.path, f"no such folder{_how_to_build(source.path)}")
+            raise user_error("model.path", source.path, f"no such folder{_how_to_build(source.path)}")
     try:
         return auto_class.from_pretrained(
             str(local) if local.exists() else source.path,
@@ -157,8 +157,8 @@ def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> An
     except Exception as error:  # transformers and the readers below it each have their own for a file that is damaged
         reason = _reason(error)
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not local.exists()
-        fix = "is no folder here and not in the hub's cache, and HF_HUB_OFFLINE=1 forbids to fetch it: give a local folder, or unset it"
-        raise fail("model.path", source.path, fix if offline else f"cannot be loaded: {reason}") from error
+        hint = "is no folder here and not in the hub's cache, and HF_HUB_OFFLINE=1 forbids to fetch it: give a local folder, or unset it"
+        raise user_error("model.path", source.path, hint if offline else f"cannot be loaded: {reason}") from error
 
 
 def _how_to_build(path: str) -> str:
@@ -181,7 +181,7 @@ def _from_config(published: Any, config: ModelConfig, **options: Any) -> nn.Modu
     try:
         model: nn.Module = _auto_class(published).from_config(published, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:
-        raise fail("model.path", config.path, f"cannot be loaded: {_reason(error)}") from error
+        raise user_error("model.path", config.path, f"cannot be loaded: {_reason(error)}") from error
     return model
 
 
@@ -244,7 +244,7 @@ def count_layers(config: ModelConfig) -> int:
         return round((encoder + decoder) / 2)
     count = getattr(published.get_text_config(decoder=True), "num_hidden_layers", None)
     if not isinstance(count, int) or count < 1:
-        raise fail("model.path", config.path, f"says in its config.json that it has {count!r} layers: the file is damaged")
+        raise user_error("model.path", config.path, f"says in its config.json that it has {count!r} layers: the file is damaged")
     return count
 
 

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import UserError, fail
+from flora_train.config.errors import UserError, user_error
 
 Write = Callable[[Path], Any]
 
@@ -52,10 +52,10 @@ def _name_new(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise fail(str(path), None, "exists already: choose another, or delete it") from None
+        raise user_error(str(path), None, "exists already: choose another, or delete it") from None
     except OSError:  # a file system without hard links
         if path.exists():
-            raise fail(str(path), None, "exists already: choose another, or delete it") from None
+            raise user_error(str(path), None, "exists already: choose another, or delete it") from None
         temporary.replace(path)
 
 
@@ -94,7 +94,7 @@ def user_cache(part: str) -> Path:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FIXES = {
+HINTS = {
     errno.EACCES: "choose another place, or change its permissions",
     errno.EPERM: "choose another place, or change its permissions",
     errno.EROFS: "choose a place that can be written to",
@@ -113,7 +113,7 @@ ELSEWHERE = "choose another place"
 
 
 class disk_errors:
-    """A context in which files are written: turn the system's errors into a UserError that names the file and the fix."""
+    """A context in which files are written: turn the system's errors into a UserError that names the file and a hint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -127,10 +127,12 @@ class disk_errors:
             return
         if code in FULL:
             room = f" ({free:.1f} MB free)" if (free := _free_megabytes(self.path)) is not None else ""
-            raise fail(
+            raise user_error(
                 str(self.path), None, f"the disk is full{room}: what was there is kept; make room and run again"
             ) from error
-        raise fail(str(self.path), None, f"may not be written ({os.strerror(code)}): {FIXES.get(code, ELSEWHERE)}") from error
+        raise user_error(
+            str(self.path), None, f"may not be written ({os.strerror(code)}): {HINTS.get(code, ELSEWHERE)}"
+        ) from error
 
 
 def _code(error: BaseException | None) -> int | None:

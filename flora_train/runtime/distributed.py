@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flora_train.config.errors import Problem, UserError, fail, first_line
+from flora_train.config.errors import Problem, UserError, first_line, user_error
 from flora_train.config.terminal_text import plain
 
 Result = TypeVar("Result")
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 def check_world_size(expected: int | None, actual: int) -> None:
     """Raises UserError if the launcher started another number of processes than the recipe asks for."""
     if expected is not None and expected != actual:
-        raise fail(
+        raise user_error(
             "num_processes",
             expected,
             f"but {actual} process(es) run; start it with: accelerate launch --num_processes {expected} train.py ... "
@@ -110,7 +110,7 @@ def _problems(error: Exception | None) -> tuple[Problem, ...]:
     where = f"process {world()[0]} on {socket.gethostname()}"
     if not isinstance(error, UserError):
         return (Problem(where, None, f"ended with {type(error).__name__}: {first_line(error)}"),)
-    return tuple(Problem(problem.key, problem.value, f"{problem.fix} (said by {where})") for problem in error.problems)
+    return tuple(Problem(problem.key, problem.value, f"{problem.hint} (said by {where})") for problem in error.problems)
 
 
 def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
@@ -124,9 +124,9 @@ def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
 
     def compare() -> None:
         others = [key for key in dict.fromkeys([*first[0], *mine]) if first[0].get(key) != mine.get(key)]
-        fix = "is {!r} on process 0: give every machine the same recipe and files"
+        hint = "is {!r} on process 0: give every machine the same recipe and files"
         if others:
-            raise UserError(*(Problem(key, mine.get(key), fix.format(first[0].get(key))) for key in others))
+            raise UserError(*(Problem(key, mine.get(key), hint.format(first[0].get(key))) for key in others))
 
     on_every_process(compare)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, get_origin, get_type_hints
 
 from flora_train.config.errors import Problem as Fault
-from flora_train.config.errors import UserError, fail
+from flora_train.config.errors import UserError, user_error
 from flora_train.config.json_object import parse_object, read_object
 from flora_train.runtime.atomic import disk_errors, write_atomically
 
@@ -45,7 +45,7 @@ class Journal(Generic[Entry]):
             self._compare(there, settings, {**there, **settings})
         elif any(_whole(file) for file in self._files()):
             words = f"holds {self.word}s, and no settings.json that says how they were made: {self.another}"
-            raise fail(str(self.path), None, words)
+            raise user_error(str(self.path), None, words)
         else:
             self._check_ours(settings)
             text = json.dumps(settings, indent=2) + "\n"
@@ -69,7 +69,7 @@ class Journal(Generic[Entry]):
         except (OSError, ValueError, RecursionError):
             there = None
         if not isinstance(there, dict) or there.keys() != settings.keys():
-            raise fail(str(self.settings), None, f"is not ours and would be overwritten: {self.another}")
+            raise user_error(str(self.settings), None, f"is not ours and would be overwritten: {self.another}")
 
     def forget(self) -> None:
         """Delete the log: its own files, and the folder if nothing else is in it."""
@@ -87,9 +87,9 @@ class Journal(Generic[Entry]):
                     logged = _entry(self.kind, line)
                 except (ValueError, TypeError, RecursionError) as error:
                     words = f"is no {self.word} of ours, or damaged: delete this line, and it is made again; or {self.another}"
-                    raise fail(f"{file}:{number}", None, words) from error
+                    raise user_error(f"{file}:{number}", None, words) from error
                 if logged.key in found:
-                    raise fail(f"{file}:{number}", "/".join(map(str, logged.key)), f"stands twice: {self.another}")
+                    raise user_error(f"{file}:{number}", "/".join(map(str, logged.key)), f"stands twice: {self.another}")
                 found[logged.key] = logged
         return found
 
@@ -153,11 +153,11 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 def _whole(file: Path) -> bytes:
     if file.exists() and not file.is_file():
-        raise fail(str(file), None, "is no file: move it away")
+        raise user_error(str(file), None, "is no file: move it away")
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise fail(str(file), None, f"cannot be read ({error.strerror})") from error
+        raise user_error(str(file), None, f"cannot be read ({error.strerror})") from error
     return content[: content.rfind(b"\n") + 1]
 
 

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import UserError, fail, first_line
+from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.json_object import parse_object
 from flora_train.runtime.atomic import disk_errors
 
@@ -70,7 +70,7 @@ class MetricsFile:
         if not self.path.exists():
             return []
         if not self.path.is_file():
-            raise fail(str(self.path), None, "is no file: put it back from a copy, or train again (overwrite=true)")
+            raise user_error(str(self.path), None, "is no file: put it back from a copy, or train again (overwrite=true)")
         lines = self.path.read_bytes().split(b"\n")
         records = [self._record(number, line) for number, line in enumerate(lines[:-1], 1)]
         return [record for record in records if record["kind"] == kind]  # a kill cut off what follows the last line end
@@ -81,8 +81,8 @@ class MetricsFile:
             if not isinstance(record["kind"], str) or not isinstance(record.get("step", 0), int):
                 raise ValueError("kind or step is of another type")
         except (ValueError, LookupError, RecursionError) as error:
-            fix = "put the file back from a copy, or train again (overwrite=true)"
-            raise fail(f"{self.path}:{number}", None, f"is damaged ({first_line(error)}): {fix}") from error
+            hint = "put the file back from a copy, or train again (overwrite=true)"
+            raise user_error(f"{self.path}:{number}", None, f"is damaged ({first_line(error)}): {hint}") from error
         return record
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from flora_train.config.errors import Problem, UserError, fail
+from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.config.json_object import parse_object, read_object
 from flora_train.config.load import load_saved, save_config
 from flora_train.config.paths import exists
@@ -61,18 +61,18 @@ class RunFolder:
         self._check_names(config)
         if not self._occupied:
             if outer := self._outer_run():
-                fix = f"is inside the run folder {outer}: choose another output_dir"
-                raise fail("output_dir", str(self.path), fix)
+                hint = f"is inside the run folder {outer}: choose another output_dir"
+                raise user_error("output_dir", str(self.path), hint)
             return "free"
         if self._state is None:
-            raise fail("output_dir", str(self.path), "is not empty and holds no run of ours: choose another folder")
+            raise user_error("output_dir", str(self.path), "is not empty and holds no run of ours: choose another folder")
         if config.resume:
             begun = self._begun_with()
             joining = [] if begun is None else [name for name in config.tasks if name not in begun.tasks]
             kept = self.finished and not joining  # its report stands: it is not evaluated again
             if joining and config.sweep.strategy == "halving":
-                fix = f"compares the adapters of a run from its first step, and tasks.{joining[0]} joins later: make a new run of it"
-                raise fail("sweep.strategy", "halving", fix)
+                hint = f"compares the adapters of a run from its first step, and tasks.{joining[0]} joins later: make a new run of it"
+                raise user_error("sweep.strategy", "halving", hint)
             if begun is not None and (
                 problems := differences(
                     comparable(begun, (), kept), comparable(config, joining, kept), f"when the run in {self.path} began"
@@ -86,9 +86,9 @@ class RunFolder:
             self._check_replaceable()
             check_not_replaced(config, self.path)
             return "free"
-        kind, hint = ("a finished run", "") if self.finished else ("an unfinished run", "resume=true to go on with it, ")
-        fix = f"holds {kind}: choose another output_dir, {hint}or overwrite=true to delete it"
-        raise fail("output_dir", str(self.path), fix)
+        kind, resume = ("a finished run", "") if self.finished else ("an unfinished run", "resume=true to go on with it, ")
+        hint = f"holds {kind}: choose another output_dir, {resume}or overwrite=true to delete it"
+        raise user_error("output_dir", str(self.path), hint)
 
     def lock(self, wait: float = 0.0) -> None:
         """Keep other processes from training, evaluating or exporting in this folder, until `unlock` or the end of this process. The
@@ -150,21 +150,21 @@ class RunFolder:
         )
         for name in config.adapter_names:
             if len(name.encode()) > longest:
-                fix = f"is too long: files are called so, and a name may have {longest} characters here; rename task or adapter"
-                raise fail("adapters", name, fix)
+                hint = f"is too long: files are called so, and a name may have {longest} characters here; rename task or adapter"
+                raise user_error("adapters", name, hint)
 
     def _check_replaceable(self) -> None:
         """Raises UserError if it cannot be told which files are the run's."""
         by_hand = "delete the folder by hand, or choose another output_dir"
         manifest = Manifest.read((self._state or {}).get("files"))
         if manifest is None:
-            fix = f"holds a run without a manifest of its files (run.json, key files), so that they cannot be told from others: {by_hand}"
-            raise fail("output_dir", str(self.path), fix)
+            hint = f"holds a run without a manifest of its files (run.json, key files), so that they cannot be told from others: {by_hand}"
+            raise user_error("output_dir", str(self.path), hint)
         if links := manifest.links(self.path):
-            raise fail("output_dir", str(self.path), f"{links[0].name} in it is a link to another folder: {by_hand}")
+            raise user_error("output_dir", str(self.path), f"{links[0].name} in it is a link to another folder: {by_hand}")
         if not self._lock.enforced:
-            fix = f"its file system has no locks, so that another process may be training there unnoticed: {by_hand}"
-            raise fail("output_dir", str(self.path), fix)
+            hint = f"its file system has no locks, so that another process may be training there unnoticed: {by_hand}"
+            raise user_error("output_dir", str(self.path), hint)
 
     def _delete(self, manifest: Manifest) -> None:
         with disk_errors(self.path):
@@ -204,8 +204,8 @@ class RunFolder:
         self.read_metrics("step")
         size, sha = (self.facts().get(key) for key in ("metrics_size", "metrics_sha256"))
         if isinstance(size, int) and (self.metrics_size != size or self.metrics_digest(size) != sha):
-            fix = "is not what it was when the run finished: put it back from a copy, or train again (overwrite=true)"
-            raise fail(str(self.metrics), None, fix)
+            hint = "is not what it was when the run finished: put it back from a copy, or train again (overwrite=true)"
+            raise user_error(str(self.metrics), None, hint)
 
     def cut_metrics(self, size: int) -> None:
         """Forget what was measured after metrics.jsonl had `size` bytes."""
@@ -219,7 +219,7 @@ class RunFolder:
         """The content of run.json. Raises UserError if it is damaged."""
         facts = read_object(self.run_json, "put it back from a copy, or train again into another output_dir")
         if problem := _wrong(facts):
-            raise fail(str(self.run_json), None, f"is damaged ({problem}): put it back from a copy")
+            raise user_error(str(self.run_json), None, f"is damaged ({problem}): put it back from a copy")
         return facts
 
     def write_run_json(self, content: dict[str, Any]) -> None:
@@ -253,10 +253,10 @@ class RunFolder:
         if not self.config.exists() and not self.finished and not self.metrics.exists() and not self.checkpoints.exists():
             return None
         if not self.config.exists():
-            fix = (
+            hint = (
                 "is missing, so that it is not known what was trained here: put it back from a copy, or choose another output_dir"
             )
-            raise fail(str(self.config), None, fix)
+            raise user_error(str(self.config), None, hint)
         return load_saved(self.config)
 
 
@@ -321,8 +321,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], when: str) -> l
             continue  # an older version compared it
         if then.get(key) != now.get(key):
             was = repr(then[key]) if key in then else "not set"
-            fix = f"was {was} {when}: set it back, or choose another output_dir"
-            problems.append(Problem(key, now.get(key, "not set"), fix))
+            hint = f"was {was} {when}: set it back, or choose another output_dir"
+            problems.append(Problem(key, now.get(key, "not set"), hint))
     return problems
 
 
@@ -338,7 +338,7 @@ def open_run(path: str | Path) -> tuple[RunFolder, RunConfig]:
     """A run on disk and its configuration. Raises UserError if the folder holds none."""
     folder = RunFolder(Path(path))
     if not exists(folder.run_json) or not exists(folder.config):
-        raise fail("run", str(path), "is not a run folder (no run.json and config.yaml in it); runs are in outputs/")
+        raise user_error("run", str(path), "is not a run folder (no run.json and config.yaml in it); runs are in outputs/")
     folder.facts()
     return folder, load_saved(folder.config)
 

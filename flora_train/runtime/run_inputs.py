@@ -34,8 +34,8 @@ def check_not_data(config: RunConfig, folder: Path) -> None:
     for key, source in _sources(config):
         for pattern in _patterns(source):
             if any(_names(pattern, str(place / name)) for name in RUN_FILES):
-                fix = f"lies where {key} looks for rows ({pattern}), which would find the run's own files: {OTHER}"
-                problems.append(Problem("output_dir", str(folder), fix))
+                hint = f"lies where {key} looks for rows ({pattern}), which would find the run's own files: {OTHER}"
+                problems.append(Problem("output_dir", str(folder), hint))
     if problems:
         raise UserError(*problems)
 

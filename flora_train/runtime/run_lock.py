@@ -10,7 +10,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import plain
 from flora_train.runtime.atomic import disk_errors
 
@@ -149,8 +149,8 @@ class RunLock:
             return False
 
     def _taken(self) -> Exception:
-        fix = "another process trains or evaluates in it: wait until it ends, end it, or choose another folder"
-        return fail("output_dir", str(self.folder), fix)
+        hint = "another process trains or evaluates in it: wait until it ends, end it, or choose another folder"
+        return user_error("output_dir", str(self.folder), hint)
 
 
 _locks: weakref.WeakSet[RunLock] = weakref.WeakSet()

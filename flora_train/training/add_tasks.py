@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from flora_train.config.errors import UserError, fail
+from flora_train.config.errors import UserError, user_error
 from flora_train.config.schema import RunConfig
 from flora_train.runtime.distributed import on_every_process, say
 from flora_train.runtime.run_folder import differences, open_run
@@ -25,7 +25,7 @@ def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
     ended = facts["ended"]
     steps = folder.read_metrics("step")
     if not steps:
-        raise fail(str(folder.metrics), None, "has no record of the run's steps: put it back from a copy")
+        raise user_error(str(folder.metrics), None, "has no record of the run's steps: put it back from a copy")
     done = max(record["step"] for record in steps)
     trainer.at.done = trainer.at.logged = trainer.at.evaluated = done
     trainer.at.seconds = steps[-1]["seconds"]
@@ -56,7 +56,9 @@ def _read_ended(trainer: Trainer) -> tuple[RunConfig, dict[str, Any], dict[int, 
     _, before = open_run(folder.path)
     facts = folder.facts()
     if "ended" not in facts:
-        raise fail("output_dir", str(folder.path), "was finished by an older version, which kept too little to add tasks to it")
+        raise user_error(
+            "output_dir", str(folder.path), "was finished by an older version, which kept too little to add tasks to it"
+        )
     now = trainer.identity([task for task in trainer.tasks if task not in before.tasks])
     if problems := differences(facts["ended"]["identity"], now, f"when the run in {folder.path} ended"):
         raise UserError(*problems)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
 from flora_train.runtime.distributed import on_every_process, on_main_process
@@ -116,7 +116,7 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
     name = bank.specs[adapter].name
     path = adapter_file(folder, name)
     if not path.exists():
-        raise fail(str(path), None, "no such checkpoint: the run has no saved state of this adapter")
+        raise user_error(str(path), None, "no such checkpoint: the run has no saved state of this adapter")
     try:
         written, content = _read(path)
         facts = _of(name, written)
@@ -124,13 +124,13 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
             for param, view in params.items():
                 tensor = content[f"{module}.{param}"]
                 if tensor.shape != view.shape:
-                    raise fail(
+                    raise user_error(
                         str(path), f"{module}.{param}", f"has shape {tuple(tensor.shape)}, the adapter {tuple(view.shape)}"
                     )
                 view.copy_(tensor)
     except (KeyError, DamagedError) as error:
-        fix = "put it back from a copy, or train again (overwrite=true)"
-        raise fail(str(path), None, f"is not a whole checkpoint of {name}: {error}; {fix}") from error
+        hint = "put it back from a copy, or train again (overwrite=true)"
+        raise user_error(str(path), None, f"is not a whole checkpoint of {name}: {error}; {hint}") from error
     return facts
 
 

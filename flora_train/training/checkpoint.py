@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flora_train.adapters.host_memory import host_copy
-from flora_train.config.errors import Problem, UserError, fail
+from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.runtime.atomic import disk_errors, write_atomically
 from flora_train.runtime.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
 from flora_train.runtime.run_folder import differences
@@ -112,8 +112,8 @@ class Checkpoints:
             self.say(f"going on after step {facts['step']}, from {path}")
             return facts["position"]
         if faults:
-            fix = f"{faults[0].fix}, and no checkpoint can do without it: put it back from a copy, or train again ({ANEW})"
-            raise fail(faults[0].key, faults[0].value, fix)
+            hint = f"{faults[0].hint}, and no checkpoint can do without it: put it back from a copy, or train again ({ANEW})"
+            raise user_error(faults[0].key, faults[0].value, hint)
         return None
 
     def _check(self, path: Path, facts: Mapping[str, Any], content: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -124,11 +124,11 @@ class Checkpoints:
         known = {name for names in facts["rows"].values() for name in names}
         ours = {name for names in self.rows.values() for name in names}
         if gone := sorted(known - ours):
-            raise fail("adapters", gone[0], f"is in checkpoint {path}, and not in this run: choose another output_dir")
+            raise user_error("adapters", gone[0], f"is in checkpoint {path}, and not in this run: choose another output_dir")
         planes = [{name.partition(".")[2] for name in side} for side in (content, tensors)]
         if planes[0] != planes[1] or (not joined and _shapes(content) != _shapes(tensors)):
-            fix = f"holds {_shapes(content)}, this version of flora_train needs {_shapes(tensors)}: begin a new run"
-            raise fail(str(path), None, fix)
+            hint = f"holds {_shapes(content)}, this version of flora_train needs {_shapes(tensors)}: begin a new run"
+            raise user_error(str(path), None, hint)
 
     def _fill(self, name: str, tensor: Tensor, rows: Mapping[str, Sequence[str]], content: Mapping[str, Tensor]) -> None:
         """Every adapter's row of one tensor, from wherever the checkpoint has it."""

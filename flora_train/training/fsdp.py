@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import MixedBatch, Row, share_of_rank
 from flora_train.runtime.distributed import say, world
@@ -24,8 +24,8 @@ def check_launcher() -> None:
     """Raises UserError where the launcher was told to wrap the model itself: it would do nothing here."""
     for variable, engine in ENGINES.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
-            fix = f"{engine} is not taken from accelerate's configuration: launch with launch/ddp.yaml, and model.fsdp=true divides the base"
-            raise fail(variable, os.environ[variable], fix)
+            hint = f"{engine} is not taken from accelerate's configuration: launch with launch/ddp.yaml, and model.fsdp=true divides the base"
+            raise user_error(variable, os.environ[variable], hint)
 
 
 def loads_in_parts(config: RunConfig) -> bool:

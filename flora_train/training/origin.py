@@ -89,8 +89,8 @@ def data_of(task: Task) -> dict[str, Any]:
 def allowed(problems: Sequence[Problem], allow: bool, flag: str) -> list[str]:
     """Each difference as a sentence for the results. Raises UserError where they are not allowed. flag: what allows them."""
     if problems and not allow:
-        fix = f"put back what it was, or give {flag}, and the results say so"
-        raise UserError(*(Problem(problem.key, problem.value, f"{problem.fix}; {fix}") for problem in problems))
+        hint = f"put back what it was, or give {flag}, and the results say so"
+        raise UserError(*(Problem(problem.key, problem.value, f"{problem.hint}; {hint}") for problem in problems))
     sentences = [f"{problem} ({flag})." for problem in problems]
     for sentence in sentences:
         say(f"note: {sentence}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.data.batch import Row, collate
 from flora_train.data.tokenization import SplitCounts, TokenSplit
 from flora_train.models.loading import set_mode
@@ -31,12 +31,12 @@ def check_packing(row_losses: RowLosses, task: str) -> None:
     try:
         after_one, after_other, alone = (_last_loss(row_losses, pieces) for pieces in ([before, piece], [other, piece], [piece]))
     except TypeError as error:
-        raise fail(f"tasks.{task}.packing", True, f"this model takes no position_ids ({error}): set it to false") from error
+        raise user_error(f"tasks.{task}.packing", True, f"this model takes no position_ids ({error}): set it to false") from error
     finally:
         set_mode(model, training)
     if after_one != after_other or abs(after_one - alone) > 0.02 * abs(alone):
-        fix = "this model lets packed pieces see each other (its mask does not come from position_ids): set it to false"
-        raise fail(f"tasks.{task}.packing", True, fix)
+        hint = "this model lets packed pieces see each other (its mask does not come from position_ids): set it to false"
+        raise user_error(f"tasks.{task}.packing", True, hint)
 
 
 def _last_loss(row_losses: RowLosses, pieces: list[np.ndarray]) -> float:

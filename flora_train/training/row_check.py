@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flora_train.config.errors import UserError, fail, first_line
+from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.data.batch import IGNORE, MixedBatch, Row
 from flora_train.models.probe_inputs import asking_for_gradients, device_of, plain_tokens, probe_inputs, undisturbed
 from flora_train.models.speech_encoder import is_speech_model
@@ -45,7 +45,7 @@ def check_rows(model: Any, pad_token: int, features: Tensor | None = None) -> No
     if (encoder_decoder and not is_speech_model(model.config)) or probe_inputs(model, 1, 2, features) is None:
         return
     if model.get_output_embeddings() is None:
-        raise fail(
+        raise user_error(
             "model", type(model).__name__, "has no output head that makes logits of its last states: it cannot be trained here"
         )
     try:
@@ -55,7 +55,7 @@ def check_rows(model: Any, pad_token: int, features: Tensor | None = None) -> No
         raise
     except Exception as error:
         words = f"cannot compute losses of a few rows, as training would: {type(error).__name__}: {first_line(error)}"
-        raise fail("model", type(model).__name__, words) from error
+        raise user_error("model", type(model).__name__, words) from error
 
 
 def _check(row_losses: RowLosses, rows: _Rows, features: Tensor | None) -> None:
@@ -79,9 +79,9 @@ def _check(row_losses: RowLosses, rows: _Rows, features: Tensor | None) -> None:
     again, drawn = _loss(row_losses, batch, rows)
     if abs(again - loss) > LOSS[exact] * abs(loss) or (drawn - gradient).norm() > GRADIENT[exact] * gradient.norm():
         words = "draws random numbers while it trains, which depend on the other rows of a batch: set its dropout and noise to 0"
-        raise fail("model", type(model).__name__, words)
+        raise user_error("model", type(model).__name__, words)
     what = f"loss by {changed / abs(loss):.0%}" if changed > LOSS[exact] * abs(loss) else "gradient"
-    raise fail("model", type(model).__name__, f"changes a row's {what} {_BESIDE}{_where(row_losses, batch, other, exact)}")
+    raise user_error("model", type(model).__name__, f"changes a row's {what} {_BESIDE}{_where(row_losses, batch, other, exact)}")
 
 
 _BESIDE = "with what stands beside it in the batch (its rows mix, or it expects padding on the left), so that adapters would not be apart"
@@ -132,12 +132,12 @@ def _check_reads_its_past(model: nn.Module, ids: Tensor, gradient: Tensor, rows:
     groups = (rows.asked[:-1], rows.asked[-1:], torch.cat([*rows.neighbours, *rows.others]), padding)
     own, last, others, pads = (float((gradient * torch.isin(ids, group)[..., None]).abs().max()) for group in groups)
     if others > LEAK * own:
-        raise fail(
+        raise user_error(
             "model", type(model).__name__, "mixes the rows of a batch: a row's loss depends on the tokens of its neighbours"
         )
     if max(last, pads) > LEAK * own:
         words = "sees the tokens that it is to predict: its attention is not causal (a model of BERT's kind needs is_decoder=true in its config.json)"
-        raise fail("model", type(model).__name__, words)
+        raise user_error("model", type(model).__name__, words)
 
 
 @torch.no_grad()

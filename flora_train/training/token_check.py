@@ -30,12 +30,12 @@ def check_tokens(config: RunConfig, tokenizer: Any, tasks: Mapping[str, Task]) -
 def _special_tokens(config: RunConfig, tokenizer: Any, rows: int) -> Iterator[Problem]:
     for kind, number in (("padding", pad_token(tokenizer)), ("end", int(tokenizer.eos_token_id))):
         if number >= rows:
-            fix = (
+            hint = (
                 f"its tokenizer's {kind} token {tokenizer.convert_ids_to_tokens(number)!r} has the id {number}, and the model has the "
                 f"tokens 0 to {rows - 1}: choose one of these (tokenizer.pad_token = tokenizer.eos_token) and save the tokenizer, or "
                 "enlarge the model's embedding and save both"
             )
-            yield Problem("model.path", config.model.path, fix)
+            yield Problem("model.path", config.model.path, hint)
 
 
 def _unknown_tokens(tokenizer: Any, tasks: Mapping[str, Task], rows: int) -> Iterator[Problem]:
@@ -43,11 +43,11 @@ def _unknown_tokens(tokenizer: Any, tasks: Mapping[str, Task], rows: int) -> Ite
         beyond = split.tokens[split.tokens >= rows]
         if len(beyond):
             number = int(beyond[0])
-            fix = (
+            hint = (
                 f"holds the token {tokenizer.convert_ids_to_tokens(number)!r} with the id {number}, and the model has the tokens 0 to "
                 f"{rows - 1}: the tokenizer is of another model, or got tokens that the model's embedding did not"
             )
-            yield Problem(key, None, fix)
+            yield Problem(key, None, hint)
 
 
 def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Problem]:
@@ -57,14 +57,14 @@ def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Pro
     limit, declared = longest_readable(config.model, model_config, longest), declared_positions(model_config)
     apart = apart_up_to(model_config)
     if limit is not None:
-        fix = f"{key} has an example of {longest} tokens, and the model has positions for {limit}: give at most {limit}"
-        yield Problem("training.max_length", config.training.max_length, fix)
+        hint = f"{key} has an example of {longest} tokens, and the model has positions for {limit}: give at most {limit}"
+        yield Problem("training.max_length", config.training.max_length, hint)
     elif apart is not None and longest > apart:
-        fix = (
+        hint = (
             f"{key} has an example of {longest} tokens; beyond {apart} the model computes the positions of all rows of a batch anew, so "
             f"that rows would depend on their neighbours: give at most {apart}"
         )
-        yield Problem("training.max_length", config.training.max_length, fix)
+        yield Problem("training.max_length", config.training.max_length, hint)
     elif declared is not None and longest > declared:
         say(f"note: {key} has an example of {longest} tokens; the model was made for {declared} (max_position_embeddings)")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import choices, did_you_mean, fail, first_line
+from flora_train.config.errors import choices, did_you_mean, first_line, user_error
 from flora_train.config.paths import find_file
 from flora_train.config.task_schema import SourceConfig
 from flora_train.config.terminal_text import plain
@@ -31,16 +31,18 @@ def release_file(source: SourceConfig, key: str) -> Path:
         place = find_file(str(source.common_voice))
         found = place.is_file() or place.is_dir()
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero in it, an unknown ~user
-        raise fail(f"{key}.common_voice", source.common_voice, f"is no path that can be read: {first_line(error)}") from None
+        raise user_error(
+            f"{key}.common_voice", source.common_voice, f"is no path that can be read: {first_line(error)}"
+        ) from None
     if not found:
-        fix = "no such release here: download it from the Mozilla Data Collective, and give its folder or .tar.gz"
-        raise fail(f"{key}.common_voice", source.common_voice, fix)
+        hint = "no such release here: download it from the Mozilla Data Collective, and give its folder or .tar.gz"
+        raise user_error(f"{key}.common_voice", source.common_voice, hint)
     folder = _language_folder(_unpacked(place, key) if place.is_file() else place, source, key)
     table = folder / f"{source.split}.tsv"
     if not re.fullmatch(r"[\w-]+", source.split) or not table.is_file():
         there = [path.stem for path in folder.glob("*.tsv")]
         words = f"is no split of {folder}; there are {choices(there)}.{did_you_mean(source.split, there)}"
-        raise fail(f"{key}.split", source.split, words)
+        raise user_error(f"{key}.split", source.split, words)
     return table
 
 
@@ -49,7 +51,7 @@ def release_rows(source: SourceConfig, key: str, read_table: Callable[[Path], li
     table = release_file(source, key)
     rows = read_table(table)
     if rows and (missing := [column for column in NEEDED if column not in rows[0]]):
-        raise fail(str(table), None, f"has no column {missing[0]!r}: it has {choices(rows[0])}")
+        raise user_error(str(table), None, f"has no column {missing[0]!r}: it has {choices(rows[0])}")
     seconds = _durations(table.with_name("clip_durations.tsv"), read_table)
     release = release_name(table)
     return [
@@ -71,13 +73,13 @@ def release_name(table: Path) -> str:
 def _language_folder(place: Path, source: SourceConfig, key: str) -> Path:
     locale = str(source.locale)
     if not re.fullmatch(r"[\w-]+", locale):
-        raise fail(f"{key}.locale", locale, "is the name of a language's folder in the release: letters, digits, _ and -")
+        raise user_error(f"{key}.locale", locale, "is the name of a language's folder in the release: letters, digits, _ and -")
     for folder in (place / locale, *sorted(place.glob(f"cv-corpus-*/{locale}"), reverse=True), place):
         if any(folder.glob("*.tsv")) and folder.name == locale:
             return folder
     there = sorted({table.parent.name for table in (*place.glob("*.tsv"), *place.glob("*/*.tsv"), *place.glob("*/*/*.tsv"))})
     words = f"is no language of {source.common_voice}; there are {choices(there)}.{did_you_mean(locale, there)}"
-    raise fail(f"{key}.locale", locale, words)
+    raise user_error(f"{key}.locale", locale, words)
 
 
 def _durations(table: Path, read_table: Callable[[Path], list[Row]]) -> dict[str, float]:
@@ -113,7 +115,7 @@ def _unpacked(archive: Path, key: str) -> Path:
             if not place.is_dir():
                 raise
     except Exception as error:  # a damaged archive raises many kinds
-        raise fail(f"{key}.common_voice", str(archive), f"cannot be unpacked: {first_line(error)}") from error
+        raise user_error(f"{key}.common_voice", str(archive), f"cannot be unpacked: {first_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return place

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flora_train.config.errors import did_you_mean, fail
+from flora_train.config.errors import did_you_mean, user_error
 from flora_train.config.speech_schema import AudioConfig, SpeechConfig
 from flora_train.data.audio.decode import RATE, Clip, look_at
 from flora_train.data.audio.features import FeatureStore
@@ -48,27 +48,27 @@ class SpeechProcessor:
         if speech.prompt is not None:
             if unknown := [word for word in speech.prompt if word not in vocabulary]:
                 words = f"is no token of this model.{did_you_mean(unknown[0], vocabulary)}"
-                raise fail(f"{key}.speech.prompt", unknown[0], words)
+                raise user_error(f"{key}.speech.prompt", unknown[0], words)
             return [vocabulary[word] for word in speech.prompt]
         if not self.whisper:
             if speech.token is not None:
                 words = "only Whisper's prompt is made around a language token: name all first tokens in speech.prompt instead"
-                raise fail(f"{key}.speech.token", speech.token, words)
+                raise user_error(f"{key}.speech.token", speech.token, words)
             if self.start is None:
                 words = "name the decoder's first tokens: this model's configuration does not say its start token"
-                raise fail(f"{key}.speech.prompt", None, words)
+                raise user_error(f"{key}.speech.prompt", None, words)
             return [self.start]
         languages = language_tokens(vocabulary)
         token = speech.token or f"<|{speech.language}|>"
         if token not in languages:
             if speech.token is not None:
                 words = f"is no language token of this model, which are written <|cs|>.{did_you_mean(token, languages)}"
-                raise fail(f"{key}.speech.token", token, words)
+                raise user_error(f"{key}.speech.token", token, words)
             words = (
                 "is a language that this model has no token for: to train it nevertheless, choose the token of a related language, "
                 f"{key}.speech.token=<|xx|>.{did_you_mean(speech.language, [known[2:-2] for known in languages])}"
             )
-            raise fail(f"{key}.speech.language", speech.language, words)
+            raise user_error(f"{key}.speech.language", speech.language, words)
         return [vocabulary[word] for word in (START, token, TRANSCRIBE, NO_TIMESTAMPS)]
 
     def tokens(self, prompt: list[int], sentence: str) -> NDArray[np.int32]:
@@ -114,7 +114,7 @@ def check_tokenizer_speaks(tokenizer: Any, model_path: str) -> None:
     """Raises UserError unless the tokenizer is that of a multilingual Whisper."""
     vocabulary = tokenizer.get_vocab()
     if missing := [word for word in (START, TRANSCRIBE, NO_TIMESTAMPS) if word not in vocabulary]:
-        raise fail("model.path", model_path, f"has no token {missing[0]}: speech tasks need a multilingual Whisper model")
+        raise user_error("model.path", model_path, f"has no token {missing[0]}: speech tasks need a multilingual Whisper model")
 
 
 GRAIN = 320

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import choices, did_you_mean, fail
+from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.config.paths import find_file
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig, TaskConfig
@@ -129,7 +129,9 @@ class _SplitMaker:
         if not len(found):
             reasons = ", ".join(f"{len(paths)} {reason}" for reason, paths in found.counts.unusable.items())
             first = next((path for paths in found.counts.unusable.values() for path in paths), "")
-            raise fail(f"tasks.{self.name}.{split}", None, f"no usable clip among {len(lines)}: {reasons} (the first: {first})")
+            raise user_error(
+                f"tasks.{self.name}.{split}", None, f"no usable clip among {len(lines)}: {reasons} (the first: {first})"
+            )
         return found
 
     def _look(
@@ -176,7 +178,7 @@ def _lines(rows: Sequence[Row], source: SourceConfig, task: TaskConfig, key: str
     for name, column in (("audio", audio), ("sentence", speech.sentence), ("speaker", speech.speaker)):
         if column is not None and column not in columns:
             words = f"is no column of {key}; there are {choices(columns)}.{did_you_mean(column, columns)}"
-            raise fail(f"{key.rpartition('.')[0]}.speech.{name}", column, words)
+            raise user_error(f"{key.rpartition('.')[0]}.speech.{name}", column, words)
     manifests = source_files(source, key)
     base = manifests[0].parent if manifests and source.common_voice is None else Path()
     found = []
@@ -185,7 +187,7 @@ def _lines(rows: Sequence[Row], source: SourceConfig, task: TaskConfig, key: str
         try:
             path = _clip_file(row.get(audio), base, cache)
         except ValueError as error:
-            raise fail(key, None, f"column {audio!r} {error}") from None
+            raise user_error(key, None, f"column {audio!r} {error}") from None
         seconds = row.get("seconds") if isinstance(row.get("seconds"), float) else None
         found.append(Line(path, " ".join(sentence.split()), speaker, _stamp(path), seconds))
     return found
@@ -195,7 +197,7 @@ def _text(row: Row, column: str | None, key: str) -> str:
     try:
         return cell_text(row.get(column)) if column is not None else ""
     except ValueError as error:
-        raise fail(key, None, f"column {column!r} {error}") from None
+        raise user_error(key, None, f"column {column!r} {error}") from None
 
 
 def _clip_file(value: Any, base: Path, cache: Path) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import fail, first_line
+from flora_train.config.errors import first_line, user_error
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.language_names import language_key
 from flora_train.evaluation.code.problems.problem import (
@@ -51,14 +51,14 @@ def read_completions(path: Path, prompts: Path | None) -> list[Completion]:
     MultiPL-E's layout, a file or folder of .json or .json.gz with {language, name, prompt, tests, completions, stop_tokens}.
     Samples without a number count from 0. Raises UserError naming file and line; two samples with one key are an error."""
     if not path.exists():
-        raise fail("completions", str(path), "no such file or folder")
+        raise user_error("completions", str(path), "no such file or folder")
     found = list(_from_jsonl(path, prompts) if path.suffix == ".jsonl" else _from_multipl_e(path))
     if not found:
-        raise fail("completions", str(path), "holds no completion")
+        raise user_error("completions", str(path), "holds no completion")
     seen: set[tuple[str, str, str, int]] = set()
     for completion in found:
         if completion.key in seen:
-            raise fail("completions", str(completion.key), "stands twice (adapter, language, name, sample)")
+            raise user_error("completions", str(completion.key), "stands twice (adapter, language, name, sample)")
         seen.add(completion.key)
     return found
 
@@ -81,7 +81,9 @@ def check_multipl_e(completions: Iterable[Completion], folder: Path, options: Ev
         except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError, zlib.error):
             theirs = None
         if not isinstance(theirs, list) or any(text not in mine for text in theirs):
-            raise fail("multipl_e", str(file), "holds completions of another origin: choose another folder, or move it away")
+            raise user_error(
+                "multipl_e", str(file), "holds completions of another origin: choose another folder, or move it away"
+            )
 
 
 def _layout(completions: Iterable[Completion], folder: Path, options: EvaluationConfig) -> dict[Path, dict[str, Any]]:
@@ -108,7 +110,7 @@ def _write_bytes(content: bytes, path: Path) -> None:
 
 def _from_jsonl(path: Path, prompts: Path | None) -> Iterator[Completion]:
     if prompts is None:
-        raise fail("prompts", None, "say where MultiPL-E's prompt files are: prompts=FOLDER")
+        raise user_error("prompts", None, "say where MultiPL-E's prompt files are: prompts=FOLDER")
     problems: dict[str, dict[str, Problem]] = {}
     counts: dict[tuple[str, str, str], int] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):  # U+2028 may stand inside a line
@@ -121,14 +123,14 @@ def _from_jsonl(path: Path, prompts: Path | None) -> Iterator[Completion]:
         if language not in problems:
             problems[language] = load_problems(prompts, language)
         if name not in problems[language]:
-            raise fail(
+            raise user_error(
                 at, name, f"is no problem of {prompts}/humaneval-{language}.jsonl: these completions are for other prompts"
             )
         next_sample = counts.get((adapter, language, name), 0)
         counts[adapter, language, name] = next_sample + 1
         sample = row.get("sample", next_sample)
         if type(sample) is not int or not 0 <= sample <= LARGEST_SAMPLE:
-            raise fail(f"{at}: sample", sample, "must be a whole number, counted from 0")
+            raise user_error(f"{at}: sample", sample, "must be a whole number, counted from 0")
         yield Completion(adapter, problems[language][name], sample, _text(at, row, "completion"))
 
 
@@ -142,7 +144,7 @@ def _from_multipl_e(path: Path) -> Iterator[Completion]:
         problem = problem_of(str(file), language_key(_text(str(file), row, "language")), row)
         completions = row["completions"]
         if not isinstance(completions, list):
-            raise fail(f"{file}: completions", completions, "must be a list of texts")
+            raise user_error(f"{file}: completions", completions, "must be a list of texts")
         for sample, completion in enumerate(completions):
             at = f"{file}: completions.{sample}"
             yield Completion(MODEL, problem, sample, _text(at, {"completion": completion}, "completion"))
@@ -150,27 +152,29 @@ def _from_multipl_e(path: Path) -> Iterator[Completion]:
 
 def _text(at: str, row: Mapping[str, Any], field: str) -> str:
     if not isinstance(row[field], str):
-        raise fail(f"{at}: {field}", row[field], "must be text")
+        raise user_error(f"{at}: {field}", row[field], "must be text")
     return whole_characters(row[field])
 
 
 def _unpacked(file: Path) -> str:
     if not file.is_file():
-        raise fail(str(file), None, "is no regular file")
+        raise user_error(str(file), None, "is no regular file")
     try:
         with gzip.open(file) as packed:
             content = packed.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
-            raise fail(str(file), None, f"unpacks to more than {LARGEST_FILE >> 20} MiB: these are no completions of one problem")
+            raise user_error(
+                str(file), None, f"unpacks to more than {LARGEST_FILE >> 20} MiB: these are no completions of one problem"
+            )
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise fail(str(file), None, f"is no text in UTF-8 (byte {error.start})") from error
+        raise user_error(str(file), None, f"is no text in UTF-8 (byte {error.start})") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise fail(str(file), None, f"is no whole gzip file: {first_line(error)}") from error
+        raise user_error(str(file), None, f"is no whole gzip file: {first_line(error)}") from error
 
 
 def _object(at: str, text: str, fields: tuple[str, ...]) -> Mapping[str, Any]:
     row = parse_json(at, text)
     if missing := [field for field in fields if not isinstance(row, dict) or field not in row]:
-        raise fail(at, None, f"lacks {', '.join(missing)}")
+        raise user_error(at, None, f"lacks {', '.join(missing)}")
     return row

@@ -17,7 +17,7 @@ from torch import nn
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.peft_files import check_init, kind_of, read_files
 from flora_train.adapters.spec import BASE_ID
-from flora_train.config.errors import UserError, fail, first_line
+from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.paths import find_file
 from flora_train.config.schema import RunConfig
 
@@ -60,16 +60,18 @@ def check_peft_contenders(sources: Sequence[str], taken: Sequence[str]) -> None:
     names = [Path(source).name for source in sources]
     for source, name in zip(sources, names, strict=True):
         if name in taken or names.count(name) > 1:
-            raise fail("contenders", source, f"the name {name!r} is taken by another contender: rename its folder")
+            raise user_error("contenders", source, f"the name {name!r} is taken by another contender: rename its folder")
         written, _ = read_files(source, "contenders")
         if kind_of(written) == "LORA":
             check_init(written, source, "contenders")
         try:
             config = PeftConfig.from_pretrained(_place(source))
         except Exception as error:  # PEFT and the hub's client each have their own
-            raise fail("contenders", source, f"is no PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
+            raise user_error(
+                "contenders", source, f"is no PEFT adapter, in a folder or on the hub: {first_line(error)}"
+            ) from error
         if config.is_prompt_learning:
-            raise fail(
+            raise user_error(
                 "contenders", source, f"{config.peft_type} puts tokens before every prompt: only adapters of layers take part"
             )
 
@@ -108,9 +110,9 @@ def _check_runs(model: Any, source: str) -> None:
         with torch.no_grad():
             finite = bool(model(input_ids=tokens).logits.isfinite().all())
     except Exception as error:  # whatever the adapter's kind needs beside tokens
-        raise fail("contenders", source, f"does not run on tokens alone: {first_line(error)}") from error
+        raise user_error("contenders", source, f"does not run on tokens alone: {first_line(error)}") from error
     if not finite:
-        raise fail("contenders", source, "computes numbers that are not finite on this base model")
+        raise user_error("contenders", source, "computes numbers that are not finite on this base model")
 
 
 def _load(source: str, base: nn.Module) -> Any:
@@ -124,7 +126,7 @@ def _load(source: str, base: nn.Module) -> Any:
     except UserError:
         raise
     except Exception as error:  # PEFT, safetensors, torch and the hub's client each have their own
-        raise fail("contenders", source, f"does not fit this base model: {first_line(error)}") from error
+        raise user_error("contenders", source, f"does not fit this base model: {first_line(error)}") from error
     return model
 
 
@@ -138,9 +140,9 @@ def _check_every_tensor_counts(model: Any, source: str, warned: Sequence[str]) -
     """Raises UserError where PEFT left tensors of the file out, or found none for a layer: it only warns then, or says nothing."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    fix = "does not fit this base model: PEFT would leave its tensors out"
+    hint = "does not fit this base model: PEFT would leave its tensors out"
     tensors = load_peft_weights(_place(source), device=str(next(model.parameters()).device))
     if left_out := set_peft_model_state_dict(model, tensors).unexpected_keys:
-        raise fail("contenders", source, f"{fix}, {left_out[0]} for one")
+        raise user_error("contenders", source, f"{hint}, {left_out[0]} for one")
     if any("missing adapter keys" in text for text in warned):
-        raise fail("contenders", source, fix)
+        raise user_error("contenders", source, hint)

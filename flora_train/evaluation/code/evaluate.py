@@ -14,7 +14,7 @@ from torch import nn
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import Problem as Fault
-from flora_train.config.errors import UserError, choices, fail
+from flora_train.config.errors import UserError, choices, user_error
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.completion_files import Completion
 from flora_train.evaluation.code.completion_log import CompletionLog
@@ -80,8 +80,8 @@ def load_suites(config: RunConfig) -> tuple[tuple[Suite, ...], Sequence[str], Ma
     suite, or a language of no task."""
     spoken = languages_of(config)
     if not spoken:
-        fix = "no task says its language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, rb, ...)"
-        raise fail("evaluation.problems", config.evaluation.problems, fix)
+        hint = "no task says its language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, rb, ...)"
+        raise user_error("evaluation.problems", config.evaluation.problems, hint)
     table = load_languages(config.evaluation.cpu_seconds)
     faults: list[Fault] = []
     for key, language in [(f"tasks.{task}.language", language) for task, language in spoken.items()] + [
@@ -90,18 +90,22 @@ def load_suites(config: RunConfig) -> tuple[tuple[Suite, ...], Sequence[str], Ma
         try:
             find_language(language, table)
         except UserError as error:
-            faults += [Fault(key, language, problem.fix) for problem in error.problems]
+            faults += [Fault(key, language, problem.hint) for problem in error.problems]
     if faults:
         raise UserError(*faults)
     wanted = config.evaluation.languages or sorted(set(spoken.values()))
     if absent := sorted(set(wanted) - set(spoken.values())):
-        raise fail("evaluation.languages", absent[0], f"no task is in it; tasks are in {choices(sorted(set(spoken.values())))}")
+        raise user_error(
+            "evaluation.languages", absent[0], f"no task is in it; tasks are in {choices(sorted(set(spoken.values())))}"
+        )
     suites = tuple(load_suite(source, wanted, config.evaluation.max_problems) for source in config.evaluation.problems)
     names = [suite.name for suite in suites]
     if taken := [source for source, name in zip(config.evaluation.problems, names, strict=True) if name in FILES_OF_EVAL]:
-        raise fail("evaluation.problems", taken[0], "would have the name of something else in the run's folder eval/: rename it")
+        raise user_error(
+            "evaluation.problems", taken[0], "would have the name of something else in the run's folder eval/: rename it"
+        )
     if twice := [name for name in names if names.count(name) > 1]:
-        raise fail("evaluation.problems", twice[0], "two suites would share this name, and their folder: rename one")
+        raise user_error("evaluation.problems", twice[0], "two suites would share this name, and their folder: rename one")
     return suites, wanted, table
 
 

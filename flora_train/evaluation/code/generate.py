@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.evaluation.code.completion_log import CompletionLog, Key, LoggedCompletion
 from flora_train.evaluation.code.contenders import Contender
 from flora_train.evaluation.code.problems.problem import Problem
@@ -85,7 +85,9 @@ def _is_known(
         return False
     at = f"{log.path}: {'/'.join(map(str, logged.key))}"
     if logged.prompt_sha != problem.sha:
-        raise fail(at, None, "was written for another version of this problem: choose another folder with out=FOLDER")
+        raise user_error(at, None, "was written for another version of this problem: choose another folder with out=FOLDER")
     if logged.adapter_sha != contender.sha:
-        raise fail(at, None, "was written by other numbers of this adapter (trained on?): choose another folder with out=FOLDER")
+        raise user_error(
+            at, None, "was written by other numbers of this adapter (trained on?): choose another folder with out=FOLDER"
+        )
     return True

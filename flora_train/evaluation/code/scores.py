@@ -11,7 +11,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import plain
 from flora_train.evaluation.bootstrap import Estimate
 
@@ -25,7 +25,7 @@ def check_k(keys: Iterable[tuple[str, str, str, int]], ks: Sequence[int]) -> Non
     fewest = min(counts, key=lambda problem: counts[problem])
     if max(ks) > counts[fewest]:
         words = f"is more than the {counts[fewest]} samples of {plain(', '.join(fewest))}: ask for k <= {counts[fewest]}"
-        raise fail("k", max(ks), words)
+        raise user_error("k", max(ks), words)
 
 
 class Scores:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.json_object import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
@@ -37,7 +37,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     parts = summary.get("languages")
     known = isinstance(parts, list) and all(isinstance(part, dict) and part.keys() >= KEYS for part in parts)
     if not known:
-        raise fail(str(file), None, "is damaged: delete it, and flora-train solve makes it again")
+        raise user_error(str(file), None, "is damaged: delete it, and flora-train solve makes it again")
     return summary
 
 

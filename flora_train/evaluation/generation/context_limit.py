@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.schema import ModelConfig
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.models.context_length import apart_up_to, declared_positions, longest_readable
@@ -27,13 +27,13 @@ def check_prompts(
             ids = encoder.prompt(text, special_tokens)
             longest = max(longest, len(ids))
             if not ids:
-                raise fail(
+                raise user_error(
                     key, text, "is no token, and the tokenizer puts none before a text: give the model something to begin with"
                 )
             if max(ids) >= rows:
                 token = tokenizer.convert_ids_to_tokens(max(ids))
-                fix = f"holds the token {token!r} with the id {max(ids)}, and the model has the tokens 0 to {rows - 1}"
-                raise fail(key, text, fix)
+                hint = f"holds the token {token!r} with the id {max(ids)}, and the model has the tokens 0 to {rows - 1}"
+                raise user_error(key, text, hint)
     check_room(model_config, longest, max_new_tokens)
     limit = longest_readable(model, model_config, longest + max_new_tokens - 1) if longest else None
     if limit is not None:  # the last token is written, not read
@@ -51,5 +51,5 @@ def check_room(model_config: Any, longest: int, max_new_tokens: int) -> None:
 
 def _refuse(limit: int, longest: int, max_new_tokens: int, what: str = "that the model can read") -> None:
     rest = f"at most {limit - longest}" if longest < limit else "there is no room for it, whatever the length: leave it out"
-    fix = f"with a prompt of {longest} tokens is more than the {limit} {what}: {rest}"
-    raise fail("evaluation.max_new_tokens", max_new_tokens, fix)
+    hint = f"with a prompt of {longest} tokens is more than the {limit} {what}: {rest}"
+    raise user_error("evaluation.max_new_tokens", max_new_tokens, hint)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.evaluation.report.html import render_comparison, render_html
 from flora_train.runtime.atomic import disk_errors, write_atomically
 
@@ -31,9 +31,9 @@ def write_comparison(runs: Mapping[str, Mapping[str, Any]], html: Path) -> None:
     """runs: what each is called -> its report.json. Raises UserError if `html` is there and is no page of ours."""
     page = render_comparison(runs)
     if html.exists() and not _is_ours(html):
-        raise fail("out", str(html), "exists, and was not written by flora-train report: choose another")
+        raise user_error("out", str(html), "exists, and was not written by flora-train report: choose another")
     if html.name == "report.html" and html.with_name("report.json").exists():
-        raise fail("out", str(html), "is the page of one run: choose another")
+        raise user_error("out", str(html), "is the page of one run: choose another")
     write_atomically(html, lambda path: path.write_text(page, encoding="utf-8"))
 
 

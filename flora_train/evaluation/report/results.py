@@ -15,7 +15,7 @@ import numpy as np
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
-from flora_train.config.errors import UserError, fail, first_line
+from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.json_object import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
@@ -105,9 +105,9 @@ def reading_report(path: Path) -> Iterator[None]:
     except (UserError, OSError):
         raise
     except Exception as error:  # whatever a value in the wrong place makes of the code that draws
-        fix = f"flora-train evaluate {path.parent.parent} renews it"
+        hint = f"flora-train evaluate {path.parent.parent} renews it"
         what = f"{type(error).__name__}: {first_line(error)}"
-        raise fail(str(path), None, f"is damaged, or was written by another version ({what}): {fix}") from error
+        raise user_error(str(path), None, f"is damaged, or was written by another version ({what}): {hint}") from error
 
 
 def not_measured(config: RunConfig, executed: bool) -> list[str]:
@@ -291,7 +291,7 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
     """report.json of a run. Raises UserError if there is none yet."""
     path = folder.evaluation / "report.json"
     if not path.exists():
-        raise fail(
+        raise user_error(
             "run",
             str(folder.path),
             "has no report yet: it did not finish; train it on with resume=true, or let flora-train evaluate judge what it kept",
@@ -299,8 +299,8 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
     renewed = f"flora-train evaluate {folder.path} renews it"
     results = read_object(path, renewed)
     if results.get("schema") != SCHEMA:
-        fix = f"was written by another version (schema {results.get('schema')}, ours is {SCHEMA}): {renewed}"
-        raise fail(str(path), None, fix)
+        hint = f"was written by another version (schema {results.get('schema')}, ours is {SCHEMA}): {renewed}"
+        raise user_error(str(path), None, hint)
     if wrong := [key for key, kind in KINDS.items() if not isinstance(results.get(key), kind)]:
-        raise fail(str(path), None, f"is damaged ({wrong[0]} is missing or of another type): {renewed}")
+        raise user_error(str(path), None, f"is damaged ({wrong[0]} is missing or of another type): {renewed}")
     return results

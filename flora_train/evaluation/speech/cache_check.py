@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from flora_train.config.errors import fail, first_line
+from flora_train.config.errors import first_line, user_error
 from flora_train.models.probe_inputs import plain_tokens, probe_inputs, undisturbed
 from flora_train.models.speech_encoder import as_outputs, encode
 
@@ -32,9 +32,9 @@ def check_transcribing(model: Any, features: Tensor | None) -> None:
             difference = _difference(model, hidden, plain_tokens(model, ROWS * (PROMPT + NEW)).view(ROWS, -1))
     except Exception as error:
         words = f"cannot write a few tokens of a transcript with a cache: {type(error).__name__}: {first_line(error)}"
-        raise fail("model", name, words) from error
+        raise user_error("model", name, words) from error
     if difference > CLOSE[exact]:
-        raise fail(
+        raise user_error(
             "model",
             name,
             f"writes other transcripts with a cache than without ({difference:.0%} off): it cannot be evaluated here",

@@ -12,7 +12,7 @@ from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, BASE_ID
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit
@@ -173,7 +173,7 @@ def _missing(
                     todo.append((name, example, adapter))
                 elif (logged.clip_sha, logged.adapter_sha) != (sha, digests[adapter]):
                     words = "was made by other numbers of this adapter, or from another file (trained on?)"
-                    raise fail(f"{log.path}: {'/'.join(map(str, key))}", None, f"{words}: {log.another}")
+                    raise user_error(f"{log.path}: {'/'.join(map(str, key))}", None, f"{words}: {log.another}")
     return todo
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from flora_train.config.errors import choices, fail
+from flora_train.config.errors import choices, user_error
 from flora_train.evaluation.speech.error_rates import Errors, character_errors, word_errors
 from flora_train.evaluation.speech.normalize import NORMALIZERS, label, normalizer_of
 
@@ -27,7 +27,7 @@ class _ErrorRate(evaluate.Metric):
 
     def __init__(self, normalizer: str = "none", language: str = "", **options: Any) -> None:
         if normalizer not in (known := (*NORMALIZERS, "none")):
-            raise fail("normalizer", normalizer, f"there are {choices(known)}")
+            raise user_error("normalizer", normalizer, f"there are {choices(known)}")
         self.normalizer, self.language = normalizer, language
         super().__init__(**options)
 

@@ -41,7 +41,7 @@ def test_every_number_has_a_least_and_a_largest_value(kind: type[ConfigModel]) -
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "fix"),
+    ("key", "value", "hint"),
     [
         ("seed", -1, "at least 0"),
         ("seed", 2**70, "at most 9,223,372,036,854,775,807"),
@@ -80,10 +80,10 @@ def test_every_number_has_a_least_and_a_largest_value(kind: type[ConfigModel]) -
         ("paging__device_slots", 10**12, "at most 1,000,000"),
     ],
 )
-def test_extreme_number_is_refused_with_the_limit(key: str, value: Any, fix: str) -> None:
+def test_extreme_number_is_refused_with_the_limit(key: str, value: Any, hint: str) -> None:
     found = faults(**{key: value})
     dotted = key.replace("__", ".")
-    assert any(place.startswith(dotted) and fix in line for place, line in found.items()), found
+    assert any(place.startswith(dotted) and hint in line for place, line in found.items()), found
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_sweep_of_a_million_is_refused_before_it_is_expanded() -> None:
         {"method": "lora", "lr": [i * 1e-9 for i in range(1, 1_000_001)]},
     ):
         (problem,) = refusal(lambda raw=raw: validate({**SMALL, "adapters": {"x": raw}}))
-        assert "1,000,000" in problem.fix
-        assert "at most 10,000 adapters are made by sweeps" in problem.fix
+        assert "1,000,000" in problem.hint
+        assert "at most 10,000 adapters are made by sweeps" in problem.hint
         assert problem.key.startswith("adapters.x")
     assert time.process_time() - started < 2
 
@@ -136,8 +136,8 @@ def test_more_adapters_than_one_run_trains_are_counted_before_they_are_made() ->
     adapters = {f"a{i}": {"method": "lora", "lr": 1.0} for i in range(5000)}
     started = time.process_time()
     (problem,) = refusal(lambda: validate({**SMALL, "tasks": tasks, "adapters": adapters}))
-    assert "are 25,000,000" in problem.fix
-    assert "at most 100,000 train in one run" in problem.fix
+    assert "are 25,000,000" in problem.hint
+    assert "at most 100,000 train in one run" in problem.hint
     assert time.process_time() - started < 5
 
 
@@ -152,7 +152,7 @@ def test_thousands_of_equal_faults_are_answered_soon_and_not_all_listed() -> Non
 
 
 @pytest.mark.parametrize(
-    ("changes", "key", "fix"),
+    ("changes", "key", "hint"),
     [
         ({"name": "n" * 201}, "name", "at most 200 characters"),
         ({"tasks": {"t" * 201: {"train": "x"}}}, "tasks." + "t" * 201, "at most 200 characters"),
@@ -177,9 +177,9 @@ def test_thousands_of_equal_faults_are_answered_soon_and_not_all_listed() -> Non
         ({"output_dir": "a\ud800"}, "output_dir", "not valid UTF-8"),
     ],
 )
-def test_name_that_no_file_can_have_is_refused(changes: dict[str, Any], key: str, fix: str) -> None:
-    found = {problem.key: problem.fix for problem in refusal(lambda: validate({**SMALL, **changes}))}
-    assert fix in found[key], found
+def test_name_that_no_file_can_have_is_refused(changes: dict[str, Any], key: str, hint: str) -> None:
+    found = {problem.key: problem.hint for problem in refusal(lambda: validate({**SMALL, **changes}))}
+    assert hint in found[key], found
 
 
 def test_longest_names_fit_into_the_file_system(tmp_path: Path) -> None:

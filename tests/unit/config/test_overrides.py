@@ -58,7 +58,7 @@ def test_value_that_yaml_cannot_read_is_named_with_the_fix() -> None:
     (problem,) = refusal(lambda: parse_words(["a=1", "tasks.lua.text={doc} {code}"]))
     assert problem.key == "tasks.lua.text"
     assert problem.value == "{doc} {code}"
-    assert problem.fix.endswith("text needs its own quotes: 'tasks.lua.text=\"...\"'")
+    assert problem.hint.endswith("text needs its own quotes: 'tasks.lua.text=\"...\"'")
 
 
 def test_all_wrong_words_come_at_once() -> None:
@@ -77,7 +77,7 @@ def test_flags_become_words() -> None:
 def test_flag_without_a_value_is_refused(words: list[str]) -> None:
     (problem,) = refusal(lambda: from_flags(words))
     assert problem.key.startswith("--")
-    assert "value" in problem.fix or "no flag" in problem.fix
+    assert "value" in problem.hint or "no flag" in problem.hint
 
 
 @pytest.mark.parametrize("word", ["a..b=1", ".a=1", "a.=1", "a =1", " a=1", ".=1", f"{'a.' * 20}a=1", "a\ud800=1", "a=\ud800"])

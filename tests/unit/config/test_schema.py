@@ -1,4 +1,4 @@
-"""Every wrong value is answered with its key, itself and the fix, all of them at once."""
+"""Wrong values are reported with their key, the value and a hint, all of them at once."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def test_all_errors_of_all_sections_come_at_once_each_with_key_value_and_fix() -
         "typo": ("", "unknown key"),
     }
     assert found.keys() == expected.keys()
-    for key, (value, fix) in expected.items():
+    for key, (value, hint) in expected.items():
         assert found[key].startswith(f"{key} = {value}: " if value else f"{key}: "), found[key]
-        assert fix in found[key]
+        assert hint in found[key]
         assert "\n" not in found[key]
 
 
 @pytest.mark.parametrize(
-    ("changes", "key", "fix"),
+    ("changes", "key", "hint"),
     [
         ({"adapters__ia3__rank": 4}, "adapters.ia3.rank", "it belongs to flora and lora: remove it"),
         ({"adapters__ia3__dropout": 0.1}, "adapters.ia3.dropout", "it belongs to lora"),
@@ -117,14 +117,14 @@ def test_all_errors_of_all_sections_come_at_once_each_with_key_value_and_fix() -
         ({"tasks__lua__train": {"split": "a"}}, "tasks.lua.train.folder", "not none"),
     ],
 )
-def test_values_that_contradict_each_other_are_refused_once(changes: dict[str, Any], key: str, fix: str) -> None:
+def test_values_that_contradict_each_other_are_refused_once(changes: dict[str, Any], key: str, hint: str) -> None:
     found = faults(**changes)
     assert found.keys() == {key}
-    assert fix in found[key]
+    assert hint in found[key]
 
 
 @pytest.mark.parametrize(
-    ("changes", "key", "fix"),
+    ("changes", "key", "hint"),
     [
         ({"adapters__lora__rank": 0}, "adapters.lora.rank = 0", "at least 1"),
         ({"adapters__lora__rank": -2}, "adapters.lora.rank = -2", "at least 1"),
@@ -155,12 +155,12 @@ def test_values_that_contradict_each_other_are_refused_once(changes: dict[str, A
         ({"model__path": ""}, "model.path = ''", "not be empty"),
     ],
 )
-def test_wrong_type_or_value_out_of_range_names_key_value_and_fix(changes: dict[str, Any], key: str, fix: str) -> None:
+def test_wrong_type_or_value_out_of_range_names_key_value_and_fix(changes: dict[str, Any], key: str, hint: str) -> None:
     found = faults(**changes)
     assert len(found) == 1
     line = next(iter(found.values()))
     assert line.startswith(f"{key}: ")
-    assert fix in line
+    assert hint in line
 
 
 def test_empty_section_is_a_section_without_keys() -> None:
@@ -223,8 +223,8 @@ def test_adapters_whose_names_differ_in_capitals_only_are_refused(tasks: list[st
     task, adapter = (next(iter(raw[section].values())) for section in ("tasks", "adapters"))
     raw["tasks"], raw["adapters"] = dict.fromkeys(tasks, task), dict.fromkeys(adapters, adapter)
     (problem,) = refusal(lambda: validate(raw))
-    assert {str(problem.value), problem.fix.split()[1]} == set(named.split(" and "))
-    assert "differ in case only" in problem.fix
+    assert {str(problem.value), problem.hint.split()[1]} == set(named.split(" and "))
+    assert "differ in case only" in problem.hint
 
 
 def test_names_that_join_to_one_are_refused() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import in_cell, plain, print_table, safe_streams, shown
 from flora_train.runtime.distributed import say
 from flora_train.runtime.progress import ProgressBar
@@ -59,7 +59,7 @@ def test_errors_progress_and_notes_show_control_characters(capsys: pytest.Captur
     with ProgressBar("read \x1b[2Jclips [/x]", 2, line_every=0.0) as watch:
         watch.update(1, {"[/red]": "\x1b[1m"})
     say("note: \x1b[31m [/red]")
-    error = str(fail("tasks.\x1b[31m", "\x1b[2J", "has \x1b]0;x\x07 and \u202e\nin it").problems[0])
+    error = str(user_error("tasks.\x1b[31m", "\x1b[2J", "has \x1b]0;x\x07 and \u202e\nin it").problems[0])
     said = capsys.readouterr().err + error
     assert "\x1b" not in said
     assert "\x07" not in said

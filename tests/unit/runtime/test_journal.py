@@ -53,8 +53,8 @@ def read_or_refused(log: CompletionLog) -> list[LoggedCompletion]:
         return list(log.read().values())
     except UserError as error:
         (problem,) = error.problems
-        fix = "delete this line, and it is made again" in problem.fix
-        return [] if fix and "completions-0.jsonl:" in problem.key else [entry(-1)]
+        hint = "delete this line, and it is made again" in problem.hint
+        return [] if hint and "completions-0.jsonl:" in problem.key else [entry(-1)]
 
 
 @pytest.mark.attack

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.config.language_names import language_key
 from flora_train.config.terminal_text import plain
 from flora_train.data.strict_json import read_json
@@ -55,7 +55,9 @@ def load_problems(folder: Path, language: str) -> dict[str, Problem]:
     path = prompt_file(folder, language)
     if path is None:
         there = ", ".join(sorted(p.stem.removeprefix("humaneval-") for p in folder.glob("humaneval-*.jsonl"))) or "none"
-        raise fail(plain(str(folder / f"humaneval-{language}.jsonl")), None, f"no such file; the folder has prompts of {there}")
+        raise user_error(
+            plain(str(folder / f"humaneval-{language}.jsonl")), None, f"no such file; the folder has prompts of {there}"
+        )
     lines = enumerate(read_text(path).split("\n"), 1)  # U+2028 may stand inside a line
     return problems_of_rows(language, ((f"{path}:{n}", parse_json(f"{path}:{n}", line)) for n, line in lines if line.strip()))
 
@@ -66,13 +68,13 @@ def problems_of_rows(language: str, rows: Iterable[tuple[str, Any]]) -> dict[str
     found: dict[str, Problem] = {}
     for at, row in rows:
         if missing := [field for field in FIELDS if not isinstance(row, Mapping) or field not in row]:
-            raise fail(at, None, f"lacks {', '.join(missing)}: these are not MultiPL-E prompts")
+            raise user_error(at, None, f"lacks {', '.join(missing)}: these are not MultiPL-E prompts")
         problem = problem_of(at, language, row)
         if problem.name in found:
-            raise fail(at, problem.name, "stands twice: names are keys")
+            raise user_error(at, problem.name, "stands twice: names are keys")
         found[problem.name] = problem
     if not found:
-        raise fail("evaluation.problems", language, "the prompt set is empty")
+        raise user_error("evaluation.problems", language, "the prompt set is empty")
     return found
 
 
@@ -81,14 +83,14 @@ def problem_of(at: str, language: str, row: Mapping[str, Any]) -> Problem:
     no list of texts, and for a name that could not be a file's."""
     for field in ("name", "prompt", "tests"):
         if not isinstance(row[field], str):
-            raise fail(f"{at}: {field}", row[field], "must be text")
+            raise user_error(f"{at}: {field}", row[field], "must be text")
     stop_tokens = row.get("stop_tokens", ())
     if not isinstance(stop_tokens, (list, tuple)) or not all(isinstance(token, str) and token for token in stop_tokens):
-        raise fail(f"{at}: stop_tokens", stop_tokens, 'must be a list of texts, none of them empty (["\\n}"])')
+        raise user_error(f"{at}: stop_tokens", stop_tokens, 'must be a list of texts, none of them empty (["\\n}"])')
     name = whole_characters(row["name"])
     if not 0 < len(name) <= LONGEST_NAME or set(name) & set("/\\\0\n\r") or name in (".", ".."):
         words = f"must be usable as a file name: 1 to {LONGEST_NAME} characters without / and line ends"
-        raise fail(f"{at}: name", row["name"], words)
+        raise user_error(f"{at}: name", row["name"], words)
     prompt, tests = whole_characters(row["prompt"]), whole_characters(row["tests"])
     return Problem(language, name, prompt, tests, tuple(map(whole_characters, stop_tokens)))
 
@@ -101,13 +103,13 @@ def whole_characters(text: str) -> str:
 def read_text(path: Path) -> str:
     """Raises UserError for a file that cannot be read or is no text."""
     if path.exists() and not path.is_file():
-        raise fail(str(path), None, "is no regular file")  # a pipe may never end
+        raise user_error(str(path), None, "is no regular file")  # a pipe may never end
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise fail(str(path), None, f"is no text in UTF-8 (byte {error.start})") from error
+        raise user_error(str(path), None, f"is no text in UTF-8 (byte {error.start})") from error
     except OSError as error:
-        raise fail(str(path), None, f"cannot be read ({error.strerror})") from error
+        raise user_error(str(path), None, f"cannot be read ({error.strerror})") from error
 
 
 def parse_json(at: str, text: str) -> Any:
@@ -115,4 +117,4 @@ def parse_json(at: str, text: str) -> Any:
     try:
         return read_json(text)
     except ValueError as error:
-        raise fail(at, None, str(error)) from error
+        raise user_error(at, None, str(error)) from error

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 
 from flora_train.config.base import ConfigModel, Text
 from flora_train.config.errors import Problem as UserProblem
-from flora_train.config.errors import UserError, choices, did_you_mean, fail
+from flora_train.config.errors import UserError, choices, did_you_mean, user_error
 from flora_train.config.paths import PROJECT_ROOT, read_yaml
 from flora_train.evaluation.code.problems.problem import Problem
 
@@ -34,7 +34,7 @@ FITS: Mapping[Kind, Callable[[Any], bool]] = {
     "list[int]": lambda value: type(value) is list and all(map(FITS["int"], value)),
     "list[str]": lambda value: type(value) is list and all(map(FITS["str"], value)),
 }
-FIXES = {"missing": "is required", "extra_forbidden": "is no key here"}
+HINTS = {"missing": "is required", "extra_forbidden": "is no key here"}
 """pydantic's error type -> our words, where its own are about Python."""
 
 Content = TypeVar("Content")
@@ -133,11 +133,11 @@ def load_starter_problems(language: str, problems: Path = PROBLEMS, languages: P
     rows = _valid(languages, dict[str, StarterLanguage])
     if language not in rows:
         words = f"the starter problems are not written for it; there are {choices(rows)}.{did_you_mean(language, rows)}"
-        raise fail("language", language, words)
+        raise user_error("language", language, words)
     found: dict[str, Problem] = {}
     for row in _valid(problems, StarterTable).problems:
         if row.name in found:
-            raise fail(str(problems), row.name, "stands twice: names are keys, rename one")
+            raise user_error(str(problems), row.name, "stands twice: names are keys, rename one")
         found[row.name] = rows[language].render(language, row)
     return found
 
@@ -163,6 +163,6 @@ def _explained(path: Path, raw: Any, item: Any) -> UserProblem:
             place = [row["name"], *rest]
         case place:
             pass
-    fix = FIXES.get(item["type"], item["msg"].removeprefix("Value error, "))
+    hint = HINTS.get(item["type"], item["msg"].removeprefix("Value error, "))
     value = None if item["type"] in ("missing", "value_error") else item["input"]
-    return UserProblem(f"{path}: {'.'.join(map(str, place))}", value, fix)
+    return UserProblem(f"{path}: {'.'.join(map(str, place))}", value, hint)

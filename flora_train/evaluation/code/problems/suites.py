@@ -8,7 +8,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
-from flora_train.config.errors import choices, fail, first_line
+from flora_train.config.errors import choices, first_line, user_error
 from flora_train.config.language_names import language_key
 from flora_train.config.load import find_file
 from flora_train.evaluation.code.problems.problem import Problem, load_problems, problems_of_rows, prompt_file
@@ -51,7 +51,7 @@ def load_suite(source: str, languages: Iterable[str], limit: int | None) -> Suit
         else:
             found[language] = problems
     if not found:
-        raise fail("evaluation.problems", source, f"has no problems in {choices(missing)}")
+        raise user_error("evaluation.problems", source, f"has no problems in {choices(missing)}")
     return Suite(suite_name(source), source, found, limit, missing)
 
 
@@ -67,11 +67,11 @@ def _problems(source: str, language: str) -> Mapping[str, Problem] | None:
         return _from_hub(source.removeprefix(HUB), language)
     folder = find_file(source)
     if not folder.is_dir():
-        fix = (
+        hint = (
             "is no folder here: give starter, a folder with MultiPL-E's humaneval-<language>.jsonl, or hub:nuprl/MultiPL-E "
             "(for evaluation only, never for training)"
         )
-        raise fail("evaluation.problems", source, fix)
+        raise user_error("evaluation.problems", source, hint)
     return load_problems(folder, language) if prompt_file(folder, language) is not None else None
 
 
@@ -79,15 +79,15 @@ def _from_hub(name: str, language: str) -> Mapping[str, Problem] | None:
     try:
         from datasets import get_dataset_config_names, load_dataset
     except ImportError as error:
-        raise fail("evaluation.problems", HUB + name, "needs datasets: pip install 'flora-train[hub]'") from error
+        raise user_error("evaluation.problems", HUB + name, "needs datasets: pip install 'flora-train[hub]'") from error
     try:
         subset = _subset(get_dataset_config_names(name), language)
         if subset is None:
             return None
         rows = load_dataset(name, subset, split="test")
     except Exception as error:  # whatever the hub's client raises: no network, a gate, another revision
-        fix = f"cannot be had ({first_line(error)}): give a folder with MultiPL-E's humaneval-<language>.jsonl, or starter"
-        raise fail("evaluation.problems", HUB + name, fix) from error
+        hint = f"cannot be had ({first_line(error)}): give a folder with MultiPL-E's humaneval-<language>.jsonl, or starter"
+        raise user_error("evaluation.problems", HUB + name, hint) from error
     return problems_of_rows(language, ((f"{name} {subset} {i}", dict(row)) for i, row in enumerate(rows)))
 
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from flora_train.config.base import ConfigModel, Text
-from flora_train.config.errors import Problem, UserError, choices, did_you_mean, fail, first_line
+from flora_train.config.errors import Problem, UserError, choices, did_you_mean, first_line, user_error
 from flora_train.config.language_names import language_key
 from flora_train.config.paths import PROJECT_ROOT
 
@@ -117,12 +117,12 @@ def _rows(table: Path) -> Mapping[Any, Mapping[str, Any]]:
     try:
         rows = yaml.safe_load(table.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise fail(str(table), None, f"cannot be read: {first_line(error)}") from error
+        raise user_error(str(table), None, f"cannot be read: {first_line(error)}") from error
     if not isinstance(rows, Mapping) or not rows:
-        raise fail(str(table), None, "must hold a row of keys and values for each language")
+        raise user_error(str(table), None, "must hold a row of keys and values for each language")
     for key, row in rows.items():
         if not isinstance(row, Mapping) or "key" in row:
-            raise fail(f"{table}: {key}", row, "must be keys and values, and key is not one of them")
+            raise user_error(f"{table}: {key}", row, "must be keys and values, and key is not one of them")
     return rows
 
 
@@ -130,7 +130,7 @@ def find_language(key: str, languages: Mapping[str, Language]) -> Language:
     """key: or another word for it. Raises UserError for a language that the table lacks."""
     key = language_key(key)
     if key not in languages:
-        raise fail(
+        raise user_error(
             "language", key, f"is not in eval/languages.yaml; there are {choices(languages)}.{did_you_mean(key, languages)}"
         )
     return languages[key]

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Event
 from typing import Literal
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.evaluation.code.programs.memory_limit import SCRATCH
 from flora_train.evaluation.code.programs.process import INFO, Command, run_command
 from flora_train.evaluation.code.programs.sandbox_paths import (
@@ -204,9 +204,9 @@ def open_sandbox(kind: Kind) -> Sandbox:
     """Raises UserError where bubblewrap cannot confine a program here: nothing runs unconfined unless that was asked for, and then
     a process warns once."""
     if (reason := no_programs_here()) is not None:
-        raise fail("evaluation.sandbox", kind, reason)
+        raise user_error("evaluation.sandbox", kind, reason)
     if shutil.which("prlimit") is None:
-        raise fail("evaluation.sandbox", kind, "needs the program prlimit: apt-get install util-linux")
+        raise user_error("evaluation.sandbox", kind, "needs the program prlimit: apt-get install util-linux")
     sandbox = Sandbox(kind)
     if kind == "none":
         _warn_once()
@@ -214,16 +214,16 @@ def open_sandbox(kind: Kind) -> Sandbox:
     off = "evaluation.sandbox=none runs programs unconfined, and the report says so"
     program = find_program("bwrap")
     if program is None:
-        raise fail("evaluation.sandbox", kind, f"needs bubblewrap: apt-get install bubblewrap. {off}")
+        raise user_error("evaluation.sandbox", kind, f"needs bubblewrap: apt-get install bubblewrap. {off}")
     if any(Path(program).resolve().is_relative_to(folder) for folder in private_folders()):
         words = f"programs could read the name of the folder of {program}: install bubblewrap for the whole system. {off}"
-        raise fail("evaluation.sandbox", kind, words)
+        raise user_error("evaluation.sandbox", kind, words)
     if (reason := _why_not(sandbox)) is not None:
         sandbox = replace(sandbox, filtered=False)  # a kernel without filters of system calls
         reason = _why_not(sandbox)
     if reason is not None:
         words = f"does not work here ({reason}): this kernel or container may forbid user namespaces. {off}"
-        raise fail("evaluation.sandbox", kind, words)
+        raise user_error("evaluation.sandbox", kind, words)
     return sandbox
 
 

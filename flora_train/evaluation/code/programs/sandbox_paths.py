@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from flora_train.config.errors import UserError, fail
+from flora_train.config.errors import UserError, user_error
 from flora_train.config.paths import CHECKOUT, IS_CHECKOUT
 
 NEUTRAL = ("/tmp", "/var/tmp", "/dev/shm")
@@ -41,7 +41,7 @@ def neutral_folder() -> Path:
         if usable and not any(path.is_relative_to(folder) for folder in private):
             return path
     words = "none of them is a folder outside your home and checkout where files can be written and run: make /tmp one"
-    raise fail("evaluation.sandbox", ", ".join(NEUTRAL), words)
+    raise user_error("evaluation.sandbox", ", ".join(NEUTRAL), words)
 
 
 def work_folder(confined: bool) -> tempfile.TemporaryDirectory[str]:

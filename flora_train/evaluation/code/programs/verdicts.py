@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import fail
+from flora_train.config.errors import user_error
 from flora_train.evaluation.code.completion_files import Completion
 from flora_train.evaluation.code.programs.early_exit import exits_early
 from flora_train.evaluation.code.programs.execute import STATUSES, Program, Verdict, execute_all
@@ -76,7 +76,7 @@ def check_verdicts(
         sha = Program(languages[problem.language], problem.program(completion.text)).sha
         if key in known and known[key]["program"] != sha:
             words = f"holds the verdict on another completion or prompt of this key: {ANOTHER}"
-            raise fail(str(file), "/".join(map(str, key)), words)
+            raise user_error(str(file), "/".join(map(str, key)), words)
     return known
 
 
@@ -85,25 +85,25 @@ def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) 
     for verdicts of another sandbox, or of another time limit than `languages` have."""
     if not file.exists():
         if file.is_symlink():
-            raise fail(str(file), None, f"is a link to nothing: {ANOTHER}")
+            raise user_error(str(file), None, f"is a link to nothing: {ANOTHER}")
         return {}
     if not file.is_file():
-        raise fail(str(file), None, f"is no file: {ANOTHER}")
+        raise user_error(str(file), None, f"is no file: {ANOTHER}")
     with disk_errors(file):
         content = file.read_bytes()
     whole = _whole(content)
     if not _is_cut_verdict(content[len(whole) :].decode("utf-8", "replace")):
-        raise fail(str(file), None, f"holds no verdicts: {ANOTHER}")
+        raise user_error(str(file), None, f"holds no verdicts: {ANOTHER}")
     known: dict[Key, dict[str, Any]] = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         record = _record(f"{file}:{number}", line)
         known[record["adapter"], record["language"], record["name"], record["sample"]] = record
         language, seconds = languages.get(record["language"]), record["cpu_seconds"]
         if record["sandbox"] != sandbox:
-            raise fail(f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox}: {ANOTHER}")
+            raise user_error(f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox}: {ANOTHER}")
         if language is not None and seconds != language.seconds:
             words = f"is the time (s) that this program might compute; {language.name} now has {language.seconds:g}"
-            raise fail(f"{file}:{number}: cpu_seconds", seconds, f"{words}: give the same cpu_seconds, or {ANOTHER}")
+            raise user_error(f"{file}:{number}: cpu_seconds", seconds, f"{words}: give the same cpu_seconds, or {ANOTHER}")
     return known
 
 
@@ -126,11 +126,11 @@ def _record(at: str, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or JSON a thousand levels deep
-        raise fail(at, None, f"is no verdict: {ANOTHER}") from error
+        raise user_error(at, None, f"is no verdict: {ANOTHER}") from error
     texts = isinstance(record, dict) and all(isinstance(record.get(name), str) for name in TEXTS)
     numbers = texts and all(type(record.get(name)) in (int, float) for name in NUMBERS)
     if not numbers or type(record["sample"]) is not int or record["status"] not in STATUSES:
-        raise fail(at, None, f"is no verdict: {ANOTHER}")
+        raise user_error(at, None, f"is no verdict: {ANOTHER}")
     return record
 
 
@@ -150,7 +150,9 @@ def _claimed(file: Path) -> Iterator[int]:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise fail(str(file), None, "another process writes verdicts there now: wait for it, or give another out=") from error
+            raise user_error(
+                str(file), None, "another process writes verdicts there now: wait for it, or give another out="
+            ) from error
         except OSError:  # a file system without locks
             pass
         yield descriptor

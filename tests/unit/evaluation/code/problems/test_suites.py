@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flora_train.config.errors import UserError, fail
+from flora_train.config.errors import UserError, user_error
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code import evaluate
@@ -100,7 +100,7 @@ def test_a_plan_needs_tasks_with_a_language_that_the_table_has(folder: Path) -> 
 
 def test_without_a_sandbox_nothing_is_planned_and_training_may_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def closed(kind: str) -> None:
-        raise fail("evaluation.sandbox", kind, "needs bubblewrap: apt-get install bubblewrap")
+        raise user_error("evaluation.sandbox", kind, "needs bubblewrap: apt-get install bubblewrap")
 
     monkeypatch.setattr(evaluate, "open_sandbox", closed)
     with pytest.raises(UserError, match="needs bubblewrap"):
