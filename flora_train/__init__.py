@@ -6,6 +6,7 @@ What the command line does, in Python: `load_config`, `train`, `evaluate`, `expo
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from flora_train.config.load import load_config
     from flora_train.config.schema import AdapterConfig
     from flora_train.config.training_schema import TrainingConfig
+    from flora_train.runtime.logging import init_logging
     from flora_train.training.optimizer import BankOptimizer, TorchBankOptimizer
 
 __version__ = "0.1.0"
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 __all__ = [
     "AdapterBank",
     "AdapterConfig",
@@ -31,6 +34,7 @@ __all__ = [
     "UserError",
     "evaluate",
     "export_adapters",
+    "init_logging",
     "load_config",
     "make_spec",
     "train",
@@ -45,6 +49,7 @@ HOMES = {
     "UserError": "flora_train.config.errors",
     "evaluate": "flora_train.commands.evaluate:evaluate_run",
     "export_adapters": "flora_train.commands.export",
+    "init_logging": "flora_train.runtime.logging",
     "load_config": "flora_train.config.load",
     "make_spec": "flora_train.adapters.spec",
     "train": "flora_train.commands.train:train_run",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from flora_train.config.errors import UserError, choices, did_you_mean, user_error
 from flora_train.config.terminal_text import plain, print_plain, safe_streams, write_failure
+from flora_train.runtime.logging import init_logging, stop_logging
 from flora_train.runtime.signals import SAVED, STOPPED, Interrupted, end_with_launcher, stop_on_interrupt
 
 # torch's threads wait for each other by spinning, which starves whatever else wants the same cores: another process, or the
@@ -47,6 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
     end (SIGTERM, SIGINT) and can go on, or 130 (STOPPED) after Ctrl-C elsewhere."""
     with safe_streams():
         try:
+            init_logging()
             with stop_on_interrupt():
                 status = _run(list(sys.argv[1:] if words is None else words) or ["--help"])
                 if sys.stdout is not None:  # closed by the caller (>&-)
@@ -55,6 +57,8 @@ def main(words: Sequence[str] | None = None) -> int:
             if os.environ.get("RANK", "0") == "0":
                 print("interrupted: what was written is whole", file=sys.stderr)
             return STOPPED
+        finally:
+            stop_logging()
         if (failure := write_failure()) is not None:
             return _complain(str(user_error("standard output", None, f"could not be written ({failure.strerror})").problems[0]))
     return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ from flora_train.models.probe_inputs import noise_features
 from flora_train.models.speech_encoder import count_positions, is_speech_model, is_whisper, longest_text
 from flora_train.runtime.atomic import user_cache
 from flora_train.runtime.checksum import fingerprint
-from flora_train.runtime.distributed import on_every_process, on_main_process, say
+from flora_train.runtime.distributed import on_every_process, on_main_process
 from flora_train.runtime.environment import available_cpus, now
 from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import RunFolder, open_run
@@ -50,6 +51,8 @@ from flora_train.training.fsdp import apply_fsdp, check_launcher
 from flora_train.training.origin import Origin, OriginOptions, allowed
 from flora_train.training.row_check import check_rows
 from flora_train.training.token_check import check_tokens
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class RunContext:
         check_rows(self.model, pad_token(self.tokenizer), features)
         if self.bank.left_out:
             usable = {name for pool in self.bank.pools for name in pool.targets}
-            say(f"note: no adapter is attached to {described(self.bank.left_out, usable)}")
+            logger.warning(f"no adapter is attached to {described(self.bank.left_out, usable)}")
 
     def close(self) -> None:
         """End what works in the background."""
@@ -132,7 +135,7 @@ def load_data(config: RunConfig, with_tasks: bool = True) -> tuple[Any, dict[str
     if tasks:
         check_tokens(config, tokenizer, tasks)
     if with_tasks and (idle := sorted(config.tasks.keys() - tasks.keys())):
-        say(f"note: no adapter learns {', '.join(idle)}: not read")
+        logger.warning(f"no adapter learns {', '.join(idle)}: not read")
     return tokenizer, tasks, ears
 
 

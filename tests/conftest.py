@@ -18,6 +18,7 @@ from flora_train.adapters.spec import AdapterSpec, make_spec
 from flora_train.config.schema import AdapterConfig
 from flora_train.kernels.backend import use_backend
 from flora_train.models import loading as base_model
+from flora_train.runtime.logging import init_logging, stop_logging
 
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -78,6 +79,14 @@ def auto_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     that does not."""
     monkeypatch.setattr(base_model, "multiplies_bfloat16_fast", lambda device: request.param == "bfloat16")
     return getattr(torch, request.param)
+
+
+@pytest.fixture
+def log_to_stderr() -> Iterator[None]:
+    """Log lines are printed on standard error, as by the command line."""
+    init_logging()
+    yield
+    stop_logging()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,10 +32,11 @@ from flora_train.models.loading import empty_model, load_feature_extractor, reso
 from flora_train.models.probe_inputs import count_tokens, noise_features
 from flora_train.models.speech_encoder import is_speech_model
 from flora_train.run_context import load_data, paging_of, prepare
-from flora_train.runtime.distributed import say
 from flora_train.runtime.progress import duration
 from flora_train.training.fsdp import largest_part
 from flora_train.training.step_cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
+
+logger = logging.getLogger(__name__)
 
 FLOAT = 4
 """Bytes of a number of an adapter, and of its gradient and moments."""
@@ -91,7 +93,7 @@ def plan_run(config: RunConfig) -> None:
     for name, value in _lines(config, found):
         console.print(shown(f"{name:10} {value}"))
     for note in notes(empty_model(config.model), found.pools):
-        console.print(shown(note))
+        console.print(shown(f"note: {note}"))
     check_fits(config, found)
 
 
@@ -179,7 +181,7 @@ def pools_of(config: RunConfig) -> list[Pool]:
     pools = [Pool(specs[0].method, specs, find_targets(model, specs[0], left_out)) for specs in groups.values()]
     wanted = {name for specs in groups.values() for name in find_targets(model, specs[0])}
     if reasons := {name: reason for name, reason in left_out.items() if name in wanted}:
-        say(f"note: no adapter is attached to {described(reasons, {name for pool in pools for name in pool.targets})}")
+        logger.warning(f"no adapter is attached to {described(reasons, {name for pool in pools for name in pool.targets})}")
     return pools
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,11 @@ from flora_train.export.hub_client import AnswerError, check_repository_name, in
 from flora_train.export.hub_repository import MANIFEST, Entries, Repository, read_entries, stage
 from flora_train.run_context import check_base
 from flora_train.runtime.atomic import disk_errors
-from flora_train.runtime.distributed import say
 from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import RunFolder, open_run
 from flora_train.training.origin import OriginOptions
+
+logger = logging.getLogger(__name__)
 
 LOCALLY = "or use the folders as they are: plain peft loads them"
 
@@ -89,8 +91,8 @@ def _push(folder: RunFolder, config: RunConfig, chosen: Sequence[AdapterSpec], o
             repositories = stage(folder, chosen, report, options.repo, options.base, apart, place, origin)
         base = options.base or config.model.path
         if Path(base).exists():
-            say(
-                f"note: the adapters call their base {base}, which is a folder of this machine: --base ORG/MODEL names it on the hub"
+            logger.warning(
+                f"the adapters call their base {base}, which is a folder of this machine: --base ORG/MODEL names it on the hub"
             )
         if options.dry_run:
             _show(repositories, options)
@@ -130,8 +132,8 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
             private = _is_private(api, repository.name)
             check_visibility(repository.name, private, options.public)
             if private and options.public:
-                say(
-                    f"note: {repository.name} exists and stays private: its settings on the hub make it public, --public does not"
+                logger.warning(
+                    f"{repository.name} exists and stays private: its settings on the hub make it public, --public does not"
                 )
         collection = _collection(api, options) if options.repo_per_adapter else None
         with ProgressBar("push", len(repositories)) as watch:

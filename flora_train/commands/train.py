@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from functools import partial
@@ -41,7 +42,6 @@ from flora_train.runtime.distributed import (
     is_main_process,
     on_every_process,
     on_main_process,
-    say,
     wait_for_everyone,
 )
 from flora_train.runtime.environment import dtype_of
@@ -54,6 +54,8 @@ from flora_train.training.fsdp import loads_in_parts
 from flora_train.training.joint_speedup import time_joint_vs_separate
 from flora_train.training.origin import OriginOptions, data_of
 from flora_train.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 @safe_streams()
@@ -75,7 +77,7 @@ def train_run(config: RunConfig) -> Path:
 def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing: RunStatus, started: float) -> Path:
     """`train_run`, while no other process works in the folder."""
     if standing == "finished":
-        say(f"{folder.path} holds this run, finished; it is kept (resume=false overwrite=true runs it again)")
+        logger.info(f"{folder.path} holds this run, finished; it is kept (resume=false overwrite=true runs it again)")
         if is_main_process():
             show(folder)
         return folder.path
@@ -84,7 +86,7 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
         on_main_process(lambda: check_saved(folder, config, plan))
         on_main_process(lambda: check_base(folder, config, OriginOptions()))
     for reason in dict.fromkeys(plan.broken.values() if plan else ()):
-        say(f"note: some programs will not be evaluated: {reason}")
+        logger.warning(f"some programs will not be evaluated: {reason}")
     loaded = config if standing == "free" else as_it_began(config, folder)
     session = load_context(loaded, folder, accelerator.device, in_parts=loads_in_parts(config))
     if standing != "free":
@@ -105,9 +107,9 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     on_main_process(lambda: folder.claim(config, suites, base_dtype=dtype_of(session.model), **origin_of(session)))
     on_main_process(lambda: report_left_out(session))
     for note in [*notes_on_rows(session.tasks, config), *notes_on_unused(config.tasks, bool(config.evaluation.problems))]:
-        say(f"note: {note}")
+        logger.warning(note)
     on_every_process(lambda: begin_tracking(accelerator, config, folder))
-    say(
+    logger.info(
         f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {dtype_of(session.model)}, on {accelerator.device}"
     )
     if standing == "interrupted":
@@ -169,7 +171,7 @@ def report_left_out(session: RunContext) -> None:
         text = "task\tsplit\treason\tfile\n" + "".join(lines)
         write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
         reasons = Counter(line.split("\t")[2] for line in lines)
-        say(f"note: {len(lines)} clips are left out ({', '.join(f'{n} {r}' for r, n in reasons.items())}): {file}")
+        logger.warning(f"{len(lines)} clips are left out ({', '.join(f'{n} {r}' for r, n in reasons.items())}): {file}")
 
 
 def check_texts(session: RunContext, plan: Plan | None) -> None:
@@ -183,4 +185,4 @@ def check_texts(session: RunContext, plan: Plan | None) -> None:
     rows, model_config = count_tokens(session.model), session.model.config
     check_prompts(session.tokenizer, prompts, rows, config.model, model_config, config.evaluation.max_new_tokens)
     if (note := note_of(session.model)) is not None:
-        say(note)
+        logger.warning(note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import TypeVar
 from zipfile import BadZipFile
 
 from flora_train.data.tokenization import TokenSplit
+
+logger = logging.getLogger(__name__)
 
 Split = TypeVar("Split", bound=TokenSplit)
 
@@ -28,5 +30,5 @@ def cached(path: Path, kind: type[Split], make: Callable[[], Split]) -> Split:
         path.parent.mkdir(parents=True, exist_ok=True)
         split.save(path)
     except OSError as error:  # a cache that cannot be written costs time, not the run
-        warnings.warn(f"tokens are not cached: {error}", stacklevel=2)
+        logger.warning(f"tokens are not cached: {error}")
     return split

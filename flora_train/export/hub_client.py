@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -11,7 +12,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from flora_train.config.errors import UserError, first_line, user_error
-from flora_train.runtime.distributed import say
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 6
 PASSING = (429, 500, 502, 503, 504)
@@ -77,7 +79,7 @@ def insist(action: Callable[[], Result]) -> Result:
             reason = first_line(error)
         if wait > LONGEST_WAIT:
             reason, wait = f"{reason} and asks for {wait:,.0f}s", LONGEST_WAIT
-        say(f"note: {reason}; trying again in {wait:g}s")
+        logger.warning(f"{reason}; trying again in {wait:g}s")
         time.sleep(wait)
     raise AssertionError
 
@@ -111,7 +113,7 @@ def _bound_waits() -> None:
 def _bound(response: Any) -> None:
     asked = str(response.headers.get("Retry-After", "")).strip()
     if asked.isdigit() and (len(asked) > 9 or int(asked) > LONGEST_WAIT):
-        say(f"note: the hub asks for a wait of {asked[:20]}s; it is asked again in {LONGEST_WAIT:g}s")
+        logger.warning(f"the hub asks for a wait of {asked[:20]}s; it is asked again in {LONGEST_WAIT:g}s")
         response.headers["Retry-After"] = f"{LONGEST_WAIT:.0f}"
     limit = response.headers.get("RateLimit")
     if limit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +23,8 @@ from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import first_line, user_error
 from flora_train.export.peft_forms import Form, Layers, config_of, model_class, tensors_of
-from flora_train.runtime.distributed import say
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
 """PEFT's name for the only adapter of a model."""
@@ -182,7 +184,7 @@ def notes(model: nn.Module, pools: Iterable[Pool]) -> Iterator[str]:
     Raises UserError where plain PEFT would leave tensors out without a word and no form helps.
     """
     if loadability_of(model).twin is None and hasattr(getattr(model, "config", None), "model_type"):
-        yield f"note: whether plain PEFT loads these adapters is not known: {type(model).__name__} cannot be made from its configuration alone"
+        yield f"whether plain PEFT loads these adapters is not known: {type(model).__name__} cannot be made from its configuration alone"
         return
     told = set()
     for pool in pools:
@@ -190,13 +192,13 @@ def notes(model: nn.Module, pools: Iterable[Pool]) -> Iterator[str]:
             found = loadability_of(model).written(pool.targets, spec)
             if spec.family not in told and (found.problem or found.avoided):
                 told.add(spec.family)
-                yield f"note: {_note(spec.family, found)}"
+                yield _note(spec.family, found)
 
 
 def say_what_peft_loads(model: nn.Module, pools: Iterable[Pool]) -> None:
     """Say these notes. Raises as they do."""
     for note in notes(model, pools):
-        say(note)
+        logger.warning(note)
 
 
 def _note(family: str, found: Written) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -27,9 +28,11 @@ from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.export.low_rank import modulation
 from flora_train.export.peft_format import peft_config, peft_tensors
-from flora_train.runtime.distributed import on_every_process, say
+from flora_train.runtime.distributed import on_every_process
 from flora_train.runtime.progress import ProgressBar
 from flora_train.training.fsdp import whole
+
+logger = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
@@ -128,7 +131,9 @@ def _numbers(
         )
         check_targets(config, modules_of(config, theirs), bank.base_names(), source, key)
         numbers, error = fit_lora(bank, name, theirs, scale_of(config))
-        say(f"{name} begins as W0 * (1 + B A) of rank {spec.rank} close to {source}: |W0 * (B A) - dW| / |dW| = {error:.3f}")
+        logger.info(
+            f"{name} begins as W0 * (1 + B A) of rank {spec.rank} close to {source}: |W0 * (B A) - dW| / |dW| = {error:.3f}"
+        )
         return numbers
     _check_kind(bank, name, config, source, key)
     ours = peft_tensors(bank, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flora_train.config.errors import Problem, UserError, first_line, user_error
-from flora_train.config.terminal_text import plain
 
 Result = TypeVar("Result")
 
@@ -129,12 +127,6 @@ def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
             raise UserError(*(Problem(key, mine.get(key), hint.format(first[0].get(key))) for key in others))
 
     on_every_process(compare)
-
-
-def say(line: str) -> None:
-    """Print a line on standard error, on the main process."""
-    if is_main_process():
-        print(plain(line), file=sys.stderr, flush=True)
 
 
 def several_processes() -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from flora_train.config.terminal_text import plain
 from flora_train.runtime.distributed import is_main_process
+from flora_train.runtime.logging import error_console, may_draw_progress
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressBar:
@@ -26,8 +28,8 @@ class ProgressBar:
         self._last_line = -float("inf")
         self._bar: Progress | None = None
         self.silent = not is_main_process()
-        console = Console(stderr=True)
-        if not self.silent and (sys.stderr.isatty() or console.is_jupyter):
+        console = error_console()
+        if not self.silent and may_draw_progress(console):
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -48,7 +50,7 @@ class ProgressBar:
             self._bar.update(self._task, completed=done, detail=detail.strip())
         elif force_line or time.monotonic() - self._last_line > self.line_every:
             self._last_line = time.monotonic()
-            print(f"{self.stage}: {detail.strip()}", file=sys.stderr, flush=True)
+            logger.info(f"{self.stage}: {detail.strip()}")
 
     def close(self) -> None:
         if self._bar is not None:

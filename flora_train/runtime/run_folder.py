@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +14,14 @@ from flora_train.config.json_object import parse_object, read_object
 from flora_train.config.load import load_saved, save_config
 from flora_train.config.paths import exists
 from flora_train.config.schema import RunConfig
-from flora_train.config.terminal_text import plain
 from flora_train.runtime.atomic import disk_errors, real_path, write_atomically
 from flora_train.runtime.environment import environment, now
 from flora_train.runtime.manifest import RUN_FILES, Manifest, delete
 from flora_train.runtime.metrics_file import MetricsFile
 from flora_train.runtime.run_inputs import check_not_data, check_not_replaced
 from flora_train.runtime.run_lock import RunLock
+
+logger = logging.getLogger(__name__)
 
 WAIT = 60.0
 """Seconds that a run which is resumed waits for the lock: a process that was told to end needs some for its step."""
@@ -173,11 +174,7 @@ class RunFolder:
             delete([*first, *(path for path in ours if path not in first)], self.path, keep=(self.run_json,))
             others = [path for path in self.path.rglob("*") if path.is_file() and path not in (self.run_json, self._lock.file)]
         if others:
-            print(
-                plain(f"note: {len(others)} files in {self.path} were not written by the run, and stay"),
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.warning(f"{len(others)} files in {self.path} were not written by the run, and stay")
 
     def _outer_run(self) -> Path | None:
         """The run folder that this one lies in."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
-import sys
 import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
 
 from flora_train.config.errors import user_error
-from flora_train.config.terminal_text import plain
 from flora_train.runtime.atomic import disk_errors
+
+logger = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -53,7 +54,7 @@ class RunLock:
                 if time.monotonic() >= deadline:
                     raise self._taken()
                 if not told:
-                    print(plain(f"waiting for another process that trains in {self.folder}"), file=sys.stderr, flush=True)
+                    logger.info(f"waiting for another process that trains in {self.folder}")
                 told = True
                 time.sleep(0.2)
 
@@ -136,9 +137,7 @@ class RunLock:
             if error.errno not in NO_LOCKS:
                 raise
             if self.enforced:
-                print(
-                    plain(f"note: no file locks in {self.folder}: let only one process work there"), file=sys.stderr, flush=True
-                )
+                logger.warning(f"no file locks in {self.folder}: let only one process work there")
             self.enforced = False
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 SAVED = 75
 """Exit status of a run that was told to end, saved its state and can go on (EX_TEMPFAIL of sysexits.h)."""
@@ -54,7 +57,7 @@ class StopSignals:
         if not self.asked:
             self.asked, self._first = True, now
             name = signal.Signals(number).name
-            print(f"\n{name}: the step is finished and saved first; a second one ends at once", file=sys.stderr, flush=True)
+            logger.info(f"{name}: the step is finished and saved first; a second one ends at once")
         elif now - self._first >= self.same:
             self._restore()
             signal.raise_signal(number)

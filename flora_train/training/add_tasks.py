@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
 from flora_train.config.errors import UserError, user_error
 from flora_train.config.schema import RunConfig
-from flora_train.runtime.distributed import on_every_process, say
+from flora_train.runtime.distributed import on_every_process
 from flora_train.runtime.run_folder import differences, open_run
 from flora_train.training.best_adapters import BestCheckpoint, load_best
 from flora_train.training.early_stopping import Retirement
 from flora_train.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
@@ -45,7 +48,7 @@ def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
     trainer.replan()
     start([i for i, spec in enumerate(bank.specs) if spec.task not in before.tasks])
     joining = [task for task, step in trainer.joined.items() if step == done]
-    say(f"{', '.join(joining)} join after step {done}; {len(kept)} adapters stay as they are")
+    logger.info(f"{', '.join(joining)} join after step {done}; {len(kept)} adapters stay as they are")
     trainer.save()
     trainer.finish_saving()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,8 @@ from flora_train.runtime.atomic import disk_errors, write_atomically
 from flora_train.runtime.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
 from flora_train.runtime.run_folder import differences
 
+logger = logging.getLogger(__name__)
+
 FILE = re.compile(r"step-\d{8,}\.safetensors")
 CUT_OFF = re.compile(r"\.step-\d{8,}\.safetensors\.\d+\.tmp")
 """What a kill leaves of a checkpoint that is being written."""
@@ -34,7 +37,7 @@ class Checkpoints:
     """The files checkpoints/step-<n>.safetensors of one run, written by a thread while training goes on.
 
     keep: so many of the last stay. identity: of this run without the tasks that are named. rows: tensor name up to its first dot ->
-    whose rows it has. say: tells the user one line. copy: gives a tensor of its own to what is written while training changes the
+    whose rows it has. copy: gives a tensor of its own to what is written while training changes the
     other.
     """
 
@@ -44,10 +47,9 @@ class Checkpoints:
         keep: int,
         identity: Callable[[Collection[str]], Identity],
         rows: Mapping[str, Sequence[str]],
-        say: Callable[[str], None],
         copy: Callable[[Tensor], Tensor] = host_copy,
     ) -> None:
-        self.folder, self.keep, self.identity, self.rows, self.say, self.copy = folder, keep, identity, rows, say, copy
+        self.folder, self.keep, self.identity, self.rows, self.copy = folder, keep, identity, rows, copy
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
@@ -99,17 +101,17 @@ class Checkpoints:
             try:
                 facts, content = _read(path)
             except DamagedError as error:
-                self.say(f"checkpoint {path} is damaged ({error}) and left alone; the one before it is used")
+                logger.warning(f"checkpoint {path} is damaged ({error}) and left alone; the one before it is used")
                 continue
             self._check(path, facts, content, tensors)
             newest = newest or facts["position"]
             if missing := fault(facts["position"], newest):
-                self.say(f"checkpoint {path} cannot be used: {missing}; the one before it is tried")
+                logger.warning(f"checkpoint {path} cannot be used: {missing}; the one before it is tried")
                 faults.append(missing)
                 continue
             for name, tensor in tensors.items():
                 self._fill(name, tensor, facts["rows"], content)
-            self.say(f"going on after step {facts['step']}, from {path}")
+            logger.info(f"going on after step {facts['step']}, from {path}")
             return facts["position"]
         if faults:
             hint = f"{faults[0].hint}, and no checkpoint can do without it: put it back from a copy, or train again ({ANEW})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import Any, Literal
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import RunConfig
 from flora_train.config.sweep import SweepConfig
-from flora_train.runtime.distributed import say
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class EarlyStopping:
     def _leave(self, adapters: Iterable[int], retirement: Retirement, words: str) -> None:
         for adapter in adapters:
             self.retired[adapter] = retirement
-            say(f"{self.specs[adapter].name} leaves after step {retirement.step}: it {words}")
+            logger.info(f"{self.specs[adapter].name} leaves after step {retirement.step}: it {words}")
 
 
 class Patience:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,10 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import MixedBatch, Row, share_of_rank
-from flora_train.runtime.distributed import say, world
+from flora_train.runtime.distributed import world
 from flora_train.training.loss import RowLosses
+
+logger = logging.getLogger(__name__)
 
 ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 """What accelerate's launcher sets where its configuration file asks for an engine -> its name."""
@@ -48,7 +51,7 @@ def apply_fsdp(bank: AdapterBank) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     model.get_input_embeddings().register_forward_hook(_ask_for_gradients)
-    say(f"every process holds 1/{world()[1]} of the base")
+    logger.info(f"every process holds 1/{world()[1]} of the base")
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

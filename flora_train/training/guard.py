@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.training_schema import GuardConfig
-from flora_train.runtime.distributed import say
 from flora_train.training.optimizer import AdapterStep, BankOptimizer
+
+logger = logging.getLogger(__name__)
 
 WINDOW, ROLLBACKS = 16, 3
 
@@ -62,10 +64,10 @@ class Guard:
             name, why = self.bank.specs[adapter].name, bad.get(adapter, "its gradient is not finite")
             if self.config.policy == "rollback" and self.rolled_back[adapter] < (self.config.rollbacks or ROLLBACKS):
                 self.rolled_back[adapter] += 1
-                say(f"{name} goes back to its last good state at step {step}: {why}")
+                logger.warning(f"{name} goes back to its last good state at step {step}: {why}")
             else:
                 self.quarantined[adapter] = step, why
-                say(f"{name} is quarantined at step {step}: {why}")
+                logger.warning(f"{name} is quarantined at step {step}: {why}")
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Name of a quarantined adapter -> step and reason, as the log has them."""

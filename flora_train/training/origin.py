@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from flora_train.config.schema import RunConfig
 from flora_train.data.task import Task
 from flora_train.data.tokenization import TokenSplit, tokenizer_hash
 from flora_train.models.base_identity import base_identity
-from flora_train.runtime.distributed import say
+
+logger = logging.getLogger(__name__)
 
 SWITCHES = ("allow_different_base", "allow_different_data")
 
@@ -52,7 +54,7 @@ class Origin:
     def base_differences(self, config: RunConfig) -> list[Problem]:
         """One problem if the base at model.path is another one. Nothing where it is not on this machine."""
         if self.base is None:
-            say("note: run.json does not say which base the run was trained on: it is not compared")
+            logger.warning("run.json does not say which base the run was trained on: it is not compared")
             return []
         now = base_identity(config.model)
         words = {"weights": "weights", "config": "a config.json"}
@@ -93,7 +95,7 @@ def allowed(problems: Sequence[Problem], allow: bool, flag: str) -> list[str]:
         raise UserError(*(Problem(problem.key, problem.value, f"{problem.hint}; {hint}") for problem in problems))
     sentences = [f"{problem} ({flag})." for problem in problems]
     for sentence in sentences:
-        say(f"note: {sentence}")
+        logger.warning(sentence)
     return sentences
 
 

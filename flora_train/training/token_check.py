@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from flora_train.data.tokenization import TokenSplit, pad_token
 from flora_train.models.context_length import apart_up_to, declared_positions, longest_readable
 from flora_train.models.loading import empty_model, load_model_config
 from flora_train.models.probe_inputs import count_tokens
-from flora_train.runtime.distributed import say
+
+logger = logging.getLogger(__name__)
 
 
 def check_tokens(config: RunConfig, tokenizer: Any, tasks: Mapping[str, Task]) -> None:
@@ -66,7 +68,7 @@ def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Pro
         )
         yield Problem("training.max_length", config.training.max_length, hint)
     elif declared is not None and longest > declared:
-        say(f"note: {key} has an example of {longest} tokens; the model was made for {declared} (max_position_embeddings)")
+        logger.warning(f"{key} has an example of {longest} tokens; the model was made for {declared} (max_position_embeddings)")
 
 
 def _splits(tasks: Mapping[str, Task]) -> Iterator[tuple[str, TokenSplit]]:

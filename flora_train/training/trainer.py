@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, fields
@@ -24,7 +25,6 @@ from flora_train.runtime.distributed import (
     on_any_process,
     on_every_process,
     on_main_process,
-    say,
     share_from_main,
     sum_over_processes,
     wait_for_everyone,
@@ -48,6 +48,8 @@ from flora_train.training.resumable import Surroundings
 from flora_train.training.step_plan import StepPlan, make_mixture, plan_step
 from flora_train.training.step_timer import StepTimer
 from flora_train.training.train_state import Position, renumbered
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -81,7 +83,7 @@ class Trainer:
         self.guard = Guard(bank, self.optimizer, config.guard)
         rows = {f"pool{i}": [spec.name for spec in pool.specs] for i, pool in enumerate(bank.pools)}
         self.checkpoints = Checkpoints(
-            folder.checkpoints, config.training.keep_checkpoints, self.identity, rows, say, bank.copy_to_host
+            folder.checkpoints, config.training.keep_checkpoints, self.identity, rows, bank.copy_to_host
         )
         self.tally = TrainingMetrics()
         self._base = cache(lambda: base_hash or fingerprint(model))  # made once: it reads the whole base
@@ -168,7 +170,7 @@ class Trainer:
         position = on_main_process(lambda: self.checkpoints.restore(tensors, surroundings.fault))
         on_main_process(lambda: self.folder.cut_metrics(position["metrics_size"] if position else 0))
         if position is None:
-            say("no checkpoint to go on from: beginning at step 1")
+            logger.info("no checkpoint to go on from: beginning at step 1")
             return list(range(len(self.bank.specs)))
         share_from_main(tensors.values(), self.bank.device)
         self.bank.forget_device()

@@ -6,9 +6,9 @@ cv-corpus-<version>-<date>/<locale>/{train,dev,test,validated,...}.tsv, clip_dur
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -18,8 +18,9 @@ from typing import Any
 from flora_train.config.errors import choices, did_you_mean, first_line, user_error
 from flora_train.config.paths import find_file
 from flora_train.config.task_schema import SourceConfig
-from flora_train.config.terminal_text import plain
 from flora_train.runtime.atomic import disk_errors, user_cache
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 NEEDED = ("path", "sentence")
@@ -102,7 +103,7 @@ def _unpacked(archive: Path, key: str) -> Path:
     place = cache / name
     if place.is_dir():
         return place
-    print(plain(f"unpacking {archive} ({status.st_size / 1e9:.1f} GB) into {place}"), file=sys.stderr, flush=True)
+    logger.info(f"unpacking {archive} ({status.st_size / 1e9:.1f} GB) into {place}")
     with disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".", dir=cache))

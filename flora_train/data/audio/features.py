@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.data.audio.decode import RATE, read_clip
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class FeatureStore:
                 os.unlink(temporary)
                 raise
         except OSError as error:  # a cache that cannot be written costs time, not the run
-            warnings.warn(f"features are not cached: {error}", stacklevel=2)
+            logger.warning(f"features are not cached: {error}")
             return
         self._make_room(features.nbytes)
 

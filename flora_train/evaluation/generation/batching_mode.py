@@ -49,7 +49,7 @@ def note_of(model: nn.Module) -> str | None:
     if way == "together":
         return None
     how = "by its own generate" if way == "alone" else "reading all tokens again for each new one"
-    return f"note: {name} writes texts one row at a time, {how}: rows of a batch cannot share its cache"
+    return f"{name} writes texts one row at a time, {how}: rows of a batch cannot share its cache"
 
 
 def read(model: nn.Module, ids: Tensor, cache: RowCache, takes: Collection[str]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 
 import pytest
@@ -13,7 +14,6 @@ from rich.table import Table
 
 from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import in_cell, plain, print_table, safe_streams, shown
-from flora_train.runtime.distributed import say
 from flora_train.runtime.progress import ProgressBar
 
 OBEYED = [
@@ -55,10 +55,11 @@ def test_tables_and_consoles_take_no_markup_from_data(text: str) -> None:
     assert "\x1b]" not in out.getvalue()
 
 
+@pytest.mark.usefixtures("log_to_stderr")
 def test_errors_progress_and_notes_show_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar("read \x1b[2Jclips [/x]", 2, line_every=0.0) as watch:
         watch.update(1, {"[/red]": "\x1b[1m"})
-    say("note: \x1b[31m [/red]")
+    logging.getLogger("flora_train.test").warning("\x1b[31m [/red]")
     error = str(user_error("tasks.\x1b[31m", "\x1b[2J", "has \x1b]0;x\x07 and \u202e\nin it").problems[0])
     said = capsys.readouterr().err + error
     assert "\x1b" not in said

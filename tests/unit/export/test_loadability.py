@@ -144,8 +144,8 @@ def test_settings_that_peft_refuses_for_some_adapters_of_a_pool_are_seen() -> No
     )
     assert len(bank.pools) == 1
     said = list(notes(bank.model, bank.pools))
-    assert "note: plain: plain PEFT leaves" in said[0]
-    assert "note: dropped: plain PEFT refuses it as LORA" in said[1]
+    assert "plain: plain PEFT leaves" in said[0]
+    assert "dropped: plain PEFT refuses it as LORA" in said[1]
 
 
 def test_a_lora_for_other_servers_stays_a_lora_and_says_what_plain_peft_does(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_layers_that_peft_refuses_are_named_before_training_and_in_the_folder(tm
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **MAMBA))
     bank = bank_on(model, spec("lora", family="all"), spec("lora", family="some", target_modules=["in_proj"]), spec("flora"))
     (said,) = notes(bank.model, bank.pools)
-    assert said.startswith("note: all: plain PEFT refuses it as LORA")
+    assert said.startswith("all: plain PEFT refuses it as LORA")
     assert "out_proj" in said
     assert "--as merged" in said
     warned = {name for name in bank.ids if (export_peft(bank, name, tmp_path / name, "base") / PEFT_WARNING).exists()}

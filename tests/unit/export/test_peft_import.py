@@ -105,6 +105,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(ours: AdapterSpec, wor
     assert all(torch.equal(bank.row(i), before[i]) for i in range(2))
 
 
+@pytest.mark.usefixtures("log_to_stderr")
 def test_a_residual_flora_comes_closer_to_a_lora_with_its_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = made_by_peft(THEIRS["LoRA"][0], tmp_path / "theirs")
     x = tokens(3)

@@ -13,6 +13,7 @@ from tests.conftest import spec
 from tests.unit.training.harness import make_trainer
 
 
+@pytest.mark.usefixtures("log_to_stderr")
 def test_a_long_evaluation_between_steps_says_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

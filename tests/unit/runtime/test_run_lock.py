@@ -96,6 +96,7 @@ def test_lock_is_not_inherited_by_a_fork(tmp_path: Path) -> None:
     os.waitpid(child, 0)
 
 
+@pytest.mark.usefixtures("log_to_stderr")
 def test_lock_where_there_are_no_locks_is_said_and_not_enforced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

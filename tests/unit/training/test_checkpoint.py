@@ -122,7 +122,7 @@ def test_more_can_be_kept_and_what_a_kill_cut_off_is_removed(tmp_path: Path) -> 
 def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_state_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, may_write = Checkpoints(tmp_path, 2, lambda without: {}, {"pool0": ["a", "b", "c"]}, print), threading.Event()
+    files, may_write = Checkpoints(tmp_path, 2, lambda without: {}, {"pool0": ["a", "b", "c"]}), threading.Event()
     monkeypatch.setattr(checkpoint, "write_atomically", lambda path, write: (may_write.wait(10), write_atomically(path, write)))
     state = {"pool0.x": torch.ones(3)}
     files.save(1, state, {"at": 1})
@@ -134,6 +134,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_state_o
     assert torch.equal(restored["pool0.x"], torch.ones(3))
 
 
+@pytest.mark.usefixtures("log_to_stderr")
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped", "other facts"])
 def test_damaged_checkpoint_is_recognised_and_the_one_before_it_used(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
@@ -158,6 +159,7 @@ def test_damaged_checkpoint_is_recognised_and_the_one_before_it_used(
     assert_equal(result(trainer), result(whole))
 
 
+@pytest.mark.usefixtures("log_to_stderr")
 def test_without_a_good_checkpoint_the_run_begins_again_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = trainer_in(tmp_path / "whole")
     whole.train()
@@ -220,10 +222,9 @@ def test_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path: Path) -> 
     assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
-    told: list[str] = []
-    files = Checkpoints(tmp_path, 2, lambda without: {}, {"pool0": ["a", "b", "c"]}, told.append)
+def test_checkpoint_of_other_shapes_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = Checkpoints(tmp_path, 2, lambda without: {}, {"pool0": ["a", "b", "c"]})
     files.save(1, {"pool0.x": torch.zeros(3)}, {})
     with pytest.raises(UserError, match=r"holds .*\(3,\).* needs .*\(4,\)"):
         files.restore({"pool0.x": torch.zeros(4)})
-    assert told == []
+    assert caplog.records == []

@@ -94,6 +94,7 @@ def flip(path: Path, word: bytes) -> None:
 
 
 @pytest.mark.parametrize("word", [b'"facts"', b'"facts_sha256"', b'"sha256"', b"__metadata__", b"data_offsets", b'"F32"'])
+@pytest.mark.usefixtures("log_to_stderr")
 def test_checkpoint_with_a_damaged_word_in_its_header_is_passed_over(
     stopped: Path, undisturbed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], word: bytes
 ) -> None:
@@ -104,6 +105,7 @@ def test_checkpoint_with_a_damaged_word_in_its_header_is_passed_over(
     assert "going on after step 3" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("log_to_stderr")
 def test_damaged_metrics_after_the_checkpoint_before_send_the_run_back_to_it(
     stopped: Path, undisturbed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

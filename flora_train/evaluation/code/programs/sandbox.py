@@ -7,6 +7,7 @@ does not cover: bugs of the kernel, and time on the machine's cores beyond the C
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -29,6 +30,8 @@ from flora_train.evaluation.code.programs.sandbox_paths import (
 )
 from flora_train.evaluation.code.programs.seccomp import deny_filter
 from flora_train.evaluation.code.programs.toolchain_cache import ToolchainCache
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["bubblewrap", "none"]
 NOBODY = 65534
@@ -229,7 +232,7 @@ def open_sandbox(kind: Kind) -> Sandbox:
 
 @cache
 def _warn_once() -> None:
-    print(f"warning: {UNCONFINED}", file=sys.stderr)
+    logger.warning(UNCONFINED)
 
 
 def _why_not(sandbox: Sandbox) -> str | None:
