@@ -153,7 +153,7 @@ def note_training(session: RunContext, trainer: Trainer, seconds: dict[str, floa
     trained = time.monotonic()
     more = {"time_shares": trainer.clock.shares(), "joined": trainer.joined, "apart": time_joint_vs_separate(trainer)}
     if more["apart"] is not None:
-        seconds["time adapters apart"] = time.monotonic() - trained
+        seconds["time separate runs"] = time.monotonic() - trained
     session.folder.update_run_json(training=training_facts(session, seconds) | more)
 
 

@@ -129,6 +129,18 @@ class TrainingConfig(ConfigModel):
     goes on, from a copy."""
     keep_checkpoints: int = Field(2, ge=1, le=100_000)
     """So many of the last stay: one is enough, unless it is damaged. Each adapter's best state is kept apart."""
+    compare_separate: bool = False
+    """Measure after training what the adapters of one step cost when each is trained on its own, for the report."""
+    compare_separate_seconds: float | None = Field(None, gt=0, le=1_000_000, validate_default=True)
+    """compare_separate: the most seconds that the measurement may take; where they do not suffice for all adapters, the
+    cost is estimated from those that were measured. Default: 60."""
+
+    @field_validator("compare_separate_seconds")
+    @classmethod
+    def _limit_belongs_to_the_comparison(cls, seconds: float | None, info: ValidationInfo) -> float | None:
+        if seconds is not None and info.data.get("compare_separate") is False:
+            raise ValueError("requires training.compare_separate=true: set it, or remove this key")
+        return seconds
 
     @field_validator("max_length")
     @classmethod

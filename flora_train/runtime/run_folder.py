@@ -275,7 +275,7 @@ def comparable(config: RunConfig, without: Collection[str] = (), with_evaluation
 HOW_NOT_WHAT: dict[str, Any] = {
     **dict.fromkeys(("output_dir", "overwrite", "resume", "num_processes", "num_threads", "tracking", "paging"), True),
     "audio": {"workers", "cache_gigabytes"},
-    "training": {"keep_checkpoints"},
+    "training": {"keep_checkpoints", "compare_separate", "compare_separate_seconds"},
 }
 """Keys that may change when a run is resumed. Other processes or threads change sums in their last digits."""
 

@@ -1,61 +1,119 @@
-"""What would the same work cost as separate runs? One step's batches, timed together and adapter by adapter. Nothing of the run changes."""
+"""The cost of one step's rows as one joint run and as separate runs, one for each adapter."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flora_train.data.batch import Row, group_by_length
-from flora_train.runtime.distributed import world
+from flora_train.runtime.distributed import say, world
 from flora_train.runtime.progress import ProgressBar
 from flora_train.training.fsdp import is_sharded
 from flora_train.training.trainer import Trainer
 
+DEFAULT_SECONDS = 60.0
+"""Default of training.compare_separate_seconds."""
+
+LEAST_MEASURED = 2
+"""The cost is not estimated from fewer adapters."""
+
+NOT_TIMED = "note: the cost of separate runs is not reported: training.compare_separate_seconds is too short to measure it"
+
+Batches = Sequence[Sequence[Row]]
+
 
 @dataclass(frozen=True)
 class JointSpeedup:
-    """Seconds of forward and backward of one step's rows: in its micro-batches (the less of before and after the other), and adapter after
-    adapter, each in as few micro-batches as hold its rows."""
+    """Seconds of the forward and backward passes over the rows of one step."""
 
     together: float
+    """In the step's own micro-batches: the faster of two passes, one before and one after the others."""
     apart: float
+    """Adapter after adapter, each in as few micro-batches as hold its rows."""
     adapters: int
+    """Adapters in the step."""
+    measured: int
+    """Adapters that were timed. Where these are not all, `apart` is scaled up by the tokens of the others."""
 
 
 def time_joint_vs_separate(trainer: Trainer) -> dict[str, Any] | None:
-    """With the rows of the last step. None where that is not possible: several processes, a divided base, adapters on the host, one adapter."""
-    plan = trainer.plan(trainer.at.done - 1) if trainer.at.done else None
-    if (
-        plan is None
-        or len(plan.label_tokens) < 2
-        or world()[1] > 1
-        or is_sharded(trainer.model)
-        or trainer.bank.pager is not None
-    ):
+    """Time the rows of the last step, within training.compare_separate_seconds. Nothing of the run changes.
+
+    None where it is not asked for (training.compare_separate), where the time does not suffice, and where it is not
+    possible: several processes, a sharded base, adapters on the host, one adapter.
+    """
+    config = trainer.config.training
+    if not config.compare_separate or not _is_comparable(trainer):
         return None
+    plan = trainer.plan(trainer.at.done - 1) if trainer.at.done else None
+    if plan is None or len(plan.label_tokens) < LEAST_MEASURED:
+        return None
+    separate = _separate_batches(trainer, plan.microbatches)
+    limit = config.compare_separate_seconds or DEFAULT_SECONDS
+    deadline = time.monotonic() + limit
+    if 2 * trainer.at.seconds / trainer.at.done > limit:
+        say(NOT_TIMED)
+        return None
+    with ProgressBar("time separate runs", len(separate) + 2) as progress:
+        progress.update(0)
+        joint = _seconds(trainer, plan.microbatches)
+        progress.update(1)
+        rate = joint / _padded_tokens(plan.microbatches)
+        seconds, tokens = _time_separately(trainer, separate, deadline - joint, rate, progress)
+        if len(seconds) < LEAST_MEASURED:
+            say(NOT_TIMED)
+            return None
+        joint = min(joint, _seconds(trainer, plan.microbatches))
+        progress.update(len(separate) + 2)
+    estimate = sum(seconds) * sum(map(_padded_tokens, separate)) / tokens
+    return asdict(JointSpeedup(joint, estimate, len(separate), len(seconds)))
+
+
+def _is_comparable(trainer: Trainer) -> bool:
+    return world()[1] == 1 and not is_sharded(trainer.model) and trainer.bank.pager is None
+
+
+def _separate_batches(trainer: Trainer, microbatches: Batches) -> list[list[list[Row]]]:
+    """Each adapter's rows in micro-batches of their own. Methods alternate, so that the first few represent all."""
+    rows_of: dict[int, list[Row]] = {}
+    for rows in microbatches:
+        for row in rows:
+            rows_of.setdefault(row.adapter, []).append(row)
+    families: dict[str, list[int]] = {}
+    for adapter in sorted(rows_of):
+        families.setdefault(trainer.bank.specs[adapter].family, []).append(adapter)
+    rank = {adapter: index for members in families.values() for index, adapter in enumerate(members)}
     room = trainer.config.training.tokens_per_microbatch
-    of: dict[int, list[Row]] = {}
-    for row in (row for rows in plan.microbatches for row in rows):
-        of.setdefault(row.adapter, []).append(row)
-    alone = [group_by_length(rows, room) for rows in of.values()]
-    with ProgressBar("time adapters apart", len(alone) + 2) as watch:
-        watch.update(0)
-        together = _seconds(trainer, plan.microbatches)
-        watch.update(1)
-        apart = 0.0
-        for done, batches in enumerate(alone, start=2):
-            apart += _seconds(trainer, batches)
-            watch.update(done)
-        together = min(
-            together, _seconds(trainer, plan.microbatches)
-        )  # what a first time costs, or a neighbour, is no gain of the others
-        watch.update(len(alone) + 2)
-    return asdict(JointSpeedup(together, apart, len(alone)))
+    return [group_by_length(rows_of[adapter], room) for adapter in sorted(rows_of, key=lambda a: (rank[a], a))]
 
 
-def _seconds(trainer: Trainer, batches: Sequence[Sequence[Row]]) -> float:
-    """The gradients are thrown away."""
+def _time_separately(
+    trainer: Trainer, separate: Sequence[Batches], deadline: float, rate: float, progress: ProgressBar
+) -> tuple[list[float], int]:
+    """Seconds of every adapter that is expected to end before `deadline`, and their padded tokens. rate: seconds per
+    token of the joint pass."""
+    seconds: list[float] = []
+    rates: list[float] = []
+    tokens = 0
+    for batches in separate:
+        expected = max(rates, default=2 * rate) * _padded_tokens(batches)
+        if time.monotonic() + expected > deadline:
+            break
+        seconds.append(_seconds(trainer, batches))
+        rates.append(seconds[-1] / _padded_tokens(batches))
+        tokens += _padded_tokens(batches)
+        progress.update(1 + len(seconds))
+    return seconds, tokens
+
+
+def _padded_tokens(batches: Batches) -> int:
+    return sum(rows[0].length * len(rows) for rows in batches)
+
+
+def _seconds(trainer: Trainer, batches: Batches) -> float:
+    """Seconds of these passes, whose gradients are discarded."""
     bank, started = trainer.bank, trainer.clock.now()
     try:
         for rows in batches:

@@ -29,7 +29,7 @@ ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for metho
 @pytest.fixture(scope="module")
 def finished(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    done = launch(f"recipe={recipe}", f"output_dir={folder}", accelerate=True)
+    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.compare_separate=true", accelerate=True)
     assert done.returncode == 0, done.stderr
     (folder / "stdout.txt").write_text(done.stdout)
     (folder / "stderr.txt").write_text(done.stderr)

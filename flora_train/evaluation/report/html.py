@@ -155,14 +155,16 @@ def fairness(results: Mapping[str, Any]) -> Markup | None:
     return figures.fairness_panel("fairness", drawn, targets)
 
 
-def apart(found: Mapping[str, Any] | None) -> str:
-    """What the last step's batches took together and adapter by adapter."""
+def apart(found: Mapping[str, Any] | None) -> str | None:
+    """What the last step's batches took together and adapter by adapter; None if it was not measured."""
     if found is None:
-        return "not measured: adapters on the host, several processes, or one adapter"
+        return None
+    measured, adapters = found.get("measured", found["adapters"]), found["adapters"]
+    estimate = "" if measured == adapters else f", estimated from {measured} of {adapters} adapters"
     ratio = number(found["apart"] / found["together"], 2)
     return (
         f"{ratio} times as long, and the base loaded {found['adapters']} times: the last step's rows, forward and backward, took "
-        f"{number(found['together'], 1)} s together and {number(found['apart'], 1)} s adapter by adapter (one step, on the machine as it was)"
+        f"{number(found['together'], 1)} s together and {number(found['apart'], 1)} s adapter by adapter (one step, on the machine as it was{estimate})"
     )
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from flora_train.config.training_schema import TrainingConfig
 from flora_train.training.joint_speedup import time_joint_vs_separate
 from tests.conftest import mixed_specs
 from tests.unit.training.harness import make_trainer
 
 
 def test_the_last_step_s_rows_are_timed_both_ways_and_nothing_changes(tmp_path: Path) -> None:
-    trainer = make_trainer(mixed_specs(), tmp_path)
+    trainer = make_trainer(mixed_specs(), tmp_path, compare_separate=True)
     trainer.train()
     plan = trainer.plan(trainer.at.done - 1)
     assert plan is not None
@@ -22,7 +25,7 @@ def test_the_last_step_s_rows_are_timed_both_ways_and_nothing_changes(tmp_path: 
     trainer.bank.route = lambda ids, noise=None: (seen.append([int(i) for i in ids]), inner(ids, noise))[1]  # type: ignore[method-assign]
     found = time_joint_vs_separate(trainer)
     assert found is not None
-    assert found["adapters"] == len(plan.label_tokens) > 1
+    assert found["measured"] == found["adapters"] == len(plan.label_tokens) > 1
     assert 0 < found["together"] < 60
     assert 0 < found["apart"] < 60
     n = len(plan.microbatches)
@@ -36,6 +39,55 @@ def test_the_last_step_s_rows_are_timed_both_ways_and_nothing_changes(tmp_path: 
 
 
 def test_one_adapter_has_nothing_to_be_apart_from(tmp_path: Path) -> None:
-    trainer = make_trainer(mixed_specs()[:1], tmp_path)
+    trainer = make_trainer(mixed_specs()[:1], tmp_path, compare_separate=True)
     trainer.train()
     assert time_joint_vs_separate(trainer) is None
+
+
+def test_nothing_is_measured_unless_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(mixed_specs(), tmp_path)
+    trainer.train()
+    monkeypatch.setattr(trainer, "plan", lambda number: pytest.fail("a step was planned"))
+    assert time_joint_vs_separate(trainer) is None
+
+
+def test_a_limit_that_is_too_short_for_all_adapters_gives_an_estimate_and_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes on by one second for every row of a pass."""
+    trainer = make_trainer(mixed_specs(), tmp_path, compare_separate=True, compare_separate_seconds=1e6)
+    trainer.train()
+    trainer.at.seconds, inner, clock = 0.0, trainer.bank.route, [0.0]
+
+    def route(ids: torch.Tensor, noise: Any = None) -> None:
+        clock[0] += len(ids)
+        inner(ids, noise)
+
+    monkeypatch.setattr(trainer.bank, "route", route)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    whole = time_joint_vs_separate(trainer)
+    assert whole is not None
+    rows, estimates = whole["together"], []
+    assert (whole["apart"], whole["measured"]) == (rows, whole["adapters"])
+    for limit in (2.9 * rows, 2.5 * rows, 2.2 * rows):
+        begun = clock[0]
+        config = trainer.config.training.model_copy(update={"compare_separate_seconds": limit})
+        trainer.config = trainer.config.model_copy(update={"training": config})
+        estimate = time_joint_vs_separate(trainer)
+        assert clock[0] - begun <= limit
+        assert estimate is None or 2 <= estimate["measured"] < estimate["adapters"]
+        assert estimate is None or estimate["apart"] == pytest.approx(rows, rel=0.6)
+        estimates.append(estimate)
+    assert any(estimates)
+
+
+def test_a_limit_below_a_single_step_measures_nothing_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(mixed_specs(), tmp_path, compare_separate=True, compare_separate_seconds=1e-6)
+    trainer.train()
+    assert time_joint_vs_separate(trainer) is None
+    assert "training.compare_separate_seconds is too short" in capsys.readouterr().err
+
+
+def test_the_limit_is_refused_where_nothing_is_compared() -> None:
+    with pytest.raises(ValueError, match=r"requires training\.compare_separate=true"):
+        TrainingConfig(steps=1, compare_separate_seconds=20)
