@@ -64,7 +64,7 @@ def train_alone(session: RunContext, adapter: int) -> PeftRun:
 
 def transcribe(session: RunContext, adapter: int, run: PeftRun) -> list[str]:
     """What it hears in the test clips of its language."""
-    config, task, ears = session.config, session.bank.specs[adapter].task, session.ears
+    config, task, ears = session.config, session.bank.specs[adapter].task, session.speech_processor
     speech, split = config.tasks[task].speech, judged_split(session.tasks[task])
     assert ears is not None
     assert speech is not None

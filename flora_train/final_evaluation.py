@@ -41,13 +41,13 @@ def judge(session: RunContext, kept: Mapping[int, BestCheckpoint], plan: Plan | 
         unshard(session.model)
     if plan is not None:
         evaluate_code(config, plan, session.model, bank, session.tokenizer, folder.evaluation)
-    if session.ears is not None:
-        evaluate_speech(config, session.tasks, session.model, bank, session.ears, folder.evaluation)
+    if session.speech_processor is not None:
+        evaluate_speech(config, session.tasks, session.model, bank, session.speech_processor, folder.evaluation)
         session.close()
     seconds = {"evaluate at the end": judged - started}
     if plan is not None:
         seconds["solve problems"] = time.monotonic() - judged
-    if session.ears is not None:
+    if session.speech_processor is not None:
         seconds["transcribe"] = time.monotonic() - judged
     on_main_process(lambda: write_results(session, kept, heldout, seconds))
     on_main_process(log.forget)

@@ -65,7 +65,7 @@ class RunContext:
     tasks: Mapping[str, Task]
     model: nn.Module
     bank: AdapterBank
-    ears: SpeechProcessor | None = None
+    speech_processor: SpeechProcessor | None = None
     """Where the tasks are speech."""
     base_hash: str | None = None
     """The base's fingerprint, where it is divided among processes."""
@@ -75,12 +75,16 @@ class RunContext:
     @property
     def collate(self) -> Collate:
         """What makes batches of this run's tasks."""
-        return collate if self.ears is None else SpeechCollate(self.ears.store, self.config.audio.spec_augment)
+        return (
+            collate
+            if self.speech_processor is None
+            else SpeechCollate(self.speech_processor.store, self.config.audio.spec_augment)
+        )
 
     def check_model(self) -> None:
         """Raises UserError where the model does not keep rows apart. Says which layers take no adapter. Collective where the base is
         divided."""
-        features = None if self.ears is None else noise_features(self.ears.store.extractor)
+        features = None if self.speech_processor is None else noise_features(self.speech_processor.store.extractor)
         check_rows(self.model, pad_token(self.tokenizer), features)
         if self.bank.left_out:
             usable = {name for pool in self.bank.pools for name in pool.targets}
@@ -88,27 +92,27 @@ class RunContext:
 
     def close(self) -> None:
         """End what works in the background."""
-        if self.ears is not None:
-            self.ears.store.close()
+        if self.speech_processor is not None:
+            self.speech_processor.store.close()
 
 
 def load_context(
-    config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool = True, in_parts: bool = False
+    config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool = True, sharded: bool = False
 ) -> RunContext:
-    """in_parts: divide the base among processes. Raises UserError, on all processes, where one of them cannot load."""
-    session = on_every_process(lambda: _load(config, folder, device, with_tasks, in_parts))
-    if in_parts:
+    """sharded: divide the base among processes. Raises UserError, on all processes, where one of them cannot load."""
+    session = on_every_process(lambda: _load(config, folder, device, with_tasks, sharded))
+    if sharded:
         apply_fsdp(session.bank)
     return session
 
 
-def _load(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool, in_parts: bool) -> RunContext:
+def _load(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool, sharded: bool) -> RunContext:
     """Data first, then the model: what is wrong with a task is known before the long load."""
     prepare(config, device)
     check_quantiser(config.model, device)
     tokenizer, tasks, ears = load_data(config, with_tasks)
-    model = load_base_model(config.model, torch.device("cpu") if in_parts else device)
-    base_hash = fingerprint(model) if in_parts else None
+    model = load_base_model(config.model, torch.device("cpu") if sharded else device)
+    base_hash = fingerprint(model) if sharded else None
     features = None if ears is None else noise_features(ears.store.extractor)
     bank = AdapterBank.attach(model, expand(config), config.seed, paging=paging_of(config), device=device, features=features)
     return RunContext(config, folder, tokenizer, tasks, model, bank, ears, base_hash)
@@ -203,7 +207,7 @@ def load_run(
     differences += on_main_process(lambda: check_same_tokenizer(folder, session, allow))
     differences += on_main_process(lambda: check_data(folder, session.tasks, allow))
     adapters = range(len(session.bank.specs))
-    kept = on_every_process(lambda: load_best(session.bank, adapters, folder.kept))
+    kept = on_every_process(lambda: load_best(session.bank, adapters, folder.best_adapters))
     return replace(session, differences=tuple(differences)), kept
 
 

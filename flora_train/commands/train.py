@@ -50,7 +50,7 @@ from flora_train.runtime.run_folder import RunFolder, RunStatus, comparable
 from flora_train.runtime.signals import Interrupted
 from flora_train.tracking import begin_tracking, end_tracking
 from flora_train.training.add_tasks import grow
-from flora_train.training.fsdp import loads_in_parts
+from flora_train.training.fsdp import uses_sharding
 from flora_train.training.joint_speedup import time_joint_vs_separate
 from flora_train.training.origin import OriginOptions, data_of
 from flora_train.training.trainer import Trainer
@@ -67,29 +67,29 @@ def train_run(config: RunConfig) -> Path:
     accelerator = make_accelerator(config, folder)
     on_every_process(lambda: check_world_size(config.num_processes, accelerator.num_processes))
     check_alike(lambda: comparable(config, with_evaluation=True))
-    standing = on_main_process(lambda: folder.enter(config))
+    status = on_main_process(lambda: folder.enter(config))
     try:
-        return _train_run(config, folder, accelerator, standing, started)
+        return _train_run(config, folder, accelerator, status, started)
     finally:
         folder.unlock()
 
 
-def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing: RunStatus, started: float) -> Path:
+def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, status: RunStatus, started: float) -> Path:
     """`train_run`, while no other process works in the folder."""
-    if standing == "finished":
+    if status == "finished":
         logger.info(f"{folder.path} holds this run, finished; it is kept (resume=false overwrite=true runs it again)")
         if is_main_process():
             show(folder)
         return folder.path
     plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
-    if standing != "free":
+    if status != "new":
         on_main_process(lambda: check_saved(folder, config, plan))
         on_main_process(lambda: check_base(folder, config, OriginOptions()))
     for reason in dict.fromkeys(plan.broken.values() if plan else ()):
         logger.warning(f"some programs will not be evaluated: {reason}")
-    loaded = config if standing == "free" else as_it_began(config, folder)
-    session = load_context(loaded, folder, accelerator.device, in_parts=loads_in_parts(config))
-    if standing != "free":
+    loaded = config if status == "new" else as_it_began(config, folder)
+    session = load_context(loaded, folder, accelerator.device, sharded=uses_sharding(config))
+    if status != "new":
         on_main_process(lambda: check_data(folder, session.tasks, OriginOptions()))
     on_every_process(session.check_model)
     on_every_process(lambda: check_texts(session, plan))
@@ -99,9 +99,9 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     trainer = Trainer(config, session.model, session.bank, *data, session.base_hash)
     check_alike(trainer.identity)
     start = partial(init_from_peft, session.bank)
-    if standing == "grown":
+    if status == "extended":
         grow(trainer, start)
-    elif standing == "free":
+    elif status == "new":
         start(range(len(session.bank.specs)))
     suites = suite_files(suite.name for suite in plan.suites) if plan else []
     on_main_process(lambda: folder.claim(config, suites, base_dtype=dtype_of(session.model), **origin_of(session)))
@@ -112,7 +112,7 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
     logger.info(
         f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {dtype_of(session.model)}, on {accelerator.device}"
     )
-    if standing == "interrupted":
+    if status == "interrupted":
         start(trainer.resume())
     seconds = {"load": time.monotonic() - started}
     try:
@@ -122,7 +122,7 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
             folder.update_run_json(interrupted=pause.step)
         session.close()
         raise
-    seconds |= {"train": trainer.at.seconds, "evaluate during training": trainer.at.evaluation_seconds}
+    seconds |= {"train": trainer.state.seconds, "evaluate during training": trainer.state.evaluation_seconds}
     on_main_process(lambda: note_training(session, trainer, seconds))
     judge(session, trainer.selection.kept, plan)
 
@@ -130,7 +130,7 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, standing:
         ended = {"joined": trainer.joined, "identity": trainer.identity()}
         folder.update_run_json(finished=True, ended=ended, **folder.saved_metrics())
         trainer.checkpoints.clear()
-        end_tracking(accelerator, config, folder, read_report(folder), trainer.at.done)
+        end_tracking(accelerator, config, folder, read_report(folder), trainer.state.step)
         show(folder)
 
     on_main_process(finish)
@@ -178,9 +178,9 @@ def check_texts(session: RunContext, plan: Plan | None) -> None:
     """Raises UserError if a prompt that will be completed after training cannot be, or leaves no room for evaluation.max_new_tokens.
     Says so where texts are written one row at a time. Collective where the base is divided."""
     config, prompts = session.config, prompts_of(session.config, plan.suites if plan else ())
-    if session.ears is not None:
-        check_transcribing(session.model, noise_features(session.ears.store.extractor))
-    if not prompts or session.ears is not None:
+    if session.speech_processor is not None:
+        check_transcribing(session.model, noise_features(session.speech_processor.store.extractor))
+    if not prompts or session.speech_processor is not None:
         return
     rows, model_config = count_tokens(session.model), session.model.config
     check_prompts(session.tokenizer, prompts, rows, config.model, model_config, config.evaluation.max_new_tokens)

@@ -30,7 +30,7 @@ from flora_train.export.low_rank import modulation
 from flora_train.export.peft_format import peft_config, peft_tensors
 from flora_train.runtime.distributed import on_every_process
 from flora_train.runtime.progress import ProgressBar
-from flora_train.training.fsdp import whole
+from flora_train.training.fsdp import full_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def fit_lora(bank: AdapterBank, name: str, theirs: Mapping[str, Tensor], scale: 
     lost = total = 0.0
     with ProgressBar(f"fit {name}", len(pool.targets)) as watch:
         for done, (module, target) in enumerate(pool.targets.items(), start=1):
-            weight = whole(dense_weight(bank.model.get_submodule(module).base_layer, target)).double()  # type: ignore[arg-type]
+            weight = full_tensor(dense_weight(bank.model.get_submodule(module).base_layer, target)).double()  # type: ignore[arg-type]
             A, B = (theirs[f"{PREFIX}{module}.lora_{side}.weight"].to(weight) for side in "AB")
             if (len(B), A.shape[1]) != tuple(weight.shape):
                 raise user_error(

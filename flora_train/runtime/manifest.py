@@ -20,7 +20,7 @@ RUN_FILES = (
     "metrics.jsonl",
     "clips_left_out.tsv",
     "checkpoints/step-{n}.safetensors",
-    "checkpoints/kept/{adapter}.safetensors",
+    "checkpoints/best/{adapter}.safetensors",
     *(f"adapters/{{adapter}}/{file}" for file in PEFT_FILES),
     "eval/report.json",
     "eval/report.html",

@@ -29,7 +29,7 @@ WAIT = 60.0
 LONGEST_ENDING = "..safetensors.4194304.tmp"
 """What the name of an adapter's file has beside the adapter's, while it is written."""
 
-RunStatus = Literal["free", "interrupted", "finished", "grown"]
+RunStatus = Literal["new", "interrupted", "finished", "extended"]
 """grown: finished, and now asked for more tasks."""
 
 
@@ -42,7 +42,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.run_json = path / "run.json"
         self.checkpoints = path / "checkpoints"
-        self.kept = self.checkpoints / "kept"
+        self.best_adapters = self.checkpoints / "best"
         self.adapters = path / "adapters"
         self.evaluation = path / "eval"
         self._lock = RunLock(path)
@@ -52,7 +52,7 @@ class RunFolder:
     def finished(self) -> bool:
         return bool((self._state or {}).get("finished"))
 
-    def standing(self, config: RunConfig) -> RunStatus:
+    def status(self, config: RunConfig) -> RunStatus:
         """What a run of this configuration finds in its folder.
 
         Raises UserError if it holds something that the user did not say what to do with, or that `resume` cannot go on
@@ -64,7 +64,7 @@ class RunFolder:
             if outer := self._outer_run():
                 hint = f"is inside the run folder {outer}: choose another output_dir"
                 raise user_error("output_dir", str(self.path), hint)
-            return "free"
+            return "new"
         if self._state is None:
             raise user_error("output_dir", str(self.path), "is not empty and holds no run of ours: choose another folder")
         if config.resume:
@@ -82,11 +82,11 @@ class RunFolder:
                 raise UserError(*problems)
             if not self.finished:
                 return "interrupted"
-            return "grown" if joining else "finished"
+            return "extended" if joining else "finished"
         if config.overwrite:
             self._check_replaceable()
             check_not_replaced(config, self.path)
-            return "free"
+            return "new"
         kind, resume = ("a finished run", "") if self.finished else ("an unfinished run", "resume=true to go on with it, ")
         hint = f"holds {kind}: choose another output_dir, {resume}or overwrite=true to delete it"
         raise user_error("output_dir", str(self.path), hint)
@@ -104,29 +104,29 @@ class RunFolder:
         self._lock.release()
 
     def enter(self, config: RunConfig) -> RunStatus:
-        """`standing`, with the lock held. A run that is resumed waits for a process that was told to end.
+        """`status`, with the lock held. A run that is resumed waits for a process that was told to end.
 
-        Raises UserError as `standing` does, or if another process works in the folder.
+        Raises UserError as `status` does, or if another process works in the folder.
         """
         with disk_errors(self.path):
-            self.standing(config)  # nothing is created in a folder that is refused
+            self.status(config)  # nothing is created in a folder that is refused
             self.lock(WAIT if config.resume else 0.0)
-            return self.standing(config)  # another process may have changed it before this one had the lock
+            return self.status(config)  # another process may have changed it before this one had the lock
 
     def claim(self, config: RunConfig, also: Iterable[str] = (), **facts: Any) -> None:
         """Make the folder this run's own. A run that it replaces is deleted, file by file, as its manifest names them.
 
         also: files that it may write beside RUN_FILES; facts: what run.json says beside the usual.
         """
-        standing = self.enter(config)
+        status = self.enter(config)
         manifest = Manifest.of(config.adapter_names, (*RUN_FILES, *also))
         state = self._state or {}
-        begun = now() if standing == "free" else state.get("started", now())
+        begun = now() if status == "new" else state.get("started", now())
         before = Manifest.read(state.get("files"))
         # run.json first: it is what makes the folder ours, also if the disk is full before the second file
         facts = {"finished": False, "started": begun, **environment(), **facts}
         self.write_run_json({**facts, "files": (manifest | before if before else manifest).to_json()})
-        if standing == "free" and before is not None:
+        if status == "new" and before is not None:
             self._delete(before)
             self.write_run_json({**facts, "files": manifest.to_json()})
         write_atomically(self.config, lambda path: save_config(config, path))

@@ -35,11 +35,11 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """A context in which SIGTERM and SIGINT are noted (`asked`) instead of ending the process. A second one, `same` seconds after the
+    """A context in which SIGTERM and SIGINT are noted (`stop_requested`) instead of ending the process. A second one, `same` seconds after the
     first or later, does what it does without us: checkpoints are whole or not there, so the last good one is left."""
 
     def __init__(self, same: float = SAME) -> None:
-        self.asked = False
+        self.stop_requested = False
         self.same = same
         self._first = 0.0
         self._before: dict[int, Any] = {}
@@ -54,8 +54,8 @@ class StopSignals:
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self.asked:
-            self.asked, self._first = True, now
+        if not self.stop_requested:
+            self.stop_requested, self._first = True, now
             name = signal.Signals(number).name
             logger.info(f"{name}: the step is finished and saved first; a second one ends at once")
         elif now - self._first >= self.same:

@@ -30,9 +30,9 @@ def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
     if not steps:
         raise user_error(str(folder.metrics), None, "has no record of the run's steps: put it back from a copy")
     done = max(record["step"] for record in steps)
-    trainer.at.done = trainer.at.logged = trainer.at.evaluated = done
-    trainer.at.seconds = steps[-1]["seconds"]
-    trainer.at.evaluation_seconds = facts["training"]["seconds"]["evaluate during training"]
+    trainer.state.step = trainer.state.logged = trainer.state.evaluated = done
+    trainer.state.seconds = steps[-1]["seconds"]
+    trainer.state.evaluation_seconds = facts["training"]["seconds"]["evaluate during training"]
     latest: dict[str, Any] = {}
     for record in steps:
         latest |= record["adapters"]
@@ -40,8 +40,8 @@ def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
     for adapter in kept:
         name = bank.specs[adapter].name
         trainer.early_stopping.retired[adapter] = Retirement(done, "finished")
-        trainer.tally.tokens[adapter] = latest.get(name, {}).get("tokens", 0)
-    trainer.tally.task_tokens.update(steps[-1]["task_tokens"])
+        trainer.metrics.tokens[adapter] = latest.get(name, {}).get("tokens", 0)
+    trainer.metrics.task_tokens.update(steps[-1]["task_tokens"])
     for name, spoilt in steps[-1].get("quarantined", {}).items():
         trainer.guard.quarantined[bank.ids[name]] = spoilt["step"], spoilt["why"]
     trainer.joined = {task: ended["joined"].get(task, done) for task in trainer.tasks}
@@ -66,4 +66,4 @@ def _read_ended(trainer: Trainer) -> tuple[RunConfig, dict[str, Any], dict[int, 
     if problems := differences(facts["ended"]["identity"], now, f"when the run in {folder.path} ended"):
         raise UserError(*problems)
     known = [i for i, spec in enumerate(bank.specs) if spec.task in before.tasks]
-    return before, facts, load_best(bank, known, folder.kept)
+    return before, facts, load_best(bank, known, folder.best_adapters)

@@ -31,7 +31,7 @@ def check_launcher() -> None:
             raise user_error(variable, os.environ[variable], hint)
 
 
-def loads_in_parts(config: RunConfig) -> bool:
+def uses_sharding(config: RunConfig) -> bool:
     """Whether the base is to be divided, and there is somebody to share it with."""
     return config.model.fsdp and world()[1] > 1
 
@@ -85,7 +85,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def whole(weight: Tensor) -> Tensor:
+def full_tensor(weight: Tensor) -> Tensor:
     """All of a weight that may be divided. Collective if it is."""
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else gather()

@@ -33,7 +33,7 @@ class Guard:
         self._losses: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=config.window or WINDOW))
         self._good: tuple[dict[str, Tensor], list[int]] | None = None
 
-    def bad_losses(self, losses: Mapping[int, float]) -> dict[int, str]:
+    def find_anomalies(self, losses: Mapping[int, float]) -> dict[int, str]:
         """Who must not learn from this step, and why. losses: mean nats a token of the step, by adapter id."""
         found = {}
         for adapter, loss in losses.items():
@@ -47,7 +47,7 @@ class Guard:
                 self._losses[adapter].append(loss)
         return found
 
-    def remember(self) -> None:
+    def snapshot(self) -> None:
         """The state of now is what adapters go back to."""
         if self.config.policy != "skip":
             self._good = (
@@ -55,8 +55,8 @@ class Guard:
                 list(self.optimizer.steps),
             )
 
-    def answer(self, bad: Mapping[int, str], steps: Mapping[int, AdapterStep], step: int) -> None:
-        """Do what the policy says to who had a bad step, the run's `step`. bad: by `bad_losses`; steps: what the optimizer did, or left."""
+    def apply_policy(self, bad: Mapping[int, str], steps: Mapping[int, AdapterStep], step: int) -> None:
+        """Do what the policy says to who had a bad step, the run's `step`. bad: by `find_anomalies`; steps: what the optimizer did, or left."""
         for adapter, done in steps.items():
             if not done.skipped or adapter in self.quarantined or self.config.policy == "skip":
                 continue

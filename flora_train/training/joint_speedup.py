@@ -47,13 +47,13 @@ def time_joint_vs_separate(trainer: Trainer) -> dict[str, Any] | None:
     config = trainer.config.training
     if not config.compare_separate or not _is_comparable(trainer):
         return None
-    plan = trainer.plan(trainer.at.done - 1) if trainer.at.done else None
+    plan = trainer.plan(trainer.state.step - 1) if trainer.state.step else None
     if plan is None or len(plan.label_tokens) < LEAST_MEASURED:
         return None
     separate = _separate_batches(trainer, plan.microbatches)
     limit = config.compare_separate_seconds or DEFAULT_SECONDS
     deadline = time.monotonic() + limit
-    if 2 * trainer.at.seconds / trainer.at.done > limit:
+    if 2 * trainer.state.seconds / trainer.state.step > limit:
         say(NOT_TIMED)
         return None
     with ProgressBar("time separate runs", len(separate) + 2) as progress:
@@ -118,7 +118,7 @@ def _seconds(trainer: Trainer, batches: Batches) -> float:
     try:
         for rows in batches:
             batch = trainer.collate(rows, trainer.training_split, trainer.pad_token).to(bank.device)
-            bank.route(batch.adapter_ids, [trainer.noise(trainer.at.done, row) for row in rows])
+            bank.route(batch.adapter_ids, [trainer.noise(trainer.state.step, row) for row in rows])
             trainer.row_losses(batch).sum().backward()
         return trainer.clock.now() - started
     finally:

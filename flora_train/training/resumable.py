@@ -16,7 +16,7 @@ class Surroundings:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self._step = cache(lambda name: verified_step(folder.kept, name))
+        self._step = cache(lambda name: verified_step(folder.best_adapters, name))
 
     def fault(self, position: Mapping[str, Any], newest: Mapping[str, Any]) -> Problem | None:
         """Why a run that goes on from `position` would not end as if undisturbed. newest: the last whole checkpoint's position."""
@@ -24,13 +24,13 @@ class Surroundings:
             return Problem(str(self.folder.metrics), None, "is damaged, cut short or missing")
         improved = {newest["names"][adapter]: step for adapter, step, _ in newest["kept"]}
         for adapter, step, _ in position["kept"]:
-            name, done = position["names"][adapter], position["done"]
+            name, done = position["names"][adapter], position["step"]
             there = self._step(name)
             # what was kept after this checkpoint is found again: training is deterministic
             found_again = (there is not None and there > done) or improved.get(name, -1) > done
             if there != step and not found_again:
                 what = "is damaged or missing" if there is None else f"is of step {there}, not {step}"
-                return Problem(str(adapter_file(self.folder.kept, name)), None, what)
+                return Problem(str(adapter_file(self.folder.best_adapters, name)), None, what)
         return None
 
     def _metrics_are(self, position: Mapping[str, Any]) -> bool:

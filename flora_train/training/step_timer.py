@@ -62,7 +62,7 @@ class StepTimer:
         self.seconds.update(steps)
         self.base_rate = min(seconds) / padded_tokens
 
-    def saw(self, padded_tokens: int) -> None:
+    def count_tokens(self, padded_tokens: int) -> None:
         """A micro-batch of so many padded tokens belongs to the step that runs."""
         self.padded_tokens += padded_tokens if self._running else 0
 
@@ -83,6 +83,6 @@ class StepTimer:
         return {name: spent[name] / self.seconds["step"] for name in PARTS if spent[name] or name != "exchange"}
 
 
-def spoken(shares: dict[str, float]) -> str:
+def format_shares(shares: dict[str, float]) -> str:
     """`base 61 %, adapters 24 %, ...`."""
     return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())

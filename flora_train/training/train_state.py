@@ -8,13 +8,13 @@ from typing import Any
 
 
 @dataclass
-class Position:
+class TrainState:
     """Steps done, and up to which of them it has logged and evaluated.
 
     seconds: spent in steps; evaluation_seconds: in evaluations between them; both over all sittings of the run.
     """
 
-    done: int = 0
+    step: int = 0
     logged: int = 0
     evaluated: int = 0
     seconds: float = 0.0
@@ -22,12 +22,12 @@ class Position:
 
     def owes_evaluation(self, every: int, also_after: Collection[int]) -> bool:
         """Whether an evaluation is due after the step just done, and has not been."""
-        return self.evaluated < self.done and (self.done % every == 0 or self.done in also_after)
+        return self.evaluated < self.step and (self.step % every == 0 or self.step in also_after)
 
 
 BY_ADAPTER = {
     "kept": (),
-    "departures": ("gone", "best", "waited"),
+    "early_stopping": ("gone", "best", "waited"),
     "guard": ("losses", "rolled_back", "quarantined"),
     "tally": ("tokens", "skipped", "recent_nats", "recent_label_tokens", "last"),
 }

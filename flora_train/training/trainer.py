@@ -47,7 +47,7 @@ from flora_train.training.prefetch import AdapterPrefetcher
 from flora_train.training.resumable import Surroundings
 from flora_train.training.step_plan import StepPlan, make_mixture, plan_step
 from flora_train.training.step_timer import StepTimer
-from flora_train.training.train_state import Position, renumbered
+from flora_train.training.train_state import TrainState, renumbered
 
 logger = logging.getLogger(__name__)
 
@@ -75,82 +75,84 @@ class Trainer:
             check_packing(self.row_losses, name)
         self.joined = dict.fromkeys(tasks, 0)
         """Task -> the first step with it, counted from 0."""
-        self.at = Position()
+        self.state = TrainState()
         self.early_stopping = EarlyStopping(bank.specs, config)
         self.replan()
         self.optimizer = on_every_process(lambda: BankOptimizer(bank, config.training))
-        self.selection = Selection(bank, folder.kept, best=config.evaluation.select_best)
+        self.selection = Selection(bank, folder.best_adapters, best=config.evaluation.select_best)
         self.guard = Guard(bank, self.optimizer, config.guard)
         rows = {f"pool{i}": [spec.name for spec in pool.specs] for i, pool in enumerate(bank.pools)}
         self.checkpoints = Checkpoints(
             folder.checkpoints, config.training.keep_checkpoints, self.identity, rows, bank.copy_to_host
         )
-        self.tally = TrainingMetrics()
+        self.metrics = TrainingMetrics()
         self._base = cache(lambda: base_hash or fingerprint(model))  # made once: it reads the whole base
         self.signals = StopSignals()
-        self._told_to_end = self._saving = False
+        self._stop_requested = self._saving = False
 
     def train(self) -> None:
         """Run every step that is to do; then the bank holds each adapter's selected parameters. Raises Interrupted, saved, on SIGTERM or SIGINT."""
-        config, at, begun = self.config.training, self.at, self.at.done
+        config, state, begun = self.config.training, self.state, self.state.step
         every, rungs = self.config.evaluation.interval or self.end, self.early_stopping.halving.rungs
         set_mode(self.model, training=True)
-        on_every_process(self.guard.remember)
-        plan = self.plan(at.done)
+        on_every_process(self.guard.snapshot)
+        plan = self.plan(state.step)
         with self.signals, ProgressBar("train", self.end, begun) as watch:
             if not begun and self.config.evaluation.interval and any(spec.init_from for spec in self.bank.specs):
                 self._evaluate(watch)  # what they were worth before
-            if at.owes_evaluation(every, rungs) and self._evaluate(watch):  # a pause did not wait for it
-                plan = self.plan(at.done)
-            while at.done < self.end and plan is not None:
-                coming = self.plan(at.done + 1) if at.done + 1 < self.end else None
+            if state.owes_evaluation(every, rungs) and self._evaluate(watch):  # a pause did not wait for it
+                plan = self.plan(state.step)
+            while state.step < self.end and plan is not None:
+                coming = self.plan(state.step + 1) if state.step + 1 < self.end else None
                 for rows in share_of_rank(coming.microbatches if coming else (), *world()):
                     prefetch(self.collate, rows, self.training_split)
-                if self.clock.base_rate is None and (at.done > begun or coming is None):  # a run that goes on trains first
+                if self.clock.base_rate is None and (state.step > begun or coming is None):  # a run that goes on trains first
                     self.time_base(plan)
                 started = time.monotonic()
-                self.step(at.done, plan)
+                self.step(state.step, plan)
                 self.finish_saving()  # a kill never costs more than save_every steps
-                at.seconds += time.monotonic() - started
-                at.done, plan = at.done + 1, coming
-                watch.update(at.done, self.tally.facts(self.bank.specs, at.seconds), force_line=at.done % config.log_every == 0)
-                if at.done % config.log_every == 0:
+                state.seconds += time.monotonic() - started
+                state.step, plan = state.step + 1, coming
+                watch.update(
+                    state.step, self.metrics.facts(self.bank.specs, state.seconds), force_line=state.step % config.log_every == 0
+                )
+                if state.step % config.log_every == 0:
                     self._log()
-                if at.done % config.save_every == 0 or at.done == self.end or self._told_to_end:
-                    on_every_process(self.guard.remember)
+                if state.step % config.save_every == 0 or state.step == self.end or self._stop_requested:
+                    on_every_process(self.guard.snapshot)
                     self.save()  # before an evaluation: that may take long
-                if self._told_to_end:
+                if self._stop_requested:
                     self.finish_saving()
                     wait_for_everyone()  # whoever ends first is taken for an accident by some launchers
-                    raise Interrupted(at.done)
-                if at.owes_evaluation(every, rungs) and self._evaluate(watch):
-                    plan = self.plan(at.done)
-            if at.logged < at.done:
+                    raise Interrupted(state.step)
+                if state.owes_evaluation(every, rungs) and self._evaluate(watch):
+                    plan = self.plan(state.step)
+            if state.logged < state.step:
                 self._log()
-            if at.evaluated < at.done:
+            if state.evaluated < state.step:
                 self._evaluate(watch)
-            if at.done > begun:
+            if state.step > begun:
                 self.save()
             self.finish_saving()
-            if on_any_process(self.signals.asked, self.bank.device):  # during the last evaluation
-                raise Interrupted(at.done)
+            if on_any_process(self.signals.stop_requested, self.bank.device):  # during the last evaluation
+                raise Interrupted(state.step)
         self.selection.restore()
 
     def save(self) -> None:
         """Begin to write a checkpoint of the whole training state. Raises UserError, on all processes, if the disk is full."""
         tensors, self._saving = self.bank.tensors(), True
-        on_main_process(lambda: self.checkpoints.save(self.at.done, tensors, self._position()))
+        on_main_process(lambda: self.checkpoints.save(self.state.step, tensors, self._position()))
 
     def _position(self) -> dict[str, Any]:
         return {
-            **asdict(self.at),
+            **asdict(self.state),
             "names": [spec.name for spec in self.bank.specs],
             "joined": self.joined,
             "optimizer_steps": self.optimizer.steps,
             "kept": [(adapter, kept.step, kept.loss) for adapter, kept in self.selection.kept.items()],
             "early_stopping": self.early_stopping.to_json(),
             "guard": self.guard.to_json(),
-            "tally": self.tally.to_json(),
+            "tally": self.metrics.to_json(),
             **self.folder.saved_metrics(),
         }
 
@@ -176,11 +178,11 @@ class Trainer:
         self.bank.forget_device()
         unknown = [i for name, i in self.bank.ids.items() if name not in position["names"]]
         position = renumbered(position, self.bank.ids)
-        self.at = Position(**{f.name: position[f.name] for f in fields(Position)})
-        self.joined = {task: position["joined"].get(task, self.at.done) for task in self.tasks}
+        self.state = TrainState(**{f.name: position[f.name] for f in fields(TrainState)})
+        self.joined = {task: position["joined"].get(task, self.state.step) for task in self.tasks}
         self.optimizer.steps = position["optimizer_steps"]
         self.selection.take({adapter: BestCheckpoint(step, loss) for adapter, step, loss in position["kept"]})
-        self.tally = TrainingMetrics.from_json(position["tally"])
+        self.metrics = TrainingMetrics.from_json(position["tally"])
         self.early_stopping.take(position["early_stopping"])
         self.guard.take(position["guard"])
         self.replan()
@@ -207,22 +209,22 @@ class Trainer:
             for rows in share_of_rank(plan.microbatches, *world()):
                 with clock.part("data"):
                     batch = self.collate(rows, self.training_split, self.pad_token).to(self.bank.device)
-                clock.saw(batch.padded_tokens)
+                clock.count_tokens(batch.padded_tokens)
                 self.bank.route(batch.adapter_ids, [self.noise(number, row) for row in rows])
                 losses = self.row_losses(batch)
                 (losses * per_token[batch.adapter_ids]).sum().backward()
                 nats.index_add_(0, batch.adapter_ids, losses.detach().double())
             run_dummy_passes(self.row_losses, self.bank, plan.microbatches)
             with clock.part("exchange"):
-                nats[-1] = self.signals.asked  # one process that was told to end tells all
+                nats[-1] = self.signals.stop_requested  # one process that was told to end tells all
                 sent = sum_gradients(self.bank, plan.label_tokens)
                 totals = sum_over_processes(nats).tolist()
             with clock.part("optimizer"):
-                bad = self.guard.bad_losses({adapter: totals[adapter] / n for adapter, n in plan.label_tokens.items()})
+                bad = self.guard.find_anomalies({adapter: totals[adapter] / n for adapter, n in plan.label_tokens.items()})
                 steps = self.optimizer.step(plan.label_tokens, bad)
-        self.tally.count(plan, totals, steps, sent)
-        self.guard.answer(bad, steps, number + 1)
-        self._told_to_end = totals[-1] > 0
+        self.metrics.count(plan, totals, steps, sent)
+        self.guard.apply_policy(bad, steps, number + 1)
+        self._stop_requested = totals[-1] > 0
 
     def time_base(self, plan: StepPlan) -> None:
         """Measure once what the base alone takes for a micro-batch, to tell apart what adapters cost. Nothing of the run changes."""
@@ -242,19 +244,19 @@ class Trainer:
         return RowNoise(seed, row.tokens - 1 if row.window else row.tokens, row.window)  # a decoder does not read the last token
 
     def _log(self) -> None:
-        at, tokens = self.at, self.tally.tokens.total()
-        at.logged = at.done
-        taken, back = self.tally.flush(self.bank.specs), self.guard.rolled_back
+        state, tokens = self.state, self.metrics.tokens.total()
+        state.logged = state.step
+        taken, back = self.metrics.flush(self.bank.specs), self.guard.rolled_back
         adapters = {name: {**facts, "rollbacks": back[self.bank.ids[name]]} for name, facts in taken.items()}
         record = {
             "kind": "step",
-            "step": at.done,
-            "seconds": round(at.seconds, 3),
+            "step": state.step,
+            "seconds": round(state.seconds, 3),
             "tokens": tokens,
-            "tokens_per_second": round(tokens / at.seconds, 1),
+            "tokens_per_second": round(tokens / state.seconds, 1),
             "time_shares": {name: round(share, 4) for name, share in self.clock.shares().items()},
-            "task_tokens": dict(self.tally.task_tokens),
-            "gradient_bytes_sent": self.tally.sent["gradients"],
+            "task_tokens": dict(self.metrics.task_tokens),
+            "gradient_bytes_sent": self.metrics.sent["gradients"],
             "adapters": adapters,
             "quarantined": self.guard.record(),
         }
@@ -262,12 +264,12 @@ class Trainer:
 
     def _evaluate(self, watch: ProgressBar) -> bool:
         """Returns whether an adapter stops, and the steps to come are others than they were."""
-        done, limit, started = self.at.done, self.config.evaluation.max_examples, time.monotonic()
+        done, limit, started = self.state.step, self.config.evaluation.max_examples, time.monotonic()
         heldout = self.heldout(limit, lambda share: watch.update(done, {"evaluate": share_and_eta(share, started)}))
         losses = {adapter: result.loss(adapter) for result in heldout.values() for adapter in result.nats}
         self.selection.offer(losses, done)
-        self.at.evaluated = done
-        self.at.evaluation_seconds += time.monotonic() - started
+        self.state.evaluated = done
+        self.state.evaluation_seconds += time.monotonic() - started
         adapters = {
             self.bank.specs[adapter].name: {"loss": result.loss(adapter), "bits_per_byte": result.bits_per_byte(adapter)}
             for result in heldout.values()
@@ -283,7 +285,7 @@ class Trainer:
     def replan(self) -> None:
         """What steps to come will hold: who has joined, without who has left."""
         self.mixture = make_mixture(self.tasks, self.bank.specs, self.config, self.early_stopping.left, self.joined)
-        self.pages = AdapterPrefetcher(self.bank, self.mixture, self.at.done, self.end)
+        self.pages = AdapterPrefetcher(self.bank, self.mixture, self.state.step, self.end)
 
     def heldout(self, max_examples: int | None, report: Callable[[float], None]) -> dict[str, HeldOut]:
         """Held-out losses of every adapter that has not left, as it stands in the bank now. report: called with the share done."""

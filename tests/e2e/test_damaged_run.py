@@ -131,7 +131,7 @@ def test_a_changed_run_json_is_read_or_refused(data: st.DataObject, run: Path, f
     (run / "run.json").write_text(json.dumps(changed(facts, path, {} if new == "gone" and not path else new)))
     for words in (["overwrite=true"], ["resume=true"], []):
         config = load_config([f"recipe={recipe}", f"output_dir={run}", "training.steps=4", "evaluation.interval=2", *words])
-        for action in (RunFolder(run).standing, lambda config: RunFolder(run).facts()):
+        for action in (RunFolder(run).status, lambda config: RunFolder(run).facts()):
             with suppress(UserError):
                 action(config)
 

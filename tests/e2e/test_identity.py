@@ -167,7 +167,7 @@ def test_another_tokenizer_is_refused(place: Path, words: list[str]) -> None:
 
 
 def test_a_kept_adapter_under_another_ones_name_is_refused(place: Path) -> None:
-    kept = place / "outputs/tiny/checkpoints/kept"
+    kept = place / "outputs/tiny/checkpoints/best"
     names = [kept / f"{task}-lora.safetensors" for task in ("letters", "digits")]
     contents = [path.read_bytes() for path in names]
     for path, content in zip(names, reversed(contents), strict=True):

@@ -100,7 +100,7 @@ def test_replace_deletes_what_the_run_wrote_and_nothing_else(
         "eval/table.csv",
         "checkpoints/step-mine.safetensors",
     ]
-    foreign += ["checkpoints/kept/mine.safetensors", "eval/heldout/mine.jsonl"]
+    foreign += ["checkpoints/best/mine.safetensors", "eval/heldout/mine.jsonl"]
     for name in foreign:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("mine")

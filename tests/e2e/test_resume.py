@@ -104,7 +104,7 @@ def test_unfinished_run_of_another_configuration_is_refused_before_the_model_loa
     assert [line.split(": was")[0] for line in told] == ["error: model.path = '/nowhere'", "error: adapters.lora.rank = 3"]
 
 
-def test_a_run_that_is_told_to_end_says_so_by_its_exit_status(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_stop_requested_says_so_by_its_exit_status(recipe: Path, tmp_path: Path) -> None:
     words = (f"recipe={recipe}", "training.steps=100000", "training.save_every=5", f"output_dir={tmp_path / 'run'}")
     run = Forked(["train.py", *words], launch_environment(tmp_path / "cache"))
     wait_for_a_checkpoint(tmp_path / "run", 5, run.poll)

@@ -22,7 +22,7 @@ from flora_train.evaluation.report.heatmap import gain_maps
 from flora_train.evaluation.report.summary_text import summarise
 from flora_train.evaluation.report.svg import FamilyStyle, family_styles
 from flora_train.runtime.progress import duration
-from flora_train.training.step_timer import spoken
+from flora_train.training.step_timer import format_shares
 
 MAX_DRAWN = 100
 """Tasks that get figures. The tables hold all; the page says what is not drawn."""
@@ -176,7 +176,7 @@ def cost(results: Mapping[str, Any]) -> dict[str, str]:
     cores = f"{machine['cpus']} CPUs, {machine['threads']} threads" if {"cpus", "threads"} <= machine.keys() else None
     versions = {"flora_train": facts.get("flora_train"), "Python": facts.get("python"), **facts.get("packages", {})}
     rate = f"{number(tokens / seconds, 0)} while training, {count(tokens)} tokens in all" if seconds and tokens else None
-    shares = spoken(facts.get("time_shares", {}))
+    shares = format_shares(facts.get("time_shares", {}))
     found = {
         "Adapter tokens per second": rate,
         "As separate runs": apart(facts.get("apart")),

@@ -17,7 +17,7 @@ from flora_train.evaluation.report.results import read_report, reading_report
 from flora_train.runtime.manifest import PEFT_WARNING
 from flora_train.runtime.progress import duration
 from flora_train.runtime.run_folder import RunFolder
-from flora_train.training.step_timer import spoken
+from flora_train.training.step_timer import format_shares
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
@@ -171,5 +171,5 @@ def _command() -> str:
 def _speed(results: Mapping[str, Any]) -> str:
     tokens, seconds = sum(adapter["tokens"] for adapter in results["adapters"]), results["facts"]["seconds"].get("train")
     rate = f"{tokens / seconds:.0f} tokens/s" if seconds else "not recorded"
-    shares = spoken(results["facts"].get("time_shares", {}))
+    shares = format_shares(results["facts"].get("time_shares", {}))
     return f"{rate}: {shares}" if shares else rate

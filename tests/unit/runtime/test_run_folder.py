@@ -54,7 +54,7 @@ def test_free_folder_is_claimed(tmp_path: Path, mode: str, made: bool) -> None:
     folder = RunFolder(tmp_path / "runs" / "one")
     if made:
         folder.path.mkdir(parents=True)
-    assert folder.standing(run_config(mode)) == "free"
+    assert folder.status(run_config(mode)) == "new"
     folder.claim(run_config(mode))
     assert not folder.finished
     assert sorted(content(folder.path)) == [".lock", "config.yaml", "run.json"]
@@ -72,7 +72,7 @@ def test_free_folder_is_claimed(tmp_path: Path, mode: str, made: bool) -> None:
 def test_refuse_keeps_any_run_and_says_how_to_go_on(tmp_path: Path, finished: bool, told: str) -> None:
     folder = overwrite(tmp_path, finished)
     before = content(tmp_path)
-    for action in (folder.standing, folder.claim):
+    for action in (folder.status, folder.claim):
         with pytest.raises(UserError, match=f"output_dir = .*: holds {told}"):
             action(run_config("refuse"))
     assert content(tmp_path) == before
@@ -81,7 +81,7 @@ def test_refuse_keeps_any_run_and_says_how_to_go_on(tmp_path: Path, finished: bo
 def test_resume_keeps_a_finished_run_of_the_same_configuration(tmp_path: Path) -> None:
     folder = overwrite(tmp_path, finished=True)
     before = content(tmp_path)
-    assert folder.standing(run_config("resume")) == "finished"
+    assert folder.status(run_config("resume")) == "finished"
     assert content(tmp_path) == before
 
 
@@ -89,7 +89,7 @@ def test_resume_goes_on_in_the_folder_of_an_unfinished_run(tmp_path: Path) -> No
     folder = overwrite(tmp_path, finished=False)
     begun = json.loads(folder.run_json.read_text())["started"]
     config = run_config("resume", num_threads=3)  # how a run is computed may change
-    assert folder.standing(config) == "interrupted"
+    assert folder.status(config) == "interrupted"
     folder.claim(config)
     assert content(tmp_path)["precious"] == b"result"
     assert json.loads(folder.run_json.read_text())["started"] == begun
@@ -100,7 +100,7 @@ def test_resume_goes_on_in_the_folder_of_an_unfinished_run(tmp_path: Path) -> No
 def test_resume_refuses_a_run_of_another_configuration_and_names_what_differs(tmp_path: Path, finished: bool) -> None:
     folder = overwrite(tmp_path, finished)
     before = content(tmp_path)
-    for action in (folder.standing, folder.claim):
+    for action in (folder.status, folder.claim):
         with pytest.raises(UserError) as caught:
             action(run_config("resume", steps=6, seed=3))
         assert [str(problem).split(" when ")[0] for problem in caught.value.problems] == [
@@ -113,7 +113,7 @@ def test_resume_refuses_a_run_of_another_configuration_and_names_what_differs(tm
 @pytest.mark.parametrize("finished", [True, False])
 def test_replace_deletes_the_run_only_when_the_new_one_claims_the_folder(tmp_path: Path, finished: bool) -> None:
     folder = overwrite(tmp_path, finished)
-    assert folder.standing(run_config("replace", steps=6)) == "free"
+    assert folder.status(run_config("replace", steps=6)) == "new"
     assert "precious" in content(tmp_path)
     folder.claim(run_config("replace", steps=6))
     assert sorted(content(tmp_path)) == [".lock", "config.yaml", "precious", "run.json"]
@@ -134,7 +134,7 @@ def test_folder_that_is_not_ours_is_never_deleted(tmp_path: Path, files: dict[st
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     before = content(tmp_path)
-    for action in (RunFolder(tmp_path).standing, RunFolder(tmp_path).claim):
+    for action in (RunFolder(tmp_path).status, RunFolder(tmp_path).claim):
         with pytest.raises(UserError, match="is not empty and holds no run of ours: choose another folder"):
             action(run_config(mode))
     assert content(tmp_path) == before
@@ -309,7 +309,7 @@ def test_an_adapter_name_too_long_for_a_file_is_refused_before_anything_is_writt
     config = run_config()
     config = config.model_copy(update={"adapters": {"x" * 240: config.adapters["lora"]}})
     with pytest.raises(UserError, match="is too long: files are called so"):
-        RunFolder(tmp_path / "run").standing(config)
+        RunFolder(tmp_path / "run").status(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -343,7 +343,7 @@ def test_settings_used_only_for_evaluation_may_change_when_a_run_goes_on(tmp_pat
     config = changed(
         run_config("resume"), **({"num_samples": 2, "pass_at_k": [2]} if key == "pass_at_k" else {key: ONLY_AT_THE_END[key]})
     )
-    assert folder.standing(config) == "interrupted"
+    assert folder.status(config) == "interrupted"
     folder.claim(config)
     assert open_run(tmp_path)[1].evaluation == config.evaluation
 
@@ -352,13 +352,13 @@ def test_settings_used_only_for_evaluation_may_change_when_a_run_goes_on(tmp_pat
 def test_settings_that_select_adapters_may_not(tmp_path: Path, key: str) -> None:
     folder = overwrite(tmp_path, finished=False)
     with pytest.raises(UserError, match=f"evaluation.{key} = "):
-        folder.standing(changed(run_config("resume"), **{key: DURING_TRAINING[key]}))
+        folder.status(changed(run_config("resume"), **{key: DURING_TRAINING[key]}))
 
 
 def test_finished_run_is_not_taken_for_one_of_another_evaluation(tmp_path: Path) -> None:
     folder = overwrite(tmp_path, finished=True)
     with pytest.raises(UserError, match=r"evaluation\.num_samples = 3: was 20"):
-        folder.standing(changed(run_config("resume"), num_samples=3))
+        folder.status(changed(run_config("resume"), num_samples=3))
 
 
 def test_texts_of_a_task_that_are_not_learnt_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
@@ -366,9 +366,9 @@ def test_texts_of_a_task_that_are_not_learnt_may_change_when_a_run_goes_on(tmp_p
     raw = run_config("resume").model_dump(mode="json")
     for key, value in {"sample_prompts": ["a"], "license": "mit", "language": "lua"}.items():
         task = {**raw["tasks"]["a"], key: value}
-        assert folder.standing(validate({**raw, "tasks": {"a": task}})) == "interrupted"
+        assert folder.status(validate({**raw, "tasks": {"a": task}})) == "interrupted"
     with pytest.raises(UserError, match=r"tasks\.a\.truncation"):
-        folder.standing(validate({**raw, "tasks": {"a": {**raw["tasks"]["a"], "truncation": "drop"}}}))
+        folder.status(validate({**raw, "tasks": {"a": {**raw["tasks"]["a"], "truncation": "drop"}}}))
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -382,7 +382,7 @@ def test_configuration_that_cannot_be_read_is_an_error_and_not_nothing_to_compar
     if text is not None:
         folder.config.write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml"):
-        folder.standing(run_config("resume", seed=5))
+        folder.status(run_config("resume", seed=5))
 
 
 def test_run_of_hundreds_of_tasks_is_opened_and_compared(tmp_path: Path) -> None:
@@ -393,6 +393,6 @@ def test_run_of_hundreds_of_tasks_is_opened_and_compared(tmp_path: Path) -> None
     folder.claim(config)
     folder.update_run_json(finished=True)
     assert open_run(folder.path)[1] == config
-    assert folder.standing(config) == "finished"
+    assert folder.status(config) == "finished"
     with pytest.raises(UserError, match="seed = 5: was 0"):
-        folder.standing(validate({**raw, "seed": 5}))
+        folder.status(validate({**raw, "seed": 5}))

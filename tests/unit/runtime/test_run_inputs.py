@@ -40,24 +40,24 @@ def test_a_run_is_not_replaced_by_one_that_reads_from_it(tmp_path: Path) -> None
     ]
     for key, change in inputs:
         with pytest.raises(UserError, match=rf"{key} = .*: lies in the run that overwrite=true would delete"):
-            folder.standing(config_of(folder.path, **change))
-    assert folder.standing(config_of(folder.path)) == "free"
+            folder.status(config_of(folder.path, **change))
+    assert folder.status(config_of(folder.path)) == "new"
 
 
 def test_a_run_does_not_write_where_it_looks_for_rows(tmp_path: Path) -> None:
     for train in ({"folder": str(tmp_path)}, {"folder": str(tmp_path), "glob": "**/*.json"}, f"{tmp_path}/**/*.jsonl"):
         folder = RunFolder(tmp_path / "outputs" / "run")
         with pytest.raises(UserError, match="would find the run's own files"):
-            folder.standing(config_of(folder.path, train=train))
+            folder.status(config_of(folder.path, train=train))
     for train in ({"folder": str(tmp_path), "glob": "**/*.py"}, f"{tmp_path}/*.jsonl", {"folder": str(tmp_path / "data")}):
-        assert folder.standing(config_of(folder.path, train=train)) == "free"
+        assert folder.status(config_of(folder.path, train=train)) == "new"
 
 
 def test_a_run_does_not_begin_inside_another_run(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run").claim(config_of(tmp_path / "run"))
     for inner in (tmp_path / "run" / "adapters" / "a-lora", tmp_path / "run" / "x" / "y"):
         with pytest.raises(UserError, match="is inside the run folder"):
-            RunFolder(inner).standing(config_of(inner))
+            RunFolder(inner).status(config_of(inner))
         assert not inner.exists()
 
 
@@ -81,6 +81,6 @@ def test_a_pattern_of_one_level_does_not_find_the_runs_own_files_either(tmp_path
         {"folder": str(run), "glob": "eval/*.json"},
     ):
         with pytest.raises(UserError, match="would find the run's own files"):
-            RunFolder(run).standing(config_of(run, train=train))
+            RunFolder(run).status(config_of(run, train=train))
     for train in (f"{tmp_path}/*/*.jsonl", f"{tmp_path}/outputs/other/*.jsonl", f"{tmp_path}/outputs/*/rows-*.jsonl"):
-        assert RunFolder(run).standing(config_of(run, train=train)) == "free"
+        assert RunFolder(run).status(config_of(run, train=train)) == "new"

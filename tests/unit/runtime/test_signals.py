@@ -27,9 +27,9 @@ def test_the_first_is_noted_and_a_later_one_is_what_it_was() -> None:
 def _told_twice() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopSignals(same=0.0) as signals:
-        assert not signals.asked
+        assert not signals.stop_requested
         signal.raise_signal(signal.SIGINT)
-        assert signals.asked
+        assert signals.stop_requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -39,7 +39,7 @@ def test_signals_shortly_after_one_another_are_one() -> None:
     with StopSignals(same=60.0) as signals:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
-        assert signals.asked
+        assert signals.stop_requested
 
 
 def tell_to_end_in_step(trainer: Trainer, number: int) -> None:
@@ -59,11 +59,11 @@ def test_the_step_in_which_it_is_told_is_the_last_and_is_saved(tmp_path: Path) -
     tell_to_end_in_step(trainer, 5)
     with pytest.raises(Interrupted, match="saved after step 5") as pause:
         trainer.train()
-    assert (pause.value.step, trainer.at.done) == (5, 5)
+    assert (pause.value.step, trainer.state.step) == (5, 5)
     assert [file.name for file in trainer.checkpoints.files()] == ["step-00000005.safetensors"]
 
 
-def test_told_to_end_in_the_last_evaluation_it_is_saved_and_ends_before_the_final_one(tmp_path: Path) -> None:
+def test_stop_requested_in_the_last_evaluation_it_is_saved_and_ends_before_the_final_one(tmp_path: Path) -> None:
     trainer = make_trainer(mixed_specs(lr=2e-3), tmp_path, steps=3, interval=3)
     heldout = trainer.heldout
 
@@ -78,7 +78,7 @@ def test_told_to_end_in_the_last_evaluation_it_is_saved_and_ends_before_the_fina
     again.resume()
     again.heldout = None  # type: ignore[assignment, method-assign]  # nothing is left to evaluate
     again.train()
-    assert again.at.done == again.at.evaluated == 3
+    assert again.state.step == again.state.evaluated == 3
 
 
 def test_a_pause_does_not_wait_for_an_evaluation_which_is_made_up_for(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_pause_does_not_wait_for_an_evaluation_which_is_made_up_for(tmp_path: 
     tell_to_end_in_step(paused, 4)
     with pytest.raises(Interrupted, match="saved after step 4"):
         paused.train()
-    assert paused.at.evaluated == 2
+    assert paused.state.evaluated == 2
     again.resume()
     again.train()
     check_alike(again, whole)
@@ -111,7 +111,7 @@ def test_a_kill_in_a_long_evaluation_costs_no_step(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     again.resume()
-    assert (again.at.done, again.at.evaluated) == (4, 0)
+    assert (again.state.step, again.state.evaluated) == (4, 0)
     again.train()
     check_alike(again, whole)
 

@@ -51,7 +51,7 @@ def finish(trainer: Trainer) -> None:
     """What a run leaves in its folder."""
     trainer.folder.claim(trainer.config)
     trainer.train()
-    seconds = {"evaluate during training": trainer.at.evaluation_seconds}
+    seconds = {"evaluate during training": trainer.state.evaluation_seconds}
     ended = {"joined": trainer.joined, "identity": trainer.identity()}
     trainer.folder.update_run_json(finished=True, training={"seconds": seconds}, ended=ended)
     trainer.checkpoints.clear()
@@ -64,20 +64,20 @@ def test_tasks_join_a_finished_run_and_its_adapters_keep_their_bits(tmp_path: Pa
     files = {path.name: path.read_bytes() for path in before.selection.folder.iterdir()}
     after = trainer_of(tmp_path, "abc")
     grow(after, lambda adapters: None)
-    assert (after.at.done, after.end) == (8, 16)
+    assert (after.state.step, after.end) == (8, 16)
     assert after.joined == {"a": 0, "b": 0, "c": 8}
     assert len(after.checkpoints.files()) == 1
     start = snapshot(after)["c-pure"]
     after.train()
-    assert after.at.done == 16
+    assert after.state.step == 16
     now = snapshot(after)
     for name, state in kept.items():
         assert torch.equal(now[name][0], state[0]), name
         assert (after.selection.folder / f"{name}.safetensors").read_bytes() == files[f"{name}.safetensors"]
     assert (now["c-pure"][0] - start[0]).abs().max() > 1e-4
     assert after.optimizer.steps[after.bank.ids["c-pure"]] == 8
-    assert after.tally.task_tokens["a"] == before.tally.task_tokens["a"] > 0
-    assert after.tally.tokens[after.bank.ids["a-lora"]] == before.tally.tokens[before.bank.ids["a-lora"]] > 0
+    assert after.metrics.task_tokens["a"] == before.metrics.task_tokens["a"] > 0
+    assert after.metrics.tokens[after.bank.ids["a-lora"]] == before.metrics.tokens[before.bank.ids["a-lora"]] > 0
     assert after.early_stopping.record() == {}
 
 
@@ -101,8 +101,8 @@ def test_another_base_or_other_data_is_refused_and_a_quarantined_adapter_stays_s
 
 
 def test_the_newcomer_learns_as_if_it_had_been_alone(tmp_path: Path) -> None:
-    finish(trainer_of(tmp_path / "grown", "ab"))
-    grown = trainer_of(tmp_path / "grown", "abc")
+    finish(trainer_of(tmp_path / "extended", "ab"))
+    grown = trainer_of(tmp_path / "extended", "abc")
     grow(grown, lambda adapters: None)
     grown.train()
     alone = trainer_of(tmp_path / "alone", "c")
@@ -121,7 +121,7 @@ def test_a_grown_run_that_is_interrupted_goes_on_with_the_same_bits(tmp_path: Pa
             stop_before(trainer, stop)
             trainer = trainer_of(tmp_path / name, "abc")
             trainer.resume()
-            assert trainer.at.done == 12
+            assert trainer.state.step == 12
         trainer.train()
         results.append(snapshot(trainer))
     for name, state in results[0].items():
@@ -136,13 +136,13 @@ def test_tasks_join_an_interrupted_run_whose_adapters_go_on(tmp_path: Path) -> N
     then = snapshot(saved)
     after = trainer_of(tmp_path, "abc")
     after.resume()
-    assert after.at.done == 4
+    assert after.state.step == 4
     assert after.joined == {"a": 0, "b": 4, "c": 0}
     now = snapshot(after)
     for name, state in then.items():
         assert all(torch.equal(a, b) for a, b in zip(state, now[name], strict=True)), name
     after.train()
-    assert after.at.done == after.end == 12
+    assert after.state.step == after.end == 12
     steps = {name: after.optimizer.steps[i] for name, i in after.bank.ids.items()}
     assert steps["a-lora"] <= 8
     assert steps["b-lora_some"] > 4
@@ -156,20 +156,20 @@ def test_only_tasks_may_join(tmp_path: Path) -> None:
     begun = config_of("ab")
     folder.claim(begun)
     folder.update_run_json(finished=True)
-    assert folder.standing(begun) == "finished"
-    assert folder.standing(config_of("abc")) == "grown"
+    assert folder.status(begun) == "finished"
+    assert folder.status(config_of("abc")) == "extended"
     folder.update_run_json(finished=False)
-    assert folder.standing(config_of("abc")) == "interrupted"
+    assert folder.status(config_of("abc")) == "interrupted"
     for change, key in (
         ({"seed": 1}, "seed"),
         ({"tasks": {"a": {"train": "unused.jsonl"}, "c": {"train": "c.jsonl"}}}, "tasks.b"),
     ):
         with pytest.raises(UserError, match=key):
-            folder.standing(config_of("abc", **change))
+            folder.status(config_of("abc", **change))
     adapters = {"lora": {"method": "lora", "lr": 1e-3}, "first": {"method": "ia3", "lr": 1e-3, "tasks": ["a", "c"]}}
-    assert folder.standing(config_of("abc", adapters=adapters)) == "interrupted"
+    assert folder.status(config_of("abc", adapters=adapters)) == "interrupted"
     adapters["second"] = {"method": "flora", "lr": 1e-3, "tasks": ["c"]}
-    assert folder.standing(config_of("abc", adapters=adapters)) == "interrupted"
+    assert folder.status(config_of("abc", adapters=adapters)) == "interrupted"
     adapters["second"]["tasks"] = ["b", "c"]
     with pytest.raises(UserError, match=r"adapters\.second"):
-        folder.standing(config_of("abc", adapters=adapters))
+        folder.status(config_of("abc", adapters=adapters))

@@ -83,7 +83,7 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str,
         stop_before(trainer, stop)
     last = trainer_in(tmp_path / "parts", optimizer=optimizer)
     last.resume()
-    assert last.at.done == stops[-1] // 3 * 3
+    assert last.state.step == stops[-1] // 3 * 3
     last.train()
     assert_equal(result(last), result(whole))
 
@@ -115,7 +115,7 @@ def test_more_can_be_kept_and_what_a_kill_cut_off_is_removed(tmp_path: Path) -> 
     cut_off = again.checkpoints.folder / ".step-00000012.safetensors.4711.tmp"
     cut_off.write_bytes(b"half of it")
     again.resume()
-    assert again.at.done == 9
+    assert again.state.step == 9
     assert not cut_off.exists()
 
 
@@ -154,7 +154,7 @@ def test_damaged_checkpoint_is_recognised_and_the_one_before_it_used(
     told = capsys.readouterr().err
     assert f"checkpoint {last} is damaged" in told
     assert "going on after step 6" in told
-    assert trainer.at.done == 6
+    assert trainer.state.step == 6
     trainer.train()
     assert_equal(result(trainer), result(whole))
 
@@ -214,7 +214,7 @@ def test_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path: Path) -> 
     trainer = trainer_in(tmp_path)
     stop_before(trainer, 4)
     before = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    trainer.at.done = 6
+    trainer.state.step = 6
     with file_size_limit(10_000):
         trainer.save()
         with pytest.raises(UserError, match=r"step-00000006.safetensors: the disk is full"):

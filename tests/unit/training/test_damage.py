@@ -134,11 +134,11 @@ def test_a_damaged_kept_adapter_is_computed_again_or_refused_before_training(
 ) -> None:
     for name in ("a-lora", "b-ia3"):
         folder = copy_of(stopped, tmp_path / name)
-        path = adapter_file(folder / "checkpoints" / "kept", name)
+        path = adapter_file(folder / "checkpoints" / "best", name)
         with safe_open(path, framework="pt") as file:
             step = json.loads(file.metadata()["facts"])["step"]
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert verified_step(folder / "checkpoints" / "kept", name) is None
+        assert verified_step(folder / "checkpoints" / "best", name) is None
         told = resumed(folder, undisturbed)
         assert told == "" or (f"{path}: is damaged or missing" in told and "put it back from a copy" in told), step

@@ -109,7 +109,7 @@ def test_the_others_are_the_same_to_the_last_bit(
     before, after = rows(well), rows(ill)
     for name in before.keys() - {VICTIM}:
         assert torch.equal(before[name], after[name]), name
-    assert well.tally.skipped.total() == 0
+    assert well.metrics.skipped.total() == 0
     assert torch.isfinite(after[VICTIM]).all()
     assert ill.guard.quarantined.keys() == ({victim} if policy == "quarantine" else set())
     if policy == "quarantine":
@@ -120,7 +120,7 @@ def test_the_others_are_the_same_to_the_last_bit(
         assert ill.optimizer.steps[victim] == well.optimizer.steps[victim] - 2  # the bad step and the one since the checkpoint
     if policy == "skip":
         lost = STEPS - BAD_STEP if kind == "weight" else 1  # nobody mends a weight
-        assert (ill.tally.skipped[victim], ill.optimizer.steps[victim]) == (lost, STEPS - lost)
+        assert (ill.metrics.skipped[victim], ill.optimizer.steps[victim]) == (lost, STEPS - lost)
 
 
 def test_it_goes_back_to_the_last_checkpoint_step_moments_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,11 +195,11 @@ def test_a_run_with_a_bad_step_that_is_taken_up_again_ends_the_same(
 def test_a_spike_is_measured_by_the_adapters_own_losses(tmp_path: Path) -> None:
     guard = trainer_in(tmp_path / "one", {"spike_factor": 3.0, "window": 4}).guard
     for losses in ({0: 1.0, 1: 10.0}, {0: 2.0, 1: 10.0}, {0: 100.0, 1: 10.0}):
-        assert guard.bad_losses(losses) == {}  # of one that is new nothing is known
-    assert guard.bad_losses({0: 3.0, 1: 10.0}) == {}
-    assert guard.bad_losses({0: 7.4, 1: 29.0}) == {}  # the median of 1, 2, 100 and 3 is 2.5
-    assert guard.bad_losses({0: 15.7, 1: 30.1}) == {0: "its loss spiked to 15.7", 1: "its loss spiked to 30.1"}
-    assert guard.bad_losses({0: 15.6, 1: 30.0}) == {}  # a spike is not remembered
+        assert guard.find_anomalies(losses) == {}  # of one that is new nothing is known
+    assert guard.find_anomalies({0: 3.0, 1: 10.0}) == {}
+    assert guard.find_anomalies({0: 7.4, 1: 29.0}) == {}  # the median of 1, 2, 100 and 3 is 2.5
+    assert guard.find_anomalies({0: 15.7, 1: 30.1}) == {0: "its loss spiked to 15.7", 1: "its loss spiked to 30.1"}
+    assert guard.find_anomalies({0: 15.6, 1: 30.0}) == {}  # a spike is not remembered
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,11 @@ def test_i1_gradient_is_that_of_the_adapter_s_own_examples_whatever_its_neighbou
 def backward_only(trainer: Any, plan: StepPlan) -> None:
     """Trainer.step without its optimizer step."""
     step, trainer.optimizer.step = trainer.optimizer.step, lambda adapters, bad: {}
-    count, trainer.tally.count = trainer.tally.count, lambda *args: None
+    count, trainer.metrics.count = trainer.metrics.count, lambda *args: None
     try:
         trainer.step(0, plan)
     finally:
-        trainer.optimizer.step, trainer.tally.count = step, count
+        trainer.optimizer.step, trainer.metrics.count = step, count
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -126,8 +126,8 @@ def test_i3_a_poisoned_adapter_leaves_the_others_bit_identical(
     for name, adapter in healthy.bank.ids.items():
         same = all(torch.equal(a, b) for a, b in zip(expected[name], got[name], strict=True))
         assert same == (adapter != victim), name
-    assert poisoned.tally.skipped[victim] > 0
-    assert all(poisoned.tally.skipped[i] == 0 for i in range(6) if i != victim)
+    assert poisoned.metrics.skipped[victim] > 0
+    assert all(poisoned.metrics.skipped[i] == 0 for i in range(6) if i != victim)
 
 
 def test_i3_clipping_is_per_adapter(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_i3_clipping_is_per_adapter(tmp_path: Path) -> None:
     for scale in (1.0, 1e4):
         trainer = make_trainer(specs(scale), tmp_path, optimizer="sgd")
         train_together(trainer, plans_of(trainer, 4))
-        assert max(step.gradient_norm for step in trainer.tally.last.values()) > 0.01
+        assert max(step.gradient_norm for step in trainer.metrics.last.values()) > 0.01
         rows.append({s.name: trainer.bank.row(i).clone() for i, s in enumerate(trainer.bank.specs) if s.method != "lora"})
     for name in rows[0]:
         assert torch.equal(rows[0][name], rows[1][name]), name

@@ -17,7 +17,7 @@ from tests.unit.training.harness import make_trainer
 def test_the_last_step_s_rows_are_timed_both_ways_and_nothing_changes(tmp_path: Path) -> None:
     trainer = make_trainer(mixed_specs(), tmp_path, compare_separate=True)
     trainer.train()
-    plan = trainer.plan(trainer.at.done - 1)
+    plan = trainer.plan(trainer.state.step - 1)
     assert plan is not None
     before = {name: tensor.clone() for name, tensor in trainer.bank.tensors().items()}
     seen: list[list[int]] = []
@@ -57,7 +57,7 @@ def test_a_limit_that_is_too_short_for_all_adapters_gives_an_estimate_and_is_kep
     """On a clock that goes on by one second for every row of a pass."""
     trainer = make_trainer(mixed_specs(), tmp_path, compare_separate=True, compare_separate_seconds=1e6)
     trainer.train()
-    trainer.at.seconds, inner, clock = 0.0, trainer.bank.route, [0.0]
+    trainer.state.seconds, inner, clock = 0.0, trainer.bank.route, [0.0]
 
     def route(ids: torch.Tensor, noise: Any = None) -> None:
         clock[0] += len(ids)

@@ -71,7 +71,7 @@ def test_copies_are_where_the_pages_are(disk: bool, tmp_path: Path, monkeypatch:
     trainer = trainer_in(tmp_path / "run", SLOTS, disk, guard={"policy": "rollback"})
     written: list[torch.Tensor] = []
     monkeypatch.setattr(trainer.checkpoints, "_write", lambda step, tensors, facts: written.extend(tensors.values()))
-    trainer.guard.remember()
+    trainer.guard.snapshot()
     trainer.save()
     trainer.finish_saving()
     assert trainer.guard._good is not None
@@ -99,7 +99,7 @@ def test_a_run_goes_on_with_other_slots(before: int | None, after: int | None, t
     stop_before(trainer_in(tmp_path / "parts", before), 8)
     again = trainer_in(tmp_path / "parts", after)
     again.resume()
-    assert again.at.done == 6
+    assert again.state.step == 6
     again.train()
     same(result(again), result(whole))
 

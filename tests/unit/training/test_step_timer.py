@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flora_train.training.step_timer import PARTS, StepTimer, spoken
+from flora_train.training.step_timer import PARTS, StepTimer, format_shares
 from tests.conftest import mixed_specs
 from tests.unit.training.harness import make_trainer, plans_of
 
@@ -31,20 +31,20 @@ def test_shares_are_of_the_timed_steps_and_add_up() -> None:
         with clock.step(number):
             with clock.part("data"):
                 clock.at += 1
-            clock.saw(100)
+            clock.count_tokens(100)
             clock.at += 5  # the model
             with clock.part("loss"):
                 clock.at += 3
             with clock.part("optimizer"):
                 clock.at += 1
     assert clock.shares() == pytest.approx({"base": 0.2, "adapters": 0.3, "loss": 0.3, "optimizer": 0.1, "data": 0.1})
-    assert spoken(clock.shares()) == "base 20 %, adapters 30 %, loss 30 %, optimizer 10 %, data 10 %"
+    assert format_shares(clock.shares()) == "base 20 %, adapters 30 %, loss 30 %, optimizer 10 %, data 10 %"
 
 
 def test_measuring_the_base_between_two_steps_keeps_what_the_first_took() -> None:
     clock = SlowClock(torch.device("cpu"), 5)
     with clock.step(0):
-        clock.saw(10)
+        clock.count_tokens(10)
         clock.at += 5
 
     def base_pass() -> None:

@@ -109,7 +109,7 @@ def test_a_run_ends_when_all_have_stopped(tmp_path: Path) -> None:
     one = make_trainer(specs, tmp_path, interval=1, steps=200)
     one.train()
     assert one.early_stopping.retired.keys() == {0, 1}
-    assert one.at.done == max(one.early_stopping.left.values()) < 200
+    assert one.state.step == max(one.early_stopping.left.values()) < 200
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.best_adapters import BestCheckpoint
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
-from flora_train.training.train_state import Position
+from flora_train.training.train_state import TrainState
 from tests.architectures import tiny_model
 from tests.conftest import perturb, spec
 from tests.unit.training.harness import PAD, make_trainer, plans_of, random_split
@@ -180,7 +180,7 @@ def test_results_of_a_trained_bank_name_every_adapter_once(tmp_path: Path) -> No
     trainer = make_trainer(specs, tmp_path)
     for number, plan in enumerate(plans_of(trainer, 2)):
         trainer.step(number, plan)
-    trainer.at = Position(done=2, seconds=1.0)
+    trainer.state = TrainState(step=2, seconds=1.0)
     trainer._log()
     heldout = evaluate_heldout(trainer.row_losses, trainer.bank, trainer.tasks.values(), 4096, PAD, with_base=True)
     results = build_results(trainer.config, trainer.folder, trainer.tasks, trainer.bank, heldout, {}, [], [], None, {})
