@@ -24,7 +24,8 @@ from peft import PeftModel
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import make_spec
-from flora_train.config.schema import AdapterConfig, ModelConfig
+from flora_train.config.adapter_schema import AdapterConfig
+from flora_train.config.model_schema import ModelConfig
 from flora_train.evaluation.generation import Decoder, Generated, Request, Sampling
 from flora_train.export.peft_format import export_peft
 from flora_train.models.loading import load_base_model, load_tokenizer

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Starcoder2Config, logging
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import make_spec
-from flora_train.config.schema import AdapterConfig
+from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.training_schema import TrainingConfig
 from flora_train.data.batch import MixedBatch
 from flora_train.kernels.backend import Precision, use_backend, use_precision, why_not_triton

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import make_spec
-from flora_train.config.schema import AdapterConfig
+from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.training_schema import TrainingConfig
 from flora_train.runtime.environment import environment
 from flora_train.training.optimizer import BankOptimizer

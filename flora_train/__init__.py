@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from flora_train.commands.evaluate import evaluate_run as evaluate
     from flora_train.commands.export import export_adapters
     from flora_train.commands.train import train_run as train
+    from flora_train.config.adapter_schema import AdapterConfig
     from flora_train.config.errors import UserError
     from flora_train.config.load import load_config
-    from flora_train.config.schema import AdapterConfig
     from flora_train.config.training_schema import TrainingConfig
     from flora_train.runtime.logging import init_logging
     from flora_train.training.optimizer import BankOptimizer, TorchBankOptimizer

@@ -15,7 +15,7 @@ from tests.triton_device import DEVICE
 
 # isort: split
 from flora_train.adapters.spec import AdapterSpec, make_spec
-from flora_train.config.schema import AdapterConfig
+from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.kernels.backend import use_backend
 from flora_train.models import loading as base_model
 from flora_train.runtime.logging import init_logging, stop_logging

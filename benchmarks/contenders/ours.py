@@ -11,7 +11,7 @@ import torch
 from benchmarks.contenders.workload import LEARNING_RATE, RANK, TARGETS, load_model, make_batch, parse, serve
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import make_spec
-from flora_train.config.schema import AdapterConfig
+from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.training_schema import TrainingConfig
 from flora_train.data.batch import MixedBatch
 from flora_train.training.loss import RowLosses

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from flora_train.adapters.targets import linear_layers
 from flora_train.config.errors import first_line, user_error
-from flora_train.config.schema import ModelConfig
+from flora_train.config.model_schema import ModelConfig
 from flora_train.models.loading import zero_model
 from flora_train.models.probe_inputs import asking_for_gradients, probe_inputs, undisturbed
 from flora_train.models.quantized import is_quantised

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flora_train.config.schema import AdapterConfig, RunConfig, adapter_name
+from flora_train.config.adapter_schema import AdapterConfig, adapter_name
+from flora_train.config.schema import RunConfig
 
 BASE = "__base__"
 """The name of "no adapter": rows of this name run the frozen base model."""
@@ -50,6 +51,7 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, default_steps: int
     """The adapter of `task` that `adapters.<family>` of a recipe describes."""
     rank = adapter.rank or DEFAULT_RANK[adapter.method]
     alpha = adapter.alpha or 2.0 * rank
+    steps = adapter.max_steps or default_steps
     return AdapterSpec(
         name=adapter_name(task, family),
         task=task,
@@ -65,8 +67,8 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, default_steps: int
         weight_decay=adapter.weight_decay,
         max_grad_norm=adapter.max_grad_norm,
         lr_schedule=adapter.lr_schedule,
-        warmup_steps=adapter.warmup_steps,
-        max_steps=adapter.max_steps or default_steps,
+        warmup_steps=adapter.warmup_for(steps),
+        max_steps=steps,
         target_modules=adapter.target_modules if isinstance(adapter.target_modules, str) else tuple(adapter.target_modules),
         feedforward_modules=None if adapter.feedforward_modules is None else tuple(adapter.feedforward_modules),
         parent_module=adapter.parent_module,

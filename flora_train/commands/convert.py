@@ -12,11 +12,12 @@ from pydantic import Field
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.peft_files import check_targets, kind_of
 from flora_train.adapters.spec import make_spec
+from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.base import ConfigModel, PathText
 from flora_train.config.command_options import read_options
 from flora_train.config.errors import user_error
+from flora_train.config.model_schema import ModelConfig
 from flora_train.config.overrides import from_flags, parse_words
-from flora_train.config.schema import AdapterConfig, ModelConfig
 from flora_train.config.terminal_text import print_plain
 from flora_train.export.model_card import in_code, write_card
 from flora_train.export.peft_format import export_peft

@@ -16,11 +16,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from flora_train.config import yaml_format as yaml_text
+from flora_train.config.consistency import AdapterOutline, disagreements
 from flora_train.config.errors import Problem, UserError, choices, user_error
 from flora_train.config.overrides import merge, parse_words
 from flora_train.config.paths import PROJECT_ROOT, RawConfig, check_texts, find_config, find_file, read_yaml, shipped
 from flora_train.config.references import escape, resolve
-from flora_train.config.schema import RunConfig, disagreements
+from flora_train.config.schema import RunConfig
 from flora_train.config.sweep import expand_sweeps
 from flora_train.config.training_schema import place_device_slots
 from flora_train.config.validation_errors import to_user_errors
@@ -97,7 +98,8 @@ def _blame_defaults(problem: Problem, defaults: RawConfig, tasks: RawConfig) -> 
     section, _, rest = problem.key.partition(".")
     task, _, field = rest.partition(".")
     if section == "tasks" and _holds(defaults, field) and not _holds(tasks.get(task), field):
-        return Problem(f"task_defaults.{field}", problem.value, problem.hint)
+        hint = problem.hint.replace(f"'tasks.{task}.", "'task_defaults.")
+        return Problem(f"task_defaults.{field}", problem.value, hint)
     return problem
 
 
@@ -116,13 +118,25 @@ def _unique(problems: list[Problem]) -> list[Problem]:
 def _disagreements(raw: RawConfig) -> list[Problem]:
     """What the sections contradict in each other, as far as they can be read at all."""
 
-    def section(key: str) -> RawConfig:
-        return {str(name): value for name, value in found.items()} if isinstance(found := raw.get(key), dict) else {}
+    tasks, adapters = _names_of(raw.get("tasks")), _names_of(raw.get("adapters"))
+    outlines = {name: _outline_of(adapter) for name, adapter in adapters.items()}
+    steps = _names_of(raw.get("training")).get("steps")
+    split_tasks = [name for name, task in tasks.items() if isinstance(task, dict) and task.get("split_by") is not None]
+    known_steps = steps if isinstance(steps, int) and steps > 0 else None
+    return disagreements(tasks, outlines, known_steps, split_tasks=split_tasks)
 
-    adapters: dict[str, tuple[list[str] | None, int]] = {}
-    for name, adapter in section("adapters").items():
-        tasks, warmup = (adapter.get("tasks"), adapter.get("warmup_steps")) if isinstance(adapter, dict) else (None, None)
-        chosen = [task for task in tasks if isinstance(task, str)] if isinstance(tasks, list) else None
-        adapters[name] = (chosen, warmup if isinstance(warmup, int) else 0)
-    steps = section("training").get("steps")
-    return disagreements(section("tasks"), adapters, steps if isinstance(steps, int) and steps > 0 else None)
+
+def _names_of(section: Any) -> RawConfig:
+    """A section with its keys as text; empty where it is no mapping."""
+    if not isinstance(section, dict):
+        return {}
+    return {str(name): value for name, value in section.items()}
+
+
+def _outline_of(adapter: Any) -> AdapterOutline:
+    """What can be read of a raw entry of `adapters`."""
+    if not isinstance(adapter, dict):
+        return AdapterOutline(None)
+    tasks, warmup = adapter.get("tasks"), adapter.get("warmup_steps")
+    chosen = [task for task in tasks if isinstance(task, str)] if isinstance(tasks, list) else None
+    return AdapterOutline(chosen, warmup if isinstance(warmup, int) else 0)

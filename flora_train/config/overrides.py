@@ -9,6 +9,7 @@ from typing import Any
 from flora_train.config import yaml_format as yaml_text
 from flora_train.config.errors import LONGEST_VALUE, Problem, UserError, did_you_mean
 from flora_train.config.paths import RawConfig, shipped
+from flora_train.config.suggestions import full_key
 
 ONLY_ONCE = ("recipe", "data_config")
 """Of other keys given twice the last one counts, so that a script's words can be overridden."""
@@ -130,7 +131,8 @@ def _dialect_problem(word: str) -> Problem | None:
     if word.startswith("-"):
         key, _, value = plain.replace(" ", "=", 1).partition("=")
         section, dot, field = key.rpartition(".")
-        return Problem(word, None, f"options are written key=value: {section}{dot}{field.replace('-', '_')}={value or 'VALUE'}")
+        key = full_key(key.split(".")) or f"{section}{dot}{field.replace('-', '_')}"
+        return Problem(word, None, f"options are written key=value: {key}={value or 'VALUE'}")
     if "=" not in word or word.startswith("="):
         recipes = shipped("recipes")
         hint = f" Did you mean recipe={word}?" if word in recipes else did_you_mean(word, recipes)

@@ -14,7 +14,19 @@ from flora_train.config.base import LONGEST_NAME, MOST_STEPS, ConfigModel
 from flora_train.config.errors import choices, user_error
 from flora_train.config.paths import RawConfig
 
-SWEPT = ("lr", "rank", "alpha", "variant", "dropout", "weight_decay", "max_grad_norm", "lr_schedule", "warmup_steps", "max_steps")
+SWEPT = (
+    "lr",
+    "rank",
+    "alpha",
+    "variant",
+    "dropout",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_schedule",
+    "warmup_steps",
+    "warmup_ratio",
+    "max_steps",
+)
 """Keys of an adapter that may be lists of values, each of which becomes an adapter."""
 MOST_MEMBERS = 10_000
 """Adapters that the sweeps of a run may make."""

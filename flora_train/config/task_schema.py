@@ -86,6 +86,15 @@ class TaskConfig(ConfigModel):
     """Speech: clips that error rates are measured on, which neither train nor select. Default: the validation rows."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the training rows held out when there is no validation source."""
+    split_by: Text | None = None
+    """Column whose values make tasks: one task for each distinct value, called NAME_VALUE, with the rows of that value and all other
+    keys of this task. Characters that a name cannot have become _. Default: no split."""
+    split_value: Text | None = Field(None, validate_default=True)
+    """With split_by: the value whose rows belong to this task. Set by the program for the tasks that split_by makes; given by
+    hand, the task has the rows of this value only."""
+    split_seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    """Seed of the choice of held-out and used rows (validation_fraction, max_examples and its like), so that runs of several seeds
+    can use the same rows. Default: seed."""
     prompt: Text | None = None
     """Column (or template with {columns}) that is read but not learnt."""
     completion: Text | None = Field(None, validate_default=True)
@@ -126,6 +135,13 @@ class TaskConfig(ConfigModel):
             raise ValueError(f"must be at least {LEAST_WEIGHT:g}: the task would not be drawn")
         return weight
 
+    @field_validator("split_value")
+    @classmethod
+    def _requires_split_by(cls, split_value: str | None, info: ValidationInfo) -> str | None:
+        if split_value is not None and "split_by" in info.data and info.data["split_by"] is None:
+            raise ValueError("requires split_by: set it to a column, or remove this key")
+        return split_value
+
     @field_validator("completion")
     @classmethod
     def _both_or_neither(cls, completion: str | None, info: ValidationInfo) -> str | None:
@@ -154,6 +170,11 @@ class TaskConfig(ConfigModel):
         if speech is not None and (given := [key for key in TEXT_ONLY if info.data.get(key)]):
             raise ValueError(f"belongs to a task of clips, {given[0]} to a task of text: remove one of them")
         return speech
+
+    @property
+    def is_split(self) -> bool:
+        """Whether this task stands for the tasks that are made of the values of a column."""
+        return self.split_by is not None and self.split_value is None
 
 
 TEXT_ONLY = ("prompt", "completion", "text", "packing", "language")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from flora_train.config.consistency import Contradictions
 from flora_train.config.errors import MOST_PROBLEMS, Problem, choices, did_you_mean
-from flora_train.config.schema import Contradictions, RunConfig
+from flora_train.config.schema import RunConfig
+from flora_train.config.suggestions import section_in, suggest, suggest_word
 
 ONLY_IN_FILES = ("data_config", "recipe", "task_defaults")
 """Keys of the outermost level that are used up before validation."""
@@ -67,12 +69,12 @@ def _translate(item: Any, raw: Any) -> list[Problem]:
         return [Problem(key, None, HINTS["missing"])]
     if item["type"] == "extra_forbidden":
         allowed = _keys_of(loc[:-1])
-        return [Problem(key, None, f"unknown key; here are {choices(allowed)}.{_closest_key(loc, allowed)}")]
+        return [Problem(key, None, _unknown_key(loc, allowed))]
     if item["type"] == "literal_error":
         options = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
         return [Problem(key, value, f"must be {choices(options)}.{did_you_mean(value, options)}")]
     if item["type"] in ("model_type", "model_attributes_type"):
-        return [Problem(key, value, f"must hold keys: {', '.join(_keys_of(loc))}")]
+        return [Problem(key, value, f"must hold keys: {', '.join(_keys_of(loc))}.{suggest_word(loc)}")]
     hint = HINTS.get(item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}"))
     hint = hint.format(**{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()})
     return [Problem(key, None if item["loc"][-1] == "[key]" else value, hint)]
@@ -106,21 +108,13 @@ def _keys_of(loc: Sequence[str]) -> list[str]:
     for part in loc:
         # below a mapping by name comes the name, below a section a field
         annotation = get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
-        section = annotation if get_origin(annotation) is dict else _section_in(annotation)
+        section = annotation if get_origin(annotation) is dict else section_in(annotation)
     return [*section.model_fields, *(ONLY_IN_FILES if section is RunConfig else ())]
 
 
-def _section_in(annotation: Any) -> Any:
-    """The section in `Section`, `Section | None` or `Annotated[ConfigModel, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
-
-
-def _closest_key(loc: Sequence[str], allowed: Sequence[str]) -> str:
-    """A key of this section that looks like the last of `loc`, else the section where that very key exists."""
-    for name, field in RunConfig.model_fields.items():
-        section = _section_in(field.annotation)
-        if len(loc) == 1 and section is not None and get_origin(field.annotation) is not dict and loc[0] in section.model_fields:
-            return f" Did you mean {f'{name}.{loc[0]}'!r}?"
-    return did_you_mean(loc[-1], allowed)
+def _unknown_key(location: Sequence[str], allowed: Sequence[str]) -> str:
+    """What an unknown key means; the keys of its section where the word is not known from elsewhere."""
+    suggestion = suggest_word(location)
+    if suggestion:
+        return f"unknown key.{suggestion}"
+    return f"unknown key; the keys here are {', '.join(sorted(allowed))}.{suggest(location, allowed)}"

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from flora_train.config.errors import user_error
+from flora_train.config.schema import RunConfig
 
 Item = TypeVar("Item")
 
@@ -16,6 +17,12 @@ Item = TypeVar("Item")
 def seed_of(seed: int, *words: str) -> int:
     """A seed that depends on its words only."""
     return zlib.crc32("\x1f".join((str(seed), *words)).encode())
+
+
+def seed_of_rows(config: RunConfig, task: str, split: str) -> int:
+    """The seed of which rows of a task are held out (`split` is "split"), or which of a split's rows are used."""
+    own = config.tasks[task].split_seed
+    return seed_of(config.seed if own is None else own, task, split)
 
 
 def hold_out(

@@ -23,7 +23,7 @@ from flora_train.data.audio.speech_task import load_speech_task
 from flora_train.data.cache import cached
 from flora_train.data.packing import pack
 from flora_train.data.sources import read_rows, source_files
-from flora_train.data.splits import hold_out, sample, seed_of
+from flora_train.data.splits import hold_out, sample, seed_of_rows
 from flora_train.data.templates import PromptCompletion, make_formatter
 from flora_train.data.tokenization import TokenSplit, tokenise, tokenizer_hash
 
@@ -128,13 +128,13 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         held_rows = read_rows(task.validation, f"{key}.validation")
         format_row.check(held_rows, "validation")
     else:
-        train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed_of(config.seed, name, "split"), key)
+        train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed_of_rows(config, name, "split"), key)
     max_length, truncation = config.training.max_length, task.truncation
     setting = [CACHE_VERSION, max_length, truncation, tokenizer_hash(tokenizer), task.special_tokens]
     splits = {}
     digest = hashlib.sha256()
     for split, rows, limit in (("train", train_rows, task.max_examples), ("validation", held_rows, task.max_validation_examples)):
-        chosen = sample(rows, limit, seed_of(config.seed, name, split))
+        chosen = sample(rows, limit, seed_of_rows(config, name, split))
         examples, unsampled = [format_row(row) for row in chosen], len(rows) - len(chosen)
         packing = split == "train" and task.packing  # held-out examples stay apart: intervals resample them
         content = _hash([*setting, packing, unsampled], examples)

@@ -10,8 +10,8 @@ from typing import Any
 
 from flora_train.config.errors import UserError, user_error
 from flora_train.config.json_object import parse_object
+from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import find_file
-from flora_train.config.schema import ModelConfig
 from flora_train.runtime.atomic import real_path, user_cache, write_atomically
 
 KEPT = ".flora_train_sha256.json"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flora_train.config.schema import ModelConfig
+from flora_train.config.model_schema import ModelConfig
 from flora_train.models.loading import zero_model
 
 SHORT = 8

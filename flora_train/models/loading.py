@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from flora_train.config.errors import first_line, user_error
+from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import IS_CHECKOUT, PROJECT_ROOT, find_file
-from flora_train.config.schema import ModelConfig, RunConfig
+from flora_train.config.schema import RunConfig
 from flora_train.models.speech_encoder import is_speech_model, is_whisper, take_short_windows
 
 

@@ -20,7 +20,7 @@ from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit, Utterance, speech_split
 from flora_train.data.cache import cached
 from flora_train.data.sources import Row, read_rows, source_files
-from flora_train.data.splits import hold_out, sample, seed_of
+from flora_train.data.splits import hold_out, sample, seed_of_rows
 from flora_train.data.templates import cell_text
 from flora_train.data.tokenization import SplitCounts, tokenizer_hash
 from flora_train.runtime.atomic import write_atomically
@@ -72,7 +72,7 @@ def load_speech_task(name: str, task: TaskConfig, config: RunConfig, ears: Speec
             lines[split] = _lines(rows, source, task, f"{key}.{split}", cache)
     if "validation" not in lines:
         group = (lambda line: line.speaker) if task.speech.speaker else (lambda line: _same(line.sentence))
-        seed = seed_of(config.seed, name, "split")
+        seed = seed_of_rows(config, name, "split")
         lines["train"], lines["validation"] = hold_out(lines["train"], task.validation_fraction, seed, key, group)
     limits = {"train": task.max_examples, "validation": task.max_validation_examples, "test": task.max_test_examples}
     make = _SplitMaker(name, config, ears, prompt, cache)
@@ -108,7 +108,7 @@ class _SplitMaker:
                 left_out[OVER_LONG].append(line.path)
             else:
                 usable[line.path] = line
-        chosen = sample(list(usable.values()), limit, seed_of(self.config.seed, self.name, split))
+        chosen = sample(list(usable.values()), limit, seed_of_rows(self.config, self.name, split))
         audio = self.ears.audio
         setting: list[Any] = [CACHE_VERSION, self.config.training.max_length, audio.max_seconds, self.ears.windows.step]
         longest = self.ears.windows.longest

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flora_train.config.errors import user_error
-from flora_train.config.schema import ModelConfig
+from flora_train.config.model_schema import ModelConfig
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.models.context_length import apart_up_to, declared_positions, longest_readable
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flora_train.config.errors import UserError
-from flora_train.config.schema import ModelConfig
+from flora_train.config.model_schema import ModelConfig
 from flora_train.data.tokenization import check_tokenizer
 from flora_train.models.loading import (
     count_layers,

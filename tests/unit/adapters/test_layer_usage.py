@@ -15,7 +15,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer_usage import unusable_by_shape, unusable_layers
 from flora_train.adapters.targets import linear_layers
 from flora_train.config.errors import UserError
-from flora_train.config.schema import ModelConfig
+from flora_train.config.model_schema import ModelConfig
 from flora_train.models.loading import empty_model
 from tests.architectures import VOCABULARY, tiny_model
 from tests.conftest import mixed_specs, spec

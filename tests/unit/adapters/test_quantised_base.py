@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
-from flora_train.config.schema import ModelConfig
+from flora_train.config.model_schema import ModelConfig
 from flora_train.models.loading import check_quantiser
 from tests.architectures import tiny_model
 from tests.conftest import mixed_specs, perturb, spec

@@ -61,7 +61,7 @@ def test_the_command_line_sweeps_and_what_is_saved_is_the_same_run(tmp_path: Pat
         (
             {"x": {"method": "lora", "lr": 1e-3}},
             {"sweep": {"strategy": "halving"}},
-            r"sweep\.strategy = 'halving': has nothing to halve",
+            r"sweep\.strategy = 'halving': requires a sweep",
         ),
         (
             {"x": {"method": "lora", "lr": [1, 2]}},
@@ -71,7 +71,7 @@ def test_the_command_line_sweeps_and_what_is_saved_is_the_same_run(tmp_path: Pat
         (
             {"x": {"method": "lora", "lr": [1, 2]}},
             {"sweep": {"strategy": "halving", "rungs": [20, 40]}},
-            r"sweep\.rungs = 40: is no step before the end",
+            r"sweep\.rungs = 40: must be smaller than training\.steps = 40",
         ),
         (
             {"x": {"method": "lora", "lr": [1, 2]}},

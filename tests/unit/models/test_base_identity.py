@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flora_train.config.schema import ModelConfig
+from flora_train.config.model_schema import ModelConfig
 from flora_train.models import base_identity as base_files
 from flora_train.models.base_identity import KEPT, base_identity, weight_files
 

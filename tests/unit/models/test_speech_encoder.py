@@ -12,7 +12,7 @@ import torch
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
-from flora_train.config.schema import ModelConfig
+from flora_train.config.model_schema import ModelConfig
 from flora_train.data.batch import MixedBatch, Row
 from flora_train.models.loading import empty_model, load_base_model
 from flora_train.models.speech_encoder import as_base, count_positions, inputs_of, take_short_windows

@@ -115,8 +115,8 @@ def test_a_run_ends_when_all_have_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapter", "evaluation", "words"),
     [
-        ({"patience": 2}, {}, r"evaluation\.interval: adapters\.x\.patience counts evaluations during training"),
-        ({"min_delta": 0.1}, {"interval": 5}, r"adapters\.x\.min_delta = 0\.1: says what patience waits for"),
+        ({"patience": 2}, {}, r"evaluation\.interval: is required by adapters\.x\.patience"),
+        ({"min_delta": 0.1}, {"interval": 5}, r"adapters\.x\.min_delta = 0\.1: requires patience"),
         ({"patience": 0}, {"interval": 5}, r"adapters\.x\.patience = 0"),
     ],
 )

@@ -1,0 +1,96 @@
+"""Checks between sections: values that are each valid but contradict each other, and names that files cannot tell apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flora_train.config.adapter_schema import adapter_name, warmup_hint
+from flora_train.config.base import LONGEST_NAME
+from flora_train.config.errors import MOST_PROBLEMS, Problem, choices, did_you_mean
+from flora_train.config.task_schema import TaskConfig
+
+MOST_ADAPTERS = 100_000
+"""Adapters of one run: entries of `adapters` times their tasks."""
+RESERVED = "is what reports call the base model: rename it"
+
+
+class Contradictions(ValueError):
+    """Values of several sections that are each valid but do not go together."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(str(problem) for problem in problems))
+
+
+@dataclass(frozen=True)
+class AdapterOutline:
+    """The keys of an entry of `adapters` that other sections are compared with."""
+
+    tasks: Sequence[str] | None
+    """None: all tasks."""
+    warmup_steps: int = 0
+
+
+def disagreements(
+    tasks: Collection[str], adapters: Mapping[str, AdapterOutline], steps: int | None, *, split_tasks: Collection[str] = ()
+) -> list[Problem]:
+    """The contradictions between sections.
+
+    tasks: their names; steps: of the run, None if not known; split_tasks: tasks from which split_by makes others, whose names are not
+    known yet.
+    """
+    count = 0
+    for outline in adapters.values():
+        count += len(tasks if outline.tasks is None else outline.tasks)
+    if count > MOST_ADAPTERS:
+        hint = f"are {count:,} adapters with all their tasks: at most {MOST_ADAPTERS:,} train in one run; use several runs"
+        return [Problem("adapters", None, hint)]
+    problems = [*_reserved_names("tasks", tasks), *_reserved_names("adapters", adapters)]
+    known = frozenset(tasks)
+    prefixes = tuple(f"{name}_" for name in split_tasks)
+    for name, outline in adapters.items():
+        for task in outline.tasks or ():
+            if task not in known and not task.startswith(prefixes):
+                hint = f"is not a task; tasks are {choices(tasks)}.{did_you_mean(task, tasks)}"
+                problems.append(Problem(f"adapters.{name}.tasks", task, hint))
+        if warmup := warmup_hint(outline.warmup_steps, "training.steps", steps):
+            problems.append(Problem(f"adapters.{name}.warmup_steps", outline.warmup_steps, warmup))
+        if len(problems) >= MOST_PROBLEMS:
+            return problems
+    names = [adapter_name(task, name) for name, outline in adapters.items() for task in outline.tasks or tasks]
+    return problems + _unusable_names(names)
+
+
+def _reserved_names(section: str, names: Iterable[str]) -> list[Problem]:
+    return [Problem(f"{section}.{name}", None, RESERVED) for name in names if name.lower() == "base"]
+
+
+def _unusable_names(names: Sequence[str]) -> list[Problem]:
+    """Every adapter has files of its own, so that its name must be unique on every file system."""
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    hint = "two adapters (task-adapter) would have this name: rename a task or adapter"
+    problems = [Problem("adapters", name, hint) for name in twice]
+    first: dict[str, str] = {}
+    for name in names:
+        if len(name) > LONGEST_NAME:
+            hint = f"is the name of an adapter (task-adapter) and has more than {LONGEST_NAME} characters: rename the task or adapter"
+            problems.append(Problem("adapters", name, hint))
+        elif (other := first.setdefault(name.lower(), name)) != name:
+            hint = (
+                f"and {other} are adapters (task-adapter) whose names differ in case only, "
+                "which some file systems do not tell apart: rename one"
+            )
+            problems.append(Problem("adapters", name, hint))
+    return problems[:MOST_PROBLEMS]
+
+
+def mixed_task_types(tasks: Mapping[str, TaskConfig]) -> Problem | None:
+    """A base model reads either text or speech."""
+    speech = [name for name, task in tasks.items() if task.speech is not None]
+    if not speech or len(speech) == len(tasks):
+        return None
+    text = next(name for name in tasks if name not in speech)
+    hint = f"is missing, and tasks.{speech[0]} is a speech task: a base model is for text or for speech; make two runs"
+    return Problem(f"tasks.{text}.speech", None, hint)
