@@ -28,9 +28,9 @@ from flora_train.data.splits import seed_of
 from flora_train.data.tokenization import pad_token
 from flora_train.evaluation.bootstrap import compare_ratios
 from flora_train.evaluation.speech.error_rates import word_errors
-from flora_train.evaluation.speech.evaluate import LoggedTranscript, judged_split
+from flora_train.evaluation.speech.evaluate import LoggedTranscript, evaluation_split
 from flora_train.evaluation.speech.normalize import NORMALIZERS, normalizer_name
-from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
+from flora_train.evaluation.speech.transcribe import DecodedClip, Request, Transcriber
 from flora_train.run_context import RunContext, load_run
 from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.environment import available_cpus, environment
@@ -64,20 +64,26 @@ def train_alone(session: RunContext, adapter: int) -> PeftRun:
 
 def transcribe(session: RunContext, adapter: int, run: PeftRun) -> list[str]:
     """What it hears in the test clips of its language."""
-    config, task, ears = session.config, session.bank.specs[adapter].task, session.speech_processor
-    speech, split = config.tasks[task].speech, judged_split(session.tasks[task])
-    assert ears is not None
+    config, task, speech_processor = session.config, session.bank.specs[adapter].task, session.speech_processor
+    speech, split = config.tasks[task].speech, evaluation_split(session.tasks[task])
+    assert speech_processor is not None
     assert speech is not None
-    prompt, shared = tuple(ears.prompt(speech, task)), session.bank.shares_encoding(adapter)
-    requests = [Request(BASE_ID, split.heard(example), prompt, shared) for example in range(len(split))]
+    prompt, shared = tuple(speech_processor.prompt(speech, task)), session.bank.shares_encoding(adapter)
+    requests = [Request(BASE_ID, split.clip_ref(example), prompt, shared) for example in range(len(split))]
     texts = [""] * len(requests)
 
-    def keep(found: Transcript) -> None:
+    def keep(found: DecodedClip) -> None:
         texts[found.request] = found.text
 
     options, model = config.evaluation, run.model.get_base_model()
     writer = Transcriber(
-        model, ears.tokenizer, lambda rows: nullcontext(), ears.store, options.max_new_tokens, options.beams, options.batch_rows
+        model,
+        speech_processor.tokenizer,
+        lambda rows: nullcontext(),
+        speech_processor.store,
+        options.max_new_tokens,
+        options.beams,
+        options.batch_rows,
     )
     writer.run(requests, keep)
     return texts
@@ -113,7 +119,7 @@ def rows_of(session: RunContext, adapter: int, wrote: Mapping[tuple[str, str], M
     """One language's lines of the table."""
     bank, config = session.bank, session.config
     task = bank.specs[adapter].task
-    speech, split = config.tasks[task].speech, judged_split(session.tasks[task])
+    speech, split = config.tasks[task].speech, evaluation_split(session.tasks[task])
     assert speech is not None
     normalize = NORMALIZERS[normalizer_name(speech)]
     said = [normalize(str(sentence)) for sentence in split.sentences]

@@ -23,9 +23,9 @@ from flora_train.config.load import load_config
 from flora_train.data.task import load_tasks
 from flora_train.evaluation.bootstrap import compare_ratios
 from flora_train.evaluation.speech.error_rates import word_errors
-from flora_train.evaluation.speech.evaluate import judged_split
+from flora_train.evaluation.speech.evaluate import evaluation_split
 from flora_train.evaluation.speech.normalize import NORMALIZERS, normalizer_name
-from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
+from flora_train.evaluation.speech.transcribe import DecodedClip, Request, Transcriber
 from flora_train.models.loading import load_base_model, load_model_config, load_tokenizer
 from flora_train.run_context import build_speech_processor, cache_folder
 from flora_train.runtime.environment import available_cpus, environment
@@ -42,29 +42,31 @@ def transcribe(step: float | None, clips: int) -> tuple[dict[str, tuple[list[str
     length = ["training.tokens_per_step=200000"]
     config = load_config(["recipe=speech_local", *([] if words else ["audio.window_step=null"]), *words, *limits, *few, *length])
     tokenizer = load_tokenizer(config.model)
-    ears = build_speech_processor(config, load_model_config(config.model), tokenizer)
-    tasks = load_tasks(config, tokenizer, cache_folder(), ears)
+    speech_processor = build_speech_processor(config, load_model_config(config.model), tokenizer)
+    tasks = load_tasks(config, tokenizer, cache_folder(), speech_processor)
     model = load_base_model(config.model, torch.device("cpu"))
     requests, places = [], []
     for name, task in tasks.items():
         speech = config.tasks[name].speech
         assert speech is not None
-        prompt, split = tuple(ears.prompt(speech, name)), judged_split(task)
+        prompt, split = tuple(speech_processor.prompt(speech, name)), evaluation_split(task)
         for example in range(len(split)):
-            requests.append(Request(BASE_ID, split.heard(example), prompt, shares_encoding=True))
+            requests.append(Request(BASE_ID, split.clip_ref(example), prompt, shares_encoding=True))
             places.append((name, str(split.sentences[example])))
-    ears.store.get([request.heard for request in requests])  # features are no part of what is measured
+    speech_processor.store.get([request.clip for request in requests])  # features are no part of what is measured
     texts = [""] * len(requests)
 
-    def keep(found: Transcript) -> None:
+    def keep(found: DecodedClip) -> None:
         texts[found.request] = found.text
 
     options = config.evaluation
-    writer = Transcriber(model, tokenizer, lambda rows: nullcontext(), ears.store, options.max_new_tokens, 1, options.batch_rows)
+    writer = Transcriber(
+        model, tokenizer, lambda rows: nullcontext(), speech_processor.store, options.max_new_tokens, 1, options.batch_rows
+    )
     started = time.perf_counter()
     writer.run(requests, keep)
     seconds = time.perf_counter() - started
-    ears.store.close()
+    speech_processor.store.close()
     found: dict[str, tuple[list[str], list[str]]] = {}
     for (name, said), heard in zip(places, texts, strict=True):
         speech = config.tasks[name].speech

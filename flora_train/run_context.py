@@ -110,12 +110,12 @@ def _load(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks
     """Data first, then the model: what is wrong with a task is known before the long load."""
     prepare(config, device)
     check_quantiser(config.model, device)
-    tokenizer, tasks, ears = load_data(config, with_tasks)
+    tokenizer, tasks, speech_processor = load_data(config, with_tasks)
     model = load_base_model(config.model, torch.device("cpu") if sharded else device)
     base_hash = fingerprint(model) if sharded else None
-    features = None if ears is None else noise_features(ears.store.extractor)
+    features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
     bank = AdapterBank.attach(model, expand(config), config.seed, paging=paging_of(config), device=device, features=features)
-    return RunContext(config, folder, tokenizer, tasks, model, bank, ears, base_hash)
+    return RunContext(config, folder, tokenizer, tasks, model, bank, speech_processor, base_hash)
 
 
 def prepare(config: RunConfig, device: torch.device) -> None:
@@ -132,25 +132,30 @@ def load_data(config: RunConfig, with_tasks: bool = True) -> tuple[Any, dict[str
     check_tokenizer(tokenizer, config.model.path)
     model_config = load_model_config(config.model)
     check_kind(model_config, config)
-    ears = build_speech_processor(config, model_config, tokenizer) if is_speech_model(model_config) else None
-    tasks = load_tasks(config, tokenizer, cache_folder(), ears) if with_tasks else {}
-    if ears is not None:
-        check_transcripts(config, ears)
+    speech_processor = build_speech_processor(config, model_config, tokenizer) if is_speech_model(model_config) else None
+    tasks = load_tasks(config, tokenizer, cache_folder(), speech_processor) if with_tasks else {}
+    if speech_processor is not None:
+        check_transcripts(config, speech_processor)
     if tasks:
         check_tokens(config, tokenizer, tasks)
     if with_tasks and (idle := sorted(config.tasks.keys() - tasks.keys())):
         logger.warning(f"no adapter learns {', '.join(idle)}: not read")
-    return tokenizer, tasks, ears
+    return tokenizer, tasks, speech_processor
 
 
-def check_transcripts(config: RunConfig, ears: SpeechProcessor) -> None:
+def check_transcripts(config: RunConfig, speech_processor: SpeechProcessor) -> None:
     """Raises UserError if a transcript of evaluation.max_new_tokens is longer than the decoder can read."""
     for name, task in config.tasks.items():
         if task.speech is None:
             continue
-        room = ears.max_tokens - len(ears.prompt(task.speech, f"tasks.{name}")) + 1  # the last token is written, not read
+        room = (
+            speech_processor.max_tokens - len(speech_processor.prompt(task.speech, f"tasks.{name}")) + 1
+        )  # the last token is written, not read
         if config.evaluation.max_new_tokens > room:
-            hint = f"is more than the decoder has positions for ({ears.max_tokens}, its prompt among them): give at most {room}"
+            hint = (
+                f"is more than the decoder has positions for ({speech_processor.max_tokens}, its prompt among them): "
+                f"give at most {room}"
+            )
             raise user_error("evaluation.max_new_tokens", config.evaluation.max_new_tokens, hint)
 
 

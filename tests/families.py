@@ -48,12 +48,12 @@ SHARED = {"num_hidden_layers": 3, "attention_head_dim": 16, "attention_hidden_si
 @dataclass(frozen=True)
 class Family:
     """options: beside SIZES (None: not given); left_out: what the line on layers without adapters says of; refused: why it is not
-    trained; way: how its texts are written."""
+    trained; batching: how its texts are generated."""
 
     options: dict[str, Any]
     left_out: str = ""
     refused: str = ""
-    way: str = "together"
+    batching: str = "batched"
 
 
 CROSS, NOT_CAUSAL = "encoder_attn", "sees the tokens that it is to predict"
@@ -75,40 +75,40 @@ FAMILIES: dict[str, Family] = {
     "llama4_text": Family({}, left_out="feed_forward.router"),
     "longcat_flash": Family({"num_key_value_heads": 4, "head_dim": 4, "qk_head_dim": 8}, left_out="router.classifier"),
     # states beside keys and values
-    "mamba": Family({}, left_out="mixer.dt_proj", way="alone"),
-    "falcon_mamba": Family({}, left_out="mixer.dt_proj", way="alone"),
-    "mamba2": Family({"num_heads": 4, "head_dim": 16}, way="alone"),
+    "mamba": Family({}, left_out="mixer.dt_proj", batching="single_row"),
+    "falcon_mamba": Family({}, left_out="mixer.dt_proj", batching="single_row"),
+    "mamba2": Family({"num_heads": 4, "head_dim": 16}, batching="single_row"),
     "jamba": Family(
         {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
         left_out="mamba.dt_proj",
-        way="alone",
+        batching="single_row",
     ),
-    "bamba": Family({"attn_layer_indices": [1], "attn_rotary_emb": 8}, way="alone"),
-    "zamba": Family({**SHARED, "layer_types": ["linear_attention", "hybrid", "hybrid"]}, way="alone"),
+    "bamba": Family({"attn_layer_indices": [1], "attn_rotary_emb": 8}, batching="single_row"),
+    "zamba": Family({**SHARED, "layer_types": ["linear_attention", "hybrid", "hybrid"]}, batching="single_row"),
     "zamba2": Family(
         {**SHARED, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_mem_blocks": 1, "mamba_headdim": 16},
         left_out="gate_up_proj_adapter_list",
-        way="alone",
+        batching="single_row",
     ),
-    "recurrent_gemma": Family({"num_hidden_layers": 3}, way="afresh"),
-    "rwkv": Family({}, way="alone"),
-    "falcon_h1": Family({"mamba_d_ssm": 64}, way="alone"),
-    "lfm2": Family({"layer_types": ["conv", "full_attention"]}, way="alone"),
-    "lfm2_moe": Family({"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}, way="alone"),
-    "granitemoehybrid": Family(TWO_KINDS, way="alone"),
-    "nemotron_h": Family({}, way="alone"),
-    "qwen3_next": Family(TWO_KINDS, way="alone"),
-    "qwen3_5_text": Family(TWO_KINDS, way="alone"),
-    "minimax": Family(TWO_KINDS, way="alone"),
-    "olmo_hybrid": Family({}, way="alone"),
-    "xlstm": Family({"head_dim": None, "num_blocks": 2, "chunk_size": 4}, way="afresh"),
+    "recurrent_gemma": Family({"num_hidden_layers": 3}, batching="uncached"),
+    "rwkv": Family({}, batching="single_row"),
+    "falcon_h1": Family({"mamba_d_ssm": 64}, batching="single_row"),
+    "lfm2": Family({"layer_types": ["conv", "full_attention"]}, batching="single_row"),
+    "lfm2_moe": Family({"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}, batching="single_row"),
+    "granitemoehybrid": Family(TWO_KINDS, batching="single_row"),
+    "nemotron_h": Family({}, batching="single_row"),
+    "qwen3_next": Family(TWO_KINDS, batching="single_row"),
+    "qwen3_5_text": Family(TWO_KINDS, batching="single_row"),
+    "minimax": Family(TWO_KINDS, batching="single_row"),
+    "olmo_hybrid": Family({}, batching="single_row"),
+    "xlstm": Family({"head_dim": None, "num_blocks": 2, "chunk_size": 4}, batching="uncached"),
     # decoders of an encoder and a decoder, and models that also see
-    **dict.fromkeys(("bart", "pegasus", "mbart", "marian"), Family({}, left_out=CROSS, way="alone")),
-    "git": Family({}, left_out="git.image_encoder", way="alone"),
+    **dict.fromkeys(("bart", "pegasus", "mbart", "marian"), Family({}, left_out=CROSS, batching="single_row")),
+    "git": Family({}, left_out="git.image_encoder", batching="single_row"),
     "fuyu": Family({}, left_out="vision_embed_tokens"),
     "gemma3": Family({}, left_out="model.vision_tower"),
     "got_ocr2": Family({}, left_out="model.vision_tower"),
-    "deepseek_v32": Family({"num_key_value_heads": 4, "head_dim": 4}, left_out="self_attn.indexer", way="alone"),
+    "deepseek_v32": Family({"num_key_value_heads": 4, "head_dim": 4}, left_out="self_attn.indexer", batching="single_row"),
     # refused
     "xlnet": Family({}, refused="does not have its rows first: transformer.layer.0.ff.layer_1 gets"),
     "bert-generation": Family({}, refused=NOT_CAUSAL),

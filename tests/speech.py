@@ -94,7 +94,7 @@ def save_tiny_whisper(folder: Path) -> Path:
     return folder
 
 
-def tiny_ears(cache: Path, workers: int = 0, **audio: Any) -> SpeechProcessor:
+def tiny_speech_processor(cache: Path, workers: int = 0, **audio: Any) -> SpeechProcessor:
     store = FeatureStore(cache / "features", tiny_extractor(), 1.0, workers)
     settings = AudioConfig(**audio)
     windows = Windows(POSITIONS * GRAIN, settings.window_step, lambda samples: samples // GRAIN)

@@ -22,7 +22,7 @@ from flora_train.evaluation.code.problems.problem import prompt_file
 from flora_train.evaluation.code.programs.execute import STATUSES, preflight
 from flora_train.evaluation.code.programs.languages import find_language, load_languages
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
-from flora_train.evaluation.code.programs.verdicts import check_verdicts, judge_all
+from flora_train.evaluation.code.programs.verdicts import check_verdicts, collect_verdicts
 from flora_train.evaluation.code.scores import Scores, check_k
 from flora_train.runtime.environment import available_cpus
 
@@ -63,7 +63,7 @@ def execute_completions(file: str, words: Sequence[str]) -> None:
     sandbox = open_sandbox(options.sandbox)
     broken = preflight(languages.values(), sandbox)
     mine = [c for c in mine if c.problem.language not in broken]
-    records = judge_all(mine, languages, sandbox, out, options.workers or available_cpus())
+    records = collect_verdicts(mine, languages, sandbox, out, options.workers or available_cpus())
     if records:
         _print(Scores(records.values()), options.k)
         print_plain(f"verdicts  {out}" + ("" if sandbox.kind == "bubblewrap" else "  (unconfined: sandbox=none)"))

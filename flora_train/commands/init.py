@@ -183,9 +183,9 @@ def raw_recipe(name: str, model: str, found: Mapping[str, Found], steps: int, to
 
 def sizes(config: RunConfig) -> tuple[int, int]:
     """Steps and tokens of a step: room for a draw of every task's longest examples, EPOCHS times over the data, 20 to 1,000 steps. Reads it."""
-    _, tasks, ears = load_data(config)
-    if ears is not None:
-        ears.store.close()
+    _, tasks, speech_processor = load_data(config)
+    if speech_processor is not None:
+        speech_processor.store.close()
     adapters = len(config.adapters)
     draw = max(PER_DRAW * adapters * int(task.train.lengths.max()) for task in tasks.values())
     tokens = max(4096, -(-draw // 1024) * 1024)

@@ -101,7 +101,7 @@ def capacity(config: RunConfig) -> Capacity:
     """Reads the data (as the run would; it is cached), and trains a step on a model of one and of two layers with random weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare(config, device)
-    tokenizer, tasks, ears = load_data(config)
+    tokenizer, tasks, speech_processor = load_data(config)
     check_texts(config, tokenizer)
     pools = pools_of(config)
     largest = max(pool.row_size for pool in pools)
@@ -114,10 +114,10 @@ def capacity(config: RunConfig) -> Capacity:
     size = BYTES.get(config.model.quantization, resolve_dtype(config.model.dtype, device).itemsize)
     base = int(part * size * sum(tensor.numel() for tensor in model.parameters()))
     try:
-        cost = cost_of_a_step(config, device, tasks, pad_token(tokenizer), ears)
+        cost = cost_of_a_step(config, device, tasks, pad_token(tokenizer), speech_processor)
     finally:
-        if ears is not None:
-            ears.store.close()
+        if speech_processor is not None:
+            speech_processor.store.close()
     slots: int | None = None if config.paging.device_slots == "auto" else config.paging.device_slots
     if slots is None and device.type == "cuda":
         slots = max(1, int((free_device - base) * OF_FREE_MEMORY) // (PLANES * FLOAT * largest))

@@ -15,7 +15,7 @@ from flora_train.config.unused_keys import notes_on_unused
 from flora_train.data.task import notes_on_rows
 from flora_train.data.tokenization import pad_token, tokenizer_hash
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation, prompts_of
-from flora_train.evaluation.generation import check_prompts, note_of
+from flora_train.evaluation.generation import batching_note, check_prompts
 from flora_train.evaluation.report.results import read_report
 from flora_train.evaluation.report.terminal import (
     show,
@@ -184,5 +184,5 @@ def check_texts(session: RunContext, plan: Plan | None) -> None:
         return
     rows, model_config = count_tokens(session.model), session.model.config
     check_prompts(session.tokenizer, prompts, rows, config.model, model_config, config.evaluation.max_new_tokens)
-    if (note := note_of(session.model)) is not None:
+    if (note := batching_note(session.model)) is not None:
         logger.warning(note)

@@ -67,9 +67,9 @@ Collate = Callable[[Sequence[Row], Callable[[str], TokenSplit], int], MixedBatch
 
 def prefetch(collate: Collate, rows: Sequence[Row], split_of: Callable[[str], TokenSplit]) -> None:
     """Tell a `collate` that can prepare rows in the background which ones come next."""
-    ahead: Callable[..., None] | None = getattr(collate, "ahead", None)
-    if ahead is not None:
-        ahead(rows, split_of)
+    start: Callable[..., None] | None = getattr(collate, "prefetch", None)
+    if start is not None:
+        start(rows, split_of)
 
 
 def group_by_length(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:

@@ -46,8 +46,10 @@ class Task:
     """The release that the rows are from, where it has a name."""
 
 
-def load_tasks(config: RunConfig, tokenizer: Any, cache: Path, ears: SpeechProcessor | None = None) -> dict[str, Task]:
-    """All tasks that some adapter learns. ears: where they are speech. Raises one UserError with the faults of all their sources,
+def load_tasks(
+    config: RunConfig, tokenizer: Any, cache: Path, speech_processor: SpeechProcessor | None = None
+) -> dict[str, Task]:
+    """All tasks that some adapter learns. speech_processor: where they are speech. Raises one UserError with the faults of all their sources,
     formats, splits and step sizes."""
     problems: list[Problem] = []
     tasks: dict[str, Task] = {}
@@ -65,7 +67,7 @@ def load_tasks(config: RunConfig, tokenizer: Any, cache: Path, ears: SpeechProce
         if name in missing:
             continue
         try:
-            load = load_text_task if ears is None else partial(load_spoken_task, ears=ears)
+            load = load_text_task if speech_processor is None else partial(load_spoken_task, speech_processor=speech_processor)
             tasks[name] = load(name, task, config, tokenizer, cache)
         except UserError as error:
             problems += error.problems
@@ -113,9 +115,11 @@ def draw_problem(task: str, lengths: NDArray[np.int64], adapters: int, examples:
     return Problem("training.tokens_per_step", tokens_per_step, hint)
 
 
-def load_spoken_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path, ears: SpeechProcessor) -> Task:
+def load_spoken_task(
+    name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path, speech_processor: SpeechProcessor
+) -> Task:
     """A task of clips with transcripts."""
-    found = load_speech_task(name, task, config, ears, cache)
+    found = load_speech_task(name, task, config, speech_processor, cache)
     return Task(name, task.weight, found.train, found.validation, found.data_hash, found.test, found.origin)
 
 

@@ -19,17 +19,17 @@ AT_ONCE = 1 << 25
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its bootstrap percentile interval. alone: of a single example, which says nothing of others: the interval has no width, and
+    """A figure and its bootstrap percentile interval. single_example: of a single example, which says nothing of others: the interval has no width, and
     nothing is clear."""
 
     value: float
     low: float
     high: float
-    alone: bool = False
+    single_example: bool = False
 
     @property
     def excludes_zero(self) -> bool:
-        return not self.alone and (self.low > 0 or self.high < 0)
+        return not self.single_example and (self.low > 0 or self.high < 0)
 
     def record(self) -> dict[str, Any]:
         """As it is written down. JSON has no NaN: what is not finite is null."""
@@ -89,16 +89,16 @@ class _Differences(Mapping[tuple[int, int], Estimate]):
     """Of every pair, made when it is asked for: a sweep of thousands has millions of pairs."""
 
     def __init__(
-        self, point: Mapping[int, float], ratios: Mapping[int, NDArray[np.float64]], confidence: float, alone: bool
+        self, point: Mapping[int, float], ratios: Mapping[int, NDArray[np.float64]], confidence: float, single_example: bool
     ) -> None:
-        self.point, self.ratios, self.confidence, self.alone = point, ratios, confidence, alone
+        self.point, self.ratios, self.confidence, self.single_example = point, ratios, confidence, single_example
 
     def __getitem__(self, pair: tuple[int, int]) -> Estimate:
         a, b = pair
         if a == b:
             raise KeyError(pair)
         with np.errstate(invalid="ignore"):
-            return _estimate(self.point[a] - self.point[b], self.ratios[a] - self.ratios[b], self.confidence, self.alone)
+            return _estimate(self.point[a] - self.point[b], self.ratios[a] - self.ratios[b], self.confidence, self.single_example)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return permutations(self.point, 2)
@@ -107,7 +107,7 @@ class _Differences(Mapping[tuple[int, int], Estimate]):
         return len(self.point) * (len(self.point) - 1)
 
 
-def _estimate(value: float, resampled: NDArray[np.float64], confidence: float, alone: bool) -> Estimate:
+def _estimate(value: float, resampled: NDArray[np.float64], confidence: float, single_example: bool) -> Estimate:
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high), alone)
+    return Estimate(value, float(low), float(high), single_example)

@@ -45,10 +45,10 @@ def adapters_of_steps(config: RunConfig, tasks: Mapping[str, Task]) -> list[froz
 
 
 def cost_of_a_step(
-    config: RunConfig, device: torch.device, tasks: Mapping[str, Task], pad: int, ears: SpeechProcessor | None
+    config: RunConfig, device: torch.device, tasks: Mapping[str, Task], pad: int, speech_processor: SpeechProcessor | None
 ) -> Cost:
     """What all layers cost, by what the second adds to the first."""
-    one, two = (measure(config, layers, device, tasks, pad, ears) for layers in (1, 2))
+    one, two = (measure(config, layers, device, tasks, pad, speech_processor) for layers in (1, 2))
     more = count_layers(config.model) - 1
     return Cost(
         one.step_seconds + more * max(0.0, two.step_seconds - one.step_seconds),
@@ -57,7 +57,12 @@ def cost_of_a_step(
 
 
 def measure(
-    config: RunConfig, layers: int, device: torch.device, tasks: Mapping[str, Task], pad: int, ears: SpeechProcessor | None
+    config: RunConfig,
+    layers: int,
+    device: torch.device,
+    tasks: Mapping[str, Task],
+    pad: int,
+    speech_processor: SpeechProcessor | None,
 ) -> Cost:
     """The largest micro-batch of the first step that holds most tokens, forward, backward and update; the better of two after a first.
     Only the adapters of that step are there."""
@@ -68,7 +73,7 @@ def measure(
     present = {name for draw in mixture.step(number) for name in draw.adapters}
     there: list[AdapterSpec] = [spec for spec in specs if spec.name in present]
     model = shallow_model(config.model, layers, device)
-    features = None if ears is None else noise_features(ears.store.extractor)
+    features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
     bank = AdapterBank.attach(model, there, config.seed, features=features)
     check_rows(model, pad, features)
     plan = plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch)
@@ -86,7 +91,7 @@ def measure(
         pad,
         RunFolder(Path(config.folder)),
         SimpleNamespace(log=lambda *args, **options: None),
-        collate if ears is None else SpeechCollate(ears.store, config.audio.spec_augment),
+        collate if speech_processor is None else SpeechCollate(speech_processor.store, config.audio.spec_augment),
     )
     set_mode(model, training=True)
     saved = _Saved()

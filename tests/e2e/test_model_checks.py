@@ -26,7 +26,7 @@ from flora_train.config.load import load_config
 from flora_train.evaluation.generation.context_limit import check_prompts
 from flora_train.run_context import check_transcripts, load_data
 from tests.families import family_config
-from tests.speech import tiny_ears
+from tests.speech import tiny_speech_processor
 from tests.unit.data.conftest import byte_tokenizer
 
 POSITIONS = 24
@@ -175,12 +175,12 @@ def test_transcripts_longer_than_the_decoders_positions_are_refused(tmp_path: Pa
     raw = {"name": "x", "model": {"path": "x"}, "tasks": tasks, "adapters": {"lora": {"method": "lora", "lr": 1e-3}}}
     path = tmp_path / "speech.yaml"
     path.write_text(yaml.safe_dump({**raw, "training": {"steps": 1}}))
-    ears = tiny_ears(tmp_path)
-    check_transcripts(load_config([f"recipe={path}", "evaluation.max_new_tokens=93"]), ears)
+    speech_processor = tiny_speech_processor(tmp_path)
+    check_transcripts(load_config([f"recipe={path}", "evaluation.max_new_tokens=93"]), speech_processor)
     with pytest.raises(
         UserError, match=r"max_new_tokens = 94: is more than the decoder has positions for \(96, .*: give at most 93"
     ):
-        check_transcripts(load_config([f"recipe={path}", "evaluation.max_new_tokens=94"]), ears)
+        check_transcripts(load_config([f"recipe={path}", "evaluation.max_new_tokens=94"]), speech_processor)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def _texts(family: Family) -> str:
     return (
         ""
         if family.refused
-        else {"together": "together", "alone": "one at a time", "afresh": "one at a time, read again"}[family.way]
+        else {"batched": "together", "single_row": "one at a time", "uncached": "one at a time, read again"}[family.batching]
     )
 
 

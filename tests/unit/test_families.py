@@ -12,7 +12,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer_usage import described
 from flora_train.config.errors import UserError
 from flora_train.evaluation.generation import complete
-from flora_train.evaluation.generation.batching_mode import way_of
+from flora_train.evaluation.generation.batching_mode import batching_mode
 from flora_train.training.row_check import check_rows
 from tests.conftest import perturb, spec
 from tests.families import FAMILIES, QUICK, family_model
@@ -74,7 +74,7 @@ def test_mixed_texts_are_those_of_the_models_own_generate(name: str) -> None:
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)  # without forced tokens, as ours
     bank = AdapterBank.attach(model, [spec("lora", rank=2)])
     perturb(bank, 0.3)
-    assert way_of(model) == FAMILIES[name].way
+    assert batching_mode(model) == FAMILIES[name].batching
     prompts = ["function add(a, b)", "x", "return"]
     mixed = complete(model, bank, tokenizer, [(prompt, adapter) for prompt in prompts for adapter in (0, -1)], 6)
     assert len(set(mixed)) > 2
@@ -82,14 +82,14 @@ def test_mixed_texts_are_those_of_the_models_own_generate(name: str) -> None:
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
         for adapter in (0, -1):
             with bank.routed([adapter]):
-                written = _written(model, ids, FAMILIES[name].way)
+                written = _written(model, ids, FAMILIES[name].batching)
             assert mixed[2 * i - adapter] == tokenizer.decode(written, skip_special_tokens=True)
 
 
 @torch.no_grad()
-def _written(model: Any, ids: torch.Tensor, way: str) -> torch.Tensor:
+def _written(model: Any, ids: torch.Tensor, batching: str) -> torch.Tensor:
     """Six tokens, by the model's own generate; by its forward where its generate does not give what that gives."""
-    if way != "afresh":
+    if batching != "uncached":
         options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": byte_tokenizer().pad_token_id}
         return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
     begin = ids.shape[1]

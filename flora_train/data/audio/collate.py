@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flora_train.data.audio.features import FeatureStore, Heard, input_name
+from flora_train.data.audio.features import ClipRef, FeatureStore, input_name
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.batch import IGNORE, MixedBatch, Row
 from flora_train.data.tokenization import TokenSplit
@@ -26,15 +26,15 @@ class SpeechCollate:
     def __init__(self, store: FeatureStore, spec_augment: bool) -> None:
         self.store, self.spec_augment = store, spec_augment
 
-    def ahead(self, rows: Sequence[Row], split_of: Callable[[str], TokenSplit]) -> None:
+    def prefetch(self, rows: Sequence[Row], split_of: Callable[[str], TokenSplit]) -> None:
         """Let the features of these rows be made, for a batch that comes soon."""
-        self.store.ahead(dict.fromkeys(_heard(row, split_of) for row in rows))
+        self.store.prefetch(dict.fromkeys(_clip_ref(row, split_of) for row in rows))
 
     def __call__(self, rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:
         """All rows have one window. Rows of one clip, and of one seed where it is augmented, share its features."""
         keys = [(row.task, row.example, row.seed) for row in rows]
         places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        features = self.store.get([_heard(rows[keys.index(key)], split_of) for key in places])
+        features = self.store.get([_clip_ref(rows[keys.index(key)], split_of) for key in places])
         heard = [feature.astype(np.float32) for feature in features]
         if self.spec_augment:
             heard = [one if seed is None else augmented(one, seed) for one, (_, _, seed) in zip(heard, places, strict=True)]
@@ -73,7 +73,7 @@ def augmented(features: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     return masked
 
 
-def _heard(row: Row, split_of: Callable[[str], TokenSplit]) -> Heard:
+def _clip_ref(row: Row, split_of: Callable[[str], TokenSplit]) -> ClipRef:
     split = split_of(row.task)
     assert isinstance(split, SpeechSplit)
-    return split.heard(row.example)
+    return split.clip_ref(row.example)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Heard:
+class ClipRef:
     """A clip as an encoder gets it: its file, the SHA-256 of its bytes, and the samples of its window."""
 
     path: str
@@ -46,17 +46,17 @@ class FeatureStore:
         self._pool: ProcessPoolExecutor | None = None
         self._bytes: int | None = None
 
-    def ahead(self, clips: Iterable[Heard]) -> None:
+    def prefetch(self, clips: Iterable[ClipRef]) -> None:
         """Let the workers begin with what is not on disk."""
         for clip in clips:
             path = self._path(clip)
             if self.workers and path not in self._coming and not _is_there(path):
                 self._coming[path] = self.submit(_features, self.extractor, clip)
 
-    def get(self, clips: Sequence[Heard]) -> list[NDArray[Any]]:
+    def get(self, clips: Sequence[ClipRef]) -> list[NDArray[Any]]:
         """The features of these clips, in their order."""
         with self.ended_by_errors():
-            self.ahead(clips)
+            self.prefetch(clips)
             return [self._get(clip) for clip in clips]
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -82,7 +82,7 @@ class FeatureStore:
             self._pool = None
         self._coming.clear()
 
-    def _get(self, clip: Heard) -> NDArray[Any]:
+    def _get(self, clip: ClipRef) -> NDArray[Any]:
         path = self._path(clip)
         coming = self._coming.pop(path, None)
         if coming is None and _is_there(path):
@@ -98,7 +98,7 @@ class FeatureStore:
         self._keep(path, features)
         return features
 
-    def _path(self, clip: Heard) -> Path:
+    def _path(self, clip: ClipRef) -> Path:
         key = sha256(f"{self._settings}\x1f{clip.sha}\x1f{clip.samples}".encode()).hexdigest()
         return self.folder / key[:2] / f"{key[2:40]}.npy"
 
@@ -165,7 +165,7 @@ def input_name(extractor: Any) -> str:
     return str(extractor.model_input_names[0])
 
 
-def _features(extractor: Any, clip: Heard) -> NDArray[Any]:
+def _features(extractor: Any, clip: ClipRef) -> NDArray[Any]:
     """Features of a clip, padded with silence to its window. Raises ClipError."""
     samples = read_clip(Path(clip.path))[: clip.samples]
     return extracted(extractor, np.pad(samples, (0, clip.samples - len(samples))))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flora_train.data.audio.features import Heard
+from flora_train.data.audio.features import ClipRef
 from flora_train.data.tokenization import SplitCounts, TokenSplit
 
 
@@ -45,9 +45,9 @@ class SpeechSplit(TokenSplit):
     def window(self, index: int) -> int:
         return int(self.windows[index])
 
-    def heard(self, index: int) -> Heard:
+    def clip_ref(self, index: int) -> ClipRef:
         """The clip of an example, as the encoder gets it."""
-        return Heard(str(self.paths[index]), str(self.shas[index]), int(self.samples[index]))
+        return ClipRef(str(self.paths[index]), str(self.shas[index]), int(self.samples[index]))
 
 
 def speech_split(utterances: Sequence[Utterance], prompt_tokens: int, counts: SplitCounts) -> SpeechSplit:

@@ -57,11 +57,13 @@ class SpeechTask:
     origin: str
 
 
-def load_speech_task(name: str, task: TaskConfig, config: RunConfig, ears: SpeechProcessor, cache: Path) -> SpeechTask:
+def load_speech_task(
+    name: str, task: TaskConfig, config: RunConfig, speech_processor: SpeechProcessor, cache: Path
+) -> SpeechTask:
     """Raises UserError if a column is missing, a language unknown, or a split has no usable clip."""
     assert task.speech is not None
     key = f"tasks.{name}"
-    prompt = ears.prompt(task.speech, key)
+    prompt = speech_processor.prompt(task.speech, key)
     lines: dict[str, list[Line]] = {}
     rows_of = {"train": task.train, "validation": task.validation, "test": task.test}
     origins: list[str] = []
@@ -75,7 +77,7 @@ def load_speech_task(name: str, task: TaskConfig, config: RunConfig, ears: Speec
         seed = seed_of_rows(config, name, "split")
         lines["train"], lines["validation"] = hold_out(lines["train"], task.validation_fraction, seed, key, group)
     limits = {"train": task.max_examples, "validation": task.max_validation_examples, "test": task.max_test_examples}
-    make = _SplitMaker(name, config, ears, prompt, cache)
+    make = _SplitMaker(name, config, speech_processor, prompt, cache)
     made: dict[str, SpeechSplit] = {}
     apart: list[Line] = []
     for split in ("test", "validation", "train"):
@@ -87,8 +89,8 @@ def load_speech_task(name: str, task: TaskConfig, config: RunConfig, ears: Speec
 
 
 class _SplitMaker:
-    def __init__(self, name: str, config: RunConfig, ears: SpeechProcessor, prompt: list[int], cache: Path) -> None:
-        self.name, self.config, self.ears, self.prompt, self.cache = name, config, ears, prompt, cache
+    def __init__(self, name: str, config: RunConfig, speech_processor: SpeechProcessor, prompt: list[int], cache: Path) -> None:
+        self.name, self.config, self.speech_processor, self.prompt, self.cache = name, config, speech_processor, prompt, cache
         self.special_tokens = config.tasks[name].special_tokens
         self.hashes: list[str] = []
 
@@ -104,19 +106,24 @@ class _SplitMaker:
                 left_out[TWICE].append(line.path)
             elif line.path in paths or _same(line.sentence) in sentences:
                 left_out[HELD_OUT].append(line.path)
-            elif line.seconds is not None and line.seconds > self.ears.max_seconds:
+            elif line.seconds is not None and line.seconds > self.speech_processor.max_seconds:
                 left_out[OVER_LONG].append(line.path)
             else:
                 usable[line.path] = line
         chosen = sample(list(usable.values()), limit, seed_of_rows(self.config, self.name, split))
-        audio = self.ears.audio
-        setting: list[Any] = [CACHE_VERSION, self.config.training.max_length, audio.max_seconds, self.ears.windows.step]
-        longest = self.ears.windows.longest
+        audio = self.speech_processor.audio
+        setting: list[Any] = [
+            CACHE_VERSION,
+            self.config.training.max_length,
+            audio.max_seconds,
+            self.speech_processor.windows.step,
+        ]
+        longest = self.speech_processor.windows.longest
         setting += [
             longest,
-            self.ears.windows.positions(longest),
+            self.speech_processor.windows.positions(longest),
             self.prompt,
-            tokenizer_hash(self.ears.tokenizer),
+            tokenizer_hash(self.speech_processor.tokenizer),
             self.special_tokens,
             len(lines),
             dict(left_out),
@@ -139,20 +146,20 @@ class _SplitMaker:
     ) -> SpeechSplit:
         unusable = defaultdict(list, {reason: list(paths) for reason, paths in left_out.items()})
         utterances, written = [], Counter[str]()
-        room = min(self.config.training.max_length, self.ears.max_tokens)
-        clips = self.ears.look([line.path for line in chosen], f"{self.name} ({split})")
+        room = min(self.config.training.max_length, self.speech_processor.max_tokens)
+        clips = self.speech_processor.look([line.path for line in chosen], f"{self.name} ({split})")
         for line, clip in zip(chosen, clips, strict=True):
-            tokens, special = self.ears.transcript(self.prompt, line.sentence, self.special_tokens)
+            tokens, special = self.speech_processor.transcript(self.prompt, line.sentence, self.special_tokens)
             written += special
             if clip.fault is not None:
                 unusable[clip.fault].append(line.path)
-            elif clip.seconds > self.ears.max_seconds:
+            elif clip.seconds > self.speech_processor.max_seconds:
                 unusable[OVER_LONG].append(line.path)
             elif len(tokens) > room:
                 unusable[TOO_MANY_TOKENS].append(line.path)
             else:
-                samples = self.ears.windows.samples(clip.seconds)
-                positions = self.ears.windows.positions(samples)
+                samples = self.speech_processor.windows.samples(clip.seconds)
+                positions = self.speech_processor.windows.positions(samples)
                 utterances.append(Utterance(line.path, clip.sha, clip.seconds, line.sentence, samples, positions, tokens))
         tokens_made = sum(len(u.tokens) for u in utterances)
         counts = SplitCounts(

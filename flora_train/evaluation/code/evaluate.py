@@ -27,14 +27,14 @@ from flora_train.evaluation.code.contenders import (
     languages_of,
     peft_contender,
 )
-from flora_train.evaluation.code.generate import solve
+from flora_train.evaluation.code.generate import generate_completions
 from flora_train.evaluation.code.problems.suites import Suite, load_suite
 from flora_train.evaluation.code.programs.execute import preflight
 from flora_train.evaluation.code.programs.languages import Language, find_language, load_languages
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
-from flora_train.evaluation.code.programs.verdicts import judge_all, read_verdicts
+from flora_train.evaluation.code.programs.verdicts import collect_verdicts, read_verdicts
 from flora_train.evaluation.code.summary import read_summary, summarise, write_summary
-from flora_train.evaluation.code.wins_and_losses import cases
+from flora_train.evaluation.code.wins_and_losses import wins_and_losses
 from flora_train.evaluation.generation import Decoder, Sampling, check_prompts
 from flora_train.evaluation.generation.context_limit import Prompts
 from flora_train.models.probe_inputs import count_tokens
@@ -178,7 +178,7 @@ def evaluate_code(
             log = logs[suite.name]
             known = log.read()
             wait_for_everyone()  # all have read before one writes
-            solve(decoder, writers, suite, options.num_samples, log, known)
+            generate_completions(decoder, writers, suite, options.num_samples, log, known)
             wait_for_everyone()
 
     write(model, bank.routed, contenders)
@@ -187,7 +187,7 @@ def evaluate_code(
         for source in peft:
             _write_alone(write, source, load_base, languages)
     for suite in plan.suites:
-        on_main_process(partial(_judge, config, plan, suite, bank, logs[suite.name]))
+        on_main_process(partial(_execute_and_score, config, plan, suite, bank, logs[suite.name]))
 
 
 def _write_alone(
@@ -201,7 +201,7 @@ def _write_alone(
         write(adapted, route, [contender])
 
 
-def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: CompletionLog) -> None:
+def _execute_and_score(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: CompletionLog) -> None:
     """Execute what the log has in the plan's languages, and score all that it has verdicts on, also of earlier calls in other
     languages or with further contenders."""
     logged = list(log.read().values())
@@ -212,7 +212,7 @@ def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: 
     ]
     if completions:
         workers = config.evaluation.workers or available_cpus()
-        judge_all(completions, plan.languages, open_sandbox(config.evaluation.sandbox), log.verdicts, workers)
+        collect_verdicts(completions, plan.languages, open_sandbox(config.evaluation.sandbox), log.verdicts, workers)
     known = {language: (len(problems), suite.sha(language)) for language, problems in suite.problems.items()}
     earlier = {part["language"]: part for part in read_summary(log.path)["languages"]}
     for language, part in earlier.items():
@@ -227,5 +227,7 @@ def _judge(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: 
     contenders += [Contender(name, name, BASE_ID, tuple(known), "") for name in others]
     broken = {**plan.broken, **suite.missing}
     shown = {language: part.get("cases", []) for language, part in earlier.items()}
-    shown |= {language: cases(problems, language, contenders, logged, scored) for language, problems in suite.problems.items()}
+    shown |= {
+        language: wins_and_losses(problems, language, contenders, logged, scored) for language, problems in suite.problems.items()
+    }
     write_summary(summarise(config, suite, known, contenders, logged, scored, broken, shown), log.path)

@@ -14,7 +14,7 @@ from flora_train.runtime.distributed import world
 from flora_train.runtime.progress import ProgressBar
 
 
-def solve(
+def generate_completions(
     decoder: Decoder,
     contenders: Sequence[Contender],
     suite: Suite,

@@ -11,7 +11,7 @@ from flora_train.evaluation.code.contenders import Contender
 from flora_train.evaluation.code.problems.problem import Problem
 
 
-def cases(
+def wins_and_losses(
     problems: Mapping[str, Problem],
     language: str,
     contenders: Iterable[Contender],

@@ -8,9 +8,9 @@ room.py      whether there is room for a prompt and its continuation
 sampling.py  the next token of every row; what is drawn depends on the row alone
 """
 
-from flora_train.evaluation.generation.batching_mode import note_of
+from flora_train.evaluation.generation.batching_mode import batching_note
 from flora_train.evaluation.generation.context_limit import check_prompts, check_room
 from flora_train.evaluation.generation.decoder import Blocks, Decoder, Generated, Request, complete
 from flora_train.evaluation.generation.sampling import Sampling
 
-__all__ = ["Blocks", "Decoder", "Generated", "Request", "Sampling", "check_prompts", "check_room", "complete", "note_of"]
+__all__ = ["Blocks", "Decoder", "Generated", "Request", "Sampling", "batching_note", "check_prompts", "check_room", "complete"]

@@ -17,7 +17,7 @@ from flora_train.evaluation.generation.attention import decoding_attention
 from flora_train.evaluation.generation.kv_cache import RowCache
 from flora_train.models.probe_inputs import device_of, plain_tokens, undisturbed
 
-Way = Literal["together", "alone", "afresh"]
+BatchingMode = Literal["batched", "single_row", "uncached"]
 """together: in one batch, with our own cache of keys and values; alone: one row at a time, by the model's own `generate`, with the
 cache that belongs to it; afresh: one row at a time, reading all of its tokens again for each new one."""
 
@@ -31,10 +31,10 @@ CLOSE = {True: 1e-3, False: 0.03}
 ROUGH, TIMES = 0.15, 3
 """In 16 bits, what is taken for rounding at most, and how many times the difference of the model's own generate, or that which one place of
 its embedded tokens makes. Tens of layers round differently in every shape of a batch, and experts are chosen by a hair."""
-_KNOWN: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, BatchingMode] = WeakKeyDictionary()
 
 
-def way_of(model: nn.Module) -> Way:
+def batching_mode(model: nn.Module) -> BatchingMode:
     """The fastest way in which the model gives the logits that it gives without any cache. Tried once on two prompts of a few tokens.
     Collective where the base is divided."""
     if model not in _KNOWN:
@@ -43,12 +43,12 @@ def way_of(model: nn.Module) -> Way:
     return _KNOWN[model]
 
 
-def note_of(model: nn.Module) -> str | None:
-    """What is to be said of the way; None where rows are decoded together."""
-    name, way = type(model).__name__, way_of(model)
-    if way == "together":
+def batching_note(model: nn.Module) -> str | None:
+    """What is to be said of the mode; None where rows are decoded together."""
+    name, mode = type(model).__name__, batching_mode(model)
+    if mode == "batched":
         return None
-    how = "by its own generate" if way == "alone" else "reading all tokens again for each new one"
+    how = "by its own generate" if mode == "single_row" else "reading all tokens again for each new one"
     return f"{name} writes texts one row at a time, {how}: rows of a batch cannot share its cache"
 
 
@@ -67,11 +67,16 @@ def takes_of(model: Any) -> Collection[str]:
 
 
 def write_row(
-    model: Any, way: Way, prompt: list[int], choose: Callable[[Tensor], int], ended: Callable[[], bool], max_new_tokens: int
+    model: Any,
+    mode: BatchingMode,
+    prompt: list[int],
+    choose: Callable[[Tensor], int],
+    ended: Callable[[], bool],
+    max_new_tokens: int,
 ) -> None:
     """Write one row: choose(logits [1, V]) gives each next token, until `ended` or max_new_tokens."""
     ids = torch.tensor([prompt], device=device_of(model))
-    if way == "alone":
+    if mode == "single_row":
         _generate(model, ids, choose, ended, max_new_tokens)
         return
     keep = {"logits_to_keep": 1} if "logits_to_keep" in takes_of(model) else {}
@@ -115,20 +120,20 @@ def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _find(model: Any) -> Way:
+def _find(model: Any) -> BatchingMode:
     prompts = [ids.tolist() for ids in plain_tokens(_inner(model), sum(PROMPTS)).split(list(PROMPTS))]
     coming = plain_tokens(_inner(model), sum(PROMPTS) + 2 * NEW)[sum(PROMPTS) :].view(2, NEW).tolist()
     truth = [_without_cache(model, prompt, new) for prompt, new in zip(prompts, coming, strict=True)]
     close = CLOSE[next(model.parameters()).dtype not in (torch.bfloat16, torch.float16)]
     ours = _furthest(lambda: _together(model, prompts, coming), truth) if _remembers_keys_alone(model) else float("inf")
     if ours <= close:
-        return "together"
+        return "batched"
     own = _furthest(lambda: _alone(model, prompts, coming), truth) if hasattr(model, "generate") else float("inf")
     if close > CLOSE[True] and ours <= ROUGH:
         rounding = [own, _furthest(lambda: _rounded_anew(model, prompts, coming), truth)]
         if ours <= TIMES * max(found for found in [0.0, *rounding] if found <= ROUGH):
-            return "together"
-    return "alone" if own <= max(close, ROUGH if close > CLOSE[True] else 0.0) else "afresh"
+            return "batched"
+    return "single_row" if own <= max(close, ROUGH if close > CLOSE[True] else 0.0) else "uncached"
 
 
 def _remembers_keys_alone(model: Any) -> bool:
@@ -208,6 +213,6 @@ def _alone(model: Any, prompts: list[list[int]], coming: list[list[int]]) -> lis
             seen.append(logits[0].clone())
             return new[len(seen) - 1]
 
-        write_row(model, "alone", prompt, choose, lambda: False, NEW)
+        write_row(model, "single_row", prompt, choose, lambda: False, NEW)
         found.append(torch.stack(seen))
     return found

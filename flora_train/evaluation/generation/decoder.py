@@ -15,7 +15,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.tokenization import pad_token
 from flora_train.evaluation.generation.attention import decoding_attention
-from flora_train.evaluation.generation.batching_mode import Way, read, takes_of, way_of, write_row
+from flora_train.evaluation.generation.batching_mode import BatchingMode, batching_mode, read, takes_of, write_row
 from flora_train.evaluation.generation.context_limit import check_room
 from flora_train.evaluation.generation.kv_cache import RowCache
 from flora_train.evaluation.generation.sampling import Sampling
@@ -105,10 +105,10 @@ class Decoder:
             set_mode(self.model, training)
 
     def _decode(self, waiting: deque[list[_Row]], report: Callable[[Generated], None]) -> None:
-        way = way_of(self.model)
-        if way != "together":
+        mode = batching_mode(self.model)
+        if mode != "batched":
             for row in (row for rows in waiting for row in rows):
-                self._write_alone(way, row, report)
+                self._write_single_row(mode, row, report)
             return
         live: list[_Row] = []
         cache: RowCache | None = None
@@ -128,13 +128,13 @@ class Decoder:
                     live = [live[i] for i in cache.drop(ended)]
                     cache = cache if live else None
 
-    def _write_alone(self, way: Way, row: _Row, report: Callable[[Generated], None]) -> None:
+    def _write_single_row(self, mode: BatchingMode, row: _Row, report: Callable[[Generated], None]) -> None:
         def choose(logits: Tensor) -> int:
             self._draw(logits, [row])
             return row.tokens[-1]
 
         with self.route([row.adapter]):
-            write_row(self.model, way, row.prompt, choose, lambda: self._ended(row, report), self.max_new_tokens)
+            write_row(self.model, mode, row.prompt, choose, lambda: self._ended(row, report), self.max_new_tokens)
 
     def _entering(self, waiting: deque[list[_Row]], live: int) -> list[list[_Row]]:
         """Who is read in now: nobody while the batch is rather full, else as many as fit."""

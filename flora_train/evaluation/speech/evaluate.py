@@ -18,7 +18,7 @@ from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.task import Task
 from flora_train.evaluation.speech.summary import Heard, summarise, write_summary
-from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
+from flora_train.evaluation.speech.transcribe import DecodedClip, Request, Transcriber
 from flora_train.runtime.checksum import fingerprint
 from flora_train.runtime.distributed import on_main_process, wait_for_everyone, world
 from flora_train.runtime.journal import Journal
@@ -60,7 +60,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def judged_split(task: Task) -> SpeechSplit:
+def evaluation_split(task: Task) -> SpeechSplit:
     """The clips that error rates are measured on."""
     split = task.test or task.validation
     assert isinstance(split, SpeechSplit)
@@ -68,7 +68,12 @@ def judged_split(task: Task) -> SpeechSplit:
 
 
 def evaluate_speech(
-    config: RunConfig, tasks: Mapping[str, Task], model: nn.Module, bank: AdapterBank, ears: SpeechProcessor, folder: Path
+    config: RunConfig,
+    tasks: Mapping[str, Task],
+    model: nn.Module,
+    bank: AdapterBank,
+    speech_processor: SpeechProcessor,
+    folder: Path,
 ) -> None:
     """Leaves `folder`/speech/error_rates.json (see summary.py) beside the transcripts.
 
@@ -84,16 +89,16 @@ def evaluate_speech(
     on_main_process(partial(log.claim, settings))
     known = log.read()
     wait_for_everyone()  # all have read before one writes
-    _transcribe(config, learnt, model, bank, ears, log, known)
+    _transcribe(config, learnt, model, bank, speech_processor, log, known)
     wait_for_everyone()
 
     def summarise_log() -> None:
         heard = [
             Heard(entry.adapter, entry.task, entry.example, entry.text, entry.ended)
             for entry in log.read().values()
-            if entry.task in learnt and entry.example < len(judged_split(learnt[entry.task]))
+            if entry.task in learnt and entry.example < len(evaluation_split(learnt[entry.task]))
         ]
-        splits = {name: judged_split(task) for name, task in learnt.items()}
+        splits = {name: evaluation_split(task) for name, task in learnt.items()}
         write_summary(summarise(config, splits, bank, heard), log.path)
 
     on_main_process(summarise_log)
@@ -104,7 +109,7 @@ def _transcribe(
     tasks: Mapping[str, Task],
     model: nn.Module,
     bank: AdapterBank,
-    ears: SpeechProcessor,
+    speech_processor: SpeechProcessor,
     log: Journal[LoggedTranscript],
     known: Mapping[tuple[Any, ...], LoggedTranscript],
 ) -> None:
@@ -119,23 +124,32 @@ def _transcribe(
     if not work:
         return
     prompts = {
-        name: tuple(ears.prompt(speech, f"tasks.{name}")) for name in tasks if (speech := config.tasks[name].speech) is not None
+        name: tuple(speech_processor.prompt(speech, f"tasks.{name}"))
+        for name in tasks
+        if (speech := config.tasks[name].speech) is not None
     }
     requests = [
-        Request(adapter, judged_split(tasks[name]).heard(example), prompts[name], bank.shares_encoding(adapter))
+        Request(adapter, evaluation_split(tasks[name]).clip_ref(example), prompts[name], bank.shares_encoding(adapter))
         for name, example, adapter in work
     ]
     options = config.evaluation
     transcriber = Transcriber(
-        model, ears.tokenizer, bank.routed, ears.store, options.max_new_tokens, options.beams, options.batch_rows, bank.blocks
+        model,
+        speech_processor.tokenizer,
+        bank.routed,
+        speech_processor.store,
+        options.max_new_tokens,
+        options.beams,
+        options.batch_rows,
+        bank.blocks,
     )
     writer, done = log.writer(rank), 0
     with ProgressBar("transcribe", len(requests)) as watch:
 
-        def report(transcript: Transcript) -> None:
+        def report(transcript: DecodedClip) -> None:
             nonlocal done
             name, example, adapter = work[transcript.request]
-            sha = str(judged_split(tasks[name]).shas[example])
+            sha = str(evaluation_split(tasks[name]).shas[example])
             writer.append(
                 LoggedTranscript(
                     _name(bank, adapter),
@@ -165,7 +179,7 @@ def _missing(
     todo: list[tuple[str, int, int]] = []
     for name, task in tasks.items():
         adapters = [BASE_ID, *(bank.ids[spec.name] for spec in bank.specs if spec.task == name)]
-        for example, sha in enumerate(judged_split(task).shas.tolist()):
+        for example, sha in enumerate(evaluation_split(task).shas.tolist()):
             for adapter in adapters:
                 key = (_name(bank, adapter), name, example)
                 logged = known.get(key)
@@ -179,7 +193,7 @@ def _missing(
 
 def _window(tasks: Mapping[str, Task], clip: tuple[str, int]) -> int:
     """Encoder positions of a (task, example)."""
-    return judged_split(tasks[clip[0]]).window(clip[1])
+    return evaluation_split(tasks[clip[0]]).window(clip[1])
 
 
 def _name(bank: AdapterBank, adapter: int) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from flora_train.data.audio.features import FeatureStore, Heard
+from flora_train.data.audio.features import ClipRef, FeatureStore
 from flora_train.data.audio.speech_processor import NO_TIMESTAMPS
 from flora_train.evaluation.generation import Blocks
 from flora_train.models.loading import set_mode
@@ -27,13 +27,13 @@ class Request:
     encoder as it is."""
 
     adapter: int
-    heard: Heard
+    clip: ClipRef
     prompt: tuple[int, ...]
     shares_encoding: bool
 
 
 @dataclass(frozen=True)
-class Transcript:
+class DecodedClip:
     """ended: at the model's end token, at max_new_tokens, or where it began to repeat itself (the text is cut there)."""
 
     request: int
@@ -91,7 +91,7 @@ class Transcriber:
         self.not_first[_tokens(own, "begin_suppress_tokens", vocabulary)] = True
 
     @torch.no_grad()
-    def run(self, requests: Sequence[Request], report: Callable[[Transcript], None]) -> None:
+    def run(self, requests: Sequence[Request], report: Callable[[DecodedClip], None]) -> None:
         """Call `report` for every request, in batches of equal windows."""
         training = self.model.training
         self.model.eval()
@@ -100,7 +100,7 @@ class Transcriber:
             batches = [batch for block in blocks for batch in self._batches(requests, block)]
             for i, batch in enumerate(batches):
                 for coming in batches[i : i + 2]:
-                    self.store.ahead(dict.fromkeys(requests[request].heard for request in coming))
+                    self.store.prefetch(dict.fromkeys(requests[request].clip for request in coming))
                 self._transcribe(requests, batch, report)
         finally:
             set_mode(self.model, training)
@@ -109,11 +109,11 @@ class Transcriber:
         """Neighbours have the same clip; rows of one batch the same window, prompt length, and way to the encoder."""
 
         def kind(i: int) -> tuple[int, bool, int]:
-            return -requests[i].heard.samples, requests[i].shares_encoding, len(requests[i].prompt)
+            return -requests[i].clip.samples, requests[i].shares_encoding, len(requests[i].prompt)
 
         batch: list[int] = []
         mine = [i for i, request in enumerate(requests) if request.adapter in block]
-        for i in sorted(mine, key=lambda i: (*kind(i), requests[i].heard.path, requests[i].adapter)):
+        for i in sorted(mine, key=lambda i: (*kind(i), requests[i].clip.path, requests[i].adapter)):
             if batch and (kind(i) != kind(batch[0]) or len(batch) == self.max_clips):
                 yield batch
                 batch = []
@@ -121,7 +121,7 @@ class Transcriber:
         if batch:
             yield batch
 
-    def _transcribe(self, requests: Sequence[Request], batch: list[int], report: Callable[[Transcript], None]) -> None:
+    def _transcribe(self, requests: Sequence[Request], batch: list[int], report: Callable[[DecodedClip], None]) -> None:
         rows = [_Row(i, requests[i].adapter) for i in batch]
         hidden = self._encoded([requests[i] for i in batch])
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -139,10 +139,10 @@ class Transcriber:
 
     def _encoded(self, requests: Sequence[Request]) -> Tensor:
         """Encoder states of every request's clip, [B, positions, d]."""
-        places = {heard: i for i, heard in enumerate(dict.fromkeys(request.heard for request in requests))}
+        places = {clip: i for i, clip in enumerate(dict.fromkeys(request.clip for request in requests))}
         features = np.stack(self.store.get(list(places)))
         clips = torch.from_numpy(features).to(self.device).to(self.dtype)
-        which = torch.tensor([places[request.heard] for request in requests], device=self.device)
+        which = torch.tensor([places[request.clip] for request in requests], device=self.device)
         if requests[0].shares_encoding:
             return encode(self.model, clips)[which]
         with self.route([request.adapter for request in requests]):
@@ -184,10 +184,10 @@ class Transcriber:
             chosen.append([place for _, place, _ in live])
         return chosen
 
-    def _ended(self, row: _Row, report: Callable[[Transcript], None]) -> bool:
+    def _ended(self, row: _Row, report: Callable[[DecodedClip], None]) -> bool:
         """Whether the row is done; it is reported then."""
         length, how, tokens = len(row.beams[0]), None, row.beams[0]
-        if (loop := loop_start(tokens)) is not None:
+        if (loop := find_repetition(tokens)) is not None:
             how, tokens = "loop", tokens[:loop]
         elif row.ended and (self.beams == 1 or self._nothing_better_comes(row, length)):
             how, tokens = "end", max(row.ended)[1]
@@ -196,7 +196,7 @@ class Transcriber:
         if how is None:
             return False
         text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        report(Transcript(row.request, text, length, how))  # type: ignore[arg-type]
+        report(DecodedClip(row.request, text, length, how))  # type: ignore[arg-type]
         return True
 
     def _nothing_better_comes(self, row: _Row, length: int) -> bool:
@@ -215,7 +215,7 @@ LONGEST, TIMES, LEAST = 24, 4, 16
 """A loop is a phrase of at most LONGEST tokens at the end of a text, TIMES or more in a row and LEAST tokens together."""
 
 
-def loop_start(tokens: Sequence[int]) -> int | None:
+def find_repetition(tokens: Sequence[int]) -> int | None:
     """Where a loop at the end of `tokens` begins to repeat (after the phrase's first time), or None."""
     for size in range(1, LONGEST + 1):
         times = max(TIMES, -(-LEAST // size))

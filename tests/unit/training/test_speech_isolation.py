@@ -22,7 +22,7 @@ from flora_train.training.step_plan import StepPlan, plan_step
 from flora_train.training.trainer import Trainer
 from tests.conftest import spec
 from tests.other_speech import KINDS, loaded_tiny, speech_processor_of
-from tests.speech import loaded_tiny_whisper, tiny_ears, write_corpus
+from tests.speech import loaded_tiny_whisper, tiny_speech_processor, write_corpus
 from tests.unit.training.harness import only, snapshot, train_together
 
 LANGUAGES = ("en", "cs", "hi")
@@ -73,17 +73,28 @@ def trainer_of(
             "training": {"steps": 12, "max_length": 40, "tokens_per_step": 700, "tokens_per_microbatch": 700, **training},
         }
     )
-    ears = tiny_ears(corpus, window_step=0.5) if kind == "whisper" else speech_processor_of(kind, corpus, window_step=0.5)
+    speech_processor = (
+        tiny_speech_processor(corpus, window_step=0.5)
+        if kind == "whisper"
+        else speech_processor_of(kind, corpus, window_step=0.5)
+    )
     model = base_of(kind)
     if checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     model.train()
     bank = AdapterBank.attach(model, specs)
     accelerator = SimpleNamespace(log=lambda *args, **options: None)
-    found = load_tasks(config, ears.tokenizer, corpus / "tokens", ears)
-    pad = int(ears.tokenizer.pad_token_id)
+    found = load_tasks(config, speech_processor.tokenizer, corpus / "tokens", speech_processor)
+    pad = int(speech_processor.tokenizer.pad_token_id)
     return Trainer(
-        config, model, bank, found, pad, RunFolder(folder), accelerator, SpeechCollate(ears.store, spec_augment=kind == "whisper")
+        config,
+        model,
+        bank,
+        found,
+        pad,
+        RunFolder(folder),
+        accelerator,
+        SpeechCollate(speech_processor.store, spec_augment=kind == "whisper"),
     )
 
 

@@ -30,7 +30,7 @@ VIOLATION = (
 COMPILER_KILLED = r"Killed signal terminated|CPU time limit exceeded|signal: killed"
 """What a driver says whose compiler proper ran out of time; it exits with 1 itself."""
 TAIL = 2000
-EVIDENCE_PATIENCE = 3
+PROOF_TIME_FACTOR = 3
 """Times the limit that the second run of a passing program may compute: it must not miss its evidence on a busy machine."""
 CONTENTION_FACTOR = 2
 """Beside others a program may compute so many times its limit, for it then computes slower. Who needs more is out of time."""
@@ -53,7 +53,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """seconds: on the clock; output: the end of what it said; again: beside others it was late, and it was run alone. checks_ran:
+    """seconds: on the clock; output: the end of what it said; reran_alone: beside others it was late, and it was run alone. checks_ran:
     whether a second run, of the same program with a nonce and a check that fails after its last check, showed both; None where
     that was not tried."""
 
@@ -61,12 +61,14 @@ class Verdict:
     exit: int
     seconds: float
     output: str
-    again: bool = False
+    reran_alone: bool = False
     checks_ran: bool | None = None
 
     def record(self) -> dict[str, Any]:
-        """As it is written down."""
-        return asdict(self)
+        """As it is written to a verdict file."""
+        record = asdict(self)
+        record["again"] = record.pop("reran_alone")
+        return record
 
 
 def execute(program: Program, sandbox: Sandbox) -> Verdict:
@@ -76,7 +78,7 @@ def execute(program: Program, sandbox: Sandbox) -> Verdict:
 
 def _execute(program: Program, sandbox: Sandbox, patience: int) -> tuple[Verdict, bool]:
     """The verdict, and whether it might be another one alone. patience: times the limit that it may compute."""
-    verdict, doubtful = _judge(program, sandbox, patience)
+    verdict, doubtful = _run_and_classify(program, sandbox, patience)
     if verdict.status == "OK" and not doubtful and program.tests:
         verdict = replace(verdict, checks_ran=_checks_ran(program, sandbox))
     return verdict, doubtful
@@ -89,13 +91,13 @@ def _checks_ran(program: Program, sandbox: Sandbox) -> bool | None:
     changed = with_evidence(program.language, program.source, program.tests, nonce)
     if changed is None:
         return None
-    ended = _run_program(replace(program, source=changed), sandbox, EVIDENCE_PATIENCE, hidden=True)
+    ended = _run_program(replace(program, source=changed), sandbox, PROOF_TIME_FACTOR, hidden=True)
     # alone on its line, for a compiler's or an interpreter's message quotes what it complains of
     shown = re.search(rf"^{nonce}\r?$", f"{ended.output}\n{ended.errors}", re.MULTILINE) is not None
-    return shown and ended.compiled and judge(ended, program.language) not in ("OK", "Timeout", "OutOfMemory")
+    return shown and ended.compiled and classify(ended, program.language) not in ("OK", "Timeout", "OutOfMemory")
 
 
-def _judge(program: Program, sandbox: Sandbox, patience: int) -> tuple[Verdict, bool]:
+def _run_and_classify(program: Program, sandbox: Sandbox, patience: int) -> tuple[Verdict, bool]:
     language = program.language
     ended = _run_program(program, sandbox, patience)
     if not ended.compiled:
@@ -104,7 +106,7 @@ def _judge(program: Program, sandbox: Sandbox, patience: int) -> tuple[Verdict, 
     # the kernel stops only the process that computes too long, such as a command that Bash substitutes; Bash goes on
     limit = Limits(language.seconds).whole_cpu
     endless = ended.cpu >= patience * limit and not ended.over_memory
-    status = "Timeout" if endless else judge(ended, language)
+    status = "Timeout" if endless else classify(ended, language)
     # on the clock it takes at least as long as it computes; what stopped it earlier than that was something else
     endless |= ended.status in CPU_SIGNALS and not ended.timed_out and ended.wall > 0.9 * CONTENTION_FACTOR * language.seconds
     doubtful = not endless and (status == "Timeout" or ended.cpu >= limit or ended.wall > language.seconds)
@@ -143,7 +145,7 @@ def _run_program(program: Program, sandbox: Sandbox, patience: int, hidden: bool
         return Ran(**vars(ended), seconds=seconds + ended.wall)
 
 
-def judge(ended: Ended, language: Language) -> Status:
+def classify(ended: Ended, language: Language) -> Status:
     """One word for how a run ended."""
     said = ended.output + ended.errors
     if ended.over_memory:
@@ -193,7 +195,7 @@ def execute_all(programs: Sequence[Program], sandbox: Sandbox, workers: int, rep
             sandbox.stop.clear()
             raise
     for sha in late:
-        tell(sha, replace(execute(programs[same[sha][0]], sandbox), again=True))
+        tell(sha, replace(execute(programs[same[sha][0]], sandbox), reran_alone=True))
 
 
 def _without_evidence_that_fails_here(programs: Sequence[Program], sandbox: Sandbox) -> Sequence[Program]:

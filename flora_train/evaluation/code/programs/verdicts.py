@@ -34,7 +34,7 @@ TEXTS = ("adapter", "language", "name", "program", "sandbox", "status")
 NUMBERS = ("sample", "cpu_seconds")
 
 
-def judge_all(
+def collect_verdicts(
     completions: Sequence[Completion], languages: Mapping[str, Language], sandbox: Sandbox, file: Path, workers: int
 ) -> dict[Key, dict[str, Any]]:
     """Key -> verdict record of every completion. Those that `file` holds already are taken from it, the others are run and

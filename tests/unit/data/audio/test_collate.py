@@ -12,7 +12,7 @@ import torch
 from flora_train.data.audio.collate import SpeechCollate, augmented
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.batch import IGNORE, MixedBatch, Row, group_by_length
-from tests.speech import MEL_BINS, tiny_ears, write_corpus
+from tests.speech import MEL_BINS, tiny_speech_processor, write_corpus
 from tests.unit.data.audio.test_speech_task import load
 
 
@@ -30,7 +30,7 @@ def rows_of(split: SpeechSplit, *pairs: tuple[int, int], seed: int | None = None
 
 
 def batch_of(split: SpeechSplit, rows: list[Row], folder: Path, spec_augment: bool = False) -> MixedBatch:
-    return SpeechCollate(tiny_ears(folder).store, spec_augment)(rows, lambda task: split, 7)
+    return SpeechCollate(tiny_speech_processor(folder).store, spec_augment)(rows, lambda task: split, 7)
 
 
 def test_rows_of_one_clip_share_its_features(split: SpeechSplit, tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from flora_train.data.audio.decode import look_at, read_clip
-from flora_train.data.audio.features import FeatureStore, Heard
+from flora_train.data.audio.features import ClipRef, FeatureStore
 from flora_train.data.audio.speech_processor import GRAIN
 from tests.speech import MEL_BINS, tiny_extractor, write_clip
 
 
-def heard(folder: Path, seconds: float = 0.8, seed: int = 0, window: int = 50) -> Heard:
+def heard(folder: Path, seconds: float = 0.8, seed: int = 0, window: int = 50) -> ClipRef:
     path = write_clip(folder / f"{seed}.wav", seconds, seed)
-    return Heard(str(path), look_at(str(path)).sha, window * GRAIN)
+    return ClipRef(str(path), look_at(str(path)).sha, window * GRAIN)
 
 
 def store(folder: Path, gigabytes: float = 1.0, workers: int = 0) -> FeatureStore:
@@ -36,7 +36,7 @@ def test_disk_worker_and_here_give_the_same(tmp_path: Path) -> None:
     here = store(tmp_path / "a").get(clips)
     again = store(tmp_path / "a").get(clips)
     with_worker = store(tmp_path / "b", workers=1)
-    with_worker.ahead(clips)
+    with_worker.prefetch(clips)
     there = with_worker.get(clips)
     with_worker.close()
     for one, two, three in zip(here, again, there, strict=True):
@@ -69,7 +69,9 @@ def test_the_longest_unused_go_when_the_disk_share_is_full(tmp_path: Path) -> No
 
 def test_other_content_or_window_is_another_entry(tmp_path: Path) -> None:
     clip = heard(tmp_path)
-    places = {store(tmp_path)._path(Heard(clip.path, sha, window * GRAIN)) for sha in (clip.sha, "other") for window in (50, 100)}
+    places = {
+        store(tmp_path)._path(ClipRef(clip.path, sha, window * GRAIN)) for sha in (clip.sha, "other") for window in (50, 100)
+    }
     assert len(places) == 4
 
 

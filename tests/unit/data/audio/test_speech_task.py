@@ -14,7 +14,7 @@ from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.task import Task, load_tasks
-from tests.speech import POSITIONS, tiny_ears, write_clip, write_corpus, write_manifest
+from tests.speech import POSITIONS, tiny_speech_processor, write_clip, write_corpus, write_manifest
 
 
 def config_of(files: dict[str, Any], **task: Any) -> RunConfig:
@@ -31,16 +31,16 @@ def config_of(files: dict[str, Any], **task: Any) -> RunConfig:
 
 
 def load(files: dict[str, Any], tmp_path: Path, audio: dict[str, Any] | None = None, **task: Any) -> Task:
-    ears = tiny_ears(tmp_path, **(audio or {}))
-    return load_tasks(config_of(files, **task), ears.tokenizer, tmp_path / "tokens", ears)["cs"]
+    speech_processor = tiny_speech_processor(tmp_path, **(audio or {}))
+    return load_tasks(config_of(files, **task), speech_processor.tokenizer, tmp_path / "tokens", speech_processor)["cs"]
 
 
 def test_a_clip_is_prompt_sentence_and_end(tmp_path: Path) -> None:
     task = load(write_corpus(tmp_path, "cs"), tmp_path)
     split = task.train
     assert isinstance(split, SpeechSplit)
-    ears = tiny_ears(tmp_path)
-    words = ears.tokenizer.decode(split.example(1))
+    speech_processor = tiny_speech_processor(tmp_path)
+    words = speech_processor.tokenizer.decode(split.example(1))
     assert words == "<|startoftranscript|><|cs|><|transcribe|><|notimestamps|> two fish cs 1<|endoftext|>"
     assert split.sentences[1] == "two fish cs 1"
     assert split.prompt_lengths[1] == 4
@@ -173,7 +173,7 @@ def test_bad_input_is_named(task: dict[str, Any], said: str, tmp_path: Path) -> 
 
 def test_a_language_that_whisper_does_not_know_is_trained_with_a_chosen_token(tmp_path: Path) -> None:
     task = load(write_corpus(tmp_path, "cs"), tmp_path, speech={"language": "mn", "token": "<|ru|>"})
-    assert "<|ru|>" in tiny_ears(tmp_path).tokenizer.decode(task.train.example(0))
+    assert "<|ru|>" in tiny_speech_processor(tmp_path).tokenizer.decode(task.train.example(0))
 
 
 def test_no_usable_clip_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_text_and_speech_are_not_mixed() -> None:
 def test_special_tokens_in_transcripts_are_text_unless_the_task_says_otherwise(tmp_path: Path) -> None:
     files = write_corpus(tmp_path, "cs")
     write_manifest(tmp_path / "cs.train.jsonl", [("clips/cs-1.wav", "one<|cs|>two<|endoftext|>"), ("clips/cs-2.wav", "three")])
-    tokenizer = tiny_ears(tmp_path).tokenizer
+    tokenizer = tiny_speech_processor(tmp_path).tokenizer
     special = [tokenizer.get_vocab()[word] for word in ("<|cs|>", "<|endoftext|>")]
     for as_tokens, counts in ((False, (1, 1)), (True, (2, 1))):  # the end token stands once, whoever writes it
         split = load(files, tmp_path, special_tokens=as_tokens).train
@@ -233,6 +233,6 @@ def test_missing_numbers_are_no_transcripts(tmp_path: Path) -> None:
 
 
 def test_transcript_of_megabytes_is_left_out_without_being_tokenised_whole(tmp_path: Path) -> None:
-    ears = tiny_ears(tmp_path)
-    tokens, _ = ears.transcript([1], "word " * 2_000_000)
-    assert ears.max_tokens < len(tokens) < 200_000
+    speech_processor = tiny_speech_processor(tmp_path)
+    tokens, _ = speech_processor.transcript([1], "word " * 2_000_000)
+    assert speech_processor.max_tokens < len(tokens) < 200_000

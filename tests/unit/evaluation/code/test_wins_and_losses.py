@@ -7,7 +7,7 @@ from typing import Any
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
 from flora_train.evaluation.code.contenders import Contender
 from flora_train.evaluation.code.problems.problem import Problem
-from flora_train.evaluation.code.wins_and_losses import cases
+from flora_train.evaluation.code.wins_and_losses import wins_and_losses
 
 PROBLEMS = {name: Problem("lua", name, f"-- {name}\n", "", ("\nstop",)) for name in ("one", "two", "three", "four")}
 CONTENDERS = [Contender(name, family, 0, ("lua",), "") for name, family in (("base", "base"), ("f", "flora"), ("l", "lora"))]
@@ -23,7 +23,7 @@ def found(passed: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
                 logged.append(entry)
                 records[entry.key] = {"status": "OK" if letter == "+" else "Exception"}
     keyed: dict[Key, dict[str, Any]] = records
-    return cases(PROBLEMS, "lua", CONTENDERS, logged, keyed)
+    return wins_and_losses(PROBLEMS, "lua", CONTENDERS, logged, keyed)
 
 
 def test_the_clearest_of_each_kind_over_all_adapters() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flora_train.evaluation.generation.batching_mode import way_of
+from flora_train.evaluation.generation.batching_mode import batching_mode
 
 SMALL = Path(__file__).resolve().parents[4] / "assets" / "models" / "smollm2-135m"
 
@@ -16,4 +16,4 @@ SMALL = Path(__file__).resolve().parents[4] / "assets" / "models" / "smollm2-135
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_small_model_is_decoded_together_in_every_type(dtype: torch.dtype) -> None:
     assert SMALL.is_dir(), "make setup builds it"
-    assert way_of(AutoModelForCausalLM.from_pretrained(SMALL, dtype=dtype)) == "together"
+    assert batching_mode(AutoModelForCausalLM.from_pretrained(SMALL, dtype=dtype)) == "batched"

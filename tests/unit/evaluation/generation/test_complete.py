@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.evaluation.generation import Decoder, Request, Sampling, complete
-from flora_train.evaluation.generation.batching_mode import way_of
+from flora_train.evaluation.generation.batching_mode import batching_mode
 from tests.architectures import architecture_config
 from tests.conftest import perturb, spec
 from tests.unit.data.conftest import byte_tokenizer
@@ -94,7 +94,7 @@ def test_special_tokens_are_tokens_in_a_recipes_prompt_and_text_in_a_problems() 
     tokenizer = byte_tokenizer(start=True)
     bank = AdapterBank.attach(model_for("llama", tokenizer), [spec("lora")])
     decoder = Decoder(bank.model, tokenizer, bank.routed, Sampling(0.0, 1.0, 0), 3)
-    assert way_of(bank.model) == "together"  # asked before, for that runs the model, too
+    assert batching_mode(bank.model) == "batched"  # asked before, for that runs the model, too
     read: list[int] = []
     bank.model.get_input_embeddings().register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
     for special in (True, False):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flora_train.evaluation.speech.error_rates import aligned, character_errors, word_errors
-from flora_train.evaluation.speech.transcribe import loop_start
+from flora_train.evaluation.speech.transcribe import find_repetition
 
 BY_HAND = [
     ("the cat sat", "the bat sat down", (1, 0, 1, 3)),  # Latin
@@ -73,10 +73,10 @@ def test_alignments_say_what_was_said_and_heard() -> None:
 
 
 def test_loops_are_cut_after_the_phrase_was_said_once() -> None:
-    assert loop_start([9, 8, *[1, 2, 3] * 6]) == 5
-    assert loop_start([9, *[4] * 16]) == 2
-    assert loop_start([7, *range(20), *range(20), *range(20), *range(20)]) == 21
-    assert loop_start([9, *[4] * 15]) is None  # a word may be said again
-    assert loop_start([1, 2, 3] * 3) is None
-    assert loop_start([*[1, 2, 3] * 8, 9]) is None  # it went on
-    assert loop_start([]) is None
+    assert find_repetition([9, 8, *[1, 2, 3] * 6]) == 5
+    assert find_repetition([9, *[4] * 16]) == 2
+    assert find_repetition([7, *range(20), *range(20), *range(20), *range(20)]) == 21
+    assert find_repetition([9, *[4] * 15]) is None  # a word may be said again
+    assert find_repetition([1, 2, 3] * 3) is None
+    assert find_repetition([*[1, 2, 3] * 8, 9]) is None  # it went on
+    assert find_repetition([]) is None

@@ -13,8 +13,8 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import UserError
 from flora_train.config.speech_schema import SpeechConfig
 from flora_train.data.audio.decode import RATE, look_at
-from flora_train.data.audio.features import Heard, input_name
-from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
+from flora_train.data.audio.features import ClipRef, input_name
+from flora_train.evaluation.speech.transcribe import DecodedClip, Request, Transcriber
 from tests.conftest import spec
 from tests.other_speech import KINDS, loaded_tiny, speech_processor_of
 from tests.speech import write_clip
@@ -26,26 +26,26 @@ MOST = 10
 @torch.no_grad()
 def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> None:
     specs = [spec("flora", "a"), spec("lora", "a"), replace(spec("lora", "b"), parent_module="decoder"), spec("ia3", "b")]
-    bank, ears = AdapterBank.attach(loaded_tiny(kind), specs), speech_processor_of(kind, tmp_path, window_step=0.5)
+    bank, speech_processor = AdapterBank.attach(loaded_tiny(kind), specs), speech_processor_of(kind, tmp_path, window_step=0.5)
     for pool in bank.pools:
         pool.values.add_(0.3 * torch.randn(pool.values.shape, generator=torch.Generator().manual_seed(1)))
     files = [str(write_clip(tmp_path / f"{i}.wav", 0.4 + 0.5 * i, seed=i)) for i in range(3)]
-    clips = [Heard(file, look_at(file).sha, ears.windows.samples(0.4 + 0.5 * i)) for i, file in enumerate(files)]
-    prompt = tuple(ears.prompt(SpeechConfig(language="en"), "tasks.a"))
+    clips = [ClipRef(file, look_at(file).sha, speech_processor.windows.samples(0.4 + 0.5 * i)) for i, file in enumerate(files)]
+    prompt = tuple(speech_processor.prompt(SpeechConfig(language="en"), "tasks.a"))
     requests = [
         Request(adapter, clip, prompt, bank.shares_encoding(adapter))
         for adapter in (BASE_ID, *range(len(specs)))
         for clip in clips
     ]
-    found: dict[int, Transcript] = {}
-    writer = Transcriber(bank.model, ears.tokenizer, bank.routed, ears.store, MOST, max_rows=7)
+    found: dict[int, DecodedClip] = {}
+    writer = Transcriber(bank.model, speech_processor.tokenizer, bank.routed, speech_processor.store, MOST, max_rows=7)
     writer.run(requests, lambda one: found.setdefault(one.request, one) and None)
 
-    tokenizer, model = ears.tokenizer, bank.model.eval()
+    tokenizer, model = speech_processor.tokenizer, bank.model.eval()
     special = [i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]
     for i, request in enumerate(requests):
-        features = torch.from_numpy(ears.store.get([request.heard])[0].copy()).float()[None]
-        inputs = {input_name(ears.store.extractor): features, "decoder_input_ids": torch.tensor([prompt])}
+        features = torch.from_numpy(speech_processor.store.get([request.clip])[0].copy()).float()[None]
+        inputs = {input_name(speech_processor.store.extractor): features, "decoder_input_ids": torch.tensor([prompt])}
         with bank.routed([request.adapter]):
             written = model.generate(**inputs, max_new_tokens=MOST, do_sample=False, num_beams=1, suppress_tokens=special)[0]
         tokens = written[len(prompt) :].tolist()
@@ -56,27 +56,29 @@ def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_positions_of_a_window_are_those_that_the_encoder_makes(kind: str, tmp_path: Path) -> None:
-    ears, model = speech_processor_of(kind, tmp_path, window_step=0.5), loaded_tiny(kind).eval()
+    speech_processor, model = speech_processor_of(kind, tmp_path, window_step=0.5), loaded_tiny(kind).eval()
     for seconds in (0.3, 1.2):
         clip = write_clip(tmp_path / f"{seconds}.wav", seconds)
-        samples = ears.windows.samples(seconds)
+        samples = speech_processor.windows.samples(seconds)
         assert samples == {0.3: RATE // 2, 1.2: RATE * 3 // 2}[seconds]
-        features = torch.from_numpy(ears.store.get([Heard(str(clip), look_at(str(clip)).sha, samples)])[0].copy()).float()
-        assert model.get_encoder()(features[None]).last_hidden_state.shape[1] == ears.windows.positions(samples)
+        features = torch.from_numpy(
+            speech_processor.store.get([ClipRef(str(clip), look_at(str(clip)).sha, samples)])[0].copy()
+        ).float()
+        assert model.get_encoder()(features[None]).last_hidden_state.shape[1] == speech_processor.windows.positions(samples)
 
 
 def test_its_prompt_is_named_or_its_start_token(tmp_path: Path) -> None:
-    ears = speech_processor_of("moonshine", tmp_path, window_step=0.5)
-    vocabulary = ears.tokenizer.get_vocab()
-    assert ears.prompt(SpeechConfig(language="cs"), "tasks.a") == [vocabulary["<|en|>"]]
-    assert ears.prompt(SpeechConfig(language="cs", prompt=["<|cs|>", "<|hi|>"]), "k") == [
+    speech_processor = speech_processor_of("moonshine", tmp_path, window_step=0.5)
+    vocabulary = speech_processor.tokenizer.get_vocab()
+    assert speech_processor.prompt(SpeechConfig(language="cs"), "tasks.a") == [vocabulary["<|en|>"]]
+    assert speech_processor.prompt(SpeechConfig(language="cs", prompt=["<|cs|>", "<|hi|>"]), "k") == [
         vocabulary["<|cs|>"],
         vocabulary["<|hi|>"],
     ]
     with pytest.raises(UserError, match=r"tasks\.a\.speech\.prompt = '<\|cz\|>': is no token of this model\..*<\|cs\|>"):
-        ears.prompt(SpeechConfig(language="cs", prompt=["<|cz|>"]), "tasks.a")
+        speech_processor.prompt(SpeechConfig(language="cs", prompt=["<|cz|>"]), "tasks.a")
     with pytest.raises(UserError, match=r"tasks\.a\.speech\.token.*speech\.prompt"):
-        ears.prompt(SpeechConfig(language="cs", token="<|cs|>"), "tasks.a")
+        speech_processor.prompt(SpeechConfig(language="cs", token="<|cs|>"), "tasks.a")
     with pytest.raises(UserError, match=r"tasks\.a\.speech\.prompt.*does not say its start token"):
-        replace(ears, start=None).prompt(SpeechConfig(language="cs"), "tasks.a")
-    assert ears.tokens([5], "ab")[1] == vocabulary["a"]
+        replace(speech_processor, start=None).prompt(SpeechConfig(language="cs"), "tasks.a")
+    assert speech_processor.tokens([5], "ab")[1] == vocabulary["a"]

@@ -12,9 +12,9 @@ import torch
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.audio.decode import look_at
-from flora_train.data.audio.features import FeatureStore, Heard
+from flora_train.data.audio.features import ClipRef, FeatureStore
 from flora_train.data.audio.speech_processor import GRAIN
-from flora_train.evaluation.speech.transcribe import Request, Transcriber, Transcript
+from flora_train.evaluation.speech.transcribe import DecodedClip, Request, Transcriber
 from tests.conftest import spec
 from tests.speech import loaded_tiny_whisper, tiny_extractor, tiny_tokenizer, write_clip
 
@@ -32,17 +32,17 @@ def bank() -> AdapterBank:
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Heard]:
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[ClipRef]:
     folder = tmp_path_factory.mktemp("clips")
     files = [write_clip(folder / f"{i}.wav", 0.4 + 0.5 * (i % 3), seed=i) for i in range(5)]
-    return [Heard(str(file), look_at(str(file)).sha, GRAIN * 25 * (1 + 2 * (i % 2))) for i, file in enumerate(files)]
+    return [ClipRef(str(file), look_at(str(file)).sha, GRAIN * 25 * (1 + 2 * (i % 2))) for i, file in enumerate(files)]
 
 
-def store_of(clips: list[Heard]) -> FeatureStore:
+def store_of(clips: list[ClipRef]) -> FeatureStore:
     return FeatureStore(Path(clips[0].path).parent / "features", tiny_extractor(), 1.0, 0)
 
 
-def requests_of(bank: AdapterBank, clips: list[Heard]) -> list[Request]:
+def requests_of(bank: AdapterBank, clips: list[ClipRef]) -> list[Request]:
     tokenizer = tiny_tokenizer()
     prompts = [
         tuple(tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", language, "<|transcribe|>", "<|notimestamps|>"]))
@@ -55,8 +55,8 @@ def requests_of(bank: AdapterBank, clips: list[Heard]) -> list[Request]:
     ]
 
 
-def transcripts(bank: AdapterBank, clips: list[Heard], requests: list[Request], **options: Any) -> list[Transcript]:
-    found: dict[int, Transcript] = {}
+def transcripts(bank: AdapterBank, clips: list[ClipRef], requests: list[Request], **options: Any) -> list[DecodedClip]:
+    found: dict[int, DecodedClip] = {}
     options = {"max_rows": 7, **options}
     writer = Transcriber(bank.model, tiny_tokenizer(), bank.routed, store_of(clips), MOST, **options)
     writer.run(requests, lambda one: found.setdefault(one.request, one) and None)
@@ -64,10 +64,10 @@ def transcripts(bank: AdapterBank, clips: list[Heard], requests: list[Request], 
 
 
 @torch.no_grad()
-def alone(bank: AdapterBank, clips: list[Heard], request: Request) -> list[int]:
+def alone(bank: AdapterBank, clips: list[ClipRef], request: Request) -> list[int]:
     """Greedy, one clip, everything computed anew for every token."""
     tokenizer = tiny_tokenizer()
-    features = torch.from_numpy(store_of(clips).get([request.heard])[0].copy()).float()[None]
+    features = torch.from_numpy(store_of(clips).get([request.clip])[0].copy()).float()[None]
     tokens: list[int] = []
     bank.model.eval()
     while len(tokens) < MOST:
@@ -83,7 +83,7 @@ def alone(bank: AdapterBank, clips: list[Heard], request: Request) -> list[int]:
     return tokens
 
 
-def test_mixed_and_greedy_is_what_each_gives_alone(bank: AdapterBank, clips: list[Heard]) -> None:
+def test_mixed_and_greedy_is_what_each_gives_alone(bank: AdapterBank, clips: list[ClipRef]) -> None:
     requests = requests_of(bank, clips)
     found = transcripts(bank, clips, requests)
     expected = [alone(bank, clips, request) for request in requests]
@@ -96,7 +96,7 @@ def test_mixed_and_greedy_is_what_each_gives_alone(bank: AdapterBank, clips: lis
     assert len(set(by_adapter.values())) > 2, "adapters that all say the same prove nothing"
 
 
-def test_neighbours_order_and_room_change_nothing(bank: AdapterBank, clips: list[Heard]) -> None:
+def test_neighbours_order_and_room_change_nothing(bank: AdapterBank, clips: list[ClipRef]) -> None:
     requests = requests_of(bank, clips)
     whole = transcripts(bank, clips, requests, max_rows=64)
     assert [one.text for one in transcripts(bank, clips, requests, max_rows=1)] == [one.text for one in whole]
@@ -105,10 +105,10 @@ def test_neighbours_order_and_room_change_nothing(bank: AdapterBank, clips: list
 
 
 @torch.no_grad()
-def score(bank: AdapterBank, clips: list[Heard], request: Request, tokens: list[int]) -> float:
+def score(bank: AdapterBank, clips: list[ClipRef], request: Request, tokens: list[int]) -> float:
     """Log-probability a token, among the tokens that may be written."""
     tokenizer = tiny_tokenizer()
-    features = torch.from_numpy(store_of(clips).get([request.heard])[0].copy()).float()[None]
+    features = torch.from_numpy(store_of(clips).get([request.clip])[0].copy()).float()[None]
     ids = torch.tensor([[*request.prompt, *tokens]])
     with bank.routed([request.adapter]):
         logits = bank.model(input_features=features, decoder_input_ids=ids).logits[0, len(request.prompt) - 1 : -1]
@@ -116,7 +116,7 @@ def score(bank: AdapterBank, clips: list[Heard], request: Request, tokens: list[
     return float(likely.gather(1, torch.tensor(tokens)[:, None]).sum()) / len(tokens)
 
 
-def test_beams_find_likelier_texts(bank: AdapterBank, clips: list[Heard]) -> None:
+def test_beams_find_likelier_texts(bank: AdapterBank, clips: list[ClipRef]) -> None:
     requests = requests_of(bank, clips)
     wide = transcripts(bank, clips, requests, beams=4)
     assert [one.text for one in transcripts(bank, clips, requests, beams=4, max_rows=4)] == [one.text for one in wide]
@@ -130,7 +130,7 @@ def test_beams_find_likelier_texts(bank: AdapterBank, clips: list[Heard]) -> Non
     assert [one.text for one in wide] != [one.text for one in transcripts(bank, clips, requests)]
 
 
-def test_what_the_model_suppresses_and_special_tokens_are_never_written(bank: AdapterBank, clips: list[Heard]) -> None:
+def test_what_the_model_suppresses_and_special_tokens_are_never_written(bank: AdapterBank, clips: list[ClipRef]) -> None:
     tokenizer = tiny_tokenizer()
     requests = requests_of(bank, clips)
     writer = Transcriber(bank.model, tokenizer, bank.routed, store_of(clips), MOST)

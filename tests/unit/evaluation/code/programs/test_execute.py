@@ -102,7 +102,7 @@ def test_what_is_late_beside_others_is_run_again_alone(source: str, status: str,
     language = working("lua", sandbox).model_copy(update={"seconds": 2.0})
     verdicts: dict[int, Verdict] = {}
     execute_all([Program(language, source), Program(language, "os.exit(0)")], sandbox, 2, verdicts.__setitem__)
-    assert (verdicts[0].status, verdicts[0].again) == (status, again), verdicts[0]
+    assert (verdicts[0].status, verdicts[0].reran_alone) == (status, again), verdicts[0]
 
 
 def test_what_the_clock_stops_beside_others_is_run_again_alone(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_what_the_clock_stops_beside_others_is_run_again_alone(sandbox: Sandbox,
     monkeypatch.setattr("flora_train.evaluation.code.programs.execute.run_command", first_time_late)
     verdicts: dict[int, Verdict] = {}
     execute_all([Program(language, "sleep 1")], sandbox, 2, verdicts.__setitem__)
-    assert (verdicts[0].status, verdicts[0].again) == ("OK", True)
+    assert (verdicts[0].status, verdicts[0].reran_alone) == ("OK", True)
     assert calls[1] < calls[0]  # alone, it has its own limit
 
 
@@ -131,7 +131,7 @@ def test_one_at_a_time_nothing_is_run_twice(sandbox: Sandbox, monkeypatch: pytes
     monkeypatch.setattr("flora_train.evaluation.code.programs.execute.run_command", late)
     verdicts: dict[int, Verdict] = {}
     execute_all([Program(language, "sleep 1")], sandbox, 1, verdicts.__setitem__)
-    assert (verdicts[0].status, verdicts[0].again) == ("Timeout", False)
+    assert (verdicts[0].status, verdicts[0].reran_alone) == ("Timeout", False)
     assert walls == [Limits(language.seconds).wall]  # the limit is its own from the start
 
 
