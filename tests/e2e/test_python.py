@@ -49,7 +49,7 @@ assert [round(x, 4) for x in first_losses] > [round(x, 4) for x in losses.tolist
     )
     after = """
 assert all(not torch.equal(bank.row(i), before[i]) for i in range(len(specs)))
-print("moved", own.rows.steps)
+print("moved", bank_optimizer.rows.steps)
 """
     assert "moved [5, 5, 5, 5]" in run(own_loop + checks + BLOCKS[2] + after, tmp_path)
 

@@ -1,4 +1,4 @@
-"""What README and docs say is what the code does."""
+"""README and docs agree with the code."""
 
 from __future__ import annotations
 
@@ -9,41 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from flora_train.cli import COMMANDS
-from flora_train.config.load import load_config, validate
-from tests.e2e.conftest import ROOT
+from tests.documents import DOCUMENTS, ROOT, blocks, commands
 
-README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", ROOT / "assets" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROSE = re.sub(r"<!-- figures.*?<!-- end -->", "", README, flags=re.DOTALL)
-BLOCKS = re.findall(r"^```\w*\n(.*?)^```", PROSE, flags=re.DOTALL | re.MULTILINE)
-COMMAND_LINES = [line for block in BLOCKS for line in block.splitlines() if re.match(r"(make|flora-train|accelerate) ", line)]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 
-def test_readme_has_commands() -> None:
-    assert {"make quickstart", "make test"} <= set(COMMAND_LINES)
+def test_readme_has_the_two_commands() -> None:
+    assert {"make quickstart", "make test"} <= commands(ROOT / "README.md")
 
 
-@pytest.mark.parametrize("line", COMMAND_LINES)
-def test_every_command_of_the_readme_exists(line: str) -> None:
-    program, *words = shlex.split(line)
-    if program == "make":
-        done = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    elif program == "accelerate":
-        words = words[words.index("train.py") + 1 :]
-        assert load_config(words).name == "quickstart"
-    else:
-        entry = COMMANDS[words[0]]
-        assert entry.least <= len(words) - 1
-        assert entry.most is None or len(words) - 1 <= entry.most
-
-
-def test_error_shown_in_the_readme_is_the_one_that_is_printed() -> None:
-    block = next(block for block in BLOCKS if block.startswith("$ flora-train"))
-    command, expected = block.strip().splitlines()
+def test_error_shown_in_the_documents_is_the_one_that_is_printed() -> None:
+    (block,) = blocks(ROOT / "docs" / "commands.md", "console")
+    command, expected = block.text.strip().splitlines()
     words = shlex.split(command.removeprefix("$ flora-train "))
     done = subprocess.run([sys.executable, "-m", "flora_train", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
@@ -71,17 +50,18 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert not missing
 
 
-def test_files_named_in_the_tree_of_the_readme_exist() -> None:
-    tree = next(block for block in BLOCKS if block.startswith("train.py"))
-    names = [word for line in tree.splitlines() for word in re.match(r" *((?:[\w./]+ )+) ", line)[1].split()]  # type: ignore[index]
-    inside = set(names[names.index("flora_train/") + 1 :])
+def test_files_in_the_repository_layout_exist() -> None:
+    tree = next(block.text for block in blocks(CONTRIBUTING, "") if block.text.startswith("train.py"))
+    names = [line.split()[0] for line in tree.splitlines()]
     assert len(names) > 15
+    package = set(names[names.index("flora_train/") + 1 :])
     for name in names:
-        assert (ROOT / ("flora_train" if name in inside else "") / name).exists(), name
+        folder = ROOT / "flora_train" if name in package else ROOT
+        assert (folder / name).exists(), name
 
 
-def test_recipe_in_the_tasks_document_is_valid() -> None:
-    text = (ROOT / "docs" / "tasks.md").read_text()
-    recipe = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0])
-    config = validate(recipe)
-    assert set(config.tasks) == {"support", "python", "german"}
+def test_every_package_is_in_the_repository_layout() -> None:
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    for path in (ROOT / "flora_train").iterdir():
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"\n  {path.name}/ " in text, path.name

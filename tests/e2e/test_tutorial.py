@@ -1,17 +1,15 @@
-"""docs/tutorial.md, run from top to bottom as it stands, but for smaller steps; and the commands of the other pages exist."""
+"""docs/tutorial.md, run from top to bottom with smaller steps; the documentation's site."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from flora_train.cli import COMMANDS
 from tests.e2e.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -21,14 +19,14 @@ SMALLER = {
     "training.steps=20 training.tokens_per_step=768 training.max_length=256": "training.steps=5 training.tokens_per_step=192 "
     "training.tokens_per_microbatch=192 training.max_length=64",
     "max_validation_examples=10": "max_validation_examples=6",
-    "flora-train doctor\n": "",  # test_doctor.py has it
+    "flora-train doctor\n": "",  # run by test_documented_commands.py
     "evaluation.interval=10": "evaluation.interval=3",
 }
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like a clone, in which nothing of ours is written over."""
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a clone, in which no file of this repository is overwritten."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("assets", "launch", "train.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -36,35 +34,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.full
-def test_the_tutorial_from_top_to_bottom(place: Path) -> None:
+def test_the_tutorial_from_top_to_bottom(clone: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    surroundings = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    said = ""
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    output = ""
     for language, block in BLOCKS:
         for whole, part in SMALLER.items():
             block = block.replace(whole, part)
         command = ["bash", "-e", "-c", block] if language == "bash" else [sys.executable, "-c", block]
-        done = subprocess.run(command, cwd=place, env=surroundings, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        said += done.stdout
+        output += done.stdout
     for sign in ("6 adapters", "Held-out loss: clearly better is", "local function add(a, b)", "YOU/mine  private"):
-        assert sign in said
-    adapters = {path.name for path in (place / "outputs" / "mine" / "adapters").iterdir()}
+        assert sign in output
+    adapters = {path.name for path in (clone / "outputs" / "mine" / "adapters").iterdir()}
     assert adapters == {f"{task}-{method}" for task in ("lua", "ruby", "perl") for method in ("flora", "lora", "ia3")}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_of_the_pages_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(?:bash|)\n(.*?)^```", text, re.S | re.M)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`([^`\n]+)`", text)
-    for line in (line for line in lines if re.match(r"(flora-train|make) \w", line)):
-        program, *words = shlex.split(line.replace("\\|", "|"), comments=True)
-        if program == "flora-train":
-            assert words[0] in COMMANDS, line
-        elif program == "make":
-            assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M), line
 
 
 def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
@@ -75,4 +59,5 @@ def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
         assert (tmp_path / "site" / ("" if page.stem == "index" else page.stem) / "index.html").exists()
     reference = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert "flora_train.adapters.bank.AdapterBank.attach" in reference
-    assert "tokens_per_microbatch" in reference
+    configuration = (tmp_path / "site" / "configuration" / "index.html").read_text(encoding="utf-8")
+    assert "training.tokens_per_microbatch" in configuration

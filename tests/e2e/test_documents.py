@@ -1,0 +1,108 @@
+"""README and docs: their length, links, paths, options and generated pages."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flora_train.config.load import validate
+from tests.documents import DOCUMENTS, ROOT, blocks, prose, synopses
+
+PATH = re.compile(r"`((?:flora_train|tests|benchmarks|recipes|data_configs|launch|docs)/[\w./-]+\.(?:py|yaml|sh|md))`")
+OLD_OPTIONS = (
+    "evaluation.n=",
+    "evaluation.k=",
+    "evaluation.every",
+    "checkpoint_every",
+    "existing_run",
+    "start_from",
+    "over_long",
+    "stand_in",
+    "played_clips",
+    "guard.spike=",
+    "model.sharded",
+)
+MINIMAL = {
+    "name": "document",
+    "model": {"path": "assets/models/smollm2-135m"},
+    "adapters": {"lora": {"method": "lora", "lr": 1e-3}},
+    "training": {"steps": 10},
+}
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_in_a_document_exist(document: Path) -> None:
+    missing = [path for path in PATH.findall(prose(document)) if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_pages_that_the_package_names_exist() -> None:
+    sources = [*(ROOT / "flora_train").rglob("*.py"), *(ROOT / "recipes").glob("*.yaml"), *(ROOT / "eval").glob("*")]
+    sources += [*(ROOT / "data_configs").glob("*.yaml"), *(ROOT / "tests").rglob("*.py")]
+    for source in sources:
+        for page in re.findall(r"\bdocs/\w+\.md", source.read_text(encoding="utf-8")):
+            assert (ROOT / page).exists(), f"{source.relative_to(ROOT)} names {page}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_document_has_no_old_option(document: Path) -> None:
+    text = prose(document)
+    found = [option for option in OLD_OPTIONS if option in text]
+    assert not found or document.name == "CHANGELOG.md"
+
+
+def test_configuration_page_is_up_to_date() -> None:
+    command = [sys.executable, "docs/configuration_table.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"run `python docs/configuration_table.py`\n{done.stderr}"
+
+
+def test_configuration_page_has_every_key_with_a_meaning() -> None:
+    lines = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| `")]
+    keys = [row.split("`")[1] for row in rows]
+    for key in ("training.steps", "evaluation.interval", "tasks.NAME.speech.language", "adapters.NAME.init_from"):
+        assert key in keys
+    cells = [re.split(r"(?<!\\)\|", row)[1:-1] for row in rows]
+    assert not [row for row in cells if not row[-1].strip()], "a key without a meaning"
+
+
+@pytest.mark.parametrize("name", ["data", "speech"])
+def test_yaml_in_the_pages_is_valid(name: str) -> None:
+    page = ROOT / "docs" / f"{name}.md"
+    for block in blocks(page, "yaml"):
+        recipe = {**MINIMAL, **yaml.safe_load(block.text)}
+        config = validate(recipe)
+        assert config.tasks
+
+
+def synopsis_cases() -> list[str]:
+    """Every description of a command's arguments in the documents."""
+    found: set[str] = set()
+    for document in DOCUMENTS:
+        found |= {text for text in synopses(document) if text.startswith("flora-train")}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("synopsis", synopsis_cases())
+def test_options_in_a_synopsis_are_those_of_the_command(synopsis: str) -> None:
+    command = synopsis.split()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "flora_train", command, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"COLUMNS": "200", "PATH": "/usr/bin:/bin", "NO_COLOR": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    for option in re.findall(r"--[a-z-]+", synopsis):
+        assert option in done.stdout, option
