@@ -134,13 +134,19 @@ def finished(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def execute(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run one command line in a folder; what Python runs is forked from a process that has loaded torch."""
+    """Run one command line in a folder.
+
+    Python programs are forked from a process that has loaded torch, and so is the script of `accelerate launch`; the launcher itself runs
+    below launch/supervise.sh, and in test_launch.py.
+    """
     environment = launch_environment(folder.parent / "cache")
     words = shlex.split(command)
     if words[0] == "flora-train":
         return python("-m", "flora_train", *words[1:], environment=environment, folder=folder)
-    if words[0] == "python":
-        return python(*words[1:], environment={**environment, "PYTHONPATH": str(ROOT)}, folder=folder)
+    if "accelerate launch" in command and not command.startswith("launch/"):
+        processes = 2 if "cpu_2proc" in command else 1
+        script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+        return python(*words[script:], environment=environment, folder=folder, processes=processes)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     shell = {**environment, "PATH": path, "PYTHONPATH": str(ROOT)}
     return subprocess.run(["bash", "-e", "-c", command], cwd=folder, env=shell, capture_output=True, text=True, timeout=600)
@@ -154,10 +160,10 @@ def prepare(run: Run, folder: Path, finished: Path) -> None:
             copytree(finished, folder / name)
     if "some/peft-adapter" in run.command and not (folder / "some").exists():
         copytree(finished / "adapters" / "lua-lora", folder / "some" / "peft-adapter")
-    if re.search(r"(train|launch\b.*train\.py) ", run.text) and "resume=true" not in run.text:
+    if re.search(r"(flora-train train|train\.py) ", run.text) and "resume=true" not in run.text:
         target = re.search(r"output_dir=(\S+)", run.text)
-        name = target[1] if target else "outputs/quickstart"
-        rmtree(folder / name, ignore_errors=True)
+        own_data = "outputs/lua" if "mine.yaml" in run.text else "outputs/quickstart"
+        rmtree(folder / (target[1] if target else own_data), ignore_errors=True)
 
 
 @pytest.mark.parametrize("run", [marked(run) for run in RUNS])
