@@ -57,7 +57,7 @@ RUNS = [Run(**{**entry, "command": normalised(entry["command"])}) for entry in L
 
 def marked(run: Run) -> Any:
     """A parameter of a test; all but the quick commands are left to `make test-full`."""
-    return pytest.param(run, id=run.command, marks=() if run.quick else pytest.mark.slow)
+    return pytest.param(run, id=run.command, marks=() if run.quick else pytest.mark.full)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def ensure_recipe_of_own_data(folder: Path) -> None:
         assert execute(command, folder).returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("document", ["README.md", "docs/serving.md"])
 def test_python_of_a_document_runs_as_it_stands(document: str, workspace: Path, finished: Path) -> None:
     if not (workspace / "outputs" / "quickstart").exists():
