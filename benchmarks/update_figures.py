@@ -178,7 +178,8 @@ def joint_block() -> str:
     where = (
         f"{facts['machine']['processor']}, {facts['threads']} threads, float32, {packages}; medians of {regime['repeats']} steps"
     )
-    return "\n".join([*table(regime)[2:], f"<sub>{where} that took turns.</sub>"])
+    rows = [row.replace("ours, ", "flora_train, ").replace("kept at", "share kept at") for row in table(regime)[2:]]
+    return "\n".join([*rows, f"<sub>{where} that took turns.</sub>"])
 
 
 def kind(adapter: dict[str, Any]) -> tuple[Any, ...]:

@@ -91,6 +91,7 @@ def write_data(folder: Path) -> None:
             (code / f"{task}.{split}.jsonl").write_text("\n".join(short) + "\n", encoding="utf-8")
     for task in ("lua", "ruby"):
         (folder / f"{task}.jsonl").write_bytes((code / f"{task}.train.jsonl").read_bytes())
+    (folder / "assets" / "code_local" / "ruby.train.jsonl").write_bytes((code / "ruby.train.jsonl").read_bytes())
     (folder / "data").mkdir()
     rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(40)]
     (folder / "data" / "support.jsonl").write_text("\n".join(map(json.dumps, rows)))

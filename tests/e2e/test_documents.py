@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from flora_train.config.load import validate
 from tests.documents import DOCUMENTS, ROOT, blocks, prose, synopses
 
 PATH = re.compile(r"`((?:flora_train|tests|benchmarks|recipes|data_configs|launch|docs)/[\w./-]+\.(?:py|yaml|sh|md))`")
+OPTION = re.compile(r"--[a-z][a-z-]+")
+SYNOPSES = sorted(text for text in set().union(*(synopses(document) for document in DOCUMENTS)) if text.startswith("flora-train"))
+"""Every description of a command's arguments in the documents."""
 OLD_OPTIONS = (
     "evaluation.n=",
     "evaluation.k=",
@@ -85,24 +89,38 @@ def test_yaml_in_the_pages_is_valid(name: str) -> None:
         assert config.tasks
 
 
-def synopsis_cases() -> list[str]:
-    """Every description of a command's arguments in the documents."""
-    found: set[str] = set()
-    for document in DOCUMENTS:
-        found |= {text for text in synopses(document) if text.startswith("flora-train")}
-    return sorted(found)
-
-
-@pytest.mark.parametrize("synopsis", synopsis_cases())
-def test_options_in_a_synopsis_are_those_of_the_command(synopsis: str) -> None:
-    command = synopsis.split()[1]
+@pytest.mark.parametrize("command", sorted({text.split()[1] for text in SYNOPSES}))
+def test_options_in_a_synopsis_are_those_of_the_command(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flora_train", command, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={"COLUMNS": "200", "PATH": "/usr/bin:/bin", "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
     )
     assert done.returncode == 0, done.stderr
-    for option in re.findall(r"--[a-z-]+", synopsis):
-        assert option in done.stdout, option
+    for synopsis in SYNOPSES:
+        if synopsis.split()[1] == command:
+            assert [option for option in OPTION.findall(synopsis) if option not in done.stdout] == []
+
+
+def test_every_option_of_a_command_is_in_the_page_of_commands() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    for command in sorted({text.split()[1] for text in SYNOPSES}):
+        help_text = subprocess.run(
+            [sys.executable, "-m", "flora_train", command, "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        ).stdout
+        row = " ".join(line for line in page.splitlines() if line.startswith(f"| `flora-train {command}"))
+        missing = set(OPTION.findall(help_text)) - set(OPTION.findall(row)) - {"--help", "--install-completion"}
+        assert not missing, f"{command}: {missing}"
+
+
+def test_guarantees_name_tests_that_exist() -> None:
+    guarantees = re.findall(r"\[`(test_\w+)\.\.\.`\]\(\.\./([\w/.]+)\)", (ROOT / "docs" / "isolation.md").read_text())
+    assert len(guarantees) >= 7
+    for prefix, path in guarantees:
+        assert f"def {prefix}" in (ROOT / path).read_text(encoding="utf-8"), f"{path} has no {prefix}..."
