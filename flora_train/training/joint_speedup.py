@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flora_train.data.batch import Row, group_by_length
-from flora_train.runtime.distributed import say, world
+from flora_train.runtime.distributed import world
 from flora_train.runtime.progress import ProgressBar
 from flora_train.training.fsdp import is_sharded
 from flora_train.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SECONDS = 60.0
 """Default of training.compare_separate_seconds."""
@@ -19,7 +22,7 @@ DEFAULT_SECONDS = 60.0
 LEAST_MEASURED = 2
 """The cost is not estimated from fewer adapters."""
 
-NOT_TIMED = "note: the cost of separate runs is not reported: training.compare_separate_seconds is too short to measure it"
+NOT_TIMED = "the cost of separate runs is not reported: training.compare_separate_seconds is too short to measure it"
 
 Batches = Sequence[Sequence[Row]]
 
@@ -54,7 +57,7 @@ def time_joint_vs_separate(trainer: Trainer) -> dict[str, Any] | None:
     limit = config.compare_separate_seconds or DEFAULT_SECONDS
     deadline = time.monotonic() + limit
     if 2 * trainer.state.seconds / trainer.state.step > limit:
-        say(NOT_TIMED)
+        logger.warning(NOT_TIMED)
         return None
     with ProgressBar("time separate runs", len(separate) + 2) as progress:
         progress.update(0)
@@ -63,7 +66,7 @@ def time_joint_vs_separate(trainer: Trainer) -> dict[str, Any] | None:
         rate = joint / _padded_tokens(plan.microbatches)
         seconds, tokens = _time_separately(trainer, separate, deadline - joint, rate, progress)
         if len(seconds) < LEAST_MEASURED:
-            say(NOT_TIMED)
+            logger.warning(NOT_TIMED)
             return None
         joint = min(joint, _seconds(trainer, plan.microbatches))
         progress.update(len(separate) + 2)

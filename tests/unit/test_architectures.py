@@ -135,10 +135,10 @@ def document(rows: Sequence[Coverage]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Each as a tiny random-weight model in float32 (`tests/unit/test_architectures.py`, which also writes this file): it",
-        "attaches with the default targets below, trains fLoRA (both variants), LoRA and IA3 mixed in the same batches,",
-        f"every adapter equals the same adapter trained alone (max \\|dW\\| <= {ISOLATED:g} after 12 steps), and each exported",
-        f"adapter gives the same logits in plain PEFT (max difference <= {SAME_LOGITS:g}).",
+        "Each architecture is tested as a tiny random-weight model in float32 (`tests/unit/test_architectures.py`, which also",
+        "writes this page): adapters attach to the default targets below, fLoRA (both variants), LoRA and IA3 train mixed in the",
+        f"same batches, every adapter equals the same adapter trained alone (max \\|dW\\| <= {ISOLATED:g} after 12 steps), and each",
+        f"exported adapter gives the same logits in plain PEFT (max difference <= {SAME_LOGITS:g}).",
         "",
         "| architecture | transformers class | fLoRA and LoRA (`default`) | IA3 scales the output of | IA3 scales the input of |",
         "|---|---|---|---|---|",
@@ -149,18 +149,19 @@ def document(rows: Sequence[Coverage]) -> str:
     ]
     lines += [
         "",
-        "IA3's defaults are PEFT's, where PEFT has some. T5 and Whisper are covered here as models: the data pipeline of a run makes",
-        "causal batches, and speech batches for Whisper and its like.",
+        "IA3's defaults are PEFT's, where PEFT has them. T5 is covered as a model only: the data pipeline of a run makes causal",
+        "batches, and speech batches for Whisper and similar models.",
         "",
         "## Other families",
         "",
-        "Any other causal model is asked before training, on a few tokens: which of its linear layers run in rows (others get no",
-        "adapter, and a line says so), whether a row's loss and gradient depend on its own past alone (else the model is refused by",
-        "name, with the module where rows meet), and whether rows can be decoded together with keys and values as their only memory",
-        "(else one row at a time, by the model's own `generate`, or reading all tokens again). IA3 needs `target_modules` and",
-        "`feedforward_modules` there. Tried on tiny random models (`tests/unit/test_families.py`):",
+        "Any other causal model is probed before training, on a few tokens. The probe determines which of its linear layers process",
+        "rows independently (the others get no adapter, and a line reports them), whether a row's loss and gradient depend on its own",
+        "past alone (otherwise the model is refused by name, with the module where rows meet), and whether rows can be decoded",
+        "together with keys and values as their only state (otherwise one row at a time, by the model's own `generate`, or by reading",
+        "all tokens again). IA3 needs `target_modules` and `feedforward_modules` there. Results on tiny random models",
+        "(`tests/unit/test_families.py`):",
         "",
-        "| `model_type` | adapters | texts |",
+        "| `model_type` | adapters | decoding |",
         "|---|---|---|",
     ]
     lines += [f"| `{name}` | {_adapters(family)} | {_texts(family)} |" for name, family in FAMILIES.items()]
@@ -178,7 +179,9 @@ def _texts(family: Family) -> str:
     return (
         ""
         if family.refused
-        else {"batched": "together", "single_row": "one at a time", "uncached": "one at a time, read again"}[family.batching]
+        else {"batched": "together", "single_row": "one at a time", "uncached": "one at a time, reading all tokens again"}[
+            family.batching
+        ]
     )
 
 
