@@ -28,6 +28,7 @@ from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.model_schema import ModelConfig
 from flora_train.evaluation.generation import Decoder, Generated, Request, Sampling
 from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_forms import BaseModel
 from flora_train.models.loading import load_base_model, load_tokenizer
 from flora_train.runtime.environment import available_cpus, environment
 
@@ -90,7 +91,7 @@ def peft_model(bank: AdapterBank) -> Any:
     base, model = load_base_model(MODEL, torch.device("cpu")).eval(), None
     with tempfile.TemporaryDirectory() as folder:
         for i, name in enumerate(bank.ids):
-            path = export_peft(bank, name, Path(folder) / name, MODEL.path)
+            path = export_peft(bank, name, Path(folder) / name, base=BaseModel(MODEL.path))
             if model is None:
                 model = PeftModel.from_pretrained(base, path, adapter_name=f"task{i}")
             else:

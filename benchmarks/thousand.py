@@ -24,6 +24,7 @@ import psutil
 import torch
 
 from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_forms import BaseModel
 from flora_train.runtime.environment import environment
 from flora_train.training.step_plan import plan_step
 
@@ -136,7 +137,7 @@ def serve(tasks: int, model: str, steps: int) -> None:
                 size = trainer.checkpoints.files()[-1].stat().st_size
                 started = time.perf_counter()
                 for name in trainer.bank.ids:
-                    export_peft(trainer.bank, name, Path(folder) / "adapters" / name, model)
+                    export_peft(trainer.bank, name, Path(folder) / "adapters" / name, base=BaseModel(model))
                 print(saved, size, time.perf_counter() - started, flush=True)
             else:
                 return

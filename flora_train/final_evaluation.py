@@ -18,6 +18,8 @@ from flora_train.evaluation.speech.evaluate import evaluate_speech
 from flora_train.evaluation.speech.summary import read_summary
 from flora_train.export.model_card import write_card
 from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_forms import BaseModel
+from flora_train.export.usage_snippet import generation_example
 from flora_train.run_context import RunContext
 from flora_train.runtime.distributed import on_main_process, world
 from flora_train.runtime.environment import dtype_of, environment, now, peak_memory
@@ -55,8 +57,9 @@ def judge(session: RunContext, kept: Mapping[int, BestCheckpoint], plan: Plan | 
 
 def export_all(session: RunContext) -> None:
     """A PEFT folder of each adapter."""
+    base = BaseModel(session.config.model.path, session.config.model.revision)
     for name in session.bank.ids:
-        export_peft(session.bank, name, session.folder.adapters / name, session.config.model.path)
+        export_peft(session.bank, name, session.folder.adapters / name, base=base)
 
 
 def final_heldout(session: RunContext, log: HeldoutJournal) -> dict[str, HeldOut]:
@@ -93,7 +96,8 @@ def write_results(
     results["not_measured"] += session.differences
     write_report(results, folder.evaluation)
     for spec in bank.specs:
-        write_card(results, spec, folder.adapters / spec.name)
+        example = generation_example(config, spec.task)
+        write_card(results, spec, folder.adapters / spec.name, example=example)
 
 
 def write_completions(session: RunContext) -> list[dict[str, Any]]:

@@ -89,7 +89,13 @@ class AdapterBank:
                 targets_of[key] = find_targets(model, spec, left_out)
             groups[key].append(spec)
         wanted = {name for members in groups.values() for name in find_targets(model, members[0])}
-        bank = cls(model, [Pool(key[0], members, targets_of[key]) for key, members in groups.items()], paging, dtype, device)
+        bank = cls(
+            model,
+            [Pool(key[0], members, targets_of[key]) for key, members in groups.items()],
+            paging,
+            dtype,
+            device,
+        )
         bank.left_out = {name: reason for name, reason in left_out.items() if name in wanted}
         bank._wrap_layers()
         for pool, member in bank.location:
@@ -105,7 +111,11 @@ class AdapterBank:
             adapters.tolist() if isinstance(adapters, Tensor) else [self.id_of(a) if isinstance(a, str) else a for a in adapters]
         )
         for wrong in (i for i in ids if not BASE_ID <= i < len(self.specs)):
-            raise user_error("adapter_ids", wrong, f"ids run from 0 to {len(self.specs) - 1}, and {BASE_ID} is the base model")
+            raise user_error(
+                "adapter_ids",
+                wrong,
+                f"ids run from 0 to {len(self.specs) - 1}, and {BASE_ID} is the base model",
+            )
         if self.pager is not None:
             self.pager.bring({i for i in ids if i != BASE_ID})
         self.router.set(build_routing(ids, self.location, self.device, noise))

@@ -99,4 +99,5 @@ class AdapterLinear(nn.Module):
         )
         params = span.pool.gather(target.name, span.slots)
         segments = span.segments.scaled(tokens_per_row)
-        return span.pool.method.forward(x, site, params, span.specs, target.feedforward, segments)
+        feedforward = target.feedforward
+        return span.pool.method.forward(x, site, params, specs=span.specs, feedforward=feedforward, segments=segments)

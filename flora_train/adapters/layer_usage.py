@@ -83,7 +83,9 @@ def unusable_layers(model: nn.Module, names: Iterable[str], features: Tensor | N
         for name in used:
             if _mixes(first[name], turned[name], rows):
                 raise user_error(
-                    "model", type(model).__name__, f"mixes its rows before {name}: adapters would meet rows of others"
+                    "model",
+                    type(model).__name__,
+                    f"mixes its rows before {name}: adapters would meet rows of others",
                 )
     return reasons
 
@@ -100,7 +102,10 @@ def unusable_by_shape(config: ModelConfig, empty: nn.Module, features: Tensor | 
         return {}
     if whole:
         return found
-    kinds, seen = {numberless(name): reason for name, reason in found.items()}, {numberless(n) for n in linear_layers(model)}
+    kinds, seen = (
+        {numberless(name): reason for name, reason in found.items()},
+        {numberless(n) for n in linear_layers(model)},
+    )
     usable = {numberless(name) for name in linear_layers(model) if name not in found}
     return {name: kinds[kind] for name in names if (kind := numberless(name)) in kinds and kind in seen - usable}
 
@@ -117,7 +122,10 @@ def _reason(name: str, first: _Calls | None, second: _Calls | None, head: str | 
 
 def _whole_lists(reasons: Mapping[str, str], calls: Mapping[str, _Calls]) -> dict[str, str]:
     """Experts of one list stand or fall together: which tokens one of them gets changes with every batch."""
-    found, lists = dict(reasons), {place: reason for name, reason in reasons.items() for place in _lists(name)}
+    found, lists = (
+        dict(reasons),
+        {place: reason for name, reason in reasons.items() for place in _lists(name)},
+    )
     for name, seen in calls.items():
         if name not in found and any(len(shape) == 2 for shape in seen.shapes):
             for place in lists.keys() & set(_lists(name)):

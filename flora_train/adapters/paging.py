@@ -37,7 +37,10 @@ class Paging:
 
     def slots_for(self, pools: Sequence[Pool], device: torch.device, dtype: torch.dtype) -> int | None:
         """How many slots there shall be, or None where all adapters of these pools have room. Raises UserError if memory is short."""
-        largest, everything = max(pool.row_size for pool in pools), sum(len(pool.specs) * pool.row_size for pool in pools)
+        largest, everything = (
+            max(pool.row_size for pool in pools),
+            sum(len(pool.specs) * pool.row_size for pool in pools),
+        )
         slots = self.device_slots
         needed = PLANES * dtype.itemsize * everything
         if slots is None and device.type == "cpu" and needed > (free := free_memory()):
@@ -47,7 +50,10 @@ class Paging:
             )
             raise user_error("adapters.device_slots", "auto", hint)
         if slots is None and device.type == "cuda":
-            slots = max(1, int(torch.cuda.mem_get_info(device)[0] * OF_FREE_MEMORY) // (PLANES * dtype.itemsize * largest))
+            slots = max(
+                1,
+                int(torch.cuda.mem_get_info(device)[0] * OF_FREE_MEMORY) // (PLANES * dtype.itemsize * largest),
+            )
         return None if slots is None or slots * largest >= everything else slots
 
 
@@ -85,7 +91,13 @@ class Pager:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.pools, self.location, self.folder, self.device, self.dtype = pools, location, folder, device, dtype
+        self.pools, self.location, self.folder, self.device, self.dtype = (
+            pools,
+            location,
+            folder,
+            device,
+            dtype,
+        )
         self.ids = {(id(pool), member): adapter for adapter, (pool, member) in enumerate(location)}
         self.room = device_slots * max(pool.row_size for pool in pools)
         self.device_slots = device_slots

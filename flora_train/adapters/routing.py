@@ -131,7 +131,10 @@ def build_routing(
     spans: list[Span] = []
     while runs:
         pool = locate[runs[0][0]][0] if runs[0][0] >= 0 else None
-        length = next((i for i, run in enumerate(runs) if (locate[run[0]][0] if run[0] >= 0 else None) is not pool), len(runs))
+        length = next(
+            (i for i, run in enumerate(runs) if (locate[run[0]][0] if run[0] >= 0 else None) is not pool),
+            len(runs),
+        )
         members, runs = runs[:length], runs[length:]
         start, end = members[0][1], members[-1][2]
         segments = Segments((0, *(run[2] - start for run in members)))

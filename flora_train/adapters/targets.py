@@ -16,7 +16,10 @@ from flora_train.config.errors import choices, did_you_mean, user_error
 
 SPEECH = ("whisper", "speech_to_text", "moonshine")
 IA3_BEYOND_PEFT: dict[str, dict[str, list[str]]] = {
-    "target_modules": {"starcoder2": ["k_proj", "v_proj", "mlp.c_proj"], **{key: ["k_proj", "v_proj", "fc2"] for key in SPEECH}},
+    "target_modules": {
+        "starcoder2": ["k_proj", "v_proj", "mlp.c_proj"],
+        **{key: ["k_proj", "v_proj", "fc2"] for key in SPEECH},
+    },
     "feedforward_modules": {"starcoder2": ["mlp.c_proj"], **{key: ["fc2"] for key in SPEECH}},
 }
 """Keys, values and the feed-forward output (the IA3 paper's rule) of architectures that PEFT's table lacks."""
@@ -56,7 +59,11 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str
         chosen = _match(model, available, wanted, f"{key}.target_modules")
         for suffix in wanted if spec.target_modules != "default" else ():
             _check_usable(
-                model, [name for name in chosen if _ends_with(name, [suffix])], unusable, f"{key}.target_modules", suffix
+                model,
+                [name for name in chosen if _ends_with(name, [suffix])],
+                unusable,
+                f"{key}.target_modules",
+                suffix,
             )
     none = next((reason for name, reason in unusable.items() if name in chosen), None)
     chosen = {name: target for name, target in chosen.items() if name not in unusable}
@@ -69,7 +76,9 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str
     if not chosen:
         why = "" if none is None else f" that an adapter can be attached to ({none})"
         raise user_error(
-            f"{key}.target_modules", spec.target_modules, f"{type(model).__name__} has no linear layer to adapt{why}"
+            f"{key}.target_modules",
+            spec.target_modules,
+            f"{type(model).__name__} has no linear layer to adapt{why}",
         )
     if spec.method != "ia3":
         return chosen
@@ -78,7 +87,11 @@ def find_targets(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str
     feedforward = [name for name in chosen if _ends_with(name, inputs)]
     unmatched = [suffix for suffix in given or () if not any(_ends_with(name, [suffix]) for name in chosen)]
     if unmatched:
-        raise user_error(f"{key}.feedforward_modules", unmatched[0], f"matches none of the targets {', '.join(endings(chosen))}")
+        raise user_error(
+            f"{key}.feedforward_modules",
+            unmatched[0],
+            f"matches none of the targets {', '.join(endings(chosen))}",
+        )
     return {name: Target(t.name, t.in_features, t.out_features, t.transposed, name in feedforward) for name, t in chosen.items()}
 
 
@@ -138,11 +151,18 @@ def _ia3_default(model: nn.Module, which: str, key: str) -> list[str]:
     """PEFT's table, so that an exported adapter means the same there."""
     from peft.utils import constants
 
-    table = {**getattr(constants, f"TRANSFORMERS_MODELS_TO_IA3_{which.upper()}_MAPPING"), **IA3_BEYOND_PEFT[which]}
+    table = {
+        **getattr(constants, f"TRANSFORMERS_MODELS_TO_IA3_{which.upper()}_MAPPING"),
+        **IA3_BEYOND_PEFT[which],
+    }
     architecture = getattr(getattr(model, "config", None), "model_type", None)
     if architecture not in table:
         options = ", ".join(endings(linear_layers(model)))
-        raise user_error(f"{key}.{which}", None, f"IA3 has no default for architecture {architecture!r}: name some of {options}")
+        raise user_error(
+            f"{key}.{which}",
+            None,
+            f"IA3 has no default for architecture {architecture!r}: name some of {options}",
+        )
     return list(table[architecture])
 
 

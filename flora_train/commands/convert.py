@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.peft_files import check_targets, kind_of
+from flora_train.adapters.peft_config import peft_type_of
+from flora_train.adapters.peft_tensors import check_targets
 from flora_train.adapters.spec import make_spec
 from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.base import ConfigModel, PathText
@@ -21,6 +22,7 @@ from flora_train.config.overrides import from_flags, parse_words
 from flora_train.config.terminal_text import print_plain
 from flora_train.export.model_card import in_code, write_card
 from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_forms import BaseModel
 from flora_train.export.peft_import import fit_lora, modules_of, read_peft, scale_of
 from flora_train.models.loading import load_base_model
 from flora_train.runtime.atomic import check_writable
@@ -46,8 +48,10 @@ def convert_adapter(words: Sequence[str]) -> None:
         raise user_error("out", str(out), "exists already: choose another, or delete it")
     check_writable(out)
     config, tensors = read_peft(source, "adapter")
-    if kind_of(config) != "LORA":
-        hint = f"is of kind {kind_of(config)}: LORA is converted; HIRA and IA3 go on as they are, with adapters.NAME.init_from"
+    if peft_type_of(config) != "LORA":
+        hint = (
+            f"is of kind {peft_type_of(config)}: LORA is converted; HIRA and IA3 go on as they are, with adapters.NAME.init_from"
+        )
         raise user_error("adapter", source, hint)
     base = options.model or config.get("base_model_name_or_path")
     if not base:
@@ -55,14 +59,14 @@ def convert_adapter(words: Sequence[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
     modules = sorted(modules_of(config, tensors))
-    check_targets(config, modules, [name for name, _ in model.named_modules()], source, "adapter")
+    check_targets(config, modules, [name for name, _ in model.named_modules()], source=source, key="adapter")
     spec = make_spec("", "flora", AdapterConfig(method="flora", rank=options.rank, lr=1.0, target_modules=modules), 1)
     bank = AdapterBank.attach(model, [replace(spec, name=out.name)])
-    numbers, error = fit_lora(bank, out.name, tensors, scale_of(config))
+    numbers, error = fit_lora(bank, out.name, tensors, scale=scale_of(config))
     for module, params in bank.parameters_of(out.name).items():
         for param, view in params.items():
             view.copy_(numbers[f"{module}.{param}"])
-    export_peft(bank, out.name, out, base, replace=False)
+    export_peft(bank, out.name, out, base=BaseModel(base), replace=False)
     found = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
     write_card(
         {},

@@ -23,8 +23,10 @@ from flora_train.evaluation.report.results import read_report, reading_report
 from flora_train.export.merge import save_merged
 from flora_train.export.model_card import write_card
 from flora_train.export.peft_format import check_new, export_peft
-from flora_train.export.svd_lora import SvdLora, lora_stand_in, write_into
-from flora_train.models.loading import load_base_model, load_model_config
+from flora_train.export.peft_forms import BaseModel
+from flora_train.export.svd_lora import SvdLora, compute_svd_lora, write_into
+from flora_train.export.usage_snippet import generation_example
+from flora_train.models.loading import load_base_model, load_model_config, load_preprocessors
 from flora_train.run_context import RunContext, load_run, locked, note_differences
 from flora_train.runtime.atomic import check_writable, real_path
 from flora_train.runtime.manifest import PEFT_FILES, PEFT_WARNING
@@ -105,12 +107,14 @@ def _export(run: str, names: Sequence[str], options: ExportOptions, allow: Origi
         if stands_in:
             found = [_svd_lora(session.bank, name, options) for name in names]
             return _write_stand_ins(session, found, report, out, replace=ours)
+        base = BaseModel(session.config.model.path, session.config.model.revision)
         for name in names:
             own_type = options.as_ == "flora"
-            export_peft(session.bank, name, out / name, session.config.model.path, own_type, replace=ours)
+            export_peft(session.bank, name, out / name, base=base, own_type=own_type, replace=ours)
             spec = session.bank.specs[session.bank.ids[name]]
             with reading_report(folder.evaluation / "report.json"):
-                write_card(report, spec, out / name, origin=" ".join(session.differences))
+                example = generation_example(session.config, spec.task)
+                write_card(report, spec, out / name, example=example, origin=" ".join(session.differences))
         _say_what_peft_does(out / name for name in names)
         return [out / name for name in names]
 
@@ -139,7 +143,8 @@ def merge(run: str, names: Sequence[str], out: Path, allow: OriginOptions) -> li
         published.dtype = torch.float32
         session.model.config = published
         made_of = {"adapter": name, "base": session.config.model.path, "run": run, "differences": list(session.differences)}
-        save_merged(session.bank, name, session.tokenizer, out / name, made_of)
+        preprocessors = load_preprocessors(session.config.model, session.tokenizer)
+        save_merged(session.bank, name, out / name, preprocessors=preprocessors, origin=made_of)
         if real_path(out) == real_path(session.folder.path / FOLDERS["merged"]):
             session.folder.add_files(f"merged/{name}/{path.name}" for path in (out / name).iterdir())
     return [out / name for name in names]
@@ -148,7 +153,7 @@ def merge(run: str, names: Sequence[str], out: Path, allow: OriginOptions) -> li
 def _svd_lora(bank: AdapterBank, name: str, options: ExportOptions) -> SvdLora:
     rank = None if options.max_error is not None else options.rank or RANK
     with ProgressBar(f"decompose {name}", 1.0) as watch:
-        return lora_stand_in(bank, name, rank, options.max_error, watch.update)
+        return compute_svd_lora(bank, name, rank=rank, max_error=options.max_error, report=watch.update)
 
 
 def _write_stand_ins(
@@ -161,10 +166,11 @@ def _write_stand_ins(
     bank = AdapterBank.attach(
         load_base_model(session.config.model, session.bank.device), [svd_lora.spec for svd_lora in svd_loras]
     )
+    base = BaseModel(session.config.model.path, session.config.model.revision)
     for svd_lora in svd_loras:
         write_into(bank, svd_lora)
         place = out / svd_lora.spec.name
-        export_peft(bank, svd_lora.spec.name, place, session.config.model.path, always_lora=True, replace=replace)
+        export_peft(bank, svd_lora.spec.name, place, base=base, always_lora=True, replace=replace)
     after = _heldout(session, bank, ())
     table = Table(box=SIMPLE_HEAD, title="closest LoRAs: held-out loss, nats a token", title_justify="left")
     for heading in ("adapter", "rank", "|dW - BA| / |dW|", "base", "adapter", "LoRA"):
@@ -177,7 +183,15 @@ def _write_stand_ins(
         )
         original = session.bank.specs[session.bank.ids[name]]
         with reading_report(session.folder.evaluation / "report.json"):
-            write_card(report, original, out / name, svd_lora, losses, origin=" ".join(session.differences))
+            write_card(
+                report,
+                original,
+                out / name,
+                example=generation_example(session.config, original.task),
+                svd_lora=svd_lora,
+                losses=losses,
+                origin=" ".join(session.differences),
+            )
     print_table(table)
     for svd_lora in svd_loras:
         if svd_lora.biases:

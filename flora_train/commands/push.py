@@ -21,8 +21,8 @@ from flora_train.config.overrides import from_flags, parse_words, run_and_names
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain
 from flora_train.evaluation.report.results import read_report, reading_report
-from flora_train.export.hub_client import AnswerError, check_repository_name, insist
-from flora_train.export.hub_repository import MANIFEST, Entries, Repository, read_entries, stage
+from flora_train.export.hub_client import AnswerError, check_repository_name, with_retries
+from flora_train.export.hub_repository import MANIFEST, Entries, Repository, Staging, read_entries, stage
 from flora_train.run_context import check_base
 from flora_train.runtime.atomic import disk_errors
 from flora_train.runtime.progress import ProgressBar
@@ -87,8 +87,8 @@ def _push(folder: RunFolder, config: RunConfig, chosen: Sequence[AdapterSpec], o
     origin = " ".join(differences)
     with _staging() as place:
         with reading_report(folder.evaluation / "report.json"):
-            apart = options.repo_per_adapter
-            repositories = stage(folder, chosen, report, options.repo, options.base, apart, place, origin)
+            staging = Staging(options.repo, place, options.base, options.repo_per_adapter, origin, report)
+            repositories = stage(folder, config, chosen, staging)
         base = options.base or config.model.path
         if Path(base).exists():
             logger.warning(
@@ -127,7 +127,7 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
 
     api, repo, me = HfApi(library_name="flora_train"), options.repo, ""
     try:
-        me = insist(lambda: str(api.whoami()["name"]))
+        me = with_retries(lambda: str(api.whoami()["name"]))
         for repository in repositories:  # before anything is sent
             private = _is_private(api, repository.name)
             check_visibility(repository.name, private, options.public)
@@ -176,7 +176,7 @@ def _create(api: Any, repository: Repository, options: PushOptions) -> str:
         if theirs.get(name, mine)["run"] != mine["run"]:
             hint = f"has an adapter {name} of another run: choose another repository, or rename the task or adapter"
             raise user_error("repo", repository.name, hint)
-    address = insist(lambda: str(api.create_repo(repository.name, private=not options.public, exist_ok=True)))
+    address = with_retries(lambda: str(api.create_repo(repository.name, private=not options.public, exist_ok=True)))
     check_visibility(repository.name, _is_private(api, repository.name), options.public)  # another may have been first
     files: dict[str, Path | bytes] = {**repository.files, **repository.overview(theirs)}
 
@@ -186,7 +186,7 @@ def _create(api: Any, repository: Repository, options: PushOptions) -> str:
             repository.name, operations, commit_message=f"Adapters of flora_train: {', '.join(repository.adapters)}"[:200]
         )
 
-    insist(commit)
+    with_retries(commit)
     return address
 
 
@@ -205,7 +205,7 @@ def _is_private(api: Any, name: str) -> bool | None:
             raise TypeError(f"{name} is private: {private!r}")
         return private
 
-    return insist(ask)
+    return with_retries(ask)
 
 
 def check_visibility(name: str, private: bool | None, public: bool) -> None:
@@ -218,11 +218,11 @@ def check_visibility(name: str, private: bool | None, public: bool) -> None:
 
 def _adapters_there(api: Any, repository: Repository) -> Entries:
     """What was pushed there before. Raises UserError for a repository that holds something else."""
-    if not insist(lambda: api.repo_exists(repository.name)):
+    if not with_retries(lambda: api.repo_exists(repository.name)):
         return {}
-    files = insist(lambda: {str(file) for file in api.list_repo_files(repository.name)}) - {".gitattributes"}
+    files = with_retries(lambda: {str(file) for file in api.list_repo_files(repository.name)}) - {".gitattributes"}
     if MANIFEST in files:
-        file = insist(lambda: Path(api.hf_hub_download(repository.name, MANIFEST)))
+        file = with_retries(lambda: Path(api.hf_hub_download(repository.name, MANIFEST)))
         try:
             return read_entries(file.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -236,7 +236,7 @@ def _adapters_there(api: Any, repository: Repository) -> Entries:
 def _collection(api: Any, options: PushOptions) -> Any:
     """The collection of that name, made where it is not there. Raises UserError if it is public and --public was not given."""
     owner, _, name = options.repo.partition("/")
-    collection = insist(lambda: api.create_collection(name, namespace=owner, private=not options.public, exists_ok=True))
+    collection = with_retries(lambda: api.create_collection(name, namespace=owner, private=not options.public, exists_ok=True))
     if not isinstance(collection.slug, str) or not isinstance(collection.private, bool | None):
         raise AnswerError(f"a collection {collection.slug!r}")
     if not collection.private and not options.public:
@@ -248,5 +248,5 @@ def _collection(api: Any, options: PushOptions) -> Any:
 
 def _collect(api: Any, collection: Any, repositories: Sequence[Repository]) -> str:
     for repository in repositories:
-        insist(lambda item=repository.name: api.add_collection_item(collection.slug, item, "model", exists_ok=True))  # type: ignore[misc]
+        with_retries(lambda item=repository.name: api.add_collection_item(collection.slug, item, "model", exists_ok=True))  # type: ignore[misc]
     return str(collection.url)

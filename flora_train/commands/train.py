@@ -22,7 +22,7 @@ from flora_train.evaluation.report.terminal import (
 )
 from flora_train.evaluation.saved_files import check_saved
 from flora_train.evaluation.speech.cache_check import check_transcribing
-from flora_train.export.loadability import say_what_peft_loads
+from flora_train.export.loadability import log_notes
 from flora_train.export.peft_import import init_from_peft
 from flora_train.final_evaluation import judge, training_facts
 from flora_train.models.base_identity import base_identity
@@ -93,7 +93,7 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, status: R
         on_main_process(lambda: check_data(folder, session.tasks, OriginOptions()))
     on_every_process(session.check_model)
     on_every_process(lambda: check_texts(session, plan))
-    on_main_process(lambda: say_what_peft_loads(session.model, session.bank.pools))
+    on_main_process(lambda: log_notes(session.model, session.bank.pools))
     pad = pad_token(session.tokenizer)
     data = (session.tasks, pad, folder, accelerator, session.collate)
     trainer = Trainer(config, session.model, session.bank, *data, session.base_hash)

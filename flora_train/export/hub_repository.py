@@ -1,11 +1,11 @@
-"""What does a run look like on the hub? One repository with a folder for each adapter, or a repository for each."""
+"""The content of the repositories that `flora-train push` writes: one with a folder per adapter, or one per adapter."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,180 +15,208 @@ import yaml
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import user_error
 from flora_train.config.json_object import parse_object, read_object
-from flora_train.export.model_card import KINDS, in_code, in_line, write_card
+from flora_train.config.schema import RunConfig
+from flora_train.export.model_card import METHOD_TITLES, in_code, in_line, write_card
 from flora_train.export.model_card_results import benchmarks
+from flora_train.export.usage_snippet import GenerationExample, generation_example, usage_snippet
 from flora_train.runtime.atomic import disk_errors, write_atomically
 from flora_train.runtime.manifest import PEFT_FILES, PEFT_WARNING
 from flora_train.runtime.run_folder import RunFolder
 
 MANIFEST = "flora_train.json"
-"""What a repository tells of its adapters: what another push may replace, and what its table says of them."""
+"""Describes the adapters of a repository: which of them a later push may replace, and the rows of its table."""
 TEMPLATE = Path(__file__).with_name("hub_repository.md.jinja")
 
 Entries = Mapping[str, Mapping[str, Any]]
-"""Adapter -> its `run` (an identity), base, task, kind, rank, and bits_per_byte and difference_to_base if it was judged."""
+"""Adapter -> its `run` (an identity), base, task, kind and rank, and after evaluation bits_per_byte and difference_to_base."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """name: ORG/NAME; files: path in it -> file here; adapters: those whose folders they are; base: their base model; table: whether it
-    is described by a table of its adapters, else it holds one with a card of its own."""
+    """One repository on the hub."""
 
     name: str
+    """ORG/NAME."""
     files: Mapping[str, Path]
+    """Path in the repository -> local file."""
     adapters: Entries
+    """The adapters whose folders it holds."""
     base: str
-    table: bool
+    """Their base model."""
+    snippet: str | None = None
+    """Python source that uses the first adapter, for a README.md with a table of all adapters. None: README.md is the card of
+    the only adapter."""
 
-    def overview(self, theirs: Entries) -> dict[str, bytes]:
-        """Path -> content of what tells of these adapters and of those that are there already."""
-        together = {**theirs, **self.adapters}
+    def overview(self, existing: Entries) -> dict[str, bytes]:
+        """Path -> content of the files that describe these adapters and the existing ones."""
+        together = {**existing, **self.adapters}
         files = {MANIFEST: (json.dumps({"adapters": together}, indent=2) + "\n").encode()}
-        if self.table:
-            files["README.md"] = _table(self.name, self.base, together, "report.html" in self.files).encode()
+        if self.snippet is not None:
+            files["README.md"] = self._readme(together).encode()
         return files
+
+    def _readme(self, adapters: Entries) -> str:
+        from huggingface_hub import ModelCard, ModelCardData
+
+        rows = {in_line(name): _printable(entry) for name, entry in adapters.items()}
+        base_model = None if Path(self.base).exists() else self.base
+        card = ModelCard.from_template(
+            ModelCardData(base_model=base_model, library_name="peft", tags=["flora_train"]),
+            template_path=str(TEMPLATE),
+            repo=self.name,
+            base=in_code(self.base),
+            snippet=self.snippet,
+            adapters=rows,
+            runs=len({entry["run"] for entry in adapters.values()}),
+            has_report="report.html" in self.files,
+        )
+        return str(card).rstrip() + "\n"
+
+
+def _printable(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: in_line(value) if isinstance(value, str) else value for key, value in entry.items()}
 
 
 def read_entries(manifest: bytes) -> Entries:
-    """The adapters that a MANIFEST names. Raises ValueError or RecursionError if it is not one of ours."""
+    """The adapters that a MANIFEST describes. Raises ValueError or RecursionError for content of another form."""
     entries = parse_object(manifest).get("adapters")
     if not isinstance(entries, dict):
         raise ValueError("no adapters")
     for name, entry in entries.items():
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("run", "task", "kind")):
-            raise ValueError(f"{name} is not described")
+            raise ValueError(f"{name} has no run, task or kind")
         if not isinstance(entry.get("base", ""), str) or not isinstance(entry.get("rank"), int | None):
-            raise ValueError(f"{name} has another base or rank")
-        if "bits_per_byte" in entry and not _are_numbers(entry, "bits_per_byte", ("value",)):
+            raise ValueError(f"{name} has an invalid base or rank")
+        if "bits_per_byte" in entry and not _has_numbers(entry, "bits_per_byte", ("value",)):
             raise ValueError(f"{name} has no bits per byte")
-        if "bits_per_byte" in entry and not _are_numbers(entry, "difference_to_base", ("value", "low", "high")):
+        if "bits_per_byte" in entry and not _has_numbers(entry, "difference_to_base", ("value", "low", "high")):
             raise ValueError(f"{name} has no difference to the base")
     return entries
 
 
-def _are_numbers(entry: Mapping[str, Any], key: str, names: Sequence[str]) -> bool:
+def _has_numbers(entry: Mapping[str, Any], key: str, names: Sequence[str]) -> bool:
     numbers = entry.get(key)
     return isinstance(numbers, dict) and all(isinstance(numbers.get(name), int | float) for name in names)
 
 
-def stage(
-    run: RunFolder,
-    specs: Sequence[AdapterSpec],
-    report: Mapping[str, Any],
-    repo: str,
-    base: str | None,
-    apart: bool,
-    place: Path,
-    origin: str = "",
-) -> list[Repository]:
-    """Write what is pushed below `place`: adapters with cards that load them from the hub.
+@dataclass(frozen=True)
+class Staging:
+    """The settings of a push."""
 
-    base: what the adapters' configurations call their base, instead of what the run's recipe did; apart: a repository for each adapter;
-    origin: a sentence for every card.
+    repo: str
+    """ORG/NAME."""
+    folder: Path
+    """Temporary folder for the staged files."""
+    base: str | None = None
+    """The base model that adapter_config.json names instead of the run's."""
+    repo_per_adapter: bool = False
+    origin: str = ""
+    """A sentence for every card."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """report.json of the run."""
+
+
+def stage(run: RunFolder, config: RunConfig, specs: Sequence[AdapterSpec], staging: Staging) -> list[Repository]:
+    """Write the files of the repositories below `staging.folder`, with cards that load the adapters from the hub.
+
+    Raises UserError for an adapter whose folder is incomplete or damaged.
     """
-    identity = sha256(run.config.read_bytes()).hexdigest()
-    results = {row["name"]: row for result in report.get("results", ()) for row in result["contenders"]}
-    folders = {spec.name: _adapter(run, spec, report, repo, base, apart, place, origin) for spec in specs}
-    named = base or _base_of(next(iter(folders.values())))
-    entries = {spec.name: {"run": identity, "base": named, **_entry(spec, results.get(spec.name, {}))} for spec in specs}
-    shown = run.evaluation / "report.html"
-    extra = {"report.html": shown} if shown.exists() else {}
-    if apart:
-        return [
-            Repository(
-                f"{repo}-{name}",
-                {**_files(folder), **extra, **_scores(report, name, place)},
-                {name: entries[name]},
-                named,
-                table=False,
-            )
-            for name, folder in folders.items()
-        ]
-    files = {f"{name}/{path}": file for name, folder in folders.items() for path, file in _files(folder).items()}
-    return [Repository(repo, {**files, **extra}, entries, named, table=True)]
+    run_id = sha256(run.config.read_bytes()).hexdigest()
+    results = {row["name"]: row for result in staging.report.get("results", ()) for row in result["contenders"]}
+    folders: dict[str, Path] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        example = generation_example(config, spec.task)
+        folders[spec.name] = _stage_adapter(run, spec, example, staging=staging)
+        entries[spec.name] = {"run": run_id, **_entry(spec, results.get(spec.name, {}))}
+    first_folder = next(iter(folders.values()))
+    base = staging.base or str(_read_config(first_folder)["base_model_name_or_path"])
+    for entry in entries.values():
+        entry["base"] = base
+    page = run.evaluation / "report.html"
+    report_file = {"report.html": page} if page.exists() else {}
+    if staging.repo_per_adapter:
+        repositories = []
+        for name, folder in folders.items():
+            files = {**_files(folder), **report_file, **_scores(name, staging)}
+            repositories.append(Repository(f"{staging.repo}-{name}", files, {name: entries[name]}, base))
+        return repositories
+    files = dict(report_file)
+    for name, folder in folders.items():
+        files |= {f"{name}/{path}": file for path, file in _files(folder).items()}
+    example = generation_example(config, specs[0].task)
+    snippet = usage_snippet(_read_config(first_folder), example, source=staging.repo, subfolder=specs[0].name)
+    return [Repository(staging.repo, files, entries, base, snippet)]
 
 
 def _entry(spec: AdapterSpec, result: Mapping[str, Any]) -> dict[str, Any]:
-    judged = {
-        what: {key: round(value, 6) for key, value in result[what].items()}
-        for what in ("bits_per_byte", "difference_to_base")
-        if result
-    }
-    return {"task": spec.task, "kind": KINDS[spec.method], "rank": spec.rank, **judged}
+    entry: dict[str, Any] = {"task": spec.task, "kind": METHOD_TITLES[spec.method], "rank": spec.rank}
+    if result:
+        for metric in ("bits_per_byte", "difference_to_base"):
+            entry[metric] = {key: round(value, 6) for key, value in result[metric].items()}
+    return entry
 
 
-def _adapter(
-    run: RunFolder,
-    spec: AdapterSpec,
-    report: Mapping[str, Any],
-    repo: str,
-    base: str | None,
-    apart: bool,
-    place: Path,
-    origin: str,
-) -> Path:
-    folder = place / "adapters" / spec.name
+def _stage_adapter(run: RunFolder, spec: AdapterSpec, example: GenerationExample, *, staging: Staging) -> Path:
+    folder = staging.folder / "adapters" / spec.name
     folder.mkdir(parents=True)
-    for name in PEFT_FILES:  # whatever else lies there is not meant for the hub
-        source = run.adapters / spec.name / name
-        if name in ("README.md", PEFT_WARNING) and not source.exists():
+    for name in PEFT_FILES:  # other files in the adapter's folder are not published
+        file = run.adapters / spec.name / name
+        if name in ("README.md", PEFT_WARNING) and not file.exists():
             continue
-        if not source.is_file():
-            raise user_error("run", str(run.path), f"lacks {source}: flora-train export {run.path} writes it")
+        if not file.is_file():
+            raise user_error("run", str(run.path), f"lacks {file}: flora-train export {run.path} writes it")
         with disk_errors(folder / name):
-            shutil.copyfile(source, folder / name)
-    _adapter_config(run, spec.name)
-    if base is not None:
-        file = folder / "adapter_config.json"
-        content = {**_adapter_config(run, spec.name), "base_model_name_or_path": base}
-        write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
-    pushed_as = f'"{repo}-{spec.name}"' if apart else f'"{repo}", subfolder="{spec.name}"'
-    return write_card(report, spec, folder, origin=origin, source=pushed_as)
+            shutil.copyfile(file, folder / name)
+    content = _checked_config(run, spec.name)
+    if staging.base is not None:
+        # The recipe's revision belongs to another repository.
+        content |= {"base_model_name_or_path": staging.base, "revision": None}
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(folder / "adapter_config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    source, subfolder = staging.repo, None
+    if staging.repo_per_adapter:
+        source = f"{staging.repo}-{spec.name}"
+    else:
+        subfolder = spec.name
+    return write_card(
+        staging.report,
+        spec,
+        folder,
+        example=example,
+        origin=staging.origin,
+        source=source,
+        subfolder=subfolder,
+    )
 
 
-def _adapter_config(run: RunFolder, name: str) -> dict[str, Any]:
-    """The adapter's PEFT configuration. Raises UserError if it is damaged."""
-    again = f"flora-train export {run.path} writes it again"
+def _checked_config(run: RunFolder, name: str) -> dict[str, Any]:
+    """The content of the adapter's adapter_config.json. Raises UserError if it is damaged."""
+    hint = f"flora-train export {run.path} writes it again"
     path = run.adapters / name / "adapter_config.json"
-    content = read_object(path, again)
+    content = read_object(path, hint)
     if not isinstance(content.get("base_model_name_or_path"), str) or not isinstance(content.get("peft_type"), str):
-        raise user_error(str(path), None, f"is damaged: {again}")
+        raise user_error(str(path), None, f"is damaged: {hint}")
     return {"task_type": None, **content}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return content
 
 
 def _files(folder: Path) -> dict[str, Path]:
     return {file.name: file for file in sorted(folder.iterdir())}
 
 
-def _scores(report: Mapping[str, Any], name: str, place: Path) -> dict[str, Path]:
-    """What the hub lists on a model's page and in the benchmark's table. Not where a repository holds several: it would call them one model's."""
-    scores = benchmarks(report, name)
+def _scores(name: str, staging: Staging) -> dict[str, Path]:
+    """The file of evaluation results that the hub shows on a model's page and in the benchmark's table.
+
+    Only for a repository with one adapter: the hub attributes all results to one model.
+    """
+    scores = benchmarks(staging.report, name)
     if not scores:
         return {}
-    file = place / f"{name}.yaml"
+    file = staging.folder / f"{name}.yaml"
     write_atomically(file, lambda path: path.write_text(yaml.safe_dump(scores, sort_keys=False), encoding="utf-8"))
     return {".eval_results/flora_train.yaml": file}
-
-
-def _base_of(folder: Path) -> str:
-    return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-
-
-def _table(repo: str, base: str, adapters: Entries, has_report: bool) -> str:
-    from huggingface_hub import ModelCard, ModelCardData
-
-    known = base if not Path(base).exists() else None
-    card = ModelCard.from_template(
-        ModelCardData(base_model=known, library_name="peft", tags=["flora_train"]),
-        template_path=str(TEMPLATE),
-        repo=repo,
-        base=in_code(base),
-        base_literal=json.dumps(base),
-        adapters={
-            in_line(name): {key: in_line(value) if isinstance(value, str) else value for key, value in entry.items()}
-            for name, entry in adapters.items()
-        },
-        runs=len({entry["run"] for entry in adapters.values()}),
-        has_report=has_report,
-    )
-    return str(card).rstrip() + "\n"

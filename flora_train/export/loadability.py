@@ -1,4 +1,7 @@
-"""Tries on the modules of a model, without its weights, whether plain PEFT loads what is exported: before training, and each folder that is written."""
+"""Checks whether plain PEFT loads an exported adapter, on a copy of the model without weights.
+
+The check runs for each method before training and for each folder that is written.
+"""
 
 from __future__ import annotations
 
@@ -18,194 +21,208 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from flora_train.adapters.methods import METHODS
-from flora_train.adapters.peft_files import PREFIX, SUFFIXES, kind_of
+from flora_train.adapters.peft_config import peft_type_of
+from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import first_line, user_error
-from flora_train.export.peft_forms import Form, Layers, config_of, model_class, tensors_of
+from flora_train.export.peft_forms import BaseModel, Form, Layers, config_of, model_class, tensors_of
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
 """PEFT's name for the only adapter of a model."""
-IRRELEVANT = ("base_model_name_or_path", "lora_alpha")
-"""Keys that change nothing about how PEFT loads an adapter. Of a dropout, PEFT asks only whether there is one."""
+IRRELEVANT = ("base_model_name_or_path", "revision", "lora_alpha")
+"""Keys of adapter_config.json that do not affect loading. Of a dropout, only whether it is 0 does."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why plain PEFT does not load an adapter. silent: it leaves tensors out, where it should refuse the adapter."""
+    """The reason why plain PEFT does not load an adapter."""
 
     text: str
     silent: bool
+    """Whether PEFT ignores tensors instead of refusing the adapter."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What adapters of some kind are written as, and what is wrong with that for plain PEFT; avoided: with the form that they would have had."""
+    """The form in which adapters are written."""
 
     form: Form
     problem: Problem | None = None
+    """Why plain PEFT does not load this form."""
     avoided: Problem | None = None
+    """Why plain PEFT does not load the method's own form, which this one replaces."""
 
 
 class Loadability:
-    """Answers for one model; each question is tried once. Where the model's class cannot be made from its configuration, nothing is known, and
-    nothing is said."""
+    """Checks of one model, each done once. If the model's class cannot be built from its configuration, every check passes."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.twin = _without_weights(model)
-        self.names = {} if self.twin is None else dict.fromkeys(name for name, _ in self.twin.named_modules())
+        self.empty_model = _without_weights(model)
+        self.names: dict[str, None] = {}
+        if self.empty_model is not None:
+            self.names = dict.fromkeys(name for name, _ in self.empty_model.named_modules())
         self._forms: dict[tuple[Any, ...], Written] = {}
-        self._tried: dict[tuple[Any, ...], Problem | None] = {}
+        self._problems: dict[tuple[Any, ...], Problem | None] = {}
 
     def written(self, layers: Layers, spec: AdapterSpec) -> Written:
-        """What adapters of these settings on these layers are written as."""
-        key = (
-            spec.method,
-            spec.offset,
-            spec.rslora,
-            spec.dropout > 0,
-            *((target.name, target.feedforward) for target in layers.values()),
-        )
+        """The form of adapters with these settings on these layers."""
+        positions = [(target.name, target.feedforward) for target in layers.values()]
+        key = (spec.method, spec.offset, spec.rslora, spec.dropout > 0, *positions)
         if key not in self._forms:
-            self._forms[key] = self._choose(layers, spec)
+            self._forms[key] = self._choose_form(layers, spec)
         return self._forms[key]
 
-    def _choose(self, layers: Layers, spec: AdapterSpec) -> Written:
-        problem = self._try(layers, spec, "own")
-        if problem is None or spec.method != "lora" or self._try(layers, spec, "ADALORA") is not None:
+    def _choose_form(self, layers: Layers, spec: AdapterSpec) -> Written:
+        problem = self._problem_of_form(layers, spec, "own")
+        if problem is None or spec.method != "lora" or self._problem_of_form(layers, spec, "ADALORA") is not None:
             return Written("own", problem)
         return Written("ADALORA", avoided=problem)
 
-    def _try(self, layers: Layers, spec: AdapterSpec, form: Form) -> Problem | None:
-        if self.twin is None or not layers.keys() <= self.names.keys():
+    def _problem_of_form(self, layers: Layers, spec: AdapterSpec, form: Form) -> Problem | None:
+        if self.empty_model is None or not layers.keys() <= self.names.keys():
             return None
-        rows = {
-            module: {name: torch.empty(shape, device="meta") for name, shape in METHODS[spec.method].shapes(spec, target).items()}
-            for module, target in layers.items()
-        }
-        config = config_of(self.twin, self.names, layers, spec, "", form)
-        return self._load(config, tensors_of(rows, layers, spec, form))
+        parameters: dict[str, dict[str, Tensor]] = {}
+        for module, target in layers.items():
+            shapes = METHODS[spec.method].shapes(spec, target)
+            parameters[module] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        config = config_of(self.empty_model, self.names, layers, spec=spec, base=BaseModel(""), form=form)
+        return self._load(config, tensors_of(parameters, layers, spec, form=form))
 
     def problem_of(self, folder: Path) -> Problem | None:
-        """Why plain PEFT does not load the adapter in this folder as it is written. None where it does, or where that is not known."""
+        """Why plain PEFT does not load the adapter in this folder. None if it does, or if that is unknown."""
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safetensors has no __iter__)
-        endings = tuple(f".{suffix}" for suffix in SUFFIXES[kind_of(config)])
-        modules = {_without_ending(name.removeprefix(PREFIX), endings) for name in shapes}
-        if self.twin is None or not modules <= self.names.keys():
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        suffixes = tuple(f".{suffix}" for suffix in SUFFIXES[peft_type_of(config)])
+        modules = {_without_suffix(name.removeprefix(PREFIX), suffixes) for name in shapes}
+        if self.empty_model is None or not modules <= self.names.keys():
             return None
-        known = {name: bool(value) if "dropout" in name else value for name, value in config.items() if name not in IRRELEVANT}
-        key = (json.dumps(known, sort_keys=True), *sorted(shapes.items()))
-        if key not in self._tried:
-            self._tried[key] = self._load(config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-        return self._tried[key]
+        relevant = {name: value for name, value in config.items() if name not in IRRELEVANT}
+        for name in relevant:
+            if "dropout" in name:
+                relevant[name] = bool(relevant[name])
+        key = (json.dumps(relevant, sort_keys=True), *sorted(shapes.items()))
+        if key not in self._problems:
+            tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            self._problems[key] = self._load(config, tensors)
+        return self._problems[key]
 
     def _load(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Problem | None:
+        peft_type = peft_type_of(config)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                left_out, made = _loaded(copy.deepcopy(self.twin), config, tensors)
-        except NotImplementedError:  # a model that wants numbers while it is made: nothing is known
+                ignored, created = _load_with_peft(copy.deepcopy(self.empty_model), config, tensors)
+        except NotImplementedError:  # the model needs numbers while it is built: unknown
             return None
-        except Exception as error:  # PEFT and torch each have their own
-            return Problem(f"plain PEFT refuses it as {kind_of(config)}: {first_line(error)}", silent=False)
-        if left_out or made:
-            example = min(left_out or made).removeprefix(PREFIX)
-            counts = f"leaves {len(left_out)} of {len(tensors)} tensors out and makes {len(made)} new ones"
-            return Problem(f"plain PEFT {counts} when it loads it as {kind_of(config)}, {example} for one", silent=True)
+        except Exception as error:  # PEFT and torch each raise their own types
+            return Problem(f"plain PEFT refuses it as {peft_type}: {first_line(error)}", silent=False)
+        if ignored or created:
+            example = min(ignored or created).removeprefix(PREFIX)
+            counts = f"ignores {len(ignored)} of {len(tensors)} tensors and creates {len(created)} new ones"
+            return Problem(f"plain PEFT {counts} when it loads it as {peft_type}, such as {example}", silent=True)
         return None
 
 
-def _loaded(model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
-    """Names of the tensors of the file that PEFT has no place for, and of those that it makes without the file."""
+def _load_with_peft(model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+    """The names of tensors in the file that PEFT ignores, and of tensors that it creates without the file."""
     from peft import PeftConfig, PeftModel
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-    if kind_of(config) == "FLORA":
-        import flora_train.peft_plugin  # noqa: F401  (so that peft knows FLORA)
+    if peft_type_of(config) == "FLORA":
+        import flora_train.peft_plugin  # noqa: F401  (registers FLORA with peft)
     renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    theirs = {_renamed(name, renames): tensor for name, tensor in tensors.items()}
+    in_file = {_renamed(name, renames): tensor for name, tensor in tensors.items()}
     peft_config = PeftConfig.from_peft_type(**config)
-    kind: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config["task_type"], PeftModel)
-    adapted = kind(model, peft_config, ADAPTER, low_cpu_mem_usage=True)
-    result = set_peft_model_state_dict(adapted, theirs, ADAPTER, low_cpu_mem_usage=True)
+    model_type: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config["task_type"], PeftModel)
+    adapted = model_type(model, peft_config, ADAPTER, low_cpu_mem_usage=True)
+    result = set_peft_model_state_dict(adapted, in_file, ADAPTER, low_cpu_mem_usage=True)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[peft_config.peft_type]
-    found = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False)
-    left_out = {*result.unexpected_keys, *(theirs.keys() - found.keys())}
-    made = {name for name in result.missing_keys if prefix in name and ADAPTER in name} | (found.keys() - theirs.keys())
-    wrong = {name for name, tensor in found.items() if name in theirs and tensor.shape != theirs[name].shape}
-    return left_out | wrong, made
+    loaded = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False)
+    ignored = {*result.unexpected_keys, *(in_file.keys() - loaded.keys())}
+    missing = {name for name in result.missing_keys if prefix in name and ADAPTER in name}
+    created = missing | (loaded.keys() - in_file.keys())
+    common = in_file.keys() & loaded.keys()
+    other_shape = {name for name in common if loaded[name].shape != in_file[name].shape}
+    return ignored | other_shape, created
 
 
-def _without_ending(name: str, endings: Iterable[str]) -> str:
-    return next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), name)
+def _without_suffix(name: str, suffixes: Iterable[str]) -> str:
+    return next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name)
 
 
 def _renamed(name: str, renames: Mapping[str, str]) -> str:
-    """As PEFT renames tensors for models whose modules were renamed."""
+    """The name that PEFT gives to the tensor in models whose modules were renamed."""
     for pattern, replacement in renames.items():
-        changed, times = re.subn(pattern, replacement, name.removeprefix(PREFIX))
-        if times:
+        changed, count = re.subn(pattern, replacement, name.removeprefix(PREFIX))
+        if count:
             return f"{PREFIX}{changed}"
     return name
 
 
 def _without_weights(model: nn.Module) -> nn.Module | None:
-    """The model before any adapter, on the meta device."""
+    """The model before any adapter was attached, on the meta device."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         return None
     try:
         with torch.device("meta"):
             return model_class(model)(copy.deepcopy(config))
-    except Exception:  # a class of somebody's own may want more than a configuration
+    except Exception:  # a custom class may need more than a configuration
         return None
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Loadability] = WeakKeyDictionary()
+_LOADABILITY: WeakKeyDictionary[nn.Module, Loadability] = WeakKeyDictionary()
 
 
 def loadability_of(model: nn.Module) -> Loadability:
-    """The answers for this model, kept as long as it lives."""
-    if model not in _KNOWN:
-        _KNOWN[model] = Loadability(model)
-    return _KNOWN[model]
+    """The checks of this model, cached for its lifetime."""
+    if model not in _LOADABILITY:
+        _LOADABILITY[model] = Loadability(model)
+    return _LOADABILITY[model]
 
 
 def notes(model: nn.Module, pools: Iterable[Pool]) -> Iterator[str]:
-    """A line for every family of adapters that plain PEFT does not load, or loads under another type, or where that is not known. Said
-    before training.
+    """A line for each adapter family that plain PEFT does not load or loads under another type, or if that is unknown.
 
-    Raises UserError where plain PEFT would leave tensors out without a word and no form helps.
+    Raises UserError where plain PEFT would silently ignore tensors and no other form avoids it.
     """
-    if loadability_of(model).twin is None and hasattr(getattr(model, "config", None), "model_type"):
-        yield f"whether plain PEFT loads these adapters is not known: {type(model).__name__} cannot be made from its configuration alone"
+    checks = loadability_of(model)
+    if checks.empty_model is None and hasattr(getattr(model, "config", None), "model_type"):
+        class_name = type(model).__name__
+        yield (
+            f"it is unknown whether plain PEFT loads these adapters: {class_name} cannot be built from its configuration alone"
+        )
         return
-    told = set()
+    noted = set()
     for pool in pools:
         for spec in {spec.family: spec for spec in pool.specs}.values():
-            found = loadability_of(model).written(pool.targets, spec)
-            if spec.family not in told and (found.problem or found.avoided):
-                told.add(spec.family)
-                yield _note(spec.family, found)
+            written = checks.written(pool.targets, spec)
+            if spec.family not in noted and (written.problem or written.avoided):
+                noted.add(spec.family)
+                yield _note(spec.family, written)
 
 
-def say_what_peft_loads(model: nn.Module, pools: Iterable[Pool]) -> None:
-    """Say these notes. Raises as they do."""
+def log_notes(model: nn.Module, pools: Iterable[Pool]) -> None:
+    """Log `notes`. Raises UserError as they do."""
     for note in notes(model, pools):
         logger.warning(note)
 
 
-def _note(family: str, found: Written) -> str:
-    if found.avoided is not None:
-        return f"{family}: {found.avoided.text}; its folders hold an ADALORA of the same numbers, which plain PEFT loads"
-    assert found.problem is not None
+def _note(family: str, written: Written) -> str:
+    if written.avoided is not None:
+        return f"{family}: {written.avoided.text}; it is exported as an equal ADALORA, which plain PEFT loads"
+    assert written.problem is not None
     key = f"adapters.{family}.target_modules"
-    if found.problem.silent:
-        raise user_error(key, None, f"{found.problem.text}: name other layers")
-    return f"{family}: {found.problem.text}; train it for use here and for flora-train export --as merged, or name other layers in {key}"
+    if written.problem.silent:
+        raise user_error(key, None, f"{written.problem.text}: choose other layers")
+    return (
+        f"{family}: {written.problem.text}; use it with flora-train, or with flora-train export --as merged, or choose "
+        f"other layers in {key}"
+    )

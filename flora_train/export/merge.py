@@ -1,4 +1,4 @@
-"""How does one adapter become a plain model? Its weights folded into a copy of the base."""
+"""Merges one adapter into the base model and saves the result as a plain transformers checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,21 @@ from flora_train.runtime.atomic import disk_errors
 
 @torch.no_grad()
 def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
-    """Fold one adapter into the bank's model and unwrap every layer. The bank cannot be used afterwards. Raises UserError, with nothing
-    changed, where a weight stands in another place of the model, too, which the adapter leaves as it is (a tied embedding)."""
+    """Merge one adapter into the bank's model and unwrap every layer. The bank cannot be used afterwards.
+
+    Raises UserError, with the model unchanged, where a weight is shared with a module that the adapter does not change (such as a
+    tied embedding).
+    """
     pool, member = bank.location[bank.id_of(name)]
-    device = bank.device
-    rows = {
-        module: {param: tensor.to(device) for param, tensor in params.items()}
-        for module, params in bank.parameters_of(name).items()
-    }
-    _check_alone(bank.model, rows)
+    spec = pool.specs[member]
+    parameters = bank.parameters_of(name)
+    _check_not_shared(bank.model, parameters)
     for module, layer in [(n, m) for n, m in bank.model.named_modules() if isinstance(m, AdapterLinear)]:
-        if module in rows:
+        if module in parameters:
+            params = {param: tensor.to(bank.device) for param, tensor in parameters[module].items()}
             target = pool.targets[module]
             weight, bias = dense_weight(layer.base_layer, target), layer.bias
-            merged, merged_bias = pool.method.merge(weight, bias, rows[module], pool.specs[member], target.feedforward)
+            merged, merged_bias = pool.method.merge(weight, bias, params, spec=spec, feedforward=target.feedforward)
             weight.copy_(merged)
             if bias is not None and merged_bias is not None:
                 bias.copy_(merged_bias)
@@ -43,35 +44,44 @@ def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
     return bank.model
 
 
-def _check_alone(model: nn.Module, modules: Iterable[str]) -> None:
-    places: dict[int, list[str]] = defaultdict(list)
+def _check_not_shared(model: nn.Module, modules: Iterable[str]) -> None:
+    modules_of_weight: dict[int, list[str]] = defaultdict(list)
     for name, parent in model.named_modules():
         for part, child in parent.named_children():
             for parameter in child.parameters(recurse=False):
-                places[id(parameter)].append(f"{name}.{part}".removesuffix(".base_layer"))
+                modules_of_weight[id(parameter)].append(f"{name}.{part}".removesuffix(".base_layer"))
     for module in modules:
         weight = getattr(model.get_submodule(module).base_layer, "weight", None)
-        if others := [place for place in places[id(weight)] if place != module]:
-            words = f"{module} has its weight together with {others[0]}, which the adapter leaves as it is: export it as peft"
-            raise user_error("as", "merged", words)
+        if others := [other for other in modules_of_weight[id(weight)] if other != module]:
+            hint = f"{module} shares its weight with {others[0]}, which the adapter does not change: export it as peft"
+            raise user_error("as", "merged", hint)
 
 
-def save_merged(bank: AdapterBank, name: str, tokenizer: Any, folder: Path, made_of: Mapping[str, Any] | None = None) -> Path:
-    """Merge and save as a transformers checkpoint, whole or not at all. Raises UserError if the folder exists.
+def save_merged(
+    bank: AdapterBank,
+    name: str,
+    folder: Path,
+    *,
+    preprocessors: Sequence[Any],
+    origin: Mapping[str, Any] | None = None,
+) -> Path:
+    """Merge and save as a transformers checkpoint, complete or not at all.
 
-    made_of: what flora_train.json in the folder says of the model's origin.
+    preprocessors: saved beside the model: the tokenizer and, of a speech model, its feature extractor and processor;
+    origin: content of flora_train.json in the folder. Returns the folder. Raises UserError if it exists.
     """
     if folder.exists():
-        raise user_error("output folder", str(folder), "exists already: choose another")
+        raise user_error("output folder", str(folder), "exists already: choose another folder")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with disk_errors(folder):
         temporary.mkdir(parents=True)
         try:
             model: Any = merge_into_base(bank, name)
             model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            if made_of is not None:
-                (temporary / "flora_train.json").write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+            for preprocessor in preprocessors:
+                preprocessor.save_pretrained(temporary)
+            if origin is not None:
+                (temporary / "flora_train.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

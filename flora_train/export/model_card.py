@@ -1,4 +1,4 @@
-"""What does an exported adapter say of itself? A model card beside it: how to load it, what it is good for, and how that was measured."""
+"""The model card of an exported adapter: how to load it, its results and how they were measured."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from flora_train.config.paths import find_file
 from flora_train.config.terminal_text import plain
 from flora_train.export.model_card_results import figures, tables
 from flora_train.export.svd_lora import SvdLora
+from flora_train.export.usage_snippet import GenerationExample, usage_snippet
 from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.manifest import PEFT_WARNING
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-KINDS = {"flora": "fLoRA (in PEFT's words HiRA)", "lora": "LoRA", "ia3": "IA3"}
+METHOD_TITLES = {"flora": "fLoRA (HiRA in PEFT)", "lora": "LoRA", "ia3": "IA3"}
 
 
 def write_card(
     report: Mapping[str, Any],
     spec: AdapterSpec,
     folder: Path,
+    *,
+    example: GenerationExample | None = None,
     svd_lora: SvdLora | None = None,
     losses: Mapping[str, float] | None = None,
     origin: str = "",
     source: str | None = None,
+    subfolder: str | None = None,
 ) -> Path:
-    """README.md in the folder of an exported adapter.
+    """Write README.md into the folder of an exported adapter; returns the folder.
 
-    report: of its run (report.json), or nothing where there is none yet; svd_lora: the LoRA that the folder holds instead; losses: held-out
-    nats a token of "base", "adapter" and "LoRA"; origin: a sentence on what it was made from; source:
-    what PeftModel.from_pretrained is called with after the base (default: the folder's name). Returns the folder.
+    report: report.json of its run, empty if there is none yet; example: input of the snippet's generate() call; svd_lora: the LoRA
+    that the folder holds in place of the adapter; losses: held-out nats per token of "base", "adapter" and "LoRA"; origin: a
+    sentence on its origin; source, subfolder: where the snippet loads the adapter from (default: the folder's name).
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -44,11 +48,19 @@ def write_card(
     base = config["base_model_name_or_path"]
     adapter = next((row for row in report.get("adapters", ()) if row["name"] == spec.name), None)
     data: Mapping[str, Any] = next((row for row in report.get("tasks", ()) if row["name"] == spec.task), {})
-    spoken, own_type = config["task_type"] is None, config["peft_type"] == "FLORA"
-    kind = "automatic-speech-recognition" if spoken else "text-generation"
+    is_speech, own_type = config["task_type"] is None, config["peft_type"] == "FLORA"
+    hub_task = "automatic-speech-recognition" if is_speech else "text-generation"
+    title = METHOD_TITLES[spec.method] if svd_lora is None else "LoRA"
+    if own_type:
+        title = "fLoRA"
     known = [
         EvalResult(
-            kind, figure.data, f"{figure.data} ({figure.subset})", figure.metric, figure.value, dataset_config=figure.subset
+            hub_task,
+            figure.data,
+            f"{figure.data} ({figure.subset})",
+            figure.metric,
+            figure.value,
+            dataset_config=figure.subset,
         )
         for figure in figures(report, spec.name)
         if svd_lora is None
@@ -66,16 +78,14 @@ def write_card(
     text = _template().render(
         card_data=card_data.to_yaml(),
         name=spec.name,
-        kind="fLoRA" if own_type else KINDS[spec.method] if svd_lora is None else "LoRA",
-        own_type=own_type,
-        original=KINDS[spec.method],
+        title=title,
+        original=METHOD_TITLES[spec.method],
         base=in_code(base),
-        base_literal=json.dumps(base),
+        revision=in_code(config.get("revision") or ""),
+        snippet=usage_snippet(config, example or GenerationExample(), source=source or folder.name, subfolder=subfolder),
+        needs_clip=is_speech,
         task=spec.task,
         others=max(0, len(report.get("adapters", ())) - 1),
-        source=source or f'"{folder.name}"',
-        auto_class="AutoModelForSpeechSeq2Seq" if spoken else "AutoModelForCausalLM",
-        reader="AutoProcessor" if spoken else "AutoTokenizer",
         svd_lora=svd_lora,
         losses=losses,
         origin=origin,
@@ -94,19 +104,18 @@ def write_card(
 
 
 def in_line(text: str) -> str:
-    """What somebody calls something, for a line or a table of Markdown: on one line, and what would end a cell or begin HTML, a link or
-    code as entities."""
+    """A name for a line or a table cell of Markdown: on one line, with entities for characters that have a meaning there."""
     shown = plain(" ".join(text.split("\n")), keep="")
     entities = {"&": "&amp;", "<": "&lt;", "|": "&#124;", "`": "&#96;", "[": "&#91;", "*": "&#42;"}
     return "".join(entities.get(character, character) for character in shown)
 
 
 def in_code(text: str) -> str:
-    """The same for a code span, which knows no entities."""
+    """A name for a code span of Markdown, in which entities have no meaning."""
     return plain(" ".join(text.split("\n")), keep="").replace("`", "'")
 
 
 @cache
 def _template() -> Template:
-    """Compiled once for the cards of a thousand adapters: that takes longer than to fill it in."""
+    """Compiled once: for a thousand cards, compiling takes longer than rendering."""
     return Template(TEMPLATE.read_text(encoding="utf-8"))

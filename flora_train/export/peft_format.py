@@ -1,4 +1,4 @@
-"""Writes an adapter as a folder that `PeftModel.from_pretrained` loads: LORA, IA3, and fLoRA as HIRA, or under a type of its own."""
+"""Writes an adapter as a folder that PeftModel.from_pretrained loads: LORA, IA3, fLoRA as HIRA or under its own type FLORA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import user_error
 from flora_train.export.loadability import loadability_of
-from flora_train.export.peft_forms import Form, config_of, tensors_of
+from flora_train.export.peft_forms import BaseModel, Form, config_of, tensors_of
 from flora_train.runtime.atomic import disk_errors
 from flora_train.runtime.manifest import PEFT_WARNING
 
@@ -25,28 +25,30 @@ def export_peft(
     bank: AdapterBank,
     name: str,
     folder: Path,
-    base_model: str,
+    *,
+    base: BaseModel,
     own_type: bool = False,
     always_lora: bool = False,
     replace: bool = True,
 ) -> Path:
-    """Write `folder`/adapter_config.json and adapter_model.safetensors (float32), whole or not at all. Other files in it stay.
+    """Write adapter_config.json and adapter_model.safetensors (float32) into `folder`, both or none. Other files stay.
 
-    A pure fLoRA of rank r becomes HiRA of rank r + 1 (exactly), a residual one HiRA of rank r. own_type: it becomes FLORA of rank r, which
-    peft knows once flora_train.peft_plugin is imported. A LoRA is an ADALORA of the same numbers where plain PEFT would leave tensors of a
-    LORA out; always_lora: it is a LORA there, too. Where plain PEFT does not load what is written, a file NOT_FOR_PLAIN_PEFT.txt says why.
-    replace: whether these files may be there already. Raises UserError if they cannot be written.
+    A pure fLoRA of rank r becomes an equal HiRA of rank r + 1, a residual one a HiRA of rank r. Where plain PEFT does not load the
+    result, NOT_FOR_PLAIN_PEFT.txt beside it states the reason.
+
+    base: what adapter_config.json names as the base model; own_type: write a FLORA of rank r, which needs
+    flora_train.peft_plugin, instead of a HiRA; always_lora: write a LORA even where plain PEFT would drop tensors of it and an
+    equal ADALORA would be written; replace: overwrite these files. Returns the folder. Raises UserError if they cannot be written.
     """
     if not replace:
         check_new(folder)
-    form = "FLORA" if own_type else "own" if always_lora else form_of(bank, name)
+    form = _form(bank, name, own_type, always_lora=always_lora)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with disk_errors(folder):
         temporary.mkdir(parents=True)
         try:
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(bank, name, form).items()}
-            save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
-            content = json.dumps(_config(bank, name, base_model, form), indent=2) + "\n"
+            save_file(_tensors(bank, name, form), temporary / WEIGHTS, {"format": "pt"})
+            content = json.dumps(_config(bank, name, base=base, form=form), indent=2) + "\n"
             (temporary / CONFIG).write_text(content, encoding="utf-8")
             if (problem := loadability_of(bank.model).problem_of(temporary)) is not None:
                 (temporary / PEFT_WARNING).write_text(f"{problem.text}\n", encoding="utf-8")
@@ -57,7 +59,11 @@ def export_peft(
 
 
 def _move(temporary: Path, folder: Path, replace: bool) -> None:
-    """Put the new files into `folder`. Without `replace` the system refuses a folder that another process has filled meanwhile. A kill leaves the old adapter, the new one, or a folder without CONFIG, which is no adapter."""
+    """Move the new files into `folder`.
+
+    Without `replace`, the rename fails if another process filled the folder in the meantime. If the process is killed, the
+    folder holds the old adapter, the new one, or no CONFIG, in which case PEFT finds no adapter.
+    """
     if not replace or not folder.exists():
         temporary.rename(folder)
         return
@@ -69,34 +75,47 @@ def _move(temporary: Path, folder: Path, replace: bool) -> None:
 
 
 def check_new(folder: Path, key: str = "out") -> None:
-    """Raises UserError if the folder holds anything."""
+    """Raises UserError unless the folder is empty or does not exist."""
     with disk_errors(folder):
-        if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-            raise user_error(key, str(folder), "exists already: choose another, or delete it")
+        if folder.is_symlink():
+            is_new = False
+        elif folder.is_dir():
+            is_new = not any(folder.iterdir())
+        else:
+            is_new = not folder.exists()
+    if not is_new:
+        raise user_error(key, str(folder), "exists already: choose another folder, or delete it")
+
+
+def _form(bank: AdapterBank, name: str, own_type: bool, *, always_lora: bool) -> Form:
+    if own_type:
+        return "FLORA"
+    return "own" if always_lora else form_of(bank, name)
 
 
 def form_of(bank: AdapterBank, name: str) -> Form:
-    """What the adapter is written as, so that plain PEFT loads it."""
+    """The form of the adapter that plain PEFT loads."""
     pool, member = bank.location[bank.id_of(name)]
     return loadability_of(bank.model).written(pool.targets, pool.specs[member]).form
 
 
-def peft_config(bank: AdapterBank, name: str, base_model: str, own_type: bool = False) -> dict[str, Any]:
+def peft_config(bank: AdapterBank, name: str, base: BaseModel, *, own_type: bool = False) -> dict[str, Any]:
     """The content of adapter_config.json."""
-    return _config(bank, name, base_model, "FLORA" if own_type else "own")
+    return _config(bank, name, base=base, form="FLORA" if own_type else "own")
 
 
-def peft_tensors(bank: AdapterBank, name: str, own_type: bool = False) -> dict[str, Tensor]:
-    """The content of adapter_model.safetensors, by PEFT's names."""
-    tensors = _tensors(bank, name, "FLORA" if own_type else "own")
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+def peft_tensors(bank: AdapterBank, name: str, *, own_type: bool = False) -> dict[str, Tensor]:
+    """The content of adapter_model.safetensors, by PEFT's names, on the CPU."""
+    return _tensors(bank, name, "FLORA" if own_type else "own")
 
 
-def _config(bank: AdapterBank, name: str, base_model: str, form: Form) -> dict[str, Any]:
+def _config(bank: AdapterBank, name: str, *, base: BaseModel, form: Form) -> dict[str, Any]:
     pool, member = bank.location[bank.id_of(name)]
-    return config_of(bank.model, bank.base_names(), pool.targets, pool.specs[member], base_model, form)
+    spec = pool.specs[member]
+    return config_of(bank.model, bank.base_names(), pool.targets, spec=spec, base=base, form=form)
 
 
 def _tensors(bank: AdapterBank, name: str, form: Form) -> dict[str, Tensor]:
     pool, member = bank.location[bank.id_of(name)]
-    return tensors_of(bank.parameters_of(name), pool.targets, pool.specs[member], form)
+    tensors = tensors_of(bank.parameters_of(name), pool.targets, pool.specs[member], form=form)
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}

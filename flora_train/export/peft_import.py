@@ -1,4 +1,4 @@
-"""Starts an adapter where a PEFT adapter ended: LORA, IA3, and HIRA as fLoRA, the way back of peft_format.py. A LORA becomes a fLoRA that is close to it."""
+"""Initialises adapters from PEFT adapters: LORA, IA3, HIRA as fLoRA, and LORA as the fLoRA that fits it best."""
 
 from __future__ import annotations
 
@@ -11,201 +11,224 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.methods.flora import as_hira
-from flora_train.adapters.peft_files import (
+from flora_train.adapters.peft_config import (
     ADALORA_EPSILON,
-    ANY_KIND,
-    PREFIX,
+    ANY_TYPE,
     SOME_LAYERS,
-    SUFFIXES,
     check_harmless,
-    check_targets,
-    check_tensors,
-    kind_of,
-    read_files,
+    peft_type_of,
 )
+from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES, check_targets, check_tensors, read_files
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.export.low_rank import modulation
 from flora_train.export.peft_format import peft_config, peft_tensors
-from flora_train.runtime.distributed import on_every_process
+from flora_train.export.peft_forms import BaseModel
+from flora_train.runtime.distributed import on_every_process, say
 from flora_train.runtime.progress import ProgressBar
 from flora_train.training.fsdp import full_tensor
 
 logger = logging.getLogger(__name__)
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
+PeftAdapter = tuple[dict[str, Any], dict[str, Tensor]]
+"""Content of adapter_config.json, and the tensors by PEFT's names."""
 
 
 @torch.no_grad()
 def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
-    """Give those of these adapters that have `init_from` the numbers of that PEFT adapter. Raises UserError with all that do not fit: another kind,
-    rank or scale, other layers; no adapter has changed then. Collective: a base may be divided among processes."""
+    """Copy into each of these adapters the PEFT adapter that its `init_from` names; adapters without one are unchanged.
+
+    Raises UserError with the problems of all adapters (another PEFT type, rank, scale or other layers) before any adapter
+    changes. Collective: the base model may be sharded.
+    """
     specs = [bank.specs[adapter] for adapter in adapters]
-    read = on_every_process(lambda: _of_each(specs, lambda spec, source, key: read_peft(source, key)))
-    found = _of_each(specs, lambda spec, source, key: _numbers(bank, spec.name, *read[spec.name], source, key))
-    for name, numbers in found.items():
+    peft_adapters = on_every_process(lambda: _for_each(specs, lambda spec, source, key: read_peft(source, key)))
+
+    def converted(spec: AdapterSpec, source: str, key: str) -> Mapping[str, Tensor]:
+        return _parameters(bank, spec.name, peft_adapters[spec.name], source=source, key=key)
+
+    for name, values in _for_each(specs, converted).items():
         for module, params in bank.parameters_of(name).items():
             for param, view in params.items():
-                view.copy_(numbers[f"{module}.{param}"])
+                view.copy_(values[f"{module}.{param}"])
 
 
-def _of_each(specs: Iterable[AdapterSpec], get: Callable[[AdapterSpec, str, str], Found]) -> dict[str, Found]:
-    """Name -> what `get` gives for the spec, its source and the source's key, for those that have one. Raises UserError with all problems."""
+def _for_each(specs: Iterable[AdapterSpec], function: Callable[[AdapterSpec, str, str], Result]) -> dict[str, Result]:
+    """Name -> function(spec, source, key) for every spec with `init_from`. Raises UserError with all problems."""
     problems: list[Problem] = []
-    found: dict[str, Found] = {}
+    results: dict[str, Result] = {}
     for spec in specs:
-        if spec.init_from is not None:
-            try:
-                found[spec.name] = get(spec, spec.init_from, f"adapters.{spec.family}.init_from")
-            except UserError as error:
-                problems += error.problems
+        if spec.init_from is None:
+            continue
+        try:
+            results[spec.name] = function(spec, spec.init_from, f"adapters.{spec.family}.init_from")
+        except UserError as error:
+            problems += error.problems
     if problems:
         raise UserError(*problems)
-    return found
+    return results
 
 
-def read_peft(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a LORA, IA3 or HIRA, from a folder or the hub; FLORA and ADALORA as the HIRA or LORA that computes the same.
+def read_peft(source: str, key: str) -> PeftAdapter:
+    """Configuration and tensors of a LORA, IA3 or HIRA, from a folder or the hub.
 
-    Raises UserError, naming `key`, for any other adapter, and for one with an option or a tensor that is not known to be harmless.
+    FLORA is returned as the equal HIRA, ADALORA as the equal LORA. Raises UserError, naming `key`, for other PEFT types and for
+    options and tensors that are not known to be harmless.
     """
     config, tensors = read_files(source, key)
     check_harmless(config, source, key)
-    check_tensors(config, tensors, source, key)
-    if kind_of(config) == "FLORA":
-        import flora_train.peft_plugin  # noqa: F401  (so that peft knows FLORA)
-    return _as_peft_has_it(config, tensors)
-
-
-def _as_peft_has_it(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """FLORA, our own type, as the HIRA and ADALORA as the LORA that computes the same; others as they are."""
-    if kind_of(config) == "ADALORA":
+    check_tensors(config, tensors, source, key=key)
+    peft_type = peft_type_of(config)
+    if peft_type == "ADALORA":
         return _as_lora(config, tensors)
-    if kind_of(config) != "FLORA":
-        return config, tensors
-    found: dict[str, Tensor] = {}
+    if peft_type == "FLORA":
+        import flora_train.peft_plugin  # noqa: F401  (registers FLORA with peft)
+
+        return _as_hira(config, tensors)
+    return config, tensors
+
+
+def _as_hira(config: dict[str, Any], tensors: dict[str, Tensor]) -> PeftAdapter:
+    """The HIRA that computes the same as this FLORA."""
+    converted: dict[str, Tensor] = {}
     for name, A in tensors.items():
         if name.endswith("flora_A"):
             stem = name.removesuffix("flora_A")
-            numbers = as_hira(A, tensors[f"{stem}flora_B"], float(config["variant"] == "residual"))
-            found |= {f"{stem}{suffix}": tensor for suffix, tensor in numbers.items()}
+            factors = as_hira(A, tensors[f"{stem}flora_B"], float(config["variant"] == "residual"))
+            converted |= {f"{stem}{suffix}": tensor for suffix, tensor in factors.items()}
     rank = config["r"] + (config["variant"] == "pure")
-    return {**_kept(config), "peft_type": "HIRA", "r": rank, "hira_dropout": config.get("flora_dropout", 0.0)}, found
+    dropout = config.get("flora_dropout", 0.0)
+    return {**_common_keys(config), "peft_type": "HIRA", "r": rank, "hira_dropout": dropout}, converted
 
 
-def _as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """ADALORA adds alpha / (r + 1e-5) B (E * A), with a number of E for each rank."""
+def _as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> PeftAdapter:
+    """The LORA that computes the same as this ADALORA, which adds alpha / (r + 1e-5) B (E * A) with E [r, 1]."""
     rank = config["init_r"]
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for name, E in tensors.items():
         if name.endswith("lora_E"):
             stem = name.removesuffix("lora_E")
             A = tensors[f"{stem}lora_A"].double() * E.double() * (rank / (rank + ADALORA_EPSILON))
-            found |= {f"{stem}lora_A.weight": A.float(), f"{stem}lora_B.weight": tensors[f"{stem}lora_B"]}
-    alpha = {"r": rank, "lora_alpha": config["lora_alpha"], "lora_dropout": config.get("lora_dropout", 0.0)}
-    return {**_kept(config), "peft_type": "LORA", **alpha}, found
+            converted |= {f"{stem}lora_A.weight": A.float(), f"{stem}lora_B.weight": tensors[f"{stem}lora_B"]}
+    options = {"r": rank, "lora_alpha": config["lora_alpha"], "lora_dropout": config.get("lora_dropout", 0.0)}
+    return {**_common_keys(config), "peft_type": "LORA", **options}, converted
 
 
-def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What two kinds have in common."""
-    return {name: value for name, value in config.items() if name in ANY_KIND or name in SOME_LAYERS}
+def _common_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that do not depend on the PEFT type."""
+    return {name: value for name, value in config.items() if name in ANY_TYPE or name in SOME_LAYERS}
 
 
 def scale_of(config: Mapping[str, Any]) -> float:
-    """What a LORA multiplies B A by."""
-    return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    """The factor of B A in a LORA."""
+    divisor = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
+    return config["lora_alpha"] / divisor
 
 
-def _numbers(
-    bank: AdapterBank, name: str, config: Mapping[str, Any], theirs: Mapping[str, Tensor], source: str, key: str
-) -> Mapping[str, Tensor]:
-    """`<module>.<parameter>` -> its numbers, as the bank has them. config, theirs: what PEFT has."""
+def _parameters(bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, source: str, key: str) -> Mapping[str, Tensor]:
+    """`<module>.<parameter>` -> the bank's parameter that corresponds to the PEFT adapter's tensors."""
+    config, tensors = peft_adapter
     spec = bank.specs[bank.id_of(name)]
-    if kind_of(config) == "LORA" and spec.method == "flora" and spec.offset:
-        check_layers(
-            {f"{PREFIX}{module}.lora_A.weight" for module in bank.parameters_of(name)},
-            {k for k in theirs if k.endswith(".lora_A.weight")},
-            source,
-            key,
-        )
-        check_targets(config, modules_of(config, theirs), bank.base_names(), source, key)
-        numbers, error = fit_lora(bank, name, theirs, scale_of(config))
-        logger.info(
-            f"{name} begins as W0 * (1 + B A) of rank {spec.rank} close to {source}: |W0 * (B A) - dW| / |dW| = {error:.3f}"
-        )
-        return numbers
-    _check_kind(bank, name, config, source, key)
-    ours = peft_tensors(bank, name)
-    check_layers(ours.keys(), theirs.keys(), source, key)
-    for tensor in ours:
-        if ours[tensor].shape != theirs[tensor].shape:
-            shapes = f"{tuple(theirs[tensor].shape)}, ours {tuple(ours[tensor].shape)}"
-            raise user_error(key, source, f"{tensor} has shape {shapes}: rank or base model is another one")
-    check_targets(config, modules_of(config, theirs), bank.base_names(), source, key)
+    if peft_type_of(config) == "LORA" and spec.method == "flora" and spec.offset:
+        return _fitted(bank, name, peft_adapter, source=source, key=key)
+    _check_method(bank, name, config, source=source, key=key)
+    expected = peft_tensors(bank, name)
+    check_layers(expected.keys(), tensors.keys(), source, key=key)
+    for tensor in expected:
+        shape, expected_shape = tuple(tensors[tensor].shape), tuple(expected[tensor].shape)
+        if shape != expected_shape:
+            hint = f"{tensor} has shape {shape} instead of {expected_shape}: the rank or the base model differs"
+            raise user_error(key, source, hint)
+    check_targets(config, modules_of(config, tensors), bank.base_names(), source=source, key=key)
     pool, member = bank.location[bank.id_of(name)]
-    numbers = {}
-    for module in pool.targets:
+    parameters: dict[str, Tensor] = {}
+    for module, target in pool.targets.items():
         prefix = f"{PREFIX}{module}."
-        part = {suffix.removeprefix(prefix): tensor for suffix, tensor in theirs.items() if suffix.startswith(prefix)}
+        by_suffix = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         try:
-            params = pool.method.from_peft(part, pool.specs[member], pool.targets[module].feedforward)
+            params = pool.method.from_peft(by_suffix, pool.specs[member], target.feedforward)
         except ValueError as error:
             raise user_error(key, source, str(error)) from error
-        numbers |= {f"{module}.{param}": tensor for param, tensor in params.items()}
-    return numbers
+        parameters |= {f"{module}.{param}": tensor for param, tensor in params.items()}
+    return parameters
+
+
+def _fitted(bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, source: str, key: str) -> Mapping[str, Tensor]:
+    """The parameters of the residual fLoRA that is fitted to a LORA; logs the error of the fit."""
+    config, tensors = peft_adapter
+    expected = {f"{PREFIX}{module}.lora_A.weight" for module in bank.parameters_of(name)}
+    check_layers(expected, {tensor for tensor in tensors if tensor.endswith(".lora_A.weight")}, source, key=key)
+    check_targets(config, modules_of(config, tensors), bank.base_names(), source=source, key=key)
+    parameters, error = fit_lora(bank, name, tensors, scale=scale_of(config))
+    rank = bank.specs[bank.id_of(name)].rank
+    say(f"{name} starts as W0 * (1 + B A) of rank {rank} fitted to {source}: |W0 * (B A) - dW| / |dW| = {error:.3f}")
+    return parameters
 
 
 @torch.no_grad()
-def fit_lora(bank: AdapterBank, name: str, theirs: Mapping[str, Tensor], scale: float) -> tuple[dict[str, Tensor], float]:
-    """A residual fLoRA that adds about what a LORA adds, a close one and not always the closest: `<module>.<parameter>` -> its numbers, and |W0 * (B A) - dW| / |dW|, Frobenius over
-    all layers. A weight that is 0 cannot be changed by a product: the error says what is lost."""
+def fit_lora(bank: AdapterBank, name: str, tensors: Mapping[str, Tensor], *, scale: float) -> tuple[dict[str, Tensor], float]:
+    """The parameters of a residual fLoRA that adds nearly the same as a LORA, and the error of the fit.
+
+    tensors: of the LORA, by PEFT's names; scale: its factor of B A. Returns `<module>.<parameter>` -> tensor, and
+    |W0 * (B A) - dW| / |dW|, Frobenius over all layers. The fit is close but not always the closest. A product cannot change a
+    weight that is 0, which the error includes. Raises UserError for a LORA of another base model.
+    """
     pool, member = bank.location[bank.id_of(name)]
-    numbers: dict[str, Tensor] = {}
-    lost = total = 0.0
-    with ProgressBar(f"fit {name}", len(pool.targets)) as watch:
+    parameters: dict[str, Tensor] = {}
+    squared_error = squared_norm = 0.0
+    with ProgressBar(f"fit {name}", len(pool.targets)) as progress:
         for done, (module, target) in enumerate(pool.targets.items(), start=1):
-            weight = full_tensor(dense_weight(bank.model.get_submodule(module).base_layer, target)).double()  # type: ignore[arg-type]
-            A, B = (theirs[f"{PREFIX}{module}.lora_{side}.weight"].to(weight) for side in "AB")
-            if (len(B), A.shape[1]) != tuple(weight.shape):
-                raise user_error(
-                    "init_from",
-                    module,
-                    f"has shape {tuple(weight.shape)} here and {(len(B), A.shape[1])} there: another base model",
-                )
-            delta = scale * (B @ A)
+            layer: Any = bank.model.get_submodule(module)
+            weight = full_tensor(dense_weight(layer.base_layer, target)).double()
+            lora_A = tensors[f"{PREFIX}{module}.lora_A.weight"].to(weight)
+            lora_B = tensors[f"{PREFIX}{module}.lora_B.weight"].to(weight)
+            shape = len(lora_B), lora_A.shape[1]
+            if shape != tuple(weight.shape):
+                hint = f"has shape {tuple(weight.shape)} in this model and {shape} in the LORA: the base model differs"
+                raise user_error("init_from", module, hint)
+            delta = scale * (lora_B @ lora_A)
             B, A = modulation(weight, delta, pool.specs[member].rank)
-            lost += float((weight * (B.double() @ A.double()) - delta).square().sum())
-            total += float(delta.square().sum())
-            numbers |= {f"{module}.A": A, f"{module}.B": B}
-            watch.update(done)
-    return numbers, (lost / total) ** 0.5 if total else 0.0
+            squared_error += float((weight * (B.double() @ A.double()) - delta).square().sum())
+            squared_norm += float(delta.square().sum())
+            parameters |= {f"{module}.A": A, f"{module}.B": B}
+            progress.update(done)
+    relative_error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+    return parameters, relative_error
 
 
-def check_layers(ours: Collection[str], theirs: Collection[str], source: str, key: str) -> None:
-    """Raises UserError where one of them has a tensor that the other lacks."""
-    for side, keys in (("lacks", set(ours) - set(theirs)), ("has beside ours", set(theirs) - set(ours))):
-        if keys:
-            hint = f"{side} {len(keys)} tensors, {min(keys)} for one: target_modules (and feedforward_modules) must be the same"
-            raise user_error(key, source, hint)
+def check_layers(expected: Collection[str], names: Collection[str], source: str, *, key: str) -> None:
+    """Raises UserError where the tensors of a PEFT adapter are not those of the adapter that starts from it."""
+    lacking, surplus = set(expected) - set(names), set(names) - set(expected)
+    hint = "target_modules (and feedforward_modules) must be the same"
+    if lacking:
+        raise user_error(key, source, f"lacks {len(lacking)} tensors, such as {min(lacking)}: {hint}")
+    if surplus:
+        raise user_error(key, source, f"has {len(surplus)} more tensors, such as {min(surplus)}: {hint}")
 
 
 def modules_of(config: Mapping[str, Any], tensors: Collection[str]) -> set[str]:
     """The modules that these tensors adapt."""
-    suffix = f".{SUFFIXES[kind_of(config)][0]}"
+    suffix = f".{SUFFIXES[peft_type_of(config)][0]}"
     return {name.removeprefix(PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix)}
 
 
-def _check_kind(bank: AdapterBank, name: str, theirs: Mapping[str, Any], source: str, key: str) -> None:
-    """Raises UserError where the adapter computes something else than ours."""
-    ours, spec = peft_config(bank, name, ""), bank.specs[bank.id_of(name)]
-    if kind_of(theirs) != ours["peft_type"]:
+def _check_method(bank: AdapterBank, name: str, config: Mapping[str, Any], *, source: str, key: str) -> None:
+    """Raises UserError where the PEFT adapter has another PEFT type, rank or scale than the bank's adapter."""
+    expected, spec = peft_config(bank, name, BaseModel("")), bank.specs[bank.id_of(name)]
+    peft_type, rank = peft_type_of(config), config.get("r")
+    if peft_type != expected["peft_type"]:
+        hint = f"has the PEFT type {peft_type}, and an adapter of method {spec.method} starts from {expected['peft_type']}"
+        raise user_error(key, source, hint)
+    if "r" in expected and rank != expected["r"]:
+        own_rank = config["r"] - (expected["r"] - spec.rank)
         raise user_error(
-            key, source, f"is of kind {kind_of(theirs)}, and an adapter of method {spec.method} begins as {ours['peft_type']}"
+            f"adapters.{spec.family}.rank",
+            spec.rank,
+            f"differs from the rank of {source}: set it to {own_rank}",
         )
-    if "r" in ours and theirs["r"] != ours["r"]:
-        rank = theirs["r"] - (ours["r"] - spec.rank)
-        raise user_error(f"adapters.{spec.family}.rank", spec.rank, f"is not that of {source}: set it to {rank}")
-    if spec.method == "lora" and abs(scale_of(theirs) - spec.scaling) > 1e-9:
-        hint = f"is not that of {source}: set it to {theirs['lora_alpha']:g}, and rslora to {bool(theirs.get('use_rslora'))}"
+    if spec.method == "lora" and abs(scale_of(config) - spec.scaling) > 1e-9:
+        alpha, rslora = config["lora_alpha"], bool(config.get("use_rslora"))
+        hint = f"differs from the alpha of {source}: set it to {alpha:g}, and rslora to {rslora}"
         raise user_error(f"adapters.{spec.family}.alpha", spec.alpha, hint)

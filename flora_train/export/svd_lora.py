@@ -1,9 +1,10 @@
-"""How does any adapter become a LoRA, for servers that take nothing else? The truncated SVD of what it adds to each weight."""
+"""Approximates any adapter by a LoRA, for servers that support only LoRA: the truncated SVD of its change of each weight."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,37 +17,54 @@ from flora_train.export.low_rank import energies, smallest_rank, truncated
 
 @dataclass(frozen=True)
 class SvdLora:
-    """spec: a LoRA of scale 1 on the same layers; factors: module -> B [out, r] and A [r, in]; error: |dW - B A| / |dW|, Frobenius over
-    all layers; biases: how many layers' biases the adapter changes, which a LoRA leaves as they are."""
+    """The closest LoRA to an adapter."""
 
     spec: AdapterSpec
+    """A LoRA of scale 1 on the same layers."""
     factors: Mapping[str, tuple[Tensor, Tensor]]
+    """Module -> B [out, r] and A [r, in], float32 on the CPU."""
     error: float
+    """|dW - B A| / |dW|, Frobenius over all layers."""
     biases: int
+    """Number of layers whose bias the adapter changes; a LoRA does not change biases."""
+
+
+def _no_report(share: float) -> None:
+    pass
 
 
 @torch.no_grad()
-def lora_stand_in(
-    bank: AdapterBank, name: str, rank: int | None, max_error: float | None, report: Callable[[float], None] = lambda share: None
+def compute_svd_lora(
+    bank: AdapterBank,
+    name: str,
+    *,
+    rank: int | None,
+    max_error: float | None,
+    report: Callable[[float], None] = _no_report,
 ) -> SvdLora:
-    """The closest LoRA of this rank, or of the smallest rank (the same in all layers) within `max_error`. report: called with the share
-    of layers done. The bank stays as it is."""
+    """The closest LoRA of this rank, or of the smallest rank (the same in all layers) whose error is at most `max_error`.
+
+    report: called with the share of layers that is done. The bank is unchanged.
+    """
     pool, member = bank.location[bank.id_of(name)]
-    layers = 1 if max_error is None else 2
-    spectra: dict[str, Tensor] = {}
+    passes = 1
     if max_error is not None:
+        passes = 2
+        spectra: dict[str, Tensor] = {}
         for module, delta in deltas(bank, name):
             spectra[module] = energies(delta)
-            report(len(spectra) / len(pool.targets) / layers)
+            report(len(spectra) / len(pool.targets) / passes)
         rank = smallest_rank(list(spectra.values()), max_error)
     assert rank is not None
-    factors, lost, total = {}, 0.0, 0.0
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    squared_error = squared_norm = 0.0
     for module, delta in deltas(bank, name):
         B, A = truncated(delta, rank)
         factors[module] = (B.cpu(), A.cpu())
-        lost += float((delta - B.double() @ A.double()).square().sum())
-        total += float(delta.square().sum())
-        report(1 - (1 - len(factors) / len(pool.targets)) / layers)
+        squared_error += float((delta - B.double() @ A.double()).square().sum())
+        squared_norm += float(delta.square().sum())
+        remaining = 1 - len(factors) / len(pool.targets)
+        report(1 - remaining / passes)
     spec = replace(
         pool.specs[member],
         method="lora",
@@ -60,21 +78,22 @@ def lora_stand_in(
         parent_module=None,
         init_from=None,
     )
-    return SvdLora(spec, factors, (lost / total) ** 0.5 if total else 0.0, _changed_biases(bank, name))
+    error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+    return SvdLora(spec, factors, error=error, biases=_changed_biases(bank, name))
 
 
 def deltas(bank: AdapterBank, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Module -> what the adapter adds to its weight, float64 [out, in]. Raises UserError for an unknown name."""
+    """Module -> the adapter's change of its weight, float64 [out, in]. Raises UserError for an unknown name."""
     pool, member = bank.location[bank.id_of(name)]
     for module, params in bank.parameters_of(name).items():
-        target, layer = pool.targets[module], bank.model.get_submodule(module)
-        weight = dense_weight(layer.base_layer, target).double()  # type: ignore[arg-type]
-        merged, _ = pool.method.merge(weight, None, params, pool.specs[member], target.feedforward)
+        target, layer = pool.targets[module], _layer(bank, module)
+        weight = dense_weight(layer.base_layer, target).double()
+        merged, _ = pool.method.merge(weight, None, params, spec=pool.specs[member], feedforward=target.feedforward)
         yield module, merged - weight
 
 
 def write_into(bank: AdapterBank, svd_lora: SvdLora) -> None:
-    """Give the bank's LoRA of that name these numbers."""
+    """Copy the factors into the bank's LoRA of the same name."""
     for module, params in bank.parameters_of(svd_lora.spec.name).items():
         B, A = svd_lora.factors[module]
         params["B"].copy_(B)
@@ -85,10 +104,14 @@ def _changed_biases(bank: AdapterBank, name: str) -> int:
     pool, member = bank.location[bank.id_of(name)]
     changed = 0
     for module, params in bank.parameters_of(name).items():
-        target, layer = pool.targets[module], bank.model.get_submodule(module)
-        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        target, layer = pool.targets[module], _layer(bank, module)
+        bias: Tensor | None = layer.bias
         if bias is not None:
-            weight = dense_weight(layer.base_layer, target)  # type: ignore[arg-type]
-            after = pool.method.merge(weight, bias, params, pool.specs[member], target.feedforward)[1]
-            changed += after is not None and not torch.equal(after, bias)
+            weight = dense_weight(layer.base_layer, target)
+            _, merged_bias = pool.method.merge(weight, bias, params, spec=pool.specs[member], feedforward=target.feedforward)
+            changed += merged_bias is not None and not torch.equal(merged_bias, bias)
     return changed
+
+
+def _layer(bank: AdapterBank, module: str) -> Any:
+    return bank.model.get_submodule(module)

@@ -32,6 +32,16 @@ def load_feature_extractor(config: ModelConfig) -> Any:
     return _from_pretrained(AutoFeatureExtractor, config)
 
 
+def load_preprocessors(config: ModelConfig, tokenizer: Any) -> list[Any]:
+    """The objects that are saved beside a model so that transformers can use it: its tokenizer, and of a speech model the processor
+    and the feature extractor."""
+    from transformers import AutoProcessor
+
+    if not is_speech_model(load_model_config(config)):
+        return [tokenizer]
+    return [_from_pretrained(AutoProcessor, config), tokenizer, load_feature_extractor(config)]
+
+
 def check_kind(model_config: Any, config: RunConfig) -> None:
     """Raises UserError where the tasks are speech and the model reads text, or the other way round."""
     spoken = any(task.speech is not None for task in config.tasks.values())

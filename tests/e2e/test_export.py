@@ -101,6 +101,7 @@ def test_the_card_has_results_and_a_snippet_that_loads_the_adapter(run: Path, na
     checks = "assert model.peft_config['default'].peft_type.value in ('LORA', 'IA3', 'HIRA') and tokenizer('a')['input_ids']"
     loaded = python("-c", snippet[1] + checks, folder=run / "adapters")
     assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.strip()  # what model.generate wrote
 
 
 def test_flora_under_a_type_of_its_own_keeps_its_rank(run: Path, checkpoint: Path) -> None:
@@ -165,7 +166,7 @@ def test_only_a_lora_is_converted_and_nothing_is_overwritten(
             "is of kind IA3: LORA is converted; HIRA and IA3 go on",
         ),
         ([str(run / "adapters" / "digits-lora"), "--out", str(tmp_path)], "exists already: choose another"),
-        (["/nowhere", "--out", str(tmp_path / "x")], "adapter = '/nowhere': is no PEFT adapter"),
+        (["/nowhere", "--out", str(tmp_path / "x")], "adapter = '/nowhere': is not a PEFT adapter"),
     ):
         assert main(["convert", *words]) == 2
         assert line in capsys.readouterr().err

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForSpeechSeq2Seq
+from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoProcessor, GenerationConfig, pipeline
 
+from flora_train.commands.export import export_adapters
 from tests.e2e.conftest import Launch
+from tests.forked import python
 from tests.other_speech import save_tiny
-from tests.speech import MEL_BINS, POSITIONS, save_tiny_whisper, write_corpus, write_manifest
+from tests.speech import MEL_BINS, POSITIONS, save_tiny_whisper, write_clip, write_corpus, write_manifest
 
 LANGUAGES = ("en", "cs")
 
@@ -27,10 +32,14 @@ def speech_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tasks[language] = {"speech": {"language": language}, **write_corpus(folder, language, held=3)}
     with (folder / "cs.train.jsonl").open("a") as manifest:
         manifest.write(json.dumps({"path": "absent.wav", "sentence": "never recorded", "speaker": "x"}) + "\n")
+    model = save_tiny_whisper(folder / "model")
+    tokenizer_file = model / "tokenizer_config.json"
+    settings = json.loads(tokenizer_file.read_text()) | {"tokenizer_class": "WhisperTokenizer"}
+    tokenizer_file.write_text(json.dumps(settings))
     content = {
         "name": "tiny_speech",
         "num_threads": 1,
-        "model": {"path": str(save_tiny_whisper(folder / "model")), "dtype": "float32"},
+        "model": {"path": str(model), "dtype": "float32"},
         "tasks": tasks,
         "adapters": {
             "flora": {"method": "flora", "rank": 2, "lr": 0.02},
@@ -127,6 +136,38 @@ def test_peft_loads_what_was_trained(speech_recipe: Path, finished: Path) -> Non
         assert (model(**inputs).logits - before).abs().max() > 1e-4
 
 
+def run_snippet(folder: Path, place: Path) -> subprocess.CompletedProcess[str]:
+    """The snippet of the card in this folder, run beside it with a clip."""
+    snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    assert snippet is not None
+    write_clip(place / "clip.wav", 1.0)
+    program = snippet[1].replace("clip.wav", str(place / "clip.wav"))
+    return python("-c", program, folder=folder.parent)
+
+
+def test_the_snippet_of_a_card_transcribes_a_clip(finished: Path, tmp_path: Path) -> None:
+    card = (finished / "adapters" / "cs-lora" / "README.md").read_text()
+    assert '["<|startoftranscript|>", "<|cs|>", "<|transcribe|>", "<|notimestamps|>"]' in card
+    done = run_snippet(finished / "adapters" / "cs-lora", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_a_merged_model_works_in_a_transformers_pipeline(speech_recipe: Path, finished: Path, tmp_path: Path) -> None:
+    (folder,) = export_adapters(finished, ["cs-flora"], as_="merged", out=str(tmp_path / "merged"))
+    base = speech_recipe.parent / "model"
+    assert AutoFeatureExtractor.from_pretrained(folder).to_dict() == AutoFeatureExtractor.from_pretrained(base).to_dict()
+    generation = GenerationConfig.from_pretrained(folder).to_dict()
+    assert generation == GenerationConfig.from_pretrained(base).to_dict()
+    assert type(AutoProcessor.from_pretrained(folder)) is type(AutoProcessor.from_pretrained(base))
+    audio, _ = soundfile.read(write_clip(tmp_path / "clip.wav", 1.0), dtype="float32")
+    texts = []
+    for model in (folder, base):
+        transcribe = pipeline("automatic-speech-recognition", model=str(model))
+        texts.append(transcribe(audio, generate_kwargs={"max_new_tokens": 8})["text"])
+    assert texts[0] != texts[1]
+
+
 def test_a_text_recipe_on_a_speech_model_is_one_clear_error(speech_recipe: Path, launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' * 4)
     raw = yaml.safe_load(speech_recipe.read_text())
@@ -160,3 +201,5 @@ def test_another_encoder_decoder_trains_and_is_measured(launch: Launch, speech_r
         assert all(contender["wer"]["N"] > 0 for contender in part["contenders"])
     base = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
     PeftModel.from_pretrained(base, tmp_path / "run" / "adapters" / "cs-lora")
+    transcribed = run_snippet(tmp_path / "run" / "adapters" / "cs-lora", tmp_path)
+    assert transcribed.returncode == 0, transcribed.stderr

@@ -38,5 +38,5 @@ def test_a_missing_adapter_is_an_error_before_anything_is_written(before: Path, 
     done = launch(f"recipe={recipe}", f"output_dir={run}", f"adapters.lora.init_from={before}/adapters/{{task}}-lorra")
     assert done.returncode != 0
     for task in ("letters", "digits"):
-        assert f"adapters.lora.init_from = '{before}/adapters/{task}-lorra': is no PEFT adapter" in done.stderr
+        assert f"adapters.lora.init_from = '{before}/adapters/{task}-lorra': is not a PEFT adapter" in done.stderr
     assert not run.exists()

@@ -22,6 +22,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import endings
 from flora_train.config.paths import PROJECT_ROOT
 from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_forms import BaseModel
 from tests.architectures import ARCHITECTURES, auto_class, model_inputs, tiny_model
 from tests.conftest import perturb, spec
 from tests.families import FAMILIES, Family
@@ -85,7 +86,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tup
         save_file({name: tensor.clone() for name, tensor in inputs.items()}, folder / "inputs.safetensors")
         (folder / "class").write_text(auto_class(cast(Any, bank.model).config).__name__)
         for name in bank.ids:
-            export_peft(bank, name, folder / "adapters" / name, str(folder / "base"))
+            export_peft(bank, name, folder / "adapters" / name, base=BaseModel(str(folder / "base")))
         ours[architecture] = {name: logits(bank, inputs, name) for name in bank.ids}
     program = [sys.executable, str(Path(__file__).parent / "export" / "load_with_peft.py"), *(str(root / a) for a in ours)]
     done = subprocess.run(program, cwd=root, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Which methods exist? One file each; this table is the only place that lists them."""
+"""The registry of adapter methods. Each method is one file in this package and one entry in METHODS."""
 
 from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target
 from flora_train.adapters.methods.flora import Flora

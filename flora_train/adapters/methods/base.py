@@ -1,4 +1,4 @@
-"""What must a method say about itself? Its parameters, start, forward, merged weight and PEFT names."""
+"""The interface of an adapter method: parameters, initial values, forward, merged weight and PEFT names."""
 
 from __future__ import annotations
 
@@ -31,58 +31,63 @@ class Target:
 
 @dataclass(frozen=True)
 class Site:
-    """What a method may use of the layer it runs in.
-
-    base:   the frozen layer as a function, [T, in] -> [T, out], bias included
-    weight: a context in which its dense weight stands as [out, in] (a view, or dequantised)
-    bias:   [out] or None
-    dropout: the routing's dropout for these tokens [T, in]
-    """
+    """The parts of an adapted layer that a method's forward uses."""
 
     base: Callable[[Tensor], Tensor]
+    """The frozen layer as a function, [T, in] -> [T, out], bias included."""
     weight: Callable[[], AbstractContextManager[Tensor]]
+    """A context that provides its dense weight as [out, in] (a view, or dequantised)."""
     bias: Tensor | None
+    """[out] or None."""
     dropout: Callable[[Tensor], Tensor]
+    """The routing's dropout for these tokens [T, in]."""
 
 
 class AdapterMethod(ABC):
-    """One family of adapters. A new method is one file with one subclass and a row in `methods/__init__.py`."""
+    """One adapter method. A new method is one file with one subclass and an entry in `methods/__init__.py`."""
 
     name: str
 
     @abstractmethod
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape for one adapter on one layer."""
+        """Parameter name -> shape, for one adapter on one layer."""
 
     @abstractmethod
     def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
-        """Fill the parameters of one adapter (float32, CPU) so that the layer is the identity."""
+        """Fill the parameters of one adapter (float32, CPU) so that the layer computes what the base layer computes."""
 
     @abstractmethod
     def forward(
-        self, x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], feedforward: bool, segments: Segments
+        self,
+        x: Tensor,
+        site: Site,
+        params: Params,
+        *,
+        specs: Sequence[AdapterSpec],
+        feedforward: bool,
+        segments: Segments,
     ) -> Tensor:
-        """Outputs [T, out] for tokens x [T, in] of these adapters: params are stacked [K, ...], one row per segment."""
+        """Outputs [T, out] for tokens x [T, in] of K adapters; params: [K, ...] each, row k for segment k."""
 
     @abstractmethod
     def merge(
-        self, weight: Tensor, bias: Tensor | None, params: Params, spec: AdapterSpec, feedforward: bool
+        self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Weight [out, in] and bias [out] of the plain layer that equals the adapted one."""
+        """Weight [out, in] and bias [out] of the plain layer that computes the same as the adapted layer."""
 
     @abstractmethod
     def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
-        """The method's own fields of PEFT's adapter_config.json."""
+        """The method's own keys of PEFT's adapter_config.json."""
 
     @abstractmethod
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
-        """Suffix below the module (`lora_A.weight`) -> tensor, as PEFT stores them."""
+        """Tensor name below the module (`lora_A.weight`) -> tensor, as PEFT stores them."""
 
     @abstractmethod
     def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
-        """What `peft_tensors` made these of. Raises ValueError, saying what it needs, for what it never makes."""
+        """The inverse of `peft_tensors`. Raises ValueError for tensors that `peft_tensors` cannot produce."""
 
 
 def kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    """nn.Linear's default start for [r, in] factors, from our own generator."""
+    """Fill [r, in] as nn.Linear does by default, from this generator."""
     nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)

@@ -21,8 +21,10 @@ class Flora(AdapterMethod):
         return {"A": (spec.rank, target.in_features), "B": (target.out_features, spec.rank)}
 
     def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
-        """Residual: B = 0. Pure: a_1 = b_1 = 1, other b_k = 0. Random a_k break the symmetry between ranks, which an
-        all-ones start would keep for ever (docs/math.md)."""
+        """Residual: B = 0. Pure: a_1 = b_1 = 1, other b_k = 0.
+
+        Random a_k break the symmetry between ranks, which an all-ones start would never leave (docs/math.md).
+        """
         A, B = params["A"], params["B"]
         B.zero_()
         if spec.offset:
@@ -32,19 +34,27 @@ class Flora(AdapterMethod):
             A[0], B[:, 0] = 1.0, 1.0
 
     def forward(
-        self, x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], feedforward: bool, segments: Segments
+        self,
+        x: Tensor,
+        site: Site,
+        params: Params,
+        *,
+        specs: Sequence[AdapterSpec],
+        feedforward: bool,
+        segments: Segments,
     ) -> Tensor:
         with site.weight() as weight:
             y = flora_linear(x, weight, params["A"], params["B"], [spec.offset for spec in specs], segments)
         return y if site.bias is None else y + site.bias.to(y.dtype)
 
     def merge(
-        self, weight: Tensor, bias: Tensor | None, params: Params, spec: AdapterSpec, feedforward: bool
+        self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool
     ) -> tuple[Tensor, Tensor | None]:
         return modulated_weight(weight, params["A"], params["B"], spec.offset), bias
 
     def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
-        return {"peft_type": "HIRA", "r": spec.rank + (not spec.offset), "target_modules": target_modules, "hira_dropout": 0.0}
+        rank = spec.rank if spec.offset else spec.rank + 1
+        return {"peft_type": "HIRA", "r": rank, "target_modules": target_modules, "hira_dropout": 0.0}
 
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
         return as_hira(params["A"], params["B"], spec.offset)
@@ -54,12 +64,15 @@ class Flora(AdapterMethod):
         if spec.offset:
             return {"A": A, "B": B}
         if not ((A[-1] == 1.0).all() and (B[:, -1] == -1.0).all()):
-            raise ValueError(f"is W0 * (1 + B A): variant=residual and rank={len(A)} go on from it")
+            raise ValueError(f"is W0 * (1 + B A): start from it with variant=residual and rank={len(A)}")
         return {"A": A[:-1], "B": B[:, :-1]}
 
 
 def as_hira(A: Tensor, B: Tensor, offset: float) -> dict[str, Tensor]:
-    """HiRA computes W0 * (1 + B A): a pure adapter of rank r is HiRA of rank r + 1 with one rank for the -1. A: [r, in]; B: [out, r]."""
+    """HiRA's tensors for A [r, in] and B [out, r].
+
+    HiRA computes W0 * (1 + B A): a pure adapter of rank r is a HiRA of rank r + 1, whose last rank subtracts the 1.
+    """
     if not offset:
         A = torch.cat([A, A.new_ones(1, A.shape[1])])
         B = torch.cat([B, B.new_full((B.shape[0], 1), -1.0)], dim=1)

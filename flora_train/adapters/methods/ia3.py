@@ -1,4 +1,4 @@
-"""IA3: a learnt scale per output feature, or per input feature of feed-forward layers (PEFT's rule)."""
+"""IA3: a learned scale per output feature, or per input feature of feed-forward layers, as in PEFT."""
 
 from __future__ import annotations
 
@@ -23,28 +23,39 @@ class Ia3(AdapterMethod):
         params["l"].fill_(1.0)
 
     def forward(
-        self, x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], feedforward: bool, segments: Segments
+        self,
+        x: Tensor,
+        site: Site,
+        params: Params,
+        *,
+        specs: Sequence[AdapterSpec],
+        feedforward: bool,
+        segments: Segments,
     ) -> Tensor:
         if feedforward:
             return site.base(ia3_scale(x, params["l"], segments))
         return ia3_scale(site.base(x), params["l"], segments)  # the bias is scaled too, as in PEFT
 
     def merge(
-        self, weight: Tensor, bias: Tensor | None, params: Params, spec: AdapterSpec, feedforward: bool
+        self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool
     ) -> tuple[Tensor, Tensor | None]:
         scale = params["l"]
         wide = torch.promote_types(weight.dtype, torch.float32)
         if feedforward:
             return (weight.to(wide) * scale).to(weight.dtype), bias
-        return (weight.to(wide) * scale[:, None]).to(weight.dtype), None if bias is None else (bias.to(wide) * scale).to(
-            bias.dtype
-        )
+        merged_bias = None if bias is None else (bias.to(wide) * scale).to(bias.dtype)
+        return (weight.to(wide) * scale[:, None]).to(weight.dtype), merged_bias
 
     def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
-        return {"peft_type": "IA3", "target_modules": target_modules, "feedforward_modules": feedforward_modules}
+        return {
+            "peft_type": "IA3",
+            "target_modules": target_modules,
+            "feedforward_modules": feedforward_modules,
+        }
 
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
-        return {"ia3_l": params["l"][None] if feedforward else params["l"][:, None]}
+        scale = params["l"]
+        return {"ia3_l": scale[None] if feedforward else scale[:, None]}
 
     def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
         return {"l": tensors["ia3_l"].flatten()}

@@ -24,15 +24,24 @@ class Lora(AdapterMethod):
         params["B"].zero_()
 
     def forward(
-        self, x: Tensor, site: Site, params: Params, specs: Sequence[AdapterSpec], feedforward: bool, segments: Segments
+        self,
+        x: Tensor,
+        site: Site,
+        params: Params,
+        *,
+        specs: Sequence[AdapterSpec],
+        feedforward: bool,
+        segments: Segments,
     ) -> Tensor:
-        return lora_add(site.base(x), site.dropout(x), params["A"], params["B"], [spec.scaling for spec in specs], segments)
+        scaling = [spec.scaling for spec in specs]
+        return lora_add(site.base(x), site.dropout(x), params["A"], params["B"], scaling, segments)
 
     def merge(
-        self, weight: Tensor, bias: Tensor | None, params: Params, spec: AdapterSpec, feedforward: bool
+        self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool
     ) -> tuple[Tensor, Tensor | None]:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return (weight.to(wide) + spec.scaling * (params["B"].to(wide) @ params["A"].to(wide))).to(weight.dtype), bias
+        delta = spec.scaling * (params["B"].to(wide) @ params["A"].to(wide))
+        return (weight.to(wide) + delta).to(weight.dtype), bias
 
     def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
         return {

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.peft_files import check_init, kind_of, read_files
+from flora_train.adapters.peft_config import check_init, peft_type_of
+from flora_train.adapters.peft_tensors import read_files
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.paths import find_file
@@ -62,7 +63,7 @@ def check_peft_contenders(sources: Sequence[str], taken: Sequence[str]) -> None:
         if name in taken or names.count(name) > 1:
             raise user_error("contenders", source, f"the name {name!r} is taken by another contender: rename its folder")
         written, _ = read_files(source, "contenders")
-        if kind_of(written) == "LORA":
+        if peft_type_of(written) == "LORA":
             check_init(written, source, "contenders")
         try:
             config = PeftConfig.from_pretrained(_place(source))

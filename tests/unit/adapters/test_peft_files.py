@@ -19,7 +19,7 @@ from peft import AdaLoraConfig, HiraConfig, IA3Config, LoraConfig, get_peft_mode
 from safetensors.torch import load_file, save_file
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.peft_files import HARMLESS, check_harmless
+from flora_train.adapters.peft_config import HARMLESS, check_harmless
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError
 from flora_train.export.peft_import import init_from_peft, read_peft
@@ -249,7 +249,7 @@ def test_a_tensor_that_nothing_accounts_for_is_refused_by_name(damage: Any, word
 def test_a_damaged_configuration_is_one_error(text: str, tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "a")
     (folder / "adapter_config.json").write_text(text)
-    with pytest.raises(UserError, match=r"key = .*is no PEFT adapter"):
+    with pytest.raises(UserError, match=r"key = .*is not a PEFT adapter"):
         read_peft(str(folder), "key")
 
 
@@ -260,7 +260,7 @@ def test_damaged_files_of_tensors_are_one_error_and_a_pickle_of_tensors_is_read(
     whole = file.read_bytes()
     for content in (b"", whole[:100], whole[: len(whole) // 2], b"\xff" * 100):
         file.write_bytes(content)
-        with pytest.raises(UserError, match=r"key = .*is no PEFT adapter"):
+        with pytest.raises(UserError, match=r"key = .*is not a PEFT adapter"):
             read_peft(str(folder), "key")
     file.unlink()
     with pytest.raises(UserError, match=r"lacks adapter_model\.safetensors"):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from flora_train.export.model_card import in_code, in_line, write_card
+from flora_train.export.usage_snippet import GenerationExample
 from tests.conftest import spec
 
 EVIL = "a`b | c\n---\n# Heading <script>alert(1)</script> [x](javascript:1) \x1b[31m \u202e \"'"
@@ -22,11 +23,11 @@ def test_a_card_stays_whole_whatever_things_are_called(evil: str, tmp_path: Path
     report = json.loads(REPORT.read_text(encoding="utf-8"))
     for task in report["tasks"]:
         task |= {"license": evil, "hub": evil, "origin": evil}
-    settings = {"base_model_name_or_path": evil, "peft_type": "IA3", "task_type": "CAUSAL_LM"}
+    settings = {"base_model_name_or_path": evil, "revision": evil, "peft_type": "IA3", "task_type": "CAUSAL_LM"}
     folder = tmp_path / "ruby-ia3"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    write_card(report, spec("ia3", "ruby"), folder)
+    write_card(report, spec("ia3", "ruby"), folder, example=GenerationExample(prompt=f"```\n{evil}"))
     card = (folder / "README.md").read_text(encoding="utf-8")
     head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.S).groups()  # type: ignore[union-attr]
     assert yaml.safe_load(head)["base_model"] == evil
@@ -36,9 +37,13 @@ def test_a_card_stays_whole_whatever_things_are_called(evil: str, tmp_path: Path
     assert "49" not in re.findall(r"task `ruby`", body)
     code = re.search(r"```python\n(.*?)```", body, re.S)
     assert code is not None
-    calls = [node for node in ast.walk(ast.parse(code[1])) if isinstance(node, ast.Call)]
-    assert len(calls) == 3
-    assert ast.literal_eval(calls[0].args[0]) == evil
+    program = ast.parse(code[1])
+    calls = [node for node in ast.walk(program) if isinstance(node, ast.Call)]
+    methods = [call.func.attr for call in calls if isinstance(call.func, ast.Attribute)]
+    assert sorted(methods) == ["decode", "eval", *["from_pretrained"] * 3, "generate", "to"]
+    texts = [node.value for node in ast.walk(program) if isinstance(node, ast.Constant)]
+    assert texts.count(evil) == 4  # base and revision, of the model and of the tokenizer
+    assert f"```\n{evil}" in texts
     rows = [line for line in body.splitlines() if line.startswith("| data |")]
     assert [row.count("|") for row in rows] == [3]
     assert [line for line in body.splitlines() if line.startswith("# ")] == ["# ruby-ia3"]

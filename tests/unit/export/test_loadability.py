@@ -28,7 +28,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError
 from flora_train.export.loadability import Loadability, loadability_of, notes
 from flora_train.export.peft_format import export_peft
-from flora_train.export.peft_forms import model_class, task_type_of
+from flora_train.export.peft_forms import BaseModel, model_class, task_type_of
 from flora_train.export.peft_import import init_from_peft
 from flora_train.models.loading import without_dropout
 from flora_train.runtime.manifest import PEFT_WARNING
@@ -113,7 +113,7 @@ def test_a_lora_on_every_layer_of_a_model_of_experts_is_the_same_in_plain_peft(f
     said = list(notes(bank.model, bank.pools))
     assert len(said) == (family in REWRITTEN)
     for name, kind in (("task-lora", "ADALORA" if family in REWRITTEN else "LORA"), ("task-flora", "HIRA")):
-        folder = export_peft(bank, name, tmp_path / name, "base")
+        folder = export_peft(bank, name, tmp_path / name, base=BaseModel("base"))
         assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == kind
         assert not (folder / PEFT_WARNING).exists()
         ours = logits(bank, x, [name, name])
@@ -127,7 +127,7 @@ def test_a_lora_on_every_layer_of_a_model_of_experts_is_the_same_in_plain_peft(f
 def test_an_adalora_of_any_settings_has_the_numbers_of_its_lora_and_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
     x, ours = tokens(2), spec("lora", rank=3, alpha=5.0, dropout=0.1, **options)
     bank = bank_on(built("qwen3_moe")[1], ours)
-    folder = export_peft(bank, "task-lora", tmp_path / "a", "base")
+    folder = export_peft(bank, "task-lora", tmp_path / "a", base=BaseModel("base"))
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "ADALORA"
     expected = logits(bank, x, [0, 0])
     for merge in (False, True):
@@ -144,15 +144,15 @@ def test_settings_that_peft_refuses_for_some_adapters_of_a_pool_are_seen() -> No
     )
     assert len(bank.pools) == 1
     said = list(notes(bank.model, bank.pools))
-    assert "plain: plain PEFT leaves" in said[0]
+    assert "plain: plain PEFT ignores" in said[0]
     assert "dropped: plain PEFT refuses it as LORA" in said[1]
 
 
 def test_a_lora_for_other_servers_stays_a_lora_and_says_what_plain_peft_does(tmp_path: Path) -> None:
     bank = bank_on(built("deepseek_v3")[1], spec("lora"))
-    folder = export_peft(bank, "task-lora", tmp_path / "a", "base", always_lora=True)
+    folder = export_peft(bank, "task-lora", tmp_path / "a", base=BaseModel("base"), always_lora=True)
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert "tensors out" in (folder / PEFT_WARNING).read_text()
+    assert "ignores 12 of 32 tensors" in (folder / PEFT_WARNING).read_text()
 
 
 MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
@@ -165,7 +165,9 @@ def test_layers_that_peft_refuses_are_named_before_training_and_in_the_folder(tm
     assert said.startswith("all: plain PEFT refuses it as LORA")
     assert "out_proj" in said
     assert "--as merged" in said
-    warned = {name for name in bank.ids if (export_peft(bank, name, tmp_path / name, "base") / PEFT_WARNING).exists()}
+    warned = {
+        name for name in bank.ids if (export_peft(bank, name, tmp_path / name, base=BaseModel("base")) / PEFT_WARNING).exists()
+    }
     assert warned == {"task-all"}
     with pytest.raises(ValueError, match="out_proj"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_config(model.config), tmp_path / "task-all")
@@ -179,7 +181,7 @@ def test_nothing_is_said_of_the_architectures_that_we_list(architecture: str) ->
     bank = AdapterBank.attach(model, [spec("lora"), spec("flora"), *ia3])
     assert list(notes(bank.model, bank.pools)) == []
     known = loadability_of(bank.model)
-    assert known.twin is not None
+    assert known.empty_model is not None
     assert all(pool.targets.keys() <= known.names.keys() for pool in bank.pools)
 
 
@@ -191,7 +193,7 @@ class Renamed(LlamaForCausalLM):
 
 def test_a_silent_loss_that_no_form_avoids_is_refused_before_training() -> None:
     bank = AdapterBank.attach(Renamed(architecture_config("llama")), [spec("flora")])
-    with pytest.raises(UserError, match=r"adapters\.flora\.target_modules: plain PEFT leaves 28 of 28 tensors out .*HIRA"):
+    with pytest.raises(UserError, match=r"adapters\.flora\.target_modules: plain PEFT ignores 28 of 28 tensors .*HIRA"):
         list(notes(bank.model, bank.pools))
 
 
@@ -201,10 +203,10 @@ def test_a_model_that_cannot_be_made_from_its_configuration_is_exported_with_a_n
             super().__init__(config)
 
     bank = bank_on(Own(architecture_config("llama"), 1), spec("lora"))
-    assert Loadability(bank.model).twin is None
+    assert Loadability(bank.model).empty_model is None
     (line,) = notes(bank.model, bank.pools)
-    assert "is not known" in line
-    assert not (export_peft(bank, "task-lora", tmp_path / "a", "base") / PEFT_WARNING).exists()
+    assert "it is unknown whether" in line
+    assert not (export_peft(bank, "task-lora", tmp_path / "a", base=BaseModel("base")) / PEFT_WARNING).exists()
 
 
 def test_task_type_follows_the_model() -> None:
@@ -236,5 +238,5 @@ def test_an_adapter_of_a_classifier_is_the_same_in_plain_peft(tmp_path: Path) ->
 
     x = tokens(2)
     bank = bank_on(classifier(), spec("lora", target_modules=["q_proj", "down_proj"]))
-    folder = export_peft(bank, "task-lora", tmp_path / "a", "base")
+    folder = export_peft(bank, "task-lora", tmp_path / "a", base=BaseModel("base"))
     torch.testing.assert_close(by_peft(classifier(), folder, x), logits(bank, x, [0, 0]), rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_train.export.low_rank import _improved, energies, modulation, relative_error, smallest_rank, truncated
+from flora_train.export.low_rank import _least_squares, energies, modulation, relative_error, smallest_rank, truncated
 
 SHAPES = [(24, 40), (40, 24), (16, 16)]
 
@@ -86,7 +86,9 @@ def test_a_modulation_is_no_worse_than_that_of_any_start_and_the_same_at_every_c
         return float((weight * (B.double() @ A.double()) - delta).norm() / delta.norm())
 
     weights, pulled = weight.square(), weight * delta
-    single = error(*_improved(weights, pulled, truncated(pulled / (weights + 0.1 * weights.mean()), rank)[1].double(), 30))
+    single = error(
+        *_least_squares(weights, pulled, truncated(pulled / (weights + 0.1 * weights.mean()), rank)[1].double(), rounds=30)
+    )
     found = modulation(weight, delta, rank)
     assert error(*found) < 0.97 * single
     assert all(torch.equal(*pair) for pair in zip(found, modulation(weight, delta, rank), strict=True))

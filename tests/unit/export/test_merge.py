@@ -29,7 +29,7 @@ def test_transformers_loads_the_merged_model_and_computes_our_logits(tmp_path: P
     bank, x = perturbed_bank(architecture), tokens(3)
     name = f"task-{family}"
     ours = logits(bank, x, [name] * len(x))
-    folder = save_merged(bank, name, byte_tokenizer(), tmp_path / "new" / "merged")
+    folder = save_merged(bank, name, tmp_path / "new" / "merged", preprocessors=[byte_tokenizer()])
     merged = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         theirs = merged(x).logits
@@ -50,7 +50,7 @@ def test_a_weight_that_stands_in_two_places_is_not_merged(shared: str) -> None:
         second.up_proj.weight = first.up_proj.weight
     bank = AdapterBank.attach(model, [spec("lora", rank=2, target_modules="all-linear")])
     before = first.up_proj.base_layer.weight.clone()
-    with pytest.raises(UserError, match=r"^as = 'merged': model\.layers\.\d\.mlp\.up_proj has its weight together with"):
+    with pytest.raises(UserError, match=r"^as = 'merged': model\.layers\.\d\.mlp\.up_proj shares its weight with"):
         merge_into_base(bank, bank.specs[0].name)
     assert torch.equal(first.up_proj.base_layer.weight, before)
 
@@ -76,18 +76,18 @@ def test_merging_refuses_a_folder_that_exists(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     before = logits(bank, x, [0, 1])
     with pytest.raises(UserError, match="exists already: choose another"):
-        save_merged(bank, "task-pure", byte_tokenizer(), tmp_path)
+        save_merged(bank, "task-pure", tmp_path, preprocessors=[byte_tokenizer()])
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
     assert torch.equal(logits(bank, x, [0, 1]), before)
 
 
 def test_merging_an_unknown_adapter_says_which_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Did you mean 'task-pure'"):
-        save_merged(perturbed_bank("llama"), "task-pur", byte_tokenizer(), tmp_path / "merged")
+        save_merged(perturbed_bank("llama"), "task-pur", tmp_path / "merged", preprocessors=[byte_tokenizer()])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_leaves_no_half_model(tmp_path: Path) -> None:
     with file_size_limit(50_000), pytest.raises(UserError, match="merged: the disk is full"):
-        save_merged(perturbed_bank("llama"), "task-pure", byte_tokenizer(), tmp_path / "merged")
+        save_merged(perturbed_bank("llama"), "task-pure", tmp_path / "merged", preprocessors=[byte_tokenizer()])
     assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError
 from flora_train.export import peft_format
 from flora_train.export.peft_format import export_peft, peft_config
+from flora_train.export.peft_forms import BaseModel
 from tests.architectures import tiny_model
 from tests.conftest import FEW, perturb, spec
 from tests.unit.adapters.helpers import logits, plain_logits, tiny_t5, tokens
@@ -78,7 +79,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
         save_file({"input_ids": x}, folder / "inputs.safetensors")
         (folder / "class").write_text("AutoModelForCausalLM")
         for name in bank.ids:
-            export_peft(bank, name, folder / "adapters" / name, str(folder / "base"))
+            export_peft(bank, name, folder / "adapters" / name, base=BaseModel(str(folder / "base")))
     program = [sys.executable, str(Path(__file__).with_name("load_with_peft.py")), *(str(root / name) for name in banks)]
     done = subprocess.run(program, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -108,7 +109,7 @@ def test_target_modules_are_short_endings_that_select_exactly_the_targets(archit
     bank = perturbed_bank(architecture)
     modules = [name for name, _ in tiny_model(architecture).named_modules()]
     for name, i in bank.ids.items():
-        config = PeftConfig.from_peft_type(**peft_config(bank, name, "base"))
+        config = PeftConfig.from_peft_type(**peft_config(bank, name, BaseModel("base")))
         pool, _ = bank.location[i]
         assert {module for module in modules if check_target_module_exists(config, module)} == set(pool.targets), name
         longest = 3 if name == "task-one_layer" else 2
@@ -122,7 +123,7 @@ def test_target_modules_are_short_endings_that_select_exactly_the_targets(archit
 
 def test_folder_holds_peft_s_two_files_with_peft_s_names(tmp_path: Path) -> None:
     bank = perturbed_bank("llama")
-    folder = export_peft(bank, "task-pure", tmp_path / "task-pure", "models/base")
+    folder = export_peft(bank, "task-pure", tmp_path / "task-pure", base=BaseModel("models/base"))
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = load_file(folder / "adapter_model.safetensors")
     module = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -136,16 +137,16 @@ def test_folder_holds_peft_s_two_files_with_peft_s_names(tmp_path: Path) -> None
 
 def test_adapter_of_an_encoder_decoder_says_so_to_peft() -> None:
     bank = AdapterBank.attach(tiny_t5(), [spec("lora", target_modules="all-linear")])
-    assert peft_config(bank, "task-lora", "base")["task_type"] == "SEQ_2_SEQ_LM"
+    assert peft_config(bank, "task-lora", BaseModel("base"))["task_type"] == "SEQ_2_SEQ_LM"
 
 
 def test_export_peft_replaces_its_own_files_and_keeps_others(tmp_path: Path) -> None:
     bank = perturbed_bank("llama")
     folder = tmp_path / "adapter"
-    export_peft(bank, "task-lora", folder, "base")
+    export_peft(bank, "task-lora", folder, base=BaseModel("base"))
     (folder / "notes.txt").write_text("mine")
     bank.row(bank.ids["task-lora"]).fill_(0.5)
-    export_peft(bank, "task-lora", folder, "base")
+    export_peft(bank, "task-lora", folder, base=BaseModel("base"))
     assert (folder / "notes.txt").read_text() == "mine"
     assert all((tensor == 0.5).all() for tensor in load_file(folder / "adapter_model.safetensors").values())
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -166,7 +167,7 @@ def test_full_disk_leaves_what_was_there_and_nothing_half(
 ) -> None:
     bank, folder = perturbed_bank("llama"), tmp_path / "adapter"
     if exists:
-        export_peft(bank, "task-lora", folder, "base")
+        export_peft(bank, "task-lora", folder, base=BaseModel("base"))
     before = {path.name: path.read_bytes() for path in folder.iterdir()} if exists else {}
 
     def fail_halfway(tensors: Any, path: Path, *args: Any) -> None:
@@ -175,7 +176,7 @@ def test_full_disk_leaves_what_was_there_and_nothing_half(
 
     monkeypatch.setattr(peft_format, "save_file", fail_halfway)
     with pytest.raises(UserError, match=r"adapter: the disk is full .* free"):
-        export_peft(bank, "task-pure", folder, "base")
+        export_peft(bank, "task-pure", folder, base=BaseModel("base"))
     assert [path.name for path in tmp_path.iterdir()] == (["adapter"] if exists else [])
     assert not exists or {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -184,9 +185,9 @@ def test_full_disk_leaves_what_was_there_and_nothing_half(
 def test_write_that_the_system_refuses_is_one_clear_error(tmp_path: Path, size: int) -> None:
     bank, folder = perturbed_bank("llama"), tmp_path / "adapter"
     with file_size_limit(size), pytest.raises(UserError, match="adapter: the disk is full"):
-        export_peft(bank, "task-pure", folder, "base")
+        export_peft(bank, "task-pure", folder, base=BaseModel("base"))
     assert list(tmp_path.iterdir()) == []
-    export_peft(bank, "task-pure", folder, "base")
+    export_peft(bank, "task-pure", folder, base=BaseModel("base"))
     assert (folder / "adapter_model.safetensors").stat().st_size > size
 
 
@@ -196,7 +197,7 @@ def test_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(peft_format, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export_peft(perturbed_bank("llama"), "task-pure", tmp_path / "adapter", "base")
+        export_peft(perturbed_bank("llama"), "task-pure", tmp_path / "adapter", base=BaseModel("base"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,6 +213,6 @@ def test_a_new_adapter_is_not_written_into_a_folder_that_was_filled_meanwhile(
 
     monkeypatch.setattr(peft_format, "save_file", fill)
     with pytest.raises(UserError, match="may not be written"):
-        export_peft(bank, bank.specs[0].name, folder, "base", replace=False)
+        export_peft(bank, bank.specs[0].name, folder, base=BaseModel("base"), replace=False)
     assert (folder / "adapter_model.safetensors").read_text() == "of another"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

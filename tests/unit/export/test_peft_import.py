@@ -15,6 +15,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError
 from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_forms import BaseModel
 from flora_train.export.peft_import import init_from_peft
 from tests.architectures import tiny_model
 from tests.conftest import FEW, spec
@@ -26,7 +27,7 @@ from tests.unit.export.test_peft_format import perturbed_bank
 def test_every_exported_adapter_comes_back_with_the_same_bits(architecture: str, own_type: bool, tmp_path: Path) -> None:
     before = perturbed_bank(architecture)
     for s in before.specs:
-        export_peft(before, s.name, tmp_path / s.name, "base", own_type=own_type and s.method == "flora")
+        export_peft(before, s.name, tmp_path / s.name, base=BaseModel("base"), own_type=own_type and s.method == "flora")
     specs = [replace(s, init_from=str(tmp_path / s.name)) for s in before.specs]
     after = AdapterBank.attach(tiny_model(architecture), specs)
     untouched = AdapterBank.attach(tiny_model(architecture), before.specs)
@@ -82,16 +83,19 @@ def test_an_adapter_that_peft_made_gives_the_same_logits(kind: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("ours", "words"),
     [
-        (spec("lora", rank=4, alpha=6.0, target_modules=TARGETS), r"adapters\.lora\.rank = 4: is not that of .*: set it to 3"),
+        (
+            spec("lora", rank=4, alpha=6.0, target_modules=TARGETS),
+            r"adapters\.lora\.rank = 4: differs from the rank of .*: set it to 3",
+        ),
         (
             spec("lora", rank=3, alpha=3.0, target_modules=TARGETS),
             r"adapters\.lora\.alpha = 3\.0: .*: set it to 6, and rslora to False",
         ),
         (spec("lora", rank=3, alpha=6.0), r"init_from = .*: lacks \d+ tensors, .* target_modules"),
-        (spec("lora", rank=3, alpha=6.0, target_modules=["q_proj"]), r"init_from = .*: has beside ours \d+ tensors"),
+        (spec("lora", rank=3, alpha=6.0, target_modules=["q_proj"]), r"init_from = .*: has \d+ more tensors"),
         (
             spec("flora", rank=3, variant="pure", target_modules=TARGETS),
-            r"is of kind LORA, and an adapter of method flora begins as HIRA",
+            r"has the PEFT type LORA, and an adapter of method flora starts from HIRA",
         ),
     ],
 )
@@ -128,7 +132,7 @@ def test_a_hira_adapter_is_no_pure_flora(tmp_path: Path) -> None:
     folder = made_by_peft(THEIRS["HiRA"][0], tmp_path / "theirs")
     pure = spec("flora", rank=2, variant="pure", target_modules=TARGETS)
     bank = AdapterBank.attach(tiny_model(), [replace(pure, init_from=str(folder))])
-    with pytest.raises(UserError, match=r"is W0 \* \(1 \+ B A\): variant=residual and rank=3 go on from it"):
+    with pytest.raises(UserError, match=r"is W0 \* \(1 \+ B A\): start from it with variant=residual and rank=3"):
         init_from_peft(bank, range(len(bank.specs)))
 
 
@@ -138,11 +142,11 @@ def test_options_that_no_adapter_here_has_are_refused(option: str, value: Any, t
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
     bank = AdapterBank.attach(tiny_model(), [replace(THEIRS["LoRA"][1], init_from=str(folder))])
-    with pytest.raises(UserError, match=f"{option}.*cannot be trained on"):
+    with pytest.raises(UserError, match=f"{option}.*training cannot start from"):
         init_from_peft(bank, range(len(bank.specs)))
 
 
 def test_what_is_no_adapter_is_named(tmp_path: Path) -> None:
     bank = AdapterBank.attach(tiny_model(), [replace(THEIRS["LoRA"][1], init_from=str(tmp_path))])
-    with pytest.raises(UserError, match=r"adapters\.lora\.init_from = .*is no PEFT adapter"):
+    with pytest.raises(UserError, match=r"adapters\.lora\.init_from = .*is not a PEFT adapter"):
         init_from_peft(bank, range(len(bank.specs)))

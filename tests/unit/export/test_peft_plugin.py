@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_forms import BaseModel
 from flora_train.peft_plugin import FloraConfig
 from tests.architectures import tiny_model
 from tests.conftest import FEW, perturb, spec
@@ -36,7 +37,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 def exported(architecture: str, tmp_path: Path) -> tuple[AdapterBank, Path]:
     bank = flora_bank(architecture)
     for name in bank.ids:
-        export_peft(bank, name, tmp_path / name, "base", own_type=True)
+        export_peft(bank, name, tmp_path / name, base=BaseModel("base"), own_type=True)
     return bank, tmp_path
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.export.svd_lora import SvdLora, lora_stand_in, write_into
+from flora_train.export.svd_lora import SvdLora, compute_svd_lora, write_into
 from tests.architectures import tiny_model
 from tests.conftest import FEW
 from tests.unit.adapters.helpers import logits, plain_logits, tokens
@@ -24,25 +24,28 @@ def logits_of(svd_lora: SvdLora, architecture: str) -> torch.Tensor:
 def test_at_full_rank_it_is_the_adapter_and_below_it_comes_closer(architecture: str, family: str) -> None:
     bank, name = perturbed_bank(architecture), f"task-{family}"
     ours, plain = logits(bank, tokens(3), [name] * 3), plain_logits(architecture, tokens(3))
-    full = lora_stand_in(bank, name, 48, None)
+    full = compute_svd_lora(bank, name, rank=48, max_error=None)
     if not full.biases:
         assert (logits_of(full, architecture) - ours).abs().max() <= 1e-4 * ours.abs().max()
         assert (ours - plain).abs().max() > 100 * (logits_of(full, architecture) - ours).abs().max()
     assert full.error < 1e-6
-    errors = [lora_stand_in(bank, name, rank, None).error for rank in (1, 2, 4, 8)]
+    errors = [compute_svd_lora(bank, name, rank=rank, max_error=None).error for rank in (1, 2, 4, 8)]
     assert errors == pytest.approx(sorted(errors, reverse=True), abs=1e-6)
 
 
 def test_it_takes_the_rank_that_the_error_asks_for() -> None:
     bank, shares = perturbed_bank("llama"), []
-    found = lora_stand_in(bank, "task-residual", None, 0.3, shares.append)
+    found = compute_svd_lora(bank, "task-residual", rank=None, max_error=0.3, report=shares.append)
     assert found.error <= 0.3
-    assert lora_stand_in(bank, "task-residual", found.spec.rank - 1, None).error > 0.3
+    assert compute_svd_lora(bank, "task-residual", rank=found.spec.rank - 1, max_error=None).error > 0.3
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
 
 
 def test_biases_that_it_cannot_change_are_counted() -> None:
-    counts = {name: lora_stand_in(perturbed_bank("gpt2"), f"task-{name}", 1, None).biases for name in ("pure", "ia3_explicit")}
+    counts = {
+        name: compute_svd_lora(perturbed_bank("gpt2"), f"task-{name}", rank=1, max_error=None).biases
+        for name in ("pure", "ia3_explicit")
+    }
     assert counts["pure"] == 0
     assert counts["ia3_explicit"] > 0

@@ -14,6 +14,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
 from flora_train.evaluation.generation import Decoder, Generated, Request, Sampling
 from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_forms import BaseModel
 from tests.architectures import ARCHITECTURES
 from tests.conftest import perturb, spec
 from tests.unit.data.conftest import byte_tokenizer
@@ -109,7 +110,7 @@ def test_no_batch_is_larger_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_peft_model_is_decoded_as_peft_generates(tmp_path: Path) -> None:
     bank, tokenizer = bank_for("gpt2"), byte_tokenizer()
-    folder = export_peft(bank, bank.specs[1].name, tmp_path / "lora", "base")
+    folder = export_peft(bank, bank.specs[1].name, tmp_path / "lora", base=BaseModel("base"))
     theirs = PeftModel.from_pretrained(model_for("gpt2", tokenizer), folder).eval()
     found: dict[int, str] = {}
     decoder = Decoder(theirs, tokenizer, lambda adapters: nullcontext(), GREEDY, 12, 2)

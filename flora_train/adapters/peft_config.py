@@ -1,0 +1,259 @@
+"""Reads adapter_config.json of a PEFT adapter and accepts only options that do not change what its tensors compute."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flora_train.config.errors import UserError, choices, first_line, user_error
+from flora_train.config.paths import find_file
+
+CONFIG = "adapter_config.json"
+MAX_CONFIG_BYTES = 16 * 2**20
+"""Size limit of adapter_config.json. A list of ten thousand module names takes 1 MiB."""
+
+Rule = Callable[[Any], bool]
+"""Whether a value of adapter_config.json is harmless."""
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _off(value: Any) -> bool:
+    return value is None or value is False or value in ({}, [])
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _names(value: Any) -> bool:
+    return _text(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _numbers(value: Any) -> bool:
+    return value is None or type(value) is int or (isinstance(value, list) and all(type(index) is int for index in value))
+
+
+def _size(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
+
+
+def _one_of(*allowed: Any) -> Rule:
+    return lambda value: any(type(value) is type(known) and value == known for known in allowed)
+
+
+ANY_TYPE: dict[str, Rule] = {
+    "peft_type": _text,
+    "task_type": _one_of(None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"),
+    "auto_mapping": _anything,
+    "peft_version": _text,
+    "base_model_name_or_path": _text,
+    "revision": _text,
+    "inference_mode": _flag,
+    "runtime_config": _anything,
+    "target_modules": _names,
+    "exclude_modules": _names,
+    "fan_in_fan_out": _flag,
+    "modules_to_save": _off,
+}
+"""Keys that every PEFT type has. PEFT derives fan_in_fan_out from the layer's type, and does not read runtime_config from files."""
+
+SOME_LAYERS: dict[str, Rule] = {
+    "layers_to_transform": _numbers,
+    "layers_pattern": _names,
+    "rank_pattern": _off,
+}
+"""The adapted layers are compared with the adapter's tensors (peft_tensors.py)."""
+
+INITS = _one_of(None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base model unchanged. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it; MiCA
+computes something else."""
+
+ADALORA_EPSILON = 1e-5
+"""PEFT divides the update of an ADALORA by its rank plus this."""
+
+LORA: dict[str, Rule] = {
+    **ANY_TYPE,
+    **SOME_LAYERS,
+    "r": _size,
+    "lora_alpha": _number,
+    "lora_dropout": _number,
+    "use_rslora": _flag,
+    "init_lora_weights": INITS,
+    "bias": _one_of("none"),
+    "alpha_pattern": _off,
+    "megatron_config": _off,
+    "megatron_core": _anything,
+    "qalora_group_size": _anything,
+    **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), _anything),
+    **dict.fromkeys(
+        (
+            "use_dora",
+            "lora_bias",
+            "use_qalora",
+            "layer_replication",
+            "trainable_token_indices",
+            "target_parameters",
+            "ensure_weight_tying",
+            "velora_config",
+            "monteclora_config",
+            "alora_invocation_tokens",
+            "use_bdlora",
+            "arrow_config",
+            "kasa_config",
+        ),
+        _off,
+    ),
+}
+"""The configuration of an initialisation has no effect unless init_lora_weights names it. PEFT keeps it when it converts a CorDA."""
+
+ADALORA: dict[str, Rule] = {
+    **LORA,
+    "r": _anything,
+    "lora_alpha": _positive,
+    "use_rslora": _anything,
+    "init_r": _size,
+    **dict.fromkeys(
+        ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+        _anything,
+    ),
+}
+"""Without a rank_pattern, which PEFT writes once it has pruned ranks, this is a LORA with a scale for each rank."""
+
+HARMLESS: dict[str, dict[str, Rule]] = {
+    "LORA": LORA,
+    "ADALORA": ADALORA,
+    "IA3": {**ANY_TYPE, "feedforward_modules": _names, "init_ia3_weights": _flag},
+    "HIRA": {
+        **ANY_TYPE,
+        **SOME_LAYERS,
+        "r": _size,
+        "hira_dropout": _number,
+        "init_weights": _one_of(None, True, False, "gaussian"),
+    },
+    "FLORA": {
+        **ANY_TYPE,
+        **SOME_LAYERS,
+        "r": _size,
+        "variant": _one_of("pure", "residual"),
+        "flora_dropout": _number,
+    },
+}
+"""PEFT type -> key of adapter_config.json -> values with which the tensors alone define what the adapter computes."""
+
+REQUIRED = {
+    "LORA": ("r", "lora_alpha"),
+    "ADALORA": ("init_r", "lora_alpha"),
+    "IA3": (),
+    "HIRA": ("r",),
+    "FLORA": ("r", "variant"),
+}
+
+CONVERT = (
+    "its tensors are relative to a changed base model: save it again with PEFT's "
+    "save_pretrained(folder, path_initial_model_for_weight_conversion=...), which writes a plain LoRA"
+)
+HINTS = {
+    "init_lora_weights": CONVERT,
+    "task_type": "supported are causal and encoder-decoder language models, and adapters without a task_type",
+    "r": "must be a whole number of 1 or more",
+    "init_r": "must be a whole number of 1 or more",
+    "lora_alpha": "must be a number",
+    "variant": "must be 'pure' or 'residual'",
+}
+
+
+def peft_type_of(config: Mapping[str, Any]) -> str:
+    """The adapter's PEFT type: LORA, IA3, HIRA, ..."""
+    peft_type = config["peft_type"]
+    return str(getattr(peft_type, "value", peft_type))
+
+
+def read_config(source: str, key: str) -> dict[str, Any]:
+    """The content of adapter_config.json. Raises UserError, naming `key`, where it is missing or damaged.
+
+    source: a folder, or a name on the hub.
+    """
+    try:
+        file = _config_file(source)
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"{CONFIG} is longer than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise user_error(key, source, f"is not a PEFT adapter: {CONFIG} is nested too deeply") from error
+    except Exception as error:  # json, the system and the hub client each raise their own types
+        raise user_error(key, source, f"is not a PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise user_error(key, source, f"is not a PEFT adapter: {CONFIG} has no peft_type")
+    return config
+
+
+def _config_file(source: str) -> Path:
+    folder = find_file(source)
+    if not folder.exists():
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(source, CONFIG))
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ValueError(f"there is no {CONFIG}")
+    return file
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that occurs twice."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{CONFIG} has the key {name!r} twice")
+        content[name] = value
+    return content
+
+
+def check_harmless(config: Mapping[str, Any], source: str, key: str) -> None:
+    """Raises UserError for the first key of adapter_config.json that is missing or not known to be harmless."""
+    peft_type = peft_type_of(config)
+    if peft_type not in HARMLESS:
+        raise user_error(key, source, f"has the PEFT type {peft_type}: supported are {choices(HARMLESS)}")
+    rules = HARMLESS[peft_type]
+    for name, value in config.items():
+        is_harmless = rules.get(name, _off)
+        if not is_harmless(value):
+            raise _refused(name, value, source, key=key, known=name in rules)
+    for name in REQUIRED[peft_type]:
+        if name not in config:
+            raise user_error(key, source, f"is damaged: {CONFIG} has no {name}")
+
+
+def check_init(config: Mapping[str, Any], source: str, key: str) -> None:
+    """Raises UserError for a LORA that PEFT loads onto a changed base model, or whose base model it cannot restore."""
+    name = "init_lora_weights"
+    if name in config and not INITS(config[name]):
+        raise _refused(name, config[name], source, key=key, known=True)
+
+
+def _refused(name: str, value: Any, source: str, *, key: str, known: bool) -> UserError:
+    given = repr(value)
+    if len(given) > 60:
+        given = f"{given[:57]}..."
+    hint = HINTS.get(name, "this option is not supported, so that training cannot start from the adapter")
+    if not known:
+        hint = "this key is unknown and may change what the adapter computes: remove it from the file if it does not"
+    return user_error(key, source, f"has {name}={given} in {CONFIG}: {hint}")

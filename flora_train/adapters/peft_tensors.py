@@ -1,0 +1,139 @@
+"""The tensors of a PEFT adapter: their names, and reading and checking them against adapter_config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_train.adapters.peft_config import CONFIG, peft_type_of, read_config
+from flora_train.config.errors import first_line, user_error
+from flora_train.config.paths import find_file
+
+PREFIX = "base_model.model."
+"""The start of every tensor name in a PEFT file."""
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+SUFFIXES = {
+    "LORA": ("lora_A.weight", "lora_B.weight"),
+    "ADALORA": ("lora_A", "lora_B", "lora_E"),
+    "IA3": ("ia3_l",),
+    "HIRA": ("hira_A", "hira_B"),
+    "FLORA": ("flora_A", "flora_B"),
+}
+"""PEFT type -> what follows the module in a tensor's name. Every adapted module has each of them."""
+
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""Keys of adapter_config.json that select the adapted modules."""
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def read_files(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content of adapter_config.json and the tensors, on the CPU, of a PEFT adapter of any type.
+
+    source: a folder, or a name on the hub. Raises UserError, naming `key`, where a file is missing or damaged, or a tensor is
+    not dense or holds numbers that are not finite.
+    """
+    from peft.utils import load_peft_weights
+
+    config = read_config(source, key)
+    folder = find_file(source)
+    location = str(folder) if folder.exists() else source
+    if folder.exists() and not any((folder / name).is_file() for name in WEIGHTS):
+        raise user_error(key, source, f"is not a PEFT adapter: it lacks {WEIGHTS[0]} (or {WEIGHTS[1]})")
+    try:
+        tensors = load_peft_weights(location, device="cpu")
+    except Exception as error:  # safetensors, pickle and the hub client each raise their own types
+        raise user_error(key, source, f"is not a PEFT adapter: its tensors cannot be read: {first_line(error)}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise user_error(key, source, f"is not a PEFT adapter: {WEIGHTS[0]} does not hold named tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise user_error(key, source, f"is damaged: {name} is not a dense tensor")
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise user_error(key, source, f"is damaged: {name} holds numbers that are not finite (NaN or infinite)")
+    return config, tensors
+
+
+def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, *, key: str) -> set[str]:
+    """The names of the adapted modules.
+
+    Raises UserError for a tensor that the adapter's type does not have, for a missing tensor, and for a shape or dtype that
+    does not agree with adapter_config.json.
+    """
+    peft_type = peft_type_of(config)
+    suffixes_of: dict[str, set[str]] = {}
+    for name, tensor in tensors.items():
+        suffix = _suffix(name, peft_type)
+        if suffix is None or not name.startswith(PREFIX):
+            hint = f"holds {name}, which is not a tensor of a plain {peft_type}: training cannot start from it"
+            raise user_error(key, source, hint)
+        if tensor.dtype not in DTYPES:
+            hint = f"{name} has dtype {tensor.dtype}: float32, float16 and bfloat16 are supported"
+            raise user_error(key, source, hint)
+        if not _fits(peft_type, suffix, tuple(tensor.shape), config=config):
+            shape = tuple(tensor.shape)
+            hint = f"{name} has shape {shape}, which {CONFIG} does not allow: the files do not belong together"
+            raise user_error(key, source, hint)
+        module = name.removeprefix(PREFIX).removesuffix(f".{suffix}")
+        suffixes_of.setdefault(module, set()).add(suffix)
+    for module, suffixes in suffixes_of.items():
+        if missing := set(SUFFIXES[peft_type]) - suffixes:
+            raise user_error(key, source, f"is damaged: it lacks {PREFIX}{module}.{min(missing)}")
+    if not suffixes_of:
+        raise user_error(key, source, "is damaged: it holds no tensors")
+    return set(suffixes_of)
+
+
+def _suffix(name: str, peft_type: str) -> str | None:
+    return next((suffix for suffix in SUFFIXES[peft_type] if name.endswith(f".{suffix}")), None)
+
+
+def _fits(peft_type: str, suffix: str, shape: tuple[int, ...], *, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor of this shape agrees with the rank in adapter_config.json."""
+    if len(shape) != 2 or 0 in shape:
+        return False
+    if peft_type == "IA3":
+        return 1 in shape
+    rank = config["init_r"] if peft_type == "ADALORA" else config["r"]
+    if suffix == "lora_E":
+        return shape == (rank, 1)
+    rank_dimension = 1 if "_B" in suffix else 0
+    return shape[rank_dimension] == rank
+
+
+def check_targets(
+    config: Mapping[str, Any],
+    modules: Collection[str],
+    model_modules: Iterable[str],
+    *,
+    source: str,
+    key: str,
+) -> None:
+    """Raises UserError where PEFT would adapt other modules than those that have tensors.
+
+    modules: those with tensors; model_modules: the names of all modules of the base model.
+    """
+    target_modules = config.get("target_modules")
+    if target_modules is None or target_modules == "all-linear":
+        return  # PEFT then selects by the model's type; the tensors show which modules those were
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    options = {name: config[name] for name in SELECTION if config.get(name) is not None}
+    try:
+        selection = LoraConfig(**options)  # every PEFT type reads these keys in the same way
+        targets = {name for name in model_modules if name and check_target_module_exists(selection, name)}
+    except (ValueError, TypeError, KeyError, re.error) as error:
+        raise user_error(key, source, f"is damaged: PEFT refuses {CONFIG}: {first_line(error)}") from error
+    if surplus := set(modules) - targets:
+        hint = f"has tensors for {min(surplus)}, which its target_modules does not select: PEFT would ignore them"
+        raise user_error(key, source, hint)
+    if absent := targets - set(modules):
+        hint = f"has no tensors for {min(absent)}, which its target_modules selects: PEFT would initialise it again"
+        raise user_error(key, source, hint)

@@ -1,0 +1,122 @@
+"""The Python snippet of a model card: it loads the adapter on its base model and generates from one input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flora_train.config.errors import UserError
+from flora_train.config.schema import RunConfig
+from flora_train.config.speech_schema import SpeechConfig
+from flora_train.data.audio.speech_processor import NO_TIMESTAMPS, START, TRANSCRIBE
+from flora_train.models.loading import load_model_config
+from flora_train.models.speech_encoder import is_whisper
+
+
+@dataclass(frozen=True)
+class GenerationExample:
+    """The input of the snippet's `generate()` call."""
+
+    prompt: str = "Once upon a time"
+    """Text models: the prompt."""
+    max_new_tokens: int = 64
+    decoder_prompt: tuple[str, ...] = ()
+    """Speech models: the decoder's first tokens, by name. Empty: the model's start token."""
+
+
+def generation_example(config: RunConfig, task: str) -> GenerationExample:
+    """The example for a task: its first sample prompt, or its decoder prompt, as in the run's evaluation."""
+    task_config = config.tasks[task]
+    prompts = task_config.sample_prompts or [GenerationExample.prompt]
+    decoder_prompt: tuple[str, ...] = ()
+    if task_config.speech is not None:
+        decoder_prompt = _decoder_prompt(config, task_config.speech)
+    return GenerationExample(prompts[0], config.evaluation.max_new_tokens, decoder_prompt)
+
+
+def _decoder_prompt(config: RunConfig, speech: SpeechConfig) -> tuple[str, ...]:
+    if speech.prompt is not None:
+        return tuple(speech.prompt)
+    try:
+        model_is_whisper = is_whisper(load_model_config(config.model))
+    except UserError:  # the base model is no longer available
+        model_is_whisper = speech.token is not None
+    if not model_is_whisper:
+        return ()
+    return START, speech.token or f"<|{speech.language}|>", TRANSCRIBE, NO_TIMESTAMPS
+
+
+def usage_snippet(
+    adapter_config: Mapping[str, Any],
+    example: GenerationExample,
+    *,
+    source: str,
+    subfolder: str | None = None,
+) -> str:
+    """Python source that runs as it stands, once the adapter is at `source`.
+
+    adapter_config: content of adapter_config.json; source: folder or hub name of the adapter; subfolder: its folder there.
+    """
+    is_speech = adapter_config["task_type"] is None
+    auto_class = "AutoModelForSpeechSeq2Seq" if is_speech else "AutoModelForCausalLM"
+    base = python_literal(adapter_config["base_model_name_or_path"])
+    if (revision := adapter_config.get("revision")) is not None:
+        base += f", revision={python_literal(revision)}"
+    adapter = python_literal(source)
+    if subfolder is not None:
+        adapter += f", subfolder={python_literal(subfolder)}"
+    generate = _transcribe(base, example) if is_speech else _complete(base, example)
+    imports = ["from peft import PeftModel"]
+    if adapter_config["peft_type"] == "FLORA":
+        imports.insert(0, "import flora_train.peft_plugin")
+    if is_speech:
+        imports.insert(0, "import soundfile")
+    if example.decoder_prompt and is_speech:
+        imports.insert(1, "import torch")
+    reader = "AutoProcessor" if is_speech else "AutoTokenizer"
+    imports.append(f"from transformers import {auto_class}, {reader}")
+    load = [
+        f"base = {auto_class}.from_pretrained({base})",
+        f"model = PeftModel.from_pretrained(base, {adapter}).eval()",
+    ]
+    return "\n".join([*imports, "", *load, *generate])
+
+
+def _complete(base: str, example: GenerationExample) -> list[str]:
+    return [
+        f"tokenizer = AutoTokenizer.from_pretrained({base})",
+        "",
+        f"prompt = {python_literal(example.prompt)}",
+        'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)',
+        f"output = model.generate(**inputs, max_new_tokens={example.max_new_tokens})",
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+    ]
+
+
+def _transcribe(base: str, example: GenerationExample) -> list[str]:
+    options = ""
+    prompt = []
+    if example.decoder_prompt:
+        tokens = ", ".join(python_literal(token) for token in example.decoder_prompt)
+        prompt = [
+            f"prompt = processor.tokenizer.convert_tokens_to_ids([{tokens}])",
+            "prompt = torch.tensor([prompt], device=model.device)",
+        ]
+        options = ", decoder_input_ids=prompt"
+    return [
+        f"processor = AutoProcessor.from_pretrained({base})",
+        "",
+        'audio, sampling_rate = soundfile.read("clip.wav")  # mono, 16 kHz, at most 30 s',
+        'inputs = processor(audio, sampling_rate=sampling_rate, return_tensors="pt").to(model.device, model.dtype)',
+        *prompt,
+        f"output = model.generate(**inputs{options}, max_new_tokens={example.max_new_tokens})",
+        "print(processor.batch_decode(output, skip_special_tokens=True)[0])",
+    ]
+
+
+def python_literal(text: str) -> str:
+    """A Python string literal without control or invisible characters."""
+    literal = json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
+    return literal.replace("```", "\\x60\\x60\\x60")  # would end the code block of the card
