@@ -144,13 +144,15 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
     }
 
 
-def configurations(chips: Sequence[int], types: Sequence[str]) -> Iterator[tuple[str, str, int, int]]:
+def configurations(
+    chips: Sequence[int], types: Sequence[str], ranks: Sequence[int] = RANKS
+) -> Iterator[tuple[str, str, int, int]]:
     """(kernel, type, rank, compute capability); a kernel that knows no rank comes once."""
     for capability in chips:
         for dtype in types:
-            for rank in RANKS:
+            for rank in ranks:
                 for name in variants(dtype, rank, capability):
-                    if (name not in WITHOUT_RANK or rank == RANKS[0]) and (name not in ONLY_FLOAT32 or dtype == "fp32"):
+                    if (name not in WITHOUT_RANK or rank == ranks[0]) and (name not in ONLY_FLOAT32 or dtype == "fp32"):
                         yield name, dtype, rank, capability
 
 
@@ -230,9 +232,10 @@ def main() -> int:
         "--chips", type=int, nargs="+", choices=list(SHARED_BYTES), default=list(SHARED_BYTES), help="for these only"
     )
     parser.add_argument("--types", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="for tokens of these only")
+    parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, default=list(RANKS), help="for adapters of these only")
     options = parser.parse_args()
     with ProcessPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(compile_one, *zip(*configurations(options.chips, options.types), strict=True)))
+        found = list(pool.map(compile_one, *zip(*configurations(options.chips, options.types, options.ranks), strict=True)))
     heading = [
         "# The Triton kernels, compiled",
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ if (
 ):  # as a shell starts what it puts into the background: Ctrl-C is tested there, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.register_profile("longer", max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("attack", max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("quick")
 
@@ -99,6 +101,7 @@ def triton_backend() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-docs", action="store_true", help="write the tables in docs/ instead of comparing them")
+    parser.addoption("--first-of-module", action="store_true", help="run the first selected test of each module")
 
 
 LONGEST = (
@@ -115,8 +118,32 @@ LONGEST = (
 """Modules that take longest: the first to begin, so that no process ends long after the other."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_to_test_full(items, complete=not any("::" in argument for argument in config.args))
+    if config.getoption("--first-of-module"):
+        items[:] = [next(members) for _, members in groupby(items, key=lambda item: item.path)]
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def leave_to_test_full(items: list[pytest.Item], complete: bool) -> None:
+    """Mark the cases of a test that `@pytest.mark.quick(*ids)` does not name with `full`.
+
+    complete: whether all cases were collected, so that a name without a case is a mistake.
+    """
+    unused: dict[str, set[str]] = {}
+    for item in items:
+        marker = item.get_closest_marker("quick")
+        if marker is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        case = item.nodeid.partition("[")[2].removesuffix("]")
+        unused.setdefault(test, set(marker.args)).discard(case)
+        if case not in marker.args:
+            item.add_marker(pytest.mark.full)
+    mistakes = [f"{test} has no case {name!r}" for test, names in unused.items() for name in sorted(names)]
+    if complete and mistakes:
+        raise pytest.UsageError("\n".join(mistakes))
 
 
 @pytest.fixture

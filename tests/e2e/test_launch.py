@@ -42,7 +42,7 @@ def supervised(run: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_killed_run_is_started_again_and_ends_with_the_same_bytes(recipe: Path, launch: Launch, tmp_path: Path) -> None:
-    words = (f"recipe={recipe}", "training.steps=60", "training.save_every=10", "resume=true")
+    words = (f"recipe={recipe}", "training.steps=40", "training.save_every=8", "resume=true")
     assert launch(*words, f"output_dir={tmp_path / 'whole'}").returncode == 0
     run = tmp_path / "run"
     with supervised(run, *words) as process:

@@ -59,16 +59,27 @@ def kill_after() -> Kill:
     return kill
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+KILLS = {signal.SIGKILL: 20, signal.SIGTERM: 30, signal.SIGINT: 60}
+"""A signal and the step of the checkpoint after which a run gets it."""
+
+
+@pytest.mark.parametrize(
+    ("processes", "signals"),
+    [
+        pytest.param(1, tuple(KILLS), id="one"),
+        pytest.param(2, (signal.SIGTERM,), id="two"),
+        pytest.param(2, tuple(KILLS), id="two, every signal", marks=pytest.mark.full),
+    ],
+)
 def test_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
-    launch: Launch, kill_after: Kill, recipe: Path, tmp_path: Path, processes: int
+    launch: Launch, kill_after: Kill, recipe: Path, tmp_path: Path, processes: int, signals: tuple[signal.Signals, ...]
 ) -> None:
     words = (f"recipe={recipe}", *WORDS)
     done = launch(*words, f"output_dir={tmp_path / 'whole'}", processes=processes)
     assert done.returncode == 0, done.stderr
     parts = tmp_path / "parts"
-    for step, number in ((20, signal.SIGKILL), (30, signal.SIGTERM), (60, signal.SIGINT)):
-        told = kill_after(step, parts, *words, f"output_dir={parts}", "resume=true", processes=processes, number=number)
+    for number in signals:
+        told = kill_after(KILLS[number], parts, *words, f"output_dir={parts}", "resume=true", processes=processes, number=number)
         if number == signal.SIGKILL:
             continue
         assert f"{signal.Signals(number).name}: the step is finished and saved first" in told

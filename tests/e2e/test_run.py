@@ -214,7 +214,7 @@ def test_tensorboard_gets_per_adapter_metrics(launch: Launch, recipe: Path, tmp_
 def test_wandb_is_offline_by_default_and_knows_a_run_that_is_taken_up_again(launch: Launch, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = (f"recipe={recipe}", f"output_dir={run}", "tracking.trackers=[wandb]", "tracking.group=tests", "resume=true")
-    words += ("tracking.artifacts=true", "training.save_every=5", "training.steps=400", "evaluation.interval=null")
+    words += ("tracking.artifacts=true", "training.save_every=5", "training.steps=60", "evaluation.interval=null")
     begun = Forked(["train.py", *words], launch_environment(tmp_path / "cache"))
     while not list(run.glob("checkpoints/step-*")):
         assert begun.poll() is None, begun.said()

@@ -180,7 +180,7 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
     ],
 )
 def test_bad_input_is_one_clear_error(run: Path, words: list[str], message: str) -> None:
-    done = python("-m", "flora_train", "solve", str(run), *words)
+    done = python("-m", "flora_train", "solve", str(run), *words, environment=launch_environment(run.parent / "cache"))
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -186,6 +186,7 @@ def test_too_few_usable_clips_are_named_before_the_model_is_loaded(speech_recipe
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_another_encoder_decoder_trains_and_is_measured(launch: Launch, speech_recipe: Path, tmp_path: Path) -> None:
     words = [
         f"recipe={speech_recipe}",

@@ -51,6 +51,7 @@ def logits(bank: AdapterBank, inputs: Any, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.quick("llama", "gpt2", "phi", "t5", "whisper")
 def test_adapters_of_all_methods_train_mixed_and_each_as_if_alone(architecture: str, tmp_path: Path) -> None:
     specs = default_specs(lr=2e-3)
     together = make_trainer(specs, tmp_path, architecture)
@@ -75,10 +76,15 @@ def named(bank: AdapterBank, ids: Sequence[int] | Any) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
-    """architecture -> adapter -> (our logits, plain PEFT's logits from the exported folder)."""
+def exports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """architecture -> adapter -> (our logits, plain PEFT's logits from the exported folder), for all that are tested."""
     root, x, ours = tmp_path_factory.mktemp("exports"), tokens(3), {}
+    tested = {item.name for item in request.session.items if item.path == request.path}
     for architecture in ARCHITECTURES:
+        if f"test_exported_adapters_give_the_same_logits_in_plain_peft[{architecture}]" not in tested:
+            continue
         bank = AdapterBank.attach(tiny_model(architecture).eval(), default_specs())
         perturb(bank)
         inputs, folder = dict(model_inputs(architecture, x)), root / architecture
@@ -96,6 +102,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tup
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.quick("llama", "gpt2", "phi", "t5", "whisper")
 def test_exported_adapters_give_the_same_logits_in_plain_peft(architecture: str, exports: Any) -> None:
     assert len(exports[architecture]) == 4
     with torch.no_grad():

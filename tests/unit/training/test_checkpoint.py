@@ -73,6 +73,7 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("stops", [[1], [3], [5], [8, 10], [11]], ids=str)
+@pytest.mark.quick("[3]-adamw", "[8, 10]-sgd")
 def test_interrupted_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str, stops: list[int]) -> None:
     whole = trainer_in(tmp_path / "whole", optimizer=optimizer)
     whole.train()
@@ -136,6 +137,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_state_o
 
 @pytest.mark.usefixtures("log_to_stderr")
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped", "other facts"])
+@pytest.mark.quick("cut", "flipped")
 def test_damaged_checkpoint_is_recognised_and_the_one_before_it_used(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,9 @@ def well(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("kind", "factor"), HARMS)
+@pytest.mark.quick(
+    "NaN loss-skip", "infinite loss-rollback", "loss spike-quarantine", "infinite gradient-quarantine", "NaN weight-rollback"
+)
 def test_the_others_are_the_same_to_the_last_bit(
     kind: str, factor: float, policy: str, well: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +168,7 @@ def test_after_so_many_rollbacks_it_is_quarantined(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.quick("rollback")
 def test_a_run_with_a_bad_step_that_is_taken_up_again_ends_the_same(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,12 @@ def some_absent(plans: list[StepPlan], adapters: int) -> bool:
         ),
     ],
 )
+@pytest.mark.quick(
+    "clipped-decayed-plain-adamw",
+    "unclipped-accumulation-sgd",
+    "clipped-decayed-reentrant-checkpointing-sgd",
+    "unclipped-checkpointing-and-accumulation-adamw",
+)
 def test_trained_together_equals_trained_alone(
     tmp_path: Path, optimizer: str, options: dict[str, Any], adapter_options: dict[str, Any]
 ) -> None:

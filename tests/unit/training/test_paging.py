@@ -41,6 +41,7 @@ def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
+@pytest.mark.quick("skip-sgd-memory", "rollback-adamw-disk")
 def test_a_run_ends_with_the_same_bits(disk: bool, optimizer: str, policy: str, tmp_path: Path) -> None:
     """Weights, moments, selection, and all that is logged; one adapter starts with a weight that is not finite."""
     found = []

@@ -111,13 +111,14 @@ def plans_of(trainer: Trainer, steps: int = 12) -> list[StepPlan]:
     [
         pytest.param("sgd", {}, id="sgd"),
         pytest.param("adamw", {}, id="adamw"),
-        pytest.param("sgd", {"tokens_per_microbatch": 250}, id="sgd, accumulation", marks=pytest.mark.full),
+        pytest.param("sgd", {"tokens_per_microbatch": 250}, id="sgd, accumulation"),
         pytest.param("adamw", {"tokens_per_microbatch": 250}, id="adamw, accumulation"),
         pytest.param("adamw", {"checkpointing": "reentrant"}, id="adamw, reentrant checkpointing"),
         pytest.param("sgd", {"kind": "moonshine"}, id="sgd, moonshine"),
         pytest.param("sgd", {"kind": "speech_to_text"}, id="sgd, speech_to_text"),
     ],
 )
+@pytest.mark.quick("adamw, accumulation", "sgd, moonshine")
 def test_trained_together_equals_trained_alone(optimizer: str, options: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
     lr = {"adamw": 2e-3, "sgd": 0.05}[optimizer]
     specs = specs_of(lr=lr, max_grad_norm=0.5, weight_decay=0.1, warmup_steps=2)

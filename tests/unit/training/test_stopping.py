@@ -81,6 +81,7 @@ def test_who_stops_stays_as_it_is_and_the_others_train_on(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("save_every", [1, 3])
+@pytest.mark.quick("3")
 def test_a_run_with_stops_that_is_taken_up_again_ends_the_same(tmp_path: Path, save_every: int) -> None:
     whole = trainer(tmp_path / "whole")
     whole.train()

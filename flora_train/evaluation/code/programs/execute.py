@@ -16,6 +16,7 @@ from flora_train.evaluation.code.programs.languages import Language
 from flora_train.evaluation.code.programs.process import Ended, run_command
 from flora_train.evaluation.code.programs.sandbox import Limits, Sandbox
 from flora_train.evaluation.code.programs.sandbox_paths import work_folder
+from flora_train.runtime.environment import available_cpus
 
 Status = Literal["OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"]
 STATUSES: tuple[Status, ...] = ("OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation")
@@ -207,14 +208,20 @@ def _without_evidence_that_fails_here(programs: Sequence[Program], sandbox: Sand
 
 def preflight(languages: Iterable[Language], sandbox: Sandbox) -> dict[str, str]:
     """Language key -> why it cannot be evaluated here: its known program does not pass, or its known failure does. A language
-    that works is absent."""
-    broken = {}
+    that works is absent. As many programs run at once as there are CPUs."""
+    languages = list(languages)
+    programs: list[Program] = []
     for language in languages:
-        passing = execute(Program(language, language.passing), sandbox)
+        programs += [Program(language, language.passing), Program(language, language.failing)]
+    verdicts: dict[int, Verdict] = {}
+    execute_all(programs, sandbox, available_cpus(), verdicts.__setitem__)
+    broken = {}
+    for number, language in enumerate(languages):
+        passing, failing = verdicts[2 * number], verdicts[2 * number + 1]
         if passing.status != "OK":
             last = (passing.output.strip().splitlines() or [passing.status])[-1]
             broken[language.key] = f"{language.name} does not run here ({last}): {language.how_to_install}"
-        elif (failing := execute(Program(language, language.failing), sandbox)).status != "AssertionError":
+        elif failing.status != "AssertionError":
             broken[language.key] = (
                 f"{language.name} does not notice a failed check here ({failing.status}): {language.how_to_install}"
             )

@@ -49,6 +49,7 @@ def bank_for(architecture: str = "llama") -> AdapterBank:
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.quick("llama", "gpt2", "opt", "phi")
 def test_rows_that_come_and_go_write_what_transformers_generates_for_each_alone(architecture: str) -> None:
     tokenizer, bank = byte_tokenizer(), bank_for(architecture)
     requests = [Request(adapter, prompt, ("",)) for prompt in PROMPTS for adapter in (2, -1, 0, 1)]

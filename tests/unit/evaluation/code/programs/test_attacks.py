@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -97,17 +98,25 @@ def test_nobody_outside_can_be_killed_or_traced(sandbox: Sandbox) -> None:
         sibling.kill()
 
 
-def test_an_ordinary_user_s_sandbox_contains_all_of_this_too(tmp_path: Path) -> None:
+ORDINARY = [
+    pytest.param("signals or written or network", id="some"),
+    pytest.param("not ordinary_user", id="all", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("selected", ORDINARY)
+def test_an_ordinary_user_s_sandbox_contains_all_of_this_too(selected: str) -> None:
     """The tests of this file once more, in a process that is not root and has no rights to regain."""
     if os.geteuid() != 0:
         pytest.skip("the tests above ran as an ordinary user already")
     user = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--"]
     if subprocess.run([*user, sys.executable, "-c", "import pytest, flora_train"], capture_output=True).returncode:
         pytest.skip("another user may not read this Python or this folder")
-    tmp_path.chmod(0o777)
-    words = ["-q", "-rs", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/own", "-k", "not ordinary_user", __file__]
-    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
-    done = subprocess.run([*user, sys.executable, "-m", "pytest", *words], env=environment, capture_output=True, text=True)
+    with TemporaryDirectory() as folder:  # those of pytest can only be read by root
+        Path(folder).chmod(0o777)
+        words = ["-q", "-rs", "-p", "no:cacheprovider", f"--basetemp={folder}/own", "-k", selected, __file__]
+        environment = {**os.environ, "HOME": folder, "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
+        done = subprocess.run([*user, sys.executable, "-m", "pytest", *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout

@@ -24,7 +24,7 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(params=["bubblewrap", "none"])
+@pytest.fixture(params=["bubblewrap", pytest.param("none", marks=pytest.mark.full)])
 def fresh(request: pytest.FixtureRequest, sandbox: Sandbox) -> Sandbox:
     """One that has prepared nothing."""
     kind: Kind = request.param
