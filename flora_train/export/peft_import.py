@@ -25,7 +25,7 @@ from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.export.low_rank import modulation
 from flora_train.export.peft_format import peft_config, peft_tensors
 from flora_train.export.peft_forms import BaseModel
-from flora_train.runtime.distributed import on_every_process, say
+from flora_train.runtime.distributed import on_every_process
 from flora_train.runtime.progress import ProgressBar
 from flora_train.training.fsdp import full_tensor
 
@@ -163,7 +163,7 @@ def _fitted(bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, source: 
     check_targets(config, modules_of(config, tensors), bank.base_names(), source=source, key=key)
     parameters, error = fit_lora(bank, name, tensors, scale=scale_of(config))
     rank = bank.specs[bank.id_of(name)].rank
-    say(f"{name} starts as W0 * (1 + B A) of rank {rank} fitted to {source}: |W0 * (B A) - dW| / |dW| = {error:.3f}")
+    logger.info(f"{name} starts as W0 * (1 + B A) of rank {rank} fitted to {source}: |W0 * (B A) - dW| / |dW| = {error:.3f}")
     return parameters
 
 
