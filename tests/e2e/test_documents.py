@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import flora_train
 from flora_train.config.load import validate
 from tests.documents import DOCUMENTS, ROOT, blocks, prose, synopses
 
@@ -124,3 +125,10 @@ def test_guarantees_name_tests_that_exist() -> None:
     assert len(guarantees) >= 7
     for prefix, path in guarantees:
         assert f"def {prefix}" in (ROOT / path).read_text(encoding="utf-8"), f"{path} has no {prefix}..."
+
+
+def test_every_public_name_is_in_the_page_of_the_api() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in flora_train.__all__:
+        public = getattr(flora_train, name)
+        assert f"::: {public.__module__}.{public.__name__}" in page, name
