@@ -29,6 +29,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 STEP_TOKENS = 64 * 32
 """Rows and tokens per row of a step in the first regime of joint_cpu.json."""
 
+PEERS = ROOT / "benchmarks" / "peers.md"
+"""The rows of the comparison with other libraries that are not measured."""
+
 
 def quickstart_block() -> str:
     """What `make quickstart` printed, and the machine it ran on."""
@@ -78,6 +81,16 @@ def crossover_block() -> str:
         f"SmolLM2-135M with one adapter, 4 rows of 128 tokens, LoRA: {single:.2f} times."
     )
     return "\n".join([*rows, "", f"<sub>{note}</sub>"])
+
+
+def comparison_block() -> str:
+    """The comparison with other libraries, with the measured speed at 16 adapters."""
+    ratios = read("joint_cpu")["regimes"][0]["adapters"]["16"]["ratios"]
+    peft = ratios["ours, LoRA r=8"]["PEFT loop, LoRA r=8"]
+    adapterhub = ratios["ours, LoRA r=8 without o and gate"]["AdapterHub BatchSplit, LoRA r=8 without o and gate"]
+    cells = [f"[{ratio:.2f}](docs/benchmarks.md)" for ratio in (peft, adapterhub)]
+    measured = ["our LoRA, times its speed at 16 adapters", "", *cells, "not measured", "not measured"]
+    return f"{PEERS.read_text(encoding='utf-8')}| {' | '.join(measured)} |"
 
 
 def code_block() -> str:
@@ -204,7 +217,7 @@ def updated(text: str) -> str:
     """A text with fresh figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
     blocks = {"quickstart": quickstart_block, "sweep": sweep_block, "joint": joint_block, "code": code_block}
     blocks |= {"speech": speech_block, "speech_sweep": speech_sweep_block}
-    blocks |= {"quickstart_excerpt": quickstart_excerpt, "crossover": crossover_block}
+    blocks |= {"quickstart_excerpt": quickstart_excerpt, "crossover": crossover_block, "comparison": comparison_block}
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- figures: {match[1]} -->\n{blocks[match[1]]()}\n<!-- end -->"
