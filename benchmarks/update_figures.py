@@ -20,7 +20,12 @@ from typing import Any
 from joint import table
 from rich.console import Console
 
-from flora_train.evaluation.report.terminal import print_completions, print_error_rates, print_pass_at_k, print_results
+from flora_train.evaluation.report.terminal import (
+    print_completions,
+    print_error_rates,
+    print_pass_at_k,
+    print_results,
+)
 from flora_train.runtime.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +45,7 @@ def quickstart_block() -> str:
 
 
 def quickstart_excerpt() -> str:
-    """The first task's held-out losses and the mean pass@1 of the languages, as `make quickstart` prints them."""
+    """The first task's held-out losses and the mean pass@1, as `make quickstart` prints them."""
     lines = quickstart_block().splitlines()
     heldout = next(number for number, line in enumerate(lines) if line.endswith("lower is better"))
     solved = next(number for number, line in enumerate(lines) if line.endswith("higher is better"))
@@ -73,7 +78,8 @@ def crossover_block() -> str:
     for method, rival in rivals.items():
         ratios = [shared["adapters"][count]["ratios"][f"ours, {method}"][rival] for count in counts]
         cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
-        rows.append(f"| {method}, times the speed of PEFT's {rival.split()[-2]}, one adapter after another | {cells} |")
+        label = f"{method}, times the speed of PEFT's {rival.split()[-2]}, one adapter after another"
+        rows.append(f"| {label} | {cells} |")
     single = alone["adapters"]["1"]["ratios"]["ours, LoRA r=8"]["PEFT loop, LoRA r=8"]
     machine_name, threads = results["facts"]["machine"]["processor"], results["facts"]["threads"]
     note = (
@@ -217,7 +223,11 @@ def updated(text: str) -> str:
     """A text with fresh figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
     blocks = {"quickstart": quickstart_block, "sweep": sweep_block, "joint": joint_block, "code": code_block}
     blocks |= {"speech": speech_block, "speech_sweep": speech_sweep_block}
-    blocks |= {"quickstart_excerpt": quickstart_excerpt, "crossover": crossover_block, "comparison": comparison_block}
+    blocks |= {
+        "quickstart_excerpt": quickstart_excerpt,
+        "crossover": crossover_block,
+        "comparison": comparison_block,
+    }
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- figures: {match[1]} -->\n{blocks[match[1]]()}\n<!-- end -->"

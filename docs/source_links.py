@@ -34,7 +34,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def _name(path: str) -> str:
-    """Path in the site: pages and images keep their names, other files become text, which browsers display."""
+    """Path in the site: pages and images keep their names, other files become text."""
     source = ROOT / path
     if source.is_dir():
         return f"source/{path.rstrip('/')}/index.md"

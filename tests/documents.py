@@ -58,7 +58,7 @@ class Block:
 
 
 def blocks(document: Path, *languages: str) -> list[Block]:
-    """The code blocks of a document in these languages ("" is a block without one); output between `~~~` is left out."""
+    """The code blocks of a document in these languages; "" is a block without one."""
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", prose(document), re.DOTALL | re.MULTILINE)
     return [Block(document, language, text) for language, text in fences if language in languages]
 
@@ -92,7 +92,7 @@ def _lines(document: Path) -> Iterator[str]:
 
 
 def _command_of_line(line: str, language: str) -> Iterator[str]:
-    """In a bash block every line is a command; in a console after `$ `; elsewhere if it begins with a program."""
+    """In a bash block every line is a command; in a console block after `$ `; elsewhere by its program."""
     text = normalised(re.sub(r"(^|\s+)#(\s.*)?$", "", line))
     if language == "console":
         text = text.removeprefix("$ ") if text.startswith("$ ") else ""

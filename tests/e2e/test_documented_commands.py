@@ -1,4 +1,4 @@
-"""Every command of README and docs is run here, is run by another test, or is listed with the reason why it is not."""
+"""Every command of README and docs is run here or by another test, or is listed with the reason why not."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_data(folder: Path) -> None:
-    """The shipped corpora, shortened; files and a folder of source code for `init`; completions for `execute`."""
+    """The shipped corpora, shortened; files and a folder for `init`; completions for `execute`."""
     code = folder / "assets" / "code"
     code.mkdir()
     (folder / "assets" / "code_local").mkdir()
@@ -117,7 +117,13 @@ def write_recipe(folder: Path) -> None:
     recipe = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))
     sizes = {"steps": 8, "tokens_per_step": 9 * 64, "tokens_per_microbatch": 9 * 64, "max_length": 64}
     recipe["training"] = {**recipe["training"], **sizes}
-    evaluation = {"interval": 4, "problems": [], "max_new_tokens": 4, "bootstrap_samples": 100, "num_samples": 1}
+    evaluation = {
+        "interval": 4,
+        "problems": [],
+        "max_new_tokens": 4,
+        "bootstrap_samples": 100,
+        "num_samples": 1,
+    }
     recipe["evaluation"] = {**recipe["evaluation"], **evaluation}
     recipe["task_defaults"] = {"max_validation_examples": 4}
     recipe["num_threads"] = 1
@@ -137,8 +143,8 @@ def finished(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def execute(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run one command line in a folder.
 
-    Python programs are forked from a process that has loaded torch, and so is the script of `accelerate launch`; the launcher itself runs
-    below launch/supervise.sh, and in test_launch.py.
+    Python programs are forked from a process that has loaded torch, and so is the script of `accelerate
+    launch`; the launcher itself runs below launch/supervise.sh, and in test_launch.py.
     """
     environment = launch_environment(folder.parent / "cache")
     words = shlex.split(command)

@@ -51,7 +51,11 @@ def test_paths_in_a_document_exist(document: Path) -> None:
 
 
 def test_pages_that_the_package_names_exist() -> None:
-    sources = [*(ROOT / "flora_train").rglob("*.py"), *(ROOT / "recipes").glob("*.yaml"), *(ROOT / "eval").glob("*")]
+    sources = [
+        *(ROOT / "flora_train").rglob("*.py"),
+        *(ROOT / "recipes").glob("*.yaml"),
+        *(ROOT / "eval").glob("*"),
+    ]
     sources += [*(ROOT / "data_configs").glob("*.yaml"), *(ROOT / "tests").rglob("*.py")]
     for source in sources:
         for page in re.findall(r"\bdocs/\w+\.md", source.read_text(encoding="utf-8")):
@@ -75,7 +79,12 @@ def test_configuration_page_has_every_key_with_a_meaning() -> None:
     lines = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| `")]
     keys = [row.split("`")[1] for row in rows]
-    for key in ("training.steps", "evaluation.interval", "tasks.NAME.speech.language", "adapters.NAME.init_from"):
+    for key in (
+        "training.steps",
+        "evaluation.interval",
+        "tasks.NAME.speech.language",
+        "adapters.NAME.init_from",
+    ):
         assert key in keys
     cells = [re.split(r"(?<!\\)\|", row)[1:-1] for row in rows]
     assert not [row for row in cells if not row[-1].strip()], "a key without a meaning"

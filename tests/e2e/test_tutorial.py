@@ -16,8 +16,8 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TUTORIAL, re.S | re.M)
 SMALLER = {
-    "training.steps=20 training.tokens_per_step=768 training.max_length=256": "training.steps=5 training.tokens_per_step=192 "
-    "training.tokens_per_microbatch=192 training.max_length=64",
+    "training.steps=20 training.tokens_per_step=768": "training.steps=5 training.tokens_per_step=192",
+    "training.max_length=256": "training.tokens_per_microbatch=192 training.max_length=64",
     "max_validation_examples=10": "max_validation_examples=6",
     "flora-train doctor\n": "",  # run by test_documented_commands.py
     "evaluation.interval=10": "evaluation.interval=3",
@@ -36,7 +36,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.full
 def test_the_tutorial_from_top_to_bottom(clone: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+    }
     output = ""
     for language, block in BLOCKS:
         for whole, part in SMALLER.items():
@@ -45,14 +51,28 @@ def test_the_tutorial_from_top_to_bottom(clone: Path) -> None:
         done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         output += done.stdout
-    for sign in ("6 adapters", "Held-out loss: clearly better is", "local function add(a, b)", "YOU/mine  private"):
+    for sign in (
+        "6 adapters",
+        "Held-out loss: clearly better is",
+        "local function add(a, b)",
+        "YOU/mine  private",
+    ):
         assert sign in output
     adapters = {path.name for path in (clone / "outputs" / "mine" / "adapters").iterdir()}
     assert adapters == {f"{task}-{method}" for task in ("lua", "ruby", "perl") for method in ("flora", "lora", "ia3")}
 
 
 def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     for page in PAGES:
