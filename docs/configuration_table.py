@@ -35,8 +35,8 @@ precedence. This page lists every key.
 |---|---|
 | `recipe=NAME` | A shipped recipe (`flora-train recipes` lists them), a file, or the folder of a run, whose \
 configuration is used again. Command line only. |
-| `data_config=NAME` | A file in `data_configs/`, or a path. Its `tasks` come first, and the recipe adds to them \
-or changes them. |
+| `data_config=NAME` | A file in `data_configs/`, or a path. Its `tasks` come first, and the recipe adds \
+to them or changes them. |
 | `task_defaults` | Keys of a task that hold for every task, unless the task sets them. |
 | `adapters.device_slots` | The same as `paging.device_slots`. |
 
@@ -44,8 +44,8 @@ or changes them. |
 - A list where one value is expected makes a [sweep](sweeps.md).
 - `${training.steps}` in a recipe is replaced by the value of that key, after the command line was read;
   `\\${` stands for the two characters.
-- Nothing is read from the environment. Tokens belong in the variables `HF_TOKEN` and `WANDB_API_KEY`, not in a
-  recipe: a recipe is copied into the run folder.
+- Nothing is read from the environment. Tokens belong in the variables `HF_TOKEN` and `WANDB_API_KEY`, not in
+  a recipe: a recipe is copied into the run folder.
 - An unknown key or a wrong value is an error that names the key, the value and a correction.
 """
 
