@@ -45,7 +45,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("key", IN_TABLE)
-@pytest.mark.quick("js", "lua", "pl", "py")
+@pytest.mark.quick("lua", "pl", "py")
 def test_the_fixtures_pass_and_fail(key: str, sandbox: Sandbox) -> None:
     language = working(key, sandbox)
     (path,) = FIXTURES.glob(f"{key}-*.json")
