@@ -24,7 +24,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.data.audio.collate import SpeechCollate
 from flora_train.data.audio.decode import RATE
 from flora_train.data.audio.features import FeatureStore
-from flora_train.data.audio.speech_processor import GRAIN, SpeechProcessor, Windows, check_tokenizer_speaks
+from flora_train.data.audio.speech_processor import GRAIN, SpeechProcessor, Windows, check_multilingual
 from flora_train.data.batch import Collate, collate
 from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokenization import check_tokenizer, pad_token
@@ -169,17 +169,27 @@ def paging_of(config: RunConfig) -> Paging:
 def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any) -> SpeechProcessor:
     """What reads clips for a speech model. Raises UserError if a package is missing, or a Whisper knows English only."""
     if is_whisper(model_config):
-        check_tokenizer_speaks(tokenizer, config.model.path)
+        check_multilingual(tokenizer, config.model.path)
     for package in ("soundfile", "soxr", "jiwer"):
         if find_spec(package) is None:
             raise user_error("tasks", "speech", f"speech tasks need the package {package}: pip install 'flora-train[speech]'")
     share = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = min(8, max(1, share)) if config.audio.workers is None else config.audio.workers
     extractor = load_feature_extractor(config.model)
-    store = FeatureStore(cache_folder().parent / "features", extractor, config.audio.cache_gigabytes, workers)
+    gigabytes = config.audio.cache_gigabytes
+    store = FeatureStore(cache_folder().parent / "features", extractor, gigabytes=gigabytes, workers=workers)
     windows, whisper = _windows(config, model_config, extractor), is_whisper(model_config)
     start = getattr(model_config, "decoder_start_token_id", None)
-    return SpeechProcessor(tokenizer, windows, longest_text(model_config), whisper, start, store, config.audio, ProgressBar)
+    return SpeechProcessor(
+        tokenizer=tokenizer,
+        windows=windows,
+        max_tokens=longest_text(model_config),
+        whisper=whisper,
+        start=start,
+        store=store,
+        audio=config.audio,
+        progress=ProgressBar,
+    )
 
 
 def _windows(config: RunConfig, model_config: Any, extractor: Any) -> Windows:

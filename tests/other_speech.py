@@ -97,9 +97,18 @@ def speech_processor_of(kind: str, cache: Path, window_step: float) -> SpeechPro
     with torch.device("meta"):
         empty = model_class(kind)(configuration(kind))
     extractor = extractor_of(kind)
-    store = FeatureStore(cache / f"features {kind}", extractor, 1.0, 0)
+    store = FeatureStore(cache / f"features {kind}", extractor, gigabytes=1.0, workers=0)
     windows, start = Windows(2 * RATE, window_step, count_positions(empty, extractor)), empty.config.decoder_start_token_id
-    return SpeechProcessor(plain_tokenizer(), windows, 96, False, start, store, AudioConfig(window_step=window_step), ProgressBar)
+    return SpeechProcessor(
+        tokenizer=plain_tokenizer(),
+        windows=windows,
+        max_tokens=96,
+        whisper=False,
+        start=start,
+        store=store,
+        audio=AudioConfig(window_step=window_step),
+        progress=ProgressBar,
+    )
 
 
 def save_tiny(kind: str, folder: Path) -> Path:

@@ -95,10 +95,19 @@ def save_tiny_whisper(folder: Path) -> Path:
 
 
 def tiny_speech_processor(cache: Path, workers: int = 0, **audio: Any) -> SpeechProcessor:
-    store = FeatureStore(cache / "features", tiny_extractor(), 1.0, workers)
+    store = FeatureStore(cache / "features", tiny_extractor(), gigabytes=1.0, workers=workers)
     settings = AudioConfig(**audio)
     windows = Windows(POSITIONS * GRAIN, settings.window_step, lambda samples: samples // GRAIN)
-    return SpeechProcessor(tiny_tokenizer(), windows, 96, True, None, store, settings, ProgressBar)
+    return SpeechProcessor(
+        tokenizer=tiny_tokenizer(),
+        windows=windows,
+        max_tokens=96,
+        whisper=True,
+        start=None,
+        store=store,
+        audio=settings,
+        progress=ProgressBar,
+    )
 
 
 def write_clip(path: Path, seconds: float, seed: int = 0, rate: int = RATE, channels: int = 1) -> Path:

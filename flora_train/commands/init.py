@@ -79,7 +79,7 @@ def init_recipe(words: Sequence[str]) -> None:
                 raise user_error(
                     source, None, f"would be a second task {name}: rename the file, or write the recipe by hand (docs/tasks.md)"
                 )
-            found[name] = look_at(source, options.language)
+            found[name] = check_clip(source, options.language)
         except UserError as error:
             problems += error.problems
     if problems:
@@ -101,7 +101,7 @@ def init_recipe(words: Sequence[str]) -> None:
     )
 
 
-def look_at(source: str, language: str | None) -> Found:
+def check_clip(source: str, language: str | None) -> Found:
     """What kind of task a file or folder is. Raises UserError where that cannot be told."""
     path = Path(source)
     if path.is_dir():

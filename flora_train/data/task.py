@@ -119,7 +119,7 @@ def load_spoken_task(
     name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path, speech_processor: SpeechProcessor
 ) -> Task:
     """A task of clips with transcripts."""
-    found = load_speech_task(name, task, config, speech_processor, cache)
+    found = load_speech_task(name, task, config, speech_processor=speech_processor, cache=cache)
     return Task(name, task.weight, found.train, found.validation, found.data_hash, found.test, found.origin)
 
 

@@ -1,1 +1,1 @@
-"""How does a clip become what an encoder hears? Decoding, features, releases of Common Voice, utterances, batches."""
+"""Audio data: decoding, log-mel features, releases of Common Voice, speech tasks and their batches."""

@@ -1,4 +1,4 @@
-"""How do rows of clips become a batch? Every clip's features once, whoever hears them; decoder tokens beside them."""
+"""Batches of speech rows: the features of each distinct clip once, with the decoder tokens of every row."""
 
 from __future__ import annotations
 
@@ -13,55 +13,63 @@ from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.batch import IGNORE, MixedBatch, Row
 from flora_train.data.tokenization import TokenSplit
 
-BANDS, BAND_WIDTH = 2, 0.15
-"""Of mel bins that SpecAugment masks, and the widest, as a share of them."""
-SPANS, SPAN_WIDTH = 2, 0.05
-"""Of time that it masks, and the longest, as a share of the window."""
+BANDS = 2
+"""Bands of mel bins that SpecAugment masks."""
+BAND_WIDTH = 0.15
+"""Largest width of a masked band, as a share of the mel bins."""
+SPANS = 2
+"""Spans of time that SpecAugment masks."""
+SPAN_WIDTH = 0.05
+"""Largest length of a masked span, as a share of the window."""
 
 
 class SpeechCollate:
-    """Batches of an encoder-decoder: features float32 [clips, ...], under the name that the model has for them (input_features
-    [clips, mel bins, frames] of Whisper), and decoder_input_ids int64 [B, L]; labels [B, L] are what each of these predicts."""
+    """Collates rows into batches of an encoder-decoder.
+
+    Inputs: features float32 [clips, ...] under the model's own name for them (for Whisper input_features
+    [clips, mel bins, frames]), and decoder_input_ids int64 [B, L]. Labels [B, L] are the tokens that follow.
+    """
 
     def __init__(self, store: FeatureStore, spec_augment: bool) -> None:
         self.store, self.spec_augment = store, spec_augment
 
     def prefetch(self, rows: Sequence[Row], split_of: Callable[[str], TokenSplit]) -> None:
-        """Let the features of these rows be made, for a batch that comes soon."""
+        """Start computing the features of rows that a later batch needs."""
         self.store.prefetch(dict.fromkeys(_clip_ref(row, split_of) for row in rows))
 
-    def __call__(self, rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:
-        """All rows have one window. Rows of one clip, and of one seed where it is augmented, share its features."""
+    def __call__(
+        self, rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int
+    ) -> MixedBatch:
+        """Collate rows that share one window.
+
+        Rows with the same clip and augmentation seed share its features.
+        """
         keys = [(row.task, row.example, row.seed) for row in rows]
-        places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        features = self.store.get([_clip_ref(rows[keys.index(key)], split_of) for key in places])
-        heard = [feature.astype(np.float32) for feature in features]
+        clip_index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        clips = [_clip_ref(rows[keys.index(key)], split_of) for key in clip_index]
+        features = [feature.astype(np.float32) for feature in self.store.get(clips)]
         if self.spec_augment:
-            heard = [one if seed is None else augmented(one, seed) for one, (_, _, seed) in zip(heard, places, strict=True)]
-        examples = [split_of(row.task).example(row.example) for row in rows]
-        prompts = [int(split_of(row.task).prompt_lengths[row.example]) for row in rows]
-        length = max(map(len, examples)) - 1
-        length += length == rows[0].window  # dropout tells decoder and encoder apart by their lengths
-        read = np.full((len(rows), length), pad_token, dtype=np.int64)
-        labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
-        for i, (tokens, prompt) in enumerate(zip(examples, prompts, strict=True)):
-            read[i, : len(tokens) - 1] = tokens[:-1]
-            labels[i, prompt - 1 : len(tokens) - 1] = tokens[prompt:]
+            for i, (_, _, seed) in enumerate(clip_index):
+                if seed is not None:
+                    features[i] = augmented(features[i], seed)
+        decoder_input_ids, labels = _decoder_tokens(rows, split_of, pad_token)
         return MixedBatch(
             inputs={
-                input_name(self.store.extractor): torch.from_numpy(np.stack(heard)),
-                "decoder_input_ids": torch.from_numpy(read),
+                input_name(self.store.extractor): torch.from_numpy(np.stack(features)),
+                "decoder_input_ids": torch.from_numpy(decoder_input_ids),
             },
             labels=torch.from_numpy(labels),
             adapter_ids=torch.tensor([row.adapter for row in rows]),
             rows=tuple(rows),
-            clips=torch.tensor([places[key] for key in keys]),
+            clips=torch.tensor([clip_index[key] for key in keys]),
         )
 
 
 def augmented(features: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-    """SpecAugment (Park et al. 2019) without time warping: bands of mel bins and spans of frames set to the mean. A function of
-    features [mel bins, frames] and seed."""
+    """SpecAugment (Park et al. 2019) without time warping: masked bands and spans are set to the mean.
+
+    features: [mel bins, frames]. The result depends on features and seed only.
+    """
     random, masked = np.random.default_rng(seed), features.copy()
     mean = features.mean()
     for axis, count, share in ((0, BANDS, BAND_WIDTH), (1, SPANS, SPAN_WIDTH)):
@@ -71,6 +79,23 @@ def augmented(features: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
             start = int(random.integers(0, size - width + 1))
             masked[(slice(None),) * axis + (slice(start, start + width),)] = mean
     return masked
+
+
+def _decoder_tokens(
+    rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The decoder's input ids and labels, both [B, L]."""
+    examples = [split_of(row.task).example(row.example) for row in rows]
+    prompts = [int(split_of(row.task).prompt_lengths[row.example]) for row in rows]
+    length = max(map(len, examples)) - 1
+    if length == rows[0].window:  # dropout distinguishes decoder and encoder activations by their lengths
+        length += 1
+    input_ids = np.full((len(rows), length), pad_token, dtype=np.int64)
+    labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
+    for i, (tokens, prompt) in enumerate(zip(examples, prompts, strict=True)):
+        input_ids[i, : len(tokens) - 1] = tokens[:-1]
+        labels[i, prompt - 1 : len(tokens) - 1] = tokens[prompt:]
+    return input_ids, labels
 
 
 def _clip_ref(row: Row, split_of: Callable[[str], TokenSplit]) -> ClipRef:

@@ -1,4 +1,4 @@
-"""What is in an audio file? Mono samples at 16 kHz, or one word for why there are none."""
+"""Decodes audio files into mono samples at 16 kHz, or gives the reason why a file cannot be used."""
 
 from __future__ import annotations
 
@@ -12,36 +12,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 RATE = 16000
-"""Samples per second of everything that is heard."""
+"""Samples per second after decoding."""
 
 MOST_SECONDS = 60
-"""Of a file that are decoded: twice what any model of ours hears, so that a longer one is known to be too long."""
+"""Seconds of a file that are decoded: twice the longest window, so that longer clips are recognised."""
 LOWEST_RATE, HIGHEST_RATE, MOST_CHANNELS = 1000, 1_000_000, 64
-"""A header that says otherwise is damaged."""
+"""A header with other values is damaged."""
 MISSING, EMPTY, DAMAGED, SILENT = "no such file", "empty file", "cannot be decoded", "no samples"
 
 
 class ClipError(Exception):
-    """A clip that cannot be used; its text is the reason, one of the words above."""
+    """A clip cannot be used; the text is one of the reasons above."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What a look at a file found. sha: SHA-256 of its bytes; seconds: of sound; fault: why it cannot be used, or None."""
+    """The result of checking one audio file."""
 
     sha: str
+    """SHA-256 of the file's bytes."""
     seconds: float
+    """Length of the decoded audio."""
     fault: str | None = None
+    """Reason why the clip cannot be used; None if it can."""
 
 
 def read_clip(path: Path) -> NDArray[np.float32]:
-    """float32 [n], mono at 16 kHz: channels are averaged, other rates resampled (soxr). wav, flac, ogg and mp3, whatever the file's
-    name says. Raises ClipError."""
+    """Read a wav, flac, ogg or mp3 file as float32 [n], mono at 16 kHz. Raises ClipError.
+
+    The format is taken from the content, not the file name. Channels are averaged, other rates resampled
+    (soxr).
+    """
     return decode(_bytes_of(path))
 
 
-def look_at(path: str) -> Clip:
-    """Decode a file once, for its length and faults. Runs in worker processes."""
+def check_clip(path: str) -> Clip:
+    """Decode a file once for its length and faults. Runs in worker processes."""
     try:
         content = _bytes_of(Path(path))
         return Clip(sha256(content).hexdigest(), len(decode(content)) / RATE)
@@ -50,7 +56,7 @@ def look_at(path: str) -> Clip:
 
 
 def decode(content: bytes) -> NDArray[np.float32]:
-    """The samples in an audio file's bytes, of the first MOST_SECONDS. Raises ClipError."""
+    """The samples in an audio file's bytes, at most the first MOST_SECONDS. Raises ClipError."""
     import soundfile
 
     try:
@@ -59,11 +65,20 @@ def decode(content: bytes) -> NDArray[np.float32]:
             if not LOWEST_RATE <= rate <= HIGHEST_RATE or file.channels > MOST_CHANNELS:
                 raise ClipError(DAMAGED)
             samples = file.read(MOST_SECONDS * rate, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+    except (
+        soundfile.LibsndfileError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise ClipError(DAMAGED) from error
     mono = _resampled(samples.mean(axis=1), rate)
-    if not len(mono) or not np.isfinite(mono).all():
-        raise ClipError(SILENT if not len(mono) else DAMAGED)
+    if not len(mono):
+        raise ClipError(SILENT)
+    if not np.isfinite(mono).all():
+        raise ClipError(DAMAGED)
     return mono
 
 
@@ -78,7 +93,7 @@ def _resampled(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
 
 def _bytes_of(path: Path) -> bytes:
     try:
-        if not path.is_file():  # a pipe would never end, nor would some devices
+        if not path.is_file():  # reading a pipe or some devices would never end
             raise ClipError(MISSING)
         content = path.read_bytes()
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Where do log-mel features come from? From disk, or from worker processes that make them ahead of the step."""
+"""Log-mel features of clips: cached on disk, and computed ahead of a step by worker processes."""
 
 from __future__ import annotations
 
@@ -26,49 +26,57 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClipRef:
-    """A clip as an encoder gets it: its file, the SHA-256 of its bytes, and the samples of its window."""
+    """A clip and the window that it is padded to."""
 
     path: str
     sha: str
+    """SHA-256 of the file's bytes."""
     samples: int
+    """Samples of the window."""
 
 
 class FeatureStore:
-    """Features of clips, as `extracted` makes them, kept in `folder` by content up to `gigabytes`; the longest unused go first.
+    """Features of clips, cached in a folder under the hash of the clip's content.
 
-    extractor: a feature extractor of transformers; workers: processes that decode and transform (0: this one).
+    extractor: a feature extractor of transformers. gigabytes: size limit of the cache; the least recently
+    used files are deleted first. workers: processes that decode and transform (0: this process).
     """
 
-    def __init__(self, folder: Path, extractor: Any, gigabytes: float, workers: int) -> None:
-        self.folder, self.extractor, self.limit, self.workers = folder, extractor, int(gigabytes * 1e9), workers
+    def __init__(self, folder: Path, extractor: Any, *, gigabytes: float, workers: int) -> None:
+        self.folder, self.extractor, self.limit, self.workers = (
+            folder,
+            extractor,
+            int(gigabytes * 1e9),
+            workers,
+        )
         self._settings = json.dumps(extractor.to_dict(), sort_keys=True, default=str)
-        self._coming: dict[Path, Future[NDArray[Any]]] = {}
+        self._pending: dict[Path, Future[NDArray[Any]]] = {}
         self._pool: ProcessPoolExecutor | None = None
         self._bytes: int | None = None
 
     def prefetch(self, clips: Iterable[ClipRef]) -> None:
-        """Let the workers begin with what is not on disk."""
+        """Start computing the features that are not on disk, in the workers."""
         for clip in clips:
             path = self._path(clip)
-            if self.workers and path not in self._coming and not _is_there(path):
-                self._coming[path] = self.submit(_features, self.extractor, clip)
+            if self.workers and path not in self._pending and not _exists(path):
+                self._pending[path] = self.submit(_features, self.extractor, clip)
 
     def get(self, clips: Sequence[ClipRef]) -> list[NDArray[Any]]:
         """The features of these clips, in their order."""
-        with self.ended_by_errors():
+        with self.closed_on_error():
             self.prefetch(clips)
             return [self._get(clip) for clip in clips]
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Let a worker do it. Workers start when they are first needed."""
+        """Run a function in a worker. Workers are started on the first call."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_one_thread)
-        with _interrupts_held():
+        with _interrupts_blocked():
             return self._pool.submit(function, *arguments)
 
     @contextmanager
-    def ended_by_errors(self) -> Iterator[None]:
-        """An error, or Ctrl-C, ends the workers and drops what waits for them: else the process would not end before all is done."""
+    def closed_on_error(self) -> Iterator[None]:
+        """End the workers on an error or Ctrl-C, as the process would otherwise wait for their queue."""
         try:
             yield
         except BaseException:
@@ -76,33 +84,30 @@ class FeatureStore:
             raise
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers and drop their queue."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
-        self._coming.clear()
+        self._pending.clear()
 
     def _get(self, clip: ClipRef) -> NDArray[Any]:
         path = self._path(clip)
-        coming = self._coming.pop(path, None)
-        if coming is None and _is_there(path):
-            try:
-                features: NDArray[Any] = np.load(path, allow_pickle=False)
-                with suppress(OSError):  # a cache that cannot be written to
-                    os.utime(path)  # its last use
-                return features
-            except (OSError, ValueError, EOFError):
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)  # a damaged file is made again
-        features = coming.result() if coming is not None else _features(self.extractor, clip)
-        self._keep(path, features)
+        pending = self._pending.pop(path, None)
+        if pending is not None:
+            features = pending.result()
+        else:
+            cached = _load(path) if _exists(path) else None
+            if cached is not None:
+                return cached
+            features = _features(self.extractor, clip)
+        self._save(path, features)
         return features
 
     def _path(self, clip: ClipRef) -> Path:
         key = sha256(f"{self._settings}\x1f{clip.sha}\x1f{clip.samples}".encode()).hexdigest()
         return self.folder / key[:2] / f"{key[2:40]}.npy"
 
-    def _keep(self, path: Path, features: NDArray[Any]) -> None:
+    def _save(self, path: Path, features: NDArray[Any]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
@@ -113,7 +118,7 @@ class FeatureStore:
             except BaseException:
                 os.unlink(temporary)
                 raise
-        except OSError as error:  # a cache that cannot be written costs time, not the run
+        except OSError as error:  # a cache that cannot be written must not stop the run
             logger.warning(f"features are not cached: {error}")
             return
         self._make_room(features.nbytes)
@@ -126,7 +131,7 @@ class FeatureStore:
         if self._bytes <= self.limit:
             return
         files = sorted(self._files())
-        self._bytes = sum(size for _, size, _ in files)  # other processes write and delete, too
+        self._bytes = sum(size for _, size, _ in files)  # other processes write and delete as well
         for _, size, path in files:
             if self._bytes <= 0.9 * self.limit:
                 break
@@ -136,32 +141,51 @@ class FeatureStore:
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """(last use, bytes, file) of all features on disk."""
-        found = []
+        files = []
         for path in self.folder.glob("*/*.npy"):
             try:
                 status = path.stat()
-            except OSError:  # another process made room
+            except OSError:  # deleted by another process
                 continue
-            found.append((status.st_mtime, status.st_size, path))
-        return found
+            files.append((status.st_mtime, status.st_size, path))
+        return files
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a folder that may not be read
+    except OSError:  # a folder without read permission
         return False
 
 
+def _load(path: Path) -> NDArray[Any] | None:
+    """Features from the cache; a damaged file is deleted, and None is returned."""
+    try:
+        features: NDArray[Any] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return None
+    with suppress(OSError):  # a read-only cache
+        os.utime(path)  # the time of the last use
+    return features
+
+
 def extracted(extractor: Any, samples: NDArray[np.float32]) -> NDArray[Any]:
-    """What the encoder gets of these samples: log-mel features float16 ([mel bins, frames] for Whisper), rounded whether they come
-    from disk or not, so that the cache changes nothing; or, of a model that hears the wave itself, float32 [n]."""
-    found = extractor(samples, sampling_rate=RATE, padding=True, return_tensors="np")[input_name(extractor)][0]
-    return found.astype(np.float32 if found.ndim == 1 else np.float16)
+    """The encoder's input for these samples.
+
+    Log-mel features are float16 ([mel bins, frames] for Whisper), whether or not they come from disk, so that
+    the cache changes nothing. A model that reads the waveform gets float32 [n].
+    """
+    features = extractor(samples, sampling_rate=RATE, padding=True, return_tensors="np")[
+        input_name(extractor)
+    ][0]
+    dtype = np.float32 if features.ndim == 1 else np.float16
+    return features.astype(dtype)
 
 
 def input_name(extractor: Any) -> str:
-    """What the model calls its features."""
+    """The model's name for its features."""
     return str(extractor.model_input_names[0])
 
 
@@ -172,8 +196,8 @@ def _features(extractor: Any, clip: ClipRef) -> NDArray[Any]:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Processes that start meanwhile never see Ctrl-C, not even while they load: the main process ends them."""
+def _interrupts_blocked() -> Iterator[None]:
+    """Block Ctrl-C in processes started in this context, even while they load; the main process ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -185,7 +209,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _one_thread() -> None:
-    """Workers share the cores: each computes on one."""
+    """Limit a worker to one core, as workers share the cores."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

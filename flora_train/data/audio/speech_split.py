@@ -1,4 +1,4 @@
-"""What do a speech task's examples look like to the model? Decoder tokens, as of any task, beside the clips that they transcribe."""
+"""Examples of a speech task: decoder tokens as in any task, with the clips that they transcribe."""
 
 from __future__ import annotations
 
@@ -14,29 +14,40 @@ from flora_train.data.tokenization import SplitCounts, TokenSplit
 
 @dataclass(frozen=True)
 class Utterance:
-    """A clip that can be used, and what is said in it. samples, positions: of its window; tokens: decoder tokens, prompt and end included."""
+    """A usable clip and its transcript."""
 
     path: str
     sha: str
+    """SHA-256 of the file's bytes."""
     seconds: float
     sentence: str
     samples: int
+    """Samples of the clip's window."""
     positions: int
+    """Encoder positions of the clip's window."""
     tokens: NDArray[np.int32]
+    """Decoder tokens, including prompt and end token."""
 
 
 @dataclass(frozen=True)
 class SpeechSplit(TokenSplit):
-    """paths, shas, sentences: text [n]; seconds: float32 [n]; samples, windows: int64 [n], of their windows in samples and in
-    encoder positions. An example's length counts
-    its encoder positions and its decoder tokens: what a step costs goes by both."""
+    """A TokenSplit with the clip of every example.
+
+    The length of an example is the sum of its encoder positions and decoder tokens: both cost time in a step.
+    """
 
     paths: NDArray[np.str_]
+    """Text [n]."""
     shas: NDArray[np.str_]
+    """Text [n]: SHA-256 of the clips' bytes."""
     sentences: NDArray[np.str_]
+    """Text [n]: the transcripts."""
     seconds: NDArray[np.float32]
+    """float32 [n]: lengths of the clips."""
     samples: NDArray[np.int64]
+    """int64 [n]: samples of the clips' windows."""
     windows: NDArray[np.int64]
+    """int64 [n]: encoder positions of the clips' windows."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -46,12 +57,12 @@ class SpeechSplit(TokenSplit):
         return int(self.windows[index])
 
     def clip_ref(self, index: int) -> ClipRef:
-        """The clip of an example, as the encoder gets it."""
+        """The clip of an example, as the feature store needs it."""
         return ClipRef(str(self.paths[index]), str(self.shas[index]), int(self.samples[index]))
 
 
 def speech_split(utterances: Sequence[Utterance], prompt_tokens: int, counts: SplitCounts) -> SpeechSplit:
-    """prompt_tokens: first decoder tokens, which are read and not learnt."""
+    """Build a split. prompt_tokens: number of decoder tokens at the start that carry no loss."""
     lengths = np.array([len(u.tokens) for u in utterances], dtype=np.int64)
     return SpeechSplit(
         tokens=np.concatenate([np.empty(0, dtype=np.int32), *(u.tokens for u in utterances)]),

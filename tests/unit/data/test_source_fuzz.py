@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from flora_train.config.errors import UserError
 from flora_train.config.task_schema import SourceConfig, TaskConfig
-from flora_train.data.audio.decode import ClipError, decode, look_at
+from flora_train.data.audio.decode import ClipError, check_clip, decode
 from flora_train.data.audio.speech_task import _lines
 from flora_train.data.sources import READERS, read_rows
 from flora_train.data.task import load_tasks
@@ -124,7 +124,7 @@ def test_rows_of_clips_of_any_values_are_lines_or_one_error(place: Path, rows: l
         return
     for line in lines:
         line.sentence.encode()
-        look_at(line.path)
+        check_clip(line.path)
 
 
 def wav() -> bytes:
@@ -144,7 +144,7 @@ def test_damaged_clip_is_samples_or_one_word_for_why_not(content: bytes) -> None
 def test_pipe_or_device_as_a_clip_is_missing_and_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "clip.wav")
     for name in (str(tmp_path / "clip.wav"), "/dev/zero", "a\0b", "x" * 5000, str(tmp_path)):
-        assert look_at(name).fault == "no such file"
+        assert check_clip(name).fault == "no such file"
 
 
 def release() -> bytes:

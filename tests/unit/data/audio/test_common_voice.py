@@ -68,11 +68,11 @@ def test_a_damaged_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_missing_is_named(release: Path) -> None:
-    with pytest.raises(UserError, match=r"locale = 'css': is no language of .*; there are cs.*Did you mean 'cs'"):
+    with pytest.raises(UserError, match=r"locale = 'css': is not a language of .*; it has cs.*Did you mean 'cs'"):
         rows_of(release, locale="css")
-    with pytest.raises(UserError, match=r"split = 'validation': is no split of .*; there are .*dev.*test.*train"):
+    with pytest.raises(UserError, match=r"split = 'validation': is not a split of .*; it has .*dev.*test.*train"):
         rows_of(release, split="validation")
-    with pytest.raises(UserError, match=r"no such release here: download it"):
+    with pytest.raises(UserError, match=r"no such release: download it"):
         rows_of(release / "absent")
     table = release / "cs" / "dev.tsv"
     table.write_text("client_id\tpath\n1\tx.mp3\n")

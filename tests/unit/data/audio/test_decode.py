@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from flora_train.data.audio.decode import DAMAGED, EMPTY, MISSING, RATE, SILENT, ClipError, decode, look_at, read_clip
+from flora_train.data.audio.decode import DAMAGED, EMPTY, MISSING, RATE, SILENT, ClipError, check_clip, decode, read_clip
 from tests.speech import write_clip
 
 
@@ -47,11 +47,11 @@ def test_what_cannot_be_heard_says_why(tmp_path: Path) -> None:
     for name, reason in reasons.items():
         with pytest.raises(ClipError, match=reason):
             read_clip(tmp_path / name)
-        assert look_at(str(tmp_path / name)).fault == reason
-    assert look_at(str(tmp_path / "cut.flac")).fault in (DAMAGED, SILENT)
+        assert check_clip(str(tmp_path / name)).fault == reason
+    assert check_clip(str(tmp_path / "cut.flac")).fault in (DAMAGED, SILENT)
 
 
 def test_a_look_tells_length_and_content(tmp_path: Path) -> None:
-    one, other = (look_at(str(write_clip(tmp_path / f"{seed}.wav", 0.5, seed))) for seed in (1, 2))
+    one, other = (check_clip(str(write_clip(tmp_path / f"{seed}.wav", 0.5, seed))) for seed in (1, 2))
     assert (one.seconds, one.fault) == (0.5, None)
     assert one.sha != other.sha

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flora_train.data.audio.decode import look_at, read_clip
+from flora_train.data.audio.decode import check_clip, read_clip
 from flora_train.data.audio.features import ClipRef, FeatureStore
 from flora_train.data.audio.speech_processor import GRAIN
 from tests.speech import MEL_BINS, tiny_extractor, write_clip
@@ -15,11 +15,11 @@ from tests.speech import MEL_BINS, tiny_extractor, write_clip
 
 def heard(folder: Path, seconds: float = 0.8, seed: int = 0, window: int = 50) -> ClipRef:
     path = write_clip(folder / f"{seed}.wav", seconds, seed)
-    return ClipRef(str(path), look_at(str(path)).sha, window * GRAIN)
+    return ClipRef(str(path), check_clip(str(path)).sha, window * GRAIN)
 
 
 def store(folder: Path, gigabytes: float = 1.0, workers: int = 0) -> FeatureStore:
-    return FeatureStore(folder / "features", tiny_extractor(), gigabytes, workers)
+    return FeatureStore(folder / "features", tiny_extractor(), gigabytes=gigabytes, workers=workers)
 
 
 def test_a_short_window_begins_as_the_long_one_does(tmp_path: Path) -> None:

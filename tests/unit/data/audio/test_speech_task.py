@@ -157,12 +157,12 @@ def test_a_hub_data_sets_audio_column_is_decoded_here(tmp_path: Path) -> None:
         ),
         (
             {"speech": {"language": "mn", "token": "<|rn|>"}},
-            r"speech\.token = '<\|rn\|>': is no language token.*Did you mean '<\|ru\|>'",
+            r"speech\.token = '<\|rn\|>': is not a language token.*Did you mean '<\|ru\|>'",
         ),
         ({"speech": {"language": "cs", "sentence": "sentense"}}, r"speech\.sentence = 'sentense'.*Did you mean 'sentence'"),
         (
             {"speech": {"language": "cs", "audio": "clip"}},
-            r"speech\.audio = 'clip': is no column.*there are path, sentence or speaker",
+            r"speech\.audio = 'clip': is not a column.*it has path, sentence or speaker",
         ),
     ],
 )

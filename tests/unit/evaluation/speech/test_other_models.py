@@ -12,7 +12,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import UserError
 from flora_train.config.speech_schema import SpeechConfig
-from flora_train.data.audio.decode import RATE, look_at
+from flora_train.data.audio.decode import RATE, check_clip
 from flora_train.data.audio.features import ClipRef, input_name
 from flora_train.evaluation.speech.transcribe import DecodedClip, Request, Transcriber
 from tests.conftest import spec
@@ -30,7 +30,7 @@ def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> N
     for pool in bank.pools:
         pool.values.add_(0.3 * torch.randn(pool.values.shape, generator=torch.Generator().manual_seed(1)))
     files = [str(write_clip(tmp_path / f"{i}.wav", 0.4 + 0.5 * i, seed=i)) for i in range(3)]
-    clips = [ClipRef(file, look_at(file).sha, speech_processor.windows.samples(0.4 + 0.5 * i)) for i, file in enumerate(files)]
+    clips = [ClipRef(file, check_clip(file).sha, speech_processor.windows.samples(0.4 + 0.5 * i)) for i, file in enumerate(files)]
     prompt = tuple(speech_processor.prompt(SpeechConfig(language="en"), "tasks.a"))
     requests = [
         Request(adapter, clip, prompt, bank.shares_encoding(adapter))
@@ -62,7 +62,7 @@ def test_positions_of_a_window_are_those_that_the_encoder_makes(kind: str, tmp_p
         samples = speech_processor.windows.samples(seconds)
         assert samples == {0.3: RATE // 2, 1.2: RATE * 3 // 2}[seconds]
         features = torch.from_numpy(
-            speech_processor.store.get([ClipRef(str(clip), look_at(str(clip)).sha, samples)])[0].copy()
+            speech_processor.store.get([ClipRef(str(clip), check_clip(str(clip)).sha, samples)])[0].copy()
         ).float()
         assert model.get_encoder()(features[None]).last_hidden_state.shape[1] == speech_processor.windows.positions(samples)
 
@@ -75,7 +75,7 @@ def test_its_prompt_is_named_or_its_start_token(tmp_path: Path) -> None:
         vocabulary["<|cs|>"],
         vocabulary["<|hi|>"],
     ]
-    with pytest.raises(UserError, match=r"tasks\.a\.speech\.prompt = '<\|cz\|>': is no token of this model\..*<\|cs\|>"):
+    with pytest.raises(UserError, match=r"tasks\.a\.speech\.prompt = '<\|cz\|>': is not a token of this model\..*<\|cs\|>"):
         speech_processor.prompt(SpeechConfig(language="cs", prompt=["<|cz|>"]), "tasks.a")
     with pytest.raises(UserError, match=r"tasks\.a\.speech\.token.*speech\.prompt"):
         speech_processor.prompt(SpeechConfig(language="cs", token="<|cs|>"), "tasks.a")

@@ -11,7 +11,7 @@ import torch
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
-from flora_train.data.audio.decode import look_at
+from flora_train.data.audio.decode import check_clip
 from flora_train.data.audio.features import ClipRef, FeatureStore
 from flora_train.data.audio.speech_processor import GRAIN
 from flora_train.evaluation.speech.transcribe import DecodedClip, Request, Transcriber
@@ -35,11 +35,11 @@ def bank() -> AdapterBank:
 def clips(tmp_path_factory: pytest.TempPathFactory) -> list[ClipRef]:
     folder = tmp_path_factory.mktemp("clips")
     files = [write_clip(folder / f"{i}.wav", 0.4 + 0.5 * (i % 3), seed=i) for i in range(5)]
-    return [ClipRef(str(file), look_at(str(file)).sha, GRAIN * 25 * (1 + 2 * (i % 2))) for i, file in enumerate(files)]
+    return [ClipRef(str(file), check_clip(str(file)).sha, GRAIN * 25 * (1 + 2 * (i % 2))) for i, file in enumerate(files)]
 
 
 def store_of(clips: list[ClipRef]) -> FeatureStore:
-    return FeatureStore(Path(clips[0].path).parent / "features", tiny_extractor(), 1.0, 0)
+    return FeatureStore(Path(clips[0].path).parent / "features", tiny_extractor(), gigabytes=1.0, workers=0)
 
 
 def requests_of(bank: AdapterBank, clips: list[ClipRef]) -> list[Request]:
