@@ -16,16 +16,19 @@ import torch
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.init_from import resolve_init_from
 from flora_train.adapters.layer_usage import described
 from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
 from flora_train.config.errors import user_error
+from flora_train.config.load import load_saved
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.collate import SpeechCollate
 from flora_train.data.audio.decode import RATE
 from flora_train.data.audio.features import FeatureStore
 from flora_train.data.audio.speech_processor import GRAIN, SpeechProcessor, Windows, check_multilingual
 from flora_train.data.batch import Collate, collate
+from flora_train.data.split_by import expand_split_tasks
 from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokenization import check_tokenizer, pad_token
 from flora_train.kernels.backend import use_backend, use_precision
@@ -94,6 +97,19 @@ class RunContext:
         """End what works in the background."""
         if self.speech_processor is not None:
             self.speech_processor.store.close()
+
+
+def resolve_config(config: RunConfig, folder: RunFolder | None = None) -> RunConfig:
+    """The configuration with the tasks that split_by makes, and with the values that are read from init_from.
+
+    folder: of the run, which keeps the values with which it began when it is resumed. Raises UserError if data or adapters are
+    missing or do not fit.
+    """
+    config = expand_split_tasks(config)
+    begun = None
+    if folder is not None and config.resume and folder.config.is_file():
+        begun = load_saved(folder.config)
+    return resolve_init_from(config, begun)
 
 
 def load_context(

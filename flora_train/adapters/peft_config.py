@@ -208,6 +208,8 @@ def read_config(source: str, key: str) -> dict[str, Any]:
 def _config_file(source: str) -> Path:
     folder = find_file(source)
     if not folder.exists():
+        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise ValueError("there is no such folder")
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(source, CONFIG))

@@ -62,7 +62,7 @@ def convert_adapter(words: Sequence[str]) -> None:
     check_targets(config, modules, [name for name, _ in model.named_modules()], source=source, key="adapter")
     spec = make_spec("", "flora", AdapterConfig(method="flora", rank=options.rank, lr=1.0, target_modules=modules), 1)
     bank = AdapterBank.attach(model, [replace(spec, name=out.name)])
-    numbers, error = fit_lora(bank, out.name, tensors, scale=scale_of(config))
+    numbers, error = fit_lora(bank, out.name, tensors, scale=scale_of(config), key="adapter")
     for module, params in bank.parameters_of(out.name).items():
         for param, view in params.items():
             view.copy_(numbers[f"{module}.{param}"])

@@ -29,6 +29,7 @@ from flora_train.evaluation.code.programs.seccomp import deny_filter
 from flora_train.kernels.backend import runs_in_triton, splits, use_backend, use_precision, why_not_triton
 from flora_train.kernels.flora.cost_model import Work, calibrated_on, decide, thresholds_for
 from flora_train.models.loading import check_quantiser, empty_model, resolve_dtype
+from flora_train.run_context import resolve_config
 from flora_train.runtime.environment import available_cpus, environment, versions_line
 
 WHAT_RUNS = {
@@ -51,6 +52,7 @@ class Choice:
 def doctor(config: RunConfig) -> None:
     """Print device, backend, precision and the formulation of every family and layer shape. Raises UserError as the run would:
     for a model or target that is not there, or a backend that cannot run here."""
+    config = resolve_config(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(config.model.dtype, device)
     refused = None

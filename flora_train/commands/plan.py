@@ -31,7 +31,7 @@ from flora_train.export.loadability import notes
 from flora_train.models.loading import empty_model, load_feature_extractor, resolve_dtype
 from flora_train.models.probe_inputs import count_tokens, noise_features
 from flora_train.models.speech_encoder import is_speech_model
-from flora_train.run_context import load_data, paging_of, prepare
+from flora_train.run_context import load_data, paging_of, prepare, resolve_config
 from flora_train.runtime.progress import duration
 from flora_train.training.fsdp import largest_part
 from flora_train.training.step_cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
@@ -88,6 +88,7 @@ class Capacity:
 
 def plan_run(config: RunConfig) -> None:
     """Print the plan. Raises UserError, naming the setting to change, where the run does not fit."""
+    config = resolve_config(config)
     found = capacity(config)
     console = Console(soft_wrap=True)
     for name, value in _lines(config, found):

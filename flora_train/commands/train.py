@@ -34,6 +34,7 @@ from flora_train.run_context import (
     check_data,
     load_context,
     make_accelerator,
+    resolve_config,
 )
 from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.distributed import (
@@ -66,6 +67,7 @@ def train_run(config: RunConfig) -> Path:
     folder = RunFolder(Path(config.folder))
     accelerator = make_accelerator(config, folder)
     on_every_process(lambda: check_world_size(config.num_processes, accelerator.num_processes))
+    config = on_every_process(lambda: resolve_config(config, folder))
     check_alike(lambda: comparable(config, with_evaluation=True))
     status = on_main_process(lambda: folder.enter(config))
     try:

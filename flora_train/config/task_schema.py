@@ -87,11 +87,12 @@ class TaskConfig(ConfigModel):
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the training rows held out when there is no validation source."""
     split_by: Text | None = None
-    """Column whose values make tasks: one task for each distinct value, called NAME_VALUE, with the rows of that value and all other
-    keys of this task. Characters that a name cannot have become _. Default: no split."""
+    """Column whose values make tasks: one task for each distinct value, named NAME_VALUE, with the rows of that value and all other
+    keys of this task. In names, + is written p, # sharp, and other characters that a name cannot have _. {value} in language,
+    speech.language and speech.token stands for the value. Default: one task of all rows."""
     split_value: Text | None = Field(None, validate_default=True)
-    """With split_by: the value whose rows belong to this task. Set by the program for the tasks that split_by makes; given by
-    hand, the task has the rows of this value only."""
+    """With split_by: the value whose rows belong to this task, in place of one task for each value. The program sets it for the
+    tasks that it makes. Default: all values."""
     split_seed: int | None = Field(None, ge=0, le=2**63 - 1)
     """Seed of the choice of held-out and used rows (validation_fraction, max_examples and its like), so that runs of several seeds
     can use the same rows. Default: seed."""

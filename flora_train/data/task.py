@@ -22,7 +22,8 @@ from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.audio.speech_task import load_speech_task
 from flora_train.data.cache import cached
 from flora_train.data.packing import pack
-from flora_train.data.sources import read_rows, source_files
+from flora_train.data.sources import source_files
+from flora_train.data.split_by import forget_rows, task_rows
 from flora_train.data.splits import hold_out, sample, seed_of_rows
 from flora_train.data.templates import PromptCompletion, make_formatter
 from flora_train.data.tokenization import TokenSplit, tokenise, tokenizer_hash
@@ -75,6 +76,7 @@ def load_tasks(
             step = (config.mixture.examples_per_draw, config.training.tokens_per_step)
             if problem := draw_problem(name, tasks[name].train.lengths, learners[name], *step):
                 problems.append(problem)
+    forget_rows()
     if problems:
         raise UserError(*problems)
     return tasks
@@ -126,10 +128,10 @@ def load_spoken_task(
 def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path) -> Task:
     """Read, split, format and tokenise one task, or take the result from `cache`."""
     key = f"tasks.{name}"
-    train_rows = read_rows(task.train, f"{key}.train")
+    train_rows = task_rows(task, "train", key)
     format_row = make_formatter(task, train_rows, key)
     if task.validation is not None:
-        held_rows = read_rows(task.validation, f"{key}.validation")
+        held_rows = task_rows(task, "validation", key)
         format_row.check(held_rows, "validation")
     else:
         train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed_of_rows(config, name, "split"), key)

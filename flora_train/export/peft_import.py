@@ -161,14 +161,14 @@ def _fitted(bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, source: 
     expected = {f"{PREFIX}{module}.lora_A.weight" for module in bank.parameters_of(name)}
     check_layers(expected, {tensor for tensor in tensors if tensor.endswith(".lora_A.weight")}, source, key=key)
     check_targets(config, modules_of(config, tensors), bank.base_names(), source=source, key=key)
-    parameters, error = fit_lora(bank, name, tensors, scale=scale_of(config))
+    parameters, error = fit_lora(bank, name, tensors, scale=scale_of(config), key=key)
     rank = bank.specs[bank.id_of(name)].rank
     logger.info(f"{name} starts as W0 * (1 + B A) of rank {rank} fitted to {source}: |W0 * (B A) - dW| / |dW| = {error:.3f}")
     return parameters
 
 
 @torch.no_grad()
-def fit_lora(bank: AdapterBank, name: str, tensors: Mapping[str, Tensor], *, scale: float) -> tuple[dict[str, Tensor], float]:
+def fit_lora(bank: AdapterBank, name: str, tensors: Mapping[str, Tensor], *, scale: float, key: str) -> tuple[dict[str, Tensor], float]:
     """The parameters of a residual fLoRA that adds nearly the same as a LORA, and the error of the fit.
 
     tensors: of the LORA, by PEFT's names; scale: its factor of B A. Returns `<module>.<parameter>` -> tensor, and
@@ -187,7 +187,7 @@ def fit_lora(bank: AdapterBank, name: str, tensors: Mapping[str, Tensor], *, sca
             shape = len(lora_B), lora_A.shape[1]
             if shape != tuple(weight.shape):
                 hint = f"has shape {tuple(weight.shape)} in this model and {shape} in the LORA: the base model differs"
-                raise user_error("init_from", module, hint)
+                raise user_error(key, module, hint)
             delta = scale * (lora_B @ lora_A)
             B, A = modulation(weight, delta, pool.specs[member].rank)
             squared_error += float((weight * (B.double() @ A.double()) - delta).square().sum())

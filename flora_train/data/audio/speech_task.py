@@ -19,7 +19,8 @@ from flora_train.config.task_schema import SourceConfig, TaskConfig
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit, Utterance, speech_split
 from flora_train.data.cache import cached
-from flora_train.data.sources import Row, read_rows, source_files
+from flora_train.data.sources import Row, source_files
+from flora_train.data.split_by import task_rows
 from flora_train.data.splits import hold_out, sample, seed_of_rows
 from flora_train.data.templates import cell_text
 from flora_train.data.tokenization import SplitCounts, tokenizer_hash
@@ -76,7 +77,7 @@ def load_speech_task(
     origins: list[str] = []
     for split, source in sources.items():
         if source is not None:
-            rows = read_rows(source, f"{key}.{split}")
+            rows = task_rows(task, split, key)
             origins += [str(row["release"]) for row in rows[:1] if "release" in row]
             lines[split] = _lines(rows, source, task, key=f"{key}.{split}", cache=cache)
     if "validation" not in lines:
