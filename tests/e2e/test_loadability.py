@@ -42,7 +42,7 @@ def lora(recipe: Path, experts: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_the_plan_says_what_plain_peft_would_do(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", f"recipe={lora}", f"output_dir={tmp_path / 'run'}"]) == 0
-    assert "note: lora: plain PEFT leaves" in capsys.readouterr().out
+    assert "note: lora: plain PEFT ignores" in capsys.readouterr().out
 
 
 def test_a_trained_lora_is_the_same_in_plain_peft_though_peft_would_drop_it(
@@ -51,7 +51,7 @@ def test_a_trained_lora_is_the_same_in_plain_peft_though_peft_would_drop_it(
     run = tmp_path / "run"
     done = launch(f"recipe={lora}", f"output_dir={run}", "training.steps=3")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.index("note: lora: plain PEFT leaves") < done.stderr.index("2 adapters on 2 tasks")
+    assert done.stderr.index("note: lora: plain PEFT ignores") < done.stderr.index("2 adapters on 2 tasks")
     assert "an ADALORA of the same numbers" in done.stderr
     assert "PeftModel.from_pretrained loads them)" in done.stdout
     assert "PEFT calls it ADALORA" in (run / "adapters" / "letters-lora" / "README.md").read_text()
@@ -63,4 +63,4 @@ def test_a_trained_lora_is_the_same_in_plain_peft_though_peft_would_drop_it(
         torch.testing.assert_close(adapted(input_ids=IDS).logits, ours, rtol=1e-4, atol=1e-4)
         assert (ours - AutoModelForCausalLM.from_pretrained(experts).eval()(IDS).logits).abs().max() > 1e-3
     assert main(["export", str(run), "letters-lora", "--as", "lora-svd", "--rank", "2"]) == 0
-    assert "note: letters-lora: plain PEFT leaves" in capsys.readouterr().out
+    assert "note: letters-lora: plain PEFT ignores" in capsys.readouterr().out

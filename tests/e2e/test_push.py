@@ -376,7 +376,7 @@ def test_a_name_that_the_hub_refuses_is_refused_before_anything_is_asked(run: Pa
         assert done.stderr.count("the hub refuses this name") == 1
     long = push(str(run), "--repo", "me/" + "a" * 90, "--repo-per-adapter")
     assert "repo_per_adapter: " in long.stderr
-    assert "characters, and may have 96" in long.stderr
+    assert "characters; at most 96 are allowed" in long.stderr
     assert hub.asked == []
 
 
