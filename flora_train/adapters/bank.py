@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from flora_train.adapters.host_memory import host_copy
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.layer_usage import unusable_layers
-from flora_train.adapters.methods import Target
 from flora_train.adapters.paging import Pager, Paging
-from flora_train.adapters.pool import Pool, pool_key
+from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.routing import BatchRouting, RowNoise, build_routing
 from flora_train.adapters.spec import BASE, BASE_ID, AdapterSpec
-from flora_train.adapters.targets import check_base, find_targets, linear_layers
+from flora_train.adapters.targets import check_base, linear_layers
 from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.models.speech_encoder import encoder_name
 
@@ -80,23 +79,9 @@ class AdapterBank:
                 raise user_error("adapters", name, "two adapters cannot share a name (and __base__ is the base model)")
         device = check_base(model) if device is None else device
         model.requires_grad_(False)
-        left_out = unusable_layers(model, linear_layers(model), features)
-        groups: dict[tuple[Any, ...], list[AdapterSpec]] = defaultdict(list)
-        targets_of: dict[tuple[Any, ...], dict[str, Target]] = {}
-        for spec in specs:
-            key = pool_key(spec)
-            if key not in targets_of:
-                targets_of[key] = find_targets(model, spec, left_out)
-            groups[key].append(spec)
-        wanted = {name for members in groups.values() for name in find_targets(model, members[0])}
-        bank = cls(
-            model,
-            [Pool(key[0], members, targets_of[key]) for key, members in groups.items()],
-            paging,
-            dtype,
-            device,
-        )
-        bank.left_out = {name: reason for name, reason in left_out.items() if name in wanted}
+        pools, left_out = build_pools(model, specs, unusable_layers(model, linear_layers(model), features))
+        bank = cls(model, pools, paging, dtype, device)
+        bank.left_out = left_out
         bank._wrap_layers()
         for pool, member in bank.location:
             pool.initialise(member, seed)

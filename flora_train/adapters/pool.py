@@ -6,15 +6,18 @@ the optimizer, checkpoints and the exchange between processes handle an adapter 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flora_train.adapters.methods import METHODS, AdapterMethod, Target
 from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.targets import find_targets
 
 
 class GatherRows(torch.autograd.Function):
@@ -118,6 +121,25 @@ class Pool:
             view = storage.as_strided((storage.shape[0], *shape), strides, storage.storage_offset() + start)
             views[param] = view.detach().requires_grad_() if leaf else view
         return views
+
+
+def build_pools(
+    model: nn.Module, specs: Iterable[AdapterSpec], unusable: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Pool], dict[str, str]]:
+    """The pools of these adapters, without memory, and the target layers that no adapter is attached to -> the reason.
+
+    unusable: layers that no adapter can be attached to -> the reason. Raises UserError when a target matches nothing.
+    """
+    groups: dict[tuple[object, ...], list[AdapterSpec]] = defaultdict(list)
+    for spec in specs:
+        groups[pool_key(spec)].append(spec)
+    pools: list[Pool] = []
+    left_out: dict[str, str] = {}
+    for members in groups.values():
+        pools.append(Pool(members[0].method, members, find_targets(model, members[0], unusable)))
+        selected = find_targets(model, members[0])
+        left_out |= {name: reason for name, reason in unusable.items() if name in selected}
+    return pools, left_out
 
 
 def seeded_generator(seed: int, *words: object, device: torch.device | str = "cpu") -> torch.Generator:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from pydantic import Field
 
 from flora_train.adapters.bank import AdapterBank
@@ -26,6 +25,7 @@ from flora_train.export.peft_forms import BaseModel
 from flora_train.export.peft_import import fit_lora, modules_of, read_peft, scale_of
 from flora_train.models.loading import load_base_model
 from flora_train.runtime.atomic import check_writable
+from flora_train.runtime.environment import default_device
 
 
 class ConvertOptions(ConfigModel):
@@ -56,7 +56,7 @@ def convert_adapter(words: Sequence[str]) -> None:
     base = options.model or config.get("base_model_name_or_path")
     if not base:
         raise user_error("model", None, f"{source} names no base model: give --model, a folder or a name on the hub")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
     modules = sorted(modules_of(config, tensors))
     check_targets(config, modules, [name for name, _ in model.named_modules()], source=source, key="adapter")

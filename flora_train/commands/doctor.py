@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import disk_usage
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from flora_train.adapters.host_memory import free_memory
 from flora_train.adapters.layer_usage import unusable_by_shape
-from flora_train.adapters.pool import pool_key
+from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.spec import AdapterSpec, expand
-from flora_train.adapters.targets import find_targets
 from flora_train.config.errors import UserError
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
@@ -30,7 +27,7 @@ from flora_train.kernels.backend import runs_in_triton, splits, use_backend, use
 from flora_train.kernels.flora.cost_model import Work, calibrated_on, decide, thresholds_for
 from flora_train.models.loading import check_quantiser, empty_model, resolve_dtype
 from flora_train.run_context import resolve_config
-from flora_train.runtime.environment import available_cpus, environment, versions_line
+from flora_train.runtime.environment import available_cpus, default_device, environment, versions_line
 
 WHAT_RUNS = {
     "rank_expanded": "tokens through W0 once a term (rank expansion, torch)",
@@ -53,7 +50,7 @@ def doctor(config: RunConfig) -> None:
     """Print device, backend, precision and the formulation of every family and layer shape. Raises UserError as the run would:
     for a model or target that is not there, or a backend that cannot run here."""
     config = resolve_config(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     dtype = resolve_dtype(config.model.dtype, device)
     refused = None
     try:
@@ -71,16 +68,14 @@ def doctor(config: RunConfig) -> None:
         shown(f"\nA micro-batch of {config.training.tokens_per_microbatch} tokens, shared evenly by {len(specs)} adapters:")
     )
     model = empty_model(config.model)
-    left_out = unusable_by_shape(config.model, model)
-    pools: dict[tuple[object, ...], list[AdapterSpec]] = defaultdict(list)
-    for spec in specs:
-        pools[pool_key(spec)].append(spec)
-    for members in pools.values():
+    pools, _ = build_pools(model, specs, unusable_by_shape(config.model, model))
+    for pool in pools:
+        members = pool.specs
         families = Counter(spec.family for spec in members)
         rank = f", rank {members[0].rank}" if members[0].rank else ""
         names = " + ".join(f"{number} x {family}" for family, number in families.items())
         console.print(shown(f"\n{names}{rank}", "bold"))
-        for choice, layers in choices_of(members, model, each, dtype, device, left_out).items():
+        for choice, layers in choices_of(pool, each, dtype, device).items():
             console.print(shown(f"  {', '.join(layers)}\n      {choice.runs}\n      {choice.why}"))
     if refused is not None:
         raise refused
@@ -113,22 +108,12 @@ def _facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Itera
     yield "thresholds", f"measured on {measured}" if measured else "not measured on such a device: a CPU's"
 
 
-def choices_of(
-    members: Sequence[AdapterSpec],
-    model: Any,
-    each: float,
-    dtype: torch.dtype,
-    device: torch.device,
-    left_out: Mapping[str, str] = MappingProxyType({}),
-) -> dict[Choice, list[str]]:
-    """Choice -> the layers of which it holds, as `60 q_proj 576 x 576`. each: tokens of an adapter; left_out: layers without adapters."""
-    kinds = Counter(
-        (target.name.rpartition(".")[2], target.in_features, target.out_features)
-        for target in find_targets(model, members[0], left_out).values()
-    )
+def choices_of(pool: Pool, each: float, dtype: torch.dtype, device: torch.device) -> dict[Choice, list[str]]:
+    """Choice -> the layers that use it, as `60 q_proj 576 x 576`. each: tokens of an adapter."""
+    kinds = Counter((target.name.rpartition(".")[2], target.in_features, target.out_features) for target in pool.targets.values())
     found: dict[Choice, list[str]] = defaultdict(list)
     for (name, in_features, out_features), count in kinds.items():
-        choice = _choice(members, each, in_features, out_features, dtype, device)
+        choice = _choice(pool.specs, each, in_features, out_features, dtype, device)
         found[choice].append(f"{count} {name} {in_features} x {out_features}")
     return found
 
@@ -183,7 +168,7 @@ def _findings() -> Iterator[tuple[str, str]]:
     machine = facts["machine"]
     yield "machine", f"{machine['processor']}, {available_cpus()} CPUs, {free_memory() / 1e9:.1f} GB of memory free"
     yield "GPU", _gpu()
-    yield "triton", why_not_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu")) or "can run here"
+    yield "triton", why_not_triton(default_device()) or "can run here"
     yield "disk", f"{disk_usage(Path.cwd()).free / 1e9:.1f} GB free here (runs are in outputs/)"
     for extra, (purpose, modules) in EXTRAS.items():
         missing = [module for module in modules if find_spec(module) is None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,8 @@ from rich.console import Console
 from flora_train.adapters.host_memory import free_memory
 from flora_train.adapters.layer_usage import described, unusable_by_shape
 from flora_train.adapters.paging import OF_FREE_MEMORY, PLANES
-from flora_train.adapters.pool import Pool, pool_key
-from flora_train.adapters.spec import AdapterSpec, expand
-from flora_train.adapters.targets import find_targets
+from flora_train.adapters.pool import Pool, build_pools
+from flora_train.adapters.spec import expand
 from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
@@ -32,6 +31,7 @@ from flora_train.models.loading import empty_model, load_feature_extractor, reso
 from flora_train.models.probe_inputs import count_tokens, noise_features
 from flora_train.models.speech_encoder import is_speech_model
 from flora_train.run_context import load_data, paging_of, prepare, resolve_config
+from flora_train.runtime.environment import default_device
 from flora_train.runtime.progress import duration
 from flora_train.training.fsdp import largest_part
 from flora_train.training.step_cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
@@ -100,7 +100,7 @@ def plan_run(config: RunConfig) -> None:
 
 def capacity(config: RunConfig) -> Capacity:
     """Reads the data (as the run would; it is cached), and trains a step on a model of one and of two layers with random weights."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     prepare(config, device)
     tokenizer, tasks, speech_processor = load_data(config)
     check_texts(config, tokenizer)
@@ -175,13 +175,8 @@ def pools_of(config: RunConfig) -> list[Pool]:
     features = None
     if is_speech_model(model.config):
         features = noise_features(load_feature_extractor(config.model))
-    left_out = unusable_by_shape(config.model, model, features)
-    groups: dict[tuple[object, ...], list[AdapterSpec]] = defaultdict(list)
-    for spec in expand(config):
-        groups[pool_key(spec)].append(spec)
-    pools = [Pool(specs[0].method, specs, find_targets(model, specs[0], left_out)) for specs in groups.values()]
-    wanted = {name for specs in groups.values() for name in find_targets(model, specs[0])}
-    if reasons := {name: reason for name, reason in left_out.items() if name in wanted}:
+    pools, reasons = build_pools(model, expand(config), unusable_by_shape(config.model, model, features))
+    if reasons:
         logger.warning(f"no adapter is attached to {described(reasons, {name for pool in pools for name in pool.targets})}")
     return pools
 
