@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora_train.adapters.host_memory import host_copy
+from flora_train.adapters.host_memory import copy_to_host
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.layer_usage import unusable_layers
 from flora_train.adapters.paging import Pager, Paging
@@ -102,7 +102,7 @@ class AdapterBank:
                 f"ids run from 0 to {len(self.specs) - 1}, and {BASE_ID} is the base model",
             )
         if self.pager is not None:
-            self.pager.bring({i for i in ids if i != BASE_ID})
+            self.pager.load({i for i in ids if i != BASE_ID})
         self.router.set(build_routing(ids, self.location, self.device, noise))
 
     @contextmanager
@@ -177,20 +177,20 @@ class AdapterBank:
 
     def tensors(self) -> dict[str, Tensor]:
         """`pool<i>.<plane>` -> [adapters of that pool, P], as they stand: the same with and without paging. Who writes to them calls
-        `forget_device` afterwards."""
+        `invalidate_device` afterwards."""
         if self.pager is not None:
-            self.pager.write_home()
-        return {f"pool{i}.{name}": rows for i, pool in enumerate(self.pools) for name, rows in (pool.home or pool.planes).items()}
+            self.pager.flush_to_host()
+        return {f"pool{i}.{name}": rows for i, pool in enumerate(self.pools) for name, rows in (pool.host or pool.planes).items()}
 
     def copy_to_host(self, tensor: Tensor) -> Tensor:
         """One of `tensors` as it stands, copied to where adapters that are not on the device live: host memory, or a file, for which
         UserError says where its disk is full."""
-        return host_copy(tensor, None if self.pager is None else self.pager.folder)
+        return copy_to_host(tensor, None if self.pager is None else self.pager.folder)
 
-    def forget_device(self) -> None:
+    def invalidate_device(self) -> None:
         """The numbers on the host count, where there is paging."""
         if self.pager is not None:
-            self.pager.forget()
+            self.pager.invalidate()
 
     def blocks(self, adapters: Iterable[int]) -> list[frozenset[int]]:
         """These adapters (-1: the base), ascending, in parts that fit on the device at one time; without paging in one."""

@@ -13,7 +13,7 @@ from flora_train.config.errors import user_error
 from flora_train.runtime.atomic import disk_errors
 
 
-def host_rows(rows: int, size: int, dtype: torch.dtype, pinned: bool, folder: Path | None) -> Tensor:
+def allocate_host_rows(rows: int, size: int, dtype: torch.dtype, pinned: bool, folder: Path | None) -> Tensor:
     """Zeros [rows, size] on the host; in a file if a folder is given (Linux). The file has no name: no kill leaves it behind, and nobody
     else can write to it. Raises UserError if there is not enough memory, or room on the disk."""
     length = rows * size * dtype.itemsize
@@ -32,13 +32,13 @@ def host_rows(rows: int, size: int, dtype: torch.dtype, pinned: bool, folder: Pa
             return torch.from_file(here, shared=True, size=rows * size, dtype=dtype).view(rows, size)
 
 
-def host_copy(tensor: Tensor, folder: Path | None = None) -> Tensor:
+def copy_to_host(tensor: Tensor, folder: Path | None = None) -> Tensor:
     """A copy of [rows, size] on the host; in a file if a folder is given, whose pages the system writes out where memory is short: UserError
     says where the disk is full."""
     if folder is None:
         return tensor.detach().to("cpu", copy=True).contiguous()
     rows, size = tensor.shape
-    return host_rows(rows, size, tensor.dtype, False, folder).copy_(tensor.detach())
+    return allocate_host_rows(rows, size, tensor.dtype, False, folder).copy_(tensor.detach())
 
 
 def free_memory() -> int:

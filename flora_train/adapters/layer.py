@@ -12,7 +12,7 @@ from flora_train.adapters.pool import Pool
 from flora_train.adapters.routing import BatchRouting, Routing, Span
 from flora_train.adapters.targets import dense_weight
 from flora_train.kernels.autocast import linear_dtype
-from flora_train.models.quantized import dequantised, is_quantised
+from flora_train.models.quantized import dequantized, is_quantized
 
 
 class AdapterLinear(nn.Module):
@@ -27,7 +27,7 @@ class AdapterLinear(nn.Module):
         self.base_layer = base_layer
         self.target = target
         self.router = router
-        self._quantised = is_quantised(base_layer)
+        self._quantised = is_quantized(base_layer)
         self.pools: dict[int, Pool] = {}
         self._pool_ids: frozenset[int] = frozenset()
 
@@ -84,7 +84,7 @@ class AdapterLinear(nn.Module):
 
     def _weight(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
         if self._quantised:
-            return dequantised(self.base_layer, dtype, keep=self.router.recomputes)
+            return dequantized(self.base_layer, dtype, keep=self.router.recomputes)
         return nullcontext(dense_weight(self.base_layer, self.target))
 
     def _run(self, span: Span, x: Tensor, tokens_per_row: int, routing: Routing) -> Tensor:

@@ -16,8 +16,8 @@ from flora_train.adapters.targets import linear_layers
 from flora_train.config.errors import first_line, user_error
 from flora_train.config.model_schema import ModelConfig
 from flora_train.models.loading import zero_model
-from flora_train.models.probe_inputs import asking_for_gradients, probe_inputs, undisturbed
-from flora_train.models.quantized import is_quantised
+from flora_train.models.probe_inputs import gradients_enabled, preserved_state, probe_inputs
+from flora_train.models.quantized import is_quantized
 
 SHAPES = ((2, 6), (3, 3))
 """Rows and tokens of the probes: unequal, with numbers that divide; and equal, where a sequence-first layout looks like rows."""
@@ -58,9 +58,9 @@ def unusable_layers(model: nn.Module, names: Iterable[str], features: Tensor | N
         return {}
     try:
         # the first as in training: some models take other paths then
-        with undisturbed(model, training=True), asking_for_gradients(model, every=True):
+        with preserved_state(model, training=True), gradients_enabled(model, every=True):
             first, encoded, head = _observe(model, names, _asking(inputs))
-        with undisturbed(model), torch.no_grad():
+        with preserved_state(model), torch.no_grad():
             turned, _, _ = _observe(model, names, {key: value.flip(0) for key, value in inputs.items()})
             second, encoded_square, _ = _observe(model, names, square)
     except Exception as error:
@@ -78,7 +78,7 @@ def unusable_layers(model: nn.Module, names: Iterable[str], features: Tensor | N
     reasons = _whole_lists(alone, first)
     used = [name for name in names if name not in reasons]
     if any(_mixes(first[name], turned[name], rows) for name in used):
-        with undisturbed(model), torch.no_grad():
+        with preserved_state(model), torch.no_grad():
             first, _, _ = _observe(model, names, inputs)  # without what is random while it trains
         for name in used:
             if _mixes(first[name], turned[name], rows):
@@ -228,7 +228,7 @@ def _watched(model: Any, names: Iterable[str], look: Any, lengths: list[int]) ->
 @torch.no_grad()
 def _not_linear(module: nn.Module, x: Tensor, y: Tensor) -> str | None:
     """What a layer does that is not the product with its weight: then neither the method's formula nor a merge would hold."""
-    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or is_quantised(module):
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or is_quantized(module):
         return None
     words = f"is a {type(module).__name__}, which is not the product with its weight"
     if x.shape[-1] != module.in_features or y.shape != (*x.shape[:-1], module.out_features):

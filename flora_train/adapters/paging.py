@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flora_train.adapters.host_memory import free_memory, host_rows
+from flora_train.adapters.host_memory import allocate_host_rows, free_memory
 from flora_train.adapters.pool import Pool
 from flora_train.config.errors import user_error
 
@@ -69,7 +69,7 @@ class Traffic:
 
     to_device: int = 0
     to_host: int = 0
-    cuts: int = 0
+    repartitions: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Pager:
         self.ids = {(id(pool), member): adapter for adapter, (pool, member) in enumerate(location)}
         self.room = device_slots * max(pool.row_size for pool in pools)
         self.device_slots = device_slots
-        self.kept: frozenset[int] = frozenset()
+        self.resident: frozenset[int] = frozenset()
         self.traffic = Traffic()
         self._arenas: dict[str, Tensor] = {}
         self._gradients = torch.zeros(self.room, dtype=dtype, device=device)
@@ -112,11 +112,13 @@ class Pager:
 
     def add_plane(self, name: str) -> None:
         """One more number for every number of an adapter; 0 at first."""
-        self.write_home()
+        self.flush_to_host()
         for pool in self.pools:
-            pool.home[name] = host_rows(len(pool.specs), pool.row_size, self.dtype, self._stream is not None, self.folder)
+            pool.host[name] = allocate_host_rows(
+                len(pool.specs), pool.row_size, self.dtype, self._stream is not None, self.folder
+            )
         self._arenas[name] = torch.full((self.room,), float("nan"), dtype=self.dtype, device=self.device)
-        self._cut([0] * len(self.pools))
+        self._repartition([0] * len(self.pools))
 
     def check_room(self, adapters: Collection[int], where: str = "a step or batch") -> None:
         """Raises UserError if these cannot all be on the device at one time."""
@@ -138,33 +140,33 @@ class Pager:
             blocks[-1].append(adapter)
         return blocks
 
-    def hold(self, adapters: Collection[int], next_use: NextUse) -> None:
+    def make_resident(self, adapters: Collection[int], next_use: NextUse) -> None:
         """Have the adapters of a step on the device, and keep them there until the next call."""
-        self.kept = frozenset()
-        self.bring(adapters, next_use)
-        self.kept = frozenset(adapters)
+        self.resident = frozenset()
+        self.load(adapters, next_use)
+        self.resident = frozenset(adapters)
 
-    def bring(self, adapters: Collection[int], next_use: NextUse = lambda adapter: inf) -> None:
+    def load(self, adapters: Collection[int], next_use: NextUse = lambda adapter: inf) -> None:
         """Have all of these on the device, beside those that are kept. Raises UserError if they do not fit."""
-        if self.kept.issuperset(adapters):
+        if self.resident.issuperset(adapters):
             return  # they are there, whatever is being copied for the next step
         self.settle()
-        together = self.kept.union(adapters)
+        together = self.resident.union(adapters)
         wanted = self._by_pool(together)
         if all(member in pool.slot_of for pool, members in wanted for member in members):
             return
         self.check_room(together)
         if any(len(members) > len(pool.values) for pool, members in wanted):
-            self.write_home()
+            self.flush_to_host()
             needs = {id(pool): len(members) for pool, members in wanted}
-            self._cut([needs.get(id(pool), 0) for pool in self.pools])
+            self._repartition([needs.get(id(pool), 0) for pool in self.pools])
         self._move(*self._choose(wanted, next_use, together))
         self.settle()
 
-    def bring_ahead(self, adapters: Collection[int], next_use: NextUse) -> None:
+    def prefetch(self, adapters: Collection[int], next_use: NextUse) -> None:
         """Begin to have these on the device for the step after this one, as far as they fit beside the adapters in use."""
         self.settle()
-        self._move(*self._choose(self._by_pool(adapters), next_use, self.kept.union(adapters)))
+        self._move(*self._choose(self._by_pool(adapters), next_use, self.resident.union(adapters)))
 
     def settle(self, for_host: bool = False) -> None:
         """What computes next on the device finds all copies done; for_host: what reads or writes on the host, too."""
@@ -176,14 +178,14 @@ class Pager:
         if for_host and self._stream is not None:
             self._stream.synchronize()
 
-    def write_home(self) -> None:
+    def flush_to_host(self) -> None:
         """The numbers at home are those of now, for all adapters."""
         self.settle()
         out = [_Move(pool, member, pool.slot_of[member]) for pool in self.pools for member in sorted(pool.changed)]
         self._move(out, [])
         self.settle(for_host=True)
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """What is at home counts: the device's copies are older."""
         self.settle()
         for pool in self.pools:
@@ -239,12 +241,12 @@ class Pager:
             _copy(out, into)
         self._copying = self._stream.record_event()
 
-    def _cut(self, needs: Sequence[int]) -> None:
+    def _repartition(self, needs: Sequence[int]) -> None:
         """Give every pool its part of the arena: what it needs at once, the rest by what there is beyond that. All adapters are at
         home then."""
-        self.forget()
-        self.traffic.cuts += 1
-        rows = cut_rows(self.room, [pool.row_size for pool in self.pools], [len(pool.specs) for pool in self.pools], needs)
+        self.invalidate()
+        self.traffic.repartitions += 1
+        rows = partition_rows(self.room, [pool.row_size for pool in self.pools], [len(pool.specs) for pool in self.pools], needs)
         start = 0
         for pool, count in zip(self.pools, rows, strict=True):
             end = start + count * pool.row_size
@@ -253,7 +255,7 @@ class Pager:
             start = end
 
 
-def cut_rows(room: int, sizes: Sequence[int], counts: Sequence[int], needs: Sequence[int]) -> list[int]:
+def partition_rows(room: int, sizes: Sequence[int], counts: Sequence[int], needs: Sequence[int]) -> list[int]:
     """Rows for every pool in an arena of `room` numbers. sizes: numbers of a row; counts: adapters; needs: rows at least."""
     left = room - sum(need * size for need, size in zip(needs, sizes, strict=True))
     beyond = sum((count - need) * size for count, need, size in zip(counts, needs, sizes, strict=True))
@@ -269,12 +271,12 @@ def cut_rows(room: int, sizes: Sequence[int], counts: Sequence[int], needs: Sequ
 @torch.no_grad()
 def _copy(out: Sequence[_Move], into: Sequence[_Move]) -> None:
     for move in out:
-        for name, home in move.pool.home.items():
+        for name, home in move.pool.host.items():
             home[move.member].copy_(move.pool.planes[name][move.slot], non_blocking=True)
     for move in into:
-        for name, home in move.pool.home.items():
+        for name, home in move.pool.host.items():
             move.pool.planes[name][move.slot].copy_(home[move.member], non_blocking=True)
 
 
 def _bytes(pool: Pool) -> int:
-    return sum(rows.element_size() for rows in pool.home.values()) * pool.row_size
+    return sum(rows.element_size() for rows in pool.host.values()) * pool.row_size

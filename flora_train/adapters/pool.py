@@ -54,7 +54,7 @@ class Pool:
         self.slot_of: dict[int, int] = {}
         self.changed: set[int] = set()
         """Members on the device whose numbers may differ from those at home."""
-        self.home: dict[str, Tensor] = {}
+        self.host: dict[str, Tensor] = {}
         self.layout: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
         self.row_size = 0
         for name, target in targets.items():
@@ -88,7 +88,7 @@ class Pool:
         """Plane -> [P], a view of one adapter's part of it, on the device or at home."""
         slot = self.slot_of.get(member)
         if slot is None:
-            return {name: rows[member] for name, rows in self.home.items()}
+            return {name: rows[member] for name, rows in self.host.items()}
         self.changed.add(member)  # who asks may write
         return {name: rows[slot] for name, rows in self.planes.items()}
 

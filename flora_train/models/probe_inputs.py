@@ -83,7 +83,7 @@ def probe_inputs(model: Any, rows: int, length: int, features: Tensor | None = N
 
 
 @contextmanager
-def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
+def preserved_state(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Run a model meanwhile in evaluation (or training) mode, without checkpointing of activations; afterwards its modes and all
     generators are as they were."""
     modes = {module: module.training for module in model.modules()}
@@ -103,7 +103,7 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def asking_for_gradients(model: Any, every: bool = False) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def gradients_enabled(model: Any, every: bool = False) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Gradients flow as they do for adapters meanwhile: the embeddings of tokens (`every` embedding: an encoder may have its own) ask
     for them. Yields (ids, embeddings) of every call."""
     caught: list[tuple[Tensor, Tensor]] = []

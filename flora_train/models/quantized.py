@@ -12,7 +12,7 @@ from torch import Tensor, nn
 Saved = Tensor | tuple[torch.Size, tuple[int, ...]]
 
 
-def is_quantised(layer: nn.Module) -> bool:
+def is_quantized(layer: nn.Module) -> bool:
     """Whether `layer` holds its weight as a quantiser that PEFT knows packed it: bitsandbytes' 4 and 8 bit, HQQ's layers (W_q),
     or torchao's tensors."""
     weight = type(getattr(layer, "weight", None))
@@ -20,8 +20,8 @@ def is_quantised(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def dequantised(layer: nn.Module, dtype: torch.dtype, keep: bool = False) -> Iterator[Tensor]:
-    """The weight [out, in] in `dtype`, for a forward inside. What autograd saves of it is dropped, and dequantised again in
+def dequantized(layer: nn.Module, dtype: torch.dtype, keep: bool = False) -> Iterator[Tensor]:
+    """The weight [out, in] in `dtype`, for a forward inside. What autograd saves of it is dropped, and dequantized again in
     the backward; unless `keep`, for a forward that is itself run again, right before its backward."""
     weight = _read(layer, dtype)
     place = weight.untyped_storage().data_ptr()

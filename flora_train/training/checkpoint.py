@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flora_train.adapters.host_memory import host_copy
+from flora_train.adapters.host_memory import copy_to_host
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.runtime.atomic import disk_errors, write_atomically
 from flora_train.runtime.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
@@ -47,7 +47,7 @@ class Checkpoints:
         keep: int,
         identity: Callable[[Collection[str]], Identity],
         rows: Mapping[str, Sequence[str]],
-        copy: Callable[[Tensor], Tensor] = host_copy,
+        copy: Callable[[Tensor], Tensor] = copy_to_host,
     ) -> None:
         self.folder, self.keep, self.identity, self.rows, self.copy = folder, keep, identity, rows, copy
         self._writer = ThreadPoolExecutor(1, "checkpoint")

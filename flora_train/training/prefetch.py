@@ -35,13 +35,13 @@ class AdapterPrefetcher:
             yield
             return
         self._look(number)
-        pager.hold(adapters, partial(self._next_use, number))
+        pager.make_resident(adapters, partial(self._next_use, number))
         if number + 1 < self.steps:
-            pager.bring_ahead(self._adapters(number + 1), partial(self._next_use, number + 1))
+            pager.prefetch(self._adapters(number + 1), partial(self._next_use, number + 1))
         try:
             yield
         finally:
-            pager.kept = frozenset()
+            pager.resident = frozenset()
 
     def _adapters(self, number: int) -> set[int]:
         return {self.bank.ids[name] for draw in self.mixture.step(number) for name in draw.adapters}

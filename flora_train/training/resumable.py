@@ -19,7 +19,7 @@ class Surroundings:
         self._step = cache(lambda name: verified_step(folder.best_adapters, name))
 
     def fault(self, position: Mapping[str, Any], newest: Mapping[str, Any]) -> Problem | None:
-        """Why a run that goes on from `position` would not end as if undisturbed. newest: the last whole checkpoint's position."""
+        """Why a run that goes on from `position` would not end as if preserved_state. newest: the last whole checkpoint's position."""
         if not self._metrics_are(position):
             return Problem(str(self.folder.metrics), None, "is damaged, cut short or missing")
         improved = {newest["names"][adapter]: step for adapter, step, _ in newest["kept"]}

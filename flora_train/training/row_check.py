@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.data.batch import IGNORE, MixedBatch, Row
-from flora_train.models.probe_inputs import asking_for_gradients, device_of, plain_tokens, probe_inputs, undisturbed
+from flora_train.models.probe_inputs import device_of, gradients_enabled, plain_tokens, preserved_state, probe_inputs
 from flora_train.models.speech_encoder import is_speech_model
 from flora_train.training.loss import RowLosses
 
@@ -49,7 +49,7 @@ def check_rows(model: Any, pad_token: int, features: Tensor | None = None) -> No
             "model", type(model).__name__, "has no output head that makes logits of its last states: it cannot be trained here"
         )
     try:
-        with undisturbed(model, training=True):
+        with preserved_state(model, training=True):
             _check(RowLosses(model), _rows(model, pad_token), features)
     except UserError:
         raise
@@ -115,7 +115,7 @@ def _loss(row_losses: RowLosses, batch: MixedBatch, rows: _Rows) -> tuple[float,
 
     Raises UserError where it has a gradient elsewhere: at its last token, which is only predicted, at padding, or in other rows.
     """
-    with asking_for_gradients(row_losses.model) as caught:
+    with gradients_enabled(row_losses.model) as caught:
         losses = row_losses(batch)
         losses[0].backward()
     own = []

@@ -175,7 +175,7 @@ class Trainer:
             logger.info("no checkpoint to go on from: beginning at step 1")
             return list(range(len(self.bank.specs)))
         share_from_main(tensors.values(), self.bank.device)
-        self.bank.forget_device()
+        self.bank.invalidate_device()
         unknown = [i for name, i in self.bank.ids.items() if name not in position["names"]]
         position = renumbered(position, self.bank.ids)
         self.state = TrainState(**{f.name: position[f.name] for f in fields(TrainState)})

@@ -36,7 +36,7 @@ class Site:
     base: Callable[[Tensor], Tensor]
     """The frozen layer as a function, [T, in] -> [T, out], bias included."""
     weight: Callable[[], AbstractContextManager[Tensor]]
-    """A context that provides its dense weight as [out, in] (a view, or dequantised)."""
+    """A context that provides its dense weight as [out, in] (a view, or dequantized)."""
     bias: Tensor | None
     """[out] or None."""
     dropout: Callable[[Tensor], Tensor]

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from flora_train.evaluation.generation.attention import decoding_attention
 from flora_train.evaluation.generation.kv_cache import RowCache
-from flora_train.models.probe_inputs import device_of, plain_tokens, undisturbed
+from flora_train.models.probe_inputs import device_of, plain_tokens, preserved_state
 
 BatchingMode = Literal["batched", "single_row", "uncached"]
 """together: in one batch, with our own cache of keys and values; alone: one row at a time, by the model's own `generate`, with the
@@ -38,7 +38,7 @@ def batching_mode(model: nn.Module) -> BatchingMode:
     """The fastest way in which the model gives the logits that it gives without any cache. Tried once on two prompts of a few tokens.
     Collective where the base is divided."""
     if model not in _KNOWN:
-        with undisturbed(model), torch.no_grad():
+        with preserved_state(model), torch.no_grad():
             _KNOWN[model] = _find(model)
     return _KNOWN[model]
 

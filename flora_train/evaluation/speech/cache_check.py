@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from flora_train.config.errors import first_line, user_error
-from flora_train.models.probe_inputs import plain_tokens, probe_inputs, undisturbed
+from flora_train.models.probe_inputs import plain_tokens, preserved_state, probe_inputs
 from flora_train.models.speech_encoder import as_outputs, encode
 
 ROWS, PROMPT, NEW = 2, 2, 2
@@ -27,7 +27,7 @@ def check_transcribing(model: Any, features: Tensor | None) -> None:
     name = type(model).__name__
     exact = next(model.parameters()).dtype not in (torch.bfloat16, torch.float16)
     try:
-        with undisturbed(model):
+        with preserved_state(model):
             hidden = encode(model, inputs[model.main_input_name])
             difference = _difference(model, hidden, plain_tokens(model, ROWS * (PROMPT + NEW)).view(ROWS, -1))
     except Exception as error:

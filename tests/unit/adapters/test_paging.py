@@ -13,7 +13,7 @@ import torch
 from flora_train.adapters import host_memory
 from flora_train.adapters import paging as paging_module
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.paging import Paging, cut_rows
+from flora_train.adapters.paging import Paging, partition_rows
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError
 from flora_train.evaluation.generation import Decoder, Generated, Request, Sampling
@@ -37,7 +37,7 @@ def test_methods_of_other_sizes_share_one_arena_without_gaps() -> None:
     assert pager.room == 3 * large
     before = {i: bank.row(i).clone() for i in range(24)}
     for wanted in (range(20), range(20, 23), (0, 1, 20, 23), range(20)):
-        pager.bring(wanted)
+        pager.load(wanted)
         for i in wanted:
             pool, member = bank.location[i]
             assert torch.equal(pool.values[pool.slot_of[member]], before[i])
@@ -94,19 +94,19 @@ def test_the_numbers_of_every_adapter_survive_any_order_of_moves() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         adapter = int(torch.randint(12, (), generator=generator))
-        pager.bring([adapter])
+        pager.load([adapter])
         for _, ids, rows in bank.by_pool([adapter]):
             assert ids == [adapter]
             pool, _ = bank.location[adapter]
             pool.values[rows] += 1.0
         expected[adapter] = expected[adapter] + 1.0
-        pager.bring_ahead([int(torch.randint(12, (), generator=generator))], lambda adapter: float(adapter))
+        pager.prefetch([int(torch.randint(12, (), generator=generator))], lambda adapter: float(adapter))
     for i in range(12):
         assert torch.equal(bank.row(i), expected[i])
-    pager.write_home()
+    pager.flush_to_host()
     for i in range(12):
         pool, member = bank.location[i]
-        assert torch.equal(pool.home["values"][member], expected[i])
+        assert torch.equal(pool.host["values"][member], expected[i])
 
 
 def test_a_step_does_not_wait_for_what_the_next_one_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,14 +114,14 @@ def test_a_step_does_not_wait_for_what_the_next_one_needs(monkeypatch: pytest.Mo
     bank = AdapterBank.attach(tiny_model(), twelve(), paging=Paging(3))
     pager, may_copy, copy = bank.pager, threading.Event(), paging_module._copy
     assert pager is not None
-    pager.hold([0, 1], lambda adapter: 0.0)
+    pager.make_resident([0, 1], lambda adapter: 0.0)
 
     def later(*moves: Any) -> None:
         assert may_copy.wait(20)
         copy(*moves)
 
     monkeypatch.setattr(paging_module, "_copy", later)
-    pager.bring_ahead([2], lambda adapter: 0.0)
+    pager.prefetch([2], lambda adapter: 0.0)
     bank.route([0, 1])
     bank.model(input_ids=torch.zeros(2, 5, dtype=torch.long)).logits.sum().backward()
     may_copy.set()
@@ -134,7 +134,7 @@ def test_an_arena_is_cut_into_what_is_needed_and_fair_parts(room: int) -> None:
     for needs in ([0, 0, 0], [0, 2, 1], [4, 3, 0]):
         if sum(n * s for n, s in zip(needs, sizes, strict=True)) > room:
             continue
-        rows = cut_rows(room, sizes, counts, needs)
+        rows = partition_rows(room, sizes, counts, needs)
         used = sum(n * s for n, s in zip(rows, sizes, strict=True))
         assert used <= room
         assert all(need <= row <= count for need, row, count in zip(needs, rows, counts, strict=True))

@@ -1,4 +1,4 @@
-"""Whatever file of an interrupted run is damaged: the resumed run ends as if undisturbed, or says so before its first step."""
+"""Whatever file of an interrupted run is damaged: the resumed run ends as if preserved_state, or says so before its first step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def trainer_in(folder: Path) -> Trainer:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def preserved_state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     trainer = trainer_in(tmp_path_factory.mktemp("damage") / "whole")
     trainer.train()
     return result(trainer)
@@ -43,7 +43,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def resumed(folder: Path, undisturbed: dict[str, Any]) -> str:
+def resumed(folder: Path, preserved_state: dict[str, Any]) -> str:
     """Go on; returns what a user was told before the first step, or "" after a whole run."""
     trainer = trainer_in(folder)
     try:
@@ -51,7 +51,7 @@ def resumed(folder: Path, undisturbed: dict[str, Any]) -> str:
     except UserError as error:
         return str(error)
     trainer.train()
-    assert_equal(result(trainer), dict(undisturbed))
+    assert_equal(result(trainer), dict(preserved_state))
     return ""
 
 
@@ -62,7 +62,7 @@ def files(folder: Path) -> list[Path]:
 @pytest.mark.attack
 @given(data=st.data())
 def test_resume_ends_as_undisturbed_or_refuses_at_once_whatever_is_damaged(
-    data: st.DataObject, stopped: Path, undisturbed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject, stopped: Path, preserved_state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("run") / "parts"
     shutil.copytree(stopped, folder)
@@ -79,7 +79,7 @@ def test_resume_ends_as_undisturbed_or_refuses_at_once_whatever_is_damaged(
     file.write_bytes(content)
     if how == "gone":
         file.unlink()
-    resumed(folder, undisturbed)
+    resumed(folder, preserved_state)
     shutil.rmtree(folder.parent)
 
 
@@ -96,41 +96,41 @@ def flip(path: Path, word: bytes) -> None:
 @pytest.mark.parametrize("word", [b'"facts"', b'"facts_sha256"', b'"sha256"', b"__metadata__", b"data_offsets", b'"F32"'])
 @pytest.mark.usefixtures("log_to_stderr")
 def test_checkpoint_with_a_damaged_word_in_its_header_is_passed_over(
-    stopped: Path, undisturbed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], word: bytes
+    stopped: Path, preserved_state: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], word: bytes
 ) -> None:
     folder = copy_of(stopped, tmp_path)
     content = (last := folder / "checkpoints" / "step-00000006.safetensors").read_bytes()
     last.write_bytes(content.replace(word, word[:2] + bytes([word[2] ^ 1]) + word[3:], 1))
-    assert resumed(folder, undisturbed) == ""
+    assert resumed(folder, preserved_state) == ""
     assert "going on after step 3" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("log_to_stderr")
 def test_damaged_metrics_after_the_checkpoint_before_send_the_run_back_to_it(
-    stopped: Path, undisturbed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stopped: Path, preserved_state: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copy_of(stopped, tmp_path)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     late = next(i for i, line in enumerate(lines) if json.loads(line)["step"] == 5)
     lines[late] = lines[late].replace("5", "4", 1)
     (folder / "metrics.jsonl").write_text("".join(lines))
-    assert resumed(folder, undisturbed) == ""
+    assert resumed(folder, preserved_state) == ""
     assert "going on after step 3" in capsys.readouterr().err
 
 
 def test_damaged_metrics_that_every_checkpoint_needs_are_refused_before_training(
-    stopped: Path, undisturbed: dict[str, Any], tmp_path: Path
+    stopped: Path, preserved_state: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = copy_of(stopped, tmp_path)
     flip(folder / "metrics.jsonl", b'"step"')
     before = {path: path.read_bytes() for path in files(folder)}
-    told = resumed(folder, undisturbed)
+    told = resumed(folder, preserved_state)
     assert "metrics.jsonl: is damaged, cut short or missing, and no checkpoint can do without it: put it back from a copy" in told
     assert {path: path.read_bytes() for path in files(folder)} == before
 
 
 def test_a_damaged_kept_adapter_is_computed_again_or_refused_before_training(
-    stopped: Path, undisturbed: dict[str, Any], tmp_path: Path
+    stopped: Path, preserved_state: dict[str, Any], tmp_path: Path
 ) -> None:
     for name in ("a-lora", "b-ia3"):
         folder = copy_of(stopped, tmp_path / name)
@@ -140,5 +140,5 @@ def test_a_damaged_kept_adapter_is_computed_again_or_refused_before_training(
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         assert verified_step(folder / "checkpoints" / "best", name) is None
-        told = resumed(folder, undisturbed)
+        told = resumed(folder, preserved_state)
         assert told == "" or (f"{path}: is damaged or missing" in told and "put it back from a copy" in told), step
