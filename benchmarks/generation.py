@@ -62,8 +62,8 @@ def perturbed_bank(method: str) -> tuple[Any, AdapterBank]:
 def decoded(model: Any, bank: AdapterBank, tokenizer: Any, batches: list[list[int]], tokens: int) -> list[str]:
     """The texts of all adapters' prompts, decoded in these batches."""
     texts = [""] * len(PROMPTS)
-    decoder = Decoder(model, tokenizer, bank.routed, Sampling(0.0, 1.0, 0), tokens)
-    decoder._ends = set()  # every way computes the same number of tokens
+    decoder = Decoder(model, tokenizer, bank.routed, sampling=Sampling(0.0, 1.0, 0), max_new_tokens=tokens)
+    decoder._end_tokens = set()  # every way computes the same number of tokens
     for batch in batches:
 
         def keep(generated: Generated, batch: list[int] = batch) -> None:

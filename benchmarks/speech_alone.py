@@ -80,10 +80,10 @@ def transcribe(session: RunContext, adapter: int, run: PeftRun) -> list[str]:
         model,
         speech_processor.tokenizer,
         lambda rows: nullcontext(),
-        speech_processor.store,
-        options.max_new_tokens,
-        options.beams,
-        options.batch_rows,
+        store=speech_processor.store,
+        max_new_tokens=options.max_new_tokens,
+        beams=options.beams,
+        max_rows=options.batch_rows,
     )
     writer.run(requests, keep)
     return texts

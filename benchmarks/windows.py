@@ -61,7 +61,12 @@ def transcribe(step: float | None, clips: int) -> tuple[dict[str, tuple[list[str
 
     options = config.evaluation
     writer = Transcriber(
-        model, tokenizer, lambda rows: nullcontext(), speech_processor.store, options.max_new_tokens, 1, options.batch_rows
+        model,
+        tokenizer,
+        lambda rows: nullcontext(),
+        store=speech_processor.store,
+        max_new_tokens=options.max_new_tokens,
+        max_rows=options.batch_rows,
     )
     started = time.perf_counter()
     writer.run(requests, keep)

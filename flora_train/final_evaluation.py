@@ -44,7 +44,14 @@ def judge(session: RunContext, kept: Mapping[int, BestCheckpoint], plan: Plan | 
     if plan is not None:
         evaluate_code(config, plan, session.model, bank, session.tokenizer, folder.evaluation)
     if session.speech_processor is not None:
-        evaluate_speech(config, session.tasks, session.model, bank, session.speech_processor, folder.evaluation)
+        evaluate_speech(
+            config,
+            session.tasks,
+            session.model,
+            bank=bank,
+            speech_processor=session.speech_processor,
+            folder=folder.evaluation,
+        )
         session.close()
     seconds = {"evaluate at the end": judged - started}
     if plan is not None:
@@ -112,7 +119,15 @@ def write_completions(session: RunContext) -> list[dict[str, Any]]:
             requests += [(prompt, BASE_ID), *((prompt, session.bank.ids[spec.name]) for spec in adapters)]
     if not requests:
         return []
-    texts = iter(complete(session.model, session.bank, session.tokenizer, requests, session.config.evaluation.max_new_tokens))
+    texts = iter(
+        complete(
+            session.model,
+            session.bank,
+            session.tokenizer,
+            requests,
+            max_new_tokens=session.config.evaluation.max_new_tokens,
+        )
+    )
     return [
         {"task": entry["task"], "prompt": entry["prompt"], "completions": {family: next(texts) for family in entry["families"]}}
         for entry in entries

@@ -160,8 +160,14 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
     prompts = prompts_of(config, load_suites(config)[0] if config.evaluation.problems else ())
     model = empty_model(config.model)
     if prompts and not is_speech_model(model.config):
-        options = (count_tokens(model), config.model, model.config, config.evaluation.max_new_tokens)
-        check_prompts(tokenizer, prompts, *options)
+        check_prompts(
+            tokenizer,
+            prompts,
+            vocabulary=count_tokens(model),
+            model=config.model,
+            model_config=model.config,
+            max_new_tokens=config.evaluation.max_new_tokens,
+        )
 
 
 def _there(place: Path) -> Path:

@@ -184,7 +184,13 @@ def check_texts(session: RunContext, plan: Plan | None) -> None:
         check_transcribing(session.model, noise_features(session.speech_processor.store.extractor))
     if not prompts or session.speech_processor is not None:
         return
-    rows, model_config = count_tokens(session.model), session.model.config
-    check_prompts(session.tokenizer, prompts, rows, config.model, model_config, config.evaluation.max_new_tokens)
+    check_prompts(
+        session.tokenizer,
+        prompts,
+        vocabulary=count_tokens(session.model),
+        model=config.model,
+        model_config=session.model.config,
+        max_new_tokens=config.evaluation.max_new_tokens,
+    )
     if (note := batching_note(session.model)) is not None:
         logger.warning(note)

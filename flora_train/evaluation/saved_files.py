@@ -1,4 +1,4 @@
-"""Checks, before anything long begins, that all results of an earlier evaluation in a run folder can be read."""
+"""Checks that the results of an earlier evaluation in a run folder can be read, before a new one starts."""
 
 from __future__ import annotations
 
@@ -20,41 +20,58 @@ from flora_train.evaluation.speech.summary import read_summary as read_error_rat
 from flora_train.runtime.run_folder import RunFolder
 
 
-def check_places(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -> None:
-    """Raises UserError if something else is there than a folder, or a file, or nothing."""
+def check_paths(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -> None:
+    """Raises UserError if one of the folders exists as something else, or one of the files."""
     wrong = [(path, "folder") for path in folders if path.exists() and not path.is_dir()]
     wrong += [(path, "file") for path in files if path.exists() and not path.is_file()]
-    for path, kind in wrong:
-        raise user_error(str(path), None, f"is in the way of a {kind} of this name, which will be written: move it away")
+    for path, expected in wrong:
+        hint = f"is in the way of a {expected} of this name, which will be written: move it away"
+        raise user_error(str(path), None, hint)
 
 
-def check_evaluation(folder: Path, suites: Mapping[str, Mapping[str, Language]], config: RunConfig) -> None:
-    """folder: where the evaluation of a run is written; suites: name -> its languages that run here. Raises UserError for the first file
-    that is damaged, for a place that cannot be written because something else is there, and for completions or transcripts that were made
-    with other settings."""
-    sandbox = config.evaluation.sandbox
-    check_places(folders=[folder, *(folder / suite for suite in suites)], files=[folder / "report.json", folder / "report.html"])
+def check_evaluation(
+    folder: Path, suites: Mapping[str, Mapping[str, Language]], config: RunConfig, restart: bool = False
+) -> None:
+    """Raises UserError for damaged files, other files in their place, and results made with other settings.
+
+    folder: where the evaluation is written. suites: suite -> its languages that can be executed.
+    restart: results made with other settings are no error, as they will be deleted.
+    """
+    report_files = [folder / "report.json", folder / "report.html"]
+    check_paths(folders=[folder, *(folder / suite for suite in suites)], files=report_files)
     for suite, languages in suites.items():
         log = CompletionLog(folder / suite)
+        settings = {"problems": suite, **code_settings(config)}
+        if restart and log.has_other_settings(settings, partial=True):
+            continue
         log.read()
         if languages:
-            log.check({"problems": suite, **code_settings(config)})
+            log.check(settings)
         read_summary(log.path)
-        try:
-            read_verdicts(log.verdicts, sandbox, languages)
-        except UserError:
-            raise
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            hint = "delete it, and the programs are executed again"
-            raise user_error(str(log.verdicts), None, f"is damaged ({first_line(error)}): {hint}") from error
+        _check_verdicts(log.verdicts, config, languages)
     transcripts = transcript_log(folder)
-    transcripts.read()
-    transcripts.check(speech_settings(config))
+    if not (restart and transcripts.has_other_settings(speech_settings(config), partial=True)):
+        transcripts.read()
+        transcripts.check(speech_settings(config))
     read_error_rates(folder)
 
 
-def check_saved(folder: RunFolder, config: RunConfig, plan: Plan | None) -> None:
-    """Raises UserError if something that the run's evaluation will read is damaged, or in the way of what it will write."""
-    suites = {suite.name: plan.languages for suite in plan.suites} if plan else {}
-    check_evaluation(folder.evaluation, suites, config)
-    check_places(folders=[folder.adapters, *(folder.adapters / spec.name for spec in expand(config))])
+def check_saved(folder: RunFolder, config: RunConfig, plan: Plan | None, restart: bool = False) -> None:
+    """Raises UserError if files that the run's evaluation reads are damaged, or something is in the way of
+    its results.
+    """
+    suites = {}
+    if plan is not None:
+        suites = {suite.name: plan.languages for suite in plan.suites}
+    check_evaluation(folder.evaluation, suites, config, restart)
+    check_paths(folders=[folder.adapters, *(folder.adapters / spec.name for spec in expand(config))])
+
+
+def _check_verdicts(file: Path, config: RunConfig, languages: Mapping[str, Language]) -> None:
+    try:
+        read_verdicts(file, config.evaluation.sandbox, languages)
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        hint = f"is damaged ({first_line(error)}): delete it, and the programs are executed again"
+        raise user_error(str(file), None, hint) from error

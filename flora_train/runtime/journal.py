@@ -37,9 +37,14 @@ class Journal(Generic[Entry]):
         self.path, self.kind, self.word, self.another = path, kind, word, another
         self.settings = path / "settings.json"
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder that of entries made with these settings. Raises UserError, naming every setting that differs, if it
-        holds those of others: they would be mixed."""
+    def claim(self, settings: Mapping[str, Any], restart: bool = False) -> None:
+        """Reserve the folder for entries made with these settings.
+
+        restart: delete entries made with other settings. Without it they raise UserError, which names every setting
+        that differs, as they would be mixed.
+        """
+        if restart and self.has_other_settings(settings):
+            self.forget()
         if self.settings.exists() and any(_whole(file) for file in self._files()):
             there = read_object(self.settings, self.another)
             self._compare(there, settings, {**there, **settings})
@@ -55,6 +60,14 @@ class Journal(Generic[Entry]):
         """As far as these settings go, before the others are known. Changes nothing. Raises UserError as `claim` does."""
         if self.settings.exists() and any(_whole(file) for file in self._files()):
             self._compare(read_object(self.settings, self.another), settings, settings)
+
+    def has_other_settings(self, settings: Mapping[str, Any], partial: bool = False) -> bool:
+        """Whether the folder has entries that were made with other settings. partial: compare only these keys."""
+        if not self.settings.exists() or not any(_whole(file) for file in self._files()):
+            return False
+        recorded = read_object(self.settings, self.another)
+        keys = settings.keys() if partial else settings.keys() | recorded.keys()
+        return any(recorded.get(key) != settings.get(key) for key in keys)
 
     def _compare(self, there: Mapping[str, Any], settings: Mapping[str, Any], keys: Iterable[str]) -> None:
         if differing := [key for key in keys if there.get(key) != settings.get(key)]:

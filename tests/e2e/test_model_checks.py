@@ -158,16 +158,24 @@ def test_a_prompt_without_room_is_one_error(command: str, tmp_path: Path, capfd:
     assert main([command, *words, "evaluation.max_new_tokens=15"]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert said == [
-        "error: evaluation.max_new_tokens = 15: with a prompt of 10 tokens is more than the 24 that the model can read: at most 14"
+        "error: evaluation.max_new_tokens = 15: with a prompt of 10 tokens is more than the 24 that the model can read: "
+        "give at most 14"
     ]
 
 
 def test_a_prompt_without_a_token_or_with_an_unknown_one_is_refused(tmp_path: Path) -> None:
     model, tokenizer = gpt2(), byte_tokenizer()
     config = load_config(recipe(tmp_path, save(tmp_path / "model", model), SHORT)).model
-    for text, rows, words in (("", 500, "is no token"), ("é", 110, r"holds the token .* with the id \d+, and the model")):
+    for text, rows, words in (("", 500, "has no tokens"), ("é", 110, r"has the token .* with the id \d+, but the model")):
         with pytest.raises(UserError, match=rf"^tasks\.one\.sample_prompts.*: {words}"):
-            check_prompts(tokenizer, {"tasks.one.sample_prompts": ([text], True)}, rows, config, model.config, 4)
+            check_prompts(
+                tokenizer,
+                {"tasks.one.sample_prompts": ([text], True)},
+                vocabulary=rows,
+                model=config,
+                model_config=model.config,
+                max_new_tokens=4,
+            )
 
 
 def test_transcripts_longer_than_the_decoders_positions_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where do a run's completions stand? In a log that only grows, which `flora-train execute` reads, too."""
+"""CompletionLog: the journal of a suite's completions, which `flora-train execute` also reads."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from flora_train.runtime.journal import Journal
 
 Key = tuple[str, str, str, int]
+"""(adapter, language, name, sample)"""
 
 
 @dataclass(frozen=True)
 class LoggedCompletion:
-    """One sample as it was generated. prompt_sha: of the whole problem; adapter_sha: of the adapter's numbers ("" the base);
-    ended: stop, end or length; tokens: that were computed."""
+    """One sample as it was generated."""
 
     adapter: str
     language: str
@@ -21,9 +21,13 @@ class LoggedCompletion:
     sample: int
     completion: str
     ended: str
+    """stop, end or length."""
     tokens: int
+    """Number of tokens generated."""
     prompt_sha: str
+    """SHA-256 of the whole problem."""
     adapter_sha: str
+    """SHA-256 of the adapter's weights; empty for the base model."""
 
     @property
     def key(self) -> Key:
@@ -31,9 +35,16 @@ class LoggedCompletion:
 
 
 class CompletionLog(Journal[LoggedCompletion]):
-    """The folder `path` of a suite: completions, how they were made, and the verdicts on them."""
+    """The folder of a suite: completions, the settings that they were made with, and the verdicts on them."""
 
     def __init__(self, path: Path) -> None:
-        another = "choose another folder (flora-train solve RUN out=FOLDER), or move this one away"
-        super().__init__(path, LoggedCompletion, "completion", another)
+        remedy = "choose another folder (flora-train solve RUN --out FOLDER), or move this one away"
+        super().__init__(path, LoggedCompletion, "completion", remedy)
         self.verdicts = path / "verdicts.jsonl"
+        self.scores = path / "scores.json"
+
+    def forget(self) -> None:
+        """Delete the completions with the verdicts and scores that were made from them."""
+        for file in (self.verdicts, self.scores):
+            file.unlink(missing_ok=True)
+        super().forget()

@@ -160,8 +160,15 @@ def evaluate_code(
     asked = [
         problem.prompt.rstrip() for suite in plan.suites for key in languages for problem in suite.asked.get(key, {}).values()
     ]
-    limits = (count_tokens(model), config.model, model.config, options.max_new_tokens)
-    check_prompts(tokenizer, {"evaluation.problems": (asked, False)}, *limits)  # of all suites, before the first is written
+    # the prompts of all suites, before the first completion is generated
+    check_prompts(
+        tokenizer,
+        {"evaluation.problems": (asked, False)},
+        vocabulary=count_tokens(model),
+        model=config.model,
+        model_config=model.config,
+        max_new_tokens=options.max_new_tokens,
+    )
     logs = {suite.name: CompletionLog(folder / suite.name) for suite in plan.suites}
     settings = {
         **settings_of(config),
@@ -173,7 +180,15 @@ def evaluate_code(
         on_main_process(partial(read_verdicts, log.verdicts, options.sandbox, plan.languages))
 
     def write(model: nn.Module, route: Route, writers: Sequence[Contender]) -> None:
-        decoder = Decoder(model, tokenizer, route, sampling, options.max_new_tokens, options.batch_rows, bank.blocks)
+        decoder = Decoder(
+            model,
+            tokenizer,
+            route,
+            sampling=sampling,
+            max_new_tokens=options.max_new_tokens,
+            max_rows=options.batch_rows,
+            blocks=bank.blocks,
+        )
         for suite in plan.suites:
             log = logs[suite.name]
             known = log.read()

@@ -1,6 +1,7 @@
-"""How does one new token of every row attend to what its row holds? On a CPU, with two small matmuls a head of keys.
+"""Attention of one new token per row on a CPU, as two small matmuls for each head of keys.
 
-torch's own attention on CPUs works on blocks of queries: with one query a row it spends most of a decoding step there.
+PyTorch's CPU attention processes queries in blocks, and would take most of a decoding step with one query per
+row.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ def one_query_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query: [B, heads, 1, d]; key, value: [B, key heads, L, d], each for several heads; attention_mask: bool [B, 1, 1, L] or
-    None. Returns [B, 1, heads, d]. Softmax in float32. More than one query a row goes to torch's own attention."""
+    """Attention in the interface of transformers' AttentionInterface; the softmax is computed in float32.
+
+    query: [B, heads, 1, d]. key, value: [B, key heads, L, d], each shared by several heads. attention_mask:
+    bool [B, 1, 1, L] or None. Returns [B, 1, heads, d]. More than one query per row is left to PyTorch's
+    attention.
+    """
     rows, heads, queries, width = query.shape
     if queries > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     groups = key.shape[1]
     scores = torch.matmul(query.view(rows, groups, heads // groups, width), key.transpose(2, 3)).float()
-    scores.mul_(width**-0.5 if scaling is None else scaling)
+    if scaling is None:
+        scaling = width**-0.5
+    scores.mul_(scaling)
     if attention_mask is not None:
         scores.masked_fill_(~attention_mask, float("-inf"))
     out = torch.matmul(scores.softmax(-1).to(value.dtype), value)
@@ -48,18 +55,19 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def decoding_attention(model: Any) -> Iterator[None]:
-    """A model on the CPU that runs torch's attention runs ours meanwhile; others stay as they are."""
+    """Use `one_query_attention` in a model on the CPU that uses PyTorch's attention."""
     on_cpu = next(model.parameters()).device.type == "cpu"
-    ours = on_cpu and getattr(model.config, "_attn_implementation", None) == "sdpa" and _lets_choose(model)
-    if ours:
+    replaceable = getattr(model.config, "_attn_implementation", None) == "sdpa" and _is_configurable(model)
+    replaced = on_cpu and replaceable
+    if replaced:
         model.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        if ours:
+        if replaced:
             model.set_attn_implementation("sdpa")
 
 
-def _lets_choose(model: Any) -> bool:
-    """Whether the architecture takes its attention from transformers' table at all (Falcon and BLOOM do not)."""
+def _is_configurable(model: Any) -> bool:
+    """Whether the architecture uses transformers' AttentionInterface (Falcon and BLOOM do not)."""
     return bool(getattr(model, "_can_set_attn_implementation", lambda: False)())

@@ -1,1 +1,1 @@
-"""How many words does a speech model get wrong? Transcription with mixed adapters, normalisers, error rates, comparison."""
+"""Evaluation of speech tasks: transcripts, error rates and their summary."""

@@ -1,4 +1,4 @@
-"""How far is a transcript from what was said? Substitutions, deletions and insertions, counted by jiwer and summed over a corpus."""
+"""Word and character errors of transcripts, counted by jiwer and summed over a corpus."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Errors:
-    """Per utterance, int64 [n]: S, D and I of the best alignment, and N, the units of the reference."""
+    """Errors per utterance in the best alignment, int64 [n] each."""
 
     substitutions: NDArray[np.int64]
     deletions: NDArray[np.int64]
     insertions: NDArray[np.int64]
     units: NDArray[np.int64]
+    """Words or characters of the reference."""
 
     @property
     def total(self) -> NDArray[np.int64]:
@@ -26,9 +27,14 @@ class Errors:
 
     @property
     def rate(self) -> float:
-        """(S + D + I) / N over the whole corpus, not a mean of rates: NaN where nothing was said at all. It may exceed 1."""
+        """(S + D + I) / N over the whole corpus, not a mean of rates.
+
+        It may exceed 1, and is NaN without any units.
+        """
         units = int(self.units.sum())
-        return float(self.total.sum() / units) if units else float("nan")
+        if not units:
+            return float("nan")
+        return float(self.total.sum() / units)
 
     def record(self) -> dict[str, int]:
         """The sums, as they are written down."""
@@ -37,12 +43,12 @@ class Errors:
 
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Errors:
-    """By word: what stands between spaces."""
+    """Errors by word; words are separated by spaces."""
     return _errors(references, hypotheses, str.split)
 
 
 def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Errors:
-    """By character (code point), spaces included."""
+    """Errors by character (code point), including spaces."""
     return _errors(references, hypotheses, list)
 
 
@@ -64,20 +70,27 @@ def aligned(reference: str, hypothesis: str) -> list[dict[str, str]]:
     ]
 
 
-def _errors(references: Sequence[str], hypotheses: Sequence[str], split: Callable[[str], list[str]]) -> Errors:
-    counts = np.array([_counts(split(r), split(h)) for r, h in zip(references, hypotheses, strict=True)], dtype=np.int64)
-    counts = counts.reshape(-1, 4)
-    return Errors(*(counts[:, i] for i in range(4)))
+def _errors(
+    references: Sequence[str], hypotheses: Sequence[str], split: Callable[[str], list[str]]
+) -> Errors:
+    pairs = zip(references, hypotheses, strict=True)
+    counts = np.array(
+        [_counts(split(reference), split(hypothesis)) for reference, hypothesis in pairs], dtype=np.int64
+    )
+    return Errors(*counts.reshape(-1, 4).T)
 
 
 def _counts(reference: list[str], hypothesis: list[str]) -> tuple[int, int, int, int]:
     """S, D, I and N of one utterance."""
     import jiwer
 
-    if not reference or not hypothesis:  # nothing said, or nothing heard
+    if not reference or not hypothesis:  # jiwer refuses empty texts
         return 0, len(reference), len(hypothesis), len(reference)
-    names: dict[str, str] = {}  # units as single letters, so that any unit, a space too, is one
+    letters: dict[
+        str, str
+    ] = {}  # one letter for each distinct unit, as jiwer would split or strip some units
     for unit in (*reference, *hypothesis):
-        names.setdefault(unit, chr(0x4E00 + len(names)))
-    found: Any = jiwer.process_characters("".join(names[u] for u in reference), "".join(names[u] for u in hypothesis))
-    return found.substitutions, found.deletions, found.insertions, len(reference)
+        letters.setdefault(unit, chr(0x4E00 + len(letters)))
+    encoded = ["".join(letters[unit] for unit in units) for units in (reference, hypothesis)]
+    alignment: Any = jiwer.process_characters(*encoded)
+    return alignment.substitutions, alignment.deletions, alignment.insertions, len(reference)

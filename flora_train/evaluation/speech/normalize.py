@@ -1,7 +1,7 @@
-"""What in a transcript counts? One normaliser per family of languages; all keep the marks that vowels are written with.
+"""Normalisers of transcripts, one for each family of languages.
 
-Whisper's BasicTextNormalizer takes every mark away, also Hindi's and Thai's vowel signs, which makes other words of them; here
-marks stay. VERSION changes with every change of what a normaliser does, and stands beside every error rate.
+All of them keep marks. Whisper's BasicTextNormalizer removes them, including the vowel signs of Hindi and
+Thai, and thereby changes words.
 """
 
 from __future__ import annotations
@@ -13,26 +13,36 @@ from collections.abc import Callable
 from flora_train.config.speech_schema import SpeechConfig
 
 VERSION = 1
+"""Increased with every change of a normaliser's rules; stated beside every error rate."""
 ARABIC = ("ar", "fa", "ur", "ps", "ckb", "ug", "sd", "ku")
 UNSPACED = ("zh", "ja", "th", "lo", "my", "km", "yue", "bo")
 """Languages written without spaces between words."""
-TURKIC, LITHUANIAN = ("tr", "tur", "az", "aze", "crh", "gag"), ("lt", "lit")
-"""Languages with small letters of their own: of I and İ; i and j that keep their dot below an accent. All others are folded alike, the
-Greek final sigma and the German sharp s among them."""
+TURKIC = ("tr", "tur", "az", "aze", "crh", "gag")
+"""Languages with their own lower case of I and İ."""
+LITHUANIAN = ("lt", "lit")
+"""The language in which i and j keep their dot below an accent.
+
+All other languages share one case folding, which includes the Greek final sigma and the German sharp s.
+"""
 DOTS = str.maketrans({"I": "ı", "İ": "i"})
 KEPT_DOT = re.compile("(?<=[iIjJ])(̨?)̇")
 APOSTROPHES = str.maketrans(dict.fromkeys("‘’ʼ＇`´", "'"))
 SHORT_VOWELS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")
-"""Arabic signs that are written or left out at will (harakat, superscript alef, Quranic marks), and tatweel."""
+"""Optional Arabic signs (harakat, superscript alef, Quranic marks), and tatweel."""
 
 
 def letters(text: str) -> str:
-    """Case, punctuation, symbols and the width of letters do not count; letters, digits and all marks do. An apostrophe inside a
-    word stays (l'eau, don't), whichever sign it is written with."""
+    """Keep letters, digits and marks; ignore case, punctuation, symbols and the width of letters.
+
+    An apostrophe inside a word is kept (l'eau, don't), whichever character it is written with.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
     folded = unicodedata.normalize("NFC", folded).translate(APOSTROPHES)
-    kept = "".join(c if _counts(folded, i) else " " for i, c in enumerate(folded))
-    return " ".join(kept.split())
+    characters = list(folded)
+    for i in range(len(folded)):
+        if not _counts(folded, i):
+            characters[i] = " "
+    return " ".join("".join(characters).split())
 
 
 def arabic(text: str) -> str:
@@ -49,7 +59,7 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {"letters": letters, "arabic": ar
 
 
 def normalizer_of(name: str, language: str = "") -> Callable[[str], str]:
-    """The normaliser of that name, by the language's own rules of case."""
+    """The normaliser of that name, with the language's own rules of case."""
     normalize, code = NORMALIZERS[name], _code(language)
     if code in TURKIC:
         return lambda text: normalize(unicodedata.normalize("NFKC", text).translate(DOTS))
@@ -59,9 +69,11 @@ def normalizer_of(name: str, language: str = "") -> Callable[[str], str]:
 
 
 def label(name: str, language: str = "") -> str:
-    """What stands beside an error rate: the normaliser, the version of its rules, and the language where it has rules of its own."""
+    """The label of a normaliser in results: name, version, and the language if it has its own rules."""
     code = _code(language)
-    return f"{name}-{VERSION}" + (f"-{code}" if code in (*TURKIC, *LITHUANIAN) else "")
+    if code in (*TURKIC, *LITHUANIAN):
+        return f"{name}-{VERSION}-{code}"
+    return f"{name}-{VERSION}"
 
 
 def _code(language: str) -> str:
@@ -69,22 +81,24 @@ def _code(language: str) -> str:
 
 
 def normalizer_name(speech: SpeechConfig) -> str:
-    """The normaliser of a task, by name: what it asks for, or its language's."""
+    """The name of a task's normaliser: the configured one, or that of its language."""
     if speech.normalizer != "auto":
         return speech.normalizer
     language = _code(speech.language)
-    return "arabic" if language in ARABIC else "unspaced" if language in UNSPACED else "letters"
+    if language in ARABIC:
+        return "arabic"
+    return "unspaced" if language in UNSPACED else "letters"
 
 
 def primary_metric(speech: SpeechConfig) -> str:
-    """wer or cer: the rate that comes first."""
+    """wer or cer: the rate that is reported first."""
     if speech.metric != "auto":
         return speech.metric
     return "cer" if normalizer_name(speech) == "unspaced" else "wer"
 
 
 def _counts(text: str, i: int) -> bool:
-    """Whether a character stays: letter, digit, mark, joiner between them, or an apostrophe between letters."""
+    """Whether a character is kept: a letter, digit, mark, joiner, or an apostrophe between letters."""
     category = unicodedata.category(text[i])[0]
     if category in "LNM" or text[i] in "\u200c\u200d":
         return True

@@ -68,7 +68,9 @@ def test_texts_and_exports_are_those_of_adapters_that_never_move() -> None:
         def keep(generated: Generated, found: list[str] = found) -> None:
             found[generated.request] = generated.text
 
-        Decoder(bank.model, tokenizer, bank.routed, Sampling(0.0, 1.0, 0), 8, blocks=bank.blocks).run(requests, keep)
+        greedy = Sampling(0.0, 1.0, 0)
+        options = {"sampling": greedy, "max_new_tokens": 8, "blocks": bank.blocks}
+        Decoder(bank.model, tokenizer, bank.routed, **options).run(requests, keep)
         texts.append(found)
         exports.append([peft_tensors(bank, s.name) for s in bank.specs])
     assert len(bank.blocks(range(-1, 12))) > 3

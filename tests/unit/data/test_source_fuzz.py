@@ -119,7 +119,7 @@ def test_rows_of_clips_of_any_values_are_lines_or_one_error(place: Path, rows: l
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = TaskConfig(train=str(path), speech={"language": "cs"})
     try:
-        lines = _lines(read_rows(task.train, "tasks.t.train"), task.train, task, "tasks.t.train", place / "cache")
+        lines = _lines(read_rows(task.train, "tasks.t.train"), task.train, task, key="tasks.t.train", cache=place / "cache")
     except UserError:
         return
     for line in lines:

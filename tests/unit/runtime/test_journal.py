@@ -88,6 +88,25 @@ def test_forgetting_a_log_keeps_what_is_not_its_own(tmp_path: Path) -> None:
     assert [path.name for path in log.path.iterdir()] == ["completions-old.jsonl"]
 
 
+def test_claim_with_restart_deletes_entries_of_other_settings_only(tmp_path: Path) -> None:
+    log = log_in(tmp_path)
+    log.verdicts.write_text("verdict\n")
+    log.scores.write_text("{}")
+    log.claim(SETTINGS, restart=True)
+    assert len(log.read()) == 3
+    assert log.verdicts.exists()
+    with pytest.raises(UserError, match="seed = 1: its completions were made with 0"):
+        log.claim({**SETTINGS, "seed": 1})
+    assert len(log.read()) == 3
+    log.claim({**SETTINGS, "seed": 1}, restart=True)
+    assert log.read() == {}
+    assert not log.verdicts.exists()
+    assert not log.scores.exists()
+    log.writer(0).append(entry(0))
+    with pytest.raises(UserError, match="seed = 0"):
+        log.claim(SETTINGS)
+
+
 @pytest.mark.parametrize("text", ["", "3", "{}", '{"languages": 3}', '{"languages": [{}]}', "[" * 100_000])
 def test_damaged_scores_are_found_before_an_evaluation(tmp_path: Path, text: str) -> None:
     log = log_in(tmp_path)

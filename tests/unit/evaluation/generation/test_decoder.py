@@ -29,7 +29,7 @@ def decode(
     bank: AdapterBank, requests: list[Request], sampling: Sampling, tokens: int = 12, rows: int = 32
 ) -> dict[Any, Generated]:
     found: dict[Any, Generated] = {}
-    decoder = Decoder(bank.model, byte_tokenizer(), bank.routed, sampling, tokens, rows)
+    decoder = Decoder(bank.model, byte_tokenizer(), bank.routed, sampling=sampling, max_new_tokens=tokens, max_rows=rows)
 
     def report(generated: Generated) -> None:
         key = generated.request, generated.sample
@@ -114,7 +114,7 @@ def test_a_peft_model_is_decoded_as_peft_generates(tmp_path: Path) -> None:
     folder = export_peft(bank, bank.specs[1].name, tmp_path / "lora", base=BaseModel("base"))
     theirs = PeftModel.from_pretrained(model_for("gpt2", tokenizer), folder).eval()
     found: dict[int, str] = {}
-    decoder = Decoder(theirs, tokenizer, lambda adapters: nullcontext(), GREEDY, 12, 2)
+    decoder = Decoder(theirs, tokenizer, lambda adapters: nullcontext(), sampling=GREEDY, max_new_tokens=12, max_rows=2)
     decoder.run([Request(-1, prompt, ("",)) for prompt in PROMPTS], lambda g: found.update({g.request: g.text}))
     for i, prompt in enumerate(PROMPTS):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
@@ -146,7 +146,8 @@ def test_every_row_ends_at_its_own_stop_string_and_computes_no_more() -> None:
 def test_a_model_without_a_bank_is_decoded_as_it_is() -> None:
     bank, found = bank_for(), []
     plain = model_for("llama", byte_tokenizer())
-    Decoder(plain, byte_tokenizer(), lambda adapters: nullcontext(), GREEDY, 9).run([Request(-1, "return", ("",))], found.append)
+    decoder = Decoder(plain, byte_tokenizer(), lambda adapters: nullcontext(), sampling=GREEDY, max_new_tokens=9)
+    decoder.run([Request(-1, "return", ("",))], found.append)
     assert found[0].text == decode(bank, [Request(-1, "return", ("",))], GREEDY, tokens=9)[0, 0].text
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flora_train.evaluation.generation.sampling import FIRST, Sampling, uniform
+from flora_train.evaluation.generation.sampling import TOP_TOKENS, Sampling, uniform
 
 
 def test_uniform_numbers_are_uniform_and_a_function_of_their_arguments() -> None:
@@ -28,7 +28,7 @@ def test_draws_follow_the_tempered_distribution(temperature: float) -> None:
     assert np.abs(np.bincount(drawn, minlength=4) / len(keys) - expected).max() < 0.015
 
 
-@pytest.mark.parametrize("vocabulary", [5, 3 * FIRST])
+@pytest.mark.parametrize("vocabulary", [5, 3 * TOP_TOKENS])
 def test_the_nucleus_is_the_fewest_likeliest_tokens_with_that_mass(vocabulary: int) -> None:
     probabilities = torch.full((vocabulary,), 0.4 / (vocabulary - 2))
     probabilities[[1, 3]] = torch.tensor([0.35, 0.25])

@@ -76,7 +76,7 @@ def test_loops_are_cut_after_the_phrase_was_said_once() -> None:
     assert find_repetition([9, 8, *[1, 2, 3] * 6]) == 5
     assert find_repetition([9, *[4] * 16]) == 2
     assert find_repetition([7, *range(20), *range(20), *range(20), *range(20)]) == 21
-    assert find_repetition([9, *[4] * 15]) is None  # a word may be said again
+    assert find_repetition([9, *[4] * 15]) is None  # a word may be repeated
     assert find_repetition([1, 2, 3] * 3) is None
-    assert find_repetition([*[1, 2, 3] * 8, 9]) is None  # it went on
+    assert find_repetition([*[1, 2, 3] * 8, 9]) is None  # the text went on
     assert find_repetition([]) is None

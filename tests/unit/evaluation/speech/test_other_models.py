@@ -38,7 +38,9 @@ def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> N
         for clip in clips
     ]
     found: dict[int, DecodedClip] = {}
-    writer = Transcriber(bank.model, speech_processor.tokenizer, bank.routed, speech_processor.store, MOST, max_rows=7)
+    writer = Transcriber(
+        bank.model, speech_processor.tokenizer, bank.routed, store=speech_processor.store, max_new_tokens=MOST, max_rows=7
+    )
     writer.run(requests, lambda one: found.setdefault(one.request, one) and None)
 
     tokenizer, model = speech_processor.tokenizer, bank.model.eval()

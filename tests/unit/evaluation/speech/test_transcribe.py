@@ -58,7 +58,7 @@ def requests_of(bank: AdapterBank, clips: list[ClipRef]) -> list[Request]:
 def transcripts(bank: AdapterBank, clips: list[ClipRef], requests: list[Request], **options: Any) -> list[DecodedClip]:
     found: dict[int, DecodedClip] = {}
     options = {"max_rows": 7, **options}
-    writer = Transcriber(bank.model, tiny_tokenizer(), bank.routed, store_of(clips), MOST, **options)
+    writer = Transcriber(bank.model, tiny_tokenizer(), bank.routed, store=store_of(clips), max_new_tokens=MOST, **options)
     writer.run(requests, lambda one: found.setdefault(one.request, one) and None)
     return [found[i] for i in range(len(requests))]
 
@@ -133,7 +133,7 @@ def test_beams_find_likelier_texts(bank: AdapterBank, clips: list[ClipRef]) -> N
 def test_what_the_model_suppresses_and_special_tokens_are_never_written(bank: AdapterBank, clips: list[ClipRef]) -> None:
     tokenizer = tiny_tokenizer()
     requests = requests_of(bank, clips)
-    writer = Transcriber(bank.model, tokenizer, bank.routed, store_of(clips), MOST)
+    writer = Transcriber(bank.model, tokenizer, bank.routed, store=store_of(clips), max_new_tokens=MOST)
     assert writer.never[tokenizer.eos_token_id + 1 :].all()
     assert not writer.never[: tokenizer.eos_token_id + 1].any()
     before = [one.text for one in transcripts(bank, clips, requests)]
