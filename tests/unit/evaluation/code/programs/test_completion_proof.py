@@ -245,7 +245,7 @@ def test_the_source_that_a_program_could_read_has_no_evidence_in_it(key: str, sa
         return "OK"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execute_module, "judge", keep)
+        patch.setattr(execute_module, "classify", keep)
         execute(Program(looking, problem.program(RIGHT[key]), problem.tests), sandbox)
     assert language.file not in seen[1].output
     assert problem.prompt not in seen[1].output
