@@ -15,7 +15,7 @@ from flora_train.adapters.spec import expand
 from flora_train.adapters.targets import find_targets
 from flora_train.config.load import load_config, save_config, validate
 from flora_train.config.schema import RunConfig
-from flora_train.export.peft_format import export_peft
+from flora_train.export.peft_format import BaseModel, export_peft
 from flora_train.models.loading import empty_model
 from tests.architectures import tiny_model
 from tests.conftest import spec
@@ -103,7 +103,7 @@ def test_flora_reads_the_rank_of_a_hira_and_of_a_lora(config: Make, tmp_path: Pa
 def test_every_adapter_that_is_exported_here_is_read_back(own_type: bool, config: Make, tmp_path: Path) -> None:
     bank = perturbed_bank("llama")
     for ours in bank.specs:
-        export_peft(bank, ours.name, tmp_path / ours.name, "base", own_type=own_type and ours.method == "flora")
+        export_peft(bank, ours.name, tmp_path / ours.name, base=BaseModel("base"), own_type=own_type and ours.method == "flora")
         variant = {} if ours.method != "flora" or own_type else {"variant": "residual" if ours.offset else "pure"}
         source = str(tmp_path / "{task}-").replace("{task}-", ours.name)
         resolved = resolve_init_from(config(method=ours.method, init_from=source, **variant))

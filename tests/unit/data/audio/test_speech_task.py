@@ -203,7 +203,7 @@ def test_text_and_speech_are_not_mixed() -> None:
         config_of({"train": "a.jsonl"}, packing=True)
     raw = config_of({"train": "a.jsonl"}).model_dump(mode="json")
     raw["tasks"]["text"] = {"train": "b.jsonl"}
-    with pytest.raises(UserError, match=r"tasks\.text\.speech: has none, and tasks\.cs is speech"):
+    with pytest.raises(UserError, match=r"tasks\.text\.speech: is missing, and tasks\.cs is a speech task"):
         validate(raw)
     with pytest.raises(UserError, match=r"common_voice and locale .* go together"):
         config_of({"train": {"common_voice": "x"}})
