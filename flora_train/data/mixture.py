@@ -15,10 +15,9 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from flora_train.config.errors import UserError
+from flora_train.config.errors import Problem, UserError
 from flora_train.config.training_schema import MixtureConfig
 from flora_train.data.splits import seed_of
-from flora_train.data.task import draw_problem
 
 TURN_STEPS = 20
 
@@ -233,3 +232,15 @@ def _endless_examples(stream: Stream, seed: int) -> Iterator[int]:
     while True:
         yield from np.random.default_rng(seed_of(seed, stream.name, f"epoch {epoch}")).permutation(len(stream.lengths)).tolist()
         epoch += 1
+
+
+def draw_problem(task: str, lengths: NDArray[np.int64], adapters: int, examples: int, tokens_per_step: int) -> Problem | None:
+    """One draw of a task, for each of its adapters, must fit into a step. examples: per draw; lengths: int [n], tokens."""
+    longest = int(lengths.max())
+    if (needed := longest * adapters * examples) <= tokens_per_step:
+        return None
+    hint = (
+        f"cannot hold one draw of task {task!r}: {examples} example(s) of up to {longest} tokens for each of "
+        f"{adapters} adapters; raise it to {needed}, or shorten training.max_length"
+    )
+    return Problem("training.tokens_per_step", tokens_per_step, hint)

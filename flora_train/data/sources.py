@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import choices, first_line, user_error
+from flora_train.config.json_format import DuplicateKeyError, parse_json
 from flora_train.config.paths import PROJECT_ROOT, find_file
 from flora_train.config.task_schema import SourceConfig
 from flora_train.data.audio.common_voice import release_file, release_rows
 from flora_train.data.globs import files_matching
-from flora_train.data.strict_json import DoubledKey, read_json
 
 Row = dict[str, Any]
 
@@ -158,7 +158,7 @@ def _read_jsonl(path: Path, source: SourceConfig) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = read_json(line)
+            row = parse_json(line)
         except ValueError as error:
             raise ValueError(f"line {number} {error}") from None
         if not isinstance(row, dict):
@@ -169,8 +169,8 @@ def _read_jsonl(path: Path, source: SourceConfig) -> Iterator[Row]:
 def _read_json(path: Path, source: SourceConfig) -> Iterator[Row]:
     text = _decode(path)
     try:
-        content = read_json(text)
-    except DoubledKey as error:
+        content = parse_json(text)
+    except DuplicateKeyError as error:
         raise ValueError(f"{_place_of_doubled_key(text)} {error}") from None
     except ValueError as error:
         raise ValueError(f"it {error}") from None
@@ -186,8 +186,8 @@ def _place_of_doubled_key(text: str) -> str:
         _, at = decoder.raw_decode(text, begin)
         number += 1
         try:
-            read_json(text[begin:at])
-        except DoubledKey:
+            parse_json(text[begin:at])
+        except DuplicateKeyError:
             return f"row {number} (line {text.count(chr(10), 0, begin) + 1})"
     return "it"
 

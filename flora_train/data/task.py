@@ -11,9 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
@@ -21,6 +18,7 @@ from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.audio.speech_task import load_speech_task
 from flora_train.data.cache import cached
+from flora_train.data.mixture import draw_problem
 from flora_train.data.packing import pack
 from flora_train.data.sources import source_files
 from flora_train.data.split_by import forget_rows, task_rows
@@ -103,18 +101,6 @@ def notes_on_rows(tasks: Mapping[str, Task], config: RunConfig) -> list[str]:
 def _learners(config: RunConfig) -> Counter[str]:
     """Task -> how many adapters learn it."""
     return Counter(task for adapter in config.adapters.values() for task in dict.fromkeys(adapter.tasks or config.tasks))
-
-
-def draw_problem(task: str, lengths: NDArray[np.int64], adapters: int, examples: int, tokens_per_step: int) -> Problem | None:
-    """One draw of a task, for each of its adapters, must fit into a step. examples: per draw; lengths: int [n], tokens."""
-    longest = int(lengths.max())
-    if (needed := longest * adapters * examples) <= tokens_per_step:
-        return None
-    hint = (
-        f"cannot hold one draw of task {task!r}: {examples} example(s) of up to {longest} tokens for each of "
-        f"{adapters} adapters; raise it to {needed}, or shorten training.max_length"
-    )
-    return Problem("training.tokens_per_step", tokens_per_step, hint)
 
 
 def load_spoken_task(

@@ -14,7 +14,7 @@ import yaml
 
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import user_error
-from flora_train.config.json_object import parse_object, read_object
+from flora_train.config.json_format import parse_object, read_object
 from flora_train.config.schema import RunConfig
 from flora_train.export.model_card import METHOD_TITLES, in_code, in_line, write_card
 from flora_train.export.model_card_results import benchmarks

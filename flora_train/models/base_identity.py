@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import UserError, user_error
-from flora_train.config.json_object import parse_object
+from flora_train.config.json_format import parse_object
 from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import find_file
 from flora_train.runtime.atomic import real_path, user_cache, write_atomically

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar, get_origin, get_type_hints
 
 from flora_train.config.errors import Problem as Fault
 from flora_train.config.errors import UserError, user_error
-from flora_train.config.json_object import parse_object, read_object
+from flora_train.config.json_format import parse_object, read_object
 from flora_train.runtime.atomic import disk_errors, write_atomically
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import UserError, first_line, user_error
-from flora_train.config.json_object import parse_object
+from flora_train.config.json_format import parse_object
 from flora_train.runtime.atomic import disk_errors
 
 

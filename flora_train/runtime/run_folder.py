@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flora_train.config.errors import Problem, UserError, user_error
-from flora_train.config.json_object import parse_object, read_object
+from flora_train.config.json_format import parse_object, read_object
 from flora_train.config.load import load_saved, save_config
 from flora_train.config.paths import exists
 from flora_train.config.schema import RunConfig

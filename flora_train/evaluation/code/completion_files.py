@@ -13,11 +13,11 @@ from typing import Any
 
 from flora_train.config.errors import first_line, user_error
 from flora_train.config.evaluation_schema import EvaluationConfig
+from flora_train.config.json_format import parse_json_at
 from flora_train.config.language_names import language_key
 from flora_train.evaluation.code.problems.problem import (
     Problem,
     load_problems,
-    parse_json,
     problem_of,
     read_text,
     whole_characters,
@@ -174,7 +174,7 @@ def _unpacked(file: Path) -> str:
 
 
 def _object(at: str, text: str, fields: tuple[str, ...]) -> Mapping[str, Any]:
-    row = parse_json(at, text)
+    row = parse_json_at(at, text)
     if missing := [field for field in fields if not isinstance(row, dict) or field not in row]:
         raise user_error(at, None, f"lacks {', '.join(missing)}")
     return row

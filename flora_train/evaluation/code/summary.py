@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import user_error
-from flora_train.config.json_object import read_object
+from flora_train.config.json_format import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
 from flora_train.evaluation.code.contenders import Contender

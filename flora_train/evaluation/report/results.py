@@ -16,7 +16,7 @@ import numpy as np
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import UserError, first_line, user_error
-from flora_train.config.json_object import read_object
+from flora_train.config.json_format import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.splits import seed_of

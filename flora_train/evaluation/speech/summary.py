@@ -14,7 +14,7 @@ from typing import Any
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, BASE_ID
-from flora_train.config.json_object import read_object
+from flora_train.config.json_format import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.decode import RATE, ClipError, read_clip
 from flora_train.data.audio.speech_split import SpeechSplit

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.config.json_object import read_object
+from flora_train.config.json_format import read_object
 from flora_train.config.load import PROJECT_ROOT, load_config, save_config, shipped, validate
 from flora_train.config.paths import read_yaml
 from tests.unit.config.helpers import SMALL, loading_faults, small
@@ -240,5 +240,5 @@ def test_a_pipe_in_the_place_of_a_file_is_an_error_and_no_wait(tmp_path: Path) -
         os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=r"config\.yaml: is no regular file"):
         read_yaml(tmp_path / "config.yaml")
-    with pytest.raises(UserError, match=r"run\.json: is no regular file: put it back"):
+    with pytest.raises(UserError, match=r"run\.json: is not a regular file: put it back"):
         read_object(tmp_path / "run.json", "put it back")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import user_error
+from flora_train.config.json_format import parse_json_at
 from flora_train.config.language_names import language_key
 from flora_train.config.terminal_text import plain
-from flora_train.data.strict_json import read_json
 
 FIELDS = ("name", "prompt", "tests", "stop_tokens")
 LONGEST_NAME = 200
@@ -59,7 +59,7 @@ def load_problems(folder: Path, language: str) -> dict[str, Problem]:
             plain(str(folder / f"humaneval-{language}.jsonl")), None, f"no such file; the folder has prompts of {there}"
         )
     lines = enumerate(read_text(path).split("\n"), 1)  # U+2028 may stand inside a line
-    return problems_of_rows(language, ((f"{path}:{n}", parse_json(f"{path}:{n}", line)) for n, line in lines if line.strip()))
+    return problems_of_rows(language, ((f"{path}:{n}", parse_json_at(f"{path}:{n}", line)) for n, line in lines if line.strip()))
 
 
 def problems_of_rows(language: str, rows: Iterable[tuple[str, Any]]) -> dict[str, Problem]:
@@ -110,11 +110,3 @@ def read_text(path: Path) -> str:
         raise user_error(str(path), None, f"is no text in UTF-8 (byte {error.start})") from error
     except OSError as error:
         raise user_error(str(path), None, f"cannot be read ({error.strerror})") from error
-
-
-def parse_json(at: str, text: str) -> Any:
-    """What the JSON says. Raises UserError, which names `at`."""
-    try:
-        return read_json(text)
-    except ValueError as error:
-        raise user_error(at, None, str(error)) from error
