@@ -30,14 +30,15 @@ from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 
 
-def judge(session: RunContext, kept: Mapping[int, BestCheckpoint], plan: Plan | None = None) -> None:
+def judge(session: RunContext, kept: Mapping[int, BestCheckpoint], plan: Plan | None = None, *, publish: bool = True) -> None:
     """Evaluate base and adapters on all held-out examples, let them write and solve problems, and leave report and exported
-    adapters."""
+    adapters. publish: export the adapters, and write the results on their cards."""
     config, bank, folder = session.config, session.bank, session.folder
     started = time.monotonic()
     log = HeldoutJournal(folder.evaluation / "heldout", bank, {name: task.data_hash for name, task in session.tasks.items()})
     heldout = final_heldout(session, log)
-    on_main_process(lambda: export_all(session))
+    if publish:
+        on_main_process(lambda: export_all(session))
     judged = time.monotonic()
     if plan is not None or any(task.sample_prompts for task in session.config.tasks.values()):
         unshard(session.model)
@@ -58,7 +59,7 @@ def judge(session: RunContext, kept: Mapping[int, BestCheckpoint], plan: Plan | 
         seconds["solve problems"] = time.monotonic() - judged
     if session.speech_processor is not None:
         seconds["transcribe"] = time.monotonic() - judged
-    on_main_process(lambda: write_results(session, kept, heldout, seconds))
+    on_main_process(lambda: write_results(session, kept, heldout, seconds, publish=publish))
     on_main_process(log.forget)
 
 
@@ -87,7 +88,12 @@ def final_heldout(session: RunContext, log: HeldoutJournal) -> dict[str, HeldOut
 
 
 def write_results(
-    session: RunContext, kept: Mapping[int, BestCheckpoint], heldout: Mapping[str, HeldOut], seconds: Mapping[str, float]
+    session: RunContext,
+    kept: Mapping[int, BestCheckpoint],
+    heldout: Mapping[str, HeldOut],
+    seconds: Mapping[str, float],
+    *,
+    publish: bool = True,
 ) -> None:
     """Texts, report and model cards. seconds: stage of the evaluation -> what it took."""
     config, bank, folder = session.config, session.bank, session.folder
@@ -102,7 +108,7 @@ def write_results(
     results["facts"]["differences"] = list(session.differences)
     results["not_measured"] += session.differences
     write_report(results, folder.evaluation)
-    for spec in bank.specs:
+    for spec in bank.specs if publish else ():
         example = generation_example(config, spec.task)
         write_card(results, spec, folder.adapters / spec.name, example=example)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -217,14 +217,22 @@ def _windows(config: RunConfig, model_config: Any, extractor: Any) -> Windows:
 
 
 def load_run(
-    run: str, with_tasks: bool = False, dtype: str | None = None, allow: OriginOptions | None = None
+    run: str,
+    with_tasks: bool = False,
+    dtype: str | None = None,
+    *,
+    allow: OriginOptions | None = None,
+    overridden: RunConfig | None = None,
+    changed_tasks: Collection[str] = (),
 ) -> tuple[RunContext, dict[int, BestCheckpoint]]:
     """A run on disk with its kept adapters in the bank. dtype: of the base, instead of the run's, and not quantised; allow: which
-    differences to what the run was trained with are no error.
+    differences to what the run was trained with are no error; overridden: a configuration instead of the run's, in which the examples of
+    changed_tasks may be others.
 
     Raises UserError if a checkpoint is missing or damaged, or if base or data are others.
     """
-    folder, config = open_run(run)
+    folder, recorded = open_run(run)
+    config = overridden or recorded
     allow = allow or OriginOptions()
     if dtype is None:
         config = as_it_began(config, folder)
@@ -236,7 +244,7 @@ def load_run(
     if not differences:  # a base from the hub is on this machine only now
         differences = on_main_process(lambda: check_base(folder, config, allow))
     differences += on_main_process(lambda: check_same_tokenizer(folder, session, allow))
-    differences += on_main_process(lambda: check_data(folder, session.tasks, allow))
+    differences += on_main_process(lambda: check_data(folder, session.tasks, allow, changed_tasks))
     adapters = range(len(session.bank.specs))
     kept = on_every_process(lambda: load_best(session.bank, adapters, folder.best_adapters))
     return replace(session, differences=tuple(differences)), kept
@@ -262,10 +270,16 @@ def check_same_tokenizer(folder: RunFolder, session: RunContext, allow: OriginOp
     return allowed(found, allow.allow_different_base, "--allow-different-base")
 
 
-def check_data(folder: RunFolder, tasks: Mapping[str, Task], allow: OriginOptions) -> list[str]:
-    """What differs in the examples, where that is allowed. Raises UserError where it is not."""
-    found = Origin.read(folder.facts()).data_differences(tasks)
-    return allowed(found, allow.allow_different_data, "--allow-different-data")
+def check_data(
+    folder: RunFolder, tasks: Mapping[str, Task], allow: OriginOptions, changed_tasks: Collection[str] = ()
+) -> list[str]:
+    """What differs in the examples, where that is allowed. changed_tasks: tasks whose examples were changed on purpose. Raises UserError
+    where a difference is not allowed."""
+    problems = Origin.read(folder.facts()).data_differences(tasks)
+    on_purpose = [problem for problem in problems if problem.key.removeprefix("tasks.") in changed_tasks]
+    others = [problem for problem in problems if problem not in on_purpose]
+    sentences = allowed(others, allow.allow_different_data, "--allow-different-data")
+    return [*sentences, *allowed(on_purpose, True, "changed for this evaluation")]
 
 
 def note_differences(folder: RunFolder, command: str, differences: Sequence[str]) -> None:

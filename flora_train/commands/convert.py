@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from flora_train.config.base import ConfigModel, PathText
 from flora_train.config.command_options import read_options
 from flora_train.config.errors import user_error
 from flora_train.config.model_schema import ModelConfig
-from flora_train.config.overrides import from_flags, parse_words
 from flora_train.config.terminal_text import print_plain
 from flora_train.export.model_card import in_code, write_card
 from flora_train.export.peft_format import export_peft
@@ -29,6 +27,8 @@ from flora_train.runtime.environment import default_device
 
 
 class ConvertOptions(ConfigModel):
+    adapter: PathText
+    """A LoRA in PEFT's format: a folder, or a name on the hub."""
     out: PathText
     """Folder of the new adapter (PEFT: HIRA)."""
     model: PathText | None = None
@@ -37,16 +37,13 @@ class ConvertOptions(ConfigModel):
     """Of the fLoRA."""
 
 
-def convert_adapter(words: Sequence[str]) -> None:
-    """words: a PEFT LORA, folder or hub name, and ConvertOptions. Raises UserError before anything is written."""
-    sources, raw = from_flags(words)
-    options = read_options(ConvertOptions, parse_words(raw))
-    if len(sources) != 1:
-        raise user_error("adapter", sources, "give one folder or hub name of a PEFT adapter")
-    source, out = sources[0], Path(options.out)
-    if out.exists():
-        raise user_error("out", str(out), "exists already: choose another, or delete it")
-    check_writable(out)
+def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None = None) -> None:
+    """Write a fLoRA that is close to a LoRA, and print how close. Raises UserError before anything is written."""
+    options = read_options(ConvertOptions, {"adapter": adapter, "out": out, "rank": rank, "model": model})
+    source, folder = options.adapter, Path(options.out)
+    if folder.exists():
+        raise user_error("out", str(folder), "exists already: choose another, or delete it")
+    check_writable(folder)
     config, tensors = read_peft(source, "adapter")
     if peft_type_of(config) != "LORA":
         hint = (
@@ -57,22 +54,22 @@ def convert_adapter(words: Sequence[str]) -> None:
     if not base:
         raise user_error("model", None, f"{source} names no base model: give --model, a folder or a name on the hub")
     device = default_device()
-    model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
+    base_model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
     modules = sorted(modules_of(config, tensors))
-    check_targets(config, modules, [name for name, _ in model.named_modules()], source=source, key="adapter")
+    check_targets(config, modules, [name for name, _ in base_model.named_modules()], source=source, key="adapter")
     spec = make_spec("", "flora", AdapterConfig(method="flora", rank=options.rank, lr=1.0, target_modules=modules), 1)
-    bank = AdapterBank.attach(model, [replace(spec, name=out.name)])
-    numbers, error = fit_lora(bank, out.name, tensors, scale=scale_of(config), key="adapter")
-    for module, params in bank.parameters_of(out.name).items():
+    bank = AdapterBank.attach(base_model, [replace(spec, name=folder.name)])
+    numbers, error = fit_lora(bank, folder.name, tensors, scale=scale_of(config), key="adapter")
+    for module, params in bank.parameters_of(folder.name).items():
         for param, view in params.items():
             view.copy_(numbers[f"{module}.{param}"])
-    export_peft(bank, out.name, out, base=BaseModel(base), replace=False)
+    export_peft(bank, folder.name, folder, base=BaseModel(base), replace=False)
     found = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
     write_card(
         {},
         bank.specs[0],
-        out,
+        folder,
         origin=f"Fitted to the LoRA `{in_code(source)}` of rank {config['r']} by weighted least squares, a close fit and not always the closest: {found}.",
     )
-    print_plain(f"{out}: fLoRA of rank {options.rank}, {found}")
-    print_plain(f"next  train it on with adapters.flora={{method: flora, rank: {options.rank}, lr: 2.0e-2, init_from: {out}}}")
+    print_plain(f"{folder}: fLoRA of rank {options.rank}, {found}")
+    print_plain(f"next  train it on with adapters.flora={{method: flora, rank: {options.rank}, lr: 2.0e-2, init_from: {folder}}}")

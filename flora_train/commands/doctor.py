@@ -46,7 +46,7 @@ class Choice:
     why: str
 
 
-def doctor(config: RunConfig) -> None:
+def check_recipe(config: RunConfig) -> None:
     """Print device, backend, precision and the formulation of every family and layer shape. Raises UserError as the run would:
     for a model or target that is not there, or a backend that cannot run here."""
     config = resolve_config(config)

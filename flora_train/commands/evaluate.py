@@ -1,56 +1,92 @@
-"""flora-train evaluate: evaluate a run's kept adapters again."""
+"""flora-train evaluate: evaluates the saved adapters of a run again, also on other data or with other settings."""
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
-from flora_train.config.command_options import read_options
-from flora_train.config.errors import user_error
-from flora_train.config.overrides import from_flags, parse_words
-from flora_train.evaluation.code.evaluate import plan_evaluation
+from flora_train.config.load import save_config
+from flora_train.config.run_overrides import changed_tasks, with_overrides
+from flora_train.config.schema import RunConfig
+from flora_train.evaluation.code.evaluate import Plan, plan_evaluation
 from flora_train.evaluation.report.results import read_report
-from flora_train.evaluation.report.terminal import (
-    show,
-)
+from flora_train.evaluation.report.terminal import show
 from flora_train.evaluation.saved_files import check_saved
 from flora_train.final_evaluation import judge
-from flora_train.run_context import (
-    load_run,
-    locked,
-    note_differences,
-)
-from flora_train.runtime.distributed import (
-    on_main_process,
-)
-from flora_train.runtime.manifest import suite_files
-from flora_train.runtime.run_folder import open_run
-from flora_train.training.origin import SWITCHES, OriginOptions
+from flora_train.run_context import load_run, locked, note_differences
+from flora_train.runtime.atomic import write_atomically
+from flora_train.runtime.distributed import on_main_process
+from flora_train.runtime.manifest import RUN_FILES, suite_files
+from flora_train.runtime.run_folder import RunFolder, open_run
+from flora_train.training.origin import OriginOptions
 
 
-def evaluate_words(words: Sequence[str]) -> None:
-    """words: a run, and OriginOptions. Raises UserError."""
-    runs, raw = from_flags(words, switches=SWITCHES)
-    options = read_options(OriginOptions, parse_words(raw))
-    if len(runs) != 1:
-        raise user_error("run", " ".join(runs) or None, "give one run: a folder in outputs/")
-    evaluate_run(runs[0], **options.model_dump())
-    show(open_run(runs[0])[0])
+def evaluate_run(
+    run: str, overrides: Sequence[str] = (), *, allow_different_base: bool = False, allow_different_data: bool = False
+) -> dict[str, Any]:
+    """Evaluate the saved adapters of a run again.
 
+    Args:
+        run: The folder of the run.
+        overrides: `evaluation.KEY=VALUE` and `tasks.TASK.KEY=VALUE`, instead of the run's own, for instance
+            `tasks.lua.validation=other.jsonl`. Results then go to a folder of their own in the run, and those of the run stay.
+        allow_different_base: Accept another base model than the run was trained on. Results say so.
+        allow_different_data: Accept other rows than the run was trained on. Results say so.
 
-def evaluate_run(run: str, **allow: bool) -> dict[str, Any]:
-    """Judge a run's kept adapters again and rewrite its report, whose content is returned. allow: see OriginOptions.
+    Returns:
+        The content of the report.
 
-    Raises UserError if the base or the data is not what the run was trained with, and that is not allowed.
+    Raises:
+        UserError: If base or data are not those of the run and that is not allowed, or for a wrong override.
     """
-    options = OriginOptions(**allow)
+    allow = OriginOptions(allow_different_base=allow_different_base, allow_different_data=allow_different_data)
+    folder = _evaluate(run, overrides, allow)
+    return on_main_process(lambda: read_report(folder))
+
+
+def evaluate_and_show(run: str, overrides: Sequence[str], *, allow: OriginOptions) -> None:
+    """`evaluate_run`, with the results on the terminal."""
+    folder = _evaluate(run, overrides, allow)
+    on_main_process(lambda: show(folder))
+
+
+def _evaluate(run: str, overrides: Sequence[str], allow: OriginOptions) -> RunFolder:
+    """Returns the folder with the results."""
+    config = with_overrides(open_run(run)[1], overrides)
     with locked(run) as folder:
-        config = open_run(run)[1]
         plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
-        on_main_process(lambda: check_saved(folder, config, plan))
+        results = folder
+        if overrides:
+            results = on_main_process(lambda: _folder_of_overrides(folder, config, plan))
+        on_main_process(lambda: check_saved(results, config, plan))
         on_main_process(folder.check_metrics)
-        session, kept = load_run(run, with_tasks=True, allow=options)
-        on_main_process(lambda: note_differences(folder, "evaluate", session.differences))
-        on_main_process(lambda: folder.add_files(suite_files(suite.name for suite in plan.suites) if plan else []))
-        judge(session, kept, plan)
-        return on_main_process(lambda: read_report(session.folder))
+        context, saved = load_run(run, with_tasks=True, allow=allow, overridden=config, changed_tasks=changed_tasks(overrides))
+        changes = [f"Evaluated with {word}." for word in overrides]
+        context = replace(context, folder=results, differences=(*changes, *context.differences))
+        on_main_process(lambda: note_differences(folder, "evaluate", context.differences))
+        if not overrides:
+            on_main_process(lambda: folder.add_files(_suite_files(plan)))
+        judge(context, saved, plan, publish=not overrides)
+        return results
+
+
+def _folder_of_overrides(folder: RunFolder, config: RunConfig, plan: Plan | None) -> RunFolder:
+    """The run's folder with an evaluation folder for this configuration, so that results of different settings are not mixed."""
+    settings = config.model_dump(mode="json", include={"evaluation", "tasks"})
+    name = f"eval-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+    results = copy.copy(folder)
+    results.evaluation = folder.path / name
+    results.config = results.evaluation / "config.yaml"
+    files = [file for file in (*RUN_FILES, *_suite_files(plan)) if file.startswith("eval/")]
+    folder.add_files([f"{name}/config.yaml", *(file.replace("eval/", f"{name}/", 1) for file in files)])
+    write_atomically(results.config, lambda path: save_config(config, path))
+    return results
+
+
+def _suite_files(plan: Plan | None) -> list[str]:
+    suites = plan.suites if plan is not None else ()
+    return suite_files(suite.name for suite in suites)

@@ -15,7 +15,6 @@ from flora_train.config.command_options import read_options
 from flora_train.config.errors import Problem, UserError, choices, user_error
 from flora_train.config.evaluation_schema import Ks, Sandbox
 from flora_train.config.language_names import ProgrammingLanguages
-from flora_train.config.overrides import parse_words
 from flora_train.config.terminal_text import in_cell, print_plain, print_table
 from flora_train.evaluation.code.completion_files import Completion, read_completions
 from flora_train.evaluation.code.problems.problem import prompt_file
@@ -32,7 +31,7 @@ class ExecuteOptions(ConfigModel):
     """Folder of MultiPL-E's prompt files; needed where the completions do not carry their problems."""
     languages: Annotated[ProgrammingLanguages, Field(min_length=1)] | None = None
     """Judge these only. Default: all that the completions have."""
-    k: Ks = [1]
+    pass_at_k: Ks = [1]
     """pass@k for these k."""
     sandbox: Sandbox = "bubblewrap"
     """none runs programs unconfined; every verdict then says so."""
@@ -44,9 +43,12 @@ class ExecuteOptions(ConfigModel):
     """Where verdicts are appended. Default: beside the completions, as <name>.verdicts.jsonl."""
 
 
-def execute_completions(file: str, words: Sequence[str]) -> None:
-    """Raises UserError for bad input before anything runs; verdicts are written as they come, and a second call goes on."""
-    options = read_options(ExecuteOptions, parse_words(words))
+def execute_completions(file: str, **values: object) -> None:
+    """Run completions in the sandbox and print pass@k. values: ExecuteOptions.
+
+    Verdicts are written as they come, and a second call goes on. Raises UserError for bad input before anything runs.
+    """
+    options = read_options(ExecuteOptions, values)
     path = Path(file)
     completions = read_completions(path, None if options.prompts is None else Path(options.prompts))
     table = load_languages(options.cpu_seconds)
@@ -55,7 +57,7 @@ def execute_completions(file: str, words: Sequence[str]) -> None:
     languages = {key: find_language(key, table) for key in sorted(wanted)}
     if absent := sorted(wanted - used):
         raise UserError(Problem("languages", absent[0], f"no completion is in it; there are {choices(sorted(used))}"))
-    check_k((c.key for c in completions if c.problem.language in languages), options.k)
+    check_k((c.key for c in completions if c.problem.language in languages), options.pass_at_k)
     out = Path(options.out) if options.out else path.with_name(f"{path.name.removesuffix('.jsonl')}.verdicts.jsonl")
     mine = [c for c in completions if c.problem.language in languages]
     _check_out(out, path, options, mine)
@@ -65,7 +67,7 @@ def execute_completions(file: str, words: Sequence[str]) -> None:
     mine = [c for c in mine if c.problem.language not in broken]
     records = collect_verdicts(mine, languages, sandbox, out, options.workers or available_cpus())
     if records:
-        _print(Scores(records.values()), options.k)
+        _print(Scores(records.values()), options.pass_at_k)
         print_plain(f"verdicts  {out}" + ("" if sandbox.kind == "bubblewrap" else "  (unconfined: sandbox=none)"))
     for reason in broken.values():
         print_plain(f"not evaluated: {reason}")

@@ -16,7 +16,6 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.config.base import ConfigModel, PathText
 from flora_train.config.command_options import read_options
 from flora_train.config.errors import user_error
-from flora_train.config.overrides import from_flags, parse_words, run_and_names
 from flora_train.config.terminal_text import in_cell, print_plain, print_table
 from flora_train.data.tokenization import pad_token
 from flora_train.evaluation.report.results import read_report, reading_report
@@ -34,7 +33,7 @@ from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import open_run
 from flora_train.training.heldout import evaluate_heldout
 from flora_train.training.loss import RowLosses
-from flora_train.training.origin import SWITCHES, OriginOptions, take_origin_options
+from flora_train.training.origin import OriginOptions
 
 FOLDERS = {"peft": "adapters", "flora": "flora", "merged": "merged", "lora-svd": "lora-svd"}
 """What an adapter is written as -> where, in the run's folder."""
@@ -64,23 +63,42 @@ class ExportOptions(ConfigModel):
         return value
 
 
-def export_words(words: Sequence[str]) -> None:
-    """words: a run, names of adapters (none: all), and ExportOptions."""
-    alone, raw = from_flags(words, switches=SWITCHES)
-    run, names = run_and_names(alone)
-    allow, mine = take_origin_options(parse_words(raw))
-    for place in _export(run, names, read_options(ExportOptions, mine), allow):
-        print_plain(place)
+def export_adapters(
+    run: str | Path,
+    names: Sequence[str] = (),
+    as_: str = "peft",
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    out: str | Path | None = None,
+    allow_different_base: bool = False,
+    allow_different_data: bool = False,
+) -> list[Path]:
+    """Write adapters of a run for other programs.
 
+    Args:
+        run: The folder of a run.
+        names: Names of adapters. Default: all.
+        as_: `"peft"`: the formats of PEFT (LORA, IA3, HIRA for fLoRA), exact. `"flora"`: fLoRA under a type of its own, without the extra
+            rank of HIRA, for `flora_train.peft_plugin`. `"merged"`: plain models with the adapter folded in, in float32.
+            `"lora-svd"`: the closest LoRA, for servers that accept nothing else.
+        rank: With `"lora-svd"`, its rank. Default: 64.
+        max_error: With `"lora-svd"`, instead of `rank`: the smallest rank, the same in all layers, with |dW - B A| / |dW| of at most this.
+        out: Folder for the folders of the adapters. Default: adapters/, flora/, merged/ or lora-svd/ of the run.
+        allow_different_base: Accept another base model than the run was trained on. Results say so.
+        allow_different_data: Accept other rows than the run was trained on. Results say so.
 
-def export_adapters(run: str | Path, names: Sequence[str] = (), as_: str = "peft", **options: Any) -> list[Path]:
-    """Write adapters of a run (none named: all) for other programs; returns their folders. options: rank, max_error and out, see ExportOptions,
-    and those of OriginOptions.
+    Returns:
+        The folder of each adapter.
 
-    Raises UserError for bad input before anything is written.
+    Raises:
+        UserError: For wrong input, before anything is written.
     """
-    allow, mine = take_origin_options({"as": as_, **options})
-    return _export(str(run), names, read_options(ExportOptions, mine), allow)
+    options = read_options(
+        ExportOptions, {"as": as_, "rank": rank, "max_error": max_error, "out": None if out is None else str(out)}
+    )
+    allow = OriginOptions(allow_different_base=allow_different_base, allow_different_data=allow_different_data)
+    return _export(str(run), names, options, allow)
 
 
 def _export(run: str, names: Sequence[str], options: ExportOptions, allow: OriginOptions) -> list[Path]:

@@ -16,7 +16,6 @@ from flora_train.config.base import ConfigModel, Name, PathText, Text
 from flora_train.config.command_options import read_options
 from flora_train.config.errors import Problem, UserError, choices, user_error
 from flora_train.config.load import load_config, validate
-from flora_train.config.overrides import from_flags, parse_words
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig
 from flora_train.config.terminal_text import plain, print_plain
@@ -64,12 +63,9 @@ class Found:
     spoken: bool = False
 
 
-def init_recipe(words: Sequence[str]) -> None:
+def init_recipe(sources: Sequence[str], **values: object) -> None:
     """words: files or folders, a task each, and InitOptions. Raises UserError, naming what to write instead, where a file cannot be a task."""
-    sources, raw = from_flags(words)
-    options = read_options(InitOptions, parse_words(raw))
-    if not sources:
-        raise user_error("init", None, "give a file or a folder for each task: flora-train init data/support.jsonl src")
+    options = read_options(InitOptions, values)
     found: dict[str, Found] = {}
     problems: list[Problem] = []
     for source in sources:

@@ -17,7 +17,6 @@ from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.config.base import ConfigModel, Text
 from flora_train.config.command_options import read_options
 from flora_train.config.errors import choices, did_you_mean, first_line, user_error
-from flora_train.config.overrides import from_flags, parse_words, run_and_names
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain
 from flora_train.evaluation.report.results import read_report, reading_report
@@ -51,12 +50,12 @@ class PushOptions(ConfigModel):
     """Push though the base at model.path is not the one that the run was trained on. The cards say so."""
 
 
-def push_run(words: Sequence[str]) -> None:
-    """words: a run, names of adapters (none: all), and PushOptions. What is there already is not sent again, so that a push that broke off is
-    finished by another. Raises UserError."""
-    alone, raw = from_flags(words, switches=("repo_per_adapter", "public", "dry_run", "allow_different_base"))
-    run, names = run_and_names(alone)
-    options = read_options(PushOptions, parse_words(raw))
+def push_run(run: str, names: Sequence[str] = (), **values: object) -> None:
+    """Put adapters of a run (default: all) on the hub. values: PushOptions.
+
+    What is there already is not sent again, so that a second call finishes what the first left. Raises UserError.
+    """
+    options = read_options(PushOptions, values)
     folder, config = open_run(run)
     specs = {spec.name: spec for spec in expand(config)}
     check_repository_name(options.repo)

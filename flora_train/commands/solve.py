@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,8 +15,7 @@ from flora_train.config.command_options import read_options
 from flora_train.config.errors import user_error
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.language_names import ProgrammingLanguages
-from flora_train.config.load import validate
-from flora_train.config.overrides import merge, parse_words
+from flora_train.config.run_overrides import with_overrides
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain
 from flora_train.evaluation.code.completion_files import Completion, check_multipl_e, write_multipl_e
@@ -36,12 +36,9 @@ from flora_train.runtime.distributed import on_main_process, wait_for_everyone
 from flora_train.runtime.manifest import suite_files
 from flora_train.runtime.run_folder import RunFolder, open_run
 from flora_train.runtime.run_lock import RunLock
-from flora_train.training.origin import OriginOptions, take_origin_options
+from flora_train.training.origin import OriginOptions
 
 Names = Annotated[list[Text], Field(min_length=1)]
-
-
-FLAGS = {"--allow-different-base": "allow_different_base=true"}
 
 
 class SolveOptions(ConfigModel):
@@ -55,21 +52,19 @@ class SolveOptions(ConfigModel):
     """Write the completions in MultiPL-E's layout, too: one folder a contender and language here."""
 
 
-def solve_run(run: str, words: Sequence[str]) -> None:
-    """words: SolveOptions and evaluation.key=value, which stand above the run's own. Completions that are there are kept.
+def solve_run(run: str, overrides: Sequence[str] = (), *, allow_different_base: bool = False, **values: object) -> None:
+    """Let the base and the adapters of a run solve programming problems, and print pass@k.
 
-    Raises UserError for bad input before the model is loaded.
+    Completions of an earlier call are kept. overrides: `evaluation.KEY=VALUE` and `tasks.TASK.KEY=VALUE`, instead of the run's own; values:
+    SolveOptions. Raises UserError for bad input before the model is loaded.
     """
     folder, recorded = open_run(run)
-    raw = parse_words([FLAGS.get(word, word) for word in words])
-    evaluation = raw.pop("evaluation", None) or {}
-    if not isinstance(evaluation, dict):
-        raise user_error("evaluation", evaluation, "must hold keys: give evaluation.KEY=VALUE")
-    allow, raw = take_origin_options(raw)
-    options = read_options(SolveOptions, raw, also=["evaluation.KEY"])
+    options = read_options(SolveOptions, values)
+    allow = OriginOptions(allow_different_base=allow_different_base)
+    words = list(overrides)
     if options.languages is not None:
-        evaluation = {**evaluation, "languages": options.languages}
-    config = validate(merge(recorded.model_dump(mode="json"), {"evaluation": evaluation}))
+        words.append(f"evaluation.languages={json.dumps(options.languages)}")
+    config = with_overrides(recorded, words)
     if not config.evaluation.problems:
         hint = "say which: evaluation.problems=starter, a folder of MultiPL-E's prompt files, or hub:nuprl/MultiPL-E"
         raise user_error("evaluation.problems", None, hint)

@@ -1,31 +1,25 @@
-"""What was a command told besides its run or file? `key=value` words, checked like a recipe."""
+"""Options of a command, checked like a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypeVar
 
 from pydantic import ValidationError
 
 from flora_train.config.base import ConfigModel
-from flora_train.config.errors import Problem, UserError, choices, did_you_mean
+from flora_train.config.errors import UserError
 from flora_train.config.paths import check_texts
 from flora_train.config.validation_errors import to_user_errors
 
 Options = TypeVar("Options", bound=ConfigModel)
 
 
-def read_options(kind: type[Options], raw: Mapping[str, object], also: Sequence[str] = ()) -> Options:
-    """raw: what `parse_words` found. also: further keys that the command knows, for the error. Raises UserError for unknown keys
-    and wrong values."""
-    known = [field.alias or name for name, field in kind.model_fields.items()]
-    if unknown := [key for key in raw if key not in known]:
-        here = choices([*known, *also])
-        raise UserError(
-            *(Problem(key, None, f"unknown key; here are {here}.{did_you_mean(key, [*known, *also])}") for key in unknown)
-        )
-    check_texts(raw)
+def read_options(kind: type[Options], values: Mapping[str, object]) -> Options:
+    """values: option -> value, None where the option's default holds. Raises UserError for unknown options and wrong values."""
+    given = {name: value for name, value in values.items() if value is not None}
+    check_texts(given)
     try:
-        return kind.model_validate(dict(raw))
+        return kind.model_validate(given)
     except ValidationError as error:
-        raise UserError(*to_user_errors(error, dict(raw))) from None
+        raise UserError(*to_user_errors(error, given)) from None

@@ -37,39 +37,6 @@ def parse_words(words: Sequence[str]) -> RawConfig:
     return layer
 
 
-def from_flags(words: Sequence[str], switches: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """What stands by itself, and `--max-error 0.1`, `--max-error=0.1` or `max_error=0.1` as `max_error=0.1`: for commands that others have
-    under the same name, with flags. switches: keys that take no value, `--dry-run` is `dry_run=true`.
-
-    Raises UserError for a flag that has no value and needs one.
-    """
-    alone: list[str] = []
-    options: list[str] = []
-    rest = list(words)
-    while rest:
-        key, equals, value = rest.pop(0).partition("=")
-        if not key.startswith("--"):
-            (options if equals else alone).append(f"{key}{equals}{value}")
-            continue
-        key = key[2:].replace("-", "_")
-        if key in switches:
-            value = value or "true"
-        elif not equals and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
-        if not key or not value:
-            flag = f"--{key.replace('_', '-')}"
-            raise UserError(Problem(flag, None, f"needs a value: {flag} VALUE" if key else "is no flag: give it a name"))
-        options.append(f"{key}={value}")
-    return alone, options
-
-
-def run_and_names(alone: Sequence[str]) -> tuple[str, list[str]]:
-    """The run and the adapters that stand by themselves on a command line. Raises UserError if there is no run."""
-    if not alone:
-        raise UserError(Problem("run", None, "say which: a folder in outputs/"))
-    return alone[0], list(alone[1:])
-
-
 def _set(layer: RawConfig, parts: Sequence[str], value: Any) -> None:
     """Put a value at a.b.c; mappings merge, anything else is replaced. Only mappings that this call or another made are changed."""
     for part in parts[:-1]:

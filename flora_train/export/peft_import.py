@@ -168,7 +168,9 @@ def _fitted(bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, source: 
 
 
 @torch.no_grad()
-def fit_lora(bank: AdapterBank, name: str, tensors: Mapping[str, Tensor], *, scale: float, key: str) -> tuple[dict[str, Tensor], float]:
+def fit_lora(
+    bank: AdapterBank, name: str, tensors: Mapping[str, Tensor], *, scale: float, key: str
+) -> tuple[dict[str, Tensor], float]:
     """The parameters of a residual fLoRA that adds nearly the same as a LORA, and the error of the fit.
 
     tensors: of the LORA, by PEFT's names; scale: its factor of B A. Returns `<module>.<parameter>` -> tensor, and

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora_train.config.base import ConfigModel
-from flora_train.config.command_options import read_options
 from flora_train.config.errors import Problem, UserError
 from flora_train.config.schema import RunConfig
 from flora_train.data.task import Task
@@ -17,20 +16,12 @@ from flora_train.models.base_identity import base_identity
 
 logger = logging.getLogger(__name__)
 
-SWITCHES = ("allow_different_base", "allow_different_data")
-
 
 class OriginOptions(ConfigModel):
     allow_different_base: bool = False
     """Go on with another base model than the run was trained on. Results say so."""
     allow_different_data: bool = False
     """Go on with other rows than the run was trained on: held-out examples may have been trained on. Results say so."""
-
-
-def take_origin_options(raw: Mapping[str, object]) -> tuple[OriginOptions, dict[str, object]]:
-    """OriginOptions and the other keys of what a command was told. Raises UserError for a wrong value."""
-    mine = {key: value for key, value in raw.items() if key in SWITCHES}
-    return read_options(OriginOptions, mine), {key: value for key, value in raw.items() if key not in mine}
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def test_the_hash_of_the_base_is_kept_beside_it_and_read_again_when_a_file_chang
         ["export", "outputs/tiny", NAME, "--as", "lora-svd"],
         ["export", "outputs/tiny", NAME],
         ["push", "outputs/tiny", "--repo", "me/tiny", "--dry-run"],
-        [*SOLVE, "out=outputs/solved"],
+        [*SOLVE, "--out=outputs/solved"],
     ],
     ids=" ".join,
 )
@@ -189,7 +189,7 @@ def test_an_adapter_named_twice_is_written_once(place: Path) -> None:
 def test_two_that_solve_into_one_folder_are_told(place: Path) -> None:
     with (place / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        status, said = call(place, *SOLVE, f"out={place}")
+        status, said = call(place, *SOLVE, f"--out={place}")
     assert status == 2
     assert f"{place}': another process trains or evaluates in it" in said
     assert not (place / "trivial" / "verdicts.jsonl").exists()

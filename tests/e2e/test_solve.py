@@ -91,7 +91,7 @@ def test_more_samples_are_added_to_those_that_are_there(mine: Path) -> None:
     file.write_text(
         json.dumps(unsolved | {"code": [], "not_measured": ["Whether completions are correct: nothing was executed."]})
     )
-    done = solve(mine, "evaluation.num_samples=3", "languages=[sh]")
+    done = solve(mine, "evaluation.num_samples=3", "--languages=sh")
     assert done.returncode == 0, done.stderr
     after = completions(mine / "eval" / "trivial")
     assert len(after) == 4 * 2 * 3
@@ -105,7 +105,7 @@ def test_a_report_of_another_version_is_refused_before_anything_is_written(mine:
     before = completions(mine / "eval" / "trivial")
     file = mine / "eval" / "report.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 1}))
-    done = solve(mine, "evaluation.num_samples=3", "languages=[sh]")
+    done = solve(mine, "evaluation.num_samples=3", "--languages=sh")
     assert done.returncode != 0
     assert "schema 1" in done.stderr
     assert "flora-train evaluate" in done.stderr
@@ -114,11 +114,11 @@ def test_a_report_of_another_version_is_refused_before_anything_is_written(mine:
 
 def test_killed_generation_goes_on_and_ends_with_what_an_uninterrupted_one_writes(run: Path, tmp_path: Path) -> None:
     words = ("evaluation.num_samples=40", "evaluation.batch_rows=8")
-    whole = solve(run, *words, f"out={tmp_path / 'whole'}")
+    whole = solve(run, *words, f"--out={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     parts, environment = tmp_path / "parts", launch_environment(tmp_path / "cache")
     for least in (20, 120):
-        process = Forked(["eval/run.py", f"run={run}", *words, f"out={parts}"], environment)
+        process = Forked(["eval/run.py", f"run={run}", *words, f"--out={parts}"], environment)
         patience = time.monotonic() + 120
         while sum(file.read_bytes().count(b"\n") for file in parts.glob("trivial/completions-*.jsonl")) < least:
             assert process.poll() is None
@@ -128,7 +128,7 @@ def test_killed_generation_goes_on_and_ends_with_what_an_uninterrupted_one_write
         process.wait()
         with (parts / "trivial" / "completions-0.jsonl").open("a") as file:
             file.write('{"adapter": "cut sho')  # as a kill in the middle of a line leaves it
-    last = solve(run, *words, f"out={parts}")
+    last = solve(run, *words, f"--out={parts}")
     assert last.returncode == 0, last.stderr
     assert completions(parts / "trivial") == completions(tmp_path / "whole" / "trivial")
     assert len(completions(parts / "trivial")) == 4 * 2 * 40
@@ -136,7 +136,7 @@ def test_killed_generation_goes_on_and_ends_with_what_an_uninterrupted_one_write
 
 def test_two_processes_share_the_work_and_write_the_same(run: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
-        done = solve(run, "evaluation.num_samples=5", f"out={tmp_path / str(processes)}", processes=processes)
+        done = solve(run, "evaluation.num_samples=5", f"--out={tmp_path / str(processes)}", processes=processes)
         assert done.returncode == 0, done.stderr
     assert completions(tmp_path / "1" / "trivial") == completions(tmp_path / "2" / "trivial")
     files = sorted(tmp_path.glob("2/trivial/completions-*.jsonl"))
@@ -150,10 +150,10 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
         "evaluation.num_samples=1",
         "evaluation.pass_at_k=[1]",
         "evaluation.temperature=0",
-        f"contenders=[{theirs}]",
-        f"out={tmp_path / 'out'}",
+        f"--contenders={theirs}",
+        f"--out={tmp_path / 'out'}",
     )
-    done = solve(mine, *words, f"multipl_e={tmp_path / 'layout'}")
+    done = solve(mine, *words, f"--multipl-e={tmp_path / 'layout'}")
     assert done.returncode == 0, done.stderr
     found = completions(tmp_path / "out" / "trivial")
     assert len(found) == 5 * 2
@@ -169,14 +169,14 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
     ("words", "message"),
     [
         (["evaluation.temperature=0.7"], r"temperature = 0.7: its completions were made with 0.2 and would be mixed"),
-        (["languages=[shh]"], "evaluation.languages = 'shh': is not in eval/languages.yaml"),
-        (["languages=[lua]"], "evaluation.languages = 'lua': no task is in it; tasks are in sh"),
+        (["--languages=shh"], "evaluation.languages = 'shh': is not in eval/languages.yaml"),
+        (["--languages=lua"], "evaluation.languages = 'lua': no task is in it; tasks are in sh"),
         (["evaluation.pass_at_k=[5]"], "evaluation.pass_at_k = [5]: pass@5 needs 5 completions a problem and n = 2"),
         (["evaluation.temperature=0"], "evaluation.temperature = 0: writes the same completion 2 times"),
         (["evaluation.problems=nowhere"], "evaluation.problems = 'nowhere': is no folder here"),
         (["evaluation.nn=2"], "evaluation.nn"),
-        (["language=[sh]"], "language: unknown key; here are contenders, evaluation.KEY, languages"),
-        (["contenders=[nothing/here]"], "contenders = 'nothing/here': is no PEFT adapter"),
+        (["language=[sh]"], "language = '[sh]': options of this command begin with --. Did you mean '--languages'?"),
+        (["--contenders=nothing/here"], "contenders = 'nothing/here': is no PEFT adapter"),
     ],
 )
 def test_bad_input_is_one_clear_error(run: Path, words: list[str], message: str) -> None:
@@ -218,7 +218,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_during_generation_is_one_error_and_every_line_stays_whole(run: Path, small_disk: Path) -> None:
-    done = solve(run, "evaluation.num_samples=60", f"out={small_disk / 'out'}")
+    done = solve(run, "evaluation.num_samples=60", f"--out={small_disk / 'out'}")
     assert done.returncode != 0
     assert "the disk is full" in done.stderr
     assert 0 < len(completions(small_disk / "out" / "trivial")) < 4 * 2 * 60

@@ -155,7 +155,10 @@ def test_any_words_are_a_configuration_or_one_error(words: list[str]) -> None:
 COMMANDS_ON_RUNS = ["train", "plan", "evaluate", "report", "solve", "execute", "export", "push"]
 
 
-@given(st.sampled_from(COMMANDS_ON_RUNS), st.lists(words | st.sampled_from(["--out", "--rank", "--as", "out=x"]), max_size=3))
+@given(
+    st.sampled_from(COMMANDS_ON_RUNS),
+    st.lists(words | st.sampled_from(["--out", "--rank", "--as", "out=x", "--out=x", "--repo=a/b"]), max_size=3),
+)
 def test_a_command_without_a_run_is_answered_with_lines(
     capsys: pytest.CaptureFixture[str], command: str, words: list[str]
 ) -> None:

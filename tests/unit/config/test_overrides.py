@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flora_train.cli import main
-from flora_train.config.overrides import from_flags, parse_words
+from flora_train.config.overrides import parse_words
 from tests.unit.config.helpers import refusal
 
 
@@ -65,30 +64,6 @@ def test_all_wrong_words_come_at_once() -> None:
     assert len(refusal(lambda: parse_words(["+a=1", "~b", "c=[", "d", "e=1"]))) == 4
 
 
-def test_flags_become_words() -> None:
-    words = ["run", "--as", "merged", "a-b", "--max-error=0.1", "rank=8", "--dry-run", "c", "--out", "x"]
-    assert from_flags(words, ["dry_run"]) == (
-        ["run", "a-b", "c"],
-        ["as=merged", "max_error=0.1", "rank=8", "dry_run=true", "out=x"],
-    )
-
-
-@pytest.mark.parametrize("words", [["--out"], ["run", "--rank", "--as", "peft"], ["--out="], ["--out", ""], ["--"], ["--=x"]])
-def test_flag_without_a_value_is_refused(words: list[str]) -> None:
-    (problem,) = refusal(lambda: from_flags(words))
-    assert problem.key.startswith("--")
-    assert "value" in problem.hint or "no flag" in problem.hint
-
-
 @pytest.mark.parametrize("word", ["a..b=1", ".a=1", "a.=1", "a =1", " a=1", ".=1", f"{'a.' * 20}a=1", "a\ud800=1", "a=\ud800"])
 def test_key_that_is_none_is_refused(word: str) -> None:
     assert len(refusal(lambda: parse_words([word]))) == 1
-
-
-def test_command_without_its_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["export", "--as", "merged"], ["push", "--repo", "a/b"], ["report", "--out", "x.html"]):
-        assert main(words) == 2
-        assert "error: run: say which" in capsys.readouterr().err
-    for command in ("evaluate", "solve", "execute", "export", "convert", "push", "report", "init"):
-        assert main([command]) == 2
-        assert f"usage: flora-train {command}" in capsys.readouterr().err

@@ -92,8 +92,8 @@ def test_verdicts_on_other_completions_are_not_mixed_in(prompts: Path, sandbox: 
 def test_verdicts_of_another_time_limit_are_not_mixed_in(
     prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["execute", str(write(prompts, {"completion": ENDLESS})), f"prompts={prompts}"]
-    assert main([*words, "cpu_seconds=1"]) == 0
+    words = ["execute", str(write(prompts, {"completion": ENDLESS})), f"--prompts={prompts}"]
+    assert main([*words, "--cpu-seconds=1"]) == 0
     (record,) = map(json.loads, (prompts / "made.verdicts.jsonl").read_text().splitlines())
     assert (record["status"], record["cpu_seconds"]) == ("Timeout", 1)
     assert record["seconds"] < load_languages()["sh"].seconds
@@ -104,7 +104,7 @@ def test_verdicts_of_another_time_limit_are_not_mixed_in(
 
 def test_the_command_prints_pass_at_k(prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(prompts, {"completion": GOOD, "adapter": "sh-flora"}, {"completion": BAD, "adapter": "sh-lora"})
-    assert main(["execute", str(path), f"prompts={prompts}"]) == 0
+    assert main(["execute", str(path), f"--prompts={prompts}"]) == 0
     said = capsys.readouterr().out
     assert "sh-flora" in said
     assert "1.000 [0.025, 1.000]" in said  # of one problem
@@ -115,12 +115,12 @@ def test_the_command_prints_pass_at_k(prompts: Path, sandbox: Sandbox, capsys: p
 @pytest.mark.parametrize(
     ("rows", "words", "said"),
     [
-        ([{"completion": GOOD}], ["languages=[shh]"], "'shh': is not in eval/languages.yaml.*Did you mean 'sh'"),
-        ([{"completion": GOOD}], ["languages=[lua]"], "no completion is in it; there are sh"),
-        ([{"completion": GOOD}], ["k=[1,2]"], "k = 2: is more than the 1 samples"),
-        ([{"completion": GOOD}], ["k=[0]"], "k.0 = 0: must be at least 1"),
-        ([{"completion": GOOD}], ["sandbox=docker"], "sandbox = 'docker': must be bubblewrap or none"),
-        ([{"completion": GOOD}], ["worker=2"], "worker: unknown key.*Did you mean 'workers'"),
+        ([{"completion": GOOD}], ["--languages=shh"], "'shh': is not in eval/languages.yaml.*Did you mean 'sh'"),
+        ([{"completion": GOOD}], ["--languages=lua"], "no completion is in it; there are sh"),
+        ([{"completion": GOOD}], ["--pass-at-k=1,2"], "k = 2: is more than the 1 samples"),
+        ([{"completion": GOOD}], ["--pass-at-k=0"], "pass_at_k.0 = 0: must be at least 1"),
+        ([{"completion": GOOD}], ["--sandbox=docker"], "sandbox = 'docker': must be bubblewrap or none"),
+        ([{"completion": GOOD}], ["worker=2"], "worker = '2': options of this command begin with --. Did you mean '--workers'"),
         ([{"completion": GOOD, "name": "z"}], [], "'z': is no problem of .*humaneval-sh.jsonl: these completions are for other"),
         ([{"completion": GOOD, "language": "lua"}], [], "humaneval-lua.jsonl.*no such file; the folder has prompts of sh"),
         ([{"text": GOOD}], [], "made.jsonl:1: lacks completion"),
@@ -131,7 +131,7 @@ def test_the_command_prints_pass_at_k(prompts: Path, sandbox: Sandbox, capsys: p
 def test_bad_input_is_one_clear_error(
     rows: list[dict[str, Any]], words: list[str], said: str, prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["execute", str(write(prompts, *rows)), f"prompts={prompts}", *words]) == 2
+    assert main(["execute", str(write(prompts, *rows)), f"--prompts={prompts}", *words]) == 2
     error = capsys.readouterr().err
     assert re.search(said, error), error
 
@@ -143,10 +143,10 @@ def test_without_bubblewrap_nothing_runs(
         "flora_train.evaluation.code.programs.sandbox.shutil.which", lambda name: None if name == "bwrap" else name
     )
     path = write(prompts, {"completion": "touch /tmp/ran"})
-    assert main(["execute", str(path), f"prompts={prompts}"]) == 2
+    assert main(["execute", str(path), f"--prompts={prompts}"]) == 2
     assert "needs bubblewrap: apt-get install bubblewrap" in capsys.readouterr().err
     assert not (prompts / "made.verdicts.jsonl").exists()
-    assert main(["execute", str(write(prompts, {"completion": GOOD})), f"prompts={prompts}", "sandbox=none"]) == 0
+    assert main(["execute", str(write(prompts, {"completion": GOOD})), f"--prompts={prompts}", "--sandbox=none"]) == 0
     assert "unconfined" in capsys.readouterr().out
 
 

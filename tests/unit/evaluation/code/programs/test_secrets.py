@@ -185,7 +185,7 @@ def test_execute_warns_that_none_hides_nothing(tmp_path: Path, sandbox: Sandbox)
     shutil.copy(next(fixtures.glob("lua-*.json")), file)
     working("lua", sandbox)
     done = subprocess.run(
-        [sys.executable, "-m", "flora_train", "execute", str(file), "sandbox=none"],
+        [sys.executable, "-m", "flora_train", "execute", str(file), "--sandbox=none"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(root), "HF_TOKEN": CANARY},

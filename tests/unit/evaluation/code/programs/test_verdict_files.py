@@ -39,9 +39,8 @@ def completions(tmp_path: Path, sandbox: Sandbox) -> Path:
     return file
 
 
-def execute(completions: Path, out: Path | None = None, *more: str) -> None:
-    words = [f"prompts={PROMPTS}", *([] if out is None else [f"out={out}"]), *more]
-    execute_completions(str(completions), words)
+def execute(completions: Path, out: Path | None = None, **options: object) -> None:
+    execute_completions(str(completions), prompts=str(PROMPTS), out=None if out is None else str(out), **options)
 
 
 @pytest.mark.parametrize(

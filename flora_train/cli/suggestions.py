@@ -1,0 +1,71 @@
+"""Suggestions for options that are written in another form than a command takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from flora_train.config.errors import Problem, choices, did_you_mean
+
+LONG_OPTION = re.compile(r"--?[A-Za-z]")
+ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*)=(.*)", re.DOTALL)
+OTHER_NAMES = {"--k": "--pass-at-k", "--ks": "--pass-at-k", "--n-jobs": "--workers", "--output": "--out", "--output-dir": "--out"}
+"""Options of earlier versions and of other programs -> this program's."""
+
+
+def unknown_option(name: str, arg: str, options: Collection[str], takes_overrides: bool) -> Problem:
+    """An option that a command does not have. arg: as it was written, perhaps with its value."""
+    _, _, value = arg.partition("=")
+    key = name.lstrip("-").replace("-", "_")
+    if takes_overrides and (recipe_key := _recipe_key(key)) is not None:
+        return Problem(name, None, f"keys of the recipe are written key=value: {recipe_key}={value or 'VALUE'}")
+    return Problem(name, None, f"unknown option; there are {choices(_long(options))}.{_closest(name, options)}")
+
+
+def option_for_assignment(arg: str, options: Mapping[str, Any], takes_overrides: bool) -> Problem | None:
+    """The problem of `prompts=FOLDER` where the command has an option --prompts; None for anything else."""
+    match = ASSIGNMENT.fullmatch(arg)
+    if match is None:
+        return None
+    key, value = match[1], match[2]
+    name = f"--{key.replace('_', '-')}"
+    name = OTHER_NAMES.get(name, name)
+    if name in options:
+        flag = name if getattr(options[name], "is_flag", False) else f"{name} {_as_value(value)}"
+        return Problem(key, value or None, f"options of this command begin with --. Did you mean {flag!r}?")
+    if takes_overrides and (recipe_key := _recipe_key(key)) is not None:
+        return Problem(key, value or None, f"unknown key. Did you mean {f'{recipe_key}={value}'!r}?")
+    closest = _closest(name, options)
+    if closest:
+        return Problem(key, value or None, f"options of this command begin with --.{closest}")
+    return None
+
+
+def _recipe_key(key: str) -> str | None:
+    """The key of `evaluation` or of a task that is meant; None if there is none."""
+    from flora_train.config.suggestions import full_key  # loads the schema of recipes, which takes a moment
+
+    section, _, _ = key.partition(".")
+    meant = full_key(key.split(".")) or (key if "." in key else None)
+    if meant is None:
+        return None
+    return meant if section == "tasks" or meant.startswith("evaluation.") else None
+
+
+def _as_value(text: str) -> str:
+    """`[lua, perl]` as the command line takes it: `lua,perl`."""
+    inner = re.fullmatch(r"\[(.*)\]", text)
+    if inner is None:
+        return text or "VALUE"
+    return ",".join(part.strip() for part in inner[1].split(","))
+
+
+def _closest(name: str, options: Collection[str]) -> str:
+    name = name.replace("_", "-")
+    known = OTHER_NAMES.get(name, name)
+    return f" Did you mean {known!r}?" if known in options else did_you_mean(known, _long(options))
+
+
+def _long(options: Collection[str]) -> list[str]:
+    return [name for name in options if name.startswith("--")]

@@ -1,0 +1,26 @@
+"""Arguments of `flora-train train`."""
+
+from __future__ import annotations
+
+from flora_train.cli.app import command
+from flora_train.cli.arguments import RecipeOverrides
+
+
+@command("recipe=NAME [KEY=VALUE ...]", free_form=True)
+def train(overrides: RecipeOverrides = None) -> None:
+    """Train, evaluate, report and export one run.
+
+    A run that was interrupted is resumed; one that is finished is kept.
+
+    \b
+    Example: flora-train train recipe=quickstart training.steps=20 output_dir=outputs/short
+    """
+    from flora_train.config.load import load_config
+
+    config = load_config(overrides or [])
+    from flora_train.runtime.signals import end_with_launcher
+
+    end_with_launcher()
+    from flora_train.commands.train import train_run  # torch loads only once the recipe is known to be valid
+
+    train_run(config)
