@@ -26,6 +26,7 @@ from flora_train.evaluation.report.terminal import (
     print_pass_at_k,
     print_results,
 )
+from flora_train.evaluation.report.types import AdapterFacts, ContenderResult, Report
 from flora_train.runtime.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ PEERS = ROOT / "benchmarks" / "peers.md"
 
 def quickstart_block() -> str:
     """What `make quickstart` printed, and the machine it ran on."""
-    results = read("quickstart")
+    results = read_report("quickstart")
     return f"{printed(results, print_completions)}\n\n{machine(results)}"
 
 
@@ -101,64 +102,66 @@ def comparison_block() -> str:
 
 def code_block() -> str:
     """What recipe multipl_e_local found: held-out loss, and pass@k on every suite that it was asked."""
-    results = read("multipl_e_local")
-    asked = [
-        f"{suite['suite']}: {suite['completions']} completions at temperature {suite['temperature']}, at most {suite['max_new_tokens']} tokens"
-        for suite in results["code"]
+    results = read_report("multipl_e_local")
+    settings = [
+        f"{suite.suite}: {suite.completions} completions at temperature {suite.temperature:g}, "
+        f"at most {suite.max_new_tokens} tokens"
+        for suite in results.code
     ]
-    return f"{printed(results)}\n\n{parsing(results)}\n\n<sub>{'; '.join(asked)}.</sub>\n{machine(results)}"
+    return f"{printed(results)}\n\n{parsing(results)}\n\n<sub>{'; '.join(settings)}.</sub>\n{machine(results)}"
 
 
-def parsing(results: dict[str, Any]) -> str:
+def parsing(results: Report) -> str:
     """Of MultiPL-E's programs the share that is not refused as no program of its language, and the share that was cut at the most tokens."""
-    suite = next(suite for suite in results["code"] if suite["suite"] == "multipl_e")
-    families = [c["family"] for c in suite["languages"][0]["contenders"]]
+    suite = next(suite for suite in results.code if suite.suite == "multipl_e")
+    families = [score.family for score in suite.languages[0].contenders]
     rows = [
         f"| MultiPL-E: programs that parse (that were cut off) | {' | '.join(families)} |",
         "|---" * (len(families) + 1) + "|",
     ]
-    for part in suite["languages"]:
-        counts = [(c["ended"]["SyntaxError"], c["cut"], sum(c["ended"].values())) for c in part["contenders"]]
+    for part in suite.languages:
+        counts = [(score.ended["SyntaxError"], score.cut, sum(score.ended.values())) for score in part.contenders]
         shares = (f"{1 - refused / programs:.2f} ({cut / programs:.2f})" for refused, cut, programs in counts)
-        rows.append(f"| {part['name']} | {' | '.join(shares)} |")
+        rows.append(f"| {part.name} | {' | '.join(shares)} |")
     return "\n".join(rows)
 
 
 def speech_block() -> str:
     """What recipe speech_local found: error rates of base and adapters."""
-    results = read("speech_local")
+    results = read_report("speech_local")
     return f"{error_rates(results)}\n\n{machine(results)}"
 
 
 def speech_sweep_block() -> str:
     """Learning rates on one language: held-out loss and word error rate at the end."""
-    results = read("speech_sweep")
-    (part,), (result,) = results["speech"]["languages"], results["results"]
-    heldout = {c["family"]: c["loss"] for c in result["contenders"]}
-    rates = {c["family"]: c["wer_normalized"]["value"] for c in part["contenders"]}
+    results = read_report("speech_sweep")
+    assert results.speech is not None
+    (part,), (result,) = results.speech.languages, results.results
+    heldout = {contender.family: contender.loss for contender in result.contenders}
+    rates = {contender.family: contender.wer_normalized.value for contender in part.contenders}
     rows = [
-        f"| method | learning rate | held-out loss (base {result['base']['loss']:.3f}) | WER, normalised (base {rates['base']:.3f}) |",
+        f"| method | learning rate | held-out loss (base {result.base.loss:.3f}) | WER, normalised (base {rates['base']:.3f}) |",
         "|---|---|---|---|",
     ]
-    for adapter in results["adapters"]:
-        name = " ".join(filter(None, (adapter["method"], adapter["variant"])))
-        rows.append(f"| {name} | {adapter['lr']:g} | {heldout[adapter['family']]:.3f} | {rates[adapter['family']]:.3f} |")
+    for adapter in results.adapters:
+        name = " ".join(filter(None, (adapter.method, adapter.variant)))
+        rows.append(f"| {name} | {adapter.lr:g} | {heldout[adapter.family]:.3f} | {rates[adapter.family]:.3f} |")
     return "\n".join([*rows, "", machine(results)])
 
 
-def error_rates(results: dict[str, Any]) -> str:
+def error_rates(results: Report) -> str:
     """What a run prints of its error rates, as a block."""
     output = io.StringIO()
-    print_error_rates(results["speech"], Console(file=output, width=140, soft_wrap=True))
+    print_error_rates(results.speech, Console(file=output, width=140, soft_wrap=True))
     return f"~~~\n{output.getvalue().strip()}\n~~~"
 
 
-def printed(results: dict[str, Any], *more: Callable[[dict[str, Any], Console], None]) -> str:
+def printed(results: Report, *more: Callable[[Report, Console], None]) -> str:
     """What a run prints at its end, as a block; completions in it may hold backticks."""
     output = io.StringIO()
     console = Console(file=output, width=140, soft_wrap=True)
     print_results(results, console)
-    print_pass_at_k(results["code"], console)
+    print_pass_at_k(results.code, console)
     for show in more:
         show(results, console)
     return f"~~~\n{output.getvalue().strip()}\n~~~"
@@ -166,26 +169,25 @@ def printed(results: dict[str, Any], *more: Callable[[dict[str, Any], Console], 
 
 def sweep_block() -> str:
     """Held-out bits per byte of every setting of the sweep."""
-    results = read("quickstart_sweep")
-    (result,) = results["results"]
-    lr = {adapter["family"]: adapter for adapter in results["adapters"]}
+    results = read_report("quickstart_sweep")
+    (result,) = results.results
+    adapters = {adapter.family: adapter for adapter in results.adapters}
     rows = [
-        "| method | learning rate | held-out bits per byte (base {:.3f}) |".format(result["base"]["bits_per_byte"]["value"]),
+        f"| method | learning rate | held-out bits per byte (base {result.base.bits_per_byte.value:.3f}) |",
         "|---|---|---|",
     ]
-    for contender in result["contenders"]:
-        adapter = lr[contender["family"]]
-        name = " ".join(
-            str(part)
-            for part in (adapter["method"], adapter["variant"], f"r={adapter['rank']}")
-            if part and "None" not in str(part)
-        )
-        best = (
-            min(c["bits_per_byte"]["value"] for c in result["contenders"] if kind(lr[c["family"]]) == kind(adapter))
-            == contender["bits_per_byte"]["value"]
-        )
-        value = f"{contender['bits_per_byte']['value']:.3f}"
-        rows.append(f"| {name} | {adapter['lr']:g} | {f'**{value}**' if best else value} |")
+    best: dict[tuple[str, str | None], float] = {}
+    for contender in result.contenders:
+        method, value = method_of(adapters[contender.family]), bits_per_byte(contender)
+        best[method] = min(value, best.get(method, value))
+    for contender in result.contenders:
+        adapter, value = adapters[contender.family], bits_per_byte(contender)
+        rank = f"r={adapter.rank}" if adapter.rank is not None else None
+        name = " ".join(filter(None, (adapter.method, adapter.variant, rank)))
+        text = f"{value:.3f}"
+        if value == best[method_of(adapter)]:
+            text = f"**{text}**"
+        rows.append(f"| {name} | {adapter.lr:g} | {text} |")
     return "\n".join([*rows, "", machine(results)])
 
 
@@ -201,18 +203,31 @@ def joint_block() -> str:
     return "\n".join([*rows, f"<sub>{where} that took turns.</sub>"])
 
 
-def kind(adapter: dict[str, Any]) -> tuple[Any, ...]:
-    return adapter["method"], adapter["variant"]
+def method_of(adapter: AdapterFacts) -> tuple[str, str | None]:
+    return adapter.method, adapter.variant
 
 
-def machine(results: dict[str, Any]) -> str:
+def bits_per_byte(contender: ContenderResult) -> float:
+    """Raises ValueError if it is not finite: such a result is not published."""
+    if contender.bits_per_byte.value is None:
+        raise ValueError(f"{contender.name} has no finite loss")
+    return contender.bits_per_byte.value
+
+
+def machine(results: Report) -> str:
     """Where and with what the figures were measured."""
-    facts, packages = results["facts"], results["facts"]["packages"]
-    seconds = ", ".join(f"{stage} {duration(time)}" for stage, time in facts["seconds"].items())
+    facts, packages = results.facts, results.facts.packages
+    seconds = ", ".join(f"{stage} {duration(time)}" for stage, time in facts.seconds.items())
+    memory = (facts.peak_memory_bytes or 0) / 2**30
     return (
-        f"<sub>{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs, base in {facts['dtype']}, torch {packages['torch']}, "
-        f"transformers {packages['transformers']}; {seconds}; {facts['peak_memory_bytes'] / 2**30:.1f} GiB. One seed.</sub>"
+        f"<sub>{facts.machine.processor}, {facts.machine.cpus} CPUs, base in {facts.dtype}, torch {packages['torch']}, "
+        f"transformers {packages['transformers']}; {seconds}; {memory:.1f} GiB. One seed.</sub>"
     )
+
+
+def read_report(name: str) -> Report:
+    """A kept report of a run."""
+    return Report.model_validate(read(name))
 
 
 def read(name: str) -> dict[str, Any]:

@@ -1,19 +1,24 @@
-"""What is each adapter worth in the end? Held-out losses, programs, transcripts and texts; then adapters for others, the report and model cards."""
+"""The final evaluation of a run: held-out losses, programs, transcripts and sample completions; then exports, report and cards."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
+from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
+from flora_train.config.errors import first_line, user_error
 from flora_train.data.tokenization import pad_token
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.generation import complete
 from flora_train.evaluation.heldout_journal import HeldoutJournal
-from flora_train.evaluation.report import write_report
-from flora_train.evaluation.report.results import build_results
+from flora_train.evaluation.report.files import write_report
+from flora_train.evaluation.report.results import Evaluation, build_results
+from flora_train.evaluation.report.types import JointSpeedup, RunFacts, SampleCompletion
 from flora_train.evaluation.speech.evaluate import evaluate_speech
 from flora_train.evaluation.speech.summary import read_summary
 from flora_train.export.model_card import write_card
@@ -24,124 +29,166 @@ from flora_train.run_context import RunContext
 from flora_train.runtime.distributed import on_main_process, world
 from flora_train.runtime.environment import dtype_of, environment, now, peak_memory
 from flora_train.runtime.progress import ProgressBar
+from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.best_adapters import BestCheckpoint
 from flora_train.training.fsdp import unshard
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 
 
-def judge(session: RunContext, kept: Mapping[int, BestCheckpoint], plan: Plan | None = None, *, publish: bool = True) -> None:
-    """Evaluate base and adapters on all held-out examples, let them write and solve problems, and leave report and exported
-    adapters. publish: export the adapters, and write the results on their cards."""
-    config, bank, folder = session.config, session.bank, session.folder
+def run_final_evaluation(
+    context: RunContext, best: Mapping[int, BestCheckpoint], plan: Plan | None = None, *, publish: bool = True
+) -> None:
+    """Evaluate base and adapters on all held-out examples, on programs and on clips, and write report and adapters.
+
+    best: adapter id -> its best checkpoint, which the bank holds; publish: also export the adapters and write the
+    results on their cards.
+    """
+    config, folder = context.config, context.folder
     started = time.monotonic()
-    log = HeldoutJournal(folder.evaluation / "heldout", bank, {name: task.data_hash for name, task in session.tasks.items()})
-    heldout = final_heldout(session, log)
+    hashes = {name: task.data_hash for name, task in context.tasks.items()}
+    log = HeldoutJournal(folder.evaluation / "heldout", context.bank, hashes)
+    heldout = heldout_losses(context, context.bank, log=log)
     if publish:
-        on_main_process(lambda: export_all(session))
-    judged = time.monotonic()
-    if plan is not None or any(task.sample_prompts for task in session.config.tasks.values()):
-        unshard(session.model)
+        on_main_process(lambda: export_all(context))
+    seconds = {"evaluate at the end": time.monotonic() - started}
+    if plan is not None or any(task.sample_prompts for task in config.tasks.values()):
+        unshard(context.model)
     if plan is not None:
-        evaluate_code(config, plan, session.model, bank, session.tokenizer, folder.evaluation)
-    if session.speech_processor is not None:
+        started = time.monotonic()
+        evaluate_code(config, plan, context.model, context.bank, context.tokenizer, folder.evaluation)
+        seconds["solve problems"] = time.monotonic() - started
+    if context.speech_processor is not None:
+        started = time.monotonic()
         evaluate_speech(
             config,
-            session.tasks,
-            session.model,
-            bank=bank,
-            speech_processor=session.speech_processor,
+            context.tasks,
+            context.model,
+            bank=context.bank,
+            speech_processor=context.speech_processor,
             folder=folder.evaluation,
         )
-        session.close()
-    seconds = {"evaluate at the end": judged - started}
-    if plan is not None:
-        seconds["solve problems"] = time.monotonic() - judged
-    if session.speech_processor is not None:
-        seconds["transcribe"] = time.monotonic() - judged
-    on_main_process(lambda: write_results(session, kept, heldout, seconds, publish=publish))
+        context.close()
+        seconds["transcribe"] = time.monotonic() - started
+    on_main_process(lambda: write_results(context, best, heldout, seconds=seconds, publish=publish))
     on_main_process(log.forget)
 
 
-def export_all(session: RunContext) -> None:
-    """A PEFT folder of each adapter."""
-    base = BaseModel(session.config.model.path, session.config.model.revision)
-    for name in session.bank.ids:
-        export_peft(session.bank, name, session.folder.adapters / name, base=base)
+def heldout_losses(
+    context: RunContext, bank: AdapterBank, *, absent: Sequence[int] = (), log: HeldoutJournal | None = None
+) -> dict[str, HeldOut]:
+    """Losses of the base and of the bank's adapters on every held-out example.
 
-
-def final_heldout(session: RunContext, log: HeldoutJournal) -> dict[str, HeldOut]:
-    """Held-out losses of the base and all adapters on every held-out example."""
-    room = 2 * session.config.training.tokens_per_microbatch
-    with ProgressBar("evaluate", 1.0) as watch:
+    absent: ids of adapters that are not evaluated; log: where losses are kept until all are there.
+    """
+    with ProgressBar("evaluate", 1.0) as progress:
         return evaluate_heldout(
-            RowLosses(session.model),
-            session.bank,
-            session.tasks.values(),
-            room,
-            pad_token(session.tokenizer),
+            RowLosses(bank.model),
+            bank,
+            context.tasks.values(),
+            2 * context.config.training.tokens_per_microbatch,
+            pad_token(context.tokenizer),
             with_base=True,
-            report=watch.update,
-            collate=session.collate,
+            report=progress.update,
+            collate=context.collate,
+            absent=absent,
             log=log,
         )
 
 
+def export_all(context: RunContext) -> None:
+    """Write a PEFT folder of each adapter."""
+    base = BaseModel(context.config.model.path, context.config.model.revision)
+    for name in context.bank.ids:
+        export_peft(context.bank, name, context.folder.adapters / name, base=base)
+
+
 def write_results(
-    session: RunContext,
-    kept: Mapping[int, BestCheckpoint],
+    context: RunContext,
+    best: Mapping[int, BestCheckpoint],
     heldout: Mapping[str, HeldOut],
-    seconds: Mapping[str, float],
     *,
-    publish: bool = True,
+    seconds: Mapping[str, float],
+    publish: bool,
 ) -> None:
-    """Texts, report and model cards. seconds: stage of the evaluation -> what it took."""
-    config, bank, folder = session.config, session.bank, session.folder
+    """Write sample completions, report and model cards. seconds: stage of the evaluation -> its time."""
+    config, bank, folder = context.config, context.bank, context.folder
     started = time.monotonic()
-    completions = write_completions(session)
-    facts = folder.facts().get("training") or training_facts(session, {})
-    facts["seconds"] = {**facts["seconds"], **seconds}
-    facts["seconds"]["evaluate at the end"] += time.monotonic() - started
-    facts["config"] = folder.config.read_text(encoding="utf-8")
+    completions = sample_completions(context)
+    facts = recorded_facts(folder) or training_facts(context, {})
+    stages = {**facts.seconds, **seconds}
+    stages["evaluate at the end"] += time.monotonic() - started
+    facts = facts.replace(
+        seconds=stages,
+        config=folder.config.read_text(encoding="utf-8"),
+        origin_differences=context.differences,
+    )
     code, speech = read_summaries(folder.evaluation), read_summary(folder.evaluation)
-    results = build_results(config, folder, session.tasks, bank, heldout, kept, completions, code, speech, facts)
-    results["facts"]["differences"] = list(session.differences)
-    results["not_measured"] += session.differences
-    write_report(results, folder.evaluation)
+    evaluation = Evaluation(heldout, best, completions, code, speech)
+    report = build_results(config, folder, context.tasks, bank, evaluation=evaluation, facts=facts)
+    write_report(report, folder.evaluation)
     for spec in bank.specs if publish else ():
-        example = generation_example(config, spec.task)
-        write_card(results, spec, folder.adapters / spec.name, example=example)
+        write_card(report, spec, folder.adapters / spec.name, example=generation_example(config, spec.task))
 
 
-def write_completions(session: RunContext) -> list[dict[str, Any]]:
+def sample_completions(context: RunContext) -> list[SampleCompletion]:
     """Every task's sample prompts, continued by the base model and by the task's adapters in one batch."""
-    requests, entries = [], []
-    for name, task in session.config.tasks.items():
-        for prompt in task.sample_prompts:
-            adapters = [spec for spec in session.bank.specs if spec.task == name]
-            if not adapters:
-                continue
-            entries.append({"task": name, "prompt": prompt, "families": ["base", *(spec.family for spec in adapters)]})
-            requests += [(prompt, BASE_ID), *((prompt, session.bank.ids[spec.name]) for spec in adapters)]
+    requests: list[tuple[str, int]] = []
+    prompts: list[tuple[str, str, list[str]]] = []
+    for name, task in context.config.tasks.items():
+        specs = [spec for spec in context.bank.specs if spec.task == name]
+        if specs:
+            families = ["base", *(spec.family for spec in specs)]
+            ids = [BASE_ID, *(context.bank.ids[spec.name] for spec in specs)]
+            for prompt in task.sample_prompts:
+                prompts.append((name, prompt, families))
+                requests += [(prompt, adapter) for adapter in ids]
     if not requests:
         return []
-    texts = iter(
-        complete(
-            session.model,
-            session.bank,
-            session.tokenizer,
-            requests,
-            max_new_tokens=session.config.evaluation.max_new_tokens,
-        )
+    max_new_tokens = context.config.evaluation.max_new_tokens
+    texts = iter(complete(context.model, context.bank, context.tokenizer, requests, max_new_tokens=max_new_tokens))
+    samples = []
+    for name, prompt, families in prompts:
+        completions = {family: next(texts) for family in families}
+        samples.append(SampleCompletion(task=name, prompt=prompt, completions=completions))
+    return samples
+
+
+def training_facts(context: RunContext, seconds: Mapping[str, float]) -> RunFacts:
+    """Where, with what and at what cost a run was trained. seconds: stage -> its time."""
+    return RunFacts(
+        **environment(),
+        model=context.config.model.path,
+        dtype=dtype_of(context.model),
+        device=str(context.bank.device),
+        processes=world()[1],
+        peak_memory_bytes=peak_memory(context.bank.device),
+        finished=now(),
+        seconds=dict(seconds),
     )
-    return [
-        {"task": entry["task"], "prompt": entry["prompt"], "completions": {family: next(texts) for family in entry["families"]}}
-        for entry in entries
-    ]
 
 
-def training_facts(session: RunContext, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Where, with what and at what cost a run was trained; kept in run.json, so that a later evaluation cannot blur it."""
-    facts = {**environment(), "seconds": dict(seconds), "peak_memory_bytes": peak_memory(session.bank.device)}
-    facts |= {"processes": world()[1], "device": str(session.bank.device), "finished": now()}
-    return facts | {"model": session.config.model.path, "dtype": dtype_of(session.model)}
+def recorded_facts(folder: RunFolder) -> RunFacts | None:
+    """The facts of training that run.json holds, so that a later evaluation reports these and not its own. None if there
+    are none. Raises UserError if they are damaged."""
+    recorded = folder.facts().get("training")
+    if not recorded:
+        return None
+    try:
+        known = {key: value for key, value in dict(recorded).items() if key in RunFacts.model_fields}
+        return RunFacts.model_validate(known)
+    except (ValidationError, ValueError, TypeError) as error:
+        hint = f"is damaged (training: {first_line(error)}): restore it from a copy"
+        raise user_error(str(folder.run_json), None, hint) from error
+
+
+def joint_speedup(measured: Mapping[str, Any] | None) -> JointSpeedup | None:
+    """The measurement of `time_joint_vs_separate`, as the report holds it."""
+    if measured is None:
+        return None
+    return JointSpeedup(
+        joint_seconds=measured["together"],
+        separate_seconds=measured["apart"],
+        adapters=measured["adapters"],
+        measured=measured.get("measured"),
+    )

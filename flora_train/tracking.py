@@ -3,7 +3,7 @@ where that is asked for, the report and the adapters at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -26,9 +26,9 @@ def begin_tracking(accelerator: Any, config: RunConfig, folder: RunFolder) -> No
         accelerator.init_trackers(config.tracking.project, config=_scalars(config), init_kwargs=options)
 
 
-def end_tracking(accelerator: Any, config: RunConfig, folder: RunFolder, results: Mapping[str, Any], step: int) -> None:
-    """Log what the report found. With tracking.artifacts wandb gets the report, and every adapter with its card."""
-    accelerator.log(dict(final_figures(results)), step=step)
+def end_tracking(accelerator: Any, config: RunConfig, folder: RunFolder, *, metrics: Mapping[str, float], step: int) -> None:
+    """Log the final metrics. With tracking.artifacts, wandb also gets the report, and every adapter with its card."""
+    accelerator.log(dict(metrics), step=step)
     if config.tracking.artifacts and "wandb" in config.tracking.trackers:
         import wandb
 
@@ -56,23 +56,6 @@ def tracker_files(config: RunConfig, folder: RunFolder) -> list[str]:
         events = "events.out.tfevents.{part}"
         found += [f"{place}/{events}", f"{place}/{{part}}/{events}", f"{place}/hparams.yml"]
     return found
-
-
-def final_figures(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """`final/<task>/<method>/<figure>` of base and adapters: bits_per_byte, pass@k, wer."""
-    found: list[tuple[str, float | None]] = []
-    for result in results["results"]:
-        for row in (result["base"], *result["contenders"]):
-            found.append((f"final/{result['task']}/{row['family']}/bits_per_byte", row["bits_per_byte"]["value"]))
-    for suite in results["code"]:
-        for part in suite["languages"]:
-            for row in part["contenders"]:
-                key = f"final/{suite['suite']}/{part['language']}/{row['family']}"
-                found += [(f"{key}/pass@{k}", estimate["value"]) for k, estimate in row["pass_at"].items()]
-    for part in (results["speech"] or {}).get("languages", ()):
-        for row in part["contenders"]:
-            found.append((f"final/{part['task']}/{row['family']}/wer", row[part["metric"]]["value"]))
-    return ((key, value) for key, value in found if value is not None)
 
 
 def _identity(folder: RunFolder) -> str:

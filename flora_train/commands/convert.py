@@ -66,7 +66,7 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
     export_peft(bank, folder.name, folder, base=BaseModel(base), replace=False)
     found = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
     write_card(
-        {},
+        None,
         bank.specs[0],
         folder,
         origin=f"Fitted to the LoRA `{in_code(source)}` of rank {config['r']} by weighted least squares, a close fit and not always the closest: {found}.",

@@ -7,16 +7,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
-from typing import Any
 
 from flora_train.config.load import save_config
 from flora_train.config.run_overrides import changed_tasks, with_overrides
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation
-from flora_train.evaluation.report.results import read_report
+from flora_train.evaluation.report.files import read_report
 from flora_train.evaluation.report.terminal import show
+from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.saved_files import check_saved
-from flora_train.final_evaluation import judge
+from flora_train.final_evaluation import run_final_evaluation
 from flora_train.run_context import load_run, locked, note_differences
 from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.distributed import on_main_process
@@ -27,7 +27,7 @@ from flora_train.training.origin import OriginOptions
 
 def evaluate_run(
     run: str, overrides: Sequence[str] = (), *, allow_different_base: bool = False, allow_different_data: bool = False
-) -> dict[str, Any]:
+) -> Report:
     """Evaluate the saved adapters of a run again.
 
     Args:
@@ -38,7 +38,7 @@ def evaluate_run(
         allow_different_data: Accept other rows than the run was trained on. Results say so.
 
     Returns:
-        The content of the report.
+        The report, as pydantic models.
 
     Raises:
         UserError: If base or data are not those of the run and that is not allowed, or for a wrong override.
@@ -70,7 +70,7 @@ def _evaluate(run: str, overrides: Sequence[str], allow: OriginOptions) -> RunFo
         on_main_process(lambda: note_differences(folder, "evaluate", context.differences))
         if not overrides:
             on_main_process(lambda: folder.add_files(_suite_files(plan)))
-        judge(context, saved, plan, publish=not overrides)
+        run_final_evaluation(context, saved, plan, publish=not overrides)
         return results
 
 

@@ -17,22 +17,21 @@ from flora_train.config.base import ConfigModel, PathText
 from flora_train.config.command_options import read_options
 from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import in_cell, print_plain, print_table
-from flora_train.data.tokenization import pad_token
-from flora_train.evaluation.report.results import read_report, reading_report
+from flora_train.evaluation.report.files import read_report_if_any
+from flora_train.evaluation.report.types import Report
 from flora_train.export.merge import save_merged
 from flora_train.export.model_card import write_card
 from flora_train.export.peft_format import check_new, export_peft
 from flora_train.export.peft_forms import BaseModel
 from flora_train.export.svd_lora import SvdLora, compute_svd_lora, write_into
 from flora_train.export.usage_snippet import generation_example
+from flora_train.final_evaluation import heldout_losses
 from flora_train.models.loading import load_base_model, load_model_config, load_preprocessors
 from flora_train.run_context import RunContext, load_run, locked, note_differences
 from flora_train.runtime.atomic import check_writable, real_path
 from flora_train.runtime.manifest import PEFT_FILES, PEFT_WARNING
 from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import open_run
-from flora_train.training.heldout import evaluate_heldout
-from flora_train.training.loss import RowLosses
 from flora_train.training.origin import OriginOptions
 
 FOLDERS = {"peft": "adapters", "flora": "flora", "merged": "merged", "lora-svd": "lora-svd"}
@@ -121,7 +120,7 @@ def _export(run: str, names: Sequence[str], options: ExportOptions, allow: Origi
         if real_path(out) == real_path(own):
             folder.add_files(files)
         note_differences(folder, f"export --as {options.as_}", session.differences)
-        report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
+        report = read_report_if_any(folder)
         if stands_in:
             found = [_svd_lora(session.bank, name, options) for name in names]
             return _write_stand_ins(session, found, report, out, replace=ours)
@@ -130,9 +129,8 @@ def _export(run: str, names: Sequence[str], options: ExportOptions, allow: Origi
             own_type = options.as_ == "flora"
             export_peft(session.bank, name, out / name, base=base, own_type=own_type, replace=ours)
             spec = session.bank.specs[session.bank.ids[name]]
-            with reading_report(folder.evaluation / "report.json"):
-                example = generation_example(session.config, spec.task)
-                write_card(report, spec, out / name, example=example, origin=" ".join(session.differences))
+            example = generation_example(session.config, spec.task)
+            write_card(report, spec, out / name, example=example, origin=" ".join(session.differences))
         _say_what_peft_does(out / name for name in names)
         return [out / name for name in names]
 
@@ -175,7 +173,7 @@ def _svd_lora(bank: AdapterBank, name: str, options: ExportOptions) -> SvdLora:
 
 
 def _write_stand_ins(
-    session: RunContext, svd_loras: Sequence[SvdLora], report: Mapping[str, Any], out: Path, replace: bool
+    session: RunContext, svd_loras: Sequence[SvdLora], report: Report | None, out: Path, replace: bool
 ) -> list[Path]:
     """PEFT folders, with what was lost in the terminal and on the cards."""
     names = [svd_lora.spec.name for svd_lora in svd_loras]
@@ -200,16 +198,15 @@ def _write_stand_ins(
             in_cell(name), str(svd_lora.spec.rank), f"{svd_lora.error:.3f}", *(f"{loss:.3f}" for loss in losses.values())
         )
         original = session.bank.specs[session.bank.ids[name]]
-        with reading_report(session.folder.evaluation / "report.json"):
-            write_card(
-                report,
-                original,
-                out / name,
-                example=generation_example(session.config, original.task),
-                svd_lora=svd_lora,
-                losses=losses,
-                origin=" ".join(session.differences),
-            )
+        write_card(
+            report,
+            original,
+            out / name,
+            example=generation_example(session.config, original.task),
+            svd_lora=svd_lora,
+            losses=losses,
+            origin=" ".join(session.differences),
+        )
     print_table(table)
     for svd_lora in svd_loras:
         if svd_lora.biases:
@@ -227,20 +224,8 @@ def _say_what_peft_does(folders: Iterable[Path]) -> None:
 
 def _heldout(session: RunContext, bank: AdapterBank, absent: Sequence[int]) -> Mapping[str, Mapping[str, float]]:
     """Task -> "base" or adapter -> mean nats of a held-out token."""
-    room, pad = 2 * session.config.training.tokens_per_microbatch, pad_token(session.tokenizer)
-    with ProgressBar("evaluate", 1.0) as watch:
-        judged = evaluate_heldout(
-            RowLosses(bank.model),
-            bank,
-            session.tasks.values(),
-            room,
-            pad,
-            with_base=True,
-            report=watch.update,
-            collate=session.collate,
-            absent=absent,
-        )
-    return {
-        task: {"base" if i == BASE_ID else bank.specs[i].name: result.loss(i) for i in result.nats}
-        for task, result in judged.items()
-    }
+    names = {BASE_ID: "base"} | {i: spec.name for i, spec in enumerate(bank.specs)}
+    losses = {}
+    for task, result in heldout_losses(session, bank, absent=absent).items():
+        losses[task] = {names[i]: result.loss(i) for i in result.nats}
+    return losses

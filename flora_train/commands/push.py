@@ -19,7 +19,7 @@ from flora_train.config.command_options import read_options
 from flora_train.config.errors import choices, did_you_mean, first_line, user_error
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain
-from flora_train.evaluation.report.results import read_report, reading_report
+from flora_train.evaluation.report.files import read_report_if_any
 from flora_train.export.hub_client import AnswerError, check_repository_name, with_retries
 from flora_train.export.hub_repository import MANIFEST, Entries, Repository, Staging, read_entries, stage
 from flora_train.run_context import check_base
@@ -81,13 +81,12 @@ def _push(folder: RunFolder, config: RunConfig, chosen: Sequence[AdapterSpec], o
         raise user_error("run", run, "is not finished: it trains still, or goes on with resume=true")
     if missing := [spec.name for spec in chosen if not (folder.adapters / spec.name).is_dir()]:
         raise user_error("run", run, f"has no folder of {missing[0]}: flora-train export {run} writes it")
-    report = read_report(folder) if (folder.evaluation / "report.json").exists() else {}
+    report = read_report_if_any(folder)
     differences = check_base(folder, config, OriginOptions(allow_different_base=options.allow_different_base))
     origin = " ".join(differences)
     with _staging() as place:
-        with reading_report(folder.evaluation / "report.json"):
-            staging = Staging(options.repo, place, options.base, options.repo_per_adapter, origin, report)
-            repositories = stage(folder, config, chosen, staging)
+        staging = Staging(options.repo, place, options.base, options.repo_per_adapter, origin, report)
+        repositories = stage(folder, config, chosen, staging)
         base = options.base or config.model.path
         if Path(base).exists():
             logger.warning(
@@ -169,10 +168,10 @@ def _create(api: Any, repository: Repository, options: PushOptions) -> str:
     from huggingface_hub import CommitOperationAdd
 
     theirs = _adapters_there(api, repository)
-    if others := {entry.get("base", repository.base) for entry in theirs.values()} - {repository.base}:
+    if others := {entry.base for entry in theirs.values()} - {repository.base}:
         raise user_error("repo", repository.name, f"holds adapters for another base, {others.pop()}: choose another repository")
     for name, mine in repository.adapters.items():
-        if theirs.get(name, mine)["run"] != mine["run"]:
+        if theirs.get(name, mine).run != mine.run:
             hint = f"has an adapter {name} of another run: choose another repository, or rename the task or adapter"
             raise user_error("repo", repository.name, hint)
     address = with_retries(lambda: str(api.create_repo(repository.name, private=not options.public, exist_ok=True)))

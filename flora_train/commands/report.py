@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import print_plain
-from flora_train.evaluation.report import write_comparison, write_report
 from flora_train.evaluation.report.comparison import labels, measures, seed_groups, verdicts, with_seeds
-from flora_train.evaluation.report.html import render_comparison
-from flora_train.evaluation.report.results import read_report, reading_report
-from flora_train.runtime.run_folder import RunFolder, open_run
+from flora_train.evaluation.report.files import read_report, write_comparison, write_report
+from flora_train.evaluation.report.types import Report
+from flora_train.runtime.run_folder import RunFolder, open_run_folder
 
 
 def write_reports(runs: Sequence[str], *, out: str | None = None, table: str | None = None) -> None:
@@ -20,37 +18,32 @@ def write_reports(runs: Sequence[str], *, out: str | None = None, table: str | N
 
     out: the page of several runs, which ends in .html. Default: comparison.html beside the first run. Raises UserError.
     """
-    folders = [open_run(run)[0] for run in runs]
+    folders = [open_run_folder(run) for run in runs]
     reports = [read_report(folder) for folder in folders]
     if len(runs) == 1:
         if out is not None:
             raise user_error("out", out, "is for several runs beside each other; one has its page in its folder")
         page = _rewrite(folders[0], reports[0])
     else:
-        page = _compare(runs, folders, reports, out)
+        page = _compare(runs, reports, out)
     print_plain(page)
 
 
-def _rewrite(folder: RunFolder, report: Any) -> Path:
+def _rewrite(folder: RunFolder, report: Report) -> Path:
     """The report of one run, written again."""
     folder.lock()
     try:
-        with reading_report(folder.evaluation / "report.json"):
-            return write_report(report, folder.evaluation)
+        return write_report(report, folder.evaluation)
     finally:
         folder.unlock()
 
 
-def _compare(runs: Sequence[str], folders: Sequence[RunFolder], reports: Sequence[Any], out: str | None) -> Path:
+def _compare(runs: Sequence[str], reports: Sequence[Report], out: str | None) -> Path:
     """The page that compares runs; prints which contenders are better."""
     page = Path(runs[0]).resolve().parent / "comparison.html" if out is None else Path(out)
     if page.suffix != ".html":
         raise user_error("out", out, "is a page: give it a name that ends in .html")
-    for folder, report in zip(folders, reports, strict=True):  # an error names the report that is damaged
-        with reading_report(folder.evaluation / "report.json"):
-            render_comparison({"": report})
     named = dict(zip(labels(runs), reports, strict=True))
-    with reading_report(folders[0].evaluation / "report.json"):
-        write_comparison(named, page)
-        print_plain(verdicts(with_seeds(list(named), reports), measures(reports), seed_groups(reports)))
+    write_comparison(named, page)
+    print_plain(verdicts(with_seeds(list(named), reports), measures(reports), seed_groups(reports)))
     return page

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -24,10 +24,10 @@ from flora_train.evaluation.code.contenders import check_peft_contenders
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code, plan_evaluation
 from flora_train.evaluation.code.problems.suites import Suite
 from flora_train.evaluation.code.summary import read_summaries, read_summary, write_summary
-from flora_train.evaluation.report import write_report
-from flora_train.evaluation.report.html import render_html
-from flora_train.evaluation.report.results import not_measured, read_report, reading_report
+from flora_train.evaluation.report.files import read_report_if_any, write_report
+from flora_train.evaluation.report.results import not_measured
 from flora_train.evaluation.report.terminal import print_pass_at_k
+from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.saved_files import check_evaluation
 from flora_train.models.loading import load_base_model
 from flora_train.run_context import load_run, locked, note_differences
@@ -75,7 +75,7 @@ def solve_run(run: str, overrides: Sequence[str] = (), *, allow_different_base: 
     inside = real_path(place).is_relative_to(real_path(folder.path))
     apart = nullcontext() if inside else _reserved(place)
     with locked(run, alone=inside or allow.allow_different_base) as folder, apart:
-        report = on_main_process(lambda: _report(folder)) if options.out is None else None
+        report = on_main_process(lambda: read_report_if_any(folder)) if options.out is None else None
         plan = on_main_process(lambda: plan_evaluation(config))
         suites = {suite.name: plan.languages for suite in plan.suites}
         on_main_process(lambda: check_evaluation(place, suites, config))
@@ -96,17 +96,6 @@ def _reserved(place: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _report(folder: RunFolder) -> dict[str, Any] | None:
-    """The run's report, if there is one. Raises UserError if it cannot be drawn again at the end."""
-    path = folder.evaluation / "report.json"
-    if not path.exists():
-        return None
-    report = read_report(folder)
-    with reading_report(path):
-        render_html(report)
-    return report
 
 
 def _check_layout(plan: Plan, place: Path, evaluation: EvaluationConfig, layout: Path) -> None:
@@ -133,7 +122,7 @@ def _solve(
     plan: Plan,
     place: Path,
     folder: RunFolder,
-    report: dict[str, Any] | None,
+    report: Report | None,
     recorded: RunConfig,
 ) -> None:
     session, _ = load_run(run, allow=allow)
@@ -151,8 +140,9 @@ def _solve(
 
     def finish() -> None:
         for suite in plan.suites if session.differences else ():
-            summary = {**read_summary(place / suite.name), "differences": list(session.differences)}
-            write_summary(summary, place / suite.name)
+            summary = read_summary(place / suite.name)
+            if summary is not None:
+                write_summary(summary.replace(origin_differences=session.differences), place / suite.name)
         summaries = read_summaries(place)
         print_pass_at_k(summaries)
         for suite in plan.suites:
@@ -161,13 +151,13 @@ def _solve(
                 layout = write_multipl_e(_completions(place, suite), Path(options.multipl_e), config.evaluation)
                 print_plain(f"in MultiPL-E's layout           {layout}/")
         if report is not None:
-            earlier = report["facts"].get("differences")
-            differences = list(dict.fromkeys([*(earlier if isinstance(earlier, list) else []), *session.differences]))
-            limits = [*not_measured(recorded, executed=True), *differences]
-            facts = {**report["facts"], "differences": differences}
-            now = {**report, "facts": facts, "code": summaries, "not_measured": limits}
-            with reading_report(folder.evaluation / "report.json"):
-                page = write_report(now, folder.evaluation)
+            differences = list(dict.fromkeys([*report.facts.origin_differences, *session.differences]))
+            extended = report.replace(
+                facts=report.facts.replace(origin_differences=differences),
+                code=summaries,
+                not_measured=[*not_measured(recorded, executed=True), *differences],
+            )
+            page = write_report(extended, folder.evaluation)
             print_plain(f"report                          {page}")
 
     on_main_process(finish)

@@ -16,15 +16,14 @@ from flora_train.data.task import notes_on_rows
 from flora_train.data.tokenization import pad_token, tokenizer_hash
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation, prompts_of
 from flora_train.evaluation.generation import batching_note, check_prompts
-from flora_train.evaluation.report.results import read_report
-from flora_train.evaluation.report.terminal import (
-    show,
-)
+from flora_train.evaluation.report.files import read_report
+from flora_train.evaluation.report.terminal import show
+from flora_train.evaluation.report.tracked_metrics import final_metrics
 from flora_train.evaluation.saved_files import check_saved
 from flora_train.evaluation.speech.cache_check import check_transcribing
 from flora_train.export.loadability import log_notes
 from flora_train.export.peft_import import init_from_peft
-from flora_train.final_evaluation import judge, training_facts
+from flora_train.final_evaluation import joint_speedup, run_final_evaluation, training_facts
 from flora_train.models.base_identity import base_identity
 from flora_train.models.probe_inputs import count_tokens, noise_features
 from flora_train.run_context import (
@@ -126,13 +125,14 @@ def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, status: R
         raise
     seconds |= {"train": trainer.state.seconds, "evaluate during training": trainer.state.evaluation_seconds}
     on_main_process(lambda: note_training(session, trainer, seconds))
-    judge(session, trainer.selection.kept, plan)
+    run_final_evaluation(session, trainer.selection.kept, plan)
 
     def finish() -> None:
         ended = {"joined": trainer.joined, "identity": trainer.identity()}
         folder.update_run_json(finished=True, ended=ended, **folder.saved_metrics())
         trainer.checkpoints.clear()
-        end_tracking(accelerator, config, folder, read_report(folder), trainer.state.step)
+        metrics = final_metrics(read_report(folder))
+        end_tracking(accelerator, config, folder, metrics=metrics, step=trainer.state.step)
         show(folder)
 
     on_main_process(finish)
@@ -153,10 +153,13 @@ def origin_of(session: RunContext) -> dict[str, Any]:
 def note_training(session: RunContext, trainer: Trainer, seconds: dict[str, float]) -> None:
     """Write into run.json what training was; what its adapters would take apart is measured for that."""
     trained = time.monotonic()
-    more = {"time_shares": trainer.clock.shares(), "joined": trainer.joined, "apart": time_joint_vs_separate(trainer)}
-    if more["apart"] is not None:
+    speedup = joint_speedup(time_joint_vs_separate(trainer))
+    if speedup is not None:
         seconds["time separate runs"] = time.monotonic() - trained
-    session.folder.update_run_json(training=training_facts(session, seconds) | more)
+    facts = training_facts(session, seconds).replace(
+        time_shares=trainer.clock.shares(), joined=trainer.joined, joint_speedup=speedup
+    )
+    session.folder.update_run_json(training=facts.model_dump(mode="json"))
 
 
 def report_left_out(session: RunContext) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flora_train.evaluation.result_model import Interval
 from flora_train.training.heldout import HeldOut
 
 AT_ONCE = 1 << 25
@@ -31,10 +32,9 @@ class Estimate:
     def excludes_zero(self) -> bool:
         return not self.single_example and (self.low > 0 or self.high < 0)
 
-    def record(self) -> dict[str, Any]:
-        """As it is written down. JSON has no NaN: what is not finite is null."""
-        figures = {name: finite(getattr(self, name)) for name in ("value", "low", "high")}
-        return {**figures, "excludes_zero": self.excludes_zero}
+    def interval(self) -> Interval:
+        """The estimate as results hold it, where None stands for what is not finite."""
+        return Interval(value=finite(self.value), low=finite(self.low), high=finite(self.high), excludes_zero=self.excludes_zero)
 
 
 def finite(value: float | None) -> float | None:

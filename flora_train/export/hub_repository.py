@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import user_error
 from flora_train.config.json_format import parse_object, read_object
 from flora_train.config.schema import RunConfig
+from flora_train.evaluation.report.formatting import estimate, number
+from flora_train.evaluation.report.types import Report
+from flora_train.evaluation.result_model import Count, Interval, ResultModel, Text
 from flora_train.export.model_card import METHOD_TITLES, in_code, in_line, write_card
 from flora_train.export.model_card_results import benchmarks
 from flora_train.export.usage_snippet import GenerationExample, generation_example, usage_snippet
@@ -27,8 +30,30 @@ MANIFEST = "flora_train.json"
 """Describes the adapters of a repository: which of them a later push may replace, and the rows of its table."""
 TEMPLATE = Path(__file__).with_name("hub_repository.md.jinja")
 
-Entries = Mapping[str, Mapping[str, Any]]
-"""Adapter -> its `run` (an identity), base, task, kind and rank, and after evaluation bits_per_byte and difference_to_base."""
+
+class HubEntry(ResultModel):
+    """One adapter of a repository."""
+
+    run: Text
+    """Identity of the run: SHA-256 of its configuration."""
+    base: Text
+    """The base model."""
+    task: Text
+    method: Text
+    rank: Count | None
+    bits_per_byte: Interval | None = None
+    """On held-out text. None: not evaluated."""
+    difference_to_base: Interval | None = None
+
+
+class HubManifest(ResultModel):
+    """The content of MANIFEST."""
+
+    adapters: dict[Text, HubEntry]
+
+
+Entries = Mapping[str, HubEntry]
+"""Adapter -> its entry."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +75,8 @@ class Repository:
     def overview(self, existing: Entries) -> dict[str, bytes]:
         """Path -> content of the files that describe these adapters and the existing ones."""
         together = {**existing, **self.adapters}
-        files = {MANIFEST: (json.dumps({"adapters": together}, indent=2) + "\n").encode()}
+        manifest = HubManifest(adapters=together).model_dump(mode="json", exclude_none=True)
+        files = {MANIFEST: (json.dumps(manifest, indent=2) + "\n").encode()}
         if self.snippet is not None:
             files["README.md"] = self._readme(together).encode()
         return files
@@ -58,7 +84,7 @@ class Repository:
     def _readme(self, adapters: Entries) -> str:
         from huggingface_hub import ModelCard, ModelCardData
 
-        rows = {in_line(name): _printable(entry) for name, entry in adapters.items()}
+        rows = {in_line(name): _table_row(entry) for name, entry in adapters.items()}
         base_model = None if Path(self.base).exists() else self.base
         card = ModelCard.from_template(
             ModelCardData(base_model=base_model, library_name="peft", tags=["flora_train"]),
@@ -67,36 +93,24 @@ class Repository:
             base=in_code(self.base),
             snippet=self.snippet,
             adapters=rows,
-            runs=len({entry["run"] for entry in adapters.values()}),
+            runs=len({entry.run for entry in adapters.values()}),
             has_report="report.html" in self.files,
         )
         return str(card).rstrip() + "\n"
 
 
-def _printable(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: in_line(value) if isinstance(value, str) else value for key, value in entry.items()}
+def _table_row(entry: HubEntry) -> dict[str, str]:
+    """Cells of the table of adapters, as Markdown."""
+    method = entry.method if entry.rank is None else f"{entry.method}, rank {entry.rank}"
+    bits = change = ""
+    if entry.bits_per_byte is not None and entry.difference_to_base is not None:
+        bits, change = number(entry.bits_per_byte.value), estimate(entry.difference_to_base)
+    return {"task": in_line(entry.task), "method": in_line(method), "bits_per_byte": bits, "change": change}
 
 
 def read_entries(manifest: bytes) -> Entries:
     """The adapters that a MANIFEST describes. Raises ValueError or RecursionError for content of another form."""
-    entries = parse_object(manifest).get("adapters")
-    if not isinstance(entries, dict):
-        raise ValueError("no adapters")
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("run", "task", "kind")):
-            raise ValueError(f"{name} has no run, task or kind")
-        if not isinstance(entry.get("base", ""), str) or not isinstance(entry.get("rank"), int | None):
-            raise ValueError(f"{name} has an invalid base or rank")
-        if "bits_per_byte" in entry and not _has_numbers(entry, "bits_per_byte", ("value",)):
-            raise ValueError(f"{name} has no bits per byte")
-        if "bits_per_byte" in entry and not _has_numbers(entry, "difference_to_base", ("value", "low", "high")):
-            raise ValueError(f"{name} has no difference to the base")
-    return entries
-
-
-def _has_numbers(entry: Mapping[str, Any], key: str, names: Sequence[str]) -> bool:
-    numbers = entry.get(key)
-    return isinstance(numbers, dict) and all(isinstance(numbers.get(name), int | float) for name in names)
+    return HubManifest.model_validate(parse_object(manifest)).adapters
 
 
 @dataclass(frozen=True)
@@ -112,8 +126,8 @@ class Staging:
     repo_per_adapter: bool = False
     origin: str = ""
     """A sentence for every card."""
-    report: Mapping[str, Any] = field(default_factory=dict)
-    """report.json of the run."""
+    report: Report | None = None
+    """The report of the run, if it was evaluated."""
 
 
 def stage(run: RunFolder, config: RunConfig, specs: Sequence[AdapterSpec], staging: Staging) -> list[Repository]:
@@ -122,17 +136,13 @@ def stage(run: RunFolder, config: RunConfig, specs: Sequence[AdapterSpec], stagi
     Raises UserError for an adapter whose folder is incomplete or damaged.
     """
     run_id = sha256(run.config.read_bytes()).hexdigest()
-    results = {row["name"]: row for result in staging.report.get("results", ()) for row in result["contenders"]}
     folders: dict[str, Path] = {}
-    entries: dict[str, dict[str, Any]] = {}
     for spec in specs:
         example = generation_example(config, spec.task)
         folders[spec.name] = _stage_adapter(run, spec, example, staging=staging)
-        entries[spec.name] = {"run": run_id, **_entry(spec, results.get(spec.name, {}))}
     first_folder = next(iter(folders.values()))
     base = staging.base or str(_read_config(first_folder)["base_model_name_or_path"])
-    for entry in entries.values():
-        entry["base"] = base
+    entries = {spec.name: _entry(spec, staging.report, run=run_id, base=base) for spec in specs}
     page = run.evaluation / "report.html"
     report_file = {"report.html": page} if page.exists() else {}
     if staging.repo_per_adapter:
@@ -149,12 +159,22 @@ def stage(run: RunFolder, config: RunConfig, specs: Sequence[AdapterSpec], stagi
     return [Repository(staging.repo, files, entries, base, snippet)]
 
 
-def _entry(spec: AdapterSpec, result: Mapping[str, Any]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"task": spec.task, "kind": METHOD_TITLES[spec.method], "rank": spec.rank}
-    if result:
-        for metric in ("bits_per_byte", "difference_to_base"):
-            entry[metric] = {key: round(value, 6) for key, value in result[metric].items()}
-    return entry
+def _entry(spec: AdapterSpec, report: Report | None, *, run: str, base: str) -> HubEntry:
+    bits = change = None
+    results = report.results if report is not None else ()
+    for result in results:
+        for contender in result.contenders:
+            if contender.name == spec.name:
+                bits, change = contender.bits_per_byte, contender.difference_to_base
+    return HubEntry(
+        run=run,
+        base=base,
+        task=spec.task,
+        method=METHOD_TITLES[spec.method],
+        rank=spec.rank or None,
+        bits_per_byte=bits,
+        difference_to_base=change,
+    )
 
 
 def _stage_adapter(run: RunFolder, spec: AdapterSpec, example: GenerationExample, *, staging: Staging) -> Path:

@@ -8,12 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
+from jinja2 import Environment, Template
 
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.paths import find_file
 from flora_train.config.terminal_text import plain
-from flora_train.export.model_card_results import figures, tables
+from flora_train.evaluation.report.types import Report, TaskSummary
+from flora_train.export.model_card_results import card_results, tables
 from flora_train.export.svd_lora import SvdLora
 from flora_train.export.usage_snippet import GenerationExample, usage_snippet
 from flora_train.runtime.atomic import write_atomically
@@ -24,7 +25,7 @@ METHOD_TITLES = {"flora": "fLoRA (HiRA in PEFT)", "lora": "LoRA", "ia3": "IA3"}
 
 
 def write_card(
-    report: Mapping[str, Any],
+    report: Report | None,
     spec: AdapterSpec,
     folder: Path,
     *,
@@ -37,7 +38,7 @@ def write_card(
 ) -> Path:
     """Write README.md into the folder of an exported adapter; returns the folder.
 
-    report: report.json of its run, empty if there is none yet; example: input of the snippet's generate() call; svd_lora: the LoRA
+    report: the report of its run, None if there is none yet; example: input of the snippet's generate() call; svd_lora: the LoRA
     that the folder holds in place of the adapter; losses: held-out nats per token of "base", "adapter" and "LoRA"; origin: a
     sentence on its origin; source, subfolder: where the snippet loads the adapter from (default: the folder's name).
     """
@@ -46,34 +47,33 @@ def write_card(
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     warning = folder / PEFT_WARNING
     base = config["base_model_name_or_path"]
-    adapter = next((row for row in report.get("adapters", ()) if row["name"] == spec.name), None)
-    data: Mapping[str, Any] = next((row for row in report.get("tasks", ()) if row["name"] == spec.task), {})
+    adapters = {row.name: row for row in report.adapters} if report is not None else {}
+    tasks = {row.name: row for row in report.tasks} if report is not None else {}
+    task = tasks.get(spec.task)
     is_speech, own_type = config["task_type"] is None, config["peft_type"] == "FLORA"
     hub_task = "automatic-speech-recognition" if is_speech else "text-generation"
     title = METHOD_TITLES[spec.method] if svd_lora is None else "LoRA"
     if own_type:
         title = "fLoRA"
-    known = [
+    metrics = card_results(report, spec.name) if svd_lora is None else []
+    eval_results = [
         EvalResult(
             hub_task,
-            figure.data,
-            f"{figure.data} ({figure.subset})",
-            figure.metric,
-            figure.value,
-            dataset_config=figure.subset,
+            metric.dataset,
+            f"{metric.dataset} ({metric.subset})",
+            metric.metric,
+            metric.value,
+            dataset_config=metric.subset,
         )
-        for figure in figures(report, spec.name)
-        if svd_lora is None
+        for metric in metrics
     ]
     card_data = ModelCardData(
         base_model=None if find_file(base).exists() else base,
         library_name="peft",
         tags=["flora_train", config["peft_type"].lower()],
-        license=data.get("license"),
-        language=[data["speech"]] if data.get("speech") else None,
-        datasets=[data["hub"]] if data.get("hub") else None,
-        model_name=spec.name if known else None,
-        eval_results=known or None,
+        model_name=spec.name if eval_results else None,
+        eval_results=eval_results or None,
+        **_data_keys(task),
     )
     text = _template().render(
         card_data=card_data.to_yaml(),
@@ -85,22 +85,31 @@ def write_card(
         snippet=usage_snippet(config, example or GenerationExample(), source=source or folder.name, subfolder=subfolder),
         needs_clip=is_speech,
         task=spec.task,
-        others=max(0, len(report.get("adapters", ())) - 1),
+        others=max(0, len(adapters) - 1),
         svd_lora=svd_lora,
         losses=losses,
         origin=origin,
         warning=warning.read_text(encoding="utf-8").strip() if warning.exists() else "",
         as_adalora=config["peft_type"] == "ADALORA",
-        adapter=adapter,
+        adapter=adapters.get(spec.name) if task is not None else None,
         tables=tables(report, spec.name),
         spec=spec,
-        data={key: in_line(value) if isinstance(value, str) else value for key, value in data.items()},
-        facts=report.get("facts"),
-        limits=report.get("not_measured"),
+        data=task,
+        facts=report.facts if report is not None else None,
+        limits=report.not_measured if report is not None else (),
     )
     card = plain(ModelCard(text)).rstrip() + "\n"
     write_atomically(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
     return folder
+
+
+def _data_keys(task: TaskSummary | None) -> dict[str, Any]:
+    """The keys of a card's metadata that describe the training data."""
+    if task is None:
+        return {}
+    language = [task.spoken_language] if task.spoken_language else None
+    datasets = [task.hub] if task.hub else None
+    return {"license": task.license, "language": language, "datasets": datasets}
 
 
 def in_line(text: str) -> str:
@@ -118,4 +127,6 @@ def in_code(text: str) -> str:
 @cache
 def _template() -> Template:
     """Compiled once: for a thousand cards, compiling takes longer than rendering."""
-    return Template(TEMPLATE.read_text(encoding="utf-8"))
+    environment = Environment()
+    environment.filters["in_line"] = in_line
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))

@@ -1,164 +1,204 @@
-"""What was measured of an adapter beside its base and the other methods on its task: report.json as tables, and in the hub's two formats."""
+"""The results of an adapter beside its base and the other methods of its task: tables of its card, and the hub's two formats."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
-from flora_train.evaluation.report.formatting import estimate, number, plural
+from flora_train.evaluation.code.score_types import CodeScore, CodeSuite, LanguageScores
+from flora_train.evaluation.report.formatting import estimate, number, percent, plural
+from flora_train.evaluation.report.types import ContenderResult, HeldoutScore, Report, TaskResult
+from flora_train.evaluation.speech.score_types import Rate, SpeechLanguage, TranscriptionScore
 
 HUB_NAMES = {"multipl_e": "nuprl/MultiPL-E"}
 """Suite of problems -> data set on the hub."""
-RATES = {"wer": "WER", "wer_normalized": "normalised WER", "cer": "CER"}
+RATES: dict[Rate, str] = {"wer": "WER", "wer_normalized": "normalised WER", "cer": "CER"}
+"""Error rate -> its heading."""
+
+
+class Contender(Protocol):
+    """A row of results: the base or an adapter."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def family(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=Contender)
 
 
 @dataclass(frozen=True)
 class Table:
-    """rows: cells of one contender each; mine: which is the adapter's."""
+    """A table of a card, with a row for each contender."""
 
     title: str
     note: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    mine: int
+    adapter_row: int
+    """Index of the adapter's own row."""
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One number for the hub. data: data set, its subset; metric: pass@1, wer or bits_per_byte; note: how, and on how much."""
+class CardMetric:
+    """One metric of the adapter, for the hub."""
 
-    data: str
+    dataset: str
     subset: str
     metric: str
+    """pass@1, wer or bits_per_byte."""
     value: float
     note: str
+    """How it was measured, and on how many examples."""
 
 
-def tables(report: Mapping[str, Any], name: str) -> list[Table]:
+def tables(report: Report | None, name: str) -> list[Table]:
     """Held-out bits per byte, pass@k of every suite of problems, and error rates, as far as the report has them."""
-    return [*_held_out(report, name), *_programs(report, name), *_speech(report, name)]
+    if report is None:
+        return []
+    heldout = [_heldout_table(result, name) for result, _ in _heldout_rows(report, name)]
+    code = [_code_table(suite, part, name) for suite, part, _ in _code_rows(report, name)]
+    speech = [_speech_table(part, name) for part, _ in _speech_rows(report, name)]
+    return [*heldout, *code, *speech]
 
 
-def figures(report: Mapping[str, Any], name: str) -> list[Figure]:
-    """Every figure of the adapter itself."""
-    found = []
-    for result in report.get("results", ()):
-        for row in _named(result["contenders"], name):
-            note = f"{result['examples']} held-out examples"
-            found.append(Figure(result["task"], "held out", "bits_per_byte", row["bits_per_byte"]["value"], note))
-    for suite, language, row in _judged(report, name):
-        data, note = HUB_NAMES.get(suite["suite"], suite["suite"]), _asked(suite, language)
-        subset = f"humaneval-{language['language']}" if data != suite["suite"] else language["language"]
-        found += [Figure(data, subset, f"pass@{k}", row["pass_at"][str(k)]["value"], note) for k in suite["k"]]
-    for language, row in _heard(report, name):
-        note = f"{language['clips']} clips, {RATES[language['metric']]}"
-        found.append(Figure(language["task"], language["language"], "wer", row[language["metric"]]["value"], note))
-    return [figure for figure in found if figure.value is not None]
+def card_results(report: Report | None, name: str) -> list[CardMetric]:
+    """Every metric of the adapter itself that is finite."""
+    if report is None:
+        return []
+    return [*_heldout_metrics(report, name), *_code_metrics(report, name), *_speech_metrics(report, name)]
 
 
-def benchmarks(report: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """pass@1, in percent, of suites that are data sets on the hub: the entries of its `.eval_results` files."""
+def benchmarks(report: Report | None, name: str) -> list[dict[str, Any]]:
+    """pass@1 in percent on suites that are data sets on the hub: the entries of its `.eval_results` files."""
     return [
         {
-            "dataset": {"id": figure.data, "task_id": figure.subset},
-            "value": round(100 * figure.value, 2),
-            "notes": f"pass@1; {figure.note}",
+            "dataset": {"id": metric.dataset, "task_id": metric.subset},
+            "value": round(100 * metric.value, 2),
+            "notes": f"pass@1; {metric.note}",
         }
-        for figure in figures(report, name)
-        if figure.data in HUB_NAMES.values() and figure.metric == "pass@1"
+        for metric in card_results(report, name)
+        if metric.dataset in HUB_NAMES.values() and metric.metric == "pass@1"
     ]
 
 
-def _held_out(report: Mapping[str, Any], name: str) -> Iterator[Table]:
-    for result in report.get("results", ()):
-        for _ in _named(result["contenders"], name):
-            contenders = [result["base"], *result["contenders"]]
-            differences = {row["family"]: row["difference_to_base"] for row in result["contenders"]}
-            yield _table(
-                "Held-out loss",
-                f"{result['examples']} examples; {_percent(result)} intervals of a paired bootstrap over them. Lower is better.",
-                contenders,
-                name,
-                {"bits per byte": lambda row: number(row["bits_per_byte"]["value"])},
-                {row["family"]: estimate(differences[row["family"]], 3) for row in result["contenders"]},
-            )
+def _heldout_metrics(report: Report, name: str) -> Iterator[CardMetric]:
+    for result, row in _heldout_rows(report, name):
+        if row.bits_per_byte.value is not None:
+            note = f"{result.examples} held-out examples"
+            yield CardMetric(result.task, "held out", "bits_per_byte", row.bits_per_byte.value, note)
 
 
-def _programs(report: Mapping[str, Any], name: str) -> Iterator[Table]:
-    for suite, language, _ in _judged(report, name):
-        first = str(suite["k"][0])
-        to_base = {row["a"]: estimate(row["pass_at"][first], 3) for row in language["differences"] if row["b"] == "base"}
-        yield _table(
-            f"Programs that pass their tests: {suite['suite']}, {language['name']}",
-            f"{_asked(suite, language)}; {_percent(suite)} intervals over problems. Higher is better.",
-            language["contenders"],
-            name,
-            {f"pass@{k}": lambda row, k=str(k): _with_interval(row["pass_at"][k]) for k in suite["k"]},
-            to_base,
-        )
+def _code_metrics(report: Report, name: str) -> Iterator[CardMetric]:
+    for suite, part, row in _code_rows(report, name):
+        dataset, subset = suite.suite, part.language
+        if suite.suite in HUB_NAMES:
+            dataset, subset = HUB_NAMES[suite.suite], f"humaneval-{part.language}"
+        for k in suite.pass_at_k:
+            value = row.pass_at[k].value
+            if value is not None:
+                yield CardMetric(dataset, subset, f"pass@{k}", value, _sampling(suite, part))
 
 
-def _speech(report: Mapping[str, Any], name: str) -> Iterator[Table]:
-    for language, _ in _heard(report, name):
-        metric = language["metric"]
-        to_base = {row["a"]: estimate(row[metric], 3) for row in language["differences"] if row["b"] == "base"}
-        yield _table(
-            "Words and characters that are wrong",
-            f"{language['clips']} clips; the difference is that of the {RATES[metric]}. Lower is better.",
-            language["contenders"],
-            name,
-            {title: lambda row, rate=rate: _with_interval(row[rate]) for rate, title in RATES.items()},
-            to_base,
-        )
+def _speech_metrics(report: Report, name: str) -> Iterator[CardMetric]:
+    for part, row in _speech_rows(report, name):
+        value = row.rate(part.metric).value
+        if value is not None:
+            yield CardMetric(part.task, part.language, "wer", value, f"{part.clips} clips, {RATES[part.metric]}")
+
+
+def _heldout_table(result: TaskResult, name: str) -> Table:
+    def bits_per_byte(row: HeldoutScore) -> str:
+        return number(row.bits_per_byte.value)
+
+    level = percent(result.confidence).replace("\u00a0", " ")
+    rows: list[HeldoutScore] = [result.base, *result.contenders]
+    return _table(
+        "Held-out loss",
+        f"{result.examples} examples; {level} intervals of a paired bootstrap over them. Lower is better.",
+        rows,
+        name,
+        cells={"bits per byte": bits_per_byte},
+        to_base={row.family: estimate(row.difference_to_base) for row in result.contenders},
+    )
+
+
+def _code_table(suite: CodeSuite, part: LanguageScores, name: str) -> Table:
+    def pass_at(k: int, row: CodeScore) -> str:
+        return estimate(row.pass_at[k], sign="")
+
+    level = percent(suite.confidence).replace("\u00a0", " ")
+    first = suite.pass_at_k[0]
+    return _table(
+        f"Programs that pass their tests: {suite.suite}, {part.name}",
+        f"{_sampling(suite, part)}; {level} intervals over problems. Higher is better.",
+        part.contenders,
+        name,
+        cells={f"pass@{k}": partial(pass_at, k) for k in suite.pass_at_k},
+        to_base={family: estimate(difference[first]) for family, difference in part.to_base.items()},
+    )
+
+
+def _speech_table(part: SpeechLanguage, name: str) -> Table:
+    def rate_of(rate: Rate, row: TranscriptionScore) -> str:
+        return estimate(row.rate(rate), sign="")
+
+    return _table(
+        "Error rates of words and characters",
+        f"{part.clips} clips; the difference is that of the {RATES[part.metric]}. Lower is better.",
+        part.contenders,
+        name,
+        cells={title: partial(rate_of, rate) for rate, title in RATES.items()},
+        to_base={family: estimate(difference.rate(part.metric)) for family, difference in part.to_base.items()},
+    )
 
 
 def _table(
     title: str,
     note: str,
-    contenders: Sequence[Mapping[str, Any]],
+    contenders: Sequence[Row],
     name: str,
-    cells: Mapping[str, Any],
+    *,
+    cells: Mapping[str, Callable[[Row], str]],
     to_base: Mapping[str, str],
 ) -> Table:
-    rows = tuple(
-        (
-            "base model" if row["family"] == "base" else row["family"],
-            *(write(row) for write in cells.values()),
-            to_base.get(row["family"], ""),
-        )
-        for row in contenders
+    """cells: heading -> text of a contender; to_base: family -> text of its difference to the base."""
+    rows = []
+    for contender in contenders:
+        label = "base model" if contender.family == "base" else contender.family
+        texts = [write(contender) for write in cells.values()]
+        rows.append((label, *texts, to_base.get(contender.family, "")))
+    own = [index for index, contender in enumerate(contenders) if contender.name == name]
+    return Table(title, note, ("", *cells, "difference to the base"), tuple(rows), own[0])
+
+
+def _heldout_rows(report: Report, name: str) -> list[tuple[TaskResult, ContenderResult]]:
+    return [(result, row) for result in report.results for row in result.contenders if row.name == name]
+
+
+def _code_rows(report: Report, name: str) -> Iterator[tuple[CodeSuite, LanguageScores, CodeScore]]:
+    for suite in report.code:
+        for part in suite.languages:
+            for row in part.contenders:
+                if row.name == name:
+                    yield suite, part, row
+
+
+def _speech_rows(report: Report, name: str) -> Iterator[tuple[SpeechLanguage, TranscriptionScore]]:
+    if report.speech is not None:
+        for part in report.speech.languages:
+            for row in part.contenders:
+                if row.name == name:
+                    yield part, row
+
+
+def _sampling(suite: CodeSuite, part: LanguageScores) -> str:
+    samples = plural(suite.num_samples, "completion")
+    return (
+        f"{part.problems} of {part.available} problems, {samples} each of up to {suite.max_new_tokens} tokens "
+        f"at temperature {suite.temperature:g}"
     )
-    mine = next(index for index, row in enumerate(contenders) if row["name"] == name)
-    return Table(title, note, ("", *cells, "difference to the base"), rows, mine)
-
-
-def _judged(report: Mapping[str, Any], name: str) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
-    """Suite, language and the adapter's row, wherever it wrote programs."""
-    for suite in report.get("code", ()):
-        for language in suite["languages"]:
-            for row in _named(language["contenders"], name):
-                yield suite, language, row
-
-
-def _heard(report: Mapping[str, Any], name: str) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    for language in (report.get("speech") or {}).get("languages", ()):
-        for row in _named(language["contenders"], name):
-            yield language, row
-
-
-def _named(rows: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["name"] == name]
-
-
-def _asked(suite: Mapping[str, Any], language: Mapping[str, Any]) -> str:
-    problems = f"{language['problems']} of {language['available']} problems"
-    return f"{problems}, {plural(suite['n'], 'completion')} each of up to {suite['max_new_tokens']} tokens at temperature {suite['temperature']:g}"
-
-
-def _percent(part: Mapping[str, Any]) -> str:
-    return f"{100 * part['confidence']:.3g} %"
-
-
-def _with_interval(value: Mapping[str, Any]) -> str:
-    return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]"

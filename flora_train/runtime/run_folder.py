@@ -333,11 +333,17 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def open_run(path: str | Path) -> tuple[RunFolder, RunConfig]:
     """A run on disk and its configuration. Raises UserError if the folder holds none."""
+    folder = open_run_folder(path)
+    return folder, load_saved(folder.config)
+
+
+def open_run_folder(path: str | Path) -> RunFolder:
+    """A run on disk, whose configuration is not read. Raises UserError if the folder holds no run."""
     folder = RunFolder(Path(path))
     if not exists(folder.run_json) or not exists(folder.config):
         raise user_error("run", str(path), "is not a run folder (no run.json and config.yaml in it); runs are in outputs/")
     folder.facts()
-    return folder, load_saved(folder.config)
+    return folder
 
 
 def _wrong(facts: Mapping[str, Any]) -> str | None:

@@ -33,6 +33,7 @@ from flora_train.evaluation.code.programs.execute import preflight
 from flora_train.evaluation.code.programs.languages import Language, find_language, load_languages
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
 from flora_train.evaluation.code.programs.verdicts import collect_verdicts, read_verdicts
+from flora_train.evaluation.code.score_types import DecidedProblem
 from flora_train.evaluation.code.summary import read_summary, summarise, write_summary
 from flora_train.evaluation.code.wins_and_losses import wins_and_losses
 from flora_train.evaluation.generation import Decoder, Sampling, check_prompts
@@ -229,9 +230,10 @@ def _execute_and_score(config: RunConfig, plan: Plan, suite: Suite, bank: Adapte
         workers = config.evaluation.workers or available_cpus()
         collect_verdicts(completions, plan.languages, open_sandbox(config.evaluation.sandbox), log.verdicts, workers)
     known = {language: (len(problems), suite.sha(language)) for language, problems in suite.problems.items()}
-    earlier = {part["language"]: part for part in read_summary(log.path)["languages"]}
+    summary = read_summary(log.path)
+    earlier = {part.language: part for part in summary.languages} if summary is not None else {}
     for language, part in earlier.items():
-        known.setdefault(language, (part["available"], part["prompts_sha"]))
+        known.setdefault(language, (part.available, part.prompts_sha))
     records = read_verdicts(log.verdicts, config.evaluation.sandbox, plan.languages)
     samples = Counter(key[:3] for key in records)
     scored = {
@@ -241,8 +243,7 @@ def _execute_and_score(config: RunConfig, plan: Plan, suite: Suite, bank: Adapte
     others = dict.fromkeys(key[0] for key in scored if key[0] not in {contender.name for contender in contenders})
     contenders += [Contender(name, name, BASE_ID, tuple(known), "") for name in others]
     broken = {**plan.broken, **suite.missing}
-    shown = {language: part.get("cases", []) for language, part in earlier.items()}
-    shown |= {
-        language: wins_and_losses(problems, language, contenders, logged, scored) for language, problems in suite.problems.items()
-    }
-    write_summary(summarise(config, suite, known, contenders, logged, scored, broken, shown), log.path)
+    decided: dict[str, Sequence[DecidedProblem]] = {language: part.wins_and_losses for language, part in earlier.items()}
+    for language, problems in suite.problems.items():
+        decided[language] = wins_and_losses(problems, language, contenders, logged, scored)
+    write_summary(summarise(config, suite, known, contenders, logged, scored, broken, decided), log.path)

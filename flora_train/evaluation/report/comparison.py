@@ -1,4 +1,4 @@
-"""How do runs differ, in what they were told and in what came out? Two or more report.json side by side."""
+"""Comparison of several runs: metrics side by side, settings that differ, and cost."""
 
 from __future__ import annotations
 
@@ -8,143 +8,195 @@ from statistics import fmean
 from typing import Any
 
 from flora_train.config.paths import read_mapping
-from flora_train.evaluation.report.formatting import count, listed, number, share
+from flora_train.evaluation.report.formatting import ABSENT, bracketed, count, listed, number, share
+from flora_train.evaluation.report.types import Report
+from flora_train.evaluation.result_model import Interval
 from flora_train.runtime.progress import duration
 from flora_train.runtime.run_folder import flat
 
-OF_ITS_OWN = ("name", "output_dir", "overwrite", "resume")
-"""Keys of a configuration that differ without a meaning."""
+IGNORED_KEYS = ("name", "output_dir", "overwrite", "resume")
+"""Configuration keys that may differ between runs of the same settings."""
 SEED = "seed"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """value of one run, and its difference to the base with the interval (the base: its own interval), as text; best: that interval lies apart
-    from those of all others, on the better side."""
+    """A metric of one run, as text."""
 
     value: str
     change: str
+    """The difference to the base with its interval. Of the base: its own interval."""
     best: bool = False
+    """Whether the interval does not overlap those of the other runs, and is on the better side of them."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """what: task and method; cells: one a run, None where it has no such figure; note: why the figures are not of the same thing, or "";
-    seeds: the mean and the range over the runs of each group that has several, `0.812 (0.805 to 0.820)`, or ""."""
+    """A metric of one task and method."""
 
     what: tuple[str, str]
+    """Task and method."""
     cells: Sequence[Cell | None]
+    """One for each run; None where a run lacks the metric."""
     note: str
+    """Why the runs cannot be compared here, or ""."""
     seeds: Sequence[str] = ()
+    """For each group of runs that differ in the seed only: mean and range, as `0.812 (0.805 to 0.820)`, or ""."""
 
 
 @dataclass(frozen=True)
 class Measure:
+    """A metric of all tasks and methods."""
+
     title: str
     rows: Sequence[Row]
 
 
 @dataclass(frozen=True)
-class Found:
-    """One figure of one run. change: its difference to the base, on the same examples, or None for the base; same: what must be alike
-    for two of them to be of the same thing."""
+class RunMetric:
+    """A metric of one run, task and method."""
 
-    measure: str
+    title: str
     task: str
     family: str
-    estimate: Mapping[str, Any]
-    change: Mapping[str, Any] | None
-    same: tuple[Any, ...]
+    estimate: Interval
+    change: Interval | None
+    """The difference to the base on the same examples; None for the base."""
+    examples: tuple[object, ...]
+    """Identifies the examples and how they were evaluated: metrics are comparable where it is equal."""
+
+    @property
+    def compared(self) -> Interval:
+        """The interval that runs are compared by."""
+        return self.change or self.estimate
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.title.startswith("pass@")
 
 
-def measures(runs: Sequence[Mapping[str, Any]]) -> list[Measure]:
-    """Held-out loss, pass@k and error rates of every task and method that two runs or more have, or one alone."""
-    groups = seed_groups(runs)
-    found: dict[str, dict[tuple[str, str], dict[int, Found]]] = {}
-    for i, run in enumerate(runs):
-        for figure in _figures(run):
-            found.setdefault(figure.measure, {}).setdefault((figure.task, figure.family), {})[i] = figure
-    return [Measure(measure, [_row(measure, what, row, groups) for what, row in rows.items()]) for measure, rows in found.items()]
+def measures(reports: Sequence[Report]) -> list[Measure]:
+    """Held-out loss, pass@k and error rates of every task and method."""
+    groups = seed_groups(reports)
+    metrics: dict[str, dict[tuple[str, str], dict[int, RunMetric]]] = {}
+    for i, report in enumerate(reports):
+        for metric in _metrics(report):
+            by_method = metrics.setdefault(metric.title, {})
+            by_method.setdefault((metric.task, metric.family), {})[i] = metric
+    return [
+        Measure(title, [_row(what, by_run, groups) for what, by_run in by_method.items()]) for title, by_method in metrics.items()
+    ]
 
 
-def seed_groups(runs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Runs that compete, by number: those whose configurations differ in nothing but their seeds are one group, else each is its own."""
+def seed_groups(reports: Sequence[Report]) -> list[list[int]]:
+    """Indices of runs whose configurations differ in the seed only, in groups; every other run is a group of its own."""
     alike: dict[str, list[int]] = {}
     seeds = []
-    for i, run in enumerate(runs):
-        config = _configuration(run)
+    for i, report in enumerate(reports):
+        config = _configuration(report)
         seeds.append(config.get(SEED, 0))
-        alike.setdefault(repr(sorted((k, repr(v)) for k, v in config.items() if k not in (SEED, *OF_ITS_OWN))), []).append(i)
+        settings = [(key, repr(value)) for key, value in config.items() if key not in (SEED, *IGNORED_KEYS)]
+        alike.setdefault(repr(sorted(settings)), []).append(i)
     groups = []
     for members in alike.values():
-        distinct = len({seeds[i] for i in members}) == len(members)
-        groups += [members] if distinct else [[i] for i in members]
+        distinct = {seeds[i] for i in members}
+        if len(distinct) == len(members):
+            groups.append(members)
+        else:
+            groups += [[i] for i in members]
     return sorted(groups)
 
 
-def with_seeds(names: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What runs are called, with the seed of each that stands beside others of its configuration."""
-    told = list(names)
-    for group in seed_groups(runs):
-        for i in group if len(group) > 1 else ():
-            told[i] += f" (seed {_configuration(runs[i]).get(SEED, 0)})"
-    return told
+def with_seeds(names: Sequence[str], reports: Sequence[Report]) -> list[str]:
+    """The labels of runs, with the seed of each run that differs from another in the seed only."""
+    labelled = list(names)
+    for group in seed_groups(reports):
+        if len(group) > 1:
+            for i in group:
+                labelled[i] += f" (seed {_configuration(reports[i]).get(SEED, 0)})"
+    return labelled
 
 
-def _configuration(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value, as report.json holds it. Raises UserError if it cannot be read."""
-    return flat(read_mapping(run["facts"]["config"], "the configuration in report.json"))
-
-
-def verdicts(names: Sequence[str], found: Sequence[Measure], groups: Sequence[Sequence[int]] | None = None) -> str:
-    """One sentence for each measure: how often which run is better, as far as intervals that do not meet can say. groups: of
-    `seed_groups`; seeds of one configuration win together, or not at all."""
-    groups = [[i] for i in range(len(names))] if groups is None else groups
-    names = [" and ".join(names[i] for i in group) for group in groups]
+def verdicts(names: Sequence[str], compared: Sequence[Measure], groups: Sequence[Sequence[int]] | None = None) -> str:
+    """A sentence for each metric: how many adapters of each run are significantly better. groups: of `seed_groups`;
+    the seeds of one configuration win together or not at all."""
+    if groups is None:
+        groups = [[i] for i in range(len(names))]
+    joined = [" and ".join(names[i] for i in group) for group in groups]
     if len(groups) == 1:
-        return f"{names[0]} differ in nothing but the seed: none is better, and the range between them is what a seed makes."
-    sentences = []
-    for measure in found:
-        rows = [row for row in measure.rows if sum(cell is not None for cell in row.cells) > 1 and row.what[1] != "base"]
-        alike = [row for row in rows if not row.note]
-        wins = {
-            name: sum(any(cell is not None and cell.best for cell in (row.cells[i] for i in group)) for row in alike)
-            for name, group in zip(names, groups, strict=True)
-        }
-        clear = [f"{name} on {wins[name]}" for name in names if wins.get(name)]
-        title = measure.title.partition(",")[0]
-        told = f"{listed(clear)} of {len(alike)}" if clear else f"none on any of {len(alike)}"
-        sentences += [f"{title}: clearly better is {told} adapters that can be compared."] if alike else []
-        sentences += [f"{title}: nothing can be compared, the examples differ."] if rows and not alike else []
-    return " ".join(sentences) or "They have no task and method in common."
+        return f"{joined[0]} differ only in the seed: none is better, and their range is the variation between seeds."
+    sentences = [sentence for measure in compared if (sentence := _verdict(measure, joined, groups))]
+    return " ".join(sentences) or "The runs have no task and method in common."
 
 
-def settings(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Keys of the configurations that differ, with every run's value."""
-    configs = [_configuration(run) for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config if key not in OF_ITS_OWN)
-    rows = [(key, [_word(config, key) for config in configs]) for key in keys]
-    return [(key, words) for key, words in rows if len(set(words)) > 1]
+def _verdict(measure: Measure, names: Sequence[str], groups: Sequence[Sequence[int]]) -> str:
+    """The sentence for one metric; "" where no two runs have it. names: of groups."""
+    rows = []
+    for row in measure.rows:
+        present = [cell for cell in row.cells if cell is not None]
+        if len(present) > 1 and row.what[1] != "base":
+            rows.append(row)
+    if not rows:
+        return ""
+    title = measure.title.partition(",")[0]
+    comparable = [row for row in rows if not row.note]
+    if not comparable:
+        return f"{title}: the runs cannot be compared, as their examples differ."
+    adapters = "1 comparable adapter" if len(comparable) == 1 else f"{count(len(comparable))} comparable adapters"
+    clear: list[str] = []
+    for name, group in zip(names, groups, strict=True):
+        won = sum(_wins(row, group) for row in comparable)
+        verb = "is" if len(group) == 1 else "are"
+        if won and not clear:
+            clear.append(f"{name} {verb} significantly better on {won}")
+        elif won:
+            clear.append(f"{name} on {won}")
+    if not clear:
+        return f"{title}: no run is significantly better on any of {adapters}."
+    return f"{title}: {listed(clear)} of {adapters}."
 
 
-def costs(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Effort of every run."""
-    stages = dict.fromkeys(stage for run in runs for stage in run["facts"].get("seconds", {}))
-    rows = [
-        ("adapters", [count(len(run["adapters"])) for run in runs]),
-        ("adapter tokens", [count(sum(a["tokens"] for a in run["adapters"])) for run in runs]),
-        *((stage, [_seconds(run["facts"].get("seconds", {}).get(stage)) for run in runs]) for stage in stages),
-        ("peak memory", [_gibibytes(run["facts"].get("peak_memory_bytes")) for run in runs]),
-        ("processes", [count(run["facts"].get("processes")) for run in runs]),
-        ("device", [str(run["facts"].get("device") or "–") for run in runs]),
-        ("processor", [str(run["facts"].get("machine", {}).get("processor") or "–") for run in runs]),
-        ("flora_train", [str(run["facts"].get("commit") or run["facts"].get("flora_train") or "–")[:10] for run in runs]),
-    ]
+def _wins(row: Row, group: Sequence[int]) -> bool:
+    cells = [row.cells[i] for i in group]
+    return any(cell is not None and cell.best for cell in cells)
+
+
+def settings(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
+    """Configuration keys that differ, with every run's value."""
+    configs = [_configuration(report) for report in reports]
+    keys: dict[str, None] = {}
+    for config in configs:
+        keys |= dict.fromkeys(config)
+    rows = []
+    for key in keys:
+        values = [str(config[key]) if key in config else ABSENT for config in configs]
+        if key not in IGNORED_KEYS and len(set(values)) > 1:
+            rows.append((key, values))
     return rows
 
 
+def costs(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
+    """Time, memory and machine of every run."""
+    facts = [report.facts for report in reports]
+    stages: dict[str, None] = {}
+    for run in facts:
+        stages |= dict.fromkeys(run.seconds)
+    tokens = [sum(adapter.tokens for adapter in report.adapters) for report in reports]
+    versions = [run.commit or run.flora_train or ABSENT for run in facts]
+    return [
+        ("adapters", [count(len(report.adapters)) for report in reports]),
+        ("adapter tokens", [count(total) for total in tokens]),
+        *((stage, [_seconds(run.seconds.get(stage)) for run in facts]) for stage in stages),
+        ("peak memory", [_gibibytes(run.peak_memory_bytes) for run in facts]),
+        ("processes", [count(run.processes) for run in facts]),
+        ("device", [run.device or ABSENT for run in facts]),
+        ("processor", [run.machine.processor or ABSENT for run in facts]),
+        ("flora_train", [version[:10] for version in versions]),
+    ]
+
+
 def labels(paths: Sequence[str]) -> list[str]:
-    """What runs are called: the ends of their paths that tell them apart."""
+    """Labels of runs: the shortest ends of their paths that differ."""
     parts = [path.rstrip("/").split("/") for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         ends = ["/".join(part[-depth:]) for part in parts]
@@ -153,85 +205,112 @@ def labels(paths: Sequence[str]) -> list[str]:
     return [f"{path} ({i})" for i, path in enumerate(paths, start=1)]
 
 
-def _figures(run: Mapping[str, Any]) -> Iterator[Found]:
-    # reports of before have only the hash of all of a task's examples
-    hashes = {task["name"]: task.get("heldout_hash", task["data_hash"]) for task in run["tasks"]}
-    heard = {task["name"]: task.get("test_hash") for task in run["tasks"]}
-    for result in run["results"]:
-        same: tuple[Any, ...] = (hashes[result["task"]], result["examples"])
-        for row in (result["base"], *result["contenders"]):
-            change = row.get("difference_to_base")
-            yield Found("Held-out loss, bits per byte", result["task"], row["family"], row["bits_per_byte"], change, same)
-    for suite in run["code"]:
-        for k in suite["k"]:
-            for part in suite["languages"]:
-                same = (part["prompts_sha"], part["problems"], suite["temperature"], suite["top_p"], suite["max_new_tokens"])
-                for row in part["contenders"]:
-                    title, changes = f"pass@{k} on {suite['suite']} problems, percent", _to_base(part["differences"], "pass_at")
-                    change = changes.get(row["family"], {}).get(str(k))
-                    yield Found(title, part["name"], row["family"], row["pass_at"][str(k)], change, same)
-    for part in (run["speech"] or {}).get("languages", ()):
-        same = (
-            heard.get(part["task"]),
-            part["metric"],
-            part["normalizer"],
-            part["clips"],
-            part["contenders"][0][part["metric"]]["N"],
-        )
-        for row in part["contenders"]:
-            change = _to_base(part["differences"], part["metric"]).get(row["family"])
-            yield Found("Error rate", part["task"], row["family"], row[part["metric"]], change, same)
+def _configuration(report: Report) -> dict[str, Any]:
+    """Dotted key -> value of the run's configuration. Raises UserError if it cannot be read."""
+    return flat(read_mapping(report.facts.config, "the configuration in report.json"))
 
 
-def _to_base(differences: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
-    return {d["a"]: d[key] for d in differences if d["b"] == "base"}
+def _metrics(report: Report) -> Iterator[RunMetric]:
+    yield from _heldout_metrics(report)
+    yield from _code_metrics(report)
+    yield from _speech_metrics(report)
 
 
-def _row(measure: str, what: tuple[str, str], found: Mapping[int, Found], groups: Sequence[Sequence[int]]) -> Row:
-    better = -1 if measure.startswith("pass@") else 1
-    note = "" if len({figure.same for figure in found.values()}) == 1 else "not of the same examples"
-    changes = {i: f.change or f.estimate for i, f in found.items()}
-    finite = {i: change for i, change in changes.items() if None not in (change["value"], change["low"], change["high"])}
-    competing = [[i for i in group if i in found] for group in groups]
-    competing = [group for group in competing if group]
-    best: list[int] = []
-    if not note and len(finite) == len(found) and len(competing) > 1:
-        low, high = ("low", "high") if better > 0 else ("high", "low")
-        first = min(finite, key=lambda i: better * finite[i]["value"])
-        group = next(group for group in competing if first in group)
-        others = [change for i, change in finite.items() if i not in group]
-        if all(better * finite[i][high] < better * other[low] for i in group for other in others):
-            best = group
-    cells = [_cell(found[i], better, i in best) if i in found else None for i in sorted(i for group in groups for i in group)]
-    return Row(what, cells, note, [_over_seeds(found, group, better) for group in groups if len(group) > 1])
+def _heldout_metrics(report: Report) -> Iterator[RunMetric]:
+    title = "Held-out loss, bits per byte"
+    hashes = {task.name: task.heldout_hash or task.data_hash for task in report.tasks}
+    for result in report.results:
+        examples = (hashes[result.task], result.examples)
+        base = result.base
+        yield RunMetric(title, result.task, base.family, base.bits_per_byte, None, examples)
+        for row in result.contenders:
+            yield RunMetric(title, result.task, row.family, row.bits_per_byte, row.difference_to_base, examples)
 
 
-def _over_seeds(found: Mapping[int, Found], group: Sequence[int], better: int) -> str:
-    """Mean and range of the runs of one configuration; "" where one of them has no such figure."""
-    values = [found[i].estimate["value"] for i in group if i in found]
-    if len(values) < len(group) or None in values:
-        return ""
-    mean, low, high = (number(v, 3) if better > 0 else share(v) for v in (fmean(values), min(values), max(values)))
+def _code_metrics(report: Report) -> Iterator[RunMetric]:
+    for suite in report.code:
+        sampling = (suite.temperature, suite.top_p, suite.max_new_tokens)
+        for k in suite.pass_at_k:
+            title = f"pass@{k} on {suite.suite} problems, percent"
+            for part in suite.languages:
+                examples = (part.prompts_sha, part.problems, *sampling)
+                for row in part.contenders:
+                    change = part.to_base.get(row.family, {}).get(k)
+                    yield RunMetric(title, part.name, row.family, row.pass_at[k], change, examples)
+
+
+def _speech_metrics(report: Report) -> Iterator[RunMetric]:
+    if report.speech is None:
+        return
+    hashes = {task.name: task.test_hash for task in report.tasks}
+    for part in report.speech.languages:
+        units = part.contenders[0].rate(part.metric).units
+        examples = (hashes.get(part.task), part.metric, part.normalizer, part.clips, units)
+        for row in part.contenders:
+            difference = part.to_base.get(row.family)
+            change = None if difference is None else difference.rate(part.metric)
+            yield RunMetric("Error rate", part.task, row.family, row.rate(part.metric), change, examples)
+
+
+def _row(what: tuple[str, str], metrics: Mapping[int, RunMetric], groups: Sequence[Sequence[int]]) -> Row:
+    """metrics: run -> its metric."""
+    comparable = len({metric.examples for metric in metrics.values()}) == 1
+    best = _best_group(metrics, groups) if comparable else []
+    cells: list[Cell | None] = []
+    for i in range(sum(map(len, groups))):
+        cells.append(_cell(metrics[i], i in best) if i in metrics else None)
+    seeds = [_over_seeds(metrics, group) for group in groups if len(group) > 1]
+    return Row(what, cells, "" if comparable else "not of the same examples", seeds)
+
+
+def _best_group(metrics: Mapping[int, RunMetric], groups: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The runs whose intervals are all on the better side of those of all other runs; [] if there are none."""
+    bounds: dict[int, tuple[float, float]] = {}
+    for i, metric in metrics.items():
+        if metric.compared.finite is None:
+            return []
+        _, low, high = metric.compared.finite
+        bounds[i] = (-high, -low) if metric.higher_is_better else (low, high)
+    for group in groups:
+        inside = [bounds[i] for i in group if i in bounds]
+        outside = [bound for i, bound in bounds.items() if i not in group]
+        if inside and outside and max(high for _, high in inside) < min(low for low, _ in outside):
+            return group
+    return []
+
+
+def _over_seeds(metrics: Mapping[int, RunMetric], group: Sequence[int]) -> str:
+    """Mean and range over the runs of one configuration; "" where one of them lacks the metric."""
+    values = []
+    for i in group:
+        if i not in metrics or metrics[i].estimate.value is None:
+            return ""
+        values.append(metrics[i].estimate.value)
+    known = [value for value in values if value is not None]
+    higher_is_better = metrics[group[0]].higher_is_better
+    mean, low, high = (_write(value, higher_is_better) for value in (fmean(known), min(known), max(known)))
     return f"{mean} ({low} to {high})"
 
 
-def _cell(found: Found, better: int, best: bool) -> Cell:
-    def write(value: float | None, sign: str = "") -> str:
-        return number(value, 3, sign) if better > 0 else "–" if value is None else share(value, sign)
+def _cell(metric: RunMetric, best: bool) -> Cell:
+    def write(value: float) -> str:
+        return _write(value, metric.higher_is_better, "" if metric.change is None else "+")
 
-    shown, sign = (found.estimate, "") if found.change is None else (found.change, "+")
-    interval = f"[{write(shown['low'], sign)}, {write(shown['high'], sign)}]"
-    change = interval if found.change is None else f"{write(found.change['value'], '+')} {interval}"
-    return Cell(write(found.estimate["value"]), change, best)
+    change = bracketed(metric.compared, write)
+    if metric.change is None:
+        change = change.partition(" ")[2]
+    return Cell(_write(metric.estimate.value, metric.higher_is_better), change, best)
 
 
-def _word(config: Mapping[str, Any], key: str) -> str:
-    return "–" if key not in config else str(config[key])
+def _write(value: float | None, as_percent: bool, sign: str = "") -> str:
+    return share(value, sign) if as_percent else number(value, 3, sign)
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else duration(value) if value >= 0.5 else "under a second"
+    if value is None:
+        return ABSENT
+    return duration(value) if value >= 0.5 else "under a second"
 
 
 def _gibibytes(value: int | None) -> str:
-    return "–" if value is None else f"{value / 2**30:.1f} GiB"
+    return ABSENT if value is None else f"{value / 2**30:.1f} GiB"

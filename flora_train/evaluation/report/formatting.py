@@ -1,72 +1,123 @@
-"""How are figures written in a report?"""
+"""How numbers, intervals and lists are written in reports."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from flora_train.evaluation.report.types import TaskResult
+from flora_train.evaluation.result_model import Interval
 
 NOT_FINITE = "not finite"
+ABSENT = "–"
+
+Verdict = Literal["better", "worse", "unclear", "not finite"]
 
 
-def verdict(difference: Mapping[str, Any]) -> str:
-    """What an estimate of a difference allows to say: better (lower), worse, unclear or not finite."""
-    if any(difference[key] is None for key in ("value", "low", "high")):
-        return NOT_FINITE
-    return "unclear" if not difference["excludes_zero"] else "better" if difference["value"] < 0 else "worse"
+def verdict(difference: Interval) -> Verdict:
+    """The conclusion that a difference allows, where lower is better."""
+    if difference.finite is None:
+        return "not finite"
+    if not difference.excludes_zero:
+        return "unclear"
+    value, _, _ = difference.finite
+    return "better" if value < 0 else "worse"
 
 
-def shared_digits(judged: Sequence[Mapping[str, Any]]) -> int:
-    """Decimals at which a typical interval of a difference has two significant digits: one precision for the page."""
-    found = [c["difference_to_base"] for r in judged for c in r["contenders"]]
-    widths = sorted((d["high"] - d["low"]) / 2 for d in found if verdict(d) != NOT_FINITE)
+def shared_digits(results: Sequence[TaskResult]) -> int:
+    """The precision of a page: decimals at which a typical interval of a difference has two significant digits."""
+    widths = []
+    for result in results:
+        for contender in result.contenders:
+            if contender.difference_to_base.finite is not None:
+                _, low, high = contender.difference_to_base.finite
+                widths.append((high - low) / 2)
+    widths.sort()
     width = widths[len(widths) // 2] if widths else 0.0
-    return min(5, max(2, 1 - math.floor(math.log10(width)))) if width > 0 else 3
+    if width <= 0:
+        return 3
+    return min(5, max(2, 1 - math.floor(math.log10(width))))
 
 
-def share(value: float, sign: str = "") -> str:
+def share(value: float | None, sign: str = "") -> str:
     """A probability, or a difference of two, in percent."""
-    return f"{100 * value:{sign}.1f}".replace("-", "\u2212")
+    if value is None:
+        return NOT_FINITE
+    return _minus(f"{100 * value:{sign}.1f}")
 
 
-def percent(judged: Sequence[Mapping[str, Any]]) -> str:
-    """`95 %`, the confidence of all intervals."""
-    return f"{100 * judged[0]['confidence']:.3g}\u00a0%"
+def percent(confidence: float) -> str:
+    """The confidence of intervals, as `95 %`."""
+    return f"{100 * confidence:.3g}\u00a0%"
 
 
 def number(value: float | None, digits: int = 3, sign: str = "") -> str:
-    """A fixed number of decimals, or from 1,000 on none."""
+    """A fixed number of decimals, or none from 100 on."""
     if value is None or not math.isfinite(value):
         return NOT_FINITE
     if abs(value) >= 1e7:
-        return f"{value:{sign}.1e}".replace("-", "−")
-    text = f"{value:{sign},.{0 if abs(value) >= 100 else digits}f}".replace("-", "−")
+        return _minus(f"{value:{sign}.1e}")
+    if abs(value) >= 100:
+        digits = 0
+    text = _minus(f"{value:{sign},.{digits}f}")
     return re.sub(r"^[−+](?=[0.]*$)", "", text)
 
 
-def interval(difference: Mapping[str, Any], digits: int) -> str:
-    """`−0.054 to −0.028`."""
-    return " to ".join(number(difference[key], digits, "+") for key in ("low", "high"))
+def interval(difference: Interval, digits: int) -> str:
+    """The interval of a difference, as `−0.054 to −0.028`."""
+    low, high = (number(bound, digits, "+") for bound in (difference.low, difference.high))
+    return f"{low} to {high}"
 
 
-def estimate(difference: Mapping[str, Any], digits: int) -> str:
-    """`−0.040 [−0.054, −0.028]`."""
-    if verdict(difference) == NOT_FINITE:
+def estimate(value: Interval, digits: int = 3, sign: str = "+") -> str:
+    """Value and interval, by default of a difference, as `−0.040 [−0.054, −0.028]`."""
+    return bracketed(value, lambda figure: number(figure, digits, sign))
+
+
+def ascii_estimate(value: Interval, sign: str = "") -> str:
+    """Value and interval for terminals, as `-0.040 [-0.054, -0.028]`."""
+    return bracketed(value, lambda figure: f"{figure:{sign}.3f}")
+
+
+def ascii_number(value: float | None) -> str:
+    """A value for terminals."""
+    return NOT_FINITE if value is None else f"{value:.3f}"
+
+
+def share_estimate(value: Interval, sign: str = "") -> str:
+    """A probability and its interval, in percent."""
+    return bracketed(value, lambda figure: share(figure, sign))
+
+
+def bracketed(value: Interval, write: Callable[[float], str]) -> str:
+    """`value [low, high]`, each number as `write` writes it."""
+    if value.finite is None:
         return NOT_FINITE
-    value, low, high = (number(difference[key], digits, "+") for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    middle, low, high = map(write, value.finite)
+    return f"{middle} [{low}, {high}]"
 
 
 def count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
+    """An integer with thousands separators."""
+    return ABSENT if value is None else f"{value:,}"
 
 
-def plural(n: int, word: str) -> str:
-    return f"{count(n)} {word}" if n == 1 else f"{count(n)} {word}s"
+def plural(n: int, noun: str) -> str:
+    """`1 task`, `2 tasks`."""
+    return f"{count(n)} {noun}" if n == 1 else f"{count(n)} {noun}s"
 
 
-def listed(words: Sequence[str], most: int = 1000) -> str:
-    """`a, b and c`; beyond `most`: `a, b and 7 more`."""
-    shown = [*words[:most], *([f"{len(words) - most} more"] if len(words) > most else [])]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+def listed(items: Sequence[str], limit: int = 1000) -> str:
+    """`a, b and c`; beyond `limit`: `a, b and 7 more`."""
+    shown = list(items[:limit])
+    if len(items) > limit:
+        shown.append(f"{len(items) - limit} more")
+    if len(shown) == 1:
+        return shown[0]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "\u2212")

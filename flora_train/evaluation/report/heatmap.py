@@ -1,71 +1,81 @@
-"""Where does which method help? Every task beside every method, darker where it gains more over the base."""
+"""Heatmaps of tasks by methods: darker where a method gains more over the base."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from flora_train.evaluation.report.formatting import NOT_FINITE, number, share, verdict
+from flora_train.evaluation.report.types import Report
+from flora_train.evaluation.result_model import Interval
 
-Estimate = Mapping[str, Any]
+SCALE_QUANTILE = 0.95
+"""This quantile of all differences has the full colour, so that a single outlier does not pale the others."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """text: the difference to the base; strength: 0 to 1, of the largest gain or loss on the map; kind: better, worse, unclear, not finite."""
+    """One task and method."""
 
     text: str
+    """The difference to the base."""
     strength: float
-    kind: str
+    """Size of the difference, 0 to 1 of the map's scale."""
+    verdict: Literal["better", "worse", "unclear"]
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """rows: task, and a cell for each of `families` (None: no adapter)."""
+    """The differences of one metric."""
 
     title: str
     families: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Cell | None]]]
+    """A task, and a cell for each family; None where the task has no such adapter."""
 
 
-def gain_maps(results: Mapping[str, Any]) -> list[Heatmap]:
-    """A map for held-out loss, every suite of problems, and error rates, wherever there are two tasks or more."""
-    held_out = {r["task"]: {c["family"]: c["difference_to_base"] for c in r["contenders"]} for r in results["results"]}
-    maps = [_map("held-out loss, bits per byte", held_out, lambda value: number(value, 2, "+"))]
-    for suite in results["code"]:
-        k = str(suite["k"][0])
-        passed = {
-            part["name"]: {d["a"]: _lower_is_better(d["pass_at"][k]) for d in part["differences"] if d["b"] == "base"}
-            for part in suite["languages"]
+def heatmaps(report: Report) -> list[Heatmap]:
+    """A map for held-out loss, for every suite of problems and for error rates, wherever there are two tasks or more."""
+    losses = {
+        result.task: {family: row.difference_to_base for family, row in result.by_family.items()} for result in report.results
+    }
+    maps = [_heatmap("held-out loss, bits per byte", losses, lambda value: number(value, 2, "+"))]
+    for suite in report.code:
+        k = suite.pass_at_k[0]
+        passed = {part.name: {family: d[k].negated() for family, d in part.to_base.items()} for part in suite.languages}
+        title = f"pass@{k} on {suite.suite} problems, percentage points"
+        maps.append(_heatmap(title, passed, lambda value: share(-value, "+")))
+    if report.speech is not None:
+        rates = {
+            part.task: {family: d.rate(part.metric) for family, d in part.to_base.items()} for part in report.speech.languages
         }
-        maps.append(_map(f"pass@{k} on {suite['suite']} problems, percentage points", passed, lambda value: share(-value, "+")))
-    if results["speech"]:
-        heard = {
-            part["task"]: {d["a"]: d[part["metric"]] for d in part["differences"] if d["b"] == "base"}
-            for part in results["speech"]["languages"]
-        }
-        maps.append(_map("error rate", heard, lambda value: number(value, 2, "+")))
-    return [one for one in maps if len(one.rows) > 1]
+        maps.append(_heatmap("error rate", rates, lambda value: number(value, 2, "+")))
+    return [heatmap for heatmap in maps if len(heatmap.rows) > 1]
 
 
-def _map(title: str, differences: Mapping[str, Mapping[str, Estimate]], write: Callable[[float], str]) -> Heatmap:
-    """differences: task -> family -> estimate, below zero where better."""
-    families = list(dict.fromkeys(family for row in differences.values() for family in row))
-    sizes = sorted(abs(d["value"]) for row in differences.values() for d in row.values() if verdict(d) != NOT_FINITE)
-    most = sizes[int(0.95 * (len(sizes) - 1))] if sizes else 0.0  # one that ran away does not pale the others
+def _heatmap(title: str, differences: Mapping[str, Mapping[str, Interval]], write: Callable[[float], str]) -> Heatmap:
+    """differences: task -> family -> difference to the base, below zero where better."""
+    families: dict[str, None] = {}
+    sizes = []
+    for row in differences.values():
+        families |= dict.fromkeys(row)
+        sizes += [abs(d.finite[0]) for d in row.values() if d.finite is not None]
+    sizes.sort()
+    scale = sizes[int(SCALE_QUANTILE * (len(sizes) - 1))] if sizes else 0.0
+    rows = []
+    for task, row in differences.items():
+        cells = [_cell(row.get(family), scale, write) for family in families]
+        rows.append((task, cells))
+    return Heatmap(title, list(families), rows)
 
-    def cell(difference: Estimate | None) -> Cell | None:
-        if difference is None:
-            return None
-        kind = verdict(difference)
-        if kind == NOT_FINITE:
-            return Cell(NOT_FINITE, 0.0, "unclear")
-        return Cell(write(difference["value"]), min(1.0, abs(difference["value"]) / most) if most else 0.0, kind)
 
-    return Heatmap(title, families, [(task, [cell(row.get(family)) for family in families]) for task, row in differences.items()])
-
-
-def _lower_is_better(difference: Estimate) -> Estimate:
-    value, low, high = (None if difference[key] is None else -difference[key] for key in ("value", "high", "low"))
-    return {"value": value, "low": low, "high": high, "excludes_zero": difference["excludes_zero"]}
+def _cell(difference: Interval | None, scale: float, write: Callable[[float], str]) -> Cell | None:
+    if difference is None:
+        return None
+    conclusion = verdict(difference)
+    if difference.finite is None or conclusion == "not finite":
+        return Cell(NOT_FINITE, 0.0, "unclear")
+    value, _, _ = difference.finite
+    strength = min(1.0, abs(value) / scale) if scale else 0.0
+    return Cell(write(value), strength, conclusion)

@@ -1,7 +1,7 @@
 // Search and sort. Without it the page shows the same figures, in the order of the run.
 const number = text => {
-  const found = text.replace(/[\u2212]/g, "-").replace(/,(?=\d{3})/g, "").match(/[-+]?\d+(\.\d+)?/);
-  return found ? Number(found[0]) : NaN;
+  const digits = text.replace(/[\u2212]/g, "-").replace(/,(?=\d{3})/g, "").match(/[-+]?\d+(\.\d+)?/);
+  return digits ? Number(digits[0]) : NaN;
 };
 
 for (const table of document.querySelectorAll("table")) {
@@ -40,7 +40,7 @@ if (find) {
   for (const figure of document.querySelectorAll(".panels > figure")) {
     parts.push([figure, figure.querySelector("figcaption").textContent.toLowerCase()]);
   }
-  const input = find.querySelector("input"), said = find.querySelector("output");
+  const input = find.querySelector("input"), status = find.querySelector("output");
   const search = () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
     const shown = new Set();
@@ -49,7 +49,7 @@ if (find) {
       if (!part.hidden) shown.add(name);
     }
     if (words.length) for (const fold of document.querySelectorAll("details.fold")) fold.open = true;
-    said.textContent = words.length ? (shown.size ? "" : "nothing has that name") : "";
+    status.textContent = words.length ? (shown.size ? "" : "no matches") : "";
   };
   input.addEventListener("input", search);
   find.hidden = false;

@@ -1,11 +1,10 @@
-"""What came out of a run? One plain mapping (report.json) that every form of the report is drawn from."""
+"""The report of a run, built from its metrics, held-out losses and scores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -15,35 +14,67 @@ import numpy as np
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
-from flora_train.config.errors import UserError, first_line, user_error
-from flora_train.config.json_format import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.splits import seed_of
 from flora_train.data.task import Task
 from flora_train.data.tokenization import TokenSplit
-from flora_train.evaluation.bootstrap import compare, finite
+from flora_train.evaluation.bootstrap import Comparison, compare, finite
+from flora_train.evaluation.code.score_types import CodeSuite
+from flora_train.evaluation.report.types import (
+    AdapterFacts,
+    BaseResult,
+    ContenderResult,
+    Curves,
+    Difference,
+    Quarantine,
+    Report,
+    Retirement,
+    RunFacts,
+    SampleCompletion,
+    SplitSummary,
+    SweepMember,
+    SweepResult,
+    TaskResult,
+    TaskSummary,
+    UnusableClips,
+)
+from flora_train.evaluation.speech.score_types import SpeechResults
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.best_adapters import BestCheckpoint
 from flora_train.training.heldout import HeldOut
 from flora_train.training.step_plan import make_mixture
 
-SCHEMA = 5
-"""Of report.json; raised when a reader would miss or misread something."""
-MOMENTS = 40
-"""Points of the curve of what was drawn."""
-
-
-KINDS: dict[str, Any] = {
-    **dict.fromkeys(("facts", "curves"), dict),
-    **dict.fromkeys(("tasks", "adapters", "results", "sweeps", "completions", "code", "not_measured"), list),
-    "name": str,
-    "speech": dict | None,
-}
-"""Key of report.json -> its type."""
-
-SHOWN = 5
+MAX_DRAWN_POINTS = 40
+"""Points of the curve of tokens drawn."""
+MAX_PATHS = 5
 """Paths of clips that were left out, for each reason."""
+MAX_PAIRED = 64
+"""Adapters of a task up to which every pair is compared; of more, each is compared with the best."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that was evaluated at the end of a run."""
+
+    heldout: Mapping[str, HeldOut]
+    """Task -> held-out losses of the base and of the task's adapters."""
+    best: Mapping[int, BestCheckpoint]
+    """Adapter id -> its best checkpoint."""
+    completions: Sequence[SampleCompletion] = ()
+    code: Sequence[CodeSuite] = ()
+    speech: SpeechResults | None = None
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """The last of each adapter's records in metrics.jsonl."""
+
+    task_tokens: Mapping[str, int]
+    adapters: Mapping[str, Mapping[str, Any]]
+    """Adapter -> counts of the last step that logged it."""
+    quarantined: Mapping[str, Quarantine]
+    retired: Mapping[str, Retirement]
 
 
 def build_results(
@@ -51,256 +82,247 @@ def build_results(
     folder: RunFolder,
     tasks: Mapping[str, Task],
     bank: AdapterBank,
-    heldout: Mapping[str, HeldOut],
-    kept: Mapping[int, BestCheckpoint],
-    completions: list[dict[str, Any]],
-    code: list[dict[str, Any]],
-    speech: Mapping[str, Any] | None,
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The content of report.json.
-
-    tasks: data counts, tokens served against the target share
-    adapters: hyper-parameters, tokens, selected step, skipped steps, rollbacks, quarantine, and when and why it left early
-    results: per task the base and every adapter on the same held-out examples: bits per byte, loss (nats per token),
-             perplexity, and paired differences in bits per byte with bootstrap intervals
-    sweeps: per sweep and task the members' held-out bits per byte, and which is lowest
-    curves: training and held-out loss over steps, and the base's loss on the same held-out examples
-    completions: prompts continued by base and adapters
-    code: a suite of programming problems each, see code/summary.py
-    speech: error rates of spoken tasks, see speech/summary.py
-    """
-    shares = make_mixture(tasks, bank.specs, config, joined=facts.get("joined")).token_shares()
-    steps = folder.read_metrics("step")
-    last = steps[-1] if steps else {"task_tokens": {}, "adapters": {}}
-    latest: dict[str, dict[str, Any]] = {}
-    for record in steps:
-        latest.update(record["adapters"])
-    quarantined = steps[-1].get("quarantined", {}) if steps else {}
-    left = {name: facts for record in folder.read_metrics("evaluation") for name, facts in record.get("left", {}).items()}
-    return {
-        "schema": SCHEMA,
-        "name": config.name,
-        "facts": dict(facts),
-        "tasks": [
-            _task(task, config.tasks[name], last["task_tokens"].get(name, 0), shares.get(name, 0.0))
-            for name, task in tasks.items()
-        ],
-        "adapters": [_adapter(bank, i, kept, latest, left, quarantined) for i in range(len(bank.specs))],
-        "results": [_result(config, bank, heldout[name]) for name in heldout],
-        "sweeps": sweeps_of(bank, heldout, left),
-        "curves": _curves(config, folder, heldout),
-        "completions": completions,
-        "code": code,
-        "speech": speech,
-        "not_measured": not_measured(config, executed=bool(code) or speech is not None),
-    }
-
-
-@contextmanager
-def reading_report(path: Path) -> Iterator[None]:
-    """A context that draws from a report.json, which anybody may have changed: what does not fit there is a UserError."""
-    try:
-        yield
-    except (UserError, OSError):
-        raise
-    except Exception as error:  # whatever a value in the wrong place makes of the code that draws
-        hint = f"flora-train evaluate {path.parent.parent} renews it"
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise user_error(str(path), None, f"is damaged, or was written by another version ({what}): {hint}") from error
+    *,
+    evaluation: Evaluation,
+    facts: RunFacts,
+) -> Report:
+    """The report of a run. The training curves are read from the run folder's metrics."""
+    record = read_training_record(folder)
+    shares = make_mixture(tasks, bank.specs, config, joined=facts.joined or None).token_shares()
+    summaries = []
+    for name, task in tasks.items():
+        tokens = record.task_tokens.get(name, 0)
+        summaries.append(_task_summary(task, config.tasks[name], tokens=tokens, target_share=shares.get(name, 0.0)))
+    limits = not_measured(config, executed=bool(evaluation.code) or evaluation.speech is not None)
+    return Report(
+        name=config.name,
+        facts=facts,
+        tasks=summaries,
+        adapters=[_adapter_facts(bank, i, evaluation.best, record) for i in range(len(bank.specs))],
+        results=[_task_result(config, bank, heldout) for heldout in evaluation.heldout.values()],
+        sweeps=sweep_results(bank, evaluation.heldout, record.retired),
+        curves=_curves(config, folder, evaluation.heldout),
+        completions=evaluation.completions,
+        code=evaluation.code,
+        speech=evaluation.speech,
+        not_measured=[*limits, *facts.origin_differences],
+    )
 
 
 def not_measured(config: RunConfig, executed: bool) -> list[str]:
-    """What a reader might take for granted and this report does not show."""
-    items = [] if executed else ["Whether completions are correct: nothing was executed. Held-out loss is not pass@k."]
-    items += [
-        "Variation between seeds: every adapter was trained once. The intervals cover the choice of held-out examples only.",
-    ]
-    if not any(adapter.sweep for adapter in config.adapters.values()):
-        items.append("Other learning rates: a method is shown at the learning rate of the recipe.")
+    """What a reader might take for granted and the report does not show."""
+    items = []
+    if not executed:
+        items.append("Whether completions are correct: no program was executed. Held-out loss is not pass@k.")
+    items.append("Variation between seeds: every adapter was trained once. Intervals cover the choice of held-out examples only.")
+    if any(adapter.sweep for adapter in config.adapters.values()):
+        items.append("An untouched test set for sweeps: winners were chosen on the same held-out examples, which favours them.")
     else:
-        items.append("An untouched test set for sweeps: a winner was chosen by the same held-out examples, which flatters it.")
+        items.append("Other learning rates: every method was trained at the recipe's learning rate only.")
     if config.evaluation.select_best and config.evaluation.interval:
+        first = config.evaluation.max_examples
+        subset = f" (the first {first} of each task)" if first else ""
         items.append(
-            "An untouched test set: each adapter's checkpoint was chosen by the same held-out examples"
-            + (f" (the first {config.evaluation.max_examples} of each task)" if config.evaluation.max_examples else "")
-            + ", which flatters all adapters a little, the base model not at all."
+            f"An untouched test set: checkpoints were selected on the same held-out examples{subset}, "
+            "which favours all adapters slightly over the base model."
         )
     return items
 
 
-def _task(task: Task, said: TaskConfig, tokens: int, target_share: float) -> dict[str, Any]:
-    return {
-        "name": task.name,
-        "weight": task.weight,
-        "origin": task.origin,
-        "hub": said.train.hub,
-        "license": said.license,
-        "speech": said.speech and said.speech.language,
-        "train": _counts(task.train),
-        "validation": _counts(task.validation),
-        "test": None if task.test is None else _counts(task.test),
-        "tokens_drawn": tokens,
-        "target_share": target_share,
-        "epochs": tokens / max(1, int(task.train.lengths.sum())),
-        "data_hash": task.data_hash,
-        "heldout_hash": examples_hash(task.validation),
-        "test_hash": examples_hash(task.validation if task.test is None else task.test),
+def read_training_record(folder: RunFolder) -> TrainingRecord:
+    """The last state of each adapter in metrics.jsonl."""
+    steps = folder.read_metrics("step")
+    adapters: dict[str, Mapping[str, Any]] = {}
+    for record in steps:
+        adapters.update(record["adapters"])
+    last = steps[-1] if steps else {"task_tokens": {}}
+    quarantined = {
+        name: Quarantine(step=entry["step"], reason=entry["why"]) for name, entry in last.get("quarantined", {}).items()
     }
+    retired = {}
+    for record in folder.read_metrics("evaluation"):
+        for name, entry in record.get("left", {}).items():
+            retired[name] = Retirement(step=entry["step"], reason=entry["why"])
+    return TrainingRecord(last["task_tokens"], adapters, quarantined, retired)
 
 
 def examples_hash(split: TokenSplit) -> str:
-    """SHA-256 of the examples themselves, whatever else their task holds: two runs with the same held-out rows have the same. Of clips it is
-    that of sound and sentences, of text that of the tokens."""
+    """SHA-256 of a split's examples, whatever else their task holds: runs with the same held-out rows have the same. Of
+    clips it covers sound and sentences, of text the tokens."""
     digest = sha256()
-    spoken = hasattr(split, "shas")
-    for name in ("shas", "samples", "sentences") if spoken else ("tokens", "offsets", "prompt_lengths", "label_bytes", "packs"):
+    names: tuple[str, ...] = ("tokens", "offsets", "prompt_lengths", "label_bytes", "packs")
+    if hasattr(split, "shas"):
+        names = ("shas", "samples", "sentences")
+    for name in names:
         values = np.ascontiguousarray(getattr(split, name))
         digest.update(f"{name}\x1f{values.shape}\x1f".encode())
-        digest.update("\x1f".join(values.tolist()).encode() if values.dtype.kind == "U" else values.astype(np.int64).tobytes())
+        if values.dtype.kind == "U":
+            digest.update("\x1f".join(values.tolist()).encode())
+        else:
+            digest.update(values.astype(np.int64).tobytes())
     return digest.hexdigest()
 
 
-def _counts(split: TokenSplit) -> dict[str, Any]:
-    """Counts of a split; of clips that were left out the first SHOWN paths of each reason (all stand in clips_left_out.tsv)."""
-    unusable = {
-        reason: {"clips": len(paths), "first": [_from_here(path) for path in paths[:SHOWN]]}
-        for reason, paths in split.counts.unusable.items()
-    }
-    return {**asdict(split.counts), "unusable": unusable}
+def sweep_results(bank: AdapterBank, heldout: Mapping[str, HeldOut], retired: Mapping[str, Retirement]) -> list[SweepResult]:
+    """A result for every sweep and task. retired: adapter name -> its retirement."""
+    results = []
+    for sweep, task in dict.fromkeys((spec.sweep, spec.task) for spec in bank.specs if spec.sweep is not None):
+        members = []
+        for spec in bank.specs:
+            if (spec.sweep, spec.task) == (sweep, task):
+                bits = finite(heldout[task].bits_per_byte(bank.ids[spec.name]))
+                members.append(SweepMember(family=spec.family, bits_per_byte=bits, retired=retired.get(spec.name)))
+        measured = {member.family: member.bits_per_byte for member in members if member.bits_per_byte is not None}
+        winner = min(measured, key=lambda family: measured[family], default=None)
+        results.append(SweepResult(sweep=sweep, task=task, winner=winner, members=members))
+    return results
 
 
-def _from_here(path: str) -> str:
-    """Relative to the working directory where it is below it: a report is passed on, and says nothing of its machine."""
+def _task_summary(task: Task, task_config: TaskConfig, *, tokens: int, target_share: float) -> TaskSummary:
+    return TaskSummary(
+        name=task.name,
+        weight=task.weight,
+        origin=task.origin or None,
+        hub=task_config.train.hub,
+        license=task_config.license,
+        spoken_language=task_config.speech.language if task_config.speech else None,
+        train=_split_summary(task.train),
+        validation=_split_summary(task.validation),
+        test=None if task.test is None else _split_summary(task.test),
+        tokens_drawn=tokens,
+        target_share=target_share,
+        epochs=tokens / max(1, int(task.train.lengths.sum())),
+        data_hash=task.data_hash,
+        heldout_hash=examples_hash(task.validation),
+        test_hash=examples_hash(task.validation if task.test is None else task.test),
+    )
+
+
+def _split_summary(split: TokenSplit) -> SplitSummary:
+    """Counts of a split. clips_left_out.tsv has the paths of all clips that were left out."""
+    counts = split.counts
+    unusable = {}
+    for reason, paths in counts.unusable.items():
+        unusable[reason] = UnusableClips(clips=len(paths), first=[_relative(path) for path in paths[:MAX_PATHS]])
+    return SplitSummary(
+        rows=counts.rows,
+        unsampled=counts.unsampled,
+        empty=counts.empty,
+        over_long_truncated=counts.over_long_truncated,
+        over_long_split=counts.over_long_split,
+        over_long_dropped=counts.over_long_dropped,
+        prompt_too_long=counts.prompt_too_long,
+        documents=counts.pieces,
+        examples=counts.examples,
+        tokens=counts.tokens,
+        label_tokens=counts.label_tokens,
+        unusable=unusable,
+        seconds=counts.seconds,
+        special_tokens=dict(counts.special_tokens),
+    )
+
+
+def _relative(path: str) -> str:
+    """Relative to the working directory where it is inside: reports are shared, and need not name the machine's folders."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
-def _adapter(
-    bank: AdapterBank,
-    adapter: int,
-    kept: Mapping[int, BestCheckpoint],
-    latest: Mapping[str, Any],
-    left: Mapping[str, Any],
-    quarantined: Mapping[str, Any],
-) -> dict[str, Any]:
+def _adapter_facts(bank: AdapterBank, adapter: int, best: Mapping[int, BestCheckpoint], record: TrainingRecord) -> AdapterFacts:
     spec = bank.specs[adapter]
     pool, _ = bank.location[adapter]
-    return {
-        "name": spec.name,
-        "task": spec.task,
-        "family": spec.family,
-        "method": spec.method,
-        "rank": spec.rank or None,
-        "variant": ("residual" if spec.offset else "pure") if spec.method == "flora" else None,
-        "lr": spec.lr,
-        "parameters": pool.row_size,
-        "tokens": latest.get(spec.name, {}).get("tokens", 0),
-        "skipped_steps": latest.get(spec.name, {}).get("skipped_steps", 0),
-        "selected_step": kept[adapter].step if adapter in kept else None,
-        "rollbacks": latest.get(spec.name, {}).get("rollbacks", 0),
-        "quarantined": quarantined.get(spec.name),
-        "left": left.get(spec.name),
-    }
+    counts = record.adapters.get(spec.name, {})
+    variant = None
+    if spec.method == "flora":
+        variant = "residual" if spec.offset else "pure"
+    return AdapterFacts(
+        name=spec.name,
+        task=spec.task,
+        family=spec.family,
+        method=spec.method,
+        rank=spec.rank or None,
+        variant=variant,
+        lr=spec.lr,
+        parameters=pool.row_size,
+        tokens=counts.get("tokens", 0),
+        skipped_steps=counts.get("skipped_steps", 0),
+        selected_step=best[adapter].step if adapter in best else None,
+        rollbacks=counts.get("rollbacks", 0),
+        quarantined=record.quarantined.get(spec.name),
+        retired=record.retired.get(spec.name),
+    )
 
 
-def sweeps_of(bank: AdapterBank, heldout: Mapping[str, HeldOut], left: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per sweep and task: every setting's bits per byte, and the lowest. left: adapter name -> when and why it left early."""
-    found = []
-    for sweep, task in dict.fromkeys((spec.sweep, spec.task) for spec in bank.specs if spec.sweep is not None):
-        members = [spec for spec in bank.specs if (spec.sweep, spec.task) == (sweep, task)]
-        bits = {spec.family: heldout[task].bits_per_byte(bank.ids[spec.name]) for spec in members}
-        measured = {family: value for family, value in bits.items() if math.isfinite(value)}
-        found.append(
-            {
-                "sweep": sweep,
-                "task": task,
-                "winner": min(measured, key=lambda family: measured[family], default=None),
-                "members": [
-                    {"family": spec.family, "bits_per_byte": finite(bits[spec.family]), "left": left.get(spec.name)}
-                    for spec in members
-                ],
-            }
-        )
-    return found
-
-
-MOST_PAIRED = 64
-"""Adapters of a task up to which the report compares each with each; of more, each with the best."""
-
-
-def _result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> dict[str, Any]:
-    evaluation = config.evaluation
-    comparison = compare(heldout, evaluation.bootstrap_samples, evaluation.confidence, seed_of(config.seed, heldout.task))
-    ids = [a for a in heldout.nats if a != BASE_ID]
-    measured = [a for a in ids if math.isfinite(heldout.bits_per_byte(a))]
+def _task_result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> TaskResult:
+    options, seed = config.evaluation, seed_of(config.seed, heldout.task)
+    comparison = compare(heldout, options.bootstrap_samples, options.confidence, seed)
+    adapters = [adapter for adapter in heldout.nats if adapter != BASE_ID]
+    measured = [adapter for adapter in adapters if math.isfinite(heldout.bits_per_byte(adapter))]
     best = min(measured, key=heldout.bits_per_byte, default=None)
-
-    def contender(adapter: int) -> dict[str, Any]:
-        loss = heldout.loss(adapter)
-        facts = {
-            "bits_per_byte": comparison.contenders[adapter].record(),
-            "loss": finite(loss),
-            "perplexity": finite(math.exp(min(loss, 700.0))),
-        }
-        if adapter == BASE_ID:
-            return {"name": "base", "family": "base", **facts}
-        difference = comparison.differences[adapter, BASE_ID]
+    contenders = []
+    for adapter in adapters:
         spec = bank.specs[adapter]
-        return {
-            "name": spec.name,
-            "family": spec.family,
-            **facts,
-            "difference_to_base": difference.record(),
-            "best": adapter == best,
-        }
-
-    return {
-        "task": heldout.task,
-        "examples": len(heldout.label_bytes),
-        "label_tokens": int(heldout.label_tokens.sum()),
-        "label_bytes": int(heldout.label_bytes.sum()),
-        "confidence": evaluation.confidence,
-        "base": contender(BASE_ID),
-        "contenders": [contender(a) for a in ids],
-        "differences": [
-            {"a": bank.specs[a].family, "b": bank.specs[b].family, "bits_per_byte": comparison.differences[a, b].record()}
-            for a, b in combinations(ids, 2)
-            if len(ids) <= MOST_PAIRED or best in (a, b)
-        ],
-    }
-
-
-def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]) -> dict[str, Any]:
-    """`training` and `heldout`: adapter -> [[step, nats per token], ...]; `drawn`: task -> [[step, tokens so far], ...], at most MOMENTS; `base`: task -> the base model's nats per token
-    on the examples of `heldout`, the first `heldout_examples` of each task (null: all)."""
-    first = config.evaluation.max_examples
-    curves: dict[str, dict[str, list[list[float | None]]]] = {"training": {}, "heldout": {}}
-    for kind, curve in (("step", "training"), ("evaluation", "heldout")):
-        for record in folder.read_metrics(kind):
-            for name, facts in record["adapters"].items():
-                curves[curve].setdefault(name, []).append([record["step"], finite(facts["loss"])])
-    base = {name: finite(judged.loss(BASE_ID, first)) for name, judged in heldout.items()}
-    steps = folder.read_metrics("step")
-    moments = [steps[i] for i in sorted({round(i * (len(steps) - 1) / MOMENTS) for i in range(MOMENTS + 1)})] if steps else []
-    drawn = {name: [[record["step"], record["task_tokens"].get(name, 0)] for record in moments] for name in heldout}
-    return {**curves, "drawn": drawn, "base": base, "heldout_examples": first}
-
-
-def read_report(folder: RunFolder) -> dict[str, Any]:
-    """report.json of a run. Raises UserError if there is none yet."""
-    path = folder.evaluation / "report.json"
-    if not path.exists():
-        raise user_error(
-            "run",
-            str(folder.path),
-            "has no report yet: it did not finish; train it on with resume=true, or let flora-train evaluate judge what it kept",
+        contenders.append(
+            ContenderResult(
+                name=spec.name,
+                family=spec.family,
+                bits_per_byte=comparison.contenders[adapter].interval(),
+                loss=finite(heldout.loss(adapter)),
+                perplexity=_perplexity(heldout.loss(adapter)),
+                difference_to_base=comparison.differences[adapter, BASE_ID].interval(),
+                best=adapter == best,
+            )
         )
-    renewed = f"flora-train evaluate {folder.path} renews it"
-    results = read_object(path, renewed)
-    if results.get("schema") != SCHEMA:
-        hint = f"was written by another version (schema {results.get('schema')}, ours is {SCHEMA}): {renewed}"
-        raise user_error(str(path), None, hint)
-    if wrong := [key for key, kind in KINDS.items() if not isinstance(results.get(key), kind)]:
-        raise user_error(str(path), None, f"is damaged ({wrong[0]} is missing or of another type): {renewed}")
-    return results
+    base = BaseResult(
+        bits_per_byte=comparison.contenders[BASE_ID].interval(),
+        loss=finite(heldout.loss(BASE_ID)),
+        perplexity=_perplexity(heldout.loss(BASE_ID)),
+    )
+    return TaskResult(
+        task=heldout.task,
+        examples=len(heldout.label_bytes),
+        label_tokens=int(heldout.label_tokens.sum()),
+        label_bytes=int(heldout.label_bytes.sum()),
+        confidence=options.confidence,
+        base=base,
+        contenders=contenders,
+        differences=_differences(bank, adapters, best, comparison),
+    )
+
+
+def _perplexity(loss: float) -> float | None:
+    """exp(loss), limited to what a float can hold."""
+    return finite(math.exp(min(loss, 700.0)))
+
+
+def _differences(bank: AdapterBank, adapters: Sequence[int], best: int | None, comparison: Comparison) -> list[Difference]:
+    differences = []
+    for a, b in combinations(adapters, 2):
+        if len(adapters) <= MAX_PAIRED or best in (a, b):
+            bits = comparison.differences[a, b].interval()
+            differences.append(Difference(first=bank.specs[a].family, second=bank.specs[b].family, bits_per_byte=bits))
+    return differences
+
+
+def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]) -> Curves:
+    first = config.evaluation.max_examples
+    steps = folder.read_metrics("step")
+    last = len(steps) - 1
+    points = sorted({round(i * last / MAX_DRAWN_POINTS) for i in range(MAX_DRAWN_POINTS + 1)}) if steps else []
+    drawn = {name: [(steps[i]["step"], steps[i]["task_tokens"].get(name, 0)) for i in points] for name in heldout}
+    return Curves(
+        training=_loss_curves(steps),
+        heldout=_loss_curves(folder.read_metrics("evaluation")),
+        drawn=drawn,
+        base={name: finite(losses.loss(BASE_ID, first)) for name, losses in heldout.items()},
+        heldout_examples=first,
+    )
+
+
+def _loss_curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float | None]]]:
+    """Adapter -> (step, loss) of every record that has it."""
+    curves: dict[str, list[tuple[int, float | None]]] = {}
+    for record in records:
+        for name, counts in record["adapters"].items():
+            curves.setdefault(name, []).append((record["step"], finite(counts["loss"])))
+    return curves

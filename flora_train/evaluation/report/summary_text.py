@@ -1,11 +1,11 @@
-"""What may be said about a run? Paragraphs of findings, worded as their intervals allow."""
+"""The summary of a run in sentences, which say only what the intervals allow."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
 from flora_train.evaluation.report.formatting import (
     NOT_FINITE,
     count,
@@ -18,128 +18,175 @@ from flora_train.evaluation.report.formatting import (
     shared_digits,
     verdict,
 )
+from flora_train.evaluation.report.types import ContenderResult, Report, TaskResult
+from flora_train.evaluation.speech.score_types import SpeechResults
+
+MAX_NAMES = 4
+"""Adapters or tasks that a sentence names."""
+MAX_LANGUAGES = 6
 
 
-def summarise(results: Mapping[str, Any]) -> list[str]:
-    """Paragraphs of findings, computed from the figures and worded as their intervals allow: base, then methods."""
-    adapters, judged = results["adapters"], results["results"]
-    tasks = list(dict.fromkeys(a["task"] for a in adapters))
-    steps = max((step for curve in results["curves"]["training"].values() for step, _ in curve), default=0)
+def summarise(report: Report) -> list[str]:
+    """Paragraphs on held-out loss against the base, methods against each other, programs and speech."""
+    paragraphs = [f"{_training(report)} {_against_base(report.results)}", *_between_methods(report.results)]
+    paragraphs += map(_code, report.code)
+    if report.speech is not None:
+        paragraphs.append(_speech(report.speech))
+    return paragraphs
+
+
+def _training(report: Report) -> str:
+    """The sentence on what was trained."""
+    tasks = list(dict.fromkeys(adapter.task for adapter in report.adapters))
     where = f"task {tasks[0]}" if len(tasks) == 1 else plural(len(tasks), "task")
-    what = f"{plural(len(adapters), 'adapter')} on {where} {'was' if len(adapters) == 1 else 'were'} trained in one run on "
-    what += f"{results['facts'].get('model', 'one base model')}" + (f", in {plural(steps, 'step')}." if steps else ".")
-    return [
-        f"{what} {_against_base(judged)}",
-        *_between_methods(judged),
-        *map(_of_programs, results["code"]),
-        *_of_speech(results["speech"]),
-    ]
+    verb = "was" if len(report.adapters) == 1 else "were"
+    model = report.facts.model or "one base model"
+    last_steps = [points[-1][0] for points in report.curves.training.values() if points]
+    steps = max(last_steps, default=0)
+    length = f", in {plural(steps, 'step')}" if steps else ""
+    return f"{plural(len(report.adapters), 'adapter')} on {where} {verb} trained in one run on {model}{length}."
 
 
-def _of_programs(suite: Mapping[str, Any]) -> str:
-    """What a suite's mean over languages, or its only language, says."""
-    parts = suite["languages"] if len(suite["languages"]) == 1 else [suite["macro"]] if suite["macro"]["languages"] else []
-    if not parts:
-        return f"On the {suite['suite']} problems nothing could be compared: see what was not evaluated."
-    part, k = parts[0], str(suite["k"][0])
-    to_base = {d["a"]: d["pass_at"][k] for d in part["differences"] if d["b"] == "base"}
-    values = {c["family"]: c["pass_at"][k]["value"] for c in part["contenders"]}
-    where = f"in {part['name']}" if "name" in part else f"over {len(part['languages'])} languages"
-    words = [
-        f"{family} {share(value)}\u00a0%" + ("" if to_base[family]["excludes_zero"] else " (no clear difference to the base)")
-        for family, value in values.items()
-        if family in to_base
-    ]
-    return f"pass@{k} on the {suite['suite']} problems {where}: base {share(values['base'])}\u00a0%, {listed(words)}."
+def _code(suite: CodeSuite) -> str:
+    """pass@k of a suite: the mean over languages, or the only language."""
+    scores: LanguageScores | MacroScores
+    if len(suite.languages) == 1:
+        scores = suite.languages[0]
+        where = f"in {suite.languages[0].name}"
+    elif suite.macro.languages:
+        scores = suite.macro
+        where = f"over {len(suite.macro.languages)} languages"
+    else:
+        return f"On the {suite.suite} problems nothing could be compared: see the list of what was not evaluated."
+    k = suite.pass_at_k[0]
+    values: list[str] = []
+    for contender in scores.contenders:
+        value = f"{contender.family} {share(contender.pass_at[k].value)}\u00a0%"
+        difference = scores.to_base.get(contender.family)
+        if difference is not None and not difference[k].excludes_zero:
+            value += " (no clear difference to the base)"
+        if contender.family == "base":
+            values.insert(0, value)
+        elif difference is not None:
+            values.append(value)
+    first, *others = values or ["nothing"]
+    methods = f", {listed(others)}" if others else ""
+    return f"pass@{k} on the {suite.suite} problems {where}: {first}{methods}."
 
 
-def _of_speech(speech: Mapping[str, Any] | None) -> list[str]:
-    """In which languages each method makes clearly fewer errors than the base."""
-    if speech is None:
-        return []
+def _speech(speech: SpeechResults) -> str:
+    """The languages in which each method makes significantly fewer errors than the base."""
     better: dict[str, list[str]] = {}
-    for part in speech["languages"]:
-        for d in part["differences"]:
-            if d["b"] == "base":
-                better.setdefault(d["a"], []).extend([part["task"]] * (verdict(d[part["metric"]]) == "better"))
-    total = len(speech["languages"])
-    words = [f"{family} in {listed(tasks, 6) if tasks else 'none'}" for family, tasks in better.items()]
-    where = "the one language" if total == 1 else f"{total} languages"
-    return [f"Of {where}, fewer words or characters are clearly wrong than with the base: {'; '.join(words)}."]
+    for part in speech.languages:
+        for family, difference in part.to_base.items():
+            tasks = better.setdefault(family, [])
+            if verdict(difference.rate(part.metric)) == "better":
+                tasks.append(part.task)
+    methods = []
+    for family, tasks in better.items():
+        shown = ", ".join(tasks[:MAX_LANGUAGES])
+        if len(tasks) > MAX_LANGUAGES:
+            shown += f" and {len(tasks) - MAX_LANGUAGES} more"
+        methods.append(f"{family} in {shown or 'none'}")
+    total = plural(len(speech.languages), "language")
+    return f"Error rate is significantly lower than the base: {'; '.join(methods)} (of {total})."
 
 
-def _against_base(judged: Sequence[Mapping[str, Any]]) -> str:
-    found: dict[str, list[str]] = {"better": [], "worse": [], "unclear": [], NOT_FINITE: []}
-    for result in judged:
-        for c in result["contenders"]:
-            found[verdict(c["difference_to_base"])].append(f"{c['family']} on {result['task']}")
-    total, better, level = sum(map(len, found.values())), len(found["better"]), percent(judged)
+def _against_base(results: Sequence[TaskResult]) -> str:
+    names: dict[str, list[str]] = {"better": [], "worse": [], "unclear": [], NOT_FINITE: []}
+    for result in results:
+        for contender in result.contenders:
+            names[verdict(contender.difference_to_base)].append(f"{contender.family} on {result.task}")
+    total, better = sum(map(len, names.values())), len(names["better"])
+    level = percent(results[0].confidence)
     if total == 1:
-        difference, digits = judged[0]["contenders"][0]["difference_to_base"], shared_digits(judged)
-        figures = f"{number(difference['value'], digits, '+')} bits per byte, {level} interval {interval(difference, digits)}"
-        return {
-            "better": f"It predicts held-out text better than the base model: {figures}.",
-            "worse": f"It predicts held-out text worse than the base model: {figures}.",
-            "unclear": f"There is no clear difference to the base model on held-out text: {figures}.",
-            NOT_FINITE: "Its held-out loss is not finite, so it cannot be compared with the base model.",
-        }[verdict(difference)]
+        return _one_against_base(results[0], level)
     if better == total:
-        who = f"On all {len(judged)} tasks every method" if len(judged) > 1 else "Every method"
-        return f"{who} predicts held-out text better than the base model: no {level} interval of the difference reaches zero."
-    parts = [f"{better or 'none'} {'predicts' if better < 2 else 'predict'} held-out text better than the base model"]
-    if names := found["worse"]:
-        parts.append(f"{len(names)} {'predicts' if len(names) == 1 else 'predict'} it worse ({listed(names, 4)})")
-    if names := found["unclear"]:
-        why = "one held-out example allows none" if _alone(judged) else f"the {level} interval includes zero"
-        parts.append(f"for {len(names)} there is no clear difference, {why} ({listed(names, 4)})")
-    if names := found[NOT_FINITE]:
-        parts.append(f"{len(names)} cannot be judged, the held-out loss is not finite ({listed(names, 4)})")
+        subject = f"On all {len(results)} tasks every method" if len(results) > 1 else "Every method"
+        claim = "predicts held-out text better than the base model"
+        return f"{subject} {claim}: no {level} interval of the difference includes zero."
+    parts = [f"{better or 'none'} {_predict(better or 1)} held-out text better than the base model"]
+    if worse := names["worse"]:
+        parts.append(f"{len(worse)} {_predict(len(worse))} it worse ({listed(worse, MAX_NAMES)})")
+    if unclear := names["unclear"]:
+        reason = f"the {level} interval includes zero"
+        if _single_examples(results):
+            reason = "no interval can be computed from one held-out example"
+        shown = listed(unclear, MAX_NAMES)
+        parts.append(f"for {len(unclear)} there is no clear difference, {reason} ({shown})")
+    if diverged := names[NOT_FINITE]:
+        shown = listed(diverged, MAX_NAMES)
+        parts.append(f"{len(diverged)} cannot be compared, the held-out loss is not finite ({shown})")
     return f"Of {count(total)} adapters, {'; '.join(parts)}."
 
 
-def _alone(judged: Sequence[Mapping[str, Any]]) -> bool:
-    return all(result["examples"] == 1 for result in judged)
+def _predict(adapters: int) -> str:
+    return "predicts" if adapters == 1 else "predict"
 
 
-def _between_methods(judged: Sequence[Mapping[str, Any]]) -> list[str]:
-    best: dict[str, Mapping[str, Any]] = {}
-    tied: list[str] = []
-    for result in judged:
-        finite = [c for c in result["contenders"] if verdict(c["difference_to_base"]) != NOT_FINITE]
-        order = sorted(finite, key=lambda c: c["bits_per_byte"]["value"])
-        if len(order) > 1:
-            best[result["task"]] = order[0]
-            pair = {c["family"] for c in order[:2]}
-            lead = next(d["bits_per_byte"] for d in result["differences"] if {d["a"], d["b"]} == pair)
-            tied += [] if lead["excludes_zero"] else [result["task"]]
-    if not best:
+def _one_against_base(result: TaskResult, level: str) -> str:
+    """The sentence on a run of a single adapter."""
+    difference, digits = result.contenders[0].difference_to_base, shared_digits([result])
+    value = number(difference.value, digits, "+")
+    figures = f"{value} bits per byte, {level} interval {interval(difference, digits)}"
+    return {
+        "better": f"It predicts held-out text better than the base model: {figures}.",
+        "worse": f"It predicts held-out text worse than the base model: {figures}.",
+        "unclear": f"There is no clear difference to the base model on held-out text: {figures}.",
+        NOT_FINITE: "Its held-out loss is not finite, so it cannot be compared with the base model.",
+    }[verdict(difference)]
+
+
+def _single_examples(results: Sequence[TaskResult]) -> bool:
+    return all(result.examples == 1 for result in results)
+
+
+def _between_methods(results: Sequence[TaskResult]) -> list[str]:
+    """The best method of each task with several, and whether its lead is clear."""
+    compared = [result for result in results if len(result.ranked) > 1]
+    if not compared:
         return []
-    wins = Counter(c["family"] for c in best.values()).most_common()
-    only = wins[0][0] if len(wins) == 1 else ""
-    if len(best) <= 4:
-        cases = _cases(best, shared_digits(judged), percent(judged), named=not only)
-        sentence = f"The best method is {only + (' everywhere: ' if len(best) > 1 else ': ') if only else ''}{listed(cases)}."
-    elif only:
-        sentence = f"On all {len(best)} tasks with more than one method the best is {only}."
-    else:
-        sentence = f"Of {len(best)} tasks with more than one method, the best is {listed([f'{w} on {n}' for w, n in wins], 6)}."
+    best = {result.task: result.ranked[0] for result in compared}
+    tied = [result.task for result in compared if not result.lead_is_clear]
+    sentence = _best_methods(best, results)
     if tied:
-        where = "" if len(best) == 1 else f" on {listed(tied, 4)}" if len(tied) < len(best) else " on any task"
-        why = "one held-out example allows no interval" if _alone(judged) else "the interval includes zero"
-        return [f"{sentence} The lead over the next method is not clear{where}: {why}."]
+        where = f" on {listed(tied, MAX_NAMES)}" if len(tied) < len(best) else " on any task"
+        if len(best) == 1:
+            where = ""
+        reason = "the interval includes zero"
+        if _single_examples(results):
+            reason = "no interval can be computed from one held-out example"
+        return [f"{sentence} The lead over the next method is not clear{where}: {reason}."]
     where = {1: "", 2: " on both tasks"}.get(len(best), f" on all {len(best)} tasks")
     return [f"{sentence} The lead over the next method is clear{where}."]
 
 
-def _cases(best: Mapping[str, Mapping[str, Any]], digits: int, level: str, named: bool) -> list[str]:
+def _best_methods(best: Mapping[str, ContenderResult], results: Sequence[TaskResult]) -> str:
+    """best: task -> its best adapter."""
+    wins = Counter(contender.family for contender in best.values()).most_common()
+    families = [family for family, _ in wins]
+    if len(best) <= MAX_NAMES:
+        cases = listed(_best_on_each_task(best, results, named=len(families) > 1))
+        if len(families) > 1:
+            return f"The best method is {cases}."
+        everywhere = " everywhere" if len(best) > 1 else ""
+        return f"The best method is {families[0]}{everywhere}: {cases}."
+    if len(families) == 1:
+        return f"On all {len(best)} tasks with more than one method the best is {families[0]}."
+    counts = listed([f"{family} on {tasks}" for family, tasks in wins], MAX_LANGUAGES)
+    return f"Of {len(best)} tasks with more than one method, the best is {counts}."
+
+
+def _best_on_each_task(best: Mapping[str, ContenderResult], results: Sequence[TaskResult], *, named: bool) -> list[str]:
+    """`flora on lua (−0.200, −0.210 to −0.190)` for each task; the first with unit and level. named: with the family."""
+    digits, level = shared_digits(results), percent(results[0].confidence)
+    remarks = {"worse": ", still worse than the base", "unclear": ", not clearly different from the base"}
     cases: list[str] = []
-    for task, c in best.items():
-        difference = c["difference_to_base"]
-        remarks = {"worse": ", still worse than the base", "unclear": ", not clearly different from the base"}
-        figures = [number(difference["value"], digits, "+"), interval(difference, digits)]
+    for task, contender in best.items():
+        difference = contender.difference_to_base
+        value, bounds = number(difference.value, digits, "+"), interval(difference, digits)
         if not cases:
-            figures = [f"{figures[0]} bits per byte", f"{level} interval {figures[1]}"]
-        cases.append(
-            f"{c['family'] + ' on ' if named else ''}{task} ({', '.join(figures)}{remarks.get(verdict(difference), '')})"
-        )
+            value, bounds = f"{value} bits per byte", f"{level} interval {bounds}"
+        subject = f"{contender.family} on {task}" if named else task
+        cases.append(f"{subject} ({value}, {bounds}{remarks.get(verdict(difference), '')})")
     return cases

@@ -1,175 +1,180 @@
-"""What does a person at the terminal see when a run ends?"""
+"""The tables and lines that a terminal shows when a run ends."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import which
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from flora_train.config.terminal_text import in_cell, print_plain, print_table, shown
-from flora_train.evaluation.report.results import read_report, reading_report
+from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
+from flora_train.evaluation.report.files import read_report
+from flora_train.evaluation.report.formatting import ascii_estimate, ascii_number
+from flora_train.evaluation.report.types import ContenderResult, Report, TaskResult
+from flora_train.evaluation.speech.score_types import SpeechResults
 from flora_train.runtime.manifest import PEFT_WARNING
 from flora_train.runtime.progress import duration
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.step_timer import format_shares
 
+LEFT_ALIGNED = ("task", "language", "method")
 
-def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
+
+def print_results(report: Report, console: Console | None = None) -> None:
     """Held-out bits per byte of the base and every adapter, per task: value, difference to the base with its interval, and
     the best in bold. Fits 80 columns."""
     console = console or Console(soft_wrap=True)
-    confidence = round(100 * results["results"][0]["confidence"])
-    console.print(shown(f"\n{results['name']}: held-out bits per byte, lower is better", "bold"))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("task", "method", "bits per byte", f"difference to base [{confidence} % interval]"):
-        table.add_column(heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True)
-    for result in results["results"]:
-        table.add_row(in_cell(result["task"]), "base", _number(result["base"]["bits_per_byte"]["value"]), "")
-        for contender in result["contenders"]:
-            style = "bold" if contender["best"] else ""
-            difference = contender["difference_to_base"]
-            interval = f"[{_number(difference['low'], '+')}, {_number(difference['high'], '+')}]"
+    console.print(shown(f"\n{report.name}: held-out bits per byte, lower is better", "bold"))
+    level = _level(report.results[0].confidence)
+    table = _table("task", "method", "bits per byte", f"difference to base [{level}]")
+    for result in report.results:
+        table.add_row(in_cell(result.task), "base", ascii_number(result.base.bits_per_byte.value), "")
+        for contender in result.contenders:
+            style = "bold" if contender.best else ""
             cells = (
-                contender["family"] + (" (best)" if contender["best"] else ""),
-                _number(contender["bits_per_byte"]["value"]),
-                f"{_number(difference['value'], '+')} {interval}",
+                contender.family + _remark(result, contender),
+                ascii_number(contender.bits_per_byte.value),
+                ascii_estimate(contender.difference_to_base, "+"),
             )
             table.add_row("", *(in_cell(text, style) for text in cells))
     print_table(table, console)
 
 
-def print_sweeps(results: Mapping[str, Any], console: Console | None = None) -> None:
+def _remark(result: TaskResult, contender: ContenderResult) -> str:
+    """` (best)` only among several methods, and marked where the lead is not clear."""
+    if not contender.best or len(result.contenders) == 1:
+        return ""
+    return " (best)" if result.lead_is_clear else " (best, unclear)"
+
+
+def print_sweeps(report: Report, console: Console | None = None) -> None:
     """The winner of every sweep, per task."""
     console = console or Console(soft_wrap=True)
-    for sweep in dict.fromkeys(part["sweep"] for part in results["sweeps"]):
-        won = [f"{part['winner'] or 'none'} on {part['task']}" for part in results["sweeps"] if part["sweep"] == sweep]
-        console.print(shown(f"\nsweep {sweep}: lowest bits per byte for {', '.join(won)}"))
+    winners: dict[str, list[str]] = {}
+    for result in report.sweeps:
+        winners.setdefault(result.sweep, []).append(f"{result.winner or 'none'} on {result.task}")
+    for sweep, names in winners.items():
+        console.print(shown(f"\nsweep {sweep}: lowest bits per byte for {', '.join(names)}"))
 
 
-def print_pass_at_k(suites: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+def print_pass_at_k(suites: Sequence[CodeSuite], console: Console | None = None) -> None:
     """pass@k of the base and every contender, per suite and language, with intervals and the difference to the base."""
     console = console or Console(soft_wrap=True)
     for suite in suites:
-        console.print(shown(f"\n{suite['suite']} problems: pass@k, higher is better", "bold"))
-        for k in map(str, suite["k"]):
-            table = Table(box=SIMPLE_HEAD, pad_edge=False)
-            percent = f"{100 * suite['confidence']:.0f} %"
-            for heading in ("language", "method", f"pass@{k} [{percent}]", "difference to base"):
-                table.add_column(heading, justify="left" if heading in ("language", "method") else "right", no_wrap=True)
-            macro = suite["macro"]
-            several = [{**macro, "name": f"mean of {len(macro['languages'])}"}] if len(macro["languages"]) > 1 else []
-            for part in [*suite["languages"], *several]:
-                to_base = {d["a"]: d["pass_at"][k] for d in part["differences"] if d["b"] == "base"}
-                title = part["name"]
-                for contender in part["contenders"]:
-                    difference = to_base.get(contender["family"])
-                    row = (
-                        title,
-                        contender["family"],
-                        _interval(contender["pass_at"][k]),
-                        difference and _interval(difference, "+"),
-                    )
-                    table.add_row(*(in_cell(text or "") for text in row))
-                    title = ""
+        console.print(shown(f"\n{suite.suite} problems: pass@k, higher is better", "bold"))
+        parts: list[tuple[str, LanguageScores | MacroScores]] = [(part.name, part) for part in suite.languages]
+        if len(suite.macro.languages) > 1:
+            parts.append((f"mean of {len(suite.macro.languages)}", suite.macro))
+        for k in suite.pass_at_k:
+            table = _table("language", "method", f"pass@{k} [{_level(suite.confidence)}]", "difference to base")
+            for title, part in parts:
+                for i, contender in enumerate(part.contenders):
+                    change = ""
+                    if contender.family in part.to_base:
+                        change = ascii_estimate(part.to_base[contender.family][k], "+")
+                    row = ("" if i else title, contender.family, ascii_estimate(contender.pass_at[k]), change)
+                    table.add_row(*map(in_cell, row))
             print_table(table, console)
-        for left_out in suite["not_evaluated"]:
-            console.print(shown(f"not evaluated: {left_out['language']}: {left_out['reason']}"))
+        for missing in suite.not_evaluated:
+            console.print(shown(f"not evaluated: {missing.language}: {missing.reason}"))
 
 
-def print_error_rates(speech: Mapping[str, Any] | None, console: Console | None = None) -> None:
+def print_error_rates(speech: SpeechResults | None, console: Console | None = None) -> None:
     """Error rates of the base and every contender, per language, with the difference to the base. Fits 80 columns."""
     if speech is None:
         return
     console = console or Console(soft_wrap=True)
-    console.print(shown("\nwords and characters that are wrong, lower is better", "bold"))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    percent = f"{100 * speech['confidence']:.0f} %"
-    for heading in ("task", "method", "WER", "normalised", f"difference to base [{percent}]", "CER"):
-        table.add_column(heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True)
-    for part in speech["languages"]:
-        to_base = {d["a"]: d["wer_normalized"] for d in part["differences"] if d["b"] == "base"}
-        title = part["task"]
-        for contender in part["contenders"]:
-            difference = to_base.get(contender["family"])
-            cells = [_number(contender[rate]["value"]) for rate in ("wer", "wer_normalized", "cer")]
+    console.print(shown("\nerror rates of words and characters, lower is better", "bold"))
+    table = _table("task", "method", "WER", "normalised", f"difference to base [{_level(speech.confidence)}]", "CER")
+    for part in speech.languages:
+        for i, contender in enumerate(part.contenders):
+            change = ""
+            if contender.family in part.to_base:
+                change = ascii_estimate(part.to_base[contender.family].wer_normalized, "+")
             table.add_row(
-                in_cell(title),
-                in_cell(contender["family"]),
-                *cells[:2],
-                _interval(difference, "+") if difference else "",
-                cells[2],
+                in_cell("" if i else part.task),
+                in_cell(contender.family),
+                ascii_number(contender.wer.value),
+                ascii_number(contender.wer_normalized.value),
+                change,
+                ascii_number(contender.cer.value),
             )
-            title = ""
     print_table(table, console)
 
 
-def print_completions(results: Mapping[str, Any], console: Console | None = None) -> None:
+def print_completions(report: Report, console: Console | None = None) -> None:
     """One prompt per task, continued by the base and by the task's best adapter."""
     console = console or Console(soft_wrap=True)
-    seen = set()
-    for entry in results["completions"]:
-        if entry["task"] in seen:
+    results = {result.task: result for result in report.results}
+    printed = set()
+    for sample in report.completions:
+        if sample.task in printed or sample.task not in results:
             continue
-        seen.add(entry["task"])
-        result = next((r for r in results["results"] if r["task"] == entry["task"]), None)
-        if result is None:  # a task that no adapter learns
-            continue
-        best = [c["family"] for c in result["contenders"] if c["best"]]  # empty where no held-out loss is finite
-        after = [(f"after, {family}", entry["completions"][family]) for family in best]
-        for title, text in (("before", entry["completions"]["base"]), *after):
-            console.print(shown(f"\n{entry['task']} ({title})", "bold"))
-            console.print(shown(entry["prompt"], "dim"), shown(text.rstrip()), sep="")
-
-
-def _interval(estimate: Mapping[str, Any], sign: str = "") -> str:
-    return f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return "not finite" if value is None else f"{value:{sign}.3f}"
+        printed.add(sample.task)
+        texts = [("before", sample.completions["base"])]
+        best = results[sample.task].best
+        if best is not None and best.family in sample.completions:
+            texts.append((f"after, {best.family}", sample.completions[best.family]))
+        for title, text in texts:
+            console.print(shown(f"\n{sample.task} ({title})", "bold"))
+            console.print(shown(sample.prompt, "dim"), shown(text.rstrip()), sep="")
 
 
 def show(folder: RunFolder) -> None:
-    """Print what a run found and where it is."""
-    results = read_report(folder)
-    with reading_report(folder.evaluation / "report.json"):
-        _show(folder, results)
-
-
-def _show(folder: RunFolder, results: Mapping[str, Any]) -> None:
-    print_results(results)
-    print_sweeps(results)
-    print_pass_at_k(results["code"])
-    print_error_rates(results["speech"])
-    print_completions(results)
-    seconds = results["facts"]["seconds"]
-    apart = len(list(folder.adapters.glob(f"*/{PEFT_WARNING}")))
-    loads = f"PeftModel.from_pretrained loads them{f', all but the {apart} with a {PEFT_WARNING}' if apart else ''}"
-    best = next((c["name"] for r in results["results"] for c in r["contenders"] if c["best"]), "ADAPTER")
+    """Print the results of a run and the paths of its files."""
+    report = read_report(folder)
+    print_results(report)
+    print_sweeps(report)
+    print_pass_at_k(report.code)
+    print_error_rates(report.speech)
+    print_completions(report)
+    names = [result.best.name for result in report.results if result.best is not None]
+    best = names[0] if names else "ADAPTER"
+    stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.facts.seconds.items())
     print_plain(
-        f"\nreport    {folder.evaluation / 'report.html'}\nadapters  {folder.adapters}/<name>/ ({loads})\n"
-        f"time      {', '.join(f'{stage} {duration(s)}' for stage, s in seconds.items())}\n"
-        f"speed     {_speed(results)}\n"
+        f"\nreport    {folder.evaluation / 'report.html'}\n"
+        f"adapters  {folder.adapters}/<name>/ ({_loaded_by_peft(folder)})\n"
+        f"time      {stages}\n"
+        f"speed     {_speed(report)}\n"
         f"next      {_command()} export {folder.path} {best} --as merged"
     )
 
 
+def _table(*headings: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        justify = "left" if heading in LEFT_ALIGNED else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    return table
+
+
+def _level(confidence: float) -> str:
+    return f"{100 * confidence:.3g} %"
+
+
+def _loaded_by_peft(folder: RunFolder) -> str:
+    unloadable = len(list(folder.adapters.glob(f"*/{PEFT_WARNING}")))
+    exception = f", except the {unloadable} with a {PEFT_WARNING}" if unloadable else ""
+    return f"PeftModel.from_pretrained loads them{exception}"
+
+
 def _command() -> str:
-    """How to call our command from this terminal, whether or not the environment is activated."""
-    beside = Path(sys.executable).with_name("flora-train")
-    if which("flora-train") or not beside.exists():
+    """The command `flora-train` as this terminal finds it, whether or not the environment is activated."""
+    installed = Path(sys.executable).with_name("flora-train")
+    if which("flora-train") or not installed.exists():
         return "flora-train"
-    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
+    here = Path.cwd()
+    return str(installed.relative_to(here)) if installed.is_relative_to(here) else str(installed)
 
 
-def _speed(results: Mapping[str, Any]) -> str:
-    tokens, seconds = sum(adapter["tokens"] for adapter in results["adapters"]), results["facts"]["seconds"].get("train")
+def _speed(report: Report) -> str:
+    tokens = sum(adapter.tokens for adapter in report.adapters)
+    seconds = report.facts.seconds.get("train")
     rate = f"{tokens / seconds:.0f} tokens/s" if seconds else "not recorded"
-    shares = format_shares(results["facts"].get("time_shares", {}))
+    shares = format_shares(report.facts.time_shares)
     return f"{rate}: {shares}" if shares else rate

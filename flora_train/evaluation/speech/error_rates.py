@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flora_train.evaluation.speech.score_types import AlignedPiece
+
 
 @dataclass(frozen=True)
 class Errors:
@@ -52,21 +54,21 @@ def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Er
     return _errors(references, hypotheses, list)
 
 
-def aligned(reference: str, hypothesis: str) -> list[dict[str, str]]:
-    """The best alignment by word, as pieces: kind (equal, substitute, delete, insert), said, heard."""
+def aligned(reference: str, hypothesis: str) -> list[AlignedPiece]:
+    """The best alignment by word, as pieces."""
     import jiwer
 
     if not reference.split():
-        return [{"kind": "insert", "said": "", "heard": hypothesis}] if hypothesis.split() else []
-    found = jiwer.process_words(reference, hypothesis)
-    said, heard = found.references[0], found.hypotheses[0]
+        return [AlignedPiece(kind="insert", reference="", transcript=hypothesis)] if hypothesis.split() else []
+    alignment = jiwer.process_words(reference, hypothesis)
+    reference_words, transcript_words = alignment.references[0], alignment.hypotheses[0]
     return [
-        {
-            "kind": chunk.type,
-            "said": " ".join(said[chunk.ref_start_idx : chunk.ref_end_idx]),
-            "heard": " ".join(heard[chunk.hyp_start_idx : chunk.hyp_end_idx]),
-        }
-        for chunk in found.alignments[0]
+        AlignedPiece(
+            kind=chunk.type,
+            reference=" ".join(reference_words[chunk.ref_start_idx : chunk.ref_end_idx]),
+            transcript=" ".join(transcript_words[chunk.hyp_start_idx : chunk.hyp_end_idx]),
+        )
+        for chunk in alignment.alignments[0]
     ]
 
 

@@ -1,4 +1,4 @@
-"""What does a reader get to see of a speech run? One plain mapping (speech/error_rates.json, and a part of report.json)."""
+"""The error rates of a speech run: speech/error_rates.json, and a part of report.json."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, BASE_ID
-from flora_train.config.json_format import read_object
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.decode import RATE, ClipError, read_clip
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.splits import seed_of
-from flora_train.evaluation.bootstrap import compare_ratios
+from flora_train.evaluation.bootstrap import Comparison, Estimate, compare_ratios
+from flora_train.evaluation.result_model import read_results
 from flora_train.evaluation.speech.error_rates import Errors, aligned, character_errors, word_errors
 from flora_train.evaluation.speech.normalize import label, normalizer_name, normalizer_of, primary_metric
+from flora_train.evaluation.speech.score_types import (
+    ErrorRate,
+    Rate,
+    RateDifference,
+    SpeechLanguage,
+    SpeechResults,
+    TranscriptionScore,
+    Utterance,
+)
 from flora_train.runtime.atomic import write_atomically
 
 SCORES = "error_rates.json"
-RATES = ("wer", "wer_normalized", "cer")
-"""Word error rate of what is written, of what is normalised, and character error rate of what is normalised."""
-SHOWN = 12
+RATES: tuple[Rate, ...] = ("wer", "wer_normalized", "cer")
+MAX_UTTERANCES = 12
 """Utterances that a report aligns, over all languages."""
 
 
@@ -42,45 +50,59 @@ class Heard:
     ended: str
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What an evaluation left in a run's evaluation folder."""
+@dataclass(frozen=True)
+class TaskTranscripts:
+    """All transcripts of one task's test clips. Contenders are ids, BASE_ID first."""
+
+    split: SpeechSplit
+    families: Mapping[int, str]
+    """Contender -> family."""
+    references: Sequence[str]
+    texts: Mapping[int, Sequence[str]]
+    """Contender -> transcript of each clip."""
+
+
+def read_summary(folder: Path) -> SpeechResults | None:
+    """The error rates in a run's evaluation folder; None if there are none. Raises UserError if they are damaged."""
     file = folder / "speech" / SCORES
-    return read_object(file, "delete it, and flora-train evaluate makes it again") if file.exists() else None
+    if not file.exists():
+        return None
+    return read_results(file, SpeechResults, "delete it, and flora-train evaluate writes it anew")
 
 
-def write_summary(summary: Mapping[str, Any], folder: Path) -> None:
-    """As `folder`/error_rates.json, whole or not at all."""
-    text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def write_summary(summary: SpeechResults, folder: Path) -> None:
+    """Write `folder`/error_rates.json atomically."""
+    text = json.dumps(summary.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder / SCORES, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def summarise(config: RunConfig, splits: Mapping[str, SpeechSplit], bank: AdapterBank, heard: Sequence[Heard]) -> dict[str, Any]:
-    """languages: per task every contender's rates with intervals, counts and what went wrong, all paired differences, and some
-    utterances aligned; settings beside them."""
-    texts: dict[tuple[str, str], dict[int, Heard]] = defaultdict(dict)
-    for one in heard:
-        texts[one.task, one.adapter][one.example] = one
-    shown = max(1, SHOWN // (2 * len(splits)))
-    return {
-        "beams": config.evaluation.beams,
-        "max_new_tokens": config.evaluation.max_new_tokens,
-        "window_step": config.audio.window_step,
-        "confidence": config.evaluation.confidence,
-        "languages": _with_audio(
-            [_language(config, name, split, bank, texts, shown) for name, split in splits.items()],
-            config.evaluation.embedded_clips,
-        ),
-    }
+def summarise(config: RunConfig, splits: Mapping[str, SpeechSplit], bank: AdapterBank, heard: Sequence[Heard]) -> SpeechResults:
+    """Error rates with intervals, paired differences and some aligned utterances of each task."""
+    transcripts: dict[tuple[str, str], dict[int, Heard]] = defaultdict(dict)
+    for transcript in heard:
+        transcripts[transcript.task, transcript.adapter][transcript.example] = transcript
+    utterances = max(1, MAX_UTTERANCES // (2 * len(splits)))
+    parts = [_language(config, name, split, bank, transcripts, utterances) for name, split in splits.items()]
+    languages = _with_audio([part for part, _ in parts], [clips for _, clips in parts], config.evaluation.embedded_clips)
+    return SpeechResults(
+        beams=config.evaluation.beams,
+        max_new_tokens=config.evaluation.max_new_tokens,
+        window_step=config.audio.window_step,
+        confidence=config.evaluation.confidence,
+        languages=languages,
+    )
 
 
-def _with_audio(languages: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """Let the first so many utterances be played, language by language in turn."""
-    shown = [part["utterances"] for part in languages]
-    in_turn = [utterance for together in zip_longest(*shown) for utterance in together if utterance is not None]
-    for i, utterance in enumerate(in_turn):
-        utterance["audio"] = _playable(utterance.pop("path")) if i < most else None
-        utterance.pop("path", None)
-    return languages
+def _with_audio(languages: Sequence[SpeechLanguage], clips: Sequence[Sequence[str]], limit: int) -> list[SpeechLanguage]:
+    """Embed the clips of the first `limit` utterances, taken from the languages in turn. clips: paths, by utterance."""
+    positions = [[(i, j) for j in range(len(paths))] for i, paths in enumerate(clips)]
+    in_turn = [position for row in zip_longest(*positions) for position in row if position is not None]
+    audio = {(i, j): _playable(clips[i][j]) for i, j in in_turn[:limit]}
+    embedded = []
+    for i, part in enumerate(languages):
+        utterances = [utterance.replace(audio=audio.get((i, j))) for j, utterance in enumerate(part.utterances)]
+        embedded.append(part.replace(utterances=utterances))
+    return embedded
 
 
 def _language(
@@ -88,100 +110,124 @@ def _language(
     name: str,
     split: SpeechSplit,
     bank: AdapterBank,
-    texts: Mapping[tuple[str, str], Mapping[int, Heard]],
-    shown: int,
-) -> dict[str, Any]:
+    transcripts: Mapping[tuple[str, str], Mapping[int, Heard]],
+    max_utterances: int,
+) -> tuple[SpeechLanguage, list[str]]:
+    """The results of one task, and the paths of the clips of its utterances."""
     speech = config.tasks[name].speech
     assert speech is not None
-    said = [str(sentence) for sentence in split.sentences]
-    ids = [BASE_ID, *(i for i, spec in enumerate(bank.specs) if spec.task == name)]
-    heard = {i: texts[name, BASE if i == BASE_ID else bank.specs[i].name] for i in ids}
-    wrote = {i: [heard[i][example].text for example in range(len(said))] for i in ids}
+    names = {BASE_ID: BASE} | {i: spec.name for i, spec in enumerate(bank.specs) if spec.task == name}
+    heard = {i: transcripts[name, contender] for i, contender in names.items()}
+    texts = {i: [of_clip[clip].text for clip in range(len(split))] for i, of_clip in heard.items()}
+    families = {i: "base" if i == BASE_ID else bank.specs[i].family for i in names}
+    task = TaskTranscripts(split, families, [str(sentence) for sentence in split.sentences], texts)
     normalizer = normalizer_name(speech)
-    errors = {rate: {i: _errors(rate, normalizer, speech.language, said, wrote[i]) for i in ids} for rate in RATES}
-    options = config.evaluation
+    errors = {rate: _errors_of_all(rate, normalizer, speech.language, task) for rate in RATES}
     seed = seed_of(config.seed, name, "error rates")
-    compared = {
-        rate: compare_ratios(
-            {i: found.total for i, found in of.items()}, of[BASE_ID].units, options.bootstrap_samples, options.confidence, seed
-        )
-        for rate, of in errors.items()
-    }
-    families = {i: "base" if i == BASE_ID else bank.specs[i].family for i in ids}
-    return {
-        "task": name,
-        "language": speech.language,
-        "token": speech.token or f"<|{speech.language}|>",
-        "normalizer": label(normalizer, speech.language),
-        "metric": "cer" if primary_metric(speech) == "cer" else "wer_normalized",
-        "clips": len(split),
-        "seconds": float(split.seconds.sum()),
-        "contenders": [
-            {
-                "name": "base" if i == BASE_ID else bank.specs[i].name,
-                "family": families[i],
-                **{rate: {**compared[rate].contenders[i].record(), **errors[rate][i].record()} for rate in RATES},
-                "ended": dict(Counter(one.ended for one in heard[i].values())),
-            }
-            for i in ids
-        ],
-        "differences": [
-            {"a": families[a], "b": families[b], **{rate: compared[rate].differences[a, b].record() for rate in RATES}}
-            for a, b in _pairs(ids)
-        ],
-        "utterances": _utterances(
-            normalizer_of(_of_words(normalizer), speech.language), split, said, wrote, errors["wer_normalized"], families, shown
-        ),
-    }
+    compared = {rate: _compare(config, errors[rate], seed) for rate in RATES}
+    contenders = []
+    for i, contender in names.items():
+        rates = {rate: _error_rate(compared[rate].contenders[i], errors[rate][i]) for rate in RATES}
+        ended = Counter(transcript.ended for transcript in heard[i].values())
+        contender_name = "base" if i == BASE_ID else contender
+        contenders.append(TranscriptionScore(name=contender_name, family=families[i], **rates, ended=dict(ended)))
+    differences = []
+    for a, b in _pairs(list(names)):
+        by_rate = {rate: compared[rate].differences[a, b].interval() for rate in RATES}
+        differences.append(RateDifference(first=families[a], second=families[b], **by_rate))
+    normalize = normalizer_of(_of_words(normalizer), speech.language)
+    utterances, clips = _utterances(normalize, task, errors["wer_normalized"], max_utterances)
+    part = SpeechLanguage(
+        task=name,
+        language=speech.language,
+        token=speech.token or f"<|{speech.language}|>",
+        normalizer=label(normalizer, speech.language),
+        metric="cer" if primary_metric(speech) == "cer" else "wer_normalized",
+        clips=len(split),
+        seconds=float(split.seconds.sum()),
+        contenders=contenders,
+        differences=differences,
+        utterances=utterances,
+    )
+    return part, clips
 
 
-def _errors(rate: str, normalizer: str, language: str, said: Sequence[str], wrote: Sequence[str]) -> Errors:
+def _compare(config: RunConfig, errors: Mapping[int, Errors], seed: int) -> Comparison:
+    options = config.evaluation
+    totals = {i: found.total for i, found in errors.items()}
+    return compare_ratios(totals, errors[BASE_ID].units, options.bootstrap_samples, options.confidence, seed)
+
+
+def _error_rate(estimate: Estimate, errors: Errors) -> ErrorRate:
+    interval = estimate.interval()
+    return ErrorRate(
+        value=interval.value,
+        low=interval.low,
+        high=interval.high,
+        excludes_zero=interval.excludes_zero,
+        substitutions=int(errors.substitutions.sum()),
+        deletions=int(errors.deletions.sum()),
+        insertions=int(errors.insertions.sum()),
+        units=int(errors.units.sum()),
+        clips=len(errors.units),
+    )
+
+
+def _errors_of_all(rate: Rate, normalizer: str, language: str, task: TaskTranscripts) -> dict[int, Errors]:
+    """Contender -> its errors."""
+    return {i: _errors(rate, normalizer, language, task.references, texts) for i, texts in task.texts.items()}
+
+
+def _errors(rate: Rate, normalizer: str, language: str, references: Sequence[str], transcripts: Sequence[str]) -> Errors:
     if rate == "wer":
-        return word_errors(said, wrote)
-    normalize = normalizer_of(_of_words(normalizer) if rate == "wer_normalized" else normalizer, language)
-    count = character_errors if rate == "cer" else word_errors
-    return count([normalize(text) for text in said], [normalize(text) for text in wrote])
+        return word_errors(references, transcripts)
+    if rate == "wer_normalized":
+        normalize, count = normalizer_of(_of_words(normalizer), language), word_errors
+    else:
+        normalize, count = normalizer_of(normalizer, language), character_errors
+    return count([normalize(text) for text in references], [normalize(text) for text in transcripts])
 
 
 def _of_words(normalizer: str) -> str:
-    """Without spaces there are no words."""
+    """The normaliser for word error rates: text without spaces has no words."""
     return "letters" if normalizer == "unspaced" else normalizer
 
 
 def _pairs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Everybody against the base, and each against those after it."""
-    others = [i for i in ids if i != BASE_ID]
-    return [(a, BASE_ID) for a in others] + [(a, b) for place, a in enumerate(others) for b in others[place + 1 :]]
+    """Each adapter with the base, then each pair of adapters."""
+    adapters = [i for i in ids if i != BASE_ID]
+    return [*((adapter, BASE_ID) for adapter in adapters), *combinations(adapters, 2)]
 
 
 def _utterances(
-    normalize: Callable[[str], str],
-    split: SpeechSplit,
-    said: Sequence[str],
-    wrote: Mapping[int, Sequence[str]],
-    errors: Mapping[int, Errors],
-    families: Mapping[int, str],
-    shown: int,
-) -> list[dict[str, Any]]:
-    """The clips that the first family got most wrong, and those where it won most words over the base; each aligned."""
-    first = next((i for i in families if i != BASE_ID), BASE_ID)
-    mine, base = errors[first].total, errors[BASE_ID].total
-    worst = sorted(range(len(said)), key=lambda e: (-mine[e], e))[:shown]
-    won = [e for e in sorted(range(len(said)), key=lambda e: (mine[e] - base[e], e)) if base[e] > mine[e] and e not in worst]
-    chosen = [("worst", e) for e in worst if mine[e]] + [("most improved", e) for e in won[:shown]]
-    return [
-        {
-            "kind": kind,
-            "family": families[first],
-            "file": Path(str(split.paths[e])).name,
-            "seconds": float(split.seconds[e]),
-            "said": said[e],
-            "base": aligned(normalize(said[e]), normalize(wrote[BASE_ID][e])),
-            "adapter": aligned(normalize(said[e]), normalize(wrote[first][e])),
-            "path": str(split.paths[e]),
-        }
-        for kind, e in chosen
-    ]
+    normalize: Callable[[str], str], task: TaskTranscripts, errors: Mapping[int, Errors], limit: int
+) -> tuple[list[Utterance], list[str]]:
+    """The clips on which the first adapter made most errors, and those on which it improved most over the base: at most
+    `limit` of each, aligned, and the paths of the clips."""
+    first = next((i for i in task.families if i != BASE_ID), BASE_ID)
+    of_first, of_base = errors[first].total, errors[BASE_ID].total
+    clips = range(len(task.references))
+    worst = sorted(clips, key=lambda clip: (-of_first[clip], clip))[:limit]
+    by_gain = sorted(clips, key=lambda clip: (of_first[clip] - of_base[clip], clip))
+    improved = [clip for clip in by_gain if of_base[clip] > of_first[clip] and clip not in worst]
+    chosen: list[tuple[Literal["worst", "most improved"], int]] = [("worst", clip) for clip in worst if of_first[clip]]
+    chosen += [("most improved", clip) for clip in improved[:limit]]
+    utterances = []
+    for kind, clip in chosen:
+        reference = normalize(task.references[clip])
+        utterances.append(
+            Utterance(
+                kind=kind,
+                family=task.families[first],
+                file=Path(str(task.split.paths[clip])).name,
+                seconds=float(task.split.seconds[clip]),
+                reference=task.references[clip],
+                base=aligned(reference, normalize(task.texts[BASE_ID][clip])),
+                adapter=aligned(reference, normalize(task.texts[first][clip])),
+                audio=None,
+            )
+        )
+    return utterances, [str(task.split.paths[clip]) for _, clip in chosen]
 
 
 def _playable(path: str) -> str | None:

@@ -35,7 +35,7 @@ def test_one_example_says_nothing_of_others() -> None:
     assert difference.value < 0
     assert difference.low == difference.high == difference.value
     assert not difference.excludes_zero
-    assert not difference.record()["excludes_zero"]
+    assert not difference.interval().excludes_zero
 
 
 def test_identical_contenders_differ_by_exactly_zero() -> None:

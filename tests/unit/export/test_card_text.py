@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flora_train.evaluation.report.types import Report
 from flora_train.export.model_card import in_code, in_line, write_card
 from flora_train.export.usage_snippet import GenerationExample
 from tests.conftest import spec
@@ -27,7 +28,7 @@ def test_a_card_stays_whole_whatever_things_are_called(evil: str, tmp_path: Path
     folder = tmp_path / "ruby-ia3"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    write_card(report, spec("ia3", "ruby"), folder, example=GenerationExample(prompt=f"```\n{evil}"))
+    write_card(Report.model_validate(report), spec("ia3", "ruby"), folder, example=GenerationExample(prompt=f"```\n{evil}"))
     card = (folder / "README.md").read_text(encoding="utf-8")
     head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.S).groups()  # type: ignore[union-attr]
     assert yaml.safe_load(head)["base_model"] == evil

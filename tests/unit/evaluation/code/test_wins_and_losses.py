@@ -7,13 +7,14 @@ from typing import Any
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
 from flora_train.evaluation.code.contenders import Contender
 from flora_train.evaluation.code.problems.problem import Problem
+from flora_train.evaluation.code.score_types import DecidedProblem, ProgramExample
 from flora_train.evaluation.code.wins_and_losses import wins_and_losses
 
 PROBLEMS = {name: Problem("lua", name, f"-- {name}\n", "", ("\nstop",)) for name in ("one", "two", "three", "four")}
 CONTENDERS = [Contender(name, family, 0, ("lua",), "") for name, family in (("base", "base"), ("f", "flora"), ("l", "lora"))]
 
 
-def found(passed: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
+def found(passed: dict[str, dict[str, str]]) -> list[DecidedProblem]:
     """passed: adapter -> problem -> a letter per sample, + for one that passes."""
     logged, records = [], {}
     for adapter, problems in passed.items():
@@ -34,12 +35,12 @@ def test_the_clearest_of_each_kind_over_all_adapters() -> None:
             "l": {"one": "+-+", "two": "+--", "three": "-+-", "four": "+++"},
         }
     )
-    assert (won["kind"], won["family"], won["problem"], won["prompt"]) == ("won", "lora", "one", "-- one\n")
-    assert won["base"] == {"completion": "base0", "status": "Exception", "passed": 0, "samples": 3}
-    assert won["adapter"] == {"completion": "l0", "status": "OK", "passed": 2, "samples": 3}
-    assert (lost["kind"], lost["family"], lost["problem"]) == ("lost", "lora", "three")
-    assert lost["base"] == {"completion": "base0", "status": "OK", "passed": 3, "samples": 3}
-    assert lost["adapter"] == {"completion": "l0", "status": "Exception", "passed": 1, "samples": 3}
+    assert (won.outcome, won.family, won.problem, won.prompt) == ("won", "lora", "one", "-- one\n")
+    assert won.base == ProgramExample(completion="base0", status="Exception", passed=0, samples=3)
+    assert won.adapter == ProgramExample(completion="l0", status="OK", passed=2, samples=3)
+    assert (lost.outcome, lost.family, lost.problem) == ("lost", "lora", "three")
+    assert lost.base == ProgramExample(completion="base0", status="OK", passed=3, samples=3)
+    assert lost.adapter == ProgramExample(completion="l0", status="Exception", passed=1, samples=3)
 
 
 def test_nothing_is_shown_where_nothing_changed() -> None:

@@ -1,4 +1,4 @@
-"""Does report.json say what was measured, also where an adapter went wrong?"""
+"""The report holds what was measured, also where an adapter failed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from rich.console import Console
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.load import validate
 from flora_train.data.task import Task
-from flora_train.evaluation.report import write_report
-from flora_train.evaluation.report.results import build_results, examples_hash, read_report, sweeps_of
+from flora_train.evaluation.report.files import read_report, write_report
+from flora_train.evaluation.report.results import Evaluation, build_results, examples_hash, sweep_results
 from flora_train.evaluation.report.terminal import print_completions, print_results, print_sweeps, show
-from flora_train.final_evaluation import judge
+from flora_train.evaluation.report.types import Report, Retirement, RunFacts, SampleCompletion, SweepMember
+from flora_train.final_evaluation import run_final_evaluation
 from flora_train.run_context import RunContext
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.best_adapters import BestCheckpoint
@@ -38,8 +39,8 @@ NAN, INF = math.nan, math.inf
 
 def results_of(
     folder: Path, losses: Mapping[str, float], base: float = 3.0, max_examples: int | None = None, **facts: Any
-) -> dict[str, Any]:
-    """report.json of a run on task a. losses: method -> nats of every held-out example."""
+) -> Report:
+    """The report of a run on task a. losses: method -> nats of every held-out example."""
     config = validate(
         {
             "name": "test",
@@ -62,25 +63,25 @@ def results_of(
     run_folder.append_metrics({"kind": "evaluation", "step": 10, "adapters": adapters})
     tasks = {"a": Task("a", 1.0, random_split(0, 20), random_split(1, n), "hash")}
     kept = {i: BestCheckpoint(10, 1.0) for i in nats}
-    completions = [
-        {"task": "a", "prompt": "p", "completions": {"base": "base text", **{name: f"{name} text" for name in losses}}}
-    ]
+    texts = {"base": "base text", **{name: f"{name} text" for name in losses}}
+    completions = [SampleCompletion(task="a", prompt="p", completions=texts)]
     facts = {"seconds": {"train": 3.0}, "model": "unused", "dtype": "float32", "config": "name: test\n", **facts}
-    return build_results(config, run_folder, tasks, bank, heldout, kept, completions, [], None, facts)
+    evaluation = Evaluation(heldout, kept, completions)
+    return build_results(config, run_folder, tasks, bank, evaluation=evaluation, facts=RunFacts(**facts))
 
 
-def best_of(results: Mapping[str, Any]) -> list[str]:
-    return [c["family"] for c in results["results"][0]["contenders"] if c["best"]]
+def best_of(report: Report) -> list[str]:
+    return [contender.family for contender in report.results[0].contenders if contender.best]
 
 
 def test_lowest_bits_per_byte_are_best(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"flora": 2.0, "lora": 1.5, "ia3": 2.5})
     assert best_of(results) == ["lora"]
-    contenders = {c["family"]: c for c in results["results"][0]["contenders"]}
-    assert contenders["lora"]["bits_per_byte"]["value"] == pytest.approx(1.5 / 15 / math.log(2))
-    assert contenders["lora"]["loss"] == pytest.approx(0.3)
-    assert contenders["lora"]["perplexity"] == pytest.approx(math.exp(0.3))
-    assert contenders["flora"]["difference_to_base"]["value"] == pytest.approx(-1.0 / 15 / math.log(2))
+    contenders = results.results[0].by_family
+    assert contenders["lora"].bits_per_byte.value == pytest.approx(1.5 / 15 / math.log(2))
+    assert contenders["lora"].loss == pytest.approx(0.3)
+    assert contenders["lora"].perplexity == pytest.approx(math.exp(0.3))
+    assert contenders["flora"].difference_to_base.value == pytest.approx(-1.0 / 15 / math.log(2))
 
 
 @pytest.mark.parametrize("wrong", [NAN, INF])
@@ -106,7 +107,7 @@ def test_nobody_is_best_where_no_loss_is_finite_and_every_form_of_the_report_cop
     assert "--as merged" in shown
 
 
-def test_a_sweep_names_the_winner_of_each_task() -> None:
+def test_a_sweep_names_the_winner_of_each_task(tmp_path: Path) -> None:
     specs = [spec("lora", task, f"x_lr{i}", sweep="x") for task in "ab" for i in range(3)] + [spec("ia3", "a")]
     bank = AdapterBank.attach(tiny_model(), specs)
     bits = {"a": [2.0, 1.0, NAN], "b": [NAN, NAN, NAN]}
@@ -114,42 +115,43 @@ def test_a_sweep_names_the_winner_of_each_task() -> None:
     for task, values in bits.items():
         nats = {bank.ids[f"{task}-x_lr{i}"]: np.array([value * math.log(2)]) for i, value in enumerate(values)}
         heldout[task] = HeldOut(task, {**nats, bank.ids["a-ia3"]: np.array([0.1])}, np.array([1]), np.array([1]))
-    found = sweeps_of(bank, heldout, {"a-x_lr0": {"step": 5, "why": "halving"}})
-    assert [(part["sweep"], part["task"], part["winner"]) for part in found] == [("x", "a", "x_lr1"), ("x", "b", None)]
-    assert found[0]["members"] == [
-        {"family": "x_lr0", "bits_per_byte": pytest.approx(2.0), "left": {"step": 5, "why": "halving"}},
-        {"family": "x_lr1", "bits_per_byte": pytest.approx(1.0), "left": None},
-        {"family": "x_lr2", "bits_per_byte": None, "left": None},
-    ]
+    halved = Retirement(step=5, reason="halving")
+    found = sweep_results(bank, heldout, {"a-x_lr0": halved})
+    assert [(part.sweep, part.task, part.winner) for part in found] == [("x", "a", "x_lr1"), ("x", "b", None)]
+    assert found[0].members == (
+        SweepMember(family="x_lr0", bits_per_byte=2.0, retired=halved),
+        SweepMember(family="x_lr1", bits_per_byte=1.0),
+        SweepMember(family="x_lr2", bits_per_byte=None),
+    )
     console = Console(record=True, width=80, soft_wrap=True)
-    print_sweeps({"sweeps": found}, console)
+    print_sweeps(results_of(tmp_path, {"lora": 1.0}).replace(sweeps=found), console)
     assert "sweep x: lowest bits per byte for x_lr1 on a, none on b" in console.export_text()
 
 
 @pytest.mark.parametrize("losses", [{"flora": NAN, "lora": 2.0}, {"flora": INF, "lora": NAN}, {"lora": 1e6}])
 def test_report_is_valid_json_whatever_the_losses(tmp_path: Path, losses: dict[str, float]) -> None:
     results = results_of(tmp_path, losses)
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
-    for contender in results["results"][0]["contenders"]:
-        finite = math.isfinite(losses[contender["family"]])
-        assert (contender["loss"] is not None) == finite
-        assert (contender["difference_to_base"]["value"] is not None) == finite
+    content = json.loads(json.dumps(results.model_dump(mode="json"), allow_nan=False))
+    assert Report.model_validate(content) == results
+    for contender in results.results[0].contenders:
+        finite = math.isfinite(losses[contender.family])
+        assert (contender.loss is not None) == finite
+        assert (contender.difference_to_base.finite is not None) == finite
 
 
 def test_base_that_is_not_finite_is_told_and_adapters_are_still_ranked(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"flora": 2.0, "lora": 1.5}, base=NAN)
-    assert results["results"][0]["base"]["loss"] is None
-    assert results["curves"]["base"] == {"a": None}
+    assert results.results[0].base.loss is None
+    assert results.curves.base == {"a": None}
     assert best_of(results) == ["lora"]
-    json.dumps(results, allow_nan=False)
 
 
 @pytest.mark.parametrize("first", [None, 2])
 def test_base_of_the_curves_is_judged_on_the_same_examples_as_they_are(tmp_path: Path, first: int | None) -> None:
     results = results_of(tmp_path, {"lora": 2.0}, max_examples=first)
     share = np.linspace(0.9, 1.1, 6)[:first]
-    assert results["curves"]["base"] == {"a": pytest.approx(3.0 * share.mean() / 5)}
-    assert results["curves"]["heldout_examples"] == first
+    assert results.curves.base == {"a": pytest.approx(3.0 * share.mean() / 5)}
+    assert results.curves.heldout_examples == first
 
 
 def test_base_of_the_curves_equals_an_evaluation_of_the_base_during_training(tmp_path: Path) -> None:
@@ -165,13 +167,13 @@ def test_base_of_the_curves_equals_an_evaluation_of_the_base_during_training(tmp
 
 def test_curves_and_counts_come_from_the_metrics(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"lora": 2.0, "flora": NAN})
-    assert results["curves"]["training"] == {"a-lora": [[10, 2.0]], "a-flora": [[10, None]]}
-    assert results["curves"]["heldout"]["a-lora"] == [[10, 2.0]]
-    assert results["tasks"][0]["tokens_drawn"] == 300
-    assert results["curves"]["drawn"] == {"a": [[10, 300]]}
-    adapter = next(a for a in results["adapters"] if a["family"] == "lora")
-    assert (adapter["tokens"], adapter["skipped_steps"], adapter["selected_step"]) == (70, 2, 10)
-    assert (adapter["rollbacks"], adapter["quarantined"], adapter["left"]) == (0, None, None)
+    assert results.curves.training == {"a-lora": ((10, 2.0),), "a-flora": ((10, None),)}
+    assert results.curves.heldout["a-lora"] == ((10, 2.0),)
+    assert results.tasks[0].tokens_drawn == 300
+    assert results.curves.drawn == {"a": ((10, 300),)}
+    adapter = next(adapter for adapter in results.adapters if adapter.family == "lora")
+    assert (adapter.tokens, adapter.skipped_steps, adapter.selected_step) == (70, 2, 10)
+    assert (adapter.rollbacks, adapter.quarantined, adapter.retired) == (0, None, None)
 
 
 def test_results_of_a_trained_bank_name_every_adapter_once(tmp_path: Path) -> None:
@@ -183,22 +185,30 @@ def test_results_of_a_trained_bank_name_every_adapter_once(tmp_path: Path) -> No
     trainer.state = TrainState(step=2, seconds=1.0)
     trainer._log()
     heldout = evaluate_heldout(trainer.row_losses, trainer.bank, trainer.tasks.values(), 4096, PAD, with_base=True)
-    results = build_results(trainer.config, trainer.folder, trainer.tasks, trainer.bank, heldout, {}, [], [], None, {})
-    named = {(r["task"], c["name"], c["family"]) for r in results["results"] for c in r["contenders"]}
+    results = build_results(
+        trainer.config,
+        trainer.folder,
+        trainer.tasks,
+        trainer.bank,
+        evaluation=Evaluation(heldout, {}),
+        facts=RunFacts(),
+    )
+    named = {(r.task, c.name, c.family) for r in results.results for c in r.contenders}
     assert named == {(s.task, s.name, s.family) for s in specs}
-    assert [len(r["differences"]) for r in results["results"]] == [1, 0, 0]
-    assert all(sum(c["best"] for c in r["contenders"]) == 1 for r in results["results"])
+    assert [len(result.differences) for result in results.results] == [1, 0, 0]
+    assert all(sum(c.best for c in result.contenders) == 1 for result in results.results)
 
 
-def test_judging_a_run_leaves_report_adapters_and_when_and_where_it_was_done(tmp_path: Path) -> None:
+def test_final_evaluation_writes_report_and_adapters_with_time_and_device(tmp_path: Path) -> None:
     trainer = make_trainer([spec("lora", "a"), spec("ia3", "b")], tmp_path / "run")
     trainer.folder.claim(trainer.config)
     tokenizer = SimpleNamespace(pad_token_id=PAD)
     session = RunContext(trainer.config, trainer.folder, tokenizer, trainer.tasks, trainer.model, trainer.bank)
-    judge(session, {0: BestCheckpoint(7, 1.0)})
-    facts = read_report(trainer.folder)["facts"]
-    assert facts["device"] == "cpu"
-    assert datetime.fromisoformat(facts["finished"]).tzinfo is not None
+    run_final_evaluation(session, {0: BestCheckpoint(7, 1.0)})
+    facts = read_report(trainer.folder).facts
+    assert facts.device == "cpu"
+    assert facts.finished is not None
+    assert datetime.fromisoformat(facts.finished).tzinfo is not None
     assert not trainer.folder.finished  # that is for the end of training to say
     assert sorted(path.name for path in trainer.folder.adapters.iterdir()) == ["a-lora", "b-ia3"]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flora_train.evaluation.speech.error_rates import aligned, character_errors, word_errors
+from flora_train.evaluation.speech.score_types import AlignedPiece
 from flora_train.evaluation.speech.transcribe import find_repetition
 
 BY_HAND = [
@@ -63,13 +64,13 @@ def test_nothing_said_counts_what_was_heard() -> None:
 
 def test_alignments_say_what_was_said_and_heard() -> None:
     assert aligned("a b c", "a x c d") == [
-        {"kind": "equal", "said": "a", "heard": "a"},
-        {"kind": "substitute", "said": "b", "heard": "x"},
-        {"kind": "equal", "said": "c", "heard": "c"},
-        {"kind": "insert", "said": "", "heard": "d"},
+        AlignedPiece(kind="equal", reference="a", transcript="a"),
+        AlignedPiece(kind="substitute", reference="b", transcript="x"),
+        AlignedPiece(kind="equal", reference="c", transcript="c"),
+        AlignedPiece(kind="insert", reference="", transcript="d"),
     ]
-    assert aligned("", "noise") == [{"kind": "insert", "said": "", "heard": "noise"}]
-    assert aligned("a b", "") == [{"kind": "delete", "said": "a b", "heard": ""}]
+    assert aligned("", "noise") == [AlignedPiece(kind="insert", reference="", transcript="noise")]
+    assert aligned("a b", "") == [AlignedPiece(kind="delete", reference="a b", transcript="")]
 
 
 def test_loops_are_cut_after_the_phrase_was_said_once() -> None:

@@ -11,13 +11,13 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, expand
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.speech_split import SpeechSplit
-from flora_train.evaluation.report.html import render_html
 from flora_train.evaluation.report.terminal import print_error_rates
+from flora_train.evaluation.speech.score_types import SpeechResults
 from flora_train.evaluation.speech.summary import Heard, summarise
 from tests.speech import loaded_tiny_whisper, write_corpus
 from tests.unit.data.audio.test_speech_task import config_of, load
-from tests.unit.evaluation.test_report_html import Outline
-from tests.unit.evaluation.test_report_html import run as results_of
+from tests.unit.evaluation.report.test_html import Outline, page_of
+from tests.unit.evaluation.report.test_html import run as results_of
 
 ROUNDS = {BASE: 2, "cs-flora": 1, "cs-lora": 0}
 """How many words of a sentence each gets wrong."""
@@ -31,7 +31,7 @@ def config(files: dict[str, str], **evaluation: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def summary(tmp_path_factory: pytest.TempPathFactory) -> SpeechResults:
     folder = tmp_path_factory.mktemp("speech")
     files = write_corpus(folder, "cs", held=6)
     split = load(files, folder).test
@@ -46,59 +46,62 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return summarise(run, {"cs": split}, bank, heard)
 
 
-def test_rates_count_what_was_wrong(summary: dict[str, Any]) -> None:
-    (part,) = summary["languages"]
-    assert (part["normalizer"], part["metric"], part["clips"]) == ("letters-1", "wer_normalized", 6)
-    words = part["contenders"][0]["wer_normalized"]["N"]
-    found = {c["family"]: c["wer_normalized"] for c in part["contenders"]}
-    assert {family: rate["S"] for family, rate in found.items()} == {"base": 12, "flora": 6, "lora": 0}
-    assert {family: rate["value"] for family, rate in found.items()} == pytest.approx(
+def test_rates_count_what_was_wrong(summary: SpeechResults) -> None:
+    (part,) = summary.languages
+    assert (part.normalizer, part.metric, part.clips) == ("letters-1", "wer_normalized", 6)
+    words = part.contenders[0].wer_normalized.units
+    found = {c.family: c.wer_normalized for c in part.contenders}
+    assert {family: rate.substitutions for family, rate in found.items()} == {"base": 12, "flora": 6, "lora": 0}
+    assert {family: rate.value for family, rate in found.items()} == pytest.approx(
         {"base": 12 / words, "flora": 6 / words, "lora": 0}
     )
-    assert all(c["wer"]["value"] > c["wer_normalized"]["value"] for c in part["contenders"])  # case and punctuation
-    assert [c["ended"] for c in part["contenders"]] == [{"loop": 6}, {"end": 6}, {"end": 6}]
+    assert all((c.wer.value or 0) > (c.wer_normalized.value or 0) for c in part.contenders)  # case and punctuation
+    assert [c.ended for c in part.contenders] == [{"loop": 6}, {"end": 6}, {"end": 6}]
 
 
-def test_differences_are_paired_and_exclude_zero(summary: dict[str, Any]) -> None:
-    (part,) = summary["languages"]
-    found = {(d["a"], d["b"]): d["wer_normalized"] for d in part["differences"]}
+def test_differences_are_paired_and_exclude_zero(summary: SpeechResults) -> None:
+    (part,) = summary.languages
+    found = {(d.first, d.second): d.wer_normalized for d in part.differences}
     assert list(found) == [("flora", "base"), ("lora", "base"), ("flora", "lora")]
-    assert found["flora", "base"]["value"] < 0
-    assert found["flora", "lora"]["low"] > 0
-    assert all(d["excludes_zero"] for d in found.values())
+    base, lora = found["flora", "base"].finite, found["flora", "lora"].finite
+    assert base is not None
+    assert base[0] < 0
+    assert lora is not None
+    assert lora[1] > 0
+    assert all(d.excludes_zero for d in found.values())
 
 
-def test_utterances_are_aligned_and_few_are_played(summary: dict[str, Any]) -> None:
-    (part,) = summary["languages"]
-    kinds = [utterance["kind"] for utterance in part["utterances"]]
+def test_utterances_are_aligned_and_few_are_played(summary: SpeechResults) -> None:
+    (part,) = summary.languages
+    kinds = [utterance.kind for utterance in part.utterances]
     assert kinds == ["worst"] * 6
-    first = part["utterances"][0]
-    assert first["adapter"][0]["kind"] == "substitute"
-    assert [utterance["audio"] is not None for utterance in part["utterances"]] == [True] + [False] * 5
-    assert first["audio"].startswith("data:audio/ogg;base64,")
-    assert "path" not in first
+    first = part.utterances[0]
+    assert first.adapter[0].kind == "substitute"
+    assert [utterance.audio is not None for utterance in part.utterances] == [True] + [False] * 5
+    assert first.audio is not None
+    assert first.audio.startswith("data:audio/ogg;base64,")
 
 
-def test_the_page_is_well_formed_and_says_who_is_better(summary: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    page = render_html(results_of({"cs": {"flora": -0.2, "lora": -0.1}}, speech=summary))
+def test_the_page_is_well_formed_and_says_who_is_better(summary: SpeechResults, capsys: pytest.CaptureFixture[str]) -> None:
+    page = page_of(results_of({"cs": {"flora": -0.2, "lora": -0.1}}, speech=summary))
     outline = Outline(page)
     assert len(outline.ids) == len(set(outline.ids))
     assert outline.references <= set(outline.ids)
     assert "<audio controls" in page
-    assert "fewer words or characters are clearly wrong than with the base: flora in cs; lora in cs" in page
+    assert "Error rate is significantly lower than the base: flora in cs; lora in cs (of 1 language)." in page
     print_error_rates(summary)
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 82
     assert "difference to base" in said
 
 
-def test_nothing_is_played_where_clips_must_not_be_passed_on(summary: dict[str, Any], tmp_path: Path) -> None:
+def test_nothing_is_played_where_clips_must_not_be_passed_on(summary: SpeechResults, tmp_path: Path) -> None:
     files = write_corpus(tmp_path, "cs")
     split = load(files, tmp_path).test
     assert isinstance(split, SpeechSplit)
     run = config(files, embedded_clips=0)
     bank = AdapterBank.attach(loaded_tiny_whisper(), expand(run))
     heard = [Heard(adapter, "cs", i, "no", "end") for adapter in ROUNDS for i in range(len(split))]
-    (part,) = summarise(run, {"cs": split}, bank, heard)["languages"]
-    assert part["utterances"]
-    assert all(utterance["audio"] is None for utterance in part["utterances"])
+    (part,) = summarise(run, {"cs": split}, bank, heard).languages
+    assert part.utterances
+    assert all(utterance.audio is None for utterance in part.utterances)

@@ -1,26 +1,48 @@
-"""Runs beside each other: what is of the same examples is compared, what is not is said not to be."""
+"""The comparison of runs: only results on the same examples are compared."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flora_train.cli import main
-from flora_train.evaluation.report.comparison import costs, labels, measures, seed_groups, settings, verdicts, with_seeds
+from flora_train.evaluation.report import comparison
+from flora_train.evaluation.report.comparison import Measure, labels, verdicts
 from flora_train.evaluation.report.formatting import number
 from flora_train.evaluation.report.html import render_comparison
-from flora_train.evaluation.report.results import SCHEMA
+from flora_train.evaluation.report.types import Report
 
-REPORTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+REPORTS = Path(__file__).resolve().parents[4] / "benchmarks" / "results"
 
 
 @pytest.fixture(params=["quickstart", "speech_local", "multipl_e_local"])
 def report(request: pytest.FixtureRequest) -> dict[str, Any]:
     return json.loads((REPORTS / f"{request.param}.json").read_text(encoding="utf-8"))
+
+
+def typed(runs: Sequence[dict[str, Any]]) -> list[Report]:
+    return [Report.model_validate(run) for run in runs]
+
+
+def measures(runs: Sequence[dict[str, Any]]) -> list[Measure]:
+    return comparison.measures(typed(runs))
+
+
+def settings(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    return comparison.settings(typed(runs))
+
+
+def seed_groups(runs: Sequence[dict[str, Any]]) -> list[list[int]]:
+    return comparison.seed_groups(typed(runs))
+
+
+def page_of(runs: dict[str, dict[str, Any]]) -> str:
+    return render_comparison({name: Report.model_validate(run) for name, run in runs.items()})
 
 
 def shifted(report: dict[str, Any], family: str, by: float) -> dict[str, Any]:
@@ -46,7 +68,7 @@ def test_a_run_beside_itself_shows_no_winner_and_no_difference(report: dict[str,
             assert first == second
             assert not first.best
     assert settings([report, report]) == []
-    assert all(first == second for _, (first, second) in costs([report, report]))
+    assert all(first == second for _, (first, second) in comparison.costs(typed([report, report])))
 
 
 def test_a_method_that_is_clearly_better_wins_its_tasks_and_no_other(report: dict[str, Any]) -> None:
@@ -57,7 +79,7 @@ def test_a_method_that_is_clearly_better_wins_its_tasks_and_no_other(report: dic
     assert all(best == [False, True] for what, best in winners.items() if what[1] == "flora")
     text = verdicts(["one", "two"], found)
     adapters = sum(len(result["contenders"]) for result in report["results"])
-    assert f"Held-out loss: clearly better is two on {len(tasks)} of {adapters} adapters that can be compared." in text
+    assert f"Held-out loss: two is significantly better on {len(tasks)} of {adapters} comparable adapters." in text
 
 
 def test_a_suite_in_which_more_is_better_is_read_so(report: dict[str, Any]) -> None:
@@ -66,7 +88,7 @@ def test_a_suite_in_which_more_is_better_is_read_so(report: dict[str, Any]) -> N
         for part in suite["languages"]:
             for d in part["differences"]:
                 for key in ("value", "low", "high"):
-                    d["pass_at"]["1"][key] += 2.0 * (d["a"] == "flora" and d["b"] == "base")
+                    d["pass_at"]["1"][key] += 2.0 * (d["first"] == "flora" and d["second"] == "base")
     for measure in measures([other, report]):
         for row in measure.rows:
             wins = measure.title.startswith("pass@") and row.what[1] == "flora"
@@ -76,18 +98,18 @@ def test_a_suite_in_which_more_is_better_is_read_so(report: dict[str, Any]) -> N
 def test_other_examples_are_not_compared(report: dict[str, Any]) -> None:
     other = shifted(report, "flora", -10.0)
     for task in other["tasks"]:
-        task["data_hash"] = "another"
+        task |= {"data_hash": "another", "heldout_hash": None}
     (held_out, *_) = measures([report, other])
     assert {row.note for row in held_out.rows} == {"not of the same examples"}
     assert not any(cell.best for row in held_out.rows for cell in row.cells if cell)
-    assert "Held-out loss: nothing can be compared, the examples differ." in verdicts(["one", "two"], [held_out])
+    assert "Held-out loss: the runs cannot be compared, as their examples differ." in verdicts(["one", "two"], [held_out])
 
 
 def test_settings_that_differ_are_listed_and_the_page_names_both(report: dict[str, Any]) -> None:
     other = copy.deepcopy(report)
     other["facts"]["config"] = other["facts"]["config"].replace("\nseed: 0\n", "\nseed: 7\n").replace("\nname: ", "\nname: x")
     assert settings([report, other]) == [("seed", ["0", "7"])]
-    page = render_comparison({"one": report, "<two>": other})
+    page = page_of({"one": report, "<two>": other})
     assert "&lt;two&gt;" in page
     assert "<two>" not in page
     assert page.count("<script>") == 1
@@ -106,13 +128,13 @@ def test_runs_that_differ_in_the_seed_alone_do_not_compete(report: dict[str, Any
     assert seed_groups(runs) == [[0, 1, 2]]
     found = measures(runs)
     assert not any(cell.best for measure in found for row in measure.rows for cell in row.cells if cell)
-    names = with_seeds(["a", "b", "c"], runs)
+    names = comparison.with_seeds(["a", "b", "c"], typed(runs))
     assert names == ["a (seed 0)", "b (seed 1)", "c (seed 2)"]
-    assert "differ in nothing but the seed: none is better" in verdicts(names, found, seed_groups(runs))
+    assert "differ only in the seed: none is better" in verdicts(names, found, seed_groups(runs))
     flora = next(row for row in found[0].rows if row.what[1] == "flora")
     value = next(c for c in report["results"][0]["contenders"] if c["family"] == "flora")["bits_per_byte"]["value"]
     assert flora.seeds == [f"{value:.3f} ({number(value - 10.0)} to {number(value + 10.0)})"]
-    page = render_comparison(dict(zip("abc", runs, strict=True)))
+    page = page_of(dict(zip("abc", runs, strict=True)))
     assert "b (seed 1)" in page
     assert "over the seeds of a (seed 0) and b (seed 1) and c (seed 2)" in page
 
@@ -129,7 +151,7 @@ def test_seeds_of_one_configuration_win_together_or_not_at_all(report: dict[str,
     (held_out, *_) = measures(together)
     row = next(row for row in held_out.rows if row.what[1] == "flora")
     assert [cell.best for cell in row.cells if cell] == [True, False, True, False]
-    assert "clearly better is a and c on " in verdicts(list("abcd"), [held_out], seed_groups(together))
+    assert "a and c are significantly better on " in verdicts(list("abcd"), [held_out], seed_groups(together))
     mixed = [other_rate(better), report, other_rate(with_seed(worse, 1)), with_seed(report, 2)]
     row = next(row for row in measures(mixed)[0].rows if row.what[1] == "flora")
     assert not any(cell.best for cell in row.cells if cell)
@@ -173,11 +195,11 @@ def test_by_command(report: dict[str, Any], tmp_path: Path, capsys: pytest.Captu
         (tmp_path / name / "eval").mkdir(parents=True)
         (tmp_path / name / "run.json").write_text('{"finished": true}')
         (tmp_path / name / "config.yaml").write_text(report["facts"]["config"])
-        (tmp_path / name / "eval" / "report.json").write_text(json.dumps({**report, "schema": SCHEMA}))
+        (tmp_path / name / "eval" / "report.json").write_text(json.dumps(report))
     runs = [str(tmp_path / name) for name in ("a", "b")]
     assert main(["report", *runs]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("Held-out loss: clearly better is none on any of ")
+    assert said[0].startswith("Held-out loss: no run is significantly better on any of ")
     assert Path(said[1]) == tmp_path / "comparison.html"
     assert "Comparison of runs" in (tmp_path / "comparison.html").read_text()
     assert main(["report", *runs, "--out", str(tmp_path / "other.html")]) == 0

@@ -1,4 +1,4 @@
-"""Does the page of a run say what the figures say, whatever they are, and stay one safe file?"""
+"""The page of a run shows its results, whatever they are, and stays one safe file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from flora_train.evaluation.report.html import render_html
 from flora_train.evaluation.report.summary_text import summarise
+from flora_train.evaluation.report.types import SCHEMA_VERSION, Report
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr", "use", "path", "rect", "circle", "line"}
 
@@ -24,7 +25,7 @@ def estimate(value: float | None, half: float = 0.01) -> dict[str, Any]:
 
 
 def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict[str, Any]:
-    """The mapping of a run. differences: task -> family -> bits per byte against the base, None for not finite."""
+    """report.json of a run, which tests may change. differences: task -> family -> bits per byte against the base, None for not finite."""
     counts: Any = {"unusable": {}, **dict.fromkeys(("empty", "over_long_split", "over_long_dropped", "prompt_too_long"), 0)}
     counts |= {"rows": 1234, "unsampled": 17, "over_long_truncated": 5, "examples": 1217, "tokens": 9000, "label_tokens": 8000}
     tasks, adapters, judged, completions = [], [], [], []
@@ -39,6 +40,7 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
                 "tokens_drawn": 500,
                 "target_share": 0.5,
                 "epochs": 0.1,
+                "data_hash": "0",
             }
         )
         finite = [d for d in families.values() if d is not None]
@@ -70,7 +72,7 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
                     "selected_step": 20,
                     "rollbacks": 0,
                     "quarantined": None,
-                    "left": None,
+                    "retired": None,
                 }
             )
             curves["training"][name] = [[step, loss and loss + 1 / step] for step in range(1, 21)]
@@ -88,8 +90,8 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
                 "contenders": contenders,
                 "differences": [
                     {
-                        "a": a["family"],
-                        "b": b["family"],
+                        "first": a["family"],
+                        "second": b["family"],
                         "bits_per_byte": unknown if None in (a["loss"], b["loss"]) else estimate(a["loss"] - b["loss"]),
                     }
                     for a, b in pairs
@@ -102,11 +104,16 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
     facts = {"model": "models/tiny", "dtype": "float32", "seconds": {"train": 61.0}, "config": "name: x", "commit": None}
     parts = {"tasks": tasks, "adapters": adapters, "results": judged, "curves": curves, "completions": completions}
     rest = {"sweeps": [], "code": [], "speech": None, "not_measured": ["Everything else."], **changes}
-    return {"schema": 1, "name": "a run", "facts": facts, **parts, **rest}
+    return {"schema_version": SCHEMA_VERSION, "name": "a run", "facts": facts, **parts, **rest}
+
+
+def page_of(results: dict[str, Any]) -> str:
+    """The page of a report.json."""
+    return render_html(Report.model_validate(results))
 
 
 def summary(differences: dict[str, dict[str, float | None]]) -> str:
-    return " ".join(summarise(run(differences))).replace("\u00a0", " ")
+    return " ".join(summarise(Report.model_validate(run(differences)))).replace("\u00a0", " ")
 
 
 class Outline(HTMLParser):
@@ -141,7 +148,7 @@ THREE = {"lua": {"flora": -0.20, "lora": -0.10, "ia3": -0.05}, "perl": {"flora":
 
 @pytest.mark.parametrize("differences", [THREE, {"lua": {"flora": -0.2}}, {"lua": {"flora": None, "lora": None}}])
 def test_page_is_well_formed_with_unique_ids_and_ordered_headings(differences: dict[str, dict[str, float | None]]) -> None:
-    page = Outline(render_html(run(differences)))
+    page = Outline(page_of(run(differences)))
     assert len(page.ids) == len(set(page.ids))
     assert page.references <= set(page.ids)
     assert page.headings[0] == 1
@@ -157,15 +164,15 @@ def test_one_adapter_with_one_evaluation_renders_without_completions() -> None:
         "base": {"lua": None},
         "heldout_examples": None,
     }
-    page = render_html(results)
+    page = page_of(results)
     assert "1 adapter on task lua was trained" in page
-    assert "nothing to compare but the base" in page
+    assert "methods cannot be compared" in page
     assert 'id="completions"' not in page
     assert ">best</span>" not in page
 
 
 def test_without_curves_the_panel_says_that_nothing_was_logged() -> None:
-    assert "nothing was logged" in render_html(
+    assert "nothing was logged" in page_of(
         run(THREE, curves={"training": {}, "heldout": {}, "base": {}, "heldout_examples": None})
     )
 
@@ -175,7 +182,7 @@ def test_completions_prompts_and_configuration_are_escaped() -> None:
     attack = "</code></pre><script>alert(1)</script><img src=x onerror=alert(1)>"
     results["completions"] = [{"task": "lua", "prompt": attack, "completions": {"base": attack, "flora": attack}}]
     results["facts"]["config"] = attack
-    page = render_html(results)
+    page = page_of(results)
     assert page.count("<script") == 1
     assert "<img" not in page
     assert "<i>run" not in page
@@ -185,13 +192,13 @@ def test_completions_prompts_and_configuration_are_escaped() -> None:
 def test_control_characters_and_lone_surrogates_of_completions_stay_harmless_and_visible() -> None:
     results = run({"lua": {"flora": -0.2}})
     results["completions"] = [{"task": "lua", "prompt": "p", "completions": {"base": "\x1b[31m\x00", "flora": "a\ud800b"}}]
-    page = render_html(results)
+    page = page_of(results)
     assert "␛[31m␀" in page
     assert page.encode("utf-8")
 
 
 def test_nothing_external_is_loaded_and_no_script_but_its_own_runs() -> None:
-    page = render_html(run(THREE))
+    page = page_of(run(THREE))
     assert not re.search(r"""(?:src|href|action|data|xmlns)\s*=\s*["']?\s*(?:https?:|//)""", page)
     assert not re.search(r"url\(\s*['\"]?(?!#)", page)
     assert "@import" not in page
@@ -201,14 +208,14 @@ def test_nothing_external_is_loaded_and_no_script_but_its_own_runs() -> None:
 
 
 def test_best_is_marked_in_words_once_per_task_with_rivals() -> None:
-    page = render_html(run(THREE))
+    page = page_of(run(THREE))
     cells = re.findall(r'<td class="best">.*?</td>', page, re.DOTALL)
     assert [re.search(r"[\d.]+(?=</span>)", cell)[0] for cell in cells] == ["1.800", "1.970"]
     assert all(">best</span>" in cell for cell in cells)
 
 
 def test_worse_and_unclear_are_written_beside_the_figure() -> None:
-    page = render_html(run({"lua": {"flora": 0.2, "lora": 0.001}}))
+    page = page_of(run({"lua": {"flora": 0.2, "lora": 0.001}}))
     assert re.search(r">worse</span>\s*2\.200", page)
     assert re.search(r">unclear</span>\s*2\.001", page)
 
@@ -225,7 +232,7 @@ def test_summary_says_worse_no_clear_difference_and_not_finite_by_name() -> None
     assert "Of 4 adapters, 1 predicts held-out text better than the base model" in text
     assert "1 predicts it worse (flora on lua)" in text
     assert "for 1 there is no clear difference, the 95 % interval includes zero (flora on perl)" in text
-    assert "1 cannot be judged, the held-out loss is not finite (lora on perl)" in text
+    assert "1 cannot be compared, the held-out loss is not finite (lora on perl)" in text
 
 
 @pytest.mark.parametrize(
@@ -252,7 +259,7 @@ def test_summary_names_the_best_method_and_whether_its_lead_is_clear() -> None:
 def test_figures_that_are_not_finite_are_named_and_never_best() -> None:
     results = run({"lua": {"flora": None, "lora": -0.1}})
     results["results"][0]["contenders"][0]["best"] = True
-    page = render_html(results)
+    page = page_of(results)
     assert "not finite" in page
     assert "22 losses are not finite" in page
     assert not re.search(r"\b(?:nan|None|inf|Undefined)\b", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL))
@@ -260,23 +267,23 @@ def test_figures_that_are_not_finite_are_named_and_never_best() -> None:
 
 
 def test_everything_left_out_or_cut_is_counted_in_words() -> None:
-    page = render_html(run(THREE))
-    assert "Of 3,702 training rows, 51 were left out by the limit on examples and 15 lost their end at the length limit." in page
+    page = page_of(run(THREE))
+    assert "Of 3,702 training rows, 51 were left out by the limit on examples and 15 were cut off at the length limit." in page
 
 
 def test_a_task_without_adapter_has_no_target_share() -> None:
     results = run({"lua": {"flora": -0.1}})
     results["tasks"].append({**results["tasks"][0], "name": "idle", "tokens_drawn": 0, "target_share": 0.0, "epochs": 0.0})
-    assert "<td>0.0&nbsp;%</td><td>0.0&nbsp;%</td>" in render_html(results)
+    assert "<td>0.0&nbsp;%</td><td>0.0&nbsp;%</td>" in page_of(results)
 
 
 def test_same_results_give_the_same_bytes() -> None:
-    assert render_html(run(THREE)) == render_html(copy.deepcopy(run(THREE)))
+    assert page_of(run(THREE)) == page_of(copy.deepcopy(run(THREE)))
 
 
 def test_a_run_of_100_adapters_stays_under_3_megabytes_and_draws_every_task() -> None:
     families = {"flora": -0.20, "lora": -0.10, "ia3": -0.05, "other": 0.02}
-    page = render_html(run({f"task{i}": families for i in range(25)}))
+    page = page_of(run({f"task{i}": families for i in range(25)}))
     assert len(page.encode()) < 3_000_000
     assert page.count("Loss over steps on task") == 25
     assert "13 more tasks" in page

@@ -1,4 +1,4 @@
-"""What the report says of programs: figures as they are, what they do not show, and nothing from outside unescaped."""
+"""Programs in the report: pass@k, its limits, and escaped text."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
-from flora_train.evaluation.report.html import render_html
+from flora_train.evaluation.code.score_types import CodeSuite
 from flora_train.evaluation.report.summary_text import summarise
 from flora_train.evaluation.report.terminal import print_pass_at_k
-from tests.unit.evaluation.test_report_html import run
+from flora_train.evaluation.report.types import Report
+from tests.unit.evaluation.report.test_html import page_of, run
 
 
 def results_of(**changes: Any) -> dict[str, Any]:
@@ -25,11 +26,25 @@ def estimate(value: float, low: float, high: float) -> dict[str, Any]:
 def contender(family: str, value: float, **facts: Any) -> dict[str, Any]:
     ended = dict.fromkeys(("OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"), 3)
     ks = {k: estimate(value, max(0.0, value - 0.1), min(1.0, value + 0.1)) for k in ("1", "10")}
-    return {"name": f"lua-{family}", "family": family, "n": 20, "pass_at": ks, "ended": ended, "suspicious": 0, "cut": 0, **facts}
+    return {
+        "name": f"lua-{family}",
+        "family": family,
+        "samples": 20,
+        "pass_at": ks,
+        "ended": ended,
+        "suspicious": 0,
+        "cut": 0,
+        **facts,
+    }
 
 
 def difference(a: str, b: str, value: float, low: float, high: float) -> dict[str, Any]:
-    return {"a": a, "b": b, "pass_at": dict.fromkeys(("1", "10"), estimate(value, low, high))}
+    return {"first": a, "second": b, "pass_at": dict.fromkeys(("1", "10"), estimate(value, low, high))}
+
+
+def macro_of(part: dict[str, Any]) -> dict[str, Any]:
+    means = [{"family": row["family"], "pass_at": row["pass_at"]} for row in part["contenders"]]
+    return {"contenders": means, "differences": part["differences"]}
 
 
 def suite_of(*languages: str, **changes: Any) -> dict[str, Any]:
@@ -41,15 +56,23 @@ def suite_of(*languages: str, **changes: Any) -> dict[str, Any]:
             difference("flora", "lora", 0.1, 0.05, 0.15),
         ],
     }
-    facts = {"name": "Lua", "problems": 40, "available": 161, "prompts_sha": "0", "cpu_seconds": 15.0}
-    settings = {"source": "starter", "n": 20, "k": [1, 10], "temperature": 0.2, "top_p": 0.95, "max_new_tokens": 96, "seed": 0}
+    facts = {"name": "Lua", "problems": 40, "available": 161, "prompts_sha": "0", "cpu_seconds": 15.0, "wins_and_losses": []}
+    settings = {
+        "source": "starter",
+        "num_samples": 20,
+        "pass_at_k": [1, 10],
+        "temperature": 0.2,
+        "top_p": 0.95,
+        "max_new_tokens": 96,
+        "seed": 0,
+    }
     counts = {"confidence": 0.95, "sandbox": "bubblewrap", "completions": 4800, "tokens": 100000}
     return {
         "suite": "starter",
         **settings,
         **counts,
         "languages": [{"language": language, **facts, **part} for language in languages],
-        "macro": {"languages": list(languages), **part},
+        "macro": {"languages": list(languages), **macro_of(part)},
         "not_evaluated": [],
         **changes,
     }
@@ -61,7 +84,7 @@ def text_of(page: str) -> str:
 
 
 def test_values_differences_and_what_was_left_out_stand_in_the_page() -> None:
-    text = text_of(render_html(results_of(code=[suite_of("lua", "pl")])))
+    text = text_of(page_of(results_of(code=[suite_of("lua", "pl")])))
     assert "pass@1 on starter problems, in percent" in text
     assert "pass@10 on starter problems, in percent" in text
     assert "40.0 +30.0 [+20.0, +40.0]" in text
@@ -69,25 +92,23 @@ def test_values_differences_and_what_was_left_out_stand_in_the_page() -> None:
     assert "40 of 161" in text
     assert "mean of 2" in text
     assert "yes, flora is better" in text
-    assert "a score on them is no HumanEval score" in text
-    assert "A program could compute for 15 seconds." in text
+    assert "scores on them are not comparable with HumanEval" in text
+    assert "The limit of CPU time was 15 seconds." in text
     assert "Nothing was executed" not in text
 
 
 def test_time_limits_that_differ_by_language_are_all_said() -> None:
     suite = suite_of("lua", "java")
     suite["languages"][1]["cpu_seconds"] = 20.0
-    assert "A program could compute for 15 or 20 seconds, depending on its language." in text_of(
-        render_html(results_of(code=[suite]))
-    )
+    assert "The limit of CPU time was 15 or 20 seconds, depending on the language." in text_of(page_of(results_of(code=[suite])))
 
 
 def test_a_run_without_problems_has_no_such_section() -> None:
-    assert 'id="programs"' not in render_html(results_of())
+    assert 'id="programs"' not in page_of(results_of())
 
 
 def test_the_summary_says_what_is_not_clear() -> None:
-    last = summarise(results_of(code=[suite_of("lua", "pl")]))[-1]
+    last = summarise(Report.model_validate(results_of(code=[suite_of("lua", "pl")])))[-1]
     assert last == (
         "pass@1 on the starter problems over 2 languages: base 10.0\u00a0%, flora 40.0\u00a0% and lora 30.0\u00a0% (no clear "
         "difference to the base)."
@@ -97,20 +118,20 @@ def test_the_summary_says_what_is_not_clear() -> None:
 def test_what_was_not_evaluated_is_named_and_no_score_of_zero() -> None:
     missing = [{"language": "jl", "reason": "Julia does not run here <b>: apt-get install julia"}]
     nothing = suite_of(languages=[], macro={"languages": [], "contenders": [], "differences": []}, not_evaluated=missing)
-    page = render_html(results_of(code=[nothing]))
+    page = page_of(results_of(code=[nothing]))
     assert "jl: Julia does not run here &lt;b&gt;: apt-get install julia" in page
-    assert "Not evaluated (this is no score of 0)" in page
+    assert "Not evaluated (these are not scores of 0)" in page
     assert "nothing could be compared" in text_of(page)
 
 
 def test_running_without_a_sandbox_is_said_aloud() -> None:
-    assert "without a sandbox" in text_of(render_html(results_of(code=[suite_of("lua", sandbox="none")])))
-    assert "without a sandbox" not in text_of(render_html(results_of(code=[suite_of("lua")])))
+    assert "without a sandbox" in text_of(page_of(results_of(code=[suite_of("lua", sandbox="none")])))
+    assert "without a sandbox" not in text_of(page_of(results_of(code=[suite_of("lua")])))
 
 
 def test_the_terminal_shows_every_k_within_eighty_columns() -> None:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_pass_at_k([suite_of("lua", "pl")], console)
+    print_pass_at_k([CodeSuite.model_validate(suite_of("lua", "pl"))], console)
     said = console.export_text()
     assert "pass@1 " in said
     assert "pass@10" in said

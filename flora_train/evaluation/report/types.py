@@ -1,0 +1,364 @@
+"""Types of report.json: everything that the page, the terminal, cards, figures and trackers show of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, model_validator
+
+from flora_train.config.base import MOST_STEPS
+from flora_train.evaluation.code.score_types import CodeSuite
+from flora_train.evaluation.result_model import (
+    Confidence,
+    Count,
+    Interval,
+    Measurement,
+    Number,
+    ResultModel,
+    Seconds,
+    Text,
+)
+from flora_train.evaluation.speech.score_types import SpeechResults
+
+SCHEMA_VERSION: Final = 6
+"""Version of report.json; raised whenever a reader of an older version would miss or misread something."""
+
+Step = Annotated[Count, Field(le=MOST_STEPS)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+LossPoint = tuple[Step, Measurement | None]
+"""A step, and the loss there in nats per token."""
+TokenPoint = tuple[Step, Count]
+"""A step, and the tokens drawn until then."""
+
+
+class Machine(ResultModel):
+    """The machine of the main process."""
+
+    processor: Text | None = None
+    cpus: Count | None = None
+    threads: Count | None = None
+    gpu: Text | None = None
+    system: Text | None = None
+
+
+class JointSpeedup(ResultModel):
+    """Forward and backward of one step's rows, trained jointly and one adapter after the other."""
+
+    joint_seconds: Annotated[Seconds, Field(gt=0)]
+    separate_seconds: Seconds
+    adapters: Count
+    measured: Count | None = None
+    """Adapters that were timed; `separate_seconds` is an estimate where these are not all. None: all."""
+
+
+class RunFacts(ResultModel):
+    """Where, with what and at what cost a run was trained and evaluated. What was not recorded is None or empty."""
+
+    flora_train: Text | None = None
+    """Version of the package."""
+    commit: Text | None = None
+    python: Text | None = None
+    packages: dict[Text, Text] = {}
+    machine: Machine = Machine()
+    command: Text | None = None
+    model: Text | None = None
+    """The base model's `model.path`."""
+    dtype: Text | None = None
+    """Of the base model's weights."""
+    device: Text | None = None
+    processes: Count | None = None
+    peak_memory_bytes: Count | None = None
+    """Of the main process."""
+    finished: Text | None = None
+    """ISO 8601 time at which training ended."""
+    seconds: dict[Text, Seconds] = {}
+    """Stage -> wall-clock time."""
+    time_shares: dict[Text, Number] = {}
+    """Part of a training step -> its share of the step."""
+    joined: dict[Text, Step] = {}
+    """Tasks that were added to the run -> their first step."""
+    joint_speedup: JointSpeedup | None = None
+    config: Text = ""
+    """The resolved configuration, as YAML."""
+    origin_differences: tuple[Text, ...] = ()
+    """How base or data of an evaluation differ from those that the run was trained with."""
+
+
+class UnusableClips(ResultModel):
+    """Clips that were left out for one reason."""
+
+    clips: Count
+    first: tuple[Text, ...]
+    """Paths of the first of them."""
+
+
+class SplitSummary(ResultModel):
+    """What became of the rows of a split."""
+
+    rows: Count = 0
+    unsampled: Count = 0
+    """Left out by max_examples."""
+    empty: Count = 0
+    """Rows without text to learn."""
+    over_long_truncated: Count = 0
+    over_long_split: Count = 0
+    over_long_dropped: Count = 0
+    prompt_too_long: Count = 0
+    """Rows whose prompt alone fills max_length."""
+    documents: Count = 0
+    """Texts that are learned: a long row may give several, and several may be packed into one example."""
+    examples: Count = 0
+    tokens: Count = 0
+    label_tokens: Count = 0
+    """Tokens that the loss is computed on."""
+    unusable: dict[Text, UnusableClips] = {}
+    """Speech: reason -> clips that were left out."""
+    seconds: Seconds = 0.0
+    """Speech: length of all clips used."""
+    special_tokens: dict[Text, Count] = {}
+    """Special token -> number of times that rows hold it as text."""
+
+
+class TaskSummary(ResultModel):
+    """A task's data, and how much of it was drawn."""
+
+    name: Text
+    weight: Number
+    origin: Text | None = None
+    """Where the examples come from."""
+    hub: Text | None = None
+    """Data set on the hub."""
+    license: Text | None = None
+    spoken_language: Text | None = None
+    """Language code of a speech task."""
+    train: SplitSummary
+    validation: SplitSummary
+    test: SplitSummary | None = None
+    tokens_drawn: Count
+    target_share: Share
+    """Share of all tokens that the mixture aims at."""
+    epochs: Number
+    data_hash: Text
+    """SHA-256 of all examples."""
+    heldout_hash: Text | None = None
+    """SHA-256 of the held-out examples. None: not recorded."""
+    test_hash: Text | None = None
+    """SHA-256 of the test examples. None: not recorded."""
+
+
+class Quarantine(ResultModel):
+    """The step after which the guard stopped training an adapter."""
+
+    step: Step
+    reason: Text
+
+
+class Retirement(ResultModel):
+    """The step after which an adapter was trained no more, although the run went on."""
+
+    step: Step
+    reason: Literal["patience", "halving"]
+
+
+class AdapterFacts(ResultModel):
+    """Hyper-parameters of an adapter, and what happened to it during training."""
+
+    name: Text
+    task: Text
+    family: Text
+    """Key of the recipe's `adapters`."""
+    method: Text
+    rank: Count | None
+    variant: Text | None
+    """fLoRA: pure or residual."""
+    lr: Number
+    parameters: Count
+    tokens: Count
+    """Tokens that it was trained on."""
+    skipped_steps: Count = 0
+    """Steps whose gradient was not finite."""
+    selected_step: Step | None = None
+    """Step of the best checkpoint, which is evaluated and exported. None: the last."""
+    rollbacks: Count = 0
+    quarantined: Quarantine | None = None
+    retired: Retirement | None = None
+
+
+class HeldoutScore(ResultModel):
+    """Held-out loss of the base model or of an adapter. What is not finite is None."""
+
+    name: Text
+    family: Text
+    bits_per_byte: Interval
+    loss: Measurement | None
+    """Nats per token."""
+    perplexity: Number | None
+    """Per token."""
+
+
+class BaseResult(HeldoutScore):
+    """Held-out loss of the base model."""
+
+    name: Literal["base"] = "base"
+    family: Literal["base"] = "base"
+
+
+class ContenderResult(HeldoutScore):
+    """Held-out loss of an adapter."""
+
+    difference_to_base: Interval
+    """Bits per byte, negative where the adapter is better."""
+    best: bool
+    """Whether it has the lowest bits per byte of its task."""
+
+
+class Difference(ResultModel):
+    """Bits per byte of the family `first` minus those of the family `second`, paired by example."""
+
+    first: Text
+    second: Text
+    bits_per_byte: Interval
+
+
+class TaskResult(ResultModel):
+    """Base and adapters of one task on the same held-out examples."""
+
+    task: Text
+    examples: Count
+    label_tokens: Count
+    label_bytes: Count
+    confidence: Confidence
+    base: BaseResult
+    contenders: Annotated[tuple[ContenderResult, ...], Field(min_length=1)]
+    differences: tuple[Difference, ...]
+    """Between adapters: of every pair, or, of very many adapters, of each with the best."""
+
+    @cached_property
+    def by_family(self) -> dict[str, ContenderResult]:
+        """Family -> its result."""
+        return {contender.family: contender for contender in self.contenders}
+
+    @property
+    def best(self) -> ContenderResult | None:
+        """The adapter with the lowest bits per byte. None if no loss is finite."""
+        return next((contender for contender in self.contenders if contender.best), None)
+
+    @cached_property
+    def ranked(self) -> list[ContenderResult]:
+        """Adapters whose losses are finite, the lowest bits per byte first."""
+        values = [(contender.bits_per_byte.value, i) for i, contender in enumerate(self.contenders)]
+        order = sorted((value, i) for value, i in values if value is not None)
+        ranked = [self.contenders[i] for _, i in order]
+        return [contender for contender in ranked if contender.difference_to_base.finite is not None]
+
+    @cached_property
+    def lead_is_clear(self) -> bool:
+        """Whether the interval of the difference between the best two adapters excludes zero, or only one is finite."""
+        if len(self.ranked) < 2:
+            return bool(self.ranked)
+        first_two = {contender.family for contender in self.ranked[:2]}
+        for difference in self.differences:
+            if {difference.first, difference.second} == first_two:
+                return difference.bits_per_byte.excludes_zero
+        return False
+
+
+class SweepMember(ResultModel):
+    """One setting of a sweep."""
+
+    family: Text
+    bits_per_byte: Measurement | None
+    """On held-out examples."""
+    retired: Retirement | None = None
+
+
+class SweepResult(ResultModel):
+    """All settings of a sweep on one task."""
+
+    sweep: Text
+    task: Text
+    winner: Text | None
+    """Family with the lowest bits per byte. None if none is finite."""
+    members: tuple[SweepMember, ...]
+
+    @cached_property
+    def by_family(self) -> dict[str, SweepMember]:
+        """Family -> its member."""
+        return {member.family: member for member in self.members}
+
+
+class Curves(ResultModel):
+    """Losses and tokens over steps."""
+
+    training: dict[Text, tuple[LossPoint, ...]] = {}
+    """Adapter -> training loss."""
+    heldout: dict[Text, tuple[LossPoint, ...]] = {}
+    """Adapter -> held-out loss during training."""
+    drawn: dict[Text, tuple[TokenPoint, ...]] = {}
+    """Task -> tokens drawn so far, at the same steps for all tasks."""
+    base: dict[Text, Measurement | None] = {}
+    """Task -> loss of the base model on the examples of `heldout`."""
+    heldout_examples: Count | None = None
+    """Examples of each task behind `heldout` and `base`. None: all."""
+
+    @model_validator(mode="after")
+    def _drawn_at_the_same_steps(self) -> Self:
+        steps = {tuple(step for step, _ in points) for points in self.drawn.values()}
+        if len(steps) > 1:
+            raise ValueError("drawn: tasks have points at different steps")
+        return self
+
+
+class SampleCompletion(ResultModel):
+    """A prompt, continued by the base model and by the adapters of its task."""
+
+    task: Text
+    prompt: Text
+    completions: dict[Text, Text]
+    """Family, or "base" -> text."""
+
+
+class Report(ResultModel):
+    """The results of a run, report.json."""
+
+    schema_version: Literal[6] = SCHEMA_VERSION
+    name: Text
+    facts: RunFacts
+    tasks: tuple[TaskSummary, ...]
+    adapters: tuple[AdapterFacts, ...]
+    results: Annotated[tuple[TaskResult, ...], Field(min_length=1)]
+    """Held-out losses, a result per task that adapters learn."""
+    sweeps: tuple[SweepResult, ...] = ()
+    curves: Curves
+    completions: tuple[SampleCompletion, ...] = ()
+    code: tuple[CodeSuite, ...] = ()
+    """Scores on suites of programming problems."""
+    speech: SpeechResults | None = None
+    """Error rates of spoken tasks."""
+    not_measured: tuple[Text, ...]
+    """What a reader might take for granted and the report does not show, as sentences."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        tasks = {task.name for task in self.tasks}
+        families = {adapter.family for adapter in self.adapters}
+        _check_known("adapters", (adapter.task for adapter in self.adapters), tasks)
+        _check_known("results", (result.task for result in self.results), tasks)
+        for result in self.results:
+            _check_known(f"results of {result.task}", (row.family for row in result.contenders), families)
+        for sample in self.completions:
+            _check_known(f"completions of {sample.task}", ["base"], sample.completions)
+        return self
+
+    @cached_property
+    def families(self) -> list[str]:
+        """Families of all adapters, in order."""
+        return list(dict.fromkeys(adapter.family for adapter in self.adapters))
+
+
+def _check_known(key: str, names: Iterable[str], known: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{key}: {unknown[0]!r} is not described")

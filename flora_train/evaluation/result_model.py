@@ -1,0 +1,91 @@
+"""Base class of the typed results that an evaluation writes as JSON, intervals, and how such files are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
+
+from flora_train.config.errors import did_you_mean, user_error
+from flora_train.config.json_format import read_object
+
+
+def _without_surrogates(value: object) -> object:
+    """Paths may hold bytes that are not UTF-8: Python keeps them as lone surrogates, which no file can be written with."""
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-8", "backslashreplace").decode()
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_without_surrogates)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+"""A finite number; true and false are none."""
+Measurement = Annotated[Number, Field(ge=-1e100, le=1e100)]
+"""A number that can be drawn: sums and multiples of it are finite."""
+Seconds = Annotated[Number, Field(ge=0, le=1e12)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+Confidence = Annotated[Number, Field(gt=0, lt=1)]
+"""The confidence of intervals, such as 0.95."""
+
+
+class ResultModel(BaseModel):
+    """A part of the results: unknown keys and numbers that are not finite are refused, and nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values of some fields, validated."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**fields, **changes})
+
+
+class Interval(ResultModel):
+    """A value and its bootstrap percentile interval. What is not finite is None, as JSON has no NaN."""
+
+    value: Measurement | None
+    low: Measurement | None
+    high: Measurement | None
+    excludes_zero: StrictBool
+    """Whether the sign of the value is clear. Never true for an interval from a single example."""
+
+    @property
+    def finite(self) -> tuple[float, float, float] | None:
+        """Value, low and high; None unless all three are finite."""
+        if self.value is None or self.low is None or self.high is None:
+            return None
+        return self.value, self.low, self.high
+
+    def negated(self) -> Interval:
+        """The interval of minus the value."""
+        if self.finite is None:
+            return self
+        value, low, high = self.finite
+        return Interval(value=-value, low=-high, high=-low, excludes_zero=self.excludes_zero)
+
+
+Model = TypeVar("Model", bound=ResultModel)
+
+
+def read_results(path: Path, model: type[Model], hint: str) -> Model:
+    """The results in a JSON file. hint: how a user renews a damaged file. Raises UserError, which names the first wrong key."""
+    return validate_results(path, read_object(path, hint), model, hint)
+
+
+def validate_results(path: Path, content: object, model: type[Model], hint: str) -> Model:
+    """`content` of the file at `path` as results. Raises UserError, which names the first wrong key."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        reason = _first_problem(error, model)
+        raise user_error(str(path), None, f"is damaged, or was written by another version ({reason}): {hint}") from error
+
+
+def _first_problem(error: ValidationError, model: type[ResultModel]) -> str:
+    """Key and reason of the first error, such as `results.0.examples: Input should be a valid integer`."""
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = f"unknown key.{did_you_mean(key, model.model_fields)}"
+    return f"{key}: {message}".removeprefix(": ")
