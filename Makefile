@@ -38,13 +38,14 @@ speech-local: $(INSTALLED)  ## on Debian 12: build Whisper base and human speech
 	$(BIN)/python assets/build_speech_corpus.py --languages cs nl ro bg
 
 test: $(INSTALLED_DEV) $(MODEL) lint types  ## run lint, types and the tests
-	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal $(ARGS)
 
-test-full: $(INSTALLED_DEV) $(MODEL)  ## run the slower tests that make test leaves to this target, and a longer form of each attack suite
-	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder -m full $(ARGS)
+test-full: $(INSTALLED_DEV) $(MODEL)  ## run the slower tests that make test leaves out, and one attack of each module at more length
+	$(PYTEST) -n 2 --dist worksteal -m full $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal -m attack --first-of-module --hypothesis-profile=longer $(ARGS)
 
 test-attack: $(INSTALLED_DEV) $(MODEL)  ## run the sandbox, fuzz and damage suites at full length (make test runs them short)
-	$(PYTEST) -n 2 -m attack --hypothesis-profile=attack $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal -m attack --hypothesis-profile=attack $(ARGS)
 
 test-gpu:  ## on a machine with a GPU: run its tests and those of the kernels (PYTHON=... without .venv)
 	$(PYTHON) -m pytest tests/gpu tests/unit/kernels $(ARGS)
