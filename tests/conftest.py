@@ -30,6 +30,13 @@ settings.register_profile("longer", max_examples=150, deadline=None, suppress_he
 settings.register_profile("attack", max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("quick")
 
+
+def at_most(examples: int) -> settings:
+    """Settings of an expensive property: in make test, no more examples than these; in the longer profiles, as many as of any other."""
+    is_quick = settings.get_current_profile_name() == "quick"
+    return settings(max_examples=examples) if is_quick else settings()
+
+
 FEW = ("llama", "gpt2", "opt", "phi")
 """Architectures that most tests are content with: Linear with and without bias, Conv1D, grouped and plain attention."""
 

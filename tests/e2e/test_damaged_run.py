@@ -19,6 +19,7 @@ from flora_train.cli import main
 from flora_train.config.errors import UserError
 from flora_train.config.load import load_config
 from flora_train.runtime.run_folder import RunFolder
+from tests.conftest import at_most
 from tests.e2e.conftest import Launch, launch_environment
 from tests.forked import python
 
@@ -71,6 +72,7 @@ def one_line(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.attack
+@at_most(12)
 @given(data=st.data())
 def test_a_changed_report_is_drawn_or_refused_in_one_line(
     data: st.DataObject, run: Path, finished: Path, capfd: pytest.CaptureFixture[str]

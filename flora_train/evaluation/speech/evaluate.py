@@ -52,9 +52,7 @@ class LoggedTranscript:
 
 def transcript_log(folder: Path) -> Journal[LoggedTranscript]:
     """The journal of transcripts. folder: of a run's evaluation."""
-    return Journal(
-        folder / "speech", LoggedTranscript, "transcript", "move it away, or evaluate into another output_dir"
-    )
+    return Journal(folder / "speech", LoggedTranscript, "transcript", "move it away, or evaluate into another output_dir")
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -138,10 +136,7 @@ class _SpeechEvaluation:
                     if logged is None:
                         missing.append((name, example, adapter))
                     elif (logged.clip_sha, logged.adapter_sha) != (sha, self.digests[adapter]):
-                        hint = (
-                            "was made with other weights of this adapter or from another file (was it "
-                            "trained further?)"
-                        )
+                        hint = "was made with other weights of this adapter or from another file (was it trained further?)"
                         location = f"{self.log.path}: {'/'.join(map(str, key))}"
                         raise user_error(location, None, f"{hint}: {self.log.another}")
         return missing

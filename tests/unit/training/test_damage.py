@@ -15,7 +15,7 @@ from safetensors import safe_open
 from flora_train.config.errors import UserError
 from flora_train.training.best_adapters import adapter_file, verified_step
 from flora_train.training.trainer import Trainer
-from tests.conftest import spec
+from tests.conftest import at_most, spec
 from tests.unit.training.harness import make_trainer
 from tests.unit.training.test_checkpoint import assert_equal, result, stop_before
 
@@ -60,6 +60,7 @@ def files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.attack
+@at_most(8)
 @given(data=st.data())
 def test_resume_ends_as_undisturbed_or_refuses_at_once_whatever_is_damaged(
     data: st.DataObject, stopped: Path, preserved_state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
