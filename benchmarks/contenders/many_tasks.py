@@ -66,6 +66,6 @@ def random_split(seed: int, longest: int, vocabulary: int) -> TokenSplit:
         offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
         prompt_lengths=np.zeros(EXAMPLES, dtype=np.int32),
         label_bytes=lengths.astype(np.int64),
-        packs=np.arange(EXAMPLES + 1),
+        pack_offsets=np.arange(EXAMPLES + 1),
         counts=SplitCounts(rows=EXAMPLES, examples=EXAMPLES, tokens=int(lengths.sum())),
     )

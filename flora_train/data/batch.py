@@ -101,8 +101,8 @@ def share_of_rank(groups: Sequence[Sequence[Row]], rank: int, processes: int) ->
 def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:
     """Rows -> tensors for a causal model. `split_of(task)` holds the tokens.
 
-    Where an example holds several pieces, the batch says so by position_ids that begin anew with every piece (padding is
-    one more), in place of the mask: transformers then lets no piece see another.
+    Where an example holds several documents, the batch has position_ids that restart at every document (and at the padding)
+    instead of a mask, from which transformers keeps documents from attending to each other.
     """
     length = max(row.length for row in rows)
     input_ids = np.full((len(rows), length), pad_token, dtype=np.int64)
@@ -111,10 +111,10 @@ def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_toke
     positions = np.empty((len(rows), length), dtype=np.int64)
     packed = False
     for i, row in enumerate(rows):
-        pieces = split_of(row.task).pieces(row.example)
-        packed |= len(pieces) > 1
+        documents = split_of(row.task).documents(row.example)
+        packed |= len(documents) > 1
         start = 0
-        for tokens, prompt in pieces:
+        for tokens, prompt in documents:
             end = start + len(tokens)
             input_ids[i, start:end] = tokens
             positions[i, start:end] = np.arange(len(tokens))

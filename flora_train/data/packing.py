@@ -1,7 +1,7 @@
-"""How are short pieces of text put into full sequences? The longest first, each where it leaves least room.
+"""Packs short documents into sequences of up to max_length tokens.
 
-Pieces in one sequence never see each other (`collate` restarts their positions, and transformers makes the mask from that),
-so packing changes what a step costs, not what is learnt from a piece.
+Documents of one sequence do not attend to each other: `collate` restarts their positions, from which transformers derives the
+mask. Packing changes the cost of a step, not what is learnt from a document.
 """
 
 from __future__ import annotations
@@ -15,29 +15,32 @@ from flora_train.data.tokenization import TokenSplit
 
 
 def pack(split: TokenSplit, max_length: int) -> TokenSplit:
-    """The same pieces in examples of at most `max_length` tokens (best fit decreasing, Johnson 1974: at most 22 % more
-    sequences than the fewest possible, for many pieces). Examples come in the order of their first piece."""
+    """The same documents in examples of at most `max_length` tokens, in the order of their first document.
+
+    Best fit decreasing (Johnson 1974): for many documents at most 22 % more sequences than the minimum.
+    """
     lengths = np.diff(split.offsets)
-    rooms: list[tuple[int, int]] = []  # (room left, sequence), ascending
+    rooms: list[tuple[int, int]] = []  # (tokens that still fit, sequence), ascending
     members: list[list[int]] = []
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[piece])
-        place = bisect_left(rooms, (length, -1))
-        if place == len(rooms):
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[document])
+        best_fit = bisect_left(rooms, (length, -1))
+        if best_fit == len(rooms):
             room, sequence = max_length, len(members)
             members.append([])
         else:
-            room, sequence = rooms.pop(place)
-        members[sequence].append(piece)
+            room, sequence = rooms.pop(best_fit)
+        members[sequence].append(document)
         insort(rooms, (room - length, sequence))
-    ordered = sorted(sorted(pieces) for pieces in members)
-    order = [piece for pieces in ordered for piece in pieces]
-    cut = np.split(split.tokens, split.offsets[1:-1])
+    sequences = sorted(sorted(documents) for documents in members)
+    order = [document for sequence in sequences for document in sequence]
+    tokens = np.split(split.tokens, split.offsets[1:-1])
+    sizes = [len(sequence) for sequence in sequences]
     return TokenSplit(
-        tokens=np.concatenate([split.tokens[:0], *(cut[piece] for piece in order)]),
+        tokens=np.concatenate([split.tokens[:0], *(tokens[document] for document in order)]),
         offsets=np.concatenate([[0], lengths[order].cumsum()]).astype(np.int64),
         prompt_lengths=split.prompt_lengths[order],
         label_bytes=split.label_bytes[order],
-        packs=np.concatenate([[0], np.cumsum([len(pieces) for pieces in ordered])]).astype(np.int64),
-        counts=replace(split.counts, examples=len(ordered)),
+        pack_offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        counts=replace(split.counts, examples=len(sequences)),
     )

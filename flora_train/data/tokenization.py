@@ -39,10 +39,10 @@ class SplitCounts:
     over_long_dropped: int = 0
     prompt_too_long: int = 0
     """The prompt alone fills max_length, so nothing would be learnt."""
-    pieces: int = 0
-    """Pieces of text that are learnt: more than rows used where long ones were split, as many as examples without packing."""
+    documents: int = 0
+    """Pieces of text that are learnt: more than the rows used where long ones are split."""
     examples: int = 0
-    """Sequences made of them: fewer than pieces where several are packed into one."""
+    """Sequences made of the documents: fewer than documents where several are packed into one."""
     tokens: int = 0
     label_tokens: int = 0
     unusable: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -55,31 +55,31 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """Tokenised pieces of text, one after the other, and the examples that they make up.
+    """Tokenized documents, one after the other, and the examples that they make up.
 
-    tokens: int32 [sum of lengths]; offsets: int64 [m + 1], where pieces begin; prompt_lengths: int32 [m], tokens that are
+    tokens: int32 [sum of lengths]; offsets: int64 [m + 1], where documents begin; prompt_lengths: int32 [m], tokens that are
     read but not learnt; label_bytes: int64 [m], UTF-8 bytes of the learnt text (for bits per byte; the end token has none);
-    packs: int64 [n + 1], example i is the pieces packs[i]:packs[i + 1], which must not see each other.
+    pack_offsets: int64 [n + 1], example i holds the documents pack_offsets[i]:pack_offsets[i + 1], which do not attend to each other.
     """
 
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
     prompt_lengths: NDArray[np.int32]
     label_bytes: NDArray[np.int64]
-    packs: NDArray[np.int64]
+    pack_offsets: NDArray[np.int64]
     counts: SplitCounts
 
     def __len__(self) -> int:
-        return len(self.packs) - 1
+        return len(self.pack_offsets) - 1
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per example."""
-        return np.diff(self.offsets[self.packs])
+        return np.diff(self.offsets[self.pack_offsets])
 
     @property
     def label_counts(self) -> NDArray[np.int64]:
-        """Learnt tokens per example. A piece's first token has nothing before it to be predicted from."""
+        """Learnt tokens per example. The first token of a document is not predicted."""
         return self._per_example(np.diff(self.offsets) - np.maximum(self.prompt_lengths, 1))
 
     @property
@@ -89,7 +89,7 @@ class TokenSplit:
 
     @property
     def is_packed(self) -> bool:
-        """Whether some example has several pieces."""
+        """Whether some example has several documents."""
         return len(self) < len(self.prompt_lengths)
 
     def window(self, index: int) -> int:
@@ -98,15 +98,15 @@ class TokenSplit:
 
     def example(self, index: int) -> NDArray[np.int32]:
         """Its tokens."""
-        return self.tokens[self.offsets[self.packs[index]] : self.offsets[self.packs[index + 1]]]
+        return self.tokens[self.offsets[self.pack_offsets[index]] : self.offsets[self.pack_offsets[index + 1]]]
 
-    def pieces(self, index: int) -> list[tuple[NDArray[np.int32], int]]:
-        """The pieces of an example: tokens, and how many of them are read only."""
-        pieces = range(self.packs[index], self.packs[index + 1])
-        return [(self.tokens[self.offsets[i] : self.offsets[i + 1]], int(self.prompt_lengths[i])) for i in pieces]
+    def documents(self, index: int) -> list[tuple[NDArray[np.int32], int]]:
+        """The documents of an example: tokens, and the length of the prompt among them."""
+        documents = range(self.pack_offsets[index], self.pack_offsets[index + 1])
+        return [(self.tokens[self.offsets[i] : self.offsets[i + 1]], int(self.prompt_lengths[i])) for i in documents]
 
-    def _per_example(self, per_piece: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.diff(np.concatenate([[0], per_piece.cumsum()])[self.packs])
+    def _per_example(self, per_document: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.diff(np.concatenate([[0], per_document.cumsum()])[self.pack_offsets])
 
     def save(self, path: Path) -> None:
         """Atomically, so that a cache file is whole or absent, whichever processes write it. Raises OSError."""
@@ -145,7 +145,7 @@ def tokenise(
     """
     kept = [example for example in examples if not example.is_empty]
     encoder = TextEncoder(tokenizer, special_tokens)
-    pieces: list[NDArray[np.int32]] = []
+    documents: list[NDArray[np.int32]] = []
     prompt_lengths: list[int] = []
     label_bytes: list[int] = []
     tally, written = Counter(empty=len(examples) - len(kept)), Counter[str]()
@@ -162,7 +162,7 @@ def tokenise(
         )
         tally[fate] += 1
         for begin, after in spans:
-            pieces.append(np.concatenate([head, whole[begin:after]]).astype(np.int32))
+            documents.append(np.concatenate([head, whole[begin:after]]).astype(np.int32))
             prompt_lengths.append(len(head))
             first_learnt = begin if len(head) else begin + 1  # nothing predicts the first token of all
             before = completion.bytes_before(begins + first_learnt)  # first the smaller: counting goes on from there
@@ -170,7 +170,7 @@ def tokenise(
             if ends_itself is not None and begins + first_learnt <= ends_itself < begins + after:
                 covered -= completion.bytes_before(ends_itself + 1) - completion.bytes_before(ends_itself)
             label_bytes.append(covered)  # the end token stands for no text
-    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
     prompt_array = np.array(prompt_lengths, dtype=np.int32)
     counts = SplitCounts(
         rows=len(examples) + unsampled,
@@ -180,18 +180,18 @@ def tokenise(
         over_long_split=tally["split"],
         over_long_dropped=tally["drop"],
         prompt_too_long=tally["prompt_too_long"],
-        pieces=len(pieces),
-        examples=len(pieces),
+        documents=len(documents),
+        examples=len(documents),
         tokens=int(lengths.sum()),
         label_tokens=int((lengths - np.maximum(prompt_array, 1)).sum()),
         special_tokens=dict(written),
     )
     return TokenSplit(
-        tokens=np.concatenate([np.empty(0, dtype=np.int32), *pieces]),
+        tokens=np.concatenate([np.empty(0, dtype=np.int32), *documents]),
         offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
         prompt_lengths=prompt_array,
         label_bytes=np.array(label_bytes, dtype=np.int64),
-        packs=np.arange(len(pieces) + 1, dtype=np.int64),
+        pack_offsets=np.arange(len(documents) + 1, dtype=np.int64),
         counts=counts,
     )
 

@@ -69,7 +69,7 @@ def speech_split(utterances: Sequence[Utterance], prompt_tokens: int, counts: Sp
         offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
         prompt_lengths=np.full(len(utterances), prompt_tokens, dtype=np.int32),
         label_bytes=np.array([len(u.sentence.encode()) for u in utterances], dtype=np.int64),
-        packs=np.arange(len(utterances) + 1, dtype=np.int64),
+        pack_offsets=np.arange(len(utterances) + 1, dtype=np.int64),
         counts=counts,
         paths=np.array([u.path for u in utterances], dtype=np.str_),
         shas=np.array([u.sha for u in utterances], dtype=np.str_),

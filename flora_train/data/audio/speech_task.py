@@ -202,7 +202,7 @@ class _SplitBuilder:
         counts = SplitCounts(
             rows=rows,
             unsampled=unsampled,
-            pieces=len(utterances),
+            documents=len(utterances),
             examples=len(utterances),
             tokens=num_tokens,
             label_tokens=num_tokens - len(self.prompt) * len(utterances),

@@ -154,7 +154,8 @@ def examples_hash(split: TokenSplit) -> str:
     if hasattr(split, "shas"):
         names = ("shas", "samples", "sentences")
     for name in names:
-        values = np.ascontiguousarray(getattr(split, name))
+        attribute = "pack_offsets" if name == "packs" else name  # the hash of known runs has the former name
+        values = np.ascontiguousarray(getattr(split, attribute))
         digest.update(f"{name}\x1f{values.shape}\x1f".encode())
         if values.dtype.kind == "U":
             digest.update("\x1f".join(values.tolist()).encode())
@@ -212,7 +213,7 @@ def _split_summary(split: TokenSplit) -> SplitSummary:
         over_long_split=counts.over_long_split,
         over_long_dropped=counts.over_long_dropped,
         prompt_too_long=counts.prompt_too_long,
-        documents=counts.pieces,
+        documents=counts.documents,
         examples=counts.examples,
         tokens=counts.tokens,
         label_tokens=counts.label_tokens,

@@ -67,7 +67,7 @@ SPLIT = TokenSplit(
     offsets=np.array([0, 5, 7, 10]),
     prompt_lengths=np.array([2, 0, 1], dtype=np.int32),
     label_bytes=np.array([3, 1, 2]),
-    packs=np.arange(4),
+    pack_offsets=np.arange(4),
     counts=SplitCounts(),
 )
 

@@ -25,7 +25,7 @@ def pieces(tokenizer: Any) -> TokenSplit:
 
 
 def contents(split: TokenSplit) -> list[tuple[tuple[int, ...], int]]:
-    return sorted((tuple(tokens.tolist()), prompt) for i in range(len(split)) for tokens, prompt in split.pieces(i))
+    return sorted((tuple(tokens.tolist()), prompt) for i in range(len(split)) for tokens, prompt in split.documents(i))
 
 
 def test_every_piece_is_there_once_with_its_prompt_and_bytes(pieces: TokenSplit) -> None:
@@ -33,7 +33,7 @@ def test_every_piece_is_there_once_with_its_prompt_and_bytes(pieces: TokenSplit)
     assert packed.is_packed
     assert not pieces.is_packed
     assert contents(packed) == contents(pieces)
-    assert packed.counts.pieces == pieces.counts.pieces == len(pieces)
+    assert packed.counts.documents == pieces.counts.documents == len(pieces)
     assert packed.counts.examples == len(packed) < len(pieces)
     for total in ("lengths", "label_counts", "example_bytes"):
         assert getattr(packed, total).sum() == getattr(pieces, total).sum()

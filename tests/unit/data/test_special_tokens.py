@@ -166,7 +166,7 @@ def test_completion_is_read_as_the_text_after_the_prompt_without_a_space_more_or
 ) -> None:
     tokenizer = make(kind)
     split = tokenise([PromptCompletion(prompt, completion)], tokenizer, 64, "truncate")
-    ((ids, read),) = split.pieces(0)
+    ((ids, read),) = split.documents(0)
     start = len(TextEncoder(tokenizer).start)
     assert tokenizer.decode(ids[start:-1]) == tokenizer.decode(
         tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
@@ -195,7 +195,7 @@ def test_completion_after_a_special_token_is_read_as_the_tokenizer_reads_the_who
 def test_decoded_completion_keeps_its_first_space(kind: str, completion: str) -> None:
     tokenizer = make(kind)
     encoder = TextEncoder(tokenizer)
-    ((ids, read),) = tokenise([PromptCompletion("the ab:", completion)], tokenizer, 64, "truncate").pieces(0)
+    ((ids, read),) = tokenise([PromptCompletion("the ab:", completion)], tokenizer, 64, "truncate").documents(0)
     assert encoder.decode_after(ids[:read].tolist(), ids[read:].tolist()) == completion
 
 

@@ -38,7 +38,7 @@ def random_split(seed: int, examples: int, least_prompt: int = 0, longest: int =
         offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
         prompt_lengths=generator.integers(least_prompt, 3, examples).astype(np.int32),
         label_bytes=lengths.astype(np.int64),
-        packs=np.arange(examples + 1),
+        pack_offsets=np.arange(examples + 1),
         counts=SplitCounts(rows=examples, examples=examples, tokens=int(lengths.sum())),
     )
 

@@ -54,7 +54,7 @@ def test_a_piece_does_not_notice_what_stands_beside_it(tmp_path: Path) -> None:
     trainer: Any = make_trainer([spec("flora", rank=2)], tmp_path)
     split = pack(random_split(5, 12), 40)
     row = Row(0, "a", 0, int(split.lengths[0]))
-    (first, _), (second, prompt), *_ = split.pieces(0)
+    (first, _), (second, prompt), *_ = split.documents(0)
 
     def loss_of_second() -> float:
         batch = collate([row], lambda task: split, PAD)

@@ -37,7 +37,7 @@ def test_mixture_of_many_tasks_is_made_and_drawn_in_linear_time(config: RunConfi
         offsets=np.arange(0, 33, 8),
         prompt_lengths=np.zeros(4, dtype=np.int32),
         label_bytes=np.full(4, 8),
-        packs=np.arange(5),
+        pack_offsets=np.arange(5),
         counts=SplitCounts(rows=4, examples=4, tokens=32),
     )
     tasks = {name: Task(name, 1.0, split, split, "") for name in config.tasks}

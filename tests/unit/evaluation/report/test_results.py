@@ -232,4 +232,4 @@ def test_examples_hash_is_of_the_held_out_examples_alone() -> None:
     assert examples_hash(same) != examples_hash(other)
     changed = replace(same, label_bytes=same.label_bytes + 1)
     assert examples_hash(same) != examples_hash(changed)
-    assert examples_hash(same) != examples_hash(replace(same, packs=same.packs[:-1]))
+    assert examples_hash(same) != examples_hash(replace(same, pack_offsets=same.pack_offsets[:-1]))
