@@ -10,6 +10,7 @@ import pytest
 from flora_train.cli import main
 from flora_train.config.load import load_config
 from tests.e2e.conftest import Launch
+from tests.speech import save_tiny_whisper, write_clip
 
 
 @pytest.fixture
@@ -49,12 +50,15 @@ def test_a_recipe_for_files_and_folders_runs_as_it_stands(
     ("words", "line"),
     [
         (["absent.jsonl"], "source = 'absent.jsonl': no such file"),
-        (["other.jsonl"], "other.jsonl: has the columns left or right: which is asked and which is learnt cannot be told"),
-        (["clips.tsv"], "clips.tsv: holds clips (path) with transcripts (sentence): say in which language, --language cs"),
+        (["other.jsonl"], "other.jsonl: has the columns left or right, of which none is known as a prompt or a completion"),
+        (
+            ["clips.tsv"],
+            "clips.tsv: holds clips (path) with transcripts (sentence), and their language is not known: give --language cs",
+        ),
         (["empty"], "empty: holds no files"),
         (["support.jsonl", "src/support.jsonl"], "would be a second task support"),
         (["support.jsonl", "--out", "support.jsonl"], "out = 'support.jsonl': exists already"),
-        (["support.jsonl", "--modle", "x"], "modle: unknown key"),
+        (["support.jsonl", "--modle", "x"], "--modle: unknown option"),
     ],
 )
 def test_what_cannot_be_a_task_is_said_before_anything_is_written(
@@ -83,3 +87,55 @@ def test_names_of_columns_and_files_do_not_break_the_recipe(
     for source, out in (("../notes.jsonl", files / "columns.yaml"), (".", files / "endings.yaml")):
         assert main(["init", source, "--model", str(checkpoint), "--out", str(out)]) == 0
         assert list(load_config([f"recipe={out}"]).tasks) == ["notes" if source != "." else "here"]
+
+
+def test_the_run_is_named_after_its_recipe(files: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    for words, name in ((["--out", "my first.run.yaml"], "my_first_run"), ([], "support"), (["--name", "x"], "x")):
+        assert main(["init", "support.jsonl", "--model", str(checkpoint), *words]) == 0
+        out = words[1] if words[:1] == ["--out"] else f"{name}.yaml"
+        assert load_config([f"recipe={out}"]).name == name
+
+
+def test_a_column_of_labels_makes_a_task_of_each(
+    files: Path, checkpoint: Path, launch: Launch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"a {i} b" * 3, "label": ("good", "bad")[i % 2], "id": i, "day": str(i % 7)} for i in range(40)]
+    (files / "reviews.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = files / "labels.yaml"
+    assert main(["init", str(files / "reviews.jsonl"), "--model", str(checkpoint), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "40 rows, text is learnt whole; one task for each label: good 20, bad 20; not used: id, day" in shown
+    assert "6 adapters" in shown
+    assert load_config([f"recipe={out}"]).tasks["reviews"].split_by == "label"
+    done = launch(f"recipe={out}", f"output_dir={files / 'run'}", "training.steps=3")
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (files / "run" / "adapters").iterdir())
+    assert names == [f"reviews_{label}-{family}" for label in ("bad", "good") for family in ("flora", "ia3", "lora")]
+
+
+def test_folders_of_languages_make_a_speech_task_each(
+    files: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_whisper(files / "whisper")
+    for language in ("en", "cs_CZ"):
+        for i in range(12):
+            write_clip(files / "voices" / language / f"{i}.wav", 0.3 + 0.1 * (i % 5), seed=i)
+        lines = [f"{i}.wav\tone fish {i}" for i in range(12)]
+        (files / "voices" / language / "clips.tsv").write_text("path\tsentence\n" + "\n".join(lines) + "\n")
+    monkeypatch.chdir(files)
+    assert main(["init", str(files / "voices"), "--model", str(model), "--out", "voices.yaml"]) == 0
+    assert "12 clips in cs" in capsys.readouterr().out
+    config = load_config(["recipe=voices.yaml"])
+    languages = {name: task.speech.language for name, task in config.tasks.items() if task.speech is not None}
+    assert (config.name, languages) == ("voices", {"cs_CZ": "cs", "en": "en"})
+    run = files / "run"
+    done = launch(f"recipe={files / 'voices.yaml'}", f"output_dir={run}", "training.steps=2", "evaluation.max_new_tokens=8")
+    assert done.returncode == 0, done.stderr
+    assert len(list((run / "adapters").iterdir())) == 6
+    assert main(["init", "voices/en", "--model", str(model), "--out", "one.yaml"]) == 0
+    assert list(load_config(["recipe=one.yaml"]).tasks) == ["en"]
+    (files / "voices" / "en").rename(files / "voices" / "recordings")
+    capsys.readouterr()
+    assert main(["init", "voices", "--model", str(model), "--out", "two.yaml"]) == 2
+    assert "their language is not known: give --language cs, for example, or a folder that is named by" in capsys.readouterr().err
