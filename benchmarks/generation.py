@@ -51,7 +51,7 @@ def perturbed_bank(method: str) -> tuple[Any, AdapterBank]:
     """A model with eight adapters that differ: 1 % noise on every parameter, as if trained a little."""
     model = load_base_model(MODEL, torch.device("cpu")).eval()
     config = AdapterConfig(method=method, lr=1e-3, **METHODS[method])  # type: ignore[arg-type]
-    bank = AdapterBank.attach(model, [make_spec(f"task{i}", method, config, 10) for i in range(len(PROMPTS))])
+    bank = AdapterBank.attach(model, [make_spec(f"task{i}", method, config, default_steps=10) for i in range(len(PROMPTS))])
     generator = torch.Generator().manual_seed(0)
     for adapter in range(len(PROMPTS)):
         row = bank.row(adapter)

@@ -144,7 +144,7 @@ def peft_loop(method: str, ids: torch.Tensor, tiny: bool) -> Step:
 def ours(method: str, precision: Precision, ids: torch.Tensor, tiny: bool) -> Step:
     """All rows in one batch."""
     config = AdapterConfig(method=method, rank=RANK, lr=1e-3, target_modules=TARGETS)  # type: ignore[arg-type]
-    bank = AdapterBank.attach(load(tiny), [make_spec(f"task{k}", method, config, 1000) for k in range(len(ids))])
+    bank = AdapterBank.attach(load(tiny), [make_spec(f"task{k}", method, config, default_steps=1000) for k in range(len(ids))])
     row_losses, optimizer = RowLosses(bank.model), BankOptimizer(bank, TrainingConfig(steps=1000))
     owners = torch.arange(len(ids))
     batch = MixedBatch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids, owners, ())

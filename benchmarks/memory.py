@@ -42,7 +42,9 @@ def measure(method: str, adapters: int) -> tuple[int, float]:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     before = bytes_alive()
     options = {"rank": RANK[method]} if method in RANK else {}
-    specs = [make_spec(f"t{i}", method, AdapterConfig(method=method, lr=1e-3, **options), 10) for i in range(adapters)]
+    specs = [
+        make_spec(f"t{i}", method, AdapterConfig(method=method, lr=1e-3, **options), default_steps=10) for i in range(adapters)
+    ]
     bank = AdapterBank.attach(model, specs)
     optimizer = BankOptimizer(bank, TrainingConfig(steps=10))
     ids = torch.zeros(adapters, 8, dtype=torch.long)

@@ -17,7 +17,7 @@ from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.init_from import resolve_init_from
-from flora_train.adapters.layer_usage import described
+from flora_train.adapters.layer_usage import describe_left_out
 from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
 from flora_train.config.errors import user_error
@@ -91,7 +91,7 @@ class RunContext:
         check_rows(self.model, pad_token(self.tokenizer), features)
         if self.bank.left_out:
             usable = {name for pool in self.bank.pools for name in pool.targets}
-            logger.warning(f"no adapter is attached to {described(self.bank.left_out, usable)}")
+            logger.warning(f"no adapter is attached to {describe_left_out(self.bank.left_out, usable)}")
 
     def close(self) -> None:
         """End what works in the background."""
@@ -130,7 +130,7 @@ def _load(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks
     model = load_base_model(config.model, torch.device("cpu") if sharded else device)
     base_hash = fingerprint(model) if sharded else None
     features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
-    bank = AdapterBank.attach(model, expand(config), config.seed, paging=paging_of(config), device=device, features=features)
+    bank = AdapterBank.attach(model, expand(config), seed=config.seed, paging=paging_of(config), device=device, features=features)
     return RunContext(config, folder, tokenizer, tasks, model, bank, speech_processor, base_hash)
 
 

@@ -43,9 +43,8 @@ FEW = ("llama", "gpt2", "opt", "phi")
 
 def spec(method: str, task: str = "task", family: str | None = None, steps: int = 100, **options: Any) -> AdapterSpec:
     """An adapter with defaults for tests."""
-    return make_spec(
-        task, family or method, AdapterConfig(method=method, **{"lr": 1e-2, "lr_schedule": "constant", **options}), steps
-    )
+    adapter = AdapterConfig(method=method, **{"lr": 1e-2, "lr_schedule": "constant", **options})
+    return make_spec(task, family or method, adapter, default_steps=steps)
 
 
 def mixed_specs(**options: Any) -> list[AdapterSpec]:

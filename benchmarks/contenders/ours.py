@@ -25,7 +25,7 @@ specs = []
 for i, name in enumerate(work.names):
     method = methods[i % len(methods)]
     options = {"rank": RANK[method], "target_modules": targets} if method in RANK else {}
-    specs.append(make_spec(name, method, AdapterConfig(method=method, lr=LEARNING_RATE, **options), 1000))
+    specs.append(make_spec(name, method, AdapterConfig(method=method, lr=LEARNING_RATE, **options), default_steps=1000))
 bank = AdapterBank.attach(model, specs)
 model.train()
 row_losses, optimizer = RowLosses(model), BankOptimizer(bank, TrainingConfig(steps=1000))

@@ -1,4 +1,4 @@
-"""Who holds all adapters of a run? One bank on one frozen base model."""
+"""The bank of all adapters of a run, attached to one frozen base model."""
 
 from __future__ import annotations
 
@@ -24,63 +24,84 @@ from flora_train.models.speech_encoder import encoder_name
 
 
 class AdapterBank:
-    """All adapters of a run. Ids are positions in `specs`: adapters of one pool are neighbours.
+    """All adapters of a run. An adapter's id is its position in `specs`; adapters of one pool have consecutive ids.
 
-    Use: `bank = AdapterBank.attach(model, specs)`, then for every batch `bank.route(ids)`, forward and backward.
+    Example: `bank = AdapterBank.attach(model, specs)`, then for every batch `bank.route(ids)`, forward and backward.
     """
 
     def __init__(
         self,
         model: nn.Module,
         pools: Sequence[Pool],
+        *,
         paging: Paging | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
         self.model = model
         self.pools = tuple(pools)
-        self.specs: tuple[AdapterSpec, ...] = tuple(spec for pool in pools for spec in pool.specs)
+        self.specs: tuple[AdapterSpec, ...] = ()
+        self.location: list[tuple[Pool, int]] = []
+        """Adapter id -> its pool and its position there."""
+        for pool in pools:
+            self.specs += pool.specs
+            self.location += [(pool, member) for member in range(len(pool.specs))]
         self.ids = {spec.name: i for i, spec in enumerate(self.specs)}
-        self.location: list[tuple[Pool, int]] = [(pool, member) for pool in pools for member in range(len(pool.specs))]
         self.router = BatchRouting()
         self.device = check_base(model) if device is None else device
         self.pager: Pager | None = None
         slots = None if paging is None else paging.slots_for(self.pools, self.device, dtype)
         if paging is not None and slots is not None:
-            self.pager = Pager(self.pools, self.location, slots, paging.folder, self.device, dtype)
+            self.pager = Pager(self.pools, self.location, slots, folder=paging.folder, device=self.device, dtype=dtype)
         else:
             for pool in self.pools:
                 pool.allocate(self.device, dtype)
         self.left_out: dict[str, str] = {}
-        """Linear layers that adapters would have, but cannot be attached to -> why."""
+        """Target layers that no adapter can be attached to -> the reason."""
         self._encoder = encoder_name(model)
-        self._sharing = frozenset() if self._encoder is None else self._who_leaves_the_encoder(f"{self._encoder}.")
+        self._encoder_unchanged: frozenset[int] = frozenset()
+        if self._encoder is not None:
+            self._encoder_unchanged = self._adapters_outside(f"{self._encoder}.")
 
     @classmethod
     def attach(
         cls,
         model: nn.Module,
         specs: Sequence[AdapterSpec],
+        *,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         paging: Paging | None = None,
         device: torch.device | None = None,
         features: Tensor | None = None,
     ) -> AdapterBank:
-        """Freeze `model`, wrap its target layers in place and start every adapter as the identity.
+        """Freeze `model`, wrap its target layers in place and initialise every adapter as the identity.
 
-        paging: who of them may be on the host (default: nobody); device: where they compute (default: where the model is);
-        features: [1, ...] of a clip, for a speech model: the model is run on a few rows to see which of its layers can be adapted.
-        Raises UserError when a target matches nothing (with what could match) or two adapters share a name.
+        Args:
+            model: A transformers model, or any module with linear layers, on one device.
+            specs: The adapters. Names must be unique.
+            seed: Seed of the initial values.
+            dtype: Type of the adapters' parameters.
+            paging: Which adapters may be in host memory or on disk. Default: all adapters are on the device.
+            device: Where the adapters compute. Default: the model's device.
+            features: [1, ...], features of one clip. Required for a speech model whose configuration does not state
+                their shape: the model is run on a few rows to find the layers that adapters can be attached to.
+
+        Returns:
+            The bank. Until `route` is called, the model computes what the base model computes.
+
+        Raises:
+            UserError: A target matches no layer, or two adapters have the same name.
         """
         counts = Counter(spec.name for spec in specs)
         for name, count in counts.items():
             if count > 1 or name == BASE:
-                raise user_error("adapters", name, "two adapters cannot share a name (and __base__ is the base model)")
+                hint = "names of adapters must be unique (and __base__ is the base model)"
+                raise user_error("adapters", name, hint)
         device = check_base(model) if device is None else device
         model.requires_grad_(False)
         pools, left_out = build_pools(model, specs, unusable_layers(model, linear_layers(model), features))
-        bank = cls(model, pools, paging, dtype, device)
+        bank = cls(model, pools, paging=paging, dtype=dtype, device=device)
         bank.left_out = left_out
         bank._wrap_layers()
         for pool, member in bank.location:
@@ -88,26 +109,39 @@ class AdapterBank:
         return bank
 
     def route(self, adapters: Tensor | Sequence[int] | Sequence[str], noise: Sequence[RowNoise] | None = None) -> None:
-        """Say which adapter each row of the coming batch uses: ids (-1: base) or names (`__base__`: base), [B].
+        """Set which adapter each row of the next batch uses. The routing stays until the next call.
 
-        The routing stays until the next call. Raises UserError for an unknown name or id.
+        Args:
+            adapters: [B], adapter ids (-1: the base model) or names (`__base__`: the base model).
+            noise: Seeds of dropout, one per row. Default: no dropout.
+
+        Raises:
+            UserError: An adapter name or id is unknown.
         """
-        ids = (
-            adapters.tolist() if isinstance(adapters, Tensor) else [self.id_of(a) if isinstance(a, str) else a for a in adapters]
-        )
-        for wrong in (i for i in ids if not BASE_ID <= i < len(self.specs)):
-            raise user_error(
-                "adapter_ids",
-                wrong,
-                f"ids run from 0 to {len(self.specs) - 1}, and {BASE_ID} is the base model",
-            )
+        ids = self._ids_of(adapters)
+        for adapter in ids:
+            if not BASE_ID <= adapter < len(self.specs):
+                hint = f"ids run from 0 to {len(self.specs) - 1}, and {BASE_ID} is the base model"
+                raise user_error("adapter_ids", adapter, hint)
         if self.pager is not None:
             self.pager.load({i for i in ids if i != BASE_ID})
-        self.router.set(build_routing(ids, self.location, self.device, noise))
+        self.router.set(build_routing(ids, self.location, self.device, noise=noise))
+
+    def _ids_of(self, adapters: Tensor | Sequence[int] | Sequence[str]) -> list[int]:
+        if isinstance(adapters, Tensor):
+            return adapters.tolist()
+        return [self.id_of(adapter) if isinstance(adapter, str) else adapter for adapter in adapters]
 
     @contextmanager
     def routed(self, adapters: Tensor | Sequence[int] | Sequence[str]) -> Iterator[None]:
-        """`route` for forward passes without a backward; afterwards the model is the plain base again."""
+        """`route` for forward passes without a backward; afterwards the model is the plain base model again.
+
+        Args:
+            adapters: [B], as in `route`.
+
+        Raises:
+            UserError: An adapter name or id is unknown.
+        """
         self.route(adapters)
         try:
             yield
@@ -116,11 +150,13 @@ class AdapterBank:
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """The plain base, forward and backward: as if the embeddings were trained, so that gradients flow through every
-        layer, as they do for adapters."""
+        """The plain base model for a forward and a backward.
+
+        The embeddings require gradients, so that gradients flow through every layer as they do with adapters.
+        """
         embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         self.router.set(None)
-        # the copy is for models that change their embeddings in place, which no leaf allows
+        # Cloned, because some models change their embeddings in place, which autograd forbids for a leaf.
         handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True).clone())
         try:
             yield
@@ -128,26 +164,40 @@ class AdapterBank:
             handle.remove()
 
     def abandon(self) -> None:
-        """Forget a forward whose backward will not run, and be the plain base again."""
+        """Discard a forward whose backward will not run; the model is the plain base model again."""
         self.router.abandon()
 
     def id_of(self, name: str) -> int:
+        """The id of an adapter (`__base__`: -1). Raises UserError for an unknown name."""
         if name == BASE:
             return BASE_ID
         if name not in self.ids:
-            raise user_error("adapter", name, f"there are {choices(self.ids)}.{did_you_mean(name, self.ids)}")
+            hint = f"there are {choices(self.ids)}.{did_you_mean(name, self.ids)}"
+            raise user_error("adapter", name, hint)
         return self.ids[name]
 
     def shares_encoding(self, adapter: int) -> bool:
-        """Whether this adapter (-1: the base) leaves an encoder-decoder's encoder as it is."""
-        return adapter in self._sharing
+        """Whether this adapter (-1: the base model) does not change the encoder of an encoder-decoder model."""
+        return adapter in self._encoder_unchanged
 
-    def _who_leaves_the_encoder(self, prefix: str) -> frozenset[int]:
-        apart = {id(pool) for pool in self.pools if any(name.startswith(prefix) for name in pool.targets)}
-        return frozenset({BASE_ID} | {i for i, (pool, _) in enumerate(self.location) if id(pool) not in apart})
+    def _adapters_outside(self, prefix: str) -> frozenset[int]:
+        """The adapters (and -1) without a target whose name begins with `prefix`."""
+        inside = {id(pool) for pool in self.pools if any(name.startswith(prefix) for name in pool.targets)}
+        outside = {i for i, (pool, _) in enumerate(self.location) if id(pool) not in inside}
+        return frozenset({BASE_ID} | outside)
 
     def parameters_of(self, name: str) -> dict[str, dict[str, Tensor]]:
-        """Module -> parameter -> view of this adapter's values."""
+        """The parameters of one adapter.
+
+        Args:
+            name: Name of the adapter.
+
+        Returns:
+            Module name -> parameter name -> view of the adapter's values, on the device or the host.
+
+        Raises:
+            UserError: The name is unknown.
+        """
         self._settle()
         pool, member = self.location[self.id_of(name)]
         return pool.row(member)
@@ -158,17 +208,24 @@ class AdapterBank:
         return list(dict.fromkeys(names))
 
     def row(self, adapter: int) -> Tensor:
-        """All numbers of one adapter, [P]: a view, on the device or the host."""
+        """All parameters of one adapter as one vector.
+
+        Args:
+            adapter: Id of the adapter.
+
+        Returns:
+            [P], a view, on the device or the host.
+        """
         return self.state(adapter)["values"]
 
     def state(self, adapter: int) -> dict[str, Tensor]:
-        """Plane (values, and what the optimizer adds) -> that of one adapter, [P]: views, valid until adapters are moved."""
+        """Plane (values, and those that the optimizer adds) -> [P] of one adapter: views, valid until adapters move."""
         self._settle()
         pool, member = self.location[adapter]
         return pool.state(member)
 
     def add_plane(self, name: str) -> None:
-        """One more number for every number of every adapter, 0 at first: what an optimizer remembers."""
+        """Add optimizer state: one number for every parameter of every adapter, initially 0."""
         if self.pager is not None:
             self.pager.add_plane(name)
             return
@@ -176,33 +233,53 @@ class AdapterBank:
             pool.planes[name] = torch.zeros_like(pool.values)
 
     def tensors(self) -> dict[str, Tensor]:
-        """`pool<i>.<plane>` -> [adapters of that pool, P], as they stand: the same with and without paging. Who writes to them calls
-        `invalidate_device` afterwards."""
+        """`pool<i>.<plane>` -> [adapters of that pool, P], up to date, the same with and without paging.
+
+        After writing to them, call `invalidate_device`.
+        """
         if self.pager is not None:
             self.pager.flush_to_host()
-        return {f"pool{i}.{name}": rows for i, pool in enumerate(self.pools) for name, rows in (pool.host or pool.planes).items()}
+        tensors: dict[str, Tensor] = {}
+        for i, pool in enumerate(self.pools):
+            planes = pool.host or pool.planes
+            tensors |= {f"pool{i}.{name}": rows for name, rows in planes.items()}
+        return tensors
 
     def copy_to_host(self, tensor: Tensor) -> Tensor:
-        """One of `tensors` as it stands, copied to where adapters that are not on the device live: host memory, or a file, for which
-        UserError says where its disk is full."""
-        return copy_to_host(tensor, None if self.pager is None else self.pager.folder)
+        """A copy of one of `tensors` where adapters off the device are stored: in host memory or in a file.
+
+        Raises UserError if the file's disk is full.
+        """
+        folder = None if self.pager is None else self.pager.folder
+        return copy_to_host(tensor, folder)
 
     def invalidate_device(self) -> None:
-        """The numbers on the host count, where there is paging."""
+        """Discard the device's copies: with paging, the values on the host are the current ones."""
         if self.pager is not None:
             self.pager.invalidate()
 
     def blocks(self, adapters: Iterable[int]) -> list[frozenset[int]]:
-        """These adapters (-1: the base), ascending, in parts that fit on the device at one time; without paging in one."""
+        """These adapters (-1: the base model), ascending, in groups that fit on the device; without paging, one group."""
         ids = sorted(set(adapters))
         if self.pager is None:
             return [frozenset(ids)]
-        parts = [frozenset(part) for part in self.pager.blocks(i for i in ids if i != BASE_ID)]
-        return [parts[0] | {BASE_ID}, *parts[1:]] if BASE_ID in ids else parts
+        groups = [frozenset(group) for group in self.pager.blocks(i for i in ids if i != BASE_ID)]
+        if BASE_ID in ids:
+            groups[0] |= {BASE_ID}
+        return groups
 
     def digest(self, adapter: int) -> str:
-        """SHA-256 of all numbers of one adapter; "" for the base."""
-        return "" if adapter == BASE_ID else sha256(self.row(adapter).detach().cpu().numpy().tobytes()).hexdigest()
+        """A hash of all parameters of one adapter.
+
+        Args:
+            adapter: Id of the adapter.
+
+        Returns:
+            The SHA-256 as hexadecimal digits; "" for the base model (-1).
+        """
+        if adapter == BASE_ID:
+            return ""
+        return sha256(self.row(adapter).detach().cpu().numpy().tobytes()).hexdigest()
 
     def gradient_row(self, adapter: int) -> Tensor:
         """All gradients of one adapter, [P]: a view."""
@@ -210,18 +287,24 @@ class AdapterBank:
         return pool.gradients[pool.slot_of[member]]
 
     def by_pool(self, adapters: Iterable[int]) -> Iterator[tuple[Pool, list[int], Any]]:
-        """These adapters pool by pool, to be changed: the pool, its adapter ids ascending, and an index of their rows on the device: a
-        slice where it is every row (they are then updated in place instead of copied out and back), else LongTensor [K]."""
+        """These adapters grouped by pool, for updates: the pool, its adapter ids ascending, and an index of their rows.
+
+        The index is a slice where it selects all rows on the device, so that they are updated in place, else LongTensor [K].
+        """
         members: dict[int, list[int]] = defaultdict(list)
         for adapter in sorted(adapters):
             members[id(self.location[adapter][0])].append(adapter)
         for pool in self.pools:
-            if ids := members[id(pool)]:
-                changing = [self.location[adapter][1] for adapter in ids]
-                pool.changed.update(changing)
-                slots = [pool.slot_of[member] for member in changing]
-                every = slots == list(range(len(pool.values)))
-                yield pool, ids, slice(None) if every else torch.tensor(slots, device=self.device)
+            ids = members[id(pool)]
+            if not ids:
+                continue
+            changing = [self.location[adapter][1] for adapter in ids]
+            pool.changed.update(changing)
+            slots = [pool.slot_of[member] for member in changing]
+            if slots == list(range(len(pool.values))):
+                yield pool, ids, slice(None)
+            else:
+                yield pool, ids, torch.tensor(slots, device=self.device)
 
     def _settle(self) -> None:
         if self.pager is not None:
@@ -237,12 +320,15 @@ class AdapterBank:
                 layer.add_pool(pool)
         embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         embeddings.register_forward_hook(self._after_embedding)
-        layers = getattr(self.model.get_submodule(self._encoder), "layers", None) if self._encoder else None
-        if layers is not None:  # an encoder of sounds has no embedding of tokens to begin with
+        if self._encoder is None:
+            return
+        # A speech encoder begins without a token embedding.
+        layers = getattr(self.model.get_submodule(self._encoder), "layers", None)
+        if layers is not None:
             layers[0].register_forward_pre_hook(self._before_encoder_layers, with_kwargs=True)
 
     def _before_encoder_layers(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Reentrant checkpointing gives gradients to nothing whose input asks for none."""
+        """Reentrant checkpointing computes no gradients unless an input requires grad."""
         if self.router.routing is not None and torch.is_grad_enabled() and _recomputes(self.model):
             states: Tensor = args[0] if args else kwargs["hidden_states"]
             if not states.requires_grad:
@@ -252,11 +338,14 @@ class AdapterBank:
         self.router.recomputes = _recomputes(self.model)
         if self.router.routing is not None and torch.is_grad_enabled() and self.router.recomputes:
             self.router.expect_backward(output)
-            return output.clone()  # some models change their embeddings in place, which no leaf allows
+            # Cloned, because some models change their embeddings in place, which autograd forbids for a leaf.
+            return output.clone()
         return output
 
 
 def _recomputes(model: nn.Module) -> bool:
-    # transformers 5.20 renamed the property; the old name warns.
-    name = "is_activation_checkpointing" if hasattr(type(model), "is_activation_checkpointing") else "is_gradient_checkpointing"
+    """Whether activations are checkpointed. transformers 5.20 renamed the property; the old name warns."""
+    name = "is_gradient_checkpointing"
+    if hasattr(type(model), "is_activation_checkpointing"):
+        name = "is_activation_checkpointing"
     return model.training and getattr(model, name, False)

@@ -1,4 +1,4 @@
-"""What replaces a frozen linear layer? The same layer, with every row passed through its own adapter."""
+"""The wrapper of a frozen linear layer, which passes every row through its own adapter."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flora_train.models.quantized import dequantized, is_quantized
 
 
 class AdapterLinear(nn.Module):
-    """`base_layer` (frozen) and the pools that target it. Without a routing it is the base layer.
+    """`base_layer` (frozen) and the pools that target it. Without a routing it computes what the base layer computes.
 
-    Adapter parameters are not parameters of this module: they live in the bank, so the model's state_dict, its
-    sharding and its device moves concern the frozen base alone.
+    Adapter parameters are not parameters of this module. The bank holds them, so that state_dict, sharding and device
+    moves of the model affect only the frozen base.
     """
 
     def __init__(self, base_layer: nn.Module, target: Target, router: BatchRouting) -> None:
@@ -35,7 +35,7 @@ class AdapterLinear(nn.Module):
         self.pools[id(pool)] = pool
         self._pool_ids = frozenset(self.pools)
 
-    # Some architectures look at a layer's weight to choose a dtype, or at its sizes.
+    # Some architectures read a layer's weight to choose a dtype, or its sizes.
     @property
     def weight(self) -> Tensor:
         return self.base_layer.weight  # type: ignore[return-value]
@@ -52,11 +52,12 @@ class AdapterLinear(nn.Module):
     def out_features(self) -> int:
         return self.target.out_features
 
-    @torch.compiler.disable(reason="which rows meet which adapter changes with every batch")
+    @torch.compiler.disable(reason="the routing of rows to adapters changes with every batch")
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, ..., in], or [B * L, in] row by row, for the B rows of the current routing. Returns [..., out].
 
-        Raises RuntimeError if x does not hold B rows. torch.compile compiles what lies between adapted layers, not these.
+        Raises RuntimeError if x does not hold B rows. torch.compile compiles the code between adapted layers, but not these
+        layers.
         """
         routing = self.router.routing
         if routing is None:
@@ -64,19 +65,19 @@ class AdapterLinear(nn.Module):
         spans = routing.spans_for(self._pool_ids)
         if len(spans) == 1 and spans[0].pool is None:
             return self.base_layer(x)
-        tokens = x.numel() // x.shape[-1]
-        tokens_per_row, remainder = divmod(tokens, routing.rows)
+        tokens_per_row, remainder = divmod(x.numel() // x.shape[-1], routing.rows)
         if remainder or (x.dim() > 2 and x.shape[0] != routing.rows):
             raise RuntimeError(
-                f"{self.target.name} got {tuple(x.shape)}, which are not the {routing.rows} rows that were routed; "
-                "call bank.route with one adapter per row of this batch"
+                f"{self.target.name} got an input of shape {tuple(x.shape)}, which does not hold the {routing.rows} routed "
+                "rows; call bank.route with one adapter per row of this batch"
             )
         rows = x.reshape(routing.rows, tokens_per_row, x.shape[-1])
         if routing.order is not None:
             rows = rows.index_select(0, routing.order)
-        outputs = [
-            self._run(span, rows[span.start : span.end].reshape(-1, x.shape[-1]), tokens_per_row, routing) for span in spans
-        ]
+        outputs = []
+        for span in spans:
+            tokens = rows[span.start : span.end].reshape(-1, x.shape[-1])
+            outputs.append(self._run(span, tokens, tokens_per_row, routing=routing))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if routing.inverse is not None:
             y = y.view(routing.rows, tokens_per_row, -1).index_select(0, routing.inverse)
@@ -87,7 +88,7 @@ class AdapterLinear(nn.Module):
             return dequantized(self.base_layer, dtype, keep=self.router.recomputes)
         return nullcontext(dense_weight(self.base_layer, self.target))
 
-    def _run(self, span: Span, x: Tensor, tokens_per_row: int, routing: Routing) -> Tensor:
+    def _run(self, span: Span, x: Tensor, tokens_per_row: int, *, routing: Routing) -> Tensor:
         if span.pool is None or span.slots is None:
             return self.base_layer(x)
         target = span.pool.targets[self.target.name]
@@ -95,7 +96,7 @@ class AdapterLinear(nn.Module):
             base=self.base_layer,
             weight=lambda: self._weight(linear_dtype(x)),
             bias=self.bias,
-            dropout=lambda rows: routing.dropout(rows, target.name, span, tokens_per_row),
+            dropout=lambda rows: routing.dropout(rows, target.name, span, tokens_per_row=tokens_per_row),
         )
         params = span.pool.gather(target.name, span.slots)
         segments = span.segments.scaled(tokens_per_row)

@@ -1,12 +1,12 @@
-"""Finds the linear layers that no adapter can be attached to, by running the model on a few tokens, before adapters are attached."""
+"""Finds the linear layers that no adapter can be attached to, by running the model on a few tokens before training."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,117 +20,149 @@ from flora_train.models.probe_inputs import gradients_enabled, preserved_state, 
 from flora_train.models.quantized import is_quantized
 
 SHAPES = ((2, 6), (3, 3))
-"""Rows and tokens of the probes: unequal, with numbers that divide; and equal, where a sequence-first layout looks like rows."""
+"""Rows and tokens of the probes: one of different numbers, one of equal numbers, where a sequence-first layout has the same shape
+as rows."""
 NOT_RUN, NO_GRADIENT, MAKES_LOGITS = "does not run", "gets no gradient", "makes the logits"
-WHOLE, FIRST_LAYERS = 10**9, 4
-"""Numbers of the largest model that is probed whole without its numbers, and the layers of a larger one."""
-MOST_SAID = 4
+MAX_WHOLE_PARAMETERS = 10**9
+"""Parameters of the largest model that is probed completely without its weights."""
+FIRST_LAYERS = 4
+"""Layers of a larger model that are probed."""
+MAX_NAMED = 4
 """Parts of a model that are named for one reason."""
-ALIKE = 0.1
-"""Relative difference up to which two inputs of a layer are the same but for rounding."""
-ROUNDING = 0.03
-"""Relative difference up to which an output is the product with the weight but for rounding, in 16 bits too."""
+MAX_INPUT_DIFFERENCE = 0.1
+"""Relative difference between two inputs of a layer that rounding can cause."""
+MAX_OUTPUT_DIFFERENCE = 0.03
+"""Relative difference between an output and the product with the weight that rounding can cause, in 16 bits."""
 
 
 @dataclass
 class _Calls:
-    """What one layer got and gave in a forward."""
+    """The inputs and outputs of one layer in a forward."""
 
     shapes: list[tuple[int, ...]] = field(default_factory=list)
-    marks: list[Tensor] = field(default_factory=list)
-    """Per call, for every vector of the input its mean and mean size, [..., 2]."""
+    statistics: list[Tensor] = field(default_factory=list)
+    """Per call, the mean and mean magnitude of every vector of the input, [..., 2]."""
     faults: list[str] = field(default_factory=list)
     gradient: bool = False
 
 
-def unusable_layers(model: nn.Module, names: Iterable[str], features: Tensor | None = None) -> dict[str, str]:
-    """Which of these linear layers no adapter can be attached to, and why. features: [1, ...] of a clip, for a speech model.
+class _Observation(NamedTuple):
+    """One forward of the model."""
 
-    Runs the model three times on nine to twelve tokens. Everything is usable in a module that is no model of transformers. Raises
-    UserError where the model cannot run, or puts its rows where no layer can tell them apart.
+    calls: dict[str, _Calls]
+    encoder_length: int | None
+    """Positions of the encoder's output."""
+    head: str | None
+    """The layer whose output is the logits."""
+
+
+def unusable_layers(model: nn.Module, names: Iterable[str], features: Tensor | None = None) -> dict[str, str]:
+    """The named linear layers that no adapter can be attached to -> the reason. features: [1, ...] of a clip, for a speech model.
+
+    Runs the model three times on nine to twelve tokens. A module that is not a transformers model has no unusable layers. Raises
+    UserError where the model cannot run, or arranges its rows so that no layer can distinguish them.
     """
     names = tuple(names)
     if not hasattr(getattr(model, "config", None), "model_type") or not names:
         return {}
-    (rows, length), (same, also) = SHAPES
-    inputs, square = probe_inputs(model, rows, length, features), probe_inputs(model, same, also, features)
-    if inputs is None or square is None:
+    (rows, length), (square_rows, square_length) = SHAPES
+    inputs = probe_inputs(model, rows, length, features)
+    square_inputs = probe_inputs(model, square_rows, square_length, features)
+    if inputs is None or square_inputs is None:
         return {}
+    reversed_inputs = {key: value.flip(0) for key, value in inputs.items()}
     try:
-        # the first as in training: some models take other paths then
+        # The first in training mode, in which some models take other paths.
         with preserved_state(model, training=True), gradients_enabled(model, every=True):
-            first, encoded, head = _observe(model, names, _asking(inputs))
+            first = _observe(model, names, _requiring_grad(inputs))
         with preserved_state(model), torch.no_grad():
-            turned, _, _ = _observe(model, names, {key: value.flip(0) for key, value in inputs.items()})
-            second, encoded_square, _ = _observe(model, names, square)
+            in_reverse = _observe(model, names, reversed_inputs)
+            square = _observe(model, names, square_inputs)
     except Exception as error:
-        words = f"cannot run on {rows} rows of {length} tokens, as training would: {type(error).__name__}: {first_line(error)}"
-        raise user_error("model", type(model).__name__, words) from error
-    for calls, batch, lengths in ((first, rows, {length, encoded}), (second, same, {also, encoded_square})):
-        for name, seen in calls.items():
-            faults = [_layout(model, name, shape, batch, lengths) for shape in seen.shapes]
-            seen.faults += [words for words in faults if words is not None]
-    alone: dict[str, str] = {}
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        hint = f"cannot run on {rows} rows of {length} tokens, as training would: {reason}"
+        raise user_error("model", type(model).__name__, hint) from error
+    _add_layout_faults(model, first, rows, length=length)
+    _add_layout_faults(model, square, square_rows, length=square_length)
+    reasons: dict[str, str] = {}
     for name in names:
-        reason = _reason(name, first.get(name), second.get(name), head)
-        if reason is not None:
-            alone[name] = reason
-    reasons = _whole_lists(alone, first)
+        fault = _reason(name, first.calls.get(name), square.calls.get(name), head=first.head)
+        if fault is not None:
+            reasons[name] = fault
+    reasons = _extend_to_lists(reasons, first.calls)
     used = [name for name in names if name not in reasons]
-    if any(_mixes(first[name], turned[name], rows) for name in used):
-        with preserved_state(model), torch.no_grad():
-            first, _, _ = _observe(model, names, inputs)  # without what is random while it trains
-        for name in used:
-            if _mixes(first[name], turned[name], rows):
-                raise user_error(
-                    "model",
-                    type(model).__name__,
-                    f"mixes its rows before {name}: adapters would meet rows of others",
-                )
+    _check_rows(model, used, first, in_reverse=in_reverse, inputs=inputs)
     return reasons
 
 
+def _check_rows(
+    model: nn.Module,
+    names: list[str],
+    first: _Observation,
+    *,
+    in_reverse: _Observation,
+    inputs: Mapping[str, Tensor],
+) -> None:
+    """Raises UserError where the order of the batch's rows changes more than the order of a layer's rows."""
+    rows, _ = SHAPES[0]
+    if not any(_mixes_rows(first.calls[name], in_reverse.calls[name], rows) for name in names):
+        return
+    # Repeated without what is random in training mode.
+    with preserved_state(model), torch.no_grad():
+        first = _observe(model, names, inputs)
+    for name in names:
+        if _mixes_rows(first.calls[name], in_reverse.calls[name], rows):
+            hint = f"mixes its rows before {name}: adapters would get rows of other adapters"
+            raise user_error("model", type(model).__name__, hint)
+
+
 def unusable_by_shape(config: ModelConfig, empty: nn.Module, features: Tensor | None = None) -> dict[str, str]:
-    """`unusable_layers` of a model that is not loaded (`empty`: without numbers), as far as numbers do not matter: asked of one whose
-    numbers are 0, of a large one of its first layers. {} where that cannot run."""
+    """`unusable_layers` of a model that is not loaded, as far as it does not depend on the weights.
+
+    empty: the model without weights. A model with weights of 0 is run; of a large model, its first layers. Returns {} where that
+    cannot run.
+    """
     names = tuple(linear_layers(empty))
-    whole = sum(parameter.numel() for parameter in empty.parameters()) <= WHOLE
+    is_small = sum(parameter.numel() for parameter in empty.parameters()) <= MAX_WHOLE_PARAMETERS
     try:
-        model = zero_model(config) if whole else zero_model(config, FIRST_LAYERS)
-        found = unusable_layers(model, linear_layers(model), features)
-    except Exception:  # a run finds out when it has loaded the model
+        model = zero_model(config) if is_small else zero_model(config, FIRST_LAYERS)
+        unusable = unusable_layers(model, linear_layers(model), features)
+    except Exception:  # the run reports it once it has loaded the model
         return {}
-    if whole:
-        return found
-    kinds, seen = (
-        {numberless(name): reason for name, reason in found.items()},
-        {numberless(n) for n in linear_layers(model)},
-    )
-    usable = {numberless(name) for name in linear_layers(model) if name not in found}
-    return {name: kinds[kind] for name in names if (kind := numberless(name)) in kinds and kind in seen - usable}
+    if is_small:
+        return unusable
+    reasons = {numberless(name): reason for name, reason in unusable.items()}
+    usable = {numberless(name) for name in linear_layers(model) if name not in unusable}
+    by_shape = {}
+    for name in names:
+        pattern = numberless(name)
+        if pattern in reasons and pattern not in usable:
+            by_shape[name] = reasons[pattern]
+    return by_shape
 
 
-def _reason(name: str, first: _Calls | None, second: _Calls | None, head: str | None) -> str | None:
-    if first is None or second is None:
+def _reason(name: str, first: _Calls | None, square: _Calls | None, *, head: str | None) -> str | None:
+    if first is None or square is None:
         return NOT_RUN
     if name == head:
         return MAKES_LOGITS
-    if first.faults or second.faults:
-        return (first.faults or second.faults)[0]
+    faults = first.faults or square.faults
+    if faults:
+        return faults[0]
     return None if first.gradient else NO_GRADIENT
 
 
-def _whole_lists(reasons: Mapping[str, str], calls: Mapping[str, _Calls]) -> dict[str, str]:
-    """Experts of one list stand or fall together: which tokens one of them gets changes with every batch."""
-    found, lists = (
-        dict(reasons),
-        {place: reason for name, reason in reasons.items() for place in _lists(name)},
-    )
+def _extend_to_lists(reasons: Mapping[str, str], calls: Mapping[str, _Calls]) -> dict[str, str]:
+    """Experts of one list are all unusable if one is: the tokens that each of them gets change with every batch."""
+    extended = dict(reasons)
+    reason_of_list: dict[str, str] = {}
+    for name, reason in reasons.items():
+        reason_of_list |= dict.fromkeys(_lists(name), reason)
     for name, seen in calls.items():
-        if name not in found and any(len(shape) == 2 for shape in seen.shapes):
-            for place in lists.keys() & set(_lists(name)):
-                found[name] = lists[place]
-    return found
+        if name not in extended and any(len(shape) == 2 for shape in seen.shapes):
+            for pattern in reason_of_list.keys() & set(_lists(name)):
+                extended[name] = reason_of_list[pattern]
+    return extended
 
 
 def _lists(name: str) -> Iterator[str]:
@@ -146,78 +178,109 @@ def numberless(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _layout(model: nn.Module, name: str, shape: tuple[int, ...], rows: int, lengths: set[int | None]) -> str | None:
-    """What is wrong with an input of this shape; None for rows that an adapter's layer can tell apart."""
+def _add_layout_faults(model: nn.Module, observation: _Observation, rows: int, *, length: int) -> None:
+    token_counts = {rows * length}
+    if observation.encoder_length is not None:
+        token_counts.add(rows * observation.encoder_length)
+    for name, seen in observation.calls.items():
+        for shape in seen.shapes:
+            fault = _layout_fault(model, name, shape, rows=rows, token_counts=token_counts)
+            if fault is not None:
+                seen.faults.append(fault)
+
+
+def _layout_fault(model: nn.Module, name: str, shape: tuple[int, ...], *, rows: int, token_counts: set[int]) -> str | None:
+    """What is wrong with an input of this shape; None if an adapter's layer can distinguish its rows."""
     if len(shape) > 2 and shape[0] == rows:
         return None
-    if len(shape) == 2 and shape[0] in {rows * length for length in lengths if length is not None}:
+    if len(shape) == 2 and shape[0] in token_counts:
         return None
     if len(shape) > 2 and rows in shape[1:-1]:
-        words = f"does not have its rows first: {name} gets {list(shape)} for {rows} rows, where adapters cannot tell rows apart"
-        raise user_error("model", type(model).__name__, words)
+        hint = f"does not have its rows first: {name} gets {list(shape)} for {rows} rows, where adapters cannot distinguish rows"
+        raise user_error("model", type(model).__name__, hint)
     return "gets tokens that are not in rows (as experts do)"
 
 
-def _mixes(straight: _Calls, turned: _Calls, rows: int) -> bool:
-    """Whether turning the batch's rows round does something else to a layer's input than turning its rows round."""
-    if len(straight.marks) != len(turned.marks):
+def _mixes_rows(in_order: _Calls, in_reverse: _Calls, rows: int) -> bool:
+    """Whether reversing the batch's rows does more to a layer's input than reversing its rows."""
+    if len(in_order.statistics) != len(in_reverse.statistics):
         return True
-    for one, other in zip(straight.marks, turned.marks, strict=True):
-        if one.shape != other.shape:
+    for ordered, reverse in zip(in_order.statistics, in_reverse.statistics, strict=True):
+        if ordered.shape != reverse.shape:
             return True
-        before, after = (mark.reshape(rows, -1) for mark in (one, other))
-        if before.isfinite().all() and (after.flip(0) - before).norm() > ALIKE * before.norm():
+        before, after = ordered.reshape(rows, -1), reverse.reshape(rows, -1)
+        difference = (after.flip(0) - before).norm()
+        if before.isfinite().all() and difference > MAX_INPUT_DIFFERENCE * before.norm():
             return True
     return False
 
 
-def _observe(model: Any, names: Iterable[str], inputs: Mapping[str, Tensor]) -> tuple[dict[str, _Calls], int | None, str | None]:
-    """One forward: what the named layers get and give; positions of the encoder's output; the layer whose output is the logits."""
+def _observe(model: Any, names: Iterable[str], inputs: Mapping[str, Tensor]) -> _Observation:
+    """Run one forward and record the inputs and outputs of the named layers."""
     calls: dict[str, _Calls] = defaultdict(_Calls)
     outputs: dict[str, Tensor] = {}
-    lengths: list[int] = []
+    encoder_lengths: list[int] = []
 
-    def look(name: str, module: nn.Module, x: Any, y: Any) -> None:
+    def record(name: str, module: nn.Module, x: Any, y: Any) -> None:
         seen = calls[name]
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            seen.faults.append(f"gives a {type(y).__name__}, not a tensor" if isinstance(x, Tensor) else "gets no tensor")
+        if not isinstance(x, Tensor):
+            seen.faults.append("gets no tensor")
+            return
+        if not isinstance(y, Tensor):
+            seen.faults.append(f"returns a {type(y).__name__}, not a tensor")
             return
         seen.shapes.append(tuple(x.shape))
         seen.gradient |= y.requires_grad
         values = x.detach().float()
-        seen.marks.append(torch.stack([values.mean(-1), values.abs().mean(-1)], -1))
-        if (words := _not_linear(module, x, y)) is not None:
-            seen.faults.append(words)
+        seen.statistics.append(torch.stack([values.mean(-1), values.abs().mean(-1)], -1))
+        if (fault := _nonlinear_fault(module, x, y)) is not None:
+            seen.faults.append(fault)
         outputs[name] = y
 
-    with _watched(model, names, look, lengths):
+    with _recorded(model, names, record, encoder_lengths=encoder_lengths):
         logits = getattr(model(**inputs, use_cache=False), "logits", None)
-    head = None
+    encoder_length = encoder_lengths[0] if encoder_lengths else None
+    return _Observation(dict(calls), encoder_length, _head(outputs, logits))
+
+
+def _head(outputs: Mapping[str, Tensor], logits: Any) -> str | None:
     if isinstance(logits, Tensor):
-        head = next((name for name, y in outputs.items() if y.data_ptr() == logits.data_ptr() and y.numel()), None)
-    return dict(calls), lengths[0] if lengths else None, head
+        for name, output in outputs.items():
+            if output.data_ptr() == logits.data_ptr() and output.numel():
+                return name
+    return None
 
 
-def _asking(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs, sounds among them asking for gradients, so that these flow through an encoder."""
+def _requiring_grad(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same inputs; audio among them requires grad, so that gradients flow through an encoder."""
     return {key: value.detach().requires_grad_(value.is_floating_point()) for key, value in inputs.items()}
 
 
 @contextmanager
-def _watched(model: Any, names: Iterable[str], look: Any, lengths: list[int]) -> Iterator[None]:
-    def of(name: str) -> Any:
+def _recorded(
+    model: Any,
+    names: Iterable[str],
+    record: Callable[[str, nn.Module, Any, Any], None],
+    *,
+    encoder_lengths: list[int],
+) -> Iterator[None]:
+    """Call `record` for every call of the named layers, and collect the lengths of the encoder's outputs."""
+
+    def hook_of(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            look(name, module, args[0] if args else next(iter(kwargs.values()), None), output)
+            inputs = [*args, *kwargs.values()]
+            record(name, module, inputs[0] if inputs else None, output)
 
         return hook
 
-    def encoded(module: nn.Module, args: Any, output: Any) -> None:
+    def record_encoder(module: nn.Module, args: Any, output: Any) -> None:
         hidden = getattr(output, "last_hidden_state", None)
-        lengths.extend([hidden.shape[1]] if isinstance(hidden, Tensor) and hidden.dim() == 3 else [])
+        if isinstance(hidden, Tensor) and hidden.dim() == 3:
+            encoder_lengths.append(hidden.shape[1])
 
-    handles = [model.get_submodule(name).register_forward_hook(of(name), with_kwargs=True) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True) for name in names]
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-        handles.append(model.get_encoder().register_forward_hook(encoded))
+        handles.append(model.get_encoder().register_forward_hook(record_encoder))
     try:
         yield
     finally:
@@ -226,37 +289,44 @@ def _watched(model: Any, names: Iterable[str], look: Any, lengths: list[int]) ->
 
 
 @torch.no_grad()
-def _not_linear(module: nn.Module, x: Tensor, y: Tensor) -> str | None:
-    """What a layer does that is not the product with its weight: then neither the method's formula nor a merge would hold."""
+def _nonlinear_fault(module: nn.Module, x: Tensor, y: Tensor) -> str | None:
+    """What a layer does beyond the product with its weight: then neither the method's formula nor a merge would be correct."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or is_quantized(module):
         return None
-    words = f"is a {type(module).__name__}, which is not the product with its weight"
+    fault = f"is a {type(module).__name__}, which does not compute the product with its weight"
     if x.shape[-1] != module.in_features or y.shape != (*x.shape[:-1], module.out_features):
-        return words
+        return fault
     expected = F.linear(x.to(module.weight.dtype), module.weight, module.bias).float()
-    return words if (y.float() - expected).norm() > ROUNDING * expected.norm() + 1e-6 else None
+    tolerance = MAX_OUTPUT_DIFFERENCE * expected.norm() + 1e-6
+    return fault if (y.float() - expected).norm() > tolerance else None
 
 
-def described(reasons: Mapping[str, str], usable: Iterable[str]) -> str:
-    """The layers left out, in one line: whole parts of the model by their name, numbers as `*`."""
-    kept = list(usable)
-    parts: dict[tuple[str, str], list[str]] = defaultdict(list)
+def describe_left_out(reasons: Mapping[str, str], usable: Iterable[str]) -> str:
+    """The layers without adapters, in one line: complete parts of the model by their name, numbers as `*`."""
+    usable = list(usable)
+    names_of_part: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, reason in reasons.items():
-        parts[reason, _part(name, kept)].append(name)
-    said: dict[str, list[str]] = defaultdict(list)
-    for (reason, part), names in parts.items():
-        kinds = {numberless(name) for name in names}
-        said[reason].append(f"{kinds.pop() if len(kinds) == 1 else part}{f' ({len(names)})' if len(names) > 1 else ''}")
-    return "; ".join(
-        f"{', '.join(sorted(words)[:MOST_SAID])}{', ...' if len(words) > MOST_SAID else ''}: {why}" for why, words in said.items()
-    )
+        names_of_part[reason, _part(name, usable)].append(name)
+    parts_of_reason: dict[str, list[str]] = defaultdict(list)
+    for (reason, part), names in names_of_part.items():
+        patterns = {numberless(name) for name in names}
+        label = patterns.pop() if len(patterns) == 1 else part
+        if len(names) > 1:
+            label += f" ({len(names)})"
+        parts_of_reason[reason].append(label)
+    sentences = []
+    for reason, parts in parts_of_reason.items():
+        named = ", ".join(sorted(parts)[:MAX_NAMED])
+        more = ", ..." if len(parts) > MAX_NAMED else ""
+        sentences.append(f"{named}{more}: {reason}")
+    return "; ".join(sentences)
 
 
-def _part(name: str, kept: list[str]) -> str:
+def _part(name: str, usable: list[str]) -> str:
     """The highest module above a layer that has no usable layer below it."""
     parts = name.split(".")
     for length in range(1, len(parts)):
         prefix = ".".join(parts[:length]) + "."
-        if not any(other.startswith(prefix) for other in kept):
+        if not any(other.startswith(prefix) for other in usable):
             return numberless(prefix[:-1])
     return numberless(name)

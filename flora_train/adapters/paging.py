@@ -1,10 +1,11 @@
-"""Which adapters are on the device, when not all fit? Those of this step and the next; the others' numbers live on the host.
+"""Paging: moves adapters between host and device when not all of them fit on the device.
 
-The device's memory for adapters is one arena a plane (values, moments), cut into rows: pools of any method and rank share it, and
-where their needs shift, it is cut anew, so that nothing is lost to gaps. What must leave is what is needed again last (Belady, "A study
-of replacement algorithms for a virtual-storage computer", 1966), which is known: the mixture says what every step to come holds.
-Copies for the next step are made while this one computes: by a thread on a CPU, on a stream of its own on a GPU, where host memory is
-pinned; files are not, so that their copies are waited for there.
+The device holds the adapters of this step and the next; all others are stored on the host. The device's memory for adapters
+is one arena per plane (values, moments), partitioned into rows: pools of any method and rank share it, and it is
+repartitioned when their needs change, so that no memory is lost to gaps. The adapter whose next use is farthest away is
+evicted first (Belady, "A study of replacement algorithms for a virtual-storage computer", 1966); the next uses are known,
+because the mixture determines every future step. Copies for the next step overlap with the computation of this one: in a
+thread on a CPU, on a separate stream on a GPU if host memory is pinned. Copies from files are waited for.
 """
 
 from __future__ import annotations
@@ -24,48 +25,57 @@ from flora_train.adapters.pool import Pool
 from flora_train.config.errors import user_error
 
 NextUse = Callable[[int], float]
-"""Adapter id -> the step that needs it next; infinity: none that is known."""
+"""Adapter id -> the next step that uses it; infinity if none is known."""
+
+OF_FREE_MEMORY = 0.5
+"""auto: the share of the device memory that is free after loading the base model; activations need the rest."""
+PLANES = 4
+"""Values, gradients, and AdamW's two moments."""
+
+
+def _unknown(adapter: int) -> float:
+    return inf
 
 
 @dataclass(frozen=True)
 class Paging:
-    """device_slots: the device has room for so many adapters of the largest kind (None: as many as fit well); folder: where files
-    hold the others (None: memory does)."""
+    """Settings of paging."""
 
     device_slots: int | None
+    """Number of largest adapters that the device has room for. None: chosen by free memory."""
     folder: Path | None = None
+    """Folder of the files that store the other adapters. None: host memory."""
 
     def slots_for(self, pools: Sequence[Pool], device: torch.device, dtype: torch.dtype) -> int | None:
-        """How many slots there shall be, or None where all adapters of these pools have room. Raises UserError if memory is short."""
-        largest, everything = (
-            max(pool.row_size for pool in pools),
-            sum(len(pool.specs) * pool.row_size for pool in pools),
-        )
+        """The number of slots, or None if all adapters of these pools fit. Raises UserError if memory is too small."""
+        largest = max(pool.row_size for pool in pools)
+        total = sum(len(pool.specs) * pool.row_size for pool in pools)
         slots = self.device_slots
-        needed = PLANES * dtype.itemsize * everything
-        if slots is None and device.type == "cpu" and needed > (free := free_memory()):
-            hint = (
-                f"keeps all adapters in memory: {needed / 1e9:.1f} GB for their weights, gradients and moments, where {free / 1e9:.1f} GB "
-                "are free: give what a step needs (flora-train plan says it) and paging.host=disk"
-            )
-            raise user_error("adapters.device_slots", "auto", hint)
+        if slots is None and device.type == "cpu":
+            _check_memory(PLANES * dtype.itemsize * total)
         if slots is None and device.type == "cuda":
-            slots = max(
-                1,
-                int(torch.cuda.mem_get_info(device)[0] * OF_FREE_MEMORY) // (PLANES * dtype.itemsize * largest),
-            )
-        return None if slots is None or slots * largest >= everything else slots
+            free_bytes, _ = torch.cuda.mem_get_info(device)
+            bytes_per_slot = PLANES * dtype.itemsize * largest
+            slots = max(1, int(free_bytes * OF_FREE_MEMORY) // bytes_per_slot)
+        if slots is None or slots * largest >= total:
+            return None
+        return slots
 
 
-OF_FREE_MEMORY = 0.5
-"""auto: what adapters may take of the memory that is free once the base is loaded; activations need the rest."""
-PLANES = 4
-"""Weights, gradient, and AdamW's two moments."""
+def _check_memory(needed: int) -> None:
+    free = free_memory()
+    if needed > free:
+        hint = (
+            f"keeps all adapters in memory: {needed / 1e9:.1f} GB for their weights, gradients and moments, where "
+            f"{free / 1e9:.1f} GB are free: set it to what one step needs (flora-train plan shows it), and "
+            "paging.host=disk"
+        )
+        raise user_error("adapters.device_slots", "auto", hint)
 
 
 @dataclass
 class Traffic:
-    """Bytes copied to the device and back to the host, and how often the arena was cut anew."""
+    """Bytes copied to the device and back to the host, and the number of repartitions of the arena."""
 
     to_device: int = 0
     to_host: int = 0
@@ -80,96 +90,97 @@ class _Move:
 
 
 class Pager:
-    """Moves adapters between host and device. location: adapter id -> its pool and member."""
+    """Moves adapters between host and device. location: adapter id -> its pool and its position there."""
 
     def __init__(
         self,
         pools: Sequence[Pool],
         location: Sequence[tuple[Pool, int]],
         device_slots: int,
+        *,
         folder: Path | None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.pools, self.location, self.folder, self.device, self.dtype = (
-            pools,
-            location,
-            folder,
-            device,
-            dtype,
-        )
+        self.pools = pools
+        self.location = location
+        self.folder = folder
+        self.device = device
+        self.dtype = dtype
         self.ids = {(id(pool), member): adapter for adapter, (pool, member) in enumerate(location)}
-        self.room = device_slots * max(pool.row_size for pool in pools)
+        self.capacity = device_slots * max(pool.row_size for pool in pools)
+        """Numbers per plane on the device."""
         self.device_slots = device_slots
         self.resident: frozenset[int] = frozenset()
+        """The adapters in use, which are not evicted."""
         self.traffic = Traffic()
         self._arenas: dict[str, Tensor] = {}
-        self._gradients = torch.zeros(self.room, dtype=dtype, device=device)
+        self._gradients = torch.zeros(self.capacity, dtype=dtype, device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "pager") if self._stream is None else None
         self._copying: Future[None] | torch.cuda.Event | None = None
         self.add_plane("values")
 
     def add_plane(self, name: str) -> None:
-        """One more number for every number of an adapter; 0 at first."""
+        """Add one number for every parameter of every adapter, initially 0."""
         self.flush_to_host()
+        pinned = self._stream is not None
         for pool in self.pools:
-            pool.host[name] = allocate_host_rows(
-                len(pool.specs), pool.row_size, self.dtype, self._stream is not None, self.folder
-            )
-        self._arenas[name] = torch.full((self.room,), float("nan"), dtype=self.dtype, device=self.device)
+            pool.host[name] = allocate_host_rows(len(pool.specs), pool.row_size, self.dtype, pinned=pinned, folder=self.folder)
+        self._arenas[name] = torch.full((self.capacity,), float("nan"), dtype=self.dtype, device=self.device)
         self._repartition([0] * len(self.pools))
 
-    def check_room(self, adapters: Collection[int], where: str = "a step or batch") -> None:
-        """Raises UserError if these cannot all be on the device at one time."""
-        numbers = self._numbers(adapters)
-        if numbers > self.room:
-            least = -(-numbers // max(pool.row_size for pool in self.pools))
+    def check_room(self, adapters: Collection[int], needed_by: str = "a step or batch") -> None:
+        """Raises UserError if these adapters do not fit on the device together. needed_by: named in the message."""
+        size = self._size_of(adapters)
+        if size > self.capacity:
+            slots = -(-size // max(pool.row_size for pool in self.pools))
             hint = (
-                f"hold less than the {len(adapters)} adapters of {where} need: give {least} or more, or make the batch smaller "
-                "(training.tokens_per_step, evaluation.batch_rows)"
+                f"is too small for the {len(adapters)} adapters of {needed_by}: set it to {slots} or more, or make the "
+                "batch smaller (training.tokens_per_step, evaluation.batch_rows)"
             )
             raise user_error("adapters.device_slots", self.device_slots, hint)
 
     def blocks(self, adapters: Iterable[int]) -> list[list[int]]:
-        """These adapters in their order, cut where no more fit on the device at one time."""
+        """These adapters in their order, split into groups that fit on the device."""
         blocks: list[list[int]] = [[]]
         for adapter in adapters:
-            if blocks[-1] and self._numbers([*blocks[-1], adapter]) > self.room:
+            if blocks[-1] and self._size_of([*blocks[-1], adapter]) > self.capacity:
                 blocks.append([])
             blocks[-1].append(adapter)
         return blocks
 
     def make_resident(self, adapters: Collection[int], next_use: NextUse) -> None:
-        """Have the adapters of a step on the device, and keep them there until the next call."""
+        """Load the adapters of a step; they stay on the device until the next call."""
         self.resident = frozenset()
         self.load(adapters, next_use)
         self.resident = frozenset(adapters)
 
-    def load(self, adapters: Collection[int], next_use: NextUse = lambda adapter: inf) -> None:
-        """Have all of these on the device, beside those that are kept. Raises UserError if they do not fit."""
+    def load(self, adapters: Collection[int], next_use: NextUse = _unknown) -> None:
+        """Load these adapters beside the resident ones. Raises UserError if they do not fit."""
         if self.resident.issuperset(adapters):
-            return  # they are there, whatever is being copied for the next step
+            return  # they are on the device, whatever is being copied for the next step
         self.settle()
-        together = self.resident.union(adapters)
-        wanted = self._by_pool(together)
-        if all(member in pool.slot_of for pool, members in wanted for member in members):
+        needed = self.resident.union(adapters)
+        members_by_pool = self._by_pool(needed)
+        if all(pool.slot_of.keys() >= set(members) for pool, members in members_by_pool):
             return
-        self.check_room(together)
-        if any(len(members) > len(pool.values) for pool, members in wanted):
+        self.check_room(needed)
+        if any(len(members) > len(pool.values) for pool, members in members_by_pool):
             self.flush_to_host()
-            needs = {id(pool): len(members) for pool, members in wanted}
-            self._repartition([needs.get(id(pool), 0) for pool in self.pools])
-        self._move(*self._choose(wanted, next_use, together))
+            rows_needed = {id(pool): len(members) for pool, members in members_by_pool}
+            self._repartition([rows_needed.get(id(pool), 0) for pool in self.pools])
+        self._move(*self._assign_slots(members_by_pool, next_use, pinned=needed))
         self.settle()
 
     def prefetch(self, adapters: Collection[int], next_use: NextUse) -> None:
-        """Begin to have these on the device for the step after this one, as far as they fit beside the adapters in use."""
+        """Begin to load these adapters for the next step, as far as they fit beside the resident ones."""
         self.settle()
-        self._move(*self._choose(self._by_pool(adapters), next_use, self.resident.union(adapters)))
+        pinned = self.resident.union(adapters)
+        self._move(*self._assign_slots(self._by_pool(adapters), next_use, pinned=pinned))
 
     def settle(self, for_host: bool = False) -> None:
-        """What computes next on the device finds all copies done; for_host: what reads or writes on the host, too."""
+        """Make later work on the device wait for all copies; for_host: also wait on the host."""
         copying, self._copying = self._copying, None
         if isinstance(copying, Future):
             copying.result()
@@ -179,20 +190,22 @@ class Pager:
             self._stream.synchronize()
 
     def flush_to_host(self) -> None:
-        """The numbers at home are those of now, for all adapters."""
+        """Write all changed adapters to the host."""
         self.settle()
-        out = [_Move(pool, member, pool.slot_of[member]) for pool in self.pools for member in sorted(pool.changed)]
-        self._move(out, [])
+        to_host: list[_Move] = []
+        for pool in self.pools:
+            to_host += [_Move(pool, member, pool.slot_of[member]) for member in sorted(pool.changed)]
+        self._move(to_host, [])
         self.settle(for_host=True)
 
     def invalidate(self) -> None:
-        """What is at home counts: the device's copies are older."""
+        """Discard the device's copies: the values on the host are the current ones."""
         self.settle()
         for pool in self.pools:
             pool.slot_of.clear()
             pool.changed.clear()
 
-    def _numbers(self, adapters: Iterable[int]) -> int:
+    def _size_of(self, adapters: Iterable[int]) -> int:
         return sum(self.location[adapter][0].row_size for adapter in adapters)
 
     def _by_pool(self, adapters: Iterable[int]) -> list[tuple[Pool, list[int]]]:
@@ -202,80 +215,94 @@ class Pager:
             members[id(pool)].append(member)
         return [(pool, members[id(pool)]) for pool in self.pools if id(pool) in members]
 
-    def _choose(
-        self, wanted: Sequence[tuple[Pool, list[int]]], next_use: NextUse, stay: Collection[int]
+    def _assign_slots(
+        self, members_by_pool: Sequence[tuple[Pool, list[int]]], next_use: NextUse, *, pinned: Collection[int]
     ) -> tuple[list[_Move], list[_Move]]:
-        """Who leaves and who comes. Of those that may leave, who is needed last goes first; who finds no room is left out."""
-        out, into = [], []
-        for pool, members in wanted:
+        """Moves to the host and to the device. Adapters in `pinned` stay.
+
+        Evicts the adapter whose next use is farthest away; skips those that do not fit.
+        """
+        to_host, to_device = [], []
+        for pool, members in members_by_pool:
             missing = [member for member in members if member not in pool.slot_of]
             free = sorted(set(range(len(pool.values))) - set(pool.slot_of.values()), reverse=True)
-            leaving = [member for member in pool.slot_of if self.ids[id(pool), member] not in stay]
-            leaving.sort(key=lambda member: (next_use(self.ids[id(pool), member]), member))
+            evictable = self._evictable(pool, next_use, pinned)
             for member in missing:
-                if not free and not leaving:
+                if not free and not evictable:
                     break
                 if not free:
-                    gone = leaving.pop()
-                    free.append(pool.slot_of[gone])
-                    if gone in pool.changed:
-                        out.append(_Move(pool, gone, pool.slot_of[gone]))
-                    del pool.slot_of[gone]
+                    evicted = evictable.pop()
+                    slot = pool.slot_of.pop(evicted)
+                    free.append(slot)
+                    if evicted in pool.changed:
+                        to_host.append(_Move(pool, evicted, slot))
                 pool.slot_of[member] = free.pop()
-                into.append(_Move(pool, member, pool.slot_of[member]))
-        return out, into
+                to_device.append(_Move(pool, member, pool.slot_of[member]))
+        return to_host, to_device
 
-    def _move(self, out: Sequence[_Move], into: Sequence[_Move]) -> None:
-        for move in out:
+    def _evictable(self, pool: Pool, next_use: NextUse, pinned: Collection[int]) -> list[int]:
+        """Members of the pool that may be evicted, by next use, farthest last."""
+        evictable = [member for member in pool.slot_of if self.ids[id(pool), member] not in pinned]
+        evictable.sort(key=lambda member: (next_use(self.ids[id(pool), member]), member))
+        return evictable
+
+    def _move(self, to_host: Sequence[_Move], to_device: Sequence[_Move]) -> None:
+        for move in to_host:
             move.pool.changed.discard(move.member)
-        self.traffic.to_host += sum(_bytes(move.pool) for move in out)
-        self.traffic.to_device += sum(_bytes(move.pool) for move in into)
-        if not out and not into:
+        self.traffic.to_host += sum(_bytes(move.pool) for move in to_host)
+        self.traffic.to_device += sum(_bytes(move.pool) for move in to_device)
+        if not to_host and not to_device:
             return
         if self._thread is not None:
-            self._copying = self._thread.submit(_copy, out, into)
+            self._copying = self._thread.submit(_copy, to_host, to_device)
             return
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            _copy(out, into)
+            _copy(to_host, to_device)
         self._copying = self._stream.record_event()
 
     def _repartition(self, needs: Sequence[int]) -> None:
-        """Give every pool its part of the arena: what it needs at once, the rest by what there is beyond that. All adapters are at
-        home then."""
+        """Give every pool the rows that it needs at once, and share the rest. All adapters must be on the host."""
         self.invalidate()
         self.traffic.repartitions += 1
-        rows = partition_rows(self.room, [pool.row_size for pool in self.pools], [len(pool.specs) for pool in self.pools], needs)
+        sizes = [pool.row_size for pool in self.pools]
+        counts = [len(pool.specs) for pool in self.pools]
+        rows = partition_rows(self.capacity, sizes, counts, needs=needs)
         start = 0
         for pool, count in zip(self.pools, rows, strict=True):
             end = start + count * pool.row_size
             planes = {name: arena[start:end].view(count, pool.row_size) for name, arena in self._arenas.items()}
-            pool.place(planes, self._gradients[start:end].view(count, pool.row_size))
+            pool.use_storage(planes, self._gradients[start:end].view(count, pool.row_size))
             start = end
 
 
-def partition_rows(room: int, sizes: Sequence[int], counts: Sequence[int], needs: Sequence[int]) -> list[int]:
-    """Rows for every pool in an arena of `room` numbers. sizes: numbers of a row; counts: adapters; needs: rows at least."""
-    left = room - sum(need * size for need, size in zip(needs, sizes, strict=True))
-    beyond = sum((count - need) * size for count, need, size in zip(counts, needs, sizes, strict=True))
-    part = min(1.0, left / beyond) if beyond else 0.0
-    rows = [need + int(part * (count - need)) for count, need in zip(counts, needs, strict=True)]
-    left = room - sum(count * size for count, size in zip(rows, sizes, strict=True))
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # what rounding left over
-        more = min(counts[i] - rows[i], left // sizes[i])
-        rows[i], left = rows[i] + more, left - more * sizes[i]
+def partition_rows(capacity: int, sizes: Sequence[int], counts: Sequence[int], *, needs: Sequence[int]) -> list[int]:
+    """Rows of every pool in an arena of `capacity` numbers.
+
+    sizes: numbers per row; counts: adapters per pool; needs: minimum of rows per pool.
+    """
+    free = capacity - sum(need * size for need, size in zip(needs, sizes, strict=True))
+    not_needed = sum((count - need) * size for count, need, size in zip(counts, needs, sizes, strict=True))
+    share = min(1.0, free / not_needed) if not_needed else 0.0
+    rows = [need + int(share * (count - need)) for count, need in zip(counts, needs, strict=True)]
+    free = capacity - sum(count * size for count, size in zip(rows, sizes, strict=True))
+    # Distribute what rounding down left, largest rows first.
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        more = min(counts[i] - rows[i], free // sizes[i])
+        rows[i] += more
+        free -= more * sizes[i]
     return rows
 
 
 @torch.no_grad()
-def _copy(out: Sequence[_Move], into: Sequence[_Move]) -> None:
-    for move in out:
-        for name, home in move.pool.host.items():
-            home[move.member].copy_(move.pool.planes[name][move.slot], non_blocking=True)
-    for move in into:
-        for name, home in move.pool.host.items():
-            move.pool.planes[name][move.slot].copy_(home[move.member], non_blocking=True)
+def _copy(to_host: Sequence[_Move], to_device: Sequence[_Move]) -> None:
+    for move in to_host:
+        for name, host in move.pool.host.items():
+            host[move.member].copy_(move.pool.planes[name][move.slot], non_blocking=True)
+    for move in to_device:
+        for name, host in move.pool.host.items():
+            move.pool.planes[name][move.slot].copy_(host[move.member], non_blocking=True)
 
 
 def _bytes(pool: Pool) -> int:

@@ -1,13 +1,14 @@
-"""How are many adapters stored? As rows: one adapter is one row of a [slots, numbers] tensor.
+"""Storage of adapters as rows: one adapter is one row of a [slots, P] tensor.
 
-Adapters of the same method, rank and targets share a pool. A layer's stack is a view of the pool, so that clipping,
-the optimizer, checkpoints and the exchange between processes handle an adapter as one vector, not layer by layer.
+Adapters of the same method, rank and targets share a pool. A layer's parameters are views of the pool's tensor, so that
+clipping, the optimizer, checkpoints and communication handle an adapter as one vector instead of layer by layer.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +22,7 @@ from flora_train.adapters.targets import find_targets
 
 
 class GatherRows(torch.autograd.Function):
-    """The rows of the adapters in this batch; their gradients are added to the pool's, absent rows are not touched."""
+    """The rows of the adapters in this batch. The backward adds to the pool's gradients; other rows are not touched."""
 
     @staticmethod
     def forward(ctx: Any, stack: Tensor, gradient: Tensor | None, slots: Tensor) -> Tensor:
@@ -34,28 +35,27 @@ class GatherRows(torch.autograd.Function):
         return None, None, None
 
 
-def pool_key(spec: AdapterSpec) -> tuple[str, int, object, object, object]:
-    """Adapters with the same key share a pool."""
-    return spec.method, spec.rank, spec.target_modules, spec.feedforward_modules, spec.parent_module
-
-
 class Pool:
-    """All adapters of one kind; `specs[member]` says whose numbers are whose. P: the numbers of one adapter.
+    """All adapters with the same `pool_key`. P: the number of parameters of one adapter."""
 
-    planes: name -> [slots, P] on the device: "values", and what an optimizer adds; gradients: [slots, P].
-    slot_of: member -> its row there. It is the member itself, unless a pager decides who is on the device; then
-    home: name -> [members, P] on the host has those that are not.
-    """
+    planes: dict[str, Tensor]
+    """Plane -> [slots, P] on the device: "values", and the planes that the optimizer adds."""
+    gradients: Tensor
+    """[slots, P]."""
 
     def __init__(self, method: str, specs: Sequence[AdapterSpec], targets: Mapping[str, Target]) -> None:
         self.method: AdapterMethod = METHODS[method]
         self.specs = tuple(specs)
+        """A member is a position in this tuple."""
         self.targets = dict(targets)
         self.slot_of: dict[int, int] = {}
+        """Member -> its row on the device. The same number, unless a pager decides which members are on the device."""
         self.changed: set[int] = set()
-        """Members on the device whose numbers may differ from those at home."""
+        """Members on the device whose values may differ from those on the host."""
         self.host: dict[str, Tensor] = {}
+        """With a pager: plane -> [members, P] on the host."""
         self.layout: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
+        """Module -> parameter -> its offset in the row, and its shape."""
         self.row_size = 0
         for name, target in targets.items():
             self.layout[name] = {}
@@ -64,50 +64,48 @@ class Pool:
                 self.row_size += prod(shape)
 
     def allocate(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Room for every adapter on the device. Rows start undefined: `initialise` or `load` fills them."""
+        """Allocate rows for all members on the device. Values are NaN until `initialise` or a checkpoint sets them."""
         shape = len(self.specs), self.row_size
         self.slot_of = {member: member for member in range(len(self.specs))}
-        self.place(
-            {"values": torch.full(shape, float("nan"), dtype=dtype, device=device)},
-            torch.zeros(shape, dtype=dtype, device=device),
-        )
+        values = torch.full(shape, float("nan"), dtype=dtype, device=device)
+        self.use_storage({"values": values}, torch.zeros(shape, dtype=dtype, device=device))
 
-    def place(self, planes: Mapping[str, Tensor], gradients: Tensor) -> None:
-        """Live in this memory of the device, [slots, P] each."""
+    def use_storage(self, planes: Mapping[str, Tensor], gradients: Tensor) -> None:
+        """Use this memory of the device, [slots, P] each."""
         self.planes, self.gradients = dict(planes), gradients
-        # Leaves that ask for gradients, so that autograd calls GatherRows.backward; they share the pool's memory.
+        # Leaves that require grad, so that autograd calls GatherRows.backward; they share the pool's memory.
         self._leaves = {name: self._views(self.values, name, leaf=True) for name in self.layout}
         self._leaf_gradients = {name: self._views(self.gradients, name) for name in self.layout}
 
     @property
     def values(self) -> Tensor:
-        """[slots, P]: the adapters' numbers on the device."""
+        """[slots, P]: the parameters on the device."""
         return self.planes["values"]
 
     def state(self, member: int) -> dict[str, Tensor]:
-        """Plane -> [P], a view of one adapter's part of it, on the device or at home."""
+        """Plane -> [P], a view of one adapter's row, on the device or the host."""
         slot = self.slot_of.get(member)
         if slot is None:
             return {name: rows[member] for name, rows in self.host.items()}
-        self.changed.add(member)  # who asks may write
+        self.changed.add(member)  # the caller may write to the view
         return {name: rows[slot] for name, rows in self.planes.items()}
 
     def initialise(self, member: int, seed: int) -> None:
-        """Give one adapter its start, a function of (seed, adapter name, layer) alone."""
+        """Set the initial values of one adapter, which depend only on the seed, its name and the layer."""
         spec, views = self.specs[member], self.row(member)
-        for name in self.layout:
-            params = {p: torch.empty(shape, dtype=views[name][p].dtype) for p, (_, shape) in self.layout[name].items()}
+        for name, layout in self.layout.items():
+            params = {p: torch.empty(shape, dtype=views[name][p].dtype) for p, (_, shape) in layout.items()}
             self.method.initialise(params, spec, seeded_generator(seed, spec.name, name))
             for param, view in views[name].items():
                 view.copy_(params[param])
 
     def row(self, member: int) -> dict[str, dict[str, Tensor]]:
-        """Module -> parameter -> view of one adapter's values, on the device or at home."""
+        """Module -> parameter -> view of one adapter's values, on the device or the host."""
         values = self.state(member)["values"]
-        return {
-            name: {p: values[start : start + prod(shape)].view(shape) for p, (start, shape) in layout.items()}
-            for name, layout in self.layout.items()
-        }
+        views: dict[str, dict[str, Tensor]] = {}
+        for name, layout in self.layout.items():
+            views[name] = {p: values[start : start + prod(shape)].view(shape) for p, (start, shape) in layout.items()}
+        return views
 
     def gather(self, module: str, slots: Tensor) -> dict[str, Tensor]:
         """Parameter -> [K, ...] for the adapters in `slots` [K], differentiable into `gradients`."""
@@ -123,12 +121,17 @@ class Pool:
         return views
 
 
+def pool_key(spec: AdapterSpec) -> tuple[str, int, object, object, object]:
+    """Adapters with the same key share a pool."""
+    return spec.method, spec.rank, spec.target_modules, spec.feedforward_modules, spec.parent_module
+
+
 def build_pools(
     model: nn.Module, specs: Iterable[AdapterSpec], unusable: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[list[Pool], dict[str, str]]:
     """The pools of these adapters, without memory, and the target layers that no adapter is attached to -> the reason.
 
-    unusable: layers that no adapter can be attached to -> the reason. Raises UserError when a target matches nothing.
+    unusable: layers that no adapter can be attached to -> the reason. Raises UserError when a target matches no layer.
     """
     groups: dict[tuple[object, ...], list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
@@ -142,9 +145,7 @@ def build_pools(
     return pools, left_out
 
 
-def seeded_generator(seed: int, *words: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on its arguments only, not on what ran before."""
-    from hashlib import sha256
-
-    digest = sha256("\x1f".join(map(str, (seed, *words))).encode()).digest()
+def seeded_generator(seed: int, *key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose state depends only on the seed and the key."""
+    digest = sha256("\x1f".join(map(str, (seed, *key))).encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,97 +1,112 @@
-"""Which rows of the current batch use which adapter? Worked out once per batch, shared by all layers."""
+"""The routing of a batch: which rows use which adapter. Built once per batch and shared by all layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from flora_train.adapters.pool import Pool, seeded_generator
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.spec import BASE_ID, AdapterSpec
 from flora_train.kernels.segments import Segments
 
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring rows start:end whose adapters share a pool (None: base model rows).
-
-    segments: one per adapter, in rows from `start`; slots: LongTensor [K], their rows in the pool.
-    """
+    """Consecutive rows start:end whose adapters share a pool."""
 
     pool: Pool | None
+    """None: rows of the base model."""
     start: int
     end: int
     segments: Segments
+    """One segment per adapter, in rows from `start`."""
     slots: Tensor | None = None
+    """LongTensor [K]: the adapters' rows in the pool."""
     specs: tuple[AdapterSpec, ...] = ()
+    """The K adapters."""
 
 
 @dataclass(frozen=True)
 class RowNoise:
-    """What dropout in a row depends on: a seed of the example and step, the row's tokens without padding, and the positions of its
-    encoder window, which has no padding (0: there is none, or it is as long as the tokens)."""
+    """What dropout in one row depends on."""
 
     seed: int
+    """Of the example and the step."""
     length: int
+    """Tokens of the row without padding."""
     window: int = 0
+    """Positions of its encoder window, which has no padding; 0 if there is none, or if it is as long as the tokens."""
 
 
 @dataclass
 class Routing:
-    """The batch's spans. order: LongTensor [B] that groups rows by adapter, None if they already are."""
+    """The spans of one batch of B rows."""
 
     rows: int
+    """B."""
     spans: tuple[Span, ...]
     order: Tensor | None = None
+    """LongTensor [B] that groups the rows by adapter; None if they are grouped already."""
     inverse: Tensor | None = None
+    """The inverse permutation of `order`."""
     noise: tuple[RowNoise, ...] | None = None
-    """One per row, as grouped. None: no dropout (evaluation)."""
+    """One per row, in grouped order. None: no dropout (evaluation)."""
     _by_pools: dict[frozenset[int], tuple[Span, ...]] = field(default_factory=dict, repr=False)
 
     def spans_for(self, pools: frozenset[int]) -> tuple[Span, ...]:
-        """The spans as a layer sees them that only the pools with these ids target: other rows run the base."""
+        """The spans for a layer that only the pools with these ids target; all other rows run the base layer."""
         if pools not in self._by_pools:
-            self._by_pools[pools] = _merge_base(
-                [s if s.pool is not None and id(s.pool) in pools else Span(None, s.start, s.end, s.segments) for s in self.spans]
-            )
+            spans = []
+            for span in self.spans:
+                if span.pool is None or id(span.pool) not in pools:
+                    span = Span(None, span.start, span.end, span.segments)
+                spans.append(span)
+            self._by_pools[pools] = _merge_base_spans(spans)
         return self._by_pools[pools]
 
-    def dropout(self, x: Tensor, module: str, span: Span, tokens_per_row: int) -> Tensor:
+    def dropout(self, x: Tensor, module: str, span: Span, *, tokens_per_row: int) -> Tensor:
         """Inverted dropout on the tokens x [T, in] of a span.
 
-        Masks depend on (row's noise, adapter, layer) only: a recomputed forward draws the same ones, and neither
-        neighbours in the batch nor the padding that they cause change them.
+        A mask depends only on the row's noise, the adapter and the layer: a recomputed forward draws the same mask, and
+        neither the other rows of the batch nor the padding that they cause change it.
         """
         if self.noise is None or not any(spec.dropout for spec in span.specs):
             return x
         mask = torch.ones_like(x)
         for k, first, end in span.segments:
-            if not (rate := span.specs[k].dropout):
+            spec = span.specs[k]
+            if not spec.dropout:
                 continue
             for row in range(first, end):
                 noise = self.noise[span.start + row]
-                generator = seeded_generator(noise.seed, span.specs[k].name, module, device=x.device)
+                generator = seeded_generator(noise.seed, spec.name, module, device=x.device)
                 length = noise.window if tokens_per_row == noise.window else noise.length
-                keep = torch.rand(length, x.shape[1], generator=generator, device=x.device) >= rate
+                keep = torch.rand(length, x.shape[1], generator=generator, device=x.device) >= spec.dropout
                 start = row * tokens_per_row
-                mask[start : start + length] = keep.to(x.dtype) / (1 - rate)
+                mask[start : start + length] = keep.to(x.dtype) / (1 - spec.dropout)
         return x * mask
 
 
 class BatchRouting:
-    """Holds the routing that all layers read. It must not change between a forward and the end of its backward,
-    because activation checkpointing runs the forward again in between (guarantee I4)."""
+    """Holds the routing that all layers read.
+
+    It must not change between a forward and the end of its backward, because activation checkpointing runs the forward again in
+    between (guarantee I4).
+    """
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
         self.recomputes = False
-        """Whether the running forward will be run again in the backward."""
-        self._backwards_due = 0
+        """Whether the current forward will run again in the backward."""
+        self._pending_backwards = 0
 
     def set(self, routing: Routing | None) -> None:
-        if self._backwards_due:
+        """Raises RuntimeError while activation checkpointing still needs the previous routing."""
+        if self._pending_backwards:
             raise RuntimeError(
                 "the routing was changed before the backward pass of the previous batch ended, while activation "
                 "checkpointing still needs it: call backward() first, or bank.abandon() if there will be none"
@@ -99,52 +114,48 @@ class BatchRouting:
         self.routing = routing
 
     def abandon(self) -> None:
-        """Forget a forward whose backward will not run."""
-        self._backwards_due = 0
+        """Discard a forward whose backward will not run."""
+        self._pending_backwards = 0
         self.routing = None
 
     def expect_backward(self, embeddings: Tensor) -> None:
-        """Count a recomputing forward; the gradient of its embeddings is the last that its backward computes."""
-        embeddings.requires_grad_(True)  # reentrant checkpointing needs an input that asks for gradients
-        self._backwards_due += 1
+        """Register a forward that the backward recomputes. The gradient of its embeddings is the last that is computed."""
+        # Reentrant checkpointing needs an input that requires grad.
+        embeddings.requires_grad_(True)
+        self._pending_backwards += 1
         embeddings.register_hook(self._backward_ended)
 
     def _backward_ended(self, gradient: Tensor) -> None:
-        self._backwards_due = max(0, self._backwards_due - 1)
+        self._pending_backwards = max(0, self._pending_backwards - 1)
 
 
 def build_routing(
     ids: Sequence[int],
-    locate: Sequence[tuple[Pool, int]],
+    location: Sequence[tuple[Pool, int]],
     device: torch.device,
+    *,
     noise: Sequence[RowNoise] | None = None,
 ) -> Routing:
-    """Routing for one adapter id a row (-1: base); `locate[id]` is its pool and its number there."""
+    """The routing for one adapter id per row (-1: base model); `location[id]` is its pool and its position there."""
     order = sorted(range(len(ids)), key=lambda row: ids[row])
-    grouped = [ids[row] for row in order]
-    runs: list[tuple[int, int, int]] = []  # adapter id, first row, end row
-    for row, adapter in enumerate(grouped):
-        if runs and runs[-1][0] == adapter:
-            runs[-1] = (adapter, runs[-1][1], row + 1)
-        else:
-            runs.append((adapter, row, row + 1))
+    runs = _runs([ids[row] for row in order])
+
+    def pool_of(run: tuple[int, int, int]) -> Pool | None:
+        return None if run[0] == BASE_ID else location[run[0]][0]
+
     spans: list[Span] = []
-    while runs:
-        pool = locate[runs[0][0]][0] if runs[0][0] >= 0 else None
-        length = next(
-            (i for i, run in enumerate(runs) if (locate[run[0]][0] if run[0] >= 0 else None) is not pool),
-            len(runs),
-        )
-        members, runs = runs[:length], runs[length:]
+    for _, group in groupby(runs, key=lambda run: id(pool_of(run))):
+        members = list(group)
         start, end = members[0][1], members[-1][2]
-        segments = Segments((0, *(run[2] - start for run in members)))
+        segments = Segments((0, *(run_end - start for _, _, run_end in members)))
+        pool = pool_of(members[0])
         if pool is None:
             spans.append(Span(None, start, end, segments))
             continue
-        numbers = [locate[run[0]][1] for run in members]
-        slots = [pool.slot_of[number] for number in numbers]
-        specs = tuple(pool.specs[number] for number in numbers)
-        spans.append(Span(pool, start, end, segments, torch.tensor(slots, device=device), specs))
+        positions = [location[adapter][1] for adapter, _, _ in members]
+        slots = torch.tensor([pool.slot_of[position] for position in positions], device=device)
+        specs = tuple(pool.specs[position] for position in positions)
+        spans.append(Span(pool, start, end, segments, slots, specs))
     grouped_noise = None if noise is None else tuple(noise[row] for row in order)
     if order == list(range(len(ids))):
         return Routing(len(ids), tuple(spans), noise=grouped_noise)
@@ -152,7 +163,18 @@ def build_routing(
     return Routing(len(ids), tuple(spans), permutation, permutation.argsort(), grouped_noise)
 
 
-def _merge_base(spans: list[Span]) -> tuple[Span, ...]:
+def _runs(sorted_ids: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(adapter id, first row, end row) for every run of equal ids."""
+    runs: list[tuple[int, int, int]] = []
+    for row, adapter in enumerate(sorted_ids):
+        if runs and runs[-1][0] == adapter:
+            runs[-1] = (adapter, runs[-1][1], row + 1)
+        else:
+            runs.append((adapter, row, row + 1))
+    return runs
+
+
+def _merge_base_spans(spans: list[Span]) -> tuple[Span, ...]:
     merged: list[Span] = []
     for span in spans:
         if span.pool is None and merged and merged[-1].pool is None:

@@ -1,4 +1,4 @@
-"""What is one adapter? A task, a method and its own hyper-parameters."""
+"""The specification of one adapter: its task, method and hyper-parameters."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from flora_train.config.adapter_schema import AdapterConfig, adapter_name
 from flora_train.config.schema import RunConfig
 
 BASE = "__base__"
-"""The name of "no adapter": rows of this name run the frozen base model."""
+"""The name of the base model: rows with this name use no adapter."""
 
 BASE_ID = -1
-"""Its id inside batches."""
+"""The id of the base model in batches."""
 
 DEFAULT_RANK = {"flora": 4, "lora": 8, "ia3": 0}
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One adapter of a run. `family` is the key of `adapters:` in the recipe that it was expanded from."""
+    """One adapter of a run. `make_spec` builds it from a recipe's entry; fields without a comment are that entry's keys."""
 
     name: str
     task: str
     family: str
+    """The key of `adapters:` in the recipe that the adapter was expanded from."""
     method: str
     rank: int
     offset: float
-    """flora: 0 pure, 1 residual."""
+    """flora: 0 for the pure variant, 1 for the residual one."""
     scaling: float
-    """lora: alpha / rank, or alpha / sqrt(rank)."""
+    """lora: alpha / rank, or alpha / sqrt(rank) with rslora."""
     alpha: float
     rslora: bool
     dropout: float
@@ -47,11 +48,26 @@ class AdapterSpec:
     min_delta: float = 0.0
 
 
-def make_spec(task: str, family: str, adapter: AdapterConfig, default_steps: int) -> AdapterSpec:
-    """The adapter of `task` that `adapters.<family>` of a recipe describes."""
+def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: int) -> AdapterSpec:
+    """The adapter of one task that an entry of `adapters:` in a recipe describes.
+
+    Args:
+        task: Name of the task.
+        family: Key of the entry; the adapter's name is `<task>-<family>`.
+        adapter: The entry.
+        default_steps: Training steps, if the entry sets no max_steps.
+
+    Returns:
+        The specification, with defaults filled in.
+    """
     rank = adapter.rank or DEFAULT_RANK[adapter.method]
     alpha = adapter.alpha or 2.0 * rank
     steps = adapter.max_steps or default_steps
+    selection = adapter.target_modules
+    inputs = adapter.feedforward_modules
+    init_from = adapter.init_from
+    if init_from is not None:
+        init_from = init_from.replace("{task}", task)
     return AdapterSpec(
         name=adapter_name(task, family),
         task=task,
@@ -59,7 +75,7 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, default_steps: int
         method=adapter.method,
         rank=rank,
         offset=0.0 if adapter.variant == "pure" else 1.0,
-        scaling=alpha / (rank**0.5 if adapter.rslora else rank) if rank else 1.0,
+        scaling=_scaling(rank, alpha, bool(adapter.rslora)),
         alpha=alpha,
         rslora=bool(adapter.rslora),
         dropout=adapter.dropout or 0.0,
@@ -69,20 +85,26 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, default_steps: int
         lr_schedule=adapter.lr_schedule,
         warmup_steps=adapter.warmup_for(steps),
         max_steps=steps,
-        target_modules=adapter.target_modules if isinstance(adapter.target_modules, str) else tuple(adapter.target_modules),
-        feedforward_modules=None if adapter.feedforward_modules is None else tuple(adapter.feedforward_modules),
+        target_modules=selection if isinstance(selection, str) else tuple(selection),
+        feedforward_modules=None if inputs is None else tuple(inputs),
         parent_module=adapter.parent_module,
         sweep=adapter.sweep,
-        init_from=None if adapter.init_from is None else adapter.init_from.replace("{task}", task),
+        init_from=init_from,
         patience=adapter.patience,
         min_delta=adapter.min_delta or 0.0,
     )
 
 
+def _scaling(rank: int, alpha: float, rslora: bool) -> float:
+    if rank == 0:
+        return 1.0
+    return alpha / rank**0.5 if rslora else alpha / rank
+
+
 def expand(config: RunConfig) -> list[AdapterSpec]:
-    """adapters x tasks: every pair is one adapter, so that baselines train in the same run."""
-    return [
-        make_spec(task, family, adapter, config.training.steps)
-        for family, adapter in config.adapters.items()
-        for task in adapter.tasks or config.tasks
-    ]
+    """One adapter for every pair of an adapter family and a task, so that baselines train in the same run."""
+    specs = []
+    for family, adapter in config.adapters.items():
+        for task in adapter.tasks or config.tasks:
+            specs.append(make_spec(task, family, adapter, default_steps=config.training.steps))
+    return specs

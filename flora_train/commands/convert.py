@@ -57,7 +57,9 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
     base_model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
     modules = sorted(modules_of(config, tensors))
     check_targets(config, modules, [name for name, _ in base_model.named_modules()], source=source, key="adapter")
-    spec = make_spec("", "flora", AdapterConfig(method="flora", rank=options.rank, lr=1.0, target_modules=modules), 1)
+    spec = make_spec(
+        "", "flora", AdapterConfig(method="flora", rank=options.rank, lr=1.0, target_modules=modules), default_steps=1
+    )
     bank = AdapterBank.attach(base_model, [replace(spec, name=folder.name)])
     numbers, error = fit_lora(bank, folder.name, tensors, scale=scale_of(config), key="adapter")
     for module, params in bank.parameters_of(folder.name).items():

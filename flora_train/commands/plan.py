@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from flora_train.adapters.host_memory import free_memory
-from flora_train.adapters.layer_usage import described, unusable_by_shape
+from flora_train.adapters.layer_usage import describe_left_out, unusable_by_shape
 from flora_train.adapters.paging import OF_FREE_MEMORY, PLANES
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.spec import expand
@@ -183,7 +183,9 @@ def pools_of(config: RunConfig) -> list[Pool]:
         features = noise_features(load_feature_extractor(config.model))
     pools, reasons = build_pools(model, expand(config), unusable_by_shape(config.model, model, features))
     if reasons:
-        logger.warning(f"no adapter is attached to {described(reasons, {name for pool in pools for name in pool.targets})}")
+        logger.warning(
+            f"no adapter is attached to {describe_left_out(reasons, {name for pool in pools for name in pool.targets})}"
+        )
     return pools
 
 

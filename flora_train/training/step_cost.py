@@ -74,7 +74,7 @@ def measure(
     there: list[AdapterSpec] = [spec for spec in specs if spec.name in present]
     model = shallow_model(config.model, layers, device)
     features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
-    bank = AdapterBank.attach(model, there, config.seed, features=features)
+    bank = AdapterBank.attach(model, there, seed=config.seed, features=features)
     check_rows(model, pad, features)
     plan = plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch)
     assert plan is not None

@@ -196,7 +196,7 @@ def test_transcripts_longer_than_the_decoders_positions_are_refused(tmp_path: Pa
     [
         ("mamba", ["no adapter is attached to backbone.layers.*.mixer.dt_proj (2): does not run", "by its own generate"]),
         ("lfm2", ["by its own generate"]),
-        ("phimoe", ["no adapter is attached to model.layers.*.mlp.router (2): gives a tuple, not a tensor"]),
+        ("phimoe", ["no adapter is attached to model.layers.*.mlp.router (2): returns a tuple, not a tensor"]),
     ],
 )
 def test_a_run_says_what_it_leaves_out_and_ends(name: str, notes: list[str], tmp_path: Path, capfd: Any) -> None:

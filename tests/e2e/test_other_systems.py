@@ -78,4 +78,4 @@ def test_paging_to_files_says_that_it_needs_linux(recipe: Path, tmp_path: Path) 
     words = ["adapters.device_slots=4", "mixture.strategy=fair", "mixture.active_tasks=1", "mixture.turn_steps=3"]
     done = run("train", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "paging.host=disk", *words, cache=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "error: paging.host = 'disk': keeps adapters in files on Linux only: leave it at memory" in done.stderr
+    assert "error: paging.host = 'disk': is supported on Linux only: use memory" in done.stderr

@@ -118,7 +118,7 @@ def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "few"]  # no page file is left
     refused = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'less'}", *TURNS, "adapters.device_slots=2")
     assert refused.returncode != 0
-    assert "adapters.device_slots = 2: hold less than the 3 adapters of step 1 need: give 3 or more" in refused.stderr
+    assert "adapters.device_slots = 2: is too small for the 3 adapters of step 1: set it to 3 or more" in refused.stderr
     assert not (tmp_path / "less").exists()
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.layer_usage import described
+from flora_train.adapters.layer_usage import describe_left_out
 from flora_train.config.errors import UserError
 from flora_train.evaluation.generation import complete
 from flora_train.evaluation.generation.batching_mode import batching_mode
@@ -37,7 +37,7 @@ def test_a_family_is_refused_by_name_or_its_useless_layers_are_left_out(name: st
     bank = attached(name)
     check_rows(bank.model, pad_token=0)
     usable = [module for pool in bank.pools for module in pool.targets]
-    words = described(bank.left_out, usable)
+    words = describe_left_out(bank.left_out, usable)
     assert family.left_out in words
     assert bool(bank.left_out) == bool(family.left_out), words
     assert bank.left_out.keys().isdisjoint(usable)

@@ -39,7 +39,7 @@ def test_adapter_id_out_of_range_names_the_range(bank: AdapterBank, wrong: int) 
 
 
 def test_two_adapters_of_one_name_are_refused() -> None:
-    with pytest.raises(UserError, match="'lua-lora': two adapters cannot share a name"):
+    with pytest.raises(UserError, match="'lua-lora': names of adapters must be unique"):
         AdapterBank.attach(tiny_model(), [spec("lora", "lua"), spec("ia3", "lua"), spec("flora", "lua", "lora")])
 
 
@@ -128,7 +128,7 @@ def test_ia3_default_targets_are_peft_s_table(architecture: str) -> None:
 def test_ia3_without_a_default_for_the_architecture_names_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_model("phi")
     monkeypatch.setattr(model.config, "model_type", "phi_to_come")  # the tests share this configuration
-    hint = "IA3 has no default for architecture 'phi_to_come': name some of dense, fc1, fc2, k_proj, q_proj, v_proj"
+    hint = "IA3 has no default for architecture 'phi_to_come': choose from dense, fc1, fc2, k_proj, q_proj, v_proj"
     with pytest.raises(UserError, match=rf"adapters\.ia3\.target_modules: {hint}"):
         AdapterBank.attach(model, [spec("ia3")])
     with pytest.raises(UserError, match=rf"adapters\.ia3\.feedforward_modules: {hint}"):
@@ -143,12 +143,12 @@ def test_feedforward_module_that_is_no_target_is_refused() -> None:
 @pytest.mark.parametrize("routed", [4, 3, 12], ids=["no-divisor", "divisor", "multiple"])
 def test_wrong_number_of_routed_rows_is_said_clearly(bank: AdapterBank, routed: int) -> None:
     """6 rows of 10 tokens divide evenly among 3 or 12 routed rows, and would silently use wrong adapters."""
-    with pytest.raises(RuntimeError, match=rf"{routed} rows that were routed; call bank\.route with one adapter per row"):
+    with pytest.raises(RuntimeError, match=rf"{routed} routed rows; call bank\.route with one adapter per row"):
         logits(bank, tokens(6, 10), [0] * routed)
 
 
 def test_a_base_on_several_devices_is_refused() -> None:
     model = tiny_model()
     model.lm_head = nn.Linear(32, 97, device="meta")
-    with pytest.raises(UserError, match=r"\['cpu', 'meta'\]: the base must be on one device"):
+    with pytest.raises(UserError, match=r"\['cpu', 'meta'\]: the base model must be on one device"):
         AdapterBank.attach(model, [spec("lora")])

@@ -127,7 +127,7 @@ def test_flora_equals_peft_s_hira_in_value_and_merged_weight(architecture: str, 
     for module, params in pool.row(0).items():
         base: Any = bank.model.get_submodule(module).base_layer
         weight = base.weight.T if pool.targets[module].transposed else base.weight
-        weight, bias = pool.method.merge(weight, base.bias, params, ours, feedforward=False)
+        weight, bias = pool.method.merge(weight, base.bias, params, spec=ours, feedforward=False)
         theirs: Any = merged.get_submodule(module)
         torch.testing.assert_close(weight.T if pool.targets[module].transposed else weight, theirs.weight, rtol=0, atol=1e-6)
         assert bias is base.bias
@@ -159,7 +159,7 @@ def test_merged_layer_computes_what_the_adapted_layer_computes(architecture: str
         layer, target = cast(AdapterLinear, bank.model.get_submodule(module)), pool.targets[module]
         x = torch.randn(2, 5, target.in_features, generator=torch.Generator().manual_seed(3))
         weight = layer.weight.T if target.transposed else layer.weight
-        weight, bias = pool.method.merge(weight, layer.bias, params, ours, target.feedforward)
+        weight, bias = pool.method.merge(weight, layer.bias, params, spec=ours, feedforward=target.feedforward)
         with torch.no_grad(), bank.routed([0, 0]):
             y = layer(x)
         torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias), rtol=0, atol=1e-5)

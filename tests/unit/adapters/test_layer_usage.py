@@ -88,7 +88,9 @@ def test_a_layer_that_scales_its_product_is_left_out() -> None:
     mlp = model.model.layers[1].mlp
     weight, mlp.up_proj = mlp.up_proj.weight, Scaled(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
     mlp.up_proj.weight = weight
-    assert usable_and_not(model)[1] == {"model.layers.1.mlp.up_proj": "is a Scaled, which is not the product with its weight"}
+    assert usable_and_not(model)[1] == {
+        "model.layers.1.mlp.up_proj": "is a Scaled, which does not compute the product with its weight"
+    }
 
 
 def test_a_layer_that_makes_the_logits_is_no_target() -> None:

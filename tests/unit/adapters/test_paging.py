@@ -34,7 +34,7 @@ def test_methods_of_other_sizes_share_one_arena_without_gaps() -> None:
     pager = bank.pager
     assert pager is not None
     small, large = (pool.row_size for pool in bank.pools)
-    assert pager.room == 3 * large
+    assert pager.capacity == 3 * large
     before = {i: bank.row(i).clone() for i in range(24)}
     for wanted in (range(20), range(20, 23), (0, 1, 20, 23), range(20)):
         pager.load(wanted)
@@ -42,7 +42,7 @@ def test_methods_of_other_sizes_share_one_arena_without_gaps() -> None:
             pool, member = bank.location[i]
             assert torch.equal(pool.values[pool.slot_of[member]], before[i])
         used = sum(len(pool.values) * pool.row_size for pool in bank.pools)
-        assert pager.room - used < (large if len(bank.pools[0].values) == 20 else small)
+        assert pager.capacity - used < (large if len(bank.pools[0].values) == 20 else small)
 
 
 def twelve() -> list[AdapterSpec]:
@@ -83,7 +83,7 @@ def test_texts_and_exports_are_those_of_adapters_that_never_move() -> None:
 
 def test_a_batch_of_more_adapters_than_have_room_is_refused() -> None:
     bank = AdapterBank.attach(tiny_model(), twelve(), paging=Paging(2))
-    with pytest.raises(UserError, match=r"device_slots = 2: hold less than the 12 adapters of a step or batch need: give 6"):
+    with pytest.raises(UserError, match=r"device_slots = 2: is too small for the 12 adapters of a step or batch: set it to 6"):
         bank.route(range(12))
     bank.route([0, -1, 1])  # and nothing is lost
 
@@ -136,7 +136,7 @@ def test_an_arena_is_cut_into_what_is_needed_and_fair_parts(room: int) -> None:
     for needs in ([0, 0, 0], [0, 2, 1], [4, 3, 0]):
         if sum(n * s for n, s in zip(needs, sizes, strict=True)) > room:
             continue
-        rows = partition_rows(room, sizes, counts, needs)
+        rows = partition_rows(room, sizes, counts, needs=needs)
         used = sum(n * s for n, s in zip(rows, sizes, strict=True))
         assert used <= room
         assert all(need <= row <= count for need, row, count in zip(needs, rows, counts, strict=True))
@@ -146,7 +146,8 @@ def test_an_arena_is_cut_into_what_is_needed_and_fair_parts(room: int) -> None:
 def test_short_memory_names_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "free_memory", lambda: 1000)
     with pytest.raises(
-        UserError, match=r"paging\.host = 'memory': would keep .* where 0\.0 GB are free: disk keeps them in files"
+        UserError,
+        match=r"paging\.host = 'memory': needs .* more memory for adapters, and 0\.0 GB are free: disk keeps them in files",
     ):
         AdapterBank.attach(tiny_model(), twelve(), paging=Paging(2))
 

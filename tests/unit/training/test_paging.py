@@ -144,5 +144,5 @@ def test_what_is_loaded_is_the_least_that_a_rule_can_load(tmp_path: Path) -> Non
 
 
 def test_too_few_slots_are_an_error_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"adapters\.device_slots = 1: .*step 1 need.*give 3 or more.*tokens_per_step"):
+    with pytest.raises(UserError, match=r"adapters\.device_slots = 1: .*step 1: set it to 3 or more.*tokens_per_step"):
         make_trainer(one_kind(9), tmp_path, paging=Paging(1), steps=4, tokens_per_step=42)
