@@ -107,7 +107,7 @@ def _resolve_and_check(config: RunConfig, family: str, adapter: AdapterConfig, m
     values = {name: _agreed(name, list(by_source.values()), adapter, key, model()) for name in _left_out(adapter)}
     resolved = adapter.model_copy(update=values)
     for task, outline in outlines.items():
-        _check_fit(make_spec(task, family, resolved, config.training.steps), outline, adapter, model())
+        _check_fit(make_spec(task, family, resolved, default_steps=config.training.steps), outline, adapter, model())
     return resolved
 
 
