@@ -128,11 +128,13 @@ def test_ctrl_c_while_clips_are_read_is_one_line_and_leaves_no_process(speech_re
 
 
 @pytest.mark.parametrize(
-    "stage", ["load_tokenizer", "load_tasks", "load_base_model", "final_heldout", "write_report", "export_peft"]
+    "stage", ["load_tokenizer", "load_tasks", "load_base_model", "heldout_losses", "write_report", "export_peft"]
 )
 def test_ctrl_c_at_any_stage_is_one_line(stage: str, recipe: Path, tmp_path: Path) -> None:
     """The signal comes when the stage begins; what a run has written by then is whole."""
-    at = {"load_tokenizer": "session", "load_tasks": "session", "load_base_model": "session"}.get(stage, "judge")
+    at = {"load_tokenizer": "run_context", "load_tasks": "run_context", "load_base_model": "run_context"}.get(
+        stage, "final_evaluation"
+    )
     program = f"""
 import signal, sys
 import flora_train.{at} as module
@@ -146,7 +148,7 @@ module.{stage} = stopped
     assert done.stderr.splitlines()[-1] == "interrupted: what was written is whole"
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.tmp"))
-    if at == "judge":
+    if at == "final_evaluation":
         again = python("train.py", *words[1:], "resume=true", environment=launch_environment(tmp_path))
         assert again.returncode == 0, again.stderr
 
