@@ -147,7 +147,7 @@ def recipe_text(raw: Mapping[str, Any], tasks: Mapping[str, GuessedTask], *, out
         f"# {adapters} adapters in one run: fLoRA, LoRA and IA3 of each task. Keys: docs/data.md, docs/configuration.md",
         "#",
         f"#   flora-train plan recipe={path}     what it needs of memory, disk and time",
-        f"#   flora-train train recipe={path}    train, evaluate, report, export (several GPUs: docs/cluster.md)",
+        f"#   flora-train train recipe={path}    train, evaluate, report, export (several GPUs: docs/several_machines.md)",
         f"name: {json.dumps(raw['name'])}",
         "model:",
         f"  path: {json.dumps(raw['model']['path'])}",
