@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 from flora_train.cli.app import command
 from flora_train.cli.arguments import RecipeOverrides
+
+logger = logging.getLogger(__name__)
 
 
 @command("recipe=NAME [KEY=VALUE ...]", free_form=True)
@@ -18,6 +22,7 @@ def train(overrides: RecipeOverrides = None) -> None:
     from flora_train.config.load import load_config
 
     config = load_config(overrides or [])
+    logger.info(f"{config.name}: {len(config.tasks)} tasks, base {config.model.path}, run folder {config.folder}")
     from flora_train.runtime.signals import end_with_launcher
 
     end_with_launcher()

@@ -51,7 +51,9 @@ def _last_loss(row_losses: RowLosses, pieces: list[np.ndarray]) -> float:
         counts=SplitCounts(),
     )
     # a second row, cut elsewhere: some attentions tell pieces apart only where a batch has one row
-    beside = replace(split, offsets=np.array([0, 2, sum(lengths)]), pack_offsets=np.array([0, 2]), prompt_lengths=np.array([2, 0]))
+    beside = replace(
+        split, offsets=np.array([0, 2, sum(lengths)]), pack_offsets=np.array([0, 2]), prompt_lengths=np.array([2, 0])
+    )
     rows = [Row(-1, name, 0, sum(lengths)) for name in ("asked", "beside")]
     batch = collate(rows, {"asked": split, "beside": beside}.__getitem__, 0)
     return float(row_losses(batch.to(next(row_losses.model.parameters()).device))[0])
