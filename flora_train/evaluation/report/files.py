@@ -8,7 +8,6 @@ from pathlib import Path
 
 from flora_train.config.errors import user_error
 from flora_train.config.json_format import read_object
-from flora_train.evaluation.report.html import render_comparison, render_html
 from flora_train.evaluation.report.types import SCHEMA_VERSION, Report
 from flora_train.evaluation.result_model import validate_results
 from flora_train.runtime.atomic import disk_errors, write_atomically
@@ -48,6 +47,8 @@ def read_report_if_any(folder: RunFolder) -> Report | None:
 
 def write_report(report: Report, folder: Path) -> Path:
     """Write report.json and the self-contained report.html; returns the path of the page."""
+    from flora_train.evaluation.report.html import render_html  # loads matplotlib, which takes a second
+
     page = render_html(report)
     text = json.dumps(report.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
@@ -59,6 +60,8 @@ def write_report(report: Report, folder: Path) -> Path:
 def write_comparison(reports: Mapping[str, Report], html: Path) -> None:
     """Write a page that compares runs. reports: label of a run -> its report. Raises UserError if `html` exists and is
     no page of this package."""
+    from flora_train.evaluation.report.html import render_comparison  # loads matplotlib, which takes a second
+
     page = render_comparison(reports)
     if html.exists() and not _is_generated(html):
         raise user_error("out", str(html), "exists, and was not written by flora-train report: choose another file")
