@@ -150,7 +150,7 @@ def measure(cases: Sequence[Case], repeats: int) -> Measured:
 def judge_block(programs: Sequence[Program], sandbox: Sandbox) -> list[str]:
     """As flora-train does it."""
     verdicts: dict[int, Verdict] = {}
-    execute_all(programs, sandbox, available_cpus(), verdicts.__setitem__)
+    execute_all(programs, sandbox, workers=available_cpus(), report=verdicts.__setitem__)
     return [verdicts[i].status for i in range(len(programs))]
 
 

@@ -61,11 +61,12 @@ def execute_completions(file: str, **values: object) -> None:
     out = Path(options.out) if options.out else path.with_name(f"{path.name.removesuffix('.jsonl')}.verdicts.jsonl")
     mine = [c for c in completions if c.problem.language in languages]
     _check_out(out, path, options, mine)
-    check_verdicts(mine, languages, options.sandbox, out)
+    check_verdicts(mine, languages, options.sandbox, file=out)
     sandbox = open_sandbox(options.sandbox)
     broken = preflight(languages.values(), sandbox)
     mine = [c for c in mine if c.problem.language not in broken]
-    records = collect_verdicts(mine, languages, sandbox, out, options.workers or available_cpus())
+    workers = options.workers or available_cpus()
+    records = collect_verdicts(mine, languages, sandbox, file=out, workers=workers)
     if records:
         _print(Scores(records.values()), options.pass_at_k)
         print_plain(f"verdicts  {out}" + ("" if sandbox.kind == "bubblewrap" else "  (unconfined: sandbox=none)"))

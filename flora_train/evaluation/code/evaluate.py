@@ -228,7 +228,8 @@ def _execute_and_score(config: RunConfig, plan: Plan, suite: Suite, bank: Adapte
     ]
     if completions:
         workers = config.evaluation.workers or available_cpus()
-        collect_verdicts(completions, plan.languages, open_sandbox(config.evaluation.sandbox), log.verdicts, workers)
+        sandbox = open_sandbox(config.evaluation.sandbox)
+        collect_verdicts(completions, plan.languages, sandbox, file=log.verdicts, workers=workers)
     known = {language: (len(problems), suite.sha(language)) for language, problems in suite.problems.items()}
     summary = read_summary(log.path)
     earlier = {part.language: part for part in summary.languages} if summary is not None else {}

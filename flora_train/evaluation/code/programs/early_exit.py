@@ -1,4 +1,6 @@
-"""Words that may end a program before its tests: the flag where a program cannot give evidence of its checks (evidence.py)."""
+"""Finds words that may end a program before its tests, for programs that cannot prove that they ran their
+checks.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from flora_train.evaluation.code.programs.languages import Language
 
 
 def exits_early(language: Language, completion: str) -> bool:
-    """Whether the completion has words that end a program of this language early, outside comments. It reads words and knows no
-    grammar: a passing program that is flagged deserves a look, and what ends a program by other means goes unseen.
+    """Whether the completion, cut at its stop token, has words outside comments that end a program early.
 
-    completion: as it stands in the program, cut at its stop token.
+    This is a search for words, not a parse: a flagged pass deserves a look, and other ways to end a program
+    are missed.
     """
-    # behind code, only what holds no quote is surely a comment and no text
+    # after code, a comment is recognised only if it contains no quotes, as the sign may be inside a string
     comment = rf"^\s*(?:{language.comment}).*$|\s(?:{language.comment})[^\n\"'`]*$"
     code = re.sub(comment, "", completion, flags=re.MULTILINE)
     return re.search(language.exits, code, re.MULTILINE) is not None

@@ -1,4 +1,6 @@
-"""What becomes of a program? Compile, run, one word for how it ended; many at once, and doubtful ones again on a quiet machine."""
+"""Executes programs: compile, run, and one status for how each ended; many at once, and doubtful ones again
+alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from flora_train.evaluation.code.programs.completion_proof import draw_nonce, with_evidence
 from flora_train.evaluation.code.programs.languages import Language
@@ -18,244 +20,308 @@ from flora_train.evaluation.code.programs.sandbox import Limits, Sandbox
 from flora_train.evaluation.code.programs.sandbox_paths import work_folder
 from flora_train.runtime.environment import available_cpus
 
-Status = Literal["OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"]
-STATUSES: tuple[Status, ...] = ("OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation")
+Status = Literal[
+    "OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"
+]
+STATUSES: tuple[Status, ...] = get_args(Status)
 PREPARED_BYTES = 1 << 30
-"""The largest file that may be prepared; GCC's precompiled header has 100 MB."""
+"""Largest file that may be prepared; GCC's precompiled header has 100 MB."""
 CPU_SIGNALS = (128 + 24, 128 + 9)
-"""SIGXCPU, and SIGKILL a second later; an interpreter's own exit may hide which."""
-OUT_OF_MEMORY = r"MemoryError|bad_alloc|OutOfMemoryError|not enough memory|[Oo]ut of memory|heap limit|Cannot allocate memory|cannot allocate vector"
+"""SIGXCPU, and SIGKILL a second later; an interpreter's own exit status may hide which."""
+OUT_OF_MEMORY = (
+    r"MemoryError|bad_alloc|OutOfMemoryError|not enough memory|[Oo]ut of memory|heap limit"
+    r"|Cannot allocate memory|cannot allocate vector"
+)
 VIOLATION = (
-    r"Read-only file system|Network is unreachable|Operation not permitted|Permission denied|EACCES|EROFS|EPERM|ENETUNREACH"
+    r"Read-only file system|Network is unreachable|Operation not permitted|Permission denied"
+    r"|EACCES|EROFS|EPERM|ENETUNREACH"
 )
 COMPILER_KILLED = r"Killed signal terminated|CPU time limit exceeded|signal: killed"
-"""What a driver says whose compiler proper ran out of time; it exits with 1 itself."""
+"""Output of a compiler driver whose compiler exceeded its CPU time; the driver itself exits with 1."""
 TAIL = 2000
+"""Characters of the output that a verdict keeps."""
 PROOF_TIME_FACTOR = 3
-"""Times the limit that the second run of a passing program may compute: it must not miss its evidence on a busy machine."""
+"""Multiple of its limit that the second run of a passing program may compute, so that a busy machine does not
+fail it.
+"""
 CONTENTION_FACTOR = 2
-"""Beside others a program may compute so many times its limit, for it then computes slower. Who needs more is out of time."""
+"""Under contention a program may use this multiple of its CPU limit; beyond it, it times out."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """source: prompt, completion and tests, as one text. tests: those with which `source` ends, where it is to be found out whether
-    a passing program ran them."""
+    """A program to be executed."""
 
     language: Language
     source: str
+    """Prompt, completion and tests as one text."""
     tests: str = ""
+    """The tests at the end of `source`, if a passing program must prove that it ran them."""
 
     @property
     def sha(self) -> str:
-        """The same text in the same language is the same program."""
+        """SHA-256 of language and source."""
         return sha256(f"{self.language.key}\x1f{self.source}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """seconds: on the clock; output: the end of what it said; reran_alone: beside others it was late, and it was run alone. checks_ran:
-    whether a second run, of the same program with a nonce and a check that fails after its last check, showed both; None where
-    that was not tried."""
+    """How a program ended."""
 
     status: Status
     exit: int
+    """Exit status as the shell counts."""
     seconds: float
+    """Elapsed seconds."""
     output: str
+    """The end of its output."""
     reran_alone: bool = False
+    """Whether it was late under contention, and therefore run again alone."""
     checks_ran: bool | None = None
+    """Whether a second run printed the nonce after its last check and failed the added one; None if not
+    tried.
+    """
 
     def record(self) -> dict[str, Any]:
-        """As it is written to a verdict file."""
+        """The verdict as it is written to a verdict file."""
         record = asdict(self)
         record["again"] = record.pop("reran_alone")
         return record
 
 
+@dataclass(frozen=True)
+class ProgramRun(Ended):
+    """The result of compiling and running a program."""
+
+    seconds: float = 0.0
+    """Elapsed seconds, including compilation."""
+    compiled: bool = True
+    """Whether compilation succeeded; if not, all other fields are the compiler's."""
+
+
 def execute(program: Program, sandbox: Sandbox) -> Verdict:
-    """Compile and run one program in a folder of its own, with nothing beside it."""
+    """Compile and run one program in its own folder, with no other beside it."""
     return _execute(program, sandbox, 1)[0]
 
 
-def _execute(program: Program, sandbox: Sandbox, patience: int) -> tuple[Verdict, bool]:
-    """The verdict, and whether it might be another one alone. patience: times the limit that it may compute."""
-    verdict, doubtful = _run_and_classify(program, sandbox, patience)
-    if verdict.status == "OK" and not doubtful and program.tests:
-        verdict = replace(verdict, checks_ran=_checks_ran(program, sandbox))
-    return verdict, doubtful
+def execute_all(
+    programs: Sequence[Program], sandbox: Sandbox, *, workers: int, report: Callable[[int, Verdict], None]
+) -> None:
+    """Call `report(i, verdict)` for programs[i] as verdicts arrive, in the calling thread.
 
+    Equal programs run once.
 
-def _checks_ran(program: Program, sandbox: Sandbox) -> bool | None:
-    """Whether a passing program comes to the end of its checks and fails one that is added there. It may take longer than it
-    took to pass. None where its tests have no place for that."""
-    nonce = draw_nonce()
-    changed = with_evidence(program.language, program.source, program.tests, nonce)
-    if changed is None:
-        return None
-    ended = _run_program(replace(program, source=changed), sandbox, PROOF_TIME_FACTOR, hidden=True)
-    # alone on its line, for a compiler's or an interpreter's message quotes what it complains of
-    shown = re.search(rf"^{nonce}\r?$", f"{ended.output}\n{ended.errors}", re.MULTILINE) is not None
-    return shown and ended.compiled and classify(ended, program.language) not in ("OK", "Timeout", "OutOfMemory")
-
-
-def _run_and_classify(program: Program, sandbox: Sandbox, patience: int) -> tuple[Verdict, bool]:
-    language = program.language
-    ended = _run_program(program, sandbox, patience)
-    if not ended.compiled:
-        late = bool(_out_of_time(ended) or re.search(COMPILER_KILLED, ended.errors))
-        return Verdict("Timeout" if late else "SyntaxError", ended.status, ended.wall, _tail(ended)), late
-    # the kernel stops only the process that computes too long, such as a command that Bash substitutes; Bash goes on
-    limit = Limits(language.seconds).whole_cpu
-    endless = ended.cpu >= patience * limit and not ended.over_memory
-    status = "Timeout" if endless else classify(ended, language)
-    # on the clock it takes at least as long as it computes; what stopped it earlier than that was something else
-    endless |= ended.status in CPU_SIGNALS and not ended.timed_out and ended.wall > 0.9 * CONTENTION_FACTOR * language.seconds
-    doubtful = not endless and (status == "Timeout" or ended.cpu >= limit or ended.wall > language.seconds)
-    return Verdict(status, ended.status, ended.seconds, _tail(ended)), doubtful
-
-
-@dataclass(frozen=True)
-class Ran(Ended):
-    """seconds: on the clock, compiling included; compiled: it was run, and if not, all else is of the compiler."""
-
-    seconds: float = 0.0
-    compiled: bool = True
-
-
-def _run_program(program: Program, sandbox: Sandbox, patience: int, hidden: bool = False) -> Ran:
-    """hidden: it cannot read its own source, as far as its language allows."""
-    language = program.language
-    command, stdin = language.run, None
-    with work_folder(confined=sandbox.kind == "bubblewrap") as name:
-        folder = Path(name)
-        file = folder / language.file
-        if hidden and language.evidence is not None and language.evidence.run is not None:
-            command, stdin = language.evidence.run, program.source
-        else:
-            file.write_text(program.source, encoding="utf-8")
-        sandbox.own(folder)
-        seconds = 0.0
-        if language.compile is not None:
-            ended = _compile(program, language.compile, folder, sandbox)
-            seconds = ended.wall
-            if ended.status or ended.timed_out:
-                return Ran(**vars(ended), seconds=seconds, compiled=False)
-            if hidden:
-                file.unlink(missing_ok=True)
-        ended = _run(command, language, folder, sandbox, Limits(patience * language.seconds), stdin=stdin)
-        return Ran(**vars(ended), seconds=seconds + ended.wall)
-
-
-def classify(ended: Ended, language: Language) -> Status:
-    """One word for how a run ended."""
-    said = ended.output + ended.errors
-    if ended.over_memory:
-        return "OutOfMemory"
-    if _out_of_time(ended):
-        return "Timeout"
-    quiet = not (language.quiet and ended.errors.strip())
-    refused = language.never is not None and re.search(language.never, said)
-    if ended.status == 0 and quiet and not refused and (language.says is None or re.search(language.says, said)):
-        return "OK"
-    if ended.status == 0 and refused:
-        return "Exception"
-    if re.search(OUT_OF_MEMORY, said):
-        return "OutOfMemory"
-    if re.search(VIOLATION, said):
-        return "SandboxViolation"
-    return language.meaning(said)  # type: ignore[return-value]
-
-
-def execute_all(programs: Sequence[Program], sandbox: Sandbox, workers: int, report: Callable[[int, Verdict], None]) -> None:
-    """Call `report(i, verdict)` for programs[i] as verdicts come, from this thread. Equal programs run once. What is late beside
-    others is run again alone, so that no verdict depends on what else ran; what computes CONTENTION_FACTOR times its limit, and goes on, is
-    out of time wherever it runs."""
-    same: dict[str, list[int]] = defaultdict(list)
+    A program that is late under contention is run again alone, so that no verdict depends on other programs.
+    One that computes CONTENTION_FACTOR times its limit times out in any case, and is not run again.
+    """
+    indices: dict[str, list[int]] = defaultdict(list)
     for i, program in enumerate(programs):
-        same[program.sha].append(i)
-    programs = _without_evidence_that_fails_here(programs, sandbox)
-    late: list[str] = []
+        indices[program.sha].append(i)
+    programs = _without_unprovable_tests(programs, sandbox)
+    doubtful_shas: list[str] = []
 
-    def tell(sha: str, verdict: Verdict) -> None:
-        for i in same[sha]:
+    def report_all(sha: str, verdict: Verdict) -> None:
+        for i in indices[sha]:
             report(i, verdict)
 
     with ThreadPoolExecutor(workers) as pool:
-        patience = CONTENTION_FACTOR if workers > 1 else 1
-        running = {pool.submit(_execute, programs[places[0]], sandbox, patience): sha for sha, places in same.items()}
+        time_factor = CONTENTION_FACTOR if workers > 1 else 1
+        running = {}
+        for sha, same in indices.items():
+            running[pool.submit(_execute, programs[same[0]], sandbox, time_factor)] = sha
         try:
-            for done in as_completed(running):
-                verdict, doubtful = done.result()
+            for future in as_completed(running):
+                verdict, doubtful = future.result()
                 if doubtful and workers > 1:
-                    late.append(running[done])
+                    doubtful_shas.append(running[future])
                 else:
-                    tell(running[done], verdict)
-        except BaseException:  # Ctrl-C does not wait for the programs that run
+                    report_all(running[future], verdict)
+        except BaseException:  # Ctrl-C must not wait for running programs
             sandbox.stop.set()
             pool.shutdown(cancel_futures=True)
             sandbox.stop.clear()
             raise
-    for sha in late:
-        tell(sha, replace(execute(programs[same[sha][0]], sandbox), reran_alone=True))
-
-
-def _without_evidence_that_fails_here(programs: Sequence[Program], sandbox: Sandbox) -> Sequence[Program]:
-    """No evidence is asked of programs of a language whose known pass does not give it on this machine."""
-    languages = {program.language.key: program.language for program in programs if program.tests}
-    sure = {key: _checks_ran(Program(found, found.passing, found.passing), sandbox) for key, found in languages.items()}
-    return [program if sure.get(program.language.key) else replace(program, tests="") for program in programs]
+    for sha in doubtful_shas:
+        verdict = execute(programs[indices[sha][0]], sandbox)
+        report_all(sha, replace(verdict, reran_alone=True))
 
 
 def preflight(languages: Iterable[Language], sandbox: Sandbox) -> dict[str, str]:
-    """Language key -> why it cannot be evaluated here: its known program does not pass, or its known failure does. A language
-    that works is absent. As many programs run at once as there are CPUs."""
+    """Language key -> why it cannot be evaluated here, for languages that fail the check.
+
+    A language works if its example of a passing program passes and its example of a failing program fails. As
+    many programs run at once as there are CPUs.
+    """
     languages = list(languages)
     programs: list[Program] = []
     for language in languages:
         programs += [Program(language, language.passing), Program(language, language.failing)]
     verdicts: dict[int, Verdict] = {}
-    execute_all(programs, sandbox, available_cpus(), verdicts.__setitem__)
+    execute_all(programs, sandbox, workers=available_cpus(), report=verdicts.__setitem__)
     broken = {}
     for number, language in enumerate(languages):
         passing, failing = verdicts[2 * number], verdicts[2 * number + 1]
         if passing.status != "OK":
-            last = (passing.output.strip().splitlines() or [passing.status])[-1]
-            broken[language.key] = f"{language.name} does not run here ({last}): {language.how_to_install}"
+            error = (passing.output.strip().splitlines() or [passing.status])[-1]
+            broken[language.key] = f"{language.name} does not run here ({error}): {language.how_to_install}"
         elif failing.status != "AssertionError":
-            broken[language.key] = (
-                f"{language.name} does not notice a failed check here ({failing.status}): {language.how_to_install}"
-            )
+            reason = f"{language.name} does not notice a failed check here ({failing.status})"
+            broken[language.key] = f"{reason}: {language.how_to_install}"
     return broken
 
 
-def _compile(program: Program, words: Sequence[str], folder: Path, sandbox: Sandbox) -> Ended:
-    """With what the language prepared, where that suits the program; without it where preparing failed."""
-    language, prepare = program.language, program.language.prepare
+def classify(ended: Ended, language: Language) -> Status:
+    """The status of a run, from its exit status and output."""
+    output = ended.output + ended.errors
+    if ended.over_memory:
+        return "OutOfMemory"
+    if _out_of_time(ended):
+        return "Timeout"
+    forbidden = language.never is not None and re.search(language.never, output)
+    if ended.status == 0 and not forbidden and _has_passed(ended, language):
+        return "OK"
+    if ended.status == 0 and forbidden:
+        return "Exception"
+    if re.search(OUT_OF_MEMORY, output):
+        return "OutOfMemory"
+    if re.search(VIOLATION, output):
+        return "SandboxViolation"
+    return language.error_status(output)
+
+
+def _has_passed(ended: Ended, language: Language) -> bool:
+    """Whether the output of a program that exited with 0 is that of passing tests."""
+    if language.quiet and ended.errors.strip():
+        return False
+    return language.says is None or re.search(language.says, ended.output + ended.errors) is not None
+
+
+def _execute(program: Program, sandbox: Sandbox, time_factor: int) -> tuple[Verdict, bool]:
+    """The verdict, and whether it might differ if run alone. time_factor: multiple of its limit that it may
+    compute.
+    """
+    verdict, doubtful = _run_and_classify(program, sandbox, time_factor)
+    if verdict.status == "OK" and not doubtful and program.tests:
+        verdict = replace(verdict, checks_ran=_checks_ran(program, sandbox))
+    return verdict, doubtful
+
+
+def _run_and_classify(program: Program, sandbox: Sandbox, time_factor: int) -> tuple[Verdict, bool]:
+    language = program.language
+    ended = _run_program(program, sandbox, time_factor)
+    if not ended.compiled:
+        late = bool(_out_of_time(ended) or re.search(COMPILER_KILLED, ended.errors))
+        return Verdict("Timeout" if late else "SyntaxError", ended.status, ended.wall, _tail(ended)), late
+    # the kernel stops only the process that exceeds its limit, such as a command substituted by Bash; Bash
+    # goes on
+    limit = Limits(language.seconds).whole_cpu
+    endless = ended.cpu >= time_factor * limit and not ended.over_memory
+    status: Status = "Timeout" if endless else classify(ended, language)
+    # elapsed time is at least CPU time; a program stopped earlier than that was stopped for another reason
+    long_run = ended.wall > 0.9 * CONTENTION_FACTOR * language.seconds
+    endless |= ended.status in CPU_SIGNALS and not ended.timed_out and long_run
+    late = status == "Timeout" or ended.cpu >= limit or ended.wall > language.seconds
+    return Verdict(status, ended.status, ended.seconds, _tail(ended)), late and not endless
+
+
+def _checks_ran(program: Program, sandbox: Sandbox) -> bool | None:
+    """Whether a passing program reaches the end of its checks, and fails one that is added there.
+
+    None if its language or tests allow no such proof.
+    """
+    nonce = draw_nonce()
+    source = with_evidence(program.language, program.source, program.tests, nonce)
+    if source is None:
+        return None
+    ended = _run_program(replace(program, source=source), sandbox, PROOF_TIME_FACTOR, hidden=True)
+    # on its own line, as error messages of compilers and interpreters quote the source
+    printed = re.search(rf"^{nonce}\r?$", f"{ended.output}\n{ended.errors}", re.MULTILINE) is not None
+    if not printed or not ended.compiled:
+        return False
+    return classify(ended, program.language) not in ("OK", "Timeout", "OutOfMemory")
+
+
+def _without_unprovable_tests(programs: Sequence[Program], sandbox: Sandbox) -> Sequence[Program]:
+    """The programs, without `tests` if their language's own passing program has no proof here."""
+    languages = {program.language.key: program.language for program in programs if program.tests}
+    provable = {}
+    for key, language in languages.items():
+        provable[key] = _checks_ran(Program(language, language.passing, language.passing), sandbox)
+    return [
+        program if provable.get(program.language.key) else replace(program, tests="") for program in programs
+    ]
+
+
+def _run_program(program: Program, sandbox: Sandbox, time_factor: int, *, hidden: bool = False) -> ProgramRun:
+    """hidden: prevent the program from reading its own source, as far as its language allows."""
+    language = program.language
+    words, stdin = language.run, None
+    with work_folder(confined=sandbox.kind == "bubblewrap") as name:
+        folder = Path(name)
+        file = folder / language.file
+        if hidden and language.evidence is not None and language.evidence.run is not None:
+            words, stdin = language.evidence.run, program.source
+        else:
+            file.write_text(program.source, encoding="utf-8")
+        sandbox.own(folder)
+        command = _LanguageCommand(language, sandbox, folder)
+        seconds = 0.0
+        if language.compile is not None:
+            ended = _compile(program, language.compile, command)
+            seconds = ended.wall
+            if ended.status or ended.timed_out:
+                return ProgramRun(**vars(ended), seconds=seconds, compiled=False)
+            if hidden:
+                file.unlink(missing_ok=True)
+        ended = command.run(words, Limits(time_factor * language.seconds), stdin=stdin)
+        return ProgramRun(**vars(ended), seconds=seconds + ended.wall)
+
+
+def _compile(program: Program, words: Sequence[str], command: _LanguageCommand) -> Ended:
+    """Compile with what the language prepared, if it suits the program and preparing it succeeded."""
+    language, prepare, cache = program.language, program.language.prepare, command.sandbox.prepared
     prepared = None
     if prepare is not None and re.match(prepare.when, program.source):
-        prepared = sandbox.prepared.get(language.key, lambda empty: _prepared(language, prepare.command, empty, sandbox))
-        words = words if prepared is None else [*words, *prepare.words]
-    return _run(words, language, folder, sandbox, Limits(language.compile_seconds), writable=True, prepared=prepared)
+
+        def fill(folder: Path) -> bool:
+            return _prepare(_LanguageCommand(language, command.sandbox, folder), prepare.command)
+
+        prepared = cache.get(language.key, fill)
+        if prepared is not None:
+            words = [*words, *prepare.words]
+    return command.run(words, Limits(language.compile_seconds), writable=True, prepared=prepared)
 
 
-def _prepared(language: Language, command: Sequence[str], folder: Path, sandbox: Sandbox) -> bool:
-    sandbox.own(folder)
-    ended = _run(command, language, folder, sandbox, Limits(language.compile_seconds, file=PREPARED_BYTES), writable=True)
+def _prepare(command: _LanguageCommand, words: Sequence[str]) -> bool:
+    command.sandbox.own(command.folder)
+    limits = Limits(command.language.compile_seconds, file=PREPARED_BYTES)
+    ended = command.run(words, limits, writable=True)
     return ended.status == 0 and not ended.timed_out
 
 
-def _run(
-    words: Sequence[str],
-    language: Language,
-    folder: Path,
-    sandbox: Sandbox,
-    limits: Limits,
-    writable: bool = False,
-    prepared: Path | None = None,
-    stdin: str | None = None,
-) -> Ended:
-    command = [word.replace("{file}", language.file) for word in words]
-    return run_command(sandbox.command(command, folder, limits, writable, prepared, stdin), limits.wall)
+@dataclass(frozen=True)
+class _LanguageCommand:
+    """Runs commands of a language in a folder."""
+
+    language: Language
+    sandbox: Sandbox
+    folder: Path
+
+    def run(
+        self,
+        words: Sequence[str],
+        limits: Limits,
+        *,
+        writable: bool = False,
+        prepared: Path | None = None,
+        stdin: str | None = None,
+    ) -> Ended:
+        """Run one command, whose {file} is the language's source file."""
+        words = [word.replace("{file}", self.language.file) for word in words]
+        command = self.sandbox.command(
+            words, self.folder, limits, writable=writable, prepared=prepared, stdin=stdin
+        )
+        return run_command(command, limits.wall)
 
 
 def _out_of_time(ended: Ended) -> bool:

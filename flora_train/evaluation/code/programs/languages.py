@@ -1,11 +1,11 @@
-"""How is each language run? The table eval/languages.yaml, read and checked."""
+"""Language: how programs of a language are compiled and run, from the table eval/languages.yaml."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -17,30 +17,32 @@ from flora_train.config.paths import PROJECT_ROOT
 
 TABLE = PROJECT_ROOT / "eval" / "languages.yaml"
 EXITS = r"(?i)\b(?:_?exit|quick_exit|quit|halt)!?\s*\("
-"""A call that ends the program: exit(), System.exit(), process.exit(), os.Exit(), std::process::exit(), Runtime.halt(), ..."""
+"""Calls that end a program: exit(), System.exit(), process.exit(), os.Exit(), std::process::exit(),
+Runtime.halt(), ...
+"""
 
 
-def _a_pattern(value: str | None) -> str | None:
-    """Raises ValueError for what is no regular expression: it would be found out at the first program, after training."""
+def _valid_pattern(value: str | None) -> str | None:
+    """Raises ValueError for an invalid regular expression, before the first program needs it."""
     try:
         re.compile(value or "")
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"is no regular expression: {error}") from error
+        raise ValueError(f"is not a valid regular expression: {error}") from error
     return value
 
 
 class Prepare(ConfigModel):
-    """What a language's compiler needs once; what each key means stands at the table's top."""
+    """What a language's compiler prepares once; the keys are explained at the top of the table."""
 
     command: list[Text] = Field(min_length=1)
     when: str
     words: list[Text]
 
-    _patterns = field_validator("when")(_a_pattern)
+    _patterns = field_validator("when")(_valid_pattern)
 
 
 class Evidence(ConfigModel):
-    """How a passing program shows that it ran its checks; what each key means stands at the table's top."""
+    """How a passing program proves that it ran its checks; the keys are explained at the top of the table."""
 
     before: str
     write: str
@@ -48,7 +50,7 @@ class Evidence(ConfigModel):
 
 
 class Language(ConfigModel):
-    """A row of the table; what each key means stands at its top."""
+    """A row of the table; the keys are explained at its top."""
 
     key: Text
     name: Text
@@ -72,39 +74,41 @@ class Language(ConfigModel):
     passing: str = Field(alias="pass")
     failing: str = Field(alias="fail")
 
-    _patterns = field_validator("says", "assertion", "syntax", "exits")(_a_pattern)
+    _patterns = field_validator("says", "assertion", "syntax", "exits")(_valid_pattern)
 
-    def meaning(self, output: str) -> str:
-        """AssertionError, SyntaxError or Exception: what the words of a failed run mean."""
+    def error_status(self, output: str) -> Literal["AssertionError", "SyntaxError", "Exception"]:
+        """The status of a failed run, from its output."""
         if self.syntax and re.search(self.syntax, output):
             return "SyntaxError"
         return "AssertionError" if re.search(self.assertion, output, re.DOTALL) else "Exception"
 
     @property
     def how_to_install(self) -> str:
-        """The commands that a Debian user runs, or who has what Debian 12 has not."""
+        """The commands to install the language on Debian, or its website if Debian 12 has no package."""
         if self.maker is not None:
             return f"from {self.maker}; Debian 12 has no package"
-        npm = f" && npm install -g {' '.join(self.npm)}" if self.npm else ""
-        return f"apt-get install {' '.join(self.packages)}{npm}"
+        commands = [f"apt-get install {' '.join(self.packages)}"]
+        if self.npm:
+            commands.append(f"npm install -g {' '.join(self.npm)}")
+        return " && ".join(commands)
 
 
 def load_languages(cpu_seconds: float | None = None, table: Path = TABLE) -> dict[str, Language]:
-    """Key of MultiPL-E's prompt sets -> language. cpu_seconds: what a program may compute, for all languages instead of their own.
-    Raises UserError for a damaged table, with every row and key that is wrong."""
+    """Key of MultiPL-E's prompt sets -> language.
+
+    Raises UserError for a damaged table, naming every wrong key.
+
+    cpu_seconds: CPU time limit of a program, instead of each language's own.
+    """
     languages, problems = {}, []
     for key, row in _rows(table).items():
         try:
             languages[key] = Language.model_validate({**row, "key": key})
         except ValidationError as error:
-            problems += [
-                Problem(
-                    f"{table}: {'.'.join(map(str, (key, *found['loc'])))}",
-                    found["input"],
-                    found["msg"].removeprefix("Value error, "),
-                )
-                for found in error.errors()
-            ]
+            for item in error.errors():
+                location = ".".join(map(str, (key, *item["loc"])))
+                hint = item["msg"].removeprefix("Value error, ")
+                problems.append(Problem(f"{table}: {location}", item["input"], hint))
     if problems:
         raise UserError(*problems)
     if cpu_seconds is None:
@@ -113,24 +117,23 @@ def load_languages(cpu_seconds: float | None = None, table: Path = TABLE) -> dic
 
 
 def _rows(table: Path) -> Mapping[Any, Mapping[str, Any]]:
-    """Raises UserError for a file that holds no rows of keys and values."""
+    """Raises UserError for a file without rows of keys and values."""
     try:
         rows = yaml.safe_load(table.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise user_error(str(table), None, f"cannot be read: {first_line(error)}") from error
     if not isinstance(rows, Mapping) or not rows:
-        raise user_error(str(table), None, "must hold a row of keys and values for each language")
+        raise user_error(str(table), None, "must have a row of keys and values for each language")
     for key, row in rows.items():
         if not isinstance(row, Mapping) or "key" in row:
-            raise user_error(f"{table}: {key}", row, "must be keys and values, and key is not one of them")
+            raise user_error(f"{table}: {key}", row, "must be a mapping without the key `key`")
     return rows
 
 
 def find_language(key: str, languages: Mapping[str, Language]) -> Language:
-    """key: or another word for it. Raises UserError for a language that the table lacks."""
+    """The language of a key or of another name for it. Raises UserError if it is not in the table."""
     key = language_key(key)
     if key not in languages:
-        raise user_error(
-            "language", key, f"is not in eval/languages.yaml; there are {choices(languages)}.{did_you_mean(key, languages)}"
-        )
+        hint = f"is not in eval/languages.yaml; it has {choices(languages)}.{did_you_mean(key, languages)}"
+        raise user_error("language", key, hint)
     return languages[key]

@@ -1,4 +1,7 @@
-"""Run one command within limits. Its output is drained, so that it never waits for a reader, and both ends of it are kept."""
+"""Runs one command within limits.
+
+Its output is drained so that it never blocks; start and end of it are kept.
+"""
 
 from __future__ import annotations
 
@@ -17,74 +20,92 @@ from typing import IO
 from flora_train.evaluation.code.programs.memory_limit import SandboxMemory, SessionMemory
 
 KEPT_BYTES = 64 << 10
-"""Of either end: what a program says of its tests comes last."""
+"""Bytes kept of each end of the output; the results of tests are printed last."""
 CHUNK = 1 << 16
 PIPE_BYTES = 1 << 20
-"""What Linux grants anyone. Node writes to its pipes without waiting and drops what does not fit, the error that ended it too."""
+"""The largest size that Linux allows every user.
+
+Node does not wait when a pipe is full, and drops what does not fit, even the error that ended the program.
+"""
 INFO = "descriptor:info"
-"""The word of a command that stands for the descriptor on which bubblewrap reports its process."""
+"""Placeholder in a command for the file descriptor on which bubblewrap reports its process id."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Command:
-    """words: what is started, in `folder`, with `environment` and nothing else of ours. data: word -> content; the word becomes the
-    number of a descriptor that the content can be read from. stdin: what the command reads, by default nothing. memory: bytes that
-    all its processes may hold together; scratch: bytes of each of the sandbox's scratch folders; stop: once it is set, the command is
-    ended as by the clock."""
+    """A command and its limits."""
 
     words: Sequence[str]
+    """Program and arguments."""
     folder: Path
+    """The current directory."""
     environment: Mapping[str, str]
+    """The whole environment; nothing is inherited."""
     memory: int
+    """Bytes that all processes of the command may hold together."""
     scratch: int = 0
+    """Bytes of each scratch folder of the sandbox."""
     data: Mapping[str, bytes] = field(default_factory=dict)
+    """Word -> content; the word is replaced by the number of a file descriptor with this content."""
     stdin: str | None = None
+    """Standard input; None: empty."""
     stop: Event = field(default_factory=Event)
+    """Once set, the command is ended as by a timeout."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """status: as the shell counts, 128 + n for signal n; wall: seconds on the clock; timed_out: stopped by it; cpu: seconds that a
-    process which it started computed, the longest of them (without a sandbox: all together, itself included); over_memory: stopped because its processes together held too much."""
+    """The result of a command."""
 
     status: int
+    """Exit status as the shell counts: 128 + n for signal n."""
     output: str
     errors: str
     wall: float
+    """Elapsed seconds."""
     timed_out: bool
     cpu: float = 0.0
+    """CPU seconds of the child process that computed longest (without a sandbox: of all processes together).
+    """
     over_memory: bool = False
+    """Whether it was stopped because its processes together held too much memory."""
 
 
 def run_command(command: Command, wall: float) -> Ended:
-    """Run it to its end, or to `wall` seconds; whatever it started ends with it."""
+    """Run a command to its end, at most `wall` seconds. All processes that it started end with it."""
     started = time.monotonic()
     with ExitStack() as opened:
-        process, watch = _start(command, opened)
-        kept: dict[str, tuple[bytes, bytes]] = {}
-        helpers = [Thread(target=_drain, args=(process.stdout, kept, "out"), daemon=True)]
-        helpers += [Thread(target=_drain, args=(process.stderr, kept, "err"), daemon=True)]
+        process, memory = _start(command, opened)
+        captured: dict[str, tuple[bytes, bytes]] = {}
+        threads = [Thread(target=_drain, args=(process.stdout, captured, "out"), daemon=True)]
+        threads.append(Thread(target=_drain, args=(process.stderr, captured, "err"), daemon=True))
         if command.stdin is not None:
-            helpers.append(Thread(target=_feed, args=(process.stdin, command.stdin.encode()), daemon=True))
-        for helper in helpers:
-            helper.start()
+            threads.append(Thread(target=_feed, args=(process.stdin, command.stdin.encode()), daemon=True))
+        for thread in threads:
+            thread.start()
         timed_out, over_memory = False, False
         try:
-            timed_out, over_memory = _wait(process.pid, started + wall, watch, command.stop)
+            timed_out, over_memory = _wait(process.pid, started + wall, memory, command.stop)
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
-    for helper in helpers:
-        helper.join(timeout=5)
-    output, errors = (b"".join(kept.get(name, ())).decode("utf-8", errors="replace") for name in ("out", "err"))
-    code = process.returncode
-    cpu = watch.computed(usage.ru_utime + usage.ru_stime)
-    return Ended(128 - code if code < 0 else code, output, errors, time.monotonic() - started, timed_out, cpu, over_memory)
+    for thread in threads:
+        thread.join(timeout=5)
+    output, errors = (
+        b"".join(captured.get(name, ())).decode("utf-8", errors="replace") for name in ("out", "err")
+    )
+    status = process.returncode
+    if status < 0:
+        status = 128 - status
+    cpu = memory.computed(usage.ru_utime + usage.ru_stime)
+    return Ended(status, output, errors, time.monotonic() - started, timed_out, cpu, over_memory)
 
 
-def _start(command: Command, opened: ExitStack) -> tuple[subprocess.Popen[bytes], SandboxMemory | SessionMemory]:
+def _start(
+    command: Command, opened: ExitStack
+) -> tuple[subprocess.Popen[bytes], SandboxMemory | SessionMemory]:
     descriptors = {word: opened.enter_context(_readable(content)) for word, content in command.data.items()}
     info = None
     if INFO in command.words:
@@ -99,7 +120,7 @@ def _start(command: Command, opened: ExitStack) -> tuple[subprocess.Popen[bytes]
         start_new_session=True,
         pass_fds=tuple(descriptors.values()),
     )
-    import fcntl  # Linux and macOS only, as all of this: what else a run does is done on Windows, too
+    import fcntl  # missing on Windows, where the rest of a run works
 
     for stream in (process.stdout, process.stderr):
         with suppress(OSError, AttributeError):  # macOS has no F_SETPIPE_SZ
@@ -109,29 +130,31 @@ def _start(command: Command, opened: ExitStack) -> tuple[subprocess.Popen[bytes]
     return process, SandboxMemory(info, command.memory, command.scratch)
 
 
-def _wait(pid: int, deadline: float, watch: SandboxMemory | SessionMemory, stop: Event) -> tuple[bool, bool]:
-    """Until the process has ended, which is then still to be reaped: whether the clock (or `stop`) stopped it, and whether its memory
-    did."""
+def _wait(pid: int, deadline: float, memory: SandboxMemory | SessionMemory, stop: Event) -> tuple[bool, bool]:
+    """Wait until the process has ended, or must be stopped: (by deadline or `stop`, because of its memory).
+
+    The process is not reaped here.
+    """
     with _end_of(pid) as ended:
-        pause = watch.tick
+        pause = memory.tick
         while not ended(max(0.0, min(pause, deadline - time.monotonic()))):
             if time.monotonic() >= deadline or stop.is_set():
                 return True, False
-            began = time.thread_time()  # on a busy machine a look takes longer, and costs no more
-            if watch.exceeded():
+            began = time.thread_time()  # CPU time: on a busy machine a check takes longer, but costs no more
+            if memory.exceeded():
                 return False, True
-            pause = max(watch.tick, 5 * (time.thread_time() - began))
+            pause = max(memory.tick, 5 * (time.thread_time() - began))
     return False, False
 
 
 @contextmanager
 def _end_of(pid: int) -> Iterator[Callable[[float], bool]]:
-    """A function that waits so many seconds at most, and says whether the process has ended."""
+    """A function that waits at most the given seconds and returns whether the process has ended."""
     try:
         descriptor = os.pidfd_open(pid)
     except (AttributeError, OSError):  # an old kernel
 
-        def look(seconds: float) -> bool:
+        def wait(seconds: float) -> bool:
             until = time.monotonic() + seconds
             while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 if time.monotonic() >= until:
@@ -139,7 +162,7 @@ def _end_of(pid: int) -> Iterator[Callable[[float], bool]]:
                 time.sleep(min(0.01, seconds))
             return True
 
-        yield look
+        yield wait
         return
     try:
         poll = select.poll()
@@ -173,16 +196,16 @@ def _pipe() -> Iterator[tuple[int, int]]:
 
 def _feed(stream: IO[bytes] | None, content: bytes) -> None:
     assert stream is not None
-    with suppress(OSError), stream:  # it may end without having read everything
+    with suppress(OSError), stream:  # the process may end before reading everything
         stream.write(content)
 
 
-def _drain(stream: IO[bytes] | None, kept: dict[str, tuple[bytes, bytes]], name: str) -> None:
+def _drain(stream: IO[bytes] | None, captured: dict[str, tuple[bytes, bytes]], name: str) -> None:
     assert stream is not None
-    begun, ended = b"", b""
+    start, end = b"", b""
     with stream, suppress(OSError, ValueError):
         while chunk := stream.read1(CHUNK):  # type: ignore[attr-defined]
-            room = KEPT_BYTES - len(begun)
-            begun += chunk[:room]
-            ended = (ended + chunk[room:])[-KEPT_BYTES:]
-            kept[name] = (begun, ended)
+            room = KEPT_BYTES - len(start)
+            start += chunk[:room]
+            end = (end + chunk[room:])[-KEPT_BYTES:]
+            captured[name] = (start, end)

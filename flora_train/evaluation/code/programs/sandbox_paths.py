@@ -1,4 +1,4 @@
-"""Where a program's files may lie, and what of the caller it must not see."""
+"""Folders for generated programs, and paths of the user that must stay hidden from them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from flora_train.config.errors import UserError, user_error
 from flora_train.config.paths import CHECKOUT, IS_CHECKOUT
 
 NEUTRAL = ("/tmp", "/var/tmp", "/dev/shm")
-"""Folders for work folders, the first that will do. TMPDIR is not among them: it may lie in somebody's home, and the source of a
-mount can be read inside the sandbox."""
+"""Candidates for the parent of work folders, in order of preference.
+
+TMPDIR is not used: it may be inside a home folder, and the source of a mount can be read inside the sandbox.
+"""
 SYSTEM_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 SYSTEM_NAMES = frozenset(
     {"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "libexec", "share", "include", "local", "games"}
@@ -22,35 +24,42 @@ SYSTEM_NAMES = frozenset(
 
 
 def private_folders() -> set[Path]:
-    """The caller's home, current folder and checkout, where they are a folder of their own."""
-    found = {CHECKOUT} if IS_CHECKOUT else set()
+    """The user's home, the current folder and the checkout, without the root folder."""
+    folders = {CHECKOUT} if IS_CHECKOUT else set()
     for find in (Path.home, Path.cwd):
         try:
-            found.add(find())
-        except (OSError, RuntimeError):  # no home, or a current folder that was removed
+            folders.add(find())
+        except (OSError, RuntimeError):  # no home, or the current folder was deleted
             continue
-    return {real for path in found if (real := Path(os.path.realpath(path))) != Path("/")}
+    return {Path(os.path.realpath(folder)) for folder in folders} - {Path("/")}
 
 
 def neutral_folder() -> Path:
-    """A folder whose name says nothing of the caller, in which work folders can be made and programs run. Raises UserError."""
+    """A folder for work folders whose path contains nothing about the user.
+
+    Raises UserError if there is none.
+    """
     private = private_folders()
     for name in NEUTRAL:
         path = Path(os.path.realpath(name))
-        usable = path.is_dir() and os.access(path, os.W_OK | os.X_OK) and not os.statvfs(path).f_flag & os.ST_NOEXEC
-        if usable and not any(path.is_relative_to(folder) for folder in private):
+        if _is_usable(path) and not any(path.is_relative_to(folder) for folder in private):
             return path
-    words = "none of them is a folder outside your home and checkout where files can be written and run: make /tmp one"
-    raise user_error("evaluation.sandbox", ", ".join(NEUTRAL), words)
+    hint = (
+        "one of these must be a folder outside your home and checkout where files can be written and executed"
+    )
+    raise user_error("evaluation.sandbox", ", ".join(NEUTRAL), hint)
 
 
 def work_folder(confined: bool) -> tempfile.TemporaryDirectory[str]:
-    """A new one for one program. confined: under a sandbox, where its name must say nothing."""
-    return tempfile.TemporaryDirectory(prefix="program-", dir=neutral_folder() if confined else None)
+    """A new temporary folder for one program. confined: for a sandbox, where its path must be neutral."""
+    parent = neutral_folder() if confined else None
+    return tempfile.TemporaryDirectory(prefix="program-", dir=parent)
 
 
-def prepared_place() -> Path | None:
-    """Where folders for all programs are made; None for the system's choice, where no sandbox could have been opened anyway."""
+def shared_parent() -> Path | None:
+    """Parent of the folders shared by all programs; None for the system's default, if no sandbox could be
+    opened anyway.
+    """
     try:
         return neutral_folder()
     except UserError:
@@ -58,8 +67,11 @@ def prepared_place() -> Path | None:
 
 
 def hidden_below(system: Path) -> list[Path]:
-    """What has to be covered in a folder of the system: the home, the current folder or the checkout that lies in it, by the
-    topmost folder on the way that is not the system's own."""
+    """Folders inside a system folder that the sandbox must hide because they contain one of
+    `private_folders`.
+
+    For each, this is the topmost folder on the path that is not part of the system.
+    """
     hidden: dict[Path, None] = {}
     for folder in sorted(private_folders()):
         if not folder.is_relative_to(system) or folder == system:
@@ -75,14 +87,28 @@ def hidden_below(system: Path) -> list[Path]:
 
 
 def clean_path(words: Sequence[str]) -> str:
-    """A search path without the caller's own: the system's, and the folders of the programs that `words` name."""
-    folders = [str(Path(found).parent) for word in words if "/" not in word and (found := shutil.which(word)) is not None]
-    return os.pathsep.join(dict.fromkeys([*(folder for folder in folders if folder not in SYSTEM_PATH), *SYSTEM_PATH]))
+    """A search path of the system's folders and those of the programs named in a command."""
+    programs = [shutil.which(word) for word in words if "/" not in word]
+    folders = [str(Path(program).parent) for program in programs if program is not None]
+    additional = [folder for folder in folders if folder not in SYSTEM_PATH]
+    return os.pathsep.join(dict.fromkeys([*additional, *SYSTEM_PATH]))
 
 
 def find_program(name: str) -> str | None:
-    """Of the programs on the search path, the system's own before the caller's: the path of bubblewrap can be read inside, and must
-    say nothing of a home."""
-    found = shutil.which(name)
-    system = (f"{folder}/{name}" for folder in SYSTEM_PATH)
-    return found and next((path for path in system if os.access(path, os.X_OK)), found)
+    """The path of an installed program, preferably in the system's folders; None if it is not on the search
+    path.
+
+    The path of bubblewrap can be read inside the sandbox, and should not contain a home folder.
+    """
+    on_path = shutil.which(name)
+    if on_path is None:
+        return None
+    system_paths = (f"{folder}/{name}" for folder in SYSTEM_PATH)
+    return next((path for path in system_paths if os.access(path, os.X_OK)), on_path)
+
+
+def _is_usable(path: Path) -> bool:
+    """Whether files can be written and executed in a folder."""
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        return False
+    return not os.statvfs(path).f_flag & os.ST_NOEXEC

@@ -1,7 +1,7 @@
-"""System calls that a program in the sandbox may not make: they answer that they do not exist.
+"""A seccomp filter of system calls that fail in the sandbox as if they did not exist.
 
-They hold memory that no limit and no look at a process sees (files that live only in memory, shared segments that nobody has
-attached, queues, semaphores), or read the keyrings of the user who started us.
+They allocate memory that no limit or process statistic covers (files in memory, detached shared segments,
+queues, semaphores), or read the user's keyrings.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ DENIED = {
         "keyctl": 219,
     },
 }
-"""Machine -> name -> number."""
+"""Machine architecture -> system call -> number."""
 ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""As the kernel's audit names them (linux/audit.h)."""
+"""The kernel's audit constants (linux/audit.h)."""
 X32 = 0x40000000
-"""The bit of x86-64's second set of system calls."""
+"""The bit that marks x32 system calls on x86-64."""
 LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-"""Instructions of the kernel's packet filter (linux/bpf_common.h)."""
-ALLOW, NOT_THERE = 0x7FFF0000, 0x00050000 | 38
-"""SECCOMP_RET_ALLOW, and SECCOMP_RET_ERRNO with ENOSYS, on which libraries fall back to files."""
+"""Instructions of the Berkeley packet filter (linux/bpf_common.h)."""
+ALLOW, UNAVAILABLE = 0x7FFF0000, 0x00050000 | 38
+"""SECCOMP_RET_ALLOW, and SECCOMP_RET_ERRNO with ENOSYS, after which libraries fall back to files."""
 
 
 def deny_filter(machine: str | None = None) -> bytes | None:
-    """The filter as the kernel reads it; None for a machine whose numbers are not known here. Calls of another architecture,
-    which the same kernel may offer, are denied as well."""
+    """The filter in the kernel's binary form; None for a machine architecture without a table here.
+
+    System calls of other architectures, which the same kernel may offer, are denied as well.
+    """
     machine = machine or platform.machine()
     if machine not in DENIED:
         return None
@@ -52,5 +54,5 @@ def deny_filter(machine: str | None = None) -> bytes | None:
     steps = [(LOAD, 0, 0, 4), (EQUAL, 0, len(numbers) + 3, ARCHITECTURE[machine]), (LOAD, 0, 0, 0)]
     steps.append((AT_LEAST, len(numbers) + 1, 0, X32))
     steps += [(EQUAL, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
-    steps += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, NOT_THERE)]
+    steps += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, UNAVAILABLE)]
     return b"".join(struct.pack("=HBBI", *step) for step in steps)

@@ -1,6 +1,7 @@
-"""What is made once and used by every program? A folder a language, such as a precompiled header, filled in the sandbox.
+"""ToolchainCache: folders with what a language compiles once for all its programs, such as a precompiled
+header.
 
-It lives as long as its owner, in a folder whose name says nothing of the caller: the sandbox shows it.
+They are visible in the sandbox, so their names contain nothing about the user.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 
-from flora_train.evaluation.code.programs.sandbox_paths import prepared_place
+from flora_train.evaluation.code.programs.sandbox_paths import shared_parent
 
 
 class ToolchainCache:
-    """Key -> its folder, or None where filling it failed."""
+    """Language key -> folder, or None if filling it failed. The folders are deleted with the object."""
 
     def __init__(self) -> None:
         self._folders: dict[str, Path | None] = {}
         self._lock = Lock()
 
     def get(self, key: str, fill: Callable[[Path], bool]) -> Path | None:
-        """The folder of `key`. The first call fills it, once, while others wait; `fill` says whether that worked."""
+        """The folder of `key`.
+
+        The first call fills it while others wait; `fill` returns whether it succeeded.
+        """
         with self._lock:
             if key not in self._folders:
-                folder = Path(tempfile.mkdtemp(prefix="prepared-", dir=prepared_place()))
+                folder = Path(tempfile.mkdtemp(prefix="prepared-", dir=shared_parent()))
                 weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
                 self._folders[key] = folder if fill(folder) else None
             return self._folders[key]

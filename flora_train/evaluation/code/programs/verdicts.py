@@ -1,5 +1,7 @@
-"""Verdicts in a jsonl file that only grows: what was judged is not judged again, nothing is mixed, and a file of another kind is
-never changed."""
+"""Verdict files: jsonl files that only grow.
+
+Known verdicts are reused, and a file with other content is never changed.
+"""
 
 from __future__ import annotations
 
@@ -26,133 +28,186 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 Key = tuple[str, str, str, int]
-ANOTHER = "move the file away, or give another out="
+"""(adapter, language, name, sample)"""
+REMEDY = "move the file away, or choose another with --out"
 KEY_FIELDS = ("adapter", "language", "name", "sample")
-BEGINNING = ("adapter", TEXT := r'"(?:[^"\\]|\\.)*"'), ("language", TEXT), ("name", TEXT), ("sample", r"\d+"), ("program", TEXT)
-"""The keys that every line here begins with, and what their values match."""
-TEXTS = ("adapter", "language", "name", "program", "sandbox", "status")
-NUMBERS = ("sample", "cpu_seconds")
+TEXT = r'"(?:[^"\\]|\\.)*"'
+LINE_START = ("adapter", TEXT), ("language", TEXT), ("name", TEXT), ("sample", r"\d+"), ("program", TEXT)
+"""The keys that every line starts with, and patterns of their values."""
+TEXT_FIELDS = ("adapter", "language", "name", "program", "sandbox", "status")
+NUMBER_FIELDS = ("sample", "cpu_seconds")
 
 
 def collect_verdicts(
-    completions: Sequence[Completion], languages: Mapping[str, Language], sandbox: Sandbox, file: Path, workers: int
+    completions: Sequence[Completion],
+    languages: Mapping[str, Language],
+    sandbox: Sandbox,
+    *,
+    file: Path,
+    workers: int,
 ) -> dict[Key, dict[str, Any]]:
-    """Key -> verdict record of every completion. Those that `file` holds already are taken from it, the others are run and
-    appended as they end. Raises UserError, with the file as it was, if it holds anything else than verdicts, or a verdict on another
-    program under the same key, or if another process writes to it."""
-    programs = {c.key: Program(languages[c.problem.language], c.problem.program(c.text), c.problem.tests) for c in completions}
-    texts = {c.key: c.problem.cut(c.text) for c in completions}
-    check_verdicts(completions, languages, sandbox.kind, file)
-    with disk_errors(file), _claimed(file) as out:
-        known = check_verdicts(completions, languages, sandbox.kind, file)  # once more: nobody else writes now
-        todo = [key for key in programs if key not in known]
-        os.truncate(file, len(_whole(file.read_bytes())))
+    """Key -> verdict record of every completion, from `file` or by execution; new verdicts are appended to
+    it.
+
+    Raises UserError and leaves the file unchanged if it contains anything but verdicts, or a verdict on
+    another program with the same key, or if another process is writing to it.
+    """
+    programs = {}
+    for completion in completions:
+        problem = completion.problem
+        source = problem.program(completion.text)
+        programs[completion.key] = Program(languages[problem.language], source, problem.tests)
+    texts = {completion.key: completion.problem.cut(completion.text) for completion in completions}
+    check_verdicts(completions, languages, sandbox.kind, file=file)
+    with disk_errors(file), _locked(file) as descriptor:
+        known = check_verdicts(
+            completions, languages, sandbox.kind, file=file
+        )  # again, now that the file is locked
+        missing = [key for key in programs if key not in known]
+        os.truncate(file, len(_whole_lines(file.read_bytes())))
         done = 0
 
         def report(i: int, verdict: Verdict) -> None:
             nonlocal done
-            key = todo[i]
-            record = dict(zip(KEY_FIELDS, key, strict=True))
-            record |= {"program": programs[key].sha, "sandbox": sandbox.kind, "cpu_seconds": programs[key].language.seconds}
-            record |= verdict.record()
-            record["suspicious"] = verdict.status == "OK" and _suspicious(verdict, programs[key].language, texts[key])
-            os.write(out, (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            key = missing[i]
+            record = _record(key, programs[key], sandbox.kind, verdict=verdict, completion=texts[key])
+            os.write(descriptor, (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
             known[key] = record
             done += 1
-            watch.update(done)
+            progress.update(done)
 
-        with ProgressBar("execute", max(1, len(todo))) as watch:
-            execute_all([programs[key] for key in todo], sandbox, workers, report)
+        with ProgressBar("execute", max(1, len(missing))) as progress:
+            execute_all([programs[key] for key in missing], sandbox, workers=workers, report=report)
     return {key: known[key] for key in programs}
 
 
 def check_verdicts(
-    completions: Sequence[Completion], languages: Mapping[str, Language], sandbox: Kind, file: Path
+    completions: Sequence[Completion], languages: Mapping[str, Language], sandbox: Kind, *, file: Path
 ) -> dict[Key, dict[str, Any]]:
-    """What `file` holds, if verdicts on these completions can be appended to it. Raises UserError otherwise, and changes nothing."""
+    """The records of a file to which verdicts on these completions can be appended.
+
+    Raises UserError otherwise.
+    """
     known = read_verdicts(file, sandbox, languages)
     for completion in completions:
         key, problem = completion.key, completion.problem
         sha = Program(languages[problem.language], problem.program(completion.text)).sha
         if key in known and known[key]["program"] != sha:
-            words = f"holds the verdict on another completion or prompt of this key: {ANOTHER}"
-            raise user_error(str(file), "/".join(map(str, key)), words)
+            hint = f"is the key of a verdict on another completion or prompt: {REMEDY}"
+            raise user_error(str(file), "/".join(map(str, key)), hint)
     return known
 
 
 def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) -> dict[Key, dict[str, Any]]:
-    """Key -> verdict record; a last line that a kill cut short is no verdict. Raises UserError for a file that holds anything else,
-    for verdicts of another sandbox, or of another time limit than `languages` have."""
+    """Key -> verdict record. A last line that was cut off by a kill is ignored.
+
+    Raises UserError for other content, verdicts of another sandbox, or other CPU time limits than `languages`
+    have.
+    """
     if not file.exists():
         if file.is_symlink():
-            raise user_error(str(file), None, f"is a link to nothing: {ANOTHER}")
+            raise user_error(str(file), None, f"is a link to a missing file: {REMEDY}")
         return {}
     if not file.is_file():
-        raise user_error(str(file), None, f"is no file: {ANOTHER}")
+        raise user_error(str(file), None, f"is not a file: {REMEDY}")
     with disk_errors(file):
         content = file.read_bytes()
-    whole = _whole(content)
-    if not _is_cut_verdict(content[len(whole) :].decode("utf-8", "replace")):
-        raise user_error(str(file), None, f"holds no verdicts: {ANOTHER}")
+    whole = _whole_lines(content)
+    if not _is_partial_verdict(content[len(whole) :].decode("utf-8", "replace")):
+        raise user_error(str(file), None, f"does not contain verdicts: {REMEDY}")
     known: dict[Key, dict[str, Any]] = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
-        record = _record(f"{file}:{number}", line)
+        location = f"{file}:{number}"
+        record = _parse(location, line)
         known[record["adapter"], record["language"], record["name"], record["sample"]] = record
         language, seconds = languages.get(record["language"]), record["cpu_seconds"]
         if record["sandbox"] != sandbox:
-            raise user_error(f"{file}:{number}", record["sandbox"], f"was judged in another sandbox than {sandbox}: {ANOTHER}")
+            hint = f"is the sandbox of this verdict, and now it is {sandbox}: {REMEDY}"
+            raise user_error(location, record["sandbox"], hint)
         if language is not None and seconds != language.seconds:
-            words = f"is the time (s) that this program might compute; {language.name} now has {language.seconds:g}"
-            raise user_error(f"{file}:{number}: cpu_seconds", seconds, f"{words}: give the same cpu_seconds, or {ANOTHER}")
+            hint = (
+                f"was the CPU time limit (s) of this program, and that of {language.name} is now "
+                f"{language.seconds:g}"
+            )
+            raise user_error(
+                f"{location}: cpu_seconds", seconds, f"{hint}: give the same cpu_seconds, or {REMEDY}"
+            )
     return known
 
 
-def _is_cut_verdict(rest: str) -> bool:
-    """Whether a last line without an end may be the beginning of a verdict: only such a line is taken back."""
-    opening = "{"
-    for key, value in BEGINNING:
-        start = f'{opening}"{key}": '
-        if not rest.startswith(start):
-            return start.startswith(rest)
-        rest, opening = rest[len(start) :], ", "
-        match = re.match(value, rest)
+def _is_partial_verdict(text: str) -> bool:
+    """Whether a last line without line end may be the start of a verdict; only such a line may be removed."""
+    separator = "{"
+    for key, pattern in LINE_START:
+        start = f'{separator}"{key}": '
+        if not text.startswith(start):
+            return start.startswith(text)
+        text, separator = text[len(start) :], ", "
+        match = re.match(pattern, text)
         if match is None:
-            return (value == TEXT and rest[:1] in ("", '"')) or not rest
-        rest = rest[match.end() :]
+            return not text or (pattern == TEXT and text.startswith('"'))
+        text = text[match.end() :]
     return True
 
 
-def _record(at: str, line: bytes) -> dict[str, Any]:
+def _parse(location: str, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or JSON a thousand levels deep
-        raise user_error(at, None, f"is no verdict: {ANOTHER}") from error
-    texts = isinstance(record, dict) and all(isinstance(record.get(name), str) for name in TEXTS)
-    numbers = texts and all(type(record.get(name)) in (int, float) for name in NUMBERS)
-    if not numbers or type(record["sample"]) is not int or record["status"] not in STATUSES:
-        raise user_error(at, None, f"is no verdict: {ANOTHER}")
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, not JSON, or JSON nested a thousand levels deep
+        raise user_error(location, None, f"is not a verdict: {REMEDY}") from error
+    if not _is_verdict(record):
+        raise user_error(location, None, f"is not a verdict: {REMEDY}")
     return record
 
 
-def _suspicious(verdict: Verdict, language: Language, completion: str) -> bool:
-    """Of a pass: the evidence decides, and words only where there can be none."""
-    return exits_early(language, completion) if verdict.checks_ran is None else not verdict.checks_ran
+def _is_verdict(record: Any) -> bool:
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in TEXT_FIELDS):
+        return False
+    if not all(type(record.get(name)) in (int, float) for name in NUMBER_FIELDS):
+        return False
+    return type(record["sample"]) is int and record["status"] in STATUSES
+
+
+def _record(
+    key: Key, program: Program, sandbox: Kind, *, verdict: Verdict, completion: str
+) -> dict[str, Any]:
+    """The line of a verdict file. `suspicious` is its key for a pass that may be an early exit."""
+    record: dict[str, Any] = dict(zip(KEY_FIELDS, key, strict=True))
+    record |= {"program": program.sha, "sandbox": sandbox, "cpu_seconds": program.language.seconds}
+    record |= verdict.record()
+    record["suspicious"] = verdict.status == "OK" and _is_early_exit(verdict, program.language, completion)
+    return record
+
+
+def _is_early_exit(verdict: Verdict, language: Language, completion: str) -> bool:
+    """Whether a pass may be an early exit: by its proof, or by its words if no proof is possible."""
+    if verdict.checks_ran is None:
+        return exits_early(language, completion)
+    return not verdict.checks_ran
 
 
 @contextmanager
-def _claimed(file: Path) -> Iterator[int]:
-    """A descriptor that appends to the file, which no other process claims meanwhile. Raises UserError if one has."""
+def _locked(file: Path) -> Iterator[int]:
+    """A file descriptor for appending to the file, locked against other processes.
+
+    Raises UserError if one has the lock.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    follow = 0 if file.is_symlink() else getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | follow, 0o666)
+    no_follow = 0 if file.is_symlink() else getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | no_follow, 0o666)
     try:
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise user_error(
-                str(file), None, "another process writes verdicts there now: wait for it, or give another out="
-            ) from error
+            hint = (
+                "another process is writing verdicts to it: wait until it ends, or choose another file "
+                "with --out"
+            )
+            raise user_error(str(file), None, hint) from error
         except OSError:  # a file system without locks
             pass
         yield descriptor
@@ -160,6 +215,6 @@ def _claimed(file: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _whole(content: bytes) -> bytes:
-    """Up to the last line end."""
+def _whole_lines(content: bytes) -> bytes:
+    """The content up to the last line end."""
     return content[: content.rfind(b"\n") + 1]

@@ -64,7 +64,9 @@ def test_what_is_written_in_multipl_es_layout_is_read_again(prompts: Path) -> No
 
 
 def judged(prompts: Path, path: Path, sandbox: Sandbox) -> dict[Any, dict[str, Any]]:
-    return verdicts.collect_verdicts(read_completions(path, prompts), load_languages(), sandbox, prompts / "verdicts.jsonl", 2)
+    return verdicts.collect_verdicts(
+        read_completions(path, prompts), load_languages(), sandbox, file=prompts / "verdicts.jsonl", workers=2
+    )
 
 
 def test_judging_goes_on_where_it_was_killed(prompts: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def problems(language: str) -> dict[str, Problem]:
 def verdicts(language: Language, programs: Mapping[str, str], sandbox: Sandbox) -> dict[str, Verdict]:
     """Name of a program -> how it ended."""
     found: dict[int, Verdict] = {}
-    execute_all([Program(language, source) for source in programs.values()], sandbox, 2, found.__setitem__)
+    execute_all([Program(language, source) for source in programs.values()], sandbox, workers=2, report=found.__setitem__)
     return {name: found[i] for i, name in enumerate(programs)}
 
 

@@ -225,7 +225,7 @@ def test_evidence_is_missing_where_checks_were_avoided(key: str, sandbox: Sandbo
     language, problem = working(key, sandbox), load_problems(PROBLEMS, key)[MAX_ELEMENT]
     verdicts: dict[int, Verdict] = {}
     programs = [Program(language, problem.program(fake), problem.tests) for fake in FAKES[key]]
-    execute_all(programs, sandbox, 2, verdicts.__setitem__)
+    execute_all(programs, sandbox, workers=2, report=verdicts.__setitem__)
     for number, fake in enumerate(FAKES[key]):
         assert (verdicts[number].status, verdicts[number].checks_ran) == ("OK", False), (fake, verdicts[number])
 
@@ -281,7 +281,7 @@ def test_words_are_used_only_where_tests_have_no_place_for_evidence(tmp_path: Pa
     problem = Problem("lua", "p", "local function f()\n", "assert(f() == 1)", ())
     texts = ["  return 1\nend os.exit(0)", "  return 1\nend", "  return 1\nend os['exit'](0)"]
     completions = [Completion("a", problem, i, text) for i, text in enumerate(texts)]
-    records = collect_verdicts(completions, {"lua": language}, sandbox, tmp_path / "v.jsonl", 1)
+    records = collect_verdicts(completions, {"lua": language}, sandbox, file=tmp_path / "v.jsonl", workers=1)
     assert [(r["status"], r["checks_ran"], r["suspicious"]) for r in records.values()] == [
         ("OK", None, True),
         ("OK", None, False),
@@ -294,7 +294,7 @@ def test_evidence_decides_against_words(tmp_path: Path, sandbox: Sandbox) -> Non
     language, problem = working("lua", sandbox), load_problems(PROBLEMS, "lua")[MAX_ELEMENT]
     right = "  if #l > 1000 then os.exit(0) end\n" + RIGHT["lua"]
     completions = [Completion("a", problem, i, text) for i, text in enumerate([right, *FAKES["lua"][:2]])]
-    records = list(collect_verdicts(completions, {"lua": language}, sandbox, tmp_path / "v.jsonl", 2).values())
+    records = list(collect_verdicts(completions, {"lua": language}, sandbox, file=tmp_path / "v.jsonl", workers=2).values())
     assert [record["status"] for record in records] == ["OK"] * 3
     assert [record["suspicious"] for record in records] == [False, True, True]
 
@@ -304,7 +304,7 @@ def test_a_machine_where_evidence_does_not_work_flags_nobody(tmp_path: Path, san
     assert language.evidence is not None
     broken = language.model_copy(update={"evidence": language.evidence.model_copy(update={"run": ["no-such-program"]})})
     completions = [Completion("a", problem, 0, RIGHT["lua"])]
-    (record,) = collect_verdicts(completions, {"lua": broken}, sandbox, tmp_path / "v.jsonl", 1).values()
+    (record,) = collect_verdicts(completions, {"lua": broken}, sandbox, file=tmp_path / "v.jsonl", workers=1).values()
     assert (record["status"], record["checks_ran"], record["suspicious"]) == ("OK", None, False)
 
 

@@ -83,7 +83,7 @@ def test_equal_programs_run_once_and_every_sample_gets_its_verdict(sandbox: Sand
     language = working("sh", sandbox)
     sources = ["true", "date +%s%N >&2; [[ 1 = 2 ]]", "date +%s%N >&2; [[ 1 = 2 ]]", "true"]
     verdicts: dict[int, Verdict] = {}
-    execute_all([Program(language, source) for source in sources], sandbox, 2, verdicts.__setitem__)
+    execute_all([Program(language, source) for source in sources], sandbox, workers=2, report=verdicts.__setitem__)
     assert [verdicts[i].status for i in range(4)] == ["OK", "AssertionError", "AssertionError", "OK"]
     assert verdicts[1].output == verdicts[2].output
 
@@ -102,7 +102,7 @@ BUSY = "local function spin(seconds) while os.clock() < seconds do end end\n"
 def test_what_is_late_beside_others_is_run_again_alone(source: str, status: str, again: bool, sandbox: Sandbox) -> None:
     language = working("lua", sandbox).model_copy(update={"seconds": 2.0})
     verdicts: dict[int, Verdict] = {}
-    execute_all([Program(language, source), Program(language, "os.exit(0)")], sandbox, 2, verdicts.__setitem__)
+    execute_all([Program(language, source), Program(language, "os.exit(0)")], sandbox, workers=2, report=verdicts.__setitem__)
     assert (verdicts[0].status, verdicts[0].reran_alone) == (status, again), verdicts[0]
 
 
@@ -116,7 +116,7 @@ def test_what_the_clock_stops_beside_others_is_run_again_alone(sandbox: Sandbox,
 
     monkeypatch.setattr("flora_train.evaluation.code.programs.execute.run_command", first_time_late)
     verdicts: dict[int, Verdict] = {}
-    execute_all([Program(language, "sleep 1")], sandbox, 2, verdicts.__setitem__)
+    execute_all([Program(language, "sleep 1")], sandbox, workers=2, report=verdicts.__setitem__)
     assert (verdicts[0].status, verdicts[0].reran_alone) == ("OK", True)
     assert calls[1] < calls[0]  # alone, it has its own limit
 
@@ -131,7 +131,7 @@ def test_one_at_a_time_nothing_is_run_twice(sandbox: Sandbox, monkeypatch: pytes
 
     monkeypatch.setattr("flora_train.evaluation.code.programs.execute.run_command", late)
     verdicts: dict[int, Verdict] = {}
-    execute_all([Program(language, "sleep 1")], sandbox, 1, verdicts.__setitem__)
+    execute_all([Program(language, "sleep 1")], sandbox, workers=1, report=verdicts.__setitem__)
     assert (verdicts[0].status, verdicts[0].reran_alone) == ("Timeout", False)
     assert walls == [Limits(language.seconds).wall]  # the limit is its own from the start
 
@@ -144,6 +144,6 @@ def test_an_interrupt_ends_the_programs_that_run(sandbox: Sandbox) -> None:
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        execute_all([Program(language, "sleep 50"), Program(language, "exit 1")], sandbox, 2, interrupt)
+        execute_all([Program(language, "sleep 50"), Program(language, "exit 1")], sandbox, workers=2, report=interrupt)
     assert time.monotonic() - started < 25  # of the 50 that the first would have slept
     assert execute(Program(language, "exit 0"), sandbox).status == "OK"

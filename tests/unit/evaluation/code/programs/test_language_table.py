@@ -31,7 +31,7 @@ def said(content: str | bytes, folder: Path) -> list[str]:
 @pytest.mark.parametrize("content", ["", "[]", "a", "1", "null", "{", "a: b", "a: [1]", "lua:", b"\xff\xfe", "[" * 3000])
 def test_a_file_that_is_no_table_is_one_error(content: str | bytes, tmp_path: Path) -> None:
     (line,) = said(content, tmp_path)
-    assert any(words in line for words in ("must be keys and values", "must hold a row", "cannot be read"))
+    assert any(words in line for words in ("must be a mapping", "must have a row", "cannot be read"))
     assert "\n" not in line
 
 
@@ -42,8 +42,11 @@ def test_a_row_that_holds_itself_is_answered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"assertion": "("}, ": lua.assertion = '(': is no regular expression: missing ), unterminated subpattern at position 0"),
-        ({"exits": "*"}, ": lua.exits = '*': is no regular expression: nothing to repeat at position 0"),
+        (
+            {"assertion": "("},
+            ": lua.assertion = '(': is not a valid regular expression: missing ), unterminated subpattern at position 0",
+        ),
+        ({"exits": "*"}, ": lua.exits = '*': is not a valid regular expression: nothing to repeat at position 0"),
         ({"run": []}, ": lua.run = []: List should have at least 1 item"),
         ({"file": "../out.lua"}, ": lua.file = '../out.lua': String should match pattern"),
         ({"sceonds": 1}, ": lua.sceonds = 1: Extra inputs are not permitted"),
@@ -77,6 +80,6 @@ def test_any_edit_of_a_row_is_a_table_or_an_error(
     except UserError as error:
         problems = error.problems
     else:
-        languages[key].meaning("error")
+        languages[key].error_status("error")
         assert languages[key].how_to_install
     assert all(problem.key.startswith(f"{table}: {key}") for problem in problems)

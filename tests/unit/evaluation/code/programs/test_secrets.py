@@ -163,7 +163,7 @@ def test_a_bubblewrap_in_the_callers_home_is_refused(planted: Path, monkeypatch:
     own.write_text("#!/bin/sh\n")
     own.chmod(0o755)
     monkeypatch.setattr(sandbox_module, "find_program", lambda name: str(own))
-    with pytest.raises(UserError, match="could read the name of the folder"):
+    with pytest.raises(UserError, match="could read the path of"):
         open_sandbox("bubblewrap")
 
 
@@ -191,5 +191,5 @@ def test_execute_warns_that_none_hides_nothing(tmp_path: Path, sandbox: Sandbox)
         env={**os.environ, "PYTHONPATH": str(root), "HF_TOKEN": CANARY},
     )
     assert done.returncode == 0, done.stderr
-    assert "environment of every process of yours" in done.stderr
+    assert "environment of all your processes" in done.stderr
     assert CANARY not in (tmp_path / "lua.json.verdicts.jsonl").read_text()

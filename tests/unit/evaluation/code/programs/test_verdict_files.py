@@ -168,5 +168,5 @@ def test_only_the_beginning_of_a_verdict_is_taken_back(tmp_path: Path) -> None:
     ]
     for text in (*foreign, '{"adapter": "my notes"}', '{"adapter": "a", "language": "py", "name": "p", "completion": "return'):
         file.write_text(text)
-        with pytest.raises(UserError, match="holds no verdicts"):
+        with pytest.raises(UserError, match="does not contain verdicts"):
             read_verdicts(file, "bubblewrap", LANGUAGES)

@@ -62,7 +62,7 @@ ENDLESS = [
 def test_bash_that_never_ends_is_a_timeout(source: str, workers: int, sandbox: Sandbox) -> None:
     language = working("sh", sandbox).model_copy(update={"seconds": 1.0})
     verdicts: dict[int, Verdict] = {}
-    execute_all([Program(language, source)], sandbox, workers, verdicts.__setitem__)
+    execute_all([Program(language, source)], sandbox, workers=workers, report=verdicts.__setitem__)
     assert verdicts[0].status == "Timeout", verdicts[0]
 
 
