@@ -11,67 +11,78 @@ from flora_train.config.base import MOST_STEPS, ConfigModel, Name, PathText, Tex
 
 class AdapterConfig(ConfigModel):
     method: Literal["flora", "lora", "ia3"]
-    """flora: W0 * (B A), elementwise. lora: W0 + alpha / rank * B A. ia3: a learned scale for each output, and for each input of
-    feed-forward layers."""
+    """flora: W0 * (B A), elementwise. lora: W0 + alpha / rank * B A. ia3: a learned scale for each output,
+    and for each input of feed-forward layers."""
     rank: int | None = Field(None, ge=1, le=8192)
-    """Rank of B A, for flora and lora. Default: 4 for flora, 8 for lora; with init_from, that of the PEFT adapter."""
+    """Rank of B A, for flora and lora. Default: 4 for flora, 8 for lora; with init_from, that of the PEFT
+    adapter."""
     variant: Literal["pure", "residual"] | None = None
-    """flora only. residual: W0 * (1 + B A). pure: W0 * (B A), as in the paper. Default: residual; with init_from, that of the
-    PEFT adapter."""
+    """flora only. residual: W0 * (1 + B A). pure: W0 * (B A), as in the paper. Default: residual; with
+    init_from, that of the PEFT adapter."""
     alpha: float | None = Field(None, gt=0, le=1_000_000)
-    """lora only: the update is scaled by alpha / rank. Default: 2 x rank; with init_from, that of the PEFT adapter."""
+    """lora only: the update is scaled by alpha / rank. Default: 2 x rank; with init_from, that of the PEFT
+    adapter."""
     rslora: bool | None = None
-    """lora only: scale the update by alpha / sqrt(rank) instead (Kalajdzievski 2023). Default: false; with init_from, that of the
-    PEFT adapter."""
+    """lora only: scale the update by alpha / sqrt(rank) instead (Kalajdzievski 2023). Default: false; with
+    init_from, that of the PEFT adapter."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """lora only: dropout probability on the input of A, seeded for each adapter and step. Default: 0."""
     lr: float = Field(gt=0, le=1e30)
-    """Peak learning rate. flora and ia3 need 10 to 50 times the learning rate of lora: sweep it for each method."""
+    """Peak learning rate. flora and ia3 need 10 to 50 times the learning rate of lora: sweep it for each
+    method."""
     weight_decay: float = Field(0.0, ge=0, le=10_000)
-    """Decoupled weight decay towards zero. Zero is not the identity for ia3 and pure flora: leave it at 0 there."""
+    """Decoupled weight decay towards zero. Zero is not the identity for ia3 and pure flora: leave it at 0
+    there."""
     max_grad_norm: float | None = Field(1.0, gt=0, le=1e30)
     """Largest norm of this adapter's own gradient, which is clipped to it. null: no clipping."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up, over the adapter's own steps: constant, or decaying to zero linearly or as half a cosine."""
+    """Learning rate after the warm-up, over the adapter's own steps: constant, or decaying to zero linearly
+    or as half a cosine."""
     max_steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     """Number of the adapter's own steps, after which it is no longer trained. Default: training.steps."""
     patience: int | None = Field(None, ge=1, le=MOST_STEPS)
-    """Early stopping: number of evaluations in a row (one every evaluation.interval steps) without a better held-out loss, after
-    which the adapter is no longer trained and the others share its part of the batch. Default: no early stopping."""
+    """Early stopping: number of evaluations in a row (one every evaluation.interval steps) without a better
+    held-out loss, after which the adapter is no longer trained and the others share its part of the batch.
+    Default: no early stopping."""
     min_delta: float | None = Field(None, gt=0, le=1_000_000, validate_default=True)
-    """With patience: decrease of the loss, in nats per token, that counts as better. Default: any decrease."""
+    """With patience: decrease of the loss, in nats per token, that counts as better. Default: any
+    decrease."""
     warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)
     """Number of the adapter's first steps over which the learning rate rises linearly."""
     warmup_ratio: float | None = Field(None, ge=0, lt=1)
-    """Warm-up as a share of the adapter's steps (max_steps, or else training.steps), rounded to whole steps, in place of
-    warmup_steps. Default: warmup_steps counts."""
+    """Warm-up as a share of the adapter's steps (max_steps, or else training.steps), rounded to whole steps,
+    in place of warmup_steps. Default: warmup_steps counts."""
     target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear"] = "default"
-    """Layers that the adapter changes: a list of module names or their endings, or all-linear (every linear layer but the output
-    head). default: with init_from, the layers of the PEFT adapter; else all-linear for flora and lora, and PEFT's table (keys,
-    values and the feed-forward output) for ia3."""
+    """Layers that the adapter changes: a list of module names or their endings, or all-linear (every linear
+    layer but the output head). default: with init_from, the layers of the PEFT adapter; else all-linear for
+    flora and lora, and PEFT's table (keys, values and the feed-forward output) for ia3."""
     parent_module: Text | None = None
-    """Adapt only layers inside a module of this name. With decoder, the adapters of a speech model share its encoder. Default:
-    the whole model."""
+    """Adapt only layers inside a module of this name. With decoder, the adapters of a speech model share its
+    encoder. Default: the whole model."""
     feedforward_modules: list[Text] | None = None
-    """ia3 only: the target modules whose input is scaled instead of their output. Default: PEFT's table; with init_from, those of
-    the PEFT adapter."""
+    """ia3 only: the target modules whose input is scaled instead of their output. Default: PEFT's table; with
+    init_from, those of the PEFT adapter."""
     tasks: list[Name] | None = Field(None, min_length=1)
-    """Tasks that this adapter is trained on. The name of a task with split_by stands for all tasks that are made from it.
-    Default: all tasks."""
+    """Tasks that this adapter is trained on. The name of a task with split_by stands for all tasks that are
+    made from it. Default: all tasks."""
     init_from: PathText | None = None
-    """Start from the parameters of a PEFT adapter (LORA, IA3, or HIRA for flora) instead of the identity: its folder, or its name
-    on the hub. A residual flora can also start close to a LORA. {task} in it stands for the name of the task, as in
-    outputs/before/adapters/{task}-lora. rank, alpha, rslora, variant, target_modules and feedforward_modules are read from its
-    adapter_config.json where they are not given. With evaluation.interval, step 0 is evaluated. Default: the identity."""
+    """Start from the parameters of a PEFT adapter (LORA, IA3, or HIRA for flora) instead of the identity: its
+    folder, or its name on the hub. A residual flora can also start close to a LORA. {task} in it stands for
+    the name of the task, as in outputs/before/adapters/{task}-lora. rank, alpha, rslora, variant,
+    target_modules and feedforward_modules are read from its adapter_config.json where they are not given.
+    With evaluation.interval, step 0 is evaluated. Default: the identity."""
     sweep: Name | None = None
-    """The entry of `adapters` that this adapter was expanded from, where a list of values stood for one. Set by the program."""
+    """The entry of `adapters` that this adapter was expanded from, where a list of values stood for one. Set
+    by the program."""
 
     @field_validator("rank", "variant", "alpha", "rslora", "dropout", "feedforward_modules")
     @classmethod
     def _belongs_to_the_method(cls, value: Any, info: ValidationInfo) -> Any:
         method, owners = info.data.get("method"), OWNERS[str(info.field_name)]
         if value is not None and method is not None and method not in owners:
-            raise ValueError(f"has no meaning for method {method}; it belongs to {' and '.join(owners)}: remove it")
+            raise ValueError(
+                f"has no meaning for method {method}; it belongs to {' and '.join(owners)}: remove it"
+            )
         return value
 
     @field_validator("weight_decay")
@@ -128,7 +139,9 @@ def warmup_hint(warmup_steps: int, limit_key: str, limit: int | None) -> str | N
     """Why a warm-up is too long for `limit` steps, or None."""
     if limit is None or warmup_steps < limit:
         return None
-    return f"leaves no step after the warm-up: make it smaller than {limit_key} = {limit}, or use warmup_ratio"
+    return (
+        f"leaves no step after the warm-up: make it smaller than {limit_key} = {limit}, or use warmup_ratio"
+    )
 
 
 def adapter_name(task: str, adapter: str) -> str:

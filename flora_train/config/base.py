@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 LONGEST_NAME = 200
-"""Characters of a name: files are called by names, and may have 255 bytes with ending and temporary prefix."""
+"""Characters of a name: files are called by names, and may have 255 bytes with ending and temporary
+prefix."""
 LONGEST_PART, LONGEST_PATH = 255, 3500
 """Bytes of a path's part, and of a path, beside what a run's files are called below it."""
 MOST_STEPS = 10_000_000
@@ -23,8 +32,13 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", 
 
 def _possible_path(text: str) -> str:
     """Refused before anything runs: the system would do so in the middle of it."""
-    if max(len(part.encode()) for part in text.split("/")) > LONGEST_PART or len(text.encode()) > LONGEST_PATH:
-        raise ValueError(f"is too long for a path: at most {LONGEST_PATH:,} bytes, and {LONGEST_PART} between two slashes")
+    if (
+        max(len(part.encode()) for part in text.split("/")) > LONGEST_PART
+        or len(text.encode()) > LONGEST_PATH
+    ):
+        raise ValueError(
+            f"is too long for a path: at most {LONGEST_PATH:,} bytes, and {LONGEST_PART} between two slashes"
+        )
     return text
 
 
@@ -36,12 +50,16 @@ PathText = Annotated[Text, AfterValidator(_possible_path)]
 class ConfigModel(BaseModel):
     """An unknown key is an error, a validated section never changes, and fields carry their own help.
 
-    Values that contradict each other are found field by field, in the order of the fields: a validator sees in
-    `info.data` the valid ones above it, so that one wrong value never hides another.
+    Values that contradict each other are found field by field, in the order of the fields: a validator sees
+    in `info.data` the valid ones above it, so that one wrong value never hides another.
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
     )
 
     @model_validator(mode="before")
@@ -54,6 +72,9 @@ class ConfigModel(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Without this, `steps: yes` would be one step."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (
+            bool,
+            bool | None,
+        ):
             raise ValueError("is true or false to YAML: give a number, or text in quotes")
         return value

@@ -16,7 +16,8 @@ Options = TypeVar("Options", bound=ConfigModel)
 
 
 def read_options(kind: type[Options], values: Mapping[str, object]) -> Options:
-    """values: option -> value, None where the option's default holds. Raises UserError for unknown options and wrong values."""
+    """values: option -> value, None where the option's default holds. Raises UserError for unknown options
+    and wrong values."""
     given = {name: value for name, value in values.items() if value is not None}
     check_texts(given)
     try:

@@ -1,4 +1,5 @@
-"""Checks between sections: values that are each valid but contradict each other, and names that files cannot tell apart."""
+"""Checks between sections: values that are each valid but contradict each other, and names that files cannot
+tell apart."""
 
 from __future__ import annotations
 
@@ -34,12 +35,16 @@ class AdapterOutline:
 
 
 def disagreements(
-    tasks: Collection[str], adapters: Mapping[str, AdapterOutline], steps: int | None, *, split_tasks: Collection[str] = ()
+    tasks: Collection[str],
+    adapters: Mapping[str, AdapterOutline],
+    steps: int | None,
+    *,
+    split_tasks: Collection[str] = (),
 ) -> list[Problem]:
     """The contradictions between sections.
 
-    tasks: their names; steps: of the run, None if not known; split_tasks: tasks from which split_by makes others, whose names are not
-    known yet.
+    tasks: their names; steps: of the run, None if not known; split_tasks: tasks from which split_by makes
+    others, whose names are not known yet.
     """
     count = 0
     for outline in adapters.values():
@@ -59,7 +64,9 @@ def disagreements(
             problems.append(Problem(f"adapters.{name}.warmup_steps", outline.warmup_steps, warmup))
         if len(problems) >= MOST_PROBLEMS:
             return problems
-    names = [adapter_name(task, name) for name, outline in adapters.items() for task in outline.tasks or tasks]
+    names = [
+        adapter_name(task, name) for name, outline in adapters.items() for task in outline.tasks or tasks
+    ]
     return problems + _unusable_names(names)
 
 

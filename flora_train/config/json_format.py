@@ -1,4 +1,5 @@
-"""Reads JSON of users and of our own files without losing a value, with one-line reasons for what cannot be read."""
+"""Reads JSON of users and of our own files without losing a value, with one-line reasons for what cannot be
+read."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ class NonFiniteError(ValueError):
 def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     """The value of a JSON text. finite: NaN and infinity are errors, not numbers.
 
-    Raises ValueError, with the reason in one line, for text that is not JSON, has a key twice in one object, is nested too deeply, or
-    holds a number that is too long to read.
+    Raises ValueError, with the reason in one line, for text that is not JSON, has a key twice in one object,
+    is nested too deeply, or holds a number that is too long to read.
     """
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse if finite else None)

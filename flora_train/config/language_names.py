@@ -1,4 +1,5 @@
-"""What MultiPL-E and its users call a programming language, and the key of eval/languages.yaml that is meant."""
+"""What MultiPL-E and its users call a programming language, and the key of eval/languages.yaml that is
+meant."""
 
 from __future__ import annotations
 
@@ -30,14 +31,16 @@ WORDS: dict[str, tuple[str, ...]] = {
     "sh": ("bash",),
     "ts": ("typescript",),
 }
-"""Key -> other words for it: in MultiPL-E's file names, dataset configurations and `language` fields, and its full name."""
+"""Key -> other words for it: in MultiPL-E's file names, dataset configurations and `language` fields, and its
+full name."""
 KEYS = {word: key for key, words in WORDS.items() for word in words}
 AROUND = re.compile(r"^(?:humaneval_to_|human_eval_to_|eval_|humaneval-|mbpp-)")
 """What stands before a language in names of MultiPL-E's scripts and configurations."""
 
 
 def language_key(word: str) -> str:
-    """In lower case and without what MultiPL-E puts around it; a word that no language is known by stays as it is otherwise."""
+    """In lower case and without what MultiPL-E puts around it; a word that no language is known by stays as
+    it is otherwise."""
     plain = word.strip().lower()
     if AROUND.match(plain):
         plain = AROUND.sub("", plain).removesuffix(".py")
@@ -52,6 +55,8 @@ def _one_or_several(value: Any) -> Any:
 ProgrammingLanguage = Annotated[Text, AfterValidator(language_key)]
 """A language by any of its words; the value is its key."""
 ProgrammingLanguages = Annotated[
-    list[ProgrammingLanguage], BeforeValidator(_one_or_several), AfterValidator(lambda keys: list(dict.fromkeys(keys)))
+    list[ProgrammingLanguage],
+    BeforeValidator(_one_or_several),
+    AfterValidator(lambda keys: list(dict.fromkeys(keys))),
 ]
 """Several, each once."""

@@ -3,8 +3,8 @@
     recipes/NAME.yaml   may name a `data_config`, whose tasks come first and whose `task_defaults` go under each task
     key.sub=value       the command line wins over both
 
-`${other.key}` is resolved at the very end, so that it follows the command line; `\\${` is the two characters. Nothing is read
-from the environment, so that no secret is written into a run folder.
+`${other.key}` is resolved at the very end, so that it follows the command line; `\\${` is the two characters.
+Nothing is read from the environment, so that no secret is written into a run folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from flora_train.config import yaml_format as yaml_text
 from flora_train.config.consistency import AdapterOutline, disagreements
 from flora_train.config.errors import Problem, UserError, choices, user_error
 from flora_train.config.overrides import merge, parse_words
-from flora_train.config.paths import PROJECT_ROOT, RawConfig, check_texts, find_config, find_file, read_yaml, shipped
+from flora_train.config.paths import (
+    PROJECT_ROOT,
+    RawConfig,
+    check_texts,
+    find_config,
+    find_file,
+    read_yaml,
+    shipped,
+)
 from flora_train.config.references import escape, resolve
 from flora_train.config.schema import RunConfig
 from flora_train.config.sweep import expand_sweeps
@@ -32,13 +40,16 @@ __all__ = ["PROJECT_ROOT", "find_file", "load_config", "save_config", "shipped",
 def load_config(words: Sequence[str]) -> RunConfig:
     """The validated configuration of `recipe=NAME key.sub=value ...`.
 
-    Raises UserError with every problem found: unknown keys, wrong types, values out of range or contradictory.
+    Raises UserError with every problem found: unknown keys, wrong types, values out of range or
+    contradictory.
     """
     overrides = place_device_slots(parse_words(words))
     recipe = overrides.pop("recipe", None)
     if recipe is None:
         names = choices(shipped("recipes"))
-        raise user_error("recipe", None, f"say which: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml")
+        raise user_error(
+            "recipe", None, f"say which: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml"
+        )
     layers = merge(place_device_slots(read_yaml(find_config("recipe", str(recipe)))), overrides)
     data_config = layers.pop("data_config", None)
     if data_config is not None:
@@ -52,7 +63,9 @@ def load_config(words: Sequence[str]) -> RunConfig:
     try:
         return validate({**layers, "tasks": {name: _under(defaults, task) for name, task in tasks.items()}})
     except UserError as error:
-        raise UserError(*_unique([_blame_defaults(problem, defaults, tasks) for problem in error.problems])) from None
+        raise UserError(
+            *_unique([_blame_defaults(problem, defaults, tasks) for problem in error.problems])
+        ) from None
 
 
 def validate(raw: RawConfig) -> RunConfig:
@@ -64,20 +77,22 @@ def validate(raw: RawConfig) -> RunConfig:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         problems = to_user_errors(error, raw)
-        # pydantic compares sections only when all are valid: to report everything at once, compare them anyway
+        # pydantic compares sections only when all are valid: to report everything at once, compare them
+        # anyway
         known = [(problem.key, problem.value) for problem in problems]
         problems += [problem for problem in _disagreements(raw) if (problem.key, problem.value) not in known]
         raise UserError(*problems) from None
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration so that `recipe=<path>` runs it again, and `load_saved` reads it equal."""
+    """Write the resolved configuration so that `recipe=<path>` runs it again, and `load_saved` reads it
+    equal."""
     path.write_text(yaml_text.write(escape(config.model_dump(mode="json"))), encoding="utf-8")
 
 
 def load_saved(path: Path) -> RunConfig:
-    """The configuration that `save_config` wrote. Raises UserError that names the file if it cannot be read, or another version
-    wrote it."""
+    """The configuration that `save_config` wrote. Raises UserError that names the file if it cannot be read,
+    or another version wrote it."""
     try:
         return validate(resolve(read_yaml(path)))
     except UserError as error:
@@ -85,7 +100,11 @@ def load_saved(path: Path) -> RunConfig:
 
 
 def _in_file(path: Path, problem: Problem) -> Problem:
-    return problem if problem.key.startswith(str(path)) else Problem(f"{path}: {problem.key}", problem.value, problem.hint)
+    return (
+        problem
+        if problem.key.startswith(str(path))
+        else Problem(f"{path}: {problem.key}", problem.value, problem.hint)
+    )
 
 
 def _under(defaults: RawConfig, task: Any) -> Any:
@@ -121,7 +140,9 @@ def _disagreements(raw: RawConfig) -> list[Problem]:
     tasks, adapters = _names_of(raw.get("tasks")), _names_of(raw.get("adapters"))
     outlines = {name: _outline_of(adapter) for name, adapter in adapters.items()}
     steps = _names_of(raw.get("training")).get("steps")
-    split_tasks = [name for name, task in tasks.items() if isinstance(task, dict) and task.get("split_by") is not None]
+    split_tasks = [
+        name for name, task in tasks.items() if isinstance(task, dict) and task.get("split_by") is not None
+    ]
     known_steps = steps if isinstance(steps, int) and steps > 0 else None
     return disagreements(tasks, outlines, known_steps, split_tasks=split_tasks)
 

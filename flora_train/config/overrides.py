@@ -17,7 +17,8 @@ DEEPEST_KEY = 16
 
 
 def parse_words(words: Sequence[str]) -> RawConfig:
-    """The mapping that `key.sub=value` words spell. Raises UserError with every word that is not of that form."""
+    """The mapping that `key.sub=value` words spell. Raises UserError with every word that is not of that
+    form."""
     layer: RawConfig = {}
     problems: list[Problem] = []
     for word in _options_with_their_values(words):
@@ -31,14 +32,17 @@ def parse_words(words: Sequence[str]) -> RawConfig:
         if problem is not None:
             problems.append(problem)
     counts = Counter(word.partition("=")[0] for word in words)
-    problems += [Problem(key, None, f"is given {counts[key]} times: give one") for key in ONLY_ONCE if counts[key] > 1]
+    problems += [
+        Problem(key, None, f"is given {counts[key]} times: give one") for key in ONLY_ONCE if counts[key] > 1
+    ]
     if problems:
         raise UserError(*problems)
     return layer
 
 
 def _set(layer: RawConfig, parts: Sequence[str], value: Any) -> None:
-    """Put a value at a.b.c; mappings merge, anything else is replaced. Only mappings that this call or another made are changed."""
+    """Put a value at a.b.c; mappings merge, anything else is replaced. Only mappings that this call or
+    another made are changed."""
     for part in parts[:-1]:
         below = layer.get(part)
         layer[part] = layer = dict(below) if isinstance(below, dict) else {}
@@ -54,7 +58,9 @@ def _key_problem(word: str) -> Problem | None:
         return Problem(key.encode(errors="replace").decode(), None, "is not valid UTF-8 text")
     parts = key.split(".")
     if not all(part.strip() == part != "" for part in parts):
-        return Problem(word, None, "expected key=value, a dotted key such as training.steps without spaces before the =")
+        return Problem(
+            word, None, "expected key=value, a dotted key such as training.steps without spaces before the ="
+        )
     return Problem(key, None, "has too many parts: no key is that deep") if len(parts) > DEEPEST_KEY else None
 
 
@@ -90,11 +96,17 @@ def _options_with_their_values(words: Sequence[str]) -> list[str]:
 def _dialect_problem(word: str) -> Problem | None:
     plain = word.lstrip("+~-")
     if word in ("-m", "--multirun"):
-        return Problem(word, None, "is Hydra's: there is no multirun here; every adapter of a recipe trains in one run")
+        return Problem(
+            word, None, "is Hydra's: there is no multirun here; every adapter of a recipe trains in one run"
+        )
     if word.startswith("+"):
         return Problem(word, None, f"is Hydra's: write {plain}, keys need no + here")
     if word.startswith("~"):
-        return Problem(word, None, f"is Hydra's: keys cannot be removed here; write {plain.partition('=')[0]}=VALUE to change it")
+        return Problem(
+            word,
+            None,
+            f"is Hydra's: keys cannot be removed here; write {plain.partition('=')[0]}=VALUE to change it",
+        )
     if word.startswith("-"):
         key, _, value = plain.replace(" ", "=", 1).partition("=")
         section, dot, field = key.rpartition(".")

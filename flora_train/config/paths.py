@@ -12,20 +12,24 @@ from flora_train.config.errors import Problem, UserError, choices, did_you_mean,
 CHECKOUT = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (CHECKOUT / "recipes").is_dir()
 PROJECT_ROOT = CHECKOUT if IS_CHECKOUT else Path(__file__).resolve().parents[1] / "shipped"
-"""Recipes, data configs, example data and the scripts beside them: of the source tree, or, installed from a wheel, in the package."""
+"""Recipes, data configs, example data and the scripts beside them: of the source tree, or, installed from a
+wheel, in the package."""
 
 RawConfig = dict[str, Any]
 """Nested mappings as read, interpolations not yet resolved."""
 
 
 def shipped(kind: str) -> dict[str, Path]:
-    """Name -> file of the YAML files below `recipes` or `data_configs`, the working directory's before the project's.
+    """Name -> file of the YAML files below `recipes` or `data_configs`, the working directory's before the
+    project's.
 
     `recipes/speech/nordic.yaml` has the name `speech/nordic`.
     """
     folders = (PROJECT_ROOT / kind, Path(kind))
     return {
-        path.relative_to(folder).with_suffix("").as_posix(): path for folder in folders for path in sorted(folder.rglob("*.yaml"))
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in folders
+        for path in sorted(folder.rglob("*.yaml"))
     }
 
 
@@ -62,7 +66,9 @@ def find_config(kind: str, name: str) -> Path:
     path = find_file(name)
     if exists(path) and path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise user_error(kind, name, "is a folder without a config.yaml: give a YAML file, or the folder of a run")
+            raise user_error(
+                kind, name, "is a folder without a config.yaml: give a YAML file, or the folder of a run"
+            )
         return path / "config.yaml"
     if exists(path):
         if not path.is_file():
@@ -73,19 +79,23 @@ def find_config(kind: str, name: str) -> Path:
     if wanted != name or "/" in name:
         raise user_error(kind, name, f"no such file.{hint}")
     if exists(find_file(f"{name}.yaml")):
-        raise user_error(kind, name, f"no {kind} of that name in {kind}s/. There is a file: {kind}={name}.yaml")
+        raise user_error(
+            kind, name, f"no {kind} of that name in {kind}s/. There is a file: {kind}={name}.yaml"
+        )
     raise user_error(kind, name, f"no {kind} of that name in {kind}s/; there are {choices(known)}.{hint}")
 
 
 def read_yaml(path: Path) -> RawConfig:
-    """The mapping in a YAML file. Raises UserError with file and line if it is damaged, a key is given twice, or a name
-    is not text to YAML (`no` is a boolean)."""
+    """The mapping in a YAML file. Raises UserError with file and line if it is damaged, a key is given twice,
+    or a name is not text to YAML (`no` is a boolean)."""
     if exists(path) and not path.is_file() and not path.is_dir():
         raise user_error(str(path), None, "is no regular file: give a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise user_error(str(path), None, "is not readable YAML: it is not UTF-8 text; save it as UTF-8") from None
+        raise user_error(
+            str(path), None, "is not readable YAML: it is not UTF-8 text; save it as UTF-8"
+        ) from None
     except OSError as error:
         raise user_error(str(path), None, f"cannot be read: {error.strerror}") from None
     return read_mapping(text, str(path))
@@ -103,7 +113,8 @@ def read_mapping(text: str, source: str) -> RawConfig:
 
 
 def check_texts(raw: Mapping[str, Any]) -> None:
-    """Raises UserError for texts that no file could hold, keys included: half of a pair of UTF-16, or a character of code 0."""
+    """Raises UserError for texts that no file could hold, keys included: half of a pair of UTF-16, or a
+    character of code 0."""
     seen: set[int] = set()
     rest: list[tuple[str, Any]] = [("", raw)]
     while rest:

@@ -1,8 +1,8 @@
-"""Resolves `${other.key}` in a configuration to that key's value. There are no resolvers: no value comes from the environment.
+"""Resolves `${other.key}` in a configuration to that key's value. There are no resolvers: no value comes from
+the environment.
 
 ${training.steps}   the value of a key, from the top; its type is kept where the text is nothing else
-${.train}, ${..x}   a key beside this one, or one level up
-\\${                 the two characters
+${.train}, ${..x}   a key beside this one, or one level up \\${                 the two characters
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LITERALLY = "(a literal ${ is written \\${)"
 
 
 def resolve(layers: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without references; what has none is returned as it is. Raises UserError with every one that means nothing."""
+    """The configuration without references; what has none is returned as it is. Raises UserError with every
+    one that means nothing."""
     if not _any_reference(layers):
         return layers
     resolver = _Resolver(layers)
@@ -37,12 +38,17 @@ def resolve(layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def escape(value: Any) -> Any:
-    """A value whose texts `resolve` reads back literally: one more backslash before `${`, and those before it doubled."""
+    """A value whose texts `resolve` reads back literally: one more backslash before `${`, and those before it
+    doubled."""
     if isinstance(value, dict):
         return {key: escape(item) for key, item in value.items()}
     if isinstance(value, list):
         return [escape(item) for item in value]
-    return OPENING.sub(lambda found: f"{found[1] * 2}\\${{", value) if isinstance(value, str) and "${" in value else value
+    return (
+        OPENING.sub(lambda found: f"{found[1] * 2}\\${{", value)
+        if isinstance(value, str) and "${" in value
+        else value
+    )
 
 
 def _any_reference(value: Any) -> bool:
@@ -61,8 +67,8 @@ def _any_reference(value: Any) -> bool:
 
 
 class _Resolver:
-    """problems: by place, so that a fault that others refer to is told once. shapes: object -> its values and levels, references
-    followed."""
+    """problems: by place, so that a fault that others refer to is told once. shapes: object -> its values and
+    levels, references followed."""
 
     def __init__(self, top: dict[str, Any]) -> None:
         self.top = top
@@ -86,7 +92,10 @@ class _Resolver:
             self.level -= 1
             whole: Any = dict(found) if isinstance(value, dict) else [item for _, item in found]
             shapes = [self._shape(item) for _, item in found]
-            self.shapes[id(whole)] = 1 + sum(size for size, _ in shapes), 1 + max((depth for _, depth in shapes), default=0)
+            self.shapes[id(whole)] = (
+                1 + sum(size for size, _ in shapes),
+                1 + max((depth for _, depth in shapes), default=0),
+            )
             self.done[place] = whole
         return self.done[place]
 
@@ -132,22 +141,30 @@ class _Resolver:
             return self._blame(place, text, f"has ${{ without a closing }} {LITERALLY}")
         if ":" in body:
             return self._blame(
-                place, text, f"{body.partition(':')[0].strip()!r} is a resolver, and none is known here: {INSTEAD} {LITERALLY}"
+                place,
+                text,
+                f"{body.partition(':')[0].strip()!r} is a resolver, and none is known here: {INSTEAD} {LITERALLY}",
             )
         match = BODY.fullmatch(body.strip())
         if match is None:
-            return self._blame(place, text, f"holds ${{{body}}}, which is no key such as ${{training.steps}} {LITERALLY}")
+            return self._blame(
+                place, text, f"holds ${{{body}}}, which is no key such as ${{training.steps}} {LITERALLY}"
+            )
         try:
             target, value = _find(self.top, _target(match, place))
         except (KeyError, IndexError, ValueError):
-            return self._blame(place, text, f"refers to {body.strip()}, which is no key of this configuration {LITERALLY}")
+            return self._blame(
+                place, text, f"refers to {body.strip()}, which is no key of this configuration {LITERALLY}"
+            )
         if any(opened[: len(target)] == target for opened in self.open):
             return self._blame(place, text, "refers to itself")
         resolved = self.resolved(value, target)
         size, depth = self._shape(resolved)
         self.referred += size
         if self.referred > MOST_BY_ALIAS:
-            return self._blame(place, text, f"references stand for more than {MOST_BY_ALIAS:,} values together")
+            return self._blame(
+                place, text, f"references stand for more than {MOST_BY_ALIAS:,} values together"
+            )
         if len(place) + depth > DEEPEST:
             return self._blame(place, text, f"nests more than {DEEPEST} levels deep")
         return resolved
@@ -159,11 +176,14 @@ class _Resolver:
             raise UserError(*self.problems.values())
 
 
-INSTEAD = "write the value on the command line, and give secrets through the environment (HF_TOKEN, WANDB_API_KEY)"
+INSTEAD = (
+    "write the value on the command line, and give secrets through the environment (HF_TOKEN, WANDB_API_KEY)"
+)
 
 
 def _pieces(text: str) -> Iterator[tuple[Any, bool]]:
-    """(literal text, False) and (what stands between `${` and `}`, True), in order; None where the closing brace is missing."""
+    """(literal text, False) and (what stands between `${` and `}`, True), in order; None where the closing
+    brace is missing."""
     start = 0
     while (found := OPENING.search(text, start)) is not None:
         literal, slashes = text[start : found.start()], len(found[1])
@@ -190,7 +210,8 @@ def _target(match: re.Match[str], place: Place) -> Place:
 
 
 def _find(top: Any, wanted: Place) -> tuple[Place, Any]:
-    """The place that is meant, positions in lists as numbers, and its value. Raises KeyError, IndexError or ValueError if there is none."""
+    """The place that is meant, positions in lists as numbers, and its value. Raises KeyError, IndexError or
+    ValueError if there is none."""
     value: Any = top
     place: list[str | int] = []
     for part in wanted:

@@ -1,4 +1,5 @@
-"""Changes to the configuration of a finished run, for commands that evaluate it: keys of `evaluation` and of its tasks."""
+"""Changes to the configuration of a finished run, for commands that evaluate it: keys of `evaluation` and of
+its tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ SOURCES = ("train", "validation", "test")
 def with_overrides(config: RunConfig, words: Sequence[str]) -> RunConfig:
     """The configuration of a run with `evaluation.KEY=VALUE` and `tasks.TASK.KEY=VALUE` instead of its own.
 
-    `tasks.TASK.test` of a task of text stands for its validation rows, on which such a task is evaluated. Raises UserError.
+    `tasks.TASK.test` of a task of text stands for its validation rows, on which such a task is evaluated.
+    Raises UserError.
     """
     overrides = parse_words(words)
     problems = [_other_section(key) for key in overrides if key not in SECTIONS]

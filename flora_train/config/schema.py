@@ -31,17 +31,20 @@ class RunConfig(ConfigModel):
     output_dir: PathText | None = None
     """Run folder. Default: outputs/<name>."""
     overwrite: bool = False
-    """If output_dir already holds a run: false refuses to start, true deletes the files that the run wrote (they are listed in its
-    run.json). A run that another process trains, or whose run.json lists no files, is never deleted."""
+    """If output_dir already holds a run: false refuses to start, true deletes the files that the run wrote
+    (they are listed in its run.json). A run that another process trains, or whose run.json lists no files, is
+    never deleted."""
     resume: bool = False
-    """If output_dir already holds this run: continue from its last checkpoint, or keep it if it is finished."""
+    """If output_dir already holds this run: continue from its last checkpoint, or keep it if it is
+    finished."""
     seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of initialization, mixture, dropout and, without tasks.*.split_seed, of the choice of examples."""
     num_processes: int | None = Field(None, ge=1, le=100_000)
-    """Number of processes that the launcher must have started, checked when the run starts. Default: any number."""
+    """Number of processes that the launcher must have started, checked when the run starts. Default: any
+    number."""
     num_threads: int | None = Field(None, ge=1, le=MOST_PROCESSES)
-    """CPU threads of each process. Default: the machine's cores divided by the processes on it (accelerate's launcher would set
-    one thread)."""
+    """CPU threads of each process. Default: the machine's cores divided by the processes on it (accelerate's
+    launcher would set one thread)."""
     model: ModelConfig
     """The frozen base model."""
     tasks: dict[Name, TaskConfig] = Field(min_length=1)
@@ -105,7 +108,8 @@ class RunConfig(ConfigModel):
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of all adapters, in the order of the bank: every entry of `adapters` with each of its tasks."""
+        """Names of all adapters, in the order of the bank: every entry of `adapters` with each of its
+        tasks."""
         names = []
         for family, adapter in self.adapters.items():
             names += [adapter_name(task, family) for task in adapter.tasks or self.tasks]

@@ -1,4 +1,5 @@
-"""Suggestions for unknown keys: options of other trainers, former names, and the section that a known key belongs to."""
+"""Suggestions for unknown keys: options of other trainers, former names, and the section that a known key
+belongs to."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ CLOSE, VERY_CLOSE = 0.6, 0.85
 def suggest(location: Sequence[str], allowed: Sequence[str]) -> str:
     """` Did you mean 'training.steps'? ...` for the unknown key at `location`, or an empty string.
 
-    allowed: the keys of its section. Names of adapters and tasks in `location` are filled into the suggestion.
+    allowed: the keys of its section. Names of adapters and tasks in `location` are filled into the
+    suggestion.
     """
     section, word = location[:-1], normalized(location[-1])
     suggestion = known_elsewhere(word, section)
@@ -38,7 +40,8 @@ def suggest_word(location: Sequence[str]) -> str:
 
 
 def full_key(location: Sequence[str]) -> str | None:
-    """The dotted key that an option of another trainer, or a key without its section, stands for; None for other words."""
+    """The dotted key that an option of another trainer, or a key without its section, stands for; None for
+    other words."""
     if ".".join(location) in all_keys():
         return None
     suggestion = known_elsewhere(normalized(location[-1]), location[:-1])

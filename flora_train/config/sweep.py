@@ -1,4 +1,4 @@
-"""How does one entry of a recipe become several adapters? A list where one value belongs is a sweep: every combination, named by it."""
+"""Sweeps: an entry of `adapters` with lists of values becomes one adapter for every combination."""
 
 from __future__ import annotations
 
@@ -31,45 +31,52 @@ SWEPT = (
 MOST_MEMBERS = 10_000
 """Adapters that the sweeps of a run may make."""
 LISTS = ("tasks", "target_modules", "feedforward_modules")
-"""Keys that are lists by themselves."""
+"""Keys whose value is a list."""
 
 
 class SweepConfig(ConfigModel):
     strategy: Literal["all", "halving"] = "all"
-    """What happens to the adapters that a list of values (adapters.NAME.lr=[1e-3,2e-3]) made. all: they are trained to the end.
-    halving: at each rung those of a task with the higher held-out losses leave, and the others share their part of the batch
-    (successive halving, Jamieson & Talwalkar 2016)."""
+    """What happens to the adapters that a list of values (adapters.NAME.lr=[1e-3,2e-3]) makes. all: they are
+    trained to the end. halving: at every rung the adapters of a task with the higher held-out losses are no
+    longer trained, and the others share their part of the batch (successive halving, Jamieson & Talwalkar
+    2016)."""
     factor: int | None = Field(None, ge=2, le=1_000_000, validate_default=True)
-    """halving: one in so many stays at a rung. Default: 2."""
-    rungs: list[Annotated[int, Field(le=MOST_STEPS)]] | None = Field(None, min_length=1, max_length=1000, validate_default=True)
-    """halving: the run's steps at which is compared. Default: as many as it takes until one is left, the last at
-    training.steps / factor, each before it at the factor's part of the next."""
+    """With strategy=halving: one in `factor` adapters continues after a rung. Default: 2."""
+    rungs: list[Annotated[int, Field(le=MOST_STEPS)]] | None = Field(
+        None, min_length=1, max_length=1000, validate_default=True
+    )
+    """With strategy=halving: steps at which adapters are compared. Default: enough rungs to leave one winner,
+    the last at training.steps / factor, each earlier one at 1 / factor of the next."""
 
     @field_validator("factor", "rungs")
     @classmethod
     def _belongs_to_halving(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None and info.data.get("strategy") == "all":
-            raise ValueError("has no meaning for strategy all: remove it, or give strategy=halving")
+            raise ValueError("requires strategy=halving: set it, or remove this key")
         return value
 
     @field_validator("rungs")
     @classmethod
     def _one_after_the_other(cls, rungs: list[int] | None) -> list[int] | None:
         if rungs is not None and (rungs[0] < 1 or sorted(set(rungs)) != rungs):
-            raise ValueError("must be steps from 1, each after the one before")
+            raise ValueError("must be ascending steps from 1")
         return rungs
 
 
 def expand_sweeps(adapters: Any) -> Any:
-    """`adapters` of a raw configuration with every sweep written out; `sweep` says of its members which entry they come from.
+    """`adapters` of a raw configuration with every sweep expanded; `sweep` of a member names its entry.
 
-    Raises UserError for a list where there is nothing to sweep, an empty one, and one with a value twice.
+    Raises UserError for a list of a key that cannot be swept, an empty list, and one with a value twice.
     """
     if not isinstance(adapters, Mapping):
         return adapters
     expanded: RawConfig = {}
     for name, adapter in adapters.items():
-        values = {key: value for key, value in adapter.items() if isinstance(value, list)} if isinstance(adapter, Mapping) else {}
+        values = (
+            {key: value for key, value in adapter.items() if isinstance(value, list)}
+            if isinstance(adapter, Mapping)
+            else {}
+        )
         for key, value in values.items():
             _check(f"adapters.{name}.{key}", key, value)
         swept = {key: value for key, value in values.items() if key in SWEPT}
@@ -82,7 +89,9 @@ def expand_sweeps(adapters: Any) -> Any:
             member = "_".join([str(name), *(f"{key}{_short(value)}" for key, value in chosen.items())])
             if member in expanded or (chosen and member in adapters):
                 raise user_error(
-                    "adapters", member, f"is the name of two adapters, one of them from the sweep adapters.{name}: rename one"
+                    "adapters",
+                    member,
+                    f"is the name of two adapters, one of them from the sweep adapters.{name}: rename one",
                 )
             expanded[member] = {**adapter, **chosen, "sweep": str(name)} if chosen else adapter
     return expanded
@@ -92,12 +101,14 @@ def _check(key: str, option: str, values: list[Any]) -> None:
     if option in LISTS:
         return
     if option not in SWEPT:
-        raise user_error(key, values, f"is no key that can be swept: a list of values may stand for {choices(SWEPT)}")
+        raise user_error(key, values, f"cannot be swept: a list of values may stand for {choices(SWEPT)}")
     if not values:
-        raise user_error(key, values, "is a sweep over nothing: give one value or several")
+        raise user_error(key, values, "is an empty sweep: give one or several values")
     if len(values) > MOST_MEMBERS:
         raise user_error(
-            key, None, f"is a sweep over {len(values):,} values: at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
+            key,
+            None,
+            f"is a sweep over {len(values):,} values: at most {MOST_MEMBERS:,} adapters are made by sweeps in one run",
         )
     seen: set[str] = set()
     for value in values:
@@ -107,7 +118,7 @@ def _check(key: str, option: str, values: list[Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    """A value as part of a name, which has no points: 16, 2e-3, 15e-4, cosine."""
+    """A value as part of a name, which has no decimal point: 16, 2e-3, 15e-4, cosine."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)[: LONGEST_NAME + 1]  # longer ones are refused as names
     number = Decimal(str(value))

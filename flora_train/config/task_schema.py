@@ -1,4 +1,4 @@
-"""What can a task be told? Where its rows come from, and what in them is read and learnt."""
+"""A task: the source of its rows, and which columns are read and learnt."""
 
 from __future__ import annotations
 
@@ -14,49 +14,60 @@ from flora_train.config.speech_schema import SpeechConfig
 
 
 class SourceConfig(ConfigModel):
-    """Where rows come from: exactly one of `hub`, `files`, `common_voice` or `folder`. A bare string means `files`."""
+    """The source of rows: exactly one of `hub`, `files`, `common_voice` or `folder`. A string or list means
+    `files`."""
 
     hub: PathText | None = None
-    """A data set on the Hugging Face hub."""
+    """Name of a data set on the Hugging Face hub."""
     subset: str | None = None
-    """Its configuration name."""
+    """Configuration name of the hub data set. Default: its default configuration."""
     split: str = "train"
-    """Its split."""
+    """Split of the hub data set, or of the Common Voice release."""
     data_dir: str | None = None
-    """The folder of it that is read, where it has one a language (data/lua)."""
+    """Folder of the hub data set that is read, for data sets with a folder per language (data/lua). Default:
+    all of it."""
     revision: str | None = None
-    """Its branch, tag or commit."""
+    """Branch, tag or commit of the hub data set. Default: its main branch."""
     max_rows: int | None = Field(None, ge=1, le=MOST_ROWS)
-    """Read its first so many rows only, streamed: for data sets that are larger than the disk."""
+    """Number of rows of the hub data set that are read, streamed from its beginning, for data sets that are
+    larger than the disk. Default: all rows."""
     fallback_hint: str | None = None
-    """A local source that can take its place: what the error says when the hub does not give it."""
+    """Local source that can replace the hub data set, for the error message when the hub cannot be
+    reached."""
     files: list[PathText] | None = Field(None, min_length=1)
     """Paths or globs of .jsonl, .json, .parquet, .csv, .tsv or .txt files."""
     common_voice: PathText | None = None
-    """A release of Common Voice as it is given out: its folder (cv-corpus-<version>/), or a language's .tar.gz."""
+    """A Common Voice release as it is downloaded: its folder (cv-corpus-<version>/), or the .tar.gz of a
+    language."""
     locale: Text | None = Field(None, validate_default=True)
-    """The language of the release (cs, mr, ...): its folder there."""
+    """Language of the Common Voice release (cs, mr, ...), which is the name of its folder there."""
     folder: PathText | None = Field(None, validate_default=True)
-    """A folder of source code: one row a file, in column `text` (and its path in `path`)."""
+    """A folder of source code: one row per file, with the columns text and path."""
     glob: Text = "**/*"
-    """Which files of `folder`. Hidden ones (.git) are left out."""
+    """Pattern of the files in folder. Hidden files (.git) are left out."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
-    """How a .txt file is cut into rows (as in `datasets`): blank lines stand between paragraphs."""
+    """How a .txt file is divided into rows, as in the datasets library. Blank lines separate paragraphs."""
 
     @field_validator("locale")
     @classmethod
     def _a_release_has_languages(cls, locale: str | None, info: ValidationInfo) -> str | None:
         if "common_voice" in info.data and (locale is None) != (info.data["common_voice"] is None):
-            raise ValueError("common_voice and locale (its language: cs, mr, ...) go together: give both or neither")
+            raise ValueError(
+                "common_voice and locale (its language: cs, mr, ...) go together: give both or neither"
+            )
         return locale
 
     @field_validator("folder")
     @classmethod
     def _exactly_one_kind(cls, folder: str | None, info: ValidationInfo) -> str | None:
         kinds = {"hub", "files", "common_voice"}
-        given = sorted(kind for kind in kinds if info.data.get(kind) is not None) + ["folder"] * (folder is not None)
+        given = sorted(kind for kind in kinds if info.data.get(kind) is not None) + ["folder"] * (
+            folder is not None
+        )
         if kinds <= info.data.keys() and len(given) != 1:
-            raise ValueError(f"give exactly one of hub, files, common_voice or folder, not {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"give exactly one of hub, files, common_voice or folder, not {' and '.join(given) or 'none'}"
+            )
         return folder
 
 
@@ -79,55 +90,64 @@ Source = Annotated[SourceConfig, BeforeValidator(_source_shorthand)]
 
 class TaskConfig(ConfigModel):
     train: Source
-    """Rows to learn from: never a test split."""
+    """Rows to learn from: a file, a list of files, or a source with hub, files, common_voice or folder. Test
+    splits are refused."""
     validation: Source | None = None
-    """Held-out rows. Without it, `validation_fraction` of the training rows is split off by seed."""
+    """Held-out rows. Default: validation_fraction of the training rows, chosen by split_seed."""
     test: Source | None = None
-    """Speech: clips that error rates are measured on, which neither train nor select. Default: the validation rows."""
+    """Speech: clips that error rates are measured on, which are used neither for training nor for selection.
+    Default: the validation rows."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
-    """Share of the training rows held out when there is no validation source."""
+    """Share of the training rows that is held out if there is no validation source."""
     split_by: Text | None = None
-    """Column whose values make tasks: one task for each distinct value, named NAME_VALUE, with the rows of that value and all other
-    keys of this task. In names, + is written p, # sharp, and other characters that a name cannot have _. {value} in language,
-    speech.language and speech.token stands for the value. Default: one task of all rows."""
+    """Column whose values make tasks: one task for each distinct value, named NAME_VALUE, with the rows of
+    that value and all other keys of this task. In names, + is written p, # sharp, and other characters that a
+    name cannot have _. {value} in language, speech.language and speech.token stands for the value. Default:
+    one task of all rows."""
     split_value: Text | None = Field(None, validate_default=True)
-    """With split_by: the value whose rows belong to this task, in place of one task for each value. The program sets it for the
-    tasks that it makes. Default: all values."""
+    """With split_by: the value whose rows belong to this task, instead of one task for each value. Set by the
+    program for the tasks that it makes. Default: all values."""
     split_seed: int | None = Field(None, ge=0, le=2**63 - 1)
-    """Seed of the choice of held-out and used rows (validation_fraction, max_examples and its like), so that runs of several seeds
-    can use the same rows. Default: seed."""
+    """Seed that chooses held-out and used rows (validation_fraction, max_examples and similar keys), so that
+    runs with other seeds can use the same rows. Default: seed."""
     prompt: Text | None = None
-    """Column (or template with {columns}) that is read but not learnt."""
+    """Column, or template with {columns}, that is read but not learnt."""
     completion: Text | None = Field(None, validate_default=True)
-    """Column (or template) that is learnt after the prompt."""
+    """Column, or template with {columns}, that is learnt after the prompt."""
     text: Text | None = None
-    """Column (or template) that is learnt whole. Use this or prompt + completion."""
+    """Column, or template with {columns}, that is learnt as a whole, instead of prompt and completion.
+    Default: the columns prompt and completion if the rows have them, else text."""
     max_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
-    """Use at most this many training rows (a seeded sample)."""
+    """Largest number of training rows, a random sample by split_seed. Default: all."""
     max_validation_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
-    """Use at most this many held-out rows (a seeded sample)."""
+    """Largest number of held-out rows, a random sample by split_seed. Default: all."""
     max_test_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
-    """Use at most this many test rows (a seeded sample)."""
+    """Speech: largest number of test rows, a random sample by split_seed. Default: all."""
     truncation: Literal["truncate", "split", "drop"] = "truncate"
-    """What happens to examples longer than training.max_length tokens; each is counted in the report. split: equal
-    parts (examples with a prompt are truncated)."""
+    """What happens to examples of more than training.max_length tokens; the report counts each. truncate: the
+    end is cut off. split: they are divided into equal parts (examples with a prompt are truncated). drop:
+    they are left out."""
     packing: bool = False
-    """Put short training examples together into sequences of up to training.max_length tokens. They do not see each other;
-    fewer, fuller rows cost less padding. Checked on the model before training."""
+    """Pack short training examples into sequences of up to training.max_length tokens, which need less
+    padding. Examples of a sequence do not attend to each other, which is checked on the model before
+    training."""
     special_tokens: bool = False
-    """Special tokens of the base model (<|im_end|>, </s>, <think>) that are written in rows are tokens, for text that was rendered
-    elsewhere. Else they are text there, as a user's words are; in the recipe's own templates they are always tokens."""
+    """Read special tokens of the base model (<|im_end|>, </s>, <think>) that are written in rows as tokens,
+    for text that was rendered with a chat template. false: they are ordinary text in rows, and tokens in the
+    recipe's own templates."""
     language: ProgrammingLanguage | None = None
-    """The programming language that completions are judged in: a key of eval/languages.yaml (lua, pl, rb, ...), or MultiPL-E's
-    other word for it (perl, ruby, ...)."""
+    """Programming language in which completions are evaluated: a key of eval/languages.yaml (lua, pl, rb,
+    ...), or MultiPL-E's other name for it (perl, ruby, ...). Default: the task is not evaluated on
+    programming problems."""
     speech: SpeechConfig | None = None
-    """Makes this a speech task."""
+    """Makes this a speech task. Default: a task of text."""
     license: Text | None = None
-    """What its rows may be used under, for the cards of its adapters: an identifier of the hub's (mit, cc0-1.0, other, ...)."""
+    """License of the rows, for the model cards of its adapters: an identifier of the hub (mit, cc0-1.0,
+    other, ...)."""
     weight: float = Field(1.0, gt=0, le=1e6)
     """Share in the mixture, relative to the other tasks."""
     sample_prompts: list[Text] = []
-    """Prompts completed by the base model and by every adapter at the end of the run."""
+    """Prompts that the base model and every adapter complete at the end of the run."""
 
     @field_validator("weight")
     @classmethod
@@ -147,13 +167,15 @@ class TaskConfig(ConfigModel):
     @classmethod
     def _both_or_neither(cls, completion: str | None, info: ValidationInfo) -> str | None:
         if "prompt" in info.data and (completion is None) != (info.data["prompt"] is None):
-            raise ValueError("prompt and completion belong together: give both, or text for one learnt column")
+            raise ValueError("prompt and completion belong together: give both, or text for a single column")
         return completion
 
     @field_validator("text")
     @classmethod
     def _one_format(cls, text: str | None, info: ValidationInfo) -> str | None:
-        if text is not None and (info.data.get("prompt") is not None or info.data.get("completion") is not None):
+        if text is not None and (
+            info.data.get("prompt") is not None or info.data.get("completion") is not None
+        ):
             raise ValueError("give text, or prompt and completion, not both")
         return text
 
@@ -161,15 +183,20 @@ class TaskConfig(ConfigModel):
     @classmethod
     def _never_train_on_a_test_split(cls, train: SourceConfig) -> SourceConfig:
         split = train.split if train.hub or train.common_voice else ""
-        if re.search(r"\btest\b", split) or any(re.fullmatch(r"(.*\.)?test", _stem(file)) for file in train.files or ()):
+        if re.search(r"\btest\b", split) or any(
+            re.fullmatch(r"(.*\.)?test", _stem(file)) for file in train.files or ()
+        ):
             raise ValueError("names a test split as training data: train on another one")
         return train
 
     @field_validator("speech")
     @classmethod
     def _text_is_not_speech(cls, speech: SpeechConfig | None, info: ValidationInfo) -> SpeechConfig | None:
-        if speech is not None and (given := [key for key in TEXT_ONLY if info.data.get(key)]):
-            raise ValueError(f"belongs to a task of clips, {given[0]} to a task of text: remove one of them")
+        text_keys = [key for key in TEXT_ONLY if info.data.get(key)]
+        if speech is not None and text_keys:
+            raise ValueError(
+                f"belongs to a task of clips, {text_keys[0]} to a task of text: remove one of them"
+            )
         return speech
 
     @property

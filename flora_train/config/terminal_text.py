@@ -1,4 +1,5 @@
-"""Text for a terminal: what is not ours is shown and never obeyed, and a stream that cannot take it does not end a run."""
+"""Text for a terminal: what is not ours is shown and never obeyed, and a stream that cannot take it does not
+end a run."""
 
 from __future__ import annotations
 
@@ -26,11 +27,14 @@ HARMFUL = (
 
 
 def plain(text: object, keep: str = "\n\t") -> str:
-    """`text` with every character that a terminal might obey, or that could not be shown, written as an escape: `\\x1b`, `\\u202e`.
+    """`text` with every character that a terminal might obey, or that could not be shown, written as an
+    escape: `\\x1b`, `\\u202e`.
 
     keep: characters that stay as they are; "" for a name that stands in a line.
     """
-    return re.sub(f"[{HARMFUL}]", lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
+    return re.sub(
+        f"[{HARMFUL}]", lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text)
+    )
 
 
 def shown(text: object, style: str = "", keep: str = "\n\t") -> Text:
@@ -46,7 +50,8 @@ def in_cell(text: object, style: str = "") -> Text:
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """Print a table whole, its lines longer than the terminal's where they have to be: rich would cut names and figures instead."""
+    """Print a table whole, its lines longer than the terminal's where they have to be: rich would cut names
+    and figures instead."""
     from rich.console import Console
 
     console = console or Console(soft_wrap=True)
@@ -71,8 +76,9 @@ def _escape(character: str) -> str:
 
 
 class PatientStream:
-    """A standard stream that outlives its reader: once a write finds the pipe closed (or the disk full), the rest goes nowhere, and the
-    command goes on to its end and its own exit status. `failed` says what a write found, other than a closed pipe."""
+    """A standard stream that outlives its reader: once a write finds the pipe closed (or the disk full), the
+    rest goes nowhere, and the command goes on to its end and its own exit status. `failed` says what a write
+    found, other than a closed pipe."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -116,8 +122,8 @@ class PatientStream:
 
 @contextmanager
 def safe_streams() -> Iterator[None]:
-    """Standard output and error show what they cannot encode as escapes, and are patient (PatientStream). Afterwards they are what they
-    were. Streams that a host program put in their place stay its own."""
+    """Standard output and error show what they cannot encode as escapes, and are patient (PatientStream).
+    Afterwards they are what they were. Streams that a host program put in their place stay its own."""
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     errors = {name: getattr(stream, "errors", None) for name, stream in before.items()}
     for name, stream in before.items():
@@ -136,7 +142,9 @@ def safe_streams() -> Iterator[None]:
 
 def _answer_errors(stream: Any, errors: str | None) -> None:
     if errors is not None and hasattr(stream, "reconfigure"):
-        with suppress(OSError, ValueError):  # some that were redirected meanwhile do not take it, and stay as they are
+        with suppress(
+            OSError, ValueError
+        ):  # some that were redirected meanwhile do not take it, and stay as they are
             stream.reconfigure(errors=errors)
 
 

@@ -1,4 +1,5 @@
-"""Finds the keys of a task that would be ignored. Those that cannot be meant are errors; those that another setting switches off are notes."""
+"""Finds the keys of a task that would be ignored. Those that cannot be meant are errors; those that another
+setting switches off are notes."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ MAGIC = "*?["
 
 def ignored_keys(tasks: Mapping[str, TaskConfig]) -> list[Problem]:
     """A problem for each key that is given and could do nothing in a task or source of that kind."""
-    return [Problem(f"tasks.{name}.{key}", value, hint) for name, task in tasks.items() for key, value, hint in _of_task(task)]
+    return [
+        Problem(f"tasks.{name}.{key}", value, hint)
+        for name, task in tasks.items()
+        for key, value, hint in _of_task(task)
+    ]
 
 
 def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
@@ -25,7 +30,11 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
             yield f"{split}.{key}", getattr(source, key), hint
     if task.speech is None:
         if task.test is not None:
-            yield "test", None, "is for speech tasks: a task of text is measured on its validation rows; remove it"
+            yield (
+                "test",
+                None,
+                "is for speech tasks: a task of text is measured on its validation rows; remove it",
+            )
         if task.max_test_examples is not None:
             yield "max_test_examples", task.max_test_examples, "is for speech tasks: remove it"
         return
@@ -33,11 +42,23 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
         hint = "limits the test rows, and there are none: give test, or limit max_validation_examples"
         yield "max_test_examples", task.max_test_examples, hint
     if task.truncation != "truncate":
-        yield "truncation", task.truncation, "is for text: transcripts that are too long are left out, and counted; remove it"
+        yield (
+            "truncation",
+            task.truncation,
+            "is for text: transcripts that are too long are left out, and counted; remove it",
+        )
     if task.sample_prompts:
-        yield "sample_prompts", task.sample_prompts, "is for text: a speech model transcribes its test clips; remove it"
+        yield (
+            "sample_prompts",
+            task.sample_prompts,
+            "is for text: a speech model transcribes its test clips; remove it",
+        )
     if task.speech.prompt is not None and task.speech.token is not None:
-        yield "speech.token", task.speech.token, "has no place where speech.prompt names all first tokens: remove one of them"
+        yield (
+            "speech.token",
+            task.speech.token,
+            "has no place where speech.prompt names all first tokens: remove one of them",
+        )
     if task.train.common_voice is not None and task.speech.audio != "path":
         yield "speech.audio", task.speech.audio, "is path in a release of Common Voice: remove it"
 
@@ -50,9 +71,15 @@ def _of_source(source: SourceConfig) -> Iterator[tuple[str, str]]:
         if key in given and source.hub is None:
             yield key, "is for data sets of the hub: remove it, or name one with hub"
     if "split" in given and source.hub is None and source.common_voice is None:
-        yield "split", "is for data sets of the hub and releases of Common Voice: give the split's files instead"
+        yield (
+            "split",
+            "is for data sets of the hub and releases of Common Voice: give the split's files instead",
+        )
     if "glob" in given and source.folder is None:
-        yield "glob", "chooses files below folder, and there is none: give folder, or write the pattern into files"
+        yield (
+            "glob",
+            "chooses files below folder, and there is none: give folder, or write the pattern into files",
+        )
     if "sample_by" in given and not any(_may_be_text(file) for file in source.files or ()):
         yield "sample_by", "cuts .txt files, and there are none: remove it"
 
@@ -63,13 +90,19 @@ def _may_be_text(file: str) -> bool:
 
 
 def notes_on_unused(tasks: Mapping[str, TaskConfig], problems: bool) -> list[str]:
-    """Keys that another setting switches off, the tasks of each together. problems: whether programming problems are solved."""
+    """Keys that another setting switches off, the tasks of each together. problems: whether programming
+    problems are solved."""
     found: dict[str, list[str]] = {}
     for name, task in tasks.items():
         if task.language is not None and not problems:
             found.setdefault("language is not used: evaluation.problems names no problems", []).append(name)
-        if task.validation is not None and task.validation_fraction != TaskConfig.model_fields["validation_fraction"].default:
-            found.setdefault("validation_fraction is not used: the validation rows are given", []).append(name)
+        if (
+            task.validation is not None
+            and task.validation_fraction != TaskConfig.model_fields["validation_fraction"].default
+        ):
+            found.setdefault("validation_fraction is not used: the validation rows are given", []).append(
+                name
+            )
         if task.validation is not None and task.speech is not None and task.speech.speaker is not None:
             found.setdefault("speech.speaker is not used: the validation rows are given", []).append(name)
     return [f"tasks.{_some(names)}.{what}" for what, names in found.items()]

@@ -1,4 +1,5 @@
-"""How does a user read pydantic's errors? As Problems: the key as it was written, the value, what to write instead."""
+"""How does a user read pydantic's errors? As Problems: the key as it was written, the value, what to write
+instead."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ LIMITS = ("gt", "ge", "lt", "le")
 
 
 def to_user_errors(error: ValidationError, raw: Any) -> list[Problem]:
-    """The problems of a configuration, one per key: what each alternative of a key wants is joined by `or`."""
+    """The problems of a configuration, one per key: what each alternative of a key wants is joined by
+    `or`."""
     problems: dict[str, Problem] = {}
     for item in error.errors():
         if len(problems) >= MOST_PROBLEMS:
@@ -75,8 +77,12 @@ def _translate(item: Any, raw: Any) -> list[Problem]:
         return [Problem(key, value, f"must be {choices(options)}.{did_you_mean(value, options)}")]
     if item["type"] in ("model_type", "model_attributes_type"):
         return [Problem(key, value, f"must hold keys: {', '.join(_keys_of(loc))}.{suggest_word(loc)}")]
-    hint = HINTS.get(item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}"))
-    hint = hint.format(**{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()})
+    hint = HINTS.get(
+        item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}")
+    )
+    hint = hint.format(
+        **{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()}
+    )
     return [Problem(key, None if item["loc"][-1] == "[key]" else value, hint)]
 
 
@@ -88,7 +94,8 @@ def _readable(limit: float) -> str:
 
 
 def _as_written(loc: Sequence[Any], raw: Any) -> tuple[str, ...]:
-    """pydantic's location without the steps that are its own: alternatives, `[key]`, and what a shorthand stands for."""
+    """pydantic's location without the steps that are its own: alternatives, `[key]`, and what a shorthand
+    stands for."""
     written = []
     for part in loc:
         if isinstance(raw, dict) or (raw is None and str(part).isidentifier()):
@@ -107,7 +114,9 @@ def _keys_of(loc: Sequence[str]) -> list[str]:
     section: Any = RunConfig
     for part in loc:
         # below a mapping by name comes the name, below a section a field
-        annotation = get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
+        annotation = (
+            get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
+        )
         section = annotation if get_origin(annotation) is dict else section_in(annotation)
     return [*section.model_fields, *(ONLY_IN_FILES if section is RunConfig else ())]
 

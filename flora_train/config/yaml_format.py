@@ -1,4 +1,5 @@
-"""Reads and writes YAML of any length in linear time: plain values only, no tags of Python, no bombs, no key twice.
+"""Reads and writes YAML of any length in linear time: plain values only, no tags of Python, no bombs, no key
+twice.
 
 Numbers are YAML 1.2's where YAML 1.1 surprises: `1e-3` is a number, a date is text.
 """
@@ -53,7 +54,8 @@ FLOAT = re.compile(
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a text. line: from 1, None where it is not known; given: what stands there."""
+    """One thing that is wrong with a text. line: from 1, None where it is not known; given: what stands
+    there."""
 
     line: int | None
     given: str | None
@@ -88,7 +90,8 @@ SCALARS = {f"{TAG}{kind}" for kind in ("str", "int", "float", "bool", "null")}
 
 
 def read(text: str) -> Any:
-    """The value of one YAML document, None if it is empty. Equal aliases are one object: do not change what is returned.
+    """The value of one YAML document, None if it is empty. Equal aliases are one object: do not change what
+    is returned.
 
     Raises YamlFaults.
     """
@@ -98,7 +101,8 @@ def read(text: str) -> Any:
 
 
 def write(value: dict[str, Any]) -> str:
-    """YAML that `read` reads back equal, keys in their order. value: mappings and lists of text, numbers, booleans and None."""
+    """YAML that `read` reads back equal, keys in their order. value: mappings and lists of text, numbers,
+    booleans and None."""
     lines: list[str] = []
     _write_mapping(value, "", lines)
     return "\n".join(lines) + "\n" if lines else "{}\n"
@@ -110,7 +114,11 @@ def _write_mapping(mapping: dict[str, Any], indent: str, lines: list[str]) -> No
         if isinstance(value, dict) and value:
             lines.append(begin)
             _write_mapping(value, f"{indent}  ", lines)
-        elif isinstance(value, (list, tuple)) and value and not any(isinstance(item, (dict, list, tuple)) for item in value):
+        elif (
+            isinstance(value, (list, tuple))
+            and value
+            and not any(isinstance(item, (dict, list, tuple)) for item in value)
+        ):
             lines.append(begin)
             lines.extend(f"{indent}- {_scalar(item)}" for item in value)
         else:
@@ -139,7 +147,11 @@ def _scalar(value: Any) -> str:
 def _quoted(text: str) -> str:
     """In double quotes, with an escape for whatever is not printed as it is. json's escapes are YAML's."""
     quoted = json.dumps(text, ensure_ascii=False)
-    return quoted if quoted.isprintable() else "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
+    return (
+        quoted
+        if quoted.isprintable()
+        else "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
+    )
 
 
 def unwritable(text: str) -> str | None:
@@ -184,7 +196,9 @@ class _Reader:
             if isinstance(event, DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    raise YamlFaults(Fault(_line(event), None, f"{UNREADABLE}: a second document begins here"))
+                    raise YamlFaults(
+                        Fault(_line(event), None, f"{UNREADABLE}: a second document begins here")
+                    )
             elif isinstance(event, NodeEvent):
                 self._node(event)
             elif isinstance(event, (MappingEndEvent, SequenceEndEvent)):
@@ -201,7 +215,9 @@ class _Reader:
         except (yaml.YAMLError, RecursionError) as error:
             mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
             reason = problem or next(iter(str(error).strip().splitlines()), "it is nested too deeply")
-            raise YamlFaults(*self.faults, Fault(mark.line + 1 if mark else None, None, f"{UNREADABLE}: {reason}")) from None
+            raise YamlFaults(
+                *self.faults, Fault(mark.line + 1 if mark else None, None, f"{UNREADABLE}: {reason}")
+            ) from None
 
     def _node(self, event: NodeEvent) -> None:
         if isinstance(event, AliasEvent):
@@ -236,7 +252,9 @@ class _Reader:
 
     def _begin_key(self, top: _Open, key: str, event: Event) -> None:
         if (first := top.lines.setdefault(key, _line(event))) != _line(event) or key in top.value:
-            self.faults.append(Fault(_line(event), key, f"this key is given twice (first on line {first}): rename one"))
+            self.faults.append(
+                Fault(_line(event), key, f"this key is given twice (first on line {first}): rename one")
+            )
         top.key, top.has_key = key, True
 
     def _alias(self, event: AliasEvent) -> None:
@@ -244,7 +262,11 @@ class _Reader:
             raise YamlFaults(Fault(_line(event), f"*{event.anchor}", "refers to itself"))
         if event.anchor not in self.anchors:
             raise YamlFaults(
-                Fault(_line(event), f"*{event.anchor}", "is an alias of nothing: no &name of that name comes before it")
+                Fault(
+                    _line(event),
+                    f"*{event.anchor}",
+                    "is an alias of nothing: no &name of that name comes before it",
+                )
             )
         value, size, depth = self.anchors[event.anchor]
         self.by_alias += size
@@ -282,7 +304,9 @@ class _Reader:
     def _merge(self, top: _Open, value: Any, event: Event) -> None:
         parts = value if isinstance(value, list) else [value]
         if not all(isinstance(part, dict) for part in parts):
-            self.faults.append(Fault(_line(event), "<<", "merges keys: give it a mapping, or a list of mappings"))
+            self.faults.append(
+                Fault(_line(event), "<<", "merges keys: give it a mapping, or a list of mappings")
+            )
             return
         top.merged += parts
 
@@ -315,7 +339,9 @@ class _Reader:
         try:
             value = self.scalars.construct_object(yaml.ScalarNode(tag, event.value))
         except (ValueError, KeyError, OverflowError, yaml.YAMLError):
-            self.faults.append(Fault(_line(event), event.value, f"is no {tag.removeprefix(TAG)} that can be read"))
+            self.faults.append(
+                Fault(_line(event), event.value, f"is no {tag.removeprefix(TAG)} that can be read")
+            )
             return None
         if event.tag is None:
             self.known[event.value] = value
@@ -329,12 +355,16 @@ class _Reader:
     def _foreign_tag(self, event: Any) -> None:
         self.faults.append(
             Fault(
-                _line(event), str(event.tag).replace(TAG, "!!"), f"{UNREADABLE}: only plain values are read, and there is the tag"
+                _line(event),
+                str(event.tag).replace(TAG, "!!"),
+                f"{UNREADABLE}: only plain values are read, and there is the tag",
             )
         )
 
     def _no_text_key(self, event: Event, given: str | None, kind: str) -> None:
-        self.faults.append(Fault(_line(event), given, f"YAML reads this key as {kind}, not as text: put it in quotes"))
+        self.faults.append(
+            Fault(_line(event), given, f"YAML reads this key as {kind}, not as text: put it in quotes")
+        )
         if given is None or kind == "an alias":  # what follows cannot be understood
             raise YamlFaults(*self.faults)
 

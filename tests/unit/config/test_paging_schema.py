@@ -26,7 +26,7 @@ def test_slots_are_given_beside_the_adapters() -> None:
     assert list(config.adapters) == ["lora"]
     with pytest.raises(UserError, match=r"device_slots = 0: must be at least 1, or must be auto"):
         validate({**RAW, "adapters": {**RAW["adapters"], "device_slots": 0}})
-    with pytest.raises(UserError, match=r"adapters\.device_slots = 4.*one setting"):
+    with pytest.raises(UserError, match=r"adapters\.device_slots = 4.*the same setting"):
         validate({**RAW, "adapters": {**RAW["adapters"], "device_slots": 4}, "paging": {"device_slots": 5}})
 
 
@@ -41,5 +41,5 @@ def test_the_command_line_wins_over_a_recipe_and_over_a_saved_configuration(tmp_
 
 
 def test_a_folder_for_pages_needs_pages_on_disk() -> None:
-    with pytest.raises(UserError, match=r"paging\.folder = 'x': is where host=disk has its files"):
+    with pytest.raises(UserError, match=r"paging\.folder = 'x': requires paging\.host=disk"):
         validate({**RAW, "paging": {"folder": "x"}})

@@ -13,7 +13,6 @@ WARMUP_OF_RECIPES = {
     "common_voice": {100},
     "multipl_e": {50},
     "multipl_e_local": {4},
-    "quickstart": {4},
     "quickstart_sweep": {4},
     "speech_local": {8},
     "speech_sweep": {0, 4},
