@@ -1,4 +1,4 @@
-"""How is a tokenised split kept between runs? As one file named by what it was made of."""
+"""Keeps tokenized splits between runs, in files that are named by the hash of their content."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile
 
+from flora_train.config.errors import UserError
 from flora_train.data.tokenization import TokenSplit
-
-logger = logging.getLogger(__name__)
 
 Split = TypeVar("Split", bound=TokenSplit)
 
+logger = logging.getLogger(__name__)
 
-def cached(path: Path, kind: type[Split], make: Callable[[], Split]) -> Split:
-    """What `path` holds, or what `make` makes, which is then kept there."""
+
+def cached(path: Path, split_type: type[Split], make: Callable[[], Split]) -> Split:
+    """The split in `path`, or the result of `make`, which is then saved there."""
     try:
-        return kind.load(path)
+        return split_type.load(path)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
@@ -27,8 +28,7 @@ def cached(path: Path, kind: type[Split], make: Callable[[], Split]) -> Split:
             path.unlink(missing_ok=True)  # a damaged cache file is made again
     split = make()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         split.save(path)
-    except OSError as error:  # a cache that cannot be written costs time, not the run
+    except (OSError, UserError) as error:  # a cache that cannot be written costs time, not the run
         logger.warning(f"tokens are not cached: {error}")
     return split

@@ -1,4 +1,5 @@
-"""What is a task, once read? Its tokenised training and held-out examples, from disk cache where nothing changed."""
+"""What is a task, once read? Its tokenised training and held-out examples, from disk cache where nothing
+changed."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from flora_train.data.sources import source_files
 from flora_train.data.split_by import forget_rows, task_rows
 from flora_train.data.splits import hold_out, sample, seed_of_rows
 from flora_train.data.templates import PromptCompletion, make_formatter
-from flora_train.data.tokenization import TokenSplit, tokenise, tokenizer_hash
+from flora_train.data.tokenization import TokenSplit, tokenize, tokenizer_hash
 
 CACHE_VERSION = 5
 
@@ -48,8 +49,8 @@ class Task:
 def load_tasks(
     config: RunConfig, tokenizer: Any, cache: Path, speech_processor: SpeechProcessor | None = None
 ) -> dict[str, Task]:
-    """All tasks that some adapter learns. speech_processor: where they are speech. Raises one UserError with the faults of all their sources,
-    formats, splits and step sizes."""
+    """All tasks that some adapter learns. speech_processor: where they are speech. Raises one UserError with
+    the faults of all their sources, formats, splits and step sizes."""
     problems: list[Problem] = []
     tasks: dict[str, Task] = {}
     learners = _learners(config)
@@ -81,7 +82,8 @@ def load_tasks(
 
 
 def notes_on_rows(tasks: Mapping[str, Task], config: RunConfig) -> list[str]:
-    """What a user must know of a run's rows: special tokens that are written in them, and how they are read."""
+    """What a user must know of a run's rows: special tokens that are written in them, and how they are
+    read."""
     notes = []
     for name, task in tasks.items():
         written = Counter[str]()
@@ -112,7 +114,7 @@ def load_spoken_task(
 
 
 def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path) -> Task:
-    """Read, split, format and tokenise one task, or take the result from `cache`."""
+    """Read, split, format and tokenize one task, or take the result from `cache`."""
     key = f"tasks.{name}"
     train_rows = task_rows(task, "train", key)
     format_row = make_formatter(task, train_rows, key)
@@ -131,7 +133,16 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         packing = split == "train" and task.packing  # held-out examples stay apart: intervals resample them
         content = _hash([*setting, packing, unsampled], examples)
         digest.update(content.encode())
-        make = partial(tokenise, examples, tokenizer, max_length, truncation, unsampled, task.special_tokens)
+        make = partial(
+            tokenize,
+            examples,
+            tokenizer,
+            max_length,
+            truncation=truncation,
+            unsampled=unsampled,
+            special_tokens=task.special_tokens,
+            name=f"{name} ({split})",
+        )
         if packing:
             make = partial(_packed, make, max_length)
         splits[split] = cached(cache / f"{content[:32]}.npz", TokenSplit, make)

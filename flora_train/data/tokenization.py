@@ -1,14 +1,11 @@
-"""What do a task's examples look like to the model, and which were left out?"""
+"""Tokenized splits of a task: tokens, which of them are learnt, and the number of rows that were left out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -20,53 +17,71 @@ from flora_train.config.errors import user_error
 from flora_train.data.templates import PromptCompletion
 from flora_train.data.text_encoder import TextEncoder, start_tokens
 from flora_train.data.token_cache import Encoded
+from flora_train.data.tokenizer_copies import Place
+from flora_train.runtime.atomic import write_atomically
+from flora_train.runtime.progress import ProgressBar
+
+CHUNK_EXAMPLES, CHUNK_CHARACTERS = 1024, 1 << 22
+"""Examples and characters that are tokenized in one call: tokenizers keep the offsets of all of them in
+memory."""
+PROGRESS_CHARACTERS = 1 << 23
+"""Characters of a split from which on its progress is shown."""
+LAST_TOKENS = 8
+"""Tokens at the end of a text among which its own end token is searched."""
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What became of a split's rows: rows = used rows + empty + over_long_dropped + prompt_too_long + unsampled + unusable.
+    """Number of rows of a split by what happened to them.
 
-    Rows that went to the other split by validation_fraction count there.
+    rows = used rows + unsampled + empty + over_long_dropped + prompt_too_long + unusable. Rows that
+    validation_fraction moved to another split count there.
     """
 
     rows: int = 0
     unsampled: int = 0
     """Left out by max_examples."""
     empty: int = 0
-    """No text to learn."""
+    """Without text to learn."""
     over_long_truncated: int = 0
+    """Longer than max_length and cut off at their end."""
     over_long_split: int = 0
+    """Longer than max_length and divided into parts."""
     over_long_dropped: int = 0
+    """Longer than max_length and left out."""
     prompt_too_long: int = 0
-    """The prompt alone fills max_length, so nothing would be learnt."""
+    """Left out because the prompt alone fills max_length."""
     documents: int = 0
     """Pieces of text that are learnt: more than the rows used where long ones are split."""
     examples: int = 0
     """Sequences made of the documents: fewer than documents where several are packed into one."""
     tokens: int = 0
     label_tokens: int = 0
+    """Tokens that are learnt."""
     unusable: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Speech: reason -> the clips that were left out for it."""
     seconds: float = 0.0
-    """Speech: of all clips used."""
+    """Speech: duration of all clips used."""
     special_tokens: Mapping[str, int] = field(default_factory=dict)
-    """Special token -> how often it is written in rows: as text, unless the task says special_tokens: true."""
+    """Special token -> number of times that it is written in rows (as text, unless the task has
+    special_tokens: true)."""
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """Tokenized documents, one after the other, and the examples that they make up.
-
-    tokens: int32 [sum of lengths]; offsets: int64 [m + 1], where documents begin; prompt_lengths: int32 [m], tokens that are
-    read but not learnt; label_bytes: int64 [m], UTF-8 bytes of the learnt text (for bits per byte; the end token has none);
-    pack_offsets: int64 [n + 1], example i holds the documents pack_offsets[i]:pack_offsets[i + 1], which do not attend to each other.
-    """
+    """Tokenized documents, one after the other, and the examples that they make up."""
 
     tokens: NDArray[np.int32]
+    """int32 [sum of lengths]."""
     offsets: NDArray[np.int64]
+    """int64 [m + 1]: positions in `tokens` at which the m documents begin, and the end."""
     prompt_lengths: NDArray[np.int32]
+    """int32 [m]: tokens of each document that are read but not learnt."""
     label_bytes: NDArray[np.int64]
+    """int64 [m]: UTF-8 bytes of the learnt text, for bits per byte. The end token has none."""
     pack_offsets: NDArray[np.int64]
+    """int64 [n + 1]: example i holds the documents pack_offsets[i]:pack_offsets[i + 1], which do not attend
+    to each other."""
     counts: SplitCounts
 
     def __len__(self) -> int:
@@ -93,11 +108,11 @@ class TokenSplit:
         return len(self) < len(self.prompt_lengths)
 
     def window(self, index: int) -> int:
-        """Encoder positions of an example: text has none."""
+        """Encoder positions of an example, 0 for text."""
         return 0
 
     def example(self, index: int) -> NDArray[np.int32]:
-        """Its tokens."""
+        """Token ids of an example."""
         return self.tokens[self.offsets[self.pack_offsets[index]] : self.offsets[self.pack_offsets[index + 1]]]
 
     def documents(self, index: int) -> list[tuple[NDArray[np.int32], int]]:
@@ -109,17 +124,15 @@ class TokenSplit:
         return np.diff(np.concatenate([[0], per_document.cumsum()])[self.pack_offsets])
 
     def save(self, path: Path) -> None:
-        """Atomically, so that a cache file is whole or absent, whichever processes write it. Raises OSError."""
+        """Write the split atomically. Raises UserError if it cannot be written."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "counts"}
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays, counts=np.array(json.dumps(asdict(self.counts))))
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
+        counts = np.array(json.dumps(asdict(self.counts)))
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays, counts=counts)
+
+        write_atomically(path, write)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -129,75 +142,126 @@ class TokenSplit:
         return cls(**arrays, counts=counts)
 
 
-def tokenise(
-    examples: list[PromptCompletion],
+def tokenize(
+    examples: Sequence[PromptCompletion],
     tokenizer: Any,
     max_length: int,
+    *,
     truncation: str,
     unsampled: int = 0,
     special_tokens: bool = False,
+    name: str = "",
 ) -> TokenSplit:
-    """Token ids of prompt + completion + end token for each example, none dropped without being counted.
+    """Token ids of prompt + completion + end token for each example. Examples that are left out are counted.
 
-    Prompt and completion are tokenised apart, so that training sees a prompt as generation will; the completion as text that
-    goes on. Start and end token stand once, also where the text has them itself. The end token is left out where an example was
-    cut. special_tokens: special tokens that are written in rows are tokens; else they are text.
+    Prompt and completion are tokenized separately, so that training reads a prompt as generation does, and
+    the completion as text that continues it. Start and end tokens occur once, even if the text contains them.
+    A truncated example has no end token.
+
+    unsampled: rows that were left out before, for the counts; special_tokens: special tokens that are written
+    in rows are tokens, not text; name: of the split, for the progress bar of a large one.
     """
-    kept = [example for example in examples if not example.is_empty]
+    used = [example for example in examples if not example.is_empty]
     encoder = TextEncoder(tokenizer, special_tokens)
-    documents: list[NDArray[np.int32]] = []
-    prompt_lengths: list[int] = []
-    label_bytes: list[int] = []
-    tally, written = Counter(empty=len(examples) - len(kept)), Counter[str]()
-    for prompt, completion in _encode(encoder, kept, max_length, truncation):
-        written += prompt.written + completion.written
+    documents = _Documents(tokenizer, encoder, max_length, truncation)
+    documents.fates["empty"] = len(examples) - len(used)
+    characters = [len(example.prompt) + len(example.completion) for example in used]
+    encoded = _encode(encoder, used, max_length, truncation=truncation)
+    if name and sum(characters) >= PROGRESS_CHARACTERS:
+        encoded = _with_progress(encoded, characters, name)
+    for prompt, completion in encoded:
+        documents.add(prompt, completion)
+    return documents.split(rows=len(examples) + unsampled, unsampled=unsampled)
+
+
+def _with_progress(
+    encoded: Iterator[tuple[Encoded, Encoded]], characters: Sequence[int], name: str
+) -> Iterator[tuple[Encoded, Encoded]]:
+    """The same, with a progress bar over the characters that are tokenized."""
+    done = 0
+    with ProgressBar(f"tokenize {name}", sum(characters)) as progress:
+        for size, example in zip(characters, encoded, strict=True):
+            done += size
+            progress.update(done)
+            yield example
+
+
+class _Documents:
+    """Documents of a split, added example by example."""
+
+    def __init__(self, tokenizer: Any, encoder: TextEncoder, max_length: int, truncation: str) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.max_length, self.truncation = max_length, truncation
+        self.tokens: list[NDArray[np.int32]] = []
+        self.prompt_lengths: list[int] = []
+        self.label_bytes: list[int] = []
+        self.fates = Counter[str]()
+        self.written = Counter[str]()
+
+    def add(self, prompt: Encoded, completion: Encoded) -> None:
+        """Append the documents of one example."""
+        self.written += prompt.written + completion.written
         if not len(completion.ids):  # the tokenizer knows none of its characters
-            tally["empty"] += 1
-            continue
-        head, begins = _head(encoder, prompt.ids, completion.ids)
-        ends_itself = own_end(tokenizer, completion)
-        whole = completion.ids[begins:] if ends_itself is not None else np.append(completion.ids[begins:], tokenizer.eos_token_id)
-        fate, spans = _cut(
-            len(whole), max_length - len(head), "truncate" if truncation == "split" and len(prompt.ids) else truncation
+            self.fates["empty"] += 1
+            return
+        head, begins = _head(self.encoder, prompt.ids, completion.ids)
+        end_token = own_end(self.tokenizer, completion)
+        ids = completion.ids[begins:]
+        if end_token is None:
+            ids = np.append(ids, self.tokenizer.eos_token_id)
+        truncation = self.truncation
+        if truncation == "split" and len(prompt.ids):
+            truncation = "truncate"
+        fate, spans = _cut(len(ids), self.max_length - len(head), truncation)
+        self.fates[fate] += 1
+        for begin, end in spans:
+            self.tokens.append(np.concatenate([head, ids[begin:end]]).astype(np.int32))
+            self.prompt_lengths.append(len(head))
+            first_learnt = begin
+            if not head:  # nothing precedes the first token, so that it is not predicted
+                first_learnt += 1
+            self.label_bytes.append(_bytes_between(completion, begins + first_learnt, begins + end, end_token=end_token))
+
+    def split(self, *, rows: int, unsampled: int) -> TokenSplit:
+        """All documents, each an example of its own."""
+        lengths = np.array([len(document) for document in self.tokens], dtype=np.int64)
+        prompt_lengths = np.array(self.prompt_lengths, dtype=np.int32)
+        counts = SplitCounts(
+            rows=rows,
+            unsampled=unsampled,
+            empty=self.fates["empty"],
+            over_long_truncated=self.fates["truncate"],
+            over_long_split=self.fates["split"],
+            over_long_dropped=self.fates["drop"],
+            prompt_too_long=self.fates["prompt_too_long"],
+            documents=len(lengths),
+            examples=len(lengths),
+            tokens=int(lengths.sum()),
+            label_tokens=int((lengths - np.maximum(prompt_lengths, 1)).sum()),
+            special_tokens=dict(self.written),
         )
-        tally[fate] += 1
-        for begin, after in spans:
-            documents.append(np.concatenate([head, whole[begin:after]]).astype(np.int32))
-            prompt_lengths.append(len(head))
-            first_learnt = begin if len(head) else begin + 1  # nothing predicts the first token of all
-            before = completion.bytes_before(begins + first_learnt)  # first the smaller: counting goes on from there
-            covered = completion.bytes_before(begins + after) - before
-            if ends_itself is not None and begins + first_learnt <= ends_itself < begins + after:
-                covered -= completion.bytes_before(ends_itself + 1) - completion.bytes_before(ends_itself)
-            label_bytes.append(covered)  # the end token stands for no text
-    lengths = np.array([len(document) for document in documents], dtype=np.int64)
-    prompt_array = np.array(prompt_lengths, dtype=np.int32)
-    counts = SplitCounts(
-        rows=len(examples) + unsampled,
-        unsampled=unsampled,
-        empty=tally["empty"],
-        over_long_truncated=tally["truncate"],
-        over_long_split=tally["split"],
-        over_long_dropped=tally["drop"],
-        prompt_too_long=tally["prompt_too_long"],
-        documents=len(documents),
-        examples=len(documents),
-        tokens=int(lengths.sum()),
-        label_tokens=int((lengths - np.maximum(prompt_array, 1)).sum()),
-        special_tokens=dict(written),
-    )
-    return TokenSplit(
-        tokens=np.concatenate([np.empty(0, dtype=np.int32), *documents]),
-        offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
-        prompt_lengths=prompt_array,
-        label_bytes=np.array(label_bytes, dtype=np.int64),
-        pack_offsets=np.arange(len(documents) + 1, dtype=np.int64),
-        counts=counts,
-    )
+        return TokenSplit(
+            tokens=np.concatenate([np.empty(0, dtype=np.int32), *self.tokens]),
+            offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
+            prompt_lengths=prompt_lengths,
+            label_bytes=np.array(self.label_bytes, dtype=np.int64),
+            pack_offsets=np.arange(len(lengths) + 1, dtype=np.int64),
+            counts=counts,
+        )
+
+
+def _bytes_between(completion: Encoded, begin: int, end: int, *, end_token: int | None) -> int:
+    """UTF-8 bytes of text that the tokens begin:end cover, without those of its own end token."""
+    before = completion.bytes_before(begin)  # ascending calls: counting continues from there
+    covered = completion.bytes_before(end) - before
+    if end_token is not None and begin <= end_token < end:
+        covered -= completion.bytes_before(end_token + 1) - completion.bytes_before(end_token)
+    return covered
 
 
 def _head(encoder: TextEncoder, prompt: NDArray[np.int32], completion: NDArray[np.int32]) -> tuple[list[int], int]:
-    """The tokens that are read only, and how many of the completion's are among them: start tokens that it begins with."""
+    """The tokens that are not learnt, and how many of them the completion itself begins with (start
+    tokens)."""
     start = encoder.start
     if not len(prompt) and start and completion[: len(start)].tolist() == start and len(completion) > len(start):
         return start, len(start)
@@ -205,9 +269,10 @@ def _head(encoder: TextEncoder, prompt: NDArray[np.int32], completion: NDArray[n
 
 
 def own_end(tokenizer: Any, completion: Encoded) -> int | None:
-    """Where the end token stands that a text ends with itself, perhaps before white space; None: it has none."""
+    """Position of the end token with which a text itself ends, perhaps before white space; None if there is
+    none."""
     ids = completion.ids if completion.whole else completion.ids[:0]
-    for at in range(len(ids) - 1, max(-1, len(ids) - 1 - LAST), -1):
+    for at in range(len(ids) - 1, max(-1, len(ids) - 1 - LAST_TOKENS), -1):
         if ids[at] == tokenizer.eos_token_id:
             return at
         if tokenizer.decode([int(ids[at])]).strip():
@@ -215,25 +280,25 @@ def own_end(tokenizer: Any, completion: Encoded) -> int | None:
     return None
 
 
-LAST = 8
-"""Tokens at the end of a text among which its end token is looked for."""
-
-
 def check_tokenizer(tokenizer: Any, model_path: str) -> None:
-    """Training needs an end token. Raises UserError if the tokenizer lacks one."""
+    """Raises UserError if the tokenizer has no end token, which training needs."""
     if tokenizer.eos_token_id is None:
-        hint = "its tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it there"
+        hint = "has a tokenizer without an end-of-sequence token: set tokenizer.eos_token and save it there"
         raise user_error("model.path", model_path, hint)
 
 
 def pad_token(tokenizer: Any) -> int:
-    """What fills a row up: the padding token, or the end token where a tokenizer has none. Padding is never learnt, because labels
-    and masks go by lengths; the end token of a text is."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    """The padding token, or the end token if a tokenizer has none.
+
+    Labels and masks depend on lengths, so that padding is never learnt while the end token of a text is.
+    """
+    if tokenizer.pad_token_id is None:
+        return int(tokenizer.eos_token_id)
+    return int(tokenizer.pad_token_id)
 
 
 def _cut(length: int, room: int, truncation: str) -> tuple[str, list[tuple[int, int]]]:
-    """What becomes of `length` tokens where there is room for `room`, and the spans of them that are used."""
+    """The fate of `length` tokens where `room` tokens fit, and the spans of them that are used."""
     if length <= room:
         return "whole", [(0, length)]
     if room < 1:
@@ -243,53 +308,57 @@ def _cut(length: int, room: int, truncation: str) -> tuple[str, list[tuple[int, 
     if truncation == "drop":
         return "drop", []
     parts = -(-length // room)
-    # equal parts: a short rest would be learnt almost without context
+    # equal parts, because a short remainder would be learnt almost without context
     return "split", [(length * i // parts, length * (i + 1) // parts) for i in range(parts)]
 
 
 def _encode(
-    encoder: TextEncoder, examples: Sequence[PromptCompletion], max_length: int, truncation: str
+    encoder: TextEncoder, examples: Sequence[PromptCompletion], max_length: int, *, truncation: str
 ) -> Iterator[tuple[Encoded, Encoded]]:
-    """(prompt, completion) of each example; where only their first tokens are used, no more than are needed."""
+    """(prompt, completion) of each example. If only the first tokens are used, not many more are made."""
     for chunk in _chunks(examples):
         prompts = encoder.encode([(e.prompt, e.prompt_rows) for e in chunk], more=True, limit=max_length)
-        # what stands before a completion, and whether all of it can be used
-        kinds = [
-            (encoder.place_after(prompt.ids, e.prompt), truncation == "split" and not len(prompt.ids))
-            for e, prompt in zip(chunk, prompts, strict=True)
-        ]
-        found: dict[int, Encoded] = {}
-        for kind in dict.fromkeys(kinds):
-            place, all_is_used = kind
-            mine = [i for i, other in enumerate(kinds) if other == kind]
-            texts = [encoder.after(prompts[i].ids, chunk[i].completion, chunk[i].completion_rows) for i in mine]
-            found |= zip(mine, encoder.encode(texts, place, limit=None if all_is_used else max_length), strict=True)
-        yield from ((prompt, found[i]) for i, prompt in enumerate(prompts))
+        by_setting: dict[tuple[Place, int | None], list[int]] = {}
+        for i, (example, prompt) in enumerate(zip(chunk, prompts, strict=True)):
+            limit: int | None = max_length
+            if truncation == "split" and not len(prompt.ids):
+                limit = None
+            by_setting.setdefault((encoder.place_after(prompt.ids, example.prompt), limit), []).append(i)
+        completions: dict[int, Encoded] = {}
+        for (place, limit), members in by_setting.items():
+            texts = [encoder.after(prompts[i].ids, chunk[i].completion, chunk[i].completion_rows) for i in members]
+            completions |= zip(members, encoder.encode(texts, place, limit=limit), strict=True)
+        for i, prompt in enumerate(prompts):
+            yield prompt, completions[i]
 
 
 def _chunks(examples: Sequence[PromptCompletion]) -> Iterator[list[PromptCompletion]]:
-    """Examples that are tokenised in one call: tokenizers keep offsets of all of them in memory."""
+    """Examples that are tokenized in one call."""
     chunk: list[PromptCompletion] = []
     size = 0
     for example in examples:
-        more = len(example.prompt) + len(example.completion)
-        if chunk and (len(chunk) == ENCODE_AT_ONCE or size + more > CHARACTERS_AT_ONCE):
+        added = len(example.prompt) + len(example.completion)
+        if chunk and (len(chunk) == CHUNK_EXAMPLES or size + added > CHUNK_CHARACTERS):
             yield chunk
             chunk, size = [], 0
         chunk.append(example)
-        size += more
+        size += added
     if chunk:
         yield chunk
 
 
-ENCODE_AT_ONCE, CHARACTERS_AT_ONCE = 1024, 1 << 22
-
-
 def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 over all of a tokenizer that tokens depend on: the fast tokenizer's whole definition, or the vocabulary of a slow one;
-    special tokens; what it puts before a text."""
+    """SHA-256 of everything that tokens depend on.
+
+    This is the definition of a fast tokenizer, or the vocabulary of a slow one; its special tokens; and its
+    start tokens.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    if backend is None:
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        content = json.dumps(vocabulary)
+    else:
+        content = backend.to_str()
     added = sorted((int(i), repr(token)) for i, token in tokenizer.added_tokens_decoder.items())
     rest = [added, start_tokens(tokenizer), tokenizer.eos_token_id, tokenizer.unk_token_id]
     return hashlib.sha256((content + json.dumps(rest)).encode()).hexdigest()

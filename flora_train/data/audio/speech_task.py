@@ -179,7 +179,7 @@ class _SplitBuilder:
         unsampled: int,
         rows: int,
     ) -> SpeechSplit:
-        """Decode every clip once and tokenise its sentence."""
+        """Decode every clip once and tokenize its sentence."""
         paths_by_reason = defaultdict(list, {reason: list(paths) for reason, paths in unusable.items()})
         utterances, special_tokens = [], Counter[str]()
         max_tokens = min(self.config.training.max_length, self.speech_processor.max_tokens)

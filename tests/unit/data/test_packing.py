@@ -10,7 +10,7 @@ import pytest
 from flora_train.data.batch import IGNORE, Row, collate
 from flora_train.data.packing import pack
 from flora_train.data.templates import PromptCompletion
-from flora_train.data.tokenization import TokenSplit, tokenise
+from flora_train.data.tokenization import TokenSplit, tokenize
 
 MAX_LENGTH = 12
 
@@ -19,8 +19,11 @@ MAX_LENGTH = 12
 def pieces(tokenizer: Any) -> TokenSplit:
     random = np.random.default_rng(0)
     texts = ["abcdefghijkl"[: random.integers(1, 12)] for _ in range(50)]
-    return tokenise(
-        [PromptCompletion("xy" if i % 3 else "", text) for i, text in enumerate(texts)], tokenizer, MAX_LENGTH, "truncate"
+    return tokenize(
+        [PromptCompletion("xy" if i % 3 else "", text) for i, text in enumerate(texts)],
+        tokenizer,
+        MAX_LENGTH,
+        truncation="truncate",
     )
 
 
@@ -52,8 +55,8 @@ def test_no_two_sequences_would_fit_into_one(pieces: TokenSplit) -> None:
 
 
 def test_labels_begin_anew_with_every_piece_and_positions_say_where(tokenizer: Any) -> None:
-    split = pack(tokenise([PromptCompletion("ab", "cd"), PromptCompletion("", "efg")], tokenizer, 9, "truncate"), 9)
-    alone = tokenise([PromptCompletion("", "hi")], tokenizer, 9, "truncate")
+    split = pack(tokenize([PromptCompletion("ab", "cd"), PromptCompletion("", "efg")], tokenizer, 9, truncation="truncate"), 9)
+    alone = tokenize([PromptCompletion("", "hi")], tokenizer, 9, truncation="truncate")
     splits = {"packed": split, "alone": alone}
     batch = collate([Row(0, "packed", 0, 9), Row(1, "alone", 0, 3)], splits.__getitem__, tokenizer.pad_token_id)
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2, 3, 4, 5]]
@@ -68,4 +71,4 @@ def test_a_batch_without_packed_rows_keeps_its_mask(pieces: TokenSplit) -> None:
 
 
 def test_an_empty_split_stays_empty(tokenizer: Any) -> None:
-    assert len(pack(tokenise([], tokenizer, 8, "drop"), 8)) == 0
+    assert len(pack(tokenize([], tokenizer, 8, truncation="drop"), 8)) == 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flora_train.data.task import notes_on_rows
 from flora_train.data.templates import PromptCompletion, make_formatter
 from flora_train.data.text_encoder import TextEncoder
-from flora_train.data.tokenization import TokenSplit, tokenise, tokenizer_hash
+from flora_train.data.tokenization import TokenSplit, tokenize, tokenizer_hash
 from tests.unit.data.conftest import byte_tokenizer, run_config
 from tests.unit.data.many_tokenizers import KINDS, MARKS, smollm2, unigram, words
 
@@ -39,7 +39,7 @@ def test_special_token_in_a_row_is_text_and_in_a_template_a_token(kind: str) -> 
     tokenizer = make(kind)
     end = tokenizer.eos_token
     (example,) = rendered([{"q": f"one {end} two", "a": f"b{end}c"}], prompt=f"{end}{{q}}{end}", completion=" {a}")
-    split = tokenise([example], tokenizer, 256, "truncate")
+    split = tokenize([example], tokenizer, 256, truncation="truncate")
     ids = split.example(0).tolist()
     assert special_ids(tokenizer, ids[len(TextEncoder(tokenizer).start) :]) == [tokenizer.eos_token_id] * 3  # two of the template
     assert split.counts.special_tokens == {end: 2}
@@ -56,7 +56,7 @@ def test_added_tokens_are_treated_alike_flagged_special_or_not_stripping_or_not(
     if mark not in tokenizer.get_added_vocab():
         pytest.skip("a slow tokenizer has fewer")
     (example,) = rendered([{"a": f"x  {mark}  y"}], text="{a}")
-    ids = tokenise([example], tokenizer, 256, "truncate").example(0).tolist()
+    ids = tokenize([example], tokenizer, 256, truncation="truncate").example(0).tolist()
     start = len(TextEncoder(tokenizer).start)
     assert special_ids(tokenizer, ids[start:]) == [tokenizer.eos_token_id]
     if kind in LOSSLESS:
@@ -68,7 +68,7 @@ def test_special_tokens_true_makes_those_in_rows_tokens_as_the_tokenizer_does(ki
     tokenizer = make(kind)
     end = tokenizer.eos_token
     (example,) = rendered([{"a": f"one {end} two"}], text="{a}")
-    split = tokenise([example], tokenizer, 256, "truncate", special_tokens=True)
+    split = tokenize([example], tokenizer, 256, truncation="truncate", special_tokens=True)
     native = tokenizer(f"one {end} two", add_special_tokens=False)["input_ids"]
     assert split.example(0).tolist() == [*TextEncoder(tokenizer).start, *native, tokenizer.eos_token_id]
     assert split.counts.special_tokens == {end: 1}
@@ -77,7 +77,7 @@ def test_special_tokens_true_makes_those_in_rows_tokens_as_the_tokenizer_does(ki
 def test_token_that_row_and_template_spell_together_is_text() -> None:
     tokenizer = make("unigram-first")
     (example,) = rendered([{"a": "think>"}], text="x <{a}")
-    assert special_ids(tokenizer, tokenise([example], tokenizer, 64, "truncate").example(0)) == [1, 2]  # start and end
+    assert special_ids(tokenizer, tokenize([example], tokenizer, 64, truncation="truncate").example(0)) == [1, 2]  # start and end
 
 
 def test_words_single_characters_and_spaces_that_were_added_stay_tokens() -> None:
@@ -87,7 +87,7 @@ def test_words_single_characters_and_spaces_that_were_added_stay_tokens() -> Non
     (example,) = rendered([{"a": text}], text="{a}")
     native = tokenizer(text)["input_ids"]
     assert len(native) == 7
-    assert tokenise([example], tokenizer, 64, "truncate").example(0).tolist() == [*native, tokenizer.eos_token_id]
+    assert tokenize([example], tokenizer, 64, truncation="truncate").example(0).tolist() == [*native, tokenizer.eos_token_id]
 
 
 def test_added_token_that_a_prepended_space_would_hide_is_a_token_in_templates_and_counted_in_rows() -> None:
@@ -96,7 +96,7 @@ def test_added_token_that_a_prepended_space_would_hide_is_a_token_in_templates_a
     assert think not in tokenizer("4<think>")["input_ids"]  # Llama 2's own reading
     (example,) = rendered([{"a": "b<think>"}], text="4<think>{a}")
     for special_tokens, count in ((False, 1), (True, 2)):
-        split = tokenise([example], tokenizer, 64, "truncate", special_tokens=special_tokens)
+        split = tokenize([example], tokenizer, 64, truncation="truncate", special_tokens=special_tokens)
         assert split.example(0).tolist().count(think) == count
         assert split.counts.special_tokens == {"<think>": 1}
     assert TextEncoder(tokenizer).prompt("4<think>", special_tokens=True)[-1] == think
@@ -105,7 +105,7 @@ def test_added_token_that_a_prepended_space_would_hide_is_a_token_in_templates_a
 def test_unknown_words_are_no_special_tokens() -> None:
     tokenizer = words()
     (example,) = rendered([{"a": "one zebra two"}], text="{a}")
-    split = tokenise([example], tokenizer, 64, "truncate")
+    split = tokenize([example], tokenizer, 64, truncation="truncate")
     assert split.counts.special_tokens == {}
     assert tokenizer.decode(split.example(0)) == "one <unk> two </s>"
 
@@ -165,7 +165,7 @@ def test_completion_is_read_as_the_text_after_the_prompt_without_a_space_more_or
     kind: str, prompt: str, completion: str
 ) -> None:
     tokenizer = make(kind)
-    split = tokenise([PromptCompletion(prompt, completion)], tokenizer, 64, "truncate")
+    split = tokenize([PromptCompletion(prompt, completion)], tokenizer, 64, truncation="truncate")
     ((ids, read),) = split.documents(0)
     start = len(TextEncoder(tokenizer).start)
     assert tokenizer.decode(ids[start:-1]) == tokenizer.decode(
@@ -178,7 +178,7 @@ def test_completion_is_read_as_the_text_after_the_prompt_without_a_space_more_or
 @pytest.mark.parametrize(("completion", "pieces"), [(" b", ["\u2581", "b"]), ("b", ["b"]), ("\nb", ["\u2581", "b"])])
 def test_completion_of_words_that_are_marked_between_spaces_continues_the_prompt(completion: str, pieces: list[str]) -> None:
     tokenizer = make("spaced-pieces")
-    split = tokenise([PromptCompletion("a:", completion)], tokenizer, 64, "truncate")
+    split = tokenize([PromptCompletion("a:", completion)], tokenizer, 64, truncation="truncate")
     assert tokenizer.convert_ids_to_tokens(split.example(0).tolist()) == ["\u2581", "a", ":", *pieces, "</s>"]
 
 
@@ -186,7 +186,7 @@ def test_completion_of_words_that_are_marked_between_spaces_continues_the_prompt
 def test_completion_after_a_special_token_is_read_as_the_tokenizer_reads_the_whole(scheme: str) -> None:
     tokenizer = unigram(scheme, start=False)
     for prompt in ("ab<|turn|>", "ab<|user|>"):  # the second strips the spaces behind it
-        split = tokenise([PromptCompletion(prompt, " ab")], tokenizer, 64, "truncate")
+        split = tokenize([PromptCompletion(prompt, " ab")], tokenizer, 64, truncation="truncate")
         assert split.example(0).tolist() == [*tokenizer(f"{prompt} ab", add_special_tokens=False)["input_ids"], 2]
 
 
@@ -195,7 +195,7 @@ def test_completion_after_a_special_token_is_read_as_the_tokenizer_reads_the_who
 def test_decoded_completion_keeps_its_first_space(kind: str, completion: str) -> None:
     tokenizer = make(kind)
     encoder = TextEncoder(tokenizer)
-    ((ids, read),) = tokenise([PromptCompletion("the ab:", completion)], tokenizer, 64, "truncate").documents(0)
+    ((ids, read),) = tokenize([PromptCompletion("the ab:", completion)], tokenizer, 64, truncation="truncate").documents(0)
     assert encoder.decode_after(ids[:read].tolist(), ids[read:].tolist()) == completion
 
 
@@ -207,19 +207,19 @@ def test_start_and_end_token_that_a_text_has_itself_are_not_doubled(kind: str, t
     start, end = tokenizer.bos_token, tokenizer.eos_token
     (plain,) = rendered([{"a": text.format(s="", e="").strip()}], text="{a}")
     (example,) = rendered([{"a": text.format(s=start, e=end)}], text="{a}")
-    split = tokenise([example], tokenizer, 64, truncation, special_tokens=True)
+    split = tokenize([example], tokenizer, 64, truncation=truncation, special_tokens=True)
     ids = split.example(0).tolist()
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids.count(tokenizer.eos_token_id) == max(1, text.count("{e}"))
     if text == "{s}one{e}" and kind != "unigram-first":  # which puts no space before a text behind a token
-        alone = tokenise([plain], tokenizer, 64, truncation)
+        alone = tokenize([plain], tokenizer, 64, truncation=truncation)
         assert (ids, split.label_bytes.tolist()) == (alone.example(0).tolist(), alone.label_bytes.tolist())
         assert split.prompt_lengths.tolist() == alone.prompt_lengths.tolist()
 
 
 def test_start_token_that_a_prompt_has_itself_is_not_doubled_in_training_nor_generation() -> None:
     tokenizer = make("unigram-first")
-    split = tokenise([PromptCompletion("<s>a", "b")], tokenizer, 64, "truncate")
+    split = tokenize([PromptCompletion("<s>a", "b")], tokenizer, 64, truncation="truncate")
     assert split.example(0).tolist().count(1) == 1
     assert TextEncoder(tokenizer).prompt("<s>a", special_tokens=True).count(1) == 1
     assert TextEncoder(tokenizer).prompt("<s>a", special_tokens=False).count(1) == 1  # the start; the prompt's is text
@@ -283,6 +283,6 @@ def test_ordinary_rows_and_prompts_of_the_small_model_have_the_tokens_that_they_
     for line in path.read_text(encoding="utf-8").splitlines()[:20]:
         row = json.loads(line)
         (example,) = rendered([row], prompt="{prompt}", completion="{completion}")
-        ids = tokenise([example], tokenizer, 1 << 20, "truncate").example(0).tolist()
+        ids = tokenize([example], tokenizer, 1 << 20, truncation="truncate").example(0).tolist()
         once, again = (tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "completion"))
         assert ids == [*once, *again, tokenizer.eos_token_id]
