@@ -109,7 +109,7 @@ def harass(run: Path, kills: int, processes: int, chance: random.Random) -> Seen
                     print(f"kill {seen.kills} of {kills}: at step {steps_done(run)}", file=sys.stderr, flush=True)
             said = process.communicate()[1]
         seen.damaged += said.count("is damaged")
-        if found := re.search(r"going on after step (\d+)", said):
+        if found := re.search(r"resuming after step (\d+)", said):
             seen.lost.append(max(0, steps_before - int(found[1])))
         if process.returncode == 0:
             if seen.kills < kills:

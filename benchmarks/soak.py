@@ -81,7 +81,7 @@ def soak(command: list[str], run: Path, disk: Path, seconds: float, chance: rand
         words = log.read_text(encoding="utf-8")
         seen.ended[process.returncode] += 1
         seen.damaged += words.count("is damaged")
-        if found := re.search(r"going on after step (\d+)", words):
+        if found := re.search(r"resuming after step (\d+)", words):
             seen.lost.append(max(0, before - int(found[1])))
         if process.returncode == 0:
             seen.finished.append(digests(run))

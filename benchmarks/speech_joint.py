@@ -18,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import flora_train.cli  # noqa: F401  (how torch's threads wait is read when torch loads)
@@ -30,7 +29,6 @@ from contenders.peft_run import Batch, PeftRun, batches_of
 from flora_train.adapters.spec import expand
 from flora_train.config.load import load_config
 from flora_train.config.schema import RunConfig
-from flora_train.data.tokenization import pad_token
 from flora_train.run_context import RunContext, load_context
 from flora_train.runtime.environment import available_cpus, environment
 from flora_train.runtime.run_folder import RunFolder
@@ -55,12 +53,7 @@ class Joint:
     def __init__(self, folder: Path, place: str) -> None:
         config = configuration(place)
         self.session: RunContext = load_context(config, RunFolder(folder), torch.device("cpu"))
-        session = self.session
-        logger = SimpleNamespace(log=lambda *args, **options: None)
-        pad = pad_token(session.tokenizer)
-        self.trainer = Trainer(
-            config, session.model, session.bank, session.tasks, pad, RunFolder(folder), logger, session.collate
-        )
+        self.trainer = Trainer(self.session)
         self.session.model.train()
 
     def plan(self, number: int) -> StepPlan:
@@ -69,7 +62,7 @@ class Joint:
         plan = plan_step(trainer.mixture, number, trainer.tasks, trainer.bank, trainer.config.training.tokens_per_microbatch)
         assert plan is not None
         for rows in plan.microbatches:
-            trainer.collate(rows, lambda task: trainer.tasks[task].train, trainer.pad_token)
+            trainer.make_batch(rows)
         return plan
 
     def step(self, number: int, plan: StepPlan) -> None:
@@ -77,9 +70,7 @@ class Joint:
 
     def batches_of(self, plan: StepPlan, adapter: int) -> list[Batch]:
         """One adapter's part of a step, for PEFT."""
-        return batches_of(
-            plan, adapter, lambda task: self.trainer.tasks[task].train, self.trainer.collate, self.trainer.pad_token
-        )
+        return batches_of(plan, adapter, self.trainer.training_split, self.session.collate, self.session.pad_token)
 
 
 def times(repeats: int, place: str) -> dict[str, Any]:
@@ -105,7 +96,7 @@ def times(repeats: int, place: str) -> dict[str, Any]:
                         run.step(batches)
                 if number:  # the first is a warm-up
                     found[who].append(time.perf_counter() - started)
-        return {**found, "adapters": len(specs), "shares": joint.trainer.clock.shares()}
+        return {**found, "adapters": len(specs), "shares": joint.trainer.timer.shares()}
 
 
 def peaks(place: str) -> dict[str, float]:

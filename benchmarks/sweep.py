@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import flora_train.cli  # noqa: F401  (how torch's threads wait is read when torch loads)
 
@@ -28,7 +27,6 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.load import load_config
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import group_by_length
-from flora_train.data.tokenization import pad_token
 from flora_train.run_context import RunContext, load_context
 from flora_train.runtime.environment import available_cpus, environment
 from flora_train.runtime.progress import ProgressBar
@@ -61,9 +59,8 @@ class Sweep:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.session: RunContext = load_context(config, RunFolder(folder), torch.device("cpu"))
-        session, logger = self.session, SimpleNamespace(log=lambda *args, **options: None)
-        pad = pad_token(session.tokenizer)
-        self.trainer = Trainer(config, session.model, session.bank, session.tasks, pad, RunFolder(folder), logger)
+        session = self.session
+        self.trainer = Trainer(session)
         session.model.train()
         self.specs: Sequence[AdapterSpec] = session.bank.specs
         self.runs = [PeftRun(config, spec) for spec in self.specs]
@@ -77,7 +74,7 @@ class Sweep:
         assert plan is not None
         assert set(plan.label_tokens) == set(range(len(self.specs)))
         parts = [
-            batches_of(plan, adapter, lambda task: trainer.tasks[task].train, trainer.collate, trainer.pad_token)
+            batches_of(plan, adapter, trainer.training_split, self.session.collate, self.session.pad_token)
             for adapter in range(len(self.specs))
         ]
         seconds = {}
@@ -95,10 +92,11 @@ class Sweep:
         """Side -> adapter -> held-out nats a token."""
         trainer, validation = self.trainer, self.trainer.tasks[TASK].validation
         room = trainer.config.training.tokens_per_microbatch
-        held = evaluate_heldout(trainer.row_losses, trainer.bank, trainer.tasks.values(), room, trainer.pad_token)[TASK]
+        held = evaluate_heldout(trainer.row_losses, trainer.bank, trainer.tasks.values(), room, self.session.pad_token)[TASK]
         rows = heldout_rows(trainer.bank, [0], TASK, validation, None)
         batches = [
-            as_batch(trainer.collate(group, lambda task: validation, trainer.pad_token)) for group in group_by_length(rows, room)
+            as_batch(self.session.collate(group, lambda task: validation, self.session.pad_token))
+            for group in group_by_length(rows, room)
         ]
         return {
             "joint": {spec.name: held.loss(adapter) for adapter, spec in enumerate(self.specs)},

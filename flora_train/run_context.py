@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.init_from import resolve_init_from
@@ -50,6 +49,7 @@ from flora_train.runtime.environment import available_cpus, now
 from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import RunFolder, open_run
 from flora_train.training.best_adapters import BestCheckpoint, load_best
+from flora_train.training.context import TrainingContext
 from flora_train.training.fsdp import apply_fsdp, check_launcher
 from flora_train.training.origin import Origin, OriginOptions, allowed
 from flora_train.training.row_check import check_rows
@@ -58,37 +58,21 @@ from flora_train.training.token_check import check_tokens
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """Everything a stage needs, loaded."""
+@dataclass(frozen=True, kw_only=True)
+class RunContext(TrainingContext):
+    """Everything that the stages of a run need, loaded."""
 
-    config: RunConfig
-    folder: RunFolder
     tokenizer: Any
-    tasks: Mapping[str, Task]
-    model: nn.Module
-    bank: AdapterBank
     speech_processor: SpeechProcessor | None = None
-    """Where the tasks are speech."""
-    base_hash: str | None = None
-    """The base's fingerprint, where it is divided among processes."""
+    """For speech tasks."""
     differences: tuple[str, ...] = ()
-    """What of base and data is not what the run was trained with, and was allowed: sentences for the results."""
-
-    @property
-    def collate(self) -> Collate:
-        """What makes batches of this run's tasks."""
-        return (
-            collate
-            if self.speech_processor is None
-            else SpeechCollate(self.speech_processor.store, self.config.audio.spec_augment)
-        )
+    """Differences of base and data to those of training, which were allowed: sentences for the results."""
 
     def check_model(self) -> None:
         """Raises UserError where the model does not keep rows apart. Says which layers take no adapter. Collective where the base is
         divided."""
         features = None if self.speech_processor is None else noise_features(self.speech_processor.store.extractor)
-        check_rows(self.model, pad_token(self.tokenizer), features)
+        check_rows(self.model, self.pad_token, features)
         if self.bank.left_out:
             usable = {name for pool in self.bank.pools for name in pool.targets}
             logger.warning(f"no adapter is attached to {describe_left_out(self.bank.left_out, usable)}")
@@ -131,7 +115,24 @@ def _load(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks
     base_hash = fingerprint(model) if sharded else None
     features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
     bank = AdapterBank.attach(model, expand(config), seed=config.seed, paging=paging_of(config), device=device, features=features)
-    return RunContext(config, folder, tokenizer, tasks, model, bank, speech_processor, base_hash)
+    return RunContext(
+        config=config,
+        folder=folder,
+        tasks=tasks,
+        model=model,
+        bank=bank,
+        pad_token=pad_token(tokenizer),
+        collate=_collate_for(config, speech_processor),
+        base_hash=base_hash,
+        tokenizer=tokenizer,
+        speech_processor=speech_processor,
+    )
+
+
+def _collate_for(config: RunConfig, speech_processor: SpeechProcessor | None) -> Collate:
+    if speech_processor is None:
+        return collate
+    return SpeechCollate(speech_processor.store, config.audio.spec_augment)
 
 
 def prepare(config: RunConfig, device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from flora_train.config.load import validate
 from flora_train.data.task import Task
 from flora_train.data.tokenization import SplitCounts, TokenSplit
 from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.context import TrainingContext
 from flora_train.training.trainer import Trainer
 
 EXAMPLES = 40
@@ -52,9 +52,17 @@ def make_trainer(
     bank = AdapterBank.attach(base.to(device).train(), expand(config), paging=paging)
     length = config.training.max_length
     splits = {name: random_split(i, length, base.config.vocab_size) for i, name in enumerate(config.tasks)}
-    accelerator = SimpleNamespace(log=lambda *args, **options: None)
     known = {name: Task(name, 1.0, split, split, "") for name, split in splits.items()}
-    return Trainer(config, base, bank, known, 0, RunFolder(folder), accelerator)
+    return Trainer(
+        TrainingContext(
+            config=config,
+            folder=RunFolder(folder),
+            tasks=known,
+            model=base,
+            bank=bank,
+            pad_token=0,
+        )
+    )
 
 
 def random_split(seed: int, longest: int, vocabulary: int) -> TokenSplit:

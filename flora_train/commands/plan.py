@@ -34,7 +34,7 @@ from flora_train.run_context import load_data, paging_of, prepare, resolve_confi
 from flora_train.runtime.environment import default_device
 from flora_train.runtime.progress import duration
 from flora_train.training.fsdp import largest_part
-from flora_train.training.step_cost import STEPS_SEEN, adapters_of_steps, cost_of_a_step
+from flora_train.training.step_cost import STEPS_PLANNED, adapters_of_steps, cost_of_a_step
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ def capacity(config: RunConfig) -> Capacity:
     size = BYTES.get(config.model.quantization, resolve_dtype(config.model.dtype, device).itemsize)
     base = int(part * size * sum(tensor.numel() for tensor in model.parameters()))
     try:
-        cost = cost_of_a_step(config, device, tasks, pad_token(tokenizer), speech_processor)
+        pad = pad_token(tokenizer)
+        cost = cost_of_a_step(config, device, tasks, pad_token=pad, speech_processor=speech_processor)
     finally:
         if speech_processor is not None:
             speech_processor.store.close()
@@ -198,7 +199,7 @@ def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:
         size = PLANES * FLOAT * pool.row_size
         yield "adapters", f"{names}{rank}: {pool.row_size:,} numbers each, {_size(size)} with gradient and moments"
     room = "all adapters" if found.slots is None else f"{found.slots} adapters of the largest kind"
-    most = "" if config.training.steps <= STEPS_SEEN else f" of the first {STEPS_SEEN}"
+    most = "" if config.training.steps <= STEPS_PLANNED else f" of the first {STEPS_PLANNED}"
     yield "a step", f"at most {found.step_adapters} adapters (in any step{most}), which fill {found.step_slots} slots"
     each = " for each process" if found.processes > 1 else ""
     needed = found.base + found.on_device + found.activations

@@ -1,19 +1,23 @@
-"""What happens in a run, from the configuration to the report? The stages in order."""
+"""flora-train train: one run from its configuration to the report, stage by stage."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from flora_train.commands.run_result import RunResult
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain, safe_streams
 from flora_train.config.unused_keys import notes_on_unused
 from flora_train.data.task import notes_on_rows
-from flora_train.data.tokenization import pad_token, tokenizer_hash
+from flora_train.data.tokenization import tokenizer_hash
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation, prompts_of
 from flora_train.evaluation.generation import batching_note, check_prompts
 from flora_train.evaluation.report.files import read_report
@@ -49,19 +53,32 @@ from flora_train.runtime.manifest import suite_files
 from flora_train.runtime.run_folder import RunFolder, RunStatus, comparable
 from flora_train.runtime.signals import Interrupted
 from flora_train.tracking import begin_tracking, end_tracking
-from flora_train.training.add_tasks import grow
+from flora_train.training.add_tasks import read_finished_run
 from flora_train.training.fsdp import uses_sharding
 from flora_train.training.joint_speedup import time_joint_vs_separate
 from flora_train.training.origin import OriginOptions, data_of
 from flora_train.training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
 
 
 @safe_streams()
-def train_run(config: RunConfig) -> Path:
-    """Train, evaluate, report and export one run; returns its folder. Raises UserError on bad input, before any long
-    work where that can be known, and Interrupted if it is told to end while it trains."""
+def train_run(config: RunConfig) -> RunResult:
+    """Train, evaluate, report and export one run.
+
+    Args:
+        config: The run, for instance from `load_config`.
+
+    Returns:
+        The finished run: its folder (an `os.PathLike`), report and metrics.
+
+    Raises:
+        UserError: Bad input; before any long work where it can be known.
+        Interrupted: The run was told to stop while it trained, and is saved; `resume=true` continues it.
+    """
     started = time.monotonic()
     folder = RunFolder(Path(config.folder))
     accelerator = make_accelerator(config, folder)
@@ -70,130 +87,154 @@ def train_run(config: RunConfig) -> Path:
     check_alike(lambda: comparable(config, with_evaluation=True))
     status = on_main_process(lambda: folder.enter(config))
     try:
-        return _train_run(config, folder, accelerator, status, started)
+        if status == "finished":
+            logger.info(f"{folder.path} holds this run, finished; it is kept (resume=false overwrite=true runs it again)")
+            if is_main_process():
+                show(folder)
+        else:
+            _train_run(config, folder, accelerator, status=status, started=started)
     finally:
         folder.unlock()
+    return RunResult(folder.path)
 
 
-def _train_run(config: RunConfig, folder: RunFolder, accelerator: Any, status: RunStatus, started: float) -> Path:
-    """`train_run`, while no other process works in the folder."""
-    if status == "finished":
-        logger.info(f"{folder.path} holds this run, finished; it is kept (resume=false overwrite=true runs it again)")
-        if is_main_process():
-            show(folder)
-        return folder.path
+def _train_run(config: RunConfig, folder: RunFolder, accelerator: Accelerator, *, status: RunStatus, started: float) -> None:
+    """`train_run`, while no other process works in the folder. started: time.monotonic() at its start."""
     plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
+    context = load_checked(config, folder, accelerator.device, status=status, plan=plan)
+    trainer = Trainer(context, accelerator)
+    check_alike(trainer.identity)
+    if status == "extended":
+        finished_run = on_every_process(lambda: read_finished_run(context, trainer.identity))
+        trainer.extend(finished_run, partial(init_from_peft, context.bank))
+    elif status == "new":
+        init_from_peft(context.bank, range(len(context.bank.specs)))
+    claim_folder(context, plan)
+    on_every_process(lambda: begin_tracking(accelerator, config, folder))
+    adapters, tasks, dtype = len(context.bank.specs), len(context.tasks), dtype_of(context.model)
+    logger.info(f"{adapters} adapters on {tasks} tasks, base in {dtype}, on {accelerator.device}")
+    if status == "interrupted":
+        init_from_peft(context.bank, trainer.resume())
+    load_seconds = time.monotonic() - started
+    try:
+        trainer.train()
+    except Interrupted as pause:
+        if is_main_process():
+            folder.update_run_json(interrupted=pause.step)
+        context.close()
+        raise
+    on_main_process(lambda: record_training(context, trainer, load_seconds))
+    run_final_evaluation(context, trainer.best_adapters.best, plan)
+    on_main_process(lambda: finish(trainer, accelerator))
+    wait_for_everyone()  # a process that exits early closes its end of the connections
+    accelerator.end_training()
+
+
+def load_checked(
+    config: RunConfig, folder: RunFolder, device: torch.device, *, status: RunStatus, plan: Plan | None
+) -> RunContext:
+    """Load model, data and adapters, and check all that training and evaluation rely on. Raises UserError."""
     if status != "new":
         on_main_process(lambda: check_saved(folder, config, plan))
         on_main_process(lambda: check_base(folder, config, OriginOptions()))
     for reason in dict.fromkeys(plan.broken.values() if plan else ()):
         logger.warning(f"some programs will not be evaluated: {reason}")
     loaded = config if status == "new" else as_it_began(config, folder)
-    session = load_context(loaded, folder, accelerator.device, sharded=uses_sharding(config))
+    context = load_context(loaded, folder, device, sharded=uses_sharding(config))
+    context = replace(context, config=config)  # compared with that of the run's beginning
     if status != "new":
-        on_main_process(lambda: check_data(folder, session.tasks, OriginOptions()))
-    on_every_process(session.check_model)
-    on_every_process(lambda: check_texts(session, plan))
-    on_main_process(lambda: log_notes(session.model, session.bank.pools))
-    pad = pad_token(session.tokenizer)
-    data = (session.tasks, pad, folder, accelerator, session.collate)
-    trainer = Trainer(config, session.model, session.bank, *data, session.base_hash)
-    check_alike(trainer.identity)
-    start = partial(init_from_peft, session.bank)
-    if status == "extended":
-        grow(trainer, start)
-    elif status == "new":
-        start(range(len(session.bank.specs)))
+        on_main_process(lambda: check_data(folder, context.tasks, OriginOptions()))
+    on_every_process(context.check_model)
+    on_every_process(lambda: check_texts(context, plan))
+    on_main_process(lambda: log_notes(context.model, context.bank.pools))
+    return context
+
+
+def claim_folder(context: RunContext, plan: Plan | None) -> None:
+    """Make the folder that of this run, and report what of the configuration and the data is not used."""
+    config, folder, tasks = context.config, context.folder, context.tasks
     suites = suite_files(suite.name for suite in plan.suites) if plan else []
-    on_main_process(lambda: folder.claim(config, suites, base_dtype=dtype_of(session.model), **origin_of(session)))
-    on_main_process(lambda: report_left_out(session))
-    for note in [*notes_on_rows(session.tasks, config), *notes_on_unused(config.tasks, bool(config.evaluation.problems))]:
+    facts = {"base_dtype": dtype_of(context.model), **origin_of(context)}
+    on_main_process(lambda: folder.claim(config, suites, **facts))
+    on_main_process(lambda: report_left_out(context))
+    for note in (*notes_on_rows(tasks, config), *notes_on_unused(config.tasks, bool(config.evaluation.problems))):
         logger.warning(note)
-    on_every_process(lambda: begin_tracking(accelerator, config, folder))
-    logger.info(
-        f"{len(session.bank.specs)} adapters on {len(session.tasks)} tasks, base in {dtype_of(session.model)}, on {accelerator.device}"
-    )
-    if status == "interrupted":
-        start(trainer.resume())
-    seconds = {"load": time.monotonic() - started}
-    try:
-        trainer.train()
-    except Interrupted as pause:
-        if is_main_process():
-            folder.update_run_json(interrupted=pause.step)
-        session.close()
-        raise
-    seconds |= {"train": trainer.state.seconds, "evaluate during training": trainer.state.evaluation_seconds}
-    on_main_process(lambda: note_training(session, trainer, seconds))
-    run_final_evaluation(session, trainer.selection.kept, plan)
-
-    def finish() -> None:
-        ended = {"joined": trainer.joined, "identity": trainer.identity()}
-        folder.update_run_json(finished=True, ended=ended, **folder.saved_metrics())
-        trainer.checkpoints.clear()
-        metrics = final_metrics(read_report(folder))
-        end_tracking(accelerator, config, folder, metrics=metrics, step=trainer.state.step)
-        show(folder)
-
-    on_main_process(finish)
-    wait_for_everyone()  # a process that leaves early takes its end of the connections with it
-    accelerator.end_training()
-    return folder.path
 
 
-def origin_of(session: RunContext) -> dict[str, Any]:
+def origin_of(context: RunContext) -> dict[str, Any]:
     """What identifies base, tokenizer and, by task, examples, for run.json."""
     return {
-        "base": base_identity(session.config.model),
-        "tokenizer": tokenizer_hash(session.tokenizer),
-        "data": {name: data_of(task) for name, task in session.tasks.items()},
+        "base": base_identity(context.config.model),
+        "tokenizer": tokenizer_hash(context.tokenizer),
+        "data": {name: data_of(task) for name, task in context.tasks.items()},
     }
 
 
-def note_training(session: RunContext, trainer: Trainer, seconds: dict[str, float]) -> None:
-    """Write into run.json what training was; what its adapters would take apart is measured for that."""
-    trained = time.monotonic()
+def record_training(context: RunContext, trainer: Trainer, load_seconds: float) -> None:
+    """Write the costs of training into run.json, with those of separate runs where they are to be compared."""
+    seconds = {
+        "load": load_seconds,
+        "train": trainer.state.seconds,
+        "evaluate during training": trainer.state.evaluation_seconds,
+    }
+    started = time.monotonic()
     speedup = joint_speedup(time_joint_vs_separate(trainer))
     if speedup is not None:
-        seconds["time separate runs"] = time.monotonic() - trained
-    facts = training_facts(session, seconds).replace(
-        time_shares=trainer.clock.shares(), joined=trainer.joined, joint_speedup=speedup
+        seconds["time separate runs"] = time.monotonic() - started
+    facts = training_facts(context, seconds).replace(
+        time_shares=trainer.timer.shares(), joined=trainer.joined, joint_speedup=speedup
     )
-    session.folder.update_run_json(training=facts.model_dump(mode="json"))
+    context.folder.update_run_json(training=facts.model_dump(mode="json"))
 
 
-def report_left_out(session: RunContext) -> None:
-    """Say which clips cannot be used, and list them all in clips_left_out.tsv (task, split, reason, file)."""
-    lines = [
-        "\t".join(plain(cell, keep="") for cell in (name, split, reason, path)) + "\n"
-        for name, task in session.tasks.items()
-        for split, held in (("train", task.train), ("validation", task.validation), ("test", task.test))
-        for reason, paths in (held.counts.unusable.items() if held is not None else ())
-        for path in paths
-    ]
-    if lines:
-        file = session.folder.path / "clips_left_out.tsv"
-        text = "task\tsplit\treason\tfile\n" + "".join(lines)
-        write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
-        reasons = Counter(line.split("\t")[2] for line in lines)
-        logger.warning(f"{len(lines)} clips are left out ({', '.join(f'{n} {r}' for r, n in reasons.items())}): {file}")
+def finish(trainer: Trainer, accelerator: Accelerator) -> None:
+    """Mark the run as finished, delete its checkpoints, and show its results."""
+    config, folder = trainer.config, trainer.folder
+    ended = {"joined": trainer.joined, "identity": trainer.identity()}
+    folder.update_run_json(finished=True, ended=ended, **folder.saved_metrics())
+    trainer.checkpoints.clear()
+    metrics = final_metrics(read_report(folder))
+    end_tracking(accelerator, config, folder, metrics=metrics, step=trainer.state.step)
+    show(folder)
 
 
-def check_texts(session: RunContext, plan: Plan | None) -> None:
-    """Raises UserError if a prompt that will be completed after training cannot be, or leaves no room for evaluation.max_new_tokens.
-    Says so where texts are written one row at a time. Collective where the base is divided."""
-    config, prompts = session.config, prompts_of(session.config, plan.suites if plan else ())
-    if session.speech_processor is not None:
-        check_transcribing(session.model, noise_features(session.speech_processor.store.extractor))
-    if not prompts or session.speech_processor is not None:
+def report_left_out(context: RunContext) -> None:
+    """Report the clips that cannot be used, and list them in clips_left_out.tsv (task, split, reason, file)."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, task in context.tasks.items():
+        for split, examples in (("train", task.train), ("validation", task.validation), ("test", task.test)):
+            unusable = {} if examples is None else examples.counts.unusable
+            for reason, paths in unusable.items():
+                rows += [(name, split, reason, path) for path in paths]
+    if not rows:
+        return
+    file = context.folder.path / "clips_left_out.tsv"
+    lines = ["\t".join(plain(cell, keep="") for cell in row) for row in [("task", "split", "reason", "file"), *rows]]
+    text = "".join(f"{line}\n" for line in lines)
+    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
+    counts = Counter(plain(reason, keep="") for _, _, reason, _ in rows)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    logger.warning(f"{len(rows)} clips are left out ({reasons}): {file}")
+
+
+def check_texts(context: RunContext, plan: Plan | None) -> None:
+    """Raises UserError if a prompt that is to be completed after training cannot be, or leaves no room for
+    evaluation.max_new_tokens. Logs where texts are generated one row at a time. Collective where the base is sharded."""
+    config, processor = context.config, context.speech_processor
+    prompts = prompts_of(config, plan.suites if plan else ())
+    if processor is not None:
+        check_transcribing(context.model, noise_features(processor.store.extractor))
+        return
+    if not prompts:
         return
     check_prompts(
-        session.tokenizer,
+        context.tokenizer,
         prompts,
-        vocabulary=count_tokens(session.model),
+        vocabulary=count_tokens(context.model),
         model=config.model,
-        model_config=session.model.config,
+        model_config=context.model.config,
         max_new_tokens=config.evaluation.max_new_tokens,
     )
-    if (note := batching_note(session.model)) is not None:
+    note = batching_note(context.model)
+    if note is not None:
         logger.warning(note)

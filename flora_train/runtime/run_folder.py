@@ -331,13 +331,13 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def open_run(path: str | Path) -> tuple[RunFolder, RunConfig]:
+def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, RunConfig]:
     """A run on disk and its configuration. Raises UserError if the folder holds none."""
     folder = open_run_folder(path)
     return folder, load_saved(folder.config)
 
 
-def open_run_folder(path: str | Path) -> RunFolder:
+def open_run_folder(path: str | os.PathLike[str]) -> RunFolder:
     """A run on disk, whose configuration is not read. Raises UserError if the folder holds no run."""
     folder = RunFolder(Path(path))
     if not exists(folder.run_json) or not exists(folder.config):

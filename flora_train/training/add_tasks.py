@@ -1,69 +1,91 @@
-"""How do tasks join a run that has ended? Its adapters are as they were kept, and learn no more; the run goes on with the others."""
+"""Adds tasks to a finished run: its adapters stay as they are, and the run continues with those of the new tasks."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flora_train.config.errors import UserError, user_error
-from flora_train.config.schema import RunConfig
-from flora_train.runtime.distributed import on_every_process
-from flora_train.runtime.run_folder import differences, open_run
+from flora_train.runtime.run_folder import RunFolder, differences, open_run
 from flora_train.training.best_adapters import BestCheckpoint, load_best
+from flora_train.training.context import TrainingContext
 from flora_train.training.early_stopping import Retirement
-from flora_train.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
+from flora_train.training.train_state import TrainState, by_name
 
 
-def grow(trainer: Trainer, start: Callable[[Collection[int]], None]) -> None:
-    """Let a trainer whose run folder holds a finished run begin after its last step, with a checkpoint of that. Call it before the
-    folder is claimed: a kill then leaves the run as it was, finished. start: gives adapters that join the numbers they begin with.
+@dataclass(frozen=True)
+class FinishedRun:
+    """The end of a finished run, whose best adapters are in the bank."""
 
-    Raises UserError if a kept adapter is missing, or was trained on another base or other data.
+    progress: TrainState
+    joined: Mapping[str, int]
+    """Task -> the first step with it, counted from 0."""
+    best: Mapping[str, BestCheckpoint]
+    """Adapter name -> its best state."""
+    tokens: Mapping[str, int]
+    """Adapter name -> tokens it was trained on."""
+    task_tokens: Mapping[str, int]
+    quarantined: Mapping[str, Mapping[str, Any]]
+    """Adapter name -> step and reason."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of a Trainer at the end of the run, in which all adapters have retired."""
+        retired = {name: asdict(Retirement(self.progress.step, "finished")) for name in self.best}
+        tokens = {name: self.tokens.get(name, 0) for name in self.best}
+        return {
+            "progress": asdict(self.progress),
+            "joined": self.joined,
+            "optimizer": {"steps": {}},
+            "best": {name: asdict(best) for name, best in self.best.items()},
+            "early_stopping": {"retired": retired, "patience": {"best": {}, "waited": {}}},
+            "guard": {"losses": {}, "rolled_back": {}, "quarantined": self.quarantined},
+            "metrics": {
+                "tokens": tokens,
+                "skipped": {},
+                "task_tokens": self.task_tokens,
+                "gradient_bytes_sent": 0,
+                "recent_nats": {},
+                "recent_label_tokens": {},
+                "last_steps": {},
+            },
+        }
+
+
+def read_finished_run(context: TrainingContext, identity: Callable[[Collection[str]], Mapping[str, Any]]) -> FinishedRun:
+    """Read the finished run in the context's folder and load its best adapters into the bank.
+
+    identity: of the present run without the named tasks. Raises UserError if an adapter is missing, or was trained on
+    another base or other data.
     """
-    folder, bank = trainer.folder, trainer.bank
-    before, facts, kept = on_every_process(lambda: _read_ended(trainer))
-    ended = facts["ended"]
-    steps = folder.read_metrics("step")
-    if not steps:
-        raise user_error(str(folder.metrics), None, "has no record of the run's steps: put it back from a copy")
-    done = max(record["step"] for record in steps)
-    trainer.state.step = trainer.state.logged = trainer.state.evaluated = done
-    trainer.state.seconds = steps[-1]["seconds"]
-    trainer.state.evaluation_seconds = facts["training"]["seconds"]["evaluate during training"]
-    latest: dict[str, Any] = {}
-    for record in steps:
-        latest |= record["adapters"]
-    trainer.selection.kept |= kept
-    for adapter in kept:
-        name = bank.specs[adapter].name
-        trainer.early_stopping.retired[adapter] = Retirement(done, "finished")
-        trainer.metrics.tokens[adapter] = latest.get(name, {}).get("tokens", 0)
-    trainer.metrics.task_tokens.update(steps[-1]["task_tokens"])
-    for name, spoilt in steps[-1].get("quarantined", {}).items():
-        trainer.guard.quarantined[bank.ids[name]] = spoilt["step"], spoilt["why"]
-    trainer.joined = {task: ended["joined"].get(task, done) for task in trainer.tasks}
-    trainer.replan()
-    start([i for i, spec in enumerate(bank.specs) if spec.task not in before.tasks])
-    joining = [task for task, step in trainer.joined.items() if step == done]
-    logger.info(f"{', '.join(joining)} join after step {done}; {len(kept)} adapters stay as they are")
-    trainer.save()
-    trainer.finish_saving()
-
-
-def _read_ended(trainer: Trainer) -> tuple[RunConfig, dict[str, Any], dict[int, BestCheckpoint]]:
-    """The finished run's configuration, its run.json, and its adapters, which are in the bank then."""
-    folder, bank = trainer.folder, trainer.bank
-    _, before = open_run(folder.path)
+    folder, bank = context.folder, context.bank
+    _, config_then = open_run(folder.path)
     facts = folder.facts()
     if "ended" not in facts:
-        raise user_error(
-            "output_dir", str(folder.path), "was finished by an older version, which kept too little to add tasks to it"
-        )
-    now = trainer.identity([task for task in trainer.tasks if task not in before.tasks])
-    if problems := differences(facts["ended"]["identity"], now, f"when the run in {folder.path} ended"):
+        hint = "was finished by an older version, which recorded too little to add tasks to it"
+        raise user_error("output_dir", str(folder.path), hint)
+    added = [task for task in context.tasks if task not in config_then.tasks]
+    if problems := differences(facts["ended"]["identity"], identity(added), f"when the run in {folder.path} ended"):
         raise UserError(*problems)
-    known = [i for i, spec in enumerate(bank.specs) if spec.task in before.tasks]
-    return before, facts, load_best(bank, known, folder.best_adapters)
+    known = [adapter for adapter, spec in enumerate(bank.specs) if spec.task in config_then.tasks]
+    best = load_best(bank, known, folder.best_adapters)
+    return _from_metrics(folder, facts, by_name(best, bank.specs))
+
+
+def _from_metrics(folder: RunFolder, facts: Mapping[str, Any], best: Mapping[str, BestCheckpoint]) -> FinishedRun:
+    records = folder.read_metrics("step")
+    if not records:
+        raise user_error(str(folder.metrics), None, "has no record of the run's steps: put it back from a copy")
+    last, step = records[-1], max(record["step"] for record in records)
+    latest: dict[str, Any] = {}
+    for record in records:
+        latest |= record["adapters"]
+    evaluation_seconds = facts["training"]["seconds"]["evaluate during training"]
+    return FinishedRun(
+        progress=TrainState(step, step, step, last["seconds"], evaluation_seconds),
+        joined=facts["ended"]["joined"],
+        best=best,
+        tokens={name: adapter.get("tokens", 0) for name, adapter in latest.items()},
+        task_tokens=last["task_tokens"],
+        quarantined=last.get("quarantined", {}),
+    )

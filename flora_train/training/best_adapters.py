@@ -1,10 +1,10 @@
-"""Which parameters of an adapter are its best? Those of its lowest held-out loss so far, kept on disk."""
+"""The best parameters of every adapter: those of its lowest held-out loss so far, kept on disk."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -18,56 +18,68 @@ from flora_train.config.errors import user_error
 from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
 from flora_train.runtime.distributed import on_every_process, on_main_process
+from flora_train.training.train_state import by_id, by_name
 
 
 @dataclass(frozen=True)
 class BestCheckpoint:
-    """The kept state of one adapter: the run's step and the held-out loss (nats per token) there."""
+    """The best state of one adapter."""
 
     step: int
+    """The step of the run."""
     loss: float
+    """Held-out loss there, in nats per token."""
 
 
-class Selection:
-    """Keeps one checkpoint per adapter. best=False: the latest, whatever its loss."""
+class BestAdapters:
+    """Keeps one file per adapter: its best state, or with select_best=False its latest, whatever its loss."""
 
-    def __init__(self, bank: AdapterBank, folder: Path, best: bool) -> None:
+    def __init__(self, bank: AdapterBank, folder: Path, *, select_best: bool) -> None:
         self.bank = bank
         self.folder = folder
-        self.best = best
-        self.kept: dict[int, BestCheckpoint] = {}
+        self.select_best = select_best
+        self.best: dict[int, BestCheckpoint] = {}
+        """Adapter id -> its state on disk."""
 
     def offer(self, losses: Mapping[int, float], step: int) -> None:
-        """Held-out losses by adapter id after `step` steps: keep the adapters that improved."""
-        better = {
-            adapter: loss
-            for adapter, loss in losses.items()
-            if not self.best or adapter not in self.kept or _is_better(loss, self.kept[adapter].loss)
-        }
-        self.kept |= {adapter: BestCheckpoint(step, loss) for adapter, loss in better.items()}
-        on_main_process(lambda: self._save(better, step))
+        """Save the adapters that improved. losses: held-out, by adapter id, after `step` steps of the run."""
+        improved = {adapter: loss for adapter, loss in losses.items() if self._is_improvement(adapter, loss)}
+        for adapter, loss in improved.items():
+            self.best[adapter] = BestCheckpoint(step, loss)
+        on_main_process(lambda: self._save(improved, step))
+
+    def state_dict(self) -> dict[str, Any]:
+        return by_name({adapter: asdict(best) for adapter, best in self.best.items()}, self.bank.specs)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Entries whose file is of a later step are dropped: that step comes again, and its evaluation decides anew."""
+        for adapter, entry in by_id(state, self.bank.specs).items():
+            if best_step(self.folder, self.bank.specs[adapter].name) == entry["step"]:
+                self.best[adapter] = BestCheckpoint(**entry)
+
+    def restore(self) -> None:
+        """Load the best parameters of every adapter into the bank. Raises UserError, on all processes, if a file is
+        missing or damaged."""
+        on_every_process(lambda: load_best(self.bank, self.best, self.folder))
+
+    def _is_improvement(self, adapter: int, loss: float) -> bool:
+        if not self.select_best or adapter not in self.best:
+            return True
+        return _is_better(loss, self.best[adapter].loss)
 
     def _save(self, losses: Mapping[int, float], step: int) -> None:
         for adapter, loss in losses.items():
             save_adapter(self.bank, adapter, self.folder, {"step": step, "heldout_loss": loss})
 
-    def take(self, kept: Mapping[int, BestCheckpoint]) -> None:
-        """Go on from what a checkpoint knows. A file that was written after it is not what it knows of: the next evaluation, which may
-        be another one now, decides anew."""
-        for adapter, known in kept.items():
-            if kept_step(self.folder, self.bank.specs[adapter].name) == known.step:
-                self.kept[adapter] = known
-
-    def restore(self) -> None:
-        """Put the kept parameters of every adapter back into the bank. Raises UserError, on all processes, if a file is missing or damaged."""
-        on_every_process(lambda: load_best(self.bank, self.kept, self.folder))
-
 
 def load_best(bank: AdapterBank, adapters: Iterable[int], folder: Path) -> dict[int, BestCheckpoint]:
-    """Put the parameters that were kept of these adapters into the bank; adapter id -> their step and loss. Raises UserError if a file is
-    missing or damaged."""
-    facts = {adapter: load_adapter(bank, adapter, folder) for adapter in adapters}
-    return {adapter: BestCheckpoint(known["step"], known["heldout_loss"]) for adapter, known in facts.items()}
+    """Load the best parameters of these adapters into the bank; adapter id -> their step and loss. Raises UserError if a
+    file is missing or damaged."""
+    best = {}
+    for adapter in adapters:
+        facts = load_adapter(bank, adapter, folder)
+        best[adapter] = BestCheckpoint(facts["step"], facts["heldout_loss"])
+    return best
 
 
 def _is_better(loss: float, than: float) -> bool:
@@ -80,53 +92,53 @@ def adapter_file(folder: Path, name: str) -> Path:
 
 
 def save_adapter(bank: AdapterBank, adapter: int, folder: Path, facts: dict[str, Any]) -> None:
-    """Write one adapter's numbers and facts about them (step, held-out loss), atomically."""
+    """Write the parameters of one adapter, with `facts` (step, held-out loss) in the header, atomically."""
     name = bank.specs[adapter].name
-    tensors = {
-        f"{module}.{param}": tensor.detach().cpu().contiguous()
-        for module, params in bank.parameters_of(name).items()
-        for param, tensor in params.items()
-    }
+    tensors = {}
+    for module, parameters in bank.parameters_of(name).items():
+        for parameter, tensor in parameters.items():
+            tensors[f"{module}.{parameter}"] = tensor.detach().cpu().contiguous()
     header = with_checksums(tensors, json.dumps({**facts, "adapter": name}))
     write_atomically(adapter_file(folder, name), lambda path: save_file(tensors, path, header))
 
 
-def kept_step(folder: Path, name: str) -> int | None:
-    """The run's step after which this adapter's file was written; None if there is none that can be read."""
+def best_step(folder: Path, name: str) -> int | None:
+    """The run's step of an adapter's file, by its header; None if there is no readable file."""
+    path = adapter_file(folder, name)
     try:
-        check_regular(adapter_file(folder, name))
-        with safe_open(adapter_file(folder, name), framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-        return int(_of(name, facts)["step"])
+        check_regular(path)
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+        return int(_facts_of(name, json.loads(header["facts"]))["step"])
     except (OSError, SafetensorError, DamagedError, KeyError, ValueError, TypeError):
         return None
 
 
 def verified_step(folder: Path, name: str) -> int | None:
-    """As `kept_step`, of a file that is whole; None if it is missing or damaged."""
+    """The run's step of an adapter's file, with all checksums verified; None if the file is missing or damaged."""
     try:
-        return int(_of(name, _read(adapter_file(folder, name))[0])["step"])
+        facts, _ = _read(adapter_file(folder, name))
+        return int(_facts_of(name, facts)["step"])
     except (DamagedError, KeyError, TypeError, ValueError):
         return None
 
 
 def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any]:
-    """Read one adapter's numbers into the bank; returns its facts. Raises UserError if the file is missing, damaged
-    or of another shape."""
+    """Load the parameters of one adapter into the bank; returns the facts of the file. Raises UserError if the file is
+    missing, damaged or of another shape."""
     name = bank.specs[adapter].name
     path = adapter_file(folder, name)
     if not path.exists():
         raise user_error(str(path), None, "no such checkpoint: the run has no saved state of this adapter")
     try:
-        written, content = _read(path)
-        facts = _of(name, written)
-        for module, params in bank.parameters_of(name).items():
-            for param, view in params.items():
-                tensor = content[f"{module}.{param}"]
+        written, tensors = _read(path)
+        facts = _facts_of(name, written)
+        for module, parameters in bank.parameters_of(name).items():
+            for parameter, view in parameters.items():
+                tensor = tensors[f"{module}.{parameter}"]
                 if tensor.shape != view.shape:
-                    raise user_error(
-                        str(path), f"{module}.{param}", f"has shape {tuple(tensor.shape)}, the adapter {tuple(view.shape)}"
-                    )
+                    hint = f"has shape {tuple(tensor.shape)}, the adapter {tuple(view.shape)}"
+                    raise user_error(str(path), f"{module}.{parameter}", hint)
                 view.copy_(tensor)
     except (KeyError, DamagedError) as error:
         hint = "put it back from a copy, or train again (overwrite=true)"
@@ -134,10 +146,11 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
     return facts
 
 
-def _of(name: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts beside its name. Raises DamagedError if they are of another adapter: its file may have the same shapes. Older files do not say whose they
-    are."""
-    if (written := facts.get("adapter", name)) != name:
+def _facts_of(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts without the adapter's name. Raises DamagedError if they are of another adapter, whose file may have the
+    same shapes. Files of older versions lack the name."""
+    written = facts.get("adapter", name)
+    if written != name:
         raise DamagedError(f"it holds the adapter {written}")
     return {key: value for key, value in facts.items() if key != "adapter"}
 
@@ -148,8 +161,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         check_regular(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         facts = json.loads(header["facts"])
-        if header.keys() - {"facts"}:  # the oldest files have no checksums
-            verify(header, content)
-        return facts, content
+        if header.keys() - {"facts"}:  # files of the oldest versions have no checksums
+            verify(header, tensors)
+        return facts, tensors

@@ -1,4 +1,7 @@
-"""What if one adapter goes wrong? Its bad steps are left out; by policy it goes back to its last good state, or learns no more."""
+"""The guard against anomalies of single adapters: non-finite losses and gradients, and loss spikes.
+
+A bad step does not move the adapter. By policy the adapter also returns to its last good state, or stops learning.
+"""
 
 from __future__ import annotations
 
@@ -7,100 +10,113 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.training_schema import GuardConfig
 from flora_train.training.optimizer import AdapterStep, BankOptimizer
+from flora_train.training.train_state import by_id, by_name
 
 logger = logging.getLogger(__name__)
 
-WINDOW, ROLLBACKS = 16, 3
+DEFAULT_WINDOW, DEFAULT_ROLLBACKS = 16, 3
+
+
+class Quarantine(NamedTuple):
+    """An adapter that learns no more."""
+
+    step: int
+    """The step of the run after which it was quarantined."""
+    why: str
 
 
 class Guard:
-    """Judges each adapter by its own numbers alone. rolled_back: adapter id -> how often; quarantined: -> after which step, and why.
+    """Decides about each adapter from its own losses and gradients alone.
 
-    Processes that see the same losses and gradients decide alike. Going back copies rows of this adapter only.
+    Processes that see the same losses and gradients decide alike. A rollback copies rows of that adapter only.
     """
 
     def __init__(self, bank: AdapterBank, optimizer: BankOptimizer, config: GuardConfig) -> None:
         self.bank, self.optimizer, self.config = bank, optimizer, config
         self.rolled_back: Counter[int] = Counter()
-        self.quarantined: dict[int, tuple[int, str]] = {}
-        self._losses: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=config.window or WINDOW))
-        self._good: tuple[dict[str, Tensor], list[int]] | None = None
+        """Adapter id -> number of rollbacks."""
+        self.quarantined: dict[int, Quarantine] = {}
+        window = config.window or DEFAULT_WINDOW
+        self._losses: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=window))
+        self._snapshot: tuple[dict[str, Tensor], list[int]] | None = None
 
     def find_anomalies(self, losses: Mapping[int, float]) -> dict[int, str]:
-        """Who must not learn from this step, and why. losses: mean nats a token of the step, by adapter id."""
-        found = {}
+        """Adapter id -> the reason why the adapter must not learn from this step. losses: mean nats per token of the
+        step, by adapter id."""
+        anomalies = {}
         for adapter, loss in losses.items():
             if adapter in self.quarantined:
-                found[adapter] = "it is quarantined"
+                anomalies[adapter] = "it is quarantined"
             elif not math.isfinite(loss):
-                found[adapter] = "its loss is not finite"
+                anomalies[adapter] = "its loss is not finite"
             elif self._is_spike(adapter, loss):
-                found[adapter] = f"its loss spiked to {loss:.4g}"
+                anomalies[adapter] = f"its loss spiked to {loss:.4g}"
             else:
                 self._losses[adapter].append(loss)
-        return found
+        return anomalies
 
     def snapshot(self) -> None:
-        """The state of now is what adapters go back to."""
-        if self.config.policy != "skip":
-            self._good = (
-                {name: self.bank.copy_to_host(tensor) for name, tensor in self.bank.tensors().items()},
-                list(self.optimizer.steps),
-            )
+        """Copy the present state, to which later rollbacks return."""
+        if self.config.policy == "skip":
+            return
+        tensors = {name: self.bank.copy_to_host(tensor) for name, tensor in self.bank.tensors().items()}
+        self._snapshot = tensors, list(self.optimizer.steps)
 
-    def apply_policy(self, bad: Mapping[int, str], steps: Mapping[int, AdapterStep], step: int) -> None:
-        """Do what the policy says to who had a bad step, the run's `step`. bad: by `find_anomalies`; steps: what the optimizer did, or left."""
-        for adapter, done in steps.items():
-            if not done.skipped or adapter in self.quarantined or self.config.policy == "skip":
-                continue
-            self._go_back(adapter)
-            name, why = self.bank.specs[adapter].name, bad.get(adapter, "its gradient is not finite")
-            if self.config.policy == "rollback" and self.rolled_back[adapter] < (self.config.rollbacks or ROLLBACKS):
-                self.rolled_back[adapter] += 1
-                logger.warning(f"{name} goes back to its last good state at step {step}: {why}")
-            else:
-                self.quarantined[adapter] = step, why
-                logger.warning(f"{name} is quarantined at step {step}: {why}")
+    def apply_policy(self, anomalies: Mapping[int, str], steps: Mapping[int, AdapterStep], step: int) -> None:
+        """Roll back or quarantine the adapters that were skipped in the run's step `step`. steps: the updates."""
+        if self.config.policy == "skip":
+            return
+        for adapter, update in steps.items():
+            if update.skipped and adapter not in self.quarantined:
+                self._roll_back(adapter)
+                self._count(adapter, anomalies.get(adapter, "its gradient is not finite"), step)
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """Name of a quarantined adapter -> step and reason, as the log has them."""
-        return {self.bank.specs[adapter].name: {"step": step, "why": why} for adapter, (step, why) in self.quarantined.items()}
+        """Name of a quarantined adapter -> step and reason, for the log."""
+        return by_name({adapter: entry._asdict() for adapter, entry in self.quarantined.items()}, self.bank.specs)
 
-    def to_json(self) -> dict[str, Any]:
-        """Lists of pairs, because JSON's keys are text."""
+    def state_dict(self) -> dict[str, Any]:
+        losses = {adapter: list(recent) for adapter, recent in self._losses.items()}
         return {
-            "losses": [(adapter, list(losses)) for adapter, losses in self._losses.items()],
-            "rolled_back": list(self.rolled_back.items()),
-            "quarantined": [(adapter, *facts) for adapter, facts in self.quarantined.items()],
+            "losses": by_name(losses, self.bank.specs),
+            "rolled_back": by_name(self.rolled_back, self.bank.specs),
+            "quarantined": self.record(),
         }
 
-    def take(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `to_json` gave."""
-        self.rolled_back = Counter(dict(state["rolled_back"]))
-        self.quarantined = {adapter: (step, why) for adapter, step, why in state["quarantined"]}
-        for adapter, losses in state["losses"]:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rolled_back = Counter(by_id(state["rolled_back"], self.bank.specs))
+        quarantined = by_id(state["quarantined"], self.bank.specs)
+        self.quarantined = {adapter: Quarantine(**entry) for adapter, entry in quarantined.items()}
+        self._losses.clear()
+        for adapter, losses in by_id(state["losses"], self.bank.specs).items():
             self._losses[adapter].extend(losses)
 
     def _is_spike(self, adapter: int, loss: float) -> bool:
-        known = self._losses[adapter]
-        return (
-            self.config.spike_factor is not None
-            and len(known) == known.maxlen
-            and loss > self.config.spike_factor * median(known)
-        )
+        recent, factor = self._losses[adapter], self.config.spike_factor
+        return factor is not None and len(recent) == recent.maxlen and loss > factor * median(recent)
 
-    def _go_back(self, adapter: int) -> None:
-        if self._good is None:
+    def _count(self, adapter: int, reason: str, step: int) -> None:
+        name, limit = self.bank.specs[adapter].name, self.config.rollbacks or DEFAULT_ROLLBACKS
+        if self.config.policy == "rollback" and self.rolled_back[adapter] < limit:
+            self.rolled_back[adapter] += 1
+            logger.warning(f"{name} is rolled back to its last good state at step {step}: {reason}")
+        else:
+            self.quarantined[adapter] = Quarantine(step, reason)
+            logger.warning(f"{name} is quarantined at step {step}: {reason}")
+
+    def _roll_back(self, adapter: int) -> None:
+        if self._snapshot is None:
             return
-        tensors, steps = self._good
-        pool, member = self.bank.location[adapter]
-        for name, now in self.bank.state(adapter).items():
-            now.copy_(tensors[f"pool{self.bank.pools.index(pool)}.{name}"][member])
+        tensors, steps = self._snapshot
+        pool, row = self.bank.location[adapter]
+        prefix = f"pool{self.bank.pools.index(pool)}"
+        for name, tensor in self.bank.state(adapter).items():
+            tensor.copy_(tensors[f"{prefix}.{name}"][row])
         self.optimizer.steps[adapter] = steps[adapter]

@@ -117,13 +117,13 @@ def _padded_tokens(batches: Batches) -> int:
 
 def _seconds(trainer: Trainer, batches: Batches) -> float:
     """Seconds of these passes, whose gradients are discarded."""
-    bank, started = trainer.bank, trainer.clock.now()
+    bank, started = trainer.bank, trainer.timer.now()
     try:
         for rows in batches:
-            batch = trainer.collate(rows, trainer.training_split, trainer.pad_token).to(bank.device)
+            batch = trainer.make_batch(rows)
             bank.route(batch.adapter_ids, [trainer.noise(trainer.state.step, row) for row in rows])
             trainer.row_losses(batch).sum().backward()
-        return trainer.clock.now() - started
+        return trainer.timer.now() - started
     finally:
         for pool in bank.pools:
             pool.gradients.zero_()

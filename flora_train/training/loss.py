@@ -22,12 +22,12 @@ CHUNK = 128
 class RowLosses:
     """Next-token losses of a model, summed per row. Looks once, at the start, at how the model makes its logits."""
 
-    def __init__(self, model: nn.Module, clock: StepTimer | None = None) -> None:
+    def __init__(self, model: nn.Module, timer: StepTimer | None = None) -> None:
         self.model = model
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self.encoder_decoder = _is_encoder_decoder(model)
         self.head_makes_logits = _head_makes_logits(model, self.head)
-        self.clock = clock or StepTimer(next(model.parameters()).device, 1)
+        self.timer = timer or StepTimer(next(model.parameters()).device, 1)
 
     def __call__(self, batch: MixedBatch) -> Tensor:
         """Sum of the next-token losses (nats) of every row, float32 [B], differentiable once.
@@ -40,7 +40,7 @@ class RowLosses:
         learnt = labels != IGNORE
         with _head_input(self.head, learnt, first_only=self.head_makes_logits) as hidden:
             logits = self.model(**inputs_of(self.model, batch), use_cache=False).logits
-        with self.clock.part("loss"):
+        with self.timer.part("loss"):
             if self.head_makes_logits:
                 losses = ChunkedCrossEntropy.apply(hidden[0], self.head.weight, self.head.bias, labels[learnt])
             else:

@@ -1,15 +1,15 @@
-"""How do the adapters of a step move? Lazy, per-adapter AdamW or SGD on the bank's rows.
+"""Lazy, per-adapter AdamW or SGD on the rows of the bank, with learning rate, weight decay and gradient clipping.
 
-Every adapter has its own learning rate, decay, clip norm and step count, and only the adapters that were in the step
-are touched: stock optimizers move absent ones through momentum and weight decay. The work is a few calls on stacked
-rows per pool, whatever the number of adapters and layers.
+Every adapter has its own learning rate, decay, clip norm and step count, and only the adapters of a step are updated:
+stock optimizers move absent ones through momentum and weight decay. An update takes a few calls on stacked rows per
+pool, whatever the number of adapters and layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, inf, isfinite, pi
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.training_schema import TrainingConfig
 from flora_train.kernels.backend import runs_in_triton
 from flora_train.runtime.distributed import several_processes
+from flora_train.training.train_state import by_name
 
 MOMENTS = ("first", "second")
 """AdamW's planes of the bank."""
@@ -29,83 +30,89 @@ MOMENTS = ("first", "second")
 
 @dataclass(frozen=True)
 class AdapterStep:
-    """What one adapter's update was. skipped: its gradient was not finite, or its loss was bad; nothing of it moved."""
+    """The update of one adapter in one step."""
 
     lr: float
     gradient_norm: float
     skipped: bool
+    """The gradient was not finite, or the loss was anomalous: nothing of the adapter changed."""
 
 
 class BankOptimizer:
-    """State: two planes of the bank (AdamW's moments), and each adapter's own step count."""
+    """Updates the adapters of a step. Its state are two planes of the bank (AdamW's moments), which the bank's tensors
+    hold, and the step count of every adapter."""
 
     def __init__(self, bank: AdapterBank, config: TrainingConfig) -> None:
         self.bank = bank
         self.config = config
         self.steps = [0] * len(bank.specs)
+        """Updates so far, by adapter id."""
         for name in MOMENTS if config.optimizer == "adamw" else ():
             bank.add_plane(name)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": by_name(dict(enumerate(self.steps)), self.bank.specs)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Adapters without an entry begin at step 0."""
+        self.steps = [state["steps"].get(spec.name, 0) for spec in self.bank.specs]
+
     @torch.no_grad()
-    def step(self, adapters: Iterable[int], bad: Collection[int] = ()) -> dict[int, AdapterStep]:
-        """Update the adapters of this step from the pool's gradients, then clear those gradients. bad: of these, who must not move."""
+    def step(self, adapters: Iterable[int], anomalous: Collection[int] = ()) -> dict[int, AdapterStep]:
+        """Update these adapters from the gradients in their pools, then clear those gradients. anomalous: adapters that
+        must not change."""
         results: dict[int, AdapterStep] = {}
         for pool, members, rows in self.bank.by_pool(adapters):
-            results |= self._step_pool(pool, members, rows, bad)
+            results |= self._step_pool(pool, members, rows, anomalous)
         return results
 
-    def _step_pool(self, pool: Pool, adapters: list[int], rows: Any, bad: Collection[int]) -> dict[int, AdapterStep]:
-        norms = torch.linalg.vector_norm(pool.gradients[rows], dim=1)
-        norm_of = dict(zip(adapters, norms.tolist(), strict=True))  # the step's one wait for the device, per pool
-        results = {
-            a: AdapterStep(learning_rate(self.bank.specs[a], self.steps[a]), norm, a in bad or not _is_finite(norm))
-            for a, norm in norm_of.items()
-        }
-        finite = [a for a in adapters if not results[a].skipped]
-        if finite:
-            for adapter in finite:
+    def _step_pool(self, pool: Pool, adapters: list[int], rows: Any, anomalous: Collection[int]) -> dict[int, AdapterStep]:
+        norms = torch.linalg.vector_norm(pool.gradients[rows], dim=1).tolist()  # the only wait for the device
+        results = {}
+        for adapter, norm in zip(adapters, norms, strict=True):
+            lr = learning_rate(self.bank.specs[adapter], self.steps[adapter])
+            results[adapter] = AdapterStep(lr, norm, skipped=adapter in anomalous or not isfinite(norm))
+        moving = [adapter for adapter in adapters if not results[adapter].skipped]
+        if moving:
+            for adapter in moving:
                 self.steps[adapter] += 1
-            ((_, _, moving),) = self.bank.by_pool(finite)
-            self._update(pool, moving, finite, [results[a] for a in finite])
+            ((_, _, moving_rows),) = self.bank.by_pool(moving)
+            self._update(pool, moving_rows, moving, [results[adapter] for adapter in moving])
         pool.gradients[rows] = 0.0
         return results
 
-    def _update(self, pool: Pool, slots: Tensor | slice, adapters: list[int], steps: list[AdapterStep]) -> None:
-        beta1, beta2 = self.config.betas if self.config.optimizer == "adamw" else (0.0, 0.0)
-        numbers = torch.tensor(
-            [
-                [
-                    min(1.0, (self.bank.specs[a].max_grad_norm or float("inf")) / (step.gradient_norm + 1e-6)),
-                    1.0 - step.lr * self.bank.specs[a].weight_decay,
-                    -step.lr / (1.0 - beta1 ** self.steps[a]),
-                    (1.0 - beta2 ** self.steps[a]) ** 0.5,
-                ]
-                for a, step in zip(adapters, steps, strict=True)
-            ],
-            dtype=pool.values.dtype,
-            device=pool.values.device,
-        )
-        clip, decay, rate, root = numbers.split(1, dim=1)
+    def _update(self, pool: Pool, rows: Tensor | slice, adapters: list[int], steps: list[AdapterStep]) -> None:
+        coefficients = self._coefficients(pool, adapters, steps)
+        clip, decay, rate, root = coefficients.split(1, dim=1)
         if self.config.optimizer == "sgd":
-            pool.values[slots] = (pool.values[slots] * decay).addcmul_(pool.gradients[slots] * clip, rate)
+            pool.values[rows] = (pool.values[rows] * decay).addcmul_(pool.gradients[rows] * clip, rate)
             return
         first, second = (pool.planes[name] for name in MOMENTS)
         if runs_in_triton(pool.values):
             from flora_train.kernels.adamw_triton import fused_adamw
 
-            rows = torch.arange(len(adapters), device=self.bank.device) if isinstance(slots, slice) else slots
-            fused_adamw(pool.values, pool.gradients, first, second, rows, numbers, self.config.betas, self.config.eps)
+            indices = torch.arange(len(adapters), device=self.bank.device) if isinstance(rows, slice) else rows
+            betas, eps = self.config.betas, self.config.eps
+            fused_adamw(pool.values, pool.gradients, first, second, indices, coefficients, betas, eps)
             return
-        gradient = pool.gradients[slots] * clip
-        m = first[slots].lerp_(gradient, 1.0 - beta1)
-        v = second[slots].mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
-        first[slots], second[slots] = m, v
+        beta1, beta2 = self.config.betas
+        gradient = pool.gradients[rows] * clip
+        m = first[rows].lerp_(gradient, 1.0 - beta1)
+        v = second[rows].mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        first[rows], second[rows] = m, v
         denominator = v.sqrt().div_(root).add_(self.config.eps)
-        pool.values[slots] = (pool.values[slots] * decay).addcdiv_(m.mul(rate), denominator)
+        pool.values[rows] = (pool.values[rows] * decay).addcdiv_(m.mul(rate), denominator)
 
-
-def _is_finite(number: float) -> bool:
-    return number - number == 0.0
+    def _coefficients(self, pool: Pool, adapters: list[int], steps: list[AdapterStep]) -> Tensor:
+        """Clip factor, weight decay factor, negative learning rate and root of the second bias correction: [adapters, 4]."""
+        beta1, beta2 = self.config.betas if self.config.optimizer == "adamw" else (0.0, 0.0)
+        rows = []
+        for adapter, step in zip(adapters, steps, strict=True):
+            spec, count = self.bank.specs[adapter], self.steps[adapter]
+            clip = min(1.0, (spec.max_grad_norm or inf) / (step.gradient_norm + 1e-6))
+            decay = 1.0 - step.lr * spec.weight_decay
+            rows.append([clip, decay, -step.lr / (1.0 - beta1**count), (1.0 - beta2**count) ** 0.5])
+        return torch.tensor(rows, dtype=pool.values.dtype, device=pool.values.device)
 
 
 def learning_rate(spec: AdapterSpec, step: int) -> float:
@@ -121,17 +128,24 @@ def learning_rate(spec: AdapterSpec, step: int) -> float:
 
 
 class TorchBankOptimizer(torch.optim.Optimizer):
-    """A BankOptimizer with the methods of torch's. A step moves the adapters that have a gradient, each at its own learning rate and schedule
-    (`lr` of the parameter group counts for nothing, nor does a scheduler), and clears those gradients.
+    """A BankOptimizer with the interface of torch's optimizers.
 
-    Raises ValueError for a bank that pages: which adapters the next batch needs has to be known ahead there.
+    A step updates the adapters that have a gradient, each with its own learning rate and schedule, and clears those
+    gradients. The `lr` of the parameter group and learning rate schedulers have no effect.
+
+    Args:
+        bank: The adapters.
+        config: Optimizer, betas and eps.
+
+    Raises:
+        ValueError: The bank pages its adapters. Then the adapters of the next batches must be known in advance.
     """
 
     def __init__(self, bank: AdapterBank, config: TrainingConfig) -> None:
         if bank.pager is not None:
-            raise ValueError("a bank that pages is trained by flora_train's own loop, which knows the coming batches")
+            raise ValueError("a bank that pages can only be trained by flora_train's own loop, which plans the next batches")
         self.rows = BankOptimizer(bank, config)
-        super().__init__([torch.zeros((), requires_grad=True)], {"lr": 0.0})  # torch wants a parameter; it is none of the bank's
+        super().__init__([torch.zeros((), requires_grad=True)], {"lr": 0.0})  # torch requires a parameter: a dummy
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Move the adapters of all batches since the last step."""
@@ -141,29 +155,31 @@ class TorchBankOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of all adapters."""
+        """Clear the gradients of all adapters."""
         for pool in self.rows.bank.pools:
             pool.gradients.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, values and step counts of all adapters."""
-        return {"steps": list(self.rows.steps), "tensors": self.rows.bank.tensors(), "param_groups": []}
+        return {**self.rows.state_dict(), "tensors": self.rows.bank.tensors(), "param_groups": []}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` gave, of a bank with the same adapters."""
-        self.rows.steps = list(state_dict["steps"])
+        """Restore what `state_dict` returned, for a bank with the same adapters."""
+        self.rows.load_state_dict(state_dict)
         for name, tensor in self.rows.bank.tensors().items():
             tensor.copy_(state_dict["tensors"][name])
 
 
 def sum_gradients(bank: AdapterBank, adapters: Iterable[int]) -> int:
-    """Add up the gradients of these adapters over all processes, in place, one exchange per pool. Every process names
-    the same adapters: the step is planned alike everywhere, also where a process holds no row of one of them.
+    """Sum the gradients of these adapters over all processes, in place, with one exchange per pool.
 
-    Returns the bytes that this process put in: those of these adapters, however many the bank has.
+    Every process passes the same adapters, also where it holds no row of one of them. Returns the bytes that this
+    process sent: the gradients of these adapters, whatever the size of the bank.
     """
     sent = 0
-    for pool, _, rows in bank.by_pool(adapters) if several_processes() else ():
+    if not several_processes():
+        return sent
+    for pool, _, rows in bank.by_pool(adapters):
         gradients = pool.gradients[rows]
         dist.all_reduce(gradients)
         pool.gradients[rows] = gradients

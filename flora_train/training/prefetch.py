@@ -1,4 +1,4 @@
-"""Which adapters must be on the device for a step, and which for the next? As the mixture foretells, where there is paging."""
+"""Moves adapters between host and device ahead of the steps that need them."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from math import inf
 from flora_train.adapters.bank import AdapterBank
 from flora_train.data.mixture import TaskMixture
 
-AHEAD = 1000
-"""Steps that are looked ahead: what is not needed within them counts as not needed at all."""
+LOOKAHEAD = 1000
+"""Steps that are planned ahead. An adapter that none of them needs counts as never needed again."""
 
 
 class AdapterPrefetcher:
-    """Moves the bank's adapters by what the mixture will draw, up to the run's last step. Without paging it does nothing.
+    """Loads the adapters that the mixture will draw, up to the run's last step. Without paging it does nothing.
 
-    Raises UserError if a step of the next AHEAD needs more adapters at one time than the device has room for.
+    Raises UserError if a step within LOOKAHEAD needs more adapters at one time than the device has room for.
     """
 
-    def __init__(self, bank: AdapterBank, mixture: TaskMixture, begin: int, steps: int) -> None:
-        self.bank, self.mixture, self.steps = bank, mixture, steps
+    def __init__(self, bank: AdapterBank, mixture: TaskMixture, first_step: int, end: int) -> None:
+        self.bank, self.mixture, self.end = bank, mixture, end
         self._uses: dict[int, deque[int]] = defaultdict(deque)
-        self._known = begin
-        self._look(begin)
+        self._planned = first_step
+        self._plan_until(first_step)
 
     @contextmanager
-    def held(self, number: int, adapters: Collection[int]) -> Iterator[None]:
-        """Within it these adapters, of step `number`, are on the device, and those of the next are brought while it computes."""
+    def resident(self, number: int, adapters: Collection[int]) -> Iterator[None]:
+        """A context in which these adapters, of step `number`, are on the device; those of the next step are loaded
+        meanwhile."""
         pager = self.bank.pager
         if pager is None:
             yield
             return
-        self._look(number)
+        self._plan_until(number)
         pager.make_resident(adapters, partial(self._next_use, number))
-        if number + 1 < self.steps:
+        if number + 1 < self.end:
             pager.prefetch(self._adapters(number + 1), partial(self._next_use, number + 1))
         try:
             yield
@@ -44,16 +45,21 @@ class AdapterPrefetcher:
             pager.resident = frozenset()
 
     def _adapters(self, number: int) -> set[int]:
-        return {self.bank.ids[name] for draw in self.mixture.step(number) for name in draw.adapters}
+        adapters: set[int] = set()
+        for draw in self.mixture.step(number):
+            adapters.update(self.bank.ids[name] for name in draw.adapters)
+        return adapters
 
-    def _look(self, number: int) -> None:
+    def _plan_until(self, number: int) -> None:
         pager = self.bank.pager
-        while pager is not None and self._known < min(number + AHEAD, self.steps):
-            adapters = self._adapters(self._known)
-            pager.check_room(adapters, f"step {self._known + 1}")
+        if pager is None:
+            return
+        while self._planned < min(number + LOOKAHEAD, self.end):
+            adapters = self._adapters(self._planned)
+            pager.check_room(adapters, f"step {self._planned + 1}")
             for adapter in adapters:
-                self._uses[adapter].append(self._known)
-            self._known += 1
+                self._uses[adapter].append(self._planned)
+            self._planned += 1
 
     def _next_use(self, after: int, adapter: int) -> float:
         uses = self._uses[adapter]

@@ -1,4 +1,4 @@
-"""What does a run's model cost for each of its layers, on this machine? Measured on one and on two of them, with random weights."""
+"""Measures what a training step costs on this machine, with random weights and one or two of the layers."""
 
 from __future__ import annotations
 
@@ -6,113 +6,154 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.spec import AdapterSpec, expand
+from flora_train.adapters.spec import expand
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.collate import SpeechCollate
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.batch import collate
+from flora_train.data.mixture import TaskMixture
 from flora_train.data.task import Task
 from flora_train.models.loading import count_layers, set_mode, shallow_model
 from flora_train.models.probe_inputs import noise_features
 from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.context import TrainingContext
 from flora_train.training.row_check import check_rows
 from flora_train.training.step_plan import StepPlan, make_mixture, plan_step
 from flora_train.training.trainer import Trainer
 
-STEPS_SEEN = 200
-"""Steps that are looked at for the largest."""
+STEPS_PLANNED = 200
+"""Steps among which the largest is searched."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """step_seconds: of a step on one process; activations: bytes that a micro-batch keeps for its backward."""
+    """Cost of the largest training step on one process."""
 
     step_seconds: float
     activations: int
+    """Bytes that a micro-batch keeps for its backward."""
 
 
 def adapters_of_steps(config: RunConfig, tasks: Mapping[str, Task]) -> list[frozenset[str]]:
-    """The adapters of the first STEPS_SEEN steps."""
+    """The adapters of each of the first STEPS_PLANNED steps."""
     mixture = make_mixture(tasks, expand(config), config)
-    steps = (mixture.step(number) for number in range(min(config.training.steps, STEPS_SEEN)))
-    return [frozenset(name for draw in draws for name in draw.adapters) for draws in steps if draws]
+    adapters = []
+    for number in _planned_steps(config):
+        draws = mixture.step(number)
+        if draws:
+            adapters.append(frozenset(name for draw in draws for name in draw.adapters))
+    return adapters
 
 
 def cost_of_a_step(
-    config: RunConfig, device: torch.device, tasks: Mapping[str, Task], pad: int, speech_processor: SpeechProcessor | None
+    config: RunConfig,
+    device: torch.device,
+    tasks: Mapping[str, Task],
+    *,
+    pad_token: int,
+    speech_processor: SpeechProcessor | None,
 ) -> Cost:
-    """What all layers cost, by what the second adds to the first."""
-    one, two = (measure(config, layers, device, tasks, pad, speech_processor) for layers in (1, 2))
-    more = count_layers(config.model) - 1
+    """The cost with all layers, extrapolated from what the second layer adds to the first."""
+    one, two = (
+        measure(config, device, tasks, layers=layers, pad_token=pad_token, speech_processor=speech_processor) for layers in (1, 2)
+    )
+    more_layers = count_layers(config.model) - 1
     return Cost(
-        one.step_seconds + more * max(0.0, two.step_seconds - one.step_seconds),
-        one.activations + more * max(0, two.activations - one.activations),
+        one.step_seconds + more_layers * max(0.0, two.step_seconds - one.step_seconds),
+        one.activations + more_layers * max(0, two.activations - one.activations),
     )
 
 
 def measure(
     config: RunConfig,
-    layers: int,
     device: torch.device,
     tasks: Mapping[str, Task],
-    pad: int,
+    *,
+    layers: int,
+    pad_token: int,
     speech_processor: SpeechProcessor | None,
 ) -> Cost:
-    """The largest micro-batch of the first step that holds most tokens, forward, backward and update; the better of two after a first.
-    Only the adapters of that step are there."""
+    """Run the largest micro-batch of the step with the most tokens: forward, backward and update, with the adapters of
+    that step only. Takes the faster of two timed steps, after one warm-up."""
     specs = expand(config)
     mixture = make_mixture(tasks, specs, config)
-    numbers = range(min(config.training.steps, STEPS_SEEN))
-    number = max(numbers, key=lambda number: sum(mixture.tokens_of(draw) for draw in mixture.step(number)))
-    present = {name for draw in mixture.step(number) for name in draw.adapters}
-    there: list[AdapterSpec] = [spec for spec in specs if spec.name in present]
+    number = max(_planned_steps(config), key=lambda number: _tokens_of(mixture, number))
+    names = {name for draw in mixture.step(number) for name in draw.adapters}
+    present = [spec for spec in specs if spec.name in names]
     model = shallow_model(config.model, layers, device)
     features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
-    bank = AdapterBank.attach(model, there, seed=config.seed, features=features)
-    check_rows(model, pad, features)
+    bank = AdapterBank.attach(model, present, seed=config.seed, features=features)
+    check_rows(model, pad_token, features)
     plan = plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch)
     assert plan is not None
-    padded, rows = max(((rows[0].length * len(rows), rows) for rows in plan.microbatches), key=lambda pair: pair[0])
-    share = sum(rows[0].length * len(rows) for rows in plan.microbatches) / padded
-    used = {row.adapter for row in rows}
-    part = StepPlan((rows,), {a: n for a, n in plan.label_tokens.items() if a in used}, padded, {})
-    learnt = {spec.task for spec in there}
+    part, share = _largest_microbatch(plan)
+    present_tasks = {spec.task for spec in present}
+    make_batch = collate
+    if speech_processor is not None:
+        make_batch = SpeechCollate(speech_processor.store, config.audio.spec_augment)
     trainer = Trainer(
-        config,
-        model,
-        bank,
-        {name: task for name, task in tasks.items() if name in learnt},
-        pad,
-        RunFolder(Path(config.folder)),
-        SimpleNamespace(log=lambda *args, **options: None),
-        collate if speech_processor is None else SpeechCollate(speech_processor.store, config.audio.spec_augment),
+        TrainingContext(
+            config=config,
+            folder=RunFolder(Path(config.folder)),
+            tasks={name: task for name, task in tasks.items() if name in present_tasks},
+            model=model,
+            bank=bank,
+            pad_token=pad_token,
+            collate=make_batch,
+        )
     )
     set_mode(model, training=True)
-    saved = _Saved()
+    seconds, saved = _time_steps(trainer, part)
+    tensors = [*model.parameters(), *bank.tensors().values()]
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    activations = sum(size for address, size in saved.storages.items() if address not in parameters)
+    return Cost(seconds * share, activations)
+
+
+def _planned_steps(config: RunConfig) -> range:
+    return range(min(config.training.steps, STEPS_PLANNED))
+
+
+def _tokens_of(mixture: TaskMixture, number: int) -> int:
+    return sum(mixture.tokens_of(draw) for draw in mixture.step(number))
+
+
+def _largest_microbatch(plan: StepPlan) -> tuple[StepPlan, float]:
+    """A step of the largest micro-batch alone, and how many times its padded tokens the whole step has."""
+    padded = [rows[0].length * len(rows) for rows in plan.microbatches]
+    largest = padded.index(max(padded))
+    rows = plan.microbatches[largest]
+    adapters = {row.adapter for row in rows}
+    label_tokens = {adapter: count for adapter, count in plan.label_tokens.items() if adapter in adapters}
+    return StepPlan((rows,), label_tokens, padded[largest], {}), sum(padded) / padded[largest]
+
+
+def _time_steps(trainer: Trainer, plan: StepPlan) -> tuple[float, _SavedTensors]:
+    """Seconds of the faster of two steps, and what autograd saved in a warm-up step before them."""
+    saved = _SavedTensors()
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        trainer.step(0, part)
+        trainer.step(0, plan)
     seconds = []
-    for again in (1, 2):
+    for number in (1, 2):
         started = time.perf_counter()
-        trainer.step(again, part)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        trainer.step(number, plan)
+        if trainer.bank.device.type == "cuda":
+            torch.cuda.synchronize(trainer.bank.device)
         seconds.append(time.perf_counter() - started)
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *bank.tensors().values()]}
-    return Cost(min(seconds) * share, sum(size for place, size in saved.storages.items() if place not in parameters))
+    return min(seconds), saved
 
 
-class _Saved:
-    """What autograd keeps for a backward. storages: address -> bytes, each counted once."""
+class _SavedTensors:
+    """The tensors that autograd keeps for a backward."""
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}
+        """Address -> bytes, each storage counted once."""
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -62,7 +62,7 @@ def test_a_run_in_bfloat16_that_is_stopped_resumes_to_the_same_bytes(
     assert begun.wait(60).returncode == SAVED
     done = launch(*words)
     assert done.returncode == 0, done.stderr
-    assert "going on after step" in done.stderr
+    assert "resuming after step" in done.stderr
     assert adapter_bytes(tmp_path / "parts") == adapter_bytes(finished)
 
 

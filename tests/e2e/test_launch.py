@@ -51,7 +51,7 @@ def test_a_killed_run_is_started_again_and_ends_with_the_same_bytes(recipe: Path
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
     assert "supervise: ended with status 137; starting again" in said
-    assert "going on after step" in said
+    assert "resuming after step" in said
     assert adapter_bytes(run) == adapter_bytes(tmp_path / "whole")
 
 

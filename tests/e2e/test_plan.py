@@ -94,9 +94,10 @@ def test_activations_of_many_layers_follow_from_one_and_two(recipe: Path, checkp
     (deep / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 7}))
     config = load_config([f"recipe={recipe}", f"model.path={deep}", f"output_dir={tmp_path / 'run'}"])
     _, tasks, _ = load_data(config)
-    whole = measure(config, 7, torch.device("cpu"), tasks, 0, None)
+    whole = measure(config, torch.device("cpu"), tasks, layers=7, pad_token=0, speech_processor=None)
     planned = capacity(config)
-    assert whole.activations > 3 * measure(config, 1, torch.device("cpu"), tasks, 0, None).activations
+    shallow = measure(config, torch.device("cpu"), tasks, layers=1, pad_token=0, speech_processor=None)
+    assert whole.activations > 3 * shallow.activations
     assert planned.activations == pytest.approx(whole.activations, rel=0.02)
     assert planned.step_seconds > 0
 

@@ -88,7 +88,7 @@ def test_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
         assert (parts / "checkpoints" / f"step-{int(saved[1]):08d}.safetensors").exists()
     last = launch(*words, f"output_dir={parts}", "resume=true", processes=processes)
     assert last.returncode == 0, last.stderr
-    assert "going on after step" in last.stderr
+    assert "resuming after step" in last.stderr
     assert adapter_bytes(parts) == adapter_bytes(tmp_path / "whole")
     assert not list(parts.rglob("step-*"))
 
@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_another_number_of_processes(launch: Launch, kill_aft
         kill_after(step, parts, *words, f"output_dir={parts}", "resume=true", processes=processes)
     last = launch(*words, f"output_dir={parts}", "resume=true", processes=2)
     assert last.returncode == 0, last.stderr
-    assert int(re.search(r"going on after step (\d+)", last.stderr)[1]) >= 30  # type: ignore[index]
+    assert int(re.search(r"resuming after step (\d+)", last.stderr)[1]) >= 30  # type: ignore[index]
     assert largest_difference(parts, tmp_path / "whole") <= 1e-5
 
 

@@ -67,7 +67,7 @@ def test_the_job_goes_back_to_the_queue_and_ends_with_the_same_bytes(
     slurm.start_again(job)
     assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", said.read_text()
     assert slurm.fact(job, "Restarts") == "1"
-    assert "going on after step" in said.read_text()
+    assert "resuming after step" in said.read_text()
     assert adapter_bytes(run) == adapter_bytes(whole)
 
 

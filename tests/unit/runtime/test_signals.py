@@ -121,4 +121,4 @@ def check_alike(run: Trainer, other: Trainer) -> None:
     for name, tensor in run.bank.tensors().items():
         assert torch.equal(tensor, other.bank.tensors()[name]), name
     assert run.folder.read_metrics("evaluation") == other.folder.read_metrics("evaluation")
-    assert run.selection.kept == other.selection.kept
+    assert run.best_adapters.best == other.best_adapters.best

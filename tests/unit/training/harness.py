@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
 from flora_train.data.task import Task
 from flora_train.data.tokenization import SplitCounts, TokenSplit
 from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.context import TrainingContext
 from flora_train.training.step_plan import StepPlan, plan_step
 from flora_train.training.trainer import Trainer
 from tests.architectures import VOCABULARY, features_of, tiny_model
@@ -79,12 +79,21 @@ def make_trainer(
     splits = {name: (random_split(i, 40, least), random_split(10 + i, 6, least)) for i, name in enumerate("abc")}
     tasks = {name: Task(name, 1.0, *halves, "") for name, halves in splits.items()}
     bank = AdapterBank.attach(model, specs, paging=paging)
-    accelerator = SimpleNamespace(log=lambda *args, **options: None)
     config = config.model_copy(
         update={"sweep": SweepConfig.model_validate({"strategy": sweep})}
     )  # the specs are the adapters here
     make_batch = partial(collate_pairs, model.config) if encoder_decoder else collate
-    return Trainer(config, model, bank, tasks, PAD, RunFolder(folder), accelerator, make_batch)
+    return Trainer(
+        TrainingContext(
+            config=config,
+            folder=RunFolder(folder),
+            tasks=tasks,
+            model=model,
+            bank=bank,
+            pad_token=PAD,
+            collate=make_batch,
+        )
+    )
 
 
 def collate_pairs(config: Any, rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:

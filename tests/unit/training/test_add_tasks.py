@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from flora_train.config.errors import UserError
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.runtime.run_folder import RunFolder
-from flora_train.training.add_tasks import grow
+from flora_train.training.add_tasks import read_finished_run
+from flora_train.training.guard import Quarantine
 from flora_train.training.trainer import Trainer
 from tests.conftest import mixed_specs
 from tests.unit.training.harness import make_trainer, snapshot
@@ -47,6 +49,11 @@ def trainer_of(folder: Path, tasks: str) -> Trainer:
     return trainer
 
 
+def extend(trainer: Trainer, init_adapters: Callable[[list[int]], None] = lambda adapters: None) -> None:
+    """Add the trainer's new tasks to the finished run in its folder."""
+    trainer.extend(read_finished_run(replace(trainer.context, tasks=trainer.tasks), trainer.identity), init_adapters)
+
+
 def finish(trainer: Trainer) -> None:
     """What a run leaves in its folder."""
     trainer.folder.claim(trainer.config)
@@ -61,9 +68,9 @@ def test_tasks_join_a_finished_run_and_its_adapters_keep_their_bits(tmp_path: Pa
     before = trainer_of(tmp_path, "ab")
     finish(before)
     kept = snapshot(before)
-    files = {path.name: path.read_bytes() for path in before.selection.folder.iterdir()}
+    files = {path.name: path.read_bytes() for path in before.best_adapters.folder.iterdir()}
     after = trainer_of(tmp_path, "abc")
-    grow(after, lambda adapters: None)
+    extend(after)
     assert (after.state.step, after.end) == (8, 16)
     assert after.joined == {"a": 0, "b": 0, "c": 8}
     assert len(after.checkpoints.files()) == 1
@@ -73,7 +80,7 @@ def test_tasks_join_a_finished_run_and_its_adapters_keep_their_bits(tmp_path: Pa
     now = snapshot(after)
     for name, state in kept.items():
         assert torch.equal(now[name][0], state[0]), name
-        assert (after.selection.folder / f"{name}.safetensors").read_bytes() == files[f"{name}.safetensors"]
+        assert (after.best_adapters.folder / f"{name}.safetensors").read_bytes() == files[f"{name}.safetensors"]
     assert (now["c-pure"][0] - start[0]).abs().max() > 1e-4
     assert after.optimizer.steps[after.bank.ids["c-pure"]] == 8
     assert after.metrics.task_tokens["a"] == before.metrics.task_tokens["a"] > 0
@@ -83,7 +90,7 @@ def test_tasks_join_a_finished_run_and_its_adapters_keep_their_bits(tmp_path: Pa
 
 def test_another_base_or_other_data_is_refused_and_a_quarantined_adapter_stays_so(tmp_path: Path) -> None:
     before = trainer_of(tmp_path, "ab")
-    before.guard.quarantined[before.bank.ids["a-lora"]] = 3, "its loss is not finite"
+    before.guard.quarantined[before.bank.ids["a-lora"]] = Quarantine(3, "its loss is not finite")
     finish(before)
     for change, words in (("base", "weights of the base model"), ("data", "examples of tasks.b")):
         after = trainer_of(tmp_path, "abc")
@@ -92,10 +99,10 @@ def test_another_base_or_other_data_is_refused_and_a_quarantined_adapter_stays_s
         else:
             after.tasks = {**after.tasks, "b": replace(after.tasks["b"], data_hash="other")}
         with pytest.raises(UserError, match=words):
-            grow(after, lambda adapters: None)
+            extend(after)
         assert not after.checkpoints.files()
     after, asked = trainer_of(tmp_path, "abc"), list[int]()
-    grow(after, asked.extend)
+    extend(after, asked.extend)
     assert asked == [after.bank.ids["c-pure"]]
     assert after.guard.quarantined == {after.bank.ids["a-lora"]: (3, "its loss is not finite")}
 
@@ -103,7 +110,7 @@ def test_another_base_or_other_data_is_refused_and_a_quarantined_adapter_stays_s
 def test_the_newcomer_learns_as_if_it_had_been_alone(tmp_path: Path) -> None:
     finish(trainer_of(tmp_path / "extended", "ab"))
     grown = trainer_of(tmp_path / "extended", "abc")
-    grow(grown, lambda adapters: None)
+    extend(grown)
     grown.train()
     alone = trainer_of(tmp_path / "alone", "c")
     alone.train()
@@ -116,7 +123,7 @@ def test_a_grown_run_that_is_interrupted_goes_on_with_the_same_bits(tmp_path: Pa
     for name, stop in (("whole", None), ("parts", 13)):
         finish(trainer_of(tmp_path / name, "ab"))
         trainer = trainer_of(tmp_path / name, "abc")
-        grow(trainer, lambda adapters: None)
+        extend(trainer)
         if stop is not None:
             stop_before(trainer, stop)
             trainer = trainer_of(tmp_path / name, "abc")

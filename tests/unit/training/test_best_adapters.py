@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
 from flora_train.training.best_adapters import (
+    BestAdapters,
     BestCheckpoint,
-    Selection,
     adapter_file,
-    kept_step,
+    best_step,
     load_adapter,
     save_adapter,
     verified_step,
@@ -35,7 +35,7 @@ def values(bank: AdapterBank) -> list[torch.Tensor]:
 
 
 def test_each_adapter_comes_back_bit_identical_from_its_own_best_evaluation(bank: AdapterBank, tmp_path: Path) -> None:
-    selection = Selection(bank, tmp_path, best=True)
+    selection = BestAdapters(bank, tmp_path, select_best=True)
     history = []
     best_at = [0, 1, 2, 3, 1, 3]
     for evaluation in range(4):
@@ -46,18 +46,18 @@ def test_each_adapter_comes_back_bit_identical_from_its_own_best_evaluation(bank
     for adapter, evaluation in enumerate(best_at):
         assert torch.equal(bank.row(adapter), history[evaluation][adapter])
         assert not torch.equal(history[evaluation][adapter], history[evaluation - 1][adapter])
-        assert selection.kept[adapter] == BestCheckpoint(10 * (evaluation + 1), 1.0)
+        assert selection.best[adapter] == BestCheckpoint(10 * (evaluation + 1), 1.0)
 
 
 def test_equal_loss_keeps_the_earlier_state(bank: AdapterBank, tmp_path: Path) -> None:
-    selection = Selection(bank, tmp_path, best=True)
+    selection = BestAdapters(bank, tmp_path, select_best=True)
     selection.offer({0: 2.0}, 5)
     selection.offer({0: 2.0}, 10)
-    assert selection.kept[0].step == 5
+    assert selection.best[0].step == 5
 
 
 def test_without_best_the_latest_is_kept_whatever_its_loss(bank: AdapterBank, tmp_path: Path) -> None:
-    selection = Selection(bank, tmp_path, best=False)
+    selection = BestAdapters(bank, tmp_path, select_best=False)
     for step, loss in ((5, 1.0), (10, 3.0), (15, nan)):
         perturb(bank)
         latest = bank.row(0).clone()
@@ -65,7 +65,7 @@ def test_without_best_the_latest_is_kept_whatever_its_loss(bank: AdapterBank, tm
     perturb(bank)
     selection.restore()
     assert torch.equal(bank.row(0), latest)
-    assert selection.kept[0].step == 15
+    assert selection.best[0].step == 15
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ def test_without_best_the_latest_is_kept_whatever_its_loss(bank: AdapterBank, tm
 def test_loss_that_is_not_a_number_never_stands_in_the_way(
     bank: AdapterBank, tmp_path: Path, losses: list[float], kept: int
 ) -> None:
-    selection = Selection(bank, tmp_path, best=True)
+    selection = BestAdapters(bank, tmp_path, select_best=True)
     for step, loss in enumerate(losses):
         selection.offer({0: loss}, step)
-    assert selection.kept[0].step == kept
+    assert selection.best[0].step == kept
 
 
 def test_facts_travel_with_the_checkpoint(bank: AdapterBank, tmp_path: Path) -> None:
@@ -136,15 +136,15 @@ def test_the_kept_file_of_another_adapter_is_refused(tmp_path: Path) -> None:
     bank = AdapterBank.attach(tiny_model(), [spec("lora", family=family, rank=2) for family in ("left", "right")])
     left, right = (each.name for each in bank.specs)
     save_adapter(bank, 0, tmp_path, {"step": 1})
-    assert (kept_step(tmp_path, left), verified_step(tmp_path, left)) == (1, 1)
+    assert (best_step(tmp_path, left), verified_step(tmp_path, left)) == (1, 1)
     adapter_file(tmp_path, left).rename(adapter_file(tmp_path, right))
-    assert (kept_step(tmp_path, right), verified_step(tmp_path, right)) == (None, None)
+    assert (best_step(tmp_path, right), verified_step(tmp_path, right)) == (None, None)
     with pytest.raises(UserError, match=f"is not a whole checkpoint of {right}: it holds the adapter {left}"):
         load_adapter(bank, 1, tmp_path)
 
 
 def test_a_pipe_in_the_place_of_a_kept_file_is_an_error_and_no_wait(bank: AdapterBank, tmp_path: Path) -> None:
     os.mkfifo(adapter_file(tmp_path, "a-flora"))
-    assert (kept_step(tmp_path, "a-flora"), verified_step(tmp_path, "a-flora")) == (None, None)
+    assert (best_step(tmp_path, "a-flora"), verified_step(tmp_path, "a-flora")) == (None, None)
     with pytest.raises(UserError, match="is not a whole checkpoint of a-flora: it is no regular file"):
         load_adapter(bank, 0, tmp_path)

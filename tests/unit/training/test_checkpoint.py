@@ -62,7 +62,7 @@ def result(trainer: Trainer) -> dict[str, Any]:
         for record in trainer.folder.read_metrics(kind)
     ]
     states = {name: tensor.clone() for name, tensor in trainer.bank.tensors().items()}
-    return {"states": states, "steps": trainer.optimizer.steps, "kept": trainer.selection.kept, "records": records}
+    return {"states": states, "steps": trainer.optimizer.steps, "kept": trainer.best_adapters.best, "records": records}
 
 
 def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def test_resuming_after_the_last_step_trains_and_evaluates_nothing_twice(tmp_pat
     before = result(trainer)
     again = trainer_in(tmp_path)
     again.resume()
-    again.step = again._evaluate = None  # type: ignore[assignment, method-assign]
+    again.step = again.evaluate = None  # type: ignore[assignment, method-assign]
     again.train()
     assert_equal(result(again), before)
 
@@ -123,7 +123,10 @@ def test_more_can_be_kept_and_what_a_kill_cut_off_is_removed(tmp_path: Path) -> 
 def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_state_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, may_write = Checkpoints(tmp_path, 2, lambda without: {}, {"pool0": ["a", "b", "c"]}), threading.Event()
+    files, may_write = (
+        Checkpoints(tmp_path, keep=2, identity=lambda without: {}, rows={"pool0": ["a", "b", "c"]}),
+        threading.Event(),
+    )
     monkeypatch.setattr(checkpoint, "write_atomically", lambda path, write: (may_write.wait(10), write_atomically(path, write)))
     state = {"pool0.x": torch.ones(3)}
     files.save(1, state, {"at": 1})
@@ -149,13 +152,13 @@ def test_damaged_checkpoint_is_recognised_and_the_one_before_it_used(
     content = last.read_bytes()
     flipped = content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
     damaged = {"cut": content[: len(content) // 2], "empty": b"", "text": b"step: 9\n" * 50, "flipped": flipped}
-    damaged["other facts"] = content.replace(b"optimizer_steps", b"optimizer_stops")
+    damaged["other facts"] = content.replace(b"early_stopping", b"early_stopping".upper())
     last.write_bytes(damaged[damage])
     capsys.readouterr()
     trainer.resume()
     told = capsys.readouterr().err
     assert f"checkpoint {last} is damaged" in told
-    assert "going on after step 6" in told
+    assert "resuming after step 6" in told
     assert trainer.state.step == 6
     trainer.train()
     assert_equal(result(trainer), result(whole))
@@ -225,7 +228,7 @@ def test_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path: Path) -> 
 
 
 def test_checkpoint_of_other_shapes_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = Checkpoints(tmp_path, 2, lambda without: {}, {"pool0": ["a", "b", "c"]})
+    files = Checkpoints(tmp_path, keep=2, identity=lambda without: {}, rows={"pool0": ["a", "b", "c"]})
     files.save(1, {"pool0.x": torch.zeros(3)}, {})
     with pytest.raises(UserError, match=r"holds .*\(3,\).* needs .*\(4,\)"):
         files.restore({"pool0.x": torch.zeros(4)})

@@ -103,7 +103,7 @@ def test_checkpoint_with_a_damaged_word_in_its_header_is_passed_over(
     content = (last := folder / "checkpoints" / "step-00000006.safetensors").read_bytes()
     last.write_bytes(content.replace(word, word[:2] + bytes([word[2] ^ 1]) + word[3:], 1))
     assert resumed(folder, preserved_state) == ""
-    assert "going on after step 3" in capsys.readouterr().err
+    assert "resuming after step 3" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("log_to_stderr")
@@ -116,7 +116,7 @@ def test_damaged_metrics_after_the_checkpoint_before_send_the_run_back_to_it(
     lines[late] = lines[late].replace("5", "4", 1)
     (folder / "metrics.jsonl").write_text("".join(lines))
     assert resumed(folder, preserved_state) == ""
-    assert "going on after step 3" in capsys.readouterr().err
+    assert "resuming after step 3" in capsys.readouterr().err
 
 
 def test_damaged_metrics_that_every_checkpoint_needs_are_refused_before_training(
@@ -126,7 +126,7 @@ def test_damaged_metrics_that_every_checkpoint_needs_are_refused_before_training
     flip(folder / "metrics.jsonl", b'"step"')
     before = {path: path.read_bytes() for path in files(folder)}
     told = resumed(folder, preserved_state)
-    assert "metrics.jsonl: is damaged, cut short or missing, and no checkpoint can do without it: put it back from a copy" in told
+    assert "metrics.jsonl: is damaged, cut short or missing, and every checkpoint needs it: put it back from a copy" in told
     assert {path: path.read_bytes() for path in files(folder)} == before
 
 

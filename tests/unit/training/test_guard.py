@@ -192,7 +192,7 @@ def test_a_run_with_a_bad_step_that_is_taken_up_again_ends_the_same(
             again = Harm("loss", 100.0).on(trainer_in(folder, guard), patch)
             again.resume()
             again.train()
-        assert again.guard.to_json() == whole.guard.to_json()
+        assert again.guard.state_dict() == whole.guard.state_dict()
         assert all(torch.equal(a, b) for a, b in zip(rows(again).values(), rows(whole).values(), strict=True))
 
 

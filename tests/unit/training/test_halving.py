@@ -71,7 +71,7 @@ def test_the_others_get_the_part_of_those_who_left(tmp_path: Path) -> None:
     one.train()
     whole.train()
     stopped = one.early_stopping.retired
-    assert sorted(one.early_stopping.left.values()) == [4, 4, 4, 4, 8, 8]
+    assert sorted(one.early_stopping.first_absent_steps.values()) == [4, 4, 4, 4, 8, 8]
     for first in (0, 4):  # one of each task is left
         assert len([a for a in range(first, first + 4) if a not in stopped]) == 1
     steps = one.optimizer.steps

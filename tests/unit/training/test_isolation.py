@@ -147,7 +147,7 @@ def test_i3_clipping_is_per_adapter(tmp_path: Path) -> None:
     for scale in (1.0, 1e4):
         trainer = make_trainer(specs(scale), tmp_path, optimizer="sgd")
         train_together(trainer, plans_of(trainer, 4))
-        assert max(step.gradient_norm for step in trainer.metrics.last.values()) > 0.01
+        assert max(step.gradient_norm for step in trainer.metrics.last_steps.values()) > 0.01
         rows.append({s.name: trainer.bank.row(i).clone() for i, s in enumerate(trainer.bank.specs) if s.method != "lora"})
     for name in rows[0]:
         assert torch.equal(rows[0][name], rows[1][name]), name

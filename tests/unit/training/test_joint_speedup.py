@@ -81,11 +81,11 @@ def test_a_limit_that_is_too_short_for_all_adapters_gives_an_estimate_and_is_kep
     assert any(estimates)
 
 
-def test_a_limit_below_a_single_step_measures_nothing_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_below_a_single_step_measures_nothing_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = make_trainer(mixed_specs(), tmp_path, compare_separate=True, compare_separate_seconds=1e-6)
     trainer.train()
     assert time_joint_vs_separate(trainer) is None
-    assert "training.compare_separate_seconds is too short" in capsys.readouterr().err
+    assert "training.compare_separate_seconds is too short" in caplog.text
 
 
 def test_the_limit_is_refused_where_nothing_is_compared() -> None:

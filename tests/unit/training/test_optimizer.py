@@ -186,7 +186,7 @@ def test_learning_rate_follows_the_adapter_s_own_steps(tmp_path: Path) -> None:
     for number, plan in enumerate(plans_of(trainer, 10)):
         trainer.step(number, plan)
         for adapter in plan.label_tokens:
-            assert trainer.metrics.last[adapter].lr == learning_rate(specs[adapter], own[adapter])
+            assert trainer.metrics.last_steps[adapter].lr == learning_rate(specs[adapter], own[adapter])
             own[adapter] += 1
     assert trainer.optimizer.steps == own
     assert len(set(own)) > 1

@@ -75,8 +75,8 @@ def test_copies_are_where_the_pages_are(disk: bool, tmp_path: Path, monkeypatch:
     trainer.guard.snapshot()
     trainer.save()
     trainer.finish_saving()
-    assert trainer.guard._good is not None
-    copies = [*written, *trainer.guard._good[0].values()]
+    assert trainer.guard._snapshot is not None
+    copies = [*written, *trainer.guard._snapshot[0].values()]
     assert len(copies) == 2 * len(trainer.bank.tensors())
     assert [is_in_a_file(copy, tmp_path) for copy in copies] == [disk] * len(copies)
 

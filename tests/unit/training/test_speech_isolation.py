@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from flora_train.config.load import validate
 from flora_train.data.audio.collate import SpeechCollate
 from flora_train.data.task import load_tasks
 from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.context import TrainingContext
 from flora_train.training.step_plan import StepPlan, plan_step
 from flora_train.training.trainer import Trainer
 from tests.conftest import spec
@@ -83,18 +83,18 @@ def trainer_of(
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     model.train()
     bank = AdapterBank.attach(model, specs)
-    accelerator = SimpleNamespace(log=lambda *args, **options: None)
     found = load_tasks(config, speech_processor.tokenizer, corpus / "tokens", speech_processor)
     pad = int(speech_processor.tokenizer.pad_token_id)
     return Trainer(
-        config,
-        model,
-        bank,
-        found,
-        pad,
-        RunFolder(folder),
-        accelerator,
-        SpeechCollate(speech_processor.store, spec_augment=kind == "whisper"),
+        TrainingContext(
+            config=config,
+            folder=RunFolder(folder),
+            tasks=found,
+            model=model,
+            bank=bank,
+            pad_token=pad,
+            collate=SpeechCollate(speech_processor.store, spec_augment=kind == "whisper"),
+        )
     )
 
 
@@ -196,7 +196,7 @@ def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(kind: str, co
             continue
         total = torch.zeros(())
         for rows in part.microbatches:
-            batch = together.collate(rows, lambda task: together.tasks[task].train, together.pad_token)
+            batch = together.make_batch(rows)
             name = model.base_model.model.main_input_name
             logits = model(**{**batch.inputs, name: batch.inputs[name][batch.clips]}).logits
             total = total + torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="sum")

@@ -78,8 +78,8 @@ def test_measuring_the_base_changes_nothing_of_the_run(tmp_path: Path, checkpoin
         plain.step(number, plan)
     for ours, theirs in zip(measured.bank.pools, plain.bank.pools, strict=True):
         assert torch.equal(ours.values, theirs.values)
-    assert measured.clock.base_rate
-    shares = measured.clock.shares()
+    assert measured.timer.base_rate
+    shares = measured.timer.shares()
     assert sum(shares.values()) == pytest.approx(1.0)
     assert shares.keys() <= set(PARTS)
-    assert plain.clock.shares() == {}
+    assert plain.timer.shares() == {}

@@ -50,10 +50,10 @@ def test_a_stopping_that_is_taken_up_again_decides_as_the_whole_one() -> None:
         parts, again = Patience(specs), Patience(specs)
         for found in losses[:pause]:
             parts.observe(found)
-        again.take(parts.to_json())
+        again.load_state_dict(parts.state_dict())
         for found in losses[pause:]:
             again.observe(found)
-        assert again.to_json() == whole.to_json()
+        assert again.state_dict() == whole.state_dict()
 
 
 def trainer(folder: Path, **training: int) -> Trainer:
@@ -101,7 +101,7 @@ def test_a_run_with_stops_that_is_taken_up_again_ends_the_same(tmp_path: Path, s
         again = trainer(folder, save_every=save_every)
         again.resume()
         again.train()
-        assert again.early_stopping.to_json() == whole.early_stopping.to_json()
+        assert again.early_stopping.state_dict() == whole.early_stopping.state_dict()
         assert all(torch.equal(again.bank.row(i), whole.bank.row(i)) for i in range(3))
 
 
@@ -110,7 +110,7 @@ def test_a_run_ends_when_all_have_stopped(tmp_path: Path) -> None:
     one = make_trainer(specs, tmp_path, interval=1, steps=200)
     one.train()
     assert one.early_stopping.retired.keys() == {0, 1}
-    assert one.state.step == max(one.early_stopping.left.values()) < 200
+    assert one.state.step == max(one.early_stopping.first_absent_steps.values()) < 200
 
 
 @pytest.mark.parametrize(

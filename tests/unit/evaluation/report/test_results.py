@@ -183,7 +183,7 @@ def test_results_of_a_trained_bank_name_every_adapter_once(tmp_path: Path) -> No
     for number, plan in enumerate(plans_of(trainer, 2)):
         trainer.step(number, plan)
     trainer.state = TrainState(step=2, seconds=1.0)
-    trainer._log()
+    trainer.log()
     heldout = evaluate_heldout(trainer.row_losses, trainer.bank, trainer.tasks.values(), 4096, PAD, with_base=True)
     results = build_results(
         trainer.config,
@@ -203,7 +203,7 @@ def test_final_evaluation_writes_report_and_adapters_with_time_and_device(tmp_pa
     trainer = make_trainer([spec("lora", "a"), spec("ia3", "b")], tmp_path / "run")
     trainer.folder.claim(trainer.config)
     tokenizer = SimpleNamespace(pad_token_id=PAD)
-    session = RunContext(trainer.config, trainer.folder, tokenizer, trainer.tasks, trainer.model, trainer.bank)
+    session = RunContext(**vars(trainer.context), tokenizer=tokenizer)
     run_final_evaluation(session, {0: BestCheckpoint(7, 1.0)})
     facts = read_report(trainer.folder).facts
     assert facts.device == "cpu"

@@ -1,0 +1,66 @@
+"""RunResult: a finished run, as `train` returns it, with its report and metrics."""
+
+from __future__ import annotations
+
+import os
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flora_train.evaluation.report.files import read_report
+from flora_train.evaluation.report.types import Report
+from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.metrics_table import read_metrics
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class RunResult(os.PathLike[str]):
+    """A finished run. It can be used wherever a path is expected, and notebooks show it as a table of its results."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        """The run folder."""
+
+    @property
+    def report(self) -> Report:
+        """The content of eval/report.json."""
+        return read_report(RunFolder(self.path))
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """The metrics of training, see `read_metrics`."""
+        return read_metrics(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"RunResult({str(self.path)!r})"
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> Path:
+        return self.path / name
+
+    def _repr_html_(self) -> str:
+        """Held-out bits per byte of the base and every adapter, and the path of the full report."""
+        rows = ["<tr><th>task</th><th>method</th><th>held-out bits per byte</th><th>difference to base</th></tr>"]
+        for result in self.report.results:
+            rows.append(_table_row(result.task, "base", _number(result.base.bits_per_byte.value), ""))
+            for contender in result.contenders:
+                value, difference = contender.bits_per_byte.value, contender.difference_to_base.value
+                rows.append(_table_row(result.task, contender.family, _number(value), _number(difference, "+")))
+        page = escape(str(self.path / "eval" / "report.html"))
+        table = f"<table>{''.join(rows)}</table>"
+        return f'<p>{escape(str(self.path))}</p>{table}<p>Report: <a href="{page}">{page}</a></p>'
+
+
+def _table_row(*cells: str) -> str:
+    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "not finite" if value is None else f"{value:{sign}.4f}"
