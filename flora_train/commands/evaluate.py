@@ -59,9 +59,9 @@ def _evaluate(run: str, overrides: Sequence[str], allow: OriginOptions) -> RunFo
     config = with_overrides(open_run(run)[1], overrides)
     with locked(run) as folder:
         plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
-        results = folder
+        results = _folder_of(config, folder) if overrides else folder
         if overrides:
-            results = on_main_process(lambda: _folder_of_overrides(folder, config, plan))
+            on_main_process(lambda: _claim(results, folder, config, plan))
         on_main_process(lambda: check_saved(results, config, plan))
         on_main_process(folder.check_metrics)
         context, saved = load_run(run, with_tasks=True, allow=allow, overridden=config, changed_tasks=changed_tasks(overrides))
@@ -74,17 +74,21 @@ def _evaluate(run: str, overrides: Sequence[str], allow: OriginOptions) -> RunFo
         return results
 
 
-def _folder_of_overrides(folder: RunFolder, config: RunConfig, plan: Plan | None) -> RunFolder:
+def _folder_of(config: RunConfig, folder: RunFolder) -> RunFolder:
     """The run's folder with an evaluation folder for this configuration, so that results of different settings are not mixed."""
     settings = config.model_dump(mode="json", include={"evaluation", "tasks"})
-    name = f"eval-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
     results = copy.copy(folder)
-    results.evaluation = folder.path / name
+    results.evaluation = folder.path / f"eval-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
     results.config = results.evaluation / "config.yaml"
+    return results
+
+
+def _claim(results: RunFolder, folder: RunFolder, config: RunConfig, plan: Plan | None) -> None:
+    """Record the configuration of an evaluation in its folder, and its files in the run's manifest."""
+    name = results.evaluation.name
     files = [file for file in (*RUN_FILES, *_suite_files(plan)) if file.startswith("eval/")]
     folder.add_files([f"{name}/config.yaml", *(file.replace("eval/", f"{name}/", 1) for file in files)])
     write_atomically(results.config, lambda path: save_config(config, path))
-    return results
 
 
 def _suite_files(plan: Plan | None) -> list[str]:

@@ -9,6 +9,7 @@ from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import print_plain
 from flora_train.evaluation.report.comparison import labels, measures, seed_groups, verdicts, with_seeds
 from flora_train.evaluation.report.files import read_report, write_comparison, write_report
+from flora_train.evaluation.report.tables import check_table_name, write_table
 from flora_train.evaluation.report.types import Report
 from flora_train.runtime.run_folder import RunFolder, open_run_folder
 
@@ -16,8 +17,11 @@ from flora_train.runtime.run_folder import RunFolder, open_run_folder
 def write_reports(runs: Sequence[str], *, out: str | None = None, table: str | None = None) -> None:
     """Write the report of one run again, or one page that compares several runs. Nothing is evaluated.
 
-    out: the page of several runs, which ends in .html. Default: comparison.html beside the first run. Raises UserError.
+    out: the page of several runs, which ends in .html. Default: comparison.html beside the first run. table: a file of the results, which
+    ends in .csv, .md or .tex. Raises UserError.
     """
+    if table is not None:
+        check_table_name(Path(table))
     folders = [open_run_folder(run) for run in runs]
     reports = [read_report(folder) for folder in folders]
     if len(runs) == 1:
@@ -27,6 +31,9 @@ def write_reports(runs: Sequence[str], *, out: str | None = None, table: str | N
     else:
         page = _compare(runs, reports, out)
     print_plain(page)
+    if table is not None:
+        write_table(dict(zip(labels(runs), reports, strict=True)), Path(table))
+        print_plain(table)
 
 
 def _rewrite(folder: RunFolder, report: Report) -> Path:

@@ -204,6 +204,9 @@ def test_by_command(report: dict[str, Any], tmp_path: Path, capsys: pytest.Captu
     assert "Comparison of runs" in (tmp_path / "comparison.html").read_text()
     assert main(["report", *runs, "--out", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").exists()
+    for run_list, file in ((runs[:1], "one.tex"), (runs, "both.csv")):
+        assert main(["report", *run_list, "--table", str(tmp_path / file)]) == 0
+        assert (tmp_path / file).exists()
     assert main(["report", *runs, "--out", "other.pdf"]) == 2
     assert main(["report", runs[0], "--out", "other.html"]) == 2
     assert main(["report", runs[0], str(tmp_path / "nowhere")]) == 2
