@@ -1,11 +1,10 @@
-"""flora-train plan: what would a run take of memory, disk and time? Measured on one and two layers of its model, before anything is loaded."""
+"""flora-train plan: prints the memory, disk and time that a run needs, measured on one and two layers of its model."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -18,7 +17,6 @@ from flora_train.adapters.layer_usage import describe_left_out, unusable_by_shap
 from flora_train.adapters.paging import OF_FREE_MEMORY, PLANES
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.spec import expand
-from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
 from flora_train.config.unused_keys import notes_on_unused
@@ -33,132 +31,122 @@ from flora_train.models.speech_encoder import is_speech_model
 from flora_train.run_context import load_data, paging_of, prepare, resolve_config
 from flora_train.runtime.environment import default_device
 from flora_train.runtime.progress import duration
+from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.capacity import FLOAT, Capacity, check_fits, format_size
 from flora_train.training.fsdp import largest_part
 from flora_train.training.step_cost import STEPS_PLANNED, adapters_of_steps, cost_of_a_step
 
 logger = logging.getLogger(__name__)
 
-FLOAT = 4
-"""Bytes of a number of an adapter, and of its gradient and moments."""
 LONG = 3600.0
 """Seconds of training from which on the plan says how to shorten it."""
-BYTES = {"8bit": 1.0, "4bit": 0.5}
-"""Of a number of a quantised base."""
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What a run takes, in bytes and seconds.
-
-    pools: of all adapters; largest: numbers of the largest adapter; step_adapters, step_slots: the most that a step has, and the slots
-    that they fill; slots: for which there is room (None: for all); home: of adapters in host memory; copies: that checkpoints and the
-    guard take there (both 0 where files hold them); pages: of those files, where they are on a disk of their own; free_device, free_host,
-    free_disk, free_pages: what there is now; shared: device and host are one memory, as on a CPU; processes: so many on one machine,
-    each with all of this but the disks.
-    """
-
-    pools: Sequence[Pool]
-    largest: int
-    step_adapters: int
-    step_slots: int
-    slots: int | None
-    base: int
-    on_device: int
-    activations: int
-    free_device: int
-    home: int
-    copies: int
-    free_host: int
-    checkpoint: int
-    on_disk: int
-    free_disk: int
-    pages: int
-    free_pages: int
-    step_seconds: float
-    shared: bool
-    processes: int
-    notes: Sequence[str] = ()
-    """On the rows, and on keys that are not used."""
-
-    @property
-    def host(self) -> int:
-        """Bytes of host memory of one process, beside those of a device that is the host itself."""
-        return self.home + self.copies
+QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5}
+"""Bytes of one value of a quantised base."""
 
 
 def plan_run(config: RunConfig) -> None:
-    """Print the plan. Raises UserError, naming the setting to change, where the run does not fit."""
-    config = resolve_config(config)
-    found = capacity(config)
+    """Print the plan of a run. Raises UserError, which names the setting to change, where the run would be refused or not fit."""
+    folder = RunFolder(Path(config.folder))
+    config = resolve_config(config, folder)
+    capacity = measure_capacity(config)
     console = Console(soft_wrap=True)
-    for name, value in _lines(config, found):
+    for name, value in plan_lines(config, capacity):
         console.print(shown(f"{name:10} {value}"))
-    for note in notes(empty_model(config.model), found.pools):
+    for note in notes(empty_model(config.model), capacity.pools):
         console.print(shown(f"note: {note}"))
-    check_fits(config, found)
+    check_fits(config, capacity)
+    folder.status(config)
 
 
-def capacity(config: RunConfig) -> Capacity:
-    """Reads the data (as the run would; it is cached), and trains a step on a model of one and of two layers with random weights."""
+def measure_capacity(config: RunConfig) -> Capacity:
+    """Read the data (it is cached, as by the run), and train one step of models of one and two layers with random weights."""
     device = default_device()
     prepare(config, device)
     tokenizer, tasks, speech_processor = load_data(config)
     check_texts(config, tokenizer)
-    pools = pools_of(config)
-    largest = max(pool.row_size for pool in pools)
-    everything = sum(len(pool.specs) * pool.row_size for pool in pools)
-    size_of = {spec.name: pool.row_size for pool in pools for spec in pool.specs}
-    steps = adapters_of_steps(config, tasks)
-    free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    model, processes = empty_model(config.model), config.num_processes or 1
-    part = largest_part(model, processes) if config.model.fsdp else 1.0
-    size = BYTES.get(config.model.quantization, resolve_dtype(config.model.dtype, device).itemsize)
-    base = int(part * size * sum(tensor.numel() for tensor in model.parameters()))
     try:
         pad = pad_token(tokenizer)
         cost = cost_of_a_step(config, device, tasks, pad_token=pad, speech_processor=speech_processor)
     finally:
         if speech_processor is not None:
             speech_processor.store.close()
-    slots: int | None = None if config.paging.device_slots == "auto" else config.paging.device_slots
-    if slots is None and device.type == "cuda":
-        slots = max(1, int((free_device - base) * OF_FREE_MEMORY) // (PLANES * FLOAT * largest))
-    if slots is not None and slots * largest >= everything:
-        slots = None
-    moved = FLOAT * (PLANES - 1) * everything  # no gradient lives longer than a step
-    home = 0 if slots is None else moved
-    guarded = 0 if config.guard.policy == "skip" else moved
-    folder = paging_of(config).folder if home else None
-    pages = 0 if folder is None else processes * (home + guarded) + moved  # one process writes checkpoints
-    own_disk = folder is not None and _there(folder).stat().st_dev != _there(Path(config.folder)).stat().st_dev
+    pools = pools_of(config)
+    largest = max(pool.row_size for pool in pools)
+    values = sum(len(pool.specs) * pool.row_size for pool in pools)
+    value_counts = {spec.name: pool.row_size for pool in pools for spec in pool.specs}
+    steps = adapters_of_steps(config, tasks)
+    step_values = max(sum(value_counts[name] for name in names) for names in steps)
+    free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    base = _base_bytes(config, device)
+    slots = _slots(config, device, free=free_device - base, largest=largest, values=values)
+    storage = _storage(config, values, paged=slots is not None)
+    slot_values = values if slots is None else slots * largest
     return Capacity(
         pools=pools,
         largest=largest,
         step_adapters=max(map(len, steps)),
-        step_slots=-(-max(sum(size_of[name] for name in names) for names in steps) // largest),
+        step_slots=-(-step_values // largest),
         slots=slots,
         base=base,
-        on_device=PLANES * FLOAT * (everything if slots is None else slots * largest),
+        on_device=PLANES * FLOAT * slot_values,
         activations=cost.activations,
         free_device=free_device,
-        home=0 if pages else home,
-        copies=0 if pages else moved + guarded,
         free_host=free_memory(),
-        checkpoint=moved,
-        on_disk=(config.training.keep_checkpoints + 1) * moved + 2 * FLOAT * everything + (0 if own_disk else pages),
-        free_disk=disk_usage(_there(Path(config.folder))).free,
-        pages=pages if own_disk else 0,
-        free_pages=disk_usage(_there(folder)).free if folder is not None else 0,
         step_seconds=cost.step_seconds,
         shared=device.type == "cpu",
-        processes=processes,
+        processes=config.num_processes or 1,
         notes=[*notes_on_rows(tasks, config), *notes_on_unused(config.tasks, bool(config.evaluation.problems))],
+        **storage,
     )
 
 
+def _base_bytes(config: RunConfig, device: torch.device) -> int:
+    """Of the base model, or of the part of it that one process holds."""
+    model = empty_model(config.model)
+    share = largest_part(model, config.num_processes or 1) if config.model.fsdp else 1.0
+    itemsize = resolve_dtype(config.model.dtype, device).itemsize
+    value_bytes = QUANTIZED_BYTES.get(config.model.quantization, itemsize)
+    return int(share * value_bytes * sum(tensor.numel() for tensor in model.parameters()))
+
+
+def _slots(config: RunConfig, device: torch.device, *, free: int, largest: int, values: int) -> int | None:
+    """Slots of the largest adapter on the device; None where all adapters fit. free: bytes beside the base."""
+    slots: int | None = None
+    if config.paging.device_slots != "auto":
+        slots = config.paging.device_slots
+    elif device.type == "cuda":
+        slots = max(1, int(free * OF_FREE_MEMORY) // (PLANES * FLOAT * largest))
+    return None if slots is None or slots * largest >= values else slots
+
+
+def _storage(config: RunConfig, values: int, *, paged: bool) -> dict[str, int]:
+    """The fields of Capacity on host memory and disks. values: of all adapters; paged: not all of them are on the device."""
+    state = FLOAT * (PLANES - 1) * values  # no gradient outlives its step
+    on_host = state if paged else 0
+    guard = 0 if config.guard.policy == "skip" else state
+    folder = paging_of(config).folder if paged else None
+    run_folder = _existing(Path(config.folder))
+    page_files, own_disk, free_pages = 0, False, 0
+    if folder is not None:
+        page_files = (config.num_processes or 1) * (on_host + guard) + state  # one process writes checkpoints
+        own_disk = _existing(folder).stat().st_dev != run_folder.stat().st_dev
+        free_pages = disk_usage(_existing(folder)).free
+    on_disk = (config.training.keep_checkpoints + 1) * state + 2 * FLOAT * values
+    return {
+        "on_host": 0 if page_files else on_host,
+        "copies": 0 if page_files else state + guard,
+        "checkpoint": state,
+        "on_disk": on_disk if own_disk else on_disk + page_files,
+        "free_disk": disk_usage(run_folder).free,
+        "pages": page_files if own_disk else 0,
+        "free_pages": free_pages,
+    }
+
+
 def check_texts(config: RunConfig, tokenizer: Any) -> None:
-    """Raises UserError as the run would, if a prompt that will be completed cannot be, or leaves no room for its continuation."""
-    prompts = prompts_of(config, load_suites(config)[0] if config.evaluation.problems else ())
+    """Raises UserError where a prompt cannot be completed, or leaves no room for its completion, as the run would."""
+    suites = load_suites(config)[0] if config.evaluation.problems else ()
+    prompts = prompts_of(config, suites)
     model = empty_model(config.model)
     if prompts and not is_speech_model(model.config):
         check_prompts(
@@ -171,9 +159,9 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
         )
 
 
-def _there(place: Path) -> Path:
-    """It, or the folder that it will be made in."""
-    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def pools_of(config: RunConfig) -> list[Pool]:
@@ -184,91 +172,55 @@ def pools_of(config: RunConfig) -> list[Pool]:
         features = noise_features(load_feature_extractor(config.model))
     pools, reasons = build_pools(model, expand(config), unusable_by_shape(config.model, model, features))
     if reasons:
-        logger.warning(
-            f"no adapter is attached to {describe_left_out(reasons, {name for pool in pools for name in pool.targets})}"
-        )
+        targets = {name for pool in pools for name in pool.targets}
+        logger.warning(f"no adapter is attached to {describe_left_out(reasons, targets)}")
     return pools
 
 
-def _lines(config: RunConfig, found: Capacity) -> Iterator[tuple[str, str]]:
-    yield from (("note", note) for note in found.notes)
-    for pool in found.pools:
-        families = Counter(spec.family for spec in pool.specs)
-        rank = f", rank {pool.specs[0].rank}" if pool.specs[0].rank else ""
-        names = " + ".join(f"{count} x {family}" for family, count in families.items())
-        size = PLANES * FLOAT * pool.row_size
-        yield "adapters", f"{names}{rank}: {pool.row_size:,} numbers each, {_size(size)} with gradient and moments"
-    room = "all adapters" if found.slots is None else f"{found.slots} adapters of the largest kind"
+def plan_lines(config: RunConfig, capacity: Capacity) -> Iterator[tuple[str, str]]:
+    """(heading, line) of the plan."""
+    yield from (("note", note) for note in capacity.notes)
+    for pool in capacity.pools:
+        yield "adapters", _pool_line(pool)
     most = "" if config.training.steps <= STEPS_PLANNED else f" of the first {STEPS_PLANNED}"
-    yield "a step", f"at most {found.step_adapters} adapters (in any step{most}), which fill {found.step_slots} slots"
-    each = " for each process" if found.processes > 1 else ""
-    needed = found.base + found.on_device + found.activations
-    yield (
-        "device",
-        f"{_size(needed)}{each} = base {_size(found.base)} + room for {room} {_size(found.on_device)} + activations of a micro-batch "
-        f"{_size(found.activations)}; {_size(found.free_device)} are free",
-    )
-    copies = "a copy while a checkpoint is written" + (
-        "" if config.guard.policy == "skip" else ", and what the guard goes back to"
-    )
-    others = f", and {_size(found.home)} of adapters that are not on the device" if found.home else ""
-    same = "the same memory" if found.shared else f"{_size(found.free_host)} are free"
-    if found.host:
-        yield "host", f"{_size(found.copies)}{each}: {copies}{others}; {same}"
-    else:
-        yield "host", f"nothing: adapters that are not on the device are in files, with {copies}"
-    yield (
-        "disk",
-        f"{_size(found.on_disk)} at most (a checkpoint {_size(found.checkpoint)}, {config.training.keep_checkpoints} are kept); {_size(found.free_disk)} are free",
-    )
-    if found.pages:
-        yield "pages", f"{_size(found.pages)} in {paging_of(config).folder}; {_size(found.free_pages)} are free"
-    seconds = found.step_seconds * config.training.steps
+    yield "a step", f"at most {capacity.step_adapters} adapters (in any step{most}), which fill {capacity.step_slots} slots"
+    yield "device", _device_line(capacity)
+    yield "host", _host_line(config, capacity)
+    kept = f"a checkpoint {format_size(capacity.checkpoint)}, {config.training.keep_checkpoints} are kept"
+    yield "disk", f"{format_size(capacity.on_disk)} at most ({kept}); {format_size(capacity.free_disk)} are free"
+    if capacity.pages:
+        yield "pages", f"{format_size(capacity.pages)} in {paging_of(config).folder}; {format_size(capacity.free_pages)} are free"
+    seconds = capacity.step_seconds * config.training.steps
     shorter = "; training.steps and training.tokens_per_step make it shorter" if seconds > LONG else ""
     steps = f"{config.training.steps} steps {duration(seconds)}"
-    yield "time", f"about {found.step_seconds:.1f}s a step on one process, {steps}, and evaluations{shorter}"
+    yield "time", f"about {capacity.step_seconds:.1f}s a step on one process, {steps}, and evaluations{shorter}"
 
 
-def check_fits(config: RunConfig, found: Capacity) -> None:
-    """Raises UserError, naming the setting to change, where the run does not fit."""
-    if found.slots is not None and found.step_slots > found.slots:
-        hint = f"hold less than the {found.step_adapters} adapters of a step need: give {found.step_slots} or more, or lower training.tokens_per_step"
-        raise user_error("adapters.device_slots", found.slots, hint)
-    processes = found.processes if found.shared else 1
-    beside_base = found.free_device // processes - found.base
-    rest = beside_base - (found.host if found.shared else 0)
-    if found.on_device > rest:
-        slots = max(0, beside_base - found.activations) // (PLANES * FLOAT * found.largest)
-        hint = f"needs {_size(found.on_device)} beside the base, where {_size(max(0, rest))} are free: give {slots}"
-        if found.shared:
-            hint += " and paging.host=disk"
-        if slots < found.step_slots:
-            hint = f"has no room: a step needs {found.step_slots} slots, and there is room for {slots}; lower training.tokens_per_step or the rank"
-        raise user_error("adapters.device_slots", config.paging.device_slots, hint)
-    if found.activations > rest - found.on_device:
-        part = (rest - found.on_device) / found.activations
-        hint = (
-            f"keeps {_size(found.activations)} for the backward, where {_size(rest - found.on_device)} are free: give "
-            f"{int(part * config.training.tokens_per_microbatch)}, or model.gradient_checkpointing=non_reentrant"
-        )
-        raise user_error("training.tokens_per_microbatch", config.training.tokens_per_microbatch, hint)
-    if not found.shared and found.host * found.processes > found.free_host:
-        fewer = "" if found.home else f", with adapters.device_slots={found.step_slots}"
-        hint = (
-            f"needs {_size(found.host)} a process, where {_size(found.free_host)} are free: disk keeps all that in files{fewer}"
-        )
-        raise user_error("paging.host", config.paging.host, hint)
-    if found.pages > found.free_pages:
-        hint = f"needs {_size(found.pages)} for adapters, where {_size(found.free_pages)} are free: choose another place, or make room"
-        raise user_error("paging.folder", config.paging.folder, hint)
-    if found.on_disk > found.free_disk:
-        hint = f"needs {_size(found.on_disk)}, where {_size(found.free_disk)} are free: choose another place, or make room"
-        raise user_error("output_dir", config.folder, hint)
+def _pool_line(pool: Pool) -> str:
+    families = Counter(spec.family for spec in pool.specs)
+    names = " + ".join(f"{count} x {family}" for family, count in families.items())
+    rank = f", rank {pool.specs[0].rank}" if pool.specs[0].rank else ""
+    size = format_size(PLANES * FLOAT * pool.row_size)
+    return f"{names}{rank}: {pool.row_size:,} numbers each, {size} with gradient and moments"
 
 
-def _size(count: float) -> str:
-    """Bytes as a person reads them."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
+def _device_line(capacity: Capacity) -> str:
+    room = "all adapters" if capacity.slots is None else f"{capacity.slots} adapters of the largest kind"
+    each = " for each process" if capacity.processes > 1 else ""
+    total = format_size(capacity.base + capacity.on_device + capacity.activations)
+    return (
+        f"{total}{each} = base {format_size(capacity.base)} + room for {room} {format_size(capacity.on_device)} + "
+        f"activations of a micro-batch {format_size(capacity.activations)}; {format_size(capacity.free_device)} are free"
+    )
+
+
+def _host_line(config: RunConfig, capacity: Capacity) -> str:
+    copies = "a copy while a checkpoint is written"
+    if config.guard.policy != "skip":
+        copies += ", and the state that the guard restores"
+    if not capacity.host:
+        return f"nothing: adapters that are not on the device are in files, with {copies}"
+    each = " for each process" if capacity.processes > 1 else ""
+    others = f", and {format_size(capacity.on_host)} of adapters that are not on the device" if capacity.on_host else ""
+    free = "the same memory" if capacity.shared else f"{format_size(capacity.free_host)} are free"
+    return f"{format_size(capacity.copies)}{each}: {copies}{others}; {free}"

@@ -13,11 +13,12 @@ import torch
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import expand
 from flora_train.cli import main
-from flora_train.commands.plan import Capacity, _lines, capacity, check_fits
+from flora_train.commands.plan import measure_capacity, plan_lines
 from flora_train.config.errors import UserError
 from flora_train.config.load import load_config
 from flora_train.models.loading import load_base_model
 from flora_train.run_context import load_data
+from flora_train.training.capacity import Capacity, check_fits
 from flora_train.training.optimizer import BankOptimizer
 from flora_train.training.step_cost import measure
 from tests.e2e.conftest import Launch
@@ -28,7 +29,7 @@ TURNS = ("mixture.strategy=fair", "mixture.active_tasks=1", "mixture.turn_steps=
 
 @pytest.fixture(scope="module")
 def found(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Capacity:
-    return capacity(load_config([f"recipe={recipe}", *TURNS, f"output_dir={tmp_path_factory.mktemp('runs') / 'run'}"]))
+    return measure_capacity(load_config([f"recipe={recipe}", *TURNS, f"output_dir={tmp_path_factory.mktemp('runs') / 'run'}"]))
 
 
 def test_the_plan_is_said_and_leaves_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +58,7 @@ def test_the_plan_counts_special_tokens_that_rows_hold(recipe: Path, tmp_path: P
 
 def test_a_run_of_many_hours_is_told_how_to_be_shorter(found: Capacity, recipe: Path) -> None:
     config = load_config([f"recipe={recipe}"])
-    said = [dict(_lines(config, replace(found, step_seconds=seconds)))["time"] for seconds in (1.0, 1000.0)]
+    said = [dict(plan_lines(config, replace(found, step_seconds=seconds)))["time"] for seconds in (1.0, 1000.0)]
     assert said[0] == "about 1.0s a step on one process, 12 steps 12s, and evaluations"
     assert "12 steps 3h20m, and evaluations; training.steps and training.tokens_per_step make it shorter" in said[1]
 
@@ -74,14 +75,14 @@ def test_memory_of_adapters_is_what_the_bank_takes(found: Capacity, recipe: Path
 
 def test_files_take_what_memory_would(recipe: Path, tmp_path: Path) -> None:
     words = [f"recipe={recipe}", *TURNS, f"output_dir={tmp_path / 'run'}", "adapters.device_slots=4", "guard.policy=rollback"]
-    memory, files = (capacity(load_config([*words, f"paging.host={host}"])) for host in ("memory", "disk"))
+    memory, files = (measure_capacity(load_config([*words, f"paging.host={host}"])) for host in ("memory", "disk"))
     assert memory.host == 3 * memory.checkpoint  # adapters, a checkpoint's copy, and the guard's
     assert files.host == 0
     assert files.on_disk - memory.on_disk == memory.host
-    apart = capacity(load_config([*words, "paging.host=disk", "paging.folder=/dev/shm", "num_processes=2"]))
+    apart = measure_capacity(load_config([*words, "paging.host=disk", "paging.folder=/dev/shm", "num_processes=2"]))
     assert apart.on_disk == memory.on_disk
     assert apart.pages == 2 * memory.host - memory.checkpoint  # one of them writes checkpoints
-    said = [dict(_lines(load_config(words), found))["host"] for found in (memory, files)]
+    said = [dict(plan_lines(load_config(words), found))["host"] for found in (memory, files)]
     assert "of adapters that are not on the device" in said[0]
     assert said[1].startswith("nothing: adapters that are not on the device are in files, with a copy while")
 
@@ -95,7 +96,7 @@ def test_activations_of_many_layers_follow_from_one_and_two(recipe: Path, checkp
     config = load_config([f"recipe={recipe}", f"model.path={deep}", f"output_dir={tmp_path / 'run'}"])
     _, tasks, _ = load_data(config)
     whole = measure(config, torch.device("cpu"), tasks, layers=7, pad_token=0, speech_processor=None)
-    planned = capacity(config)
+    planned = measure_capacity(config)
     shallow = measure(config, torch.device("cpu"), tasks, layers=1, pad_token=0, speech_processor=None)
     assert whole.activations > 3 * shallow.activations
     assert planned.activations == pytest.approx(whole.activations, rel=0.02)
@@ -138,7 +139,7 @@ def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
         ),
         ({"processes": 10**6}, r"adapters\.device_slots = 'auto': has no room"),
         (
-            {"shared": False, "home": 10**12},
+            {"shared": False, "on_host": 10**12},
             r"paging\.host = 'memory': needs 1000\.0 GB a process.*disk keeps all that in files$",
         ),
         (

@@ -190,7 +190,7 @@ def test_a_run_without_adapters_is_refused(mine: Path) -> None:
     for folder in (mine / "adapters").iterdir():
         folder.rename(mine / folder.name)
     done = solve(mine)
-    assert "has no adapters yet: it did not finish" in done.stderr
+    assert "has no adapters: it did not finish" in done.stderr
 
 
 def test_completions_of_other_prompts_or_other_adapters_are_not_mixed(mine: Path, problems: Path) -> None:
