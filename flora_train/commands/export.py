@@ -1,8 +1,8 @@
-"""flora-train export: hand a run's adapters to other programs, as PEFT folders, as plain models, or as the LoRA that is closest."""
+"""flora-train export: writes adapters of a run for other programs, as PEFT folders, plain models or the closest LoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from flora_train.config.command_options import read_options
 from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import in_cell, print_plain, print_table
 from flora_train.evaluation.report.files import read_report_if_any
-from flora_train.evaluation.report.types import Report
 from flora_train.export.merge import save_merged
 from flora_train.export.model_card import write_card
 from flora_train.export.peft_format import check_new, export_peft
@@ -35,26 +34,26 @@ from flora_train.runtime.run_folder import open_run
 from flora_train.training.origin import OriginOptions
 
 FOLDERS = {"peft": "adapters", "flora": "flora", "merged": "merged", "lora-svd": "lora-svd"}
-"""What an adapter is written as -> where, in the run's folder."""
-RANK = 64
-"""Of a lora-svd that nothing is said of: the most that vLLM takes without being told (max_lora_rank) is 16, and can be told."""
+"""Format -> folder in the run."""
+DEFAULT_RANK = 64
+"""Rank of a lora-svd export. vLLM's own default limit is 16 (`max_lora_rank`), and can be raised."""
 
 
 class ExportOptions(ConfigModel):
     as_: Literal["peft", "flora", "merged", "lora-svd"] = Field("peft", alias="as")
-    """peft: what PEFT calls it (LORA, IA3, HIRA for fLoRA), exactly. flora: fLoRA under a type of its own, without HiRA's extra rank, for peft with
-    flora_train.peft_plugin. merged: a plain model with the adapter folded in, in float32. lora-svd: the
-    closest LoRA, for servers that take nothing else."""
+    """peft: PEFT's own types (LORA, IA3, HIRA for fLoRA), exact. flora: fLoRA under a type of its own, without HiRA's extra
+    rank, for PEFT with flora_train.peft_plugin. merged: a plain model with the adapter folded in, in float32. lora-svd: the
+    closest LoRA, for servers that accept nothing else."""
     rank: int | None = Field(None, ge=1, le=65_536)
     """lora-svd only: its rank. Default: 64."""
     max_error: float | None = Field(None, gt=0, lt=1)
-    """lora-svd only, instead of rank: the smallest rank (the same in all layers) with |dW - B A| / |dW| at most this."""
+    """lora-svd only, instead of rank: the smallest rank, the same in all layers, with |dW - B A| / |dW| at most this."""
     out: PathText | None = None
     """Folder for the adapters' folders. Default: adapters/, flora/, merged/ or lora-svd/ of the run."""
 
     @field_validator("rank", "max_error")
     @classmethod
-    def _of_a_stand_in(cls, value: float | None, info: ValidationInfo) -> float | None:
+    def _for_lora_svd(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and info.data.get("as_", "lora-svd") != "lora-svd":
             raise ValueError(f"has no meaning for --as {info.data['as_']}: it is for --as lora-svd")
         if value is not None and info.data.get("rank") is not None:
@@ -78,11 +77,12 @@ def export_adapters(
     Args:
         run: The folder of a run.
         names: Names of adapters. Default: all.
-        as_: `"peft"`: the formats of PEFT (LORA, IA3, HIRA for fLoRA), exact. `"flora"`: fLoRA under a type of its own, without the extra
-            rank of HIRA, for `flora_train.peft_plugin`. `"merged"`: plain models with the adapter folded in, in float32.
-            `"lora-svd"`: the closest LoRA, for servers that accept nothing else.
+        as_: `"peft"`: the types of PEFT (LORA, IA3, HIRA for fLoRA), exact. `"flora"`: fLoRA under a type of its own, without
+            the extra rank of HIRA, for `flora_train.peft_plugin`. `"merged"`: plain models with the adapter folded in, in
+            float32. `"lora-svd"`: the closest LoRA, for servers that accept nothing else.
         rank: With `"lora-svd"`, its rank. Default: 64.
-        max_error: With `"lora-svd"`, instead of `rank`: the smallest rank, the same in all layers, with |dW - B A| / |dW| of at most this.
+        max_error: With `"lora-svd"`, instead of `rank`: the smallest rank, the same in all layers, with |dW - B A| / |dW| of at
+            most this.
         out: Folder for the folders of the adapters. Default: adapters/, flora/, merged/ or lora-svd/ of the run.
         allow_different_base: Accept another base model than the run was trained on. Results say so.
         allow_different_data: Accept other rows than the run was trained on. Results say so.
@@ -93,139 +93,169 @@ def export_adapters(
     Raises:
         UserError: For wrong input, before anything is written.
     """
-    options = read_options(
-        ExportOptions, {"as": as_, "rank": rank, "max_error": max_error, "out": None if out is None else str(out)}
-    )
+    values = {"as": as_, "rank": rank, "max_error": max_error}
+    if out is not None:
+        values["out"] = str(out)
+    options = read_options(ExportOptions, values)
     allow = OriginOptions(allow_different_base=allow_different_base, allow_different_data=allow_different_data)
     return _export(str(run), names, options, allow)
 
 
 def _export(run: str, names: Sequence[str], options: ExportOptions, allow: OriginOptions) -> list[Path]:
     folder, _ = open_run(run)
-    own = folder.path / FOLDERS[options.as_]
-    out = own if options.out is None else Path(options.out)
-    inside = real_path(out).is_relative_to(real_path(folder.path))
-    alone = inside or allow.allow_different_base or allow.allow_different_data
+    default = folder.path / FOLDERS[options.as_]
+    out = default if options.out is None else Path(options.out)
+    in_run = real_path(out).is_relative_to(real_path(folder.path))
+    alone = in_run or allow.allow_different_base or allow.allow_different_data
     with locked(run, alone) as folder:
         check_writable(out)
         if options.as_ == "merged":
-            return merge(run, names, out, allow)
-        stands_in = options.as_ == "lora-svd"
-        session, _ = load_run(run, with_tasks=stands_in, dtype="float32" if stands_in else None, allow=allow)
-        names = checked(session.bank, names, options.as_)
-        files = [f"{FOLDERS[options.as_]}/{{adapter}}/{file}" for file in PEFT_FILES]
-        ours = real_path(out) == real_path(own) and (options.as_ == "peft" or folder.names(files))
-        for name in () if ours else names:
-            check_new(out / name)
-        if real_path(out) == real_path(own):
-            folder.add_files(files)
-        note_differences(folder, f"export --as {options.as_}", session.differences)
-        report = read_report_if_any(folder)
-        if stands_in:
-            found = [_svd_lora(session.bank, name, options) for name in names]
-            return _write_stand_ins(session, found, report, out, replace=ours)
-        base = BaseModel(session.config.model.path, session.config.model.revision)
-        for name in names:
-            own_type = options.as_ == "flora"
-            export_peft(session.bank, name, out / name, base=base, own_type=own_type, replace=ours)
-            spec = session.bank.specs[session.bank.ids[name]]
-            example = generation_example(session.config, spec.task)
-            write_card(report, spec, out / name, example=example, origin=" ".join(session.differences))
-        _say_what_peft_does(out / name for name in names)
+            return _export_merged(run, names, out, allow)
+        is_svd = options.as_ == "lora-svd"
+        context, _ = load_run(run, with_tasks=is_svd, dtype="float32" if is_svd else None, allow=allow)
+        names = _chosen_names(context.bank, names, options.as_)
+        replace = _claim(context, names, out, in_default=real_path(out) == real_path(default), as_=options.as_)
+        if is_svd:
+            _export_svd(context, names, out, options=options, replace=replace)
+        else:
+            _export_exact(context, names, out, own_type=options.as_ == "flora", replace=replace)
+        _print_peft_warnings(out, names)
         return [out / name for name in names]
 
 
-def checked(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str]:
-    """These, or all. Raises UserError for one that is unknown or that cannot be written so."""
+def _claim(context: RunContext, names: Sequence[str], out: Path, *, in_default: bool, as_: str) -> bool:
+    """Note the files in the run's manifest, if they are written into its own folder. Returns whether files that are there
+    are the run's, and may be replaced. Raises UserError if files of others are in the way."""
+    files = [f"{FOLDERS[as_]}/{{adapter}}/{file}" for file in PEFT_FILES]
+    is_own = in_default and (as_ == "peft" or context.folder.names(files))
+    if not is_own:
+        for name in names:
+            check_new(out / name)
+    if in_default:
+        context.folder.add_files(files)
+    note_differences(context.folder, f"export --as {as_}", context.differences)
+    return is_own
+
+
+def _chosen_names(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str]:
+    """These adapters, or all. Raises UserError for one that is unknown or that cannot be written so."""
     methods = {spec.name: spec.method for spec in bank.specs}
     for name in names:
         bank.id_of(name)
         if as_ == "flora" and methods[name] != "flora":
-            raise user_error("adapter", name, f"is {methods[name]}: --as flora writes fLoRA only; --as peft writes all methods")
-    return list(dict.fromkeys(names)) or [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
+            hint = f"is {methods[name]}: --as flora writes fLoRA only; --as peft writes all methods"
+            raise user_error("adapter", name, hint)
+    possible = [name for name, method in methods.items() if as_ != "flora" or method == "flora"]
+    return list(dict.fromkeys(names)) or possible
 
 
-def merge(run: str, names: Sequence[str], out: Path, allow: OriginOptions) -> list[Path]:
+def _base_of(context: RunContext) -> BaseModel:
+    return BaseModel(context.config.model.path, context.config.model.revision)
+
+
+def _export_exact(context: RunContext, names: Sequence[str], out: Path, *, own_type: bool, replace: bool) -> None:
+    """PEFT folders, without loss. own_type: under the type of flora_train.peft_plugin."""
+    report, base = read_report_if_any(context.folder), _base_of(context)
+    for name in names:
+        export_peft(context.bank, name, out / name, base=base, own_type=own_type, replace=replace)
+        spec = context.bank.specs[context.bank.ids[name]]
+        example = generation_example(context.config, spec.task)
+        write_card(report, spec, out / name, example=example, origin=" ".join(context.differences))
+
+
+def _export_merged(run: str, names: Sequence[str], out: Path, allow: OriginOptions) -> list[Path]:
     """Plain models in float32: rounding W0 * M to half precision would lose its small modulations."""
-    session, _ = load_run(run, dtype="float32", allow=allow)
-    names = checked(session.bank, names, "merged")
-    for taken in (out / name for name in names if (out / name).exists()):
-        raise user_error("output folder", str(taken), "exists already: choose another with --out, or delete it")
-    note_differences(session.folder, "export --as merged", session.differences)
+    context, _ = load_run(run, dtype="float32", allow=allow)
+    names = _chosen_names(context.bank, names, "merged")
+    for name in names:
+        if (out / name).exists():
+            hint = "exists already: choose another with --out, or delete it"
+            raise user_error("output folder", str(out / name), hint)
+    note_differences(context.folder, "export --as merged", context.differences)
     for i, name in enumerate(names):
-        if i:  # the bank's base was consumed
-            session, _ = load_run(run, dtype="float32", allow=allow)
-        published: Any = load_model_config(session.config.model)  # ours has its dropout switched off
+        if i:  # merging changes the base of the bank
+            context, _ = load_run(run, dtype="float32", allow=allow)
+        model_settings = context.config.model
+        published: Any = load_model_config(model_settings)  # that of the loaded model has its dropout switched off
         published.dtype = torch.float32
-        session.model.config = published
-        made_of = {"adapter": name, "base": session.config.model.path, "run": run, "differences": list(session.differences)}
-        preprocessors = load_preprocessors(session.config.model, session.tokenizer)
-        save_merged(session.bank, name, out / name, preprocessors=preprocessors, origin=made_of)
-        if real_path(out) == real_path(session.folder.path / FOLDERS["merged"]):
-            session.folder.add_files(f"merged/{name}/{path.name}" for path in (out / name).iterdir())
+        context.model.config = published
+        origin = {"adapter": name, "base": model_settings.path, "run": run, "differences": list(context.differences)}
+        preprocessors = load_preprocessors(model_settings, context.tokenizer)
+        save_merged(context.bank, name, out / name, preprocessors=preprocessors, origin=origin)
+        if real_path(out) == real_path(context.folder.path / FOLDERS["merged"]):
+            context.folder.add_files(f"merged/{name}/{path.name}" for path in (out / name).iterdir())
     return [out / name for name in names]
+
+
+def _export_svd(context: RunContext, names: Sequence[str], out: Path, *, options: ExportOptions, replace: bool) -> None:
+    """The closest LoRAs, with their errors and losses in the terminal and on the cards."""
+    loras = [_svd_lora(context.bank, name, options) for name in names]
+    others = [i for name, i in context.bank.ids.items() if name not in names]
+    before = _heldout(context, context.bank, others)
+    model = load_base_model(context.config.model, context.bank.device)
+    bank = AdapterBank.attach(model, [lora.spec for lora in loras])
+    for lora in loras:
+        write_into(bank, lora)
+        folder = out / lora.spec.name
+        export_peft(bank, lora.spec.name, folder, base=_base_of(context), always_lora=True, replace=replace)
+    after = _heldout(context, bank, ())
+    losses = {}
+    for lora in loras:
+        name, task = lora.spec.name, lora.spec.task
+        losses[name] = {"base": before[task]["base"], "adapter": before[task][name], "LoRA": after[task][name]}
+    _write_svd_cards(context, loras, losses, out)
+    print_table(_svd_table(loras, losses))
+    for lora in loras:
+        if lora.biases:
+            print_plain(f"note: {lora.spec.name} changes the biases of {lora.biases} layers, which a LoRA cannot")
 
 
 def _svd_lora(bank: AdapterBank, name: str, options: ExportOptions) -> SvdLora:
-    rank = None if options.max_error is not None else options.rank or RANK
-    with ProgressBar(f"decompose {name}", 1.0) as watch:
-        return compute_svd_lora(bank, name, rank=rank, max_error=options.max_error, report=watch.update)
+    rank = None if options.max_error is not None else options.rank or DEFAULT_RANK
+    with ProgressBar(f"decompose {name}", 1.0) as bar:
+        return compute_svd_lora(bank, name, rank=rank, max_error=options.max_error, report=bar.update)
 
 
-def _write_stand_ins(
-    session: RunContext, svd_loras: Sequence[SvdLora], report: Report | None, out: Path, replace: bool
-) -> list[Path]:
-    """PEFT folders, with what was lost in the terminal and on the cards."""
-    names = [svd_lora.spec.name for svd_lora in svd_loras]
-    others = [i for name, i in session.bank.ids.items() if name not in names]
-    before = _heldout(session, session.bank, others)
-    bank = AdapterBank.attach(
-        load_base_model(session.config.model, session.bank.device), [svd_lora.spec for svd_lora in svd_loras]
-    )
-    base = BaseModel(session.config.model.path, session.config.model.revision)
-    for svd_lora in svd_loras:
-        write_into(bank, svd_lora)
-        place = out / svd_lora.spec.name
-        export_peft(bank, svd_lora.spec.name, place, base=base, always_lora=True, replace=replace)
-    after = _heldout(session, bank, ())
+def _svd_table(loras: Sequence[SvdLora], losses: Mapping[str, Mapping[str, float]]) -> Table:
     table = Table(box=SIMPLE_HEAD, title="closest LoRAs: held-out loss, nats a token", title_justify="left")
-    for heading in ("adapter", "rank", "|dW - BA| / |dW|", "base", "adapter", "LoRA"):
-        table.add_column(heading, justify="left" if heading == "adapter" and not table.columns else "right")
-    for svd_lora in svd_loras:
-        name, task = svd_lora.spec.name, svd_lora.spec.task
-        losses = {"base": before[task]["base"], "adapter": before[task][name], "LoRA": after[task][name]}
-        table.add_row(
-            in_cell(name), str(svd_lora.spec.rank), f"{svd_lora.error:.3f}", *(f"{loss:.3f}" for loss in losses.values())
-        )
-        original = session.bank.specs[session.bank.ids[name]]
+    table.add_column("adapter")
+    for heading in ("rank", "|dW - BA| / |dW|", "base", "adapter", "LoRA"):
+        table.add_column(heading, justify="right")
+    for lora in loras:
+        name = lora.spec.name
+        columns = [f"{loss:.3f}" for loss in losses[name].values()]
+        table.add_row(in_cell(name), str(lora.spec.rank), f"{lora.error:.3f}", *columns)
+    return table
+
+
+def _write_svd_cards(context: RunContext, loras: Sequence[SvdLora], losses: Mapping[str, Mapping[str, float]], out: Path) -> None:
+    report = read_report_if_any(context.folder)
+    for lora in loras:
+        original = context.bank.specs[context.bank.ids[lora.spec.name]]
         write_card(
             report,
             original,
-            out / name,
-            example=generation_example(session.config, original.task),
-            svd_lora=svd_lora,
-            losses=losses,
-            origin=" ".join(session.differences),
+            out / original.name,
+            example=generation_example(context.config, original.task),
+            svd_lora=lora,
+            losses=losses[original.name],
+            origin=" ".join(context.differences),
         )
-    print_table(table)
-    for svd_lora in svd_loras:
-        if svd_lora.biases:
-            print_plain(f"note: {svd_lora.spec.name} changes the biases of {svd_lora.biases} layers, which a LoRA cannot")
-    _say_what_peft_does(out / name for name in names)
-    return [out / name for name in names]
 
 
-def _say_what_peft_does(folders: Iterable[Path]) -> None:
+def _print_peft_warnings(out: Path, names: Sequence[str]) -> None:
     """A line for each folder that plain PEFT does not load."""
-    for file in (folder / PEFT_WARNING for folder in folders):
+    for name in names:
+        file = out / name / PEFT_WARNING
         if file.exists():
-            print_plain(f"note: {file.parent.name}: {file.read_text(encoding='utf-8').strip()}; --as merged writes a plain model")
+            warning = file.read_text(encoding="utf-8").strip()
+            print_plain(f"note: {name}: {warning}; --as merged writes a plain model")
 
 
-def _heldout(session: RunContext, bank: AdapterBank, absent: Sequence[int]) -> Mapping[str, Mapping[str, float]]:
+def _heldout(context: RunContext, bank: AdapterBank, absent: Sequence[int]) -> Mapping[str, Mapping[str, float]]:
     """Task -> "base" or adapter -> mean nats of a held-out token."""
     names = {BASE_ID: "base"} | {i: spec.name for i, spec in enumerate(bank.specs)}
     losses = {}
-    for task, result in heldout_losses(session, bank, absent=absent).items():
+    for task, result in heldout_losses(context, bank, absent=absent).items():
         losses[task] = {names[i]: result.loss(i) for i in result.nats}
     return losses
