@@ -27,7 +27,7 @@ import torch
 
 from flora_train.kernels.backend import why_not_triton
 from flora_train.kernels.flora import cost_model, formulation
-from flora_train.kernels.flora.cost_model import Formulation, Thresholds, Work, decide, place_of
+from flora_train.kernels.flora.cost_model import Formulation, Thresholds, Work, decide, device_name
 
 RESULTS = Path(__file__).parent / "results"
 THRESHOLDS = Path(cost_model.__file__).with_name("thresholds.json")
@@ -75,7 +75,7 @@ def main() -> None:
         text = "\n".join(report(timed, found, options.repeats, machine)) + "\n"
         print(text)
         if options.save:
-            name = place_of(timed[0].work)
+            name = device_name(timed[0].work)
             (RESULTS / f"calibration_{name.replace(', ', '_')}.md").write_text(text)
             save(name, found, machine)
 

@@ -31,7 +31,7 @@ from flora_train.kernels.flora import triton_tiles as tiles
 from flora_train.kernels.ia3 import triton_kernels as ia3
 from flora_train.kernels.lora import triton_kernels as lora
 from flora_train.kernels.segments import Segments
-from flora_train.kernels.triton_common import BLOCK_FEATURES, BLOCK_TOKENS, matmul_constants
+from flora_train.kernels.triton_common import TILE_FEATURES, TILE_TOKENS, matmul_constants
 
 RESULT = Path(__file__).parent / "results" / "compiled_kernels.md"
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -66,9 +66,8 @@ TYPED = {"x", "weight", "y", "dy", "dx", "tokens"}
 FLOAT32 = {"left", "right", "offset", "near", "A", "B", "dA", "dB", "stack", "scaling", "scale", "hidden", "parts", "sums"}
 FLOAT32 |= {"values", "gradients", "first", "second", "numbers"}
 OTHERS = {
-    "blocks": "*i32",
+    "table": "*i32",
     "bounds": "*i32",
-    "ranks": "*i32",
     "order": "*i64",
     "slots": "*i64",
     "beta1": "fp32",
@@ -104,32 +103,34 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
     """What the *_triton.py of flora_train/kernels launch for tokens of this type on this chip."""
     type_ = DTYPES[dtype]
     of_rank, of_lora, of_expand = matmul_constants(type_, rank), lora.tuning(type_, rank), lora.expand_tuning(type_, rank)
-    blocks = {"TOKENS": BLOCK_TOKENS, "FEATURES": BLOCK_FEATURES, "ORDERED": False}
+    blocks = {"TOKENS": TILE_TOKENS, "FEATURES": TILE_FEATURES, "ORDERED": False}
     found = {}
-    for described in (False, True) if capability == 90 and dtype != "fp32" else (False,):
-        how = ", fetched" if described else ""
-        matmul = of_rank | {"ORDERED": False, "GROUP": flora_matmul_triton.GROUP, "DESCRIBED": described}
+    for uses_tma in (False, True) if capability == 90 and dtype != "fp32" else (False,):
+        how = ", fetched" if uses_tma else ""
+        matmul = of_rank | {"ORDERED": False, "GROUP": flora_matmul_triton.GROUP, "USES_TMA": uses_tma}
         lengths = (1, 128, 4096)
-        for tokens in sorted({tiles.block_tokens(Segments((0, n)), type_, rank, capability, described) for n in lengths}):
+        for tokens in sorted(
+            {tiles.tile_tokens(Segments((0, n)), type_, rank, capability=capability, uses_tma=uses_tma) for n in lengths}
+        ):
             for backward in (False, True):
                 for split in (False, True) if dtype != "fp32" and not backward else (False,):
                     name = f"fLoRA {'dX' if backward else 'y, split' if split else 'y'}, {tokens} tokens{how}"
-                    exact = {"SPLIT": split, "OF_M": "tf32x3" if split else of_rank["PRECISION"], "TRANSPOSED": backward}
-                    shape = tiles.matmul_tiles(type_, rank, described, split)
+                    exact = {"SPLIT": split, "M_PRECISION": "tf32x3" if split else of_rank["PRECISION"], "TRANSPOSED": backward}
+                    shape = tiles.matmul_tiles(type_, rank, uses_tma=uses_tma, split=split)
                     exact |= tiled(shape) | {"FEATURES": shape.features, "SUMMED": shape.summed}
                     one = {"weight_feature" if backward else "weight_summed": 1}
                     variant = matmul | exact | one | {"TOKENS": tokens}
                     stored = [shape.summed, shape.features] if backward else [shape.features, shape.summed]
-                    fetched = {"x": [tokens, shape.summed], "weight": stored} if described else {}
+                    fetched = {"x": [tokens, shape.summed], "weight": stored} if uses_tma else {}
                     found[name] = launched(flora_matmul_triton._modulated_matmul, variant, fetched)
-        for each in (1, 4096) if described else (1,):
-            tile = tiles.gradient_tiles(type_, rank, each, described)
+        for each in (1, 4096) if uses_tma else (1,):
+            tile = tiles.gradient_tiles(type_, rank, tokens_per_adapter=each, uses_tma=uses_tma)
             variant = (
                 of_rank | tiled(tile) | {"TOKENS": tile.tokens, "OUTS": tile.outs, "INS": tile.ins, "ORDERED": False, "ADD": True}
             )
             shapes = {"x": (tile.tokens, tile.ins), "dy": (tile.tokens, tile.outs), "weight": (tile.outs, tile.ins)}
             found[f"fLoRA dA, dB, {tile.outs} x {tile.ins}{how}"] = launched(
-                flora_gradient_triton._adapter_gradients, variant | {"DESCRIBED": described}, shapes if described else {}
+                flora_gradient_triton._adapter_gradients, variant | {"USES_TMA": uses_tma}, shapes if uses_tma else {}
             )
     parts = blocks | {"PARTS": 8}
     return found | {
@@ -239,7 +240,7 @@ def main() -> int:
     heading = [
         "# The Triton kernels, compiled",
         "",
-        f"triton {triton.__version__}, blocks of {BLOCK_TOKENS} tokens (fLoRA: as named) x {BLOCK_FEATURES} features, tokens in order, 8 parts; fetched: by "
+        f"triton {triton.__version__}, blocks of {TILE_TOKENS} tokens (fLoRA: as named) x {TILE_FEATURES} features, tokens in order, 8 parts; fetched: by "
         "the copy engine of sm_90. `python benchmarks/compile_kernels.py --save` prints this file.",
         "",
     ]

@@ -53,7 +53,7 @@ class Contender:
 
 
 def ours(p: Problem) -> Tensor:
-    return flora_linear(p.x, p.weight, p.A, p.B, p.numbers(PURE), p.segments)
+    return flora_linear(p.x, p.weight, p.A, p.B, offset=p.numbers(PURE), segments=p.segments)
 
 
 def rank_expansion(p: Problem) -> Tensor:
@@ -67,7 +67,7 @@ def bmm_lora(p: Problem) -> Tensor:
 
 
 def our_lora(p: Problem) -> Tensor:
-    return lora_add(p.frozen(), p.x, p.A, p.B, p.numbers(1.0), p.segments)
+    return lora_add(p.frozen(), p.x, p.A, p.B, scaling=p.numbers(1.0), segments=p.segments)
 
 
 CONTENDERS = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flora_train.kernels.backend import splits
-from flora_train.kernels.flora.op import FORMULATIONS, flora_linear
+from flora_train.kernels.flora.op import TORCH_FORMULATIONS, flora_linear
 from flora_train.kernels.ia3.op import ia3_scale
 from flora_train.kernels.lora.op import lora_add
 from flora_train.runtime.environment import environment
@@ -73,10 +73,10 @@ def as_run() -> dict[str, tuple[int, Forward]]:
     """column -> (rank, forward)."""
 
     def flora(offset: float) -> Forward:
-        return lambda p: flora_linear(p.x, p.weight, p.A, p.B, p.numbers(offset), p.segments)
+        return lambda p: flora_linear(p.x, p.weight, p.A, p.B, offset=p.numbers(offset), segments=p.segments)
 
     def lora(p: Problem) -> Tensor:
-        return lora_add(p.frozen(), p.x, p.A, p.B, p.numbers(1.0), p.segments)
+        return lora_add(p.frozen(), p.x, p.A, p.B, scaling=p.numbers(1.0), segments=p.segments)
 
     return {
         "fLoRA pure r=1": (1, flora(PURE)),
@@ -90,10 +90,10 @@ def forced() -> dict[str, tuple[int, Forward]]:
     """column -> (rank, forward)."""
 
     def form(formulation: str) -> Forward:
-        function = FORMULATIONS[formulation]  # type: ignore[index]
+        function = TORCH_FORMULATIONS[formulation]  # type: ignore[index]
         return lambda p: function.apply(p.x, p.weight, p.A, p.B, p.numbers(RESIDUAL), p.segments, splits(p.x.dtype))
 
-    return {f"{name} r={rank}": (rank, form(name)) for name in FORMULATIONS for rank in (1, 4, 16)}
+    return {f"{name} r={rank}": (rank, form(name)) for name in TORCH_FORMULATIONS for rank in (1, 4, 16)}
 
 
 def table(shapes: Sequence[Shape], columns: dict[str, tuple[int, Forward]], dtype: torch.dtype, repeats: int) -> list[str]:

@@ -24,13 +24,13 @@ from flora_train.commands.train import train_run
 from flora_train.config.load import load_config
 from flora_train.kernels.backend import why_not_triton
 from flora_train.kernels.flora.cost_model import Formulation
-from flora_train.kernels.flora.op import FORMULATIONS, formulation
+from flora_train.kernels.flora.op import TORCH_FORMULATIONS, formulation
 from flora_train.kernels.flora.reference import flora_reference
 
 RESULT = Path(__file__).parent / "results" / f"precision_{DEVICE.type}.md"
 DEVIATIONS = (1e-4, 1e-3, 3e-3, 1e-2, 1e-1)
 MEANS = (0.01, 0.1, 0.5, 1.01, 2.0, 10.0, -0.1)
-NAMES: list[Formulation] = [*FORMULATIONS, *(["fused"] if DEVICE.type == "cuda" and why_not_triton(DEVICE) is None else [])]
+NAMES: list[Formulation] = [*TORCH_FORMULATIONS, *(["fused"] if DEVICE.type == "cuda" and why_not_triton(DEVICE) is None else [])]
 DTYPES = {"bfloat16": torch.bfloat16} | ({"float16": torch.float16} if DEVICE.type == "cuda" else {})
 TRAINED = {"float32": ("float32", "auto"), "bfloat16, split": ("bfloat16", "split"), "bfloat16, fused": ("bfloat16", "fused")}
 OVERRIDES = (
@@ -58,7 +58,7 @@ def kept(problem: Problem, name: Formulation, offset: float, split: bool) -> flo
     """Share of the adapter's effect in y. Rounding y itself adds noise, but takes nothing away."""
     x, weight, A, B = (tensor.detach().double() for tensor in (problem.x, problem.weight, problem.A, problem.B))
     base = x @ weight.T
-    effect = flora_reference(x, weight, A, B, problem.numbers(offset), problem.segments) - base
+    effect = flora_reference(x, weight, A, B, offset=problem.numbers(offset), segments=problem.segments) - base
     return float(((run(problem, name, offset, split).detach().double() - base) * effect).sum() / effect.square().sum())
 
 
@@ -192,7 +192,12 @@ def worst_error(name: Formulation, dtype: torch.dtype, rank: int, mean: float, o
         gradients = torch.autograd.grad(ours, leaves, problem.dy)
         exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
         y = flora_reference(
-            exact[0], problem.weight.detach().double(), exact[1], exact[2], problem.numbers(offset), problem.segments
+            exact[0],
+            problem.weight.detach().double(),
+            exact[1],
+            exact[2],
+            offset=problem.numbers(offset),
+            segments=problem.segments,
         )
         expected = torch.autograd.grad(y, exact, problem.dy.double())
         pairs = [(ours.detach(), y.detach()), *zip(gradients, expected, strict=True)]

@@ -160,7 +160,7 @@ def _choice(method: str, work: Work) -> Choice:
     if method == "ia3":
         return Choice(f"one scale ({backend})", "the base layer, and a product a feature")
     decision = decide(work, thresholds_for(work))
-    return Choice(FORMULATIONS[decision.formulation], decision.why)
+    return Choice(FORMULATIONS[decision.formulation], decision.reason)
 
 
 def check_machine() -> None:

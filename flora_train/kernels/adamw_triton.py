@@ -1,4 +1,4 @@
-"""AdamW over some rows of stacked tensors in Triton: every number of the rows is read and written once, in one launch."""
+"""AdamW on selected rows of stacked tensors in Triton: one launch, which reads and writes every number of the rows once."""
 
 from __future__ import annotations
 
@@ -16,25 +16,32 @@ def _adamw(
 ):  # fmt: skip
     """One block of one row; numbers[k]: clip factor, decay factor, -lr / (1 - beta1^t), sqrt(1 - beta2^t)."""
     k = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    places = tl.load(slots + k).to(tl.int64) * size + at
-    gradient = tl.load(gradients + places, mask=mask, other=0.0) * tl.load(numbers + 4 * k)
-    m, v = tl.load(first + places, mask=mask, other=0.0), tl.load(second + places, mask=mask, other=0.0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < size
+    index = tl.load(slots + k).to(tl.int64) * size + column
+    gradient = tl.load(gradients + index, mask=mask, other=0.0) * tl.load(numbers + 4 * k)
+    m, v = tl.load(first + index, mask=mask, other=0.0), tl.load(second + index, mask=mask, other=0.0)
     m += (1.0 - beta1) * (gradient - m)
     v = v * beta2 + (1.0 - beta2) * gradient * gradient
-    value = tl.load(values + places, mask=mask, other=0.0) * tl.load(numbers + 4 * k + 1)
+    value = tl.load(values + index, mask=mask, other=0.0) * tl.load(numbers + 4 * k + 1)
     value += m * tl.load(numbers + 4 * k + 2) / (tl.sqrt(v) / tl.load(numbers + 4 * k + 3) + eps)
-    tl.store(first + places, m, mask=mask)
-    tl.store(second + places, v, mask=mask)
-    tl.store(values + places, value, mask=mask)
+    tl.store(first + index, m, mask=mask)
+    tl.store(second + index, v, mask=mask)
+    tl.store(values + index, value, mask=mask)
 
 
 def fused_adamw(
-    values: Tensor, gradients: Tensor, first: Tensor, second: Tensor, slots: Tensor, numbers: Tensor,
-    betas: tuple[float, float], eps: float,
-) -> None:  # fmt: skip
-    """Update the rows `slots` [K] int of values and moments [S, P] float32 by their gradients.
+    values: Tensor,
+    gradients: Tensor,
+    first: Tensor,
+    *,
+    second: Tensor,
+    slots: Tensor,
+    numbers: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Update the rows `slots` [K] int of values and moments (first, second), all [S, P] float32, by their gradients.
 
     numbers: [K, 4] float32, row k for slots[k]: clip factor, decay factor, -lr / (1 - beta1^t), sqrt(1 - beta2^t).
     """

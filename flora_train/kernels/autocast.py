@@ -1,5 +1,7 @@
-"""What does torch.autocast mean for adapters? Tokens and frozen weights are cast as torch casts those of a linear layer; the
-float32 masters are not, and nothing inside an op is cast behind its back."""
+"""The meaning of torch.autocast for adapters: tokens and frozen weights are cast as a linear layer casts them.
+
+The float32 masters are not cast, and nothing inside an op is cast.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +15,28 @@ from torch import Tensor
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
-    """The type in which `F.linear(x, weight)` would multiply."""
+    """The dtype in which `F.linear(x, weight)` multiplies."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
 
 
 def as_linear_casts(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the type in which `F.linear(x, weight)` would multiply them, differentiable."""
+    """Both in the dtype in which `F.linear(x, weight)` multiplies them, differentiable."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight
     return x.to(linear_dtype(x)), weight.to(linear_dtype(x))
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """As if autocast were off for x's device."""
-    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+    """A context in which autocast is off for x's device."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def autocast_disabled(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    """A hand-written backward that an autocast around `backward()` does not touch."""
+    """Decorates a hand-written backward so that an autocast around `backward()` does not affect it."""
 
     @wraps(backward)
     def run(ctx: Any, dy: Tensor) -> Any:

@@ -1,7 +1,7 @@
-"""How does a CPU work on many adapters at once? Each thread takes whole segments, not a slice of every small matmul.
+"""Distributes the segments of a batch over CPU threads.
 
-A segment's matmuls are too small to share: threads would wait for each other after every one of them, and its scratch
-would travel between their caches. So a thread computes a segment alone, in a scratch of its own.
+The matmuls of a segment are too small to be shared: threads would wait for each other after every one, and temporary results
+would travel between their caches. Therefore one thread computes a whole segment with buffers of its own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from flora_train.kernels.segments import Segments
 
-IMBALANCE = 1.2
-"""The busiest thread may have so much more than the mean before segments are cut into parts."""
+MAX_IMBALANCE = 1.2
+"""Load of the busiest thread relative to the mean beyond which segments are divided into parts."""
 
-MOST_PARTS = 8
+MAX_PARTS = 8
+
+PADDING = 16
+"""Numbers between two rows of a buffer: at a stride of a power of two, all rows would map to the same cache sets."""
 
 
 @dataclass(frozen=True)
@@ -40,72 +43,73 @@ class Job:
 
 @dataclass(frozen=True)
 class Division:
-    """Who does what: jobs by thread. parts: into how many each segment was cut."""
+    """The distribution of a batch over threads."""
 
     parts: int
+    """Parts of every segment."""
     by_thread: tuple[tuple[Job, ...], ...]
 
 
 @lru_cache(maxsize=128)
 def divide(segments: Segments, threads: int) -> Division:
-    """Segments shared out to threads by tokens, the largest first, each to the thread that has least (Graham's rule).
+    """Distribute segments by tokens, the largest first, each to the thread with the least load (Graham's rule).
 
-    With fewer segments than threads one thread gets all, and torch shares every matmul instead.
+    With fewer segments than threads, one thread gets all of them, and torch parallelises every matmul instead.
     """
-    held = list(segments)
-    if threads == 1 or len(held) < threads:
-        return Division(1, (tuple(Job(*segment, 0, 1) for segment in held),))
-    for parts in range(1, MOST_PARTS + 1):
-        jobs = [Job(k, start, end, part, parts) for k, start, end in held for part in range(parts)]
-        loads, lists = [0.0] * threads, [list[Job]() for _ in range(threads)]
+    not_empty = list(segments)
+    if threads == 1 or len(not_empty) < threads:
+        jobs = [Job(k, start, end, part=0, parts=1) for k, start, end in not_empty]
+        return Division(1, (tuple(jobs),))
+    for parts in range(1, MAX_PARTS + 1):
+        jobs = []
+        for k, start, end in not_empty:
+            jobs += [Job(k, start, end, part, parts) for part in range(parts)]
+        loads, jobs_of_thread = [0.0] * threads, [list[Job]() for _ in range(threads)]
         for job in sorted(jobs, key=lambda job: job.start - job.end):
-            least = loads.index(min(loads))
-            loads[least] += (job.end - job.start) / parts
-            lists[least].append(job)
-        if max(loads) * threads <= IMBALANCE * sum(loads):
+            thread = loads.index(min(loads))
+            loads[thread] += (job.end - job.start) / parts
+            jobs_of_thread[thread].append(job)
+        if max(loads) * threads <= MAX_IMBALANCE * sum(loads):
             break
-    return Division(parts, tuple(map(tuple, lists)))
+    return Division(parts, tuple(map(tuple, jobs_of_thread)))
 
 
 def division_for(segments: Segments, device: torch.device) -> Division:
-    """How to divide segments here: over torch's threads on a CPU, not at all elsewhere."""
+    """The distribution over torch's threads on a CPU; a single thread on other devices."""
     return divide(segments, torch.get_num_threads() if device.type == "cpu" else 1)
 
 
 def run_jobs(division: Division, work: Callable[[Job], None]) -> None:
     """Call `work` for every job, without recording gradients. Raises what `work` raises."""
 
-    def share(jobs: tuple[Job, ...]) -> None:
+    def run(jobs: tuple[Job, ...]) -> None:
         with torch.no_grad():
             for job in jobs:
                 work(job)
 
     if len(division.by_thread) == 1:
-        share(division.by_thread[0])
+        run(division.by_thread[0])
         return
     workers = _workers(len(division.by_thread))
-    for done in [workers.submit(share, jobs) for jobs in division.by_thread]:
-        done.result()
+    for future in [workers.submit(run, jobs) for jobs in division.by_thread]:
+        future.result()
 
 
 class Scratch(threading.local):
-    """Matrices that a thread fills again and again, by name. They hold what was there before: write before you read."""
+    """Reused matrices of one thread, by name. They hold old values: write before reading."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
     def matrix(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """A matrix [rows, columns] of `like`'s type and device, whose rows are further apart than they are long: at a power
-        of two they would all fall into the same few places of a cache."""
+        """A matrix [rows, columns] of `like`'s dtype and device, with PADDING numbers between its rows."""
         (rows, columns), stride = shape, shape[1] + PADDING
         size = rows * stride
-        kept = self.kept.get(name)
-        if kept is None or kept.numel() < size or kept.dtype != like.dtype or kept.device != like.device:
-            kept = self.kept[name] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return kept[:size].view(rows, stride)[:, :columns]
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
+            buffer = self.buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return buffer[:size].view(rows, stride)[:, :columns]
 
-
-PADDING = 16
 
 SCRATCH = Scratch()
 """One per thread: kernels run in the calling thread and in the workers."""
@@ -114,14 +118,14 @@ SCRATCH = Scratch()
 @lru_cache(maxsize=1)
 def _workers(count: int) -> ThreadPoolExecutor:
     threads = torch.get_num_threads()
-    workers = ThreadPoolExecutor(count, "segments", initializer=_compute_alone)
-    for ready in [workers.submit(threading.get_ident) for _ in range(count)]:
-        ready.result()
+    workers = ThreadPoolExecutor(count, "segments", initializer=_use_one_thread)
+    for started in [workers.submit(threading.get_ident) for _ in range(count)]:
+        started.result()
     torch.set_num_threads(threads)
     return workers
 
 
-def _compute_alone() -> None:
-    """torch counts threads per thread, once it has looked; a new thread looks at its first parallel call."""
+def _use_one_thread() -> None:
+    """Set torch's number of threads in this thread. The first call reads the global number, which would replace it later."""
     torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Which tokens does a Triton program take? Tables on the device that are made once per batch, for every kernel and layer."""
+"""Tables and helpers that the Triton kernels share. Tables are on the device and built once per batch, for all kernels and layers."""
 
 from __future__ import annotations
 
@@ -12,76 +12,83 @@ from torch import Tensor
 
 from flora_train.kernels.segments import Segments
 
-BLOCK_TOKENS = 64
-BLOCK_FEATURES = 64
+TILE_TOKENS = 64
+TILE_FEATURES = 64
+MIN_PROGRAMS = 512
+"""About four for every multiprocessor of an H100."""
 
 
 @lru_cache(maxsize=256)
-def block_table(segments: Segments, device: torch.device, tokens: int = BLOCK_TOKENS) -> tuple[Tensor, Tensor]:
-    """(bounds [K + 1], blocks [T // tokens + K, 3]), int32. A block of up to `tokens` tokens is a segment, its first token and
-    the segment's end; the spare ones at the end say segment -1. Made once per batch, not once per layer: making it would wait
-    for the device."""
-    rows = [(k, first, end) for k, start, end in segments for first in range(start, end, tokens)]
-    spare = segments.tokens // tokens + len(segments) - len(rows)
-    table = [*rows, *[(-1, 0, 0)] * spare]
-    return (
-        torch.tensor(segments.bounds, dtype=torch.int32, device=device),
-        torch.tensor(table, dtype=torch.int32, device=device),
-    )
+def tile_table(segments: Segments, device: torch.device, tokens: int = TILE_TOKENS) -> tuple[Tensor, Tensor]:
+    """(bounds [K + 1], table [T // tokens + K, 3]), int32.
+
+    A row of the table is one tile of up to `tokens` tokens: its segment, its first token and the end of the segment. Unused rows at
+    the end have segment -1, so that the table's size depends only on T and K. Built once per batch, because building it waits
+    for the device.
+    """
+    rows: list[tuple[int, int, int]] = []
+    for k, start, end in segments:
+        rows += [(k, first, end) for first in range(start, end, tokens)]
+    unused = segments.tokens // tokens + len(segments) - len(rows)
+    rows += [(-1, 0, 0)] * unused
+    bounds = torch.tensor(segments.bounds, dtype=torch.int32, device=device)
+    return bounds, torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-@lru_cache(maxsize=256)
-def rank_table(segments: Segments, rank: int, device: torch.device) -> Tensor:
-    """How many of the stacks' `rank` ranks each segment uses, [K] int32. Made once per batch."""
-    return torch.tensor(segments.ranks or [rank] * len(segments), dtype=torch.int32, device=device)
-
-
-def like(tensor: Tensor) -> Tensor:
-    """What an op returns for a tensor of this shape and type, for torch.compile: contiguous, as the kernels write it."""
+def empty_contiguous(tensor: Tensor) -> Tensor:
+    """An op's result of this shape and dtype for torch.compile: contiguous, as the kernels write it."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 @triton.jit
-def _by_feature(stack, ranks, laid, features, rank, segment, of_feature, of_rank, FEATURES: tl.constexpr, RANK: tl.constexpr):
-    """laid[k, f, j] = stack[k, f, j] for the ranks of adapter k, zeros beyond."""
+def _pad_ranks(stack, padded, features, rank, segment, of_feature, of_rank, FEATURES: tl.constexpr, RANK: tl.constexpr):
+    """padded[k, f, j] = stack[k, f, j] for j < rank, else 0."""
     k = tl.program_id(0).to(tl.int64)
     f, j = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES), tl.arange(0, RANK)
-    used = j < tl.minimum(tl.load(ranks + k), rank)
-    there = f[:, None] < features
-    tile = tl.load(stack + k * segment + f[:, None] * of_feature + j[None, :] * of_rank, mask=there & used[None, :], other=0.0)
-    tl.store(laid + (k * features + f[:, None]) * RANK + j[None, :], tile.to(tl.float32), mask=there)
+    mask = f[:, None] < features
+    index = k * segment + f[:, None] * of_feature + j[None, :] * of_rank
+    tile = tl.load(stack + index, mask=mask & (j[None, :] < rank), other=0.0)
+    tl.store(padded + (k * features + f[:, None]) * RANK + j[None, :], tile.to(tl.float32), mask=mask)
 
 
-def by_feature(stack: Tensor, ranks: Tensor, dim: int) -> Tensor:
-    """Factors of K adapters, their ranks along `dim`, 1 (A [K, r, in]) or 2 (B [K, out, r]) -> [K, features, RANK] float32: the
-    ranks padded with zeros to what Triton multiplies, so that kernels need no mask along them."""
+def pad_ranks(stack: Tensor, dim: int) -> Tensor:
+    """Factors of K adapters -> [K, features, RANK] float32.
+
+    dim: the dimension of the ranks, 1 (A [K, r, in]) or 2 (B [K, out, r]). Ranks are padded with zeros to a size that Triton
+    multiplies, so that kernels need no mask along them.
+    """
     K, features, rank = len(stack), stack.shape[3 - dim], stack.shape[dim]
-    padded = padded_rank(rank)
-    laid = stack.new_empty(K, features, padded, dtype=torch.float32)
+    size = padded_rank(rank)
+    padded = stack.new_empty(K, features, size, dtype=torch.float32)
     with torch.cuda.device_of(stack):
-        _by_feature[(K, triton.cdiv(features, BLOCK_FEATURES))](
-            stack, ranks, laid, features, rank, stack.stride(0), stack.stride(3 - dim), stack.stride(dim),
-            FEATURES=BLOCK_FEATURES, RANK=padded,
+        _pad_ranks[(K, triton.cdiv(features, TILE_FEATURES))](
+            stack, padded, features, rank, stack.stride(0), stack.stride(3 - dim), stack.stride(dim),
+            FEATURES=TILE_FEATURES, RANK=size,
         )  # fmt: skip
-    return laid
+    return padded
 
 
 def padded_rank(rank: int) -> int:
-    """The least size that Triton multiplies, which holds `rank`."""
+    """The smallest size of at least `rank` that Triton multiplies."""
     return max(16, triton.next_power_of_2(rank))
 
 
 @triton.jit
-def place(t, there, order, ORDERED: tl.constexpr):
-    """Where tokens t of the grouped order lie in memory: there, or with ORDERED where `order` says."""
+def token_index(t, mask, order, ORDERED: tl.constexpr):
+    """The position in memory of tokens t of the grouped order: t itself, or with ORDERED the entries of `order`."""
     if ORDERED:
-        return tl.load(order + t, mask=there, other=0).to(tl.int64)
+        return tl.load(order + t, mask=mask, other=0).to(tl.int64)
     return t.to(tl.int64)
+
+
+def any_order(order: Tensor | None, placeholder: Tensor) -> Tensor:
+    """`order`, or another tensor in its place: a kernel argument must be a tensor, which is not read without ORDERED."""
+    return placeholder if order is None else order
 
 
 @triton.jit
 def part_of_segment(bounds, k, part, PARTS: tl.constexpr, TOKENS: tl.constexpr):
-    """(first, end): the tokens of one of PARTS equal parts of segment k, in whole blocks of TOKENS; the last may be short."""
+    """(first, end): the tokens of one of PARTS equal parts of segment k, in whole tiles of TOKENS; the last may be shorter."""
     start, end = tl.load(bounds + k), tl.load(bounds + k + 1)
     length = tl.cdiv(tl.cdiv(end - start, PARTS), TOKENS) * TOKENS
     first = start + part * length
@@ -89,16 +96,16 @@ def part_of_segment(bounds, k, part, PARTS: tl.constexpr, TOKENS: tl.constexpr):
 
 
 def matmul_constants(dtype: torch.dtype, rank: int) -> dict[str, Any]:
-    """What a matmul over the rank is compiled with for tokens of this type: the rank padded to the least size that Triton
-    multiplies; float32 means float32, and beside half precision tf32 is the finer type."""
+    """Compile-time constants of a matmul over the rank, for tokens of this dtype.
+
+    float32 is multiplied exactly; beside half precision, tf32 is the more precise type.
+    """
     return {"RANK": padded_rank(rank), "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
 
 
 def parts_for(programs: int) -> int:
-    """Into how many parts each of `programs` programs is cut, so that a large device has enough of them: their results are
-    summed afterwards, in one order, so that every run adds alike."""
-    return next((parts for parts in (8, 4, 2) if programs * parts <= ENOUGH_PROGRAMS), 1)
+    """The number of parts of each of `programs` programs, so that a large device is busy.
 
-
-ENOUGH_PROGRAMS = 512
-"""Some four for every multiprocessor of an H100."""
+    The results of the parts are summed in a fixed order, so that every run computes the same.
+    """
+    return next((parts for parts in (8, 4, 2) if programs * parts <= MIN_PROGRAMS), 1)

@@ -91,9 +91,17 @@ class BankOptimizer:
         if runs_in_triton(pool.values):
             from flora_train.kernels.adamw_triton import fused_adamw
 
-            indices = torch.arange(len(adapters), device=self.bank.device) if isinstance(rows, slice) else rows
-            betas, eps = self.config.betas, self.config.eps
-            fused_adamw(pool.values, pool.gradients, first, second, indices, coefficients, betas, eps)
+            slots = torch.arange(len(adapters), device=self.bank.device) if isinstance(rows, slice) else rows
+            fused_adamw(
+                pool.values,
+                pool.gradients,
+                first,
+                second=second,
+                slots=slots,
+                numbers=coefficients,
+                betas=self.config.betas,
+                eps=self.config.eps,
+            )
             return
         beta1, beta2 = self.config.betas
         gradient = pool.gradients[rows] * clip

@@ -68,19 +68,19 @@ def test_layers_do_not_wait_for_the_device(dtype: torch.dtype) -> None:
 def test_a_layer_s_forward_and_backward_replay_from_a_cuda_graph(dtype: torch.dtype) -> None:
     from flora_train.kernels.flora.triton_op import flora_backward_op, flora_op
     from flora_train.kernels.segments import per_segment
-    from flora_train.kernels.triton_common import block_table, rank_table
+    from flora_train.kernels.triton_common import tile_table
 
     segments = Segments((0, 70, 70, 300))
     device = torch.device("cuda")
     x, dy = torch.randn(300, 128, device=device, dtype=dtype), torch.randn(300, 192, device=device, dtype=dtype)
     weight = torch.randn(192, 128, device=device, dtype=dtype)
     A, B = torch.randn(3, 4, 128, device=device), torch.randn(3, 192, 4, device=device)
-    bounds, blocks = block_table(segments, device, 64)
-    ranks, shift = rank_table(segments, 4, device), per_segment([0.0, 1.0, 1.0], A).view(-1)
+    bounds, table = tile_table(segments, device, 64)
+    shift = per_segment([0.0, 1.0, 1.0], A).view(-1)
 
     def run() -> tuple[torch.Tensor, ...]:
-        y = flora_op(x, weight, A, B, shift, bounds, blocks, ranks, None, 64, True, True)
-        return y, *flora_backward_op(dy, x, weight, A, B, shift, bounds, blocks, ranks, None, 64)
+        y = flora_op(x, weight, A, B, shift, bounds, table, None, 64, True, True)
+        return y, *flora_backward_op(dy, x, weight, A, B, shift, bounds, table, None, 64)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # compiles before the capture
@@ -123,7 +123,7 @@ def test_layers_of_many_tiles(rank: int, lengths: tuple[int, ...], dtype: torch.
         y = FusedFlora.apply(x, weight, A, B, offset, many, split)
         y.backward(dy)
         exact = [leaf.double().requires_grad_() for leaf in leaves]
-        reference = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset, many)
+        reference = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset=offset, segments=many)
         reference.backward(dy.double())
         assert relative_error(y, reference) <= TOLERANCE[dtype]
         for mine, theirs in zip((x, A, B), exact, strict=True):

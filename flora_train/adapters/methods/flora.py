@@ -44,7 +44,7 @@ class Flora(AdapterMethod):
         segments: Segments,
     ) -> Tensor:
         with site.weight() as weight:
-            y = flora_linear(x, weight, params["A"], params["B"], [spec.offset for spec in specs], segments)
+            y = flora_linear(x, weight, params["A"], params["B"], offset=[spec.offset for spec in specs], segments=segments)
         return y if site.bias is None else y + site.bias.to(y.dtype)
 
     def merge(

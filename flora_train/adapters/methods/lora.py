@@ -34,7 +34,7 @@ class Lora(AdapterMethod):
         segments: Segments,
     ) -> Tensor:
         scaling = [spec.scaling for spec in specs]
-        return lora_add(site.base(x), site.dropout(x), params["A"], params["B"], scaling, segments)
+        return lora_add(site.base(x), site.dropout(x), params["A"], params["B"], scaling=scaling, segments=segments)
 
     def merge(
         self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool

@@ -1,6 +1,6 @@
-"""Which formulation of fLoRA is fastest here? A plain function of numbers that one can print and test.
+"""Chooses the fastest formulation of fLoRA: a pure function of numbers that can be printed and tested.
 
-Its thresholds are measured: benchmarks/calibrate.py writes thresholds.json, which says where and when.
+Its thresholds are measured: benchmarks/calibrate.py writes thresholds.json, which records the machine and the date.
 """
 
 from __future__ import annotations
@@ -16,51 +16,57 @@ Formulation = Literal["rank_expanded", "materialised", "grouped", "fused", "scal
 
 @dataclass(frozen=True)
 class Thresholds:
-    """expanding: what a run of tokens through W0 costs as a term of an expansion, with the products around it, in percent of a
-    run alone. forming, forming_a_rank: what forming W0 * M costs an adapter, however few its tokens, in tokens that go through W0 once:
-    passes over W0, and thin matmuls for every rank. grouped_bytes: of all adapters' W0 * M at one time, up to which a CPU
-    works on all of them at once: beyond, they no longer stay in its cache. fused_tokens: per adapter, up to which our own kernel
-    is faster than W0 * M formed as a whole and the matmuls of the GPU's own library."""
+    """Measured costs of one device. The unit of cost is one token that is multiplied by W0."""
 
     expanding: int
+    """Percent: the cost of a token through W0 as a term of an expansion, with the products around it."""
     forming: int
+    """The cost of forming W0 * M for one adapter, whatever its tokens: passes over W0."""
     forming_a_rank: int
+    """The same for every rank: thin matmuls."""
     grouped_bytes: int
+    """Size of W0 * M of all adapters up to which a CPU computes them together: beyond, they do not stay in its cache."""
     fused_tokens: int = 1 << 20
+    """Tokens per adapter up to which the Triton kernel is faster than forming W0 * M and calling the GPU's matmul library."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """tokens in `segments` segments, all of one length if `even`, through W0 [out_features, in_features] of `bytes_each`
-    bytes a number; residual: some offset is not 0; split: M - 1 is kept apart from 1 (kernels/backend.py); device: torch's
-    word for its type; triton: our own kernels were chosen."""
+    """The work of one layer: tokens in segments through W0 [out_features, in_features]."""
 
     rank: int
     residual: bool
+    """Whether some offset is not 0."""
     tokens: int
     segments: int
     in_features: int
     out_features: int
     even: bool = True
+    """Whether all segments have the same length."""
     bytes_each: int = 4
+    """Bytes of one number."""
     split: bool = False
+    """Whether M - 1 is computed separately from 1 (kernels/backend.py)."""
     device: str = "cpu"
+    """torch's device type."""
     triton: bool = False
+    """Whether the Triton kernels are selected."""
 
     @property
-    def each(self) -> float:
-        """Tokens per adapter."""
+    def tokens_per_adapter(self) -> float:
         return self.tokens / max(self.segments, 1)
 
     @property
     def terms(self) -> int:
-        """Runs of the tokens through W0 that an expansion takes: every rank, and the base where it is apart."""
+        """How often an expansion multiplies the tokens by W0: once per rank, and once for the base if it is separate."""
         return self.rank + (self.residual or self.split)
 
 
 class Decision(NamedTuple):
+    """A formulation, and the reason for it in one line."""
+
     formulation: Formulation
-    why: str
+    reason: str
 
 
 def choose_formulation(work: Work) -> Formulation:
@@ -70,55 +76,58 @@ def choose_formulation(work: Work) -> Formulation:
 
 @lru_cache(maxsize=4096)
 def decide(work: Work, thresholds: Thresholds) -> Decision:
-    """The fastest formulation of fLoRA for this work, and why.
+    """The fastest formulation of fLoRA for this work, and the reason.
 
-    An expansion takes every token through W0 once a term, forward and backward; with W0 * M it goes through W0 three times
-    (four if split), after M was formed. One term alone, or few tokens per adapter, is faster expanded. W0 * M is formed a tile
-    at a time in Triton; in torch on a CPU of one segment a thread, or of all at once while they are small; elsewhere always of
-    all at once, because a loop over adapters would leave the device idle.
+    An expansion multiplies every token by W0 once per term, forward and backward. With W0 * M it is multiplied three times (four if
+    split), after M was formed. One term, or few tokens per adapter, is faster expanded. Triton forms W0 * M a tile at a time. Torch
+    on a CPU forms it for one segment per thread, or for all at once while they are small; elsewhere always for all at once,
+    because a loop over adapters would leave the device idle.
     """
     if work.terms == 1:
-        why = "one term: the tokens of all adapters go through W0 once, between two scales"
-        return Decision("scaled" if work.triton else "rank_expanded", why)
-    expanded = 2 * work.terms * work.each * thresholds.expanding / 100
-    formed = (3 + work.split) * work.each + thresholds.forming + thresholds.forming_a_rank * work.rank
-    costs = f"for {work.each:.0f} tokens, {work.terms} terms cost {expanded:.0f} runs through W0 and forming W0 * M {formed:.0f}"
+        reason = "one term: the tokens of all adapters are multiplied by W0 once, between two scales"
+        return Decision("scaled" if work.triton else "rank_expanded", reason)
+    tokens = work.tokens_per_adapter
+    expanded = 2 * work.terms * tokens * thresholds.expanding / 100
+    formed = (3 + work.split) * tokens + thresholds.forming + thresholds.forming_a_rank * work.rank
+    costs = f"for {tokens:.0f} tokens, {work.terms} terms cost {expanded:.0f} runs through W0 and forming W0 * M {formed:.0f}"
     if expanded < formed:
         return Decision("rank_expanded", costs)
-    if work.triton and (work.each <= thresholds.fused_tokens or not work.even):
+    if work.triton and (tokens <= thresholds.fused_tokens or not work.even):
         return Decision("fused", f"{costs}; W0 * M is formed a tile at a time, in registers")
     if work.device != "cpu":
         return Decision("grouped", f"{costs}; on a {work.device} device without a loop over adapters")
-    at_once = work.segments * work.out_features * work.in_features * work.bytes_each
-    if work.even and work.segments > 1 and at_once <= thresholds.grouped_bytes:
-        return Decision("grouped", f"{costs}; all W0 * M together are {_mib(at_once)} <= {_mib(thresholds.grouped_bytes)}")
-    reason = f"all W0 * M together are {_mib(at_once)} > {_mib(thresholds.grouped_bytes)}"
-    if at_once <= thresholds.grouped_bytes:
-        reason = "there is one adapter" if work.segments == 1 else "segments differ in length"
-    return Decision("materialised", f"{costs}; {reason}")
+    total_bytes = work.segments * work.out_features * work.in_features * work.bytes_each
+    size, limit = _mib(total_bytes), _mib(thresholds.grouped_bytes)
+    if total_bytes > thresholds.grouped_bytes:
+        return Decision("materialised", f"{costs}; all W0 * M together are {size} > {limit}")
+    if work.segments == 1:
+        return Decision("materialised", f"{costs}; there is one adapter")
+    if not work.even:
+        return Decision("materialised", f"{costs}; segments differ in length")
+    return Decision("grouped", f"{costs}; all W0 * M together are {size} <= {limit}")
 
 
 def thresholds_for(work: Work) -> Thresholds:
-    """Those of this device and size of number, or of the nearest that is known."""
-    known = _calibration()["thresholds"]
-    of_device = known.get(place_of(work), known["cuda"])
-    numbers = of_device.get(str(work.bytes_each), of_device["4"])
-    return _thresholds(**numbers)
+    """The thresholds of this device and number size, or of the nearest that were measured."""
+    measured = _calibration()["thresholds"]
+    by_size = measured.get(device_name(work), measured["cuda"])
+    values = by_size.get(str(work.bytes_each), by_size["4"])
+    return _thresholds(**values)
 
 
-def place_of(work: Work) -> str:
-    """The name of its thresholds: the device, and whether torch or our own kernels form W0 * M there."""
+def device_name(work: Work) -> str:
+    """The key of the thresholds: the device type, and whether Triton forms W0 * M."""
     return f"{work.device}, triton" if work.triton else work.device
 
 
 def calibrated_on(work: Work) -> str | None:
-    """Machine and versions on which the thresholds for this work were measured; None: they are a CPU's."""
-    return _calibration()["measured_on"].get(place_of(work))
+    """Machine and versions on which the thresholds for this work were measured; None if they are another device's."""
+    return _calibration()["measured_on"].get(device_name(work))
 
 
 @lru_cache(maxsize=64)
-def _thresholds(**numbers: int) -> Thresholds:
-    return Thresholds(**numbers)
+def _thresholds(**values: int) -> Thresholds:
+    return Thresholds(**values)
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,14 @@ from flora_train.kernels.backend import runs_in_triton, splits
 from flora_train.kernels.flora.cost_model import Formulation, Work, choose_formulation
 from flora_train.kernels.flora.grouped import GroupedFlora
 from flora_train.kernels.flora.materialised import MaterialisedFlora, RankExpandedFlora
-from flora_train.kernels.segments import Segments, check_layout, check_stack, in_order, within_ranks
+from flora_train.kernels.segments import Segments, check_order, check_shape, in_order
+
+TORCH_FORMULATIONS: dict[Formulation, Any] = {
+    "rank_expanded": RankExpandedFlora,
+    "materialised": MaterialisedFlora,
+    "grouped": GroupedFlora,
+}
+TRITON_FORMULATIONS = ("fused", "scaled")
 
 
 def flora_linear(
@@ -20,6 +27,7 @@ def flora_linear(
     weight: Tensor,
     A: Tensor,
     B: Tensor,
+    *,
     offset: Sequence[float],
     segments: Segments,
     order: Tensor | None = None,
@@ -27,16 +35,16 @@ def flora_linear(
     """y_t = x_t (W0 * (offset_k + B_k A_k))^T for every token t of segment k (see `flora_reference`).
 
     x: [T, in] float32, bfloat16, float16 or float64; weight: [out, in] in x's dtype, frozen (under autocast both are cast as
-    F.linear casts them); A: [K, r, in] and B: [K, out, r] float32 masters (or x's dtype); offset: K numbers, 0 pure or
-    1 residual; segments: K segments of T tokens; order: LongTensor [T], where the tokens of the segments lie in x, if not one
-    after the other. Returns [T, out] in x's dtype, in x's order. Differentiable in x, A and B, once.
-    Raises ValueError on shapes that do not agree.
+    F.linear casts them); A: [K, r, in] and B: [K, out, r], float32 masters (or x's dtype); offset: K numbers, 0 pure or 1
+    residual; segments: K segments of T tokens; order: LongTensor [T], the position of each grouped token in x, or None if they
+    are grouped. Returns [T, out] in x's dtype and order. Differentiable once, in x, A and B. Raises ValueError on shapes that do
+    not agree.
     """
     K, rank = A.shape[:2]
-    check_stack("x", x.shape, (segments.tokens, weight.shape[1]))
-    check_stack("A", A.shape, (len(segments), rank, weight.shape[1]))
-    check_stack("B", B.shape, (K, weight.shape[0], rank))
-    check_layout(segments, rank, order)
+    check_shape("x", x.shape, (segments.tokens, weight.shape[1]))
+    check_shape("A", A.shape, (len(segments), rank, weight.shape[1]))
+    check_shape("B", B.shape, (K, weight.shape[0], rank))
+    check_order(segments, order)
     x, weight = as_linear_casts(x, weight)
     work = Work(
         rank=rank,
@@ -54,28 +62,16 @@ def flora_linear(
     chosen = choose_formulation(work)
     apply = formulation(chosen).apply
     with no_autocast(x):
-        if chosen in IN_TRITON:
+        if chosen in TRITON_FORMULATIONS:
             return apply(x, weight, A, B, offset, segments, work.split, order)
-        A, B = within_ranks(A, segments, dim=1), within_ranks(B, segments, dim=2)
         return in_order(lambda grouped: apply(grouped, weight, A, B, offset, segments, work.split), order, x)
 
 
-IN_TRITON = ("fused", "scaled")
-
-
 def formulation(name: Formulation) -> Any:
-    """The implementation: its `apply` takes what `flora_linear` takes and `split`; Triton's take `order` after it, and are
-    loaded when they are first asked for."""
-    if name in IN_TRITON:
+    """The implementation. Its `apply` takes (x, weight, A, B, offset, segments, split), and in Triton `order` after them."""
+    if name in TRITON_FORMULATIONS:
+        # Imported here, because triton is optional and slow to load.
         from flora_train.kernels.flora.triton_op import FusedFlora, ScaledFlora
 
         return FusedFlora if name == "fused" else ScaledFlora
-    return FORMULATIONS[name]
-
-
-FORMULATIONS: dict[Formulation, Any] = {
-    "rank_expanded": RankExpandedFlora,
-    "materialised": MaterialisedFlora,
-    "grouped": GroupedFlora,
-}
-"""Those in torch."""
+    return TORCH_FORMULATIONS[name]

@@ -1,4 +1,4 @@
-"""What does IA3 do to a layer, exactly?"""
+"""The specification of IA3, against which the fast implementations are tested."""
 
 from __future__ import annotations
 

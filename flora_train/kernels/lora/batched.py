@@ -1,7 +1,7 @@
-"""LoRA in torch: all adapters of a batch in two batched matmuls, without a loop over them.
+"""LoRA in torch: all adapters of a batch in two batched matmuls, without a loop over adapters.
 
-The tokens are seen as rows of `segments.unit` tokens that share an adapter, so that segments of different lengths need
-no padding. The update accumulates into the base output, without a [T, out] tensor of its own.
+The tokens are viewed as units of `segments.unit` tokens that share an adapter, so that segments of different lengths need no
+padding. The update accumulates into the base output, without a [T, out] tensor of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flora_train.kernels.autocast import autocast_disabled
-from flora_train.kernels.segments import Segments, from_rows, in_rows, per_row, to_rows
+from flora_train.kernels.segments import Segments, expand_to_units, per_unit, reduce_units, to_units
 
 
 class SegmentedLora(torch.autograd.Function):
@@ -23,9 +23,10 @@ class SegmentedLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments) -> Tensor:
         ctx.mark_dirty(y)
-        rows = in_rows(x, segments)
-        hidden = torch.bmm(rows, to_rows(A.to(x.dtype), segments).mT).mul_(per_row(scaling, segments, x))  # [rows, unit, r]
-        in_rows(y, segments).baddbmm_(hidden, _lying(B, x, segments))
+        units = to_units(x, segments)
+        A_units = expand_to_units(A.to(x.dtype), segments)
+        hidden = torch.bmm(units, A_units.mT).mul_(per_unit(scaling, segments, x))  # [U, unit, r]
+        to_units(y, segments).baddbmm_(hidden, _transposed(B, x, segments))
         ctx.save_for_backward(x, A, B, hidden)
         ctx.scaling, ctx.segments = scaling, segments
         return y
@@ -36,14 +37,16 @@ class SegmentedLora(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, hidden = ctx.saved_tensors
         segments = ctx.segments
-        rows, drows = in_rows(x, segments), in_rows(dy.contiguous(), segments)
-        dhidden = torch.bmm(drows, _lying(B, x, segments).mT).mul_(per_row(ctx.scaling, segments, x))
-        dx = torch.bmm(dhidden, to_rows(A.to(x.dtype), segments)).view_as(x) if ctx.needs_input_grad[1] else None
-        dA = from_rows(torch.bmm(dhidden.mT, rows), segments, A.dtype)
-        dB = from_rows(torch.bmm(hidden.mT, drows), segments, B.dtype).mT
+        units, dunits = to_units(x, segments), to_units(dy.contiguous(), segments)
+        dhidden = torch.bmm(dunits, _transposed(B, x, segments).mT).mul_(per_unit(ctx.scaling, segments, x))
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = torch.bmm(dhidden, expand_to_units(A.to(x.dtype), segments)).view_as(x)
+        dA = reduce_units(torch.bmm(dhidden.mT, units), segments, A.dtype)
+        dB = reduce_units(torch.bmm(hidden.mT, dunits), segments, B.dtype).mT
         return dy, dx, dA, dB, None, None
 
 
-def _lying(B: Tensor, x: Tensor, segments: Segments) -> Tensor:
-    """[K, out, r] -> [rows, r, out]: a matmul with few columns is several times slower than one with few rows."""
-    return to_rows(B.mT.to(x.dtype, memory_format=torch.contiguous_format), segments)
+def _transposed(B: Tensor, x: Tensor, segments: Segments) -> Tensor:
+    """[K, out, r] -> [U, r, out]: a matmul with few columns is several times slower than one with few rows."""
+    return expand_to_units(B.mT.to(x.dtype, memory_format=torch.contiguous_format), segments)

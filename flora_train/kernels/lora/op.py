@@ -10,7 +10,11 @@ from torch import Tensor
 from flora_train.kernels.autocast import no_autocast
 from flora_train.kernels.backend import runs_in_triton
 from flora_train.kernels.lora.batched import SegmentedLora
-from flora_train.kernels.segments import Segments, check_layout, check_stack, in_order, within_ranks
+from flora_train.kernels.segments import Segments, check_order, check_shape, in_order
+
+LONG_UNITS = 64
+"""Tokens of a unit from which torch's batched matmuls are used instead of Triton: they need fewer launches and no loop over
+adapters. Not calibrated (benchmarks/results/kernel_times_cuda.md has their times on an H100)."""
 
 
 def lora_add(
@@ -18,34 +22,32 @@ def lora_add(
     x: Tensor,
     A: Tensor,
     B: Tensor,
+    *,
     scaling: Sequence[float],
     segments: Segments,
     order: Tensor | None = None,
 ) -> Tensor:
     """y_t + scaling_k (x_t A_k^T) B_k^T for every token t of segment k; may overwrite y (see `lora_reference`).
 
-    y: [T, out]; x: [T, in], cast to y's dtype; A: [K, r, in], B: [K, out, r], float32 masters, cast to it too;
-    scaling: K numbers; segments: K segments of T tokens; order: LongTensor [T], where the tokens of the segments lie in x and
-    y, if not one after the other. Differentiable in y, x, A and B, once. Raises ValueError on shapes that do not agree.
+    y: [T, out]; x: [T, in], cast to y's dtype; A: [K, r, in] and B: [K, out, r], float32 masters, cast to it as well; scaling: K
+    numbers; segments: K segments of T tokens; order: LongTensor [T], the position of each grouped token in x and y, or None if
+    they are grouped. Differentiable once, in y, x, A and B. Raises ValueError on shapes that do not agree.
     """
     K, rank = A.shape[:2]
-    check_stack("y", y.shape, (segments.tokens, B.shape[1]))
-    check_stack("x", x.shape, (segments.tokens, A.shape[2]))
-    check_stack("A", A.shape, (len(segments), rank, x.shape[1]))
-    check_stack("B", B.shape, (K, y.shape[1], rank))
-    check_layout(segments, rank, order)
-    if y._is_view() or not y.is_contiguous():  # a module hook on the base layer makes it a view: autograd lets nobody write there
+    check_shape("y", y.shape, (segments.tokens, B.shape[1]))
+    check_shape("x", x.shape, (segments.tokens, A.shape[2]))
+    check_shape("A", A.shape, (len(segments), rank, x.shape[1]))
+    check_shape("B", B.shape, (K, y.shape[1], rank))
+    check_order(segments, order)
+    # A module hook on the base layer makes y a view, which autograd does not allow to be changed in place.
+    if y._is_view() or not y.is_contiguous():
         y = y.clone(memory_format=torch.contiguous_format)
-    x = x.to(y.dtype)  # under autocast the base layer's output has another type than its input
+    # Under autocast the base layer's output has another dtype than its input.
+    x = x.to(y.dtype)
     with no_autocast(x):
-        if runs_in_triton(x, rank) and segments.unit < LONG_ROWS:
-            from flora_train.kernels.lora.triton_kernels import FusedLora  # loaded when it is first asked for
+        if runs_in_triton(x, rank) and segments.unit < LONG_UNITS:
+            # Imported here, because triton is optional and slow to load.
+            from flora_train.kernels.lora.triton_kernels import FusedLora
 
             return FusedLora.apply(y, x, A, B, scaling, segments, order)
-        A, B = within_ranks(A, segments, dim=1), within_ranks(B, segments, dim=2)
         return in_order(lambda y, x: SegmentedLora.apply(y, x, A, B, scaling, segments), order, y, x)
-
-
-LONG_ROWS = 64
-"""Tokens of a row from which on torch's batched matmuls take the tokens, in fewer launches than ours and without a loop over
-adapters. Not calibrated: what they cost on an H100 is in benchmarks/results/kernel_times_cuda.md, ours are not beside them."""

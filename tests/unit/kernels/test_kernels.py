@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flora_train.kernels.flora import materialised as flora_torch
-from flora_train.kernels.flora.op import FORMULATIONS, flora_linear
+from flora_train.kernels.flora.op import TORCH_FORMULATIONS, flora_linear
 from flora_train.kernels.flora.reference import flora_reference
 from flora_train.kernels.ia3.op import ia3_scale
 from flora_train.kernels.ia3.reference import ia3_reference
@@ -67,7 +67,7 @@ def check(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 16, 20])
-@pytest.mark.parametrize("op", FORMULATIONS.values(), ids=FORMULATIONS)
+@pytest.mark.parametrize("op", TORCH_FORMULATIONS.values(), ids=TORCH_FORMULATIONS)
 @pytest.mark.parametrize("offsets", ["pure", "residual", "mixed"])
 @pytest.mark.parametrize("lengths", [RAGGED, EVEN], ids=["ragged", "even"])
 @pytest.mark.parametrize("threads", [1, 3])
@@ -92,7 +92,7 @@ def test_flora_equals_the_float64_reference_in_value_and_every_gradient(
             inputs["B"][k, :, 0] = 1 + inputs["B"][k, :, 0]
     check(
         lambda x, A, B: op.apply(x, weight, A, B, offset, segments, dtype == torch.bfloat16),
-        lambda x, A, B: flora_reference(x, weight.double(), A, B, offset, segments),
+        lambda x, A, B: flora_reference(x, weight.double(), A, B, offset=offset, segments=segments),
         inputs,
         {"x": dtype, "A": master, "B": master},
         TOLERANCE[dtype],
@@ -117,8 +117,8 @@ def test_lora_equals_the_float64_reference_in_value_and_every_gradient(
         "B": random(K, OUT, rank, seed=3, scale=0.2),
     }
     check(
-        lambda y, x, A, B: lora_add(y.clone(), x, A, B, scaling, segments),
-        lambda y, x, A, B: lora_reference(y, x, A, B, scaling, segments),
+        lambda y, x, A, B: lora_add(y.clone(), x, A, B, scaling=scaling, segments=segments),
+        lambda y, x, A, B: lora_reference(y, x, A, B, scaling=scaling, segments=segments),
         inputs,
         {"y": dtype, "x": dtype, "A": master, "B": master},
         TOLERANCE[dtype],
@@ -144,12 +144,14 @@ def test_hand_written_gradients_pass_gradcheck() -> None:
     segments = bounds((2, 0, 3))
     x, weight = random(5, 4, seed=0).requires_grad_(), random(3, 4, seed=1)
     A, B = random(3, 2, 4, seed=2).requires_grad_(), random(3, 3, 2, seed=3).requires_grad_()
-    for op in FORMULATIONS.values():
+    for op in TORCH_FORMULATIONS.values():
         assert torch.autograd.gradcheck(
             lambda x, A, B, op=op: op.apply(x, weight, A, B, [0.0, 1.0, 1.0], segments, False), (x, A, B)
         )
     y = random(5, 3, seed=4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda y, x, A, B: lora_add(y * 1.0, x, A, B, [1.0, 2.0, 0.5], segments), (y, x, A, B))
+    assert torch.autograd.gradcheck(
+        lambda y, x, A, B: lora_add(y * 1.0, x, A, B, scaling=[1.0, 2.0, 0.5], segments=segments), (y, x, A, B)
+    )
     assert torch.autograd.gradcheck(lambda x, s: ia3_scale(x, s, segments), (x, random(3, 4, seed=5).requires_grad_()))
 
 
@@ -158,7 +160,7 @@ def test_tokens_of_other_segments_never_enter_an_adapter_s_output_or_gradient() 
     x = random(11, IN, seed=0)
     x[5:] = float("nan")
     A, B = random(2, 3, IN, seed=1).requires_grad_(), random(2, OUT, 3, seed=2).requires_grad_()
-    for op in FORMULATIONS.values():
+    for op in TORCH_FORMULATIONS.values():
         y = op.apply(x, random(OUT, IN, seed=3), A, B, [1.0, 1.0], segments, False)
         dA, dB = torch.autograd.grad(y.sum(), (A, B))
         assert y[:5].isfinite().all()
@@ -175,14 +177,14 @@ def test_shapes_that_do_not_agree_are_refused() -> None:
             random(OUT, IN, seed=1),
             random(2, 3, IN, seed=2),
             random(2, OUT, 3, seed=3),
-            [1.0],
-            bounds((4,)),
+            offset=[1.0],
+            segments=bounds((4,)),
         )
     with pytest.raises(ValueError, match="bounds must rise"):
         Segments((0, 3, 2))
 
 
-@pytest.mark.parametrize("op", ["ia3", "lora", *FORMULATIONS])
+@pytest.mark.parametrize("op", ["ia3", "lora", *TORCH_FORMULATIONS])
 def test_a_model_may_add_to_the_result_in_place(op: str) -> None:
     segments = bounds(EVEN)
     x, weight = random(segments.tokens, IN, seed=0).requires_grad_(), random(OUT, IN, seed=1)
@@ -190,9 +192,9 @@ def test_a_model_may_add_to_the_result_in_place(op: str) -> None:
     if op == "ia3":
         y = ia3_scale(x, A[:, 0], segments)
     elif op == "lora":
-        y = lora_add(x @ weight.T, x, A, B, [1.0] * 4, segments)
+        y = lora_add(x @ weight.T, x, A, B, scaling=[1.0] * 4, segments=segments)
     else:
-        y = FORMULATIONS[op].apply(x, weight, A, B, [1.0] * 4, segments, False)
+        y = TORCH_FORMULATIONS[op].apply(x, weight, A, B, [1.0] * 4, segments, False)
     y.view(2, -1, y.shape[1]).add_(1.0)
     y.sum().backward()
     assert x.grad is not None

@@ -12,7 +12,7 @@ from flora_train.kernels.lora.op import lora_add
 from flora_train.kernels.lora.reference import lora_reference
 from flora_train.kernels.lora.triton_kernels import FusedLora, lora_backward_op
 from flora_train.kernels.segments import Segments, per_segment
-from flora_train.kernels.triton_common import block_table, rank_table
+from flora_train.kernels.triton_common import tile_table
 from tests.triton_device import DEVICE, DTYPES, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.usefixtures("memory_full_of_nan")
@@ -60,7 +60,7 @@ def test_lora_in_value_and_every_gradient(rank: int, lengths: tuple[int, ...], d
     ours = FusedLora.apply(y * 1.0, x, A, B, scaling, segments)
     ours.backward(dy)
     exact = exactly(*mine)
-    reference = lora_reference(*exact, scaling, segments)
+    reference = lora_reference(*exact, scaling=scaling, segments=segments)
     reference.backward(dy.double())
     assert relative_error(ours, reference) <= TOLERANCE[dtype]
     assert_close(mine, exact, dtype)
@@ -91,23 +91,23 @@ def test_lora_writes_into_the_base_output() -> None:
 
 def test_the_ops_keep_their_contract_with_torch() -> None:
     segments = segments_of((3, 5))
-    bounds, blocks = block_table(segments, DEVICE)
+    bounds, table = tile_table(segments, DEVICE)
     x, scale = random(8, IN, seed=0).requires_grad_(), random(2, IN, seed=1).requires_grad_()
-    torch.library.opcheck(ia3_op, (x, scale, bounds, blocks, None))
+    torch.library.opcheck(ia3_op, (x, scale, bounds, table, None))
     A, B = random(2, 3, IN, seed=2), random(2, OUT, 3, seed=3)
     scaling = per_segment([0.5, 2.0], A).view(-1)
-    x, ranks = x.detach(), rank_table(segments, 3, DEVICE)
-    torch.library.opcheck(torch.ops.flora_train.lora_add, (random(8, OUT, seed=4), x, A, B, scaling, blocks, ranks, None))
+    x = x.detach()
+    torch.library.opcheck(torch.ops.flora_train.lora_add, (random(8, OUT, seed=4), x, A, B, scaling, table, None))
     dy, hidden = random(8, OUT, seed=5), random(8, 3, seed=6)
-    torch.library.opcheck(lora_backward_op, (dy, x, hidden, A, B, scaling, bounds, blocks, ranks, None))
+    torch.library.opcheck(lora_backward_op, (dy, x, hidden, A, B, scaling, bounds, table, None))
 
 
 @pytest.mark.usefixtures("triton_backend")
 def test_a_base_output_that_lies_across_memory_is_added_to_all_the_same() -> None:
     segments = segments_of((3, 5))
     y, x, A, B = random(OUT, 8, seed=0).T, random(8, IN, seed=1), random(2, 3, IN, seed=2), random(2, OUT, 3, seed=3)
-    expected = lora_reference(*(tensor.double() for tensor in (y, x, A, B)), [1.0, 2.0], segments)
-    assert relative_error(lora_add(y, x, A, B, [1.0, 2.0], segments), expected) <= TOLERANCE[torch.float32]
+    expected = lora_reference(*(tensor.double() for tensor in (y, x, A, B)), scaling=[1.0, 2.0], segments=segments)
+    assert relative_error(lora_add(y, x, A, B, scaling=[1.0, 2.0], segments=segments), expected) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.filterwarnings("ignore:Input")  # not in double precision

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flora_train.kernels.flora.materialised import RankExpandedFlora, near_one
-from flora_train.kernels.flora.op import FORMULATIONS
+from flora_train.kernels.flora.op import TORCH_FORMULATIONS
 from flora_train.kernels.flora.reference import flora_reference
 from flora_train.kernels.flora.triton_op import FusedFlora
 from flora_train.kernels.segments import Segments
@@ -51,7 +51,7 @@ def errors(op: Any, dtype: torch.dtype, A: Tensor, B: Tensor, offset: float, spl
         ((x, torch.float64), (A, torch.float64), (B, torch.float64)),
     ))  # fmt: skip
     y = op.apply(ours[0], weight, ours[1], ours[2], [offset] * 2, SEGMENTS, split)
-    expected = flora_reference(exact[0], weight.double(), exact[1], exact[2], [offset] * 2, SEGMENTS)
+    expected = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset=[offset] * 2, segments=SEGMENTS)
     y.backward(dy)
     expected.backward(dy.double())
     pairs = [(y, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]
@@ -61,11 +61,11 @@ def errors(op: Any, dtype: torch.dtype, A: Tensor, B: Tensor, offset: float, spl
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1.0], ids=["pure", "residual"])
 @pytest.mark.parametrize("rank", [1, 4])
-@pytest.mark.parametrize("name", FORMULATIONS)
+@pytest.mark.parametrize("name", TORCH_FORMULATIONS)
 def test_half_precision_keeps_its_tolerance_wherever_m_is(name: str, rank: int, offset: float, dtype: torch.dtype) -> None:
     for mean in MEANS:
         for carried_by in ("A", "B", "both", "all"):
-            found = errors(FORMULATIONS[name], dtype, *factors(rank, mean, offset, carried_by), offset)
+            found = errors(TORCH_FORMULATIONS[name], dtype, *factors(rank, mean, offset, carried_by), offset)
             assert max(found) <= TOLERANCE[dtype], (mean, carried_by, found)
 
 
@@ -82,7 +82,7 @@ def test_near_one_calls_what_is_not_finite_near() -> None:
     assert near_one(A, B, torch.ones(4)).tolist() == [True] * 4
 
 
-@pytest.mark.parametrize("name", FORMULATIONS)
+@pytest.mark.parametrize("name", TORCH_FORMULATIONS)
 @pytest.mark.parametrize("offset", [[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
 def test_one_adapter_far_from_one_or_not_finite_leaves_the_other_as_it_is(name: str, offset: list[float]) -> None:
     A, B = factors(4, 1.01, offset[1], "B")
@@ -91,7 +91,7 @@ def test_one_adapter_far_from_one_or_not_finite_leaves_the_other_as_it_is(name: 
     for other in (1.0, float("nan"), float("inf")):
         A_of, B_of = A.clone(), B.clone()
         B_of[0] *= other
-        alike.append(FORMULATIONS[name].apply(x, weight, A_of, B_of, offset, SEGMENTS, True)[40:])
+        alike.append(TORCH_FORMULATIONS[name].apply(x, weight, A_of, B_of, offset, SEGMENTS, True)[40:])
     assert all(torch.equal(one, alike[0]) for one in alike)
 
 
@@ -109,7 +109,9 @@ def test_rank_expansion_as_on_a_gpu_equals_that_on_a_cpu(monkeypatch: pytest.Mon
         for offset in (0.0, 1.0):
             A, B = factors(4, mean, offset, "both")
             x, weight = torch.randn(TOKENS, IN).bfloat16(), (torch.randn(OUT, IN) / IN**0.5).bfloat16()
-            expected = flora_reference(x.double(), weight.double(), A.double(), B.double(), [offset] * 2, SEGMENTS)
+            expected = flora_reference(
+                x.double(), weight.double(), A.double(), B.double(), offset=[offset] * 2, segments=SEGMENTS
+            )
             y = RankExpandedFlora.forward(_Context(), x.as_subclass(OnGpu), weight, A, B, [offset] * 2, SEGMENTS, True)
             assert float((y.as_subclass(Tensor).double() - expected).norm() / expected.norm()) <= 1e-2
 

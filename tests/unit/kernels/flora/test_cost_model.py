@@ -43,9 +43,9 @@ def test_a_cpu_works_on_all_adapters_at_once_while_they_fit_its_cache() -> None:
 
 
 def test_the_reason_names_the_numbers_that_decided() -> None:
-    assert decide(LARGE, MEASURED).why == "for 16 tokens, 4 terms cost 128 runs through W0 and forming W0 * M 129"
-    assert "512 MiB > 12 MiB" in decide(ENOUGH, MEASURED).why
-    assert "differ in length" in decide(replace(ENOUGH, in_features=64, out_features=64, even=False), MEASURED).why
+    assert decide(LARGE, MEASURED).reason == "for 16 tokens, 4 terms cost 128 runs through W0 and forming W0 * M 129"
+    assert "512 MiB > 12 MiB" in decide(ENOUGH, MEASURED).reason
+    assert "differ in length" in decide(replace(ENOUGH, in_features=64, out_features=64, even=False), MEASURED).reason
 
 
 def test_the_thresholds_are_those_of_the_calibration() -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from flora_train.kernels.flora import triton_tiles as flora_tiles
 from flora_train.kernels.flora.reference import flora_reference
 from flora_train.kernels.flora.triton_op import FusedFlora, ScaledFlora, flora_op
-from flora_train.kernels.flora.triton_tiles import aligned, describable, gradient_tiles, parts
+from flora_train.kernels.flora.triton_tiles import can_use_tma, gradient_grid, gradient_tiles, tma_aligned
 from flora_train.kernels.segments import Segments, per_segment
-from flora_train.kernels.triton_common import BLOCK_TOKENS, block_table, rank_table
+from flora_train.kernels.triton_common import TILE_TOKENS, tile_table
 from tests.triton_device import DEVICE, DTYPES, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.usefixtures("memory_full_of_nan")
@@ -62,11 +62,11 @@ def test_pure_rank_one_between_two_scales(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 4, 20])
 @pytest.mark.parametrize("lengths", [(7, 0, 64, 65), (300,)], ids=["ragged", "one"])
-def test_tiles_that_the_copy_engine_fetches(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Rows of whole 16 bytes, on a Hopper GPU. Tiles then hold tokens of the next segment, too: nothing of them may get in."""
+def test_tiles_that_tma_loads(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Rows of whole 16 bytes, on a Hopper GPU. Tiles then also hold tokens of the next segment, which must have no effect."""
     x, weight, A, B, segments = problem(rank, lengths, dtype, features=(136, 72))
     if DEVICE.type == "cpu" or torch.cuda.get_device_capability() == (9, 0):
-        assert describable(x, weight, None)
+        assert can_use_tma(x, weight, None)
     offset = [float(k % 2) for k in range(len(segments))]
     check(FusedFlora.apply, offset, x, weight, A, B, segments, dtype)
     with torch.no_grad():
@@ -80,11 +80,11 @@ def test_tiles_that_the_copy_engine_fetches(rank: int, lengths: tuple[int, ...],
 
 
 def test_tokens_that_begin_anywhere_in_memory() -> None:
-    """The copy engine wants whole 16 bytes."""
+    """TMA loads from addresses that are multiples of 16 bytes."""
     x, weight, A, B, segments = problem(2, (5, 11), torch.float16, features=(24, 16))
     buffer = torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)
     elsewhere = buffer[1:].view_as(x).copy_(x.detach()).requires_grad_()
-    assert not aligned(elsewhere)
+    assert not tma_aligned(elsewhere)
     check(FusedFlora.apply, [1.0, 0.0], elsewhere, weight, A, B, segments, torch.float16)
 
 
@@ -104,7 +104,7 @@ def check(
     y = op(x, weight, A, B, offset, segments, dtype != torch.float32 if split is None else split)
     y.backward(dy)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, A, B)]
-    reference = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset, segments)
+    reference = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset=offset, segments=segments)
     reference.backward(dy.double())
     assert relative_error(y, reference) <= TOLERANCE[dtype]
     for mine, theirs in zip((x, A, B), exact, strict=True):
@@ -114,17 +114,17 @@ def check(
 
 
 def test_the_table_has_a_length_that_the_lengths_of_segments_do_not_change() -> None:
-    tables = [block_table(Segments(bounds), torch.device("cpu"))[1] for bounds in ((0, 0, 300), (0, 150, 300), (0, 1, 300))]
-    assert {len(table) for table in tables} == {300 // BLOCK_TOKENS + 2}
+    tables = [tile_table(Segments(bounds), torch.device("cpu"))[1] for bounds in ((0, 0, 300), (0, 150, 300), (0, 1, 300))]
+    assert {len(table) for table in tables} == {300 // TILE_TOKENS + 2}
     for table in tables:
-        taken = [(first, min(first + BLOCK_TOKENS, end)) for k, first, end in table.tolist() if k >= 0]
+        taken = [(first, min(first + TILE_TOKENS, end)) for k, first, end in table.tolist() if k >= 0]
         assert [token for span in taken for token in range(*span)] == list(range(300))
 
 
 def test_half_precision_keeps_modulations_that_its_own_rounding_would_lose() -> None:
     x, weight, A, B, segments = problem(4, (512,), torch.float16)
     exact = [tensor.detach().double() for tensor in (x, weight, A, B * 1e-4)]
-    reference, base = flora_reference(*exact, [1.0], segments), exact[0] @ exact[1].T
+    reference, base = flora_reference(*exact, offset=[1.0], segments=segments), exact[0] @ exact[1].T
     effect = reference - base
 
     def kept(y: Tensor) -> float:
@@ -138,11 +138,9 @@ def test_half_precision_keeps_modulations_that_its_own_rounding_would_lose() -> 
 
 def test_the_op_keeps_its_contract_with_torch() -> None:
     x, weight, A, B, segments = problem(2, (3, 5), torch.float32)
-    bounds, blocks = block_table(segments, x.device)
+    bounds, table = tile_table(segments, x.device)
     shift = per_segment([0.0, 1.0], A).view(-1)
-    torch.library.opcheck(
-        flora_op, (x, weight, A, B, shift, bounds, blocks, rank_table(segments, 2, x.device), None, BLOCK_TOKENS, False, False)
-    )
+    torch.library.opcheck(flora_op, (x, weight, A, B, shift, bounds, table, None, TILE_TOKENS, False, False))
 
 
 @pytest.mark.filterwarnings("ignore:Input")  # not in double precision
@@ -166,11 +164,11 @@ def test_gradients_pass_gradcheck(rank: int) -> None:
 
 def test_the_op_compiles_into_one_graph() -> None:
     x, weight, A, B, segments = problem(2, (3, 5), torch.float32)
-    bounds, blocks = block_table(segments, x.device)
-    ranks, shift = rank_table(segments, 2, x.device), per_segment([0.0, 1.0], A).view(-1)
+    bounds, table = tile_table(segments, x.device)
+    shift = per_segment([0.0, 1.0], A).view(-1)
 
     def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return torch.relu(flora_op(x * 2.0, weight, A, B, shift, bounds, blocks, ranks, None, BLOCK_TOKENS, False, False))
+        return torch.relu(flora_op(x * 2.0, weight, A, B, shift, bounds, table, None, TILE_TOKENS, False, False))
 
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
@@ -189,10 +187,10 @@ def test_a_program_may_take_any_number_of_tiles(rank: int, monkeypatch: pytest.M
     weight /= 17.0
     cut = {}
     for enough in (1, 10_000):
-        monkeypatch.setattr(flora_tiles, "ENOUGH_PROGRAMS", enough)
-        tiles = gradient_tiles(x.dtype, rank, 25, described=False)
+        monkeypatch.setattr(flora_tiles, "MIN_PROGRAMS", enough)
+        tiles = gradient_tiles(x.dtype, rank, tokens_per_adapter=25, uses_tma=False)
         rows, columns = -(-70 // tiles.outs), -(-300 // tiles.ins)
-        cut[enough] = parts(3, rows, columns)
+        cut[enough] = gradient_grid(3, rows, columns)
         leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
         check(FusedFlora.apply, [1.0, 0.0, 1.0], leaves[0], weight, *leaves[1:], segments, torch.float32)
     assert cut[1][0] == 1 < cut[1][1] < columns  # several launches add up
