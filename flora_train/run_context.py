@@ -32,8 +32,8 @@ from flora_train.data.task import Task, load_tasks
 from flora_train.data.tokenization import check_tokenizer, pad_token
 from flora_train.kernels.backend import use_backend, use_precision
 from flora_train.models.loading import (
-    check_kind,
-    check_quantiser,
+    check_model_type,
+    check_quantization,
     empty_model,
     load_base_model,
     load_feature_extractor,
@@ -41,7 +41,7 @@ from flora_train.models.loading import (
     load_tokenizer,
 )
 from flora_train.models.probe_inputs import noise_features
-from flora_train.models.speech_encoder import count_positions, is_speech_model, is_whisper, longest_text
+from flora_train.models.speech_encoder import count_positions, is_speech_model, is_whisper, max_text_tokens
 from flora_train.runtime.atomic import user_cache
 from flora_train.runtime.checksum import fingerprint
 from flora_train.runtime.distributed import on_every_process, on_main_process
@@ -109,7 +109,7 @@ def load_context(
 def _load(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool, sharded: bool) -> RunContext:
     """Data first, then the model: what is wrong with a task is known before the long load."""
     prepare(config, device)
-    check_quantiser(config.model, device)
+    check_quantization(config.model, device)
     tokenizer, tasks, speech_processor = load_data(config, with_tasks)
     model = load_base_model(config.model, torch.device("cpu") if sharded else device)
     base_hash = fingerprint(model) if sharded else None
@@ -148,7 +148,7 @@ def load_data(config: RunConfig, with_tasks: bool = True) -> tuple[Any, dict[str
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, config.model.path)
     model_config = load_model_config(config.model)
-    check_kind(model_config, config)
+    check_model_type(model_config, config)
     speech_processor = build_speech_processor(config, model_config, tokenizer) if is_speech_model(model_config) else None
     tasks = load_tasks(config, tokenizer, cache_folder(), speech_processor) if with_tasks else {}
     if speech_processor is not None:
@@ -200,7 +200,7 @@ def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any)
     return SpeechProcessor(
         tokenizer=tokenizer,
         windows=windows,
-        max_tokens=longest_text(model_config),
+        max_tokens=max_text_tokens(model_config),
         whisper=whisper,
         start=start,
         store=store,

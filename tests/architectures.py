@@ -15,7 +15,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from flora_train.models.loading import without_dropout
+from flora_train.models.loading import disable_dropout
 
 VOCABULARY = 97
 MEL_BINS, FRAMES = 8, 24
@@ -95,7 +95,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def architecture_config(architecture: str) -> PretrainedConfig:
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture][1])
-    without_dropout(config)
+    disable_dropout(config)
     return config
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flora_train.models.loading import without_dropout
+from flora_train.models.loading import disable_dropout
 from tests.architectures import VOCABULARY
 
 SIZES: dict[str, Any] = {
@@ -144,7 +144,7 @@ def family_config(name: str, **more: Any) -> Any:
     for key, value in {**family.options, **more}.items():
         given[key] = {**sizes[key], **value} if isinstance(sizes.get(key), dict) and isinstance(value, dict) else value
     config = AutoConfig.for_model(name, **{key: value for key, value in given.items() if value is not None})
-    without_dropout(config)
+    disable_dropout(config)
     return config
 
 

@@ -20,7 +20,7 @@ from flora_train.config.speech_schema import AudioConfig
 from flora_train.data.audio.decode import RATE
 from flora_train.data.audio.features import FeatureStore
 from flora_train.data.audio.speech_processor import SpeechProcessor, Windows
-from flora_train.models.loading import without_dropout
+from flora_train.models.loading import disable_dropout
 from flora_train.models.speech_encoder import count_positions
 from flora_train.runtime.progress import ProgressBar
 from tests.speech import tiny_tokenizer, with_random_weights
@@ -83,7 +83,7 @@ def loaded_tiny(kind: str) -> Any:
     """The same at every call, as load_base_model leaves it."""
     torch.manual_seed(0)
     config = configuration(kind)
-    without_dropout(config)
+    disable_dropout(config)
     return with_random_weights(model_class(kind)(config))
 
 

@@ -17,8 +17,8 @@ from flora_train.config.speech_schema import AudioConfig
 from flora_train.data.audio.decode import RATE
 from flora_train.data.audio.features import FeatureStore
 from flora_train.data.audio.speech_processor import GRAIN, SpeechProcessor, Windows
-from flora_train.models.loading import without_dropout
-from flora_train.models.speech_encoder import take_short_windows
+from flora_train.models.loading import disable_dropout
+from flora_train.models.speech_encoder import allow_short_windows
 from flora_train.runtime.progress import ProgressBar
 
 POSITIONS, MEL_BINS = 100, 16
@@ -77,8 +77,8 @@ def with_random_weights(model: Any) -> Any:
 def loaded_tiny_whisper() -> Any:
     """As load_base_model leaves it."""
     model = tiny_whisper()
-    without_dropout(model.config)
-    take_short_windows(model)
+    disable_dropout(model.config)
+    allow_short_windows(model)
     return model
 
 

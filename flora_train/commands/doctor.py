@@ -25,7 +25,7 @@ from flora_train.evaluation.code.programs.sandbox import Limits, Sandbox, open_s
 from flora_train.evaluation.code.programs.seccomp import deny_filter
 from flora_train.kernels.backend import runs_in_triton, splits, use_backend, use_precision, why_not_triton
 from flora_train.kernels.flora.cost_model import Work, calibrated_on, decide, thresholds_for
-from flora_train.models.loading import check_quantiser, empty_model, resolve_dtype
+from flora_train.models.loading import check_quantization, empty_model, resolve_dtype
 from flora_train.run_context import resolve_config
 from flora_train.runtime.environment import available_cpus, default_device, environment, versions_line
 
@@ -67,7 +67,7 @@ def check_recipe(config: RunConfig) -> None:
     refused = None
     try:
         use_backend(config.kernels.backend, device)
-        check_quantiser(config.model, device)
+        check_quantization(config.model, device)
     except UserError as error:
         refused = error
     use_precision(config.kernels.precision)

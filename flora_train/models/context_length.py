@@ -1,4 +1,4 @@
-"""Limits on the token ids and the lengths that a model can read, from its shape, before it is loaded."""
+"""Limits of the lengths that a model can read, determined from its shape before it is loaded."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from torch import nn
 from flora_train.config.model_schema import ModelConfig
 from flora_train.models.loading import zero_model
 
-SHORT = 8
+MIN_LENGTH = 8
 """Tokens that every model can read."""
-MARGIN = 8
-"""Positions that a table may keep for itself (OPT and RoBERTa begin at 2 and later): a text that is that much shorter than what the
-configuration says is not tried."""
+RESERVED_POSITIONS = 8
+"""Positions that a table may reserve (OPT and RoBERTa begin at 2 or later). Texts that are shorter than the declared length by at
+least this are not checked."""
+
+STATIC_ROPE = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
+"""Types of rotary positions that do not depend on the other rows of a batch."""
 
 
 def declared_positions(model_config: Any) -> int | None:
-    """Tokens that the configuration says the model was made for; None where it says nothing (ALiBi, state-space models)."""
+    """The number of positions in the configuration; None if it has none (ALiBi, state-space models)."""
     text = model_config.get_text_config(decoder=True)
     for part in (text, model_config):
         for key in ("max_target_positions", "max_position_embeddings", "n_positions", "max_seq_len"):
@@ -29,25 +32,26 @@ def declared_positions(model_config: Any) -> int | None:
     return None
 
 
-STATIC_ROPE = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
-"""Kinds of rotary positions that are the same whatever stands beside a row."""
+def independent_up_to(model_config: Any) -> int | None:
+    """The longest row of a batch up to which positions do not depend on the other rows; None if they never do.
 
-
-def apart_up_to(model_config: Any) -> int | None:
-    """Tokens of the longest row of a batch up to which the positions of all its rows are as if each were alone; None where they always
-    are. Beyond it, rotary positions of some kinds (longrope, dynamic) are computed anew for the whole batch."""
-    found: list[int] = []
-    for part in {id(part): part for part in (model_config.get_text_config(decoder=True), model_config)}.values():
+    Beyond it, rotary positions of some types (longrope, dynamic) are computed for the whole batch.
+    """
+    lengths: list[int] = []
+    text = model_config.get_text_config(decoder=True)
+    parts = [text] if text is model_config else [text, model_config]
+    for part in parts:
         for rope in _ropes(part):
             if rope.get("rope_type", rope.get("type", "default")) not in STATIC_ROPE:
                 original = getattr(part, "original_max_position_embeddings", None)
-                limits = (rope.get("original_max_position_embeddings"), original, getattr(part, "max_position_embeddings", None))
-                found += [limit for limit in limits if isinstance(limit, int) and limit > 0][:1]
-    return min(found, default=None)
+                declared = getattr(part, "max_position_embeddings", None)
+                candidates = (rope.get("original_max_position_embeddings"), original, declared)
+                lengths += [length for length in candidates if isinstance(length, int) and length > 0][:1]
+    return min(lengths, default=None)
 
 
 def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
-    """What a configuration says of rotary positions: for all layers, or for each kind of layer."""
+    """The settings of rotary positions: for all layers, or for each type of layer."""
     for key in ("rope_parameters", "rope_scaling"):
         value = getattr(config, key, None)
         if isinstance(value, Mapping):
@@ -55,55 +59,60 @@ def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
             yield from (inner for inner in value.values() if isinstance(inner, Mapping))
 
 
-def longest_readable(config: ModelConfig, model_config: Any, wanted: int) -> int | None:
-    """The most tokens that the model can read at all, where these are fewer than `wanted`; None where it reads `wanted`, or where
-    that cannot be found out. Models with rotary positions read any number.
+def max_readable_length(config: ModelConfig, model_config: Any, length: int) -> int | None:
+    """The most tokens that the model can read, if that is less than `length`; None if it reads `length`, or if that is unknown.
 
-    Tried on one layer with zeros for numbers: an embedding of positions, learnt or not, ends where its table ends.
+    Determined on one layer with weights of 0: position embeddings end where their table ends. Models with rotary positions read
+    any length.
     """
     declared = declared_positions(model_config)
-    if getattr(model_config, "is_encoder_decoder", False) or (declared is not None and wanted <= declared - MARGIN):
+    if getattr(model_config, "is_encoder_decoder", False):
+        return None
+    if declared is not None and length <= declared - RESERVED_POSITIONS:
         return None
     try:
         model = zero_model(config, layers=1)
-    except Exception:  # a configuration that cannot be cut to one layer
+    except Exception:  # the configuration cannot be reduced to one layer
         return None
 
-    def reads(length: int) -> bool:
-        return _reads(model, length)
+    def reads(tokens: int) -> bool:
+        return _reads(model, tokens)
 
-    if reads(wanted) or not reads(SHORT):
+    if reads(length) or not reads(MIN_LENGTH):
         return None
-    for likely in (declared,) if declared is not None else ():
-        if SHORT < likely < wanted and reads(likely) and not reads(likely + 1):
-            return likely
-    return _bisect(reads, SHORT, wanted)
+    if declared is not None and MIN_LENGTH < declared < length and reads(declared) and not reads(declared + 1):
+        return declared
+    return _bisect(reads, MIN_LENGTH, length)
 
 
 def _bisect(reads: Callable[[int], bool], short: int, long: int) -> int:
-    """The most tokens that are read, of `short`, which are, and `long`, which are not."""
+    """The largest length that is read, between `short`, which is, and `long`, which is not."""
     while long - short > 1:
         middle = (short + long) // 2
-        short, long = (middle, long) if reads(middle) else (short, middle)
+        if reads(middle):
+            short = middle
+        else:
+            long = middle
     return short
 
 
-class _Read(Exception):
+class _ReadAll(Exception):
     """The layers have read their tokens."""
 
 
 @torch.no_grad()
 def _reads(model: Any, length: int) -> bool:
     def stop(module: nn.Module, args: Any) -> None:
-        raise _Read
+        raise _ReadAll
 
+    # Stops before the output head, which needs most of the time.
     head = model.get_output_embeddings()
     handle = None if head is None else head.register_forward_pre_hook(stop)
     ids = torch.full((1, length), _token(model))
     try:
         model.eval()
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except _Read:
+    except _ReadAll:
         return True
     except Exception:
         return False
@@ -114,6 +123,6 @@ def _reads(model: Any, length: int) -> bool:
 
 
 def _token(model: Any) -> int:
-    """Some token that is not padding: positions of some models skip that."""
+    """A token that is not padding, which has no position in some models."""
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     return 1 if padding == 0 else 0

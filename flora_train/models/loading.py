@@ -1,4 +1,4 @@
-"""How is the frozen base model loaded?"""
+"""Loading of the frozen base model, its tokenizer and its feature extractor, and models of its shape without its weights."""
 
 from __future__ import annotations
 
@@ -15,26 +15,39 @@ from flora_train.config.errors import first_line, user_error
 from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import IS_CHECKOUT, PROJECT_ROOT, find_file
 from flora_train.config.schema import RunConfig
-from flora_train.models.speech_encoder import is_speech_model, is_whisper, take_short_windows
+from flora_train.models.speech_encoder import allow_short_windows, is_speech_model, is_whisper
+
+LAYER_COUNTS = {
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+}
+"""Keys of a configuration that hold a number of layers."""
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The base model's tokenizer. Raises UserError if the folder or hub name cannot be read."""
+    """The base model's tokenizer. Raises UserError if it cannot be loaded from the folder or hub name."""
     from transformers import AutoTokenizer
 
     return _from_pretrained(AutoTokenizer, config)
 
 
 def load_feature_extractor(config: ModelConfig) -> Any:
-    """What makes a speech model's features."""
+    """The feature extractor of a speech model."""
     from transformers import AutoFeatureExtractor
 
     return _from_pretrained(AutoFeatureExtractor, config)
 
 
 def load_preprocessors(config: ModelConfig, tokenizer: Any) -> list[Any]:
-    """The objects that are saved beside a model so that transformers can use it: its tokenizer, and of a speech model the processor
-    and the feature extractor."""
+    """The objects that are saved beside a model, so that transformers can use it without the base model.
+
+    They are its tokenizer and, of a speech model, its processor and feature extractor.
+    """
     from transformers import AutoProcessor
 
     if not is_speech_model(load_model_config(config)):
@@ -42,71 +55,71 @@ def load_preprocessors(config: ModelConfig, tokenizer: Any) -> list[Any]:
     return [_from_pretrained(AutoProcessor, config), tokenizer, load_feature_extractor(config)]
 
 
-def check_kind(model_config: Any, config: RunConfig) -> None:
+def check_model_type(model_config: Any, config: RunConfig) -> None:
     """Raises UserError where the tasks are speech and the model reads text, or the other way round."""
-    spoken = any(task.speech is not None for task in config.tasks.values())
-    if spoken and not is_speech_model(model_config):
-        hint = (
-            f"is a {model_config.model_type} model, and the tasks are speech: give an encoder-decoder of speech, such as Whisper"
-        )
-        raise user_error("model.path", config.model.path, hint)
-    if spoken and config.audio.spec_augment and not is_whisper(model_config):
-        raise user_error(
-            "audio.spec_augment", True, f"is for Whisper's features, and the model is a {model_config.model_type}: leave it off"
-        )
-    if spoken and config.model.fsdp:
-        raise user_error("model.fsdp", True, "is for text models: leave a speech model whole on every process")
-    if not spoken and is_speech_model(model_config):
-        hint = "is a speech model: its tasks need tasks.NAME.speech (docs/speech.md)"
-        raise user_error("model.path", config.model.path, hint)
+    path, model_type = config.model.path, model_config.model_type
+    if not any(task.speech is not None for task in config.tasks.values()):
+        if is_speech_model(model_config):
+            raise user_error("model.path", path, "is a speech model: its tasks need tasks.NAME.speech (docs/speech.md)")
+        return
+    if not is_speech_model(model_config):
+        hint = f"is a {model_type} model, and the tasks are speech: use a speech encoder-decoder such as Whisper"
+        raise user_error("model.path", path, hint)
+    if config.audio.spec_augment and not is_whisper(model_config):
+        hint = f"is for Whisper's features, and the model is a {model_type}: leave it off"
+        raise user_error("audio.spec_augment", True, hint)
+    if config.model.fsdp:
+        hint = "is for text models: a speech model must be whole on every process"
+        raise user_error("model.fsdp", True, hint)
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The base model's own configuration, as published."""
+    """The base model's configuration, as published."""
     from transformers import AutoConfig
 
     return _from_pretrained(AutoConfig, config)
 
 
 def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
-    """The base model on `device`, frozen, its own dropout off: regularisation is each adapter's business, and a mask
-    drawn for the whole batch would make an adapter's training depend on its neighbours."""
+    """The base model on `device`, frozen, without its own dropout.
+
+    Each adapter has its own regularisation, and a mask drawn for the whole batch would make the training of an adapter depend
+    on the other adapters. Raises UserError if the model cannot be loaded or its files are incomplete.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model_config = load_model_config(config)
-    without_dropout(model_config)
+    disable_dropout(model_config)
     options: dict[str, Any] = {"config": model_config, "dtype": resolve_dtype(config.dtype, device)}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization != "none":
-        options |= {"quantization_config": _quantiser(config, options["dtype"]), "device_map": {"": device}}
+        options |= {"quantization_config": _quantization_config(config, options["dtype"]), "device_map": {"": device}}
     model, loaded = _from_pretrained(_auto_class(model_config), config, output_loading_info=True, **options)
-    # transformers only warns, and draws what is missing at random
-    if missing := sorted(loaded["missing_keys"] & {name for name, _ in model.named_parameters()}):
-        hint = (
-            f"has no weights for {missing[0]}, and {len(missing) - 1} more"
-            if len(missing) > 1
-            else f"has no weights for {missing[0]}"
-        )
-        raise user_error("model.path", config.path, f"{hint}: its files do not belong together, or one is missing")
+    # transformers only warns, and initialises missing weights at random.
+    parameters = {name for name, _ in model.named_parameters()}
+    if missing := sorted(loaded["missing_keys"] & parameters):
+        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        hint = f"has no weights for {missing[0]}{others}: its files do not belong together, or one is missing"
+        raise user_error("model.path", config.path, hint)
     if config.quantization == "none":
         model = model.to(device)
-    return _made_ready(model, config, model_config)
+    return _prepare(model, config, model_config)
 
 
-def _made_ready(model: Any, config: ModelConfig, model_config: Any) -> nn.Module:
-    """Frozen, and as a run wants it."""
+def _prepare(model: Any, config: ModelConfig, model_config: Any) -> nn.Module:
+    """Freeze the model and apply the run's settings."""
     if config.gradient_checkpointing != "off":
         reentrant = config.gradient_checkpointing == "reentrant"
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if is_whisper(model_config):
-        take_short_windows(model)
+        allow_short_windows(model)
     return model.requires_grad_(False)
 
 
-def check_quantiser(config: ModelConfig, device: torch.device) -> None:
-    """Raises UserError where model.quantization cannot run."""
+def check_quantization(config: ModelConfig, device: torch.device) -> None:
+    """Raises UserError where model.quantization is not supported."""
     if config.quantization == "none":
         return
     if device.type != "cuda":
@@ -116,32 +129,38 @@ def check_quantiser(config: ModelConfig, device: torch.device) -> None:
         raise user_error("model.quantization", config.quantization, "needs bitsandbytes: pip install 'flora-train[quantised]'")
 
 
-def _quantiser(config: ModelConfig, dtype: torch.dtype) -> Any:
-    """transformers' word for model.quantization."""
+def _quantization_config(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """model.quantization as transformers expects it."""
     from transformers import BitsAndBytesConfig
 
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The type of a base that `model.dtype` names; auto: bfloat16 where the device multiplies it faster than float32."""
+    """The dtype of the base for `model.dtype`; auto: bfloat16 where the device multiplies it faster than float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     return torch.bfloat16 if multiplies_bfloat16_fast(device) else torch.float32
 
 
 def multiplies_bfloat16_fast(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 faster than float32: Ampere and later, AMX, AVX512-BF16 of AMD. The only question
-    about the machine that `model.dtype=auto` asks; tests replace the answer."""
+    """Whether this device multiplies bfloat16 faster than float32: Ampere and later, AMX, and AVX512-BF16 of AMD.
+
+    Nothing else about the machine affects `model.dtype=auto`; tests replace this function.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # without AMX, Intel's processors multiply bfloat16 slower than float32
-        return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
+        # Without AMX, Intel's processors multiply bfloat16 slower than float32.
+        fast_avx512 = torch.cpu._is_avx512_bf16_supported() and not _is_intel()
+        return torch.cpu._is_amx_tile_supported() or fast_avx512
     return False
 
 
@@ -154,22 +173,25 @@ def _is_intel() -> bool:
 
 def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> Any:
     local = find_file(source.path)
-    if not local.exists():
-        looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
-        if looks_local:
-            raise user_error("model.path", source.path, f"no such folder{_how_to_build(source.path)}")
+    is_local = local.exists()
+    looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
+    if looks_local and not is_local:
+        raise user_error("model.path", source.path, f"no such folder{_how_to_build(source.path)}")
     try:
         return auto_class.from_pretrained(
-            str(local) if local.exists() else source.path,
+            str(local) if is_local else source.path,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             **options,
         )
-    except Exception as error:  # transformers and the readers below it each have their own for a file that is damaged
-        reason = _reason(error)
-        offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not local.exists()
-        hint = "is no folder here and not in the hub's cache, and HF_HUB_OFFLINE=1 forbids to fetch it: give a local folder, or unset it"
-        raise user_error("model.path", source.path, hint if offline else f"cannot be loaded: {reason}") from error
+    except Exception as error:  # transformers and the readers below it raise their own types for a damaged file
+        hint = f"cannot be loaded: {_reason(error)}"
+        if os.environ.get("HF_HUB_OFFLINE") == "1" and not is_local:
+            hint = (
+                "is not a local folder and not in the hub's cache, and HF_HUB_OFFLINE=1 forbids downloading it: give a local "
+                "folder, or unset HF_HUB_OFFLINE"
+            )
+        raise user_error("model.path", source.path, hint) from error
 
 
 def _how_to_build(path: str) -> str:
@@ -181,14 +203,14 @@ def _how_to_build(path: str) -> str:
 
 
 def empty_model(config: ModelConfig) -> nn.Module:
-    """The base model's modules without numbers (on the meta device), for questions about its shape."""
+    """The base model's modules without weights (on the meta device)."""
     published = load_model_config(config)
     with torch.device("meta"):
         return _from_config(published, config)
 
 
 def _from_config(published: Any, config: ModelConfig, **options: Any) -> nn.Module:
-    """A model of this configuration with random numbers. Raises UserError if there is none."""
+    """A model of this configuration with random weights. Raises UserError if it cannot be built."""
     try:
         model: nn.Module = _auto_class(published).from_config(published, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:
@@ -197,65 +219,61 @@ def _from_config(published: Any, config: ModelConfig, **options: Any) -> nn.Modu
 
 
 def _reason(error: Exception) -> str:
-    """What was wrong with a model's files, in one line."""
+    """What is wrong with a model's files, in one line."""
     if "ignore_mismatched_sizes" in str(error):
-        return "its weights have other shapes than its config.json says"
-    known = isinstance(error, (OSError, ValueError, ImportError, SafetensorError))
-    return first_line(error) if known else f"one of its files is damaged ({type(error).__name__}: {first_line(error)})"
+        return "the shapes of its weights do not match its config.json"
+    if isinstance(error, (OSError, ValueError, ImportError, SafetensorError)):
+        return first_line(error)
+    return f"one of its files is damaged ({type(error).__name__}: {first_line(error)})"
 
 
 def shallow_model(config: ModelConfig, layers: int, device: torch.device) -> nn.Module:
-    """A model of this shape with so many layers (an encoder and a decoder: each) and random numbers: what a layer costs."""
+    """A model of this shape with `layers` layers (encoder and decoder: each) and random weights, to measure the cost of a layer."""
     published = _shallow_config(config, layers)
-    options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    model = _from_config(published, config, dtype=resolve_dtype(config.dtype, device), **options)
-    return _made_ready(model.to(device), config, published)
+    options: dict[str, Any] = {"dtype": resolve_dtype(config.dtype, device)}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    model = _from_config(published, config, **options)
+    return _prepare(model.to(device), config, published)
 
 
 def _shallow_config(config: ModelConfig, layers: int) -> Any:
-    """The published configuration with so many layers."""
+    """The published configuration with `layers` layers."""
     published = load_model_config(config)
-    without_dropout(published)
+    disable_dropout(published)
     text = published.get_text_config(decoder=True)
-    for part in {id(part): part for part in (published, text)}.values():
+    for part in [published] if text is published else [published, text]:
         for key in LAYER_COUNTS & vars(part).keys():
             setattr(part, key, layers)
-        for key, value in vars(part).items():
-            if key in ("layer_types", "attention_layers") and isinstance(value, list):  # what each layer is
+        for key in ("layer_types", "attention_layers"):
+            value = vars(part).get(key)
+            if isinstance(value, list):
                 setattr(part, key, value[:layers])
     return published
 
 
 def zero_model(config: ModelConfig, layers: int | None = None) -> nn.Module:
-    """A model of this shape (with so many layers) on the CPU, whose numbers are all 0: what runs in it, and up to which length. Its
-    memory is not touched before it is written to."""
+    """A model of this shape (or with `layers` layers) on the CPU, whose weights are all 0.
+
+    It shows which layers run, and up to which length. The system allocates its memory only when it is written to.
+    """
     published = load_model_config(config) if layers is None else _shallow_config(config, layers)
-    without_dropout(published)
+    disable_dropout(published)
     with torch.device("meta"):
         empty = _from_config(published, config, dtype=torch.float32)
-    return _made_ready(empty._apply(lambda tensor: torch.zeros_like(tensor, device="cpu")), config, published)
-
-
-LAYER_COUNTS = {
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "num_decoder_layers",
-}
+    return _prepare(empty._apply(lambda tensor: torch.zeros_like(tensor, device="cpu")), config, published)
 
 
 def count_layers(config: ModelConfig) -> int:
-    """Layers of the published model; of an encoder and a decoder the mean."""
+    """Layers of the published model; for an encoder-decoder, the mean of both. Raises UserError for a damaged configuration."""
     published = load_model_config(config)
-    encoder, decoder = (getattr(published, key, None) for key in ("encoder_layers", "decoder_layers"))
+    encoder, decoder = getattr(published, "encoder_layers", None), getattr(published, "decoder_layers", None)
     if isinstance(encoder, int) and isinstance(decoder, int) and encoder + decoder > 0:
         return round((encoder + decoder) / 2)
     count = getattr(published.get_text_config(decoder=True), "num_hidden_layers", None)
     if not isinstance(count, int) or count < 1:
-        raise user_error("model.path", config.path, f"says in its config.json that it has {count!r} layers: the file is damaged")
+        hint = f"has {count!r} layers according to its config.json: the file is damaged"
+        raise user_error("model.path", config.path, hint)
     return count
 
 
@@ -266,21 +284,33 @@ def _auto_class(model_config: Any) -> Any:
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
-    """Training or evaluation mode of a frozen base. In training mode are only modules that checkpoint activations, which depends on
-    it: in others it means random numbers (dropout, noise of routers) and batch norms, which make rows depend on their neighbours."""
+    """Set training or evaluation mode of a frozen base.
+
+    Only modules that checkpoint activations get training mode, because checkpointing depends on it. For other modules it would
+    enable random numbers (dropout, noise of routers) and batch norms, which make rows depend on each other.
+    """
     model.train(training)
-    for module in model.modules() if training else ():
-        module.training = module is model or hasattr(module, "gradient_checkpointing")
+    if training:
+        for module in model.modules():
+            module.training = module is model or hasattr(module, "gradient_checkpointing")
 
 
-def without_dropout(config: Any) -> None:
-    """Set every dropout rate in a model's configuration, and in the configurations inside it, to 0, and its own SpecAugment off; and
-    what rescales its weights between training and evaluation (RWKV), which no adapter would follow."""
+def disable_dropout(config: Any) -> None:
+    """Set every dropout rate in a model's configuration and its parts to 0.
+
+    Also disables the model's SpecAugment, and the rescaling of weights between training and evaluation (RWKV), which adapters would
+    not follow.
+    """
     if hasattr(config, "apply_spec_augment"):
         config.apply_spec_augment = False
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0
-    for part in [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]:
+    for part in config_parts(config):
         for key, value in list(vars(part).items()):
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
+
+
+def config_parts(config: Any) -> list[Any]:
+    """A model's configuration, and the configurations inside it."""
+    return [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]

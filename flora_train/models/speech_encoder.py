@@ -1,4 +1,4 @@
-"""What does a speech model's encoder hear? Windows of any length, and a clip once for all rows whose adapters leave it as it is."""
+"""The encoder of a speech model: windows of any length, and one encoding per clip for all rows whose adapters do not change it."""
 
 from __future__ import annotations
 
@@ -17,31 +17,35 @@ from flora_train.data.batch import MixedBatch
 
 
 def is_speech_model(model_config: Any) -> bool:
-    """Whether this configuration is of an encoder-decoder that hears speech: Whisper, Moonshine, Speech2Text, ..."""
+    """Whether this is the configuration of an encoder-decoder with speech input: Whisper, Moonshine, Speech2Text, ..."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
-    known = getattr(model_config, "model_type", None) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
-    return known and bool(getattr(model_config, "is_encoder_decoder", False))
+    is_known = getattr(model_config, "model_type", None) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+    return is_known and bool(getattr(model_config, "is_encoder_decoder", False))
 
 
 def is_whisper(model_config: Any) -> bool:
-    """Whether it is a Whisper: 30 s windows, and prompts of four tokens."""
+    """Whether it is a Whisper, which has windows of 30 s and prompts of four tokens."""
     return getattr(model_config, "model_type", None) == "whisper"
 
 
-def longest_text(model_config: Any) -> int:
-    """Tokens that the decoder can read."""
+def max_text_tokens(model_config: Any) -> int:
+    """The most tokens that the decoder can read."""
     text = model_config.get_text_config(decoder=True)
     return int(getattr(text, "max_target_positions", None) or text.max_position_embeddings)
 
 
 def count_positions(empty_model: Any, extractor: Any) -> Callable[[int], int]:
-    """Samples of a window -> positions of the encoder's output: from shapes alone, on a model that holds no numbers (meta device)."""
+    """A function from the samples of a window to the positions of the encoder's output.
+
+    Computed from shapes, on a model without weights (meta device).
+    """
 
     @cache
     @torch.no_grad()
     def count(samples: int) -> int:
-        noise = np.random.default_rng(0).standard_normal(samples).astype(np.float32)  # some extractors divide by what varies
+        # Noise, because some extractors divide by the variance.
+        noise = np.random.default_rng(0).standard_normal(samples).astype(np.float32)
         shape = extracted(extractor, noise).shape
         return int(encode(empty_model, torch.empty((1, *shape), device="meta")).shape[1])
 
@@ -49,61 +53,69 @@ def count_positions(empty_model: Any, extractor: Any) -> Callable[[int], int]:
 
 
 def encoder_name(model: Any) -> str | None:
-    """The module name of an encoder-decoder's encoder."""
+    """The module name of an encoder-decoder's encoder; None for other models."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     encoder = model.get_encoder()
     return next(name for name, module in model.named_modules() if module is encoder)
 
 
-def take_short_windows(model: Any) -> None:
-    """Let Whisper's encoder hear fewer frames than its longest window: as it is, it refuses them. Position i keeps its embedding, so
-    that a full window gives what it gave."""
+def allow_short_windows(model: Any) -> None:
+    """Let Whisper's encoder accept fewer frames than its longest window, which it refuses by default.
+
+    Position i keeps its embedding, so that the encoding of a full window does not change.
+    """
     encoder = model.get_encoder()
-    encoder.config = copy(encoder.config)  # its own: what is saved and exported says the longest window
+    # A copy, because the saved and exported configuration states the longest window.
+    encoder.config = copy(encoder.config)
     stride = encoder.conv1.stride[0] * encoder.conv2.stride[0]
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def set_window(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         features: Tensor = args[0] if args else kwargs["input_features"]
         encoder.config.max_source_positions = features.shape[-1] // stride
 
-    def cut(module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor:
+    def truncate(module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor:
         return embeddings[: encoder.config.max_source_positions]
 
-    encoder.register_forward_pre_hook(before, with_kwargs=True)
-    encoder.embed_positions.register_forward_hook(cut)
+    encoder.register_forward_pre_hook(set_window, with_kwargs=True)
+    encoder.embed_positions.register_forward_hook(truncate)
 
 
-def inputs_of(model: Any, batch: MixedBatch) -> dict[str, Any]:
-    """What the model is called with. Where the batch holds each clip once (`clips`) and its rows' adapters leave the encoder as it
-    is, every clip is encoded once, without gradients, by the frozen base; else features are repeated for each row."""
+def model_inputs(model: Any, batch: MixedBatch) -> dict[str, Any]:
+    """The arguments of the model's forward.
+
+    Where the batch holds each clip once (`clips`) and no row's adapter changes the encoder, every clip is encoded once, without
+    gradients, by the frozen base; otherwise features are repeated for each row.
+    """
     inputs = dict(batch.inputs)
     name = model.main_input_name
     if name in inputs and inputs[name].is_floating_point():
-        inputs[name] = as_base(model, inputs[name])
+        inputs[name] = to_base_dtype(model, inputs[name])
     if batch.clips is None:
         return inputs
     features = inputs.pop(name)
     if not all(row.shares_encoding for row in batch.rows):
         return {**inputs, name: features[batch.clips]}
-    return {**inputs, "encoder_outputs": as_outputs(encode(model, features)[batch.clips])}
+    return {**inputs, "encoder_outputs": as_encoder_outputs(encode(model, features)[batch.clips])}
 
 
-def as_outputs(hidden: Tensor) -> BaseModelOutput:
-    """States [B, positions, d] as decoders take them; all are heard, there is no mask."""
+def as_encoder_outputs(hidden: Tensor) -> BaseModelOutput:
+    """States [B, positions, d] in the form that decoders accept, without a mask."""
     outputs = BaseModelOutput(last_hidden_state=hidden)
-    outputs.attention_mask = None  # some models look for one here
+    outputs.attention_mask = None  # read by some models
     return outputs
 
 
-def as_base(model: Any, features: Tensor) -> Tensor:
-    """Features in the type of the base's weights: they come in float16 or float32, whatever the base is in."""
+def to_base_dtype(model: Any, features: Tensor) -> Tensor:
+    """Features, which are float16 or float32, in the dtype of the base's weights."""
     return features.to(next(model.parameters()).dtype)
 
 
 @torch.no_grad()
 def encode(model: Any, features: Tensor) -> Tensor:
-    """Features [B, ...] of any floating type -> [B, positions, d]. Rows must be those that are routed, or rows of adapters that no
-    encoder layer has."""
-    hidden: Tensor = model.get_encoder()(as_base(model, features)).last_hidden_state
+    """Features [B, ...] of any floating dtype -> [B, positions, d].
+
+    The rows must be those of the current routing, or no adapter in use may have a target in the encoder.
+    """
+    hidden: Tensor = model.get_encoder()(to_base_dtype(model, features)).last_hidden_state
     return hidden

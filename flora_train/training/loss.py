@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from flora_train.data.batch import IGNORE, MixedBatch
-from flora_train.models.speech_encoder import as_outputs, inputs_of
+from flora_train.models.speech_encoder import as_encoder_outputs, model_inputs
 from flora_train.training.step_timer import StepTimer
 
 CHUNK = 128
@@ -39,7 +39,7 @@ class RowLosses:
         labels = batch.labels if self.encoder_decoder else F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
         learnt = labels != IGNORE
         with _head_input(self.head, learnt, first_only=self.head_makes_logits) as hidden:
-            logits = self.model(**inputs_of(self.model, batch), use_cache=False).logits
+            logits = self.model(**model_inputs(self.model, batch), use_cache=False).logits
         with self.timer.part("loss"):
             if self.head_makes_logits:
                 losses = ChunkedCrossEntropy.apply(hidden[0], self.head.weight, self.head.bias, labels[learnt])
@@ -108,7 +108,7 @@ def _head_makes_logits(model: nn.Module, head: nn.Module) -> bool:
     if _is_encoder_decoder(model):
         width: int = model.config.hidden_size  # type: ignore
         encoded = torch.zeros(1, 1, width, dtype=head.weight.dtype, device=head.weight.device)
-        inputs = {"encoder_outputs": as_outputs(encoded), "decoder_input_ids": token}
+        inputs = {"encoder_outputs": as_encoder_outputs(encoded), "decoder_input_ids": token}
     with _head_input(head, token.bool(), first_only=False) as hidden:
         logits = model(**inputs, use_cache=False).logits
     return torch.equal(head(hidden[0]), logits[0])

@@ -12,7 +12,7 @@ from flora_train.config.errors import Problem, UserError
 from flora_train.config.schema import RunConfig
 from flora_train.data.task import Task
 from flora_train.data.tokenization import TokenSplit, pad_token
-from flora_train.models.context_length import apart_up_to, declared_positions, longest_readable
+from flora_train.models.context_length import declared_positions, independent_up_to, max_readable_length
 from flora_train.models.loading import empty_model, load_model_config
 from flora_train.models.probe_inputs import count_tokens
 
@@ -56,8 +56,8 @@ def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Pro
     lengths = {key: int(np.diff(split.offsets).max(initial=0)) for key, split in _splits(tasks)}
     key, longest = max(lengths.items(), key=lambda item: item[1], default=("", 0))
     model_config = load_model_config(config.model)
-    limit, declared = longest_readable(config.model, model_config, longest), declared_positions(model_config)
-    apart = apart_up_to(model_config)
+    limit, declared = max_readable_length(config.model, model_config, longest), declared_positions(model_config)
+    apart = independent_up_to(model_config)
     if limit is not None:
         hint = f"{key} has an example of {longest} tokens, and the model has positions for {limit}: give at most {limit}"
         yield Problem("training.max_length", config.training.max_length, hint)

@@ -8,7 +8,7 @@ from typing import Any
 from flora_train.config.errors import UserError, user_error
 from flora_train.config.model_schema import ModelConfig
 from flora_train.data.text_encoder import TextEncoder
-from flora_train.models.context_length import apart_up_to, declared_positions, longest_readable
+from flora_train.models.context_length import declared_positions, independent_up_to, max_readable_length
 
 Prompts = tuple[Sequence[str], bool]
 """Texts, and whether special tokens written in them are tokens (in a recipe) or text (in problems)."""
@@ -43,7 +43,7 @@ def check_prompts(
     check_room(model_config, longest, max_new_tokens)
     if not longest:
         return
-    limit = longest_readable(model, model_config, longest + max_new_tokens - 1)
+    limit = max_readable_length(model, model_config, longest + max_new_tokens - 1)
     if limit is not None:  # the last token is generated, not read
         raise _too_long(limit + 1, longest, max_new_tokens)
 
@@ -52,7 +52,7 @@ def check_room(model_config: Any, longest: int, max_new_tokens: int) -> None:
     """Raises UserError if a prompt of `longest` tokens and its continuation exceed the model's context
     length.
     """
-    limit, independent_limit = declared_positions(model_config), apart_up_to(model_config)
+    limit, independent_limit = declared_positions(model_config), independent_up_to(model_config)
     if limit is not None and longest + max_new_tokens > limit:
         raise _too_long(limit, longest, max_new_tokens)
     if independent_limit is not None and longest + max_new_tokens > independent_limit:

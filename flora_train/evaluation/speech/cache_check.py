@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from flora_train.config.errors import first_line, user_error
 from flora_train.models.probe_inputs import plain_tokens, preserved_state, probe_inputs
-from flora_train.models.speech_encoder import as_outputs, encode
+from flora_train.models.speech_encoder import as_encoder_outputs, encode
 
 ROWS, PROMPT_TOKENS, NEW_TOKENS = 2, 2, 2
 MAX_DIFFERENCE = {True: 1e-3, False: 0.15}
@@ -42,7 +42,7 @@ def check_transcribing(model: Any, features: Tensor | None) -> None:
 
 def _difference(model: Any, hidden: Tensor, ids: Tensor) -> float:
     """Relative difference between logits of tokens read one by one with a cache, and all at once."""
-    encoded = as_outputs(hidden)
+    encoded = as_encoder_outputs(hidden)
     full = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[:, PROMPT_TOKENS - 1 :]
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     ends = range(PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS + 1)

@@ -18,7 +18,7 @@ from flora_train.data.audio.features import ClipRef, FeatureStore
 from flora_train.data.audio.speech_processor import NO_TIMESTAMPS
 from flora_train.evaluation.generation import Blocks
 from flora_train.models.loading import set_mode
-from flora_train.models.speech_encoder import as_outputs, encode
+from flora_train.models.speech_encoder import as_encoder_outputs, encode
 
 Ended = Literal["end", "length", "loop"]
 
@@ -185,7 +185,7 @@ class Transcriber:
         """
         with self.route(adapters):
             output = self.model(
-                encoder_outputs=as_outputs(hidden),
+                encoder_outputs=as_encoder_outputs(hidden),
                 decoder_input_ids=ids,
                 past_key_values=cache,
                 use_cache=True,

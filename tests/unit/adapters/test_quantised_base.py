@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
 from flora_train.config.model_schema import ModelConfig
-from flora_train.models.loading import check_quantiser
+from flora_train.models.loading import check_quantization
 from tests.architectures import tiny_model
 from tests.conftest import mixed_specs, perturb, spec
 from tests.unit.adapters.helpers import tokens
@@ -146,4 +146,4 @@ class OneLayer(nn.Module):
 
 def test_without_a_gpu_the_error_says_so() -> None:
     with pytest.raises(UserError, match="needs a CUDA GPU, and this run is on cpu: leave it at none"):
-        check_quantiser(ModelConfig(path="x", quantization="4bit"), torch.device("cpu"))
+        check_quantization(ModelConfig(path="x", quantization="4bit"), torch.device("cpu"))

@@ -30,7 +30,7 @@ from flora_train.export.loadability import Loadability, loadability_of, notes
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_forms import BaseModel, model_class, task_type_of
 from flora_train.export.peft_import import init_from_peft
-from flora_train.models.loading import without_dropout
+from flora_train.models.loading import disable_dropout
 from flora_train.runtime.manifest import PEFT_WARNING
 from tests.architectures import ARCHITECTURES, GROUPED, architecture_config, tiny_model
 from tests.conftest import perturb, spec
@@ -88,7 +88,7 @@ def built(family: str) -> tuple[PretrainedConfig, nn.Module]:
     """A random-weight model of this family, the same at every call."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **(REWRITTEN | AS_THEY_ARE)[family])
-    without_dropout(config)
+    disable_dropout(config)
     return config, AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
 
 

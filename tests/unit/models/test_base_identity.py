@@ -10,7 +10,7 @@ import pytest
 
 from flora_train.config.model_schema import ModelConfig
 from flora_train.models import base_identity as base_files
-from flora_train.models.base_identity import KEPT, base_identity, weight_files
+from flora_train.models.base_identity import HASHES_FILE, base_identity, weight_files
 
 
 @pytest.fixture
@@ -71,12 +71,12 @@ def test_base_identity_of_shards_follows_their_index(base: Path) -> None:
 )
 def test_base_identity_does_not_trust_a_damaged_cache(base: Path, content: str) -> None:
     first = identity(base)
-    (base / KEPT).write_text(content)
+    (base / HASHES_FILE).write_text(content)
     assert identity(base) == first
 
 
 def test_base_identity_is_kept_in_the_user_cache_where_the_base_cannot_be_written_to(base: Path, tmp_path: Path) -> None:
-    (base / KEPT).mkdir()  # as root, no permission stops a write: something in the way does
+    (base / HASHES_FILE).mkdir()  # as root, no permission stops a write: something in the way does
     first = identity(base)
     (kept,) = (tmp_path / "cache" / "flora_train" / "bases").iterdir()
     assert json.loads(kept.read_text())["model.safetensors"]["sha256"] == first["weights"]
@@ -88,7 +88,7 @@ def test_base_identity_of_a_hub_snapshot_follows_links_to_blobs(base: Path, tmp_
     (base / "model.safetensors").rename(blobs / "b1")
     (base / "model.safetensors").symlink_to(blobs / "b1")
     first = identity(base)
-    assert not (base / KEPT).exists()
+    assert not (base / HASHES_FILE).exists()
     (blobs / "b2").write_bytes(b"others!")
     (base / "model.safetensors").unlink()
     (base / "model.safetensors").symlink_to(blobs / "b2")

@@ -15,7 +15,7 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.config.model_schema import ModelConfig
 from flora_train.data.batch import MixedBatch, Row
 from flora_train.models.loading import empty_model, load_base_model
-from flora_train.models.speech_encoder import as_base, count_positions, inputs_of, take_short_windows
+from flora_train.models.speech_encoder import allow_short_windows, count_positions, model_inputs, to_base_dtype
 from flora_train.training.loss import RowLosses
 from tests.conftest import spec
 from tests.other_speech import KINDS, extractor_of, loaded_tiny, save_tiny
@@ -37,7 +37,7 @@ def batch_of(adapters: list[int], bank: AdapterBank, window: int = WINDOW) -> Mi
 @torch.no_grad()
 def test_the_longest_window_is_heard_as_before() -> None:
     before, after = tiny_whisper().eval(), tiny_whisper().eval()
-    take_short_windows(after)
+    allow_short_windows(after)
     features = torch.randn(2, MEL_BINS, 2 * POSITIONS, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, 2, 3]] * 2)
     whole = before(input_features=features, decoder_input_ids=ids).logits
@@ -53,7 +53,7 @@ def test_the_longest_window_is_heard_as_before() -> None:
 def test_the_models_own_specaugment_is_off(tmp_path: Path, auto_dtype: torch.dtype) -> None:
     config = ModelConfig(path=str(save_tiny_whisper(tmp_path)))
     model: Any = load_base_model(config, torch.device("cpu")).train()
-    features = as_base(model, torch.randn(2, MEL_BINS, 2 * POSITIONS))
+    features = to_base_dtype(model, torch.randn(2, MEL_BINS, 2 * POSITIONS))
     assert features.dtype == auto_dtype
     inputs = {"input_features": features, "decoder_input_ids": torch.tensor([[1, 2]] * 2)}
     assert torch.equal(model(**inputs).logits, model(**inputs).logits)
@@ -82,7 +82,7 @@ def test_positions_of_an_encoder_whose_weights_are_saved_in_half_precision_are_c
 
 def test_what_is_saved_says_the_longest_window(tmp_path: Path) -> None:
     model = tiny_whisper()
-    take_short_windows(model)
+    allow_short_windows(model)
     with torch.no_grad():
         model.get_encoder()(torch.zeros(1, MEL_BINS, 20))
     model.save_pretrained(tmp_path)
@@ -107,7 +107,7 @@ def test_adapters_of_the_decoder_share_an_encoding() -> None:
     shared = row_losses(together)
     assert encoded == [torch.Size([2, MEL_BINS, 2 * WINDOW])]
     apart = replace(together, rows=tuple(replace(row, shares_encoding=False) for row in together.rows))
-    assert "encoder_outputs" in inputs_of(model, together)
+    assert "encoder_outputs" in model_inputs(model, together)
     bank.route(apart.adapter_ids)
     torch.testing.assert_close(shared, row_losses(apart))
     assert encoded[-1][0] == 6

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig
 
 from flora_train.config.errors import UserError
 from flora_train.config.load import load_config
-from flora_train.models.loading import check_kind
+from flora_train.models.loading import check_model_type
 from flora_train.training.fsdp import check_launcher, is_sharded, largest_part, layers_of
 from tests.architectures import tiny_model
 
@@ -42,5 +42,5 @@ def test_a_quantised_or_a_speech_model_stays_whole() -> None:
     with pytest.raises(UserError, match=r"model\.fsdp = True: cannot divide a base in 8bit: give model\.quantization=none"):
         load_config(["recipe=quickstart", "model.quantization=8bit", "model.fsdp=true"])
     config = load_config(["recipe=speech_local", "model.fsdp=true"])
-    with pytest.raises(UserError, match=r"model\.fsdp = True: is for text models: leave a speech model whole"):
-        check_kind(WhisperConfig(), config)
+    with pytest.raises(UserError, match=r"model\.fsdp = True: is for text models: a speech model must be whole"):
+        check_model_type(WhisperConfig(), config)
