@@ -1,10 +1,13 @@
-"""fLoRA as a method of PEFT's own: `import flora_train.peft_plugin`, and plain peft trains, saves and loads peft_type FLORA.
+"""fLoRA as a PEFT method: after `import flora_train.peft_plugin`, plain peft trains, saves and loads
+peft_type FLORA.
 
     from flora_train.peft_plugin import FloraConfig
-    model = get_peft_model(base, FloraConfig(r=4, variant="pure", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    config = FloraConfig(r=4, variant="pure", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
 
-`flora-train export --as flora` writes such folders. `--as peft` writes HIRA, which peft knows without this module; there a pure adapter needs
-one rank more. One adapter at a time is active: batches that mix them are what AdapterBank is for.
+`flora-train export --as flora` writes such folders. `--as peft` writes HIRA, which peft supports without this
+module; a pure adapter then needs one more rank. One adapter at a time is active; AdapterBank supports batches
+that mix adapters.
 """
 
 from __future__ import annotations
@@ -23,39 +26,56 @@ from transformers.pytorch_utils import Conv1D
 
 from flora_train.kernels.flora.reference import modulated_weight
 
-TYPE = "FLORA"
+PEFT_TYPE = "FLORA"
 
 
 @dataclass
 class FloraConfig(PeftConfig):
-    """r: rank; variant: what a weight becomes, `pure` W0 * (B A) as in the paper, or `residual` W0 * (1 + B A); target_modules: endings of module
-    names, or one regular expression, or "all-linear"; exclude_modules: left out of these; flora_dropout: of the input, while training."""
+    """Configuration of a fLoRA adapter in PEFT.
+
+    Args:
+        r: The rank.
+        variant: `pure`: a weight becomes W0 * (B A), as in the paper. `residual`: W0 * (1 + B A).
+        target_modules: Suffixes of module names, one regular expression, or "all-linear".
+        exclude_modules: Suffixes of module names, or one regular expression, excluded from the targets.
+        flora_dropout: Dropout of the layer's input during training.
+        fan_in_fan_out: Weights are stored (in, out), as in GPT-2's Conv1D.
+        modules_to_save: Modules that are trained and saved completely.
+        layers_to_transform: Indices of the layers with adapters. Default: all.
+        layers_pattern: Name of the list of layers that `layers_to_transform` refers to.
+
+    Raises:
+        ValueError: The rank is below 1, or the variant is unknown.
+    """
 
     r: int = 4
     variant: Literal["pure", "residual"] = "pure"
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     flora_dropout: float = 0.0
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "weights are stored (in, out), as GPT-2's Conv1D does"})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "weights are stored (in, out), as in GPT-2's Conv1D"})
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = getattr(PeftType, TYPE)
+        self.peft_type = getattr(PeftType, PEFT_TYPE)
         if self.r < 1:
-            raise ValueError(f"r = {self.r}: a rank is at least 1")
+            raise ValueError(f"r = {self.r}: the rank must be at least 1")
         if self.variant not in ("pure", "residual"):
-            raise ValueError(f"variant = {self.variant!r}: is pure, W0 * (B A), or residual, W0 * (1 + B A)")
+            raise ValueError(f"variant = {self.variant!r}: must be pure, W0 * (B A), or residual, W0 * (1 + B A)")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
 
 
 class FloraLinear(nn.Module, BaseTunerLayer):
-    """A Linear or Conv1D whose weight is multiplied. The product of weight and modulation is made in every forward pass: for one adapter that
-    is what costs least (docs/math.md)."""
+    """A Linear or Conv1D whose weight is modulated.
+
+    The modulated weight is formed in every forward, which is the fastest formulation for one adapter
+    (docs/math.md).
+    """
 
     base_layer: Any
     get_base_layer: Any
@@ -75,13 +95,13 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         self.flora_dropout = nn.ModuleDict()
         self.flora_offset: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self._before: Tensor | None = None
+        self._weight_before_merge: Tensor | None = None
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: FloraConfig) -> None:
-        """Another adapter, which changes nothing yet: B A = 1, or 0 for a residual one."""
+        """Add an adapter that starts as the identity: B A = 1, or 0 for a residual one."""
         A, B = torch.randn(config.r, self.in_features), torch.zeros(self.out_features, config.r)
         if config.variant == "pure":
             A[0], B[:, 0] = 1.0, 1.0
@@ -94,58 +114,63 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def adapted_weight(self, adapter_name: str) -> Tensor:
-        """[out, in], as W0 is stored the other way round in a Conv1D, in the dtype of W0."""
-        weight = self._before if self._before is not None else self.get_base_layer().weight
+        """The modulated weight [out, in], in the dtype of W0. A Conv1D stores W0 as [in, out]."""
+        weight = self._weight_before_merge
+        if weight is None:
+            weight = self.get_base_layer().weight
+        dense = weight.T if self.transposed else weight
         A, B = self.flora_A[adapter_name], self.flora_B[adapter_name]
-        whole = modulated_weight((weight.T if self.transposed else weight).to(A.dtype), A, B, self.flora_offset[adapter_name])
-        return whole.to(weight.dtype)
+        modulated = modulated_weight(dense.to(A.dtype), A, B, offset=self.flora_offset[adapter_name])
+        return modulated.to(weight.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Raises ValueError if more than one fLoRA adapter is active."""
         active = [name for name in self.active_adapters if name in self.flora_A]
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) > 1:
-            raise ValueError(
-                f"{' and '.join(active)} are active: one fLoRA adapter multiplies a weight at a time; set_adapter one"
-            )
+            names = " and ".join(active)
+            raise ValueError(f"{names} are active, but only one fLoRA adapter can be: call set_adapter with one name")
         weight, bias = self.adapted_weight(active[0]), self.get_base_layer().bias
         x = self.flora_dropout[active[0]](x)
         return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge one adapter into the base layer. Raises ValueError for several, and with safe_merge for
+        NaN."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.flora_A]
         if not names:
             return
         if len(names) > 1 or self.merged:
-            raise ValueError(
-                f"{', '.join([*self.merged_adapters, *names])}: one fLoRA adapter is merged at a time; unmerge the other"
-            )
+            all_names = ", ".join([*self.merged_adapters, *names])
+            raise ValueError(f"{all_names}: only one fLoRA adapter can be merged at a time; unmerge the other first")
         with torch.no_grad():
             merged = self.adapted_weight(names[0])
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
             weight = self.get_base_layer().weight
-            self._before = weight.detach().clone()
+            self._weight_before_merge = weight.detach().clone()
             weight.copy_(merged.T if self.transposed else merged)
         self.merged_adapters.append(names[0])
 
     def unmerge(self) -> None:
-        if self._before is None:
+        """Restore the weight of the base layer."""
+        if self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().weight.data.copy_(self._before)
-        self._before = None
+        self.get_base_layer().weight.data.copy_(self._weight_before_merge)
+        self._weight_before_merge = None
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """No: `flora-train export --as lora-svd` does it, and says what is lost."""
+        """False: `flora-train export --as lora-svd` converts, and reports the error of the approximation."""
         return False
 
 
 class FloraModel(BaseTuner):
-    """PEFT's view of a model with fLoRA adapters."""
+    """A model with fLoRA adapters in PEFT."""
 
     prefix = "flora_"
     tuner_layer_cls = FloraLinear
@@ -165,7 +190,7 @@ class FloraModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         if not isinstance(target, nn.Linear | Conv1D):
-            raise TypeError(f"{current_key} is {type(target).__name__}: fLoRA multiplies the weights of Linear and Conv1D")
+            raise TypeError(f"{current_key} is a {type(target).__name__}: fLoRA supports Linear and Conv1D")
         layer = FloraLinear(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -173,16 +198,17 @@ class FloraModel(BaseTuner):
 
 
 def _register() -> None:
-    """PEFT's list of types is an Enum, which has no door for others: the member is put where Enum itself would have put it."""
-    if TYPE in PeftType._member_map_:
+    """Register FLORA with PEFT. PeftType is a closed Enum, so that the member is added in place, as Enum
+    itself adds members."""
+    if PEFT_TYPE in PeftType._member_map_:
         return
-    member = str.__new__(PeftType, TYPE)
-    member._name_, member._value_ = TYPE, TYPE
-    type.__setattr__(PeftType, TYPE, member)
-    PeftType._member_map_[TYPE] = member
-    PeftType._value2member_map_[TYPE] = member
-    PeftType._member_names_.append(TYPE)
-    register_peft_method(name=TYPE.lower(), config_cls=FloraConfig, model_cls=FloraModel)
+    member = str.__new__(PeftType, PEFT_TYPE)
+    member._name_, member._value_ = PEFT_TYPE, PEFT_TYPE
+    type.__setattr__(PeftType, PEFT_TYPE, member)
+    PeftType._member_map_[PEFT_TYPE] = member
+    PeftType._value2member_map_[PEFT_TYPE] = member
+    PeftType._member_names_.append(PEFT_TYPE)
+    register_peft_method(name=PEFT_TYPE.lower(), config_cls=FloraConfig, model_cls=FloraModel)
 
 
 _register()

@@ -24,9 +24,12 @@ from flora_train.models.speech_encoder import encoder_name
 
 
 class AdapterBank:
-    """All adapters of a run. An adapter's id is its position in `specs`; adapters of one pool have consecutive ids.
+    """All adapters of a run.
 
-    Example: `bank = AdapterBank.attach(model, specs)`, then for every batch `bank.route(ids)`, forward and backward.
+    An adapter's id is its position in `specs`; adapters of one pool have consecutive ids.
+
+    Example: `bank = AdapterBank.attach(model, specs)`, then for every batch `bank.route(ids)`, forward and
+    backward.
     """
 
     def __init__(
@@ -84,8 +87,8 @@ class AdapterBank:
             dtype: Type of the adapters' parameters.
             paging: Which adapters may be in host memory or on disk. Default: all adapters are on the device.
             device: Where the adapters compute. Default: the model's device.
-            features: [1, ...], features of one clip. Required for a speech model whose configuration does not state
-                their shape: the model is run on a few rows to find the layers that adapters can be attached to.
+            features: [1, ...], features of one clip. Required for a speech model whose configuration does not
+                state their shape: the model is run on a few rows to find the layers that support adapters.
 
         Returns:
             The bank. Until `route` is called, the model computes what the base model computes.
@@ -177,7 +180,8 @@ class AdapterBank:
         return self.ids[name]
 
     def shares_encoding(self, adapter: int) -> bool:
-        """Whether this adapter (-1: the base model) does not change the encoder of an encoder-decoder model."""
+        """Whether this adapter (-1: the base model) does not change the encoder of an encoder-decoder
+        model."""
         return adapter in self._encoder_unchanged
 
     def _adapters_outside(self, prefix: str) -> frozenset[int]:
@@ -219,7 +223,8 @@ class AdapterBank:
         return self.state(adapter)["values"]
 
     def state(self, adapter: int) -> dict[str, Tensor]:
-        """Plane (values, and those that the optimizer adds) -> [P] of one adapter: views, valid until adapters move."""
+        """Plane (values, and those that the optimizer adds) -> [P] of one adapter: views, valid until
+        adapters move."""
         self._settle()
         pool, member = self.location[adapter]
         return pool.state(member)
@@ -259,7 +264,8 @@ class AdapterBank:
             self.pager.invalidate()
 
     def blocks(self, adapters: Iterable[int]) -> list[frozenset[int]]:
-        """These adapters (-1: the base model), ascending, in groups that fit on the device; without paging, one group."""
+        """These adapters (-1: the base model), ascending, in groups that fit on the device; without paging,
+        one group."""
         ids = sorted(set(adapters))
         if self.pager is None:
             return [frozenset(ids)]
@@ -287,9 +293,11 @@ class AdapterBank:
         return pool.gradients[pool.slot_of[member]]
 
     def by_pool(self, adapters: Iterable[int]) -> Iterator[tuple[Pool, list[int], Any]]:
-        """These adapters grouped by pool, for updates: the pool, its adapter ids ascending, and an index of their rows.
+        """These adapters grouped by pool, for updates: the pool, its adapter ids ascending, and an index of
+        their rows.
 
-        The index is a slice where it selects all rows on the device, so that they are updated in place, else LongTensor [K].
+        The index is a slice where it selects all rows on the device, so that they are updated in place, else
+        LongTensor [K].
         """
         members: dict[int, list[int]] = defaultdict(list)
         for adapter in sorted(adapters):

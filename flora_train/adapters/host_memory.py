@@ -1,4 +1,5 @@
-"""Host storage of adapters that are not on the device: memory, pinned for a GPU, or files that the system pages."""
+"""Host storage of adapters that are not on the device: memory, pinned for a GPU, or files that the system
+pages."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from flora_train.runtime.atomic import disk_errors
 def allocate_host_rows(rows: int, size: int, dtype: torch.dtype, *, pinned: bool = False, folder: Path | None = None) -> Tensor:
     """Zeros [rows, size] on the host: in memory, or in a file below `folder` (Linux).
 
-    The file has no name: it disappears with the process, and no other process can write to it. Raises UserError if there is
-    not enough free memory or disk space.
+    The file has no name: it disappears with the process, and no other process can write to it. Raises
+    UserError if there is not enough free memory or disk space.
     """
     length = rows * size * dtype.itemsize
     if folder is None:
@@ -42,7 +43,8 @@ def allocate_host_rows(rows: int, size: int, dtype: torch.dtype, *, pinned: bool
 
 
 def copy_to_host(tensor: Tensor, folder: Path | None = None) -> Tensor:
-    """A copy of [rows, size] on the host: in memory, or in a file below `folder`. Raises UserError if the disk is full."""
+    """A copy of [rows, size] on the host: in memory, or in a file below `folder`. Raises UserError if the
+    disk is full."""
     if folder is None:
         return tensor.detach().to("cpu", copy=True).contiguous()
     rows, size = tensor.shape

@@ -16,10 +16,11 @@ from flora_train.models.quantized import dequantized, is_quantized
 
 
 class AdapterLinear(nn.Module):
-    """`base_layer` (frozen) and the pools that target it. Without a routing it computes what the base layer computes.
+    """`base_layer` (frozen) and the pools that target it. Without a routing it computes what the base layer
+    computes.
 
-    Adapter parameters are not parameters of this module. The bank holds them, so that state_dict, sharding and device
-    moves of the model affect only the frozen base.
+    Adapter parameters are not parameters of this module. The bank holds them, so that state_dict, sharding
+    and device moves of the model affect only the frozen base.
     """
 
     def __init__(self, base_layer: nn.Module, target: Target, router: BatchRouting) -> None:
@@ -54,10 +55,11 @@ class AdapterLinear(nn.Module):
 
     @torch.compiler.disable(reason="the routing of rows to adapters changes with every batch")
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, ..., in], or [B * L, in] row by row, for the B rows of the current routing. Returns [..., out].
+        """x: [B, ..., in], or [B * L, in] row by row, for the B rows of the current routing. Returns [...,
+        out].
 
-        Raises RuntimeError if x does not hold B rows. torch.compile compiles the code between adapted layers, but not these
-        layers.
+        Raises RuntimeError if x does not hold B rows. torch.compile compiles the code between adapted layers,
+        but not these layers.
         """
         routing = self.router.routing
         if routing is None:

@@ -1,4 +1,5 @@
-"""Finds the linear layers that no adapter can be attached to, by running the model on a few tokens before training."""
+"""Finds the linear layers that no adapter can be attached to, by running the model on a few tokens before
+training."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from flora_train.models.probe_inputs import gradients_enabled, preserved_state, 
 from flora_train.models.quantized import is_quantized
 
 SHAPES = ((2, 6), (3, 3))
-"""Rows and tokens of the probes: one of different numbers, one of equal numbers, where a sequence-first layout has the same shape
-as rows."""
+"""Rows and tokens of the probes: one of different numbers, one of equal numbers, where a sequence-first
+layout has the same shape as rows."""
 NOT_RUN, NO_GRADIENT, MAKES_LOGITS = "does not run", "gets no gradient", "makes the logits"
 MAX_WHOLE_PARAMETERS = 10**9
 """Parameters of the largest model that is probed completely without its weights."""
@@ -32,7 +33,8 @@ MAX_NAMED = 4
 MAX_INPUT_DIFFERENCE = 0.1
 """Relative difference between two inputs of a layer that rounding can cause."""
 MAX_OUTPUT_DIFFERENCE = 0.03
-"""Relative difference between an output and the product with the weight that rounding can cause, in 16 bits."""
+"""Relative difference between an output and the product with the weight that rounding can cause, in 16
+bits."""
 
 
 @dataclass
@@ -57,10 +59,12 @@ class _Observation(NamedTuple):
 
 
 def unusable_layers(model: nn.Module, names: Iterable[str], features: Tensor | None = None) -> dict[str, str]:
-    """The named linear layers that no adapter can be attached to -> the reason. features: [1, ...] of a clip, for a speech model.
+    """The named linear layers that no adapter can be attached to -> the reason. features: [1, ...] of a clip,
+    for a speech model.
 
-    Runs the model three times on nine to twelve tokens. A module that is not a transformers model has no unusable layers. Raises
-    UserError where the model cannot run, or arranges its rows so that no layer can distinguish them.
+    Runs the model three times on nine to twelve tokens. A module that is not a transformers model has no
+    unusable layers. Raises UserError where the model cannot run, or arranges its rows so that no layer can
+    distinguish them.
     """
     names = tuple(names)
     if not hasattr(getattr(model, "config", None), "model_type") or not names:
@@ -119,8 +123,8 @@ def _check_rows(
 def unusable_by_shape(config: ModelConfig, empty: nn.Module, features: Tensor | None = None) -> dict[str, str]:
     """`unusable_layers` of a model that is not loaded, as far as it does not depend on the weights.
 
-    empty: the model without weights. A model with weights of 0 is run; of a large model, its first layers. Returns {} where that
-    cannot run.
+    empty: the model without weights. A model with weights of 0 is run; of a large model, its first layers.
+    Returns {} where that cannot run.
     """
     names = tuple(linear_layers(empty))
     is_small = sum(parameter.numel() for parameter in empty.parameters()) <= MAX_WHOLE_PARAMETERS
@@ -153,7 +157,8 @@ def _reason(name: str, first: _Calls | None, square: _Calls | None, *, head: str
 
 
 def _extend_to_lists(reasons: Mapping[str, str], calls: Mapping[str, _Calls]) -> dict[str, str]:
-    """Experts of one list are all unusable if one is: the tokens that each of them gets change with every batch."""
+    """Experts of one list are all unusable if one is: the tokens that each of them gets change with every
+    batch."""
     extended = dict(reasons)
     reason_of_list: dict[str, str] = {}
     for name, reason in reasons.items():
@@ -290,7 +295,8 @@ def _recorded(
 
 @torch.no_grad()
 def _nonlinear_fault(module: nn.Module, x: Tensor, y: Tensor) -> str | None:
-    """What a layer does beyond the product with its weight: then neither the method's formula nor a merge would be correct."""
+    """What a layer does beyond the product with its weight: then neither the method's formula nor a merge
+    would be correct."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or is_quantized(module):
         return None
     fault = f"is a {type(module).__name__}, which does not compute the product with its weight"

@@ -1,11 +1,12 @@
 """Paging: moves adapters between host and device when not all of them fit on the device.
 
-The device holds the adapters of this step and the next; all others are stored on the host. The device's memory for adapters
-is one arena per plane (values, moments), partitioned into rows: pools of any method and rank share it, and it is
-repartitioned when their needs change, so that no memory is lost to gaps. The adapter whose next use is farthest away is
-evicted first (Belady, "A study of replacement algorithms for a virtual-storage computer", 1966); the next uses are known,
-because the mixture determines every future step. Copies for the next step overlap with the computation of this one: in a
-thread on a CPU, on a separate stream on a GPU if host memory is pinned. Copies from files are waited for.
+The device holds the adapters of this step and the next; all others are stored on the host. The device's
+memory for adapters is one arena per plane (values, moments), partitioned into rows: pools of any method and
+rank share it, and it is repartitioned when their needs change, so that no memory is lost to gaps. The adapter
+whose next use is farthest away is evicted first (Belady, "A study of replacement algorithms for a
+virtual-storage computer", 1966); the next uses are known, because the mixture determines every future step.
+Copies for the next step overlap with the computation of this one: in a thread on a CPU, on a separate stream
+on a GPU if host memory is pinned. Copies from files are waited for.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ NextUse = Callable[[int], float]
 """Adapter id -> the next step that uses it; infinity if none is known."""
 
 OF_FREE_MEMORY = 0.5
-"""auto: the share of the device memory that is free after loading the base model; activations need the rest."""
+"""auto: the share of the device memory that is free after loading the base model; activations need the
+rest."""
 PLANES = 4
 """Values, gradients, and AdamW's two moments."""
 
@@ -47,7 +49,8 @@ class Paging:
     """Folder of the files that store the other adapters. None: host memory."""
 
     def slots_for(self, pools: Sequence[Pool], device: torch.device, dtype: torch.dtype) -> int | None:
-        """The number of slots, or None if all adapters of these pools fit. Raises UserError if memory is too small."""
+        """The number of slots, or None if all adapters of these pools fit. Raises UserError if memory is too
+        small."""
         largest = max(pool.row_size for pool in pools)
         total = sum(len(pool.specs) * pool.row_size for pool in pools)
         slots = self.device_slots
@@ -131,7 +134,8 @@ class Pager:
         self._repartition([0] * len(self.pools))
 
     def check_room(self, adapters: Collection[int], needed_by: str = "a step or batch") -> None:
-        """Raises UserError if these adapters do not fit on the device together. needed_by: named in the message."""
+        """Raises UserError if these adapters do not fit on the device together. needed_by: named in the
+        message."""
         size = self._size_of(adapters)
         if size > self.capacity:
             slots = -(-size // max(pool.row_size for pool in self.pools))
@@ -263,7 +267,8 @@ class Pager:
         self._copying = self._stream.record_event()
 
     def _repartition(self, needs: Sequence[int]) -> None:
-        """Give every pool the rows that it needs at once, and share the rest. All adapters must be on the host."""
+        """Give every pool the rows that it needs at once, and share the rest. All adapters must be on the
+        host."""
         self.invalidate()
         self.traffic.repartitions += 1
         sizes = [pool.row_size for pool in self.pools]

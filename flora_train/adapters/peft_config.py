@@ -1,4 +1,5 @@
-"""Reads adapter_config.json of a PEFT adapter and accepts only options that do not change what its tensors compute."""
+"""Reads adapter_config.json of a PEFT adapter and accepts only options that do not change what its tensors
+compute."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ ANY_TYPE: dict[str, Rule] = {
     "fan_in_fan_out": _flag,
     "modules_to_save": _off,
 }
-"""Keys that every PEFT type has. PEFT derives fan_in_fan_out from the layer's type, and does not read runtime_config from files."""
+"""Keys that every PEFT type has. PEFT derives fan_in_fan_out from the layer's type, and does not read
+runtime_config from files."""
 
 SOME_LAYERS: dict[str, Rule] = {
     "layers_to_transform": _numbers,
@@ -83,8 +85,8 @@ SOME_LAYERS: dict[str, Rule] = {
 """The adapted layers are compared with the adapter's tensors (peft_tensors.py)."""
 
 INITS = _one_of(None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base model unchanged. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it; MiCA
-computes something else."""
+"""Values of init_lora_weights that leave the base model unchanged. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
+change it; MiCA computes something else."""
 
 ADALORA_EPSILON = 1e-5
 """PEFT divides the update of an ADALORA by its rank plus this."""
@@ -122,7 +124,8 @@ LORA: dict[str, Rule] = {
         _off,
     ),
 }
-"""The configuration of an initialisation has no effect unless init_lora_weights names it. PEFT keeps it when it converts a CorDA."""
+"""The configuration of an initialisation has no effect unless init_lora_weights names it. PEFT keeps it when
+it converts a CorDA."""
 
 ADALORA: dict[str, Rule] = {
     **LORA,
@@ -135,7 +138,8 @@ ADALORA: dict[str, Rule] = {
         _anything,
     ),
 }
-"""Without a rank_pattern, which PEFT writes once it has pruned ranks, this is a LORA with a scale for each rank."""
+"""Without a rank_pattern, which PEFT writes once it has pruned ranks, this is a LORA with a scale for each
+rank."""
 
 HARMLESS: dict[str, dict[str, Rule]] = {
     "LORA": LORA,
@@ -156,7 +160,8 @@ HARMLESS: dict[str, dict[str, Rule]] = {
         "flora_dropout": _number,
     },
 }
-"""PEFT type -> key of adapter_config.json -> values with which the tensors alone define what the adapter computes."""
+"""PEFT type -> key of adapter_config.json -> values with which the tensors alone define what the adapter
+computes."""
 
 REQUIRED = {
     "LORA": ("r", "lora_alpha"),
@@ -230,7 +235,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_harmless(config: Mapping[str, Any], source: str, key: str) -> None:
-    """Raises UserError for the first key of adapter_config.json that is missing or not known to be harmless."""
+    """Raises UserError for the first key of adapter_config.json that is missing or not known to be
+    harmless."""
     peft_type = peft_type_of(config)
     if peft_type not in HARMLESS:
         raise user_error(key, source, f"has the PEFT type {peft_type}: supported are {choices(HARMLESS)}")
@@ -245,7 +251,8 @@ def check_harmless(config: Mapping[str, Any], source: str, key: str) -> None:
 
 
 def check_init(config: Mapping[str, Any], source: str, key: str) -> None:
-    """Raises UserError for a LORA that PEFT loads onto a changed base model, or whose base model it cannot restore."""
+    """Raises UserError for a LORA that PEFT loads onto a changed base model, or whose base model it cannot
+    restore."""
     name = "init_lora_weights"
     if name in config and not INITS(config[name]):
         raise _refused(name, config[name], source, key=key, known=True)

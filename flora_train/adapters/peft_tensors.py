@@ -36,8 +36,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def read_files(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of adapter_config.json and the tensors, on the CPU, of a PEFT adapter of any type.
 
-    source: a folder, or a name on the hub. Raises UserError, naming `key`, where a file is missing or damaged, or a tensor is
-    not dense or holds numbers that are not finite.
+    source: a folder, or a name on the hub. Raises UserError, naming `key`, where a file is missing or
+    damaged, or a tensor is not dense or holds numbers that are not finite.
     """
     from peft.utils import load_peft_weights
 
@@ -63,8 +63,8 @@ def read_files(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]
 def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, *, key: str) -> set[str]:
     """The names of the adapted modules.
 
-    Raises UserError for a tensor that the adapter's type does not have, for a missing tensor, and for a shape or dtype that
-    does not agree with adapter_config.json.
+    Raises UserError for a tensor that the adapter's type does not have, for a missing tensor, and for a shape
+    or dtype that does not agree with adapter_config.json.
     """
     peft_type = peft_type_of(config)
     suffixes_of: dict[str, set[str]] = {}

@@ -1,7 +1,8 @@
 """Storage of adapters as rows: one adapter is one row of a [slots, P] tensor.
 
-Adapters of the same method, rank and targets share a pool. A layer's parameters are views of the pool's tensor, so that
-clipping, the optimizer, checkpoints and communication handle an adapter as one vector instead of layer by layer.
+Adapters of the same method, rank and targets share a pool. A layer's parameters are views of the pool's
+tensor, so that clipping, the optimizer, checkpoints and communication handle an adapter as one vector instead
+of layer by layer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from flora_train.adapters.targets import find_targets
 
 
 class GatherRows(torch.autograd.Function):
-    """The rows of the adapters in this batch. The backward adds to the pool's gradients; other rows are not touched."""
+    """The rows of the adapters in this batch. The backward adds to the pool's gradients; other rows are not
+    touched."""
 
     @staticmethod
     def forward(ctx: Any, stack: Tensor, gradient: Tensor | None, slots: Tensor) -> Tensor:
@@ -49,7 +51,8 @@ class Pool:
         """A member is a position in this tuple."""
         self.targets = dict(targets)
         self.slot_of: dict[int, int] = {}
-        """Member -> its row on the device. The same number, unless a pager decides which members are on the device."""
+        """Member -> its row on the device. The same number, unless a pager decides which members are on the
+        device."""
         self.changed: set[int] = set()
         """Members on the device whose values may differ from those on the host."""
         self.host: dict[str, Tensor] = {}
@@ -64,7 +67,8 @@ class Pool:
                 self.row_size += prod(shape)
 
     def allocate(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Allocate rows for all members on the device. Values are NaN until `initialise` or a checkpoint sets them."""
+        """Allocate rows for all members on the device. Values are NaN until `initialise` or a checkpoint sets
+        them."""
         shape = len(self.specs), self.row_size
         self.slot_of = {member: member for member in range(len(self.specs))}
         values = torch.full(shape, float("nan"), dtype=dtype, device=device)
@@ -129,9 +133,11 @@ def pool_key(spec: AdapterSpec) -> tuple[str, int, object, object, object]:
 def build_pools(
     model: nn.Module, specs: Iterable[AdapterSpec], unusable: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[list[Pool], dict[str, str]]:
-    """The pools of these adapters, without memory, and the target layers that no adapter is attached to -> the reason.
+    """The pools of these adapters, without memory, and the target layers that no adapter is attached to ->
+    the reason.
 
-    unusable: layers that no adapter can be attached to -> the reason. Raises UserError when a target matches no layer.
+    unusable: layers that no adapter can be attached to -> the reason. Raises UserError when a target matches
+    no layer.
     """
     groups: dict[tuple[object, ...], list[AdapterSpec]] = defaultdict(list)
     for spec in specs:

@@ -39,7 +39,8 @@ class RowNoise:
     length: int
     """Tokens of the row without padding."""
     window: int = 0
-    """Positions of its encoder window, which has no padding; 0 if there is none, or if it is as long as the tokens."""
+    """Positions of its encoder window, which has no padding; 0 if there is none, or if it is as long as the
+    tokens."""
 
 
 @dataclass
@@ -58,7 +59,8 @@ class Routing:
     _by_pools: dict[frozenset[int], tuple[Span, ...]] = field(default_factory=dict, repr=False)
 
     def spans_for(self, pools: frozenset[int]) -> tuple[Span, ...]:
-        """The spans for a layer that only the pools with these ids target; all other rows run the base layer."""
+        """The spans for a layer that only the pools with these ids target; all other rows run the base
+        layer."""
         if pools not in self._by_pools:
             spans = []
             for span in self.spans:
@@ -71,8 +73,8 @@ class Routing:
     def dropout(self, x: Tensor, module: str, span: Span, *, tokens_per_row: int) -> Tensor:
         """Inverted dropout on the tokens x [T, in] of a span.
 
-        A mask depends only on the row's noise, the adapter and the layer: a recomputed forward draws the same mask, and
-        neither the other rows of the batch nor the padding that they cause change it.
+        A mask depends only on the row's noise, the adapter and the layer: a recomputed forward draws the same
+        mask, and neither the other rows of the batch nor the padding that they cause change it.
         """
         if self.noise is None or not any(spec.dropout for spec in span.specs):
             return x
@@ -94,8 +96,8 @@ class Routing:
 class BatchRouting:
     """Holds the routing that all layers read.
 
-    It must not change between a forward and the end of its backward, because activation checkpointing runs the forward again in
-    between (guarantee I4).
+    It must not change between a forward and the end of its backward, because activation checkpointing runs
+    the forward again in between (guarantee I4).
     """
 
     def __init__(self) -> None:
@@ -119,7 +121,8 @@ class BatchRouting:
         self.routing = None
 
     def expect_backward(self, embeddings: Tensor) -> None:
-        """Register a forward that the backward recomputes. The gradient of its embeddings is the last that is computed."""
+        """Register a forward that the backward recomputes. The gradient of its embeddings is the last that is
+        computed."""
         # Reentrant checkpointing needs an input that requires grad.
         embeddings.requires_grad_(True)
         self._pending_backwards += 1
@@ -136,7 +139,8 @@ def build_routing(
     *,
     noise: Sequence[RowNoise] | None = None,
 ) -> Routing:
-    """The routing for one adapter id per row (-1: base model); `location[id]` is its pool and its position there."""
+    """The routing for one adapter id per row (-1: base model); `location[id]` is its pool and its position
+    there."""
     order = sorted(range(len(ids)), key=lambda row: ids[row])
     runs = _runs([ids[row] for row in order])
 

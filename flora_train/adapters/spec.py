@@ -18,7 +18,8 @@ DEFAULT_RANK = {"flora": 4, "lora": 8, "ia3": 0}
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One adapter of a run. `make_spec` builds it from a recipe's entry; fields without a comment are that entry's keys."""
+    """One adapter of a run. `make_spec` builds it from a recipe's entry; fields without a comment are that
+    entry's keys."""
 
     name: str
     task: str

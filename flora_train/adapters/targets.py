@@ -49,8 +49,8 @@ def dense_weight(layer: nn.Module, target: Target) -> Tensor:
 def find_targets(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str] = MappingProxyType({})) -> dict[str, Target]:
     """Module name -> Target for one adapter.
 
-    unusable: layers that no adapter can be attached to -> the reason (layer_usage.py). Raises UserError when a name matches no
-    module, an unsupported module, or only unusable layers.
+    unusable: layers that no adapter can be attached to -> the reason (layer_usage.py). Raises UserError when
+    a name matches no module, an unsupported module, or only unusable layers.
     """
     key = f"adapters.{spec.family}"
     selected = _select(model, spec, unusable)
@@ -97,7 +97,8 @@ def _select(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str]) ->
 
 
 def _below_parent(model: nn.Module, selected: Mapping[str, Target], spec: AdapterSpec) -> dict[str, Target]:
-    """The selected layers below a module that is named `parent_module`. Raises UserError if there are none."""
+    """The selected layers below a module that is named `parent_module`. Raises UserError if there are
+    none."""
     below = {name: target for name, target in selected.items() if spec.parent_module in name.split(".")[:-1]}
     if not below:
         parts: set[str] = set()
@@ -116,7 +117,8 @@ def endings(names: Iterable[str]) -> list[str]:
 
 
 def shortest_suffixes(modules: Iterable[str], chosen: Iterable[str]) -> list[str]:
-    """The shortest suffixes that select exactly `chosen` among all `modules`, as PEFT reads `target_modules`."""
+    """The shortest suffixes that select exactly `chosen` among all `modules`, as PEFT reads
+    `target_modules`."""
     chosen = set(chosen)
     other_suffixes: set[str] = set()
     for name in modules:
@@ -140,7 +142,8 @@ def _ends_with(name: str, suffixes: Iterable[str]) -> bool:
 
 
 def _match(model: nn.Module, available: Mapping[str, Target], suffixes: Sequence[str], *, key: str) -> dict[str, Target]:
-    """The available layers that end in one of `suffixes`. Raises UserError for a suffix of no or of an unsupported module."""
+    """The available layers that end in one of `suffixes`. Raises UserError for a suffix of no or of an
+    unsupported module."""
     modules = dict(model.named_modules())
     options = endings(available)
     for suffix in suffixes:

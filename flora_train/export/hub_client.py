@@ -1,7 +1,7 @@
 """Requests to the Hugging Face hub: retries with bounded waits, and one clear error for every failure.
 
-huggingface_hub retries some of its own requests and waits as long as the hub's headers say. The retries here cover every
-request, cap each wait, and report it.
+huggingface_hub retries some of its own requests and waits as long as the hub's headers say. The retries here
+cover every request, cap each wait, and report it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class AnswerError(Exception):
 
 
 def check_repository_name(name: str, key: str = "repo") -> None:
-    """Raises UserError for a name that the hub would refuse: ORG/NAME, both of ASCII letters, digits, - _ and ."""
+    """Raises UserError for a name that the hub would refuse: ORG/NAME, both of ASCII letters, digits, - _ and
+    ."""
     owner, slash, short_name = name.partition("/")
     parts = [("ORG", owner), ("NAME", short_name)] if slash else [("NAME", name)]
     for label, part in parts:
@@ -63,8 +64,9 @@ def _name_problem(part: str) -> str | None:
 def with_retries(action: Callable[[], Result]) -> Result:
     """Call `action`, again after a transient HTTP status or a broken connection.
 
-    Waits double with each attempt, or last as long as the hub's Retry-After says, at most MAX_WAIT seconds. Raises the client's
-    exceptions, OSError for a connection that stays broken, and AnswerError for an answer that the client cannot interpret.
+    Waits double with each attempt, or last as long as the hub's Retry-After says, at most MAX_WAIT seconds.
+    Raises the client's exceptions, OSError for a connection that stays broken, and AnswerError for an answer
+    that the client cannot interpret.
     """
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 

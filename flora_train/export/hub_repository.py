@@ -1,4 +1,5 @@
-"""The content of the repositories that `flora-train push` writes: one with a folder per adapter, or one per adapter."""
+"""The content of the repositories that `flora-train push` writes: one with a folder per adapter, or one per
+adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from flora_train.runtime.manifest import PEFT_FILES, PEFT_WARNING
 from flora_train.runtime.run_folder import RunFolder
 
 MANIFEST = "flora_train.json"
-"""Describes the adapters of a repository: which of them a later push may replace, and the rows of its table."""
+"""Describes the adapters of a repository: which of them a later push may replace, and the rows of its
+table."""
 TEMPLATE = Path(__file__).with_name("hub_repository.md.jinja")
 
 
@@ -69,8 +71,8 @@ class Repository:
     base: str
     """Their base model."""
     snippet: str | None = None
-    """Python source that uses the first adapter, for a README.md with a table of all adapters. None: README.md is the card of
-    the only adapter."""
+    """Python source that uses the first adapter, for a README.md with a table of all adapters. None:
+    README.md is the card of the only adapter."""
 
     def overview(self, existing: Entries) -> dict[str, bytes]:
         """Path -> content of the files that describe these adapters and the existing ones."""
@@ -109,7 +111,8 @@ def _table_row(entry: HubEntry) -> dict[str, str]:
 
 
 def read_entries(manifest: bytes) -> Entries:
-    """The adapters that a MANIFEST describes. Raises ValueError or RecursionError for content of another form."""
+    """The adapters that a MANIFEST describes. Raises ValueError or RecursionError for content of another
+    form."""
     return HubManifest.model_validate(parse_object(manifest)).adapters
 
 
@@ -131,7 +134,8 @@ class Staging:
 
 
 def stage(run: RunFolder, config: RunConfig, specs: Sequence[AdapterSpec], staging: Staging) -> list[Repository]:
-    """Write the files of the repositories below `staging.folder`, with cards that load the adapters from the hub.
+    """Write the files of the repositories below `staging.folder`, with cards that load the adapters from the
+    hub.
 
     Raises UserError for an adapter whose folder is incomplete or damaged.
     """

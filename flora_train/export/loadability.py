@@ -57,7 +57,8 @@ class Written:
 
 
 class Loadability:
-    """Checks of one model, each done once. If the model's class cannot be built from its configuration, every check passes."""
+    """Checks of one model, each done once. If the model's class cannot be built from its configuration, every
+    check passes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.empty_model = _without_weights(model)
@@ -189,7 +190,8 @@ def loadability_of(model: nn.Module) -> Loadability:
 
 
 def notes(model: nn.Module, pools: Iterable[Pool]) -> Iterator[str]:
-    """A line for each adapter family that plain PEFT does not load or loads under another type, or if that is unknown.
+    """A line for each adapter family that plain PEFT does not load or loads under another type, or if that is
+    unknown.
 
     Raises UserError where plain PEFT would silently ignore tensors and no other form avoids it.
     """

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-6
-"""Ridge of a least-squares system, relative to the mean of its diagonal: keeps a row without weights solvable."""
+"""Ridge of a least-squares system, relative to the mean of its diagonal: keeps a row without weights
+solvable."""
 
 DAMPINGS = (0.1, 0.01, 1.0)
 """Relative to the mean squared weight: added to each squared weight before a change is divided by it."""
 
 RANDOM_STARTS = 5
 SMALL_LAYER = 2**18
-"""Random starts are tried for layers of at most this many weights: in larger layers a start takes long, and the local optima
-differ little."""
+"""Random starts are tried for layers of at most this many weights: in larger layers a start takes long, and
+the local optima differ little."""
 
 FINISHED_STARTS = 2
-"""Starts of a small layer that run for all rounds: the best after a quarter of the rounds. A larger layer finishes only one."""
+"""Starts of a small layer that run for all rounds: the best after a quarter of the rounds. A larger layer
+finishes only one."""
 
 
 def energies(delta: Tensor) -> Tensor:
@@ -31,7 +33,8 @@ def energies(delta: Tensor) -> Tensor:
 
 
 def truncated(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in], float32: B A is the matrix of rank r closest to delta [out, in] (Eckart & Young 1936).
+    """B [out, r] and A [r, in], float32: B A is the matrix of rank r closest to delta [out, in] (Eckart &
+    Young 1936).
 
     Ranks beyond min(out, in) are zero.
     """
@@ -52,7 +55,8 @@ def truncated(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def relative_error(spectra: Sequence[Tensor], rank: int) -> float:
-    """|deltas - closest matrices of this rank| / |deltas|, Frobenius over all layers. spectra: `energies` of each layer."""
+    """|deltas - closest matrices of this rank| / |deltas|, Frobenius over all layers. spectra: `energies` of
+    each layer."""
     total = sum(float(spectrum.sum()) for spectrum in spectra)
     remaining = sum(float(spectrum[rank:].sum()) for spectrum in spectra)
     return (remaining / total) ** 0.5 if total else 0.0
@@ -73,8 +77,9 @@ def smallest_rank(spectra: Sequence[Tensor], max_error: float) -> int:
 def modulation(weight: Tensor, delta: Tensor, rank: int, *, rounds: int = 30) -> tuple[Tensor, Tensor]:
     """B [out, r] and A [r, in], float32, with weight * (B A) close to delta [out, in].
 
-    Low-rank approximation weighted by weight^2 has no closed form (Srebro & Jaakkola 2003), and alternating least squares
-    converges to a local optimum. The result is the best of several starts, always the same ones: close, but not always the closest.
+    Low-rank approximation weighted by weight^2 has no closed form (Srebro & Jaakkola 2003), and alternating
+    least squares converges to a local optimum. The result is the best of several starts, always the same
+    ones: close, but not always the closest.
     """
     weights = weight.double().square()
     pulled = weight.double() * delta.double()
@@ -88,7 +93,8 @@ def modulation(weight: Tensor, delta: Tensor, rank: int, *, rounds: int = 30) ->
 
 
 def _starts(weights: Tensor, pulled: Tensor, rank: int) -> Iterator[Tensor]:
-    """Initial A [r, in]: the truncated ratio delta / weight, damped where a weight is near 0, and random values."""
+    """Initial A [r, in]: the truncated ratio delta / weight, damped where a weight is near 0, and random
+    values."""
     for damping in DAMPINGS:
         ratio = pulled / (weights + damping * weights.mean() + 1e-300)
         yield truncated(ratio, rank)[1].double()

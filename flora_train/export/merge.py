@@ -24,8 +24,8 @@ from flora_train.runtime.atomic import disk_errors
 def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
     """Merge one adapter into the bank's model and unwrap every layer. The bank cannot be used afterwards.
 
-    Raises UserError, with the model unchanged, where a weight is shared with a module that the adapter does not change (such as a
-    tied embedding).
+    Raises UserError, with the model unchanged, where a weight is shared with a module that the adapter does
+    not change (such as a tied embedding).
     """
     pool, member = bank.location[bank.id_of(name)]
     spec = pool.specs[member]
@@ -67,8 +67,9 @@ def save_merged(
 ) -> Path:
     """Merge and save as a transformers checkpoint, complete or not at all.
 
-    preprocessors: saved beside the model: the tokenizer and, of a speech model, its feature extractor and processor;
-    origin: content of flora_train.json in the folder. Returns the folder. Raises UserError if it exists.
+    preprocessors: saved beside the model: the tokenizer and, of a speech model, its feature extractor and
+    processor; origin: content of flora_train.json in the folder. Returns the folder. Raises UserError if it
+    exists.
     """
     if folder.exists():
         raise user_error("output folder", str(folder), "exists already: choose another folder")

@@ -38,9 +38,10 @@ def write_card(
 ) -> Path:
     """Write README.md into the folder of an exported adapter; returns the folder.
 
-    report: the report of its run, None if there is none yet; example: input of the snippet's generate() call; svd_lora: the LoRA
-    that the folder holds in place of the adapter; losses: held-out nats per token of "base", "adapter" and "LoRA"; origin: a
-    sentence on its origin; source, subfolder: where the snippet loads the adapter from (default: the folder's name).
+    report: the report of its run, None if there is none yet; example: input of the snippet's generate() call;
+    svd_lora: the LoRA that the folder holds in place of the adapter; losses: held-out nats per token of
+    "base", "adapter" and "LoRA"; origin: a sentence on its origin; source, subfolder: where the snippet loads
+    the adapter from (default: the folder's name).
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -113,7 +114,8 @@ def _data_keys(task: TaskSummary | None) -> dict[str, Any]:
 
 
 def in_line(text: str) -> str:
-    """A name for a line or a table cell of Markdown: on one line, with entities for characters that have a meaning there."""
+    """A name for a line or a table cell of Markdown: on one line, with entities for characters that have a
+    meaning there."""
     shown = plain(" ".join(text.split("\n")), keep="")
     entities = {"&": "&amp;", "<": "&lt;", "|": "&#124;", "`": "&#96;", "[": "&#91;", "*": "&#42;"}
     return "".join(entities.get(character, character) for character in shown)

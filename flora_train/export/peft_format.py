@@ -1,4 +1,5 @@
-"""Writes an adapter as a folder that PeftModel.from_pretrained loads: LORA, IA3, fLoRA as HIRA or under its own type FLORA."""
+"""Writes an adapter as a folder that PeftModel.from_pretrained loads: LORA, IA3, fLoRA as HIRA or under its
+own type FLORA."""
 
 from __future__ import annotations
 
@@ -31,14 +32,16 @@ def export_peft(
     always_lora: bool = False,
     replace: bool = True,
 ) -> Path:
-    """Write adapter_config.json and adapter_model.safetensors (float32) into `folder`, both or none. Other files stay.
+    """Write adapter_config.json and adapter_model.safetensors (float32) into `folder`, both or none. Other
+    files stay.
 
-    A pure fLoRA of rank r becomes an equal HiRA of rank r + 1, a residual one a HiRA of rank r. Where plain PEFT does not load the
-    result, NOT_FOR_PLAIN_PEFT.txt beside it states the reason.
+    A pure fLoRA of rank r becomes an equal HiRA of rank r + 1, a residual one a HiRA of rank r. Where plain
+    PEFT does not load the result, NOT_FOR_PLAIN_PEFT.txt beside it states the reason.
 
     base: what adapter_config.json names as the base model; own_type: write a FLORA of rank r, which needs
-    flora_train.peft_plugin, instead of a HiRA; always_lora: write a LORA even where plain PEFT would drop tensors of it and an
-    equal ADALORA would be written; replace: overwrite these files. Returns the folder. Raises UserError if they cannot be written.
+    flora_train.peft_plugin, instead of a HiRA; always_lora: write a LORA even where plain PEFT would drop
+    tensors of it and an equal ADALORA would be written; replace: overwrite these files. Returns the folder.
+    Raises UserError if they cannot be written.
     """
     if not replace:
         check_new(folder)
@@ -61,8 +64,9 @@ def export_peft(
 def _move(temporary: Path, folder: Path, replace: bool) -> None:
     """Move the new files into `folder`.
 
-    Without `replace`, the rename fails if another process filled the folder in the meantime. If the process is killed, the
-    folder holds the old adapter, the new one, or no CONFIG, in which case PEFT finds no adapter.
+    Without `replace`, the rename fails if another process filled the folder in the meantime. If the process
+    is killed, the folder holds the old adapter, the new one, or no CONFIG, in which case PEFT finds no
+    adapter.
     """
     if not replace or not folder.exists():
         temporary.rename(folder)

@@ -15,8 +15,8 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import shortest_suffixes
 
 Form = Literal["own", "FLORA", "ADALORA"]
-"""own: LORA, IA3, and HIRA for fLoRA. FLORA: fLoRA under its own PEFT type. ADALORA: a LoRA with unchanged tensors, for models
-whose joined experts make PEFT convert the tensors of a LORA and drop some."""
+"""own: LORA, IA3, and HIRA for fLoRA. FLORA: fLoRA under its own PEFT type. ADALORA: a LoRA with unchanged
+tensors, for models whose joined experts make PEFT convert the tensors of a LORA and drop some."""
 
 Layers = Mapping[str, Target]
 
@@ -72,7 +72,8 @@ def _adalora_config(spec: AdapterSpec, targets: list[str]) -> dict[str, Any]:
 def tensors_of(
     parameters: Mapping[str, Mapping[str, Tensor]], layers: Layers, spec: AdapterSpec, *, form: Form
 ) -> dict[str, Tensor]:
-    """The content of adapter_model.safetensors, by PEFT's names. parameters: module -> parameter -> tensor."""
+    """The content of adapter_model.safetensors, by PEFT's names. parameters: module -> parameter ->
+    tensor."""
     tensors: dict[str, Tensor] = {}
     for module, params in parameters.items():
         if form == "FLORA":
@@ -89,7 +90,8 @@ def tensors_of(
 def task_type_of(model: Any) -> str | None:
     """PEFT's task type of the model; None for every model that is not a language model of tokens.
 
-    With a task type, PEFT would pass `input_ids` to a speech model and look for the saved head of a classifier.
+    With a task type, PEFT would pass `input_ids` to a speech model and look for the saved head of a
+    classifier.
     """
     from transformers.models.auto import modeling_auto as auto
 

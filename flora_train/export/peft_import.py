@@ -1,4 +1,5 @@
-"""Initialises adapters from PEFT adapters: LORA, IA3, HIRA as fLoRA, and LORA as the fLoRA that fits it best."""
+"""Initialises adapters from PEFT adapters: LORA, IA3, HIRA as fLoRA, and LORA as the fLoRA that fits it
+best."""
 
 from __future__ import annotations
 
@@ -38,10 +39,11 @@ PeftAdapter = tuple[dict[str, Any], dict[str, Tensor]]
 
 @torch.no_grad()
 def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
-    """Copy into each of these adapters the PEFT adapter that its `init_from` names; adapters without one are unchanged.
+    """Copy into each of these adapters the PEFT adapter that its `init_from` names; adapters without one are
+    unchanged.
 
-    Raises UserError with the problems of all adapters (another PEFT type, rank, scale or other layers) before any adapter
-    changes. Collective: the base model may be sharded.
+    Raises UserError with the problems of all adapters (another PEFT type, rank, scale or other layers) before
+    any adapter changes. Collective: the base model may be sharded.
     """
     specs = [bank.specs[adapter] for adapter in adapters]
     peft_adapters = on_every_process(lambda: _for_each(specs, lambda spec, source, key: read_peft(source, key)))
@@ -56,7 +58,8 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
 
 
 def _for_each(specs: Iterable[AdapterSpec], function: Callable[[AdapterSpec, str, str], Result]) -> dict[str, Result]:
-    """Name -> function(spec, source, key) for every spec with `init_from`. Raises UserError with all problems."""
+    """Name -> function(spec, source, key) for every spec with `init_from`. Raises UserError with all
+    problems."""
     problems: list[Problem] = []
     results: dict[str, Result] = {}
     for spec in specs:
@@ -74,8 +77,8 @@ def _for_each(specs: Iterable[AdapterSpec], function: Callable[[AdapterSpec, str
 def read_peft(source: str, key: str) -> PeftAdapter:
     """Configuration and tensors of a LORA, IA3 or HIRA, from a folder or the hub.
 
-    FLORA is returned as the equal HIRA, ADALORA as the equal LORA. Raises UserError, naming `key`, for other PEFT types and for
-    options and tensors that are not known to be harmless.
+    FLORA is returned as the equal HIRA, ADALORA as the equal LORA. Raises UserError, naming `key`, for other
+    PEFT types and for options and tensors that are not known to be harmless.
     """
     config, tensors = read_files(source, key)
     check_harmless(config, source, key)
@@ -104,7 +107,8 @@ def _as_hira(config: dict[str, Any], tensors: dict[str, Tensor]) -> PeftAdapter:
 
 
 def _as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> PeftAdapter:
-    """The LORA that computes the same as this ADALORA, which adds alpha / (r + 1e-5) B (E * A) with E [r, 1]."""
+    """The LORA that computes the same as this ADALORA, which adds alpha / (r + 1e-5) B (E * A) with E [r,
+    1]."""
     rank = config["init_r"]
     converted: dict[str, Tensor] = {}
     for name, E in tensors.items():
@@ -173,9 +177,10 @@ def fit_lora(
 ) -> tuple[dict[str, Tensor], float]:
     """The parameters of a residual fLoRA that adds nearly the same as a LORA, and the error of the fit.
 
-    tensors: of the LORA, by PEFT's names; scale: its factor of B A. Returns `<module>.<parameter>` -> tensor, and
-    |W0 * (B A) - dW| / |dW|, Frobenius over all layers. The fit is close but not always the closest. A product cannot change a
-    weight that is 0, which the error includes. Raises UserError for a LORA of another base model.
+    tensors: of the LORA, by PEFT's names; scale: its factor of B A. Returns `<module>.<parameter>` -> tensor,
+    and |W0 * (B A) - dW| / |dW|, Frobenius over all layers. The fit is close but not always the closest. A
+    product cannot change a weight that is 0, which the error includes. Raises UserError for a LORA of another
+    base model.
     """
     pool, member = bank.location[bank.id_of(name)]
     parameters: dict[str, Tensor] = {}
@@ -201,7 +206,8 @@ def fit_lora(
 
 
 def check_layers(expected: Collection[str], names: Collection[str], source: str, *, key: str) -> None:
-    """Raises UserError where the tensors of a PEFT adapter are not those of the adapter that starts from it."""
+    """Raises UserError where the tensors of a PEFT adapter are not those of the adapter that starts from
+    it."""
     lacking, surplus = set(expected) - set(names), set(names) - set(expected)
     hint = "target_modules (and feedforward_modules) must be the same"
     if lacking:
@@ -217,7 +223,8 @@ def modules_of(config: Mapping[str, Any], tensors: Collection[str]) -> set[str]:
 
 
 def _check_method(bank: AdapterBank, name: str, config: Mapping[str, Any], *, source: str, key: str) -> None:
-    """Raises UserError where the PEFT adapter has another PEFT type, rank or scale than the bank's adapter."""
+    """Raises UserError where the PEFT adapter has another PEFT type, rank or scale than the bank's
+    adapter."""
     expected, spec = peft_config(bank, name, BaseModel("")), bank.specs[bank.id_of(name)]
     peft_type, rank = peft_type_of(config), config.get("r")
     if peft_type != expected["peft_type"]:

@@ -1,4 +1,5 @@
-"""Approximates any adapter by a LoRA, for servers that support only LoRA: the truncated SVD of its change of each weight."""
+"""Approximates any adapter by a LoRA, for servers that support only LoRA: the truncated SVD of its change of
+each weight."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def compute_svd_lora(
     max_error: float | None,
     report: Callable[[float], None] = _no_report,
 ) -> SvdLora:
-    """The closest LoRA of this rank, or of the smallest rank (the same in all layers) whose error is at most `max_error`.
+    """The closest LoRA of this rank, or of the smallest rank (the same in all layers) whose error is at most
+    `max_error`.
 
     report: called with the share of layers that is done. The bank is unchanged.
     """
@@ -83,7 +85,8 @@ def compute_svd_lora(
 
 
 def deltas(bank: AdapterBank, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Module -> the adapter's change of its weight, float64 [out, in]. Raises UserError for an unknown name."""
+    """Module -> the adapter's change of its weight, float64 [out, in]. Raises UserError for an unknown
+    name."""
     pool, member = bank.location[bank.id_of(name)]
     for module, params in bank.parameters_of(name).items():
         target, layer = pool.targets[module], _layer(bank, module)

@@ -57,7 +57,8 @@ def usage_snippet(
 ) -> str:
     """Python source that runs as it stands, once the adapter is at `source`.
 
-    adapter_config: content of adapter_config.json; source: folder or hub name of the adapter; subfolder: its folder there.
+    adapter_config: content of adapter_config.json; source: folder or hub name of the adapter; subfolder: its
+    folder there.
     """
     is_speech = adapter_config["task_type"] is None
     auto_class = "AutoModelForSpeechSeq2Seq" if is_speech else "AutoModelForCausalLM"

@@ -1,4 +1,5 @@
-"""AdamW on selected rows of stacked tensors in Triton: one launch, which reads and writes every number of the rows once."""
+"""AdamW on selected rows of stacked tensors in Triton: one launch, which reads and writes every number of the
+rows once."""
 
 from __future__ import annotations
 
@@ -41,9 +42,11 @@ def fused_adamw(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Update the rows `slots` [K] int of values and moments (first, second), all [S, P] float32, by their gradients.
+    """Update the rows `slots` [K] int of values and moments (first, second), all [S, P] float32, by their
+    gradients.
 
-    numbers: [K, 4] float32, row k for slots[k]: clip factor, decay factor, -lr / (1 - beta1^t), sqrt(1 - beta2^t).
+    numbers: [K, 4] float32, row k for slots[k]: clip factor, decay factor, -lr / (1 - beta1^t), sqrt(1 -
+    beta2^t).
     """
     size = values.shape[1]
     with torch.cuda.device_of(values):

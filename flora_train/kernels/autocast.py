@@ -1,4 +1,5 @@
-"""The meaning of torch.autocast for adapters: tokens and frozen weights are cast as a linear layer casts them.
+"""The meaning of torch.autocast for adapters: tokens and frozen weights are cast as a linear layer casts
+them.
 
 The float32 masters are not cast, and nothing inside an op is cast.
 """

@@ -15,7 +15,8 @@ Backend = Literal["auto", "torch", "triton"]
 Precision = Literal["auto", "split", "fused"]
 
 MAX_TRITON_RANK = 64
-"""The largest rank that the Triton kernels were compiled for (benchmarks/compile_kernels.py); torch computes larger ranks."""
+"""The largest rank that the Triton kernels were compiled for (benchmarks/compile_kernels.py); torch computes
+larger ranks."""
 
 _backend: Literal["torch", "triton"] = "torch"
 _split = True
@@ -24,8 +25,9 @@ _split = True
 def use_backend(backend: Backend, device: torch.device) -> None:
     """Select the backend for this process.
 
-    auto: Triton where it was measured to be faster, on Hopper GPUs (benchmarks/results/calibration_cuda_triton.md), else torch.
-    Raises UserError if backend is triton and Triton cannot run on `device`.
+    auto: Triton where it was measured to be faster, on Hopper GPUs
+    (benchmarks/results/calibration_cuda_triton.md), else torch. Raises UserError if backend is triton and
+    Triton cannot run on `device`.
     """
     global _backend
     reason = why_not_triton(device)
@@ -39,9 +41,9 @@ def use_backend(backend: Backend, device: torch.device) -> None:
 def use_precision(precision: Precision) -> None:
     """Select how fLoRA is computed in half precision in this process.
 
-    split: x W0^T + x (W0 * (M - 1))^T where M is near 1, which preserves modulations that half precision cannot represent beside 1.
-    fused: x (W0 * M)^T, which saves a matmul and loses them. auto: split (benchmarks/results/precision_cpu.md has its cost
-    and its effect).
+    split: x W0^T + x (W0 * (M - 1))^T where M is near 1, which preserves modulations that half precision
+    cannot represent beside 1. fused: x (W0 * M)^T, which saves a matmul and loses them. auto: split
+    (benchmarks/results/precision_cpu.md has its cost and its effect).
     """
     global _split
     _split = precision != "fused"

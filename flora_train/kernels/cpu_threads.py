@@ -1,7 +1,8 @@
 """Distributes the segments of a batch over CPU threads.
 
-The matmuls of a segment are too small to be shared: threads would wait for each other after every one, and temporary results
-would travel between their caches. Therefore one thread computes a whole segment with buffers of its own.
+The matmuls of a segment are too small to be shared: threads would wait for each other after every one, and
+temporary results would travel between their caches. Therefore one thread computes a whole segment with
+buffers of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ MAX_IMBALANCE = 1.2
 MAX_PARTS = 8
 
 PADDING = 16
-"""Numbers between two rows of a buffer: at a stride of a power of two, all rows would map to the same cache sets."""
+"""Numbers between two rows of a buffer: at a stride of a power of two, all rows would map to the same cache
+sets."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ class Division:
 
 @lru_cache(maxsize=128)
 def divide(segments: Segments, threads: int) -> Division:
-    """Distribute segments by tokens, the largest first, each to the thread with the least load (Graham's rule).
+    """Distribute segments by tokens, the largest first, each to the thread with the least load (Graham's
+    rule).
 
-    With fewer segments than threads, one thread gets all of them, and torch parallelises every matmul instead.
+    With fewer segments than threads, one thread gets all of them, and torch parallelises every matmul
+    instead.
     """
     not_empty = list(segments)
     if threads == 1 or len(not_empty) < threads:
@@ -126,6 +130,7 @@ def _workers(count: int) -> ThreadPoolExecutor:
 
 
 def _use_one_thread() -> None:
-    """Set torch's number of threads in this thread. The first call reads the global number, which would replace it later."""
+    """Set torch's number of threads in this thread. The first call reads the global number, which would
+    replace it later."""
     torch.get_num_threads()
     torch.set_num_threads(1)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """Tokens grouped by adapter: segment k is tokens bounds[k]:bounds[k + 1] and uses row k of the stacked parameters."""
+    """Tokens grouped by adapter: segment k is tokens bounds[k]:bounds[k + 1] and uses row k of the stacked
+    parameters."""
 
     bounds: tuple[int, ...]
-    """K + 1 non-decreasing ints from 0 to T. Known on the host, so that no kernel waits for the device. Empty segments are
-    allowed."""
+    """K + 1 non-decreasing ints from 0 to T. Known on the host, so that no kernel waits for the device. Empty
+    segments are allowed."""
 
     def __post_init__(self) -> None:
         if len(self.bounds) < 2 or self.bounds[0] != 0 or any(a > b for a, b in pairwise(self.bounds)):
@@ -73,7 +74,8 @@ def _scaled(segments: Segments, tokens_per_row: int) -> Segments:
 
 @lru_cache(maxsize=256)
 def segment_of_units(segments: Segments, device: torch.device) -> Tensor:
-    """The segment of every unit, LongTensor [U]. Built once per batch, because building it waits for the device."""
+    """The segment of every unit, LongTensor [U]. Built once per batch, because building it waits for the
+    device."""
     units_per_segment = torch.tensor([length // segments.unit for length in segments.lengths])
     return torch.arange(len(segments)).repeat_interleave(units_per_segment).to(device)
 
@@ -114,7 +116,8 @@ def _numbers(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 
 def in_order(compute: Callable[..., Tensor], order: Tensor | None, *tokens: Tensor) -> Tensor:
-    """`compute` on tokens [T, ...] grouped by adapter; `order` [T] is the position of each grouped token in the arguments.
+    """`compute` on tokens [T, ...] grouped by adapter; `order` [T] is the position of each grouped token in
+    the arguments.
 
     The result has the order of the arguments. None: the arguments are grouped already.
     """

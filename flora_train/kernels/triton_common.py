@@ -1,4 +1,5 @@
-"""Tables and helpers that the Triton kernels share. Tables are on the device and built once per batch, for all kernels and layers."""
+"""Tables and helpers that the Triton kernels share. Tables are on the device and built once per batch, for
+all kernels and layers."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ MIN_PROGRAMS = 512
 def tile_table(segments: Segments, device: torch.device, tokens: int = TILE_TOKENS) -> tuple[Tensor, Tensor]:
     """(bounds [K + 1], table [T // tokens + K, 3]), int32.
 
-    A row of the table is one tile of up to `tokens` tokens: its segment, its first token and the end of the segment. Unused rows at
-    the end have segment -1, so that the table's size depends only on T and K. Built once per batch, because building it waits
-    for the device.
+    A row of the table is one tile of up to `tokens` tokens: its segment, its first token and the end of the
+    segment. Unused rows at the end have segment -1, so that the table's size depends only on T and K. Built
+    once per batch, because building it waits for the device.
     """
     rows: list[tuple[int, int, int]] = []
     for k, start, end in segments:
@@ -54,8 +55,8 @@ def _pad_ranks(stack, padded, features, rank, segment, of_feature, of_rank, FEAT
 def pad_ranks(stack: Tensor, dim: int) -> Tensor:
     """Factors of K adapters -> [K, features, RANK] float32.
 
-    dim: the dimension of the ranks, 1 (A [K, r, in]) or 2 (B [K, out, r]). Ranks are padded with zeros to a size that Triton
-    multiplies, so that kernels need no mask along them.
+    dim: the dimension of the ranks, 1 (A [K, r, in]) or 2 (B [K, out, r]). Ranks are padded with zeros to a
+    size that Triton multiplies, so that kernels need no mask along them.
     """
     K, features, rank = len(stack), stack.shape[3 - dim], stack.shape[dim]
     size = padded_rank(rank)
@@ -75,20 +76,23 @@ def padded_rank(rank: int) -> int:
 
 @triton.jit
 def token_index(t, mask, order, ORDERED: tl.constexpr):
-    """The position in memory of tokens t of the grouped order: t itself, or with ORDERED the entries of `order`."""
+    """The position in memory of tokens t of the grouped order: t itself, or with ORDERED the entries of
+    `order`."""
     if ORDERED:
         return tl.load(order + t, mask=mask, other=0).to(tl.int64)
     return t.to(tl.int64)
 
 
 def any_order(order: Tensor | None, placeholder: Tensor) -> Tensor:
-    """`order`, or another tensor in its place: a kernel argument must be a tensor, which is not read without ORDERED."""
+    """`order`, or another tensor in its place: a kernel argument must be a tensor, which is not read without
+    ORDERED."""
     return placeholder if order is None else order
 
 
 @triton.jit
 def part_of_segment(bounds, k, part, PARTS: tl.constexpr, TOKENS: tl.constexpr):
-    """(first, end): the tokens of one of PARTS equal parts of segment k, in whole tiles of TOKENS; the last may be shorter."""
+    """(first, end): the tokens of one of PARTS equal parts of segment k, in whole tiles of TOKENS; the last
+    may be shorter."""
     start, end = tl.load(bounds + k), tl.load(bounds + k + 1)
     length = tl.cdiv(tl.cdiv(end - start, PARTS), TOKENS) * TOKENS
     first = start + part * length

@@ -1,4 +1,5 @@
-"""SHA-256 of a base model's files, cached beside them and computed again if a file's size or times have changed."""
+"""SHA-256 of a base model's files, cached beside them and computed again if a file's size or times have
+changed."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ IGNORED_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "trans
 
 
 def base_identity(model: ModelConfig) -> dict[str, str] | None:
-    """SHA-256 of the weights, and of config.json without IGNORED_KEYS; None if the files are not on this machine (yet)."""
+    """SHA-256 of the weights, and of config.json without IGNORED_KEYS; None if the files are not on this
+    machine (yet)."""
     folder = base_folder(model)
     files = [] if folder is None else weight_files(folder)
     if folder is None or not files:
@@ -42,7 +44,8 @@ def base_identity(model: ModelConfig) -> dict[str, str] | None:
 
 
 def base_folder(model: ModelConfig) -> Path | None:
-    """The folder of the base's files: a local folder, or a snapshot in the hub's cache; None if it was not downloaded."""
+    """The folder of the base's files: a local folder, or a snapshot in the hub's cache; None if it was not
+    downloaded."""
     local = find_file(model.path)
     if local.is_dir():
         return local

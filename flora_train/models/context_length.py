@@ -14,8 +14,8 @@ from flora_train.models.loading import zero_model
 MIN_LENGTH = 8
 """Tokens that every model can read."""
 RESERVED_POSITIONS = 8
-"""Positions that a table may reserve (OPT and RoBERTa begin at 2 or later). Texts that are shorter than the declared length by at
-least this are not checked."""
+"""Positions that a table may reserve (OPT and RoBERTa begin at 2 or later). Texts that are shorter than the
+declared length by at least this are not checked."""
 
 STATIC_ROPE = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
 """Types of rotary positions that do not depend on the other rows of a batch."""
@@ -33,7 +33,8 @@ def declared_positions(model_config: Any) -> int | None:
 
 
 def independent_up_to(model_config: Any) -> int | None:
-    """The longest row of a batch up to which positions do not depend on the other rows; None if they never do.
+    """The longest row of a batch up to which positions do not depend on the other rows; None if they never
+    do.
 
     Beyond it, rotary positions of some types (longrope, dynamic) are computed for the whole batch.
     """
@@ -60,10 +61,11 @@ def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def max_readable_length(config: ModelConfig, model_config: Any, length: int) -> int | None:
-    """The most tokens that the model can read, if that is less than `length`; None if it reads `length`, or if that is unknown.
+    """The most tokens that the model can read, if that is less than `length`; None if it reads `length`, or
+    if that is unknown.
 
-    Determined on one layer with weights of 0: position embeddings end where their table ends. Models with rotary positions read
-    any length.
+    Determined on one layer with weights of 0: position embeddings end where their table ends. Models with
+    rotary positions read any length.
     """
     declared = declared_positions(model_config)
     if getattr(model_config, "is_encoder_decoder", False):

@@ -1,4 +1,5 @@
-"""Loading of the frozen base model, its tokenizer and its feature extractor, and models of its shape without its weights."""
+"""Loading of the frozen base model, its tokenizer and its feature extractor, and models of its shape without
+its weights."""
 
 from __future__ import annotations
 
@@ -83,8 +84,9 @@ def load_model_config(config: ModelConfig) -> Any:
 def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """The base model on `device`, frozen, without its own dropout.
 
-    Each adapter has its own regularisation, and a mask drawn for the whole batch would make the training of an adapter depend
-    on the other adapters. Raises UserError if the model cannot be loaded or its files are incomplete.
+    Each adapter has its own regularisation, and a mask drawn for the whole batch would make the training of
+    an adapter depend on the other adapters. Raises UserError if the model cannot be loaded or its files are
+    incomplete.
     """
     from transformers.utils import logging
 
@@ -144,14 +146,16 @@ def _quantization_config(config: ModelConfig, dtype: torch.dtype) -> Any:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of the base for `model.dtype`; auto: bfloat16 where the device multiplies it faster than float32."""
+    """The dtype of the base for `model.dtype`; auto: bfloat16 where the device multiplies it faster than
+    float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     return torch.bfloat16 if multiplies_bfloat16_fast(device) else torch.float32
 
 
 def multiplies_bfloat16_fast(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 faster than float32: Ampere and later, AMX, and AVX512-BF16 of AMD.
+    """Whether this device multiplies bfloat16 faster than float32: Ampere and later, AMX, and AVX512-BF16 of
+    AMD.
 
     Nothing else about the machine affects `model.dtype=auto`; tests replace this function.
     """
@@ -228,7 +232,8 @@ def _reason(error: Exception) -> str:
 
 
 def shallow_model(config: ModelConfig, layers: int, device: torch.device) -> nn.Module:
-    """A model of this shape with `layers` layers (encoder and decoder: each) and random weights, to measure the cost of a layer."""
+    """A model of this shape with `layers` layers (encoder and decoder: each) and random weights, to measure
+    the cost of a layer."""
     published = _shallow_config(config, layers)
     options: dict[str, Any] = {"dtype": resolve_dtype(config.dtype, device)}
     if config.attn_implementation:
@@ -255,7 +260,8 @@ def _shallow_config(config: ModelConfig, layers: int) -> Any:
 def zero_model(config: ModelConfig, layers: int | None = None) -> nn.Module:
     """A model of this shape (or with `layers` layers) on the CPU, whose weights are all 0.
 
-    It shows which layers run, and up to which length. The system allocates its memory only when it is written to.
+    It shows which layers run, and up to which length. The system allocates its memory only when it is written
+    to.
     """
     published = load_model_config(config) if layers is None else _shallow_config(config, layers)
     disable_dropout(published)
@@ -265,7 +271,8 @@ def zero_model(config: ModelConfig, layers: int | None = None) -> nn.Module:
 
 
 def count_layers(config: ModelConfig) -> int:
-    """Layers of the published model; for an encoder-decoder, the mean of both. Raises UserError for a damaged configuration."""
+    """Layers of the published model; for an encoder-decoder, the mean of both. Raises UserError for a damaged
+    configuration."""
     published = load_model_config(config)
     encoder, decoder = getattr(published, "encoder_layers", None), getattr(published, "decoder_layers", None)
     if isinstance(encoder, int) and isinstance(decoder, int) and encoder + decoder > 0:
@@ -286,8 +293,9 @@ def _auto_class(model_config: Any) -> Any:
 def set_mode(model: nn.Module, training: bool) -> None:
     """Set training or evaluation mode of a frozen base.
 
-    Only modules that checkpoint activations get training mode, because checkpointing depends on it. For other modules it would
-    enable random numbers (dropout, noise of routers) and batch norms, which make rows depend on each other.
+    Only modules that checkpoint activations get training mode, because checkpointing depends on it. For other
+    modules it would enable random numbers (dropout, noise of routers) and batch norms, which make rows depend
+    on each other.
     """
     model.train(training)
     if training:
@@ -298,8 +306,8 @@ def set_mode(model: nn.Module, training: bool) -> None:
 def disable_dropout(config: Any) -> None:
     """Set every dropout rate in a model's configuration and its parts to 0.
 
-    Also disables the model's SpecAugment, and the rescaling of weights between training and evaluation (RWKV), which adapters would
-    not follow.
+    Also disables the model's SpecAugment, and the rescaling of weights between training and evaluation
+    (RWKV), which adapters would not follow.
     """
     if hasattr(config, "apply_spec_augment"):
         config.apply_spec_augment = False

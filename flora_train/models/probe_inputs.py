@@ -20,7 +20,8 @@ NOISE_SECONDS = 0.5
 
 
 def count_tokens(model: Any) -> int:
-    """The number of token ids that the model can both read and predict: rows of its embedding and of its output head."""
+    """The number of token ids that the model can both read and predict: rows of its embedding and of its
+    output head."""
     tables = [model.get_input_embeddings()]
     if hasattr(model, "get_output_embeddings"):
         tables.append(model.get_output_embeddings())
@@ -74,8 +75,8 @@ def feature_shape(config: Any) -> tuple[int, ...] | None:
 def probe_inputs(model: Any, rows: int, length: int, features: Tensor | None = None) -> dict[str, Tensor] | None:
     """A batch of `rows` rows of `length` tokens, all different, for `model(**inputs)`.
 
-    features: [1, ...] of a clip, for a speech model; None: their shape follows from the configuration. Returns None for a speech
-    model whose shape of features is unknown.
+    features: [1, ...] of a clip, for a speech model; None: their shape follows from the configuration.
+    Returns None for a speech model whose shape of features is unknown.
     """
     tokens = plain_tokens(model, rows * length).view(rows, length)
     if not is_speech_model(model.config):

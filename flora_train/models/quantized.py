@@ -1,6 +1,7 @@
 """Reads the weight of a quantized base layer without storing it.
 
-It is dequantized when a formulation of fLoRA needs it, and again in the backward; in between only the quantized weight is stored.
+It is dequantized when a formulation of fLoRA needs it, and again in the backward; in between only the
+quantized weight is stored.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ Saved = Tensor | tuple[torch.Size, tuple[int, ...]]
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether `layer` stores its weight as a quantizer that PEFT supports does: bitsandbytes, HQQ (W_q), or torchao."""
+    """Whether `layer` stores its weight as a quantizer that PEFT supports does: bitsandbytes, HQQ (W_q), or
+    torchao."""
     weight = type(getattr(layer, "weight", None))
     is_bitsandbytes = weight.__name__ in ("Params4bit", "Int8Params")
     return hasattr(layer, "W_q") or is_bitsandbytes or weight.__module__.startswith("torchao.")
@@ -26,8 +28,8 @@ def is_quantized(layer: nn.Module) -> bool:
 def dequantized(layer: nn.Module, dtype: torch.dtype, keep: bool = False) -> Iterator[Tensor]:
     """The weight [out, in] in `dtype`, for a forward inside the context.
 
-    What autograd saves of it is dropped and dequantized again in the backward. keep: it is not dropped, for a forward that is
-    itself recomputed right before its backward.
+    What autograd saves of it is dropped and dequantized again in the backward. keep: it is not dropped, for a
+    forward that is itself recomputed right before its backward.
     """
     weight = _read(layer, dtype)
     address = weight.untyped_storage().data_ptr()

@@ -1,4 +1,5 @@
-"""The encoder of a speech model: windows of any length, and one encoding per clip for all rows whose adapters do not change it."""
+"""The encoder of a speech model: windows of any length, and one encoding per clip for all rows whose adapters
+do not change it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from flora_train.data.batch import MixedBatch
 
 
 def is_speech_model(model_config: Any) -> bool:
-    """Whether this is the configuration of an encoder-decoder with speech input: Whisper, Moonshine, Speech2Text, ..."""
+    """Whether this is the configuration of an encoder-decoder with speech input: Whisper, Moonshine,
+    Speech2Text, ..."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
     is_known = getattr(model_config, "model_type", None) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
@@ -84,8 +86,8 @@ def allow_short_windows(model: Any) -> None:
 def model_inputs(model: Any, batch: MixedBatch) -> dict[str, Any]:
     """The arguments of the model's forward.
 
-    Where the batch holds each clip once (`clips`) and no row's adapter changes the encoder, every clip is encoded once, without
-    gradients, by the frozen base; otherwise features are repeated for each row.
+    Where the batch holds each clip once (`clips`) and no row's adapter changes the encoder, every clip is
+    encoded once, without gradients, by the frozen base; otherwise features are repeated for each row.
     """
     inputs = dict(batch.inputs)
     name = model.main_input_name

@@ -44,7 +44,8 @@ class Site:
 
 
 class AdapterMethod(ABC):
-    """One adapter method. A new method is one file with one subclass and an entry in `methods/__init__.py`."""
+    """One adapter method. A new method is one file with one subclass and an entry in
+    `methods/__init__.py`."""
 
     name: str
 
@@ -54,7 +55,8 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
-        """Fill the parameters of one adapter (float32, CPU) so that the layer computes what the base layer computes."""
+        """Fill the parameters of one adapter (float32, CPU) so that the layer computes what the base layer
+        computes."""
 
     @abstractmethod
     def forward(

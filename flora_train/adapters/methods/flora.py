@@ -50,7 +50,7 @@ class Flora(AdapterMethod):
     def merge(
         self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return modulated_weight(weight, params["A"], params["B"], spec.offset), bias
+        return modulated_weight(weight, params["A"], params["B"], offset=spec.offset), bias
 
     def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
         rank = spec.rank if spec.offset else spec.rank + 1
@@ -71,7 +71,8 @@ class Flora(AdapterMethod):
 def as_hira(A: Tensor, B: Tensor, offset: float) -> dict[str, Tensor]:
     """HiRA's tensors for A [r, in] and B [out, r].
 
-    HiRA computes W0 * (1 + B A): a pure adapter of rank r is a HiRA of rank r + 1, whose last rank subtracts the 1.
+    HiRA computes W0 * (1 + B A): a pure adapter of rank r is a HiRA of rank r + 1, whose last rank subtracts
+    the 1.
     """
     if not offset:
         A = torch.cat([A, A.new_ones(1, A.shape[1])])

@@ -1,6 +1,7 @@
 """Chooses the fastest formulation of fLoRA: a pure function of numbers that can be printed and tested.
 
-Its thresholds are measured: benchmarks/calibrate.py writes thresholds.json, which records the machine and the date.
+Its thresholds are measured: benchmarks/calibrate.py writes thresholds.json, which records the machine and the
+date.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ class Thresholds:
     forming_a_rank: int
     """The same for every rank: thin matmuls."""
     grouped_bytes: int
-    """Size of W0 * M of all adapters up to which a CPU computes them together: beyond, they do not stay in its cache."""
+    """Size of W0 * M of all adapters up to which a CPU computes them together: beyond, they do not stay in
+    its cache."""
     fused_tokens: int = 1 << 20
-    """Tokens per adapter up to which the Triton kernel is faster than forming W0 * M and calling the GPU's matmul library."""
+    """Tokens per adapter up to which the Triton kernel is faster than forming W0 * M and calling the GPU's
+    matmul library."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Work:
 
     @property
     def terms(self) -> int:
-        """How often an expansion multiplies the tokens by W0: once per rank, and once for the base if it is separate."""
+        """How often an expansion multiplies the tokens by W0: once per rank, and once for the base if it is
+        separate."""
         return self.rank + (self.residual or self.split)
 
 
@@ -78,10 +82,11 @@ def choose_formulation(work: Work) -> Formulation:
 def decide(work: Work, thresholds: Thresholds) -> Decision:
     """The fastest formulation of fLoRA for this work, and the reason.
 
-    An expansion multiplies every token by W0 once per term, forward and backward. With W0 * M it is multiplied three times (four if
-    split), after M was formed. One term, or few tokens per adapter, is faster expanded. Triton forms W0 * M a tile at a time. Torch
-    on a CPU forms it for one segment per thread, or for all at once while they are small; elsewhere always for all at once,
-    because a loop over adapters would leave the device idle.
+    An expansion multiplies every token by W0 once per term, forward and backward. With W0 * M it is
+    multiplied three times (four if split), after M was formed. One term, or few tokens per adapter, is faster
+    expanded. Triton forms W0 * M a tile at a time. Torch on a CPU forms it for one segment per thread, or for
+    all at once while they are small; elsewhere always for all at once, because a loop over adapters would
+    leave the device idle.
     """
     if work.terms == 1:
         reason = "one term: the tokens of all adapters are multiplied by W0 once, between two scales"
@@ -121,7 +126,8 @@ def device_name(work: Work) -> str:
 
 
 def calibrated_on(work: Work) -> str | None:
-    """Machine and versions on which the thresholds for this work were measured; None if they are another device's."""
+    """Machine and versions on which the thresholds for this work were measured; None if they are another
+    device's."""
     return _calibration()["measured_on"].get(device_name(work))
 
 

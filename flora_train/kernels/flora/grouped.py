@@ -1,8 +1,8 @@
 """fLoRA as batched matmuls over adapters: W0 * M of all adapters at once.
 
-There is no loop over adapters and no wait for the device, at the price of [K, out, in] numbers that exist at the same time.
-Segments of different lengths are padded to the longest. Used on a GPU without the Triton kernels, and for small weights on a
-CPU, where a loop over adapters costs more than it computes.
+There is no loop over adapters and no wait for the device, at the price of [K, out, in] numbers that exist at
+the same time. Segments of different lengths are padded to the longest. Used on a GPU without the Triton
+kernels, and for small weights on a CPU, where a loop over adapters costs more than it computes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class GroupedFlora(torch.autograd.Function):
         if near.is_cuda or not near.all():
             base = base * near.to(weight.dtype)
         if split:
-            # The sum of x W0^T and x (W0 * (M - 1))^T, rounded once: half precision loses M near 1 (materialised.py).
+            # The sum of x W0^T and x (W0 * (M - 1))^T, rounded once: half precision loses M near 1
+            # (materialised.py).
             pair = torch.cat([base, deviation], dim=2)
             return _batched_matmul(torch.cat([grouped, grouped], dim=2), pair.mT, segments)
         return _batched_matmul(grouped, deviation.add_(base).mT, segments)

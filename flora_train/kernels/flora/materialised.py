@@ -1,8 +1,8 @@
 """fLoRA in torch: two formulations with hand-written gradients (docs/math.md derives both).
 
-Materialised: forms W0 * M of a segment in a buffer, one segment per thread. The gradients of all ranks come from one dY^T X per
-segment, so that the cost does not grow with the rank. Rank-expanded: multiplies r scaled copies of the tokens by W0, which
-reads W0 once for all adapters; faster for few tokens or rank 1.
+Materialised: forms W0 * M of a segment in a buffer, one segment per thread. The gradients of all ranks come
+from one dY^T X per segment, so that the cost does not grow with the rank. Rank-expanded: multiplies r scaled
+copies of the tokens by W0, which reads W0 once for all adapters; faster for few tokens or rank 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from flora_train.kernels.cpu_threads import SCRATCH, Job, division_for, run_jobs
 from flora_train.kernels.segments import Segments, expand_to_units, per_segment, per_unit, reduce_units, to_units
 
 BLOCK_BYTES = 2 << 20
-"""Size of the part of W0 * M that is formed at a time: it should be in a core's cache when the matmul reads it."""
+"""Size of the part of W0 * M that is formed at a time: it should be in a core's cache when the matmul reads
+it."""
 
 
 class MaterialisedFlora(torch.autograd.Function):
@@ -43,9 +44,9 @@ class MaterialisedFlora(torch.autograd.Function):
         if _is_half(weight):
             ctx.near = near_one(A, B, per_segment(offset, A).view(-1)).tolist()
         y = x.new_empty(x.shape[0], weight.shape[0])
-        # bfloat16(W0 * M) loses every modulation below 0.3 %. [x x] [W0 D]^T with D = W0 * (M - 1) preserves it: the sum of
-        # both terms is rounded once, after the matmul's float32 accumulation. For an M near 0 it would be the difference of
-        # two large numbers, so that such an adapter is not split.
+        # bfloat16(W0 * M) loses every modulation below 0.3 %. [x x] [W0 D]^T with D = W0 * (M - 1) preserves
+        # it: the sum of both terms is rounded once, after the matmul's float32 accumulation. For an M near 0
+        # it would be the difference of two large numbers, so that such an adapter is not split.
         doubled = torch.cat([x, x], dim=1) if split and any(ctx.near) else x
         # Thread -> the rows of W0 in the first half of its pair.
         filled: dict[int, tuple[int, int]] = {}
@@ -107,11 +108,13 @@ class MaterialisedFlora(torch.autograd.Function):
 
 
 class RankExpandedFlora(torch.autograd.Function):
-    """y = offset_k x W0^T + sum_j b_kj * ((a_kj * x) W0^T): one matmul over all ranks, segments and the offset.
+    """y = offset_k x W0^T + sum_j b_kj * ((a_kj * x) W0^T): one matmul over all ranks, segments and the
+    offset.
 
-    split: half precision cannot represent a_kj * x for an a_kj near a constant c_kj, such as the 1 with which pure adapters start.
-    Therefore a_kj - c_kj is expanded, and x W0^T is scaled by g_k = offset_k + sum_j c_kj b_kj. Where M is near 1 (`near_one`),
-    the 1 of g_k is computed separately: x W0^T is added to the rest by a matmul that rounds once.
+    split: half precision cannot represent a_kj * x for an a_kj near a constant c_kj, such as the 1 with which
+    pure adapters start. Therefore a_kj - c_kj is expanded, and x W0^T is scaled by g_k = offset_k + sum_j
+    c_kj b_kj. Where M is near 1 (`near_one`), the 1 of g_k is computed separately: x W0^T is added to the
+    rest by a matmul that rounds once.
     """
 
     @staticmethod
@@ -217,7 +220,8 @@ def _forward_split(
 
 
 def _constant_part(A: Tensor) -> Tensor:
-    """[K, r, in] -> [K, r, 1]: the mean of each a_kj that is mostly constant along the features, and 0 for the others."""
+    """[K, r, in] -> [K, r, 1]: the mean of each a_kj that is mostly constant along the features, and 0 for
+    the others."""
     mean, square = A.mean(2, keepdim=True), A.square().mean(2, keepdim=True)
     return torch.where((mean.square() > 0.5 * square) & square.isfinite(), mean, 0.0)
 
@@ -241,7 +245,8 @@ def _is_half(weight: Tensor) -> bool:
 def _row_ranges(job: Job, weight: Tensor, summed: bool = False) -> Iterator[tuple[int, int]]:
     """The job's output features in ranges whose part of W0 [out, in] fits into BLOCK_BYTES.
 
-    summed: a result is summed over the ranges. In half precision there is then one range, because every sum would be rounded.
+    summed: a result is summed over the ranges. In half precision there is then one range, because every sum
+    would be rounded.
     """
     first, last = job.rows(weight.shape[0])
     size = max(1, BLOCK_BYTES // (weight.shape[1] * weight.element_size()))
@@ -257,17 +262,19 @@ def _sum_parts(parts: Tensor | None) -> Tensor | None:
 
 
 def near_one(A: Tensor, B: Tensor, offset: Tensor) -> Tensor:
-    """Whether the mean of M_k = offset_k + B_k A_k is above 1/2, bool [K]. A: [K, r, in], B: [K, out, r], offset: [K].
+    """Whether the mean of M_k = offset_k + B_k A_k is above 1/2, bool [K]. A: [K, r, in], B: [K, out, r],
+    offset: [K].
 
-    Then the mean square of M - 1 is at most that of M, and half precision loses least with W0 + W0 * (M - 1); otherwise with
-    W0 * M. True for an adapter that is not finite.
+    Then the mean square of M - 1 is at most that of M, and half precision loses least with W0 + W0 * (M - 1);
+    otherwise with W0 * M. True for an adapter that is not finite.
     """
     mean = (B.mean(1) * A.mean(2)).sum(1) + offset
     return (mean > 0.5) | ~mean.isfinite()
 
 
 def _modulated(weight: Tensor, A: Tensor, B: Tensor, *, offset: float, near: bool) -> Tensor:
-    """W0 * (offset + B A) in a buffer of this thread, [out, in]; B A is formed in A's dtype (float32 masters).
+    """W0 * (offset + B A) in a buffer of this thread, [out, in]; B A is formed in A's dtype (float32
+    masters).
 
     near: see `near_one`.
     """
@@ -282,7 +289,8 @@ def _modulated(weight: Tensor, A: Tensor, B: Tensor, *, offset: float, near: boo
 
 
 def _deviation(weight: Tensor, A: Tensor, B: Tensor, *, offset: float, subtracted: float, out: Tensor) -> Tensor:
-    """W0 * (M - subtracted) into `out` [out, in] of the weight's half dtype; M - subtracted is formed in A's dtype."""
+    """W0 * (M - subtracted) into `out` [out, in] of the weight's half dtype; M - subtracted is formed in A's
+    dtype."""
     deviation = torch.mm(B, A, out=SCRATCH.matrix("product", (len(weight), weight.shape[1]), A))
     if offset != subtracted:
         deviation.add_(offset - subtracted)

@@ -34,11 +34,11 @@ def flora_linear(
 ) -> Tensor:
     """y_t = x_t (W0 * (offset_k + B_k A_k))^T for every token t of segment k (see `flora_reference`).
 
-    x: [T, in] float32, bfloat16, float16 or float64; weight: [out, in] in x's dtype, frozen (under autocast both are cast as
-    F.linear casts them); A: [K, r, in] and B: [K, out, r], float32 masters (or x's dtype); offset: K numbers, 0 pure or 1
-    residual; segments: K segments of T tokens; order: LongTensor [T], the position of each grouped token in x, or None if they
-    are grouped. Returns [T, out] in x's dtype and order. Differentiable once, in x, A and B. Raises ValueError on shapes that do
-    not agree.
+    x: [T, in] float32, bfloat16, float16 or float64; weight: [out, in] in x's dtype, frozen (under autocast
+    both are cast as F.linear casts them); A: [K, r, in] and B: [K, out, r], float32 masters (or x's dtype);
+    offset: K numbers, 0 pure or 1 residual; segments: K segments of T tokens; order: LongTensor [T], the
+    position of each grouped token in x, or None if they are grouped. Returns [T, out] in x's dtype and order.
+    Differentiable once, in x, A and B. Raises ValueError on shapes that do not agree.
     """
     K, rank = A.shape[:2]
     check_shape("x", x.shape, (segments.tokens, weight.shape[1]))
@@ -68,7 +68,8 @@ def flora_linear(
 
 
 def formulation(name: Formulation) -> Any:
-    """The implementation. Its `apply` takes (x, weight, A, B, offset, segments, split), and in Triton `order` after them."""
+    """The implementation. Its `apply` takes (x, weight, A, B, offset, segments, split), and in Triton `order`
+    after them."""
     if name in TRITON_FORMULATIONS:
         # Imported here, because triton is optional and slow to load.
         from flora_train.kernels.flora.triton_op import FusedFlora, ScaledFlora

@@ -1,7 +1,7 @@
 """dA and dB of fLoRA in Triton.
 
-P = W0 * (dY^T X) of a segment is formed a tile at a time and never stored: its contributions to dB = P A^T and dA = B^T P are
-added at once.
+P = W0 * (dY^T X) of a segment is formed a tile at a time and never stored: its contributions to dB = P A^T
+and dA = B^T P are added at once.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def _adapter_gradients(
 ):  # fmt: skip
     """A program computes out_tiles tiles [OUTS, INS] of P of one segment, all in one column.
 
-    left [K, out, RANK] and right [K, in, RANK] in the dtype of x. dA [parts of rows, K, in, RANK] is summed over the tiles in registers;
-    dB [columns at a time, K, out, RANK] is stored, or with ADD added to the result of the previous launch.
+    left [K, out, RANK] and right [K, in, RANK] in the dtype of x. dA [parts of rows, K, in, RANK] is summed
+    over the tiles in registers; dB [columns at a time, K, out, RANK] is stored, or with ADD added to the
+    result of the previous launch.
     """
     column, out_part, k = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start, end = tl.load(bounds + k), tl.load(bounds + k + 1)
@@ -100,7 +101,8 @@ def adapter_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of right [K, in, RANK] and of left [K, out, RANK], float32.
 
-    dy: [T, out]; x: [T, in]; weight: [out, in]; left, right: see `pad_ranks`; bounds: [K + 1]; order: [T] or None.
+    dy: [T, out]; x: [T, in]; weight: [out, in]; left, right: see `pad_ranks`; bounds: [K + 1]; order: [T] or
+    None.
     """
     (K, out_features, _), in_features = left.shape, right.shape[1]
     left, right = left.to(x.dtype), right.to(x.dtype)

@@ -1,6 +1,7 @@
 """y = x (W0 * M_k)^T in Triton, and dX, the same sum with A and B, and W0 and its transpose, exchanged.
 
-A tile of W0 * M is formed in registers, multiplied, and not stored. On a Hopper GPU, TMA loads the tiles of x and W0.
+A tile of W0 * M is formed in registers, multiplied, and not stored. On a Hopper GPU, TMA loads the tiles of x
+and W0.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ def _modulated_matmul(
     SPLIT: tl.constexpr, ORDERED: tl.constexpr, USES_TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, M_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y[t, f] = sum_s x[t, s] weight[f, s] M[k, f, s], M = offset_k + sum_j left[k, f, j] right[k, s, j], for the tokens of one
-    row of the table. left [K, features, RANK], right [K, summed, RANK], float32.
+    """y[t, f] = sum_s x[t, s] weight[f, s] M[k, f, s], M = offset_k + sum_j left[k, f, j] right[k, s, j], for
+    the tokens of one row of the table. left [K, features, RANK], right [K, summed, RANK], float32.
 
-    SPLIT: where near[k] is 1, the sum of x weight and x (weight * (M - 1)), which half precision needs for an M near 1; where it is
-    0, x (weight * M). M_PRECISION: how exactly M is summed. USES_TMA: x and weight are tensor descriptors, that of weight with its
-    layout in memory: [summed, features] if TRANSPOSED.
+    SPLIT: where near[k] is 1, the sum of x weight and x (weight * (M - 1)), which half precision needs for an
+    M near 1; where it is 0, x (weight * M). M_PRECISION: how exactly M is summed. USES_TMA: x and weight are
+    tensor descriptors, that of weight with its layout in memory: [summed, features] if TRANSPOSED.
     """
     pid = tl.program_id(0)
     # Programs of a group use the same tiles of tokens and of W0 while these are in the cache.
@@ -98,9 +99,9 @@ def modulated_matmul(
 ) -> Tensor:
     """y [T, features] for x [T, summed] and weight [features, summed], of any strides.
 
-    left: [K, features, RANK] and right: [K, summed, RANK], see `pad_ranks`; offset: [K]; near: [K], 1 where M is near 1, for split;
-    table: tiles of `tokens` tokens, see `tile_table`; order: [T] or None; exact: compute M with more than ten bits, which split
-    needs where M - 1 is a difference of large numbers.
+    left: [K, features, RANK] and right: [K, summed, RANK], see `pad_ranks`; offset: [K]; near: [K], 1 where M
+    is near 1, for split; table: tiles of `tokens` tokens, see `tile_table`; order: [T] or None; exact:
+    compute M with more than ten bits, which split needs where M - 1 is a difference of large numbers.
     """
     (features, summed), T = weight.shape, x.shape[0]
     y = x.new_empty(T, features)

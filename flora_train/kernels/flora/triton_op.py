@@ -1,8 +1,8 @@
 """fLoRA in Triton: W0 * M is formed a tile at a time, in registers, and never stored.
 
-One launch each computes y and dX (triton_matmul.py) and dA and dB (triton_gradient.py) of all adapters of the batch. A table on the
-device maps programs to tokens and segments; its size depends only on the numbers of tokens and segments, so that nothing waits for
-the device.
+One launch each computes y and dX (triton_matmul.py) and dA and dB (triton_gradient.py) of all adapters of the
+batch. A table on the device maps programs to tokens and segments; its size depends only on the numbers of
+tokens and segments, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def flora_op(
 ) -> Tensor:
     """y [T, out] for x [T, in], weight [out, in], A [K, r, in], B [K, out, r] and offset [K].
 
-    bounds [K + 1] and table [n, 3] int32: see `tile_table`, for tiles of `tokens` tokens; order: [T] or None; exact: see
-    `modulated_matmul`.
+    bounds [K + 1] and table [n, 3] int32: see `tile_table`, for tiles of `tokens` tokens; order: [T] or None;
+    exact: see `modulated_matmul`.
     """
     y, _, _ = _forward(x.contiguous(), weight.contiguous(), A, B, offset, table, order, tokens, split, exact)
     return y
@@ -91,7 +91,8 @@ flora_op.register_autograd(_compiled_backward, setup_context=_save)
 
 
 class _Flora(torch.autograd.Function):
-    """`flora_op` without the dispatch that torch.compile needs, which takes longer than some layers on a GPU."""
+    """`flora_op` without the dispatch that torch.compile needs, which takes longer than some layers on a
+    GPU."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -143,7 +144,8 @@ def _forward(
 
 
 def _backward(dy: Tensor, saved: tuple[Any, ...], tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and the gradients of right and left. saved: x, weight, left, right, offset, bounds, table, order."""
+    """dx, and the gradients of right and left. saved: x, weight, left, right, offset, bounds, table,
+    order."""
     x, weight, left, right, offset, bounds, table, order = saved
     dy = dy.contiguous()
     dx = modulated_matmul(

@@ -1,7 +1,8 @@
 """Tile sizes of fLoRA's Triton kernels.
 
 For half precision with the Tensor Memory Accelerator (TMA), they were chosen by measurement on an H100
-(benchmarks/results/kernel_times_cuda.md), otherwise by the registers of every supported chip (benchmarks/compile_kernels.py).
+(benchmarks/results/kernel_times_cuda.md), otherwise by the registers of every supported chip
+(benchmarks/compile_kernels.py).
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def matmul_tiles(dtype: torch.dtype, rank: int, *, uses_tma: bool, split: bool) 
 def tile_tokens(segments: Segments, dtype: torch.dtype, rank: int, *, capability: int, uses_tma: bool) -> int:
     """Tokens that share a modulated tile of W0.
 
-    More tokens make the modulation cheaper, as far as segments are long enough and registers hold the sums beside the factors
-    (sm_90 and sm_100 multiply from shared memory and leave more of them). capability: of the GPU, 90 for an H100.
+    More tokens make the modulation cheaper, as far as segments are long enough and registers hold the sums
+    beside the factors (sm_90 and sm_100 multiply from shared memory and leave more of them). capability: of
+    the GPU, 90 for an H100.
     """
     most, is_small_rank = (256, rank <= 16) if 90 <= capability < 120 else (128, rank <= 32)
     if dtype == torch.float32:
@@ -75,8 +77,8 @@ def gradient_tiles(dtype: torch.dtype, rank: int, *, tokens_per_adapter: float, 
 def gradient_grid(K: int, outs: int, ins: int) -> tuple[int, int]:
     """(parts of rows, columns at a time) for outs x ins tiles of each of K adapters.
 
-    A program computes one part of one column. Every part of rows needs another dA in memory, every column at a time another dB:
-    both are as few as keep the device busy.
+    A program computes one part of one column. Every part of rows needs another dA in memory, every column at
+    a time another dB: both are as few as keep the device busy.
     """
     columns = min(ins, max(-(-MIN_PROGRAMS // K), -(-ins // MAX_LAUNCHES)))
     return min(outs, max(1, MIN_PROGRAMS // (K * columns))), columns

@@ -13,9 +13,9 @@ from flora_train.kernels.segments import Segments, check_order, check_shape, in_
 def ia3_scale(x: Tensor, scale: Tensor, segments: Segments, *, order: Tensor | None = None) -> Tensor:
     """x_t * scale_k for every token t of segment k (see `ia3_reference`).
 
-    x: [T, d]; scale: [K, d] float32 masters; segments: K segments of T tokens; order: LongTensor [T], the position of each grouped
-    token in x, or None if they are grouped. Returns [T, d] in x's dtype and order. Differentiable once, in x and scale. Raises
-    ValueError on shapes that do not agree.
+    x: [T, d]; scale: [K, d] float32 masters; segments: K segments of T tokens; order: LongTensor [T], the
+    position of each grouped token in x, or None if they are grouped. Returns [T, d] in x's dtype and order.
+    Differentiable once, in x and scale. Raises ValueError on shapes that do not agree.
     """
     check_shape("x", x.shape, (segments.tokens, scale.shape[1]))
     check_shape("scale", scale.shape, (len(segments), x.shape[1]))

@@ -25,7 +25,8 @@ from flora_train.kernels.triton_common import (
 
 @triton.jit
 def _scale(x, scale, table, order, y, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr, ORDERED: tl.constexpr):
-    """y[t, f] = x[t, f] scale[k, f], formed in float32, because half precision cannot represent a scale near 1."""
+    """y[t, f] = x[t, f] scale[k, f], formed in float32, because half precision cannot represent a scale near
+    1."""
     tile = tl.program_id(0)
     k = tl.load(table + 3 * tile).to(tl.int64)
     if k < 0:
@@ -46,7 +47,8 @@ def _scale_gradients(
     x, dy, scale, bounds, order, dx, sums, features, K,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """dx = dy scale_k, and sums[part, k, f] = sum_t dy[t, f] x[t, f], over one part of the tokens of segment k."""
+    """dx = dy scale_k, and sums[part, k, f] = sum_t dy[t, f] x[t, f], over one part of the tokens of segment
+    k."""
     k, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     f = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     start, end = part_of_segment(bounds, k, part, PARTS, TOKENS)

@@ -1,7 +1,7 @@
 """LoRA in torch: all adapters of a batch in two batched matmuls, without a loop over adapters.
 
-The tokens are viewed as units of `segments.unit` tokens that share an adapter, so that segments of different lengths need no
-padding. The update accumulates into the base output, without a [T, out] tensor of its own.
+The tokens are viewed as units of `segments.unit` tokens that share an adapter, so that segments of different
+lengths need no padding. The update accumulates into the base output, without a [T, out] tensor of its own.
 """
 
 from __future__ import annotations
@@ -48,5 +48,6 @@ class SegmentedLora(torch.autograd.Function):
 
 
 def _transposed(B: Tensor, x: Tensor, segments: Segments) -> Tensor:
-    """[K, out, r] -> [U, r, out]: a matmul with few columns is several times slower than one with few rows."""
+    """[K, out, r] -> [U, r, out]: a matmul with few columns is several times slower than one with few
+    rows."""
     return expand_to_units(B.mT.to(x.dtype, memory_format=torch.contiguous_format), segments)

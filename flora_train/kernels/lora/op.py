@@ -13,8 +13,9 @@ from flora_train.kernels.lora.batched import SegmentedLora
 from flora_train.kernels.segments import Segments, check_order, check_shape, in_order
 
 LONG_UNITS = 64
-"""Tokens of a unit from which torch's batched matmuls are used instead of Triton: they need fewer launches and no loop over
-adapters. Not calibrated (benchmarks/results/kernel_times_cuda.md has their times on an H100)."""
+"""Tokens of a unit from which torch's batched matmuls are used instead of Triton: they need fewer launches
+and no loop over adapters. Not calibrated (benchmarks/results/kernel_times_cuda.md has their times on an
+H100)."""
 
 
 def lora_add(
@@ -27,11 +28,13 @@ def lora_add(
     segments: Segments,
     order: Tensor | None = None,
 ) -> Tensor:
-    """y_t + scaling_k (x_t A_k^T) B_k^T for every token t of segment k; may overwrite y (see `lora_reference`).
+    """y_t + scaling_k (x_t A_k^T) B_k^T for every token t of segment k; may overwrite y (see
+    `lora_reference`).
 
-    y: [T, out]; x: [T, in], cast to y's dtype; A: [K, r, in] and B: [K, out, r], float32 masters, cast to it as well; scaling: K
-    numbers; segments: K segments of T tokens; order: LongTensor [T], the position of each grouped token in x and y, or None if
-    they are grouped. Differentiable once, in y, x, A and B. Raises ValueError on shapes that do not agree.
+    y: [T, out]; x: [T, in], cast to y's dtype; A: [K, r, in] and B: [K, out, r], float32 masters, cast to it
+    as well; scaling: K numbers; segments: K segments of T tokens; order: LongTensor [T], the position of each
+    grouped token in x and y, or None if they are grouped. Differentiable once, in y, x, A and B. Raises
+    ValueError on shapes that do not agree.
     """
     K, rank = A.shape[:2]
     check_shape("y", y.shape, (segments.tokens, B.shape[1]))

@@ -1,7 +1,8 @@
-"""LoRA in Triton: shrink (x A^T), expand (onto the base output) and their gradients, one launch each for all adapters.
+"""LoRA in Triton: shrink (x A^T), expand (onto the base output) and their gradients, one launch each for all
+adapters.
 
-Tokens are not moved: a table on the device maps tiles of tokens to adapters, so that segments of any length, including empty
-ones, need neither padding nor a loop.
+Tokens are not moved: a table on the device maps tiles of tokens to adapters, so that segments of any length,
+including empty ones, need neither padding nor a loop.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def _shrink(
     RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr,
     ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """hidden[part, t, j] = scaling_k sum_f x[t, f] stack[k, j, f], f over one part of the features; hidden is float32."""
+    """hidden[part, t, j] = scaling_k sum_f x[t, f] stack[k, j, f], f over one part of the features; hidden is
+    float32."""
     tile, part = tl.program_id(0), tl.program_id(1)
     k = tl.load(table + 3 * tile).to(tl.int64)
     if k < 0:
@@ -72,7 +74,8 @@ def _expand(
     RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, ADD: tl.constexpr,
     ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y[t, f] = sum_j hidden[t, j] stack[k, f, j], RANK terms at a time, or += with ADD: rounded once, after the sum."""
+    """y[t, f] = sum_j hidden[t, j] stack[k, f, j], RANK terms at a time, or += with ADD: rounded once, after
+    the sum."""
     tile = tl.program_id(0)
     k = tl.load(table + 3 * tile).to(tl.int64)
     if k < 0:
@@ -155,7 +158,8 @@ def _gradients(
 
 lora_add_op = torch.library.custom_op("flora_train::lora_add", _add, mutates_args=("y",))
 lora_backward_op = torch.library.custom_op("flora_train::lora_backward", _gradients, mutates_args=())
-"""For torch.compile, which treats them as opaque. Otherwise not used: their dispatch takes longer than some layers on a GPU."""
+"""For torch.compile, which treats them as opaque. Otherwise not used: their dispatch takes longer than some
+layers on a GPU."""
 
 
 @lora_add_op.register_fake
@@ -200,7 +204,8 @@ class FusedLora(torch.autograd.Function):
 
 
 def tuning(dtype: torch.dtype, rank: int) -> dict[str, Any]:
-    """Compile-time constants of shrink and outer: a large rank needs more threads for its registers (benchmarks/compile_kernels.py)."""
+    """Compile-time constants of shrink and outer: a large rank needs more threads for its registers
+    (benchmarks/compile_kernels.py)."""
     constants = matmul_constants(dtype, rank)
     return constants | {"num_warps": 8 if constants["RANK"] > 16 else 4}
 
@@ -233,7 +238,8 @@ def _launch_expand(hidden: Tensor, stack: Tensor, table: Tensor, order: Tensor |
 
 
 def _launch_outer(hidden: Tensor, tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
-    """hidden [T, rank] and tokens [T, features] -> the sum over each segment's tokens, [K, rank, features] float32."""
+    """hidden [T, rank] and tokens [T, features] -> the sum over each segment's tokens, [K, rank, features]
+    float32."""
     rank, features, K = hidden.shape[1], tokens.shape[1], len(bounds) - 1
     columns = triton.cdiv(features, TILE_FEATURES)
     parts = parts_for(K * columns)
