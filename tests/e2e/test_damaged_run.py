@@ -97,6 +97,7 @@ TEXTS = [
     "NaN",
     '{"finished": NaN}',
     '{"schema": 5}',
+    '{"schema_version": 6}',
     "9" * 10_000,
     "\ufeff{}",
     "{}",

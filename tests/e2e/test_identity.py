@@ -103,7 +103,7 @@ def test_another_base_that_is_allowed_stands_in_every_result(place: Path) -> Non
         status, said = call(place, *words, allow)
         assert status == 0, said
     report = json.loads((run / "eval" / "report.json").read_text())
-    (difference,) = report["facts"]["differences"]
+    (difference,) = report["facts"]["origin_differences"]
     assert BASE in difference
     assert difference in report["not_measured"]
     assert "holds other weights than the run was trained on" in (run / "eval" / "report.html").read_text()
@@ -111,7 +111,7 @@ def test_another_base_that_is_allowed_stands_in_every_result(place: Path) -> Non
     assert json.loads((run / "merged" / NAME / "flora_train.json").read_text())["differences"] == [difference]
     allowed = json.loads((run / "run.json").read_text())["allowed"]
     assert [entry["command"] for entry in allowed] == ["evaluate", "export --as merged", "solve"]
-    assert report["code"][0]["differences"] == [difference]
+    assert report["code"][0]["origin_differences"] == [difference]
 
 
 def test_changed_rows_are_refused_by_task_and_difference_unless_allowed(place: Path) -> None:
@@ -125,7 +125,7 @@ def test_changed_rows_are_refused_by_task_and_difference_unless_allowed(place: P
     status, said = call(place, "evaluate", "outputs/tiny", "--allow-different-data")
     assert status == 0, said
     report = json.loads((place / "outputs/tiny/eval/report.json").read_text())
-    assert "tasks.letters: gives other examples" in report["facts"]["differences"][0]
+    assert "tasks.letters: gives other examples" in report["facts"]["origin_differences"][0]
 
 
 def test_a_report_needs_neither_base_nor_data(place: Path) -> None:

@@ -87,10 +87,10 @@ def test_every_adapter_beats_the_base_on_held_out_examples_of_its_task(finished:
 
 
 def test_the_report_says_what_separate_runs_would_cost(finished: Path) -> None:
-    apart = read_report(finished)["facts"]["apart"]
-    assert apart["adapters"] > 1
-    assert apart["together"] > 0
-    assert "adapter by adapter (one step" in (finished / "eval" / "report.html").read_text()
+    speedup = read_report(finished)["facts"]["joint_speedup"]
+    assert speedup["adapters"] > 1
+    assert speedup["joint_seconds"] > 0
+    assert "adapter by adapter (a single measurement" in (finished / "eval" / "report.html").read_text()
 
 
 def test_terminal_shows_progress_with_eta_results_completions_and_the_next_command(finished: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_run_with_problems_reports_pass_at_k_of_base_and_every_adapter_in_a_la
     assert len(completions(run / "eval" / "trivial")) == 4 * 2 * 2
     page = (run / "eval" / "report.html").read_text()
     assert "Programs that pass their tests" in page
-    assert "nothing was executed" not in page
+    assert "no program was executed" not in page
 
 
 def test_more_samples_are_added_to_those_that_are_there(mine: Path) -> None:
@@ -97,17 +97,17 @@ def test_more_samples_are_added_to_those_that_are_there(mine: Path) -> None:
     assert len(after) == 4 * 2 * 3
     assert before.items() <= after.items()
     report = json.loads(file.read_text())
-    assert report["code"][0]["n"] == 3
+    assert report["code"][0]["num_samples"] == 3
     assert report["not_measured"] == unsolved["not_measured"]
 
 
 def test_a_report_of_another_version_is_refused_before_anything_is_written(mine: Path) -> None:
     before = completions(mine / "eval" / "trivial")
     file = mine / "eval" / "report.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 1}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 1}))
     done = solve(mine, "evaluation.num_samples=3", "--languages=sh")
     assert done.returncode != 0
-    assert "schema 1" in done.stderr
+    assert "was written by an older version of flora-train (schema 1, " in done.stderr
     assert "flora-train evaluate" in done.stderr
     assert completions(mine / "eval" / "trivial") == before
 

@@ -79,15 +79,19 @@ def test_the_report_has_error_rates_of_base_and_adapters(finished: Path) -> None
     assert [part["task"] for part in speech["languages"]] == list(LANGUAGES)
     for part in speech["languages"]:
         assert [contender["family"] for contender in part["contenders"]] == ["base", "flora", "lora"]
-        assert [(d["a"], d["b"]) for d in part["differences"]] == [("flora", "base"), ("lora", "base"), ("flora", "lora")]
-        assert part["contenders"][0]["wer"]["n"] == 3
+        assert [(d["first"], d["second"]) for d in part["differences"]] == [
+            ("flora", "base"),
+            ("lora", "base"),
+            ("flora", "lora"),
+        ]
+        assert part["contenders"][0]["wer"]["clips"] == 3
         assert part["utterances"][0]["audio"].startswith("data:audio/ogg;base64,")
     assert len(transcripts_of(finished)) == 2 * 3 * 3
     for task in report_of(finished)["tasks"]:  # clips of 0.3 to 1.9 s in windows of 0.5 s steps, 50 positions a second
         whole = 2 * (25 + 50 + 75 + 75 + 100) + task["train"]["tokens"]
         assert task["epochs"] == pytest.approx(task["tokens_drawn"] / whole)
     page = (finished / "eval" / "report.html").read_text()
-    assert "Words that are wrong" in page
+    assert "Error rates" in page
     assert "Whether completions are correct" not in page
 
 
