@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
 
 from pydantic import ValidationError
 
@@ -33,6 +33,7 @@ from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.best_adapters import BestCheckpoint
 from flora_train.training.fsdp import unshard
 from flora_train.training.heldout import HeldOut, evaluate_heldout
+from flora_train.training.joint_speedup import JointSpeedup as MeasuredSpeedup
 from flora_train.training.loss import RowLosses
 
 
@@ -127,8 +128,9 @@ def write_results(
     evaluation = Evaluation(heldout, best, completions, code, speech)
     report = build_results(config, folder, context.tasks, bank, evaluation=evaluation, facts=facts)
     write_report(report, folder.evaluation)
-    for spec in bank.specs if publish else ():
-        write_card(report, spec, folder.adapters / spec.name, example=generation_example(config, spec.task))
+    if publish:
+        for spec in bank.specs:
+            write_card(report, spec, folder.adapters / spec.name, example=generation_example(config, spec.task))
 
 
 def sample_completions(context: RunContext) -> list[SampleCompletion]:
@@ -182,13 +184,6 @@ def recorded_facts(folder: RunFolder) -> RunFacts | None:
         raise user_error(str(folder.run_json), None, hint) from error
 
 
-def joint_speedup(measured: Mapping[str, Any] | None) -> JointSpeedup | None:
-    """The measurement of `time_joint_vs_separate`, as the report holds it."""
-    if measured is None:
-        return None
-    return JointSpeedup(
-        joint_seconds=measured["together"],
-        separate_seconds=measured["apart"],
-        adapters=measured["adapters"],
-        measured=measured.get("measured"),
-    )
+def reported_speedup(measured: MeasuredSpeedup | None) -> JointSpeedup | None:
+    """A measurement of `time_joint_vs_separate`, as the report holds it."""
+    return None if measured is None else JointSpeedup(**asdict(measured))

@@ -27,7 +27,7 @@ from flora_train.evaluation.saved_files import check_saved
 from flora_train.evaluation.speech.cache_check import check_transcribing
 from flora_train.export.loadability import log_notes
 from flora_train.export.peft_import import init_from_peft
-from flora_train.final_evaluation import joint_speedup, run_final_evaluation, training_facts
+from flora_train.final_evaluation import reported_speedup, run_final_evaluation, training_facts
 from flora_train.models.base_identity import base_identity
 from flora_train.models.probe_inputs import count_tokens, noise_features
 from flora_train.run_context import (
@@ -178,7 +178,7 @@ def record_training(context: RunContext, trainer: Trainer, load_seconds: float) 
         "evaluate during training": trainer.state.evaluation_seconds,
     }
     started = time.monotonic()
-    speedup = joint_speedup(time_joint_vs_separate(trainer))
+    speedup = reported_speedup(time_joint_vs_separate(trainer))
     if speedup is not None:
         seconds["time separate runs"] = time.monotonic() - started
     facts = training_facts(context, seconds).replace(

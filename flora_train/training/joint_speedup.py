@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from flora_train.data.batch import Row, group_by_length
 from flora_train.runtime.distributed import world
@@ -31,17 +30,17 @@ Batches = Sequence[Sequence[Row]]
 class JointSpeedup:
     """Seconds of the forward and backward passes over the rows of one step."""
 
-    together: float
+    joint_seconds: float
     """In the step's own micro-batches: the faster of two passes, one before and one after the others."""
-    apart: float
+    separate_seconds: float
     """Adapter after adapter, each in as few micro-batches as hold its rows."""
     adapters: int
     """Adapters in the step."""
     measured: int
-    """Adapters that were timed. Where these are not all, `apart` is scaled up by the tokens of the others."""
+    """Adapters that were timed. Where these are not all, `separate_seconds` is scaled up by the tokens of the others."""
 
 
-def time_joint_vs_separate(trainer: Trainer) -> dict[str, Any] | None:
+def time_joint_vs_separate(trainer: Trainer) -> JointSpeedup | None:
     """Time the rows of the last step, within training.compare_separate_seconds. Nothing of the run changes.
 
     None where it is not asked for (training.compare_separate), where the time does not suffice, and where it is not
@@ -71,7 +70,7 @@ def time_joint_vs_separate(trainer: Trainer) -> dict[str, Any] | None:
         joint = min(joint, _seconds(trainer, plan.microbatches))
         progress.update(len(separate) + 2)
     estimate = sum(seconds) * sum(map(_padded_tokens, separate)) / tokens
-    return asdict(JointSpeedup(joint, estimate, len(separate), len(seconds)))
+    return JointSpeedup(joint, estimate, len(separate), len(seconds))
 
 
 def _is_comparable(trainer: Trainer) -> bool:

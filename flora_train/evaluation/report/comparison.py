@@ -8,10 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from flora_train.config.paths import read_mapping
-from flora_train.evaluation.report.formatting import ABSENT, bracketed, count, listed, number, share
+from flora_train.evaluation.report.formatting import ABSENT, bracketed, count, listed, number, plural, share, stage_duration
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
-from flora_train.runtime.progress import duration
 from flora_train.runtime.run_folder import flat
 
 IGNORED_KEYS = ("name", "output_dir", "overwrite", "resume")
@@ -142,7 +141,7 @@ def _verdict(measure: Measure, names: Sequence[str], groups: Sequence[Sequence[i
     comparable = [row for row in rows if not row.note]
     if not comparable:
         return f"{title}: the runs cannot be compared, as their examples differ."
-    adapters = "1 comparable adapter" if len(comparable) == 1 else f"{count(len(comparable))} comparable adapters"
+    adapters = plural(len(comparable), "comparable adapter")
     clear: list[str] = []
     for name, group in zip(names, groups, strict=True):
         won = sum(_wins(row, group) for row in comparable)
@@ -169,7 +168,7 @@ def settings(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
         keys |= dict.fromkeys(config)
     rows = []
     for key in keys:
-        values = [str(config[key]) if key in config else ABSENT for config in configs]
+        values = [str(config.get(key, ABSENT)) for config in configs]
         if key not in IGNORED_KEYS and len(set(values)) > 1:
             rows.append((key, values))
     return rows
@@ -186,7 +185,7 @@ def costs(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
     return [
         ("adapters", [count(len(report.adapters)) for report in reports]),
         ("adapter tokens", [count(total) for total in tokens]),
-        *((stage, [_seconds(run.seconds.get(stage)) for run in facts]) for stage in stages),
+        *((stage, [stage_duration(run.seconds.get(stage)) for run in facts]) for stage in stages),
         ("peak memory", [_gibibytes(run.peak_memory_bytes) for run in facts]),
         ("processes", [count(run.processes) for run in facts]),
         ("device", [run.device or ABSENT for run in facts]),
@@ -248,19 +247,24 @@ def _speech_metrics(report: Report) -> Iterator[RunMetric]:
         examples = (hashes.get(part.task), part.metric, part.normalizer, part.clips, units)
         for row in part.contenders:
             difference = part.to_base.get(row.family)
-            change = None if difference is None else difference.rate(part.metric)
+            change = None
+            if difference is not None:
+                change = difference.rate(part.metric)
             yield RunMetric("Error rate", part.task, row.family, row.rate(part.metric), change, examples)
 
 
 def _row(what: tuple[str, str], metrics: Mapping[int, RunMetric], groups: Sequence[Sequence[int]]) -> Row:
     """metrics: run -> its metric."""
     comparable = len({metric.examples for metric in metrics.values()}) == 1
-    best = _best_group(metrics, groups) if comparable else []
-    cells: list[Cell | None] = []
-    for i in range(sum(map(len, groups))):
-        cells.append(_cell(metrics[i], i in best) if i in metrics else None)
+    best: Sequence[int] = []
+    note = "not of the same examples"
+    if comparable:
+        best, note = _best_group(metrics, groups), ""
+    cells: list[Cell | None] = [None] * sum(map(len, groups))
+    for i, metric in metrics.items():
+        cells[i] = _cell(metric, i in best)
     seeds = [_over_seeds(metrics, group) for group in groups if len(group) > 1]
-    return Row(what, cells, "" if comparable else "not of the same examples", seeds)
+    return Row(what, cells, note, seeds)
 
 
 def _best_group(metrics: Mapping[int, RunMetric], groups: Sequence[Sequence[int]]) -> Sequence[int]:
@@ -293,8 +297,12 @@ def _over_seeds(metrics: Mapping[int, RunMetric], group: Sequence[int]) -> str:
 
 
 def _cell(metric: RunMetric, best: bool) -> Cell:
+    sign = "+"
+    if metric.change is None:
+        sign = ""
+
     def write(value: float) -> str:
-        return _write(value, metric.higher_is_better, "" if metric.change is None else "+")
+        return _write(value, metric.higher_is_better, sign)
 
     change = bracketed(metric.compared, write)
     if metric.change is None:
@@ -306,11 +314,7 @@ def _write(value: float | None, as_percent: bool, sign: str = "") -> str:
     return share(value, sign) if as_percent else number(value, 3, sign)
 
 
-def _seconds(value: float | None) -> str:
+def _gibibytes(value: int | None) -> str:
     if value is None:
         return ABSENT
-    return duration(value) if value >= 0.5 else "under a second"
-
-
-def _gibibytes(value: int | None) -> str:
-    return ABSENT if value is None else f"{value / 2**30:.1f} GiB"
+    return f"{value / 2**30:.1f} GiB"

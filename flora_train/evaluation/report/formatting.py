@@ -9,6 +9,7 @@ from typing import Literal
 
 from flora_train.evaluation.report.types import TaskResult
 from flora_train.evaluation.result_model import Interval
+from flora_train.runtime.progress import duration
 
 NOT_FINITE = "not finite"
 ABSENT = "–"
@@ -83,7 +84,9 @@ def ascii_estimate(value: Interval, sign: str = "") -> str:
 
 def ascii_number(value: float | None) -> str:
     """A value for terminals."""
-    return NOT_FINITE if value is None else f"{value:.3f}"
+    if value is None:
+        return NOT_FINITE
+    return f"{value:.3f}"
 
 
 def share_estimate(value: Interval, sign: str = "") -> str:
@@ -101,12 +104,25 @@ def bracketed(value: Interval, write: Callable[[float], str]) -> str:
 
 def count(value: int | None) -> str:
     """An integer with thousands separators."""
-    return ABSENT if value is None else f"{value:,}"
+    if value is None:
+        return ABSENT
+    return f"{value:,}"
+
+
+def stage_duration(seconds: float | None) -> str:
+    """The time of a stage."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 0.5:
+        return "under a second"
+    return duration(seconds)
 
 
 def plural(n: int, noun: str) -> str:
     """`1 task`, `2 tasks`."""
-    return f"{count(n)} {noun}" if n == 1 else f"{count(n)} {noun}s"
+    if n != 1:
+        noun += "s"
+    return f"{count(n)} {noun}"
 
 
 def listed(items: Sequence[str], limit: int = 1000) -> str:

@@ -37,19 +37,21 @@ class Heatmap:
 
 def heatmaps(report: Report) -> list[Heatmap]:
     """A map for held-out loss, for every suite of problems and for error rates, wherever there are two tasks or more."""
-    losses = {
-        result.task: {family: row.difference_to_base for family, row in result.by_family.items()} for result in report.results
-    }
+    losses = {}
+    for result in report.results:
+        losses[result.task] = {family: row.difference_to_base for family, row in result.by_family.items()}
     maps = [_heatmap("held-out loss, bits per byte", losses, lambda value: number(value, 2, "+"))]
     for suite in report.code:
         k = suite.pass_at_k[0]
-        passed = {part.name: {family: d[k].negated() for family, d in part.to_base.items()} for part in suite.languages}
+        passed = {}
+        for scores in suite.languages:
+            passed[scores.name] = {family: d[k].negated() for family, d in scores.to_base.items()}
         title = f"pass@{k} on {suite.suite} problems, percentage points"
         maps.append(_heatmap(title, passed, lambda value: share(-value, "+")))
     if report.speech is not None:
-        rates = {
-            part.task: {family: d.rate(part.metric) for family, d in part.to_base.items()} for part in report.speech.languages
-        }
+        rates = {}
+        for part in report.speech.languages:
+            rates[part.task] = {family: d.rate(part.metric) for family, d in part.to_base.items()}
         maps.append(_heatmap("error rate", rates, lambda value: number(value, 2, "+")))
     return [heatmap for heatmap in maps if len(heatmap.rows) > 1]
 
@@ -77,5 +79,5 @@ def _cell(difference: Interval | None, scale: float, write: Callable[[float], st
     if difference.finite is None or conclusion == "not finite":
         return Cell(NOT_FINITE, 0.0, "unclear")
     value, _, _ = difference.finite
-    strength = min(1.0, abs(value) / scale) if scale else 0.0
+    strength = min(abs(value), scale) / (scale or 1.0)
     return Cell(write(value), strength, conclusion)

@@ -26,13 +26,13 @@ from flora_train.evaluation.report.formatting import (
     share,
     share_estimate,
     shared_digits,
+    stage_duration,
     verdict,
 )
 from flora_train.evaluation.report.heatmap import heatmaps
 from flora_train.evaluation.report.summary_text import summarise
 from flora_train.evaluation.report.svg import FamilyStyle, family_styles
 from flora_train.evaluation.report.types import JointSpeedup, Report, RunFacts, SplitSummary
-from flora_train.runtime.progress import duration
 from flora_train.training.step_timer import format_shares
 
 MAX_DRAWN = 100
@@ -116,9 +116,8 @@ def _page(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, estimate, count, listed, share, share_estimate, verdict)
+    filters = (number, estimate, count, listed, share, share_estimate, stage_duration, verdict)
     environment.filters |= {function.__name__: function for function in filters}
-    environment.filters["duration"] = lambda seconds: duration(seconds) if seconds >= 0.5 else "under a second"
     environment.filters["visible"] = lambda text: text.translate(CONTROL_PICTURES).strip("\n").rstrip()
     script = SCRIPT.read_text(encoding="utf-8")
     digest = b64encode(sha256(script.encode()).digest()).decode()

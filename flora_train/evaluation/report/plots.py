@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from statistics import fmean, median
 
 from markupsafe import Markup
@@ -132,10 +133,13 @@ def curve_panel(
     base = curves.base.get(task)
     training = {adapter.name: _points(curves.training.get(adapter.name, ())) for adapter in adapters}
     heldout = {adapter.name: _points(curves.heldout.get(adapter.name, ())) for adapter in adapters}
-    losses = [loss for points in (*training.values(), *heldout.values()) for _, loss in points]
-    logged = [loss for loss in losses if not math.isnan(loss)]
-    scale = _loss_scale([*logged, *([] if base is None else [base])])
-    notes = _curve_notes(len(losses) - len(logged), cut=scale is not None, empty=not losses)
+    losses = [loss for _, loss in chain(*training.values(), *heldout.values())]
+    finite = [loss for loss in losses if not math.isnan(loss)]
+    missing = len(losses) - len(finite)
+    if base is not None:
+        finite.append(base)
+    scale = _loss_scale(finite)
+    notes = _curve_notes(missing, cut=scale is not None, empty=not losses)
 
     def draw(axes: Axes) -> None:
         axes.grid(axis="y", color=RULE, linewidth=0.6)
@@ -164,7 +168,9 @@ def fairness_panel(name: str, drawn: Mapping[str, Sequence[tuple[int, int]]], ta
     """Each task's share of all tokens drawn so far, as a multiple of its target share, over steps. The two tasks that end
     farthest from 1 are named."""
     steps = [step for step, _ in next(iter(drawn.values()))]
-    tokens = {task: [count for _, count in points] for task, points in drawn.items()}
+    tokens = {}
+    for task, points in drawn.items():
+        tokens[task] = [count for _, count in points]
     totals = [sum(counts) for counts in zip(*tokens.values(), strict=True)]
     ratios: dict[str, list[float]] = {}
     for task, counts in tokens.items():
@@ -268,7 +274,9 @@ def _curve_notes(missing: int, *, cut: bool, empty: bool) -> list[str]:
 
 def _draw_training_curve(axes: Axes, points: Sequence[Point], style: FamilyStyle) -> None:
     points = _averaged(points)
-    marker = "x" if len(points) == 1 else ""
+    marker = ""
+    if len(points) == 1:
+        marker = "x"
     columns = _columns(points)
     axes.plot(*columns, color=style.colour, alpha=0.42, linewidth=1.0, linestyle=style.dash, marker=marker)
 
@@ -308,8 +316,11 @@ def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 def _averaged(points: Sequence[Point]) -> list[Point]:
     size = math.ceil(len(points) / MAX_POINTS) or 1
-    blocks = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(fmean(step for step, _ in block), fmean(loss for _, loss in block)) for block in blocks]
+    averaged = []
+    for start in range(0, len(points), size):
+        steps, losses = _columns(points[start : start + size])
+        averaged.append((fmean(steps), fmean(losses)))
+    return averaged
 
 
 def _signed(value: float) -> str:

@@ -67,11 +67,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class AdapterCounts:
+    """Counts of an adapter since the run began."""
+
+    tokens: int = 0
+    skipped_steps: int = 0
+    rollbacks: int = 0
+
+
+@dataclass(frozen=True)
 class TrainingRecord:
     """The last of each adapter's records in metrics.jsonl."""
 
     task_tokens: Mapping[str, int]
-    adapters: Mapping[str, Mapping[str, Any]]
+    adapters: Mapping[str, AdapterCounts]
     """Adapter -> counts of the last step that logged it."""
     quarantined: Mapping[str, Quarantine]
     retired: Mapping[str, Retirement]
@@ -132,10 +141,13 @@ def not_measured(config: RunConfig, executed: bool) -> list[str]:
 def read_training_record(folder: RunFolder) -> TrainingRecord:
     """The last state of each adapter in metrics.jsonl."""
     steps = folder.read_metrics("step")
-    adapters: dict[str, Mapping[str, Any]] = {}
+    adapters: dict[str, AdapterCounts] = {}
     for record in steps:
-        adapters.update(record["adapters"])
-    last = steps[-1] if steps else {"task_tokens": {}}
+        for name, counts in record["adapters"].items():
+            adapters[name] = AdapterCounts(counts["tokens"], counts.get("skipped_steps", 0), counts.get("rollbacks", 0))
+    last: Mapping[str, Any] = {"task_tokens": {}}
+    if steps:
+        last = steps[-1]
     quarantined = {
         name: Quarantine(step=entry["step"], reason=entry["why"]) for name, entry in last.get("quarantined", {}).items()
     }
@@ -180,16 +192,21 @@ def sweep_results(bank: AdapterBank, heldout: Mapping[str, HeldOut], retired: Ma
 
 
 def _task_summary(task: Task, task_config: TaskConfig, *, tokens: int, target_share: float) -> TaskSummary:
+    test = spoken_language = None
+    if task.test is not None:
+        test = _split_summary(task.test)
+    if task_config.speech is not None:
+        spoken_language = task_config.speech.language
     return TaskSummary(
         name=task.name,
         weight=task.weight,
         origin=task.origin or None,
         hub=task_config.train.hub,
         license=task_config.license,
-        spoken_language=task_config.speech.language if task_config.speech else None,
+        spoken_language=spoken_language,
         train=_split_summary(task.train),
         validation=_split_summary(task.validation),
-        test=None if task.test is None else _split_summary(task.test),
+        test=test,
         tokens_drawn=tokens,
         target_share=target_share,
         epochs=tokens / max(1, int(task.train.lengths.sum())),
@@ -225,15 +242,18 @@ def _split_summary(split: TokenSplit) -> SplitSummary:
 
 def _relative(path: str) -> str:
     """Relative to the working directory where it is inside: reports are shared, and need not name the machine's folders."""
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+    if Path(path).is_relative_to(Path.cwd()):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
 
 
 def _adapter_facts(bank: AdapterBank, adapter: int, best: Mapping[int, BestCheckpoint], record: TrainingRecord) -> AdapterFacts:
     spec = bank.specs[adapter]
     pool, _ = bank.location[adapter]
-    counts = record.adapters.get(spec.name, {})
-    variant = None
+    counts = record.adapters.get(spec.name, AdapterCounts())
+    selected = variant = None
+    if adapter in best:
+        selected = best[adapter].step
     if spec.method == "flora":
         variant = "residual" if spec.offset else "pure"
     return AdapterFacts(
@@ -245,10 +265,10 @@ def _adapter_facts(bank: AdapterBank, adapter: int, best: Mapping[int, BestCheck
         variant=variant,
         lr=spec.lr,
         parameters=pool.row_size,
-        tokens=counts.get("tokens", 0),
-        skipped_steps=counts.get("skipped_steps", 0),
-        selected_step=best[adapter].step if adapter in best else None,
-        rollbacks=counts.get("rollbacks", 0),
+        tokens=counts.tokens,
+        skipped_steps=counts.skipped_steps,
+        selected_step=selected,
+        rollbacks=counts.rollbacks,
         quarantined=record.quarantined.get(spec.name),
         retired=record.retired.get(spec.name),
     )
@@ -309,8 +329,13 @@ def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]
     first = config.evaluation.max_examples
     steps = folder.read_metrics("step")
     last = len(steps) - 1
-    points = sorted({round(i * last / MAX_DRAWN_POINTS) for i in range(MAX_DRAWN_POINTS + 1)}) if steps else []
-    drawn = {name: [(steps[i]["step"], steps[i]["task_tokens"].get(name, 0)) for i in points] for name in heldout}
+    sampled = []
+    if steps:
+        indices = {round(i * last / MAX_DRAWN_POINTS) for i in range(MAX_DRAWN_POINTS + 1)}
+        sampled = [steps[i] for i in sorted(indices)]
+    drawn = {}
+    for name in heldout:
+        drawn[name] = [(record["step"], record["task_tokens"].get(name, 0)) for record in sampled]
     return Curves(
         training=_loss_curves(steps),
         heldout=_loss_curves(folder.read_metrics("evaluation")),

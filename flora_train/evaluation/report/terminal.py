@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import which
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -35,7 +36,9 @@ def print_results(report: Report, console: Console | None = None) -> None:
     for result in report.results:
         table.add_row(in_cell(result.task), "base", ascii_number(result.base.bits_per_byte.value), "")
         for contender in result.contenders:
-            style = "bold" if contender.best else ""
+            style = ""
+            if contender.best:
+                style = "bold"
             cells = (
                 contender.family + _remark(result, contender),
                 ascii_number(contender.bits_per_byte.value),
@@ -73,12 +76,13 @@ def print_pass_at_k(suites: Sequence[CodeSuite], console: Console | None = None)
         for k in suite.pass_at_k:
             table = _table("language", "method", f"pass@{k} [{_level(suite.confidence)}]", "difference to base")
             for title, part in parts:
-                for i, contender in enumerate(part.contenders):
+                for contender in part.contenders:
                     change = ""
                     if contender.family in part.to_base:
                         change = ascii_estimate(part.to_base[contender.family][k], "+")
-                    row = ("" if i else title, contender.family, ascii_estimate(contender.pass_at[k]), change)
+                    row = (title, contender.family, ascii_estimate(contender.pass_at[k]), change)
                     table.add_row(*map(in_cell, row))
+                    title = ""
             print_table(table, console)
         for missing in suite.not_evaluated:
             console.print(shown(f"not evaluated: {missing.language}: {missing.reason}"))
@@ -92,18 +96,20 @@ def print_error_rates(speech: SpeechResults | None, console: Console | None = No
     console.print(shown("\nerror rates of words and characters, lower is better", "bold"))
     table = _table("task", "method", "WER", "normalised", f"difference to base [{_level(speech.confidence)}]", "CER")
     for part in speech.languages:
-        for i, contender in enumerate(part.contenders):
+        title = part.task
+        for contender in part.contenders:
             change = ""
             if contender.family in part.to_base:
                 change = ascii_estimate(part.to_base[contender.family].wer_normalized, "+")
             table.add_row(
-                in_cell("" if i else part.task),
+                in_cell(title),
                 in_cell(contender.family),
                 ascii_number(contender.wer.value),
                 ascii_number(contender.wer_normalized.value),
                 change,
                 ascii_number(contender.cer.value),
             )
+            title = ""
     print_table(table, console)
 
 
@@ -134,7 +140,7 @@ def show(folder: RunFolder) -> None:
     print_error_rates(report.speech)
     print_completions(report)
     names = [result.best.name for result in report.results if result.best is not None]
-    best = names[0] if names else "ADAPTER"
+    best = next(iter(names), "ADAPTER")
     stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.facts.seconds.items())
     print_plain(
         f"\nreport    {folder.evaluation / 'report.html'}\n"
@@ -148,8 +154,10 @@ def show(folder: RunFolder) -> None:
 def _table(*headings: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
-        justify = "left" if heading in LEFT_ALIGNED else "right"
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        justify: Literal["left", "right"] = "right"
+        if heading in LEFT_ALIGNED:
+            justify = "left"
+        table.add_column(heading, justify=justify, no_wrap=True)
     return table
 
 
@@ -159,8 +167,10 @@ def _level(confidence: float) -> str:
 
 def _loaded_by_peft(folder: RunFolder) -> str:
     unloadable = len(list(folder.adapters.glob(f"*/{PEFT_WARNING}")))
-    exception = f", except the {unloadable} with a {PEFT_WARNING}" if unloadable else ""
-    return f"PeftModel.from_pretrained loads them{exception}"
+    text = "PeftModel.from_pretrained loads them"
+    if unloadable:
+        text += f", except the {unloadable} with a {PEFT_WARNING}"
+    return text
 
 
 def _command() -> str:
@@ -168,13 +178,17 @@ def _command() -> str:
     installed = Path(sys.executable).with_name("flora-train")
     if which("flora-train") or not installed.exists():
         return "flora-train"
-    here = Path.cwd()
-    return str(installed.relative_to(here)) if installed.is_relative_to(here) else str(installed)
+    if installed.is_relative_to(Path.cwd()):
+        installed = installed.relative_to(Path.cwd())
+    return str(installed)
 
 
 def _speed(report: Report) -> str:
     tokens = sum(adapter.tokens for adapter in report.adapters)
     seconds = report.facts.seconds.get("train")
-    rate = f"{tokens / seconds:.0f} tokens/s" if seconds else "not recorded"
-    shares = format_shares(report.facts.time_shares)
-    return f"{rate}: {shares}" if shares else rate
+    text = "not recorded"
+    if seconds:
+        text = f"{tokens / seconds:.0f} tokens/s"
+    if report.facts.time_shares:
+        text += f": {format_shares(report.facts.time_shares)}"
+    return text

@@ -305,8 +305,8 @@ class Curves(ResultModel):
 
     @model_validator(mode="after")
     def _drawn_at_the_same_steps(self) -> Self:
-        steps = {tuple(step for step, _ in points) for points in self.drawn.values()}
-        if len(steps) > 1:
+        steps = [[step for step, _ in points] for points in self.drawn.values()]
+        if any(other != steps[0] for other in steps):
             raise ValueError("drawn: tasks have points at different steps")
         return self
 

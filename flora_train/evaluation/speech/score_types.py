@@ -117,5 +117,7 @@ class SpeechResults(ResultModel):
     @cached_property
     def families(self) -> list[str]:
         """Families that take part in any language, the base first."""
-        names = [contender.family for part in self.languages for contender in part.contenders]
-        return list(dict.fromkeys(names))
+        families: dict[str, None] = {}
+        for part in self.languages:
+            families |= dict.fromkeys(part.by_family)
+        return list(families)

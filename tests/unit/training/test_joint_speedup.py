@@ -25,9 +25,9 @@ def test_the_last_step_s_rows_are_timed_both_ways_and_nothing_changes(tmp_path: 
     trainer.bank.route = lambda ids, noise=None: (seen.append([int(i) for i in ids]), inner(ids, noise))[1]  # type: ignore[method-assign]
     found = time_joint_vs_separate(trainer)
     assert found is not None
-    assert found["measured"] == found["adapters"] == len(plan.label_tokens) > 1
-    assert 0 < found["together"] < 60
-    assert 0 < found["apart"] < 60
+    assert found.measured == found.adapters == len(plan.label_tokens) > 1
+    assert 0 < found.joint_seconds < 60
+    assert 0 < found.separate_seconds < 60
     n = len(plan.microbatches)
     joint, alone = seen[:n], seen[n:-n]
     assert seen[-n:] == joint
@@ -67,16 +67,16 @@ def test_a_limit_that_is_too_short_for_all_adapters_gives_an_estimate_and_is_kep
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     whole = time_joint_vs_separate(trainer)
     assert whole is not None
-    rows, estimates = whole["together"], []
-    assert (whole["apart"], whole["measured"]) == (rows, whole["adapters"])
+    rows, estimates = whole.joint_seconds, []
+    assert (whole.separate_seconds, whole.measured) == (rows, whole.adapters)
     for limit in (2.9 * rows, 2.5 * rows, 2.2 * rows):
         begun = clock[0]
         config = trainer.config.training.model_copy(update={"compare_separate_seconds": limit})
         trainer.config = trainer.config.model_copy(update={"training": config})
         estimate = time_joint_vs_separate(trainer)
         assert clock[0] - begun <= limit
-        assert estimate is None or 2 <= estimate["measured"] < estimate["adapters"]
-        assert estimate is None or estimate["apart"] == pytest.approx(rows, rel=0.6)
+        assert estimate is None or 2 <= estimate.measured < estimate.adapters
+        assert estimate is None or estimate.separate_seconds == pytest.approx(rows, rel=0.6)
         estimates.append(estimate)
     assert any(estimates)
 

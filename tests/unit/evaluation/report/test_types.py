@@ -183,7 +183,9 @@ def test_final_metrics_have_plain_names_and_values() -> None:
 
 def test_facts_of_an_earlier_training_are_kept_and_damage_is_one_line(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.write_run_json({"finished": True, "training": {"device": "cuda:0", "apart": {"together": 1}, "seconds": {"train": 2.0}}})
+    folder.write_run_json(
+        {"finished": True, "training": {"device": "cuda:0", "apart": {"together": 1}, "seconds": {"train": 2.0}}}
+    )
     facts = recorded_facts(folder)
     assert facts is not None
     assert (facts.device, facts.seconds) == ("cuda:0", {"train": 2.0})
