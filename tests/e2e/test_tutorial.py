@@ -19,7 +19,7 @@ SMALLER = {
     "training.steps=20 training.tokens_per_step=768": "training.steps=5 training.tokens_per_step=192",
     "training.max_length=256": "training.tokens_per_microbatch=192 training.max_length=64",
     "max_validation_examples=10": "max_validation_examples=6",
-    "flora-train doctor\n": "",  # run by test_documented_commands.py
+    "flora-train doctor\n": "",  # run by test_doctor.py
     "evaluation.interval=10": "evaluation.interval=3",
 }
 
