@@ -42,7 +42,7 @@ class HubEntry(ResultModel):
     """The base model."""
     task: Text
     method: Text
-    rank: Count | None
+    rank: Count | None = None
     bits_per_byte: Interval | None = None
     """On held-out text. None: not evaluated."""
     difference_to_base: Interval | None = None

@@ -176,7 +176,7 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
         (["evaluation.problems=nowhere"], "evaluation.problems = 'nowhere': is no folder here"),
         (["evaluation.nn=2"], "evaluation.nn"),
         (["language=[sh]"], "language = '[sh]': options of this command begin with --. Did you mean '--languages'?"),
-        (["--contenders=nothing/here"], "contenders = 'nothing/here': is no PEFT adapter"),
+        (["--contenders=nothing/here"], "contenders = 'nothing/here': is not a PEFT adapter"),
     ],
 )
 def test_bad_input_is_one_clear_error(run: Path, words: list[str], message: str) -> None:
