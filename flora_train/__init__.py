@@ -1,6 +1,6 @@
 """Train many task-specific adapters at once on one frozen base model, each as good as if trained alone.
 
-What the command line does, in Python: `load_config`, `train`, `evaluate`, `export_adapters`. For training loops of your own: `AdapterBank`,
+What the command line does, in Python: `load_config`, `train`, `evaluate`, `export_adapters`; `read_metrics` gives a DataFrame. For training loops of your own: `AdapterBank`,
 `AdapterConfig`, `make_spec`, `BankOptimizer`, `TorchBankOptimizer`. docs/python.md has an example of each.
 """
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flora_train.config.load import load_config
     from flora_train.config.training_schema import TrainingConfig
     from flora_train.runtime.logging import init_logging
+    from flora_train.training.metrics_table import read_metrics
     from flora_train.training.optimizer import BankOptimizer, TorchBankOptimizer
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "init_logging",
     "load_config",
     "make_spec",
+    "read_metrics",
     "train",
 ]
 
@@ -52,6 +54,7 @@ HOMES = {
     "init_logging": "flora_train.runtime.logging",
     "load_config": "flora_train.config.load",
     "make_spec": "flora_train.adapters.spec",
+    "read_metrics": "flora_train.training.metrics_table",
     "train": "flora_train.commands.train:train_run",
 }
 """Name -> module, and what it is called there: torch loads only when something is asked for that needs it."""

@@ -22,7 +22,7 @@ from flora_train.runtime.distributed import (
     wait_for_everyone,
     world,
 )
-from flora_train.runtime.progress import ProgressBar, share_and_eta
+from flora_train.runtime.progress import ProgressBar, share_and_time_left
 from flora_train.runtime.signals import Interrupted, StopSignals
 from flora_train.training.context import TrainingContext
 from flora_train.training.fsdp import run_dummy_passes
@@ -175,7 +175,7 @@ class Trainer(ResumableTraining):
         state, limit, started = self.state, self.config.evaluation.max_examples, time.monotonic()
 
         def report(share: float) -> None:
-            progress.update(state.step, {"evaluate": share_and_eta(share, started)})
+            progress.update(state.step, {"evaluate": share_and_time_left(share, started)})
 
         losses: dict[int, float] = {}
         adapters: dict[str, dict[str, float]] = {}

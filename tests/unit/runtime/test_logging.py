@@ -116,7 +116,7 @@ with ProgressBar("train", 2) as bar:
 def test_a_raised_level_hides_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with ProgressBar("train", 2) as shown:
-        assert shown._bar is not None
+        assert shown._display is not None
     monkeypatch.setattr(logging.getLogger(LIBRARY), "level", logging.ERROR)
     with ProgressBar("train", 2) as hidden:
-        assert hidden._bar is None
+        assert hidden._display is None

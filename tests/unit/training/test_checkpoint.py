@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from flora_train.config.errors import UserError
 from flora_train.runtime.atomic import write_atomically
-from flora_train.runtime.checksum import fingerprint
+from flora_train.runtime.checksum import fingerprint, with_checksums
 from flora_train.training import checkpoint
 from flora_train.training.checkpoint import Checkpoints
 from flora_train.training.trainer import Trainer
@@ -225,6 +228,33 @@ def test_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path: Path) -> 
         with pytest.raises(UserError, match=r"step-00000006.safetensors: the disk is full"):
             trainer.checkpoints.wait()
     assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoint_of_an_older_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    stop_before(trainer_in(tmp_path), 5)
+    file = tmp_path / "checkpoints" / "step-00000003.safetensors"
+    with safe_open(file, framework="pt") as content:
+        facts = json.loads(content.metadata()["facts"])
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+    facts["position"] = facts.pop("state")
+    save_file(tensors, file, with_checksums(tensors, json.dumps(facts)))
+    with pytest.raises(UserError, match="written by an older version of flora_train: train again") as caught:
+        trainer_in(tmp_path).resume()
+    assert len(caught.value.problems) == 1
+
+
+def test_state_is_saved_by_adapter_name(tmp_path: Path) -> None:
+    """So that a bank with other adapters beside them gives each its own."""
+    trainer = trainer_in(tmp_path / "run")
+    trainer.train()
+    state = json.loads(json.dumps(trainer.state_dict()))
+    names = {spec.name for spec in trainer.bank.specs}
+    for part in (state["optimizer"]["steps"], state["best"], state["metrics"]["tokens"], state["metrics"]["last_steps"]):
+        assert part.keys() == names
+    other = make_trainer(specs()[::-1], tmp_path / "run", interval=4, steps=12)
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    assert {name: other.optimizer.steps[i] for name, i in other.bank.ids.items()} == state["optimizer"]["steps"]
 
 
 def test_checkpoint_of_other_shapes_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
