@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from flora_train.config.errors import UserError, choices, user_error
 from flora_train.config.task_schema import SourceConfig
-from flora_train.data.sources import Row, read_rows
+from flora_train.data.file_rows import Row
+from flora_train.data.sources import read_rows
 from flora_train.data.templates import cell_text
 from flora_train.runtime.atomic import real_path
 

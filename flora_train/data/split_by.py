@@ -15,7 +15,8 @@ from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig, TaskConfig
-from flora_train.data.sources import Row, read_rows, source_files
+from flora_train.data.file_rows import Row
+from flora_train.data.sources import read_rows, source_files
 from flora_train.data.templates import cell_text
 
 MOST_TASKS = 10_000

@@ -9,7 +9,7 @@ from typing import Any
 
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
 from flora_train.config.task_schema import TaskConfig
-from flora_train.data.sources import Row
+from flora_train.data.file_rows import Row
 
 Span = tuple[int, int]
 

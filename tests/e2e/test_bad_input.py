@@ -206,7 +206,7 @@ def test_output_folder_that_holds_something_is_refused_and_kept(
     [
         (
             "tasks.lua.train={hub: nobody/nothing}",
-            "tasks.lua.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE says there is no hub: *",
+            "tasks.lua.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE forbids access to the hub: *",
         ),
         ("model.path=nobody/nothing", "model.path = 'nobody/nothing': *"),
     ],

@@ -19,7 +19,8 @@ from flora_train.config.task_schema import SourceConfig, TaskConfig
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit, Utterance, speech_split
 from flora_train.data.cache import cached
-from flora_train.data.sources import Row, source_files
+from flora_train.data.file_rows import Row
+from flora_train.data.sources import source_files
 from flora_train.data.split_by import task_rows
 from flora_train.data.splits import hold_out, sample, seed_of_rows
 from flora_train.data.templates import cell_text

@@ -137,7 +137,7 @@ def test_folder_of_code_is_one_row_a_file_without_hidden_ones(write) -> None:
         ("a.txt", b"\xe9t\xe9", "is not UTF-8 text (byte 0)"),
         ("a.jsonl", b'{"a": "\xff"}', "is not UTF-8 text (byte 7)"),
         ("a.parquet", b"PAR1 or not", "cannot be read"),
-        ("a.docx", b"x", "unknown kind of file; there are .csv, .json"),
+        ("a.docx", b"x", "is of an unknown type; known types are .csv, .json"),
         ("a.jsonl", b'{"a": 1}\n{"text": "one", "text": "two"}', "line 2 has the key 'text' twice"),
         ("a.jsonl", b'{"a": {"b": [{"c": 1, "c": 2}]}}', "line 1 has the key 'c' twice"),
         ("a.json", b'[{"a": 1},\n {"b": "{}"},\n {"a": 1, "a": 2}]', "row 3 (line 3) has the key 'a' twice"),
@@ -150,7 +150,7 @@ def test_folder_of_code_is_one_row_a_file_without_hidden_ones(write) -> None:
         (
             "a.csv",
             b'text\none\n"two\nthree\nfour\n',
-            "line 3: unexpected end of data: a quotation mark is opened on it and not closed",
+            "line 3: unexpected end of data: a quotation mark is not closed",
         ),
         ("a.csv", b'text\n"one"two\n', "line 2: ',' expected after '\"': a quotation mark"),
         ("a.csv", b"question;answer\n1;2\n", "line 1 is one column, 'question;answer': there must be commas between cells"),
@@ -159,8 +159,8 @@ def test_folder_of_code_is_one_row_a_file_without_hidden_ones(write) -> None:
         ("a.txt", "ab".encode("utf-16-le"), "is not text: character 1 is a zero"),
         ("a.csv", b"a\nb\0c\n", "is not text: character 3 is a zero"),
         ("a.jsonl", gzip.compress(b'{"a": 1}', mtime=0), "it is compressed (gzip): unpack it"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}', mtime=0), "unknown kind of file"),
-        ("a", b"x", "unknown kind of file"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}', mtime=0), "is of an unknown type"),
+        ("a", b"x", "is of an unknown type"),
     ],
 )
 def test_unusable_file_is_one_error_that_names_it(write, name: str, content: bytes, reason: str) -> None:
@@ -202,8 +202,8 @@ def test_hub_name_while_offline_says_so_and_what_to_do() -> None:
     )
     done = python("-c", code, environment={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.stdout == (
-        "tasks.t.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE says there is no hub: unset it. "
-        "Instead of it: files or a folder\n"
+        "tasks.t.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE forbids access to the hub: unset it. "
+        "Instead, use files or a folder\n"
     ), done.stderr
 
 
@@ -222,7 +222,7 @@ def test_gated_hub_data_says_how_to_get_it_and_what_can_stand_in(
     monkeypatch.setattr("datasets.load_dataset", refuse)
     line = refusal(hub="a/b", data_dir="data/lua", fallback_hint=fallback_hint)
     assert "is gated: accept its terms on https://huggingface.co/datasets/a/b, then run `hf auth login`" in line
-    assert line.endswith(f"Instead of it: {fallback_hint or 'files or a folder'}")
+    assert line.endswith(f"Instead, use {fallback_hint or 'files or a folder'}")
 
 
 def test_a_limit_on_hub_rows_streams_and_reads_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ def test_pipes_and_devices_are_refused_and_never_waited_for(tmp_path: Path) -> N
     os.mkfifo(tmp_path / "rows.jsonl")
     (tmp_path / "zero.txt").symlink_to("/dev/zero")
     for name in ("rows.jsonl", "zero.txt"):
-        assert "is no file that can be read twice" in refusal(files=str(tmp_path / name))
+        assert "is not a regular file" in refusal(files=str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["a\0b", "~nobody_of_this_name/x"])  # too long ones are refused by the schema
