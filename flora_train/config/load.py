@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flora_train.config import yaml_format as yaml_text
+from flora_train.config import yaml_writer
 from flora_train.config.consistency import AdapterOutline, disagreements
 from flora_train.config.errors import Problem, UserError, choices, user_error
 from flora_train.config.overrides import merge, parse_words
@@ -87,7 +87,7 @@ def validate(raw: RawConfig) -> RunConfig:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration so that `recipe=<path>` runs it again, and `load_saved` reads it
     equal."""
-    path.write_text(yaml_text.write(escape(config.model_dump(mode="json"))), encoding="utf-8")
+    path.write_text(yaml_writer.write(escape(config.model_dump(mode="json"))), encoding="utf-8")
 
 
 def load_saved(path: Path) -> RunConfig:

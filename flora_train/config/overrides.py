@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from flora_train.config import yaml_format as yaml_text
+from flora_train.config import yaml_reader
 from flora_train.config.errors import LONGEST_VALUE, Problem, UserError, did_you_mean
 from flora_train.config.paths import RawConfig, shipped
 from flora_train.config.suggestions import full_key
@@ -26,8 +26,8 @@ def parse_words(words: Sequence[str]) -> RawConfig:
         if problem is None:
             key, _, value = word.partition("=")
             try:
-                _set(layer, key.split("."), yaml_text.read(value))
-            except yaml_text.YamlFaults as error:
+                _set(layer, key.split("."), yaml_reader.read(value))
+            except yaml_reader.YamlFaults as error:
                 problem = Problem(key, value, _value_fix(key, error.faults[0]))
         if problem is not None:
             problems.append(problem)
@@ -64,11 +64,11 @@ def _key_problem(word: str) -> Problem | None:
     return Problem(key, None, "has too many parts: no key is that deep") if len(parts) > DEEPEST_KEY else None
 
 
-def _value_fix(key: str, fault: yaml_text.Fault) -> str:
-    if not fault.hint.startswith(yaml_text.UNREADABLE):
+def _value_fix(key: str, fault: yaml_reader.Fault) -> str:
+    if not fault.hint.startswith(yaml_reader.UNREADABLE):
         return f"{fault.given[:LONGEST_VALUE]} {fault.hint}" if fault.given else fault.hint
-    reason = fault.hint.removeprefix(f"{yaml_text.UNREADABLE}: ")
-    return f"{yaml_text.UNREADABLE} ({reason}); text needs its own quotes: '{key}=\"...\"'"
+    reason = fault.hint.removeprefix(f"{yaml_reader.UNREADABLE}: ")
+    return f"{yaml_reader.UNREADABLE} ({reason}); text needs its own quotes: '{key}=\"...\"'"
 
 
 def merge(below: RawConfig, above: RawConfig) -> RawConfig:

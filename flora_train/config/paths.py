@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flora_train.config import yaml_format as yaml_text
+from flora_train.config import yaml_reader
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -104,8 +104,8 @@ def read_yaml(path: Path) -> RawConfig:
 def read_mapping(text: str, source: str) -> RawConfig:
     """The mapping in a YAML text. source: what errors call it."""
     try:
-        content = yaml_text.read(text)
-    except yaml_text.YamlFaults as error:
+        content = yaml_reader.read(text)
+    except yaml_reader.YamlFaults as error:
         raise UserError(*(_problem(source, fault) for fault in error.faults)) from None
     if not isinstance(content, dict):
         raise user_error(source, None, "must hold keys and values at the top level")
@@ -120,7 +120,7 @@ def check_texts(raw: Mapping[str, Any]) -> None:
     while rest:
         key, value = rest.pop()
         if isinstance(value, str):
-            if fault := yaml_text.unwritable(value):
+            if fault := yaml_reader.unwritable(value):
                 raise user_error(key.encode(errors="replace").decode() or "configuration", None, fault)
         elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
@@ -130,10 +130,10 @@ def check_texts(raw: Mapping[str, Any]) -> None:
                 rest += [(below, name), (below, item)] if isinstance(name, str) else [(below, item)]
 
 
-def _problem(source: str, fault: yaml_text.Fault) -> Problem:
+def _problem(source: str, fault: yaml_reader.Fault) -> Problem:
     if fault.line is None:
         return Problem(source, fault.given, fault.hint)
-    if fault.hint.startswith(yaml_text.UNREADABLE):
+    if fault.hint.startswith(yaml_reader.UNREADABLE):
         given = f" {fault.given}" if fault.given else ""
         return Problem(source, None, f"{fault.hint}{given} (line {fault.line})")
     return Problem(f"{source}:{fault.line}", fault.given, fault.hint)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flora_train.config.errors import Problem, UserError
-from flora_train.config.yaml_format import DEEPEST, MOST_BY_ALIAS
+from flora_train.config.yaml_reader import DEEPEST, MOST_BY_ALIAS
 
 Place = tuple[str | int, ...]
 """Keys and positions from the top to a value."""

@@ -15,7 +15,8 @@ from flora_train.cli import main
 from flora_train.config.errors import UserError
 from flora_train.config.load import load_config, load_saved, save_config, validate
 from flora_train.config.schema import RunConfig
-from flora_train.config.yaml_format import YamlFaults, read, write
+from flora_train.config.yaml_reader import YamlFaults, read
+from flora_train.config.yaml_writer import write
 from tests.unit.config.helpers import SMALL
 
 pytestmark = pytest.mark.attack

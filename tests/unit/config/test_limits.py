@@ -173,7 +173,7 @@ def test_thousands_of_equal_faults_are_answered_soon_and_not_all_listed() -> Non
         ({"model": {"path": "x" * 300}}, "model.path", "too long for a path"),
         ({"tasks": {"a": {"train": "x" * 300}}}, "tasks.a.train", "too long for a path"),
         ({"tasks": {"a": {"train": {"folder": "x" * 300}}}}, "tasks.a.train.folder", "too long for a path"),
-        ({"output_dir": "a\0b"}, "output_dir", "a character of code 0"),
+        ({"output_dir": "a\0b"}, "output_dir", "a null character"),
         ({"output_dir": "a\ud800"}, "output_dir", "not valid UTF-8"),
     ],
 )

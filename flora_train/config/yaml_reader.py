@@ -1,16 +1,13 @@
-"""Reads and writes YAML of any length in linear time: plain values only, no tags of Python, no bombs, no key
-twice.
+"""Reads YAML of any length in linear time: plain values only, without Python tags, alias bombs and duplicate keys.
 
-Numbers are YAML 1.2's where YAML 1.1 surprises: `1e-3` is a number, a date is text.
+Numbers are those of YAML 1.2 where YAML 1.1 surprises: `1e-3` is a number, a date is text.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
 import yaml
@@ -31,11 +28,11 @@ from yaml.resolver import Resolver
 PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 DEEPEST = 64
-"""Levels of mappings and lists inside each other, aliases followed."""
+"""Nesting depth of mappings and lists, aliases included."""
 MOST_BY_ALIAS = 1_000_000
-"""Values that aliases and references may stand for, all together."""
+"""Total number of values that aliases and references may stand for."""
 MOST_FAULTS = 20
-"""Faults of one text that are listed."""
+"""Faults that are listed for one text."""
 
 UNREADABLE = "is not readable YAML"
 
@@ -63,7 +60,7 @@ class Fault:
 
 
 class YamlFaults(Exception):
-    """A text that cannot be read, with all faults that were found."""
+    """A text that cannot be read, with all its faults."""
 
     def __init__(self, *faults: Fault) -> None:
         self.faults = faults
@@ -71,7 +68,7 @@ class YamlFaults(Exception):
 
 
 class _Scalars(SafeConstructor, Resolver):
-    """What a scalar without quotes means."""
+    """Types and values of scalars without quotes."""
 
     def __init__(self) -> None:
         SafeConstructor.__init__(self)
@@ -83,9 +80,6 @@ _Scalars.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{TAG}timestamp", f"{TAG}value")]
     for first, resolvers in _Scalars.yaml_implicit_resolvers.items()
 }
-PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
-"""Text that needs no quotes, unless it is reserved."""
-RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 SCALARS = {f"{TAG}{kind}" for kind in ("str", "int", "float", "bool", "null")}
 
 
@@ -100,77 +94,25 @@ def read(text: str) -> Any:
     return _Reader().read(text.removeprefix("\ufeff"))
 
 
-def write(value: dict[str, Any]) -> str:
-    """YAML that `read` reads back equal, keys in their order. value: mappings and lists of text, numbers,
-    booleans and None."""
-    lines: list[str] = []
-    _write_mapping(value, "", lines)
-    return "\n".join(lines) + "\n" if lines else "{}\n"
-
-
-def _write_mapping(mapping: dict[str, Any], indent: str, lines: list[str]) -> None:
-    for key, value in mapping.items():
-        begin = f"{indent}{_scalar(key)}:"
-        if isinstance(value, dict) and value:
-            lines.append(begin)
-            _write_mapping(value, f"{indent}  ", lines)
-        elif (
-            isinstance(value, (list, tuple))
-            and value
-            and not any(isinstance(item, (dict, list, tuple)) for item in value)
-        ):
-            lines.append(begin)
-            lines.extend(f"{indent}- {_scalar(item)}" for item in value)
-        else:
-            lines.append(f"{begin} {_flow(value)}")
-
-
-def _flow(value: Any) -> str:
-    """A value on one line."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{_scalar(key)}: {_flow(item)}' for key, item in value.items())}}}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_flow, value))}]"
-    return _scalar(value)
-
-
-def _scalar(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return value if PLAIN.fullmatch(value) and value.lower() not in RESERVED else _quoted(value)
-    if isinstance(value, float):
-        return {inf: ".inf", -inf: "-.inf"}.get(value, ".nan" if value != value else repr(value))
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
-
-
-def _quoted(text: str) -> str:
-    """In double quotes, with an escape for whatever is not printed as it is. json's escapes are YAML's."""
-    quoted = json.dumps(text, ensure_ascii=False)
-    return (
-        quoted
-        if quoted.isprintable()
-        else "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
-    )
-
-
 def unwritable(text: str) -> str | None:
-    """Why this text cannot be part of a file's name or content; None if it can."""
+    """Why a text cannot be part of the name or content of a file, or None."""
     if "\0" in text:
-        return "holds a character of code 0, which no text or file name may have"
-    if any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else False:
+        return "contains a null character, which no text or file name may have"
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         return "is not valid UTF-8 text"
     return None
 
 
 @dataclass
 class _Open:
-    """A mapping or list whose end has not come. size, depth: of what it holds so far, aliases followed."""
+    """A mapping or list whose end is not read yet."""
 
     value: dict[str, Any] | list[Any]
     anchor: str | None
     size: int = 1
+    """Number of values in it so far, aliases included."""
     depth: int = 1
+    """Nesting depth so far, aliases included."""
     key: str | None = None
     """None: the key `<<`."""
     has_key: bool = False
@@ -213,11 +155,11 @@ class _Reader:
         try:
             yield from yaml.parse(text, PARSER)
         except (yaml.YAMLError, RecursionError) as error:
-            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-            reason = problem or next(iter(str(error).strip().splitlines()), "it is nested too deeply")
-            raise YamlFaults(
-                *self.faults, Fault(mark.line + 1 if mark else None, None, f"{UNREADABLE}: {reason}")
-            ) from None
+            mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+            line = None if mark is None else mark.line + 1
+            if not reason:
+                reason = next(iter(str(error).strip().splitlines()), "it is nested too deeply")
+            raise YamlFaults(*self.faults, Fault(line, None, f"{UNREADABLE}: {reason}")) from None
 
     def _node(self, event: NodeEvent) -> None:
         if isinstance(event, AliasEvent):
@@ -265,13 +207,13 @@ class _Reader:
                 Fault(
                     _line(event),
                     f"*{event.anchor}",
-                    "is an alias of nothing: no &name of that name comes before it",
+                    "is an alias without an anchor: no &name of that name precedes it",
                 )
             )
         value, size, depth = self.anchors[event.anchor]
         self.by_alias += size
         if self.by_alias > MOST_BY_ALIAS:
-            hint = f"aliases stand for more than {MOST_BY_ALIAS:,} values together: write what is meant without them"
+            hint = f"aliases stand for more than {MOST_BY_ALIAS:,} values together: write the values without aliases"
             raise YamlFaults(Fault(_line(event), f"*{event.anchor}", hint))
         top = self.stack[-1] if self.stack else None
         if top is not None and isinstance(top.value, dict) and not top.has_key:
@@ -283,7 +225,7 @@ class _Reader:
         self._put(value, size, depth, event)
 
     def _put(self, value: Any, size: int, depth: int, event: Event) -> None:
-        """A finished value where it belongs."""
+        """Put a finished value into the innermost open mapping or list."""
         if not self.stack:
             self.root = value
             return
@@ -339,9 +281,7 @@ class _Reader:
         try:
             value = self.scalars.construct_object(yaml.ScalarNode(tag, event.value))
         except (ValueError, KeyError, OverflowError, yaml.YAMLError):
-            self.faults.append(
-                Fault(_line(event), event.value, f"is no {tag.removeprefix(TAG)} that can be read")
-            )
+            self.faults.append(Fault(_line(event), event.value, f"is not a valid {tag.removeprefix(TAG)}"))
             return None
         if event.tag is None:
             self.known[event.value] = value
@@ -357,7 +297,7 @@ class _Reader:
             Fault(
                 _line(event),
                 str(event.tag).replace(TAG, "!!"),
-                f"{UNREADABLE}: only plain values are read, and there is the tag",
+                f"{UNREADABLE}: only plain values are read, not the tag",
             )
         )
 
@@ -365,7 +305,7 @@ class _Reader:
         self.faults.append(
             Fault(_line(event), given, f"YAML reads this key as {kind}, not as text: put it in quotes")
         )
-        if given is None or kind == "an alias":  # what follows cannot be understood
+        if given is None or kind == "an alias":  # the rest cannot be interpreted
             raise YamlFaults(*self.faults)
 
 
