@@ -25,10 +25,8 @@ def allocate_host_rows(rows: int, size: int, dtype: torch.dtype, *, pinned: bool
     if folder is None:
         free = free_memory()
         if length > free:
-            hint = (
-                f"needs {length / 1e9:.1f} GB more memory for adapters, and {free / 1e9:.1f} GB are free: disk keeps "
-                "them in files"
-            )
+            needed, available = f"{length / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
+            hint = f"needs {needed} more memory for adapters, and {available} are free: disk keeps them in files"
             raise user_error("paging.host", "memory", hint)
         return torch.zeros(rows, size, dtype=dtype, pin_memory=pinned)
     if not hasattr(os, "posix_fallocate") or not Path("/proc/self/fd").is_dir():

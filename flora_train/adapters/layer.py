@@ -70,8 +70,9 @@ class AdapterLinear(nn.Module):
         tokens_per_row, remainder = divmod(x.numel() // x.shape[-1], routing.rows)
         if remainder or (x.dim() > 2 and x.shape[0] != routing.rows):
             raise RuntimeError(
-                f"{self.target.name} got an input of shape {tuple(x.shape)}, which does not hold the {routing.rows} routed "
-                "rows; call bank.route with one adapter per row of this batch"
+                f"{self.target.name} got an input of shape {tuple(x.shape)}, "
+                f"which does not hold the {routing.rows} routed rows; "
+                "call bank.route with one adapter per row of this batch"
             )
         rows = x.reshape(routing.rows, tokens_per_row, x.shape[-1])
         if routing.order is not None:

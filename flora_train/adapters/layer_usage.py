@@ -201,7 +201,8 @@ def _layout_fault(model: nn.Module, name: str, shape: tuple[int, ...], *, rows: 
     if len(shape) == 2 and shape[0] in token_counts:
         return None
     if len(shape) > 2 and rows in shape[1:-1]:
-        hint = f"does not have its rows first: {name} gets {list(shape)} for {rows} rows, where adapters cannot distinguish rows"
+        layout = f"{name} gets {list(shape)} for {rows} rows"
+        hint = f"does not have its rows first: {layout}, where adapters cannot distinguish rows"
         raise user_error("model", type(model).__name__, hint)
     return "gets tokens that are not in rows (as experts do)"
 

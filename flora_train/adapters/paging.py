@@ -68,11 +68,10 @@ class Paging:
 def _check_memory(needed: int) -> None:
     free = free_memory()
     if needed > free:
-        hint = (
-            f"keeps all adapters in memory: {needed / 1e9:.1f} GB for their weights, gradients and moments, where "
-            f"{free / 1e9:.1f} GB are free: set it to what one step needs (flora-train plan shows it), and "
-            "paging.host=disk"
-        )
+        gigabytes, available = f"{needed / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
+        sizes = f"{gigabytes} for their weights, gradients and moments, where {available} are free"
+        advice = "set it to what one step needs (flora-train plan shows it), and paging.host=disk"
+        hint = f"keeps all adapters in memory: {sizes}: {advice}"
         raise user_error("adapters.device_slots", "auto", hint)
 
 
@@ -139,10 +138,9 @@ class Pager:
         size = self._size_of(adapters)
         if size > self.capacity:
             slots = -(-size // max(pool.row_size for pool in self.pools))
-            hint = (
-                f"is too small for the {len(adapters)} adapters of {needed_by}: set it to {slots} or more, or make the "
-                "batch smaller (training.tokens_per_step, evaluation.batch_rows)"
-            )
+            smaller = "make the batch smaller (training.tokens_per_step, evaluation.batch_rows)"
+            needs = f"the {len(adapters)} adapters of {needed_by}"
+            hint = f"is too small for {needs}: set it to {slots} or more, or {smaller}"
             raise user_error("adapters.device_slots", self.device_slots, hint)
 
     def blocks(self, adapters: Iterable[int]) -> list[list[int]]:

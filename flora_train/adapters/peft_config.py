@@ -264,5 +264,5 @@ def _refused(name: str, value: Any, source: str, *, key: str, known: bool) -> Us
         given = f"{given[:57]}..."
     hint = HINTS.get(name, "this option is not supported, so that training cannot start from the adapter")
     if not known:
-        hint = "this key is unknown and may change what the adapter computes: remove it from the file if it does not"
+        hint = "unknown key, which may change what the adapter computes: remove it from the file if it does not"
     return user_error(key, source, f"has {name}={given} in {CONFIG}: {hint}")

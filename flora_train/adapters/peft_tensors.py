@@ -132,8 +132,8 @@ def check_targets(
     except (ValueError, TypeError, KeyError, re.error) as error:
         raise user_error(key, source, f"is damaged: PEFT refuses {CONFIG}: {first_line(error)}") from error
     if surplus := set(modules) - targets:
-        hint = f"has tensors for {min(surplus)}, which its target_modules does not select: PEFT would ignore them"
+        hint = f"has tensors for {min(surplus)}, not selected by its target_modules: PEFT would ignore them"
         raise user_error(key, source, hint)
     if absent := targets - set(modules):
-        hint = f"has no tensors for {min(absent)}, which its target_modules selects: PEFT would initialise it again"
+        hint = f"has no tensors for {min(absent)}, selected by its target_modules: PEFT would initialise it"
         raise user_error(key, source, hint)

@@ -110,8 +110,9 @@ class BatchRouting:
         """Raises RuntimeError while activation checkpointing still needs the previous routing."""
         if self._pending_backwards:
             raise RuntimeError(
-                "the routing was changed before the backward pass of the previous batch ended, while activation "
-                "checkpointing still needs it: call backward() first, or bank.abandon() if there will be none"
+                "the routing was changed before the backward pass of the previous batch ended, "
+                "while activation checkpointing still needs it: "
+                "call backward() first, or bank.abandon() if there will be none"
             )
         self.routing = routing
 

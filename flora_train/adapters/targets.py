@@ -91,7 +91,8 @@ def _select(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str]) ->
     for suffix in spec.target_modules:
         names = [name for name in selected if _ends_with(name, [suffix])]
         if names and all(name in unusable for name in names):
-            hint = f"no adapter can be attached to {names[0]} of {type(model).__name__}, which {unusable[names[0]]}: leave it out"
+            layer = f"{names[0]} of {type(model).__name__}"
+            hint = f"no adapter can be attached to {layer}, which {unusable[names[0]]}: leave it out"
             raise user_error(key, suffix, hint)
     return selected
 
@@ -154,10 +155,8 @@ def _match(model: nn.Module, available: Mapping[str, Target], suffixes: Sequence
         unsupported = next((name for name in matches if name not in available), None)
         if unsupported is not None:
             class_name = type(modules[unsupported]).__name__
-            hint = (
-                f"matches {unsupported}, a {class_name}; supported are Linear and Conv1D below the output head: "
-                f"{', '.join(options)}"
-            )
+            supported = f"supported are Linear and Conv1D below the output head: {', '.join(options)}"
+            hint = f"matches {unsupported}, a {class_name}; {supported}"
             raise user_error(key, suffix, hint)
     return {name: target for name, target in available.items() if _ends_with(name, suffixes)}
 

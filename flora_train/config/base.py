@@ -32,13 +32,8 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", 
 
 def _possible_path(text: str) -> str:
     """Refused before anything runs: the system would do so in the middle of it."""
-    if (
-        max(len(part.encode()) for part in text.split("/")) > LONGEST_PART
-        or len(text.encode()) > LONGEST_PATH
-    ):
-        raise ValueError(
-            f"is too long for a path: at most {LONGEST_PATH:,} bytes, and {LONGEST_PART} between two slashes"
-        )
+    if max(len(part.encode()) for part in text.split("/")) > LONGEST_PART or len(text.encode()) > LONGEST_PATH:
+        raise ValueError(f"is too long for a path: at most {LONGEST_PATH:,} bytes, and {LONGEST_PART} between two slashes")
     return text
 
 

@@ -47,9 +47,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
     recipe = overrides.pop("recipe", None)
     if recipe is None:
         names = choices(shipped("recipes"))
-        raise user_error(
-            "recipe", None, f"say which: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml"
-        )
+        raise user_error("recipe", None, f"say which: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml")
     layers = merge(place_device_slots(read_yaml(find_config("recipe", str(recipe)))), overrides)
     data_config = layers.pop("data_config", None)
     if data_config is not None:
@@ -63,9 +61,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
     try:
         return validate({**layers, "tasks": {name: _under(defaults, task) for name, task in tasks.items()}})
     except UserError as error:
-        raise UserError(
-            *_unique([_blame_defaults(problem, defaults, tasks) for problem in error.problems])
-        ) from None
+        raise UserError(*_unique([_blame_defaults(problem, defaults, tasks) for problem in error.problems])) from None
 
 
 def validate(raw: RawConfig) -> RunConfig:
@@ -100,11 +96,7 @@ def load_saved(path: Path) -> RunConfig:
 
 
 def _in_file(path: Path, problem: Problem) -> Problem:
-    return (
-        problem
-        if problem.key.startswith(str(path))
-        else Problem(f"{path}: {problem.key}", problem.value, problem.hint)
-    )
+    return problem if problem.key.startswith(str(path)) else Problem(f"{path}: {problem.key}", problem.value, problem.hint)
 
 
 def _under(defaults: RawConfig, task: Any) -> Any:
@@ -140,9 +132,7 @@ def _disagreements(raw: RawConfig) -> list[Problem]:
     tasks, adapters = _names_of(raw.get("tasks")), _names_of(raw.get("adapters"))
     outlines = {name: _outline_of(adapter) for name, adapter in adapters.items()}
     steps = _names_of(raw.get("training")).get("steps")
-    split_tasks = [
-        name for name, task in tasks.items() if isinstance(task, dict) and task.get("split_by") is not None
-    ]
+    split_tasks = [name for name, task in tasks.items() if isinstance(task, dict) and task.get("split_by") is not None]
     known_steps = steps if isinstance(steps, int) and steps > 0 else None
     return disagreements(tasks, outlines, known_steps, split_tasks=split_tasks)
 

@@ -32,9 +32,7 @@ def parse_words(words: Sequence[str]) -> RawConfig:
         if problem is not None:
             problems.append(problem)
     counts = Counter(word.partition("=")[0] for word in words)
-    problems += [
-        Problem(key, None, f"is given {counts[key]} times: give one") for key in ONLY_ONCE if counts[key] > 1
-    ]
+    problems += [Problem(key, None, f"is given {counts[key]} times: give one") for key in ONLY_ONCE if counts[key] > 1]
     if problems:
         raise UserError(*problems)
     return layer
@@ -58,9 +56,7 @@ def _key_problem(word: str) -> Problem | None:
         return Problem(key.encode(errors="replace").decode(), None, "is not valid UTF-8 text")
     parts = key.split(".")
     if not all(part.strip() == part != "" for part in parts):
-        return Problem(
-            word, None, "expected key=value, a dotted key such as training.steps without spaces before the ="
-        )
+        return Problem(word, None, "expected key=value, a dotted key such as training.steps without spaces before the =")
     return Problem(key, None, "has too many parts: no key is that deep") if len(parts) > DEEPEST_KEY else None
 
 
@@ -96,9 +92,7 @@ def _options_with_their_values(words: Sequence[str]) -> list[str]:
 def _dialect_problem(word: str) -> Problem | None:
     plain = word.lstrip("+~-")
     if word in ("-m", "--multirun"):
-        return Problem(
-            word, None, "is Hydra's: there is no multirun here; every adapter of a recipe trains in one run"
-        )
+        return Problem(word, None, "is Hydra's: there is no multirun here; every adapter of a recipe trains in one run")
     if word.startswith("+"):
         return Problem(word, None, f"is Hydra's: write {plain}, keys need no + here")
     if word.startswith("~"):

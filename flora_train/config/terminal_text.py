@@ -32,9 +32,7 @@ def plain(text: object, keep: str = "\n\t") -> str:
 
     keep: characters that stay as they are; "" for a name that stands in a line.
     """
-    return re.sub(
-        f"[{HARMFUL}]", lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text)
-    )
+    return re.sub(f"[{HARMFUL}]", lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
 
 
 def shown(text: object, style: str = "", keep: str = "\n\t") -> Text:
@@ -142,9 +140,7 @@ def safe_streams() -> Iterator[None]:
 
 def _answer_errors(stream: Any, errors: str | None) -> None:
     if errors is not None and hasattr(stream, "reconfigure"):
-        with suppress(
-            OSError, ValueError
-        ):  # some that were redirected meanwhile do not take it, and stay as they are
+        with suppress(OSError, ValueError):  # some that were redirected meanwhile do not take it, and stay as they are
             stream.reconfigure(errors=errors)
 
 

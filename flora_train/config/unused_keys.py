@@ -16,11 +16,7 @@ MAGIC = "*?["
 
 def ignored_keys(tasks: Mapping[str, TaskConfig]) -> list[Problem]:
     """A problem for each key that is given and could do nothing in a task or source of that kind."""
-    return [
-        Problem(f"tasks.{name}.{key}", value, hint)
-        for name, task in tasks.items()
-        for key, value, hint in _of_task(task)
-    ]
+    return [Problem(f"tasks.{name}.{key}", value, hint) for name, task in tasks.items() for key, value, hint in _of_task(task)]
 
 
 def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
@@ -96,13 +92,8 @@ def notes_on_unused(tasks: Mapping[str, TaskConfig], problems: bool) -> list[str
     for name, task in tasks.items():
         if task.language is not None and not problems:
             found.setdefault("language is not used: evaluation.problems names no problems", []).append(name)
-        if (
-            task.validation is not None
-            and task.validation_fraction != TaskConfig.model_fields["validation_fraction"].default
-        ):
-            found.setdefault("validation_fraction is not used: the validation rows are given", []).append(
-                name
-            )
+        if task.validation is not None and task.validation_fraction != TaskConfig.model_fields["validation_fraction"].default:
+            found.setdefault("validation_fraction is not used: the validation rows are given", []).append(name)
         if task.validation is not None and task.speech is not None and task.speech.speaker is not None:
             found.setdefault("speech.speaker is not used: the validation rows are given", []).append(name)
     return [f"tasks.{_some(names)}.{what}" for what, names in found.items()]

@@ -77,12 +77,8 @@ def _translate(item: Any, raw: Any) -> list[Problem]:
         return [Problem(key, value, f"must be {choices(options)}.{did_you_mean(value, options)}")]
     if item["type"] in ("model_type", "model_attributes_type"):
         return [Problem(key, value, f"must hold keys: {', '.join(_keys_of(loc))}.{suggest_word(loc)}")]
-    hint = HINTS.get(
-        item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}")
-    )
-    hint = hint.format(
-        **{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()}
-    )
+    hint = HINTS.get(item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}"))
+    hint = hint.format(**{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()})
     return [Problem(key, None if item["loc"][-1] == "[key]" else value, hint)]
 
 
@@ -114,9 +110,7 @@ def _keys_of(loc: Sequence[str]) -> list[str]:
     section: Any = RunConfig
     for part in loc:
         # below a mapping by name comes the name, below a section a field
-        annotation = (
-            get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
-        )
+        annotation = get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
         section = annotation if get_origin(annotation) is dict else section_in(annotation)
     return [*section.model_fields, *(ONLY_IN_FILES if section is RunConfig else ())]
 

@@ -197,10 +197,8 @@ def notes(model: nn.Module, pools: Iterable[Pool]) -> Iterator[str]:
     """
     checks = loadability_of(model)
     if checks.empty_model is None and hasattr(getattr(model, "config", None), "model_type"):
-        class_name = type(model).__name__
-        yield (
-            f"it is unknown whether plain PEFT loads these adapters: {class_name} cannot be built from its configuration alone"
-        )
+        reason = f"{type(model).__name__} cannot be built from its configuration alone"
+        yield f"it is unknown whether plain PEFT loads these adapters: {reason}"
         return
     noted = set()
     for pool in pools:
@@ -224,7 +222,5 @@ def _note(family: str, written: Written) -> str:
     key = f"adapters.{family}.target_modules"
     if written.problem.silent:
         raise user_error(key, None, f"{written.problem.text}: choose other layers")
-    return (
-        f"{family}: {written.problem.text}; use it with flora-train, or with flora-train export --as merged, or choose "
-        f"other layers in {key}"
-    )
+    advice = f"use it with flora-train or export it --as merged, or choose other layers in {key}"
+    return f"{family}: {written.problem.text}; {advice}"

@@ -53,7 +53,7 @@ def _check_not_shared(model: nn.Module, modules: Iterable[str]) -> None:
     for module in modules:
         weight = getattr(model.get_submodule(module).base_layer, "weight", None)
         if others := [other for other in modules_of_weight[id(weight)] if other != module]:
-            hint = f"{module} shares its weight with {others[0]}, which the adapter does not change: export it as peft"
+            hint = f"{module} shares its weight with {others[0]}, which has no adapter: export it as peft"
             raise user_error("as", "merged", hint)
 
 

@@ -167,7 +167,8 @@ def _fitted(bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, source: 
     check_targets(config, modules_of(config, tensors), bank.base_names(), source=source, key=key)
     parameters, error = fit_lora(bank, name, tensors, scale=scale_of(config), key=key)
     rank = bank.specs[bank.id_of(name)].rank
-    logger.info(f"{name} starts as W0 * (1 + B A) of rank {rank} fitted to {source}: |W0 * (B A) - dW| / |dW| = {error:.3f}")
+    fit = f"|W0 * (B A) - dW| / |dW| = {error:.3f}"
+    logger.info(f"{name} starts as W0 * (1 + B A) of rank {rank} fitted to {source}: {fit}")
     return parameters
 
 
@@ -193,7 +194,7 @@ def fit_lora(
             lora_B = tensors[f"{PREFIX}{module}.lora_B.weight"].to(weight)
             shape = len(lora_B), lora_A.shape[1]
             if shape != tuple(weight.shape):
-                hint = f"has shape {tuple(weight.shape)} in this model and {shape} in the LORA: the base model differs"
+                hint = f"has shape {tuple(weight.shape)} here and {shape} in the LORA: the base model differs"
                 raise user_error(key, module, hint)
             delta = scale * (lora_B @ lora_A)
             B, A = modulation(weight, delta, pool.specs[member].rank)
@@ -228,7 +229,8 @@ def _check_method(bank: AdapterBank, name: str, config: Mapping[str, Any], *, so
     expected, spec = peft_config(bank, name, BaseModel("")), bank.specs[bank.id_of(name)]
     peft_type, rank = peft_type_of(config), config.get("r")
     if peft_type != expected["peft_type"]:
-        hint = f"has the PEFT type {peft_type}, and an adapter of method {spec.method} starts from {expected['peft_type']}"
+        allowed = expected["peft_type"]
+        hint = f"has the PEFT type {peft_type}, and an adapter of method {spec.method} starts from {allowed}"
         raise user_error(key, source, hint)
     if "r" in expected and rank != expected["r"]:
         own_rank = config["r"] - (expected["r"] - spec.rank)

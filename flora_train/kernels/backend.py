@@ -64,5 +64,6 @@ def why_not_triton(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "needs the package triton, which is not installed: pip install triton"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs a GPU, and this run is on {device.type} (TRITON_INTERPRET=1 interprets the kernels, for tests)"
+        interpreter = "TRITON_INTERPRET=1 interprets the kernels, for tests"
+        return f"needs a GPU, and this run is on {device.type} ({interpreter})"
     return None

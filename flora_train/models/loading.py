@@ -125,7 +125,8 @@ def check_quantization(config: ModelConfig, device: torch.device) -> None:
     if config.quantization == "none":
         return
     if device.type != "cuda":
-        hint = f"needs a CUDA GPU, and this run is on {device.type}: leave it at none (model.dtype=bfloat16 halves the base)"
+        advice = "leave it at none (model.dtype=bfloat16 halves the base)"
+        hint = f"needs a CUDA GPU, and this run is on {device.type}: {advice}"
         raise user_error("model.quantization", config.quantization, hint)
     if find_spec("bitsandbytes") is None:
         raise user_error("model.quantization", config.quantization, "needs bitsandbytes: pip install 'flora-train[quantised]'")
@@ -191,10 +192,8 @@ def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> An
     except Exception as error:  # transformers and the readers below it raise their own types for a damaged file
         hint = f"cannot be loaded: {_reason(error)}"
         if os.environ.get("HF_HUB_OFFLINE") == "1" and not is_local:
-            hint = (
-                "is not a local folder and not in the hub's cache, and HF_HUB_OFFLINE=1 forbids downloading it: give a local "
-                "folder, or unset HF_HUB_OFFLINE"
-            )
+            reason = "is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE=1 forbids a download"
+            hint = f"{reason}: give a local folder, or unset HF_HUB_OFFLINE"
         raise user_error("model.path", source.path, hint) from error
 
 

@@ -171,7 +171,10 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
         (["evaluation.temperature=0.7"], r"temperature = 0.7: its completions were made with 0.2 and would be mixed"),
         (["--languages=shh"], "evaluation.languages = 'shh': is not in eval/languages.yaml"),
         (["--languages=lua"], "evaluation.languages = 'lua': no task is in it; tasks are in sh"),
-        (["evaluation.pass_at_k=[5]"], "evaluation.pass_at_k = [5]: pass@5 requires 5 completions per problem: raise num_samples = 2"),
+        (
+            ["evaluation.pass_at_k=[5]"],
+            "evaluation.pass_at_k = [5]: pass@5 requires 5 completions per problem: raise num_samples = 2",
+        ),
         (["evaluation.temperature=0"], "evaluation.temperature = 0: generates the same completion 2 times"),
         (["evaluation.problems=nowhere"], "evaluation.problems = 'nowhere': is no folder here"),
         (["evaluation.nn=2"], "evaluation.nn"),

@@ -94,7 +94,8 @@ def decide(work: Work, thresholds: Thresholds) -> Decision:
     tokens = work.tokens_per_adapter
     expanded = 2 * work.terms * tokens * thresholds.expanding / 100
     formed = (3 + work.split) * tokens + thresholds.forming + thresholds.forming_a_rank * work.rank
-    costs = f"for {tokens:.0f} tokens, {work.terms} terms cost {expanded:.0f} runs through W0 and forming W0 * M {formed:.0f}"
+    terms = f"{work.terms} terms cost {expanded:.0f} runs through W0"
+    costs = f"for {tokens:.0f} tokens, {terms} and forming W0 * M {formed:.0f}"
     if expanded < formed:
         return Decision("rank_expanded", costs)
     if work.triton and (tokens <= thresholds.fused_tokens or not work.even):

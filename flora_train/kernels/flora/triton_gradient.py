@@ -21,7 +21,8 @@ from flora_train.kernels.triton_common import any_order, matmul_constants, token
 @triton.jit
 def _load_tokens(
     tensor, first, column, end, order, features,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, ORDERED: tl.constexpr, USES_TMA: tl.constexpr, SHORT: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    ORDERED: tl.constexpr, USES_TMA: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """[TOKENS, WIDTH] from token `first` of a segment that ends at `end`, and from `column`; zeros beyond.
 
@@ -122,9 +123,11 @@ def adapter_gradients(
     with torch.cuda.device_of(x):
         for first_column in range(0, ins, columns):
             _adapter_gradients[(min(columns, ins - first_column), out_parts, K)](
-                x_argument, dy_argument, weight_argument, left, right, bounds, any_order(order, bounds), d_right, d_left,
+                x_argument, dy_argument, weight_argument, left, right, bounds, any_order(order, bounds),
+                d_right, d_left,
                 in_features, out_features, K, first_column, triton.cdiv(outs, out_parts),
-                TOKENS=tiles.tokens, OUTS=tiles.outs, INS=tiles.ins, ADD=first_column > 0, ORDERED=order is not None,
+                TOKENS=tiles.tokens, OUTS=tiles.outs, INS=tiles.ins,
+                ADD=first_column > 0, ORDERED=order is not None,
                 USES_TMA=uses_tma, num_warps=tiles.warps, num_stages=tiles.stages,
                 **matmul_constants(x.dtype, left.shape[2]),
             )  # fmt: skip

@@ -26,7 +26,8 @@ def _modulated_matmul(
     x, weight, left, right, offset, near, table, order, y,
     features, summed, n_tiles,
     x_token, weight_feature, weight_summed, y_token,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SUMMED: tl.constexpr, GROUP: tl.constexpr,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SUMMED: tl.constexpr,
+    GROUP: tl.constexpr,
     SPLIT: tl.constexpr, ORDERED: tl.constexpr, USES_TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, M_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -122,6 +123,7 @@ def modulated_matmul(
             x.stride(0), *weight.stride(), y.stride(0),
             TOKENS=tokens, FEATURES=tiles.features, SUMMED=tiles.summed, GROUP=GROUP,
             SPLIT=split, ORDERED=order is not None, USES_TMA=uses_tma, TRANSPOSED=transposed,
-            M_PRECISION="tf32x3" if exact else constants["PRECISION"], num_warps=tiles.warps, num_stages=tiles.stages, **constants,
+            M_PRECISION="tf32x3" if exact else constants["PRECISION"],
+            num_warps=tiles.warps, num_stages=tiles.stages, **constants,
         )  # fmt: skip
     return y

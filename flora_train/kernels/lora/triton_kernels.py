@@ -223,7 +223,8 @@ def _launch_shrink(x: Tensor, stack: Tensor, scaling: Tensor, table: Tensor, ord
     hidden = x.new_empty(parts, T, rank, dtype=torch.float32)
     _shrink[(len(table), parts)](
         x, stack, scaling, table, any_order(order, table), hidden, features, rank, T, *stack.stride(),
-        TOKENS=TILE_TOKENS, FEATURES=TILE_FEATURES, PARTS=parts, ORDERED=order is not None, **tuning(x.dtype, rank),
+        TOKENS=TILE_TOKENS, FEATURES=TILE_FEATURES, PARTS=parts, ORDERED=order is not None,
+        **tuning(x.dtype, rank),
     )  # fmt: skip
     return hidden.sum(0)
 
@@ -233,7 +234,8 @@ def _launch_expand(hidden: Tensor, stack: Tensor, table: Tensor, order: Tensor |
     features, rank = y.shape[1], hidden.shape[1]
     _expand[(len(table), triton.cdiv(features, TILE_FEATURES))](
         hidden, stack, table, any_order(order, table), y, features, rank, *stack.stride(),
-        TOKENS=TILE_TOKENS, FEATURES=TILE_FEATURES, ADD=add, ORDERED=order is not None, **expand_tuning(y.dtype, rank),
+        TOKENS=TILE_TOKENS, FEATURES=TILE_FEATURES, ADD=add, ORDERED=order is not None,
+        **expand_tuning(y.dtype, rank),
     )  # fmt: skip
 
 
@@ -246,6 +248,7 @@ def _launch_outer(hidden: Tensor, tokens: Tensor, bounds: Tensor, order: Tensor 
     sums = tokens.new_empty(parts, K, rank, features, dtype=torch.float32)
     _outer[(K, columns, parts)](
         hidden, tokens, bounds, any_order(order, bounds), sums, features, rank, K,
-        TOKENS=TILE_TOKENS, FEATURES=TILE_FEATURES, PARTS=parts, ORDERED=order is not None, **tuning(tokens.dtype, rank),
+        TOKENS=TILE_TOKENS, FEATURES=TILE_FEATURES, PARTS=parts, ORDERED=order is not None,
+        **tuning(tokens.dtype, rank),
     )  # fmt: skip
     return sums.sum(0)

@@ -52,7 +52,11 @@ def test_the_command_line_sweeps_and_what_is_saved_is_the_same_run(tmp_path: Pat
 @pytest.mark.parametrize(
     ("adapters", "sections", "words"),
     [
-        ({"x": {"method": ["lora", "ia3"], "lr": 1e-3}}, {}, r"adapters\.x\.method = .* cannot be swept: a list of values may stand for.* lr, "),
+        (
+            {"x": {"method": ["lora", "ia3"], "lr": 1e-3}},
+            {},
+            r"adapters\.x\.method = .* cannot be swept: a list of values may stand for.* lr, ",
+        ),
         ({"x": {"method": "lora", "lr": []}}, {}, r"adapters\.x\.lr = \[\]: is an empty sweep"),
         ({"x": {"method": "lora", "lr": [1e-3, 2e-3, 0.001]}}, {}, r"adapters\.x\.lr = 0\.001: is in this sweep twice"),
         ({"x": {"method": "lora", "lr": [1e-3, -1]}}, {}, r"adapters\.x_lr-1\.lr = -1: must be more than 0"),
