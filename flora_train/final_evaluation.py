@@ -1,4 +1,4 @@
-"""The final evaluation of a run: held-out losses, programs, transcripts and sample completions; then exports, report and cards."""
+"""The final evaluation of a run: losses, programs, transcripts and samples; then exports, report and cards."""
 
 from __future__ import annotations
 
@@ -171,8 +171,8 @@ def training_facts(context: RunContext, seconds: Mapping[str, float]) -> RunFact
 
 
 def recorded_facts(folder: RunFolder) -> RunFacts | None:
-    """The facts of training that run.json holds, so that a later evaluation reports these and not its own. None if there
-    are none. Raises UserError if they are damaged."""
+    """The facts of training in run.json, so that a later evaluation reports these and not its own; None if there are
+    none. Raises UserError if they are damaged."""
     recorded = folder.facts().get("training")
     if not recorded:
         return None
@@ -186,4 +186,6 @@ def recorded_facts(folder: RunFolder) -> RunFacts | None:
 
 def reported_speedup(measured: MeasuredSpeedup | None) -> JointSpeedup | None:
     """A measurement of `time_joint_vs_separate`, as the report holds it."""
-    return None if measured is None else JointSpeedup(**asdict(measured))
+    if measured is None:
+        return None
+    return JointSpeedup(**asdict(measured))

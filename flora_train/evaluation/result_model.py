@@ -1,4 +1,4 @@
-"""Base class of the typed results that an evaluation writes as JSON, intervals, and how such files are read."""
+"""Base class of typed results, intervals, and the reading of results from JSON files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flora_train.config.json_format import read_object
 
 
 def _without_surrogates(value: object) -> object:
-    """Paths may hold bytes that are not UTF-8: Python keeps them as lone surrogates, which no file can be written with."""
+    """Python keeps bytes of paths that are not UTF-8 as lone surrogates, which cannot be written to a file."""
     if isinstance(value, str) and not value.isascii():
         return value.encode("utf-8", "backslashreplace").decode()
     return value
@@ -30,7 +30,7 @@ Confidence = Annotated[Number, Field(gt=0, lt=1)]
 
 
 class ResultModel(BaseModel):
-    """A part of the results: unknown keys and numbers that are not finite are refused, and nothing changes afterwards."""
+    """A frozen part of the results. Unknown keys and numbers that are not finite are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -1,5 +1,4 @@
-"""The content of the repositories that `flora-train push` writes: one with a folder per adapter, or one per
-adapter."""
+"""Content of the hub repositories that `flora-train push` writes: one per run, or one per adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from flora_train.config.errors import user_error
 from flora_train.config.json_format import parse_object, read_object
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.report.formatting import estimate, number
-from flora_train.evaluation.report.types import Report
+from flora_train.evaluation.report.types import Report, TaskResult
 from flora_train.evaluation.result_model import Count, Interval, ResultModel, Text
 from flora_train.export.model_card import METHOD_TITLES, in_code, in_line, write_card
 from flora_train.export.model_card_results import benchmarks
@@ -28,8 +27,7 @@ from flora_train.runtime.manifest import PEFT_FILES, PEFT_WARNING
 from flora_train.runtime.run_folder import RunFolder
 
 MANIFEST = "flora_train.json"
-"""Describes the adapters of a repository: which of them a later push may replace, and the rows of its
-table."""
+"""Describes the adapters of a repository: those a later push may replace, and the rows of its table."""
 TEMPLATE = Path(__file__).with_name("hub_repository.md.jinja")
 
 
@@ -71,8 +69,8 @@ class Repository:
     base: str
     """Their base model."""
     snippet: str | None = None
-    """Python source that uses the first adapter, for a README.md with a table of all adapters. None:
-    README.md is the card of the only adapter."""
+    """Python source that uses the first adapter, for a README.md with a table of all adapters. None: README.md is
+    the card of the only adapter."""
 
     def overview(self, existing: Entries) -> dict[str, bytes]:
         """Path -> content of the files that describe these adapters and the existing ones."""
@@ -103,7 +101,9 @@ class Repository:
 
 def _table_row(entry: HubEntry) -> dict[str, str]:
     """Cells of the table of adapters, as Markdown."""
-    method = entry.method if entry.rank is None else f"{entry.method}, rank {entry.rank}"
+    method = entry.method
+    if entry.rank is not None:
+        method += f", rank {entry.rank}"
     bits = change = ""
     if entry.bits_per_byte is not None and entry.difference_to_base is not None:
         bits, change = number(entry.bits_per_byte.value), estimate(entry.difference_to_base)
@@ -165,7 +165,9 @@ def stage(run: RunFolder, config: RunConfig, specs: Sequence[AdapterSpec], stagi
 
 def _entry(spec: AdapterSpec, report: Report | None, *, run: str, base: str) -> HubEntry:
     bits = change = None
-    results = report.results if report is not None else ()
+    results: Sequence[TaskResult] = ()
+    if report is not None:
+        results = report.results
     for result in results:
         for contender in result.contenders:
             if contender.name == spec.name:

@@ -13,8 +13,8 @@ from jinja2 import Environment, Template
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.paths import find_file
 from flora_train.config.terminal_text import plain
-from flora_train.evaluation.report.types import Report, TaskSummary
-from flora_train.export.model_card_results import card_results, tables
+from flora_train.evaluation.report.types import AdapterFacts, Report, TaskSummary
+from flora_train.export.model_card_results import CardMetric, card_results, tables
 from flora_train.export.svd_lora import SvdLora
 from flora_train.export.usage_snippet import GenerationExample, usage_snippet
 from flora_train.runtime.atomic import write_atomically
@@ -39,24 +39,31 @@ def write_card(
     """Write README.md into the folder of an exported adapter; returns the folder.
 
     report: the report of its run, None if there is none yet; example: input of the snippet's generate() call;
-    svd_lora: the LoRA that the folder holds in place of the adapter; losses: held-out nats per token of
-    "base", "adapter" and "LoRA"; origin: a sentence on its origin; source, subfolder: where the snippet loads
-    the adapter from (default: the folder's name).
+    svd_lora: the LoRA that the folder holds in place of the adapter; losses: held-out nats per token of "base",
+    "adapter" and "LoRA"; origin: a sentence on its origin; source, subfolder: where the snippet loads the adapter
+    from (default: the folder's name).
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    warning = folder / PEFT_WARNING
+    warning, warning_text = folder / PEFT_WARNING, ""
+    if warning.exists():
+        warning_text = warning.read_text(encoding="utf-8").strip()
     base = config["base_model_name_or_path"]
-    adapters = {row.name: row for row in report.adapters} if report is not None else {}
-    tasks = {row.name: row for row in report.tasks} if report is not None else {}
+    adapters: dict[str, AdapterFacts] = {}
+    tasks: dict[str, TaskSummary] = {}
+    if report is not None:
+        adapters = {row.name: row for row in report.adapters}
+        tasks = {row.name: row for row in report.tasks}
     task = tasks.get(spec.task)
     is_speech, own_type = config["task_type"] is None, config["peft_type"] == "FLORA"
     hub_task = "automatic-speech-recognition" if is_speech else "text-generation"
     title = METHOD_TITLES[spec.method] if svd_lora is None else "LoRA"
     if own_type:
         title = "fLoRA"
-    metrics = card_results(report, spec.name) if svd_lora is None else []
+    metrics: list[CardMetric] = []
+    if svd_lora is None:
+        metrics = card_results(report, spec.name)
     eval_results = [
         EvalResult(
             hub_task,
@@ -90,14 +97,13 @@ def write_card(
         svd_lora=svd_lora,
         losses=losses,
         origin=origin,
-        warning=warning.read_text(encoding="utf-8").strip() if warning.exists() else "",
+        warning=warning_text,
         as_adalora=config["peft_type"] == "ADALORA",
-        adapter=adapters.get(spec.name) if task is not None else None,
+        adapter=adapters.get(spec.name),
         tables=tables(report, spec.name),
         spec=spec,
         data=task,
-        facts=report.facts if report is not None else None,
-        limits=report.not_measured if report is not None else (),
+        report=report,
     )
     card = plain(ModelCard(text)).rstrip() + "\n"
     write_atomically(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
@@ -108,14 +114,16 @@ def _data_keys(task: TaskSummary | None) -> dict[str, Any]:
     """The keys of a card's metadata that describe the training data."""
     if task is None:
         return {}
-    language = [task.spoken_language] if task.spoken_language else None
-    datasets = [task.hub] if task.hub else None
-    return {"license": task.license, "language": language, "datasets": datasets}
+    keys: dict[str, Any] = {"license": task.license}
+    if task.spoken_language:
+        keys["language"] = [task.spoken_language]
+    if task.hub:
+        keys["datasets"] = [task.hub]
+    return keys
 
 
 def in_line(text: str) -> str:
-    """A name for a line or a table cell of Markdown: on one line, with entities for characters that have a
-    meaning there."""
+    """A name for a line or a table cell of Markdown: on one line, with entities for special characters."""
     shown = plain(" ".join(text.split("\n")), keep="")
     entities = {"&": "&amp;", "<": "&lt;", "|": "&#124;", "`": "&#96;", "[": "&#91;", "*": "&#42;"}
     return "".join(entities.get(character, character) for character in shown)

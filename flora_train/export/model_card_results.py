@@ -1,5 +1,4 @@
-"""The results of an adapter beside its base and the other methods of its task: tables of its card, and the
-hub's two formats."""
+"""The results of an adapter for its card and for the hub, beside those of the base and of other methods."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ class CardMetric:
 
 
 def tables(report: Report | None, name: str) -> list[Table]:
-    """Held-out bits per byte, pass@k of every suite of problems, and error rates, as far as the report has
-    them."""
+    """Held-out bits per byte, pass@k of every suite and error rates, as far as the report has them."""
     if report is None:
         return []
     heldout = [_heldout_table(result, name) for result, _ in _heldout_rows(report, name)]

@@ -53,7 +53,7 @@ class ProgramExample(ResultModel):
 
 
 class DecidedProblem(ResultModel):
-    """A problem that an adapter solves more often (won) or less often (lost) than the base, with a program of each."""
+    """A problem that an adapter solves more often (won) or less often (lost) than the base."""
 
     outcome: Literal["won", "lost"]
     family: Text

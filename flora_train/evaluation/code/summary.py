@@ -63,8 +63,8 @@ def summarise(
 ) -> CodeSuite:
     """Score the verdicts in `records`.
 
-    known: language -> (number of its problems, their SHA-256); broken: language -> why it cannot be evaluated; decided:
-    language -> problems that were won or lost.
+    known: language -> (number of its problems, their SHA-256); broken: language -> why it cannot be evaluated;
+    decided: language -> problems that were won or lost.
     """
     options = config.evaluation
     scores = Scores(records.values(), options.bootstrap_samples, options.confidence, config.seed)
@@ -135,7 +135,7 @@ def _differences(contenders: Sequence[Contender], language: str, scores: Scores,
 
 
 def _macro(contenders: Sequence[Contender], scores: Scores, ks: Sequence[int]) -> MacroScores:
-    """Means over the languages that all families shown have in common, so that every mean is over the same languages."""
+    """Means over the languages that all families shown have in common."""
     adapters: dict[str, dict[str, str]] = {}
     for contender in contenders:
         scored = {key: contender.name for key in contender.languages if (contender.name, key) in scores.cells}

@@ -1,4 +1,4 @@
-"""Problems that an adapter wins over the base or loses to it: one of each per language, with both programs."""
+"""The problems that adapters win over the base or lose to it: one of each per language, with both programs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def wins_and_losses(
     logged: Iterable[LoggedCompletion],
     records: Mapping[Key, Mapping[str, Any]],
 ) -> list[DecidedProblem]:
-    """The problem where the share of passing samples rose most over the base, and the one where it fell most, over all
-    adapters. Ties go to the first contender and the first problem."""
+    """The problems where the share of passing samples rose most over the base, and where it fell most.
+
+    Ties go to the first contender and the first problem.
+    """
     samples: dict[tuple[str, str], Samples] = defaultdict(list)
     for entry in logged:
         if entry.language == language and entry.key in records and entry.name in problems:

@@ -40,7 +40,7 @@ class Row:
     note: str
     """Why the runs cannot be compared here, or ""."""
     seeds: Sequence[str] = ()
-    """For each group of runs that differ in the seed only: mean and range, as `0.812 (0.805 to 0.820)`, or ""."""
+    """Mean and range of each group of runs that differ in the seed only: `0.812 (0.805 to 0.820)`, or ""."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def measures(reports: Sequence[Report]) -> list[Measure]:
 
 
 def seed_groups(reports: Sequence[Report]) -> list[list[int]]:
-    """Indices of runs whose configurations differ in the seed only, in groups; every other run is a group of its own."""
+    """Indices of runs whose configurations differ in the seed only, in groups. Other runs are groups of one."""
     alike: dict[str, list[int]] = {}
     seeds = []
     for i, report in enumerate(reports):
@@ -117,8 +117,10 @@ def with_seeds(names: Sequence[str], reports: Sequence[Report]) -> list[str]:
 
 
 def verdicts(names: Sequence[str], compared: Sequence[Measure], groups: Sequence[Sequence[int]] | None = None) -> str:
-    """A sentence for each metric: how many adapters of each run are significantly better. groups: of `seed_groups`;
-    the seeds of one configuration win together or not at all."""
+    """A sentence for each metric: how many adapters of each run are significantly better.
+
+    groups: of `seed_groups`; the seeds of one configuration win together or not at all.
+    """
     if groups is None:
         groups = [[i] for i in range(len(names))]
     joined = [" and ".join(names[i] for i in group) for group in groups]
@@ -268,7 +270,7 @@ def _row(what: tuple[str, str], metrics: Mapping[int, RunMetric], groups: Sequen
 
 
 def _best_group(metrics: Mapping[int, RunMetric], groups: Sequence[Sequence[int]]) -> Sequence[int]:
-    """The runs whose intervals are all on the better side of those of all other runs; [] if there are none."""
+    """The runs whose intervals are all better than those of all other runs; [] if there are none."""
     bounds: dict[int, tuple[float, float]] = {}
     for i, metric in metrics.items():
         if metric.compared.finite is None:

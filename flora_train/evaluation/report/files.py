@@ -18,7 +18,7 @@ GENERATOR = '<meta name="generator" content="flora_train">'
 
 
 def read_report(folder: RunFolder) -> Report:
-    """report.json of a run. Raises UserError if there is none, if another version wrote it, or if it is damaged."""
+    """report.json of a run. Raises UserError if it is missing, damaged or of another version."""
     path = folder.evaluation / "report.json"
     if not path.exists():
         hint = (
@@ -58,8 +58,10 @@ def write_report(report: Report, folder: Path) -> Path:
 
 
 def write_comparison(reports: Mapping[str, Report], html: Path) -> None:
-    """Write a page that compares runs. reports: label of a run -> its report. Raises UserError if `html` exists and is
-    no page of this package."""
+    """Write a page that compares runs. reports: label of a run -> its report.
+
+    Raises UserError if `html` exists and is no page of this package.
+    """
     from flora_train.evaluation.report.html import render_comparison  # loads matplotlib, which takes a second
 
     page = render_comparison(reports)

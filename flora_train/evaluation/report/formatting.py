@@ -28,7 +28,7 @@ def verdict(difference: Interval) -> Verdict:
 
 
 def shared_digits(results: Sequence[TaskResult]) -> int:
-    """The precision of a page: decimals at which a typical interval of a difference has two significant digits."""
+    """Decimals at which a typical interval of a difference has two significant digits."""
     widths = []
     for result in results:
         for contender in result.contenders:

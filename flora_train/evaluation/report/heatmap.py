@@ -36,7 +36,7 @@ class Heatmap:
 
 
 def heatmaps(report: Report) -> list[Heatmap]:
-    """A map for held-out loss, for every suite of problems and for error rates, wherever there are two tasks or more."""
+    """Maps of held-out loss, every suite and error rates, where there are two tasks or more."""
     losses = {}
     for result in report.results:
         losses[result.task] = {family: row.difference_to_base for family, row in result.by_family.items()}

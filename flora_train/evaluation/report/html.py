@@ -1,4 +1,4 @@
-"""The page of a run, and the page that compares runs: self-contained HTML that loads nothing and reads without its script."""
+"""The page of a run and the page that compares runs: self-contained HTML, readable without its script."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MAX_DRAWN = 100
 MANY_TASKS = 8
 """From more tasks on, the page has a search field."""
 FEW_EXAMPLES = 30
-"""Below this many held-out examples a percentile bootstrap interval tends to be too narrow, and the page says so."""
+"""With fewer held-out examples, bootstrap intervals tend to be too narrow, and the page says so."""
 LEAST_SHARE = 1e-9
 """Tasks with a smaller target share are not drawn in the plot of shares."""
 SCRIPT = Path(__file__).with_name("report.js")

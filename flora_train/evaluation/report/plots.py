@@ -91,8 +91,10 @@ def pass_panel(
     styles: Mapping[str, FamilyStyle],
     top: float,
 ) -> Markup:
-    """pass@k in percent of every contender in one language, one row each: a point and its interval, on a scale that ends at
-    `top`. The base is drawn in the colour of the text."""
+    """pass@k in percent of every contender in one language, one row each: a point and its interval.
+
+    The scale ends at `top`. The base is drawn in the colour of the text.
+    """
     labels = [_shortened(contender.family) for contender in part.contenders]
     rows: list[tuple[str, Estimate | None]] = []
     for contender in part.contenders:
@@ -128,8 +130,10 @@ def pass_panel(
 def curve_panel(
     name: str, task: str, adapters: Sequence[AdapterFacts], curves: Curves, styles: Mapping[str, FamilyStyle]
 ) -> Markup:
-    """Training loss (thin) and held-out loss (marked) of a task's adapters over steps, the selected step ringed, a cross where
-    one was quarantined, and the base model's held-out loss (dotted)."""
+    """Losses of a task's adapters over steps: training (thin) and held-out (marked), and the base's (dotted).
+
+    The selected step is ringed, and a cross shows where an adapter was quarantined.
+    """
     base = curves.base.get(task)
     training = {adapter.name: _points(curves.training.get(adapter.name, ())) for adapter in adapters}
     heldout = {adapter.name: _points(curves.heldout.get(adapter.name, ())) for adapter in adapters}
@@ -165,8 +169,10 @@ def curve_panel(
 
 
 def fairness_panel(name: str, drawn: Mapping[str, Sequence[tuple[int, int]]], targets: Mapping[str, float]) -> Markup:
-    """Each task's share of all tokens drawn so far, as a multiple of its target share, over steps. The two tasks that end
-    farthest from 1 are named."""
+    """Each task's share of all tokens drawn so far, as a multiple of its target share, over steps.
+
+    The two tasks that end farthest from 1 are named.
+    """
     steps = [step for step, _ in next(iter(drawn.values()))]
     tokens = {}
     for task, points in drawn.items():

@@ -159,8 +159,10 @@ def read_training_record(folder: RunFolder) -> TrainingRecord:
 
 
 def examples_hash(split: TokenSplit) -> str:
-    """SHA-256 of a split's examples, whatever else their task holds: runs with the same held-out rows have the same. Of
-    clips it covers sound and sentences, of text the tokens."""
+    """SHA-256 of a split's examples: sound and sentences of clips, tokens of text.
+
+    It does not depend on the task's other splits, so that runs with the same held-out rows have the same hash.
+    """
     digest = sha256()
     names: tuple[str, ...] = ("tokens", "offsets", "prompt_lengths", "label_bytes", "packs")
     if hasattr(split, "shas"):
@@ -241,7 +243,7 @@ def _split_summary(split: TokenSplit) -> SplitSummary:
 
 
 def _relative(path: str) -> str:
-    """Relative to the working directory where it is inside: reports are shared, and need not name the machine's folders."""
+    """Relative to the working directory where it is inside: reports are shared and name no local folders."""
     if Path(path).is_relative_to(Path.cwd()):
         return str(Path(path).relative_to(Path.cwd()))
     return path

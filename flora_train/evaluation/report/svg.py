@@ -22,7 +22,7 @@ Draw = Callable[[Axes], None]
 WIDTH = 320
 """Width of a panel in CSS pixels: one fits a phone, three fit a desktop page."""
 
-# Matplotlib has no CSS variables: it draws in placeholder colours, which `_in_page_colours` replaces by the variables.
+# Matplotlib draws in placeholder colours, which `_in_page_colours` replaces by CSS variables.
 INK, MUTED, RULE, PAPER, FAMILY = "#010101", "#020202", "#030303", "#040404", "#0500"
 VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
 
@@ -59,7 +59,7 @@ class FamilyStyle:
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """Keyword arguments of a held-out curve. Markers have a rim in the page's colour, which separates crossing curves."""
+        """Keyword arguments of a held-out curve. A rim in the page's colour separates crossing curves."""
         rim = {"markersize": 6, "markeredgecolor": PAPER, "markeredgewidth": 0.8}
         return {"color": self.colour, "linestyle": self.dash, "marker": self.marker, "linewidth": 1.5, **rim}
 
@@ -75,8 +75,8 @@ def family_styles(families: Sequence[str]) -> dict[str, FamilyStyle]:
 def draw_svg(name: str, size: Point, box: Sequence[float], draw: Draw, *, title: str = "", description: str = "") -> Markup:
     """An SVG element for the page, with one pair of axes.
 
-    name: prefix of ids, unique in the page; size: width and height in pixels; box: left and right edge of the axes, and
-    the margins below and above them, in pixels. Without a title, screen readers skip the panel.
+    name: prefix of ids, unique in the page; size: width and height in pixels; box: left and right edge of the axes,
+    and the margins below and above them, in pixels. Without a title, screen readers skip the panel.
     """
     width, height = size
     left, right, below, above = box

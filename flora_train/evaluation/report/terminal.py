@@ -27,8 +27,10 @@ LEFT_ALIGNED = ("task", "language", "method")
 
 
 def print_results(report: Report, console: Console | None = None) -> None:
-    """Held-out bits per byte of the base and every adapter, per task: value, difference to the base with its interval, and
-    the best in bold. Fits 80 columns."""
+    """Held-out bits per byte of the base and every adapter, per task, with the difference to the base and its interval.
+
+    The best is bold. Fits 80 columns.
+    """
     console = console or Console(soft_wrap=True)
     console.print(shown(f"\n{report.name}: held-out bits per byte, lower is better", "bold"))
     level = _level(report.results[0].confidence)
@@ -66,7 +68,7 @@ def print_sweeps(report: Report, console: Console | None = None) -> None:
 
 
 def print_pass_at_k(suites: Sequence[CodeSuite], console: Console | None = None) -> None:
-    """pass@k of the base and every contender, per suite and language, with intervals and the difference to the base."""
+    """pass@k of the base and every contender, per suite and language, with intervals."""
     console = console or Console(soft_wrap=True)
     for suite in suites:
         console.print(shown(f"\n{suite.suite} problems: pass@k, higher is better", "bold"))
@@ -89,7 +91,7 @@ def print_pass_at_k(suites: Sequence[CodeSuite], console: Console | None = None)
 
 
 def print_error_rates(speech: SpeechResults | None, console: Console | None = None) -> None:
-    """Error rates of the base and every contender, per language, with the difference to the base. Fits 80 columns."""
+    """Error rates of the base and every contender, per language. Fits 80 columns."""
     if speech is None:
         return
     console = console or Console(soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Types of report.json: everything that the page, the terminal, cards, figures and trackers show of a run."""
+"""Types of report.json, which the page, the terminal, cards, figures and trackers show."""
 
 from __future__ import annotations
 

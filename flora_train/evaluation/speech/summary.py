@@ -94,7 +94,7 @@ def summarise(config: RunConfig, splits: Mapping[str, SpeechSplit], bank: Adapte
 
 
 def _with_audio(languages: Sequence[SpeechLanguage], clips: Sequence[Sequence[str]], limit: int) -> list[SpeechLanguage]:
-    """Embed the clips of the first `limit` utterances, taken from the languages in turn. clips: paths, by utterance."""
+    """Embed the clips of `limit` utterances, taken from the languages in turn. clips: paths, by utterance."""
     positions = [[(i, j) for j in range(len(paths))] for i, paths in enumerate(clips)]
     in_turn = [position for row in zip_longest(*positions) for position in row if position is not None]
     audio = {(i, j): _playable(clips[i][j]) for i, j in in_turn[:limit]}
@@ -116,10 +116,13 @@ def _language(
     """The results of one task, and the paths of the clips of its utterances."""
     speech = config.tasks[name].speech
     assert speech is not None
-    names = {BASE_ID: BASE} | {i: spec.name for i, spec in enumerate(bank.specs) if spec.task == name}
+    specs = {i: spec for i, spec in enumerate(bank.specs) if spec.task == name}
+    names = {BASE_ID: BASE} | {i: spec.name for i, spec in specs.items()}
+    families = {BASE_ID: "base"} | {i: spec.family for i, spec in specs.items()}
     heard = {i: transcripts[name, contender] for i, contender in names.items()}
-    texts = {i: [of_clip[clip].text for clip in range(len(split))] for i, of_clip in heard.items()}
-    families = {i: "base" if i == BASE_ID else bank.specs[i].family for i in names}
+    texts = {}
+    for i, of_clip in heard.items():
+        texts[i] = [of_clip[clip].text for clip in range(len(split))]
     task = TaskTranscripts(split, families, [str(sentence) for sentence in split.sentences], texts)
     normalizer = normalizer_name(speech)
     errors = {rate: _errors_of_all(rate, normalizer, speech.language, task) for rate in RATES}
@@ -137,12 +140,15 @@ def _language(
         differences.append(RateDifference(first=families[a], second=families[b], **by_rate))
     normalize = normalizer_of(_of_words(normalizer), speech.language)
     utterances, clips = _utterances(normalize, task, errors["wer_normalized"], max_utterances)
+    metric = "wer_normalized"
+    if primary_metric(speech) == "cer":
+        metric = "cer"
     part = SpeechLanguage(
         task=name,
         language=speech.language,
         token=speech.token or f"<|{speech.language}|>",
         normalizer=label(normalizer, speech.language),
-        metric="cer" if primary_metric(speech) == "cer" else "wer_normalized",
+        metric=metric,
         clips=len(split),
         seconds=float(split.seconds.sum()),
         contenders=contenders,
@@ -202,8 +208,10 @@ def _pairs(ids: Sequence[int]) -> list[tuple[int, int]]:
 def _utterances(
     normalize: Callable[[str], str], task: TaskTranscripts, errors: Mapping[int, Errors], limit: int
 ) -> tuple[list[Utterance], list[str]]:
-    """The clips on which the first adapter made most errors, and those on which it improved most over the base: at most
-    `limit` of each, aligned, and the paths of the clips."""
+    """The clips on which the first adapter made most errors, and those on which it improved most over the base.
+
+    At most `limit` of each, aligned, and the paths of the clips.
+    """
     first = next((i for i in task.families if i != BASE_ID), BASE_ID)
     of_first, of_base = errors[first].total, errors[BASE_ID].total
     clips = range(len(task.references))
