@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -124,11 +124,14 @@ LONGEST = (
 """Modules that take longest: the first to begin, so that no process ends long after the other."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     leave_to_test_full(items, complete=not any("::" in argument for argument in config.args))
+    yield  # pytest deselects by -m and -k
     if config.getoption("--first-of-module"):
-        items[:] = [next(members) for _, members in groupby(items, key=lambda item: item.path)]
+        first = [next(members) for _, members in groupby(items, key=lambda item: item.path)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in first])
+        items[:] = first
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
