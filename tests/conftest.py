@@ -111,17 +111,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 LONGEST = (
-    "test_lora_ia3_triton",
-    "test_compiled_kernels",
-    "test_isolation",
-    "test_starter",
-    "test_flora_triton",
     "test_run",
     "test_launch",
     "test_resume",
+    "test_speech",
+    "test_compiled_kernels",
     "test_isolation_triton",
+    "test_speech_isolation",
+    "test_starter",
+    "test_toolchain_cache",
 )
-"""Modules that take longest: the first to begin, so that no process ends long after the other."""
+"""Modules with tests of many seconds. They run first, so that the work that is left at the end can be divided evenly."""
 
 
 @pytest.hookimpl(wrapper=True)

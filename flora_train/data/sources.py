@@ -33,9 +33,7 @@ def read_rows(source: SourceConfig, key: str) -> list[Row]:
         for path in source_files(source, key):
             rows += file_rows(path, source, key)
     if not rows:
-        raise user_error(
-            key, source.hub or source.folder or source.common_voice or source.files, "holds no rows"
-        )
+        raise user_error(key, source.hub or source.folder or source.common_voice or source.files, "holds no rows")
     return rows
 
 
@@ -103,9 +101,7 @@ def _files_below(name: str, pattern: str, key: str) -> list[Path]:
         IndexError,
         AttributeError,
     ) as error:  # raised by pathlib for patterns such as ./
-        raise user_error(
-            f"{key}.glob", pattern, f"is not a pattern below the folder: {error}"
-        ) from None
+        raise user_error(f"{key}.glob", pattern, f"is not a pattern below the folder: {error}") from None
     if not visible:
         raise user_error(f"{key}.glob", pattern, f"matches no file in {name}")
     return visible

@@ -130,6 +130,7 @@ def test_ctrl_c_while_clips_are_read_is_one_line_and_leaves_no_process(speech_re
 @pytest.mark.parametrize(
     "stage", ["load_tokenizer", "load_tasks", "load_base_model", "heldout_losses", "write_report", "export_peft"]
 )
+@pytest.mark.quick("load_tasks", "heldout_losses", "write_report")
 def test_ctrl_c_at_any_stage_is_one_line(stage: str, recipe: Path, tmp_path: Path) -> None:
     """The signal comes when the stage begins; what a run has written by then is whole."""
     at = {"load_tokenizer": "run_context", "load_tasks": "run_context", "load_base_model": "run_context"}.get(
