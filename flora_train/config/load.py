@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from flora_train.config import yaml_writer
 from flora_train.config.consistency import AdapterOutline, disagreements
 from flora_train.config.errors import Problem, UserError, choices, user_error
-from flora_train.config.overrides import merge, parse_words
+from flora_train.config.overrides import merge, parse_overrides
 from flora_train.config.paths import (
     PROJECT_ROOT,
     RawConfig,
@@ -43,7 +43,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
     Raises UserError with every problem found: unknown keys, wrong types, values out of range or
     contradictory.
     """
-    overrides = place_device_slots(parse_words(words))
+    overrides = place_device_slots(parse_overrides(words))
     recipe = overrides.pop("recipe", None)
     if recipe is None:
         names = choices(shipped("recipes"))

@@ -1,4 +1,5 @@
-"""What do the words of a command line say? `key.sub=value`, and one helpful line for other dialects."""
+"""Overrides of a command line: `key.sub=value`, with a one-line correction for the syntax of other
+programs."""
 
 from __future__ import annotations
 
@@ -12,102 +13,131 @@ from flora_train.config.paths import RawConfig, shipped
 from flora_train.config.suggestions import full_key
 
 ONLY_ONCE = ("recipe", "data_config")
-"""Of other keys given twice the last one counts, so that a script's words can be overridden."""
+"""Keys that can be given once. Of other keys the last value counts, so that the arguments of a script can be
+overridden."""
 DEEPEST_KEY = 16
+"""Parts of a dotted key."""
 
 
-def parse_words(words: Sequence[str]) -> RawConfig:
-    """The mapping that `key.sub=value` words spell. Raises UserError with every word that is not of that
+def parse_overrides(argv: Sequence[str]) -> RawConfig:
+    """The nested mapping of `key.sub=value` arguments. Raises UserError with every argument that has another
     form."""
-    layer: RawConfig = {}
+    overrides: RawConfig = {}
     problems: list[Problem] = []
-    for word in _options_with_their_values(words):
-        problem = _dialect_problem(word) or _key_problem(word)
+    for argument in _join_flags(argv):
+        problem = _syntax_problem(argument) or _key_problem(argument)
         if problem is None:
-            key, _, value = word.partition("=")
+            key, _, value = argument.partition("=")
             try:
-                _set(layer, key.split("."), yaml_reader.read(value))
+                _set(overrides, key.split("."), yaml_reader.read(value))
             except yaml_reader.YamlFaults as error:
-                problem = Problem(key, value, _value_fix(key, error.faults[0]))
+                problem = Problem(key, value, _value_hint(key, error.faults[0]))
         if problem is not None:
             problems.append(problem)
-    counts = Counter(word.partition("=")[0] for word in words)
-    problems += [Problem(key, None, f"is given {counts[key]} times: give one") for key in ONLY_ONCE if counts[key] > 1]
+    counts = Counter(argument.partition("=")[0] for argument in argv)
+    for key in ONLY_ONCE:
+        if counts[key] > 1:
+            problems.append(Problem(key, None, f"is given {counts[key]} times: give one"))
     if problems:
         raise UserError(*problems)
-    return layer
+    return overrides
 
 
-def _set(layer: RawConfig, parts: Sequence[str], value: Any) -> None:
-    """Put a value at a.b.c; mappings merge, anything else is replaced. Only mappings that this call or
-    another made are changed."""
+def merge(below: RawConfig, above: RawConfig) -> RawConfig:
+    """Mappings are merged key by key; any other value above replaces the one below."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            merged[key] = merge(below[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _set(mapping: RawConfig, parts: Sequence[str], value: Any) -> None:
+    """Put a value at a.b.c. Mappings are merged, other values replaced; mappings of the value itself stay
+    unchanged."""
     for part in parts[:-1]:
-        below = layer.get(part)
-        layer[part] = layer = dict(below) if isinstance(below, dict) else {}
-    last, there = parts[-1], layer.get(parts[-1])
-    layer[last] = merge(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
+        below = mapping.get(part)
+        mapping[part] = dict(below) if isinstance(below, dict) else {}
+        mapping = mapping[part]
+    key = parts[-1]
+    before = mapping.get(key)
+    if isinstance(before, dict) and isinstance(value, dict):
+        value = merge(before, value)
+    mapping[key] = value
 
 
-def _key_problem(word: str) -> Problem | None:
-    key = word.partition("=")[0]
+def _key_problem(argument: str) -> Problem | None:
+    """Why the key of an argument cannot be a key, or None."""
+    key = argument.partition("=")[0]
     try:
-        word.encode()
+        argument.encode()
     except UnicodeEncodeError:
         return Problem(key.encode(errors="replace").decode(), None, "is not valid UTF-8 text")
     parts = key.split(".")
     if not all(part.strip() == part != "" for part in parts):
-        return Problem(word, None, "expected key=value, a dotted key such as training.steps without spaces before the =")
-    return Problem(key, None, "has too many parts: no key is that deep") if len(parts) > DEEPEST_KEY else None
+        hint = "expected key=value, a dotted key such as training.steps without spaces before the ="
+        return Problem(argument, None, hint)
+    if len(parts) > DEEPEST_KEY:
+        return Problem(key, None, "has too many parts: no key is that deep")
+    return None
 
 
-def _value_fix(key: str, fault: yaml_reader.Fault) -> str:
-    if not fault.hint.startswith(yaml_reader.UNREADABLE):
-        return f"{fault.given[:LONGEST_VALUE]} {fault.hint}" if fault.given else fault.hint
-    reason = fault.hint.removeprefix(f"{yaml_reader.UNREADABLE}: ")
-    return f"{yaml_reader.UNREADABLE} ({reason}); text needs its own quotes: '{key}=\"...\"'"
+def _value_hint(key: str, fault: yaml_reader.Fault) -> str:
+    """What is wrong with a value that is not YAML."""
+    if fault.hint.startswith(yaml_reader.UNREADABLE):
+        reason = fault.hint.removeprefix(f"{yaml_reader.UNREADABLE}: ")
+        return f"{yaml_reader.UNREADABLE} ({reason}); text needs its own quotes: '{key}=\"...\"'"
+    if fault.given:
+        return f"{fault.given[:LONGEST_VALUE]} {fault.hint}"
+    return fault.hint
 
 
-def merge(below: RawConfig, above: RawConfig) -> RawConfig:
-    """Mappings merge key by key; anything else above replaces what is below."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(below.get(key), dict)
-        merged[key] = merge(below[key], value) if both else value
-    return merged
-
-
-def _options_with_their_values(words: Sequence[str]) -> list[str]:
-    """`--key value` as one word, so that it gets one answer."""
+def _join_flags(argv: Sequence[str]) -> list[str]:
+    """`--key value` as one argument, so that it is corrected once."""
     joined: list[str] = []
-    for word in words:
-        option = joined[-1] if joined else ""
-        takes_value = option.startswith("--") and option != "--multirun" and not {"=", " "} & set(option)
-        if takes_value and "=" not in word and not word.startswith(("-", "+", "~")):
-            joined[-1] += f" {word}"
+    for argument in argv:
+        flag = joined[-1] if joined else ""
+        takes_value = flag.startswith("--") and flag != "--multirun" and not {"=", " "} & set(flag)
+        if takes_value and "=" not in argument and not argument.startswith(("-", "+", "~")):
+            joined[-1] += f" {argument}"
         else:
-            joined.append(word)
+            joined.append(argument)
     return joined
 
 
-def _dialect_problem(word: str) -> Problem | None:
-    plain = word.lstrip("+~-")
-    if word in ("-m", "--multirun"):
-        return Problem(word, None, "is Hydra's: there is no multirun here; every adapter of a recipe trains in one run")
-    if word.startswith("+"):
-        return Problem(word, None, f"is Hydra's: write {plain}, keys need no + here")
-    if word.startswith("~"):
-        return Problem(
-            word,
-            None,
-            f"is Hydra's: keys cannot be removed here; write {plain.partition('=')[0]}=VALUE to change it",
-        )
-    if word.startswith("-"):
-        key, _, value = plain.replace(" ", "=", 1).partition("=")
-        section, dot, field = key.rpartition(".")
-        key = full_key(key.split(".")) or f"{section}{dot}{field.replace('-', '_')}"
-        return Problem(word, None, f"options are written key=value: {key}={value or 'VALUE'}")
-    if "=" not in word or word.startswith("="):
-        recipes = shipped("recipes")
-        hint = f" Did you mean recipe={word}?" if word in recipes else did_you_mean(word, recipes)
-        return Problem(word, None, f"expected key=value.{hint}")
-    return None
+def _syntax_problem(argument: str) -> Problem | None:
+    """The correction of an argument in the syntax of Hydra or of flags, or of one without a value; None for
+    key=value."""
+    plain = argument.lstrip("+~-")
+    if argument in ("-m", "--multirun"):
+        hint = "is Hydra syntax: there is no multirun, because every adapter of a recipe trains in one run"
+    elif argument.startswith("+"):
+        hint = f"is Hydra syntax: write {plain}, keys need no +"
+    elif argument.startswith("~"):
+        hint = f"is Hydra syntax: keys cannot be removed; write {plain.partition('=')[0]}=VALUE to change it"
+    elif argument.startswith("-"):
+        hint = f"options are written key=value: {_as_override(plain)}"
+    elif "=" not in argument or argument.startswith("="):
+        hint = f"expected key=value.{_recipe_hint(argument)}"
+    else:
+        return None
+    return Problem(argument, None, hint)
+
+
+def _as_override(flag: str) -> str:
+    """`learning-rate 1e-4` as adapters.NAME.lr=1e-4."""
+    key, _, value = flag.replace(" ", "=", 1).partition("=")
+    section, dot, field = key.rpartition(".")
+    known = full_key(key.split("."))
+    if known is None:
+        known = f"{section}{dot}{field.replace('-', '_')}"
+    return f"{known}={value or 'VALUE'}"
+
+
+def _recipe_hint(argument: str) -> str:
+    recipes = shipped("recipes")
+    if argument in recipes:
+        return f" Did you mean recipe={argument}?"
+    return did_you_mean(argument, recipes)

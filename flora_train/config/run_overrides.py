@@ -8,7 +8,7 @@ from typing import Any
 
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
 from flora_train.config.load import validate
-from flora_train.config.overrides import merge, parse_words
+from flora_train.config.overrides import merge, parse_overrides
 from flora_train.config.paths import RawConfig
 from flora_train.config.schema import RunConfig
 from flora_train.config.suggestions import full_key
@@ -23,7 +23,7 @@ def with_overrides(config: RunConfig, words: Sequence[str]) -> RunConfig:
     `tasks.TASK.test` of a task of text stands for its validation rows, on which such a task is evaluated.
     Raises UserError.
     """
-    overrides = parse_words(words)
+    overrides = parse_overrides(words)
     problems = [_other_section(key) for key in overrides if key not in SECTIONS]
     problems += [_not_keys(key, value) for key, value in overrides.items() if not isinstance(value, dict)]
     if problems:
@@ -40,7 +40,7 @@ def with_overrides(config: RunConfig, words: Sequence[str]) -> RunConfig:
 
 def changed_tasks(words: Sequence[str]) -> list[str]:
     """The tasks that `with_overrides` changes."""
-    return list(parse_words(words).get("tasks", {}))
+    return list(parse_overrides(words).get("tasks", {}))
 
 
 def _replace_sources(recorded: RawConfig, task: dict[str, Any], *, is_text: bool) -> None:

@@ -99,7 +99,7 @@ def test_every_option_that_the_commands_share_is_in_each_of_them(capsys: pytest.
         ("solve r --n 5", "--n: keys of the recipe are written key=value: evaluation.num_samples=VALUE"),
         ("push r dry_run=true --repo a/b", r"dry_run = 'true': .* Did you mean '--dry-run'\?"),
         ("train recipe=quickstart --training.steps 5", "--training.steps 5: options are written key=value: training.steps=5"),
-        ("plan -m", "-m: is Hydra's: .*"),
+        ("plan -m", "-m: is Hydra syntax: .*"),
     ],
 )
 def test_wrong_arguments_are_one_line_with_a_suggestion(argv: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:

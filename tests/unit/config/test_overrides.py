@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flora_train.config.overrides import parse_words
+from flora_train.config.overrides import parse_overrides
 from tests.unit.config.helpers import refusal
 
 
@@ -22,17 +22,17 @@ from tests.unit.config.helpers import refusal
     ],
 )
 def test_words_spell_a_mapping(words: list[str], layer: dict[str, object]) -> None:
-    assert parse_words(words) == layer
+    assert parse_overrides(words) == layer
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["+a.b=1"], "+a.b=1: is Hydra's: write a.b=1, keys need no + here"),
-        (["++a.b=1"], "++a.b=1: is Hydra's: write a.b=1, keys need no + here"),
-        (["~a.b"], "~a.b: is Hydra's: keys cannot be removed here; write a.b=VALUE to change it"),
-        (["-m"], "-m: is Hydra's: there is no multirun here; every adapter of a recipe trains in one run"),
-        (["--multirun"], "--multirun: is Hydra's: there is no multirun here; every adapter of a recipe trains in one run"),
+        (["+a.b=1"], "+a.b=1: is Hydra syntax: write a.b=1, keys need no +"),
+        (["++a.b=1"], "++a.b=1: is Hydra syntax: write a.b=1, keys need no +"),
+        (["~a.b"], "~a.b: is Hydra syntax: keys cannot be removed; write a.b=VALUE to change it"),
+        (["-m"], "-m: is Hydra syntax: there is no multirun, because every adapter of a recipe trains in one run"),
+        (["--multirun"], "--multirun: is Hydra syntax: there is no multirun, because every adapter of a recipe trains in one run"),
         (["--a.b", "5"], "--a.b 5: options are written key=value: a.b=5"),
         (["--a.b=5"], "--a.b=5: options are written key=value: a.b=5"),
         (["--tasks.a-b.max-examples=5"], "--tasks.a-b.max-examples=5: options are written key=value: tasks.a-b.max_examples=5"),
@@ -45,25 +45,25 @@ def test_words_spell_a_mapping(words: list[str], layer: dict[str, object]) -> No
     ],
 )  # fmt: skip
 def test_other_dialect_is_answered_with_one_helpful_line(words: list[str], line: str) -> None:
-    assert [str(problem) for problem in refusal(lambda: parse_words(words))] == [line]
+    assert [str(problem) for problem in refusal(lambda: parse_overrides(words))] == [line]
 
 
 def test_option_does_not_swallow_a_word_that_stands_for_itself() -> None:
-    problems = refusal(lambda: parse_words(["--a", "b=1", "--c", "-m", "d=2"]))
+    problems = refusal(lambda: parse_overrides(["--a", "b=1", "--c", "-m", "d=2"]))
     assert [problem.key for problem in problems] == ["--a", "--c", "-m"]
 
 
 def test_value_that_yaml_cannot_read_is_named_with_the_fix() -> None:
-    (problem,) = refusal(lambda: parse_words(["a=1", "tasks.lua.text={doc} {code}"]))
+    (problem,) = refusal(lambda: parse_overrides(["a=1", "tasks.lua.text={doc} {code}"]))
     assert problem.key == "tasks.lua.text"
     assert problem.value == "{doc} {code}"
     assert problem.hint.endswith("text needs its own quotes: 'tasks.lua.text=\"...\"'")
 
 
 def test_all_wrong_words_come_at_once() -> None:
-    assert len(refusal(lambda: parse_words(["+a=1", "~b", "c=[", "d", "e=1"]))) == 4
+    assert len(refusal(lambda: parse_overrides(["+a=1", "~b", "c=[", "d", "e=1"]))) == 4
 
 
 @pytest.mark.parametrize("word", ["a..b=1", ".a=1", "a.=1", "a =1", " a=1", ".=1", f"{'a.' * 20}a=1", "a\ud800=1", "a=\ud800"])
 def test_key_that_is_none_is_refused(word: str) -> None:
-    assert len(refusal(lambda: parse_words([word]))) == 1
+    assert len(refusal(lambda: parse_overrides([word]))) == 1
