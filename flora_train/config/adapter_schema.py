@@ -88,9 +88,8 @@ class AdapterConfig(ConfigModel):
     def _decays(cls, weight_decay: float, info: ValidationInfo) -> float:
         lr = info.data.get("lr")
         if lr is not None and lr * weight_decay > 1:
-            raise ValueError(
-                f"times lr = {lr:g} is more than 1, so that every step would flip the signs of the weights: lower it"
-            )
+            effect = "every step would flip the signs of the weights"
+            raise ValueError(f"times lr = {lr:g} is more than 1, so that {effect}: lower it")
         return weight_decay
 
     @field_validator("min_delta")

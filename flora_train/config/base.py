@@ -1,4 +1,4 @@
-"""What do all sections of the configuration have in common?"""
+"""The base class of all sections of the configuration, and limits and types that several of them use."""
 
 from __future__ import annotations
 
@@ -15,25 +15,30 @@ from pydantic import (
 )
 
 LONGEST_NAME = 200
-"""Characters of a name: files are called by names, and may have 255 bytes with ending and temporary
+"""Characters of a name. Files are named after it, and a file name has at most 255 bytes with ending and
 prefix."""
 LONGEST_PART, LONGEST_PATH = 255, 3500
-"""Bytes of a path's part, and of a path, beside what a run's files are called below it."""
+"""Bytes of a part of a path, and of a path, which leaves room for the files of a run below it."""
 MOST_STEPS = 10_000_000
 MOST_ROWS = 1_000_000_000
 """Rows or examples of one split."""
 MOST_TOKENS = 100_000_000
 """Tokens of a step."""
 MOST_PROCESSES = 1024
-"""Threads or processes that work at one time on one machine."""
+"""Threads or processes that work at the same time on one machine."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=LONGEST_NAME)]
 
 
 def _possible_path(text: str) -> str:
-    """Refused before anything runs: the system would do so in the middle of it."""
-    if max(len(part.encode()) for part in text.split("/")) > LONGEST_PART or len(text.encode()) > LONGEST_PATH:
-        raise ValueError(f"is too long for a path: at most {LONGEST_PATH:,} bytes, and {LONGEST_PART} between two slashes")
+    """A path that the file system accepts, which would otherwise fail in the middle of a run."""
+    if (
+        max(len(part.encode()) for part in text.split("/")) > LONGEST_PART
+        or len(text.encode()) > LONGEST_PATH
+    ):
+        raise ValueError(
+            f"is too long for a path: at most {LONGEST_PATH:,} bytes, and {LONGEST_PART} between two slashes"
+        )
     return text
 
 
@@ -43,10 +48,10 @@ PathText = Annotated[Text, AfterValidator(_possible_path)]
 
 
 class ConfigModel(BaseModel):
-    """An unknown key is an error, a validated section never changes, and fields carry their own help.
+    """Base of all sections: unknown keys are errors, sections are immutable, and fields have docstrings.
 
-    Values that contradict each other are found field by field, in the order of the fields: a validator sees
-    in `info.data` the valid ones above it, so that one wrong value never hides another.
+    Contradictions are found field by field, in the order of the fields: a validator sees the valid fields
+    above it in `info.data`, so that one wrong value never hides another.
     """
 
     model_config = ConfigDict(

@@ -50,7 +50,7 @@ def disagreements(
     for outline in adapters.values():
         count += len(tasks if outline.tasks is None else outline.tasks)
     if count > MOST_ADAPTERS:
-        hint = f"are {count:,} adapters with all their tasks: at most {MOST_ADAPTERS:,} train in one run; use several runs"
+        hint = f"are {count:,} with all their tasks: at most {MOST_ADAPTERS:,} train in one run; use several runs"
         return [Problem("adapters", None, hint)]
     problems = [*_reserved_names("tasks", tasks), *_reserved_names("adapters", adapters)]
     known = frozenset(tasks)
@@ -80,7 +80,10 @@ def _unusable_names(names: Sequence[str]) -> list[Problem]:
     first: dict[str, str] = {}
     for name in names:
         if len(name) > LONGEST_NAME:
-            hint = f"is the name of an adapter (task-adapter) and has more than {LONGEST_NAME} characters: rename the task or adapter"
+            hint = (
+                f"is the name of an adapter (task-adapter) and has more than {LONGEST_NAME} characters: "
+                "rename the task or adapter"
+            )
             problems.append(Problem("adapters", name, hint))
         elif (other := first.setdefault(name.lower(), name)) != name:
             hint = (
@@ -97,5 +100,8 @@ def mixed_task_types(tasks: Mapping[str, TaskConfig]) -> Problem | None:
     if not speech or len(speech) == len(tasks):
         return None
     text = next(name for name in tasks if name not in speech)
-    hint = f"is missing, and tasks.{speech[0]} is a speech task: a base model is for text or for speech; make two runs"
+    hint = (
+        f"is missing, and tasks.{speech[0]} is a speech task: a base model is for text or for speech; "
+        "make two runs"
+    )
     return Problem(f"tasks.{text}.speech", None, hint)

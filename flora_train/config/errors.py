@@ -9,35 +9,36 @@ from difflib import get_close_matches
 from flora_train.config.terminal_text import plain
 
 LONGEST_VALUE = 80
-"""Characters of a given value that are repeated to the user."""
+"""Characters of a given value that an error repeats."""
 MOST_PROBLEMS = 50
-"""Problems that one error lists; the user sees the others when these are mended."""
+"""Largest number of problems that one error lists."""
 LONGEST_KEY = 600
+"""Characters of a key that an error repeats."""
 MOST_CHOICES = 100
-"""Words that one error lists."""
+"""Largest number of choices that one error lists."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing the user has to change; one line as text, in which a terminal obeys nothing.
-
-    key:   dotted configuration key or file path, e.g. `adapters.flora.rank`
-    value: what was given, as the user would recognise it (None: nothing was given)
-    hint:  what is allowed instead, or the command to run
-    """
+    """One thing that the user has to change. As text it is one line without terminal escapes."""
 
     key: str
+    """Dotted configuration key or file path, such as `adapters.flora.rank`."""
     value: object
+    """The given value as the user wrote it, None if there is none."""
     hint: str
+    """What is allowed instead, or the command to run."""
 
     def __str__(self) -> str:
-        given = "" if self.value is None else f" = {_short(_written(self.value))}"
-        key = self.key if len(self.key) <= LONGEST_KEY else f"{self.key[: LONGEST_KEY - 3]}..."
+        given = ""
+        if self.value is not None:
+            given = f" = {_shorten(_written(self.value), LONGEST_VALUE)}"
+        key = _shorten(self.key, LONGEST_KEY)
         return plain(" ".join(f"{key}{given}: {self.hint}".split("\n")), keep="\t")
 
 
 class UserError(Exception):
-    """Everything a user can get wrong, reported at once; the CLI prints it without a traceback."""
+    """All problems of an input at once. The command line prints them without a traceback."""
 
     def __init__(self, *problems: Problem) -> None:
         self.problems: tuple[Problem, ...] = problems
@@ -56,24 +57,28 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 
 def choices(allowed: Iterable[str]) -> str:
-    """`a, b or c`; `none` where nothing is allowed; of very many the first."""
-    words = sorted(allowed)
-    if len(words) > MOST_CHOICES:
-        return f"{', '.join(words[:MOST_CHOICES])} and {len(words) - MOST_CHOICES:,} more"
-    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else "".join(words) or "none"
+    """`a, b or c`, shortened if there are very many; `none` if there are none."""
+    names = sorted(allowed)
+    if len(names) > MOST_CHOICES:
+        return f"{', '.join(names[:MOST_CHOICES])} and {len(names) - MOST_CHOICES:,} more"
+    if len(names) > 1:
+        return f"{', '.join(names[:-1])} or {names[-1]}"
+    return "".join(names) or "none"
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says, cut to one line."""
+    """The first line of the message of another library."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _written(value: object) -> str:
     try:
         return repr(value[: 2 * LONGEST_VALUE] if isinstance(value, str) else value)
-    except (ValueError, RecursionError):  # a number of thousands of digits; a value that holds itself
+    except (ValueError, RecursionError):  # a number of thousands of digits, or a value that contains itself
         return f"<{type(value).__name__}>"
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+def _shorten(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit - 3]}..."

@@ -1,5 +1,4 @@
-"""What MultiPL-E and its users call a programming language, and the key of eval/languages.yaml that is
-meant."""
+"""Names of programming languages in MultiPL-E, and the keys of eval/languages.yaml that they stand for."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from flora_train.config.base import Text
 
-WORDS: dict[str, tuple[str, ...]] = {
+NAMES: dict[str, tuple[str, ...]] = {
     "ada": ("adb",),
     "clj": ("clojure",),
     "cpp": ("c++", "cxx"),
@@ -31,16 +30,15 @@ WORDS: dict[str, tuple[str, ...]] = {
     "sh": ("bash",),
     "ts": ("typescript",),
 }
-"""Key -> other words for it: in MultiPL-E's file names, dataset configurations and `language` fields, and its
-full name."""
-KEYS = {word: key for key, words in WORDS.items() for word in words}
+"""Key -> other names: in file names, configurations and `language` fields of MultiPL-E, and full names."""
+KEYS = {name: key for key, names in NAMES.items() for name in names}
 AROUND = re.compile(r"^(?:humaneval_to_|human_eval_to_|eval_|humaneval-|mbpp-)")
-"""What stands before a language in names of MultiPL-E's scripts and configurations."""
+"""Prefixes of languages in the names of scripts and configurations of MultiPL-E."""
 
 
 def language_key(word: str) -> str:
-    """In lower case and without what MultiPL-E puts around it; a word that no language is known by stays as
-    it is otherwise."""
+    """The key of a language name, without the prefixes of MultiPL-E. An unknown name is returned in lower
+    case."""
     plain = word.strip().lower()
     if AROUND.match(plain):
         plain = AROUND.sub("", plain).removesuffix(".py")
@@ -53,10 +51,10 @@ def _one_or_several(value: Any) -> Any:
 
 
 ProgrammingLanguage = Annotated[Text, AfterValidator(language_key)]
-"""A language by any of its words; the value is its key."""
+"""A programming language by any of its names; the value is its key."""
 ProgrammingLanguages = Annotated[
     list[ProgrammingLanguage],
     BeforeValidator(_one_or_several),
     AfterValidator(lambda keys: list(dict.fromkeys(keys))),
 ]
-"""Several, each once."""
+"""Several programming languages, each once."""

@@ -1,9 +1,9 @@
-"""How do a recipe, a data config and `key=value` words become one RunConfig?
+"""Builds the configuration of a run from a recipe, a data config and `key=value` overrides.
 
-    recipes/NAME.yaml   may name a `data_config`, whose tasks come first and whose `task_defaults` go under each task
-    key.sub=value       the command line wins over both
+    recipes/NAME.yaml   may name a `data_config`, whose tasks come first, and `task_defaults` for all tasks
+    key.sub=value       an override, which takes precedence over both
 
-`${other.key}` is resolved at the very end, so that it follows the command line; `\\${` is the two characters.
+`${other.key}` is resolved last, so that it refers to overridden values; `\\${` stands for the two characters.
 Nothing is read from the environment, so that no secret is written into a run folder.
 """
 
@@ -38,74 +38,94 @@ __all__ = ["PROJECT_ROOT", "find_file", "load_config", "save_config", "shipped",
 
 
 def load_config(words: Sequence[str]) -> RunConfig:
-    """The validated configuration of `recipe=NAME key.sub=value ...`.
+    """Load and validate the configuration of a run.
 
-    Raises UserError with every problem found: unknown keys, wrong types, values out of range or
-    contradictory.
+    Args:
+        words: `recipe=NAME` and overrides `key.sub=value`, as on the command line.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: with all problems: unknown keys, wrong types, values that are out of range or contradict
+            each other.
     """
     overrides = place_device_slots(parse_overrides(words))
     recipe = overrides.pop("recipe", None)
     if recipe is None:
         names = choices(shipped("recipes"))
-        raise user_error("recipe", None, f"say which: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml")
-    layers = merge(place_device_slots(read_yaml(find_config("recipe", str(recipe)))), overrides)
-    data_config = layers.pop("data_config", None)
+        hint = f"is required: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml"
+        raise user_error("recipe", None, hint)
+    raw = merge(_read_config("recipe", recipe), overrides)
+    data_config = raw.pop("data_config", None)
     if data_config is not None:
-        layers = merge(place_device_slots(read_yaml(find_config("data_config", str(data_config)))), layers)
-    layers = resolve(layers)
-    defaults, tasks = layers.pop("task_defaults", None) or {}, layers.get("tasks")
+        raw = merge(_read_config("data_config", data_config), raw)
+    raw = resolve(raw)
+    defaults, tasks = raw.pop("task_defaults", None) or {}, raw.get("tasks")
     if not isinstance(defaults, dict):
         raise user_error("task_defaults", defaults, "must hold keys, as every task does")
     if not isinstance(tasks, dict):
-        return validate(layers)
+        return validate(raw)
+    with_defaults = {name: _with_defaults(defaults, task) for name, task in tasks.items()}
     try:
-        return validate({**layers, "tasks": {name: _under(defaults, task) for name, task in tasks.items()}})
+        return validate({**raw, "tasks": with_defaults})
     except UserError as error:
-        raise UserError(*_unique([_blame_defaults(problem, defaults, tasks) for problem in error.problems])) from None
+        problems = [_blame_defaults(problem, defaults, tasks) for problem in error.problems]
+        raise UserError(*_unique(problems)) from None
 
 
 def validate(raw: RawConfig) -> RunConfig:
-    """A RunConfig from plain mappings, or one UserError listing all problems."""
+    """A RunConfig from plain mappings. Raises one UserError with all problems."""
     check_texts(raw)
     raw = place_device_slots(raw)
-    raw = {**raw, "adapters": expand_sweeps(raw["adapters"])} if "adapters" in raw else raw
+    if "adapters" in raw:
+        raw = {**raw, "adapters": expand_sweeps(raw["adapters"])}
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         problems = to_user_errors(error, raw)
-        # pydantic compares sections only when all are valid: to report everything at once, compare them
-        # anyway
+        # pydantic compares sections only if all of them are valid; they are compared here so that all
+        # problems are reported
         known = [(problem.key, problem.value) for problem in problems]
         problems += [problem for problem in _disagreements(raw) if (problem.key, problem.value) not in known]
         raise UserError(*problems) from None
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration so that `recipe=<path>` runs it again, and `load_saved` reads it
-    equal."""
+    """Write a resolved configuration. `recipe=<path>` runs it again, and `load_saved` reads it back equal."""
     path.write_text(yaml_writer.write(escape(config.model_dump(mode="json"))), encoding="utf-8")
 
 
 def load_saved(path: Path) -> RunConfig:
-    """The configuration that `save_config` wrote. Raises UserError that names the file if it cannot be read,
-    or another version wrote it."""
+    """The configuration in a file of `save_config`. Raises UserError that names the file if it cannot be read
+    or is from another version."""
     try:
         return validate(resolve(read_yaml(path)))
     except UserError as error:
         raise UserError(*(_in_file(path, problem) for problem in error.problems)) from None
 
 
+def _read_config(kind: str, name: object) -> RawConfig:
+    return place_device_slots(read_yaml(find_config(kind, str(name))))
+
+
 def _in_file(path: Path, problem: Problem) -> Problem:
-    return problem if problem.key.startswith(str(path)) else Problem(f"{path}: {problem.key}", problem.value, problem.hint)
+    """A problem whose key names the file."""
+    if problem.key.startswith(str(path)):
+        return problem
+    return Problem(f"{path}: {problem.key}", problem.value, problem.hint)
 
 
-def _under(defaults: RawConfig, task: Any) -> Any:
-    """A task on top of the defaults; what is not even a mapping is left for the validation to report."""
-    return merge(defaults, task or {}) if isinstance(task, dict | None) else task
+def _with_defaults(defaults: RawConfig, task: Any) -> Any:
+    """A task on top of the defaults. A task that is not a mapping is returned as it is, for the validation to
+    report."""
+    if task is None or isinstance(task, dict):
+        return merge(defaults, task or {})
+    return task
 
 
 def _blame_defaults(problem: Problem, defaults: RawConfig, tasks: RawConfig) -> Problem:
-    """A fault that a task only inherits is a fault of `task_defaults`, once."""
+    """A problem of a key that a task inherits, as a problem of `task_defaults`."""
     section, _, rest = problem.key.partition(".")
     task, _, field = rest.partition(".")
     if section == "tasks" and _holds(defaults, field) and not _holds(tasks.get(task), field):
@@ -114,11 +134,12 @@ def _blame_defaults(problem: Problem, defaults: RawConfig, tasks: RawConfig) -> 
     return problem
 
 
-def _holds(layer: Any, dotted: str) -> bool:
+def _holds(mapping: Any, dotted: str) -> bool:
+    """Whether nested mappings have a dotted key."""
     for part in dotted.split("."):
-        if not isinstance(layer, dict) or part not in layer:
+        if not isinstance(mapping, dict) or part not in mapping:
             return False
-        layer = layer[part]
+        mapping = mapping[part]
     return True
 
 
@@ -127,27 +148,38 @@ def _unique(problems: list[Problem]) -> list[Problem]:
 
 
 def _disagreements(raw: RawConfig) -> list[Problem]:
-    """What the sections contradict in each other, as far as they can be read at all."""
+    """Contradictions between sections, as far as they can be read."""
 
     tasks, adapters = _names_of(raw.get("tasks")), _names_of(raw.get("adapters"))
     outlines = {name: _outline_of(adapter) for name, adapter in adapters.items()}
     steps = _names_of(raw.get("training")).get("steps")
-    split_tasks = [name for name, task in tasks.items() if isinstance(task, dict) and task.get("split_by") is not None]
-    known_steps = steps if isinstance(steps, int) and steps > 0 else None
-    return disagreements(tasks, outlines, known_steps, split_tasks=split_tasks)
+    split_tasks = [
+        name for name, task in tasks.items() if isinstance(task, dict) and task.get("split_by") is not None
+    ]
+    if not isinstance(steps, int) or steps <= 0:
+        steps = None
+    return disagreements(tasks, outlines, steps, split_tasks=split_tasks)
 
 
 def _names_of(section: Any) -> RawConfig:
-    """A section with its keys as text; empty where it is no mapping."""
+    """A section with its keys as text; empty if it is not a mapping."""
     if not isinstance(section, dict):
         return {}
     return {str(name): value for name, value in section.items()}
 
 
+def _has_split(task: Any) -> bool:
+    return isinstance(task, dict) and task.get("split_by") is not None
+
+
 def _outline_of(adapter: Any) -> AdapterOutline:
-    """What can be read of a raw entry of `adapters`."""
+    """The outline of a raw entry of `adapters`, as far as it can be read."""
     if not isinstance(adapter, dict):
         return AdapterOutline(None)
     tasks, warmup = adapter.get("tasks"), adapter.get("warmup_steps")
-    chosen = [task for task in tasks if isinstance(task, str)] if isinstance(tasks, list) else None
-    return AdapterOutline(chosen, warmup if isinstance(warmup, int) else 0)
+    chosen = None
+    if isinstance(tasks, list):
+        chosen = [task for task in tasks if isinstance(task, str)]
+    if not isinstance(warmup, int):
+        warmup = 0
+    return AdapterOutline(chosen, warmup)

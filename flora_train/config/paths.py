@@ -1,4 +1,4 @@
-"""Which file does a name in the configuration mean, and what does its YAML say?"""
+"""Finds and reads the YAML files, data files and folders that a configuration names."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from flora_train.config.errors import Problem, UserError, choices, did_you_mean,
 CHECKOUT = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (CHECKOUT / "recipes").is_dir()
 PROJECT_ROOT = CHECKOUT if IS_CHECKOUT else Path(__file__).resolve().parents[1] / "shipped"
-"""Recipes, data configs, example data and the scripts beside them: of the source tree, or, installed from a
-wheel, in the package."""
+"""Folder of the recipes, data configs, example data and scripts: the source tree, or, in an installed wheel,
+the package."""
 
 RawConfig = dict[str, Any]
-"""Nested mappings as read, interpolations not yet resolved."""
+"""Nested mappings as they are read, before references are resolved."""
 
 
 def shipped(kind: str) -> dict[str, Path]:
-    """Name -> file of the YAML files below `recipes` or `data_configs`, the working directory's before the
-    project's.
+    """Name -> file of the YAML files in `recipes` or `data_configs`; files of the working directory precede
+    the project's.
 
     `recipes/speech/nordic.yaml` has the name `speech/nordic`.
     """
@@ -32,7 +32,7 @@ def shipped(kind: str) -> dict[str, Path]:
 
 
 def at_home(path: str) -> Path:
-    """`path` with `~` as the home folder; a user that is not known here stays as it is written."""
+    """`path` with `~` replaced by the home folder. An unknown `~user` is left as it is."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -40,13 +40,13 @@ def at_home(path: str) -> Path:
 
 
 def find_file(path: str) -> Path:
-    """`path` in the working directory, or else in the project's own folder (shipped data)."""
+    """`path` in the working directory, or else in the project folder."""
     here = at_home(path)
     return here if exists(here) or not exists(PROJECT_ROOT / here) else PROJECT_ROOT / here
 
 
 def exists(path: Path) -> bool:
-    """Also False for a name that no file can have."""
+    """Whether a path exists. False for names that no file can have."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -54,7 +54,7 @@ def exists(path: Path) -> bool:
 
 
 def find_config(kind: str, name: str) -> Path:
-    """The YAML file of a `recipe` or `data_config` given as shipped name, path, or folder of a finished run.
+    """The YAML file of a `recipe` or `data_config`, given by name, path, or folder of a run.
 
     Raises UserError if there is none.
     """
@@ -68,7 +68,7 @@ def find_config(kind: str, name: str) -> Path:
         return path / "config.yaml"
     if exists(path):
         if not path.is_file():
-            raise user_error(kind, name, "is no regular file: give a YAML file, or the folder of a run")
+            raise user_error(kind, name, "is not a regular file: give a YAML file, or the folder of a run")
         return path
     wanted = name.removesuffix(".yaml").removesuffix(".yml")
     hint = did_you_mean(wanted, known) or did_you_mean(Path(wanted).name, known)
@@ -80,10 +80,13 @@ def find_config(kind: str, name: str) -> Path:
 
 
 def read_yaml(path: Path) -> RawConfig:
-    """The mapping in a YAML file. Raises UserError with file and line if it is damaged, a key is given twice,
-    or a name is not text to YAML (`no` is a boolean)."""
+    """The mapping in a YAML file.
+
+    Raises UserError with file and line if the file is damaged, a key occurs twice, or a name is not text in
+    YAML (`no` is a boolean).
+    """
     if exists(path) and not path.is_file() and not path.is_dir():
-        raise user_error(str(path), None, "is no regular file: give a YAML file")
+        raise user_error(str(path), None, "is not a regular file: give a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -94,7 +97,7 @@ def read_yaml(path: Path) -> RawConfig:
 
 
 def read_mapping(text: str, source: str) -> RawConfig:
-    """The mapping in a YAML text. source: what errors call it."""
+    """The mapping in a YAML text. source: its name in errors."""
     try:
         content = yaml_reader.read(text)
     except yaml_reader.YamlFaults as error:
@@ -105,8 +108,8 @@ def read_mapping(text: str, source: str) -> RawConfig:
 
 
 def check_texts(raw: Mapping[str, Any]) -> None:
-    """Raises UserError for texts that no file could hold, keys included: half of a pair of UTF-16, or a
-    character of code 0."""
+    """Raises UserError for keys and values with characters that no file can contain (lone surrogates, null
+    characters)."""
     seen: set[int] = set()
     rest: list[tuple[str, Any]] = [("", raw)]
     while rest:

@@ -1,8 +1,8 @@
-"""Resolves `${other.key}` in a configuration to that key's value. There are no resolvers: no value comes from
-the environment.
+"""Resolves `${other.key}` in a configuration to the value of that key. No value comes from the environment.
 
-${training.steps}   the value of a key, from the top; its type is kept where the text is nothing else
-${.train}, ${..x}   a key beside this one, or one level up \\${                 the two characters
+${training.steps}   a key from the top; the value keeps its type if the text is nothing else
+${.train}, ${..x}   a key in the same section, or one level up
+\\${                 the two characters
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from flora_train.config.errors import Problem, UserError
 from flora_train.config.yaml_reader import DEEPEST, MOST_BY_ALIAS
 
 Place = tuple[str | int, ...]
-"""Keys and positions from the top to a value."""
+"""Keys and list positions from the top to a value."""
 
 OPENING = re.compile(r"(\\*)\$\{")
 BODY = re.compile(r"(?P<dots>\.*)(?P<path>[^\s.\[\]{}:]+(?:\.[^\s.\[\]{}:]+|\[[^\s.\[\]{}:]+\])*)")
 LONGEST_TEXT = 1_000_000
-"""Characters of a text that references are put into."""
+"""Characters of a text after references are inserted."""
 MOST_PROBLEMS = 20
 LITERALLY = "(a literal ${ is written \\${)"
 
 
 def resolve(layers: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without references; what has none is returned as it is. Raises UserError with every
-    one that means nothing."""
+    """The configuration with all references resolved. Raises UserError with all references that cannot be
+    resolved."""
     if not _any_reference(layers):
         return layers
     resolver = _Resolver(layers)
@@ -38,8 +38,8 @@ def resolve(layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def escape(value: Any) -> Any:
-    """A value whose texts `resolve` reads back literally: one more backslash before `${`, and those before it
-    doubled."""
+    """A value whose texts `resolve` reads back literally: backslashes before `${` are doubled and one is
+    added."""
     if isinstance(value, dict):
         return {key: escape(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -48,7 +48,7 @@ def escape(value: Any) -> Any:
 
 
 def _any_reference(value: Any) -> bool:
-    """Whether `${` is anywhere in it. Objects that are there several times are looked at once."""
+    """Whether a value contains `${`. Objects that occur several times are visited once."""
     seen: set[int] = set()
     rest = [value]
     while rest:
@@ -63,8 +63,7 @@ def _any_reference(value: Any) -> bool:
 
 
 class _Resolver:
-    """problems: by place, so that a fault that others refer to is told once. shapes: object -> its values and
-    levels, references followed."""
+    """Resolves the references of one configuration."""
 
     def __init__(self, top: dict[str, Any]) -> None:
         self.top = top
@@ -76,7 +75,7 @@ class _Resolver:
         self.level = 0
 
     def resolved(self, value: Any, place: Place) -> Any:
-        """The value of a place without references; None where they are wrong."""
+        """The value at a path with references resolved, None if they are wrong."""
         if isinstance(value, str):
             return self._text(value, place) if "${" in value else value
         if not isinstance(value, (dict, list)):
@@ -114,7 +113,7 @@ class _Resolver:
         return found
 
     def _joined(self, text: str, place: Place) -> Any:
-        """Literal parts and values of references; a lone reference keeps its type."""
+        """A text with its references replaced. A single reference keeps the type of its value."""
         parts: list[Any] = []
         for part, is_reference in _pieces(text):
             if not is_reference:
@@ -139,7 +138,7 @@ class _Resolver:
             return self._blame(
                 place,
                 text,
-                f"{body.partition(':')[0].strip()!r} is a resolver, and none is known here: {INSTEAD} {LITERALLY}",
+                f"{body.partition(':')[0].strip()!r} is a resolver, which is not supported: {INSTEAD} {LITERALLY}",
             )
         match = BODY.fullmatch(body.strip())
         if match is None:
@@ -170,8 +169,8 @@ INSTEAD = "write the value on the command line, and give secrets through the env
 
 
 def _pieces(text: str) -> Iterator[tuple[Any, bool]]:
-    """(literal text, False) and (what stands between `${` and `}`, True), in order; None where the closing
-    brace is missing."""
+    """The parts of a text: (literal, False), or (content of `${...}`, True), which is None without a closing
+    brace."""
     start = 0
     while (found := OPENING.search(text, start)) is not None:
         literal, slashes = text[start : found.start()], len(found[1])
@@ -198,8 +197,8 @@ def _target(match: re.Match[str], place: Place) -> Place:
 
 
 def _find(top: Any, wanted: Place) -> tuple[Place, Any]:
-    """The place that is meant, positions in lists as numbers, and its value. Raises KeyError, IndexError or
-    ValueError if there is none."""
+    """The path of a value, with list positions as numbers, and the value. Raises KeyError, IndexError or
+    ValueError."""
     value: Any = top
     place: list[str | int] = []
     for part in wanted:

@@ -31,7 +31,8 @@ def with_overrides(config: RunConfig, words: Sequence[str]) -> RunConfig:
     recorded = config.model_dump(mode="json")
     for name, task in overrides.get("tasks", {}).items():
         if name not in config.tasks:
-            hint = f"the run has no such task; there are {choices(config.tasks)}.{did_you_mean(name, config.tasks)}"
+            hint = f"the run has no such task; there are {choices(config.tasks)}."
+            hint += did_you_mean(name, config.tasks)
             raise user_error(f"tasks.{name}", None, hint)
         if isinstance(task, dict):
             _replace_sources(recorded["tasks"][name], task, is_text=config.tasks[name].speech is None)

@@ -92,7 +92,7 @@ class RunConfig(ConfigModel):
     def _sweep_problems(self) -> list[Problem]:
         late = [rung for rung in self.sweep.rungs or () if rung >= self.training.steps]
         if late:
-            hint = f"must be smaller than training.steps = {self.training.steps}: adapters are compared before the last step"
+            hint = f"must be smaller than training.steps = {self.training.steps}: rungs precede the last step"
             return [Problem("sweep.rungs", late[0], hint)]
         if self.sweep.strategy == "halving" and not any(adapter.sweep for adapter in self.adapters.values()):
             hint = "requires a sweep: no adapter has a list of values, such as adapters.NAME.lr=[1e-3,2e-3]"

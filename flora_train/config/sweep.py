@@ -30,6 +30,7 @@ SWEPT = (
 """Keys of an adapter that may be lists of values, each of which becomes an adapter."""
 MOST_MEMBERS = 10_000
 """Adapters that the sweeps of a run may make."""
+LIMIT = f"at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
 LISTS = ("tasks", "target_modules", "feedforward_modules")
 """Keys whose value is a list."""
 
@@ -76,7 +77,7 @@ def expand_sweeps(adapters: Any) -> Any:
         swept = {key: value for key, value in values.items() if key in SWEPT}
         count = prod(map(len, swept.values()))
         if count + len(expanded) > MOST_MEMBERS:
-            hint = f"is a sweep over {count:,} combinations of values: at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
+            hint = f"is a sweep over {count:,} combinations of values: {LIMIT}"
             raise user_error(f"adapters.{name}", None, hint)
         for combination in product(*swept.values()):
             chosen = dict(zip(swept, combination, strict=True))
@@ -102,7 +103,7 @@ def _check(key: str, option: str, values: list[Any]) -> None:
         raise user_error(
             key,
             None,
-            f"is a sweep over {len(values):,} values: at most {MOST_MEMBERS:,} adapters are made by sweeps in one run",
+            f"is a sweep over {len(values):,} values: {LIMIT}",
         )
     seen: set[str] = set()
     for value in values:

@@ -1,5 +1,5 @@
-"""Text for a terminal: what is not ours is shown and never obeyed, and a stream that cannot take it does not
-end a run."""
+"""Text for terminals: control characters are escaped, and a closed pipe or full disk does not end a
+command."""
 
 from __future__ import annotations
 
@@ -19,64 +19,74 @@ if TYPE_CHECKING:
 HARMFUL = (
     "\x00-\x1f\x7f-\x9f"  # control characters of ASCII and Latin-1: escape sequences begin with one
     "\u2028\u2029"  # other line ends
-    "\u202a-\u202e\u2066-\u2069"  # these change the order in which what follows is shown
+    "\u202a-\u202e\u2066-\u2069"  # change the order in which the following text is shown
     "\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff"  # half a character, which no encoding takes
+    "\ud800-\udfff"  # half of a surrogate pair, which cannot be encoded
     "\U000e0000-\U000e007f"  # invisible letters
 )
 
 
 def plain(text: object, keep: str = "\n\t") -> str:
-    """`text` with every character that a terminal might obey, or that could not be shown, written as an
-    escape: `\\x1b`, `\\u202e`.
+    """`text` with every character that controls a terminal or cannot be shown as an escape: `\\x1b`,
+    `\\u202e`.
 
-    keep: characters that stay as they are; "" for a name that stands in a line.
+    keep: characters that stay as they are; "" for a name within a line.
     """
-    return re.sub(f"[{HARMFUL}]", lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
+
+    def replacement(match: re.Match[str]) -> str:
+        return match[0] if match[0] in keep else _escape(match[0])
+
+    return re.sub(f"[{HARMFUL}]", replacement, str(text))
 
 
 def shown(text: object, style: str = "", keep: str = "\n\t") -> Text:
-    """`plain` text for a rich console, which takes no markup from it."""
+    """`plain` text for a rich console, without markup."""
     from rich.text import Text
 
     return Text(plain(text, keep), style=style)
 
 
 def in_cell(text: object, style: str = "") -> Text:
-    """`shown` in one line, for a table."""
+    """`shown` in one line, for a table cell."""
     return shown(text, style, keep="")
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """Print a table whole, its lines longer than the terminal's where they have to be: rich would cut names
-    and figures instead."""
+    """Print a table in full width: rich would truncate names and numbers to the width of the terminal."""
     from rich.console import Console
 
     console = console or Console(soft_wrap=True)
-    wanted = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
-    before, console.width = console.width, max(console.width, wanted)
+    table_width = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+    before, console.width = console.width, max(console.width, table_width)
     console.print(table)
     console.width = before
 
 
 WIDEST = 10_000
+"""Characters of the widest table."""
 
 
 def print_plain(*lines: object) -> None:
-    """Print lines on standard output, `plain`."""
+    """Print lines on standard output as `plain` text."""
     for line in lines:
         print(plain(line))
 
 
 def _escape(character: str) -> str:
     code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    if code < 0x10000:
+        return f"\\u{code:04x}"
+    return f"\\U{code:08x}"
 
 
 class PatientStream:
-    """A standard stream that outlives its reader: once a write finds the pipe closed (or the disk full), the
-    rest goes nowhere, and the command goes on to its end and its own exit status. `failed` says what a write
-    found, other than a closed pipe."""
+    """A standard stream that keeps a command running after its reader has left or the disk is full.
+
+    After the first failed write, output is discarded and the command continues to its own exit status.
+    `failed` is the error of that write, unless it was a closed pipe.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -97,7 +107,7 @@ class PatientStream:
 
     def reconfigure(self, **options: Any) -> None:
         with self._patiently():
-            self._stream.flush()  # which reconfigure does, too
+            self._stream.flush()  # as reconfigure does
         self._stream.reconfigure(**options)
 
     @contextmanager
@@ -105,10 +115,10 @@ class PatientStream:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EINVAL):  # Windows says EINVAL of a closed pipe
+            if error.errno not in (errno.EPIPE, errno.EINVAL):  # Windows raises EINVAL for a closed pipe
                 self.failed = self.failed or error
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # what is buffered goes there, too, when the process ends
+            os.dup2(nowhere, self._stream.fileno())  # buffered text is discarded as well at the end
             os.close(nowhere)
 
     def __iter__(self) -> Iterator[str]:
@@ -120,8 +130,10 @@ class PatientStream:
 
 @contextmanager
 def safe_streams() -> Iterator[None]:
-    """Standard output and error show what they cannot encode as escapes, and are patient (PatientStream).
-    Afterwards they are what they were. Streams that a host program put in their place stay its own."""
+    """Standard output and error escape characters that they cannot encode, and are PatientStreams.
+
+    The streams are restored afterwards. Streams that a host program has installed stay in place.
+    """
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     errors = {name: getattr(stream, "errors", None) for name, stream in before.items()}
     for name, stream in before.items():
@@ -140,10 +152,11 @@ def safe_streams() -> Iterator[None]:
 
 def _answer_errors(stream: Any, errors: str | None) -> None:
     if errors is not None and hasattr(stream, "reconfigure"):
-        with suppress(OSError, ValueError):  # some that were redirected meanwhile do not take it, and stay as they are
+        with suppress(OSError, ValueError):  # some redirected streams cannot be reconfigured
             stream.reconfigure(errors=errors)
 
 
 def write_failure() -> OSError | None:
-    """Why standard output could not be written, if it was lost to something else than a reader who left."""
+    """The error of a failed write to standard output, None if there was none or the reader closed the
+    pipe."""
     return getattr(sys.stdout, "failed", None)

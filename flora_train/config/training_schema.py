@@ -117,7 +117,8 @@ def place_device_slots(raw: RawConfig) -> RawConfig:
     if not isinstance(paging, dict):
         return {**raw, "adapters": rest}
     if paging.get("device_slots", slots) != slots:
-        hint = f"is {paging['device_slots']!r} as paging.device_slots, which is the same setting: give one of them"
+        other = paging["device_slots"]
+        hint = f"is {other!r} as paging.device_slots, which is the same setting: give one of them"
         raise user_error(ALIAS, slots, hint)
     return {**raw, "adapters": rest, "paging": {**paging, "device_slots": slots}}
 

@@ -1,5 +1,5 @@
-"""Finds the keys of a task that would be ignored. Those that cannot be meant are errors; those that another
-setting switches off are notes."""
+"""Keys of a task that have no effect: errors for keys that cannot be meant, notes for keys that another
+setting disables."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ MAGIC = "*?["
 
 
 def ignored_keys(tasks: Mapping[str, TaskConfig]) -> list[Problem]:
-    """A problem for each key that is given and could do nothing in a task or source of that kind."""
-    return [Problem(f"tasks.{name}.{key}", value, hint) for name, task in tasks.items() for key, value, hint in _of_task(task)]
+    """One problem for every given key that has no effect in a task or source of its type."""
+    return [
+        Problem(f"tasks.{name}.{key}", value, hint)
+        for name, task in tasks.items()
+        for key, value, hint in _of_task(task)
+    ]
 
 
 def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
@@ -35,7 +39,7 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
             yield "max_test_examples", task.max_test_examples, "is for speech tasks: remove it"
         return
     if task.max_test_examples is not None and task.test is None:
-        hint = "limits the test rows, and there are none: give test, or limit max_validation_examples"
+        hint = "requires test: set it, or use max_validation_examples"
         yield "max_test_examples", task.max_test_examples, hint
     if task.truncation != "truncate":
         yield (
@@ -53,19 +57,19 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
         yield (
             "speech.token",
             task.speech.token,
-            "has no place where speech.prompt names all first tokens: remove one of them",
+            "has no effect together with speech.prompt, which sets all first tokens: remove one of them",
         )
     if task.train.common_voice is not None and task.speech.audio != "path":
-        yield "speech.audio", task.speech.audio, "is path in a release of Common Voice: remove it"
+        yield "speech.audio", task.speech.audio, "is always path in a Common Voice release: remove it"
 
 
 def _of_source(source: SourceConfig) -> Iterator[tuple[str, str]]:
-    """(key, what to do) of a source's keys."""
+    """(key, hint) of the keys of a source that have no effect."""
     fields = SourceConfig.model_fields
     given = {key for key in fields if getattr(source, key) != fields[key].default}
     for key in OF_HUB:
         if key in given and source.hub is None:
-            yield key, "is for data sets of the hub: remove it, or name one with hub"
+            yield key, "is for data sets of the hub: remove it, or set hub"
     if "split" in given and source.hub is None and source.common_voice is None:
         yield (
             "split",
@@ -74,10 +78,10 @@ def _of_source(source: SourceConfig) -> Iterator[tuple[str, str]]:
     if "glob" in given and source.folder is None:
         yield (
             "glob",
-            "chooses files below folder, and there is none: give folder, or write the pattern into files",
+            "requires folder: set it, or write the pattern into files",
         )
     if "sample_by" in given and not any(_may_be_text(file) for file in source.files or ()):
-        yield "sample_by", "cuts .txt files, and there are none: remove it"
+        yield "sample_by", "is for .txt files, and there are none: remove it"
 
 
 def _may_be_text(file: str) -> bool:
@@ -86,14 +90,21 @@ def _may_be_text(file: str) -> bool:
 
 
 def notes_on_unused(tasks: Mapping[str, TaskConfig], problems: bool) -> list[str]:
-    """Keys that another setting switches off, the tasks of each together. problems: whether programming
-    problems are solved."""
+    """Notes on keys that another setting disables, one for all tasks alike.
+
+    problems: whether programming problems are solved.
+    """
     found: dict[str, list[str]] = {}
     for name, task in tasks.items():
         if task.language is not None and not problems:
             found.setdefault("language is not used: evaluation.problems names no problems", []).append(name)
-        if task.validation is not None and task.validation_fraction != TaskConfig.model_fields["validation_fraction"].default:
-            found.setdefault("validation_fraction is not used: the validation rows are given", []).append(name)
+        if (
+            task.validation is not None
+            and task.validation_fraction != TaskConfig.model_fields["validation_fraction"].default
+        ):
+            found.setdefault("validation_fraction is not used: the validation rows are given", []).append(
+                name
+            )
         if task.validation is not None and task.speech is not None and task.speech.speaker is not None:
             found.setdefault("speech.speaker is not used: the validation rows are given", []).append(name)
     return [f"tasks.{_some(names)}.{what}" for what, names in found.items()]

@@ -1,5 +1,4 @@
-"""How does a user read pydantic's errors? As Problems: the key as it was written, the value, what to write
-instead."""
+"""Translates the errors of pydantic into problems with the key as the user wrote it, the value and a hint."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.suggestions import section_in, suggest, suggest_word
 
 ONLY_IN_FILES = ("data_config", "recipe", "task_defaults")
-"""Keys of the outermost level that are used up before validation."""
+"""Keys of the top level that are removed before validation."""
 
 HINTS = {
     "missing": "is required",
@@ -42,15 +41,15 @@ HINTS = {
     "tuple_type": "must be a list",
     "value_error": "{error}",
 }
-"""pydantic's error type -> what the user should do; braces name the facts that pydantic gives with it."""
+"""pydantic's error type -> hint. Braces name values that pydantic gives with the error."""
 
 
 LIMITS = ("gt", "ge", "lt", "le")
 
 
 def to_user_errors(error: ValidationError, raw: Any) -> list[Problem]:
-    """The problems of a configuration, one per key: what each alternative of a key wants is joined by
-    `or`."""
+    """The problems of a configuration, one per key. The hints for alternative types of a key are joined by
+    "or"."""
     problems: dict[str, Problem] = {}
     for item in error.errors():
         if len(problems) >= MOST_PROBLEMS:
@@ -77,21 +76,25 @@ def _translate(item: Any, raw: Any) -> list[Problem]:
         return [Problem(key, value, f"must be {choices(options)}.{did_you_mean(value, options)}")]
     if item["type"] in ("model_type", "model_attributes_type"):
         return [Problem(key, value, f"must hold keys: {', '.join(_keys_of(loc))}.{suggest_word(loc)}")]
-    hint = HINTS.get(item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}"))
-    hint = hint.format(**{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()})
+    hint = HINTS.get(
+        item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}")
+    )
+    hint = hint.format(
+        **{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()}
+    )
     return [Problem(key, None if item["loc"][-1] == "[key]" else value, hint)]
 
 
 def _readable(limit: float) -> str:
-    """10,000,000 and 0.001, and 1e+30 where digits would say nothing."""
+    """A limit with thousands separators, or in scientific notation if it is very large or small."""
     if isinstance(limit, int):
         return f"{limit:,}"
     return f"{limit:g}" if abs(limit) >= 1e20 or 0 < abs(limit) < 1e-4 else f"{limit:,.10g}"
 
 
 def _as_written(loc: Sequence[Any], raw: Any) -> tuple[str, ...]:
-    """pydantic's location without the steps that are its own: alternatives, `[key]`, and what a shorthand
-    stands for."""
+    """The location of an error as the user wrote it, without parts that pydantic adds (alternatives, `[key]`,
+    shorthands)."""
     written = []
     for part in loc:
         if isinstance(raw, dict) or (raw is None and str(part).isidentifier()):
@@ -106,11 +109,13 @@ def _as_written(loc: Sequence[Any], raw: Any) -> tuple[str, ...]:
 
 
 def _keys_of(loc: Sequence[str]) -> list[str]:
-    """The keys of the section at `loc`, by the schema."""
+    """The keys that the schema allows in a section."""
     section: Any = RunConfig
     for part in loc:
-        # below a mapping by name comes the name, below a section a field
-        annotation = get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
+        # the part below a mapping is a name, and below a section a field
+        annotation = (
+            get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
+        )
         section = annotation if get_origin(annotation) is dict else section_in(annotation)
     return [*section.model_fields, *(ONLY_IN_FILES if section is RunConfig else ())]
 

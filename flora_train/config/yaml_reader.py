@@ -1,4 +1,5 @@
-"""Reads YAML of any length in linear time: plain values only, without Python tags, alias bombs and duplicate keys.
+"""Reads YAML of any length in linear time: plain values only, without Python tags, alias bombs and duplicate
+keys.
 
 Numbers are those of YAML 1.2 where YAML 1.1 surprises: `1e-3` is a number, a date is text.
 """
@@ -209,7 +210,7 @@ class _Reader:
         value, size, depth = self.anchors[event.anchor]
         self.by_alias += size
         if self.by_alias > MOST_BY_ALIAS:
-            hint = f"aliases stand for more than {MOST_BY_ALIAS:,} values together: write the values without aliases"
+            hint = f"aliases stand for more than {MOST_BY_ALIAS:,} values together: use fewer aliases"
             raise YamlFaults(Fault(_line(event), f"*{event.anchor}", hint))
         top = self.stack[-1] if self.stack else None
         if top is not None and isinstance(top.value, dict) and not top.has_key:

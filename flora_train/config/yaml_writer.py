@@ -53,6 +53,7 @@ def _scalar(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text in double quotes, with escapes for characters that cannot be printed. The escapes of JSON are valid YAML."""
+    """A text in double quotes, with escapes for characters that cannot be printed. The escapes of JSON are
+    valid YAML."""
     quoted = json.dumps(text, ensure_ascii=False)
     return quoted if quoted.isprintable() else "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)

@@ -85,7 +85,7 @@ def listing(folder: Path) -> dict[str, int]:
             ["recipe=quikstart"],
             ["recipe = 'quikstart': no recipe of that name in recipes/; *. Did you mean 'quickstart'?"],
         ),
-        ([], ["recipe: say which: recipe=NAME *"]),
+        ([], ["recipe: is required: recipe=NAME *"]),
         (["training.stepz=3"], ["training.stepz: unknown key; the keys here are *. Did you mean 'training.steps'?"]),
         (["adapters.lora.method=lorra"], ["adapters.lora.method = 'lorra': must be flora, ia3 or lora. Did you mean 'lora'?"]),
         (["adapters.lora.rank=0"], ["adapters.lora.rank = 0: must be at least 1"]),

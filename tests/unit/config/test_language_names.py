@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from flora_train.config.evaluation_schema import EvaluationConfig
-from flora_train.config.language_names import WORDS, language_key
+from flora_train.config.language_names import NAMES, language_key
 from flora_train.config.paths import PROJECT_ROOT
 from flora_train.config.task_schema import TaskConfig
 from flora_train.evaluation.code.programs.languages import find_language, load_languages
@@ -45,7 +45,7 @@ def test_language_key_knows_multipl_es_words(word: str) -> None:
 
 def test_every_word_means_a_language_of_the_table() -> None:
     table = load_languages()
-    assert WORDS.keys() <= table.keys()
+    assert NAMES.keys() <= table.keys()
     assert all(language_key(key) == key for key in table)
     assert all(language_key(language.name) == key for key, language in table.items())
     assert language_key("klingon") == "klingon"
@@ -53,7 +53,7 @@ def test_every_word_means_a_language_of_the_table() -> None:
 
 def test_the_installer_knows_the_same_words() -> None:
     script = PROJECT_ROOT / "eval" / "install_toolchains.sh"
-    words = [word for others in WORDS.values() for word in others]
+    words = [word for others in NAMES.values() for word in others]
     look = 'source <(sed -n "/^key_of()/,/^}/p" "$0"); for word in "$@"; do key_of "$word"; done'
     done = subprocess.run(["bash", "-c", look, str(script), *words], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [language_key(word) for word in words]

@@ -66,7 +66,7 @@ def test_unknown_recipe_or_data_config_is_suggested(write) -> None:
 @pytest.mark.parametrize("words", [[], ["recipe="], ["training.steps=3"]])
 def test_missing_recipe_lists_what_there_is(words: list[str]) -> None:
     (line,) = loading_faults(*words)
-    assert line.startswith("recipe: say which: recipe=NAME")
+    assert line.startswith("recipe: is required: recipe=NAME")
     assert "quickstart" in line
 
 
@@ -238,7 +238,7 @@ def test_shipped_data_config_loads(path: Path, write) -> None:
 def test_a_pipe_in_the_place_of_a_file_is_an_error_and_no_wait(tmp_path: Path) -> None:
     for name in ("config.yaml", "run.json"):
         os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=r"config\.yaml: is no regular file"):
+    with pytest.raises(UserError, match=r"config\.yaml: is not a regular file"):
         read_yaml(tmp_path / "config.yaml")
     with pytest.raises(UserError, match=r"run\.json: is not a regular file: put it back"):
         read_object(tmp_path / "run.json", "put it back")

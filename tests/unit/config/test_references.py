@@ -63,7 +63,7 @@ def test_resolvers_are_refused_and_the_secret_is_in_no_error(monkeypatch: pytest
     monkeypatch.setenv("TOKEN", CANARY)
     for word in (f"tracking.group=${{{reference}}}", f"tasks.lua.train='a ${{{reference}}}'"):
         problems = refusal(lambda word=word: load_config(["recipe=quickstart", word]))
-        assert "is a resolver, and none is known here" in str(problems[0])
+        assert "is a resolver, which is not supported" in str(problems[0])
         assert "HF_TOKEN, WANDB_API_KEY" in str(problems[0])
         assert CANARY not in str(problems)
 

@@ -19,7 +19,7 @@ SPEECH = {"speech": {"language": "cs"}, "train": "cs.train.tsv"}
     [
         ({"train": "a.jsonl", "test": "b.jsonl"}, "test", "is for speech tasks"),
         ({"train": "a.jsonl", "max_test_examples": 3}, "max_test_examples", "is for speech tasks"),
-        ({**SPEECH, "max_test_examples": 3}, "max_test_examples", "limits the test rows, and there are none"),
+        ({**SPEECH, "max_test_examples": 3}, "max_test_examples", "requires test"),
         ({**SPEECH, "truncation": "split"}, "truncation", "is for text"),
         ({**SPEECH, "sample_prompts": ["x"]}, "sample_prompts", "is for text"),
         (
@@ -30,7 +30,7 @@ SPEECH = {"speech": {"language": "cs"}, "train": "cs.train.tsv"}
         (
             {"train": {"common_voice": "cv", "locale": "cs"}, "speech": {"language": "cs", "audio": "file"}},
             "speech.audio",
-            "is path in a release of Common Voice",
+            "is always path in a Common Voice release",
         ),
         ({"train": {"files": "a.jsonl", "subset": "x"}}, "train.subset", "is for data sets of the hub"),
         ({"train": {"folder": "src", "data_dir": "x"}}, "train.data_dir", "is for data sets of the hub"),
@@ -38,11 +38,11 @@ SPEECH = {"speech": {"language": "cs"}, "train": "cs.train.tsv"}
         ({"train": {"files": "a.jsonl", "max_rows": 3}}, "train.max_rows", "is for data sets of the hub"),
         ({"train": {"files": "a.jsonl", "fallback_hint": "x"}}, "train.fallback_hint", "is for data sets of the hub"),
         ({"train": {"files": "a.jsonl", "split": "dev"}}, "train.split", "give the split's files instead"),
-        ({"train": {"files": "a.jsonl", "glob": "*.x"}}, "train.glob", "chooses files below folder"),
-        ({"train": {"hub": "a/b", "glob": "*.x"}}, "train.glob", "chooses files below folder"),
-        ({"train": {"files": "a.jsonl", "sample_by": "document"}}, "train.sample_by", "cuts .txt files"),
-        ({"train": {"folder": "src", "sample_by": "document"}}, "train.sample_by", "cuts .txt files"),
-        ({"train": "a.jsonl", "validation": {"files": "b.jsonl", "glob": "*"}}, "validation.glob", "chooses files below folder"),
+        ({"train": {"files": "a.jsonl", "glob": "*.x"}}, "train.glob", "requires folder"),
+        ({"train": {"hub": "a/b", "glob": "*.x"}}, "train.glob", "requires folder"),
+        ({"train": {"files": "a.jsonl", "sample_by": "document"}}, "train.sample_by", "is for .txt files"),
+        ({"train": {"folder": "src", "sample_by": "document"}}, "train.sample_by", "is for .txt files"),
+        ({"train": "a.jsonl", "validation": {"files": "b.jsonl", "glob": "*"}}, "validation.glob", "requires folder"),
     ],
 )
 def test_key_that_could_do_nothing_is_an_error_that_names_it(task: dict[str, Any], key: str, reason: str) -> None:

@@ -83,7 +83,7 @@ def test_bombs_on_the_command_line_are_one_error_that_names_the_key(word: str) -
     ("kind", "line"),
     [
         ("folder", "is a folder without a config.yaml"),
-        ("/dev/zero", "is no regular file"),
+        ("/dev/zero", "is not a regular file"),
         ("/dev/null/x", "no such file"),
         ("x" * 5000, "no recipe of that name"),
         ("~nobody-here/x.yaml", "no such file"),
