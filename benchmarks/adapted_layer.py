@@ -1,4 +1,5 @@
-"""One linear layer with adapters, as the layer benchmarks time it: tensors for a shape, a clock, and what to say about the machine."""
+"""One linear layer with adapters for the layer benchmarks: tensors of a shape, timing, and a line on the
+machine."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ from flora_train.runtime.environment import environment
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PURE, RESIDUAL = 0.0, 1.0
 IN_A_ROW = 4 if DEVICE.type == "cuda" else 1
-"""Runs that are timed together: a GPU works on one while Python launches the next, as between the layers of a model."""
+"""Runs that are timed together: a GPU computes one while Python launches the next, as in a model."""
 
 
 class Problem:
-    """d: features in and out; `tokens` of `adapters` adapters, an even share each, of one rank; deviation: mean |B A|."""
+    """d: features in and out; `tokens` of `adapters` adapters, an equal share each, of one rank; deviation:
+    mean |B A|."""
 
     def __init__(self, d: int, tokens: int, adapters: int, rank: int, dtype: torch.dtype, deviation: float = 0.1) -> None:
         generator = torch.Generator(DEVICE).manual_seed(0)
@@ -61,7 +63,7 @@ class Problem:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long `run` takes until the device has done it."""
+    """Seconds until the device has finished `run`."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()

@@ -1,9 +1,11 @@
-"""At which numbers does one formulation of fLoRA overtake another? Measures them and writes the cost model's thresholds.
+"""Measures at which sizes one formulation of fLoRA becomes faster than another, and writes the cost model's
+thresholds.
 
-Every formulation is timed, forward + backward, interleaved with the others, on shapes around the turning points; the
-thresholds are those that lose least on average against the fastest of each shape. Prints Markdown; `--save` writes it to
-benchmarks/results and the thresholds of this device to flora_train/kernels/flora/thresholds.json.
-`--refit` times nothing: it takes the ratios of a committed file.
+Every formulation is timed, forward and backward, interleaved with the others, on shapes around the crossover
+points. The thresholds are those with the smallest average loss against the fastest formulation of each shape.
+Prints Markdown; `--save` writes it to benchmarks/results, and the thresholds of this device to
+flora_train/kernels/flora/thresholds.json. `--refit` measures nothing and uses the ratios of a committed file.
+
 Usage: python benchmarks/calibrate.py [--repeats 5] [--refit benchmarks/results/calibration_cuda.md] [--save]
 """
 
@@ -54,11 +56,11 @@ class Timed:
     seconds: dict[str, float]
 
     def loss(self, thresholds: Thresholds) -> float:
-        """How many times slower the chosen formulation is than the fastest one."""
+        """Time of the chosen formulation relative to the fastest one."""
         return self.seconds[decide(self.work, thresholds).formulation] / min(self.seconds.values())
 
     def by(self, triton: bool) -> Timed:
-        """As torch alone sees it, or our own kernels beside it."""
+        """The work for torch alone, or with the Triton kernels."""
         ours = {name: taken for name, taken in self.seconds.items() if triton or name != "fused"}
         return Timed(replace(self.work, triton=triton), ours)
 
@@ -81,7 +83,7 @@ def main() -> None:
 
 
 def measured(repeats: int) -> Iterator[tuple[list[Timed], str]]:
-    """Every shape's timings as torch, and where our own kernels run as they see them, and the machine."""
+    """The timings of every shape for torch and, where they run, for the Triton kernels; and the machine."""
     ways = [False, *([True] if DEVICE.type == "cuda" and why_not_triton(DEVICE) is None else [])]
     shapes = list(works())
     began, timed = time.monotonic(), []
@@ -95,7 +97,7 @@ def measured(repeats: int) -> Iterator[tuple[list[Timed], str]]:
 
 
 def read(file: Path) -> tuple[list[Timed], str]:
-    """The shapes of such a report, with ratios in place of seconds, and the machine."""
+    """The shapes of a saved report, with ratios in place of seconds, and the machine."""
     lines = file.read_text().splitlines()
     device = "cuda" if "cuda" in file.stem else "cpu"
     heading = next(line.split(" | ") for line in lines if line.startswith("| dtype | shape"))
@@ -110,7 +112,8 @@ def read(file: Path) -> tuple[list[Timed], str]:
 
 
 def works() -> list[Work]:
-    """Shapes around the turning points. Residual adapters: pure ones of one rank more take as many terms."""
+    """Shapes around the crossover points. Residual adapters: pure ones of one more rank have the same number
+    of terms."""
     found = []
     for size in DTYPES:
         for width in WIDTHS[size]:
@@ -125,7 +128,7 @@ def works() -> list[Work]:
 
 
 def measure(work: Work, repeats: int, with_triton: bool) -> Timed:
-    """The median seconds of every formulation that this work could take."""
+    """The median seconds of every formulation that supports this work."""
     problem = Problem(work.in_features, work.tokens, work.segments, work.rank, DTYPES[work.bytes_each])
     names: list[Formulation] = ["rank_expanded", *(["materialised"] if work.device == "cpu" else []), "grouped"]
     names += ["fused"] if with_triton else []
@@ -148,7 +151,7 @@ def measure(work: Work, repeats: int, with_triton: bool) -> Timed:
 
 
 def fit(timed: Sequence[Timed]) -> Thresholds:
-    """The thresholds with the least mean loss (of its logarithm: twice as slow weighs as much as half is good)."""
+    """The thresholds with the smallest mean logarithm of the loss."""
     grouped = GROUPED_MIB if DEVICE.type == "cpu" else (0,)
     fused = FUSED_TOKENS if timed[0].work.triton else FUSED_TOKENS[-1:]
     candidates = product(product(EXPANDING, FORMING, FORMING_A_RANK), grouped, fused)
@@ -208,7 +211,7 @@ def said(work: Work) -> str:
 
 
 def save(name: str, found: dict[int, Thresholds], machine: str) -> None:
-    """Replace the entries of this device and backend; those that were never measured follow the CPU's."""
+    """Replace the entries of this device and backend; values that were not measured are those of the CPU."""
     known = json.loads(THRESHOLDS.read_text())
     known["measured_on"][name] = machine
     known["thresholds"][name] = {str(size): asdict(t) for size, t in sorted(found.items())}

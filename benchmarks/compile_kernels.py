@@ -1,7 +1,9 @@
-"""Do the Triton kernels fit the chips they are for? Compiled ahead of time, on any Linux machine, without a GPU.
+"""Compiles the Triton kernels ahead of time for every supported chip, on any Linux machine, without a GPU.
 
-Prints registers, spilled bytes, shared memory and instructions of every kernel, type, rank and chip; exits with 1 if one spills more or needs
-more shared memory than its chip is granted below. Nothing here says how fast they are. Usage: python benchmarks/compile_kernels.py [--jobs N] [--chips 80 90] [--types bf16] [--save]
+Prints registers, spilled bytes, shared memory and instructions of every kernel, dtype, rank and chip. Exits
+with 1 if a kernel spills more, or needs more shared memory, than the limits below. It does not measure speed.
+
+Usage: python benchmarks/compile_kernels.py [--jobs N] [--chips 80 90] [--types bf16] [--save]
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ from flora_train.kernels.triton_common import TILE_FEATURES, TILE_TOKENS, matmul
 
 RESULT = Path(__file__).parent / "results" / "compiled_kernels.md"
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""CUDA C++ Programming Guide, technical specifications per compute capability. sm_86 and sm_89 run what is compiled for sm_80
-and have less than it."""
+"""CUDA C++ Programming Guide, technical specifications per compute capability. sm_86 and sm_89 run what is
+compiled for sm_80 and have less than it."""
 SPILLED_BYTES = {80: 0, 90: 0, 100: 16, 120: 16}
-"""No more than a handful of numbers where `kernels.backend=auto` does not choose these kernels."""
+"""A few numbers are allowed where `kernels.backend=auto` does not choose these kernels."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RANKS = (16, 32, 64)  # smaller ones are padded to 16
 INTEGERS = "i32"
@@ -88,8 +90,11 @@ class Variant:
     fetched: Mapping[str, Sequence[int]]
 
 
-def launched(kernel: Any, options: dict[str, Any], fetched: Mapping[str, Sequence[int]] | None = None) -> Variant:
-    """As Python launches it; Triton's default is 4 warps and 3 stages. fetched: tensors given as descriptors, and their tiles."""
+def launched(
+    kernel: Any, options: dict[str, Any], fetched: Mapping[str, Sequence[int]] | None = None
+) -> Variant:
+    """A kernel as Python launches it; Triton's default is 4 warps and 3 stages. fetched: tensors passed as
+    descriptors -> tiles."""
     constants = dict(options)
     warps = constants.pop("num_warps", 4)
     return Variant(kernel, constants, {"num_warps": warps, "num_stages": constants.pop("num_stages", 3)}, fetched or {})
@@ -100,7 +105,7 @@ def tiled(shape: tiles.MatmulTiles | tiles.GradientTiles) -> dict[str, int]:
 
 
 def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
-    """What the *_triton.py of flora_train/kernels launch for tokens of this type on this chip."""
+    """The launches of flora_train's Triton kernels for tokens of this dtype on this chip."""
     type_ = DTYPES[dtype]
     of_rank, of_lora, of_expand = matmul_constants(type_, rank), lora.tuning(type_, rank), lora.expand_tuning(type_, rank)
     blocks = {"TOKENS": TILE_TOKENS, "FEATURES": TILE_FEATURES, "ORDERED": False}
@@ -148,7 +153,7 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
 def configurations(
     chips: Sequence[int], types: Sequence[str], ranks: Sequence[int] = RANKS
 ) -> Iterator[tuple[str, str, int, int]]:
-    """(kernel, type, rank, compute capability); a kernel that knows no rank comes once."""
+    """(kernel, dtype, rank, compute capability); a kernel without ranks occurs once."""
     for capability in chips:
         for dtype in types:
             for rank in ranks:
@@ -174,7 +179,7 @@ def compile_one(name: str, dtype: str, rank: int, capability: int) -> Compiled:
 
 
 def argument_type(argument: str, variant: Variant, dtype: str) -> str:
-    """Triton's word for it."""
+    """Triton's type of a kernel argument."""
     if argument in variant.constants:
         return "constexpr"
     if argument in variant.fetched:
@@ -186,7 +191,7 @@ def argument_type(argument: str, variant: Variant, dtype: str) -> str:
 
 
 def resources(ptx: str, capability: int) -> dict[str, int]:
-    """Registers and spilled bytes by ptxas, and what it made of the code: instructions, and those for matrix units."""
+    """Registers and spilled bytes by ptxas, and the numbers of instructions and of matrix instructions."""
     arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     with tempfile.TemporaryDirectory() as folder:
         file, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
@@ -206,7 +211,7 @@ def resources(ptx: str, capability: int) -> dict[str, int]:
 
 
 def tool(name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """One of NVIDIA's programs that come with Triton."""
+    """Run one of the NVIDIA programs that Triton ships."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([str(program), *words], capture_output=True, text=True, check=True)
 

@@ -1,9 +1,12 @@
-"""How fast, and how steady, are programs judged? Our executor beside MultiPL-E's way, on the same programs.
+"""Speed and consistency of program execution: flora_train's executor beside MultiPL-E's own way, on the same
+programs.
 
-Programs are MultiPL-E problems of tests/fixtures with our own right and wrong solutions, and ones that do not parse, print
-300 KB or never end; each has a number in a comment, so that no two are equal. Blocks of both ways alternate; a figure is the
-median of the repeats. Then ours once more beside two busy loops: no verdict may change. Prints Markdown, and writes it with
-`--save`. Usage: python benchmarks/execution.py [--quick] [--repeats 3] [--save]
+Programs are MultiPL-E problems of tests/fixtures with correct and wrong solutions, and programs that do not
+parse, print 300 KB, or never end. Each has a number in a comment, so that no two are equal. Blocks of both
+ways alternate; a figure is the median of the repeats. flora_train's executor then runs once more beside two
+busy loops, which must not change a verdict. Prints Markdown, and writes it with `--save`.
+
+Usage: python benchmarks/execution.py [--quick] [--repeats 3] [--save]
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "multipl_e_problem
 COUNTS = {"lua": 500, "cpp": 100}
 QUICK = {"lua": 50, "cpp": 20}
 SECONDS = 2.0
-"""The limit of both ways: of CPU time for us, on the clock for the reference (15 by its own choice, which would only slow it)."""
+"""Limit of both ways: CPU time for flora_train, wall-clock time for the reference (whose own 15 s would only
+slow it)."""
 BLOCK = 50
 HOGS = 2
 DESERVED = {"right": "OK", "wrong": "AssertionError", "broken": "SyntaxError", "prints 300 KB": "OK", "never ends": "Timeout"}
@@ -62,7 +66,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: of each repeat, and of the run beside the hogs; verdicts: of each repeat, those beside the hogs last."""
+    """seconds: of each repeat, and of the run beside busy loops; verdicts: of each repeat, those beside busy
+    loops last."""
 
     ours: list[float]
     theirs: list[float]
@@ -96,7 +101,8 @@ def main() -> None:
 
 
 def make_cases(language: Language, count: int) -> list[Case]:
-    """In every hundred one never ends, two print 300 KB, ten do not parse and 32 are wrong; of fewer, at least one of each."""
+    """Of a hundred, one never ends, two print 300 KB, ten do not parse and 32 are wrong; of fewer, at least
+    one of each."""
     problems = load_problems(FIXTURES, language.key)
     solutions = yaml.safe_load((FIXTURES / "solutions" / f"{language.key}.yaml").read_text(encoding="utf-8"))
     few = {"never ends": 1, "prints 300 KB": 2, "broken": 10, "wrong": 32}
@@ -112,14 +118,15 @@ def make_cases(language: Language, count: int) -> list[Case]:
 
 
 def completion(key: str, kind: str, problem: Problem, solutions: dict[str, dict[str, str]]) -> str:
-    """What stands between prompt and tests."""
+    """The text between prompt and tests."""
     if kind in ("right", "wrong"):
         return solutions[problem.name][kind]
     return SPECIAL[key, kind] + (solutions[problem.name]["right"] if kind == "prints 300 KB" else "")
 
 
 def measure(cases: Sequence[Case], repeats: int) -> Measured:
-    """Who goes first changes from block to block. Ours makes its sandbox, and what languages prepare, anew in every repeat."""
+    """The order changes from block to block. flora_train prepares its sandbox and languages again in every
+    repeat."""
     blocks = [[case.program for case in cases[at : at + BLOCK]] for at in range(0, len(cases), BLOCK)]
     ours, theirs, verdicts = [], [], []
     for _ in range(repeats):
@@ -148,7 +155,7 @@ def measure(cases: Sequence[Case], repeats: int) -> Measured:
 
 
 def judge_block(programs: Sequence[Program], sandbox: Sandbox) -> list[str]:
-    """As flora-train does it."""
+    """As flora-train executes programs."""
     verdicts: dict[int, Verdict] = {}
     execute_all(programs, sandbox, workers=available_cpus(), report=verdicts.__setitem__)
     return [verdicts[i].status for i in range(len(programs))]
@@ -156,7 +163,7 @@ def judge_block(programs: Sequence[Program], sandbox: Sandbox) -> list[str]:
 
 @contextmanager
 def hogs() -> Iterator[None]:
-    """Busy loops beside what is measured."""
+    """Busy loops during a measurement."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(HOGS)]
     try:
         yield
@@ -212,7 +219,7 @@ def steadiness(cases: Cases, measured: Results) -> list[str]:
 
 
 def endings(cases: Cases, measured: Results) -> list[str]:
-    """What each kind of program deserves, and what both ways said."""
+    """The expected verdict of each kind of program, and the verdicts of both ways."""
     lines = ["| | kind | programs | deserves | ours | reference |", "|---|---|---|---|---|---|"]
     for key, result in measured.items():
         for kind, deserved in DESERVED.items():
@@ -238,7 +245,7 @@ def name_of(cases: Sequence[Case]) -> str:
 
 
 def figures(cases: Cases, measured: Results) -> dict[str, Any]:
-    """The same for a program to read."""
+    """The same as JSON."""
     return {
         "environment": environment(),
         **{

@@ -1,7 +1,10 @@
-"""How long is it from a clone to an adapter for one's own files in plain PEFT? Setting up, then docs/tutorial.md as it stands.
+"""Time from a clone to an adapter for one's own files in plain PEFT: set-up, then docs/tutorial.md as it is
+written.
 
-In a new clone with an environment of its own, without the quickstart's nine adapters; the tutorial's chapters 1, 2, 3 and 5 (4 trains a second run to compare with). Prints Markdown.
-Usage: python benchmarks/first_use.py [--save] [--keep FOLDER: clone into it, and leave it there]
+Runs in a new clone with its own environment, without the quickstart's nine adapters: chapters 1, 2, 3 and 5
+of the tutorial (4 trains a second run for a comparison). Prints Markdown.
+
+Usage: python benchmarks/first_use.py [--save] [--keep FOLDER: clone into it and do not delete it]
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ def main() -> None:
 
 
 def timed(clone: Path) -> Iterator[tuple[str, str, float]]:
-    """(what, command, seconds) of every step."""
+    """(label, command, seconds) of every step."""
     for what, command in SETUP.items():
         yield what, f"`{command}`", run(clone, ["bash", "-c", command])
     tutorial = (clone / "docs" / "tutorial.md").read_text(encoding="utf-8")

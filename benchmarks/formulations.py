@@ -1,9 +1,12 @@
-"""fLoRA beside what else computes it, and beside LoRA: forward + backward as a multiple of a frozen linear layer.
+"""fLoRA beside other implementations and beside LoRA: forward and backward as a multiple of a frozen linear
+layer.
 
-Ours (kernels/cost_model.py chooses), the paper's rank expansion, W0 * M formed for F.grouped_mm, LoRA through torch.bmm as the
-paper had it, our LoRA, and PEFT's HiRA (which loops over adapters). All adapters are pure, as in the paper. Runs alternate with
-the frozen layer's; each figure is the median of the pairs' ratios. Prints Markdown; `--save` writes it and the plot of the
-critical rank. Usage: python benchmarks/kernels.py [--repeats 3] [--quick] [--precision fused] [--save]
+Compared are flora_train (the cost model chooses), the paper's rank expansion, W0 * M formed for F.grouped_mm,
+LoRA with torch.bmm as in the paper, flora_train's LoRA, and PEFT's HiRA (which loops over adapters). All
+adapters are pure, as in the paper. Runs alternate with the frozen layer's; each figure is the median of the
+pairs' ratios. Prints Markdown; `--save` writes it and the plot of the critical rank.
+
+Usage: python benchmarks/kernels.py [--repeats 3] [--quick] [--precision fused] [--save]
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ WIDTHS = (4096, 2048) if ON_GPU else (512, 1024)
 TOKENS = (8192,) if ON_GPU else (512, 2048)
 EACH = (32, 128, 256, 1024, 8192) if ON_GPU else (1, 8, 32, 128, 512, 2048)
 MOST_ADAPTERS = 128
-"""More of them only at one token each: the extreme in which every token has an adapter of its own."""
+"""More adapters only with one token each: the extreme case of one adapter per token."""
 RANKS = (1, 2, 4, 16, 32, 64) if ON_GPU else (1, 2, 4, 8, 16, 32, 64)
 MOST_BYTES = (24 if ON_GPU else 3) << 30
 MOST_SECONDS = 2.5
@@ -45,7 +48,7 @@ Forward = Callable[[Problem], Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """forms_weights: holds W0 * M of all adapters at one time; loops: once per adapter."""
+    """forms_weights: stores W0 * M of all adapters at the same time; loops: once per adapter."""
 
     forward: Forward
     forms_weights: bool = False
@@ -82,7 +85,7 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A shape and what every contender costs on it; None: it would not fit."""
+    """A shape, and the cost of every contender; None: it does not fit into memory."""
 
     d: int
     tokens: int
@@ -172,8 +175,10 @@ def report(rows: Sequence[Row], repeats: int) -> list[str]:
 
 
 def against_best(row: Row) -> float:
-    """Ours as a multiple of the fastest other formulation of the same adapter."""
-    others = [row.ratios[name] for name in ("fLoRA, rank expansion (paper)", "fLoRA, F.grouped_mm", "HiRA, PEFT")]
+    """flora_train as a multiple of the fastest other formulation of the same adapter."""
+    others = [
+        row.ratios[name] for name in ("fLoRA, rank expansion (paper)", "fLoRA, F.grouped_mm", "HiRA, PEFT")
+    ]
     mine = row.ratios["fLoRA, ours"] or math.nan
     return mine / min((other for other in others if other is not None), default=mine)
 
@@ -182,8 +187,8 @@ LIMITS = (1.0, 2.0)
 
 
 def critical_ranks(rows: Sequence[Row], name: str, limit: float) -> dict[tuple[int, int], dict[int, int]]:
-    """(d, tokens) -> tokens of each adapter -> the largest rank (0: none) up to which the contender costs at most `limit` times
-    LoRA of the same rank through torch.bmm."""
+    """(d, tokens) -> tokens of each adapter -> the largest rank (0: none) up to which the contender costs at
+    most `limit` times LoRA of the same rank through torch.bmm."""
     found: dict[tuple[int, int], dict[int, int]] = {}
     for row in rows:
         mine, lora = row.ratios[name], row.ratios["LoRA, torch.bmm"]

@@ -1,8 +1,11 @@
-"""What does decoding many adapters in one batch gain over one adapter at a time? Tokens per second, same prompts, same texts.
+"""Decoding many adapters in one batch against one adapter at a time: tokens per second, same prompts, same
+texts.
 
-Eight adapters of a method on SmolLM2-135M, one prompt each. `mixed`: all rows in one batch (flora_train's decoder). `in turn`: the
-same decoder, one adapter after the other. `peft`: `generate` of transformers, `set_adapter` before each, adapters as exported
-(fLoRA as HiRA). Greedy, float32, the three ways take turns; medians of the repeats.
+Eight adapters of a method on SmolLM2-135M, one prompt each. `mixed`: all rows in one batch (flora_train's
+decoder). `in turn`: the same decoder, one adapter after the other. `peft`: transformers' `generate`, with
+`set_adapter` before each, and adapters as exported (fLoRA as HiRA). Greedy, float32; the three ways
+alternate; medians of the repeats.
+
 Usage: python benchmarks/generation.py [--save] [--repeats N] [--tokens N]
 """
 
@@ -48,7 +51,7 @@ PROMPTS = [
 
 
 def perturbed_bank(method: str) -> tuple[Any, AdapterBank]:
-    """A model with eight adapters that differ: 1 % noise on every parameter, as if trained a little."""
+    """A model with eight different adapters: 1 % noise on every parameter."""
     model = load_base_model(MODEL, torch.device("cpu")).eval()
     config = AdapterConfig(method=method, lr=1e-3, **METHODS[method])  # type: ignore[arg-type]
     bank = AdapterBank.attach(model, [make_spec(f"task{i}", method, config, default_steps=10) for i in range(len(PROMPTS))])

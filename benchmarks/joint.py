@@ -1,9 +1,11 @@
-"""How fast do N adapters train together? Our step against every peer's, on the same model and the same batch.
+"""Joint training of N adapters: flora_train's step against every peer's, on the same model and the same
+batch.
 
-Every contender is a process of its own that runs one step when asked to; they take turns, so that a slow moment of the
-machine hits all alike. Printed are useful tokens per second (from the median step), the share of its own N = 1 rate that
-each keeps, and our speed relative to each peer and to the frozen model, the limit (median of the ratios of neighbouring
-steps). With --save every N is written as soon as it is measured.
+Every contender is a separate process that runs one step on request. They alternate, so that a slow moment of
+the machine affects all of them. Printed are useful tokens per second (from the median step), the share of its
+own N = 1 rate that each keeps, and flora_train's speed relative to each peer and to the frozen model, which
+is the limit (median of the ratios of neighbouring steps). With --save every N is written as soon as it is
+measured.
 
 Usage: python benchmarks/joint.py [--quick] [--only WORDS] [--save]
 """
@@ -31,7 +33,7 @@ PEERS = HERE / ".peers"
 
 @dataclass(frozen=True)
 class Contender:
-    """label in the table; program in contenders/; environment: ours, or one of .peers/."""
+    """label in the table; program in contenders/; environment: flora_train's, or one of .peers/."""
 
     label: str
     program: str
@@ -112,7 +114,7 @@ REGIMES = (
 
 
 class Worker:
-    """A contender's process. Raises RuntimeError with its last words if it does not get ready."""
+    """A contender's process. Raises RuntimeError with its last output if it does not become ready."""
 
     def __init__(self, contender: Contender, python: Path, regime: Regime, adapters: int, threads: int) -> None:
         program = HERE / "contenders" / f"{contender.program}.py"
@@ -152,7 +154,8 @@ class Worker:
 
 
 def python_of(name: str) -> Path:
-    """The interpreter of an environment; a peer's is made on first use. Raises CalledProcessError if it cannot be."""
+    """The interpreter of an environment; a peer's is created on first use. Raises CalledProcessError if that
+    fails."""
     if name == "ours":
         return Path(sys.executable)
     folder = PEERS / name
@@ -192,7 +195,8 @@ def measure(regime: Regime, adapters: int, repeats: int, threads: int) -> tuple[
 
 
 def summary(regime: Regime, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """tokens_per_second by label, and ratios: ours -> rival -> how many times as fast (median over the rounds)."""
+    """tokens_per_second by label, and ratios: flora_train -> peer -> relative speed (median over the
+    rounds)."""
     tokens = regime.rows * regime.length
     return {
         "tokens_per_second": {label: tokens / statistics.median(times) for label, times in seconds.items()},
@@ -267,7 +271,7 @@ def text(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
 
 
 def saved() -> dict[str, dict[str, Any]]:
-    """Results by regime, of the last run with --save."""
+    """Results by regime of the last run with --save."""
     file = RESULTS / "joint_cpu.json"
     return {result["name"]: result for result in json.loads(file.read_text())["regimes"]} if file.exists() else {}
 

@@ -1,7 +1,8 @@
 """Keep a run's report among the results: python benchmarks/keep_report.py RUN [RUN ...]
 
-Writes results/<name of the run>.json and .html. Clips are left out, as their licences may not allow redistribution.
-Usage: python benchmarks/keep_report.py --redraw    (writes the .html of the kept reports again)
+Writes results/<name of the run>.json and .html. Clips are left out, as their licences may not allow
+redistribution. Usage: python benchmarks/keep_report.py --redraw    (writes the .html of the kept reports
+again)
 """
 
 from __future__ import annotations

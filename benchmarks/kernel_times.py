@@ -1,7 +1,10 @@
-"""Where does an adapted layer's time go on a GPU? Forward + backward of one layer of width 4096 in bfloat16 with 8,192 tokens: the
-GPU's time by kernel, as torch's profiler sees it, and how long Python takes to launch it all.
+"""GPU time of an adapted layer by kernel: forward and backward of one layer of width 4096 in bfloat16 with
+8,192 tokens.
 
-Gradients are added up over repetitions, the frozen layer's too. Prints Markdown. Usage: python benchmarks/kernel_times.py [--save]
+The times are those of torch's profiler; the time that Python takes to launch everything is beside them.
+Gradients accumulate over the repetitions, also those of the frozen layer. Prints Markdown.
+
+Usage: python benchmarks/kernel_times.py [--save]
 """
 
 from __future__ import annotations
@@ -103,7 +106,8 @@ def measure(forward: Forward, problem: Problem) -> tuple[float, float, list[tupl
 
 
 def kernel_name(key: str) -> str:
-    """Short: our own as they are, the library's matmuls as one, what torch does by element as one."""
+    """A short name: own kernels by name, the library's matmuls together, elementwise kernels of torch
+    together."""
     if key.startswith("_"):
         return key
     return (

@@ -1,8 +1,12 @@
-"""Does a run survive kill -9 at any moment? It is killed again and again, started again by an outside supervisor, and compared.
+"""Kills a run with kill -9 at random moments, restarts it, and compares its adapters with those of an
+undisturbed run.
 
-A short run on SmolLM2-135M that writes a checkpoint every other step is killed at random moments, all its processes at once, until it has
-been killed --kills times; the moments are spread over start, steps and evaluations, and every fifth waits for a save. Then it may end, and its adapters are
-compared byte by byte with those of a run that nobody disturbed. Prints Markdown. Usage: python benchmarks/kills.py [--kills 50] [--processes 1] [--save]
+A short run on SmolLM2-135M that saves a checkpoint every other step is killed --kills times, all its
+processes at once, and restarted by an external supervisor. The moments are spread over start, steps and
+evaluations, and every fifth waits for a save. The run then finishes, and its adapters are compared byte by
+byte. Prints Markdown.
+
+Usage: python benchmarks/kills.py [--kills 50] [--processes 1] [--save]
 """
 
 from __future__ import annotations
@@ -52,8 +56,8 @@ RECIPE = (
 
 @dataclass
 class Seen:
-    """Of all kills: seconds from a start to its first step, steps that were done and lost, checkpoints that could not be read, and
-    how many kills came while a checkpoint was being written."""
+    """Of all kills: seconds from a start to its first step, steps that were done and lost, checkpoints that
+    could not be read, and how many kills came while a checkpoint was being written."""
 
     back: list[float] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
@@ -82,7 +86,7 @@ def main() -> None:
 
 
 def harass(run: Path, kills: int, processes: int, chance: random.Random) -> Seen:
-    """Start, kill, and start again; at last let it end."""
+    """Start, kill and restart the run; let it finish at the end."""
     seen = Seen()
     while True:
         steps_before, started = steps_done(run), time.monotonic()
@@ -118,7 +122,7 @@ def harass(run: Path, kills: int, processes: int, chance: random.Random) -> Seen
 
 
 def wait_for_steps(run: Path, process: subprocess.Popen[str], steps: int) -> None:
-    """Until so many more are done. A start takes back those after its checkpoint: that is no step."""
+    """Wait until this number of further steps is done. Steps that a restart repeats do not count."""
     last, more = steps_done(run), 0
     while process.poll() is None and more < steps:
         done = steps_done(run)
@@ -127,13 +131,13 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str], steps: int) -> Non
 
 
 def wait_for_a_save(run: Path, process: subprocess.Popen[str]) -> None:
-    """Until a checkpoint is being written."""
+    """Wait until a checkpoint is being written."""
     while process.poll() is None and not list(run.glob("checkpoints/.step-*.tmp")):
         time.sleep(0.001)
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """The launcher and its workers, which are in sessions of their own."""
+    """The launcher and its workers, which have sessions of their own."""
     launcher = psutil.Process(process.pid)
     for one in (launcher, *launcher.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
@@ -141,7 +145,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def steps_done(run: Path) -> int:
-    """The last step in metrics.jsonl; what a kill cut off does not count."""
+    """The last complete step in metrics.jsonl."""
     file = run / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     return max((json.loads(line)["step"] for line in lines), default=0)

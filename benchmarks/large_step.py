@@ -1,8 +1,11 @@
-"""A whole training step of a large model: ours, all adapters in one batch, against PEFT, adapter by adapter.
+"""A whole training step of a large model: flora_train with all adapters in one batch, against PEFT, adapter
+by adapter.
 
-A random-weight StarCoder2-3B (real shapes) in bfloat16 on a GPU, or with --tiny a small one anywhere; every contender has a copy of
-the model, and their steps (forward, loss, backward, AdamW) take turns. Prints useful tokens per second, peak memory, and the
-ratio to PEFT (median of neighbouring steps). Usage: python benchmarks/large_step.py [--tiny] [--save]
+A random-weight StarCoder2-3B (real shapes) in bfloat16 on a GPU, or with --tiny a small model on any machine.
+Every contender has a copy of the model, and their steps (forward, loss, backward, AdamW) alternate. Prints
+useful tokens per second, peak memory, and the ratio to PEFT (median of neighbouring steps).
+
+Usage: python benchmarks/large_step.py [--tiny] [--save]
 """
 
 from __future__ import annotations
@@ -69,8 +72,11 @@ def main() -> None:
     print("\n".join(lines))
 
 
-RIVALS: dict[str, list[tuple[str, Precision]]] = {"lora": [("lora", "auto")], "hira": [("flora", "split"), ("flora", "fused")]}
-"""PEFT's method -> ours beside it. Only these are in memory at one time."""
+RIVALS: dict[str, list[tuple[str, Precision]]] = {
+    "lora": [("lora", "auto")],
+    "hira": [("flora", "split"), ("flora", "fused")],
+}
+"""PEFT's method -> flora_train's. Only these are in memory at the same time."""
 
 
 def compare(adapters: int, rival: str, ways: Sequence[tuple[str, Precision]], tiny: bool, repeats: int) -> list[str]:
@@ -101,7 +107,7 @@ def compare(adapters: int, rival: str, ways: Sequence[tuple[str, Precision]], ti
 
 
 def loaded(make: Callable[[], Step]) -> tuple[Step, str]:
-    """A contender after its first two steps, and the most that it took while it made them, its copy of the base included."""
+    """A contender after its first two steps, and its peak memory in them, with its copy of the base."""
     if DEVICE.type != "cuda":
         step = make()
         step()
@@ -123,7 +129,7 @@ def load(tiny: bool) -> Any:
 
 
 def peft_loop(method: str, ids: torch.Tensor, tiny: bool) -> Step:
-    """Every adapter is made active in turn, for its own row; one AdamW step for all."""
+    """Each adapter is activated in turn, for its own row; one AdamW step for all."""
     config = (LoraConfig if method == "lora" else HiraConfig)(r=RANK, target_modules=TARGETS)
     model = get_peft_model(load(tiny), config, adapter_name="0")
     for k in range(1, len(ids)):

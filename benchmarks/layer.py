@@ -1,8 +1,10 @@
-"""What does an adapted layer cost? Forward + backward against the same frozen layer, on this machine.
+"""The cost of an adapted layer: forward and backward against the same frozen layer, on this machine.
 
-Runs of the adapted and the frozen layer alternate; each figure is the median of the pairs' ratios. The first table of a dtype
-is what a run does (kernels/cost_model.py chooses the formulation), the second forces each formulation. Prints Markdown, and
-writes it with `--save`. Usage: python benchmarks/layer.py [--quick] [--repeats 7] [--dtype float32] [--save]
+Runs of the adapted and the frozen layer alternate; each figure is the median of the pairs' ratios. The first
+table of a dtype shows what a run uses (the cost model chooses the formulation), the second forces each
+formulation. Prints Markdown, and writes it with `--save`.
+
+Usage: python benchmarks/layer.py [--quick] [--repeats 7] [--dtype float32] [--save]
 """
 
 from __future__ import annotations

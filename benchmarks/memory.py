@@ -1,7 +1,9 @@
-"""What does one more adapter cost in memory? Bytes of all tensors that are alive after a training step, base left out.
+"""Memory of one more adapter: bytes of all tensors that exist after a training step, without the base model.
 
-Prints, for N adapters of every method, the bytes per adapter as a multiple of its parameters in float32: weights, gradient
-and AdamW's two moments are 4. Usage: python benchmarks/memory.py [--save]
+Prints, for N adapters of every method, the bytes per adapter as a multiple of its parameters in float32:
+weights, gradient and AdamW's two moments are 4.
+
+Usage: python benchmarks/memory.py [--save]
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ COUNTS = (1, 8, 64)
 
 
 def bytes_alive() -> int:
-    """Of every tensor's memory, each counted once."""
+    """Bytes of all tensors; shared memory is counted once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -37,7 +39,7 @@ def bytes_alive() -> int:
 
 
 def measure(method: str, adapters: int) -> tuple[int, float]:
-    """(parameters of one adapter, bytes per adapter after a step, in multiples of 4 bytes a parameter)."""
+    """(parameters of one adapter, bytes per adapter after a step as a multiple of 4 bytes per parameter)."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     before = bytes_alive()

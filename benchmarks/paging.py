@@ -1,9 +1,12 @@
-"""What does it cost that most adapters live on the host? Training steps with room for N/8 adapters on the device against room for all.
+"""The cost of paging: training steps with room for N/8 adapters on the device, against room for all.
 
-256 adapters (128 tasks, fLoRA and LoRA of rank 4, rows of equal size) on a small random-weight Llama, rows of real lengths; four trainers
-take the same steps in turn: all resident, paged in memory, paged in files, once with tasks that take turns (mixture.active_tasks) and once
-with tasks drawn at random. Prints the ratio of neighbouring steps (median), the bytes that were moved, beside what Belady's rule moves
-in a simulation that shares no code with the pager, and whether the adapters ended with the same bits. Usage: python benchmarks/paging.py [--save]
+256 adapters (128 tasks, fLoRA and LoRA of rank 4, rows of equal size) on a small random-weight Llama, with
+rows of real lengths. Trainers alternate the same steps: all resident, paged in memory, paged in files, once
+with tasks that take turns (mixture.active_tasks) and once with tasks drawn at random. Prints the ratio of
+neighbouring steps (median), the bytes that were moved beside those that Belady's rule moves in an independent
+simulation, and whether all adapters ended with the same bits.
+
+Usage: python benchmarks/paging.py [--save]
 """
 
 from __future__ import annotations
@@ -104,7 +107,8 @@ def compare(name: str, mixture: dict[str, Any], steps: int) -> list[str]:
 
 
 def loads(uses: Sequence[set[int]], bank: AdapterBank, pool: Any, steps: int) -> int:
-    """Bytes that Belady's rule brings into this pool's rows, where a step's adapters come while the one before computes."""
+    """Bytes that Belady's rule loads into this pool's rows, where a step's adapters are loaded during the
+    previous step."""
     mine = {i for i, (where_, _) in enumerate(bank.location) if where_ is pool}
     needed = [step & mine for step in uses]
     inside: set[int] = set()

@@ -1,8 +1,10 @@
-"""What does half precision lose of an adapter near the identity, what does `kernels.precision=split` cost, and does it matter?
+"""What half precision loses of an adapter near the identity, and the cost and effect of
+`kernels.precision=split`.
 
-Four tables: the share of an adapter's effect that the output shows, forward + backward of split as a multiple of fused
-(interleaved), with --train held-out bits per byte after the same short run in float32 and in bfloat16 both ways, and the error of
-value and gradients wherever M is.
+Four tables: the share of an adapter's effect that the output shows; forward and backward of split as a
+multiple of fused (interleaved); with --train, held-out bits per byte after the same short run in float32 and
+in bfloat16 both ways; and the error of values and gradients for every mean of M.
+
 Usage: python benchmarks/precision.py [--repeats 9] [--train] [--save]
 """
 
@@ -55,8 +57,10 @@ def near_identity(d: int, rank: int, offset: float, deviation: float, dtype: tor
 
 
 def kept(problem: Problem, name: Formulation, offset: float, split: bool) -> float:
-    """Share of the adapter's effect in y. Rounding y itself adds noise, but takes nothing away."""
-    x, weight, A, B = (tensor.detach().double() for tensor in (problem.x, problem.weight, problem.A, problem.B))
+    """Share of the adapter's effect in y. Rounding y adds noise, but removes nothing."""
+    x, weight, A, B = (
+        tensor.detach().double() for tensor in (problem.x, problem.weight, problem.A, problem.B)
+    )
     base = x @ weight.T
     effect = flora_reference(x, weight, A, B, offset=problem.numbers(offset), segments=problem.segments) - base
     return float(((run(problem, name, offset, split).detach().double() - base) * effect).sum() / effect.square().sum())
@@ -129,7 +133,8 @@ def ratio(problem: Problem, name: Formulation, offset: float, repeats: int) -> f
 
 
 def trained_table() -> list[str]:
-    """Markdown: the quickstart's Lua task, fLoRA only, at two learning rates and in both variants, the same examples."""
+    """Markdown: the quickstart's Lua task, fLoRA only, at two learning rates and in both variants, the same
+    examples."""
     adapters = [
         f"adapters.{variant}_{name}={{method: flora, rank: 4, variant: {variant}, lr: {lr}, tasks: [lua]}}"
         for variant in ("pure", "residual")
@@ -157,7 +162,8 @@ def trained_table() -> list[str]:
 
 
 def far_table() -> list[str]:
-    """Markdown: the largest relative root mean square error of y and of the gradients of x, A and B, against float64."""
+    """Markdown: the largest relative root mean square error of y and of the gradients of x, A and B, against
+    float64."""
     lines = [
         "## Error of value and gradients wherever M is: the worst of y, dX, dA and dB, relative root mean square, split / fused",
         "",
@@ -175,8 +181,11 @@ def far_table() -> list[str]:
     return [*lines, ""]
 
 
-def worst_error(name: Formulation, dtype: torch.dtype, rank: int, mean: float, offset: float, split: bool) -> float:
-    """M = mean within some per cent; its size lies in B, and, for a mean above 0, in A and B alike: the worse of both."""
+def worst_error(
+    name: Formulation, dtype: torch.dtype, rank: int, mean: float, offset: float, split: bool
+) -> float:
+    """M = mean within a few percent; its size is in B and, for a mean above 0, also in A and B equally: the
+    worse of both."""
     found = []
     for in_a in (1.0, abs(mean - offset) ** 0.5):
         problem = Problem(256, 1024, 2, rank, dtype, 0.0)

@@ -1,8 +1,10 @@
-"""Where does the time of each benchmark go? torch's profiler over the steps of joint.py and the layers of layer.py.
+"""Profiles of the benchmarks: torch's profiler over the steps of joint.py and the layers of layer.py.
 
-Every operator's own time is sorted by what it is for; what no operator accounts for (Python, autograd, waiting) is the rest of
-the step. The layers run on one thread: the profiler does not see the workers of kernels/threads.py. The profiler itself slows
-small operators. Usage: python benchmarks/profiles.py [--save]
+Every operator's own time is assigned to a purpose; time outside operators (Python, autograd, waiting) is the
+rest of the step. The layers run on one thread, because the profiler does not record the workers of
+kernels/cpu_threads.py. The profiler itself slows small operators.
+
+Usage: python benchmarks/profiles.py [--save]
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def main() -> None:
 
 
 def step_of(program: str, method: str) -> Callable[[], None]:
-    """The step that a contender would serve."""
+    """The step of a contender."""
     served: list[Callable[[], None]] = []
     serve, arguments = workload.serve, sys.argv
     model, adapters, rows, length = REGIME

@@ -1,7 +1,8 @@
-"""How does MultiPL-E's own harness run a program? Written anew after its behaviour, for comparison.
+"""Runs a program as MultiPL-E's own harness does; written again from its behaviour, for a comparison.
 
-No sandbox; the process is looked at every 0.1 s, and at each look 1 KiB of its output is taken from the pipe; a time limit counts
-seconds on the clock. C++ is compiled with plain `g++ -std=c++17`. Exit 0 is OK, and every other end an Exception.
+There is no sandbox. The process is polled every 0.1 s, and each poll reads 1 KiB of its output from the pipe;
+a time limit counts wall-clock seconds. C++ is compiled with plain `g++ -std=c++17`. Exit 0 is OK; every other
+end is an Exception.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def run_like_the_reference(program: Program) -> str:
 
 
 def _exit_status(words: Sequence[str], file: str, folder: Path, seconds: float) -> int | None:
-    """None: it ran out of time."""
+    """None: the time limit was exceeded."""
     pipe = subprocess.PIPE
     command = [word.replace("{file}", file) for word in words]
     with subprocess.Popen(

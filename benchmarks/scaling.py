@@ -1,9 +1,12 @@
-"""How does the time before training grow with the number of adapters? `plan`, and everything up to the end of the first step.
+"""Time before training against the number of adapters: `plan`, and everything up to the end of the first
+step.
 
-A tiny random Llama, and N adapters in two forms: N tasks of eight rows with one LoRA each, and a sweep of N learning rates on one task.
-Every measurement has a process and a cache of its own; what is counted is the processor time of that process after its imports, the best
-of some repeats, because other programs on the machine disturb it least. `beside linear` is the time per adapter, relative to that of the
-fewest adapters: 1.0 is linear, less is better.
+A tiny random Llama with N adapters in two forms: N tasks of eight rows with one LoRA each, and a sweep of N
+learning rates on one task. Every measurement has its own process and cache. Counted is the processor time of
+that process after its imports, the best of several repeats, because other programs on the machine disturb it
+least. `beside linear` is the time per adapter relative to that of the fewest adapters: 1.0 is linear, less is
+better.
+
 Usage: python benchmarks/scaling.py [--adapters 500 1000 2500 5000] [--repeats 2] [--save]
 """
 
@@ -75,7 +78,7 @@ def table(counts: list[int], forms: list[str], repeats: int) -> list[str]:
 
 
 def ask(stage: str, form: str, count: int) -> float:
-    """Seconds that one process of its own took."""
+    """Seconds of one separate process."""
     with TemporaryDirectory() as cache:
         words = [sys.executable, __file__, "--one", stage, form, str(count)]
         environment = {**os.environ, "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -86,11 +89,11 @@ def ask(stage: str, form: str, count: int) -> float:
 
 
 class FirstStepDone(Exception):
-    """Ends a run after what is measured."""
+    """Ends a run after the measured part."""
 
 
 def measure(stage: str, form: str, count: int) -> float:
-    """Processor seconds of one stage, from reading the recipe on."""
+    """Processor seconds of one stage, beginning with reading the recipe."""
     import flora_train.cli  # noqa: F401  (before torch: how its threads wait, as in a run)
     from flora_train.commands.plan import plan_run
     from flora_train.commands.train import train_run

@@ -1,12 +1,14 @@
-"""Is it left alone for long? The run of a thousand adapters is signalled, killed, and short of disk and memory, for hours, and must end right.
+"""Disturbs the run of a thousand adapters for hours with signals, kills, and short disk and memory, and
+compares its result.
 
-    python benchmarks/soak.py --hours 2 --save        benchmarks/results/soak_cpu.md; needs root (its disk is a tmpfs that can be filled)
+    python benchmarks/soak.py --hours 2 --save        benchmarks/results/soak_cpu.md
 
-Every 20 to 90 seconds something happens, drawn at random: SIGTERM, SIGINT, kill -9, a disk without room, or another process that takes the
-machine's free memory but for a gigabyte and keeps it for 20 s. Whatever ends the run, it is started again with resume=true; if it comes to its end, it
-is compared and begun anew; once the time is over, it may end in peace. Compared are its adapters, byte by byte, with those of a run that nobody
-disturbed, trained first, or, with --reference FOLDER, by then. Resident memory is sampled every 2 s; its growth is that from the first to
-the last third of the longest sitting.
+Needs root, because its disk is a tmpfs that can be filled. Every 20 to 90 seconds a random event happens:
+SIGTERM, SIGINT, kill -9, a full disk, or another process that allocates all free memory except one gigabyte
+for 20 s. The run is restarted with resume=true whatever ended it. A finished run is compared and begun again;
+after the given time, it finishes undisturbed. Its adapters are compared byte by byte with those of an
+undisturbed run, which is trained first or given with --reference FOLDER. Resident memory is sampled every 2
+s; its growth is that from the first to the last third of the longest session.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from flora_train.runtime.environment import environment
 RESULT = Path(__file__).parent / "results" / "soak_cpu.md"
 EVENTS = ("SIGTERM", "SIGINT", "SIGKILL", "disk full", "memory short")
 KEPT_FREE = 10**9
-"""Bytes that who takes the memory leaves."""
+"""Bytes of memory that the allocating process leaves free."""
 HELD = 20.0
 """Seconds that disk or memory stay short."""
 SAVING = ("training.save_every=3", "training.keep_checkpoints=1")
@@ -48,9 +50,9 @@ SAVING = ("training.save_every=3", "training.keep_checkpoints=1")
 
 @dataclass
 class Seen:
-    """hours: how long it was disturbed; events: how often each; ended: exit status -> how often; lost: steps done and lost at a start;
-    damaged: checkpoints that could not be read; memory: sitting -> resident bytes over time; finished: the adapters' digests
-    of each run that came to its end."""
+    """hours: how long it was disturbed; events: how often each; ended: exit status -> how often; lost: steps
+    done and lost at a start; damaged: checkpoints that could not be read; memory: sitting -> resident bytes
+    over time; finished: the adapters' digests of each run that came to its end."""
 
     hours: float = 0.0
     events: Counter[str] = field(default_factory=Counter)
@@ -62,7 +64,7 @@ class Seen:
 
 
 def soak(command: list[str], run: Path, disk: Path, seconds: float, chance: random.Random) -> Seen:
-    """Start, disturb for so long, start again, and let it end."""
+    """Start, disturb for the given time, restart, and let it finish."""
     seen, deadline = Seen(hours=seconds / 3600), time.monotonic() + seconds
     while True:
         before, log = steps_done(run), disk.parent / "said.txt"
@@ -125,7 +127,7 @@ def disturb(event: str, process: subprocess.Popen[bytes], memory: list[int], dis
 
 @contextmanager
 def small_disk(size: str) -> Iterator[Path]:
-    """A file system of its own. Raises CalledProcessError where it may not be mounted."""
+    """A separate file system. Raises CalledProcessError where it may not be mounted."""
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "disk"
         folder.mkdir()
@@ -137,7 +139,7 @@ def small_disk(size: str) -> Iterator[Path]:
 
 
 def growth(memory: list[int]) -> float:
-    """From the median of the first third to that of the last; without the start, when the model is read."""
+    """From the median of the first third to that of the last; without the start, when the model is loaded."""
     settled = memory[15:]
     third = len(settled) // 3
     return median(settled[-third:]) / median(settled[:third]) - 1 if third else 0.0

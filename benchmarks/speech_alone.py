@@ -1,11 +1,13 @@
-"""Is an adapter of a mixed speech run as good as one that PEFT trained alone? Error rates on the same test clips.
+"""Compares adapters of a mixed speech run with adapters that PEFT trains separately: error rates on the same
+test clips.
 
-    accelerate launch --config_file launch/single.yaml train.py recipe=speech_local
-    python benchmarks/speech_alone.py outputs/speech_local --save        benchmarks/results/speech_alone_cpu.md
+    accelerate launch --config_file launch/single.yaml train.py recipe=speech_local python
+    benchmarks/speech_alone.py outputs/speech_local --save        benchmarks/results/speech_alone_cpu.md
 
-For every LoRA adapter of the run, PEFT trains a LoRA of its own on a base of its own: the same clips in the same steps, learning rates,
-clipping, from its own first numbers, in a plain loop; its last step counts. It transcribes as the run's adapters did, and what it wrote
-is kept in the run (eval/peft/), so that a second call goes on with the next language.
+For every LoRA adapter of the run, PEFT trains a LoRA on a separate base model: the same clips in the same
+steps, the same learning rates, clipping and initial values, in a plain loop; its last step counts. It
+transcribes in the same way as the run's adapters. Its transcripts are saved in the run (eval/peft/), so that
+a second call continues with the next language.
 """
 
 from __future__ import annotations
@@ -41,11 +43,11 @@ from flora_train.training.step_plan import make_mixture, plan_step
 
 RESULT = Path(__file__).resolve().parent / "results" / "speech_alone_cpu.md"
 ALONE = -2
-"""Who PEFT trained, beside the run's adapters and its base."""
+"""The adapter that PEFT trained, beside the run's adapters and its base."""
 
 
 def train_alone(session: RunContext, adapter: int) -> PeftRun:
-    """PEFT on what the joint run gave this adapter, step by step."""
+    """PEFT on the batches of this adapter in the joint run, step by step."""
     config, spec = session.config, session.bank.specs[adapter]
     run, mixture = PeftRun(config, spec), make_mixture(session.tasks, session.bank.specs, config)
     pad = pad_token(session.tokenizer)
@@ -63,8 +65,12 @@ def train_alone(session: RunContext, adapter: int) -> PeftRun:
 
 
 def transcribe(session: RunContext, adapter: int, run: PeftRun) -> list[str]:
-    """What it hears in the test clips of its language."""
-    config, task, speech_processor = session.config, session.bank.specs[adapter].task, session.speech_processor
+    """Its transcripts of the test clips of its language."""
+    config, task, speech_processor = (
+        session.config,
+        session.bank.specs[adapter].task,
+        session.speech_processor,
+    )
     speech, split = config.tasks[task].speech, evaluation_split(session.tasks[task])
     assert speech_processor is not None
     assert speech is not None
@@ -90,7 +96,8 @@ def transcribe(session: RunContext, adapter: int, run: PeftRun) -> list[str]:
 
 
 def alone(session: RunContext, adapter: int) -> list[str]:
-    """The transcripts of PEFT's adapter; made once and kept. Raises UserError if they are of an adapter that was trained otherwise."""
+    """The transcripts of PEFT's adapter, saved once made. Raises UserError if they are of an adapter with
+    other settings."""
     spec = session.bank.specs[adapter]
     file = session.folder.evaluation / "peft" / f"{spec.name}.json"
     digest = session.bank.digest(adapter)
@@ -107,8 +114,10 @@ def alone(session: RunContext, adapter: int) -> list[str]:
 
 
 def jointly(session: RunContext) -> dict[tuple[str, str], dict[int, str]]:
-    """(adapter, task) -> test clip -> what the run's evaluation wrote."""
-    log = Journal(session.folder.evaluation / "speech", LoggedTranscript, "transcript", "evaluate the run first")
+    """(adapter, task) -> test clip -> transcript of the run's evaluation."""
+    log = Journal(
+        session.folder.evaluation / "speech", LoggedTranscript, "transcript", "evaluate the run first"
+    )
     found: dict[tuple[str, str], dict[int, str]] = {}
     for entry in log.read().values():
         found.setdefault((entry.adapter, entry.task), {})[entry.example] = entry.text

@@ -3,10 +3,12 @@
     make speech-local
     python benchmarks/speech_joint.py --save        benchmarks/results/speech_joint_cpu.md
 
-Four languages x fLoRA (PEFT: HiRA, its residual form), LoRA and IA3 on Whisper base, in encoder and decoder as in recipe speech_local, and in the
-decoder only. One segment: a step of the joint run (every adapter learns from its task's clips of that step), and then one step of each PEFT run on
-the very same clips in batches of the same windows; segments take turns. With adapters in the decoder only PEFT encodes a clip in every run, the
-joint run once. Memory: largest resident size of a process that does one step, ours with all adapters, PEFT's with one.
+Four languages x fLoRA (PEFT: HiRA, its residual form), LoRA and IA3 on Whisper base, in encoder and decoder
+as in recipe speech_local, and in the decoder only. One segment is a step of the joint run (every adapter
+learns from its task's clips of that step), then one step of each PEFT run on the same clips in batches of the
+same windows; segments alternate. With adapters in the decoder only, PEFT encodes a clip in every run, the
+joint run once. Memory is the largest resident size of a process that does one step: with all adapters for
+flora_train, with one for PEFT.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def configuration(place: str) -> RunConfig:
 
 
 class Joint:
-    """Our trainer, step by step."""
+    """flora_train's trainer, step by step."""
 
     def __init__(self, folder: Path, place: str) -> None:
         config = configuration(place)
@@ -57,7 +59,7 @@ class Joint:
         self.session.model.train()
 
     def plan(self, number: int) -> StepPlan:
-        """The step's rows; their features are made beforehand, which is no part of what is measured."""
+        """The step's rows; their features are computed before, and not measured."""
         trainer = self.trainer
         plan = plan_step(trainer.mixture, number, trainer.tasks, trainer.bank, trainer.config.training.tokens_per_microbatch)
         assert plan is not None
@@ -74,7 +76,7 @@ class Joint:
 
 
 def times(repeats: int, place: str) -> dict[str, Any]:
-    """Seconds of every segment, and where ours go."""
+    """Seconds of every segment, and the parts of flora_train's."""
     torch.set_num_threads(available_cpus())
     with tempfile.TemporaryDirectory() as folder:
         joint = Joint(Path(folder), place)
@@ -100,7 +102,7 @@ def times(repeats: int, place: str) -> dict[str, Any]:
 
 
 def peaks(place: str) -> dict[str, float]:
-    """GiB of a process of its own that does one step: jointly, and of every method in PEFT."""
+    """GiB of a separate process that does one step: jointly, and with every method in PEFT."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         joint = Joint(Path(folder), place)
@@ -117,7 +119,7 @@ def peaks(place: str) -> dict[str, float]:
 
 
 def one_step(who: str, file: str, place: str) -> None:
-    """Do it, and print the largest resident size."""
+    """Do one step, and print the largest resident size."""
     torch.set_num_threads(available_cpus())
     if who == "joint":
         with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,12 @@
-"""A sweep of twelve settings: one run beside twelve PEFT runs one after the other, on the same examples. Do both find the same winner?
+"""A sweep of twelve settings: one run beside twelve PEFT runs one after the other, on the same examples.
 
     python benchmarks/sweep.py --save        benchmarks/results/sweep_cpu.md
 
-fLoRA (PEFT: HiRA, its residual form), LoRA and IA3 at four learning rates each, on the quickstart's Lua. One segment: a step of the joint
-run, and then one step of every PEFT run on the same rows, learning rates and clipping; the two take turns. PEFT's adapters begin with
-the first numbers of ours, so that both are the same experiment. At the end both are judged on the same held-out examples, after their last step. Loading the model, once here and twelve
-times there, is not in the times.
+fLoRA (PEFT: HiRA, its residual form), LoRA and IA3 at four learning rates each, on the quickstart's Lua task.
+One segment is a step of the joint run, then one step of every PEFT run on the same rows, learning rates and
+clipping; both alternate. PEFT's adapters start with the same initial values, so that both are the same
+experiment. At the end both are evaluated on the same held-out examples after their last step, and their
+winners are compared. Loading the model, once for flora_train and twelve times for PEFT, is not in the times.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def configuration(steps: int) -> RunConfig:
 
 
 class Sweep:
-    """Our trainer with twelve adapters, and twelve PEFT runs, step by step."""
+    """flora_train's trainer with twelve adapters, and twelve PEFT runs, step by step."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.session: RunContext = load_context(config, RunFolder(folder), torch.device("cpu"))
@@ -89,7 +90,7 @@ class Sweep:
         return seconds
 
     def losses(self) -> dict[str, dict[str, float]]:
-        """Side -> adapter -> held-out nats a token."""
+        """Side -> adapter -> held-out nats per token."""
         trainer, validation = self.trainer, self.trainer.tasks[TASK].validation
         room = trainer.config.training.tokens_per_microbatch
         held = evaluate_heldout(trainer.row_losses, trainer.bank, trainer.tasks.values(), room, self.session.pad_token)[TASK]

@@ -1,8 +1,11 @@
-"""What does a step cost when a thousand adapters are registered? SmolLM2-135M with 9, 99 and 1,026 of them, the same batch.
+"""The cost of a step with a thousand registered adapters: SmolLM2-135M with 9, 99 and 1,026 of them, the same
+batch.
 
-Three processes, each with all its adapters (fLoRA, LoRA of rank 4 on queries and values, IA3) in memory, take the same steps in turn: up to nine
-adapters of three tasks, rows of 32 to 64 tokens. Prints the time of a step beside that of nine, the memory that adapters
-take beside what `flora-train plan` reckons (16 bytes a number), and the seconds of a checkpoint and of exporting all as PEFT folders.
+Three processes, each with all its adapters (fLoRA, LoRA of rank 4 on queries and values, IA3) in memory,
+alternate the same steps: up to nine adapters of three tasks, rows of 32 to 64 tokens. Prints the time of a
+step relative to that with nine, the memory of the adapters beside the estimate of `flora-train plan` (16
+bytes per parameter), and the seconds of a checkpoint and of exporting all adapters as PEFT folders.
+
 Usage: python benchmarks/thousand.py [--model assets/models/smollm2-135m] [--steps 15] [--save]
 """
 
@@ -36,7 +39,7 @@ METHODS: dict[str, Any] = {
     "ia3": {"method": "ia3", "lr": 1e-2},
 }
 BYTES = 16
-"""Of a number of an adapter: itself, its gradient, two moments."""
+"""Bytes per parameter: value, gradient and two moments."""
 
 
 def main() -> None:
@@ -91,7 +94,7 @@ def table(model: str, steps: int) -> list[str]:
 
 
 def ask(process: subprocess.Popen[str], word: str | None = None) -> list[float]:
-    """The numbers of the answer."""
+    """The numbers of an answer."""
     assert process.stdin is not None
     assert process.stdout is not None
     if word is not None:
@@ -101,7 +104,7 @@ def ask(process: subprocess.Popen[str], word: str | None = None) -> list[float]:
 
 
 def serve(tasks: int, model: str, steps: int) -> None:
-    """One process: says numbers and memory of its adapters, then answers `step` and `save`."""
+    """One process: reports parameters and memory of its adapters, then answers `step` and `save`."""
     from contenders.many_tasks import make_trainer
 
     resident = psutil.Process().memory_info

@@ -1,6 +1,7 @@
-"""The run of a thousand adapters, from its first step to its report: how long it takes, and is its memory flat?
+"""The run of a thousand adapters from its first step to its report: its duration and its memory over time.
 
-Resident memory of the process is sampled every 2 s beside the step that metrics.jsonl is at. Prints Markdown.
+Resident memory of the process is sampled every 2 s, with the current step of metrics.jsonl. Prints Markdown.
+
 Usage: python benchmarks/thousand_run.py [--save] [recipe=thousand key=value ...]
 """
 
@@ -59,7 +60,7 @@ def watch(process: subprocess.Popen[bytes], run: Path) -> list[tuple[int, int]]:
 
 
 def report(recipe: list[str], samples: list[tuple[int, int]], minutes: float, adapters: int) -> list[str]:
-    """Markdown. What follows the last step is evaluating, exporting and the report."""
+    """Markdown. After the last step come evaluation, export and the report."""
     facts, steps = environment(), max(step for step, _ in samples)
     training = [(step, memory) for step, memory in samples if 0 < step < steps]
     lines = [

@@ -1,8 +1,9 @@
-"""Puts the figures of committed results between their markers in README and docs.
+"""Writes the figures of committed results between their markers in README and docs.
 
 Usage: python benchmarks/update_figures.py [--check]   (--check: change nothing, only compare)
-Results come from `make quickstart`, `make sweep` and recipe multipl_e_local (benchmarks/results/<name>.json is that run's
-eval/report.json) and from `python benchmarks/joint.py --save`.
+
+Results come from `make quickstart`, `make sweep` and recipe multipl_e_local (benchmarks/results/<name>.json
+is that run's eval/report.json) and from `python benchmarks/joint.py --save`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PEERS = ROOT / "benchmarks" / "peers.md"
 
 
 def quickstart_block() -> str:
-    """What `make quickstart` printed, and the machine it ran on."""
+    """The output of `make quickstart`, and its machine."""
     results = read_report("quickstart")
     return f"{printed(results, print_completions)}\n\n{machine(results)}"
 
@@ -101,7 +102,7 @@ def comparison_block() -> str:
 
 
 def code_block() -> str:
-    """What recipe multipl_e_local found: held-out loss, and pass@k on every suite that it was asked."""
+    """Results of recipe multipl_e_local: held-out loss, and pass@k on every suite."""
     results = read_report("multipl_e_local")
     settings = [
         f"{suite.suite}: {suite.completions} completions at temperature {suite.temperature:g}, "
@@ -112,7 +113,7 @@ def code_block() -> str:
 
 
 def parsing(results: Report) -> str:
-    """Of MultiPL-E's programs the share that is not refused as no program of its language, and the share that was cut at the most tokens."""
+    """MultiPL-E: the share of programs that parse, and the share that reached the token limit."""
     suite = next(suite for suite in results.code if suite.suite == "multipl_e")
     families = [score.family for score in suite.languages[0].contenders]
     rows = [
@@ -127,7 +128,7 @@ def parsing(results: Report) -> str:
 
 
 def speech_block() -> str:
-    """What recipe speech_local found: error rates of base and adapters."""
+    """Results of recipe speech_local: error rates of base and adapters."""
     results = read_report("speech_local")
     return f"{error_rates(results)}\n\n{machine(results)}"
 
@@ -150,14 +151,14 @@ def speech_sweep_block() -> str:
 
 
 def error_rates(results: Report) -> str:
-    """What a run prints of its error rates, as a block."""
+    """The error rates that a run prints, as a block."""
     output = io.StringIO()
     print_error_rates(results.speech, Console(file=output, width=140, soft_wrap=True))
     return f"~~~\n{output.getvalue().strip()}\n~~~"
 
 
 def printed(results: Report, *more: Callable[[Report, Console], None]) -> str:
-    """What a run prints at its end, as a block; completions in it may hold backticks."""
+    """The last output of a run, as a block; completions in it may hold backticks."""
     output = io.StringIO()
     console = Console(file=output, width=140, soft_wrap=True)
     print_results(results, console)
@@ -235,7 +236,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def updated(text: str) -> str:
-    """A text with fresh figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
+    """A text with updated figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
     blocks = {"quickstart": quickstart_block, "sweep": sweep_block, "joint": joint_block, "code": code_block}
     blocks |= {"speech": speech_block, "speech_sweep": speech_sweep_block}
     blocks |= {

@@ -1,4 +1,5 @@
-"""Do short encoder windows harm? The base model's error rates with windows of the model's 30 s, and of 10 s and 2 s steps.
+"""The effect of short encoder windows: the base model's error rates with windows of 30 s, and with steps of
+10 s and 2 s.
 
     make speech-local
     python benchmarks/windows.py --save        benchmarks/results/windows_cpu.md
@@ -35,7 +36,8 @@ STEPS: tuple[float | None, ...] = (None, 10.0, 2.0)
 
 
 def transcribe(step: float | None, clips: int) -> tuple[dict[str, tuple[list[str], list[str]]], float]:
-    """(task -> (said, heard), both normalised; seconds of transcribing) with windows of this step."""
+    """(task -> (reference, transcript), both normalised; seconds of transcribing) with windows of this
+    step."""
     words = [] if step is None else [f"audio.window_step={step}"]
     limits = [f"tasks.{task}.max_test_examples={clips}" for task in ("cs", "nl", "ro", "bg")]
     few = [f"tasks.{task}.{key}=4" for task in ("cs", "nl", "ro", "bg") for key in ("max_examples", "max_validation_examples")]

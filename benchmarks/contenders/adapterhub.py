@@ -1,5 +1,8 @@
-"""AdapterHub's `adapters`: BatchSplit composition of LoRA adapters. It adapts q, k, v, up and down projections, but cannot adapt
-o and gate: its rival is ours on the same five layers."""
+"""AdapterHub's `adapters`: BatchSplit composition of LoRA adapters.
+
+It adapts q, k, v, up and down projections, but cannot adapt o and gate: it is compared with flora_train on
+the same five layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The limit: the frozen model alone, forward and backward to its embeddings, with our loss and no adapter at all."""
+"""The limit: the frozen model alone, forward and backward to its embeddings, with flora_train's loss and no
+adapter."""
 
 from __future__ import annotations
 

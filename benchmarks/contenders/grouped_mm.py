@@ -1,4 +1,4 @@
-"""fLoRA with W0 * M formed for all adapters, and multiplied by torch.nn.functional.grouped_mm."""
+"""fLoRA with W0 * M formed for all adapters and multiplied by torch.nn.functional.grouped_mm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class GroupedMatmulFlora(torch.autograd.Function):
-    """y_k = x_k (W0 * B_k A_k)^T, with gradients as hand-written as ours: three grouped matmuls, whatever the rank."""
+    """y_k = x_k (W0 * B_k A_k)^T with hand-written gradients: three grouped matmuls for any rank."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, ends: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""A trainer of many tasks on a small model, without files: what scales with the number of adapters can be measured on it."""
+"""A trainer of many tasks on a small model, without files, to measure what scales with the number of
+adapters."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def make_trainer(
     paging: Paging | None = None,
     model: str = "small",
 ) -> Trainer:
-    """Every adapter on so many tasks of random tokens, half to all of max_length long. model: `small` (random weights), or a folder."""
+    """Every adapter on this number of tasks of random tokens, half to all of max_length long. model: `small`
+    (random weights), or a folder."""
     config = validate(
         {
             "name": "many",

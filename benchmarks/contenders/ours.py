@@ -1,5 +1,7 @@
-"""flora_train: all adapters in one batch. Methods: lora, lora5 (on the layers that AdapterHub adapts), flora, mixed (LoRA, fLoRA
-and IA3 in turn)."""
+"""flora_train: all adapters in one batch.
+
+Methods: lora, lora5 (on the layers that AdapterHub adapts), flora, mixed (LoRA, fLoRA and IA3 in turn).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One linear layer with PEFT's HiRA adapters: every adapter is made active in turn, for its own tokens."""
+"""One linear layer with PEFT's HiRA adapters: each adapter is activated in turn, for its own tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""PEFT, adapter by adapter: activate it, forward and backward its rows, then one AdamW step for all. lora or hira."""
+"""PEFT, adapter by adapter: activate it, forward and backward of its rows, then one AdamW step for all.
+
+Methods: lora, hira.
+"""
 
 from __future__ import annotations
 

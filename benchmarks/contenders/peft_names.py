@@ -1,5 +1,7 @@
-"""PEFT's `adapter_names`: all adapters in one batch. PEFT refuses it in training, so the model stays in eval mode. LoRA only:
-for HiRA PEFT ignores the names."""
+"""PEFT's `adapter_names`: all adapters in one batch. LoRA only, because PEFT ignores the names for HiRA.
+
+PEFT refuses it in training mode, so that the model stays in evaluation mode.
+"""
 
 from __future__ import annotations
 

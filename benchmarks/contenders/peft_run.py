@@ -1,4 +1,4 @@
-"""A PEFT run of one adapter, on a base of its own: a plain loop over batches, of text or speech."""
+"""A PEFT run of one adapter on a separate base model: a plain loop over batches, of text or speech."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flora_train.models.loading import load_base_model
 from flora_train.training.step_plan import StepPlan
 
 Batch = tuple[dict[str, Tensor], Tensor]
-"""What the model is called with, and the labels [B, L] of its logits."""
+"""The model's arguments, and the labels [B, L] of its logits."""
 
 
 class PeftRun:
@@ -44,11 +44,11 @@ class PeftRun:
         )
 
     def begin_as(self, bank: AdapterBank, name: str) -> None:
-        """With the numbers that an adapter of ours has now."""
+        """Set the parameters to the current values of an adapter of flora_train."""
         set_peft_model_state_dict(self.model, peft_tensors(bank, name))
 
     def step(self, batches: Sequence[Batch], lr: float | None = None) -> float:
-        """One update from all batches, which weigh by their learnt tokens; returns the mean loss of one."""
+        """One update from all batches, weighted by their trained tokens; returns the mean loss per token."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] if lr is None else lr
         tokens, total = label_tokens(batches), 0.0
@@ -70,7 +70,7 @@ class PeftRun:
         return total / label_tokens(batches)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Summed over learnt tokens."""
+        """Summed over trained tokens."""
         inputs, labels = batch
         logits = self.model(**inputs, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="sum")
@@ -83,7 +83,7 @@ def label_tokens(batches: Sequence[Batch]) -> int:
 def batches_of(
     plan: StepPlan, adapter: int, split_of: Callable[[str], TokenSplit], collate: Collate, pad_token: int
 ) -> list[Batch]:
-    """One adapter's part of a joint step; what is heard in batches of the same windows."""
+    """One adapter's part of a joint step; clips are in batches of the same windows."""
     groups = [[row for row in group if row.adapter == adapter] for group in plan.microbatches]
     return [as_batch(collate(rows, split_of, pad_token)) for rows in groups if rows]
 

@@ -1,8 +1,9 @@
-"""What does every contender run? The same model, the same batch, one optimizer step whenever the driver says `go`.
+"""The work of every contender: the same model, the same batch, one optimizer step for each request of the
+driver.
 
-A contender is a program: it builds its model and N adapters, prints `ready`, and answers every line of standard input with
-the seconds of one step (forward, loss, backward, AdamW on every adapter). It must not depend on flora_train: peers run in
-environments of their own.
+A contender is a program: it builds its model and N adapters, prints `ready`, and answers every line of
+standard input with the seconds of one step (forward, loss, backward, AdamW on every adapter). It must not
+depend on flora_train, because peers run in environments of their own.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Work:
-    """adapters: how many share the rows, in equal parts; rows x length tokens, none of them padding."""
+    """adapters: number of adapters that share the rows equally; rows x length tokens without padding."""
 
     model: str
     method: str
