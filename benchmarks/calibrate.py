@@ -168,10 +168,14 @@ def report(timed: Sequence[Timed], found: dict[int, Thresholds], repeats: int, m
         "# Where fLoRA's formulations overtake each other",
         "",
         f"{machine}. `python benchmarks/calibrate.py --save` prints this file.",
-        f"Forward + backward of {len(timed)} shapes, residual adapters, median of up to {repeats} interleaved rounds. The loss of a",
-        "rule is how many times slower its choice is than the fastest formulation of a shape (geometric mean).",
+        f"Forward + backward of {len(timed)} shapes, residual adapters, median of up to {repeats} "
+        "interleaved rounds. The loss of a",
+        "rule is how many times slower its choice is than the fastest formulation of a shape (geometric "
+        "mean).",
         "",
-        "| dtype | a term costs (% of a run through W0) | forming W0 * M costs an adapter (tokens through W0) | and a rank | work on all adapters at once up to (MiB of W0 * M) | our own kernel up to (tokens per adapter) | loss | worst shape | loss of always the same |",
+        "| dtype | a term costs (% of a run through W0) | forming W0 * M costs an adapter (tokens through "
+        "W0) | and a rank | work on all adapters at once up to (MiB of W0 * M) | our own kernel up to "
+        "(tokens per adapter) | loss | worst shape | loss of always the same |",
         "|---" * 9 + "|",
     ]
     for size, thresholds in found.items():
@@ -183,7 +187,9 @@ def report(timed: Sequence[Timed], found: dict[int, Thresholds], repeats: int, m
         }
         alternatives = ", ".join(f"{name.replace('_', ' ')} {loss:.2f}" for name, loss in always.items())
         lines.append(
-            f"| {DTYPES[size]} | {thresholds.expanding} | {thresholds.forming} | {thresholds.forming_a_rank} | {thresholds.grouped_bytes >> 20} | {thresholds.fused_tokens} | {mean_loss(mine, thresholds):.3f} | "
+            f"| {DTYPES[size]} | {thresholds.expanding} | {thresholds.forming} | "
+            f"{thresholds.forming_a_rank} | {thresholds.grouped_bytes >> 20} | {thresholds.fused_tokens} | "
+            f"{mean_loss(mine, thresholds):.3f} | "
             f"{worst.loss(thresholds):.2f} at {said(worst.work)} | {alternatives} |"
         )
     lines += [
@@ -200,7 +206,8 @@ def report(timed: Sequence[Timed], found: dict[int, Thresholds], repeats: int, m
         mib = work.segments * work.in_features * work.out_features * work.bytes_each / 2**20
         chosen = decide(work, found[work.bytes_each]).formulation
         lines.append(
-            f"| {DTYPES[work.bytes_each]} | {said(work)} | {work.terms * work.tokens // work.segments} | {mib:.1f} | "
+            f"| {DTYPES[work.bytes_each]} | {said(work)} | {work.terms * work.tokens // work.segments} | "
+            f"{mib:.1f} | "
             f"{fastest.replace('_', ' ')} | {ratios} | {chosen.replace('_', ' ')} |"
         )
     return lines

@@ -219,13 +219,15 @@ def tool(name: str, *words: str) -> subprocess.CompletedProcess[str]:
 def table(found: list[Compiled]) -> list[str]:
     """Markdown."""
     columns = (
-        "kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) | instructions | of them for matrix units"
+        "kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) | instructions | "
+        "of them for matrix units"
     )
     lines = [f"| {columns} |", "|---" * 9 + "|"]
     for c in found:
         shared = f"{c.shared / 1024:.0f} ({SHARED_BYTES[c.capability] >> 10})"
         lines.append(
-            f"| {c.kernel} | {c.dtype} | {'any' if c.kernel in WITHOUT_RANK else f'to {c.rank}'} | sm_{c.capability} | {c.registers} | {c.spilled} | {shared} | {c.instructions} | {c.matmuls} |"
+            f"| {c.kernel} | {c.dtype} | {'any' if c.kernel in WITHOUT_RANK else f'to {c.rank}'} | "
+            f"sm_{c.capability} | {c.registers} | {c.spilled} | {shared} | {c.instructions} | {c.matmuls} |"
         )
     return lines
 
@@ -245,7 +247,8 @@ def main() -> int:
     heading = [
         "# The Triton kernels, compiled",
         "",
-        f"triton {triton.__version__}, blocks of {TILE_TOKENS} tokens (fLoRA: as named) x {TILE_FEATURES} features, tokens in order, 8 parts; fetched: by "
+        f"triton {triton.__version__}, blocks of {TILE_TOKENS} tokens (fLoRA: as named) x {TILE_FEATURES} "
+        "features, tokens in order, 8 parts; fetched: by "
         "the copy engine of sm_90. `python benchmarks/compile_kernels.py --save` prints this file.",
         "",
     ]

@@ -183,12 +183,17 @@ def heading(repeats: int) -> list[str]:
     return [
         "# Judging programs: our executor beside MultiPL-E's way",
         "",
-        f"{facts['machine']['processor']}, {available_cpus()} cores, Python {facts['python']}, {', '.join(versions)}, commit "
+        f"{facts['machine']['processor']}, {available_cpus()} cores, Python {facts['python']}, "
+        f"{', '.join(versions)}, commit "
         f"{facts['commit']}.",
-        f"Median of {repeats} interleaved pair{'s' * (repeats > 1)} of runs. `python benchmarks/execution.py --save` prints this",
-        f"file. Ours: {available_cpus()} programs at a time, each in its sandbox, C++ with a precompiled header (making it is in",
-        "the time). The reference: one at a time without a sandbox, looked at every 0.1 s. Both stop a program after",
-        f"{SECONDS:g} s (ours, beside others, after twice that; doubtful ones are run again alone); the reference's own limit of 15 s",
+        f"Median of {repeats} interleaved pair{'s' * (repeats > 1)} of runs. `python "
+        "benchmarks/execution.py --save` prints this",
+        f"file. Ours: {available_cpus()} programs at a time, each in its sandbox, C++ with a precompiled "
+        "header (making it is in",
+        "the time). The reference: one at a time without a sandbox, looked at every 0.1 s. Both stop a "
+        "program after",
+        f"{SECONDS:g} s (ours, beside others, after twice that; doubtful ones are run again alone); the "
+        "reference's own limit of 15 s",
         "would make it slower yet. In every hundred programs one never ends.",
         "",
     ]
@@ -229,9 +234,12 @@ def endings(cases: Cases, measured: Results) -> list[str]:
     return [
         *lines,
         "",
-        "Where they differ: the reference takes 1 KiB of output at each look, so that a program that prints 300 KB waits for its",
-        "reader until its time is over, and is called a Timeout though it is right (with 15 s, too: a pipe holds 64 KiB, and 15 s",
-        "of looks take 150 KiB more). It has one word, Exception, for failed assertions and, in Lua, for what does not parse.",
+        "Where they differ: the reference takes 1 KiB of output at each look, so that a program that prints "
+        "300 KB waits for its",
+        "reader until its time is over, and is called a Timeout though it is right (with 15 s, too: a pipe "
+        "holds 64 KiB, and 15 s",
+        "of looks take 150 KiB more). It has one word, Exception, for failed assertions and, in Lua, for "
+        "what does not parse.",
         "",
     ]
 

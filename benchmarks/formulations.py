@@ -151,22 +151,27 @@ def report(rows: Sequence[Row], repeats: int) -> list[str]:
     lines = [
         "# fLoRA beside its alternatives: forward + backward as a multiple of a frozen linear layer",
         "",
-        f"{where()}, {DTYPE}. Median of up to {repeats} interleaved pairs. Pure adapters. `python benchmarks/kernels.py --save` prints this",
-        "file. -: does not fit, or would loop over more than 128 adapters. At one token each every token has its own adapter.",
+        f"{where()}, {DTYPE}. Median of up to {repeats} interleaved pairs. Pure adapters. `python "
+        "benchmarks/kernels.py --save` prints this",
+        "file. -: does not fit, or would loop over more than 128 adapters. At one token each every token "
+        "has its own adapter.",
         "",
-        f"| d, tokens | adapters x tokens each | rank | {' | '.join(CONTENDERS)} | ours / best other way of fLoRA |",
+        f"| d, tokens | adapters x tokens each | rank | {' | '.join(CONTENDERS)} | ours / best other way of "
+        "fLoRA |",
         "|---" * (len(CONTENDERS) + 4) + "|",
     ]
     for row in rows:
         cells = ("-" if ratio is None else f"{ratio:.2f}" for ratio in row.ratios.values())
         lines.append(
-            f"| {row.d}, {row.tokens} | {row.tokens // row.each} x {row.each} | {row.rank} | {' | '.join(cells)} | {against_best(row):.2f} |"
+            f"| {row.d}, {row.tokens} | {row.tokens // row.each} x {row.each} | {row.rank} | "
+            f"{' | '.join(cells)} | {against_best(row):.2f} |"
         )
     worst = max(rows, key=against_best)
     lines += [
         "",
         f"Ours against the fastest other way of fLoRA: at worst {against_best(worst):.2f} times its time "
-        f"(d {worst.d}, {worst.tokens // worst.each} x {worst.each} tokens, rank {worst.rank}), geometric mean "
+        f"(d {worst.d}, {worst.tokens // worst.each} x {worst.each} tokens, rank {worst.rank}), geometric "
+        "mean "
         f"{math.exp(sum(math.log(against_best(row)) for row in rows) / len(rows)):.2f}.",
         "",
         *critical_table(rows),
@@ -202,7 +207,8 @@ def critical_ranks(rows: Sequence[Row], name: str, limit: float) -> dict[tuple[i
 def critical_table(rows: Sequence[Row]) -> list[str]:
     """Markdown."""
     lines = [
-        "## Critical rank: up to which rank fLoRA costs no more than LoRA (torch.bmm) of the same rank, and than twice that",
+        "## Critical rank: up to which rank fLoRA costs no more than LoRA (torch.bmm) of the same rank, and "
+        "than twice that",
         "",
         "| d, tokens | tokens each | paper: as LoRA | paper: 2 x LoRA | ours: as LoRA | ours: 2 x LoRA |",
         "|---|---|---|---|---|---|",

@@ -44,9 +44,11 @@ PROMPTS = [
     "# Returns true if the number is even.\ndef is_even?(n)",
     "// Returns the text in reverse order.\nfunction reversed(text) {",
     "// Says whether the year has 366 days.\nfunc longYear(year int) bool {",
-    "/// Returns how often the letter occurs in the text.\nfn occurrences(text: &str, letter: char) -> usize {",
+    "/// Returns how often the letter occurs in the text.\nfn occurrences(text: &str, letter: char) -> "
+    "usize {",
     "// Returns the average of the numbers.\nfunction average($numbers) {",
-    "/// Returns the first number that is divisible by the other.\nint firstMultiple(int[] numbers, int other)",
+    "/// Returns the first number that is divisible by the other.\nint firstMultiple(int[] numbers, int "
+    "other)",
 ]
 
 
@@ -139,19 +141,24 @@ def main() -> None:
     lines = [
         f"# Decoding {n} adapters in one batch, against one after the other",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['threads']} threads; torch {facts['packages']['torch']}, transformers "
+        f"{facts['machine']['processor']}, {facts['machine']['threads']} threads; torch "
+        f"{facts['packages']['torch']}, transformers "
         f"{facts['packages']['transformers']}, peft {facts['packages']['peft']}; commit {facts['commit']}.",
-        f"SmolLM2-135M, float32, greedy, one prompt an adapter, {options.tokens} tokens each, reading the prompts included; medians "
-        f"of {options.repeats} rounds in which the ways took turns. `python benchmarks/generation.py --save` prints this file.",
+        f"SmolLM2-135M, float32, greedy, one prompt an adapter, {options.tokens} tokens each, reading the "
+        "prompts included; medians "
+        f"of {options.repeats} rounds in which the ways took turns. `python benchmarks/generation.py "
+        "--save` prints this file.",
         "",
-        "| | mixed, tokens/s | in turn | peft, in turn | gain over in turn | gain over peft | texts equal to in turn | to peft |",
+        "| | mixed, tokens/s | in turn | peft, in turn | gain over in turn | gain over peft | texts equal "
+        "to in turn | to peft |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
         found = measure(method, options.tokens, options.repeats)
         rates, gain, same = found["rates"], found["gain"], found["same"]
         lines.append(
-            f"| {method} | {rates['mixed']:.0f} | {rates['in turn']:.0f} | {rates['peft']:.0f} | **{gain['in turn']:.2f}** | "
+            f"| {method} | {rates['mixed']:.0f} | {rates['in turn']:.0f} | {rates['peft']:.0f} | "
+            f"**{gain['in turn']:.2f}** | "
             f"**{gain['peft']:.2f}** | {same['in turn']} of {n} | {same['peft']} of {n} |"
         )
     text = "\n".join(lines) + "\n"

@@ -82,7 +82,8 @@ class Regime:
 REGIMES = (
     Regime(
         "small model, fixed batch",
-        "Llama of 4 layers, d = 256, random weights; 64 rows x 32 tokens shared by N adapters, one to 64 rows each",
+        "Llama of 4 layers, d = 256, random weights; 64 rows x 32 tokens shared by N adapters, one to 64 "
+        "rows each",
         "small",
         64,
         32,
@@ -228,9 +229,15 @@ def table(result: dict[str, Any]) -> list[str]:
     lines += [f"| | {' | '.join(f'N = {n}' for n in counts)}{keeps} |", "|---" * (len(counts) + 1 + bool(keeps)) + "|"]
     for label in labels:
         rates = {n: result["adapters"][n]["tokens_per_second"].get(label) for n in counts}
-        kept = f" | {rates['16'] / rates[counts[0]]:.2f}" if keeps and rates["16"] else " | –" if keeps else ""
-        lines.append(f"| {label} | {' | '.join('–' if rate is None else f'{rate:,.0f}' for rate in rates.values())}{kept} |")
-    lines += ["", f"| times as fast | {' | '.join(f'N = {n}' for n in counts)} |", "|---" * (len(counts) + 1) + "|"]
+        cells = ["–" if rate is None else f"{rate:,.0f}" for rate in rates.values()]
+        if keeps:
+            cells.append(f"{rates['16'] / rates[counts[0]]:.2f}" if rates["16"] else "–")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"| times as fast | {' | '.join(f'N = {n}' for n in counts)} |",
+        "|---" * (len(counts) + 1) + "|",
+    ]
     for ours, rivals in RIVALS.items():
         for rival in rivals:
             found = [result["adapters"][n]["ratios"].get(ours, {}).get(rival) for n in counts]

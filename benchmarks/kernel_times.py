@@ -61,9 +61,11 @@ def main() -> None:
     lines = [
         "# Where an adapted layer's time goes on a GPU",
         "",
-        f"{where()}. Width {WIDTH}, {TOKENS} tokens, bfloat16, forward + backward. `python benchmarks/kernel_times.py --save` prints this file.",
+        f"{where()}. Width {WIDTH}, {TOKENS} tokens, bfloat16, forward + backward. `python "
+        "benchmarks/kernel_times.py --save` prints this file.",
         "",
-        "| layer | adapters x tokens each | rank | GPU, ms | times the frozen layer's | Python, ms | of the GPU's time |",
+        "| layer | adapters x tokens each | rank | GPU, ms | times the frozen layer's | Python, ms | of the "
+        "GPU's time |",
         "|---" * 7 + "|",
     ]
     frozen = None
@@ -72,7 +74,8 @@ def main() -> None:
         frozen = frozen or on_gpu
         largest = ", ".join(f"{kernel} {taken:.3f}" for kernel, taken in kernels[:3])
         lines.append(
-            f"| {name} | {TOKENS // each} x {each} | {rank} | {on_gpu:.3f} | {on_gpu / frozen:.2f} | {in_python:.2f} | {largest} |"
+            f"| {name} | {TOKENS // each} x {each} | {rank} | {on_gpu:.3f} | {on_gpu / frozen:.2f} | "
+            f"{in_python:.2f} | {largest} |"
         )
     text = "\n".join(lines) + "\n"
     print(text)

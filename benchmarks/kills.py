@@ -172,16 +172,21 @@ def report(processes: int, seen: Seen, same: bool, adapters: int) -> list[str]:
     return [
         f"# {seen.kills} times kill -9, {processes} process{'es' if processes > 1 else ''}",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch {facts['packages']['torch']}; SmolLM2-135M, {adapters} adapters, {STEPS} steps, a checkpoint "
-        f"every {SAVE_EVERY}. `python benchmarks/kills.py --kills {seen.kills} --processes {processes} --save` prints this file.",
+        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch "
+        f"{facts['packages']['torch']}; SmolLM2-135M, {adapters} adapters, {STEPS} steps, a checkpoint "
+        f"every {SAVE_EVERY}. `python benchmarks/kills.py --kills {seen.kills} --processes {processes} "
+        "--save` prints this file.",
         "",
         "| | |",
         "|---|---|",
         f"| kills | {seen.kills}, of which {seen.while_saving} while a checkpoint was being written |",
-        f"| adapters with the bytes of the run that was not killed | {'all' if same else 'NOT all'} of {adapters} |",
+        f"| adapters with the bytes of the run that was not killed | {'all' if same else 'NOT all'} of "
+        f"{adapters} |",
         f"| checkpoints that could not be read | {seen.damaged} |",
-        f"| steps done and lost at a kill | at most {max(seen.lost, default=0)}, median {statistics.median(seen.lost or [0]):g} |",
-        f"| seconds from a start to the first step | median {statistics.median(seen.back or [0]):.1f}, at most {max(seen.back, default=0):.1f} |",
+        f"| steps done and lost at a kill | at most {max(seen.lost, default=0)}, median "
+        f"{statistics.median(seen.lost or [0]):g} |",
+        f"| seconds from a start to the first step | median {statistics.median(seen.back or [0]):.1f}, at "
+        f"most {max(seen.back, default=0):.1f} |",
     ]
 
 

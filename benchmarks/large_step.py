@@ -59,9 +59,11 @@ def main() -> None:
     lines = [
         "# A training step of a large model, all adapters at once against one at a time",
         "",
-        f"{where()}. StarCoder2 shapes, random weights, rank {RANK} on every linear layer. `python benchmarks/large_step.py --save` prints this file.",
+        f"{where()}. StarCoder2 shapes, random weights, rank {RANK} on every linear layer. `python "
+        "benchmarks/large_step.py --save` prints this file.",
         "",
-        "| adapters | contender | tokens/s | memory, base included (GiB) | times PEFT's speed (its loop of the same kind) |",
+        "| adapters | contender | tokens/s | memory, base included (GiB) | times PEFT's speed (its loop of "
+        "the same kind) |",
         "|---|---|---|---|---|",
     ]
     for adapters in (8, 32):
@@ -102,7 +104,10 @@ def compare(adapters: int, rival: str, ways: Sequence[tuple[str, Precision]], ti
     for name, needed in memory.items():
         speed = f"{ids.numel() / statistics.median(taken[name]):.0f}" if name in taken else "-"
         pairs = [theirs / mine for theirs, mine in zip(peft, taken.get(name, []), strict=False)]
-        rows.append(f"| {adapters} | {name} | {speed} | {needed} | {f'{statistics.median(pairs):.2f}' if pairs else '-'} |")
+        rows.append(
+            f"| {adapters} | {name} | {speed} | {needed} | "
+            f"{f'{statistics.median(pairs):.2f}' if pairs else '-'} |"
+        )
     return rows
 
 

@@ -61,8 +61,10 @@ def heading(repeats: int) -> list[str]:
         "# Cost of an adapted layer: forward + backward, as a multiple of the frozen layer's",
         "",
         f"{where()}, commit {environment()['commit']}.",
-        f"Median of {repeats} interleaved pairs. `python benchmarks/layer.py --save` prints this file. fLoRA is residual unless",
-        "it says pure (W0 * (B A)); a residual one has one term more to expand. Three matmuls instead of two: 1.5 is the floor of",
+        f"Median of {repeats} interleaved pairs. `python benchmarks/layer.py --save` prints this file. "
+        "fLoRA is residual unless",
+        "it says pure (W0 * (B A)); a residual one has one term more to expand. Three matmuls instead of "
+        "two: 1.5 is the floor of",
         "materialised fLoRA, and with the thin ones of rank r at m tokens per adapter 1.5 + 2 r / m.",
         "",
     ]
@@ -107,7 +109,10 @@ def table(shapes: Sequence[Shape], columns: dict[str, tuple[int, Forward]], dtyp
     for shape in shapes:
         d, tokens, adapters = shape
         ratios = [Problem(*shape, rank, dtype).ratio(forward, repeats) for rank, forward in columns.values()]
-        lines.append(f"| {d}, {tokens}, {adapters} ({tokens // adapters}) | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+        lines.append(
+            f"| {d}, {tokens}, {adapters} ({tokens // adapters}) | "
+            f"{' | '.join(f'{ratio:.2f}' for ratio in ratios)} |"
+        )
     return [*lines, ""]
 
 

@@ -51,10 +51,13 @@ def main() -> None:
     lines = [
         "# Paging: room for 32 of 256 adapters on the device against room for all",
         "",
-        f"{where()}. Random-weight Llama, d = {SMALL['hidden_size']}, {SMALL['num_hidden_layers']} layers, float32; 128 tasks x (fLoRA, LoRA) of rank 4 on every linear layer; "
-        f"{options.steps} steps of 2,048 tokens, AdamW; the trainers' steps alternate. `python benchmarks/paging.py --save` prints this file.",
+        f"{where()}. Random-weight Llama, d = {SMALL['hidden_size']}, {SMALL['num_hidden_layers']} layers, "
+        "float32; 128 tasks x (fLoRA, LoRA) of rank 4 on every linear layer; "
+        f"{options.steps} steps of 2,048 tokens, AdamW; the trainers' steps alternate. `python "
+        "benchmarks/paging.py --save` prints this file.",
         "",
-        "| schedule | adapters a step | adapters live | speed against all resident | MB to the device a step (Belady's rule) | MB back to the host a step | arena cut anew | same bits |",
+        "| schedule | adapters a step | adapters live | speed against all resident | MB to the device a "
+        "step (Belady's rule) | MB back to the host a step | arena cut anew | same bits |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, mixture in SCHEDULES.items():
@@ -66,8 +69,10 @@ def main() -> None:
 
 
 NOTE = (
-    "On a CPU the device's memory is the host's, so that a copy costs what memory takes, and what is shown is that nothing else is lost; "
-    "on a GPU copies go through pinned memory on a stream of their own. Files lie in the system's cache here as long as it has room."
+    "On a CPU the device's memory is the host's, so that a copy costs what memory takes, and what is shown "
+    "is that nothing else is lost; "
+    "on a GPU copies go through pinned memory on a stream of their own. Files lie in the system's cache "
+    "here as long as it has room."
 )
 
 
@@ -101,8 +106,13 @@ def compare(name: str, mixture: dict[str, Any], steps: int) -> list[str]:
             if pager is not None:
                 theory = sum(loads(uses, trainer.bank, pool, steps) for pool in trainer.bank.pools)
                 into, back = (n / steps / 1e6 for n in (pager.traffic.to_device, pager.traffic.to_host))
-                moved = f"{into:.2f} ({theory / steps / 1e6:.2f}) | {back:.2f} | {pager.traffic.repartitions - PLANES}"
-            rows.append(f"| {name} | {adapters} | {way} | {ratio:.2f} | {moved} | {'yes' if same else 'NO'} |")
+                moved = (
+                    f"{into:.2f} ({theory / steps / 1e6:.2f}) | {back:.2f} | "
+                    f"{pager.traffic.repartitions - PLANES}"
+                )
+            rows.append(
+                f"| {name} | {adapters} | {way} | {ratio:.2f} | {moved} | {'yes' if same else 'NO'} |"
+            )
     return rows
 
 

@@ -36,7 +36,8 @@ NAMES: list[Formulation] = [*TORCH_FORMULATIONS, *(["fused"] if DEVICE.type == "
 DTYPES = {"bfloat16": torch.bfloat16} | ({"float16": torch.float16} if DEVICE.type == "cuda" else {})
 TRAINED = {"float32": ("float32", "auto"), "bfloat16, split": ("bfloat16", "split"), "bfloat16, fused": ("bfloat16", "fused")}
 OVERRIDES = (
-    "tasks.perl.weight=0.001 tasks.ruby.weight=0.001 mixture.strategy=uniform training.steps=20 training.tokens_per_step=1024 "
+    "tasks.perl.weight=0.001 tasks.ruby.weight=0.001 mixture.strategy=uniform training.steps=20 "
+    "training.tokens_per_step=1024 "
     "training.tokens_per_microbatch=1024 evaluation.interval=null evaluation.max_new_tokens=1"
 )
 
@@ -152,9 +153,12 @@ def trained_table() -> list[str]:
         found[label]["base"] = results["base"]["bits_per_byte"]["value"]
     families = list(next(iter(found.values())))
     lines = [
-        "## Held-out bits per byte on Lua after 20 steps of 1024 tokens, four fLoRA adapters of rank 4 in one run, one seed",
+        "## Held-out bits per byte on Lua after 20 steps of 1024 tokens, four fLoRA adapters of rank 4 in "
+        "one run, one seed",
         "",
-        f"| base and precision | {' | '.join(family.replace('_', ', ') + (' lr' if '_' in family else '') for family in families)} |",
+        "| base and precision | "
+        f"{' | '.join(family.replace('_', ', ') + (' lr' if '_' in family else '') for family in families)} "
+        "|",
         "|---" * (len(families) + 1) + "|",
     ]
     lines += [f"| {label} | {' | '.join(f'{row[family]:.4f}' for family in families)} |" for label, row in found.items()]
@@ -165,7 +169,8 @@ def far_table() -> list[str]:
     """Markdown: the largest relative root mean square error of y and of the gradients of x, A and B, against
     float64."""
     lines = [
-        "## Error of value and gradients wherever M is: the worst of y, dX, dA and dB, relative root mean square, split / fused",
+        "## Error of value and gradients wherever M is: the worst of y, dX, dA and dB, relative root mean "
+        "square, split / fused",
         "",
         "| dtype | adapter | mean M | " + " | ".join(name.replace("_", " ") for name in NAMES) + " |",
         "|---" * (len(NAMES) + 3) + "|",

@@ -53,8 +53,10 @@ def main() -> None:
     lines = [
         "# Where the time goes",
         "",
-        f"{machine['processor']}, {machine['threads']} threads, float32, torch {torch_version}, commit {facts['commit']}.",
-        "Milliseconds a step, and their share of it. `python benchmarks/profiles.py --save` prints this file.",
+        f"{machine['processor']}, {machine['threads']} threads, float32, torch {torch_version}, commit "
+        f"{facts['commit']}.",
+        "Milliseconds a step, and their share of it. `python benchmarks/profiles.py --save` prints this "
+        "file.",
         "",
         f"## joint.py: {model} model, {adapters} adapters, {rows} rows x {length} tokens",
         "",

@@ -174,9 +174,11 @@ def report(session: RunContext, tasks: list[str]) -> str:
     steps = max(bank.specs[adapter].max_steps for adapter in adapters)
     return "\n".join(
         [
-            f"# Speech: adapters of a mixed run of {len(bank.specs)}, and LoRA trained alone with PEFT on the same clips",
+            f"# Speech: adapters of a mixed run of {len(bank.specs)}, and LoRA trained alone with PEFT on "
+            "the same clips",
             "",
-            f"{facts['machine']['processor']}, {available_cpus()} threads, {versions}, commit {facts['commit']}. "
+            f"{facts['machine']['processor']}, {available_cpus()} threads, {versions}, commit "
+            f"{facts['commit']}. "
             f"`python benchmarks/speech_alone.py outputs/{session.config.name} --save` prints this file.",
             f"Word error rate, normalised; {steps} steps an adapter; differences are paired by test clip, "
             f"{session.config.evaluation.confidence:.0%} intervals.",

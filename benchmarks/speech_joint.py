@@ -144,7 +144,8 @@ def report(repeats: int) -> str:
         [
             "# Speech: twelve adapters in one run, and in twelve PEFT runs one after the other",
             "",
-            f"{where}, {versions}, commit {facts['commit']}. `python benchmarks/speech_joint.py --repeats {repeats} --save` prints this file.",
+            f"{where}, {versions}, commit {facts['commit']}. `python benchmarks/speech_joint.py --repeats "
+            f"{repeats} --save` prints this file.",
             "",
             *parts,
         ]
@@ -162,9 +163,12 @@ def section(repeats: int, place: str) -> list[str]:
         "",
         "| | joint | PEFT | PEFT / joint |",
         "|---|---|---|---|",
-        f"| one step of {found['adapters']} adapters, median of {repeats} that took turns | {median(found['joint']):.1f} s "
-        f"| {median(found['peft']):.1f} s | **{median(ratios):.2f}** [{min(ratios):.2f}, {max(ratios):.2f}] |",
-        f"| memory of one process, GiB | {memory['joint']:.2f} | {alone:.2f} (one adapter) | {alone / memory['joint']:.2f} |",
+        f"| one step of {found['adapters']} adapters, median of {repeats} that took turns | "
+        f"{median(found['joint']):.1f} s "
+        f"| {median(found['peft']):.1f} s | **{median(ratios):.2f}** [{min(ratios):.2f}, {max(ratios):.2f}] "
+        "|",
+        f"| memory of one process, GiB | {memory['joint']:.2f} | {alone:.2f} (one adapter) | "
+        f"{alone / memory['joint']:.2f} |",
         "",
         f"Where the joint run's time goes: {shares}.",
         "",

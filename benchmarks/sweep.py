@@ -129,7 +129,8 @@ def report(steps: int) -> str:
     facts = environment()
     versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
     rows = [
-        f"| {spec.method} | {spec.lr:g} | {losses['joint'][spec.name]:.4f} | {losses['peft'][spec.name]:.4f} | "
+        f"| {spec.method} | {spec.lr:g} | {losses['joint'][spec.name]:.4f} | "
+        f"{losses['peft'][spec.name]:.4f} | "
         f"{', '.join(who for who in best if spec.name in best[who].values()) or '-'} |"
         for spec in specs
     ]
@@ -138,10 +139,12 @@ def report(steps: int) -> str:
         [
             "# A sweep of twelve settings: one run, and twelve PEFT runs one after the other",
             "",
-            f"{facts['machine']['processor']}, {available_cpus()} threads, float32, {versions}, commit {facts['commit']}; SmolLM2-135M, Lua, "
+            f"{facts['machine']['processor']}, {available_cpus()} threads, float32, {versions}, commit "
+            f"{facts['commit']}; SmolLM2-135M, Lua, "
             f"{steps} steps. `python benchmarks/sweep.py --steps {steps} --save` prints this file.",
             "",
-            f"All steps: {totals['joint']:.0f} s in one run, {totals['peft']:.0f} s in twelve; PEFT / one run, a segment: median "
+            f"All steps: {totals['joint']:.0f} s in one run, {totals['peft']:.0f} s in twelve; PEFT / one "
+            "run, a segment: median "
             f"**{median(ratios):.2f}** [{min(ratios):.2f}, {max(ratios):.2f}].",
             "",
             f"Held-out loss after the last step, nats a token, on {examples} examples:",
@@ -150,7 +153,8 @@ def report(steps: int) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"The same learning rate wins in {len(same)} of {len(RATES)} methods ({', '.join(same) or 'none'}); the winner of all twelve: {best['joint']['all']} in one run, "
+            f"The same learning rate wins in {len(same)} of {len(RATES)} methods "
+            f"({', '.join(same) or 'none'}); the winner of all twelve: {best['joint']['all']} in one run, "
             f"{best['peft']['all']} in PEFT.",
         ]
     )

@@ -76,7 +76,8 @@ def table(model: str, steps: int) -> list[str]:
         checkpoint, size, export = ask(process, "save")
         planned = numbers * BYTES
         rows.append(
-            f"| {3 * tasks:,} | {statistics.median(seconds):.2f} | {ratio:.3f} | {memory / 1e6:,.0f} | {planned / 1e6:,.0f} | "
+            f"| {3 * tasks:,} | {statistics.median(seconds):.2f} | {ratio:.3f} | {memory / 1e6:,.0f} | "
+            f"{planned / 1e6:,.0f} | "
             f"{checkpoint:.1f} ({size / 1e6:,.0f} MB) | {export:.1f} |"
         )
         process.communicate("end\n")
@@ -84,10 +85,12 @@ def table(model: str, steps: int) -> list[str]:
     return [
         "# A thousand adapters registered, nine in the batch",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch {facts['packages']['torch']}; {Path(model).name} in float32; {steps} steps that took turns. "
+        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch "
+        f"{facts['packages']['torch']}; {Path(model).name} in float32; {steps} steps that took turns. "
         "`python benchmarks/thousand.py --save` prints this file.",
         "",
-        "| adapters | seconds a step | beside nine adapters | memory of adapters (MB) | planned (MB) | seconds of a checkpoint | seconds to export all |",
+        "| adapters | seconds a step | beside nine adapters | memory of adapters (MB) | planned (MB) | "
+        "seconds of a checkpoint | seconds to export all |",
         "|---|---|---|---|---|---|---|",
         *rows,
     ]

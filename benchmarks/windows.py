@@ -102,7 +102,8 @@ def report(clips: int) -> str:
     rows.append(f"| time of transcribing | | {results[0][1]:.0f} s | {seconds} |")
     facts = environment()
     where = (
-        f"{facts['machine']['processor']}, {available_cpus()} CPUs, torch {facts['packages']['torch']}, commit {facts['commit']}"
+        f"{facts['machine']['processor']}, {available_cpus()} CPUs, torch {facts['packages']['torch']}, "
+        f"commit {facts['commit']}"
     )
     return "\n".join(
         [

@@ -190,7 +190,9 @@ class FloraModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         if not isinstance(target, nn.Linear | Conv1D):
-            raise TypeError(f"{current_key} is a {type(target).__name__}: fLoRA supports Linear and Conv1D")
+            raise TypeError(
+                f"{current_key} has the type {type(target).__name__}: fLoRA supports Linear and Conv1D"
+            )
         layer = FloraLinear(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

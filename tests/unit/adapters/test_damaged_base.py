@@ -1,4 +1,5 @@
-"""Files of a base model that are damaged, missing or do not belong together: one clear error, and nothing drawn at random."""
+"""Files of a base model that are damaged, missing or do not belong together: one clear error, and nothing
+drawn at random."""
 
 from __future__ import annotations
 

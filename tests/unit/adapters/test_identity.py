@@ -1,4 +1,5 @@
-"""How does an adapter start, and what is it equal to? The identity, bit by bit; and the families it contains."""
+"""How does an adapter start, and what is it equal to? The identity, bit by bit; and the families it
+contains."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def test_learnt_product_has_full_rank_where_an_all_alike_start_stays_at_rank_one
 
 
 def numerical_rank(A: Tensor, B: Tensor) -> int:
-    """Singular values of B A above 1e-4 of the largest: far above float32 rounding, far below what six steps learn."""
+    """Singular values of B A above 1e-4 of the largest: far above float32 rounding, far below what six steps
+    learn."""
     values = torch.linalg.svdvals(B.double() @ A.double())
     return int((values > 1e-4 * values[0]).sum())
 
@@ -105,7 +107,8 @@ def test_flora_of_rank_one_with_a_one_equals_ia3_without_bias() -> None:
     ],
 )
 def test_flora_equals_peft_s_hira_in_value_and_merged_weight(architecture: str, ours: AdapterSpec) -> None:
-    """pure, r = HiRA of r + 1 with one rank for the -1; residual, r = HiRA of r. PEFT's own layers are the judge."""
+    """pure, r = HiRA of r + 1 with one rank for the -1; residual, r = HiRA of r. PEFT's own layers are the
+    judge."""
     x = tokens(4)
     bank = AdapterBank.attach(tiny_model(architecture).eval(), [ours])
     perturb(bank)

@@ -1,4 +1,5 @@
-"""What a recipe leaves out is read from the PEFT adapter of init_from, and what does not fit is refused under the key to change."""
+"""What a recipe leaves out is read from the PEFT adapter of init_from, and what does not fit is refused under
+the key to change."""
 
 from __future__ import annotations
 

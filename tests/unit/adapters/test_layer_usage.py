@@ -1,4 +1,5 @@
-"""Layers that adapters cannot be attached to are found by running the model, left out, and refused where they were named."""
+"""Layers that adapters cannot be attached to are found by running the model, left out, and refused where they
+were named."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def test_experts_of_single_layers_are_left_out_all_together() -> None:
 
 
 class Flattening(nn.Module):
-    """A block that puts tokens of all rows in a list, those of one position together: as many as rows of tokens, but mixed."""
+    """A block that puts tokens of all rows in a list, those of one position together: as many as rows of
+    tokens, but mixed."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

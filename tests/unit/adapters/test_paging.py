@@ -147,7 +147,7 @@ def test_short_memory_names_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "free_memory", lambda: 1000)
     with pytest.raises(
         UserError,
-        match=r"paging\.host = 'memory': needs .* more memory for adapters, and 0\.0 GB are free: disk keeps them in files",
+        match=r"paging\.host = 'memory': needs .* more memory for adapters, and 0\.0 GB are free: disk keeps",
     ):
         AdapterBank.attach(tiny_model(), twelve(), paging=Paging(2))
 

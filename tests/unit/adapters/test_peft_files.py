@@ -1,4 +1,5 @@
-"""Only PEFT adapters that are known to compute what their tensors say are read; every other one is refused by name."""
+"""Only PEFT adapters that are known to compute what their tensors say are read; every other one is refused by
+name."""
 
 from __future__ import annotations
 

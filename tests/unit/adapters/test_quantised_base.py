@@ -1,4 +1,5 @@
-"""Adapters on a base whose weights a quantiser holds: the numbers of the dequantized model, without keeping it."""
+"""Adapters on a base whose weights a quantiser holds: the numbers of the dequantized model, without keeping
+it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 python load_with_peft.py FOLDER...
 
-A folder holds base/, class (of transformers), inputs.safetensors and adapters/<name>/, and gets logits.safetensors.
+A folder holds base/, class (of transformers), inputs.safetensors and adapters/<name>/, and gets
+logits.safetensors.
 """
 
 from __future__ import annotations

@@ -138,7 +138,8 @@ def test_an_adalora_of_any_settings_has_the_numbers_of_its_lora_and_comes_back(o
 
 
 def test_settings_that_peft_refuses_for_some_adapters_of_a_pool_are_seen() -> None:
-    """PEFT takes no dropout on a model's experts, and two adapters that differ in it alone are in one pool."""
+    """PEFT takes no dropout on a model's experts, and two adapters that differ in it alone are in one
+    pool."""
     bank = AdapterBank.attach(
         built("deepseek_v3")[1], [spec("lora", family="plain"), spec("lora", family="dropped", dropout=0.1)]
     )

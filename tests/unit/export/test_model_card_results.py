@@ -1,4 +1,5 @@
-"""What cards and the hub are told of an adapter is what the report of its run says: of the runs whose reports are committed."""
+"""What cards and the hub are told of an adapter is what the report of its run says: of the runs whose reports
+are committed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Do exported adapters mean in plain PEFT what they mean here? And is a failed export as if it had not begun?"""
+"""Do exported adapters mean in plain PEFT what they mean here? And is a failed export as if it had not
+begun?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Does an adapter begin exactly where a PEFT adapter ended, and is what does not fit refused with the setting that does?"""
+"""Does an adapter begin exactly where a PEFT adapter ended, and is what does not fit refused with the setting
+that does?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""With flora_train.peft_plugin, plain peft computes, trains, saves, merges and refuses fLoRA under a type of its own."""
+"""With flora_train.peft_plugin, plain peft computes, trains, saves, merges and refuses fLoRA under a type of
+its own."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def test_two_adapters_take_turns_and_do_not_mix(exported: tuple[AdapterBank, Pat
             ours = logits(bank, tokens(3), [name] * 3)
             torch.testing.assert_close(model(input_ids=tokens(3)).logits, ours, rtol=1e-4, atol=1e-5)
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="default and other are active: one fLoRA adapter multiplies a weight at a time"):
+    with pytest.raises(ValueError, match="default and other are active, but only one fLoRA adapter can be"):
         model(input_ids=tokens(3))
 
 
@@ -122,7 +123,10 @@ def gradient_of(pool: Any, bank: AdapterBank, module: str, side: str) -> Tensor:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [({"r": 0}, "r = 0: a rank is at least 1"), ({"variant": "plain"}, "variant = 'plain': is pure, W0 * (B A), or residual")],
+    [
+        ({"r": 0}, "r = 0: the rank must be at least 1"),
+        ({"variant": "plain"}, "variant = 'plain': must be pure, W0 * (B A), or residual"),
+    ],
 )
 def test_bad_values_are_refused(words: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)").replace("*", r"\*")):
@@ -130,5 +134,7 @@ def test_bad_values_are_refused(words: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_no_linear_layer_is_refused() -> None:
-    with pytest.raises(TypeError, match="embed_tokens is Embedding: fLoRA multiplies the weights of Linear and Conv1D"):
+    with pytest.raises(
+        TypeError, match="embed_tokens has the type Embedding: fLoRA supports Linear and Conv1D"
+    ):
         get_peft_model(tiny_model(), FloraConfig(target_modules=["embed_tokens"]))

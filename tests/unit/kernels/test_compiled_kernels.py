@@ -1,4 +1,5 @@
-"""The Triton kernels compile for the chips they are for, without spilling registers and within the chip's shared memory."""
+"""The Triton kernels compile for the chips they are for, without spilling registers and within the chip's
+shared memory."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 LINES = {"fp32": 27, "fp16": 35, "bf16": 35}
 MORE = {("90", "fp16"): 36, ("90", "bf16"): 36, ("100", "fp16"): 6, ("100", "bf16"): 6}
-"""A line for each kernel, rank and block of tokens, and more where blocks are larger or the copy engine fetches them."""
+"""A line for each kernel, rank and block of tokens, and more where blocks are larger or the copy engine
+fetches them."""
 LINES_OF_RANK_64 = {"80": 11, "90": 24}
 """In half precision."""
 

@@ -1,4 +1,5 @@
-"""Is bfloat16 in Triton's interpreter still wrong without tests/bfloat16_interpreter.py, and right with it?"""
+"""Is bfloat16 in Triton's interpreter still wrong without tests/bfloat16_interpreter.py, and right with
+it?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every fast path against its float64 reference: value and every gradient, at odd sizes and ragged segments."""
+"""Every fast path against its float64 reference: value and every gradient, at odd sizes and ragged
+segments."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def check(
     dtypes: dict[str, torch.dtype],
     bar: float,
 ) -> None:
-    """Compare outputs and the gradient of every input; the reference sees the same rounded numbers in float64."""
+    """Compare outputs and the gradient of every input; the reference sees the same rounded numbers in
+    float64."""
     rounded = {name: tensor.to(dtypes[name]) for name, tensor in inputs.items()}
     ours = {name: tensor.clone().requires_grad_() for name, tensor in rounded.items()}
     exact = {name: tensor.double().requires_grad_() for name, tensor in rounded.items()}

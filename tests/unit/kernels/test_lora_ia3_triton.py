@@ -1,4 +1,5 @@
-"""The Triton kernels of LoRA and IA3 against the float64 references: in Triton's interpreter, or on a GPU where there is one."""
+"""The Triton kernels of LoRA and IA3 against the float64 references: in Triton's interpreter, or on a GPU
+where there is one."""
 
 from __future__ import annotations
 
@@ -112,7 +113,8 @@ def test_a_base_output_that_lies_across_memory_is_added_to_all_the_same() -> Non
 
 @pytest.mark.filterwarnings("ignore:Input")  # not in double precision
 def test_gradients_pass_gradcheck() -> None:
-    """In float32: y is linear in each input, so that a wide step costs no accuracy. Along random directions, all numbers at once."""
+    """In float32: y is linear in each input, so that a wide step costs no accuracy. Along random directions,
+    all numbers at once."""
     segments = segments_of((2, 0, 3))
     y, x, A, B = (torch.rand(*shape).to(DEVICE).requires_grad_() for shape in ((5, 4), (5, 3), (3, 2, 3), (3, 4, 2)))
     options = {"eps": 0.5, "atol": 1e-3, "rtol": 1e-3, "fast_mode": True}

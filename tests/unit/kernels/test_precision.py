@@ -36,7 +36,8 @@ def near_identity(rank: int, offset: float, by: float = 1e-3) -> tuple[Tensor, T
 
 
 def kept(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: float) -> float:
-    """The share of the adapter's effect that y shows. y itself is rounded, which adds noise but takes nothing away."""
+    """The share of the adapter's effect that y shows. y itself is rounded, which adds noise but takes nothing
+    away."""
     base = x.double() @ weight.double().T
     effect = flora_reference(x.double(), weight.double(), A.double(), B.double(), offset=[offset] * 2, segments=SEGMENTS) - base
     return float(((y.detach().double() - base) * effect).sum() / effect.square().sum())

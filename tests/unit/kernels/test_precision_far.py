@@ -23,8 +23,8 @@ MEANS = (0.01, 0.1, 0.4, 0.6, 1.001, 2.0, 10.0, -0.1, -1.0)
 
 
 def factors(rank: int, mean: float, offset: float, carried_by: str) -> tuple[Tensor, Tensor]:
-    """A [2, rank, in] and B [2, out, rank] with M within some per cent of `mean`. carried_by: which of them is far from 1, or whether all
-    components share it."""
+    """A [2, rank, in] and B [2, out, rank] with M within some per cent of `mean`. carried_by: which of them
+    is far from 1, or whether all components share it."""
     generator, target = torch.Generator().manual_seed(rank), mean - offset
 
     def random(*shape: int) -> Tensor:

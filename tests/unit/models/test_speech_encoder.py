@@ -1,4 +1,5 @@
-"""An encoder hears short windows as it would the beginning of long ones, and a clip once for all who share its encoding."""
+"""An encoder hears short windows as it would the beginning of long ones, and a clip once for all who share
+its encoding."""
 
 from __future__ import annotations
 

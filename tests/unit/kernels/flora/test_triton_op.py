@@ -1,4 +1,5 @@
-"""The Triton kernels of fLoRA against the float64 reference: in Triton's interpreter, or on a GPU where there is one."""
+"""The Triton kernels of fLoRA against the float64 reference: in Triton's interpreter, or on a GPU where there
+is one."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def test_pure_rank_one_between_two_scales(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rank", [1, 4, 20])
 @pytest.mark.parametrize("lengths", [(7, 0, 64, 65), (300,)], ids=["ragged", "one"])
 def test_tiles_that_tma_loads(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Rows of whole 16 bytes, on a Hopper GPU. Tiles then also hold tokens of the next segment, which must have no effect."""
+    """Rows of whole 16 bytes, on a Hopper GPU. Tiles then also hold tokens of the next segment, which must
+    have no effect."""
     x, weight, A, B, segments = problem(rank, lengths, dtype, features=(136, 72))
     if DEVICE.type == "cpu" or torch.cuda.get_device_capability() == (9, 0):
         assert can_use_tma(x, weight, None)
@@ -128,7 +130,8 @@ def test_half_precision_keeps_modulations_that_its_own_rounding_would_lose() -> 
     effect = reference - base
 
     def kept(y: Tensor) -> float:
-        """The share of the adapter's effect that y shows: rounding y itself adds noise, but takes nothing away."""
+        """The share of the adapter's effect that y shows: rounding y itself adds noise, but takes nothing
+        away."""
         return float(((y.detach().double() - base) * effect).sum() / effect.square().sum())
 
     modulated = (exact[1] * (1 + exact[3][0] @ exact[2][0])).to(weight.dtype)
@@ -146,8 +149,8 @@ def test_the_op_keeps_its_contract_with_torch() -> None:
 @pytest.mark.filterwarnings("ignore:Input")  # not in double precision
 @pytest.mark.parametrize("rank", [1, 3])
 def test_gradients_pass_gradcheck(rank: int) -> None:
-    """In float32: y is linear in each of x, A and B, so that a wide step costs no accuracy. Along random directions, all numbers
-    at once."""
+    """In float32: y is linear in each of x, A and B, so that a wide step costs no accuracy. Along random
+    directions, all numbers at once."""
     segments = Segments((0, 2, 2, 5))
     x, weight, A, B = (torch.rand(*shape).to(DEVICE) for shape in ((5, 3), (4, 3), (3, rank, 3), (3, 4, rank)))
     inputs = tuple(tensor.requires_grad_() for tensor in (x, A, B))
