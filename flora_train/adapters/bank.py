@@ -51,7 +51,7 @@ class AdapterBank:
             self.location += [(pool, member) for member in range(len(pool.specs))]
         self.ids = {spec.name: i for i, spec in enumerate(self.specs)}
         self.router = BatchRouting()
-        self.device = check_base(model) if device is None else device
+        self.device = device or check_base(model)
         self.pager: Pager | None = None
         slots = None if paging is None else paging.slots_for(self.pools, self.device, dtype)
         if paging is not None and slots is not None:
@@ -101,7 +101,7 @@ class AdapterBank:
             if count > 1 or name == BASE:
                 hint = "names of adapters must be unique (and __base__ is the base model)"
                 raise user_error("adapters", name, hint)
-        device = check_base(model) if device is None else device
+        device = device or check_base(model)
         model.requires_grad_(False)
         pools, left_out = build_pools(model, specs, unusable_layers(model, linear_layers(model), features))
         bank = cls(model, pools, paging=paging, dtype=dtype, device=device)

@@ -245,7 +245,7 @@ def _observe(model: Any, names: Iterable[str], inputs: Mapping[str, Tensor]) -> 
 
     with _recorded(model, names, record, encoder_lengths=encoder_lengths):
         logits = getattr(model(**inputs, use_cache=False), "logits", None)
-    encoder_length = encoder_lengths[0] if encoder_lengths else None
+    encoder_length = next(iter(encoder_lengths), None)
     return _Observation(dict(calls), encoder_length, _head(outputs, logits))
 
 
@@ -274,8 +274,8 @@ def _recorded(
 
     def hook_of(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            inputs = [*args, *kwargs.values()]
-            record(name, module, inputs[0] if inputs else None, output)
+            first = next(iter([*args, *kwargs.values()]), None)
+            record(name, module, first, output)
 
         return hook
 
@@ -305,7 +305,9 @@ def _nonlinear_fault(module: nn.Module, x: Tensor, y: Tensor) -> str | None:
         return fault
     expected = F.linear(x.to(module.weight.dtype), module.weight, module.bias).float()
     tolerance = MAX_OUTPUT_DIFFERENCE * expected.norm() + 1e-6
-    return fault if (y.float() - expected).norm() > tolerance else None
+    if (y.float() - expected).norm() > tolerance:
+        return fault
+    return None
 
 
 def describe_left_out(reasons: Mapping[str, str], usable: Iterable[str]) -> str:
@@ -324,8 +326,9 @@ def describe_left_out(reasons: Mapping[str, str], usable: Iterable[str]) -> str:
     sentences = []
     for reason, parts in parts_of_reason.items():
         named = ", ".join(sorted(parts)[:MAX_NAMED])
-        more = ", ..." if len(parts) > MAX_NAMED else ""
-        sentences.append(f"{named}{more}: {reason}")
+        if len(parts) > MAX_NAMED:
+            named += ", ..."
+        sentences.append(f"{named}: {reason}")
     return "; ".join(sentences)
 
 

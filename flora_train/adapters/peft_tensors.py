@@ -30,6 +30,9 @@ SUFFIXES = {
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Keys of adapter_config.json that select the adapted modules."""
 
+RANK_KEYS = {"ADALORA": "init_r"}
+"""PEFT type -> the key of its rank, if it is not `r`."""
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -100,10 +103,10 @@ def _fits(peft_type: str, suffix: str, shape: tuple[int, ...], *, config: Mappin
         return False
     if peft_type == "IA3":
         return 1 in shape
-    rank = config["init_r"] if peft_type == "ADALORA" else config["r"]
+    rank = config[RANK_KEYS.get(peft_type, "r")]
     if suffix == "lora_E":
         return shape == (rank, 1)
-    rank_dimension = 1 if "_B" in suffix else 0
+    rank_dimension = int("_B" in suffix)
     return shape[rank_dimension] == rank
 
 

@@ -39,8 +39,8 @@ def check_repository_name(name: str, key: str = "repo") -> None:
     """Raises UserError for a name that the hub would refuse: ORG/NAME, both of ASCII letters, digits, - _ and
     ."""
     owner, slash, short_name = name.partition("/")
-    parts = [("ORG", owner), ("NAME", short_name)] if slash else [("NAME", name)]
-    for label, part in parts:
+    parts = {"ORG": owner, "NAME": short_name} if slash else {"NAME": name}
+    for label, part in parts.items():
         if (problem := _name_problem(part)) is not None:
             raise user_error(key, name, f"the hub refuses this name: {label} {problem}")
     if not slash:
@@ -112,7 +112,9 @@ def _retry_after(header: str | None, *, default: float) -> float:
             seconds = (date - now).total_seconds()
         except (ValueError, TypeError, OverflowError):
             return default
-    return default if math.isnan(seconds) else min(max(seconds, 0.0), 1e12)
+    if math.isnan(seconds):
+        return default
+    return min(max(seconds, 0.0), 1e12)
 
 
 def _cap_client_waits() -> None:

@@ -59,7 +59,12 @@ def relative_error(spectra: Sequence[Tensor], rank: int) -> float:
     each layer."""
     total = sum(float(spectrum.sum()) for spectrum in spectra)
     remaining = sum(float(spectrum[rank:].sum()) for spectrum in spectra)
-    return (remaining / total) ** 0.5 if total else 0.0
+    return relative_norm(remaining, total)
+
+
+def relative_norm(squared_error: float, squared_norm: float) -> float:
+    """|error| / |matrix| from the squares; 0 for a matrix of zeros."""
+    return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
 def smallest_rank(spectra: Sequence[Tensor], max_error: float) -> int:

@@ -94,7 +94,9 @@ def check_new(folder: Path, key: str = "out") -> None:
 def _form(bank: AdapterBank, name: str, own_type: bool, *, always_lora: bool) -> Form:
     if own_type:
         return "FLORA"
-    return "own" if always_lora else form_of(bank, name)
+    if always_lora:
+        return "own"
+    return form_of(bank, name)
 
 
 def form_of(bank: AdapterBank, name: str) -> Form:

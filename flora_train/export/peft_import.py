@@ -23,7 +23,7 @@ from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES, check_targets, c
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, user_error
-from flora_train.export.low_rank import modulation
+from flora_train.export.low_rank import modulation, relative_norm
 from flora_train.export.peft_format import peft_config, peft_tensors
 from flora_train.export.peft_forms import BaseModel
 from flora_train.runtime.distributed import on_every_process
@@ -202,8 +202,7 @@ def fit_lora(
             squared_norm += float(delta.square().sum())
             parameters |= {f"{module}.A": A, f"{module}.B": B}
             progress.update(done)
-    relative_error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
-    return parameters, relative_error
+    return parameters, relative_norm(squared_error, squared_norm)
 
 
 def check_layers(expected: Collection[str], names: Collection[str], source: str, *, key: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
-from flora_train.export.low_rank import energies, smallest_rank, truncated
+from flora_train.export.low_rank import energies, relative_norm, smallest_rank, truncated
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def compute_svd_lora(
         parent_module=None,
         init_from=None,
     )
-    error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+    error = relative_norm(squared_error, squared_norm)
     return SvdLora(spec, factors, error=error, biases=_changed_biases(bank, name))
 
 

@@ -60,23 +60,25 @@ def usage_snippet(
     adapter_config: content of adapter_config.json; source: folder or hub name of the adapter; subfolder: its
     folder there.
     """
-    is_speech = adapter_config["task_type"] is None
-    auto_class = "AutoModelForSpeechSeq2Seq" if is_speech else "AutoModelForCausalLM"
     base = python_literal(adapter_config["base_model_name_or_path"])
     if (revision := adapter_config.get("revision")) is not None:
         base += f", revision={python_literal(revision)}"
     adapter = python_literal(source)
     if subfolder is not None:
         adapter += f", subfolder={python_literal(subfolder)}"
-    generate = _transcribe(base, example) if is_speech else _complete(base, example)
     imports = ["from peft import PeftModel"]
     if adapter_config["peft_type"] == "FLORA":
         imports.insert(0, "import flora_train.peft_plugin")
-    if is_speech:
-        imports.insert(0, "import soundfile")
-    if example.decoder_prompt and is_speech:
-        imports.insert(1, "import torch")
-    reader = "AutoProcessor" if is_speech else "AutoTokenizer"
+    if adapter_config["task_type"] is None:
+        auto_class, reader = "AutoModelForSpeechSeq2Seq", "AutoProcessor"
+        generate = _transcribe(base, example)
+        first_imports = ["import soundfile"]
+        if example.decoder_prompt:
+            first_imports.append("import torch")
+        imports = first_imports + imports
+    else:
+        auto_class, reader = "AutoModelForCausalLM", "AutoTokenizer"
+        generate = _complete(base, example)
     imports.append(f"from transformers import {auto_class}, {reader}")
     load = [
         f"base = {auto_class}.from_pretrained({base})",

@@ -29,8 +29,10 @@ def base_identity(model: ModelConfig) -> dict[str, str] | None:
     """SHA-256 of the weights, and of config.json without IGNORED_KEYS; None if the files are not on this
     machine (yet)."""
     folder = base_folder(model)
-    files = [] if folder is None else weight_files(folder)
-    if folder is None or not files:
+    if folder is None:
+        return None
+    files = weight_files(folder)
+    if not files:
         return None
     try:
         hashes = _hashes(folder, files)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flora_train.config.model_schema import ModelConfig
-from flora_train.models.loading import zero_model
+from flora_train.models.loading import unique_parts, zero_model
 
 MIN_LENGTH = 8
 """Tokens that every model can read."""
@@ -40,8 +40,7 @@ def independent_up_to(model_config: Any) -> int | None:
     """
     lengths: list[int] = []
     text = model_config.get_text_config(decoder=True)
-    parts = [text] if text is model_config else [text, model_config]
-    for part in parts:
+    for part in unique_parts(text, model_config):
         for rope in _ropes(part):
             if rope.get("rope_type", rope.get("type", "default")) not in STATIC_ROPE:
                 original = getattr(part, "original_max_position_embeddings", None)
@@ -127,4 +126,4 @@ def _reads(model: Any, length: int) -> bool:
 def _token(model: Any) -> int:
     """A token that is not padding, which has no position in some models."""
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    return 1 if padding == 0 else 0
+    return int(padding == 0)

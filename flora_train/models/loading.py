@@ -102,8 +102,10 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
     # transformers only warns, and initialises missing weights at random.
     parameters = {name for name, _ in model.named_parameters()}
     if missing := sorted(loaded["missing_keys"] & parameters):
-        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        hint = f"has no weights for {missing[0]}{others}: its files do not belong together, or one is missing"
+        names = missing[0]
+        if len(missing) > 1:
+            names += f", and {len(missing) - 1} more"
+        hint = f"has no weights for {names}: its files do not belong together, or one is missing"
         raise user_error("model.path", config.path, hint)
     if config.quantization == "none":
         model = model.to(device)
@@ -151,7 +153,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    return torch.bfloat16 if multiplies_bfloat16_fast(device) else torch.float32
+    if multiplies_bfloat16_fast(device):
+        return torch.bfloat16
+    return torch.float32
 
 
 def multiplies_bfloat16_fast(device: torch.device) -> bool:
@@ -179,12 +183,13 @@ def _is_intel() -> bool:
 def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> Any:
     local = find_file(source.path)
     is_local = local.exists()
+    location = str(local) if is_local else source.path
     looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
     if looks_local and not is_local:
         raise user_error("model.path", source.path, f"no such folder{_how_to_build(source.path)}")
     try:
         return auto_class.from_pretrained(
-            str(local) if is_local else source.path,
+            location,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             **options,
@@ -246,7 +251,7 @@ def _shallow_config(config: ModelConfig, layers: int) -> Any:
     published = load_model_config(config)
     disable_dropout(published)
     text = published.get_text_config(decoder=True)
-    for part in [published] if text is published else [published, text]:
+    for part in unique_parts(published, text):
         for key in LAYER_COUNTS & vars(part).keys():
             setattr(part, key, layers)
         for key in ("layer_types", "attention_layers"):
@@ -286,7 +291,9 @@ def count_layers(config: ModelConfig) -> int:
 def _auto_class(model_config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
 
-    return AutoModelForSpeechSeq2Seq if is_speech_model(model_config) else AutoModelForCausalLM
+    if is_speech_model(model_config):
+        return AutoModelForSpeechSeq2Seq
+    return AutoModelForCausalLM
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
@@ -316,6 +323,11 @@ def disable_dropout(config: Any) -> None:
         for key, value in list(vars(part).items()):
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
+
+
+def unique_parts(config: Any, other: Any) -> list[Any]:
+    """Both configurations, or one if they are the same object."""
+    return [config] if config is other else [config, other]
 
 
 def config_parts(config: Any) -> list[Any]:

@@ -101,7 +101,8 @@ def preserved_state(model: nn.Module, training: bool = False) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     checkpointing = [module for module in modes if getattr(module, "gradient_checkpointing", False) is True]
     device = device_of(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
         set_mode(model, training)
         for module in checkpointing:
             module.gradient_checkpointing = False  # type: ignore[assignment]

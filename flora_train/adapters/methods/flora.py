@@ -44,16 +44,22 @@ class Flora(AdapterMethod):
         segments: Segments,
     ) -> Tensor:
         with site.weight() as weight:
-            y = flora_linear(x, weight, params["A"], params["B"], offset=[spec.offset for spec in specs], segments=segments)
-        return y if site.bias is None else y + site.bias.to(y.dtype)
+            y = flora_linear(
+                x, weight, params["A"], params["B"], offset=[spec.offset for spec in specs], segments=segments
+            )
+        if site.bias is not None:
+            y = y + site.bias.to(y.dtype)
+        return y
 
     def merge(
         self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool
     ) -> tuple[Tensor, Tensor | None]:
         return modulated_weight(weight, params["A"], params["B"], offset=spec.offset), bias
 
-    def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
-        rank = spec.rank if spec.offset else spec.rank + 1
+    def peft_config(
+        self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
+    ) -> dict[str, object]:
+        rank = spec.rank + (not spec.offset)
         return {"peft_type": "HIRA", "r": rank, "target_modules": target_modules, "hira_dropout": 0.0}
 
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:

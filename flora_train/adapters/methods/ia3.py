@@ -17,7 +17,8 @@ class Ia3(AdapterMethod):
     name = "ia3"
 
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
-        return {"l": (target.in_features if target.feedforward else target.out_features,)}
+        features = target.in_features if target.feedforward else target.out_features
+        return {"l": (features,)}
 
     def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
         params["l"].fill_(1.0)
@@ -43,8 +44,9 @@ class Ia3(AdapterMethod):
         wide = torch.promote_types(weight.dtype, torch.float32)
         if feedforward:
             return (weight.to(wide) * scale).to(weight.dtype), bias
-        merged_bias = None if bias is None else (bias.to(wide) * scale).to(bias.dtype)
-        return (weight.to(wide) * scale[:, None]).to(weight.dtype), merged_bias
+        if bias is not None:
+            bias = (bias.to(wide) * scale).to(bias.dtype)
+        return (weight.to(wide) * scale[:, None]).to(weight.dtype), bias
 
     def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
         return {
