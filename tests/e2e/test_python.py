@@ -30,7 +30,7 @@ def test_ten_lines_do_what_the_command_line_does(recipe: Path, tmp_path: Path) -
         .replace("lua-flora", "digits-flora")
     )
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
-    lines = run(block, tmp_path).splitlines()
+    lines = run(block + BLOCKS[1], tmp_path).splitlines()
     assert [line.split()[0] for line in lines if line.startswith(("letters", "digits")) and "{" in line] == ["letters", "digits"]
     assert (tmp_path / "outputs/from_python/lora-svd/digits-flora/adapter_model.safetensors").exists()
     assert json.loads((tmp_path / "outputs/from_python/run.json").read_text())["finished"]
@@ -43,7 +43,7 @@ before = [bank.row(i).clone() for i in range(len(specs))]
 assert [round(x, 4) for x in first_losses] > [round(x, 4) for x in losses.tolist()], (first_losses, losses.tolist())
 """
     own_loop = (
-        BLOCKS[1]
+        BLOCKS[2]
         .replace("assets/models/smollm2-135m", str(checkpoint))
         .replace("    print(step, losses.tolist())", "    first_losses = losses.tolist() if step == 0 else first_losses")
     )
@@ -51,11 +51,11 @@ assert [round(x, 4) for x in first_losses] > [round(x, 4) for x in losses.tolist
 assert all(not torch.equal(bank.row(i), before[i]) for i in range(len(specs)))
 print("moved", bank_optimizer.rows.steps)
 """
-    assert "moved [5, 5, 5, 5]" in run(own_loop + checks + BLOCKS[2] + after, tmp_path)
+    assert "moved [5, 5, 5, 5]" in run(own_loop + checks + BLOCKS[3] + after, tmp_path)
 
 
 def test_flora_in_plain_peft(checkpoint: Path, tmp_path: Path) -> None:
-    block = BLOCKS[3].replace("assets/models/smollm2-135m", str(checkpoint))
+    block = BLOCKS[4].replace("assets/models/smollm2-135m", str(checkpoint))
     said = run(block + "print(model.peft_config['default'].peft_type.value, len(model.active_adapters))", tmp_path)
     assert "trainable params: 896 ||" in said
     assert said.splitlines()[-1] == "FLORA 1"
@@ -74,7 +74,7 @@ def test_a_bank_that_pages_is_refused(tmp_path: Path) -> None:
     from tests.conftest import mixed_specs
 
     bank = AdapterBank.attach(tiny_model(), mixed_specs(), paging=Paging(2, tmp_path))
-    with pytest.raises(ValueError, match="a bank that pages is trained by flora_train's own loop"):
+    with pytest.raises(ValueError, match="a bank that pages can only be trained by flora_train's own loop"):
         TorchBankOptimizer(bank, TrainingConfig(steps=1))
 
 
