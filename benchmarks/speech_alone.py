@@ -141,9 +141,9 @@ def rows_of(session: RunContext, adapter: int, wrote: Mapping[tuple[str, str], M
     compared = compare_ratios(
         {who: found.total for who, found in errors.items()},
         errors[ALONE].units,
-        options.bootstrap_samples,
-        options.confidence,
-        seed_of(config.seed, task, "error rates"),
+        samples=options.bootstrap_samples,
+        confidence=options.confidence,
+        seed=seed_of(config.seed, task, "error rates"),
     )
     lines = []
     for who in (BASE_ID, ALONE, *(i for i in sorted(texts) if i >= 0)):

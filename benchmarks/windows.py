@@ -92,7 +92,7 @@ def report(clips: int) -> str:
     rows.append("|---|---|---|" + "---|" * (len(STEPS) - 1))
     for name in results[0][0]:
         errors = {i: word_errors(*found[name]) for i, (found, _) in enumerate(results)}
-        compared = compare_ratios({i: e.total for i, e in errors.items()}, errors[0].units, 2000, 0.95, 0)
+        compared = compare_ratios({i: e.total for i, e in errors.items()}, errors[0].units, samples=2000, confidence=0.95, seed=0)
         cells = [f"{errors[0].rate:.3f}"]
         for i in range(1, len(STEPS)):
             d = compared.differences[i, 0]

@@ -57,7 +57,15 @@ def run_final_evaluation(
         unshard(context.model)
     if plan is not None:
         started = time.monotonic()
-        evaluate_code(config, plan, context.model, context.bank, context.tokenizer, folder.evaluation)
+        evaluate_code(
+            config,
+            plan,
+            context.model,
+            bank=context.bank,
+            tokenizer=context.tokenizer,
+            folder=folder.evaluation,
+            restart=not publish,
+        )
         seconds["solve problems"] = time.monotonic() - started
     if context.speech_processor is not None:
         started = time.monotonic()
@@ -68,6 +76,7 @@ def run_final_evaluation(
             bank=context.bank,
             speech_processor=context.speech_processor,
             folder=folder.evaluation,
+            restart=not publish,
         )
         context.close()
         seconds["transcribe"] = time.monotonic() - started

@@ -62,7 +62,7 @@ def _evaluate(run: str, overrides: Sequence[str], allow: OriginOptions) -> RunFo
         results = _folder_of(config, folder) if overrides else folder
         if overrides:
             on_main_process(lambda: _claim(results, folder, config, plan))
-        on_main_process(lambda: check_saved(results, config, plan))
+        on_main_process(lambda: check_saved(results, config, plan, restart=bool(overrides)))
         on_main_process(folder.check_metrics)
         context, saved = load_run(run, with_tasks=True, allow=allow, overridden=config, changed_tasks=changed_tasks(overrides))
         changes = [f"Evaluated with {word}." for word in overrides]

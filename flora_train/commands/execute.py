@@ -124,8 +124,8 @@ def _score_table(scores: Scores, ks: Sequence[int]) -> Table:
         rates = [f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]" for estimate in estimates]
         counts = scores.ended[cell]
         ended = [f"{counts[status]} {status}" for status in STATUSES if counts[status]]
-        if scores.suspicious[cell]:
-            ended.append(f"{scores.suspicious[cell]} suspicious OK (ends early)")
-        size = f"{len(scores.problems(cell))} x {scores.n(cell)}"
+        if scores.early_exits[cell]:
+            ended.append(f"{scores.early_exits[cell]} suspicious OK (exits early)")
+        size = f"{len(scores.problems(cell))} x {scores.num_samples(cell)}"
         table.add_row(in_cell(adapter), in_cell(language), size, *rates, ", ".join(ended))
     return table

@@ -99,11 +99,11 @@ def solve_run(run: str, overrides: Sequence[str] = (), *, allow_different_base: 
             config,
             plan,
             context.model,
-            context.bank,
-            context.tokenizer,
-            results,
-            contenders,
-            lambda: load_base_model(config.model, context.bank.device),
+            bank=context.bank,
+            tokenizer=context.tokenizer,
+            folder=results,
+            peft=contenders,
+            load_base=lambda: load_base_model(config.model, context.bank.device),
         )
         on_main_process(lambda: _write_results(job, context.differences))
         wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Which held-out losses are known already? What a final evaluation has done, so that a killed one is not begun again."""
+"""HeldoutJournal: held-out losses of a final evaluation, so that it can be resumed after a kill."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from flora_train.runtime.journal import Journal
 
 @dataclass(frozen=True)
 class LoggedBatch:
-    """Losses of a batch, in nats, summed over each row's learnt tokens; a batch is called by its first row."""
+    """Losses of a batch, which is identified by its first row."""
 
     task: str
     adapter: int
     example: int
     losses: list[float]
+    """Nats per row, summed over its tokens with a loss."""
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -31,26 +32,36 @@ class LoggedBatch:
 
 
 class HeldoutJournal:
-    """The folder `path` of one run. data: task -> SHA-256 of its rows. Losses of other adapters, rows or batches than the ones that are asked
-    for are thrown away: they are of an evaluation that ended, or that is not wanted any more."""
+    """The journal of held-out losses in a folder of a run.
+
+    Losses of other adapters, rows or batches than requested are deleted: they are of an earlier evaluation.
+    """
 
     def __init__(self, path: Path, bank: AdapterBank, data: Mapping[str, str]) -> None:
+        """data: task -> SHA-256 of its rows."""
         self.bank, self.data = bank, data
         self.log = Journal(path, LoggedBatch, "piece", "delete it")
 
     def known(self, batches: Sequence[Sequence[Row]]) -> dict[tuple[str, int, int], list[float]]:
-        """What every process finds, before one writes. batches: all that there will be, of all processes."""
-        settings = {"adapters": self._adapters(), "data": dict(self.data), "batches": sha256(repr(batches).encode()).hexdigest()}
+        """The losses in the journal, for every process before one of them writes. batches: those of all
+        processes.
+        """
+        settings = {
+            "adapters": self._adapters_sha(),
+            "data": dict(self.data),
+            "batches": sha256(repr(batches).encode()).hexdigest(),
+        }
         on_main_process(lambda: self._claim(settings))
-        found = {key: entry.losses for key, entry in self.log.read().items()}
+        known = {key: entry.losses for key, entry in self.log.read().items()}
         self.writer = self.log.writer(world()[0])
-        return found
+        return known
 
     def add(self, batch: Sequence[Row], losses: Sequence[float]) -> None:
+        """Append the losses of a batch."""
         self.writer.append(LoggedBatch(batch[0].task, batch[0].adapter, batch[0].example, list(losses)))
 
     def forget(self) -> None:
-        """Once the report is written."""
+        """Delete the journal, once the report is written."""
         with disk_errors(self.log.path):
             self.log.forget()
 
@@ -62,6 +73,6 @@ class HeldoutJournal:
             self.forget()
             self.log.claim(settings)
 
-    def _adapters(self) -> str:
+    def _adapters_sha(self) -> str:
         digests = [self.bank.digest(adapter) for adapter in range(len(self.bank.specs))]
         return sha256(json.dumps(digests).encode()).hexdigest()

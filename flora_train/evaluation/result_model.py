@@ -68,7 +68,8 @@ Model = TypeVar("Model", bound=ResultModel)
 
 
 def read_results(path: Path, model: type[Model], hint: str) -> Model:
-    """The results in a JSON file. hint: how a user renews a damaged file. Raises UserError, which names the first wrong key."""
+    """The results in a JSON file. hint: how a user renews a damaged file. Raises UserError, which names the
+    first wrong key."""
     return validate_results(path, read_object(path, hint), model, hint)
 
 
@@ -78,7 +79,9 @@ def validate_results(path: Path, content: object, model: type[Model], hint: str)
         return model.model_validate(content)
     except ValidationError as error:
         reason = _first_problem(error, model)
-        raise user_error(str(path), None, f"is damaged, or was written by another version ({reason}): {hint}") from error
+        raise user_error(
+            str(path), None, f"is damaged, or was written by another version ({reason}): {hint}"
+        ) from error
 
 
 def _first_problem(error: ValidationError, model: type[ResultModel]) -> str:

@@ -12,7 +12,7 @@ from flora_train.evaluation.code.completion_log import CompletionLog
 from flora_train.evaluation.code.evaluate import Plan
 from flora_train.evaluation.code.evaluate import settings_of as code_settings
 from flora_train.evaluation.code.programs.languages import Language
-from flora_train.evaluation.code.programs.verdicts import read_verdicts
+from flora_train.evaluation.code.programs.verdicts import have_other_limits, read_verdicts
 from flora_train.evaluation.code.summary import read_summary
 from flora_train.evaluation.speech.evaluate import settings_of as speech_settings
 from flora_train.evaluation.speech.evaluate import transcript_log
@@ -37,6 +37,7 @@ def check_evaluation(
     folder: where the evaluation is written. suites: suite -> its languages that can be executed.
     restart: results made with other settings are no error, as they will be deleted.
     """
+    sandbox = config.evaluation.sandbox
     report_files = [folder / "report.json", folder / "report.html"]
     check_paths(folders=[folder, *(folder / suite for suite in suites)], files=report_files)
     for suite, languages in suites.items():
@@ -48,7 +49,8 @@ def check_evaluation(
         if languages:
             log.check(settings)
         read_summary(log.path)
-        _check_verdicts(log.verdicts, config, languages)
+        if not (restart and have_other_limits(log.verdicts, sandbox, languages)):
+            _check_verdicts(log.verdicts, config, languages)
     transcripts = transcript_log(folder)
     if not (restart and transcripts.has_other_settings(speech_settings(config), partial=True)):
         transcripts.read()

@@ -170,13 +170,13 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
     [
         (["evaluation.temperature=0.7"], r"temperature = 0.7: its completions were made with 0.2 and would be mixed"),
         (["--languages=shh"], "evaluation.languages = 'shh': is not in eval/languages.yaml"),
-        (["--languages=lua"], "evaluation.languages = 'lua': no task is in it; tasks are in sh"),
+        (["--languages=lua"], "evaluation.languages = 'lua': no task has this language; tasks have sh"),
         (
             ["evaluation.pass_at_k=[5]"],
             "evaluation.pass_at_k = [5]: pass@5 requires 5 completions per problem: raise num_samples = 2",
         ),
         (["evaluation.temperature=0"], "evaluation.temperature = 0: generates the same completion 2 times"),
-        (["evaluation.problems=nowhere"], "evaluation.problems = 'nowhere': is no folder here"),
+        (["evaluation.problems=nowhere"], "evaluation.problems = 'nowhere': is not a folder"),
         (["evaluation.nn=2"], "evaluation.nn"),
         (["language=[sh]"], "language = '[sh]': options of this command begin with --. Did you mean '--languages'?"),
         (["--contenders=nothing/here"], "contenders = 'nothing/here': is not a PEFT adapter"),
@@ -202,11 +202,11 @@ def test_completions_of_other_prompts_or_other_adapters_are_not_mixed(mine: Path
     changed = [SOLVED, {**UNSOLVED, "tests": "exit 1"}]
     (folder / "humaneval-sh.jsonl").write_text("\n".join(map(json.dumps, changed)))
     done = solve(mine, f"evaluation.problems={folder}")
-    assert "was written for another version of this problem" in done.stderr
+    assert "was generated for another version of this problem" in done.stderr
     file = mine / "eval" / "trivial" / "completions-0.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**row, "adapter_sha": row["adapter_sha"] and "0" * 64}) + "\n" for row in rows))
-    assert "was written by other numbers of this adapter" in solve(mine).stderr
+    assert "was generated with other weights of this adapter" in solve(mine).stderr
 
 
 @pytest.fixture

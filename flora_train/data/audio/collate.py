@@ -37,7 +37,9 @@ class SpeechCollate:
         """Start computing the features of rows that a later batch needs."""
         self.store.prefetch(dict.fromkeys(_clip_ref(row, split_of) for row in rows))
 
-    def __call__(self, rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:
+    def __call__(
+        self, rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int
+    ) -> MixedBatch:
         """Collate rows that share one window.
 
         Rows with the same clip and augmentation seed share its features.

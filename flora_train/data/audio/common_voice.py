@@ -99,7 +99,10 @@ def _language_folder(release: Path, source: SourceConfig, key: str) -> Path:
             return folder
     tables = [*release.glob("*.tsv"), *release.glob("*/*.tsv"), *release.glob("*/*/*.tsv")]
     locales = sorted({table.parent.name for table in tables})
-    hint = f"is not a language of {source.common_voice}; it has {choices(locales)}.{did_you_mean(locale, locales)}"
+    hint = (
+        f"is not a language of {source.common_voice}; it has "
+        f"{choices(locales)}.{did_you_mean(locale, locales)}"
+    )
     raise user_error(f"{key}.locale", locale, hint)
 
 

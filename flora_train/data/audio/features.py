@@ -177,7 +177,9 @@ def extracted(extractor: Any, samples: NDArray[np.float32]) -> NDArray[Any]:
     Log-mel features are float16 ([mel bins, frames] for Whisper), whether or not they come from disk, so that
     the cache changes nothing. A model that reads the waveform gets float32 [n].
     """
-    features = extractor(samples, sampling_rate=RATE, padding=True, return_tensors="np")[input_name(extractor)][0]
+    features = extractor(samples, sampling_rate=RATE, padding=True, return_tensors="np")[
+        input_name(extractor)
+    ][0]
     dtype = np.float32 if features.ndim == 1 else np.float16
     return features.astype(dtype)
 

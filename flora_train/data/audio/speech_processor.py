@@ -83,10 +83,16 @@ class SpeechProcessor:
             token = _language_token(vocabulary, speech, key)
             return [vocabulary[word] for word in (START, token, TRANSCRIBE, NO_TIMESTAMPS)]
         if speech.token is not None:
-            hint = "only Whisper's prompt contains a language token: list all first tokens in speech.prompt instead"
+            hint = (
+                "only Whisper's prompt contains a language token: list all first tokens in speech.prompt "
+                "instead"
+            )
             raise user_error(f"{key}.speech.token", speech.token, hint)
         if self.start is None:
-            hint = "is required: list the decoder's first tokens; this model's configuration does not say its start token"
+            hint = (
+                "is required: list the decoder's first tokens; this model's configuration does not say its "
+                "start token"
+            )
             raise user_error(f"{key}.speech.prompt", None, hint)
         return [self.start]
 
@@ -149,7 +155,9 @@ def _language_token(vocabulary: Any, speech: SpeechConfig, key: str) -> str:
     if token in languages:
         return token
     if speech.token is not None:
-        hint = f"is not a language token of this model, which look like <|cs|>.{did_you_mean(token, languages)}"
+        hint = (
+            f"is not a language token of this model, which look like <|cs|>.{did_you_mean(token, languages)}"
+        )
         raise user_error(f"{key}.speech.token", token, hint)
     codes = [known[2:-2] for known in languages]
     hint = (

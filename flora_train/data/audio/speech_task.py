@@ -84,7 +84,9 @@ def load_speech_task(
     if "validation" not in lines:
         group = _speaker if task.speech.speaker else _normalised_sentence
         seed = seed_of_rows(config, name, "split")
-        lines["train"], lines["validation"] = hold_out(lines["train"], task.validation_fraction, seed, key, group)
+        lines["train"], lines["validation"] = hold_out(
+            lines["train"], task.validation_fraction, seed, key, group
+        )
     limits = {
         "train": task.max_examples,
         "validation": task.max_validation_examples,
@@ -119,7 +121,9 @@ class _SplitBuilder:
         self.special_tokens = config.tasks[name].special_tokens
         self.hashes: list[str] = []
 
-    def __call__(self, split: str, lines: Sequence[Line], *, excluded: Sequence[Line], limit: int | None) -> SpeechSplit:
+    def __call__(
+        self, split: str, lines: Sequence[Line], *, excluded: Sequence[Line], limit: int | None
+    ) -> SpeechSplit:
         """excluded: lines of the other splits; their clips and sentences are left out of this one."""
         usable, unusable = self._usable(lines, excluded)
         chosen = sample(usable, limit, seed_of_rows(self.config, self.name, split))
@@ -128,7 +132,9 @@ class _SplitBuilder:
         key = hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()
         self.hashes.append(key)
         unsampled = len(usable) - len(chosen)
-        build = partial(self._check_and_tokenise, split, chosen, unusable, unsampled=unsampled, rows=len(lines))
+        build = partial(
+            self._check_and_tokenise, split, chosen, unusable, unsampled=unsampled, rows=len(lines)
+        )
         built = cached(self.cache / f"{key[:32]}.npz", SpeechSplit, build)
         if not len(built):
             reasons = ", ".join(f"{len(paths)} {reason}" for reason, paths in built.counts.unusable.items())
@@ -152,7 +158,9 @@ class _SplitBuilder:
             self.special_tokens,
         ]
 
-    def _usable(self, lines: Sequence[Line], excluded: Sequence[Line]) -> tuple[list[Line], dict[str, list[str]]]:
+    def _usable(
+        self, lines: Sequence[Line], excluded: Sequence[Line]
+    ) -> tuple[list[Line], dict[str, list[str]]]:
         """Lines that may be sampled, and the paths of the others by reason, before any decoding."""
         excluded_paths = {line.path for line in excluded}
         excluded_sentences = {_normalised_sentence(line) for line in excluded}
@@ -186,7 +194,9 @@ class _SplitBuilder:
         max_tokens = min(self.config.training.max_length, self.speech_processor.max_tokens)
         clips = self.speech_processor.check_clips([line.path for line in lines], f"{self.name} ({split})")
         for line, clip in zip(lines, clips, strict=True):
-            tokens, written = self.speech_processor.transcript(self.prompt, line.sentence, self.special_tokens)
+            tokens, written = self.speech_processor.transcript(
+                self.prompt, line.sentence, self.special_tokens
+            )
             special_tokens += written
             if clip.fault is not None:
                 paths_by_reason[clip.fault].append(line.path)
@@ -197,7 +207,9 @@ class _SplitBuilder:
             else:
                 samples = self.speech_processor.windows.samples(clip.seconds)
                 positions = self.speech_processor.windows.positions(samples)
-                utterance = Utterance(line.path, clip.sha, clip.seconds, line.sentence, samples, positions, tokens)
+                utterance = Utterance(
+                    line.path, clip.sha, clip.seconds, line.sentence, samples, positions, tokens
+                )
                 utterances.append(utterance)
         num_tokens = sum(len(u.tokens) for u in utterances)
         counts = SplitCounts(
@@ -214,7 +226,9 @@ class _SplitBuilder:
         return speech_split(utterances, len(self.prompt), counts)
 
 
-def _lines(rows: Sequence[Row], source: SourceConfig, task: TaskConfig, *, key: str, cache: Path) -> list[Line]:
+def _lines(
+    rows: Sequence[Row], source: SourceConfig, task: TaskConfig, *, key: str, cache: Path
+) -> list[Line]:
     """Rows with the absolute paths of their clips.
 
     Clips given as bytes are written to files named by their hash.
@@ -263,7 +277,9 @@ def _clip_file(value: Any, base: Path, cache: Path) -> str:
         if content is None:
             return _clip_file(str(value.get("path") or ""), base, cache)
         if not isinstance(content, bytes):
-            raise ValueError(f"has a {type(content).__name__} under bytes: they must be bytes, as in parquet files")
+            raise ValueError(
+                f"has a {type(content).__name__} under bytes: they must be bytes, as in parquet files"
+            )
         file = cache.parent / "clips" / hashlib.sha256(content).hexdigest()[:40]
         if not file.exists():
             write_atomically(file, lambda path: path.write_bytes(content))

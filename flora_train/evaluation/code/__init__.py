@@ -1,10 +1,11 @@
-"""Does generated code do what was asked? From adapters to pass@k.
+"""Evaluation of generated code: from adapters to pass@k.
 
-problems/          what is asked
-contenders.py      who answers: base, adapters, PEFT adapters
-solve.py           contenders write completions, mixed in one batch
-completion_log.py  completions on disk, with the settings that made them; completions.py: those of others
-programs/          completions become programs, and programs verdicts
-pass_at_k.py       the estimator; scores.py: with intervals and differences; summary.py: for readers
-evaluate.py        all of it, in order
+problems/            the programming problems
+contenders.py        base model, adapters and PEFT adapters that solve them
+generate.py          completions of all contenders, mixed in one batch
+completion_log.py    the journal of completions; completion_files.py: completions from other sources
+programs/            completions become programs, and programs verdicts
+scores.py            pass@k with intervals and differences; summary.py: the results of a suite
+wins_and_losses.py   problems that an adapter wins over the base or loses to it
+evaluate.py          all of these in order
 """

@@ -1,9 +1,10 @@
-"""From a bank of adapters to pass@k: plan, generate, execute, score. Every stage takes up where it was killed."""
+"""Evaluates a bank of adapters on programming problems: plan, generate, execute, score. Every stage can be
+resumed."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from flora_train.config.errors import Problem as Fault
 from flora_train.config.errors import UserError, choices, user_error
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.completion_files import Completion
-from flora_train.evaluation.code.completion_log import CompletionLog
+from flora_train.evaluation.code.completion_log import CompletionLog, LoggedCompletion
 from flora_train.evaluation.code.contenders import (
     Contender,
     Route,
@@ -32,9 +33,9 @@ from flora_train.evaluation.code.problems.suites import Suite, load_suite
 from flora_train.evaluation.code.programs.execute import preflight
 from flora_train.evaluation.code.programs.languages import Language, find_language, load_languages
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
-from flora_train.evaluation.code.programs.verdicts import collect_verdicts, read_verdicts
+from flora_train.evaluation.code.programs.verdicts import collect_verdicts, have_other_limits, read_verdicts
 from flora_train.evaluation.code.score_types import DecidedProblem
-from flora_train.evaluation.code.summary import read_summary, summarise, write_summary
+from flora_train.evaluation.code.summary import SuiteRecords, read_summary, summarise, write_summary
 from flora_train.evaluation.code.wins_and_losses import wins_and_losses
 from flora_train.evaluation.generation import Decoder, Sampling, check_prompts
 from flora_train.evaluation.generation.context_limit import Prompts
@@ -43,88 +44,92 @@ from flora_train.runtime.checksum import fingerprint
 from flora_train.runtime.distributed import on_main_process, wait_for_everyone
 from flora_train.runtime.environment import available_cpus, dtype_of
 
-FILES_OF_EVAL = ("", "heldout", "speech", "report.html", "report.json")
-"""What stands in a run's folder eval/ beside the folders of suites, which are called by the suites' names."""
+RESERVED_NAMES = ("", "heldout", "speech", "report.html", "report.json")
+"""Names in a run's folder eval/ that no suite may have, as its results are in a folder of its name."""
+
+Generate = Callable[[nn.Module, Route, Sequence[Contender]], None]
+"""Generates the missing completions of contenders on a model."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """languages: key -> row of the table, of those that run here; broken: key -> why one does not. The main process makes it
-    for all."""
+    """What will be evaluated. The main process makes the plan for all."""
 
     suites: tuple[Suite, ...]
     languages: Mapping[str, Language]
+    """Key -> row of the table, for languages that run here."""
     broken: Mapping[str, str]
+    """Key -> why a language does not run here."""
 
 
 def plan_evaluation(config: RunConfig, need_sandbox: bool = True) -> Plan | None:
-    """What will be solved, and whether it can be executed here; None if the recipe has no problems. Called before training.
+    """The problems to be solved and the languages that can be executed here; None if the recipe has no
+    problems.
 
-    Raises UserError for an unknown language or suite, for tasks without a language, or if no sandbox works: nothing runs
-    unconfined unless it was asked for. need_sandbox=False: without one, no language is evaluated, and the plan says why.
+    Called before training. Raises UserError for an unknown language or suite, for tasks without a language,
+    or if no sandbox works: nothing runs unconfined unless the user asked for it. need_sandbox=False: without
+    a sandbox no language is evaluated, and the plan says why.
     """
     if not config.evaluation.problems:
         return None
-    suites, wanted, table = load_suites(config)
+    suites, keys, table = load_suites(config)
     try:
         sandbox = open_sandbox(config.evaluation.sandbox)
     except UserError as error:
         if need_sandbox:
             raise
-        return Plan(suites, {}, dict.fromkeys(wanted, str(error.problems[0])))
-    broken = preflight([table[key] for key in wanted], sandbox)
-    return Plan(suites, {key: table[key] for key in wanted if key not in broken}, broken)
+        return Plan(suites, {}, dict.fromkeys(keys, str(error.problems[0])))
+    broken = preflight([table[key] for key in keys], sandbox)
+    return Plan(suites, {key: table[key] for key in keys if key not in broken}, broken)
 
 
 def load_suites(config: RunConfig) -> tuple[tuple[Suite, ...], Sequence[str], Mapping[str, Language]]:
-    """The problems that will be solved, their languages, and the table of languages. Raises UserError for an unknown language or
-    suite, or a language of no task."""
-    spoken = languages_of(config)
-    if not spoken:
-        hint = "no task says its language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, rb, ...)"
+    """The problems to be solved, the keys of their languages, and the table of languages.
+
+    Raises UserError for an unknown language or suite, or a language that no task has.
+    """
+    task_languages = languages_of(config)
+    if not task_languages:
+        hint = (
+            "no task has a language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, "
+            "rb, ...)"
+        )
         raise user_error("evaluation.problems", config.evaluation.problems, hint)
     table = load_languages(config.evaluation.cpu_seconds)
-    faults: list[Fault] = []
-    for key, language in [(f"tasks.{task}.language", language) for task, language in spoken.items()] + [
-        ("evaluation.languages", language) for language in config.evaluation.languages or ()
-    ]:
-        try:
-            find_language(language, table)
-        except UserError as error:
-            faults += [Fault(key, language, problem.hint) for problem in error.problems]
-    if faults:
-        raise UserError(*faults)
-    wanted = config.evaluation.languages or sorted(set(spoken.values()))
-    if absent := sorted(set(wanted) - set(spoken.values())):
-        raise user_error(
-            "evaluation.languages", absent[0], f"no task is in it; tasks are in {choices(sorted(set(spoken.values())))}"
-        )
-    suites = tuple(load_suite(source, wanted, config.evaluation.max_problems) for source in config.evaluation.problems)
+    _check_languages(config, task_languages, table)
+    known = sorted(set(task_languages.values()))
+    keys = config.evaluation.languages or known
+    if unknown := sorted(set(keys) - set(known)):
+        hint = f"no task has this language; tasks have {choices(known)}"
+        raise user_error("evaluation.languages", unknown[0], hint)
+    sources = config.evaluation.problems
+    suites = tuple(load_suite(source, keys, config.evaluation.max_problems) for source in sources)
     names = [suite.name for suite in suites]
-    if taken := [source for source, name in zip(config.evaluation.problems, names, strict=True) if name in FILES_OF_EVAL]:
-        raise user_error(
-            "evaluation.problems", taken[0], "would have the name of something else in the run's folder eval/: rename it"
-        )
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise user_error("evaluation.problems", twice[0], "two suites would share this name, and their folder: rename one")
-    return suites, wanted, table
+    for source, name in zip(sources, names, strict=True):
+        if name in RESERVED_NAMES:
+            hint = "would have the name of another file or folder in the run's folder eval/: rename it"
+            raise user_error("evaluation.problems", source, hint)
+    if repeated := [name for name in names if names.count(name) > 1]:
+        hint = "two suites would share this name and therefore their folder: rename one"
+        raise user_error("evaluation.problems", repeated[0], hint)
+    return suites, keys, table
 
 
 def prompts_of(config: RunConfig, suites: Sequence[Suite]) -> dict[str, Prompts]:
-    """Configuration key -> the prompts that will be completed after training, as they are given to the model."""
-    learnt = {
-        name: task
-        for name, task in config.tasks.items()
-        if any(name in (a.tasks or config.tasks) for a in config.adapters.values())
-    }
-    found: dict[str, Prompts] = {f"tasks.{name}.sample_prompts": (task.sample_prompts, True) for name, task in learnt.items()}
-    problems = [problem.prompt.rstrip() for suite in suites for part in suite.asked.values() for problem in part.values()]
-    found["evaluation.problems"] = (problems, False)
-    return {key: prompts for key, prompts in found.items() if prompts[0]}
+    """Configuration key -> the prompts that will be completed after training, as the model gets them."""
+    learnt = {task for adapter in config.adapters.values() for task in adapter.tasks or config.tasks}
+    prompts: dict[str, Prompts] = {}
+    for name, task in config.tasks.items():
+        if name in learnt and task.sample_prompts:
+            prompts[f"tasks.{name}.sample_prompts"] = (task.sample_prompts, True)
+    problem_prompts = [prompt for suite in suites for prompt in _prompts(suite, suite.asked)]
+    if problem_prompts:
+        prompts["evaluation.problems"] = (problem_prompts, False)
+    return prompts
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """What completions are made with, as far as the configuration says it."""
+    """The settings that completions depend on, as far as the configuration states them."""
     options = config.evaluation
     return {
         "model": config.model.path,
@@ -141,51 +146,44 @@ def evaluate_code(
     config: RunConfig,
     plan: Plan,
     model: nn.Module,
+    *,
     bank: AdapterBank,
     tokenizer: Any,
     folder: Path,
     peft: Sequence[str] = (),
     load_base: Callable[[], nn.Module] | None = None,
+    restart: bool = False,
 ) -> None:
-    """Leaves `folder`/<suite>/scores.json (see summary.py) beside completions and verdicts.
+    """Write completions, verdicts and `folder`/<suite>/scores.json (see summary.py).
 
-    peft: further contenders, PEFT adapters from disk or hub, each on a plain model of its own that `load_base` makes.
+    peft: further contenders, PEFT adapters from disk or hub, each on its own plain model from `load_base`.
+    restart: delete completions or verdicts made with other settings. Without it they raise UserError.
     """
     options = config.evaluation
-    sampling = Sampling(options.temperature, options.top_p, config.seed)
     languages = list(plan.languages)
     contenders = contenders_of(config, bank, languages)
-    check_peft_contenders(peft, [word for contender in contenders for word in (contender.name, contender.family)])
+    check_peft_contenders(
+        peft, [name for contender in contenders for name in (contender.name, contender.family)]
+    )
     if peft and load_base is not None:
         check_fit(peft, load_base)
-    asked = [
-        problem.prompt.rstrip() for suite in plan.suites for key in languages for problem in suite.asked.get(key, {}).values()
-    ]
-    # the prompts of all suites, before the first completion is generated
-    check_prompts(
-        tokenizer,
-        {"evaluation.problems": (asked, False)},
-        vocabulary=count_tokens(model),
-        model=config.model,
-        model_config=model.config,
-        max_new_tokens=options.max_new_tokens,
-    )
+    _check_all_prompts(config, plan, model, tokenizer)
     logs = {suite.name: CompletionLog(folder / suite.name) for suite in plan.suites}
-    settings = {
-        **settings_of(config),
-        "weights of the base model (SHA-256)": fingerprint(model),
-        "dtype": dtype_of(model),
-    }
-    for name, log in logs.items() if languages else ():
-        on_main_process(partial(log.claim, {"problems": name, **settings}))
-        on_main_process(partial(read_verdicts, log.verdicts, options.sandbox, plan.languages))
+    if languages:
+        settings = {
+            **settings_of(config),
+            "weights of the base model (SHA-256)": fingerprint(model),
+            "dtype": dtype_of(model),
+        }
+        for log in logs.values():
+            on_main_process(partial(_claim, log, settings, plan, config=config, restart=restart))
 
-    def write(model: nn.Module, route: Route, writers: Sequence[Contender]) -> None:
+    def generate(model: nn.Module, route: Route, contenders: Sequence[Contender]) -> None:
         decoder = Decoder(
             model,
             tokenizer,
             route,
-            sampling=sampling,
+            sampling=Sampling(options.temperature, options.top_p, config.seed),
             max_new_tokens=options.max_new_tokens,
             max_rows=options.batch_rows,
             blocks=bank.blocks,
@@ -193,58 +191,126 @@ def evaluate_code(
         for suite in plan.suites:
             log = logs[suite.name]
             known = log.read()
-            wait_for_everyone()  # all have read before one writes
-            generate_completions(decoder, writers, suite, options.num_samples, log, known)
+            wait_for_everyone()  # every process has read the journal before one of them writes to it
+            generate_completions(
+                decoder, contenders, suite, samples=options.num_samples, log=log, known=known
+            )
             wait_for_everyone()
 
-    write(model, bank.routed, contenders)
+    generate(model, bank.routed, contenders)
     if peft:
         assert load_base is not None
         for source in peft:
-            _write_alone(write, source, load_base, languages)
+            _generate_with_peft(generate, source, load_base, languages)
     for suite in plan.suites:
-        on_main_process(partial(_execute_and_score, config, plan, suite, bank, logs[suite.name]))
+        on_main_process(partial(_execute_and_score, config, plan, suite, bank=bank, log=logs[suite.name]))
 
 
-def _write_alone(
-    write: Callable[[nn.Module, Route, Sequence[Contender]], None],
-    source: str,
-    load_base: Callable[[], nn.Module],
-    languages: Sequence[str],
+def _check_languages(
+    config: RunConfig, task_languages: Mapping[str, str], table: Mapping[str, Language]
 ) -> None:
-    """In a function of its own, so that nothing refers to the base model when the next one is loaded."""
+    """Raises UserError, naming every language that is not in the table."""
+    given = [(f"tasks.{task}.language", language) for task, language in task_languages.items()]
+    given += [("evaluation.languages", language) for language in config.evaluation.languages or ()]
+    faults: list[Fault] = []
+    for key, language in given:
+        try:
+            find_language(language, table)
+        except UserError as error:
+            faults += [Fault(key, language, problem.hint) for problem in error.problems]
+    if faults:
+        raise UserError(*faults)
+
+
+def _prompts(suite: Suite, languages: Iterable[str]) -> list[str]:
+    """The prompts of a suite in these languages, as the model gets them."""
+    problems = [problem for language in languages for problem in suite.asked.get(language, {}).values()]
+    return [problem.prompt.rstrip() for problem in problems]
+
+
+def _check_all_prompts(config: RunConfig, plan: Plan, model: nn.Module, tokenizer: Any) -> None:
+    """Check the prompts of all suites before the first completion is generated."""
+    prompts = [prompt for suite in plan.suites for prompt in _prompts(suite, plan.languages)]
+    check_prompts(
+        tokenizer,
+        {"evaluation.problems": (prompts, False)},
+        vocabulary=count_tokens(model),
+        model=config.model,
+        model_config=model.config,
+        max_new_tokens=config.evaluation.max_new_tokens,
+    )
+
+
+def _claim(
+    log: CompletionLog, settings: Mapping[str, Any], plan: Plan, *, config: RunConfig, restart: bool
+) -> None:
+    """Reserve a suite's folder for completions and verdicts with these settings."""
+    log.claim({"problems": log.path.name, **settings}, restart=restart)
+    if restart and have_other_limits(log.verdicts, config.evaluation.sandbox, plan.languages):
+        log.verdicts.unlink()
+    read_verdicts(log.verdicts, config.evaluation.sandbox, plan.languages)
+
+
+def _generate_with_peft(
+    generate: Generate, source: str, load_base: Callable[[], nn.Module], languages: Sequence[str]
+) -> None:
+    """In its own function, so that nothing refers to the base model when the next one is loaded."""
     with peft_contender(source, load_base, languages) as (contender, adapted, route):
-        write(adapted, route, [contender])
+        generate(adapted, route, [contender])
 
 
-def _execute_and_score(config: RunConfig, plan: Plan, suite: Suite, bank: AdapterBank, log: CompletionLog) -> None:
-    """Execute what the log has in the plan's languages, and score all that it has verdicts on, also of earlier calls in other
-    languages or with further contenders."""
+def _execute_and_score(
+    config: RunConfig, plan: Plan, suite: Suite, *, bank: AdapterBank, log: CompletionLog
+) -> None:
+    """Execute the completions in the plan's languages, and score all that have verdicts.
+
+    These include verdicts of earlier evaluations in other languages or with further contenders.
+    """
     logged = list(log.read().values())
-    completions = [
-        Completion(entry.adapter, suite.problems[entry.language][entry.name], entry.sample, entry.completion)
-        for entry in logged
-        if entry.language in plan.languages and entry.name in suite.problems.get(entry.language, {})
-    ]
+    _execute(config, plan, suite, logged=logged, log=log)
+    known = {language: (len(problems), suite.sha(language)) for language, problems in suite.problems.items()}
+    summary = read_summary(log.path)
+    decided: dict[str, Sequence[DecidedProblem]] = {}
+    if summary is not None:
+        for part in summary.languages:
+            known.setdefault(part.language, (part.available, part.prompts_sha))
+            decided[part.language] = part.wins_and_losses
+    records = read_verdicts(log.verdicts, config.evaluation.sandbox, plan.languages)
+    num_samples = Counter(key[:3] for key in records)
+    needed = max(config.evaluation.pass_at_k)
+    scored = {}
+    for key, record in records.items():
+        if key[1] in known and num_samples[key[:3]] >= needed:
+            scored[key] = record
+    contenders = contenders_of(config, bank, list(known))
+    names = {contender.name for contender in contenders}
+    for name in dict.fromkeys(key[0] for key in scored):
+        if name not in names:
+            contenders.append(Contender(name, name, BASE_ID, tuple(known), ""))
+    for language, problems in suite.problems.items():
+        decided[language] = wins_and_losses(problems, language, contenders, logged=logged, records=scored)
+    given = SuiteRecords(
+        suite=suite,
+        known=known,
+        contenders=contenders,
+        logged=logged,
+        records=scored,
+        broken={**plan.broken, **suite.missing},
+        decided=decided,
+    )
+    write_summary(summarise(config, given), log.path)
+
+
+def _execute(
+    config: RunConfig, plan: Plan, suite: Suite, *, logged: Sequence[LoggedCompletion], log: CompletionLog
+) -> None:
+    completions = []
+    for entry in logged:
+        problems = suite.problems.get(entry.language, {})
+        if entry.language in plan.languages and entry.name in problems:
+            problem = problems[entry.name]
+            completions.append(Completion(entry.adapter, problem, entry.sample, entry.completion))
     if completions:
         workers = config.evaluation.workers or available_cpus()
         sandbox = open_sandbox(config.evaluation.sandbox)
         collect_verdicts(completions, plan.languages, sandbox, file=log.verdicts, workers=workers)
-    known = {language: (len(problems), suite.sha(language)) for language, problems in suite.problems.items()}
-    summary = read_summary(log.path)
-    earlier = {part.language: part for part in summary.languages} if summary is not None else {}
-    for language, part in earlier.items():
-        known.setdefault(language, (part.available, part.prompts_sha))
-    records = read_verdicts(log.verdicts, config.evaluation.sandbox, plan.languages)
-    samples = Counter(key[:3] for key in records)
-    scored = {
-        key: record for key, record in records.items() if key[1] in known and samples[key[:3]] >= max(config.evaluation.pass_at_k)
-    }
-    contenders = contenders_of(config, bank, list(known))
-    others = dict.fromkeys(key[0] for key in scored if key[0] not in {contender.name for contender in contenders})
-    contenders += [Contender(name, name, BASE_ID, tuple(known), "") for name in others]
-    broken = {**plan.broken, **suite.missing}
-    decided: dict[str, Sequence[DecidedProblem]] = {language: part.wins_and_losses for language, part in earlier.items()}
-    for language, problems in suite.problems.items():
-        decided[language] = wins_and_losses(problems, language, contenders, logged, scored)
-    write_summary(summarise(config, suite, known, contenders, logged, scored, broken, decided), log.path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import combinations, product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flora_train.config.schema import RunConfig
+from flora_train.evaluation.bootstrap import compared_pairs
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
 from flora_train.evaluation.code.contenders import Contender
 from flora_train.evaluation.code.problems.suites import Suite
@@ -38,7 +40,8 @@ def read_summaries(folder: Path) -> tuple[CodeSuite, ...]:
 
 
 def read_summary(folder: Path) -> CodeSuite | None:
-    """The scores that an earlier evaluation wrote; None if there are none. Raises UserError if they are damaged."""
+    """The scores that an earlier evaluation wrote; None if there are none. Raises UserError if they are
+    damaged."""
     file = folder / SCORES
     if not file.exists():
         return None
@@ -51,31 +54,40 @@ def write_summary(summary: CodeSuite, folder: Path) -> None:
     write_atomically(folder / SCORES, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def summarise(
-    config: RunConfig,
-    suite: Suite,
-    known: Mapping[str, tuple[int, str]],
-    contenders: Sequence[Contender],
-    logged: Sequence[LoggedCompletion],
-    records: Mapping[Key, Mapping[str, Any]],
-    broken: Mapping[str, str],
-    decided: Mapping[str, Sequence[DecidedProblem]],
-) -> CodeSuite:
-    """Score the verdicts in `records`.
+@dataclass(frozen=True, kw_only=True)
+class SuiteRecords:
+    """Everything that the scores of a suite are computed from."""
 
-    known: language -> (number of its problems, their SHA-256); broken: language -> why it cannot be evaluated;
-    decided: language -> problems that were won or lost.
-    """
+    suite: Suite
+    known: Mapping[str, tuple[int, str]]
+    """Language -> (number of its problems, their SHA-256)."""
+    contenders: Sequence[Contender]
+    logged: Sequence[LoggedCompletion]
+    records: Mapping[Key, Mapping[str, Any]]
+    """Verdict records to be scored."""
+    broken: Mapping[str, str]
+    """Language -> why it cannot be evaluated."""
+    decided: Mapping[str, Sequence[DecidedProblem]]
+    """Language -> problems that were won or lost."""
+
+
+def summarise(config: RunConfig, given: SuiteRecords) -> CodeSuite:
+    """Score a suite."""
     options = config.evaluation
-    scores = Scores(records.values(), options.bootstrap_samples, options.confidence, config.seed)
-    executed = [entry for entry in logged if entry.key in records]
-    seconds = {key[1]: record["cpu_seconds"] for key, record in records.items()}
+    scores = Scores(
+        given.records.values(),
+        resamples=options.bootstrap_samples,
+        confidence=options.confidence,
+        seed=config.seed,
+    )
+    executed = [entry for entry in given.logged if entry.key in given.records]
+    cut = Counter((entry.adapter, entry.language) for entry in executed if entry.ended == "length")
+    seconds = {key[1]: record["cpu_seconds"] for key, record in given.records.items()}
     languages = []
-    for language in known:
-        scored = [contender for contender in contenders if (contender.name, language) in scores.cells]
+    for language in given.known:
+        scored = [contender for contender in given.contenders if scores.has((contender.name, language))]
         if scored:
-            cut = [entry.adapter for entry in executed if entry.language == language and entry.ended == "length"]
-            available, prompts_sha = known[language]
+            available, prompts_sha = given.known[language]
             languages.append(
                 LanguageScores(
                     language=language,
@@ -83,16 +95,15 @@ def summarise(
                     problems=max(len(scores.problems((contender.name, language))) for contender in scored),
                     available=available,
                     prompts_sha=prompts_sha,
-                    contenders=[_score(c, language, cut.count(c.name), scores, options.pass_at_k) for c in scored],
-                    differences=_differences(scored, language, scores, options.pass_at_k),
+                    contenders=[_score(c, language, scores, cut=cut, ks=options.pass_at_k) for c in scored],
+                    differences=_differences(scored, language, scores, ks=options.pass_at_k),
                     cpu_seconds=seconds[language],
-                    wins_and_losses=decided.get(language, ()),
+                    wins_and_losses=given.decided.get(language, ()),
                 )
             )
-    executed_languages = {key[1] for key in records}
     return CodeSuite(
-        suite=suite.name,
-        source=suite.source,
+        suite=given.suite.name,
+        source=given.suite.source,
         num_samples=options.num_samples,
         pass_at_k=options.pass_at_k,
         temperature=options.temperature,
@@ -104,33 +115,50 @@ def summarise(
         completions=len(executed),
         tokens=sum(entry.tokens for entry in executed),
         languages=languages,
-        macro=_macro(contenders, scores, options.pass_at_k),
-        not_evaluated=[
-            NotEvaluated(language=language, reason=reason)
-            for language, reason in sorted(broken.items())
-            if language not in executed_languages
-        ],
+        macro=_macro(given.contenders, scores, options.pass_at_k),
+        not_evaluated=_not_evaluated(given),
     )
 
 
-def _score(contender: Contender, language: str, cut: int, scores: Scores, ks: Sequence[int]) -> CodeScore:
+def _not_evaluated(given: SuiteRecords) -> list[NotEvaluated]:
+    executed = {key[1] for key in given.records}
+    reasons = sorted(given.broken.items())
+    return [
+        NotEvaluated(language=language, reason=reason)
+        for language, reason in reasons
+        if language not in executed
+    ]
+
+
+def _score(
+    contender: Contender,
+    language: str,
+    scores: Scores,
+    *,
+    cut: Mapping[tuple[str, str], int],
+    ks: Sequence[int],
+) -> CodeScore:
     cell = contender.name, language
     return CodeScore(
         name=contender.name,
         family=contender.family,
-        samples=scores.n(cell),
+        samples=scores.num_samples(cell),
         pass_at={k: scores.pass_at(cell, k).interval() for k in ks},
         ended={status: scores.ended[cell][status] for status in STATUSES},
-        suspicious=scores.suspicious[cell],
-        cut=cut,
+        suspicious=scores.early_exits[cell],
+        cut=cut.get(cell, 0),
     )
 
 
-def _differences(contenders: Sequence[Contender], language: str, scores: Scores, ks: Sequence[int]) -> list[CodeDifference]:
+def _differences(
+    contenders: Sequence[Contender], language: str, scores: Scores, *, ks: Sequence[int]
+) -> list[CodeDifference]:
+    rates = {c.name: scores.pass_at((c.name, language), min(ks)).value for c in contenders}
+    families = {contender.name: contender.family for contender in contenders}
     differences = []
-    for a, b in _pairs(contenders):
-        pass_at = {k: scores.difference(a.name, b.name, language, k).interval() for k in ks}
-        differences.append(CodeDifference(first=a.family, second=b.family, pass_at=pass_at))
+    for a, b in _pairs(rates):
+        pass_at = {k: scores.difference(a, b, language=language, k=k).interval() for k in ks}
+        differences.append(CodeDifference(first=families[a], second=families[b], pass_at=pass_at))
     return differences
 
 
@@ -138,7 +166,7 @@ def _macro(contenders: Sequence[Contender], scores: Scores, ks: Sequence[int]) -
     """Means over the languages that all families shown have in common."""
     adapters: dict[str, dict[str, str]] = {}
     for contender in contenders:
-        scored = {key: contender.name for key in contender.languages if (contender.name, key) in scores.cells}
+        scored = {key: contender.name for key in contender.languages if scores.has((contender.name, key))}
         adapters.setdefault(contender.family, {}).update(scored)
     shared = _widest({family: frozenset(names) for family, names in adapters.items()})
     if not shared:
@@ -148,22 +176,32 @@ def _macro(contenders: Sequence[Contender], scores: Scores, ks: Sequence[int]) -
     means = []
     for family, names in names_of.items():
         means.append(PassRates(family=family, pass_at={k: scores.macro(names, k).interval() for k in ks}))
+    rates = {family: scores.macro(names, min(ks)).value for family, names in names_of.items()}
     differences = []
-    for a, b in _pairs([Contender(family, family, -1, (), "") for family in names_of]):
-        pass_at = {k: scores.macro_difference(names_of[a.family], names_of[b.family], k).interval() for k in ks}
-        differences.append(CodeDifference(first=a.family, second=b.family, pass_at=pass_at))
+    for a, b in _pairs(rates):
+        pass_at = {k: scores.macro_difference(names_of[a], names_of[b], k).interval() for k in ks}
+        differences.append(CodeDifference(first=a, second=b, pass_at=pass_at))
     return MacroScores(languages=shared, contenders=means, differences=differences)
 
 
 def _widest(languages_of: Mapping[str, frozenset[str]]) -> list[str]:
     """The languages of one family, chosen so that families times languages is largest."""
-    sets = sorted(set(languages_of.values()), key=sorted)
-    best = max(sets, key=lambda s: len(s) * sum(s <= other for other in languages_of.values()), default=frozenset())
-    return sorted(best)
+
+    widest: frozenset[str] = frozenset()
+    largest = 0
+    for languages in sorted(set(languages_of.values()), key=sorted):
+        size = len(languages) * sum(languages <= other for other in languages_of.values())
+        if size > largest:
+            widest, largest = languages, size
+    return sorted(widest)
 
 
-def _pairs(contenders: Sequence[Contender]) -> list[tuple[Contender, Contender]]:
-    """Each adapter with the base, then each pair of adapters."""
-    base = [contender for contender in contenders if contender.family == "base"]
-    others = [contender for contender in contenders if contender.family != "base"]
-    return [*product(others, base), *combinations(others, 2)]
+def _pairs(rates: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Each contender with the base, then each pair of contenders; of many contenders, each with the best.
+
+    rates: contender -> pass@k; the base model is "base".
+    """
+    contenders = [contender for contender in rates if contender != "base"]
+    best = max(contenders, key=lambda contender: rates[contender], default=None)
+    with_base = [(contender, "base") for contender in contenders if "base" in rates]
+    return [*with_base, *compared_pairs(contenders, best)]

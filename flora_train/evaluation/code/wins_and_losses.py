@@ -20,6 +20,7 @@ def wins_and_losses(
     problems: Mapping[str, Problem],
     language: str,
     contenders: Iterable[Contender],
+    *,
     logged: Iterable[LoggedCompletion],
     records: Mapping[Key, Mapping[str, Any]],
 ) -> list[DecidedProblem]:
@@ -67,4 +68,6 @@ def _example(problem: Problem, samples: Samples, passes: bool) -> ProgramExample
     """The first sample that passes, or the first that does not."""
     completion, status = next(sample for sample in samples if (sample[1] == "OK") == passes)
     passed = sum(status == "OK" for _, status in samples)
-    return ProgramExample(completion=problem.cut(completion), status=status, passed=passed, samples=len(samples))
+    return ProgramExample(
+        completion=problem.cut(completion), status=status, passed=passed, samples=len(samples)
+    )

@@ -77,7 +77,9 @@ def next_logits(model: nn.Module, ids: Tensor, cache: RowCache, parameters: Coll
     options: dict[str, Any] = {"position_ids": positions[:, -ids.shape[1] :], "logits_to_keep": 1}
     options = {name: value for name, value in options.items() if name in parameters}
     attention_mask = cache.mask.long()
-    output = model(input_ids=ids, attention_mask=attention_mask, past_key_values=cache.layers, use_cache=True, **options)
+    output = model(
+        input_ids=ids, attention_mask=attention_mask, past_key_values=cache.layers, use_cache=True, **options
+    )
     return output.logits[:, -1]
 
 
@@ -273,7 +275,9 @@ class _Probe:
             logits_seen.append(logits[0].clone())
             return new[len(logits_seen) - 1]
 
-        generate_row(self.model, "single_row", prompt, choose=choose, ended=lambda: False, max_new_tokens=NEW_TOKENS)
+        generate_row(
+            self.model, "single_row", prompt, choose=choose, ended=lambda: False, max_new_tokens=NEW_TOKENS
+        )
         return torch.stack(logits_seen)
 
 

@@ -34,11 +34,17 @@ def check_prompts(
             ids = encoder.prompt(text, special_tokens)
             longest = max(longest, len(ids))
             if not ids:
-                hint = "has no tokens, and the tokenizer adds no start token: give the model a text to begin with"
+                hint = (
+                    "has no tokens, and the tokenizer adds no start token: give the model a text to begin "
+                    "with"
+                )
                 raise user_error(key, text, hint)
             if max(ids) >= vocabulary:
                 token = tokenizer.convert_ids_to_tokens(max(ids))
-                hint = f"has the token {token!r} with the id {max(ids)}, but the model's tokens are 0 to {vocabulary - 1}"
+                hint = (
+                    f"has the token {token!r} with the id {max(ids)}, but the model's tokens are 0 to "
+                    f"{vocabulary - 1}"
+                )
                 raise user_error(key, text, hint)
     check_room(model_config, longest, max_new_tokens)
     if not longest:
@@ -60,7 +66,9 @@ def check_room(model_config: Any, longest: int, max_new_tokens: int) -> None:
         raise _too_long(independent_limit, longest, max_new_tokens, meaning)
 
 
-def _too_long(limit: int, longest: int, max_new_tokens: int, meaning: str = "that the model can read") -> UserError:
+def _too_long(
+    limit: int, longest: int, max_new_tokens: int, meaning: str = "that the model can read"
+) -> UserError:
     allowed = f"give at most {limit - longest}"
     if longest >= limit:
         allowed = "no continuation fits, whatever its length: remove the prompt"

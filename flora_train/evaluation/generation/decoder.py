@@ -180,7 +180,9 @@ class Decoder:
 
     def _rows(self, index: int, request: Request, prompt: list[int]) -> list[list[_Row]]:
         """A request's samples, in groups that fit in a batch and read their prompt together."""
-        rows = [_Row(index, i, request.adapter, key, request.stops, prompt) for i, key in enumerate(request.keys)]
+        rows = [
+            _Row(index, i, request.adapter, key, request.stops, prompt) for i, key in enumerate(request.keys)
+        ]
         return [rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows)]
 
     def _read(self, admitted: Sequence[Sequence[_Row]]) -> RowCache:
@@ -267,7 +269,9 @@ def complete(
         texts[generated.request] = generated.text
 
     greedy = Sampling(temperature=0.0, top_p=1.0, seed=0)
-    decoder = Decoder(model, tokenizer, bank.routed, sampling=greedy, max_new_tokens=max_new_tokens, blocks=bank.blocks)
+    decoder = Decoder(
+        model, tokenizer, bank.routed, sampling=greedy, max_new_tokens=max_new_tokens, blocks=bank.blocks
+    )
     decoder.run([Request(adapter, prompt, ("",), special_tokens=True) for prompt, adapter in requests], store)
     return texts
 

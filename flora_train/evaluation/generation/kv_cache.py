@@ -19,11 +19,16 @@ class RowLayer(DynamicLayer):
     itself.
     """
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append states [B, heads, new, d]; returns all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._buffers = [states.new_empty(*states.shape[:2], 0, states.shape[3]) for states in (key_states, value_states)]
+            self._buffers = [
+                states.new_empty(*states.shape[:2], 0, states.shape[3])
+                for states in (key_states, value_states)
+            ]
             self._length = 0
         end = self._length + key_states.shape[2]
         for i, states in enumerate((key_states, value_states)):

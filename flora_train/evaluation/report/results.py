@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from flora_train.config.task_schema import TaskConfig
 from flora_train.data.splits import seed_of
 from flora_train.data.task import Task
 from flora_train.data.tokenization import TokenSplit
-from flora_train.evaluation.bootstrap import Comparison, compare, finite
+from flora_train.evaluation.bootstrap import Comparison, compare, compared_pairs, finite
 from flora_train.evaluation.code.score_types import CodeSuite
 from flora_train.evaluation.report.types import (
     AdapterFacts,
@@ -49,8 +48,6 @@ MAX_DRAWN_POINTS = 40
 """Points of the curve of tokens drawn."""
 MAX_PATHS = 5
 """Paths of clips that were left out, for each reason."""
-MAX_PAIRED = 64
-"""Adapters of a task up to which every pair is compared; of more, each is compared with the best."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +275,9 @@ def _adapter_facts(bank: AdapterBank, adapter: int, best: Mapping[int, BestCheck
 
 def _task_result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> TaskResult:
     options, seed = config.evaluation, seed_of(config.seed, heldout.task)
-    comparison = compare(heldout, options.bootstrap_samples, options.confidence, seed)
+    comparison = compare(
+        heldout, samples=options.bootstrap_samples, confidence=options.confidence, seed=seed
+    )
     adapters = [adapter for adapter in heldout.nats if adapter != BASE_ID]
     measured = [adapter for adapter in adapters if math.isfinite(heldout.bits_per_byte(adapter))]
     best = min(measured, key=heldout.bits_per_byte, default=None)
@@ -320,10 +319,9 @@ def _perplexity(loss: float) -> float | None:
 
 def _differences(bank: AdapterBank, adapters: Sequence[int], best: int | None, comparison: Comparison) -> list[Difference]:
     differences = []
-    for a, b in combinations(adapters, 2):
-        if len(adapters) <= MAX_PAIRED or best in (a, b):
-            bits = comparison.differences[a, b].interval()
-            differences.append(Difference(first=bank.specs[a].family, second=bank.specs[b].family, bits_per_byte=bits))
+    for a, b in compared_pairs(adapters, best):
+        bits = comparison.differences[a, b].interval()
+        differences.append(Difference(first=bank.specs[a].family, second=bank.specs[b].family, bits_per_byte=bits))
     return differences
 
 

@@ -31,26 +31,35 @@ def check_transcribing(model: Any, features: Tensor | None) -> None:
     try:
         with preserved_state(model):
             hidden = encode(model, inputs[model.main_input_name])
-            difference = _difference(model, hidden, plain_tokens(model, ROWS * (PROMPT_TOKENS + NEW_TOKENS)).view(ROWS, -1))
+            difference = _difference(
+                model, hidden, plain_tokens(model, ROWS * (PROMPT_TOKENS + NEW_TOKENS)).view(ROWS, -1)
+            )
     except Exception as error:
         hint = f"fails to decode a few tokens with a cache: {type(error).__name__}: {first_line(error)}"
         raise user_error("model", name, hint) from error
     if difference > MAX_DIFFERENCE[exact]:
-        hint = f"writes different transcripts with a cache than without ({difference:.0%} off): it cannot be evaluated"
+        hint = (
+            f"writes different transcripts with a cache than without ({difference:.0%} off): it cannot be "
+            f"evaluated"
+        )
         raise user_error("model", name, hint)
 
 
 def _difference(model: Any, hidden: Tensor, ids: Tensor) -> float:
     """Relative difference between logits of tokens read one by one with a cache, and all at once."""
     encoded = as_encoder_outputs(hidden)
-    full = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[:, PROMPT_TOKENS - 1 :]
+    full = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[
+        :, PROMPT_TOKENS - 1 :
+    ]
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     ends = range(PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS + 1)
     steps = []
     start = 0
     for end in ends:
         tokens = ids[:, start:end]
-        output = model(encoder_outputs=encoded, decoder_input_ids=tokens, past_key_values=cache, use_cache=True)
+        output = model(
+            encoder_outputs=encoded, decoder_input_ids=tokens, past_key_values=cache, use_cache=True
+        )
         steps.append(output.logits[:, -1])
         cache.reorder_cache(torch.arange(ROWS, device=ids.device))
         start = end

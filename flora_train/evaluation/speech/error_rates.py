@@ -59,7 +59,9 @@ def aligned(reference: str, hypothesis: str) -> list[AlignedPiece]:
     import jiwer
 
     if not reference.split():
-        return [AlignedPiece(kind="insert", reference="", transcript=hypothesis)] if hypothesis.split() else []
+        return (
+            [AlignedPiece(kind="insert", reference="", transcript=hypothesis)] if hypothesis.split() else []
+        )
     alignment = jiwer.process_words(reference, hypothesis)
     reference_words, transcript_words = alignment.references[0], alignment.hypotheses[0]
     return [
@@ -72,9 +74,13 @@ def aligned(reference: str, hypothesis: str) -> list[AlignedPiece]:
     ]
 
 
-def _errors(references: Sequence[str], hypotheses: Sequence[str], split: Callable[[str], list[str]]) -> Errors:
+def _errors(
+    references: Sequence[str], hypotheses: Sequence[str], split: Callable[[str], list[str]]
+) -> Errors:
     pairs = zip(references, hypotheses, strict=True)
-    counts = np.array([_counts(split(reference), split(hypothesis)) for reference, hypothesis in pairs], dtype=np.int64)
+    counts = np.array(
+        [_counts(split(reference), split(hypothesis)) for reference, hypothesis in pairs], dtype=np.int64
+    )
     return Errors(*counts.reshape(-1, 4).T)
 
 
@@ -84,7 +90,9 @@ def _counts(reference: list[str], hypothesis: list[str]) -> tuple[int, int, int,
 
     if not reference or not hypothesis:  # jiwer refuses empty texts
         return 0, len(reference), len(hypothesis), len(reference)
-    letters: dict[str, str] = {}  # one letter for each distinct unit, as jiwer would split or strip some units
+    letters: dict[
+        str, str
+    ] = {}  # one letter for each distinct unit, as jiwer would split or strip some units
     for unit in (*reference, *hypothesis):
         letters.setdefault(unit, chr(0x4E00 + len(letters)))
     encoded = ["".join(letters[unit] for unit in units) for units in (reference, hypothesis)]

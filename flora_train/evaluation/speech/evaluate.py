@@ -17,7 +17,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.task import Task
-from flora_train.evaluation.speech.summary import Heard, summarise, write_summary
+from flora_train.evaluation.speech.summary import Transcript, summarise, write_summary
 from flora_train.evaluation.speech.transcribe import DecodedClip, Request, Transcriber
 from flora_train.runtime.checksum import fingerprint
 from flora_train.runtime.distributed import on_main_process, wait_for_everyone, world
@@ -52,7 +52,9 @@ class LoggedTranscript:
 
 def transcript_log(folder: Path) -> Journal[LoggedTranscript]:
     """The journal of transcripts. folder: of a run's evaluation."""
-    return Journal(folder / "speech", LoggedTranscript, "transcript", "move it away, or evaluate into another output_dir")
+    return Journal(
+        folder / "speech", LoggedTranscript, "transcript", "move it away, or evaluate into another output_dir"
+    )
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -136,7 +138,10 @@ class _SpeechEvaluation:
                     if logged is None:
                         missing.append((name, example, adapter))
                     elif (logged.clip_sha, logged.adapter_sha) != (sha, self.digests[adapter]):
-                        hint = "was made with other weights of this adapter or from another file (was it trained further?)"
+                        hint = (
+                            "was made with other weights of this adapter or from another file (was it "
+                            "trained further?)"
+                        )
                         location = f"{self.log.path}: {'/'.join(map(str, key))}"
                         raise user_error(location, None, f"{hint}: {self.log.another}")
         return missing
@@ -174,7 +179,9 @@ class _SpeechEvaluation:
         transcripts = []
         for entry in self.log.read().values():
             if entry.task in self.splits and entry.example < len(self.splits[entry.task]):
-                transcripts.append(Heard(entry.adapter, entry.task, entry.example, entry.text, entry.ended))
+                transcripts.append(
+                    Transcript(entry.adapter, entry.task, entry.example, entry.text, entry.ended)
+                )
         write_summary(summarise(self.config, self.splits, self.bank, transcripts), self.log.path)
 
     def _share(self, missing: Sequence[MissingTranscript]) -> list[MissingTranscript]:

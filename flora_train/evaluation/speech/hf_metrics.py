@@ -37,7 +37,9 @@ class _ErrorRate(evaluate.Metric):
             description=str(type(self).__doc__),
             citation="Morris, Maier & Green, From WER and RIL to MER and WIL, Interspeech 2004",
             inputs_description="predictions, references: lists of transcripts, one for each utterance",
-            features=datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
         )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
@@ -46,7 +48,9 @@ class _ErrorRate(evaluate.Metric):
         if self.normalizer != "none":
             normalize = normalizer_of(self.normalizer, self.language)
             name = label(self.normalizer, self.language)
-        errors = type(self).errors([normalize(text) for text in references], [normalize(text) for text in predictions])
+        errors = type(self).errors(
+            [normalize(text) for text in references], [normalize(text) for text in predictions]
+        )
         return {self.name: errors.rate, **errors.record(), "normalizer": name}
 
 

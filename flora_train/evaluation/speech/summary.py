@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.data.audio.decode import RATE, ClipError, read_clip
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.splits import seed_of
-from flora_train.evaluation.bootstrap import Comparison, Estimate, compare_ratios
+from flora_train.evaluation.bootstrap import Comparison, Estimate, compare_ratios, compared_pairs
 from flora_train.evaluation.result_model import read_results
 from flora_train.evaluation.speech.error_rates import Errors, aligned, character_errors, word_errors
 from flora_train.evaluation.speech.normalize import label, normalizer_name, normalizer_of, primary_metric
@@ -40,10 +41,11 @@ MAX_UTTERANCES = 12
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What a contender ("__base__": the base) wrote for a test clip."""
+class Transcript:
+    """A contender's transcript of a test clip."""
 
     adapter: str
+    """Its name; "__base__" for the base model."""
     task: str
     example: int
     text: str
@@ -63,7 +65,8 @@ class TaskTranscripts:
 
 
 def read_summary(folder: Path) -> SpeechResults | None:
-    """The error rates in a run's evaluation folder; None if there are none. Raises UserError if they are damaged."""
+    """The error rates in a run's evaluation folder; None if there are none. Raises UserError if they are
+    damaged."""
     file = folder / "speech" / SCORES
     if not file.exists():
         return None
@@ -76,14 +79,18 @@ def write_summary(summary: SpeechResults, folder: Path) -> None:
     write_atomically(folder / SCORES, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def summarise(config: RunConfig, splits: Mapping[str, SpeechSplit], bank: AdapterBank, heard: Sequence[Heard]) -> SpeechResults:
+def summarise(
+    config: RunConfig, splits: Mapping[str, SpeechSplit], bank: AdapterBank, transcripts: Sequence[Transcript]
+) -> SpeechResults:
     """Error rates with intervals, paired differences and some aligned utterances of each task."""
-    transcripts: dict[tuple[str, str], dict[int, Heard]] = defaultdict(dict)
-    for transcript in heard:
-        transcripts[transcript.task, transcript.adapter][transcript.example] = transcript
+    by_contender: dict[tuple[str, str], dict[int, Transcript]] = defaultdict(dict)
+    for transcript in transcripts:
+        by_contender[transcript.task, transcript.adapter][transcript.example] = transcript
     utterances = max(1, MAX_UTTERANCES // (2 * len(splits)))
-    parts = [_language(config, name, split, bank, transcripts, utterances) for name, split in splits.items()]
-    languages = _with_audio([part for part, _ in parts], [clips for _, clips in parts], config.evaluation.embedded_clips)
+    parts = [_language(config, name, split, bank, by_contender, utterances) for name, split in splits.items()]
+    languages = _with_audio(
+        [part for part, _ in parts], [clips for _, clips in parts], config.evaluation.embedded_clips
+    )
     return SpeechResults(
         beams=config.evaluation.beams,
         max_new_tokens=config.evaluation.max_new_tokens,
@@ -93,14 +100,19 @@ def summarise(config: RunConfig, splits: Mapping[str, SpeechSplit], bank: Adapte
     )
 
 
-def _with_audio(languages: Sequence[SpeechLanguage], clips: Sequence[Sequence[str]], limit: int) -> list[SpeechLanguage]:
-    """Embed the clips of `limit` utterances, taken from the languages in turn. clips: paths, by utterance."""
+def _with_audio(
+    languages: Sequence[SpeechLanguage], clips: Sequence[Sequence[str]], limit: int
+) -> list[SpeechLanguage]:
+    """Embed the clips of the first `limit` utterances, taken from the languages in turn. clips: paths, by
+    utterance."""
     positions = [[(i, j) for j in range(len(paths))] for i, paths in enumerate(clips)]
     in_turn = [position for row in zip_longest(*positions) for position in row if position is not None]
-    audio = {(i, j): _playable(clips[i][j]) for i, j in in_turn[:limit]}
+    audio = {(i, j): _data_url(clips[i][j]) for i, j in in_turn[:limit]}
     embedded = []
     for i, part in enumerate(languages):
-        utterances = [utterance.replace(audio=audio.get((i, j))) for j, utterance in enumerate(part.utterances)]
+        utterances = [
+            utterance.replace(audio=audio.get((i, j))) for j, utterance in enumerate(part.utterances)
+        ]
         embedded.append(part.replace(utterances=utterances))
     return embedded
 
@@ -110,7 +122,7 @@ def _language(
     name: str,
     split: SpeechSplit,
     bank: AdapterBank,
-    transcripts: Mapping[tuple[str, str], Mapping[int, Heard]],
+    transcripts: Mapping[tuple[str, str], Mapping[int, Transcript]],
     max_utterances: int,
 ) -> tuple[SpeechLanguage, list[str]]:
     """The results of one task, and the paths of the clips of its utterances."""
@@ -119,9 +131,9 @@ def _language(
     specs = {i: spec for i, spec in enumerate(bank.specs) if spec.task == name}
     names = {BASE_ID: BASE} | {i: spec.name for i, spec in specs.items()}
     families = {BASE_ID: "base"} | {i: spec.family for i, spec in specs.items()}
-    heard = {i: transcripts[name, contender] for i, contender in names.items()}
+    of_contender = {i: transcripts[name, contender] for i, contender in names.items()}
     texts = {}
-    for i, of_clip in heard.items():
+    for i, of_clip in of_contender.items():
         texts[i] = [of_clip[clip].text for clip in range(len(split))]
     task = TaskTranscripts(split, families, [str(sentence) for sentence in split.sentences], texts)
     normalizer = normalizer_name(speech)
@@ -131,11 +143,14 @@ def _language(
     contenders = []
     for i, contender in names.items():
         rates = {rate: _error_rate(compared[rate].contenders[i], errors[rate][i]) for rate in RATES}
-        ended = Counter(transcript.ended for transcript in heard[i].values())
+        ended = Counter(transcript.ended for transcript in of_contender[i].values())
         contender_name = "base" if i == BASE_ID else contender
-        contenders.append(TranscriptionScore(name=contender_name, family=families[i], **rates, ended=dict(ended)))
+        contenders.append(
+            TranscriptionScore(name=contender_name, family=families[i], **rates, ended=dict(ended))
+        )
     differences = []
-    for a, b in _pairs(list(names)):
+    metric: Rate = "cer" if primary_metric(speech) == "cer" else "wer_normalized"
+    for a, b in _pairs(compared[metric]):
         by_rate = {rate: compared[rate].differences[a, b].interval() for rate in RATES}
         differences.append(RateDifference(first=families[a], second=families[b], **by_rate))
     normalize = normalizer_of(_of_words(normalizer), speech.language)
@@ -160,8 +175,14 @@ def _language(
 
 def _compare(config: RunConfig, errors: Mapping[int, Errors], seed: int) -> Comparison:
     options = config.evaluation
-    totals = {i: found.total for i, found in errors.items()}
-    return compare_ratios(totals, errors[BASE_ID].units, options.bootstrap_samples, options.confidence, seed)
+    totals = {i: counts.total for i, counts in errors.items()}
+    return compare_ratios(
+        totals,
+        errors[BASE_ID].units,
+        samples=options.bootstrap_samples,
+        confidence=options.confidence,
+        seed=seed,
+    )
 
 
 def _error_rate(estimate: Estimate, errors: Errors) -> ErrorRate:
@@ -184,7 +205,9 @@ def _errors_of_all(rate: Rate, normalizer: str, language: str, task: TaskTranscr
     return {i: _errors(rate, normalizer, language, task.references, texts) for i, texts in task.texts.items()}
 
 
-def _errors(rate: Rate, normalizer: str, language: str, references: Sequence[str], transcripts: Sequence[str]) -> Errors:
+def _errors(
+    rate: Rate, normalizer: str, language: str, references: Sequence[str], transcripts: Sequence[str]
+) -> Errors:
     if rate == "wer":
         return word_errors(references, transcripts)
     if rate == "wer_normalized":
@@ -199,18 +222,21 @@ def _of_words(normalizer: str) -> str:
     return "letters" if normalizer == "unspaced" else normalizer
 
 
-def _pairs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Each adapter with the base, then each pair of adapters."""
-    adapters = [i for i in ids if i != BASE_ID]
-    return [*((adapter, BASE_ID) for adapter in adapters), *combinations(adapters, 2)]
+def _pairs(comparison: Comparison) -> list[tuple[int, int]]:
+    """Each adapter with the base, then each pair of adapters; of many adapters, each with the best."""
+    rates = {i: estimate.value for i, estimate in comparison.contenders.items() if i != BASE_ID}
+    finite_rates = {i: rate for i, rate in rates.items() if math.isfinite(rate)}
+    best = min(finite_rates, key=lambda i: finite_rates[i], default=None)
+    return [*((adapter, BASE_ID) for adapter in rates), *compared_pairs(list(rates), best)]
 
 
 def _utterances(
     normalize: Callable[[str], str], task: TaskTranscripts, errors: Mapping[int, Errors], limit: int
 ) -> tuple[list[Utterance], list[str]]:
-    """The clips on which the first adapter made most errors, and those on which it improved most over the base.
+    """Aligned utterances and the paths of their clips.
 
-    At most `limit` of each, aligned, and the paths of the clips.
+    These are the clips on which the first adapter made most errors, and those on which it improved most over
+    the base: at most `limit` of each.
     """
     first = next((i for i in task.families if i != BASE_ID), BASE_ID)
     of_first, of_base = errors[first].total, errors[BASE_ID].total
@@ -218,7 +244,9 @@ def _utterances(
     worst = sorted(clips, key=lambda clip: (-of_first[clip], clip))[:limit]
     by_gain = sorted(clips, key=lambda clip: (of_first[clip] - of_base[clip], clip))
     improved = [clip for clip in by_gain if of_base[clip] > of_first[clip] and clip not in worst]
-    chosen: list[tuple[Literal["worst", "most improved"], int]] = [("worst", clip) for clip in worst if of_first[clip]]
+    chosen: list[tuple[Literal["worst", "most improved"], int]] = [
+        ("worst", clip) for clip in worst if of_first[clip]
+    ]
     chosen += [("most improved", clip) for clip in improved[:limit]]
     utterances = []
     for kind, clip in chosen:
@@ -238,8 +266,8 @@ def _utterances(
     return utterances, [str(task.split.paths[clip]) for _, clip in chosen]
 
 
-def _playable(path: str) -> str | None:
-    """A clip as ogg in a data URL, which a page can hold."""
+def _data_url(path: str) -> str | None:
+    """The clip as a data URL of ogg audio; None if it cannot be decoded."""
     import soundfile
 
     try:

@@ -151,7 +151,9 @@ class Transcriber:
         if batch:
             yield batch
 
-    def _transcribe(self, requests: Sequence[Request], batch: list[int], report: Callable[[DecodedClip], None]) -> None:
+    def _transcribe(
+        self, requests: Sequence[Request], batch: list[int], report: Callable[[DecodedClip], None]
+    ) -> None:
         rows = [_Row(i, requests[i].adapter) for i in batch]
         hidden = self._encoded([requests[i] for i in batch])
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -178,7 +180,9 @@ class Transcriber:
         with self.route([request.adapter for request in requests]):
             return encode(self.model, clips[clip_of_row])
 
-    def _forward(self, ids: Tensor, hidden: Tensor, cache: EncoderDecoderCache, adapters: Sequence[int]) -> Tensor:
+    def _forward(
+        self, ids: Tensor, hidden: Tensor, cache: EncoderDecoderCache, adapters: Sequence[int]
+    ) -> Tensor:
         """Logits [B, V] after the last of `ids` [B, new].
 
         The first call stores the keys and values of `hidden`.
@@ -231,7 +235,9 @@ class Transcriber:
         ended: Ended
         if (repetition := find_repetition(tokens)) is not None:
             ended, tokens = "loop", tokens[:repetition]
-        elif row.ended and (self.beams == 1 or length >= self.max_new_tokens or self._is_settled(row, length)):
+        elif row.ended and (
+            self.beams == 1 or length >= self.max_new_tokens or self._is_settled(row, length)
+        ):
             ended, tokens = "end", max(row.ended)[1]
         elif length >= self.max_new_tokens:
             ended = "length"

@@ -1,4 +1,4 @@
-"""Do intervals say how sure we are, no more and no less?"""
+"""Bootstrap intervals cover the truth as often as stated, and differences are paired by example."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flora_train.evaluation.bootstrap import Comparison, compare
+from flora_train.evaluation.bootstrap import MAX_PAIRED, Comparison, compare, compared_pairs
 from flora_train.training.heldout import HeldOut
 
 LN2 = math.log(2)
@@ -31,7 +31,7 @@ def losses(n: int, seed: int = 0) -> NDArray[np.float64]:
 
 def test_one_example_says_nothing_of_others() -> None:
     heldout = HeldOut("a", {0: np.array([3.0]), -1: np.array([5.0])}, np.array([4]), np.array([10]))
-    difference = compare(heldout, 100, 0.95, 0).differences[0, -1]
+    difference = compare(heldout, samples=100, confidence=0.95, seed=0).differences[0, -1]
     assert difference.value < 0
     assert difference.low == difference.high == difference.value
     assert not difference.excludes_zero
@@ -62,7 +62,9 @@ def test_interval_covers_a_known_shift_about_as_often_as_it_promises() -> None:
     for seed in range(runs):
         random = np.random.default_rng(seed)
         base = random.gamma(4.0, 2.0, 60)
-        estimate = compare(held_out({-1: base, 0: base - random.normal(1.0, 2.0, 60)}), 300, 0.9, seed).differences[0, -1]
+        estimate = compare(
+            held_out({-1: base, 0: base - random.normal(1.0, 2.0, 60)}), samples=300, confidence=0.9, seed=seed
+        ).differences[0, -1]
         covered += estimate.low <= -0.1 / LN2 <= estimate.high
     assert 0.84 * runs <= covered <= 0.96 * runs
 
@@ -130,7 +132,7 @@ def test_sweep_of_thousands_is_compared_in_linear_time() -> None:
     random = np.random.default_rng(0)
     nats = {i: random.normal(100, 1, 20) for i in range(-1, 3000)}
     started = time.process_time()
-    found = compare(held_out(nats), 200, 0.95, 0)
+    found = compare(held_out(nats), samples=200, confidence=0.95, seed=0)
     assert all(found.differences[a, -1].value for a in range(0, 3000, 100))
     assert len(found.differences) == 3001 * 3000
     assert time.process_time() - started < 10  # each with each: a quarter of an hour
@@ -138,8 +140,18 @@ def test_sweep_of_thousands_is_compared_in_linear_time() -> None:
 
 def test_resamples_do_not_depend_on_how_many_are_in_memory_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
     heldout = held_out({-1: np.arange(1.0, 61), 0: np.arange(2.0, 62)})
-    whole = compare(heldout, 300, 0.9, 1)
-    monkeypatch.setattr("flora_train.evaluation.bootstrap.AT_ONCE", 700)
-    parts = compare(heldout, 300, 0.9, 1)
+    whole = compare(heldout, samples=300, confidence=0.9, seed=1)
+    monkeypatch.setattr("flora_train.evaluation.bootstrap.MAX_WEIGHTS", 700)
+    parts = compare(heldout, samples=300, confidence=0.9, seed=1)
     assert parts.contenders[0].low == pytest.approx(whole.contenders[0].low, rel=1e-12)
     assert parts.differences[0, -1].high == pytest.approx(whole.differences[0, -1].high, rel=1e-12)
+
+
+def test_compared_pairs_are_all_of_a_few_and_linear_in_many() -> None:
+    few = list(range(MAX_PAIRED))
+    assert len(compared_pairs(few, 3)) == MAX_PAIRED * (MAX_PAIRED - 1) // 2
+    many = list(range(MAX_PAIRED + 1))
+    pairs = compared_pairs(many, 3)
+    assert len(pairs) == MAX_PAIRED
+    assert all(a < b and 3 in (a, b) for a, b in pairs)
+    assert compared_pairs(many, None) == []

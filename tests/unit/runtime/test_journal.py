@@ -111,7 +111,7 @@ def test_claim_with_restart_deletes_entries_of_other_settings_only(tmp_path: Pat
 def test_damaged_scores_are_found_before_an_evaluation(tmp_path: Path, text: str) -> None:
     log = log_in(tmp_path)
     (log.path / "scores.json").write_text(text)
-    with pytest.raises(UserError, match=r"scores\.json: is damaged.*: delete it, and flora-train solve makes it again"):
+    with pytest.raises(UserError, match=r"scores\.json: is damaged.*: delete it, and flora-train solve writes it anew"):
         check_evaluation(tmp_path, {"starter": {}}, CONFIG)
 
 

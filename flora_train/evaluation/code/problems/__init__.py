@@ -1,6 +1,6 @@
-"""What is asked? Problems of MultiPL-E's prompt files, of the hub, and our own.
+"""Programming problems: MultiPL-E's prompt files, those of the hub, and the starter problems.
 
-problem.py  one problem: prompt, tests, stop tokens; a completion becomes a program
-starter.py  our own easy ones, written out in every language from one table
-suites.py   what evaluation.problems means
+problem.py  one problem: prompt, tests, stop tokens; turns a completion into a program
+starter.py  the starter problems, rendered in every language from one table
+suites.py   the suites that evaluation.problems names
 """

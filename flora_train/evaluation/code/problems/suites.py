@@ -1,4 +1,4 @@
-"""Which problems does `evaluation.problems` mean? Our starter problems, a folder of MultiPL-E's prompt files, or the hub's."""
+"""Suites named by `evaluation.problems`: the starter problems, a folder of prompt files, or the hub."""
 
 from __future__ import annotations
 
@@ -20,44 +20,57 @@ HUB = "hub:"
 
 @dataclass(frozen=True)
 class Suite:
-    """name: of its folder in a run; source: what the recipe says; problems: language -> name -> problem; limit: so many of each
-    language are asked (None: all); missing: language -> why the suite has no problems in it."""
+    """A set of problems in several languages."""
 
     name: str
+    """Name of its folder in a run."""
     source: str
+    """Its entry in evaluation.problems."""
     problems: Mapping[str, Mapping[str, Problem]]
+    """Language -> name -> problem."""
     limit: int | None
+    """Number of problems of each language to be solved; None: all."""
     missing: Mapping[str, str]
+    """Language -> why the suite has no problems in it."""
 
     @property
     def asked(self) -> dict[str, dict[str, Problem]]:
-        """Language -> name -> problem, of those that contenders are to solve."""
-        return {language: dict(islice(problems.items(), self.limit)) for language, problems in self.problems.items()}
+        """Language -> name -> problem, of those to be solved."""
+        return {
+            language: dict(islice(problems.items(), self.limit))
+            for language, problems in self.problems.items()
+        }
 
     def sha(self, language: str) -> str:
-        """Of all problems in this language."""
-        return sha256("".join(problem.sha for problem in self.problems[language].values()).encode()).hexdigest()
+        """SHA-256 of all problems in this language."""
+        return sha256(
+            "".join(problem.sha for problem in self.problems[language].values()).encode()
+        ).hexdigest()
 
 
 def load_suite(source: str, languages: Iterable[str], limit: int | None) -> Suite:
-    """The suite's problems in these languages, of which at most `limit` of each are asked. Raises UserError if there is no such suite, or if it
-    has none of these languages."""
-    found: dict[str, Mapping[str, Problem]] = {}
+    """The suite's problems in these languages.
+
+    Raises UserError if there is no such suite, or it has none of them.
+    """
+    problems_of: dict[str, Mapping[str, Problem]] = {}
     missing: dict[str, str] = {}
     for language in languages:
         problems = _problems(source, language)
         if problems is None:
             missing[language] = f"{source} has no problems in it"
         else:
-            found[language] = problems
-    if not found:
+            problems_of[language] = problems
+    if not problems_of:
         raise user_error("evaluation.problems", source, f"has no problems in {choices(missing)}")
-    return Suite(suite_name(source), source, found, limit, missing)
+    return Suite(suite_name(source), source, problems_of, limit, missing)
 
 
 def suite_name(source: str) -> str:
     """`starter`, or the last part of a folder or hub name, in lower case."""
-    return Path(source.removeprefix(HUB)).name.lower() if source.startswith(HUB) else find_file(source).resolve().name.lower()
+    if source.startswith(HUB):
+        return Path(source.removeprefix(HUB)).name.lower()
+    return find_file(source).resolve().name.lower()
 
 
 def _problems(source: str, language: str) -> Mapping[str, Problem] | None:
@@ -68,30 +81,38 @@ def _problems(source: str, language: str) -> Mapping[str, Problem] | None:
     folder = find_file(source)
     if not folder.is_dir():
         hint = (
-            "is no folder here: give starter, a folder with MultiPL-E's humaneval-<language>.jsonl, or hub:nuprl/MultiPL-E "
-            "(for evaluation only, never for training)"
+            "is not a folder: give starter, a folder with MultiPL-E's humaneval-<language>.jsonl, or "
+            "hub:nuprl/MultiPL-E (for evaluation only, never for training)"
         )
         raise user_error("evaluation.problems", source, hint)
-    return load_problems(folder, language) if prompt_file(folder, language) is not None else None
+    if prompt_file(folder, language) is None:
+        return None
+    return load_problems(folder, language)
 
 
 def _from_hub(name: str, language: str) -> Mapping[str, Problem] | None:
     try:
         from datasets import get_dataset_config_names, load_dataset
     except ImportError as error:
-        raise user_error("evaluation.problems", HUB + name, "needs datasets: pip install 'flora-train[hub]'") from error
+        hint = "needs datasets: pip install 'flora-train[hub]'"
+        raise user_error("evaluation.problems", HUB + name, hint) from error
     try:
         subset = _subset(get_dataset_config_names(name), language)
         if subset is None:
             return None
         rows = load_dataset(name, subset, split="test")
-    except Exception as error:  # whatever the hub's client raises: no network, a gate, another revision
-        hint = f"cannot be had ({first_line(error)}): give a folder with MultiPL-E's humaneval-<language>.jsonl, or starter"
+    except Exception as error:  # the hub's client has many types: no network, gated access, unknown revision
+        alternative = "give a folder with MultiPL-E's humaneval-<language>.jsonl, or starter"
+        hint = f"cannot be downloaded ({first_line(error)}): {alternative}"
         raise user_error("evaluation.problems", HUB + name, hint) from error
     return problems_of_rows(language, ((f"{name} {subset} {i}", dict(row)) for i, row in enumerate(rows)))
 
 
-def _subset(there: Iterable[str], language: str) -> str | None:
-    """The hub's configuration of the language, by whatever word for it."""
-    found = sorted(name for name in there if name.startswith("humaneval-") and language_key(name) == language)
-    return f"humaneval-{language}" if f"humaneval-{language}" in found else next(iter(found), None)
+def _subset(configurations: Iterable[str], language: str) -> str | None:
+    """The hub's configuration of the language, by any name of the language."""
+    names = sorted(name for name in configurations if name.startswith("humaneval-"))
+    matching = [name for name in names if language_key(name) == language]
+    exact = f"humaneval-{language}"
+    if exact in matching:
+        return exact
+    return matching[0] if matching else None

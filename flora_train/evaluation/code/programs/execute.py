@@ -20,7 +20,9 @@ from flora_train.evaluation.code.programs.sandbox import Limits, Sandbox
 from flora_train.evaluation.code.programs.sandbox_paths import work_folder
 from flora_train.runtime.environment import available_cpus
 
-Status = Literal["OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"]
+Status = Literal[
+    "OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"
+]
 STATUSES: tuple[Status, ...] = get_args(Status)
 PREPARED_BYTES = 1 << 30
 """Largest file that may be prepared; GCC's precompiled header has 100 MB."""
@@ -102,7 +104,9 @@ def execute(program: Program, sandbox: Sandbox) -> Verdict:
     return _execute(program, sandbox, 1)[0]
 
 
-def execute_all(programs: Sequence[Program], sandbox: Sandbox, *, workers: int, report: Callable[[int, Verdict], None]) -> None:
+def execute_all(
+    programs: Sequence[Program], sandbox: Sandbox, *, workers: int, report: Callable[[int, Verdict], None]
+) -> None:
     """Call `report(i, verdict)` for programs[i] as verdicts arrive, in the calling thread.
 
     Equal programs run once.
@@ -243,7 +247,9 @@ def _without_unprovable_tests(programs: Sequence[Program], sandbox: Sandbox) -> 
     provable = {}
     for key, language in languages.items():
         provable[key] = _checks_ran(Program(language, language.passing, language.passing), sandbox)
-    return [program if provable.get(program.language.key) else replace(program, tests="") for program in programs]
+    return [
+        program if provable.get(program.language.key) else replace(program, tests="") for program in programs
+    ]
 
 
 def _run_program(program: Program, sandbox: Sandbox, time_factor: int, *, hidden: bool = False) -> ProgramRun:
@@ -312,7 +318,9 @@ class _LanguageCommand:
     ) -> Ended:
         """Run one command, whose {file} is the language's source file."""
         words = [word.replace("{file}", self.language.file) for word in words]
-        command = self.sandbox.command(words, self.folder, limits, writable=writable, prepared=prepared, stdin=stdin)
+        command = self.sandbox.command(
+            words, self.folder, limits, writable=writable, prepared=prepared, stdin=stdin
+        )
         return run_command(command, limits.wall)
 
 

@@ -93,7 +93,9 @@ def run_command(command: Command, wall: float) -> Ended:
             process.returncode = os.waitstatus_to_exitcode(status)
     for thread in threads:
         thread.join(timeout=5)
-    output, errors = (b"".join(captured.get(name, ())).decode("utf-8", errors="replace") for name in ("out", "err"))
+    output, errors = (
+        b"".join(captured.get(name, ())).decode("utf-8", errors="replace") for name in ("out", "err")
+    )
     status = process.returncode
     if status < 0:
         status = 128 - status
@@ -101,7 +103,9 @@ def run_command(command: Command, wall: float) -> Ended:
     return Ended(status, output, errors, time.monotonic() - started, timed_out, cpu, over_memory)
 
 
-def _start(command: Command, opened: ExitStack) -> tuple[subprocess.Popen[bytes], SandboxMemory | SessionMemory]:
+def _start(
+    command: Command, opened: ExitStack
+) -> tuple[subprocess.Popen[bytes], SandboxMemory | SessionMemory]:
     descriptors = {word: opened.enter_context(_readable(content)) for word, content in command.data.items()}
     info = None
     if INFO in command.words:

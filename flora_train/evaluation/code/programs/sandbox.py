@@ -60,7 +60,8 @@ ARGUMENTS, CALLS = "descriptor:arguments", "descriptor:calls"
 """Placeholders in a command for the file descriptors of bubblewrap's arguments and its system call filter."""
 UNCONFINED = (
     "sandbox=none: programs run unconfined. Their environment is clean, but they run as your user, and can "
-    "read your files and the environment of all your processes, including this one: run it without tokens in it"
+    "read your files and the environment of all your processes, including this one: run it without tokens in "
+    "it"
 )
 """Warning if nothing confines the programs."""
 
@@ -185,7 +186,9 @@ def _unconfined_environment(words: Sequence[str], folder: Path) -> Mapping[str, 
     }
 
 
-def _bubblewrap_arguments(folder: Path, limits: Limits, *, writable: bool, prepared: Path | None) -> list[str]:
+def _bubblewrap_arguments(
+    folder: Path, limits: Limits, *, writable: bool, prepared: Path | None
+) -> list[str]:
     """bubblewrap's arguments, without those for file descriptors."""
     words = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
     words += ["--hostname", "sandbox", "--cap-drop", "ALL"]
@@ -252,13 +255,19 @@ def open_sandbox(kind: Kind) -> Sandbox:
         hint = f"needs bubblewrap: apt-get install bubblewrap. {alternative}"
         raise user_error("evaluation.sandbox", kind, hint)
     if any(Path(program).resolve().is_relative_to(folder) for folder in private_folders()):
-        hint = f"programs could read the path of {program}: install bubblewrap for the whole system. {alternative}"
+        hint = (
+            f"programs could read the path of {program}: install bubblewrap for the whole system. "
+            f"{alternative}"
+        )
         raise user_error("evaluation.sandbox", kind, hint)
     if (reason := _failure(sandbox)) is not None:
         sandbox = replace(sandbox, filtered=False)  # a kernel without system call filters
         reason = _failure(sandbox)
     if reason is not None:
-        hint = f"does not work here ({reason}): this kernel or container may forbid user namespaces. {alternative}"
+        hint = (
+            f"does not work here ({reason}): this kernel or container may forbid user namespaces. "
+            f"{alternative}"
+        )
         raise user_error("evaluation.sandbox", kind, hint)
     return sandbox
 

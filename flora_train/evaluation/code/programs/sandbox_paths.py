@@ -44,7 +44,9 @@ def neutral_folder() -> Path:
         path = Path(os.path.realpath(name))
         if _is_usable(path) and not any(path.is_relative_to(folder) for folder in private):
             return path
-    hint = "one of these must be a folder outside your home and checkout where files can be written and executed"
+    hint = (
+        "one of these must be a folder outside your home and checkout where files can be written and executed"
+    )
     raise user_error("evaluation.sandbox", ", ".join(NEUTRAL), hint)
 
 

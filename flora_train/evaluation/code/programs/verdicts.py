@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import user_error
+from flora_train.config.errors import UserError, user_error
 from flora_train.evaluation.code.completion_files import Completion
 from flora_train.evaluation.code.programs.early_exit import exits_early
 from flora_train.evaluation.code.programs.execute import STATUSES, Program, Verdict, execute_all
@@ -60,7 +60,9 @@ def collect_verdicts(
     texts = {completion.key: completion.problem.cut(completion.text) for completion in completions}
     check_verdicts(completions, languages, sandbox.kind, file=file)
     with disk_errors(file), _locked(file) as descriptor:
-        known = check_verdicts(completions, languages, sandbox.kind, file=file)  # again, now that the file is locked
+        known = check_verdicts(
+            completions, languages, sandbox.kind, file=file
+        )  # again, now that the file is locked
         missing = [key for key in programs if key not in known]
         os.truncate(file, len(_whole_lines(file.read_bytes())))
         done = 0
@@ -123,9 +125,32 @@ def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) 
             hint = f"is the sandbox of this verdict, and now it is {sandbox}: {REMEDY}"
             raise user_error(location, record["sandbox"], hint)
         if language is not None and seconds != language.seconds:
-            hint = f"was the CPU time limit (s) of this program, and that of {language.name} is now {language.seconds:g}"
-            raise user_error(f"{location}: cpu_seconds", seconds, f"{hint}: give the same cpu_seconds, or {REMEDY}")
+            hint = (
+                f"was the CPU time limit (s) of this program, and that of {language.name} is now "
+                f"{language.seconds:g}"
+            )
+            raise user_error(
+                f"{location}: cpu_seconds", seconds, f"{hint}: give the same cpu_seconds, or {REMEDY}"
+            )
     return known
+
+
+def have_other_limits(file: Path, sandbox: Kind, languages: Mapping[str, Language]) -> bool:
+    """Whether a verdict in the file is of another sandbox or CPU time limit. Lines that are not verdicts are
+    ignored."""
+    if not file.is_file():
+        return False
+    for line in _whole_lines(file.read_bytes()).split(b"\n")[:-1]:
+        try:
+            record = _parse(str(file), line)
+        except UserError:
+            continue
+        language = languages.get(record["language"])
+        if record["sandbox"] != sandbox or (
+            language is not None and record["cpu_seconds"] != language.seconds
+        ):
+            return True
+    return False
 
 
 def _is_partial_verdict(text: str) -> bool:
@@ -164,7 +189,9 @@ def _is_verdict(record: Any) -> bool:
     return type(record["sample"]) is int and record["status"] in STATUSES
 
 
-def _record(key: Key, program: Program, sandbox: Kind, *, verdict: Verdict, completion: str) -> dict[str, Any]:
+def _record(
+    key: Key, program: Program, sandbox: Kind, *, verdict: Verdict, completion: str
+) -> dict[str, Any]:
     """The line of a verdict file. `suspicious` is its key for a pass that may be an early exit."""
     record: dict[str, Any] = dict(zip(KEY_FIELDS, key, strict=True))
     record |= {"program": program.sha, "sandbox": sandbox, "cpu_seconds": program.language.seconds}
@@ -194,7 +221,10 @@ def _locked(file: Path) -> Iterator[int]:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            hint = "another process is writing verdicts to it: wait until it ends, or choose another file with --out"
+            hint = (
+                "another process is writing verdicts to it: wait until it ends, or choose another file "
+                "with --out"
+            )
             raise user_error(str(file), None, hint) from error
         except OSError:  # a file system without locks
             pass

@@ -123,11 +123,11 @@ def test_the_command_prints_pass_at_k(prompts: Path, sandbox: Sandbox, capsys: p
         ([{"completion": GOOD}], ["--pass-at-k=0"], "pass_at_k.0 = 0: must be at least 1"),
         ([{"completion": GOOD}], ["--sandbox=docker"], "sandbox = 'docker': must be bubblewrap or none"),
         ([{"completion": GOOD}], ["worker=2"], "worker = '2': options of this command begin with --. Did you mean '--workers'"),
-        ([{"completion": GOOD, "name": "z"}], [], "'z': is no problem of .*humaneval-sh.jsonl: these completions are for other"),
+        ([{"completion": GOOD, "name": "z"}], [], "'z': is not a problem of .*humaneval-sh.jsonl: these completions are for other"),
         ([{"completion": GOOD, "language": "lua"}], [], "humaneval-lua.jsonl.*no such file; the folder has prompts of sh"),
         ([{"text": GOOD}], [], "made.jsonl:1: lacks completion"),
-        ([{"completion": GOOD, "sample": 0}, {"completion": BAD, "sample": 0}], [], "stands twice"),
-        ([], [], "holds no completion"),
+        ([{"completion": GOOD, "sample": 0}, {"completion": BAD, "sample": 0}], [], "occurs twice"),
+        ([], [], "has no completions"),
     ],
 )
 def test_bad_input_is_one_clear_error(
@@ -201,5 +201,5 @@ def test_completion_whose_line_has_a_key_twice_is_refused(prompts: Path) -> None
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz", "fd"])
 def test_a_pipe_of_completions_is_an_error_and_no_wait(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}: is no regular file"):
+    with pytest.raises(UserError, match=f"{name}: is not a regular file"):
         read_completions(tmp_path / name, tmp_path)

@@ -71,9 +71,9 @@ def test_read_completions_names_the_line_that_is_wrong(line: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"no gzip", "no whole gzip"),
-        (gzip.compress(json.dumps(PACKED).encode(), mtime=0)[:-9], "no whole gzip"),
-        (gzip.compress(json.dumps(PACKED).encode(), mtime=0)[:20] + b"\xff" * 9, "no whole gzip"),
+        (b"no gzip", "not a complete gzip"),
+        (gzip.compress(json.dumps(PACKED).encode(), mtime=0)[:-9], "not a complete gzip"),
+        (gzip.compress(json.dumps(PACKED).encode(), mtime=0)[:20] + b"\xff" * 9, "not a complete gzip"),
         (gzip.compress(b"\xff\xfe", mtime=0), "no text"),
         (gzip.compress(b"[", mtime=0), "not JSON"),
         (gzip.compress(b"0" * 200_000, mtime=0), "unpacks to more"),
@@ -83,7 +83,7 @@ def test_read_completions_names_the_line_that_is_wrong(line: str, tmp_path: Path
         (gzip.compress(json.dumps({**PACKED, "stop_tokens": [""]}).encode(), mtime=0), "list of texts"),
         (gzip.compress(json.dumps({**PACKED, "name": "../../outside"}).encode(), mtime=0), "file name"),
         (gzip.compress(json.dumps({**PACKED, "tests": None}).encode(), mtime=0), "must be text"),
-        (b"", "is not JSON|no whole gzip"),
+        (b"", "is not JSON|not a complete gzip"),
     ],
 )
 def test_read_completions_names_the_packed_file_that_is_wrong(

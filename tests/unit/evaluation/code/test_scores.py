@@ -32,21 +32,21 @@ def test_values_are_those_computed_by_hand() -> None:
     scores = Scores(RECORDS)
     assert scores.pass_at(("a", "lua"), 1).value == pytest.approx((0.5 + 1 + 0 + 0.5) / 4)
     assert scores.pass_at(("a", "lua"), 2).value == pytest.approx(3 / 4)
-    assert scores.difference("a", "b", "lua", 1).value == pytest.approx((0.5 + 0.5 + 0 + 0) / 4)
+    assert scores.difference("a", "b", language="lua", k=1).value == pytest.approx((0.5 + 0.5 + 0 + 0) / 4)
     assert scores.macro({"lua": "a", "pl": "a"}, 1).value == pytest.approx((0.5 + 0.5) / 2)
     assert scores.macro_difference({"lua": "a", "pl": "a"}, {"lua": "b", "pl": "b"}, 1).value == pytest.approx((0.25 + 0.5) / 2)
-    assert scores.n(("a", "lua")) == 2
+    assert scores.num_samples(("a", "lua")) == 2
     assert scores.ended["b", "pl"] == {"AssertionError": 4}
 
 
 def test_more_samples_than_there_are_cannot_be_asked_for() -> None:
-    with pytest.raises(ValueError, match="pass@3 wants k from 1 to n"):
+    with pytest.raises(ValueError, match="pass@3 requires 1 <= k <= n"):
         Scores(RECORDS).pass_at(("a", "lua"), 3)
 
 
 def test_a_difference_is_paired_so_that_equal_contenders_differ_by_no_more_than_four_problems_can_show() -> None:
     same = [*RECORDS, *({**record, "adapter": "twin"} for record in RECORDS if record["adapter"] == "a")]
-    difference = Scores(same).difference("a", "twin", "lua", 1)
+    difference = Scores(same).difference("a", "twin", language="lua", k=1)
     bound = 1 - 0.025 ** (1 / 4)
     assert (difference.value, difference.low, difference.high) == pytest.approx((0.0, -bound, bound))
     assert not difference.excludes_zero
@@ -54,7 +54,7 @@ def test_a_difference_is_paired_so_that_equal_contenders_differ_by_no_more_than_
 
 def test_a_difference_compares_only_what_both_have_tried() -> None:
     scores = Scores([*verdicts("a", "lua", p=[1], q=[0]), *verdicts("b", "lua", q=[0], r=[1])])
-    assert scores.difference("a", "b", "lua", 1).value == 0.0
+    assert scores.difference("a", "b", language="lua", k=1).value == 0.0
     assert scores.pass_at(("a", "lua"), 1).value == 0.5
 
 

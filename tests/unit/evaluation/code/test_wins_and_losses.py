@@ -24,7 +24,7 @@ def found(passed: dict[str, dict[str, str]]) -> list[DecidedProblem]:
                 logged.append(entry)
                 records[entry.key] = {"status": "OK" if letter == "+" else "Exception"}
     keyed: dict[Key, dict[str, Any]] = records
-    return wins_and_losses(PROBLEMS, "lua", CONTENDERS, logged, keyed)
+    return wins_and_losses(PROBLEMS, "lua", CONTENDERS, logged=logged, records=keyed)
 
 
 def test_the_clearest_of_each_kind_over_all_adapters() -> None:

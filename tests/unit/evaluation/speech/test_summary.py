@@ -13,7 +13,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.evaluation.report.terminal import print_error_rates
 from flora_train.evaluation.speech.score_types import SpeechResults
-from flora_train.evaluation.speech.summary import Heard, summarise
+from flora_train.evaluation.speech.summary import Transcript, summarise
 from tests.speech import loaded_tiny_whisper, write_corpus
 from tests.unit.data.audio.test_speech_task import config_of, load
 from tests.unit.evaluation.report.test_html import Outline, page_of
@@ -38,12 +38,14 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> SpeechResults:
     assert isinstance(split, SpeechSplit)
     run = config(files, embedded_clips=1)
     bank = AdapterBank.attach(loaded_tiny_whisper(), expand(run))
-    heard = [
-        Heard(adapter, "cs", i, " ".join(["wrong"] * n + str(sentence).upper().split()[n:]) + "!", "loop" if n == 2 else "end")
+    transcripts = [
+        Transcript(
+            adapter, "cs", i, " ".join(["wrong"] * n + str(sentence).upper().split()[n:]) + "!", "loop" if n == 2 else "end"
+        )
         for adapter, n in ROUNDS.items()
         for i, sentence in enumerate(split.sentences)
     ]
-    return summarise(run, {"cs": split}, bank, heard)
+    return summarise(run, {"cs": split}, bank, transcripts)
 
 
 def test_rates_count_what_was_wrong(summary: SpeechResults) -> None:
@@ -69,6 +71,26 @@ def test_differences_are_paired_and_exclude_zero(summary: SpeechResults) -> None
     assert lora is not None
     assert lora[1] > 0
     assert all(d.excludes_zero for d in found.values())
+
+
+def test_many_adapters_are_compared_with_base_and_best_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flora_train.evaluation.bootstrap.MAX_PAIRED", 2)
+    files = write_corpus(tmp_path, "cs")
+    split = load(files, tmp_path).test
+    assert isinstance(split, SpeechSplit)
+    raw = config(files, embedded_clips=0).model_dump(mode="json")
+    raw["adapters"] = {f"lora{i}": {"method": "lora", "lr": 1e-3} for i in range(4)}
+    run = RunConfig.model_validate(raw)
+    bank = AdapterBank.attach(loaded_tiny_whisper(), expand(run))
+    transcripts = []
+    for adapter in ("__base__", *(spec.name for spec in bank.specs)):
+        for i, sentence in enumerate(split.sentences):
+            text = str(sentence) if adapter == "cs-lora2" else "wrong"
+            transcripts.append(Transcript(adapter, "cs", i, text, "end"))
+    (part,) = summarise(run, {"cs": split}, bank, transcripts).languages
+    pairs = [(difference.first, difference.second) for difference in part.differences]
+    assert pairs[:4] == [(f"lora{i}", "base") for i in range(4)]
+    assert pairs[4:] == [("lora0", "lora2"), ("lora1", "lora2"), ("lora2", "lora3")]
 
 
 def test_utterances_are_aligned_and_few_are_played(summary: SpeechResults) -> None:
@@ -101,7 +123,7 @@ def test_nothing_is_played_where_clips_must_not_be_passed_on(summary: SpeechResu
     assert isinstance(split, SpeechSplit)
     run = config(files, embedded_clips=0)
     bank = AdapterBank.attach(loaded_tiny_whisper(), expand(run))
-    heard = [Heard(adapter, "cs", i, "no", "end") for adapter in ROUNDS for i in range(len(split))]
-    (part,) = summarise(run, {"cs": split}, bank, heard).languages
+    transcripts = [Transcript(adapter, "cs", i, "no", "end") for adapter in ROUNDS for i in range(len(split))]
+    (part,) = summarise(run, {"cs": split}, bank, transcripts).languages
     assert part.utterances
     assert all(utterance.audio is None for utterance in part.utterances)

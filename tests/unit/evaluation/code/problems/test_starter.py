@@ -194,7 +194,7 @@ def test_odd_values_arrive_as_the_table_has_them(key: str, sandbox: Sandbox, tmp
 
 
 def test_a_language_that_it_is_not_written_for_is_an_error_with_the_choices() -> None:
-    with pytest.raises(UserError, match=r"language = 'luaa': .*not written for it; there are cpp, .*Did you mean 'lua'"):
+    with pytest.raises(UserError, match=r"language = 'luaa': .*has no starter problems; there are cpp, .*Did you mean 'lua'"):
         load_starter_problems("luaa")
 
 
@@ -204,22 +204,22 @@ def test_a_language_that_it_is_not_written_for_is_an_error_with_the_choices() ->
         ({"doc": None}, r"echo\.doc: is required"),
         ({"name": None}, r"problems\.0\.name: is required"),
         ({"name": "isEven"}, r"isEven\.name = 'isEven': .*pattern"),
-        ({"extra": 1}, r"echo\.extra = 1: is no key here"),
+        ({"extra": 1}, r"echo\.extra = 1: is not a key here"),
         ({"args": {"x": "number"}}, r"echo\.args\.x = 'number': .*'int', 'bool'"),
         ({"args": {}}, r"echo\.args = \{\}: .*at least 1 item"),
         ({"returns": "none"}, r"echo\.returns = 'none': .*'int', 'bool'"),
         ({"tests": [{"args": [1], "result": 1}]}, r"echo\.tests = .*at least 4 items"),
         ({"tests": [{"args": [1]}] * 4}, r"echo\.tests\.0\.result: is required"),
         ({"args": {"x": "int", "y": "int"}}, r"echo: test 1 has 1 args, but the function has 2"),
-        ({"args": {"x": "str"}}, r"echo: test 1: x is 1, which is no str"),
-        ({"returns": "bool"}, r"echo: test 1: the result is 1, which is no bool"),
-        ({"returns": "float"}, r"echo: test 1: the result is 1, which is no float"),
-        ({"tests": [{"args": [2**53 + 1], "result": 1}] * 4}, r"echo: test 1: x is 9007199254740993, which is no int"),
+        ({"args": {"x": "str"}}, r"echo: test 1: x is 1, which is not of type str"),
+        ({"returns": "bool"}, r"echo: test 1: the result is 1, which is not of type bool"),
+        ({"returns": "float"}, r"echo: test 1: the result is 1, which is not of type float"),
+        ({"tests": [{"args": [2**53 + 1], "result": 1}] * 4}, r"echo: test 1: x is 9007199254740993, which is not of type int"),
         (
             {"args": {"x": "list[int]"}, "tests": [{"args": [[1, True]], "result": 1}] * 4},
-            r"echo: test 1: x is \[1, True\], which is no list\[int\]",
+            r"echo: test 1: x is \[1, True\], which is not of type list\[int\]",
         ),
-        ({"args": {"x": "str"}, "tests": [{"args": ["\r"], "result": 1}] * 4}, r"echo: test 1: x is .*, which is no str"),
+        ({"args": {"x": "str"}, "tests": [{"args": ["\r"], "result": 1}] * 4}, r"echo: test 1: x is .*, which is not of type str"),
     ],
 )
 def test_a_damaged_problem_is_an_error_that_names_file_and_place(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_damaged_problem_is_an_error_that_names_file_and_place(change: dict[st
 
 
 def test_a_repeated_name_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"problems\.yaml = 'echo': stands twice"):
+    with pytest.raises(UserError, match=r"problems\.yaml = 'echo': occurs twice"):
         load_starter_problems("lua", table(tmp_path, {}, {}))
 
 

@@ -74,7 +74,7 @@ def test_the_hubs_problems_are_read_and_its_refusal_is_one_line(monkeypatch: pyt
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr("datasets.get_dataset_config_names", refuse)
-    with pytest.raises(UserError, match=r"cannot be had \(.*no route.*: give a folder with MultiPL-E's"):
+    with pytest.raises(UserError, match=r"cannot be downloaded \(.*no route.*: give a folder with MultiPL-E's"):
         load_suite("hub:nuprl/MultiPL-E", ["sh"], None)
 
 
@@ -88,11 +88,11 @@ def test_a_prompt_file_without_a_field_is_named_with_its_line(folder: Path, fiel
 
 def test_a_plan_needs_tasks_with_a_language_that_the_table_has(folder: Path) -> None:
     assert plan_evaluation(recipe([])) is None
-    with pytest.raises(UserError, match=r"no task says its language: give tasks\.<name>\.language"):
+    with pytest.raises(UserError, match=r"no task has a language: give tasks\.<name>\.language"):
         plan_evaluation(recipe(str(folder), language=None))
     with pytest.raises(UserError, match=r"tasks\.t\.language = 'phpp': is not in eval/languages\.yaml.* Did you mean 'php'"):
         plan_evaluation(recipe(str(folder), language="phpp"))
-    with pytest.raises(UserError, match=r"evaluation\.languages = 'lua': no task is in it; tasks are in sh"):
+    with pytest.raises(UserError, match=r"evaluation\.languages = 'lua': no task has this language; tasks have sh"):
         plan_evaluation(recipe(str(folder), languages=["lua"]))
     with pytest.raises(UserError, match="two suites would share this name"):
         plan_evaluation(recipe([str(folder), f"{folder}/"]))
@@ -114,7 +114,7 @@ def test_without_a_sandbox_nothing_is_planned_and_training_may_go_on(folder: Pat
 @pytest.mark.parametrize("name", ["heldout", "Speech", "report.json"])
 def test_a_suite_is_not_called_as_something_else_in_the_folder_of_results(folder: Path, name: str) -> None:
     place = folder.rename(folder.with_name(name))
-    with pytest.raises(UserError, match="would have the name of something else in the run's folder eval/: rename it"):
+    with pytest.raises(UserError, match="would have the name of another file or folder in the run's folder eval/: rename it"):
         plan_evaluation(recipe([str(place)]))
 
 
@@ -124,7 +124,7 @@ def test_a_suite_is_not_called_as_something_else_in_the_folder_of_results(folder
         ({"stop_tokens": "\nend"}, "must be a list of texts"),
         ({"stop_tokens": '["\\nend"]'}, "must be a list of texts"),
         ({"stop_tokens": None}, "must be a list of texts"),
-        ({"stop_tokens": ["\nend", ""]}, "must be a list of texts, none of them empty"),
+        ({"stop_tokens": ["\nend", ""]}, "must be a list of texts that are not empty"),
         ({"stop_tokens": ["\nend", 3]}, "must be a list of texts"),
         ({"prompt": ["x"]}, "prompt = ['x']: must be text"),
         ({"tests": None}, "tests: must be text"),
