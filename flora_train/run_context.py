@@ -71,7 +71,9 @@ class RunContext(TrainingContext):
     def check_model(self) -> None:
         """Raises UserError where the model does not keep rows apart. Says which layers take no adapter. Collective where the base is
         divided."""
-        features = None if self.speech_processor is None else noise_features(self.speech_processor.store.extractor)
+        features = (
+            None if self.speech_processor is None else noise_features(self.speech_processor.store.extractor)
+        )
         check_rows(self.model, self.pad_token, features)
         if self.bank.left_out:
             usable = {name for pool in self.bank.pools for name in pool.targets}
@@ -106,7 +108,9 @@ def load_context(
     return session
 
 
-def _load(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool, sharded: bool) -> RunContext:
+def _load(
+    config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool, sharded: bool
+) -> RunContext:
     """Data first, then the model: what is wrong with a task is known before the long load."""
     prepare(config, device)
     check_quantization(config.model, device)
@@ -114,7 +118,9 @@ def _load(config: RunConfig, folder: RunFolder, device: torch.device, with_tasks
     model = load_base_model(config.model, torch.device("cpu") if sharded else device)
     base_hash = fingerprint(model) if sharded else None
     features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
-    bank = AdapterBank.attach(model, expand(config), seed=config.seed, paging=paging_of(config), device=device, features=features)
+    bank = AdapterBank.attach(
+        model, expand(config), seed=config.seed, paging=paging_of(config), device=device, features=features
+    )
     return RunContext(
         config=config,
         folder=folder,
@@ -138,18 +144,24 @@ def _collate_for(config: RunConfig, speech_processor: SpeechProcessor | None) ->
 def prepare(config: RunConfig, device: torch.device) -> None:
     """Threads, and what computes adapters. Raises UserError for a backend that cannot run on this device."""
     if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(
+            config.num_threads or max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        )
     use_backend(config.kernels.backend, device)
     use_precision(config.kernels.precision)
 
 
-def load_data(config: RunConfig, with_tasks: bool = True) -> tuple[Any, dict[str, Task], SpeechProcessor | None]:
+def load_data(
+    config: RunConfig, with_tasks: bool = True
+) -> tuple[Any, dict[str, Task], SpeechProcessor | None]:
     """Tokenizer, tasks (none without `with_tasks`), and what reads clips, where the model hears speech."""
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, config.model.path)
     model_config = load_model_config(config.model)
     check_model_type(model_config, config)
-    speech_processor = build_speech_processor(config, model_config, tokenizer) if is_speech_model(model_config) else None
+    speech_processor = (
+        build_speech_processor(config, model_config, tokenizer) if is_speech_model(model_config) else None
+    )
     tasks = load_tasks(config, tokenizer, cache_folder(), speech_processor) if with_tasks else {}
     if speech_processor is not None:
         check_transcripts(config, speech_processor)
@@ -179,7 +191,9 @@ def check_transcripts(config: RunConfig, speech_processor: SpeechProcessor) -> N
 def paging_of(config: RunConfig) -> Paging:
     """Where this run's adapters may live."""
     slots = config.paging.device_slots
-    folder = None if config.paging.host == "memory" else Path(config.paging.folder or Path(config.folder).parent)
+    folder = (
+        None if config.paging.host == "memory" else Path(config.paging.folder or Path(config.folder).parent)
+    )
     return Paging(None if slots == "auto" else slots, folder)
 
 
@@ -189,7 +203,11 @@ def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any)
         check_multilingual(tokenizer, config.model.path)
     for package in ("soundfile", "soxr", "jiwer"):
         if find_spec(package) is None:
-            raise user_error("tasks", "speech", f"speech tasks need the package {package}: pip install 'flora-train[speech]'")
+            raise user_error(
+                "tasks",
+                "speech",
+                f"speech tasks need the package {package}: pip install 'flora-train[speech]'",
+            )
     share = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = min(8, max(1, share)) if config.audio.workers is None else config.audio.workers
     extractor = load_feature_extractor(config.model)
@@ -212,9 +230,15 @@ def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any)
 def _windows(config: RunConfig, model_config: Any, extractor: Any) -> Windows:
     """Whisper's reach to 30 s whatever is heard; other encoders hear what there is, up to the longest clip."""
     if is_whisper(model_config):
-        return Windows(model_config.max_source_positions * GRAIN, config.audio.window_step, lambda samples: samples // GRAIN)
+        return Windows(
+            model_config.max_source_positions * GRAIN,
+            config.audio.window_step,
+            lambda samples: samples // GRAIN,
+        )
     longest = int(config.audio.max_seconds * RATE)
-    return Windows(longest, config.audio.window_step or 1.0, count_positions(empty_model(config.model), extractor))
+    return Windows(
+        longest, config.audio.window_step or 1.0, count_positions(empty_model(config.model), extractor)
+    )
 
 
 def load_run(
@@ -238,7 +262,9 @@ def load_run(
     if dtype is None:
         config = as_it_began(config, folder)
     else:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype, "quantization": "none"})})
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"dtype": dtype, "quantization": "none"})}
+        )
     device = make_accelerator(config, folder, trackers=False).device
     differences = on_main_process(lambda: check_base(folder, config, allow))
     session = load_context(config, folder, device, with_tasks)
@@ -306,20 +332,23 @@ def locked(run: str, alone: bool = True) -> Iterator[RunFolder]:
 def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True) -> Any:
     """Accelerate's device, processes and trackers. wandb stays offline unless tracking.online says otherwise."""
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     check_launcher()
     if not config.tracking.online:
         os.environ.setdefault("WANDB_MODE", "offline")
-    wanted = [tracker for tracker in config.tracking.trackers if trackers]
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the main process executes programs while others wait
+    names = config.tracking.trackers if trackers else []
+    timeout = InitProcessGroupKwargs(
+        timeout=timedelta(days=1)
+    )  # others wait while the main process executes programs
+    directories = ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.tensorboard))
     accelerator = Accelerator(
-        log_with=wanted or None,
-        project_dir=str(folder.path),
+        log_with=names or None,
+        project_config=directories,
         cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[patience],
+        kwargs_handlers=[timeout],
     )
-    on_every_process(lambda: _check_installed(wanted))
+    on_every_process(lambda: _check_installed(names))
     return accelerator
 
 
@@ -331,4 +360,6 @@ def cache_folder() -> Path:
 def _check_installed(trackers: Sequence[str]) -> None:
     for tracker in trackers:
         if find_spec(tracker) is None:
-            raise user_error("tracking.trackers", tracker, f"is not installed: pip install 'flora-train[{tracker}]'")
+            raise user_error(
+                "tracking.trackers", tracker, f"is not installed: pip install 'flora-train[{tracker}]'"
+            )

@@ -47,12 +47,16 @@ class RunResult(os.PathLike[str]):
 
     def _repr_html_(self) -> str:
         """Held-out bits per byte of the base and every adapter, and the path of the full report."""
-        rows = ["<tr><th>task</th><th>method</th><th>held-out bits per byte</th><th>difference to base</th></tr>"]
+        rows = [
+            "<tr><th>task</th><th>method</th><th>held-out bits per byte</th><th>difference to base</th></tr>"
+        ]
         for result in self.report.results:
             rows.append(_table_row(result.task, "base", _number(result.base.bits_per_byte.value), ""))
             for contender in result.contenders:
                 value, difference = contender.bits_per_byte.value, contender.difference_to_base.value
-                rows.append(_table_row(result.task, contender.family, _number(value), _number(difference, "+")))
+                rows.append(
+                    _table_row(result.task, contender.family, _number(value), _number(difference, "+"))
+                )
         page = escape(str(self.path / "eval" / "report.html"))
         table = f"<table>{''.join(rows)}</table>"
         return f'<p>{escape(str(self.path))}</p>{table}<p>Report: <a href="{page}">{page}</a></p>'

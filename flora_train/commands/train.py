@@ -40,6 +40,7 @@ from flora_train.run_context import (
     resolve_config,
 )
 from flora_train.runtime.atomic import write_atomically
+from flora_train.runtime.config_changes import comparable
 from flora_train.runtime.distributed import (
     check_alike,
     check_world_size,
@@ -50,7 +51,7 @@ from flora_train.runtime.distributed import (
 )
 from flora_train.runtime.environment import dtype_of
 from flora_train.runtime.manifest import suite_files
-from flora_train.runtime.run_folder import RunFolder, RunStatus, comparable
+from flora_train.runtime.run_folder import RunFolder, RunStatus
 from flora_train.runtime.signals import Interrupted
 from flora_train.tracking import begin_tracking, end_tracking
 from flora_train.training.add_tasks import read_finished_run
@@ -88,7 +89,9 @@ def train_run(config: RunConfig) -> RunResult:
     status = on_main_process(lambda: folder.enter(config))
     try:
         if status == "finished":
-            logger.info(f"{folder.path} holds this run, finished; it is kept (resume=false overwrite=true runs it again)")
+            logger.info(
+                f"{folder.path} holds this run, finished; it is kept (resume=false overwrite=true runs it again)"
+            )
             if is_main_process():
                 show(folder)
         else:
@@ -98,7 +101,9 @@ def train_run(config: RunConfig) -> RunResult:
     return RunResult(folder.path)
 
 
-def _train_run(config: RunConfig, folder: RunFolder, accelerator: Accelerator, *, status: RunStatus, started: float) -> None:
+def _train_run(
+    config: RunConfig, folder: RunFolder, accelerator: Accelerator, *, status: RunStatus, started: float
+) -> None:
     """`train_run`, while no other process works in the folder. started: time.monotonic() at its start."""
     plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
     context = load_checked(config, folder, accelerator.device, status=status, plan=plan)
@@ -157,7 +162,10 @@ def claim_folder(context: RunContext, plan: Plan | None) -> None:
     facts = {"base_dtype": dtype_of(context.model), **origin_of(context)}
     on_main_process(lambda: folder.claim(config, suites, **facts))
     on_main_process(lambda: report_left_out(context))
-    for note in (*notes_on_rows(tasks, config), *notes_on_unused(config.tasks, bool(config.evaluation.problems))):
+    for note in (
+        *notes_on_rows(tasks, config),
+        *notes_on_unused(config.tasks, bool(config.evaluation.problems)),
+    ):
         logger.warning(note)
 
 
@@ -209,7 +217,10 @@ def report_left_out(context: RunContext) -> None:
     if not rows:
         return
     file = context.folder.path / "clips_left_out.tsv"
-    lines = ["\t".join(plain(cell, keep="") for cell in row) for row in [("task", "split", "reason", "file"), *rows]]
+    lines = [
+        "\t".join(plain(cell, keep="") for cell in row)
+        for row in [("task", "split", "reason", "file"), *rows]
+    ]
     text = "".join(f"{line}\n" for line in lines)
     write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
     counts = Counter(plain(reason, keep="") for _, _, reason, _ in rows)

@@ -128,7 +128,9 @@ class disk_errors:
         if code in FULL:
             room = f" ({free:.1f} MB free)" if (free := _free_megabytes(self.path)) is not None else ""
             raise user_error(
-                str(self.path), None, f"the disk is full{room}: what was there is kept; make room and run again"
+                str(self.path),
+                None,
+                f"the disk is full{room}: what was there is kept; make room and run again",
             ) from error
         raise user_error(
             str(self.path), None, f"may not be written ({os.strerror(code)}): {HINTS.get(code, ELSEWHERE)}"
@@ -142,7 +144,11 @@ def _code(error: BaseException | None) -> int | None:
     if isinstance(error, OSError):
         return error.errno or errno.EIO
     # safetensors passes on the system's number in an error type of its own
-    passed_on = re.search(r"os error (\d+)", str(error)) if error is not None and not isinstance(error, UserError) else None
+    passed_on = (
+        re.search(r"os error (\d+)", str(error))
+        if error is not None and not isinstance(error, UserError)
+        else None
+    )
     return int(passed_on[1]) if passed_on else None
 
 

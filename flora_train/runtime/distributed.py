@@ -108,7 +108,9 @@ def _problems(error: Exception | None) -> tuple[Problem, ...]:
     where = f"process {world()[0]} on {socket.gethostname()}"
     if not isinstance(error, UserError):
         return (Problem(where, None, f"ended with {type(error).__name__}: {first_line(error)}"),)
-    return tuple(Problem(problem.key, problem.value, f"{problem.hint} (said by {where})") for problem in error.problems)
+    return tuple(
+        Problem(problem.key, problem.value, f"{problem.hint} (said by {where})") for problem in error.problems
+    )
 
 
 def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:

@@ -54,7 +54,9 @@ def available_cpus() -> int:
 
 def versions_line(facts: dict[str, Any]) -> str:
     """Python and packages of `environment()`, as a person reads them."""
-    return f"Python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    return f"Python {facts['python']}, " + ", ".join(
+        f"{name} {version}" for name, version in facts["packages"].items()
+    )
 
 
 def now() -> str:
@@ -82,7 +84,9 @@ def _commit() -> str | None:
     if not (PROJECT_ROOT / ".git").exists():  # a wheel may be installed inside another project's tree
         return None
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=10
+        )
     except OSError:
         return None
     return done.stdout.strip() or None

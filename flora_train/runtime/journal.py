@@ -82,7 +82,9 @@ class Journal(Generic[Entry]):
         except (OSError, ValueError, RecursionError):
             there = None
         if not isinstance(there, dict) or there.keys() != settings.keys():
-            raise user_error(str(self.settings), None, f"is not ours and would be overwritten: {self.another}")
+            raise user_error(
+                str(self.settings), None, f"is not ours and would be overwritten: {self.another}"
+            )
 
     def forget(self) -> None:
         """Delete the log: its own files, and the folder if nothing else is in it."""
@@ -102,7 +104,9 @@ class Journal(Generic[Entry]):
                     words = f"is no {self.word} of ours, or damaged: delete this line, and it is made again; or {self.another}"
                     raise user_error(f"{file}:{number}", None, words) from error
                 if logged.key in found:
-                    raise user_error(f"{file}:{number}", "/".join(map(str, logged.key)), f"stands twice: {self.another}")
+                    raise user_error(
+                        f"{file}:{number}", "/".join(map(str, logged.key)), f"stands twice: {self.another}"
+                    )
                 found[logged.key] = logged
         return found
 
@@ -111,10 +115,16 @@ class Journal(Generic[Entry]):
         return LogWriter(self.path / f"{self.word}s-{rank}.jsonl")
 
     def _files(self) -> list[Path]:
-        return sorted(file for file in self.path.glob(f"{self.word}s-*.jsonl") if re.fullmatch(r".*-\d+", file.stem))
+        return sorted(
+            file for file in self.path.glob(f"{self.word}s-*.jsonl") if re.fullmatch(r".*-\d+", file.stem)
+        )
 
     def _mixed(self, key: str, there: Any, ours: Any) -> Fault:
-        return Fault(f"{self.path}: {key}", ours, f"its {self.word}s were made with {there!r} and would be mixed: {self.another}")
+        return Fault(
+            f"{self.path}: {key}",
+            ours,
+            f"its {self.word}s were made with {there!r} and would be mixed: {self.another}",
+        )
 
 
 class LogWriter:
@@ -132,7 +142,10 @@ class LogWriter:
         size = self.file.stat().st_size if self.file.exists() else 0
         try:
             with disk_errors(self.file), self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({**(entry := asdict(logged)), CHECK: _checksum(entry)}, ensure_ascii=False) + "\n")
+                out.write(
+                    json.dumps({**(entry := asdict(logged)), CHECK: _checksum(entry)}, ensure_ascii=False)
+                    + "\n"
+                )
         except UserError:
             with suppress(OSError):
                 os.truncate(self.file, size)

@@ -117,7 +117,9 @@ def delete(files: Sequence[Path], folder: Path, keep: Collection[Path] = ()) -> 
 
 def _pattern(name: str) -> re.Pattern[str]:
     parts = re.split(r"\{(n|adapter|part|rest)\}", name)
-    return re.compile("".join(TOKENS[part] if i % 2 else re.escape(part) for i, part in enumerate(parts)) + r"\Z")
+    return re.compile(
+        "".join(TOKENS[part] if i % 2 else re.escape(part) for i, part in enumerate(parts)) + r"\Z"
+    )
 
 
 def _finished(path: str) -> str:
@@ -126,7 +128,9 @@ def _finished(path: str) -> str:
 
 
 def _texts(value: Any) -> list[str] | None:
-    return value if isinstance(value, list) and all(isinstance(item, str) and item for item in value) else None
+    return (
+        value if isinstance(value, list) and all(isinstance(item, str) and item for item in value) else None
+    )
 
 
 def _is_below(name: str) -> bool:

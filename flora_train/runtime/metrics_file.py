@@ -70,10 +70,14 @@ class MetricsFile:
         if not self.path.exists():
             return []
         if not self.path.is_file():
-            raise user_error(str(self.path), None, "is no file: put it back from a copy, or train again (overwrite=true)")
+            raise user_error(
+                str(self.path), None, "is no file: put it back from a copy, or train again (overwrite=true)"
+            )
         lines = self.path.read_bytes().split(b"\n")
         records = [self._record(number, line) for number, line in enumerate(lines[:-1], 1)]
-        return [record for record in records if record["kind"] == kind]  # a kill cut off what follows the last line end
+        return [
+            record for record in records if record["kind"] == kind
+        ]  # a kill cut off what follows the last line end
 
     def _record(self, number: int, line: bytes) -> dict[str, Any]:
         try:
@@ -82,7 +86,9 @@ class MetricsFile:
                 raise ValueError("kind or step is of another type")
         except (ValueError, LookupError, RecursionError) as error:
             hint = "put the file back from a copy, or train again (overwrite=true)"
-            raise user_error(f"{self.path}:{number}", None, f"is damaged ({first_line(error)}): {hint}") from error
+            raise user_error(
+                f"{self.path}:{number}", None, f"is damaged ({first_line(error)}): {hint}"
+            ) from error
         return record
 
 

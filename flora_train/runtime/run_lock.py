@@ -148,7 +148,9 @@ class RunLock:
             return False
 
     def _taken(self) -> Exception:
-        hint = "another process trains or evaluates in it: wait until it ends, end it, or choose another folder"
+        hint = (
+            "another process trains or evaluates in it: wait until it ends, end it, or choose another folder"
+        )
         return user_error("output_dir", str(self.folder), hint)
 
 

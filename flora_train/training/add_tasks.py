@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flora_train.config.errors import UserError, user_error
-from flora_train.runtime.run_folder import RunFolder, differences, open_run
+from flora_train.runtime.config_changes import differences
+from flora_train.runtime.run_folder import RunFolder, open_run
 from flora_train.training.best_adapters import BestCheckpoint, load_best
 from flora_train.training.context import TrainingContext
 from flora_train.training.early_stopping import Retirement
@@ -52,7 +53,9 @@ class FinishedRun:
         }
 
 
-def read_finished_run(context: TrainingContext, identity: Callable[[Collection[str]], Mapping[str, Any]]) -> FinishedRun:
+def read_finished_run(
+    context: TrainingContext, identity: Callable[[Collection[str]], Mapping[str, Any]]
+) -> FinishedRun:
     """Read the finished run in the context's folder and load its best adapters into the bank.
 
     identity: of the present run without the named tasks. Raises UserError if an adapter is missing, or was trained on
@@ -65,17 +68,23 @@ def read_finished_run(context: TrainingContext, identity: Callable[[Collection[s
         hint = "was finished by an older version, which recorded too little to add tasks to it"
         raise user_error("output_dir", str(folder.path), hint)
     added = [task for task in context.tasks if task not in config_then.tasks]
-    if problems := differences(facts["ended"]["identity"], identity(added), f"when the run in {folder.path} ended"):
+    if problems := differences(
+        facts["ended"]["identity"], identity(added), f"when the run in {folder.path} ended"
+    ):
         raise UserError(*problems)
     known = [adapter for adapter, spec in enumerate(bank.specs) if spec.task in config_then.tasks]
     best = load_best(bank, known, folder.best_adapters)
     return _from_metrics(folder, facts, by_name(best, bank.specs))
 
 
-def _from_metrics(folder: RunFolder, facts: Mapping[str, Any], best: Mapping[str, BestCheckpoint]) -> FinishedRun:
+def _from_metrics(
+    folder: RunFolder, facts: Mapping[str, Any], best: Mapping[str, BestCheckpoint]
+) -> FinishedRun:
     records = folder.read_metrics("step")
     if not records:
-        raise user_error(str(folder.metrics), None, "has no record of the run's steps: put it back from a copy")
+        raise user_error(
+            str(folder.metrics), None, "has no record of the run's steps: put it back from a copy"
+        )
     last, step = records[-1], max(record["step"] for record in records)
     latest: dict[str, Any] = {}
     for record in records:

@@ -68,7 +68,9 @@ def check_fits(config: RunConfig, capacity: Capacity) -> None:
         )
         raise user_error("adapters.device_slots", capacity.slots, hint)
     _check_device(config, capacity)
-    free_host, free_pages, free_disk = map(format_size, (capacity.free_host, capacity.free_pages, capacity.free_disk))
+    free_host, free_pages, free_disk = map(
+        format_size, (capacity.free_host, capacity.free_pages, capacity.free_disk)
+    )
     if not capacity.shared and capacity.host * capacity.processes > capacity.free_host:
         fewer = "" if capacity.on_host else f", with adapters.device_slots={capacity.step_slots}"
         hint = f"needs {format_size(capacity.host)} a process, where {free_host} are free: disk keeps all that in files{fewer}"
@@ -78,7 +80,11 @@ def check_fits(config: RunConfig, capacity: Capacity) -> None:
         hint = f"needs {format_size(capacity.pages)} for adapters, where {free_pages} {elsewhere}"
         raise user_error("paging.folder", config.paging.folder, hint)
     if capacity.on_disk > capacity.free_disk:
-        raise user_error("output_dir", config.folder, f"needs {format_size(capacity.on_disk)}, where {free_disk} {elsewhere}")
+        raise user_error(
+            "output_dir",
+            config.folder,
+            f"needs {format_size(capacity.on_disk)}, where {free_disk} {elsewhere}",
+        )
 
 
 def _check_device(config: RunConfig, capacity: Capacity) -> None:
@@ -88,9 +94,7 @@ def _check_device(config: RunConfig, capacity: Capacity) -> None:
     rest = beside_base - capacity.host if capacity.shared else beside_base
     if capacity.on_device > rest:
         slots = max(0, beside_base - capacity.activations) // (PLANES * FLOAT * capacity.largest)
-        hint = (
-            f"needs {format_size(capacity.on_device)} beside the base, where {format_size(max(0, rest))} are free: give {slots}"
-        )
+        hint = f"needs {format_size(capacity.on_device)} beside the base, where {format_size(max(0, rest))} are free: give {slots}"
         if capacity.shared:
             hint += " and paging.host=disk"
         if slots < capacity.step_slots:

@@ -18,7 +18,7 @@ from flora_train.adapters.host_memory import copy_to_host
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.runtime.atomic import disk_errors, write_atomically
 from flora_train.runtime.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
-from flora_train.runtime.run_folder import differences
+from flora_train.runtime.config_changes import differences
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,9 @@ class Checkpoints:
         self.wait()
         return self._files()
 
-    def restore(self, tensors: Mapping[str, Tensor], find_problem: FindProblem = no_problem) -> dict[str, Any] | None:
+    def restore(
+        self, tensors: Mapping[str, Tensor], find_problem: FindProblem = no_problem
+    ) -> dict[str, Any] | None:
         """Fill `tensors` from the last whole checkpoint; returns its state, or None if there is none. Rows of adapters
         that were added since then do not change.
 
@@ -104,7 +106,9 @@ class Checkpoints:
             try:
                 facts, content = _read(path)
             except DamagedError as error:
-                logger.warning(f"checkpoint {path} is damaged ({error}) and is not deleted; the one before it is used")
+                logger.warning(
+                    f"checkpoint {path} is damaged ({error}) and is not deleted; the one before it is used"
+                )
                 continue
             self._check(path, facts, content, tensors)
             newest = newest or facts["state"]
@@ -131,7 +135,13 @@ class Checkpoints:
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if FILE.fullmatch(path.name))
 
-    def _check(self, path: Path, facts: Mapping[str, Any], content: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    def _check(
+        self,
+        path: Path,
+        facts: Mapping[str, Any],
+        content: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
         """Raises UserError if a checkpoint is not one of this run."""
         if "state" not in facts:
             hint = f"was written by an older version of flora_train: train again ({RESTART})"
@@ -151,7 +161,9 @@ class Checkpoints:
             hint = f"holds {_shapes(content)}, this version of flora_train needs {_shapes(tensors)}: begin a new run"
             raise user_error(str(path), None, hint)
 
-    def _fill(self, name: str, tensor: Tensor, rows: Mapping[str, Sequence[str]], content: Mapping[str, Tensor]) -> None:
+    def _fill(
+        self, name: str, tensor: Tensor, rows: Mapping[str, Sequence[str]], content: Mapping[str, Tensor]
+    ) -> None:
         """Copy every adapter's row of one tensor from the checkpoint, whose pools may be others."""
         group, _, plane = name.partition(".")
         if rows.get(group) == list(self.rows[group]):

@@ -30,7 +30,9 @@ class CheckpointDependencies:
             # training is deterministic: what was saved after this checkpoint is computed again
             recomputed = improved_at > step or (on_disk is not None and on_disk > step)
             if on_disk != expected and not recomputed:
-                problem = "is damaged or missing" if on_disk is None else f"is of step {on_disk}, not {expected}"
+                problem = (
+                    "is damaged or missing" if on_disk is None else f"is of step {on_disk}, not {expected}"
+                )
                 return Problem(str(adapter_file(self.folder.best_adapters, name)), None, problem)
         return None
 

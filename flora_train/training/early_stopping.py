@@ -52,14 +52,20 @@ class EarlyStopping:
     def after_evaluation(self, losses: Mapping[int, float], step: int) -> bool:
         """Held-out losses of the active adapters after `step` steps; returns whether adapters retire."""
         impatient = self.patience.observe(losses)
-        self._retire(impatient, Retirement(step, "patience"), "its held-out loss has not improved within its patience")
+        self._retire(
+            impatient, Retirement(step, "patience"), "its held-out loss has not improved within its patience"
+        )
         eliminated = self.halving.eliminated(losses, step, self.retired)
-        self._retire(eliminated, Retirement(step, "halving"), "its held-out loss is among the highest of its sweep")
+        self._retire(
+            eliminated, Retirement(step, "halving"), "its held-out loss is among the highest of its sweep"
+        )
         return bool(impatient or eliminated)
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Adapter name -> step and reason, for the log."""
-        stopped = {adapter: asdict(entry) for adapter, entry in self.retired.items() if entry.why != "finished"}
+        stopped = {
+            adapter: asdict(entry) for adapter, entry in self.retired.items() if entry.why != "finished"
+        }
         return by_name(stopped, self.specs)
 
     def state_dict(self) -> dict[str, Any]:

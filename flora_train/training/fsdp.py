@@ -75,7 +75,9 @@ def _numbers(module: nn.Module) -> int:
 def _ask_for_gradients(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """The backward goes through every layer on every process, whichever adapters its rows have: gathering is a collective."""
     if torch.is_grad_enabled() and not output.requires_grad:
-        return output.requires_grad_(True).clone()  # some models change their embeddings in place, which no leaf allows
+        return output.requires_grad_(
+            True
+        ).clone()  # some models change their embeddings in place, which no leaf allows
     return output
 
 
@@ -112,6 +114,8 @@ def run_dummy_passes(row_losses: RowLosses, bank: AdapterBank, groups: Sequence[
     two = torch.zeros(1, 2, dtype=torch.long, device=bank.device)
     for _ in range(max(passes) - passes[rank]):
         with bank.without_adapters():
-            losses = row_losses(MixedBatch({"input_ids": two, "attention_mask": two + 1}, two, two[:, 0] - 1, ()))
+            losses = row_losses(
+                MixedBatch({"input_ids": two, "attention_mask": two + 1}, two, two[:, 0] - 1, ())
+            )
             if torch.is_grad_enabled():
                 losses.sum().backward()

@@ -80,7 +80,9 @@ class Guard:
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Name of a quarantined adapter -> step and reason, for the log."""
-        return by_name({adapter: entry._asdict() for adapter, entry in self.quarantined.items()}, self.bank.specs)
+        return by_name(
+            {adapter: entry._asdict() for adapter, entry in self.quarantined.items()}, self.bank.specs
+        )
 
     def state_dict(self) -> dict[str, Any]:
         losses = {adapter: list(recent) for adapter, recent in self._losses.items()}

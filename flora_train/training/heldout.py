@@ -115,7 +115,9 @@ def evaluate_heldout(
         bank.abandon()  # a process that got no batch still has the routing of its last step
         set_mode(model, training)
     flat = torch.from_numpy(np.concatenate(list(sums.values()))).to(bank.device)
-    parts = np.split(sum_over_processes(flat).cpu().numpy(), np.cumsum([len(part) for part in sums.values()])[:-1])
+    parts = np.split(
+        sum_over_processes(flat).cpu().numpy(), np.cumsum([len(part) for part in sums.values()])[:-1]
+    )
     nats = dict(zip(sums, parts, strict=True))
     return {
         name: HeldOut(

@@ -21,7 +21,9 @@ DEFAULT_SECONDS = 60.0
 LEAST_MEASURED = 2
 """The cost is not estimated from fewer adapters."""
 
-NOT_TIMED = "the cost of separate runs is not reported: training.compare_separate_seconds is too short to measure it"
+NOT_TIMED = (
+    "the cost of separate runs is not reported: training.compare_separate_seconds is too short to measure it"
+)
 
 Batches = Sequence[Sequence[Row]]
 
@@ -88,7 +90,9 @@ def _separate_batches(trainer: Trainer, microbatches: Batches) -> list[list[list
         families.setdefault(trainer.bank.specs[adapter].family, []).append(adapter)
     rank = {adapter: index for members in families.values() for index, adapter in enumerate(members)}
     room = trainer.config.training.tokens_per_microbatch
-    return [group_by_length(rows_of[adapter], room) for adapter in sorted(rows_of, key=lambda a: (rank[a], a))]
+    return [
+        group_by_length(rows_of[adapter], room) for adapter in sorted(rows_of, key=lambda a: (rank[a], a))
+    ]
 
 
 def _time_separately(

@@ -42,7 +42,9 @@ class RowLosses:
             logits = self.model(**model_inputs(self.model, batch), use_cache=False).logits
         with self.timer.part("loss"):
             if self.head_makes_logits:
-                losses = ChunkedCrossEntropy.apply(hidden[0], self.head.weight, self.head.bias, labels[learnt])
+                losses = ChunkedCrossEntropy.apply(
+                    hidden[0], self.head.weight, self.head.bias, labels[learnt]
+                )
             else:
                 losses = F.cross_entropy(logits[0].float(), labels[learnt], reduction="none")
         rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[learnt]
@@ -58,7 +60,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        losses = torch.empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        losses = torch.empty(
+            len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+        )
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)

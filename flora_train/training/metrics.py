@@ -46,7 +46,9 @@ class TrainingMetrics:
         self._shown_losses: dict[str, str] = {}
         """Family -> its mean loss on the last progress line."""
 
-    def count(self, plan: StepPlan, nats: Sequence[float], steps: Mapping[int, AdapterStep], bytes_sent: int) -> None:
+    def count(
+        self, plan: StepPlan, nats: Sequence[float], steps: Mapping[int, AdapterStep], bytes_sent: int
+    ) -> None:
         """Add a step. nats: summed loss by adapter id; bytes_sent: of gradients, by this process."""
         self.gradient_bytes_sent += bytes_sent
         for rows in plan.microbatches:
@@ -61,7 +63,10 @@ class TrainingMetrics:
 
     def recent_losses(self) -> dict[int, float]:
         """Nats per label token since the last log record, of the adapters that were trained."""
-        return {adapter: self.recent_nats[adapter] / tokens for adapter, tokens in self.recent_label_tokens.items()}
+        return {
+            adapter: self.recent_nats[adapter] / tokens
+            for adapter, tokens in self.recent_label_tokens.items()
+        }
 
     def flush(self) -> dict[str, dict[str, Any]]:
         """Adapter name -> its part of a log record. The recent sums begin anew."""
@@ -111,7 +116,9 @@ class TrainingMetrics:
         self.last_steps = {adapter: AdapterStep(**step) for adapter, step in steps.items()}
 
 
-def tracker_keys(stage: str, specs: Sequence[AdapterSpec], adapters: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def tracker_keys(
+    stage: str, specs: Sequence[AdapterSpec], adapters: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
     """Scalars as trackers group them: `<stage>/<task>/<family>/<metric>`. adapters: adapter name -> metric -> value."""
     scalars = {}
     for spec in specs:

@@ -45,7 +45,9 @@ def read_metrics(run: str | os.PathLike[str]) -> pandas.DataFrame:
     for kind, prefix in PREFIXES.items():
         for record in folder.read_metrics(kind):
             step = record["step"]
-            rows += [(step, None, None, None, metric, record[metric]) for metric in RUN_METRICS if metric in record]
+            rows += [
+                (step, None, None, None, metric, record[metric]) for metric in RUN_METRICS if metric in record
+            ]
             for name, metrics in record["adapters"].items():
                 spec = specs[name]
                 for metric, value in metrics.items():

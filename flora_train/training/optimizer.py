@@ -66,7 +66,9 @@ class BankOptimizer:
             results |= self._step_pool(pool, members, rows, anomalous)
         return results
 
-    def _step_pool(self, pool: Pool, adapters: list[int], rows: Any, anomalous: Collection[int]) -> dict[int, AdapterStep]:
+    def _step_pool(
+        self, pool: Pool, adapters: list[int], rows: Any, anomalous: Collection[int]
+    ) -> dict[int, AdapterStep]:
         norms = torch.linalg.vector_norm(pool.gradients[rows], dim=1).tolist()  # the only wait for the device
         results = {}
         for adapter, norm in zip(adapters, norms, strict=True):
@@ -81,7 +83,9 @@ class BankOptimizer:
         pool.gradients[rows] = 0.0
         return results
 
-    def _update(self, pool: Pool, rows: Tensor | slice, adapters: list[int], steps: list[AdapterStep]) -> None:
+    def _update(
+        self, pool: Pool, rows: Tensor | slice, adapters: list[int], steps: list[AdapterStep]
+    ) -> None:
         coefficients = self._coefficients(pool, adapters, steps)
         clip, decay, rate, root = coefficients.split(1, dim=1)
         if self.config.optimizer == "sgd":
@@ -131,7 +135,9 @@ def learning_rate(spec: AdapterSpec, step: int) -> float:
     if step < spec.warmup_steps:
         return spec.lr * (step + 1) / spec.warmup_steps
     progress = min(1.0, (step - spec.warmup_steps) / max(1, spec.max_steps - spec.warmup_steps))
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + cos(pi * progress))}[spec.lr_schedule]
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + cos(pi * progress))}[
+        spec.lr_schedule
+    ]
     return spec.lr * factor
 
 
@@ -151,9 +157,13 @@ class TorchBankOptimizer(torch.optim.Optimizer):
 
     def __init__(self, bank: AdapterBank, config: TrainingConfig) -> None:
         if bank.pager is not None:
-            raise ValueError("a bank that pages can only be trained by flora_train's own loop, which plans the next batches")
+            raise ValueError(
+                "a bank that pages can only be trained by flora_train's own loop, which plans the next batches"
+            )
         self.rows = BankOptimizer(bank, config)
-        super().__init__([torch.zeros((), requires_grad=True)], {"lr": 0.0})  # torch requires a parameter: a dummy
+        super().__init__(
+            [torch.zeros((), requires_grad=True)], {"lr": 0.0}
+        )  # torch requires a parameter: a dummy
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Move the adapters of all batches since the last step."""

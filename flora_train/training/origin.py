@@ -37,8 +37,14 @@ class Origin:
     def read(cls, facts: Mapping[str, Any]) -> Origin:
         """What run.json says."""
         base, data = facts.get("base"), facts.get("data")
-        known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("weights", "config"))
-        rows = {name: entry for name, entry in data.items() if isinstance(entry, dict)} if isinstance(data, dict) else {}
+        known = isinstance(base, dict) and all(
+            isinstance(base.get(key), str) for key in ("weights", "config")
+        )
+        rows = (
+            {name: entry for name, entry in data.items() if isinstance(entry, dict)}
+            if isinstance(data, dict)
+            else {}
+        )
         tokenizer = facts.get("tokenizer")
         return cls(base if known else None, rows, tokenizer if isinstance(tokenizer, str) else None)
 
@@ -52,15 +58,21 @@ class Origin:
         found = [] if now is None else [key for key in words if now[key] != self.base[key]]
         if now is None or not found:
             return []
-        what = " and ".join(f"other {words[key]}" if key == "weights" else "another config.json" for key in found)
+        what = " and ".join(
+            f"other {words[key]}" if key == "weights" else "another config.json" for key in found
+        )
         hashes = f"SHA-256 {self.base[found[0]][:12]} then, {now[found[0]][:12]} now"
-        return [Problem("model.path", config.model.path, f"holds {what} than the run was trained on ({hashes})")]
+        return [
+            Problem("model.path", config.model.path, f"holds {what} than the run was trained on ({hashes})")
+        ]
 
     def tokenizer_differences(self, config: RunConfig, tokenizer: Any) -> list[Problem]:
         """One problem if the base's tokenizer makes other tokens of a text than the run's did."""
         if self.tokenizer is None or self.tokenizer == tokenizer_hash(tokenizer):
             return []
-        return [Problem("model.path", config.model.path, "holds another tokenizer than the run was trained with")]
+        return [
+            Problem("model.path", config.model.path, "holds another tokenizer than the run was trained with")
+        ]
 
     def data_differences(self, tasks: Mapping[str, Task]) -> list[Problem]:
         """A problem for every task whose examples are others."""
@@ -69,21 +81,28 @@ class Origin:
             then, now = self.data.get(name), data_of(task)
             if then is not None and then.get("sha256") != now["sha256"]:
                 what = f"gives other examples than the run was trained on ({_change(then, now)})"
-                problems.append(Problem(f"tasks.{name}", None, f"{what}: held-out examples may have been trained on"))
+                problems.append(
+                    Problem(f"tasks.{name}", None, f"{what}: held-out examples may have been trained on")
+                )
         return problems
 
 
 def data_of(task: Task) -> dict[str, Any]:
     """What identifies a task's examples."""
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    return {"sha256": task.data_hash, **{name: _counts(split) for name, split in splits.items() if split is not None}}
+    return {
+        "sha256": task.data_hash,
+        **{name: _counts(split) for name, split in splits.items() if split is not None},
+    }
 
 
 def allowed(problems: Sequence[Problem], allow: bool, flag: str) -> list[str]:
     """Each difference as a sentence for the results. Raises UserError where they are not allowed. flag: what allows them."""
     if problems and not allow:
         hint = f"put back what it was, or give {flag}, and the results say so"
-        raise UserError(*(Problem(problem.key, problem.value, f"{problem.hint}; {hint}") for problem in problems))
+        raise UserError(
+            *(Problem(problem.key, problem.value, f"{problem.hint}; {hint}") for problem in problems)
+        )
     sentences = [f"{problem} ({flag})." for problem in problems]
     for sentence in sentences:
         logger.warning(sentence)
@@ -99,7 +118,10 @@ def _change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     words = {"train": "training", "validation": "validation", "test": "test"}
     for split, word in words.items():
         for unit in ("rows", "examples", "tokens"):
-            before, after = (counts[split].get(unit) if isinstance(counts.get(split), dict) else None for counts in (then, now))
+            before, after = (
+                counts[split].get(unit) if isinstance(counts.get(split), dict) else None
+                for counts in (then, now)
+            )
             if before != after:
                 return f"{before} {word} {unit} then, {after} now"
     return "as many rows, with another content, format or tokenizer"

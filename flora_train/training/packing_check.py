@@ -29,9 +29,13 @@ def check_packing(row_losses: RowLosses, task: str) -> None:
     training = model.training
     model.eval()
     try:
-        after_one, after_other, alone = (_last_loss(row_losses, pieces) for pieces in ([before, piece], [other, piece], [piece]))
+        after_one, after_other, alone = (
+            _last_loss(row_losses, pieces) for pieces in ([before, piece], [other, piece], [piece])
+        )
     except TypeError as error:
-        raise user_error(f"tasks.{task}.packing", True, f"this model takes no position_ids ({error}): set it to false") from error
+        raise user_error(
+            f"tasks.{task}.packing", True, f"this model takes no position_ids ({error}): set it to false"
+        ) from error
     finally:
         set_mode(model, training)
     if after_one != after_other or abs(after_one - alone) > 0.02 * abs(alone):
@@ -52,7 +56,10 @@ def _last_loss(row_losses: RowLosses, pieces: list[np.ndarray]) -> float:
     )
     # a second row, cut elsewhere: some attentions tell pieces apart only where a batch has one row
     beside = replace(
-        split, offsets=np.array([0, 2, sum(lengths)]), pack_offsets=np.array([0, 2]), prompt_lengths=np.array([2, 0])
+        split,
+        offsets=np.array([0, 2, sum(lengths)]),
+        pack_offsets=np.array([0, 2]),
+        prompt_lengths=np.array([2, 0]),
     )
     rows = [Row(-1, name, 0, sum(lengths)) for name in ("asked", "beside")]
     batch = collate(rows, {"asked": split, "beside": beside}.__getitem__, 0)

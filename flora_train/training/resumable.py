@@ -9,8 +9,8 @@ from functools import cache
 from typing import Any
 
 from flora_train.runtime.checksum import fingerprint
+from flora_train.runtime.config_changes import comparable
 from flora_train.runtime.distributed import on_every_process, on_main_process, share_from_main
-from flora_train.runtime.run_folder import comparable
 from flora_train.training.add_tasks import FinishedRun
 from flora_train.training.best_adapters import BestAdapters
 from flora_train.training.checkpoint import Checkpoints, identity_of
@@ -41,7 +41,9 @@ class ResumableTraining:
         self.early_stopping = EarlyStopping(bank.specs, config)
         self.replan()
         self.optimizer = on_every_process(lambda: BankOptimizer(bank, config.training))
-        self.best_adapters = BestAdapters(bank, self.folder.best_adapters, select_best=config.evaluation.select_best)
+        self.best_adapters = BestAdapters(
+            bank, self.folder.best_adapters, select_best=config.evaluation.select_best
+        )
         self.guard = Guard(bank, self.optimizer, config.guard)
         self.metrics = TrainingMetrics(bank.specs)
         self.checkpoints = Checkpoints(
@@ -52,7 +54,9 @@ class ResumableTraining:
             copy=bank.copy_to_host,
         )
         self._saving = False
-        self._base_hash = cache(lambda: context.base_hash or fingerprint(self.model))  # reads the whole base, once
+        self._base_hash = cache(
+            lambda: context.base_hash or fingerprint(self.model)
+        )  # reads the whole base, once
 
     def state_dict(self) -> dict[str, Any]:
         """All training state but the bank's tensors, keyed by adapter name; size and hash of the metrics file."""
@@ -118,7 +122,9 @@ class ResumableTraining:
         init_adapters([adapter for name, adapter in self.bank.ids.items() if name not in finished_run.best])
         added = [task for task, step in self.joined.items() if step == self.state.step]
         unchanged = len(finished_run.best)
-        logger.info(f"{', '.join(added)} join after step {self.state.step}; {unchanged} adapters stay as they are")
+        logger.info(
+            f"{', '.join(added)} join after step {self.state.step}; {unchanged} adapters stay as they are"
+        )
         self.save()
         self.finish_saving()
 
@@ -140,4 +146,6 @@ class ResumableTraining:
 
     def plan(self, number: int) -> StepPlan | None:
         """The rows of step `number`, counted from 0; None when no adapter is left."""
-        return plan_step(self.mixture, number, self.tasks, self.bank, self.config.training.tokens_per_microbatch)
+        return plan_step(
+            self.mixture, number, self.tasks, self.bank, self.config.training.tokens_per_microbatch
+        )

@@ -13,7 +13,13 @@ from torch.nn import functional as F
 
 from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.data.batch import IGNORE, MixedBatch, Row
-from flora_train.models.probe_inputs import device_of, gradients_enabled, plain_tokens, preserved_state, probe_inputs
+from flora_train.models.probe_inputs import (
+    device_of,
+    gradients_enabled,
+    plain_tokens,
+    preserved_state,
+    probe_inputs,
+)
 from flora_train.models.speech_encoder import is_speech_model
 from flora_train.training.loss import RowLosses
 
@@ -46,7 +52,9 @@ def check_rows(model: Any, pad_token: int, features: Tensor | None = None) -> No
         return
     if model.get_output_embeddings() is None:
         raise user_error(
-            "model", type(model).__name__, "has no output head that makes logits of its last states: it cannot be trained here"
+            "model",
+            type(model).__name__,
+            "has no output head that makes logits of its last states: it cannot be trained here",
         )
     try:
         with preserved_state(model, training=True):
@@ -61,7 +69,9 @@ def check_rows(model: Any, pad_token: int, features: Tensor | None = None) -> No
 def _check(row_losses: RowLosses, rows: _Rows, features: Tensor | None) -> None:
     model = row_losses.model
     exact = next(model.parameters()).dtype not in (torch.bfloat16, torch.float16)
-    batch, other = (_batch(model, (rows.asked, *beside), rows.pad, features) for beside in (rows.neighbours, rows.others))
+    batch, other = (
+        _batch(model, (rows.asked, *beside), rows.pad, features) for beside in (rows.neighbours, rows.others)
+    )
     torch.manual_seed(0)
     loss, gradient = _loss(row_losses, batch, rows)
     torch.manual_seed(1)
@@ -71,24 +81,37 @@ def _check(row_losses: RowLosses, rows: _Rows, features: Tensor | None) -> None:
         last = alone
         if not is_speech_model(model.config):  # whose rows hear different clips
             # what is left for the last row where experts take so many tokens of a batch and no more
-            last = float(row_losses(_batch(model, (*rows.neighbours, *rows.others, rows.asked), rows.pad, features))[-1])
+            last = float(
+                row_losses(_batch(model, (*rows.neighbours, *rows.others, rows.asked), rows.pad, features))[
+                    -1
+                ]
+            )
     changed = max(abs(found - loss) for found in (beside, alone, last))
     if changed <= LOSS[exact] * abs(loss) and (turned - gradient).norm() <= GRADIENT[exact] * gradient.norm():
         return
     torch.manual_seed(2)
     again, drawn = _loss(row_losses, batch, rows)
-    if abs(again - loss) > LOSS[exact] * abs(loss) or (drawn - gradient).norm() > GRADIENT[exact] * gradient.norm():
+    if (
+        abs(again - loss) > LOSS[exact] * abs(loss)
+        or (drawn - gradient).norm() > GRADIENT[exact] * gradient.norm()
+    ):
         words = "draws random numbers while it trains, which depend on the other rows of a batch: set its dropout and noise to 0"
         raise user_error("model", type(model).__name__, words)
     what = f"loss by {changed / abs(loss):.0%}" if changed > LOSS[exact] * abs(loss) else "gradient"
-    raise user_error("model", type(model).__name__, f"changes a row's {what} {_BESIDE}{_where(row_losses, batch, other, exact)}")
+    raise user_error(
+        "model",
+        type(model).__name__,
+        f"changes a row's {what} {_BESIDE}{_where(row_losses, batch, other, exact)}",
+    )
 
 
 _BESIDE = "with what stands beside it in the batch (its rows mix, or it expects padding on the left), so that adapters would not be apart"
 
 
 def _rows(model: Any, pad_token: int) -> _Rows:
-    ids = list(plain_tokens(model, ASKED + 2 * SHORT + LONG, without=[pad_token]).split([ASKED, SHORT, SHORT, LONG]))
+    ids = list(
+        plain_tokens(model, ASKED + 2 * SHORT + LONG, without=[pad_token]).split([ASKED, SHORT, SHORT, LONG])
+    )
     return _Rows(ids[0], (ids[1], ids[2]), (ids[3],), pad_token)
 
 
@@ -130,10 +153,14 @@ def _check_reads_its_past(model: nn.Module, ids: Tensor, gradient: Tensor, rows:
     """gradient: of the asked row's loss at the embeddings of `ids`."""
     padding = torch.tensor([rows.pad], device=ids.device)
     groups = (rows.asked[:-1], rows.asked[-1:], torch.cat([*rows.neighbours, *rows.others]), padding)
-    own, last, others, pads = (float((gradient * torch.isin(ids, group)[..., None]).abs().max()) for group in groups)
+    own, last, others, pads = (
+        float((gradient * torch.isin(ids, group)[..., None]).abs().max()) for group in groups
+    )
     if others > LEAK * own:
         raise user_error(
-            "model", type(model).__name__, "mixes the rows of a batch: a row's loss depends on the tokens of its neighbours"
+            "model",
+            type(model).__name__,
+            "mixes the rows of a batch: a row's loss depends on the tokens of its neighbours",
         )
     if max(last, pads) > LEAK * own:
         words = "sees the tokens that it is to predict: its attention is not causal (a model of BERT's kind needs is_decoder=true in its config.json)"
@@ -150,7 +177,11 @@ def _where(row_losses: RowLosses, batch: MixedBatch, other: MixedBatch, exact: b
         seen.append(outputs)
     for name, states in seen[0].items():
         beside = seen[1].get(name)
-        if beside is not None and beside.shape == states.shape and (beside - states).norm() > GRADIENT[exact] * states.norm():
+        if (
+            beside is not None
+            and beside.shape == states.shape
+            and (beside - states).norm() > GRADIENT[exact] * states.norm()
+        ):
             return f"; rows meet in {name}"
     return ""
 
@@ -163,7 +194,12 @@ def _first_rows(model: nn.Module, rows: int) -> Iterator[dict[str, Tensor]]:
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(states, Tensor) and states.dim() == 3 and states.shape[0] == rows and states.shape[1] >= ASKED:
+            if (
+                isinstance(states, Tensor)
+                and states.dim() == 3
+                and states.shape[0] == rows
+                and states.shape[1] >= ASKED
+            ):
                 found.setdefault(name, states[0, :ASKED].float())
 
         return hook

@@ -60,7 +60,8 @@ def cost_of_a_step(
 ) -> Cost:
     """The cost with all layers, extrapolated from what the second layer adds to the first."""
     one, two = (
-        measure(config, device, tasks, layers=layers, pad_token=pad_token, speech_processor=speech_processor) for layers in (1, 2)
+        measure(config, device, tasks, layers=layers, pad_token=pad_token, speech_processor=speech_processor)
+        for layers in (1, 2)
     )
     more_layers = count_layers(config.model) - 1
     return Cost(

@@ -46,7 +46,11 @@ def make_mixture(
     for task in tasks.values():
         if limits := limits_of.get(task.name):
             begins = (joined or {}).get(task.name, 0)
-            streams.append(Stream(task.name, task.train.lengths, task.weight, limits, begins, begins + config.training.steps))
+            streams.append(
+                Stream(
+                    task.name, task.train.lengths, task.weight, limits, begins, begins + config.training.steps
+                )
+            )
     return TaskMixture(streams, config.mixture, config.training.tokens_per_step, config.seed, left)
 
 
@@ -64,8 +68,14 @@ def plan_step(
             task_tokens[draw.task] += length
             for name in draw.adapters:
                 adapter = bank.ids[name]
-                seed = None if window == 0 else seed_of(mixture.seed, f"augment {number}", draw.task, str(example))
-                rows.append(Row(adapter, draw.task, example, length, window, bank.shares_encoding(adapter), seed))
+                seed = (
+                    None
+                    if window == 0
+                    else seed_of(mixture.seed, f"augment {number}", draw.task, str(example))
+                )
+                rows.append(
+                    Row(adapter, draw.task, example, length, window, bank.shares_encoding(adapter), seed)
+                )
                 label_tokens[adapter] += int(split.label_counts[example])
     if not rows:
         return None

@@ -80,7 +80,9 @@ class StepTimer:
         model = self.seconds["step"] - sum(spent.values())
         base = min(model, self.base_rate * self.padded_tokens)
         spent |= {"base": base, "adapters": model - base}
-        return {name: spent[name] / self.seconds["step"] for name in PARTS if spent[name] or name != "exchange"}
+        return {
+            name: spent[name] / self.seconds["step"] for name in PARTS if spent[name] or name != "exchange"
+        }
 
 
 def format_shares(shares: dict[str, float]) -> str:

@@ -56,7 +56,10 @@ def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Pro
     lengths = {key: int(np.diff(split.offsets).max(initial=0)) for key, split in _splits(tasks)}
     key, longest = max(lengths.items(), key=lambda item: item[1], default=("", 0))
     model_config = load_model_config(config.model)
-    limit, declared = max_readable_length(config.model, model_config, longest), declared_positions(model_config)
+    limit, declared = (
+        max_readable_length(config.model, model_config, longest),
+        declared_positions(model_config),
+    )
     apart = independent_up_to(model_config)
     if limit is not None:
         hint = f"{key} has an example of {longest} tokens, and the model has positions for {limit}: give at most {limit}"
@@ -68,7 +71,9 @@ def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Pro
         )
         yield Problem("training.max_length", config.training.max_length, hint)
     elif declared is not None and longest > declared:
-        logger.warning(f"{key} has an example of {longest} tokens; the model was made for {declared} (max_position_embeddings)")
+        logger.warning(
+            f"{key} has an example of {longest} tokens; the model was made for {declared} (max_position_embeddings)"
+        )
 
 
 def _splits(tasks: Mapping[str, Task]) -> Iterator[tuple[str, TokenSplit]]:

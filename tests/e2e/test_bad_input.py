@@ -187,7 +187,7 @@ def occupy(folder: Path, finished: bool | None) -> None:
     ("finished", "words", "reason"),
     [
         (True, [], "holds a finished run: choose another output_dir, or overwrite=true"),
-        (False, [], "holds an unfinished run: choose another output_dir, resume=true to go on with it, or overwrite=true"),
+        (False, [], "holds an unfinished run: choose another output_dir, resume=true to continue it, or overwrite=true"),
         (None, [], "is not empty and holds no run of ours"),
         (None, ["resume=true"], "is not empty and holds no run of ours"),
         (None, ["overwrite=true"], "is not empty and holds no run of ours"),

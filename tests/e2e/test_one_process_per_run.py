@@ -123,7 +123,7 @@ def test_a_run_without_a_manifest_is_not_replaced(finished: Path, recipe: Path, 
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         done = launch(f"recipe={recipe}", f"output_dir={run}", "overwrite=true", "training.steps=2")
         assert done.returncode == 2
-        assert "without a manifest of its files" in done.stderr
+        assert "does not list its files (key files)" in done.stderr
         assert "delete the folder by hand" in done.stderr
         assert {path: path.read_bytes() for path in before} == before
 

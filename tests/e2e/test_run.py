@@ -200,7 +200,10 @@ def test_tensorboard_gets_per_adapter_metrics(launch: Launch, recipe: Path, tmp_
     assert done.returncode == 0, done.stderr
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = next((tmp_path / "run").rglob("events.out.tfevents*"))
+    logs = tmp_path / "run" / "tensorboard"
+    assert f"tensorboard --logdir {logs}" in done.stderr
+    events = next(logs.rglob("events.out.tfevents*"))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*")) == list(logs.rglob("events.out.tfevents*"))
     log = EventAccumulator(str(events.parent)).Reload()
     of = [name.replace("-", "/") for name in ADAPTERS]
     found = set(log.Tags()["scalars"])

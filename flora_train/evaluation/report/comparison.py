@@ -11,7 +11,7 @@ from flora_train.config.paths import read_mapping
 from flora_train.evaluation.report.formatting import ABSENT, bracketed, count, listed, number, plural, share, stage_duration
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
-from flora_train.runtime.run_folder import flat
+from flora_train.runtime.config_changes import flat
 
 IGNORED_KEYS = ("name", "output_dir", "overwrite", "resume")
 """Configuration keys that may differ between runs of the same settings."""

@@ -16,7 +16,8 @@ from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.runtime.atomic import disk_errors, write_atomically
-from flora_train.runtime.run_folder import AT_THE_END, RunFolder, open_run
+from flora_train.runtime.config_changes import FINAL_EVALUATION_KEYS
+from flora_train.runtime.run_folder import RunFolder, open_run
 from tests.unit.training.small_disk import file_size_limit
 
 
@@ -66,7 +67,7 @@ def test_free_folder_is_claimed(tmp_path: Path, mode: str, made: bool) -> None:
     ("finished", "told"),
     [
         (True, "a finished run: choose another output_dir, or overwrite=true to delete it"),
-        (False, "an unfinished run: choose another output_dir, resume=true to go on with it, or overwrite=true"),
+        (False, "an unfinished run: choose another output_dir, resume=true to continue it, or overwrite=true"),
     ],
 )
 def test_refuse_keeps_any_run_and_says_how_to_go_on(tmp_path: Path, finished: bool, told: str) -> None:
@@ -308,7 +309,7 @@ def test_a_new_file_does_not_replace_one_that_was_made_meanwhile(tmp_path: Path)
 def test_an_adapter_name_too_long_for_a_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     config = run_config()
     config = config.model_copy(update={"adapters": {"x" * 240: config.adapters["lora"]}})
-    with pytest.raises(UserError, match="is too long: files are called so"):
+    with pytest.raises(UserError, match="is too long for a file name"):
         RunFolder(tmp_path / "run").status(config)
     assert list(tmp_path.iterdir()) == []
 
@@ -334,7 +335,7 @@ DURING_TRAINING = {"interval": 3, "select_best": False, "max_examples": 7}
 
 def test_every_key_of_the_evaluation_is_known_to_decide_training_or_not() -> None:
     assert ONLY_AT_THE_END.keys() | DURING_TRAINING.keys() == EvaluationConfig.model_fields.keys()
-    assert ONLY_AT_THE_END.keys() == AT_THE_END
+    assert ONLY_AT_THE_END.keys() == FINAL_EVALUATION_KEYS
 
 
 @pytest.mark.parametrize("key", ONLY_AT_THE_END)
