@@ -29,7 +29,9 @@ def init_logging(level: int | str = logging.INFO) -> None:
     logger = logging.getLogger(LIBRARY)
     logger.addHandler(ConsoleHandler())
     logger.setLevel(level)
-    logger.propagate = False  # some notebooks give the root logger a handler, which would print each line again
+    logger.propagate = (
+        False  # some notebooks give the root logger a handler, which would print each line again
+    )
 
 
 def stop_logging() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl as flock
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,8 +110,32 @@ def test_lock_where_there_are_no_locks_is_said_and_not_enforced(
     lock.take()
     assert not lock.enforced
     assert "no file locks in" in capsys.readouterr().err
-    monkeypatch.setattr(run_lock, "fcntl", None)  # Windows
+    monkeypatch.setattr(run_lock, "fcntl", None)
     RunLock(tmp_path).take()
+
+
+def test_lock_of_windows_excludes_every_other_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With msvcrt's function on top of flock, which like it locks a file against other descriptors."""
+
+    def locking(descriptor: int, mode: str, size: int) -> None:
+        assert size == 1
+        operation = flock.LOCK_UN if mode == "unlock" else flock.LOCK_EX | flock.LOCK_NB
+        try:
+            flock.flock(descriptor, operation)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+    module = SimpleNamespace(LK_NBLCK="lock", LK_UNLCK="unlock", locking=locking)
+    monkeypatch.setattr(run_lock, "fcntl", None)
+    monkeypatch.setattr(run_lock, "msvcrt", module)
+    first = RunLock(tmp_path)
+    first.take()
+    assert first.enforced
+    for action in (RunLock(tmp_path).take, RunLock(tmp_path).share):
+        with pytest.raises(UserError, match="another process trains or evaluates in it"):
+            action()
+    first.release()
+    RunLock(tmp_path).share()
 
 
 def test_lock_does_not_write_through_a_link(tmp_path: Path) -> None:
