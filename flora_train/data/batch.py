@@ -1,9 +1,10 @@
-"""How do a step's rows become padded batches? Grouped by length, ordered by adapter, shared out to processes."""
+"""Padded batches of the rows of a step: grouped by length, ordered by adapter, distributed over processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,80 +13,97 @@ from torch import Tensor
 from flora_train.data.tokenization import TokenSplit
 
 IGNORE = -100
-"""The label of positions that are not learnt (torch's cross_entropy ignores it)."""
+"""The label of positions that are not learnt, which cross_entropy ignores."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example for one adapter. adapter: id in the bank, -1 the base model; length: what it costs, in tokens and encoder
-    positions; window: those encoder positions, 0 for text; shares_encoding: its adapter leaves the encoder as it is; seed: of the
-    noise that its input gets, None for no noise."""
+    """One example for one adapter."""
 
     adapter: int
+    """Id in the bank, -1 for the base model."""
     task: str
     example: int
     length: int
+    """Cost in tokens and encoder positions."""
     window: int = 0
+    """Encoder positions, 0 for text."""
     shares_encoding: bool = False
+    """Whether its adapter does not change the encoder."""
     seed: int | None = None
+    """Seed of the noise that the input gets, None for no noise."""
 
     @property
     def tokens(self) -> int:
-        """Without the encoder's."""
+        """Tokens without the positions of the encoder."""
         return self.length - self.window
 
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """inputs: what the model is called with; of a causal model input_ids and attention_mask (or position_ids, see `collate`),
-    int64 [B, L], right-padded;
-    labels: int64 [B, L], IGNORE at prompt and padding; adapter_ids: int64 [B], non-decreasing; rows: what each row is;
-    clips: int64 [B], where inputs hold features of different clips once: which of them a row hears."""
+    """A micro-batch as tensors."""
 
     inputs: Mapping[str, Tensor]
+    """Arguments of the model. Causal models: input_ids and attention_mask (or position_ids, see `collate`),
+    int64 [B, T], right-padded."""
     labels: Tensor
+    """int64 [B, T], IGNORE at prompts and padding."""
     adapter_ids: Tensor
+    """int64 [B], non-decreasing."""
     rows: tuple[Row, ...]
     clips: Tensor | None = None
+    """int64 [B]: index of each row's clip in the inputs, if these hold every clip once."""
 
     @property
     def padded_tokens(self) -> int:
-        """Positions that are computed, padding and the encoder's included."""
+        """Positions that are computed, including padding and the encoder."""
         return self.labels.numel() + sum(row.window for row in self.rows)
 
     def to(self, device: torch.device) -> MixedBatch:
         """The same batch with its tensors on `device`."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        labels, ids = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.adapter_ids))
-        clips = None if self.clips is None else self.clips.to(device, non_blocking=True)
-        return replace(self, inputs=inputs, labels=labels, adapter_ids=ids, clips=clips)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
+            labels=move(self.labels),
+            adapter_ids=move(self.adapter_ids),
+            clips=None if self.clips is None else move(self.clips),
+        )
 
 
 Collate = Callable[[Sequence[Row], Callable[[str], TokenSplit], int], MixedBatch]
-"""(rows, task -> its tokens, padding token) -> a batch. What a batch holds is the model's business: `collate` for causal ones."""
+"""(rows, task -> its tokens, padding token) -> a batch. `collate` makes batches for causal models."""
 
 
 def prefetch(collate: Collate, rows: Sequence[Row], split_of: Callable[[str], TokenSplit]) -> None:
-    """Tell a `collate` that can prepare rows in the background which ones come next."""
+    """Announce the next rows to a `collate` that prepares rows in the background."""
     start: Callable[..., None] | None = getattr(collate, "prefetch", None)
     if start is not None:
         start(rows, split_of)
 
 
 def group_by_length(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
-    """Micro-batches of at most `max_tokens` padded tokens, similar lengths together, each ordered by adapter.
+    """Micro-batches of at most `max_tokens` padded tokens, with similar lengths together, each ordered by
+    adapter.
 
-    A pure function of the rows. Single rows longer than `max_tokens` get a micro-batch of their own. Rows of different encoder
-    windows stay apart, so that no clip is padded because of another; so do rows that share an encoding and those that do not.
+    A row that is longer than `max_tokens` gets a micro-batch of its own. Rows of different encoder windows
+    are not mixed, so that no clip is padded because of another; neither are rows that share an encoding and
+    rows that do not.
     """
 
-    def kind(row: Row) -> tuple[int, bool]:
+    def encoding(row: Row) -> tuple[int, bool]:
         return -row.window, row.shares_encoding
 
+    def order(row: Row) -> tuple[Any, ...]:
+        return (*encoding(row), -row.length, row.task, row.example, row.adapter)
+
     groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: (*kind(row), -row.length, row.task, row.example, row.adapter)):
+    for row in sorted(rows, key=order):
         fits = groups and groups[-1][0].length * (len(groups[-1]) + 1) <= max_tokens
-        if fits and kind(groups[-1][0]) == kind(row):
+        if fits and encoding(groups[-1][0]) == encoding(row):
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -93,16 +111,16 @@ def group_by_length(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
 
 
 def share_of_rank(groups: Sequence[Sequence[Row]], rank: int, processes: int) -> list[list[Row]]:
-    """One process's micro-batches: dealt out from the longest to the shortest, back and forth."""
+    """The micro-batches of one process, dealt out from the longest to the shortest, back and forth."""
     deal = [*range(processes), *reversed(range(processes))]
     return [list(group) for i, group in enumerate(groups) if deal[i % len(deal)] == rank]
 
 
 def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:
-    """Rows -> tensors for a causal model. `split_of(task)` holds the tokens.
+    """The tensors of rows for a causal model. split_of: task -> its tokens.
 
-    Where an example holds several documents, the batch has position_ids that restart at every document (and at the padding)
-    instead of a mask, from which transformers keeps documents from attending to each other.
+    Where an example holds several documents, the batch has position_ids that restart at every document (and
+    at the padding) instead of a mask, from which transformers keeps documents from attending to each other.
     """
     length = max(row.length for row in rows)
     input_ids = np.full((len(rows), length), pad_token, dtype=np.int64)
@@ -123,7 +141,10 @@ def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_toke
             start = end
         mask[i, :start] = 1
         positions[i, start:] = np.arange(length - start)
+    inputs = {"input_ids": torch.from_numpy(input_ids)}
+    if packed:
+        inputs["position_ids"] = torch.from_numpy(positions)
+    else:
+        inputs["attention_mask"] = torch.from_numpy(mask)
     ids = torch.tensor([row.adapter for row in rows])
-    where = {"position_ids": positions} if packed else {"attention_mask": mask}
-    inputs = {name: torch.from_numpy(array) for name, array in {"input_ids": input_ids, **where}.items()}
     return MixedBatch(inputs, torch.from_numpy(labels), ids, tuple(rows))

@@ -1,4 +1,5 @@
-"""Finds the files that a pattern names. Each folder is entered once, so that links which lead back are no endless tree."""
+"""Files of a glob. Every folder is entered once, so that links to a parent folder do not lead to endless
+recursion."""
 
 from __future__ import annotations
 
@@ -10,39 +11,42 @@ from pathlib import Path
 
 
 def files_matching(pattern: Path) -> list[Path]:
-    """The files, sorted by path, that a glob names; ** is any number of folders. Hidden ones only where the pattern says the dot."""
+    """The files of a glob, sorted by path; ** matches any number of folders. Hidden files match only a
+    pattern with the dot."""
     if "**" not in pattern.parts:
         return sorted(path for path in map(Path, glob.glob(str(pattern))) if path.is_file())
-    at = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
-    root, wanted = Path(*pattern.parts[:at]), _expression(pattern.parts[at:])
-    return sorted(path for path in _files_below(root) if wanted.fullmatch(path.relative_to(root).as_posix()))
+    first_wildcard = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    root = Path(*pattern.parts[:first_wildcard])
+    expression = _expression(pattern.parts[first_wildcard:])
+    return sorted(path for path in _files_below(root) if expression.fullmatch(path.relative_to(root).as_posix()))
 
 
 def _files_below(root: Path) -> list[Path]:
-    found: list[Path] = []
+    files: list[Path] = []
     entered: set[tuple[int, int]] = set()
-    for folder, below, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in entered:
-            below.clear()
+            subfolders.clear()
             continue
         entered.add((status.st_dev, status.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        found += [path for name in names if (path := Path(folder) / name).is_file()]
-    return found
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths = [Path(folder) / name for name in names]
+        files += [path for path in paths if path.is_file()]
+    return files
 
 
 def _expression(parts: tuple[str, ...]) -> re.Pattern[str]:
+    """A regular expression for the parts of a glob with **."""
     text = ""
     for i, part in enumerate(parts):
-        last = i == len(parts) - 1
+        is_last = i == len(parts) - 1
         if part == "**":
-            text += r"(?:.*/)?(?!\.)[^/]*" if last else "(?:.*/)?"
+            text += r"(?:.*/)?(?!\.)[^/]*" if is_last else "(?:.*/)?"
             continue
-        visible = "" if part.startswith(".") else r"(?!\.)"
-        text += (
-            visible
-            + fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*")
-            + ("" if last else "/")
-        )
+        if not part.startswith("."):
+            text += r"(?!\.)"  # hidden files match only a pattern with the dot
+        text += fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*")
+        if not is_last:
+            text += "/"
     return re.compile(text, re.DOTALL)

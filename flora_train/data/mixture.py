@@ -1,7 +1,9 @@
-"""Which examples does step n train on? A pure function of (configuration, seed, who left when, n), whatever the processes.
+"""The examples of every step: a pure function of the configuration, the seed, early stopping and the step
+number.
 
-A draw takes the next examples of one task; every adapter of that task learns from them in that same step, so that
-methods are compared on the same examples in the same order. A step is filled with draws up to its token budget.
+A draw takes the next examples of one task. All adapters of that task learn from them in the same step, so
+that methods are compared on the same examples in the same order. A step is filled with draws up to its token
+budget.
 """
 
 from __future__ import annotations
@@ -20,28 +22,29 @@ from flora_train.config.training_schema import MixtureConfig
 from flora_train.data.splits import seed_of
 
 TURN_STEPS = 20
+"""Default of mixture.turn_steps."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What the mixture knows of a task.
-
-    lengths: tokens per training example, int [n]; weight: its share relative to others;
-    max_steps: adapter name -> the steps after which that adapter leaves; begins, ends: it is drawn from that step on (from 0), and
-    before that one.
-    """
+    """A task as the mixture sees it."""
 
     name: str
     lengths: NDArray[np.int64]
+    """int64 [n]: tokens of each training example."""
     weight: float
+    """Share relative to other tasks."""
     max_steps: Mapping[str, int]
+    """Adapter name -> number of its own steps."""
     begins: int = 0
+    """First step in which it is drawn."""
     ends: float = inf
+    """First step after the last one in which it is drawn."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Some examples of one task and the adapters that learn from them."""
+    """Examples of one task, and the adapters that learn from them."""
 
     task: str
     examples: tuple[int, ...]
@@ -49,9 +52,10 @@ class Draw:
 
 
 class TaskMixture:
-    """Draws by strategy, grouped into steps. A task whose adapters have all left is no longer drawn: the others share its part.
+    """Draws grouped into steps. A task whose adapters are all retired is no longer drawn, and the others
+    share its part.
 
-    left: adapter name -> the first step without it, of those that left before their max_steps.
+    left: adapter name -> the first step without it, for adapters that were retired before their max_steps.
     Raises UserError if a step cannot hold one draw.
     """
 
@@ -73,10 +77,10 @@ class TaskMixture:
         self._begins = np.array([stream.begins for stream in self.streams], dtype=np.float64)
         self._ends = np.array([stream.ends for stream in self.streams], dtype=np.float64)
         self._teaches = np.ones(len(self.streams), dtype=np.bool_)
-        """Whether some adapter of a task still learns, by its own steps and by who has left."""
+        """Whether some adapter of each task is still trained."""
         self._losing = {i for i, stream in enumerate(self.streams) if self.left.keys() & stream.max_steps.keys()}
         self._unsure = set(range(len(self.streams)))
-        """Tasks whose `_teaches` may have changed since it was set."""
+        """Tasks whose `_teaches` may have changed."""
         self._queues: list[Iterator[int]] = [_endless_examples(stream, seed) for stream in streams]
         self._random = np.random.default_rng(seed_of(seed, "mixture"))
         self._served = np.zeros(len(streams))
@@ -86,19 +90,21 @@ class TaskMixture:
         self._turn: NDArray[np.bool_] | None = None
 
     def step(self, number: int) -> tuple[Draw, ...]:
-        """The draws of step `number` (from 0), at most tokens_per_step tokens together; empty once all have left."""
+        """The draws of step `number` (from 0), at most tokens_per_step tokens; empty once all adapters are
+        retired."""
         while len(self._steps) <= number:
             self._steps.append(self._fill_step())
         return self._steps[number]
 
     def target_shares(self) -> dict[str, float]:
-        """The share of every task that the strategy aims at: of examples, or of tokens under `fair`."""
+        """Share of every task that the strategy aims at: of examples, or of tokens with `fair`."""
         weights = self._weights()
         return {s.name: float(w) for s, w in zip(self.streams, weights / weights.sum(), strict=True)}
 
     def token_shares(self) -> dict[str, float]:
-        """The share of all tokens that every task may expect: by weight under `fair`, else by draws x mean length, among those that are drawn
-        at the same time."""
+        """Expected share of all tokens of every task: by weight with `fair`, else by draws x mean length,
+        among the tasks that are drawn at the same time.
+        """
         expected = self._weights()
         if self.config.strategy != "fair":
             expected = expected * np.array([stream.lengths.mean() for stream in self.streams])
@@ -112,7 +118,7 @@ class TaskMixture:
         return {s.name: float(w) for s, w in zip(self.streams, shares / shares.sum(), strict=True)}
 
     def tokens_of(self, draw: Draw) -> int:
-        """Tokens of a draw over all its adapters."""
+        """Tokens of a draw for all its adapters."""
         lengths = self.streams[self._places[draw.task]].lengths
         return int(lengths[list(draw.examples)].sum()) * len(draw.adapters)
 
@@ -140,7 +146,8 @@ class TaskMixture:
         return tuple(draws)
 
     def _live(self) -> NDArray[np.bool_]:
-        """The tasks that some adapter learns in the step that is filled now, [tasks]. Only tasks that may have changed are looked at."""
+        """The tasks that some adapter learns in the step that is filled now, [tasks]. Only tasks that may
+        have changed are looked at."""
         now = len(self._steps)
         for i in self._unsure | self._losing:
             self._teaches[i] = bool(self._still_learning(self.streams[i]))
@@ -148,7 +155,7 @@ class TaskMixture:
         return (self._begins <= now) & (now < self._ends) & self._teaches
 
     def _let_join(self) -> None:
-        """Who joins now has been served as much as who has least: it does not have to catch up."""
+        """A task that joins late starts at the minimum served count, so that it does not dominate."""
         now = len(self._steps)
         joining = np.flatnonzero(self._begins == now) if now > 0 else ()
         if not len(joining):
@@ -158,7 +165,8 @@ class TaskMixture:
             self._served[i] = min(there)
 
     def _at_turn(self, live: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Of the tasks that have not left, those whose turn it is: with active_tasks the least served, for turn_steps."""
+        """The live tasks that take part in this turn: with active_tasks, those with the fewest tokens
+        served."""
         active = self.config.active_tasks
         if active is None:
             return live
@@ -171,7 +179,7 @@ class TaskMixture:
         return live & self._turn
 
     def _wait_for_its_turn(self) -> None:
-        """A draw that did not fit into the step before is the task's next one, but not now."""
+        """Return a postponed draw of a task that waits for its turn to the front of its queue."""
         if self._postponed is not None and self._turn is not None and not self._turn[self._postponed[0]]:
             (index, examples), self._postponed = self._postponed, None
             stream = self.streams[index]
@@ -179,11 +187,12 @@ class TaskMixture:
             self._served[index] -= stream.lengths[list(examples)].sum() / stream.weight
 
     def _choose(self, live: NDArray[np.bool_]) -> tuple[int, tuple[int, ...]] | None:
-        """The next task by strategy, of those that are `live`, and its next examples; None when every task has left."""
+        """The next of the `live` tasks and its next examples, None if no task is live."""
         if not live.any():
             return None
         if self.config.strategy == "fair":
-            # Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): serve the
+            # Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024):
+            # serve the
             # task with the fewest tokens per weight. Two live tasks never drift apart by more than one draw.
             index = int(np.where(live, self._served, np.inf).argmin())
         else:
@@ -207,7 +216,7 @@ class TaskMixture:
         )
 
     def _weights(self, live: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
-        """Shares of the strategy, not yet summed to 1. live: the tasks that are drawn from now (default: all)."""
+        """Unnormalized shares of the strategy. live: the tasks that are drawn from now on. Default: all."""
         weights = np.array([stream.weight for stream in self.streams])
         sizes = np.array([len(stream.lengths) for stream in self.streams], dtype=np.float64)
         if self.config.strategy == "proportional":
@@ -235,7 +244,10 @@ def _endless_examples(stream: Stream, seed: int) -> Iterator[int]:
 
 
 def draw_problem(task: str, lengths: NDArray[np.int64], adapters: int, examples: int, tokens_per_step: int) -> Problem | None:
-    """One draw of a task, for each of its adapters, must fit into a step. examples: per draw; lengths: int [n], tokens."""
+    """The problem if one draw of a task for all its adapters does not fit into a step, or None.
+
+    lengths: int [n], tokens of its examples; examples: number of examples per draw.
+    """
     longest = int(lengths.max())
     if (needed := longest * adapters * examples) <= tokens_per_step:
         return None

@@ -34,9 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 def expand_split_tasks(config: RunConfig) -> RunConfig:
-    """The configuration with one task for each value of every split_by column, in place of the tasks that have one.
+    """The configuration with one task for each value of every split_by column, in place of the tasks that
+    have one.
 
-    Raises UserError where the column is missing, has empty cells or too many values, or a value has too few rows.
+    Raises UserError where the column is missing, has empty cells or too many values, or a value has too few
+    rows.
     """
     made = {name: _made_tasks(name, task) for name, task in config.tasks.items() if task.is_split}
     if not made:
@@ -125,7 +127,8 @@ def _chosen(tasks: Sequence[str] | None, made: Mapping[str, Mapping[str, str]]) 
 
 
 def _name_parts(values: Sequence[str]) -> dict[str, str]:
-    """Value -> its part of a task's name: letters, digits, _ and -, different for every value whatever the file system."""
+    """Value -> its part of a task's name: letters, digits, _ and -, different for every value whatever the
+    file system."""
     parts = {value: _sanitized(value) for value in values}
     uses = Counter(part.lower() for part in parts.values())
     for value, part in parts.items():
@@ -143,7 +146,8 @@ def _sanitized(value: str) -> str:
 
 
 def _rows_by_value(source: SourceConfig, column: str, key: str, split: str) -> Mapping[str, list[Row]]:
-    """Value -> the rows of a source that have it in `column`, in their order. Read once for all tasks of the source."""
+    """Value -> the rows of a source that have it in `column`, in their order. Read once for all tasks of the
+    source."""
     files = source_files(source, f"{key}.{split}")
     content = (source.model_dump_json(), column, *(_stamp(path) for path in files))
     if content not in _read:

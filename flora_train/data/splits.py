@@ -1,4 +1,4 @@
-"""Which rows are held out, and which of many are used? Decided by seed, so that adding a task changes no other's."""
+"""Held-out rows and samples. They depend on the seed and the name of the task only, not on other tasks."""
 
 from __future__ import annotations
 
@@ -15,39 +15,54 @@ Item = TypeVar("Item")
 
 
 def seed_of(seed: int, *words: str) -> int:
-    """A seed that depends on its words only."""
+    """A seed derived from another seed and words."""
     return zlib.crc32("\x1f".join((str(seed), *words)).encode())
 
 
 def seed_of_rows(config: RunConfig, task: str, split: str) -> int:
-    """The seed of which rows of a task are held out (`split` is "split"), or which of a split's rows are used."""
+    """The seed of which rows of a task are held out (`split` is "split"), or which of a split's rows are
+    used."""
     own = config.tasks[task].split_seed
     return seed_of(config.seed if own is None else own, task, split)
 
 
 def hold_out(
-    rows: Sequence[Item], fraction: float, seed: int, key: str, group_of: Callable[[Item], Hashable] | None = None
+    rows: Sequence[Item],
+    fraction: float,
+    seed: int,
+    *,
+    key: str,
+    group_of: Callable[[Item], Hashable] | None = None,
 ) -> tuple[list[Item], list[Item]]:
-    """(the rest, held-out rows), each in their order. group_of: rows of one group (a speaker, a sentence) are held out together.
+    """(training rows, held-out rows), each in their order.
 
-    Raises UserError, naming `key`.train, if nothing would be left on one side."""
+    group_of: item -> its group (a speaker, a sentence), whose items are held out together. Raises UserError,
+    naming `key`.train, if one side would be empty.
+    """
     groups: dict[Hashable, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault(i if group_of is None else group_of(row), []).append(i)
+        group: Hashable = i
+        if group_of is not None:
+            group = group_of(row)
+        groups.setdefault(group, []).append(i)
     members = list(groups.values())
     if len(members) < 2:
-        what = f"{len(rows)} row" if group_of is None else f"{len(members)} speaker or sentence"
-        raise user_error(f"{key}.train", None, f"has {what}: none can be held out; give a validation source or more rows")
-    wanted, held = max(1, round(fraction * len(rows))), set[int]()
-    for group in np.random.default_rng(seed).permutation(len(members))[:-1]:
-        if len(held) >= wanted:
+        count = f"{len(rows)} row"
+        if group_of is not None:
+            count = f"{len(members)} speaker or sentence"
+        hint = f"has {count}: none can be held out; give a validation source or more rows"
+        raise user_error(f"{key}.train", None, hint)
+    target, held = max(1, round(fraction * len(rows))), set[int]()
+    for index in np.random.default_rng(seed).permutation(len(members))[:-1]:
+        if len(held) >= target:
             break
-        held.update(members[group])
-    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+        held.update(members[index])
+    training = [row for i, row in enumerate(rows) if i not in held]
+    return training, [row for i, row in enumerate(rows) if i in held]
 
 
 def sample(rows: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
-    """At most so many of them, in their order."""
+    """At most `limit` rows, a random sample in their order. None: all."""
     if limit is None or limit >= len(rows):
         return list(rows)
     return [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:limit])]

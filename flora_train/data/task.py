@@ -1,5 +1,4 @@
-"""What is a task, once read? Its tokenised training and held-out examples, from disk cache where nothing
-changed."""
+"""Tasks after loading: their tokenized training and held-out examples, cached on disk."""
 
 from __future__ import annotations
 
@@ -32,30 +31,33 @@ CACHE_VERSION = 5
 
 @dataclass(frozen=True)
 class Task:
-    """One task of the run."""
+    """One loaded task of the run."""
 
     name: str
     weight: float
     train: TokenSplit
     validation: TokenSplit
     data_hash: str
-    """SHA-256 of the rows, the format and the tokenizer: the key of the cache."""
+    """SHA-256 of rows, format and tokenizer, which is the key of the cache."""
     test: SpeechSplit | None = None
-    """Clips that error rates are measured on; None: the validation split."""
+    """Clips that error rates are measured on; None: those of the validation split."""
     origin: str = ""
-    """The release that the rows are from, where it has a name."""
+    """Name of the release that the rows come from, if it has one."""
 
 
 def load_tasks(
     config: RunConfig, tokenizer: Any, cache: Path, speech_processor: SpeechProcessor | None = None
 ) -> dict[str, Task]:
-    """All tasks that some adapter learns. speech_processor: where they are speech. Raises one UserError with
-    the faults of all their sources, formats, splits and step sizes."""
+    """All tasks that some adapter learns.
+
+    speech_processor: for speech tasks. Raises one UserError with the problems of all sources, formats, splits
+    and step sizes.
+    """
     problems: list[Problem] = []
     tasks: dict[str, Task] = {}
     learners = _learners(config)
     learnt = {name: task for name, task in config.tasks.items() if learners[name]}
-    for name, task in learnt.items():  # missing files are found before anything long is read
+    for name, task in learnt.items():  # missing files are reported before any data is read
         for split, source in (("train", task.train), ("validation", task.validation), ("test", task.test)):
             try:
                 if source is not None:
@@ -82,8 +84,7 @@ def load_tasks(
 
 
 def notes_on_rows(tasks: Mapping[str, Task], config: RunConfig) -> list[str]:
-    """What a user must know of a run's rows: special tokens that are written in them, and how they are
-    read."""
+    """Notes on special tokens that are written in rows, and how they are read."""
     notes = []
     for name, task in tasks.items():
         written = Counter[str]()
@@ -101,7 +102,7 @@ def notes_on_rows(tasks: Mapping[str, Task], config: RunConfig) -> list[str]:
 
 
 def _learners(config: RunConfig) -> Counter[str]:
-    """Task -> how many adapters learn it."""
+    """Task -> number of adapters that learn it."""
     return Counter(task for adapter in config.adapters.values() for task in dict.fromkeys(adapter.tasks or config.tasks))
 
 
@@ -122,7 +123,8 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         held_rows = task_rows(task, "validation", key)
         format_row.check(held_rows, "validation")
     else:
-        train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed_of_rows(config, name, "split"), key)
+        seed = seed_of_rows(config, name, "split")
+        train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed, key=key)
     max_length, truncation = config.training.max_length, task.truncation
     setting = [CACHE_VERSION, max_length, truncation, tokenizer_hash(tokenizer), task.special_tokens]
     splits = {}
@@ -130,7 +132,7 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
     for split, rows, limit in (("train", train_rows, task.max_examples), ("validation", held_rows, task.max_validation_examples)):
         chosen = sample(rows, limit, seed_of_rows(config, name, split))
         examples, unsampled = [format_row(row) for row in chosen], len(rows) - len(chosen)
-        packing = split == "train" and task.packing  # held-out examples stay apart: intervals resample them
+        packing = split == "train" and task.packing  # held-out examples are not packed, because intervals resample them
         content = _hash([*setting, packing, unsampled], examples)
         digest.update(content.encode())
         make = partial(

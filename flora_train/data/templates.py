@@ -1,4 +1,4 @@
-"""How does a row become a prompt and a completion?"""
+"""Formats rows as prompt and completion, by columns or templates."""
 
 from __future__ import annotations
 
@@ -16,40 +16,44 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """`completion` is learnt, `prompt` (perhaps empty) is only read. prompt_rows, completion_rows: the parts of them, in characters,
-    that are columns of a row; the others are the recipe's."""
+    """The text of one example: `prompt` (which may be empty) is only read, `completion` is learnt."""
 
     prompt: str
     completion: str
     prompt_rows: tuple[Span, ...] = field(default=(), compare=False)
+    """Spans of the prompt, in characters, that are columns of a row. The rest is the recipe's text."""
     completion_rows: tuple[Span, ...] = field(default=(), compare=False)
+    """The same of the completion."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to learn: no text, or none of what a template takes from its row."""
+        """Whether there is nothing to learn: no text, or empty columns in the template."""
         parts = [self.completion[a:b] for a, b in self.completion_rows] or [self.completion]
         return all(not part or part.isspace() for part in parts)
 
 
 @dataclass(frozen=True)
 class Template:
-    """Text with {columns} in it, or one column. pieces: (text, the column after it or None)."""
+    """A column, or a text with {columns}."""
 
     key: str
     source: str
-    pieces: tuple[tuple[str, str | None], ...]
+    segments: tuple[tuple[str, str | None], ...]
+    """(literal text, the column that follows it or None)."""
 
     @property
     def columns(self) -> list[str]:
-        return [column for _, column in self.pieces if column is not None]
+        return [column for _, column in self.segments if column is not None]
 
     def render(self, row: Row) -> tuple[str, tuple[Span, ...]]:
-        """The text of a row, and the parts of it that are its columns; a column that it lacks is empty. Raises UserError for a value
-        that is not text or number."""
+        """The text of a row, and the spans of its columns in it. A missing column is empty.
+
+        Raises UserError for a value that is neither text nor number.
+        """
         parts: list[str] = []
         spans: list[Span] = []
         length = 0
-        for literal, column in self.pieces:
+        for literal, column in self.segments:
             cell = "" if column is None else self._cell(row, column)
             parts += [literal, cell]
             length += len(literal) + len(cell)
@@ -65,8 +69,10 @@ class Template:
 
 
 def cell_text(value: Any) -> str:
-    """A cell as text. A missing value is empty, also as tables of numbers write it (NaN). Raises ValueError, with the reason, for a
-    value that is neither text nor a finite number."""
+    """A cell as text; missing values (None, NaN) are empty.
+
+    Raises ValueError, with the reason, for a value that is neither text nor a finite number.
+    """
     if value is None or (isinstance(value, float) and isnan(value)):
         return ""
     if not isinstance(value, str | int | float):
@@ -75,7 +81,7 @@ def cell_text(value: Any) -> str:
         raise ValueError(f"holds {value}: it must be text or a finite number")
     if not isinstance(value, str):
         return _digits(value)
-    # JSON can spell half a character (a lone surrogate), which no tokenizer takes
+    # JSON can contain lone surrogates, which tokenizers do not accept
     return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -88,7 +94,7 @@ def _digits(value: float) -> str:
 
 @dataclass(frozen=True)
 class Formatter:
-    """Row -> PromptCompletion. prompt: None where everything is learnt."""
+    """Formats rows. prompt: None if everything is learnt."""
 
     prompt: Template | None
     completion: Template
@@ -98,35 +104,39 @@ class Formatter:
         completion, completion_rows = self.completion.render(row)
         return PromptCompletion(prompt, completion, prompt_rows, completion_rows)
 
-    def check(self, rows: list[Row], what: str) -> None:
-        """Every column must be in some row; rows that lack it are empty there. Raises UserError with the columns there
-        are. what: which rows, e.g. `training`."""
-        there = _columns(rows)
-        problems = [
-            Problem(template.key, template.source, _lacks(column, there, what))
-            for template in ([self.prompt] if self.prompt else []) + [self.completion]
-            for column in template.columns
-            if column not in there
-        ]
+    def check(self, rows: list[Row], rows_name: str) -> None:
+        """Raises UserError if a column is in no row. Rows that lack it have an empty text there.
+
+        rows_name: of the rows, for the error, such as `training`.
+        """
+        columns = _columns(rows)
+        problems: list[Problem] = []
+        templates = [self.completion] if self.prompt is None else [self.prompt, self.completion]
+        for template in templates:
+            for column in template.columns:
+                if column not in columns:
+                    hint = f"{column!r} is not a column of the {rows_name} rows; they have {choices(columns)}."
+                    problems.append(Problem(template.key, template.source, hint + did_you_mean(column, columns)))
         if problems:
             raise UserError(*problems)
 
 
 def make_formatter(task: TaskConfig, rows: list[Row], key: str) -> Formatter:
-    """The formatter for a task's columns or templates, checked against its training rows.
+    """The formatter of a task, checked against its training rows.
 
-    Without any of them: columns `prompt` and `completion` if the rows have both, else `text`.
-    Raises UserError if a named column is missing or a template is malformed.
+    Default: the columns `prompt` and `completion` if the rows have both, else `text`. Raises UserError if a
+    column is missing or a template is malformed.
     """
     prompt, completion, text = task.prompt, task.completion, task.text
     if prompt is None and text is None:
-        there = _columns(rows)
-        if {"prompt", "completion"} <= set(there):
+        columns = _columns(rows)
+        if {"prompt", "completion"} <= set(columns):
             prompt, completion = "prompt", "completion"
-        elif "text" in there:
+        elif "text" in columns:
             text = "text"
         else:
-            raise user_error(key, None, f"name the columns: text, or prompt and completion; the rows have {', '.join(there)}")
+            hint = f"name the columns: text, or prompt and completion; the rows have {', '.join(columns)}"
+            raise user_error(key, None, hint)
     if text is not None:
         formatter = Formatter(None, parse_template(text, f"{key}.text"))
     else:
@@ -136,7 +146,8 @@ def make_formatter(task: TaskConfig, rows: list[Row], key: str) -> Formatter:
 
 
 def parse_template(source: str, key: str) -> Template:
-    """A word is a column; text with {columns} in it is a template. Raises UserError if its braces are malformed."""
+    """A template from text with {columns}, or from the name of a column. Raises UserError if its braces are
+    malformed."""
     if "{" not in source:
         return Template(key, source, (("", source),))
     try:
@@ -145,13 +156,12 @@ def parse_template(source: str, key: str) -> Template:
         raise user_error(key, source, f"is not a template: {error} (a literal brace is written twice)") from None
     for _, column, spec, conversion in parsed:
         if column == "" or spec or conversion:
-            raise user_error(key, source, "is not a template: between braces stands a column and nothing else")
+            raise user_error(key, source, "is not a template: braces must contain the name of a column only")
     return Template(key, source, tuple((text, column) for text, column, _, _ in parsed))
 
 
 def _columns(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(str(column) for row in rows for column in row))
-
-
-def _lacks(column: str, there: list[str], what: str) -> str:
-    return f"{column!r} is not a column of the {what} rows; they have {choices(there)}.{did_you_mean(column, there)}"
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns |= dict.fromkeys(map(str, row))
+    return list(columns)

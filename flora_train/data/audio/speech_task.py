@@ -85,7 +85,7 @@ def load_speech_task(
         group = _speaker if task.speech.speaker else _normalised_sentence
         seed = seed_of_rows(config, name, "split")
         lines["train"], lines["validation"] = hold_out(
-            lines["train"], task.validation_fraction, seed, key, group
+            lines["train"], task.validation_fraction, seed, key=key, group_of=group
         )
     limits = {
         "train": task.max_examples,
