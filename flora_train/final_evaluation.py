@@ -81,7 +81,7 @@ def run_final_evaluation(
         context.close()
         seconds["transcribe"] = time.monotonic() - started
     on_main_process(lambda: write_results(context, best, heldout, seconds=seconds, publish=publish))
-    on_main_process(log.forget)
+    on_main_process(log.delete)
 
 
 def heldout_losses(

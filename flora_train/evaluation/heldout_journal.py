@@ -60,17 +60,17 @@ class HeldoutJournal:
         """Append the losses of a batch."""
         self.writer.append(LoggedBatch(batch[0].task, batch[0].adapter, batch[0].example, list(losses)))
 
-    def forget(self) -> None:
-        """Delete the journal, once the report is written."""
+    def delete(self) -> None:
+        """Delete the journal. Called once the report is written."""
         with disk_errors(self.log.path):
-            self.log.forget()
+            self.log.delete()
 
     def _claim(self, settings: Mapping[str, object]) -> None:
         try:
             self.log.claim(settings)
             self.log.read()
         except UserError:
-            self.forget()
+            self.delete()
             self.log.claim(settings)
 
     def _adapters_sha(self) -> str:

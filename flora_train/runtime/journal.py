@@ -1,4 +1,4 @@
-"""Where does work stand that a kill must not lose? In jsonl files that only grow, one a process, beside the settings that made them."""
+"""Journals: jsonl files that only grow, so that a kill loses no finished work. A last line without its end is dropped."""
 
 from __future__ import annotations
 
@@ -13,14 +13,35 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, get_origin, get_type_hints
 
-from flora_train.config.errors import Problem as Fault
-from flora_train.config.errors import UserError, user_error
+from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.config.json_format import parse_object, read_object
 from flora_train.runtime.atomic import disk_errors, write_atomically
 
+CHECKSUM = "check"
+"""The key of a line's checksum. A line without one is accepted: other programs may have written it."""
+NOT_IN_CHECKSUM = ("adapter_sha", "prompt_sha", "clip_sha")
+"""These are compared with the adapters, prompts and clips themselves."""
+
+
+def append_line(file: Path, line: str) -> None:
+    """Append a line. Raises UserError if the disk is full; then the file holds what it held before."""
+    size = file.stat().st_size if file.exists() else 0
+    try:
+        with disk_errors(file), file.open("a", encoding="utf-8") as out:
+            out.write(f"{line}\n")
+    except UserError:
+        with suppress(OSError):
+            os.truncate(file, size)
+        raise
+
+
+def whole_lines(content: bytes) -> bytes:
+    """The content up to its last line end: what follows was cut short by a kill or a full disk."""
+    return content[: content.rfind(b"\n") + 1]
+
 
 class Logged(Protocol):
-    """A dataclass whose `key` says which piece of work it is the result of."""
+    """A dataclass whose `key` identifies the piece of work that it is the result of."""
 
     @property
     def key(self) -> tuple[Hashable, ...]: ...
@@ -30,11 +51,16 @@ Entry = TypeVar("Entry", bound=Logged)
 
 
 class Journal(Generic[Entry]):
-    """The folder `path`: settings.json and <word>s-<process>.jsonl. kind: of an entry; word: what one is called; another: what to do
-    about entries that would be mixed."""
+    """A folder with settings.json, and with a file <word>s-<process>.jsonl of each process."""
 
-    def __init__(self, path: Path, kind: type[Entry], word: str, another: str) -> None:
-        self.path, self.kind, self.word, self.another = path, kind, word, another
+    def __init__(self, path: Path, kind: type[Entry], word: str, remedy: str) -> None:
+        self.path = path
+        self.kind = kind
+        """Type of the entries."""
+        self.word = word
+        """What an entry is called in messages."""
+        self.remedy = remedy
+        """What a user does about entries of another kind, in messages."""
         self.settings = path / "settings.json"
 
     def claim(self, settings: Mapping[str, Any], restart: bool = False) -> None:
@@ -44,125 +70,113 @@ class Journal(Generic[Entry]):
         that differs, as they would be mixed.
         """
         if restart and self.has_other_settings(settings):
-            self.forget()
-        if self.settings.exists() and any(_whole(file) for file in self._files()):
-            there = read_object(self.settings, self.another)
-            self._compare(there, settings, {**there, **settings})
-        elif any(_whole(file) for file in self._files()):
-            words = f"holds {self.word}s, and no settings.json that says how they were made: {self.another}"
-            raise user_error(str(self.path), None, words)
-        else:
-            self._check_ours(settings)
-            text = json.dumps(settings, indent=2) + "\n"
-            write_atomically(self.settings, lambda path: path.write_text(text, encoding="utf-8"))
+            self.delete()
+        if self._has_entries() and not self.settings.exists():
+            hint = f"holds {self.word}s, and no settings.json with the settings that they were made with: {self.remedy}"
+            raise user_error(str(self.path), None, hint)
+        if self._has_entries():
+            recorded = read_object(self.settings, self.remedy)
+            self._compare(recorded, settings, {**recorded, **settings})
+            return
+        self._check_replaceable(settings)
+        text = json.dumps(settings, indent=2) + "\n"
+        write_atomically(self.settings, lambda path: path.write_text(text, encoding="utf-8"))
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """As far as these settings go, before the others are known. Changes nothing. Raises UserError as `claim` does."""
-        if self.settings.exists() and any(_whole(file) for file in self._files()):
-            self._compare(read_object(self.settings, self.another), settings, settings)
+        """Compare these settings with the recorded ones, before the others are known. Changes nothing. Raises UserError
+        as `claim` does."""
+        if self.settings.exists() and self._has_entries():
+            self._compare(read_object(self.settings, self.remedy), settings, settings)
 
     def has_other_settings(self, settings: Mapping[str, Any], partial: bool = False) -> bool:
         """Whether the folder has entries that were made with other settings. partial: compare only these keys."""
-        if not self.settings.exists() or not any(_whole(file) for file in self._files()):
+        if not self.settings.exists() or not self._has_entries():
             return False
-        recorded = read_object(self.settings, self.another)
+        recorded = read_object(self.settings, self.remedy)
         keys = settings.keys() if partial else settings.keys() | recorded.keys()
         return any(recorded.get(key) != settings.get(key) for key in keys)
 
-    def _compare(self, there: Mapping[str, Any], settings: Mapping[str, Any], keys: Iterable[str]) -> None:
-        if differing := [key for key in keys if there.get(key) != settings.get(key)]:
-            raise UserError(*(self._mixed(key, there.get(key), settings.get(key)) for key in differing))
+    def read(self) -> dict[tuple[Any, ...], Entry]:
+        """All entries by key. Raises UserError for a line that is damaged, or is no entry."""
+        entries: dict[tuple[Any, ...], Entry] = {}
+        for file in self._files():
+            for number, line in enumerate(_read_lines(file).split(b"\n")[:-1], 1):
+                entry = self._parse(f"{file}:{number}", line)
+                if entry.key in entries:
+                    key = "/".join(map(str, entry.key))
+                    raise user_error(f"{file}:{number}", key, f"stands twice: {self.remedy}")
+                entries[entry.key] = entry
+        return entries
 
-    def _check_ours(self, settings: Mapping[str, Any]) -> None:
-        """Raises UserError if a settings.json is there that is of something else."""
-        if not self.settings.exists():
-            return
-        try:
-            there = json.loads(self.settings.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            there = None
-        if not isinstance(there, dict) or there.keys() != settings.keys():
-            raise user_error(
-                str(self.settings), None, f"is not ours and would be overwritten: {self.another}"
-            )
+    def writer(self, rank: int) -> JournalWriter:
+        """The writer of one process."""
+        return JournalWriter(self.path / f"{self.word}s-{rank}.jsonl")
 
-    def forget(self) -> None:
-        """Delete the log: its own files, and the folder if nothing else is in it."""
+    def delete(self) -> None:
+        """Delete the journal's files, and the folder if nothing else is in it."""
         for file in (*self._files(), self.settings):
             file.unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
 
-    def read(self) -> dict[tuple[Any, ...], Entry]:
-        """All entries by key. A last line that a kill or a full disk cut short is none; the next writer removes it."""
-        found: dict[tuple[Any, ...], Entry] = {}
-        for file in self._files():
-            for number, line in enumerate(_whole(file).split(b"\n")[:-1], 1):
-                try:
-                    logged = _entry(self.kind, line)
-                except (ValueError, TypeError, RecursionError) as error:
-                    words = f"is no {self.word} of ours, or damaged: delete this line, and it is made again; or {self.another}"
-                    raise user_error(f"{file}:{number}", None, words) from error
-                if logged.key in found:
-                    raise user_error(
-                        f"{file}:{number}", "/".join(map(str, logged.key)), f"stands twice: {self.another}"
-                    )
-                found[logged.key] = logged
-        return found
+    def _parse(self, location: str, line: bytes) -> Entry:
+        try:
+            return _entry(self.kind, line)
+        except (ValueError, TypeError, RecursionError) as error:
+            hint = f"is no {self.word} of ours, or damaged: delete this line, and it is made again; or {self.remedy}"
+            raise user_error(location, None, hint) from error
 
-    def writer(self, rank: int) -> LogWriter:
-        """For one process."""
-        return LogWriter(self.path / f"{self.word}s-{rank}.jsonl")
+    def _compare(self, recorded: Mapping[str, Any], settings: Mapping[str, Any], keys: Iterable[str]) -> None:
+        problems = []
+        for key in keys:
+            if recorded.get(key) != settings.get(key):
+                hint = (
+                    f"its {self.word}s were made with {recorded.get(key)!r} and would be mixed: {self.remedy}"
+                )
+                problems.append(Problem(f"{self.path}: {key}", settings.get(key), hint))
+        if problems:
+            raise UserError(*problems)
+
+    def _check_replaceable(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError if the folder has a settings.json of something else."""
+        if not self.settings.exists():
+            return
+        try:
+            recorded = json.loads(self.settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            recorded = None
+        if not isinstance(recorded, dict) or recorded.keys() != settings.keys():
+            raise user_error(str(self.settings), None, f"is not ours and would be overwritten: {self.remedy}")
+
+    def _has_entries(self) -> bool:
+        return any(_read_lines(file) for file in self._files())
 
     def _files(self) -> list[Path]:
-        return sorted(
-            file for file in self.path.glob(f"{self.word}s-*.jsonl") if re.fullmatch(r".*-\d+", file.stem)
-        )
-
-    def _mixed(self, key: str, there: Any, ours: Any) -> Fault:
-        return Fault(
-            f"{self.path}: {key}",
-            ours,
-            f"its {self.word}s were made with {there!r} and would be mixed: {self.another}",
-        )
+        files = self.path.glob(f"{self.word}s-*.jsonl")
+        return sorted(file for file in files if re.fullmatch(r".*-\d+", file.stem))
 
 
-class LogWriter:
-    """Appends entries to one file; each is on its way to the disk before the next."""
+class JournalWriter:
+    """Appends entries to one file. Each is handed to the system before the next."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         with disk_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
-                os.truncate(file, len(_whole(file)))
+                os.truncate(file, len(_read_lines(file)))
 
-    def append(self, logged: Any) -> None:
-        """Raises UserError if the disk is full; the file then holds what it held."""
-        size = self.file.stat().st_size if self.file.exists() else 0
-        try:
-            with disk_errors(self.file), self.file.open("a", encoding="utf-8") as out:
-                out.write(
-                    json.dumps({**(entry := asdict(logged)), CHECK: _checksum(entry)}, ensure_ascii=False)
-                    + "\n"
-                )
-        except UserError:
-            with suppress(OSError):
-                os.truncate(self.file, size)
-            raise
-
-
-CHECK = "check"
-"""The key of a line's checksum. A line without one is taken as it is: somebody else may have written it."""
-COMPARED = ("adapter_sha", "prompt_sha", "clip_sha")
-"""Not in the checksum: they are compared with what they are of."""
+    def append(self, entry: Any) -> None:
+        """Raises UserError if the disk is full; then the file holds what it held before."""
+        content = asdict(entry)
+        append_line(self.file, json.dumps({**content, CHECKSUM: _checksum(content)}, ensure_ascii=False))
 
 
 def _entry(kind: type[Entry], line: bytes) -> Entry:
     content = parse_object(line)
-    check = content.pop(CHECK, None)
-    if check is not None and check != _checksum(content):
-        raise ValueError("its checksum is another one")
+    checksum = content.pop(CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(content):
+        raise ValueError("its checksum does not match")
     for key, hint in _hints(kind).items():
         if not _fits(content.get(key), hint):
             raise TypeError(f"{key} is no {hint}")
@@ -173,26 +187,25 @@ _hints = cache(get_type_hints)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in content.items() if key not in COMPARED}
-    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    covered = {key: value for key, value in content.items() if key not in NOT_IN_CHECKSUM}
+    return sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _whole(file: Path) -> bytes:
+def _read_lines(file: Path) -> bytes:
     if file.exists() and not file.is_file():
         raise user_error(str(file), None, "is no file: move it away")
     try:
-        content = file.read_bytes()
+        return whole_lines(file.read_bytes())
     except OSError as error:
         raise user_error(str(file), None, f"cannot be read ({error.strerror})") from error
-    return content[: content.rfind(b"\n") + 1]
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether JSON's value is one of a field of this type, as far as plain types go."""
-    if kind is float:
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value can be one of a field with this type hint, as far as plain types go."""
+    if hint is float:
         return type(value) in (int, float)
-    if kind in (str, int, bool):
-        return type(value) is kind
-    if get_origin(kind) in (list, tuple):
+    if hint in (str, int, bool):
+        return type(value) is hint
+    if get_origin(hint) in (list, tuple):
         return isinstance(value, list)
     return True

@@ -1,18 +1,18 @@
-"""metrics.jsonl: one line a record, appended while a run trains. A checkpoint knows its size and SHA-256."""
+"""metrics.jsonl: one line per record, appended while a run trains. Checkpoints record its size and SHA-256."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import UserError, first_line, user_error
+from flora_train.config.errors import first_line, user_error
 from flora_train.config.json_format import parse_object
 from flora_train.runtime.atomic import disk_errors
+from flora_train.runtime.journal import append_line, whole_lines
 
 
 class MetricsFile:
@@ -23,15 +23,8 @@ class MetricsFile:
         self._hashed = 0, sha256()
 
     def append(self, record: dict[str, Any]) -> None:
-        """One JSON line. A line that does not fit on the disk is taken back."""
-        size = self.size
-        try:
-            with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
-        except UserError:
-            with suppress(OSError):
-                os.truncate(self.path, size)
-            raise
+        """Append a record. Raises UserError if the disk is full; then the file holds what it held before."""
+        append_line(self.path, json.dumps(_finite(record), allow_nan=False))
 
     @property
     def size(self) -> int:
@@ -39,14 +32,14 @@ class MetricsFile:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def sync(self) -> int:
-        """Put the file on the disk; returns its size."""
+        """Flush the file to disk; returns its size."""
         if self.path.exists():
             with disk_errors(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
         return self.size
 
     def digest(self, size: int) -> str:
-        """SHA-256 of the first `size` bytes of the file. What was read before is not read again where more has been appended."""
+        """SHA-256 of the first `size` bytes. Bytes that were hashed before are not read again."""
         hashed, digest = self._hashed if self._hashed[0] <= size else (0, sha256())
         if hashed < size:
             digest = digest.copy()
@@ -59,25 +52,22 @@ class MetricsFile:
         return digest.hexdigest()
 
     def cut(self, size: int) -> None:
-        """Forget what was measured after the file had `size` bytes."""
+        """Drop what was written after the file had `size` bytes."""
         if self.size > size:
             with disk_errors(self.path):
                 os.truncate(self.path, size)
             self._hashed = 0, sha256()
 
     def read(self, kind: str) -> list[dict[str, Any]]:
-        """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is not one of ours."""
+        """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is no record."""
         if not self.path.exists():
             return []
         if not self.path.is_file():
-            raise user_error(
-                str(self.path), None, "is no file: put it back from a copy, or train again (overwrite=true)"
-            )
-        lines = self.path.read_bytes().split(b"\n")
-        records = [self._record(number, line) for number, line in enumerate(lines[:-1], 1)]
-        return [
-            record for record in records if record["kind"] == kind
-        ]  # a kill cut off what follows the last line end
+            hint = "is no file: put it back from a copy, or train again (overwrite=true)"
+            raise user_error(str(self.path), None, hint)
+        lines = whole_lines(self.path.read_bytes()).split(b"\n")[:-1]
+        records = [self._record(number, line) for number, line in enumerate(lines, 1)]
+        return [record for record in records if record["kind"] == kind]
 
     def _record(self, number: int, line: bytes) -> dict[str, Any]:
         try:
@@ -92,8 +82,10 @@ class MetricsFile:
         return record
 
 
-def _strict(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not finite is null."""
+def _finite(value: Any) -> Any:
+    """The value with null in place of numbers that are not finite, which JSON cannot express."""
     if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

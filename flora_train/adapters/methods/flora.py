@@ -59,7 +59,9 @@ class Flora(AdapterMethod):
     def peft_config(
         self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
     ) -> dict[str, object]:
-        rank = spec.rank + (not spec.offset)
+        rank = spec.rank
+        if not spec.offset:
+            rank += 1  # for a pure adapter, see docs/math.md
         return {"peft_type": "HIRA", "r": rank, "target_modules": target_modules, "hira_dropout": 0.0}
 
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:

@@ -43,8 +43,8 @@ class CompletionLog(Journal[LoggedCompletion]):
         self.verdicts = path / "verdicts.jsonl"
         self.scores = path / "scores.json"
 
-    def forget(self) -> None:
+    def delete(self) -> None:
         """Delete the completions with the verdicts and scores that were made from them."""
         for file in (self.verdicts, self.scores):
             file.unlink(missing_ok=True)
-        super().forget()
+        super().delete()

@@ -143,7 +143,7 @@ class _SpeechEvaluation:
                             "trained further?)"
                         )
                         location = f"{self.log.path}: {'/'.join(map(str, key))}"
-                        raise user_error(location, None, f"{hint}: {self.log.another}")
+                        raise user_error(location, None, f"{hint}: {self.log.remedy}")
         return missing
 
     def transcribe(self, model: nn.Module, missing: Sequence[MissingTranscript]) -> None:

@@ -71,7 +71,7 @@ def test_what_was_done_is_not_done_again_and_ends_in_the_same_bits(bank: Adapter
     log = log_of(tmp_path, bank)
     assert_same(evaluated(bank, again, log), expected)
     assert again.done == 0
-    log.forget()
+    log.delete()
     assert not list(tmp_path.iterdir())
 
 

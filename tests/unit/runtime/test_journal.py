@@ -84,7 +84,7 @@ def test_growing_log_does_not_overwrite_the_settings_of_something_else(tmp_path:
 def test_forgetting_a_log_keeps_what_is_not_its_own(tmp_path: Path) -> None:
     log = log_in(tmp_path)
     (log.path / "completions-old.jsonl").write_text("mine")
-    log.forget()
+    log.delete()
     assert [path.name for path in log.path.iterdir()] == ["completions-old.jsonl"]
 
 

@@ -20,6 +20,7 @@ from flora_train.evaluation.code.programs.execute import STATUSES, Program, Verd
 from flora_train.evaluation.code.programs.languages import Language
 from flora_train.evaluation.code.programs.sandbox import Kind, Sandbox
 from flora_train.runtime.atomic import disk_errors
+from flora_train.runtime.journal import whole_lines
 from flora_train.runtime.progress import ProgressBar
 
 try:
@@ -64,7 +65,7 @@ def collect_verdicts(
             completions, languages, sandbox.kind, file=file
         )  # again, now that the file is locked
         missing = [key for key in programs if key not in known]
-        os.truncate(file, len(_whole_lines(file.read_bytes())))
+        os.truncate(file, len(whole_lines(file.read_bytes())))
         done = 0
 
         def report(i: int, verdict: Verdict) -> None:
@@ -112,7 +113,7 @@ def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) 
         raise user_error(str(file), None, f"is not a file: {REMEDY}")
     with disk_errors(file):
         content = file.read_bytes()
-    whole = _whole_lines(content)
+    whole = whole_lines(content)
     if not _is_partial_verdict(content[len(whole) :].decode("utf-8", "replace")):
         raise user_error(str(file), None, f"does not contain verdicts: {REMEDY}")
     known: dict[Key, dict[str, Any]] = {}
@@ -231,8 +232,3 @@ def _locked(file: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _whole_lines(content: bytes) -> bytes:
-    """The content up to the last line end."""
-    return content[: content.rfind(b"\n") + 1]
