@@ -141,7 +141,7 @@ def have_other_limits(file: Path, sandbox: Kind, languages: Mapping[str, Languag
     ignored."""
     if not file.is_file():
         return False
-    for line in _whole_lines(file.read_bytes()).split(b"\n")[:-1]:
+    for line in whole_lines(file.read_bytes()).split(b"\n")[:-1]:
         try:
             record = _parse(str(file), line)
         except UserError:
