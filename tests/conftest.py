@@ -26,7 +26,7 @@ if (
 ):  # as a shell starts what it puts into the background: Ctrl-C is tested there, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-settings.register_profile("longer", max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("longer", max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("attack", max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("quick")
 
