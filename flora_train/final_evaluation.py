@@ -157,7 +157,7 @@ def sample_completions(context: RunContext) -> list[SampleCompletion]:
     if not requests:
         return []
     max_new_tokens = context.config.evaluation.max_new_tokens
-    texts = iter(complete(context.model, context.bank, context.tokenizer, requests, max_new_tokens=max_new_tokens))
+    texts = iter(complete(context.model, context.bank, context.tokenizer, requests=requests, max_new_tokens=max_new_tokens))
     samples = []
     for name, prompt, families in prompts:
         completions = {family: next(texts) for family in families}

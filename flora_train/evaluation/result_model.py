@@ -12,7 +12,7 @@ from flora_train.config.json_format import read_object
 
 
 def _without_surrogates(value: object) -> object:
-    """Python keeps bytes of paths that are not UTF-8 as lone surrogates, which cannot be written to a file."""
+    """Escape lone surrogates, which stand for bytes of a path that are not UTF-8: no file can hold them."""
     if isinstance(value, str) and not value.isascii():
         return value.encode("utf-8", "backslashreplace").decode()
     return value

@@ -30,7 +30,7 @@ def check_paths(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -> Non
 
 
 def check_evaluation(
-    folder: Path, suites: Mapping[str, Mapping[str, Language]], config: RunConfig, restart: bool = False
+    folder: Path, suites: Mapping[str, Mapping[str, Language]], config: RunConfig, *, restart: bool = False
 ) -> None:
     """Raises UserError for damaged files, other files in their place, and results made with other settings.
 
@@ -58,14 +58,14 @@ def check_evaluation(
     read_error_rates(folder)
 
 
-def check_saved(folder: RunFolder, config: RunConfig, plan: Plan | None, restart: bool = False) -> None:
+def check_saved(folder: RunFolder, config: RunConfig, plan: Plan | None, *, restart: bool = False) -> None:
     """Raises UserError if files that the run's evaluation reads are damaged, or something is in the way of
     its results.
     """
     suites = {}
     if plan is not None:
         suites = {suite.name: plan.languages for suite in plan.suites}
-    check_evaluation(folder.evaluation, suites, config, restart)
+    check_evaluation(folder.evaluation, suites, config, restart=restart)
     check_paths(folders=[folder.adapters, *(folder.adapters / spec.name for spec in expand(config))])
 
 

@@ -76,7 +76,7 @@ def test_mixed_texts_are_those_of_the_models_own_generate(name: str) -> None:
     perturb(bank, 0.3)
     assert batching_mode(model) == FAMILIES[name].batching
     prompts = ["function add(a, b)", "x", "return"]
-    mixed = complete(model, bank, tokenizer, [(prompt, adapter) for prompt in prompts for adapter in (0, -1)], max_new_tokens=6)
+    mixed = complete(model, bank, tokenizer, requests=[(prompt, adapter) for prompt in prompts for adapter in (0, -1)], max_new_tokens=6)
     assert len(set(mixed)) > 2
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])

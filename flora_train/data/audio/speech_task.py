@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ class _SplitBuilder:
         built = cached(self.cache / f"{key[:32]}.npz", SpeechSplit, build)
         if not len(built):
             reasons = ", ".join(f"{len(paths)} {reason}" for reason, paths in built.counts.unusable.items())
-            first = next((path for paths in built.counts.unusable.values() for path in paths), "")
+            first = next(chain.from_iterable(built.counts.unusable.values()), "")
             hint = f"no usable clip among {len(lines)}: {reasons} (the first: {first})"
             raise user_error(f"tasks.{self.name}.{split}", None, hint)
         return built
@@ -236,7 +237,7 @@ def _lines(
     speech = task.speech
     assert speech is not None
     audio = "path" if source.common_voice is not None else speech.audio
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = list(dict.fromkeys(chain.from_iterable(rows)))
     for name, column in (("audio", audio), ("sentence", speech.sentence), ("speaker", speech.speaker)):
         if column is not None and column not in columns:
             hint = f"is not a column of {key}; it has {choices(columns)}.{did_you_mean(column, columns)}"

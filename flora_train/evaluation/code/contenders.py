@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
@@ -43,9 +43,17 @@ Route = Callable[[Sequence[int]], AbstractContextManager[Any]]
 """Adapter ids of a batch's rows -> a context in which the model applies them."""
 
 
+def learnt_tasks(config: RunConfig) -> set[str]:
+    """The tasks that some adapter learns."""
+    learnt: set[str] = set()
+    for adapter in config.adapters.values():
+        learnt.update(adapter.tasks or config.tasks)
+    return learnt
+
+
 def languages_of(config: RunConfig) -> dict[str, str]:
     """Task -> programming language, for tasks that have one and that some adapter learns."""
-    learnt = {task for adapter in config.adapters.values() for task in adapter.tasks or config.tasks}
+    learnt = learnt_tasks(config)
     return {
         name: task.language
         for name, task in config.tasks.items()
@@ -64,7 +72,7 @@ def contenders_of(config: RunConfig, bank: AdapterBank, languages: Sequence[str]
     return contenders
 
 
-def check_peft_contenders(sources: Sequence[str], used_names: Sequence[str]) -> None:
+def check_peft_contenders(sources: Sequence[str], used_names: Collection[str]) -> None:
     """Raises UserError for a source without a PEFT adapter, or whose name (its last part) another contender
     has.
     """

@@ -4,7 +4,7 @@ resumed."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from flora_train.evaluation.code.contenders import (
     check_peft_contenders,
     contenders_of,
     languages_of,
+    learnt_tasks,
     peft_contender,
 )
 from flora_train.evaluation.code.generate import generate_completions
@@ -117,12 +118,12 @@ def load_suites(config: RunConfig) -> tuple[tuple[Suite, ...], Sequence[str], Ma
 
 def prompts_of(config: RunConfig, suites: Sequence[Suite]) -> dict[str, Prompts]:
     """Configuration key -> the prompts that will be completed after training, as the model gets them."""
-    learnt = {task for adapter in config.adapters.values() for task in adapter.tasks or config.tasks}
+    learnt = learnt_tasks(config)
     prompts: dict[str, Prompts] = {}
     for name, task in config.tasks.items():
         if name in learnt and task.sample_prompts:
             prompts[f"tasks.{name}.sample_prompts"] = (task.sample_prompts, True)
-    problem_prompts = [prompt for suite in suites for prompt in _prompts(suite, suite.asked)]
+    problem_prompts = _prompts(suites)
     if problem_prompts:
         prompts["evaluation.problems"] = (problem_prompts, False)
     return prompts
@@ -162,12 +163,11 @@ def evaluate_code(
     options = config.evaluation
     languages = list(plan.languages)
     contenders = contenders_of(config, bank, languages)
-    check_peft_contenders(
-        peft, [name for contender in contenders for name in (contender.name, contender.family)]
-    )
+    names = {contender.name for contender in contenders} | {contender.family for contender in contenders}
+    check_peft_contenders(peft, names)
     if peft and load_base is not None:
         check_fit(peft, load_base)
-    _check_all_prompts(config, plan, model, tokenizer)
+    _check_all_prompts(config, plan, model, tokenizer=tokenizer)
     logs = {suite.name: CompletionLog(folder / suite.name) for suite in plan.suites}
     if languages:
         settings = {
@@ -201,7 +201,7 @@ def evaluate_code(
     if peft:
         assert load_base is not None
         for source in peft:
-            _generate_with_peft(generate, source, load_base, languages)
+            _generate_with_peft(generate, source, load_base=load_base, languages=languages)
     for suite in plan.suites:
         on_main_process(partial(_execute_and_score, config, plan, suite, bank=bank, log=logs[suite.name]))
 
@@ -222,15 +222,19 @@ def _check_languages(
         raise UserError(*faults)
 
 
-def _prompts(suite: Suite, languages: Iterable[str]) -> list[str]:
-    """The prompts of a suite in these languages, as the model gets them."""
-    problems = [problem for language in languages for problem in suite.asked.get(language, {}).values()]
-    return [problem.prompt.rstrip() for problem in problems]
+def _prompts(suites: Iterable[Suite], languages: Collection[str] | None = None) -> list[str]:
+    """The prompts of suites as the model gets them. languages: only of these."""
+    prompts = []
+    for suite in suites:
+        for language, problems in suite.asked.items():
+            if languages is None or language in languages:
+                prompts += [problem.prompt.rstrip() for problem in problems.values()]
+    return prompts
 
 
-def _check_all_prompts(config: RunConfig, plan: Plan, model: nn.Module, tokenizer: Any) -> None:
+def _check_all_prompts(config: RunConfig, plan: Plan, model: nn.Module, *, tokenizer: Any) -> None:
     """Check the prompts of all suites before the first completion is generated."""
-    prompts = [prompt for suite in plan.suites for prompt in _prompts(suite, plan.languages)]
+    prompts = _prompts(plan.suites, plan.languages)
     check_prompts(
         tokenizer,
         {"evaluation.problems": (prompts, False)},
@@ -252,7 +256,7 @@ def _claim(
 
 
 def _generate_with_peft(
-    generate: Generate, source: str, load_base: Callable[[], nn.Module], languages: Sequence[str]
+    generate: Generate, source: str, *, load_base: Callable[[], nn.Module], languages: Sequence[str]
 ) -> None:
     """In its own function, so that nothing refers to the base model when the next one is loaded."""
     with peft_contender(source, load_base, languages) as (contender, adapted, route):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import plain
 from flora_train.evaluation.bootstrap import Estimate
+from flora_train.evaluation.code.programs.verdicts import VerdictRecord
 
 Cell = tuple[str, str]
 """(adapter, language)"""
@@ -39,7 +39,7 @@ class Scores:
 
     def __init__(
         self,
-        records: Iterable[Mapping[str, Any]],
+        records: Iterable[VerdictRecord],
         *,
         resamples: int = 2000,
         confidence: float = 0.95,

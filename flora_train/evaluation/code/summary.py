@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.bootstrap import compared_pairs
@@ -16,6 +15,7 @@ from flora_train.evaluation.code.contenders import Contender
 from flora_train.evaluation.code.problems.suites import Suite
 from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.code.programs.languages import load_languages
+from flora_train.evaluation.code.programs.verdicts import VerdictRecord
 from flora_train.evaluation.code.score_types import (
     CodeDifference,
     CodeScore,
@@ -63,7 +63,7 @@ class SuiteRecords:
     """Language -> (number of its problems, their SHA-256)."""
     contenders: Sequence[Contender]
     logged: Sequence[LoggedCompletion]
-    records: Mapping[Key, Mapping[str, Any]]
+    records: Mapping[Key, VerdictRecord]
     """Verdict records to be scored."""
     broken: Mapping[str, str]
     """Language -> why it cannot be evaluated."""
@@ -172,7 +172,9 @@ def _macro(contenders: Sequence[Contender], scores: Scores, ks: Sequence[int]) -
     if not shared:
         return MacroScores(languages=(), contenders=(), differences=())
     shown = {family: names for family, names in adapters.items() if set(shared) <= set(names)}
-    names_of = {family: {key: names[key] for key in shared} for family, names in shown.items()}
+    names_of = {}
+    for family, names in shown.items():
+        names_of[family] = {key: names[key] for key in shared}
     means = []
     for family, names in names_of.items():
         means.append(PassRates(family=family, pass_at={k: scores.macro(names, k).interval() for k in ks}))

@@ -1,15 +1,16 @@
-"""The problems that adapters win over the base or lose to it: one of each per language, with both programs."""
+"""The problems that adapters win over the base or lose to it: one of each per language."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
 from flora_train.evaluation.code.contenders import Contender
 from flora_train.evaluation.code.problems.problem import Problem
 from flora_train.evaluation.code.programs.execute import Status
+from flora_train.evaluation.code.programs.verdicts import VerdictRecord
 from flora_train.evaluation.code.score_types import DecidedProblem, ProgramExample
 
 Samples = list[tuple[str, Status]]
@@ -22,7 +23,7 @@ def wins_and_losses(
     contenders: Iterable[Contender],
     *,
     logged: Iterable[LoggedCompletion],
-    records: Mapping[Key, Mapping[str, Any]],
+    records: Mapping[Key, VerdictRecord],
 ) -> list[DecidedProblem]:
     """The problems where the share of passing samples rose most over the base, and where it fell most.
 

@@ -71,7 +71,7 @@ def batching_note(model: nn.Module) -> str | None:
     return f"{name} generates one row at a time, {method}: the rows of a batch cannot share its cache"
 
 
-def next_logits(model: nn.Module, ids: Tensor, cache: RowCache, parameters: Collection[str]) -> Tensor:
+def next_logits(model: nn.Module, ids: Tensor, cache: RowCache, *, parameters: Collection[str]) -> Tensor:
     """Logits [B, V] after the last of `ids` [B, new], whose positions are already in the cache's mask."""
     positions = (cache.mask.long().cumsum(1) - 1).clamp(min=0)
     options: dict[str, Any] = {"position_ids": positions[:, -ids.shape[1] :], "logits_to_keep": 1}
@@ -255,7 +255,7 @@ class _Probe:
             for step in range(NEW_TOKENS - 1):
                 cache.append_token()
                 ids = torch.tensor([[new[step]] for new in self.continuations], device=self.device)
-                steps.append(next_logits(self.model, ids, cache, parameters_of(self.model)))
+                steps.append(next_logits(self.model, ids, cache, parameters=parameters_of(self.model)))
             cache.drop([0])
         return list(torch.stack(steps, 1))
 
@@ -266,7 +266,7 @@ class _Probe:
     def _start(self, prompt: list[int]) -> tuple[RowCache, Tensor]:
         cache = RowCache(torch.ones(1, len(prompt), dtype=torch.bool, device=self.device))
         ids = torch.tensor([prompt], device=self.device)
-        return cache, next_logits(self.model, ids, cache, parameters_of(self.model))
+        return cache, next_logits(self.model, ids, cache, parameters=parameters_of(self.model))
 
     def _generated(self, prompt: list[int], new: list[int]) -> Tensor:
         logits_seen: list[Tensor] = []

@@ -63,11 +63,11 @@ def check_room(model_config: Any, longest: int, max_new_tokens: int) -> None:
         raise _too_long(limit, longest, max_new_tokens)
     if independent_limit is not None and longest + max_new_tokens > independent_limit:
         meaning = "up to which a row's positions do not depend on its neighbours"
-        raise _too_long(independent_limit, longest, max_new_tokens, meaning)
+        raise _too_long(independent_limit, longest, max_new_tokens, meaning=meaning)
 
 
 def _too_long(
-    limit: int, longest: int, max_new_tokens: int, meaning: str = "that the model can read"
+    limit: int, longest: int, max_new_tokens: int, *, meaning: str = "that the model can read"
 ) -> UserError:
     allowed = f"give at most {limit - longest}"
     if longest >= limit:

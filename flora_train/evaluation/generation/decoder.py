@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -140,7 +141,7 @@ class Decoder:
             while waiting or live:
                 if admitted := self._admit(waiting, len(live)):
                     new_cache = self._read(admitted)
-                    live += [row for rows in admitted for row in rows]
+                    live += chain.from_iterable(admitted)
                     if cache is None:
                         cache = new_cache
                     else:
@@ -196,7 +197,7 @@ class Decoder:
             mask[i, longest - len(prompt) :] = True
         cache = RowCache(mask.to(self.device))
         logits = self._forward(ids.to(self.device), cache, [rows[0].adapter for rows in admitted])
-        rows = [row for group in admitted for row in group]
+        rows = list(chain.from_iterable(admitted))
         if len(rows) > len(admitted):
             sizes = torch.tensor([len(group) for group in admitted])
             group_of_row = torch.arange(len(admitted)).repeat_interleave(sizes).to(self.device)
@@ -213,7 +214,7 @@ class Decoder:
     def _forward(self, ids: Tensor, cache: RowCache, adapters: Sequence[int]) -> Tensor:
         """Logits [B, V] after the last of `ids` [B, new]."""
         with self.route(adapters):
-            return next_logits(self.model, ids, cache, self._parameters)
+            return next_logits(self.model, ids, cache, parameters=self._parameters)
 
     def _draw(self, logits: Tensor, rows: Sequence[_Row]) -> None:
         tokens = self.sampling.choose(logits, [row.key for row in rows], [len(row.tokens) for row in rows])
@@ -255,8 +256,8 @@ def complete(
     model: nn.Module,
     bank: AdapterBank,
     tokenizer: Any,
-    requests: Sequence[tuple[str, int]],
     *,
+    requests: Sequence[tuple[str, int]],
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy completions of (prompt, adapter id) requests, in order; -1 is the base model.

@@ -95,6 +95,6 @@ def _counts(reference: list[str], hypothesis: list[str]) -> tuple[int, int, int,
     ] = {}  # one letter for each distinct unit, as jiwer would split or strip some units
     for unit in (*reference, *hypothesis):
         letters.setdefault(unit, chr(0x4E00 + len(letters)))
-    encoded = ["".join(letters[unit] for unit in units) for units in (reference, hypothesis)]
+    encoded = ["".join(map(letters.__getitem__, units)) for units in (reference, hypothesis)]
     alignment: Any = jiwer.process_characters(*encoded)
     return alignment.substitutions, alignment.deletions, alignment.insertions, len(reference)

@@ -182,7 +182,7 @@ class _SpeechEvaluation:
                 transcripts.append(
                     Transcript(entry.adapter, entry.task, entry.example, entry.text, entry.ended)
                 )
-        write_summary(summarise(self.config, self.splits, self.bank, transcripts), self.log.path)
+        write_summary(summarise(self.config, self.splits, self.bank, transcripts=transcripts), self.log.path)
 
     def _share(self, missing: Sequence[MissingTranscript]) -> list[MissingTranscript]:
         """The transcripts that this process makes: all those of a clip, so that the clip is encoded in one

@@ -9,7 +9,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -80,14 +80,21 @@ def write_summary(summary: SpeechResults, folder: Path) -> None:
 
 
 def summarise(
-    config: RunConfig, splits: Mapping[str, SpeechSplit], bank: AdapterBank, transcripts: Sequence[Transcript]
+    config: RunConfig,
+    splits: Mapping[str, SpeechSplit],
+    bank: AdapterBank,
+    *,
+    transcripts: Sequence[Transcript],
 ) -> SpeechResults:
     """Error rates with intervals, paired differences and some aligned utterances of each task."""
     by_contender: dict[tuple[str, str], dict[int, Transcript]] = defaultdict(dict)
     for transcript in transcripts:
         by_contender[transcript.task, transcript.adapter][transcript.example] = transcript
     utterances = max(1, MAX_UTTERANCES // (2 * len(splits)))
-    parts = [_language(config, name, split, bank, by_contender, utterances) for name, split in splits.items()]
+    parts = [
+        _language(config, name, split, bank=bank, transcripts=by_contender, max_utterances=utterances)
+        for name, split in splits.items()
+    ]
     languages = _with_audio(
         [part for part, _ in parts], [clips for _, clips in parts], config.evaluation.embedded_clips
     )
@@ -105,8 +112,8 @@ def _with_audio(
 ) -> list[SpeechLanguage]:
     """Embed the clips of the first `limit` utterances, taken from the languages in turn. clips: paths, by
     utterance."""
-    positions = [[(i, j) for j in range(len(paths))] for i, paths in enumerate(clips)]
-    in_turn = [position for row in zip_longest(*positions) for position in row if position is not None]
+    positions = [zip(repeat(i), range(len(paths))) for i, paths in enumerate(clips)]
+    in_turn = [position for position in chain.from_iterable(zip_longest(*positions)) if position is not None]
     audio = {(i, j): _data_url(clips[i][j]) for i, j in in_turn[:limit]}
     embedded = []
     for i, part in enumerate(languages):
@@ -121,6 +128,7 @@ def _language(
     config: RunConfig,
     name: str,
     split: SpeechSplit,
+    *,
     bank: AdapterBank,
     transcripts: Mapping[tuple[str, str], Mapping[int, Transcript]],
     max_utterances: int,
@@ -137,7 +145,7 @@ def _language(
         texts[i] = [of_clip[clip].text for clip in range(len(split))]
     task = TaskTranscripts(split, families, [str(sentence) for sentence in split.sentences], texts)
     normalizer = normalizer_name(speech)
-    errors = {rate: _errors_of_all(rate, normalizer, speech.language, task) for rate in RATES}
+    errors = {rate: _errors_of_all(rate, normalizer, speech.language, task=task) for rate in RATES}
     seed = seed_of(config.seed, name, "error rates")
     compared = {rate: _compare(config, errors[rate], seed) for rate in RATES}
     contenders = []
@@ -154,7 +162,7 @@ def _language(
         by_rate = {rate: compared[rate].differences[a, b].interval() for rate in RATES}
         differences.append(RateDifference(first=families[a], second=families[b], **by_rate))
     normalize = normalizer_of(_of_words(normalizer), speech.language)
-    utterances, clips = _utterances(normalize, task, errors["wer_normalized"], max_utterances)
+    utterances, clips = _utterances(normalize, task, errors["wer_normalized"], limit=max_utterances)
     metric = "wer_normalized"
     if primary_metric(speech) == "cer":
         metric = "cer"
@@ -200,13 +208,16 @@ def _error_rate(estimate: Estimate, errors: Errors) -> ErrorRate:
     )
 
 
-def _errors_of_all(rate: Rate, normalizer: str, language: str, task: TaskTranscripts) -> dict[int, Errors]:
+def _errors_of_all(rate: Rate, normalizer: str, language: str, *, task: TaskTranscripts) -> dict[int, Errors]:
     """Contender -> its errors."""
-    return {i: _errors(rate, normalizer, language, task.references, texts) for i, texts in task.texts.items()}
+    return {
+        i: _errors(rate, normalizer, language, references=task.references, transcripts=texts)
+        for i, texts in task.texts.items()
+    }
 
 
 def _errors(
-    rate: Rate, normalizer: str, language: str, references: Sequence[str], transcripts: Sequence[str]
+    rate: Rate, normalizer: str, language: str, *, references: Sequence[str], transcripts: Sequence[str]
 ) -> Errors:
     if rate == "wer":
         return word_errors(references, transcripts)
@@ -231,7 +242,7 @@ def _pairs(comparison: Comparison) -> list[tuple[int, int]]:
 
 
 def _utterances(
-    normalize: Callable[[str], str], task: TaskTranscripts, errors: Mapping[int, Errors], limit: int
+    normalize: Callable[[str], str], task: TaskTranscripts, errors: Mapping[int, Errors], *, limit: int
 ) -> tuple[list[Utterance], list[str]]:
     """Aligned utterances and the paths of their clips.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -110,7 +111,7 @@ class Transcriber:
         self.model.eval()
         try:
             blocks = self.blocks({request.adapter for request in requests})
-            batches = [batch for block in blocks for batch in self._batches(requests, block)]
+            batches = list(chain.from_iterable(self._batches(requests, block) for block in blocks))
             for i, batch in enumerate(batches):
                 for upcoming in batches[i : i + 2]:
                     self.store.prefetch(dict.fromkeys(requests[request].clip for request in upcoming))
@@ -159,19 +160,22 @@ class Transcriber:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         ids = torch.tensor([requests[i].prompt for i in batch], device=self.device)
         while rows:
-            logits = self._forward(ids, hidden, cache, [row.adapter for row in rows for _ in row.beams])
+            adapters = chain.from_iterable([row.adapter] * len(row.beams) for row in rows)
+            logits = self._forward(ids, hidden, cache, adapters=list(adapters))
             origins = self._extend(rows, logits)
             open_rows = [i for i, row in enumerate(rows) if not self._ended(row, report)]
             rows = [rows[i] for i in open_rows]
             if rows:
-                order = [origin for i in open_rows for origin in origins[i]]
+                order = list(chain.from_iterable(origins[i] for i in open_rows))
                 if order != list(range(len(logits))):  # reordering copies all keys and values
                     cache.reorder_cache(torch.tensor(order, device=self.device))
-                ids = torch.tensor([[beam[-1]] for row in rows for beam in row.beams], device=self.device)
+                beams = chain.from_iterable(row.beams for row in rows)
+                ids = torch.tensor([[beam[-1]] for beam in beams], device=self.device)
 
     def _encoded(self, requests: Sequence[Request]) -> Tensor:
         """Encoder states of every request's clip, [B, positions, d]."""
-        clip_index = {clip: i for i, clip in enumerate(dict.fromkeys(request.clip for request in requests))}
+        clips_used = dict.fromkeys(request.clip for request in requests)
+        clip_index = {clip: i for i, clip in enumerate(clips_used)}
         features = np.stack(self.store.get(list(clip_index)))
         clips = torch.from_numpy(features).to(self.device).to(self.dtype)
         clip_of_row = torch.tensor([clip_index[request.clip] for request in requests], device=self.device)
@@ -181,7 +185,7 @@ class Transcriber:
             return encode(self.model, clips[clip_of_row])
 
     def _forward(
-        self, ids: Tensor, hidden: Tensor, cache: EncoderDecoderCache, adapters: Sequence[int]
+        self, ids: Tensor, hidden: Tensor, cache: EncoderDecoderCache, *, adapters: Sequence[int]
     ) -> Tensor:
         """Logits [B, V] after the last of `ids` [B, new].
 

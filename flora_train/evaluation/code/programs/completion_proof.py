@@ -21,7 +21,7 @@ def draw_nonce() -> str:
     return secrets.token_hex(NONCE_BYTES)
 
 
-def with_evidence(language: Language, source: str, tests: str, nonce: str) -> str | None:
+def with_evidence(language: Language, source: str, *, tests: str, nonce: str) -> str | None:
     """`source`, which ends with `tests`, with nonce and failing check inserted.
 
     None if the language has no `evidence`, or its pattern does not match these tests.

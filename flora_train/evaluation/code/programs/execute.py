@@ -8,10 +8,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from flora_train.evaluation.code.programs.completion_proof import draw_nonce, with_evidence
 from flora_train.evaluation.code.programs.languages import Language
@@ -81,12 +81,6 @@ class Verdict:
     """Whether a second run printed the nonce after its last check and failed the added one; None if not
     tried.
     """
-
-    def record(self) -> dict[str, Any]:
-        """The verdict as it is written to a verdict file."""
-        record = asdict(self)
-        record["again"] = record.pop("reran_alone")
-        return record
 
 
 @dataclass(frozen=True)
@@ -230,7 +224,7 @@ def _checks_ran(program: Program, sandbox: Sandbox) -> bool | None:
     None if its language or tests allow no such proof.
     """
     nonce = draw_nonce()
-    source = with_evidence(program.language, program.source, program.tests, nonce)
+    source = with_evidence(program.language, program.source, tests=program.tests, nonce=nonce)
     if source is None:
         return None
     ended = _run_program(replace(program, source=source), sandbox, PROOF_TIME_FACTOR, hidden=True)

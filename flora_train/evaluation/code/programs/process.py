@@ -85,7 +85,7 @@ def run_command(command: Command, wall: float) -> Ended:
             thread.start()
         timed_out, over_memory = False, False
         try:
-            timed_out, over_memory = _wait(process.pid, started + wall, memory, command.stop)
+            timed_out, over_memory = _wait(process.pid, started + wall, memory, stop=command.stop)
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -130,7 +130,9 @@ def _start(
     return process, SandboxMemory(info, command.memory, command.scratch)
 
 
-def _wait(pid: int, deadline: float, memory: SandboxMemory | SessionMemory, stop: Event) -> tuple[bool, bool]:
+def _wait(
+    pid: int, deadline: float, memory: SandboxMemory | SessionMemory, *, stop: Event
+) -> tuple[bool, bool]:
     """Wait until the process has ended, or must be stopped: (by deadline or `stop`, because of its memory).
 
     The process is not reaped here.

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from flora_train.config.errors import UserError, user_error
 from flora_train.evaluation.code.completion_files import Completion
 from flora_train.evaluation.code.programs.early_exit import exits_early
-from flora_train.evaluation.code.programs.execute import STATUSES, Program, Verdict, execute_all
+from flora_train.evaluation.code.programs.execute import STATUSES, Program, Status, Verdict, execute_all
 from flora_train.evaluation.code.programs.languages import Language
 from flora_train.evaluation.code.programs.sandbox import Kind, Sandbox
 from flora_train.runtime.atomic import disk_errors
@@ -31,12 +31,34 @@ except ImportError:  # Windows
 Key = tuple[str, str, str, int]
 """(adapter, language, name, sample)"""
 REMEDY = "move the file away, or choose another with --out"
-KEY_FIELDS = ("adapter", "language", "name", "sample")
 TEXT = r'"(?:[^"\\]|\\.)*"'
 LINE_START = ("adapter", TEXT), ("language", TEXT), ("name", TEXT), ("sample", r"\d+"), ("program", TEXT)
 """The keys that every line starts with, and patterns of their values."""
 TEXT_FIELDS = ("adapter", "language", "name", "program", "sandbox", "status")
 NUMBER_FIELDS = ("sample", "cpu_seconds")
+
+
+class VerdictRecord(TypedDict):
+    """A line of a verdict file."""
+
+    adapter: str
+    language: str
+    name: str
+    sample: int
+    program: str
+    """SHA-256 of the program."""
+    sandbox: str
+    cpu_seconds: float
+    """CPU time limit of the program."""
+    status: Status
+    exit: NotRequired[int]
+    seconds: NotRequired[float]
+    output: NotRequired[str]
+    again: NotRequired[bool]
+    """Whether it was run again alone."""
+    checks_ran: NotRequired[bool | None]
+    suspicious: NotRequired[bool]
+    """Whether a pass may be an early exit."""
 
 
 def collect_verdicts(
@@ -46,7 +68,7 @@ def collect_verdicts(
     *,
     file: Path,
     workers: int,
-) -> dict[Key, dict[str, Any]]:
+) -> dict[Key, VerdictRecord]:
     """Key -> verdict record of every completion, from `file` or by execution; new verdicts are appended to
     it.
 
@@ -61,9 +83,8 @@ def collect_verdicts(
     texts = {completion.key: completion.problem.cut(completion.text) for completion in completions}
     check_verdicts(completions, languages, sandbox.kind, file=file)
     with disk_errors(file), _locked(file) as descriptor:
-        known = check_verdicts(
-            completions, languages, sandbox.kind, file=file
-        )  # again, now that the file is locked
+        # once more, now that the file is locked
+        known = check_verdicts(completions, languages, sandbox.kind, file=file)
         missing = [key for key in programs if key not in known]
         os.truncate(file, len(whole_lines(file.read_bytes())))
         done = 0
@@ -84,7 +105,7 @@ def collect_verdicts(
 
 def check_verdicts(
     completions: Sequence[Completion], languages: Mapping[str, Language], sandbox: Kind, *, file: Path
-) -> dict[Key, dict[str, Any]]:
+) -> dict[Key, VerdictRecord]:
     """The records of a file to which verdicts on these completions can be appended.
 
     Raises UserError otherwise.
@@ -99,7 +120,7 @@ def check_verdicts(
     return known
 
 
-def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) -> dict[Key, dict[str, Any]]:
+def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) -> dict[Key, VerdictRecord]:
     """Key -> verdict record. A last line that was cut off by a kill is ignored.
 
     Raises UserError for other content, verdicts of another sandbox, or other CPU time limits than `languages`
@@ -116,7 +137,7 @@ def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) 
     whole = whole_lines(content)
     if not _is_partial_verdict(content[len(whole) :].decode("utf-8", "replace")):
         raise user_error(str(file), None, f"does not contain verdicts: {REMEDY}")
-    known: dict[Key, dict[str, Any]] = {}
+    known: dict[Key, VerdictRecord] = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         location = f"{file}:{number}"
         record = _parse(location, line)
@@ -169,7 +190,7 @@ def _is_partial_verdict(text: str) -> bool:
     return True
 
 
-def _parse(location: str, line: bytes) -> dict[str, Any]:
+def _parse(location: str, line: bytes) -> VerdictRecord:
     try:
         record = json.loads(line.decode("utf-8"))
     except (
@@ -179,7 +200,7 @@ def _parse(location: str, line: bytes) -> dict[str, Any]:
         raise user_error(location, None, f"is not a verdict: {REMEDY}") from error
     if not _is_verdict(record):
         raise user_error(location, None, f"is not a verdict: {REMEDY}")
-    return record
+    return cast(VerdictRecord, record)
 
 
 def _is_verdict(record: Any) -> bool:
@@ -190,15 +211,24 @@ def _is_verdict(record: Any) -> bool:
     return type(record["sample"]) is int and record["status"] in STATUSES
 
 
-def _record(
-    key: Key, program: Program, sandbox: Kind, *, verdict: Verdict, completion: str
-) -> dict[str, Any]:
-    """The line of a verdict file. `suspicious` is its key for a pass that may be an early exit."""
-    record: dict[str, Any] = dict(zip(KEY_FIELDS, key, strict=True))
-    record |= {"program": program.sha, "sandbox": sandbox, "cpu_seconds": program.language.seconds}
-    record |= verdict.record()
-    record["suspicious"] = verdict.status == "OK" and _is_early_exit(verdict, program.language, completion)
-    return record
+def _record(key: Key, program: Program, sandbox: Kind, *, verdict: Verdict, completion: str) -> VerdictRecord:
+    adapter, language, name, sample = key
+    return {
+        "adapter": adapter,
+        "language": language,
+        "name": name,
+        "sample": sample,
+        "program": program.sha,
+        "sandbox": sandbox,
+        "cpu_seconds": program.language.seconds,
+        "status": verdict.status,
+        "exit": verdict.exit,
+        "seconds": verdict.seconds,
+        "output": verdict.output,
+        "again": verdict.reran_alone,
+        "checks_ran": verdict.checks_ran,
+        "suspicious": verdict.status == "OK" and _is_early_exit(verdict, program.language, completion),
+    }
 
 
 def _is_early_exit(verdict: Verdict, language: Language, completion: str) -> bool:

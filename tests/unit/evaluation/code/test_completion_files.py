@@ -78,7 +78,12 @@ def test_judging_goes_on_where_it_was_killed(prompts: Path, sandbox: Sandbox, mo
     file.write_bytes(b"".join(lines[:2]) + lines[2][:20])  # killed while it wrote the third
     ran: list[int] = []
     real = verdicts.execute_all
-    monkeypatch.setattr(verdicts, "execute_all", lambda programs, *rest: (ran.append(len(programs)), real(programs, *rest)))
+
+    def counted(programs: Any, *arguments: Any, **options: Any) -> None:
+        ran.append(len(programs))
+        real(programs, *arguments, **options)
+
+    monkeypatch.setattr(verdicts, "execute_all", counted)
     again = judged(prompts, path, sandbox)
     assert ran == [2]
     assert {key: record["status"] for key, record in again.items()} == {key: record["status"] for key, record in first.items()}
@@ -123,7 +128,11 @@ def test_the_command_prints_pass_at_k(prompts: Path, sandbox: Sandbox, capsys: p
         ([{"completion": GOOD}], ["--pass-at-k=0"], "pass_at_k.0 = 0: must be at least 1"),
         ([{"completion": GOOD}], ["--sandbox=docker"], "sandbox = 'docker': must be bubblewrap or none"),
         ([{"completion": GOOD}], ["worker=2"], "worker = '2': options of this command begin with --. Did you mean '--workers'"),
-        ([{"completion": GOOD, "name": "z"}], [], "'z': is not a problem of .*humaneval-sh.jsonl: these completions are for other"),
+        (
+            [{"completion": GOOD, "name": "z"}],
+            [],
+            "'z': is not a problem of .*humaneval-sh.jsonl: these completions are for other",
+        ),
         ([{"completion": GOOD, "language": "lua"}], [], "humaneval-lua.jsonl.*no such file; the folder has prompts of sh"),
         ([{"text": GOOD}], [], "made.jsonl:1: lacks completion"),
         ([{"completion": GOOD, "sample": 0}, {"completion": BAD, "sample": 0}], [], "occurs twice"),

@@ -39,8 +39,8 @@ def test_mixed_batch_completes_as_one_request_at_a_time(architecture: str) -> No
     bank = AdapterBank.attach(model_for(architecture, tokenizer), [spec("flora", rank=2), spec("lora", rank=2), spec("ia3")])
     perturb(bank, 0.3)
     requests = [(prompt, adapter) for prompt in PROMPTS for adapter in (2, -1, 0, 1)]
-    mixed = complete(bank.model, bank, tokenizer, requests, max_new_tokens=12)
-    assert mixed == [complete(bank.model, bank, tokenizer, [request], max_new_tokens=12)[0] for request in requests]
+    mixed = complete(bank.model, bank, tokenizer, requests=requests, max_new_tokens=12)
+    assert mixed == [complete(bank.model, bank, tokenizer, requests=[request], max_new_tokens=12)[0] for request in requests]
     assert len(set(mixed)) > len(PROMPTS)
     per_prompt = [mixed[i : i + 4] for i in range(0, len(mixed), 4)]
     assert sum(len(set(texts)) == 4 for texts in per_prompt) >= 3  # the contenders write different things
@@ -52,7 +52,9 @@ def test_base_requests_complete_as_the_plain_model() -> None:
     perturb(bank)
     plain: Any = model_for("llama", tokenizer).eval()
     for prompt, text in zip(
-        PROMPTS, complete(bank.model, bank, tokenizer, [(prompt, -1) for prompt in PROMPTS], max_new_tokens=9), strict=True
+        PROMPTS,
+        complete(bank.model, bank, tokenizer, requests=[(prompt, -1) for prompt in PROMPTS], max_new_tokens=9),
+        strict=True,
     ):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         written = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[0, ids.shape[1] :]
@@ -63,7 +65,7 @@ def test_completion_leaves_training_mode_and_routing_as_they_were() -> None:
     tokenizer = byte_tokenizer()
     bank = AdapterBank.attach(model_for("llama", tokenizer), [spec("lora")])
     bank.model.train()
-    complete(bank.model, bank, tokenizer, [("x", 0)], max_new_tokens=2)
+    complete(bank.model, bank, tokenizer, requests=[("x", 0)], max_new_tokens=2)
     assert bank.model.training
     assert bank.router.routing is None
 
@@ -84,7 +86,7 @@ def test_completion_goes_on_where_the_prompt_ends_without_losing_its_first_space
     prompts = [f"{first} ab{last}" for first in "abct4x" for last in (":", "", "4", "the")]
     spaced = 0
     for prompt, text in zip(
-        prompts, complete(bank.model, bank, tokenizer, [(p, -1) for p in prompts], max_new_tokens=9), strict=True
+        prompts, complete(bank.model, bank, tokenizer, requests=[(p, -1) for p in prompts], max_new_tokens=9), strict=True
     ):
         ids = torch.tensor([[1, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
         written = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[0]

@@ -45,7 +45,7 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> SpeechResults:
         for adapter, n in ROUNDS.items()
         for i, sentence in enumerate(split.sentences)
     ]
-    return summarise(run, {"cs": split}, bank, transcripts)
+    return summarise(run, {"cs": split}, bank, transcripts=transcripts)
 
 
 def test_rates_count_what_was_wrong(summary: SpeechResults) -> None:
@@ -87,7 +87,7 @@ def test_many_adapters_are_compared_with_base_and_best_only(tmp_path: Path, monk
         for i, sentence in enumerate(split.sentences):
             text = str(sentence) if adapter == "cs-lora2" else "wrong"
             transcripts.append(Transcript(adapter, "cs", i, text, "end"))
-    (part,) = summarise(run, {"cs": split}, bank, transcripts).languages
+    (part,) = summarise(run, {"cs": split}, bank, transcripts=transcripts).languages
     pairs = [(difference.first, difference.second) for difference in part.differences]
     assert pairs[:4] == [(f"lora{i}", "base") for i in range(4)]
     assert pairs[4:] == [("lora0", "lora2"), ("lora1", "lora2"), ("lora2", "lora3")]
@@ -124,6 +124,6 @@ def test_nothing_is_played_where_clips_must_not_be_passed_on(summary: SpeechResu
     run = config(files, embedded_clips=0)
     bank = AdapterBank.attach(loaded_tiny_whisper(), expand(run))
     transcripts = [Transcript(adapter, "cs", i, "no", "end") for adapter in ROUNDS for i in range(len(split))]
-    (part,) = summarise(run, {"cs": split}, bank, transcripts).languages
+    (part,) = summarise(run, {"cs": split}, bank, transcripts=transcripts).languages
     assert part.utterances
     assert all(utterance.audio is None for utterance in part.utterances)

@@ -219,7 +219,10 @@ def test_a_language_that_it_is_not_written_for_is_an_error_with_the_choices() ->
             {"args": {"x": "list[int]"}, "tests": [{"args": [[1, True]], "result": 1}] * 4},
             r"echo: test 1: x is \[1, True\], which is not of type list\[int\]",
         ),
-        ({"args": {"x": "str"}, "tests": [{"args": ["\r"], "result": 1}] * 4}, r"echo: test 1: x is .*, which is not of type str"),
+        (
+            {"args": {"x": "str"}, "tests": [{"args": ["\r"], "result": 1}] * 4},
+            r"echo: test 1: x is .*, which is not of type str",
+        ),
     ],
 )
 def test_a_damaged_problem_is_an_error_that_names_file_and_place(change: dict[str, Any], words: str, tmp_path: Path) -> None:

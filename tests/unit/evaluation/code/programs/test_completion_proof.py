@@ -271,7 +271,7 @@ def test_the_program_that_decides_the_verdict_is_not_changed(sandbox: Sandbox, m
 
 def test_a_failing_program_is_not_run_twice(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     language, problem = working("lua", sandbox), load_problems(PROBLEMS, "lua")[MAX_ELEMENT]
-    monkeypatch.setattr(execute_module, "with_evidence", lambda *_: pytest.fail("it did not pass"))
+    monkeypatch.setattr(execute_module, "with_evidence", lambda *_, **__: pytest.fail("it did not pass"))
     verdict = execute(Program(language, problem.program("  return 0\nend"), problem.tests), sandbox)
     assert (verdict.status, verdict.checks_ran) == ("AssertionError", None)
 
@@ -312,11 +312,11 @@ def test_every_language_says_how_its_programs_show_that_they_ran_their_checks() 
     for key, language in load_languages().items():
         assert language.evidence is not None
         nonce = draw_nonce()
-        changed = with_evidence(language, language.passing, language.passing, nonce)
+        changed = with_evidence(language, language.passing, tests=language.passing, nonce=nonce)
         assert changed is not None, key
         assert changed.count(nonce) == 2 or key in ("ada",), key
         assert re.sub(f".*{nonce}.*", "", changed) != language.passing
-        assert with_evidence(language, "x", language.passing, nonce) is None
+        assert with_evidence(language, "x", tests=language.passing, nonce=nonce) is None
 
 
 def test_evidence_is_put_into_the_tests_of_every_multipl_e_fixture() -> None:
@@ -324,6 +324,6 @@ def test_evidence_is_put_into_the_tests_of_every_multipl_e_fixture() -> None:
     for completion in read_completions(FIXTURES / "multipl_e", None):
         language, problem = languages[completion.problem.language], completion.problem
         source = problem.program(completion.text)
-        changed = with_evidence(language, source, problem.tests, "n" * 32)
+        changed = with_evidence(language, source, tests=problem.tests, nonce="n" * 32)
         assert changed is not None
         assert changed.startswith(source.removesuffix(problem.tests))
