@@ -1,5 +1,4 @@
-"""The command line: `main` runs one command. The arguments of each command stand in a module of its own; flora_train.commands has
-what the commands do."""
+"""The command line. Each command's arguments stand in a module of this package, its work in `commands`."""
 
 from __future__ import annotations
 
@@ -13,14 +12,15 @@ from flora_train.config.terminal_text import plain, safe_streams, write_failure
 from flora_train.runtime.logging import init_logging, stop_logging
 from flora_train.runtime.signals import SAVED, STOPPED, Interrupted, stop_on_interrupt
 
-# torch's threads wait for each other by spinning, which starves whatever else wants the same cores: another process, or the
-# threads that compute adapters (kernels/cpu_threads.py). It is read when torch loads, which is after this module.
+# torch's threads wait for each other by spinning, which starves whatever else wants the same cores: another
+# process, or the threads that compute adapters (kernels/cpu_threads.py). It is read when torch loads, which
+# is after this module.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory: a step allocates the same sizes again and again, and pages returned to the system come back
-    zeroed, page by page."""
+    """Let glibc keep freed memory: a step allocates the same sizes again and again, and pages returned to the
+    system come back zeroed, page by page."""
     if sys.platform != "linux" or "MALLOC_TRIM_THRESHOLD_" in os.environ:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -36,8 +36,8 @@ _keep_freed_memory()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (default: of the process's own arguments).
 
-    Returns the exit status: 0, 2 after an error that the user can correct, 75 (SAVED) where a run was told to stop (SIGTERM,
-    SIGINT) and can be resumed, or 130 (STOPPED) after Ctrl-C elsewhere.
+    Returns the exit status: 0, 2 after an error that the user can correct, 75 (SAVED) where a run was told to
+    stop (SIGTERM, SIGINT) and can be resumed, or 130 (STOPPED) after Ctrl-C elsewhere.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with safe_streams():

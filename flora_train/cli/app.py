@@ -59,11 +59,20 @@ class Command(TyperCommand):
             raise UserError(*problems)
         return super().parse_args(ctx, args)
 
+    def _options(self) -> dict[str, Any]:
+        """Option, such as `--out`, -> its parameter."""
+        options = {}
+        for param in self.params:
+            options.update(dict.fromkeys((name for name in param.opts if name.startswith("-")), param))
+        return options
+
     def _problems(self, args: Sequence[str]) -> Iterator[Problem]:
-        options = {name: param for param in self.params for name in param.opts if name.startswith("-")}
+        options = self._options()
         free_form = self.context_settings.get("ignore_unknown_options", False)
         value_of = ""
-        for arg in args[: args.index("--")] if "--" in args else args:
+        for arg in args:
+            if arg == "--":
+                return
             if not _is_utf8(arg):
                 yield Problem(arg.encode(errors="replace").decode(), None, "is not valid UTF-8 text")
                 continue
@@ -77,9 +86,11 @@ class Command(TyperCommand):
                     value_of = name
             elif LONG_OPTION.match(arg):
                 if not free_form:
-                    yield unknown_option(name, arg, options, self.takes_overrides)
-            elif not free_form and (problem := option_for_assignment(arg, options, self.takes_overrides)) is not None:
-                yield problem
+                    yield unknown_option(name, arg, options, takes_overrides=self.takes_overrides)
+            elif not free_form:
+                problem = option_for_assignment(arg, options, takes_overrides=self.takes_overrides)
+                if problem is not None:
+                    yield problem
 
 
 class Group(TyperGroup):
@@ -93,10 +104,13 @@ class Group(TyperGroup):
             return super().parse_args(ctx, args)
         if not args or args[0] in HELP:
             _print_help(ctx)
-        options = [name for param in self.params for name in param.opts]
+        options: list[str] = []
+        for param in self.params:
+            options += param.opts
         first = args[0].partition("=")[0]
         if first.startswith("-") and first not in options:
-            hint = f"unknown option; there are {choices([*options, *HELP])}.{did_you_mean(first, [*options, *HELP])}"
+            known = [*options, *HELP]
+            hint = f"unknown option; there are {choices(known)}.{did_you_mean(first, known)}"
             raise UserError(Problem(first, None, hint))
         return super().parse_args(ctx, args)
 
@@ -116,12 +130,12 @@ app = typer.Typer(
 
 
 def command(usage: str, *, overrides: bool = False, free_form: bool = False) -> Callable[[Function], Function]:
-    """Register a function as a command of its name. usage: its arguments; overrides: it takes key=value for some keys; free_form: it
-    takes nothing else, so that options of other programs reach the function."""
+    """Register a function as a command of its name. usage: its arguments; overrides: it takes key=value for
+    some keys; free_form: it takes nothing else, so that options of other programs reach the function."""
 
     def register(function: Function) -> Function:
         members = {"usage": usage, "takes_overrides": overrides}
-        settings = {"ignore_unknown_options": True} if free_form else {}
+        settings = {"ignore_unknown_options": free_form}
         app.command(cls=type("Command", (Command,), members), context_settings=settings)(function)
         return function
 
@@ -143,7 +157,9 @@ def program(
 
 def run_command(argv: Sequence[str]) -> int:
     """Run one command. Returns 0, or raises UserError."""
-    argv = [*argv[1:], "--help"] if argv and argv[0] == "help" else list(argv)
+    argv = list(argv)
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     parser = load_parser()
     if COMPLETION in os.environ:
         parser.main(argv, prog_name=PROGRAM, complete_var=COMPLETION)
@@ -183,7 +199,9 @@ def _print_help(ctx: Any) -> None:
 
 def _problem(error: Any) -> Problem:
     """What the parser says, in the form of every other error."""
-    usage = "" if error.ctx is None else " ".join(error.ctx.get_usage().split()).removeprefix("Usage: ")
+    usage = ""
+    if error.ctx is not None:
+        usage = " ".join(error.ctx.get_usage().split()).removeprefix("Usage: ")
     param = getattr(error, "param", None)
     option = getattr(error, "option_name", None)
     if type(error).__name__ == "MissingParameter" and param is not None:

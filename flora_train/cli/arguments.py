@@ -42,4 +42,5 @@ def split_list(values: list[str] | None) -> list[str] | None:
     """The items of comma-separated values, of an option that may be given several times."""
     if values is None:
         return None
-    return [item.strip() for value in values for item in value.strip("[]").split(",") if item.strip()]
+    items = ",".join(value.strip("[]") for value in values).split(",")
+    return [item.strip() for item in items if item.strip()]

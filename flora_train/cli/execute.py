@@ -49,7 +49,7 @@ def execute(
 
     samples = None
     if pass_at_k is not None:
-        samples = [int(k) if k.isdecimal() else k for k in split_list(pass_at_k) or ()]
+        samples = list(map(_number, split_list(pass_at_k) or ()))
     execute_completions(
         completions,
         prompts=prompts,
@@ -60,3 +60,8 @@ def execute(
         cpu_seconds=cpu_seconds,
         out=out,
     )
+
+
+def _number(text: str) -> int | str:
+    """A whole number, or what is no number, for the error."""
+    return int(text) if text.isdecimal() else text

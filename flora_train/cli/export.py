@@ -19,8 +19,9 @@ def export(
         str,
         typer.Option(
             "--as",
-            help="peft: PEFT's own formats, exact. flora: fLoRA for PEFT with flora_train.peft_plugin. merged: plain models with "
-            "the adapter folded in. lora-svd: the closest LoRA, for servers that accept nothing else.",
+            help="peft: PEFT's own formats, exact. flora: fLoRA for PEFT with flora_train.peft_plugin. "
+            "merged: plain models with the adapter folded in. lora-svd: the closest LoRA, for servers that "
+            "accept nothing else.",
             metavar="peft|flora|merged|lora-svd",
         ),
     ] = "peft",

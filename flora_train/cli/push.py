@@ -30,7 +30,7 @@ def push(
     """Upload adapters, cards and the report to the hub.
 
     \b
-    Example: flora-train push outputs/quickstart --repo me/quickstart --base HuggingFaceTB/SmolLM2-135M --dry-run
+    Example: flora-train push outputs/quickstart --repo me/code --base HuggingFaceTB/SmolLM2-135M --dry-run
     """
     from flora_train.commands.push import push_run
 

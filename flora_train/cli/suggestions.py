@@ -14,7 +14,7 @@ OTHER_NAMES = {"--k": "--pass-at-k", "--ks": "--pass-at-k", "--n-jobs": "--worke
 """Options of earlier versions and of other programs -> this program's."""
 
 
-def unknown_option(name: str, arg: str, options: Collection[str], takes_overrides: bool) -> Problem:
+def unknown_option(name: str, arg: str, options: Collection[str], *, takes_overrides: bool) -> Problem:
     """An option that a command does not have. arg: as it was written, perhaps with its value."""
     _, _, value = arg.partition("=")
     key = name.lstrip("-").replace("-", "_")
@@ -23,7 +23,7 @@ def unknown_option(name: str, arg: str, options: Collection[str], takes_override
     return Problem(name, None, f"unknown option; there are {choices(_long(options))}.{_closest(name, options)}")
 
 
-def option_for_assignment(arg: str, options: Mapping[str, Any], takes_overrides: bool) -> Problem | None:
+def option_for_assignment(arg: str, options: Mapping[str, Any], *, takes_overrides: bool) -> Problem | None:
     """The problem of `prompts=FOLDER` where the command has an option --prompts; None for anything else."""
     match = ASSIGNMENT.fullmatch(arg)
     if match is None:
@@ -32,7 +32,9 @@ def option_for_assignment(arg: str, options: Mapping[str, Any], takes_overrides:
     name = f"--{key.replace('_', '-')}"
     name = OTHER_NAMES.get(name, name)
     if name in options:
-        flag = name if getattr(options[name], "is_flag", False) else f"{name} {_as_value(value)}"
+        flag = f"{name} {_as_value(value)}"
+        if getattr(options[name], "is_flag", False):
+            flag = name
         return Problem(key, value or None, f"options of this command begin with --. Did you mean {flag!r}?")
     if takes_overrides and (recipe_key := _recipe_key(key)) is not None:
         return Problem(key, value or None, f"unknown key. Did you mean {f'{recipe_key}={value}'!r}?")
@@ -47,10 +49,12 @@ def _recipe_key(key: str) -> str | None:
     from flora_train.config.suggestions import full_key  # loads the schema of recipes, which takes a moment
 
     section, _, _ = key.partition(".")
-    meant = full_key(key.split(".")) or (key if "." in key else None)
-    if meant is None:
-        return None
-    return meant if section == "tasks" or meant.startswith("evaluation.") else None
+    meant = full_key(key.split("."))
+    if meant is None and "." in key:
+        meant = key
+    if meant is not None and (section == "tasks" or meant.startswith("evaluation.")):
+        return meant
+    return None
 
 
 def _as_value(text: str) -> str:
@@ -64,7 +68,9 @@ def _as_value(text: str) -> str:
 def _closest(name: str, options: Collection[str]) -> str:
     name = name.replace("_", "-")
     known = OTHER_NAMES.get(name, name)
-    return f" Did you mean {known!r}?" if known in options else did_you_mean(known, _long(options))
+    if known in options:
+        return f" Did you mean {known!r}?"
+    return did_you_mean(known, _long(options))
 
 
 def _long(options: Collection[str]) -> list[str]:

@@ -38,7 +38,8 @@ class ConvertOptions(ConfigModel):
 
 
 def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None = None) -> None:
-    """Write a fLoRA that is close to a LoRA, and print how close. Raises UserError before anything is written."""
+    """Write a fLoRA that is close to a LoRA, and print how close. Raises UserError before anything is
+    written."""
     options = read_options(ConvertOptions, {"adapter": adapter, "out": out, "rank": rank, "model": model})
     source, folder = options.adapter, Path(options.out)
     if folder.exists():
@@ -66,12 +67,12 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
         for param, view in params.items():
             view.copy_(numbers[f"{module}.{param}"])
     export_peft(bank, folder.name, folder, base=BaseModel(base), replace=False)
-    found = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
-    write_card(
-        None,
-        bank.specs[0],
-        folder,
-        origin=f"Fitted to the LoRA `{in_code(source)}` of rank {config['r']} by weighted least squares, a close fit and not always the closest: {found}.",
+    closeness = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
+    origin = (
+        f"Fitted to the LoRA `{in_code(source)}` of rank {config['r']} by weighted least squares, a close fit and not "
+        f"always the closest: {closeness}."
     )
-    print_plain(f"{folder}: fLoRA of rank {options.rank}, {found}")
-    print_plain(f"next  train it on with adapters.flora={{method: flora, rank: {options.rank}, lr: 2.0e-2, init_from: {folder}}}")
+    write_card(None, bank.specs[0], folder, origin=origin)
+    print_plain(f"{folder}: fLoRA of rank {options.rank}, {closeness}")
+    settings = f"{{method: flora, rank: {options.rank}, lr: 2.0e-2, init_from: {folder}}}"
+    print_plain(f"next  train it on with adapters.flora={settings}")

@@ -1,4 +1,4 @@
-"""flora-train doctor: prints what this machine can run, and which kernels compute the adapters of a recipe."""
+"""flora-train doctor: prints what this machine can run, and which kernels a recipe would use."""
 
 from __future__ import annotations
 
@@ -164,7 +164,8 @@ def _choice(method: str, work: Work) -> Choice:
 
 
 def check_machine() -> None:
-    """Print what this machine can run. Programs of every language are run once, in the sandbox; the hub is not contacted."""
+    """Print what this machine can run. Programs of every language are run once, in the sandbox; the hub is
+    not contacted."""
     console = Console(soft_wrap=True)
     for facts in (_machine_facts(), _sandbox_facts()):
         for name, value in facts:

@@ -1,4 +1,4 @@
-"""flora-train evaluate: evaluates the saved adapters of a run again, also on other data or with other settings."""
+"""flora-train evaluate: evaluates the saved adapters of a run again, also on other data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def evaluate_run(
     Args:
         run: The folder of the run.
         overrides: `evaluation.KEY=VALUE` and `tasks.TASK.KEY=VALUE`, instead of the run's own, for instance
-            `tasks.lua.validation=other.jsonl`. Results then go to a folder of their own in the run, and those of the run stay.
+            `tasks.lua.validation=other.jsonl`. Results then go to a folder of their own in the run, and those
+            of the run stay.
         allow_different_base: Accept another base model than the run was trained on. Results say so.
         allow_different_data: Accept other rows than the run was trained on. Results say so.
 
@@ -75,7 +76,8 @@ def _evaluate(run: str, overrides: Sequence[str], allow: OriginOptions) -> RunFo
 
 
 def _folder_of(config: RunConfig, folder: RunFolder) -> RunFolder:
-    """The run's folder with an evaluation folder for this configuration, so that results of different settings are not mixed."""
+    """The run's folder with an evaluation folder for this configuration, so that results of different
+    settings are not mixed."""
     settings = config.model_dump(mode="json", include={"evaluation", "tasks"})
     results = copy.copy(folder)
     results.evaluation = folder.path / f"eval-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"

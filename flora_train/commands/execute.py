@@ -1,4 +1,4 @@
-"""flora-train execute: runs completions of any origin in the sandbox, and prints pass@k per adapter and language."""
+"""flora-train execute: runs completions of any origin in the sandbox, and prints pass@k."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class ExecuteOptions(ConfigModel):
 def execute_completions(file: str, **values: object) -> None:
     """Run completions in the sandbox and print pass@k. values: ExecuteOptions.
 
-    Verdicts are written one by one, and a second call continues the first. Raises UserError for wrong input before
-    anything runs.
+    Verdicts are written one by one, and a second call continues the first. Raises UserError for wrong input
+    before anything runs.
     """
     options = read_options(ExecuteOptions, values)
     path = Path(file)

@@ -1,4 +1,4 @@
-"""flora-train export: writes adapters of a run for other programs, as PEFT folders, plain models or the closest LoRA."""
+"""flora-train export: writes PEFT folders, plain models or the closest LoRAs of a run's adapters."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ DEFAULT_RANK = 64
 
 class ExportOptions(ConfigModel):
     as_: Literal["peft", "flora", "merged", "lora-svd"] = Field("peft", alias="as")
-    """peft: PEFT's own types (LORA, IA3, HIRA for fLoRA), exact. flora: fLoRA under a type of its own, without HiRA's extra
-    rank, for PEFT with flora_train.peft_plugin. merged: a plain model with the adapter folded in, in float32. lora-svd: the
-    closest LoRA, for servers that accept nothing else."""
+    """peft: PEFT's own types (LORA, IA3, HIRA for fLoRA), exact. flora: fLoRA under a type of its own,
+    without HiRA's extra rank, for PEFT with flora_train.peft_plugin. merged: a plain model with the adapter
+    folded in, in float32. lora-svd: the closest LoRA, for servers that accept nothing else."""
     rank: int | None = Field(None, ge=1, le=65_536)
     """lora-svd only: its rank. Default: 64."""
     max_error: float | None = Field(None, gt=0, lt=1)
-    """lora-svd only, instead of rank: the smallest rank, the same in all layers, with |dW - B A| / |dW| at most this."""
+    """lora-svd only, instead of rank: the smallest rank, the same in all layers, with |dW - B A| / |dW| at
+    most this."""
     out: PathText | None = None
     """Folder for the adapters' folders. Default: adapters/, flora/, merged/ or lora-svd/ of the run."""
 
@@ -77,13 +78,15 @@ def export_adapters(
     Args:
         run: The folder of a run.
         names: Names of adapters. Default: all.
-        as_: `"peft"`: the types of PEFT (LORA, IA3, HIRA for fLoRA), exact. `"flora"`: fLoRA under a type of its own, without
-            the extra rank of HIRA, for `flora_train.peft_plugin`. `"merged"`: plain models with the adapter folded in, in
-            float32. `"lora-svd"`: the closest LoRA, for servers that accept nothing else.
+        as_: `"peft"`: the types of PEFT (LORA, IA3, HIRA for fLoRA), exact. `"flora"`: fLoRA under a type of
+            its own, without the extra rank of HIRA, for `flora_train.peft_plugin`. `"merged"`: plain models
+            with the adapter folded in, in float32. `"lora-svd"`: the closest LoRA, for servers that accept
+            nothing else.
         rank: With `"lora-svd"`, its rank. Default: 64.
-        max_error: With `"lora-svd"`, instead of `rank`: the smallest rank, the same in all layers, with |dW - B A| / |dW| of at
-            most this.
-        out: Folder for the folders of the adapters. Default: adapters/, flora/, merged/ or lora-svd/ of the run.
+        max_error: With `"lora-svd"`, instead of `rank`: the smallest rank, the same in all layers, with a relative
+            error |dW - B A| / |dW| of at most this.
+        out: Folder for the folders of the adapters. Default: adapters/, flora/, merged/ or lora-svd/ of the
+            run.
         allow_different_base: Accept another base model than the run was trained on. Results say so.
         allow_different_data: Accept other rows than the run was trained on. Results say so.
 
@@ -124,8 +127,8 @@ def _export(run: str, names: Sequence[str], options: ExportOptions, allow: Origi
 
 
 def _claim(context: RunContext, names: Sequence[str], out: Path, *, in_default: bool, as_: str) -> bool:
-    """Note the files in the run's manifest, if they are written into its own folder. Returns whether files that are there
-    are the run's, and may be replaced. Raises UserError if files of others are in the way."""
+    """Note the files in the run's manifest, if they are written into its own folder. Returns whether files
+    that are there are the run's, and may be replaced. Raises UserError if files of others are in the way."""
     files = [f"{FOLDERS[as_]}/{{adapter}}/{file}" for file in PEFT_FILES]
     is_own = in_default and (as_ == "peft" or context.folder.names(files))
     if not is_own:

@@ -31,7 +31,8 @@ EVALUATIONS = 5
 
 class InitOptions(ConfigModel):
     model: PathText | None = None
-    """The base: a folder, or a name on the hub. Default: SmolLM2-135M; for clips with transcripts whisper-base."""
+    """The base: a folder, or a name on the hub. Default: SmolLM2-135M; for clips with transcripts
+    whisper-base."""
     out: PathText | None = None
     """The recipe. Default: NAME.yaml here."""
     name: Name | None = None
@@ -51,8 +52,8 @@ class Sizes:
 
 
 def init_recipe(sources: Sequence[str], **values: object) -> None:
-    """Write a recipe for files or folders. values: InitOptions. Raises UserError, which says what to write instead, where a file
-    cannot be a task."""
+    """Write a recipe for files or folders. values: InitOptions. Raises UserError, which says what to write
+    instead, where a file cannot be a task."""
     options = read_options(InitOptions, values)
     tasks = _guess_all(sources, options.language)
     model = options.model or _default_model(tasks)
@@ -125,8 +126,8 @@ def raw_recipe(name: str, model: str, tasks: Mapping[str, GuessedTask], sizes: S
 
 
 def fitting_sizes(raw: dict[str, Any]) -> Sizes:
-    """Steps and tokens for the data of a recipe, which is read: a step has room for a draw of every task's longest examples, and the
-    run is EPOCHS passes over the data."""
+    """Steps and tokens for the data of a recipe, which is read: a step has room for a draw of every task's
+    longest examples, and the run is EPOCHS passes over the data."""
     config = resolve_config(validate(raw))
     _, tasks, speech_processor = load_data(config)
     if speech_processor is not None:

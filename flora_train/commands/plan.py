@@ -1,4 +1,4 @@
-"""flora-train plan: prints the memory, disk and time that a run needs, measured on one and two layers of its model."""
+"""flora-train plan: prints the memory, disk and time that a run needs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5}
 
 
 def plan_run(config: RunConfig) -> None:
-    """Print the plan of a run. Raises UserError, which names the setting to change, where the run would be refused or not fit."""
+    """Print the plan of a run. Raises UserError, which names the setting to change, where the run would be
+    refused or not fit."""
     folder = RunFolder(Path(config.folder))
     config = resolve_config(config, folder)
     capacity = measure_capacity(config)
@@ -59,7 +60,8 @@ def plan_run(config: RunConfig) -> None:
 
 
 def measure_capacity(config: RunConfig) -> Capacity:
-    """Read the data (it is cached, as by the run), and train one step of models of one and two layers with random weights."""
+    """Read the data (it is cached, as by the run), and train one step of models of one and two layers with
+    random weights."""
     device = default_device()
     prepare(config, device)
     tokenizer, tasks, speech_processor = load_data(config)
@@ -110,7 +112,8 @@ def _base_bytes(config: RunConfig, device: torch.device) -> int:
 
 
 def _slots(config: RunConfig, device: torch.device, *, free: int, largest: int, values: int) -> int | None:
-    """Slots of the largest adapter on the device; None where all adapters fit. free: bytes beside the base."""
+    """Slots of the largest adapter on the device; None where all adapters fit. free: bytes beside the
+    base."""
     slots: int | None = None
     if config.paging.device_slots != "auto":
         slots = config.paging.device_slots
@@ -120,7 +123,8 @@ def _slots(config: RunConfig, device: torch.device, *, free: int, largest: int, 
 
 
 def _storage(config: RunConfig, values: int, *, paged: bool) -> dict[str, int]:
-    """The fields of Capacity on host memory and disks. values: of all adapters; paged: not all of them are on the device."""
+    """The fields of Capacity on host memory and disks. values: of all adapters; paged: not all of them are on
+    the device."""
     state = FLOAT * (PLANES - 1) * values  # no gradient outlives its step
     on_host = state if paged else 0
     guard = 0 if config.guard.policy == "skip" else state
@@ -144,7 +148,8 @@ def _storage(config: RunConfig, values: int, *, paged: bool) -> dict[str, int]:
 
 
 def check_texts(config: RunConfig, tokenizer: Any) -> None:
-    """Raises UserError where a prompt cannot be completed, or leaves no room for its completion, as the run would."""
+    """Raises UserError where a prompt cannot be completed, or leaves no room for its completion, as the run
+    would."""
     suites = load_suites(config)[0] if config.evaluation.problems else ()
     prompts = prompts_of(config, suites)
     model = empty_model(config.model)

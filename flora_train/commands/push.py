@@ -40,7 +40,8 @@ class PushOptions(ConfigModel):
     repo: Text
     """ORG/NAME (or YOU/NAME) on the hub."""
     repo_per_adapter: bool = False
-    """A repository ORG/NAME-ADAPTER for each, and a collection NAME, instead of one repository with a folder each."""
+    """A repository ORG/NAME-ADAPTER for each, and a collection NAME, instead of one repository with a folder
+    each."""
     base: Text | None = None
     """Name of the base model on the hub, which the adapters refer to. Default: model.path of the recipe."""
     public: bool = False
@@ -56,7 +57,8 @@ class PushOptions(ConfigModel):
 def push_run(run: str, names: Sequence[str] = (), **values: object) -> None:
     """Put adapters of a run (default: all) on the hub. values: PushOptions.
 
-    Files that are there already are not sent again, so that a second call finishes what the first left. Raises UserError.
+    Files that are there already are not sent again, so that a second call finishes what the first left.
+    Raises UserError.
     """
     options = read_options(PushOptions, values)
     folder, config = open_run(run)
@@ -140,7 +142,8 @@ def _print_repositories(repositories: Sequence[Repository], options: PushOptions
 
 
 def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
-    """Create the repositories and commit their files. Raises UserError where the hub refuses, or the connection breaks."""
+    """Create the repositories and commit their files. Raises UserError where the hub refuses, or the
+    connection breaks."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -212,7 +215,8 @@ def _create(api: Any, repository: Repository, options: PushOptions) -> str:
 
 
 def _check_compatible(repository: Repository, present: Entries) -> None:
-    """Raises UserError where the repository has adapters of another base, or of another run under the same name."""
+    """Raises UserError where the repository has adapters of another base, or of another run under the same
+    name."""
     other_bases = {entry.base for entry in present.values()} - {repository.base}
     if other_bases:
         hint = f"holds adapters for another base, {other_bases.pop()}: choose another repository"
@@ -242,7 +246,8 @@ def _is_private(api: Any, name: str) -> bool | None:
 
 
 def check_visibility(name: str, private: bool | None, public: bool) -> None:
-    """Raises UserError if a repository is public and --public was not given. private: None if there is no repository."""
+    """Raises UserError if a repository is public and --public was not given. private: None if there is no
+    repository."""
     if private is False and not public:
         hint = "exists and is public: give --public to push for everybody to see, or choose another repository"
         raise user_error("repo", name, hint)
@@ -266,7 +271,8 @@ def _adapters_on_hub(api: Any, repository: Repository) -> Entries:
 
 
 def _collection(api: Any, options: PushOptions) -> Any:
-    """The collection of the repositories, created if there is none. Raises UserError if it is public without --public."""
+    """The collection of the repositories, created if there is none. Raises UserError if it is public without
+    --public."""
     owner, _, name = options.repo.partition("/")
     private = not options.public
     collection = with_retries(lambda: api.create_collection(name, namespace=owner, private=private, exists_ok=True))

@@ -17,8 +17,8 @@ from flora_train.runtime.run_folder import RunFolder, open_run_folder
 def write_reports(runs: Sequence[str], *, out: str | None = None, table: str | None = None) -> None:
     """Write the report of one run again, or one page that compares several runs. Nothing is evaluated.
 
-    out: the page of several runs, which ends in .html. Default: comparison.html beside the first run. table: a file of the results, which
-    ends in .csv, .md or .tex. Raises UserError.
+    out: the page of several runs, which ends in .html. Default: comparison.html beside the first run. table:
+    a file of the results, which ends in .csv, .md or .tex. Raises UserError.
     """
     if table is not None:
         check_table_name(Path(table))

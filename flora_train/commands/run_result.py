@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class RunResult(os.PathLike[str]):
-    """A finished run. It can be used wherever a path is expected, and notebooks show it as a table of its results."""
+    """A finished run. It can be used wherever a path is expected, and notebooks show it as a table of its
+    results."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

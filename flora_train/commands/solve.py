@@ -1,4 +1,4 @@
-"""flora-train solve: the base and the adapters of a run, and other PEFT adapters, solve programming problems."""
+"""flora-train solve: lets the base and the adapters of a run solve programming problems."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class SolveOptions(ConfigModel):
     contenders: Annotated[list[PathText], Field(min_length=1)] | None = None
     """Other PEFT adapters, folders or hub names, that solve the same problems."""
     out: PathText | None = None
-    """Folder of completions, verdicts and scores. Default: eval/<suite> of the run, which its report shows."""
+    """Folder of completions, verdicts and scores. Default: eval/<suite> of the run, which its report
+    shows."""
     multipl_e: PathText | None = None
     """Also write the completions here in MultiPL-E's layout: one folder per contender and language."""
 
@@ -73,8 +74,9 @@ class SolveJob:
 def solve_run(run: str, overrides: Sequence[str] = (), *, allow_different_base: bool = False, **values: object) -> None:
     """Let the base and the adapters of a run solve programming problems, and print pass@k.
 
-    Completions of an earlier call are kept. overrides: `evaluation.KEY=VALUE` and `tasks.TASK.KEY=VALUE`, instead of the
-    run's own; values: SolveOptions. Raises UserError for wrong input before the model is loaded.
+    Completions of an earlier call are kept. overrides: `evaluation.KEY=VALUE` and `tasks.TASK.KEY=VALUE`,
+    instead of the run's own; values: SolveOptions. Raises UserError for wrong input before the model is
+    loaded.
     """
     folder, recorded = open_run(run)
     options = read_options(SolveOptions, values)
@@ -126,7 +128,8 @@ def _config_of(recorded: RunConfig, overrides: Sequence[str], options: SolveOpti
 
 @contextmanager
 def _reserved(folder: Path) -> Iterator[None]:
-    """A folder outside the run, in which no other process solves or trains meanwhile. Raises UserError if one does."""
+    """A folder outside the run, in which no other process solves or trains meanwhile. Raises UserError if one
+    does."""
     parents = (real_path(folder), *real_path(folder).parents)
     run_folder = next((parent for parent in parents if (parent / "run.json").exists()), folder)
     lock = RunLock(run_folder)
@@ -138,7 +141,8 @@ def _reserved(folder: Path) -> Iterator[None]:
 
 
 def _check_files(job: SolveJob) -> None:
-    """Raises UserError for damaged results of an earlier call, and for completions in `layout` that are not in the logs."""
+    """Raises UserError for damaged results of an earlier call, and for completions in `layout` that are not
+    in the logs."""
     suites = {suite.name: job.plan.languages for suite in job.plan.suites}
     check_evaluation(job.results, suites, job.config)
     if job.results == job.folder.evaluation:

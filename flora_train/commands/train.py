@@ -179,7 +179,8 @@ def origin_of(context: RunContext) -> dict[str, Any]:
 
 
 def record_training(context: RunContext, trainer: Trainer, load_seconds: float) -> None:
-    """Write the costs of training into run.json, with those of separate runs where they are to be compared."""
+    """Write the costs of training into run.json, with those of separate runs where they are to be
+    compared."""
     seconds = {
         "load": load_seconds,
         "train": trainer.state.seconds,
@@ -207,7 +208,8 @@ def finish(trainer: Trainer, accelerator: Accelerator) -> None:
 
 
 def report_left_out(context: RunContext) -> None:
-    """Report the clips that cannot be used, and list them in clips_left_out.tsv (task, split, reason, file)."""
+    """Report the clips that cannot be used, and list them in clips_left_out.tsv (task, split, reason,
+    file)."""
     rows: list[tuple[str, str, str, str]] = []
     for name, task in context.tasks.items():
         for split, examples in (("train", task.train), ("validation", task.validation), ("test", task.test)):
@@ -230,7 +232,8 @@ def report_left_out(context: RunContext) -> None:
 
 def check_texts(context: RunContext, plan: Plan | None) -> None:
     """Raises UserError if a prompt that is to be completed after training cannot be, or leaves no room for
-    evaluation.max_new_tokens. Logs where texts are generated one row at a time. Collective where the base is sharded."""
+    evaluation.max_new_tokens. Logs where texts are generated one row at a time. Collective where the base is
+    sharded."""
     config, processor = context.config, context.speech_processor
     prompts = prompts_of(config, plan.suites if plan else ())
     if processor is not None:

@@ -53,8 +53,8 @@ class GuessedTask:
 def guess_tasks(source: str, language: str | None) -> dict[str, GuessedTask]:
     """Task name -> task of a file or folder.
 
-    A folder of clips (LANGUAGE/clips.tsv) makes a task for each language. language: of clips, instead of the name of their folder.
-    Raises UserError where the kind of task cannot be told.
+    A folder of clips (LANGUAGE/clips.tsv) makes a task for each language. language: of clips, instead of the
+    name of their folder. Raises UserError where the kind of task cannot be told.
     """
     path = Path(source)
     name = _task_name(path)

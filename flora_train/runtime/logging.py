@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LIBRARY = "flora_train"
-"""Parent of every logger of the package; it has a NullHandler, so that the package prints nothing by itself."""
+"""Parent of every logger of the package; it has a NullHandler, so that the package prints nothing by
+itself."""
 
 
 def init_logging(level: int | str = logging.INFO) -> None:
-    """Print the package's log lines on standard error, as the command line does. A second call replaces the first.
+    """Print the package's log lines on standard error, as the command line does. A second call replaces the
+    first.
 
-    Lines have no timestamp and no level, and warnings begin with `note: `. For other formats, files or filters, configure the logger
-    `flora_train` with the standard library instead of calling this.
+    Lines have no timestamp and no level, and warnings begin with `note: `. For other formats, files or
+    filters, configure the logger `flora_train` with the standard library instead of calling this.
 
     Args:
         level: The lowest level that is printed, for instance `logging.WARNING` or `"WARNING"` for notes only.
@@ -54,7 +56,8 @@ class MainProcessFilter(logging.Filter):
 
 
 class LineFormatter(logging.Formatter):
-    """The message alone, `note: ` before a warning, `error: ` before an error; control characters are written as escapes."""
+    """The message alone, `note: ` before a warning, `error: ` before an error; control characters are written
+    as escapes."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"{self.prefix(record)}{plain(super().format(record))}"
@@ -67,7 +70,8 @@ class LineFormatter(logging.Formatter):
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records through rich on a terminal, above a progress bar if there is one, and as plain lines elsewhere."""
+    """Prints records through rich on a terminal, above a progress bar if there is one, and as plain lines
+    elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,21 +94,24 @@ class ConsoleHandler(logging.Handler):
 
 
 def may_draw_progress(console: Console) -> bool:
-    """Whether a progress bar is drawn: on a terminal or in a notebook, unless the package's log level is above INFO."""
+    """Whether a progress bar is drawn: on a terminal or in a notebook, unless the package's log level is
+    above INFO."""
     silenced = logging.getLogger(LIBRARY).level > logging.INFO or logging.root.manager.disable >= logging.INFO
     return not silenced and (is_terminal() or console.is_jupyter)
 
 
 def is_terminal() -> bool:
-    """Whether standard error is a terminal."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether standard error is a terminal, also while a progress bar stands in front of it."""
+    stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    return stream is not None and stream.isatty()
 
 
 _console: Console | None = None
 
 
 def error_console() -> Console:
-    """The console of standard error, which log lines and the progress bar share, so that lines are printed above the bar."""
+    """The console of standard error, which log lines and the progress bar share, so that lines are printed
+    above the bar."""
     from rich.console import Console
 
     global _console

@@ -43,7 +43,8 @@ class Capacity:
     """In the run folder, at most."""
     free_disk: int
     pages: int
-    """Page files, where paging.folder is on another disk than the run folder; else they are part of `on_disk`."""
+    """Page files, where paging.folder is on another disk than the run folder; else they are part of
+    `on_disk`."""
     free_pages: int
     step_seconds: float
     shared: bool

@@ -1,4 +1,5 @@
-"""flora-train evaluate with other data and other settings: results of their own, which say what was changed."""
+"""flora-train evaluate with other data and other settings: results of their own, which say what was
+changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as a table for other programs and papers: CSV, Markdown or LaTeX, a row per task and a column per method."""
+"""Results of runs as CSV, Markdown or LaTeX: a row per task and a column per method."""
 
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ def _error_rates(run: str, report: Report) -> Iterator[Score]:
 
 
 def as_csv(scores: Sequence[Score]) -> str:
-    """A line per task and method, with numbers as they are in report.json; empty where a number is not finite."""
+    """A line per task and method, with numbers as they are in report.json; empty where a number is not
+    finite."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -177,7 +178,8 @@ def check_table_name(path: Path) -> None:
 
 
 def write_table(reports: Mapping[str, Report], path: Path) -> None:
-    """Write the results of runs in the format of the file's name. reports: label of a run -> its report. Raises UserError."""
+    """Write the results of runs in the format of the file's name. reports: label of a run -> its report.
+    Raises UserError."""
     check_table_name(path)
     text = FORMATS[path.suffix](scores_of(reports))
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
@@ -244,7 +246,8 @@ def _title(metric: str, scores: Sequence[Score]) -> str:
 
 def _legend(scores: Sequence[Score]) -> str:
     percent = f"{100 * scores[0].confidence:g} %"
-    return f"Brackets: {percent} intervals. *: better than the base, by an interval of the difference that excludes zero."
+    stars = "*: better than the base, by an interval of the difference that excludes zero"
+    return f"Brackets: {percent} intervals. {stars}."
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
