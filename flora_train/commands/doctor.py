@@ -91,7 +91,9 @@ def _pool_name(pool: Pool) -> str:
     families = Counter(spec.family for spec in pool.specs)
     names = " + ".join(f"{number} x {family}" for family, number in families.items())
     rank = pool.specs[0].rank
-    return f"{names}, rank {rank}" if rank else names
+    if rank:
+        names += f", rank {rank}"
+    return names
 
 
 def _recipe_facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
@@ -109,14 +111,18 @@ def _recipe_facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -
     yield "triton", why_not_triton(device) or "can run here; kernels.backend=triton asks for it"
     yield "precision", f"{_precision(dtype)} (kernels.precision={config.kernels.precision})"
     machine_name = calibrated_on(Work(1, False, 1, 1, 1, 1, device=device.type, triton=in_triton))
-    measured = f"measured on {machine_name}" if machine_name else "not measured on such a device: a CPU's"
-    yield "thresholds", measured
+    thresholds = "not measured on such a device: a CPU's"
+    if machine_name:
+        thresholds = f"measured on {machine_name}"
+    yield "thresholds", thresholds
 
 
 def _precision(dtype: torch.dtype) -> str:
     if splits(dtype):
         return "M - 1 is kept apart from 1"
-    return "no part of M is kept apart" if dtype.itemsize == 2 else "has no meaning in float32"
+    if dtype.itemsize == 2:
+        return "no part of M is kept apart"
+    return "has no meaning in float32"
 
 
 def choices_of(pool: Pool, tokens_per_adapter: float, dtype: torch.dtype, device: torch.device) -> dict[Choice, list[str]]:
@@ -183,7 +189,9 @@ def _machine_facts() -> Iterator[tuple[str, str]]:
     yield "disk", f"{disk_usage(Path.cwd()).free / 1e9:.1f} GB free here (runs are in outputs/)"
     for extra, (purpose, modules) in EXTRAS.items():
         is_missing = any(find_spec(module) is None for module in modules)
-        state = f"not installed: pip install 'flora-train[{extra}]'" if is_missing else "ready"
+        state = "ready"
+        if is_missing:
+            state = f"not installed: pip install 'flora-train[{extra}]'"
         yield extra, f"{purpose}: {state}"
     yield "hub login", _login()
 
@@ -226,4 +234,6 @@ def _login() -> str:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE=1: the hub is not contacted"
-    return "a token is here" if get_token() else "none (needed for gated data and flora-train push): hf auth login"
+    if get_token():
+        return "a token is here"
+    return "none (needed for gated data and flora-train push): hf auth login"

@@ -94,5 +94,6 @@ def _claim(results: RunFolder, folder: RunFolder, config: RunConfig, plan: Plan 
 
 
 def _suite_files(plan: Plan | None) -> list[str]:
-    suites = plan.suites if plan is not None else ()
-    return suite_files(suite.name for suite in suites)
+    if plan is None:
+        return []
+    return suite_files(suite.name for suite in plan.suites)

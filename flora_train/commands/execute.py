@@ -68,8 +68,10 @@ def execute_completions(file: str, **values: object) -> None:
     records = collect_verdicts(runnable, languages, sandbox, file=out, workers=workers)
     if records:
         print_table(_score_table(Scores(records.values()), options.pass_at_k))
-        unconfined = "" if sandbox.kind == "bubblewrap" else "  (unconfined: sandbox=none)"
-        print_plain(f"verdicts  {out}{unconfined}")
+        where = f"verdicts  {out}"
+        if sandbox.kind == "none":
+            where += "  (unconfined: sandbox=none)"
+        print_plain(where)
     for reason in broken.values():
         print_plain(f"not evaluated: {reason}")
 
@@ -77,7 +79,9 @@ def execute_completions(file: str, **values: object) -> None:
 def _languages(completions: Sequence[Completion], options: ExecuteOptions) -> dict[str, Language]:
     """The languages to run, by key. Raises UserError for one that no completion is in."""
     available = {completion.problem.language for completion in completions}
-    chosen = available if options.languages is None else set(options.languages)
+    chosen = available
+    if options.languages is not None:
+        chosen = set(options.languages)
     table = load_languages(options.cpu_seconds)
     languages = {key: find_language(key, table) for key in sorted(chosen)}
     absent = sorted(chosen - available)

@@ -115,7 +115,8 @@ def _export(run: str, names: Sequence[str], options: ExportOptions, allow: Origi
         if options.as_ == "merged":
             return _export_merged(run, names, out, allow)
         is_svd = options.as_ == "lora-svd"
-        context, _ = load_run(run, with_tasks=is_svd, dtype="float32" if is_svd else None, allow=allow)
+        dtype = "float32" if is_svd else None
+        context, _ = load_run(run, with_tasks=is_svd, dtype=dtype, allow=allow)
         names = _chosen_names(context.bank, names, options.as_)
         replace = _claim(context, names, out, in_default=real_path(out) == real_path(default), as_=options.as_)
         if is_svd:
@@ -214,7 +215,9 @@ def _export_svd(context: RunContext, names: Sequence[str], out: Path, *, options
 
 
 def _svd_lora(bank: AdapterBank, name: str, options: ExportOptions) -> SvdLora:
-    rank = None if options.max_error is not None else options.rank or DEFAULT_RANK
+    rank = options.rank
+    if rank is None and options.max_error is None:
+        rank = DEFAULT_RANK
     with ProgressBar(f"decompose {name}", 1.0) as bar:
         return compute_svd_lora(bank, name, rank=rank, max_error=options.max_error, report=bar.update)
 

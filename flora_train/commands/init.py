@@ -94,18 +94,24 @@ def _guess_all(sources: Sequence[str], language: str | None) -> dict[str, Guesse
 
 
 def _default_model(tasks: Mapping[str, GuessedTask]) -> str:
-    return SPEECH_MODEL if all(task.is_speech for task in tasks.values()) else TEXT_MODEL
+    if all(task.is_speech for task in tasks.values()):
+        return SPEECH_MODEL
+    return TEXT_MODEL
 
 
 def _run_name(out: str | None, tasks: Mapping[str, GuessedTask]) -> str:
     """The name of the recipe's file as that of a run, or of the first task."""
-    name = next(iter(tasks)) if out is None else Path(out).stem
+    name = next(iter(tasks))
+    if out is not None:
+        name = Path(out).stem
     return re.sub(r"[^A-Za-z0-9_-]", "_", name).lstrip("_-") or "run"
 
 
 def raw_recipe(name: str, model: str, tasks: Mapping[str, GuessedTask], sizes: Sizes) -> dict[str, Any]:
     """The recipe as plain mappings."""
-    is_speech = any(task.is_speech for task in tasks.values())
+    max_length = MAX_LENGTH
+    if any(task.is_speech for task in tasks.values()):
+        max_length = SPEECH_LENGTH
     return {
         "name": name,
         "model": {"path": model},
@@ -119,7 +125,7 @@ def raw_recipe(name: str, model: str, tasks: Mapping[str, GuessedTask], sizes: S
             "steps": sizes.steps,
             "tokens_per_step": sizes.tokens,
             "tokens_per_microbatch": min(sizes.tokens, 4096),
-            "max_length": SPEECH_LENGTH if is_speech else MAX_LENGTH,
+            "max_length": max_length,
         },
         "evaluation": {"interval": max(1, sizes.steps // EVALUATIONS)},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -23,6 +23,7 @@ from flora_train.config.unused_keys import notes_on_unused
 from flora_train.data.task import notes_on_rows
 from flora_train.data.tokenization import pad_token
 from flora_train.evaluation.code.evaluate import load_suites, prompts_of
+from flora_train.evaluation.code.problems.suites import Suite
 from flora_train.evaluation.generation import check_prompts
 from flora_train.export.loadability import notes
 from flora_train.models.loading import empty_model, load_feature_extractor, resolve_dtype
@@ -78,7 +79,7 @@ def measure_capacity(config: RunConfig) -> Capacity:
     value_counts = {spec.name: pool.row_size for pool in pools for spec in pool.specs}
     steps = adapters_of_steps(config, tasks)
     step_values = max(sum(value_counts[name] for name in names) for names in steps)
-    free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    free_device = _free_memory(device)
     base = _base_bytes(config, device)
     slots = _slots(config, device, free=free_device - base, largest=largest, values=values)
     storage = _storage(config, values, paged=slots is not None)
@@ -102,10 +103,20 @@ def measure_capacity(config: RunConfig) -> Capacity:
     )
 
 
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type != "cuda":
+        return free_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
 def _base_bytes(config: RunConfig, device: torch.device) -> int:
     """Of the base model, or of the part of it that one process holds."""
     model = empty_model(config.model)
-    share = largest_part(model, config.num_processes or 1) if config.model.fsdp else 1.0
+    share = 1.0
+    if config.model.fsdp:
+        share = largest_part(model, config.num_processes or 1)
     itemsize = resolve_dtype(config.model.dtype, device).itemsize
     value_bytes = QUANTIZED_BYTES.get(config.model.quantization, itemsize)
     return int(share * value_bytes * sum(tensor.numel() for tensor in model.parameters()))
@@ -119,38 +130,48 @@ def _slots(config: RunConfig, device: torch.device, *, free: int, largest: int, 
         slots = config.paging.device_slots
     elif device.type == "cuda":
         slots = max(1, int(free * OF_FREE_MEMORY) // (PLANES * FLOAT * largest))
-    return None if slots is None or slots * largest >= values else slots
+    if slots is not None and slots * largest < values:
+        return slots
+    return None
 
 
 def _storage(config: RunConfig, values: int, *, paged: bool) -> dict[str, int]:
     """The fields of Capacity on host memory and disks. values: of all adapters; paged: not all of them are on
     the device."""
     state = FLOAT * (PLANES - 1) * values  # no gradient outlives its step
-    on_host = state if paged else 0
-    guard = 0 if config.guard.policy == "skip" else state
-    folder = paging_of(config).folder if paged else None
+    on_host, copies = 0, state
+    if paged:
+        on_host = state
+    if config.guard.policy != "skip":
+        copies += state
     run_folder = _existing(Path(config.folder))
-    page_files, own_disk, free_pages = 0, False, 0
-    if folder is not None:
-        page_files = (config.num_processes or 1) * (on_host + guard) + state  # one process writes checkpoints
-        own_disk = _existing(folder).stat().st_dev != run_folder.stat().st_dev
-        free_pages = disk_usage(_existing(folder)).free
     on_disk = (config.training.keep_checkpoints + 1) * state + 2 * FLOAT * values
-    return {
-        "on_host": 0 if page_files else on_host,
-        "copies": 0 if page_files else state + guard,
+    storage = {
+        "on_host": on_host,
+        "copies": copies,
         "checkpoint": state,
-        "on_disk": on_disk if own_disk else on_disk + page_files,
+        "on_disk": on_disk,
         "free_disk": disk_usage(run_folder).free,
-        "pages": page_files if own_disk else 0,
-        "free_pages": free_pages,
+        "pages": 0,
+        "free_pages": 0,
     }
+    folder = paging_of(config).folder
+    if not paged or folder is None:
+        return storage
+    # One process writes checkpoints.
+    pages = (config.num_processes or 1) * (on_host + copies - state) + state
+    storage |= {"on_host": 0, "copies": 0, "free_pages": disk_usage(_existing(folder)).free}
+    if _existing(folder).stat().st_dev != run_folder.stat().st_dev:
+        return storage | {"pages": pages}
+    return storage | {"on_disk": on_disk + pages}
 
 
 def check_texts(config: RunConfig, tokenizer: Any) -> None:
     """Raises UserError where a prompt cannot be completed, or leaves no room for its completion, as the run
     would."""
-    suites = load_suites(config)[0] if config.evaluation.problems else ()
+    suites: Sequence[Suite] = ()
+    if config.evaluation.problems:
+        suites, *_ = load_suites(config)
     prompts = prompts_of(config, suites)
     model = empty_model(config.model)
     if prompts and not is_speech_model(model.config):
@@ -187,7 +208,9 @@ def plan_lines(config: RunConfig, capacity: Capacity) -> Iterator[tuple[str, str
     yield from (("note", note) for note in capacity.notes)
     for pool in capacity.pools:
         yield "adapters", _pool_line(pool)
-    most = "" if config.training.steps <= STEPS_PLANNED else f" of the first {STEPS_PLANNED}"
+    most = ""
+    if config.training.steps > STEPS_PLANNED:
+        most = f" of the first {STEPS_PLANNED}"
     yield "a step", f"at most {capacity.step_adapters} adapters (in any step{most}), which fill {capacity.step_slots} slots"
     yield "device", _device_line(capacity)
     yield "host", _host_line(config, capacity)
@@ -196,7 +219,9 @@ def plan_lines(config: RunConfig, capacity: Capacity) -> Iterator[tuple[str, str
     if capacity.pages:
         yield "pages", f"{format_size(capacity.pages)} in {paging_of(config).folder}; {format_size(capacity.free_pages)} are free"
     seconds = capacity.step_seconds * config.training.steps
-    shorter = "; training.steps and training.tokens_per_step make it shorter" if seconds > LONG else ""
+    shorter = ""
+    if seconds > LONG:
+        shorter = "; training.steps and training.tokens_per_step make it shorter"
     steps = f"{config.training.steps} steps {duration(seconds)}"
     yield "time", f"about {capacity.step_seconds:.1f}s a step on one process, {steps}, and evaluations{shorter}"
 
@@ -204,19 +229,26 @@ def plan_lines(config: RunConfig, capacity: Capacity) -> Iterator[tuple[str, str
 def _pool_line(pool: Pool) -> str:
     families = Counter(spec.family for spec in pool.specs)
     names = " + ".join(f"{count} x {family}" for family, count in families.items())
-    rank = f", rank {pool.specs[0].rank}" if pool.specs[0].rank else ""
+    if pool.specs[0].rank:
+        names += f", rank {pool.specs[0].rank}"
     size = format_size(PLANES * FLOAT * pool.row_size)
-    return f"{names}{rank}: {pool.row_size:,} numbers each, {size} with gradient and moments"
+    return f"{names}: {pool.row_size:,} numbers each, {size} with gradient and moments"
 
 
 def _device_line(capacity: Capacity) -> str:
-    room = "all adapters" if capacity.slots is None else f"{capacity.slots} adapters of the largest kind"
-    each = " for each process" if capacity.processes > 1 else ""
+    room = "all adapters"
+    if capacity.slots is not None:
+        room = f"{capacity.slots} adapters of the largest kind"
+    each = _each_process(capacity)
     total = format_size(capacity.base + capacity.on_device + capacity.activations)
     return (
         f"{total}{each} = base {format_size(capacity.base)} + room for {room} {format_size(capacity.on_device)} + "
         f"activations of a micro-batch {format_size(capacity.activations)}; {format_size(capacity.free_device)} are free"
     )
+
+
+def _each_process(capacity: Capacity) -> str:
+    return " for each process" if capacity.processes > 1 else ""
 
 
 def _host_line(config: RunConfig, capacity: Capacity) -> str:
@@ -225,7 +257,9 @@ def _host_line(config: RunConfig, capacity: Capacity) -> str:
         copies += ", and the state that the guard restores"
     if not capacity.host:
         return f"nothing: adapters that are not on the device are in files, with {copies}"
-    each = " for each process" if capacity.processes > 1 else ""
-    others = f", and {format_size(capacity.on_host)} of adapters that are not on the device" if capacity.on_host else ""
-    free = "the same memory" if capacity.shared else f"{format_size(capacity.free_host)} are free"
-    return f"{format_size(capacity.copies)}{each}: {copies}{others}; {free}"
+    others, free = "", "the same memory"
+    if capacity.on_host:
+        others = f", and {format_size(capacity.on_host)} of adapters that are not on the device"
+    if not capacity.shared:
+        free = f"{format_size(capacity.free_host)} are free"
+    return f"{format_size(capacity.copies)}{_each_process(capacity)}: {copies}{others}; {free}"

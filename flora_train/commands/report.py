@@ -47,7 +47,9 @@ def _rewrite(folder: RunFolder, report: Report) -> Path:
 
 def _compare(runs: Sequence[str], reports: Sequence[Report], out: str | None) -> Path:
     """The page that compares runs; prints which contenders are better."""
-    page = Path(runs[0]).resolve().parent / "comparison.html" if out is None else Path(out)
+    page = Path(runs[0]).resolve().parent / "comparison.html"
+    if out is not None:
+        page = Path(out)
     if page.suffix != ".html":
         raise user_error("out", out, "is a page: give it a name that ends in .html")
     named = dict(zip(labels(runs), reports, strict=True))

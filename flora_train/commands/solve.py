@@ -90,7 +90,9 @@ def solve_run(run: str, overrides: Sequence[str] = (), *, allow_different_base: 
     in_run = real_path(results).is_relative_to(real_path(folder.path))
     reservation = nullcontext() if in_run else _reserved(results)
     with locked(run, alone=in_run or allow.allow_different_base) as folder, reservation:
-        report = on_main_process(lambda: read_report_if_any(folder)) if options.out is None else None
+        report = None
+        if options.out is None:
+            report = on_main_process(lambda: read_report_if_any(folder))
         plan = on_main_process(lambda: plan_evaluation(config))
         layout = None if options.multipl_e is None else Path(options.multipl_e)
         job = SolveJob(folder, recorded, config, plan, results, contenders, layout, report)

@@ -95,7 +95,8 @@ def _check_device(config: RunConfig, capacity: Capacity) -> None:
     rest = beside_base - capacity.host if capacity.shared else beside_base
     if capacity.on_device > rest:
         slots = max(0, beside_base - capacity.activations) // (PLANES * FLOAT * capacity.largest)
-        hint = f"needs {format_size(capacity.on_device)} beside the base, where {format_size(max(0, rest))} are free: give {slots}"
+        needed, free = format_size(capacity.on_device), format_size(max(0, rest))
+        hint = f"needs {needed} beside the base, where {free} are free: give {slots}"
         if capacity.shared:
             hint += " and paging.host=disk"
         if slots < capacity.step_slots:
