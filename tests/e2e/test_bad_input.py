@@ -63,7 +63,8 @@ def complain(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capfd
         assert main(["train", *(words or ["recipe=bad.yaml"])]) == 2
         out, err = capfd.readouterr()
         assert out == ""
-        lines = [line for line in err.splitlines() if line and not line.startswith("Loading weights")]  # transformers' own bar
+        others = ("bad: 1 tasks, base ", "Loading weights")  # the line that announces a run, and transformers' own bar
+        lines = [line for line in err.splitlines() if line and not line.startswith(others)]
         assert lines
         assert all(line.startswith("error: ") for line in lines), err
         assert listing(tmp_path) == before
@@ -215,20 +216,21 @@ def test_hub_name_while_offline_is_refused(complain: Complain, tmp_path: Path, w
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = python(str(PROJECT_ROOT / "train.py"), "recipe=bad.yaml", word, environment=environment, folder=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"error: {line.rstrip('*')}"), done.stderr
-    assert done.stderr.count("\n") == 1
+    announced, error = done.stderr.splitlines()
+    assert announced.startswith("bad: 1 tasks, base ")
+    assert error.startswith(f"error: {line.rstrip('*')}"), done.stderr
     assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["trian"], "no command 'trian'; there are *. Did you mean 'train'?"),
+        (["trian"], "no command 'trian': there are *. Did you mean 'train'?"),
         (
             ["evaluate", "nowhere"],
             "run = 'nowhere': is not a run folder *",
         ),
-        (["export"], "usage: flora-train export RUN *"),
+        (["export"], "RUN: is required; usage: flora-train export RUN *"),
         (["export", "nowhere", "--as", "lora"], "as = 'lora': *"),
         (["export", "nowhere", "--rank", "8"], "rank = 8: has no meaning for --as peft: it is for --as lora-svd"),
         (
@@ -237,7 +239,7 @@ def test_hub_name_while_offline_is_refused(complain: Complain, tmp_path: Path, w
         ),
         (
             ["export", "nowhere", "--max-eror", "1"],
-            "max_eror: unknown key; here are as, max_error, out or rank. Did you mean 'max_error'?",
+            "--max-eror: unknown option; there are *. Did you mean '--max-error'?",
         ),
     ],
 )

@@ -61,7 +61,7 @@ def test_the_wheel_holds_what_ships_and_nothing_that_was_built_here(built: Path)
     recipes = {f"flora_train/shipped/recipes/{file.name}" for file in (ROOT / "recipes").glob("*.yaml")}
     needed = {"data_configs/quickstart.yaml", "eval/languages.yaml", "assets/code/NOTICE.md", "launch/single.yaml", "train.py"}
     assert recipes | {f"flora_train/shipped/{name}" for name in needed} | {"flora_train/evaluation/report/report.css"} <= names
-    assert not [name for name in names if "/models/" in name or "_local/" in name or name.startswith(("tests/", "benchmarks/"))]
+    assert not [name for name in names if "assets/models/" in name or "_local/" in name or name.startswith(("tests/", "benchmarks/"))]
     with tarfile.open(sdist) as archive:
         sources = {name.partition("/")[2] for name in archive.getnames()}
     assert {
@@ -72,7 +72,7 @@ def test_the_wheel_holds_what_ships_and_nothing_that_was_built_here(built: Path)
         "tests/e2e/test_wheel.py",
         "recipes/quickstart.yaml",
     } <= sources
-    assert not [name for name in sources if "/models/" in name or name.startswith(("outputs/", ".venv/"))]
+    assert not [name for name in sources if "assets/models/" in name or name.startswith(("outputs/", ".venv/"))]
 
 
 def test_a_run_needs_nothing_of_the_source_tree(installed: Path, recipe: Path, tmp_path: Path) -> None:
