@@ -1,4 +1,4 @@
-"""What do the processes of a run tell each other? Gradients of the adapters in the step, and sums for the log."""
+"""Communication between the processes of a run: sums, broadcasts, and errors that all processes raise alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def check_world_size(expected: int | None, actual: int) -> None:
-    """Raises UserError if the launcher started another number of processes than the recipe asks for."""
+    """Raises UserError if the launcher started another number of processes than num_processes."""
     if expected is not None and expected != actual:
         raise user_error(
             "num_processes",
@@ -33,19 +33,21 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
     return numbers
 
 
-def on_any_process(is_so: bool, device: torch.device) -> bool:
-    """Whether it is so on one of the processes at least; all get the same answer."""
-    return bool(sum_over_processes(torch.tensor(float(is_so), device=device)))
+def on_any_process(condition: bool, device: torch.device) -> bool:
+    """Whether the condition holds on at least one process; the same answer on all."""
+    return bool(sum_over_processes(torch.tensor(float(condition), device=device)))
 
 
 def share_from_main(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Give every process the main one's numbers, in place. device: what the processes' exchange goes through."""
-    for tensor in tensors if several_processes() else ():
-        for row in tensor:  # of adapters on the host one at a time has room on the device
-            there = row.to(device)
-            dist.broadcast(there, 0)
-            if there is not row:
-                row.copy_(there)
+    """Broadcast tensors from the main process, in place. device: of the communication backend."""
+    if not several_processes():
+        return
+    for tensor in tensors:
+        for row in tensor:  # adapters on the host may fit on the device only one at a time
+            on_device = row.to(device)
+            dist.broadcast(on_device, 0)
+            if on_device is not row:
+                row.copy_(on_device)
 
 
 def is_main_process() -> bool:
@@ -59,74 +61,83 @@ def wait_for_everyone() -> None:
 
 def world() -> tuple[int, int]:
     """(rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def on_main_process(action: Callable[[], Any]) -> Any:
-    """Run `action` on the main process; every process gets its result, or a UserError where it raised."""
-    mine: Exception | None = None
+    """Run `action` on the main process; every process returns its result, or raises UserError if it raised."""
+    own: Exception | None = None
     outcome: list[Any] = [None, ()]
     if is_main_process():
         try:
             outcome[0] = action()
         except Exception as error:
-            mine, outcome[1] = error, _problems(error)
+            own, outcome[1] = error, _problems(error)
     if dist.is_initialized():
         dist.broadcast_object_list(outcome)
-    if mine is not None:
-        raise mine
+    if own is not None:
+        raise own
     if outcome[1]:
         raise UserError(*outcome[1])
     return outcome[0]
 
 
 def on_every_process(action: Callable[[], Result]) -> Result:
-    """Run `action`, which exchanges nothing, on every process, and go on where it worked on all: one that failed alone, on a machine
-    of its own, would leave the others waiting for it.
+    """Run `action`, which must not communicate, on every process; raise on all of them if one fails, so that none waits for
+    a process that has ended.
 
-    Raises what it raised here, or UserError with what another process was told, and where.
+    Raises what `action` raised here, or UserError with the problem of another process, and its host.
     """
-    mine: Exception | None = None
+    own: Exception | None = None
     try:
         result = action()
     except Exception as error:
-        mine = error
-    told: list[tuple[Problem, ...]] = [()] * world()[1]
+        own = error
+    problems: list[tuple[Problem, ...]] = [()] * world()[1]
     if several_processes():
-        dist.all_gather_object(told, _problems(mine))
-    if mine is not None:
-        raise mine
-    if any(told):
-        raise UserError(*next(filter(None, told)))
+        dist.all_gather_object(problems, _problems(own))
+    if own is not None:
+        raise own
+    if any(problems):
+        raise UserError(*next(filter(None, problems)))
     return result
 
 
 def _problems(error: Exception | None) -> tuple[Problem, ...]:
-    """What the other processes say of it."""
+    """The problems that the other processes raise for an error of this one."""
     if error is None:
         return ()
     where = f"process {world()[0]} on {socket.gethostname()}"
     if not isinstance(error, UserError):
         return (Problem(where, None, f"ended with {type(error).__name__}: {first_line(error)}"),)
     return tuple(
-        Problem(problem.key, problem.value, f"{problem.hint} (said by {where})") for problem in error.problems
+        Problem(problem.key, problem.value, f"{problem.hint} (on {where})") for problem in error.problems
     )
 
 
 def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
-    """Raises UserError, on all processes, if a machine has other data, another base model or another recipe than the first. facts: key ->
-    what must be the same; not asked for where one process runs."""
+    """Raises UserError, on all processes, if a machine has other data, another base model or another recipe than the
+    first.
+
+    facts: returns key -> what must be the same; called only where there are several processes.
+    """
     if not several_processes():
         return
-    mine = on_every_process(facts)
-    first = [mine]
-    dist.broadcast_object_list(first)
+    own = on_every_process(facts)
+    broadcast = [own]
+    dist.broadcast_object_list(broadcast)
+    main = broadcast[0]
 
     def compare() -> None:
-        others = [key for key in dict.fromkeys([*first[0], *mine]) if first[0].get(key) != mine.get(key)]
-        hint = "is {!r} on process 0: give every machine the same recipe and files"
-        if others:
-            raise UserError(*(Problem(key, mine.get(key), hint.format(first[0].get(key))) for key in others))
+        problems = []
+        for key in dict.fromkeys([*main, *own]):
+            if main.get(key) != own.get(key):
+                hint = f"is {main.get(key)!r} on process 0: give every machine the same recipe and files"
+                problems.append(Problem(key, own.get(key), hint))
+        if problems:
+            raise UserError(*problems)
 
     on_every_process(compare)
 

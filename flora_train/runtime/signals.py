@@ -1,4 +1,4 @@
-"""What happens when a run is told to end? The step is finished and saved, on all processes alike; told again, it ends at once."""
+"""Signals: SIGTERM and SIGINT finish and save the training step; a second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 SAVED = 75
-"""Exit status of a run that was told to end, saved its state and can go on (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of a run that was stopped by a signal and can be resumed (EX_TEMPFAIL of sysexits.h)."""
 
 STOPPED = 130
-"""Exit status after Ctrl-C where nothing is saved to go on from: as a shell counts, 128 + 2."""
+"""Exit status after Ctrl-C where there is nothing to resume: 128 + SIGINT, as in a shell."""
 
 SAME = 2.0
-"""Seconds within which signals are one: a scheduler tells every process, and a launcher tells its own again."""
+"""Seconds within which signals count as one: schedulers signal every process, and launchers signal theirs again."""
 
 
 class Interrupted(Exception):
-    """The run was told to end, and is saved after `step` steps."""
+    """A signal stopped the run, which is saved after `step` steps."""
 
     def __init__(self, step: int) -> None:
         self.step = step
-        super().__init__(f"told to end: saved after step {step}; resume=true goes on from there")
+        super().__init__(f"stopped by a signal: saved after step {step}; resume=true continues from there")
 
 
 class StopSignals:
-    """A context in which SIGTERM and SIGINT are noted (`stop_requested`) instead of ending the process. A second one, `same` seconds after the
-    first or later, does what it does without us: checkpoints are whole or not there, so the last good one is left."""
+    """A context in which SIGTERM and SIGINT set `stop_requested` instead of ending the process.
+
+    A second signal, at least `same` seconds after the first, has its default effect: checkpoints are written
+    atomically, so that the last good one remains.
+    """
 
     def __init__(self, same: float = SAME) -> None:
         self.stop_requested = False
@@ -47,21 +50,20 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if (
             threading.current_thread() is threading.main_thread()
-        ):  # signals are Python's main thread's business
-            self._before = {
-                number: signal.signal(number, self._noted) for number in (signal.SIGTERM, signal.SIGINT)
-            }
+        ):  # Python handles signals in its main thread only
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._restore()
 
-    def _noted(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.stop_requested:
             self.stop_requested, self._first = True, now
             name = signal.Signals(number).name
-            logger.info(f"{name}: the step is finished and saved first; a second one ends at once")
+            logger.info(f"{name}: finishing and saving the step; a second signal ends the run at once")
         elif now - self._first >= self.same:
             self._restore()
             signal.raise_signal(number)
@@ -74,36 +76,36 @@ class StopSignals:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[None]:
-    """A context in which the first Ctrl-C raises KeyboardInterrupt out of it, whatever a library makes of it on the way (some turn it into
-    an error of their own), and a second one ends the process at once, without a traceback."""
-    asked = False
+    """A context in which the first Ctrl-C raises KeyboardInterrupt, also where a library turns it into an error of its
+    own, and a second one ends the process at once, without a traceback."""
+    interrupted = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal interrupted
+        interrupted = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    ours = (
+    handles = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
-    if ours:
+    if handles:
         signal.signal(signal.SIGINT, stop)
     try:
         yield
     except BaseException as error:
-        if asked and not isinstance(error, KeyboardInterrupt):
+        if interrupted and not isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise
     finally:
-        if ours:
+        if handles:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_with_launcher() -> None:
-    """Be told to end (SIGTERM) when the launcher that started this process is gone, whatever ended it: else it would train on alone, and
-    beside whatever is started next. On Linux, below accelerate or torchrun."""
+    """Receive SIGTERM when the launcher that started this process ends, for whatever reason; otherwise this process would
+    keep training, beside the next run. On Linux, below accelerate or torchrun."""
     launched = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" and launched else None
     if prctl is not None:

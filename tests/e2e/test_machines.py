@@ -68,7 +68,7 @@ def test_what_only_one_lacks_is_said_and_ends_all(machines: list[Path]) -> None:
     assert statuses == [2, 2], said
     for machine in said:
         assert "error: tasks.letters.train = 'rows.jsonl': no such file" in machine
-    assert "(said by process 1 on " in said[0]
+    assert "(on process 1 on " in said[0]
     assert not (machines[0].parent / "machinerun").exists()
 
 

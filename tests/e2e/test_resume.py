@@ -1,4 +1,4 @@
-"""A run that is killed, or told to end, goes on with resume=true and ends with the bytes of one that was not."""
+"""A run that is killed, or stopped by a signal, continues with resume=true and ends with the bytes of one that was not."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wait_for_a_checkpoint(folder: Path, step: int, poll: Callable[[], int | None
 def kill_after() -> Kill:
     """Start a run and kill it, with all its processes, as soon as it has written a checkpoint of `step` or later; returns what it said.
 
-    Two processes are told to end as a cluster tells them: through their launcher, too."""
+    Two processes are signalled as a cluster does it: also through their launcher."""
 
     def kill(step: int, folder: Path, *words: str, processes: int = 1, number: int = signal.SIGKILL) -> str:
         environment = launch_environment(folder.parent / "cache")
@@ -82,8 +82,8 @@ def test_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
         told = kill_after(KILLS[number], parts, *words, f"output_dir={parts}", "resume=true", processes=processes, number=number)
         if number == signal.SIGKILL:
             continue
-        assert f"{signal.Signals(number).name}: the step is finished and saved first" in told
-        saved = re.search(r"told to end: saved after step (\d+); resume=true", told)
+        assert f"{signal.Signals(number).name}: finishing and saving the step" in told
+        saved = re.search(r"stopped by a signal: saved after step (\d+); resume=true", told)
         assert saved, told
         assert (parts / "checkpoints" / f"step-{int(saved[1]):08d}.safetensors").exists()
     last = launch(*words, f"output_dir={parts}", "resume=true", processes=processes)
