@@ -93,7 +93,9 @@ class Sweep:
         """Side -> adapter -> held-out nats per token."""
         trainer, validation = self.trainer, self.trainer.tasks[TASK].validation
         room = trainer.config.training.tokens_per_microbatch
-        held = evaluate_heldout(trainer.row_losses, trainer.bank, trainer.tasks.values(), room, self.session.pad_token)[TASK]
+        held = evaluate_heldout(
+            trainer.row_losses, trainer.bank, trainer.tasks.values(), max_tokens=room, pad_token=self.session.pad_token
+        )[TASK]
         rows = heldout_rows(trainer.bank, [0], TASK, validation, None)
         batches = [
             as_batch(self.session.collate(group, lambda task: validation, self.session.pad_token))

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import first_line, user_error
-from flora_train.data.tokenization import pad_token
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.generation import complete
@@ -96,8 +95,8 @@ def heldout_losses(
             RowLosses(bank.model),
             bank,
             context.tasks.values(),
-            2 * context.config.training.tokens_per_microbatch,
-            pad_token(context.tokenizer),
+            max_tokens=2 * context.config.training.tokens_per_microbatch,
+            pad_token=context.pad_token,
             with_base=True,
             report=progress.update,
             collate=context.collate,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import user_error
-from flora_train.runtime.atomic import disk_errors
+from flora_train.runtime.atomic import temporary_folder
 
 
 @torch.no_grad()
@@ -73,17 +71,12 @@ def save_merged(
     """
     if folder.exists():
         raise user_error("output folder", str(folder), "exists already: choose another folder")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    with disk_errors(folder):
-        temporary.mkdir(parents=True)
-        try:
-            model: Any = merge_into_base(bank, name)
-            model.save_pretrained(temporary)
-            for preprocessor in preprocessors:
-                preprocessor.save_pretrained(temporary)
-            if origin is not None:
-                (temporary / "flora_train.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with temporary_folder(folder) as temporary:
+        model: Any = merge_into_base(bank, name)
+        model.save_pretrained(temporary)
+        for preprocessor in preprocessors:
+            preprocessor.save_pretrained(temporary)
+        if origin is not None:
+            (temporary / "flora_train.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        temporary.rename(folder)
     return folder

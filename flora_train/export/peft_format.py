@@ -4,8 +4,6 @@ own type FLORA."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import user_error
 from flora_train.export.loadability import loadability_of
 from flora_train.export.peft_forms import BaseModel, Form, config_of, tensors_of
-from flora_train.runtime.atomic import disk_errors
+from flora_train.runtime.atomic import disk_errors, temporary_folder
 from flora_train.runtime.manifest import PEFT_WARNING
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,18 +44,13 @@ def export_peft(
     if not replace:
         check_new(folder)
     form = _form(bank, name, own_type, always_lora=always_lora)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    with disk_errors(folder):
-        temporary.mkdir(parents=True)
-        try:
-            save_file(_tensors(bank, name, form), temporary / WEIGHTS, {"format": "pt"})
-            content = json.dumps(_config(bank, name, base=base, form=form), indent=2) + "\n"
-            (temporary / CONFIG).write_text(content, encoding="utf-8")
-            if (problem := loadability_of(bank.model).problem_of(temporary)) is not None:
-                (temporary / PEFT_WARNING).write_text(f"{problem.text}\n", encoding="utf-8")
-            _move(temporary, folder, replace)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with temporary_folder(folder) as temporary:
+        save_file(_tensors(bank, name, form), temporary / WEIGHTS, {"format": "pt"})
+        content = json.dumps(_config(bank, name, base=base, form=form), indent=2) + "\n"
+        (temporary / CONFIG).write_text(content, encoding="utf-8")
+        if (problem := loadability_of(bank.model).problem_of(temporary)) is not None:
+            (temporary / PEFT_WARNING).write_text(f"{problem.text}\n", encoding="utf-8")
+        _move(temporary, folder, replace)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""How is nothing half-written? A file is the old one, or the new one whole, and a full disk is a clear error."""
+"""Atomic writes of files and folders, and one clear error for every failure of a disk."""
 
 from __future__ import annotations
 
@@ -17,30 +17,48 @@ from flora_train.config.errors import UserError, user_error
 
 Write = Callable[[Path], Any]
 
+LONGEST_NAME = 230
+"""Bytes of a file name beyond which the temporary file is named by a hash: its name is longer."""
+
+EXISTS = "exists already: choose another, or delete it"
+
 
 def write_atomically(path: Path, write: Write, new: bool = False) -> None:
-    """`write` a temporary neighbour, then rename: the file is the old one, or the new one whole.
+    """`write` a temporary file beside `path`, then rename it: after a kill, the old file is there or the new one, whole.
 
-    new: the file must not exist, not even if another process has made it meanwhile. Raises UserError if it cannot be written.
+    new: the file must not exist, even if another process creates it meanwhile. Raises UserError if it cannot be
+    written.
     """
-    with disk_errors(path), _written(path, write) as temporary:
+    with disk_errors(path), _temporary_file(path, write) as temporary:
         if new:
-            _name_new(temporary, path)
+            _rename_to_new(temporary, path)
         else:
             temporary.replace(path)
         _sync_folder(path.parent)
 
 
 @contextmanager
-def _written(path: Path, write: Write) -> Iterator[Path]:
-    """A temporary neighbour of `path` with its content on the disk; removed at the end if it is still there."""
-    name = path.name if len(os.fsencode(path.name)) < 230 else sha256(os.fsencode(path.name)).hexdigest()
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, to be filled and then renamed to it. It is removed at the end if it is still
+    there. Raises UserError if it cannot be written."""
+    temporary = _temporary_name(folder)
+    with disk_errors(folder):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _temporary_file(path: Path, write: Write) -> Iterator[Path]:
+    """A temporary file beside `path` with its content on disk; removed at the end if it is still there."""
+    temporary = _temporary_name(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
-            with temporary.open("r+b") as file:  # Windows syncs what may be written
+            with temporary.open("r+b") as file:  # Windows cannot sync what is open for reading only
                 os.fsync(file.fileno())
             yield temporary
         finally:
@@ -48,20 +66,28 @@ def _written(path: Path, write: Write) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def _name_new(temporary: Path, path: Path) -> None:
+def _temporary_name(path: Path) -> Path:
+    """A hidden neighbour of this process. Manifest recognises the form of the name."""
+    name, encoded = path.name, os.fsencode(path.name)
+    if len(encoded) >= LONGEST_NAME:
+        name = sha256(encoded).hexdigest()
+    return path.with_name(f".{name}.{os.getpid()}.tmp")
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise user_error(str(path), None, "exists already: choose another, or delete it") from None
+        raise user_error(str(path), None, EXISTS) from None
     except OSError:  # a file system without hard links
         if path.exists():
-            raise user_error(str(path), None, "exists already: choose another, or delete it") from None
+            raise user_error(str(path), None, EXISTS) from None
         temporary.replace(path)
 
 
 def _sync_folder(folder: Path) -> None:
-    """The new name, too, is there after a power cut."""
-    if os.name == "nt":  # has no such thing
+    """Flush the folder, so that the new name survives a power cut."""
+    if os.name == "nt":  # cannot sync folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -71,19 +97,21 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UserError if nothing can be written into a folder that exists, or is to be made. Leaves nothing."""
-    there = next((place for place in (folder, *folder.absolute().parents) if os.path.lexists(place)), folder)
-    with disk_errors(folder), tempfile.TemporaryFile(dir=there):
+    """Raises UserError if nothing can be written into a folder that exists, or is to be created. Leaves no file."""
+    candidates = (folder, *folder.absolute().parents)
+    existing = next((candidate for candidate in candidates if os.path.lexists(candidate)), folder)
+    with disk_errors(folder), tempfile.TemporaryFile(dir=existing):
         pass
 
 
 def real_path(path: Path) -> Path:
-    """Absolute, its links followed. Unlike Path.resolve it also takes links that lead in a circle."""
+    """The absolute path with links followed. Unlike Path.resolve, it accepts circular links."""
     return Path(os.path.realpath(path))
 
 
 def user_cache(part: str) -> Path:
-    """The folder for one kind of cached files: below XDG_CACHE_HOME, ~/.cache, or where a user has no home, the system's temporary folder."""
+    """The folder of one kind of cached files: below XDG_CACHE_HOME, ~/.cache or, where a user has no home, the system's
+    temporary folder."""
     above = os.environ.get("XDG_CACHE_HOME")
     if not above:
         try:
@@ -108,12 +136,12 @@ HINTS = {
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
     errno.ENFILE: "too many files are open on this machine",
 }
-"""What a user does about an error of the system."""
+"""Error number of the system -> what a user can do about it."""
 ELSEWHERE = "choose another place"
 
 
 class disk_errors:
-    """A context in which files are written: turn the system's errors into a UserError that names the file and a hint."""
+    """A context that writes files: it turns the system's errors into a UserError with the file and a hint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -125,31 +153,24 @@ class disk_errors:
         code = _code(error)
         if error is None or code is None:
             return
-        if code in FULL:
-            room = f" ({free:.1f} MB free)" if (free := _free_megabytes(self.path)) is not None else ""
-            raise user_error(
-                str(self.path),
-                None,
-                f"the disk is full{room}: what was there is kept; make room and run again",
-            ) from error
-        raise user_error(
-            str(self.path), None, f"may not be written ({os.strerror(code)}): {HINTS.get(code, ELSEWHERE)}"
-        ) from error
+        if code not in FULL:
+            hint = f"may not be written ({os.strerror(code)}): {HINTS.get(code, ELSEWHERE)}"
+            raise user_error(str(self.path), None, hint) from error
+        free = _free_megabytes(self.path)
+        room = "" if free is None else f" ({free:.1f} MB free)"
+        hint = f"the disk is full{room}: what was there is kept; make room and run again"
+        raise user_error(str(self.path), None, hint) from error
 
 
 def _code(error: BaseException | None) -> int | None:
-    """The number of the system's error; None if the error is another one."""
-    if isinstance(error, ConnectionError):
+    """The system's error number; None for other errors."""
+    if error is None or isinstance(error, (ConnectionError, UserError)):
         return None
     if isinstance(error, OSError):
         return error.errno or errno.EIO
-    # safetensors passes on the system's number in an error type of its own
-    passed_on = (
-        re.search(r"os error (\d+)", str(error))
-        if error is not None and not isinstance(error, UserError)
-        else None
-    )
-    return int(passed_on[1]) if passed_on else None
+    # safetensors reports the system's error number in an error type of its own
+    number = re.search(r"os error (\d+)", str(error))
+    return int(number[1]) if number else None
 
 
 def _free_megabytes(path: Path) -> float | None:

@@ -1,4 +1,4 @@
-"""How well does every adapter, and the base model, predict the held-out examples of its task?"""
+"""Held-out losses of every adapter, and of the base model, on the examples of its task."""
 
 from __future__ import annotations
 
@@ -14,41 +14,45 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import Collate, Row, collate, group_by_length, prefetch, share_of_rank
 from flora_train.data.task import Task
+from flora_train.data.tokenization import TokenSplit
 from flora_train.models.loading import set_mode
-from flora_train.runtime.distributed import sum_over_processes, world
+from flora_train.runtime.distributed import is_main_process, sum_over_processes, world
 from flora_train.training.fsdp import run_dummy_passes
 from flora_train.training.loss import RowLosses
 from flora_train.training.step_plan import heldout_rows
 
+Batch = Sequence[Row]
+Sums = dict[tuple[str, int], NDArray[np.float64]]
+"""(task, contender) -> summed loss of every example."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Losses on the first n held-out examples of one task, the same for every contender.
-
-    nats: contender id (-1: base) -> float64 [n], summed over an example's learnt tokens;
-    label_tokens, label_bytes: int64 [n].
-    """
+    """Losses on the first n held-out examples of one task, the same for every contender."""
 
     task: str
     nats: Mapping[int, NDArray[np.float64]]
+    """Contender id (-1: base) -> [n], summed over the label tokens of an example."""
     label_tokens: NDArray[np.int64]
+    """[n]"""
     label_bytes: NDArray[np.int64]
+    """[n]"""
 
     def loss(self, contender: int, first: int | None = None) -> float:
-        """Mean nats per learnt token, over all examples or the first so many."""
+        """Mean nats per label token, over all examples or the first of them."""
         return float(self.nats[contender][:first].sum() / self.label_tokens[:first].sum())
 
     def bits_per_byte(self, contender: int) -> float:
-        """Bits per UTF-8 byte of learnt text: comparable between tokenizers."""
+        """Bits per UTF-8 byte of the label text: comparable between tokenizers."""
         return float(self.nats[contender].sum() / np.log(2) / self.label_bytes.sum())
 
 
 class LossLog(Protocol):
-    """Where losses are kept that a kill must not lose. A batch is called by the task, adapter and example of its first row."""
+    """Keeps losses across kills. The key of a batch is the task, adapter and example of its first row."""
 
-    def known(self, batches: Sequence[Sequence[Row]]) -> Mapping[tuple[str, int, int], Sequence[float]]: ...
+    def known(self, batches: Sequence[Batch]) -> Mapping[tuple[str, int, int], Sequence[float]]: ...
 
-    def add(self, batch: Sequence[Row], losses: Sequence[float]) -> None: ...
+    def add(self, batch: Batch, losses: Sequence[float]) -> None: ...
 
 
 @torch.no_grad()
@@ -56,6 +60,7 @@ def evaluate_heldout(
     row_losses: RowLosses,
     bank: AdapterBank,
     tasks: Iterable[Task],
+    *,
     max_tokens: int,
     pad_token: int,
     max_examples: int | None = None,
@@ -65,70 +70,98 @@ def evaluate_heldout(
     absent: Collection[int] = (),
     log: LossLog | None = None,
 ) -> dict[str, HeldOut]:
-    """Held-out losses per task, all its adapters mixed in the same batches, which are shared out to all processes.
+    """Held-out losses per task. All its adapters are mixed in the same batches, which all processes share.
 
-    max_tokens: padded tokens per forward pass; max_examples: the first so many of each task; report: called with the
-    share done; absent: adapters that are not asked; log: batches in it are not computed again. The model's routing is the plain base afterwards.
+    max_tokens: padded tokens per forward pass; max_examples: limit per task; report: called with the share done; absent:
+    adapters that are not evaluated; log: batches in it are not computed again. Afterwards the model is routed to the
+    plain base.
     """
+    contenders = _contenders(bank, absent)
+    evaluated = {task.name: task for task in tasks if task.name in contenders}
+    sums: Sums = {}
+    batches: list[Batch] = []
+    for name, task in evaluated.items():
+        if with_base:
+            contenders[name].append(BASE_ID)
+        examples = min(len(task.validation), max_examples or len(task.validation))
+        for contender in contenders[name]:
+            sums[name, contender] = np.zeros(examples)
+        # a batch is of one task, so that few adapters have to be on the device, with more rows each
+        rows = heldout_rows(bank, contenders[name], name, task.validation, max_examples)
+        batches += group_by_length(rows, max_tokens)
+    known = {} if log is None else log.known(batches)
+    if is_main_process():  # one process adds known losses, as all are summed
+        for batch in batches:
+            _add(sums, batch, known.get(_key(batch), ()))
+    unknown = [batch for batch in batches if _key(batch) not in known]
+
+    def split_of(task: str) -> TokenSplit:
+        return evaluated[task].validation
+
+    def compute(batch: Batch) -> None:
+        inputs = collate(batch, split_of, pad_token).to(bank.device)
+        with bank.routed(inputs.adapter_ids):
+            losses = row_losses(inputs).double().tolist()
+        _add(sums, batch, losses)
+        if log is not None:
+            log.add(batch, losses)
+
+    training = row_losses.model.training
+    row_losses.model.eval()
+    try:
+        _run_share(unknown, compute, lambda batch: prefetch(collate, batch, split_of), report)
+        run_dummy_passes(row_losses, bank, unknown)
+    finally:
+        bank.abandon()  # a process without a batch still has the routing of its last step
+        set_mode(row_losses.model, training)
+    nats = _sum_over_processes(sums, bank.device)
+    results = {}
+    for name, task in evaluated.items():
+        split = task.validation
+        of_task = {contender: nats[name, contender] for contender in contenders[name]}
+        results[name] = HeldOut(
+            name, of_task, split.label_counts[:max_examples], split.example_bytes[:max_examples]
+        )
+    return results
+
+
+def _contenders(bank: AdapterBank, absent: Collection[int]) -> dict[str, list[int]]:
+    """Task -> its adapters."""
     contenders: dict[str, list[int]] = {}
     for adapter, spec in enumerate(bank.specs):
         if adapter not in absent:
             contenders.setdefault(spec.task, []).append(adapter)
-    used = {task.name: task for task in tasks if task.name in contenders}
-    by_task: list[list[Row]] = []
-    for name, task in used.items():
-        if with_base:
-            contenders[name].append(BASE_ID)
-        by_task.append(heldout_rows(bank, contenders[name], name, task.validation, max_examples))
-    sums = {
-        (name, adapter): np.zeros(min(len(task.validation), max_examples or len(task.validation)))
-        for name, task in used.items()
-        for adapter in contenders[name]
-    }
-    # a batch is of one task: few adapters at a time have to be on the device, and with more rows each
-    everyones = [group for part in by_task for group in group_by_length(part, max_tokens)]
-    known = {} if log is None else log.known(everyones)
-    for group in everyones if world()[0] == 0 else ():  # one process adds what is known, all sum
-        for row, loss in zip(group, known.get(_name(group), ()), strict=False):
-            sums[row.task, row.adapter][row.example] = loss
-    unknown = [group for group in everyones if _name(group) not in known]
-    groups = share_of_rank(unknown, *world())
-    model = row_losses.model
-    training, total = model.training, sum(row.length for group in groups for row in group)
-    done = 0
-    model.eval()
-    try:
-        for i, group in enumerate(groups):
-            for coming in groups[i : i + 2]:
-                prefetch(collate, coming, lambda name: used[name].validation)
-            batch = collate(group, lambda name: used[name].validation, pad_token).to(bank.device)
-            with bank.routed(batch.adapter_ids):
-                losses = row_losses(batch).double().cpu().numpy()
-            for row, loss in zip(group, losses, strict=True):
-                sums[row.task, row.adapter][row.example] = loss
-            if log is not None:
-                log.add(group, losses.tolist())
-            done += sum(row.length for row in group)
-            report(done / total)
-        run_dummy_passes(row_losses, bank, unknown)
-    finally:
-        bank.abandon()  # a process that got no batch still has the routing of its last step
-        set_mode(model, training)
-    flat = torch.from_numpy(np.concatenate(list(sums.values()))).to(bank.device)
-    parts = np.split(
-        sum_over_processes(flat).cpu().numpy(), np.cumsum([len(part) for part in sums.values()])[:-1]
-    )
-    nats = dict(zip(sums, parts, strict=True))
-    return {
-        name: HeldOut(
-            name,
-            {adapter: nats[name, adapter] for adapter in contenders[name]},
-            task.validation.label_counts[:max_examples],
-            task.validation.example_bytes[:max_examples],
-        )
-        for name, task in used.items()
-    }
+    return contenders
 
 
-def _name(batch: Sequence[Row]) -> tuple[str, int, int]:
+def _run_share(
+    batches: Sequence[Batch],
+    compute: Callable[[Batch], None],
+    prefetch: Callable[[Batch], None],
+    report: Callable[[float], None],
+) -> None:
+    """Compute this process's share of the batches, while the next one is prepared."""
+    share = share_of_rank(batches, *world())
+    total, done = sum(row.length for batch in share for row in batch), 0
+    for i, batch in enumerate(share):
+        for upcoming in share[i : i + 2]:
+            prefetch(upcoming)
+        compute(batch)
+        done += sum(row.length for row in batch)
+        report(done / total)
+
+
+def _add(sums: Sums, batch: Batch, losses: Sequence[float]) -> None:
+    for row, loss in zip(batch, losses, strict=False):
+        sums[row.task, row.adapter][row.example] = loss
+
+
+def _sum_over_processes(sums: Sums, device: torch.device) -> Sums:
+    flat = torch.from_numpy(np.concatenate(list(sums.values()))).to(device)
+    total = sum_over_processes(flat).cpu().numpy()
+    ends = np.cumsum([len(part) for part in sums.values()])
+    return dict(zip(sums, np.split(total, ends[:-1]), strict=True))
+
+
+def _key(batch: Batch) -> tuple[str, int, int]:
     return batch[0].task, batch[0].adapter, batch[0].example

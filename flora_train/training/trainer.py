@@ -206,9 +206,10 @@ class Trainer(ResumableTraining):
             self.row_losses,
             self.bank,
             self.tasks.values(),
-            2 * self.config.training.tokens_per_microbatch,  # no activations are kept for a backward
-            self.context.pad_token,
-            max_examples,
+            max_tokens=2
+            * self.config.training.tokens_per_microbatch,  # no activations are kept for a backward
+            pad_token=self.context.pad_token,
+            max_examples=max_examples,
             report=report,
             collate=self.context.collate,
             absent=self.early_stopping.retired,

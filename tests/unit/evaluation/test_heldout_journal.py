@@ -46,7 +46,7 @@ def log_of(folder: Path, bank: AdapterBank, **data: str) -> HeldoutJournal:
 
 
 def evaluated(bank: AdapterBank, losses: Counted, log: HeldoutJournal | None) -> dict[str, HeldOut]:
-    return evaluate_heldout(losses, bank, TASKS, 60, PAD, with_base=True, log=log)  # type: ignore[arg-type]
+    return evaluate_heldout(losses, bank, TASKS, max_tokens=60, pad_token=PAD, with_base=True, log=log)  # type: ignore[arg-type]
 
 
 def assert_same(found: dict[str, HeldOut], expected: dict[str, HeldOut]) -> None:

@@ -160,7 +160,10 @@ def test_base_of_the_curves_equals_an_evaluation_of_the_base_during_training(tmp
     bank = AdapterBank.attach(model, [spec("lora", "a")])
     perturb(bank)
     task = Task("a", 1.0, random_split(0, 20), random_split(1, 6), "")
-    judged = {n: evaluate_heldout(RowLosses(model), bank, [task], 256, PAD, n, with_base=True)["a"] for n in (None, 3)}
+    judged = {
+        n: evaluate_heldout(RowLosses(model), bank, [task], max_tokens=256, pad_token=PAD, max_examples=n, with_base=True)["a"]
+        for n in (None, 3)
+    }
     assert judged[None].loss(-1, first=3) == pytest.approx(judged[3].loss(-1), rel=1e-6)
     assert judged[None].loss(-1) != pytest.approx(judged[3].loss(-1), rel=1e-6)
 
@@ -184,7 +187,9 @@ def test_results_of_a_trained_bank_name_every_adapter_once(tmp_path: Path) -> No
         trainer.step(number, plan)
     trainer.state = TrainState(step=2, seconds=1.0)
     trainer.log()
-    heldout = evaluate_heldout(trainer.row_losses, trainer.bank, trainer.tasks.values(), 4096, PAD, with_base=True)
+    heldout = evaluate_heldout(
+        trainer.row_losses, trainer.bank, trainer.tasks.values(), max_tokens=4096, pad_token=PAD, with_base=True
+    )
     results = build_results(
         trainer.config,
         trainer.folder,
