@@ -80,7 +80,9 @@ class AdapterConfig(ConfigModel):
     def _belongs_to_the_method(cls, value: Any, info: ValidationInfo) -> Any:
         method, owners = info.data.get("method"), OWNERS[str(info.field_name)]
         if value is not None and method is not None and method not in owners:
-            raise ValueError(f"has no meaning for method {method}; it belongs to {' and '.join(owners)}: remove it")
+            raise ValueError(
+                f"has no meaning for method {method}; it belongs to {' and '.join(owners)}: remove it"
+            )
         return value
 
     @field_validator("weight_decay")
@@ -136,7 +138,9 @@ def warmup_hint(warmup_steps: int, limit_key: str, limit: int | None) -> str | N
     """Why a warm-up is too long for `limit` steps, or None."""
     if limit is None or warmup_steps < limit:
         return None
-    return f"leaves no step after the warm-up: make it smaller than {limit_key} = {limit}, or use warmup_ratio"
+    return (
+        f"leaves no step after the warm-up: make it smaller than {limit_key} = {limit}, or use warmup_ratio"
+    )
 
 
 def adapter_name(task: str, adapter: str) -> str:

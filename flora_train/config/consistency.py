@@ -64,7 +64,9 @@ def disagreements(
             problems.append(Problem(f"adapters.{name}.warmup_steps", outline.warmup_steps, warmup))
         if len(problems) >= MOST_PROBLEMS:
             return problems
-    names = [adapter_name(task, name) for name, outline in adapters.items() for task in outline.tasks or tasks]
+    names = [
+        adapter_name(task, name) for name, outline in adapters.items() for task in outline.tasks or tasks
+    ]
     return problems + _unusable_names(names)
 
 

@@ -38,5 +38,7 @@ class ModelConfig(ConfigModel):
     def _is_not_quantized(cls, fsdp: bool, info: ValidationInfo) -> bool:
         quantization = info.data.get("quantization", "none")
         if fsdp and quantization != "none":
-            raise ValueError(f"cannot shard a base model in {quantization}: set model.quantization=none, or fsdp=false")
+            raise ValueError(
+                f"cannot shard a base model in {quantization}: set model.quantization=none, or fsdp=false"
+            )
         return fsdp

@@ -27,7 +27,9 @@ def shipped(kind: str) -> dict[str, Path]:
     """
     folders = (PROJECT_ROOT / kind, Path(kind))
     return {
-        path.relative_to(folder).with_suffix("").as_posix(): path for folder in folders for path in sorted(folder.rglob("*.yaml"))
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in folders
+        for path in sorted(folder.rglob("*.yaml"))
     }
 
 
@@ -64,7 +66,9 @@ def find_config(kind: str, name: str) -> Path:
     path = find_file(name)
     if exists(path) and path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise user_error(kind, name, "is a folder without a config.yaml: give a YAML file, or the folder of a run")
+            raise user_error(
+                kind, name, "is a folder without a config.yaml: give a YAML file, or the folder of a run"
+            )
         return path / "config.yaml"
     if exists(path):
         if not path.is_file():
@@ -75,7 +79,9 @@ def find_config(kind: str, name: str) -> Path:
     if wanted != name or "/" in name:
         raise user_error(kind, name, f"no such file.{hint}")
     if exists(find_file(f"{name}.yaml")):
-        raise user_error(kind, name, f"no {kind} of that name in {kind}s/. There is a file: {kind}={name}.yaml")
+        raise user_error(
+            kind, name, f"no {kind} of that name in {kind}s/. There is a file: {kind}={name}.yaml"
+        )
     raise user_error(kind, name, f"no {kind} of that name in {kind}s/; there are {choices(known)}.{hint}")
 
 
@@ -90,7 +96,9 @@ def read_yaml(path: Path) -> RawConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise user_error(str(path), None, "is not readable YAML: it is not UTF-8 text; save it as UTF-8") from None
+        raise user_error(
+            str(path), None, "is not readable YAML: it is not UTF-8 text; save it as UTF-8"
+        ) from None
     except OSError as error:
         raise user_error(str(path), None, f"cannot be read: {error.strerror}") from None
     return read_mapping(text, str(path))

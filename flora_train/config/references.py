@@ -44,7 +44,11 @@ def escape(value: Any) -> Any:
         return {key: escape(item) for key, item in value.items()}
     if isinstance(value, list):
         return [escape(item) for item in value]
-    return OPENING.sub(lambda found: f"{found[1] * 2}\\${{", value) if isinstance(value, str) and "${" in value else value
+    return (
+        OPENING.sub(lambda found: f"{found[1] * 2}\\${{", value)
+        if isinstance(value, str) and "${" in value
+        else value
+    )
 
 
 def _any_reference(value: Any) -> bool:
@@ -142,18 +146,24 @@ class _Resolver:
             )
         match = BODY.fullmatch(body.strip())
         if match is None:
-            return self._blame(place, text, f"holds ${{{body}}}, which is no key such as ${{training.steps}} {LITERALLY}")
+            return self._blame(
+                place, text, f"holds ${{{body}}}, which is no key such as ${{training.steps}} {LITERALLY}"
+            )
         try:
             target, value = _find(self.top, _target(match, place))
         except (KeyError, IndexError, ValueError):
-            return self._blame(place, text, f"refers to {body.strip()}, which is no key of this configuration {LITERALLY}")
+            return self._blame(
+                place, text, f"refers to {body.strip()}, which is no key of this configuration {LITERALLY}"
+            )
         if any(opened[: len(target)] == target for opened in self.open):
             return self._blame(place, text, "refers to itself")
         resolved = self.resolved(value, target)
         size, depth = self._shape(resolved)
         self.referred += size
         if self.referred > MOST_BY_ALIAS:
-            return self._blame(place, text, f"references stand for more than {MOST_BY_ALIAS:,} values together")
+            return self._blame(
+                place, text, f"references stand for more than {MOST_BY_ALIAS:,} values together"
+            )
         if len(place) + depth > DEEPEST:
             return self._blame(place, text, f"nests more than {DEEPEST} levels deep")
         return resolved
@@ -165,7 +175,9 @@ class _Resolver:
             raise UserError(*self.problems.values())
 
 
-INSTEAD = "write the value on the command line, and give secrets through the environment (HF_TOKEN, WANDB_API_KEY)"
+INSTEAD = (
+    "write the value on the command line, and give secrets through the environment (HF_TOKEN, WANDB_API_KEY)"
+)
 
 
 def _pieces(text: str) -> Iterator[tuple[Any, bool]]:

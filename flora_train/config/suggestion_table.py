@@ -19,7 +19,9 @@ EPOCHS = "There are no epochs: a run has a number of optimizer steps."
 TOKENS = "The size of a step is given in tokens of all adapters and processes, not in rows."
 ACCUMULATION = "Micro-batches are accumulated until a step has training.tokens_per_step tokens."
 LR = "Every adapter has its own learning rate."
-RATIO = "Write a share of the adapter's steps, such as 0.03; adapters.NAME.warmup_steps is the number of steps."
+RATIO = (
+    "Write a share of the adapter's steps, such as 0.03; adapters.NAME.warmup_steps is the number of steps."
+)
 SCHEDULE = "Write constant, linear or cosine."
 STEPS_BETWEEN = "Write the number of steps between two of them."
 BFLOAT16 = "Write bfloat16, float32 or auto."
@@ -30,10 +32,14 @@ OVERWRITE = "Write true (formerly replace) or false (formerly refuse)."
 
 SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
     # adapters
-    **dict.fromkeys(("r", "lora_r", "lora_rank", "lora_dim", "adapter_rank"), (Suggestion(f"{ADAPTER}.rank"),)),
+    **dict.fromkeys(
+        ("r", "lora_r", "lora_rank", "lora_dim", "adapter_rank"), (Suggestion(f"{ADAPTER}.rank"),)
+    ),
     **dict.fromkeys(("lora_alpha", "alpha_lora", "adapter_alpha"), (Suggestion(f"{ADAPTER}.alpha", ALPHA),)),
     **dict.fromkeys(("lora_dropout", "adapter_dropout"), (Suggestion(f"{ADAPTER}.dropout"),)),
-    **dict.fromkeys(("use_rslora", "rs_lora", "use_rs_lora"), (Suggestion(f"{ADAPTER}.rslora", "Write true or false."),)),
+    **dict.fromkeys(
+        ("use_rslora", "rs_lora", "use_rs_lora"), (Suggestion(f"{ADAPTER}.rslora", "Write true or false."),)
+    ),
     **dict.fromkeys(
         (
             "target_module",
@@ -60,7 +66,9 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         ("lr_scheduler", "lr_scheduler_type", "scheduler", "scheduler_type", "schedule", "decay_schedule"),
         (Suggestion(f"{ADAPTER}.lr_schedule", SCHEDULE),),
     ),
-    **dict.fromkeys(("warmup", "warmup_fraction", "warm_up", "lr_warmup"), (Suggestion(f"{ADAPTER}.warmup_ratio", RATIO),)),
+    **dict.fromkeys(
+        ("warmup", "warmup_fraction", "warm_up", "lr_warmup"), (Suggestion(f"{ADAPTER}.warmup_ratio", RATIO),)
+    ),
     **dict.fromkeys(
         ("num_warmup_steps", "lr_warmup_steps", "warmup_iters", "warm_up_steps"),
         (Suggestion(f"{ADAPTER}.warmup_steps"),),
@@ -74,7 +82,9 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         ("early_stopping_patience", "early_stopping"),
         (Suggestion(f"{ADAPTER}.patience", "Write the number of evaluations without improvement."),),
     ),
-    **dict.fromkeys(("early_stopping_threshold", "early_stopping_delta"), (Suggestion(f"{ADAPTER}.min_delta"),)),
+    **dict.fromkeys(
+        ("early_stopping_threshold", "early_stopping_delta"), (Suggestion(f"{ADAPTER}.min_delta"),)
+    ),
     "within": (Suggestion(f"{ADAPTER}.parent_module"),),
     **dict.fromkeys(
         (
@@ -155,7 +165,9 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
             ),
         ),
     ),
-    **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), (Suggestion("evaluation.batch_rows"),)),
+    **dict.fromkeys(
+        ("per_device_eval_batch_size", "eval_batch_size"), (Suggestion("evaluation.batch_rows"),)
+    ),
     **dict.fromkeys(
         (
             "gradient_accumulation_steps",
@@ -184,7 +196,9 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         ),
         (Suggestion("training.max_length"), Suggestion("evaluation.max_new_tokens")),
     ),
-    **dict.fromkeys(("optim", "optimizer_type", "optimiser"), (Suggestion("training.optimizer", "Write adamw or sgd."),)),
+    **dict.fromkeys(
+        ("optim", "optimizer_type", "optimiser"), (Suggestion("training.optimizer", "Write adamw or sgd."),)
+    ),
     **dict.fromkeys(
         ("adam_beta1", "adam_beta2", "beta1", "beta2"),
         (Suggestion("training.betas", "Write both, such as [0.9, 0.999]."),),
@@ -214,7 +228,9 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         ),
         (Suggestion("training.save_every", STEPS_BETWEEN),),
     ),
-    **dict.fromkeys(("save_total_limit", "keep_last", "max_checkpoints"), (Suggestion("training.keep_checkpoints"),)),
+    **dict.fromkeys(
+        ("save_total_limit", "keep_last", "max_checkpoints"), (Suggestion("training.keep_checkpoints"),)
+    ),
     **dict.fromkeys(
         ("trainer", "trainer_args", "training_args", "training_arguments", "train_config", "training_config"),
         (Suggestion("training"),),
@@ -242,12 +258,18 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         ("eval_strategy", "evaluation_strategy"),
         (Suggestion("evaluation.interval", "Write the number of steps between two evaluations."),),
     ),
-    **dict.fromkeys(("n", "n_samples", "num_return_sequences", "samples"), (Suggestion("evaluation.num_samples"),)),
+    **dict.fromkeys(
+        ("n", "n_samples", "num_return_sequences", "samples"), (Suggestion("evaluation.num_samples"),)
+    ),
     "k": (Suggestion("evaluation.pass_at_k", "Write a list such as [1, 10]."),),
-    **dict.fromkeys(("load_best_model_at_end", "load_best", "save_best"), (Suggestion("evaluation.select_best"),)),
+    **dict.fromkeys(
+        ("load_best_model_at_end", "load_best", "save_best"), (Suggestion("evaluation.select_best"),)
+    ),
     **dict.fromkeys(("num_beams", "beam_size", "n_beams"), (Suggestion("evaluation.beams"),)),
     "played_clips": (Suggestion("evaluation.embedded_clips"),),
-    **dict.fromkeys(("generation_max_length", "max_completion_length"), (Suggestion("evaluation.max_new_tokens"),)),
+    **dict.fromkeys(
+        ("generation_max_length", "max_completion_length"), (Suggestion("evaluation.max_new_tokens"),)
+    ),
     **dict.fromkeys(("max_eval_samples", "limit_val_batches"), (Suggestion("evaluation.max_examples"),)),
     "timeout": (Suggestion("evaluation.cpu_seconds"),),
     # model
@@ -263,18 +285,24 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         (Suggestion("model.path", "Write a folder or a name on the Hugging Face hub."),),
     ),
     **dict.fromkeys(("bf16", "pure_bf16"), (Suggestion("model.dtype", "Write bfloat16 in place of true."),)),
-    **dict.fromkeys(("fp16", "float16", "half"), (Suggestion("model.dtype", f"float16 is not supported. {BFLOAT16}"),)),
+    **dict.fromkeys(
+        ("fp16", "float16", "half"), (Suggestion("model.dtype", f"float16 is not supported. {BFLOAT16}"),)
+    ),
     **dict.fromkeys(
         ("torch_dtype", "precision_type", "mixed_precision", "compute_dtype", "fp32", "tf32"),
         (Suggestion("model.dtype", BFLOAT16),),
     ),
-    **dict.fromkeys(("load_in_4bit", "bnb_4bit", "qlora"), (Suggestion("model.quantization", "Write 4bit."),)),
+    **dict.fromkeys(
+        ("load_in_4bit", "bnb_4bit", "qlora"), (Suggestion("model.quantization", "Write 4bit."),)
+    ),
     **dict.fromkeys(("load_in_8bit", "bnb_8bit"), (Suggestion("model.quantization", "Write 8bit."),)),
     **dict.fromkeys(
         ("quantize", "quantisation", "quantization_config"),
         (Suggestion("model.quantization", "Write none, 8bit or 4bit."),),
     ),
-    **dict.fromkeys(("sharded", "fsdp_config", "deepspeed"), (Suggestion("model.fsdp", "Write true or false."),)),
+    **dict.fromkeys(
+        ("sharded", "fsdp_config", "deepspeed"), (Suggestion("model.fsdp", "Write true or false."),)
+    ),
     **dict.fromkeys(
         ("activation_checkpointing", "gradient_checkpointing_kwargs", "use_gradient_checkpointing"),
         (Suggestion("model.gradient_checkpointing", "Write off, reentrant or non_reentrant."),),
@@ -299,7 +327,9 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
             "train_path",
         ),
         (
-            Suggestion(f"{TASK}.train", "Write a file, a list of files, or a source such as {hub: ORG/NAME}."),
+            Suggestion(
+                f"{TASK}.train", "Write a file, a list of files, or a source such as {hub: ORG/NAME}."
+            ),
             Suggestion(f"{TASK}.train.files"),
             Suggestion(f"{TASK}.validation.files"),
             Suggestion(f"{TASK}.test.files"),
@@ -376,13 +406,19 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         ),
         (Suggestion(f"{TASK}.validation_fraction", "Write a share of the training rows, such as 0.05."),),
     ),
-    **dict.fromkeys(("max_samples", "max_train_samples", "limit", "num_examples"), (Suggestion(f"{TASK}.max_examples"),)),
+    **dict.fromkeys(
+        ("max_samples", "max_train_samples", "limit", "num_examples"), (Suggestion(f"{TASK}.max_examples"),)
+    ),
     **dict.fromkeys(
         ("over_long", "overlong", "truncate"),
         (Suggestion(f"{TASK}.truncation", "Write truncate, split or drop."),),
     ),
-    **dict.fromkeys(("pack", "sample_packing", "multipack"), (Suggestion(f"{TASK}.packing", "Write true or false."),)),
-    **dict.fromkeys(("text_column", "text_field", "dataset_text_field", "text_key"), (Suggestion(f"{TASK}.text"),)),
+    **dict.fromkeys(
+        ("pack", "sample_packing", "multipack"), (Suggestion(f"{TASK}.packing", "Write true or false."),)
+    ),
+    **dict.fromkeys(
+        ("text_column", "text_field", "dataset_text_field", "text_key"), (Suggestion(f"{TASK}.text"),)
+    ),
     **dict.fromkeys(
         (
             "prompt_column",
@@ -408,7 +444,9 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         ),
         (Suggestion(f"{TASK}.completion", PROMPT),),
     ),
-    **dict.fromkeys(("task_column", "group_by", "label_column", "split_column"), (Suggestion(f"{TASK}.split_by"),)),
+    **dict.fromkeys(
+        ("task_column", "group_by", "label_column", "split_column"), (Suggestion(f"{TASK}.split_by"),)
+    ),
     "lang": (Suggestion(f"{TASK}.language"), Suggestion(f"{TASK}.speech.language")),
     **dict.fromkeys(("audio_column", "audio_column_name"), (Suggestion(f"{TASK}.speech.audio"),)),
     **dict.fromkeys(("transcript", "text_column_name"), (Suggestion(f"{TASK}.speech.sentence"),)),
@@ -422,13 +460,17 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         (Suggestion("output_dir"),),
     ),
     **dict.fromkeys(("run_name", "experiment_name", "exp_name"), (Suggestion("name"),)),
-    **dict.fromkeys(("existing_run", "overwrite_output_dir", "exist_ok"), (Suggestion("overwrite", OVERWRITE),)),
+    **dict.fromkeys(
+        ("existing_run", "overwrite_output_dir", "exist_ok"), (Suggestion("overwrite", OVERWRITE),)
+    ),
     **dict.fromkeys(
         ("resume_from_checkpoint", "resume_from", "auto_resume"),
         (Suggestion("resume", "Write true or false."),),
     ),
     **dict.fromkeys(("random_seed", "data_seed"), (Suggestion("seed"), Suggestion(f"{TASK}.split_seed"))),
-    **dict.fromkeys(("world_size", "num_gpus", "n_gpu", "devices", "nproc_per_node"), (Suggestion("num_processes"),)),
+    **dict.fromkeys(
+        ("world_size", "num_gpus", "n_gpu", "devices", "nproc_per_node"), (Suggestion("num_processes"),)
+    ),
     **dict.fromkeys(("threads", "cpu_threads"), (Suggestion("num_threads"),)),
     **dict.fromkeys(
         ("dataloader_num_workers", "num_workers"),
@@ -441,8 +483,12 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
     **dict.fromkeys(("wandb_project", "project_name"), (Suggestion("tracking.project"),)),
     **dict.fromkeys(("wandb_group", "wandb_run_group"), (Suggestion("tracking.group"),)),
     "spike": (Suggestion("guard.spike_factor"),),
-    **dict.fromkeys(("sampling_strategy", "mixing_strategy", "interleave_strategy"), (Suggestion("mixture.strategy"),)),
-    **dict.fromkeys(("weights", "sampling_weight", "probability", "probabilities"), (Suggestion(f"{TASK}.weight"),)),
+    **dict.fromkeys(
+        ("sampling_strategy", "mixing_strategy", "interleave_strategy"), (Suggestion("mixture.strategy"),)
+    ),
+    **dict.fromkeys(
+        ("weights", "sampling_weight", "probability", "probabilities"), (Suggestion(f"{TASK}.weight"),)
+    ),
 }
 """Option of another trainer, or former name -> the keys that can be meant. The first whose section the word
 stands in is suggested, else the first."""

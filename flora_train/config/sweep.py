@@ -43,7 +43,9 @@ class SweepConfig(ConfigModel):
     2016)."""
     factor: int | None = Field(None, ge=2, le=1_000_000, validate_default=True)
     """With strategy=halving: one in `factor` adapters continues after a rung. Default: 2."""
-    rungs: list[Annotated[int, Field(le=MOST_STEPS)]] | None = Field(None, min_length=1, max_length=1000, validate_default=True)
+    rungs: list[Annotated[int, Field(le=MOST_STEPS)]] | None = Field(
+        None, min_length=1, max_length=1000, validate_default=True
+    )
     """With strategy=halving: steps at which adapters are compared. Default: enough rungs to leave one winner,
     the last at training.steps / factor, each earlier one at 1 / factor of the next."""
 
@@ -71,7 +73,11 @@ def expand_sweeps(adapters: Any) -> Any:
         return adapters
     expanded: RawConfig = {}
     for name, adapter in adapters.items():
-        values = {key: value for key, value in adapter.items() if isinstance(value, list)} if isinstance(adapter, Mapping) else {}
+        values = (
+            {key: value for key, value in adapter.items() if isinstance(value, list)}
+            if isinstance(adapter, Mapping)
+            else {}
+        )
         for key, value in values.items():
             _check(f"adapters.{name}.{key}", key, value)
         swept = {key: value for key, value in values.items() if key in SWEPT}

@@ -52,16 +52,22 @@ class SourceConfig(ConfigModel):
     @classmethod
     def _a_release_has_languages(cls, locale: str | None, info: ValidationInfo) -> str | None:
         if "common_voice" in info.data and (locale is None) != (info.data["common_voice"] is None):
-            raise ValueError("common_voice and locale (its language: cs, mr, ...) go together: give both or neither")
+            raise ValueError(
+                "common_voice and locale (its language: cs, mr, ...) go together: give both or neither"
+            )
         return locale
 
     @field_validator("folder")
     @classmethod
     def _exactly_one_kind(cls, folder: str | None, info: ValidationInfo) -> str | None:
         kinds = {"hub", "files", "common_voice"}
-        given = sorted(kind for kind in kinds if info.data.get(kind) is not None) + ["folder"] * (folder is not None)
+        given = sorted(kind for kind in kinds if info.data.get(kind) is not None) + ["folder"] * (
+            folder is not None
+        )
         if kinds <= info.data.keys() and len(given) != 1:
-            raise ValueError(f"give exactly one of hub, files, common_voice or folder, not {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"give exactly one of hub, files, common_voice or folder, not {' and '.join(given) or 'none'}"
+            )
         return folder
 
 
@@ -167,7 +173,9 @@ class TaskConfig(ConfigModel):
     @field_validator("text")
     @classmethod
     def _one_format(cls, text: str | None, info: ValidationInfo) -> str | None:
-        if text is not None and (info.data.get("prompt") is not None or info.data.get("completion") is not None):
+        if text is not None and (
+            info.data.get("prompt") is not None or info.data.get("completion") is not None
+        ):
             raise ValueError("give text, or prompt and completion, not both")
         return text
 
@@ -175,7 +183,9 @@ class TaskConfig(ConfigModel):
     @classmethod
     def _never_train_on_a_test_split(cls, train: SourceConfig) -> SourceConfig:
         split = train.split if train.hub or train.common_voice else ""
-        if re.search(r"\btest\b", split) or any(re.fullmatch(r"(.*\.)?test", _stem(file)) for file in train.files or ()):
+        if re.search(r"\btest\b", split) or any(
+            re.fullmatch(r"(.*\.)?test", _stem(file)) for file in train.files or ()
+        ):
             raise ValueError("names a test split as training data: train on another one")
         return train
 
@@ -184,7 +194,9 @@ class TaskConfig(ConfigModel):
     def _text_is_not_speech(cls, speech: SpeechConfig | None, info: ValidationInfo) -> SpeechConfig | None:
         text_keys = [key for key in TEXT_ONLY if info.data.get(key)]
         if speech is not None and text_keys:
-            raise ValueError(f"belongs to a task of clips, {text_keys[0]} to a task of text: remove one of them")
+            raise ValueError(
+                f"belongs to a task of clips, {text_keys[0]} to a task of text: remove one of them"
+            )
         return speech
 
     @property

@@ -139,7 +139,9 @@ class _Reader:
             if isinstance(event, DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    raise YamlFaults(Fault(_line(event), None, f"{UNREADABLE}: a second document begins here"))
+                    raise YamlFaults(
+                        Fault(_line(event), None, f"{UNREADABLE}: a second document begins here")
+                    )
             elif isinstance(event, NodeEvent):
                 self._node(event)
             elif isinstance(event, (MappingEndEvent, SequenceEndEvent)):
@@ -193,7 +195,9 @@ class _Reader:
 
     def _begin_key(self, top: _Open, key: str, event: Event) -> None:
         if (first := top.lines.setdefault(key, _line(event))) != _line(event) or key in top.value:
-            self.faults.append(Fault(_line(event), key, f"this key is given twice (first on line {first}): rename one"))
+            self.faults.append(
+                Fault(_line(event), key, f"this key is given twice (first on line {first}): rename one")
+            )
         top.key, top.has_key = key, True
 
     def _alias(self, event: AliasEvent) -> None:
@@ -243,7 +247,9 @@ class _Reader:
     def _merge(self, top: _Open, value: Any, event: Event) -> None:
         parts = value if isinstance(value, list) else [value]
         if not all(isinstance(part, dict) for part in parts):
-            self.faults.append(Fault(_line(event), "<<", "merges keys: give it a mapping, or a list of mappings"))
+            self.faults.append(
+                Fault(_line(event), "<<", "merges keys: give it a mapping, or a list of mappings")
+            )
             return
         top.merged += parts
 

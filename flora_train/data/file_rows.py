@@ -82,9 +82,11 @@ def _read_csv(path: Path, source: SourceConfig) -> Iterator[Row]:
 
 
 def _table(text: str, tabs: bool) -> Iterator[Row]:
-    """Rows by the names of the header; a row may be shorter. Raises ValueError that names the first wrong line."""
+    """Rows by the names of the header; a row may be shorter. Raises ValueError that names the first wrong
+    line."""
     lines = io.StringIO(text, newline="")
-    # tab-separated corpora (Common Voice) contain bare quotation marks; with commas, an unclosed one would swallow rows
+    # tab-separated corpora (Common Voice) contain bare quotation marks; with commas, an unclosed one would
+    # swallow rows
     dialect: dict[str, Any] = {"strict": True}
     if tabs:
         dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}

@@ -18,7 +18,9 @@ def files_matching(pattern: Path) -> list[Path]:
     first_wildcard = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
     root = Path(*pattern.parts[:first_wildcard])
     expression = _expression(pattern.parts[first_wildcard:])
-    return sorted(path for path in _files_below(root) if expression.fullmatch(path.relative_to(root).as_posix()))
+    return sorted(
+        path for path in _files_below(root) if expression.fullmatch(path.relative_to(root).as_posix())
+    )
 
 
 def _files_below(root: Path) -> list[Path]:

@@ -65,7 +65,9 @@ def guess_tasks(source: str, language: str | None) -> dict[str, GuessedTask]:
         return {name: _guess_folder(source)}
     tasks = {}
     for folder, table in tables.items():
-        spoken = language if language is not None and len(tables) == 1 else _language_code(real_path(folder).name)
+        spoken = (
+            language if language is not None and len(tables) == 1 else _language_code(real_path(folder).name)
+        )
         tasks[_task_name(folder)] = _guess_file(str(table), spoken)
     return tasks
 
@@ -133,8 +135,8 @@ def _guess_file(source: str, language: str | None) -> GuessedTask:
     text = next((column for column in WHOLE_TEXTS if column in columns), None)
     if text is None:
         hint = (
-            f"has the columns {choices(columns)}, of which none is known as a prompt or a completion: write tasks.NAME.prompt "
-            "and tasks.NAME.completion by hand (docs/data.md)"
+            f"has the columns {choices(columns)}, of which none is known as a prompt or a completion: write "
+            "tasks.NAME.prompt and tasks.NAME.completion by hand (docs/data.md)"
         )
         raise user_error(source, None, hint)
     keys = {"train": source, "text": text}
@@ -165,12 +167,14 @@ def _is_sound(cell: object) -> bool:
     return str(cell).lower().endswith(SOUNDS)
 
 
-def _speech_task(source: str, rows: Sequence[Row], clips: tuple[str, str], language: str | None) -> GuessedTask:
+def _speech_task(
+    source: str, rows: Sequence[Row], clips: tuple[str, str], language: str | None
+) -> GuessedTask:
     audio, sentence = clips
     if language is None:
         hint = (
-            f"holds clips ({audio}) with transcripts ({sentence}), and their language is not known: give --language cs, for "
-            "example, or a folder that is named by the language"
+            f"holds clips ({audio}) with transcripts ({sentence}), and their language is not known: give "
+            "--language cs, for example, or a folder that is named by the language"
         )
         raise user_error(source, None, hint)
     speech = {"language": language, "audio": audio, "sentence": sentence}
@@ -186,13 +190,21 @@ def _pair_task(source: str, rows: Sequence[Row], prompt: str, completion: str) -
     return _with_labels(keys, description, rows, used=[prompt, completion])
 
 
-def _with_labels(keys: Mapping[str, Any], description: str, rows: Sequence[Row], *, used: Sequence[str]) -> GuessedTask:
+def _with_labels(
+    keys: Mapping[str, Any], description: str, rows: Sequence[Row], *, used: Sequence[str]
+) -> GuessedTask:
     """A task of text, divided by its column of labels, if it has one."""
-    labels = {column: counts for column in _columns(rows) if (counts := _label_counts(rows, column)) and column not in used}
+    labels = {
+        column: counts
+        for column in _columns(rows)
+        if (counts := _label_counts(rows, column)) and column not in used
+    }
     if not labels:
         return GuessedTask(keys, f"{description}{_unused(rows, used)}")
     column = min(labels, key=lambda name: len(labels[name]))
-    values = ", ".join(f"{' '.join(value.split())} {count:,}" for value, count in labels[column].most_common())
+    values = ", ".join(
+        f"{' '.join(value.split())} {count:,}" for value, count in labels[column].most_common()
+    )
     note = f"; one task for each {cell_text(column)}: {values}"
     return GuessedTask({**keys, "split_by": column}, f"{description}{note}{_unused(rows, [*used, column])}")
 

@@ -78,7 +78,9 @@ class TaskMixture:
         self._ends = np.array([stream.ends for stream in self.streams], dtype=np.float64)
         self._teaches = np.ones(len(self.streams), dtype=np.bool_)
         """Whether some adapter of each task is still trained."""
-        self._losing = {i for i, stream in enumerate(self.streams) if self.left.keys() & stream.max_steps.keys()}
+        self._losing = {
+            i for i, stream in enumerate(self.streams) if self.left.keys() & stream.max_steps.keys()
+        }
         self._unsure = set(range(len(self.streams)))
         """Tasks whose `_teaches` may have changed."""
         self._queues: list[Iterator[int]] = [_endless_examples(stream, seed) for stream in streams]
@@ -160,7 +162,11 @@ class TaskMixture:
         joining = np.flatnonzero(self._begins == now) if now > 0 else ()
         if not len(joining):
             return
-        there = [self._served[i] for i, stream in enumerate(self.streams) if stream.begins < now and self._learners(stream)]
+        there = [
+            self._served[i]
+            for i, stream in enumerate(self.streams)
+            if stream.begins < now and self._learners(stream)
+        ]
         for i in joining if there else ():
             self._served[i] = min(there)
 
@@ -212,7 +218,9 @@ class TaskMixture:
         taken = self._steps_taken[stream.name]
         now = len(self._steps)
         return tuple(
-            adapter for adapter, limit in stream.max_steps.items() if taken < limit and now < self.left.get(adapter, now + 1)
+            adapter
+            for adapter, limit in stream.max_steps.items()
+            if taken < limit and now < self.left.get(adapter, now + 1)
         )
 
     def _weights(self, live: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
@@ -224,13 +232,17 @@ class TaskMixture:
         if self.config.strategy == "temperature":
             sized = weights * sizes
             largest = sized.max() if live is None else sized[live].max()
-            return np.minimum(sized / largest, 1.0) ** (1.0 / (self.config.temperature or 1.0))  # powers of more than 1 overflow
+            return np.minimum(sized / largest, 1.0) ** (
+                1.0 / (self.config.temperature or 1.0)
+            )  # powers of more than 1 overflow
         return weights
 
     def _check_budget(self) -> None:
         for stream in self.streams:
             examples = self.config.examples_per_draw
-            problem = draw_problem(stream.name, stream.lengths, len(stream.max_steps), examples, self.tokens_per_step)
+            problem = draw_problem(
+                stream.name, stream.lengths, len(stream.max_steps), examples, self.tokens_per_step
+            )
             if problem is not None:
                 raise UserError(problem)
 
@@ -239,11 +251,17 @@ def _endless_examples(stream: Stream, seed: int) -> Iterator[int]:
     """The task's examples, every epoch in a new order."""
     epoch = 0
     while True:
-        yield from np.random.default_rng(seed_of(seed, stream.name, f"epoch {epoch}")).permutation(len(stream.lengths)).tolist()
+        yield from (
+            np.random.default_rng(seed_of(seed, stream.name, f"epoch {epoch}"))
+            .permutation(len(stream.lengths))
+            .tolist()
+        )
         epoch += 1
 
 
-def draw_problem(task: str, lengths: NDArray[np.int64], adapters: int, examples: int, tokens_per_step: int) -> Problem | None:
+def draw_problem(
+    task: str, lengths: NDArray[np.int64], adapters: int, examples: int, tokens_per_step: int
+) -> Problem | None:
     """The problem if one draw of a task for all its adapters does not fit into a step, or None.
 
     lengths: int [n], tokens of its examples; examples: number of examples per draw.

@@ -1,7 +1,7 @@
 """Packs short documents into sequences of up to max_length tokens.
 
-Documents of one sequence do not attend to each other: `collate` restarts their positions, from which transformers derives the
-mask. Packing changes the cost of a step, not what is learnt from a document.
+Documents of one sequence do not attend to each other: `collate` restarts their positions, from which
+transformers derives the mask. Packing changes the cost of a step, not what is learnt from a document.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ BUILT = {"assets/code_local/": "code-local", "assets/speech_local/": "speech-loc
 def read_rows(source: SourceConfig, key: str) -> list[Row]:
     """All rows of a source, as column -> value. key: its configuration key, for errors.
 
-    Raises UserError if a file is missing, empty, unreadable or of an unknown type, or the hub cannot be reached.
+    Raises UserError if a file is missing, empty, unreadable or of an unknown type, or the hub cannot be
+    reached.
     """
     if source.hub is not None:
         rows = hub_rows(source, key)

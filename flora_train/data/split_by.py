@@ -54,7 +54,10 @@ def expand_split_tasks(config: RunConfig) -> RunConfig:
                 hint = f"makes the task {made_name}, whose name another task has: rename one of them"
                 raise user_error(f"tasks.{name}.split_by", config.tasks[name].split_by, hint)
             tasks[made_name] = _with_value(task, value)
-    adapters = {name: {**adapter, "tasks": _chosen(adapter["tasks"], made)} for name, adapter in raw["adapters"].items()}
+    adapters = {
+        name: {**adapter, "tasks": _chosen(adapter["tasks"], made)}
+        for name, adapter in raw["adapters"].items()
+    }
     return validate({**raw, "tasks": tasks, "adapters": adapters})
 
 
@@ -84,18 +87,20 @@ def _made_tasks(name: str, task: TaskConfig) -> dict[str, str]:
     key, column = f"tasks.{name}", str(task.split_by)
     train = _rows_by_value(task.train, column, key, "train")
     if len(train) > MOST_TASKS:
-        hint = f"has {len(train):,} different values, and every value becomes a task: at most {MOST_TASKS:,} are made"
+        hint = f"has {len(train):,} different values, which would be tasks: at most {MOST_TASKS:,} are made"
         raise user_error(f"{key}.split_by", column, hint)
     single = [value for value, rows in train.items() if len(rows) < 2]
     if task.validation is None and single:
         hint = (
-            f"has {len(single):,} value(s) with one row, {single[0]!r} for example, so that none can be held out: "
-            "give a validation source, or more rows"
+            f"has {len(single):,} value(s) with one row, {single[0]!r} for example, so that none can be held "
+            "out: give a validation source, or more rows"
         )
         raise user_error(f"{key}.split_by", column, hint)
     for split in ("validation", "test"):
         source: SourceConfig | None = getattr(task, split)
-        missing = train.keys() - _rows_by_value(source, column, key, split).keys() if source is not None else ()
+        missing = (
+            train.keys() - _rows_by_value(source, column, key, split).keys() if source is not None else ()
+        )
         if missing:
             hint = f"has the value {min(missing)!r} in train and not in {split}: give rows of every value"
             raise user_error(f"{key}.split_by", column, hint)
@@ -111,7 +116,11 @@ def _with_value(task: Mapping[str, Any], value: str) -> dict[str, Any]:
         filled["language"] = task["language"].replace("{value}", value)
     if task["speech"] is not None:
         speech = task["speech"]
-        texts = {key: speech[key].replace("{value}", value) for key in ("language", "token") if speech[key] is not None}
+        texts = {
+            key: speech[key].replace("{value}", value)
+            for key in ("language", "token")
+            if speech[key] is not None
+        }
         filled["speech"] = {**speech, **texts}
     return filled
 
@@ -172,9 +181,11 @@ def _group(rows: Sequence[Row], column: str, key: str, split: str) -> dict[str, 
         by_value.setdefault(value, []).append(row)
     empty = len(by_value.get("", ()))
     if empty == len(rows):
-        columns = list(dict.fromkeys(str(name) for row in rows for name in row))
-        hint = f"is no column with values in the {split} rows; they have {choices(columns)}.{did_you_mean(column, columns)}"
-        raise user_error(key, column, hint)
+        columns: dict[str, None] = {}
+        for row in rows:
+            columns |= dict.fromkeys(map(str, row))
+        hint = f"is no column with values in the {split} rows; they have {choices(columns)}."
+        raise user_error(key, column, hint + did_you_mean(column, columns))
     if empty:
         hint = f"is empty in {empty:,} of {len(rows):,} {split} rows: fill it, or remove these rows"
         raise user_error(key, column, hint)

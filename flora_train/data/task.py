@@ -53,34 +53,42 @@ def load_tasks(
     speech_processor: for speech tasks. Raises one UserError with the problems of all sources, formats, splits
     and step sizes.
     """
-    problems: list[Problem] = []
     tasks: dict[str, Task] = {}
     learners = _learners(config)
     learnt = {name: task for name, task in config.tasks.items() if learners[name]}
-    for name, task in learnt.items():  # missing files are reported before any data is read
+    problems = _missing_sources(learnt)  # before any data is read
+    missing = {problem.key.split(".")[1] for problem in problems if problem.key.startswith("tasks.")}
+    load: Callable[..., Task] = load_text_task
+    if speech_processor is not None:
+        load = partial(load_spoken_task, speech_processor=speech_processor)
+    step = (config.mixture.examples_per_draw, config.training.tokens_per_step)
+    for name, task in learnt.items():
+        if name in missing:
+            continue
+        try:
+            tasks[name] = load(name, task, config, tokenizer, cache)
+        except UserError as error:
+            problems += error.problems
+            continue
+        if problem := draw_problem(name, tasks[name].train.lengths, learners[name], *step):
+            problems.append(problem)
+    forget_rows()
+    if problems:
+        raise UserError(*problems)
+    return tasks
+
+
+def _missing_sources(tasks: Mapping[str, TaskConfig]) -> list[Problem]:
+    """Problems of the files of all sources."""
+    problems: list[Problem] = []
+    for name, task in tasks.items():
         for split, source in (("train", task.train), ("validation", task.validation), ("test", task.test)):
             try:
                 if source is not None:
                     source_files(source, f"tasks.{name}.{split}")
             except UserError as error:
                 problems += error.problems
-    missing = {problem.key.split(".")[1] for problem in problems if problem.key.startswith("tasks.")}
-    for name, task in learnt.items():
-        if name in missing:
-            continue
-        try:
-            load = load_text_task if speech_processor is None else partial(load_spoken_task, speech_processor=speech_processor)
-            tasks[name] = load(name, task, config, tokenizer, cache)
-        except UserError as error:
-            problems += error.problems
-        else:
-            step = (config.mixture.examples_per_draw, config.training.tokens_per_step)
-            if problem := draw_problem(name, tasks[name].train.lengths, learners[name], *step):
-                problems.append(problem)
-    forget_rows()
-    if problems:
-        raise UserError(*problems)
-    return tasks
+    return problems
 
 
 def notes_on_rows(tasks: Mapping[str, Task], config: RunConfig) -> list[str]:
@@ -89,25 +97,37 @@ def notes_on_rows(tasks: Mapping[str, Task], config: RunConfig) -> list[str]:
     for name, task in tasks.items():
         written = Counter[str]()
         for split in (task.train, task.validation, task.test):
-            written.update(split.counts.special_tokens if split is not None else {})
+            if split is not None:
+                written.update(split.counts.special_tokens)
         if not written:
             continue
-        kinds = ", ".join(f"{token} {count:,}" for token, count in written.most_common(3))
-        more = f" and {len(written) - 3} more" if len(written) > 3 else ""
-        how = (
-            "are tokens" if config.tasks[name].special_tokens else f"are text; tasks.{name}.special_tokens=true makes them tokens"
+        most_common = ", ".join(f"{token} {count:,}" for token, count in written.most_common(3))
+        if len(written) > 3:
+            most_common += f" and {len(written) - 3} more"
+        treatment = f"are text; tasks.{name}.special_tokens=true makes them tokens"
+        if config.tasks[name].special_tokens:
+            treatment = "are tokens"
+        notes.append(
+            f"special tokens written in rows of {name} ({written.total():,}: {most_common}) {treatment}"
         )
-        notes.append(f"special tokens written in rows of {name} ({written.total():,}: {kinds}{more}) {how}")
     return notes
 
 
 def _learners(config: RunConfig) -> Counter[str]:
     """Task -> number of adapters that learn it."""
-    return Counter(task for adapter in config.adapters.values() for task in dict.fromkeys(adapter.tasks or config.tasks))
+    learners = Counter[str]()
+    for adapter in config.adapters.values():
+        learners.update(dict.fromkeys(adapter.tasks or config.tasks, 1))
+    return learners
 
 
 def load_spoken_task(
-    name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path, speech_processor: SpeechProcessor
+    name: str,
+    task: TaskConfig,
+    config: RunConfig,
+    tokenizer: Any,
+    cache: Path,
+    speech_processor: SpeechProcessor,
 ) -> Task:
     """A task of clips with transcripts."""
     found = load_speech_task(name, task, config, speech_processor=speech_processor, cache=cache)
@@ -115,7 +135,7 @@ def load_spoken_task(
 
 
 def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path) -> Task:
-    """Read, split, format and tokenize one task, or take the result from `cache`."""
+    """Read, split, format and tokenize one task, or load the result from `cache`."""
     key = f"tasks.{name}"
     train_rows = task_rows(task, "train", key)
     format_row = make_formatter(task, train_rows, key)
@@ -125,38 +145,65 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
     else:
         seed = seed_of_rows(config, name, "split")
         train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed, key=key)
-    max_length, truncation = config.training.max_length, task.truncation
-    setting = [CACHE_VERSION, max_length, truncation, tokenizer_hash(tokenizer), task.special_tokens]
+    setting = [
+        CACHE_VERSION,
+        config.training.max_length,
+        task.truncation,
+        tokenizer_hash(tokenizer),
+        task.special_tokens,
+    ]
     splits = {}
     digest = hashlib.sha256()
-    for split, rows, limit in (("train", train_rows, task.max_examples), ("validation", held_rows, task.max_validation_examples)):
-        chosen = sample(rows, limit, seed_of_rows(config, name, split))
+    limits = {"train": task.max_examples, "validation": task.max_validation_examples}
+    for split, rows in (("train", train_rows), ("validation", held_rows)):
+        chosen = sample(rows, limits[split], seed_of_rows(config, name, split))
         examples, unsampled = [format_row(row) for row in chosen], len(rows) - len(chosen)
-        packing = split == "train" and task.packing  # held-out examples are not packed, because intervals resample them
+        packing = (
+            split == "train" and task.packing
+        )  # held-out examples are resampled by intervals, and never packed
         content = _hash([*setting, packing, unsampled], examples)
         digest.update(content.encode())
         make = partial(
-            tokenize,
-            examples,
-            tokenizer,
-            max_length,
-            truncation=truncation,
-            unsampled=unsampled,
-            special_tokens=task.special_tokens,
-            name=f"{name} ({split})",
+            _tokenize, examples, tokenizer, task, name=f"{name} ({split})", config=config, unsampled=unsampled
         )
         if packing:
-            make = partial(_packed, make, max_length)
+            make = partial(_packed, make, config.training.max_length)
         splits[split] = cached(cache / f"{content[:32]}.npz", TokenSplit, make)
-        if not len(splits[split]):
-            counts = splits[split].counts
-            raise user_error(
-                f"{key}.{split}",
-                None,
-                f"no usable example among {counts.rows} rows: {counts.empty} empty, {counts.over_long_dropped} over-long, "
-                f"{counts.prompt_too_long} with a prompt of training.max_length = {max_length} tokens or more",
-            )
+        _check_not_empty(splits[split], f"{key}.{split}", config.training.max_length)
     return Task(name, task.weight, splits["train"], splits["validation"], digest.hexdigest())
+
+
+def _tokenize(
+    examples: list[PromptCompletion],
+    tokenizer: Any,
+    task: TaskConfig,
+    *,
+    name: str,
+    config: RunConfig,
+    unsampled: int,
+) -> TokenSplit:
+    return tokenize(
+        examples,
+        tokenizer,
+        config.training.max_length,
+        truncation=task.truncation,
+        unsampled=unsampled,
+        special_tokens=task.special_tokens,
+        name=name,
+    )
+
+
+def _check_not_empty(split: TokenSplit, key: str, max_length: int) -> None:
+    """Raises UserError with the counts if a split has no example."""
+    if len(split):
+        return
+    counts = split.counts
+    hint = (
+        f"no usable example among {counts.rows} rows: {counts.empty} empty, "
+        f"{counts.over_long_dropped} over-long, "
+        f"{counts.prompt_too_long} with a prompt of training.max_length = {max_length} tokens or more"
+    )
+    raise user_error(key, None, hint)
 
 
 def _packed(make: Callable[[], TokenSplit], max_length: int) -> TokenSplit:

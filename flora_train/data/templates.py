@@ -115,8 +115,12 @@ class Formatter:
         for template in templates:
             for column in template.columns:
                 if column not in columns:
-                    hint = f"{column!r} is not a column of the {rows_name} rows; they have {choices(columns)}."
-                    problems.append(Problem(template.key, template.source, hint + did_you_mean(column, columns)))
+                    hint = (
+                        f"{column!r} is not a column of the {rows_name} rows; they have {choices(columns)}."
+                    )
+                    problems.append(
+                        Problem(template.key, template.source, hint + did_you_mean(column, columns))
+                    )
         if problems:
             raise UserError(*problems)
 
@@ -140,7 +144,9 @@ def make_formatter(task: TaskConfig, rows: list[Row], key: str) -> Formatter:
     if text is not None:
         formatter = Formatter(None, parse_template(text, f"{key}.text"))
     else:
-        formatter = Formatter(parse_template(str(prompt), f"{key}.prompt"), parse_template(str(completion), f"{key}.completion"))
+        formatter = Formatter(
+            parse_template(str(prompt), f"{key}.prompt"), parse_template(str(completion), f"{key}.completion")
+        )
     formatter.check(rows, "training")
     return formatter
 
@@ -153,7 +159,9 @@ def parse_template(source: str, key: str) -> Template:
     try:
         parsed = list(string.Formatter().parse(source))
     except ValueError as error:
-        raise user_error(key, source, f"is not a template: {error} (a literal brace is written twice)") from None
+        raise user_error(
+            key, source, f"is not a template: {error} (a literal brace is written twice)"
+        ) from None
     for _, column, spec, conversion in parsed:
         if column == "" or spec or conversion:
             raise user_error(key, source, "is not a template: braces must contain the name of a column only")

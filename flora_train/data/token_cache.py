@@ -1,4 +1,4 @@
-"""The tokens of a text that may be long: made in windows of it, no more of them than are used."""
+"""Tokens of long texts, made in windows and no more of them than are used."""
 
 from __future__ import annotations
 
@@ -15,37 +15,42 @@ from numpy.typing import NDArray
 
 Tokens = Sequence[int] | NDArray[np.int32]
 Spans = Sequence[tuple[int, int]]
-"""Parts of a text, in its characters, ascending."""
+"""Spans of a text, in characters, ascending."""
 LONGEST_WHOLE = 1 << 20
-"""Characters of the longest text that is tokenised at once: tokenizers take more than a hundred bytes for each."""
+"""Characters of the longest text that is tokenized in one call: tokenizers need more than a hundred bytes for
+each."""
 WINDOW = 1 << 16
-"""Characters of the parts in which longer texts are tokenised."""
+"""Characters of the windows in which longer texts are tokenized."""
 CHARACTERS_A_TOKEN = 32
-"""Where only the first tokens of a text are used, it is tokenised at once up to so many characters for each of them."""
+"""Characters per token up to which a text is tokenized in one call if only its first tokens are used."""
 BETWEEN_WORDS = re.compile(r"\w(?= \w)")
-"""Where a text can be cut without any change of its tokens."""
+"""Places at which a text can be cut without changing its tokens."""
 SEEN_FOR_A_CUT = 4096
 """Last characters of a window that are searched for such a place."""
 
 
 def longest_whole(limit: int | None) -> int:
-    """Characters of the longest text that is tokenised at once, where only its first `limit` tokens are used (None: all)."""
+    """Characters of the longest text that is tokenized in one call if only its first `limit` tokens are used
+    (None: all)."""
     return LONGEST_WHOLE if limit is None else min(LONGEST_WHOLE, max(WINDOW, CHARACTERS_A_TOKEN * limit))
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids: int32 [n]; bytes_before: n -> UTF-8 bytes of the text that the first n tokens cover; written: special token -> how often
-    it is written in rows; whole: whether the text ends where the ids end (False: it has more than were asked for)."""
+    """A tokenized text."""
 
     ids: NDArray[np.int32]
+    """int32 [n]."""
     bytes_before: Callable[[int], int]
+    """n -> UTF-8 bytes of the text that the first n tokens cover."""
     written: Counter[str]
+    """Special token -> number of times that it is written in rows."""
     whole: bool = True
+    """Whether the text ends with the last id. False if only its first tokens were requested."""
 
 
 def between(rows: Spans, length: int) -> Iterator[tuple[int, int]]:
-    """What lies between the spans."""
+    """The parts of a text between the spans."""
     end = 0
     for a, b in [*rows, (length, length)]:
         if a > end:
@@ -54,21 +59,24 @@ def between(rows: Spans, length: int) -> Iterator[tuple[int, int]]:
 
 
 def windows(text: str, rows: Spans) -> Iterator[tuple[int, int]]:
-    """Parts of at most WINDOW characters, cut between words where that is possible, and never inside a template's text."""
+    """Windows of at most WINDOW characters, cut between words if possible, and never within the text of a
+    template."""
     begin = 0
     while begin < len(text):
         end = begin + WINDOW
         if end < len(text):
-            near = [found.end() for found in BETWEEN_WORDS.finditer(text, end - SEEN_FOR_A_CUT, end)]
+            near = [match.end() for match in BETWEEN_WORDS.finditer(text, end - SEEN_FOR_A_CUT, end)]
             end = near[-1] if near else end
-            literal = next((a for a, b in between(rows, len(text)) if a < end < b and b - a < SEEN_FOR_A_CUT), end)
+            literal = next(
+                (a for a, b in between(rows, len(text)) if a < end < b and b - a < SEEN_FOR_A_CUT), end
+            )
             end = literal if literal > begin else end
         yield begin, min(end, len(text))
         begin = end
 
 
 def joined(parts: Sequence[Encoded], whole: bool) -> Encoded:
-    """The windows of one text."""
+    """The tokens of one text from those of its windows."""
     ends = [0, *accumulate(len(part.ids) for part in parts)]
     sizes = [0, *accumulate(part.bytes_before(len(part.ids)) for part in parts)]
 
@@ -81,7 +89,7 @@ def joined(parts: Sequence[Encoded], whole: bool) -> Encoded:
 
 
 class Utf8:
-    """UTF-8 lengths of the beginnings of a text, quick where they are asked for in ascending order."""
+    """UTF-8 lengths of the beginnings of a text, fast if they are requested in ascending order."""
 
     def __init__(self, text: str) -> None:
         self.text, self.ascii = text, text.isascii()
@@ -96,7 +104,8 @@ class Utf8:
 
 
 def byte_counter(tokenizer: Any, text: str, ids: Sequence[int], encoding: Any) -> Callable[[int], int]:
-    """How many UTF-8 bytes of `text` do its first n tokens cover? A character that tokens share counts with the first."""
+    """The number of UTF-8 bytes of `text` that its first n tokens cover. A character that tokens share counts
+    with the first."""
     if encoding is not None and len(text) >= WINDOW // 2:
         return counter_of_ends(text, [end for _, end in encoding.offsets])
     utf8 = Utf8(text)
@@ -114,13 +123,13 @@ def byte_counter(tokenizer: Any, text: str, ids: Sequence[int], encoding: Any) -
 
 
 def counter_of_ends(text: str, ends: Sequence[int]) -> Callable[[int], int]:
-    """The same from where each token ends, in characters. Of a long text it keeps 4 bytes a token, and not the text."""
+    """The same as `byte_counter`, from the end of each token in characters. It keeps 4 bytes per token, and
+    not the text."""
     characters = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     sizes = 1 + (characters > 0x7F).astype(np.int32) + (characters > 0x7FF) + (characters > 0xFFFF)
     before = np.concatenate([[0], sizes.cumsum()]).astype(np.int32)
-    found = (
-        before[np.concatenate([[0], np.minimum(ends[:-1], len(text)), [len(text)]]).astype(np.int64)]
-        if len(ends)
-        else before[-1:]
-    )
-    return lambda n: int(found[max(0, min(n, len(found) - 1))])
+    covered = before[-1:]
+    if len(ends):
+        positions = np.concatenate([[0], np.minimum(ends[:-1], len(text)), [len(text)]])
+        covered = before[positions.astype(np.int64)]
+    return lambda n: int(covered[max(0, min(n, len(covered) - 1))])

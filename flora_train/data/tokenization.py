@@ -113,12 +113,17 @@ class TokenSplit:
 
     def example(self, index: int) -> NDArray[np.int32]:
         """Token ids of an example."""
-        return self.tokens[self.offsets[self.pack_offsets[index]] : self.offsets[self.pack_offsets[index + 1]]]
+        return self.tokens[
+            self.offsets[self.pack_offsets[index]] : self.offsets[self.pack_offsets[index + 1]]
+        ]
 
     def documents(self, index: int) -> list[tuple[NDArray[np.int32], int]]:
         """The documents of an example: tokens, and the length of the prompt among them."""
         documents = range(self.pack_offsets[index], self.pack_offsets[index + 1])
-        return [(self.tokens[self.offsets[i] : self.offsets[i + 1]], int(self.prompt_lengths[i])) for i in documents]
+        return [
+            (self.tokens[self.offsets[i] : self.offsets[i + 1]], int(self.prompt_lengths[i]))
+            for i in documents
+        ]
 
     def _per_example(self, per_document: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.diff(np.concatenate([[0], per_document.cumsum()])[self.pack_offsets])
@@ -220,7 +225,9 @@ class _Documents:
             first_learnt = begin
             if not head:  # nothing precedes the first token, so that it is not predicted
                 first_learnt += 1
-            self.label_bytes.append(_bytes_between(completion, begins + first_learnt, begins + end, end_token=end_token))
+            self.label_bytes.append(
+                _bytes_between(completion, begins + first_learnt, begins + end, end_token=end_token)
+            )
 
     def split(self, *, rows: int, unsampled: int) -> TokenSplit:
         """All documents, each an example of its own."""
@@ -259,11 +266,18 @@ def _bytes_between(completion: Encoded, begin: int, end: int, *, end_token: int 
     return covered
 
 
-def _head(encoder: TextEncoder, prompt: NDArray[np.int32], completion: NDArray[np.int32]) -> tuple[list[int], int]:
+def _head(
+    encoder: TextEncoder, prompt: NDArray[np.int32], completion: NDArray[np.int32]
+) -> tuple[list[int], int]:
     """The tokens that are not learnt, and how many of them the completion itself begins with (start
     tokens)."""
     start = encoder.start
-    if not len(prompt) and start and completion[: len(start)].tolist() == start and len(completion) > len(start):
+    if (
+        not len(prompt)
+        and start
+        and completion[: len(start)].tolist() == start
+        and len(completion) > len(start)
+    ):
         return start, len(start)
     return encoder.with_start(prompt.tolist()), 0
 
@@ -326,7 +340,9 @@ def _encode(
             by_setting.setdefault((encoder.place_after(prompt.ids, example.prompt), limit), []).append(i)
         completions: dict[int, Encoded] = {}
         for (place, limit), members in by_setting.items():
-            texts = [encoder.after(prompts[i].ids, chunk[i].completion, chunk[i].completion_rows) for i in members]
+            texts = [
+                encoder.after(prompts[i].ids, chunk[i].completion, chunk[i].completion_rows) for i in members
+            ]
             completions |= zip(members, encoder.encode(texts, place, limit=limit), strict=True)
         for i, prompt in enumerate(prompts):
             yield prompt, completions[i]

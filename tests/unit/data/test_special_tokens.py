@@ -123,7 +123,7 @@ def test_text_without_special_tokens_is_tokenised_as_by_the_tokenizer_itself(kin
         return
     (found,) = encoder.encode([(text, [(0, len(text))])])
     assert found.ids.tolist() == native
-    if (copy := encoder._copy("start", False, svd_loras=True)) is not None:
+    if (copy := encoder._copy("start", False, with_placeholders=True)) is not None:
         assert copy.encode(text, add_special_tokens=False).ids == native
 
 
