@@ -28,8 +28,9 @@ from adapted_layer import DEVICE, RESIDUAL, Problem, seconds, where
 import torch
 
 from flora_train.kernels.backend import why_not_triton
-from flora_train.kernels.flora import cost_model, formulation
+from flora_train.kernels.flora import cost_model
 from flora_train.kernels.flora.cost_model import Formulation, Thresholds, Work, decide, device_name
+from flora_train.kernels.flora.op import formulation
 
 RESULTS = Path(__file__).parent / "results"
 THRESHOLDS = Path(cost_model.__file__).with_name("thresholds.json")

@@ -1,0 +1,26 @@
+"""The benchmark scripts import only names that exist."""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPTS = sorted(BENCHMARKS.rglob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.relative_to(BENCHMARKS).as_posix())
+def test_benchmark_imports_existing_names_of_flora_train(script: Path) -> None:
+    missing = []
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flora_train"):
+            module = import_module(str(node.module))
+            for alias in node.names:
+                is_module = find_spec(f"{node.module}.{alias.name}") if hasattr(module, "__path__") else None
+                if not hasattr(module, alias.name) and is_module is None:
+                    missing.append(f"{node.module}.{alias.name}")
+    assert missing == []
