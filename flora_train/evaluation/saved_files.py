@@ -35,7 +35,7 @@ def check_evaluation(
     """Raises UserError for damaged files, other files in their place, and results made with other settings.
 
     folder: where the evaluation is written. suites: suite -> its languages that can be executed.
-    restart: results made with other settings are no error, as they will be deleted.
+    restart: accept results made with other settings, as they will be deleted.
     """
     sandbox = config.evaluation.sandbox
     report_files = [folder / "report.json", folder / "report.html"]

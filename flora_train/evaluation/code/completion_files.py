@@ -88,12 +88,12 @@ def check_multipl_e(completions: Iterable[Completion], folder: Path, options: Ev
     """Raises UserError if `write_multipl_e` could overwrite a file with other completions."""
     layout = _layout(completions, folder, options)
     for file in sorted(folder.glob(f"humaneval-*-{options.temperature}-reworded/*.json.gz")):
-        ours = layout.get(file, {}).get("completions", [])
+        known = layout.get(file, {}).get("completions", [])
         try:
             existing = json.loads(gzip.decompress(file.read_bytes()))["completions"]
         except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError, zlib.error):
             existing = None
-        if not isinstance(existing, list) or any(text not in ours for text in existing):
+        if not isinstance(existing, list) or any(text not in known for text in existing):
             hint = "has completions of another origin: choose another folder, or move it away"
             raise user_error("multipl_e", str(file), hint)
 

@@ -143,6 +143,8 @@ def test_other_settings_of_completions_are_found_before_an_evaluation(tmp_path: 
     warmer = CONFIG.model_copy(update={"evaluation": CONFIG.evaluation.model_copy(update={"temperature": 0.9})})
     with pytest.raises(UserError, match=r"temperature = 0\.9: its completions were made with 0\.5"):
         check_evaluation(tmp_path, {"starter": languages}, warmer)
+    check_evaluation(tmp_path, {"starter": languages}, warmer, restart=True)
+    assert len(log.read()) == 1
 
 
 @pytest.mark.parametrize("name", ["report.json", "report.html"])

@@ -31,10 +31,10 @@ STARTER_LANGUAGES = ("lua", "pl", "rb", "js", "ts", "php", "py", "r", "cpp", "go
 LARGEST_INT = 2**53
 """JavaScript, Lua and R round larger integers."""
 
-Kind = Literal["int", "bool", "float", "str", "list[int]", "list[str]"]
+ArgumentType = Literal["int", "bool", "float", "str", "list[int]", "list[str]"]
 SnakeCase = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9]*(_[a-z0-9]+)*$")]
-ELEMENTS: Mapping[Kind, Kind] = {"list[int]": "int", "list[str]": "str"}
-FITS: Mapping[Kind, Callable[[Any], bool]] = {
+ELEMENTS: Mapping[ArgumentType, ArgumentType] = {"list[int]": "int", "list[str]": "str"}
+FITS: Mapping[ArgumentType, Callable[[Any], bool]] = {
     "int": lambda value: type(value) is int and abs(value) <= LARGEST_INT,
     "bool": lambda value: type(value) is bool,
     "float": lambda value: type(value) is float,
@@ -64,8 +64,8 @@ class StarterProblem(ConfigModel):
 
     name: SnakeCase
     doc: Text
-    args: dict[SnakeCase, Kind] = Field(min_length=1)
-    returns: Kind
+    args: dict[SnakeCase, ArgumentType] = Field(min_length=1)
+    returns: ArgumentType
     tests: list[StarterTest] = Field(min_length=4)
 
     @model_validator(mode="after")
@@ -75,10 +75,14 @@ class StarterProblem(ConfigModel):
                 raise ValueError(
                     f"test {number} has {len(test.args)} args, but the function has {len(self.args)}"
                 )
-            kinds, values = [*self.args.values(), self.returns], [*test.args, test.result]
-            for name, kind, value in zip([*self.args, "the result"], kinds, values, strict=True):
-                if not FITS[kind](value):
-                    raise ValueError(f"test {number}: {name} is {value!r}, which is not of type {kind}")
+            argument_types, values = [*self.args.values(), self.returns], [*test.args, test.result]
+            for name, argument_type, value in zip(
+                [*self.args, "the result"], argument_types, values, strict=True
+            ):
+                if not FITS[argument_type](value):
+                    raise ValueError(
+                        f"test {number}: {name} is {value!r}, which is not of type {argument_type}"
+                    )
         return self
 
 
@@ -87,26 +91,26 @@ class StarterLanguage(ConfigModel):
 
     prompt: Text
     parameter: Text = "{name}"
-    types: dict[Kind, Text] = {}
+    types: dict[ArgumentType, Text] = {}
     booleans: Annotated[list[Text], Field(min_length=2, max_length=2)]
     literals: dict[Literal["int", "float", "str"], Text] = {}
     lists: Text
     escapes: str = ""
     check: Text
-    checks: dict[Kind, Text] = {}
+    checks: dict[ArgumentType, Text] = {}
     tests: Text
     stop_tokens: list[Text]
     camel_case: bool = False
 
-    def literal(self, value: Any, kind: Kind) -> str:
+    def literal(self, value: Any, argument_type: ArgumentType) -> str:
         """The literal for `value` in this language."""
-        if kind == "bool":
+        if argument_type == "bool":
             return self.booleans[value]
-        if element := ELEMENTS.get(kind):
+        if element := ELEMENTS.get(argument_type):
             items = ", ".join(self.literal(item, element) for item in value)
-            return filled(self.lists, items=items, type=self.types.get(kind, ""))
-        text = self._quoted(value) if kind == "str" else repr(value)
-        return filled(self.literals.get(kind, "{value}"), value=text)  # type: ignore[arg-type]
+            return filled(self.lists, items=items, type=self.types.get(argument_type, ""))
+        text = self._quoted(value) if argument_type == "str" else repr(value)
+        return filled(self.literals.get(argument_type, "{value}"), value=text)  # type: ignore[arg-type]
 
     def render(self, key: str, problem: StarterProblem) -> Problem:
         """The problem in this language. key: of the language."""
@@ -114,8 +118,8 @@ class StarterLanguage(ConfigModel):
         if self.camel_case:
             name = re.sub(r"_(.)", lambda match: match[1].upper(), name)
         parameters = []
-        for argument, kind in problem.args.items():
-            parameters.append(filled(self.parameter, name=argument, type=self.types.get(kind, "")))
+        for argument, argument_type in problem.args.items():
+            parameters.append(filled(self.parameter, name=argument, type=self.types.get(argument_type, "")))
         prompt = filled(
             self.prompt,
             doc=problem.doc,

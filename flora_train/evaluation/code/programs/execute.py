@@ -94,7 +94,7 @@ class ProgramRun(Ended):
 
 
 def execute(program: Program, sandbox: Sandbox) -> Verdict:
-    """Compile and run one program in its own folder, with no other beside it."""
+    """Compile and run one program in its own folder, without others at the same time."""
     return _execute(program, sandbox, 1)[0]
 
 
@@ -249,12 +249,12 @@ def _without_unprovable_tests(programs: Sequence[Program], sandbox: Sandbox) -> 
 def _run_program(program: Program, sandbox: Sandbox, time_factor: int, *, hidden: bool = False) -> ProgramRun:
     """hidden: prevent the program from reading its own source, as far as its language allows."""
     language = program.language
-    words, stdin = language.run, None
+    argv, stdin = language.run, None
     with work_folder(confined=sandbox.kind == "bubblewrap") as name:
         folder = Path(name)
         file = folder / language.file
         if hidden and language.evidence is not None and language.evidence.run is not None:
-            words, stdin = language.evidence.run, program.source
+            argv, stdin = language.evidence.run, program.source
         else:
             file.write_text(program.source, encoding="utf-8")
         sandbox.own(folder)
@@ -267,11 +267,11 @@ def _run_program(program: Program, sandbox: Sandbox, time_factor: int, *, hidden
                 return ProgramRun(**vars(ended), seconds=seconds, compiled=False)
             if hidden:
                 file.unlink(missing_ok=True)
-        ended = command.run(words, Limits(time_factor * language.seconds), stdin=stdin)
+        ended = command.run(argv, Limits(time_factor * language.seconds), stdin=stdin)
         return ProgramRun(**vars(ended), seconds=seconds + ended.wall)
 
 
-def _compile(program: Program, words: Sequence[str], command: _LanguageCommand) -> Ended:
+def _compile(program: Program, argv: Sequence[str], command: _LanguageCommand) -> Ended:
     """Compile with what the language prepared, if it suits the program and preparing it succeeded."""
     language, prepare, cache = program.language, program.language.prepare, command.sandbox.prepared
     prepared = None
@@ -282,14 +282,14 @@ def _compile(program: Program, words: Sequence[str], command: _LanguageCommand) 
 
         prepared = cache.get(language.key, fill)
         if prepared is not None:
-            words = [*words, *prepare.words]
-    return command.run(words, Limits(language.compile_seconds), writable=True, prepared=prepared)
+            argv = [*argv, *prepare.words]
+    return command.run(argv, Limits(language.compile_seconds), writable=True, prepared=prepared)
 
 
-def _prepare(command: _LanguageCommand, words: Sequence[str]) -> bool:
+def _prepare(command: _LanguageCommand, argv: Sequence[str]) -> bool:
     command.sandbox.own(command.folder)
     limits = Limits(command.language.compile_seconds, file=PREPARED_BYTES)
-    ended = command.run(words, limits, writable=True)
+    ended = command.run(argv, limits, writable=True)
     return ended.status == 0 and not ended.timed_out
 
 
@@ -303,7 +303,7 @@ class _LanguageCommand:
 
     def run(
         self,
-        words: Sequence[str],
+        argv: Sequence[str],
         limits: Limits,
         *,
         writable: bool = False,
@@ -311,9 +311,9 @@ class _LanguageCommand:
         stdin: str | None = None,
     ) -> Ended:
         """Run one command, whose {file} is the language's source file."""
-        words = [word.replace("{file}", self.language.file) for word in words]
+        argv = [word.replace("{file}", self.language.file) for word in argv]
         command = self.sandbox.command(
-            words, self.folder, limits, writable=writable, prepared=prepared, stdin=stdin
+            argv, self.folder, limits, writable=writable, prepared=prepared, stdin=stdin
         )
         return run_command(command, limits.wall)
 

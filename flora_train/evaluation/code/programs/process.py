@@ -35,7 +35,7 @@ INFO = "descriptor:info"
 class Command:
     """A command and its limits."""
 
-    words: Sequence[str]
+    argv: Sequence[str]
     """Program and arguments."""
     folder: Path
     """The current directory."""
@@ -108,10 +108,10 @@ def _start(
 ) -> tuple[subprocess.Popen[bytes], SandboxMemory | SessionMemory]:
     descriptors = {word: opened.enter_context(_readable(content)) for word, content in command.data.items()}
     info = None
-    if INFO in command.words:
+    if INFO in command.argv:
         info, descriptors[INFO] = opened.enter_context(_pipe())
     process = subprocess.Popen(
-        [str(descriptors.get(word, word)) for word in command.words],
+        [str(descriptors.get(word, word)) for word in command.argv],
         cwd=command.folder,
         env=command.environment,
         stdin=subprocess.DEVNULL if command.stdin is None else subprocess.PIPE,

@@ -34,7 +34,7 @@ from flora_train.evaluation.code.programs.toolchain_cache import ToolchainCache
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["bubblewrap", "none"]
+SandboxKind = Literal["bubblewrap", "none"]
 NOBODY = 65534
 PREPARED = "/prepared"
 """Mount point of a language's prepared folder."""
@@ -97,7 +97,7 @@ class Limits:
 class Sandbox:
     """Turns commands into confined commands."""
 
-    kind: Kind
+    kind: SandboxKind
     """bubblewrap, or none where the user asked for it."""
     prepared: ToolchainCache = field(default_factory=ToolchainCache, compare=False)
     filtered: bool = True
@@ -107,7 +107,7 @@ class Sandbox:
 
     def command(
         self,
-        words: Sequence[str],
+        argv: Sequence[str],
         folder: Path,
         limits: Limits,
         *,
@@ -122,13 +122,13 @@ class Sandbox:
         """
         if prepared is not None:
             prepared_path = PREPARED if self.kind == "bubblewrap" else str(prepared)
-            words = [word.replace("{prepared}", prepared_path) for word in words]
-        limited = [*self._prlimit(limits), "--", *words]
+            argv = [word.replace("{prepared}", prepared_path) for word in argv]
+        limited = [*self._prlimit(limits), "--", *argv]
         if self.kind == "none":
             return Command(
-                words=limited,
+                argv=limited,
                 folder=folder,
-                environment=_unconfined_environment(words, folder),
+                environment=_unconfined_environment(argv, folder),
                 memory=limits.memory,
                 stdin=stdin,
                 stop=self.stop,
@@ -143,7 +143,7 @@ class Sandbox:
             user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
             bubblewrap = [*user, *bubblewrap]
         return Command(
-            words=[*bubblewrap, "--", *limited],
+            argv=[*bubblewrap, "--", *limited],
             folder=Path("/"),
             environment={"PATH": ENVIRONMENT["PATH"]},
             memory=limits.memory,
@@ -159,7 +159,7 @@ class Sandbox:
             os.chown(folder, NOBODY, NOBODY)
 
     def _prlimit(self, limits: Limits) -> list[str]:
-        words = [
+        argv = [
             "prlimit",
             f"--cpu={limits.whole_cpu}",
             f"--data={limits.memory}",
@@ -168,18 +168,18 @@ class Sandbox:
             "--core=0",
         ]
         if self.kind == "bubblewrap":
-            words.append(f"--nproc={limits.processes}")
-        return words
+            argv.append(f"--nproc={limits.processes}")
+        return argv
 
 
-def _unconfined_environment(words: Sequence[str], folder: Path) -> Mapping[str, str]:
+def _unconfined_environment(argv: Sequence[str], folder: Path) -> Mapping[str, str]:
     """Nothing of the user's environment; the work folder, which is deleted with the program, is the home
     folder.
     """
     home = str(folder)
     return {
         **ENVIRONMENT,
-        "PATH": clean_path(words),
+        "PATH": clean_path(argv),
         "HOME": home,
         "TMPDIR": home,
         "GOCACHE": f"{home}/.cache/go",
@@ -190,22 +190,22 @@ def _bubblewrap_arguments(
     folder: Path, limits: Limits, *, writable: bool, prepared: Path | None
 ) -> list[str]:
     """bubblewrap's arguments, without those for file descriptors."""
-    words = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
-    words += ["--hostname", "sandbox", "--cap-drop", "ALL"]
+    argv = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
+    argv += ["--hostname", "sandbox", "--cap-drop", "ALL"]
     hidden: list[Path] = []
     for part in (Path("/") / name for name in SYSTEM):
         if part.is_symlink():
-            words += ["--symlink", os.readlink(part), str(part)]
+            argv += ["--symlink", os.readlink(part), str(part)]
         elif part.exists():
-            words += ["--ro-bind", str(part), str(part)]
+            argv += ["--ro-bind", str(part), str(part)]
             hidden += hidden_below(part)
     settings = [Path("/etc") / name for name in SETTINGS]
     for path in (*settings, *sorted(Path("/etc").glob("java*")), Path("/var/lib/ghc")):
-        words += ["--ro-bind-try", str(path), str(path)]
-    words += ["--proc", "/proc", "--dev", "/dev"]
+        argv += ["--ro-bind-try", str(path), str(path)]
+    argv += ["--proc", "/proc", "--dev", "/dev"]
     for scratch in SCRATCH:
-        words += ["--size", str(limits.scratch), "--tmpfs", scratch]
-    words += [
+        argv += ["--size", str(limits.scratch), "--tmpfs", scratch]
+    argv += [
         "--bind" if writable else "--ro-bind",
         str(folder),
         "/program",
@@ -214,13 +214,13 @@ def _bubblewrap_arguments(
         "--clearenv",
     ]
     if prepared is not None:
-        words += ["--ro-bind", str(prepared), PREPARED]
+        argv += ["--ro-bind", str(prepared), PREPARED]
     for path in hidden:
-        words += ["--size", "4096", "--tmpfs", str(path), "--remount-ro", str(path)]
-    words += ["--remount-ro", "/dev", "--remount-ro", "/"]  # bubblewrap's own tmpfs, which has no size limit
+        argv += ["--size", "4096", "--tmpfs", str(path), "--remount-ro", str(path)]
+    argv += ["--remount-ro", "/dev", "--remount-ro", "/"]  # bubblewrap's own tmpfs, which has no size limit
     for name, value in ENVIRONMENT.items():
-        words += ["--setenv", name, value]
-    return words
+        argv += ["--setenv", name, value]
+    return argv
 
 
 def unsupported_system() -> str | None:
@@ -236,7 +236,7 @@ def unsupported_system() -> str | None:
     return f"programs are executed on Linux only: use a container or another machine. {elsewhere}"
 
 
-def open_sandbox(kind: Kind) -> Sandbox:
+def open_sandbox(kind: SandboxKind) -> Sandbox:
     """A working sandbox. Raises UserError if bubblewrap cannot confine a program here.
 
     Nothing runs unconfined unless kind is none, for which a process warns once.
@@ -283,8 +283,8 @@ def _failure(sandbox: Sandbox) -> str | None:
         folder = Path(name)
         sandbox.own(folder)
         limits = Limits(cpu=5)
-        words = ["/bin/sh", "-c", "touch inside && ! touch /usr/outside 2>/dev/null"]
-        ended = run_command(sandbox.command(words, folder, limits, writable=True), limits.wall)
+        argv = ["/bin/sh", "-c", "touch inside && ! touch /usr/outside 2>/dev/null"]
+        ended = run_command(sandbox.command(argv, folder, limits, writable=True), limits.wall)
         if ended.status == 0 and (folder / "inside").exists():
             return None
         return (ended.errors.strip().splitlines() or ["it did not confine a test program"])[-1]

@@ -86,9 +86,9 @@ def hidden_below(system: Path) -> list[Path]:
     return list(hidden)
 
 
-def clean_path(words: Sequence[str]) -> str:
+def clean_path(argv: Sequence[str]) -> str:
     """A search path of the system's folders and those of the programs named in a command."""
-    programs = [shutil.which(word) for word in words if "/" not in word]
+    programs = [shutil.which(word) for word in argv if "/" not in word]
     folders = [str(Path(program).parent) for program in programs if program is not None]
     additional = [folder for folder in folders if folder not in SYSTEM_PATH]
     return os.pathsep.join(dict.fromkeys([*additional, *SYSTEM_PATH]))

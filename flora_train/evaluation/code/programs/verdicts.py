@@ -18,7 +18,7 @@ from flora_train.evaluation.code.completion_files import Completion
 from flora_train.evaluation.code.programs.early_exit import exits_early
 from flora_train.evaluation.code.programs.execute import STATUSES, Program, Status, Verdict, execute_all
 from flora_train.evaluation.code.programs.languages import Language
-from flora_train.evaluation.code.programs.sandbox import Kind, Sandbox
+from flora_train.evaluation.code.programs.sandbox import Sandbox, SandboxKind
 from flora_train.runtime.atomic import disk_errors
 from flora_train.runtime.journal import whole_lines
 from flora_train.runtime.progress import ProgressBar
@@ -104,7 +104,7 @@ def collect_verdicts(
 
 
 def check_verdicts(
-    completions: Sequence[Completion], languages: Mapping[str, Language], sandbox: Kind, *, file: Path
+    completions: Sequence[Completion], languages: Mapping[str, Language], sandbox: SandboxKind, *, file: Path
 ) -> dict[Key, VerdictRecord]:
     """The records of a file to which verdicts on these completions can be appended.
 
@@ -120,7 +120,9 @@ def check_verdicts(
     return known
 
 
-def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) -> dict[Key, VerdictRecord]:
+def read_verdicts(
+    file: Path, sandbox: SandboxKind, languages: Mapping[str, Language]
+) -> dict[Key, VerdictRecord]:
     """Key -> verdict record. A last line that was cut off by a kill is ignored.
 
     Raises UserError for other content, verdicts of another sandbox, or other CPU time limits than `languages`
@@ -157,7 +159,7 @@ def read_verdicts(file: Path, sandbox: Kind, languages: Mapping[str, Language]) 
     return known
 
 
-def have_other_limits(file: Path, sandbox: Kind, languages: Mapping[str, Language]) -> bool:
+def have_other_limits(file: Path, sandbox: SandboxKind, languages: Mapping[str, Language]) -> bool:
     """Whether a verdict in the file is of another sandbox or CPU time limit. Lines that are not verdicts are
     ignored."""
     if not file.is_file():
@@ -211,7 +213,9 @@ def _is_verdict(record: Any) -> bool:
     return type(record["sample"]) is int and record["status"] in STATUSES
 
 
-def _record(key: Key, program: Program, sandbox: Kind, *, verdict: Verdict, completion: str) -> VerdictRecord:
+def _record(
+    key: Key, program: Program, sandbox: SandboxKind, *, verdict: Verdict, completion: str
+) -> VerdictRecord:
     adapter, language, name, sample = key
     return {
         "adapter": adapter,

@@ -11,7 +11,7 @@ import pytest
 
 from flora_train.evaluation.code.programs.execute import Program, execute
 from flora_train.evaluation.code.programs.languages import Language
-from flora_train.evaluation.code.programs.sandbox import Kind, Sandbox, open_sandbox
+from flora_train.evaluation.code.programs.sandbox import Sandbox, SandboxKind, open_sandbox
 from flora_train.evaluation.code.programs.toolchain_cache import ToolchainCache
 from tests.unit.evaluation.code.conftest import working
 
@@ -27,7 +27,7 @@ PROGRAMS = {
 @pytest.fixture(params=["bubblewrap", pytest.param("none", marks=pytest.mark.full)])
 def fresh(request: pytest.FixtureRequest, sandbox: Sandbox) -> Sandbox:
     """One that has prepared nothing."""
-    kind: Kind = request.param
+    kind: SandboxKind = request.param
     return open_sandbox(kind)
 
 

@@ -17,7 +17,7 @@ from flora_train.commands.execute import execute_completions
 from flora_train.config.errors import UserError
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.programs.sandbox import Sandbox
-from flora_train.evaluation.code.programs.verdicts import read_verdicts
+from flora_train.evaluation.code.programs.verdicts import have_other_limits, read_verdicts
 from tests.unit.evaluation.code.conftest import working
 
 ROOT = Path(__file__).parents[5]
@@ -153,6 +153,16 @@ def test_read_verdicts_takes_any_bytes(tmp_path_factory: pytest.TempPathFactory,
     with suppress(UserError):
         read_verdicts(file, "bubblewrap", {})
     assert file.read_bytes() == content
+
+
+def test_have_other_limits_compares_sandbox_and_cpu_seconds(tmp_path: Path) -> None:
+    file = tmp_path / "verdicts.jsonl"
+    assert not have_other_limits(file, "bubblewrap", LANGUAGES)
+    file.write_text("not a verdict\n" + json.dumps(RECORD) + "\n")
+    assert not have_other_limits(file, "bubblewrap", LANGUAGES)
+    assert have_other_limits(file, "none", LANGUAGES)
+    slower = {"py": LANGUAGES["py"].model_copy(update={"seconds": 20.0})}
+    assert have_other_limits(file, "bubblewrap", slower)
 
 
 def test_only_the_beginning_of_a_verdict_is_taken_back(tmp_path: Path) -> None:
