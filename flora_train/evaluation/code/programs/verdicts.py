@@ -149,13 +149,9 @@ def read_verdicts(
             hint = f"is the sandbox of this verdict, and now it is {sandbox}: {REMEDY}"
             raise user_error(location, record["sandbox"], hint)
         if language is not None and seconds != language.seconds:
-            hint = (
-                f"was the CPU time limit (s) of this program, and that of {language.name} is now "
-                f"{language.seconds:g}"
-            )
-            raise user_error(
-                f"{location}: cpu_seconds", seconds, f"{hint}: give the same cpu_seconds, or {REMEDY}"
-            )
+            hint = f"was the CPU time limit (s) of this program; {language.name} now has {language.seconds:g}"
+            location = f"{location}: cpu_seconds"
+            raise user_error(location, seconds, f"{hint}: give the same cpu_seconds, or {REMEDY}")
     return known
 
 
