@@ -1,4 +1,4 @@
-"""A final evaluation that is killed goes on where it was, to the bit, and only as long as it is the same evaluation."""
+"""A killed final evaluation is resumed bit-identically, unless it is another evaluation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def assert_same(found: dict[str, HeldOut], expected: dict[str, HeldOut]) -> None
             assert (nats > 0).all()
 
 
-def test_what_was_done_is_not_done_again_and_ends_in_the_same_bits(bank: AdapterBank, tmp_path: Path) -> None:
+def test_a_resumed_evaluation_repeats_nothing_and_is_bit_identical(bank: AdapterBank, tmp_path: Path) -> None:
     whole = Counted(bank.model)
     expected = evaluated(bank, whole, None)
     for _ in range(2):
@@ -88,7 +88,7 @@ def test_losses_of_another_process_count_once(bank: AdapterBank, tmp_path: Path)
 
 
 @pytest.mark.parametrize("change", ["adapter", "data", "damage"])
-def test_losses_of_something_else_are_thrown_away(bank: AdapterBank, tmp_path: Path, change: str) -> None:
+def test_losses_of_other_adapters_or_rows_are_deleted(bank: AdapterBank, tmp_path: Path, change: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         evaluated(bank, Counted(bank.model, most=3), log_of(tmp_path, bank))
     if change == "adapter":

@@ -1,4 +1,4 @@
-"""What is in a batch of clips: each clip once, what the decoder reads and predicts, and noise that depends on the example alone."""
+"""Batches of clips: each clip once, decoder inputs and labels, and augmentation that depends on the example only."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_decoder_is_never_as_long_as_the_window(split: SpeechSplit, tmp_path
     assert batch.labels.shape[1] == length + 1
 
 
-def test_windows_and_ways_to_the_encoder_stay_apart(split: SpeechSplit) -> None:
+def test_a_batch_has_one_window_and_one_use_of_the_encoder(split: SpeechSplit) -> None:
     rows = rows_of(split, *((a, i) for a in (0, 1) for i in range(10)))
     rows = [replace(row, shares_encoding=row.adapter == 1) for row in rows]
     groups = group_by_length(rows, 10_000)

@@ -1,4 +1,4 @@
-"""Releases of Common Voice are read as they are given out, folder or archive."""
+"""Releases of Common Voice are read as published, from folder or archive."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rows_of(place: Path, split: str = "dev", locale: str = "cs") -> list[dict]:
     return read_rows(SourceConfig(common_voice=str(place), locale=locale, split=split), "tasks.cs.validation")
 
 
-def test_quotes_are_letters_and_columns_go_by_their_names(release: Path) -> None:
+def test_quotes_are_text_and_columns_are_found_by_name(release: Path) -> None:
     first, second = rows_of(release)
     assert first["sentence"] == 'Řekl: "Dobrý den'
     assert second["sentence"] == "'Tak ' jo\""
@@ -40,7 +40,7 @@ def test_quotes_are_letters_and_columns_go_by_their_names(release: Path) -> None
     assert first["release"] == "cv-corpus-22.0-2025-06-20"
 
 
-def test_the_folder_above_and_the_one_of_the_language_mean_the_same(release: Path) -> None:
+def test_the_release_folder_and_the_language_folder_are_equivalent(release: Path) -> None:
     assert rows_of(release.parent) == rows_of(release) == rows_of(release / "cs")
 
 
@@ -67,7 +67,7 @@ def test_a_damaged_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert list((tmp_path / "cache" / "flora_train" / "releases").iterdir()) == []
 
 
-def test_what_is_missing_is_named(release: Path) -> None:
+def test_a_missing_part_of_a_release_is_named(release: Path) -> None:
     with pytest.raises(UserError, match=r"locale = 'css': is not a language of .*; it has cs.*Did you mean 'cs'"):
         rows_of(release, locale="css")
     with pytest.raises(UserError, match=r"split = 'validation': is not a split of .*; it has .*dev.*test.*train"):

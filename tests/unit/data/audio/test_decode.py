@@ -1,4 +1,4 @@
-"""Clips in many formats are heard alike; what cannot be heard has one word for why."""
+"""Clips of many formats decode alike, and unusable files give one reason."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_stereo_at_48_kilohertz_is_one_channel_at_16(ending: str, tmp_path: Path
     np.testing.assert_array_equal(decode(file.read_bytes()), heard)
 
 
-def test_a_clip_at_16_kilohertz_is_heard_as_it_is(tmp_path: Path) -> None:
+def test_a_clip_at_16_kilohertz_is_not_resampled(tmp_path: Path) -> None:
     samples = np.random.default_rng(0).uniform(-1, 1, 1600).astype(np.float32)
     soundfile.write(tmp_path / "clip.wav", samples, RATE, subtype="FLOAT")
     np.testing.assert_array_equal(read_clip(tmp_path / "clip.wav"), samples)
 
 
-def test_what_cannot_be_heard_says_why(tmp_path: Path) -> None:
+def test_read_clip_gives_a_reason_for_an_unusable_file(tmp_path: Path) -> None:
     (tmp_path / "zero.mp3").touch()
     (tmp_path / "text.mp3").write_text("this is no sound")
     cut = write_clip(tmp_path / "whole.flac", 1.0).read_bytes()[:60]
@@ -51,7 +51,7 @@ def test_what_cannot_be_heard_says_why(tmp_path: Path) -> None:
     assert check_clip(str(tmp_path / "cut.flac")).fault in (DAMAGED, SILENT)
 
 
-def test_a_look_tells_length_and_content(tmp_path: Path) -> None:
+def test_check_clip_returns_length_and_hash(tmp_path: Path) -> None:
     one, other = (check_clip(str(write_clip(tmp_path / f"{seed}.wav", 0.5, seed))) for seed in (1, 2))
     assert (one.seconds, one.fault) == (0.5, None)
     assert one.sha != other.sha

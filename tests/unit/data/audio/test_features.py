@@ -1,4 +1,4 @@
-"""Features are the extractor's, whether they come from disk, from a worker or from here, and stay within their limit on disk."""
+"""Features equal the extractor's, from disk, worker or this process, and the cache keeps its size limit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_short_window_begins_as_the_long_one_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(short, whole[:, :100], atol=2e-3)
 
 
-def test_disk_worker_and_here_give_the_same(tmp_path: Path) -> None:
+def test_features_are_the_same_from_disk_worker_and_this_process(tmp_path: Path) -> None:
     clips = [heard(tmp_path, seed=seed) for seed in range(3)]
     here = store(tmp_path / "a").get(clips)
     again = store(tmp_path / "a").get(clips)
@@ -53,7 +53,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(store(tmp_path).get([clip])[0], before)
 
 
-def test_the_longest_unused_go_when_the_disk_share_is_full(tmp_path: Path) -> None:
+def test_the_least_recently_used_features_are_deleted_at_the_size_limit(tmp_path: Path) -> None:
     clips = [heard(tmp_path, seed=seed) for seed in range(6)]
     size = 2 * MEL_BINS * 100 + 128
     small = store(tmp_path, gigabytes=4.5 * size / 1e9)
@@ -67,7 +67,7 @@ def test_the_longest_unused_go_when_the_disk_share_is_full(tmp_path: Path) -> No
     assert small._path(clips[1]).name not in kept
 
 
-def test_other_content_or_window_is_another_entry(tmp_path: Path) -> None:
+def test_other_content_or_window_has_another_cache_entry(tmp_path: Path) -> None:
     clip = heard(tmp_path)
     places = {
         store(tmp_path)._path(ClipRef(clip.path, sha, window * GRAIN)) for sha in (clip.sha, "other") for window in (50, 100)

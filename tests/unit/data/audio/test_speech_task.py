@@ -1,4 +1,4 @@
-"""Rows of clips become tasks: everything that is left out is counted with its file, and no sentence is in two splits."""
+"""Speech tasks: excluded clips are counted with their files, and no sentence is in two splits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_windows_are_multiples_of_the_step(tmp_path: Path) -> None:
     assert task.train.windows[:5].tolist() == [25, 50, 75, 75, 100]  # 0.3, 0.7, 1.1, 1.5 and 1.9 s at 50 positions a second
 
 
-def test_everything_left_out_is_counted_with_its_file(tmp_path: Path) -> None:
+def test_excluded_clips_are_counted_with_their_files(tmp_path: Path) -> None:
     files = write_corpus(tmp_path, "cs")
     (tmp_path / "zero.mp3").touch()
     (tmp_path / "text.ogg").write_text("no sound")
@@ -91,7 +91,7 @@ def test_everything_left_out_is_counted_with_its_file(tmp_path: Path) -> None:
     assert (counts.rows, counts.examples) == (10, 1)
 
 
-def test_the_cache_knows_when_a_clip_was_changed(tmp_path: Path) -> None:
+def test_a_changed_clip_is_not_read_from_the_cache(tmp_path: Path) -> None:
     files = write_corpus(tmp_path, "cs")
     first = load(files, tmp_path)
     assert load(files, tmp_path).data_hash == first.data_hash
@@ -102,7 +102,7 @@ def test_the_cache_knows_when_a_clip_was_changed(tmp_path: Path) -> None:
     assert second.train.seconds[0] == pytest.approx(1.9)
 
 
-def test_held_out_clips_are_of_other_sentences_or_speakers(tmp_path: Path) -> None:
+def test_held_out_clips_have_other_sentences_or_speakers(tmp_path: Path) -> None:
     for i in range(20):
         write_clip(tmp_path / f"{i}.wav", 0.4, seed=i)
     rows = [{"path": f"{i}.wav", "sentence": f"sentence {i % 10}", "speaker": f"speaker {i % 4}"} for i in range(20)]
@@ -223,7 +223,7 @@ def test_special_tokens_in_transcripts_are_text_unless_the_task_says_otherwise(t
     assert tokenizer.decode(split.example(1)) == words
 
 
-def test_missing_numbers_are_no_transcripts(tmp_path: Path) -> None:
+def test_missing_values_are_not_transcripts(tmp_path: Path) -> None:
     files = write_corpus(tmp_path, "cs")
     rows = [{"path": f"clips/cs-{i}.wav", "sentence": float("nan") if i == 1 else f"said {i}"} for i in (1, 2, 3)]
     (tmp_path / "cs.train.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -232,7 +232,7 @@ def test_missing_numbers_are_no_transcripts(tmp_path: Path) -> None:
     assert counts.examples == 2
 
 
-def test_transcript_of_megabytes_is_left_out_without_being_tokenised_whole(tmp_path: Path) -> None:
+def test_a_transcript_of_megabytes_is_tokenised_only_in_part(tmp_path: Path) -> None:
     speech_processor = tiny_speech_processor(tmp_path)
     tokens, _ = speech_processor.transcript([1], "word " * 2_000_000)
     assert speech_processor.max_tokens < len(tokens) < 200_000

@@ -1,4 +1,4 @@
-"""The sandbox, where this machine has one, and languages whose toolchain works here."""
+"""Fixtures: the sandbox of this machine, if it works, and languages whose toolchain is installed."""
 
 from __future__ import annotations
 

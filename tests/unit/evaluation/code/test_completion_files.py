@@ -1,4 +1,4 @@
-"""Completions and verdicts on disk: both layouts are read, an interrupted judging goes on, and nothing is mixed."""
+"""Completions and verdicts on disk: both layouts are read, an interrupted execution is resumed, nothing is mixed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_samples_count_up_and_both_layouts_mean_the_same(prompts: Path) -> None:
     assert [completion.key for completion in ours] == [("model", "sh", "p", 0), ("model", "sh", "p", 1)]
 
 
-def test_what_is_written_in_multipl_es_layout_is_read_again(prompts: Path) -> None:
+def test_multipl_e_layout_is_read_back_as_written(prompts: Path) -> None:
     ours = read_completions(write(prompts, {"completion": GOOD}, {"completion": BAD}), prompts)
     write_multipl_e(ours[::-1], prompts / "theirs", EvaluationConfig(temperature=0.8))
     (folder,) = (prompts / "theirs").iterdir()
@@ -69,7 +69,7 @@ def judged(prompts: Path, path: Path, sandbox: Sandbox) -> dict[Any, dict[str, A
     )
 
 
-def test_judging_goes_on_where_it_was_killed(prompts: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collect_verdicts_resumes_after_a_kill(prompts: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(prompts, *({"name": name, "completion": text} for name in "pq" for text in (GOOD, BAD)))
     first = judged(prompts, path, sandbox)
     assert [record["status"] for record in first.values()] == ["OK", "AssertionError", "OK", "AssertionError"]
@@ -90,13 +90,13 @@ def test_judging_goes_on_where_it_was_killed(prompts: Path, sandbox: Sandbox, mo
     assert len(file.read_text().splitlines()) == 4
 
 
-def test_verdicts_on_other_completions_are_not_mixed_in(prompts: Path, sandbox: Sandbox) -> None:
+def test_verdicts_on_other_completions_are_refused(prompts: Path, sandbox: Sandbox) -> None:
     judged(prompts, write(prompts, {"completion": GOOD}), sandbox)
     with pytest.raises(UserError, match="verdict on another completion or prompt"):
         judged(prompts, write(prompts, {"completion": BAD}), sandbox)
 
 
-def test_verdicts_of_another_time_limit_are_not_mixed_in(
+def test_verdicts_with_another_time_limit_are_refused(
     prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["execute", str(write(prompts, {"completion": ENDLESS})), f"--prompts={prompts}"]
@@ -164,7 +164,7 @@ def test_without_bubblewrap_nothing_runs(
 ODD = "echo '\u2028\u2029\x85\ud800'"
 
 
-def test_line_ends_that_only_unicode_knows_stay_inside_a_completion(prompts: Path, sandbox: Sandbox) -> None:
+def test_unicode_line_separators_do_not_end_a_line_of_completions(prompts: Path, sandbox: Sandbox) -> None:
     file = write(prompts, {"completion": ODD})
     for _ in range(2):  # the second time verdicts are read again
         assert len(judged(prompts, file, sandbox)) == 1
@@ -175,7 +175,7 @@ def test_line_ends_that_only_unicode_knows_stay_inside_a_completion(prompts: Pat
     assert log.read() == {logged.key: logged}
 
 
-def test_settings_bind_only_once_something_was_written(tmp_path: Path) -> None:
+def test_settings_may_change_until_something_is_written(tmp_path: Path) -> None:
     log = CompletionLog(tmp_path)
     log.claim({"seed": 0})
     log.claim({"seed": 1})
@@ -208,7 +208,7 @@ def test_completion_whose_line_has_a_key_twice_is_refused(prompts: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz", "fd"])
-def test_a_pipe_of_completions_is_an_error_and_no_wait(tmp_path: Path, name: str) -> None:
+def test_a_pipe_of_completions_is_an_error(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: is not a regular file"):
         read_completions(tmp_path / name, tmp_path)

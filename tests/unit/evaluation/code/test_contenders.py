@@ -1,4 +1,4 @@
-"""Adapters of others compete on a base model of their own, and only those that PEFT loads whole."""
+"""PEFT contenders have their own base model, and only those that PEFT loads completely are accepted."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_no_contender_changes_the_base_model_of_the_next(tmp_path: Path) -> None
         assert not torch.equal(first, alone)
 
 
-def test_contenders_of_any_kind_that_fit_take_part(tmp_path: Path) -> None:
+def test_peft_contenders_of_every_method_that_fits_are_evaluated(tmp_path: Path) -> None:
     sources = [
         saved(tmp_path / "dora", lora(use_dora=True)),
         saved(tmp_path / "vera", VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")),

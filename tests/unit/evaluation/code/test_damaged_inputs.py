@@ -1,4 +1,4 @@
-"""Whatever stands in completions and prompts: they are read, or one UserError names the place."""
+"""Damaged completions and prompts are read, or one UserError names the location."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_load_problems_names_the_line_that_is_wrong(content: bytes, tmp_path: Pa
         load_problems(tmp_path, "sh")
 
 
-def test_prompts_and_completions_may_use_any_word_for_a_language(tmp_path: Path) -> None:
+def test_prompts_and_completions_may_use_any_name_of_a_language(tmp_path: Path) -> None:
     (tmp_path / "humaneval-javascript.jsonl").write_text(json.dumps({**PROBLEM, "language": "javascript"}))
     file = tmp_path / "c.jsonl"
     file.write_text(

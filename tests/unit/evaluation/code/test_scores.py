@@ -39,7 +39,7 @@ def test_values_are_those_computed_by_hand() -> None:
     assert scores.ended["b", "pl"] == {"AssertionError": 4}
 
 
-def test_more_samples_than_there_are_cannot_be_asked_for() -> None:
+def test_pass_at_k_requires_k_samples() -> None:
     with pytest.raises(ValueError, match="pass@3 requires 1 <= k <= n"):
         Scores(RECORDS).pass_at(("a", "lua"), 3)
 
@@ -59,12 +59,12 @@ def test_a_difference_compares_only_what_both_have_tried() -> None:
 
 
 @pytest.mark.parametrize(("solved", "low", "high"), [(0, 0.0, 1 - 0.025 ** (1 / 20)), (1, 0.025 ** (1 / 20), 1.0)])
-def test_nothing_solved_of_twenty_is_not_certainty(solved: int, low: float, high: float) -> None:
+def test_the_interval_has_width_if_no_problem_of_twenty_is_solved(solved: int, low: float, high: float) -> None:
     estimate = Scores(verdicts("a", "lua", **{f"p{i}": [solved] for i in range(20)})).pass_at(("a", "lua"), 1)
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((solved, low, high))
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+def test_intervals_cover_the_truth_about_as_often_as_stated() -> None:
     random = np.random.default_rng(0)
     covered = 0
     for trial in range(200):

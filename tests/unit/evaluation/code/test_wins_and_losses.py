@@ -1,4 +1,4 @@
-"""The problem that an adapter won most clearly over the base, and the one that it lost most clearly, and nothing where there is none."""
+"""The problems that adapters won or lost most clearly against the base, and none without a change."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_the_clearest_of_each_kind_over_all_adapters() -> None:
     assert lost.adapter == ProgramExample(completion="l0", status="Exception", passed=1, samples=3)
 
 
-def test_nothing_is_shown_where_nothing_changed() -> None:
+def test_there_are_no_wins_and_losses_without_a_change() -> None:
     assert found({"base": {"one": "-+", "two": "++"}, "f": {"one": "+-", "two": "++"}}) == []
 
 
-def test_a_problem_that_only_one_side_tried_is_no_case() -> None:
+def test_a_problem_tried_by_one_side_only_is_not_compared() -> None:
     assert found({"base": {"one": "--"}, "f": {"two": "++"}}) == []

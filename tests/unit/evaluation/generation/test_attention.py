@@ -1,4 +1,4 @@
-"""Attention of one new token a row is torch's, for any grouping of heads, and the model has its own again afterwards."""
+"""Attention of one new token per row equals PyTorch's, and is removed from the model afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.architectures import tiny_model
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_it_is_torchs_attention(key_heads: int, masked: bool, dtype: torch.dtype, tolerance: float) -> None:
+def test_one_query_attention_equals_torchs_attention(key_heads: int, masked: bool, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     query = torch.randn(4, 6, 1, 8, dtype=dtype)
     key, value = (torch.randn(4, key_heads, 20, 8, dtype=dtype)[:, :, :13] for _ in range(2))  # a view of a larger buffer
@@ -26,7 +26,7 @@ def test_it_is_torchs_attention(key_heads: int, masked: bool, dtype: torch.dtype
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=tolerance, atol=tolerance)
 
 
-def test_a_model_has_its_own_attention_again_also_after_an_error() -> None:
+def test_decoding_attention_restores_the_models_attention_even_after_an_error() -> None:
     model = tiny_model("llama")
 
     def fails() -> None:

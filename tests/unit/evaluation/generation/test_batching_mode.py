@@ -1,4 +1,4 @@
-"""In which way are a real model's rows decoded? Its many layers round more than the tiny models of the other tests."""
+"""The batching mode of a real model, whose many layers round more than those of the tiny test models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ SMALL = Path(__file__).resolve().parents[4] / "assets" / "models" / "smollm2-135
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_small_model_is_decoded_together_in_every_type(dtype: torch.dtype) -> None:
+def test_the_small_model_is_batched_in_every_dtype(dtype: torch.dtype) -> None:
     assert SMALL.is_dir(), "make setup builds it"
     assert batching_mode(AutoModelForCausalLM.from_pretrained(SMALL, dtype=dtype)) == "batched"

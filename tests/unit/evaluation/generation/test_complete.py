@@ -1,4 +1,4 @@
-"""Does every prompt of a mixed batch get the completion that its adapter alone would give it?"""
+"""Every prompt of a mixed batch gets the completion that its adapter alone gives."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_completion_leaves_training_mode_and_routing_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("kind", ["unigram-first", "legacy-llama"])
-def test_completion_goes_on_where_the_prompt_ends_without_losing_its_first_space(kind: str) -> None:
+def test_a_completion_keeps_its_leading_space(kind: str) -> None:
     tokenizer = KINDS[kind]()
     words = [i for i, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if piece[:1] in ("\u2581", "b")]
 

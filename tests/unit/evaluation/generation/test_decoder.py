@@ -1,4 +1,4 @@
-"""A batch that is kept full, with rows of many adapters, writes what each row would write alone."""
+"""A continuously refilled batch with many adapters generates what each row generates alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def bank_for(architecture: str = "llama") -> AdapterBank:
 
 @pytest.mark.parametrize("architecture", CAUSAL)
 @pytest.mark.quick("llama", "gpt2", "opt", "phi")
-def test_rows_that_come_and_go_write_what_transformers_generates_for_each_alone(architecture: str) -> None:
+def test_rows_of_a_changing_batch_equal_transformers_generate(architecture: str) -> None:
     tokenizer, bank = byte_tokenizer(), bank_for(architecture)
     requests = [Request(adapter, prompt, ("",)) for prompt in PROMPTS for adapter in (2, -1, 0, 1)]
     found = decode(bank, requests, GREEDY, rows=6)
@@ -64,7 +64,7 @@ def test_rows_that_come_and_go_write_what_transformers_generates_for_each_alone(
         assert found[i, 0].text == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_samples_do_not_depend_on_batch_size_order_or_company() -> None:
+def test_samples_do_not_depend_on_batch_size_order_or_neighbours() -> None:
     bank = bank_for()
     requests = [Request(a, p, tuple(f"{a} {p} {i}" for i in range(3))) for p in PROMPTS for a in (-1, 0, 1, 2)]
     together = decode(bank, requests, WARM)

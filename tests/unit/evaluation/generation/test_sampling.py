@@ -48,10 +48,10 @@ def test_rounding_that_swaps_two_equally_likely_tokens_changes_no_draw() -> None
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_a_row_that_is_not_finite_writes_something_and_stops_no_other(top_p: float) -> None:
+def test_a_row_with_logits_that_are_not_finite_does_not_stop_other_rows(top_p: float) -> None:
     logits = torch.tensor([[0.0, float("nan"), 1.0], [0.0, 9.0, 1.0], [float("inf"), 0.0, 0.0]])
     assert Sampling(0.2, top_p, 0).choose(logits, ["a", "b", "c"], [0, 0, 0]) == [0, 1, 0]
 
 
-def test_zero_temperature_takes_the_likeliest() -> None:
+def test_zero_temperature_chooses_the_likeliest_token() -> None:
     assert Sampling(0.0, 0.95, 0).choose(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), ["a", "b"], [0, 0]) == [1, 0]

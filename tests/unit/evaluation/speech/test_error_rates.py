@@ -1,4 +1,4 @@
-"""Error counts: by hand in six scripts, and jiwer's over a corpus."""
+"""Error counts: by hand in six scripts, and as jiwer counts a corpus."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def test_a_corpus_is_summed_as_jiwer_does() -> None:
     assert character_errors(said, heard).rate == pytest.approx(characters.cer)
 
 
-def test_nothing_said_counts_what_was_heard() -> None:
+def test_an_empty_reference_counts_insertions() -> None:
     found = word_errors(["", "one two"], ["three words more", "one two"])
     assert found.record() == {"S": 0, "D": 0, "I": 3, "N": 2, "n": 2}
     assert found.rate == 1.5
     assert math.isnan(word_errors([""], [""]).rate)
 
 
-def test_alignments_say_what_was_said_and_heard() -> None:
+def test_aligned_returns_pieces_of_reference_and_transcript() -> None:
     assert aligned("a b c", "a x c d") == [
         AlignedPiece(kind="equal", reference="a", transcript="a"),
         AlignedPiece(kind="substitute", reference="b", transcript="x"),
@@ -73,7 +73,7 @@ def test_alignments_say_what_was_said_and_heard() -> None:
     assert aligned("a b", "") == [AlignedPiece(kind="delete", reference="a b", transcript="")]
 
 
-def test_loops_are_cut_after_the_phrase_was_said_once() -> None:
+def test_find_repetition_returns_the_position_after_the_first_occurrence() -> None:
     assert find_repetition([9, 8, *[1, 2, 3] * 6]) == 5
     assert find_repetition([9, *[4] * 16]) == 2
     assert find_repetition([7, *range(20), *range(20), *range(20), *range(20)]) == 21

@@ -1,4 +1,4 @@
-"""Our metrics of the evaluate library: offline, and under two processes."""
+"""Metrics of the evaluate library, offline and with two processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def test_a_metric_says_rate_counts_and_normaliser(tmp_path: Path) -> None:
+def test_a_metric_returns_rate_counts_and_normaliser(tmp_path: Path) -> None:
     metric = WordErrorRate(normalizer="letters", cache_dir=str(tmp_path))
     found = metric.compute(predictions=["hello word"], references=["Hello, world!"])
     assert found == {"wer": 0.5, "S": 1, "D": 0, "I": 0, "N": 2, "n": 1, "normalizer": "letters-1"}

@@ -1,4 +1,4 @@
-"""Vowels that are written as marks stay, in every script; what does not count in speech goes."""
+"""Normalisers keep vowel marks in every script, and remove what does not count in speech."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from flora_train.evaluation.speech.normalize import (
         ("5 € + 3%", "5 3"),
     ],
 )
-def test_letters_digits_and_marks_count(text: str, same: str) -> None:
+def test_letters_keeps_letters_digits_and_marks(text: str, same: str) -> None:
     assert letters(text) == same
     assert letters(letters(text)) == letters(text)
 
 
 @pytest.mark.parametrize("word", ["हिन्दी", "मराठी", "ที่นี่", "မြန်မာ", "தமிழ்"])
-def test_vowel_signs_stay_where_whispers_own_normaliser_takes_them_away(word: str) -> None:
+def test_letters_keeps_vowel_signs_that_whispers_normaliser_removes(word: str) -> None:
     assert letters(word) == word
     assert BasicTextNormalizer()(word).replace(" ", "") != word
 
@@ -53,7 +53,7 @@ def test_arabic_is_the_same_with_and_without_short_vowels() -> None:
     assert arabic("مـــرحبا") == "مرحبا"
 
 
-def test_languages_without_spaces_are_judged_by_character() -> None:
+def test_languages_without_spaces_use_character_error_rates() -> None:
     assert unspaced("今日は、 いい 天気。") == "今日はいい天気"
     choice = {
         language: (normalizer_name(s), primary_metric(s))

@@ -1,4 +1,4 @@
-"""Encoder-decoders beside Whisper write in mixed batches what transformers' own generate writes for them, clip by clip."""
+"""Other encoder-decoders than Whisper transcribe mixed batches as transformers' generate does clip by clip."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_positions_of_a_window_are_those_that_the_encoder_makes(kind: str, tmp_path: Path) -> None:
+def test_positions_of_a_window_are_those_of_the_encoder(kind: str, tmp_path: Path) -> None:
     speech_processor, model = speech_processor_of(kind, tmp_path, window_step=0.5), loaded_tiny(kind).eval()
     for seconds in (0.3, 1.2):
         clip = write_clip(tmp_path / f"{seconds}.wav", seconds)
@@ -69,7 +69,7 @@ def test_positions_of_a_window_are_those_that_the_encoder_makes(kind: str, tmp_p
         assert model.get_encoder()(features[None]).last_hidden_state.shape[1] == speech_processor.windows.positions(samples)
 
 
-def test_its_prompt_is_named_or_its_start_token(tmp_path: Path) -> None:
+def test_prompt_is_configured_or_the_start_token(tmp_path: Path) -> None:
     speech_processor = speech_processor_of("moonshine", tmp_path, window_step=0.5)
     vocabulary = speech_processor.tokenizer.get_vocab()
     assert speech_processor.prompt(SpeechConfig(language="cs"), "tasks.a") == [vocabulary["<|en|>"]]

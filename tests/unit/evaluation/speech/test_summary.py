@@ -1,4 +1,4 @@
-"""Error rates, differences and utterances of a speech run, as a reader gets to see them."""
+"""Error rates, differences and utterances of a speech run."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_many_adapters_are_compared_with_base_and_best_only(tmp_path: Path, monk
     assert pairs[4:] == [("lora0", "lora2"), ("lora1", "lora2"), ("lora2", "lora3")]
 
 
-def test_utterances_are_aligned_and_few_are_played(summary: SpeechResults) -> None:
+def test_utterances_are_aligned_and_few_clips_are_embedded(summary: SpeechResults) -> None:
     (part,) = summary.languages
     kinds = [utterance.kind for utterance in part.utterances]
     assert kinds == ["worst"] * 6
@@ -104,7 +104,9 @@ def test_utterances_are_aligned_and_few_are_played(summary: SpeechResults) -> No
     assert first.audio.startswith("data:audio/ogg;base64,")
 
 
-def test_the_page_is_well_formed_and_says_who_is_better(summary: SpeechResults, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_well_formed_and_states_which_method_is_better(
+    summary: SpeechResults, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = page_of(results_of({"cs": {"flora": -0.2, "lora": -0.1}}, speech=summary))
     outline = Outline(page)
     assert len(outline.ids) == len(set(outline.ids))
@@ -117,7 +119,7 @@ def test_the_page_is_well_formed_and_says_who_is_better(summary: SpeechResults, 
     assert "difference to base" in said
 
 
-def test_nothing_is_played_where_clips_must_not_be_passed_on(summary: SpeechResults, tmp_path: Path) -> None:
+def test_no_clip_is_embedded_with_embedded_clips_0(summary: SpeechResults, tmp_path: Path) -> None:
     files = write_corpus(tmp_path, "cs")
     split = load(files, tmp_path).test
     assert isinstance(split, SpeechSplit)

@@ -1,4 +1,4 @@
-"""Mixed transcription gives what the model gives alone, clip by clip, without a cache: greedy, with beams, for every adapter."""
+"""Mixed transcription equals the model alone, clip by clip and without a cache, for every adapter and with beams."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def alone(bank: AdapterBank, clips: list[ClipRef], request: Request) -> list[int
     return tokens
 
 
-def test_mixed_and_greedy_is_what_each_gives_alone(bank: AdapterBank, clips: list[ClipRef]) -> None:
+def test_greedy_transcripts_in_a_mixed_batch_equal_those_of_each_clip_alone(bank: AdapterBank, clips: list[ClipRef]) -> None:
     requests = requests_of(bank, clips)
     found = transcripts(bank, clips, requests)
     expected = [alone(bank, clips, request) for request in requests]
@@ -96,7 +96,7 @@ def test_mixed_and_greedy_is_what_each_gives_alone(bank: AdapterBank, clips: lis
     assert len(set(by_adapter.values())) > 2, "adapters that all say the same prove nothing"
 
 
-def test_neighbours_order_and_room_change_nothing(bank: AdapterBank, clips: list[ClipRef]) -> None:
+def test_transcripts_do_not_depend_on_order_batch_size_or_neighbours(bank: AdapterBank, clips: list[ClipRef]) -> None:
     requests = requests_of(bank, clips)
     whole = transcripts(bank, clips, requests, max_rows=64)
     assert [one.text for one in transcripts(bank, clips, requests, max_rows=1)] == [one.text for one in whole]
@@ -130,7 +130,7 @@ def test_beams_find_likelier_texts(bank: AdapterBank, clips: list[ClipRef]) -> N
     assert [one.text for one in wide] != [one.text for one in transcripts(bank, clips, requests)]
 
 
-def test_what_the_model_suppresses_and_special_tokens_are_never_written(bank: AdapterBank, clips: list[ClipRef]) -> None:
+def test_suppressed_and_special_tokens_are_never_written(bank: AdapterBank, clips: list[ClipRef]) -> None:
     tokenizer = tiny_tokenizer()
     requests = requests_of(bank, clips)
     writer = Transcriber(bank.model, tokenizer, bank.routed, store=store_of(clips), max_new_tokens=MOST)

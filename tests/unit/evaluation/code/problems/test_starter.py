@@ -1,4 +1,4 @@
-"""Our own easy problems: each language's program is right, and only the right answer passes."""
+"""The starter problems: each language's program is valid, and only correct answers pass."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_solutions_cover_every_language_and_in_the_interpreted_ones_every_proble
 
 
 @pytest.mark.parametrize("key", STARTER_LANGUAGES)
-def test_every_problem_is_written_out_and_every_placeholder_filled(key: str) -> None:
+def test_every_problem_is_rendered_with_every_placeholder_filled(key: str) -> None:
     assert len(problems(key)) >= 24
     for name, problem in problems(key).items():
         assert (problem.language, problem.name) == (key, name)
@@ -115,7 +115,7 @@ def test_every_problem_is_written_out_and_every_placeholder_filled(key: str) -> 
         assert problem.stop_tokens
 
 
-def test_no_constant_and_no_argument_is_an_answer() -> None:
+def test_no_constant_and_no_argument_solves_a_problem() -> None:
     for problem in yaml.safe_load(PROBLEMS.read_text())["problems"]:
         results = [test["result"] for test in problem["tests"]]
         assert any(result != results[0] for result in results), problem["name"]
@@ -129,7 +129,7 @@ def test_languages_are_those_of_the_tables() -> None:
     assert set(STARTER_LANGUAGES) <= set(load_languages())
 
 
-def test_prompts_look_as_our_training_data_does() -> None:
+def test_prompts_look_like_the_training_data() -> None:
     assert problems("lua")["is_even"].prompt == "-- Checks whether a number is even.\nlocal function is_even(n)"
     assert problems("pl")["larger_of_two"].prompt == (
         "# Returns the larger of two numbers.\nsub larger_of_two {\n    my ($first, $second) = @_;"
@@ -162,7 +162,7 @@ def spelt(name: str) -> str:
 
 
 @pytest.mark.parametrize("key", STARTER_LANGUAGES)
-def test_odd_values_arrive_as_the_table_has_them(key: str, sandbox: Sandbox, tmp_path: Path) -> None:
+def test_unusual_values_are_rendered_as_in_the_table(key: str, sandbox: Sandbox, tmp_path: Path) -> None:
     language = working(key, sandbox)
     words = [[], [""], ODD_TEXTS, ["ä€", "x"]]
     cases: dict[tuple[str, str], list[tuple[Any, Any]]] = {
@@ -193,7 +193,7 @@ def test_odd_values_arrive_as_the_table_has_them(key: str, sandbox: Sandbox, tmp
     assert {name: verdict for name, verdict in ended.items() if verdict.status != "OK"} == {}
 
 
-def test_a_language_that_it_is_not_written_for_is_an_error_with_the_choices() -> None:
+def test_a_language_without_starter_problems_is_an_error_with_the_choices() -> None:
     with pytest.raises(UserError, match=r"language = 'luaa': .*has no starter problems; there are cpp, .*Did you mean 'lua'"):
         load_starter_problems("luaa")
 

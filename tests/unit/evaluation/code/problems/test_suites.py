@@ -1,4 +1,4 @@
-"""Which problems a recipe means, and what is said where they, their language or the sandbox are not there."""
+"""Suites of a recipe, and the errors for missing problems, languages or sandboxes."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_another_prompt_is_another_suite(folder: Path) -> None:
     assert load_suite(str(folder), ["sh"], None).sha("sh") != before
 
 
-def test_starter_problems_are_there_in_the_languages_that_they_are_written_in() -> None:
+def test_starter_problems_exist_in_their_languages() -> None:
     suite = load_suite("starter", ["lua", "hs"], None)
     assert len(suite.problems["lua"]) >= 20
     assert "hs" in suite.missing
 
 
-def test_the_hubs_problems_are_read_and_its_refusal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_of_the_hub_are_read_and_its_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.get_dataset_config_names", lambda name: ["humaneval-sh"])
     monkeypatch.setattr("datasets.load_dataset", lambda *words, **options: ROWS)
     suite = load_suite("hub:nuprl/MultiPL-E", ["sh", "py"], None)
@@ -112,7 +112,7 @@ def test_without_a_sandbox_nothing_is_planned_and_training_may_go_on(folder: Pat
 
 
 @pytest.mark.parametrize("name", ["heldout", "Speech", "report.json"])
-def test_a_suite_is_not_called_as_something_else_in_the_folder_of_results(folder: Path, name: str) -> None:
+def test_a_suite_must_not_have_a_reserved_name(folder: Path, name: str) -> None:
     place = folder.rename(folder.with_name(name))
     with pytest.raises(UserError, match="would have the name of another file or folder in the run's folder eval/: rename it"):
         plan_evaluation(recipe([str(place)]))

@@ -1,4 +1,4 @@
-"""What a hostile program tries, and what stops it. Run as root, the sandbox first becomes an ordinary user (nobody)."""
+"""Attempts of hostile programs, and what stops them. As root, the sandbox first changes to an ordinary user."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def attack(sandbox: Sandbox, key: str, source: str, seconds: float = 2.0) -> Ver
 
 
 @pytest.mark.parametrize("path", ["/etc/shadow", "/root", "/home", str(Path.home()), str(Path(__file__).parent)])
-def test_what_is_the_user_s_is_not_there(path: str, sandbox: Sandbox) -> None:
+def test_the_users_files_are_not_visible(path: str, sandbox: Sandbox) -> None:
     assert attack(sandbox, "sh", f"cat {path} || ls {path}/*").status != "OK"
 
 
@@ -40,7 +40,7 @@ def test_nothing_outside_the_scratch_folder_can_be_written(path: str, sandbox: S
     assert attack(sandbox, "sh", "echo x > /tmp/mine && [[ $(cat /tmp/mine) = x ]]").status == "OK"
 
 
-def test_there_is_no_network_not_even_this_machine_s(sandbox: Sandbox) -> None:
+def test_there_is_no_network_not_even_the_loopback_of_this_machine(sandbox: Sandbox) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         for host, at in (("127.0.0.1", port), ("1.1.1.1", 53)):
@@ -77,14 +77,14 @@ def test_the_disk_cannot_be_filled(folder: str, sandbox: Sandbox) -> None:
     assert attack(sandbox, "sh", source, seconds=10).status != "OK"
 
 
-def test_who_ignores_signals_is_killed(sandbox: Sandbox) -> None:
+def test_a_program_that_ignores_signals_is_killed(sandbox: Sandbox) -> None:
     verdict = attack(sandbox, "sh", "trap '' TERM INT HUP XCPU\nwhile :; do :; done", seconds=1)
     assert verdict.status == "Timeout"
     assert verdict.seconds < 20
 
 
 @pytest.mark.usefixtures("hurried_clock")
-def test_who_sleeps_is_killed_by_the_clock(sandbox: Sandbox) -> None:
+def test_a_sleeping_program_is_killed_by_the_clock(sandbox: Sandbox) -> None:
     verdict = attack(sandbox, "sh", "sleep 1000", seconds=1)
     assert verdict.status == "Timeout"
     assert verdict.seconds < 20
@@ -98,7 +98,7 @@ def test_a_daemon_does_not_outlive_its_program(sandbox: Sandbox) -> None:
     assert left == b""
 
 
-def test_nobody_outside_can_be_killed_or_traced(sandbox: Sandbox) -> None:
+def test_processes_outside_cannot_be_killed_or_traced(sandbox: Sandbox) -> None:
     with subprocess.Popen(["sleep", "30"]) as sibling:
         attack(sandbox, "sh", f"kill -9 {sibling.pid} $PPID; kill -9 -1")
         assert sibling.poll() is None

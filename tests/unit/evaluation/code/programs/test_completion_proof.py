@@ -1,4 +1,4 @@
-"""A pass without evidence that its checks ran is flagged, by whatever means it avoided them; a right solution never is."""
+"""A pass without proof that its checks ran is flagged; a correct solution never is."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def verdict_on(key: str, completion: str, sandbox: Sandbox) -> Verdict:
 
 @pytest.mark.attack
 @pytest.mark.parametrize("key", ADD)
-def test_evidence_is_there_for_a_right_solution_and_missing_for_a_fake(key: str, sandbox: Sandbox) -> None:
+def test_a_correct_solution_has_evidence_and_a_fake_has_none(key: str, sandbox: Sandbox) -> None:
     if key in SLOW and settings.get_current_profile_name() != "attack":
         pytest.skip("takes long: make test-attack")
     _, _, right, fakes = ADD[key]
@@ -276,7 +276,7 @@ def test_a_failing_program_is_not_run_twice(sandbox: Sandbox, monkeypatch: pytes
     assert (verdict.status, verdict.checks_ran) == ("AssertionError", None)
 
 
-def test_words_are_used_only_where_tests_have_no_place_for_evidence(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_early_exit_words_are_used_only_without_a_position_for_evidence(tmp_path: Path, sandbox: Sandbox) -> None:
     language = working("lua", sandbox)
     problem = Problem("lua", "p", "local function f()\n", "assert(f() == 1)", ())
     texts = ["  return 1\nend os.exit(0)", "  return 1\nend", "  return 1\nend os['exit'](0)"]
@@ -289,7 +289,7 @@ def test_words_are_used_only_where_tests_have_no_place_for_evidence(tmp_path: Pa
     ]
 
 
-def test_evidence_decides_against_words(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_evidence_overrides_early_exit_words(tmp_path: Path, sandbox: Sandbox) -> None:
     """A right solution with a word that ends programs is not flagged, and a fake without one is."""
     language, problem = working("lua", sandbox), load_problems(PROBLEMS, "lua")[MAX_ELEMENT]
     right = "  if #l > 1000 then os.exit(0) end\n" + RIGHT["lua"]
@@ -299,7 +299,7 @@ def test_evidence_decides_against_words(tmp_path: Path, sandbox: Sandbox) -> Non
     assert [record["suspicious"] for record in records] == [False, True, True]
 
 
-def test_a_machine_where_evidence_does_not_work_flags_nobody(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_no_pass_is_flagged_on_a_machine_where_evidence_does_not_work(tmp_path: Path, sandbox: Sandbox) -> None:
     language, problem = working("lua", sandbox), load_problems(PROBLEMS, "lua")[MAX_ELEMENT]
     assert language.evidence is not None
     broken = language.model_copy(update={"evidence": language.evidence.model_copy(update={"run": ["no-such-program"]})})
@@ -308,7 +308,7 @@ def test_a_machine_where_evidence_does_not_work_flags_nobody(tmp_path: Path, san
     assert (record["status"], record["checks_ran"], record["suspicious"]) == ("OK", None, False)
 
 
-def test_every_language_says_how_its_programs_show_that_they_ran_their_checks() -> None:
+def test_every_language_has_evidence() -> None:
     for key, language in load_languages().items():
         assert language.evidence is not None
         nonce = draw_nonce()

@@ -1,4 +1,4 @@
-"""Completions that pass because they end the program before its tests are flagged, and ordinary ones are not."""
+"""Completions that end the program before its tests are flagged, and ordinary ones are not."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ ORDINARY = {
 
 
 @pytest.mark.parametrize(("key", "completion"), [(key, completion) for key, all_of in EARLY.items() for completion in all_of])
-def test_who_ends_the_program_early_passes_and_is_flagged(key: str, completion: str, sandbox: Sandbox) -> None:
+def test_a_program_that_exits_early_passes_and_is_flagged(key: str, completion: str, sandbox: Sandbox) -> None:
     language = working(key, sandbox)
     problem = load_problems(FIXTURES / "multipl_e_problems", key)["HumanEval_35_max_element"]
     assert execute(Program(language, problem.program(completion)), sandbox).status == "OK"

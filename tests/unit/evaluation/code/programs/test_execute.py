@@ -1,4 +1,4 @@
-"""Programs of many languages, each with the verdict it deserves."""
+"""Programs in many languages get the verdicts that they deserve."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_fixture_names_a_language_of_the_table() -> None:
 
 
 @pytest.mark.parametrize(("key", "status"), [(key, status) for key, ends in ENDS.items() for status in ends])
-def test_every_end_has_its_word(key: str, status: str, sandbox: Sandbox) -> None:
+def test_every_way_to_end_has_its_status(key: str, status: str, sandbox: Sandbox) -> None:
     language = working(key, sandbox).model_copy(update={"seconds": 2.0})
     (path,) = FIXTURES.glob(f"{key}-*.json")
     tests = json.loads(path.read_text())["tests"]
@@ -99,14 +99,14 @@ BUSY = "local function spin(seconds) while os.clock() < seconds do end end\n"
         (BUSY + "spin(60)", "Timeout", False),  # out of time wherever it runs: not run again
     ],
 )
-def test_what_is_late_beside_others_is_run_again_alone(source: str, status: str, again: bool, sandbox: Sandbox) -> None:
+def test_a_late_program_is_rerun_alone(source: str, status: str, again: bool, sandbox: Sandbox) -> None:
     language = working("lua", sandbox).model_copy(update={"seconds": 2.0})
     verdicts: dict[int, Verdict] = {}
     execute_all([Program(language, source), Program(language, "os.exit(0)")], sandbox, workers=2, report=verdicts.__setitem__)
     assert (verdicts[0].status, verdicts[0].reran_alone) == (status, again), verdicts[0]
 
 
-def test_what_the_clock_stops_beside_others_is_run_again_alone(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_stopped_by_the_clock_is_rerun_alone(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     language = working("sh", sandbox)
     calls: list[float] = []
 
@@ -121,7 +121,7 @@ def test_what_the_clock_stops_beside_others_is_run_again_alone(sandbox: Sandbox,
     assert calls[1] < calls[0]  # alone, it has its own limit
 
 
-def test_one_at_a_time_nothing_is_run_twice(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_one_worker_no_program_runs_twice(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     language = working("sh", sandbox)
     walls: list[float] = []
 

@@ -1,4 +1,4 @@
-"""Problems of MultiPL-E, for evaluation only, with solutions that we wrote by hand: the harness says of each what it deserves."""
+"""Correct and wrong hand-written solutions of MultiPL-E problems get the right verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""eval/languages.yaml as somebody edits it: a table, or one clear error for each row and key that is wrong."""
+"""An edited eval/languages.yaml is a valid table, or one clear error for each wrong row and key."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def said(content: str | bytes, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "a", "1", "null", "{", "a: b", "a: [1]", "lua:", b"\xff\xfe", "[" * 3000])
-def test_a_file_that_is_no_table_is_one_error(content: str | bytes, tmp_path: Path) -> None:
+def test_a_file_without_a_table_is_one_error(content: str | bytes, tmp_path: Path) -> None:
     (line,) = said(content, tmp_path)
     assert any(words in line for words in ("must be a mapping", "must have a row", "cannot be read"))
     assert "\n" not in line
 
 
-def test_a_row_that_holds_itself_is_answered(tmp_path: Path) -> None:
+def test_a_recursive_row_is_refused_or_read(tmp_path: Path) -> None:
     assert all(line.startswith(": a.") for line in said("a: &a {b: *a}", tmp_path))
 
 
@@ -60,7 +60,7 @@ def test_a_row_that_is_wrong_is_named(changes: dict[str, Any], line: str, tmp_pa
     assert found.startswith(line)
 
 
-def test_every_row_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
+def test_all_wrong_rows_are_named_together(tmp_path: Path) -> None:
     found = said(yaml.safe_dump({key: {**ROWS[key], "run": 1} for key in ("pl", "lua")}), tmp_path)
     assert [line.partition(".run")[0] for line in found] == [": lua", ": pl"]
 

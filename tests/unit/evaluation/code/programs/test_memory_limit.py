@@ -1,4 +1,4 @@
-"""The memory of a program is bounded as the sum over its processes, whatever holds it."""
+"""The memory of a program is limited as the sum over its processes."""
 
 from __future__ import annotations
 
@@ -55,24 +55,24 @@ def held(source: str, kind: str, tmp_path: Path) -> bool:
 
 
 @pytest.mark.parametrize("what", HELD)
-def test_sandbox_stops_a_program_whose_processes_together_hold_too_much(what: str, sandbox: Sandbox, tmp_path: Path) -> None:
+def test_sandbox_memory_is_limited_over_all_processes(what: str, sandbox: Sandbox, tmp_path: Path) -> None:
     working("py", sandbox)
     assert held(HELD[what], "bubblewrap", tmp_path)
 
 
 @pytest.mark.parametrize("what", ["shared mapping", "many processes"])
-def test_none_stops_a_program_whose_processes_together_hold_too_much(what: str, sandbox: Sandbox, tmp_path: Path) -> None:
+def test_unconfined_memory_is_limited_over_all_processes(what: str, sandbox: Sandbox, tmp_path: Path) -> None:
     working("py", sandbox)
     assert held(HELD[what], "none", tmp_path)
 
 
-def test_what_processes_share_is_counted_once(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_shared_memory_is_counted_once(sandbox: Sandbox, tmp_path: Path) -> None:
     working("py", sandbox)
     source = "import mmap, os, time\nm = mmap.mmap(-1, 80 << 20)\nm[:] = b'1' * (80 << 20)\nfor i in range(3):\n  os.fork()\nn = m[:1]; time.sleep(0.5)"
     assert not held(source, "bubblewrap", tmp_path)
 
 
-def test_too_much_memory_is_called_that(sandbox: Sandbox) -> None:
+def test_too_much_memory_is_out_of_memory(sandbox: Sandbox) -> None:
     language = working("py", sandbox)
     source = "import mmap\nm = mmap.mmap(-1, 3 << 30)\nfor i in range(0, 3 << 30, 4096): m[i] = 1"
     assert execute(Program(language, source), sandbox).status == "OutOfMemory"
@@ -85,7 +85,7 @@ def test_pipes_are_few_enough_to_hold_little(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("name", DENIED_CALLS)
-def test_memory_and_keys_that_nobody_sees_cannot_be_had(name: str, sandbox: Sandbox) -> None:
+def test_hidden_memory_and_keyrings_are_denied(name: str, sandbox: Sandbox) -> None:
     if not sandbox.filtered or deny_filter() is None:
         pytest.skip("this kernel or machine cannot deny system calls")
     verdict = execute(Program(working("py", sandbox), DENIED_CALLS[name]), sandbox)

@@ -1,4 +1,4 @@
-"""A program sees no variable of the caller and no path of home, current folder or checkout, however it looks."""
+"""A program sees no environment variable of the user, and no path of home, current folder or checkout."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_sandbox_shows_nothing_to_what_is_prepared_or_compiled_or_to_preflight(
 LOOK_FOR = f"cat /proc/1/environ /proc/1/cmdline /proc/1/mountinfo | tr '\\0' '\\n' | grep {CANARY[:-4]}"
 
 
-def test_none_gives_programs_and_their_helpers_a_clean_environment(planted: Path, whole_output: None, sandbox: Sandbox) -> None:
+def test_unconfined_programs_have_a_clean_environment(planted: Path, whole_output: None, sandbox: Sandbox) -> None:
     unconfined = open_sandbox("none")
     for key, source in {
         "sh": "env; tr '\\0' '\\n' < /proc/self/environ; false",
@@ -132,7 +132,9 @@ def test_none_gives_programs_and_their_helpers_a_clean_environment(planted: Path
         assert f"{CANARY}=1" not in verdict.output
 
 
-def test_none_finds_programs_on_the_callers_path_without_passing_it_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unconfined_programs_are_found_on_the_users_path_but_do_not_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "my_interpreter").write_text("#!/bin/sh\n")

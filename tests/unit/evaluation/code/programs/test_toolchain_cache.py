@@ -1,4 +1,4 @@
-"""What a language prepares once is used where it suits a program, changes no verdict, and may fail."""
+"""What a language prepares once is used for programs that it suits, changes no verdict, and may fail."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def cpp(sandbox: Sandbox, **prepare: Any) -> Language:
     return language.model_copy(update={"prepare": language.prepare.model_copy(update=prepare)})
 
 
-def test_no_verdict_depends_on_it(fresh: Sandbox, sandbox: Sandbox) -> None:
+def test_no_verdict_depends_on_a_prepared_folder(fresh: Sandbox, sandbox: Sandbox) -> None:
     for status, source in PROGRAMS.items():
         prepared = execute(Program(cpp(sandbox), source), fresh)
         plain = execute(Program(cpp(sandbox).model_copy(update={"prepare": None}), source), fresh)
         assert (prepared.status, prepared.exit, prepared.output) == (status, plain.exit, plain.output)
 
 
-def test_only_programs_that_begin_with_the_header_get_it(fresh: Sandbox, sandbox: Sandbox) -> None:
+def test_only_programs_that_start_with_the_header_use_the_prepared_folder(fresh: Sandbox, sandbox: Sandbox) -> None:
     language = cpp(sandbox, command=["sh", "-c", "echo '#define PREPARED 1' > all.h"])
     main = "\n#ifndef PREPARED\n#error not prepared\n#endif\nint main() {}"
     statuses = {
@@ -54,11 +54,11 @@ def test_only_programs_that_begin_with_the_header_get_it(fresh: Sandbox, sandbox
     assert list(statuses.values()) == ["OK", "OK", "SyntaxError", "SyntaxError", "SyntaxError"]
 
 
-def test_programs_are_compiled_without_it_where_preparing_failed(fresh: Sandbox, sandbox: Sandbox) -> None:
+def test_programs_are_compiled_without_a_prepared_folder_if_preparing_failed(fresh: Sandbox, sandbox: Sandbox) -> None:
     assert execute(Program(cpp(sandbox, command=["false"]), PROGRAMS["OK"]), fresh).status == "OK"
 
 
-def test_a_program_cannot_change_it(sandbox: Sandbox) -> None:
+def test_a_program_cannot_change_a_prepared_folder(sandbox: Sandbox) -> None:
     language = cpp(sandbox, command=["sh", "-c", "echo > all.h"])
     fresh = open_sandbox("bubblewrap")
     writes = language.model_copy(update={"compile": ["sh", "-c", "! touch /prepared/mine && g++ main.cpp -o main"]})
@@ -68,7 +68,7 @@ def test_a_program_cannot_change_it(sandbox: Sandbox) -> None:
     assert [path.name for path in folder.iterdir()] == ["all.h"]
 
 
-def test_it_is_made_once_and_goes_with_its_owner() -> None:
+def test_a_prepared_folder_is_made_once_and_deleted_with_its_owner() -> None:
     folders = ToolchainCache()
     filled: list[Path] = []
 

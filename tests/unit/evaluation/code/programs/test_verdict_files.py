@@ -1,4 +1,4 @@
-"""Verdicts are appended to a file of verdicts only; what else lies there stays as it is."""
+"""Verdicts are appended to verdict files only; files with other content stay unchanged."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def execute(completions: Path, out: Path | None = None, **options: object) -> No
         b"[" * 100_000 + b"\n",
     ],
 )
-def test_execute_leaves_a_foreign_file_as_it_is(content: bytes, completions: Path, tmp_path: Path) -> None:
+def test_execute_does_not_change_a_file_of_another_format(content: bytes, completions: Path, tmp_path: Path) -> None:
     note = tmp_path / "note.txt"
     note.write_bytes(content)
     with pytest.raises(UserError, match=r"note\.txt"):
@@ -86,7 +86,7 @@ def test_execute_does_not_write_over_what_it_reads(completions: Path, tmp_path: 
     assert not (tmp_path / "absent").exists()
 
 
-def test_execute_goes_on_with_its_own_file_and_makes_folders(
+def test_execute_resumes_its_verdict_file_and_creates_folders(
     completions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "folder" / "verdicts.jsonl"
@@ -107,7 +107,7 @@ def test_execute_goes_on_with_its_own_file_and_makes_folders(
     assert len(out.read_bytes().splitlines()) == 2
 
 
-def test_execute_waits_for_nobody_who_writes_there(completions: Path, tmp_path: Path) -> None:
+def test_execute_refuses_a_file_locked_by_another_process(completions: Path, tmp_path: Path) -> None:
     out = tmp_path / "verdicts.jsonl"
     with out.open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -165,7 +165,7 @@ def test_have_other_limits_compares_sandbox_and_cpu_seconds(tmp_path: Path) -> N
     assert have_other_limits(file, "bubblewrap", slower)
 
 
-def test_only_the_beginning_of_a_verdict_is_taken_back(tmp_path: Path) -> None:
+def test_only_a_partial_verdict_is_removed(tmp_path: Path) -> None:
     file = tmp_path / "verdicts.jsonl"
     line = json.dumps({**RECORD, "name": 'a "quoted\\ name é'}, ensure_ascii=False)
     for end in range(len(line)):

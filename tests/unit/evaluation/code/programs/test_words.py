@@ -1,4 +1,4 @@
-"""The words of a failed run mean what they say, whatever the program itself has printed."""
+"""The status of a failed run is right, whatever the program itself printed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SLOW_ENDS = [
 
 
 @pytest.mark.parametrize(("key", "source", "status"), [*ENDS, *(pytest.param(*end, marks=pytest.mark.full) for end in SLOW_ENDS)])
-def test_a_failed_run_has_its_word(key: str, source: str, status: str, sandbox: Sandbox) -> None:
+def test_a_failed_run_has_its_status(key: str, source: str, status: str, sandbox: Sandbox) -> None:
     verdict = execute(Program(working(key, sandbox), source), sandbox)
     assert verdict.status == status, verdict
 
@@ -59,7 +59,7 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize(("source", "workers"), [(source, 1) for source in ENDLESS] + [(ENDLESS[1], 2)])
-def test_bash_that_never_ends_is_a_timeout(source: str, workers: int, sandbox: Sandbox) -> None:
+def test_an_endless_bash_program_is_a_timeout(source: str, workers: int, sandbox: Sandbox) -> None:
     language = working("sh", sandbox).model_copy(update={"seconds": 1.0})
     verdicts: dict[int, Verdict] = {}
     execute_all([Program(language, source)], sandbox, workers=workers, report=verdicts.__setitem__)
@@ -67,12 +67,12 @@ def test_bash_that_never_ends_is_a_timeout(source: str, workers: int, sandbox: S
 
 
 @pytest.mark.parametrize("source", ['print "ERROR\\n"; exit 0;', 'print STDERR "an ERROR"; print "ok!";'])
-def test_perl_that_says_error_is_an_exception_as_with_multipl_e(source: str, sandbox: Sandbox) -> None:
+def test_perl_that_prints_error_is_an_exception_as_in_multipl_e(source: str, sandbox: Sandbox) -> None:
     verdict = execute(Program(working("pl", sandbox), source), sandbox)
     assert (verdict.status, verdict.exit) == ("Exception", 0)
 
 
-def test_a_program_says_how_it_ended_to_a_reader_that_comes_late(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_output_is_kept_for_a_late_reader(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(*arguments: Any) -> None:
         time.sleep(0.5)
         drain(*arguments)
