@@ -115,7 +115,7 @@ def listing(folder: Path) -> dict[str, int]:
         ),
         (
             ["overwrite=true", "resume=true"],
-            ["resume = True: contradicts overwrite=true, which deletes what could be resumed: give one of them"],
+            ["resume = True: contradicts overwrite=true, which deletes the run: set one of them"],
         ),
         (["num_processes=3"], ["num_processes = 3: but 1 process(es) run; start it with: *"]),
         (
@@ -173,7 +173,7 @@ def test_tokenizer_without_end_token_is_refused(complain: Complain, tmp_path: Pa
     tokenizer.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
     (line,) = complain("recipe=bad.yaml", "model.path=other")
-    assert line.startswith("model.path = 'other': its tokenizer has no end-of-sequence token: set tokenizer.eos_token")
+    assert line.startswith("model.path = 'other': has a tokenizer without an end-of-sequence token: set tokenizer.eos_token")
 
 
 def occupy(folder: Path, finished: bool | None) -> None:
