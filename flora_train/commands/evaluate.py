@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -26,7 +27,11 @@ from flora_train.training.origin import OriginOptions
 
 
 def evaluate_run(
-    run: str, overrides: Sequence[str] = (), *, allow_different_base: bool = False, allow_different_data: bool = False
+    run: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    allow_different_base: bool = False,
+    allow_different_data: bool = False,
 ) -> Report:
     """Evaluate the saved adapters of a run again.
 
@@ -45,7 +50,7 @@ def evaluate_run(
         UserError: If base or data are not those of the run and that is not allowed, or for a wrong override.
     """
     allow = OriginOptions(allow_different_base=allow_different_base, allow_different_data=allow_different_data)
-    folder = _evaluate(run, overrides, allow)
+    folder = _evaluate(os.fspath(run), overrides, allow)
     return on_main_process(lambda: read_report(folder))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -63,13 +64,13 @@ class ExportOptions(ConfigModel):
 
 
 def export_adapters(
-    run: str | Path,
+    run: str | os.PathLike[str],
     names: Sequence[str] = (),
     as_: str = "peft",
     *,
     rank: int | None = None,
     max_error: float | None = None,
-    out: str | Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     allow_different_base: bool = False,
     allow_different_data: bool = False,
 ) -> list[Path]:
@@ -98,10 +99,10 @@ def export_adapters(
     """
     values = {"as": as_, "rank": rank, "max_error": max_error}
     if out is not None:
-        values["out"] = str(out)
+        values["out"] = os.fspath(out)
     options = read_options(ExportOptions, values)
     allow = OriginOptions(allow_different_base=allow_different_base, allow_different_data=allow_different_data)
-    return _export(str(run), names, options, allow)
+    return _export(os.fspath(run), names, options, allow)
 
 
 def _export(run: str, names: Sequence[str], options: ExportOptions, allow: OriginOptions) -> list[Path]:
