@@ -1,4 +1,4 @@
-"""How do the processes of a run divide the frozen base among them? Each holds a part of every weight, and gathers a layer when it runs (FSDP2)."""
+"""FSDP2 for the frozen base: each process holds a shard of every weight, and gathers a layer when it runs."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from flora_train.training.loss import RowLosses
 logger = logging.getLogger(__name__)
 
 ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-"""What accelerate's launcher sets where its configuration file asks for an engine -> its name."""
+"""Variable that accelerate's launcher sets for an engine of its configuration file -> the engine's name."""
 
 
 def check_launcher() -> None:
-    """Raises UserError where the launcher was told to wrap the model itself: it would do nothing here."""
+    """Raises UserError if the launcher is configured to wrap the model itself, which has no effect here."""
     for variable, engine in ENGINES.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
-            hint = f"{engine} is not taken from accelerate's configuration: launch with launch/ddp.yaml, and model.fsdp=true divides the base"
+            hint = f"{engine} of accelerate's configuration has no effect: launch with launch/ddp.yaml; model.fsdp=true shards the base"
             raise user_error(variable, os.environ[variable], hint)
 
 
 def uses_sharding(config: RunConfig) -> bool:
-    """Whether the base is to be divided, and there is somebody to share it with."""
+    """Whether the base is to be sharded, and there are several processes."""
     return config.model.fsdp and world()[1] > 1
 
 
 def apply_fsdp(bank: AdapterBank) -> None:
-    """Divide the bank's base among all processes, in place. The base may wait in host memory; its parts move to the bank's device.
+    """Shard the bank's base over all processes, in place. It may be in host memory; its shards move to the bank's device.
 
-    Layers are gathered one at a time and dropped again; what is outside of them, embeddings and
-    output head, stays gathered from the forward to the backward. The bank's own numbers stay whole. Collective.
+    Layers are gathered one at a time and dropped again. Modules outside of them, such as embeddings and output head,
+    stay gathered from the forward to the backward. The adapters are not sharded. Collective.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -55,14 +55,14 @@ def apply_fsdp(bank: AdapterBank) -> None:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """What is gathered and dropped as one: transformers' `_no_split_modules`."""
+    """The modules that are gathered and dropped as a whole: transformers' `_no_split_modules`."""
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def largest_part(model: nn.Module, processes: int) -> float:
-    """The most that a process holds at one time, of all numbers of the base: its own part of the layers, two of them gathered (one is
-    fetched while the other runs), and what is outside of them, gathered."""
+    """The largest share of the base's values that a process holds at one time: its shards of the layers, two gathered
+    layers (one is fetched while the other runs), and all modules outside of the layers."""
     sizes = [_numbers(layer) for layer in layers_of(model)]
     total = _numbers(model)
     return min(1.0, (sum(sizes) / processes + 2 * max(sizes, default=0) + total - sum(sizes)) / total)
@@ -73,11 +73,12 @@ def _numbers(module: nn.Module) -> int:
 
 
 def _ask_for_gradients(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """The backward goes through every layer on every process, whichever adapters its rows have: gathering is a collective."""
+    """Make the backward run through every layer on every process, whatever the adapters of its rows: gathering is
+    collective."""
     if torch.is_grad_enabled() and not output.requires_grad:
         return output.requires_grad_(
             True
-        ).clone()  # some models change their embeddings in place, which no leaf allows
+        ).clone()  # some models change their embeddings in place, which leaves forbid
     return output
 
 
@@ -88,13 +89,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def full_tensor(weight: Tensor) -> Tensor:
-    """All of a weight that may be divided. Collective if it is."""
+    """A whole weight, which may be sharded. Collective if it is."""
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else gather()
 
 
 def unshard(model: nn.Module) -> None:
-    """Have the whole base on every process from now on, so that each can run it when it likes. Collective; nothing for a base that is whole."""
+    """Keep the whole base on every process from now on, so that each can run it independently. Collective; without effect
+    on a base that is not sharded."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -105,8 +107,8 @@ def unshard(model: nn.Module) -> None:
 
 
 def run_dummy_passes(row_losses: RowLosses, bank: AdapterBank, groups: Sequence[Sequence[Row]]) -> None:
-    """Run a divided base as often as the process with the most of these groups has run it: two tokens, without adapters, forward and,
-    where gradients are asked for, backward. Nothing of the run changes."""
+    """Run a sharded base as often as the process with the most of these groups has run it, since gathering is collective:
+    two tokens, without adapters, forward and, where gradients are enabled, backward. The run's state does not change."""
     if not is_sharded(row_losses.model):
         return
     rank, processes = world()

@@ -1,4 +1,4 @@
-"""What does each example contribute to its adapter's loss?"""
+"""Next-token losses of every row, without the logits of all positions at once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from flora_train.models.speech_encoder import as_encoder_outputs, model_inputs
 from flora_train.training.step_timer import StepTimer
 
 CHUNK = 128
-"""Positions whose logits exist at one time."""
+"""Positions whose logits are in memory at one time."""
 
 
 class RowLosses:
-    """Next-token losses of a model, summed per row. Looks once, at the start, at how the model makes its logits."""
+    """Next-token losses of a model, summed per row. Determines once, at the start, how the model makes its logits."""
 
     def __init__(self, model: nn.Module, timer: StepTimer | None = None) -> None:
         self.model = model
@@ -33,8 +33,9 @@ class RowLosses:
         """Sum of the next-token losses (nats) of every row, float32 [B], differentiable once.
 
         A causal model's labels are its inputs: position i predicts label i + 1. An encoder-decoder's decoder reads them
-        shifted right (decoder_input_ids of the batch): position i predicts label i. Logits exist only at positions that have a label and, unless
-        the architecture changes them after the output head (soft caps, scales), only CHUNK of them at a time.
+        shifted right (decoder_input_ids of the batch): position i predicts label i. Logits are computed only at
+        positions with a label and, unless the architecture changes them after the output head (soft caps, scales), only
+        CHUNK of them at a time.
         """
         labels = batch.labels if self.encoder_decoder else F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
         learnt = labels != IGNORE
@@ -87,8 +88,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 @contextmanager
 def _head_input(head: nn.Module, learnt: Tensor, first_only: bool) -> Iterator[list[Tensor]]:
-    """Catch the hidden states [n, d] at the learnt positions of [B, L]; the head sees them as [1, n, d], or only the
-    first of them, where its output is not used."""
+    """Capture the hidden states [n, d] at the label positions of [B, L]. The head receives them as [1, n, d], or only the
+    first of them where its output is not used."""
     caught: list[Tensor] = []
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,7 +105,7 @@ def _head_input(head: nn.Module, learnt: Tensor, first_only: bool) -> Iterator[l
 
 @torch.no_grad()
 def _head_makes_logits(model: nn.Module, head: nn.Module) -> bool:
-    """Whether the model's logits are just its linear head's output, tried on one token."""
+    """Whether the model's logits are the output of its linear head, tested on one token."""
     if not isinstance(head, nn.Linear):
         return False
     token = torch.ones(1, 1, dtype=torch.long, device=head.weight.device)

@@ -1,4 +1,4 @@
-"""Does a model keep pieces apart that are packed into one sequence? Asked of the model itself, before training."""
+"""Checks that a model keeps documents separate that are packed into one sequence, by running it before training."""
 
 from __future__ import annotations
 
@@ -14,53 +14,57 @@ from flora_train.models.loading import set_mode
 from flora_train.training.loss import RowLosses
 
 LENGTH = 6
-"""Tokens of a probed piece."""
+"""Tokens of a document in the check."""
 
 
 @torch.no_grad()
 def check_packing(row_losses: RowLosses, task: str) -> None:
-    """The loss of a piece must not change, to the last bit, with what stands before it in its sequence, and must be the loss
-    that it has alone, up to rounding. Raises UserError for a model that ignores position_ids when it makes its mask (linear
-    attention, ALiBi, convolutions), naming tasks.<task>.packing."""
+    """Raises UserError, naming tasks.<task>.packing, for a model that ignores position_ids in its mask: linear attention,
+    ALiBi, convolutions.
+
+    The loss of a document must not change, to the last bit, with the document before it in its sequence, and must
+    equal, up to rounding, the loss of the document alone.
+    """
     model = row_losses.model
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     ids = np.random.default_rng(0).integers(0, vocabulary, (3, LENGTH)).astype(np.int32)
-    before, other, piece = ids
+    first, other, document = ids
     training = model.training
     model.eval()
     try:
-        after_one, after_other, alone = (
-            _last_loss(row_losses, pieces) for pieces in ([before, piece], [other, piece], [piece])
-        )
+        after_first = _last_loss(row_losses, [first, document])
+        after_other = _last_loss(row_losses, [other, document])
+        alone = _last_loss(row_losses, [document])
     except TypeError as error:
-        raise user_error(
-            f"tasks.{task}.packing", True, f"this model takes no position_ids ({error}): set it to false"
-        ) from error
+        hint = f"this model takes no position_ids ({error}): set it to false"
+        raise user_error(f"tasks.{task}.packing", True, hint) from error
     finally:
         set_mode(model, training)
-    if after_one != after_other or abs(after_one - alone) > 0.02 * abs(alone):
-        hint = "this model lets packed pieces see each other (its mask does not come from position_ids): set it to false"
+    if after_first != after_other or abs(after_first - alone) > 0.02 * abs(alone):
+        hint = (
+            "this model lets packed documents see each other (its mask ignores position_ids): set it to false"
+        )
         raise user_error(f"tasks.{task}.packing", True, hint)
 
 
-def _last_loss(row_losses: RowLosses, pieces: list[np.ndarray]) -> float:
-    """The loss of the last piece when these stand in one sequence."""
-    lengths = [len(piece) for piece in pieces]
+def _last_loss(row_losses: RowLosses, documents: list[np.ndarray]) -> float:
+    """The loss of the last of these documents in one sequence."""
+    lengths = [len(document) for document in documents]
     split = TokenSplit(
-        tokens=np.concatenate(pieces),
+        tokens=np.concatenate(documents),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        prompt_lengths=np.array([*lengths[:-1], 0], dtype=np.int32),  # only the last is learnt
-        label_bytes=np.zeros(len(pieces), dtype=np.int64),
-        pack_offsets=np.array([0, len(pieces)]),
+        prompt_lengths=np.array([*lengths[:-1], 0], dtype=np.int32),  # only the last has labels
+        label_bytes=np.zeros(len(documents), dtype=np.int64),
+        pack_offsets=np.array([0, len(documents)]),
         counts=SplitCounts(),
     )
-    # a second row, cut elsewhere: some attentions tell pieces apart only where a batch has one row
-    beside = replace(
+    # a second row with other borders: some attentions separate documents only in batches of one row
+    neighbour = replace(
         split,
         offsets=np.array([0, 2, sum(lengths)]),
         pack_offsets=np.array([0, 2]),
         prompt_lengths=np.array([2, 0]),
     )
-    rows = [Row(-1, name, 0, sum(lengths)) for name in ("asked", "beside")]
-    batch = collate(rows, {"asked": split, "beside": beside}.__getitem__, 0)
+    rows = [Row(-1, name, 0, sum(lengths)) for name in ("tested", "neighbour")]
+    batch = collate(rows, {"tested": split, "neighbour": neighbour}.__getitem__, 0)
     return float(row_losses(batch.to(next(row_losses.model.parameters()).device))[0])

@@ -1,4 +1,4 @@
-"""Which rows make up a step? Every drawn example once per adapter that learns from it."""
+"""The rows of a step: every drawn example, once for each adapter that learns from it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from flora_train.data.tokenization import TokenSplit
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Known to every process alike, so that no process has to ask another what it holds.
-
-    microbatches: the rows, grouped; label_tokens: learnt tokens per adapter id in the whole step.
-    """
+    """A step of the whole run. Every process makes the same plan, so that they need not exchange it."""
 
     microbatches: tuple[tuple[Row, ...], ...]
     label_tokens: Mapping[int, int]
+    """Adapter id -> its label tokens in the whole step."""
     tokens: int
+    """Tokens of all rows."""
     task_tokens: Mapping[str, int]
-    """Tokens drawn per task, counted once however many adapters learn from them."""
+    """Task -> tokens drawn from it, counted once whatever the number of adapters that learn from them."""
 
 
 def make_mixture(

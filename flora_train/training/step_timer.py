@@ -1,4 +1,4 @@
-"""Where does a step's time go? Data, the frozen base, adapters, loss, optimizer, exchange between processes."""
+"""The shares of a step's time: data, frozen base, adapters, loss, optimizer, exchange between processes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PARTS = ("base", "adapters", "loss", "optimizer", "exchange", "data")
 
 
 class StepTimer:
-    """Seconds per part over the steps that were timed: all on a CPU; on a GPU one in `sample_every`, because to time a part
-    is to wait for it.
+    """Seconds per part over the timed steps: all steps on a CPU; on a GPU one in `sample_every`, because timing a part means
+    waiting for it.
 
     `data`, `loss`, `optimizer` and `exchange` are timed where they happen. The rest of a step is the model's forward and
-    backward. What the frozen base takes of it is estimated from one micro-batch that ran once without adapters
-    (`base_rate`), by padded tokens; `adapters` is what remains.
+    backward. The part of the frozen base is estimated, by padded tokens, from one micro-batch that ran without adapters
+    (`base_rate`); `adapters` is the remainder.
     """
 
     def __init__(self, device: torch.device, sample_every: int) -> None:
@@ -32,7 +32,7 @@ class StepTimer:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Time step `number`, if it is one of those that are timed."""
+        """Time step `number`, if it is one of the timed steps."""
         self._running = number % self.sample_every == 0
         try:
             with self.part("step"):
@@ -42,7 +42,7 @@ class StepTimer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time a part of the step that runs; elsewhere (evaluation) do nothing."""
+        """Time a part of the running step. Outside of a step, as in an evaluation, nothing is timed."""
         if not self._running:
             yield
             return
@@ -51,9 +51,10 @@ class StepTimer:
         self.seconds[name] += self.now() - started
 
     def time_base(self, base_pass: Callable[[], None], padded_tokens: int) -> None:
-        """Measure `base_rate`. base_pass: the base's forward and backward over so many padded tokens. What steps took so far stays."""
+        """Measure `base_rate`, without a change to the times of the steps. base_pass: forward and backward of the base over
+        `padded_tokens`."""
         seconds, steps = [], dict(self.seconds)
-        for _ in range(2):  # the first time, memory is still to be had
+        for _ in range(2):  # the first pass also allocates memory
             started, loss_before = self.now(), self.seconds["loss"]
             with self.step(0):
                 base_pass()
@@ -63,17 +64,18 @@ class StepTimer:
         self.base_rate = min(seconds) / padded_tokens
 
     def count_tokens(self, padded_tokens: int) -> None:
-        """A micro-batch of so many padded tokens belongs to the step that runs."""
-        self.padded_tokens += padded_tokens if self._running else 0
+        """Add a micro-batch to the running step."""
+        if self._running:
+            self.padded_tokens += padded_tokens
 
     def now(self) -> float:
-        """Seconds, once the device has done what it was asked to."""
+        """Seconds on a monotonic clock, after the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
 
     def shares(self) -> dict[str, float]:
-        """Part -> its share of the timed steps; empty before the base was measured."""
+        """Part -> its share of the timed steps; empty before the base was timed."""
         if self.base_rate is None or not self.seconds["step"]:
             return {}
         spent = {name: self.seconds[name] for name in PARTS if name not in ("base", "adapters")}

@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_tokens(config: RunConfig, tokenizer: Any, tasks: Mapping[str, Task]) -> None:
-    """Raises UserError where a token has an id beyond the model's embedding, or an example more tokens than the model has positions."""
+    """Raises UserError if a token's id is beyond the model's embedding, or an example has more tokens than the model has
+    positions."""
     rows = count_tokens(empty_model(config.model))
     problems = [*_special_tokens(config, tokenizer, rows), *_unknown_tokens(tokenizer, tasks, rows)]
     if not problems:
@@ -56,18 +57,15 @@ def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Pro
     lengths = {key: int(np.diff(split.offsets).max(initial=0)) for key, split in _splits(tasks)}
     key, longest = max(lengths.items(), key=lambda item: item[1], default=("", 0))
     model_config = load_model_config(config.model)
-    limit, declared = (
-        max_readable_length(config.model, model_config, longest),
-        declared_positions(model_config),
-    )
-    apart = independent_up_to(model_config)
+    limit = max_readable_length(config.model, model_config, longest)
+    declared, independent = declared_positions(model_config), independent_up_to(model_config)
     if limit is not None:
         hint = f"{key} has an example of {longest} tokens, and the model has positions for {limit}: give at most {limit}"
         yield Problem("training.max_length", config.training.max_length, hint)
-    elif apart is not None and longest > apart:
+    elif independent is not None and longest > independent:
         hint = (
-            f"{key} has an example of {longest} tokens; beyond {apart} the model computes the positions of all rows of a batch anew, so "
-            f"that rows would depend on their neighbours: give at most {apart}"
+            f"{key} has an example of {longest} tokens; beyond {independent} the model recomputes the positions of all rows "
+            f"of a batch, so that rows would depend on their neighbours: give at most {independent}"
         )
         yield Problem("training.max_length", config.training.max_length, hint)
     elif declared is not None and longest > declared:
@@ -77,7 +75,7 @@ def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Pro
 
 
 def _splits(tasks: Mapping[str, Task]) -> Iterator[tuple[str, TokenSplit]]:
-    """Configuration key -> tokens."""
+    """(configuration key, tokens) of every split."""
     for name, task in tasks.items():
         for split in ("train", "validation", "test"):
             tokens = getattr(task, split, None)

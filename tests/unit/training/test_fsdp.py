@@ -18,7 +18,7 @@ def test_an_engine_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, v
     monkeypatch.setenv(variable, "false")
     check_launcher()
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=rf"{variable} = 'true': {engine} is not taken .* model\.fsdp=true divides the base"):
+    with pytest.raises(UserError, match=rf"{variable} = 'true': {engine} of accelerate's configuration has no effect.* model\.fsdp=true shards the base"):
         check_launcher()
 
 
