@@ -1,4 +1,4 @@
-"""What does every command on a run need loaded? Processes and device, tokenizer, tasks, base model and bank."""
+"""RunContext: processes, tokenizer, tasks, base model and adapters of a run, loaded for a command."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class RunContext(TrainingContext):
     """Differences of base and data to those of training, which were allowed: sentences for the results."""
 
     def check_model(self) -> None:
-        """Raises UserError where the model does not keep rows apart. Says which layers take no adapter. Collective where the base is
-        divided."""
+        """Raises UserError if the model mixes the rows of a batch. Logs which layers take no adapter. Collective where the
+        base is sharded."""
         features = (
             None if self.speech_processor is None else noise_features(self.speech_processor.store.extractor)
         )
@@ -80,7 +80,7 @@ class RunContext(TrainingContext):
             logger.warning(f"no adapter is attached to {describe_left_out(self.bank.left_out, usable)}")
 
     def close(self) -> None:
-        """End what works in the background."""
+        """Stop background workers."""
         if self.speech_processor is not None:
             self.speech_processor.store.close()
 
@@ -99,19 +99,26 @@ def resolve_config(config: RunConfig, folder: RunFolder | None = None) -> RunCon
 
 
 def load_context(
-    config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool = True, sharded: bool = False
+    config: RunConfig,
+    folder: RunFolder,
+    device: torch.device,
+    *,
+    with_tasks: bool = True,
+    sharded: bool = False,
 ) -> RunContext:
-    """sharded: divide the base among processes. Raises UserError, on all processes, where one of them cannot load."""
-    session = on_every_process(lambda: _load(config, folder, device, with_tasks, sharded))
+    """Load a run. sharded: shard the base over the processes. Raises UserError, on all processes, if one cannot load."""
+    context = on_every_process(
+        lambda: _load(config, folder, device, with_tasks=with_tasks, sharded=sharded),
+    )
     if sharded:
-        apply_fsdp(session.bank)
-    return session
+        apply_fsdp(context.bank)
+    return context
 
 
 def _load(
-    config: RunConfig, folder: RunFolder, device: torch.device, with_tasks: bool, sharded: bool
+    config: RunConfig, folder: RunFolder, device: torch.device, *, with_tasks: bool, sharded: bool
 ) -> RunContext:
-    """Data first, then the model: what is wrong with a task is known before the long load."""
+    """Data first, then the model, so that errors in a task are reported before the long load."""
     prepare(config, device)
     check_quantization(config.model, device)
     tokenizer, tasks, speech_processor = load_data(config, with_tasks)
@@ -142,33 +149,38 @@ def _collate_for(config: RunConfig, speech_processor: SpeechProcessor | None) ->
 
 
 def prepare(config: RunConfig, device: torch.device) -> None:
-    """Threads, and what computes adapters. Raises UserError for a backend that cannot run on this device."""
+    """Set threads, kernel backend and precision. Raises UserError for a backend that cannot run on this device."""
     if device.type == "cpu":
-        torch.set_num_threads(
-            config.num_threads or max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        )
+        torch.set_num_threads(config.num_threads or max(1, _cpus_per_process()))
     use_backend(config.kernels.backend, device)
     use_precision(config.kernels.precision)
+
+
+def _cpus_per_process() -> int:
+    return available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def load_data(
     config: RunConfig, with_tasks: bool = True
 ) -> tuple[Any, dict[str, Task], SpeechProcessor | None]:
-    """Tokenizer, tasks (none without `with_tasks`), and what reads clips, where the model hears speech."""
+    """Tokenizer, tasks (none without `with_tasks`), and the speech processor of a speech model."""
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, config.model.path)
     model_config = load_model_config(config.model)
     check_model_type(model_config, config)
-    speech_processor = (
-        build_speech_processor(config, model_config, tokenizer) if is_speech_model(model_config) else None
-    )
-    tasks = load_tasks(config, tokenizer, cache_folder(), speech_processor) if with_tasks else {}
+    speech_processor = None
+    if is_speech_model(model_config):
+        speech_processor = build_speech_processor(config, model_config, tokenizer)
+    tasks = {}
+    if with_tasks:
+        tasks = load_tasks(config, tokenizer, cache_folder(), speech_processor)
     if speech_processor is not None:
         check_transcripts(config, speech_processor)
     if tasks:
         check_tokens(config, tokenizer, tasks)
-    if with_tasks and (idle := sorted(config.tasks.keys() - tasks.keys())):
-        logger.warning(f"no adapter learns {', '.join(idle)}: not read")
+    unused = sorted(config.tasks.keys() - tasks.keys())
+    if with_tasks and unused:
+        logger.warning(f"no adapter learns {', '.join(unused)}: not read")
     return tokenizer, tasks, speech_processor
 
 
@@ -177,9 +189,8 @@ def check_transcripts(config: RunConfig, speech_processor: SpeechProcessor) -> N
     for name, task in config.tasks.items():
         if task.speech is None:
             continue
-        room = (
-            speech_processor.max_tokens - len(speech_processor.prompt(task.speech, f"tasks.{name}")) + 1
-        )  # the last token is written, not read
+        prompt = speech_processor.prompt(task.speech, f"tasks.{name}")
+        room = speech_processor.max_tokens - len(prompt) + 1  # the last token is generated, not read
         if config.evaluation.max_new_tokens > room:
             hint = (
                 f"is more than the decoder has positions for ({speech_processor.max_tokens}, its prompt among them): "
@@ -189,27 +200,25 @@ def check_transcripts(config: RunConfig, speech_processor: SpeechProcessor) -> N
 
 
 def paging_of(config: RunConfig) -> Paging:
-    """Where this run's adapters may live."""
+    """Where the run's adapters may be: on the device, in host memory, in files."""
     slots = config.paging.device_slots
-    folder = (
-        None if config.paging.host == "memory" else Path(config.paging.folder or Path(config.folder).parent)
-    )
+    folder = None
+    if config.paging.host == "disk":
+        folder = Path(config.paging.folder or Path(config.folder).parent)
     return Paging(None if slots == "auto" else slots, folder)
 
 
 def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any) -> SpeechProcessor:
-    """What reads clips for a speech model. Raises UserError if a package is missing, or a Whisper knows English only."""
+    """The speech processor of a speech model. Raises UserError if a package is missing, or for an English-only Whisper."""
     if is_whisper(model_config):
         check_multilingual(tokenizer, config.model.path)
     for package in ("soundfile", "soxr", "jiwer"):
         if find_spec(package) is None:
-            raise user_error(
-                "tasks",
-                "speech",
-                f"speech tasks need the package {package}: pip install 'flora-train[speech]'",
-            )
-    share = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = min(8, max(1, share)) if config.audio.workers is None else config.audio.workers
+            hint = f"speech tasks need the package {package}: pip install 'flora-train[speech]'"
+            raise user_error("tasks", "speech", hint)
+    workers = config.audio.workers
+    if workers is None:
+        workers = min(8, max(1, _cpus_per_process()))
     extractor = load_feature_extractor(config.model)
     gigabytes = config.audio.cache_gigabytes
     store = FeatureStore(cache_folder().parent / "features", extractor, gigabytes=gigabytes, workers=workers)
@@ -228,17 +237,13 @@ def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any)
 
 
 def _windows(config: RunConfig, model_config: Any, extractor: Any) -> Windows:
-    """Whisper's reach to 30 s whatever is heard; other encoders hear what there is, up to the longest clip."""
+    """Whisper always encodes 30 s; other encoders take a clip as it is, up to the longest one."""
     if is_whisper(model_config):
-        return Windows(
-            model_config.max_source_positions * GRAIN,
-            config.audio.window_step,
-            lambda samples: samples // GRAIN,
-        )
+        longest = model_config.max_source_positions * GRAIN
+        return Windows(longest, config.audio.window_step, lambda samples: samples // GRAIN)
     longest = int(config.audio.max_seconds * RATE)
-    return Windows(
-        longest, config.audio.window_step or 1.0, count_positions(empty_model(config.model), extractor)
-    )
+    positions = count_positions(empty_model(config.model), extractor)
+    return Windows(longest, config.audio.window_step or 1.0, positions)
 
 
 def load_run(
@@ -250,11 +255,12 @@ def load_run(
     overridden: RunConfig | None = None,
     changed_tasks: Collection[str] = (),
 ) -> tuple[RunContext, dict[int, BestCheckpoint]]:
-    """A run on disk with its kept adapters in the bank. dtype: of the base, instead of the run's, and not quantised; allow: which
-    differences to what the run was trained with are no error; overridden: a configuration instead of the run's, in which the examples of
-    changed_tasks may be others.
+    """A run on disk with its best adapters in the bank, and their steps and losses.
 
-    Raises UserError if a checkpoint is missing or damaged, or if base or data are others.
+    dtype: of the base, instead of the run's, without quantization; allow: which differences to the run's training are no
+    error; overridden: a configuration instead of the run's, in which the examples of changed_tasks may differ.
+
+    Raises UserError if a checkpoint is missing or damaged, or if base or data differ.
     """
     folder, recorded = open_run(run)
     config = overridden or recorded
@@ -267,41 +273,41 @@ def load_run(
         )
     device = make_accelerator(config, folder, trackers=False).device
     differences = on_main_process(lambda: check_base(folder, config, allow))
-    session = load_context(config, folder, device, with_tasks)
-    if not differences:  # a base from the hub is on this machine only now
+    context = load_context(config, folder, device, with_tasks=with_tasks)
+    if not differences:  # a base from the hub is downloaded only now
         differences = on_main_process(lambda: check_base(folder, config, allow))
-    differences += on_main_process(lambda: check_same_tokenizer(folder, session, allow))
-    differences += on_main_process(lambda: check_data(folder, session.tasks, allow, changed_tasks))
-    adapters = range(len(session.bank.specs))
-    kept = on_every_process(lambda: load_best(session.bank, adapters, folder.best_adapters))
-    return replace(session, differences=tuple(differences)), kept
+    differences += on_main_process(lambda: check_same_tokenizer(folder, context, allow))
+    differences += on_main_process(lambda: check_data(folder, context.tasks, allow, changed_tasks))
+    adapters = range(len(context.bank.specs))
+    best = on_every_process(lambda: load_best(context.bank, adapters, folder.best_adapters))
+    return replace(context, differences=tuple(differences)), best
 
 
 def as_it_began(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """The configuration of a run that has begun, with the type of its base: `auto` may mean another one on this machine."""
-    began = folder.facts().get("base_dtype")
-    if config.model.dtype != "auto" or began not in ("float32", "bfloat16"):
+    """The configuration with the dtype that the run began with: `auto` may mean another one on this machine."""
+    dtype = folder.facts().get("base_dtype")
+    if config.model.dtype != "auto" or dtype not in ("float32", "bfloat16"):
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": began})})
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
 
 
 def check_base(folder: RunFolder, config: RunConfig, allow: OriginOptions) -> list[str]:
-    """What differs in the base, where that is allowed. Raises UserError where it is not."""
-    found = Origin.read(folder.facts()).base_differences(config)
-    return allowed(found, allow.allow_different_base, "--allow-different-base")
+    """Differences in the base, where they are allowed. Raises UserError where they are not."""
+    problems = Origin.read(folder.facts()).base_differences(config)
+    return allowed(problems, allow.allow_different_base, "--allow-different-base")
 
 
-def check_same_tokenizer(folder: RunFolder, session: RunContext, allow: OriginOptions) -> list[str]:
-    """What differs in the tokenizer, where that is allowed. Raises UserError where it is not."""
-    found = Origin.read(folder.facts()).tokenizer_differences(session.config, session.tokenizer)
-    return allowed(found, allow.allow_different_base, "--allow-different-base")
+def check_same_tokenizer(folder: RunFolder, context: RunContext, allow: OriginOptions) -> list[str]:
+    """Differences in the tokenizer, where they are allowed. Raises UserError where they are not."""
+    problems = Origin.read(folder.facts()).tokenizer_differences(context.config, context.tokenizer)
+    return allowed(problems, allow.allow_different_base, "--allow-different-base")
 
 
 def check_data(
     folder: RunFolder, tasks: Mapping[str, Task], allow: OriginOptions, changed_tasks: Collection[str] = ()
 ) -> list[str]:
-    """What differs in the examples, where that is allowed. changed_tasks: tasks whose examples were changed on purpose. Raises UserError
-    where a difference is not allowed."""
+    """Differences in the examples, where they are allowed. changed_tasks: tasks whose examples were changed on purpose.
+    Raises UserError where a difference is not allowed."""
     problems = Origin.read(folder.facts()).data_differences(tasks)
     on_purpose = [problem for problem in problems if problem.key.removeprefix("tasks.") in changed_tasks]
     others = [problem for problem in problems if problem not in on_purpose]
@@ -310,18 +316,22 @@ def check_data(
 
 
 def note_differences(folder: RunFolder, command: str, differences: Sequence[str]) -> None:
-    """Write into run.json what a command was allowed to do."""
-    if differences:
-        known = folder.facts().get("allowed")
-        entry = {"command": command, "when": now(), "differences": list(differences)}
-        folder.update_run_json(allowed=[*(known if isinstance(known, list) else []), entry])
+    """Record in run.json which differences a command was allowed to ignore."""
+    if not differences:
+        return
+    entries = folder.facts().get("allowed")
+    if not isinstance(entries, list):
+        entries = []
+    entry = {"command": command, "when": now(), "differences": list(differences)}
+    folder.update_run_json(allowed=[*entries, entry])
 
 
 @contextmanager
 def locked(run: str, alone: bool = True) -> Iterator[RunFolder]:
-    """A run folder in which no other process trains meanwhile; `alone`: nor reads. Raises UserError if one does."""
+    """A context in which no other process trains in the run folder; with `alone`, none reads in it either. Raises
+    UserError if one does."""
     folder, config = open_run(run)
-    make_accelerator(config, folder, trackers=False)  # from here on the processes know each other
+    make_accelerator(config, folder, trackers=False)  # initialises the process group
     on_main_process(folder.lock if alone else folder.share)
     try:
         yield folder
@@ -338,9 +348,8 @@ def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True
     if not config.tracking.online:
         os.environ.setdefault("WANDB_MODE", "offline")
     names = config.tracking.trackers if trackers else []
-    timeout = InitProcessGroupKwargs(
-        timeout=timedelta(days=1)
-    )  # others wait while the main process executes programs
+    # the other processes wait while the main process executes programs
+    timeout = InitProcessGroupKwargs(timeout=timedelta(days=1))
     directories = ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.tensorboard))
     accelerator = Accelerator(
         log_with=names or None,
@@ -353,13 +362,12 @@ def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True
 
 
 def cache_folder() -> Path:
-    """Where tokenised tasks are kept between runs."""
+    """The folder of tokenized tasks, which runs share."""
     return user_cache("tokens")
 
 
 def _check_installed(trackers: Sequence[str]) -> None:
     for tracker in trackers:
         if find_spec(tracker) is None:
-            raise user_error(
-                "tracking.trackers", tracker, f"is not installed: pip install 'flora-train[{tracker}]'"
-            )
+            hint = f"is not installed: pip install 'flora-train[{tracker}]'"
+            raise user_error("tracking.trackers", tracker, hint)
