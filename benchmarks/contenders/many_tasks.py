@@ -16,7 +16,7 @@ from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
 from flora_train.config.load import validate
 from flora_train.data.task import Task
-from flora_train.data.tokenization import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.context import TrainingContext
 from flora_train.training.trainer import Trainer

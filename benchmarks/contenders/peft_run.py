@@ -14,7 +14,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import find_targets
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import IGNORE, Collate, MixedBatch
-from flora_train.data.tokenization import TokenSplit
+from flora_train.data.token_split import TokenSplit
 from flora_train.export.peft_format import peft_tensors
 from flora_train.models.loading import load_base_model
 from flora_train.training.step_plan import StepPlan

@@ -50,7 +50,9 @@ def disagreements(
     for outline in adapters.values():
         count += len(tasks if outline.tasks is None else outline.tasks)
     if count > MOST_ADAPTERS:
-        hint = f"are {count:,} with all their tasks: at most {MOST_ADAPTERS:,} train in one run; use several runs"
+        hint = (
+            f"are {count:,} with all their tasks: at most {MOST_ADAPTERS:,} fit into a run; use several runs"
+        )
         return [Problem("adapters", None, hint)]
     problems = [*_reserved_names("tasks", tasks), *_reserved_names("adapters", adapters)]
     known = frozenset(tasks)

@@ -44,7 +44,9 @@ def at_home(path: str) -> Path:
 def find_file(path: str) -> Path:
     """`path` in the working directory, or else in the project folder."""
     here = at_home(path)
-    return here if exists(here) or not exists(PROJECT_ROOT / here) else PROJECT_ROOT / here
+    if not exists(here) and exists(PROJECT_ROOT / here):
+        return PROJECT_ROOT / here
+    return here
 
 
 def exists(path: Path) -> bool:
@@ -130,13 +132,17 @@ def check_texts(raw: Mapping[str, Any]) -> None:
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
             for name, item in items:
                 below = f"{key}.{name}" if key else str(name)
-                rest += [(below, name), (below, item)] if isinstance(name, str) else [(below, item)]
+                rest.append((below, item))
+                if isinstance(name, str):
+                    rest.append((below, name))
 
 
 def _problem(source: str, fault: yaml_reader.Fault) -> Problem:
     if fault.line is None:
         return Problem(source, fault.given, fault.hint)
     if fault.hint.startswith(yaml_reader.UNREADABLE):
-        given = f" {fault.given}" if fault.given else ""
+        given = ""
+        if fault.given:
+            given = f" {fault.given}"
         return Problem(source, None, f"{fault.hint}{given} (line {fault.line})")
     return Problem(f"{source}:{fault.line}", fault.given, fault.hint)

@@ -89,7 +89,9 @@ class _Resolver:
             items = value.items() if isinstance(value, dict) else enumerate(value)
             found = [(key, self.resolved(item, (*place, key))) for key, item in items]
             self.level -= 1
-            whole: Any = dict(found) if isinstance(value, dict) else [item for _, item in found]
+            whole: Any = [item for _, item in found]
+            if isinstance(value, dict):
+                whole = dict(found)
             shapes = [self._shape(item) for _, item in found]
             self.shapes[id(whole)] = (
                 1 + sum(size for size, _ in shapes),
@@ -99,7 +101,9 @@ class _Resolver:
         return self.done[place]
 
     def _shape(self, value: Any) -> tuple[int, int]:
-        return self.shapes.get(id(value), (1, 0)) if isinstance(value, (dict, list)) else (1, 0)
+        if isinstance(value, (dict, list)):
+            return self.shapes.get(id(value), (1, 0))
+        return 1, 0
 
     def _text(self, text: str, place: Place) -> Any:
         if place in self.done:
@@ -139,11 +143,9 @@ class _Resolver:
         if body is None:
             return self._blame(place, text, f"has ${{ without a closing }} {LITERALLY}")
         if ":" in body:
-            return self._blame(
-                place,
-                text,
-                f"{body.partition(':')[0].strip()!r} is a resolver, which is not supported: {INSTEAD} {LITERALLY}",
-            )
+            resolver = body.partition(":")[0].strip()
+            hint = f"{resolver!r} is a resolver, which is not supported: {INSTEAD} {LITERALLY}"
+            return self._blame(place, text, hint)
         match = BODY.fullmatch(body.strip())
         if match is None:
             return self._blame(
@@ -205,7 +207,9 @@ def _pieces(text: str) -> Iterator[tuple[Any, bool]]:
 def _target(match: re.Match[str], place: Place) -> Place:
     words = tuple(word for word in re.split(r"[.\[\]]+", match["path"]) if word)
     dots = len(match["dots"])
-    return words if not dots else (*place[: max(0, len(place) - dots)], *words)
+    if not dots:
+        return words
+    return (*place[: max(0, len(place) - dots)], *words)
 
 
 def _find(top: Any, wanted: Place) -> tuple[Place, Any]:

@@ -55,8 +55,9 @@ def to_user_errors(error: ValidationError, raw: Any) -> list[Problem]:
         if len(problems) >= MOST_PROBLEMS:
             break
         for problem in _translate(item, raw):
-            before = problems.get(problem.key)
-            hint = f"{before.hint}, or {problem.hint}" if before else problem.hint
+            hint = problem.hint
+            if problem.key in problems:
+                hint = f"{problems[problem.key].hint}, or {hint}"
             problems[problem.key] = Problem(problem.key, problem.value, hint)
     return list(problems.values())
 
@@ -79,17 +80,19 @@ def _translate(item: Any, raw: Any) -> list[Problem]:
     hint = HINTS.get(
         item["type"], item["msg"].replace("Input should", "must").replace("{", "{{").replace("}", "}}")
     )
-    hint = hint.format(
-        **{name: _readable(fact) if name in LIMITS else fact for name, fact in context.items()}
-    )
-    return [Problem(key, None if item["loc"][-1] == "[key]" else value, hint)]
+    limits = {name: _readable(context[name]) for name in LIMITS if name in context}
+    if item["loc"][-1] == "[key]":
+        value = None
+    return [Problem(key, value, hint.format(**{**context, **limits}))]
 
 
 def _readable(limit: float) -> str:
     """A limit with thousands separators, or in scientific notation if it is very large or small."""
     if isinstance(limit, int):
         return f"{limit:,}"
-    return f"{limit:g}" if abs(limit) >= 1e20 or 0 < abs(limit) < 1e-4 else f"{limit:,.10g}"
+    if abs(limit) >= 1e20 or 0 < abs(limit) < 1e-4:
+        return f"{limit:g}"
+    return f"{limit:,.10g}"
 
 
 def _as_written(loc: Sequence[Any], raw: Any) -> tuple[str, ...]:
@@ -112,12 +115,21 @@ def _keys_of(loc: Sequence[str]) -> list[str]:
     """The keys that the schema allows in a section."""
     section: Any = RunConfig
     for part in loc:
-        # the part below a mapping is a name, and below a section a field
-        annotation = (
-            get_args(section)[-1] if get_origin(section) is dict else section.model_fields[part].annotation
-        )
-        section = annotation if get_origin(annotation) is dict else section_in(annotation)
-    return [*section.model_fields, *(ONLY_IN_FILES if section is RunConfig else ())]
+        section = _section_below(section, part)
+    keys = list(section.model_fields)
+    if section is RunConfig:
+        keys += ONLY_IN_FILES
+    return keys
+
+
+def _section_below(section: Any, part: str) -> Any:
+    """The section, or the mapping of sections by name, in a part of a section."""
+    if get_origin(section) is dict:
+        return section_in(get_args(section)[-1])
+    annotation = section.model_fields[part].annotation
+    if get_origin(annotation) is dict:
+        return annotation
+    return section_in(annotation)
 
 
 def _unknown_key(location: Sequence[str], allowed: Sequence[str]) -> str:

@@ -303,7 +303,9 @@ class _Reader:
         )
 
     def _no_text_key(self, event: Event, given: str | None, kind: str) -> None:
-        self.faults.append(Fault(_line(event), given, f"YAML reads this key as {kind}, not as text: put it in quotes"))
+        self.faults.append(
+            Fault(_line(event), given, f"YAML reads this key as {kind}, not as text: put it in quotes")
+        )
         if given is None or kind == "an alias":  # the rest cannot be interpreted
             raise YamlFaults(*self.faults)
 

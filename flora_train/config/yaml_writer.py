@@ -26,7 +26,11 @@ def _write_mapping(mapping: dict[str, Any], indent: str, lines: list[str]) -> No
         if isinstance(value, dict) and value:
             lines.append(begin)
             _write_mapping(value, f"{indent}  ", lines)
-        elif isinstance(value, (list, tuple)) and value and not any(isinstance(item, (dict, list, tuple)) for item in value):
+        elif (
+            isinstance(value, (list, tuple))
+            and value
+            and not any(isinstance(item, (dict, list, tuple)) for item in value)
+        ):
             lines.append(begin)
             lines.extend(f"{indent}- {_scalar(item)}" for item in value)
         else:
@@ -56,4 +60,8 @@ def _quoted(text: str) -> str:
     """A text in double quotes, with escapes for characters that cannot be printed. The escapes of JSON are
     valid YAML."""
     quoted = json.dumps(text, ensure_ascii=False)
-    return quoted if quoted.isprintable() else "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
+    return (
+        quoted
+        if quoted.isprintable()
+        else "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
+    )

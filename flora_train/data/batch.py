@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flora_train.data.tokenization import TokenSplit
+from flora_train.data.token_split import TokenSplit
 
 IGNORE = -100
 """The label of positions that are not learnt, which cross_entropy ignores."""

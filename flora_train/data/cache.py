@@ -10,7 +10,7 @@ from typing import TypeVar
 from zipfile import BadZipFile
 
 from flora_train.config.errors import UserError
-from flora_train.data.tokenization import TokenSplit
+from flora_train.data.token_split import TokenSplit
 
 Split = TypeVar("Split", bound=TokenSplit)
 

@@ -26,7 +26,9 @@ def file_rows(path: Path, source: SourceConfig, key: str) -> Iterator[Row]:
     except (OSError, ValueError, csv.Error) as error:
         raise user_error(key, str(path), f"cannot be read: {first_line(error)}") from None
     except ImportError:
-        raise user_error(key, str(path), "needs the pyarrow package: pip install 'flora-train[parquet]'") from None
+        raise user_error(
+            key, str(path), "needs the pyarrow package: pip install 'flora-train[parquet]'"
+        ) from None
 
 
 def _read_jsonl(path: Path, source: SourceConfig) -> Iterator[Row]:

@@ -29,7 +29,9 @@ def hub_rows(source: SourceConfig, key: str) -> list[Row]:
             if isinstance(feature, datasets.Audio):  # as bytes, which data/audio decodes
                 rows = rows.cast_column(name, datasets.Audio(decode=False))
         return list(islice(rows, source.max_rows))
-    except Exception as error:  # the library raises many types, all of which mean that the source cannot be used
+    except (
+        Exception
+    ) as error:  # the library raises many types, all of which mean that the source cannot be used
         raise user_error(f"{key}.hub", source.hub, _reason(source, error)) from error
 
 

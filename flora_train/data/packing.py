@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from flora_train.data.tokenization import TokenSplit
+from flora_train.data.token_split import TokenSplit
 
 
 def pack(split: TokenSplit, max_length: int) -> TokenSplit:

@@ -34,7 +34,9 @@ def read_rows(source: SourceConfig, key: str) -> list[Row]:
         for path in source_files(source, key):
             rows += file_rows(path, source, key)
     if not rows:
-        raise user_error(key, source.hub or source.folder or source.common_voice or source.files, "holds no rows")
+        raise user_error(
+            key, source.hub or source.folder or source.common_voice or source.files, "holds no rows"
+        )
     return rows
 
 

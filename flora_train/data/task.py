@@ -24,7 +24,8 @@ from flora_train.data.sources import source_files
 from flora_train.data.split_by import forget_rows, task_rows
 from flora_train.data.splits import hold_out, sample, seed_of_rows
 from flora_train.data.templates import PromptCompletion, make_formatter
-from flora_train.data.tokenization import TokenSplit, tokenize, tokenizer_hash
+from flora_train.data.token_split import TokenSplit
+from flora_train.data.tokenization import tokenize, tokenizer_hash
 
 CACHE_VERSION = 5
 

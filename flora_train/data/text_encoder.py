@@ -60,7 +60,10 @@ class TextEncoder:
 
         special_tokens: special tokens in the text are tokens (text of a recipe), not text.
         """
-        (encoded,) = self.encode([(text, () if special_tokens else [(0, len(text))])], more=True)
+        rows: Spans = [(0, len(text))]
+        if special_tokens:
+            rows = ()
+        (encoded,) = self.encode([(text, rows)], more=True)
         return self.with_start(encoded.ids.tolist())
 
     def decode_after(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
@@ -86,7 +89,9 @@ class TextEncoder:
 
     def with_start(self, ids: list[int]) -> list[int]:
         """`ids` after the start tokens, which are not repeated."""
-        return ids if self.start and ids[: len(self.start)] == self.start else self.start + ids
+        if self.start and ids[: len(self.start)] == self.start:
+            return ids
+        return self.start + ids
 
     def place_after(self, prompt: Tokens, text: str = "") -> Place:
         """The place of a text after these tokens. text: the text that they were made of."""
@@ -154,7 +159,8 @@ class TextEncoder:
             if self._hidden_tokens is not None and (found := list(self._hidden_tokens.finditer(text))):
                 of_rows = [one for one in found if any(a < one.end() and b > one.start() for a, b in rows)]
                 count = Counter(one.group() for one in of_rows)
-                yield self._with_rows_as_text(text, () if self.special_tokens else rows, place, more, count)
+                text_rows = () if self.special_tokens else rows
+                yield self._with_rows_as_text(text, text_rows, place, more, count)
                 continue
             written = (
                 self._written(text, rows, ids, encoding)
@@ -210,8 +216,10 @@ class TextEncoder:
         if key not in self._copies:
             pipeline = pipeline_at(self._pipeline, place, more) if self._backend is not None else {}
             needed = self._backend is not None and (with_placeholders or pipeline != self._pipeline)
-            special = self.special if with_placeholders else None
-            self._copies[key] = copy_tokenizer(self._backend, pipeline, special) if needed else None
+            copy = None
+            if needed:
+                copy = copy_tokenizer(self._backend, pipeline, self.special if with_placeholders else None)
+            self._copies[key] = copy
         return self._copies[key]
 
     def _written(self, text: str, rows: Spans, ids: Sequence[int], encoding: Any) -> Counter[str]:
@@ -287,7 +295,9 @@ class TextEncoder:
         def original(there: int) -> int:
             shift = bisect_right(at, there) - 1
             moved = there - at[shift] + shifts[shift][1]
-            return min(moved, shifts[shift + 1][1]) if shift + 1 < len(shifts) else moved
+            if shift + 1 < len(shifts):
+                return min(moved, shifts[shift + 1][1])
+            return moved
 
         return encoding.ids, counter_of_ends(text, [original(end) for _, end in encoding.offsets])
 
@@ -305,7 +315,13 @@ class TextEncoder:
             if i is not None:
                 ids, end = [*ids, i], after
                 ends.append(len(text[:end].encode()))
-        return ids, lambda n: len(text.encode()) if n >= len(ids) else ends[n - 1] if n > 0 else 0
+
+        def bytes_before(n: int) -> int:
+            if n >= len(ids):
+                return len(text.encode())
+            return ends[n - 1] if n > 0 else 0
+
+        return ids, bytes_before
 
     def _broken(self, text: str) -> list[str]:
         """Parts of a text that a slow tokenizer reads without special tokens: all of it, or cut within each

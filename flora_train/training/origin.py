@@ -11,7 +11,8 @@ from flora_train.config.base import ConfigModel
 from flora_train.config.errors import Problem, UserError
 from flora_train.config.schema import RunConfig
 from flora_train.data.task import Task
-from flora_train.data.tokenization import TokenSplit, tokenizer_hash
+from flora_train.data.token_split import TokenSplit
+from flora_train.data.tokenization import tokenizer_hash
 from flora_train.models.base_identity import base_identity
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 
 from flora_train.config.errors import user_error
 from flora_train.data.batch import Row, collate
-from flora_train.data.tokenization import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit
 from flora_train.models.loading import set_mode
 from flora_train.training.loss import RowLosses
 

@@ -13,7 +13,7 @@ from flora_train.data.batch import Row, group_by_length
 from flora_train.data.mixture import Stream, TaskMixture
 from flora_train.data.splits import seed_of
 from flora_train.data.task import Task
-from flora_train.data.tokenization import TokenSplit
+from flora_train.data.token_split import TokenSplit
 
 
 @dataclass(frozen=True)

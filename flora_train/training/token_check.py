@@ -11,7 +11,8 @@ import numpy as np
 from flora_train.config.errors import Problem, UserError
 from flora_train.config.schema import RunConfig
 from flora_train.data.task import Task
-from flora_train.data.tokenization import TokenSplit, pad_token
+from flora_train.data.token_split import TokenSplit
+from flora_train.data.tokenization import pad_token
 from flora_train.models.context_length import declared_positions, independent_up_to, max_readable_length
 from flora_train.models.loading import empty_model, load_model_config
 from flora_train.models.probe_inputs import count_tokens

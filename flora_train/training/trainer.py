@@ -12,7 +12,7 @@ from torch import Tensor
 from flora_train.adapters.routing import RowNoise
 from flora_train.data.batch import MixedBatch, Row, prefetch, share_of_rank
 from flora_train.data.splits import seed_of
-from flora_train.data.tokenization import TokenSplit
+from flora_train.data.token_split import TokenSplit
 from flora_train.models.loading import set_mode
 from flora_train.runtime.distributed import (
     on_any_process,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from flora_train.data.audio.features import ClipRef, FeatureStore, input_name
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.batch import IGNORE, MixedBatch, Row
-from flora_train.data.tokenization import TokenSplit
+from flora_train.data.token_split import TokenSplit
 
 BANDS = 2
 """Bands of mel bins that SpecAugment masks."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.data.audio.features import ClipRef
-from flora_train.data.tokenization import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from flora_train.data.sources import source_files
 from flora_train.data.split_by import task_rows
 from flora_train.data.splits import hold_out, sample, seed_of_rows
 from flora_train.data.templates import cell_text
-from flora_train.data.tokenization import SplitCounts, tokenizer_hash
+from flora_train.data.token_split import SplitCounts
+from flora_train.data.tokenization import tokenizer_hash
 from flora_train.runtime.atomic import write_atomically
 
 CACHE_VERSION = 3

@@ -17,7 +17,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.splits import seed_of
 from flora_train.data.task import Task
-from flora_train.data.tokenization import TokenSplit
+from flora_train.data.token_split import TokenSplit
 from flora_train.evaluation.bootstrap import Comparison, compare, compared_pairs, finite
 from flora_train.evaluation.code.score_types import CodeSuite
 from flora_train.evaluation.report.types import (

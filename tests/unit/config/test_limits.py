@@ -137,7 +137,7 @@ def test_more_adapters_than_one_run_trains_are_counted_before_they_are_made() ->
     started = time.process_time()
     (problem,) = refusal(lambda: validate({**SMALL, "tasks": tasks, "adapters": adapters}))
     assert "are 25,000,000" in problem.hint
-    assert "at most 100,000 train in one run" in problem.hint
+    assert "at most 100,000 fit into a run" in problem.hint
     assert time.process_time() - started < 5
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flora_train.data.batch import IGNORE, Row, collate, group_by_length, share_of_rank
-from flora_train.data.tokenization import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit
 
 
 def random_rows(n: int, seed: int = 0) -> list[Row]:

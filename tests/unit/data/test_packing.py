@@ -10,7 +10,8 @@ import pytest
 from flora_train.data.batch import IGNORE, Row, collate
 from flora_train.data.packing import pack
 from flora_train.data.templates import PromptCompletion
-from flora_train.data.tokenization import TokenSplit, tokenize
+from flora_train.data.token_split import TokenSplit
+from flora_train.data.tokenization import tokenize
 
 MAX_LENGTH = 12
 

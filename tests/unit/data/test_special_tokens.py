@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from flora_train.data.task import notes_on_rows
 from flora_train.data.templates import PromptCompletion, make_formatter
 from flora_train.data.text_encoder import TextEncoder
-from flora_train.data.tokenization import TokenSplit, tokenize, tokenizer_hash
+from flora_train.data.token_split import TokenSplit
+from flora_train.data.tokenization import tokenize, tokenizer_hash
 from tests.unit.data.conftest import byte_tokenizer, run_config
 from tests.unit.data.many_tokenizers import KINDS, MARKS, smollm2, unigram, words
 

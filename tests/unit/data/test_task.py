@@ -15,7 +15,8 @@ import pytest
 from flora_train.config.errors import UserError
 from flora_train.data.task import Task
 from flora_train.data.templates import PromptCompletion
-from flora_train.data.tokenization import TokenSplit, tokenize
+from flora_train.data.token_split import TokenSplit
+from flora_train.data.tokenization import tokenize
 from tests.unit.data.conftest import byte_tokenizer
 from tests.unit.data.many_tokenizers import smollm2
 

@@ -13,7 +13,8 @@ from flora_train.config.errors import UserError
 from flora_train.data import tokenization
 from flora_train.data.batch import IGNORE, Row, collate
 from flora_train.data.templates import PromptCompletion
-from flora_train.data.tokenization import SplitCounts, TokenSplit, check_tokenizer, pad_token, tokenize
+from flora_train.data.token_split import SplitCounts, TokenSplit
+from flora_train.data.tokenization import check_tokenizer, pad_token, tokenize
 from tests.unit.data.conftest import byte_tokenizer
 
 POLICIES = ["truncate", "split", "drop"]

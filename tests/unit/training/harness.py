@@ -19,7 +19,7 @@ from flora_train.config.load import validate
 from flora_train.config.sweep import SweepConfig
 from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
 from flora_train.data.task import Task
-from flora_train.data.tokenization import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.context import TrainingContext
 from flora_train.training.step_plan import StepPlan, plan_step

@@ -11,7 +11,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.data.task import Task, _learners
-from flora_train.data.tokenization import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit
 from flora_train.training.step_plan import make_mixture
 from tests.conftest import spec
 
