@@ -170,11 +170,7 @@ def evaluate_code(
     _check_all_prompts(config, plan, model, tokenizer=tokenizer)
     logs = {suite.name: CompletionLog(folder / suite.name) for suite in plan.suites}
     if languages:
-        settings = {
-            **settings_of(config),
-            "weights of the base model (SHA-256)": fingerprint(model),
-            "dtype": dtype_of(model),
-        }
+        settings = _all_settings(config, model)
         for log in logs.values():
             on_main_process(partial(_claim, log, settings, plan, config=config, restart=restart))
 
@@ -243,6 +239,15 @@ def _check_all_prompts(config: RunConfig, plan: Plan, model: nn.Module, *, token
         model_config=model.config,
         max_new_tokens=config.evaluation.max_new_tokens,
     )
+
+
+def _all_settings(config: RunConfig, model: nn.Module) -> dict[str, Any]:
+    """All settings that completions depend on."""
+    return {
+        **settings_of(config),
+        "weights of the base model (SHA-256)": fingerprint(model),
+        "dtype": dtype_of(model),
+    }
 
 
 def _claim(
