@@ -190,7 +190,7 @@ def test_settings_may_change_until_something_is_written(tmp_path: Path) -> None:
     [
         ({"completions": "return 1"}, "completions = .*must be a list of texts"),
         ({"completions": ["x"], "stop_tokens": "\n}"}, "stop_tokens = .*must be a list of texts"),
-        ({"completions": ["x"], "stop_tokens": [""]}, "none of them empty"),
+        ({"completions": ["x"], "stop_tokens": [""]}, "that are not empty"),
     ],
 )
 def test_text_where_a_list_belongs_is_refused_and_never_cut_into_letters(

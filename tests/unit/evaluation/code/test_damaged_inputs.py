@@ -74,7 +74,7 @@ def test_read_completions_names_the_line_that_is_wrong(line: str, tmp_path: Path
         (b"no gzip", "not a complete gzip"),
         (gzip.compress(json.dumps(PACKED).encode(), mtime=0)[:-9], "not a complete gzip"),
         (gzip.compress(json.dumps(PACKED).encode(), mtime=0)[:20] + b"\xff" * 9, "not a complete gzip"),
-        (gzip.compress(b"\xff\xfe", mtime=0), "no text"),
+        (gzip.compress(b"\xff\xfe", mtime=0), "is not text"),
         (gzip.compress(b"[", mtime=0), "not JSON"),
         (gzip.compress(b"0" * 200_000, mtime=0), "unpacks to more"),
         (gzip.compress(json.dumps({**PACKED, "completions": "xy"}).encode(), mtime=0), "list of texts"),
