@@ -46,10 +46,10 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
         raise user_error("out", str(folder), "exists already: choose another, or delete it")
     check_writable(folder)
     config, tensors = read_peft(source, "adapter")
-    if peft_type_of(config) != "LORA":
-        hint = (
-            f"is of kind {peft_type_of(config)}: LORA is converted; HIRA and IA3 go on as they are, with adapters.NAME.init_from"
-        )
+    peft_type = peft_type_of(config)
+    if peft_type != "LORA":
+        advice = "HIRA and IA3 go on as they are, with adapters.NAME.init_from"
+        hint = f"is of kind {peft_type}: LORA is converted; {advice}"
         raise user_error("adapter", source, hint)
     base = options.model or config.get("base_model_name_or_path")
     if not base:
@@ -68,10 +68,8 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
             view.copy_(numbers[f"{module}.{param}"])
     export_peft(bank, folder.name, folder, base=BaseModel(base), replace=False)
     closeness = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
-    origin = (
-        f"Fitted to the LoRA `{in_code(source)}` of rank {config['r']} by weighted least squares, a close fit and not "
-        f"always the closest: {closeness}."
-    )
+    fit = f"of rank {config['r']} by weighted least squares, a close fit and not always the closest"
+    origin = f"Fitted to the LoRA `{in_code(source)}` {fit}: {closeness}."
     write_card(None, bank.specs[0], folder, origin=origin)
     print_plain(f"{folder}: fLoRA of rank {options.rank}, {closeness}")
     settings = f"{{method: flora, rank: {options.rank}, lr: 2.0e-2, init_from: {folder}}}"

@@ -216,7 +216,8 @@ def _sandbox_facts() -> Iterator[tuple[str, str]]:
 def _memory(sandbox: Sandbox) -> str:
     """The bounds on the memory of generated programs."""
     gibibytes = Limits(cpu=1).memory >> 30
-    bounds = f"{gibibytes} GiB of data a process (kernel), and over all processes of a program together (sampled every 20 ms)"
+    together = "and over all processes of a program together (sampled every 20 ms)"
+    bounds = f"{gibibytes} GiB of data a process (kernel), {together}"
     if sandbox.filtered and deny_filter() is not None:
         return f"{bounds}; memory that sampling does not see is denied"
     return f"{bounds}; this kernel or machine does not deny memory that sampling does not see (memfd, System V)"

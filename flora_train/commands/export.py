@@ -84,8 +84,8 @@ def export_adapters(
             with the adapter folded in, in float32. `"lora-svd"`: the closest LoRA, for servers that accept
             nothing else.
         rank: With `"lora-svd"`, its rank. Default: 64.
-        max_error: With `"lora-svd"`, instead of `rank`: the smallest rank, the same in all layers, with a relative
-            error |dW - B A| / |dW| of at most this.
+        max_error: With `"lora-svd"`, instead of `rank`: the smallest rank, the same in all layers, with a
+            relative error |dW - B A| / |dW| of at most this.
         out: Folder for the folders of the adapters. Default: adapters/, flora/, merged/ or lora-svd/ of the
             run.
         allow_different_base: Accept another base model than the run was trained on. Results say so.

@@ -67,10 +67,12 @@ def init_recipe(sources: Sequence[str], **values: object) -> None:
     load_config([f"recipe={out}"])
     for task, guessed in tasks.items():
         print_plain(f"{task:20} {guessed.description}")
+    size = f"{sizes.adapters} adapters, {sizes.steps} steps of {sizes.tokens:,} tokens"
+    plan, train = (f"flora-train {command} recipe={out}" for command in ("plan", "train"))
     print_plain(
-        f"\n{out}: {sizes.adapters} adapters, {sizes.steps} steps of {sizes.tokens:,} tokens, into outputs/{name}/",
-        f"next  flora-train plan recipe={out}     how long that takes here; training.steps=N makes it shorter",
-        f"      flora-train train recipe={out}    train, evaluate, report, export",
+        f"\n{out}: {size}, into outputs/{name}/",
+        f"next  {plan}     how long that takes here; training.steps=N makes it shorter",
+        f"      {train}    train, evaluate, report, export",
     )
 
 
@@ -150,11 +152,13 @@ def fitting_sizes(raw: dict[str, Any]) -> Sizes:
 def recipe_text(raw: Mapping[str, Any], tasks: Mapping[str, GuessedTask], *, out: Path, adapters: int) -> str:
     """The YAML of a recipe, with a comment on every key that is likely to be changed."""
     path, training = plain(out, keep=""), raw["training"]
+    keys = "Keys: docs/data.md, docs/configuration.md"
+    many = "several GPUs: docs/several_machines.md"
     lines = [
-        f"# {adapters} adapters in one run: fLoRA, LoRA and IA3 of each task. Keys: docs/data.md, docs/configuration.md",
+        f"# {adapters} adapters in one run: fLoRA, LoRA and IA3 of each task. {keys}",
         "#",
         f"#   flora-train plan recipe={path}     what it needs of memory, disk and time",
-        f"#   flora-train train recipe={path}    train, evaluate, report, export (several GPUs: docs/several_machines.md)",
+        f"#   flora-train train recipe={path}    train, evaluate, report, export ({many})",
         f"name: {json.dumps(raw['name'])}",
         "model:",
         f"  path: {json.dumps(raw['model']['path'])}",
@@ -167,7 +171,7 @@ def recipe_text(raw: Mapping[str, Any], tasks: Mapping[str, GuessedTask], *, out
     lines += [
         "training:",
         f"  steps: {training['steps']} # {EPOCHS} times over the data, but {FEWEST_STEPS} to {MOST_STEPS:,}",
-        f"  tokens_per_step: {training['tokens_per_step']} # of all adapters together; an example counts once per adapter",
+        f"  tokens_per_step: {training['tokens_per_step']} # of all adapters; an example counts once per adapter",
         f"  tokens_per_microbatch: {training['tokens_per_microbatch']} # what fits in memory",
         f"  max_length: {training['max_length']} # longer examples are cut (or truncation: split, drop)",
         "evaluation:",
@@ -177,9 +181,8 @@ def recipe_text(raw: Mapping[str, Any], tasks: Mapping[str, GuessedTask], *, out
 
 
 def _task_lines(name: str, task: GuessedTask) -> list[str]:
-    held_out = (
-        "    validation_fraction: 0.05 # held out by seed; or give validation: FILE, if rows of one origin resemble each other"
-    )
+    advice = "or give validation: FILE, if rows of one origin resemble each other"
+    held_out = f"    validation_fraction: 0.05 # held out by seed; {advice}"
     keys = [f"    {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in task.keys.items()]
     return [f"  {name}: # {plain(task.description, keep='')}", *keys, held_out]
 

@@ -211,13 +211,15 @@ def plan_lines(config: RunConfig, capacity: Capacity) -> Iterator[tuple[str, str
     most = ""
     if config.training.steps > STEPS_PLANNED:
         most = f" of the first {STEPS_PLANNED}"
-    yield "a step", f"at most {capacity.step_adapters} adapters (in any step{most}), which fill {capacity.step_slots} slots"
+    slots = f"which fill {capacity.step_slots} slots"
+    yield "a step", f"at most {capacity.step_adapters} adapters (in any step{most}), {slots}"
     yield "device", _device_line(capacity)
     yield "host", _host_line(config, capacity)
     kept = f"a checkpoint {format_size(capacity.checkpoint)}, {config.training.keep_checkpoints} are kept"
     yield "disk", f"{format_size(capacity.on_disk)} at most ({kept}); {format_size(capacity.free_disk)} are free"
     if capacity.pages:
-        yield "pages", f"{format_size(capacity.pages)} in {paging_of(config).folder}; {format_size(capacity.free_pages)} are free"
+        free = f"{format_size(capacity.free_pages)} are free"
+        yield "pages", f"{format_size(capacity.pages)} in {paging_of(config).folder}; {free}"
     seconds = capacity.step_seconds * config.training.steps
     shorter = ""
     if seconds > LONG:
@@ -241,10 +243,10 @@ def _device_line(capacity: Capacity) -> str:
         room = f"{capacity.slots} adapters of the largest kind"
     each = _each_process(capacity)
     total = format_size(capacity.base + capacity.on_device + capacity.activations)
-    return (
-        f"{total}{each} = base {format_size(capacity.base)} + room for {room} {format_size(capacity.on_device)} + "
-        f"activations of a micro-batch {format_size(capacity.activations)}; {format_size(capacity.free_device)} are free"
-    )
+    adapters = f"room for {room} {format_size(capacity.on_device)}"
+    activations = f"activations of a micro-batch {format_size(capacity.activations)}"
+    free = f"{format_size(capacity.free_device)} are free"
+    return f"{total}{each} = base {format_size(capacity.base)} + {adapters} + {activations}; {free}"
 
 
 def _each_process(capacity: Capacity) -> str:

@@ -223,7 +223,8 @@ def _check_compatible(repository: Repository, present: Entries) -> None:
         raise user_error("repo", repository.name, hint)
     for name, entry in repository.adapters.items():
         if name in present and present[name].run != entry.run:
-            hint = f"has an adapter {name} of another run: choose another repository, or rename the task or adapter"
+            advice = "choose another repository, or rename the task or adapter"
+            hint = f"has an adapter {name} of another run: {advice}"
             raise user_error("repo", repository.name, hint)
 
 
