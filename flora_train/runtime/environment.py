@@ -1,4 +1,4 @@
-"""Where, and with what, was something measured? Versions, commit, machine and time."""
+"""Versions, commit, machine and time of a measurement."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -20,19 +21,22 @@ from flora_train.config.load import PROJECT_ROOT
 def environment() -> dict[str, Any]:
     """Versions, commit and machine, kept with every result."""
     packages = ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "numpy")
+    versions = {name: _version(name) for name in packages}
     return {
         "flora_train": _version("flora-train") or "not installed",
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {name: version for name in packages if (version := _version(name))},
+        "packages": {name: version for name, version in versions.items() if version is not None},
         "machine": machine(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    """The machine that results were measured on."""
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
     return {
         "processor": _processor(),
         "cpus": os.cpu_count(),
@@ -48,12 +52,14 @@ def default_device() -> torch.device:
 
 
 def available_cpus() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def versions_line(facts: dict[str, Any]) -> str:
-    """Python and packages of `environment()`, as a person reads them."""
+    """Python and packages of `environment()`, in one line of text."""
     return f"Python {facts['python']}, " + ", ".join(
         f"{name} {version}" for name, version in facts["packages"].items()
     )
@@ -93,16 +99,17 @@ def _commit() -> str | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's peak allocation, or the process's largest resident size on CPU; 0 where the system does not say."""
+    """Bytes: the peak allocation on a GPU, or the largest resident size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def dtype_of(model: nn.Module) -> str:
-    """What a model's weights are, as `model.dtype` spells it."""
+    """The dtype of a model's weights, as in `model.dtype`."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")

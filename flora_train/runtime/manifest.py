@@ -34,21 +34,23 @@ RUN_FILES = (
 
 TOKENS = {"n": r"\d+", "adapter": r"(?P<adapter>[^/]+)", "part": r"[^/]+", "rest": r".+"}
 TEMPORARY = re.compile(r"^\.(.+)\.\d+\.tmp$")
-"""What a write leaves that was killed: the name of the file or folder is inside."""
+"""What a killed write leaves; the name of the file or folder is inside."""
 
 
 def suite_files(suites: Iterable[str]) -> list[str]:
-    """What a run writes of suites of programming problems."""
+    """The files that a run writes for suites of programming problems."""
     files = ("settings.json", "completions-{n}.jsonl", "verdicts.jsonl", "scores.json")
     return [f"eval/{suite}/{file}" for suite in suites for file in files]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """names: paths below the run folder, with the placeholders of RUN_FILES; adapters: what {adapter} stands for."""
+    """The files of a run."""
 
     names: tuple[str, ...]
+    """Paths below the run folder, with the placeholders of RUN_FILES."""
     adapters: frozenset[str]
+    """The names that {adapter} stands for."""
 
     @classmethod
     def of(cls, adapters: Iterable[str], names: Iterable[str] = RUN_FILES) -> Manifest:
@@ -56,7 +58,7 @@ class Manifest:
 
     @classmethod
     def read(cls, content: Any) -> Manifest | None:
-        """The one in run.json; None if there is none, or one that names files outside the folder."""
+        """The manifest in run.json; None if there is none, or if it names files outside of the folder."""
         if not isinstance(content, Mapping):
             return None
         names, adapters = _texts(content.get("names")), _texts(content.get("adapters"))
@@ -75,21 +77,21 @@ class Manifest:
         return Manifest.of(self.adapters | other.adapters, (*self.names, *other.names))
 
     def files(self, folder: Path) -> list[Path]:
-        """The files below `folder` that it names, and what a killed write of one of them left."""
-        patterns, found = [_pattern(name) for name in self.names], []
-        for place, _, files in os.walk(folder):
+        """The files below `folder` that it names, and what killed writes of them left."""
+        patterns, named = [_pattern(name) for name in self.names], []
+        for parent, _, files in os.walk(folder):
             for file in files:
-                path = Path(place, file)
-                if self._names(patterns, _finished(path.relative_to(folder).as_posix())):
-                    found.append(path)
-        return sorted(found)
+                path = Path(parent, file)
+                if self._names(patterns, _final_path(path.relative_to(folder).as_posix())):
+                    named.append(path)
+        return sorted(named)
 
     def links(self, folder: Path) -> list[Path]:
-        """Links below `folder` in the place of folders that it needs: what is behind them is not the run's alone."""
+        """Links below `folder` that replace folders of the run: files behind them may belong to others."""
         parents = {str(parent) for name in self.names for parent in PurePosixPath(name).parents} - {"."}
         patterns = [_pattern(parent) for parent in sorted(parents)]
-        found = [Path(place, name) for place, folders, _ in os.walk(folder) for name in folders]
-        links = [path for path in found if path.is_symlink()]
+        subfolders = [Path(parent, name) for parent, folders, _ in os.walk(folder) for name in folders]
+        links = [path for path in subfolders if path.is_symlink()]
         return [path for path in links if self._names(patterns, path.relative_to(folder).as_posix())]
 
     def _names(self, patterns: Sequence[re.Pattern[str]], path: str) -> bool:
@@ -103,34 +105,35 @@ class Manifest:
 
 
 def delete(files: Sequence[Path], folder: Path, keep: Collection[Path] = ()) -> None:
-    """Delete these files below `folder`, and the folders that are empty then. Raises OSError."""
-    kept, touched = set(keep), set()
+    """Delete these files below `folder` and folders that become empty, except those to `keep`. Raises OSError."""
+    to_keep, parents = set(keep), set()
     for file in files:
-        if file not in kept:
+        if file not in to_keep:
             file.unlink(missing_ok=True)
-            touched.add(file.parent)
-    for place in sorted(touched, key=lambda path: len(path.parts), reverse=True):
-        while place != folder and place.is_dir() and not any(place.iterdir()):
-            place.rmdir()
-            place = place.parent
+            parents.add(file.parent)
+    for parent in sorted(parents, key=lambda path: len(path.parts), reverse=True):
+        while parent != folder and parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+            parent = parent.parent
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    parts = re.split(r"\{(n|adapter|part|rest)\}", name)
-    return re.compile(
-        "".join(TOKENS[part] if i % 2 else re.escape(part) for i, part in enumerate(parts)) + r"\Z"
-    )
+    expression = ""
+    for i, part in enumerate(re.split(r"\{(n|adapter|part|rest)\}", name)):
+        is_placeholder = i % 2 == 1
+        expression += TOKENS[part] if is_placeholder else re.escape(part)
+    return re.compile(expression + r"\Z")
 
 
-def _finished(path: str) -> str:
-    """The path that a temporary file or folder would have got."""
-    return "/".join(match[1] if (match := TEMPORARY.match(part)) else part for part in path.split("/"))
+def _final_path(path: str) -> str:
+    """The path that a temporary file or folder was to get."""
+    return "/".join(TEMPORARY.sub(r"\1", part) for part in path.split("/"))
 
 
 def _texts(value: Any) -> list[str] | None:
-    return (
-        value if isinstance(value, list) and all(isinstance(item, str) and item for item in value) else None
-    )
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        return None
+    return value
 
 
 def _is_below(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Checks the files that a run reads. None of them may lie in a folder whose run is replaced, and none of its own results may become data."""
+"""Checks that no input of a run is in a folder that the run replaces, and that none of its own files becomes data."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ OTHER = "choose another output_dir"
 
 
 def check_not_replaced(config: RunConfig, folder: Path) -> None:
-    """Raises UserError if something that the run reads lies in the folder whose run it replaces."""
-    place, problems = real_path(folder), []
+    """Raises UserError if an input of the run is in the folder of the run that it replaces."""
+    replaced, problems = real_path(folder), []
     for key, name in _inputs(config):
-        plain = glob.glob(name) or [name]
-        if any(real_path(find_file(path)).is_relative_to(place) for path in plain):
+        paths = glob.glob(name) or [name]
+        if any(real_path(find_file(path)).is_relative_to(replaced) for path in paths):
             problems.append(Problem(key, name, f"lies in the run that overwrite=true would delete: {OTHER}"))
     if problems:
         raise UserError(*problems)
 
 
 def check_not_data(config: RunConfig, folder: Path) -> None:
-    """Raises UserError if the run's own files would be read as rows of a task when it is resumed."""
-    place, problems = real_path(folder), []
+    """Raises UserError if the run's own files would be read as rows of a task when the run is resumed."""
+    own, problems = real_path(folder), []
     for key, source in _sources(config):
         for pattern in _patterns(source):
-            if any(_names(pattern, str(place / name)) for name in RUN_FILES):
+            if any(_names(pattern, str(own / name)) for name in RUN_FILES):
                 hint = f"lies where {key} looks for rows ({pattern}), which would find the run's own files: {OTHER}"
                 problems.append(Problem("output_dir", str(folder), hint))
     if problems:
@@ -51,11 +51,11 @@ def _patterns(source: SourceConfig) -> Iterator[str]:
 
 
 def _names(pattern: str, path: str) -> bool:
-    """Whether a pattern names a file: `**` is folders of any depth, everything else stands for one part of the path."""
+    """Whether a pattern matches a path: `**` matches folders of any depth, everything else one part of the path."""
     if "**" in pattern:
         return fnmatch(path, pattern.replace("**/", "*"))
-    parts, wanted = path.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatch, parts, wanted))
+    parts, patterns = path.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:

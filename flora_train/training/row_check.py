@@ -1,4 +1,4 @@
-"""Checks that a row's loss depends on its own past tokens alone, by running the model once, before training (guarantee I1)."""
+"""Checks, by running the model once, that a row's loss depends on its own past tokens alone (guarantee I1)."""
 
 from __future__ import annotations
 
@@ -23,100 +23,102 @@ from flora_train.models.probe_inputs import (
 from flora_train.models.speech_encoder import is_speech_model
 from flora_train.training.loss import RowLosses
 
-ASKED, SHORT, LONG = 4, 6, 9
-"""Tokens of the row that is asked about, and of its neighbours in two batches."""
+TESTED, SHORT, LONG = 4, 6, 9
+"""Tokens of the tested row, and of its neighbours in two batches."""
 LOSS, GRADIENT = {True: 5e-4, False: 2e-2}, {True: 5e-3, False: 0.15}
-"""Relative changes that are rounding, in float32 and in 16 bits: of a loss, and of a gradient."""
+"""Relative changes that count as rounding, in float32 and in 16 bits: of a loss, and of a gradient."""
 LEAK = 1e-4
-"""Share of the largest gradient up to which one is none."""
+"""Share of the largest gradient below which a gradient counts as zero."""
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Tokens of the asked row, its neighbours in one batch, and in another."""
+    """Tokens of the tested row, and of its neighbours in one batch and in another."""
 
-    asked: Tensor
+    tested: Tensor
     neighbours: tuple[Tensor, ...]
     others: tuple[Tensor, ...]
     pad: int
 
 
 def check_rows(model: Any, pad_token: int, features: Tensor | None = None) -> None:
-    """Raises UserError where the loss or gradient of a row changes with its neighbours or the padding that they cause, where it sees
-    the tokens that it is to predict, or where it is drawn at random. features: [1, ...] of a clip, for a speech model.
+    """Raises UserError if the loss or gradient of a row changes with its neighbours or with the padding that they cause, if
+    a position sees the tokens that it is to predict, or if losses are random.
 
-    Nothing of the model changes. Collective where the base is divided.
+    features: [1, ...] of a clip, for a speech model. The model does not change. Collective where the base is sharded.
     """
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     if (encoder_decoder and not is_speech_model(model.config)) or probe_inputs(model, 1, 2, features) is None:
         return
     if model.get_output_embeddings() is None:
-        raise user_error(
-            "model",
-            type(model).__name__,
-            "has no output head that makes logits of its last states: it cannot be trained here",
-        )
+        hint = "has no output head that makes logits of its last states: it cannot be trained here"
+        raise user_error("model", type(model).__name__, hint)
     try:
         with preserved_state(model, training=True):
             _check(RowLosses(model), _rows(model, pad_token), features)
     except UserError:
         raise
     except Exception as error:
-        words = f"cannot compute losses of a few rows, as training would: {type(error).__name__}: {first_line(error)}"
-        raise user_error("model", type(model).__name__, words) from error
+        hint = f"cannot compute losses of a few rows, as training would: {type(error).__name__}: {first_line(error)}"
+        raise user_error("model", type(model).__name__, hint) from error
 
 
 def _check(row_losses: RowLosses, rows: _Rows, features: Tensor | None) -> None:
     model = row_losses.model
     exact = next(model.parameters()).dtype not in (torch.bfloat16, torch.float16)
-    batch, other = (
-        _batch(model, (rows.asked, *beside), rows.pad, features) for beside in (rows.neighbours, rows.others)
-    )
+
+    def alike(losses: Sequence[float], gradients: Tensor) -> bool:
+        change = max(abs(other - loss) for other in losses)
+        norm = (gradients - gradient).norm()
+        return change <= LOSS[exact] * abs(loss) and bool(norm <= GRADIENT[exact] * gradient.norm())
+
+    batch = _batch(model, (rows.tested, *rows.neighbours), rows.pad, features)
+    other = _batch(model, (rows.tested, *rows.others), rows.pad, features)
     torch.manual_seed(0)
     loss, gradient = _loss(row_losses, batch, rows)
     torch.manual_seed(1)
-    beside, turned = _loss(row_losses, other, rows)
-    with torch.no_grad():
-        alone = float(row_losses(_batch(model, (rows.asked,), rows.pad, features))[0])
-        last = alone
-        if not is_speech_model(model.config):  # whose rows hear different clips
-            # what is left for the last row where experts take so many tokens of a batch and no more
-            last = float(
-                row_losses(_batch(model, (*rows.neighbours, *rows.others, rows.asked), rows.pad, features))[
-                    -1
-                ]
-            )
-    changed = max(abs(found - loss) for found in (beside, alone, last))
-    if changed <= LOSS[exact] * abs(loss) and (turned - gradient).norm() <= GRADIENT[exact] * gradient.norm():
+    loss_in_other, gradient_in_other = _loss(row_losses, other, rows)
+    losses = [loss_in_other, *_losses_alone_and_last(row_losses, rows, features)]
+    if alike(losses, gradient_in_other):
         return
     torch.manual_seed(2)
-    again, drawn = _loss(row_losses, batch, rows)
-    if (
-        abs(again - loss) > LOSS[exact] * abs(loss)
-        or (drawn - gradient).norm() > GRADIENT[exact] * gradient.norm()
-    ):
-        words = "draws random numbers while it trains, which depend on the other rows of a batch: set its dropout and noise to 0"
-        raise user_error("model", type(model).__name__, words)
-    what = f"loss by {changed / abs(loss):.0%}" if changed > LOSS[exact] * abs(loss) else "gradient"
-    raise user_error(
-        "model",
-        type(model).__name__,
-        f"changes a row's {what} {_BESIDE}{_where(row_losses, batch, other, exact)}",
-    )
+    loss_again, gradient_again = _loss(row_losses, batch, rows)
+    name = type(model).__name__
+    if not alike([loss_again], gradient_again):
+        hint = "draws random numbers in training that depend on the other rows of a batch: set its dropout and noise to 0"
+        raise user_error("model", name, hint)
+    change = max(abs(value - loss) for value in losses)
+    changed = f"loss by {change / abs(loss):.0%}" if change > LOSS[exact] * abs(loss) else "gradient"
+    hint = f"changes a row's {changed} {_WITH_NEIGHBOURS}{_where(row_losses, batch, other, exact)}"
+    raise user_error("model", name, hint)
 
 
-_BESIDE = "with what stands beside it in the batch (its rows mix, or it expects padding on the left), so that adapters would not be apart"
+@torch.no_grad()
+def _losses_alone_and_last(row_losses: RowLosses, rows: _Rows, features: Tensor | None) -> list[float]:
+    """The tested row's loss in a batch of its own and, for text, as the last row of a batch. Experts with a capacity
+    leave the last row what the others have not used."""
+    model = row_losses.model
+    losses = [float(row_losses(_batch(model, (rows.tested,), rows.pad, features))[0])]
+    if not is_speech_model(model.config):  # whose rows have different clips
+        batch = _batch(model, (*rows.neighbours, *rows.others, rows.tested), rows.pad, features)
+        losses.append(float(row_losses(batch)[-1]))
+    return losses
+
+
+_WITH_NEIGHBOURS = (
+    "with the other rows of the batch (its rows mix, or it expects padding on the left), "
+    "so that adapters would not be independent"
+)
 
 
 def _rows(model: Any, pad_token: int) -> _Rows:
-    ids = list(
-        plain_tokens(model, ASKED + 2 * SHORT + LONG, without=[pad_token]).split([ASKED, SHORT, SHORT, LONG])
-    )
-    return _Rows(ids[0], (ids[1], ids[2]), (ids[3],), pad_token)
+    tokens = plain_tokens(model, TESTED + 2 * SHORT + LONG, without=[pad_token])
+    tested, first, second, other = tokens.split([TESTED, SHORT, SHORT, LONG])
+    return _Rows(tested, (first, second), (other,), pad_token)
 
 
 def _batch(model: Any, rows: Sequence[Tensor], pad: int, features: Tensor | None) -> MixedBatch:
-    """These rows, right-padded, all learnt."""
+    """These rows, right-padded, with a label at every token."""
     length = max(map(len, rows))
     tokens, mask = (torch.full((len(rows), length), value, device=device_of(model)) for value in (pad, 0))
     for i, row in enumerate(rows):
@@ -134,9 +136,10 @@ def _batch(model: Any, rows: Sequence[Tensor], pad: int, features: Tensor | None
 
 
 def _loss(row_losses: RowLosses, batch: MixedBatch, rows: _Rows) -> tuple[float, Tensor]:
-    """The asked row's loss, and its gradient at the embeddings of its own tokens.
+    """The tested row's loss, and its gradient at the embeddings of its own tokens.
 
-    Raises UserError where it has a gradient elsewhere: at its last token, which is only predicted, at padding, or in other rows.
+    Raises UserError if it has a gradient elsewhere: at its last token, which is only predicted, at padding, or in other
+    rows.
     """
     with gradients_enabled(row_losses.model) as caught:
         losses = row_losses(batch)
@@ -145,68 +148,63 @@ def _loss(row_losses: RowLosses, batch: MixedBatch, rows: _Rows) -> tuple[float,
     for ids, embeddings in caught:
         if embeddings.shape[:-1] == ids.shape and embeddings.grad is not None:
             _check_reads_its_past(row_losses.model, ids, embeddings.grad, rows)
-            own += [embeddings.grad[ids == token].float().flatten() for token in rows.asked]
+            own += [embeddings.grad[ids == token].float().flatten() for token in rows.tested]
     return float(losses[0].detach()), torch.cat(own) if own else torch.zeros(1)
 
 
 def _check_reads_its_past(model: nn.Module, ids: Tensor, gradient: Tensor, rows: _Rows) -> None:
-    """gradient: of the asked row's loss at the embeddings of `ids`."""
+    """gradient: of the tested row's loss at the embeddings of `ids`."""
     padding = torch.tensor([rows.pad], device=ids.device)
-    groups = (rows.asked[:-1], rows.asked[-1:], torch.cat([*rows.neighbours, *rows.others]), padding)
+    groups = (rows.tested[:-1], rows.tested[-1:], torch.cat([*rows.neighbours, *rows.others]), padding)
     own, last, others, pads = (
         float((gradient * torch.isin(ids, group)[..., None]).abs().max()) for group in groups
     )
     if others > LEAK * own:
-        raise user_error(
-            "model",
-            type(model).__name__,
-            "mixes the rows of a batch: a row's loss depends on the tokens of its neighbours",
-        )
+        hint = "mixes the rows of a batch: a row's loss depends on the tokens of its neighbours"
+        raise user_error("model", type(model).__name__, hint)
     if max(last, pads) > LEAK * own:
-        words = "sees the tokens that it is to predict: its attention is not causal (a model of BERT's kind needs is_decoder=true in its config.json)"
-        raise user_error("model", type(model).__name__, words)
+        hint = (
+            "sees the tokens that it is to predict: its attention is not causal "
+            "(a model of BERT's kind needs is_decoder=true in its config.json)"
+        )
+        raise user_error("model", type(model).__name__, hint)
 
 
 @torch.no_grad()
 def _where(row_losses: RowLosses, batch: MixedBatch, other: MixedBatch, exact: bool) -> str:
-    """The first module whose output for the asked row differs between two batches, in words."""
-    seen = []
-    for one in (batch, other):
-        with _first_rows(row_losses.model, len(one.adapter_ids)) as outputs:
-            row_losses(one)
-        seen.append(outputs)
-    for name, states in seen[0].items():
-        beside = seen[1].get(name)
-        if (
-            beside is not None
-            and beside.shape == states.shape
-            and (beside - states).norm() > GRADIENT[exact] * states.norm()
-        ):
+    """The first module whose output for the tested row differs between two batches, as the end of a message."""
+    outputs = []
+    for inputs in (batch, other):
+        with _first_rows(row_losses.model, len(inputs.adapter_ids)) as states:
+            row_losses(inputs)
+        outputs.append(states)
+    for name, states_in_batch in outputs[0].items():
+        states_in_other = outputs[1].get(name)
+        if states_in_other is None or states_in_other.shape != states_in_batch.shape:
+            continue
+        if (states_in_other - states_in_batch).norm() > GRADIENT[exact] * states_in_batch.norm():
             return f"; rows meet in {name}"
     return ""
 
 
 @contextmanager
 def _first_rows(model: nn.Module, rows: int) -> Iterator[dict[str, Tensor]]:
-    """Module -> the asked row's part of its first output, in the order in which modules end."""
-    found: dict[str, Tensor] = {}
+    """Module -> the tested row's part of its first output, in the order in which modules finish."""
+    captured: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
+    def capture(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) and output else output
-            if (
-                isinstance(states, Tensor)
-                and states.dim() == 3
-                and states.shape[0] == rows
-                and states.shape[1] >= ASKED
-            ):
-                found.setdefault(name, states[0, :ASKED].float())
+            if not isinstance(states, Tensor) or states.dim() != 3:
+                return
+            if states.shape[0] == rows and states.shape[1] >= TESTED:
+                captured.setdefault(name, states[0, :TESTED].float())
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(capture(name)) for name, module in model.named_modules() if name]
     try:
-        yield found
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
