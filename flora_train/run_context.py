@@ -69,8 +69,9 @@ class RunContext(TrainingContext):
     """Differences of base and data to those of training, which were allowed: sentences for the results."""
 
     def check_model(self) -> None:
-        """Raises UserError if the model mixes the rows of a batch. Logs which layers take no adapter. Collective where the
-        base is sharded."""
+        """Raises UserError if the model mixes the rows of a batch. Logs which layers take no adapter.
+        Collective where the base is sharded.
+        """
         features = (
             None if self.speech_processor is None else noise_features(self.speech_processor.store.extractor)
         )
@@ -88,8 +89,8 @@ class RunContext(TrainingContext):
 def resolve_config(config: RunConfig, folder: RunFolder | None = None) -> RunConfig:
     """The configuration with the tasks that split_by makes, and with the values that are read from init_from.
 
-    folder: of the run, which keeps the values with which it began when it is resumed. Raises UserError if data or adapters are
-    missing or do not fit.
+    folder: of the run, which keeps the values with which it began when it is resumed. Raises UserError if
+    data or adapters are missing or do not fit.
     """
     config = expand_split_tasks(config)
     begun = None
@@ -106,7 +107,9 @@ def load_context(
     with_tasks: bool = True,
     sharded: bool = False,
 ) -> RunContext:
-    """Load a run. sharded: shard the base over the processes. Raises UserError, on all processes, if one cannot load."""
+    """Load a run. sharded: shard the base over the processes. Raises UserError, on all processes, if one
+    cannot load.
+    """
     context = on_every_process(
         lambda: _load(config, folder, device, with_tasks=with_tasks, sharded=sharded),
     )
@@ -149,7 +152,9 @@ def _collate_for(config: RunConfig, speech_processor: SpeechProcessor | None) ->
 
 
 def prepare(config: RunConfig, device: torch.device) -> None:
-    """Set threads, kernel backend and precision. Raises UserError for a backend that cannot run on this device."""
+    """Set threads, kernel backend and precision. Raises UserError for a backend that cannot run on this
+    device.
+    """
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or max(1, _cpus_per_process()))
     use_backend(config.kernels.backend, device)
@@ -193,7 +198,8 @@ def check_transcripts(config: RunConfig, speech_processor: SpeechProcessor) -> N
         room = speech_processor.max_tokens - len(prompt) + 1  # the last token is generated, not read
         if config.evaluation.max_new_tokens > room:
             hint = (
-                f"is more than the decoder has positions for ({speech_processor.max_tokens}, its prompt among them): "
+                f"is more than the decoder has positions for ({speech_processor.max_tokens}, its prompt "
+                "among them): "
                 f"give at most {room}"
             )
             raise user_error("evaluation.max_new_tokens", config.evaluation.max_new_tokens, hint)
@@ -209,7 +215,9 @@ def paging_of(config: RunConfig) -> Paging:
 
 
 def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any) -> SpeechProcessor:
-    """The speech processor of a speech model. Raises UserError if a package is missing, or for an English-only Whisper."""
+    """The speech processor of a speech model. Raises UserError if a package is missing, or for an
+    English-only Whisper.
+    """
     if is_whisper(model_config):
         check_multilingual(tokenizer, config.model.path)
     for package in ("soundfile", "soxr", "jiwer"):
@@ -257,8 +265,9 @@ def load_run(
 ) -> tuple[RunContext, dict[int, BestCheckpoint]]:
     """A run on disk with its best adapters in the bank, and their steps and losses.
 
-    dtype: of the base, instead of the run's, without quantization; allow: which differences to the run's training are no
-    error; overridden: a configuration instead of the run's, in which the examples of changed_tasks may differ.
+    dtype: of the base, instead of the run's, without quantization; allow: which differences to the run's
+    training are no error; overridden: a configuration instead of the run's, in which the examples of
+    changed_tasks may differ.
 
     Raises UserError if a checkpoint is missing or damaged, or if base or data differ.
     """
@@ -284,7 +293,7 @@ def load_run(
 
 
 def as_it_began(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """The configuration with the dtype that the run began with: `auto` may mean another one on this machine."""
+    """The configuration with the dtype at the run's begin: `auto` may mean another one on this machine."""
     dtype = folder.facts().get("base_dtype")
     if config.model.dtype != "auto" or dtype not in ("float32", "bfloat16"):
         return config
@@ -306,8 +315,9 @@ def check_same_tokenizer(folder: RunFolder, context: RunContext, allow: OriginOp
 def check_data(
     folder: RunFolder, tasks: Mapping[str, Task], allow: OriginOptions, changed_tasks: Collection[str] = ()
 ) -> list[str]:
-    """Differences in the examples, where they are allowed. changed_tasks: tasks whose examples were changed on purpose.
-    Raises UserError where a difference is not allowed."""
+    """Differences in the examples, where they are allowed. changed_tasks: tasks whose examples were changed
+    on purpose. Raises UserError where a difference is not allowed.
+    """
     problems = Origin.read(folder.facts()).data_differences(tasks)
     on_purpose = [problem for problem in problems if problem.key.removeprefix("tasks.") in changed_tasks]
     others = [problem for problem in problems if problem not in on_purpose]
@@ -328,8 +338,9 @@ def note_differences(folder: RunFolder, command: str, differences: Sequence[str]
 
 @contextmanager
 def locked(run: str, alone: bool = True) -> Iterator[RunFolder]:
-    """A context in which no other process trains in the run folder; with `alone`, none reads in it either. Raises
-    UserError if one does."""
+    """A context in which no other process trains in the run folder; with `alone`, none reads in it either.
+    Raises UserError if one does.
+    """
     folder, config = open_run(run)
     make_accelerator(config, folder, trackers=False)  # initialises the process group
     on_main_process(folder.lock if alone else folder.share)
@@ -340,7 +351,7 @@ def locked(run: str, alone: bool = True) -> Iterator[RunFolder]:
 
 
 def make_accelerator(config: RunConfig, folder: RunFolder, trackers: bool = True) -> Any:
-    """Accelerate's device, processes and trackers. wandb stays offline unless tracking.online says otherwise."""
+    """Accelerate's device, processes and trackers. wandb stays offline unless tracking.online is set."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 

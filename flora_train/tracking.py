@@ -41,7 +41,9 @@ def begin_tracking(accelerator: Any, config: RunConfig, folder: RunFolder) -> No
 def end_tracking(
     accelerator: Any, config: RunConfig, folder: RunFolder, *, metrics: Mapping[str, float], step: int
 ) -> None:
-    """Log the final metrics. With tracking.artifacts, wandb also gets the report, and every adapter with its card."""
+    """Log the final metrics. With tracking.artifacts, wandb also gets the report, and every adapter with its
+    card.
+    """
     accelerator.log(dict(metrics), step=step)
     if config.tracking.artifacts and "wandb" in config.tracking.trackers:
         _upload_artifacts(accelerator, config, folder)

@@ -90,7 +90,8 @@ def train_run(config: RunConfig) -> RunResult:
     try:
         if status == "finished":
             logger.info(
-                f"{folder.path} holds this run, finished; it is kept (resume=false overwrite=true runs it again)"
+                f"{folder.path} holds this run, finished; it is kept (resume=false overwrite=true runs it "
+                "again)"
             )
             if is_main_process():
                 show(folder)

@@ -24,10 +24,11 @@ EXISTS = "exists already: choose another, or delete it"
 
 
 def write_atomically(path: Path, write: Write, new: bool = False) -> None:
-    """`write` a temporary file beside `path`, then rename it: after a kill, the old file is there or the new one, whole.
+    """`write` a temporary file beside `path`, then rename it: after a kill, the old file is there or the new
+    one, whole.
 
-    new: the file must not exist, even if another process creates it meanwhile. Raises UserError if it cannot be
-    written.
+    new: the file must not exist, even if another process creates it meanwhile. Raises UserError if it cannot
+    be written.
     """
     with disk_errors(path), _temporary_file(path, write) as temporary:
         if new:
@@ -39,8 +40,9 @@ def write_atomically(path: Path, write: Write, new: bool = False) -> None:
 
 @contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, to be filled and then renamed to it. It is removed at the end if it is still
-    there. Raises UserError if it cannot be written."""
+    """An empty folder beside `folder`, to be filled and then renamed to it. It is removed at the end if it is
+    still there. Raises UserError if it cannot be written.
+    """
     temporary = _temporary_name(folder)
     with disk_errors(folder):
         temporary.mkdir(parents=True)
@@ -97,7 +99,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UserError if nothing can be written into a folder that exists, or is to be created. Leaves no file."""
+    """Raises UserError if nothing can be written into a folder that exists, or is to be created. Leaves no
+    file.
+    """
     candidates = (folder, *folder.absolute().parents)
     existing = next((candidate for candidate in candidates if os.path.lexists(candidate)), folder)
     with disk_errors(folder), tempfile.TemporaryFile(dir=existing):
@@ -110,8 +114,9 @@ def real_path(path: Path) -> Path:
 
 
 def user_cache(part: str) -> Path:
-    """The folder of one kind of cached files: below XDG_CACHE_HOME, ~/.cache or, where a user has no home, the system's
-    temporary folder."""
+    """The folder of one kind of cached files: below XDG_CACHE_HOME, ~/.cache or, where a user has no home,
+    the system's temporary folder.
+    """
     above = os.environ.get("XDG_CACHE_HOME")
     if not above:
         try:

@@ -32,7 +32,9 @@ def damaged_file() -> Iterator[None]:
 
 
 def check_regular(path: Path) -> None:
-    """Raises DamagedError for a pipe or a device, whose reader would wait forever. A missing file is no error here."""
+    """Raises DamagedError for a pipe or a device, whose reader would wait forever. A missing file is no error
+    here.
+    """
     if path.exists() and not path.is_file():
         raise DamagedError("it is no regular file")
 
@@ -58,7 +60,9 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all weights of the base, without the adapters' wrappers."""
+    """SHA-256 over the names, types, shapes and bytes of all weights of the base, without the adapters'
+    wrappers.
+    """
     state = model.state_dict()
     return digest((name.replace(".base_layer", ""), state[name]) for name in sorted(state))
 

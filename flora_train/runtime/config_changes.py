@@ -1,4 +1,6 @@
-"""Compares the configuration of a run with the one that it began with: which keys may change when it is resumed."""
+"""Compares the configuration of a run with the one that it began with: which keys may change when it is
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ def comparable(
 ) -> dict[str, Any]:
     """Dotted key -> value, of every key that decides what a run trains and selects.
 
-    without: tasks that are excluded, with the adapters that learn no others. with_evaluation: include keys that only
-    decide the final evaluation.
+    without: tasks that are excluded, with the adapters that learn no others. with_evaluation: include keys
+    that only decide the final evaluation.
     """
     without = frozenset(without)
     tasks = {name: task for name, task in config.tasks.items() if name not in without}
@@ -60,7 +62,8 @@ FINAL_EVALUATION_KEYS = frozenset(
         "workers",
     ]
 )
-"""Keys of `evaluation` that have no effect before the end of training. The others select or retire adapters."""
+"""Keys of `evaluation` that have no effect before the end of training. The others select or retire adapters.
+"""
 TASK_EVALUATION_KEYS = frozenset(
     {"language", "license", "sample_prompts", "speech.normalizer", "speech.metric"}
 )

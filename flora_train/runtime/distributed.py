@@ -1,4 +1,4 @@
-"""Communication between the processes of a run: sums, broadcasts, and errors that all processes raise alike."""
+"""Communication between the processes of a run: sums, broadcasts, and errors that all of them raise."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def check_world_size(expected: int | None, actual: int) -> None:
         raise user_error(
             "num_processes",
             expected,
-            f"but {actual} process(es) run; start it with: accelerate launch --num_processes {expected} train.py ... "
-            "(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --config_file launch/cpu_2proc.yaml train.py ...)",
+            f"but {actual} process(es) run; start it with: accelerate launch --num_processes {expected} "
+            "train.py ... "
+            "(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --config_file launch/cpu_2proc.yaml "
+            "train.py ...)",
         )
 
 
@@ -67,7 +69,7 @@ def world() -> tuple[int, int]:
 
 
 def on_main_process(action: Callable[[], Any]) -> Any:
-    """Run `action` on the main process; every process returns its result, or raises UserError if it raised."""
+    """Run `action` on the main process; all processes return its result, or raise UserError if it raised."""
     own: Exception | None = None
     outcome: list[Any] = [None, ()]
     if is_main_process():
@@ -85,8 +87,8 @@ def on_main_process(action: Callable[[], Any]) -> Any:
 
 
 def on_every_process(action: Callable[[], Result]) -> Result:
-    """Run `action`, which must not communicate, on every process; raise on all of them if one fails, so that none waits for
-    a process that has ended.
+    """Run `action`, which must not communicate, on every process; raise on all of them if one fails, so that
+    none waits for a process that has ended.
 
     Raises what `action` raised here, or UserError with the problem of another process, and its host.
     """
@@ -118,8 +120,8 @@ def _problems(error: Exception | None) -> tuple[Problem, ...]:
 
 
 def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
-    """Raises UserError, on all processes, if a machine has other data, another base model or another recipe than the
-    first.
+    """Raises UserError, on all processes, if a machine has other data, another base model or another recipe
+    than the first.
 
     facts: returns key -> what must be the same; called only where there are several processes.
     """

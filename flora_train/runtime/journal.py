@@ -1,4 +1,6 @@
-"""Journals: jsonl files that only grow, so that a kill loses no finished work. A last line without its end is dropped."""
+"""Journals: jsonl files that only grow, so that a kill loses no finished work. A last line without its end is
+dropped.
+"""
 
 from __future__ import annotations
 
@@ -66,13 +68,16 @@ class Journal(Generic[Entry]):
     def claim(self, settings: Mapping[str, Any], restart: bool = False) -> None:
         """Reserve the folder for entries made with these settings.
 
-        restart: delete entries made with other settings. Without it they raise UserError, which names every setting
-        that differs, as they would be mixed.
+        restart: delete entries made with other settings. Without it they raise UserError, which names every
+        setting that differs, as they would be mixed.
         """
         if restart and self.has_other_settings(settings):
             self.delete()
         if self._has_entries() and not self.settings.exists():
-            hint = f"holds {self.word}s, and no settings.json with the settings that they were made with: {self.remedy}"
+            hint = (
+                f"holds {self.word}s, and no settings.json with the settings that they were made with: "
+                f"{self.remedy}"
+            )
             raise user_error(str(self.path), None, hint)
         if self._has_entries():
             recorded = read_object(self.settings, self.remedy)
@@ -83,13 +88,16 @@ class Journal(Generic[Entry]):
         write_atomically(self.settings, lambda path: path.write_text(text, encoding="utf-8"))
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Compare these settings with the recorded ones, before the others are known. Changes nothing. Raises UserError
-        as `claim` does."""
+        """Compare these settings with the recorded ones, before the others are known. Changes nothing. Raises
+        UserError as `claim` does.
+        """
         if self.settings.exists() and self._has_entries():
             self._compare(read_object(self.settings, self.remedy), settings, settings)
 
     def has_other_settings(self, settings: Mapping[str, Any], partial: bool = False) -> bool:
-        """Whether the folder has entries that were made with other settings. partial: compare only these keys."""
+        """Whether the folder has entries that were made with other settings. partial: compare only these
+        keys.
+        """
         if not self.settings.exists() or not self._has_entries():
             return False
         recorded = read_object(self.settings, self.remedy)
@@ -123,7 +131,10 @@ class Journal(Generic[Entry]):
         try:
             return _entry(self.kind, line)
         except (ValueError, TypeError, RecursionError) as error:
-            hint = f"is no {self.word} of ours, or damaged: delete this line, and it is made again; or {self.remedy}"
+            hint = (
+                f"is no {self.word} of ours, or damaged: delete this line, and it is made again; or "
+                f"{self.remedy}"
+            )
             raise user_error(location, None, hint) from error
 
     def _compare(self, recorded: Mapping[str, Any], settings: Mapping[str, Any], keys: Iterable[str]) -> None:

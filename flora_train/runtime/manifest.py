@@ -1,4 +1,6 @@
-"""The manifest of the files that a run writes into its folder. Only those are deleted when the run is replaced."""
+"""The manifest of the files that a run writes into its folder. Only those are deleted when the run is
+replaced.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ RUN_FILES = (
     "eval/speech/transcripts-{n}.jsonl",
     "eval/speech/error_rates.json",
 )
-"""What every run may write. {adapter}: one of its adapters; {n}: a number; {part}: any text without a slash; {rest}: any text."""
+"""What every run may write. {adapter}: one of its adapters; {n}: a number; {part}: any text without a slash;
+{rest}: any text.
+"""
 
 TOKENS = {"n": r"\d+", "adapter": r"(?P<adapter>[^/]+)", "part": r"[^/]+", "rest": r".+"}
 TEMPORARY = re.compile(r"^\.(.+)\.\d+\.tmp$")
@@ -105,7 +109,9 @@ class Manifest:
 
 
 def delete(files: Sequence[Path], folder: Path, keep: Collection[Path] = ()) -> None:
-    """Delete these files below `folder` and folders that become empty, except those to `keep`. Raises OSError."""
+    """Delete these files below `folder` and folders that become empty, except those to `keep`. Raises
+    OSError.
+    """
     to_keep, parents = set(keep), set()
     for file in files:
         if file not in to_keep:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per record, appended while a run trains. Checkpoints record its size and SHA-256."""
+"""metrics.jsonl: a line per record, appended while a run trains. Checkpoints record its size and SHA-256."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class MetricsFile:
             self._hashed = 0, sha256()
 
     def read(self, kind: str) -> list[dict[str, Any]]:
-        """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is no record."""
+        """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is
+        no record.
+        """
         if not self.path.exists():
             return []
         if not self.path.is_file():

@@ -81,7 +81,9 @@ class RunFiles:
         self._metrics.append(record)
 
     def read_metrics(self, kind: str) -> list[dict[str, Any]]:
-        """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is no record."""
+        """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is
+        no record.
+        """
         return self._metrics.read(kind)
 
     @property
@@ -110,7 +112,10 @@ class RunFiles:
         facts = self.facts()
         size, sha256 = facts.get("metrics_size"), facts.get("metrics_sha256")
         if isinstance(size, int) and (self.metrics_size != size or self.metrics_digest(size) != sha256):
-            hint = "is not what it was when the run finished: put it back from a copy, or train again (overwrite=true)"
+            hint = (
+                "is not what it was when the run finished: put it back from a copy, or train again "
+                "(overwrite=true)"
+            )
             raise user_error(str(self.metrics), None, hint)
 
 

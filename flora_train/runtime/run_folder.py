@@ -44,8 +44,8 @@ class RunFolder(RunFiles):
     def status(self, config: RunConfig) -> RunStatus:
         """What a run of this configuration is for its folder.
 
-        Raises UserError if the folder holds something else: files that are no run, a run that is neither to be resumed
-        nor to be overwritten, or one of another configuration (with every key that differs).
+        Raises UserError if the folder holds something else: files that are no run, a run that is neither to
+        be resumed nor to be overwritten, or one of another configuration (with every key that differs).
         """
         check_not_data(config, self.path)
         self._check_names(config)
@@ -72,7 +72,10 @@ class RunFolder(RunFiles):
         begun = self._config_at_begin()
         added = [] if begun is None else [name for name in config.tasks if name not in begun.tasks]
         if added and config.sweep.strategy == "halving":
-            hint = f"compares the adapters of a run from its first step, and tasks.{added[0]} joins later: start a new run"
+            hint = (
+                f"compares the adapters of a run from its first step, and tasks.{added[0]} joins later: "
+                "start a new run"
+            )
             raise user_error("sweep.strategy", "halving", hint)
         if begun is not None:
             evaluates_again = not self.finished or bool(added)
@@ -85,20 +88,24 @@ class RunFolder(RunFiles):
         return "extended" if added else "finished"
 
     def lock(self, wait: float = 0.0) -> None:
-        """Keep other processes from training, evaluating or exporting in this folder, until `unlock` or the end of this
-        process. Creates the folder where it is missing. Raises UserError if another process still has it after `wait`
-        seconds."""
+        """Keep other processes from training, evaluating or exporting in this folder, until `unlock` or the
+        end of this process. Creates the folder where it is missing. Raises UserError if another process still
+        has it after `wait` seconds.
+        """
         self._lock.take(wait)
 
     def share(self) -> None:
-        """Keep other processes from training in this folder while this one reads it. Raises UserError if one does."""
+        """Keep other processes from training in this folder while this one reads it. Raises UserError if one
+        does.
+        """
         self._lock.share()
 
     def unlock(self) -> None:
         self._lock.release()
 
     def enter(self, config: RunConfig) -> RunStatus:
-        """Lock the folder and return the run's `status`. A resumed run waits for a process that was told to stop.
+        """Lock the folder and return the run's `status`. A resumed run waits for a process that was told to
+        stop.
 
         Raises UserError as `status` does, or if another process works in the folder.
         """
@@ -143,13 +150,19 @@ class RunFolder(RunFiles):
         """Raises UserError if it is not known which files are the run's."""
         manifest = self.manifest
         if manifest is None:
-            hint = f"holds a run whose run.json does not list its files (key files), so that others may be among them: {BY_HAND}"
+            hint = (
+                "holds a run whose run.json does not list its files (key files), so that others may be "
+                f"among them: {BY_HAND}"
+            )
             raise user_error("output_dir", str(self.path), hint)
         if links := manifest.links(self.path):
             hint = f"{links[0].name} in it is a link to another folder: {BY_HAND}"
             raise user_error("output_dir", str(self.path), hint)
         if not self._lock.enforced:
-            hint = f"its file system has no locks, so that another process may be training there unnoticed: {BY_HAND}"
+            hint = (
+                "its file system has no locks, so that another process may be training there unnoticed: "
+                f"{BY_HAND}"
+            )
             raise user_error("output_dir", str(self.path), hint)
 
     def _delete(self, manifest: Manifest) -> None:
@@ -176,14 +189,18 @@ class RunFolder(RunFiles):
                 raise user_error("output_dir", str(self.path), hint)
 
     def _config_at_begin(self) -> RunConfig | None:
-        """The recorded configuration; None where nothing was recorded, because the disk was full when the run began.
+        """The recorded configuration; None where nothing was recorded, because the disk was full when the run
+        began.
 
         Raises UserError if it is missing or cannot be read: then the present one cannot be compared with it.
         """
         if self.config.exists():
             return load_saved(self.config)
         if self.finished or self.metrics.exists() or self.checkpoints.exists():
-            hint = "is missing, so that it is not known what was trained here: put it back from a copy, or choose another output_dir"
+            hint = (
+                "is missing, so that it is not known what was trained here: put it back from a copy, or "
+                "choose another output_dir"
+            )
             raise user_error(str(self.config), None, hint)
         return None
 

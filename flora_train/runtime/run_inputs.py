@@ -1,4 +1,6 @@
-"""Checks that no input of a run is in a folder that the run replaces, and that none of its own files becomes data."""
+"""Checks that no input of a run is in a folder that the run replaces, and that none of its own files becomes
+data.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ def check_not_data(config: RunConfig, folder: Path) -> None:
     for key, source in _sources(config):
         for pattern in _patterns(source):
             if any(_names(pattern, str(own / name)) for name in RUN_FILES):
-                hint = f"lies where {key} looks for rows ({pattern}), which would find the run's own files: {OTHER}"
+                hint = (
+                    f"lies where {key} looks for rows ({pattern}), which would find the run's own files: "
+                    f"{OTHER}"
+                )
                 problems.append(Problem("output_dir", str(folder), hint))
     if problems:
         raise UserError(*problems)
@@ -51,7 +56,9 @@ def _patterns(source: SourceConfig) -> Iterator[str]:
 
 
 def _names(pattern: str, path: str) -> bool:
-    """Whether a pattern matches a path: `**` matches folders of any depth, everything else one part of the path."""
+    """Whether a pattern matches a path: `**` matches folders of any depth, everything else one part of the
+    path.
+    """
     if "**" in pattern:
         return fnmatch(path, pattern.replace("**/", "*"))
     parts, patterns = path.split("/"), pattern.split("/")

@@ -1,7 +1,8 @@
 """A lock on a run folder that ends with the process that holds it, however that process ends.
 
-filelock is not used: its locks on files cannot be shared by several readers, and its ReadWriteLock needs a database in
-the folder. flock gives both. Windows has no flock; there msvcrt locks the file, and readers exclude each other, too.
+filelock is not used: its locks on files cannot be shared by several readers, and its ReadWriteLock needs a
+database in the folder. flock gives both. Windows has no flock; there msvcrt locks the file, and readers
+exclude each other, too.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ class RunLock:
         self._descriptor, self._created = None, []
 
     def close_descriptor(self) -> None:
-        """In a forked process: close its copy of the descriptor, so that the lock ends with the process that took it."""
+        """In a forked process: close its copy of the descriptor, so that the lock ends with the process that
+        took it.
+        """
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

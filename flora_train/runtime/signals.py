@@ -23,7 +23,9 @@ STOPPED = 130
 """Exit status after Ctrl-C where there is nothing to resume: 128 + SIGINT, as in a shell."""
 
 SAME = 2.0
-"""Seconds within which signals count as one: schedulers signal every process, and launchers signal theirs again."""
+"""Seconds within which signals count as one: schedulers signal every process, and launchers signal theirs
+again.
+"""
 
 
 class Interrupted(Exception):
@@ -76,8 +78,9 @@ class StopSignals:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[None]:
-    """A context in which the first Ctrl-C raises KeyboardInterrupt, also where a library turns it into an error of its
-    own, and a second one ends the process at once, without a traceback."""
+    """A context in which the first Ctrl-C raises KeyboardInterrupt, also where a library turns it into an
+    error of its own, and a second one ends the process at once, without a traceback.
+    """
     interrupted = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -104,8 +107,9 @@ def stop_on_interrupt() -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """Receive SIGTERM when the launcher that started this process ends, for whatever reason; otherwise this process would
-    keep training, beside the next run. On Linux, below accelerate or torchrun."""
+    """Receive SIGTERM when the launcher that started this process ends, for whatever reason; otherwise this
+    process would keep training, beside the next run. On Linux, below accelerate or torchrun.
+    """
     launched = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" and launched else None
     if prctl is not None:

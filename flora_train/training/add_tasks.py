@@ -1,4 +1,6 @@
-"""Adds tasks to a finished run: its adapters stay as they are, and the run continues with those of the new tasks."""
+"""Adds tasks to a finished run: its adapters stay as they are, and the run continues with those of the new
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,8 @@ def read_finished_run(
 ) -> FinishedRun:
     """Read the finished run in the context's folder and load its best adapters into the bank.
 
-    identity: of the present run without the named tasks. Raises UserError if an adapter is missing, or was trained on
-    another base or other data.
+    identity: of the present run without the named tasks. Raises UserError if an adapter is missing, or was
+    trained on another base or other data.
     """
     folder, bank = context.folder, context.bank
     _, config_then = open_run(folder.path)

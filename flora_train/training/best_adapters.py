@@ -52,14 +52,17 @@ class BestAdapters:
         return by_name({adapter: asdict(best) for adapter, best in self.best.items()}, self.bank.specs)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Entries whose file is of a later step are dropped: that step comes again, and its evaluation decides anew."""
+        """Entries whose file is of a later step are dropped: that step comes again, and its evaluation
+        decides anew.
+        """
         for adapter, entry in by_id(state, self.bank.specs).items():
             if best_step(self.folder, self.bank.specs[adapter].name) == entry["step"]:
                 self.best[adapter] = BestCheckpoint(**entry)
 
     def restore(self) -> None:
-        """Load the best parameters of every adapter into the bank. Raises UserError, on all processes, if a file is
-        missing or damaged."""
+        """Load the best parameters of every adapter into the bank. Raises UserError, on all processes, if a
+        file is missing or damaged.
+        """
         on_every_process(lambda: load_best(self.bank, self.best, self.folder))
 
     def _is_improvement(self, adapter: int, loss: float) -> bool:
@@ -73,8 +76,9 @@ class BestAdapters:
 
 
 def load_best(bank: AdapterBank, adapters: Iterable[int], folder: Path) -> dict[int, BestCheckpoint]:
-    """Load the best parameters of these adapters into the bank; adapter id -> their step and loss. Raises UserError if a
-    file is missing or damaged."""
+    """Load the best parameters of these adapters into the bank; adapter id -> their step and loss. Raises
+    UserError if a file is missing or damaged.
+    """
     best = {}
     for adapter in adapters:
         facts = load_adapter(bank, adapter, folder)
@@ -115,7 +119,9 @@ def best_step(folder: Path, name: str) -> int | None:
 
 
 def verified_step(folder: Path, name: str) -> int | None:
-    """The run's step of an adapter's file, with all checksums verified; None if the file is missing or damaged."""
+    """The run's step of an adapter's file, with all checksums verified; None if the file is missing or
+    damaged.
+    """
     try:
         facts, _ = _read(adapter_file(folder, name))
         return int(_facts_of(name, facts)["step"])
@@ -124,8 +130,9 @@ def verified_step(folder: Path, name: str) -> int | None:
 
 
 def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any]:
-    """Load the parameters of one adapter into the bank; returns the facts of the file. Raises UserError if the file is
-    missing, damaged or of another shape."""
+    """Load the parameters of one adapter into the bank; returns the facts of the file. Raises UserError if
+    the file is missing, damaged or of another shape.
+    """
     name = bank.specs[adapter].name
     path = adapter_file(folder, name)
     if not path.exists():
@@ -147,8 +154,9 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
 
 
 def _facts_of(name: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts without the adapter's name. Raises DamagedError if they are of another adapter, whose file may have the
-    same shapes. Files of older versions lack the name."""
+    """The facts without the adapter's name. Raises DamagedError if they are of another adapter, whose file
+    may have the same shapes. Files of older versions lack the name.
+    """
     written = facts.get("adapter", name)
     if written != name:
         raise DamagedError(f"it holds the adapter {written}")

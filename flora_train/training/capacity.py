@@ -63,15 +63,20 @@ class Capacity:
 def check_fits(config: RunConfig, capacity: Capacity) -> None:
     """Raises UserError, naming the setting to change, where the run does not fit."""
     if capacity.slots is not None and capacity.step_slots > capacity.slots:
-        advice = f"give {capacity.step_slots} or more, or lower training.tokens_per_step"
-        hint = f"hold less than the {capacity.step_adapters} adapters of a step need: {advice}"
+        hint = (
+            f"hold less than the {capacity.step_adapters} adapters of a step need: give "
+            f"{capacity.step_slots} or more, "
+            "or lower training.tokens_per_step"
+        )
         raise user_error("adapters.device_slots", capacity.slots, hint)
     _check_device(config, capacity)
     free_host, free_pages, free_disk = map(format_size, (capacity.free_host, capacity.free_pages, capacity.free_disk))
     if not capacity.shared and capacity.host * capacity.processes > capacity.free_host:
         fewer = "" if capacity.on_host else f", with adapters.device_slots={capacity.step_slots}"
-        needed = f"needs {format_size(capacity.host)} a process, where {free_host} are free"
-        hint = f"{needed}: disk keeps all that in files{fewer}"
+        hint = (
+            f"needs {format_size(capacity.host)} a process, where {free_host} are free: disk keeps all that "
+            f"in files{fewer}"
+        )
         raise user_error("paging.host", config.paging.host, hint)
     elsewhere = "are free: choose another place, or make room"
     if capacity.pages > capacity.free_pages:
@@ -105,9 +110,11 @@ def _check_device(config: RunConfig, capacity: Capacity) -> None:
     rest -= capacity.on_device
     if capacity.activations > rest:
         tokens = int(rest / capacity.activations * config.training.tokens_per_microbatch)
-        needed, free = format_size(capacity.activations), format_size(rest)
-        advice = f"give {tokens}, or model.gradient_checkpointing=non_reentrant"
-        hint = f"keeps {needed} for the backward, where {free} are free: {advice}"
+        hint = (
+            f"keeps {format_size(capacity.activations)} for the backward, where {format_size(rest)} are "
+            f"free: give {tokens}, "
+            "or model.gradient_checkpointing=non_reentrant"
+        )
         raise user_error("training.tokens_per_microbatch", config.training.tokens_per_microbatch, hint)
 
 

@@ -29,7 +29,9 @@ CUT_OFF = re.compile(r"\.step-\d{8,}\.safetensors\.\d+\.tmp")
 RESTART = "resume=false overwrite=true"
 
 FindProblem = Callable[[Mapping[str, Any], Mapping[str, Any]], Problem | None]
-"""Takes the state of a checkpoint and that of the newest whole one; returns why the former cannot be resumed from."""
+"""Takes the state of a checkpoint and that of the newest whole one; returns why the former cannot be resumed
+from.
+"""
 
 Identity = Mapping[str, Any]
 """What must be the same for a run to be resumed: dotted configuration keys, hashes of base model and data."""
@@ -64,10 +66,11 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Copy tensors and state and begin to write them, atomically. Once they are on disk, all but the last `keep`
-        checkpoints are deleted.
+        """Copy tensors and state and begin to write them, atomically. Once they are on disk, all but the last
+        `keep` checkpoints are deleted.
 
-        Raises UserError if the disk is full, or was full for the previous checkpoint; existing checkpoints remain.
+        Raises UserError if the disk is full, or was full for the previous checkpoint; existing checkpoints
+        remain.
         """
         self.wait()
         copies = {name: self.copy(tensor) for name, tensor in tensors.items()}
@@ -75,7 +78,7 @@ class Checkpoints:
         self._writing = self._writer.submit(self._write, step, copies, json.dumps(facts))
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is on disk. Raises UserError if the disk is full."""
+        """Wait for the checkpoint that is being written. Raises UserError if the disk is full."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -92,11 +95,11 @@ class Checkpoints:
     def restore(
         self, tensors: Mapping[str, Tensor], find_problem: FindProblem = no_problem
     ) -> dict[str, Any] | None:
-        """Fill `tensors` from the last whole checkpoint; returns its state, or None if there is none. Rows of adapters
-        that were added since then do not change.
+        """Fill `tensors` from the last whole checkpoint; returns its state, or None if there is none. Rows of
+        adapters that were added since then do not change.
 
-        find_problem: see FindProblem. Raises UserError if the checkpoint is of another configuration, base model, data
-        or adapter set, or if no checkpoint can be resumed from.
+        find_problem: see FindProblem. Raises UserError if the checkpoint is of another configuration, base
+        model, data or adapter set, or if no checkpoint can be resumed from.
         """
         self.wait()
         _delete(path for path in self.folder.glob(".step-*") if CUT_OFF.fullmatch(path.name))
@@ -122,7 +125,10 @@ class Checkpoints:
             return facts["state"]
         if problems:
             first = problems[0]
-            hint = f"{first.hint}, and every checkpoint needs it: put it back from a copy, or train again ({RESTART})"
+            hint = (
+                f"{first.hint}, and every checkpoint needs it: put it back from a copy, or train again "
+                f"({RESTART})"
+            )
             raise user_error(first.key, first.value, hint)
         return None
 
@@ -158,7 +164,10 @@ class Checkpoints:
             raise user_error("adapters", min(removed), hint)
         shapes_differ = not added and _shapes(content) != _shapes(tensors)
         if _planes(content) != _planes(tensors) or shapes_differ:
-            hint = f"holds {_shapes(content)}, this version of flora_train needs {_shapes(tensors)}: begin a new run"
+            hint = (
+                f"holds {_shapes(content)}, this version of flora_train needs {_shapes(tensors)}: begin a "
+                "new run"
+            )
             raise user_error(str(path), None, hint)
 
     def _fill(

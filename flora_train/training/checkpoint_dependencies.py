@@ -1,4 +1,4 @@
-"""Checks the files that a checkpoint depends on: metrics.jsonl up to its step, and the best adapters so far."""
+"""Checks the files that a checkpoint depends on: metrics.jsonl up to its step, and the best adapters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class CheckpointDependencies:
         self._step_of = cache(lambda name: verified_step(folder.best_adapters, name))
 
     def find_problem(self, state: Mapping[str, Any], newest: Mapping[str, Any]) -> Problem | None:
-        """Why a run that resumes from `state` would not end as if it had not been interrupted. newest: the state of the
-        newest whole checkpoint."""
+        """Why a run that resumes from `state` would not end as if it had not been interrupted. newest: the
+        state of the newest whole checkpoint.
+        """
         if not self._metrics_are_whole(state):
             return Problem(str(self.folder.metrics), None, "is damaged, cut short or missing")
         step = state["progress"]["step"]

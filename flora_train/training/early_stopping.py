@@ -1,4 +1,6 @@
-"""Early stopping: adapters that retire before the run ends, by patience or by successive halving of their sweep."""
+"""Early stopping: adapters that retire before the run ends, by patience or by successive halving of their
+sweep.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ class Retirement:
 class EarlyStopping:
     """Retires adapters after evaluations.
 
-    Its decisions depend on the observed losses alone: processes that observe the same losses agree, and so does a
-    resumed run.
+    Its decisions depend on the observed losses alone: processes that observe the same losses agree, and so
+    does a resumed run.
     """
 
     def __init__(self, specs: Sequence[AdapterSpec], config: RunConfig) -> None:
@@ -92,8 +94,9 @@ class Patience:
         self._waited: Counter[int] = Counter()
 
     def observe(self, losses: Mapping[int, float]) -> list[int]:
-        """Held-out losses by adapter id (nats per token); returns the adapters whose patience has run out. NaN is never
-        an improvement."""
+        """Held-out losses by adapter id (nats per token); returns the adapters whose patience has run out.
+        NaN is never an improvement.
+        """
         exhausted = []
         for adapter, loss in losses.items():
             patience, best = self.specs[adapter].patience, self._best.get(adapter, math.inf)
@@ -118,7 +121,8 @@ class Patience:
 class SuccessiveHalving:
     """Successive halving of every sweep on every task.
 
-    Jamieson & Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS 2016.
+    Jamieson & Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS
+    2016.
     """
 
     def __init__(self, specs: Sequence[AdapterSpec], config: SweepConfig, steps: int) -> None:
@@ -135,8 +139,8 @@ class SuccessiveHalving:
     def eliminated(self, losses: Mapping[int, float], step: int, retired: Collection[int]) -> list[int]:
         """Adapters that leave after `step` steps.
 
-        losses: held-out, by adapter id, of the active adapters; NaN counts as the highest. retired: adapters that left
-        before, for whatever reason.
+        losses: held-out, by adapter id, of the active adapters; NaN counts as the highest. retired: adapters
+        that left before, for whatever reason.
         """
         if step not in self.rungs:
             return []

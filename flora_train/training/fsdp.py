@@ -27,7 +27,10 @@ def check_launcher() -> None:
     """Raises UserError if the launcher is configured to wrap the model itself, which has no effect here."""
     for variable, engine in ENGINES.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
-            hint = f"{engine} of accelerate's configuration has no effect: launch with launch/ddp.yaml; model.fsdp=true shards the base"
+            hint = (
+                f"{engine} of accelerate's configuration has no effect: launch with launch/ddp.yaml; "
+                "model.fsdp=true shards the base"
+            )
             raise user_error(variable, os.environ[variable], hint)
 
 
@@ -37,10 +40,11 @@ def uses_sharding(config: RunConfig) -> bool:
 
 
 def apply_fsdp(bank: AdapterBank) -> None:
-    """Shard the bank's base over all processes, in place. It may be in host memory; its shards move to the bank's device.
+    """Shard the bank's base over all processes, in place. It may be in host memory; its shards move to the
+    bank's device.
 
-    Layers are gathered one at a time and dropped again. Modules outside of them, such as embeddings and output head,
-    stay gathered from the forward to the backward. The adapters are not sharded. Collective.
+    Layers are gathered one at a time and dropped again. Modules outside of them, such as embeddings and
+    output head, stay gathered from the forward to the backward. The adapters are not sharded. Collective.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -61,8 +65,9 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def largest_part(model: nn.Module, processes: int) -> float:
-    """The largest share of the base's values that a process holds at one time: its shards of the layers, two gathered
-    layers (one is fetched while the other runs), and all modules outside of the layers."""
+    """The largest share of the base's values that a process holds at one time: its shards of the layers, two
+    gathered layers (one is fetched while the other runs), and all modules outside of the layers.
+    """
     sizes = [_numbers(layer) for layer in layers_of(model)]
     total = _numbers(model)
     return min(1.0, (sum(sizes) / processes + 2 * max(sizes, default=0) + total - sum(sizes)) / total)
@@ -73,8 +78,9 @@ def _numbers(module: nn.Module) -> int:
 
 
 def _ask_for_gradients(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Make the backward run through every layer on every process, whatever the adapters of its rows: gathering is
-    collective."""
+    """Make the backward run through every layer on every process, whatever the adapters of its rows:
+    gathering is collective.
+    """
     if torch.is_grad_enabled() and not output.requires_grad:
         return output.requires_grad_(
             True
@@ -95,8 +101,9 @@ def full_tensor(weight: Tensor) -> Tensor:
 
 
 def unshard(model: nn.Module) -> None:
-    """Keep the whole base on every process from now on, so that each can run it independently. Collective; without effect
-    on a base that is not sharded."""
+    """Keep the whole base on every process from now on, so that each can run it independently. Collective;
+    without effect on a base that is not sharded.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -107,8 +114,11 @@ def unshard(model: nn.Module) -> None:
 
 
 def run_dummy_passes(row_losses: RowLosses, bank: AdapterBank, groups: Sequence[Sequence[Row]]) -> None:
-    """Run a sharded base as often as the process with the most of these groups has run it, since gathering is collective:
-    two tokens, without adapters, forward and, where gradients are enabled, backward. The run's state does not change."""
+    """Run a sharded base as often as the process with the most of these groups has run it, since gathering is
+    collective:
+    two tokens, without adapters, forward and, where gradients are enabled, backward. The run's state does not
+    change.
+    """
     if not is_sharded(row_losses.model):
         return
     rank, processes = world()

@@ -1,6 +1,7 @@
 """The guard against anomalies of single adapters: non-finite losses and gradients, and loss spikes.
 
-A bad step does not move the adapter. By policy the adapter also returns to its last good state, or stops learning.
+A bad step does not move the adapter. By policy the adapter also returns to its last good state, or stops
+learning.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Quarantine(NamedTuple):
 class Guard:
     """Decides about each adapter from its own losses and gradients alone.
 
-    Processes that see the same losses and gradients decide alike. A rollback copies rows of that adapter only.
+    Processes that see the same losses and gradients decide alike. A rollback copies rows of that adapter
+    only.
     """
 
     def __init__(self, bank: AdapterBank, optimizer: BankOptimizer, config: GuardConfig) -> None:
@@ -48,8 +50,9 @@ class Guard:
         self._snapshot: tuple[dict[str, Tensor], list[int]] | None = None
 
     def find_anomalies(self, losses: Mapping[int, float]) -> dict[int, str]:
-        """Adapter id -> the reason why the adapter must not learn from this step. losses: mean nats per token of the
-        step, by adapter id."""
+        """Adapter id -> the reason why the adapter must not learn from this step. losses: mean nats per token
+        of the step, by adapter id.
+        """
         anomalies = {}
         for adapter, loss in losses.items():
             if adapter in self.quarantined:
@@ -70,7 +73,9 @@ class Guard:
         self._snapshot = tensors, list(self.optimizer.steps)
 
     def apply_policy(self, anomalies: Mapping[int, str], steps: Mapping[int, AdapterStep], step: int) -> None:
-        """Roll back or quarantine the adapters that were skipped in the run's step `step`. steps: the updates."""
+        """Roll back or quarantine the adapters that were skipped in the run's step `step`. steps: the
+        updates.
+        """
         if self.config.policy == "skip":
             return
         for adapter, update in steps.items():

@@ -72,9 +72,10 @@ def evaluate_heldout(
 ) -> dict[str, HeldOut]:
     """Held-out losses per task. All its adapters are mixed in the same batches, which all processes share.
 
-    max_tokens: padded tokens per forward pass; max_examples: limit per task; report: called with the share done; absent:
-    adapters that are not evaluated; log: batches in it are not computed again. Afterwards the model is routed to the
-    plain base.
+    max_tokens: padded tokens per forward pass; max_examples: limit per task; report: called with the share
+    done; absent:
+    adapters that are not evaluated; log: batches in it are not computed again. Afterwards the model is routed
+    to the plain base.
     """
     contenders = _contenders(bank, absent)
     evaluated = {task.name: task for task in tasks if task.name in contenders}

@@ -39,14 +39,16 @@ class JointSpeedup:
     adapters: int
     """Adapters in the step."""
     measured: int
-    """Adapters that were timed. Where these are not all, `separate_seconds` is scaled up by the tokens of the others."""
+    """Adapters that were timed. Where these are not all, `separate_seconds` is scaled up by the tokens of the
+    others.
+    """
 
 
 def time_joint_vs_separate(trainer: Trainer) -> JointSpeedup | None:
     """Time the rows of the last step, within training.compare_separate_seconds. Nothing of the run changes.
 
-    None where it is not asked for (training.compare_separate), where the time does not suffice, and where it is not
-    possible: several processes, a sharded base, adapters on the host, one adapter.
+    None where it is not asked for (training.compare_separate), where the time does not suffice, and where it
+    is not possible: several processes, a sharded base, adapters on the host, one adapter.
     """
     config = trainer.config.training
     if not config.compare_separate or not _is_comparable(trainer):
@@ -80,7 +82,9 @@ def _is_comparable(trainer: Trainer) -> bool:
 
 
 def _separate_batches(trainer: Trainer, microbatches: Batches) -> list[list[list[Row]]]:
-    """Each adapter's rows in micro-batches of their own. Methods alternate, so that the first few represent all."""
+    """Each adapter's rows in micro-batches of their own. Methods alternate, so that the first few represent
+    all.
+    """
     rows_of: dict[int, list[Row]] = {}
     for rows in microbatches:
         for row in rows:
@@ -98,8 +102,9 @@ def _separate_batches(trainer: Trainer, microbatches: Batches) -> list[list[list
 def _time_separately(
     trainer: Trainer, separate: Sequence[Batches], deadline: float, rate: float, progress: ProgressBar
 ) -> tuple[list[float], int]:
-    """Seconds of every adapter that is expected to end before `deadline`, and their padded tokens. rate: seconds per
-    token of the joint pass."""
+    """Seconds of every adapter that is expected to end before `deadline`, and their padded tokens. rate:
+    seconds per token of the joint pass.
+    """
     seconds: list[float] = []
     rates: list[float] = []
     tokens = 0

@@ -20,7 +20,9 @@ CHUNK = 128
 
 
 class RowLosses:
-    """Next-token losses of a model, summed per row. Determines once, at the start, how the model makes its logits."""
+    """Next-token losses of a model, summed per row. Determines once, at the start, how the model makes its
+    logits.
+    """
 
     def __init__(self, model: nn.Module, timer: StepTimer | None = None) -> None:
         self.model = model
@@ -32,10 +34,10 @@ class RowLosses:
     def __call__(self, batch: MixedBatch) -> Tensor:
         """Sum of the next-token losses (nats) of every row, float32 [B], differentiable once.
 
-        A causal model's labels are its inputs: position i predicts label i + 1. An encoder-decoder's decoder reads them
-        shifted right (decoder_input_ids of the batch): position i predicts label i. Logits are computed only at
-        positions with a label and, unless the architecture changes them after the output head (soft caps, scales), only
-        CHUNK of them at a time.
+        A causal model's labels are its inputs: position i predicts label i + 1. An encoder-decoder's decoder
+        reads them shifted right (decoder_input_ids of the batch): position i predicts label i. Logits are
+        computed only at positions with a label and, unless the architecture changes them after the output
+        head (soft caps, scales), only CHUNK of them at a time.
         """
         labels = batch.labels if self.encoder_decoder else F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
         learnt = labels != IGNORE
@@ -55,8 +57,9 @@ class RowLosses:
 class ChunkedCrossEntropy(torch.autograd.Function):
     """-log softmax(hidden weight^T + bias)[target] per position, through a frozen head.
 
-    hidden: [n, d]; weight: [V, d]; bias: [V] or None; targets: int64 [n]. Returns float32 [n]. The gradient is made
-    in the forward, chunk by chunk, so that [n, V] never exists (the idea of Liger-Kernel's fused linear cross entropy).
+    hidden: [n, d]; weight: [V, d]; bias: [V] or None; targets: int64 [n]. Returns float32 [n]. The gradient
+    is made in the forward, chunk by chunk, so that [n, V] never exists (the idea of Liger-Kernel's fused
+    linear cross entropy).
     """
 
     @staticmethod
@@ -69,8 +72,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             logits = F.linear(hidden[part], weight, bias).to(losses.dtype)
             picked = targets[part, None]
-            # The softmax kernels work row by row. Not exp and logsumexp: on CPU those run through a vector library that
-            # takes another path for a whole block once it meets a NaN, and so changes the last bits of other adapters.
+            # The softmax kernels work row by row. exp and logsumexp do not: on CPU they run through a vector
+            # library that takes another path for a whole block once it meets a NaN, and so changes the last
+            # bits of other adapters.
             losses[part] = -logits.log_softmax(dim=1).gather(1, picked)[:, 0]
             if gradient is not None:
                 probabilities = logits.softmax(dim=1)
@@ -88,8 +92,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 @contextmanager
 def _head_input(head: nn.Module, learnt: Tensor, first_only: bool) -> Iterator[list[Tensor]]:
-    """Capture the hidden states [n, d] at the label positions of [B, L]. The head receives them as [1, n, d], or only the
-    first of them where its output is not used."""
+    """Capture the hidden states [n, d] at the label positions of [B, L]. The head receives them as [1, n, d],
+    or only the first of them where its output is not used.
+    """
     caught: list[Tensor] = []
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

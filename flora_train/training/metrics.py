@@ -119,7 +119,9 @@ class TrainingMetrics:
 def tracker_keys(
     stage: str, specs: Sequence[AdapterSpec], adapters: Mapping[str, Mapping[str, float]]
 ) -> dict[str, float]:
-    """Scalars as trackers group them: `<stage>/<task>/<family>/<metric>`. adapters: adapter name -> metric -> value."""
+    """Scalars as trackers group them: `<stage>/<task>/<family>/<metric>`. adapters: adapter name -> metric ->
+    value.
+    """
     scalars = {}
     for spec in specs:
         for metric, value in adapters.get(spec.name, {}).items():

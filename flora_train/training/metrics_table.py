@@ -27,10 +27,10 @@ def read_metrics(run: str | os.PathLike[str]) -> pandas.DataFrame:
         run: The run folder.
 
     Returns:
-        One row per value, with the columns `step`, `adapter`, `task`, `method` (flora, lora or ia3), `metric` and `value`.
-        Metrics of training are `loss`, `lr`, `gradient_norm`, `tokens`, `skipped_steps` and `rollbacks`; those of held-out
-        examples are `heldout_loss` and `heldout_bits_per_byte`. `seconds`, `tokens` and `tokens_per_second` of the whole run
-        have no adapter.
+        One row per value, with the columns `step`, `adapter`, `task`, `method` (flora, lora or ia3), `metric`
+        and `value`. Metrics of training are `loss`, `lr`, `gradient_norm`, `tokens`, `skipped_steps` and
+        `rollbacks`; those of held-out examples are `heldout_loss` and `heldout_bits_per_byte`. `seconds`,
+        `tokens` and `tokens_per_second` of the whole run have no adapter.
 
     Raises:
         UserError: The folder holds no run, its metrics are damaged, or pandas is not installed.

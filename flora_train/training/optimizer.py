@@ -1,8 +1,10 @@
-"""Lazy, per-adapter AdamW or SGD on the rows of the bank, with learning rate, weight decay and gradient clipping.
+"""Lazy, per-adapter AdamW or SGD on the rows of the bank, with learning rate, weight decay and gradient
+clipping.
 
-Every adapter has its own learning rate, decay, clip norm and step count, and only the adapters of a step are updated:
-stock optimizers move absent ones through momentum and weight decay. An update takes a few calls on stacked rows per
-pool, whatever the number of adapters and layers.
+Every adapter has its own learning rate, decay, clip norm and step count, and only the adapters of a step are
+updated:
+stock optimizers move absent ones through momentum and weight decay. An update takes a few calls on stacked
+rows per pool, whatever the number of adapters and layers.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ class AdapterStep:
 
 
 class BankOptimizer:
-    """Updates the adapters of a step. Its state are two planes of the bank (AdamW's moments), which the bank's tensors
-    hold, and the step count of every adapter."""
+    """Updates the adapters of a step. Its state are two planes of the bank (AdamW's moments), which the
+    bank's tensors hold, and the step count of every adapter.
+    """
 
     def __init__(self, bank: AdapterBank, config: TrainingConfig) -> None:
         self.bank = bank
@@ -59,8 +62,9 @@ class BankOptimizer:
 
     @torch.no_grad()
     def step(self, adapters: Iterable[int], anomalous: Collection[int] = ()) -> dict[int, AdapterStep]:
-        """Update these adapters from the gradients in their pools, then clear those gradients. anomalous: adapters that
-        must not change."""
+        """Update these adapters from the gradients in their pools, then clear those gradients. anomalous:
+        adapters that must not change.
+        """
         results: dict[int, AdapterStep] = {}
         for pool, members, rows in self.bank.by_pool(adapters):
             results |= self._step_pool(pool, members, rows, anomalous)
@@ -116,7 +120,9 @@ class BankOptimizer:
         pool.values[rows] = (pool.values[rows] * decay).addcdiv_(m.mul(rate), denominator)
 
     def _coefficients(self, pool: Pool, adapters: list[int], steps: list[AdapterStep]) -> Tensor:
-        """Clip factor, weight decay factor, negative learning rate and root of the second bias correction: [adapters, 4]."""
+        """Clip factor, weight decay factor, negative learning rate and root of the second bias correction:
+        [adapters, 4].
+        """
         beta1, beta2 = self.config.betas if self.config.optimizer == "adamw" else (0.0, 0.0)
         rows = []
         for adapter, step in zip(adapters, steps, strict=True):
@@ -144,21 +150,23 @@ def learning_rate(spec: AdapterSpec, step: int) -> float:
 class TorchBankOptimizer(torch.optim.Optimizer):
     """A BankOptimizer with the interface of torch's optimizers.
 
-    A step updates the adapters that have a gradient, each with its own learning rate and schedule, and clears those
-    gradients. The `lr` of the parameter group and learning rate schedulers have no effect.
+    A step updates the adapters that have a gradient, each with its own learning rate and schedule, and clears
+    those gradients. The `lr` of the parameter group and learning rate schedulers have no effect.
 
     Args:
         bank: The adapters.
         config: Optimizer, betas and eps.
 
     Raises:
-        ValueError: The bank pages its adapters. Then the adapters of the next batches must be known in advance.
+        ValueError: The bank pages its adapters. Then the adapters of the next batches must be known in
+        advance.
     """
 
     def __init__(self, bank: AdapterBank, config: TrainingConfig) -> None:
         if bank.pager is not None:
             raise ValueError(
-                "a bank that pages can only be trained by flora_train's own loop, which plans the next batches"
+                "a bank that pages can only be trained by flora_train's own loop, which plans the next "
+                "batches"
             )
         self.rows = BankOptimizer(bank, config)
         super().__init__(
@@ -191,8 +199,8 @@ class TorchBankOptimizer(torch.optim.Optimizer):
 def sum_gradients(bank: AdapterBank, adapters: Iterable[int]) -> int:
     """Sum the gradients of these adapters over all processes, in place, with one exchange per pool.
 
-    Every process passes the same adapters, also where it holds no row of one of them. Returns the bytes that this
-    process sent: the gradients of these adapters, whatever the size of the bank.
+    Every process passes the same adapters, also where it holds no row of one of them. Returns the bytes that
+    this process sent: the gradients of these adapters, whatever the size of the bank.
     """
     sent = 0
     if not several_processes():

@@ -1,4 +1,6 @@
-"""The base model and the data that a run was trained with. Written into run.json, compared wherever either is loaded."""
+"""The base model and the data that a run was trained with. Written into run.json, compared wherever either is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ class OriginOptions(ConfigModel):
     allow_different_base: bool = False
     """Continue with another base model than the run was trained on. The results note it."""
     allow_different_data: bool = False
-    """Continue with other rows than the run was trained on: held-out examples may have been trained on. The results note
-    it."""
+    """Continue with other rows than the run was trained on: held-out examples may have been trained on. The
+    results note it.
+    """
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,9 @@ def data_of(task: Task) -> dict[str, Any]:
 
 
 def allowed(problems: Sequence[Problem], allow: bool, flag: str) -> list[str]:
-    """Each difference as a sentence for the results. Raises UserError if they are not allowed. flag: the switch that
-    allows them."""
+    """Each difference as a sentence for the results. Raises UserError if they are not allowed. flag: the
+    switch that allows them.
+    """
     if problems and not allow:
         hint = f"restore it, or give {flag}, which the results note"
         raise UserError(

@@ -1,4 +1,6 @@
-"""Checks that a model keeps documents separate that are packed into one sequence, by running it before training."""
+"""Checks that a model keeps documents separate that are packed into one sequence, by running it before
+training.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,11 @@ LENGTH = 6
 
 @torch.no_grad()
 def check_packing(row_losses: RowLosses, task: str) -> None:
-    """Raises UserError, naming tasks.<task>.packing, for a model that ignores position_ids in its mask: linear attention,
-    ALiBi, convolutions.
+    """Raises UserError, naming tasks.<task>.packing, for a model that ignores position_ids in its mask:
+    linear attention, ALiBi, convolutions.
 
-    The loss of a document must not change, to the last bit, with the document before it in its sequence, and must
-    equal, up to rounding, the loss of the document alone.
+    The loss of a document must not change, to the last bit, with the document before it in its sequence, and
+    must equal, up to rounding, the loss of the document alone.
     """
     model = row_losses.model
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]

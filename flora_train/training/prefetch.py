@@ -16,7 +16,8 @@ LOOKAHEAD = 1000
 
 
 class AdapterPrefetcher:
-    """Loads the adapters that the mixture will draw, up to the run's last step. Without paging it does nothing.
+    """Loads the adapters that the mixture will draw, up to the run's last step. Without paging it does
+    nothing.
 
     Raises UserError if a step within LOOKAHEAD needs more adapters at one time than the device has room for.
     """
@@ -29,8 +30,9 @@ class AdapterPrefetcher:
 
     @contextmanager
     def resident(self, number: int, adapters: Collection[int]) -> Iterator[None]:
-        """A context in which these adapters, of step `number`, are on the device; those of the next step are loaded
-        meanwhile."""
+        """A context in which these adapters, of step `number`, are on the device; those of the next step are
+        loaded meanwhile.
+        """
         pager = self.bank.pager
         if pager is None:
             yield

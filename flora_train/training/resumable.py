@@ -59,7 +59,9 @@ class ResumableTraining:
         )  # reads the whole base, once
 
     def state_dict(self) -> dict[str, Any]:
-        """All training state but the bank's tensors, keyed by adapter name; size and hash of the metrics file."""
+        """All training state but the bank's tensors, keyed by adapter name; size and hash of the metrics
+        file.
+        """
         return {
             "progress": asdict(self.state),
             "joined": self.joined,
@@ -83,13 +85,16 @@ class ResumableTraining:
         self.replan()
 
     def save(self) -> None:
-        """Begin to write a checkpoint of the whole training state. Raises UserError, on all processes, if the disk is
-        full."""
+        """Begin to write a checkpoint of the whole training state. Raises UserError, on all processes, if the
+        disk is full.
+        """
         tensors, self._saving = self.bank.tensors(), True
         on_main_process(lambda: self.checkpoints.save(self.state.step, tensors, self.state_dict()))
 
     def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written. Raises UserError, on all processes, if the disk is full."""
+        """Wait for the checkpoint that is being written. Raises UserError, on all processes, if the disk is
+        full.
+        """
         if self._saving:
             self._saving = False
             on_main_process(self.checkpoints.wait)
@@ -97,8 +102,8 @@ class ResumableTraining:
     def resume(self) -> list[int]:
         """Load the last good checkpoint on all processes; without one, begin at step 1.
 
-        Returns the adapters that are not in it. Raises UserError if it is of another configuration, base model, data or
-        adapter set.
+        Returns the adapters that are not in it. Raises UserError if it is of another configuration, base
+        model, data or adapter set.
         """
         tensors, dependencies = self.bank.tensors(), CheckpointDependencies(self.folder)
         state = on_main_process(lambda: self.checkpoints.restore(tensors, dependencies.find_problem))
@@ -113,10 +118,11 @@ class ResumableTraining:
         return [adapter for name, adapter in self.bank.ids.items() if name not in state["optimizer"]["steps"]]
 
     def extend(self, finished_run: FinishedRun, init_adapters: Callable[[list[int]], None]) -> None:
-        """Begin after the last step of a finished run, whose adapters stay as they are, and save a checkpoint.
+        """Begin after the last step of a finished run, whose adapters stay as they are, and save a
+        checkpoint.
 
-        Call it before the folder is claimed: a kill then leaves the finished run as it was. init_adapters: initialises
-        the adapters that are added.
+        Call it before the folder is claimed: a kill then leaves the finished run as it was. init_adapters:
+        initialises the adapters that are added.
         """
         self.load_state_dict(finished_run.state_dict())
         init_adapters([adapter for name, adapter in self.bank.ids.items() if name not in finished_run.best])

@@ -1,4 +1,4 @@
-"""Checks, by running the model once, that a row's loss depends on its own past tokens alone (guarantee I1)."""
+"""Checks, by running the model, that a row's loss depends on its own past tokens alone (guarantee I1)."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ class _Rows:
 
 
 def check_rows(model: Any, pad_token: int, features: Tensor | None = None) -> None:
-    """Raises UserError if the loss or gradient of a row changes with its neighbours or with the padding that they cause, if
-    a position sees the tokens that it is to predict, or if losses are random.
+    """Raises UserError if the loss or gradient of a row changes with its neighbours or with the padding that
+    they cause, if a position sees the tokens that it is to predict, or if losses are random.
 
-    features: [1, ...] of a clip, for a speech model. The model does not change. Collective where the base is sharded.
+    features: [1, ...] of a clip, for a speech model. The model does not change. Collective where the base is
+    sharded.
     """
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     if (encoder_decoder and not is_speech_model(model.config)) or probe_inputs(model, 1, 2, features) is None:
@@ -59,7 +60,10 @@ def check_rows(model: Any, pad_token: int, features: Tensor | None = None) -> No
     except UserError:
         raise
     except Exception as error:
-        hint = f"cannot compute losses of a few rows, as training would: {type(error).__name__}: {first_line(error)}"
+        hint = (
+            f"cannot compute losses of a few rows, as training would: {type(error).__name__}: "
+            f"{first_line(error)}"
+        )
         raise user_error("model", type(model).__name__, hint) from error
 
 
@@ -85,7 +89,10 @@ def _check(row_losses: RowLosses, rows: _Rows, features: Tensor | None) -> None:
     loss_again, gradient_again = _loss(row_losses, batch, rows)
     name = type(model).__name__
     if not alike([loss_again], gradient_again):
-        hint = "draws random numbers in training that depend on the other rows of a batch: set its dropout and noise to 0"
+        hint = (
+            "draws random numbers in training that depend on the other rows of a batch: set its dropout "
+            "and noise to 0"
+        )
         raise user_error("model", name, hint)
     change = max(abs(value - loss) for value in losses)
     changed = f"loss by {change / abs(loss):.0%}" if change > LOSS[exact] * abs(loss) else "gradient"
@@ -95,8 +102,9 @@ def _check(row_losses: RowLosses, rows: _Rows, features: Tensor | None) -> None:
 
 @torch.no_grad()
 def _losses_alone_and_last(row_losses: RowLosses, rows: _Rows, features: Tensor | None) -> list[float]:
-    """The tested row's loss in a batch of its own and, for text, as the last row of a batch. Experts with a capacity
-    leave the last row what the others have not used."""
+    """The tested row's loss in a batch of its own and, for text, as the last row of a batch. Experts with a
+    capacity leave the last row what the others have not used.
+    """
     model = row_losses.model
     losses = [float(row_losses(_batch(model, (rows.tested,), rows.pad, features))[0])]
     if not is_speech_model(model.config):  # whose rows have different clips
@@ -138,8 +146,8 @@ def _batch(model: Any, rows: Sequence[Tensor], pad: int, features: Tensor | None
 def _loss(row_losses: RowLosses, batch: MixedBatch, rows: _Rows) -> tuple[float, Tensor]:
     """The tested row's loss, and its gradient at the embeddings of its own tokens.
 
-    Raises UserError if it has a gradient elsewhere: at its last token, which is only predicted, at padding, or in other
-    rows.
+    Raises UserError if it has a gradient elsewhere: at its last token, which is only predicted, at padding,
+    or in other rows.
     """
     with gradients_enabled(row_losses.model) as caught:
         losses = row_losses(batch)
@@ -172,7 +180,7 @@ def _check_reads_its_past(model: nn.Module, ids: Tensor, gradient: Tensor, rows:
 
 @torch.no_grad()
 def _where(row_losses: RowLosses, batch: MixedBatch, other: MixedBatch, exact: bool) -> str:
-    """The first module whose output for the tested row differs between two batches, as the end of a message."""
+    """The first module whose output for the tested row differs between two batches, for a message."""
     outputs = []
     for inputs in (batch, other):
         with _first_rows(row_losses.model, len(inputs.adapter_ids)) as states:

@@ -79,8 +79,9 @@ def measure(
     pad_token: int,
     speech_processor: SpeechProcessor | None,
 ) -> Cost:
-    """Run the largest micro-batch of the step with the most tokens: forward, backward and update, with the adapters of
-    that step only. Takes the faster of two timed steps, after one warm-up."""
+    """Run the largest micro-batch of the step with the most tokens: forward, backward and update, with the
+    adapters of that step only. Takes the faster of two timed steps, after one warm-up.
+    """
     specs = expand(config)
     mixture = make_mixture(tasks, specs, config)
     number = max(_planned_steps(config), key=lambda number: _tokens_of(mixture, number))

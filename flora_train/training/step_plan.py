@@ -36,8 +36,9 @@ def make_mixture(
     left: Mapping[str, int] | None = None,
     joined: Mapping[str, int] | None = None,
 ) -> TaskMixture:
-    """The mixture over the tasks that have adapters. left: adapter name -> the first step without it; joined: task -> the first step
-    with it (default 0); each has training.steps from there."""
+    """The mixture over the tasks that have adapters. left: adapter name -> the first step without it; joined:
+    task -> the first step with it (default 0); each has training.steps from there.
+    """
     limits_of: dict[str, dict[str, int]] = defaultdict(dict)
     for spec in specs:
         limits_of[spec.task][spec.name] = spec.max_steps

@@ -13,12 +13,12 @@ PARTS = ("base", "adapters", "loss", "optimizer", "exchange", "data")
 
 
 class StepTimer:
-    """Seconds per part over the timed steps: all steps on a CPU; on a GPU one in `sample_every`, because timing a part means
-    waiting for it.
+    """Seconds per part over the timed steps: all steps on a CPU; on a GPU one in `sample_every`, because
+    timing a part means waiting for it.
 
-    `data`, `loss`, `optimizer` and `exchange` are timed where they happen. The rest of a step is the model's forward and
-    backward. The part of the frozen base is estimated, by padded tokens, from one micro-batch that ran without adapters
-    (`base_rate`); `adapters` is the remainder.
+    `data`, `loss`, `optimizer` and `exchange` are timed where they happen. The rest of a step is the model's
+    forward and backward. The part of the frozen base is estimated, by padded tokens, from one micro-batch
+    that ran without adapters (`base_rate`); `adapters` is the remainder.
     """
 
     def __init__(self, device: torch.device, sample_every: int) -> None:
@@ -51,8 +51,9 @@ class StepTimer:
         self.seconds[name] += self.now() - started
 
     def time_base(self, base_pass: Callable[[], None], padded_tokens: int) -> None:
-        """Measure `base_rate`, without a change to the times of the steps. base_pass: forward and backward of the base over
-        `padded_tokens`."""
+        """Measure `base_rate`, without a change to the times of the steps. base_pass: forward and backward of
+        the base over `padded_tokens`.
+        """
         seconds, steps = [], dict(self.seconds)
         for _ in range(2):  # the first pass also allocates memory
             started, loss_before = self.now(), self.seconds["loss"]

@@ -1,4 +1,6 @@
-"""Checks that the model can read every token of the data and every example to its end, before the model is loaded."""
+"""Checks that the model can read every token of the data and every example to its end, before the model is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_tokens(config: RunConfig, tokenizer: Any, tasks: Mapping[str, Task]) -> None:
-    """Raises UserError if a token's id is beyond the model's embedding, or an example has more tokens than the model has
-    positions."""
+    """Raises UserError if a token's id is beyond the model's embedding, or an example has more tokens than
+    the model has positions.
+    """
     rows = count_tokens(empty_model(config.model))
     problems = [*_special_tokens(config, tokenizer, rows), *_unknown_tokens(tokenizer, tasks, rows)]
     if not problems:
@@ -35,8 +38,10 @@ def _special_tokens(config: RunConfig, tokenizer: Any, rows: int) -> Iterator[Pr
     for kind, number in (("padding", pad_token(tokenizer)), ("end", int(tokenizer.eos_token_id))):
         if number >= rows:
             hint = (
-                f"its tokenizer's {kind} token {tokenizer.convert_ids_to_tokens(number)!r} has the id {number}, and the model has the "
-                f"tokens 0 to {rows - 1}: choose one of these (tokenizer.pad_token = tokenizer.eos_token) and save the tokenizer, or "
+                f"its tokenizer's {kind} token {tokenizer.convert_ids_to_tokens(number)!r} has the id "
+                f"{number}, and the model has the "
+                f"tokens 0 to {rows - 1}: choose one of these (tokenizer.pad_token = tokenizer.eos_token) "
+                "and save the tokenizer, or "
                 "enlarge the model's embedding and save both"
             )
             yield Problem("model.path", config.model.path, hint)
@@ -48,8 +53,10 @@ def _unknown_tokens(tokenizer: Any, tasks: Mapping[str, Task], rows: int) -> Ite
         if len(beyond):
             number = int(beyond[0])
             hint = (
-                f"holds the token {tokenizer.convert_ids_to_tokens(number)!r} with the id {number}, and the model has the tokens 0 to "
-                f"{rows - 1}: the tokenizer is of another model, or got tokens that the model's embedding did not"
+                f"holds the token {tokenizer.convert_ids_to_tokens(number)!r} with the id {number}, and the "
+                "model has the tokens 0 to "
+                f"{rows - 1}: the tokenizer is of another model, or got tokens that the model's embedding "
+                "did not"
             )
             yield Problem(key, None, hint)
 
@@ -61,17 +68,22 @@ def _long_examples(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[Pro
     limit = max_readable_length(config.model, model_config, longest)
     declared, independent = declared_positions(model_config), independent_up_to(model_config)
     if limit is not None:
-        hint = f"{key} has an example of {longest} tokens, and the model has positions for {limit}: give at most {limit}"
+        hint = (
+            f"{key} has an example of {longest} tokens, and the model has positions for {limit}: give at "
+            f"most {limit}"
+        )
         yield Problem("training.max_length", config.training.max_length, hint)
     elif independent is not None and longest > independent:
         hint = (
-            f"{key} has an example of {longest} tokens; beyond {independent} the model recomputes the positions of all rows "
+            f"{key} has an example of {longest} tokens; beyond {independent} the model recomputes the "
+            "positions of all rows "
             f"of a batch, so that rows would depend on their neighbours: give at most {independent}"
         )
         yield Problem("training.max_length", config.training.max_length, hint)
     elif declared is not None and longest > declared:
         logger.warning(
-            f"{key} has an example of {longest} tokens; the model was made for {declared} (max_position_embeddings)"
+            f"{key} has an example of {longest} tokens; the model was made for {declared} "
+            "(max_position_embeddings)"
         )
 
 

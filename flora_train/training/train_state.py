@@ -1,4 +1,6 @@
-"""TrainState: how far a run has come. Its state, like that of every part of training, is keyed by adapter name."""
+"""TrainState: how far a run has come. Its state, like that of every part of training, is keyed by adapter
+name.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +39,8 @@ def by_name(values: Mapping[int, Value], specs: Sequence[AdapterSpec]) -> dict[s
 
 
 def by_id(values: Mapping[str, Value], specs: Sequence[AdapterSpec]) -> dict[int, Value]:
-    """Values by adapter name -> the same by adapter id, whatever ids the names had when the values were saved."""
+    """Values by adapter name -> the same by adapter id, whatever ids the names had when the values were
+    saved.
+    """
     ids = {spec.name: adapter for adapter, spec in enumerate(specs)}
     return {ids[name]: value for name, value in values.items()}

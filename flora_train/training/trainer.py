@@ -114,8 +114,9 @@ class Trainer(ResumableTraining):
         state.step += 1
 
     def step(self, number: int, plan: StepPlan) -> None:
-        """Accumulate the micro-batches of a step and update its adapters. Each adapter's loss is the mean over its own
-        tokens of the whole step, on all processes (I1)."""
+        """Accumulate the micro-batches of a step and update its adapters. Each adapter's loss is the mean
+        over its own tokens of the whole step, on all processes (I1).
+        """
         with self.timer.step(number), self.prefetcher.resident(number, plan.label_tokens):
             nats = self._accumulate_gradients(number, plan)
             with self.timer.part("exchange"):
@@ -170,8 +171,9 @@ class Trainer(ResumableTraining):
         self._record(record, tracker_keys("train", self.bank.specs, adapters))
 
     def evaluate(self, progress: ProgressBar) -> None:
-        """Evaluate the active adapters on held-out examples, save those that improved, and retire those that are to
-        stop; then the following steps are planned anew."""
+        """Evaluate the active adapters on held-out examples, save those that improved, and retire those that
+        are to stop; then the following steps are planned anew.
+        """
         state, limit, started = self.state, self.config.evaluation.max_examples, time.monotonic()
 
         def report(share: float) -> None:
@@ -201,7 +203,9 @@ class Trainer(ResumableTraining):
             self.next_plan = self.plan(state.step)
 
     def heldout(self, max_examples: int | None, report: Callable[[float], None]) -> dict[str, HeldOut]:
-        """Held-out losses of the active adapters, with their present parameters. report: called with the share done."""
+        """Held-out losses of the active adapters, with their present parameters. report: called with the
+        share done.
+        """
         return evaluate_heldout(
             self.row_losses,
             self.bank,
@@ -216,8 +220,9 @@ class Trainer(ResumableTraining):
         )
 
     def time_base(self, plan: StepPlan) -> None:
-        """Measure once how long the base alone takes for a micro-batch, so that the cost of the adapters can be told.
-        The state of the run does not change."""
+        """Measure once how long the base alone takes for a micro-batch, so that the cost of the adapters can
+        be told. The state of the run does not change.
+        """
         batch = self.make_batch(max(plan.microbatches, key=lambda rows: rows[0].length * len(rows)))
         with self.bank.without_adapters():
             self.timer.time_base(lambda: self.row_losses(batch).sum().backward(), batch.padded_tokens)

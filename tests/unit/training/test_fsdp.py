@@ -18,7 +18,10 @@ def test_an_engine_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, v
     monkeypatch.setenv(variable, "false")
     check_launcher()
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=rf"{variable} = 'true': {engine} of accelerate's configuration has no effect.* model\.fsdp=true shards the base"):
+    with pytest.raises(
+        UserError,
+        match=rf"{variable} = 'true': {engine} of accelerate's configuration has no effect.* model\.fsdp=true shards the base",
+    ):
         check_launcher()
 
 
@@ -39,7 +42,7 @@ def test_a_process_holds_its_part_of_the_layers_two_of_them_whole_and_what_is_ou
 
 
 def test_a_quantised_or_a_speech_model_stays_whole() -> None:
-    with pytest.raises(UserError, match=r"model\.fsdp = True: cannot divide a base in 8bit: give model\.quantization=none"):
+    with pytest.raises(UserError, match=r"model\.fsdp = True: cannot shard a base model in 8bit: set model\.quantization=none"):
         load_config(["recipe=quickstart", "model.quantization=8bit", "model.fsdp=true"])
     config = load_config(["recipe=speech_local", "model.fsdp=true"])
     with pytest.raises(UserError, match=r"model\.fsdp = True: is for text models: a speech model must be whole"):
