@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import expand
+from flora_train.commands.run_result import RunResult
 from flora_train.config.load import load_config
 from flora_train.data.batch import share_of_rank
 from flora_train.data.task import load_tasks
@@ -91,6 +92,20 @@ def test_the_report_says_what_separate_runs_would_cost(finished: Path) -> None:
     assert speedup["adapters"] > 1
     assert speedup["joint_seconds"] > 0
     assert "adapter by adapter (a single measurement" in (finished / "eval" / "report.html").read_text()
+
+
+def test_run_result_is_a_path_with_report_metrics_and_a_table_for_notebooks(finished: Path) -> None:
+    run = RunResult(finished)
+    assert Path(run) == Path(str(run)) == run.path == finished
+    assert (run / "eval" / "report.html").exists()
+    assert {result.task for result in run.report.results} == {"letters", "digits"}
+    losses = run.metrics[run.metrics.metric == "heldout_loss"]
+    assert set(losses.adapter) == set(ADAPTERS)
+    assert set(losses.step) == {6, 12}
+    assert set(losses.method) == {"flora", "lora", "ia3"}
+    page = run._repr_html_()
+    for cell in ("letters", "digits", "base", "flora", str(finished / "eval" / "report.html")):
+        assert cell in page
 
 
 def test_terminal_shows_progress_with_eta_results_completions_and_the_next_command(finished: Path) -> None:
