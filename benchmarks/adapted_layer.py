@@ -54,7 +54,11 @@ class Problem:
             return seconds(lambda: [forward(self).backward(self.dy) for _ in range(IN_A_ROW)])
 
         ends = time.perf_counter() + most_seconds
-        for warm in (forward, forward, Problem.frozen):  # twice: the first call asks the system for its memory
+        for warm in (
+            forward,
+            forward,
+            Problem.frozen,
+        ):  # twice: the first call asks the system for its memory
             timed(warm)
         ratios: list[float] = []
         while len(ratios) < repeats and (not ratios or time.perf_counter() < ends):

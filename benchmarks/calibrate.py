@@ -121,7 +121,16 @@ def works() -> list[Work]:
             for adapters in ADAPTERS:
                 for each in EACH + LONG:
                     for rank in RANKS:
-                        work = Work(rank, True, each * adapters, adapters, width, width, bytes_each=size, split=size == 2)
+                        work = Work(
+                            rank,
+                            True,
+                            each * adapters,
+                            adapters,
+                            width,
+                            width,
+                            bytes_each=size,
+                            split=size == 2,
+                        )
                         turning = each in LONG or 8 <= work.terms * each <= 2048
                         if each * adapters <= MOST_TOKENS and turning and each * adapters >= 16:
                             found.append(replace(work, device=DEVICE.type))
@@ -131,7 +140,11 @@ def works() -> list[Work]:
 def measure(work: Work, repeats: int, with_triton: bool) -> Timed:
     """The median seconds of every formulation that supports this work."""
     problem = Problem(work.in_features, work.tokens, work.segments, work.rank, DTYPES[work.bytes_each])
-    names: list[Formulation] = ["rank_expanded", *(["materialised"] if work.device == "cpu" else []), "grouped"]
+    names: list[Formulation] = [
+        "rank_expanded",
+        *(["materialised"] if work.device == "cpu" else []),
+        "grouped",
+    ]
     names += ["fused"] if with_triton else []
 
     def once(name: Formulation) -> None:
@@ -171,8 +184,7 @@ def report(timed: Sequence[Timed], found: dict[int, Thresholds], repeats: int, m
         f"{machine}. `python benchmarks/calibrate.py --save` prints this file.",
         f"Forward + backward of {len(timed)} shapes, residual adapters, median of up to {repeats} "
         "interleaved rounds. The loss of a",
-        "rule is how many times slower its choice is than the fastest formulation of a shape (geometric "
-        "mean).",
+        "rule is how many times slower its choice is than the fastest formulation of a shape (geometric mean).",
         "",
         "| dtype | a term costs (% of a run through W0) | forming W0 * M costs an adapter (tokens through "
         "W0) | and a rank | work on all adapters at once up to (MiB of W0 * M) | our own kernel up to "

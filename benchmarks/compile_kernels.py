@@ -65,7 +65,22 @@ class Compiled:
 
 
 TYPED = {"x", "weight", "y", "dy", "dx", "tokens"}
-FLOAT32 = {"left", "right", "offset", "near", "A", "B", "dA", "dB", "stack", "scaling", "scale", "hidden", "parts", "sums"}
+FLOAT32 = {
+    "left",
+    "right",
+    "offset",
+    "near",
+    "A",
+    "B",
+    "dA",
+    "dB",
+    "stack",
+    "scaling",
+    "scale",
+    "hidden",
+    "parts",
+    "sums",
+}
 FLOAT32 |= {"values", "gradients", "first", "second", "numbers"}
 OTHERS = {
     "table": "*i32",
@@ -90,9 +105,7 @@ class Variant:
     fetched: Mapping[str, Sequence[int]]
 
 
-def launched(
-    kernel: Any, options: dict[str, Any], fetched: Mapping[str, Sequence[int]] | None = None
-) -> Variant:
+def launched(kernel: Any, options: dict[str, Any], fetched: Mapping[str, Sequence[int]] | None = None) -> Variant:
     """A kernel as Python launches it; Triton's default is 4 warps and 3 stages. fetched: tensors passed as
     descriptors -> tiles."""
     constants = dict(options)
@@ -107,7 +120,11 @@ def tiled(shape: tiles.MatmulTiles | tiles.GradientTiles) -> dict[str, int]:
 def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
     """The launches of flora_train's Triton kernels for tokens of this dtype on this chip."""
     type_ = DTYPES[dtype]
-    of_rank, of_lora, of_expand = matmul_constants(type_, rank), lora.tuning(type_, rank), lora.expand_tuning(type_, rank)
+    of_rank, of_lora, of_expand = (
+        matmul_constants(type_, rank),
+        lora.tuning(type_, rank),
+        lora.expand_tuning(type_, rank),
+    )
     blocks = {"TOKENS": TILE_TOKENS, "FEATURES": TILE_FEATURES, "ORDERED": False}
     found = {}
     for uses_tma in (False, True) if capability == 90 and dtype != "fp32" else (False,):
@@ -120,7 +137,11 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
             for backward in (False, True):
                 for split in (False, True) if dtype != "fp32" and not backward else (False,):
                     name = f"fLoRA {'dX' if backward else 'y, split' if split else 'y'}, {tokens} tokens{how}"
-                    exact = {"SPLIT": split, "M_PRECISION": "tf32x3" if split else of_rank["PRECISION"], "TRANSPOSED": backward}
+                    exact = {
+                        "SPLIT": split,
+                        "M_PRECISION": "tf32x3" if split else of_rank["PRECISION"],
+                        "TRANSPOSED": backward,
+                    }
                     shape = tiles.matmul_tiles(type_, rank, uses_tma=uses_tma, split=split)
                     exact |= tiled(shape) | {"FEATURES": shape.features, "SUMMED": shape.summed}
                     one = {"weight_feature" if backward else "weight_summed": 1}
@@ -133,9 +154,15 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
             variant = (
                 of_rank | tiled(tile) | {"TOKENS": tile.tokens, "OUTS": tile.outs, "INS": tile.ins, "ORDERED": False, "ADD": True}
             )
-            shapes = {"x": (tile.tokens, tile.ins), "dy": (tile.tokens, tile.outs), "weight": (tile.outs, tile.ins)}
+            shapes = {
+                "x": (tile.tokens, tile.ins),
+                "dy": (tile.tokens, tile.outs),
+                "weight": (tile.outs, tile.ins),
+            }
             found[f"fLoRA dA, dB, {tile.outs} x {tile.ins}{how}"] = launched(
-                flora_gradient_triton._adapter_gradients, variant | {"USES_TMA": uses_tma}, shapes if uses_tma else {}
+                flora_gradient_triton._adapter_gradients,
+                variant | {"USES_TMA": uses_tma},
+                shapes if uses_tma else {},
             )
     parts = blocks | {"PARTS": 8}
     return found | {
@@ -166,7 +193,16 @@ def compile_one(name: str, dtype: str, rank: int, capability: int) -> Compiled:
     variant = variants(dtype, rank, capability)[name]
     kernel, constants = variant.kernel, variant.constants
     signature = {argument: argument_type(argument, variant, dtype) for argument in kernel.arg_names}
-    aligned = {"features", "summed", "in_features", "out_features", "x_token", "y_token", "weight_feature", "weight_summed"}
+    aligned = {
+        "features",
+        "summed",
+        "in_features",
+        "out_features",
+        "x_token",
+        "y_token",
+        "weight_feature",
+        "weight_summed",
+    }
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (argument, type_) in enumerate(signature.items())
@@ -175,7 +211,14 @@ def compile_one(name: str, dtype: str, rank: int, capability: int) -> Compiled:
     places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
-    return Compiled(name, dtype, rank, capability, shared=compiled.metadata.shared, **resources(compiled.asm["ptx"], capability))
+    return Compiled(
+        name,
+        dtype,
+        rank,
+        capability,
+        shared=compiled.metadata.shared,
+        **resources(compiled.asm["ptx"], capability),
+    )
 
 
 def argument_type(argument: str, variant: Variant, dtype: str) -> str:
@@ -197,10 +240,18 @@ def resources(ptx: str, capability: int) -> dict[str, int]:
         file, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         file.write_text(ptx)
         said = tool(
-            "ptxas-blackwell" if capability >= 100 else "ptxas", "-v", f"--gpu-name={arch}", str(file), "-o", str(cubin)
+            "ptxas-blackwell" if capability >= 100 else "ptxas",
+            "-v",
+            f"--gpu-name={arch}",
+            str(file),
+            "-o",
+            str(cubin),
         ).stderr
         code = tool("nvdisasm", "-hex", "-c", str(cubin)).stdout
-    registers, spilled = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill stores", said)
+    registers, spilled = (
+        re.search(r"Used (\d+) registers", said),
+        re.findall(r"(\d+) bytes spill stores", said),
+    )
     assert registers is not None, said
     return {
         "registers": int(registers[1]),
@@ -219,8 +270,7 @@ def tool(name: str, *words: str) -> subprocess.CompletedProcess[str]:
 def table(found: list[Compiled]) -> list[str]:
     """Markdown."""
     columns = (
-        "kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) | instructions | "
-        "of them for matrix units"
+        "kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) | instructions | of them for matrix units"
     )
     lines = [f"| {columns} |", "|---" * 9 + "|"]
     for c in found:
@@ -237,7 +287,12 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument(
-        "--chips", type=int, nargs="+", choices=list(SHARED_BYTES), default=list(SHARED_BYTES), help="for these only"
+        "--chips",
+        type=int,
+        nargs="+",
+        choices=list(SHARED_BYTES),
+        default=list(SHARED_BYTES),
+        help="for these only",
     )
     parser.add_argument("--types", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="for tokens of these only")
     parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, default=list(RANKS), help="for adapters of these only")

@@ -43,7 +43,13 @@ SECONDS = 2.0
 slow it)."""
 BLOCK = 50
 HOGS = 2
-DESERVED = {"right": "OK", "wrong": "AssertionError", "broken": "SyntaxError", "prints 300 KB": "OK", "never ends": "Timeout"}
+DESERVED = {
+    "right": "OK",
+    "wrong": "AssertionError",
+    "broken": "SyntaxError",
+    "prints 300 KB": "OK",
+    "never ends": "Timeout",
+}
 COMMENT = {"lua": "--", "cpp": "//"}
 SPECIAL = {
     ("lua", "broken"): "  return )\nend",
@@ -111,7 +117,10 @@ def make_cases(language: Language, count: int) -> list[Case]:
     names = sorted(problems)
     cases = []
     for i in range(count):
-        kind, name = kinds[i * 37 % count], names[i % len(names)]  # 37 has no factor in common with count: a fixed shuffle
+        kind, name = (
+            kinds[i * 37 % count],
+            names[i % len(names)],
+        )  # 37 has no factor in common with count: a fixed shuffle
         source = problems[name].program(completion(language.key, kind, problems[name], solutions))
         cases.append(Case(kind, Program(language, f"{source}\n{COMMENT[language.key]} {i}")))
     return cases
@@ -186,12 +195,9 @@ def heading(repeats: int) -> list[str]:
         f"{facts['machine']['processor']}, {available_cpus()} cores, Python {facts['python']}, "
         f"{', '.join(versions)}, commit "
         f"{facts['commit']}.",
-        f"Median of {repeats} interleaved pair{'s' * (repeats > 1)} of runs. `python "
-        "benchmarks/execution.py --save` prints this",
-        f"file. Ours: {available_cpus()} programs at a time, each in its sandbox, C++ with a precompiled "
-        "header (making it is in",
-        "the time). The reference: one at a time without a sandbox, looked at every 0.1 s. Both stop a "
-        "program after",
+        f"Median of {repeats} interleaved pair{'s' * (repeats > 1)} of runs. `python benchmarks/execution.py --save` prints this",
+        f"file. Ours: {available_cpus()} programs at a time, each in its sandbox, C++ with a precompiled header (making it is in",
+        "the time). The reference: one at a time without a sandbox, looked at every 0.1 s. Both stop a program after",
         f"{SECONDS:g} s (ours, beside others, after twice that; doubtful ones are run again alone); the "
         "reference's own limit of 15 s",
         "would make it slower yet. In every hundred programs one never ends.",
@@ -234,12 +240,10 @@ def endings(cases: Cases, measured: Results) -> list[str]:
     return [
         *lines,
         "",
-        "Where they differ: the reference takes 1 KiB of output at each look, so that a program that prints "
-        "300 KB waits for its",
+        "Where they differ: the reference takes 1 KiB of output at each look, so that a program that prints 300 KB waits for its",
         "reader until its time is over, and is called a Timeout though it is right (with 15 s, too: a pipe "
         "holds 64 KiB, and 15 s",
-        "of looks take 150 KiB more). It has one word, Exception, for failed assertions and, in Lua, for "
-        "what does not parse.",
+        "of looks take 150 KiB more). It has one word, Exception, for failed assertions and, in Lua, for what does not parse.",
         "",
     ]
 

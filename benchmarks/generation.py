@@ -44,11 +44,9 @@ PROMPTS = [
     "# Returns true if the number is even.\ndef is_even?(n)",
     "// Returns the text in reverse order.\nfunction reversed(text) {",
     "// Says whether the year has 366 days.\nfunc longYear(year int) bool {",
-    "/// Returns how often the letter occurs in the text.\nfn occurrences(text: &str, letter: char) -> "
-    "usize {",
+    "/// Returns how often the letter occurs in the text.\nfn occurrences(text: &str, letter: char) -> usize {",
     "// Returns the average of the numbers.\nfunction average($numbers) {",
-    "/// Returns the first number that is divisible by the other.\nint firstMultiple(int[] numbers, int "
-    "other)",
+    "/// Returns the first number that is divisible by the other.\nint firstMultiple(int[] numbers, int other)",
 ]
 
 
@@ -85,7 +83,11 @@ def generated_in_peft(model: Any, tokenizer: Any, tokens: int) -> list[str]:
         ids = tokenizer(prompt, return_tensors="pt")
         with torch.no_grad():
             out = model.generate(
-                **ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                **ids,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
             )
         texts.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
     return texts
@@ -149,8 +151,7 @@ def main() -> None:
         f"of {options.repeats} rounds in which the ways took turns. `python benchmarks/generation.py "
         "--save` prints this file.",
         "",
-        "| | mixed, tokens/s | in turn | peft, in turn | gain over in turn | gain over peft | texts equal "
-        "to in turn | to peft |",
+        "| | mixed, tokens/s | in turn | peft, in turn | gain over in turn | gain over peft | texts equal to in turn | to peft |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:

@@ -82,8 +82,7 @@ class Regime:
 REGIMES = (
     Regime(
         "small model, fixed batch",
-        "Llama of 4 layers, d = 256, random weights; 64 rows x 32 tokens shared by N adapters, one to 64 "
-        "rows each",
+        "Llama of 4 layers, d = 256, random weights; 64 rows x 32 tokens shared by N adapters, one to 64 rows each",
         "small",
         64,
         32,
@@ -226,7 +225,10 @@ def table(result: dict[str, Any]) -> list[str]:
     ]
     several = len(counts) > 1
     keeps = " | kept at N = 16" if several and "16" in counts else ""
-    lines += [f"| | {' | '.join(f'N = {n}' for n in counts)}{keeps} |", "|---" * (len(counts) + 1 + bool(keeps)) + "|"]
+    lines += [
+        f"| | {' | '.join(f'N = {n}' for n in counts)}{keeps} |",
+        "|---" * (len(counts) + 1 + bool(keeps)) + "|",
+    ]
     for label in labels:
         rates = {n: result["adapters"][n]["tokens_per_second"].get(label) for n in counts}
         cells = ["–" if rate is None else f"{rate:,.0f}" for rate in rates.values()]
@@ -242,8 +244,8 @@ def table(result: dict[str, Any]) -> list[str]:
         for rival in rivals:
             found = [result["adapters"][n]["ratios"].get(ours, {}).get(rival) for n in counts]
             if any(found):
-                cells = " | ".join("–" if ratio is None else f"{ratio:.2f}" for ratio in found)
-                lines.append(f"| {ours} : {rival} | {cells} |")
+                cells = ["–" if ratio is None else f"{ratio:.2f}" for ratio in found]
+                lines.append(f"| {ours} : {rival} | {' | '.join(cells)} |")
     lines += [f"\nSkipped: {label} ({why})" for label, why in result["skipped"].items()]
     return [*lines, ""]
 
@@ -261,7 +263,13 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = saved() if options.only else {}
     for regime, counts in chosen:
         repeats = options.repeats or regime.repeats
-        result: dict[str, Any] = {"name": regime.name, "note": regime.note, "repeats": repeats, "adapters": {}, "skipped": {}}
+        result: dict[str, Any] = {
+            "name": regime.name,
+            "note": regime.note,
+            "repeats": repeats,
+            "adapters": {},
+            "skipped": {},
+        }
         for adapters in counts:
             print(f"{regime.name}: N = {adapters}", file=sys.stderr, flush=True)
             seconds, skipped = measure(regime, adapters, repeats, options.threads)

@@ -75,7 +75,13 @@ def main() -> None:
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         whole, parts = Path(folder) / "whole", Path(folder) / "parts"
-        subprocess.run(command(whole, options.processes), cwd=ROOT, env=surroundings(), check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            command(whole, options.processes),
+            cwd=ROOT,
+            env=surroundings(),
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
         seen = harass(parts, options.kills, options.processes, random.Random(options.seed))
         same = digests(whole) == digests(parts)
         text = "\n".join(report(options.processes, seen, same, len(digests(whole))))
@@ -110,7 +116,11 @@ def harass(run: Path, kills: int, processes: int, chance: random.Random) -> Seen
                     seen.while_saving += bool(list(run.glob("checkpoints/.step-*.tmp")))
                     kill(process)
                     seen.kills += 1
-                    print(f"kill {seen.kills} of {kills}: at step {steps_done(run)}", file=sys.stderr, flush=True)
+                    print(
+                        f"kill {seen.kills} of {kills}: at step {steps_done(run)}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             said = process.communicate()[1]
         seen.damaged += said.count("is damaged")
         if found := re.search(r"resuming after step (\d+)", said):
@@ -153,7 +163,15 @@ def steps_done(run: Path) -> int:
 
 def command(run: Path, processes: int) -> list[str]:
     config = ROOT / "launch" / ("single.yaml" if processes == 1 else "cpu_2proc.yaml")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), "train.py"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        str(config),
+        "train.py",
+    ]
     return [*launcher, *RECIPE, f"output_dir={run}", "resume=true"]
 
 
@@ -180,8 +198,7 @@ def report(processes: int, seen: Seen, same: bool, adapters: int) -> list[str]:
         "| | |",
         "|---|---|",
         f"| kills | {seen.kills}, of which {seen.while_saving} while a checkpoint was being written |",
-        f"| adapters with the bytes of the run that was not killed | {'all' if same else 'NOT all'} of "
-        f"{adapters} |",
+        f"| adapters with the bytes of the run that was not killed | {'all' if same else 'NOT all'} of {adapters} |",
         f"| checkpoints that could not be read | {seen.damaged} |",
         f"| steps done and lost at a kill | at most {max(seen.lost, default=0)}, median "
         f"{statistics.median(seen.lost or [0]):g} |",

@@ -40,7 +40,13 @@ LARGE = {
     "num_attention_heads": 24,
     "num_key_value_heads": 2,
 }
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"]
 RANK = 16
 LENGTH = 512
@@ -62,8 +68,7 @@ def main() -> None:
         f"{where()}. StarCoder2 shapes, random weights, rank {RANK} on every linear layer. `python "
         "benchmarks/large_step.py --save` prints this file.",
         "",
-        "| adapters | contender | tokens/s | memory, base included (GiB) | times PEFT's speed (its loop of "
-        "the same kind) |",
+        "| adapters | contender | tokens/s | memory, base included (GiB) | times PEFT's speed (its loop of the same kind) |",
         "|---|---|---|---|---|",
     ]
     for adapters in (8, 32):
@@ -104,10 +109,7 @@ def compare(adapters: int, rival: str, ways: Sequence[tuple[str, Precision]], ti
     for name, needed in memory.items():
         speed = f"{ids.numel() / statistics.median(taken[name]):.0f}" if name in taken else "-"
         pairs = [theirs / mine for theirs, mine in zip(peft, taken.get(name, []), strict=False)]
-        rows.append(
-            f"| {adapters} | {name} | {speed} | {needed} | "
-            f"{f'{statistics.median(pairs):.2f}' if pairs else '-'} |"
-        )
+        rows.append(f"| {adapters} | {name} | {speed} | {needed} | {f'{statistics.median(pairs):.2f}' if pairs else '-'} |")
     return rows
 
 

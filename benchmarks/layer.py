@@ -32,13 +32,25 @@ SHAPES: list[Shape] = [
     *((576, 1024, 1024 // each) for each in (8, 32, 128, 512, 1024)),
     *((1024, 2048, 2048 // each) for each in (8, 32, 128, 256, 512, 1024)),
 ]
-FORCED: list[Shape] = [(256, 2048, 16), (576, 1024, 32), (576, 1024, 8), (1024, 256, 16), (1024, 2048, 16), (1024, 2048, 4)]
+FORCED: list[Shape] = [
+    (256, 2048, 16),
+    (576, 1024, 32),
+    (576, 1024, 8),
+    (1024, 256, 16),
+    (1024, 2048, 16),
+    (1024, 2048, 4),
+]
 RANKS = (1, 2, 4, 16, 64)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="pairs of runs behind every ratio (at most 8 s are spent on one)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=7,
+        help="pairs of runs behind every ratio (at most 8 s are spent on one)",
+    )
     parser.add_argument("--quick", action="store_true", help="three shapes of 128 tokens per adapter only")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
@@ -49,7 +61,11 @@ def main() -> None:
         dtype = getattr(torch, name)
         lines += [f"## {name}: as a run does it", "", *table(shapes, as_run(), dtype, options.repeats)]
         if not options.quick:
-            lines += [f"## {name}: each formulation of fLoRA", "", *table(FORCED, forced(), dtype, options.repeats)]
+            lines += [
+                f"## {name}: each formulation of fLoRA",
+                "",
+                *table(FORCED, forced(), dtype, options.repeats),
+            ]
     text = "\n".join(lines)
     print(text)
     if options.save:
@@ -61,8 +77,7 @@ def heading(repeats: int) -> list[str]:
         "# Cost of an adapted layer: forward + backward, as a multiple of the frozen layer's",
         "",
         f"{where()}, commit {environment()['commit']}.",
-        f"Median of {repeats} interleaved pairs. `python benchmarks/layer.py --save` prints this file. "
-        "fLoRA is residual unless",
+        f"Median of {repeats} interleaved pairs. `python benchmarks/layer.py --save` prints this file. fLoRA is residual unless",
         "it says pure (W0 * (B A)); a residual one has one term more to expand. Three matmuls instead of "
         "two: 1.5 is the floor of",
         "materialised fLoRA, and with the thin ones of rank r at m tokens per adapter 1.5 + 2 r / m.",
@@ -109,10 +124,7 @@ def table(shapes: Sequence[Shape], columns: dict[str, tuple[int, Forward]], dtyp
     for shape in shapes:
         d, tokens, adapters = shape
         ratios = [Problem(*shape, rank, dtype).ratio(forward, repeats) for rank, forward in columns.values()]
-        lines.append(
-            f"| {d}, {tokens}, {adapters} ({tokens // adapters}) | "
-            f"{' | '.join(f'{ratio:.2f}' for ratio in ratios)} |"
-        )
+        lines.append(f"| {d}, {tokens}, {adapters} ({tokens // adapters}) | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
     return [*lines, ""]
 
 

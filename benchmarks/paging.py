@@ -32,7 +32,10 @@ from flora_train.training.step_plan import plan_step
 
 RESULT = Path(__file__).parent / "results" / f"paging_{DEVICE.type}.md"
 TASKS, SLOTS = 128, 32
-ADAPTERS = {"flora": {"method": "flora", "rank": 4, "lr": 1e-2}, "lora": {"method": "lora", "rank": 4, "lr": 1e-3}}
+ADAPTERS = {
+    "flora": {"method": "flora", "rank": 4, "lr": 1e-2},
+    "lora": {"method": "lora", "rank": 4, "lr": 1e-3},
+}
 TRAINING = {"tokens_per_step": 2048, "tokens_per_microbatch": 2048, "max_length": 128}
 PLANES = 3
 """Weights and AdamW's two moments move; a gradient lives for one step."""
@@ -106,13 +109,8 @@ def compare(name: str, mixture: dict[str, Any], steps: int) -> list[str]:
             if pager is not None:
                 theory = sum(loads(uses, trainer.bank, pool, steps) for pool in trainer.bank.pools)
                 into, back = (n / steps / 1e6 for n in (pager.traffic.to_device, pager.traffic.to_host))
-                moved = (
-                    f"{into:.2f} ({theory / steps / 1e6:.2f}) | {back:.2f} | "
-                    f"{pager.traffic.repartitions - PLANES}"
-                )
-            rows.append(
-                f"| {name} | {adapters} | {way} | {ratio:.2f} | {moved} | {'yes' if same else 'NO'} |"
-            )
+                moved = f"{into:.2f} ({theory / steps / 1e6:.2f}) | {back:.2f} | {pager.traffic.repartitions - PLANES}"
+            rows.append(f"| {name} | {adapters} | {way} | {ratio:.2f} | {moved} | {'yes' if same else 'NO'} |")
     return rows
 
 

@@ -32,9 +32,16 @@ from flora_train.kernels.flora.reference import flora_reference
 RESULT = Path(__file__).parent / "results" / f"precision_{DEVICE.type}.md"
 DEVIATIONS = (1e-4, 1e-3, 3e-3, 1e-2, 1e-1)
 MEANS = (0.01, 0.1, 0.5, 1.01, 2.0, 10.0, -0.1)
-NAMES: list[Formulation] = [*TORCH_FORMULATIONS, *(["fused"] if DEVICE.type == "cuda" and why_not_triton(DEVICE) is None else [])]
+NAMES: list[Formulation] = [
+    *TORCH_FORMULATIONS,
+    *(["fused"] if DEVICE.type == "cuda" and why_not_triton(DEVICE) is None else []),
+]
 DTYPES = {"bfloat16": torch.bfloat16} | ({"float16": torch.float16} if DEVICE.type == "cuda" else {})
-TRAINED = {"float32": ("float32", "auto"), "bfloat16, split": ("bfloat16", "split"), "bfloat16, fused": ("bfloat16", "fused")}
+TRAINED = {
+    "float32": ("float32", "auto"),
+    "bfloat16, split": ("bfloat16", "split"),
+    "bfloat16, fused": ("bfloat16", "fused"),
+}
 OVERRIDES = (
     "tasks.perl.weight=0.001 tasks.ruby.weight=0.001 mixture.strategy=uniform training.steps=20 "
     "training.tokens_per_step=1024 "
@@ -43,7 +50,15 @@ OVERRIDES = (
 
 
 def run(problem: Problem, name: Formulation, offset: float, split: bool) -> Tensor:
-    arguments = (problem.x, problem.weight, problem.A, problem.B, problem.numbers(offset), problem.segments, split)
+    arguments = (
+        problem.x,
+        problem.weight,
+        problem.A,
+        problem.B,
+        problem.numbers(offset),
+        problem.segments,
+        split,
+    )
     return formulation(name).apply(*arguments)
 
 
@@ -59,9 +74,7 @@ def near_identity(d: int, rank: int, offset: float, deviation: float, dtype: tor
 
 def kept(problem: Problem, name: Formulation, offset: float, split: bool) -> float:
     """Share of the adapter's effect in y. Rounding y adds noise, but removes nothing."""
-    x, weight, A, B = (
-        tensor.detach().double() for tensor in (problem.x, problem.weight, problem.A, problem.B)
-    )
+    x, weight, A, B = (tensor.detach().double() for tensor in (problem.x, problem.weight, problem.A, problem.B))
     base = x @ weight.T
     effect = flora_reference(x, weight, A, B, offset=problem.numbers(offset), segments=problem.segments) - base
     return float(((run(problem, name, offset, split).detach().double() - base) * effect).sum() / effect.square().sum())
@@ -73,7 +86,13 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="also train SmolLM2 three times (about 10 minutes on two cores)")
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
-    lines = [*heading(), *kept_table(), *cost_table(options.repeats), *(trained_table() if options.train else []), *far_table()]
+    lines = [
+        *heading(),
+        *kept_table(),
+        *cost_table(options.repeats),
+        *(trained_table() if options.train else []),
+        *far_table(),
+    ]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.save:
@@ -116,7 +135,11 @@ def cost_table(repeats: int) -> list[str]:
     ]
     for dtype_name, dtype in DTYPES.items():
         for d in (576, 1024) if DEVICE.type == "cpu" else (2048, 4096):
-            for label, rank, offset in (("pure r 1", 1, 0.0), ("residual r 4", 4, 1.0), ("residual r 16", 16, 1.0)):
+            for label, rank, offset in (
+                ("pure r 1", 1, 0.0),
+                ("residual r 4", 4, 1.0),
+                ("residual r 16", 16, 1.0),
+            ):
                 problem = Problem(d, 1024 if DEVICE.type == "cpu" else 8192, 2, rank, dtype)
                 cells = [f"{ratio(problem, name, offset, repeats):.2f}" for name in NAMES]
                 lines.append(f"| {dtype_name} | {d} | {label} | {' | '.join(cells)} |")
@@ -144,7 +167,13 @@ def trained_table() -> list[str]:
     found: dict[str, dict[str, float]] = {}
     for label, (dtype, precision) in TRAINED.items():
         with tempfile.TemporaryDirectory() as folder:
-            words = ["recipe=quickstart", *OVERRIDES.split(), *adapters, f"model.dtype={dtype}", f"kernels.precision={precision}"]
+            words = [
+                "recipe=quickstart",
+                *OVERRIDES.split(),
+                *adapters,
+                f"model.dtype={dtype}",
+                f"kernels.precision={precision}",
+            ]
             config = load_config([*words, f"output_dir={folder}/run"])
             only = {name: adapter for name, adapter in config.adapters.items() if name.startswith(("pure", "residual"))}
             config = config.model_copy(update={"adapters": only, "tasks": {"lua": config.tasks["lua"]}})
@@ -153,8 +182,7 @@ def trained_table() -> list[str]:
         found[label]["base"] = results["base"]["bits_per_byte"]["value"]
     families = list(next(iter(found.values())))
     lines = [
-        "## Held-out bits per byte on Lua after 20 steps of 1024 tokens, four fLoRA adapters of rank 4 in "
-        "one run, one seed",
+        "## Held-out bits per byte on Lua after 20 steps of 1024 tokens, four fLoRA adapters of rank 4 in one run, one seed",
         "",
         "| base and precision | "
         f"{' | '.join(family.replace('_', ', ') + (' lr' if '_' in family else '') for family in families)} "
@@ -169,8 +197,7 @@ def far_table() -> list[str]:
     """Markdown: the largest relative root mean square error of y and of the gradients of x, A and B, against
     float64."""
     lines = [
-        "## Error of value and gradients wherever M is: the worst of y, dX, dA and dB, relative root mean "
-        "square, split / fused",
+        "## Error of value and gradients wherever M is: the worst of y, dX, dA and dB, relative root mean square, split / fused",
         "",
         "| dtype | adapter | mean M | " + " | ".join(name.replace("_", " ") for name in NAMES) + " |",
         "|---" * (len(NAMES) + 3) + "|",
@@ -186,9 +213,7 @@ def far_table() -> list[str]:
     return [*lines, ""]
 
 
-def worst_error(
-    name: Formulation, dtype: torch.dtype, rank: int, mean: float, offset: float, split: bool
-) -> float:
+def worst_error(name: Formulation, dtype: torch.dtype, rank: int, mean: float, offset: float, split: bool) -> float:
     """M = mean within a few percent; its size is in B and, for a mean above 0, also in A and B equally: the
     worse of both."""
     found = []

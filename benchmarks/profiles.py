@@ -40,7 +40,14 @@ KINDS = {
     "attention": ("attention",),
     "copies": ("copy", "cat", "fill", "zero", "index", "gather", "scatter", "embedding"),
 }
-COLUMNS = ("matmuls over tokens", "matmuls of a rank", "element by element", "attention", "copies", "Python and waiting")
+COLUMNS = (
+    "matmuls over tokens",
+    "matmuls of a rank",
+    "element by element",
+    "attention",
+    "copies",
+    "Python and waiting",
+)
 
 
 def main() -> None:
@@ -53,10 +60,8 @@ def main() -> None:
     lines = [
         "# Where the time goes",
         "",
-        f"{machine['processor']}, {machine['threads']} threads, float32, torch {torch_version}, commit "
-        f"{facts['commit']}.",
-        "Milliseconds a step, and their share of it. `python benchmarks/profiles.py --save` prints this "
-        "file.",
+        f"{machine['processor']}, {machine['threads']} threads, float32, torch {torch_version}, commit {facts['commit']}.",
+        "Milliseconds a step, and their share of it. `python benchmarks/profiles.py --save` prints this file.",
         "",
         f"## joint.py: {model} model, {adapters} adapters, {rows} rows x {length} tokens",
         "",

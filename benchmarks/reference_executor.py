@@ -39,7 +39,13 @@ def _exit_status(words: Sequence[str], file: str, folder: Path, seconds: float) 
     pipe = subprocess.PIPE
     command = [word.replace("{file}", file) for word in words]
     with subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True, bufsize=0
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=True,
+        bufsize=0,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

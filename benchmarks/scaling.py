@@ -34,7 +34,11 @@ LENGTH = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--adapters", type=int, nargs="+", default=ADAPTERS, help="how many; the first is what others are compared with"
+        "--adapters",
+        type=int,
+        nargs="+",
+        default=ADAPTERS,
+        help="how many; the first is what others are compared with",
     )
     parser.add_argument("--repeats", type=int, default=2, help="processes for each measurement, of which the best counts")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
@@ -152,7 +156,12 @@ def write_recipe(folder: Path, form: str, count: int) -> Path:
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "tasks": tasks,
         "adapters": {"lora": {**lora, "lr": lr}},
-        "training": {"steps": 1000, "tokens_per_step": tokens, "tokens_per_microbatch": 512, "max_length": LENGTH},
+        "training": {
+            "steps": 1000,
+            "tokens_per_step": tokens,
+            "tokens_per_microbatch": 512,
+            "max_length": LENGTH,
+        },
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

@@ -163,15 +163,12 @@ def report(recipe: list[str], seen: Seen, expected: dict[str, str], steps: int) 
             "",
             "| | |",
             "|---|---|",
-            "| what happened | "
-            f"{', '.join(f'{count} x {event}' for event, count in sorted(seen.events.items()))} |",
-            "| how sittings ended | "
-            f"{', '.join(f'{count} x status {status}' for status, count in sorted(seen.ended.items()))} |",
+            f"| what happened | {', '.join(f'{count} x {event}' for event, count in sorted(seen.events.items()))} |",
+            f"| how sittings ended | {', '.join(f'{count} x status {status}' for status, count in sorted(seen.ended.items()))} |",
             f"| runs that came to their end, all {len(expected)} adapters with the bytes of the run that "
             f"nobody disturbed | {same} of {runs} |",
             f"| checkpoints that could not be read | {seen.damaged} |",
-            f"| steps done and lost at a start | at most {max(seen.lost, default=0)}, median "
-            f"{median(seen.lost or [0]):g} |",
+            f"| steps done and lost at a start | at most {max(seen.lost, default=0)}, median {median(seen.lost or [0]):g} |",
             f"| resident memory, the most of each of {len(sittings)} sittings longer than a minute | "
             f"{min(peaks):.0f} to {max(peaks):.0f} MB |",
             f"| its growth within the longest ({len(longest) * 2 / 60:.0f} min) | {growth(longest):+.1%} |",
@@ -185,12 +182,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disk", default="6g", help="size of the disk that is filled")
     parser.add_argument(
-        "--reference", type=Path, help="a run of the same recipe that is finished by then, instead of training it first"
+        "--reference",
+        type=Path,
+        help="a run of the same recipe that is finished by then, instead of training it first",
     )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
     parser.add_argument("recipe", nargs="*", default=["recipe=thousand"], help="recipe and settings")
     options = parser.parse_args()
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", "launch/single.yaml", "train.py"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        "launch/single.yaml",
+        "train.py",
+    ]
     with TemporaryDirectory() as folder, small_disk(options.disk) as disk:
         whole, parts = options.reference or Path(folder) / "whole", disk / "run"
         if options.reference is None:

@@ -115,9 +115,7 @@ def alone(session: RunContext, adapter: int) -> list[str]:
 
 def jointly(session: RunContext) -> dict[tuple[str, str], dict[int, str]]:
     """(adapter, task) -> test clip -> transcript of the run's evaluation."""
-    log = Journal(
-        session.folder.evaluation / "speech", LoggedTranscript, "transcript", "evaluate the run first"
-    )
+    log = Journal(session.folder.evaluation / "speech", LoggedTranscript, "transcript", "evaluate the run first")
     found: dict[tuple[str, str], dict[int, str]] = {}
     for entry in log.read().values():
         found.setdefault((entry.adapter, entry.task), {})[entry.example] = entry.text
@@ -174,8 +172,7 @@ def report(session: RunContext, tasks: list[str]) -> str:
     steps = max(bank.specs[adapter].max_steps for adapter in adapters)
     return "\n".join(
         [
-            f"# Speech: adapters of a mixed run of {len(bank.specs)}, and LoRA trained alone with PEFT on "
-            "the same clips",
+            f"# Speech: adapters of a mixed run of {len(bank.specs)}, and LoRA trained alone with PEFT on the same clips",
             "",
             f"{facts['machine']['processor']}, {available_cpus()} threads, {versions}, commit "
             f"{facts['commit']}. "

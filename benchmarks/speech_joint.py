@@ -61,7 +61,13 @@ class Joint:
     def plan(self, number: int) -> StepPlan:
         """The step's rows; their features are computed before, and not measured."""
         trainer = self.trainer
-        plan = plan_step(trainer.mixture, number, trainer.tasks, trainer.bank, trainer.config.training.tokens_per_microbatch)
+        plan = plan_step(
+            trainer.mixture,
+            number,
+            trainer.tasks,
+            trainer.bank,
+            trainer.config.training.tokens_per_microbatch,
+        )
         assert plan is not None
         for rows in plan.microbatches:
             trainer.make_batch(rows)
@@ -112,7 +118,10 @@ def peaks(place: str) -> dict[str, float]:
             if who != "joint":
                 torch.save(joint.batches_of(plan, joint.session.bank.ids[f"cs-{who}"]), file)
             done = subprocess.run(
-                [sys.executable, __file__, "--peak", who, str(file), place], capture_output=True, text=True, check=True
+                [sys.executable, __file__, "--peak", who, str(file), place],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             found[who] = float(done.stdout.splitlines()[-1])
     return found
@@ -167,8 +176,7 @@ def section(repeats: int, place: str) -> list[str]:
         f"{median(found['joint']):.1f} s "
         f"| {median(found['peft']):.1f} s | **{median(ratios):.2f}** [{min(ratios):.2f}, {max(ratios):.2f}] "
         "|",
-        f"| memory of one process, GiB | {memory['joint']:.2f} | {alone:.2f} (one adapter) | "
-        f"{alone / memory['joint']:.2f} |",
+        f"| memory of one process, GiB | {memory['joint']:.2f} | {alone:.2f} (one adapter) | {alone / memory['joint']:.2f} |",
         "",
         f"Where the joint run's time goes: {shares}.",
         "",

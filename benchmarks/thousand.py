@@ -112,7 +112,12 @@ def serve(tasks: int, model: str, steps: int) -> None:
 
     resident = psutil.Process().memory_info
     with TemporaryDirectory() as folder:
-        training = {"steps": steps + 2, "tokens_per_step": 640, "tokens_per_microbatch": 640, "max_length": 64}
+        training = {
+            "steps": steps + 2,
+            "tokens_per_step": 640,
+            "tokens_per_microbatch": 640,
+            "max_length": 64,
+        }
         mixture = {"strategy": "fair", "active_tasks": 3, "turn_steps": 10**6}
         build = (METHODS, tasks, mixture, training, Path(folder), torch.device("cpu"))
         _alone = make_trainer(METHODS, 1, {}, training, Path(folder), torch.device("cpu"), model=model)

@@ -42,7 +42,16 @@ def transcribe(step: float | None, clips: int) -> tuple[dict[str, tuple[list[str
     limits = [f"tasks.{task}.max_test_examples={clips}" for task in ("cs", "nl", "ro", "bg")]
     few = [f"tasks.{task}.{key}=4" for task in ("cs", "nl", "ro", "bg") for key in ("max_examples", "max_validation_examples")]
     length = ["training.tokens_per_step=200000"]
-    config = load_config(["recipe=speech_local", *([] if words else ["audio.window_step=null"]), *words, *limits, *few, *length])
+    config = load_config(
+        [
+            "recipe=speech_local",
+            *([] if words else ["audio.window_step=null"]),
+            *words,
+            *limits,
+            *few,
+            *length,
+        ]
+    )
     tokenizer = load_tokenizer(config.model)
     speech_processor = build_speech_processor(config, load_model_config(config.model), tokenizer)
     tasks = load_tasks(config, tokenizer, cache_folder(), speech_processor)
@@ -102,8 +111,7 @@ def report(clips: int) -> str:
     rows.append(f"| time of transcribing | | {results[0][1]:.0f} s | {seconds} |")
     facts = environment()
     where = (
-        f"{facts['machine']['processor']}, {available_cpus()} CPUs, torch {facts['packages']['torch']}, "
-        f"commit {facts['commit']}"
+        f"{facts['machine']['processor']}, {available_cpus()} CPUs, torch {facts['packages']['torch']}, commit {facts['commit']}"
     )
     return "\n".join(
         [

@@ -22,7 +22,12 @@ ids = make_batch(work, model.config.vocab_size)
 adapters.init(model)
 rank = RANK["lora"]
 config = LoRAConfig(
-    r=rank, alpha=2 * rank, selfattn_lora=True, intermediate_lora=True, output_lora=True, attn_matrices=["q", "k", "v"]
+    r=rank,
+    alpha=2 * rank,
+    selfattn_lora=True,
+    intermediate_lora=True,
+    output_lora=True,
+    attn_matrices=["q", "k", "v"],
 )
 for name in work.names:
     model.add_adapter(name, config=config)

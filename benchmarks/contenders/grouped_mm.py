@@ -22,7 +22,13 @@ class GroupedMatmulFlora(torch.autograd.Function):
         x, weight, A, B, ends = ctx.saved_tensors
         dx = F.grouped_mm(dy, _modulated(weight, A, B), offs=ends)
         P = F.grouped_mm(dy.mT, x, offs=ends).mul_(weight)
-        return dx, None, torch.bmm(B.mT.to(P.dtype), P).to(A.dtype), torch.bmm(P, A.mT.to(P.dtype)).to(B.dtype), None
+        return (
+            dx,
+            None,
+            torch.bmm(B.mT.to(P.dtype), P).to(A.dtype),
+            torch.bmm(P, A.mT.to(P.dtype)).to(B.dtype),
+            None,
+        )
 
 
 def _modulated(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:

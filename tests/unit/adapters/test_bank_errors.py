@@ -1,4 +1,4 @@
-"""Is every mistake with adapter names, ids and targets one clear error?"""
+"""Every mistake with adapter names, ids and targets is one clear error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def bank() -> AdapterBank:
 
 
 def test_unknown_adapter_name_lists_the_names_and_the_closest(bank: AdapterBank) -> None:
-    with pytest.raises(UserError, match=r"'lua-flore': there are lua-flora, lua-lora or perl-ia3\. Did you mean 'lua-flora'\?"):
+    with pytest.raises(
+        UserError,
+        match=r"'lua-flore': there are lua-flora, lua-lora or perl-ia3\. Did you mean 'lua-flora'\?",
+    ):
         bank.route(["lua-flore"])
     with pytest.raises(UserError, match=r"there are lua-flora, lua-lora or perl-ia3\.$"):
         bank.parameters_of("zzz")
@@ -50,7 +53,12 @@ def test_an_adapter_cannot_take_the_name_of_the_base() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "given", "meant"),
-    [("llama", "q_prj", "q_proj"), ("gpt2", "c_atn", "c_attn"), ("opt", "fc_1", "fc1"), ("phi", "k_porj", "k_proj")],
+    [
+        ("llama", "q_prj", "q_proj"),
+        ("gpt2", "c_atn", "c_attn"),
+        ("opt", "fc_1", "fc1"),
+        ("phi", "k_porj", "k_proj"),
+    ],
 )
 def test_target_that_matches_nothing_lists_what_could_match(architecture: str, given: str, meant: str) -> None:
     model = tiny_model(architecture)
@@ -125,13 +133,12 @@ def test_ia3_default_targets_are_peft_s_table(architecture: str) -> None:
     assert any(target.feedforward for target in targets.values())
 
 
-def test_ia3_without_a_default_for_the_architecture_names_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ia3_without_a_default_for_the_architecture_names_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model: Any = tiny_model("phi")
     monkeypatch.setattr(model.config, "model_type", "phi_to_come")  # the tests share this configuration
-    hint = (
-        "IA3 has no default for architecture 'phi_to_come': choose from dense, fc1, fc2, k_proj, q_proj, "
-        "v_proj"
-    )
+    hint = "IA3 has no default for architecture 'phi_to_come': choose from dense, fc1, fc2, k_proj, q_proj, v_proj"
     with pytest.raises(UserError, match=rf"adapters\.ia3\.target_modules: {hint}"):
         AdapterBank.attach(model, [spec("ia3")])
     with pytest.raises(UserError, match=rf"adapters\.ia3\.feedforward_modules: {hint}"):

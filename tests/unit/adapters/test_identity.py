@@ -1,5 +1,4 @@
-"""How does an adapter start, and what is it equal to? The identity, bit by bit; and the families it
-contains."""
+"""Every adapter starts as the identity, to the bit, and contains the families that it generalises."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def made_by_peft(options: Any, folder: Path) -> str:
 
 def lora(folder: Path, **options: Any) -> str:
     return made_by_peft(
-        LoraConfig(**{"r": 3, "lora_alpha": 7, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}), folder
+        LoraConfig(**{"r": 3, "lora_alpha": 7, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}),
+        folder,
     )
 
 
@@ -73,7 +74,8 @@ def test_lora_reads_rank_alpha_rslora_and_targets(targets: Any, rslora: bool, co
     assert ours.scaling == pytest.approx(7 / (3**0.5 if rslora else 3))
     chosen = find_targets(empty_model(resolved.model), ours)
     wanted = find_targets(
-        empty_model(resolved.model), spec("lora", target_modules=TARGETS if targets != "all-linear" else targets)
+        empty_model(resolved.model),
+        spec("lora", target_modules=TARGETS if targets != "all-linear" else targets),
     )
     assert chosen.keys() == wanted.keys()
 
@@ -104,7 +106,13 @@ def test_flora_reads_the_rank_of_a_hira_and_of_a_lora(config: Make, tmp_path: Pa
 def test_every_adapter_that_is_exported_here_is_read_back(own_type: bool, config: Make, tmp_path: Path) -> None:
     bank = perturbed_bank("llama")
     for ours in bank.specs:
-        export_peft(bank, ours.name, tmp_path / ours.name, base=BaseModel("base"), own_type=own_type and ours.method == "flora")
+        export_peft(
+            bank,
+            ours.name,
+            tmp_path / ours.name,
+            base=BaseModel("base"),
+            own_type=own_type and ours.method == "flora",
+        )
         variant = {} if ours.method != "flora" or own_type else {"variant": "residual" if ours.offset else "pure"}
         source = str(tmp_path / "{task}-").replace("{task}-", ours.name)
         resolved = resolve_init_from(config(method=ours.method, init_from=source, **variant))
@@ -145,7 +153,11 @@ def test_task_in_the_name_stands_for_every_task(config: Make, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("adapter", "key", "hint"),
     [
-        ({"method": "ia3"}, "init_from", "has the PEFT type LORA, and an adapter of method ia3 starts from IA3"),
+        (
+            {"method": "ia3"},
+            "init_from",
+            "has the PEFT type LORA, and an adapter of method ia3 starts from IA3",
+        ),
         ({"method": "lora", "rank": 8}, "rank", "set it to 3"),
         ({"method": "lora", "alpha": 8}, "alpha", "set alpha to 7 and rslora to false"),
         ({"method": "lora", "rslora": True}, "rslora", "set alpha to 7 and rslora to false"),

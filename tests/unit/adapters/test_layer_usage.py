@@ -1,5 +1,4 @@
-"""Layers that adapters cannot be attached to are found by running the model, left out, and refused where they
-were named."""
+"""Layers that cannot have adapters are found by running the model, and refused if they were named."""
 
 from __future__ import annotations
 
@@ -31,7 +30,8 @@ def usable_and_not(model: Any) -> tuple[set[str], dict[str, str]]:
 
 def test_named_targets_that_do_not_run_are_refused() -> None:
     with pytest.raises(
-        UserError, match=r"lora\.target_modules = 'dt_proj': no adapter can be attached to .*, which does not run"
+        UserError,
+        match=r"lora\.target_modules = 'dt_proj': no adapter can be attached to .*, which does not run",
     ):
         AdapterBank.attach(family_model("mamba"), [spec("lora", target_modules=["in_proj", "dt_proj"])])
 
@@ -42,7 +42,15 @@ def test_a_name_that_some_layers_run_under_takes_these_alone() -> None:
 
 
 def test_experts_of_single_layers_are_left_out_all_together() -> None:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "num_experts": 4}
+    sizes = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "num_experts": 4,
+    }
     sizes |= {
         "num_sparse_encoder_layers": 1,
         "num_sparse_decoder_layers": 1,
@@ -75,7 +83,8 @@ def test_a_layout_that_only_counts_right_is_refused_by_name() -> None:
     model: Any = tiny_model()
     model.model.layers[1].mlp.up_proj = Flattening(model.model.layers[1].mlp.up_proj)
     with pytest.raises(
-        UserError, match=r"^model = 'LlamaForCausalLM': mixes its rows before model\.layers\.1\.mlp\.up_proj\.inner"
+        UserError,
+        match=r"^model = 'LlamaForCausalLM': mixes its rows before model\.layers\.1\.mlp\.up_proj\.inner",
     ):
         AdapterBank.attach(model, [spec("lora")])
 
@@ -88,7 +97,10 @@ class Scaled(nn.Linear):
 def test_a_layer_that_scales_its_product_is_left_out() -> None:
     model: Any = tiny_model()
     mlp = model.model.layers[1].mlp
-    weight, mlp.up_proj = mlp.up_proj.weight, Scaled(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
+    weight, mlp.up_proj = (
+        mlp.up_proj.weight,
+        Scaled(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False),
+    )
     mlp.up_proj.weight = weight
     assert usable_and_not(model)[1] == {
         "model.layers.1.mlp.up_proj": "is a Scaled, which does not compute the product with its weight"

@@ -1,4 +1,4 @@
-"""Does every row of a batch meet its own adapter, and the frozen base stay what it is?"""
+"""Every row of a batch uses its own adapter, and the frozen base does not change."""
 
 from __future__ import annotations
 
@@ -167,7 +167,11 @@ class Flattening(nn.Module):
 def test_layer_fed_with_flattened_tokens_routes_them_row_by_row() -> None:
     ids, x, outputs = [2, 0, -1, 1, 0], tokens(5), []
     for flatten in (False, True):
-        specs = [spec("flora", rank=2), spec("lora"), spec("ia3", target_modules=["hidden"], feedforward_modules=[])]
+        specs = [
+            spec("flora", rank=2),
+            spec("lora"),
+            spec("ia3", target_modules=["hidden"], feedforward_modules=[]),
+        ]
         bank = AdapterBank.attach(Flattening(flatten), specs)
         perturb(bank)
         with torch.no_grad(), bank.routed(ids):
@@ -218,7 +222,8 @@ def test_encoder_decoder_gradients_under_checkpointing_equal_those_without(reent
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         bank = AdapterBank.attach(
-            model, [spec("flora", rank=2, target_modules="all-linear"), spec("lora", target_modules="all-linear")]
+            model,
+            [spec("flora", rank=2, target_modules="all-linear"), spec("lora", target_modules="all-linear")],
         )
         perturb(bank)
         bank.route([1, 0, 1])

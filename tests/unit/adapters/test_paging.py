@@ -1,4 +1,4 @@
-"""Do adapters that come and go on the device keep their numbers, and does what uses them find them?"""
+"""Adapters that move between device and host keep their values, and every user reads the current ones."""
 
 from __future__ import annotations
 

@@ -33,7 +33,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 def main(*folders: str) -> None:
     torch.set_num_threads(2)
     for folder in map(Path, folders):
-        inputs, auto_class = load_file(folder / "inputs.safetensors"), getattr(transformers, (folder / "class").read_text())
+        inputs, auto_class = (
+            load_file(folder / "inputs.safetensors"),
+            getattr(transformers, (folder / "class").read_text()),
+        )
         logits = {}
         for adapter in sorted((folder / "adapters").iterdir()):
             model = auto_class.from_pretrained(folder / "base").eval()

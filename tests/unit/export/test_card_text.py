@@ -1,4 +1,4 @@
-"""A model card stays Markdown and YAML, whatever a base, a licence or a data set is called."""
+"""A model card stays valid Markdown and YAML for any name of a base, licence or data set."""
 
 from __future__ import annotations
 
@@ -24,11 +24,21 @@ def test_a_card_stays_whole_whatever_things_are_called(evil: str, tmp_path: Path
     report = json.loads(REPORT.read_text(encoding="utf-8"))
     for task in report["tasks"]:
         task |= {"license": evil, "hub": evil, "origin": evil}
-    settings = {"base_model_name_or_path": evil, "revision": evil, "peft_type": "IA3", "task_type": "CAUSAL_LM"}
+    settings = {
+        "base_model_name_or_path": evil,
+        "revision": evil,
+        "peft_type": "IA3",
+        "task_type": "CAUSAL_LM",
+    }
     folder = tmp_path / "ruby-ia3"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    write_card(Report.model_validate(report), spec("ia3", "ruby"), folder, example=GenerationExample(prompt=f"```\n{evil}"))
+    write_card(
+        Report.model_validate(report),
+        spec("ia3", "ruby"),
+        folder,
+        example=GenerationExample(prompt=f"```\n{evil}"),
+    )
     card = (folder / "README.md").read_text(encoding="utf-8")
     head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.S).groups()  # type: ignore[union-attr]
     assert yaml.safe_load(head)["base_model"] == evil

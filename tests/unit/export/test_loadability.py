@@ -1,4 +1,4 @@
-"""Plain PEFT loads every exported adapter whole, or a line says before training that it does not."""
+"""Plain PEFT loads every exported adapter completely, or a warning before training says that it does not."""
 
 from __future__ import annotations
 
@@ -36,8 +36,20 @@ from tests.architectures import ARCHITECTURES, GROUPED, architecture_config, tin
 from tests.conftest import perturb, spec
 from tests.unit.adapters.helpers import logits, tiny_t5, tokens
 
-EXPERTS = {**GROUPED, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+EXPERTS = {
+    **GROUPED,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+ROUTED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 LATENT = {
     **{key: value for key, value in EXPERTS.items() if key != "head_dim"},
     **ROUTED,
@@ -48,7 +60,12 @@ LATENT = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
 }
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 STATE = {**GROUPED, "mamba_d_state": 8, "mamba_expand": 2, "mamba_dt_rank": 4}
 REWRITTEN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**EXPERTS, "mlp_only_layers": [0]},
@@ -57,7 +74,13 @@ REWRITTEN: dict[str, dict[str, Any]] = {
     "glm4_moe": {**EXPERTS, **ROUTED},
     "glm4_moe_lite": LATENT,
     "dots1": {**EXPERTS, **ROUTED},
-    "ernie4_5_moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    "ernie4_5_moe": {
+        **EXPERTS,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
     "hunyuan_v1_moe": {**EXPERTS, "moe_topk": 2},
     "qwen3_next": {
         **EXPERTS,
@@ -122,7 +145,9 @@ def test_a_lora_on_every_layer_of_a_model_of_experts_is_the_same_in_plain_peft(f
 
 
 @pytest.mark.parametrize(
-    "options", [{"rslora": True}, {"target_modules": ["gate_proj"]}, {"target_modules": ["down_proj"]}], ids=str
+    "options",
+    [{"rslora": True}, {"target_modules": ["gate_proj"]}, {"target_modules": ["down_proj"]}],
+    ids=str,
 )
 def test_an_adalora_of_any_settings_has_the_numbers_of_its_lora_and_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
     x, ours = tokens(2), spec("lora", rank=3, alpha=5.0, dropout=0.1, **options)
@@ -161,7 +186,12 @@ MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_siz
 
 def test_layers_that_peft_refuses_are_named_before_training_and_in_the_folder(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **MAMBA))
-    bank = bank_on(model, spec("lora", family="all"), spec("lora", family="some", target_modules=["in_proj"]), spec("flora"))
+    bank = bank_on(
+        model,
+        spec("lora", family="all"),
+        spec("lora", family="some", target_modules=["in_proj"]),
+        spec("flora"),
+    )
     (said,) = notes(bank.model, bank.pools)
     assert said.startswith("all: plain PEFT refuses it as LORA")
     assert "out_proj" in said
@@ -198,7 +228,9 @@ def test_a_silent_loss_that_no_form_avoids_is_refused_before_training() -> None:
         list(notes(bank.model, bank.pools))
 
 
-def test_a_model_that_cannot_be_made_from_its_configuration_is_exported_with_a_note_before_training(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_made_from_its_configuration_is_exported_with_a_note_before_training(
+    tmp_path: Path,
+) -> None:
     class Own(LlamaForCausalLM):
         def __init__(self, config: Any, more: int) -> None:
             super().__init__(config)

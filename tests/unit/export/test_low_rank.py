@@ -1,4 +1,4 @@
-"""Are the low-rank stand-ins the best of their rank?"""
+"""Low-rank approximations are the best of their rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_train.export.low_rank import _least_squares, energies, modulation, relative_error, smallest_rank, truncated
+from flora_train.export.low_rank import (
+    _least_squares,
+    energies,
+    modulation,
+    relative_error,
+    smallest_rank,
+    truncated,
+)
 
 SHAPES = [(24, 40), (40, 24), (16, 16)]
 
@@ -56,7 +63,9 @@ def test_a_modulation_that_was_there_is_found_again(shape: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-def test_a_modulation_fits_a_lora_better_than_its_truncated_ratio_and_cannot_be_moved_for_the_better(rank: int) -> None:
+def test_a_modulation_fits_a_lora_better_than_its_truncated_ratio_and_cannot_be_moved_for_the_better(
+    rank: int,
+) -> None:
     weight, delta = matrix(24, 40, seed=5), matrix(24, 2, seed=6) @ matrix(2, 40, seed=7)
 
     def loss(B: Tensor, A: Tensor) -> Tensor:

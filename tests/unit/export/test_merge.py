@@ -1,4 +1,4 @@
-"""Is a merged model a plain transformers model that says what the adapted one said?"""
+"""A merged model is a plain transformers model with the outputs of the adapted one."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from tests.unit.training.small_disk import file_size_limit
 
 @pytest.mark.parametrize("family", ["pure", "residual", "rslora", "ia3_explicit"])
 @pytest.mark.parametrize("architecture", FEW)
-def test_transformers_loads_the_merged_model_and_computes_our_logits(
-    tmp_path: Path, architecture: str, family: str
-) -> None:
+def test_transformers_loads_the_merged_model_and_computes_our_logits(tmp_path: Path, architecture: str, family: str) -> None:
     """Not to the last bit: W0 * M is rounded to float32 once more than x (W0 * M) inside one kernel, and LoRA
     and IA3 multiply in another order. That is 1e-7 a layer; 1e-4 of the logits leaves room for the depth."""
     bank, x = perturbed_bank(architecture), tokens(3)

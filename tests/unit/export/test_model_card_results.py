@@ -1,5 +1,4 @@
-"""What cards and the hub are told of an adapter is what the report of its run says: of the runs whose reports
-are committed."""
+"""Cards and the hub show the results of the run's report, for all committed reports."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Do exported adapters mean in plain PEFT what they mean here? And is a failed export as if it had not
-begun?"""
+"""Exported adapters have the same outputs in plain PEFT, and a failed export leaves no trace."""
 
 from __future__ import annotations
 
@@ -30,7 +29,12 @@ from tests.conftest import FEW, perturb, spec
 from tests.unit.adapters.helpers import logits, plain_logits, tiny_t5, tokens
 from tests.unit.training.small_disk import file_size_limit
 
-SUBSET = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "opt": ["q_proj", "fc2"], "phi": ["dense", "fc1"]}
+SUBSET = {
+    "llama": ["q_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "opt": ["q_proj", "fc2"],
+    "phi": ["dense", "fc1"],
+}
 EXPLICIT: dict[str, tuple[list[str], list[str]]] = {
     "llama": (["q_proj", "o_proj", "up_proj"], ["up_proj"]),
     "gpt2": (["c_attn", "c_proj"], ["attn.c_proj"]),
@@ -42,7 +46,12 @@ FAMILIES = ["pure", "residual", "lora", "rslora", "lora_subset", "ia3", "ia3_exp
 
 def exported_specs(architecture: str) -> list[AdapterSpec]:
     targets, inputs = EXPLICIT[architecture]
-    layer = {"llama": "1.self_attn.o_proj", "gpt2": "1.attn.c_proj", "opt": "1.self_attn.out_proj", "phi": "1.self_attn.dense"}
+    layer = {
+        "llama": "1.self_attn.o_proj",
+        "gpt2": "1.attn.c_proj",
+        "opt": "1.self_attn.out_proj",
+        "phi": "1.self_attn.dense",
+    }
     return [
         spec("flora", family="pure", rank=3, variant="pure"),
         spec("flora", family="residual", rank=4, variant="residual"),
@@ -81,7 +90,11 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
         (folder / "class").write_text("AutoModelForCausalLM")
         for name in bank.ids:
             export_peft(bank, name, folder / "adapters" / name, base=BaseModel(str(folder / "base")))
-    program = [sys.executable, str(Path(__file__).with_name("load_with_peft.py")), *(str(root / name) for name in banks)]
+    program = [
+        sys.executable,
+        str(Path(__file__).with_name("load_with_peft.py")),
+        *(str(root / name) for name in banks),
+    ]
     done = subprocess.run(program, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {
@@ -125,7 +138,10 @@ def test_target_modules_are_short_endings_that_select_exactly_the_targets(archit
 def test_folder_holds_peft_s_two_files_with_peft_s_names(tmp_path: Path) -> None:
     bank = perturbed_bank("llama")
     folder = export_peft(bank, "task-pure", tmp_path / "task-pure", base=BaseModel("models/base"))
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     tensors = load_file(folder / "adapter_model.safetensors")
     module = "base_model.model.model.layers.0.self_attn.q_proj"
     assert tensors[f"{module}.hira_A"].shape == (4, 32)  # pure, r = 3: one rank more

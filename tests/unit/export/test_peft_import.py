@@ -1,5 +1,4 @@
-"""Does an adapter begin exactly where a PEFT adapter ended, and is what does not fit refused with the setting
-that does?"""
+"""An adapter starts exactly where a PEFT adapter ended; one that does not fit is refused with a hint."""
 
 from __future__ import annotations
 
@@ -28,7 +27,13 @@ from tests.unit.export.test_peft_format import perturbed_bank
 def test_every_exported_adapter_comes_back_with_the_same_bits(architecture: str, own_type: bool, tmp_path: Path) -> None:
     before = perturbed_bank(architecture)
     for s in before.specs:
-        export_peft(before, s.name, tmp_path / s.name, base=BaseModel("base"), own_type=own_type and s.method == "flora")
+        export_peft(
+            before,
+            s.name,
+            tmp_path / s.name,
+            base=BaseModel("base"),
+            own_type=own_type and s.method == "flora",
+        )
     specs = [replace(s, init_from=str(tmp_path / s.name)) for s in before.specs]
     after = AdapterBank.attach(tiny_model(architecture), specs)
     untouched = AdapterBank.attach(tiny_model(architecture), before.specs)
@@ -44,7 +49,10 @@ THEIRS: dict[str, tuple[Any, AdapterSpec]] = {
         LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM"),
         spec("lora", rank=3, alpha=6.0, target_modules=TARGETS),
     ),
-    "HiRA": (HiraConfig(r=3, target_modules=TARGETS, task_type="CAUSAL_LM"), spec("flora", rank=3, target_modules=TARGETS)),
+    "HiRA": (
+        HiraConfig(r=3, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        spec("flora", rank=3, target_modules=TARGETS),
+    ),
     "IA3": (
         IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
         spec("ia3", target_modules=TARGETS, feedforward_modules=["down_proj"]),

@@ -1,5 +1,4 @@
-"""With flora_train.peft_plugin, plain peft computes, trains, saves, merges and refuses fLoRA under a type of
-its own."""
+"""With flora_train.peft_plugin, plain peft computes, trains, saves, merges and refuses fLoRA as FLORA."""
 
 from __future__ import annotations
 
@@ -91,7 +90,9 @@ def test_it_begins_as_the_base_and_has_the_gradients_of_the_bank(variant: str) -
     targets = ["q_proj", "down_proj"]
     model: Any = get_peft_model(tiny_model().double(), FloraConfig(r=3, variant=variant, target_modules=targets))
     bank = AdapterBank.attach(
-        tiny_model().double(), [spec("flora", rank=3, variant=variant, target_modules=targets)], dtype=torch.float64
+        tiny_model().double(),
+        [spec("flora", rank=3, variant=variant, target_modules=targets)],
+        dtype=torch.float64,
     )
     x = tokens(2)
     with torch.no_grad():
@@ -134,7 +135,5 @@ def test_bad_values_are_refused(words: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_no_linear_layer_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match="embed_tokens has the type Embedding: fLoRA supports Linear and Conv1D"
-    ):
+    with pytest.raises(TypeError, match="embed_tokens has the type Embedding: fLoRA supports Linear and Conv1D"):
         get_peft_model(tiny_model(), FloraConfig(target_modules=["embed_tokens"]))

@@ -1,4 +1,4 @@
-"""Does the LoRA that stands in for an adapter compute what it computes, as far as its rank goes?"""
+"""The LoRA that approximates an adapter computes what it computes, as far as its rank allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the work of a layer shared out whole, evenly and only where that pays?"""
+"""The work of a layer is distributed completely, evenly, and only where it pays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def test_every_token_meets_every_output_feature_once(lengths: tuple[int, ...], t
 
 
 @pytest.mark.parametrize(
-    ("lengths", "threads", "parts"), [((64,) * 8, 2, 1), ((64,) * 3, 2, 2), ((90, 60, 30), 2, 1), ((64,) * 5, 4, 2)]
+    ("lengths", "threads", "parts"),
+    [((64,) * 8, 2, 1), ((64,) * 3, 2, 2), ((90, 60, 30), 2, 1), ((64,) * 5, 4, 2)],
 )
 def test_segments_are_cut_only_where_threads_would_wait(lengths: tuple[int, ...], threads: int, parts: int) -> None:
     division = divide(segments_of(lengths), threads)
@@ -55,7 +56,10 @@ def test_fewer_segments_than_threads_leave_the_threads_to_torch() -> None:
 
 def test_workers_compute_with_one_thread_each_and_the_caller_keeps_its_own(three_threads: None) -> None:
     seen: list[int] = []
-    run_jobs(division_for(segments_of((4,) * 6), torch.device("cpu")), lambda job: seen.append(torch.get_num_threads()))
+    run_jobs(
+        division_for(segments_of((4,) * 6), torch.device("cpu")),
+        lambda job: seen.append(torch.get_num_threads()),
+    )
     assert seen == [1] * 6
     assert torch.get_num_threads() == 3
 

@@ -1,5 +1,4 @@
-"""Is bfloat16 in Triton's interpreter still wrong without tests/bfloat16_interpreter.py, and right with
-it?"""
+"""bfloat16 in Triton's interpreter is wrong without tests/bfloat16_interpreter.py, and right with it."""
 
 from __future__ import annotations
 

@@ -74,7 +74,13 @@ def check(
 @pytest.mark.parametrize("lengths", [RAGGED, EVEN], ids=["ragged", "even"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_flora_equals_the_float64_reference_in_value_and_every_gradient(
-    dtype: torch.dtype, rank: int, op: Any, offsets: str, lengths: tuple[int, ...], threads: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    rank: int,
+    op: Any,
+    offsets: str,
+    lengths: tuple[int, ...],
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.set_num_threads(threads)
     monkeypatch.setattr(flora_torch, "BLOCK_BYTES", 20 * IN * dtype.itemsize)  # several blocks of output features
@@ -152,7 +158,8 @@ def test_hand_written_gradients_pass_gradcheck() -> None:
         )
     y = random(5, 3, seed=4).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda y, x, A, B: lora_add(y * 1.0, x, A, B, scaling=[1.0, 2.0, 0.5], segments=segments), (y, x, A, B)
+        lambda y, x, A, B: lora_add(y * 1.0, x, A, B, scaling=[1.0, 2.0, 0.5], segments=segments),
+        (y, x, A, B),
     )
     assert torch.autograd.gradcheck(lambda x, s: ia3_scale(x, s, segments), (x, random(3, 4, seed=5).requires_grad_()))
 

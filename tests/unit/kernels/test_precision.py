@@ -1,4 +1,4 @@
-"""What half precision cannot hold beside 1, and what autocast may not touch."""
+"""Modulations that half precision cannot represent beside 1, and the effect of autocast."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ def near_identity(rank: int, offset: float, by: float = 1e-3) -> tuple[Tensor, T
     A, B = random(2, rank, IN), by * random(2, OUT, rank) / rank**0.5
     if not offset:
         A[:, 0], B[:, :, 0] = 1 + by * A[:, 0], 1 + B[:, :, 0]
-    return random(TOKENS, IN).bfloat16().to(DEVICE), random(OUT, IN).bfloat16().to(DEVICE), A.to(DEVICE), B.to(DEVICE)
+    return (
+        random(TOKENS, IN).bfloat16().to(DEVICE),
+        random(OUT, IN).bfloat16().to(DEVICE),
+        A.to(DEVICE),
+        B.to(DEVICE),
+    )
 
 
 def kept(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: float) -> float:

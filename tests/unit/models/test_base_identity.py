@@ -1,4 +1,4 @@
-"""The hash of a base's files: of what transformers loads, kept beside it, and never of an earlier content."""
+"""The hash of a base covers the files that transformers loads, and never returns an outdated value."""
 
 from __future__ import annotations
 

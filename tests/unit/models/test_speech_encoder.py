@@ -1,5 +1,4 @@
-"""An encoder hears short windows as it would the beginning of long ones, and a clip once for all who share
-its encoding."""
+"""Short windows are encoded as the beginning of long ones, and a clip once for all rows that share it."""
 
 from __future__ import annotations
 
@@ -16,7 +15,12 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.config.model_schema import ModelConfig
 from flora_train.data.batch import MixedBatch, Row
 from flora_train.models.loading import empty_model, load_base_model
-from flora_train.models.speech_encoder import allow_short_windows, count_positions, model_inputs, to_base_dtype
+from flora_train.models.speech_encoder import (
+    allow_short_windows,
+    count_positions,
+    model_inputs,
+    to_base_dtype,
+)
 from flora_train.training.loss import RowLosses
 from tests.conftest import spec
 from tests.other_speech import KINDS, extractor_of, loaded_tiny, save_tiny
@@ -97,7 +101,8 @@ def test_adapters_of_the_decoder_share_an_encoding() -> None:
     assert [bank.shares_encoding(a) for a in (BASE_ID, 0, 1, 2, 3)] == [True, True, True, True, False]
     encoded: list[torch.Size] = []
     model.get_encoder().register_forward_pre_hook(
-        lambda module, args, kwargs: encoded.append((args[0] if args else kwargs["input_features"]).shape), with_kwargs=True
+        lambda module, args, kwargs: encoded.append((args[0] if args else kwargs["input_features"]).shape),
+        with_kwargs=True,
     )
     row_losses = RowLosses(model)
     generator = torch.Generator().manual_seed(2)
@@ -137,5 +142,8 @@ def test_recomputing_reaches_adapters_in_the_encoder(reentrant: bool) -> None:
         torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
     for adapter in (0, 1):
         for name, params in bank.location[adapter][0].layout.items():
-            start, size = min(first for first, _ in params.values()), sum(prod(shape) for _, shape in params.values())
+            start, size = (
+                min(first for first, _ in params.values()),
+                sum(prod(shape) for _, shape in params.values()),
+            )
             assert ".encoder." not in name or gradients[1][adapter][start : start + size].abs().max() > 0

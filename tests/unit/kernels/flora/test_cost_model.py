@@ -1,4 +1,4 @@
-"""Which formulation is chosen, why, and from which numbers?"""
+"""The chosen formulation, its reason, and the thresholds behind it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from flora_train.kernels.flora.cost_model import Thresholds, Work, calibrated_on, choose_formulation, decide, thresholds_for
+from flora_train.kernels.flora.cost_model import (
+    Thresholds,
+    Work,
+    calibrated_on,
+    choose_formulation,
+    decide,
+    thresholds_for,
+)
 
 FEW = 16  # 4 terms: 8 runs through W0 a token, against 3 and forming
 MEASURED = Thresholds(expanding=100, forming=57, forming_a_rank=6, grouped_bytes=12 << 20)
@@ -27,7 +34,11 @@ def test_one_term_is_expanded_whatever_the_tokens() -> None:
 
 
 def test_few_tokens_per_adapter_are_expanded() -> None:
-    for device, triton, otherwise in (("cpu", False, "materialised"), ("cuda", False, "grouped"), ("cuda", True, "fused")):
+    for device, triton, otherwise in (
+        ("cpu", False, "materialised"),
+        ("cuda", False, "grouped"),
+        ("cuda", True, "fused"),
+    ):
         work = replace(LARGE, device=device, triton=triton)
         assert chosen(work) == "rank_expanded"
         assert chosen(replace(work, tokens=8 * (FEW + 1))) == otherwise

@@ -1,5 +1,4 @@
-"""Adapters on a base whose weights a quantiser holds: the numbers of the dequantized model, without keeping
-it."""
+"""Adapters on a quantized base compute what they compute on the dequantized model, which is not stored."""
 
 from __future__ import annotations
 

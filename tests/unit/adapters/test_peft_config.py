@@ -1,5 +1,4 @@
-"""Only PEFT adapters that are known to compute what their tensors say are read; every other one is refused by
-name."""
+"""PEFT adapters are read only if their tensors define what they compute; all others are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +29,13 @@ from tests.conftest import spec
 from tests.unit.adapters.helpers import logits, tokens
 
 TARGETS = ["q_proj", "down_proj"]
-CONFIGS = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig, "IA3": IA3Config, "HIRA": HiraConfig, "FLORA": FloraConfig}
+CONFIGS = {
+    "LORA": LoraConfig,
+    "ADALORA": AdaLoraConfig,
+    "IA3": IA3Config,
+    "HIRA": HiraConfig,
+    "FLORA": FloraConfig,
+}
 
 
 def saved(folder: Path, *, model: Any = None, initial: Path | None = None, **options: Any) -> tuple[Path, Any]:
@@ -88,7 +93,10 @@ def test_a_lora_with_harmless_options_gives_peft_s_logits(options: dict[str, Any
     modules = [
         n.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for n in read_peft(str(folder), "k")[1] if "_A" in n
     ]
-    bank = started(folder, spec("lora", rank=4, alpha=alpha, rslora=bool(options.get("use_rslora")), target_modules=modules))
+    bank = started(
+        folder,
+        spec("lora", rank=4, alpha=alpha, rslora=bool(options.get("use_rslora")), target_modules=modules),
+    )
     with torch.no_grad():
         expected = theirs.base_model.model(input_ids=x).logits
     torch.testing.assert_close(logits(bank, x, [0, 0]), expected, rtol=1e-5, atol=1e-5)
@@ -187,7 +195,15 @@ def test_a_configuration_that_is_not_known_to_be_harmless_is_refused(change: dic
 
 def test_what_a_newer_peft_writes_and_leaves_off_is_no_hindrance(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "a")
-    edit(folder, peft_version="9.0.0", a_new_option=None, another=False, a_third={}, revision="main", auto_mapping={"x": "y"})
+    edit(
+        folder,
+        peft_version="9.0.0",
+        a_new_option=None,
+        another=False,
+        a_third={},
+        revision="main",
+        auto_mapping={"x": "y"},
+    )
     started(folder, spec("lora", rank=4, alpha=6.0, target_modules=TARGETS))
 
 

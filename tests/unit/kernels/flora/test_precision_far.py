@@ -1,4 +1,4 @@
-"""fLoRA in half precision far from the identity: the tolerance holds wherever M is, not only near 1."""
+"""fLoRA in half precision keeps its tolerance for every mean of M, not only near 1."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ def factors(rank: int, mean: float, offset: float, carried_by: str) -> tuple[Ten
 
     A, B = random(2, rank, IN), 0.05 * abs(target) * random(2, OUT, rank) / rank**0.5
     large, sign = abs(target) ** 0.5, 1.0 if target > 0 else -1.0
-    of_a, of_b = {"A": (target, 1.0), "B": (1.0, target), "both": (large, sign * large), "all": (1.0, target / rank)}[carried_by]
+    of_a, of_b = {
+        "A": (target, 1.0),
+        "B": (1.0, target),
+        "both": (large, sign * large),
+        "all": (1.0, target / rank),
+    }[carried_by]
     parts = slice(None) if carried_by == "all" else slice(1)
     A[:, parts] = of_a * (1 + 0.05 * random(2, rank, IN)[:, parts])
     B[:, :, parts] = of_b * (1 + 0.05 * random(2, OUT, rank)[:, :, parts])

@@ -1,5 +1,4 @@
-"""Files of a base model that are damaged, missing or do not belong together: one clear error, and nothing
-drawn at random."""
+"""Damaged, missing or mismatched files of a base model are one clear error; no weight is random."""
 
 from __future__ import annotations
 
@@ -31,7 +30,25 @@ from tests.speech import save_tiny_whisper
 
 CPU = torch.device("cpu")
 DAMAGES = (b"", b"{}", b"[]", b"null", b"{", b"\xff\xfe\x00", b'["a"]', b'"text"', b"[" * 20000, b"{" * 20000)
-VALUES = (None, True, -1, 0, 1.5, 1e308, 10**18, "", "x", "../../etc", "float99", [], {}, [[]], {"a": 1}, [1, 2], "\ud800")
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    1e308,
+    10**18,
+    "",
+    "x",
+    "../../etc",
+    "float99",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    [1, 2],
+    "\ud800",
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +87,13 @@ def survives(bases: dict[str, Path], kind: str, name: str, content: bytes | None
 
 
 def files_of(kind: str) -> list[str]:
-    shared = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    shared = [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     return [*shared, "preprocessor_config.json"] if kind == "speech" else shared
 
 
@@ -130,7 +153,11 @@ def test_an_index_of_weights_that_names_what_is_not_there_is_refused(
     file = tmp_path / "base" / "model.safetensors"
     tensors = load_file(file)
     half = sorted(tensors)[:4]
-    save_file({name: tensors[name] for name in half}, tmp_path / "base" / "model-00001-of-00002.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensors[name] for name in half},
+        tmp_path / "base" / "model-00001-of-00002.safetensors",
+        {"format": "pt"},
+    )
     file.unlink()
     names = {name: f"model-0000{1 if name in half else 2}-of-00002.safetensors" for name in tensors}
     index = {"metadata": {}, "weight_map": names} if missing else {"weight_map": [1]}
