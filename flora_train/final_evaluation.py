@@ -27,6 +27,7 @@ from flora_train.export.usage_snippet import generation_example
 from flora_train.run_context import RunContext
 from flora_train.runtime.distributed import on_main_process, world
 from flora_train.runtime.environment import dtype_of, environment, now, peak_memory
+from flora_train.runtime.manifest import PEFT_WARNING
 from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.best_adapters import BestCheckpoint
@@ -131,6 +132,7 @@ def write_results(
         seconds=stages,
         config=folder.config.read_text(encoding="utf-8"),
         origin_differences=context.differences,
+        not_for_plain_peft=_peft_warnings(context),
     )
     code, speech = read_summaries(folder.evaluation), read_summary(folder.evaluation)
     evaluation = Evaluation(heldout, best, completions, code, speech)
@@ -139,6 +141,16 @@ def write_results(
     if publish:
         for spec in bank.specs:
             write_card(report, spec, folder.adapters / spec.name, example=generation_example(config, spec.task))
+
+
+def _peft_warnings(context: RunContext) -> dict[str, str]:
+    """Adapter -> text of the file that says why plain PEFT does not load its folder."""
+    warnings = {}
+    for name in context.bank.ids:
+        file = context.folder.adapters / name / PEFT_WARNING
+        if file.exists():
+            warnings[name] = file.read_text(encoding="utf-8").strip()
+    return warnings
 
 
 def sample_completions(context: RunContext) -> list[SampleCompletion]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,10 @@ from flora_train.evaluation.report.formatting import (
 from flora_train.evaluation.report.heatmap import heatmaps
 from flora_train.evaluation.report.summary_text import summarise
 from flora_train.evaluation.report.svg import FamilyStyle, family_styles
+from flora_train.evaluation.report.sweep_panel import sweep_panel
+from flora_train.evaluation.report.sweeps import heading, sweep_plots, winner_is_clear
 from flora_train.evaluation.report.types import JointSpeedup, Report, RunFacts, SplitSummary
+from flora_train.evaluation.speech.score_types import Rate, SpeechLanguage, SpeechResults
 from flora_train.training.step_timer import format_shares
 
 MAX_DRAWN = 100
@@ -57,6 +62,19 @@ LEFT_OUT = {
 """Field of a split's counts -> what it means for the rows."""
 
 
+@dataclass(frozen=True)
+class SweepPanels:
+    """The plots of one swept key."""
+
+    heading: str
+    legend: Sequence[tuple[str, Markup]]
+    """Label of a series, and its line and marker."""
+    panels: Sequence[tuple[str, Markup]]
+    """Task and panel."""
+    left_out: str
+    """Says that further tasks have no plot; empty if all have one."""
+
+
 def render_html(report: Report) -> str:
     """The page of a run, as text."""
     styles = family_styles(report.families)
@@ -77,6 +95,10 @@ def render_html(report: Report) -> str:
         difference_panels=difference_panels,
         curve_panels=curve_panels,
         pass_panels=[_pass_panels(i, suite, styles) for i, suite in enumerate(report.code)],
+        pass_tables=[_pass_table(suite) for suite in report.code],
+        **_speech_columns(report.speech),
+        sweep_panels=_sweep_panels(report),
+        winner_is_clear=partial(winner_is_clear, report=report),
         heatmaps=heatmaps(report),
         many_tasks=MANY_TASKS,
         statuses=STATUSES,
@@ -138,6 +160,57 @@ def _pass_panels(number_of_suite: int, suite: CodeSuite, styles: Mapping[str, Fa
         panel = plots.pass_panel(f"pass-{number_of_suite}-{j}", name, part, k, styles=styles, top=top or 1.0)
         panels.append((name, panel))
     return panels
+
+
+def _sweep_panels(report: Report) -> list[SweepPanels]:
+    """The plots of every swept key."""
+    panels = []
+    for i, (key, drawn) in enumerate(sweep_plots(report).items()):
+        labels = list(dict.fromkeys(series.label for plot in drawn for series in plot.series))
+        styles = family_styles(labels)
+        legend = [(label, plots.legend_key(f"sweep-{i}-key-{j}", style)) for j, (label, style) in enumerate(styles.items())]
+        panels_of_key = []
+        for j, plot in enumerate(drawn[:MAX_DRAWN]):
+            panels_of_key.append((plot.task, sweep_panel(f"sweep-{i}-{j}", plot, heading(key), styles)))
+        left_out = ""
+        if len(drawn) > MAX_DRAWN:
+            left_out = f"Plots of the first {MAX_DRAWN} of {len(drawn)} tasks; the table shows all tasks."
+        panels.append(SweepPanels(heading(key), legend, panels_of_key, left_out))
+    return panels
+
+
+def _pass_table(suite: CodeSuite) -> tuple[list[LanguageScores | MacroScores], list[str], list[str], list[str]]:
+    """Parts of the table of pass@k, which ends with the mean over languages, and name, problems and samples of each."""
+    parts: list[LanguageScores | MacroScores] = []
+    names, problems, samples = [], [], []
+    for part in suite.languages:
+        parts.append(part)
+        names.append(part.name)
+        evaluated = count(part.problems)
+        if part.problems < part.available:
+            evaluated += f" of {count(part.available)}"
+        problems.append(evaluated)
+        samples.append(count(min(contender.samples for contender in part.contenders)))
+    if len(suite.macro.languages) > 1:
+        parts.append(suite.macro)
+        names.append(f"mean of {len(suite.macro.languages)}")
+        problems.append("")
+        samples.append("")
+    return parts, names, problems, samples
+
+
+def _speech_columns(speech: SpeechResults | None) -> dict[str, dict[Rate, list[str]]]:
+    """Units of the reference and the normaliser of each task, for each error rate."""
+    units: dict[Rate, list[str]] = {"wer": [], "wer_normalized": [], "cer": []}
+    normalizers: dict[Rate, list[str]] = {"wer": [], "wer_normalized": [], "cer": []}
+    languages: Sequence[SpeechLanguage] = ()
+    if speech is not None:
+        languages = speech.languages
+    for part in languages:
+        for rate in units:
+            units[rate].append(count(part.contenders[0].rate(rate).units))
+            normalizers[rate].append("none" if rate == "wer" else part.normalizer)
+    return {"speech_units": units, "normalizers": normalizers}
 
 
 def left_out(splits: Sequence[SplitSummary]) -> list[str]:

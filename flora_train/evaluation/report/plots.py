@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from statistics import fmean, median
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -20,6 +21,23 @@ MAX_POINTS = 200
 """Longer training curves are averaged in blocks."""
 ROW_HEIGHT = 24
 """Pixels of a method in the panels of intervals."""
+TALL_ROW_HEIGHT = 40
+"""Pixels of a method whose label is above its interval."""
+LETTER_WIDTH = 6.4
+LONGEST_BESIDE = 18
+"""Letters of the longest label beside its interval."""
+LONGEST_LABEL = 46
+"""Letters that fit the width of a panel; the middle of longer labels is left out."""
+ABOVE: dict[str, Any] = {
+    "xycoords": ("axes fraction", "data"),
+    "xytext": (0, 7),
+    "textcoords": "offset points",
+    "va": "bottom",
+    "color": INK,
+    "annotation_clip": False,
+    "bbox": {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},
+}
+"""Place of a label above its interval."""
 BASE_STYLE = FamilyStyle(INK, "-", "|")
 
 Estimate = tuple[float, float, float]
@@ -62,7 +80,7 @@ def difference_range(results: Iterable[TaskResult]) -> tuple[float, float]:
 def difference_panel(name: str, result: TaskResult, styles: Mapping[str, FamilyStyle], limits: tuple[float, float]) -> Markup:
     """Difference to the base in bits per byte, one row per family: a point and its interval."""
     rows = result.contenders
-    labels = [_shortened(contender.family) for contender in rows]
+    labels = [contender.family for contender in rows]
     estimates = [contender.difference_to_base.finite for contender in rows]
 
     def draw(axes: Axes) -> None:
@@ -95,7 +113,7 @@ def pass_panel(
 
     The scale ends at `top`. The base is drawn in the colour of the text.
     """
-    labels = [_shortened(contender.family) for contender in part.contenders]
+    labels = [contender.family for contender in part.contenders]
     rows: list[tuple[str, Estimate | None]] = []
     for contender in part.contenders:
         estimate = contender.pass_at[k].finite
@@ -197,7 +215,7 @@ def fairness_panel(name: str, drawn: Mapping[str, Sequence[tuple[int, int]]], ta
             else:
                 axes.plot(steps, values, color=MUTED, linewidth=0.8, alpha=0.45)
         for task, side in {lowest: "top", highest: "bottom"}.items():
-            axes.text(steps[-1], ratios[task][-1], f" {_shortened(task, 10)}", va=side, color=INK, fontsize=10)
+            axes.text(steps[-1], ratios[task][-1], f" {shortened(task, 12)}", va=side, color=INK, fontsize=10)
         axes.set(xlim=(steps[0], steps[-1] + 0.12 * max(1, steps[-1] - steps[0])), ylim=(0, top))
         _label_steps(axes, 6)
 
@@ -210,9 +228,16 @@ def fairness_panel(name: str, drawn: Mapping[str, Sequence[tuple[int, int]]], ta
 
 def _interval_panel(name: str, labels: Sequence[str], draw: Draw, title: str, description: str) -> Markup:
     """A panel of one row per label."""
-    left = 14 + 6.4 * max(map(len, labels), default=0)
-    size, box = (WIDTH, 30 + ROW_HEIGHT * len(labels)), (left, WIDTH - 14, 24, 4)
+    left, height = 14 + LETTER_WIDTH * max(map(len, labels), default=0), ROW_HEIGHT
+    if _above(labels):
+        left, height = 14, TALL_ROW_HEIGHT
+    size, box = (WIDTH, 30 + height * len(labels)), (left, WIDTH - 14, 24, 4)
     return draw_svg(name, size, box, draw, title=title, description=description)
+
+
+def _above(labels: Sequence[str]) -> bool:
+    """Whether labels are above the intervals, as one of them is too long to be beside them."""
+    return max(map(len, labels), default=0) > LONGEST_BESIDE
 
 
 def _vertical_grid(axes: Axes) -> None:
@@ -221,8 +246,13 @@ def _vertical_grid(axes: Axes) -> None:
 
 
 def _label_rows(axes: Axes, labels: Sequence[str]) -> None:
-    axes.set(ylim=(len(labels) - 0.4, -0.6), yticks=range(len(labels)))
-    axes.set_yticklabels(labels, color=INK)
+    if _above(labels):
+        axes.set(ylim=(len(labels) - 0.5, -0.75), yticks=[])
+        for y, label in enumerate(labels):
+            axes.annotate(shortened(label, LONGEST_LABEL), (0, y), **ABOVE)
+    else:
+        axes.set(ylim=(len(labels) - 0.4, -0.6), yticks=range(len(labels)))
+        axes.set_yticklabels(labels, color=INK)
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.ticklabel_format(axis="x", style="plain", useOffset=False)
@@ -341,5 +371,9 @@ def _spoken(estimate: Estimate | None) -> str:
     return f"{value} ({low} to {high})"
 
 
-def _shortened(label: str, limit: int = 18) -> str:
-    return label if len(label) <= limit else label[: limit - 1] + "…"
+def shortened(label: str, limit: int) -> str:
+    """A label of at most `limit` letters. Names of a sweep differ at the end, so the middle is left out."""
+    if len(label) <= limit:
+        return label
+    end = limit // 2
+    return f"{label[: limit - end - 1]}…{label[-end:]}"

@@ -1,4 +1,4 @@
-// Search and sort. Without it the page shows the same figures, in the order of the run.
+// Search, sort and hints of wide tables. Without it the page shows the same figures, in the order of the run.
 const number = text => {
   const digits = text.replace(/[\u2212]/g, "-").replace(/,(?=\d{3})/g, "").match(/[-+]?\d+(\.\d+)?/);
   return digits ? Number(digits[0]) : NaN;
@@ -26,6 +26,12 @@ for (const table of document.querySelectorAll("table")) {
     });
   });
 }
+
+// A hint in the caption of each table that is wider than its place, also after a fold opens or the window changes.
+const widths = new ResizeObserver(changes => {
+  for (const { target } of changes) target.classList.toggle("more", target.scrollWidth > target.clientWidth + 1);
+});
+for (const scroll of document.querySelectorAll(".scroll")) widths.observe(scroll);
 
 const find = document.getElementById("find");
 if (find) {

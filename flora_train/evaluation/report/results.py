@@ -20,6 +20,7 @@ from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
 from flora_train.evaluation.bootstrap import Comparison, compare, compared_pairs, finite
 from flora_train.evaluation.code.score_types import CodeSuite
+from flora_train.evaluation.report.sweeps import swept_settings
 from flora_train.evaluation.report.types import (
     AdapterFacts,
     BaseResult,
@@ -106,7 +107,7 @@ def build_results(
         tasks=summaries,
         adapters=[_adapter_facts(bank, i, evaluation.best, record) for i in range(len(bank.specs))],
         results=[_task_result(config, bank, heldout) for heldout in evaluation.heldout.values()],
-        sweeps=sweep_results(bank, evaluation.heldout, record.retired),
+        sweeps=sweep_results(bank, evaluation.heldout, record.retired, settings=swept_settings(config.adapters)),
         curves=_curves(config, folder, evaluation.heldout),
         completions=evaluation.completions,
         code=evaluation.code,
@@ -175,15 +176,30 @@ def examples_hash(split: TokenSplit) -> str:
     return digest.hexdigest()
 
 
-def sweep_results(bank: AdapterBank, heldout: Mapping[str, HeldOut], retired: Mapping[str, Retirement]) -> list[SweepResult]:
-    """A result for every sweep and task. retired: adapter name -> its retirement."""
+def sweep_results(
+    bank: AdapterBank,
+    heldout: Mapping[str, HeldOut],
+    retired: Mapping[str, Retirement],
+    *,
+    settings: Mapping[str, Mapping[str, float | str]],
+) -> list[SweepResult]:
+    """A result for every sweep and task.
+
+    retired: adapter name -> its retirement; settings: family -> values of the swept keys.
+    """
     results = []
     for sweep, task in dict.fromkeys((spec.sweep, spec.task) for spec in bank.specs if spec.sweep is not None):
         members = []
         for spec in bank.specs:
             if (spec.sweep, spec.task) == (sweep, task):
                 bits = finite(heldout[task].bits_per_byte(bank.ids[spec.name]))
-                members.append(SweepMember(family=spec.family, bits_per_byte=bits, retired=retired.get(spec.name)))
+                member = SweepMember(
+                    family=spec.family,
+                    settings=dict(settings.get(spec.family, {})),
+                    bits_per_byte=bits,
+                    retired=retired.get(spec.name),
+                )
+                members.append(member)
         measured = {member.family: member.bits_per_byte for member in members if member.bits_per_byte is not None}
         winner = min(measured, key=lambda family: measured[family], default=None)
         results.append(SweepResult(sweep=sweep, task=task, winner=winner, members=members))

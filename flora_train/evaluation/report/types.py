@@ -80,6 +80,8 @@ class RunFacts(ResultModel):
     joined: dict[Text, Step] = {}
     """Tasks that were added to the run -> their first step."""
     joint_speedup: JointSpeedup | None = None
+    not_for_plain_peft: dict[Text, Text] = {}
+    """Adapter whose exported folder plain PEFT does not load -> the reason."""
     config: Text = ""
     """The resolved configuration, as YAML."""
     origin_differences: tuple[Text, ...] = ()
@@ -269,6 +271,8 @@ class SweepMember(ResultModel):
     """One setting of a sweep."""
 
     family: Text
+    settings: dict[Text, Number | Text] = {}
+    """Swept key -> its value."""
     bits_per_byte: Measurement | None
     """On held-out examples."""
     retired: Retirement | None = None

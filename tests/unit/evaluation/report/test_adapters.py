@@ -19,7 +19,7 @@ def test_adapters_that_stopped_early_are_shown() -> None:
     results["adapters"][2] |= {"quarantined": {"step": 5, "reason": "its loss is not finite"}, "rollbacks": 3}
     page = page_of(results)
     assert page.count("<td>20, stopped at 40 (patience ran out)</td>") == 1
-    assert page.count('<td>20, <b class="loud">quarantined at 5</b>: its loss is not finite</td>') == 1
+    assert page.count('<td>20, <b class="alarm">quarantined at 5</b>: its loss is not finite</td>') == 1
     assert page.count("quarantined at step 5") == 1  # what a screen reader hears of the curve
     assert "A cross: the adapter was quarantined." in page
     assert page.count('<td class="loud">3</td>') == 1
@@ -37,6 +37,6 @@ def test_a_sweep_shows_every_setting_and_its_winner() -> None:
     ]
     results["sweeps"] = [{"sweep": "lora", "task": task, "winner": "lora_lr1e-3", "members": members} for task in ("lua", "perl")]
     page = page_of(results)
-    assert page.count("<b>1.200</b>") == 2
+    assert page.count("best, lead unclear</span> 1.200</td>") == 2
     assert page.count("stopped at 25") == 2
     assert '<a href="#sweeps">' in page

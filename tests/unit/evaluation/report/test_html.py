@@ -209,7 +209,7 @@ def test_nothing_external_is_loaded_and_no_script_but_its_own_runs() -> None:
 
 def test_best_is_marked_in_words_once_per_task_with_rivals() -> None:
     page = page_of(run(THREE))
-    cells = re.findall(r'<td class="best">.*?</td>', page, re.DOTALL)
+    cells = re.findall(r'<td data-label="[^"]*" class="best clear">.*?</td>', page, re.DOTALL)
     assert [re.search(r"[\d.]+(?=</span>)", cell)[0] for cell in cells] == ["1.800", "1.970"]
     assert all(">best</span>" in cell for cell in cells)
 

@@ -19,8 +19,8 @@ def test_shares_over_time_name_the_tasks_that_end_farthest_from_their_aim() -> N
 
 def test_gains_are_a_map_where_there_are_several_tasks() -> None:
     page = page_of(run(THREE))
-    (rows,) = re.findall(r'<div class="heat">.*?<tbody>(.*?)</tbody>', page, re.S)
-    cells = re.findall(r'<td class="(\w+)" style="--strength:(\d+)">([^<]*)', rows)
+    (rows,) = re.findall(r'<div class="heat scroll".*?<tbody>(.*?)</tbody>', page, re.S)
+    cells = re.findall(r'<td data-label="[^"]*" class="(\w+)" style="--strength:(\d+)">([^<]*)', rows)
     assert {kind for kind, _, _ in cells} <= {"better", "worse", "unclear"}
     clear = [(kind, float(text.replace("−", "-"))) for kind, _, text in cells if kind != "unclear"]
     assert {kind for kind, _ in clear} == {"better", "worse"}

@@ -116,12 +116,13 @@ def test_a_sweep_names_the_winner_of_each_task(tmp_path: Path) -> None:
         nats = {bank.ids[f"{task}-x_lr{i}"]: np.array([value * math.log(2)]) for i, value in enumerate(values)}
         heldout[task] = HeldOut(task, {**nats, bank.ids["a-ia3"]: np.array([0.1])}, np.array([1]), np.array([1]))
     halved = Retirement(step=5, reason="halving")
-    found = sweep_results(bank, heldout, {"a-x_lr0": halved})
+    settings = {f"x_lr{i}": {"lr": i / 10} for i in range(3)}
+    found = sweep_results(bank, heldout, {"a-x_lr0": halved}, settings=settings)
     assert [(part.sweep, part.task, part.winner) for part in found] == [("x", "a", "x_lr1"), ("x", "b", None)]
     assert found[0].members == (
-        SweepMember(family="x_lr0", bits_per_byte=2.0, retired=halved),
-        SweepMember(family="x_lr1", bits_per_byte=1.0),
-        SweepMember(family="x_lr2", bits_per_byte=None),
+        SweepMember(family="x_lr0", settings={"lr": 0.0}, bits_per_byte=2.0, retired=halved),
+        SweepMember(family="x_lr1", settings={"lr": 0.1}, bits_per_byte=1.0),
+        SweepMember(family="x_lr2", settings={"lr": 0.2}, bits_per_byte=None),
     )
     console = Console(record=True, width=80, soft_wrap=True)
     print_sweeps(results_of(tmp_path, {"lora": 1.0}).replace(sweeps=found), console)
