@@ -10,6 +10,8 @@ from flora_train.evaluation.report.formatting import NOT_FINITE, number, share, 
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
 
+MANY_METHODS = 8
+"""With more methods than this and than tasks, the methods are rows."""
 SCALE_QUANTILE = 0.95
 """This quantile of all differences has the full colour, so that a single outlier does not pale the others."""
 
@@ -30,9 +32,13 @@ class Heatmap:
     """The differences of one metric."""
 
     title: str
-    families: Sequence[str]
+    tasks: int
+    corner: str
+    """What the rows are: task or method."""
+    columns: Sequence[str]
+    """Methods; tasks where the rows are methods."""
     rows: Sequence[tuple[str, Sequence[Cell | None]]]
-    """A task, and a cell for each family; None where the task has no such adapter."""
+    """A task, and a cell for each column; None where the task has no such adapter."""
 
 
 def heatmaps(report: Report) -> list[Heatmap]:
@@ -53,7 +59,7 @@ def heatmaps(report: Report) -> list[Heatmap]:
         for part in report.speech.languages:
             rates[part.task] = {family: d.rate(part.metric) for family, d in part.to_base.items()}
         maps.append(_heatmap("error rate", rates, lambda value: number(value, 2, "+")))
-    return [heatmap for heatmap in maps if len(heatmap.rows) > 1]
+    return [heatmap for heatmap in maps if heatmap.tasks > 1]
 
 
 def _heatmap(title: str, differences: Mapping[str, Mapping[str, Interval]], write: Callable[[float], str]) -> Heatmap:
@@ -69,7 +75,11 @@ def _heatmap(title: str, differences: Mapping[str, Mapping[str, Interval]], writ
     for task, row in differences.items():
         cells = [_cell(row.get(family), scale, write) for family in families]
         rows.append((task, cells))
-    return Heatmap(title, list(families), rows)
+    if len(families) > MANY_METHODS and len(families) > len(rows):
+        tasks = [task for task, _ in rows]
+        columns = zip(*(cells for _, cells in rows), strict=True)
+        return Heatmap(title, len(rows), "method", tasks, list(zip(families, columns, strict=True)))
+    return Heatmap(title, len(rows), "task", list(families), rows)
 
 
 def _cell(difference: Interval | None, scale: float, write: Callable[[float], str]) -> Cell | None:

@@ -131,3 +131,11 @@ def test_adapters_that_plain_peft_does_not_load_are_named() -> None:
     page = page_of(results)
     assert "does not load the exported folder of lua-flora" in page
     assert "PEFT has no &lt;fLoRA&gt;." in page
+
+
+def test_a_map_of_many_methods_has_methods_as_rows() -> None:
+    families = {f"method{i}": -0.01 * i for i in range(26)}
+    page = page_of(run({"lua": families, "perl": families}))
+    table = page.partition('id="gains"')[2].partition("</table>")[0]
+    assert re.findall(r'<th scope="col">(.*?)</th>', table) == ["method", "lua", "perl"]
+    assert re.findall(r'<th scope="row">(.*?)</th>', table) == list(families)
