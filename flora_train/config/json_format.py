@@ -4,10 +4,16 @@ read."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn, TypeAlias
 
 from flora_train.config.errors import user_error
+
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+"""Any value that JSON can express."""
+JsonObject: TypeAlias = dict[str, JsonValue]
+"""A JSON object as it is read."""
 
 
 class DuplicateKeyError(ValueError):
@@ -18,14 +24,17 @@ class NonFiniteError(ValueError):
     """NaN or infinity, which are not JSON numbers."""
 
 
-def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = False) -> JsonValue:
     """The value of a JSON text. finite: NaN and infinity are errors, not numbers.
 
     Raises ValueError, with the reason in one line, for text that is not JSON, has a key twice in one object,
     is nested too deeply, or holds a number that is too long to read.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse if finite else None)
+        value: JsonValue = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse if finite else None
+        )
+        return value
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise ValueError(f"is not JSON: {error.msg} ({place})") from None
@@ -39,7 +48,7 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
         raise ValueError("holds a number of thousands of digits: write it as text") from None
 
 
-def parse_json_at(location: str, text: str) -> Any:
+def parse_json_at(location: str, text: str) -> JsonValue:
     """As `parse_json`. Raises UserError that names `location`, such as `file.jsonl:3`."""
     try:
         return parse_json(text)
@@ -47,7 +56,7 @@ def parse_json_at(location: str, text: str) -> Any:
         raise user_error(location, None, str(error)) from error
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
+def parse_object(text: str | bytes) -> JsonObject:
     """The object of a JSON text without NaN and infinity. Raises ValueError with the reason in one line."""
     content = parse_json(text, finite=True)
     if not isinstance(content, dict):
@@ -55,7 +64,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     return content
 
 
-def read_object(path: Path, hint: str) -> dict[str, Any]:
+def read_object(path: Path, hint: str) -> JsonObject:
     """The object in a JSON file of a run. hint: what to do about a missing or damaged file.
 
     Raises UserError if the file is missing, unreadable or not a JSON object.
@@ -70,8 +79,8 @@ def read_object(path: Path, hint: str) -> dict[str, Any]:
         raise user_error(str(path), None, f"is damaged (it {error}): {hint}") from error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
+def _object(pairs: list[tuple[str, JsonValue]]) -> JsonObject:
+    content: JsonObject = {}
     for key, value in pairs:
         if key in content:
             raise DuplicateKeyError(f"has the key {key!r} twice: one of the values would be lost")
@@ -79,5 +88,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> NoReturn:
     raise NonFiniteError(f"holds {constant}, which is not a JSON number")

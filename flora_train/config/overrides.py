@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from flora_train.config import yaml_reader
 from flora_train.config.errors import LONGEST_VALUE, Problem, UserError, did_you_mean
+from flora_train.config.json_format import JsonValue
 from flora_train.config.paths import RawConfig, shipped
 from flora_train.config.suggestions import full_key
 
@@ -47,20 +47,24 @@ def merge(below: RawConfig, above: RawConfig) -> RawConfig:
     """Mappings are merged key by key; any other value above replaces the one below."""
     merged = dict(below)
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            merged[key] = merge(below[key], value)
+        value_below = below.get(key)
+        if isinstance(value, dict) and isinstance(value_below, dict):
+            merged[key] = merge(value_below, value)
         else:
             merged[key] = value
     return merged
 
 
-def _set(mapping: RawConfig, parts: Sequence[str], value: Any) -> None:
+def _set(mapping: RawConfig, parts: Sequence[str], value: JsonValue) -> None:
     """Put a value at a.b.c. Mappings are merged, other values replaced; mappings of the value itself stay
     unchanged."""
     for part in parts[:-1]:
         below = mapping.get(part)
-        mapping[part] = dict(below) if isinstance(below, dict) else {}
-        mapping = mapping[part]
+        section: RawConfig = {}
+        if isinstance(below, dict):
+            section = dict(below)
+        mapping[part] = section
+        mapping = section
     key = parts[-1]
     before = mapping.get(key)
     if isinstance(before, dict) and isinstance(value, dict):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from flora_train.config import yaml_reader
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
+from flora_train.config.json_format import JsonObject
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (CHECKOUT / "recipes").is_dir()
@@ -15,7 +16,7 @@ PROJECT_ROOT = CHECKOUT if IS_CHECKOUT else Path(__file__).resolve().parents[1] 
 """Folder of the recipes, data configs, example data and scripts: the source tree, or, in an installed wheel,
 the package."""
 
-RawConfig = dict[str, Any]
+RawConfig: TypeAlias = JsonObject
 """Nested mappings as they are read, before references are resolved."""
 
 
@@ -117,11 +118,11 @@ def read_mapping(text: str, source: str) -> RawConfig:
     return content
 
 
-def check_texts(raw: Mapping[str, Any]) -> None:
+def check_texts(raw: Mapping[str, object]) -> None:
     """Raises UserError for keys and values with characters that no file can contain (lone surrogates, null
     characters)."""
     seen: set[int] = set()
-    rest: list[tuple[str, Any]] = [("", raw)]
+    rest: list[tuple[str, object]] = [("", raw)]
     while rest:
         key, value = rest.pop()
         if isinstance(value, str):

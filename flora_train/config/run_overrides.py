@@ -4,7 +4,6 @@ its tasks."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
 from flora_train.config.load import validate
@@ -29,7 +28,7 @@ def with_overrides(config: RunConfig, words: Sequence[str]) -> RunConfig:
     if problems:
         raise UserError(*problems)
     recorded = config.model_dump(mode="json")
-    for name, task in overrides.get("tasks", {}).items():
+    for name, task in _tasks_of(overrides).items():
         if name not in config.tasks:
             hint = f"the run has no such task; there are {choices(config.tasks)}."
             hint += did_you_mean(name, config.tasks)
@@ -41,10 +40,18 @@ def with_overrides(config: RunConfig, words: Sequence[str]) -> RunConfig:
 
 def changed_tasks(words: Sequence[str]) -> list[str]:
     """The tasks that `with_overrides` changes."""
-    return list(parse_overrides(words).get("tasks", {}))
+    return list(_tasks_of(parse_overrides(words)))
 
 
-def _replace_sources(recorded: RawConfig, task: dict[str, Any], *, is_text: bool) -> None:
+def _tasks_of(overrides: RawConfig) -> RawConfig:
+    """The section `tasks`; empty where it is missing or not a mapping."""
+    tasks = overrides.get("tasks")
+    if not isinstance(tasks, dict):
+        return {}
+    return tasks
+
+
+def _replace_sources(recorded: RawConfig, task: RawConfig, *, is_text: bool) -> None:
     """A source that is given replaces the recorded one as a whole: its other keys belong to other files."""
     if is_text and "test" in task and "validation" not in task:
         task["validation"] = task.pop("test")

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from flora_train.config.errors import UserError, choices, user_error
+from flora_train.config.json_format import JsonValue
 from flora_train.config.task_schema import SourceConfig
 from flora_train.data.file_rows import Row
 from flora_train.data.sources import read_rows
@@ -43,7 +43,7 @@ SHOWN_COLUMNS = 8
 class GuessedTask:
     """One task of a recipe."""
 
-    keys: Mapping[str, Any]
+    keys: Mapping[str, JsonValue]
     """Its keys, as they stand in the recipe."""
     description: str
     """What was seen, in one line."""
@@ -191,7 +191,7 @@ def _pair_task(source: str, rows: Sequence[Row], prompt: str, completion: str) -
 
 
 def _with_labels(
-    keys: Mapping[str, Any], description: str, rows: Sequence[Row], *, used: Sequence[str]
+    keys: Mapping[str, JsonValue], description: str, rows: Sequence[Row], *, used: Sequence[str]
 ) -> GuessedTask:
     """A task of text, divided by its column of labels, if it has one."""
     labels = {

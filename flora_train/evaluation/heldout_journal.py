@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
+from flora_train.config.json_format import JsonObject, JsonValue
 from flora_train.data.batch import Row
 from flora_train.runtime.atomic import disk_errors
 from flora_train.runtime.distributed import on_main_process, world
@@ -46,7 +47,7 @@ class HeldoutJournal:
         """The losses in the journal, for every process before one of them writes. batches: those of all
         processes.
         """
-        settings = {
+        settings: JsonObject = {
             "adapters": self._adapters_sha(),
             "data": dict(self.data),
             "batches": sha256(repr(batches).encode()).hexdigest(),
@@ -65,7 +66,7 @@ class HeldoutJournal:
         with disk_errors(self.log.path):
             self.log.delete()
 
-    def _claim(self, settings: Mapping[str, object]) -> None:
+    def _claim(self, settings: Mapping[str, JsonValue]) -> None:
         try:
             self.log.claim(settings)
             self.log.read()

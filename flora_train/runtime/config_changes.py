@@ -5,15 +5,14 @@ resumed.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TypeAlias
 
 from flora_train.config.errors import Problem
+from flora_train.config.json_format import JsonObject, JsonValue
 from flora_train.config.schema import RunConfig
 
 
-def comparable(
-    config: RunConfig, without: Collection[str] = (), with_evaluation: bool = False
-) -> dict[str, Any]:
+def comparable(config: RunConfig, without: Collection[str] = (), with_evaluation: bool = False) -> JsonObject:
     """Dotted key -> value, of every key that decides what a run trains and selects.
 
     without: tasks that are excluded, with the adapters that learn no others. with_evaluation: include keys
@@ -33,7 +32,9 @@ def comparable(
     return {key: value for key, value in values.items() if not only_evaluates(key)}
 
 
-RUNTIME_KEYS: dict[str, Any] = {
+IncludedKeys: TypeAlias = dict[str, bool | set[str]]
+
+RUNTIME_KEYS: IncludedKeys = {
     **dict.fromkeys(
         ("output_dir", "overwrite", "resume", "num_processes", "num_threads", "tracking", "paging"), True
     ),
@@ -78,7 +79,7 @@ def only_evaluates(key: str) -> bool:
     )
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], when: str) -> list[Problem]:
+def differences(then: Mapping[str, JsonValue], now: Mapping[str, JsonValue], when: str) -> list[Problem]:
     """A problem for every key whose value has changed. when: completes the sentence `was 12 ...`."""
     problems = []
     for key in dict.fromkeys([*then, *now]):
@@ -91,9 +92,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], when: str) -> l
     return problems
 
 
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(nested: Mapping[str, JsonValue], prefix: str = "") -> JsonObject:
     """Dotted key -> value, for all values that are not mappings."""
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
             values |= flat(value, f"{prefix}{key}.")

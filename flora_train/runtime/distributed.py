@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flora_train.config.errors import Problem, UserError, first_line, user_error
+from flora_train.config.json_format import JsonValue
 
 Result = TypeVar("Result")
 
@@ -119,9 +120,9 @@ def _problems(error: Exception | None) -> tuple[Problem, ...]:
     )
 
 
-def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
-    """Raises UserError, on all processes, if a machine has other data, another base model or another recipe
-    than the first.
+def check_alike(facts: Callable[[], Mapping[str, JsonValue]]) -> None:
+    """Raises UserError, on all processes, if a machine has other data, another base model or another recipe than the
+    first.
 
     facts: returns key -> what must be the same; called only where there are several processes.
     """

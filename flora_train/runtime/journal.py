@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, get_origin, get_type_hints
 
 from flora_train.config.errors import Problem, UserError, user_error
-from flora_train.config.json_format import parse_object, read_object
+from flora_train.config.json_format import JsonValue, parse_object, read_object
 from flora_train.runtime.atomic import disk_errors, write_atomically
 
 CHECKSUM = "check"
@@ -65,7 +65,7 @@ class Journal(Generic[Entry]):
         """What a user does about entries of another kind, in messages."""
         self.settings = path / "settings.json"
 
-    def claim(self, settings: Mapping[str, Any], restart: bool = False) -> None:
+    def claim(self, settings: Mapping[str, JsonValue], restart: bool = False) -> None:
         """Reserve the folder for entries made with these settings.
 
         restart: delete entries made with other settings. Without it they raise UserError, which names every
@@ -87,17 +87,14 @@ class Journal(Generic[Entry]):
         text = json.dumps(settings, indent=2) + "\n"
         write_atomically(self.settings, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def check(self, settings: Mapping[str, Any]) -> None:
-        """Compare these settings with the recorded ones, before the others are known. Changes nothing. Raises
-        UserError as `claim` does.
-        """
+    def check(self, settings: Mapping[str, JsonValue]) -> None:
+        """Compare these settings with the recorded ones, before the others are known. Changes nothing. Raises UserError
+        as `claim` does."""
         if self.settings.exists() and self._has_entries():
             self._compare(read_object(self.settings, self.remedy), settings, settings)
 
-    def has_other_settings(self, settings: Mapping[str, Any], partial: bool = False) -> bool:
-        """Whether the folder has entries that were made with other settings. partial: compare only these
-        keys.
-        """
+    def has_other_settings(self, settings: Mapping[str, JsonValue], partial: bool = False) -> bool:
+        """Whether the folder has entries that were made with other settings. partial: compare only these keys."""
         if not self.settings.exists() or not self._has_entries():
             return False
         recorded = read_object(self.settings, self.remedy)
@@ -137,7 +134,9 @@ class Journal(Generic[Entry]):
             )
             raise user_error(location, None, hint) from error
 
-    def _compare(self, recorded: Mapping[str, Any], settings: Mapping[str, Any], keys: Iterable[str]) -> None:
+    def _compare(
+        self, recorded: Mapping[str, JsonValue], settings: Mapping[str, JsonValue], keys: Iterable[str]
+    ) -> None:
         problems = []
         for key in keys:
             if recorded.get(key) != settings.get(key):
@@ -148,7 +147,7 @@ class Journal(Generic[Entry]):
         if problems:
             raise UserError(*problems)
 
-    def _check_replaceable(self, settings: Mapping[str, Any]) -> None:
+    def _check_replaceable(self, settings: Mapping[str, JsonValue]) -> None:
         """Raises UserError if the folder has a settings.json of something else."""
         if not self.settings.exists():
             return
@@ -197,7 +196,7 @@ def _entry(kind: type[Entry], line: bytes) -> Entry:
 _hints = cache(get_type_hints)
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
+def _checksum(content: Mapping[str, JsonValue]) -> str:
     covered = {key: value for key, value in content.items() if key not in NOT_IN_CHECKSUM}
     return sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -12,6 +12,7 @@ from flora_train.config.errors import UserError, user_error
 from flora_train.runtime.config_changes import differences
 from flora_train.runtime.run_folder import RunFolder, open_run
 from flora_train.training.best_adapters import BestCheckpoint, load_best
+from flora_train.training.checkpoint import Identity
 from flora_train.training.context import TrainingContext
 from flora_train.training.early_stopping import Retirement
 from flora_train.training.train_state import TrainState, by_name
@@ -56,7 +57,7 @@ class FinishedRun:
 
 
 def read_finished_run(
-    context: TrainingContext, identity: Callable[[Collection[str]], Mapping[str, Any]]
+    context: TrainingContext, identity: Callable[[Collection[str]], Identity]
 ) -> FinishedRun:
     """Read the finished run in the context's folder and load its best adapters into the bank.
 

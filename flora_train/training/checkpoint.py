@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flora_train.adapters.host_memory import copy_to_host
 from flora_train.config.errors import Problem, UserError, user_error
+from flora_train.config.json_format import JsonObject, JsonValue
 from flora_train.runtime.atomic import disk_errors, write_atomically
 from flora_train.runtime.checksum import DamagedError, check_regular, damaged_file, verify, with_checksums
 from flora_train.runtime.config_changes import differences
@@ -33,7 +34,7 @@ FindProblem = Callable[[Mapping[str, Any], Mapping[str, Any]], Problem | None]
 from.
 """
 
-Identity = Mapping[str, Any]
+Identity = Mapping[str, JsonValue]
 """What must be the same for a run to be resumed: dotted configuration keys, hashes of base model and data."""
 
 
@@ -188,7 +189,7 @@ class Checkpoints:
                 tensor[row].copy_(content[f"{saved_group}.{plane}"][saved_row])
 
 
-def identity_of(settings: Mapping[str, Any], base: str, data: Mapping[str, str]) -> dict[str, Any]:
+def identity_of(settings: Mapping[str, JsonValue], base: str, data: Mapping[str, str]) -> JsonObject:
     """The identity of a run. base: SHA-256 of its weights; data: task -> SHA-256 of its examples."""
     examples = {f"examples of tasks.{name} (SHA-256)": sha for name, sha in data.items()}
     return {**settings, "weights of the base model (SHA-256)": base, **examples}

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import cache
 from typing import Any
 
+from flora_train.config.json_format import JsonObject
 from flora_train.runtime.checksum import fingerprint
 from flora_train.runtime.config_changes import comparable
 from flora_train.runtime.distributed import on_every_process, on_main_process, share_from_main
@@ -139,7 +140,7 @@ class ResumableTraining:
         """Steps of the run: training.steps from where the last task joined."""
         return max(self.joined.values()) + self.config.training.steps
 
-    def identity(self, without: Collection[str] = ()) -> dict[str, Any]:
+    def identity(self, without: Collection[str] = ()) -> JsonObject:
         """What this run, without the named tasks, must have in common with what it continues."""
         data = {name: task.data_hash for name, task in self.tasks.items() if name not in without}
         return identity_of(comparable(self.config, without), self._base_hash(), data)

@@ -198,6 +198,8 @@ def _unpacked(file: Path) -> str:
 
 def _mapping(location: str, text: str, fields: tuple[str, ...]) -> Mapping[str, Any]:
     row = parse_json_at(location, text)
-    if missing := [field for field in fields if not isinstance(row, dict) or field not in row]:
+    if not isinstance(row, dict):
+        row = {}
+    if missing := [field for field in fields if field not in row]:
         raise user_error(location, None, f"lacks {', '.join(missing)}")
     return row

@@ -16,6 +16,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import Problem as Fault
 from flora_train.config.errors import UserError, choices, user_error
+from flora_train.config.json_format import JsonObject, JsonValue
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code.completion_files import Completion
 from flora_train.evaluation.code.completion_log import CompletionLog, LoggedCompletion
@@ -91,10 +92,7 @@ def load_suites(config: RunConfig) -> tuple[tuple[Suite, ...], Sequence[str], Ma
     """
     task_languages = languages_of(config)
     if not task_languages:
-        hint = (
-            "no task has a language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, "
-            "rb, ...)"
-        )
+        hint = "no task has a language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, rb, ...)"
         raise user_error("evaluation.problems", config.evaluation.problems, hint)
     table = load_languages(config.evaluation.cpu_seconds)
     _check_languages(config, task_languages, table)
@@ -129,7 +127,7 @@ def prompts_of(config: RunConfig, suites: Sequence[Suite]) -> dict[str, Prompts]
     return prompts
 
 
-def settings_of(config: RunConfig) -> dict[str, Any]:
+def settings_of(config: RunConfig) -> JsonObject:
     """The settings that completions depend on, as far as the configuration states them."""
     options = config.evaluation
     return {
@@ -251,7 +249,7 @@ def _all_settings(config: RunConfig, model: nn.Module) -> dict[str, Any]:
 
 
 def _claim(
-    log: CompletionLog, settings: Mapping[str, Any], plan: Plan, *, config: RunConfig, restart: bool
+    log: CompletionLog, settings: Mapping[str, JsonValue], plan: Plan, *, config: RunConfig, restart: bool
 ) -> None:
     """Reserve a suite's folder for completions and verdicts with these settings."""
     log.claim({"problems": log.path.name, **settings}, restart=restart)

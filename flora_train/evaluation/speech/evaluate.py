@@ -13,6 +13,7 @@ from torch import nn
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, BASE_ID
 from flora_train.config.errors import user_error
+from flora_train.config.json_format import JsonObject
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit
@@ -57,7 +58,7 @@ def transcript_log(folder: Path) -> Journal[LoggedTranscript]:
     )
 
 
-def settings_of(config: RunConfig) -> dict[str, Any]:
+def settings_of(config: RunConfig) -> JsonObject:
     """The settings that transcripts depend on, as far as the configuration states them."""
     return {
         "model": config.model.path,
@@ -138,10 +139,7 @@ class _SpeechEvaluation:
                     if logged is None:
                         missing.append((name, example, adapter))
                     elif (logged.clip_sha, logged.adapter_sha) != (sha, self.digests[adapter]):
-                        hint = (
-                            "was made with other weights of this adapter or from another file (was it "
-                            "trained further?)"
-                        )
+                        hint = "was made with other weights of this adapter or from another file (was it trained further?)"
                         location = f"{self.log.path}: {'/'.join(map(str, key))}"
                         raise user_error(location, None, f"{hint}: {self.log.remedy}")
         return missing
