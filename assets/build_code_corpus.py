@@ -48,7 +48,9 @@ class Split:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def candidates_of(package: Package, language: str, problems: Problems, dropped: Counter[str]) -> list[Example]:
+def candidates_of(
+    package: Package, language: str, problems: Problems, dropped: Counter[str]
+) -> list[Example]:
     """All function and file examples of one package."""
     sources, found = ALL_SOURCES[language], []
     for path, raw in package.files(sources.suffixes, sources.only_under.get(package.name, "")):
@@ -95,7 +97,9 @@ def check_held_out(sources: LanguageSources, packages: dict[str, Package]) -> No
     train = {packages[name].source_package: name for name in sources.train}
     for name in sources.validation:
         if packages[name].source_package in train:
-            raise CorpusError(f"{name} is held out, but {train[packages[name].source_package]} has the same source")
+            raise CorpusError(
+                f"{name} is held out, but {train[packages[name].source_package]} has the same source"
+            )
 
 
 def write_examples(file: Path, examples: list[Example]) -> None:
@@ -103,7 +107,9 @@ def write_examples(file: Path, examples: list[Example]) -> None:
     lines = [json.dumps(example.record(), ensure_ascii=False) + "\n" for example in examples]
     file.write_text("".join(lines), encoding="utf-8")
     if file.stat().st_size >= MAXIMUM_FILE_BYTES:
-        raise CorpusError(f"{file} has {file.stat().st_size} bytes, the limit is {MAXIMUM_FILE_BYTES}; lower QUOTAS")
+        raise CorpusError(
+            f"{file} has {file.stat().st_size} bytes, the limit is {MAXIMUM_FILE_BYTES}; lower QUOTAS"
+        )
 
 
 def print_summary(language: str, split: str, result: Split) -> None:
@@ -113,7 +119,9 @@ def print_summary(language: str, split: str, result: Split) -> None:
     characters = sum(len(example.prompt + example.completion) for example in result.examples)
     licences = Counter(example.origin.license for example in result.examples)
     packages = Counter(example.origin.package for example in result.examples)
-    print(f"{language} {split}: {kinds['function']} functions ({commented} commented), {kinds['file']} files,")
+    print(
+        f"{language} {split}: {kinds['function']} functions ({commented} commented), {kinds['file']} files,"
+    )
     print(f"  {characters:,} characters, chosen from {result.candidates:,} candidates")
     print("  licences:", ", ".join(f"{name} {count}" for name, count in licences.most_common()))
     print("  packages:", ", ".join(f"{name} {count}" for name, count in packages.most_common()))
@@ -148,7 +156,9 @@ def build(output: Path, downloads: Path, languages: list[str], problems: Problem
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: returns 0, or 1 with a one-line error."""
-    parser = argparse.ArgumentParser(description="Build example corpora of programming languages from Debian packages.")
+    parser = argparse.ArgumentParser(
+        description="Build example corpora of programming languages from Debian packages."
+    )
     parser.add_argument(
         "--languages",
         nargs="+",
@@ -157,7 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="LANGUAGE",
         help=f"of {', '.join(SYNTAX)} (default: {' '.join(SHIPPED)})",
     )
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)"
+    )
     parser.add_argument(
         "--exclude-prompts",
         type=Path,
@@ -170,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="YAML",
         help="the same for the problems of a file such as eval/starter_problems.yaml",
     )
-    parser.add_argument("--downloads", type=Path, metavar="DIR", help="keep the .deb files here and use those there")
+    parser.add_argument(
+        "--downloads", type=Path, metavar="DIR", help="keep the .deb files here and use those there"
+    )
     options = parser.parse_args(arguments)
     try:
         problems = Problems()

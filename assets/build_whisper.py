@@ -85,13 +85,19 @@ def renamed(tensors: dict[str, NDArray[np.float16]]) -> Iterator[tuple[str, NDAr
         yield from _norm(tensors, f"{half}/layer_norm", f"model.{half}.layer_norm")
         for i in range(LAYERS):
             there, here = f"{half}/layer_{i}", f"model.{half}.layers.{i}"
-            fused = tensors[f"{there}/self_attention/linear_0/weight"], tensors[f"{there}/self_attention/linear_0/bias"]
+            fused = (
+                tensors[f"{there}/self_attention/linear_0/weight"],
+                tensors[f"{there}/self_attention/linear_0/bias"],
+            )
             yield from _split(f"{here}.self_attn", ("q_proj", "k_proj", "v_proj"), *fused)
             yield from _linear(tensors, f"{there}/self_attention/linear_1", f"{here}.self_attn.out_proj")
             yield from _norm(tensors, f"{there}/self_attention/layer_norm", f"{here}.self_attn_layer_norm")
             if half == "decoder":
                 yield from _linear(tensors, f"{there}/attention/linear_0", f"{here}.encoder_attn.q_proj")
-                fused = tensors[f"{there}/attention/linear_1/weight"], tensors[f"{there}/attention/linear_1/bias"]
+                fused = (
+                    tensors[f"{there}/attention/linear_1/weight"],
+                    tensors[f"{there}/attention/linear_1/bias"],
+                )
                 yield from _split(f"{here}.encoder_attn", ("k_proj", "v_proj"), *fused)
                 yield from _linear(tensors, f"{there}/attention/linear_2", f"{here}.encoder_attn.out_proj")
                 yield from _norm(tensors, f"{there}/attention/layer_norm", f"{here}.encoder_attn_layer_norm")
@@ -100,12 +106,16 @@ def renamed(tensors: dict[str, NDArray[np.float16]]) -> Iterator[tuple[str, NDAr
             yield from _norm(tensors, f"{there}/ffn/layer_norm", f"{here}.final_layer_norm")
 
 
-def _linear(tensors: dict[str, NDArray[np.float16]], there: str, here: str) -> Iterator[tuple[str, NDArray[np.float16]]]:
+def _linear(
+    tensors: dict[str, NDArray[np.float16]], there: str, here: str
+) -> Iterator[tuple[str, NDArray[np.float16]]]:
     for kind in ("weight", "bias"):
         yield f"{here}.{kind}", tensors[f"{there}/{kind}"]
 
 
-def _norm(tensors: dict[str, NDArray[np.float16]], there: str, here: str) -> Iterator[tuple[str, NDArray[np.float16]]]:
+def _norm(
+    tensors: dict[str, NDArray[np.float16]], there: str, here: str
+) -> Iterator[tuple[str, NDArray[np.float16]]]:
     yield f"{here}.weight", tensors[f"{there}/gamma"]
     yield f"{here}.bias", tensors[f"{there}/beta"]
 
@@ -114,7 +124,9 @@ def _split(
     here: str, names: tuple[str, ...], weight: NDArray[np.float16], bias: NDArray[np.float16]
 ) -> Iterator[tuple[str, NDArray[np.float16]]]:
     """Projections that CTranslate2 fused; Whisper's keys have no bias, which it filled with zeros."""
-    for name, part, part_bias in zip(names, np.split(weight, len(names)), np.split(bias, len(names)), strict=True):
+    for name, part, part_bias in zip(
+        names, np.split(weight, len(names)), np.split(bias, len(names)), strict=True
+    ):
         yield f"{here}.{name}.weight", part
         if name != "k_proj":
             yield f"{here}.{name}.bias", part_bias
@@ -169,13 +181,19 @@ def check_saved_model(folder: Path) -> float:
 
     tokenizer, extractor = AutoTokenizer.from_pretrained(folder), AutoFeatureExtractor.from_pretrained(folder)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float32).eval()
-    prompt = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"])
+    prompt = tokenizer.convert_tokens_to_ids(
+        ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    )
     if prompt != [50258, 50259, 50359, 50363] or tokenizer.eos_token != END_TOKEN:
-        raise BuildError(f"the saved tokenizer reads the prompt as {prompt}; is this transformers version supported?")
+        raise BuildError(
+            f"the saved tokenizer reads the prompt as {prompt}; is this transformers version supported?"
+        )
     ids = torch.tensor([[*prompt, *tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]]])
     if tokenizer.decode(ids[0, 4:]) != SENTENCE:
         raise BuildError("the saved tokenizer does not give back what it was given")
-    silence = extractor(np.zeros(16000, dtype=np.float32), sampling_rate=16000, return_tensors="pt")["input_features"]
+    silence = extractor(np.zeros(16000, dtype=np.float32), sampling_rate=16000, return_tensors="pt")[
+        "input_features"
+    ]
     with torch.no_grad():
         logits = model(input_features=silence, decoder_input_ids=ids).logits[0, 3:-1]
     nats = float(torch.nn.functional.cross_entropy(logits, ids[0, 4:]))
@@ -199,12 +217,20 @@ def make(wheels: list[Path], folder: Path) -> str:
             out.write(part.read_bytes())
     data = parts[-1].parent
     print("renaming tensors")
-    model = make_model(read_ctranslate2(whole), json.loads((data / "config.json").read_text(encoding="utf-8")))
+    model = make_model(
+        read_ctranslate2(whole), json.loads((data / "config.json").read_text(encoding="utf-8"))
+    )
     model.save_pretrained(folder)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_TOKEN)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(data / "tokenizer.json"), model_max_length=TEXT, **special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(data / "tokenizer.json"), model_max_length=TEXT, **special
+    )
     tokenizer.save_pretrained(folder)
-    edit_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}, ("backend", "is_local"))
+    edit_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        ("backend", "is_local"),
+    )
     WhisperFeatureExtractor(feature_size=MEL_BINS).save_pretrained(folder)
     shutil.copyfile(next(scratch.glob("*.dist-info/licenses/LICENSE")), folder / "LICENSE")
     packages = " and ".join(line.split()[0] for line in pinned_requirements(REQUIREMENTS))

@@ -40,8 +40,12 @@ def overlaps(text: str, language: str, problems: Problems) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: returns 0, or 1 when examples overlap or nothing can be compared."""
-    parser = argparse.ArgumentParser(description="Check that training data does not contain evaluation problems.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with <language>.<split>.jsonl")
+    parser = argparse.ArgumentParser(
+        description="Check that training data does not contain evaluation problems."
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="with <language>.<split>.jsonl"
+    )
     parser.add_argument("--prompts", type=Path, metavar="DIR", help="MultiPL-E's prompts")
     parser.add_argument("--problems", type=Path, metavar="YAML", help="starter problems")
     options = parser.parse_args(arguments)
@@ -62,7 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OverlapError, OSError) as error:
         print(f"check_overlap: {error}", file=sys.stderr)
         return 1
-    print(f"{compared} examples compared with {problems.count} problems ({len(problems.names)} names): {bad} overlaps")
+    print(
+        f"{compared} examples compared with {problems.count} problems ({len(problems.names)} names): {bad} overlaps"
+    )
     return int(bad > 0)
 
 

@@ -77,7 +77,9 @@ def check_installed(packages: Sequence[str]) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         names = " ".join(missing)
-        raise BuildError(f"not installed: {names}. Nothing was downloaded; install first: pip install {names}")
+        raise BuildError(
+            f"not installed: {names}. Nothing was downloaded; install first: pip install {names}"
+        )
 
 
 def run(name: str, description: str, default: Path, build_into: Callable[[Path], None]) -> int:

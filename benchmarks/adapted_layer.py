@@ -27,7 +27,9 @@ class Problem:
     """d: features in and out; `tokens` of `adapters` adapters, an equal share each, of one rank; deviation:
     mean |B A|."""
 
-    def __init__(self, d: int, tokens: int, adapters: int, rank: int, dtype: torch.dtype, deviation: float = 0.1) -> None:
+    def __init__(
+        self, d: int, tokens: int, adapters: int, rank: int, dtype: torch.dtype, deviation: float = 0.1
+    ) -> None:
         generator = torch.Generator(DEVICE).manual_seed(0)
 
         def random(*shape: int) -> Tensor:
@@ -81,5 +83,7 @@ def where() -> str:
     """Machine and versions."""
     facts = environment()
     machine = facts["machine"]
-    device = machine["gpu"] if DEVICE.type == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
+    device = (
+        machine["gpu"] if DEVICE.type == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
+    )
     return f"{device}, torch {facts['packages']['torch']}, Python {facts['python']}"

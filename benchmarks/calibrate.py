@@ -36,7 +36,9 @@ RESULTS = Path(__file__).parent / "results"
 THRESHOLDS = Path(cost_model.__file__).with_name("thresholds.json")
 MOST_TOKENS = 16384 if DEVICE.type == "cuda" else 2048
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
-WIDTHS = {4: (1024,), 2: (1024, 4096)} if DEVICE.type == "cuda" else dict.fromkeys(DTYPES, (128, 256, 576, 1024))
+WIDTHS = (
+    {4: (1024,), 2: (1024, 4096)} if DEVICE.type == "cuda" else dict.fromkeys(DTYPES, (128, 256, 576, 1024))
+)
 EACH = (1, 8, 16, 32, 64, 128, 256)
 LONG = (1024, 4096, 8192, 16384) if DEVICE.type == "cuda" else ()
 ADAPTERS = (1, 4, 16, 64)
@@ -67,7 +69,9 @@ class Timed:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds over the formulations of a shape")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS} and {THRESHOLDS}")
     parser.add_argument("--refit", type=Path, help="a file that this script wrote: only its thresholds anew")
@@ -106,10 +110,16 @@ def read(file: Path) -> tuple[list[Timed], str]:
     for line in lines:
         if shape := re.match(r"\| torch\.(\w+) \| d (\d+), (\d+) x (\d+) tokens, r (\d+) \|", line):
             size, (d, adapters, each, rank) = getattr(torch, shape[1]).itemsize, map(int, shape.groups()[1:])
-            work = Work(rank, True, adapters * each, adapters, d, d, bytes_each=size, split=size == 2, device=device)
+            work = Work(
+                rank, True, adapters * each, adapters, d, d, bytes_each=size, split=size == 2, device=device
+            )
             ratios = map(float, line.split(" | ")[5:-1])
-            found.append(Timed(replace(work, triton="triton" in file.stem), dict(zip(names, ratios, strict=True))))
-    return found, next(line.split(". `python")[0] for line in lines if "`python benchmarks/calibrate.py" in line)
+            found.append(
+                Timed(replace(work, triton="triton" in file.stem), dict(zip(names, ratios, strict=True)))
+            )
+    return found, next(
+        line.split(". `python")[0] for line in lines if "`python benchmarks/calibrate.py" in line
+    )
 
 
 def works() -> list[Work]:
@@ -169,7 +179,9 @@ def fit(timed: Sequence[Timed]) -> Thresholds:
     grouped = GROUPED_MIB if DEVICE.type == "cpu" else (0,)
     fused = FUSED_TOKENS if timed[0].work.triton else FUSED_TOKENS[-1:]
     candidates = product(product(EXPANDING, FORMING, FORMING_A_RANK), grouped, fused)
-    return min((Thresholds(*costs, mib << 20, n) for costs, mib, n in candidates), key=lambda t: mean_loss(timed, t))
+    return min(
+        (Thresholds(*costs, mib << 20, n) for costs, mib, n in candidates), key=lambda t: mean_loss(timed, t)
+    )
 
 
 def mean_loss(timed: Sequence[Timed], thresholds: Thresholds) -> float:
@@ -195,7 +207,9 @@ def report(timed: Sequence[Timed], found: dict[int, Thresholds], repeats: int, m
         mine = [t for t in timed if t.work.bytes_each == size]
         worst = max(mine, key=lambda t: t.loss(thresholds))
         always = {
-            name: math.exp(statistics.fmean(math.log(t.seconds[name] / min(t.seconds.values())) for t in mine))
+            name: math.exp(
+                statistics.fmean(math.log(t.seconds[name] / min(t.seconds.values())) for t in mine)
+            )
             for name in mine[0].seconds
         }
         alternatives = ", ".join(f"{name.replace('_', ' ')} {loss:.2f}" for name, loss in always.items())
@@ -238,7 +252,9 @@ def save(name: str, found: dict[int, Thresholds], machine: str) -> None:
     for other, measured in known["measured_on"].items():
         if measured is None:
             cpu = known["thresholds"]["cpu"]
-            known["thresholds"][other] = {size: numbers | {"grouped_bytes": 0} for size, numbers in cpu.items()}
+            known["thresholds"][other] = {
+                size: numbers | {"grouped_bytes": 0} for size, numbers in cpu.items()
+            }
     THRESHOLDS.write_text(json.dumps(known, indent=2) + "\n")
 
 

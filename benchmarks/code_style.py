@@ -71,10 +71,16 @@ class Place:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", default=BEFORE, metavar="COMMIT", help=f"the commit to compare with ({BEFORE})")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--before", default=BEFORE, metavar="COMMIT", help=f"the commit to compare with ({BEFORE})"
+    )
     parser.add_argument("--by-package", action="store_true", help="figures of each package, as it is now")
-    parser.add_argument("--list", choices=sorted(COUNTED), metavar="KIND", help=f"list places: {', '.join(COUNTED)}")
+    parser.add_argument(
+        "--list", choices=sorted(COUNTED), metavar="KIND", help=f"list places: {', '.join(COUNTED)}"
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")
     options = parser.parse_args()
     now = read_modules(working_tree())
@@ -138,7 +144,11 @@ def inline_conditionals(modules: Iterable[Module]) -> list[Place]:
 
 def nested_comprehensions(modules: Iterable[Module]) -> list[Place]:
     """Comprehensions with more than one `for`, or that contain another comprehension."""
-    return [place(module, node) for module, node in walk(modules) if isinstance(node, COMPREHENSIONS) and _loops(node) > 1]
+    return [
+        place(module, node)
+        for module, node in walk(modules)
+        if isinstance(node, COMPREHENSIONS) and _loops(node) > 1
+    ]
 
 
 def _loops(node: ast.AST) -> int:
@@ -255,7 +265,11 @@ def used_functions(
         for origin in imported.values():
             users[origin].add(module.package)
         for node in ast.walk(module.tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in imported
+            ):
                 users[".".join(imported[node.value.id]), node.attr].add(module.package)
     return users
 
@@ -304,7 +318,9 @@ def _mentions_untyped(statement: ast.stmt, aliases: frozenset[str]) -> bool:
         return contains_untyped_mapping(statement.annotation, aliases)
     assert isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef)
     annotations = [argument.annotation for argument in _arguments(statement)]
-    return any(contains_untyped_mapping(annotation, aliases) for annotation in [*annotations, statement.returns])
+    return any(
+        contains_untyped_mapping(annotation, aliases) for annotation in [*annotations, statement.returns]
+    )
 
 
 def _arguments(function: Function) -> list[ast.arg]:
@@ -442,7 +458,13 @@ def package_table(modules: list[Module]) -> str:
         numbers = [str(sum(one.module.package == package for one in found)) for found in places.values()]
         conditionals = per_100_lines(inline_conditionals(members), members)
         comprehensions = per_100_lines(nested_comprehensions(members), members)
-        cells = [package, str(lines_of_code(members)), f"{conditionals:.2f}", f"{comprehensions:.2f}", *numbers]
+        cells = [
+            package,
+            str(lines_of_code(members)),
+            f"{conditionals:.2f}",
+            f"{comprehensions:.2f}",
+            *numbers,
+        ]
         rows.append(f"| {' | '.join(cells)} |")
     header = ["package", "lines", "conditionals per 100", "comprehensions per 100", *COUNTED]
     rule = "|---" + "|--:" * (len(header) - 1) + "|"

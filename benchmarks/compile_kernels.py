@@ -105,12 +105,16 @@ class Variant:
     fetched: Mapping[str, Sequence[int]]
 
 
-def launched(kernel: Any, options: dict[str, Any], fetched: Mapping[str, Sequence[int]] | None = None) -> Variant:
+def launched(
+    kernel: Any, options: dict[str, Any], fetched: Mapping[str, Sequence[int]] | None = None
+) -> Variant:
     """A kernel as Python launches it; Triton's default is 4 warps and 3 stages. fetched: tensors passed as
     descriptors -> tiles."""
     constants = dict(options)
     warps = constants.pop("num_warps", 4)
-    return Variant(kernel, constants, {"num_warps": warps, "num_stages": constants.pop("num_stages", 3)}, fetched or {})
+    return Variant(
+        kernel, constants, {"num_warps": warps, "num_stages": constants.pop("num_stages", 3)}, fetched or {}
+    )
 
 
 def tiled(shape: tiles.MatmulTiles | tiles.GradientTiles) -> dict[str, int]:
@@ -132,7 +136,10 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
         matmul = of_rank | {"ORDERED": False, "GROUP": flora_matmul_triton.GROUP, "USES_TMA": uses_tma}
         lengths = (1, 128, 4096)
         for tokens in sorted(
-            {tiles.tile_tokens(Segments((0, n)), type_, rank, capability=capability, uses_tma=uses_tma) for n in lengths}
+            {
+                tiles.tile_tokens(Segments((0, n)), type_, rank, capability=capability, uses_tma=uses_tma)
+                for n in lengths
+            }
         ):
             for backward in (False, True):
                 for split in (False, True) if dtype != "fp32" and not backward else (False,):
@@ -152,7 +159,9 @@ def variants(dtype: str, rank: int, capability: int) -> dict[str, Variant]:
         for each in (1, 4096) if uses_tma else (1,):
             tile = tiles.gradient_tiles(type_, rank, tokens_per_adapter=each, uses_tma=uses_tma)
             variant = (
-                of_rank | tiled(tile) | {"TOKENS": tile.tokens, "OUTS": tile.outs, "INS": tile.ins, "ORDERED": False, "ADD": True}
+                of_rank
+                | tiled(tile)
+                | {"TOKENS": tile.tokens, "OUTS": tile.outs, "INS": tile.ins, "ORDERED": False, "ADD": True}
             )
             shapes = {
                 "x": (tile.tokens, tile.ins),
@@ -185,7 +194,9 @@ def configurations(
         for dtype in types:
             for rank in ranks:
                 for name in variants(dtype, rank, capability):
-                    if (name not in WITHOUT_RANK or rank == ranks[0]) and (name not in ONLY_FLOAT32 or dtype == "fp32"):
+                    if (name not in WITHOUT_RANK or rank == ranks[0]) and (
+                        name not in ONLY_FLOAT32 or dtype == "fp32"
+                    ):
                         yield name, dtype, rank, capability
 
 
@@ -269,9 +280,7 @@ def tool(name: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 def table(found: list[Compiled]) -> list[str]:
     """Markdown."""
-    columns = (
-        "kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) | instructions | of them for matrix units"
-    )
+    columns = "kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) | instructions | of them for matrix units"
     lines = [f"| {columns} |", "|---" * 9 + "|"]
     for c in found:
         shared = f"{c.shared / 1024:.0f} ({SHARED_BYTES[c.capability] >> 10})"
@@ -283,7 +292,9 @@ def table(found: list[Compiled]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument(
@@ -294,11 +305,19 @@ def main() -> int:
         default=list(SHARED_BYTES),
         help="for these only",
     )
-    parser.add_argument("--types", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="for tokens of these only")
-    parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS, default=list(RANKS), help="for adapters of these only")
+    parser.add_argument(
+        "--types", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="for tokens of these only"
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", choices=RANKS, default=list(RANKS), help="for adapters of these only"
+    )
     options = parser.parse_args()
     with ProcessPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(compile_one, *zip(*configurations(options.chips, options.types, options.ranks), strict=True)))
+        found = list(
+            pool.map(
+                compile_one, *zip(*configurations(options.chips, options.types, options.ranks), strict=True)
+            )
+        )
     heading = [
         "# The Triton kernels, compiled",
         "",

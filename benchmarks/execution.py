@@ -88,9 +88,13 @@ class Measured:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs behind every figure")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK['lua']} Lua and {QUICK['cpp']} C++ programs, once")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK['lua']} Lua and {QUICK['cpp']} C++ programs, once"
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT} and the same as .json")
     options = parser.parse_args()
     languages = {key: load_languages()[key].model_copy(update={"seconds": SECONDS}) for key in COUNTS}
@@ -99,11 +103,15 @@ def main() -> None:
     repeats = 1 if options.quick else options.repeats
     cases = {key: make_cases(languages[key], (QUICK if options.quick else COUNTS)[key]) for key in COUNTS}
     measured = {key: measure(cases[key], repeats) for key in COUNTS}
-    text = "\n".join([*heading(repeats), *speed(cases, measured), *steadiness(cases, measured), *endings(cases, measured)])
+    text = "\n".join(
+        [*heading(repeats), *speed(cases, measured), *steadiness(cases, measured), *endings(cases, measured)]
+    )
     print(text)
     if options.save:
         RESULT.write_text(text, encoding="utf-8")
-        RESULT.with_suffix(".json").write_text(json.dumps(figures(cases, measured), indent=2) + "\n", encoding="utf-8")
+        RESULT.with_suffix(".json").write_text(
+            json.dumps(figures(cases, measured), indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def make_cases(language: Language, count: int) -> list[Case]:
@@ -188,7 +196,9 @@ Results = dict[str, Measured]
 
 def heading(repeats: int) -> list[str]:
     facts = environment()
-    versions = [subprocess.run(words, capture_output=True, text=True).stdout.splitlines()[0] for words in VERSIONS]
+    versions = [
+        subprocess.run(words, capture_output=True, text=True).stdout.splitlines()[0] for words in VERSIONS
+    ]
     return [
         "# Judging programs: our executor beside MultiPL-E's way",
         "",
@@ -225,7 +235,9 @@ def steadiness(cases: Cases, measured: Results) -> list[str]:
         first, *others = result.our_verdicts
         *quiet, loud = (sum(a != b for a, b in zip(first, other, strict=True)) for other in others)
         speed = len(cases[key]) / result.beside_hogs
-        lines.append(f"| {name_of(cases[key])} | {speed:.1f} | {loud} | {sum(quiet) if quiet else '(one run)'} |")
+        lines.append(
+            f"| {name_of(cases[key])} | {speed:.1f} | {loud} | {sum(quiet) if quiet else '(one run)'} |"
+        )
     return [*lines, ""]
 
 
@@ -235,7 +247,9 @@ def endings(cases: Cases, measured: Results) -> list[str]:
     for key, result in measured.items():
         for kind, deserved in DESERVED.items():
             at = [i for i, case in enumerate(cases[key]) if case.kind == kind]
-            said = (words(verdicts[i] for i in at) for verdicts in (result.our_verdicts[0], result.their_verdicts))
+            said = (
+                words(verdicts[i] for i in at) for verdicts in (result.our_verdicts[0], result.their_verdicts)
+            )
             lines.append(f"| {name_of(cases[key])} | {kind} | {len(at)} | {deserved} | {' | '.join(said)} |")
     return [
         *lines,

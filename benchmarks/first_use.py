@@ -32,7 +32,9 @@ SETUP = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     parser.add_argument("--keep", type=Path, help="clone into this new folder, and leave it there")
     options = parser.parse_args()
@@ -62,7 +64,9 @@ def run(clone: Path, command: list[str]) -> float:
     """Seconds; ends this program if the command fails."""
     path = f"{clone / '.venv/bin'}:{os.environ['PATH']}"
     started = time.monotonic()
-    done = subprocess.run(command, cwd=clone, env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}, stdout=sys.stderr)
+    done = subprocess.run(
+        command, cwd=clone, env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}, stdout=sys.stderr
+    )
     if done.returncode:
         sys.exit(f"ended with status {done.returncode}: {command[-1]}")
     return time.monotonic() - started

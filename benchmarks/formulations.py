@@ -95,8 +95,12 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help=f"pairs of runs behind every ratio (at most {MOST_SECONDS} s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help=f"pairs of runs behind every ratio (at most {MOST_SECONDS} s)"
+    )
     parser.add_argument("--quick", action="store_true", help="the smallest width and batch only")
     parser.add_argument("--precision", choices=["auto", "fused"], default="auto", help="kernels.precision")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS}")
@@ -125,7 +129,9 @@ def grid(quick: bool) -> Iterator[tuple[int, int, int, int]]:
             for each in EACH:
                 if each <= tokens and (tokens // each <= MOST_ADAPTERS or each == 1):
                     for rank in RANKS:
-                        factors = 2 * tokens // each * rank * d * 4  # and their gradients, twice while one is added
+                        factors = (
+                            2 * tokens // each * rank * d * 4
+                        )  # and their gradients, twice while one is added
                         if 3 * factors <= MOST_BYTES:
                             yield d, tokens, each, rank
 
@@ -179,7 +185,9 @@ def report(rows: Sequence[Row], repeats: int) -> list[str]:
 
 def against_best(row: Row) -> float:
     """flora_train as a multiple of the fastest other formulation of the same adapter."""
-    others = [row.ratios[name] for name in ("fLoRA, rank expansion (paper)", "fLoRA, F.grouped_mm", "HiRA, PEFT")]
+    others = [
+        row.ratios[name] for name in ("fLoRA, rank expansion (paper)", "fLoRA, F.grouped_mm", "HiRA, PEFT")
+    ]
     mine = row.ratios["fLoRA, ours"] or math.nan
     return mine / min((other for other in others if other is not None), default=mine)
 
@@ -212,7 +220,9 @@ def critical_table(rows: Sequence[Row]) -> list[str]:
     for (d, tokens), by_each in columns[0].items():
         for each in by_each:
             cells = (column[d, tokens][each] for column in columns)
-            lines.append(f"| {d}, {tokens} | {each} | {' | '.join(str(rank) if rank else 'none' for rank in cells)} |")
+            lines.append(
+                f"| {d}, {tokens} | {each} | {' | '.join(str(rank) if rank else 'none' for rank in cells)} |"
+            )
     return [*lines, "", f"Ranks measured: {', '.join(map(str, RANKS))}."]
 
 
@@ -225,7 +235,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     widths = sorted({row.d for row in rows})
-    figure, panels = plt.subplots(1, len(widths), figsize=(4.5 * len(widths), 3.8), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(widths), figsize=(4.5 * len(widths), 3.8), sharey=True, squeeze=False
+    )
     places = [0, *RANKS]
     for panel, d in zip(panels[0], widths, strict=True):
         for name, colour in (("fLoRA, ours", "#0b6e4f"), ("fLoRA, rank expansion (paper)", "#c1440e")):

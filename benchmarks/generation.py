@@ -54,7 +54,9 @@ def perturbed_bank(method: str) -> tuple[Any, AdapterBank]:
     """A model with eight different adapters: 1 % noise on every parameter."""
     model = load_base_model(MODEL, torch.device("cpu")).eval()
     config = AdapterConfig(method=method, lr=1e-3, **METHODS[method])  # type: ignore[arg-type]
-    bank = AdapterBank.attach(model, [make_spec(f"task{i}", method, config, default_steps=10) for i in range(len(PROMPTS))])
+    bank = AdapterBank.attach(
+        model, [make_spec(f"task{i}", method, config, default_steps=10) for i in range(len(PROMPTS))]
+    )
     generator = torch.Generator().manual_seed(0)
     for adapter in range(len(PROMPTS)):
         row = bank.row(adapter)
@@ -62,7 +64,9 @@ def perturbed_bank(method: str) -> tuple[Any, AdapterBank]:
     return model, bank
 
 
-def decoded(model: Any, bank: AdapterBank, tokenizer: Any, batches: list[list[int]], tokens: int) -> list[str]:
+def decoded(
+    model: Any, bank: AdapterBank, tokenizer: Any, batches: list[list[int]], tokens: int
+) -> list[str]:
     """The texts of all adapters' prompts, decoded in these batches."""
     texts = [""] * len(PROMPTS)
     decoder = Decoder(model, tokenizer, bank.routed, sampling=Sampling(0.0, 1.0, 0), max_new_tokens=tokens)
@@ -126,13 +130,21 @@ def measure(method: str, tokens: int, repeats: int) -> dict[str, Any]:
     total = tokens * len(PROMPTS)
     return {
         "rates": {way: total / median(times) for way, times in seconds.items()},
-        "gain": {way: median(a / b for a, b in zip(seconds[way], seconds["mixed"], strict=True)) for way in ("in turn", "peft")},
-        "same": {way: sum(a == b for a, b in zip(texts["mixed"], texts[way], strict=True)) for way in ("in turn", "peft")},
+        "gain": {
+            way: median(a / b for a, b in zip(seconds[way], seconds["mixed"], strict=True))
+            for way in ("in turn", "peft")
+        },
+        "same": {
+            way: sum(a == b for a, b in zip(texts["mixed"], texts[way], strict=True))
+            for way in ("in turn", "peft")
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48)

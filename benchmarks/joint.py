@@ -116,7 +116,9 @@ REGIMES = (
 class Worker:
     """A contender's process. Raises RuntimeError with its last output if it does not become ready."""
 
-    def __init__(self, contender: Contender, python: Path, regime: Regime, adapters: int, threads: int) -> None:
+    def __init__(
+        self, contender: Contender, python: Path, regime: Regime, adapters: int, threads: int
+    ) -> None:
         program = HERE / "contenders" / f"{contender.program}.py"
         numbers = map(str, (adapters, regime.rows, regime.length, threads))
         path = {"PYTHONPATH": str(ROOT)} if contender.environment == "ours" else {}
@@ -169,13 +171,17 @@ def python_of(name: str) -> Path:
     return python
 
 
-def measure(regime: Regime, adapters: int, repeats: int, threads: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+def measure(
+    regime: Regime, adapters: int, repeats: int, threads: int
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """(label -> seconds of each step, label -> why it was skipped)."""
     workers: dict[str, Worker] = {}
     skipped: dict[str, str] = {}
     for contender in CONTENDERS:
         try:
-            workers[contender.label] = Worker(contender, python_of(contender.environment), regime, adapters, threads)
+            workers[contender.label] = Worker(
+                contender, python_of(contender.environment), regime, adapters, threads
+            )
         except (RuntimeError, subprocess.CalledProcessError, OSError) as error:
             skipped[contender.label] = str(error)
             print(f"skipped {contender.label}: {error}", file=sys.stderr, flush=True)
@@ -202,7 +208,9 @@ def summary(regime: Regime, seconds: dict[str, list[float]]) -> dict[str, Any]:
         "tokens_per_second": {label: tokens / statistics.median(times) for label, times in seconds.items()},
         "ratios": {
             ours: {
-                rival: statistics.median(theirs / mine for mine, theirs in zip(seconds[ours], seconds[rival], strict=True))
+                rival: statistics.median(
+                    theirs / mine for mine, theirs in zip(seconds[ours], seconds[rival], strict=True)
+                )
                 for rival in rivals
                 if rival in seconds
             }
@@ -251,14 +259,24 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="N = 1 and 16 on the small model only")
-    parser.add_argument("--only", default="", help="the regimes whose name holds this; --save keeps what is there of others")
-    parser.add_argument("--repeats", type=int, help="steps of each contender (default 15, of the larger model 5)")
+    parser.add_argument(
+        "--only", default="", help="the regimes whose name holds this; --save keeps what is there of others"
+    )
+    parser.add_argument(
+        "--repeats", type=int, help="steps of each contender (default 15, of the larger model 5)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each contender")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}/joint_cpu.*")
     options = parser.parse_args()
-    chosen = [(regime, regime.quick if options.quick else regime.adapters) for regime in REGIMES if options.only in regime.name]
+    chosen = [
+        (regime, regime.quick if options.quick else regime.adapters)
+        for regime in REGIMES
+        if options.only in regime.name
+    ]
     facts = environment() | {"threads": options.threads}
     results: dict[str, dict[str, Any]] = saved() if options.only else {}
     for regime, counts in chosen:
@@ -288,7 +306,11 @@ def text(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
 def saved() -> dict[str, dict[str, Any]]:
     """Results by regime of the last run with --save."""
     file = RESULTS / "joint_cpu.json"
-    return {result["name"]: result for result in json.loads(file.read_text())["regimes"]} if file.exists() else {}
+    return (
+        {result["name"]: result for result in json.loads(file.read_text())["regimes"]}
+        if file.exists()
+        else {}
+    )
 
 
 def save(facts: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:

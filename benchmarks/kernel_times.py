@@ -55,7 +55,9 @@ LAYERS: list[tuple[str, Forward, int, int]] = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
     lines = [
@@ -69,7 +71,9 @@ def main() -> None:
     ]
     frozen = None
     for name, forward, each, rank in LAYERS:
-        on_gpu, in_python, kernels = measure(forward, Problem(WIDTH, TOKENS, TOKENS // each, rank, torch.bfloat16))
+        on_gpu, in_python, kernels = measure(
+            forward, Problem(WIDTH, TOKENS, TOKENS // each, rank, torch.bfloat16)
+        )
         frozen = frozen or on_gpu
         largest = ", ".join(f"{kernel} {taken:.3f}" for kernel, taken in kernels[:3])
         lines.append(

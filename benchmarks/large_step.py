@@ -54,8 +54,12 @@ Step = Callable[[], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a small model and short rows, to see that this works")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a small model and short rows, to see that this works"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="steps of every contender")
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
@@ -86,7 +90,9 @@ RIVALS: dict[str, list[tuple[str, Precision]]] = {
 """PEFT's method -> flora_train's. Only these are in memory at the same time."""
 
 
-def compare(adapters: int, rival: str, ways: Sequence[tuple[str, Precision]], tiny: bool, repeats: int) -> list[str]:
+def compare(
+    adapters: int, rival: str, ways: Sequence[tuple[str, Precision]], tiny: bool, repeats: int
+) -> list[str]:
     """Markdown rows."""
     length = 16 if tiny else LENGTH
     ids = torch.randint(0, 97, (adapters, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -109,7 +115,9 @@ def compare(adapters: int, rival: str, ways: Sequence[tuple[str, Precision]], ti
     for name, needed in memory.items():
         speed = f"{ids.numel() / statistics.median(taken[name]):.0f}" if name in taken else "-"
         pairs = [theirs / mine for theirs, mine in zip(peft, taken.get(name, []), strict=False)]
-        rows.append(f"| {adapters} | {name} | {speed} | {needed} | {f'{statistics.median(pairs):.2f}' if pairs else '-'} |")
+        rows.append(
+            f"| {adapters} | {name} | {speed} | {needed} | {f'{statistics.median(pairs):.2f}' if pairs else '-'} |"
+        )
     return rows
 
 
@@ -157,7 +165,9 @@ def peft_loop(method: str, ids: torch.Tensor, tiny: bool) -> Step:
 def ours(method: str, precision: Precision, ids: torch.Tensor, tiny: bool) -> Step:
     """All rows in one batch."""
     config = AdapterConfig(method=method, rank=RANK, lr=1e-3, target_modules=TARGETS)  # type: ignore[arg-type]
-    bank = AdapterBank.attach(load(tiny), [make_spec(f"task{k}", method, config, default_steps=1000) for k in range(len(ids))])
+    bank = AdapterBank.attach(
+        load(tiny), [make_spec(f"task{k}", method, config, default_steps=1000) for k in range(len(ids))]
+    )
     row_losses, optimizer = RowLosses(bank.model), BankOptimizer(bank, TrainingConfig(steps=1000))
     owners = torch.arange(len(ids))
     batch = MixedBatch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids, owners, ())

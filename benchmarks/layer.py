@@ -44,7 +44,9 @@ RANKS = (1, 2, 4, 16, 64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--repeats",
         type=int,
@@ -52,7 +54,9 @@ def main() -> None:
         help="pairs of runs behind every ratio (at most 8 s are spent on one)",
     )
     parser.add_argument("--quick", action="store_true", help="three shapes of 128 tokens per adapter only")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], nargs="*", default=["float32", "bfloat16"]
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
     shapes = [(d, tokens, n) for d, tokens, n in SHAPES if tokens // n == 128] if options.quick else SHAPES
@@ -110,12 +114,16 @@ def forced() -> dict[str, tuple[int, Forward]]:
 
     def form(formulation: str) -> Forward:
         function = TORCH_FORMULATIONS[formulation]  # type: ignore[index]
-        return lambda p: function.apply(p.x, p.weight, p.A, p.B, p.numbers(RESIDUAL), p.segments, splits(p.x.dtype))
+        return lambda p: function.apply(
+            p.x, p.weight, p.A, p.B, p.numbers(RESIDUAL), p.segments, splits(p.x.dtype)
+        )
 
     return {f"{name} r={rank}": (rank, form(name)) for name in TORCH_FORMULATIONS for rank in (1, 4, 16)}
 
 
-def table(shapes: Sequence[Shape], columns: dict[str, tuple[int, Forward]], dtype: torch.dtype, repeats: int) -> list[str]:
+def table(
+    shapes: Sequence[Shape], columns: dict[str, tuple[int, Forward]], dtype: torch.dtype, repeats: int
+) -> list[str]:
     """Markdown."""
     lines = [
         f"| d, tokens, adapters (tokens each) | {' | '.join(name.replace('_', ' ') for name in columns)} |",
@@ -124,7 +132,9 @@ def table(shapes: Sequence[Shape], columns: dict[str, tuple[int, Forward]], dtyp
     for shape in shapes:
         d, tokens, adapters = shape
         ratios = [Problem(*shape, rank, dtype).ratio(forward, repeats) for rank, forward in columns.values()]
-        lines.append(f"| {d}, {tokens}, {adapters} ({tokens // adapters}) | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+        lines.append(
+            f"| {d}, {tokens}, {adapters} ({tokens // adapters}) | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |"
+        )
     return [*lines, ""]
 
 

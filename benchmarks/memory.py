@@ -45,7 +45,8 @@ def measure(method: str, adapters: int) -> tuple[int, float]:
     before = bytes_alive()
     options = {"rank": RANK[method]} if method in RANK else {}
     specs = [
-        make_spec(f"t{i}", method, AdapterConfig(method=method, lr=1e-3, **options), default_steps=10) for i in range(adapters)
+        make_spec(f"t{i}", method, AdapterConfig(method=method, lr=1e-3, **options), default_steps=10)
+        for i in range(adapters)
     ]
     bank = AdapterBank.attach(model, specs)
     optimizer = BankOptimizer(bank, TrainingConfig(steps=10))
@@ -58,7 +59,9 @@ def measure(method: str, adapters: int) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
     facts = environment()
@@ -75,7 +78,9 @@ def main() -> None:
     ]
     for method in ("lora", "flora", "ia3"):
         found = [measure(method, n) for n in COUNTS]
-        lines.append(f"| {method} | {found[0][0]:,} | {' | '.join(f'{multiple:.2f}' for _, multiple in found)} |")
+        lines.append(
+            f"| {method} | {found[0][0]:,} | {' | '.join(f'{multiple:.2f}' for _, multiple in found)} |"
+        )
     text = "\n".join(lines) + "\n"
     print(text)
     if options.save:

@@ -47,7 +47,9 @@ WAYS = ("all resident", "paged, host memory", "paged, files")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=100, help="steps of every trainer")
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
@@ -84,7 +86,9 @@ def compare(name: str, mixture: dict[str, Any], steps: int) -> list[str]:
     with TemporaryDirectory() as folder:
         paging = (None, Paging(SLOTS), Paging(SLOTS, Path(folder)))
         trainers = [
-            make_trainer(ADAPTERS, TASKS, mixture, TRAINING | {"steps": steps}, Path(folder) / str(i), DEVICE, way)
+            make_trainer(
+                ADAPTERS, TASKS, mixture, TRAINING | {"steps": steps}, Path(folder) / str(i), DEVICE, way
+            )
             for i, way in enumerate(paging)
         ]
         taken: list[list[float]] = [[] for _ in trainers]
@@ -102,7 +106,10 @@ def compare(name: str, mixture: dict[str, Any], steps: int) -> list[str]:
         rows = []
         for way, trainer, seconds in zip(WAYS, trainers, taken, strict=True):
             ratio = statistics.median(a / b for a, b in zip(taken[0], seconds, strict=True))
-            same = all(torch.equal(trainer.bank.row(i), trainers[0].bank.row(i)) for i in range(len(trainer.bank.specs)))
+            same = all(
+                torch.equal(trainer.bank.row(i), trainers[0].bank.row(i))
+                for i in range(len(trainer.bank.specs))
+            )
             adapters = f"{min(map(len, uses))} to {max(map(len, uses))}"
             pager = trainer.bank.pager
             moved = "- | - | -"
@@ -110,7 +117,9 @@ def compare(name: str, mixture: dict[str, Any], steps: int) -> list[str]:
                 theory = sum(loads(uses, trainer.bank, pool, steps) for pool in trainer.bank.pools)
                 into, back = (n / steps / 1e6 for n in (pager.traffic.to_device, pager.traffic.to_host))
                 moved = f"{into:.2f} ({theory / steps / 1e6:.2f}) | {back:.2f} | {pager.traffic.repartitions - PLANES}"
-            rows.append(f"| {name} | {adapters} | {way} | {ratio:.2f} | {moved} | {'yes' if same else 'NO'} |")
+            rows.append(
+                f"| {name} | {adapters} | {way} | {ratio:.2f} | {moved} | {'yes' if same else 'NO'} |"
+            )
     return rows
 
 
@@ -126,7 +135,9 @@ def loads(uses: Sequence[set[int]], bank: AdapterBank, pool: Any, steps: int) ->
         for adapter in sorted(wanted - inside):
             if len(inside) == len(pool.values):
                 may_leave = inside - wanted - computing or inside - wanted
-                later = {a: next((s for s in range(now + 1, steps) if a in needed[s]), steps) for a in may_leave}
+                later = {
+                    a: next((s for s in range(now + 1, steps) if a in needed[s]), steps) for a in may_leave
+                }
                 inside.remove(max(later, key=lambda a: (later[a], a)))
             inside.add(adapter)
             count += 1

@@ -74,16 +74,26 @@ def near_identity(d: int, rank: int, offset: float, deviation: float, dtype: tor
 
 def kept(problem: Problem, name: Formulation, offset: float, split: bool) -> float:
     """Share of the adapter's effect in y. Rounding y adds noise, but removes nothing."""
-    x, weight, A, B = (tensor.detach().double() for tensor in (problem.x, problem.weight, problem.A, problem.B))
+    x, weight, A, B = (
+        tensor.detach().double() for tensor in (problem.x, problem.weight, problem.A, problem.B)
+    )
     base = x @ weight.T
-    effect = flora_reference(x, weight, A, B, offset=problem.numbers(offset), segments=problem.segments) - base
-    return float(((run(problem, name, offset, split).detach().double() - base) * effect).sum() / effect.square().sum())
+    effect = (
+        flora_reference(x, weight, A, B, offset=problem.numbers(offset), segments=problem.segments) - base
+    )
+    return float(
+        ((run(problem, name, offset, split).detach().double() - base) * effect).sum() / effect.square().sum()
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=9, help="interleaved pairs behind every ratio")
-    parser.add_argument("--train", action="store_true", help="also train SmolLM2 three times (about 10 minutes on two cores)")
+    parser.add_argument(
+        "--train", action="store_true", help="also train SmolLM2 three times (about 10 minutes on two cores)"
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
     lines = [
@@ -113,14 +123,19 @@ def kept_table() -> list[str]:
     lines = [
         "## Share of the adapter's effect on y that y shows (1 is all of it), split / fused",
         "",
-        "| dtype | adapter | mean abs(M - 1) | " + " | ".join(name.replace("_", " ") for name in NAMES) + " |",
+        "| dtype | adapter | mean abs(M - 1) | "
+        + " | ".join(name.replace("_", " ") for name in NAMES)
+        + " |",
         "|---" * (len(NAMES) + 3) + "|",
     ]
     for dtype_name, dtype in DTYPES.items():
         for label, rank, offset in (("pure r 1", 1, 0.0), ("pure r 4", 4, 0.0), ("residual r 4", 4, 1.0)):
             for deviation in DEVIATIONS:
                 problem = near_identity(256, rank, offset, deviation, dtype)
-                cells = (f"{kept(problem, name, offset, True):.2f} / {kept(problem, name, offset, False):.2f}" for name in NAMES)
+                cells = (
+                    f"{kept(problem, name, offset, True):.2f} / {kept(problem, name, offset, False):.2f}"
+                    for name in NAMES
+                )
                 lines.append(f"| {dtype_name} | {label} | {deviation:g} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -175,7 +190,11 @@ def trained_table() -> list[str]:
                 f"kernels.precision={precision}",
             ]
             config = load_config([*words, f"output_dir={folder}/run"])
-            only = {name: adapter for name, adapter in config.adapters.items() if name.startswith(("pure", "residual"))}
+            only = {
+                name: adapter
+                for name, adapter in config.adapters.items()
+                if name.startswith(("pure", "residual"))
+            }
             config = config.model_copy(update={"adapters": only, "tasks": {"lua": config.tasks["lua"]}})
             results = json.loads((train_run(config) / "eval" / "report.json").read_text())["results"][0]
         found[label] = {c["family"]: c["bits_per_byte"]["value"] for c in results["contenders"]}
@@ -189,7 +208,10 @@ def trained_table() -> list[str]:
         "|",
         "|---" * (len(families) + 1) + "|",
     ]
-    lines += [f"| {label} | {' | '.join(f'{row[family]:.4f}' for family in families)} |" for label, row in found.items()]
+    lines += [
+        f"| {label} | {' | '.join(f'{row[family]:.4f}' for family in families)} |"
+        for label, row in found.items()
+    ]
     return [*lines, "", "small: learning rate 1e-3; large: 1e-2.", ""]
 
 
@@ -206,21 +228,28 @@ def far_table() -> list[str]:
         for label, rank, offset in (("pure r 1", 1, 0.0), ("pure r 4", 4, 0.0), ("residual r 4", 4, 1.0)):
             for mean in MEANS:
                 cells = [
-                    " / ".join(f"{worst_error(name, dtype, rank, mean, offset, split):.4f}" for split in (True, False))
+                    " / ".join(
+                        f"{worst_error(name, dtype, rank, mean, offset, split):.4f}"
+                        for split in (True, False)
+                    )
                     for name in NAMES
                 ]
                 lines.append(f"| {dtype_name} | {label} | {mean:g} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def worst_error(name: Formulation, dtype: torch.dtype, rank: int, mean: float, offset: float, split: bool) -> float:
+def worst_error(
+    name: Formulation, dtype: torch.dtype, rank: int, mean: float, offset: float, split: bool
+) -> float:
     """M = mean within a few percent; its size is in B and, for a mean above 0, also in A and B equally: the
     worse of both."""
     found = []
     for in_a in (1.0, abs(mean - offset) ** 0.5):
         problem = Problem(256, 1024, 2, rank, dtype, 0.0)
         generator = torch.Generator().manual_seed(rank)
-        noise = [torch.randn(tensor.shape, generator=generator).to(tensor) for tensor in (problem.A, problem.B)]
+        noise = [
+            torch.randn(tensor.shape, generator=generator).to(tensor) for tensor in (problem.A, problem.B)
+        ]
         with torch.no_grad():
             problem.A.copy_(noise[0])
             problem.A[:, 0] = in_a * (1 + 0.05 * noise[0][:, 0])

@@ -51,7 +51,9 @@ COLUMNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
     facts = environment()
@@ -130,7 +132,9 @@ def kind_of(name: str, shapes: list[list[int]]) -> str:
         return COLUMNS[1] if min(sizes, default=0) <= RANK_AT_MOST else COLUMNS[0]
     if not name.startswith("aten::"):
         return COLUMNS[-1]
-    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "element by element")
+    return next(
+        (kind for kind, words in KINDS.items() if any(word in name for word in words)), "element by element"
+    )
 
 
 if __name__ == "__main__":

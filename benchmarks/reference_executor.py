@@ -28,7 +28,10 @@ def run_like_the_reference(program: Program) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / language.file).write_text(program.source, encoding="utf-8")
-        if language.compile is not None and _exit_status(language.compile, language.file, folder, language.compile_seconds) != 0:
+        if (
+            language.compile is not None
+            and _exit_status(language.compile, language.file, folder, language.compile_seconds) != 0
+        ):
             return "SyntaxError"
         status = _exit_status(language.run, language.file, folder, language.seconds)
         return "Timeout" if status is None else "OK" if status == 0 else "Exception"

@@ -32,7 +32,9 @@ LENGTH = 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--adapters",
         type=int,
@@ -40,7 +42,9 @@ def main() -> None:
         default=ADAPTERS,
         help="how many; the first is what others are compared with",
     )
-    parser.add_argument("--repeats", type=int, default=2, help="processes for each measurement, of which the best counts")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="processes for each measurement, of which the best counts"
+    )
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     parser.add_argument("--one", nargs=3, metavar=("STAGE", "FORM", "N"), help=argparse.SUPPRESS)
@@ -64,7 +68,9 @@ def table(counts: list[int], forms: list[str], repeats: int) -> list[str]:
             for count in counts:
                 seconds = min(ask(stage, form, count) for _ in range(repeats))
                 first = seconds / count if first is None else first
-                rows.append(f"| {FORMS[form]} | {what} | {count:,} | {seconds:.2f} | {seconds / count / first:.2f} |")
+                rows.append(
+                    f"| {FORMS[form]} | {what} | {count:,} | {seconds:.2f} | {seconds / count / first:.2f} |"
+                )
                 print(rows[-1], file=sys.stderr, flush=True)
     from flora_train.runtime.environment import environment
 
@@ -141,13 +147,18 @@ def write_recipe(folder: Path, form: str, count: int) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "model")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=128, **sizes))
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=128, **sizes)
+    )
     model.save_pretrained(folder / "model")
     for i in range(count if form == "tasks" else 1):
         lines = [json.dumps({"text": f"task {i} row {row}"}) for row in range(8)]
         (folder / f"{i}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     lora = {"method": "lora", "rank": 2, "target_modules": ["q_proj", "v_proj"]}
-    tasks = {f"t{i}": {"train": str(folder / f"{i}.jsonl"), "text": "text"} for i in range(count if form == "tasks" else 1)}
+    tasks = {
+        f"t{i}": {"train": str(folder / f"{i}.jsonl"), "text": "text"}
+        for i in range(count if form == "tasks" else 1)
+    }
     lr: Any = 1e-3 if form == "tasks" else [round(1e-5 * (i + 1), 8) for i in range(count)]
     tokens = 512 if form == "tasks" else 2 * LENGTH * count
     content = {

@@ -69,7 +69,9 @@ def soak(command: list[str], run: Path, disk: Path, seconds: float, chance: rand
     while True:
         before, log = steps_done(run), disk.parent / "said.txt"
         with log.open("w", encoding="utf-8") as said:
-            process = subprocess.Popen(command, cwd=ROOT, env=surroundings(), stdout=subprocess.DEVNULL, stderr=said)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=surroundings(), stdout=subprocess.DEVNULL, stderr=said
+            )
         memory: list[int] = []
         seen.memory.append(memory)
         while process.poll() is None:
@@ -119,7 +121,9 @@ def disturb(event: str, process: subprocess.Popen[bytes], memory: list[int], dis
         filler.unlink()
     else:
         taken = max(0, psutil.virtual_memory().available - KEPT_FREE)
-        hog = subprocess.Popen([sys.executable, "-c", f"import time; block = b'x' * {taken}; time.sleep({HELD})"])
+        hog = subprocess.Popen(
+            [sys.executable, "-c", f"import time; block = b'x' * {taken}; time.sleep({HELD})"]
+        )
         watch(process, memory, until=time.monotonic() + HELD)
         hog.kill()
         hog.wait()
@@ -177,7 +181,9 @@ def report(recipe: list[str], seen: Seen, expected: dict[str, str], steps: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disk", default="6g", help="size of the disk that is filled")
@@ -201,7 +207,9 @@ def main() -> None:
     with TemporaryDirectory() as folder, small_disk(options.disk) as disk:
         whole, parts = options.reference or Path(folder) / "whole", disk / "run"
         if options.reference is None:
-            subprocess.run([*launcher, *options.recipe, f"output_dir={whole}"], cwd=ROOT, env=surroundings(), check=True)
+            subprocess.run(
+                [*launcher, *options.recipe, f"output_dir={whole}"], cwd=ROOT, env=surroundings(), check=True
+            )
         command = [*launcher, *options.recipe, *SAVING, f"output_dir={parts}", "resume=true"]
         seen = soak(command, parts, disk, 3600 * options.hours, random.Random(options.seed))
         expected = digests(whole)

@@ -54,7 +54,9 @@ def train_alone(session: RunContext, adapter: int) -> PeftRun:
     own = 0  # steps that the adapter was in
     with ProgressBar(f"PEFT, {spec.name}", config.training.steps) as watch:
         for number in range(config.training.steps):
-            plan = plan_step(mixture, number, session.tasks, session.bank, config.training.tokens_per_microbatch)
+            plan = plan_step(
+                mixture, number, session.tasks, session.bank, config.training.tokens_per_microbatch
+            )
             if plan is None or adapter not in plan.label_tokens:
                 continue
             batches = batches_of(plan, adapter, lambda task: session.tasks[task].train, session.collate, pad)
@@ -115,14 +117,18 @@ def alone(session: RunContext, adapter: int) -> list[str]:
 
 def jointly(session: RunContext) -> dict[tuple[str, str], dict[int, str]]:
     """(adapter, task) -> test clip -> transcript of the run's evaluation."""
-    log = Journal(session.folder.evaluation / "speech", LoggedTranscript, "transcript", "evaluate the run first")
+    log = Journal(
+        session.folder.evaluation / "speech", LoggedTranscript, "transcript", "evaluate the run first"
+    )
     found: dict[tuple[str, str], dict[int, str]] = {}
     for entry in log.read().values():
         found.setdefault((entry.adapter, entry.task), {})[entry.example] = entry.text
     return found
 
 
-def rows_of(session: RunContext, adapter: int, wrote: Mapping[tuple[str, str], Mapping[int, str]]) -> list[str]:
+def rows_of(
+    session: RunContext, adapter: int, wrote: Mapping[tuple[str, str], Mapping[int, str]]
+) -> list[str]:
     """One language's lines of the table."""
     bank, config = session.bank, session.config
     task = bank.specs[adapter].task
@@ -165,7 +171,9 @@ def rows_of(session: RunContext, adapter: int, wrote: Mapping[tuple[str, str], M
 def report(session: RunContext, tasks: list[str]) -> str:
     """The result, as Markdown."""
     bank, wrote = session.bank, jointly(session)
-    adapters = [i for i, spec in enumerate(bank.specs) if spec.method == "lora" and (not tasks or spec.task in tasks)]
+    adapters = [
+        i for i, spec in enumerate(bank.specs) if spec.method == "lora" and (not tasks or spec.task in tasks)
+    ]
     lines = [line for adapter in adapters for line in rows_of(session, adapter, wrote)]
     facts: dict[str, Any] = environment()
     versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
@@ -189,7 +197,9 @@ def report(session: RunContext, tasks: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="folder of a finished run of speech tasks")
     parser.add_argument("--tasks", nargs="*", default=[], help="only these (default: all)")
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")

@@ -46,7 +46,9 @@ def configuration(place: str) -> RunConfig:
     """recipe speech_local on fewer clips, which are read sooner."""
     limits = [f"tasks.{task}.max_examples=200" for task in ("cs", "nl", "ro", "bg")]
     within = [f"adapters.{method}.parent_module={PLACES[place]}" for method in ("flora", "lora", "ia3")]
-    return load_config(["recipe=speech_local", "model.dtype=float32", "training.log_every=1", *limits, *within])
+    return load_config(
+        ["recipe=speech_local", "model.dtype=float32", "training.log_every=1", *limits, *within]
+    )
 
 
 class Joint:
@@ -78,7 +80,9 @@ class Joint:
 
     def batches_of(self, plan: StepPlan, adapter: int) -> list[Batch]:
         """One adapter's part of a step, for PEFT."""
-        return batches_of(plan, adapter, self.trainer.training_split, self.session.collate, self.session.pad_token)
+        return batches_of(
+            plan, adapter, self.trainer.training_split, self.session.collate, self.session.pad_token
+        )
 
 
 def times(repeats: int, place: str) -> dict[str, Any]:
@@ -184,7 +188,9 @@ def section(repeats: int, place: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)

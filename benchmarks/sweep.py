@@ -48,10 +48,19 @@ RATES = {
 
 def configuration(steps: int) -> RunConfig:
     """recipe quickstart with a list for every learning rate."""
-    lists = [f"adapters.{method}.{key}" for method, rates in RATES.items() for key in (f"lr={rates}", f"tasks=[{TASK}]")]
+    lists = [
+        f"adapters.{method}.{key}"
+        for method, rates in RATES.items()
+        for key in (f"lr={rates}", f"tasks=[{TASK}]")
+    ]
     sizes = [f"training.steps={steps}", "training.tokens_per_step=3072", "training.max_length=128"]
     files = [f"tasks.{TASK}.{part}=assets/code/{TASK}.{part}.jsonl" for part in ("train", "validation")]
-    others = ["model.dtype=float32", "evaluation.problems=[]", "data_config=null", "task_defaults.truncation=truncate"]
+    others = [
+        "model.dtype=float32",
+        "evaluation.problems=[]",
+        "data_config=null",
+        "task_defaults.truncation=truncate",
+    ]
     return load_config(["recipe=quickstart", *lists, *sizes, *files, *others])
 
 
@@ -71,7 +80,13 @@ class Sweep:
     def segment(self, number: int) -> dict[str, float]:
         """One step of all, in an order that changes; seconds of each side."""
         trainer = self.trainer
-        plan = plan_step(trainer.mixture, number, trainer.tasks, trainer.bank, trainer.config.training.tokens_per_microbatch)
+        plan = plan_step(
+            trainer.mixture,
+            number,
+            trainer.tasks,
+            trainer.bank,
+            trainer.config.training.tokens_per_microbatch,
+        )
         assert plan is not None
         assert set(plan.label_tokens) == set(range(len(self.specs)))
         parts = [
@@ -94,7 +109,11 @@ class Sweep:
         trainer, validation = self.trainer, self.trainer.tasks[TASK].validation
         room = trainer.config.training.tokens_per_microbatch
         held = evaluate_heldout(
-            trainer.row_losses, trainer.bank, trainer.tasks.values(), max_tokens=room, pad_token=self.session.pad_token
+            trainer.row_losses,
+            trainer.bank,
+            trainer.tasks.values(),
+            max_tokens=room,
+            pad_token=self.session.pad_token,
         )[TASK]
         rows = heldout_rows(trainer.bank, [0], TASK, validation, None)
         batches = [
@@ -103,14 +122,19 @@ class Sweep:
         ]
         return {
             "joint": {spec.name: held.loss(adapter) for adapter, spec in enumerate(self.specs)},
-            "peft": {spec.name: run.heldout(batches) for spec, run in zip(self.specs, self.runs, strict=True)},
+            "peft": {
+                spec.name: run.heldout(batches) for spec, run in zip(self.specs, self.runs, strict=True)
+            },
         }
 
 
 def winners(losses: Mapping[str, float], specs: Sequence[AdapterSpec]) -> dict[str, str]:
     """Method -> the adapter with the lowest loss, and `all` methods -> the lowest of all."""
     groups = {method: [spec.name for spec in specs if spec.method == method] for method in RATES}
-    return {what: min(names, key=lambda name: losses[name]) for what, names in {**groups, "all": list(losses)}.items()}
+    return {
+        what: min(names, key=lambda name: losses[name])
+        for what, names in {**groups, "all": list(losses)}.items()
+    }
 
 
 def report(steps: int) -> str:
@@ -163,7 +187,9 @@ def report(steps: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args()

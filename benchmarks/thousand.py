@@ -43,8 +43,12 @@ BYTES = 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="assets/models/smollm2-135m", help="`small` (random weights), or a folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="assets/models/smollm2-135m", help="`small` (random weights), or a folder"
+    )
     parser.add_argument("--steps", type=int, default=15, help="steps of every process")
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     parser.add_argument("--tasks", type=int, help=argparse.SUPPRESS)
@@ -62,7 +66,8 @@ def table(model: str, steps: int) -> list[str]:
     """Markdown."""
     words = [sys.executable, __file__, "--model", model, "--steps", str(steps), "--tasks"]
     processes = [
-        subprocess.Popen([*words, str(tasks)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for tasks in TASKS
+        subprocess.Popen([*words, str(tasks)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for tasks in TASKS
     ]
     grown = [ask(process) for process in processes]
     taken: list[list[float]] = [[] for _ in processes]
@@ -133,7 +138,9 @@ def serve(tasks: int, model: str, steps: int) -> None:
         number = 0
         for word in sys.stdin:
             if word == "step\n":
-                plan = plan_step(trainer.mixture, number, trainer.tasks, trainer.bank, training["tokens_per_microbatch"])
+                plan = plan_step(
+                    trainer.mixture, number, trainer.tasks, trainer.bank, training["tokens_per_microbatch"]
+                )
                 assert plan is not None
                 assert len(plan.label_tokens) <= 9
                 started = time.perf_counter()

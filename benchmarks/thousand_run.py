@@ -30,7 +30,9 @@ PARTS = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     parser.add_argument("recipe", nargs="*", default=["recipe=thousand"], help="recipe and settings")
     options = parser.parse_args()

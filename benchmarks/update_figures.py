@@ -95,7 +95,9 @@ def comparison_block() -> str:
     """The comparison with other libraries, with the measured speed at 16 adapters."""
     ratios = read("joint_cpu")["regimes"][0]["adapters"]["16"]["ratios"]
     peft = ratios["ours, LoRA r=8"]["PEFT loop, LoRA r=8"]
-    adapterhub = ratios["ours, LoRA r=8 without o and gate"]["AdapterHub BatchSplit, LoRA r=8 without o and gate"]
+    adapterhub = ratios["ours, LoRA r=8 without o and gate"][
+        "AdapterHub BatchSplit, LoRA r=8 without o and gate"
+    ]
     cells = [f"[{ratio:.2f}](docs/benchmarks.md)" for ratio in (peft, adapterhub)]
     measured = ["our LoRA, times its speed at 16 adapters", "", *cells, "not measured", "not measured"]
     return f"{PEERS.read_text(encoding='utf-8')}| {' | '.join(measured)} |"
@@ -109,7 +111,9 @@ def code_block() -> str:
         f"at most {suite.max_new_tokens} tokens"
         for suite in results.code
     ]
-    return f"{printed(results)}\n\n{parsing(results)}\n\n<sub>{'; '.join(settings)}.</sub>\n{machine(results)}"
+    return (
+        f"{printed(results)}\n\n{parsing(results)}\n\n<sub>{'; '.join(settings)}.</sub>\n{machine(results)}"
+    )
 
 
 def parsing(results: Report) -> str:
@@ -121,7 +125,9 @@ def parsing(results: Report) -> str:
         "|---" * (len(families) + 1) + "|",
     ]
     for part in suite.languages:
-        counts = [(score.ended["SyntaxError"], score.cut, sum(score.ended.values())) for score in part.contenders]
+        counts = [
+            (score.ended["SyntaxError"], score.cut, sum(score.ended.values())) for score in part.contenders
+        ]
         shares = (f"{1 - refused / programs:.2f} ({cut / programs:.2f})" for refused, cut, programs in counts)
         rows.append(f"| {part.name} | {' | '.join(shares)} |")
     return "\n".join(rows)
@@ -146,7 +152,9 @@ def speech_sweep_block() -> str:
     ]
     for adapter in results.adapters:
         name = " ".join(filter(None, (adapter.method, adapter.variant)))
-        rows.append(f"| {name} | {adapter.lr:g} | {heldout[adapter.family]:.3f} | {rates[adapter.family]:.3f} |")
+        rows.append(
+            f"| {name} | {adapter.lr:g} | {heldout[adapter.family]:.3f} | {rates[adapter.family]:.3f} |"
+        )
     return "\n".join([*rows, "", machine(results)])
 
 
@@ -197,10 +205,11 @@ def joint_block() -> str:
     results = read("joint_cpu")
     facts, regime = results["facts"], results["regimes"][0]
     packages = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
-    where = (
-        f"{facts['machine']['processor']}, {facts['threads']} threads, float32, {packages}; medians of {regime['repeats']} steps"
-    )
-    rows = [row.replace("ours, ", "flora_train, ").replace("kept at", "share kept at") for row in table(regime)[2:]]
+    where = f"{facts['machine']['processor']}, {facts['threads']} threads, float32, {packages}; medians of {regime['repeats']} steps"
+    rows = [
+        row.replace("ours, ", "flora_train, ").replace("kept at", "share kept at")
+        for row in table(regime)[2:]
+    ]
     return "\n".join([*rows, f"<sub>{where} that took turns.</sub>"])
 
 
@@ -254,7 +263,9 @@ def updated(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a text is out of step")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if a text is out of step"
+    )
     options = parser.parse_args()
     stale = 0
     for path in TEXTS:

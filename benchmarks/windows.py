@@ -40,7 +40,11 @@ def transcribe(step: float | None, clips: int) -> tuple[dict[str, tuple[list[str
     step."""
     words = [] if step is None else [f"audio.window_step={step}"]
     limits = [f"tasks.{task}.max_test_examples={clips}" for task in ("cs", "nl", "ro", "bg")]
-    few = [f"tasks.{task}.{key}=4" for task in ("cs", "nl", "ro", "bg") for key in ("max_examples", "max_validation_examples")]
+    few = [
+        f"tasks.{task}.{key}=4"
+        for task in ("cs", "nl", "ro", "bg")
+        for key in ("max_examples", "max_validation_examples")
+    ]
     length = ["training.tokens_per_step=200000"]
     config = load_config(
         [
@@ -64,7 +68,9 @@ def transcribe(step: float | None, clips: int) -> tuple[dict[str, tuple[list[str
         for example in range(len(split)):
             requests.append(Request(BASE_ID, split.clip_ref(example), prompt, shares_encoding=True))
             places.append((name, str(split.sentences[example])))
-    speech_processor.store.get([request.clip for request in requests])  # features are no part of what is measured
+    speech_processor.store.get(
+        [request.clip for request in requests]
+    )  # features are no part of what is measured
     texts = [""] * len(requests)
 
     def keep(found: DecodedClip) -> None:
@@ -97,11 +103,17 @@ def transcribe(step: float | None, clips: int) -> tuple[dict[str, tuple[list[str
 def report(clips: int) -> str:
     """The table, as Markdown."""
     results = [transcribe(step, clips) for step in STEPS]
-    rows = ["| language | clips | 30 s | " + " | ".join(f"{step:g} s steps, difference [95 %]" for step in STEPS if step) + " |"]
+    rows = [
+        "| language | clips | 30 s | "
+        + " | ".join(f"{step:g} s steps, difference [95 %]" for step in STEPS if step)
+        + " |"
+    ]
     rows.append("|---|---|---|" + "---|" * (len(STEPS) - 1))
     for name in results[0][0]:
         errors = {i: word_errors(*found[name]) for i, (found, _) in enumerate(results)}
-        compared = compare_ratios({i: e.total for i, e in errors.items()}, errors[0].units, samples=2000, confidence=0.95, seed=0)
+        compared = compare_ratios(
+            {i: e.total for i, e in errors.items()}, errors[0].units, samples=2000, confidence=0.95, seed=0
+        )
         cells = [f"{errors[0].rate:.3f}"]
         for i in range(1, len(STEPS)):
             d = compared.differences[i, 0]
@@ -110,9 +122,7 @@ def report(clips: int) -> str:
     seconds = " | ".join(f"{spent / results[0][1]:.2f} of the time" for _, spent in results[1:])
     rows.append(f"| time of transcribing | | {results[0][1]:.0f} s | {seconds} |")
     facts = environment()
-    where = (
-        f"{facts['machine']['processor']}, {available_cpus()} CPUs, torch {facts['packages']['torch']}, commit {facts['commit']}"
-    )
+    where = f"{facts['machine']['processor']}, {available_cpus()} CPUs, torch {facts['packages']['torch']}, commit {facts['commit']}"
     return "\n".join(
         [
             "# Encoder windows: word error rate of Whisper base, normalised",
@@ -127,7 +137,9 @@ def report(clips: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clips", type=int, default=40, help="of each language")
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args()

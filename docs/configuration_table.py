@@ -105,7 +105,9 @@ def type_text(annotation: Any, metadata: list[Any]) -> str:
         return "tables by name"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "table"
-    return SIMPLE_TYPES.get(annotation, getattr(annotation, "__name__", str(annotation))) + bounds_text(metadata)
+    return SIMPLE_TYPES.get(annotation, getattr(annotation, "__name__", str(annotation))) + bounds_text(
+        metadata
+    )
 
 
 def bounds_text(metadata: list[Any]) -> str:
@@ -154,7 +156,13 @@ def default_text(info: FieldInfo) -> str:
 
 def cell(text: str) -> str:
     """Text of one table cell."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("${", "$\\{")
+    return (
+        " ".join(text.split())
+        .replace("|", "\\|")
+        .replace("<", "&lt;")
+        .replace("*", "\\*")
+        .replace("${", "$\\{")
+    )
 
 
 def meaning_of_table(info: FieldInfo, path: str) -> str:
@@ -189,8 +197,12 @@ def page() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the page is out of date")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit status 1 if the page is out of date"
+    )
     options = parser.parse_args()
     text = page()
     if options.check:

@@ -24,7 +24,9 @@ def on_files(files: Any, config: Any) -> Any:
                 raise PluginError(f"{page.src_uri}: ../{path} is not in the source tree")
             name = _name(path)
             if files.get_file_from_path(name) is None:
-                files.append(_listing(config, name, source) if source.is_dir() else _copy(config, name, source))
+                files.append(
+                    _listing(config, name, source) if source.is_dir() else _copy(config, name, source)
+                )
     return files
 
 
@@ -50,7 +52,9 @@ def _copy(config: Any, name: str, source: Path) -> File:
 
 def _listing(config: Any, name: str, source: Path) -> File:
     rows = [f"- `{file.relative_to(ROOT)}`" for file in sorted(source.rglob("*.py"))]
-    return File.generated(config, name, content="\n".join([f"# {source.relative_to(ROOT)}", "", *rows, ""]), inclusion=_hidden())
+    return File.generated(
+        config, name, content="\n".join([f"# {source.relative_to(ROOT)}", "", *rows, ""]), inclusion=_hidden()
+    )
 
 
 LINK_ANY = re.compile(r"\[([^\]]*)\]\((?!https?:)[^)]+\)")

@@ -16,9 +16,13 @@ def start(words: Sequence[str] | None = None) -> None:
         status = main(words)
     except KeyboardInterrupt:
         status = 130
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the rest is Python's, which would show a traceback of an interrupt
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # the rest is Python's, which would show a traceback of an interrupt
     if status == 130:
-        exec("")  # else Python remembers an interrupt inside somebody's exec, and ends by the signal instead of this status
+        exec(
+            ""
+        )  # else Python remembers an interrupt inside somebody's exec, and ends by the signal instead of this status
     sys.exit(status)
 
 

@@ -140,7 +140,9 @@ def write_results(
     write_report(report, folder.evaluation)
     if publish:
         for spec in bank.specs:
-            write_card(report, spec, folder.adapters / spec.name, example=generation_example(config, spec.task))
+            write_card(
+                report, spec, folder.adapters / spec.name, example=generation_example(config, spec.task)
+            )
 
 
 def _peft_warnings(context: RunContext) -> dict[str, str]:
@@ -168,7 +170,11 @@ def sample_completions(context: RunContext) -> list[SampleCompletion]:
     if not requests:
         return []
     max_new_tokens = context.config.evaluation.max_new_tokens
-    texts = iter(complete(context.model, context.bank, context.tokenizer, requests=requests, max_new_tokens=max_new_tokens))
+    texts = iter(
+        complete(
+            context.model, context.bank, context.tokenizer, requests=requests, max_new_tokens=max_new_tokens
+        )
+    )
     samples = []
     for name, prompt, families in prompts:
         completions = {family: next(texts) for family in families}

@@ -53,7 +53,9 @@ class FloraConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     flora_dropout: float = 0.0
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "weights are stored (in, out), as in GPT-2's Conv1D"})
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "weights are stored (in, out), as in GPT-2's Conv1D"}
+    )
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -64,7 +66,9 @@ class FloraConfig(PeftConfig):
         if self.r < 1:
             raise ValueError(f"r = {self.r}: the rank must be at least 1")
         if self.variant not in ("pure", "residual"):
-            raise ValueError(f"variant = {self.variant!r}: must be pure, W0 * (B A), or residual, W0 * (1 + B A)")
+            raise ValueError(
+                f"variant = {self.variant!r}: must be pure, W0 * (B A), or residual, W0 * (1 + B A)"
+            )
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -132,7 +136,9 @@ class FloraLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if len(active) > 1:
             names = " and ".join(active)
-            raise ValueError(f"{names} are active, but only one fLoRA adapter can be: call set_adapter with one name")
+            raise ValueError(
+                f"{names} are active, but only one fLoRA adapter can be: call set_adapter with one name"
+            )
         weight, bias = self.adapted_weight(active[0]), self.get_base_layer().bias
         x = self.flora_dropout[active[0]](x)
         return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
@@ -145,11 +151,15 @@ class FloraLinear(nn.Module, BaseTunerLayer):
             return
         if len(names) > 1 or self.merged:
             all_names = ", ".join([*self.merged_adapters, *names])
-            raise ValueError(f"{all_names}: only one fLoRA adapter can be merged at a time; unmerge the other first")
+            raise ValueError(
+                f"{all_names}: only one fLoRA adapter can be merged at a time; unmerge the other first"
+            )
         with torch.no_grad():
             merged = self.adapted_weight(names[0])
             if safe_merge and not merged.isfinite().all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken"
+                )
             weight = self.get_base_layer().weight
             self._weight_before_merge = weight.detach().clone()
             weight.copy_(merged.T if self.transposed else merged)

@@ -120,7 +120,11 @@ def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32) 
 def features_of(tokens: Tensor) -> Tensor:
     """Stand-in for log-mel features [B, mel bins, frames]: random numbers that depend on a row's tokens [B, L] alone."""
     rows = [
-        torch.randn(MEL_BINS, FRAMES, generator=torch.Generator().manual_seed(int((row * torch.arange(1, len(row) + 1)).sum())))
+        torch.randn(
+            MEL_BINS,
+            FRAMES,
+            generator=torch.Generator().manual_seed(int((row * torch.arange(1, len(row) + 1)).sum())),
+        )
         for row in tokens
     ]
     return torch.stack(rows)
@@ -130,4 +134,6 @@ def model_inputs(architecture: str, tokens: Tensor) -> Mapping[str, Tensor]:
     """What a forward pass on `tokens` [B, L] is called with."""
     if architecture == "whisper":
         return {"input_features": features_of(tokens), "decoder_input_ids": tokens}
-    return {"input_ids": tokens, "decoder_input_ids": tokens} if architecture == "t5" else {"input_ids": tokens}
+    return (
+        {"input_ids": tokens, "decoder_input_ids": tokens} if architecture == "t5" else {"input_ids": tokens}
+    )

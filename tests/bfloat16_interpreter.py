@@ -54,5 +54,7 @@ def _cast(self: Any, src: Handle, dst_type: Any) -> Handle:
 
 def _binary(self: Any, lhs: Handle, rhs: Handle, op: Callable[..., Any]) -> Handle:
     if _is_bfloat16(lhs.dtype) or _is_bfloat16(rhs.dtype):
-        raise TypeError("the interpreter computes with bfloat16's bits: cast to float32 first, as our kernels should")
+        raise TypeError(
+            "the interpreter computes with bfloat16's bits: cast to float32 first, as our kernels should"
+        )
     return ORIGINAL_BINARY(self, lhs, rhs, op)

@@ -25,7 +25,9 @@ if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):  # as a shell starts what it puts into the background: Ctrl-C is tested there, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.register_profile(
+    "quick", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 settings.register_profile("longer", max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("attack", max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("quick")
@@ -41,7 +43,9 @@ FEW = ("llama", "gpt2", "opt", "phi")
 """Architectures that most tests are content with: Linear with and without bias, Conv1D, grouped and plain attention."""
 
 
-def spec(method: str, task: str = "task", family: str | None = None, steps: int = 100, **options: Any) -> AdapterSpec:
+def spec(
+    method: str, task: str = "task", family: str | None = None, steps: int = 100, **options: Any
+) -> AdapterSpec:
     """An adapter with defaults for tests."""
     adapter = AdapterConfig(method=method, **{"lr": 1e-2, "lr_schedule": "constant", **options})
     return make_spec(task, family or method, adapter, default_steps=steps)
@@ -106,8 +110,12 @@ def triton_backend() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-docs", action="store_true", help="write the tables in docs/ instead of comparing them")
-    parser.addoption("--first-of-module", action="store_true", help="run the first selected test of each module")
+    parser.addoption(
+        "--update-docs", action="store_true", help="write the tables in docs/ instead of comparing them"
+    )
+    parser.addoption(
+        "--first-of-module", action="store_true", help="run the first selected test of each module"
+    )
 
 
 LONGEST = (
@@ -163,6 +171,8 @@ def update_docs(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
         if request.config.getoption("--update-docs"):
             path.write_text(content, encoding="utf-8")
         assert path.exists(), f"{path} is missing: run this test with --update-docs"
-        assert path.read_text(encoding="utf-8") == content, f"{path} is out of step: run this test with --update-docs"
+        assert path.read_text(encoding="utf-8") == content, (
+            f"{path} is out of step: run this test with --update-docs"
+        )
 
     return update

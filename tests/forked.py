@@ -46,7 +46,9 @@ class Forked:
         self.words = list(words)
         self._folder = TemporaryDirectory()
         self._streams = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        self._process = _server.Process(target=_become, args=(self.words, dict(environment), folder, self._streams))
+        self._process = _server.Process(
+            target=_become, args=(self.words, dict(environment), folder, self._streams)
+        )
         self._process.start()
 
     @property
@@ -76,7 +78,9 @@ class Forked:
         return subprocess.CompletedProcess(self.words, status, out, err)
 
 
-def start(words: Sequence[str], environment: Mapping[str, str], processes: int = 1, folder: Path = ROOT) -> list[Forked]:
+def start(
+    words: Sequence[str], environment: Mapping[str, str], processes: int = 1, folder: Path = ROOT
+) -> list[Forked]:
     """`python *words`, or as many of them as torchrun would start."""
     if processes == 1:
         return [Forked(words, environment, folder)]
@@ -90,7 +94,8 @@ def start(words: Sequence[str], environment: Mapping[str, str], processes: int =
         "LOCAL_WORLD_SIZE": str(processes),
     }
     return [
-        Forked(words, {**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}, folder) for rank in range(processes)
+        Forked(words, {**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}, folder)
+        for rank in range(processes)
     ]
 
 
@@ -122,7 +127,9 @@ def _become(words: list[str], environment: dict[str, str], folder: Path, streams
     os.environ.update(environment)
     os.chdir(folder)
     base_model.multiplies_bfloat16_fast = lambda device: False
-    constants.HF_HUB_OFFLINE = environment.get("HF_HUB_OFFLINE") == "1"  # the one variable of ours that is read at import
+    constants.HF_HUB_OFFLINE = (
+        environment.get("HF_HUB_OFFLINE") == "1"
+    )  # the one variable of ours that is read at import
     try:
         if words[0] == "-m":
             sys.argv = words[1:]

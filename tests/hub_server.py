@@ -66,7 +66,9 @@ class Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     self.connection.close()
                     return None
-                return self.say(answer, {"error": "out of order"}, {"Retry-After": "0"} if answer == 429 else {})
+                return self.say(
+                    answer, {"error": "out of order"}, {"Retry-After": "0"} if answer == 429 else {}
+                )
         if not path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.say(401, {"error": "Invalid username or password."})
         return self.answer(path, body)
@@ -103,7 +105,8 @@ class Handler(BaseHTTPRequestHandler):
         if not name.startswith(f"{ME}/"):
             return self.say(403, {"error": "not yours"})
         self.hub.repos[name] = Repo(
-            asked.get("private", asked.get("visibility") == "private"), {".gitattributes": b"*.safetensors filter=lfs\n"}
+            asked.get("private", asked.get("visibility") == "private"),
+            {".gitattributes": b"*.safetensors filter=lfs\n"},
         )
         return self.say(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": "1"})
 
@@ -117,7 +120,13 @@ class Handler(BaseHTTPRequestHandler):
                 200,
                 {
                     "files": [
-                        {"path": path, "uploadMode": mode(path), "shouldIgnore": False, "oid": oid(path, repo)} for path in files
+                        {
+                            "path": path,
+                            "uploadMode": mode(path),
+                            "shouldIgnore": False,
+                            "oid": oid(path, repo),
+                        }
+                        for path in files
                     ]
                 },
             )
@@ -132,11 +141,16 @@ class Handler(BaseHTTPRequestHandler):
                 elif line["key"] == "lfsFile":
                     repo.files[line["value"]["path"]] = self.hub.lfs[line["value"]["oid"]]
             head = repo.head
-            return self.say(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{head}", "commitOid": head, "success": True})
+            return self.say(
+                200, {"commitUrl": f"{self.hub.url}/{name}/commit/{head}", "commitOid": head, "success": True}
+            )
         if rest[:1] == ["tree"]:
             return self.say(
                 200,
-                [{"type": "file", "path": path, "size": len(content), "oid": "0" * 40} for path, content in repo.files.items()],
+                [
+                    {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
+                    for path, content in repo.files.items()
+                ],
             )
         siblings = [{"rfilename": path} for path in repo.files]
         return self.say(
@@ -155,7 +169,11 @@ class Handler(BaseHTTPRequestHandler):
     def batch(self, asked: dict[str, Any]) -> None:
         objects = [
             {"oid": o["oid"], "size": o["size"]}
-            | ({} if o["oid"] in self.hub.lfs else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}})
+            | (
+                {}
+                if o["oid"] in self.hub.lfs
+                else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}}
+            )
             for o in asked["objects"]
         ]
         return self.say(200, {"transfer": "basic", "objects": objects})
@@ -163,7 +181,11 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, name: str, path: str) -> None:
         repo = self.hub.repos.get(name)
         if repo is None or path not in repo.files:
-            return self.say(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound" if repo else "RepoNotFound"})
+            return self.say(
+                404,
+                {"error": "Entry not found"},
+                {"X-Error-Code": "EntryNotFound" if repo else "RepoNotFound"},
+            )
         content = repo.files[path]
         etag = hashlib.sha256(content).hexdigest()
         return self.say(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": repo.head})
@@ -202,7 +224,11 @@ class Handler(BaseHTTPRequestHandler):
     def say(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **(headers or {})}.items():
+        for key, value in {
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -98,7 +98,10 @@ def speech_processor_of(kind: str, cache: Path, window_step: float) -> SpeechPro
         empty = model_class(kind)(configuration(kind))
     extractor = extractor_of(kind)
     store = FeatureStore(cache / f"features {kind}", extractor, gigabytes=1.0, workers=0)
-    windows, start = Windows(2 * RATE, window_step, count_positions(empty, extractor)), empty.config.decoder_start_token_id
+    windows, start = (
+        Windows(2 * RATE, window_step, count_positions(empty, extractor)),
+        empty.config.decoder_start_token_id,
+    )
     return SpeechProcessor(
         tokenizer=plain_tokenizer(),
         windows=windows,

@@ -11,7 +11,12 @@ import numpy as np
 import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
 from flora_train.config.speech_schema import AudioConfig
 from flora_train.data.audio.decode import RATE
@@ -23,7 +28,16 @@ from flora_train.runtime.progress import ProgressBar
 
 POSITIONS, MEL_BINS = 100, 16
 """Of the tiny encoder: 2 seconds."""
-SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|cs|>", "<|hi|>", "<|ru|>", "<|transcribe|>", "<|notimestamps|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    "<|en|>",
+    "<|cs|>",
+    "<|hi|>",
+    "<|ru|>",
+    "<|transcribe|>",
+    "<|notimestamps|>",
+]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -120,7 +134,10 @@ def write_clip(path: Path, seconds: float, seed: int = 0, rate: int = RATE, chan
 
 def write_manifest(file: Path, rows: Sequence[tuple[str, str]], **columns: str) -> Path:
     """rows: (clip beside the manifest, sentence)."""
-    lines = [json.dumps({"path": path, "sentence": sentence, **columns}, ensure_ascii=False) for path, sentence in rows]
+    lines = [
+        json.dumps({"path": path, "sentence": sentence, **columns}, ensure_ascii=False)
+        for path, sentence in rows
+    ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 
@@ -135,5 +152,7 @@ def write_corpus(folder: Path, language: str, clips: int = 10, held: int = 4) ->
             seconds = 0.3 + 0.4 * (i % 5)
             clip = write_clip(folder / "clips" / f"{language}-{i}.wav", seconds, seed=i)
             rows.append((f"clips/{clip.name}", f"{sentences[i % 8]} {language} {i}"))
-        files[split] = str(write_manifest(folder / f"{language}.{split}.jsonl", rows, speaker=f"{language}-{split}"))
+        files[split] = str(
+            write_manifest(folder / f"{language}.{split}.jsonl", rows, speaker=f"{language}-{split}")
+        )
     return files

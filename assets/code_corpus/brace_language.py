@@ -72,7 +72,9 @@ def functions(source: str, grammar: Grammar) -> list[SourceFunction]:
         block = dedent(lines[first : last + 1], match["margin"])
         if block is None or block[-1] not in ("}", "};") or _is_test(lines, first, grammar):
             continue
-        if function := _function(source, match, block[brace_line - first + 1 :], _comment_above(lines, first, grammar), grammar):
+        if function := _function(
+            source, match, block[brace_line - first + 1 :], _comment_above(lines, first, grammar), grammar
+        ):
             found.append(function)
     return found
 
@@ -82,7 +84,9 @@ def without_legal_blocks(source: str) -> str:
     return _LEGAL_BLOCK.sub("", source)
 
 
-def _function(source: str, match: re.Match[str], rest: list[str], comment: str, grammar: Grammar) -> SourceFunction | None:
+def _function(
+    source: str, match: re.Match[str], rest: list[str], comment: str, grammar: Grammar
+) -> SourceFunction | None:
     """The function whose lines after the brace are `rest`, or None when its signature takes several lines."""
     # up to the brace, without a remark on the signature's own line
     signature_end = match.start() + len(match[0].rstrip()[:-1].rstrip())

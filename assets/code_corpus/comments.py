@@ -19,7 +19,9 @@ _LUA_BLOCK = re.compile(r"--\[(=*)\[.*?\]\1\][ \t]*\n?", re.DOTALL)
 
 def useful_comment(comment: str, marker: str) -> str:
     """The describing part of a doc comment, at most `MAXIMUM_LINES` lines; empty when there is none."""
-    lines = [line for line in comment.split("\n") if not is_ruler(line, marker) and not _DIRECTIVE.search(line)]
+    lines = [
+        line for line in comment.split("\n") if not is_ruler(line, marker) and not _DIRECTIVE.search(line)
+    ]
     lines = _without_blank_ends(lines, marker)
     if len(lines) > MAXIMUM_LINES:
         lines = _first_paragraph(lines, marker)

@@ -31,9 +31,25 @@ _GRAMMAR = Grammar(
         re.MULTILINE,
     ),
     comment=COMMENT,
-    end_of_description=re.compile(r"(?:Params|Parameters|Examples?|See_Also|Throws|Macros|Bugs|Standards|History)\s*:|-{3,}$"),
+    end_of_description=re.compile(
+        r"(?:Params|Parameters|Examples?|See_Also|Throws|Macros|Bugs|Standards|History)\s*:|-{3,}$"
+    ),
     not_names=frozenset(
-        ["if", "while", "for", "foreach", "foreach_reverse", "switch", "with", "version", "debug", "catch", "mixin", "in", "out"]
+        [
+            "if",
+            "while",
+            "for",
+            "foreach",
+            "foreach_reverse",
+            "switch",
+            "with",
+            "version",
+            "debug",
+            "catch",
+            "mixin",
+            "in",
+            "out",
+        ]
     ),
     not_signature=re.compile(
         r"\b(?:in|out|do|body)\s*(?:\([^()]*\)\s*)?\{|\b(?:return|else|new|class|struct|template|interface|union)\b|^\s*(?:case|assert|throw)\b|\b(?:if|in|out)\s*\{"

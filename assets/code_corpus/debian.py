@@ -33,7 +33,12 @@ class Package:
         found = []
         for file in sorted(self.root.rglob("*")):
             path = file.relative_to(self.root).as_posix()
-            if not path.endswith(suffixes) or not path.startswith(under) or file.is_symlink() or not file.is_file():
+            if (
+                not path.endswith(suffixes)
+                or not path.startswith(under)
+                or file.is_symlink()
+                or not file.is_file()
+            ):
                 continue
             folders = path.lower().split("/")[:-1]
             # `usr/share/doc/...` holds examples, `.../site.t/` and the like are tests
@@ -50,7 +55,9 @@ def unpack(name: str, folder: Path) -> tuple[Path, Path]:
     """Download `name` into `folder` (unless it is there) and unpack it; returns the .deb and the root."""
     archive = _archive(name, folder)
     if archive is None:
-        _run(["apt-get", "download", name], folder, f"apt-get could not download {name}; run `apt-get update`")
+        _run(
+            ["apt-get", "download", name], folder, f"apt-get could not download {name}; run `apt-get update`"
+        )
         archive = _archive(name, folder)
     if archive is None:
         raise CorpusError(f"apt-get download {name} left no {name}_*.deb")
@@ -74,7 +81,9 @@ def fetch(name: str, folder: Path) -> Package:
     text = copyright_file.read_text(encoding="utf-8", errors="replace")
     parsed = parse_copyright(text)
     if parsed is None:
-        raise CorpusError(f"the copyright file of {name} {version} is not machine-readable (DEP-5); leave it out")
+        raise CorpusError(
+            f"the copyright file of {name} {version} is not machine-readable (DEP-5); leave it out"
+        )
     source_package = source.split()[0] if source else name
     return Package(name, version, source_package, homepage, root, text, parsed)
 

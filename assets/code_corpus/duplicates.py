@@ -12,7 +12,9 @@ _TOKEN = re.compile(r"\w+|[^\w\s]")
 def shingles(code: str) -> frozenset[tuple[str, ...]]:
     """All runs of `SHINGLE_TOKENS` tokens of `code`; white space does not count."""
     tokens = _TOKEN.findall(code)
-    return frozenset(tuple(tokens[i : i + SHINGLE_TOKENS]) for i in range(max(1, len(tokens) - SHINGLE_TOKENS + 1)))
+    return frozenset(
+        tuple(tokens[i : i + SHINGLE_TOKENS]) for i in range(max(1, len(tokens) - SHINGLE_TOKENS + 1))
+    )
 
 
 def renamed_form(code: str) -> str:

@@ -90,7 +90,9 @@ def reason_to_drop(function: SourceFunction, language: ModuleType, problems: Pro
     return _reason_to_drop_text(whole, lines, language, problems)
 
 
-def file_example(text: str, language: ModuleType, origin: Origin, problems: Problems, dropped: Counter[str]) -> Example | None:
+def file_example(
+    text: str, language: ModuleType, origin: Origin, problems: Problems, dropped: Counter[str]
+) -> Example | None:
     """A file or its first part, without documentation and licence comments; None is counted in `dropped`."""
     code = without_legal_comments(language.code_only(text), language.COMMENT)
     code = re.sub(r"\n{3,}", "\n\n", code).strip("\n") + "\n"
@@ -101,7 +103,9 @@ def file_example(text: str, language: ModuleType, origin: Origin, problems: Prob
     elif not language.functions(head):
         reason = "file without functions"
     else:
-        reason = _reason_to_drop_text(head, [line for line in head.split("\n") if line.strip()], language, problems)
+        reason = _reason_to_drop_text(
+            head, [line for line in head.split("\n") if line.strip()], language, problems
+        )
     if reason:
         dropped[reason] += 1
         return None

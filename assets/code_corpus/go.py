@@ -18,7 +18,9 @@ _GRAMMAR = Grammar(
         comments=(LINE_COMMENT, BLOCK_COMMENT),
         strings=(DOUBLE_QUOTED_LINE, CHARACTER, BACK_QUOTED),
     ),
-    signature=re.compile(r"^(?P<margin>)func (?:\([^()\n]*\) )?(?P<name>\w+)(?:\[[^\]\n]*\])?\([^\n]*\{[ \t]*$", re.MULTILINE),
+    signature=re.compile(
+        r"^(?P<margin>)func (?:\([^()\n]*\) )?(?P<name>\w+)(?:\[[^\]\n]*\])?\([^\n]*\{[ \t]*$", re.MULTILINE
+    ),
     comment=COMMENT,
     end_of_description=re.compile(r"(?:For )?examples?:|go:|nolint|\+build|export ", re.IGNORECASE),
 )

@@ -44,7 +44,9 @@ def blocks(
         number = last + 1
 
 
-def _closing_line(lines: list[str], kinds: list[str], first: int, closing: str, same_depth: re.Pattern[str]) -> int | None:
+def _closing_line(
+    lines: list[str], kinds: list[str], first: int, closing: str, same_depth: re.Pattern[str]
+) -> int | None:
     """Number of the line that closes the block opened on line `first`."""
     depth = indentation(lines[first])
     for number in range(first + 1, len(lines)):

@@ -93,7 +93,9 @@ def permissive_choice(expression: str) -> str | None:
                 choices.append(" AND ".join(dict.fromkeys(PERMISSIVE[term] for term in terms)))
         if not choices:
             return None
-        joined.append(min(choices, key=lambda c: _PREFERENCE.index(c) if c in _PREFERENCE else len(_PREFERENCE)))
+        joined.append(
+            min(choices, key=lambda c: _PREFERENCE.index(c) if c in _PREFERENCE else len(_PREFERENCE))
+        )
     return " AND ".join(dict.fromkeys(joined))
 
 

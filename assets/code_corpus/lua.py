@@ -15,7 +15,9 @@ _OPAQUE = re.compile(
     r"|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'",
     re.DOTALL,
 )
-_SIGNATURE = re.compile(r"^([ \t]*)(?:local[ \t]+)?function[ \t]+([\w.:]+)[ \t]*\([^()\n]*\)[ \t]*$", re.MULTILINE)
+_SIGNATURE = re.compile(
+    r"^([ \t]*)(?:local[ \t]+)?function[ \t]+([\w.:]+)[ \t]*\([^()\n]*\)[ \t]*$", re.MULTILINE
+)
 _BLOCK_WORD = re.compile(r"\b(function|do|if|repeat|end|until)\b")
 _OPENERS = frozenset({"function", "do", "if", "repeat"})
 

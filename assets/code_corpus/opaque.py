@@ -43,7 +43,10 @@ class Opaque:
     def token(self) -> re.Pattern[str]:
         """Matches the next thing that is not code, or only the beginning of one that nests."""
         parts = [f"(?P<nested>{re.escape(self.nested_comment[0])})"] if self.nested_comment else []
-        parts += ["(?P<comment>" + "|".join(self.comments) + ")", "(?P<string>" + "|".join(self.strings) + ")"]
+        parts += [
+            "(?P<comment>" + "|".join(self.comments) + ")",
+            "(?P<string>" + "|".join(self.strings) + ")",
+        ]
         if self.javascript:
             parts += ["(?P<template>`)", f"(?P<pattern>{_PATTERN})"]
         return re.compile("|".join(parts), re.DOTALL | re.MULTILINE)
@@ -96,7 +99,9 @@ def _end_of_template(source: str, start: int, opaque: Opaque) -> int:
 def _end_of_interpolation(source: str, start: int, opaque: Opaque) -> int:
     """Offset after the brace that ends the `${` before `start`; strings and templates inside are skipped."""
     depth = 1
-    brace_or_token = re.compile(r"(?P<open>\{)|(?P<close>\})|" + opaque.token.pattern, re.DOTALL | re.MULTILINE)
+    brace_or_token = re.compile(
+        r"(?P<open>\{)|(?P<close>\})|" + opaque.token.pattern, re.DOTALL | re.MULTILINE
+    )
     while match := brace_or_token.search(source, start):
         start = match.end() if match.lastgroup in ("open", "close") else _end_of_token(source, match, opaque)
         depth += {"open": 1, "close": -1}.get(match.lastgroup or "", 0)

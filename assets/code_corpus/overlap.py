@@ -17,7 +17,8 @@ _WORD = re.compile(r"[a-z]+")
 # the result on the line after `>>>` belongs to the example
 _DOCTEST = re.compile(r"^[^\w\n]*>>>[^\n]*(?:\n[^\n]*)?", re.MULTILINE)
 _COMMENT = re.compile(
-    r'"""(.*?)"""|/\*(.*?)\*/|\(\*(.*?)\*\)|((?:^[ \t]*(?:--+|//+|#+(?!include)|;+|%+)[^\n]*\n?)+)', re.S | re.M
+    r'"""(.*?)"""|/\*(.*?)\*/|\(\*(.*?)\*\)|((?:^[ \t]*(?:--+|//+|#+(?!include)|;+|%+)[^\n]*\n?)+)',
+    re.S | re.M,
 )
 
 
@@ -55,7 +56,9 @@ class Problems:
 
     def described_in(self, text: str) -> str | None:
         """The problem that shares `RUN_WORDS` consecutive words with `text`, or None."""
-        return next((self.runs[run] for run in word_runs(text) if run in self.runs), None) if self.runs else None
+        return (
+            next((self.runs[run] for run in word_runs(text) if run in self.runs), None) if self.runs else None
+        )
 
 
 def normalised_name(name: str) -> str:
@@ -71,20 +74,28 @@ def word_runs(text: str) -> Iterator[tuple[str, ...]]:
 
 def description(prompt: str) -> str:
     """The comments of a MultiPL-E prompt without their `>>>` examples."""
-    return "\n".join(_DOCTEST.sub("", part) for match in _COMMENT.finditer(prompt) for part in match.groups() if part)
+    return "\n".join(
+        _DOCTEST.sub("", part) for match in _COMMENT.finditer(prompt) for part in match.groups() if part
+    )
 
 
 def add_prompts(problems: Problems, folder: Path) -> None:
     """Add every problem in MultiPL-E's files (`*.jsonl`, or `*.json` with one problem) in `folder`."""
     before = problems.count
-    texts = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = [
+        line
+        for file in sorted(folder.glob("*.jsonl"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
     texts += [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.json"))]
     for text in texts:
         row = json.loads(text)
         if match := _PROBLEM_NAME.fullmatch(row.get("name", "")):
             problems.add(row["name"], match[1], description(row["prompt"]))
     if problems.count == before:
-        raise OverlapError(f"{folder}: no *.jsonl or *.json with names such as HumanEval_0_has_close_elements")
+        raise OverlapError(
+            f"{folder}: no *.jsonl or *.json with names such as HumanEval_0_has_close_elements"
+        )
 
 
 def add_starter_problems(problems: Problems, file: Path) -> None:

@@ -16,10 +16,14 @@ _SYNTAX = Syntax(
     documentation_start=re.compile(r"=[a-zA-Z]"),
     documentation_end=re.compile(r"=cut\b"),
     data_start=re.compile(r"__(?:END|DATA)__$"),
-    heredoc=re.compile(r"(?<![\w)\]}$])<<(?P<indented>~?)[ \t]*(?P<quote>[\"']?)(?P<tag>[A-Za-z_]\w*)(?P=quote)"),
+    heredoc=re.compile(
+        r"(?<![\w)\]}$])<<(?P<indented>~?)[ \t]*(?P<quote>[\"']?)(?P<tag>[A-Za-z_]\w*)(?P=quote)"
+    ),
 )
 _SIGNATURE = re.compile(r"([ \t]*)sub[ \t]+(\w+)[ \t]*(?:\([^()]*\)[ \t]*)?\{[ \t]*(?P<remark>#.*)?$")
-_OPENING_BRACE_BELOW = re.compile(r"^([ \t]*sub[ \t]+\w+[ \t]*(?:\([^()\n]*\))?)[ \t]*\n[ \t]*\{[ \t]*$", re.MULTILINE)
+_OPENING_BRACE_BELOW = re.compile(
+    r"^([ \t]*sub[ \t]+\w+[ \t]*(?:\([^()\n]*\))?)[ \t]*\n[ \t]*\{[ \t]*$", re.MULTILINE
+)
 _SAME_DEPTH = re.compile(r"[A-Z_]+:")
 _QUOTED = re.compile(
     r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|(?:=~|!~|\bsplit|[(,])\s*/(?:\\.|[^/\\\n])+/|\b(?:m|qr)/(?:\\.|[^/\\\n])*/"
@@ -40,7 +44,9 @@ def functions(source: str) -> list[SourceFunction]:
         signature = block.lines[0]
         if remark := block.match["remark"]:
             signature = signature.removesuffix(remark).rstrip()
-        comment = comment_above(lines, block.first, COMMENT) or _documentation_above(lines, kinds, block.first)
+        comment = comment_above(lines, block.first, COMMENT) or _documentation_above(
+            lines, kinds, block.first
+        )
         body = "\n".join(block.lines[1:-1])
         found.append(SourceFunction(block.match[2], "\n".join(comment), signature, body, block.lines[-1]))
     return found
@@ -50,7 +56,9 @@ def code_only(source: str) -> str:
     """The file without POD and without its data section."""
     lines = source.split("\n")
     kinds = line_kinds(lines, _SYNTAX)
-    return "\n".join(line for line, kind in zip(lines, kinds, strict=True) if kind not in ("documentation", "data"))
+    return "\n".join(
+        line for line, kind in zip(lines, kinds, strict=True) if kind not in ("documentation", "data")
+    )
 
 
 def _balanced(code: str) -> bool:

@@ -43,4 +43,6 @@ def code_only(source: str) -> str:
     """The file without `=begin` ... `=end` and without its data section."""
     lines = source.split("\n")
     kinds = line_kinds(lines, _SYNTAX)
-    return "\n".join(line for line, kind in zip(lines, kinds, strict=True) if kind not in ("documentation", "data"))
+    return "\n".join(
+        line for line, kind in zip(lines, kinds, strict=True) if kind not in ("documentation", "data")
+    )

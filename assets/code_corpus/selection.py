@@ -82,7 +82,9 @@ def _in_turn(candidates: list[Example], seed: int) -> Iterator[tuple[int, Exampl
             yield from ((rank, example) for example in row if example is not None)
 
 
-def _duplicate(example: Example, index: NearDuplicateIndex, training: NearDuplicateIndex | None) -> str | None:
+def _duplicate(
+    example: Example, index: NearDuplicateIndex, training: NearDuplicateIndex | None
+) -> str | None:
     """Why `example` repeats something already taken, or None."""
     if index.has_renamed(example.code):
         return "duplicate (exact or renamed)"

@@ -30,7 +30,13 @@ def recordings(language: str, roots: dict[str, Path], versions: dict[str, str]) 
     for line in gzip.decompress(listing.read_bytes()).decode("utf-8", "replace").splitlines():
         key, found, text = line.partition(":")
         sentence = " ".join(text.split())
-        if line.startswith(";") or not found or key not in files or not same(sentence) or NOT_SPOKEN.search(f"{key}:{sentence}"):
+        if (
+            line.startswith(";")
+            or not found
+            or key not in files
+            or not same(sentence)
+            or NOT_SPOKEN.search(f"{key}:{sentence}")
+        ):
             continue
         yield Recording(
             language,

@@ -32,5 +32,13 @@ def recordings(language: str, roots: dict[str, Path], versions: dict[str, str]) 
                 continue
             voice = VOICES.get([*key.split("-"), "", ""][1], "others")
             yield Recording(
-                language, file, sentence, f"{language}, {voice}", level, "Fish Fillets", sounds, versions[sounds], "GPL-2+"
+                language,
+                file,
+                sentence,
+                f"{language}, {voice}",
+                level,
+                "Fish Fillets",
+                sounds,
+                versions[sounds],
+                "GPL-2+",
             )

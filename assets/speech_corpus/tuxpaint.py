@@ -23,8 +23,12 @@ def recordings(language: str, roots: dict[str, Path], versions: dict[str, str]) 
         if not texts.exists():
             continue
         lines = texts.read_text(encoding="utf-8", errors="replace").splitlines()
-        sentence = next((line.partition("=")[2] for line in lines if line.startswith(f"{language}.utf8=")), "")
+        sentence = next(
+            (line.partition("=")[2] for line in lines if line.startswith(f"{language}.utf8=")), ""
+        )
         sentence = " ".join(sentence.split())
         if same(sentence):
             speaker, scene = f"{language}, Tux Paint", same(sentence)
-            yield Recording(language, file, sentence, speaker, scene, "Tux Paint", PACKAGE, versions[PACKAGE], "GPL-2+")
+            yield Recording(
+                language, file, sentence, speaker, scene, "Tux Paint", PACKAGE, versions[PACKAGE], "GPL-2+"
+            )

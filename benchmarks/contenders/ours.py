@@ -22,12 +22,16 @@ from flora_train.training.optimizer import BankOptimizer
 work = parse()
 model = load_model(work)
 methods = ["lora", "flora", "ia3"] if work.method == "mixed" else [work.method.removesuffix("5")]
-targets = [name for name in TARGETS if name not in ("o_proj", "gate_proj")] if work.method == "lora5" else TARGETS
+targets = (
+    [name for name in TARGETS if name not in ("o_proj", "gate_proj")] if work.method == "lora5" else TARGETS
+)
 specs = []
 for i, name in enumerate(work.names):
     method = methods[i % len(methods)]
     options = {"rank": RANK[method], "target_modules": targets} if method in RANK else {}
-    specs.append(make_spec(name, method, AdapterConfig(method=method, lr=LEARNING_RATE, **options), default_steps=1000))
+    specs.append(
+        make_spec(name, method, AdapterConfig(method=method, lr=LEARNING_RATE, **options), default_steps=1000)
+    )
 bank = AdapterBank.attach(model, specs)
 model.train()
 row_losses, optimizer = RowLosses(model), BankOptimizer(bank, TrainingConfig(steps=1000))

@@ -24,7 +24,9 @@ else:
 model = get_peft_model(base, config, adapter_name=work.names[0])
 for name in work.names[1:]:
     model.add_adapter(name, config)
-parameters = [p for n, p in model.named_parameters() if f"{'lora' if work.method == 'lora' else 'hira'}_" in n]
+parameters = [
+    p for n, p in model.named_parameters() if f"{'lora' if work.method == 'lora' else 'hira'}_" in n
+]
 optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
 model.train()
 

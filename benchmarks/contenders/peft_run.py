@@ -73,7 +73,9 @@ class PeftRun:
         """Summed over trained tokens."""
         inputs, labels = batch
         logits = self.model(**inputs, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="sum")
+        return torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="sum"
+        )
 
 
 def label_tokens(batches: Sequence[Batch]) -> int:

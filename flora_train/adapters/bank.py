@@ -55,7 +55,9 @@ class AdapterBank:
         self.pager: Pager | None = None
         slots = None if paging is None else paging.slots_for(self.pools, self.device, dtype)
         if paging is not None and slots is not None:
-            self.pager = Pager(self.pools, self.location, slots, folder=paging.folder, device=self.device, dtype=dtype)
+            self.pager = Pager(
+                self.pools, self.location, slots, folder=paging.folder, device=self.device, dtype=dtype
+            )
         else:
             for pool in self.pools:
                 pool.allocate(self.device, dtype)
@@ -111,7 +113,9 @@ class AdapterBank:
             pool.initialise(member, seed)
         return bank
 
-    def route(self, adapters: Tensor | Sequence[int] | Sequence[str], noise: Sequence[RowNoise] | None = None) -> None:
+    def route(
+        self, adapters: Tensor | Sequence[int] | Sequence[str], noise: Sequence[RowNoise] | None = None
+    ) -> None:
         """Set which adapter each row of the next batch uses. The routing stays until the next call.
 
         Args:
@@ -160,7 +164,9 @@ class AdapterBank:
         embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         self.router.set(None)
         # Cloned, because some models change their embeddings in place, which autograd forbids for a leaf.
-        handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True).clone())
+        handle = embeddings.register_forward_hook(
+            lambda module, args, output: output.requires_grad_(True).clone()
+        )
         try:
             yield
         finally:
@@ -335,7 +341,9 @@ class AdapterBank:
         if layers is not None:
             layers[0].register_forward_pre_hook(self._before_encoder_layers, with_kwargs=True)
 
-    def _before_encoder_layers(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_encoder_layers(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Reentrant checkpointing computes no gradients unless an input requires grad."""
         if self.router.routing is not None and torch.is_grad_enabled() and _recomputes(self.model):
             states: Tensor = args[0] if args else kwargs["hidden_states"]

@@ -15,7 +15,9 @@ from flora_train.config.errors import user_error
 from flora_train.runtime.atomic import disk_errors
 
 
-def allocate_host_rows(rows: int, size: int, dtype: torch.dtype, *, pinned: bool = False, folder: Path | None = None) -> Tensor:
+def allocate_host_rows(
+    rows: int, size: int, dtype: torch.dtype, *, pinned: bool = False, folder: Path | None = None
+) -> Tensor:
     """Zeros [rows, size] on the host: in memory, or in a file below `folder` (Linux).
 
     The file has no name: it disappears with the process, and no other process can write to it. Raises
@@ -26,7 +28,9 @@ def allocate_host_rows(rows: int, size: int, dtype: torch.dtype, *, pinned: bool
         free = free_memory()
         if length > free:
             needed, available = f"{length / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
-            hint = f"needs {needed} more memory for adapters, and {available} are free: disk keeps them in files"
+            hint = (
+                f"needs {needed} more memory for adapters, and {available} are free: disk keeps them in files"
+            )
             raise user_error("paging.host", "memory", hint)
         return torch.zeros(rows, size, dtype=dtype, pin_memory=pinned)
     if not hasattr(os, "posix_fallocate") or not Path("/proc/self/fd").is_dir():

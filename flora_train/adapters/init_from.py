@@ -65,7 +65,9 @@ def resolve_init_from(config: RunConfig, begun: RunConfig | None = None) -> RunC
         if adapter.init_from is None:
             adapters[family] = adapter
         elif before is not None and (before.init_from, before.method) == (adapter.init_from, adapter.method):
-            adapters[family] = adapter.model_copy(update={key: getattr(before, key) for key in _left_out(adapter)})
+            adapters[family] = adapter.model_copy(
+                update={key: getattr(before, key) for key in _left_out(adapter)}
+            )
         else:
             try:
                 adapters[family] = _resolve_and_check(config, family, adapter, model)
@@ -78,12 +80,18 @@ def resolve_init_from(config: RunConfig, begun: RunConfig | None = None) -> RunC
 
 def _left_out(adapter: AdapterConfig) -> list[str]:
     """Keys that are read from the PEFT adapter."""
-    keys = {"flora": ("rank", "variant"), "lora": ("rank", "alpha", "rslora"), "ia3": ("feedforward_modules",)}[adapter.method]
+    keys = {
+        "flora": ("rank", "variant"),
+        "lora": ("rank", "alpha", "rslora"),
+        "ia3": ("feedforward_modules",),
+    }[adapter.method]
     missing = [key for key in keys if getattr(adapter, key) is None]
     return [*missing, "target_modules"] if adapter.target_modules == "default" else missing
 
 
-def _resolve_and_check(config: RunConfig, family: str, adapter: AdapterConfig, model: Callable[[], nn.Module]) -> AdapterConfig:
+def _resolve_and_check(
+    config: RunConfig, family: str, adapter: AdapterConfig, model: Callable[[], nn.Module]
+) -> AdapterConfig:
     key = f"adapters.{family}"
     outlines: dict[str, PeftOutline] = {}
     problems: list[Problem] = []
@@ -92,7 +100,9 @@ def _resolve_and_check(config: RunConfig, family: str, adapter: AdapterConfig, m
         source = str(adapter.init_from).replace("{task}", task)
         try:
             if source not in by_source:
-                by_source[source] = read_outline(source, f"{key}.init_from", [name for name, _ in model().named_modules()])
+                by_source[source] = read_outline(
+                    source, f"{key}.init_from", [name for name, _ in model().named_modules()]
+                )
             outlines[task] = by_source[source]
         except UserError as error:
             problems += [problem for problem in error.problems if problem not in problems]
@@ -104,10 +114,14 @@ def _resolve_and_check(config: RunConfig, family: str, adapter: AdapterConfig, m
             hint = f"has the PEFT type {outline.peft_type}, and an adapter of method {adapter.method} starts from {types}"
             raise user_error(f"{key}.init_from", outline.source, hint)
         _check_modules(outline, key, config, model())
-    values = {name: _agreed(name, list(by_source.values()), adapter, key, model()) for name in _left_out(adapter)}
+    values = {
+        name: _agreed(name, list(by_source.values()), adapter, key, model()) for name in _left_out(adapter)
+    }
     resolved = adapter.model_copy(update=values)
     for task, outline in outlines.items():
-        _check_fit(make_spec(task, family, resolved, default_steps=config.training.steps), outline, adapter, model())
+        _check_fit(
+            make_spec(task, family, resolved, default_steps=config.training.steps), outline, adapter, model()
+        )
     return resolved
 
 
@@ -132,7 +146,9 @@ def read_outline(source: str, key: str, model_modules: Sequence[str]) -> PeftOut
         rslora=peft_type == "LORA" and bool(config.get("use_rslora")),
         variant=config.get("variant") if peft_type == "FLORA" else None,
         shapes=shapes,
-        feedforward=frozenset(module for module, (outputs, _) in shapes.items() if peft_type == "IA3" and outputs is None),
+        feedforward=frozenset(
+            module for module, (outputs, _) in shapes.items() if peft_type == "IA3" and outputs is None
+        ),
         base=base if isinstance(base, str) else None,
     )
 
@@ -146,7 +162,9 @@ def _layer_shape(peft_type: str, module: str, tensors: Mapping[str, Tensor]) -> 
     return up.shape[0], down.shape[1]
 
 
-def _agreed(name: str, outlines: Sequence[PeftOutline], adapter: AdapterConfig, key: str, model: nn.Module) -> Any:
+def _agreed(
+    name: str, outlines: Sequence[PeftOutline], adapter: AdapterConfig, key: str, model: nn.Module
+) -> Any:
     """The value of a key that the recipe leaves out. Raises UserError where the adapters of several tasks differ in it."""
     first, *others = outlines
     value = _value_of(name, first, adapter, model)
@@ -166,7 +184,9 @@ def _value_of(name: str, outline: PeftOutline, adapter: AdapterConfig, model: nn
         return shortest_suffixes(outline.shapes, outline.feedforward)
     if name == "rank":
         return _rank_for(outline, adapter.variant)
-    return {"alpha": outline.alpha, "rslora": outline.rslora, "variant": outline.variant or adapter.variant}[name]
+    return {"alpha": outline.alpha, "rslora": outline.rslora, "variant": outline.variant or adapter.variant}[
+        name
+    ]
 
 
 def _rank_for(outline: PeftOutline, variant: str | None) -> int | None:
@@ -198,13 +218,17 @@ def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, 
     """Raises UserError where the adapter of a run differs from the one that it starts from. written: the recipe's entry."""
     key, source = f"adapters.{spec.family}", outline.source
     if outline.variant is not None and outline.variant != ("residual" if spec.offset else "pure"):
-        raise user_error(f"{key}.variant", written.variant, f"is not that of {source}: set it to {outline.variant}")
+        raise user_error(
+            f"{key}.variant", written.variant, f"is not that of {source}: set it to {outline.variant}"
+        )
     from_lora = spec.method == "flora" and outline.peft_type in ("LORA", "ADALORA")
     if from_lora and not spec.offset:
         raise user_error(f"{key}.variant", written.variant, "cannot start from a LORA: set it to residual")
     rank = _rank_for(outline, "residual" if spec.offset else "pure")
     if spec.method != "ia3" and not from_lora and spec.rank != rank:
-        raise user_error(f"{key}.rank", spec.rank, f"is not that of {source}: set it to {rank}, or remove this key")
+        raise user_error(
+            f"{key}.rank", spec.rank, f"is not that of {source}: set it to {rank}, or remove this key"
+        )
     if spec.method == "lora" and outline.alpha is not None and rank:
         scaling = outline.alpha / (rank**0.5 if outline.rslora else rank)
         if abs(scaling - spec.scaling) > 1e-9:

@@ -104,4 +104,6 @@ class AdapterLinear(nn.Module):
         params = span.pool.gather(target.name, span.slots)
         segments = span.segments.scaled(tokens_per_row)
         feedforward = target.feedforward
-        return span.pool.method.forward(x, site, params, specs=span.specs, feedforward=feedforward, segments=segments)
+        return span.pool.method.forward(
+            x, site, params, specs=span.specs, feedforward=feedforward, segments=segments
+        )

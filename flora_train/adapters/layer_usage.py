@@ -120,7 +120,9 @@ def _check_rows(
             raise user_error("model", type(model).__name__, hint)
 
 
-def unusable_by_shape(config: ModelConfig, empty: nn.Module, features: Tensor | None = None) -> dict[str, str]:
+def unusable_by_shape(
+    config: ModelConfig, empty: nn.Module, features: Tensor | None = None
+) -> dict[str, str]:
     """`unusable_layers` of a model that is not loaded, as far as it does not depend on the weights.
 
     empty: the model without weights. A model with weights of 0 is run; of a large model, its first layers.
@@ -194,7 +196,9 @@ def _add_layout_faults(model: nn.Module, observation: _Observation, rows: int, *
                 seen.faults.append(fault)
 
 
-def _layout_fault(model: nn.Module, name: str, shape: tuple[int, ...], *, rows: int, token_counts: set[int]) -> str | None:
+def _layout_fault(
+    model: nn.Module, name: str, shape: tuple[int, ...], *, rows: int, token_counts: set[int]
+) -> str | None:
     """What is wrong with an input of this shape; None if an adapter's layer can distinguish its rows."""
     if len(shape) > 2 and shape[0] == rows:
         return None
@@ -284,7 +288,9 @@ def _recorded(
         if isinstance(hidden, Tensor) and hidden.dim() == 3:
             encoder_lengths.append(hidden.shape[1])
 
-    handles = [model.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True) for name in names]
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True) for name in names
+    ]
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         handles.append(model.get_encoder().register_forward_hook(record_encoder))
     try:

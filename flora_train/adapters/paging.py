@@ -128,7 +128,9 @@ class Pager:
         self.flush_to_host()
         pinned = self._stream is not None
         for pool in self.pools:
-            pool.host[name] = allocate_host_rows(len(pool.specs), pool.row_size, self.dtype, pinned=pinned, folder=self.folder)
+            pool.host[name] = allocate_host_rows(
+                len(pool.specs), pool.row_size, self.dtype, pinned=pinned, folder=self.folder
+            )
         self._arenas[name] = torch.full((self.capacity,), float("nan"), dtype=self.dtype, device=self.device)
         self._repartition([0] * len(self.pools))
 
@@ -275,12 +277,16 @@ class Pager:
         start = 0
         for pool, count in zip(self.pools, rows, strict=True):
             end = start + count * pool.row_size
-            planes = {name: arena[start:end].view(count, pool.row_size) for name, arena in self._arenas.items()}
+            planes = {
+                name: arena[start:end].view(count, pool.row_size) for name, arena in self._arenas.items()
+            }
             pool.use_storage(planes, self._gradients[start:end].view(count, pool.row_size))
             start = end
 
 
-def partition_rows(capacity: int, sizes: Sequence[int], counts: Sequence[int], *, needs: Sequence[int]) -> list[int]:
+def partition_rows(
+    capacity: int, sizes: Sequence[int], counts: Sequence[int], *, needs: Sequence[int]
+) -> list[int]:
     """Rows of every pool in an arena of `capacity` numbers.
 
     sizes: numbers per row; counts: adapters per pool; needs: minimum of rows per pool.

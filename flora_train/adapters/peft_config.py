@@ -41,7 +41,11 @@ def _names(value: Any) -> bool:
 
 
 def _numbers(value: Any) -> bool:
-    return value is None or type(value) is int or (isinstance(value, list) and all(type(index) is int for index in value))
+    return (
+        value is None
+        or type(value) is int
+        or (isinstance(value, list) and all(type(index) is int for index in value))
+    )
 
 
 def _size(value: Any) -> bool:
@@ -204,7 +208,9 @@ def read_config(source: str, key: str) -> dict[str, Any]:
     except RecursionError as error:
         raise user_error(key, source, f"is not a PEFT adapter: {CONFIG} is nested too deeply") from error
     except Exception as error:  # json, the system and the hub client each raise their own types
-        raise user_error(key, source, f"is not a PEFT adapter, in a folder or on the hub: {first_line(error)}") from error
+        raise user_error(
+            key, source, f"is not a PEFT adapter, in a folder or on the hub: {first_line(error)}"
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise user_error(key, source, f"is not a PEFT adapter: {CONFIG} has no peft_type")
     return config
@@ -264,5 +270,7 @@ def _refused(name: str, value: Any, source: str, *, key: str, known: bool) -> Us
         given = f"{given[:57]}..."
     hint = HINTS.get(name, "this option is not supported, so that training cannot start from the adapter")
     if not known:
-        hint = "unknown key, which may change what the adapter computes: remove it from the file if it does not"
+        hint = (
+            "unknown key, which may change what the adapter computes: remove it from the file if it does not"
+        )
     return user_error(key, source, f"has {name}={given} in {CONFIG}: {hint}")

@@ -52,18 +52,24 @@ def read_files(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]
     try:
         tensors = load_peft_weights(location, device="cpu")
     except Exception as error:  # safetensors, pickle and the hub client each raise their own types
-        raise user_error(key, source, f"is not a PEFT adapter: its tensors cannot be read: {first_line(error)}") from error
+        raise user_error(
+            key, source, f"is not a PEFT adapter: its tensors cannot be read: {first_line(error)}"
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise user_error(key, source, f"is not a PEFT adapter: {WEIGHTS[0]} does not hold named tensors")
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
             raise user_error(key, source, f"is damaged: {name} is not a dense tensor")
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-            raise user_error(key, source, f"is damaged: {name} holds numbers that are not finite (NaN or infinite)")
+            raise user_error(
+                key, source, f"is damaged: {name} holds numbers that are not finite (NaN or infinite)"
+            )
     return config, tensors
 
 
-def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, *, key: str) -> set[str]:
+def check_tensors(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, *, key: str
+) -> set[str]:
     """The names of the adapted modules.
 
     Raises UserError for a tensor that the adapter's type does not have, for a missing tensor, and for a shape
@@ -74,14 +80,18 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sour
     for name, tensor in tensors.items():
         suffix = _suffix(name, peft_type)
         if suffix is None or not name.startswith(PREFIX):
-            hint = f"holds {name}, which is not a tensor of a plain {peft_type}: training cannot start from it"
+            hint = (
+                f"holds {name}, which is not a tensor of a plain {peft_type}: training cannot start from it"
+            )
             raise user_error(key, source, hint)
         if tensor.dtype not in DTYPES:
             hint = f"{name} has dtype {tensor.dtype}: float32, float16 and bfloat16 are supported"
             raise user_error(key, source, hint)
         if not _fits(peft_type, suffix, tuple(tensor.shape), config=config):
             shape = tuple(tensor.shape)
-            hint = f"{name} has shape {shape}, which {CONFIG} does not allow: the files do not belong together"
+            hint = (
+                f"{name} has shape {shape}, which {CONFIG} does not allow: the files do not belong together"
+            )
             raise user_error(key, source, hint)
         module = name.removeprefix(PREFIX).removesuffix(f".{suffix}")
         suffixes_of.setdefault(module, set()).add(suffix)

@@ -108,7 +108,9 @@ class Pool:
         values = self.state(member)["values"]
         views: dict[str, dict[str, Tensor]] = {}
         for name, layout in self.layout.items():
-            views[name] = {p: values[start : start + prod(shape)].view(shape) for p, (start, shape) in layout.items()}
+            views[name] = {
+                p: values[start : start + prod(shape)].view(shape) for p, (start, shape) in layout.items()
+            }
         return views
 
     def gather(self, module: str, slots: Tensor) -> dict[str, Tensor]:

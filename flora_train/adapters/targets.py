@@ -46,7 +46,9 @@ def dense_weight(layer: nn.Module, target: Target) -> Tensor:
     return weight.T if target.transposed else weight
 
 
-def find_targets(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str] = MappingProxyType({})) -> dict[str, Target]:
+def find_targets(
+    model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Target]:
     """Module name -> Target for one adapter.
 
     unusable: layers that no adapter can be attached to -> the reason (layer_usage.py). Raises UserError when
@@ -142,7 +144,9 @@ def _ends_with(name: str, suffixes: Iterable[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
 
 
-def _match(model: nn.Module, available: Mapping[str, Target], suffixes: Sequence[str], *, key: str) -> dict[str, Target]:
+def _match(
+    model: nn.Module, available: Mapping[str, Target], suffixes: Sequence[str], *, key: str
+) -> dict[str, Target]:
     """The available layers that end in one of `suffixes`. Raises UserError for a suffix of no or of an
     unsupported module."""
     modules = dict(model.named_modules())

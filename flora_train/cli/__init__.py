@@ -68,7 +68,11 @@ def _run(argv: Sequence[str]) -> int:
     except OSError as error:  # of the system, where no other code names the setting
         place = error.filename or " ".join(argv[:1])
         return _fail(
-            user_error(str(place), None, f"{error.strerror or error}: correct that, or choose another place, and run again")
+            user_error(
+                str(place),
+                None,
+                f"{error.strerror or error}: correct that, or choose another place, and run again",
+            )
         )
     except Interrupted as pause:
         if os.environ.get("RANK", "0") == "0":

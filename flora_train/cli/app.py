@@ -129,7 +129,9 @@ app = typer.Typer(
 )
 
 
-def command(usage: str, *, overrides: bool = False, free_form: bool = False) -> Callable[[Function], Function]:
+def command(
+    usage: str, *, overrides: bool = False, free_form: bool = False
+) -> Callable[[Function], Function]:
     """Register a function as a command of its name. usage: its arguments; overrides: it takes key=value for
     some keys; free_form: it takes nothing else, so that options of other programs reach the function."""
 
@@ -150,7 +152,9 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def program(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
     """Train many adapters at once on one frozen base model."""
 
@@ -211,7 +215,9 @@ def _problem(error: Any) -> Problem:
     if type(error).__name__ == "NoSuchOption":
         return Problem(str(option), None, f"unknown option; usage: {usage}")
     if option is not None:
-        return Problem(str(option), None, _sentence(error.format_message().partition("'")[2].partition("' ")[2]))
+        return Problem(
+            str(option), None, _sentence(error.format_message().partition("'")[2].partition("' ")[2])
+        )
     return Problem(usage or PROGRAM, None, _sentence(error.format_message()))
 
 

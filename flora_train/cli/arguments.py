@@ -6,9 +6,12 @@ from typing import Annotated
 
 import typer
 
-Run = Annotated[str, typer.Argument(help="The folder of a run, in outputs/.", metavar="RUN", show_default=False)]
+Run = Annotated[
+    str, typer.Argument(help="The folder of a run, in outputs/.", metavar="RUN", show_default=False)
+]
 Adapters = Annotated[
-    list[str] | None, typer.Argument(help="Names of adapters. Default: all.", metavar="[ADAPTER]...", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Names of adapters. Default: all.", metavar="[ADAPTER]...", show_default=False),
 ]
 RecipeOverrides = Annotated[
     list[str] | None,
@@ -21,16 +24,22 @@ RecipeOverrides = Annotated[
 RunOverrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Keys of the run's recipe to change: evaluation.* and tasks.*.", metavar="[KEY=VALUE]...", show_default=False
+        help="Keys of the run's recipe to change: evaluation.* and tasks.*.",
+        metavar="[KEY=VALUE]...",
+        show_default=False,
     ),
 ]
 AllowDifferentBase = Annotated[
     bool,
-    typer.Option("--allow-different-base", help="Accept another base than the run was trained on. Results say so."),
+    typer.Option(
+        "--allow-different-base", help="Accept another base than the run was trained on. Results say so."
+    ),
 ]
 AllowDifferentData = Annotated[
     bool,
-    typer.Option("--allow-different-data", help="Accept other rows than the run was trained on. Results say so."),
+    typer.Option(
+        "--allow-different-data", help="Accept other rows than the run was trained on. Results say so."
+    ),
 ]
 Languages = Annotated[
     list[str] | None,

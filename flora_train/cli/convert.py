@@ -11,12 +11,18 @@ from flora_train.cli.app import command
 
 @command("PEFT_LORA --out FOLDER [OPTIONS]")
 def convert(
-    adapter: Annotated[str, typer.Argument(help="A LoRA in PEFT's format: a folder, or a name on the hub.", metavar="PEFT_LORA")],
+    adapter: Annotated[
+        str,
+        typer.Argument(help="A LoRA in PEFT's format: a folder, or a name on the hub.", metavar="PEFT_LORA"),
+    ],
     *,
-    out: Annotated[str, typer.Option(help="Folder of the new adapter.", metavar="FOLDER", show_default=False)],
+    out: Annotated[
+        str, typer.Option(help="Folder of the new adapter.", metavar="FOLDER", show_default=False)
+    ],
     rank: Annotated[int, typer.Option(help="Rank of the fLoRA.", metavar="N")] = 8,
     model: Annotated[
-        str | None, typer.Option(help="The base model. Default: the one that the adapter names.", metavar="MODEL")
+        str | None,
+        typer.Option(help="The base model. Default: the one that the adapter names.", metavar="MODEL"),
     ] = None,
 ) -> None:
     """Make a fLoRA that is close to a LoRA, and print how close.

@@ -24,5 +24,7 @@ def evaluate(
     from flora_train.commands.evaluate import evaluate_and_show
     from flora_train.training.origin import OriginOptions
 
-    allow = OriginOptions(allow_different_base=allow_different_base, allow_different_data=allow_different_data)
+    allow = OriginOptions(
+        allow_different_base=allow_different_base, allow_different_data=allow_different_data
+    )
     evaluate_and_show(run, overrides or (), allow=allow)

@@ -14,12 +14,17 @@ from flora_train.cli.arguments import Languages, split_list
 def execute(
     completions: Annotated[
         str,
-        typer.Argument(help="JSON lines of completions, or a folder in MultiPL-E's layout.", metavar="COMPLETIONS"),
+        typer.Argument(
+            help="JSON lines of completions, or a folder in MultiPL-E's layout.", metavar="COMPLETIONS"
+        ),
     ],
     *,
     prompts: Annotated[
         str | None,
-        typer.Option(help="Folder of MultiPL-E's prompt files, if the completions lack their problems.", metavar="FOLDER"),
+        typer.Option(
+            help="Folder of MultiPL-E's prompt files, if the completions lack their problems.",
+            metavar="FOLDER",
+        ),
     ] = None,
     languages: Languages = None,
     pass_at_k: Annotated[
@@ -29,11 +34,14 @@ def execute(
         str, typer.Option(help="bubblewrap, or none, which runs programs unconfined.", metavar="NAME")
     ] = "bubblewrap",
     workers: Annotated[
-        int | None, typer.Option(help="Programs that run at a time. Default: the machine's cores.", metavar="N")
+        int | None,
+        typer.Option(help="Programs that run at a time. Default: the machine's cores.", metavar="N"),
     ] = None,
     cpu_seconds: Annotated[
         float | None,
-        typer.Option("--cpu-seconds", help="CPU time of one program. Default: that of its language.", metavar="S"),
+        typer.Option(
+            "--cpu-seconds", help="CPU time of one program. Default: that of its language.", metavar="S"
+        ),
     ] = None,
     out: Annotated[
         str | None,

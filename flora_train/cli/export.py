@@ -28,10 +28,13 @@ def export(
     rank: Annotated[int | None, typer.Option(help="lora-svd: its rank. Default: 64.", metavar="N")] = None,
     max_error: Annotated[
         float | None,
-        typer.Option("--max-error", help="lora-svd: the smallest rank with at most this relative error.", metavar="X"),
+        typer.Option(
+            "--max-error", help="lora-svd: the smallest rank with at most this relative error.", metavar="X"
+        ),
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="Folder for the adapters' folders. Default: in the run.", metavar="FOLDER")
+        str | None,
+        typer.Option(help="Folder for the adapters' folders. Default: in the run.", metavar="FOLDER"),
     ] = None,
     allow_different_base: AllowDifferentBase = False,
     allow_different_data: AllowDifferentData = False,

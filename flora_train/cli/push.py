@@ -17,13 +17,19 @@ def push(
     *,
     repo: Annotated[str, typer.Option(help="The repository.", metavar="ORG/NAME", show_default=False)],
     repo_per_adapter: Annotated[
-        bool, typer.Option("--repo-per-adapter", help="One repository ORG/NAME-ADAPTER each, and a collection NAME.")
+        bool,
+        typer.Option(
+            "--repo-per-adapter", help="One repository ORG/NAME-ADAPTER each, and a collection NAME."
+        ),
     ] = False,
     base: Annotated[
-        str | None, typer.Option(help="Name of the base model on the hub. Default: the recipe's.", metavar="ORG/MODEL")
+        str | None,
+        typer.Option(help="Name of the base model on the hub. Default: the recipe's.", metavar="ORG/MODEL"),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Visible to everybody. Default: private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be created; nothing is sent.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be created; nothing is sent.")
+    ] = False,
     pause: Annotated[float, typer.Option(help="Seconds between two repositories.", metavar="SECONDS")] = 1.0,
     allow_different_base: AllowDifferentBase = False,
 ) -> None:

@@ -11,15 +11,21 @@ from flora_train.cli.app import command
 
 @command("RUN [RUN ...] [OPTIONS]")
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Folders of runs, in outputs/.", metavar="RUN...", show_default=False)],
+    runs: Annotated[
+        list[str], typer.Argument(help="Folders of runs, in outputs/.", metavar="RUN...", show_default=False)
+    ],
     *,
     out: Annotated[
         str | None,
-        typer.Option(help="Page of several runs. Default: comparison.html beside the first.", metavar="FILE.html"),
+        typer.Option(
+            help="Page of several runs. Default: comparison.html beside the first.", metavar="FILE.html"
+        ),
     ] = None,
     table: Annotated[
         str | None,
-        typer.Option(help="Write the results as a table: .csv, .md or .tex (LaTeX, booktabs).", metavar="FILE"),
+        typer.Option(
+            help="Write the results as a table: .csv, .md or .tex (LaTeX, booktabs).", metavar="FILE"
+        ),
     ] = None,
 ) -> None:
     """Write a run's report again, or compare several runs.

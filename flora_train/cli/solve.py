@@ -18,14 +18,21 @@ def solve(
     languages: Languages = None,
     contenders: Annotated[
         list[str] | None,
-        typer.Option(help="Other PEFT adapters, folders or hub names, for the same problems.", metavar="DIR,..."),
+        typer.Option(
+            help="Other PEFT adapters, folders or hub names, for the same problems.", metavar="DIR,..."
+        ),
     ] = None,
     multipl_e: Annotated[
-        str | None, typer.Option("--multipl-e", help="Also write the completions in MultiPL-E's layout.", metavar="FOLDER")
+        str | None,
+        typer.Option(
+            "--multipl-e", help="Also write the completions in MultiPL-E's layout.", metavar="FOLDER"
+        ),
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(help="Folder of completions, verdicts and scores. Default: eval/ of the run.", metavar="FOLDER"),
+        typer.Option(
+            help="Folder of completions, verdicts and scores. Default: eval/ of the run.", metavar="FOLDER"
+        ),
     ] = None,
     allow_different_base: AllowDifferentBase = False,
 ) -> None:

@@ -10,7 +10,13 @@ from flora_train.config.errors import Problem, choices, did_you_mean
 
 LONG_OPTION = re.compile(r"--?[A-Za-z]")
 ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*)=(.*)", re.DOTALL)
-OTHER_NAMES = {"--k": "--pass-at-k", "--ks": "--pass-at-k", "--n-jobs": "--workers", "--output": "--out", "--output-dir": "--out"}
+OTHER_NAMES = {
+    "--k": "--pass-at-k",
+    "--ks": "--pass-at-k",
+    "--n-jobs": "--workers",
+    "--output": "--out",
+    "--output-dir": "--out",
+}
 """Options of earlier versions and of other programs -> this program's."""
 
 
@@ -19,8 +25,12 @@ def unknown_option(name: str, arg: str, options: Collection[str], *, takes_overr
     _, _, value = arg.partition("=")
     key = name.lstrip("-").replace("-", "_")
     if takes_overrides and (recipe_key := _recipe_key(key)) is not None:
-        return Problem(name, None, f"keys of the recipe are written key=value: {recipe_key}={value or 'VALUE'}")
-    return Problem(name, None, f"unknown option; there are {choices(_long(options))}.{_closest(name, options)}")
+        return Problem(
+            name, None, f"keys of the recipe are written key=value: {recipe_key}={value or 'VALUE'}"
+        )
+    return Problem(
+        name, None, f"unknown option; there are {choices(_long(options))}.{_closest(name, options)}"
+    )
 
 
 def option_for_assignment(arg: str, options: Mapping[str, Any], *, takes_overrides: bool) -> Problem | None:

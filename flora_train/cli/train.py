@@ -22,7 +22,9 @@ def train(overrides: RecipeOverrides = None) -> None:
     from flora_train.config.load import load_config
 
     config = load_config(overrides or [])
-    logger.info(f"{config.name}: {len(config.tasks)} tasks, base {config.model.path}, run folder {config.folder}")
+    logger.info(
+        f"{config.name}: {len(config.tasks)} tasks, base {config.model.path}, run folder {config.folder}"
+    )
     from flora_train.runtime.signals import end_with_launcher
 
     end_with_launcher()

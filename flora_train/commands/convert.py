@@ -53,13 +53,20 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
         raise user_error("adapter", source, hint)
     base = options.model or config.get("base_model_name_or_path")
     if not base:
-        raise user_error("model", None, f"{source} names no base model: give --model, a folder or a name on the hub")
+        raise user_error(
+            "model", None, f"{source} names no base model: give --model, a folder or a name on the hub"
+        )
     device = default_device()
     base_model = load_base_model(ModelConfig(path=base, dtype="float32"), device)
     modules = sorted(modules_of(config, tensors))
-    check_targets(config, modules, [name for name, _ in base_model.named_modules()], source=source, key="adapter")
+    check_targets(
+        config, modules, [name for name, _ in base_model.named_modules()], source=source, key="adapter"
+    )
     spec = make_spec(
-        "", "flora", AdapterConfig(method="flora", rank=options.rank, lr=1.0, target_modules=modules), default_steps=1
+        "",
+        "flora",
+        AdapterConfig(method="flora", rank=options.rank, lr=1.0, target_modules=modules),
+        default_steps=1,
     )
     bank = AdapterBank.attach(base_model, [replace(spec, name=folder.name)])
     numbers, error = fit_lora(bank, folder.name, tensors, scale=scale_of(config), key="adapter")

@@ -125,10 +125,14 @@ def _precision(dtype: torch.dtype) -> str:
     return "has no meaning in float32"
 
 
-def choices_of(pool: Pool, tokens_per_adapter: float, dtype: torch.dtype, device: torch.device) -> dict[Choice, list[str]]:
+def choices_of(
+    pool: Pool, tokens_per_adapter: float, dtype: torch.dtype, device: torch.device
+) -> dict[Choice, list[str]]:
     """Choice -> the layers that use it, as `60 q_proj 576 x 576`."""
     targets = pool.targets.values()
-    shapes = Counter((target.name.rpartition(".")[2], target.in_features, target.out_features) for target in targets)
+    shapes = Counter(
+        (target.name.rpartition(".")[2], target.in_features, target.out_features) for target in targets
+    )
     choices: dict[Choice, list[str]] = defaultdict(list)
     for (name, in_features, out_features), count in shapes.items():
         work = _work(pool.specs, tokens_per_adapter, (in_features, out_features), dtype=dtype, device=device)
@@ -162,7 +166,9 @@ def _work(
 def _choice(method: str, work: Work) -> Choice:
     backend = "Triton" if work.triton else "torch"
     if method == "lora":
-        return Choice(f"shrink and expand ({backend})", "the base layer, and two thin matmuls that add to its output")
+        return Choice(
+            f"shrink and expand ({backend})", "the base layer, and two thin matmuls that add to its output"
+        )
     if method == "ia3":
         return Choice(f"one scale ({backend})", "the base layer, and a product a feature")
     decision = decide(work, thresholds_for(work))
@@ -220,7 +226,9 @@ def _memory(sandbox: Sandbox) -> str:
     bounds = f"{gibibytes} GiB of data a process (kernel), {together}"
     if sandbox.filtered and deny_filter() is not None:
         return f"{bounds}; memory that sampling does not see is denied"
-    return f"{bounds}; this kernel or machine does not deny memory that sampling does not see (memfd, System V)"
+    return (
+        f"{bounds}; this kernel or machine does not deny memory that sampling does not see (memfd, System V)"
+    )
 
 
 def _gpu() -> str:

@@ -49,7 +49,9 @@ def evaluate_run(
     Raises:
         UserError: If base or data are not those of the run and that is not allowed, or for a wrong override.
     """
-    allow = OriginOptions(allow_different_base=allow_different_base, allow_different_data=allow_different_data)
+    allow = OriginOptions(
+        allow_different_base=allow_different_base, allow_different_data=allow_different_data
+    )
     folder = _evaluate(os.fspath(run), overrides, allow)
     return on_main_process(lambda: read_report(folder))
 
@@ -70,7 +72,9 @@ def _evaluate(run: str, overrides: Sequence[str], allow: OriginOptions) -> RunFo
             on_main_process(lambda: _claim(results, folder, config, plan))
         on_main_process(lambda: check_saved(results, config, plan, restart=bool(overrides)))
         on_main_process(folder.check_metrics)
-        context, saved = load_run(run, with_tasks=True, allow=allow, overridden=config, changed_tasks=changed_tasks(overrides))
+        context, saved = load_run(
+            run, with_tasks=True, allow=allow, overridden=config, changed_tasks=changed_tasks(overrides)
+        )
         changes = [f"Evaluated with {word}." for word in overrides]
         context = replace(context, folder=results, differences=(*changes, *context.differences))
         on_main_process(lambda: note_differences(folder, "evaluate", context.differences))

@@ -86,7 +86,9 @@ def _languages(completions: Sequence[Completion], options: ExecuteOptions) -> di
     languages = {key: find_language(key, table) for key in sorted(chosen)}
     absent = sorted(chosen - available)
     if absent:
-        raise user_error("languages", absent[0], f"no completion is in it; there are {choices(sorted(available))}")
+        raise user_error(
+            "languages", absent[0], f"no completion is in it; there are {choices(sorted(available))}"
+        )
     return languages
 
 
@@ -109,7 +111,9 @@ def _check_out(out: Path, inputs: Iterable[Path]) -> None:
     try:
         same = [file for file in inputs if out.exists() and file.exists() and out.samefile(file)]
     except OSError as error:
-        raise user_error("out", str(out), f"cannot be written ({error.strerror}): give another file") from error
+        raise user_error(
+            "out", str(out), f"cannot be written ({error.strerror}): give another file"
+        ) from error
     if same:
         raise user_error("out", str(out), f"is {same[0]}, which is read: give another file")
 

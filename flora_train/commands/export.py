@@ -101,7 +101,9 @@ def export_adapters(
     if out is not None:
         values["out"] = os.fspath(out)
     options = read_options(ExportOptions, values)
-    allow = OriginOptions(allow_different_base=allow_different_base, allow_different_data=allow_different_data)
+    allow = OriginOptions(
+        allow_different_base=allow_different_base, allow_different_data=allow_different_data
+    )
     return _export(os.fspath(run), names, options, allow)
 
 
@@ -119,7 +121,9 @@ def _export(run: str, names: Sequence[str], options: ExportOptions, allow: Origi
         dtype = "float32" if is_svd else None
         context, _ = load_run(run, with_tasks=is_svd, dtype=dtype, allow=allow)
         names = _chosen_names(context.bank, names, options.as_)
-        replace = _claim(context, names, out, in_default=real_path(out) == real_path(default), as_=options.as_)
+        replace = _claim(
+            context, names, out, in_default=real_path(out) == real_path(default), as_=options.as_
+        )
         if is_svd:
             _export_svd(context, names, out, options=options, replace=replace)
         else:
@@ -158,7 +162,9 @@ def _base_of(context: RunContext) -> BaseModel:
     return BaseModel(context.config.model.path, context.config.model.revision)
 
 
-def _export_exact(context: RunContext, names: Sequence[str], out: Path, *, own_type: bool, replace: bool) -> None:
+def _export_exact(
+    context: RunContext, names: Sequence[str], out: Path, *, own_type: bool, replace: bool
+) -> None:
     """PEFT folders, without loss. own_type: under the type of flora_train.peft_plugin."""
     report, base = read_report_if_any(context.folder), _base_of(context)
     for name in names:
@@ -181,10 +187,17 @@ def _export_merged(run: str, names: Sequence[str], out: Path, allow: OriginOptio
         if i:  # merging changes the base of the bank
             context, _ = load_run(run, dtype="float32", allow=allow)
         model_settings = context.config.model
-        published: Any = load_model_config(model_settings)  # that of the loaded model has its dropout switched off
+        published: Any = load_model_config(
+            model_settings
+        )  # that of the loaded model has its dropout switched off
         published.dtype = torch.float32
         context.model.config = published
-        origin = {"adapter": name, "base": model_settings.path, "run": run, "differences": list(context.differences)}
+        origin = {
+            "adapter": name,
+            "base": model_settings.path,
+            "run": run,
+            "differences": list(context.differences),
+        }
         preprocessors = load_preprocessors(model_settings, context.tokenizer)
         save_merged(context.bank, name, out / name, preprocessors=preprocessors, origin=origin)
         if real_path(out) == real_path(context.folder.path / FOLDERS["merged"]):
@@ -192,7 +205,9 @@ def _export_merged(run: str, names: Sequence[str], out: Path, allow: OriginOptio
     return [out / name for name in names]
 
 
-def _export_svd(context: RunContext, names: Sequence[str], out: Path, *, options: ExportOptions, replace: bool) -> None:
+def _export_svd(
+    context: RunContext, names: Sequence[str], out: Path, *, options: ExportOptions, replace: bool
+) -> None:
     """The closest LoRAs, with their errors and losses in the terminal and on the cards."""
     loras = [_svd_lora(context.bank, name, options) for name in names]
     others = [i for name, i in context.bank.ids.items() if name not in names]
@@ -207,12 +222,18 @@ def _export_svd(context: RunContext, names: Sequence[str], out: Path, *, options
     losses = {}
     for lora in loras:
         name, task = lora.spec.name, lora.spec.task
-        losses[name] = {"base": before[task]["base"], "adapter": before[task][name], "LoRA": after[task][name]}
+        losses[name] = {
+            "base": before[task]["base"],
+            "adapter": before[task][name],
+            "LoRA": after[task][name],
+        }
     _write_svd_cards(context, loras, losses, out)
     print_table(_svd_table(loras, losses))
     for lora in loras:
         if lora.biases:
-            print_plain(f"note: {lora.spec.name} changes the biases of {lora.biases} layers, which a LoRA cannot")
+            print_plain(
+                f"note: {lora.spec.name} changes the biases of {lora.biases} layers, which a LoRA cannot"
+            )
 
 
 def _svd_lora(bank: AdapterBank, name: str, options: ExportOptions) -> SvdLora:
@@ -235,7 +256,9 @@ def _svd_table(loras: Sequence[SvdLora], losses: Mapping[str, Mapping[str, float
     return table
 
 
-def _write_svd_cards(context: RunContext, loras: Sequence[SvdLora], losses: Mapping[str, Mapping[str, float]], out: Path) -> None:
+def _write_svd_cards(
+    context: RunContext, loras: Sequence[SvdLora], losses: Mapping[str, Mapping[str, float]], out: Path
+) -> None:
     report = read_report_if_any(context.folder)
     for lora in loras:
         original = context.bank.specs[context.bank.ids[lora.spec.name]]
@@ -259,7 +282,9 @@ def _print_peft_warnings(out: Path, names: Sequence[str]) -> None:
             print_plain(f"note: {name}: {warning}; --as merged writes a plain model")
 
 
-def _heldout(context: RunContext, bank: AdapterBank, absent: Sequence[int]) -> Mapping[str, Mapping[str, float]]:
+def _heldout(
+    context: RunContext, bank: AdapterBank, absent: Sequence[int]
+) -> Mapping[str, Mapping[str, float]]:
     """Task -> "base" or adapter -> mean nats of a held-out token."""
     names = {BASE_ID: "base"} | {i: spec.name for i, spec in enumerate(bank.specs)}
     losses = {}

@@ -87,7 +87,9 @@ def _guess_all(sources: Sequence[str], language: str | None) -> dict[str, Guesse
             problems += error.problems
             continue
         for name in guessed.keys() & tasks.keys():
-            hint = f"would be a second task {name}: rename the file, or write the recipe by hand (docs/data.md)"
+            hint = (
+                f"would be a second task {name}: rename the file, or write the recipe by hand (docs/data.md)"
+            )
             problems.append(Problem(source, None, hint))
         tasks |= guessed
     if problems:

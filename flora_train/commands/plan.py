@@ -98,7 +98,10 @@ def measure_capacity(config: RunConfig) -> Capacity:
         step_seconds=cost.step_seconds,
         shared=device.type == "cpu",
         processes=config.num_processes or 1,
-        notes=[*notes_on_rows(tasks, config), *notes_on_unused(config.tasks, bool(config.evaluation.problems))],
+        notes=[
+            *notes_on_rows(tasks, config),
+            *notes_on_unused(config.tasks, bool(config.evaluation.problems)),
+        ],
         **storage,
     )
 
@@ -216,7 +219,10 @@ def plan_lines(config: RunConfig, capacity: Capacity) -> Iterator[tuple[str, str
     yield "device", _device_line(capacity)
     yield "host", _host_line(config, capacity)
     kept = f"a checkpoint {format_size(capacity.checkpoint)}, {config.training.keep_checkpoints} are kept"
-    yield "disk", f"{format_size(capacity.on_disk)} at most ({kept}); {format_size(capacity.free_disk)} are free"
+    yield (
+        "disk",
+        f"{format_size(capacity.on_disk)} at most ({kept}); {format_size(capacity.free_disk)} are free",
+    )
     if capacity.pages:
         free = f"{format_size(capacity.free_pages)} are free"
         yield "pages", f"{format_size(capacity.pages)} in {paging_of(config).folder}; {free}"
@@ -225,7 +231,10 @@ def plan_lines(config: RunConfig, capacity: Capacity) -> Iterator[tuple[str, str
     if seconds > LONG:
         shorter = "; training.steps and training.tokens_per_step make it shorter"
     steps = f"{config.training.steps} steps {duration(seconds)}"
-    yield "time", f"about {capacity.step_seconds:.1f}s a step on one process, {steps}, and evaluations{shorter}"
+    yield (
+        "time",
+        f"about {capacity.step_seconds:.1f}s a step on one process, {steps}, and evaluations{shorter}",
+    )
 
 
 def _pool_line(pool: Pool) -> str:

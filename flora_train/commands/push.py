@@ -158,9 +158,13 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
     except HfHubHTTPError as error:
         raise _failed(options, f"{_refusal(error, user)},") from error
     except AnswerError as error:
-        raise _failed(options, f"the hub gave an answer that makes no sense ({error}); what it has stays: push again,") from error
+        raise _failed(
+            options, f"the hub gave an answer that makes no sense ({error}); what it has stays: push again,"
+        ) from error
     except OSError as error:
-        raise _failed(options, f"broke off ({first_line(error)}); what the hub has stays: push again,") from error
+        raise _failed(
+            options, f"broke off ({first_line(error)}); what the hub has stays: push again,"
+        ) from error
 
 
 def _failed(options: PushOptions, reason: str) -> UserError:
@@ -200,7 +204,9 @@ def _create(api: Any, repository: Repository, options: PushOptions) -> str:
 
     present = _adapters_on_hub(api, repository)
     _check_compatible(repository, present)
-    address = with_retries(lambda: str(api.create_repo(repository.name, private=not options.public, exist_ok=True)))
+    address = with_retries(
+        lambda: str(api.create_repo(repository.name, private=not options.public, exist_ok=True))
+    )
     private = _is_private(api, repository.name)  # another process may have created it
     check_visibility(repository.name, private, options.public)
     files: dict[str, Path | bytes] = {**repository.files, **repository.overview(present)}
@@ -250,7 +256,9 @@ def check_visibility(name: str, private: bool | None, public: bool) -> None:
     """Raises UserError if a repository is public and --public was not given. private: None if there is no
     repository."""
     if private is False and not public:
-        hint = "exists and is public: give --public to push for everybody to see, or choose another repository"
+        hint = (
+            "exists and is public: give --public to push for everybody to see, or choose another repository"
+        )
         raise user_error("repo", name, hint)
 
 
@@ -258,16 +266,22 @@ def _adapters_on_hub(api: Any, repository: Repository) -> Entries:
     """Adapters that the repository has. Raises UserError for a repository that holds something else."""
     if not with_retries(lambda: api.repo_exists(repository.name)):
         return {}
-    files = with_retries(lambda: {str(file) for file in api.list_repo_files(repository.name)}) - {".gitattributes"}
+    files = with_retries(lambda: {str(file) for file in api.list_repo_files(repository.name)}) - {
+        ".gitattributes"
+    }
     if MANIFEST in files:
         file = with_retries(lambda: Path(api.hf_hub_download(repository.name, MANIFEST)))
         try:
             return read_entries(file.read_bytes())
         except (ValueError, RecursionError) as error:
-            hint = f"has a {MANIFEST} of another version: choose another repository, or delete that file there"
+            hint = (
+                f"has a {MANIFEST} of another version: choose another repository, or delete that file there"
+            )
             raise user_error("repo", repository.name, hint) from error
     if files:
-        raise user_error("repo", repository.name, f"exists, and holds something else ({min(files)}): choose another name")
+        raise user_error(
+            "repo", repository.name, f"exists, and holds something else ({min(files)}): choose another name"
+        )
     return {}
 
 
@@ -276,7 +290,9 @@ def _collection(api: Any, options: PushOptions) -> Any:
     --public."""
     owner, _, name = options.repo.partition("/")
     private = not options.public
-    collection = with_retries(lambda: api.create_collection(name, namespace=owner, private=private, exists_ok=True))
+    collection = with_retries(
+        lambda: api.create_collection(name, namespace=owner, private=private, exists_ok=True)
+    )
     if not isinstance(collection.slug, str) or not isinstance(collection.private, bool | None):
         raise AnswerError(f"a collection {collection.slug!r}")
     if not collection.private and not options.public:

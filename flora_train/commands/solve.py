@@ -71,7 +71,9 @@ class SolveJob:
     """The run's report, which is written again with the new results."""
 
 
-def solve_run(run: str, overrides: Sequence[str] = (), *, allow_different_base: bool = False, **values: object) -> None:
+def solve_run(
+    run: str, overrides: Sequence[str] = (), *, allow_different_base: bool = False, **values: object
+) -> None:
     """Let the base and the adapters of a run solve programming problems, and print pass@k.
 
     Completions of an earlier call are kept. overrides: `evaluation.KEY=VALUE` and `tasks.TASK.KEY=VALUE`,
@@ -187,7 +189,9 @@ def _note_in_scores(job: SolveJob, differences: Sequence[str]) -> None:
             write_summary(summary.replace(origin_differences=differences), folder)
 
 
-def _write_report(job: SolveJob, report: Report, summaries: Sequence[CodeSuite], differences: Sequence[str]) -> Path:
+def _write_report(
+    job: SolveJob, report: Report, summaries: Sequence[CodeSuite], differences: Sequence[str]
+) -> Path:
     """Write the run's report with these results."""
     all_differences = list(dict.fromkeys([*report.facts.origin_differences, *differences]))
     extended = report.replace(

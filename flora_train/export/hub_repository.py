@@ -133,7 +133,9 @@ class Staging:
     """The report of the run, if it was evaluated."""
 
 
-def stage(run: RunFolder, config: RunConfig, specs: Sequence[AdapterSpec], staging: Staging) -> list[Repository]:
+def stage(
+    run: RunFolder, config: RunConfig, specs: Sequence[AdapterSpec], staging: Staging
+) -> list[Repository]:
     """Write the files of the repositories below `staging.folder`, with cards that load the adapters from the
     hub.
 
@@ -183,7 +185,9 @@ def _entry(spec: AdapterSpec, report: Report | None, *, run: str, base: str) -> 
     )
 
 
-def _stage_adapter(run: RunFolder, spec: AdapterSpec, example: GenerationExample, *, staging: Staging) -> Path:
+def _stage_adapter(
+    run: RunFolder, spec: AdapterSpec, example: GenerationExample, *, staging: Staging
+) -> Path:
     folder = staging.folder / "adapters" / spec.name
     folder.mkdir(parents=True)
     for name in PEFT_FILES:  # other files in the adapter's folder are not published
@@ -221,7 +225,9 @@ def _checked_config(run: RunFolder, name: str) -> dict[str, Any]:
     hint = f"flora-train export {run.path} writes it again"
     path = run.adapters / name / "adapter_config.json"
     content = read_object(path, hint)
-    if not isinstance(content.get("base_model_name_or_path"), str) or not isinstance(content.get("peft_type"), str):
+    if not isinstance(content.get("base_model_name_or_path"), str) or not isinstance(
+        content.get("peft_type"), str
+    ):
         raise user_error(str(path), None, f"is damaged: {hint}")
     return {"task_type": None, **content}
 
@@ -244,5 +250,7 @@ def _scores(name: str, staging: Staging) -> dict[str, Path]:
     if not scores:
         return {}
     file = staging.folder / f"{name}.yaml"
-    write_atomically(file, lambda path: path.write_text(yaml.safe_dump(scores, sort_keys=False), encoding="utf-8"))
+    write_atomically(
+        file, lambda path: path.write_text(yaml.safe_dump(scores, sort_keys=False), encoding="utf-8")
+    )
     return {".eval_results/flora_train.yaml": file}

@@ -78,7 +78,11 @@ class Loadability:
 
     def _choose_form(self, layers: Layers, spec: AdapterSpec) -> Written:
         problem = self._problem_of_form(layers, spec, "own")
-        if problem is None or spec.method != "lora" or self._problem_of_form(layers, spec, "ADALORA") is not None:
+        if (
+            problem is None
+            or spec.method != "lora"
+            or self._problem_of_form(layers, spec, "ADALORA") is not None
+        ):
             return Written("own", problem)
         return Written("ADALORA", avoided=problem)
 
@@ -125,11 +129,15 @@ class Loadability:
         if ignored or created:
             example = min(ignored or created).removeprefix(PREFIX)
             counts = f"ignores {len(ignored)} of {len(tensors)} tensors and creates {len(created)} new ones"
-            return Problem(f"plain PEFT {counts} when it loads it as {peft_type}, such as {example}", silent=True)
+            return Problem(
+                f"plain PEFT {counts} when it loads it as {peft_type}, such as {example}", silent=True
+            )
         return None
 
 
-def _load_with_peft(model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+def _load_with_peft(
+    model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[set[str], set[str]]:
     """The names of tensors in the file that PEFT ignores, and of tensors that it creates without the file."""
     from peft import PeftConfig, PeftModel
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING

@@ -106,7 +106,9 @@ def _starts(weights: Tensor, pulled: Tensor, rank: int) -> Iterator[Tensor]:
     if weights.numel() <= SMALL_LAYER:
         generator = torch.Generator().manual_seed(0)
         for _ in range(RANDOM_STARTS):
-            yield torch.randn(rank, weights.shape[1], generator=generator, dtype=torch.float64).to(weights.device)
+            yield torch.randn(rank, weights.shape[1], generator=generator, dtype=torch.float64).to(
+                weights.device
+            )
 
 
 def _least_squares(weights: Tensor, pulled: Tensor, A: Tensor, *, rounds: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,9 @@ def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
             params = {param: tensor.to(bank.device) for param, tensor in parameters[module].items()}
             target = pool.targets[module]
             weight, bias = dense_weight(layer.base_layer, target), layer.bias
-            merged, merged_bias = pool.method.merge(weight, bias, params, spec=spec, feedforward=target.feedforward)
+            merged, merged_bias = pool.method.merge(
+                weight, bias, params, spec=spec, feedforward=target.feedforward
+            )
             weight.copy_(merged)
             if bias is not None and merged_bias is not None:
                 bias.copy_(merged_bias)

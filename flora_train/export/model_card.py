@@ -90,7 +90,9 @@ def write_card(
         original=METHOD_TITLES[spec.method],
         base=in_code(base),
         revision=in_code(config.get("revision") or ""),
-        snippet=usage_snippet(config, example or GenerationExample(), source=source or folder.name, subfolder=subfolder),
+        snippet=usage_snippet(
+            config, example or GenerationExample(), source=source or folder.name, subfolder=subfolder
+        ),
         needs_clip=is_speech,
         task=spec.task,
         others=max(0, len(adapters) - 1),

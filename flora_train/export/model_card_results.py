@@ -108,7 +108,9 @@ def _speech_metrics(report: Report, name: str) -> Iterator[CardMetric]:
     for part, row in _speech_rows(report, name):
         value = row.rate(part.metric).value
         if value is not None:
-            yield CardMetric(part.task, part.language, "wer", value, f"{part.clips} clips, {RATES[part.metric]}")
+            yield CardMetric(
+                part.task, part.language, "wer", value, f"{part.clips} clips, {RATES[part.metric]}"
+            )
 
 
 def _heldout_table(result: TaskResult, name: str) -> Table:
@@ -153,7 +155,9 @@ def _speech_table(part: SpeechLanguage, name: str) -> Table:
         part.contenders,
         name,
         cells={title: partial(rate_of, rate) for rate, title in RATES.items()},
-        to_base={family: estimate(difference.rate(part.metric)) for family, difference in part.to_base.items()},
+        to_base={
+            family: estimate(difference.rate(part.metric)) for family, difference in part.to_base.items()
+        },
     )
 
 

@@ -102,7 +102,11 @@ def task_type_of(model: Any) -> str | None:
         return "SEQ_2_SEQ_LM"
     remote_class = str((getattr(model.config, "auto_map", None) or {}).get("AutoModelForCausalLM", ""))
     is_remote = remote_class.endswith(f".{name}")
-    if name in _class_names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or name.endswith("ForCausalLM") or is_remote:
+    if (
+        name in _class_names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        or name.endswith("ForCausalLM")
+        or is_remote
+    ):
         return "CAUSAL_LM"
     return None
 

@@ -46,7 +46,9 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
     any adapter changes. Collective: the base model may be sharded.
     """
     specs = [bank.specs[adapter] for adapter in adapters]
-    peft_adapters = on_every_process(lambda: _for_each(specs, lambda spec, source, key: read_peft(source, key)))
+    peft_adapters = on_every_process(
+        lambda: _for_each(specs, lambda spec, source, key: read_peft(source, key))
+    )
 
     def converted(spec: AdapterSpec, source: str, key: str) -> Mapping[str, Tensor]:
         return _parameters(bank, spec.name, peft_adapters[spec.name], source=source, key=key)
@@ -57,7 +59,9 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
                 view.copy_(values[f"{module}.{param}"])
 
 
-def _for_each(specs: Iterable[AdapterSpec], function: Callable[[AdapterSpec, str, str], Result]) -> dict[str, Result]:
+def _for_each(
+    specs: Iterable[AdapterSpec], function: Callable[[AdapterSpec, str, str], Result]
+) -> dict[str, Result]:
     """Name -> function(spec, source, key) for every spec with `init_from`. Raises UserError with all
     problems."""
     problems: list[Problem] = []
@@ -131,7 +135,9 @@ def scale_of(config: Mapping[str, Any]) -> float:
     return config["lora_alpha"] / divisor
 
 
-def _parameters(bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, source: str, key: str) -> Mapping[str, Tensor]:
+def _parameters(
+    bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, source: str, key: str
+) -> Mapping[str, Tensor]:
     """`<module>.<parameter>` -> the bank's parameter that corresponds to the PEFT adapter's tensors."""
     config, tensors = peft_adapter
     spec = bank.specs[bank.id_of(name)]
@@ -143,14 +149,18 @@ def _parameters(bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, sour
     for tensor in expected:
         shape, expected_shape = tuple(tensors[tensor].shape), tuple(expected[tensor].shape)
         if shape != expected_shape:
-            hint = f"{tensor} has shape {shape} instead of {expected_shape}: the rank or the base model differs"
+            hint = (
+                f"{tensor} has shape {shape} instead of {expected_shape}: the rank or the base model differs"
+            )
             raise user_error(key, source, hint)
     check_targets(config, modules_of(config, tensors), bank.base_names(), source=source, key=key)
     pool, member = bank.location[bank.id_of(name)]
     parameters: dict[str, Tensor] = {}
     for module, target in pool.targets.items():
         prefix = f"{PREFIX}{module}."
-        by_suffix = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        by_suffix = {
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+        }
         try:
             params = pool.method.from_peft(by_suffix, pool.specs[member], target.feedforward)
         except ValueError as error:
@@ -159,11 +169,15 @@ def _parameters(bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, sour
     return parameters
 
 
-def _fitted(bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, source: str, key: str) -> Mapping[str, Tensor]:
+def _fitted(
+    bank: AdapterBank, name: str, peft_adapter: PeftAdapter, *, source: str, key: str
+) -> Mapping[str, Tensor]:
     """The parameters of the residual fLoRA that is fitted to a LORA; logs the error of the fit."""
     config, tensors = peft_adapter
     expected = {f"{PREFIX}{module}.lora_A.weight" for module in bank.parameters_of(name)}
-    check_layers(expected, {tensor for tensor in tensors if tensor.endswith(".lora_A.weight")}, source, key=key)
+    check_layers(
+        expected, {tensor for tensor in tensors if tensor.endswith(".lora_A.weight")}, source, key=key
+    )
     check_targets(config, modules_of(config, tensors), bank.base_names(), source=source, key=key)
     parameters, error = fit_lora(bank, name, tensors, scale=scale_of(config), key=key)
     rank = bank.specs[bank.id_of(name)].rank

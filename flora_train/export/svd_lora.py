@@ -91,7 +91,9 @@ def deltas(bank: AdapterBank, name: str) -> Iterator[tuple[str, Tensor]]:
     for module, params in bank.parameters_of(name).items():
         target, layer = pool.targets[module], _layer(bank, module)
         weight = dense_weight(layer.base_layer, target).double()
-        merged, _ = pool.method.merge(weight, None, params, spec=pool.specs[member], feedforward=target.feedforward)
+        merged, _ = pool.method.merge(
+            weight, None, params, spec=pool.specs[member], feedforward=target.feedforward
+        )
         yield module, merged - weight
 
 
@@ -111,7 +113,9 @@ def _changed_biases(bank: AdapterBank, name: str) -> int:
         bias: Tensor | None = layer.bias
         if bias is not None:
             weight = dense_weight(layer.base_layer, target)
-            _, merged_bias = pool.method.merge(weight, bias, params, spec=pool.specs[member], feedforward=target.feedforward)
+            _, merged_bias = pool.method.merge(
+                weight, bias, params, spec=pool.specs[member], feedforward=target.feedforward
+            )
             changed += merged_bias is not None and not torch.equal(merged_bias, bias)
     return changed
 

@@ -110,7 +110,12 @@ class Scratch(threading.local):
         (rows, columns), stride = shape, shape[1] + PADDING
         size = rows * stride
         buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
+        if (
+            buffer is None
+            or buffer.numel() < size
+            or buffer.dtype != like.dtype
+            or buffer.device != like.device
+        ):
             buffer = self.buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
         return buffer[:size].view(rows, stride)[:, :columns]
 

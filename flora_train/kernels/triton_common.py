@@ -42,7 +42,9 @@ def empty_contiguous(tensor: Tensor) -> Tensor:
 
 
 @triton.jit
-def _pad_ranks(stack, padded, features, rank, segment, of_feature, of_rank, FEATURES: tl.constexpr, RANK: tl.constexpr):
+def _pad_ranks(
+    stack, padded, features, rank, segment, of_feature, of_rank, FEATURES: tl.constexpr, RANK: tl.constexpr
+):
     """padded[k, f, j] = stack[k, f, j] for j < rank, else 0."""
     k = tl.program_id(0).to(tl.int64)
     f, j = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES), tl.arange(0, RANK)

@@ -17,7 +17,12 @@ from flora_train.runtime.atomic import real_path, user_cache, write_atomically
 
 HASHES_FILE = ".flora_train_sha256.json"
 """Cache beside the model's files: name -> size, times and SHA-256."""
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 """transformers loads the first of these that exists."""
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 """transformers adds these to the weights if they exist."""

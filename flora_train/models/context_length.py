@@ -81,7 +81,12 @@ def max_readable_length(config: ModelConfig, model_config: Any, length: int) -> 
 
     if reads(length) or not reads(MIN_LENGTH):
         return None
-    if declared is not None and MIN_LENGTH < declared < length and reads(declared) and not reads(declared + 1):
+    if (
+        declared is not None
+        and MIN_LENGTH < declared < length
+        and reads(declared)
+        and not reads(declared + 1)
+    ):
         return declared
     return _bisect(reads, MIN_LENGTH, length)
 

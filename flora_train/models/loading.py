@@ -61,10 +61,14 @@ def check_model_type(model_config: Any, config: RunConfig) -> None:
     path, model_type = config.model.path, model_config.model_type
     if not any(task.speech is not None for task in config.tasks.values()):
         if is_speech_model(model_config):
-            raise user_error("model.path", path, "is a speech model: its tasks need tasks.NAME.speech (docs/speech.md)")
+            raise user_error(
+                "model.path", path, "is a speech model: its tasks need tasks.NAME.speech (docs/speech.md)"
+            )
         return
     if not is_speech_model(model_config):
-        hint = f"is a {model_type} model, and the tasks are speech: use a speech encoder-decoder such as Whisper"
+        hint = (
+            f"is a {model_type} model, and the tasks are speech: use a speech encoder-decoder such as Whisper"
+        )
         raise user_error("model.path", path, hint)
     if config.audio.spec_augment and not is_whisper(model_config):
         hint = f"is for Whisper's features, and the model is a {model_type}: leave it off"
@@ -97,7 +101,10 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization != "none":
-        options |= {"quantization_config": _quantization_config(config, options["dtype"]), "device_map": {"": device}}
+        options |= {
+            "quantization_config": _quantization_config(config, options["dtype"]),
+            "device_map": {"": device},
+        }
     model, loaded = _from_pretrained(_auto_class(model_config), config, output_loading_info=True, **options)
     # transformers only warns, and initialises missing weights at random.
     parameters = {name for name, _ in model.named_parameters()}
@@ -131,7 +138,11 @@ def check_quantization(config: ModelConfig, device: torch.device) -> None:
         hint = f"needs a CUDA GPU, and this run is on {device.type}: {advice}"
         raise user_error("model.quantization", config.quantization, hint)
     if find_spec("bitsandbytes") is None:
-        raise user_error("model.quantization", config.quantization, "needs bitsandbytes: pip install 'flora-train[quantised]'")
+        raise user_error(
+            "model.quantization",
+            config.quantization,
+            "needs bitsandbytes: pip install 'flora-train[quantised]'",
+        )
 
 
 def _quantization_config(config: ModelConfig, dtype: torch.dtype) -> Any:
@@ -194,10 +205,14 @@ def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> An
             trust_remote_code=source.trust_remote_code,
             **options,
         )
-    except Exception as error:  # transformers and the readers below it raise their own types for a damaged file
+    except (
+        Exception
+    ) as error:  # transformers and the readers below it raise their own types for a damaged file
         hint = f"cannot be loaded: {_reason(error)}"
         if os.environ.get("HF_HUB_OFFLINE") == "1" and not is_local:
-            reason = "is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE=1 forbids a download"
+            reason = (
+                "is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE=1 forbids a download"
+            )
             hint = f"{reason}: give a local folder, or unset HF_HUB_OFFLINE"
         raise user_error("model.path", source.path, hint) from error
 
@@ -220,7 +235,9 @@ def empty_model(config: ModelConfig) -> nn.Module:
 def _from_config(published: Any, config: ModelConfig, **options: Any) -> nn.Module:
     """A model of this configuration with random weights. Raises UserError if it cannot be built."""
     try:
-        model: nn.Module = _auto_class(published).from_config(published, trust_remote_code=config.trust_remote_code, **options)
+        model: nn.Module = _auto_class(published).from_config(
+            published, trust_remote_code=config.trust_remote_code, **options
+        )
     except Exception as error:
         raise user_error("model.path", config.path, f"cannot be loaded: {_reason(error)}") from error
     return model

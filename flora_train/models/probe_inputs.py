@@ -72,7 +72,9 @@ def feature_shape(config: Any) -> tuple[int, ...] | None:
     return None
 
 
-def probe_inputs(model: Any, rows: int, length: int, features: Tensor | None = None) -> dict[str, Tensor] | None:
+def probe_inputs(
+    model: Any, rows: int, length: int, features: Tensor | None = None
+) -> dict[str, Tensor] | None:
     """A batch of `rows` rows of `length` tokens, all different, for `model(**inputs)`.
 
     features: [1, ...] of a clip, for a speech model; None: their shape follows from the configuration.

@@ -70,7 +70,9 @@ def check_fits(config: RunConfig, capacity: Capacity) -> None:
         )
         raise user_error("adapters.device_slots", capacity.slots, hint)
     _check_device(config, capacity)
-    free_host, free_pages, free_disk = map(format_size, (capacity.free_host, capacity.free_pages, capacity.free_disk))
+    free_host, free_pages, free_disk = map(
+        format_size, (capacity.free_host, capacity.free_pages, capacity.free_disk)
+    )
     if not capacity.shared and capacity.host * capacity.processes > capacity.free_host:
         fewer = "" if capacity.on_host else f", with adapters.device_slots={capacity.step_slots}"
         hint = (

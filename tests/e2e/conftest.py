@@ -38,7 +38,12 @@ def save_tiny_checkpoint(folder: Path, **special: Any) -> Path:
         "num_key_value_heads": 2,
     }
     config = LlamaConfig(
-        vocab_size=len(WORDS), max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=0, **sizes
+        vocab_size=len(WORDS),
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        **sizes,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -55,14 +60,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     tasks = {"letters": "abcdefgh", "digits": "01234567"}
     for name, alphabet in tasks.items():
-        rows = [{"prompt": alphabet[i % 8], "completion": (alphabet * 4)[i % 8 + 1 : i % 8 + 9 + i % 5]} for i in range(60)]
+        rows = [
+            {"prompt": alphabet[i % 8], "completion": (alphabet * 4)[i % 8 + 1 : i % 8 + 9 + i % 5]}
+            for i in range(60)
+        ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     content = {
         "name": "tiny",
         "num_threads": 1,
         "model": {"path": str(checkpoint), "dtype": "float32"},
         "tasks": {
-            name: {"train": str(folder / f"{name}.jsonl"), "sample_prompts": [alphabet[0]]} for name, alphabet in tasks.items()
+            name: {"train": str(folder / f"{name}.jsonl"), "sample_prompts": [alphabet[0]]}
+            for name, alphabet in tasks.items()
         },
         "adapters": {
             "flora": {"method": "flora", "rank": 2, "lr": 0.1},
@@ -70,7 +79,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
             "ia3": {"method": "ia3", "lr": 0.1},
         },
         "mixture": {"strategy": "uniform"},
-        "training": {"steps": 12, "tokens_per_step": 100, "tokens_per_microbatch": 60, "max_length": 32, "log_every": 4},
+        "training": {
+            "steps": 12,
+            "tokens_per_step": 100,
+            "tokens_per_microbatch": 60,
+            "max_length": 32,
+            "log_every": 4,
+        },
         "evaluation": {"interval": 6, "max_new_tokens": 4, "bootstrap_samples": 200},
     }
     path = folder / "tiny.yaml"
@@ -85,12 +100,29 @@ PLANTED = "planted-secret-5c1f"
 def launch_command(*words: str, processes: int = 1) -> list[str]:
     """accelerate launch train.py, as a user would call it."""
     config = ROOT / "launch" / ("single.yaml" if processes == 1 else "cpu_2proc.yaml")
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(ROOT / "train.py"), *words]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        str(ROOT / "train.py"),
+        *words,
+    ]
 
 
 def launch_environment(cache: Path) -> dict[str, str]:
-    ours = {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return {**os.environ, **ours, **dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "FLORA_TEST_SECRET"), PLANTED)}
+    ours = {
+        "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return {
+        **os.environ,
+        **ours,
+        **dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "FLORA_TEST_SECRET"), PLANTED),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,9 @@ def fresh_bank(checkpointing: str) -> AdapterBank:
 def main(checkpointing: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    ids = [[0, 1, 2, 3, 4, 5, -1], [2, 0, 5, -1]][rank]  # the other process lacks adapters, and has them in another order
+    ids = [[0, 1, 2, 3, 4, 5, -1], [2, 0, 5, -1]][
+        rank
+    ]  # the other process lacks adapters, and has them in another order
     expected, expected_gradients = step(fresh_bank(checkpointing), ids)
     mesh = init_device_mesh("cpu", (2,))
     bank = fresh_bank(checkpointing)

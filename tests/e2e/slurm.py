@@ -17,7 +17,11 @@ from tempfile import TemporaryDirectory
 from tests.forked import ROOT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
-MISSING = [program for program in PROGRAMS if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+MISSING = [
+    program
+    for program in PROGRAMS
+    if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+]
 NODES = ("n1", "n2")
 CONFIGURATION = """
 ClusterName=here
@@ -54,7 +58,9 @@ class Cluster:
 
     def submit(self, said: Path, *words: str) -> str:
         """The number of a job of launch/slurm.sh with these words, whose output goes to `said`."""
-        return self.ask("sbatch", "--parsable", "--gpus-per-node=1", f"--output={said}", "launch/slurm.sh", *words).strip()
+        return self.ask(
+            "sbatch", "--parsable", "--gpus-per-node=1", f"--output={said}", "launch/slurm.sh", *words
+        ).strip()
 
     def ask(self, *command: str) -> str:
         done = self.try_to(*command)
@@ -62,7 +68,9 @@ class Cluster:
         return done.stdout
 
     def try_to(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=ROOT, env=dict(self.environment), capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            command, cwd=ROOT, env=dict(self.environment), capture_output=True, text=True, timeout=60
+        )
 
     def fact(self, job: str, name: str) -> str:
         """What SLURM says of a job: JobState, Restarts, ..."""
@@ -89,7 +97,9 @@ def cluster(environment: Mapping[str, str]) -> Iterator[Cluster]:
         folder = Path(name)
         (folder / "state").mkdir()
         (folder / "slurm.conf").write_text(
-            CONFIGURATION.format(host=socket.gethostname(), folder=folder, ports=[_free_port() for _ in range(3)])
+            CONFIGURATION.format(
+                host=socket.gethostname(), folder=folder, ports=[_free_port() for _ in range(3)]
+            )
         )
         (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
         (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(NODES)}\n")
@@ -98,7 +108,10 @@ def cluster(environment: Mapping[str, str]) -> Iterator[Cluster]:
         path = f"{environment['PATH']}:/usr/sbin:/sbin"
         ours = Cluster({**environment, "PATH": path, "SLURM_CONF": str(folder / "slurm.conf")})
         files = [f"--{name}-file={folder / name}" for name in ("key", "pid", "log", "seed")]
-        commands = [["munged", "--foreground", "--force", f"--socket={folder / 'socket'}", *files], ["slurmctld", "-D"]]
+        commands = [
+            ["munged", "--foreground", "--force", f"--socket={folder / 'socket'}", *files],
+            ["slurmctld", "-D"],
+        ]
         named = f"mount --bind {folder / 'hosts'} /etc/hosts && exec slurmd -D -N "
         commands += [["unshare", "--mount", "sh", "-c", named + node] for node in NODES]
         for command in commands:

@@ -46,7 +46,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def complain(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Complain:
+def complain(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Complain:
     """Run the command in a folder with RECIPE, its data and its model; returns the problems that it printed.
 
     Checks what holds for every bad input: status 2, `error: ` lines only, no traceback, nothing written.
@@ -63,7 +65,10 @@ def complain(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capfd
         assert main(["train", *(words or ["recipe=bad.yaml"])]) == 2
         out, err = capfd.readouterr()
         assert out == ""
-        others = ("bad: 1 tasks, base ", "Loading weights")  # the line that announces a run, and transformers' own bar
+        others = (
+            "bad: 1 tasks, base ",
+            "Loading weights",
+        )  # the line that announces a run, and transformers' own bar
         lines = [line for line in err.splitlines() if line and not line.startswith(others)]
         assert lines
         assert all(line.startswith("error: ") for line in lines), err
@@ -87,8 +92,14 @@ def listing(folder: Path) -> dict[str, int]:
             ["recipe = 'quikstart': no recipe of that name in recipes/; *. Did you mean 'quickstart'?"],
         ),
         ([], ["recipe: is required: recipe=NAME *"]),
-        (["training.stepz=3"], ["training.stepz: unknown key; the keys here are *. Did you mean 'training.steps'?"]),
-        (["adapters.lora.method=lorra"], ["adapters.lora.method = 'lorra': must be flora, ia3 or lora. Did you mean 'lora'?"]),
+        (
+            ["training.stepz=3"],
+            ["training.stepz: unknown key; the keys here are *. Did you mean 'training.steps'?"],
+        ),
+        (
+            ["adapters.lora.method=lorra"],
+            ["adapters.lora.method = 'lorra': must be flora, ia3 or lora. Did you mean 'lora'?"],
+        ),
         (["adapters.lora.rank=0"], ["adapters.lora.rank = 0: must be at least 1"]),
         (["adapters.lora.rank=-4"], ["adapters.lora.rank = -4: must be at least 1"]),
         (
@@ -102,16 +113,27 @@ def listing(folder: Path) -> dict[str, int]:
         ),
         (
             ["tasks.lua.text='# {dok}'"],
-            ["tasks.lua.text = '# {dok}': 'dok' is not a column of the training rows; *. Did you mean 'doc'?"],
+            [
+                "tasks.lua.text = '# {dok}': 'dok' is not a column of the training rows; *. Did you mean 'doc'?"
+            ],
         ),
         (
-            ["tasks.lua.truncation=drop", "tasks.lua.text='{doc} {doc} {doc} {doc} {doc} {doc} {doc} {doc} {doc}'"],
+            [
+                "tasks.lua.truncation=drop",
+                "tasks.lua.text='{doc} {doc} {doc} {doc} {doc} {doc} {doc} {doc} {doc}'",
+            ],
             ["tasks.lua.train: no usable example among 9 rows: 0 empty, 9 over-long, 0 with a prompt of *"],
         ),
         (["model.path=./nothing/here"], ["model.path = './nothing/here': no such folder"]),
         (
-            ["training.tokens_per_step=16", "adapters.x={method: ia3, lr: 1}", "adapters.y={method: ia3, lr: 1}"],
-            ["training.tokens_per_step = 16: cannot hold one draw of task 'lua': 1 example(s) of up to 7 tokens for each of 3 *"],
+            [
+                "training.tokens_per_step=16",
+                "adapters.x={method: ia3, lr: 1}",
+                "adapters.y={method: ia3, lr: 1}",
+            ],
+            [
+                "training.tokens_per_step = 16: cannot hold one draw of task 'lua': 1 example(s) of up to 7 tokens for each of 3 *"
+            ],
         ),
         (
             ["overwrite=true", "resume=true"],
@@ -130,11 +152,15 @@ def listing(folder: Path) -> dict[str, int]:
         (["--training.steps", "3"], ["--training.steps 3: options are written key=value: training.steps=3"]),
         (
             ["adapters.lora.target_modules=[q_prj]"],
-            ["adapters.lora.target_modules = 'q_prj': matches no module of LlamaForCausalLM; it has *. Did you mean 'q_proj'?"],
+            [
+                "adapters.lora.target_modules = 'q_prj': matches no module of LlamaForCausalLM; it has *. Did you mean 'q_proj'?"
+            ],
         ),
     ],
 )
-def test_one_line_per_problem_names_key_value_and_fix(complain: Complain, words: list[str], lines: list[str]) -> None:
+def test_one_line_per_problem_names_key_value_and_fix(
+    complain: Complain, words: list[str], lines: list[str]
+) -> None:
     recipe = [] if not words or words[0].startswith("recipe=") else ["recipe=bad.yaml"]
     found = complain(*recipe, *words) if words else complain("seed=1")
     assert len(found) == len(lines), found
@@ -156,15 +182,24 @@ def test_rows_that_are_all_empty_are_refused_with_their_number(complain: Complai
 
 
 @pytest.mark.parametrize(("section", "name", "line"), [("tasks", "lua", 6), ("adapters", "lora", 8)])
-def test_two_of_one_name_are_refused(complain: Complain, tmp_path: Path, section: str, name: str, line: int) -> None:
+def test_two_of_one_name_are_refused(
+    complain: Complain, tmp_path: Path, section: str, name: str, line: int
+) -> None:
     value = "{train: lua.jsonl}" if section == "tasks" else "{method: ia3, lr: 1}"
     (tmp_path / "bad.yaml").write_text(RECIPE.replace(f"{section}:\n", f"{section}:\n  {name}: {value}\n"))
-    assert complain() == [f"bad.yaml:{line} = {name!r}: this key is given twice (first on line {line - 1}): rename one"]
+    assert complain() == [
+        f"bad.yaml:{line} = {name!r}: this key is given twice (first on line {line - 1}): rename one"
+    ]
 
 
 def test_adapters_whose_joined_names_collide_are_refused(complain: Complain) -> None:
-    (line,) = complain("recipe=bad.yaml", "tasks.lua-lora.train=lua.jsonl", "adapters.lora-lora={method: ia3, lr: 1}")
-    assert line == "adapters = 'lua-lora-lora': two adapters (task-adapter) would have this name: rename a task or adapter"
+    (line,) = complain(
+        "recipe=bad.yaml", "tasks.lua-lora.train=lua.jsonl", "adapters.lora-lora={method: ia3, lr: 1}"
+    )
+    assert (
+        line
+        == "adapters = 'lua-lora-lora': two adapters (task-adapter) would have this name: rename a task or adapter"
+    )
 
 
 def test_tokenizer_without_end_token_is_refused(complain: Complain, tmp_path: Path) -> None:
@@ -173,7 +208,9 @@ def test_tokenizer_without_end_token_is_refused(complain: Complain, tmp_path: Pa
     tokenizer.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
     (line,) = complain("recipe=bad.yaml", "model.path=other")
-    assert line.startswith("model.path = 'other': has a tokenizer without an end-of-sequence token: set tokenizer.eos_token")
+    assert line.startswith(
+        "model.path = 'other': has a tokenizer without an end-of-sequence token: set tokenizer.eos_token"
+    )
 
 
 def occupy(folder: Path, finished: bool | None) -> None:
@@ -188,7 +225,11 @@ def occupy(folder: Path, finished: bool | None) -> None:
     ("finished", "words", "reason"),
     [
         (True, [], "holds a finished run: choose another output_dir, or overwrite=true"),
-        (False, [], "holds an unfinished run: choose another output_dir, resume=true to continue it, or overwrite=true"),
+        (
+            False,
+            [],
+            "holds an unfinished run: choose another output_dir, resume=true to continue it, or overwrite=true",
+        ),
         (None, [], "is not empty and holds no run of ours"),
         (None, ["resume=true"], "is not empty and holds no run of ours"),
         (None, ["overwrite=true"], "is not empty and holds no run of ours"),
@@ -214,7 +255,9 @@ def test_output_folder_that_holds_something_is_refused_and_kept(
 )
 def test_hub_name_while_offline_is_refused(complain: Complain, tmp_path: Path, word: str, line: str) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = python(str(PROJECT_ROOT / "train.py"), "recipe=bad.yaml", word, environment=environment, folder=tmp_path)
+    done = python(
+        str(PROJECT_ROOT / "train.py"), "recipe=bad.yaml", word, environment=environment, folder=tmp_path
+    )
     assert done.returncode == 2, done.stderr
     announced, error = done.stderr.splitlines()
     assert announced.startswith("bad: 1 tasks, base ")
@@ -232,7 +275,10 @@ def test_hub_name_while_offline_is_refused(complain: Complain, tmp_path: Path, w
         ),
         (["export"], "RUN: is required; usage: flora-train export RUN *"),
         (["export", "nowhere", "--as", "lora"], "as = 'lora': *"),
-        (["export", "nowhere", "--rank", "8"], "rank = 8: has no meaning for --as peft: it is for --as lora-svd"),
+        (
+            ["export", "nowhere", "--rank", "8"],
+            "rank = 8: has no meaning for --as peft: it is for --as lora-svd",
+        ),
         (
             ["export", "nowhere", "--as", "lora-svd", "--rank", "8", "--max-error=0.1"],
             "max_error = 0.1: and rank both choose the rank: give one",
@@ -243,7 +289,9 @@ def test_hub_name_while_offline_is_refused(complain: Complain, tmp_path: Path, w
         ),
     ],
 )
-def test_other_commands_answer_in_one_line(words: list[str], line: str, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
+def test_other_commands_answer_in_one_line(
+    words: list[str], line: str, tmp_path: Path, capfd: Any, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     out, err = capfd.readouterr()

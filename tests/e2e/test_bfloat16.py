@@ -68,14 +68,24 @@ def test_a_run_in_bfloat16_that_is_stopped_resumes_to_the_same_bytes(
 
 def test_every_command_reads_a_run_in_bfloat16(finished: Path, checkpoint: Path, tmp_path: Path) -> None:
     before, losses = adapter_bytes(finished), losses_of(report_of(finished))
-    for words in (("evaluate",), ("report",), ("export",), ("export", "digits-lora", "--as", "lora-svd", "--rank", "4")):
+    for words in (
+        ("evaluate",),
+        ("report",),
+        ("export",),
+        ("export", "digits-lora", "--as", "lora-svd", "--rank", "4"),
+    ):
         done = python("-m", "flora_train", words[0], str(finished), *words[1:])
         assert done.returncode == 0, (words, done.stderr)
     assert adapter_bytes(finished) == before
     assert losses_of(report_of(finished)) == losses
-    done = python("-m", "flora_train", "export", str(finished), "digits-flora", "--as", "merged", "--out", str(tmp_path))
+    done = python(
+        "-m", "flora_train", "export", str(finished), "digits-flora", "--as", "merged", "--out", str(tmp_path)
+    )
     assert done.returncode == 0, done.stderr
-    merged, adapted = logits_of(tmp_path / "digits-flora"), logits_of(checkpoint, finished / "adapters" / "digits-flora")
+    merged, adapted = (
+        logits_of(tmp_path / "digits-flora"),
+        logits_of(checkpoint, finished / "adapters" / "digits-flora"),
+    )
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)  # both in float32
     assert (merged - logits_of(checkpoint)).abs().max() > 0.01
     half: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
@@ -88,16 +98,27 @@ def test_every_command_reads_a_run_in_bfloat16(finished: Path, checkpoint: Path,
 def test_plan_in_bfloat16_halves_the_base(recipe: Path, tmp_path: Path) -> None:
     sizes = []
     for dtype in ("float32", "bfloat16"):
-        done = python("-m", "flora_train", "plan", f"recipe={recipe}", f"model.dtype={dtype}", f"output_dir={tmp_path / 'run'}")
+        done = python(
+            "-m",
+            "flora_train",
+            "plan",
+            f"recipe={recipe}",
+            f"model.dtype={dtype}",
+            f"output_dir={tmp_path / 'run'}",
+        )
         assert done.returncode == 0, done.stderr
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("device")]
         sizes.append(float(line.partition("base ")[2].split()[0]))
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.02)
 
 
-def test_speech_in_bfloat16_is_trained_and_transcribed(speech_recipe: Path, launch: Launch, tmp_path: Path) -> None:
+def test_speech_in_bfloat16_is_trained_and_transcribed(
+    speech_recipe: Path, launch: Launch, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    done = launch(f"recipe={speech_recipe}", IN_BFLOAT16, f"output_dir={run}", "training.steps=2", "audio.workers=0")
+    done = launch(
+        f"recipe={speech_recipe}", IN_BFLOAT16, f"output_dir={run}", "training.steps=2", "audio.workers=0"
+    )
     assert done.returncode == 0, done.stderr
     texts, losses = transcripts_of(run), losses_of(report_of(run))
     assert all(loss == loss for loss in losses.values())

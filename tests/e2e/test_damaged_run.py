@@ -39,13 +39,17 @@ def run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(copytree(finished, tmp_path_factory.mktemp("copy") / "run"))
 
 
-ODD = st.sampled_from([None, True, -1, 0, 1e308, "", "text", "\x1b[31m", [], [None], {}, {"a": {}}, 10**30, [[]] * 3, "9" * 300])
+ODD = st.sampled_from(
+    [None, True, -1, 0, 1e308, "", "text", "\x1b[31m", [], [None], {}, {"a": {}}, 10**30, [[]] * 3, "9" * 300]
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The paths of all parts of a JSON value, of long lists the first items only."""
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    )
     for key, part in items:
         yield from places(part, (*path, key))
 
@@ -80,7 +84,9 @@ def test_a_changed_report_is_drawn_or_refused_in_one_line(
     report = json.loads((finished / "eval" / "report.json").read_text())
     path = data.draw(st.sampled_from(sorted(set(places(report)), key=str)), label="path")
     new = data.draw(ODD | st.just("gone"), label="new")
-    (run / "eval" / "report.json").write_text(json.dumps(changed(report, path, {} if new == "gone" and not path else new)))
+    (run / "eval" / "report.json").write_text(
+        json.dumps(changed(report, path, {} if new == "gone" and not path else new))
+    )
     one_line(["report", str(run)], capfd)
     one_line(["report", str(run), str(finished), "--out", str(run.parent / "page.html")], capfd)
     one_line(["push", str(run), "--repo", "me/x", "--dry-run"], capfd)
@@ -119,7 +125,11 @@ def test_a_damaged_file_is_one_line_in_every_command_that_reads_it(
     ):
         one_line(words, capfd)
     if name != "eval/report.json":
-        for words in (["evaluate", str(run)], ["export", str(run)], ["solve", str(run), "evaluation.problems=starter"]):
+        for words in (
+            ["evaluate", str(run)],
+            ["export", str(run)],
+            ["solve", str(run), "evaluation.problems=starter"],
+        ):
             if name == "run.json" and text == "{}":
                 continue
             one_line(words, capfd)
@@ -127,13 +137,17 @@ def test_a_damaged_file_is_one_line_in_every_command_that_reads_it(
 
 @pytest.mark.attack
 @given(data=st.data())
-def test_a_changed_run_json_is_read_or_refused(data: st.DataObject, run: Path, finished: Path, recipe: Path) -> None:
+def test_a_changed_run_json_is_read_or_refused(
+    data: st.DataObject, run: Path, finished: Path, recipe: Path
+) -> None:
     facts = json.loads((finished / "run.json").read_text())
     path = data.draw(st.sampled_from(sorted(set(places(facts)), key=str)), label="path")
     new = data.draw(ODD | st.just("gone"), label="new")
     (run / "run.json").write_text(json.dumps(changed(facts, path, {} if new == "gone" and not path else new)))
     for words in (["overwrite=true"], ["resume=true"], []):
-        config = load_config([f"recipe={recipe}", f"output_dir={run}", "training.steps=4", "evaluation.interval=2", *words])
+        config = load_config(
+            [f"recipe={recipe}", f"output_dir={run}", "training.steps=4", "evaluation.interval=2", *words]
+        )
         for action in (RunFolder(run).status, lambda config: RunFolder(run).facts()):
             with suppress(UserError):
                 action(config)
@@ -144,7 +158,9 @@ def readonly(finished: Path, tmp_path: Path) -> Iterator[Path]:
     """A finished run on a file system that cannot be written to."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"a file system cannot be mounted here (needs root): {mounted.stderr.strip()}")
     try:
@@ -187,13 +203,23 @@ def test_every_command_says_in_one_line_that_a_file_system_is_read_only(
         assert READONLY in done.stderr, (words, done.stderr)
         assert "Traceback" not in done.stderr
     elsewhere = python(
-        *("-m", "flora_train", "export", str(readonly / "run"), "letters-lora", "--out", str(tmp_path / "out")),
+        *(
+            "-m",
+            "flora_train",
+            "export",
+            str(readonly / "run"),
+            "letters-lora",
+            "--out",
+            str(tmp_path / "out"),
+        ),
         environment=environment,
     )
     assert elsewhere.returncode == 0, elsewhere.stderr  # what is only read may lie there
 
 
-def test_what_is_in_the_way_of_a_folder_or_file_is_named(finished: Path, recipe: Path, tmp_path: Path) -> None:
+def test_what_is_in_the_way_of_a_folder_or_file_is_named(
+    finished: Path, recipe: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for place, reason in (

@@ -24,8 +24,15 @@ def test_every_family_and_layer_is_explained(recipe: Path, capsys: pytest.Captur
     assert "W0 * M formed for all adapters at once" in said
 
 
-def test_few_tokens_and_precision_change_what_it_says(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["model.dtype=bfloat16", "kernels.precision=fused", "adapters.flora.variant=pure", "adapters.flora.rank=1"]
+def test_few_tokens_and_precision_change_what_it_says(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "model.dtype=bfloat16",
+        "kernels.precision=fused",
+        "adapters.flora.variant=pure",
+        "adapters.flora.rank=1",
+    ]
     assert main(["doctor", f"recipe={recipe}", *options]) == 0
     said = capsys.readouterr().out
     assert "no part of M is kept apart (kernels.precision=fused)" in said
@@ -39,7 +46,9 @@ def test_few_tokens_and_precision_change_what_it_says(recipe: Path, capsys: pyte
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs it")
 @pytest.mark.parametrize("word", ["model.quantization=4bit"])
-def test_what_cannot_run_here_is_refused_after_the_diagnosis(word: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_run_here_is_refused_after_the_diagnosis(
+    word: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["doctor", f"recipe={recipe}", word]) == 2
     said = capsys.readouterr()
     assert "2 x flora" in said.out
@@ -59,7 +68,9 @@ def test_without_a_recipe_it_says_what_the_machine_is_ready_for(
 ) -> None:
     languages = {key: load_languages()[key] for key in keys}
     monkeypatch.setattr("flora_train.commands.doctor.load_languages", lambda: languages)
-    monkeypatch.setattr("flora_train.commands.doctor.find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr(
+        "flora_train.commands.doctor.find_spec", lambda name: None if name == "wandb" else object()
+    )
     assert main(["doctor"]) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert lines["wandb"] == "wandb: not installed: pip install 'flora-train[wandb]'"

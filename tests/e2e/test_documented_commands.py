@@ -86,12 +86,16 @@ def write_data(folder: Path) -> None:
     (folder / "assets" / "code_local").mkdir()
     for task in TASKS:
         for split, rows in (("train", 40), ("validation", 6)):
-            lines = (ROOT / "assets" / "code" / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (
+                (ROOT / "assets" / "code" / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            )
             short = sorted(lines, key=len)[:rows]
             (code / f"{task}.{split}.jsonl").write_text("\n".join(short) + "\n", encoding="utf-8")
     for task in ("lua", "ruby"):
         (folder / f"{task}.jsonl").write_bytes((code / f"{task}.train.jsonl").read_bytes())
-    (folder / "assets" / "code_local" / "ruby.train.jsonl").write_bytes((code / "ruby.train.jsonl").read_bytes())
+    (folder / "assets" / "code_local" / "ruby.train.jsonl").write_bytes(
+        (code / "ruby.train.jsonl").read_bytes()
+    )
     (folder / "data").mkdir()
     rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(40)]
     (folder / "data" / "support.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -156,7 +160,9 @@ def execute(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         return python(*words[script:], environment=environment, folder=folder, processes=processes)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     shell = {**environment, "PATH": path, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(["bash", "-e", "-c", command], cwd=folder, env=shell, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        ["bash", "-e", "-c", command], cwd=folder, env=shell, capture_output=True, text=True, timeout=600
+    )
 
 
 def prepare(run: Run, folder: Path, finished: Path) -> None:
@@ -200,7 +206,9 @@ def test_python_of_a_document_runs_as_it_stands(document: str, workspace: Path, 
         copytree(finished, workspace / "outputs" / "quickstart")
     rmtree(workspace / "outputs" / "ten_lines", ignore_errors=True)
     for block in blocks(ROOT / document, "python"):
-        done = python("-c", block.text, environment=launch_environment(workspace.parent / "cache"), folder=workspace)
+        done = python(
+            "-c", block.text, environment=launch_environment(workspace.parent / "cache"), folder=workspace
+        )
         assert done.returncode == 0, done.stderr
         assert "lua" in done.stdout
 
@@ -230,7 +238,9 @@ def test_every_command_is_run_or_listed_with_a_reason() -> None:
     listed += [*not_run(), *LIST["names"]]
     assert len(listed) == len(set(listed)), "a command is listed twice"
     documented = all_commands()
-    missing = {command: [path.name for path in documented[command]] for command in documented.keys() - set(listed)}
+    missing = {
+        command: [path.name for path in documented[command]] for command in documented.keys() - set(listed)
+    }
     assert not missing, "add these to documented_commands.yaml"
     assert set(listed) <= documented.keys(), f"in no document: {set(listed) - documented.keys()}"
 

@@ -16,9 +16,15 @@ import flora_train
 from flora_train.config.load import validate
 from tests.documents import DOCUMENTS, ROOT, blocks, prose, synopses
 
-PATH = re.compile(r"`((?:flora_train|tests|benchmarks|recipes|data_configs|launch|docs)/[\w./-]+\.(?:py|yaml|sh|md))`")
+PATH = re.compile(
+    r"`((?:flora_train|tests|benchmarks|recipes|data_configs|launch|docs)/[\w./-]+\.(?:py|yaml|sh|md))`"
+)
 OPTION = re.compile(r"--[a-z][a-z-]+")
-SYNOPSES = sorted(text for text in set().union(*(synopses(document) for document in DOCUMENTS)) if text.startswith("flora-train"))
+SYNOPSES = sorted(
+    text
+    for text in set().union(*(synopses(document) for document in DOCUMENTS))
+    if text.startswith("flora-train")
+)
 """Every description of a command's arguments in the documents."""
 OLD_OPTIONS = (
     "evaluation.n=",
@@ -122,7 +128,9 @@ def test_options_of_a_command_are_those_of_the_documents(command: str) -> None:
 
 
 def test_guarantees_name_tests_that_exist() -> None:
-    guarantees = re.findall(r"\[`(test_\w+)\.\.\.`\]\(\.\./([\w/.]+)\)", (ROOT / "docs" / "isolation.md").read_text())
+    guarantees = re.findall(
+        r"\[`(test_\w+)\.\.\.`\]\(\.\./([\w/.]+)\)", (ROOT / "docs" / "isolation.md").read_text()
+    )
     assert len(guarantees) >= 7
     for prefix, path in guarantees:
         assert f"def {prefix}" in (ROOT / path).read_text(encoding="utf-8"), f"{path} has no {prefix}..."

@@ -49,7 +49,10 @@ def test_other_rows_of_one_task_are_evaluated_and_named(
     assert files_of(run) == before
     report = evaluate(str(run), [f"tasks.letters.{split}={other_rows}"])
     examples = {result.task: result.examples for result in report.results}
-    own = {result["task"]: result["examples"] for result in json.loads((run / "eval" / "report.json").read_text())["results"]}
+    own = {
+        result["task"]: result["examples"]
+        for result in json.loads((run / "eval" / "report.json").read_text())["results"]
+    }
     assert examples == {**own, "letters": 17}
     assert f"Evaluated with tasks.letters.{split}={other_rows}." in report.facts.origin_differences
     assert any("tasks.letters: gives other examples" in line for line in report.not_measured)
@@ -86,15 +89,22 @@ def test_other_settings_have_a_report_of_their_own(run: Path, other_rows: Path) 
         ),
         ("evaluation.intervall=3", "evaluation.intervall: unknown key"),
         ("evaluation=3", "evaluation = 3: must hold keys: give evaluation.KEY=VALUE"),
-        ("tasks.letters.validation=nowhere.jsonl", "tasks.letters.validation = 'nowhere.jsonl': no such file"),
+        (
+            "tasks.letters.validation=nowhere.jsonl",
+            "tasks.letters.validation = 'nowhere.jsonl': no such file",
+        ),
     ],
 )
-def test_a_wrong_change_is_one_clear_error(run: Path, word: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_change_is_one_clear_error(
+    run: Path, word: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["evaluate", str(run), word]) == 2
     assert line in capsys.readouterr().err
 
 
-def test_other_rows_of_a_task_that_was_not_named_are_still_refused(run: Path, recipe: Path, other_rows: Path) -> None:
+def test_other_rows_of_a_task_that_was_not_named_are_still_refused(
+    run: Path, recipe: Path, other_rows: Path
+) -> None:
     file = recipe.parent / "digits.jsonl"
     content = file.read_text()
     try:

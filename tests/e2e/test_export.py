@@ -50,7 +50,9 @@ def test_merged_models_equal_the_adapted_ones(run: Path, checkpoint: Path, tmp_p
     assert done.returncode == 0, done.stderr
     for name in names:
         merged = logits_of(tmp_path / name)
-        torch.testing.assert_close(merged, logits_of(checkpoint, run / "adapters" / name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            merged, logits_of(checkpoint, run / "adapters" / name), rtol=1e-4, atol=1e-5
+        )
         assert (merged - logits_of(checkpoint)).abs().max() > 0.01
     again = export(str(run), names[0], "--as", "merged", "--out", str(tmp_path))
     assert again.returncode == 2
@@ -61,7 +63,11 @@ def test_the_closest_lora_comes_with_its_error_and_what_it_costs(run: Path, chec
     names = ("digits-flora", "digits-lora", "letters-flora")
     done = export(str(run), *names, "--as", "lora-svd", "--rank=2")
     assert done.returncode == 0, done.stderr
-    rows = {cells[0]: cells[1:] for line in done.stdout.splitlines() if (cells := line.split()) and cells[0] in names}
+    rows = {
+        cells[0]: cells[1:]
+        for line in done.stdout.splitlines()
+        if (cells := line.split()) and cells[0] in names
+    }
     assert rows.keys() == set(names)
     errors = {name: float(cells[1]) for name, cells in rows.items()}
     assert errors["digits-lora"] == 0.0  # it is of rank 2 itself
@@ -87,7 +93,10 @@ def test_the_rank_follows_from_the_error_that_is_allowed(run: Path, checkpoint: 
     (cells,) = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["digits-flora"])
     assert float(cells[2]) <= 0.01
     assert 2 < int(cells[1]) <= 32
-    svd_lora, adapter = logits_of(checkpoint, tmp_path / "digits-flora"), logits_of(checkpoint, run / "adapters" / "digits-flora")
+    svd_lora, adapter = (
+        logits_of(checkpoint, tmp_path / "digits-flora"),
+        logits_of(checkpoint, run / "adapters" / "digits-flora"),
+    )
     assert (svd_lora - adapter).abs().max() < 0.05 * (adapter - logits_of(checkpoint)).abs().max()
 
 
@@ -113,17 +122,21 @@ def test_flora_under_a_type_of_its_own_keeps_its_rank(run: Path, checkpoint: Pat
     assert (config["peft_type"], config["r"]) == ("FLORA", 2)
     snippet = re.search(r"```python\n(.*?)```", (run / "flora" / names[0] / "README.md").read_text(), re.S)
     assert snippet is not None
-    show = (
-        f"import torch\nids = torch.tensor({IDS.tolist()})\nwith torch.no_grad():\n    torch.save(model(ids).logits, 'logits')\n"
-    )
+    show = f"import torch\nids = torch.tensor({IDS.tolist()})\nwith torch.no_grad():\n    torch.save(model(ids).logits, 'logits')\n"
     loaded = python("-c", snippet[1] + show, folder=run / "flora")
     assert loaded.returncode == 0, loaded.stderr
     torch.testing.assert_close(
-        torch.load(run / "flora" / "logits"), logits_of(checkpoint, run / "adapters" / names[0]), rtol=1e-4, atol=1e-5
+        torch.load(run / "flora" / "logits"),
+        logits_of(checkpoint, run / "adapters" / names[0]),
+        rtol=1e-4,
+        atol=1e-5,
     )
     refused = export(str(run), "digits-lora", "--as", "flora")
     assert refused.returncode == 2
-    assert "adapter = 'digits-lora': is lora: --as flora writes fLoRA only; --as peft writes all methods" in refused.stderr
+    assert (
+        "adapter = 'digits-lora': is lora: --as flora writes fLoRA only; --as peft writes all methods"
+        in refused.stderr
+    )
 
 
 def test_a_lora_becomes_a_flora_that_a_run_goes_on_from(
@@ -142,7 +155,13 @@ def test_a_lora_becomes_a_flora_that_a_run_goes_on_from(
     losses = {}
     for name, start in begins.items():
         folder = tmp_path / name.replace(" ", "-")
-        done = launch(f"recipe={recipe}", f"output_dir={folder}", *words, f"adapters.flora.init_from={start}", "training.steps=3")
+        done = launch(
+            f"recipe={recipe}",
+            f"output_dir={folder}",
+            *words,
+            f"adapters.flora.init_from={start}",
+            "training.steps=3",
+        )
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         first = next(line for line in lines if line["kind"] == "evaluation")
@@ -158,7 +177,9 @@ def test_only_a_lora_is_converted_and_nothing_is_overwritten(
     run: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config).save_pretrained(tmp_path / "pissa")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config).save_pretrained(
+        tmp_path / "pissa"
+    )
     for words, line in (
         ([str(tmp_path / "pissa"), "--out", str(tmp_path / "x")], "init_lora_weights='pissa'"),
         (
@@ -175,7 +196,10 @@ def test_only_a_lora_is_converted_and_nothing_is_overwritten(
 
 @pytest.mark.parametrize(
     "words",
-    [["convert", "{run}/adapters/digits-lora", "--out", "/proc/x"], ["export", "{run}", "--as", "lora-svd", "--out", "/proc/x"]],
+    [
+        ["convert", "{run}/adapters/digits-lora", "--out", "/proc/x"],
+        ["export", "{run}", "--as", "lora-svd", "--out", "/proc/x"],
+    ],
     ids=" ".join,
 )
 def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_computed(

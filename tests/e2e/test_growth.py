@@ -36,7 +36,9 @@ def test_a_task_joins_a_finished_run(recipe: Path, launch: Launch, tmp_path: Pat
     assert targets == pytest.approx(
         {"letters": 0.25, "digits": 0.25, "more": 0.5}, abs=0.02
     )  # two had the first half, one the second
-    new = {contender["family"]: contender["bits_per_byte"]["value"] for contender in now["more"]["contenders"]}
+    new = {
+        contender["family"]: contender["bits_per_byte"]["value"] for contender in now["more"]["contenders"]
+    }
     assert new["lora"] < now["more"]["base"]["bits_per_byte"]["value"]
     assert launch(*words, f"tasks.more.train={rows}").returncode == 0  # finished, and kept
     assert adapters(run) == after

@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.conftest import Launch
 from tests.forked import python
 
-SOLVE = ["solve", "outputs/tiny", "evaluation.problems=trivial", "evaluation.num_samples=1", "evaluation.sandbox=none"]
+SOLVE = [
+    "solve",
+    "outputs/tiny",
+    "evaluation.problems=trivial",
+    "evaluation.num_samples=1",
+    "evaluation.sandbox=none",
+]
 BASE = "holds other weights than the run was trained on (SHA-256 "
 NAME = "letters-lora"
 
@@ -35,7 +41,15 @@ def trained(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFacto
     problem = {"name": "solved", "prompt": "echo a #", "tests": "true", "stop_tokens": ["\n"]}
     (place / "trivial" / "humaneval-sh.jsonl").write_text(json.dumps(problem))
     (place / "tiny.yaml").write_text(yaml.safe_dump(content))
-    done = python("-m", "flora_train", "train", "recipe=tiny.yaml", "training.steps=3", "evaluation.interval=null", folder=place)
+    done = python(
+        "-m",
+        "flora_train",
+        "train",
+        "recipe=tiny.yaml",
+        "training.steps=3",
+        "evaluation.interval=null",
+        folder=place,
+    )
     assert done.returncode == 0, done.stderr
     return place
 
@@ -119,7 +133,10 @@ def test_changed_rows_are_refused_by_task_and_difference_unless_allowed(place: P
     for words in (["evaluate", "outputs/tiny"], ["export", "outputs/tiny", NAME, "--as", "lora-svd"]):
         status, said = call(place, *words)
         assert status == 2
-        assert "tasks.letters: gives other examples than the run was trained on (57 training rows then, 58 now)" in said
+        assert (
+            "tasks.letters: gives other examples than the run was trained on (57 training rows then, 58 now)"
+            in said
+        )
         assert "held-out examples may have been trained on" in said
         assert "tasks.digits" not in said
     status, said = call(place, "evaluate", "outputs/tiny", "--allow-different-data")
@@ -151,7 +168,11 @@ def test_a_run_that_goes_on_refuses_another_base_and_other_rows(place: Path) -> 
 
 @pytest.mark.parametrize(
     "words",
-    [["export", "outputs/tiny", NAME, "--as", "merged"], ["evaluate", "outputs/tiny", "--allow-different-data"], SOLVE],
+    [
+        ["export", "outputs/tiny", NAME, "--as", "merged"],
+        ["evaluate", "outputs/tiny", "--allow-different-data"],
+        SOLVE,
+    ],
     ids=" ".join,
 )
 def test_another_tokenizer_is_refused(place: Path, words: list[str]) -> None:

@@ -39,7 +39,10 @@ def test_a_recipe_for_files_and_folders_runs_as_it_stands(
     assert "30 files .py, learnt whole" in shown
     config = load_config([f"recipe={out}"])
     assert list(config.tasks) == ["support", "notes", "src"]
-    assert (config.tasks["support"].prompt, config.tasks["support"].completion) == ("{question}", "\n{answer}")
+    assert (config.tasks["support"].prompt, config.tasks["support"].completion) == (
+        "{question}",
+        "\n{answer}",
+    )
     assert 20 <= config.training.steps <= 1000
     done = launch(f"recipe={out}", f"output_dir={files / 'run'}", "training.steps=5")
     assert done.returncode == 0, done.stderr
@@ -50,7 +53,10 @@ def test_a_recipe_for_files_and_folders_runs_as_it_stands(
     ("words", "line"),
     [
         (["absent.jsonl"], "source = 'absent.jsonl': no such file"),
-        (["other.jsonl"], "other.jsonl: has the columns left or right, of which none is known as a prompt or a completion"),
+        (
+            ["other.jsonl"],
+            "other.jsonl: has the columns left or right, of which none is known as a prompt or a completion",
+        ),
         (
             ["clips.tsv"],
             "clips.tsv: holds clips (path) with transcripts (sentence), and their language is not known: give --language cs",
@@ -62,7 +68,11 @@ def test_a_recipe_for_files_and_folders_runs_as_it_stands(
     ],
 )
 def test_what_cannot_be_a_task_is_said_before_anything_is_written(
-    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], line: str
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    line: str,
 ) -> None:
     monkeypatch.chdir(files)
     (files / "other.jsonl").write_text('{"left": "a", "right": "b"}')
@@ -89,9 +99,15 @@ def test_names_of_columns_and_files_do_not_break_the_recipe(
         assert list(load_config([f"recipe={out}"]).tasks) == ["notes" if source != "." else "here"]
 
 
-def test_the_run_is_named_after_its_recipe(files: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_is_named_after_its_recipe(
+    files: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(files)
-    for words, name in ((["--out", "my first.run.yaml"], "my_first_run"), ([], "support"), (["--name", "x"], "x")):
+    for words, name in (
+        (["--out", "my first.run.yaml"], "my_first_run"),
+        ([], "support"),
+        (["--name", "x"], "x"),
+    ):
         assert main(["init", "support.jsonl", "--model", str(checkpoint), *words]) == 0
         out = words[1] if words[:1] == ["--out"] else f"{name}.yaml"
         assert load_config([f"recipe={out}"]).name == name
@@ -100,18 +116,25 @@ def test_the_run_is_named_after_its_recipe(files: Path, checkpoint: Path, monkey
 def test_a_column_of_labels_makes_a_task_of_each(
     files: Path, checkpoint: Path, launch: Launch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"text": f"a {i} b" * 3, "label": ("good", "bad")[i % 2], "id": i, "day": str(i % 7)} for i in range(40)]
+    rows = [
+        {"text": f"a {i} b" * 3, "label": ("good", "bad")[i % 2], "id": i, "day": str(i % 7)}
+        for i in range(40)
+    ]
     (files / "reviews.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = files / "labels.yaml"
     assert main(["init", str(files / "reviews.jsonl"), "--model", str(checkpoint), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "40 rows, text is learnt whole; one task for each label: good 20, bad 20; not used: id, day" in shown
+    assert (
+        "40 rows, text is learnt whole; one task for each label: good 20, bad 20; not used: id, day" in shown
+    )
     assert "6 adapters" in shown
     assert load_config([f"recipe={out}"]).tasks["reviews"].split_by == "label"
     done = launch(f"recipe={out}", f"output_dir={files / 'run'}", "training.steps=3")
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (files / "run" / "adapters").iterdir())
-    assert names == [f"reviews_{label}-{family}" for label in ("bad", "good") for family in ("flora", "ia3", "lora")]
+    assert names == [
+        f"reviews_{label}-{family}" for label in ("bad", "good") for family in ("flora", "ia3", "lora")
+    ]
 
 
 def test_folders_of_languages_make_a_speech_task_each(
@@ -130,7 +153,12 @@ def test_folders_of_languages_make_a_speech_task_each(
     languages = {name: task.speech.language for name, task in config.tasks.items() if task.speech is not None}
     assert (config.name, languages) == ("voices", {"cs_CZ": "cs", "en": "en"})
     run = files / "run"
-    done = launch(f"recipe={files / 'voices.yaml'}", f"output_dir={run}", "training.steps=2", "evaluation.max_new_tokens=8")
+    done = launch(
+        f"recipe={files / 'voices.yaml'}",
+        f"output_dir={run}",
+        "training.steps=2",
+        "evaluation.max_new_tokens=8",
+    )
     assert done.returncode == 0, done.stderr
     assert len(list((run / "adapters").iterdir())) == 6
     assert main(["init", "voices/en", "--model", str(model), "--out", "one.yaml"]) == 0
@@ -138,4 +166,7 @@ def test_folders_of_languages_make_a_speech_task_each(
     (files / "voices" / "en").rename(files / "voices" / "recordings")
     capsys.readouterr()
     assert main(["init", "voices", "--model", str(model), "--out", "two.yaml"]) == 2
-    assert "their language is not known: give --language cs, for example, or a folder that is named by" in capsys.readouterr().err
+    assert (
+        "their language is not known: give --language cs, for example, or a folder that is named by"
+        in capsys.readouterr().err
+    )

@@ -41,7 +41,9 @@ def supervised(run: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-def test_a_killed_run_is_started_again_and_ends_with_the_same_bytes(recipe: Path, launch: Launch, tmp_path: Path) -> None:
+def test_a_killed_run_is_started_again_and_ends_with_the_same_bytes(
+    recipe: Path, launch: Launch, tmp_path: Path
+) -> None:
     words = (f"recipe={recipe}", "training.steps=40", "training.save_every=8", "resume=true")
     assert launch(*words, f"output_dir={tmp_path / 'whole'}").returncode == 0
     run = tmp_path / "run"
@@ -70,7 +72,9 @@ def test_a_mistake_is_not_started_for_ever(tmp_path: Path) -> None:
     refused = subprocess.run([SUPERVISE, "false"], capture_output=True, text=True)
     assert refused.returncode == 2
     assert "resume=true" in refused.stderr
-    gone = subprocess.run([SUPERVISE, "sh", "-c", "exit 3", "resume=true"], capture_output=True, text=True, timeout=60)
+    gone = subprocess.run(
+        [SUPERVISE, "sh", "-c", "exit 3", "resume=true"], capture_output=True, text=True, timeout=60
+    )
     assert gone.returncode == 3
     assert gone.stderr.count("starting again") == 4
     assert "five times within a minute" in gone.stderr
@@ -87,7 +91,9 @@ def test_a_mistake_is_not_started_for_ever(tmp_path: Path) -> None:
     ],
     ids=["saved", "evaluated", "no further", "half saved", "finished"],
 )
-def test_a_job_goes_back_to_the_queue_if_it_got_further(does: str, status: int, goes_back: bool, tmp_path: Path) -> None:
+def test_a_job_goes_back_to_the_queue_if_it_got_further(
+    does: str, status: int, goes_back: bool, tmp_path: Path
+) -> None:
     """srun and scontrol are stand-ins: one leaves what a run would leave, the other notes what it is asked for."""
     programs = {
         "srun": f"{does}; exit {status}",
@@ -99,7 +105,11 @@ def test_a_job_goes_back_to_the_queue_if_it_got_further(does: str, status: int, 
     for file in ("checkpoints/step-00000002.safetensors", "eval/heldout.jsonl"):
         (tmp_path / "run" / file).parent.mkdir(parents=True)
         (tmp_path / "run" / file).touch()
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "7"}
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_ID": "7",
+    }
     command = ["bash", str(ROOT / "launch" / "slurm.sh"), "recipe=any", "output_dir=run"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == status

@@ -33,14 +33,18 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lora(recipe: Path, experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     content: dict[str, Any] = yaml.safe_load(recipe.read_text())
     content["model"]["path"] = str(experts)
-    content["adapters"] = {"lora": {**content["adapters"]["lora"], "dropout": 0.0, "target_modules": "all-linear"}}
+    content["adapters"] = {
+        "lora": {**content["adapters"]["lora"], "dropout": 0.0, "target_modules": "all-linear"}
+    }
     content["evaluation"]["interval"] = None
     path = tmp_path_factory.mktemp("recipe") / "experts.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
-def test_the_plan_says_what_plain_peft_would_do(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_says_what_plain_peft_would_do(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", f"recipe={lora}", f"output_dir={tmp_path / 'run'}"]) == 0
     assert "note: lora: plain PEFT ignores" in capsys.readouterr().out
 
@@ -56,7 +60,9 @@ def test_a_trained_lora_is_the_same_in_plain_peft_though_peft_would_drop_it(
     assert "PeftModel.from_pretrained loads them)" in done.stdout
     assert "PEFT calls it ADALORA" in (run / "adapters" / "letters-lora" / "README.md").read_text()
     bank = load_run(str(run))[0].bank
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(experts).eval(), run / "adapters" / "letters-lora")
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(experts).eval(), run / "adapters" / "letters-lora"
+    )
     with torch.no_grad(), bank.routed(["letters-lora"]):
         ours = bank.model.eval()(input_ids=IDS).logits
     with torch.no_grad():

@@ -89,7 +89,10 @@ def test_another_recipe_on_one_machine_is_recognised_before_data_is_read(machine
     )
     statuses, said = train_on(machines)
     assert statuses == [2, 2], said
-    assert "error: model.fsdp = True: is False on process 0: give every machine the same recipe and files" in said[1]
+    assert (
+        "error: model.fsdp = True: is False on process 0: give every machine the same recipe and files"
+        in said[1]
+    )
     assert "error: adapters.lora.lr = 0.01: is 0.001 on process 0" in said[0]
 
 

@@ -55,7 +55,11 @@ def test_tests_install_their_tools_before_they_run(clone: Path, target: str) -> 
 
 def test_speech_packages_are_installed_before_anything_is_downloaded(clone: Path) -> None:
     lines = commands(clone, "speech-local")
-    assert position(lines, "speech-corpus]") < position(lines, "whisper") < position(lines, "build_speech_corpus.py")
+    assert (
+        position(lines, "speech-corpus]")
+        < position(lines, "whisper")
+        < position(lines, "build_speech_corpus.py")
+    )
 
 
 def test_a_new_environment_does_not_build_the_model_again(clone: Path, tmp_path: Path) -> None:

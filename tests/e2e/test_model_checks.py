@@ -42,7 +42,9 @@ def gpt2(rows: int | None = None) -> Any:
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS, "bos_token_id": None}
     tokenizer = byte_tokenizer()
-    return GPT2LMHeadModel(GPT2Config(vocab_size=rows or len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=rows or len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
+    )
 
 
 def recipe(folder: Path, model: Path, rows: list[dict[str, str]], **task: Any) -> list[str]:
@@ -101,23 +103,32 @@ def longrope() -> Any:
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, **factors}
     tokenizer = byte_tokenizer()
     ends = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
-    config = Phi3Config(max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=rope, **sizes, **ends)
+    config = Phi3Config(
+        max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=rope, **sizes, **ends
+    )
     return Phi3ForCausalLM(config)
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
-def test_an_example_that_changes_its_neighbours_positions_is_one_error(command: str, tmp_path: Path, capfd: Any) -> None:
+def test_an_example_that_changes_its_neighbours_positions_is_one_error(
+    command: str, tmp_path: Path, capfd: Any
+) -> None:
     words = recipe(tmp_path, save(tmp_path / "model", longrope()), [*SHORT, {"text": "x" * 20}])
     assert main([command, *words]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(said) == 1
-    assert "training.max_length = 64: tasks.one.train has an example of 21 tokens; beyond 16 the model computes" in said[0]
+    assert (
+        "training.max_length = 64: tasks.one.train has an example of 21 tokens; beyond 16 the model computes"
+        in said[0]
+    )
     load_data(load_config([*words, "training.max_length=16"]))
 
 
 def test_texts_that_change_their_neighbours_positions_are_refused(tmp_path: Path) -> None:
     words = recipe(tmp_path, save(tmp_path / "model", longrope()), SHORT, sample_prompts=["x" * 10])
-    with pytest.raises(UserError, match=r"max_new_tokens = 7: with a prompt of 10 tokens is more than the 16 up to which"):
+    with pytest.raises(
+        UserError, match=r"max_new_tokens = 7: with a prompt of 10 tokens is more than the 16 up to which"
+    ):
         train_run(load_config([*words, "evaluation.max_new_tokens=7"]))
 
 
@@ -125,9 +136,15 @@ def test_positions_that_begin_late_are_counted_as_the_model_does(tmp_path: Path)
     """RoBERTa's first position is that after its padding token: the table says more than can be read."""
     tokenizer = byte_tokenizer()
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = RobertaConfig(vocab_size=len(tokenizer), is_decoder=True, max_position_embeddings=40, pad_token_id=1, **sizes)
-    words = recipe(tmp_path, save(tmp_path / "model", RobertaForCausalLM(config)), [*SHORT, {"text": "x" * 38}])
-    with pytest.raises(UserError, match=r"example of 39 tokens, and the model has positions for 38: give at most 38"):
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), is_decoder=True, max_position_embeddings=40, pad_token_id=1, **sizes
+    )
+    words = recipe(
+        tmp_path, save(tmp_path / "model", RobertaForCausalLM(config)), [*SHORT, {"text": "x" * 38}]
+    )
+    with pytest.raises(
+        UserError, match=r"example of 39 tokens, and the model has positions for 38: give at most 38"
+    ):
         load_data(load_config(words))
     load_data(load_config([*words, "training.max_length=38"]))
 
@@ -141,13 +158,18 @@ def test_a_padding_token_beyond_the_embedding_is_one_error(command: str, tmp_pat
     assert main([command, *words]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(said) == 1
-    assert f"padding token '[PAD]' has the id {known}, and the model has the tokens 0 to {known - 1}" in said[0]
+    assert (
+        f"padding token '[PAD]' has the id {known}, and the model has the tokens 0 to {known - 1}" in said[0]
+    )
 
 
 def test_a_token_of_the_data_beyond_the_embedding_names_the_split(tmp_path: Path) -> None:
-    words = recipe(tmp_path, save(tmp_path / "model", gpt2(110)), [{"text": f"text {i} é"} for i in range(30)])
+    words = recipe(
+        tmp_path, save(tmp_path / "model", gpt2(110)), [{"text": f"text {i} é"} for i in range(30)]
+    )
     with pytest.raises(
-        UserError, match=r"tasks\.one\.train: holds the token .* with the id \d+, and the model has the tokens 0 to 109"
+        UserError,
+        match=r"tasks\.one\.train: holds the token .* with the id \d+, and the model has the tokens 0 to 109",
     ):
         load_data(load_config(words))
 
@@ -166,7 +188,10 @@ def test_a_prompt_without_room_is_one_error(command: str, tmp_path: Path, capfd:
 def test_a_prompt_without_a_token_or_with_an_unknown_one_is_refused(tmp_path: Path) -> None:
     model, tokenizer = gpt2(), byte_tokenizer()
     config = load_config(recipe(tmp_path, save(tmp_path / "model", model), SHORT)).model
-    for text, rows, words in (("", 500, "has no tokens"), ("é", 110, r"has the token .* with the id \d+, but the model")):
+    for text, rows, words in (
+        ("", 500, "has no tokens"),
+        ("é", 110, r"has the token .* with the id \d+, but the model"),
+    ):
         with pytest.raises(UserError, match=rf"^tasks\.one\.sample_prompts.*: {words}"):
             check_prompts(
                 tokenizer,
@@ -180,13 +205,19 @@ def test_a_prompt_without_a_token_or_with_an_unknown_one_is_refused(tmp_path: Pa
 
 def test_transcripts_longer_than_the_decoders_positions_are_refused(tmp_path: Path) -> None:
     tasks = {"cs": {"train": "clips.tsv", "speech": {"language": "cs"}}}
-    raw = {"name": "x", "model": {"path": "x"}, "tasks": tasks, "adapters": {"lora": {"method": "lora", "lr": 1e-3}}}
+    raw = {
+        "name": "x",
+        "model": {"path": "x"},
+        "tasks": tasks,
+        "adapters": {"lora": {"method": "lora", "lr": 1e-3}},
+    }
     path = tmp_path / "speech.yaml"
     path.write_text(yaml.safe_dump({**raw, "training": {"steps": 1}}))
     speech_processor = tiny_speech_processor(tmp_path)
     check_transcripts(load_config([f"recipe={path}", "evaluation.max_new_tokens=93"]), speech_processor)
     with pytest.raises(
-        UserError, match=r"max_new_tokens = 94: is more than the decoder has positions for \(96, .*: give at most 93"
+        UserError,
+        match=r"max_new_tokens = 94: is more than the decoder has positions for \(96, .*: give at most 93",
     ):
         check_transcripts(load_config([f"recipe={path}", "evaluation.max_new_tokens=94"]), speech_processor)
 
@@ -194,16 +225,34 @@ def test_transcripts_longer_than_the_decoders_positions_are_refused(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "notes"),
     [
-        ("mamba", ["no adapter is attached to backbone.layers.*.mixer.dt_proj (2): does not run", "by its own generate"]),
+        (
+            "mamba",
+            [
+                "no adapter is attached to backbone.layers.*.mixer.dt_proj (2): does not run",
+                "by its own generate",
+            ],
+        ),
         ("lfm2", ["by its own generate"]),
-        ("phimoe", ["no adapter is attached to model.layers.*.mlp.router (2): returns a tuple, not a tensor"]),
+        (
+            "phimoe",
+            ["no adapter is attached to model.layers.*.mlp.router (2): returns a tuple, not a tensor"],
+        ),
     ],
 )
-def test_a_run_says_what_it_leaves_out_and_ends(name: str, notes: list[str], tmp_path: Path, capfd: Any) -> None:
+def test_a_run_says_what_it_leaves_out_and_ends(
+    name: str, notes: list[str], tmp_path: Path, capfd: Any
+) -> None:
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    config = family_config(name, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    words = recipe(tmp_path, save(tmp_path / "model", AutoModelForCausalLM.from_config(config)), SHORT, sample_prompts=["te"])
+    config = family_config(
+        name, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id
+    )
+    words = recipe(
+        tmp_path,
+        save(tmp_path / "model", AutoModelForCausalLM.from_config(config)),
+        SHORT,
+        sample_prompts=["te"],
+    )
     assert main(["plan", *words]) == 0
     planned = capfd.readouterr().err
     assert main(["train", *words]) == 0
@@ -216,7 +265,9 @@ def test_a_run_says_what_it_leaves_out_and_ends(name: str, notes: list[str], tmp
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
-def test_a_model_whose_rows_cannot_be_told_apart_is_refused_by_both(command: str, tmp_path: Path, capfd: Any) -> None:
+def test_a_model_whose_rows_cannot_be_told_apart_is_refused_by_both(
+    command: str, tmp_path: Path, capfd: Any
+) -> None:
     tokenizer = byte_tokenizer()
     config = family_config("xlnet", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     words = recipe(tmp_path, save(tmp_path / "model", AutoModelForCausalLM.from_config(config)), SHORT)

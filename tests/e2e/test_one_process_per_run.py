@@ -39,7 +39,10 @@ def finished(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFact
 def training(recipe: Path, tmp_path: Path) -> Iterator[tuple[Path, Forked]]:
     """A run that trains now."""
     folder = tmp_path / "run"
-    process = Forked(["train.py", f"recipe={recipe}", f"output_dir={folder}", *LONG], launch_environment(tmp_path / "cache"))
+    process = Forked(
+        ["train.py", f"recipe={recipe}", f"output_dir={folder}", *LONG],
+        launch_environment(tmp_path / "cache"),
+    )
     wait_for(folder / "checkpoints" / "step-*", process)
     yield folder, process
     process.kill()
@@ -69,23 +72,39 @@ def test_a_run_that_trains_is_not_replaced_evaluated_or_exported(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_lock_ends_with_a_process_that_is_killed(recipe: Path, training: tuple[Path, Forked], tmp_path: Path) -> None:
+def test_the_lock_ends_with_a_process_that_is_killed(
+    recipe: Path, training: tuple[Path, Forked], tmp_path: Path
+) -> None:
     folder, process = training
     process.kill()
     process.wait()
-    words = [f"recipe={recipe}", f"output_dir={folder}", "overwrite=true", "training.steps=2", "evaluation.interval=null"]
+    words = [
+        f"recipe={recipe}",
+        f"output_dir={folder}",
+        "overwrite=true",
+        "training.steps=2",
+        "evaluation.interval=null",
+    ]
     done = python("train.py", *words, environment=launch_environment(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "run.json").read_text())["finished"]
 
 
 def test_two_starts_with_resume_train_a_new_run_once(recipe: Path, tmp_path: Path) -> None:
-    words = [f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "resume=true", "training.steps=12", "evaluation.interval=null"]
+    words = [
+        f"recipe={recipe}",
+        f"output_dir={tmp_path / 'run'}",
+        "resume=true",
+        "training.steps=12",
+        "evaluation.interval=null",
+    ]
     both = [Forked(["train.py", *words], launch_environment(tmp_path / "cache")) for _ in range(2)]
     done = [one.wait(120) for one in both]
     assert [one.returncode for one in done] == [0, 0], done
     assert sum("holds this run, finished; it is kept" in one.stderr for one in done) == 1
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(steps)
 
 
@@ -106,7 +125,13 @@ def test_replace_deletes_what_the_run_wrote_and_nothing_else(
         (run / name).write_text("mine")
     inner = copytree(finished, run / "older" / "run")
     before = {path: path.read_bytes() for path in inner.rglob("*") if path.is_file()}
-    words = [f"recipe={recipe}", f"output_dir={run}", "overwrite=true", "training.steps=2", "adapters.ia3.tasks=[letters]"]
+    words = [
+        f"recipe={recipe}",
+        f"output_dir={run}",
+        "overwrite=true",
+        "training.steps=2",
+        "adapters.ia3.tasks=[letters]",
+    ]
     done = launch(*words)
     assert done.returncode == 0, done.stderr
     assert all((run / name).read_text() == "mine" for name in foreign)
@@ -115,11 +140,15 @@ def test_replace_deletes_what_the_run_wrote_and_nothing_else(
     assert (run / "adapters" / "letters-ia3" / "adapter_config.json").exists()
 
 
-def test_a_run_without_a_manifest_is_not_replaced(finished: Path, recipe: Path, launch: Launch, tmp_path: Path) -> None:
+def test_a_run_without_a_manifest_is_not_replaced(
+    finished: Path, recipe: Path, launch: Launch, tmp_path: Path
+) -> None:
     run = copytree(finished, tmp_path / "run")
     facts = json.loads((run / "run.json").read_text())
     for files in (None, {"names": ["../../x"], "adapters": []}, {"names": "all", "adapters": []}, 3):
-        (run / "run.json").write_text(json.dumps({**{k: v for k, v in facts.items() if k != "files"}, "files": files}))
+        (run / "run.json").write_text(
+            json.dumps({**{k: v for k, v in facts.items() if k != "files"}, "files": files})
+        )
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         done = launch(f"recipe={recipe}", f"output_dir={run}", "overwrite=true", "training.steps=2")
         assert done.returncode == 2
@@ -133,7 +162,9 @@ def test_export_keeps_what_a_folder_holds(finished: Path, tmp_path: Path) -> Non
     (out / "letters-lora").mkdir(parents=True)
     (out / "letters-lora" / "adapter_config.json").write_text("{}")
     for kind in ("peft", "lora-svd", "merged"):
-        done = python("-m", "flora_train", "export", str(run), "letters-lora", "--as", kind, "--out", str(out))
+        done = python(
+            "-m", "flora_train", "export", str(run), "letters-lora", "--as", kind, "--out", str(out)
+        )
         assert done.returncode == 2, done.stderr
         assert "exists already: choose another" in done.stderr
     assert (out / "letters-lora" / "adapter_config.json").read_text() == "{}"

@@ -52,12 +52,15 @@ def test_a_run_trains_and_reports_without_linux(trained: Path) -> None:
 
 
 def test_every_module_is_imported_without_linux(tmp_path: Path) -> None:
-    program = WITHOUT + (
-        "import importlib, pkgutil, flora_train\n"
-        "skipped = ('_triton', 'shipped', '__main__', 'peft_plugin')\n"  # what is registered once in a process
-        "names = [m.name for m in pkgutil.walk_packages(flora_train.__path__, 'flora_train.') if not any(s in m.name for s in skipped)]\n"
-        "[importlib.import_module(name) for name in names]\n"
-        "print(len(names))"
+    program = (
+        WITHOUT
+        + (
+            "import importlib, pkgutil, flora_train\n"
+            "skipped = ('_triton', 'shipped', '__main__', 'peft_plugin')\n"  # what is registered once in a process
+            "names = [m.name for m in pkgutil.walk_packages(flora_train.__path__, 'flora_train.') if not any(s in m.name for s in skipped)]\n"
+            "[importlib.import_module(name) for name in names]\n"
+            "print(len(names))"
+        )
     )
     done = python("-c", program, environment=launch_environment(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -75,7 +78,19 @@ def test_executing_programs_says_use_wsl(trained: Path, tmp_path: Path) -> None:
 
 
 def test_paging_to_files_says_that_it_needs_linux(recipe: Path, tmp_path: Path) -> None:
-    words = ["adapters.device_slots=4", "mixture.strategy=fair", "mixture.active_tasks=1", "mixture.turn_steps=3"]
-    done = run("train", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "paging.host=disk", *words, cache=tmp_path)
+    words = [
+        "adapters.device_slots=4",
+        "mixture.strategy=fair",
+        "mixture.active_tasks=1",
+        "mixture.turn_steps=3",
+    ]
+    done = run(
+        "train",
+        f"recipe={recipe}",
+        f"output_dir={tmp_path / 'run'}",
+        "paging.host=disk",
+        *words,
+        cache=tmp_path,
+    )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "error: paging.host = 'disk': is supported on Linux only: use memory" in done.stderr

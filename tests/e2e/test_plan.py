@@ -29,11 +29,20 @@ TURNS = ("mixture.strategy=fair", "mixture.active_tasks=1", "mixture.turn_steps=
 
 @pytest.fixture(scope="module")
 def found(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Capacity:
-    return measure_capacity(load_config([f"recipe={recipe}", *TURNS, f"output_dir={tmp_path_factory.mktemp('runs') / 'run'}"]))
+    return measure_capacity(
+        load_config([f"recipe={recipe}", *TURNS, f"output_dir={tmp_path_factory.mktemp('runs') / 'run'}"])
+    )
 
 
-def test_the_plan_is_said_and_leaves_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "adapters.device_slots=4", *TURNS]) == 0
+def test_the_plan_is_said_and_leaves_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            ["plan", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "adapters.device_slots=4", *TURNS]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     for words in (
         "2 x flora, rank 2",
@@ -46,7 +55,9 @@ def test_the_plan_is_said_and_leaves_nothing(recipe: Path, tmp_path: Path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_plan_counts_special_tokens_that_rows_hold(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_counts_special_tokens_that_rows_hold(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"text": f"abc {i} <end> cab"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = load_config([f"recipe={recipe}"])
@@ -58,9 +69,14 @@ def test_the_plan_counts_special_tokens_that_rows_hold(recipe: Path, tmp_path: P
 
 def test_a_run_of_many_hours_is_told_how_to_be_shorter(found: Capacity, recipe: Path) -> None:
     config = load_config([f"recipe={recipe}"])
-    said = [dict(plan_lines(config, replace(found, step_seconds=seconds)))["time"] for seconds in (1.0, 1000.0)]
+    said = [
+        dict(plan_lines(config, replace(found, step_seconds=seconds)))["time"] for seconds in (1.0, 1000.0)
+    ]
     assert said[0] == "about 1.0s a step on one process, 12 steps 12s, and evaluations"
-    assert "12 steps 3h20m, and evaluations; training.steps and training.tokens_per_step make it shorter" in said[1]
+    assert (
+        "12 steps 3h20m, and evaluations; training.steps and training.tokens_per_step make it shorter"
+        in said[1]
+    )
 
 
 def test_memory_of_adapters_is_what_the_bank_takes(found: Capacity, recipe: Path) -> None:
@@ -69,17 +85,29 @@ def test_memory_of_adapters_is_what_the_bank_takes(found: Capacity, recipe: Path
     assert found.base == sum(p.numel() * p.element_size() for p in model.parameters())
     bank = AdapterBank.attach(model, expand(config))
     BankOptimizer(bank, config.training)
-    assert found.on_device == sum(4 * t.numel() for pool in bank.pools for t in (*pool.planes.values(), pool.gradients))
+    assert found.on_device == sum(
+        4 * t.numel() for pool in bank.pools for t in (*pool.planes.values(), pool.gradients)
+    )
     assert found.checkpoint == sum(4 * tensor.numel() for tensor in bank.tensors().values())
 
 
 def test_files_take_what_memory_would(recipe: Path, tmp_path: Path) -> None:
-    words = [f"recipe={recipe}", *TURNS, f"output_dir={tmp_path / 'run'}", "adapters.device_slots=4", "guard.policy=rollback"]
-    memory, files = (measure_capacity(load_config([*words, f"paging.host={host}"])) for host in ("memory", "disk"))
+    words = [
+        f"recipe={recipe}",
+        *TURNS,
+        f"output_dir={tmp_path / 'run'}",
+        "adapters.device_slots=4",
+        "guard.policy=rollback",
+    ]
+    memory, files = (
+        measure_capacity(load_config([*words, f"paging.host={host}"])) for host in ("memory", "disk")
+    )
     assert memory.host == 3 * memory.checkpoint  # adapters, a checkpoint's copy, and the guard's
     assert files.host == 0
     assert files.on_disk - memory.on_disk == memory.host
-    apart = measure_capacity(load_config([*words, "paging.host=disk", "paging.folder=/dev/shm", "num_processes=2"]))
+    apart = measure_capacity(
+        load_config([*words, "paging.host=disk", "paging.folder=/dev/shm", "num_processes=2"])
+    )
     assert apart.on_disk == memory.on_disk
     assert apart.pages == 2 * memory.host - memory.checkpoint  # one of them writes checkpoints
     said = [dict(plan_lines(load_config(words), found))["host"] for found in (memory, files)]
@@ -87,7 +115,9 @@ def test_files_take_what_memory_would(recipe: Path, tmp_path: Path) -> None:
     assert said[1].startswith("nothing: adapters that are not on the device are in files, with a copy while")
 
 
-def test_activations_of_many_layers_follow_from_one_and_two(recipe: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_activations_of_many_layers_follow_from_one_and_two(
+    recipe: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     deep = tmp_path / "deep"
     shutil.copytree(checkpoint, deep)
     (deep / "model.safetensors").unlink()  # no weights are read
@@ -109,7 +139,10 @@ def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
     """Two processes, one of them stopped by a full run's folder of its own: adapters, held-out losses, texts."""
     assert found.step_slots == 3
     runs = []
-    for name, words in {"all": (), "few": (f"adapters.device_slots={found.step_slots}", "paging.host=disk")}.items():
+    for name, words in {
+        "all": (),
+        "few": (f"adapters.device_slots={found.step_slots}", "paging.host=disk"),
+    }.items():
         done = launch(f"recipe={recipe}", f"output_dir={tmp_path / name}", *TURNS, *words, processes=2)
         assert done.returncode == 0, done.stderr
         report = json.loads((tmp_path / name / "eval" / "report.json").read_text())
@@ -120,15 +153,24 @@ def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "few"]  # no page file is left
     refused = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'less'}", *TURNS, "adapters.device_slots=2")
     assert refused.returncode != 0
-    assert "adapters.device_slots = 2: is too small for the 3 adapters of step 1: set it to 3 or more" in refused.stderr
+    assert (
+        "adapters.device_slots = 2: is too small for the 3 adapters of step 1: set it to 3 or more"
+        in refused.stderr
+    )
     assert not (tmp_path / "less").exists()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"slots": 2}, r"adapters\.device_slots = 2: hold less than the 3 adapters of a step need: give 3 or more"),
-        ({"free_device": 0}, r"adapters\.device_slots = 'auto': has no room: a step needs 3 slots, and there is room for 0"),
+        (
+            {"slots": 2},
+            r"adapters\.device_slots = 2: hold less than the 3 adapters of a step need: give 3 or more",
+        ),
+        (
+            {"free_device": 0},
+            r"adapters\.device_slots = 'auto': has no room: a step needs 3 slots, and there is room for 0",
+        ),
         (
             {"on_device": 10**12},
             r"adapters\.device_slots = 'auto': needs 1000\.0 GB beside the base, where .* are free: give \d+",
@@ -151,7 +193,9 @@ def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
         ({"on_disk": 10**15}, r"output_dir = .*: needs 1000000\.0 GB"),
     ],
 )
-def test_what_does_not_fit_names_the_setting(change: dict[str, int], words: str, found: Capacity, recipe: Path) -> None:
+def test_what_does_not_fit_names_the_setting(
+    change: dict[str, int], words: str, found: Capacity, recipe: Path
+) -> None:
     config = load_config([f"recipe={recipe}"])
     check_fits(config, found)
     with pytest.raises(UserError, match=words):

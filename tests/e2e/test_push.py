@@ -47,7 +47,9 @@ class Said:
 
 
 @pytest.fixture
-def push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+def push(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Said]:
     """The command, in this process: the client looks its constants up when it is called."""
     from huggingface_hub import constants
 
@@ -83,7 +85,14 @@ def call(program: str, hub: Hub, home: Path) -> subprocess.CompletedProcess[str]
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     environment = {**{k: v for k, v in os.environ.items() if k not in away}, **ours}
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_one_private_repository_in_one_commit_that_plain_peft_loads(
@@ -106,7 +115,10 @@ def test_one_private_repository_in_one_commit_that_plain_peft_loads(
             repo.files[f"{name}/adapter_model.safetensors"]
             == (run / "adapters" / name / "adapter_model.safetensors").read_bytes()
         )
-        assert f'PeftModel.from_pretrained(base, "me/tiny", subfolder="{name}")' in repo.files[f"{name}/README.md"].decode()
+        assert (
+            f'PeftModel.from_pretrained(base, "me/tiny", subfolder="{name}")'
+            in repo.files[f"{name}/README.md"].decode()
+        )
     program = f"""
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -155,7 +167,17 @@ def test_a_hub_that_is_busy_is_asked_again(run: Path, hub: Hub, push: Push, faul
 
 
 def test_a_repository_for_each_and_a_collection(run: Path, hub: Hub, push: Push) -> None:
-    words = [str(run), "digits-flora", "letters-ia3", "--repo", "me/tiny", "--repo-per-adapter", "--public", "--base", "org/base"]
+    words = [
+        str(run),
+        "digits-flora",
+        "letters-ia3",
+        "--repo",
+        "me/tiny",
+        "--repo-per-adapter",
+        "--public",
+        "--base",
+        "org/base",
+    ]
     for _ in range(2):
         done = push(*words)
         assert done.returncode == 0, done.stderr
@@ -263,7 +285,9 @@ def test_a_run_that_trains_still_is_refused(run: Path, hub: Hub, push: Push) -> 
     assert "is not finished: it trains still, or goes on with resume=true" in done.stderr
 
 
-def test_an_existing_public_repository_is_not_filled_unless_public_is_given(run: Path, hub: Hub, push: Push) -> None:
+def test_an_existing_public_repository_is_not_filled_unless_public_is_given(
+    run: Path, hub: Hub, push: Push
+) -> None:
     hub.repos["me/tiny"] = Repo(False, {".gitattributes": b""})
     done = push(str(run), "digits-flora", "--repo", "me/tiny")
     assert done.returncode == 2
@@ -274,14 +298,18 @@ def test_an_existing_public_repository_is_not_filled_unless_public_is_given(run:
     assert len(hub.repos["me/tiny"].commits) == 1
 
 
-def test_a_private_repository_that_is_to_be_public_stays_private_and_it_is_said(run: Path, hub: Hub, push: Push) -> None:
+def test_a_private_repository_that_is_to_be_public_stays_private_and_it_is_said(
+    run: Path, hub: Hub, push: Push
+) -> None:
     hub.repos["me/tiny"] = Repo(True, {".gitattributes": b""})
     done = push(str(run), "digits-flora", "--repo", "me/tiny", "--public")
     assert done.returncode == 0, done.stderr
     assert "me/tiny exists and stays private" in done.stderr
 
 
-def test_one_public_repository_of_several_is_found_before_anything_is_sent(run: Path, hub: Hub, push: Push) -> None:
+def test_one_public_repository_of_several_is_found_before_anything_is_sent(
+    run: Path, hub: Hub, push: Push
+) -> None:
     hub.repos["me/tiny-letters-ia3"] = Repo(False, {".gitattributes": b""})
     done = push(str(run), "--repo", "me/tiny", "--repo-per-adapter")
     assert done.returncode == 2
@@ -291,7 +319,8 @@ def test_one_public_repository_of_several_is_found_before_anything_is_sent(run: 
 
 
 @pytest.mark.parametrize(
-    "wait", ["99999999999", "3153600000", "Fri, 31 Dec 9999 23:59:59 GMT", "inf", "nan", "-5", "soon", "9" * 400]
+    "wait",
+    ["99999999999", "3153600000", "Fri, 31 Dec 9999 23:59:59 GMT", "inf", "nan", "-5", "soon", "9" * 400],
 )
 def test_a_wait_that_the_hub_asks_for_is_bounded(
     run: Path, hub: Hub, push: Push, monkeypatch: pytest.MonkeyPatch, wait: str
@@ -299,7 +328,11 @@ def test_a_wait_that_the_hub_asks_for_is_bounded(
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     answer = (429, {"error": "slow down"}, {"Retry-After": wait})
-    hub.faults = [["POST", "/api/repos/create", answer, 1], ["POST", "/commit/", answer, 1], ["PUT", "/lfs/", answer, 1]]
+    hub.faults = [
+        ["POST", "/api/repos/create", answer, 1],
+        ["POST", "/commit/", answer, 1],
+        ["PUT", "/lfs/", answer, 1],
+    ]
     done = push(str(run), "digits-flora", "--repo", "me/tiny")
     assert done.returncode == 0, done.stderr
     assert [fault[3] for fault in hub.faults] == [0, 0, 0]
@@ -334,12 +367,20 @@ ASKED = [
 
 @pytest.mark.attack
 @given(
-    asked=st.sampled_from(ASKED), status=st.sampled_from([200, 200, 200, 400, 404, 418, 500]), content=st.sampled_from(NONSENSE)
+    asked=st.sampled_from(ASKED),
+    status=st.sampled_from([200, 200, 200, 400, 404, 418, 500]),
+    content=st.sampled_from(NONSENSE),
 )
 def test_a_hub_that_answers_nonsense_is_one_line(
     run: Path, hub: Hub, push: Push, asked: str, status: int, content: bytes
 ) -> None:
-    words = [str(run), "digits-flora", "--repo", "me/tiny", *(["--repo-per-adapter"] if "collections" in asked else [])]
+    words = [
+        str(run),
+        "digits-flora",
+        "--repo",
+        "me/tiny",
+        *(["--repo-per-adapter"] if "collections" in asked else []),
+    ]
     hub.repos.clear()
     hub.collections.clear()
     if "resolve" in asked:
@@ -349,7 +390,10 @@ def test_a_hub_that_answers_nonsense_is_one_line(
     hub.faults = []
     assert done.returncode in (0, 2)
     assert "Traceback" not in done.stderr
-    assert done.returncode == 0 or len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert (
+        done.returncode == 0
+        or len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -369,7 +413,9 @@ def test_a_hub_that_answers_nonsense_is_one_line(
         "a/b/c",
     ],
 )
-def test_a_name_that_the_hub_refuses_is_refused_before_anything_is_asked(run: Path, hub: Hub, push: Push, name: str) -> None:
+def test_a_name_that_the_hub_refuses_is_refused_before_anything_is_asked(
+    run: Path, hub: Hub, push: Push, name: str
+) -> None:
     for words in (["--repo", name], ["--repo", name, "--repo-per-adapter"], ["--repo", name, "--dry-run"]):
         done = push(str(run), *words)
         assert done.returncode == 2

@@ -31,7 +31,10 @@ def test_ten_lines_do_what_the_command_line_does(recipe: Path, tmp_path: Path) -
     )
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     lines = run(block + BLOCKS[1], tmp_path).splitlines()
-    assert [line.split()[0] for line in lines if line.startswith(("letters", "digits")) and "{" in line] == ["letters", "digits"]
+    assert [line.split()[0] for line in lines if line.startswith(("letters", "digits")) and "{" in line] == [
+        "letters",
+        "digits",
+    ]
     assert (tmp_path / "outputs/from_python/lora-svd/digits-flora/adapter_model.safetensors").exists()
     assert json.loads((tmp_path / "outputs/from_python/run.json").read_text())["finished"]
 
@@ -45,7 +48,10 @@ assert [round(x, 4) for x in first_losses] > [round(x, 4) for x in losses.tolist
     own_loop = (
         BLOCKS[2]
         .replace("assets/models/smollm2-135m", str(checkpoint))
-        .replace("    print(step, losses.tolist())", "    first_losses = losses.tolist() if step == 0 else first_losses")
+        .replace(
+            "    print(step, losses.tolist())",
+            "    first_losses = losses.tolist() if step == 0 else first_losses",
+        )
     )
     after = """
 assert all(not torch.equal(bank.row(i), before[i]) for i in range(len(specs)))
@@ -56,14 +62,18 @@ print("moved", bank_optimizer.rows.steps)
 
 def test_flora_in_plain_peft(checkpoint: Path, tmp_path: Path) -> None:
     block = BLOCKS[4].replace("assets/models/smollm2-135m", str(checkpoint))
-    said = run(block + "print(model.peft_config['default'].peft_type.value, len(model.active_adapters))", tmp_path)
+    said = run(
+        block + "print(model.peft_config['default'].peft_type.value, len(model.active_adapters))", tmp_path
+    )
     assert "trainable params: 896 ||" in said
     assert said.splitlines()[-1] == "FLORA 1"
 
 
 def test_torch_is_not_loaded_before_something_needs_it() -> None:
     program = "import sys, flora_train; flora_train.load_config; assert 'torch' not in sys.modules; flora_train.make_spec; print(flora_train.nothing)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert "has no attribute 'nothing'" in done.stderr
 
 

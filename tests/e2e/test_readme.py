@@ -24,14 +24,18 @@ def test_error_shown_in_the_documents_is_the_one_that_is_printed() -> None:
     (block,) = blocks(ROOT / "docs" / "commands.md", "console")
     command, expected = block.text.strip().splitlines()
     words = shlex.split(command.removeprefix("$ flora-train "))
-    done = subprocess.run([sys.executable, "-m", "flora_train", *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "flora_train", *words], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.strip() == expected
 
 
 def test_every_command_has_help_with_an_example_that_fits_a_screen() -> None:
     for words in ([], *([name] for name in COMMANDS)):
-        done = subprocess.run([sys.executable, "-m", "flora_train", *words, "--help"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "flora_train", *words, "--help"], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0
         assert "Example: flora-train" in done.stdout
         assert len(done.stdout.splitlines()) <= (40 if words else 28)
@@ -39,7 +43,9 @@ def test_every_command_has_help_with_an_example_that_fits_a_screen() -> None:
 
 
 def test_figures_of_the_readme_are_those_of_the_committed_results() -> None:
-    done = subprocess.run([sys.executable, "benchmarks/update_figures.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "benchmarks/update_figures.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, "run `make figures` and commit README.md"
 
 

@@ -47,11 +47,17 @@ def kill_after() -> Kill:
             for rank in ranks:
                 os.kill(rank.pid, number)
             return "".join(rank.wait(60).stderr for rank in ranks)
-        command, pipes = launch_command(*words, processes=processes), {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        command, pipes = (
+            launch_command(*words, processes=processes),
+            {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL},
+        )
         with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
             wait_for_a_checkpoint(folder, step, process.poll)
             launcher = psutil.Process(process.pid)
-            for one in (launcher, *launcher.children(recursive=True)):  # a launcher's workers are in sessions of their own
+            for one in (
+                launcher,
+                *launcher.children(recursive=True),
+            ):  # a launcher's workers are in sessions of their own
                 with suppress(psutil.NoSuchProcess):
                     one.send_signal(number)
             return process.communicate(timeout=60)[1]
@@ -72,14 +78,27 @@ KILLS = {signal.SIGKILL: 20, signal.SIGTERM: 30, signal.SIGINT: 60}
     ],
 )
 def test_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
-    launch: Launch, kill_after: Kill, recipe: Path, tmp_path: Path, processes: int, signals: tuple[signal.Signals, ...]
+    launch: Launch,
+    kill_after: Kill,
+    recipe: Path,
+    tmp_path: Path,
+    processes: int,
+    signals: tuple[signal.Signals, ...],
 ) -> None:
     words = (f"recipe={recipe}", *WORDS)
     done = launch(*words, f"output_dir={tmp_path / 'whole'}", processes=processes)
     assert done.returncode == 0, done.stderr
     parts = tmp_path / "parts"
     for number in signals:
-        told = kill_after(KILLS[number], parts, *words, f"output_dir={parts}", "resume=true", processes=processes, number=number)
+        told = kill_after(
+            KILLS[number],
+            parts,
+            *words,
+            f"output_dir={parts}",
+            "resume=true",
+            processes=processes,
+            number=number,
+        )
         if number == signal.SIGKILL:
             continue
         assert f"{signal.Signals(number).name}: finishing and saving the step" in told
@@ -93,7 +112,9 @@ def test_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
     assert not list(parts.rglob("step-*"))
 
 
-def test_a_run_goes_on_with_another_number_of_processes(launch: Launch, kill_after: Kill, recipe: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_processes(
+    launch: Launch, kill_after: Kill, recipe: Path, tmp_path: Path
+) -> None:
     words, parts = (f"recipe={recipe}", *WORDS), tmp_path / "parts"
     assert launch(*words, f"output_dir={tmp_path / 'whole'}").returncode == 0
     for step, processes in ((10, 2), (30, 1)):
@@ -112,11 +133,19 @@ def test_unfinished_run_of_another_configuration_is_refused_before_the_model_loa
     refused = launch(*words, "adapters.lora.rank=3", "model.path=/nowhere")
     assert refused.returncode in (1, 2)
     told = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
-    assert [line.split(": was")[0] for line in told] == ["error: model.path = '/nowhere'", "error: adapters.lora.rank = 3"]
+    assert [line.split(": was")[0] for line in told] == [
+        "error: model.path = '/nowhere'",
+        "error: adapters.lora.rank = 3",
+    ]
 
 
 def test_a_run_that_is_stop_requested_says_so_by_its_exit_status(recipe: Path, tmp_path: Path) -> None:
-    words = (f"recipe={recipe}", "training.steps=100000", "training.save_every=5", f"output_dir={tmp_path / 'run'}")
+    words = (
+        f"recipe={recipe}",
+        "training.steps=100000",
+        "training.save_every=5",
+        f"output_dir={tmp_path / 'run'}",
+    )
     run = Forked(["train.py", *words], launch_environment(tmp_path / "cache"))
     wait_for_a_checkpoint(tmp_path / "run", 5, run.poll)
     os.kill(run.pid, signal.SIGTERM)

@@ -30,7 +30,9 @@ ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for metho
 @pytest.fixture(scope="module")
 def finished(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    done = launch(f"recipe={recipe}", f"output_dir={folder}", "training.compare_separate=true", accelerate=True)
+    done = launch(
+        f"recipe={recipe}", f"output_dir={folder}", "training.compare_separate=true", accelerate=True
+    )
     assert done.returncode == 0, done.stderr
     (folder / "stdout.txt").write_text(done.stdout)
     (folder / "stderr.txt").write_text(done.stderr)
@@ -43,9 +45,13 @@ def test_no_secret_of_the_environment_is_in_any_file_of_a_run(finished: Path) ->
     assert [path for path in files if PLANTED.encode() in path.read_bytes()] == []
 
 
-def test_reference_to_a_secret_is_refused_before_anything_is_written(recipe: Path, launch: Launch, tmp_path: Path) -> None:
+def test_reference_to_a_secret_is_refused_before_anything_is_written(
+    recipe: Path, launch: Launch, tmp_path: Path
+) -> None:
     for key in ("tracking.group", "tasks.letters.license", "model.revision"):
-        done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", f"{key}=${{oc.env:FLORA_TEST_SECRET}}")
+        done = launch(
+            f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", f"{key}=${{oc.env:FLORA_TEST_SECRET}}"
+        )
         assert done.returncode == 2
         assert f"error: {key} = '${{oc.env:FLORA_TEST_SECRET}}': 'oc.env' is a resolver" in done.stderr
         assert PLANTED not in done.stdout + done.stderr
@@ -53,13 +59,17 @@ def test_reference_to_a_secret_is_refused_before_anything_is_written(recipe: Pat
 
 
 def adapter_bytes(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / "adapters" / name / "adapter_model.safetensors").read_bytes() for name in ADAPTERS}
+    return {
+        name: (folder / "adapters" / name / "adapter_model.safetensors").read_bytes() for name in ADAPTERS
+    }
 
 
 def largest_difference(a: Path, b: Path) -> float:
     differences = []
     for name in ADAPTERS:
-        left, right = (load_file(folder / "adapters" / name / "adapter_model.safetensors") for folder in (a, b))
+        left, right = (
+            load_file(folder / "adapters" / name / "adapter_model.safetensors") for folder in (a, b)
+        )
         assert left.keys() == right.keys()
         differences += [float((left[key] - right[key]).abs().max()) for key in left]
     return max(differences)
@@ -113,31 +123,48 @@ def test_terminal_shows_progress_with_eta_results_completions_and_the_next_comma
     assert "train: 100%" in progress
     assert "tok/s" in progress
     assert all(method in progress for method in ("flora", "lora", "ia3"))
-    for words in ("held-out bits per byte", "letters (before)", "letters (after", "report.html", "flora-train export"):
+    for words in (
+        "held-out bits per byte",
+        "letters (before)",
+        "letters (after",
+        "report.html",
+        "flora-train export",
+    ):
         assert words in shown
 
 
-def test_resolved_configuration_runs_again_to_the_same_bytes(finished: Path, launch: Launch, tmp_path: Path) -> None:
+def test_resolved_configuration_runs_again_to_the_same_bytes(
+    finished: Path, launch: Launch, tmp_path: Path
+) -> None:
     done = launch(f"recipe={finished / 'config.yaml'}", f"output_dir={tmp_path / 'again'}")
     assert done.returncode == 0, done.stderr
     assert adapter_bytes(finished) == adapter_bytes(tmp_path / "again")
 
 
-def test_two_processes_equal_one_to_1e_6(finished: Path, launch: Launch, recipe: Path, tmp_path: Path) -> None:
-    done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'two'}", "num_processes=2", processes=2, accelerate=True)
+def test_two_processes_equal_one_to_1e_6(
+    finished: Path, launch: Launch, recipe: Path, tmp_path: Path
+) -> None:
+    done = launch(
+        f"recipe={recipe}", f"output_dir={tmp_path / 'two'}", "num_processes=2", processes=2, accelerate=True
+    )
     assert done.returncode == 0, done.stderr
     assert read_report(tmp_path / "two")["facts"]["processes"] == 2
     assert largest_difference(finished, tmp_path / "two") <= 1e-6
     plans, bank = plans_and_bank(recipe, tmp_path)
     lacking = [
-        plan.label_tokens.keys() - {row.adapter for rows in share_of_rank(plan.microbatches, rank, 2) for row in rows}
+        plan.label_tokens.keys()
+        - {row.adapter for rows in share_of_rank(plan.microbatches, rank, 2) for row in rows}
         for plan in plans
         for rank in range(2)
     ]
     assert any(lacking)
     assert bytes_sent(finished) == 0
-    assert bytes_sent(tmp_path / "two") == sum(bank.row(adapter).nbytes for plan in plans for adapter in plan.label_tokens)
-    assert bytes_sent(tmp_path / "two") < sum(bank.row(adapter).nbytes for adapter in range(len(bank.specs))) * len(plans)
+    assert bytes_sent(tmp_path / "two") == sum(
+        bank.row(adapter).nbytes for plan in plans for adapter in plan.label_tokens
+    )
+    assert bytes_sent(tmp_path / "two") < sum(
+        bank.row(adapter).nbytes for adapter in range(len(bank.specs))
+    ) * len(plans)
 
 
 def bytes_sent(run: Path) -> int:
@@ -177,18 +204,24 @@ def plans_and_bank(recipe: Path, cache: Path) -> tuple[list[StepPlan], AdapterBa
     bank = AdapterBank.attach(load_base_model(config.model, torch.device("cpu")), expand(config))
     mixture = make_mixture(tasks, bank.specs, config)
     numbers = range(config.training.steps)
-    plans = [plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch) for number in numbers]
+    plans = [
+        plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch) for number in numbers
+    ]
     return [plan for plan in plans if plan is not None], bank
 
 
-def test_another_number_of_processes_than_asked_for_is_refused(launch: Launch, recipe: Path, tmp_path: Path) -> None:
+def test_another_number_of_processes_than_asked_for_is_refused(
+    launch: Launch, recipe: Path, tmp_path: Path
+) -> None:
     done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'x'}", "num_processes=2")
     assert done.returncode == 1 or done.returncode == 2
     assert "num_processes = 2: but 1 process(es) run" in done.stderr
     assert not (tmp_path / "x").exists()
 
 
-def test_finished_run_is_kept_on_resume_and_refused_otherwise(finished: Path, launch: Launch, recipe: Path) -> None:
+def test_finished_run_is_kept_on_resume_and_refused_otherwise(
+    finished: Path, launch: Launch, recipe: Path
+) -> None:
     before = (finished / "run.json").read_text()
     again = launch(f"recipe={recipe}", f"output_dir={finished}", "resume=true")
     assert again.returncode == 0, again.stderr
@@ -203,7 +236,11 @@ def test_finished_run_is_kept_on_resume_and_refused_otherwise(finished: Path, la
 
 def test_evaluate_export_and_report_commands_reproduce_the_run(finished: Path) -> None:
     before, report = adapter_bytes(finished), read_report(finished)
-    for words in (("evaluate", str(finished)), ("export", str(finished), "letters-flora"), ("report", str(finished))):
+    for words in (
+        ("evaluate", str(finished)),
+        ("export", str(finished), "letters-flora"),
+        ("report", str(finished)),
+    ):
         done = python("-m", "flora_train", *words)
         assert done.returncode == 0, done.stderr
     assert adapter_bytes(finished) == before
@@ -211,7 +248,12 @@ def test_evaluate_export_and_report_commands_reproduce_the_run(finished: Path) -
 
 
 def test_tensorboard_gets_per_adapter_metrics(launch: Launch, recipe: Path, tmp_path: Path) -> None:
-    done = launch(f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "tracking.trackers=[tensorboard]", "training.steps=4")
+    done = launch(
+        f"recipe={recipe}",
+        f"output_dir={tmp_path / 'run'}",
+        "tracking.trackers=[tensorboard]",
+        "training.steps=4",
+    )
     assert done.returncode == 0, done.stderr
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -225,14 +267,31 @@ def test_tensorboard_gets_per_adapter_metrics(launch: Launch, recipe: Path, tmp_
     assert {f"{stage}/{name}/loss" for stage in ("train", "eval") for name in of} <= found
     assert {f"final/{name}/bits_per_byte" for name in (*of, "letters/base", "digits/base")} <= found
     (final,) = log.Scalars("final/letters/flora/bits_per_byte")
-    contenders = {row["name"]: row for result in read_report(tmp_path / "run")["results"] for row in result["contenders"]}
+    contenders = {
+        row["name"]: row
+        for result in read_report(tmp_path / "run")["results"]
+        for row in result["contenders"]
+    }
     assert final.value == pytest.approx(contenders["letters-flora"]["bits_per_byte"]["value"], rel=1e-6)
 
 
-def test_wandb_is_offline_by_default_and_knows_a_run_that_is_taken_up_again(launch: Launch, recipe: Path, tmp_path: Path) -> None:
+def test_wandb_is_offline_by_default_and_knows_a_run_that_is_taken_up_again(
+    launch: Launch, recipe: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    words = (f"recipe={recipe}", f"output_dir={run}", "tracking.trackers=[wandb]", "tracking.group=tests", "resume=true")
-    words += ("tracking.artifacts=true", "training.save_every=5", "training.steps=60", "evaluation.interval=null")
+    words = (
+        f"recipe={recipe}",
+        f"output_dir={run}",
+        "tracking.trackers=[wandb]",
+        "tracking.group=tests",
+        "resume=true",
+    )
+    words += (
+        "tracking.artifacts=true",
+        "training.save_every=5",
+        "training.steps=60",
+        "evaluation.interval=null",
+    )
     begun = Forked(["train.py", *words], launch_environment(tmp_path / "cache"))
     while not list(run.glob("checkpoints/step-*")):
         assert begun.poll() is None, begun.said()

@@ -10,7 +10,8 @@ from tests.forked import python
 
 
 @pytest.mark.parametrize(
-    "checkpointing", [*(pytest.param(kind, marks=pytest.mark.full) for kind in ("off", "reentrant")), "non_reentrant"]
+    "checkpointing",
+    [*(pytest.param(kind, marks=pytest.mark.full) for kind in ("off", "reentrant")), "non_reentrant"],
 )
 def test_a_sharded_base_gives_the_numbers_of_the_plain_one(checkpointing: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

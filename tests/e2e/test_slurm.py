@@ -18,7 +18,9 @@ from tests.e2e.test_run import adapter_bytes
 
 pytestmark = [
     pytest.mark.full,
-    pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: apt-get install slurmctld slurmd slurm-client munge"),
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"no {', '.join(MISSING)}: apt-get install slurmctld slurmd slurm-client munge"
+    ),
     pytest.mark.skipif(os.geteuid() != 0, reason="the nodes' names are mounted, which needs root"),
 ]
 LONG = ("training.steps=100", "training.save_every=5")
@@ -39,7 +41,9 @@ def whole(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
-def test_two_nodes_train_what_two_processes_train(slurm: Cluster, whole: Path, recipe: Path, tmp_path: Path) -> None:
+def test_two_nodes_train_what_two_processes_train(
+    slurm: Cluster, whole: Path, recipe: Path, tmp_path: Path
+) -> None:
     said, run = tmp_path / "said.txt", tmp_path / "run"
     job = slurm.submit(said, f"recipe={recipe}", f"output_dir={run}", *LONG)
     assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", said.read_text()
@@ -61,7 +65,9 @@ def test_the_job_goes_back_to_the_queue_and_ends_with_the_same_bytes(
         slurm.ask("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=broken")
     else:
         trainer = next(
-            one for one in psutil.process_iter(["cmdline"]) if {"-u", f"output_dir={run}"} <= set(one.info["cmdline"] or ())
+            one
+            for one in psutil.process_iter(["cmdline"])
+            if {"-u", f"output_dir={run}"} <= set(one.info["cmdline"] or ())
         )
         trainer.kill()
     slurm.start_again(job)

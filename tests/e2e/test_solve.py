@@ -37,7 +37,12 @@ def coded(recipe: Path, problems: Path, tmp_path_factory: pytest.TempPathFactory
     """The tiny recipe with problems: one task is in a language, the other is not."""
     content = yaml.safe_load(recipe.read_text())
     content["tasks"]["letters"]["language"] = "sh"
-    content["evaluation"] |= {"problems": str(problems), "num_samples": 2, "pass_at_k": [1, 2], "max_new_tokens": 6}
+    content["evaluation"] |= {
+        "problems": str(problems),
+        "num_samples": 2,
+        "pass_at_k": [1, 2],
+        "max_new_tokens": 6,
+    }
     path = tmp_path_factory.mktemp("recipe") / "coded.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
@@ -64,7 +69,11 @@ def solve(run: Path, *words: str, processes: int = 1) -> subprocess.CompletedPro
 
 def completions(folder: Path) -> dict[tuple[Any, ...], str]:
     """Key -> text; no key may stand twice."""
-    rows = [json.loads(line) for file in folder.glob("completions-*.jsonl") for line in file.read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for file in folder.glob("completions-*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
     found = {(row["adapter"], row["language"], row["name"], row["sample"]): row["completion"] for row in rows}
     assert len(found) == len(rows)
     return found
@@ -89,7 +98,10 @@ def test_more_samples_are_added_to_those_that_are_there(mine: Path) -> None:
     file = mine / "eval" / "report.json"
     unsolved = json.loads(file.read_text())  # as of a run without problems
     file.write_text(
-        json.dumps(unsolved | {"code": [], "not_measured": ["Whether completions are correct: nothing was executed."]})
+        json.dumps(
+            unsolved
+            | {"code": [], "not_measured": ["Whether completions are correct: nothing was executed."]}
+        )
     )
     done = solve(mine, "evaluation.num_samples=3", "--languages=sh")
     assert done.returncode == 0, done.stderr
@@ -112,7 +124,9 @@ def test_a_report_of_another_version_is_refused_before_anything_is_written(mine:
     assert completions(mine / "eval" / "trivial") == before
 
 
-def test_killed_generation_goes_on_and_ends_with_what_an_uninterrupted_one_writes(run: Path, tmp_path: Path) -> None:
+def test_killed_generation_goes_on_and_ends_with_what_an_uninterrupted_one_writes(
+    run: Path, tmp_path: Path
+) -> None:
     words = ("evaluation.num_samples=40", "evaluation.batch_rows=8")
     whole = solve(run, *words, f"--out={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
@@ -120,7 +134,9 @@ def test_killed_generation_goes_on_and_ends_with_what_an_uninterrupted_one_write
     for least in (20, 120):
         process = Forked(["eval/run.py", f"run={run}", *words, f"--out={parts}"], environment)
         patience = time.monotonic() + 120
-        while sum(file.read_bytes().count(b"\n") for file in parts.glob("trivial/completions-*.jsonl")) < least:
+        while (
+            sum(file.read_bytes().count(b"\n") for file in parts.glob("trivial/completions-*.jsonl")) < least
+        ):
             assert process.poll() is None
             assert time.monotonic() < patience
             time.sleep(0.005)
@@ -136,7 +152,9 @@ def test_killed_generation_goes_on_and_ends_with_what_an_uninterrupted_one_write
 
 def test_two_processes_share_the_work_and_write_the_same(run: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
-        done = solve(run, "evaluation.num_samples=5", f"--out={tmp_path / str(processes)}", processes=processes)
+        done = solve(
+            run, "evaluation.num_samples=5", f"--out={tmp_path / str(processes)}", processes=processes
+        )
         assert done.returncode == 0, done.stderr
     assert completions(tmp_path / "1" / "trivial") == completions(tmp_path / "2" / "trivial")
     files = sorted(tmp_path.glob("2/trivial/completions-*.jsonl"))
@@ -144,7 +162,9 @@ def test_two_processes_share_the_work_and_write_the_same(run: Path, tmp_path: Pa
     assert all(file.read_text().count("\n") == 20 for file in files)
 
 
-def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writes_the_same(mine: Path, tmp_path: Path) -> None:
+def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writes_the_same(
+    mine: Path, tmp_path: Path
+) -> None:
     theirs = copytree(mine / "adapters" / "letters-flora", tmp_path / "theirs")
     words = (
         "evaluation.num_samples=1",
@@ -168,7 +188,10 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["evaluation.temperature=0.7"], r"temperature = 0.7: its completions were made with 0.2 and would be mixed"),
+        (
+            ["evaluation.temperature=0.7"],
+            r"temperature = 0.7: its completions were made with 0.2 and would be mixed",
+        ),
         (["--languages=shh"], "evaluation.languages = 'shh': is not in eval/languages.yaml"),
         (["--languages=lua"], "evaluation.languages = 'lua': no task has this language; tasks have sh"),
         (
@@ -178,12 +201,17 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
         (["evaluation.temperature=0"], "evaluation.temperature = 0: generates the same completion 2 times"),
         (["evaluation.problems=nowhere"], "evaluation.problems = 'nowhere': is not a folder"),
         (["evaluation.nn=2"], "evaluation.nn"),
-        (["language=[sh]"], "language = '[sh]': options of this command begin with --. Did you mean '--languages'?"),
+        (
+            ["language=[sh]"],
+            "language = '[sh]': options of this command begin with --. Did you mean '--languages'?",
+        ),
         (["--contenders=nothing/here"], "contenders = 'nothing/here': is not a PEFT adapter"),
     ],
 )
 def test_bad_input_is_one_clear_error(run: Path, words: list[str], message: str) -> None:
-    done = python("-m", "flora_train", "solve", str(run), *words, environment=launch_environment(run.parent / "cache"))
+    done = python(
+        "-m", "flora_train", "solve", str(run), *words, environment=launch_environment(run.parent / "cache")
+    )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -205,7 +233,9 @@ def test_completions_of_other_prompts_or_other_adapters_are_not_mixed(mine: Path
     assert "was generated for another version of this problem" in done.stderr
     file = mine / "eval" / "trivial" / "completions-0.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps({**row, "adapter_sha": row["adapter_sha"] and "0" * 64}) + "\n" for row in rows))
+    file.write_text(
+        "".join(json.dumps({**row, "adapter_sha": row["adapter_sha"] and "0" * 64}) + "\n" for row in rows)
+    )
     assert "was generated with other weights of this adapter" in solve(mine).stderr
 
 
@@ -213,14 +243,18 @@ def test_completions_of_other_prompts_or_other_adapters_are_not_mixed(mine: Path
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"a file system cannot be mounted here (needs root): {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_during_generation_is_one_error_and_every_line_stays_whole(run: Path, small_disk: Path) -> None:
+def test_a_full_disk_during_generation_is_one_error_and_every_line_stays_whole(
+    run: Path, small_disk: Path
+) -> None:
     done = solve(run, "evaluation.num_samples=60", f"--out={small_disk / 'out'}")
     assert done.returncode != 0
     assert "the disk is full" in done.stderr

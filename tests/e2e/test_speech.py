@@ -13,7 +13,13 @@ import soundfile
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoProcessor, GenerationConfig, pipeline
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    GenerationConfig,
+    pipeline,
+)
 
 from flora_train.commands.export import export_adapters
 from tests.e2e.conftest import Launch
@@ -31,7 +37,9 @@ def speech_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for language in LANGUAGES:
         tasks[language] = {"speech": {"language": language}, **write_corpus(folder, language, held=3)}
     with (folder / "cs.train.jsonl").open("a") as manifest:
-        manifest.write(json.dumps({"path": "absent.wav", "sentence": "never recorded", "speaker": "x"}) + "\n")
+        manifest.write(
+            json.dumps({"path": "absent.wav", "sentence": "never recorded", "speaker": "x"}) + "\n"
+        )
     model = save_tiny_whisper(folder / "model")
     tokenizer_file = model / "tokenizer_config.json"
     settings = json.loads(tokenizer_file.read_text()) | {"tokenizer_class": "WhisperTokenizer"}
@@ -46,7 +54,13 @@ def speech_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "lora": {"method": "lora", "rank": 2, "lr": 0.02, "parent_module": "decoder"},
         },
         "audio": {"window_step": 0.5, "spec_augment": True, "workers": 1},
-        "training": {"steps": 4, "tokens_per_step": 900, "tokens_per_microbatch": 600, "max_length": 40, "log_every": 2},
+        "training": {
+            "steps": 4,
+            "tokens_per_step": 900,
+            "tokens_per_microbatch": 600,
+            "max_length": 40,
+            "log_every": 2,
+        },
         "evaluation": {"max_new_tokens": 8, "bootstrap_samples": 200},
     }
     path = folder / "tiny_speech.yaml"
@@ -68,7 +82,11 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 
 def transcripts_of(folder: Path) -> dict[tuple[str, str, int], str]:
-    lines = [line for file in (folder / "eval" / "speech").glob("transcripts-*.jsonl") for line in file.read_text().splitlines()]
+    lines = [
+        line
+        for file in (folder / "eval" / "speech").glob("transcripts-*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
     found = [json.loads(line) for line in lines]
     assert len({(row["adapter"], row["task"], row["example"]) for row in found}) == len(found)
     return {(row["adapter"], row["task"], row["example"]): row["text"] for row in found}
@@ -87,7 +105,9 @@ def test_the_report_has_error_rates_of_base_and_adapters(finished: Path) -> None
         assert part["contenders"][0]["wer"]["clips"] == 3
         assert part["utterances"][0]["audio"].startswith("data:audio/ogg;base64,")
     assert len(transcripts_of(finished)) == 2 * 3 * 3
-    for task in report_of(finished)["tasks"]:  # clips of 0.3 to 1.9 s in windows of 0.5 s steps, 50 positions a second
+    for task in report_of(finished)[
+        "tasks"
+    ]:  # clips of 0.3 to 1.9 s in windows of 0.5 s steps, 50 positions a second
         whole = 2 * (25 + 50 + 75 + 75 + 100) + task["train"]["tokens"]
         assert task["epochs"] == pytest.approx(task["tokens_drawn"] / whole)
     page = (finished / "eval" / "report.html").read_text()
@@ -105,7 +125,9 @@ def test_clips_that_cannot_be_used_are_said_and_listed(finished: Path) -> None:
     assert train["unusable"]["no such file"]["clips"] == 1
 
 
-def test_two_processes_hear_the_same(speech_recipe: Path, finished: Path, launch: Launch, tmp_path: Path) -> None:
+def test_two_processes_hear_the_same(
+    speech_recipe: Path, finished: Path, launch: Launch, tmp_path: Path
+) -> None:
     done = launch(f"recipe={speech_recipe}", f"output_dir={tmp_path}/two", "num_processes=2", processes=2)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "two" / "eval" / "speech").glob("transcripts-*.jsonl"))) == 2
@@ -136,7 +158,9 @@ def test_peft_loads_what_was_trained(speech_recipe: Path, finished: Path) -> Non
     with torch.no_grad():
         before = base(**inputs).logits.clone()
         model = PeftModel.from_pretrained(base, finished / "adapters" / "cs-lora").eval()
-        assert all(".decoder." in name for name, _ in model.named_modules() if name.endswith("lora_A.default"))
+        assert all(
+            ".decoder." in name for name, _ in model.named_modules() if name.endswith("lora_A.default")
+        )
         assert (model(**inputs).logits - before).abs().max() > 1e-4
 
 
@@ -157,10 +181,15 @@ def test_the_snippet_of_a_card_transcribes_a_clip(finished: Path, tmp_path: Path
     assert done.stdout.strip()
 
 
-def test_a_merged_model_works_in_a_transformers_pipeline(speech_recipe: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_merged_model_works_in_a_transformers_pipeline(
+    speech_recipe: Path, finished: Path, tmp_path: Path
+) -> None:
     (folder,) = export_adapters(finished, ["cs-flora"], as_="merged", out=str(tmp_path / "merged"))
     base = speech_recipe.parent / "model"
-    assert AutoFeatureExtractor.from_pretrained(folder).to_dict() == AutoFeatureExtractor.from_pretrained(base).to_dict()
+    assert (
+        AutoFeatureExtractor.from_pretrained(folder).to_dict()
+        == AutoFeatureExtractor.from_pretrained(base).to_dict()
+    )
     generation = GenerationConfig.from_pretrained(folder).to_dict()
     assert generation == GenerationConfig.from_pretrained(base).to_dict()
     assert type(AutoProcessor.from_pretrained(folder)) is type(AutoProcessor.from_pretrained(base))
@@ -172,7 +201,9 @@ def test_a_merged_model_works_in_a_transformers_pipeline(speech_recipe: Path, fi
     assert texts[0] != texts[1]
 
 
-def test_a_text_recipe_on_a_speech_model_is_one_clear_error(speech_recipe: Path, launch: Launch, tmp_path: Path) -> None:
+def test_a_text_recipe_on_a_speech_model_is_one_clear_error(
+    speech_recipe: Path, launch: Launch, tmp_path: Path
+) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' * 4)
     raw = yaml.safe_load(speech_recipe.read_text())
     raw["tasks"] = {"a": {"train": str(tmp_path / "a.jsonl")}}
@@ -182,16 +213,22 @@ def test_a_text_recipe_on_a_speech_model_is_one_clear_error(speech_recipe: Path,
     assert "is a speech model: its tasks need tasks.NAME.speech" in done.stderr
 
 
-def test_too_few_usable_clips_are_named_before_the_model_is_loaded(speech_recipe: Path, launch: Launch, tmp_path: Path) -> None:
+def test_too_few_usable_clips_are_named_before_the_model_is_loaded(
+    speech_recipe: Path, launch: Launch, tmp_path: Path
+) -> None:
     write_manifest(tmp_path / "none.jsonl", [("absent.wav", "one")])
-    done = launch(f"recipe={speech_recipe}", f"output_dir={tmp_path}/run", f"tasks.en.test={tmp_path}/none.jsonl")
+    done = launch(
+        f"recipe={speech_recipe}", f"output_dir={tmp_path}/run", f"tasks.en.test={tmp_path}/none.jsonl"
+    )
     assert done.returncode != 0
     assert "tasks.en.test: no usable clip among 1: 1 no such file" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.full
-def test_another_encoder_decoder_trains_and_is_measured(launch: Launch, speech_recipe: Path, tmp_path: Path) -> None:
+def test_another_encoder_decoder_trains_and_is_measured(
+    launch: Launch, speech_recipe: Path, tmp_path: Path
+) -> None:
     words = [
         f"recipe={speech_recipe}",
         f"model.path={save_tiny('moonshine', tmp_path / 'model')}",

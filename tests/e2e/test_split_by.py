@@ -15,7 +15,13 @@ def test_tasks_made_of_a_column_train_and_the_run_is_kept_when_it_is_resumed(
 ) -> None:
     rows = []
     for i in range(40):
-        rows.append({"prompt": "abcd"[i % 4], "completion": "abcdabcd"[i % 4 :], "kind": "first" if i % 2 else "second one"})
+        rows.append(
+            {
+                "prompt": "abcd"[i % 4],
+                "completion": "abcdabcd"[i % 4 :],
+                "kind": "first" if i % 2 else "second one",
+            }
+        )
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     content = yaml.safe_load(recipe.read_text())
     content["tasks"] = {"letters": {"train": str(tmp_path / "rows.jsonl"), "split_by": "kind"}}
@@ -31,7 +37,10 @@ def test_tasks_made_of_a_column_train_and_the_run_is_kept_when_it_is_resumed(
     assert done.returncode == 0, done.stderr
     names = {path.name for path in (tmp_path / "run" / "adapters").iterdir()}
     families = {"flora", "ia3"}
-    assert names == {"letters_first-lora", *(f"letters_{part}-{f}" for part in ("first", "second_one") for f in families)}
+    assert names == {
+        "letters_first-lora",
+        *(f"letters_{part}-{f}" for part in ("first", "second_one") for f in families),
+    }
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert {name: task["split_value"] for name, task in saved["tasks"].items()} == {
         "letters_first": "first",

@@ -41,7 +41,11 @@ def finished(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFact
 
 def test_a_run_whose_readers_have_left_trains_to_its_end(recipe: Path, tmp_path: Path) -> None:
     words = ["train", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "training.steps=4"]
-    done = python("-c", NO_READER.format(numbers=(1, 2)) + MAIN.format(words=words), environment=launch_environment(tmp_path))
+    done = python(
+        "-c",
+        NO_READER.format(numbers=(1, 2)) + MAIN.format(words=words),
+        environment=launch_environment(tmp_path),
+    )
     assert done.returncode == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
 
@@ -55,7 +59,9 @@ def test_a_command_whose_reader_has_left_ends_quietly(command: str, finished: Pa
     assert "Exception" not in done.stderr
 
 
-@pytest.mark.parametrize("words", [["recipes"], ["--help"], ["train", "--help"], ["nothing"], ["train", "recipe=nothing"]])
+@pytest.mark.parametrize(
+    "words", [["recipes"], ["--help"], ["train", "--help"], ["nothing"], ["train", "recipe=nothing"]]
+)
 def test_head_may_leave_early(words: list[str]) -> None:
     """Two real pipes, and a reader of one line of neither."""
     command = [sys.executable, "-m", "flora_train", *words]
@@ -77,7 +83,8 @@ def test_output_that_a_full_disk_swallows_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["report", "{run}"], ["evaluate", "{run}"], ["report", "{run}", "{run}"], ["plan", "recipe={run}"]]
+    "words",
+    [["report", "{run}"], ["evaluate", "{run}"], ["report", "{run}", "{run}"], ["plan", "recipe={run}"]],
 )
 def test_an_ascii_terminal_ends_no_command(words: list[str], finished: Path, tmp_path: Path) -> None:
     words = [word.format(run=finished) for word in words]
@@ -92,7 +99,9 @@ def test_an_ascii_terminal_ends_no_command(words: list[str], finished: Path, tmp
 def test_a_run_at_an_ascii_terminal_ends_well(recipe: Path, tmp_path: Path) -> None:
     words = ["train", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "training.steps=2"]
     prompts = 'tasks.letters.sample_prompts=["é\\e[31m[/red]"]'
-    done = python("-c", ASCII + MAIN.format(words=[*words, prompts]), environment=launch_environment(tmp_path))
+    done = python(
+        "-c", ASCII + MAIN.format(words=[*words, prompts]), environment=launch_environment(tmp_path)
+    )
     assert done.returncode == 0, done.stderr
     assert "\\xe9\\x1b[31m[/red]" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
@@ -112,7 +121,9 @@ def interrupted(process: Forked) -> subprocess.CompletedProcess[str]:
 STAGES = {"first words": "", "training": "train: ", "evaluation": "evaluate: "}
 
 
-def test_ctrl_c_while_clips_are_read_is_one_line_and_leaves_no_process(speech_recipe: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_clips_are_read_is_one_line_and_leaves_no_process(
+    speech_recipe: Path, tmp_path: Path
+) -> None:
     words = ["train.py", f"recipe={speech_recipe}", f"output_dir={tmp_path / 'run'}", "audio.workers=2"]
     begun = Forked(words, launch_environment(tmp_path))
     patience = time.monotonic() + 60
@@ -128,7 +139,8 @@ def test_ctrl_c_while_clips_are_read_is_one_line_and_leaves_no_process(speech_re
 
 
 @pytest.mark.parametrize(
-    "stage", ["load_tokenizer", "load_tasks", "load_base_model", "heldout_losses", "write_report", "export_peft"]
+    "stage",
+    ["load_tokenizer", "load_tasks", "load_base_model", "heldout_losses", "write_report", "export_peft"],
 )
 @pytest.mark.quick("load_tasks", "heldout_losses", "write_report")
 def test_ctrl_c_at_any_stage_is_one_line(stage: str, recipe: Path, tmp_path: Path) -> None:
@@ -175,7 +187,11 @@ module.shipped = shipped
 def test_a_command_without_output_ends_quietly(closed: tuple[int, ...]) -> None:
     streams = " ".join(f"{number}>&-" for number in closed)
     done = subprocess.run(
-        f"{sys.executable} -m flora_train recipes {streams}", shell=True, cwd=ROOT, capture_output=True, text=True
+        f"{sys.executable} -m flora_train recipes {streams}",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0
     assert "Traceback" not in done.stderr

@@ -48,7 +48,9 @@ def test_the_tutorial_from_top_to_bottom(clone: Path) -> None:
         for whole, part in SMALLER.items():
             block = block.replace(whole, part)
         command = ["bash", "-e", "-c", block] if language == "bash" else [sys.executable, "-c", block]
-        done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, cwd=clone, env=environment, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         output += done.stdout
     for sign in (
@@ -59,7 +61,9 @@ def test_the_tutorial_from_top_to_bottom(clone: Path) -> None:
     ):
         assert sign in output
     adapters = {path.name for path in (clone / "outputs" / "mine" / "adapters").iterdir()}
-    assert adapters == {f"{task}-{method}" for task in ("lua", "ruby", "perl") for method in ("flora", "lora", "ia3")}
+    assert adapters == {
+        f"{task}-{method}" for task in ("lua", "ruby", "perl") for method in ("flora", "lora", "ia3")
+    }
 
 
 def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
@@ -73,7 +77,9 @@ def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
         "--site-dir",
         str(tmp_path / "site"),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for page in PAGES:
         assert (tmp_path / "site" / ("" if page.stem == "index" else page.stem) / "index.html").exists()

@@ -25,7 +25,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_training_on_the_gpu_equals_training_on_the_cpu(tmp_path: Path, optimizer: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    trainers = [make_trainer(mixed_specs(lr=2e-3), tmp_path, device=device, optimizer=optimizer) for device in ("cpu", "cuda")]
+    trainers = [
+        make_trainer(mixed_specs(lr=2e-3), tmp_path, device=device, optimizer=optimizer)
+        for device in ("cpu", "cuda")
+    ]
     plans = plans_of(trainers[0], 10)
     for trainer in trainers:
         train_together(trainer, plans)
@@ -36,14 +39,18 @@ def test_training_on_the_gpu_equals_training_on_the_cpu(tmp_path: Path, optimize
 @pytest.mark.parametrize("disk", [False, True], ids=["pinned", "files"])
 def test_adapters_that_come_and_go_keep_the_bits_of_those_that_stay(disk: bool, tmp_path: Path) -> None:
     """Copies run beside the steps, on a stream of their own."""
-    resident, paged = (paging_trainer(tmp_path / str(slots), slots, disk, device="cuda") for slots in (None, SLOTS))
+    resident, paged = (
+        paging_trainer(tmp_path / str(slots), slots, disk, device="cuda") for slots in (None, SLOTS)
+    )
     for number, plan in enumerate(plans_of(resident, 12)):
         resident.step(number, plan)
         paged.step(number, plan)
         ours, theirs = snapshot(paged), snapshot(resident)
-        assert all(torch.equal(a.cpu(), b.cpu()) for name in theirs for a, b in zip(ours[name], theirs[name], strict=True)), (
-            number
-        )
+        assert all(
+            torch.equal(a.cpu(), b.cpu())
+            for name in theirs
+            for a, b in zip(ours[name], theirs[name], strict=True)
+        ), number
     assert paged.bank.pager is not None
     assert paged.bank.pager.traffic.to_host > 0
 
@@ -54,7 +61,10 @@ def test_layers_do_not_wait_for_the_device(dtype: torch.dtype) -> None:
     bank = AdapterBank.attach(model, mixed_specs())
     bank.route([*range(len(bank.specs)), -1])
     layers = [module for module in model.modules() if isinstance(module, AdapterLinear)]
-    x = {n: torch.randn(len(bank.specs) + 1, 9, n, device="cuda", dtype=dtype, requires_grad=True) for n in (32, 48)}
+    x = {
+        n: torch.randn(len(bank.specs) + 1, 9, n, device="cuda", dtype=dtype, requires_grad=True)
+        for n in (32, 48)
+    }
     for repeat in range(2):  # the first pass works out the spans of every layer
         torch.cuda.set_sync_debug_mode("error" if repeat else "default")
         try:
@@ -72,7 +82,10 @@ def test_a_layer_s_forward_and_backward_replay_from_a_cuda_graph(dtype: torch.dt
 
     segments = Segments((0, 70, 70, 300))
     device = torch.device("cuda")
-    x, dy = torch.randn(300, 128, device=device, dtype=dtype), torch.randn(300, 192, device=device, dtype=dtype)
+    x, dy = (
+        torch.randn(300, 128, device=device, dtype=dtype),
+        torch.randn(300, 192, device=device, dtype=dtype),
+    )
     weight = torch.randn(192, 128, device=device, dtype=dtype)
     A, B = torch.randn(3, 4, 128, device=device), torch.randn(3, 192, 4, device=device)
     bounds, table = tile_table(segments, device, 64)
@@ -123,7 +136,9 @@ def test_layers_of_many_tiles(rank: int, lengths: tuple[int, ...], dtype: torch.
         y = FusedFlora.apply(x, weight, A, B, offset, many, split)
         y.backward(dy)
         exact = [leaf.double().requires_grad_() for leaf in leaves]
-        reference = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset=offset, segments=many)
+        reference = flora_reference(
+            exact[0], weight.double(), exact[1], exact[2], offset=offset, segments=many
+        )
         reference.backward(dy.double())
         assert relative_error(y, reference) <= TOLERANCE[dtype]
         for mine, theirs in zip((x, A, B), exact, strict=True):

@@ -27,7 +27,13 @@ from tests.architectures import ARCHITECTURES, auto_class, model_inputs, tiny_mo
 from tests.conftest import perturb, spec
 from tests.families import FAMILIES, Family
 from tests.unit.adapters.helpers import tokens
-from tests.unit.training.harness import largest_difference_to_training_alone, make_trainer, moved, plans_of, train_together
+from tests.unit.training.harness import (
+    largest_difference_to_training_alone,
+    make_trainer,
+    moved,
+    plans_of,
+    train_together,
+)
 
 DOCUMENT = PROJECT_ROOT / "docs" / "architectures.md"
 ISOLATED = 1e-5
@@ -94,7 +100,11 @@ def exports(
         for name in bank.ids:
             export_peft(bank, name, folder / "adapters" / name, base=BaseModel(str(folder / "base")))
         ours[architecture] = {name: logits(bank, inputs, name) for name in bank.ids}
-    program = [sys.executable, str(Path(__file__).parent / "export" / "load_with_peft.py"), *(str(root / a) for a in ours)]
+    program = [
+        sys.executable,
+        str(Path(__file__).parent / "export" / "load_with_peft.py"),
+        *(str(root / a) for a in ours),
+    ]
     done = subprocess.run(program, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     theirs = {architecture: load_file(root / architecture / "logits.safetensors") for architecture in ours}
@@ -187,9 +197,11 @@ def _texts(family: Family) -> str:
     return (
         ""
         if family.refused
-        else {"batched": "together", "single_row": "one at a time", "uncached": "one at a time, reading all tokens again"}[
-            family.batching
-        ]
+        else {
+            "batched": "together",
+            "single_row": "one at a time",
+            "uncached": "one at a time, reading all tokens again",
+        }[family.batching]
     )
 
 

@@ -52,7 +52,9 @@ def test_every_target_learns_and_an_adapter_learns_as_if_alone(name: str) -> Non
     for rows, adapters in ((slice(0, 4), [0, 1, 0, -1]), (slice(0, 4, 2), [0, 0])):
         bank.pools[0].gradients.zero_()
         bank.route(adapters)
-        logits = bank.model(input_ids=ids[rows], attention_mask=torch.ones_like(ids[rows]), use_cache=False).logits.float()
+        logits = bank.model(
+            input_ids=ids[rows], attention_mask=torch.ones_like(ids[rows]), use_cache=False
+        ).logits.float()
         mine = torch.tensor([adapter == 0 for adapter in adapters])
         logits.log_softmax(-1)[mine].square().sum().backward()
         gradients.append(bank.gradient_row(0).clone())
@@ -61,7 +63,8 @@ def test_every_target_learns_and_an_adapter_learns_as_if_alone(name: str) -> Non
     pool = bank.location[0][0]
     layout = pool.layout
     learning = {
-        module: float(together[layout[module]["B"][0] :][: layout[module]["B"][1][0]].abs().sum()) for module in pool.targets
+        module: float(together[layout[module]["B"][0] :][: layout[module]["B"][1][0]].abs().sum())
+        for module in pool.targets
     }
     assert sum(size > 0 for size in learning.values()) >= 0.8 * len(learning), learning
 
@@ -70,13 +73,23 @@ def test_every_target_learns_and_an_adapter_learns_as_if_alone(name: str) -> Non
 def test_mixed_texts_are_those_of_the_models_own_generate(name: str) -> None:
     tokenizer = byte_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    model: Any = family_model(name, **({"text_config": sizes} if name in ("gemma3", "got_ocr2", "fuyu") else sizes))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)  # without forced tokens, as ours
+    model: Any = family_model(
+        name, **({"text_config": sizes} if name in ("gemma3", "got_ocr2", "fuyu") else sizes)
+    )
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id
+    )  # without forced tokens, as ours
     bank = AdapterBank.attach(model, [spec("lora", rank=2)])
     perturb(bank, 0.3)
     assert batching_mode(model) == FAMILIES[name].batching
     prompts = ["function add(a, b)", "x", "return"]
-    mixed = complete(model, bank, tokenizer, requests=[(prompt, adapter) for prompt in prompts for adapter in (0, -1)], max_new_tokens=6)
+    mixed = complete(
+        model,
+        bank,
+        tokenizer,
+        requests=[(prompt, adapter) for prompt in prompts for adapter in (0, -1)],
+        max_new_tokens=6,
+    )
     assert len(set(mixed)) > 2
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])

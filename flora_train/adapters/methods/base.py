@@ -78,7 +78,9 @@ class AdapterMethod(ABC):
         """Weight [out, in] and bias [out] of the plain layer that computes the same as the adapted layer."""
 
     @abstractmethod
-    def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
+    def peft_config(
+        self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
+    ) -> dict[str, object]:
         """The method's own keys of PEFT's adapter_config.json."""
 
     @abstractmethod

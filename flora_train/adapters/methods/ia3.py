@@ -48,7 +48,9 @@ class Ia3(AdapterMethod):
             bias = (bias.to(wide) * scale).to(bias.dtype)
         return (weight.to(wide) * scale[:, None]).to(weight.dtype), bias
 
-    def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
+    def peft_config(
+        self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
+    ) -> dict[str, object]:
         return {
             "peft_type": "IA3",
             "target_modules": target_modules,

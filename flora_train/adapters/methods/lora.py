@@ -34,7 +34,9 @@ class Lora(AdapterMethod):
         segments: Segments,
     ) -> Tensor:
         scaling = [spec.scaling for spec in specs]
-        return lora_add(site.base(x), site.dropout(x), params["A"], params["B"], scaling=scaling, segments=segments)
+        return lora_add(
+            site.base(x), site.dropout(x), params["A"], params["B"], scaling=scaling, segments=segments
+        )
 
     def merge(
         self, weight: Tensor, bias: Tensor | None, params: Params, *, spec: AdapterSpec, feedforward: bool
@@ -43,7 +45,9 @@ class Lora(AdapterMethod):
         delta = spec.scaling * (params["B"].to(wide) @ params["A"].to(wide))
         return (weight.to(wide) + delta).to(weight.dtype), bias
 
-    def peft_config(self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]) -> dict[str, object]:
+    def peft_config(
+        self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
+    ) -> dict[str, object]:
         return {
             "peft_type": "LORA",
             "r": spec.rank,

@@ -8,7 +8,15 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from flora_train.evaluation.code.programs.execute import Status
-from flora_train.evaluation.result_model import Confidence, Count, Interval, Number, ResultModel, Seconds, Text
+from flora_train.evaluation.result_model import (
+    Confidence,
+    Count,
+    Interval,
+    Number,
+    ResultModel,
+    Seconds,
+    Text,
+)
 
 PassAtK = dict[Annotated[int, Field(ge=1)], Interval]
 """k -> pass@k, or a difference of two."""

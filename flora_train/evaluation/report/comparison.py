@@ -8,7 +8,16 @@ from statistics import fmean
 from typing import Any
 
 from flora_train.config.paths import read_mapping
-from flora_train.evaluation.report.formatting import ABSENT, bracketed, count, listed, number, plural, share, stage_duration
+from flora_train.evaluation.report.formatting import (
+    ABSENT,
+    bracketed,
+    count,
+    listed,
+    number,
+    plural,
+    share,
+    stage_duration,
+)
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
 from flora_train.runtime.config_changes import flat
@@ -83,7 +92,8 @@ def measures(reports: Sequence[Report]) -> list[Measure]:
             by_method = metrics.setdefault(metric.title, {})
             by_method.setdefault((metric.task, metric.family), {})[i] = metric
     return [
-        Measure(title, [_row(what, by_run, groups) for what, by_run in by_method.items()]) for title, by_method in metrics.items()
+        Measure(title, [_row(what, by_run, groups) for what, by_run in by_method.items()])
+        for title, by_method in metrics.items()
     ]
 
 
@@ -116,7 +126,9 @@ def with_seeds(names: Sequence[str], reports: Sequence[Report]) -> list[str]:
     return labelled
 
 
-def verdicts(names: Sequence[str], compared: Sequence[Measure], groups: Sequence[Sequence[int]] | None = None) -> str:
+def verdicts(
+    names: Sequence[str], compared: Sequence[Measure], groups: Sequence[Sequence[int]] | None = None
+) -> str:
     """A sentence for each metric: how many adapters of each run are significantly better.
 
     groups: of `seed_groups`; the seeds of one configuration win together or not at all.
@@ -225,7 +237,9 @@ def _heldout_metrics(report: Report) -> Iterator[RunMetric]:
         base = result.base
         yield RunMetric(title, result.task, base.family, base.bits_per_byte, None, examples)
         for row in result.contenders:
-            yield RunMetric(title, result.task, row.family, row.bits_per_byte, row.difference_to_base, examples)
+            yield RunMetric(
+                title, result.task, row.family, row.bits_per_byte, row.difference_to_base, examples
+            )
 
 
 def _code_metrics(report: Report) -> Iterator[RunMetric]:

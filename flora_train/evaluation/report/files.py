@@ -66,7 +66,9 @@ def write_comparison(reports: Mapping[str, Report], html: Path) -> None:
 
     page = render_comparison(reports)
     if html.exists() and not _is_generated(html):
-        raise user_error("out", str(html), "exists, and was not written by flora-train report: choose another file")
+        raise user_error(
+            "out", str(html), "exists, and was not written by flora-train report: choose another file"
+        )
     if html.name == "report.html" and html.with_name("report.json").exists():
         raise user_error("out", str(html), "is the page of one run: choose another file")
     write_atomically(html, lambda path: path.write_text(page, encoding="utf-8"))

@@ -62,7 +62,9 @@ def heatmaps(report: Report) -> list[Heatmap]:
     return [heatmap for heatmap in maps if heatmap.tasks > 1]
 
 
-def _heatmap(title: str, differences: Mapping[str, Mapping[str, Interval]], write: Callable[[float], str]) -> Heatmap:
+def _heatmap(
+    title: str, differences: Mapping[str, Mapping[str, Interval]], write: Callable[[float], str]
+) -> Heatmap:
     """differences: task -> family -> difference to the base, below zero where better."""
     families: dict[str, None] = {}
     sizes = []

@@ -18,7 +18,14 @@ from flora_train.config.terminal_text import plain
 from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
 from flora_train.evaluation.report import plots
-from flora_train.evaluation.report.comparison import costs, measures, seed_groups, settings, verdicts, with_seeds
+from flora_train.evaluation.report.comparison import (
+    costs,
+    measures,
+    seed_groups,
+    settings,
+    verdicts,
+    with_seeds,
+)
 from flora_train.evaluation.report.formatting import (
     count,
     estimate,
@@ -80,7 +87,9 @@ def render_html(report: Report) -> str:
     styles = family_styles(report.families)
     limits = plots.difference_range(report.results)
     drawn = report.results[:MAX_DRAWN]
-    difference_panels = [plots.difference_panel(f"difference-{i}", result, styles, limits) for i, result in enumerate(drawn)]
+    difference_panels = [
+        plots.difference_panel(f"difference-{i}", result, styles, limits) for i, result in enumerate(drawn)
+    ]
     curve_panels = []
     for i, result in enumerate(drawn):
         adapters = [adapter for adapter in report.adapters if adapter.task == result.task]
@@ -88,7 +97,9 @@ def render_html(report: Report) -> str:
     return _page(
         "report.html.j2",
         report=report,
-        keys={family: plots.legend_key(f"key-{i}", style) for i, (family, style) in enumerate(styles.items())},
+        keys={
+            family: plots.legend_key(f"key-{i}", style) for i, (family, style) in enumerate(styles.items())
+        },
         summary=summarise(report),
         digits=shared_digits(report.results),
         confidence=percent(report.results[0].confidence),
@@ -147,9 +158,13 @@ def _page(template: str, **content: Any) -> str:
     return plain(page)
 
 
-def _pass_panels(number_of_suite: int, suite: CodeSuite, styles: Mapping[str, FamilyStyle]) -> list[tuple[str, Markup]]:
+def _pass_panels(
+    number_of_suite: int, suite: CodeSuite, styles: Mapping[str, FamilyStyle]
+) -> list[tuple[str, Markup]]:
     """(language, panel) of the mean, where there are several languages, and of the first languages."""
-    parts: list[tuple[str, LanguageScores | MacroScores]] = [(part.name, part) for part in suite.languages[:MAX_DRAWN]]
+    parts: list[tuple[str, LanguageScores | MacroScores]] = [
+        (part.name, part) for part in suite.languages[:MAX_DRAWN]
+    ]
     if len(suite.macro.languages) > 1:
         parts.insert(0, ("mean of languages", suite.macro))
     k, top = suite.pass_at_k[0], 0.0
@@ -168,7 +183,10 @@ def _sweep_panels(report: Report) -> list[SweepPanels]:
     for i, (key, drawn) in enumerate(sweep_plots(report).items()):
         labels = list(dict.fromkeys(series.label for plot in drawn for series in plot.series))
         styles = family_styles(labels)
-        legend = [(label, plots.legend_key(f"sweep-{i}-key-{j}", style)) for j, (label, style) in enumerate(styles.items())]
+        legend = [
+            (label, plots.legend_key(f"sweep-{i}-key-{j}", style))
+            for j, (label, style) in enumerate(styles.items())
+        ]
         panels_of_key = []
         for j, plot in enumerate(drawn[:MAX_DRAWN]):
             panels_of_key.append((plot.task, sweep_panel(f"sweep-{i}-{j}", plot, heading(key), styles)))
@@ -179,7 +197,9 @@ def _sweep_panels(report: Report) -> list[SweepPanels]:
     return panels
 
 
-def _pass_table(suite: CodeSuite) -> tuple[list[LanguageScores | MacroScores], list[str], list[str], list[str]]:
+def _pass_table(
+    suite: CodeSuite,
+) -> tuple[list[LanguageScores | MacroScores], list[str], list[str], list[str]]:
     """Parts of the table of pass@k, which ends with the mean over languages, and name, problems and samples of each."""
     parts: list[LanguageScores | MacroScores] = []
     names, problems, samples = [], [], []

@@ -14,7 +14,17 @@ from matplotlib.ticker import MaxNLocator
 
 from flora_train.evaluation.code.score_types import LanguageScores, MacroScores
 from flora_train.evaluation.report.formatting import NOT_FINITE
-from flora_train.evaluation.report.svg import INK, MUTED, PAPER, RULE, WIDTH, Draw, FamilyStyle, Point, draw_svg
+from flora_train.evaluation.report.svg import (
+    INK,
+    MUTED,
+    PAPER,
+    RULE,
+    WIDTH,
+    Draw,
+    FamilyStyle,
+    Point,
+    draw_svg,
+)
 from flora_train.evaluation.report.types import AdapterFacts, Curves, TaskResult
 
 MAX_POINTS = 200
@@ -77,7 +87,9 @@ def difference_range(results: Iterable[TaskResult]) -> tuple[float, float]:
     return low - left, high + right
 
 
-def difference_panel(name: str, result: TaskResult, styles: Mapping[str, FamilyStyle], limits: tuple[float, float]) -> Markup:
+def difference_panel(
+    name: str, result: TaskResult, styles: Mapping[str, FamilyStyle], limits: tuple[float, float]
+) -> Markup:
     """Difference to the base in bits per byte, one row per family: a point and its interval."""
     rows = result.contenders
     labels = [contender.family for contender in rows]
@@ -171,9 +183,13 @@ def curve_panel(
         for adapter in adapters:
             _draw_training_curve(axes, training[adapter.name], styles[adapter.family])
         for adapter in adapters:
-            _draw_heldout_curve(axes, adapter, training[adapter.name], heldout[adapter.name], style=styles[adapter.family])
+            _draw_heldout_curve(
+                axes, adapter, training[adapter.name], heldout[adapter.name], style=styles[adapter.family]
+            )
         text = "\n".join(notes)
-        axes.text(0.99, 0.97, text, transform=axes.transAxes, ha="right", va="top", style="italic", fontsize=10)
+        axes.text(
+            0.99, 0.97, text, transform=axes.transAxes, ha="right", va="top", style="italic", fontsize=10
+        )
         if scale is not None:
             axes.set_ylim(*scale)
         axes.margins(x=0.06, y=0.1)
@@ -183,10 +199,19 @@ def curve_panel(
 
     ends = [_curve_end(adapter, heldout[adapter.name]) for adapter in adapters]
     description = f"Held-out loss in nats per token: {'; '.join(ends)}."
-    return draw_svg(name, (WIDTH, 200), (36, WIDTH - 6, 34, 6), draw, title=f"Loss over steps on {task}", description=description)
+    return draw_svg(
+        name,
+        (WIDTH, 200),
+        (36, WIDTH - 6, 34, 6),
+        draw,
+        title=f"Loss over steps on {task}",
+        description=description,
+    )
 
 
-def fairness_panel(name: str, drawn: Mapping[str, Sequence[tuple[int, int]]], targets: Mapping[str, float]) -> Markup:
+def fairness_panel(
+    name: str, drawn: Mapping[str, Sequence[tuple[int, int]]], targets: Mapping[str, float]
+) -> Markup:
     """Each task's share of all tokens drawn so far, as a multiple of its target share, over steps.
 
     The two tasks that end farthest from 1 are named.
@@ -267,10 +292,14 @@ def _label_steps(axes: Axes, ticks: int) -> None:
 def _draw_interval(axes: Axes, y: int, estimate: Estimate, style: FamilyStyle) -> None:
     value, low, high = estimate
     axes.plot([low, high], [y, y], color=style.colour, linewidth=1.8, solid_capstyle="butt")
-    axes.plot(value, y, style.marker, color=style.colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=0.8)
+    axes.plot(
+        value, y, style.marker, color=style.colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=0.8
+    )
 
 
-def _mark_outside(axes: Axes, y: int, estimate: Estimate, style: FamilyStyle, *, limits: tuple[float, float]) -> None:
+def _mark_outside(
+    axes: Axes, y: int, estimate: Estimate, style: FamilyStyle, *, limits: tuple[float, float]
+) -> None:
     """An arrow at the edge that an interval crosses, and the value if it is outside."""
     (value, low, high), (left, right) = estimate, limits
     outside = not left <= value <= right
@@ -318,7 +347,12 @@ def _draw_training_curve(axes: Axes, points: Sequence[Point], style: FamilyStyle
 
 
 def _draw_heldout_curve(
-    axes: Axes, adapter: AdapterFacts, training: Sequence[Point], heldout: Sequence[Point], *, style: FamilyStyle
+    axes: Axes,
+    adapter: AdapterFacts,
+    training: Sequence[Point],
+    heldout: Sequence[Point],
+    *,
+    style: FamilyStyle,
 ) -> None:
     axes.plot(*_columns(heldout), **style.held_out)
     if adapter.quarantined is not None:
@@ -326,7 +360,14 @@ def _draw_heldout_curve(
         before = [point for point in training or heldout if point[0] <= end and not math.isnan(point[1])]
         axes.plot(*_columns(before[-1:]), "x", color=style.colour, markersize=11, markeredgewidth=2.2)
     selected = [point for point in heldout if point[0] == adapter.selected_step]
-    axes.plot(*_columns(selected), "o", color=style.colour, markerfacecolor="none", markersize=12, markeredgewidth=1.2)
+    axes.plot(
+        *_columns(selected),
+        "o",
+        color=style.colour,
+        markerfacecolor="none",
+        markersize=12,
+        markeredgewidth=1.2,
+    )
 
 
 def _curve_end(adapter: AdapterFacts, points: Sequence[Point]) -> str:

@@ -99,7 +99,9 @@ def build_results(
     summaries = []
     for name, task in tasks.items():
         tokens = record.task_tokens.get(name, 0)
-        summaries.append(_task_summary(task, config.tasks[name], tokens=tokens, target_share=shares.get(name, 0.0)))
+        summaries.append(
+            _task_summary(task, config.tasks[name], tokens=tokens, target_share=shares.get(name, 0.0))
+        )
     limits = not_measured(config, executed=bool(evaluation.code) or evaluation.speech is not None)
     return Report(
         name=config.name,
@@ -107,7 +109,9 @@ def build_results(
         tasks=summaries,
         adapters=[_adapter_facts(bank, i, evaluation.best, record) for i in range(len(bank.specs))],
         results=[_task_result(config, bank, heldout) for heldout in evaluation.heldout.values()],
-        sweeps=sweep_results(bank, evaluation.heldout, record.retired, settings=swept_settings(config.adapters)),
+        sweeps=sweep_results(
+            bank, evaluation.heldout, record.retired, settings=swept_settings(config.adapters)
+        ),
         curves=_curves(config, folder, evaluation.heldout),
         completions=evaluation.completions,
         code=evaluation.code,
@@ -121,9 +125,13 @@ def not_measured(config: RunConfig, executed: bool) -> list[str]:
     items = []
     if not executed:
         items.append("Whether completions are correct: no program was executed. Held-out loss is not pass@k.")
-    items.append("Variation between seeds: every adapter was trained once. Intervals cover the choice of held-out examples only.")
+    items.append(
+        "Variation between seeds: every adapter was trained once. Intervals cover the choice of held-out examples only."
+    )
     if any(adapter.sweep for adapter in config.adapters.values()):
-        items.append("An untouched test set for sweeps: winners were chosen on the same held-out examples, which favours them.")
+        items.append(
+            "An untouched test set for sweeps: winners were chosen on the same held-out examples, which favours them."
+        )
     else:
         items.append("Other learning rates: every method was trained at the recipe's learning rate only.")
     if config.evaluation.select_best and config.evaluation.interval:
@@ -142,12 +150,15 @@ def read_training_record(folder: RunFolder) -> TrainingRecord:
     adapters: dict[str, AdapterCounts] = {}
     for record in steps:
         for name, counts in record["adapters"].items():
-            adapters[name] = AdapterCounts(counts["tokens"], counts.get("skipped_steps", 0), counts.get("rollbacks", 0))
+            adapters[name] = AdapterCounts(
+                counts["tokens"], counts.get("skipped_steps", 0), counts.get("rollbacks", 0)
+            )
     last: Mapping[str, Any] = {"task_tokens": {}}
     if steps:
         last = steps[-1]
     quarantined = {
-        name: Quarantine(step=entry["step"], reason=entry["why"]) for name, entry in last.get("quarantined", {}).items()
+        name: Quarantine(step=entry["step"], reason=entry["why"])
+        for name, entry in last.get("quarantined", {}).items()
     }
     retired = {}
     for record in folder.read_metrics("evaluation"):
@@ -188,7 +199,9 @@ def sweep_results(
     retired: adapter name -> its retirement; settings: family -> values of the swept keys.
     """
     results = []
-    for sweep, task in dict.fromkeys((spec.sweep, spec.task) for spec in bank.specs if spec.sweep is not None):
+    for sweep, task in dict.fromkeys(
+        (spec.sweep, spec.task) for spec in bank.specs if spec.sweep is not None
+    ):
         members = []
         for spec in bank.specs:
             if (spec.sweep, spec.task) == (sweep, task):
@@ -200,7 +213,9 @@ def sweep_results(
                     retired=retired.get(spec.name),
                 )
                 members.append(member)
-        measured = {member.family: member.bits_per_byte for member in members if member.bits_per_byte is not None}
+        measured = {
+            member.family: member.bits_per_byte for member in members if member.bits_per_byte is not None
+        }
         winner = min(measured, key=lambda family: measured[family], default=None)
         results.append(SweepResult(sweep=sweep, task=task, winner=winner, members=members))
     return results
@@ -236,7 +251,9 @@ def _split_summary(split: TokenSplit) -> SplitSummary:
     counts = split.counts
     unusable = {}
     for reason, paths in counts.unusable.items():
-        unusable[reason] = UnusableClips(clips=len(paths), first=[_relative(path) for path in paths[:MAX_PATHS]])
+        unusable[reason] = UnusableClips(
+            clips=len(paths), first=[_relative(path) for path in paths[:MAX_PATHS]]
+        )
     return SplitSummary(
         rows=counts.rows,
         unsampled=counts.unsampled,
@@ -262,7 +279,9 @@ def _relative(path: str) -> str:
     return path
 
 
-def _adapter_facts(bank: AdapterBank, adapter: int, best: Mapping[int, BestCheckpoint], record: TrainingRecord) -> AdapterFacts:
+def _adapter_facts(
+    bank: AdapterBank, adapter: int, best: Mapping[int, BestCheckpoint], record: TrainingRecord
+) -> AdapterFacts:
     spec = bank.specs[adapter]
     pool, _ = bank.location[adapter]
     counts = record.adapters.get(spec.name, AdapterCounts())
@@ -291,9 +310,7 @@ def _adapter_facts(bank: AdapterBank, adapter: int, best: Mapping[int, BestCheck
 
 def _task_result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> TaskResult:
     options, seed = config.evaluation, seed_of(config.seed, heldout.task)
-    comparison = compare(
-        heldout, samples=options.bootstrap_samples, confidence=options.confidence, seed=seed
-    )
+    comparison = compare(heldout, samples=options.bootstrap_samples, confidence=options.confidence, seed=seed)
     adapters = [adapter for adapter in heldout.nats if adapter != BASE_ID]
     measured = [adapter for adapter in adapters if math.isfinite(heldout.bits_per_byte(adapter))]
     best = min(measured, key=heldout.bits_per_byte, default=None)
@@ -333,11 +350,15 @@ def _perplexity(loss: float) -> float | None:
     return finite(math.exp(min(loss, 700.0)))
 
 
-def _differences(bank: AdapterBank, adapters: Sequence[int], best: int | None, comparison: Comparison) -> list[Difference]:
+def _differences(
+    bank: AdapterBank, adapters: Sequence[int], best: int | None, comparison: Comparison
+) -> list[Difference]:
     differences = []
     for a, b in compared_pairs(adapters, best):
         bits = comparison.differences[a, b].interval()
-        differences.append(Difference(first=bank.specs[a].family, second=bank.specs[b].family, bits_per_byte=bits))
+        differences.append(
+            Difference(first=bank.specs[a].family, second=bank.specs[b].family, bits_per_byte=bits)
+        )
     return differences
 
 

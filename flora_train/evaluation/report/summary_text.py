@@ -44,7 +44,9 @@ def _training(report: Report) -> str:
     last_steps = [points[-1][0] for points in report.curves.training.values() if points]
     steps = max(last_steps, default=0)
     length = f", in {plural(steps, 'step')}" if steps else ""
-    return f"{plural(len(report.adapters), 'adapter')} on {where} {verb} trained in one run on {model}{length}."
+    return (
+        f"{plural(len(report.adapters), 'adapter')} on {where} {verb} trained in one run on {model}{length}."
+    )
 
 
 def _code(suite: CodeSuite) -> str:
@@ -177,7 +179,9 @@ def _best_methods(best: Mapping[str, ContenderResult], results: Sequence[TaskRes
     return f"Of {len(best)} tasks with more than one method, the best is {counts}."
 
 
-def _best_on_each_task(best: Mapping[str, ContenderResult], results: Sequence[TaskResult], *, named: bool) -> list[str]:
+def _best_on_each_task(
+    best: Mapping[str, ContenderResult], results: Sequence[TaskResult], *, named: bool
+) -> list[str]:
     """`flora on lua (−0.200, −0.210 to −0.190)` for each task; the first with unit and level. named: with the family."""
     digits, level = shared_digits(results), percent(results[0].confidence)
     remarks = {"worse": ", still worse than the base", "unclear": ", not clearly different from the base"}

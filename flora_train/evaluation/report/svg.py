@@ -72,7 +72,9 @@ def family_styles(families: Sequence[str]) -> dict[str, FamilyStyle]:
     }
 
 
-def draw_svg(name: str, size: Point, box: Sequence[float], draw: Draw, *, title: str = "", description: str = "") -> Markup:
+def draw_svg(
+    name: str, size: Point, box: Sequence[float], draw: Draw, *, title: str = "", description: str = ""
+) -> Markup:
     """An SVG element for the page, with one pair of axes.
 
     name: prefix of ids, unique in the page; size: width and height in pixels; box: left and right edge of the axes,
@@ -92,7 +94,9 @@ def draw_svg(name: str, size: Point, box: Sequence[float], draw: Draw, *, title:
         role = f'role="img" aria-labelledby="{name}-title {name}-desc"'
         labels = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
         body = labels + body
-    return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" {role}>{body}</svg>')
+    return Markup(
+        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" {role}>{body}</svg>'
+    )
 
 
 def _compacted(svg: str, name: str) -> str:

@@ -70,10 +70,14 @@ def sweep_panel(name: str, plot: SweepPlot, heading: str, styles: Mapping[str, F
         missing = sum(point.loss is None for series in plot.series for point in series.points)
         if missing:
             note = f"{missing} {NOT_FINITE}"
-            axes.text(1, 1.06, note, transform=axes.transAxes, ha="right", va="bottom", style="italic", color=MUTED)
+            axes.text(
+                1, 1.06, note, transform=axes.transAxes, ha="right", va="bottom", style="italic", color=MUTED
+            )
 
     title = f"Bits per byte against {heading} on {plot.task}"
-    return draw_svg(name, (WIDTH, HEIGHT), (44, WIDTH - 6, 36, 26), draw, title=title, description=_description(plot))
+    return draw_svg(
+        name, (WIDTH, HEIGHT), (44, WIDTH - 6, 36, 26), draw, title=title, description=_description(plot)
+    )
 
 
 def _scale(values: Sequence[Setting]) -> _Scale:
@@ -112,7 +116,13 @@ def _limits(plot: SweepPlot) -> tuple[float, float]:
 
 
 def _draw_series(
-    axes: Axes, series: SweepSeries, scale: _Scale, shift: float, *, style: FamilyStyle, limits: tuple[float, float]
+    axes: Axes,
+    series: SweepSeries,
+    scale: _Scale,
+    shift: float,
+    *,
+    style: FamilyStyle,
+    limits: tuple[float, float],
 ) -> None:
     """Points in the order of their values, joined by a line, with intervals; arrows at the edge for points outside."""
     places: list[tuple[float, Estimate]] = []
@@ -121,11 +131,25 @@ def _draw_series(
             places.append((scale.positions[point.x] + shift, point.loss))
     places.sort()
     bottom, top = limits
-    axes.plot([x for x, _ in places], [loss[0] for _, loss in places], color=style.colour, linewidth=1.0, linestyle=style.dash)
+    axes.plot(
+        [x for x, _ in places],
+        [loss[0] for _, loss in places],
+        color=style.colour,
+        linewidth=1.0,
+        linestyle=style.dash,
+    )
     for x, (value, low, high) in places:
         axes.plot([x, x], [low, high], color=style.colour, linewidth=1.6, solid_capstyle="butt")
         if bottom <= value <= top:
-            axes.plot(x, value, style.marker, color=style.colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=0.8)
+            axes.plot(
+                x,
+                value,
+                style.marker,
+                color=style.colour,
+                markersize=7,
+                markeredgecolor=PAPER,
+                markeredgewidth=0.8,
+            )
         else:
             edge, arrow = bottom, "v"
             if value > top:

@@ -13,7 +13,11 @@ Setting = float | str
 Estimate = tuple[float, float, float]
 """Value, low and high."""
 
-HEADINGS = {"lr": "learning rate", "lr_schedule": "learning-rate schedule", "max_grad_norm": "maximum gradient norm"}
+HEADINGS = {
+    "lr": "learning rate",
+    "lr_schedule": "learning-rate schedule",
+    "max_grad_norm": "maximum gradient norm",
+}
 """Swept key -> its name in headings, where it differs from the key without underscores."""
 
 
@@ -87,7 +91,9 @@ def heading(key: str) -> str:
 
 def winner_is_clear(sweep: SweepResult, report: Report) -> bool:
     """Whether the interval of the difference between the best two settings of a sweep excludes zero."""
-    measured = [(member.bits_per_byte, member.family) for member in sweep.members if member.bits_per_byte is not None]
+    measured = [
+        (member.bits_per_byte, member.family) for member in sweep.members if member.bits_per_byte is not None
+    ]
     ranked = [family for _, family in sorted(measured)]
     if len(ranked) < 2:
         return bool(ranked)
@@ -109,7 +115,9 @@ def _series(sweep: SweepResult, key: str, result: TaskResult) -> list[SweepSerie
     for member in sweep.members:
         if key not in member.settings:
             continue
-        others = [f"{heading(other)} {written(value)}" for other, value in member.settings.items() if other != key]
+        others = [
+            f"{heading(other)} {written(value)}" for other, value in member.settings.items() if other != key
+        ]
         label = ", ".join([sweep.sweep, *others])
         point = SweepPoint(member.family, member.settings[key], _loss(member, result))
         grouped.setdefault(label, []).append(point)

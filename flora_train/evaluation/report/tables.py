@@ -87,7 +87,9 @@ def _losses(run: str, report: Report) -> Iterator[Score]:
         common = (result.examples, result.confidence)
         yield Score(run, metric, result.task, "base", result.base.bits_per_byte, None, *common)
         for row in result.contenders:
-            yield Score(run, metric, result.task, row.family, row.bits_per_byte, row.difference_to_base, *common)
+            yield Score(
+                run, metric, result.task, row.family, row.bits_per_byte, row.difference_to_base, *common
+            )
 
 
 def _pass_rates(run: str, report: Report) -> Iterator[Score]:

@@ -72,11 +72,15 @@ def print_pass_at_k(suites: Sequence[CodeSuite], console: Console | None = None)
     console = console or Console(soft_wrap=True)
     for suite in suites:
         console.print(shown(f"\n{suite.suite} problems: pass@k, higher is better", "bold"))
-        parts: list[tuple[str, LanguageScores | MacroScores]] = [(part.name, part) for part in suite.languages]
+        parts: list[tuple[str, LanguageScores | MacroScores]] = [
+            (part.name, part) for part in suite.languages
+        ]
         if len(suite.macro.languages) > 1:
             parts.append((f"mean of {len(suite.macro.languages)}", suite.macro))
         for k in suite.pass_at_k:
-            table = _table("language", "method", f"pass@{k} [{_level(suite.confidence)}]", "difference to base")
+            table = _table(
+                "language", "method", f"pass@{k} [{_level(suite.confidence)}]", "difference to base"
+            )
             for title, part in parts:
                 for contender in part.contenders:
                     change = ""
@@ -96,7 +100,9 @@ def print_error_rates(speech: SpeechResults | None, console: Console | None = No
         return
     console = console or Console(soft_wrap=True)
     console.print(shown("\nerror rates of words and characters, lower is better", "bold"))
-    table = _table("task", "method", "WER", "normalised", f"difference to base [{_level(speech.confidence)}]", "CER")
+    table = _table(
+        "task", "method", "WER", "normalised", f"difference to base [{_level(speech.confidence)}]", "CER"
+    )
     for part in speech.languages:
         title = part.task
         for contender in part.contenders:

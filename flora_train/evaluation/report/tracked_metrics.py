@@ -20,5 +20,7 @@ def final_metrics(report: Report) -> dict[str, float]:
     if report.speech is not None:
         for language in report.speech.languages:
             for contender in language.contenders:
-                metrics[f"final/{language.task}/{contender.family}/wer"] = contender.rate(language.metric).value
+                metrics[f"final/{language.task}/{contender.family}/wer"] = contender.rate(
+                    language.metric
+                ).value
     return {key: value for key, value in metrics.items() if value is not None}

@@ -101,7 +101,9 @@ class SpeechLanguage(ResultModel):
     @cached_property
     def to_base(self) -> dict[str, RateDifference]:
         """Family -> difference to the base."""
-        return {difference.first: difference for difference in self.differences if difference.second == "base"}
+        return {
+            difference.first: difference for difference in self.differences if difference.second == "base"
+        }
 
 
 class SpeechResults(ResultModel):

@@ -17,7 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from flora_train.kernels.autocast import autocast_disabled
 from flora_train.kernels.cpu_threads import SCRATCH, Job, division_for, run_jobs
-from flora_train.kernels.segments import Segments, expand_to_units, per_segment, per_unit, reduce_units, to_units
+from flora_train.kernels.segments import (
+    Segments,
+    expand_to_units,
+    per_segment,
+    per_unit,
+    reduce_units,
+    to_units,
+)
 
 BLOCK_BYTES = 2 << 20
 """Size of the part of W0 * M that is formed at a time: it should be in a core's cache when the matmul reads
@@ -288,7 +295,9 @@ def _modulated(weight: Tensor, A: Tensor, B: Tensor, *, offset: float, near: boo
     return product.mul_(weight)
 
 
-def _deviation(weight: Tensor, A: Tensor, B: Tensor, *, offset: float, subtracted: float, out: Tensor) -> Tensor:
+def _deviation(
+    weight: Tensor, A: Tensor, B: Tensor, *, offset: float, subtracted: float, out: Tensor
+) -> Tensor:
     """W0 * (M - subtracted) into `out` [out, in] of the weight's half dtype; M - subtracted is formed in A's
     dtype."""
     deviation = torch.mm(B, A, out=SCRATCH.matrix("product", (len(weight), weight.shape[1]), A))

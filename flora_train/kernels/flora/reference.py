@@ -10,7 +10,9 @@ from torch import Tensor
 from flora_train.kernels.segments import Segments
 
 
-def flora_reference(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *, offset: Sequence[float], segments: Segments) -> Tensor:
+def flora_reference(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *, offset: Sequence[float], segments: Segments
+) -> Tensor:
     """y_t = x_t (W0 * (offset_k + B_k A_k))^T for every token t of segment k.
 
     x: [T, in], weight: [out, in], A: [K, r, in], B: [K, out, r], offset: K numbers, 0 (pure) or 1 (residual).

@@ -72,11 +72,17 @@ def _adapter_gradients(
         o = o0 + tl.arange(0, OUTS)
         G = tl.zeros((OUTS, INS), tl.float32)
         for first in range(start, whole, TOKENS):
-            dy_tile = _load_tokens(dy, first, o0, end, order, out_features, TOKENS, OUTS, ORDERED, USES_TMA, False)
-            x_tile = _load_tokens(x, first, i0, end, order, in_features, TOKENS, INS, ORDERED, USES_TMA, False)
+            dy_tile = _load_tokens(
+                dy, first, o0, end, order, out_features, TOKENS, OUTS, ORDERED, USES_TMA, False
+            )
+            x_tile = _load_tokens(
+                x, first, i0, end, order, in_features, TOKENS, INS, ORDERED, USES_TMA, False
+            )
             G = tl.dot(dy_tile.T, x_tile, G, input_precision=PRECISION)
         if whole < end:
-            dy_tile = _load_tokens(dy, whole, o0, end, order, out_features, TOKENS, OUTS, ORDERED, USES_TMA, True)
+            dy_tile = _load_tokens(
+                dy, whole, o0, end, order, out_features, TOKENS, OUTS, ORDERED, USES_TMA, True
+            )
             x_tile = _load_tokens(x, whole, i0, end, order, in_features, TOKENS, INS, ORDERED, USES_TMA, True)
             G = tl.dot(dy_tile.T, x_tile, G, input_precision=PRECISION)
         if USES_TMA:
@@ -98,7 +104,14 @@ def _adapter_gradients(
 
 
 def adapter_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, *, left: Tensor, right: Tensor, bounds: Tensor, order: Tensor | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    left: Tensor,
+    right: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of right [K, in, RANK] and of left [K, out, RANK], float32.
 

@@ -63,10 +63,14 @@ def _modulated_matmul(
         s = first + tl.arange(0, SUMMED)
         if USES_TMA:
             x_columns = x.load([first_token, first]).T
-            w_tile = weight.load([first, first_feature]).T if TRANSPOSED else weight.load([first_feature, first])
+            w_tile = (
+                weight.load([first, first_feature]).T if TRANSPOSED else weight.load([first_feature, first])
+            )
         else:
             x_columns = tl.load(
-                x + tokens[:, None] * x_token + s[None, :], mask=token_mask[:, None] & (s[None, :] < summed), other=0.0
+                x + tokens[:, None] * x_token + s[None, :],
+                mask=token_mask[:, None] & (s[None, :] < summed),
+                other=0.0,
             ).T
             w_tile = tl.load(
                 weight + f[:, None] * weight_feature + s[None, :] * weight_summed,
@@ -113,7 +117,11 @@ def modulated_matmul(
     weight_argument: Any = weight
     if uses_tma:
         x_argument = TensorDescriptor.from_tensor(x, [tokens, tiles.summed])
-        stored, tile = (weight.T, [tiles.summed, tiles.features]) if transposed else (weight, [tiles.features, tiles.summed])
+        stored, tile = (
+            (weight.T, [tiles.summed, tiles.features])
+            if transposed
+            else (weight, [tiles.features, tiles.summed])
+        )
         weight_argument = TensorDescriptor.from_tensor(stored, tile)
     constants = matmul_constants(x.dtype, left.shape[2])
     with torch.cuda.device_of(x):

@@ -73,7 +73,9 @@ def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 
 @flora_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return empty_contiguous(x), empty_contiguous(A), empty_contiguous(B)
 
 

@@ -67,7 +67,9 @@ def tile_tokens(segments: Segments, dtype: torch.dtype, rank: int, *, capability
     return min(most, max(64, triton.next_power_of_2(segments.tokens // len(segments))))
 
 
-def gradient_tiles(dtype: torch.dtype, rank: int, *, tokens_per_adapter: float, uses_tma: bool) -> GradientTiles:
+def gradient_tiles(
+    dtype: torch.dtype, rank: int, *, tokens_per_adapter: float, uses_tma: bool
+) -> GradientTiles:
     """Tiles of dA and dB."""
     if uses_tma:
         return GradientTiles(128, 128, 64, 8, 4 if tokens_per_adapter >= LONG and rank <= 32 else 3)

@@ -24,7 +24,9 @@ from flora_train.kernels.triton_common import (
 
 
 @triton.jit
-def _scale(x, scale, table, order, y, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr, ORDERED: tl.constexpr):
+def _scale(
+    x, scale, table, order, y, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr, ORDERED: tl.constexpr
+):
     """y[t, f] = x[t, f] scale[k, f], formed in float32, because half precision cannot represent a scale near
     1."""
     tile = tl.program_id(0)
@@ -74,7 +76,9 @@ def ia3_op(x: Tensor, scale: Tensor, bounds: Tensor, table: Tensor, order: Tenso
 
 
 @torch.library.custom_op("flora_train::ia3_backward", mutates_args=())
-def ia3_backward_op(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+def ia3_backward_op(
+    dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(dx, dscale), of the shapes and dtypes of x and scale."""
     return _backward(dy, x.contiguous(), scale.contiguous(), bounds, order)
 
@@ -105,7 +109,9 @@ class _Scale(torch.autograd.Function):
     """`ia3_op` without the dispatch that torch.compile needs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, bounds: Tensor, table: Tensor, order: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, bounds: Tensor, table: Tensor, order: Tensor | None
+    ) -> Tensor:
         x, scale = x.contiguous(), scale.contiguous()
         ctx.save_for_backward(x, scale, bounds, order)
         return _forward(x, scale, table, order)
@@ -126,7 +132,9 @@ def _forward(x: Tensor, scale: Tensor, table: Tensor, order: Tensor | None) -> T
     return y
 
 
-def _backward(dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, scale: Tensor, bounds: Tensor, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dy = dy.contiguous()
     dx, (K, features) = torch.empty_like(x), scale.shape
     columns = triton.cdiv(features, TILE_FEATURES)

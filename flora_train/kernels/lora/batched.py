@@ -21,7 +21,9 @@ class SegmentedLora(torch.autograd.Function):
     """y += scaling_k (x A_k^T) B_k^T, in place. Shapes as `lora_add`."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Sequence[float], segments: Segments
+    ) -> Tensor:
         ctx.mark_dirty(y)
         units = to_units(x, segments)
         A_units = expand_to_units(A.to(x.dtype), segments)

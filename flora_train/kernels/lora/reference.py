@@ -9,7 +9,9 @@ from torch import Tensor
 from flora_train.kernels.segments import Segments
 
 
-def lora_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scaling: Sequence[float], segments: Segments) -> Tensor:
+def lora_reference(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scaling: Sequence[float], segments: Segments
+) -> Tensor:
     """y_t + scaling_k (x_t A_k^T) B_k^T for every token t of segment k.
 
     y: [T, out] output of the frozen layer, x: [T, in], A: [K, r, in], B: [K, out, r], scaling: K numbers.

@@ -55,7 +55,9 @@ def _shrink(
     acc = tl.zeros((TOKENS, RANK), tl.float32)
     for first in range(part * length, end, FEATURES):
         f = first + tl.arange(0, FEATURES)
-        x_tile = tl.load(x + t[:, None] * features + f[None, :], mask=token_mask[:, None] & (f[None, :] < end), other=0.0)
+        x_tile = tl.load(
+            x + t[:, None] * features + f[None, :], mask=token_mask[:, None] & (f[None, :] < end), other=0.0
+        )
         factor = tl.load(
             stack + k * stack_segment + f[:, None] * stack_feature + j[None, :] * stack_rank,
             mask=(f[:, None] < end) & rank_mask[None, :],
@@ -63,7 +65,11 @@ def _shrink(
         )
         acc = tl.dot(x_tile, factor.to(x_tile.dtype), acc, input_precision=PRECISION)
     acc *= tl.load(scaling + k)
-    tl.store(hidden + (part * T + t[:, None]) * rank + j[None, :], acc, mask=token_mask[:, None] & rank_mask[None, :])
+    tl.store(
+        hidden + (part * T + t[:, None]) * rank + j[None, :],
+        acc,
+        mask=token_mask[:, None] & rank_mask[None, :],
+    )
 
 
 @triton.jit
@@ -92,7 +98,9 @@ def _expand(
         acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     for first in range(0, rank, RANK):
         j = first + tl.arange(0, RANK)
-        h = tl.load(hidden + t[:, None] * rank + j[None, :], mask=token_mask[:, None] & (j[None, :] < rank), other=0.0)
+        h = tl.load(
+            hidden + t[:, None] * rank + j[None, :], mask=token_mask[:, None] & (j[None, :] < rank), other=0.0
+        )
         factor = tl.load(
             stack + k * stack_segment + f[None, :] * stack_feature + j[:, None] * stack_rank,
             mask=(f[None, :] < features) & (j[:, None] < rank),
@@ -118,14 +126,22 @@ def _outer(
         t = first + tl.arange(0, TOKENS)
         token_mask = t < end
         t = token_index(t, token_mask, order, ORDERED)
-        h = tl.load(hidden + t[None, :] * rank + j[:, None], mask=token_mask[None, :] & (j[:, None] < rank), other=0.0)
-        tile = tl.load(tokens + t[:, None] * features + f[None, :], mask=token_mask[:, None] & (f[None, :] < features), other=0.0)
+        h = tl.load(
+            hidden + t[None, :] * rank + j[:, None], mask=token_mask[None, :] & (j[:, None] < rank), other=0.0
+        )
+        tile = tl.load(
+            tokens + t[:, None] * features + f[None, :],
+            mask=token_mask[:, None] & (f[None, :] < features),
+            other=0.0,
+        )
         acc = tl.dot(h.to(tile.dtype), tile, acc, input_precision=PRECISION)
     row = (part * K + k) * rank + j[:, None]
     tl.store(parts + row * features + f[None, :], acc, mask=(j[:, None] < rank) & (f[None, :] < features))
 
 
-def _add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, table: Tensor, order: Tensor | None) -> Tensor:
+def _add(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, table: Tensor, order: Tensor | None
+) -> Tensor:
     """y [T, out] += (scaling_k x A_k^T) B_k^T, for x [T, in], A [K, r, in], B [K, out, r] and scaling [K].
 
     table: see `tile_table`; order: [T] or None. Returns scaling_k x A_k^T, [T, r] float32, for the backward.
@@ -168,7 +184,9 @@ def _(y: Tensor, x: Tensor, A: Tensor, *rest: Any) -> Tensor:
 
 
 @lora_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, hidden: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    dy: Tensor, x: Tensor, hidden: Tensor, A: Tensor, B: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return empty_contiguous(x), empty_contiguous(A), empty_contiguous(B)
 
 
@@ -229,7 +247,9 @@ def _launch_shrink(x: Tensor, stack: Tensor, scaling: Tensor, table: Tensor, ord
     return hidden.sum(0)
 
 
-def _launch_expand(hidden: Tensor, stack: Tensor, table: Tensor, order: Tensor | None, *, y: Tensor, add: bool) -> None:
+def _launch_expand(
+    hidden: Tensor, stack: Tensor, table: Tensor, order: Tensor | None, *, y: Tensor, add: bool
+) -> None:
     """hidden [T, rank] and stack [K, features, rank], of any strides -> y [T, features], added with `add`."""
     features, rank = y.shape[1], hidden.shape[1]
     _expand[(len(table), triton.cdiv(features, TILE_FEATURES))](

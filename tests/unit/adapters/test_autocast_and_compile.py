@@ -16,7 +16,9 @@ from tests.unit.adapters.helpers import tokens
 
 
 def fresh_bank(architecture: str = "llama") -> AdapterBank:
-    bank = AdapterBank.attach(tiny_model(architecture), mixed_specs() if architecture == "llama" else mixed_specs()[:4])
+    bank = AdapterBank.attach(
+        tiny_model(architecture), mixed_specs() if architecture == "llama" else mixed_specs()[:4]
+    )
     perturb(bank)
     return bank
 

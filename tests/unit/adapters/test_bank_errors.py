@@ -21,7 +21,9 @@ from tests.unit.adapters.helpers import logits, tokens
 
 @pytest.fixture
 def bank() -> AdapterBank:
-    return AdapterBank.attach(tiny_model().eval(), [spec("flora", "lua"), spec("lora", "lua"), spec("ia3", "perl")])
+    return AdapterBank.attach(
+        tiny_model().eval(), [spec("flora", "lua"), spec("lora", "lua"), spec("ia3", "perl")]
+    )
 
 
 def test_unknown_adapter_name_lists_the_names_and_the_closest(bank: AdapterBank) -> None:
@@ -37,13 +39,17 @@ def test_unknown_adapter_name_lists_the_names_and_the_closest(bank: AdapterBank)
 @pytest.mark.parametrize("wrong", [3, -2])
 def test_adapter_id_out_of_range_names_the_range(bank: AdapterBank, wrong: int) -> None:
     for given in ([0, wrong], torch.tensor([0, wrong])):
-        with pytest.raises(UserError, match=f"adapter_ids = {wrong}: ids run from 0 to 2, and -1 is the base model"):
+        with pytest.raises(
+            UserError, match=f"adapter_ids = {wrong}: ids run from 0 to 2, and -1 is the base model"
+        ):
             bank.route(given)
 
 
 def test_two_adapters_of_one_name_are_refused() -> None:
     with pytest.raises(UserError, match="'lua-lora': names of adapters must be unique"):
-        AdapterBank.attach(tiny_model(), [spec("lora", "lua"), spec("ia3", "lua"), spec("flora", "lua", "lora")])
+        AdapterBank.attach(
+            tiny_model(), [spec("lora", "lua"), spec("ia3", "lua"), spec("flora", "lua", "lora")]
+        )
 
 
 def test_an_adapter_cannot_take_the_name_of_the_base() -> None:
@@ -60,12 +66,16 @@ def test_an_adapter_cannot_take_the_name_of_the_base() -> None:
         ("phi", "k_porj", "k_proj"),
     ],
 )
-def test_target_that_matches_nothing_lists_what_could_match(architecture: str, given: str, meant: str) -> None:
+def test_target_that_matches_nothing_lists_what_could_match(
+    architecture: str, given: str, meant: str
+) -> None:
     model = tiny_model(architecture)
     with pytest.raises(UserError) as caught:
         AdapterBank.attach(model, [spec("lora", target_modules=[given])])
     message = str(caught.value)
-    assert message.startswith(f"adapters.lora.target_modules = '{given}': matches no module of {type(model).__name__}; it has ")
+    assert message.startswith(
+        f"adapters.lora.target_modules = '{given}': matches no module of {type(model).__name__}; it has "
+    )
     assert message.endswith(f" Did you mean '{meant}'?")
     words = message.split("; it has ")[1].split(". Did")[0].split(", ")
     assert words == sorted({name.rpartition(".")[2] for name in linear_layers(model)})
@@ -81,7 +91,9 @@ def test_target_that_matches_nothing_lists_what_could_match(architecture: str, g
     ],
 )
 @pytest.mark.parametrize("method", ["flora", "lora", "ia3"])
-def test_target_of_an_unsupported_kind_is_named_with_what_is_supported(method: str, target: str, kind: str) -> None:
+def test_target_of_an_unsupported_kind_is_named_with_what_is_supported(
+    method: str, target: str, kind: str
+) -> None:
     options: dict[str, Any] = {"feedforward_modules": []} if method == "ia3" else {}
     with pytest.raises(UserError) as caught:
         AdapterBank.attach(tiny_model(), [spec(method, target_modules=["q_proj", target], **options)])
@@ -95,7 +107,9 @@ def test_target_that_is_supported_in_some_places_only_is_refused() -> None:
     """Else a name would silently adapt fewer layers than it says."""
     model: Any = tiny_model()
     model.model.layers[1].self_attn.q_proj = nn.Identity()
-    with pytest.raises(UserError, match=r"'q_proj': matches model\.layers\.1\.self_attn\.q_proj, a Identity; supported are"):
+    with pytest.raises(
+        UserError, match=r"'q_proj': matches model\.layers\.1\.self_attn\.q_proj, a Identity; supported are"
+    ):
         AdapterBank.attach(model, [spec("lora", target_modules=["q_proj"])])
 
 
@@ -113,7 +127,11 @@ def test_a_model_without_linear_layers_is_refused() -> None:
 def test_all_linear_is_every_linear_layer_but_the_output_head(architecture: str) -> None:
     model = tiny_model(architecture)
     bank = AdapterBank.attach(model, [spec("lora", target_modules="all-linear")])
-    left = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.endswith(".base_layer")}
+    left = {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not name.endswith(".base_layer")
+    }
     assert left == {"lm_head"}
     per_layer = {"llama": 7, "gpt2": 4, "opt": 6, "phi": 6}[architecture]
     assert len(bank.pools[0].targets) == 2 * per_layer
@@ -125,7 +143,9 @@ def test_ia3_default_targets_are_peft_s_table(architecture: str) -> None:
     available = linear_layers(tiny_model(architecture))
 
     def selected(table: dict[str, list[str]]) -> set[str]:
-        return {name for name in available if name.endswith(tuple(f".{suffix}" for suffix in table[architecture]))}
+        return {
+            name for name in available if name.endswith(tuple(f".{suffix}" for suffix in table[architecture]))
+        }
 
     assert set(targets) == selected(constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING)
     inputs = selected(constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING)
@@ -146,14 +166,20 @@ def test_ia3_without_a_default_for_the_architecture_names_what_there_is(
 
 
 def test_feedforward_module_that_is_no_target_is_refused() -> None:
-    with pytest.raises(UserError, match=r"adapters\.ia3\.feedforward_modules = 'up_proj': matches none of the targets k_proj"):
-        AdapterBank.attach(tiny_model(), [spec("ia3", target_modules=["k_proj"], feedforward_modules=["up_proj"])])
+    with pytest.raises(
+        UserError, match=r"adapters\.ia3\.feedforward_modules = 'up_proj': matches none of the targets k_proj"
+    ):
+        AdapterBank.attach(
+            tiny_model(), [spec("ia3", target_modules=["k_proj"], feedforward_modules=["up_proj"])]
+        )
 
 
 @pytest.mark.parametrize("routed", [4, 3, 12], ids=["no-divisor", "divisor", "multiple"])
 def test_wrong_number_of_routed_rows_is_said_clearly(bank: AdapterBank, routed: int) -> None:
     """6 rows of 10 tokens divide evenly among 3 or 12 routed rows, and would silently use wrong adapters."""
-    with pytest.raises(RuntimeError, match=rf"{routed} routed rows; call bank\.route with one adapter per row"):
+    with pytest.raises(
+        RuntimeError, match=rf"{routed} routed rows; call bank\.route with one adapter per row"
+    ):
         logits(bank, tokens(6, 10), [0] * routed)
 
 

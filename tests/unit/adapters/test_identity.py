@@ -20,7 +20,11 @@ from tests.unit.adapters.helpers import logits, plain_logits, tokens
 from tests.unit.training.harness import make_trainer, plans_of, train_together
 
 STARTS: list[tuple[str, dict[str, Any]]] = [
-    *(("flora", {"variant": variant, "rank": rank}) for variant in ("pure", "residual") for rank in (1, 2, 4, 16)),
+    *(
+        ("flora", {"variant": variant, "rank": rank})
+        for variant in ("pure", "residual")
+        for rank in (1, 2, 4, 16)
+    ),
     *(("lora", {"rank": rank, "rslora": rslora}) for rank in (1, 8) for rslora in (False, True)),
     ("ia3", {"target_modules": "all-linear", "feedforward_modules": []}),
 ]
@@ -49,7 +53,9 @@ def test_ia3_on_its_default_targets_starts_as_the_exact_identity(architecture: s
 def test_start_depends_on_seed_name_and_layer_only() -> None:
     ours = spec("flora", "c", "pure", rank=3, variant="pure")
     alone = AdapterBank.attach(tiny_model(), [ours], seed=7)
-    among = AdapterBank.attach(tiny_model(), [*mixed_specs(), spec("flora", "d", "pure", rank=3, variant="pure")], seed=7)
+    among = AdapterBank.attach(
+        tiny_model(), [*mixed_specs(), spec("flora", "d", "pure", rank=3, variant="pure")], seed=7
+    )
     assert torch.equal(alone.row(0), among.row(among.ids["c-pure"]))
     assert not torch.equal(among.row(among.ids["c-pure"]), among.row(among.ids["d-pure"]))
     assert not torch.equal(alone.row(0), AdapterBank.attach(tiny_model(), [ours], seed=8).row(0))
@@ -59,7 +65,9 @@ def test_start_depends_on_seed_name_and_layer_only() -> None:
 
 
 @pytest.mark.parametrize("variant", ["pure", "residual"])
-def test_learnt_product_has_full_rank_where_an_all_alike_start_stays_at_rank_one(tmp_path: Path, variant: str) -> None:
+def test_learnt_product_has_full_rank_where_an_all_alike_start_stays_at_rank_one(
+    tmp_path: Path, variant: str
+) -> None:
     """`pure` multiplies by B A, `residual` by 1 + B A: what is learnt is B A."""
     ranks = {}
     for start in ("ours", "all alike"):
@@ -131,7 +139,9 @@ def test_flora_equals_peft_s_hira_in_value_and_merged_weight(architecture: str, 
         weight = base.weight.T if pool.targets[module].transposed else base.weight
         weight, bias = pool.method.merge(weight, base.bias, params, spec=ours, feedforward=False)
         theirs: Any = merged.get_submodule(module)
-        torch.testing.assert_close(weight.T if pool.targets[module].transposed else weight, theirs.weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            weight.T if pool.targets[module].transposed else weight, theirs.weight, rtol=0, atol=1e-6
+        )
         assert bias is base.bias
         assert bias is None or torch.equal(bias, theirs.bias)
 
@@ -161,7 +171,9 @@ def test_merged_layer_computes_what_the_adapted_layer_computes(architecture: str
         layer, target = cast(AdapterLinear, bank.model.get_submodule(module)), pool.targets[module]
         x = torch.randn(2, 5, target.in_features, generator=torch.Generator().manual_seed(3))
         weight = layer.weight.T if target.transposed else layer.weight
-        weight, bias = pool.method.merge(weight, layer.bias, params, spec=ours, feedforward=target.feedforward)
+        weight, bias = pool.method.merge(
+            weight, layer.bias, params, spec=ours, feedforward=target.feedforward
+        )
         with torch.no_grad(), bank.routed([0, 0]):
             y = layer(x)
         torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias), rtol=0, atol=1e-5)

@@ -58,14 +58,18 @@ def made_by_peft(options: Any, folder: Path) -> str:
 
 def lora(folder: Path, **options: Any) -> str:
     return made_by_peft(
-        LoraConfig(**{"r": 3, "lora_alpha": 7, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}),
+        LoraConfig(
+            **{"r": 3, "lora_alpha": 7, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}
+        ),
         folder,
     )
 
 
 @pytest.mark.parametrize("targets", [TARGETS, r".*\.(q_proj|down_proj)", "all-linear"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_lora_reads_rank_alpha_rslora_and_targets(targets: Any, rslora: bool, config: Make, tmp_path: Path) -> None:
+def test_lora_reads_rank_alpha_rslora_and_targets(
+    targets: Any, rslora: bool, config: Make, tmp_path: Path
+) -> None:
     source = lora(tmp_path / "a", target_modules=targets, use_rslora=rslora)
     resolved = resolve_init_from(config(method="lora", init_from=source))
     adapter = resolved.adapters["x"]
@@ -89,7 +93,9 @@ def test_layers_of_some_blocks_only_are_read(config: Make, tmp_path: Path) -> No
 
 def test_ia3_reads_targets_and_feedforward_modules(config: Make, tmp_path: Path) -> None:
     options = IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
-    adapter = resolve_init_from(config(method="ia3", init_from=made_by_peft(options, tmp_path / "a"))).adapters["x"]
+    adapter = resolve_init_from(
+        config(method="ia3", init_from=made_by_peft(options, tmp_path / "a"))
+    ).adapters["x"]
     assert sorted(adapter.target_modules) == sorted(TARGETS)
     assert adapter.feedforward_modules == ["down_proj"]
 
@@ -98,12 +104,21 @@ def test_flora_reads_the_rank_of_a_hira_and_of_a_lora(config: Make, tmp_path: Pa
     hira = made_by_peft(HiraConfig(r=5, target_modules=TARGETS, task_type="CAUSAL_LM"), tmp_path / "hira")
     assert resolve_init_from(config(method="flora", init_from=hira)).adapters["x"].rank == 5
     assert resolve_init_from(config(method="flora", variant="pure", init_from=hira)).adapters["x"].rank == 4
-    assert resolve_init_from(config(method="flora", init_from=lora(tmp_path / "lora"))).adapters["x"].rank == 3
-    assert resolve_init_from(config(method="flora", rank=16, init_from=str(tmp_path / "lora"))).adapters["x"].rank == 16
+    assert (
+        resolve_init_from(config(method="flora", init_from=lora(tmp_path / "lora"))).adapters["x"].rank == 3
+    )
+    assert (
+        resolve_init_from(config(method="flora", rank=16, init_from=str(tmp_path / "lora")))
+        .adapters["x"]
+        .rank
+        == 16
+    )
 
 
 @pytest.mark.parametrize("own_type", [False, True])
-def test_every_adapter_that_is_exported_here_is_read_back(own_type: bool, config: Make, tmp_path: Path) -> None:
+def test_every_adapter_that_is_exported_here_is_read_back(
+    own_type: bool, config: Make, tmp_path: Path
+) -> None:
     bank = perturbed_bank("llama")
     for ours in bank.specs:
         export_peft(
@@ -113,7 +128,9 @@ def test_every_adapter_that_is_exported_here_is_read_back(own_type: bool, config
             base=BaseModel("base"),
             own_type=own_type and ours.method == "flora",
         )
-        variant = {} if ours.method != "flora" or own_type else {"variant": "residual" if ours.offset else "pure"}
+        variant = (
+            {} if ours.method != "flora" or own_type else {"variant": "residual" if ours.offset else "pure"}
+        )
         source = str(tmp_path / "{task}-").replace("{task}-", ours.name)
         resolved = resolve_init_from(config(method=ours.method, init_from=source, **variant))
         (read,) = expand(resolved)
@@ -122,7 +139,9 @@ def test_every_adapter_that_is_exported_here_is_read_back(own_type: bool, config
         assert find_targets(model, read) == find_targets(model, ours)
 
 
-def test_resolved_configuration_is_saved_and_is_the_same_when_it_is_resolved_again(config: Make, tmp_path: Path) -> None:
+def test_resolved_configuration_is_saved_and_is_the_same_when_it_is_resolved_again(
+    config: Make, tmp_path: Path
+) -> None:
     resolved = resolve_init_from(config(method="lora", init_from=lora(tmp_path / "a")))
     save_config(resolved, tmp_path / "config.yaml")
     read = load_config([f"recipe={tmp_path / 'config.yaml'}"])
@@ -144,7 +163,9 @@ def test_task_in_the_name_stands_for_every_task(config: Make, tmp_path: Path) ->
     assert resolve_init_from(config(**tasks)).adapters["x"].rank == 3
     lora(tmp_path / "of-perl", r=4)
     (problem,) = refusal(lambda: resolve_init_from(config(**tasks)))
-    assert str(problem).startswith(f"adapters.x.init_from = '{tmp_path}/of-perl': has rank 4, and {tmp_path}/of-lua has 3: ")
+    assert str(problem).startswith(
+        f"adapters.x.init_from = '{tmp_path}/of-perl': has rank 4, and {tmp_path}/of-lua has 3: "
+    )
     (tmp_path / "of-lua" / "adapter_config.json").unlink()
     (tmp_path / "of-perl" / "adapter_config.json").unlink()
     assert len(refusal(lambda: resolve_init_from(config(**tasks)))) == 2
@@ -183,12 +204,16 @@ def test_missing_adapter_is_refused_under_init_from(config: Make, tmp_path: Path
 
 
 @pytest.mark.parametrize("change", ["other sizes", "fewer layers"])
-def test_adapter_of_another_base_model_is_refused_under_init_from(change: str, config: Make, base: Path, tmp_path: Path) -> None:
+def test_adapter_of_another_base_model_is_refused_under_init_from(
+    change: str, config: Make, base: Path, tmp_path: Path
+) -> None:
     source = lora(tmp_path / "a")
     written = config(method="lora", init_from=source)
     published = json.loads((base / "config.json").read_text())
     published |= (
-        {"intermediate_size": 2 * published["intermediate_size"]} if change == "other sizes" else {"num_hidden_layers": 1}
+        {"intermediate_size": 2 * published["intermediate_size"]}
+        if change == "other sizes"
+        else {"num_hidden_layers": 1}
     )
     other = tmp_path / "other"
     other.mkdir()

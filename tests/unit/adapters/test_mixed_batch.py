@@ -49,7 +49,9 @@ def test_mixed_rows_equal_one_adapter_at_a_time(architecture: str) -> None:
         alone = logits(bank, x[row : row + 1], [adapter])
         torch.testing.assert_close(mixed[row : row + 1], alone, rtol=0, atol=1e-5)
     plain = plain_logits(architecture, x)
-    assert all((mixed[row] - plain[row]).abs().max() > 1e-3 for row, adapter in enumerate(ids) if adapter >= 0)
+    assert all(
+        (mixed[row] - plain[row]).abs().max() > 1e-3 for row, adapter in enumerate(ids) if adapter >= 0
+    )
 
 
 @pytest.mark.parametrize("architecture", FEW)
@@ -60,7 +62,9 @@ def test_base_rows_equal_the_base_beside_trained_adapters(architecture: str) -> 
     mixed, plain = logits(bank, x, names), plain_logits(architecture, x)
     for row, name in enumerate(names):
         difference = (mixed[row] - plain[row]).abs().max()
-        assert difference <= 1e-6 if name == BASE else difference > 1e-3, name  # not 0: matmuls are blocked by their shape
+        assert difference <= 1e-6 if name == BASE else difference > 1e-3, (
+            name
+        )  # not 0: matmuls are blocked by their shape
 
 
 def test_without_a_routing_the_model_is_the_base() -> None:
@@ -77,7 +81,9 @@ def test_unsorted_adapter_ids_give_what_sorted_ones_give() -> None:
     x = tokens(len(ids))
     order = ids.argsort(stable=True)
     # not bit by bit: in some matrix libraries the last digit of a row depends on its place in the batch
-    torch.testing.assert_close(logits(bank, x, ids)[order], logits(bank, x[order], ids[order]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logits(bank, x, ids)[order], logits(bank, x[order], ids[order]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_unsorted_adapter_ids_give_the_gradients_of_sorted_ones() -> None:
@@ -85,7 +91,10 @@ def test_unsorted_adapter_ids_give_the_gradients_of_sorted_ones() -> None:
     ids = torch.tensor([4, 0, -1, 5, 2, 0, 3, 1, 4])
     x = tokens(len(ids))
     order = ids.argsort(stable=True)
-    gradients = [gradients_of(bank, x[permutation], ids[permutation]) for permutation in (torch.arange(len(ids)), order)]
+    gradients = [
+        gradients_of(bank, x[permutation], ids[permutation])
+        for permutation in (torch.arange(len(ids)), order)
+    ]
     for ours, sorted_first in zip(*gradients, strict=True):
         assert ours.abs().max() > 0
         torch.testing.assert_close(ours, sorted_first, rtol=1e-4, atol=1e-6)
@@ -122,7 +131,9 @@ def test_state_dict_holds_the_base_and_no_adapter() -> None:
     plain, wrapped = tiny_model("opt").state_dict(), bank.model.state_dict()
     assert {name.replace(".base_layer", "") for name in wrapped} == set(plain)
     assert len(wrapped) == len(plain)
-    assert all(torch.equal(tensor, plain[name.replace(".base_layer", "")]) for name, tensor in wrapped.items())
+    assert all(
+        torch.equal(tensor, plain[name.replace(".base_layer", "")]) for name, tensor in wrapped.items()
+    )
 
 
 @pytest.mark.parametrize("architecture", FEW)
@@ -178,7 +189,9 @@ def test_layer_fed_with_flattened_tokens_routes_them_row_by_row() -> None:
             outputs.append(bank.model(x))
     assert torch.equal(*outputs)
     plain = Flattening(False)(x)
-    assert [(row - base).abs().max() <= 1e-6 for row, base in zip(outputs[0], plain, strict=True)] == [i == -1 for i in ids]
+    assert [(row - base).abs().max() <= 1e-6 for row, base in zip(outputs[0], plain, strict=True)] == [
+        i == -1 for i in ids
+    ]
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -227,7 +240,9 @@ def test_encoder_decoder_gradients_under_checkpointing_equal_those_without(reent
         )
         perturb(bank)
         bank.route([1, 0, 1])
-        model(input_ids=tokens(3, 9), decoder_input_ids=tokens(3, 6), use_cache=False).logits.square().mean().backward()
+        model(
+            input_ids=tokens(3, 9), decoder_input_ids=tokens(3, 6), use_cache=False
+        ).logits.square().mean().backward()
         bank.route([0, 1, 0])  # the backward has ended, so this is allowed
         gradients.append([pool.gradients.clone() for pool in bank.pools])
     for plain, recomputed in zip(*gradients, strict=True):

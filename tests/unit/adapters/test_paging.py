@@ -83,7 +83,9 @@ def test_texts_and_exports_are_those_of_adapters_that_never_move() -> None:
 
 def test_a_batch_of_more_adapters_than_have_room_is_refused() -> None:
     bank = AdapterBank.attach(tiny_model(), twelve(), paging=Paging(2))
-    with pytest.raises(UserError, match=r"device_slots = 2: is too small for the 12 adapters of a step or batch: set it to 6"):
+    with pytest.raises(
+        UserError, match=r"device_slots = 2: is too small for the 12 adapters of a step or batch: set it to 6"
+    ):
         bank.route(range(12))
     bank.route([0, -1, 1])  # and nothing is lost
 
@@ -140,7 +142,9 @@ def test_an_arena_is_cut_into_what_is_needed_and_fair_parts(room: int) -> None:
         used = sum(n * s for n, s in zip(rows, sizes, strict=True))
         assert used <= room
         assert all(need <= row <= count for need, row, count in zip(needs, rows, counts, strict=True))
-        assert room - used < 1 or rows[2] == counts[2]  # rows of one number fill every gap while there are any
+        assert (
+            room - used < 1 or rows[2] == counts[2]
+        )  # rows of one number fill every gap while there are any
 
 
 def test_short_memory_names_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,9 @@ CONFIGS = {
 }
 
 
-def saved(folder: Path, *, model: Any = None, initial: Path | None = None, **options: Any) -> tuple[Path, Any]:
+def saved(
+    folder: Path, *, model: Any = None, initial: Path | None = None, **options: Any
+) -> tuple[Path, Any]:
     """A LORA of random numbers that PEFT made and saved, and its model."""
     wanted = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}
     adapted = get_peft_model(tiny_model() if model is None else model, LoraConfig(**wanted)).eval()
@@ -50,7 +52,9 @@ def saved(folder: Path, *, model: Any = None, initial: Path | None = None, **opt
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    adapted.save_pretrained(folder, path_initial_model_for_weight_conversion=None if initial is None else str(initial))
+    adapted.save_pretrained(
+        folder, path_initial_model_for_weight_conversion=None if initial is None else str(initial)
+    )
     return folder, adapted
 
 
@@ -91,7 +95,9 @@ def test_a_lora_with_harmless_options_gives_peft_s_logits(options: dict[str, Any
     folder, theirs = saved(tmp_path / "a", **options)
     x, alpha = tokens(2), 6.0
     modules = [
-        n.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for n in read_peft(str(folder), "k")[1] if "_A" in n
+        n.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        for n in read_peft(str(folder), "k")[1]
+        if "_A" in n
     ]
     bank = started(
         folder,
@@ -103,10 +109,14 @@ def test_a_lora_with_harmless_options_gives_peft_s_logits(options: dict[str, Any
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_difference_to_a_changed_base_is_refused_and_its_conversion_is_read(init: str, tmp_path: Path) -> None:
+def test_a_difference_to_a_changed_base_is_refused_and_its_conversion_is_read(
+    init: str, tmp_path: Path
+) -> None:
     plain, _ = saved(tmp_path / "as-it-is", init_lora_weights=init)
     ours = spec("lora", rank=4, alpha=6.0, target_modules=TARGETS)
-    with pytest.raises(UserError, match=rf"init_lora_weights='{init}'.*path_initial_model_for_weight_conversion"):
+    with pytest.raises(
+        UserError, match=rf"init_lora_weights='{init}'.*path_initial_model_for_weight_conversion"
+    ):
         started(plain, ours)
     converted, theirs = saved(tmp_path / "converted", init_lora_weights=init, initial=tmp_path / "initial")
     bank = started(converted, spec("lora", rank=8, alpha=12.0, target_modules=TARGETS))
@@ -134,7 +144,9 @@ def test_a_difference_to_a_changed_base_is_refused_and_its_conversion_is_read(in
     ],
     ids=str,
 )
-def test_what_peft_saved_with_another_meaning_is_refused_by_name(options: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_what_peft_saved_with_another_meaning_is_refused_by_name(
+    options: dict[str, Any], named: str, tmp_path: Path
+) -> None:
     from transformers import AutoModelForSequenceClassification
 
     from tests.architectures import architecture_config
@@ -186,7 +198,9 @@ def test_what_peft_saved_with_another_meaning_is_refused_by_name(options: dict[s
     ],
     ids=str,
 )
-def test_a_configuration_that_is_not_known_to_be_harmless_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_configuration_that_is_not_known_to_be_harmless_is_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
     folder, _ = saved(tmp_path / "a")
     edit(folder, **change)
     with pytest.raises(UserError, match=r"adapters\.lora\.init_from = "):
@@ -237,7 +251,9 @@ LAYER = "base_model.model.model.layers.1.self_attn.q_proj"
         (dict.clear, "holds no tensors"),
     ],
 )
-def test_a_tensor_that_nothing_accounts_for_is_refused_by_name(damage: Any, words: str, tmp_path: Path) -> None:
+def test_a_tensor_that_nothing_accounts_for_is_refused_by_name(
+    damage: Any, words: str, tmp_path: Path
+) -> None:
     folder, _ = saved(tmp_path / "a")
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -273,7 +289,9 @@ def test_a_damaged_configuration_is_one_error(text: str, tmp_path: Path) -> None
 def test_damaged_files_of_tensors_are_one_error_and_a_pickle_of_tensors_is_read(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "a")
     file = folder / "adapter_model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # not of the file, which is damaged next
+    tensors = {
+        name: tensor.clone() for name, tensor in load_file(file).items()
+    }  # not of the file, which is damaged next
     whole = file.read_bytes()
     for content in (b"", whole[:100], whole[: len(whole) // 2], b"\xff" * 100):
         file.write_bytes(content)
@@ -293,7 +311,12 @@ def test_damaged_files_of_tensors_are_one_error_and_a_pickle_of_tensors_is_read(
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["pissa", "all-linear", "("]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["pissa", "all-linear", "("]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )

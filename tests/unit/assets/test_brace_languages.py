@@ -166,7 +166,9 @@ def test_python_docstring_belongs_to_the_prompt():
 
 
 def test_every_language_has_sources_and_syntax():
-    assert set(SYNTAX) == set(ALL_SOURCES) == {"lua", "perl", "ruby", "php", "js", "go", "rust", "d", "python"}
+    assert (
+        set(SYNTAX) == set(ALL_SOURCES) == {"lua", "perl", "ruby", "php", "js", "go", "rust", "d", "python"}
+    )
 
 
 @pytest.mark.parametrize("language", sorted(LOCAL_SOURCES))

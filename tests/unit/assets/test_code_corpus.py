@@ -154,7 +154,9 @@ def test_ruby_methods_keep_rescue_and_survive_heredocs_documentation_and_data():
     # `last_letter` holds heredoc lines left of its own margin, so it cannot be moved to the left
     assert list(found) == ["indented_heredoc", "each_pair"]
     assert found["indented_heredoc"].body.endswith("  text.strip\nrescue ArgumentError\n  nil")
-    assert found["each_pair"].completion == ("\n  items.each do |item|\n    if item.end?\n      yield item\n    end\n  end\nend")
+    assert found["each_pair"].completion == (
+        "\n  items.each do |item|\n    if item.end?\n      yield item\n    end\n  end\nend"
+    )
 
 
 def test_ruby_signature_loses_its_remark_and_receiver_is_not_part_of_the_name():

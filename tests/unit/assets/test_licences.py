@@ -57,7 +57,9 @@ def test_licence_text_must_be_what_its_short_name_says():
 
 
 def test_prose_copyright_file_is_not_accepted():
-    assert parse_copyright("This package was debianised by somebody.\n\nIt is under the MIT licence.\n") is None
+    assert (
+        parse_copyright("This package was debianised by somebody.\n\nIt is under the MIT licence.\n") is None
+    )
 
 
 def test_other_licence_in_a_file_is_noticed_but_not_the_dual_licence_of_perl():

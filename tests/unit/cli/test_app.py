@@ -58,13 +58,36 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_option_that_the_commands_share_is_in_each_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     expected = {
-        "push": ["--repo", "--repo-per-adapter", "--base", "--public", "--dry-run", "--pause", "--allow-different-base"],
-        "execute": ["--prompts", "--languages", "--pass-at-k", "--sandbox", "--workers", "--cpu-seconds", "--out"],
+        "push": [
+            "--repo",
+            "--repo-per-adapter",
+            "--base",
+            "--public",
+            "--dry-run",
+            "--pause",
+            "--allow-different-base",
+        ],
+        "execute": [
+            "--prompts",
+            "--languages",
+            "--pass-at-k",
+            "--sandbox",
+            "--workers",
+            "--cpu-seconds",
+            "--out",
+        ],
         "init": ["--model", "--out", "--language", "--name"],
         "solve": ["--languages", "--contenders", "--multipl-e", "--out", "--allow-different-base"],
         "evaluate": ["--allow-different-base", "--allow-different-data"],
         "report": ["--out", "--table"],
-        "export": ["--as", "--rank", "--max-error", "--out", "--allow-different-base", "--allow-different-data"],
+        "export": [
+            "--as",
+            "--rank",
+            "--max-error",
+            "--out",
+            "--allow-different-base",
+            "--allow-different-data",
+        ],
         "convert": ["--out", "--rank", "--model"],
     }
     for command, options in expected.items():
@@ -98,16 +121,26 @@ def test_every_option_that_the_commands_share_is_in_each_of_them(capsys: pytest.
         ("solve r k=[1]", r"k = '\[1\]': unknown key. Did you mean 'evaluation.pass_at_k=\[1\]'\?"),
         ("solve r --n 5", "--n: keys of the recipe are written key=value: evaluation.num_samples=VALUE"),
         ("push r dry_run=true --repo a/b", r"dry_run = 'true': .* Did you mean '--dry-run'\?"),
-        ("train recipe=quickstart --training.steps 5", "--training.steps 5: options are written key=value: training.steps=5"),
+        (
+            "train recipe=quickstart --training.steps 5",
+            "--training.steps 5: options are written key=value: training.steps=5",
+        ),
         ("plan -m", "-m: is Hydra syntax: .*"),
     ],
 )
-def test_wrong_arguments_are_one_line_with_a_suggestion(argv: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_one_line_with_a_suggestion(
+    argv: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert re.fullmatch(line, error_of(capsys, *argv.split()))
 
 
 def test_command_without_its_required_argument_shows_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["export", "--as", "merged"], ["push", "--repo", "a/b"], ["report", "--out", "x.html"], ["evaluate"]):
+    for argv in (
+        ["export", "--as", "merged"],
+        ["push", "--repo", "a/b"],
+        ["report", "--out", "x.html"],
+        ["evaluate"],
+    ):
         assert re.match("RUN.*: is required; usage: flora-train", error_of(capsys, *argv))
     for command in ("evaluate", "solve", "execute", "export", "convert", "push", "report", "init"):
         assert f"is required; usage: flora-train {command} " in error_of(capsys, command)
@@ -124,11 +157,20 @@ def test_check_arguments_runs_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "completed"), [("flora-train ex", "execute\nexport\n"), ("flora-train push --dr", "--dry-run\n")]
+    ("words", "completed"),
+    [("flora-train ex", "execute\nexport\n"), ("flora-train push --dr", "--dry-run\n")],
 )
 def test_shells_complete_commands_and_options(words: str, completed: str) -> None:
-    asked = {"_FLORA_TRAIN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    asked = {
+        "_FLORA_TRAIN_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "flora_train"], cwd=ROOT, env={**os.environ, **asked}, capture_output=True, text=True
+        [sys.executable, "-m", "flora_train"],
+        cwd=ROOT,
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
     )
     assert done.stdout == completed, done.stderr

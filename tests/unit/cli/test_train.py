@@ -25,6 +25,8 @@ start(["train", "recipe=quickstart", "output_dir=outputs/first"])
 
 
 def test_the_first_line_is_printed_before_torch_loads() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
+    )
     line = "quickstart: 3 tasks, base assets/models/smollm2-135m, run folder outputs/first []\n"
     assert done.stdout == line, done.stderr

@@ -47,19 +47,29 @@ numbers = st.one_of(
     st.sampled_from([0, -1, 2**31, 2**63, 2**70, 10**12, 10**400, 1e308, 1e-320, float("inf"), float("nan")]),
 )
 scalars = st.one_of(st.none(), st.booleans(), numbers, text)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4), max_leaves=8)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
+    max_leaves=8,
+)
 
 
 def paths(value: Any, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Every mapping's place in a nested mapping."""
-    return [at, *(path for key, item in value.items() if isinstance(item, dict) for path in paths(item, (*at, key)))]
+    return [
+        at,
+        *(path for key, item in value.items() if isinstance(item, dict) for path in paths(item, (*at, key))),
+    ]
 
 
 FULL: dict[str, Any] = validate(
     {
         **SMALL,
         "adapters": {**SMALL["adapters"], "flora": {"method": "flora", "lr": [1e-3, 2e-3]}},
-        "tasks": {**SMALL["tasks"], "sh": {"train": {"hub": "a/b"}, "validation": "x.jsonl", "sample_prompts": ["a"]}},
+        "tasks": {
+            **SMALL["tasks"],
+            "sh": {"train": {"hub": "a/b"}, "validation": "x.jsonl", "sample_prompts": ["a"]},
+        },
     }
 ).model_dump(mode="json")
 
@@ -80,7 +90,11 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     raw = deepcopy(FULL if draw(st.booleans()) else SMALL)
     for _ in range(draw(st.integers(1, 5))):
         section = at(raw, draw(st.sampled_from(paths(raw))))
-        key = draw(st.sampled_from(sorted(section) or ["x"]) if draw(st.integers(0, 3)) else st.sampled_from(ALL_KEYS) | text)
+        key = draw(
+            st.sampled_from(sorted(section) or ["x"])
+            if draw(st.integers(0, 3))
+            else st.sampled_from(ALL_KEYS) | text
+        )
         if draw(st.integers(0, 9)) == 0:
             section.pop(key, None)
         else:
@@ -108,7 +122,9 @@ def test_any_mapping_is_a_configuration_or_one_error(raw: dict[str, Any]) -> Non
 
 
 @given(recipes())
-def test_what_is_valid_is_written_and_read_back_equal(tmp_path_factory: pytest.TempPathFactory, raw: dict[str, Any]) -> None:
+def test_what_is_valid_is_written_and_read_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, raw: dict[str, Any]
+) -> None:
     config = answered(lambda: validate(raw))
     if config is None:
         return
@@ -118,7 +134,10 @@ def test_what_is_valid_is_written_and_read_back_equal(tmp_path_factory: pytest.T
     assert load_config([f"recipe={path}"]) == config
 
 
-@given(st.text(max_size=60) | st.lists(st.sampled_from(list("{}[]&*!|>-:?,'\"%@`#\n \tab1~<=.\\")), max_size=40).map("".join))
+@given(
+    st.text(max_size=60)
+    | st.lists(st.sampled_from(list("{}[]&*!|>-:?,'\"%@`#\n \tab1~<=.\\")), max_size=40).map("".join)
+)
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         found = read(text)
@@ -140,9 +159,13 @@ words = st.one_of(
         lambda parts, value: f"{'.'.join(parts)}={value}",
         st.lists(st.sampled_from(ALL_KEYS) | st.text(max_size=5), min_size=1, max_size=4),
         values.map(str)
-        | st.sampled_from(["{a: &x [*x]}", "[" * 500, "{<<: 5}", "!!python/name:os.system", "1e999999999", "'", ""]),
+        | st.sampled_from(
+            ["{a: &x [*x]}", "[" * 500, "{<<: 5}", "!!python/name:os.system", "1e999999999", "'", ""]
+        ),
     ),
-    st.sampled_from(["--", "-", "+", "~a", "=", "=x", "--x", "--x=", "-m", "recipe", "recipe=", "a.b.", ".", "a" * 5000]),
+    st.sampled_from(
+        ["--", "-", "+", "~a", "=", "=x", "--x", "--x=", "-m", "recipe", "recipe=", "a.b.", ".", "a" * 5000]
+    ),
     st.text(max_size=20),
 )
 
@@ -158,7 +181,9 @@ COMMANDS_ON_RUNS = ["train", "plan", "evaluate", "report", "solve", "execute", "
 
 @given(
     st.sampled_from(COMMANDS_ON_RUNS),
-    st.lists(words | st.sampled_from(["--out", "--rank", "--as", "out=x", "--out=x", "--repo=a/b"]), max_size=3),
+    st.lists(
+        words | st.sampled_from(["--out", "--rank", "--as", "out=x", "--out=x", "--repo=a/b"]), max_size=3
+    ),
 )
 def test_a_command_without_a_run_is_answered_with_lines(
     capsys: pytest.CaptureFixture[str], command: str, words: list[str]

@@ -10,10 +10,18 @@ from pathlib import Path
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.config.json_format import DuplicateKeyError, parse_json, parse_json_at, parse_object, read_object
+from flora_train.config.json_format import (
+    DuplicateKeyError,
+    parse_json,
+    parse_json_at,
+    parse_object,
+    read_object,
+)
 
 
-@pytest.mark.parametrize("text", ['{"a": [1, 2.5, null, true, "x\u2028"]}', b'{"a": [1, 2.5, null, true, "x\xe2\x80\xa8"]}'])
+@pytest.mark.parametrize(
+    "text", ['{"a": [1, 2.5, null, true, "x\u2028"]}', b'{"a": [1, 2.5, null, true, "x\xe2\x80\xa8"]}']
+)
 def test_values_are_read_from_text_and_bytes(text: str | bytes) -> None:
     assert parse_json(text) == parse_object(text) == {"a": [1, 2.5, None, True, "x\u2028"]}
 
@@ -61,7 +69,9 @@ def test_place_of_a_row_is_named() -> None:
 
 def test_file_that_cannot_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    with pytest.raises(UserError, match=r"run\.json: cannot be read \(No such file or directory\): put it back"):
+    with pytest.raises(
+        UserError, match=r"run\.json: cannot be read \(No such file or directory\): put it back"
+    ):
         read_object(file, "put it back")
     for content in (b"[1]", b"\xff", b"{", b"[" * 100_000):
         file.write_bytes(content)

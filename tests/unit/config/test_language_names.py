@@ -13,12 +13,60 @@ from flora_train.config.task_schema import TaskConfig
 from flora_train.evaluation.code.programs.languages import find_language, load_languages
 
 MULTIPL_E = {
-    **{"adb": "ada", "rb": "rb", "lua": "lua", "python": "py", "notypes.py": "py", "julia": "jl", "java": "java", "rust": "rs"},
-    **{"swift": "swift", "racket": "rkt", "javascript": "js", "cpp": "cpp", "php": "php", "humaneval_to_dlang.py": "d", "d": "d"},
-    **{"r": "r", "humaneval_to_r.py": "r", "humaneval_to_r": "r", "jl": "jl", "ml": "ml", "hs": "hs", "elixir": "elixir"},
-    **{"clj": "clj", "dart": "dart", "go_test.go": "go", "ruby": "rb", "perl": "pl", "bash": "sh", "typescript": "ts"},
-    **{"humaneval-js": "js", "mbpp-rs": "rs", "humaneval_to_go.py": "go", "eval_racket": "rkt", "C#": "cs", "C++": "cpp"},
-    **{"csharp": "cs", "golang": "go", "haskell": "hs", "clojure": "clj", "ocaml": "ml", "scala": "scala", "luau": "luau"},
+    **{
+        "adb": "ada",
+        "rb": "rb",
+        "lua": "lua",
+        "python": "py",
+        "notypes.py": "py",
+        "julia": "jl",
+        "java": "java",
+        "rust": "rs",
+    },
+    **{
+        "swift": "swift",
+        "racket": "rkt",
+        "javascript": "js",
+        "cpp": "cpp",
+        "php": "php",
+        "humaneval_to_dlang.py": "d",
+        "d": "d",
+    },
+    **{
+        "r": "r",
+        "humaneval_to_r.py": "r",
+        "humaneval_to_r": "r",
+        "jl": "jl",
+        "ml": "ml",
+        "hs": "hs",
+        "elixir": "elixir",
+    },
+    **{
+        "clj": "clj",
+        "dart": "dart",
+        "go_test.go": "go",
+        "ruby": "rb",
+        "perl": "pl",
+        "bash": "sh",
+        "typescript": "ts",
+    },
+    **{
+        "humaneval-js": "js",
+        "mbpp-rs": "rs",
+        "humaneval_to_go.py": "go",
+        "eval_racket": "rkt",
+        "C#": "cs",
+        "C++": "cpp",
+    },
+    **{
+        "csharp": "cs",
+        "golang": "go",
+        "haskell": "hs",
+        "clojure": "clj",
+        "ocaml": "ml",
+        "scala": "scala",
+        "luau": "luau",
+    },
     **{
         "sh": "sh",
         "JavaScript": "js",
@@ -55,5 +103,7 @@ def test_the_installer_knows_the_same_words() -> None:
     script = PROJECT_ROOT / "eval" / "install_toolchains.sh"
     words = [word for others in NAMES.values() for word in others]
     look = 'source <(sed -n "/^key_of()/,/^}/p" "$0"); for word in "$@"; do key_of "$word"; done'
-    done = subprocess.run(["bash", "-c", look, str(script), *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", look, str(script), *words], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == [language_key(word) for word in words]

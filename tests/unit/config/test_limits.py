@@ -87,7 +87,14 @@ def test_extreme_number_is_refused_with_the_limit(key: str, value: Any, hint: st
 
 
 @pytest.mark.parametrize(
-    "word", ["adapters.lora.lr=1e400", "seed=" + "9" * 6000, "training.steps=" + "9" * 400, "seed=-1", "seed=0x" + "F" * 99]
+    "word",
+    [
+        "adapters.lora.lr=1e400",
+        "seed=" + "9" * 6000,
+        "training.steps=" + "9" * 400,
+        "seed=-1",
+        "seed=0x" + "F" * 99,
+    ],
 )
 def test_extreme_number_on_the_command_line_is_one_line(word: str) -> None:
     (line,) = loading_faults("recipe=quickstart", word)
@@ -103,12 +110,15 @@ def test_temperature_of_the_mixture_overflows_for_no_sizes() -> None:
 
     sizes = {"large": 2000, "small": 4}
     streams = [
-        Stream(name, np.full(n, 8), 1e6 if n > 4 else 1e-6, {f"{name}-lora": 3 if n > 4 else 9}) for name, n in sizes.items()
+        Stream(name, np.full(n, 8), 1e6 if n > 4 else 1e-6, {f"{name}-lora": 3 if n > 4 else 9})
+        for name, n in sizes.items()
     ]
     config = MixtureConfig(strategy="temperature", temperature=0.01)
     mixture = TaskMixture(streams, config, tokens_per_step=16, seed=0)
     drawn = [{draw.task for draw in mixture.step(number)} for number in range(12)]
-    assert drawn == [{"large"}] * 3 + [{"small"}] * 9  # the large one is drawn alone while it is there, and then the other
+    assert (
+        drawn == [{"large"}] * 3 + [{"small"}] * 9
+    )  # the large one is drawn alone while it is there, and then the other
 
 
 def test_sweep_of_a_million_is_refused_before_it_is_expanded() -> None:
@@ -183,7 +193,9 @@ def test_name_that_no_file_can_have_is_refused(changes: dict[str, Any], key: str
 
 
 def test_longest_names_fit_into_the_file_system(tmp_path: Path) -> None:
-    config = validate({**SMALL, "tasks": {"t" * 139: {"train": "x"}}, "adapters": {"a" * 60: {"method": "ia3", "lr": 1}}})
+    config = validate(
+        {**SMALL, "tasks": {"t" * 139: {"train": "x"}}, "adapters": {"a" * 60: {"method": "ia3", "lr": 1}}}
+    )
     (task,), (adapter,) = config.tasks, config.adapters
     (tmp_path / f".{task}-{adapter}.safetensors.{2**22}.tmp").touch()
 

@@ -40,7 +40,14 @@ def test_recipe_is_found_by_shipped_name_path_and_run_folder(write) -> None:
     write("recipes/here.yaml", RECIPE + TASKS)
     write("recipes/deeper/there.yaml", RECIPE + TASKS)
     write("outputs/run/config.yaml", RECIPE + TASKS)
-    names = ("here", "deeper/there", "recipes/here.yaml", "./recipes/here.yaml", "outputs/run", "outputs/run/config.yaml")
+    names = (
+        "here",
+        "deeper/there",
+        "recipes/here.yaml",
+        "./recipes/here.yaml",
+        "outputs/run",
+        "outputs/run/config.yaml",
+    )
     configs = [load_config([f"recipe={name}"]) for name in names]
     assert all(config == configs[0] for config in configs)
 
@@ -103,14 +110,18 @@ def test_fault_of_task_defaults_is_reported_once_and_there(write) -> None:
         "task_defaults.over_lnog",
         "tasks.c.weight = -2",
     ]
-    assert loading_faults("recipe=mine.yaml", "task_defaults=5") == ["task_defaults = 5: must hold keys, as every task does"]
+    assert loading_faults("recipe=mine.yaml", "task_defaults=5") == [
+        "task_defaults = 5: must hold keys, as every task does"
+    ]
 
 
 def test_two_tasks_of_one_name_in_a_file_are_an_error_that_names_file_and_line(write) -> None:
     path = write("mine.yaml", RECIPE + TASKS + "  perl: {train: y}\n  lua: {train: z}\n")
     line_number = path.read_text().splitlines().index("  lua: {train: z}") + 1
     (line,) = loading_faults("recipe=mine.yaml")
-    assert line.startswith(f"mine.yaml:{line_number} = 'lua': this key is given twice (first on line {line_number - 2})")
+    assert line.startswith(
+        f"mine.yaml:{line_number} = 'lua': this key is given twice (first on line {line_number - 2})"
+    )
 
 
 def test_two_adapters_of_one_name_in_flow_style_are_an_error(write) -> None:
@@ -181,7 +192,12 @@ TRICKY = [
 
 
 def test_saved_configuration_reloads_equal_whatever_its_texts(tmp_path: Path) -> None:
-    raw = small(tasks__lua__sample_prompts=TRICKY, tasks__lua__text="{code}", output_dir=str(tmp_path / "x"), training__eps=1e-12)
+    raw = small(
+        tasks__lua__sample_prompts=TRICKY,
+        tasks__lua__text="{code}",
+        output_dir=str(tmp_path / "x"),
+        training__eps=1e-12,
+    )
     raw["adapters"]["flora"] = {
         "method": "flora",
         "lr": 0.1,

@@ -64,6 +64,8 @@ def test_all_wrong_words_come_at_once() -> None:
     assert len(refusal(lambda: parse_overrides(["+a=1", "~b", "c=[", "d", "e=1"]))) == 4
 
 
-@pytest.mark.parametrize("word", ["a..b=1", ".a=1", "a.=1", "a =1", " a=1", ".=1", f"{'a.' * 20}a=1", "a\ud800=1", "a=\ud800"])
+@pytest.mark.parametrize(
+    "word", ["a..b=1", ".a=1", "a.=1", "a =1", " a=1", ".=1", f"{'a.' * 20}a=1", "a\ud800=1", "a=\ud800"]
+)
 def test_key_that_is_none_is_refused(word: str) -> None:
     assert len(refusal(lambda: parse_overrides([word]))) == 1

@@ -37,7 +37,10 @@ def test_the_command_line_wins_over_a_recipe_and_over_a_saved_configuration(tmp_
     for word in ("adapters.device_slots=9", "paging.device_slots=9"):
         assert load_config([f"recipe={recipe}", word]).paging.device_slots == 9
     save_config(load_config([f"recipe={recipe}"]), tmp_path / "config.yaml")
-    assert load_config([f"recipe={tmp_path / 'config.yaml'}", "adapters.device_slots=auto"]).paging.device_slots == "auto"
+    assert (
+        load_config([f"recipe={tmp_path / 'config.yaml'}", "adapters.device_slots=auto"]).paging.device_slots
+        == "auto"
+    )
 
 
 def test_a_folder_for_pages_needs_pages_on_disk() -> None:

@@ -43,9 +43,18 @@ def test_references_are_the_values_that_they_name(raw: dict[str, Any], found: di
         ({"a": "${}"}, "is no key such as"),
         ({"a": "${${b}}", "b": "c"}, "is no key such as"),
         ({"a": "x${b}", "b": {"c": 1}}, "puts b, which holds keys or a list, into a text"),
-        ({f"a{i}": f"${{a{i + 1}}}${{a{i + 1}}}" for i in range(60)} | {"a60": "xx"}, "becomes a text of more than 1,000,000"),
-        ({f"a{i}": [f"${{a{i - 1}}}"] * 10 if i else [1] for i in range(12)}, "stand for more than 1,000,000 values"),
-        ({f"a{i}": f"${{a{i + 1}}}" for i in range(5000)} | {"a5000": 1}, "is a chain of more than 64 references"),
+        (
+            {f"a{i}": f"${{a{i + 1}}}${{a{i + 1}}}" for i in range(60)} | {"a60": "xx"},
+            "becomes a text of more than 1,000,000",
+        ),
+        (
+            {f"a{i}": [f"${{a{i - 1}}}"] * 10 if i else [1] for i in range(12)},
+            "stand for more than 1,000,000 values",
+        ),
+        (
+            {f"a{i}": f"${{a{i + 1}}}" for i in range(5000)} | {"a5000": 1},
+            "is a chain of more than 64 references",
+        ),
         ({f"a{i}": [f"${{a{i - 1}}}"] if i else [1] for i in range(5000)}, "nests more than 64 levels deep"),
     ],
 )
@@ -59,7 +68,9 @@ def test_what_means_nothing_or_has_no_end_is_an_error_at_once(raw: dict[str, Any
     "reference",
     ["oc.env:TOKEN", "oc.env:TOKEN,x", "oc.decode:${oc.env:TOKEN}", "oc.select:seed", "env:TOKEN", "my:x"],
 )
-def test_resolvers_are_refused_and_the_secret_is_in_no_error(monkeypatch: pytest.MonkeyPatch, reference: str) -> None:
+def test_resolvers_are_refused_and_the_secret_is_in_no_error(
+    monkeypatch: pytest.MonkeyPatch, reference: str
+) -> None:
     monkeypatch.setenv("TOKEN", CANARY)
     for word in (f"tracking.group=${{{reference}}}", f"tasks.lua.train='a ${{{reference}}}'"):
         problems = refusal(lambda word=word: load_config(["recipe=quickstart", word]))
@@ -68,7 +79,9 @@ def test_resolvers_are_refused_and_the_secret_is_in_no_error(monkeypatch: pytest
         assert CANARY not in str(problems)
 
 
-def test_escaped_reference_to_the_environment_stays_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_escaped_reference_to_the_environment_stays_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TOKEN", CANARY)
     config = load_config(["recipe=quickstart", "tracking.group=\\${oc.env:TOKEN}"])
     assert config.tracking.group == "${oc.env:TOKEN}"

@@ -53,7 +53,13 @@ def test_all_errors_of_all_sections_come_at_once_each_with_key_value_and_fix() -
         tasks__lua__weight=0,
         tasks__perl__text="code",
         tasks__perl__prompt="doc",
-        adapters__lora={"method": "lorra", "rank": -3, "target_modules": 3, "tasks": ["lau"], "warmup_steps": 10},
+        adapters__lora={
+            "method": "lorra",
+            "rank": -3,
+            "target_modules": 3,
+            "tasks": ["lau"],
+            "warmup_steps": 10,
+        },
         adapters__ia3__rank=8,
         mixture__temperature=2,
         training__steps=10,
@@ -94,10 +100,18 @@ def test_all_errors_of_all_sections_come_at_once_each_with_key_value_and_fix() -
         ({"adapters__ia3__rank": 4}, "adapters.ia3.rank", "it belongs to flora and lora: remove it"),
         ({"adapters__ia3__dropout": 0.1}, "adapters.ia3.dropout", "it belongs to lora"),
         ({"adapters__lora__variant": "pure"}, "adapters.lora.variant", "it belongs to flora"),
-        ({"adapters__lora__feedforward_modules": ["x"]}, "adapters.lora.feedforward_modules", "it belongs to ia3"),
+        (
+            {"adapters__lora__feedforward_modules": ["x"]},
+            "adapters.lora.feedforward_modules",
+            "it belongs to ia3",
+        ),
         ({"mixture__temperature": 2.0}, "mixture.temperature", "give both or neither"),
         ({"mixture__strategy": "temperature"}, "mixture.temperature", "give both or neither"),
-        ({"adapters__lora__warmup_steps": 10}, "adapters.lora.warmup_steps", "smaller than training.steps = 10"),
+        (
+            {"adapters__lora__warmup_steps": 10},
+            "adapters.lora.warmup_steps",
+            "smaller than training.steps = 10",
+        ),
         (
             {"adapters__lora__warmup_steps": 5, "adapters__lora__max_steps": 5},
             "adapters.lora.warmup_steps",
@@ -111,14 +125,20 @@ def test_all_errors_of_all_sections_come_at_once_each_with_key_value_and_fix() -
         ({"training__max_length": 2049}, "training.max_length", "tokens_per_microbatch = 2048"),
         ({"training__tokens_per_microbatch": 256}, "training.max_length", "tokens_per_microbatch = 256"),
         ({"training__tokens_per_step": 256}, "training.max_length", "tokens_per_step = 256"),
-        ({"tasks__lua__text": "a", "tasks__lua__prompt": "b", "tasks__lua__completion": "c"}, "tasks.lua.text", "not both"),
+        (
+            {"tasks__lua__text": "a", "tasks__lua__prompt": "b", "tasks__lua__completion": "c"},
+            "tasks.lua.text",
+            "not both",
+        ),
         ({"tasks__lua__prompt": "b"}, "tasks.lua.completion", "belong together"),
         ({"tasks__lua__completion": "b"}, "tasks.lua.completion", "belong together"),
         ({"tasks__lua__train": {"hub": "a", "files": "b"}}, "tasks.lua.train.folder", "not files and hub"),
         ({"tasks__lua__train": {"split": "a"}}, "tasks.lua.train.folder", "not none"),
     ],
 )
-def test_values_that_contradict_each_other_are_refused_once(changes: dict[str, Any], key: str, hint: str) -> None:
+def test_values_that_contradict_each_other_are_refused_once(
+    changes: dict[str, Any], key: str, hint: str
+) -> None:
     found = faults(**changes)
     assert found.keys() == {key}
     assert hint in found[key]
@@ -135,7 +155,11 @@ def test_values_that_contradict_each_other_are_refused_once(changes: dict[str, A
         ({"adapters__lora__lr": "fast"}, "adapters.lora.lr = 'fast'", "a number"),
         ({"adapters__lora__tasks": []}, "adapters.lora.tasks = []", "at least 1"),
         ({"adapters__lora__target_modules": []}, "adapters.lora.target_modules = []", "at least 1"),
-        ({"adapters__lora__target_modules": "all_linear"}, "adapters.lora.target_modules = 'all_linear'", "'all-linear'?"),
+        (
+            {"adapters__lora__target_modules": "all_linear"},
+            "adapters.lora.target_modules = 'all_linear'",
+            "'all-linear'?",
+        ),
         ({"training__steps": "abc"}, "training.steps = 'abc'", "whole number"),
         ({"training__steps": True}, "training.steps = True", "true or false"),
         ({"training__steps": None}, "training.steps", "whole number"),
@@ -156,7 +180,9 @@ def test_values_that_contradict_each_other_are_refused_once(changes: dict[str, A
         ({"model__path": ""}, "model.path = ''", "not be empty"),
     ],
 )
-def test_wrong_type_or_value_out_of_range_names_key_value_and_fix(changes: dict[str, Any], key: str, hint: str) -> None:
+def test_wrong_type_or_value_out_of_range_names_key_value_and_fix(
+    changes: dict[str, Any], key: str, hint: str
+) -> None:
     found = faults(**changes)
     assert len(found) == 1
     line = next(iter(found.values()))
@@ -185,13 +211,17 @@ def test_adapter_names_that_collide_after_joining_are_refused() -> None:
 
 
 def test_sections_are_compared_even_where_one_of_them_has_a_fault_elsewhere() -> None:
-    found = faults(tasks__lua__weight=-1, adapters__ia3={"method": "ia3", "tasks": ["pearl"]}, training__eps=0)
+    found = faults(
+        tasks__lua__weight=-1, adapters__ia3={"method": "ia3", "tasks": ["pearl"]}, training__eps=0
+    )
     assert found.keys() == {"tasks.lua.weight", "adapters.ia3.lr", "adapters.ia3.tasks", "training.eps"}
     assert "Did you mean 'perl'?" in found["adapters.ia3.tasks"]
 
 
 def test_sources_may_be_written_short() -> None:
-    train = [validate(small(tasks__lua__train=short)).tasks["lua"].train for short in ("a", ["a"], {"files": "a"})]
+    train = [
+        validate(small(tasks__lua__train=short)).tasks["lua"].train for short in ("a", ["a"], {"files": "a"})
+    ]
     assert train[0] == train[1] == train[2]
     assert train[0].files == ["a"]
 
@@ -219,7 +249,9 @@ def test_nothing_is_called_as_reports_call_the_base(section: str, name: str) -> 
         (["a", "A-b"], ["B-c", "c"], "A-b-c and a-B-c"),
     ],
 )
-def test_adapters_whose_names_differ_in_capitals_only_are_refused(tasks: list[str], adapters: list[str], named: str) -> None:
+def test_adapters_whose_names_differ_in_capitals_only_are_refused(
+    tasks: list[str], adapters: list[str], named: str
+) -> None:
     raw = small()
     task, adapter = (next(iter(raw[section].values())) for section in ("tasks", "adapters"))
     raw["tasks"], raw["adapters"] = dict.fromkeys(tasks, task), dict.fromkeys(adapters, adapter)

@@ -9,7 +9,13 @@ from flora_train.config.suggestions import all_keys, suggest_word
 from tests.unit.config.helpers import faults, loading_faults
 
 ALL = [(word, suggestion.key) for word, suggestions in SUGGESTIONS.items() for suggestion in suggestions]
-SECTIONS = {"top": "", "training": "training.", "evaluation": "evaluation.", "adapter": "adapters.lora.", "task": "tasks.lua."}
+SECTIONS = {
+    "top": "",
+    "training": "training.",
+    "evaluation": "evaluation.",
+    "adapter": "adapters.lora.",
+    "task": "tasks.lua.",
+}
 
 
 def suggested(dotted: str) -> str:
@@ -26,7 +32,9 @@ def test_every_suggestion_is_a_key_of_the_configuration(word: str, key: str) -> 
 def test_every_word_gets_one_of_its_suggestions_in_every_section(section: str) -> None:
     for word, suggestions in SUGGESTIONS.items():
         keys = {suggestion.key for suggestion in suggestions}
-        keys |= {key.replace("adapters.NAME", "adapters.lora").replace("tasks.NAME", "tasks.lua") for key in keys}
+        keys |= {
+            key.replace("adapters.NAME", "adapters.lora").replace("tasks.NAME", "tasks.lua") for key in keys
+        }
         line = suggest_word([*section.split(".")[:-1], word])
         assert any(line.startswith(f" Did you mean '{key}'?") for key in keys), word
 
@@ -92,7 +100,9 @@ def test_every_word_gets_one_of_its_suggestions_in_every_section(section: str) -
         ("training.gradient_checkpointing", "model.gradient_checkpointing", ""),
     ],
 )
-def test_word_of_another_trainer_names_the_full_key_and_what_to_write(dotted: str, key: str, hint: str) -> None:
+def test_word_of_another_trainer_names_the_full_key_and_what_to_write(
+    dotted: str, key: str, hint: str
+) -> None:
     line = suggested(dotted)
     assert f"Did you mean '{key}'?" in line
     assert hint in line

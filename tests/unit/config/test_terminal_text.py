@@ -17,7 +17,15 @@ from flora_train.config.terminal_text import in_cell, plain, print_table, safe_s
 from flora_train.runtime.progress import ProgressBar
 
 OBEYED = [
-    chr(code) for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    chr(code)
+    for code in (
+        *range(0x20),
+        *range(0x7F, 0xA0),
+        0x2028,
+        0x2029,
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+    )
 ]
 
 
@@ -31,7 +39,12 @@ def test_plain_makes_every_control_character_visible() -> None:
 
 
 def test_plain_keeps_the_text_that_people_write() -> None:
-    for text in ("two\n\tlines", "naïve – “quoted” ｗｉｄｅ 日本語 עברית العربية हिन्दी 👩‍👩‍👧", "می‌خواهم", "[/red] {x} $PATH"):
+    for text in (
+        "two\n\tlines",
+        "naïve – “quoted” ｗｉｄｅ 日本語 עברית العربية हिन्दी 👩‍👩‍👧",
+        "می‌خواهم",
+        "[/red] {x} $PATH",
+    ):
         assert plain(text) == text
     assert plain("a\nb\tc", keep="") == "a\\x0ab\\x09c"
 
@@ -44,7 +57,9 @@ def test_plain_can_always_be_encoded_and_obeys_nothing(text: str) -> None:
     assert plain(found) == found
 
 
-@pytest.mark.parametrize("text", ["[/red]", "[bold]x[/]", "[link=file:///etc]x", ":warning:", "\x1b]0;title\x07", "a\nb"])
+@pytest.mark.parametrize(
+    "text", ["[/red]", "[bold]x[/]", "[link=file:///etc]x", ":warning:", "\x1b]0;title\x07", "a\nb"]
+)
 def test_tables_and_consoles_take_no_markup_from_data(text: str) -> None:
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=True, color_system=None)
@@ -82,7 +97,9 @@ def test_safe_streams_write_what_they_cannot_encode_as_escapes(monkeypatch: pyte
 def test_a_table_is_printed_whole_on_a_narrow_terminal() -> None:
     table = Table()
     for heading in ("adapter", "pass@1", "ended"):
-        table.add_column(heading, no_wrap=heading != "ended", max_width=40 if heading == "ended" else None, overflow="fold")
+        table.add_column(
+            heading, no_wrap=heading != "ended", max_width=40 if heading == "ended" else None, overflow="fold"
+        )
     table.add_row("x" * 60, "0.000 [0.000, 0.975]", "1 OK, 2 AssertionError")
     file = io.StringIO()
     print_table(table, console := Console(file=file, width=40, soft_wrap=True))

@@ -36,16 +36,26 @@ SPEECH = {"speech": {"language": "cs"}, "train": "cs.train.tsv"}
         ({"train": {"folder": "src", "data_dir": "x"}}, "train.data_dir", "is for data sets of the hub"),
         ({"train": {"files": "a.jsonl", "revision": "x"}}, "train.revision", "is for data sets of the hub"),
         ({"train": {"files": "a.jsonl", "max_rows": 3}}, "train.max_rows", "is for data sets of the hub"),
-        ({"train": {"files": "a.jsonl", "fallback_hint": "x"}}, "train.fallback_hint", "is for data sets of the hub"),
+        (
+            {"train": {"files": "a.jsonl", "fallback_hint": "x"}},
+            "train.fallback_hint",
+            "is for data sets of the hub",
+        ),
         ({"train": {"files": "a.jsonl", "split": "dev"}}, "train.split", "give the split's files instead"),
         ({"train": {"files": "a.jsonl", "glob": "*.x"}}, "train.glob", "requires folder"),
         ({"train": {"hub": "a/b", "glob": "*.x"}}, "train.glob", "requires folder"),
         ({"train": {"files": "a.jsonl", "sample_by": "document"}}, "train.sample_by", "is for .txt files"),
         ({"train": {"folder": "src", "sample_by": "document"}}, "train.sample_by", "is for .txt files"),
-        ({"train": "a.jsonl", "validation": {"files": "b.jsonl", "glob": "*"}}, "validation.glob", "requires folder"),
+        (
+            {"train": "a.jsonl", "validation": {"files": "b.jsonl", "glob": "*"}},
+            "validation.glob",
+            "requires folder",
+        ),
     ],
 )
-def test_key_that_could_do_nothing_is_an_error_that_names_it(task: dict[str, Any], key: str, reason: str) -> None:
+def test_key_that_could_do_nothing_is_an_error_that_names_it(
+    task: dict[str, Any], key: str, reason: str
+) -> None:
     found = faults(tasks={"a": task})
     assert list(found) == [f"tasks.a.{key}"]
     assert reason in found[f"tasks.a.{key}"]

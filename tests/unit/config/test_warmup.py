@@ -35,7 +35,9 @@ WARMUP_OF_RECIPES = {
 def test_ratio_is_a_share_of_the_adapters_own_steps_of_which_one_remains(
     ratio: float, max_steps: int | None, steps: int, warmup: int
 ) -> None:
-    config = validate(small(adapters__lora__warmup_ratio=ratio, adapters__lora__max_steps=max_steps, training__steps=steps))
+    config = validate(
+        small(adapters__lora__warmup_ratio=ratio, adapters__lora__max_steps=max_steps, training__steps=steps)
+    )
     spec = next(spec for spec in expand(config) if spec.family == "lora")
     assert spec.warmup_steps == warmup
     assert spec.warmup_steps < spec.max_steps

@@ -42,7 +42,10 @@ def within_a_second(action: Callable[[], Any]) -> Any:
         ("{a: " * 100_000, "is nested more than 64 levels deep"),
         ("- " * 100_000, "is nested more than 64 levels deep"),
         ("\n".join(f"{' ' * i}a:" for i in range(2000)), "is nested more than 64 levels deep"),
-        ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 3000)), "is nested more than 64 levels deep"),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 3000)),
+            "is nested more than 64 levels deep",
+        ),
         ("a: 1\nb: 2\na: 3\n", "mine.yaml:3 = 'a': this key is given twice (first on line 1)"),
         ("a: {b: 1, b: 2}\n", "mine.yaml:1 = 'b': this key is given twice"),
         ("a: 1\n'a': 2\n", "mine.yaml:2 = 'a': this key is given twice"),
@@ -62,7 +65,9 @@ def within_a_second(action: Callable[[], Any]) -> Any:
         ("a: 1\n---\na: 2\n", "a second document begins here (line 2)"),
     ],
 )
-def test_what_cannot_be_meant_is_one_error_within_a_second(tmp_path: Path, monkeypatch: Any, text: str, line: str) -> None:
+def test_what_cannot_be_meant_is_one_error_within_a_second(
+    tmp_path: Path, monkeypatch: Any, text: str, line: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(text, encoding="utf-8")
     (found,) = within_a_second(lambda: loading_faults("recipe=mine.yaml"))
@@ -72,7 +77,13 @@ def test_what_cannot_be_meant_is_one_error_within_a_second(tmp_path: Path, monke
 
 @pytest.mark.parametrize(
     "word",
-    ["tasks={a: &x [*x]}", "adapters.lora={lr: &a [&b [*a]]}", "name=" + "[" * 5000, "tasks={a: 1, a: 2}", "seed=!!binary aGk="],
+    [
+        "tasks={a: &x [*x]}",
+        "adapters.lora={lr: &a [&b [*a]]}",
+        "name=" + "[" * 5000,
+        "tasks={a: 1, a: 2}",
+        "seed=!!binary aGk=",
+    ],
 )
 def test_bombs_on_the_command_line_are_one_error_that_names_the_key(word: str) -> None:
     (problem,) = within_a_second(lambda: refusal(lambda: load_config(["recipe=quickstart", word])))
@@ -110,7 +121,12 @@ def test_byte_order_mark_is_no_part_of_the_first_key() -> None:
 
 def test_merge_keys_and_aliases_mean_what_yaml_says() -> None:
     text = "x: &x {p: 1, q: 2}\ny: {<<: *x, q: 3}\nz: {<<: [{q: 5}, *x]}\nw: *x\n"
-    assert read(text) == {"x": {"p": 1, "q": 2}, "y": {"p": 1, "q": 3}, "z": {"p": 1, "q": 5}, "w": {"p": 1, "q": 2}}
+    assert read(text) == {
+        "x": {"p": 1, "q": 2},
+        "y": {"p": 1, "q": 3},
+        "z": {"p": 1, "q": 5},
+        "w": {"p": 1, "q": 2},
+    }
 
 
 def test_numbers_without_a_point_and_dates_are_read_as_their_writer_meant() -> None:
@@ -151,9 +167,13 @@ def test_damaged_text_has_all_its_faults_in_one_error() -> None:
 
 
 @pytest.mark.parametrize(("tasks", "families"), [(5000, 5000), (156, 3), (1, 230)])
-def test_saved_configuration_of_thousands_is_read_back_equal(tmp_path: Path, tasks: int, families: int) -> None:
+def test_saved_configuration_of_thousands_is_read_back_equal(
+    tmp_path: Path, tasks: int, families: int
+) -> None:
     adapters = {f"a{i}": {"method": "lora", "lr": 1e-3, "tasks": [f"t{i % tasks}"]} for i in range(families)}
-    config = validate({**SMALL, "tasks": {f"t{i}": {"train": f"{i}.jsonl"} for i in range(tasks)}, "adapters": adapters})
+    config = validate(
+        {**SMALL, "tasks": {f"t{i}": {"train": f"{i}.jsonl"} for i in range(tasks)}, "adapters": adapters}
+    )
     path = tmp_path / "config.yaml"
     started = time.process_time()
     save_config(config, path)

@@ -37,7 +37,9 @@ def unigram(scheme: str = "first", start: bool = True) -> Any:
     """SentencePiece's Unigram: its special tokens are pieces of its vocabulary, too."""
     words = ["<unk>", "<s>", "</s>", "\u2581", *LETTERS, "\n", "\u2581a", "ab", "\u2581the", "er", "4\u2581"]
     core = Tokenizer(
-        models.Unigram([(word, 0.0 if word.startswith("<") else -float(i)) for i, word in enumerate(words)], unk_id=0)
+        models.Unigram(
+            [(word, 0.0 if word.startswith("<") else -float(i)) for i, word in enumerate(words)], unk_id=0
+        )
     )
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     core.decoder = decoders.Metaspace(prepend_scheme=scheme)
@@ -46,21 +48,59 @@ def unigram(scheme: str = "first", start: bool = True) -> Any:
 
 def legacy_llama(start: bool = True) -> Any:
     """SentencePiece's BPE as Llama 2 has it: a normalizer puts the space before a text."""
-    words = ["<unk>", "<s>", "</s>", "\u2581", *LETTERS, "\n", "\u2581a", "ab", "\u2581ab", *(f"<0x{i:02X}>" for i in range(256))]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "\u2581",
+        *LETTERS,
+        "\n",
+        "\u2581a",
+        "ab",
+        "\u2581ab",
+        *(f"<0x{i:02X}>" for i in range(256)),
+    ]
     merges = [("\u2581", "a"), ("a", "b"), ("\u2581", "ab")]
     core = Tokenizer(
-        models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        models.BPE(
+            {w: i for i, w in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
+        )
     )
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    steps = [
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     core.decoder = decoders.Sequence(steps)
     return _finished(core, start)
 
 
 def prefixed_bytes() -> Any:
     """RoBERTa's: bytes, with a space before a text; a marker can be reached by merges, too."""
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<unk>", "Ġa", "<t", "<th", "<thi", "<thin", "<think", "<think>"]
-    merges = [("Ġ", "a"), ("<", "t"), ("<t", "h"), ("<th", "i"), ("<thi", "n"), ("<thin", "k"), ("<think", ">")]
+    words = [
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "<unk>",
+        "Ġa",
+        "<t",
+        "<th",
+        "<thi",
+        "<thin",
+        "<think",
+        "<think>",
+    ]
+    merges = [
+        ("Ġ", "a"),
+        ("<", "t"),
+        ("<t", "h"),
+        ("<th", "i"),
+        ("<thi", "n"),
+        ("<thin", "k"),
+        ("<think", ">"),
+    ]
     core = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
     core.decoder = decoders.ByteLevel()
@@ -90,7 +130,9 @@ def spaced_pieces() -> Any:
     tokenizer = unigram("always", start=False)
     core = tokenizer.backend_tokenizer
     core.normalizer = normalizers.Strip()
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
     return tokenizer
 
 

@@ -14,7 +14,9 @@ from flora_train.data.token_split import SplitCounts, TokenSplit
 
 def random_rows(n: int, seed: int = 0) -> list[Row]:
     generator = np.random.default_rng(seed)
-    return [Row(int(generator.integers(-1, 6)), "ab"[i % 2], i, int(generator.integers(1, 120))) for i in range(n)]
+    return [
+        Row(int(generator.integers(-1, 6)), "ab"[i % 2], i, int(generator.integers(1, 120))) for i in range(n)
+    ]
 
 
 def key(row: Row) -> tuple[object, ...]:
@@ -23,7 +25,9 @@ def key(row: Row) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 57, 300])
 @pytest.mark.parametrize("max_tokens", [64, 119, 500])
-def test_groups_fit_the_budget_hold_every_row_once_and_are_ordered_by_adapter(n: int, max_tokens: int) -> None:
+def test_groups_fit_the_budget_hold_every_row_once_and_are_ordered_by_adapter(
+    n: int, max_tokens: int
+) -> None:
     rows = random_rows(n)
     groups = group_by_length(rows, max_tokens)
     assert sorted((row for group in groups for row in group), key=key) == sorted(rows, key=key)
@@ -58,8 +62,12 @@ def test_shares_of_processes_are_disjoint_and_complete(processes: int, n: int) -
 @pytest.mark.parametrize("processes", [2, 3])
 def test_shares_of_processes_are_alike_in_tokens_though_groups_shrink(processes: int) -> None:
     groups = [[Row(0, "a", i, length)] for i, length in enumerate(range(120, 0, -10))]
-    loads = [sum(rows[0].length for rows in share_of_rank(groups, rank, processes)) for rank in range(processes)]
-    assert len(set(loads)) == 1  # dealing in one direction only would give the first process more of every round
+    loads = [
+        sum(rows[0].length for rows in share_of_rank(groups, rank, processes)) for rank in range(processes)
+    ]
+    assert (
+        len(set(loads)) == 1
+    )  # dealing in one direction only would give the first process more of every round
 
 
 SPLIT = TokenSplit(
@@ -81,9 +89,10 @@ def test_collated_rows_are_right_padded_and_labelled_where_something_is_learnt()
     assert batch.labels.tolist() == [[no, 22, no, no, no], [no, no, 13, 14, 15], [no, 32, 33, no, no]]
     assert batch.adapter_ids.tolist() == [-1, 0, 4]
     assert batch.rows == tuple(rows)
-    assert {t.dtype for t in (batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.labels, batch.adapter_ids)} == {
-        torch.int64
-    }
+    assert {
+        t.dtype
+        for t in (batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.labels, batch.adapter_ids)
+    } == {torch.int64}
 
 
 def test_labels_of_a_batch_are_as_many_as_the_split_counts() -> None:
@@ -96,6 +105,7 @@ def test_batch_moves_whole_to_a_device() -> None:
     batch = collate([Row(0, "t", 0, 5)], lambda task: SPLIT, 0)
     moved = batch.to(torch.device("meta"))
     assert {
-        t.device.type for t in (moved.inputs["input_ids"], moved.inputs["attention_mask"], moved.labels, moved.adapter_ids)
+        t.device.type
+        for t in (moved.inputs["input_ids"], moved.inputs["attention_mask"], moved.labels, moved.adapter_ids)
     } == {"meta"}
     assert moved.rows == batch.rows

@@ -20,14 +20,18 @@ def stream(name: str, lengths: Any, weight: float = 1.0, **max_steps: int) -> St
     return Stream(name, np.asarray(lengths, dtype=np.int64), weight, max_steps or {f"{name}-lora": FOR_EVER})
 
 
-def mixture(streams: list[Stream], strategy: str = "uniform", budget: int = 1000, seed: int = 0, **options: Any) -> TaskMixture:
+def mixture(
+    streams: list[Stream], strategy: str = "uniform", budget: int = 1000, seed: int = 0, **options: Any
+) -> TaskMixture:
     return TaskMixture(streams, MixtureConfig(strategy=strategy, **options), budget, seed)
 
 
 def three() -> list[Stream]:
     generator = np.random.default_rng(0)
     return [
-        stream(name, generator.integers(5, 60, n), weight, **{f"{name}-{i}": FOR_EVER for i in range(adapters)})
+        stream(
+            name, generator.integers(5, 60, n), weight, **{f"{name}-{i}": FOR_EVER for i in range(adapters)}
+        )
         for name, n, weight, adapters in (("a", 40, 1.0, 3), ("b", 7, 2.0, 1), ("c", 200, 0.5, 2))
     ]
 
@@ -49,7 +53,9 @@ def test_step_is_a_pure_function_of_seed_and_number(strategy: str, options: dict
 
 @each_strategy
 @pytest.mark.parametrize("examples_per_draw", [1, 3])
-def test_budget_is_kept_and_filled_up_to_one_draw(strategy: str, options: dict[str, float], examples_per_draw: int) -> None:
+def test_budget_is_kept_and_filled_up_to_one_draw(
+    strategy: str, options: dict[str, float], examples_per_draw: int
+) -> None:
     mix = mixture(three(), strategy, examples_per_draw=examples_per_draw, **options)
     largest = max(mix.tokens_of(draw) for number in range(200) for draw in mix.step(number))
     for number in range(200):
@@ -59,7 +65,9 @@ def test_budget_is_kept_and_filled_up_to_one_draw(strategy: str, options: dict[s
 
 
 @each_strategy
-def test_every_example_comes_once_an_epoch_and_the_next_epoch_in_another_order(strategy: str, options: dict[str, float]) -> None:
+def test_every_example_comes_once_an_epoch_and_the_next_epoch_in_another_order(
+    strategy: str, options: dict[str, float]
+) -> None:
     mix = mixture(three(), strategy, **options)
     seen: dict[str, list[int]] = defaultdict(list)
     for number in range(300):
@@ -82,7 +90,9 @@ def test_every_adapter_of_a_task_learns_from_the_same_examples() -> None:
 def test_order_of_a_tasks_examples_does_not_depend_on_other_tasks() -> None:
     def first(streams: list[Stream]) -> list[int]:
         mix = mixture(streams)
-        return [e for number in range(200) for draw in mix.step(number) if draw.task == "a" for e in draw.examples][:80]
+        return [
+            e for number in range(200) for draw in mix.step(number) if draw.task == "a" for e in draw.examples
+        ][:80]
 
     assert first(three()) == first(three()[:1])
 
@@ -97,7 +107,9 @@ def test_order_of_a_tasks_examples_does_not_depend_on_other_tasks() -> None:
         ("temperature", {"temperature": 1e6}, {"a": 1.0, "b": 1.0, "c": 1.0}),
     ],
 )
-def test_shares_of_examples_follow_the_strategy(strategy: str, options: dict[str, float], expected: dict[str, float]) -> None:
+def test_shares_of_examples_follow_the_strategy(
+    strategy: str, options: dict[str, float], expected: dict[str, float]
+) -> None:
     mix = mixture(three(), strategy, **options)
     draws = Counter(draw.task for number in range(600) for draw in mix.step(number))
     total, weight = draws.total(), sum(expected.values())
@@ -105,7 +117,9 @@ def test_shares_of_examples_follow_the_strategy(strategy: str, options: dict[str
     for task, w in expected.items():
         share = w / weight
         assert mix.target_shares()[task] == pytest.approx(share, rel=1e-4)
-        assert abs(draws[task] / total - share) < 4 * (share * (1 - share) / total) ** 0.5  # four standard errors
+        assert (
+            abs(draws[task] / total - share) < 4 * (share * (1 - share) / total) ** 0.5
+        )  # four standard errors
 
 
 @each_strategy
@@ -213,14 +227,18 @@ def test_adapters_leave_after_their_own_steps_and_the_task_with_the_last() -> No
 
 @each_strategy
 def test_budget_of_those_who_left_goes_to_the_others(strategy: str, options: dict[str, float]) -> None:
-    mix = mixture([stream("a", [10] * 30, x=2), stream("b", [10] * 30, y=50)], strategy, budget=100, **options)
+    mix = mixture(
+        [stream("a", [10] * 30, x=2), stream("b", [10] * 30, y=50)], strategy, budget=100, **options
+    )
     late = [draw for number in range(10, 20) for draw in mix.step(number)]
     assert {draw.task for draw in late} == {"b"}
     assert len(late) == 100
 
 
 def test_draw_that_cannot_fit_into_a_step_is_an_error_with_the_number_that_does() -> None:
-    with pytest.raises(UserError, match=r"training.tokens_per_step = 100: .*task 'a'.*raise it to 120") as caught:
+    with pytest.raises(
+        UserError, match=r"training.tokens_per_step = 100: .*task 'a'.*raise it to 120"
+    ) as caught:
         mixture([stream("a", [10, 20], x=5, y=5, z=5)], budget=100, examples_per_draw=2)
     assert len(caught.value.problems) == 1
     assert mixture([stream("a", [10, 20], x=5, y=5, z=5)], budget=120, examples_per_draw=2).step(0)
@@ -234,9 +252,9 @@ def test_who_leaves_changes_no_step_before_and_is_in_none_after(strategy: str) -
     assert [without.step(n) for n in range(4)] == [whole.step(n) for n in range(4)]
     after = [draw for n in range(4, 40) for draw in without.step(n)]
     assert {adapter for draw in after for adapter in draw.adapters} == {"a-0", "a-2", "c-0", "c-1"}
-    assert all(sum(without.tokens_of(draw) for draw in without.step(n)) > 1000 - 60 * 3 for n in range(4, 40)), (
-        "its part is given away"
-    )
+    assert all(
+        sum(without.tokens_of(draw) for draw in without.step(n)) > 1000 - 60 * 3 for n in range(4, 40)
+    ), "its part is given away"
 
 
 def test_once_all_have_left_steps_are_empty() -> None:
@@ -248,7 +266,9 @@ def test_once_all_have_left_steps_are_empty() -> None:
 def test_tasks_take_turns_and_none_falls_behind() -> None:
     """Twelve tasks, four at a time, turns of five steps: after every third turn all have had the same, up to a draw."""
     lengths = np.random.default_rng(0).integers(5, 60, 50)
-    mix = mixture([stream(f"t{i}", lengths) for i in range(12)], "fair", budget=400, active_tasks=4, turn_steps=5)
+    mix = mixture(
+        [stream(f"t{i}", lengths) for i in range(12)], "fair", budget=400, active_tasks=4, turn_steps=5
+    )
     served: Counter[str] = Counter()
     for turn in range(30):
         steps = [mix.step(5 * turn + i) for i in range(5)]

@@ -29,7 +29,9 @@ def pieces(tokenizer: Any) -> TokenSplit:
 
 
 def contents(split: TokenSplit) -> list[tuple[tuple[int, ...], int]]:
-    return sorted((tuple(tokens.tolist()), prompt) for i in range(len(split)) for tokens, prompt in split.documents(i))
+    return sorted(
+        (tuple(tokens.tolist()), prompt) for i in range(len(split)) for tokens, prompt in split.documents(i)
+    )
 
 
 def test_every_piece_is_there_once_with_its_prompt_and_bytes(pieces: TokenSplit) -> None:
@@ -47,7 +49,9 @@ def test_every_piece_is_there_once_with_its_prompt_and_bytes(pieces: TokenSplit)
 def test_sequences_are_full_but_never_longer_than_allowed(pieces: TokenSplit) -> None:
     packed = pack(pieces, MAX_LENGTH)
     assert packed.lengths.max() <= MAX_LENGTH
-    assert len(packed) <= 11 / 9 * np.ceil(pieces.lengths.sum() / MAX_LENGTH) + 6 / 9  # the bound of Dosa (2007)
+    assert (
+        len(packed) <= 11 / 9 * np.ceil(pieces.lengths.sum() / MAX_LENGTH) + 6 / 9
+    )  # the bound of Dosa (2007)
 
 
 def test_no_two_sequences_would_fit_into_one(pieces: TokenSplit) -> None:
@@ -56,10 +60,17 @@ def test_no_two_sequences_would_fit_into_one(pieces: TokenSplit) -> None:
 
 
 def test_labels_begin_anew_with_every_piece_and_positions_say_where(tokenizer: Any) -> None:
-    split = pack(tokenize([PromptCompletion("ab", "cd"), PromptCompletion("", "efg")], tokenizer, 9, truncation="truncate"), 9)
+    split = pack(
+        tokenize(
+            [PromptCompletion("ab", "cd"), PromptCompletion("", "efg")], tokenizer, 9, truncation="truncate"
+        ),
+        9,
+    )
     alone = tokenize([PromptCompletion("", "hi")], tokenizer, 9, truncation="truncate")
     splits = {"packed": split, "alone": alone}
-    batch = collate([Row(0, "packed", 0, 9), Row(1, "alone", 0, 3)], splits.__getitem__, tokenizer.pad_token_id)
+    batch = collate(
+        [Row(0, "packed", 0, 9), Row(1, "alone", 0, 3)], splits.__getitem__, tokenizer.pad_token_id
+    )
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2, 3, 4, 5]]
     assert "attention_mask" not in batch.inputs
     learnt = [[tokenizer.decode(token) for token in row[row != IGNORE]] for row in batch.labels]

@@ -33,7 +33,10 @@ VALUE = st.recursive(
     max_leaves=4,
 )
 ROWS = st.lists(
-    st.dictionaries(st.sampled_from(["text", "prompt", "completion", "path", "sentence", "\ud83d", ""]), VALUE), max_size=5
+    st.dictionaries(
+        st.sampled_from(["text", "prompt", "completion", "path", "sentence", "\ud83d", ""]), VALUE
+    ),
+    max_size=5,
 )
 SEEDS = {
     ".jsonl": b'{"text": "one"}\n{"text": "tw\\u00fc"}\n',
@@ -52,7 +55,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(seed: bytes) -> st.SearchStrategy[bytes]:
     """The bytes with parts of them replaced, or others altogether."""
     part = st.sampled_from(
-        [b'"', b"\n", b",", b"\t", b"{", b"}", b"[", b"\0", b"\xff", b"\\", b"\r", b"\xef\xbb\xbf", b"9" * 5000, b'"text":1,']
+        [
+            b'"',
+            b"\n",
+            b",",
+            b"\t",
+            b"{",
+            b"}",
+            b"[",
+            b"\0",
+            b"\xff",
+            b"\\",
+            b"\r",
+            b"\xef\xbb\xbf",
+            b"9" * 5000,
+            b'"text":1,',
+        ]
     )
     edit = st.tuples(st.integers(0, len(seed)), st.integers(0, 8), part | st.binary(max_size=6))
 
@@ -92,25 +110,38 @@ def test_every_kind_of_file_is_damaged_here() -> None:
 @given(data=st.data())
 def test_damaged_parquet_is_rows_or_one_error(place: Path, data: st.DataObject) -> None:
     out = io.BytesIO()
-    table = pyarrow.Table.from_pylist([{"text": "one", "n": 1.5, "s": {"a": [1]}}, {"text": None, "n": float("nan"), "s": None}])
+    table = pyarrow.Table.from_pylist(
+        [{"text": "one", "n": 1.5, "s": {"a": [1]}}, {"text": None, "n": float("nan"), "s": None}]
+    )
     pyarrow.parquet.write_table(table, out)
     seed = out.getvalue()
     at = data.draw(st.integers(0, len(seed) - 1))
     path = place / "rows.parquet"
-    path.write_bytes(data.draw(st.sampled_from([seed[:at], seed[:at] + b"\0\xff" + seed[at + 2 :], seed[at:]])))
+    path.write_bytes(
+        data.draw(st.sampled_from([seed[:at], seed[:at] + b"\0\xff" + seed[at + 2 :], seed[at:]]))
+    )
     rows_or_error({"files": [str(path)]})
 
 
-@given(rows=ROWS, settings=st.sampled_from([{}, {"text": "text"}, {"prompt": "{prompt}:", "completion": " {completion}"}]))
-def test_rows_of_any_values_are_a_task_or_one_error(place: Path, rows: list[dict[str, Any]], settings: dict[str, str]) -> None:
+@given(
+    rows=ROWS,
+    settings=st.sampled_from([{}, {"text": "text"}, {"prompt": "{prompt}:", "completion": " {completion}"}]),
+)
+def test_rows_of_any_values_are_a_task_or_one_error(
+    place: Path, rows: list[dict[str, Any]], settings: dict[str, str]
+) -> None:
     path = place / "any.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     try:
-        tasks = load_tasks(run_config({"t": {"train": str(path), **settings}}), byte_tokenizer(), place / "cache")
+        tasks = load_tasks(
+            run_config({"t": {"train": str(path), **settings}}), byte_tokenizer(), place / "cache"
+        )
     except UserError:
         return
     assert tasks["t"].train.label_counts.min() >= 1
-    assert b"nan" not in byte_tokenizer().decode(tasks["t"].train.tokens).encode() or "nan" in path.read_text()
+    assert (
+        b"nan" not in byte_tokenizer().decode(tasks["t"].train.tokens).encode() or "nan" in path.read_text()
+    )
 
 
 @given(rows=ROWS.filter(bool))
@@ -119,7 +150,13 @@ def test_rows_of_clips_of_any_values_are_lines_or_one_error(place: Path, rows: l
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = TaskConfig(train=str(path), speech={"language": "cs"})
     try:
-        lines = _lines(read_rows(task.train, "tasks.t.train"), task.train, task, key="tasks.t.train", cache=place / "cache")
+        lines = _lines(
+            read_rows(task.train, "tasks.t.train"),
+            task.train,
+            task,
+            key="tasks.t.train",
+            cache=place / "cache",
+        )
     except UserError:
         return
     for line in lines:
@@ -150,7 +187,10 @@ def test_pipe_or_device_as_a_clip_is_missing_and_never_waited_for(tmp_path: Path
 def release() -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as archive:
-        for name, text in (("train", "path\tsentence\na.mp3\tone\n"), ("clip_durations", "clip\tduration[ms]\na.mp3\t\u00b2\n")):
+        for name, text in (
+            ("train", "path\tsentence\na.mp3\tone\n"),
+            ("clip_durations", "clip\tduration[ms]\na.mp3\t\u00b2\n"),
+        ):
             content = text.encode()
             entry = tarfile.TarInfo(f"cv-corpus-1/cs/{name}.tsv")
             entry.size = len(content)
@@ -171,7 +211,9 @@ def test_damaged_release_of_common_voice_is_rows_or_one_error(cache: Path, conte
 
 
 @given(table=damaged(b"path\tsentence\na.mp3\tone\n"), durations=damaged(b"clip\tduration[ms]\na.mp3\t12\n"))
-def test_damaged_tables_of_a_release_are_rows_or_one_error(place: Path, table: bytes, durations: bytes) -> None:
+def test_damaged_tables_of_a_release_are_rows_or_one_error(
+    place: Path, table: bytes, durations: bytes
+) -> None:
     folder = place / "cv-corpus-2" / "cs"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.tsv").write_bytes(table)
@@ -187,6 +229,14 @@ def test_any_pattern_is_files_or_one_error(place: Path, pattern: str) -> None:
     rows_or_error({"files": [f"{place}/tree/{pattern}"]})
 
 
-@given(words=st.dictionaries(st.sampled_from(["split", "locale", "common_voice"]), st.text(min_size=1, max_size=6)))
+@given(
+    words=st.dictionaries(
+        st.sampled_from(["split", "locale", "common_voice"]), st.text(min_size=1, max_size=6)
+    )
+)
 def test_any_name_in_a_source_is_rows_or_one_error(place: Path, words: dict[str, str]) -> None:
-    rows_or_error(SourceConfig(**{"common_voice": str(place), "locale": "cs", **words}).model_dump(exclude_defaults=True))
+    rows_or_error(
+        SourceConfig(**{"common_voice": str(place), "locale": "cs", **words}).model_dump(
+            exclude_defaults=True
+        )
+    )

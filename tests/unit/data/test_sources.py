@@ -102,21 +102,30 @@ def test_missing_csv_cells_are_missing_values(write) -> None:
 def test_globs_and_lists_of_files_are_read_in_order_and_no_file_twice(write) -> None:
     for name in ("d/2.jsonl", "d/1.jsonl", "e.jsonl", "odd[1].jsonl"):
         write(name, [{"text": name}])
-    assert [row["text"] for row in rows_of(files=["e.jsonl", "d/*.jsonl", "d/1.jsonl"])] == ["e.jsonl", "d/1.jsonl", "d/2.jsonl"]
+    assert [row["text"] for row in rows_of(files=["e.jsonl", "d/*.jsonl", "d/1.jsonl"])] == [
+        "e.jsonl",
+        "d/1.jsonl",
+        "d/2.jsonl",
+    ]
     assert rows_of(files="odd[1].jsonl") == [{"text": "odd[1].jsonl"}]
 
 
 def test_shipped_files_are_found_from_any_folder_by_name_and_by_glob(write) -> None:
     write("other.txt", "x")
     assert rows_of(files="assets/code/lua.validation.jsonl")
-    assert len(rows_of(files="assets/code/*.validation.jsonl")) > len(rows_of(files="assets/code/lua.validation.jsonl"))
+    assert len(rows_of(files="assets/code/*.validation.jsonl")) > len(
+        rows_of(files="assets/code/lua.validation.jsonl")
+    )
 
 
 def test_folder_of_code_is_one_row_a_file_without_hidden_ones(write) -> None:
     for name in ("src/b.lua", "src/deep/a.lua", "src/c.py", "src/.git/x.lua", "src/.hidden.lua"):
         write(name, f"-- {name}\n")
     found = rows_of(folder="src", glob="**/*.lua")
-    assert found == [{"text": "-- src/b.lua\n", "path": "b.lua"}, {"text": "-- src/deep/a.lua\n", "path": "deep/a.lua"}]
+    assert found == [
+        {"text": "-- src/b.lua\n", "path": "b.lua"},
+        {"text": "-- src/deep/a.lua\n", "path": "deep/a.lua"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -142,8 +151,15 @@ def test_folder_of_code_is_one_row_a_file_without_hidden_ones(write) -> None:
         ("a.jsonl", b'{"a": {"b": [{"c": 1, "c": 2}]}}', "line 1 has the key 'c' twice"),
         ("a.json", b'[{"a": 1},\n {"b": "{}"},\n {"a": 1, "a": 2}]', "row 3 (line 3) has the key 'a' twice"),
         pytest.param("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply", id="deep-jsonl"),
-        pytest.param("a.json", b'[{"a": ' + b"[" * 100_000 + b"}]", "it is nested too deeply", id="deep-json"),
-        pytest.param("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1 holds a number of thousands of digits", id="digits"),
+        pytest.param(
+            "a.json", b'[{"a": ' + b"[" * 100_000 + b"}]", "it is nested too deeply", id="deep-json"
+        ),
+        pytest.param(
+            "a.jsonl",
+            b'{"a": ' + b"9" * 5000 + b"}",
+            "line 1 holds a number of thousands of digits",
+            id="digits",
+        ),
         ("a.csv", b"text,text\nalpha,beta\n", "line 1 has the column 'text' twice"),
         ("a.tsv", b"a\tb\ta\n1\t2\t3\n", "line 1 has the column 'a' twice"),
         ("a.csv", b"a,,\n1,2,3\n", "line 1 has several columns without a name"),
@@ -153,9 +169,21 @@ def test_folder_of_code_is_one_row_a_file_without_hidden_ones(write) -> None:
             "line 3: unexpected end of data: a quotation mark is not closed",
         ),
         ("a.csv", b'text\n"one"two\n', "line 2: ',' expected after '\"': a quotation mark"),
-        ("a.csv", b"question;answer\n1;2\n", "line 1 is one column, 'question;answer': there must be commas between cells"),
-        ("a.tsv", b"question,answer\n1,2\n", "line 1 is one column, 'question,answer': there must be tabs between cells"),
-        ("a.csv", "a\n\u00fc\n".encode("utf-16"), "is not UTF-8 text (byte 0): it is UTF-16: save it as UTF-8"),
+        (
+            "a.csv",
+            b"question;answer\n1;2\n",
+            "line 1 is one column, 'question;answer': there must be commas between cells",
+        ),
+        (
+            "a.tsv",
+            b"question,answer\n1,2\n",
+            "line 1 is one column, 'question,answer': there must be tabs between cells",
+        ),
+        (
+            "a.csv",
+            "a\n\u00fc\n".encode("utf-16"),
+            "is not UTF-8 text (byte 0): it is UTF-16: save it as UTF-8",
+        ),
         ("a.txt", "ab".encode("utf-16-le"), "is not text: character 1 is a zero"),
         ("a.csv", b"a\nb\0c\n", "is not text: character 3 is a zero"),
         ("a.jsonl", gzip.compress(b'{"a": 1}', mtime=0), "it is compressed (gzip): unpack it"),
@@ -181,7 +209,9 @@ def test_missing_files_and_folders_name_the_key_and_where_was_looked(write, tmp_
     )
     assert refusal(folder="none") == f"tasks.t.train.folder = 'none': no such folder in {tmp_path}"
     assert refusal(folder="full", glob="*.py") == "tasks.t.train.glob = '*.py': matches no file in full"
-    assert refusal(folder="full", glob="/*.py").startswith("tasks.t.train.glob = '/*.py': is not a pattern below the folder")
+    assert refusal(folder="full", glob="/*.py").startswith(
+        "tasks.t.train.glob = '/*.py': is not a pattern below the folder"
+    )
 
 
 def test_binary_file_in_a_folder_of_code_is_an_error_not_a_skipped_row(write) -> None:
@@ -221,7 +251,9 @@ def test_gated_hub_data_says_how_to_get_it_and_what_can_stand_in(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("datasets.load_dataset", refuse)
     line = refusal(hub="a/b", data_dir="data/lua", fallback_hint=fallback_hint)
-    assert "is gated: accept its terms on https://huggingface.co/datasets/a/b, then run `hf auth login`" in line
+    assert (
+        "is gated: accept its terms on https://huggingface.co/datasets/a/b, then run `hf auth login`" in line
+    )
     assert line.endswith(f"Instead, use {fallback_hint or 'files or a folder'}")
 
 
@@ -266,14 +298,18 @@ def test_pipes_and_devices_are_refused_and_never_waited_for(tmp_path: Path) -> N
         assert "is not a regular file" in refusal(files=str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["a\0b", "~nobody_of_this_name/x"])  # too long ones are refused by the schema
+@pytest.mark.parametrize(
+    "name", ["a\0b", "~nobody_of_this_name/x"]
+)  # too long ones are refused by the schema
 @pytest.mark.parametrize("key", ["files", "folder", "common_voice"])
 def test_names_that_no_file_can_have_are_one_error(name: str, key: str) -> None:
     more = {"locale": "cs"} if key == "common_voice" else {}
     assert refusal(**{key: name + ("" if key != "files" else ".jsonl")}, **more).startswith("tasks.t.train")
 
 
-def test_links_that_lead_back_are_entered_once_and_no_file_is_read_twice_for_them(write, tmp_path: Path) -> None:
+def test_links_that_lead_back_are_entered_once_and_no_file_is_read_twice_for_them(
+    write, tmp_path: Path
+) -> None:
     for name in ("d/a.jsonl", "d/e/b.jsonl", "d/.hidden/c.jsonl", "d/e/.x.jsonl"):
         write(name, [{"text": name}])
     for number in range(3):

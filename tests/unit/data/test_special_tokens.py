@@ -39,10 +39,14 @@ def rendered(rows: list[dict[str, Any]], **task: Any) -> list[PromptCompletion]:
 def test_special_token_in_a_row_is_text_and_in_a_template_a_token(kind: str) -> None:
     tokenizer = make(kind)
     end = tokenizer.eos_token
-    (example,) = rendered([{"q": f"one {end} two", "a": f"b{end}c"}], prompt=f"{end}{{q}}{end}", completion=" {a}")
+    (example,) = rendered(
+        [{"q": f"one {end} two", "a": f"b{end}c"}], prompt=f"{end}{{q}}{end}", completion=" {a}"
+    )
     split = tokenize([example], tokenizer, 256, truncation="truncate")
     ids = split.example(0).tolist()
-    assert special_ids(tokenizer, ids[len(TextEncoder(tokenizer).start) :]) == [tokenizer.eos_token_id] * 3  # two of the template
+    assert (
+        special_ids(tokenizer, ids[len(TextEncoder(tokenizer).start) :]) == [tokenizer.eos_token_id] * 3
+    )  # two of the template
     assert split.counts.special_tokens == {end: 2}
     if kind in LOSSLESS:
         text = tokenizer.decode(ids).replace(f"{end} ", end).replace(f" {end}", end)
@@ -78,7 +82,10 @@ def test_special_tokens_true_makes_those_in_rows_tokens_as_the_tokenizer_does(ki
 def test_token_that_row_and_template_spell_together_is_text() -> None:
     tokenizer = make("unigram-first")
     (example,) = rendered([{"a": "think>"}], text="x <{a}")
-    assert special_ids(tokenizer, tokenize([example], tokenizer, 64, truncation="truncate").example(0)) == [1, 2]  # start and end
+    assert special_ids(tokenizer, tokenize([example], tokenizer, 64, truncation="truncate").example(0)) == [
+        1,
+        2,
+    ]  # start and end
 
 
 def test_words_single_characters_and_spaces_that_were_added_stay_tokens() -> None:
@@ -88,7 +95,10 @@ def test_words_single_characters_and_spaces_that_were_added_stay_tokens() -> Non
     (example,) = rendered([{"a": text}], text="{a}")
     native = tokenizer(text)["input_ids"]
     assert len(native) == 7
-    assert tokenize([example], tokenizer, 64, truncation="truncate").example(0).tolist() == [*native, tokenizer.eos_token_id]
+    assert tokenize([example], tokenizer, 64, truncation="truncate").example(0).tolist() == [
+        *native,
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_added_token_that_a_prepended_space_would_hide_is_a_token_in_templates_and_counted_in_rows() -> None:
@@ -129,14 +139,19 @@ def test_text_without_special_tokens_is_tokenised_as_by_the_tokenizer_itself(kin
 
 
 PART = st.one_of(
-    ORDINARY, st.sampled_from(["</s>", "<s>", "<think>", "<|turn|>", "<|im_end|>", "<e>", "<unk>", "<", "think>", "[L] "])
+    ORDINARY,
+    st.sampled_from(
+        ["</s>", "<s>", "<think>", "<|turn|>", "<|im_end|>", "<e>", "<unk>", "<", "think>", "[L] "]
+    ),
 )
 
 
 @pytest.mark.attack
 @pytest.mark.parametrize("kind", KINDS)
 @given(parts=st.lists(st.tuples(PART, st.booleans()), max_size=6))
-def test_only_the_templates_special_tokens_are_tokens_whatever_rows_hold(kind: str, parts: list[tuple[str, bool]]) -> None:
+def test_only_the_templates_special_tokens_are_tokens_whatever_rows_hold(
+    kind: str, parts: list[tuple[str, bool]]
+) -> None:
     tokenizer, encoder = make(kind), _encoder(kind)
     text, rows, expected = "", [], []
     literal, ids = "", {word: i for i, word in encoder.special.items()}
@@ -161,7 +176,9 @@ def _encoder(kind: str) -> TextEncoder:
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
-@pytest.mark.parametrize(("prompt", "completion"), [("a:", " b"), ("a:", "b"), ("a:\n", "the ab"), ("a ", "4"), ("a:", "\n b")])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("a:", " b"), ("a:", "b"), ("a:\n", "the ab"), ("a ", "4"), ("a:", "\n b")]
+)
 def test_completion_is_read_as_the_text_after_the_prompt_without_a_space_more_or_less(
     kind: str, prompt: str, completion: str
 ) -> None:
@@ -176,8 +193,12 @@ def test_completion_is_read_as_the_text_after_the_prompt_without_a_space_more_or
     assert split.label_bytes.tolist() == [len(completion.encode())]
 
 
-@pytest.mark.parametrize(("completion", "pieces"), [(" b", ["\u2581", "b"]), ("b", ["b"]), ("\nb", ["\u2581", "b"])])
-def test_completion_of_words_that_are_marked_between_spaces_continues_the_prompt(completion: str, pieces: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("completion", "pieces"), [(" b", ["\u2581", "b"]), ("b", ["b"]), ("\nb", ["\u2581", "b"])]
+)
+def test_completion_of_words_that_are_marked_between_spaces_continues_the_prompt(
+    completion: str, pieces: list[str]
+) -> None:
     tokenizer = make("spaced-pieces")
     split = tokenize([PromptCompletion("a:", completion)], tokenizer, 64, truncation="truncate")
     assert tokenizer.convert_ids_to_tokens(split.example(0).tolist()) == ["\u2581", "a", ":", *pieces, "</s>"]
@@ -188,7 +209,10 @@ def test_completion_after_a_special_token_is_read_as_the_tokenizer_reads_the_who
     tokenizer = unigram(scheme, start=False)
     for prompt in ("ab<|turn|>", "ab<|user|>"):  # the second strips the spaces behind it
         split = tokenize([PromptCompletion(prompt, " ab")], tokenizer, 64, truncation="truncate")
-        assert split.example(0).tolist() == [*tokenizer(f"{prompt} ab", add_special_tokens=False)["input_ids"], 2]
+        assert split.example(0).tolist() == [
+            *tokenizer(f"{prompt} ab", add_special_tokens=False)["input_ids"],
+            2,
+        ]
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
@@ -196,14 +220,18 @@ def test_completion_after_a_special_token_is_read_as_the_tokenizer_reads_the_who
 def test_decoded_completion_keeps_its_first_space(kind: str, completion: str) -> None:
     tokenizer = make(kind)
     encoder = TextEncoder(tokenizer)
-    ((ids, read),) = tokenize([PromptCompletion("the ab:", completion)], tokenizer, 64, truncation="truncate").documents(0)
+    ((ids, read),) = tokenize(
+        [PromptCompletion("the ab:", completion)], tokenizer, 64, truncation="truncate"
+    ).documents(0)
     assert encoder.decode_after(ids[:read].tolist(), ids[read:].tolist()) == completion
 
 
 @pytest.mark.parametrize("kind", ["bytes", "unigram-first", "legacy-llama"])
 @pytest.mark.parametrize("text", ["{s}one{e}", "{s}one", "one{e}", "one{e}\n", "{s}one {e} two{e}"])
 @pytest.mark.parametrize("truncation", ["truncate", "split"])
-def test_start_and_end_token_that_a_text_has_itself_are_not_doubled(kind: str, text: str, truncation: str) -> None:
+def test_start_and_end_token_that_a_text_has_itself_are_not_doubled(
+    kind: str, text: str, truncation: str
+) -> None:
     tokenizer = make(kind)
     start, end = tokenizer.bos_token, tokenizer.eos_token
     (plain,) = rendered([{"a": text.format(s="", e="").strip()}], text="{a}")
@@ -223,7 +251,9 @@ def test_start_token_that_a_prompt_has_itself_is_not_doubled_in_training_nor_gen
     split = tokenize([PromptCompletion("<s>a", "b")], tokenizer, 64, truncation="truncate")
     assert split.example(0).tolist().count(1) == 1
     assert TextEncoder(tokenizer).prompt("<s>a", special_tokens=True).count(1) == 1
-    assert TextEncoder(tokenizer).prompt("<s>a", special_tokens=False).count(1) == 1  # the start; the prompt's is text
+    assert (
+        TextEncoder(tokenizer).prompt("<s>a", special_tokens=False).count(1) == 1
+    )  # the start; the prompt's is text
 
 
 def texts(split: TokenSplit, tokenizer: Any) -> list[str]:
@@ -240,7 +270,10 @@ def test_task_reads_rows_held_out_rows_and_packed_rows_alike_and_counts(write, l
             assert ids.count(tokenizer.eos_token_id) == ids.count(tokenizer.bos_token_id) == 10
             assert split.counts.special_tokens == {"<e>": 10}
         assert texts(task.validation, tokenizer)[0] == "<s>x0<e>y<e>"
-        real = load(tokenizer, a={"train": "a.jsonl", "validation": "a.jsonl", "packing": packing, "special_tokens": True})["a"]
+        real = load(
+            tokenizer,
+            a={"train": "a.jsonl", "validation": "a.jsonl", "packing": packing, "special_tokens": True},
+        )["a"]
         assert real.data_hash != task.data_hash
         for split in (real.train, real.validation):
             assert split.tokens.tolist().count(tokenizer.eos_token_id) == 20
@@ -254,7 +287,8 @@ def test_special_tokens_in_rows_are_counted_in_a_note_that_says_how_they_are_rea
     sources = {"a": {"train": "a.jsonl"}, "b": {"train": "b.jsonl"}}
     (note,) = notes_on_rows(load(tokenizer, **sources), run_config(sources))
     assert (
-        note == "special tokens written in rows of a (30: <e> 20, <p> 10) are text; tasks.a.special_tokens=true makes them tokens"
+        note
+        == "special tokens written in rows of a (30: <e> 20, <p> 10) are text; tasks.a.special_tokens=true makes them tokens"
     )
     sources["a"]["special_tokens"] = True
     (note,) = notes_on_rows(load(tokenizer, **sources), run_config(sources))
@@ -270,7 +304,9 @@ def test_cached_tokens_know_what_was_template_and_what_was_row(write, load) -> N
     assert (of_row.train.counts.special_tokens, of_template.train.counts.special_tokens) == ({"<e>": 3}, {})
 
 
-@pytest.mark.parametrize("change", [lambda t: t.add_tokens(["<x>"]), lambda t: setattr(t, "eos_token", "<p>")])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.add_tokens(["<x>"]), lambda t: setattr(t, "eos_token", "<p>")]
+)
 def test_tokenizers_that_read_text_differently_have_different_hashes(change: Callable[[Any], Any]) -> None:
     one, other = byte_tokenizer(), byte_tokenizer()
     assert tokenizer_hash(one) == tokenizer_hash(other)
@@ -285,5 +321,7 @@ def test_ordinary_rows_and_prompts_of_the_small_model_have_the_tokens_that_they_
         row = json.loads(line)
         (example,) = rendered([row], prompt="{prompt}", completion="{completion}")
         ids = tokenize([example], tokenizer, 1 << 20, truncation="truncate").example(0).tolist()
-        once, again = (tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "completion"))
+        once, again = (
+            tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "completion")
+        )
         assert ids == [*once, *again, tokenizer.eos_token_id]

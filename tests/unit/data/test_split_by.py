@@ -66,7 +66,9 @@ def test_folder_of_files_is_split_by_its_columns(write, tokenizer: Any, tmp_path
     assert all(len(task.train) == 1 for task in load_tasks(config, tokenizer, tmp_path / "cache").values())
 
 
-def test_hub_data_set_is_split_and_read_once(write, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_set_is_split_and_read_once(
+    write, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     datasets = pytest.importorskip("datasets")
     write("set/train.jsonl", ROWS)
     read: list[str] = []
@@ -97,9 +99,15 @@ def test_validation_rows_are_split_alike(write, tokenizer: Any, tmp_path: Path) 
 
 def test_adapters_name_the_made_tasks_or_all_of_them(write) -> None:
     write("a.jsonl", ROWS)
-    raw = run_config({"support": {"train": "a.jsonl", "split_by": "lang"}, "other": {"train": "a.jsonl"}}).model_dump(mode="json")
+    raw = run_config(
+        {"support": {"train": "a.jsonl", "split_by": "lang"}, "other": {"train": "a.jsonl"}}
+    ).model_dump(mode="json")
     ia3 = {"method": "ia3", "lr": 1e-3}
-    adapters = {"all": ia3, "one": {**ia3, "tasks": ["support_cs"]}, "three": {**ia3, "tasks": ["support", "support_de"]}}
+    adapters = {
+        "all": ia3,
+        "one": {**ia3, "tasks": ["support_cs"]},
+        "three": {**ia3, "tasks": ["support", "support_de"]},
+    }
     config = expand_split_tasks(validate({**raw, "adapters": adapters}))
     assert config.adapters["all"].tasks is None
     assert config.adapters["one"].tasks == ["support_cs"]
@@ -160,13 +168,21 @@ def test_values_that_would_have_one_name_get_names_of_their_own(values: list[str
             [{"text": "a", "language": "cs"}] * 4,
             r"is no column with values in the train rows; they have language or text\. Did you mean",
         ),
-        ([{"text": "a", "lang": "cs"}, {"text": "a"}, {"text": "a", "lang": ""}], "is empty in 2 of 3 train rows"),
+        (
+            [{"text": "a", "lang": "cs"}, {"text": "a"}, {"text": "a", "lang": ""}],
+            "is empty in 2 of 3 train rows",
+        ),
         ([{"text": "a", "lang": ["cs"]}] * 4, "row 1 of train holds a list"),
-        ([{"text": "a", "lang": f"{i}"} for i in range(5)], r"has 5 value\(s\) with one row, '0' for example"),
+        (
+            [{"text": "a", "lang": f"{i}"} for i in range(5)],
+            r"has 5 value\(s\) with one row, '0' for example",
+        ),
         ([{"text": "a", "lang": f"{i // 2}"} for i in range(10)], "has 5 different values.* at most 4"),
     ],
 )
-def test_column_that_makes_no_tasks_is_refused(rows: list[Any], hint: str, write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_column_that_makes_no_tasks_is_refused(
+    rows: list[Any], hint: str, write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(split_by, "MOST_TASKS", 4 if "at most 4" in hint else 100)
     write("a.jsonl", rows)
     (problem,) = refusal(lambda: expanded(train="a.jsonl"))
@@ -185,8 +201,12 @@ def test_value_given_by_hand_selects_rows_and_must_exist(write, load, tokenizer:
     write("a.jsonl", ROWS)
     task = load(tokenizer, cs={"train": "a.jsonl", "split_by": "lang", "split_value": "cs"})["cs"]
     assert len(task.train) + len(task.validation) == 20
-    (problem,) = refusal(lambda: load(tokenizer, fi={"train": "a.jsonl", "split_by": "lang", "split_value": "fi"}))
-    assert str(problem).startswith("tasks.fi.split_value = 'fi': is in no row of tasks.fi.train; values of lang are Portug")
+    (problem,) = refusal(
+        lambda: load(tokenizer, fi={"train": "a.jsonl", "split_by": "lang", "split_value": "fi"})
+    )
+    assert str(problem).startswith(
+        "tasks.fi.split_value = 'fi': is in no row of tasks.fi.train; values of lang are Portug"
+    )
     (problem,) = refusal(lambda: load(tokenizer, fi={"train": "a.jsonl", "split_value": "fi"}))
     assert problem.key == "tasks.fi.split_value"
 

@@ -92,7 +92,9 @@ def test_limits_take_a_seeded_sample_of_each_side_and_count_the_rest(write, load
     assert not same(task.train, load(tokenizer, seed=1, a=limits)["a"].train)
 
 
-def test_second_load_takes_the_same_arrays_from_the_cache(write, load, tokenizer: Any, tmp_path: Path, monkeypatch) -> None:
+def test_second_load_takes_the_same_arrays_from_the_cache(
+    write, load, tokenizer: Any, tmp_path: Path, monkeypatch
+) -> None:
     write("a.jsonl", ROWS)
     first = load(tokenizer, a={"train": "a.jsonl"})["a"]
     before = cache_files(tmp_path)
@@ -109,7 +111,9 @@ def change_content(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"text": "other"}, *rows[1:]]
 
 
-@pytest.mark.parametrize("change", ["content", "tokenizer", "end token", "max_length", "truncation", "template"])
+@pytest.mark.parametrize(
+    "change", ["content", "tokenizer", "end token", "max_length", "truncation", "template"]
+)
 def test_cache_is_keyed_by_whatever_changes_the_tokens(write, load, tmp_path: Path, change: str) -> None:
     write("a.jsonl", ROWS)
     task, tokenizer = {"train": "a.jsonl", "validation": "a.jsonl"}, byte_tokenizer()
@@ -133,7 +137,9 @@ def test_cache_is_keyed_by_whatever_changes_the_tokens(write, load, tmp_path: Pa
         assert not same(first.train, second.train)
 
 
-def test_cache_does_not_depend_on_where_the_rows_come_from(write, load, tokenizer: Any, tmp_path: Path) -> None:
+def test_cache_does_not_depend_on_where_the_rows_come_from(
+    write, load, tokenizer: Any, tmp_path: Path
+) -> None:
     write("a.jsonl", ROWS)
     write("b.json", "[" + ",".join(f'{{"text": "{row["text"]}"}}' for row in ROWS) + "]")
     load(tokenizer, a={"train": "a.jsonl", "validation": "a.jsonl"})
@@ -155,7 +161,12 @@ def test_damaged_cache_file_is_made_again(write, load, tokenizer: Any, tmp_path:
                 np.savez(file, tokens=np.zeros(3))
         else:
             path.write_bytes(
-                {"empty": b"", "cut": whole[: len(whole) // 2], "noise": b"noise" * 99, "flipped": bytes(flipped)}[damage]
+                {
+                    "empty": b"",
+                    "cut": whole[: len(whole) // 2],
+                    "noise": b"noise" * 99,
+                    "flipped": bytes(flipped),
+                }[damage]
             )
     again = load(tokenizer, a={"train": "a.jsonl"})["a"]
     assert same(first.train, again.train)
@@ -180,7 +191,12 @@ def test_cache_that_cannot_be_written_costs_a_warning_not_the_run(
 
 
 def test_full_disk_leaves_no_half_written_cache_file(
-    write, load, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    write,
+    load,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(file: Any, **arrays: Any) -> None:
         file.write(b"half")
@@ -196,7 +212,11 @@ def test_full_disk_leaves_no_half_written_cache_file(
 @pytest.mark.parametrize(
     ("rows", "task", "reason"),
     [
-        ([{"text": " "}, {"text": ""}, {}], {}, "no usable example among 3 rows: 3 empty, 0 over-long, 0 with a prompt"),
+        (
+            [{"text": " "}, {"text": ""}, {}],
+            {},
+            "no usable example among 3 rows: 3 empty, 0 over-long, 0 with a prompt",
+        ),
         (
             [{"text": "x" * 70}] * 2,
             {"truncation": "drop"},
@@ -223,7 +243,8 @@ def test_validation_rows_must_have_the_training_rows_columns(write, load, tokeni
     write("a.jsonl", [{"prompt": "p", "completion": "c"}])
     write("v.jsonl", [{"text": "t"}])
     with pytest.raises(
-        UserError, match=r"tasks.a.prompt = 'prompt': 'prompt' is not a column of the validation rows; they have text"
+        UserError,
+        match=r"tasks.a.prompt = 'prompt': 'prompt' is not a column of the validation rows; they have text",
     ):
         load(tokenizer, a={"train": "a.jsonl", "validation": "v.jsonl"})
 
@@ -250,7 +271,10 @@ def test_faults_of_all_tasks_come_at_once(write, load, tokenizer: Any) -> None:
 def test_missing_numbers_are_counted_as_empty_and_never_learnt(write, load, tokenizer: Any) -> None:
     rows = [{"question": f"{i}?", "answer": float("nan") if i % 3 == 0 else str(i)} for i in range(30)]
     write("a.jsonl", rows)
-    task = load(tokenizer, a={"train": "a.jsonl", "validation": "a.jsonl", "prompt": "question", "completion": " {answer}"})["a"]
+    task = load(
+        tokenizer,
+        a={"train": "a.jsonl", "validation": "a.jsonl", "prompt": "question", "completion": " {answer}"},
+    )["a"]
     assert (task.train.counts.empty, task.train.counts.examples) == (10, 20)
     assert "nan" not in "".join(texts(task.train, tokenizer))
 
@@ -260,7 +284,10 @@ def test_of_a_text_of_a_hundred_megabytes_no_more_is_tokenised_than_can_be_used(
     tokenizer, text = smollm2(), "many words of text, " * 5_000_000
     tokenize([PromptCompletion("", "warm up")], tokenizer, 64, truncation=truncation)
     before, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    examples = [PromptCompletion("", text, (), ((0, len(text)),)), PromptCompletion(text, "too long a prompt", ((0, len(text)),))]
+    examples = [
+        PromptCompletion("", text, (), ((0, len(text)),)),
+        PromptCompletion(text, "too long a prompt", ((0, len(text)),)),
+    ]
     split = tokenize(examples, tokenizer, 512, truncation=truncation)
     assert time.process_time() - before < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 * 1024  # KiB

@@ -37,7 +37,10 @@ def test_templates_fill_columns_and_keep_doubled_braces() -> None:
 def test_column_that_some_rows_lack_is_empty_there_wherever_they_stand() -> None:
     rows = [{"prompt": "p"}, {"completion": "c"}, {"prompt": None, "completion": "d"}]
     assert examples(rows) == [PromptCompletion("p", ""), PromptCompletion("", "c"), PromptCompletion("", "d")]
-    assert examples([{"a": "x"}, {"b": "y"}], text="{a}/{b}") == [PromptCompletion("", "x/"), PromptCompletion("", "/y")]
+    assert examples([{"a": "x"}, {"b": "y"}], text="{a}/{b}") == [
+        PromptCompletion("", "x/"),
+        PromptCompletion("", "/y"),
+    ]
 
 
 def test_half_a_character_in_json_becomes_the_replacement_character() -> None:
@@ -61,7 +64,9 @@ def test_half_a_character_in_json_becomes_the_replacement_character() -> None:
         ({}, "tasks.t: name the columns: text, or prompt and completion; the rows have doc, code"),
     ],
 )  # fmt: skip
-def test_unusable_column_or_template_names_key_value_and_what_there_is(task: dict[str, str], line: str) -> None:
+def test_unusable_column_or_template_names_key_value_and_what_there_is(
+    task: dict[str, str], line: str
+) -> None:
     assert refusals([{"doc": "d", "code": "c"}], **task) == [line]
 
 
@@ -78,7 +83,10 @@ def test_all_lacking_columns_come_at_once() -> None:
 @pytest.mark.parametrize("value", [["a"], {"a": 1}, b"bytes"])
 def test_value_that_is_neither_text_nor_number_is_an_error(value: Any) -> None:
     (line,) = refusals([{"text": "fine"}, {"text": value}])
-    assert line == f"tasks.t.text = 'text': column 'text' holds a {type(value).__name__}: it must be text or a number"
+    assert (
+        line
+        == f"tasks.t.text = 'text': column 'text' holds a {type(value).__name__}: it must be text or a number"
+    )
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), ""])
@@ -86,11 +94,17 @@ def test_missing_cells_are_empty_however_a_table_writes_them(missing: Any) -> No
     rows = [{"q": "one", "a": missing}, {"q": missing, "a": "two"}]
     found = examples(rows, prompt="{q}:", completion="Answer: {a}.")
     assert found == [PromptCompletion("one:", "Answer: ."), PromptCompletion(":", "Answer: two.")]
-    assert [example.is_empty for example in found] == [True, False]  # of the first nothing of the row would be learnt
+    assert [example.is_empty for example in found] == [
+        True,
+        False,
+    ]  # of the first nothing of the row would be learnt
 
 
 def test_the_word_nan_is_text() -> None:
-    assert examples([{"text": "NaN"}, {"text": "nan"}]) == [PromptCompletion("", "NaN"), PromptCompletion("", "nan")]
+    assert examples([{"text": "NaN"}, {"text": "nan"}]) == [
+        PromptCompletion("", "NaN"),
+        PromptCompletion("", "nan"),
+    ]
 
 
 @pytest.mark.parametrize(

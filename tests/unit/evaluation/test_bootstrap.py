@@ -63,7 +63,10 @@ def test_interval_covers_a_known_shift_about_as_often_as_it_promises() -> None:
         random = np.random.default_rng(seed)
         base = random.gamma(4.0, 2.0, 60)
         estimate = compare(
-            held_out({-1: base, 0: base - random.normal(1.0, 2.0, 60)}), samples=300, confidence=0.9, seed=seed
+            held_out({-1: base, 0: base - random.normal(1.0, 2.0, 60)}),
+            samples=300,
+            confidence=0.9,
+            seed=seed,
         ).differences[0, -1]
         covered += estimate.low <= -0.1 / LN2 <= estimate.high
     assert 0.84 * runs <= covered <= 0.96 * runs
@@ -97,7 +100,9 @@ def test_figures_are_bits_per_byte_weighted_by_bytes() -> None:
     result = judge(heldout)
     assert result.contenders[-1].value == pytest.approx(108 / 100 / LN2)
     assert result.differences[0, -1].value == pytest.approx(-54 / 100 / LN2)
-    assert result.contenders[-1].high == pytest.approx(max(2.0, 100 / 96) / LN2)  # all draws the first example
+    assert result.contenders[-1].high == pytest.approx(
+        max(2.0, 100 / 96) / LN2
+    )  # all draws the first example
 
 
 def test_differences_are_antisymmetric_and_same_seed_gives_same_figures() -> None:
@@ -123,7 +128,11 @@ def test_loss_that_is_not_a_number_spoils_its_contender_only() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_losses_that_are_not_finite_warn_of_nothing() -> None:
-    result = judge(held_out({-1: losses(30), 0: np.full(30, math.inf), 1: np.full(30, math.nan), 2: np.full(30, math.inf)}))
+    result = judge(
+        held_out(
+            {-1: losses(30), 0: np.full(30, math.inf), 1: np.full(30, math.nan), 2: np.full(30, math.inf)}
+        )
+    )
     assert math.isnan(result.differences[0, 2].value)
     assert not any(result.differences[a, -1].excludes_zero for a in (0, 1, 2))
 
@@ -138,7 +147,9 @@ def test_sweep_of_thousands_is_compared_in_linear_time() -> None:
     assert time.process_time() - started < 10  # each with each: a quarter of an hour
 
 
-def test_resamples_do_not_depend_on_how_many_are_in_memory_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resamples_do_not_depend_on_how_many_are_in_memory_at_one_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     heldout = held_out({-1: np.arange(1.0, 61), 0: np.arange(2.0, 62)})
     whole = compare(heldout, samples=300, confidence=0.9, seed=1)
     monkeypatch.setattr("flora_train.evaluation.bootstrap.MAX_WEIGHTS", 700)

@@ -18,7 +18,10 @@ from tests.architectures import tiny_model
 from tests.conftest import perturb, spec
 from tests.unit.training.harness import PAD, random_split
 
-TASKS = [Task(name, 1.0, random_split(0, 5), random_split(seed, 9), name * 8) for name, seed in (("a", 1), ("b", 2))]
+TASKS = [
+    Task(name, 1.0, random_split(0, 5), random_split(seed, 9), name * 8)
+    for name, seed in (("a", 1), ("b", 2))
+]
 
 
 class Counted:
@@ -36,7 +39,9 @@ class Counted:
 
 @pytest.fixture
 def bank() -> AdapterBank:
-    found = AdapterBank.attach(tiny_model(), [spec(method, task) for task in "ab" for method in ("flora", "lora")])
+    found = AdapterBank.attach(
+        tiny_model(), [spec(method, task) for task in "ab" for method in ("flora", "lora")]
+    )
     perturb(found)
     return found
 
@@ -98,5 +103,8 @@ def test_losses_of_other_adapters_or_rows_are_deleted(bank: AdapterBank, tmp_pat
     whole = Counted(bank.model)
     expected = evaluated(bank, whole, None)
     last = Counted(bank.model)
-    assert_same(evaluated(bank, last, log_of(tmp_path, bank, **({"a": "other"} if change == "data" else {}))), expected)
+    assert_same(
+        evaluated(bank, last, log_of(tmp_path, bank, **({"a": "other"} if change == "data" else {}))),
+        expected,
+    )
     assert last.done == whole.done

@@ -41,7 +41,9 @@ def main(*folders: str) -> None:
         for adapter in sorted((folder / "adapters").iterdir()):
             model = auto_class.from_pretrained(folder / "base").eval()
             with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("error", UserWarning)  # PEFT only warns where keys are missing or a layout is wrong
+                warnings.simplefilter(
+                    "error", UserWarning
+                )  # PEFT only warns where keys are missing or a layout is wrong
                 logits[adapter.name] = PeftModel.from_pretrained(model, adapter).eval()(**inputs).logits
         save_file(logits, folder / "logits.safetensors")
     assert not [name for name in sys.modules if name.split(".")[0] == "flora_train"]

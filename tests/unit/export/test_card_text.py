@@ -61,5 +61,8 @@ def test_a_card_stays_whole_whatever_things_are_called(evil: str, tmp_path: Path
 
 
 def test_text_in_a_line_keeps_ordinary_names() -> None:
-    assert in_line("HuggingFaceTB/SmolLM2-135M, cc-by-4.0 (naïve)") == "HuggingFaceTB/SmolLM2-135M, cc-by-4.0 (naïve)"
+    assert (
+        in_line("HuggingFaceTB/SmolLM2-135M, cc-by-4.0 (naïve)")
+        == "HuggingFaceTB/SmolLM2-135M, cc-by-4.0 (naïve)"
+    )
     assert in_code("assets/models/smollm2-135m") == "assets/models/smollm2-135m"

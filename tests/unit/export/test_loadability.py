@@ -104,7 +104,10 @@ AS_THEY_ARE: dict[str, dict[str, Any]] = {
     "jamba": {**EXPERTS, **STATE, "attn_layer_period": 2, "attn_layer_offset": 1},
 }
 QUICK = ("qwen3_moe", "deepseek_v3", "ernie4_5_moe", "qwen3_next", "mixtral", "jamba")
-FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in (*REWRITTEN, *AS_THEY_ARE)]
+FAMILIES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.full)
+    for name in (*REWRITTEN, *AS_THEY_ARE)
+]
 
 
 def built(family: str) -> tuple[PretrainedConfig, nn.Module]:
@@ -130,7 +133,9 @@ def by_peft(model: nn.Module, folder: Path, x: Tensor, merge: bool = False) -> T
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_on_every_layer_of_a_model_of_experts_is_the_same_in_plain_peft(family: str, tmp_path: Path) -> None:
+def test_a_lora_on_every_layer_of_a_model_of_experts_is_the_same_in_plain_peft(
+    family: str, tmp_path: Path
+) -> None:
     x = tokens(2)
     bank = bank_on(built(family)[1], spec("lora", rank=4, alpha=3.0), spec("flora", rank=3, variant="pure"))
     said = list(notes(bank.model, bank.pools))
@@ -149,14 +154,18 @@ def test_a_lora_on_every_layer_of_a_model_of_experts_is_the_same_in_plain_peft(f
     [{"rslora": True}, {"target_modules": ["gate_proj"]}, {"target_modules": ["down_proj"]}],
     ids=str,
 )
-def test_an_adalora_of_any_settings_has_the_numbers_of_its_lora_and_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adalora_of_any_settings_has_the_numbers_of_its_lora_and_comes_back(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     x, ours = tokens(2), spec("lora", rank=3, alpha=5.0, dropout=0.1, **options)
     bank = bank_on(built("qwen3_moe")[1], ours)
     folder = export_peft(bank, "task-lora", tmp_path / "a", base=BaseModel("base"))
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "ADALORA"
     expected = logits(bank, x, [0, 0])
     for merge in (False, True):
-        torch.testing.assert_close(by_peft(built("qwen3_moe")[1], folder, x, merge), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            by_peft(built("qwen3_moe")[1], folder, x, merge), expected, rtol=1e-4, atol=1e-4
+        )
     again = AdapterBank.attach(built("qwen3_moe")[1], [replace(ours, init_from=str(folder))])
     init_from_peft(again, [0])
     torch.testing.assert_close(again.row(0), bank.row(0), rtol=1e-6, atol=1e-7)
@@ -197,7 +206,9 @@ def test_layers_that_peft_refuses_are_named_before_training_and_in_the_folder(tm
     assert "out_proj" in said
     assert "--as merged" in said
     warned = {
-        name for name in bank.ids if (export_peft(bank, name, tmp_path / name, base=BaseModel("base")) / PEFT_WARNING).exists()
+        name
+        for name in bank.ids
+        if (export_peft(bank, name, tmp_path / name, base=BaseModel("base")) / PEFT_WARNING).exists()
     }
     assert warned == {"task-all"}
     with pytest.raises(ValueError, match="out_proj"):
@@ -224,7 +235,9 @@ class Renamed(LlamaForCausalLM):
 
 def test_a_silent_loss_that_no_form_avoids_is_refused_before_training() -> None:
     bank = AdapterBank.attach(Renamed(architecture_config("llama")), [spec("flora")])
-    with pytest.raises(UserError, match=r"adapters\.flora\.target_modules: plain PEFT ignores 28 of 28 tensors .*HIRA"):
+    with pytest.raises(
+        UserError, match=r"adapters\.flora\.target_modules: plain PEFT ignores 28 of 28 tensors .*HIRA"
+    ):
         list(notes(bank.model, bank.pools))
 
 
@@ -239,11 +252,15 @@ def test_a_model_that_cannot_be_made_from_its_configuration_is_exported_with_a_n
     assert Loadability(bank.model).empty_model is None
     (line,) = notes(bank.model, bank.pools)
     assert "it is unknown whether" in line
-    assert not (export_peft(bank, "task-lora", tmp_path / "a", base=BaseModel("base")) / PEFT_WARNING).exists()
+    assert not (
+        export_peft(bank, "task-lora", tmp_path / "a", base=BaseModel("base")) / PEFT_WARNING
+    ).exists()
 
 
 def test_task_type_follows_the_model() -> None:
-    bert = BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    bert = BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
     llama = architecture_config("llama")
     found = {
         "causal": tiny_model("gpt2"),
@@ -272,4 +289,6 @@ def test_an_adapter_of_a_classifier_is_the_same_in_plain_peft(tmp_path: Path) ->
     x = tokens(2)
     bank = bank_on(classifier(), spec("lora", target_modules=["q_proj", "down_proj"]))
     folder = export_peft(bank, "task-lora", tmp_path / "a", base=BaseModel("base"))
-    torch.testing.assert_close(by_peft(classifier(), folder, x), logits(bank, x, [0, 0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        by_peft(classifier(), folder, x), logits(bank, x, [0, 0]), rtol=1e-4, atol=1e-5
+    )

@@ -96,7 +96,9 @@ def test_a_modulation_is_no_worse_than_that_of_any_start_and_the_same_at_every_c
 
     weights, pulled = weight.square(), weight * delta
     single = error(
-        *_least_squares(weights, pulled, truncated(pulled / (weights + 0.1 * weights.mean()), rank)[1].double(), rounds=30)
+        *_least_squares(
+            weights, pulled, truncated(pulled / (weights + 0.1 * weights.mean()), rank)[1].double(), rounds=30
+        )
     )
     found = modulation(weight, delta, rank)
     assert error(*found) < 0.97 * single

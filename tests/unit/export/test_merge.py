@@ -23,7 +23,9 @@ from tests.unit.training.small_disk import file_size_limit
 
 @pytest.mark.parametrize("family", ["pure", "residual", "rslora", "ia3_explicit"])
 @pytest.mark.parametrize("architecture", FEW)
-def test_transformers_loads_the_merged_model_and_computes_our_logits(tmp_path: Path, architecture: str, family: str) -> None:
+def test_transformers_loads_the_merged_model_and_computes_our_logits(
+    tmp_path: Path, architecture: str, family: str
+) -> None:
     """Not to the last bit: W0 * M is rounded to float32 once more than x (W0 * M) inside one kernel, and LoRA
     and IA3 multiply in another order. That is 1e-7 a layer; 1e-4 of the logits leaves room for the depth."""
     bank, x = perturbed_bank(architecture), tokens(3)
@@ -50,7 +52,9 @@ def test_a_weight_that_stands_in_two_places_is_not_merged(shared: str) -> None:
         second.up_proj.weight = first.up_proj.weight
     bank = AdapterBank.attach(model, [spec("lora", rank=2, target_modules="all-linear")])
     before = first.up_proj.base_layer.weight.clone()
-    with pytest.raises(UserError, match=r"^as = 'merged': model\.layers\.\d\.mlp\.up_proj shares its weight with"):
+    with pytest.raises(
+        UserError, match=r"^as = 'merged': model\.layers\.\d\.mlp\.up_proj shares its weight with"
+    ):
         merge_into_base(bank, bank.specs[0].name)
     assert torch.equal(first.up_proj.base_layer.weight, before)
 
@@ -62,7 +66,9 @@ def test_merging_leaves_no_adapter_layer_and_other_layers_as_they_were() -> None
     assert not any(isinstance(module, AdapterLinear) for module in model.modules())
     plain = tiny_model("llama").state_dict()
     changed = {
-        name.removesuffix(".weight") for name, tensor in model.state_dict().items() if not torch.equal(tensor, plain[name])
+        name.removesuffix(".weight")
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, plain[name])
     }
     assert changed == targets
 
@@ -83,11 +89,15 @@ def test_merging_refuses_a_folder_that_exists(tmp_path: Path) -> None:
 
 def test_merging_an_unknown_adapter_says_which_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Did you mean 'task-pure'"):
-        save_merged(perturbed_bank("llama"), "task-pur", tmp_path / "merged", preprocessors=[byte_tokenizer()])
+        save_merged(
+            perturbed_bank("llama"), "task-pur", tmp_path / "merged", preprocessors=[byte_tokenizer()]
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_leaves_no_half_model(tmp_path: Path) -> None:
     with file_size_limit(50_000), pytest.raises(UserError, match="merged: the disk is full"):
-        save_merged(perturbed_bank("llama"), "task-pure", tmp_path / "merged", preprocessors=[byte_tokenizer()])
+        save_merged(
+            perturbed_bank("llama"), "task-pure", tmp_path / "merged", preprocessors=[byte_tokenizer()]
+        )
     assert list(tmp_path.iterdir()) == []

@@ -54,4 +54,9 @@ def test_a_suite_of_the_hub_is_told_in_its_format_and_ours_is_not() -> None:
 
 
 def test_nothing_is_told_where_nothing_was_measured() -> None:
-    assert tables(None, "lua-flora") == card_results(None, "lua-flora") == benchmarks(report("multipl_e_local"), "nobody") == []
+    assert (
+        tables(None, "lua-flora")
+        == card_results(None, "lua-flora")
+        == benchmarks(report("multipl_e_local"), "nobody")
+        == []
+    )

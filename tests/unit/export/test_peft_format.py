@@ -125,12 +125,16 @@ def test_target_modules_are_short_endings_that_select_exactly_the_targets(archit
     for name, i in bank.ids.items():
         config = PeftConfig.from_peft_type(**peft_config(bank, name, BaseModel("base")))
         pool, _ = bank.location[i]
-        assert {module for module in modules if check_target_module_exists(config, module)} == set(pool.targets), name
+        assert {module for module in modules if check_target_module_exists(config, module)} == set(
+            pool.targets
+        ), name
         longest = 3 if name == "task-one_layer" else 2
         assert all(len(suffix.split(".")) <= longest for suffix in config.target_modules)
         inputs = {target.name for target in pool.targets.values() if target.feedforward}
         named = [
-            module for module in pool.targets if module.endswith(tuple(getattr(config, "feedforward_modules", None) or ("\0",)))
+            module
+            for module in pool.targets
+            if module.endswith(tuple(getattr(config, "feedforward_modules", None) or ("\0",)))
         ]
         assert set(named) == inputs, name
 
@@ -172,8 +176,12 @@ def test_export_peft_replaces_its_own_files_and_keeps_others(tmp_path: Path) -> 
 FULL_DISKS = {
     "system": OSError(errno.ENOSPC, "No space left on device"),
     "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
-    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    "safetensors-quota": SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    "safetensors": SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    ),
+    "safetensors-quota": SafetensorError(
+        "Error while serializing: I/O error: Disk quota exceeded (os error 122)"
+    ),
 }
 
 

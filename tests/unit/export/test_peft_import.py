@@ -24,7 +24,9 @@ from tests.unit.export.test_peft_format import perturbed_bank
 
 
 @pytest.mark.parametrize(("architecture", "own_type"), [*((name, False) for name in FEW), ("llama", True)])
-def test_every_exported_adapter_comes_back_with_the_same_bits(architecture: str, own_type: bool, tmp_path: Path) -> None:
+def test_every_exported_adapter_comes_back_with_the_same_bits(
+    architecture: str, own_type: bool, tmp_path: Path
+) -> None:
     before = perturbed_bank(architecture)
     for s in before.specs:
         export_peft(
@@ -108,7 +110,9 @@ def test_an_adapter_that_peft_made_gives_the_same_logits(kind: str, tmp_path: Pa
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_and_changes_nothing(ours: AdapterSpec, words: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+    ours: AdapterSpec, words: str, tmp_path: Path
+) -> None:
     folder = made_by_peft(THEIRS["LoRA"][0], tmp_path / "theirs")
     good = replace(THEIRS["LoRA"][1], name="good", init_from=str(folder))
     bank = AdapterBank.attach(tiny_model(), [good, replace(ours, init_from=str(folder))])
@@ -119,7 +123,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(ours: AdapterSpec, wor
 
 
 @pytest.mark.usefixtures("log_to_stderr")
-def test_a_residual_flora_comes_closer_to_a_lora_with_its_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_residual_flora_comes_closer_to_a_lora_with_its_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = made_by_peft(THEIRS["LoRA"][0], tmp_path / "theirs")
     x = tokens(3)
     lora = AdapterBank.attach(tiny_model().eval(), [replace(THEIRS["LoRA"][1], init_from=str(folder))])
@@ -141,11 +147,15 @@ def test_a_hira_adapter_is_no_pure_flora(tmp_path: Path) -> None:
     folder = made_by_peft(THEIRS["HiRA"][0], tmp_path / "theirs")
     pure = spec("flora", rank=2, variant="pure", target_modules=TARGETS)
     bank = AdapterBank.attach(tiny_model(), [replace(pure, init_from=str(folder))])
-    with pytest.raises(UserError, match=r"is W0 \* \(1 \+ B A\): start from it with variant=residual and rank=3"):
+    with pytest.raises(
+        UserError, match=r"is W0 \* \(1 \+ B A\): start from it with variant=residual and rank=3"
+    ):
         init_from_peft(bank, range(len(bank.specs)))
 
 
-@pytest.mark.parametrize(("option", "value"), [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 5})])
+@pytest.mark.parametrize(
+    ("option", "value"), [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 5})]
+)
 def test_options_that_no_adapter_here_has_are_refused(option: str, value: Any, tmp_path: Path) -> None:
     folder = made_by_peft(THEIRS["LoRA"][0], tmp_path / "theirs")
     file = folder / "adapter_config.json"

@@ -71,7 +71,9 @@ def test_an_exported_adapter_computes_the_same_at_its_own_rank(
         torch.testing.assert_close(merged(input_ids=x).logits, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_two_adapters_take_turns_and_do_not_mix(exported: tuple[AdapterBank, Path], architecture: str) -> None:
+def test_two_adapters_take_turns_and_do_not_mix(
+    exported: tuple[AdapterBank, Path], architecture: str
+) -> None:
     bank, folder = exported
     model = theirs(architecture, folder / "task-pure")
     model.load_adapter(folder / "task-residual", "other")
@@ -88,7 +90,9 @@ def test_two_adapters_take_turns_and_do_not_mix(exported: tuple[AdapterBank, Pat
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_begins_as_the_base_and_has_the_gradients_of_the_bank(variant: str) -> None:
     targets = ["q_proj", "down_proj"]
-    model: Any = get_peft_model(tiny_model().double(), FloraConfig(r=3, variant=variant, target_modules=targets))
+    model: Any = get_peft_model(
+        tiny_model().double(), FloraConfig(r=3, variant=variant, target_modules=targets)
+    )
     bank = AdapterBank.attach(
         tiny_model().double(),
         [spec("flora", rank=3, variant=variant, target_modules=targets)],
@@ -119,7 +123,9 @@ def gradient_of(pool: Any, bank: AdapterBank, module: str, side: str) -> Tensor:
     """A view of the pool's gradients where the parameter is a view of its values."""
     view = bank.parameters_of("task-flora")[module][side]
     gradients = pool.gradients.reshape(-1)
-    return gradients.as_strided(view.shape, view.stride(), view.storage_offset() - pool.values.storage_offset())
+    return gradients.as_strided(
+        view.shape, view.stride(), view.storage_offset() - pool.values.storage_offset()
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,5 +141,7 @@ def test_bad_values_are_refused(words: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_no_linear_layer_is_refused() -> None:
-    with pytest.raises(TypeError, match="embed_tokens has the type Embedding: fLoRA supports Linear and Conv1D"):
+    with pytest.raises(
+        TypeError, match="embed_tokens has the type Embedding: fLoRA supports Linear and Conv1D"
+    ):
         get_peft_model(tiny_model(), FloraConfig(target_modules=["embed_tokens"]))

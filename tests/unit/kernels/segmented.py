@@ -10,7 +10,9 @@ from flora_train.kernels.segments import Segments
 from tests.triton_device import DEVICE, TOLERANCE, relative_error
 
 IN, OUT = 37, 71
-LENGTHS = pytest.mark.parametrize("lengths", [(0, 7, 0, 1, 63, 128), (24, 24), (1000,)], ids=["ragged", "even", "one"])
+LENGTHS = pytest.mark.parametrize(
+    "lengths", [(0, 7, 0, 1, 63, 128), (24, 24), (1000,)], ids=["ragged", "even", "one"]
+)
 
 
 def segments_of(lengths: tuple[int, ...]) -> Segments:

@@ -36,12 +36,16 @@ def test_the_largest_rank_fits() -> None:
 )
 def test_every_shipped_configuration_fits(chips: tuple[str, ...], types: tuple[str, ...]) -> None:
     table = compiled("--chips", *chips, "--types", *types)
-    assert table.count("| sm_") == sum(LINES[type_] + MORE.get((chip, type_), 0) for chip in chips for type_ in types)
+    assert table.count("| sm_") == sum(
+        LINES[type_] + MORE.get((chip, type_), 0) for chip in chips for type_ in types
+    )
 
 
 def compiled(*options: str) -> str:
     """The table that benchmarks/compile_kernels.py prints; it fails where a configuration does not fit."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT)
+    }
     command = [sys.executable, "benchmarks/compile_kernels.py", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout)

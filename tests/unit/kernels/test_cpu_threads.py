@@ -25,7 +25,9 @@ def segments_of(lengths: tuple[int, ...]) -> Segments:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-@pytest.mark.parametrize("lengths", [(5,), (7, 7, 7), (100, 1, 1, 1), (0, 64, 0, 30, 2, 64), tuple(range(1, 40))], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(5,), (7, 7, 7), (100, 1, 1, 1), (0, 64, 0, 30, 2, 64), tuple(range(1, 40))], ids=str
+)
 def test_every_token_meets_every_output_feature_once(lengths: tuple[int, ...], threads: int) -> None:
     covered = torch.zeros(sum(lengths), FEATURES, dtype=torch.int64)
     division = divide(segments_of(lengths), threads)
@@ -42,7 +44,9 @@ def test_every_token_meets_every_output_feature_once(lengths: tuple[int, ...], t
     ("lengths", "threads", "parts"),
     [((64,) * 8, 2, 1), ((64,) * 3, 2, 2), ((90, 60, 30), 2, 1), ((64,) * 5, 4, 2)],
 )
-def test_segments_are_cut_only_where_threads_would_wait(lengths: tuple[int, ...], threads: int, parts: int) -> None:
+def test_segments_are_cut_only_where_threads_would_wait(
+    lengths: tuple[int, ...], threads: int, parts: int
+) -> None:
     division = divide(segments_of(lengths), threads)
     assert division.parts == parts
     loads = [sum((job.end - job.start) / job.parts for job in jobs) for jobs in division.by_thread]
@@ -75,7 +79,9 @@ def test_error_in_a_worker_reaches_the_caller(three_threads: None) -> None:
 
 def test_workers_record_no_gradients(three_threads: None) -> None:
     x, y = torch.ones(6, requires_grad=True), torch.zeros(6)
-    run_jobs(division_for(segments_of((1,) * 6), torch.device("cpu")), lambda job: y[job.k].copy_(x[job.k] * 2))
+    run_jobs(
+        division_for(segments_of((1,) * 6), torch.device("cpu")), lambda job: y[job.k].copy_(x[job.k] * 2)
+    )
     assert y.tolist() == [2.0] * 6
     assert not y.requires_grad
 

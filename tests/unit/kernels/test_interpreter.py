@@ -54,6 +54,10 @@ def test_a_product_is_wrong_as_triton_ships() -> None:
 
 
 def test_rounding_is_torch_s() -> None:
-    numbers = torch.cat([torch.randn(1000), torch.tensor([1.00390625, 1.01171875, 0.0, -0.0, float("inf"), float("nan")])])
-    ours = torch.from_numpy(bfloat16_interpreter.narrowed(numbers.numpy()).view(np.int16)).view(torch.bfloat16)
+    numbers = torch.cat(
+        [torch.randn(1000), torch.tensor([1.00390625, 1.01171875, 0.0, -0.0, float("inf"), float("nan")])]
+    )
+    ours = torch.from_numpy(bfloat16_interpreter.narrowed(numbers.numpy()).view(np.int16)).view(
+        torch.bfloat16
+    )
     assert torch.equal(ours.nan_to_num(7.0), numbers.bfloat16().nan_to_num(7.0))

@@ -83,7 +83,9 @@ def test_flora_equals_the_float64_reference_in_value_and_every_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.set_num_threads(threads)
-    monkeypatch.setattr(flora_torch, "BLOCK_BYTES", 20 * IN * dtype.itemsize)  # several blocks of output features
+    monkeypatch.setattr(
+        flora_torch, "BLOCK_BYTES", 20 * IN * dtype.itemsize
+    )  # several blocks of output features
     segments = bounds(lengths)
     K = len(segments)
     offset = {"pure": [0.0] * K, "residual": [1.0] * K, "mixed": [float(k % 2) for k in range(K)]}[offsets]
@@ -135,7 +137,9 @@ def test_lora_equals_the_float64_reference_in_value_and_every_gradient(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [RAGGED, EVEN], ids=["ragged", "even"])
-def test_ia3_equals_the_float64_reference_in_value_and_every_gradient(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+def test_ia3_equals_the_float64_reference_in_value_and_every_gradient(
+    dtype: torch.dtype, lengths: tuple[int, ...]
+) -> None:
     segments = bounds(lengths)
     inputs = {"x": random(segments.tokens, IN, seed=0), "scale": random(len(segments), IN, seed=1)}
     dtypes = {"x": dtype, "scale": torch.promote_types(dtype, torch.float32)}
@@ -161,7 +165,9 @@ def test_hand_written_gradients_pass_gradcheck() -> None:
         lambda y, x, A, B: lora_add(y * 1.0, x, A, B, scaling=[1.0, 2.0, 0.5], segments=segments),
         (y, x, A, B),
     )
-    assert torch.autograd.gradcheck(lambda x, s: ia3_scale(x, s, segments), (x, random(3, 4, seed=5).requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda x, s: ia3_scale(x, s, segments), (x, random(3, 4, seed=5).requires_grad_())
+    )
 
 
 def test_tokens_of_other_segments_never_enter_an_adapter_s_output_or_gradient() -> None:

@@ -44,7 +44,12 @@ def kept(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offset: flo
     """The share of the adapter's effect that y shows. y itself is rounded, which adds noise but takes nothing
     away."""
     base = x.double() @ weight.double().T
-    effect = flora_reference(x.double(), weight.double(), A.double(), B.double(), offset=[offset] * 2, segments=SEGMENTS) - base
+    effect = (
+        flora_reference(
+            x.double(), weight.double(), A.double(), B.double(), offset=[offset] * 2, segments=SEGMENTS
+        )
+        - base
+    )
     return float(((y.detach().double() - base) * effect).sum() / effect.square().sum())
 
 
@@ -58,7 +63,8 @@ def test_bfloat16_keeps_small_modulations_when_split_and_loses_them_otherwise(
     op: Any = FusedFlora if name == "fused" else TORCH_FORMULATIONS[name]
     x, weight, A, B = near_identity(rank, offset, by)
     shares = {
-        split: kept(op.apply(x, weight, A, B, [offset] * 2, SEGMENTS, split), x, weight, A, B, offset) for split in (True, False)
+        split: kept(op.apply(x, weight, A, B, [offset] * 2, SEGMENTS, split), x, weight, A, B, offset)
+        for split in (True, False)
     }
     assert shares[True] == pytest.approx(1, abs=0.2)  # y rounded: noise
     assert abs(shares[False] - 1) > 0.25
@@ -89,7 +95,9 @@ def test_under_autocast_flora_computes_as_on_bfloat16_tensors(rank: int) -> None
             y.backward(dy.bfloat16())  # inside: a backward that autocast touches would differ
         return [y, *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
-    for cast, plain in zip(gradients(x.float(), weight.float(), True), gradients(x, weight, False), strict=True):
+    for cast, plain in zip(
+        gradients(x.float(), weight.float(), True), gradients(x, weight, False), strict=True
+    ):
         assert torch.equal(cast.to(plain.dtype), plain)
 
 

@@ -29,7 +29,9 @@ def identity(folder: Path) -> dict[str, str]:
     return found
 
 
-def test_base_identity_reads_a_file_once_and_again_when_it_has_changed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_identity_reads_a_file_once_and_again_when_it_has_changed(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[str] = []
     whole = base_files._hash
     monkeypatch.setattr(base_files, "_hash", lambda file: (read.append(file.name), whole(file))[1])
@@ -45,7 +47,9 @@ def test_base_identity_reads_a_file_once_and_again_when_it_has_changed(base: Pat
 def test_base_identity_is_of_what_is_loaded_and_of_what_its_configuration_computes(base: Path) -> None:
     first = identity(base)
     (base / "notes.bin").write_bytes(b"not loaded")
-    (base / "config.json").write_text('{"model_type": "llama", "dtype": "bfloat16", "transformers_version": "6"}')
+    (base / "config.json").write_text(
+        '{"model_type": "llama", "dtype": "bfloat16", "transformers_version": "6"}'
+    )
     assert identity(base) == first
     (base / "config.json").write_text('{"model_type": "llama", "rope_theta": 1.0}')
     assert identity(base)["config"] != first["config"]
@@ -75,7 +79,9 @@ def test_base_identity_does_not_trust_a_damaged_cache(base: Path, content: str) 
     assert identity(base) == first
 
 
-def test_base_identity_is_kept_in_the_user_cache_where_the_base_cannot_be_written_to(base: Path, tmp_path: Path) -> None:
+def test_base_identity_is_kept_in_the_user_cache_where_the_base_cannot_be_written_to(
+    base: Path, tmp_path: Path
+) -> None:
     (base / HASHES_FILE).mkdir()  # as root, no permission stops a write: something in the way does
     first = identity(base)
     (kept,) = (tmp_path / "cache" / "flora_train" / "bases").iterdir()

@@ -98,8 +98,12 @@ def files_of(kind: str) -> list[str]:
 
 
 @pytest.mark.attack
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ("text", "speech") for name in files_of(kind)])
-def test_a_damaged_file_of_a_base_is_one_clear_error(kind: str, name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in ("text", "speech") for name in files_of(kind)]
+)
+def test_a_damaged_file_of_a_base_is_one_clear_error(
+    kind: str, name: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
     whole = (bases[kind] / name).read_bytes()
     for content in (None, *DAMAGES, whole[: len(whole) // 2]):
         survives(bases, kind, name, content, tmp_path / "base")
@@ -116,7 +120,9 @@ def test_a_changed_setting_of_a_base_is_one_clear_error_or_none(
     content: dict[str, Any] = json.loads((bases[kind] / name).read_text(encoding="utf-8"))
     key = data.draw(st.sampled_from(sorted(content)))
     content[key] = data.draw(st.sampled_from(VALUES))
-    survives(bases, kind, name, json.dumps(content).encode(), tmp_path_factory.getbasetemp() / f"changed-{kind}")
+    survives(
+        bases, kind, name, json.dumps(content).encode(), tmp_path_factory.getbasetemp() / f"changed-{kind}"
+    )
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -125,17 +131,25 @@ def test_weights_that_are_missing_are_not_drawn_at_random(bases: dict[str, Path]
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(UserError, match=r"has no weights for model\.layers\.1\.mlp\.up_proj\.weight: its files do not belong"):
+    with pytest.raises(
+        UserError, match=r"has no weights for model\.layers\.1\.mlp\.up_proj\.weight: its files do not belong"
+    ):
         load_base_model(ModelConfig(path=str(tmp_path / "base")), CPU)
 
 
-def test_a_config_of_more_layers_than_there_are_weights_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_config_of_more_layers_than_there_are_weights_is_refused(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     shutil.copytree(bases["text"], tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 3}))
-    with pytest.raises(UserError, match=r"has no weights for model\.layers\.2\..*, and 8 more: its files do not belong"):
+    with pytest.raises(
+        UserError, match=r"has no weights for model\.layers\.2\..*, and 8 more: its files do not belong"
+    ):
         load_base_model(ModelConfig(path=str(tmp_path / "base")), CPU)
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 2, "intermediate_size": 40}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 2, "intermediate_size": 40})
+    )
     with pytest.raises(UserError, match=r"the shapes of its weights do not match its config\.json"):
         load_base_model(ModelConfig(path=str(tmp_path / "base")), CPU)
 

@@ -30,7 +30,9 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.weight = nn.Parameter(
+            (linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False
+        )
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     @property
@@ -120,7 +122,10 @@ def test_bitsandbytes_layers_are_adapted_through_their_own_dequantisation(kind: 
     outputs = []
     for base in (layer, plain):
         torch.manual_seed(1)
-        specs = [spec("flora", variant, rank=3, variant=variant, target_modules=["up_proj"]) for variant in ("pure", "residual")]
+        specs = [
+            spec("flora", variant, rank=3, variant=variant, target_modules=["up_proj"])
+            for variant in ("pure", "residual")
+        ]
         bank = AdapterBank.attach(OneLayer(base), specs)
         perturb(bank)
         bank.route([0, 1, -1])

@@ -34,9 +34,13 @@ def batch_of(adapters: list[int], bank: AdapterBank, window: int = WINDOW) -> Mi
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, MEL_BINS, 2 * window, generator=generator)
     labels = torch.randint(0, 200, (len(adapters), 5), generator=generator)
-    rows = tuple(Row(a, "t", i % 2, window + 5, window, bank.shares_encoding(a)) for i, a in enumerate(adapters))
+    rows = tuple(
+        Row(a, "t", i % 2, window + 5, window, bank.shares_encoding(a)) for i, a in enumerate(adapters)
+    )
     inputs = {"input_features": features, "decoder_input_ids": labels.roll(1, 1)}
-    return MixedBatch(inputs, labels, torch.tensor(adapters), rows, torch.tensor([i % 2 for i in range(len(adapters))]))
+    return MixedBatch(
+        inputs, labels, torch.tensor(adapters), rows, torch.tensor([i % 2 for i in range(len(adapters))])
+    )
 
 
 @torch.no_grad()
@@ -65,24 +69,32 @@ def test_the_models_own_specaugment_is_off(tmp_path: Path, auto_dtype: torch.dty
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_encoder_takes_features_of_any_type_for_a_base_of_any_type(tmp_path: Path, auto_dtype: torch.dtype, shared: bool) -> None:
+def test_encoder_takes_features_of_any_type_for_a_base_of_any_type(
+    tmp_path: Path, auto_dtype: torch.dtype, shared: bool
+) -> None:
     model: Any = load_base_model(ModelConfig(path=str(save_tiny_whisper(tmp_path))), torch.device("cpu"))
     bank = AdapterBank.attach(model, [spec("flora", "a"), spec("lora", "b")])
     batch, row_losses, losses = batch_of([0, 1], bank), RowLosses(model), []
     for of_features in (torch.float32, torch.float16, torch.bfloat16):
         inputs = {**batch.inputs, "input_features": batch.inputs["input_features"].bfloat16().to(of_features)}
         bank.route(batch.adapter_ids)
-        losses.append(row_losses(replace(batch, inputs=inputs, clips=batch.clips if shared else None)).detach())
+        losses.append(
+            row_losses(replace(batch, inputs=inputs, clips=batch.clips if shared else None)).detach()
+        )
     assert torch.equal(losses[0], losses[1])
     assert torch.equal(losses[0], losses[2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_positions_of_an_encoder_whose_weights_are_saved_in_half_precision_are_counted(kind: str, tmp_path: Path) -> None:
+def test_positions_of_an_encoder_whose_weights_are_saved_in_half_precision_are_counted(
+    kind: str, tmp_path: Path
+) -> None:
     save_tiny(kind, tmp_path)
     expected = count_positions(empty_model(ModelConfig(path=str(tmp_path))), extractor_of(kind))(16000)
     loaded_tiny(kind).bfloat16().save_pretrained(tmp_path)
-    assert count_positions(empty_model(ModelConfig(path=str(tmp_path))), extractor_of(kind))(16000) == expected
+    assert (
+        count_positions(empty_model(ModelConfig(path=str(tmp_path))), extractor_of(kind))(16000) == expected
+    )
 
 
 def test_what_is_saved_says_the_longest_window(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ CONFIG = validate(
 
 
 def entry(sample: int) -> LoggedCompletion:
-    return LoggedCompletion("lua-flora", "lua", "add", sample, "return a + b\n\u2028", "stop", 7, "p" * 64, "a" * 64)
+    return LoggedCompletion(
+        "lua-flora", "lua", "add", sample, "return a + b\n\u2028", "stop", 7, "p" * 64, "a" * 64
+    )
 
 
 def log_in(folder: Path) -> CompletionLog:
@@ -59,7 +61,9 @@ def read_or_refused(log: CompletionLog) -> list[LoggedCompletion]:
 
 @pytest.mark.attack
 @given(place=st.integers(0), bit=st.integers(0, 7))
-def test_growing_log_finds_every_flipped_bit(place: int, bit: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_growing_log_finds_every_flipped_bit(
+    place: int, bit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     log = log_in(tmp_path_factory.mktemp("log"))
     file = log.path / "completions-0.jsonl"
     content = bytearray(file.read_bytes())
@@ -67,7 +71,9 @@ def test_growing_log_finds_every_flipped_bit(place: int, bit: int, tmp_path_fact
     file.write_bytes(content)
     found = read_or_refused(log)
     whole = {entry(sample) for sample in range(3)}
-    for logged in found:  # what it is of is compared by whoever knows that; a lost last line end is a lost line
+    for (
+        logged
+    ) in found:  # what it is of is compared by whoever knows that; a lost last line end is a lost line
         assert logged in whole or logged.adapter_sha != "a" * 64 or logged.prompt_sha != "p" * 64
 
 
@@ -111,7 +117,9 @@ def test_claim_with_restart_deletes_entries_of_other_settings_only(tmp_path: Pat
 def test_damaged_scores_are_found_before_an_evaluation(tmp_path: Path, text: str) -> None:
     log = log_in(tmp_path)
     (log.path / "scores.json").write_text(text)
-    with pytest.raises(UserError, match=r"scores\.json: is damaged.*: delete it, and flora-train solve writes it anew"):
+    with pytest.raises(
+        UserError, match=r"scores\.json: is damaged.*: delete it, and flora-train solve writes it anew"
+    ):
         check_evaluation(tmp_path, {"starter": {}}, CONFIG)
 
 
@@ -140,7 +148,9 @@ def test_other_settings_of_completions_are_found_before_an_evaluation(tmp_path: 
     log.claim({"problems": "starter", **settings_of(CONFIG), "dtype": "float32"})
     log.writer(0).append(entry(0))
     check_evaluation(tmp_path, {"starter": languages}, CONFIG)
-    warmer = CONFIG.model_copy(update={"evaluation": CONFIG.evaluation.model_copy(update={"temperature": 0.9})})
+    warmer = CONFIG.model_copy(
+        update={"evaluation": CONFIG.evaluation.model_copy(update={"temperature": 0.9})}
+    )
     with pytest.raises(UserError, match=r"temperature = 0\.9: its completions were made with 0\.5"):
         check_evaluation(tmp_path, {"starter": languages}, warmer)
     check_evaluation(tmp_path, {"starter": languages}, warmer, restart=True)

@@ -27,7 +27,9 @@ def train_two_steps(folder: Path) -> None:
     make_trainer([spec("ia3", "a")], folder, steps=2, tokens_per_microbatch=64).train()
 
 
-def test_library_is_silent_until_logging_is_configured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_library_is_silent_until_logging_is_configured(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     program = "import flora_train, logging; logging.getLogger('flora_train.part').error('one line')"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -64,7 +66,9 @@ def test_lines_can_be_redirected_and_carry_a_time(tmp_path: Path, capsys: pytest
     train_two_steps(tmp_path)
     parent.removeHandler(handler)
     parent.setLevel(logging.NOTSET)
-    assert re.search(r"^\d{4}-\d\d-\d\d .* flora_train\.runtime\.progress train: ", text.getvalue(), re.MULTILINE)
+    assert re.search(
+        r"^\d{4}-\d\d-\d\d .* flora_train\.runtime\.progress train: ", text.getvalue(), re.MULTILINE
+    )
     assert capsys.readouterr().err == ""
 
 

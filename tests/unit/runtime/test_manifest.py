@@ -87,4 +87,7 @@ def test_manifest_does_not_follow_links(tmp_path: Path) -> None:
 def test_manifest_reads_what_it_writes() -> None:
     manifest = Manifest.of(["b", "a"], ["x", "y/{adapter}"])
     assert Manifest.read(manifest.to_json()) == manifest
-    assert (manifest | Manifest.of(["c"], ["z"])).to_json() == {"names": ["x", "y/{adapter}", "z"], "adapters": ["a", "b", "c"]}
+    assert (manifest | Manifest.of(["c"], ["z"])).to_json() == {
+        "names": ["x", "y/{adapter}", "z"],
+        "adapters": ["a", "b", "c"],
+    }

@@ -23,7 +23,9 @@ def test_a_long_evaluation_between_steps_says_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trainer, "ProgressBar", partial(ProgressBar, line_every=0.0))
-    run = make_trainer([spec("ia3", "a"), spec("ia3", "b")], tmp_path, interval=1, steps=2, tokens_per_microbatch=64)
+    run = make_trainer(
+        [spec("ia3", "a"), spec("ia3", "b")], tmp_path, interval=1, steps=2, tokens_per_microbatch=64
+    )
     run.train()
     said = capsys.readouterr().err
     assert "train: 50%" in said
@@ -33,7 +35,11 @@ def test_a_long_evaluation_between_steps_says_how_far_it_is(
 
 def test_a_stage_within_another_has_an_eta_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.monotonic", lambda: 160.0)
-    assert [share_and_time_left(share, 100.0) for share in (0.0, 0.25, 1.0)] == ["0%", "25%, 3m00s left", "100%, 0s left"]
+    assert [share_and_time_left(share, 100.0) for share in (0.0, 0.25, 1.0)] == [
+        "0%",
+        "25%, 3m00s left",
+        "100%, 0s left",
+    ]
 
 
 @pytest.mark.usefixtures("log_to_stderr")

@@ -67,7 +67,10 @@ def test_free_folder_is_claimed(tmp_path: Path, mode: str, made: bool) -> None:
     ("finished", "told"),
     [
         (True, "a finished run: choose another output_dir, or overwrite=true to delete it"),
-        (False, "an unfinished run: choose another output_dir, resume=true to continue it, or overwrite=true"),
+        (
+            False,
+            "an unfinished run: choose another output_dir, resume=true to continue it, or overwrite=true",
+        ),
     ],
 )
 def test_refuse_keeps_any_run_and_says_how_to_go_on(tmp_path: Path, finished: bool, told: str) -> None:
@@ -98,7 +101,9 @@ def test_resume_goes_on_in_the_folder_of_an_unfinished_run(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_resume_refuses_a_run_of_another_configuration_and_names_what_differs(tmp_path: Path, finished: bool) -> None:
+def test_resume_refuses_a_run_of_another_configuration_and_names_what_differs(
+    tmp_path: Path, finished: bool
+) -> None:
     folder = overwrite(tmp_path, finished)
     before = content(tmp_path)
     for action in (folder.status, folder.claim):
@@ -112,7 +117,9 @@ def test_resume_refuses_a_run_of_another_configuration_and_names_what_differs(tm
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_replace_deletes_the_run_only_when_the_new_one_claims_the_folder(tmp_path: Path, finished: bool) -> None:
+def test_replace_deletes_the_run_only_when_the_new_one_claims_the_folder(
+    tmp_path: Path, finished: bool
+) -> None:
     folder = overwrite(tmp_path, finished)
     assert folder.status(run_config("replace", steps=6)) == "new"
     assert "precious" in content(tmp_path)
@@ -186,20 +193,27 @@ def test_metrics_line_that_does_not_fit_is_taken_back(tmp_path: Path, padding: i
     room = 2 * folder.metrics.stat().st_size + padding // 2
     folder.append_metrics(record)
     whole = folder.metrics.read_bytes()
-    with file_size_limit(room), pytest.raises(UserError, match=r"metrics\.jsonl: the disk is full .* make room and run again"):
+    with (
+        file_size_limit(room),
+        pytest.raises(UserError, match=r"metrics\.jsonl: the disk is full .* make room and run again"),
+    ):
         folder.append_metrics(record)
     assert folder.metrics.read_bytes() == whole
     folder.append_metrics(record)
     assert len(folder.read_metrics("step")) == 3
 
 
-def test_metrics_that_may_not_be_written_are_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_that_may_not_be_written_are_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*args: Any, **options: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refused)
     monkeypatch.setattr(os, "truncate", refused)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: may not be written .Permission denied.: choose another place"):
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl: may not be written .Permission denied.: choose another place"
+    ):
         RunFolder(tmp_path).append_metrics({"kind": "step"})
 
 
@@ -207,10 +221,15 @@ def test_metrics_that_may_not_be_written_are_a_clear_error(tmp_path: Path, monke
     ("error", "told"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
-        (PermissionError(errno.EACCES, "Permission denied"), r"may not be written \(Permission denied\): choose another place"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            r"may not be written \(Permission denied\): choose another place",
+        ),
     ],
 )
-def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Path, error: OSError, told: str) -> None:
+def test_failed_write_leaves_the_old_file_and_no_temporary_one(
+    tmp_path: Path, error: OSError, told: str
+) -> None:
     path = tmp_path / "file"
     write_atomically(path, lambda temporary: temporary.write_text("old"))
 
@@ -281,9 +300,13 @@ def test_write_past_a_file_size_limit_leaves_the_old_file(tmp_path: Path) -> Non
     ],
     ids=lambda value: errno.errorcode.get(value, "") if isinstance(value, int) else "",
 )
-def test_disk_errors_name_file_and_fix_for_every_error_of_the_system(tmp_path: Path, code: int, told: str) -> None:
+def test_disk_errors_name_file_and_fix_for_every_error_of_the_system(
+    tmp_path: Path, code: int, told: str
+) -> None:
     path = tmp_path / "nowhere" / "file"
-    passed_on = RuntimeError(f"Error while serializing: I/O error (os error {code})")  # as safetensors passes it on
+    passed_on = RuntimeError(
+        f"Error while serializing: I/O error (os error {code})"
+    )  # as safetensors passes it on
     for error in (OSError(code, os.strerror(code)), passed_on):
         with pytest.raises(UserError, match=f"nowhere/file: .*{told}"), disk_errors(path):
             raise error
@@ -299,7 +322,9 @@ def test_a_file_of_the_longest_name_is_written(tmp_path: Path) -> None:
 def test_a_new_file_does_not_replace_one_that_was_made_meanwhile(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with pytest.raises(UserError, match="exists already"):
-        write_atomically(path, lambda temporary: (temporary.write_text("new"), path.write_text("theirs")), new=True)
+        write_atomically(
+            path, lambda temporary: (temporary.write_text("new"), path.write_text("theirs")), new=True
+        )
     assert content(tmp_path) == {"file": b"theirs"}
     path.unlink()
     write_atomically(path, lambda temporary: temporary.write_text("new"), new=True)
@@ -342,7 +367,8 @@ def test_every_key_of_the_evaluation_is_known_to_decide_training_or_not() -> Non
 def test_settings_used_only_for_evaluation_may_change_when_a_run_goes_on(tmp_path: Path, key: str) -> None:
     folder = overwrite(tmp_path, finished=False)
     config = changed(
-        run_config("resume"), **({"num_samples": 2, "pass_at_k": [2]} if key == "pass_at_k" else {key: ONLY_AT_THE_END[key]})
+        run_config("resume"),
+        **({"num_samples": 2, "pass_at_k": [2]} if key == "pass_at_k" else {key: ONLY_AT_THE_END[key]}),
     )
     assert folder.status(config) == "interrupted"
     folder.claim(config)
@@ -373,7 +399,9 @@ def test_texts_of_a_task_that_are_not_learnt_may_change_when_a_run_goes_on(tmp_p
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("text", ["name: [", "nam: x", "", None], ids=["damaged", "unknown", "empty", "missing"])
+@pytest.mark.parametrize(
+    "text", ["name: [", "nam: x", "", None], ids=["damaged", "unknown", "empty", "missing"]
+)
 def test_configuration_that_cannot_be_read_is_an_error_and_not_nothing_to_compare(
     tmp_path: Path, finished: bool, text: str | None
 ) -> None:

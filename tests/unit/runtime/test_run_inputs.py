@@ -13,7 +13,9 @@ from flora_train.config.schema import RunConfig
 from flora_train.runtime.run_folder import RunFolder
 
 
-def config_of(folder: Path, train: Any = "rows.jsonl", model: str = "base", overwrite: bool = True, **adapter: Any) -> RunConfig:
+def config_of(
+    folder: Path, train: Any = "rows.jsonl", model: str = "base", overwrite: bool = True, **adapter: Any
+) -> RunConfig:
     return validate(
         {
             "name": "test",
@@ -45,11 +47,19 @@ def test_a_run_is_not_replaced_by_one_that_reads_from_it(tmp_path: Path) -> None
 
 
 def test_a_run_does_not_write_where_it_looks_for_rows(tmp_path: Path) -> None:
-    for train in ({"folder": str(tmp_path)}, {"folder": str(tmp_path), "glob": "**/*.json"}, f"{tmp_path}/**/*.jsonl"):
+    for train in (
+        {"folder": str(tmp_path)},
+        {"folder": str(tmp_path), "glob": "**/*.json"},
+        f"{tmp_path}/**/*.jsonl",
+    ):
         folder = RunFolder(tmp_path / "outputs" / "run")
         with pytest.raises(UserError, match="would find the run's own files"):
             folder.status(config_of(folder.path, train=train))
-    for train in ({"folder": str(tmp_path), "glob": "**/*.py"}, f"{tmp_path}/*.jsonl", {"folder": str(tmp_path / "data")}):
+    for train in (
+        {"folder": str(tmp_path), "glob": "**/*.py"},
+        f"{tmp_path}/*.jsonl",
+        {"folder": str(tmp_path / "data")},
+    ):
         assert folder.status(config_of(folder.path, train=train)) == "new"
 
 
@@ -67,7 +77,12 @@ def test_a_linked_run_folder_is_replaced_behind_the_link(tmp_path: Path) -> None
     (tmp_path / "real" / "notes.txt").touch()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     RunFolder(tmp_path / "link").claim(config_of(tmp_path / "link"))
-    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == [".lock", "config.yaml", "notes.txt", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == [
+        ".lock",
+        "config.yaml",
+        "notes.txt",
+        "run.json",
+    ]
     (tmp_path / "real" / "adapters").symlink_to(tmp_path)
     with pytest.raises(UserError, match="adapters in it is a link to another folder"):
         RunFolder(tmp_path / "link").claim(config_of(tmp_path / "link"))
@@ -82,5 +97,9 @@ def test_a_pattern_of_one_level_does_not_find_the_runs_own_files_either(tmp_path
     ):
         with pytest.raises(UserError, match="would find the run's own files"):
             RunFolder(run).status(config_of(run, train=train))
-    for train in (f"{tmp_path}/*/*.jsonl", f"{tmp_path}/outputs/other/*.jsonl", f"{tmp_path}/outputs/*/rows-*.jsonl"):
+    for train in (
+        f"{tmp_path}/*/*.jsonl",
+        f"{tmp_path}/outputs/other/*.jsonl",
+        f"{tmp_path}/outputs/*/rows-*.jsonl",
+    ):
         assert RunFolder(run).status(config_of(run, train=train)) == "new"

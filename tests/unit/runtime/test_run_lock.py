@@ -29,7 +29,9 @@ time.sleep(60)
 
 
 def holder(folder: Path, how: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), how], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), how], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
@@ -40,7 +42,9 @@ def test_lock_is_held_against_other_processes_until_its_holder_is_killed(tmp_pat
     process = holder(folder, "take")
     try:
         for action in (RunLock(folder).take, RunLock(folder).share, lambda: RunLock(folder).take(0.3)):
-            with pytest.raises(UserError, match=r"output_dir = .*: another process trains or evaluates in it"):
+            with pytest.raises(
+                UserError, match=r"output_dir = .*: another process trains or evaluates in it"
+            ):
                 action()
     finally:
         os.kill(process.pid, signal.SIGKILL)

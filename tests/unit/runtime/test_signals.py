@@ -63,7 +63,9 @@ def test_the_step_in_which_it_is_told_is_the_last_and_is_saved(tmp_path: Path) -
     assert [file.name for file in trainer.checkpoints.files()] == ["step-00000005.safetensors"]
 
 
-def test_stop_requested_in_the_last_evaluation_it_is_saved_and_ends_before_the_final_one(tmp_path: Path) -> None:
+def test_stop_requested_in_the_last_evaluation_it_is_saved_and_ends_before_the_final_one(
+    tmp_path: Path,
+) -> None:
     trainer = make_trainer(mixed_specs(lr=2e-3), tmp_path, steps=3, interval=3)
     heldout = trainer.heldout
 
@@ -83,7 +85,9 @@ def test_stop_requested_in_the_last_evaluation_it_is_saved_and_ends_before_the_f
 
 def test_a_pause_does_not_wait_for_an_evaluation_which_is_made_up_for(tmp_path: Path) -> None:
     def run(name: str) -> Trainer:
-        return make_trainer(mixed_specs(lr=2e-3, patience=1), tmp_path / name, steps=8, interval=2, save_every=100)
+        return make_trainer(
+            mixed_specs(lr=2e-3, patience=1), tmp_path / name, steps=8, interval=2, save_every=100
+        )
 
     whole, paused, again = run("whole"), run("parts"), run("parts")
     whole.train()
@@ -98,7 +102,9 @@ def test_a_pause_does_not_wait_for_an_evaluation_which_is_made_up_for(tmp_path: 
 
 def test_a_kill_in_a_long_evaluation_costs_no_step(tmp_path: Path) -> None:
     def run(name: str) -> Trainer:
-        return make_trainer(mixed_specs(lr=2e-3, patience=1), tmp_path / name, steps=8, interval=4, save_every=4)
+        return make_trainer(
+            mixed_specs(lr=2e-3, patience=1), tmp_path / name, steps=8, interval=4, save_every=4
+        )
 
     whole, killed, again = run("whole"), run("parts"), run("parts")
     whole.train()

@@ -65,7 +65,13 @@ def make_trainer(
             "tasks": dict.fromkeys("abc", source),
             "adapters": {"unused": {"method": "ia3", "lr": 1e-3}},
             "mixture": {"strategy": "uniform"},
-            "training": {"steps": 20, "tokens_per_step": 90, "tokens_per_microbatch": 4096, "max_length": 16, **training},
+            "training": {
+                "steps": 20,
+                "tokens_per_step": 90,
+                "tokens_per_microbatch": 4096,
+                "max_length": 16,
+                **training,
+            },
             "evaluation": {"interval": interval},
             "guard": guard or {},
         }
@@ -76,7 +82,9 @@ def make_trainer(
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     model.train()
     least = int(encoder_decoder)  # an encoder must get something to read
-    splits = {name: (random_split(i, 40, least), random_split(10 + i, 6, least)) for i, name in enumerate("abc")}
+    splits = {
+        name: (random_split(i, 40, least), random_split(10 + i, 6, least)) for i, name in enumerate("abc")
+    }
     tasks = {name: Task(name, 1.0, *halves, "") for name, halves in splits.items()}
     bank = AdapterBank.attach(model, specs, paging=paging)
     config = config.model_copy(
@@ -96,20 +104,31 @@ def make_trainer(
     )
 
 
-def collate_pairs(config: Any, rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int) -> MixedBatch:
+def collate_pairs(
+    config: Any, rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int
+) -> MixedBatch:
     """Rows -> a batch of an encoder-decoder: its encoder reads the prompt (Whisper's: features), its decoder learns the rest."""
 
     def padded(parts: list[np.ndarray], fill: int) -> torch.Tensor:
-        return pad_sequence([torch.from_numpy(part.astype(np.int64)) for part in parts], batch_first=True, padding_value=fill)
+        return pad_sequence(
+            [torch.from_numpy(part.astype(np.int64)) for part in parts], batch_first=True, padding_value=fill
+        )
 
-    found = [(split_of(row.task).example(row.example), split_of(row.task).prompt_lengths[row.example]) for row in rows]
-    read, mask = (padded([np.ones_like(e[:n]) if ones else e[:n] for e, n in found], 0) for ones in (False, True))
+    found = [
+        (split_of(row.task).example(row.example), split_of(row.task).prompt_lengths[row.example])
+        for row in rows
+    ]
+    read, mask = (
+        padded([np.ones_like(e[:n]) if ones else e[:n] for e, n in found], 0) for ones in (False, True)
+    )
     labels = padded([example[n:] for example, n in found], IGNORE)
     decoder = labels.roll(1, dims=1).masked_fill(labels.roll(1, dims=1) == IGNORE, pad_token)
     decoder[:, 0] = config.decoder_start_token_id
     inputs = {"decoder_input_ids": decoder}
     if config.model_type == "whisper":
-        inputs["input_features"] = torch.cat([features_of(part[None, :n]) for part, n in zip(read, mask.sum(1), strict=True)])
+        inputs["input_features"] = torch.cat(
+            [features_of(part[None, :n]) for part, n in zip(read, mask.sum(1), strict=True)]
+        )
     else:
         inputs |= {"input_ids": read, "attention_mask": mask}
     return MixedBatch(inputs, labels, torch.tensor([row.adapter for row in rows]), tuple(rows))
@@ -117,7 +136,9 @@ def collate_pairs(config: Any, rows: Sequence[Row], split_of: Callable[[str], To
 
 def plans_of(trainer: Trainer, steps: int = 20) -> list[StepPlan]:
     plans = [
-        plan_step(trainer.mixture, n, trainer.tasks, trainer.bank, trainer.config.training.tokens_per_microbatch)
+        plan_step(
+            trainer.mixture, n, trainer.tasks, trainer.bank, trainer.config.training.tokens_per_microbatch
+        )
         for n in range(steps)
     ]
     return [plan for plan in plans if plan is not None]
@@ -127,8 +148,13 @@ def only(plan: StepPlan, adapter: int) -> StepPlan | None:
     """The part of a plan that concerns one adapter, whose id becomes 0; None if it is absent."""
     if adapter not in plan.label_tokens:
         return None
-    groups = [tuple(replace(row, adapter=0) for row in group if row.adapter == adapter) for group in plan.microbatches]
-    return replace(plan, microbatches=tuple(filter(None, groups)), label_tokens={0: plan.label_tokens[adapter]})
+    groups = [
+        tuple(replace(row, adapter=0) for row in group if row.adapter == adapter)
+        for group in plan.microbatches
+    ]
+    return replace(
+        plan, microbatches=tuple(filter(None, groups)), label_tokens={0: plan.label_tokens[adapter]}
+    )
 
 
 def train_together(trainer: Trainer, plans: Sequence[StepPlan]) -> None:
@@ -154,7 +180,9 @@ def largest_difference_to_training_alone(
 def moved(trainer: Trainer, architecture: str = "llama") -> dict[str, float]:
     """How far every adapter is from its start: an isolation test on adapters that stand still proves nothing."""
     start = AdapterBank.attach(tiny_model(architecture), trainer.bank.specs)
-    return {name: float((start.row(i) - trainer.bank.row(i)).abs().max()) for name, i in trainer.bank.ids.items()}
+    return {
+        name: float((start.row(i) - trainer.bank.row(i)).abs().max()) for name, i in trainer.bank.ids.items()
+    }
 
 
 def snapshot(trainer: Trainer) -> dict[str, list[torch.Tensor]]:

@@ -27,7 +27,10 @@ def config_of(names: str, **more: Any) -> RunConfig:
         "name": "run",
         "model": {"path": "unused"},
         "tasks": {name: {"train": "unused.jsonl"} for name in names},
-        "adapters": {"lora": {"method": "lora", "lr": 1e-3}, "first": {"method": "ia3", "lr": 1e-3, "tasks": ["a"]}},
+        "adapters": {
+            "lora": {"method": "lora", "lr": 1e-3},
+            "first": {"method": "ia3", "lr": 1e-3, "tasks": ["a"]},
+        },
         "training": {"steps": 8, "tokens_per_step": 90, "max_length": 16},
         "resume": True,
         **more,
@@ -51,7 +54,9 @@ def trainer_of(folder: Path, tasks: str) -> Trainer:
 
 def extend(trainer: Trainer, init_adapters: Callable[[list[int]], None] = lambda adapters: None) -> None:
     """Add the trainer's new tasks to the finished run in its folder."""
-    trainer.extend(read_finished_run(replace(trainer.context, tasks=trainer.tasks), trainer.identity), init_adapters)
+    trainer.extend(
+        read_finished_run(replace(trainer.context, tasks=trainer.tasks), trainer.identity), init_adapters
+    )
 
 
 def finish(trainer: Trainer) -> None:
@@ -80,11 +85,15 @@ def test_tasks_join_a_finished_run_and_its_adapters_keep_their_bits(tmp_path: Pa
     now = snapshot(after)
     for name, state in kept.items():
         assert torch.equal(now[name][0], state[0]), name
-        assert (after.best_adapters.folder / f"{name}.safetensors").read_bytes() == files[f"{name}.safetensors"]
+        assert (after.best_adapters.folder / f"{name}.safetensors").read_bytes() == files[
+            f"{name}.safetensors"
+        ]
     assert (now["c-pure"][0] - start[0]).abs().max() > 1e-4
     assert after.optimizer.steps[after.bank.ids["c-pure"]] == 8
     assert after.metrics.task_tokens["a"] == before.metrics.task_tokens["a"] > 0
-    assert after.metrics.tokens[after.bank.ids["a-lora"]] == before.metrics.tokens[before.bank.ids["a-lora"]] > 0
+    assert (
+        after.metrics.tokens[after.bank.ids["a-lora"]] == before.metrics.tokens[before.bank.ids["a-lora"]] > 0
+    )
     assert after.early_stopping.record() == {}
 
 
@@ -173,7 +182,10 @@ def test_only_tasks_may_join(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=key):
             folder.status(config_of("abc", **change))
-    adapters = {"lora": {"method": "lora", "lr": 1e-3}, "first": {"method": "ia3", "lr": 1e-3, "tasks": ["a", "c"]}}
+    adapters = {
+        "lora": {"method": "lora", "lr": 1e-3},
+        "first": {"method": "ia3", "lr": 1e-3, "tasks": ["a", "c"]},
+    }
     assert folder.status(config_of("abc", adapters=adapters)) == "interrupted"
     adapters["second"] = {"method": "flora", "lr": 1e-3, "tasks": ["c"]}
     assert folder.status(config_of("abc", adapters=adapters)) == "interrupted"

@@ -34,7 +34,9 @@ def values(bank: AdapterBank) -> list[torch.Tensor]:
     return [bank.row(i).clone() for i in range(len(bank.specs))]
 
 
-def test_each_adapter_comes_back_bit_identical_from_its_own_best_evaluation(bank: AdapterBank, tmp_path: Path) -> None:
+def test_each_adapter_comes_back_bit_identical_from_its_own_best_evaluation(
+    bank: AdapterBank, tmp_path: Path
+) -> None:
     selection = BestAdapters(bank, tmp_path, select_best=True)
     history = []
     best_at = [0, 1, 2, 3, 1, 3]
@@ -105,7 +107,10 @@ def test_damaged_checkpoint_is_a_clear_error(bank: AdapterBank, tmp_path: Path, 
     path = adapter_file(tmp_path, "a-flora")
     whole = path.read_bytes()
     damaged = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"step: 1\n" * 50}
-    damaged |= {"flipped": whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:], "other facts": whole.replace(b"step", b"stop")}
+    damaged |= {
+        "flipped": whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:],
+        "other facts": whole.replace(b"step", b"stop"),
+    }
     path.write_bytes(damaged[content])
     with pytest.raises(UserError, match=r"a-flora\.safetensors: is not a whole checkpoint of a-flora"):
         load_adapter(bank, 0, tmp_path)
@@ -128,12 +133,17 @@ def test_checkpoint_without_a_tensor_or_facts_is_a_clear_error(bank: AdapterBank
 def test_checkpoint_of_another_rank_names_tensor_and_shapes(bank: AdapterBank, tmp_path: Path) -> None:
     other = AdapterBank.attach(tiny_model(), [spec("flora", "a", "flora", rank=5)])
     save_adapter(other, 0, tmp_path, {"step": 1})
-    with pytest.raises(UserError, match=r"'model\.layers\.0\.self_attn\.q_proj\.A': has shape \(5, 32\), the adapter \(3, 32\)"):
+    with pytest.raises(
+        UserError,
+        match=r"'model\.layers\.0\.self_attn\.q_proj\.A': has shape \(5, 32\), the adapter \(3, 32\)",
+    ):
         load_adapter(bank, 0, tmp_path)
 
 
 def test_the_kept_file_of_another_adapter_is_refused(tmp_path: Path) -> None:
-    bank = AdapterBank.attach(tiny_model(), [spec("lora", family=family, rank=2) for family in ("left", "right")])
+    bank = AdapterBank.attach(
+        tiny_model(), [spec("lora", family=family, rank=2) for family in ("left", "right")]
+    )
     left, right = (each.name for each in bank.specs)
     save_adapter(bank, 0, tmp_path, {"step": 1})
     assert (best_step(tmp_path, left), verified_step(tmp_path, left)) == (1, 1)
@@ -143,7 +153,9 @@ def test_the_kept_file_of_another_adapter_is_refused(tmp_path: Path) -> None:
         load_adapter(bank, 1, tmp_path)
 
 
-def test_a_pipe_in_the_place_of_a_kept_file_is_an_error_and_no_wait(bank: AdapterBank, tmp_path: Path) -> None:
+def test_a_pipe_in_the_place_of_a_kept_file_is_an_error_and_no_wait(
+    bank: AdapterBank, tmp_path: Path
+) -> None:
     os.mkfifo(adapter_file(tmp_path, "a-flora"))
     assert (best_step(tmp_path, "a-flora"), verified_step(tmp_path, "a-flora")) == (None, None)
     with pytest.raises(UserError, match="is not a whole checkpoint of a-flora: it is no regular file"):

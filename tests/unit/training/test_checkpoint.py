@@ -33,7 +33,14 @@ class Stopped(Exception):
 def specs(**options: Any) -> list[Any]:
     """Adapters of all methods, one with dropout, one that leaves early."""
     ours = mixed_specs(lr=5e-3, lr_schedule="cosine", **options)
-    return [replace(s, dropout=0.3) if s.name == "a-lora" else replace(s, max_steps=6) if s.name == "c-pure" else s for s in ours]
+    return [
+        replace(s, dropout=0.3)
+        if s.name == "a-lora"
+        else replace(s, max_steps=6)
+        if s.name == "c-pure"
+        else s
+        for s in ours
+    ]
 
 
 def trainer_in(folder: Path, **options: Any) -> Trainer:
@@ -65,7 +72,12 @@ def result(trainer: Trainer) -> dict[str, Any]:
         for record in trainer.folder.read_metrics(kind)
     ]
     states = {name: tensor.clone() for name, tensor in trainer.bank.tensors().items()}
-    return {"states": states, "steps": trainer.optimizer.steps, "kept": trainer.best_adapters.best, "records": records}
+    return {
+        "states": states,
+        "steps": trainer.optimizer.steps,
+        "kept": trainer.best_adapters.best,
+        "records": records,
+    }
 
 
 def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -115,7 +127,9 @@ def test_two_checkpoints_are_kept_and_hold_no_weight_of_the_base(tmp_path: Path)
 def test_more_can_be_kept_and_what_a_kill_cut_off_is_removed(tmp_path: Path) -> None:
     stop_before(trainer_in(tmp_path, keep_checkpoints=3), 11)
     again = trainer_in(tmp_path)  # how many are kept may change
-    assert [path.name for path in again.checkpoints.files()] == [f"step-0000000{n}.safetensors" for n in (3, 6, 9)]
+    assert [path.name for path in again.checkpoints.files()] == [
+        f"step-0000000{n}.safetensors" for n in (3, 6, 9)
+    ]
     cut_off = again.checkpoints.folder / ".step-00000012.safetensors.4711.tmp"
     cut_off.write_bytes(b"half of it")
     again.resume()
@@ -130,7 +144,11 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_state_o
         Checkpoints(tmp_path, keep=2, identity=lambda without: {}, rows={"pool0": ["a", "b", "c"]}),
         threading.Event(),
     )
-    monkeypatch.setattr(checkpoint, "write_atomically", lambda path, write: (may_write.wait(10), write_atomically(path, write)))
+    monkeypatch.setattr(
+        checkpoint,
+        "write_atomically",
+        lambda path, write: (may_write.wait(10), write_atomically(path, write)),
+    )
     state = {"pool0.x": torch.ones(3)}
     files.save(1, state, {"at": 1})
     state["pool0.x"] += 1.0  # the next step
@@ -154,7 +172,12 @@ def test_damaged_checkpoint_is_recognised_and_the_one_before_it_used(
     last = trainer.checkpoints.files()[-1]
     content = last.read_bytes()
     flipped = content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
-    damaged = {"cut": content[: len(content) // 2], "empty": b"", "text": b"step: 9\n" * 50, "flipped": flipped}
+    damaged = {
+        "cut": content[: len(content) // 2],
+        "empty": b"",
+        "text": b"step: 9\n" * 50,
+        "flipped": flipped,
+    }
     damaged["other facts"] = content.replace(b"early_stopping", b"early_stopping".upper())
     last.write_bytes(damaged[damage])
     capsys.readouterr()
@@ -168,7 +191,9 @@ def test_damaged_checkpoint_is_recognised_and_the_one_before_it_used(
 
 
 @pytest.mark.usefixtures("log_to_stderr")
-def test_without_a_good_checkpoint_the_run_begins_again_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_good_checkpoint_the_run_begins_again_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = trainer_in(tmp_path / "whole")
     whole.train()
     stop_before(trainer_in(tmp_path / "parts"), 5)
@@ -194,7 +219,11 @@ def test_another_configuration_is_refused_with_every_key_that_differs(tmp_path: 
 
 def test_another_base_data_or_adapter_set_is_refused_by_name(tmp_path: Path) -> None:
     stop_before(trainer_in(tmp_path), 5)
-    for change, told in (("base", "weights of the base model"), ("data", "examples of tasks.b"), ("adapters", "adapters = ")):
+    for change, told in (
+        ("base", "weights of the base model"),
+        ("data", "examples of tasks.b"),
+        ("adapters", "adapters = "),
+    ):
         other = trainer_in(tmp_path)
         if change == "base":
             next(other.model.parameters()).data[0, 0] += 1
@@ -249,12 +278,19 @@ def test_state_is_saved_by_adapter_name(tmp_path: Path) -> None:
     trainer.train()
     state = json.loads(json.dumps(trainer.state_dict()))
     names = {spec.name for spec in trainer.bank.specs}
-    for part in (state["optimizer"]["steps"], state["best"], state["metrics"]["tokens"], state["metrics"]["last_steps"]):
+    for part in (
+        state["optimizer"]["steps"],
+        state["best"],
+        state["metrics"]["tokens"],
+        state["metrics"]["last_steps"],
+    ):
         assert part.keys() == names
     other = make_trainer(specs()[::-1], tmp_path / "run", interval=4, steps=12)
     other.load_state_dict(state)
     assert other.state_dict() == state
-    assert {name: other.optimizer.steps[i] for name, i in other.bank.ids.items()} == state["optimizer"]["steps"]
+    assert {name: other.optimizer.steps[i] for name, i in other.bank.ids.items()} == state["optimizer"][
+        "steps"
+    ]
 
 
 def test_checkpoint_of_other_shapes_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,8 +25,16 @@ STOP = 8
 def trainer_in(folder: Path) -> Trainer:
     """Two adapters, evaluated every second step, saved after steps 3 and 6."""
     folder.mkdir(exist_ok=True)
-    settings: dict[str, Any] = {"steps": 10, "save_every": 3, "log_every": 1, "optimizer": "adamw", "tokens_per_step": 60}
-    return make_trainer([spec("lora", "a", rank=2, lr=0.3), spec("ia3", "b", lr=0.3)], folder, interval=2, **settings)
+    settings: dict[str, Any] = {
+        "steps": 10,
+        "save_every": 3,
+        "log_every": 1,
+        "optimizer": "adamw",
+        "tokens_per_step": 60,
+    }
+    return make_trainer(
+        [spec("lora", "a", rank=2, lr=0.3), spec("ia3", "b", lr=0.3)], folder, interval=2, **settings
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +71,18 @@ def files(folder: Path) -> list[Path]:
 @at_most(8)
 @given(data=st.data())
 def test_resume_ends_as_undisturbed_or_refuses_at_once_whatever_is_damaged(
-    data: st.DataObject, stopped: Path, preserved_state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject,
+    stopped: Path,
+    preserved_state: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("run") / "parts"
     shutil.copytree(stopped, folder)
     file = data.draw(st.sampled_from(files(folder)), label="file")
     content = bytearray(file.read_bytes())
-    place = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(400, len(content) - 1)), label="place")
+    place = data.draw(
+        st.integers(0, len(content) - 1) | st.integers(0, min(400, len(content) - 1)), label="place"
+    )
     how = data.draw(st.sampled_from(["flip", "cut", "zeros", "gone"]), label="how")
     if how == "flip":
         content[place] ^= 1 << data.draw(st.integers(0, 7), label="bit")
@@ -94,10 +107,16 @@ def flip(path: Path, word: bytes) -> None:
     path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
 
 
-@pytest.mark.parametrize("word", [b'"facts"', b'"facts_sha256"', b'"sha256"', b"__metadata__", b"data_offsets", b'"F32"'])
+@pytest.mark.parametrize(
+    "word", [b'"facts"', b'"facts_sha256"', b'"sha256"', b"__metadata__", b"data_offsets", b'"F32"']
+)
 @pytest.mark.usefixtures("log_to_stderr")
 def test_checkpoint_with_a_damaged_word_in_its_header_is_passed_over(
-    stopped: Path, preserved_state: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], word: bytes
+    stopped: Path,
+    preserved_state: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    word: bytes,
 ) -> None:
     folder = copy_of(stopped, tmp_path)
     content = (last := folder / "checkpoints" / "step-00000006.safetensors").read_bytes()
@@ -126,7 +145,10 @@ def test_damaged_metrics_that_every_checkpoint_needs_are_refused_before_training
     flip(folder / "metrics.jsonl", b'"step"')
     before = {path: path.read_bytes() for path in files(folder)}
     told = resumed(folder, preserved_state)
-    assert "metrics.jsonl: is damaged, cut short or missing, and every checkpoint needs it: put it back from a copy" in told
+    assert (
+        "metrics.jsonl: is damaged, cut short or missing, and every checkpoint needs it: put it back from a copy"
+        in told
+    )
     assert {path: path.read_bytes() for path in files(folder)} == before
 
 
@@ -142,4 +164,6 @@ def test_a_damaged_kept_adapter_is_computed_again_or_refused_before_training(
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         assert verified_step(folder / "checkpoints" / "best", name) is None
         told = resumed(folder, preserved_state)
-        assert told == "" or (f"{path}: is damaged or missing" in told and "put it back from a copy" in told), step
+        assert told == "" or (
+            f"{path}: is damaged or missing" in told and "put it back from a copy" in told
+        ), step

@@ -12,8 +12,12 @@ from flora_train.training.fsdp import check_launcher, is_sharded, largest_part, 
 from tests.architectures import tiny_model
 
 
-@pytest.mark.parametrize(("variable", "engine"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
-def test_an_engine_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("variable", "engine"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_an_engine_of_the_launcher_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, engine: str
+) -> None:
     check_launcher()
     monkeypatch.setenv(variable, "false")
     check_launcher()
@@ -33,7 +37,9 @@ def test_every_layer_is_gathered_by_itself(name: str) -> None:
 
 
 def test_a_process_holds_its_part_of_the_layers_two_of_them_whole_and_what_is_outside() -> None:
-    config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4
+    )
     model = LlamaForCausalLM(config)
     layer, total = (sum(p.numel() for p in module.parameters()) for module in (layers_of(model)[0], model))
     outside = total - 8 * layer
@@ -42,8 +48,13 @@ def test_a_process_holds_its_part_of_the_layers_two_of_them_whole_and_what_is_ou
 
 
 def test_a_quantised_or_a_speech_model_stays_whole() -> None:
-    with pytest.raises(UserError, match=r"model\.fsdp = True: cannot shard a base model in 8bit: set model\.quantization=none"):
+    with pytest.raises(
+        UserError,
+        match=r"model\.fsdp = True: cannot shard a base model in 8bit: set model\.quantization=none",
+    ):
         load_config(["recipe=quickstart", "model.quantization=8bit", "model.fsdp=true"])
     config = load_config(["recipe=speech_local", "model.fsdp=true"])
-    with pytest.raises(UserError, match=r"model\.fsdp = True: is for text models: a speech model must be whole"):
+    with pytest.raises(
+        UserError, match=r"model\.fsdp = True: is for text models: a speech model must be whole"
+    ):
         check_model_type(WhisperConfig(), config)

@@ -65,10 +65,14 @@ def trainer_in(folder: Path, guard: dict[str, Any]) -> Trainer:
     folder.mkdir(exist_ok=True)
     # a large budget: every adapter is in every step
     specs = mixed_specs(lr=2e-3)
-    return make_trainer(specs, folder, interval=7, guard=guard, steps=STEPS, save_every=4, tokens_per_step=600)
+    return make_trainer(
+        specs, folder, interval=7, guard=guard, steps=STEPS, save_every=4, tokens_per_step=600
+    )
 
 
-def trained(folder: Path, guard: dict[str, Any], monkeypatch: pytest.MonkeyPatch, harm: Harm | None = None) -> Trainer:
+def trained(
+    folder: Path, guard: dict[str, Any], monkeypatch: pytest.MonkeyPatch, harm: Harm | None = None
+) -> Trainer:
     trainer = trainer_in(folder, guard)
     with monkeypatch.context() as patch:
         (harm.on(trainer, patch) if harm else trainer).train()
@@ -101,7 +105,11 @@ def well(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("kind", "factor"), HARMS)
 @pytest.mark.quick(
-    "NaN loss-skip", "infinite loss-rollback", "loss spike-quarantine", "infinite gradient-quarantine", "NaN weight-rollback"
+    "NaN loss-skip",
+    "infinite loss-rollback",
+    "loss spike-quarantine",
+    "infinite gradient-quarantine",
+    "NaN weight-rollback",
 )
 def test_the_others_are_the_same_to_the_last_bit(
     kind: str, factor: float, policy: str, well: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,13 +128,17 @@ def test_the_others_are_the_same_to_the_last_bit(
         assert ill.optimizer.steps[victim] == 8  # of the checkpoint that it went back to
     if policy == "rollback":
         assert ill.guard.rolled_back == {victim: 1}
-        assert ill.optimizer.steps[victim] == well.optimizer.steps[victim] - 2  # the bad step and the one since the checkpoint
+        assert (
+            ill.optimizer.steps[victim] == well.optimizer.steps[victim] - 2
+        )  # the bad step and the one since the checkpoint
     if policy == "skip":
         lost = STEPS - BAD_STEP if kind == "weight" else 1  # nobody mends a weight
         assert (ill.metrics.skipped[victim], ill.optimizer.steps[victim]) == (lost, STEPS - lost)
 
 
-def test_it_goes_back_to_the_last_checkpoint_step_moments_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_back_to_the_last_checkpoint_step_moments_included(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_in(tmp_path / "one", {"policy": "quarantine"})
     victim = trainer.bank.ids[VICTIM]
     states: list[list[torch.Tensor]] = []
@@ -140,7 +152,9 @@ def test_it_goes_back_to_the_last_checkpoint_step_moments_included(tmp_path: Pat
     with monkeypatch.context() as patch:
         Harm("loss", nan).on(trainer, patch).train()
     found = load_state(trainer, victim)
-    assert all(torch.equal(a, b) for a, b in zip(found, states[1], strict=True))  # of step 8, not of 4, 12 or 14
+    assert all(
+        torch.equal(a, b) for a, b in zip(found, states[1], strict=True)
+    )  # of step 8, not of 4, 12 or 14
     assert not torch.equal(states[0][0], states[1][0])
 
 
@@ -202,7 +216,10 @@ def test_a_spike_is_measured_by_the_adapters_own_losses(tmp_path: Path) -> None:
         assert guard.find_anomalies(losses) == {}  # of one that is new nothing is known
     assert guard.find_anomalies({0: 3.0, 1: 10.0}) == {}
     assert guard.find_anomalies({0: 7.4, 1: 29.0}) == {}  # the median of 1, 2, 100 and 3 is 2.5
-    assert guard.find_anomalies({0: 15.7, 1: 30.1}) == {0: "its loss spiked to 15.7", 1: "its loss spiked to 30.1"}
+    assert guard.find_anomalies({0: 15.7, 1: 30.1}) == {
+        0: "its loss spiked to 15.7",
+        1: "its loss spiked to 30.1",
+    }
     assert guard.find_anomalies({0: 15.6, 1: 30.0}) == {}  # a spike is not remembered
 
 

@@ -35,7 +35,9 @@ def halving(**options: object) -> SweepConfig:
         (4, {"rungs": [7]}, 100, [7]),
     ],
 )
-def test_rungs_suffice_until_one_is_left(count: int, options: dict[str, object], steps: int, rungs: list[int]) -> None:
+def test_rungs_suffice_until_one_is_left(
+    count: int, options: dict[str, object], steps: int, rungs: list[int]
+) -> None:
     assert SuccessiveHalving(members("a", count), halving(**options), steps).rungs == rungs
 
 
@@ -45,7 +47,9 @@ def test_nothing_is_halved_without_a_sweep_or_with_all() -> None:
 
 
 def test_of_each_task_the_higher_losses_leave() -> None:
-    judge = SuccessiveHalving([*members("a", 4), *members("b", 3), spec("lora", "a", "alone")], halving(), 100)
+    judge = SuccessiveHalving(
+        [*members("a", 4), *members("b", 3), spec("lora", "a", "alone")], halving(), 100
+    )
     losses = dict(enumerate([3.0, 1.0, nan, 2.0, 2.0, 2.0, 1.0, 9.0]))  # two rungs for three as for four
     assert judge.eliminated(losses, 24, ()) == []
     assert judge.eliminated(losses, 25, ()) == [0, 2, 5]  # a NaN is the highest; of equals the first stays
@@ -62,7 +66,11 @@ def test_a_smaller_sweep_is_halved_at_the_last_rungs() -> None:
 
 def trainer(folder: Path, strategy: str = "halving") -> Trainer:
     folder.mkdir()
-    specs = [spec("lora", task, f"x_lr{i}", lr=lr, sweep="x") for task in "ab" for i, lr in enumerate((1e-4, 3e-3, 1.0, 3.0))]
+    specs = [
+        spec("lora", task, f"x_lr{i}", lr=lr, sweep="x")
+        for task in "ab"
+        for i, lr in enumerate((1e-4, 3e-3, 1.0, 3.0))
+    ]
     return make_trainer(specs, folder, steps=16, sweep=strategy)
 
 
@@ -79,6 +87,12 @@ def test_the_others_get_the_part_of_those_who_left(tmp_path: Path) -> None:
         assert steps[left] >= max(steps[a] for a in stopped)
     after = [one.plan(number) for number in range(8, 16)]
     before = [whole.plan(number) for number in range(8, 16)]
-    draws = [len({(row.task, row.example) for group in plan.microbatches for row in group}) for plan in after if plan]
-    assert sum(draws) > 2 * sum(len({(r.task, r.example) for g in plan.microbatches for r in g}) for plan in before if plan)
+    draws = [
+        len({(row.task, row.example) for group in plan.microbatches for row in group})
+        for plan in after
+        if plan
+    ]
+    assert sum(draws) > 2 * sum(
+        len({(r.task, r.example) for g in plan.microbatches for r in g}) for plan in before if plan
+    )
     assert whole.early_stopping.retired == {}

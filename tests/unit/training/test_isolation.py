@@ -36,7 +36,10 @@ def some_absent(plans: list[StepPlan], adapters: int) -> bool:
         pytest.param({}, id="plain"),
         pytest.param({"tokens_per_microbatch": 32}, id="accumulation"),
         pytest.param({"checkpointing": "reentrant"}, id="reentrant-checkpointing"),
-        pytest.param({"checkpointing": "non_reentrant", "tokens_per_microbatch": 32}, id="checkpointing-and-accumulation"),
+        pytest.param(
+            {"checkpointing": "non_reentrant", "tokens_per_microbatch": 32},
+            id="checkpointing-and-accumulation",
+        ),
     ],
 )
 @pytest.mark.parametrize(
@@ -44,7 +47,8 @@ def some_absent(plans: list[StepPlan], adapters: int) -> bool:
     [
         pytest.param({"max_grad_norm": None}, id="unclipped"),
         pytest.param(
-            {"max_grad_norm": 0.05, "weight_decay": 0.1, "lr_schedule": "cosine", "warmup_steps": 3}, id="clipped-decayed"
+            {"max_grad_norm": 0.05, "weight_decay": 0.1, "lr_schedule": "cosine", "warmup_steps": 3},
+            id="clipped-decayed",
         ),
     ],
 )
@@ -57,13 +61,19 @@ def some_absent(plans: list[StepPlan], adapters: int) -> bool:
 def test_trained_together_equals_trained_alone(
     tmp_path: Path, optimizer: str, options: dict[str, Any], adapter_options: dict[str, Any]
 ) -> None:
-    lr = {"adamw": 2e-3, "sgd": 0.4}[optimizer]  # from 0.5 on, SGD on LoRA is unstable: any rounding grows step by step
-    specs = [replace(s, dropout=0.2) if s.name == "a-lora" else s for s in mixed_specs(lr=lr, **adapter_options)]
+    lr = {"adamw": 2e-3, "sgd": 0.4}[
+        optimizer
+    ]  # from 0.5 on, SGD on LoRA is unstable: any rounding grows step by step
+    specs = [
+        replace(s, dropout=0.2) if s.name == "a-lora" else s for s in mixed_specs(lr=lr, **adapter_options)
+    ]
     options = {"optimizer": optimizer, **options}
     together = make_trainer(specs, tmp_path, **options)
     plans = plans_of(together)
     assert some_absent(plans, len(specs))
-    assert options.get("tokens_per_microbatch", 4096) > 32 or any(len(plan.microbatches) > 1 for plan in plans)
+    assert options.get("tokens_per_microbatch", 4096) > 32 or any(
+        len(plan.microbatches) > 1 for plan in plans
+    )
     train_together(together, plans)
     assert min(moved(together).values()) > 1e-3
     differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
@@ -78,14 +88,22 @@ def test_i1_gradient_is_that_of_the_adapter_s_own_examples_whatever_its_neighbou
         for adapter in plan.label_tokens:
             part = plan if name == "all" else None
             if part is None:
-                groups = tuple(tuple(row for row in group if row.adapter == adapter) for group in plan.microbatches)
-                part = replace(plan, microbatches=tuple(filter(None, groups)), label_tokens={adapter: plan.label_tokens[adapter]})
+                groups = tuple(
+                    tuple(row for row in group if row.adapter == adapter) for group in plan.microbatches
+                )
+                part = replace(
+                    plan,
+                    microbatches=tuple(filter(None, groups)),
+                    label_tokens={adapter: plan.label_tokens[adapter]},
+                )
             backward_only(trainer, part)
             gradients[name, adapter] = trainer.bank.gradient_row(adapter).clone()
             for pool in trainer.bank.pools:
                 pool.gradients.zero_()
     for adapter in plan.label_tokens:
-        torch.testing.assert_close(gradients["all", adapter], gradients["alone", adapter], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            gradients["all", adapter], gradients["alone", adapter], rtol=1e-4, atol=1e-7
+        )
 
 
 def backward_only(trainer: Any, plan: StepPlan) -> None:
@@ -148,7 +166,13 @@ def test_i3_clipping_is_per_adapter(tmp_path: Path) -> None:
         trainer = make_trainer(specs(scale), tmp_path, optimizer="sgd")
         train_together(trainer, plans_of(trainer, 4))
         assert max(step.gradient_norm for step in trainer.metrics.last_steps.values()) > 0.01
-        rows.append({s.name: trainer.bank.row(i).clone() for i, s in enumerate(trainer.bank.specs) if s.method != "lora"})
+        rows.append(
+            {
+                s.name: trainer.bank.row(i).clone()
+                for i, s in enumerate(trainer.bank.specs)
+                if s.method != "lora"
+            }
+        )
     for name in rows[0]:
         assert torch.equal(rows[0][name], rows[1][name]), name
 
@@ -210,4 +234,6 @@ def test_only_keeps_one_adapter_s_rows(tmp_path: Path) -> None:
     adapter = next(iter(plan.label_tokens))
     part = only(plan, adapter)
     assert part is not None
-    assert sum(map(len, part.microbatches)) == sum(row.adapter == adapter for group in plan.microbatches for row in group)
+    assert sum(map(len, part.microbatches)) == sum(
+        row.adapter == adapter for group in plan.microbatches for row in group
+    )

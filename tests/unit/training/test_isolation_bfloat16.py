@@ -21,7 +21,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "non_reentrant"])
-def test_i1_gradient_in_bfloat16_is_that_of_the_adapters_own_examples(tmp_path: Path, checkpointing: str) -> None:
+def test_i1_gradient_in_bfloat16_is_that_of_the_adapters_own_examples(
+    tmp_path: Path, checkpointing: str
+) -> None:
     trainer = make_trainer(mixed_specs(), tmp_path, dtype=DTYPE, checkpointing=checkpointing)
     plan = plans_of(trainer, 1)[0]
     backward_only(trainer, plan)
@@ -29,7 +31,9 @@ def test_i1_gradient_in_bfloat16_is_that_of_the_adapters_own_examples(tmp_path: 
     for adapter, gradient in together.items():
         part = only(plan, adapter)
         assert part is not None
-        alone = make_trainer([trainer.bank.specs[adapter]], tmp_path, dtype=DTYPE, checkpointing=checkpointing)
+        alone = make_trainer(
+            [trainer.bank.specs[adapter]], tmp_path, dtype=DTYPE, checkpointing=checkpointing
+        )
         alone.bank.row(0).copy_(trainer.bank.row(adapter))
         backward_only(alone, part)
         assert relative(gradient, alone.bank.gradient_row(0)) <= 2e-2
@@ -67,7 +71,9 @@ def test_i2_absent_adapter_in_bfloat16_is_bit_identical(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", range(6))
 @pytest.mark.quick("0", "3")
-def test_i3_a_poisoned_adapter_in_bfloat16_leaves_the_others_bit_identical(tmp_path: Path, victim: int) -> None:
+def test_i3_a_poisoned_adapter_in_bfloat16_leaves_the_others_bit_identical(
+    tmp_path: Path, victim: int
+) -> None:
     healthy, poisoned = (make_trainer(mixed_specs(), tmp_path, dtype=DTYPE) for _ in range(2))
     plans = plans_of(healthy, 5)
     assert any(victim in plan.label_tokens for plan in plans[1:])
@@ -83,7 +89,9 @@ def test_i3_a_poisoned_adapter_in_bfloat16_leaves_the_others_bit_identical(tmp_p
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
-def test_i4_gradients_in_bfloat16_under_checkpointing_equal_those_without(tmp_path: Path, checkpointing: str) -> None:
+def test_i4_gradients_in_bfloat16_under_checkpointing_equal_those_without(
+    tmp_path: Path, checkpointing: str
+) -> None:
     gradients = []
     for mode in ("off", checkpointing):
         trainer = make_trainer(mixed_specs(), tmp_path, checkpointing=mode, dtype=DTYPE)

@@ -25,14 +25,25 @@ from tests.unit.training.harness import (
 
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.full), "adamw"])
-def test_trained_together_equals_trained_alone(tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_together_equals_trained_alone(
+    tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used: list[str] = []
     formulation = flora.formulation
     monkeypatch.setattr(flora, "formulation", lambda name: used.append(name) or formulation(name))
-    monkeypatch.setattr(cost_model, "thresholds_for", lambda work: Thresholds(100, 0, 0, 0))  # forming W0 * M costs nothing
-    options = {"optimizer": optimizer, "device": str(DEVICE), "tokens_per_step": 40, "tokens_per_microbatch": 32}
+    monkeypatch.setattr(
+        cost_model, "thresholds_for", lambda work: Thresholds(100, 0, 0, 0)
+    )  # forming W0 * M costs nothing
+    options = {
+        "optimizer": optimizer,
+        "device": str(DEVICE),
+        "tokens_per_step": 40,
+        "tokens_per_microbatch": 32,
+    }
     specs = mixed_specs(lr={"adamw": 2e-3, "sgd": 0.4}[optimizer])
-    together = make_trainer([specs[i] for i in (0, 1, 4, 5)], tmp_path, **options)  # every method, fLoRA both ways
+    together = make_trainer(
+        [specs[i] for i in (0, 1, 4, 5)], tmp_path, **options
+    )  # every method, fLoRA both ways
     plans = plans_of(together, 2)
     train_together(together, plans)
     assert set(used) == {"fused", "scaled"}

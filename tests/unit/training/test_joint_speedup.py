@@ -81,7 +81,9 @@ def test_a_limit_that_is_too_short_for_all_adapters_gives_an_estimate_and_is_kep
     assert any(estimates)
 
 
-def test_a_limit_below_a_single_step_measures_nothing_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_limit_below_a_single_step_measures_nothing_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer = make_trainer(mixed_specs(), tmp_path, compare_separate=True, compare_separate_seconds=1e-6)
     trainer.train()
     assert time_joint_vs_separate(trainer) is None

@@ -42,7 +42,10 @@ def soft_capped_model() -> Any:
     return model
 
 
-MODELS: dict[str, Any] = {**{name: lambda name=name: tiny_model(name) for name in FEW}, "soft_capped": soft_capped_model}
+MODELS: dict[str, Any] = {
+    **{name: lambda name=name: tiny_model(name) for name in FEW},
+    "soft_capped": soft_capped_model,
+}
 
 
 def mixed_batch() -> MixedBatch:
@@ -56,8 +59,16 @@ def mixed_batch() -> MixedBatch:
 
 
 def bank_on(model: Any) -> AdapterBank:
-    inputs = [name for name in ("down_proj", "fc2", "mlp.c_proj") if any(n.endswith(name) for n, _ in model.named_modules())]
-    specs = [spec("flora", rank=2), spec("lora", rank=2), spec("ia3", target_modules="all-linear", feedforward_modules=inputs)]
+    inputs = [
+        name
+        for name in ("down_proj", "fc2", "mlp.c_proj")
+        if any(n.endswith(name) for n, _ in model.named_modules())
+    ]
+    specs = [
+        spec("flora", rank=2),
+        spec("lora", rank=2),
+        spec("ia3", target_modules="all-linear", feedforward_modules=inputs),
+    ]
     bank = AdapterBank.attach(model, specs)
     perturb(bank, 0.1)
     return bank
@@ -65,9 +76,14 @@ def bank_on(model: Any) -> AdapterBank:
 
 def plain_row_losses(model: Any, batch: MixedBatch) -> Tensor:
     """All logits, then cross entropy per row."""
-    logits = model(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"], use_cache=False).logits
+    logits = model(
+        input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"], use_cache=False
+    ).logits
     losses = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="none"
+        logits[:, :-1].float().flatten(0, 1),
+        batch.labels[:, 1:].flatten(),
+        ignore_index=IGNORE,
+        reduction="none",
     )
     return losses.view(len(batch.labels), -1).sum(dim=1)
 
@@ -83,7 +99,9 @@ def values_and_gradients(bank: AdapterBank, losses_of: Any, batch: MixedBatch) -
 
 @pytest.mark.parametrize("chunk", [1, 3, 128])
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_and_gradients_equal_cross_entropy_on_full_logits(monkeypatch: pytest.MonkeyPatch, name: str, chunk: int) -> None:
+def test_losses_and_gradients_equal_cross_entropy_on_full_logits(
+    monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
+) -> None:
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
     model, batch = MODELS[name](), mixed_batch()
     row_losses = RowLosses(model)
@@ -106,7 +124,9 @@ def test_soft_cap_changes_the_loss() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_exist_at_learnt_positions_only_and_never_all_at_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_logits_exist_at_learnt_positions_only_and_never_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr(loss_module, "CHUNK", 4)
     model, batch = MODELS[name](), mixed_batch()
     row_losses = RowLosses(model)
@@ -146,7 +166,10 @@ def test_row_without_labels_costs_nothing_and_moves_nothing() -> None:
 def test_padding_changes_no_loss() -> None:
     model, batch = tiny_model().eval(), mixed_batch()
     row_losses = RowLosses(model)
-    inputs = {name: F.pad(tensor, (0, 5), value=PAD if name == "input_ids" else 0) for name, tensor in batch.inputs.items()}
+    inputs = {
+        name: F.pad(tensor, (0, 5), value=PAD if name == "input_ids" else 0)
+        for name, tensor in batch.inputs.items()
+    }
     longer = replace(batch, inputs=inputs, labels=F.pad(batch.labels, (0, 5), value=IGNORE))
     torch.testing.assert_close(row_losses(longer), row_losses(batch), rtol=1e-6, atol=1e-6)
 
@@ -172,4 +195,7 @@ def test_hooks_are_gone_after_a_failure() -> None:
         row_losses(batch)
     handle.remove()
     with torch.no_grad():
-        assert model(input_ids=batch.inputs["input_ids"]).logits.shape == (*batch.inputs["input_ids"].shape, VOCABULARY)
+        assert model(input_ids=batch.inputs["input_ids"]).logits.shape == (
+            *batch.inputs["input_ids"].shape,
+            VOCABULARY,
+        )

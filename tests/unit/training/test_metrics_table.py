@@ -55,7 +55,9 @@ def test_read_metrics_of_a_run_without_records_is_empty(tmp_path: Path) -> None:
     assert list(table.columns) == list(COLUMNS)
 
 
-def test_read_metrics_names_the_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_metrics_names_the_package_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = run_with(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError, match="pip install pandas"):

@@ -31,7 +31,12 @@ def own_settings() -> list[AdapterSpec]:
     schedules = ["constant", "linear", "cosine"]
     return [
         replace(
-            s, lr=10.0 ** -(1 + i / 2), weight_decay=0.1 * i, max_grad_norm=clips[i], lr_schedule=schedules[i % 3], warmup_steps=i
+            s,
+            lr=10.0 ** -(1 + i / 2),
+            weight_decay=0.1 * i,
+            max_grad_norm=clips[i],
+            lr_schedule=schedules[i % 3],
+            warmup_steps=i,
         )
         for i, s in enumerate(mixed_specs())
     ]
@@ -71,13 +76,19 @@ def test_every_adapter_moves_as_torch_s_optimizer_would_move_it_alone(training: 
         moved = (expected - start).abs().max()
         assert moved > 1e-5
         # a few roundings of the numbers themselves, and of the way they went
-        assert (bank.row(i) - expected).abs().max() <= 5e-7 * expected.abs().max() + 1e-5 * moved, bank.specs[i].name
+        assert (bank.row(i) - expected).abs().max() <= 5e-7 * expected.abs().max() + 1e-5 * moved, bank.specs[
+            i
+        ].name
 
 
-def stock_optimizer(parameter: torch.nn.Parameter, ours: AdapterSpec, config: TrainingConfig) -> torch.optim.Optimizer:
+def stock_optimizer(
+    parameter: torch.nn.Parameter, ours: AdapterSpec, config: TrainingConfig
+) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD([parameter], lr=ours.lr)
-    return torch.optim.AdamW([parameter], lr=ours.lr, betas=config.betas, eps=config.eps, weight_decay=ours.weight_decay)
+    return torch.optim.AdamW(
+        [parameter], lr=ours.lr, betas=config.betas, eps=config.eps, weight_decay=ours.weight_decay
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -125,7 +136,9 @@ def test_gradients_of_the_step_are_cleared_and_its_norms_reported() -> None:
     draw_gradients(bank, 0)
     norms = [float(bank.gradient_row(i).norm()) for i in range(6)]
     results = BankOptimizer(bank, TrainingConfig(steps=10)).step([0, 4])
-    assert {a: r.gradient_norm for a, r in results.items()} == pytest.approx({0: norms[0], 4: norms[4]}, rel=1e-6)
+    assert {a: r.gradient_norm for a, r in results.items()} == pytest.approx(
+        {0: norms[0], 4: norms[4]}, rel=1e-6
+    )
     assert [bool(bank.gradient_row(i).any()) for i in range(6)] == [False, True, True, True, False, True]
 
 
@@ -160,7 +173,9 @@ class CountCalls(TorchDispatchMode):
 def calls_of_a_step(optimizer: str, layers: int, adapters: int, absent: int) -> int:
     config = architecture_config("llama")
     config.num_hidden_layers = layers
-    bank = AdapterBank.attach(AutoModelForCausalLM.from_config(config), [spec("flora", f"t{i}", rank=2) for i in range(adapters)])
+    bank = AdapterBank.attach(
+        AutoModelForCausalLM.from_config(config), [spec("flora", f"t{i}", rank=2) for i in range(adapters)]
+    )
     stepper = BankOptimizer(bank, TrainingConfig(steps=10, optimizer=optimizer))
     draw_gradients(bank, 0)
     with CountCalls() as count:

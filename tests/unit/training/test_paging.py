@@ -23,7 +23,13 @@ def trainer_in(folder: Path, slots: int | None, disk: bool = False, **options: A
     """Twelve adapters of all methods, of which the device has room for about ten."""
     folder.mkdir(exist_ok=True)
     paging = None if slots is None else Paging(slots, folder if disk else None)
-    settings: dict[str, Any] = {"steps": 12, "save_every": 3, "tokens_per_step": 72, "optimizer": "adamw", **options}
+    settings: dict[str, Any] = {
+        "steps": 12,
+        "save_every": 3,
+        "tokens_per_step": 72,
+        "optimizer": "adamw",
+        **options,
+    }
     specs = [replace(s, dropout=0.3) if s.name == "a-lora" else s for s in mixed_specs(lr=5e-3)]
     next_task = {"a": "b", "b": "c", "c": "a"}
     specs += [replace(s, task=next_task[s.task], name=f"{next_task[s.task]}2-{s.family}") for s in specs]
@@ -71,7 +77,9 @@ def test_copies_are_where_the_pages_are(disk: bool, tmp_path: Path, monkeypatch:
     """Of a checkpoint that is being written, and of what the guard goes back to."""
     trainer = trainer_in(tmp_path / "run", SLOTS, disk, guard={"policy": "rollback"})
     written: list[torch.Tensor] = []
-    monkeypatch.setattr(trainer.checkpoints, "_write", lambda step, tensors, facts: written.extend(tensors.values()))
+    monkeypatch.setattr(
+        trainer.checkpoints, "_write", lambda step, tensors, facts: written.extend(tensors.values())
+    )
     trainer.guard.snapshot()
     trainer.save()
     trainer.finish_saving()
@@ -88,7 +96,9 @@ def test_every_step_leaves_the_same_bits_of_every_adapter(tmp_path: Path) -> Non
         resident.step(number, plan)
         paged.step(number, plan)
         ours, theirs = snapshot(paged), snapshot(resident)
-        assert all(torch.equal(a, b) for name in theirs for a, b in zip(ours[name], theirs[name], strict=True)), number
+        assert all(
+            torch.equal(a, b) for name in theirs for a, b in zip(ours[name], theirs[name], strict=True)
+        ), number
         absent += len(ours) - len(plan.label_tokens)
     assert absent > 40
 
@@ -107,7 +117,9 @@ def test_a_run_goes_on_with_other_slots(before: int | None, after: int | None, t
 
 def one_kind(count: int) -> list[Any]:
     """So many adapters of one kind, each on the one task or the other in turn."""
-    return [replace(spec("lora", "abc"[i % 3], rank=2), name=f"lora{i}", max_steps=10**6) for i in range(count)]
+    return [
+        replace(spec("lora", "abc"[i % 3], rank=2), name=f"lora{i}", max_steps=10**6) for i in range(count)
+    ]
 
 
 def least_loads(uses: list[set[int]], slots: int) -> int:
@@ -120,7 +132,10 @@ def least_loads(uses: list[set[int]], slots: int) -> int:
         for adapter in sorted(wanted - inside):
             if len(inside) == slots:
                 may_leave = inside - wanted - computing or inside - wanted
-                later = {a: next((s for s in range(now + 1, len(uses)) if a in uses[s]), len(uses)) for a in may_leave}
+                later = {
+                    a: next((s for s in range(now + 1, len(uses)) if a in uses[s]), len(uses))
+                    for a in may_leave
+                }
                 inside.remove(max(later, key=lambda a: (later[a], a)))
             inside.add(adapter)
             loads += 1
@@ -144,5 +159,7 @@ def test_what_is_loaded_is_the_least_that_a_rule_can_load(tmp_path: Path) -> Non
 
 
 def test_too_few_slots_are_an_error_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"adapters\.device_slots = 1: .*step 1: set it to 3 or more.*tokens_per_step"):
+    with pytest.raises(
+        UserError, match=r"adapters\.device_slots = 1: .*step 1: set it to 3 or more.*tokens_per_step"
+    ):
         make_trainer(one_kind(9), tmp_path, paging=Paging(1), steps=4, tokens_per_step=42)

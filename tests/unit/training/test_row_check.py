@@ -32,7 +32,11 @@ def test_rows_that_stay_apart_are_let_through(architecture: str, dtype: torch.dt
 
 @pytest.mark.parametrize("kind", ["whisper", *KINDS])
 def test_speech_models_are_let_through(kind: str) -> None:
-    model, extractor = (loaded_tiny_whisper(), tiny_extractor()) if kind == "whisper" else (loaded_tiny(kind), extractor_of(kind))
+    model, extractor = (
+        (loaded_tiny_whisper(), tiny_extractor())
+        if kind == "whisper"
+        else (loaded_tiny(kind), extractor_of(kind))
+    )
     check_rows(model, model.config.pad_token_id, noise_features(extractor))
 
 
@@ -51,10 +55,12 @@ class Spoilt(nn.Module):
 RULES = {
     "mixes the rows of a batch": lambda y: y + y.mean(0, keepdim=True),
     "sees the tokens that it is to predict": lambda y: y + y.mean(1, keepdim=True),
-    r"changes a row's (loss by \d+%|gradient) .*; rows meet in model\.layers\.1\.mlp\.down_proj": lambda y: y.roll(
-        y.shape[1], -1
+    r"changes a row's (loss by \d+%|gradient) .*; rows meet in model\.layers\.1\.mlp\.down_proj": lambda y: (
+        y.roll(y.shape[1], -1)
     ),
-    r"changes a row's loss by \d+% ": lambda y: y * (1 - 4 * (torch.arange(y[..., 0].numel()).view(*y.shape[:2], 1) >= 20)),
+    r"changes a row's loss by \d+% ": lambda y: (
+        y * (1 - 4 * (torch.arange(y[..., 0].numel()).view(*y.shape[:2], 1) >= 20))
+    ),
     "draws random numbers": lambda y: y + torch.randn_like(y),
 }
 
@@ -73,7 +79,10 @@ def test_rows_that_meet_are_refused_by_name(words: str, dtype: torch.dtype) -> N
 def test_a_model_that_cannot_compute_losses_is_refused() -> None:
     model: Any = tiny_model()
     model.model.layers[0].mlp.down_proj = nn.Linear(5, 5)
-    with pytest.raises(UserError, match=r"^model = 'LlamaForCausalLM': cannot compute losses of a few rows, as training would"):
+    with pytest.raises(
+        UserError,
+        match=r"^model = 'LlamaForCausalLM': cannot compute losses of a few rows, as training would",
+    ):
         check_rows(model, pad_token=0)
 
 

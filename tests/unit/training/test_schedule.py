@@ -26,7 +26,9 @@ def test_constant_stays() -> None:
 
 
 def test_linear_falls_to_zero_at_max_steps_and_stays_there() -> None:
-    assert rates(spec("lora", lr=4.0, lr_schedule="linear", max_steps=4), 7) == pytest.approx([4, 3, 2, 1, 0, 0, 0])
+    assert rates(spec("lora", lr=4.0, lr_schedule="linear", max_steps=4), 7) == pytest.approx(
+        [4, 3, 2, 1, 0, 0, 0]
+    )
     assert rates(spec("lora", lr=4.0, lr_schedule="linear", warmup_steps=2, max_steps=6), 7) == pytest.approx(
         [2, 4, 4, 3, 2, 1, 0]
     )
@@ -44,7 +46,10 @@ def test_cosine_falls_by_half_a_cosine_to_zero() -> None:
 def test_every_step_that_an_adapter_takes_moves_it() -> None:
     for schedule in ("constant", "linear", "cosine"):
         for warmup in (0, 1, 6):
-            assert min(rates(spec("lora", lr=1.0, lr_schedule=schedule, warmup_steps=warmup, max_steps=7), 7)) > 0
+            assert (
+                min(rates(spec("lora", lr=1.0, lr_schedule=schedule, warmup_steps=warmup, max_steps=7), 7))
+                > 0
+            )
 
 
 def test_max_steps_default_to_the_run_s() -> None:

@@ -53,7 +53,12 @@ def base_of(kind: str) -> Any:
 
 
 def trainer_of(
-    specs: Sequence[AdapterSpec], corpus: Path, folder: Path, checkpointing: str = "off", kind: str = "whisper", **training: Any
+    specs: Sequence[AdapterSpec],
+    corpus: Path,
+    folder: Path,
+    checkpointing: str = "off",
+    kind: str = "whisper",
+    **training: Any,
 ) -> Trainer:
     tasks = {
         language: {
@@ -70,7 +75,13 @@ def trainer_of(
             "adapters": {"unused": {"method": "ia3", "lr": 1e-3}},
             "mixture": {"strategy": "uniform"},
             "audio": {"window_step": 0.5},
-            "training": {"steps": 12, "max_length": 40, "tokens_per_step": 700, "tokens_per_microbatch": 700, **training},
+            "training": {
+                "steps": 12,
+                "max_length": 40,
+                "tokens_per_step": 700,
+                "tokens_per_microbatch": 700,
+                **training,
+            },
         }
     )
     speech_processor = (
@@ -100,7 +111,9 @@ def trainer_of(
 
 def plans_of(trainer: Trainer, steps: int = 12) -> list[StepPlan]:
     found = [
-        plan_step(trainer.mixture, n, trainer.tasks, trainer.bank, trainer.config.training.tokens_per_microbatch)
+        plan_step(
+            trainer.mixture, n, trainer.tasks, trainer.bank, trainer.config.training.tokens_per_microbatch
+        )
         for n in range(steps)
     ]
     return [plan for plan in found if plan is not None]
@@ -119,7 +132,9 @@ def plans_of(trainer: Trainer, steps: int = 12) -> list[StepPlan]:
     ],
 )
 @pytest.mark.quick("adamw, accumulation", "sgd, moonshine")
-def test_trained_together_equals_trained_alone(optimizer: str, options: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+def test_trained_together_equals_trained_alone(
+    optimizer: str, options: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
     lr = {"adamw": 2e-3, "sgd": 0.05}[optimizer]
     specs = specs_of(lr=lr, max_grad_norm=0.5, weight_decay=0.1, warmup_steps=2)
     together = trainer_of(specs, corpus, tmp_path, optimizer=optimizer, **options)
@@ -162,11 +177,15 @@ def test_a_nan_in_one_adapter_leaves_the_others_bit_for_bit(corpus: Path, tmp_pa
         results.append(snapshot(trainer))
     for name in results[0]:
         if name != "hi-decoder":
-            assert all(torch.equal(a, b) for a, b in zip(results[0][name], results[1][name], strict=True)), name
+            assert all(torch.equal(a, b) for a, b in zip(results[0][name], results[1][name], strict=True)), (
+                name
+            )
 
 
 @pytest.mark.parametrize("kind", ["whisper", *KINDS])
-def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(kind: str, corpus: Path, tmp_path: Path) -> None:
+def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(
+    kind: str, corpus: Path, tmp_path: Path
+) -> None:
     """PEFT's LoRA on transformers' own model, its cross entropy, torch's SGD (AdamW would blow rounding up): no code of ours but the batches."""
     specs = [
         spec("lora", "en", "lora", rank=2, lr=0.05, max_grad_norm=None),
@@ -175,13 +194,20 @@ def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(kind: str, co
     ]
     together = trainer_of(specs, corpus, tmp_path, kind=kind, optimizer="sgd")
     adapter = together.bank.ids["en-lora"]
-    start = {name: {p: t.clone() for p, t in params.items()} for name, params in together.bank.parameters_of("en-lora").items()}
+    start = {
+        name: {p: t.clone() for p, t in params.items()}
+        for name, params in together.bank.parameters_of("en-lora").items()
+    }
     plans = plans_of(together)
     train_together(together, plans)
 
     model = get_peft_model(
         base_of(kind),
-        LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "fc1", "fc2"]),
+        LoraConfig(
+            r=2,
+            lora_alpha=4,
+            target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "fc1", "fc2"],
+        ),
     )
     modules = dict(model.base_model.model.named_modules())
     with torch.no_grad():
@@ -199,7 +225,9 @@ def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(kind: str, co
             batch = together.make_batch(rows)
             name = model.base_model.model.main_input_name
             logits = model(**{**batch.inputs, name: batch.inputs[name][batch.clips]}).logits
-            total = total + torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="sum")
+            total = total + torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), batch.labels, reduction="sum"
+            )
         (total / part.label_tokens[0]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -209,4 +237,7 @@ def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(kind: str, co
         for param, letter in (("A", "lora_A"), ("B", "lora_B")):
             theirs = getattr(modules[name], letter)["default"].weight
             torch.testing.assert_close(params[param], theirs, rtol=0, atol=1e-5)
-    assert max(float(params["B"].abs().max()) for params in together.bank.parameters_of("en-lora").values()) > 1e-2
+    assert (
+        max(float(params["B"].abs().max()) for params in together.bank.parameters_of("en-lora").values())
+        > 1e-2
+    )

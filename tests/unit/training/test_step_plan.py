@@ -43,7 +43,11 @@ def test_tokens_are_counted_per_adapter_and_once_per_task(tmp_path: Path) -> Non
     trainer = make_trainer(mixed_specs(), tmp_path)
     adapters_of = {"a": 3, "b": 2, "c": 1}
     for plan in plans_of(trainer):
-        lengths = [int(trainer.tasks[row.task].train.lengths[row.example]) for rows in plan.microbatches for row in rows]
+        lengths = [
+            int(trainer.tasks[row.task].train.lengths[row.example])
+            for rows in plan.microbatches
+            for row in rows
+        ]
         assert plan.tokens == sum(lengths) <= trainer.config.training.tokens_per_step
         assert plan.tokens == sum(tokens * adapters_of[task] for task, tokens in plan.task_tokens.items())
 

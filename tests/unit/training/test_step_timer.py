@@ -37,7 +37,9 @@ def test_shares_are_of_the_timed_steps_and_add_up() -> None:
                 clock.at += 3
             with clock.part("optimizer"):
                 clock.at += 1
-    assert clock.shares() == pytest.approx({"base": 0.2, "adapters": 0.3, "loss": 0.3, "optimizer": 0.1, "data": 0.1})
+    assert clock.shares() == pytest.approx(
+        {"base": 0.2, "adapters": 0.3, "loss": 0.3, "optimizer": 0.1, "data": 0.1}
+    )
     assert format_shares(clock.shares()) == "base 20 %, adapters 30 %, loss 30 %, optimizer 10 %, data 10 %"
 
 

@@ -69,15 +69,21 @@ def trainer(folder: Path, **training: int) -> Trainer:
 def test_who_stops_stays_as_it_is_and_the_others_train_on(tmp_path: Path) -> None:
     one = trainer(tmp_path / "one")
     one.train()
-    assert one.early_stopping.record() == {"a-lora": {"step": (step := one.early_stopping.retired[0].step), "why": "patience"}}
+    assert one.early_stopping.record() == {
+        "a-lora": {"step": (step := one.early_stopping.retired[0].step), "why": "patience"}
+    }
     assert step < 10
     plans = [one.plan(number) for number in range(12)]
-    assert all((0 in plan.label_tokens) <= (number < step) for number, plan in enumerate(plans) if plan is not None)
+    assert all(
+        (0 in plan.label_tokens) <= (number < step) for number, plan in enumerate(plans) if plan is not None
+    )
     assert sum(0 in plan.label_tokens for plan in plans if plan is not None) == one.optimizer.steps[0] > 0
     assert one.optimizer.steps[2] > one.optimizer.steps[0]
     records = one.folder.read_metrics("evaluation")
     assert records[-1]["left"] == one.early_stopping.record()
-    assert [("a-lora" in record["adapters"]) for record in records] == [record["step"] <= step for record in records]
+    assert [("a-lora" in record["adapters"]) for record in records] == [
+        record["step"] <= step for record in records
+    ]
 
 
 @pytest.mark.parametrize("save_every", [1, 3])
@@ -90,7 +96,9 @@ def test_a_run_with_stops_that_is_taken_up_again_ends_the_same(tmp_path: Path, s
         first = trainer(folder, save_every=save_every)
         step = first.step
 
-        def killed(number: int, plan: object, first: Trainer = first, step: object = step, pause: int = pause) -> None:
+        def killed(
+            number: int, plan: object, first: Trainer = first, step: object = step, pause: int = pause
+        ) -> None:
             if number == pause:
                 raise KeyboardInterrupt
             step(number, plan)  # type: ignore[operator]
@@ -121,7 +129,9 @@ def test_a_run_ends_when_all_have_stopped(tmp_path: Path) -> None:
         ({"patience": 0}, {"interval": 5}, r"adapters\.x\.patience = 0"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(adapter: dict[str, float], evaluation: dict[str, int], words: str) -> None:
+def test_what_cannot_be_meant_is_refused(
+    adapter: dict[str, float], evaluation: dict[str, int], words: str
+) -> None:
     raw = {
         "name": "test",
         "model": {"path": "unused"},

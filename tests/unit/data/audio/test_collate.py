@@ -79,7 +79,10 @@ def test_augmentation_is_drawn_from_the_seed_alone(split: SpeechSplit, tmp_path:
     one = batch_of(split, rows_of(split, (0, 2), (1, 2), seed=1), tmp_path, spec_augment=True)
     with_others = batch_of(split, rows_of(split, (0, 3), (0, 2), seed=1), tmp_path, spec_augment=True)
     other = batch_of(split, rows_of(split, (0, 2), seed=2), tmp_path, spec_augment=True)
-    assert torch.equal(plain.inputs["input_features"], batch_of(split, rows_of(split, (0, 2)), tmp_path).inputs["input_features"])
+    assert torch.equal(
+        plain.inputs["input_features"],
+        batch_of(split, rows_of(split, (0, 2)), tmp_path).inputs["input_features"],
+    )
     features = one.inputs["input_features"]
     assert len(features) == 1  # both adapters hear the same
     assert torch.equal(features[0], with_others.inputs["input_features"][1])

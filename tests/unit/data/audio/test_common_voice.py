@@ -20,7 +20,10 @@ HEADER = "client_id\tsentence_id\tpath\tsentence\tup_votes\tlocale"
 def release(tmp_path: Path) -> Path:
     folder = tmp_path / "cv-corpus-22.0-2025-06-20" / "cs"
     write_clip(folder / "clips" / "common_voice_cs_1.mp3", 0.5)
-    rows = ['s1\tx\tcommon_voice_cs_1.mp3\tŘekl: "Dobrý den\t2\tcs', "s2\ty\tcommon_voice_cs_2.mp3\t'Tak ' jo\"\t2\tcs"]
+    rows = [
+        's1\tx\tcommon_voice_cs_1.mp3\tŘekl: "Dobrý den\t2\tcs',
+        "s2\ty\tcommon_voice_cs_2.mp3\t'Tak ' jo\"\t2\tcs",
+    ]
     for split in ("train", "dev", "test"):
         (folder / f"{split}.tsv").write_text("\n".join([HEADER, *rows]) + "\n", encoding="utf-8")
     (folder / "clip_durations.tsv").write_text("clip\tduration[ms]\ncommon_voice_cs_1.mp3\t504\n")
@@ -68,9 +71,13 @@ def test_a_damaged_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_missing_part_of_a_release_is_named(release: Path) -> None:
-    with pytest.raises(UserError, match=r"locale = 'css': is not a language of .*; it has cs.*Did you mean 'cs'"):
+    with pytest.raises(
+        UserError, match=r"locale = 'css': is not a language of .*; it has cs.*Did you mean 'cs'"
+    ):
         rows_of(release, locale="css")
-    with pytest.raises(UserError, match=r"split = 'validation': is not a split of .*; it has .*dev.*test.*train"):
+    with pytest.raises(
+        UserError, match=r"split = 'validation': is not a split of .*; it has .*dev.*test.*train"
+    ):
         rows_of(release, split="validation")
     with pytest.raises(UserError, match=r"no such release: download it"):
         rows_of(release / "absent")

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import soundfile
 
-from flora_train.data.audio.decode import DAMAGED, EMPTY, MISSING, RATE, SILENT, ClipError, check_clip, decode, read_clip
+from flora_train.data.audio.decode import (
+    DAMAGED,
+    EMPTY,
+    MISSING,
+    RATE,
+    SILENT,
+    ClipError,
+    check_clip,
+    decode,
+    read_clip,
+)
 from tests.speech import write_clip
 
 
@@ -43,7 +53,13 @@ def test_read_clip_gives_a_reason_for_an_unusable_file(tmp_path: Path) -> None:
     (tmp_path / "cut.flac").write_bytes(cut)
     soundfile.write(tmp_path / "nothing.wav", np.zeros(0), RATE)
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, dtype=np.float32), RATE, subtype="FLOAT")
-    reasons = {"absent.wav": MISSING, "zero.mp3": EMPTY, "text.mp3": DAMAGED, "nothing.wav": SILENT, "nan.wav": DAMAGED}
+    reasons = {
+        "absent.wav": MISSING,
+        "zero.mp3": EMPTY,
+        "text.mp3": DAMAGED,
+        "nothing.wav": SILENT,
+        "nan.wav": DAMAGED,
+    }
     for name, reason in reasons.items():
         with pytest.raises(ClipError, match=reason):
             read_clip(tmp_path / name)

@@ -26,7 +26,9 @@ def test_a_short_window_begins_as_the_long_one_does(tmp_path: Path) -> None:
     clip = heard(tmp_path)
     (short,) = store(tmp_path).get([clip])
     assert (short.shape, short.dtype) == ((MEL_BINS, 100), np.float16)
-    whole = tiny_extractor()(read_clip(Path(clip.path)), sampling_rate=16000, return_tensors="np")["input_features"][0]
+    whole = tiny_extractor()(read_clip(Path(clip.path)), sampling_rate=16000, return_tensors="np")[
+        "input_features"
+    ][0]
     assert whole.shape == (MEL_BINS, 200)
     np.testing.assert_allclose(short, whole[:, :100], atol=2e-3)
 
@@ -70,7 +72,9 @@ def test_the_least_recently_used_features_are_deleted_at_the_size_limit(tmp_path
 def test_other_content_or_window_has_another_cache_entry(tmp_path: Path) -> None:
     clip = heard(tmp_path)
     places = {
-        store(tmp_path)._path(ClipRef(clip.path, sha, window * GRAIN)) for sha in (clip.sha, "other") for window in (50, 100)
+        store(tmp_path)._path(ClipRef(clip.path, sha, window * GRAIN))
+        for sha in (clip.sha, "other")
+        for window in (50, 100)
     }
     assert len(places) == 4
 

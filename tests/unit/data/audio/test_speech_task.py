@@ -32,7 +32,9 @@ def config_of(files: dict[str, Any], **task: Any) -> RunConfig:
 
 def load(files: dict[str, Any], tmp_path: Path, audio: dict[str, Any] | None = None, **task: Any) -> Task:
     speech_processor = tiny_speech_processor(tmp_path, **(audio or {}))
-    return load_tasks(config_of(files, **task), speech_processor.tokenizer, tmp_path / "tokens", speech_processor)["cs"]
+    return load_tasks(
+        config_of(files, **task), speech_processor.tokenizer, tmp_path / "tokens", speech_processor
+    )["cs"]
 
 
 def test_a_clip_is_prompt_sentence_and_end(tmp_path: Path) -> None:
@@ -54,7 +56,13 @@ def test_a_clip_is_prompt_sentence_and_end(tmp_path: Path) -> None:
 def test_windows_are_multiples_of_the_step(tmp_path: Path) -> None:
     task = load(write_corpus(tmp_path, "cs"), tmp_path, {"window_step": 0.5})
     assert isinstance(task.train, SpeechSplit)
-    assert task.train.windows[:5].tolist() == [25, 50, 75, 75, 100]  # 0.3, 0.7, 1.1, 1.5 and 1.9 s at 50 positions a second
+    assert task.train.windows[:5].tolist() == [
+        25,
+        50,
+        75,
+        75,
+        100,
+    ]  # 0.3, 0.7, 1.1, 1.5 and 1.9 s at 50 positions a second
 
 
 def test_excluded_clips_are_counted_with_their_files(tmp_path: Path) -> None:
@@ -105,7 +113,10 @@ def test_a_changed_clip_is_not_read_from_the_cache(tmp_path: Path) -> None:
 def test_held_out_clips_have_other_sentences_or_speakers(tmp_path: Path) -> None:
     for i in range(20):
         write_clip(tmp_path / f"{i}.wav", 0.4, seed=i)
-    rows = [{"path": f"{i}.wav", "sentence": f"sentence {i % 10}", "speaker": f"speaker {i % 4}"} for i in range(20)]
+    rows = [
+        {"path": f"{i}.wav", "sentence": f"sentence {i % 10}", "speaker": f"speaker {i % 4}"}
+        for i in range(20)
+    ]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
     by_sentence = load({"train": str(tmp_path / "all.jsonl")}, tmp_path, validation_fraction=0.2)
     assert isinstance(by_sentence.train, SpeechSplit)
@@ -113,7 +124,9 @@ def test_held_out_clips_have_other_sentences_or_speakers(tmp_path: Path) -> None
     assert not set(by_sentence.train.sentences) & set(by_sentence.validation.sentences)
     assert (len(by_sentence.train), len(by_sentence.validation)) == (16, 4)
     speech = {"language": "cs", "speaker": "speaker"}
-    by_speaker = load({"train": str(tmp_path / "all.jsonl")}, tmp_path, validation_fraction=0.2, speech=speech)
+    by_speaker = load(
+        {"train": str(tmp_path / "all.jsonl")}, tmp_path, validation_fraction=0.2, speech=speech
+    )
     assert isinstance(by_speaker.validation, SpeechSplit)
     held = {int(Path(path).stem) % 4 for path in by_speaker.validation.paths.tolist()}
     assert len(held) == 1
@@ -124,7 +137,9 @@ def test_audio_may_be_bytes_as_in_hub_data_sets(tmp_path: Path) -> None:
     import pyarrow.parquet
 
     clips = [write_clip(tmp_path / f"{i}.flac", 0.5, seed=i).read_bytes() for i in range(4)]
-    rows = [{"audio": {"bytes": clip, "path": "x.flac"}, "text": f"sentence {i}"} for i, clip in enumerate(clips)]
+    rows = [
+        {"audio": {"bytes": clip, "path": "x.flac"}, "text": f"sentence {i}"} for i, clip in enumerate(clips)
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "all.parquet")
     speech = {"language": "cs", "audio": "audio", "sentence": "text"}
     task = load({"train": str(tmp_path / "all.parquet")}, tmp_path, speech=speech)
@@ -136,7 +151,10 @@ def test_audio_may_be_bytes_as_in_hub_data_sets(tmp_path: Path) -> None:
 def test_a_hub_data_sets_audio_column_is_decoded_here(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     clips = [str(write_clip(tmp_path / f"{i}.wav", 0.5, seed=i)) for i in range(4)]
-    rows = {"audio": [{"bytes": Path(clip).read_bytes(), "path": "clip.wav"} for clip in clips], "transcription": list("abcd")}
+    rows = {
+        "audio": [{"bytes": Path(clip).read_bytes(), "path": "clip.wav"} for clip in clips],
+        "transcription": list("abcd"),
+    }
     (tmp_path / "set").mkdir()
     made = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(sampling_rate=16000))
     made.to_parquet(tmp_path / "set" / "train.parquet")
@@ -159,7 +177,10 @@ def test_a_hub_data_sets_audio_column_is_decoded_here(tmp_path: Path) -> None:
             {"speech": {"language": "mn", "token": "<|rn|>"}},
             r"speech\.token = '<\|rn\|>': is not a language token.*Did you mean '<\|ru\|>'",
         ),
-        ({"speech": {"language": "cs", "sentence": "sentense"}}, r"speech\.sentence = 'sentense'.*Did you mean 'sentence'"),
+        (
+            {"speech": {"language": "cs", "sentence": "sentense"}},
+            r"speech\.sentence = 'sentense'.*Did you mean 'sentence'",
+        ),
         (
             {"speech": {"language": "cs", "audio": "clip"}},
             r"speech\.audio = 'clip': is not a column.*it has path, sentence or speaker",
@@ -179,7 +200,10 @@ def test_a_language_that_whisper_does_not_know_is_trained_with_a_chosen_token(tm
 def test_no_usable_clip_is_an_error_that_says_why(tmp_path: Path) -> None:
     files = write_corpus(tmp_path, "cs")
     write_manifest(tmp_path / "cs.train.jsonl", [("absent.wav", "one"), ("absent2.wav", "two")])
-    with pytest.raises(UserError, match=r"tasks\.cs\.train: no usable clip among 2: 2 no such file \(the first: .*absent\.wav\)"):
+    with pytest.raises(
+        UserError,
+        match=r"tasks\.cs\.train: no usable clip among 2: 2 no such file \(the first: .*absent\.wav\)",
+    ):
         load(files, tmp_path)
 
 
@@ -211,10 +235,16 @@ def test_text_and_speech_are_not_mixed() -> None:
 
 def test_special_tokens_in_transcripts_are_text_unless_the_task_says_otherwise(tmp_path: Path) -> None:
     files = write_corpus(tmp_path, "cs")
-    write_manifest(tmp_path / "cs.train.jsonl", [("clips/cs-1.wav", "one<|cs|>two<|endoftext|>"), ("clips/cs-2.wav", "three")])
+    write_manifest(
+        tmp_path / "cs.train.jsonl",
+        [("clips/cs-1.wav", "one<|cs|>two<|endoftext|>"), ("clips/cs-2.wav", "three")],
+    )
     tokenizer = tiny_speech_processor(tmp_path).tokenizer
     special = [tokenizer.get_vocab()[word] for word in ("<|cs|>", "<|endoftext|>")]
-    for as_tokens, counts in ((False, (1, 1)), (True, (2, 1))):  # the end token stands once, whoever writes it
+    for as_tokens, counts in (
+        (False, (1, 1)),
+        (True, (2, 1)),
+    ):  # the end token stands once, whoever writes it
         split = load(files, tmp_path, special_tokens=as_tokens).train
         example = split.example(0).tolist()
         assert tuple(example.count(i) for i in special) == counts
@@ -225,7 +255,9 @@ def test_special_tokens_in_transcripts_are_text_unless_the_task_says_otherwise(t
 
 def test_missing_values_are_not_transcripts(tmp_path: Path) -> None:
     files = write_corpus(tmp_path, "cs")
-    rows = [{"path": f"clips/cs-{i}.wav", "sentence": float("nan") if i == 1 else f"said {i}"} for i in (1, 2, 3)]
+    rows = [
+        {"path": f"clips/cs-{i}.wav", "sentence": float("nan") if i == 1 else f"said {i}"} for i in (1, 2, 3)
+    ]
     (tmp_path / "cs.train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     counts = load(files, tmp_path).train.counts
     assert [Path(path).name for path in counts.unusable["no transcript"]] == ["cs-1.wav"]

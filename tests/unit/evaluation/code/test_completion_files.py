@@ -21,14 +21,24 @@ from flora_train.evaluation.code.programs import verdicts
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.programs.sandbox import Sandbox
 
-PROBLEM = {"name": "p", "language": "sh", "prompt": "add() {\n", "tests": "}\n[[ $(add 1 2) = 3 ]]", "stop_tokens": ["\n}"]}
-ENDLESS = "echo 3\n }\nwhile :; do :; done\nafterwards() {"  # in the main shell: a subshell would be killed alone
+PROBLEM = {
+    "name": "p",
+    "language": "sh",
+    "prompt": "add() {\n",
+    "tests": "}\n[[ $(add 1 2) = 3 ]]",
+    "stop_tokens": ["\n}"],
+}
+ENDLESS = (
+    "echo 3\n }\nwhile :; do :; done\nafterwards() {"  # in the main shell: a subshell would be killed alone
+)
 GOOD, BAD = "    echo $(($1 + $2))\n}\nrm -rf x", "    echo 4"
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    (tmp_path / "humaneval-sh.jsonl").write_text(json.dumps(PROBLEM) + "\n" + json.dumps({**PROBLEM, "name": "q"}))
+    (tmp_path / "humaneval-sh.jsonl").write_text(
+        json.dumps(PROBLEM) + "\n" + json.dumps({**PROBLEM, "name": "q"})
+    )
     return tmp_path
 
 
@@ -69,7 +79,9 @@ def judged(prompts: Path, path: Path, sandbox: Sandbox) -> dict[Any, dict[str, A
     )
 
 
-def test_collect_verdicts_resumes_after_a_kill(prompts: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collect_verdicts_resumes_after_a_kill(
+    prompts: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(prompts, *({"name": name, "completion": text} for name in "pq" for text in (GOOD, BAD)))
     first = judged(prompts, path, sandbox)
     assert [record["status"] for record in first.values()] == ["OK", "AssertionError", "OK", "AssertionError"]
@@ -86,7 +98,9 @@ def test_collect_verdicts_resumes_after_a_kill(prompts: Path, sandbox: Sandbox, 
     monkeypatch.setattr(verdicts, "execute_all", counted)
     again = judged(prompts, path, sandbox)
     assert ran == [2]
-    assert {key: record["status"] for key, record in again.items()} == {key: record["status"] for key, record in first.items()}
+    assert {key: record["status"] for key, record in again.items()} == {
+        key: record["status"] for key, record in first.items()
+    }
     assert len(file.read_text().splitlines()) == 4
 
 
@@ -106,11 +120,18 @@ def test_verdicts_with_another_time_limit_are_refused(
     assert record["seconds"] < load_languages()["sh"].seconds
     capsys.readouterr()
     assert main(words) == 2
-    assert re.search(r"verdicts.jsonl:1: cpu_seconds = 1.*now has 15: give the same cpu_seconds, or", capsys.readouterr().err)
+    assert re.search(
+        r"verdicts.jsonl:1: cpu_seconds = 1.*now has 15: give the same cpu_seconds, or",
+        capsys.readouterr().err,
+    )
 
 
-def test_the_command_prints_pass_at_k(prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(prompts, {"completion": GOOD, "adapter": "sh-flora"}, {"completion": BAD, "adapter": "sh-lora"})
+def test_the_command_prints_pass_at_k(
+    prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(
+        prompts, {"completion": GOOD, "adapter": "sh-flora"}, {"completion": BAD, "adapter": "sh-lora"}
+    )
     assert main(["execute", str(path), f"--prompts={prompts}"]) == 0
     said = capsys.readouterr().out
     assert "sh-flora" in said
@@ -122,25 +143,42 @@ def test_the_command_prints_pass_at_k(prompts: Path, sandbox: Sandbox, capsys: p
 @pytest.mark.parametrize(
     ("rows", "words", "said"),
     [
-        ([{"completion": GOOD}], ["--languages=shh"], "'shh': is not in eval/languages.yaml.*Did you mean 'sh'"),
+        (
+            [{"completion": GOOD}],
+            ["--languages=shh"],
+            "'shh': is not in eval/languages.yaml.*Did you mean 'sh'",
+        ),
         ([{"completion": GOOD}], ["--languages=lua"], "no completion is in it; there are sh"),
         ([{"completion": GOOD}], ["--pass-at-k=1,2"], "k = 2: is more than the 1 samples"),
         ([{"completion": GOOD}], ["--pass-at-k=0"], "pass_at_k.0 = 0: must be at least 1"),
         ([{"completion": GOOD}], ["--sandbox=docker"], "sandbox = 'docker': must be bubblewrap or none"),
-        ([{"completion": GOOD}], ["worker=2"], "worker = '2': options of this command begin with --. Did you mean '--workers'"),
+        (
+            [{"completion": GOOD}],
+            ["worker=2"],
+            "worker = '2': options of this command begin with --. Did you mean '--workers'",
+        ),
         (
             [{"completion": GOOD, "name": "z"}],
             [],
             "'z': is not a problem of .*humaneval-sh.jsonl: these completions are for other",
         ),
-        ([{"completion": GOOD, "language": "lua"}], [], "humaneval-lua.jsonl.*no such file; the folder has prompts of sh"),
+        (
+            [{"completion": GOOD, "language": "lua"}],
+            [],
+            "humaneval-lua.jsonl.*no such file; the folder has prompts of sh",
+        ),
         ([{"text": GOOD}], [], "made.jsonl:1: lacks completion"),
         ([{"completion": GOOD, "sample": 0}, {"completion": BAD, "sample": 0}], [], "occurs twice"),
         ([], [], "has no completions"),
     ],
 )
 def test_bad_input_is_one_clear_error(
-    rows: list[dict[str, Any]], words: list[str], said: str, prompts: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+    rows: list[dict[str, Any]],
+    words: list[str],
+    said: str,
+    prompts: Path,
+    sandbox: Sandbox,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["execute", str(write(prompts, *rows)), f"--prompts={prompts}", *words]) == 2
     error = capsys.readouterr().err
@@ -151,13 +189,17 @@ def test_without_bubblewrap_nothing_runs(
     prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "flora_train.evaluation.code.programs.sandbox.shutil.which", lambda name: None if name == "bwrap" else name
+        "flora_train.evaluation.code.programs.sandbox.shutil.which",
+        lambda name: None if name == "bwrap" else name,
     )
     path = write(prompts, {"completion": "touch /tmp/ran"})
     assert main(["execute", str(path), f"--prompts={prompts}"]) == 2
     assert "needs bubblewrap: apt-get install bubblewrap" in capsys.readouterr().err
     assert not (prompts / "made.verdicts.jsonl").exists()
-    assert main(["execute", str(write(prompts, {"completion": GOOD})), f"--prompts={prompts}", "--sandbox=none"]) == 0
+    assert (
+        main(["execute", str(write(prompts, {"completion": GOOD})), f"--prompts={prompts}", "--sandbox=none"])
+        == 0
+    )
     assert "unconfined" in capsys.readouterr().out
 
 
@@ -202,7 +244,9 @@ def test_text_where_a_list_belongs_is_refused_and_never_cut_into_letters(
 
 
 def test_completion_whose_line_has_a_key_twice_is_refused(prompts: Path) -> None:
-    (prompts / "made.jsonl").write_text('{"language": "sh", "name": "p", "completion": "a", "completion": "b"}')
+    (prompts / "made.jsonl").write_text(
+        '{"language": "sh", "name": "p", "completion": "a", "completion": "b"}'
+    )
     with pytest.raises(UserError, match=r"made.jsonl:1: has the key 'completion' twice"):
         read_completions(prompts / "made.jsonl", prompts)
 

@@ -53,7 +53,10 @@ def judged(sources: list[str]) -> list[Tensor]:
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
 def test_an_adapter_of_a_changed_base_is_refused_by_name(init: str, tmp_path: Path) -> None:
     source = saved(tmp_path / "theirs", lora(init_lora_weights=init))
-    with pytest.raises(UserError, match=f"contenders = .*init_lora_weights='{init}'.*path_initial_model_for_weight_conversion"):
+    with pytest.raises(
+        UserError,
+        match=f"contenders = .*init_lora_weights='{init}'.*path_initial_model_for_weight_conversion",
+    ):
         check_peft_contenders([source], [])
 
 
@@ -91,7 +94,9 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], [*TARGETS, "k_proj"]], ids=["left-out", "missing"])
-def test_an_adapter_that_peft_loads_in_part_is_refused_before_anything_is_written(targets: list[str], tmp_path: Path) -> None:
+def test_an_adapter_that_peft_loads_in_part_is_refused_before_anything_is_written(
+    targets: list[str], tmp_path: Path
+) -> None:
     source = saved(tmp_path / "theirs", lora())
     file = tmp_path / "theirs" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": targets}))

@@ -19,11 +19,25 @@ from flora_train.evaluation.code.completion_log import CompletionLog
 from flora_train.evaluation.code.problems.problem import load_problems
 from flora_train.evaluation.code.scores import check_k
 
-PROBLEM: dict[str, Any] = {"name": "p", "language": "sh", "prompt": "f() {\n", "tests": "}", "stop_tokens": ["\n}"]}
+PROBLEM: dict[str, Any] = {
+    "name": "p",
+    "language": "sh",
+    "prompt": "f() {\n",
+    "tests": "}",
+    "stop_tokens": ["\n}"],
+}
 ROW: dict[str, Any] = {"language": "sh", "name": "p", "completion": "x", "sample": 0, "adapter": "a"}
 PACKED: dict[str, Any] = {**PROBLEM, "completions": ["x", "y"]}
 LOGGED: dict[str, Any] = {
-    **{"adapter": "a", "language": "sh", "name": "p", "sample": 0, "completion": "x", "ended": "stop", "tokens": 1},
+    **{
+        "adapter": "a",
+        "language": "sh",
+        "name": "p",
+        "sample": 0,
+        "completion": "x",
+        "ended": "stop",
+        "tokens": 1,
+    },
     **{"prompt_sha": "0", "adapter_sha": ""},
 }
 JSON = st.recursive(
@@ -96,7 +110,9 @@ def test_read_completions_names_the_packed_file_that_is_wrong(
     assert "p.json.gz" in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe{}", b'{"name": 1}', b"{}", b"[" * 100_000, b'{"stop_tokens": "\\n}"}'])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe{}", b'{"name": 1}', b"{}", b"[" * 100_000, b'{"stop_tokens": "\\n}"}']
+)
 def test_load_problems_names_the_line_that_is_wrong(content: bytes, tmp_path: Path) -> None:
     if content.startswith(b'{"stop'):
         content = json.dumps({**PROBLEM, "stop_tokens": "\n}"}).encode()
@@ -109,7 +125,10 @@ def test_prompts_and_completions_may_use_any_name_of_a_language(tmp_path: Path) 
     (tmp_path / "humaneval-javascript.jsonl").write_text(json.dumps({**PROBLEM, "language": "javascript"}))
     file = tmp_path / "c.jsonl"
     file.write_text(
-        "".join(json.dumps({**ROW, "language": word, "sample": i}) + "\n" for i, word in enumerate(("js", "JavaScript")))
+        "".join(
+            json.dumps({**ROW, "language": word, "sample": i}) + "\n"
+            for i, word in enumerate(("js", "JavaScript"))
+        )
     )
     assert {completion.problem.language for completion in read_completions(file, tmp_path)} == {"js"}
     packed = tmp_path / "humaneval-humaneval_to_r.py"
@@ -149,7 +168,9 @@ def test_completion_log_raises_a_user_error_or_succeeds(
         (log.path / "completions-0.jsonl").write_bytes(content + b"\n")
         with suppress(UserError):
             for entry in log.read().values():
-                assert {name: type(found) for name, found in vars(entry).items()} == {n: type(v) for n, v in LOGGED.items()}
+                assert {name: type(found) for name, found in vars(entry).items()} == {
+                    n: type(v) for n, v in LOGGED.items()
+                }
 
 
 def test_errors_show_the_control_characters_of_a_file(tmp_path: Path) -> None:

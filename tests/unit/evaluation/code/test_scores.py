@@ -34,7 +34,9 @@ def test_values_are_those_computed_by_hand() -> None:
     assert scores.pass_at(("a", "lua"), 2).value == pytest.approx(3 / 4)
     assert scores.difference("a", "b", language="lua", k=1).value == pytest.approx((0.5 + 0.5 + 0 + 0) / 4)
     assert scores.macro({"lua": "a", "pl": "a"}, 1).value == pytest.approx((0.5 + 0.5) / 2)
-    assert scores.macro_difference({"lua": "a", "pl": "a"}, {"lua": "b", "pl": "b"}, 1).value == pytest.approx((0.25 + 0.5) / 2)
+    assert scores.macro_difference(
+        {"lua": "a", "pl": "a"}, {"lua": "b", "pl": "b"}, 1
+    ).value == pytest.approx((0.25 + 0.5) / 2)
     assert scores.num_samples(("a", "lua")) == 2
     assert scores.ended["b", "pl"] == {"AssertionError": 4}
 
@@ -44,7 +46,9 @@ def test_pass_at_k_requires_k_samples() -> None:
         Scores(RECORDS).pass_at(("a", "lua"), 3)
 
 
-def test_a_difference_is_paired_so_that_equal_contenders_differ_by_no_more_than_four_problems_can_show() -> None:
+def test_a_difference_is_paired_so_that_equal_contenders_differ_by_no_more_than_four_problems_can_show() -> (
+    None
+):
     same = [*RECORDS, *({**record, "adapter": "twin"} for record in RECORDS if record["adapter"] == "a")]
     difference = Scores(same).difference("a", "twin", language="lua", k=1)
     bound = 1 - 0.025 ** (1 / 4)
@@ -58,8 +62,12 @@ def test_a_difference_compares_only_what_both_have_tried() -> None:
     assert scores.pass_at(("a", "lua"), 1).value == 0.5
 
 
-@pytest.mark.parametrize(("solved", "low", "high"), [(0, 0.0, 1 - 0.025 ** (1 / 20)), (1, 0.025 ** (1 / 20), 1.0)])
-def test_the_interval_has_width_if_no_problem_of_twenty_is_solved(solved: int, low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("solved", "low", "high"), [(0, 0.0, 1 - 0.025 ** (1 / 20)), (1, 0.025 ** (1 / 20), 1.0)]
+)
+def test_the_interval_has_width_if_no_problem_of_twenty_is_solved(
+    solved: int, low: float, high: float
+) -> None:
     estimate = Scores(verdicts("a", "lua", **{f"p{i}": [solved] for i in range(20)})).pass_at(("a", "lua"), 1)
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((solved, low, high))
 
@@ -69,7 +77,11 @@ def test_intervals_cover_the_truth_about_as_often_as_stated() -> None:
     covered = 0
     for trial in range(200):
         chances = random.beta(1, 1, 60)
-        records = verdicts("a", "lua", **{f"p{i}": list(map(int, random.random(4) < chance)) for i, chance in enumerate(chances)})
+        records = verdicts(
+            "a",
+            "lua",
+            **{f"p{i}": list(map(int, random.random(4) < chance)) for i, chance in enumerate(chances)},
+        )
         estimate = Scores(records, resamples=400, seed=trial).pass_at(("a", "lua"), 1)
         covered += estimate.low <= 0.5 <= estimate.high
     assert 0.90 <= covered / 200 <= 0.99

@@ -10,8 +10,13 @@ from flora_train.evaluation.code.problems.problem import Problem
 from flora_train.evaluation.code.score_types import DecidedProblem, ProgramExample
 from flora_train.evaluation.code.wins_and_losses import wins_and_losses
 
-PROBLEMS = {name: Problem("lua", name, f"-- {name}\n", "", ("\nstop",)) for name in ("one", "two", "three", "four")}
-CONTENDERS = [Contender(name, family, 0, ("lua",), "") for name, family in (("base", "base"), ("f", "flora"), ("l", "lora"))]
+PROBLEMS = {
+    name: Problem("lua", name, f"-- {name}\n", "", ("\nstop",)) for name in ("one", "two", "three", "four")
+}
+CONTENDERS = [
+    Contender(name, family, 0, ("lua",), "")
+    for name, family in (("base", "base"), ("f", "flora"), ("l", "lora"))
+]
 
 
 def found(passed: dict[str, dict[str, str]]) -> list[DecidedProblem]:
@@ -20,7 +25,9 @@ def found(passed: dict[str, dict[str, str]]) -> list[DecidedProblem]:
     for adapter, problems in passed.items():
         for name, letters in problems.items():
             for sample, letter in enumerate(letters):
-                entry = LoggedCompletion(adapter, "lua", name, sample, f"{adapter}{sample}\nstop here", "stop", 3, "", "")
+                entry = LoggedCompletion(
+                    adapter, "lua", name, sample, f"{adapter}{sample}\nstop here", "stop", 3, "", ""
+                )
                 logged.append(entry)
                 records[entry.key] = {"status": "OK" if letter == "+" else "Exception"}
     keyed: dict[Key, dict[str, Any]] = records

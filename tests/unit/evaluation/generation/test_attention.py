@@ -15,11 +15,19 @@ from tests.architectures import tiny_model
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_one_query_attention_equals_torchs_attention(key_heads: int, masked: bool, dtype: torch.dtype, tolerance: float) -> None:
+def test_one_query_attention_equals_torchs_attention(
+    key_heads: int, masked: bool, dtype: torch.dtype, tolerance: float
+) -> None:
     torch.manual_seed(0)
     query = torch.randn(4, 6, 1, 8, dtype=dtype)
-    key, value = (torch.randn(4, key_heads, 20, 8, dtype=dtype)[:, :, :13] for _ in range(2))  # a view of a larger buffer
-    mask = torch.arange(13)[None, None, None] >= torch.tensor([0, 3, 12, 5])[:, None, None, None] if masked else None
+    key, value = (
+        torch.randn(4, key_heads, 20, 8, dtype=dtype)[:, :, :13] for _ in range(2)
+    )  # a view of a larger buffer
+    mask = (
+        torch.arange(13)[None, None, None] >= torch.tensor([0, 3, 12, 5])[:, None, None, None]
+        if masked
+        else None
+    )
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
     module = SimpleNamespace(is_causal=True, num_key_value_groups=6 // key_heads)
     found, _ = one_query_attention(module, query, key, value, mask, scaling=0.3)  # type: ignore[arg-type]

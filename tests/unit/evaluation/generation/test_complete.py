@@ -24,7 +24,12 @@ def model_for(architecture: str, tokenizer: Any) -> nn.Module:
     """A tiny model whose next token depends on what it read: random weights as they come repeat one token."""
     torch.manual_seed(0)
     config = architecture_config(architecture)
-    sizes = {**config.to_dict(), "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {
+        **config.to_dict(),
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     model = AutoModelForCausalLM.from_config(type(config)(**{**sizes, "tie_word_embeddings": False}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,11 +41,16 @@ def model_for(architecture: str, tokenizer: Any) -> nn.Module:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_mixed_batch_completes_as_one_request_at_a_time(architecture: str) -> None:
     tokenizer = byte_tokenizer()
-    bank = AdapterBank.attach(model_for(architecture, tokenizer), [spec("flora", rank=2), spec("lora", rank=2), spec("ia3")])
+    bank = AdapterBank.attach(
+        model_for(architecture, tokenizer), [spec("flora", rank=2), spec("lora", rank=2), spec("ia3")]
+    )
     perturb(bank, 0.3)
     requests = [(prompt, adapter) for prompt in PROMPTS for adapter in (2, -1, 0, 1)]
     mixed = complete(bank.model, bank, tokenizer, requests=requests, max_new_tokens=12)
-    assert mixed == [complete(bank.model, bank, tokenizer, requests=[request], max_new_tokens=12)[0] for request in requests]
+    assert mixed == [
+        complete(bank.model, bank, tokenizer, requests=[request], max_new_tokens=12)[0]
+        for request in requests
+    ]
     assert len(set(mixed)) > len(PROMPTS)
     per_prompt = [mixed[i : i + 4] for i in range(0, len(mixed), 4)]
     assert sum(len(set(texts)) == 4 for texts in per_prompt) >= 3  # the contenders write different things
@@ -53,11 +63,15 @@ def test_base_requests_complete_as_the_plain_model() -> None:
     plain: Any = model_for("llama", tokenizer).eval()
     for prompt, text in zip(
         PROMPTS,
-        complete(bank.model, bank, tokenizer, requests=[(prompt, -1) for prompt in PROMPTS], max_new_tokens=9),
+        complete(
+            bank.model, bank, tokenizer, requests=[(prompt, -1) for prompt in PROMPTS], max_new_tokens=9
+        ),
         strict=True,
     ):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-        written = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[0, ids.shape[1] :]
+        written = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[
+            0, ids.shape[1] :
+        ]
         assert text == tokenizer.decode(written, skip_special_tokens=True)
 
 
@@ -73,7 +87,11 @@ def test_completion_leaves_training_mode_and_routing_as_they_were() -> None:
 @pytest.mark.parametrize("kind", ["unigram-first", "legacy-llama"])
 def test_a_completion_keeps_its_leading_space(kind: str) -> None:
     tokenizer = KINDS[kind]()
-    words = [i for i, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if piece[:1] in ("\u2581", "b")]
+    words = [
+        i
+        for i, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+        if piece[:1] in ("\u2581", "b")
+    ]
 
     def model_of_words() -> Any:
         model: Any = model_for("llama", tokenizer)
@@ -86,10 +104,14 @@ def test_a_completion_keeps_its_leading_space(kind: str) -> None:
     prompts = [f"{first} ab{last}" for first in "abct4x" for last in (":", "", "4", "the")]
     spaced = 0
     for prompt, text in zip(
-        prompts, complete(bank.model, bank, tokenizer, requests=[(p, -1) for p in prompts], max_new_tokens=9), strict=True
+        prompts,
+        complete(bank.model, bank, tokenizer, requests=[(p, -1) for p in prompts], max_new_tokens=9),
+        strict=True,
     ):
         ids = torch.tensor([[1, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
-        written = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[0]
+        written = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[
+            0
+        ]
         read, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[0], written))
         assert read + text == whole
         spaced += text.startswith(" ")
@@ -102,7 +124,9 @@ def test_special_tokens_are_tokens_in_a_recipes_prompt_and_text_in_a_problems() 
     decoder = Decoder(bank.model, tokenizer, bank.routed, sampling=Sampling(0.0, 1.0, 0), max_new_tokens=3)
     assert batching_mode(bank.model) == "batched"  # asked before, for that runs the model, too
     read: list[int] = []
-    bank.model.get_input_embeddings().register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
+    bank.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: read.append(args[0].shape[1])
+    )
     for special in (True, False):
         decoder.run([Request(-1, "<s>x<e>", ("",), special_tokens=special)], lambda generated: None)
     assert [length for length in read if length > 1] == [3, 8]  # <s> x <e>; the start token and seven letters

@@ -29,7 +29,9 @@ def decode(
     bank: AdapterBank, requests: list[Request], sampling: Sampling, tokens: int = 12, rows: int = 32
 ) -> dict[Any, Generated]:
     found: dict[Any, Generated] = {}
-    decoder = Decoder(bank.model, byte_tokenizer(), bank.routed, sampling=sampling, max_new_tokens=tokens, max_rows=rows)
+    decoder = Decoder(
+        bank.model, byte_tokenizer(), bank.routed, sampling=sampling, max_new_tokens=tokens, max_rows=rows
+    )
 
     def report(generated: Generated) -> None:
         key = generated.request, generated.sample
@@ -66,7 +68,9 @@ def test_rows_of_a_changing_batch_equal_transformers_generate(architecture: str)
 
 def test_samples_do_not_depend_on_batch_size_order_or_neighbours() -> None:
     bank = bank_for()
-    requests = [Request(a, p, tuple(f"{a} {p} {i}" for i in range(3))) for p in PROMPTS for a in (-1, 0, 1, 2)]
+    requests = [
+        Request(a, p, tuple(f"{a} {p} {i}" for i in range(3))) for p in PROMPTS for a in (-1, 0, 1, 2)
+    ]
     together = decode(bank, requests, WARM)
     assert len({generated.text for generated in together.values()}) > len(requests)
     for rows in (2, 7):
@@ -88,7 +92,9 @@ def test_samples_of_a_prompt_share_its_reading(monkeypatch: pytest.MonkeyPatch) 
         return forward(decoder, ids, *words)
 
     monkeypatch.setattr(Decoder, "_forward", watched)
-    decode(bank_for(), [Request(0, "return", tuple("abcd")), Request(1, "local", tuple("ef"))], WARM, tokens=3)
+    decode(
+        bank_for(), [Request(0, "return", tuple("abcd")), Request(1, "local", tuple("ef"))], WARM, tokens=3
+    )
     assert shapes[0] == (2, len("return"))  # two prompts, read once each
     assert shapes[1][0] == 6  # six samples
 
@@ -114,12 +120,20 @@ def test_a_peft_model_is_decoded_as_peft_generates(tmp_path: Path) -> None:
     folder = export_peft(bank, bank.specs[1].name, tmp_path / "lora", base=BaseModel("base"))
     theirs = PeftModel.from_pretrained(model_for("gpt2", tokenizer), folder).eval()
     found: dict[int, str] = {}
-    decoder = Decoder(theirs, tokenizer, lambda adapters: nullcontext(), sampling=GREEDY, max_new_tokens=12, max_rows=2)
-    decoder.run([Request(-1, prompt, ("",)) for prompt in PROMPTS], lambda g: found.update({g.request: g.text}))
+    decoder = Decoder(
+        theirs, tokenizer, lambda adapters: nullcontext(), sampling=GREEDY, max_new_tokens=12, max_rows=2
+    )
+    decoder.run(
+        [Request(-1, prompt, ("",)) for prompt in PROMPTS], lambda g: found.update({g.request: g.text})
+    )
     for i, prompt in enumerate(PROMPTS):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         alone = theirs.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
         )
         assert found[i] == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -135,7 +149,12 @@ def test_every_row_ends_at_its_own_stop_string_and_computes_no_more() -> None:
     whole = decode(bank, [Request(-1, prompt, ("",)) for prompt in PROMPTS], GREEDY, tokens=20)
     texts = [whole[i, 0].text for i in range(len(PROMPTS))]
     stops = [next(char for char in text[3:15] if char.isascii()) for text in texts]
-    cut = decode(bank, [Request(-1, p, ("",), ("\0\0", stop)) for p, stop in zip(PROMPTS, stops, strict=True)], GREEDY, tokens=20)
+    cut = decode(
+        bank,
+        [Request(-1, p, ("",), ("\0\0", stop)) for p, stop in zip(PROMPTS, stops, strict=True)],
+        GREEDY,
+        tokens=20,
+    )
     for i, stop in enumerate(stops):
         assert cut[i, 0].text == whole[i, 0].text[: whole[i, 0].text.index(stop)]
         assert cut[i, 0].ended == "stop"
@@ -146,11 +165,15 @@ def test_every_row_ends_at_its_own_stop_string_and_computes_no_more() -> None:
 def test_a_model_without_a_bank_is_decoded_as_it_is() -> None:
     bank, found = bank_for(), []
     plain = model_for("llama", byte_tokenizer())
-    decoder = Decoder(plain, byte_tokenizer(), lambda adapters: nullcontext(), sampling=GREEDY, max_new_tokens=9)
+    decoder = Decoder(
+        plain, byte_tokenizer(), lambda adapters: nullcontext(), sampling=GREEDY, max_new_tokens=9
+    )
     decoder.run([Request(-1, "return", ("",))], found.append)
     assert found[0].text == decode(bank, [Request(-1, "return", ("",))], GREEDY, tokens=9)[0, 0].text
 
 
 def test_too_long_a_continuation_is_refused_before_anything_is_computed() -> None:
-    with pytest.raises(UserError, match=r"max_new_tokens = 60: with a prompt of 6 tokens is more than the 64 .* at most 58"):
+    with pytest.raises(
+        UserError, match=r"max_new_tokens = 60: with a prompt of 6 tokens is more than the 64 .* at most 58"
+    ):
         decode(bank_for(), [Request(-1, "return", ("",))], GREEDY, tokens=60)

@@ -44,7 +44,9 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens_with_that_mass(vocabulary: i
 def test_rounding_that_swaps_two_equally_likely_tokens_changes_no_draw() -> None:
     keys = [str(i) for i in range(500)]
     one, other = (torch.tensor([1.0, 1.0 + tiny, 0.0]).expand(len(keys), 3) for tiny in (1e-7, -1e-7))
-    assert Sampling(1.0, 0.9, 0).choose(one, keys, [0] * 500) == Sampling(1.0, 0.9, 0).choose(other, keys, [0] * 500)
+    assert Sampling(1.0, 0.9, 0).choose(one, keys, [0] * 500) == Sampling(1.0, 0.9, 0).choose(
+        other, keys, [0] * 500
+    )
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
@@ -54,4 +56,6 @@ def test_a_row_with_logits_that_are_not_finite_does_not_stop_other_rows(top_p: f
 
 
 def test_zero_temperature_chooses_the_likeliest_token() -> None:
-    assert Sampling(0.0, 0.95, 0).choose(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), ["a", "b"], [0, 0]) == [1, 0]
+    assert Sampling(0.0, 0.95, 0).choose(
+        torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), ["a", "b"], [0, 0]
+    ) == [1, 0]

@@ -35,7 +35,10 @@ def test_a_sweep_shows_every_setting_and_its_winner() -> None:
         {"family": "lora_lr2e-3", "bits_per_byte": 1.3, "retired": {"step": 25, "reason": "halving"}},
         {"family": "lora_lr4e-3", "bits_per_byte": None, "retired": None},
     ]
-    results["sweeps"] = [{"sweep": "lora", "task": task, "winner": "lora_lr1e-3", "members": members} for task in ("lua", "perl")]
+    results["sweeps"] = [
+        {"sweep": "lora", "task": task, "winner": "lora_lr1e-3", "members": members}
+        for task in ("lua", "perl")
+    ]
     page = page_of(results)
     assert page.count("best, lead unclear</span> 1.200</td>") == 2
     assert page.count("stopped at 25") == 2

@@ -79,7 +79,10 @@ def test_a_method_that_is_clearly_better_wins_its_tasks_and_no_other(report: dic
     assert all(best == [False, True] for what, best in winners.items() if what[1] == "flora")
     text = verdicts(["one", "two"], found)
     adapters = sum(len(result["contenders"]) for result in report["results"])
-    assert f"Held-out loss: two is significantly better on {len(tasks)} of {adapters} comparable adapters." in text
+    assert (
+        f"Held-out loss: two is significantly better on {len(tasks)} of {adapters} comparable adapters."
+        in text
+    )
 
 
 def test_a_suite_in_which_more_is_better_is_read_so(report: dict[str, Any]) -> None:
@@ -102,12 +105,16 @@ def test_other_examples_are_not_compared(report: dict[str, Any]) -> None:
     (held_out, *_) = measures([report, other])
     assert {row.note for row in held_out.rows} == {"not of the same examples"}
     assert not any(cell.best for row in held_out.rows for cell in row.cells if cell)
-    assert "Held-out loss: the runs cannot be compared, as their examples differ." in verdicts(["one", "two"], [held_out])
+    assert "Held-out loss: the runs cannot be compared, as their examples differ." in verdicts(
+        ["one", "two"], [held_out]
+    )
 
 
 def test_settings_that_differ_are_listed_and_the_page_names_both(report: dict[str, Any]) -> None:
     other = copy.deepcopy(report)
-    other["facts"]["config"] = other["facts"]["config"].replace("\nseed: 0\n", "\nseed: 7\n").replace("\nname: ", "\nname: x")
+    other["facts"]["config"] = (
+        other["facts"]["config"].replace("\nseed: 0\n", "\nseed: 7\n").replace("\nname: ", "\nname: x")
+    )
     assert settings([report, other]) == [("seed", ["0", "7"])]
     page = page_of({"one": report, "<two>": other})
     assert "&lt;two&gt;" in page
@@ -118,13 +125,19 @@ def test_settings_that_differ_are_listed_and_the_page_names_both(report: dict[st
 def with_seed(report: dict[str, Any], seed: int) -> dict[str, Any]:
     other = copy.deepcopy(report)
     other["facts"]["config"] = (
-        other["facts"]["config"].replace("\nseed: 0\n", f"\nseed: {seed}\n").replace("\nname: ", f"\nname: s{seed}")
+        other["facts"]["config"]
+        .replace("\nseed: 0\n", f"\nseed: {seed}\n")
+        .replace("\nname: ", f"\nname: s{seed}")
     )
     return other
 
 
 def test_runs_that_differ_in_the_seed_alone_do_not_compete(report: dict[str, Any]) -> None:
-    runs = [report, with_seed(shifted(report, "flora", -10.0), 1), with_seed(shifted(report, "flora", 10.0), 2)]
+    runs = [
+        report,
+        with_seed(shifted(report, "flora", -10.0), 1),
+        with_seed(shifted(report, "flora", 10.0), 2),
+    ]
     assert seed_groups(runs) == [[0, 1, 2]]
     found = measures(runs)
     assert not any(cell.best for measure in found for row in measure.rows for cell in row.cells if cell)
@@ -132,7 +145,9 @@ def test_runs_that_differ_in_the_seed_alone_do_not_compete(report: dict[str, Any
     assert names == ["a (seed 0)", "b (seed 1)", "c (seed 2)"]
     assert "differ only in the seed: none is better" in verdicts(names, found, seed_groups(runs))
     flora = next(row for row in found[0].rows if row.what[1] == "flora")
-    value = next(c for c in report["results"][0]["contenders"] if c["family"] == "flora")["bits_per_byte"]["value"]
+    value = next(c for c in report["results"][0]["contenders"] if c["family"] == "flora")["bits_per_byte"][
+        "value"
+    ]
     assert flora.seeds == [f"{value:.3f} ({number(value - 10.0)} to {number(value + 10.0)})"]
     page = page_of(dict(zip("abc", runs, strict=True)))
     assert "b (seed 1)" in page
@@ -146,7 +161,12 @@ def test_seeds_of_one_configuration_win_together_or_not_at_all(report: dict[str,
         return run
 
     better, worse = shifted(report, "flora", -10.0), shifted(report, "flora", 10.0)
-    together = [other_rate(better), with_seed(report, 0), other_rate(with_seed(better, 1)), with_seed(report, 2)]
+    together = [
+        other_rate(better),
+        with_seed(report, 0),
+        other_rate(with_seed(better, 1)),
+        with_seed(report, 2),
+    ]
     assert seed_groups(together) == [[0, 2], [1, 3]]
     (held_out, *_) = measures(together)
     row = next(row for row in held_out.rows if row.what[1] == "flora")

@@ -34,4 +34,9 @@ def test_decimals_follow_the_typical_interval() -> None:
 
 
 def test_verdict_needs_an_interval_that_excludes_zero() -> None:
-    assert [verdict(interval_of(v)) for v in (-0.2, 0.2, 0.001, None)] == ["better", "worse", "unclear", "not finite"]
+    assert [verdict(interval_of(v)) for v in (-0.2, 0.2, 0.001, None)] == [
+        "better",
+        "worse",
+        "unclear",
+        "not finite",
+    ]

@@ -26,10 +26,25 @@ def estimate(value: float | None, half: float = 0.01) -> dict[str, Any]:
 
 def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict[str, Any]:
     """report.json of a run, which tests may change. differences: task -> family -> bits per byte against the base, None for not finite."""
-    counts: Any = {"unusable": {}, **dict.fromkeys(("empty", "over_long_split", "over_long_dropped", "prompt_too_long"), 0)}
-    counts |= {"rows": 1234, "unsampled": 17, "over_long_truncated": 5, "examples": 1217, "tokens": 9000, "label_tokens": 8000}
+    counts: Any = {
+        "unusable": {},
+        **dict.fromkeys(("empty", "over_long_split", "over_long_dropped", "prompt_too_long"), 0),
+    }
+    counts |= {
+        "rows": 1234,
+        "unsampled": 17,
+        "over_long_truncated": 5,
+        "examples": 1217,
+        "tokens": 9000,
+        "label_tokens": 8000,
+    }
     tasks, adapters, judged, completions = [], [], [], []
-    curves: dict[str, Any] = {"training": {}, "heldout": {}, "base": dict.fromkeys(differences, 2.0), "heldout_examples": 8}
+    curves: dict[str, Any] = {
+        "training": {},
+        "heldout": {},
+        "base": dict.fromkeys(differences, 2.0),
+        "heldout_examples": 8,
+    }
     for task, families in differences.items():
         tasks.append(
             {
@@ -53,7 +68,9 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
                 "perplexity": loss,
                 "difference_to_base": estimate(difference),
             }
-            contenders.append({"name": name, "family": family, **facts, "best": difference == min(finite, default=0)})
+            contenders.append(
+                {"name": name, "family": family, **facts, "best": difference == min(finite, default=0)}
+            )
             hyper = {
                 "method": "lora",
                 "rank": 8,
@@ -86,23 +103,47 @@ def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict
                 "label_tokens": 8000,
                 "label_bytes": 24000,
                 "confidence": 0.95,
-                "base": {"name": "base", "family": "base", "bits_per_byte": estimate(2.0), "loss": 2.0, "perplexity": 7.4},
+                "base": {
+                    "name": "base",
+                    "family": "base",
+                    "bits_per_byte": estimate(2.0),
+                    "loss": 2.0,
+                    "perplexity": 7.4,
+                },
                 "contenders": contenders,
                 "differences": [
                     {
                         "first": a["family"],
                         "second": b["family"],
-                        "bits_per_byte": unknown if None in (a["loss"], b["loss"]) else estimate(a["loss"] - b["loss"]),
+                        "bits_per_byte": unknown
+                        if None in (a["loss"], b["loss"])
+                        else estimate(a["loss"] - b["loss"]),
                     }
                     for a, b in pairs
                 ],
             }
         )
         completions.append(
-            {"task": task, "prompt": "def f():", "completions": {"base": "\n  pass", **dict.fromkeys(families, "\n  1")}}
+            {
+                "task": task,
+                "prompt": "def f():",
+                "completions": {"base": "\n  pass", **dict.fromkeys(families, "\n  1")},
+            }
         )
-    facts = {"model": "models/tiny", "dtype": "float32", "seconds": {"train": 61.0}, "config": "name: x", "commit": None}
-    parts = {"tasks": tasks, "adapters": adapters, "results": judged, "curves": curves, "completions": completions}
+    facts = {
+        "model": "models/tiny",
+        "dtype": "float32",
+        "seconds": {"train": 61.0},
+        "config": "name: x",
+        "commit": None,
+    }
+    parts = {
+        "tasks": tasks,
+        "adapters": adapters,
+        "results": judged,
+        "curves": curves,
+        "completions": completions,
+    }
     rest = {"sweeps": [], "code": [], "speech": None, "not_measured": ["Everything else."], **changes}
     return {"schema_version": SCHEMA_VERSION, "name": "a run", "facts": facts, **parts, **rest}
 
@@ -133,7 +174,9 @@ class Outline(HTMLParser):
         given = dict(attrs)
         self.ids += [given["id"] or ""] if "id" in given else []
         self.references |= set((given.get("aria-labelledby") or "").split())
-        self.references |= {found for value in given.values() for found in re.findall(r"(?:^|url\()#([\w.-]+)", value or "")}
+        self.references |= {
+            found for value in given.values() for found in re.findall(r"(?:^|url\()#([\w.-]+)", value or "")
+        }
         self.headings += [int(tag[1])] if re.fullmatch("h[1-6]", tag) else []
         if tag not in VOID:
             self.open.append(tag)
@@ -143,11 +186,19 @@ class Outline(HTMLParser):
             assert self.open.pop() == tag
 
 
-THREE = {"lua": {"flora": -0.20, "lora": -0.10, "ia3": -0.05}, "perl": {"flora": -0.03, "lora": 0.04}, "ruby": {"lora": None}}
+THREE = {
+    "lua": {"flora": -0.20, "lora": -0.10, "ia3": -0.05},
+    "perl": {"flora": -0.03, "lora": 0.04},
+    "ruby": {"lora": None},
+}
 
 
-@pytest.mark.parametrize("differences", [THREE, {"lua": {"flora": -0.2}}, {"lua": {"flora": None, "lora": None}}])
-def test_page_is_well_formed_with_unique_ids_and_ordered_headings(differences: dict[str, dict[str, float | None]]) -> None:
+@pytest.mark.parametrize(
+    "differences", [THREE, {"lua": {"flora": -0.2}}, {"lua": {"flora": None, "lora": None}}]
+)
+def test_page_is_well_formed_with_unique_ids_and_ordered_headings(
+    differences: dict[str, dict[str, float | None]],
+) -> None:
     page = Outline(page_of(run(differences)))
     assert len(page.ids) == len(set(page.ids))
     assert page.references <= set(page.ids)
@@ -180,7 +231,9 @@ def test_without_curves_the_panel_says_that_nothing_was_logged() -> None:
 def test_completions_prompts_and_configuration_are_escaped() -> None:
     results = run({"lua": {"flora": -0.2}}, name="<i>run</i>")
     attack = "</code></pre><script>alert(1)</script><img src=x onerror=alert(1)>"
-    results["completions"] = [{"task": "lua", "prompt": attack, "completions": {"base": attack, "flora": attack}}]
+    results["completions"] = [
+        {"task": "lua", "prompt": attack, "completions": {"base": attack, "flora": attack}}
+    ]
     results["facts"]["config"] = attack
     page = page_of(results)
     assert page.count("<script") == 1
@@ -191,7 +244,9 @@ def test_completions_prompts_and_configuration_are_escaped() -> None:
 
 def test_control_characters_and_lone_surrogates_of_completions_stay_harmless_and_visible() -> None:
     results = run({"lua": {"flora": -0.2}})
-    results["completions"] = [{"task": "lua", "prompt": "p", "completions": {"base": "\x1b[31m\x00", "flora": "a\ud800b"}}]
+    results["completions"] = [
+        {"task": "lua", "prompt": "p", "completions": {"base": "\x1b[31m\x00", "flora": "a\ud800b"}}
+    ]
     page = page_of(results)
     assert "␛[31m␀" in page
     assert page.encode("utf-8")
@@ -221,8 +276,9 @@ def test_worse_and_unclear_are_written_beside_the_figure() -> None:
 
 
 def test_summary_says_all_better_only_where_every_interval_is_below_zero() -> None:
-    assert "On all 2 tasks every method predicts held-out text better than the base model: no 95 % interval" in summary(
-        {"lua": {"flora": -0.2}, "perl": {"flora": -0.1, "lora": -0.3}}
+    assert (
+        "On all 2 tasks every method predicts held-out text better than the base model: no 95 % interval"
+        in summary({"lua": {"flora": -0.2}, "perl": {"flora": -0.1, "lora": -0.3}})
     )
     assert "every method" not in summary({"lua": {"flora": -0.2}, "perl": {"flora": -0.001}})
 
@@ -250,7 +306,10 @@ def test_summary_of_one_adapter_follows_its_interval(difference: float | None, w
 
 def test_summary_names_the_best_method_and_whether_its_lead_is_clear() -> None:
     text = summary({"lua": {"flora": -0.20, "lora": -0.10}, "perl": {"flora": -0.10, "lora": -0.101}})
-    assert "The best method is flora on lua (−0.200 bits per byte, 95 % interval −0.210 to −0.190) and lora on perl" in text
+    assert (
+        "The best method is flora on lua (−0.200 bits per byte, 95 % interval −0.210 to −0.190) and lora on perl"
+        in text
+    )
     assert "The lead over the next method is not clear on perl: the interval includes zero." in text
     assert "is clear on all 3 tasks." in summary({task: {"flora": -0.2, "lora": -0.1} for task in "abc"})
     assert "still worse than the base" in summary({"lua": {"flora": 0.2, "lora": 0.3}})
@@ -262,18 +321,25 @@ def test_figures_that_are_not_finite_are_named_and_never_best() -> None:
     page = page_of(results)
     assert "not finite" in page
     assert "22 losses are not finite" in page
-    assert not re.search(r"\b(?:nan|None|inf|Undefined)\b", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL))
+    assert not re.search(
+        r"\b(?:nan|None|inf|Undefined)\b", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    )
     assert len(re.findall(">best</span>", page)) == 1
 
 
 def test_everything_left_out_or_cut_is_counted_in_words() -> None:
     page = page_of(run(THREE))
-    assert "Of 3,702 training rows, 51 were left out by the limit on examples and 15 were cut off at the length limit." in page
+    assert (
+        "Of 3,702 training rows, 51 were left out by the limit on examples and 15 were cut off at the length limit."
+        in page
+    )
 
 
 def test_a_task_without_adapter_has_no_target_share() -> None:
     results = run({"lua": {"flora": -0.1}})
-    results["tasks"].append({**results["tasks"][0], "name": "idle", "tokens_drawn": 0, "target_share": 0.0, "epochs": 0.0})
+    results["tasks"].append(
+        {**results["tasks"][0], "name": "idle", "tokens_drawn": 0, "target_share": 0.0, "epochs": 0.0}
+    )
     assert "<td>0.0&nbsp;%</td><td>0.0&nbsp;%</td>" in page_of(results)
 
 

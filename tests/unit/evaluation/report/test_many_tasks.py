@@ -12,7 +12,11 @@ def test_shares_over_time_name_the_tasks_that_end_farthest_from_their_aim() -> N
     for task, target in zip(results["tasks"], (0.5, 0.25, 0.25), strict=True):
         task["target_share"] = target
     assert "as a multiple of the target" not in page_of(results)
-    results["curves"]["drawn"] = {"lua": [[5, 50], [10, 60]], "perl": [[5, 0], [10, 20]], "ruby": [[5, 0], [10, 20]]}
+    results["curves"]["drawn"] = {
+        "lua": [[5, 50], [10, 60]],
+        "perl": [[5, 0], [10, 20]],
+        "ruby": [[5, 0], [10, 20]],
+    }
     page = page_of(results)
     assert "At the end perl has 0.80 and lua 1.20 times its share." in page
 

@@ -24,7 +24,9 @@ def estimate(value: float, low: float, high: float) -> dict[str, Any]:
 
 
 def contender(family: str, value: float, **facts: Any) -> dict[str, Any]:
-    ended = dict.fromkeys(("OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"), 3)
+    ended = dict.fromkeys(
+        ("OK", "AssertionError", "Exception", "SyntaxError", "Timeout", "OutOfMemory", "SandboxViolation"), 3
+    )
     ks = {k: estimate(value, max(0.0, value - 0.1), min(1.0, value + 0.1)) for k in ("1", "10")}
     return {
         "name": f"lua-{family}",
@@ -56,7 +58,14 @@ def suite_of(*languages: str, **changes: Any) -> dict[str, Any]:
             difference("flora", "lora", 0.1, 0.05, 0.15),
         ],
     }
-    facts = {"name": "Lua", "problems": 40, "available": 161, "prompts_sha": "0", "cpu_seconds": 15.0, "wins_and_losses": []}
+    facts = {
+        "name": "Lua",
+        "problems": 40,
+        "available": 161,
+        "prompts_sha": "0",
+        "cpu_seconds": 15.0,
+        "wins_and_losses": [],
+    }
     settings = {
         "source": "starter",
         "num_samples": 20,
@@ -100,7 +109,9 @@ def test_values_differences_and_what_was_left_out_stand_in_the_page() -> None:
 def test_time_limits_that_differ_by_language_are_all_said() -> None:
     suite = suite_of("lua", "java")
     suite["languages"][1]["cpu_seconds"] = 20.0
-    assert "The limit of CPU time was 15 or 20 seconds, depending on the language." in text_of(page_of(results_of(code=[suite])))
+    assert "The limit of CPU time was 15 or 20 seconds, depending on the language." in text_of(
+        page_of(results_of(code=[suite]))
+    )
 
 
 def test_a_run_without_problems_has_no_such_section() -> None:
@@ -117,7 +128,9 @@ def test_the_summary_says_what_is_not_clear() -> None:
 
 def test_what_was_not_evaluated_is_named_and_no_score_of_zero() -> None:
     missing = [{"language": "jl", "reason": "Julia does not run here <b>: apt-get install julia"}]
-    nothing = suite_of(languages=[], macro={"languages": [], "contenders": [], "differences": []}, not_evaluated=missing)
+    nothing = suite_of(
+        languages=[], macro={"languages": [], "contenders": [], "differences": []}, not_evaluated=missing
+    )
     page = page_of(results_of(code=[nothing]))
     assert "jl: Julia does not run here &lt;b&gt;: apt-get install julia" in page
     assert "Not evaluated (these are not scores of 0)" in page

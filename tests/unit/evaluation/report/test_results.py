@@ -38,7 +38,11 @@ NAN, INF = math.nan, math.inf
 
 
 def results_of(
-    folder: Path, losses: Mapping[str, float], base: float = 3.0, max_examples: int | None = None, **facts: Any
+    folder: Path,
+    losses: Mapping[str, float],
+    base: float = 3.0,
+    max_examples: int | None = None,
+    **facts: Any,
 ) -> Report:
     """The report of a run on task a. losses: method -> nats of every held-out example."""
     config = validate(
@@ -58,14 +62,22 @@ def results_of(
     tokens, sizes = np.full(n, 5), np.full(n, 15)
     heldout = {"a": HeldOut("a", {**nats, -1: base * noise}, tokens, sizes)}
     run_folder = RunFolder(folder)
-    adapters = {f"a-{name}": {"loss": loss, "tokens": 70, "skipped_steps": 2} for name, loss in losses.items()}
+    adapters = {
+        f"a-{name}": {"loss": loss, "tokens": 70, "skipped_steps": 2} for name, loss in losses.items()
+    }
     run_folder.append_metrics({"kind": "step", "step": 10, "task_tokens": {"a": 300}, "adapters": adapters})
     run_folder.append_metrics({"kind": "evaluation", "step": 10, "adapters": adapters})
     tasks = {"a": Task("a", 1.0, random_split(0, 20), random_split(1, n), "hash")}
     kept = {i: BestCheckpoint(10, 1.0) for i in nats}
     texts = {"base": "base text", **{name: f"{name} text" for name in losses}}
     completions = [SampleCompletion(task="a", prompt="p", completions=texts)]
-    facts = {"seconds": {"train": 3.0}, "model": "unused", "dtype": "float32", "config": "name: test\n", **facts}
+    facts = {
+        "seconds": {"train": 3.0},
+        "model": "unused",
+        "dtype": "float32",
+        "config": "name: test\n",
+        **facts,
+    }
     evaluation = Evaluation(heldout, kept, completions)
     return build_results(config, run_folder, tasks, bank, evaluation=evaluation, facts=RunFacts(**facts))
 
@@ -108,13 +120,19 @@ def test_nobody_is_best_where_no_loss_is_finite_and_every_form_of_the_report_cop
 
 
 def test_a_sweep_names_the_winner_of_each_task(tmp_path: Path) -> None:
-    specs = [spec("lora", task, f"x_lr{i}", sweep="x") for task in "ab" for i in range(3)] + [spec("ia3", "a")]
+    specs = [spec("lora", task, f"x_lr{i}", sweep="x") for task in "ab" for i in range(3)] + [
+        spec("ia3", "a")
+    ]
     bank = AdapterBank.attach(tiny_model(), specs)
     bits = {"a": [2.0, 1.0, NAN], "b": [NAN, NAN, NAN]}
     heldout = {}
     for task, values in bits.items():
-        nats = {bank.ids[f"{task}-x_lr{i}"]: np.array([value * math.log(2)]) for i, value in enumerate(values)}
-        heldout[task] = HeldOut(task, {**nats, bank.ids["a-ia3"]: np.array([0.1])}, np.array([1]), np.array([1]))
+        nats = {
+            bank.ids[f"{task}-x_lr{i}"]: np.array([value * math.log(2)]) for i, value in enumerate(values)
+        }
+        heldout[task] = HeldOut(
+            task, {**nats, bank.ids["a-ia3"]: np.array([0.1])}, np.array([1]), np.array([1])
+        )
     halved = Retirement(step=5, reason="halving")
     settings = {f"x_lr{i}": {"lr": i / 10} for i in range(3)}
     found = sweep_results(bank, heldout, {"a-x_lr0": halved}, settings=settings)
@@ -148,7 +166,9 @@ def test_base_that_is_not_finite_is_told_and_adapters_are_still_ranked(tmp_path:
 
 
 @pytest.mark.parametrize("first", [None, 2])
-def test_base_of_the_curves_is_judged_on_the_same_examples_as_they_are(tmp_path: Path, first: int | None) -> None:
+def test_base_of_the_curves_is_judged_on_the_same_examples_as_they_are(
+    tmp_path: Path, first: int | None
+) -> None:
     results = results_of(tmp_path, {"lora": 2.0}, max_examples=first)
     share = np.linspace(0.9, 1.1, 6)[:first]
     assert results.curves.base == {"a": pytest.approx(3.0 * share.mean() / 5)}
@@ -162,7 +182,9 @@ def test_base_of_the_curves_equals_an_evaluation_of_the_base_during_training(tmp
     perturb(bank)
     task = Task("a", 1.0, random_split(0, 20), random_split(1, 6), "")
     judged = {
-        n: evaluate_heldout(RowLosses(model), bank, [task], max_tokens=256, pad_token=PAD, max_examples=n, with_base=True)["a"]
+        n: evaluate_heldout(
+            RowLosses(model), bank, [task], max_tokens=256, pad_token=PAD, max_examples=n, with_base=True
+        )["a"]
         for n in (None, 3)
     }
     assert judged[None].loss(-1, first=3) == pytest.approx(judged[3].loss(-1), rel=1e-6)
@@ -189,7 +211,12 @@ def test_results_of_a_trained_bank_name_every_adapter_once(tmp_path: Path) -> No
     trainer.state = TrainState(step=2, seconds=1.0)
     trainer.log()
     heldout = evaluate_heldout(
-        trainer.row_losses, trainer.bank, trainer.tasks.values(), max_tokens=4096, pad_token=PAD, with_base=True
+        trainer.row_losses,
+        trainer.bank,
+        trainer.tasks.values(),
+        max_tokens=4096,
+        pad_token=PAD,
+        with_base=True,
     )
     results = build_results(
         trainer.config,

@@ -24,7 +24,11 @@ def sweep_run(losses: dict[str, dict[str, float | None]], settings: dict[str, di
             difference = families[family]
             bits = None if difference is None else 2.0 + difference
             members.append({"family": family, "settings": values, "bits_per_byte": bits})
-        measured = {member["family"]: member["bits_per_byte"] for member in members if member["bits_per_byte"] is not None}
+        measured = {
+            member["family"]: member["bits_per_byte"]
+            for member in members
+            if member["bits_per_byte"] is not None
+        }
         winner = min(measured, key=measured.__getitem__, default=None)
         content["sweeps"].append({"sweep": "x", "task": task, "winner": winner, "members": members})
     return Report.model_validate(content)
@@ -47,7 +51,10 @@ LOSSES: dict[str, float | None] = {
 def test_a_sweep_of_two_keys_has_a_plot_for_each_key_with_a_line_for_each_value_of_the_other() -> None:
     plots = sweep_plots(sweep_run({"lua": LOSSES}, GRID))
     lines = {key: [series.label for series in plot.series] for key, (plot,) in plots.items()}
-    assert lines == {"lr": ["x, rank 4", "x, rank 8"], "rank": ["x, learning rate 0.001", "x, learning rate 0.01"]}
+    assert lines == {
+        "lr": ["x, rank 4", "x, rank 8"],
+        "rank": ["x, learning rate 0.001", "x, learning rate 0.01"],
+    }
     (plot,) = plots["lr"]
     first, second = plot.series[0].points
     assert (first.x, second.x) == (0.001, 0.01)
@@ -77,9 +84,14 @@ def test_without_swept_values_the_page_has_the_table_of_a_sweep_only() -> None:
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e300, "cosine", "<b>"])
 def test_values_of_any_kind_are_drawn_and_escaped(value: float | str) -> None:
-    page = render_html(sweep_run({"lua": {"x_a": -0.1, "x_b": -0.2}}, {"x_a": {"key": value}, "x_b": {"key": 0.5}}))
+    page = render_html(
+        sweep_run({"lua": {"x_a": -0.1, "x_b": -0.2}}, {"x_a": {"key": value}, "x_b": {"key": 0.5}})
+    )
     assert "Loss against key" in page
-    assert "<b>" not in re.sub(r"<b>[\w\s.,@]+</b>", "", page).partition('id="sweeps"')[2].partition("</section>")[0]
+    assert (
+        "<b>"
+        not in re.sub(r"<b>[\w\s.,@]+</b>", "", page).partition('id="sweeps"')[2].partition("</section>")[0]
+    )
 
 
 def test_swept_keys_are_those_whose_values_differ_within_a_sweep() -> None:
@@ -92,7 +104,9 @@ def test_swept_keys_are_those_whose_values_differ_within_a_sweep() -> None:
 
 
 @pytest.mark.parametrize(("second", "clear"), [(-0.1, True), (-0.195, False), (None, True)])
-def test_a_winner_is_best_only_where_its_lead_over_the_second_is_clear(second: float | None, clear: bool) -> None:
+def test_a_winner_is_best_only_where_its_lead_over_the_second_is_clear(
+    second: float | None, clear: bool
+) -> None:
     report = sweep_run({"lua": {"x_a": -0.2, "x_b": second}}, {"x_a": {}, "x_b": {}})
     assert winner_is_clear(report.sweeps[0], report) == clear
     table = render_html(report).partition('id="sweeps"')[2].partition("</section>")[0]
@@ -101,7 +115,9 @@ def test_a_winner_is_best_only_where_its_lead_over_the_second_is_clear(second: f
 
 def test_wide_tables_can_be_scrolled_with_the_keyboard_and_say_so() -> None:
     page = page_of(run(THREE))
-    assert page.count("scroll sideways") == len(re.findall(r'class="(?:heat )?scroll" role="region" tabindex="0"', page))
+    assert page.count("scroll sideways") == len(
+        re.findall(r'class="(?:heat )?scroll" role="region" tabindex="0"', page)
+    )
     assert ".scroll.more .hint" in page
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.evaluation.report.tables import as_csv, as_latex, as_markdown, check_table_name, scores_of, write_table
+from flora_train.evaluation.report.tables import (
+    as_csv,
+    as_latex,
+    as_markdown,
+    check_table_name,
+    scores_of,
+    write_table,
+)
 from flora_train.evaluation.report.types import Report
 
 RESULTS = Path(__file__).resolve().parents[4] / "benchmarks" / "results"
@@ -29,14 +36,16 @@ def test_csv_has_a_line_per_task_and_method_with_the_numbers_of_the_report(repor
     for result in report.results:
         for contender in result.contenders:
             row = losses[result.task, contender.family]
-            assert [float(row[key]) for key in ("value", "low", "high")] == list(contender.bits_per_byte.finite or ())
+            assert [float(row[key]) for key in ("value", "low", "high")] == list(
+                contender.bits_per_byte.finite or ()
+            )
             assert float(row["difference_to_base"]) == contender.difference_to_base.value
             assert row["clear"] == str(contender.difference_to_base.excludes_zero)
         assert losses[result.task, "base"]["difference_to_base"] == ""
     others = [row for row in rows if row["metric"] != "held-out bits per byte"]
-    assert len(others) == sum(len(part.contenders) for suite in report.code for part in suite.languages) + sum(
-        len(part.contenders) for part in (report.speech.languages if report.speech else ())
-    )
+    assert len(others) == sum(
+        len(part.contenders) for suite in report.code for part in suite.languages
+    ) + sum(len(part.contenders) for part in (report.speech.languages if report.speech else ()))
 
 
 def test_markdown_has_a_row_per_task_and_a_column_per_method(report: Report) -> None:
@@ -45,18 +54,29 @@ def test_markdown_has_a_row_per_task_and_a_column_per_method(report: Report) -> 
     for result in report.results:
         (row,) = re.findall(rf"^\| {result.task} \|.*$", text.split("\n\n")[1], re.MULTILINE)
         assert row.count("[") == 1 + len(result.contenders)
-        assert row.count("\\*") == sum(contender.difference_to_base.excludes_zero for contender in result.contenders)
+        assert row.count("\\*") == sum(
+            contender.difference_to_base.excludes_zero for contender in result.contenders
+        )
 
 
 def test_several_runs_are_told_apart(report: Report) -> None:
     text = as_markdown(scores_of({"first": report, "second": report}))
-    assert text.count("| first | ") == text.count("| second | ") == len(report.results) * text.count("| run | task |")
+    assert (
+        text.count("| first | ")
+        == text.count("| second | ")
+        == len(report.results) * text.count("| run | task |")
+    )
 
 
 def test_latex_uses_booktabs_and_escapes_names(report: Report) -> None:
     text = as_latex(scores_of({"a_b & 100%": report, "c": report}))
     assert "a\\_b \\& 100\\%" in text
-    assert text.count("\\toprule") == text.count("\\midrule") == text.count("\\bottomrule") == text.count("\\begin{table}")
+    assert (
+        text.count("\\toprule")
+        == text.count("\\midrule")
+        == text.count("\\bottomrule")
+        == text.count("\\begin{table}")
+    )
     unescaped = re.sub(r"\\[&%$#_{}]", "", text)
     for row in re.findall(r"^    (\S.*) \\\\$", unescaped, re.MULTILINE):
         assert row.count("&") == 2 + len(report.families)

@@ -55,8 +55,14 @@ def test_kept_pages_show_the_kept_reports(name: str) -> None:
     ("marks", "line"),
     [
         ({"schema": 5}, "was written by an older version of flora-train (schema 5, this version reads 6)"),
-        ({"schema_version": 5}, "was written by an older version of flora-train (schema 5, this version reads 6)"),
-        ({"schema_version": 99}, "was written by a newer version of flora-train (schema 99, this version reads 6)"),
+        (
+            {"schema_version": 5},
+            "was written by an older version of flora-train (schema 5, this version reads 6)",
+        ),
+        (
+            {"schema_version": 99},
+            "was written by a newer version of flora-train (schema 99, this version reads 6)",
+        ),
         ({}, "is damaged (schema_version is missing)"),
     ],
 )
@@ -136,12 +142,18 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
         ("results.0.contenders.0.family", "mystery", "results of lua: 'mystery' is not described"),
         ("results.0.task", "mystery", "results: 'mystery' is not described"),
         ("adapters.0.task", "mystery", "adapters: 'mystery' is not described"),
-        ("curves.drawn", {"lua": [[1, 2]], "perl": [[2, 2]]}, "curves: drawn: tasks have points at different steps"),
+        (
+            "curves.drawn",
+            {"lua": [[1, 2]], "perl": [[2, 2]]},
+            "curves: drawn: tasks have points at different steps",
+        ),
         ("completions.0.completions", {"flora": "x"}, "completions of lua: 'base' is not described"),
         ("code.0.pass_at_k", [1, 5], "code.0: pass_at lacks pass@5"),
     ],
 )
-def test_parts_that_contradict_each_other_are_refused(path: str, value: object, message: str, tmp_path: Path) -> None:
+def test_parts_that_contradict_each_other_are_refused(
+    path: str, value: object, message: str, tmp_path: Path
+) -> None:
     content = json.loads(json.dumps(run(THREE, code=[suite_of("lua")])))
     damage(path, value)(content)
     with pytest.raises(UserError) as error:
@@ -184,7 +196,10 @@ def test_final_metrics_have_plain_names_and_values() -> None:
 def test_facts_of_an_earlier_training_are_kept_and_damage_is_one_line(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_run_json(
-        {"finished": True, "training": {"device": "cuda:0", "apart": {"together": 1}, "seconds": {"train": 2.0}}}
+        {
+            "finished": True,
+            "training": {"device": "cuda:0", "apart": {"together": 1}, "seconds": {"train": 2.0}},
+        }
     )
     facts = recorded_facts(folder)
     assert facts is not None

@@ -25,7 +25,9 @@ BY_HAND = [
 @pytest.mark.parametrize(("said", "heard", "counts"), BY_HAND)
 def test_words_by_hand(said: str, heard: str, counts: tuple[int, ...]) -> None:
     found = word_errors([said], [heard])
-    s, d, i, n = (int(values[0]) for values in (found.substitutions, found.deletions, found.insertions, found.units))
+    s, d, i, n = (
+        int(values[0]) for values in (found.substitutions, found.deletions, found.insertions, found.units)
+    )
     assert n == counts[3]
     assert s + d + i == sum(counts[:3])
     if (s, d, i) != counts[:3]:  # another best alignment: two substitutions for a move

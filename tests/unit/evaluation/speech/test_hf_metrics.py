@@ -48,5 +48,7 @@ def test_two_processes_make_one_corpus(tmp_path: Path) -> None:
 
 
 def test_an_unknown_normaliser_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"normalizer = 'letter': must be one of arabic, letters, none or unspaced"):
+    with pytest.raises(
+        UserError, match=r"normalizer = 'letter': must be one of arabic, letters, none or unspaced"
+    ):
         WordErrorRate(normalizer="letter", cache_dir=str(tmp_path))

@@ -25,12 +25,23 @@ MOST = 10
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> None:
-    specs = [spec("flora", "a"), spec("lora", "a"), replace(spec("lora", "b"), parent_module="decoder"), spec("ia3", "b")]
-    bank, speech_processor = AdapterBank.attach(loaded_tiny(kind), specs), speech_processor_of(kind, tmp_path, window_step=0.5)
+    specs = [
+        spec("flora", "a"),
+        spec("lora", "a"),
+        replace(spec("lora", "b"), parent_module="decoder"),
+        spec("ia3", "b"),
+    ]
+    bank, speech_processor = (
+        AdapterBank.attach(loaded_tiny(kind), specs),
+        speech_processor_of(kind, tmp_path, window_step=0.5),
+    )
     for pool in bank.pools:
         pool.values.add_(0.3 * torch.randn(pool.values.shape, generator=torch.Generator().manual_seed(1)))
     files = [str(write_clip(tmp_path / f"{i}.wav", 0.4 + 0.5 * i, seed=i)) for i in range(3)]
-    clips = [ClipRef(file, check_clip(file).sha, speech_processor.windows.samples(0.4 + 0.5 * i)) for i, file in enumerate(files)]
+    clips = [
+        ClipRef(file, check_clip(file).sha, speech_processor.windows.samples(0.4 + 0.5 * i))
+        for i, file in enumerate(files)
+    ]
     prompt = tuple(speech_processor.prompt(SpeechConfig(language="en"), "tasks.a"))
     requests = [
         Request(adapter, clip, prompt, bank.shares_encoding(adapter))
@@ -39,7 +50,12 @@ def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> N
     ]
     found: dict[int, DecodedClip] = {}
     writer = Transcriber(
-        bank.model, speech_processor.tokenizer, bank.routed, store=speech_processor.store, max_new_tokens=MOST, max_rows=7
+        bank.model,
+        speech_processor.tokenizer,
+        bank.routed,
+        store=speech_processor.store,
+        max_new_tokens=MOST,
+        max_rows=7,
     )
     writer.run(requests, lambda one: found.setdefault(one.request, one) and None)
 
@@ -47,12 +63,22 @@ def test_mixed_transcripts_are_those_of_generate(kind: str, tmp_path: Path) -> N
     special = [i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]
     for i, request in enumerate(requests):
         features = torch.from_numpy(speech_processor.store.get([request.clip])[0].copy()).float()[None]
-        inputs = {input_name(speech_processor.store.extractor): features, "decoder_input_ids": torch.tensor([prompt])}
+        inputs = {
+            input_name(speech_processor.store.extractor): features,
+            "decoder_input_ids": torch.tensor([prompt]),
+        }
         with bank.routed([request.adapter]):
-            written = model.generate(**inputs, max_new_tokens=MOST, do_sample=False, num_beams=1, suppress_tokens=special)[0]
+            written = model.generate(
+                **inputs, max_new_tokens=MOST, do_sample=False, num_beams=1, suppress_tokens=special
+            )[0]
         tokens = written[len(prompt) :].tolist()
-        assert found[i].ended == "loop" or found[i].text == tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    assert len({found[i].text for i in range(len(requests))}) > len(clips), "adapters that all say the same prove nothing"
+        assert (
+            found[i].ended == "loop"
+            or found[i].text == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        )
+    assert len({found[i].text for i in range(len(requests))}) > len(clips), (
+        "adapters that all say the same prove nothing"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +92,9 @@ def test_positions_of_a_window_are_those_of_the_encoder(kind: str, tmp_path: Pat
         features = torch.from_numpy(
             speech_processor.store.get([ClipRef(str(clip), check_clip(str(clip)).sha, samples)])[0].copy()
         ).float()
-        assert model.get_encoder()(features[None]).last_hidden_state.shape[1] == speech_processor.windows.positions(samples)
+        assert model.get_encoder()(features[None]).last_hidden_state.shape[
+            1
+        ] == speech_processor.windows.positions(samples)
 
 
 def test_prompt_is_configured_or_the_start_token(tmp_path: Path) -> None:
@@ -77,7 +105,9 @@ def test_prompt_is_configured_or_the_start_token(tmp_path: Path) -> None:
         vocabulary["<|cs|>"],
         vocabulary["<|hi|>"],
     ]
-    with pytest.raises(UserError, match=r"tasks\.a\.speech\.prompt = '<\|cz\|>': is not a token of this model\..*<\|cs\|>"):
+    with pytest.raises(
+        UserError, match=r"tasks\.a\.speech\.prompt = '<\|cz\|>': is not a token of this model\..*<\|cs\|>"
+    ):
         speech_processor.prompt(SpeechConfig(language="cs", prompt=["<|cz|>"]), "tasks.a")
     with pytest.raises(UserError, match=r"tasks\.a\.speech\.token.*speech\.prompt"):
         speech_processor.prompt(SpeechConfig(language="cs", token="<|cs|>"), "tasks.a")

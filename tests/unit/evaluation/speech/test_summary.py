@@ -40,7 +40,11 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> SpeechResults:
     bank = AdapterBank.attach(loaded_tiny_whisper(), expand(run))
     transcripts = [
         Transcript(
-            adapter, "cs", i, " ".join(["wrong"] * n + str(sentence).upper().split()[n:]) + "!", "loop" if n == 2 else "end"
+            adapter,
+            "cs",
+            i,
+            " ".join(["wrong"] * n + str(sentence).upper().split()[n:]) + "!",
+            "loop" if n == 2 else "end",
         )
         for adapter, n in ROUNDS.items()
         for i, sentence in enumerate(split.sentences)
@@ -53,11 +57,17 @@ def test_rates_count_what_was_wrong(summary: SpeechResults) -> None:
     assert (part.normalizer, part.metric, part.clips) == ("letters-1", "wer_normalized", 6)
     words = part.contenders[0].wer_normalized.units
     found = {c.family: c.wer_normalized for c in part.contenders}
-    assert {family: rate.substitutions for family, rate in found.items()} == {"base": 12, "flora": 6, "lora": 0}
+    assert {family: rate.substitutions for family, rate in found.items()} == {
+        "base": 12,
+        "flora": 6,
+        "lora": 0,
+    }
     assert {family: rate.value for family, rate in found.items()} == pytest.approx(
         {"base": 12 / words, "flora": 6 / words, "lora": 0}
     )
-    assert all((c.wer.value or 0) > (c.wer_normalized.value or 0) for c in part.contenders)  # case and punctuation
+    assert all(
+        (c.wer.value or 0) > (c.wer_normalized.value or 0) for c in part.contenders
+    )  # case and punctuation
     assert [c.ended for c in part.contenders] == [{"loop": 6}, {"end": 6}, {"end": 6}]
 
 
@@ -73,7 +83,9 @@ def test_differences_are_paired_and_exclude_zero(summary: SpeechResults) -> None
     assert all(d.excludes_zero for d in found.values())
 
 
-def test_many_adapters_are_compared_with_base_and_best_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_adapters_are_compared_with_base_and_best_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("flora_train.evaluation.bootstrap.MAX_PAIRED", 2)
     files = write_corpus(tmp_path, "cs")
     split = load(files, tmp_path).test

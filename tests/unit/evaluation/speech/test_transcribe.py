@@ -23,7 +23,12 @@ MOST = 12
 
 @pytest.fixture(scope="module")
 def bank() -> AdapterBank:
-    specs = [spec("flora", "a"), spec("lora", "a"), replace(spec("lora", "b"), parent_module="decoder"), spec("ia3", "b")]
+    specs = [
+        spec("flora", "a"),
+        spec("lora", "a"),
+        replace(spec("lora", "b"), parent_module="decoder"),
+        spec("ia3", "b"),
+    ]
     bank = AdapterBank.attach(loaded_tiny_whisper(), specs)
     generator = torch.Generator().manual_seed(1)
     for pool in bank.pools:  # adapters that do something
@@ -35,7 +40,10 @@ def bank() -> AdapterBank:
 def clips(tmp_path_factory: pytest.TempPathFactory) -> list[ClipRef]:
     folder = tmp_path_factory.mktemp("clips")
     files = [write_clip(folder / f"{i}.wav", 0.4 + 0.5 * (i % 3), seed=i) for i in range(5)]
-    return [ClipRef(str(file), check_clip(str(file)).sha, GRAIN * 25 * (1 + 2 * (i % 2))) for i, file in enumerate(files)]
+    return [
+        ClipRef(str(file), check_clip(str(file)).sha, GRAIN * 25 * (1 + 2 * (i % 2)))
+        for i, file in enumerate(files)
+    ]
 
 
 def store_of(clips: list[ClipRef]) -> FeatureStore:
@@ -45,7 +53,11 @@ def store_of(clips: list[ClipRef]) -> FeatureStore:
 def requests_of(bank: AdapterBank, clips: list[ClipRef]) -> list[Request]:
     tokenizer = tiny_tokenizer()
     prompts = [
-        tuple(tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", language, "<|transcribe|>", "<|notimestamps|>"]))
+        tuple(
+            tokenizer.convert_tokens_to_ids(
+                ["<|startoftranscript|>", language, "<|transcribe|>", "<|notimestamps|>"]
+            )
+        )
         for language in ("<|cs|>", "<|hi|>")
     ]
     return [
@@ -55,10 +67,14 @@ def requests_of(bank: AdapterBank, clips: list[ClipRef]) -> list[Request]:
     ]
 
 
-def transcripts(bank: AdapterBank, clips: list[ClipRef], requests: list[Request], **options: Any) -> list[DecodedClip]:
+def transcripts(
+    bank: AdapterBank, clips: list[ClipRef], requests: list[Request], **options: Any
+) -> list[DecodedClip]:
     found: dict[int, DecodedClip] = {}
     options = {"max_rows": 7, **options}
-    writer = Transcriber(bank.model, tiny_tokenizer(), bank.routed, store=store_of(clips), max_new_tokens=MOST, **options)
+    writer = Transcriber(
+        bank.model, tiny_tokenizer(), bank.routed, store=store_of(clips), max_new_tokens=MOST, **options
+    )
     writer.run(requests, lambda one: found.setdefault(one.request, one) and None)
     return [found[i] for i in range(len(requests))]
 
@@ -72,9 +88,9 @@ def alone(bank: AdapterBank, clips: list[ClipRef], request: Request) -> list[int
     bank.model.eval()
     while len(tokens) < MOST:
         with bank.routed([request.adapter]):
-            logits = bank.model(input_features=features, decoder_input_ids=torch.tensor([[*request.prompt, *tokens]])).logits[
-                0, -1
-            ]
+            logits = bank.model(
+                input_features=features, decoder_input_ids=torch.tensor([[*request.prompt, *tokens]])
+            ).logits[0, -1]
         allowed = torch.full_like(logits, -torch.inf)
         allowed[: tokenizer.eos_token_id + 1] = 0
         tokens.append(int((logits + allowed).argmax()))
@@ -83,7 +99,9 @@ def alone(bank: AdapterBank, clips: list[ClipRef], request: Request) -> list[int
     return tokens
 
 
-def test_greedy_transcripts_in_a_mixed_batch_equal_those_of_each_clip_alone(bank: AdapterBank, clips: list[ClipRef]) -> None:
+def test_greedy_transcripts_in_a_mixed_batch_equal_those_of_each_clip_alone(
+    bank: AdapterBank, clips: list[ClipRef]
+) -> None:
     requests = requests_of(bank, clips)
     found = transcripts(bank, clips, requests)
     expected = [alone(bank, clips, request) for request in requests]
@@ -96,7 +114,9 @@ def test_greedy_transcripts_in_a_mixed_batch_equal_those_of_each_clip_alone(bank
     assert len(set(by_adapter.values())) > 2, "adapters that all say the same prove nothing"
 
 
-def test_transcripts_do_not_depend_on_order_batch_size_or_neighbours(bank: AdapterBank, clips: list[ClipRef]) -> None:
+def test_transcripts_do_not_depend_on_order_batch_size_or_neighbours(
+    bank: AdapterBank, clips: list[ClipRef]
+) -> None:
     requests = requests_of(bank, clips)
     whole = transcripts(bank, clips, requests, max_rows=64)
     assert [one.text for one in transcripts(bank, clips, requests, max_rows=1)] == [one.text for one in whole]
@@ -111,7 +131,9 @@ def score(bank: AdapterBank, clips: list[ClipRef], request: Request, tokens: lis
     features = torch.from_numpy(store_of(clips).get([request.clip])[0].copy()).float()[None]
     ids = torch.tensor([[*request.prompt, *tokens]])
     with bank.routed([request.adapter]):
-        logits = bank.model(input_features=features, decoder_input_ids=ids).logits[0, len(request.prompt) - 1 : -1]
+        logits = bank.model(input_features=features, decoder_input_ids=ids).logits[
+            0, len(request.prompt) - 1 : -1
+        ]
     likely = logits[:, : tokenizer.eos_token_id + 1].log_softmax(-1)
     return float(likely.gather(1, torch.tensor(tokens)[:, None]).sum()) / len(tokens)
 
@@ -119,7 +141,9 @@ def score(bank: AdapterBank, clips: list[ClipRef], request: Request, tokens: lis
 def test_beams_find_likelier_texts(bank: AdapterBank, clips: list[ClipRef]) -> None:
     requests = requests_of(bank, clips)
     wide = transcripts(bank, clips, requests, beams=4)
-    assert [one.text for one in transcripts(bank, clips, requests, beams=4, max_rows=4)] == [one.text for one in wide]
+    assert [one.text for one in transcripts(bank, clips, requests, beams=4, max_rows=4)] == [
+        one.text for one in wide
+    ]
     tokenizer, better = tiny_tokenizer(), 0
     for request, one in zip(requests, wide, strict=True):
         greedy = alone(bank, clips, request)
@@ -137,7 +161,9 @@ def test_suppressed_and_special_tokens_are_never_written(bank: AdapterBank, clip
     assert writer.never[tokenizer.eos_token_id + 1 :].all()
     assert not writer.never[: tokenizer.eos_token_id + 1].any()
     before = [one.text for one in transcripts(bank, clips, requests)]
-    bank.model.generation_config.begin_suppress_tokens = [alone(bank, clips, request)[0] for request in requests]
+    bank.model.generation_config.begin_suppress_tokens = [
+        alone(bank, clips, request)[0] for request in requests
+    ]
     try:
         after = [one.text for one in transcripts(bank, clips, requests)]
     finally:

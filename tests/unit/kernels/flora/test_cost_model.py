@@ -54,9 +54,15 @@ def test_a_cpu_works_on_all_adapters_at_once_while_they_fit_its_cache() -> None:
 
 
 def test_the_reason_names_the_numbers_that_decided() -> None:
-    assert decide(LARGE, MEASURED).reason == "for 16 tokens, 4 terms cost 128 runs through W0 and forming W0 * M 129"
+    assert (
+        decide(LARGE, MEASURED).reason
+        == "for 16 tokens, 4 terms cost 128 runs through W0 and forming W0 * M 129"
+    )
     assert "512 MiB > 12 MiB" in decide(ENOUGH, MEASURED).reason
-    assert "differ in length" in decide(replace(ENOUGH, in_features=64, out_features=64, even=False), MEASURED).reason
+    assert (
+        "differ in length"
+        in decide(replace(ENOUGH, in_features=64, out_features=64, even=False), MEASURED).reason
+    )
 
 
 def test_the_thresholds_are_those_of_the_calibration() -> None:
@@ -72,7 +78,9 @@ def test_the_thresholds_are_those_of_the_calibration() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("bytes_each", [2, 4])
 @pytest.mark.parametrize("rank", [1, 4, 16, 64])
-def test_decoding_a_token_of_each_adapter_sends_all_through_w0_together(device: str, bytes_each: int, rank: int) -> None:
+def test_decoding_a_token_of_each_adapter_sends_all_through_w0_together(
+    device: str, bytes_each: int, rank: int
+) -> None:
     sizes = {"in_features": 576, "out_features": 1536, "bytes_each": bytes_each, "split": bytes_each == 2}
     work = Work(rank=rank, residual=True, tokens=8, segments=8, device=device, **sizes)
     assert choose_formulation(work) == "rank_expanded"

@@ -44,7 +44,9 @@ def factors(rank: int, mean: float, offset: float, carried_by: str) -> tuple[Ten
     return A.to(DEVICE), B.to(DEVICE)
 
 
-def errors(op: Any, dtype: torch.dtype, A: Tensor, B: Tensor, offset: float, split: bool = True) -> list[float]:
+def errors(
+    op: Any, dtype: torch.dtype, A: Tensor, B: Tensor, offset: float, split: bool = True
+) -> list[float]:
     """Relative root mean square error of y and of the gradients of x, A and B, against float64."""
     generator = torch.Generator().manual_seed(9)
     x, weight, dy = (
@@ -56,7 +58,9 @@ def errors(op: Any, dtype: torch.dtype, A: Tensor, B: Tensor, offset: float, spl
         ((x, torch.float64), (A, torch.float64), (B, torch.float64)),
     ))  # fmt: skip
     y = op.apply(ours[0], weight, ours[1], ours[2], [offset] * 2, SEGMENTS, split)
-    expected = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset=[offset] * 2, segments=SEGMENTS)
+    expected = flora_reference(
+        exact[0], weight.double(), exact[1], exact[2], offset=[offset] * 2, segments=SEGMENTS
+    )
     y.backward(dy)
     expected.backward(dy.double())
     pairs = [(y, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]
@@ -67,7 +71,9 @@ def errors(op: Any, dtype: torch.dtype, A: Tensor, B: Tensor, offset: float, spl
 @pytest.mark.parametrize("offset", [0.0, 1.0], ids=["pure", "residual"])
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("name", TORCH_FORMULATIONS)
-def test_half_precision_keeps_its_tolerance_wherever_m_is(name: str, rank: int, offset: float, dtype: torch.dtype) -> None:
+def test_half_precision_keeps_its_tolerance_wherever_m_is(
+    name: str, rank: int, offset: float, dtype: torch.dtype
+) -> None:
     for mean in MEANS:
         for carried_by in ("A", "B", "both", "all"):
             found = errors(TORCH_FORMULATIONS[name], dtype, *factors(rank, mean, offset, carried_by), offset)
@@ -89,7 +95,9 @@ def test_near_one_calls_what_is_not_finite_near() -> None:
 
 @pytest.mark.parametrize("name", TORCH_FORMULATIONS)
 @pytest.mark.parametrize("offset", [[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-def test_one_adapter_far_from_one_or_not_finite_leaves_the_other_as_it_is(name: str, offset: list[float]) -> None:
+def test_one_adapter_far_from_one_or_not_finite_leaves_the_other_as_it_is(
+    name: str, offset: list[float]
+) -> None:
     A, B = factors(4, 1.01, offset[1], "B")
     x, weight = torch.randn(TOKENS, IN).bfloat16().to(DEVICE), torch.randn(OUT, IN).bfloat16().to(DEVICE)
     alike = []
@@ -109,7 +117,9 @@ def test_rank_expansion_as_on_a_gpu_equals_that_on_a_cpu(monkeypatch: pytest.Mon
         is_cuda = True
 
     mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, **options: mm(a.float(), b.float()) if options else mm(a, b))
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, **options: mm(a.float(), b.float()) if options else mm(a, b)
+    )
     for mean in MEANS:
         for offset in (0.0, 1.0):
             A, B = factors(4, mean, offset, "both")
@@ -117,7 +127,9 @@ def test_rank_expansion_as_on_a_gpu_equals_that_on_a_cpu(monkeypatch: pytest.Mon
             expected = flora_reference(
                 x.double(), weight.double(), A.double(), B.double(), offset=[offset] * 2, segments=SEGMENTS
             )
-            y = RankExpandedFlora.forward(_Context(), x.as_subclass(OnGpu), weight, A, B, [offset] * 2, SEGMENTS, True)
+            y = RankExpandedFlora.forward(
+                _Context(), x.as_subclass(OnGpu), weight, A, B, [offset] * 2, SEGMENTS, True
+            )
             assert float((y.as_subclass(Tensor).double() - expected).norm() / expected.norm()) <= 1e-2
 
 

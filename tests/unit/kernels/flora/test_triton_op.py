@@ -102,11 +102,15 @@ def check(
     split: bool | None = None,
 ) -> None:
     """Output and every gradient against the float64 reference."""
-    dy = torch.randn(segments.tokens, len(weight), generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    dy = torch.randn(segments.tokens, len(weight), generator=torch.Generator().manual_seed(1)).to(
+        DEVICE, dtype
+    )
     y = op(x, weight, A, B, offset, segments, dtype != torch.float32 if split is None else split)
     y.backward(dy)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, A, B)]
-    reference = flora_reference(exact[0], weight.double(), exact[1], exact[2], offset=offset, segments=segments)
+    reference = flora_reference(
+        exact[0], weight.double(), exact[1], exact[2], offset=offset, segments=segments
+    )
     reference.backward(dy.double())
     assert relative_error(y, reference) <= TOLERANCE[dtype]
     for mine, theirs in zip((x, A, B), exact, strict=True):
@@ -116,7 +120,10 @@ def check(
 
 
 def test_the_table_has_a_length_that_the_lengths_of_segments_do_not_change() -> None:
-    tables = [tile_table(Segments(bounds), torch.device("cpu"))[1] for bounds in ((0, 0, 300), (0, 150, 300), (0, 1, 300))]
+    tables = [
+        tile_table(Segments(bounds), torch.device("cpu"))[1]
+        for bounds in ((0, 0, 300), (0, 150, 300), (0, 1, 300))
+    ]
     assert {len(table) for table in tables} == {300 // TILE_TOKENS + 2}
     for table in tables:
         taken = [(first, min(first + TILE_TOKENS, end)) for k, first, end in table.tolist() if k >= 0]
@@ -152,7 +159,9 @@ def test_gradients_pass_gradcheck(rank: int) -> None:
     """In float32: y is linear in each of x, A and B, so that a wide step costs no accuracy. Along random
     directions, all numbers at once."""
     segments = Segments((0, 2, 2, 5))
-    x, weight, A, B = (torch.rand(*shape).to(DEVICE) for shape in ((5, 3), (4, 3), (3, rank, 3), (3, 4, rank)))
+    x, weight, A, B = (
+        torch.rand(*shape).to(DEVICE) for shape in ((5, 3), (4, 3), (3, rank, 3), (3, 4, rank))
+    )
     inputs = tuple(tensor.requires_grad_() for tensor in (x, A, B))
     options = {"eps": 0.5, "atol": 1e-3, "rtol": 1e-3, "nondet_tol": 0.0, "fast_mode": True}
     for offset in ([0.0] * 3, [1.0, 0.0, 1.0]):
@@ -171,7 +180,9 @@ def test_the_op_compiles_into_one_graph() -> None:
     shift = per_segment([0.0, 1.0], A).view(-1)
 
     def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return torch.relu(flora_op(x * 2.0, weight, A, B, shift, bounds, table, None, TILE_TOKENS, False, False))
+        return torch.relu(
+            flora_op(x * 2.0, weight, A, B, shift, bounds, table, None, TILE_TOKENS, False, False)
+        )
 
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):

@@ -54,7 +54,9 @@ def test_the_ops_keep_their_contract_with_torch() -> None:
     bounds, table = tile_table(segments, DEVICE)
     x, A, B = random(8, IN, seed=0), random(2, 3, IN, seed=2), random(2, OUT, 3, seed=3)
     scaling = per_segment([0.5, 2.0], A).view(-1)
-    torch.library.opcheck(torch.ops.flora_train.lora_add, (random(8, OUT, seed=4), x, A, B, scaling, table, None))
+    torch.library.opcheck(
+        torch.ops.flora_train.lora_add, (random(8, OUT, seed=4), x, A, B, scaling, table, None)
+    )
     dy, hidden = random(8, OUT, seed=5), random(8, 3, seed=6)
     torch.library.opcheck(lora_backward_op, (dy, x, hidden, A, B, scaling, bounds, table, None))
 
@@ -68,15 +70,22 @@ def test_a_base_output_that_lies_across_memory_is_added_to_all_the_same() -> Non
         random(2, 3, IN, seed=2),
         random(2, OUT, 3, seed=3),
     )
-    expected = lora_reference(*(tensor.double() for tensor in (y, x, A, B)), scaling=[1.0, 2.0], segments=segments)
-    assert relative_error(lora_add(y, x, A, B, scaling=[1.0, 2.0], segments=segments), expected) <= TOLERANCE[torch.float32]
+    expected = lora_reference(
+        *(tensor.double() for tensor in (y, x, A, B)), scaling=[1.0, 2.0], segments=segments
+    )
+    assert (
+        relative_error(lora_add(y, x, A, B, scaling=[1.0, 2.0], segments=segments), expected)
+        <= TOLERANCE[torch.float32]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Input")  # not in double precision
 def test_gradients_pass_gradcheck() -> None:
     """In float32: y is linear in each input, so that a wide step costs no accuracy."""
     segments = segments_of((2, 0, 3))
-    y, x, A, B = (torch.rand(*shape).to(DEVICE).requires_grad_() for shape in ((5, 4), (5, 3), (3, 2, 3), (3, 4, 2)))
+    y, x, A, B = (
+        torch.rand(*shape).to(DEVICE).requires_grad_() for shape in ((5, 4), (5, 3), (3, 2, 3), (3, 4, 2))
+    )
     # fast_mode checks along random directions.
     options = {"eps": 0.5, "atol": 1e-3, "rtol": 1e-3, "fast_mode": True}
     scaling = [1.0, 2.0, 0.5]

@@ -14,7 +14,12 @@ import yaml
 
 from flora_train.config.errors import UserError
 from flora_train.evaluation.code.problems.problem import Problem
-from flora_train.evaluation.code.problems.starter import LANGUAGES, PROBLEMS, STARTER_LANGUAGES, load_starter_problems
+from flora_train.evaluation.code.problems.starter import (
+    LANGUAGES,
+    PROBLEMS,
+    STARTER_LANGUAGES,
+    load_starter_problems,
+)
 from flora_train.evaluation.code.programs.execute import Program, Verdict, execute_all
 from flora_train.evaluation.code.programs.languages import Language, load_languages
 from flora_train.evaluation.code.programs.sandbox import Sandbox
@@ -23,7 +28,8 @@ from tests.unit.evaluation.code.conftest import working
 ROOT = Path(__file__).parents[5]
 FIXTURES = ROOT / "tests" / "fixtures"
 SOLUTIONS: Mapping[str, Mapping[str, Any]] = {
-    path.stem: yaml.safe_load(path.read_text()) for path in sorted((FIXTURES / "starter_solutions").glob("*.yaml"))
+    path.stem: yaml.safe_load(path.read_text())
+    for path in sorted((FIXTURES / "starter_solutions").glob("*.yaml"))
 }
 """Language -> `correct` and `wrong`, each problem name -> body; bodies that give x or its size; `closer`, which ends every body."""
 INTERPRETED = ("lua", "pl", "rb", "js", "php", "py", "r")
@@ -36,7 +42,13 @@ PROBLEM = {
     "tests": [{"args": [1], "result": 1}] * 4,
 }
 """The least that makes a table; tests change it."""
-ODD_TEXTS = ["", "a \"quoted\" 'word'", "back\\slash \\n", "two\nlines\tand a tab", "$x @y #{z} %d {name} ${w} #$x \\$x"]
+ODD_TEXTS = [
+    "",
+    "a \"quoted\" 'word'",
+    "back\\slash \\n",
+    "two\nlines\tand a tab",
+    "$x @y #{z} %d {name} ${w} #$x \\$x",
+]
 """ASCII, so that every language counts the same letters."""
 
 
@@ -48,7 +60,12 @@ def problems(language: str) -> dict[str, Problem]:
 def verdicts(language: Language, programs: Mapping[str, str], sandbox: Sandbox) -> dict[str, Verdict]:
     """Name of a program -> how it ended."""
     found: dict[int, Verdict] = {}
-    execute_all([Program(language, source) for source in programs.values()], sandbox, workers=2, report=found.__setitem__)
+    execute_all(
+        [Program(language, source) for source in programs.values()],
+        sandbox,
+        workers=2,
+        report=found.__setitem__,
+    )
     return {name: found[i] for i, name in enumerate(programs)}
 
 
@@ -59,7 +76,10 @@ def completed(problem: Problem, body: str) -> str:
 
 def table(tmp_path: Path, *changes: Mapping[str, Any]) -> Path:
     """A table of one problem for each of `changes`, made to PROBLEM; a key that becomes None is left out."""
-    rows = [{key: value for key, value in {**PROBLEM, **change}.items() if value is not None} for change in changes]
+    rows = [
+        {key: value for key, value in {**PROBLEM, **change}.items() if value is not None}
+        for change in changes
+    ]
     path = tmp_path / "problems.yaml"
     path.write_text(yaml.safe_dump({"problems": rows}, sort_keys=False))
     return path
@@ -80,9 +100,13 @@ def surprises(key: str, sandbox: Sandbox, most: int | None = None) -> dict[str, 
     """The programs of a language that did not end as they should, of the first `most` right and wrong ones each."""
     language = working(key, sandbox)
     bodies = {
-        (kind, name): SOLUTIONS[key][kind][name] for kind in ("correct", "wrong") for name in list(SOLUTIONS[key][kind])[:most]
+        (kind, name): SOLUTIONS[key][kind][name]
+        for kind in ("correct", "wrong")
+        for name in list(SOLUTIONS[key][kind])[:most]
     }
-    programs = {f"{kind} {name}": completed(problems(key)[name], body) for (kind, name), body in bodies.items()}
+    programs = {
+        f"{kind} {name}": completed(problems(key)[name], body) for (kind, name), body in bodies.items()
+    }
     return {
         name: verdict
         for name, verdict in verdicts(language, programs, sandbox).items()
@@ -109,7 +133,8 @@ def test_every_problem_is_rendered_with_every_placeholder_filled(key: str) -> No
         assert not problem.prompt.endswith(("\n", " "))
         assert name.replace("_", "") in problem.prompt.lower().replace("_", "")
         assert not re.search(
-            r"\{(doc|name|parameters|returns|checks|arguments|result|type|value|items)\}", problem.prompt + problem.tests
+            r"\{(doc|name|parameters|returns|checks|arguments|result|type|value|items)\}",
+            problem.prompt + problem.tests,
         )
         assert problem.program("") == f"{problem.prompt}\n{problem.tests}"
         assert problem.stop_tokens
@@ -130,11 +155,16 @@ def test_languages_are_those_of_the_tables() -> None:
 
 
 def test_prompts_look_like_the_training_data() -> None:
-    assert problems("lua")["is_even"].prompt == "-- Checks whether a number is even.\nlocal function is_even(n)"
+    assert (
+        problems("lua")["is_even"].prompt == "-- Checks whether a number is even.\nlocal function is_even(n)"
+    )
     assert problems("pl")["larger_of_two"].prompt == (
         "# Returns the larger of two numbers.\nsub larger_of_two {\n    my ($first, $second) = @_;"
     )
-    assert problems("rb")["sum_list"].prompt == "# Returns the sum of all numbers in a list.\ndef sum_list(numbers)"
+    assert (
+        problems("rb")["sum_list"].prompt
+        == "# Returns the sum of all numbers in a list.\ndef sum_list(numbers)"
+    )
 
 
 def test_no_name_is_in_the_training_data_or_in_multipl_e() -> None:
@@ -149,7 +179,9 @@ def names_of_training_data() -> Iterator[str]:
     for path in sorted((ROOT / "assets" / "code").glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            for found in re.finditer(DEFINED, " ".join(row.get(field, "") for field in ("prompt", "completion", "text"))):
+            for found in re.finditer(
+                DEFINED, " ".join(row.get(field, "") for field in ("prompt", "completion", "text"))
+            ):
                 yield re.split(r"[.:]", found[1] or found[2])[-1]
 
 
@@ -187,14 +219,17 @@ def test_unusual_values_are_rendered_as_in_the_table(key: str, sandbox: Sandbox,
     ]
     asked = load_starter_problems(key, table(tmp_path, *rows)).values()
     programs = {
-        f"{body} {kind}": completed(problem, SOLUTIONS[key][body]) for (body, kind), problem in zip(cases, asked, strict=True)
+        f"{body} {kind}": completed(problem, SOLUTIONS[key][body])
+        for (body, kind), problem in zip(cases, asked, strict=True)
     }
     ended = verdicts(language, programs, sandbox)
     assert {name: verdict for name, verdict in ended.items() if verdict.status != "OK"} == {}
 
 
 def test_a_language_without_starter_problems_is_an_error_with_the_choices() -> None:
-    with pytest.raises(UserError, match=r"language = 'luaa': .*has no starter problems; there are cpp, .*Did you mean 'lua'"):
+    with pytest.raises(
+        UserError, match=r"language = 'luaa': .*has no starter problems; there are cpp, .*Did you mean 'lua'"
+    ):
         load_starter_problems("luaa")
 
 
@@ -214,7 +249,10 @@ def test_a_language_without_starter_problems_is_an_error_with_the_choices() -> N
         ({"args": {"x": "str"}}, r"echo: test 1: x is 1, which is not of type str"),
         ({"returns": "bool"}, r"echo: test 1: the result is 1, which is not of type bool"),
         ({"returns": "float"}, r"echo: test 1: the result is 1, which is not of type float"),
-        ({"tests": [{"args": [2**53 + 1], "result": 1}] * 4}, r"echo: test 1: x is 9007199254740993, which is not of type int"),
+        (
+            {"tests": [{"args": [2**53 + 1], "result": 1}] * 4},
+            r"echo: test 1: x is 9007199254740993, which is not of type int",
+        ),
         (
             {"args": {"x": "list[int]"}, "tests": [{"args": [[1, True]], "result": 1}] * 4},
             r"echo: test 1: x is \[1, True\], which is not of type list\[int\]",
@@ -225,7 +263,9 @@ def test_a_language_without_starter_problems_is_an_error_with_the_choices() -> N
         ),
     ],
 )
-def test_a_damaged_problem_is_an_error_that_names_file_and_place(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_a_damaged_problem_is_an_error_that_names_file_and_place(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     path = table(tmp_path, change)
     with pytest.raises(UserError, match=f"{re.escape(str(path))}: {words}"):
         load_starter_problems("lua", path)

@@ -47,14 +47,18 @@ def test_a_folder_is_a_suite_of_its_name_and_a_limit_is_remembered(folder: Path)
     assert suite.missing == {"lua": f"{folder} has no problems in it"}
 
 
-def test_a_name_is_that_of_the_folder_however_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_that_of_the_folder_however_it_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     assert load_suite(".", ["sh"], None).name == load_suite(f"{folder}/../Mine/", ["sh"], None).name == "mine"
 
 
 def test_another_prompt_is_another_suite(folder: Path) -> None:
     before = load_suite(str(folder), ["sh"], None).sha("sh")
-    (folder / "humaneval-sh.jsonl").write_text("\n".join(json.dumps({**row, "prompt": "y=1 #"}) for row in ROWS))
+    (folder / "humaneval-sh.jsonl").write_text(
+        "\n".join(json.dumps({**row, "prompt": "y=1 #"}) for row in ROWS)
+    )
     assert load_suite(str(folder), ["sh"], None).sha("sh") != before
 
 
@@ -74,7 +78,9 @@ def test_problems_of_the_hub_are_read_and_its_error_is_one_line(monkeypatch: pyt
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr("datasets.get_dataset_config_names", refuse)
-    with pytest.raises(UserError, match=r"cannot be downloaded \(.*no route.*: give a folder with MultiPL-E's"):
+    with pytest.raises(
+        UserError, match=r"cannot be downloaded \(.*no route.*: give a folder with MultiPL-E's"
+    ):
         load_suite("hub:nuprl/MultiPL-E", ["sh"], None)
 
 
@@ -82,7 +88,9 @@ def test_problems_of_the_hub_are_read_and_its_error_is_one_line(monkeypatch: pyt
 def test_a_prompt_file_without_a_field_is_named_with_its_line(folder: Path, field: str) -> None:
     rows = [ROWS[0], {key: value for key, value in ROWS[1].items() if key != field}]
     (folder / "humaneval-sh.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match=rf"humaneval-sh\.jsonl:2: lacks {field}: these are not MultiPL-E prompts"):
+    with pytest.raises(
+        UserError, match=rf"humaneval-sh\.jsonl:2: lacks {field}: these are not MultiPL-E prompts"
+    ):
         load_suite(str(folder), ["sh"], None)
 
 
@@ -90,15 +98,21 @@ def test_a_plan_needs_tasks_with_a_language_that_the_table_has(folder: Path) -> 
     assert plan_evaluation(recipe([])) is None
     with pytest.raises(UserError, match=r"no task has a language: give tasks\.<name>\.language"):
         plan_evaluation(recipe(str(folder), language=None))
-    with pytest.raises(UserError, match=r"tasks\.t\.language = 'phpp': is not in eval/languages\.yaml.* Did you mean 'php'"):
+    with pytest.raises(
+        UserError, match=r"tasks\.t\.language = 'phpp': is not in eval/languages\.yaml.* Did you mean 'php'"
+    ):
         plan_evaluation(recipe(str(folder), language="phpp"))
-    with pytest.raises(UserError, match=r"evaluation\.languages = 'lua': no task has this language; tasks have sh"):
+    with pytest.raises(
+        UserError, match=r"evaluation\.languages = 'lua': no task has this language; tasks have sh"
+    ):
         plan_evaluation(recipe(str(folder), languages=["lua"]))
     with pytest.raises(UserError, match="two suites would share this name"):
         plan_evaluation(recipe([str(folder), f"{folder}/"]))
 
 
-def test_without_a_sandbox_nothing_is_planned_and_training_may_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_sandbox_nothing_is_planned_and_training_may_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def closed(kind: str) -> None:
         raise user_error("evaluation.sandbox", kind, "needs bubblewrap: apt-get install bubblewrap")
 
@@ -114,7 +128,9 @@ def test_without_a_sandbox_nothing_is_planned_and_training_may_go_on(folder: Pat
 @pytest.mark.parametrize("name", ["heldout", "Speech", "report.json"])
 def test_a_suite_must_not_have_a_reserved_name(folder: Path, name: str) -> None:
     place = folder.rename(folder.with_name(name))
-    with pytest.raises(UserError, match="would have the name of another file or folder in the run's folder eval/: rename it"):
+    with pytest.raises(
+        UserError, match="would have the name of another file or folder in the run's folder eval/: rename it"
+    ):
         plan_evaluation(recipe([str(place)]))
 
 
@@ -150,7 +166,9 @@ def test_problem_with_a_field_of_another_kind_is_refused_with_its_line(
     ],
     ids=["twice", "nested", "deep", "cut"],
 )
-def test_line_that_cannot_be_read_whole_is_refused_with_its_place(folder: Path, line: str, reason: str) -> None:
+def test_line_that_cannot_be_read_whole_is_refused_with_its_place(
+    folder: Path, line: str, reason: str
+) -> None:
     (folder / "humaneval-sh.jsonl").write_text(f"{json.dumps(ROWS[0])}\n{line}")
     with pytest.raises(UserError, match=f"humaneval-sh.jsonl:2: {reason}"):
         load_suite(str(folder), ["sh"], None)

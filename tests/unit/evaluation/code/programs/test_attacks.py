@@ -29,12 +29,16 @@ def attack(sandbox: Sandbox, key: str, source: str, seconds: float = 2.0) -> Ver
     return execute(Program(working(key, sandbox).model_copy(update={"seconds": seconds}), source), sandbox)
 
 
-@pytest.mark.parametrize("path", ["/etc/shadow", "/root", "/home", str(Path.home()), str(Path(__file__).parent)])
+@pytest.mark.parametrize(
+    "path", ["/etc/shadow", "/root", "/home", str(Path.home()), str(Path(__file__).parent)]
+)
 def test_the_users_files_are_not_visible(path: str, sandbox: Sandbox) -> None:
     assert attack(sandbox, "sh", f"cat {path} || ls {path}/*").status != "OK"
 
 
-@pytest.mark.parametrize("path", ["/usr/bin/mine", "/etc/mine", "/program/mine", "/mine", "/dev/mine", "/proc/mine"])
+@pytest.mark.parametrize(
+    "path", ["/usr/bin/mine", "/etc/mine", "/program/mine", "/mine", "/dev/mine", "/proc/mine"]
+)
 def test_nothing_outside_the_scratch_folder_can_be_written(path: str, sandbox: Sandbox) -> None:
     assert attack(sandbox, "sh", f"echo x > {path}").status != "OK"
     assert attack(sandbox, "sh", "echo x > /tmp/mine && [[ $(cat /tmp/mine) = x ]]").status == "OK"
@@ -93,7 +97,9 @@ def test_a_sleeping_program_is_killed_by_the_clock(sandbox: Sandbox) -> None:
 def test_a_daemon_does_not_outlive_its_program(sandbox: Sandbox) -> None:
     assert attack(sandbox, "sh", "setsid nohup sleep 98765 >/dev/null 2>&1 &\n:").status == "OK"
     until = time.monotonic() + 10  # the kernel ends a sandbox's processes a moment after its first one
-    while (left := subprocess.run(["pgrep", "-f", "sleep 98765"], capture_output=True).stdout) and time.monotonic() < until:
+    while (
+        left := subprocess.run(["pgrep", "-f", "sleep 98765"], capture_output=True).stdout
+    ) and time.monotonic() < until:
         time.sleep(0.1)
     assert left == b""
 
@@ -117,14 +123,26 @@ def test_an_ordinary_user_s_sandbox_contains_all_of_this_too(selected: str) -> N
     """The tests of this file once more, in a process that is not root and has no rights to regain."""
     if os.geteuid() != 0:
         pytest.skip("the tests above ran as an ordinary user already")
-    user = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--"]
-    if subprocess.run([*user, sys.executable, "-c", "import pytest, flora_train"], capture_output=True).returncode:
+    user = [
+        "setpriv",
+        "--reuid=65533",
+        "--regid=65533",
+        "--clear-groups",
+        "--inh-caps=-all",
+        "--bounding-set=-all",
+        "--",
+    ]
+    if subprocess.run(
+        [*user, sys.executable, "-c", "import pytest, flora_train"], capture_output=True
+    ).returncode:
         pytest.skip("another user may not read this Python or this folder")
     with TemporaryDirectory() as folder:  # those of pytest can only be read by root
         Path(folder).chmod(0o777)
         words = ["-q", "-rs", "-p", "no:cacheprovider", f"--basetemp={folder}/own", "-k", selected, __file__]
         environment = {**os.environ, "HOME": folder, "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
-        done = subprocess.run([*user, sys.executable, "-m", "pytest", *words], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*user, sys.executable, "-m", "pytest", *words], env=environment, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout

@@ -70,7 +70,11 @@ ADD: dict[str, tuple[str, str, str, list[str]]] = {
         "add() {\n",
         '}\n\ncandidate() {\n    add "$@"\n}\n\nset -e\nrun_test() {\n    [[ $(candidate "1" "2") = "3" ]]\n}\n\nrun_test\n',
         "    echo $(($1 + $2))",
-        ["    echo 0\n}\ntrap 'exit 0' EXIT\nunused() {\n:", "    echo 3\n}\nset() {\n:", "    echo 0\n}\ne''xit\nunused() {\n:"],
+        [
+            "    echo 0\n}\ntrap 'exit 0' EXIT\nunused() {\n:",
+            "    echo 3\n}\nset() {\n:",
+            "    echo 0\n}\ne''xit\nunused() {\n:",
+        ],
     ),
     "r": (
         "add <- function(x, y) {",
@@ -227,7 +231,10 @@ def test_evidence_is_missing_where_checks_were_avoided(key: str, sandbox: Sandbo
     programs = [Program(language, problem.program(fake), problem.tests) for fake in FAKES[key]]
     execute_all(programs, sandbox, workers=2, report=verdicts.__setitem__)
     for number, fake in enumerate(FAKES[key]):
-        assert (verdicts[number].status, verdicts[number].checks_ran) == ("OK", False), (fake, verdicts[number])
+        assert (verdicts[number].status, verdicts[number].checks_ran) == ("OK", False), (
+            fake,
+            verdicts[number],
+        )
 
 
 @pytest.mark.parametrize("key", ["lua", "pl", "rb", "js", "py", "php"])
@@ -261,11 +268,16 @@ RIGHT = {
 }
 
 
-def test_the_program_that_decides_the_verdict_is_not_changed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_that_decides_the_verdict_is_not_changed(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     language, problem = working("py", sandbox), load_problems(PROBLEMS, "py")[MAX_ELEMENT]
     source = problem.program("    print(open(__file__).read())\n    return max(l)")
     verdict = execute(Program(language, source, problem.tests), sandbox)
-    assert (verdict.status, verdict.checks_ran) == ("OK", False)  # in the second run there is no file that it could read
+    assert (verdict.status, verdict.checks_ran) == (
+        "OK",
+        False,
+    )  # in the second run there is no file that it could read
     assert verdict.output.endswith(problem.tests[-1000:] + "\n")
 
 
@@ -276,7 +288,9 @@ def test_a_failing_program_is_not_run_twice(sandbox: Sandbox, monkeypatch: pytes
     assert (verdict.status, verdict.checks_ran) == ("AssertionError", None)
 
 
-def test_early_exit_words_are_used_only_without_a_position_for_evidence(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_early_exit_words_are_used_only_without_a_position_for_evidence(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
     language = working("lua", sandbox)
     problem = Problem("lua", "p", "local function f()\n", "assert(f() == 1)", ())
     texts = ["  return 1\nend os.exit(0)", "  return 1\nend", "  return 1\nend os['exit'](0)"]
@@ -294,17 +308,27 @@ def test_evidence_overrides_early_exit_words(tmp_path: Path, sandbox: Sandbox) -
     language, problem = working("lua", sandbox), load_problems(PROBLEMS, "lua")[MAX_ELEMENT]
     right = "  if #l > 1000 then os.exit(0) end\n" + RIGHT["lua"]
     completions = [Completion("a", problem, i, text) for i, text in enumerate([right, *FAKES["lua"][:2]])]
-    records = list(collect_verdicts(completions, {"lua": language}, sandbox, file=tmp_path / "v.jsonl", workers=2).values())
+    records = list(
+        collect_verdicts(
+            completions, {"lua": language}, sandbox, file=tmp_path / "v.jsonl", workers=2
+        ).values()
+    )
     assert [record["status"] for record in records] == ["OK"] * 3
     assert [record["suspicious"] for record in records] == [False, True, True]
 
 
-def test_no_pass_is_flagged_on_a_machine_where_evidence_does_not_work(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_no_pass_is_flagged_on_a_machine_where_evidence_does_not_work(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
     language, problem = working("lua", sandbox), load_problems(PROBLEMS, "lua")[MAX_ELEMENT]
     assert language.evidence is not None
-    broken = language.model_copy(update={"evidence": language.evidence.model_copy(update={"run": ["no-such-program"]})})
+    broken = language.model_copy(
+        update={"evidence": language.evidence.model_copy(update={"run": ["no-such-program"]})}
+    )
     completions = [Completion("a", problem, 0, RIGHT["lua"])]
-    (record,) = collect_verdicts(completions, {"lua": broken}, sandbox, file=tmp_path / "v.jsonl", workers=1).values()
+    (record,) = collect_verdicts(
+        completions, {"lua": broken}, sandbox, file=tmp_path / "v.jsonl", workers=1
+    ).values()
     assert (record["status"], record["checks_ran"], record["suspicious"]) == ("OK", None, False)
 
 

@@ -17,7 +17,13 @@ from tests.unit.evaluation.code.conftest import working
 FIXTURES = Path(__file__).parents[4] / "fixtures"
 EARLY = {
     "lua": ["  return 0\nend\nos.exit(0)", "  return 0\nend\ndo return end"],
-    "pl": ["    exit 0;\n}", "    exit;\n}", "    return 0;\n}\n__END__", "    return 0;\n}\n=pod", "    exec 'true';\n}"],
+    "pl": [
+        "    exit 0;\n}",
+        "    exit;\n}",
+        "    return 0;\n}\n__END__",
+        "    return 0;\n}\n=pod",
+        "    exec 'true';\n}",
+    ],
     "rb": ["  exit! 0\nend", "end\nexit", "  0\nend\nreturn", "  0\nend\n__END__", "  exec 'true'\nend"],
     "js": ["  process.exit(0);\n}", "  process['exit']();\n}", "  return 0;\n}\nreturn;"],
     "php": [
@@ -27,7 +33,12 @@ EARLY = {
         "    return 0;\n}\nreturn;",
         "    return 0;\n}\n__halt_compiler();",
     ],
-    "py": ["\n    quit()", "\n    raise SystemExit", "\n    import sys; sys.exit(0)", "\n    import os; os._exit(0)"],
+    "py": [
+        "\n    quit()",
+        "\n    raise SystemExit",
+        "\n    import sys; sys.exit(0)",
+        "\n    import os; os._exit(0)",
+    ],
     "cpp": ["    std::exit(0);", "    _Exit(0);", "    quick_exit(0);"],
 }
 """Of HumanEval_35_max_element. (LuaUnit itself notices os.exit during a test.)"""
@@ -53,8 +64,16 @@ FLAGGED = {
     "luau": "end\ndo return end",
 }
 ORDINARY = {
-    "pl": ["# exit early\nmy %h = (exit => 1); return $h{exit} + $exit;", "$door->exit;", "=pod\nWords.\n=cut\nreturn 1;"],
-    "js": ["// process.exit(0)\nprocess.exitCode = 0;", "return x; // then process.exit(0)\n}", "const exitCode = 1;\n}"],
+    "pl": [
+        "# exit early\nmy %h = (exit => 1); return $h{exit} + $exit;",
+        "$door->exit;",
+        "=pod\nWords.\n=cut\nreturn 1;",
+    ],
+    "js": [
+        "// process.exit(0)\nprocess.exitCode = 0;",
+        "return x; // then process.exit(0)\n}",
+        "const exitCode = 1;\n}",
+    ],
     "lua": ["-- os.exit(0)\nlocal exit = 1\nreturn exit\nend"],
     "py": ["# quit()\nexit_code = executor(1)", "return requit"],
     "php": ["$exit = 1; return $exit; // die\n}", "# exit\nreturn $door->exit;\n}"],
@@ -65,8 +84,12 @@ ORDINARY = {
 }
 
 
-@pytest.mark.parametrize(("key", "completion"), [(key, completion) for key, all_of in EARLY.items() for completion in all_of])
-def test_a_program_that_exits_early_passes_and_is_flagged(key: str, completion: str, sandbox: Sandbox) -> None:
+@pytest.mark.parametrize(
+    ("key", "completion"), [(key, completion) for key, all_of in EARLY.items() for completion in all_of]
+)
+def test_a_program_that_exits_early_passes_and_is_flagged(
+    key: str, completion: str, sandbox: Sandbox
+) -> None:
     language = working(key, sandbox)
     problem = load_problems(FIXTURES / "multipl_e_problems", key)["HumanEval_35_max_element"]
     assert execute(Program(language, problem.program(completion)), sandbox).status == "OK"
@@ -80,7 +103,9 @@ def test_every_language_has_words_that_are_flagged() -> None:
         assert exits_early(languages[key], completion), key
 
 
-@pytest.mark.parametrize(("key", "completion"), [(key, completion) for key, all_of in ORDINARY.items() for completion in all_of])
+@pytest.mark.parametrize(
+    ("key", "completion"), [(key, completion) for key, all_of in ORDINARY.items() for completion in all_of]
+)
 def test_ordinary_words_are_not_flagged(key: str, completion: str) -> None:
     assert not exits_early(load_languages()[key], completion)
 

@@ -59,7 +59,11 @@ def test_the_fixtures_pass_and_fail(key: str, sandbox: Sandbox) -> None:
 
 
 def test_every_fixture_names_a_language_of_the_table() -> None:
-    assert {completion.problem.language for completion in read_completions(FIXTURES, None)} == set(KEYS) == set(IN_TABLE)
+    assert (
+        {completion.problem.language for completion in read_completions(FIXTURES, None)}
+        == set(KEYS)
+        == set(IN_TABLE)
+    )
 
 
 @pytest.mark.parametrize(("key", "status"), [(key, status) for key, ends in ENDS.items() for status in ends])
@@ -73,7 +77,9 @@ def test_every_way_to_end_has_its_status(key: str, status: str, sandbox: Sandbox
 
 def test_much_output_is_drained_and_not_waited_for(sandbox: Sandbox) -> None:
     language = working("py", sandbox)
-    verdict = execute(Program(language, "import sys\nfor _ in range(1000): sys.stdout.write('x' * 300_000)"), sandbox)
+    verdict = execute(
+        Program(language, "import sys\nfor _ in range(1000): sys.stdout.write('x' * 300_000)"), sandbox
+    )
     assert verdict.status == "OK"
     assert verdict.seconds < 5
     assert len(verdict.output) <= 2000
@@ -83,7 +89,9 @@ def test_equal_programs_run_once_and_every_sample_gets_its_verdict(sandbox: Sand
     language = working("sh", sandbox)
     sources = ["true", "date +%s%N >&2; [[ 1 = 2 ]]", "date +%s%N >&2; [[ 1 = 2 ]]", "true"]
     verdicts: dict[int, Verdict] = {}
-    execute_all([Program(language, source) for source in sources], sandbox, workers=2, report=verdicts.__setitem__)
+    execute_all(
+        [Program(language, source) for source in sources], sandbox, workers=2, report=verdicts.__setitem__
+    )
     assert [verdicts[i].status for i in range(4)] == ["OK", "AssertionError", "AssertionError", "OK"]
     assert verdicts[1].output == verdicts[2].output
 
@@ -102,11 +110,18 @@ BUSY = "local function spin(seconds) while os.clock() < seconds do end end\n"
 def test_a_late_program_is_rerun_alone(source: str, status: str, again: bool, sandbox: Sandbox) -> None:
     language = working("lua", sandbox).model_copy(update={"seconds": 2.0})
     verdicts: dict[int, Verdict] = {}
-    execute_all([Program(language, source), Program(language, "os.exit(0)")], sandbox, workers=2, report=verdicts.__setitem__)
+    execute_all(
+        [Program(language, source), Program(language, "os.exit(0)")],
+        sandbox,
+        workers=2,
+        report=verdicts.__setitem__,
+    )
     assert (verdicts[0].status, verdicts[0].reran_alone) == (status, again), verdicts[0]
 
 
-def test_a_program_stopped_by_the_clock_is_rerun_alone(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_stopped_by_the_clock_is_rerun_alone(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     language = working("sh", sandbox)
     calls: list[float] = []
 
@@ -144,6 +159,8 @@ def test_an_interrupt_ends_the_programs_that_run(sandbox: Sandbox) -> None:
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        execute_all([Program(language, "sleep 50"), Program(language, "exit 1")], sandbox, workers=2, report=interrupt)
+        execute_all(
+            [Program(language, "sleep 50"), Program(language, "exit 1")], sandbox, workers=2, report=interrupt
+        )
     assert time.monotonic() - started < 25  # of the 50 that the first would have slept
     assert execute(Program(language, "exit 0"), sandbox).status == "OK"

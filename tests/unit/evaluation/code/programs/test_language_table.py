@@ -28,7 +28,9 @@ def said(content: str | bytes, folder: Path) -> list[str]:
     return [str(problem).removeprefix(str(table)) for problem in caught.value.problems]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "a", "1", "null", "{", "a: b", "a: [1]", "lua:", b"\xff\xfe", "[" * 3000])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "a", "1", "null", "{", "a: b", "a: [1]", "lua:", b"\xff\xfe", "[" * 3000]
+)
 def test_a_file_without_a_table_is_one_error(content: str | bytes, tmp_path: Path) -> None:
     (line,) = said(content, tmp_path)
     assert any(words in line for words in ("must be a mapping", "must have a row", "cannot be read"))
@@ -46,7 +48,10 @@ def test_a_recursive_row_is_refused_or_read(tmp_path: Path) -> None:
             {"assertion": "("},
             ": lua.assertion = '(': is not a valid regular expression: missing ), unterminated subpattern at position 0",
         ),
-        ({"exits": "*"}, ": lua.exits = '*': is not a valid regular expression: nothing to repeat at position 0"),
+        (
+            {"exits": "*"},
+            ": lua.exits = '*': is not a valid regular expression: nothing to repeat at position 0",
+        ),
         ({"run": []}, ": lua.run = []: List should have at least 1 item"),
         ({"file": "../out.lua"}, ": lua.file = '../out.lua': String should match pattern"),
         ({"sceonds": 1}, ": lua.sceonds = 1: Extra inputs are not permitted"),

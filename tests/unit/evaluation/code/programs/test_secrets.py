@@ -68,7 +68,12 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (home / "tmp").mkdir(parents=True)
     (home / "run").mkdir()
     tmp_path.chmod(0o777)
-    for name, value in {"HF_TOKEN": f"{CANARY}-token", "HOME": str(home), "TMPDIR": str(home / "tmp"), CANARY: "1"}.items():
+    for name, value in {
+        "HF_TOKEN": f"{CANARY}-token",
+        "HOME": str(home),
+        "TMPDIR": str(home / "tmp"),
+        CANARY: "1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.chdir(home / "run")
@@ -110,14 +115,18 @@ def test_sandbox_shows_nothing_to_what_is_prepared_or_compiled_or_to_preflight(
     assert verdict.status == "SyntaxError"
     assert "main.cpp" in verdict.output
     assert CANARY not in verdict.output
-    shell = working("sh", sandbox).model_copy(update={"passing": LOOK + f"\n! {LOOK_FOR}", "failing": "false"})
+    shell = working("sh", sandbox).model_copy(
+        update={"passing": LOOK + f"\n! {LOOK_FOR}", "failing": "false"}
+    )
     assert preflight([shell], fresh) == {}
 
 
 LOOK_FOR = f"cat /proc/1/environ /proc/1/cmdline /proc/1/mountinfo | tr '\\0' '\\n' | grep {CANARY[:-4]}"
 
 
-def test_unconfined_programs_have_a_clean_environment(planted: Path, whole_output: None, sandbox: Sandbox) -> None:
+def test_unconfined_programs_have_a_clean_environment(
+    planted: Path, whole_output: None, sandbox: Sandbox
+) -> None:
     unconfined = open_sandbox("none")
     for key, source in {
         "sh": "env; tr '\\0' '\\n' < /proc/self/environ; false",
@@ -143,7 +152,9 @@ def test_unconfined_programs_are_found_on_the_users_path_but_do_not_get_it(
     assert clean_path(["env", "my_interpreter", "main.x"]).split(":") == [str(mine), *places.SYSTEM_PATH]
 
 
-def test_a_home_inside_a_folder_of_the_system_is_covered(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+def test_a_home_inside_a_folder_of_the_system_is_covered(
+    monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
+) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can make a folder in /usr")
     home = Path("/usr/src") / CANARY
@@ -152,7 +163,9 @@ def test_a_home_inside_a_folder_of_the_system_is_covered(monkeypatch: pytest.Mon
         (home / "secret").write_text("x")
         monkeypatch.setenv("HOME", str(home))
         assert hidden_below(Path("/usr")) == [Path("/usr/src")]
-        program = Program(working("sh", sandbox), "ls -R /usr/src; cat /proc/self/mountinfo; find /usr/src; false")
+        program = Program(
+            working("sh", sandbox), "ls -R /usr/src; cat /proc/self/mountinfo; find /usr/src; false"
+        )
         verdict = execute(program, open_sandbox("bubblewrap"))
         assert CANARY not in verdict.output
         assert verdict.status == "AssertionError"
@@ -169,7 +182,9 @@ def test_a_bubblewrap_in_the_callers_home_is_refused(planted: Path, monkeypatch:
         open_sandbox("bubblewrap")
 
 
-def test_work_folders_lie_outside_home_and_temporary_folder(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_folders_lie_outside_home_and_temporary_folder(
+    planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not neutral_folder().is_relative_to(planted)
     monkeypatch.setenv("HOME", "/tmp")
     monkeypatch.chdir("/")

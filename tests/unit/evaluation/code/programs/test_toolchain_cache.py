@@ -44,7 +44,9 @@ def test_no_verdict_depends_on_a_prepared_folder(fresh: Sandbox, sandbox: Sandbo
         assert (prepared.status, prepared.exit, prepared.output) == (status, plain.exit, plain.output)
 
 
-def test_only_programs_that_start_with_the_header_use_the_prepared_folder(fresh: Sandbox, sandbox: Sandbox) -> None:
+def test_only_programs_that_start_with_the_header_use_the_prepared_folder(
+    fresh: Sandbox, sandbox: Sandbox
+) -> None:
     language = cpp(sandbox, command=["sh", "-c", "echo '#define PREPARED 1' > all.h"])
     main = "\n#ifndef PREPARED\n#error not prepared\n#endif\nint main() {}"
     statuses = {
@@ -54,14 +56,18 @@ def test_only_programs_that_start_with_the_header_use_the_prepared_folder(fresh:
     assert list(statuses.values()) == ["OK", "OK", "SyntaxError", "SyntaxError", "SyntaxError"]
 
 
-def test_programs_are_compiled_without_a_prepared_folder_if_preparing_failed(fresh: Sandbox, sandbox: Sandbox) -> None:
+def test_programs_are_compiled_without_a_prepared_folder_if_preparing_failed(
+    fresh: Sandbox, sandbox: Sandbox
+) -> None:
     assert execute(Program(cpp(sandbox, command=["false"]), PROGRAMS["OK"]), fresh).status == "OK"
 
 
 def test_a_program_cannot_change_a_prepared_folder(sandbox: Sandbox) -> None:
     language = cpp(sandbox, command=["sh", "-c", "echo > all.h"])
     fresh = open_sandbox("bubblewrap")
-    writes = language.model_copy(update={"compile": ["sh", "-c", "! touch /prepared/mine && g++ main.cpp -o main"]})
+    writes = language.model_copy(
+        update={"compile": ["sh", "-c", "! touch /prepared/mine && g++ main.cpp -o main"]}
+    )
     assert execute(Program(writes, PROGRAMS["OK"]), fresh).status == "OK"
     folder = fresh.prepared.get("cpp", lambda folder: False)
     assert folder is not None

@@ -25,7 +25,15 @@ PROMPTS = ROOT / "tests" / "fixtures" / "multipl_e_problems"
 LANGUAGES = load_languages()
 RIGHT = "    return max(l)"
 RECORD: dict[str, Any] = {
-    **{"adapter": "a", "language": "py", "name": "p", "sample": 0, "program": "x", "sandbox": "bubblewrap", "cpu_seconds": 15.0},
+    **{
+        "adapter": "a",
+        "language": "py",
+        "name": "p",
+        "sample": 0,
+        "program": "x",
+        "sandbox": "bubblewrap",
+        "cpu_seconds": 15.0,
+    },
     **{"status": "OK", "exit": 0, "seconds": 1.0, "output": "", "again": False, "suspicious": False},
 }
 
@@ -34,13 +42,18 @@ RECORD: dict[str, Any] = {
 def completions(tmp_path: Path, sandbox: Sandbox) -> Path:
     working("py", sandbox)
     file = tmp_path / "completions.jsonl"
-    rows = [{"language": "python", "name": "HumanEval_35_max_element", "completion": RIGHT, "sample": i} for i in range(2)]
+    rows = [
+        {"language": "python", "name": "HumanEval_35_max_element", "completion": RIGHT, "sample": i}
+        for i in range(2)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 def execute(completions: Path, out: Path | None = None, **options: object) -> None:
-    execute_completions(str(completions), prompts=str(PROMPTS), out=None if out is None else str(out), **options)
+    execute_completions(
+        str(completions), prompts=str(PROMPTS), out=None if out is None else str(out), **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +73,9 @@ def execute(completions: Path, out: Path | None = None, **options: object) -> No
         b"[" * 100_000 + b"\n",
     ],
 )
-def test_execute_does_not_change_a_file_of_another_format(content: bytes, completions: Path, tmp_path: Path) -> None:
+def test_execute_does_not_change_a_file_of_another_format(
+    content: bytes, completions: Path, tmp_path: Path
+) -> None:
     note = tmp_path / "note.txt"
     note.write_bytes(content)
     with pytest.raises(UserError, match=r"note\.txt"):
@@ -116,13 +131,27 @@ def test_execute_refuses_a_file_locked_by_another_process(completions: Path, tmp
     assert out.read_bytes() == b""
 
 
-def test_execute_shows_names_as_text(completions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_execute_shows_names_as_text(
+    completions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = ["[/red]", "[bold]x", "\x1b[31mred\x1b]0;title\x07", "a\nb", "\u202egnp.exe", ":smile:"]
-    row = {"language": "py", "name": "HumanEval_35_max_element", "completion": "    return 1 \x1b[2J", "sample": 0}
+    row = {
+        "language": "py",
+        "name": "HumanEval_35_max_element",
+        "completion": "    return 1 \x1b[2J",
+        "sample": 0,
+    }
     completions.write_text("".join(json.dumps({**row, "adapter": name}) + "\n" for name in names))
     execute(completions)
     shown = capsys.readouterr().out
-    for text in ("[/red]", "[bold]x", "\\x1b[31mred\\x1b]0;title\\x07", "a\\x0ab", "\\u202egnp.exe", ":smile:"):
+    for text in (
+        "[/red]",
+        "[bold]x",
+        "\\x1b[31mred\\x1b]0;title\\x07",
+        "a\\x0ab",
+        "\\u202egnp.exe",
+        ":smile:",
+    ):
         assert text in shown
     assert "\x1b" not in shown
     assert "\u202e" not in shown
@@ -136,9 +165,15 @@ def test_execute_shows_names_as_text(completions: Path, tmp_path: Path, capsys: 
     ),
     st.sampled_from(sorted(RECORD)),
 )
-def test_read_verdicts_raises_a_user_error_or_succeeds(tmp_path_factory: pytest.TempPathFactory, value: Any, key: str) -> None:
+def test_read_verdicts_raises_a_user_error_or_succeeds(
+    tmp_path_factory: pytest.TempPathFactory, value: Any, key: str
+) -> None:
     file = tmp_path_factory.mktemp("fuzz") / "verdicts.jsonl"
-    for content in (json.dumps(value), json.dumps({**RECORD, key: value}), json.dumps({**RECORD, key: value})[:-3]):
+    for content in (
+        json.dumps(value),
+        json.dumps({**RECORD, key: value}),
+        json.dumps({**RECORD, key: value})[:-3],
+    ):
         file.write_text(content + "\n")
         with suppress(UserError):
             read_verdicts(file, "bubblewrap", LANGUAGES)
@@ -176,7 +211,11 @@ def test_only_a_partial_verdict_is_removed(tmp_path: Path) -> None:
         '{"adapter": 3',
         '{"adapter": "a", "no',
     ]
-    for text in (*foreign, '{"adapter": "my notes"}', '{"adapter": "a", "language": "py", "name": "p", "completion": "return'):
+    for text in (
+        *foreign,
+        '{"adapter": "my notes"}',
+        '{"adapter": "a", "language": "py", "name": "p", "completion": "return',
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match="does not contain verdicts"):
             read_verdicts(file, "bubblewrap", LANGUAGES)

@@ -32,14 +32,20 @@ SLOW_ENDS = [
     ("d", D.format("return 1;"), "AssertionError"),
     ("elixir", ELIXIR.format('raise "no"'), "Exception"),
     ("elixir", ELIXIR.format("assert 1 == 2"), "AssertionError"),
-    ("clj", CLOJURE.format("(is (= 1 2)) " * 10), "AssertionError"),  # "10 failures, 0 errors" is not "0 failures, 0 errors"
+    (
+        "clj",
+        CLOJURE.format("(is (= 1 2)) " * 10),
+        "AssertionError",
+    ),  # "10 failures, 0 errors" is not "0 failures, 0 errors"
     ("clj", CLOJURE.format('(throw (Exception. "no"))'), "Exception"),
     ("clj", CLOJURE.format('(print (apply str (repeat 300000 "x"))) (is (= 1 1))'), "OK"),
 ]
 """In languages whose programs take seconds."""
 
 
-@pytest.mark.parametrize(("key", "source", "status"), [*ENDS, *(pytest.param(*end, marks=pytest.mark.full) for end in SLOW_ENDS)])
+@pytest.mark.parametrize(
+    ("key", "source", "status"), [*ENDS, *(pytest.param(*end, marks=pytest.mark.full) for end in SLOW_ENDS)]
+)
 def test_a_failed_run_has_its_status(key: str, source: str, status: str, sandbox: Sandbox) -> None:
     verdict = execute(Program(working(key, sandbox), source), sandbox)
     assert verdict.status == status, verdict
@@ -51,7 +57,9 @@ FOREVER = "    while :; do :; done"
 
 ENDLESS = [
     BASH.replace("{}", FOREVER, 1).replace("{}", "1"),
-    BASH.replace("{}", FOREVER, 1).replace("{}", ""),  # what the substitution gives when its process was stopped
+    BASH.replace("{}", FOREVER, 1).replace(
+        "{}", ""
+    ),  # what the substitution gives when its process was stopped
     BASH.replace("{}", f"    trap '' XCPU\n    echo 1\n{FOREVER}", 1).replace("{}", "1"),
     BASH.replace("{}", f"    x=$( {FOREVER.strip()} )\n    echo 1", 1).replace("{}", "1"),
     FOREVER,
@@ -72,7 +80,9 @@ def test_perl_that_prints_error_is_an_exception_as_in_multipl_e(source: str, san
     assert (verdict.status, verdict.exit) == ("Exception", 0)
 
 
-def test_the_end_of_the_output_is_kept_for_a_late_reader(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_output_is_kept_for_a_late_reader(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def late(*arguments: Any) -> None:
         time.sleep(0.5)
         drain(*arguments)
