@@ -17,7 +17,7 @@ from markupsafe import Markup
 from flora_train.config.terminal_text import plain
 from flora_train.evaluation.code.programs.execute import STATUSES
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
-from flora_train.evaluation.report import plots
+from flora_train.evaluation.report import curves, plots
 from flora_train.evaluation.report.comparison import (
     costs,
     measures,
@@ -93,7 +93,7 @@ def render_html(report: Report) -> str:
     curve_panels = []
     for i, result in enumerate(drawn):
         adapters = [adapter for adapter in report.adapters if adapter.task == result.task]
-        curve_panels.append(plots.curve_panel(f"curve-{i}", result.task, adapters, report.curves, styles))
+        curve_panels.append(curves.curve_panel(f"curve-{i}", result.task, adapters, report.curves, styles))
     return _page(
         "report.html.j2",
         report=report,
@@ -121,7 +121,7 @@ def render_html(report: Report) -> str:
         fairness=_fairness(report),
         cost=_cost(report),
         few_examples=FEW_EXAMPLES,
-        max_points=plots.MAX_POINTS,
+        max_points=curves.MAX_POINTS,
     )
 
 
@@ -252,7 +252,7 @@ def _fairness(report: Report) -> Markup | None:
     drawn = {task: points for task, points in report.curves.drawn.items() if task in targets}
     if len(drawn) < 2 or len(next(iter(drawn.values()))) < 2:
         return None
-    return plots.fairness_panel("fairness", drawn, targets)
+    return curves.fairness_panel("fairness", drawn, targets)
 
 
 def joint_speedup_text(speedup: JointSpeedup | None) -> str:

@@ -40,6 +40,6 @@ def test_a_sweep_shows_every_setting_and_its_winner() -> None:
         for task in ("lua", "perl")
     ]
     page = page_of(results)
-    assert page.count("best, lead unclear</span> 1.200</td>") == 2
+    assert page.count("best, lead unclear</span> 1.200</span></td>") == 2
     assert page.count("stopped at 25") == 2
     assert '<a href="#sweeps">' in page
