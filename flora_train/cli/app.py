@@ -49,6 +49,12 @@ class Command(TyperCommand):
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [self.usage]
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        for param in self.params:  # newer versions of typer print the Python type behind an argument's name
+            if param.param_type_name == "argument" and hasattr(param, "display_type_rich"):
+                param.display_type_rich = _no_type
+        super().format_options(ctx, formatter)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises UserError with every argument that is not of a form that this command takes."""
         if ctx.resilient_parsing:  # a shell asks for completions
@@ -91,6 +97,10 @@ class Command(TyperCommand):
                 problem = option_for_assignment(arg, options, takes_overrides=self.takes_overrides)
                 if problem is not None:
                     yield problem
+
+
+def _no_type(ctx: Any) -> str:
+    return ""
 
 
 class Group(TyperGroup):

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 def train(overrides: RecipeOverrides = None) -> None:
     """Train, evaluate, report and export one run.
 
-    A run that was interrupted is resumed; one that is finished is kept.
+    With resume=true, a run that was interrupted continues, and a finished one is kept.
 
     \b
     Example: flora-train train recipe=quickstart training.steps=20 output_dir=outputs/short
