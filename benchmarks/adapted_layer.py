@@ -82,8 +82,6 @@ def seconds(run: Callable[[], object]) -> float:
 def where() -> str:
     """Machine and versions."""
     facts = environment()
-    machine = facts["machine"]
-    device = (
-        machine["gpu"] if DEVICE.type == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
-    )
-    return f"{device}, torch {facts['packages']['torch']}, Python {facts['python']}"
+    machine = facts.machine
+    device = machine.gpu if DEVICE.type == "cuda" else f"{machine.processor}, {machine.threads} threads"
+    return f"{device}, torch {facts.packages['torch']}, Python {facts.python}"

@@ -202,12 +202,15 @@ def heading(repeats: int) -> list[str]:
     return [
         "# Judging programs: our executor beside MultiPL-E's way",
         "",
-        f"{facts['machine']['processor']}, {available_cpus()} cores, Python {facts['python']}, "
+        f"{facts.machine.processor}, {available_cpus()} cores, Python {facts.python}, "
         f"{', '.join(versions)}, commit "
-        f"{facts['commit']}.",
-        f"Median of {repeats} interleaved pair{'s' * (repeats > 1)} of runs. `python benchmarks/execution.py --save` prints this",
-        f"file. Ours: {available_cpus()} programs at a time, each in its sandbox, C++ with a precompiled header (making it is in",
-        "the time). The reference: one at a time without a sandbox, looked at every 0.1 s. Both stop a program after",
+        f"{facts.commit}.",
+        f"Median of {repeats} interleaved pair{'s' * (repeats > 1)} of runs. `python "
+        "benchmarks/execution.py --save` prints this",
+        f"file. Ours: {available_cpus()} programs at a time, each in its sandbox, C++ with a precompiled "
+        "header (making it is in",
+        "the time). The reference: one at a time without a sandbox, looked at every 0.1 s. Both stop a "
+        "program after",
         f"{SECONDS:g} s (ours, beside others, after twice that; doubtful ones are run again alone); the "
         "reference's own limit of 15 s",
         "would make it slower yet. In every hundred programs one never ends.",
@@ -273,7 +276,7 @@ def name_of(cases: Sequence[Case]) -> str:
 def figures(cases: Cases, measured: Results) -> dict[str, Any]:
     """The same as JSON."""
     return {
-        "environment": environment(),
+        "environment": environment().model_dump(),
         **{
             key: {
                 "programs": len(cases[key]),

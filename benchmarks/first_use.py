@@ -83,8 +83,8 @@ def report(clone: Path, steps: list[tuple[str, str, float]]) -> list[str]:
     return [
         "# From a clone to an adapter of one's own in plain PEFT",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch "
-        f"{facts['packages']['torch']}; packages from a mirror nearby. "
+        f"{facts.machine.processor}, {facts.machine.cpus} CPUs; torch "
+        f"{facts.packages['torch']}; packages from a mirror nearby. "
         "`python benchmarks/first_use.py --save` prints this file.",
         "",
         "| | | time |",

@@ -155,9 +155,9 @@ def main() -> None:
     lines = [
         f"# Decoding {n} adapters in one batch, against one after the other",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['threads']} threads; torch "
-        f"{facts['packages']['torch']}, transformers "
-        f"{facts['packages']['transformers']}, peft {facts['packages']['peft']}; commit {facts['commit']}.",
+        f"{facts.machine.processor}, {facts.machine.threads} threads; torch "
+        f"{facts.packages['torch']}, transformers "
+        f"{facts.packages['transformers']}, peft {facts.packages['peft']}; commit {facts.commit}.",
         f"SmolLM2-135M, float32, greedy, one prompt an adapter, {options.tokens} tokens each, reading the "
         "prompts included; medians "
         f"of {options.repeats} rounds in which the ways took turns. `python benchmarks/generation.py "

@@ -277,7 +277,7 @@ def main() -> None:
         for regime in REGIMES
         if options.only in regime.name
     ]
-    facts = environment() | {"threads": options.threads}
+    facts = environment().model_dump() | {"threads": options.threads}
     results: dict[str, dict[str, Any]] = saved() if options.only else {}
     for regime, counts in chosen:
         repeats = options.repeats or regime.repeats

@@ -192,8 +192,8 @@ def report(processes: int, seen: Seen, same: bool, adapters: int) -> list[str]:
     return [
         f"# {seen.kills} times kill -9, {processes} process{'es' if processes > 1 else ''}",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch "
-        f"{facts['packages']['torch']}; SmolLM2-135M, {adapters} adapters, {STEPS} steps, a checkpoint "
+        f"{facts.machine.processor}, {facts.machine.cpus} CPUs; torch "
+        f"{facts.packages['torch']}; SmolLM2-135M, {adapters} adapters, {STEPS} steps, a checkpoint "
         f"every {SAVE_EVERY}. `python benchmarks/kills.py --kills {seen.kills} --processes {processes} "
         "--save` prints this file.",
         "",

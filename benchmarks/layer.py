@@ -80,8 +80,9 @@ def heading(repeats: int) -> list[str]:
     return [
         "# Cost of an adapted layer: forward + backward, as a multiple of the frozen layer's",
         "",
-        f"{where()}, commit {environment()['commit']}.",
-        f"Median of {repeats} interleaved pairs. `python benchmarks/layer.py --save` prints this file. fLoRA is residual unless",
+        f"{where()}, commit {environment().commit}.",
+        f"Median of {repeats} interleaved pairs. `python benchmarks/layer.py --save` prints this file. "
+        "fLoRA is residual unless",
         "it says pure (W0 * (B A)); a residual one has one term more to expand. Three matmuls instead of "
         "two: 1.5 is the floor of",
         "materialised fLoRA, and with the thin ones of rank r at m tokens per adapter 1.5 + 2 r / m.",

@@ -68,7 +68,7 @@ def main() -> None:
     lines = [
         "# Memory of an adapter, in multiples of its float32 parameters",
         "",
-        f"torch {facts['packages']['torch']}, Python {facts['python']}, commit {facts['commit']}. `python "
+        f"torch {facts.packages['torch']}, Python {facts.python}, commit {facts.commit}. `python "
         "benchmarks/memory.py --save` "
         "prints this file.",
         "All tensors alive after a step of N adapters, the base left out: weights 1, gradient 1, AdamW's moments 2.",

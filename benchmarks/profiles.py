@@ -57,13 +57,15 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
     facts = environment()
-    machine, torch_version = facts["machine"], facts["packages"]["torch"]
+    machine, torch_version = facts.machine, facts.packages["torch"]
     model, adapters, rows, length = REGIME
     lines = [
         "# Where the time goes",
         "",
-        f"{machine['processor']}, {machine['threads']} threads, float32, torch {torch_version}, commit {facts['commit']}.",
-        "Milliseconds a step, and their share of it. `python benchmarks/profiles.py --save` prints this file.",
+        f"{machine.processor}, {machine.threads} threads, float32, torch {torch_version}, commit "
+        f"{facts.commit}.",
+        "Milliseconds a step, and their share of it. `python benchmarks/profiles.py --save` prints this "
+        "file.",
         "",
         f"## joint.py: {model} model, {adapters} adapters, {rows} rows x {length} tokens",
         "",

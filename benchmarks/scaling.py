@@ -78,8 +78,8 @@ def table(counts: list[int], forms: list[str], repeats: int) -> list[str]:
     return [
         "# Time before training, by the number of adapters",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; Python "
-        f"{sys.version.split()[0]}, torch {facts['packages']['torch']}; "
+        f"{facts.machine.processor}, {facts.machine.cpus} CPUs; Python "
+        f"{sys.version.split()[0]}, torch {facts.packages['torch']}; "
         f"tiny Llama in float32, one thread; processor time, the best of {repeats}. `python "
         "benchmarks/scaling.py --save` prints this file.",
         "",

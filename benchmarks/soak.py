@@ -160,8 +160,8 @@ def report(recipe: list[str], seen: Seen, expected: dict[str, str], steps: int) 
         [
             f"# {seen.hours:g} hours of disturbance: {len(expected)} adapters in one run",
             "",
-            f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch "
-            f"{facts['packages']['torch']}; "
+            f"{facts.machine.processor}, {facts.machine.cpus} CPUs; torch "
+            f"{facts.packages['torch']}; "
             f"`{' '.join(recipe)}`, {steps} steps. `python benchmarks/soak.py --hours {seen.hours:g} "
             "--save` prints this file.",
             "",

@@ -17,7 +17,6 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import flora_train.cli  # noqa: F401  sets how threads wait, before torch is loaded
 
@@ -175,15 +174,15 @@ def report(session: RunContext, tasks: list[str]) -> str:
         i for i, spec in enumerate(bank.specs) if spec.method == "lora" and (not tasks or spec.task in tasks)
     ]
     lines = [line for adapter in adapters for line in rows_of(session, adapter, wrote)]
-    facts: dict[str, Any] = environment()
-    versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    facts = environment()
+    versions = ", ".join(f"{name} {facts.packages[name]}" for name in ("torch", "transformers", "peft"))
     steps = max(bank.specs[adapter].max_steps for adapter in adapters)
     return "\n".join(
         [
             f"# Speech: adapters of a mixed run of {len(bank.specs)}, and LoRA trained alone with PEFT on the same clips",
             "",
-            f"{facts['machine']['processor']}, {available_cpus()} threads, {versions}, commit "
-            f"{facts['commit']}. "
+            f"{facts.machine.processor}, {available_cpus()} threads, {versions}, commit "
+            f"{facts.commit}. "
             f"`python benchmarks/speech_alone.py outputs/{session.config.name} --save` prints this file.",
             f"Word error rate, normalised; {steps} steps an adapter; differences are paired by test clip, "
             f"{session.config.evaluation.confidence:.0%} intervals.",

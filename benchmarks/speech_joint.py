@@ -150,14 +150,14 @@ def one_step(who: str, file: str, place: str) -> None:
 def report(repeats: int) -> str:
     """The result, as Markdown."""
     facts = environment()
-    where = f"{facts['machine']['processor']}, {available_cpus()} threads, float32"
-    versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    where = f"{facts.machine.processor}, {available_cpus()} threads, float32"
+    versions = ", ".join(f"{name} {facts.packages[name]}" for name in ("torch", "transformers", "peft"))
     parts = [part for place in PLACES for part in section(repeats, place)]
     return "\n".join(
         [
             "# Speech: twelve adapters in one run, and in twelve PEFT runs one after the other",
             "",
-            f"{where}, {versions}, commit {facts['commit']}. `python benchmarks/speech_joint.py --repeats "
+            f"{where}, {versions}, commit {facts.commit}. `python benchmarks/speech_joint.py --repeats "
             f"{repeats} --save` prints this file.",
             "",
             *parts,

@@ -153,7 +153,7 @@ def report(steps: int) -> str:
     totals = {who: sum(segment[who] for segment in segments) for who in ("joint", "peft")}
     best = {who: winners(losses[who], specs) for who in losses}
     facts = environment()
-    versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
+    versions = ", ".join(f"{name} {facts.packages[name]}" for name in ("torch", "transformers", "peft"))
     rows = [
         f"| {spec.method} | {spec.lr:g} | {losses['joint'][spec.name]:.4f} | "
         f"{losses['peft'][spec.name]:.4f} | "
@@ -165,8 +165,8 @@ def report(steps: int) -> str:
         [
             "# A sweep of twelve settings: one run, and twelve PEFT runs one after the other",
             "",
-            f"{facts['machine']['processor']}, {available_cpus()} threads, float32, {versions}, commit "
-            f"{facts['commit']}; SmolLM2-135M, Lua, "
+            f"{facts.machine.processor}, {available_cpus()} threads, float32, {versions}, commit "
+            f"{facts.commit}; SmolLM2-135M, Lua, "
             f"{steps} steps. `python benchmarks/sweep.py --steps {steps} --save` prints this file.",
             "",
             f"All steps: {totals['joint']:.0f} s in one run, {totals['peft']:.0f} s in twelve; PEFT / one "

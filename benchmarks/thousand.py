@@ -90,8 +90,8 @@ def table(model: str, steps: int) -> list[str]:
     return [
         "# A thousand adapters registered, nine in the batch",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch "
-        f"{facts['packages']['torch']}; {Path(model).name} in float32; {steps} steps that took turns. "
+        f"{facts.machine.processor}, {facts.machine.cpus} CPUs; torch "
+        f"{facts.packages['torch']}; {Path(model).name} in float32; {steps} steps that took turns. "
         "`python benchmarks/thousand.py --save` prints this file.",
         "",
         "| adapters | seconds a step | beside nine adapters | memory of adapters (MB) | planned (MB) | "

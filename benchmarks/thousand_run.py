@@ -68,8 +68,8 @@ def report(recipe: list[str], samples: list[tuple[int, int]], minutes: float, ad
     lines = [
         f"# {adapters} adapters in one run, to the end",
         "",
-        f"{facts['machine']['processor']}, {facts['machine']['cpus']} CPUs; torch "
-        f"{facts['packages']['torch']}; `{' '.join(recipe)}`, {steps} steps, "
+        f"{facts.machine.processor}, {facts.machine.cpus} CPUs; torch "
+        f"{facts.packages['torch']}; `{' '.join(recipe)}`, {steps} steps, "
         f"{minutes:.0f} minutes. `python benchmarks/thousand_run.py --save` prints this file.",
         "",
         "| | resident memory, median (MB) |",

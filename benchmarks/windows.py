@@ -122,7 +122,10 @@ def report(clips: int) -> str:
     seconds = " | ".join(f"{spent / results[0][1]:.2f} of the time" for _, spent in results[1:])
     rows.append(f"| time of transcribing | | {results[0][1]:.0f} s | {seconds} |")
     facts = environment()
-    where = f"{facts['machine']['processor']}, {available_cpus()} CPUs, torch {facts['packages']['torch']}, commit {facts['commit']}"
+    where = (
+        f"{facts.machine.processor}, {available_cpus()} CPUs, torch {facts.packages['torch']}, "
+        f"commit {facts.commit}"
+    )
     return "\n".join(
         [
             "# Encoder windows: word error rate of Whisper base, normalised",

@@ -185,7 +185,7 @@ def sample_completions(context: RunContext) -> list[SampleCompletion]:
 def training_facts(context: RunContext, seconds: Mapping[str, float]) -> RunFacts:
     """Where, with what and at what cost a run was trained. seconds: stage -> its time."""
     return RunFacts(
-        **environment(),
+        **dict(environment()),
         model=context.config.model.path,
         dtype=dtype_of(context.model),
         device=str(context.bank.device),

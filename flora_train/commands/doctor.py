@@ -100,8 +100,8 @@ def _recipe_facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -
     """(heading, line) of versions, device and settings."""
     facts = environment()
     yield "versions", versions_line(facts)
-    machine = facts["machine"]
-    yield "device", f"{device}: {machine['gpu'] or machine['processor']}, {machine['cpus']} CPUs"
+    machine = facts.machine
+    yield "device", f"{device}: {machine.gpu or machine.processor}, {machine.cpus} CPUs"
     base = config.model
     dtype_name = str(dtype).removeprefix("torch.")
     yield "base", f"{base.path} in {dtype_name} (model.dtype={base.dtype}), quantization {base.quantization}"
@@ -188,7 +188,7 @@ def _machine_facts() -> Iterator[tuple[str, str]]:
     """(heading, line) of hardware, packages and login."""
     facts = environment()
     yield "versions", versions_line(facts)
-    processor = facts["machine"]["processor"]
+    processor = facts.machine.processor
     yield "machine", f"{processor}, {available_cpus()} CPUs, {free_memory() / 1e9:.1f} GB of memory free"
     yield "GPU", _gpu()
     yield "triton", why_not_triton(default_device()) or "can run here"

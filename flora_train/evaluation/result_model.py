@@ -5,26 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from flora_train.config.errors import did_you_mean, user_error
 from flora_train.config.json_format import read_object
+from flora_train.runtime.json_types import Count, Text
 
+__all__ = [
+    "Confidence",
+    "Count",
+    "Interval",
+    "Measurement",
+    "Number",
+    "ResultModel",
+    "Seconds",
+    "Text",
+    "read_results",
+    "validate_results",
+]
 
-def _without_surrogates(value: object) -> object:
-    """Escape lone surrogates, which stand for bytes of a path that are not UTF-8: no file can hold them."""
-    if isinstance(value, str) and not value.isascii():
-        return value.encode("utf-8", "backslashreplace").decode()
-    return value
-
-
-Text = Annotated[str, BeforeValidator(_without_surrogates)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 """A finite number; true and false are none."""
 Measurement = Annotated[Number, Field(ge=-1e100, le=1e100)]
 """A number that can be drawn: sums and multiples of it are finite."""
 Seconds = Annotated[Number, Field(ge=0, le=1e12)]
-Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
 Confidence = Annotated[Number, Field(gt=0, lt=1)]
 """The confidence of intervals, such as 0.95."""
 

@@ -9,41 +9,69 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import psutil
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from flora_train.config.load import PROJECT_ROOT
+from flora_train.runtime.json_types import Count, Text
 
 
-def environment() -> dict[str, Any]:
+class Machine(BaseModel):
+    """The machine of the main process."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+    processor: Text | None = None
+    cpus: Count | None = None
+    threads: Count | None = None
+    gpu: Text | None = None
+    system: Text | None = None
+
+
+class Environment(BaseModel):
+    """Versions, commit and machine. What was not recorded is None or empty."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+    flora_train: Text | None = None
+    """Version of the package."""
+    commit: Text | None = None
+    python: Text | None = None
+    packages: dict[Text, Text] = {}
+    machine: Machine = Machine()
+    command: Text | None = None
+
+
+def environment() -> Environment:
     """Versions, commit and machine, kept with every result."""
     packages = ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "numpy")
     versions = {name: _version(name) for name in packages}
-    return {
-        "flora_train": _version("flora-train") or "not installed",
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "packages": {name: version for name, version in versions.items() if version is not None},
-        "machine": machine(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
+    return Environment(
+        flora_train=_version("flora-train") or "not installed",
+        commit=_commit(),
+        python=platform.python_version(),
+        packages={name: version for name, version in versions.items() if version is not None},
+        machine=machine(),
+        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Machine:
     """The machine that results were measured on."""
     gpu = None
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
-    return {
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "system": platform.system(),
-    }
+    return Machine(
+        processor=_processor(),
+        cpus=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpu=gpu,
+        system=platform.system(),
+    )
 
 
 def default_device() -> torch.device:
@@ -58,11 +86,10 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def versions_line(facts: dict[str, Any]) -> str:
+def versions_line(environment: Environment) -> str:
     """Python and packages of `environment()`, in one line of text."""
-    return f"Python {facts['python']}, " + ", ".join(
-        f"{name} {version}" for name, version in facts["packages"].items()
-    )
+    packages = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
+    return f"Python {environment.python}, {packages}"
 
 
 def now() -> str:

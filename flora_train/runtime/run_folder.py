@@ -126,7 +126,7 @@ class RunFolder(RunFiles):
         if status != "new":
             started = previous_facts.get("started", started)
         # run.json first: it marks the folder as a run even if the disk is full before the second file
-        facts = {"finished": False, "started": started, **environment(), **facts}
+        facts = {"finished": False, "started": started, **environment().model_dump(), **facts}
         with_previous = manifest if previous is None else manifest | previous
         self.write_run_json({**facts, "files": with_previous.to_json()})
         if status == "new" and previous is not None:

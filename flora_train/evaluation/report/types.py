@@ -21,6 +21,7 @@ from flora_train.evaluation.result_model import (
     Text,
 )
 from flora_train.evaluation.speech.score_types import SpeechResults
+from flora_train.runtime.environment import Environment
 
 SCHEMA_VERSION: Final = 6
 """Version of report.json; raised whenever a reader of an older version would miss or misread something."""
@@ -33,16 +34,6 @@ TokenPoint = tuple[Step, Count]
 """A step, and the tokens drawn until then."""
 
 
-class Machine(ResultModel):
-    """The machine of the main process."""
-
-    processor: Text | None = None
-    cpus: Count | None = None
-    threads: Count | None = None
-    gpu: Text | None = None
-    system: Text | None = None
-
-
 class JointSpeedup(ResultModel):
     """Forward and backward of one step's rows, trained jointly and one adapter after the other."""
 
@@ -53,16 +44,9 @@ class JointSpeedup(ResultModel):
     """Adapters that were timed; `separate_seconds` is an estimate where these are not all. None: all."""
 
 
-class RunFacts(ResultModel):
+class RunFacts(Environment, ResultModel):
     """Where, with what and at what cost a run was trained and evaluated. What was not recorded is None or empty."""
 
-    flora_train: Text | None = None
-    """Version of the package."""
-    commit: Text | None = None
-    python: Text | None = None
-    packages: dict[Text, Text] = {}
-    machine: Machine = Machine()
-    command: Text | None = None
     model: Text | None = None
     """The base model's `model.path`."""
     dtype: Text | None = None
