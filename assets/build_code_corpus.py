@@ -1,10 +1,11 @@
-"""Builds `<language>.{train,validation}.jsonl`: short functions and files in Lua, Perl, Ruby and other languages.
+"""Builds `<language>.{train,validation}.jsonl`: short functions and files in Lua, Perl, Ruby and other
+languages.
 
     python assets/build_code_corpus.py --exclude-prompts <folder with MultiPL-E's humaneval-*.jsonl>
     python assets/build_code_corpus.py --languages php js go rust d --output assets/code_local
 
-The sources are Debian packages under permissive licences (`code_corpus/sources.py`, `local_sources.py`), fetched
-with `apt-get download`. The same package versions give the same bytes.
+The sources are Debian packages under permissive licences (`code_corpus/sources.py`, `local_sources.py`),
+fetched with `apt-get download`. The same package versions give the same bytes.
 """
 
 from __future__ import annotations

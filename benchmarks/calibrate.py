@@ -196,7 +196,10 @@ def report(timed: Sequence[Timed], found: dict[int, Thresholds], repeats: int, m
         f"{machine}. `python benchmarks/calibrate.py --save` prints this file.",
         f"Forward + backward of {len(timed)} shapes, residual adapters, median of up to {repeats} "
         "interleaved rounds. The loss of a",
-        "rule is how many times slower its choice is than the fastest formulation of a shape (geometric mean).",
+        (
+            "rule is how many times slower its choice is than the fastest formulation of a shape (geometric "
+            "mean)."
+        ),
         "",
         "| dtype | a term costs (% of a run through W0) | forming W0 * M costs an adapter (tokens through "
         "W0) | and a rank | work on all adapters at once up to (MiB of W0 * M) | our own kernel up to "

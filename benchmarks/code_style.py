@@ -166,7 +166,8 @@ def question_docstrings(modules: Iterable[Module]) -> list[Place]:
 
 
 def untyped_mappings(modules: Iterable[Module]) -> list[Place]:
-    """Annotations with `dict[str, Any]`, `Mapping[str, Any]` and the like, or with plain `dict` or `Mapping`."""
+    """Annotations with `dict[str, Any]`, `Mapping[str, Any]` and the like, or with plain `dict` or
+    `Mapping`."""
     untyped = []
     for module in modules:
         for annotation in _annotations(module.tree):
@@ -198,7 +199,8 @@ def _is_bare_mapping(node: ast.AST, annotations: Iterable[ast.AST]) -> bool:
 
 
 def contains_untyped_mapping(annotation: ast.expr | None, aliases: frozenset[str] = frozenset()) -> bool:
-    """Whether an annotation is, or contains, a mapping whose values have no type; aliases: names that stand for one."""
+    """Whether an annotation is, or contains, a mapping whose values have no type; aliases: names that stand
+    for one."""
     if annotation is None:
         return False
     nodes = list(ast.walk(annotation))
@@ -258,7 +260,8 @@ def imported_names(module: Module) -> dict[str, tuple[str, str]]:
 def used_functions(
     modules: Iterable[Module], imports: Mapping[str, Mapping[str, tuple[str, str]]]
 ) -> defaultdict[tuple[str, str], set[str]]:
-    """The packages that use a function, by its module and name: `from module import name`, or `module.name`."""
+    """The packages that use a function, by its module and name: `from module import name`, or
+    `module.name`."""
     users: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for module in modules:
         imported = imports[module.name]
@@ -279,7 +282,8 @@ def used_members(
 ) -> defaultdict[tuple[str, str], set[str]]:
     """The packages that read a method or field, by the package that defines it and its name.
 
-    Types are not inferred: an attribute of that name counts where the module imports anything from the package.
+    Types are not inferred: an attribute of that name counts where the module imports anything from the
+    package.
     """
     users: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for module in modules:
@@ -435,10 +439,22 @@ def comparison_table(commit: str, before: dict[str, str], after: dict[str, str])
         [
             "# Style of the package's code",
             "",
-            f"`python benchmarks/code_style.py --before {commit} --save` counts these in `{PACKAGE}/`. All lines of a",
-            "module count, comments, docstrings and empty lines included. A nested comprehension has more than one `for`,",
-            "or contains another comprehension. A mapping crosses a package's border where a public function, method or",
-            "field has it in its signature, and a module of another package uses that function, method or field.",
+            (
+                f"`python benchmarks/code_style.py --before {commit} --save` counts these in `{PACKAGE}/`. "
+                "All lines of a"
+            ),
+            (
+                "module count, comments, docstrings and empty lines included. "
+                "A nested comprehension has more than one `for`,"
+            ),
+            (
+                "or contains another comprehension. "
+                "A mapping crosses a package's border where a public function, method or"
+            ),
+            (
+                "field has it in its signature, and a module of another package uses that function, "
+                "method or field."
+            ),
             "",
             f"| | before ({commit}) | after |",
             "|---|--:|--:|",

@@ -280,7 +280,10 @@ def tool(name: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 def table(found: list[Compiled]) -> list[str]:
     """Markdown."""
-    columns = "kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) | instructions | of them for matrix units"
+    columns = (
+        "kernel | type | rank | chip | registers | spilled bytes | shared KiB (of) | instructions | "
+        "of them for matrix units"
+    )
     lines = [f"| {columns} |", "|---" * 9 + "|"]
     for c in found:
         shared = f"{c.shared / 1024:.0f} ({SHARED_BYTES[c.capability] >> 10})"

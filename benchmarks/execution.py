@@ -257,10 +257,16 @@ def endings(cases: Cases, measured: Results) -> list[str]:
     return [
         *lines,
         "",
-        "Where they differ: the reference takes 1 KiB of output at each look, so that a program that prints 300 KB waits for its",
+        (
+            "Where they differ: the reference takes 1 KiB of output at each look, so that a program that "
+            "prints 300 KB waits for its"
+        ),
         "reader until its time is over, and is called a Timeout though it is right (with 15 s, too: a pipe "
         "holds 64 KiB, and 15 s",
-        "of looks take 150 KiB more). It has one word, Exception, for failed assertions and, in Lua, for what does not parse.",
+        (
+            "of looks take 150 KiB more). It has one word, Exception, for failed assertions and, in Lua, "
+            "for what does not parse."
+        ),
         "",
     ]
 

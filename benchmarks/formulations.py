@@ -159,9 +159,15 @@ def report(rows: Sequence[Row], repeats: int) -> list[str]:
         "",
         f"{where()}, {DTYPE}. Median of up to {repeats} interleaved pairs. Pure adapters. `python "
         "benchmarks/kernels.py --save` prints this",
-        "file. -: does not fit, or would loop over more than 128 adapters. At one token each every token has its own adapter.",
+        (
+            "file. -: does not fit, or would loop over more than 128 adapters. "
+            "At one token each every token has its own adapter."
+        ),
         "",
-        f"| d, tokens | adapters x tokens each | rank | {' | '.join(CONTENDERS)} | ours / best other way of fLoRA |",
+        (
+            f"| d, tokens | adapters x tokens each | rank | {' | '.join(CONTENDERS)} | "
+            "ours / best other way of fLoRA |"
+        ),
         "|---" * (len(CONTENDERS) + 4) + "|",
     ]
     for row in rows:
@@ -211,7 +217,10 @@ def critical_ranks(rows: Sequence[Row], name: str, limit: float) -> dict[tuple[i
 def critical_table(rows: Sequence[Row]) -> list[str]:
     """Markdown."""
     lines = [
-        "## Critical rank: up to which rank fLoRA costs no more than LoRA (torch.bmm) of the same rank, and than twice that",
+        (
+            "## Critical rank: up to which rank fLoRA costs no more than LoRA (torch.bmm) of the same rank, "
+            "and than twice that"
+        ),
         "",
         "| d, tokens | tokens each | paper: as LoRA | paper: 2 x LoRA | ours: as LoRA | ours: 2 x LoRA |",
         "|---|---|---|---|---|---|",

@@ -44,9 +44,15 @@ PROMPTS = [
     "# Returns true if the number is even.\ndef is_even?(n)",
     "// Returns the text in reverse order.\nfunction reversed(text) {",
     "// Says whether the year has 366 days.\nfunc longYear(year int) bool {",
-    "/// Returns how often the letter occurs in the text.\nfn occurrences(text: &str, letter: char) -> usize {",
+    (
+        "/// Returns how often the letter occurs in the text.\n"
+        "fn occurrences(text: &str, letter: char) -> usize {"
+    ),
     "// Returns the average of the numbers.\nfunction average($numbers) {",
-    "/// Returns the first number that is divisible by the other.\nint firstMultiple(int[] numbers, int other)",
+    (
+        "/// Returns the first number that is divisible by the other.\n"
+        "int firstMultiple(int[] numbers, int other)"
+    ),
 ]
 
 
@@ -163,7 +169,10 @@ def main() -> None:
         f"of {options.repeats} rounds in which the ways took turns. `python benchmarks/generation.py "
         "--save` prints this file.",
         "",
-        "| | mixed, tokens/s | in turn | peft, in turn | gain over in turn | gain over peft | texts equal to in turn | to peft |",
+        (
+            "| | mixed, tokens/s | in turn | peft, in turn | gain over in turn | gain over peft | texts "
+            "equal to in turn | to peft |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:

@@ -82,7 +82,10 @@ class Regime:
 REGIMES = (
     Regime(
         "small model, fixed batch",
-        "Llama of 4 layers, d = 256, random weights; 64 rows x 32 tokens shared by N adapters, one to 64 rows each",
+        (
+            "Llama of 4 layers, d = 256, random weights; 64 rows x 32 tokens shared by N adapters, "
+            "one to 64 rows each"
+        ),
         "small",
         64,
         32,

@@ -66,7 +66,10 @@ def main() -> None:
         f"{where()}. Width {WIDTH}, {TOKENS} tokens, bfloat16, forward + backward. `python "
         "benchmarks/kernel_times.py --save` prints this file.",
         "",
-        "| layer | adapters x tokens each | rank | GPU, ms | times the frozen layer's | Python, ms | of the GPU's time |",
+        (
+            "| layer | adapters x tokens each | rank | GPU, ms | times the frozen layer's | Python, "
+            "ms | of the GPU's time |"
+        ),
         "|---" * 7 + "|",
     ]
     frozen = None

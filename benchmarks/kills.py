@@ -200,7 +200,10 @@ def report(processes: int, seen: Seen, same: bool, adapters: int) -> list[str]:
         "| | |",
         "|---|---|",
         f"| kills | {seen.kills}, of which {seen.while_saving} while a checkpoint was being written |",
-        f"| adapters with the bytes of the run that was not killed | {'all' if same else 'NOT all'} of {adapters} |",
+        (
+            "| adapters with the bytes of the run that was not killed | "
+            f"{'all' if same else 'NOT all'} of {adapters} |"
+        ),
         f"| checkpoints that could not be read | {seen.damaged} |",
         f"| steps done and lost at a kill | at most {max(seen.lost, default=0)}, median "
         f"{statistics.median(seen.lost or [0]):g} |",

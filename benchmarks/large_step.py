@@ -72,7 +72,10 @@ def main() -> None:
         f"{where()}. StarCoder2 shapes, random weights, rank {RANK} on every linear layer. `python "
         "benchmarks/large_step.py --save` prints this file.",
         "",
-        "| adapters | contender | tokens/s | memory, base included (GiB) | times PEFT's speed (its loop of the same kind) |",
+        (
+            "| adapters | contender | tokens/s | memory, base included (GiB) | "
+            "times PEFT's speed (its loop of the same kind) |"
+        ),
         "|---|---|---|---|---|",
     ]
     for adapters in (8, 32):
@@ -116,7 +119,8 @@ def compare(
         speed = f"{ids.numel() / statistics.median(taken[name]):.0f}" if name in taken else "-"
         pairs = [theirs / mine for theirs, mine in zip(peft, taken.get(name, []), strict=False)]
         rows.append(
-            f"| {adapters} | {name} | {speed} | {needed} | {f'{statistics.median(pairs):.2f}' if pairs else '-'} |"
+            f"| {adapters} | {name} | {speed} | {needed} | "
+            f"{f'{statistics.median(pairs):.2f}' if pairs else '-'} |"
         )
     return rows
 

@@ -134,7 +134,8 @@ def table(
         d, tokens, adapters = shape
         ratios = [Problem(*shape, rank, dtype).ratio(forward, repeats) for rank, forward in columns.values()]
         lines.append(
-            f"| {d}, {tokens}, {adapters} ({tokens // adapters}) | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |"
+            f"| {d}, {tokens}, {adapters} ({tokens // adapters}) | "
+            f"{' | '.join(f'{ratio:.2f}' for ratio in ratios)} |"
         )
     return [*lines, ""]
 

@@ -71,7 +71,10 @@ def main() -> None:
         f"torch {facts.packages['torch']}, Python {facts.python}, commit {facts.commit}. `python "
         "benchmarks/memory.py --save` "
         "prints this file.",
-        "All tensors alive after a step of N adapters, the base left out: weights 1, gradient 1, AdamW's moments 2.",
+        (
+            "All tensors alive after a step of N adapters, the base left out: weights 1, gradient 1, "
+            "AdamW's moments 2."
+        ),
         "",
         f"| | parameters | {' | '.join(f'N = {n}' for n in COUNTS)} |",
         "|---" * (len(COUNTS) + 2) + "|",

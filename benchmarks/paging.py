@@ -116,7 +116,10 @@ def compare(name: str, mixture: dict[str, Any], steps: int) -> list[str]:
             if pager is not None:
                 theory = sum(loads(uses, trainer.bank, pool, steps) for pool in trainer.bank.pools)
                 into, back = (n / steps / 1e6 for n in (pager.traffic.to_device, pager.traffic.to_host))
-                moved = f"{into:.2f} ({theory / steps / 1e6:.2f}) | {back:.2f} | {pager.traffic.repartitions - PLANES}"
+                moved = (
+                    f"{into:.2f} ({theory / steps / 1e6:.2f}) | {back:.2f} | "
+                    f"{pager.traffic.repartitions - PLANES}"
+                )
             rows.append(
                 f"| {name} | {adapters} | {way} | {ratio:.2f} | {moved} | {'yes' if same else 'NO'} |"
             )

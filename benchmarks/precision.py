@@ -201,7 +201,10 @@ def trained_table() -> list[str]:
         found[label]["base"] = results["base"]["bits_per_byte"]["value"]
     families = list(next(iter(found.values())))
     lines = [
-        "## Held-out bits per byte on Lua after 20 steps of 1024 tokens, four fLoRA adapters of rank 4 in one run, one seed",
+        (
+            "## Held-out bits per byte on Lua after 20 steps of 1024 tokens, "
+            "four fLoRA adapters of rank 4 in one run, one seed"
+        ),
         "",
         "| base and precision | "
         f"{' | '.join(family.replace('_', ', ') + (' lr' if '_' in family else '') for family in families)} "
@@ -219,7 +222,10 @@ def far_table() -> list[str]:
     """Markdown: the largest relative root mean square error of y and of the gradients of x, A and B, against
     float64."""
     lines = [
-        "## Error of value and gradients wherever M is: the worst of y, dX, dA and dB, relative root mean square, split / fused",
+        (
+            "## Error of value and gradients wherever M is: the worst of y, dX, dA and dB, relative root "
+            "mean square, split / fused"
+        ),
         "",
         "| dtype | adapter | mean M | " + " | ".join(name.replace("_", " ") for name in NAMES) + " |",
         "|---" * (len(NAMES) + 3) + "|",

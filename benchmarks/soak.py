@@ -167,12 +167,21 @@ def report(recipe: list[str], seen: Seen, expected: dict[str, str], steps: int) 
             "",
             "| | |",
             "|---|---|",
-            f"| what happened | {', '.join(f'{count} x {event}' for event, count in sorted(seen.events.items()))} |",
-            f"| how sittings ended | {', '.join(f'{count} x status {status}' for status, count in sorted(seen.ended.items()))} |",
+            (
+                "| what happened | "
+                f"{', '.join(f'{count} x {event}' for event, count in sorted(seen.events.items()))} |"
+            ),
+            (
+                "| how sittings ended | "
+                f"{', '.join(f'{count} x status {status}' for status, count in sorted(seen.ended.items()))} |"
+            ),
             f"| runs that came to their end, all {len(expected)} adapters with the bytes of the run that "
             f"nobody disturbed | {same} of {runs} |",
             f"| checkpoints that could not be read | {seen.damaged} |",
-            f"| steps done and lost at a start | at most {max(seen.lost, default=0)}, median {median(seen.lost or [0]):g} |",
+            (
+                f"| steps done and lost at a start | at most {max(seen.lost, default=0)}, median "
+                f"{median(seen.lost or [0]):g} |"
+            ),
             f"| resident memory, the most of each of {len(sittings)} sittings longer than a minute | "
             f"{min(peaks):.0f} to {max(peaks):.0f} MB |",
             f"| its growth within the longest ({len(longest) * 2 / 60:.0f} min) | {growth(longest):+.1%} |",

@@ -179,7 +179,10 @@ def report(session: RunContext, tasks: list[str]) -> str:
     steps = max(bank.specs[adapter].max_steps for adapter in adapters)
     return "\n".join(
         [
-            f"# Speech: adapters of a mixed run of {len(bank.specs)}, and LoRA trained alone with PEFT on the same clips",
+            (
+                f"# Speech: adapters of a mixed run of {len(bank.specs)}, and "
+                "LoRA trained alone with PEFT on the same clips"
+            ),
             "",
             f"{facts.machine.processor}, {available_cpus()} threads, {versions}, commit "
             f"{facts.commit}. "

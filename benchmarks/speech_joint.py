@@ -180,7 +180,10 @@ def section(repeats: int, place: str) -> list[str]:
         f"{median(found['joint']):.1f} s "
         f"| {median(found['peft']):.1f} s | **{median(ratios):.2f}** [{min(ratios):.2f}, {max(ratios):.2f}] "
         "|",
-        f"| memory of one process, GiB | {memory['joint']:.2f} | {alone:.2f} (one adapter) | {alone / memory['joint']:.2f} |",
+        (
+            f"| memory of one process, GiB | {memory['joint']:.2f} | {alone:.2f} (one adapter) | "
+            f"{alone / memory['joint']:.2f} |"
+        ),
         "",
         f"Where the joint run's time goes: {shares}.",
         "",

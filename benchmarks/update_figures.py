@@ -147,7 +147,10 @@ def speech_sweep_block() -> str:
     heldout = {contender.family: contender.loss for contender in result.contenders}
     rates = {contender.family: contender.wer_normalized.value for contender in part.contenders}
     rows = [
-        f"| method | learning rate | held-out loss (base {result.base.loss:.3f}) | WER, normalised (base {rates['base']:.3f}) |",
+        (
+            f"| method | learning rate | held-out loss (base {result.base.loss:.3f}) | WER, normalised (base "
+            f"{rates['base']:.3f}) |"
+        ),
         "|---|---|---|---|",
     ]
     for adapter in results.adapters:
@@ -205,7 +208,10 @@ def joint_block() -> str:
     results = read("joint_cpu")
     facts, regime = results["facts"], results["regimes"][0]
     packages = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft"))
-    where = f"{facts['machine']['processor']}, {facts['threads']} threads, float32, {packages}; medians of {regime['repeats']} steps"
+    where = (
+        f"{facts['machine']['processor']}, {facts['threads']} threads, float32, {packages}; medians of "
+        f"{regime['repeats']} steps"
+    )
     rows = [
         row.replace("ours, ", "flora_train, ").replace("kept at", "share kept at")
         for row in table(regime)[2:]

@@ -1,6 +1,7 @@
 """The command `flora-train solve`, for accelerate's launcher.
 
-Usage: accelerate launch eval/run.py run=outputs/NAME [evaluation.KEY=VALUE ...] [--languages lua,pl] [--contenders PEFT,...]
+Usage: accelerate launch eval/run.py run=outputs/NAME [evaluation.KEY=VALUE ...] \\
+    [--languages lua,pl] [--contenders PEFT,...]
 """
 
 import sys

@@ -1,7 +1,8 @@
 """Train many task-specific adapters at once on one frozen base model, each as good as if trained alone.
 
-What the command line does, in Python: `load_config`, `train`, `evaluate`, `export_adapters`; `read_metrics` gives a DataFrame. For training loops of your own: `AdapterBank`,
-`AdapterConfig`, `make_spec`, `BankOptimizer`, `TorchBankOptimizer`. docs/python.md has an example of each.
+What the command line does, in Python: `load_config`, `train`, `evaluate`, `export_adapters`; `read_metrics`
+gives a DataFrame. For training loops of your own: `AdapterBank`, `AdapterConfig`, `make_spec`,
+`BankOptimizer`, `TorchBankOptimizer`. docs/python.md has an example of each.
 """
 
 from __future__ import annotations

@@ -8,21 +8,22 @@ from collections.abc import Sequence
 
 
 def start(words: Sequence[str] | None = None) -> None:
-    """Run the command line (default: the process's own) and end the process with its status. Ctrl-C while the first modules load, or
-    while the process ends, is Ctrl-C, too: no traceback."""
+    """Run the command line (default: the arguments of the process) and exit with its status.
+
+    Ctrl-C shows no traceback while the first modules load or while the process ends.
+    """
     try:
         from flora_train.cli import main
 
         status = main(words)
     except KeyboardInterrupt:
         status = 130
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the rest is Python's, which would show a traceback of an interrupt
+    # From here on Python shuts down; its own handler would show a traceback of an interrupt.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if status == 130:
-        exec(
-            ""
-        )  # else Python remembers an interrupt inside somebody's exec, and ends by the signal instead of this status
+        # Python remembers an interrupt inside an exec() and would then end by the signal instead of with this
+        # status; an exec() that ends normally clears that.
+        exec("")
     sys.exit(status)
 
 

@@ -1,4 +1,5 @@
-"""The final evaluation of a run: losses, programs, transcripts and samples; then exports, report and cards."""
+"""The final evaluation of a run: losses, programs, transcripts and samples; then exports, report and
+cards."""
 
 from __future__ import annotations
 
@@ -40,10 +41,11 @@ from flora_train.training.loss import RowLosses
 def run_final_evaluation(
     context: RunContext, best: Mapping[int, BestCheckpoint], plan: Plan | None = None, *, publish: bool = True
 ) -> None:
-    """Evaluate base and adapters on all held-out examples, on programs and on clips, and write report and adapters.
+    """Evaluate base and adapters on all held-out examples, on programs and on clips, and write report and
+    adapters.
 
-    best: adapter id -> its best checkpoint, which the bank holds; publish: also export the adapters and write the
-    results on their cards.
+    best: adapter id -> its best checkpoint, which the bank holds; publish: also export the adapters and write
+    the results on their cards.
     """
     config, folder = context.config, context.folder
     started = time.monotonic()
@@ -197,8 +199,8 @@ def training_facts(context: RunContext, seconds: Mapping[str, float]) -> RunFact
 
 
 def recorded_facts(folder: RunFolder) -> RunFacts | None:
-    """The facts of training in run.json, so that a later evaluation reports these and not its own; None if there are
-    none. Raises UserError if they are damaged."""
+    """The facts of training in run.json, so that a later evaluation reports these and not its own; None if
+    there are none. Raises UserError if they are damaged."""
     recorded = folder.facts().get("training")
     if not recorded:
         return None

@@ -118,7 +118,8 @@ def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32) 
 
 
 def features_of(tokens: Tensor) -> Tensor:
-    """Stand-in for log-mel features [B, mel bins, frames]: random numbers that depend on a row's tokens [B, L] alone."""
+    """Stand-in for log-mel features [B, mel bins, frames]: random numbers that depend on a row's tokens [B,
+    L] alone."""
     rows = [
         torch.randn(
             MEL_BINS,

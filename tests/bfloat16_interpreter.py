@@ -1,5 +1,6 @@
-"""bfloat16 in Triton's interpreter, which keeps it as uint16: its own matmul multiplies these as integers and its casts cut
-off what should be rounded. `install` mends both; `test_interpreter.py` fails when Triton no longer needs it."""
+"""bfloat16 in Triton's interpreter, which keeps it as uint16: its own matmul multiplies these as integers and
+its casts cut off what should be rounded. `install` mends both; `test_interpreter.py` fails when Triton no
+longer needs it."""
 
 from __future__ import annotations
 

@@ -34,13 +34,15 @@ settings.load_profile("quick")
 
 
 def at_most(examples: int) -> settings:
-    """Settings of an expensive property: in make test, no more examples than these; in the longer profiles, as many as of any other."""
+    """Settings of an expensive property: in make test, no more examples than these; in the longer profiles,
+    as many as of any other."""
     is_quick = settings.get_current_profile_name() == "quick"
     return settings(max_examples=examples) if is_quick else settings()
 
 
 FEW = ("llama", "gpt2", "opt", "phi")
-"""Architectures that most tests are content with: Linear with and without bias, Conv1D, grouped and plain attention."""
+"""Architectures that most tests are content with: Linear with and without bias, Conv1D, grouped and plain
+attention."""
 
 
 def spec(
@@ -52,7 +54,8 @@ def spec(
 
 
 def mixed_specs(**options: Any) -> list[AdapterSpec]:
-    """Six adapters: every method, fLoRA in both variants, two ranks of fLoRA and LoRA, and a target set of its own."""
+    """Six adapters: every method, fLoRA in both variants, two ranks of fLoRA and LoRA, and a target set of
+    its own."""
     return [
         spec("flora", "a", "flora", rank=3, variant="residual", **options),
         spec("flora", "b", "flora_one", rank=1, variant="pure", **options),
@@ -72,14 +75,15 @@ def perturb(bank: Any, scale: float = 0.2) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Tiny matrices gain nothing from a second thread, and tests run two at a time. Before any fixture, of modules, too: other
-    threads are other sums."""
+    """Tiny matrices gain nothing from a second thread, and tests run two at a time. Before any fixture, of
+    modules, too: other threads are other sums."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _every_machine_is_alike() -> Iterator[None]:
-    """`model.dtype=auto` is float32, whatever this CPU multiplies fast; `auto_dtype` asks for both answers."""
+    """`model.dtype=auto` is float32, whatever this CPU multiplies fast; `auto_dtype` asks for both
+    answers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_model, "multiplies_bfloat16_fast", lambda device: False)
         yield
@@ -87,8 +91,8 @@ def _every_machine_is_alike() -> Iterator[None]:
 
 @pytest.fixture(params=["float32", "bfloat16"])
 def auto_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """What `model.dtype=auto` is in this process: each test runs once as on a machine that multiplies bfloat16 fast, and once as on one
-    that does not."""
+    """What `model.dtype=auto` is in this process: each test runs once as on a machine that multiplies
+    bfloat16 fast, and once as on one that does not."""
     monkeypatch.setattr(base_model, "multiplies_bfloat16_fast", lambda device: request.param == "bfloat16")
     return getattr(torch, request.param)
 
@@ -129,7 +133,8 @@ LONGEST = (
     "test_starter",
     "test_toolchain_cache",
 )
-"""Modules with tests of many seconds. They run first, so that the work that is left at the end can be divided evenly."""
+"""Modules with tests of many seconds. They run first, so that the work that is left at the end can be divided
+evenly."""
 
 
 @pytest.hookimpl(wrapper=True)

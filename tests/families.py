@@ -1,4 +1,5 @@
-"""Causal model families of transformers as tiny random models, and what is promised of each before training."""
+"""Causal model families of transformers as tiny random models, and what is promised of each before
+training."""
 
 from __future__ import annotations
 
@@ -108,8 +109,8 @@ SHARED = {
 
 @dataclass(frozen=True)
 class Family:
-    """options: beside SIZES (None: not given); left_out: what the line on layers without adapters says of; refused: why it is not
-    trained; batching: how its texts are generated."""
+    """options: beside SIZES (None: not given); left_out: what the line on layers without adapters says of;
+    refused: why it is not trained; batching: how its texts are generated."""
 
     options: dict[str, Any]
     left_out: str = ""
@@ -257,7 +258,8 @@ def _sizes(config: Any) -> dict[str, Any]:
 
 
 def family_model(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
-    """A random-weight model, the same at every call; weights so large that its next token depends on what it read."""
+    """A random-weight model, the same at every call; weights so large that its next token depends on what it
+    read."""
     torch.manual_seed(0)
     model: nn.Module = AutoModelForCausalLM.from_config(family_config(name, **more), dtype=dtype).eval()
     with torch.no_grad():

@@ -1,6 +1,8 @@
-"""`python WORDS`, forked from a process that has loaded torch and transformers: loading takes most of the time of a short run.
+"""`python WORDS`, forked from a process that has loaded torch and transformers: loading takes most of the
+time of a short run.
 
-Nothing else is shared: each has an environment, arguments, streams and an exit status of its own, and may be killed.
+Nothing else is shared: each has an environment, arguments, streams and an exit status of its own, and may be
+killed.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ _server.set_forkserver_preload(
 
 
 class Forked:
-    """`python *words` in a folder, running. The first of a test process takes the seconds that the others save. `model.dtype=auto` is
-    float32 in it, whatever this CPU multiplies fast: a test of bfloat16 names it in its recipe."""
+    """`python *words` in a folder, running. The first of a test process takes the seconds that the others
+    save. `model.dtype=auto` is float32 in it, whatever this CPU multiplies fast: a test of bfloat16 names it
+    in its recipe."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT) -> None:
         self.words = list(words)
@@ -102,7 +105,8 @@ def start(
 def python(
     *words: str, environment: Mapping[str, str] = os.environ, processes: int = 1, folder: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """`python *words` in a folder; or as many of them as torchrun would start, of which one that fails ends all."""
+    """`python *words` in a folder; or as many of them as torchrun would start, of which one that fails ends
+    all."""
     ranks = start(words, environment, processes, folder)
     patience = time.monotonic() + 300
     while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):

@@ -1,4 +1,5 @@
-"""Tiny encoder-decoders of speech beside Whisper, with random weights: Moonshine, which hears the wave, and Speech2Text."""
+"""Tiny encoder-decoders of speech beside Whisper, with random weights: Moonshine, which hears the wave, and
+Speech2Text."""
 
 from __future__ import annotations
 

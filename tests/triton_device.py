@@ -1,5 +1,5 @@
-"""Where do the tests run Triton kernels? On a GPU, or in Triton's interpreter. tests/conftest.py imports this before
-anything that may load Triton, which looks at the variable while it loads."""
+"""Where do the tests run Triton kernels? On a GPU, or in Triton's interpreter. tests/conftest.py imports this
+before anything that may load Triton, which looks at the variable while it loads."""
 
 import os
 

@@ -27,7 +27,8 @@ class Grammar:
     opaque: Opaque
 
     signature: re.Pattern[str]
-    """Multi-line pattern on masked source, from the margin to `{`; group `margin`, and the last group is the name."""
+    """Multi-line pattern on masked source, from the margin to `{`; group `margin`, and the last group is the
+    name."""
 
     comment: str
     """The marker that every line of an extracted comment gets."""
@@ -54,11 +55,13 @@ class Grammar:
     """Whether a method names the members of its object without a receiver."""
 
     brace_below: bool = False
-    """Whether `{` opens a line of its own, with the signature joined to one line and a `/** */` comment above."""
+    """Whether `{` opens a line of its own, with the signature joined to one line and a `/** */` comment
+    above."""
 
 
 def functions(source: str, grammar: Grammar) -> list[SourceFunction]:
-    """Functions, not inside another extracted one, whose `{` ends a line and whose `}` stands alone on a line."""
+    """Functions, not inside another extracted one, whose `{` ends a line and whose `}` stands alone on a
+    line."""
     masked, lines, found = mask(source, grammar.opaque), source.split("\n"), []
     position = 0
     while match := grammar.signature.search(masked, position):

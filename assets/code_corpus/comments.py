@@ -9,7 +9,8 @@ MAXIMUM_LINES = 8
 _DIRECTIVE = re.compile(
     r"rubocop:|:nodoc:|:call-seq:|:stopdoc:|:startdoc:|:section:|:doc:|luacheck:|no critic|use critic|"
     r"frozen_string_literal|vim?:|-\*-|@api private|@private|@!|steep:|type: ignore|"
-    r"eslint-|[jt]shint|[jt]slint|istanbul ignore|//go:|// \+build|nolint|phpcs:|@psalm|@phpstan|@codeCoverageIgnore|"
+    r"eslint-|[jt]shint|[jt]slint|istanbul ignore|//go:|"
+    r"// \+build|nolint|phpcs:|@psalm|@phpstan|@codeCoverageIgnore|"
     r"@ts-ignore|prettier-ignore|pylint:|# noqa|pragma: no cover|NOLINT|clang-format",
 )
 _LEGAL = re.compile(r"copyright|\(c\) *\d{4}|licen[sc]e|all rights|permission is|SPDX", re.IGNORECASE)

@@ -27,7 +27,8 @@ _GRAMMAR = Grammar(
         nested_comment=("/+", "+/"),
     ),
     signature=re.compile(
-        r"^(?P<margin>[ \t]*)(?:[\w@!.\[\]*]+(?:\([\w.* \[\]!]*\))?[ \t\[\]*]+)+?(?P<name>[a-z_]\w*)[ \t]*\([^{};]*\)[^{};]*\{[ \t]*$",
+        r"^(?P<margin>[ \t]*)(?:[\w@!.\[\]*]+(?:\([\w.* \[\]!]*\))?[ \t\[\]*]+)+?"
+        r"(?P<name>[a-z_]\w*)[ \t]*\([^{};]*\)[^{};]*\{[ \t]*$",
         re.MULTILINE,
     ),
     comment=COMMENT,

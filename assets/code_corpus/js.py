@@ -41,7 +41,8 @@ _GRAMMAR = Grammar(
 
 
 def functions(source: str) -> list[SourceFunction]:
-    """Function declarations and functions assigned to a name, with a one-line signature; no methods, nothing compiled."""
+    """Function declarations and functions assigned to a name, with a one-line signature; no methods, nothing
+    compiled."""
     return [] if _COMPILED in source else brace_language.functions(source, _GRAMMAR)
 
 

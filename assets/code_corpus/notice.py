@@ -34,10 +34,13 @@ licence texts; `licenses/common/` holds the texts these files refer to as `/usr/
 GPL named in them is an alternative that was not chosen, or covers other files (mostly Debian's packaging).
 """
 _FURTHER_CHANGES = """\
-In the languages with braces, documentation above a function became a comment in the language's line style (in D a
+In the languages with braces, documentation above a function became a comment in the language's line style \
+(in D a
 block), up to its first parameter, example or tag; attributes and, in PHP and JavaScript, words such as
-`public static` and `export` in front of `function` were removed; an opening brace below a signature was moved up to it,
-but in D the lines of a signature were joined and the brace stayed below. In Python docstrings were shortened likewise.
+`public static` and `export` in front of `function` were removed; an opening brace below a signature was \
+moved up to it,
+but in D the lines of a signature were joined and the brace stayed below. In Python docstrings were \
+shortened likewise.
 """
 
 

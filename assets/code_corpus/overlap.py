@@ -47,7 +47,8 @@ class Problems:
             self.runs.setdefault(run, problem)
 
     def named_in(self, text: str, defined_name: re.Pattern[str]) -> str | None:
-        """The problem whose function `text` defines, or None; a group of `defined_name` holds a defined name."""
+        """The problem whose function `text` defines, or None; a group of `defined_name` holds a defined
+        name."""
         for match in defined_name.finditer(text) if self.names else ():
             for name in match.groups():
                 if name and normalised_name(name) in self.names:

@@ -26,7 +26,8 @@ _GRAMMAR = Grammar(
         ),
     ),
     signature=re.compile(
-        rf"^(?P<margin>[ \t]*){_MODIFIERS}function[ \t]+&?(?P<name>\w+)[ \t]*\([^{{}};]*\)\s*(?::\s*[?\w\\|]+\s*)?\{{[ \t]*$",
+        rf"^(?P<margin>[ \t]*){_MODIFIERS}function[ \t]+&?(?P<name>\w+)"
+        r"[ \t]*\([^{};]*\)\s*(?::\s*[?\w\\|]+\s*)?\{[ \t]*$",
         re.MULTILINE,
     ),
     comment=COMMENT,
@@ -38,7 +39,8 @@ _GRAMMAR = Grammar(
 
 
 def functions(source: str) -> list[SourceFunction]:
-    """Functions and methods with a one-line signature; `{` moves up to it, `public static` and the like go."""
+    """Functions and methods with a one-line signature; `{` moves up to it, `public static` and the like
+    go."""
     return brace_language.functions(source, _GRAMMAR)
 
 

@@ -18,7 +18,8 @@ _END_OF_DESCRIPTION = re.compile(r":\w+|@\w+|>>> |\.\. |[A-Z]\w+:?$|-{3,}$|={3,}
 
 
 def functions(source: str) -> list[SourceFunction]:
-    """Functions of a module with a one-line signature; the description of the docstring is part of the prompt."""
+    """Functions of a module with a one-line signature; the description of the docstring is part of the
+    prompt."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

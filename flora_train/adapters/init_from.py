@@ -1,4 +1,5 @@
-"""Reads what a recipe leaves out from the PEFT adapters that init_from names, and checks that they fit, before anything is loaded."""
+"""Reads what a recipe leaves out from the PEFT adapters that init_from names, and checks that they fit,
+before anything is loaded."""
 
 from __future__ import annotations
 
@@ -46,10 +47,11 @@ class PeftOutline:
 
 
 def resolve_init_from(config: RunConfig, begun: RunConfig | None = None) -> RunConfig:
-    """The configuration with rank, alpha, rslora, variant and layers of the PEFT adapters that init_from names, where it leaves them out.
+    """The configuration with rank, alpha, rslora, variant and layers of the PEFT adapters that init_from
+    names, where it leaves them out.
 
-    begun: the configuration with which the run began, if it is resumed: its values are kept. Raises UserError with all adapters
-    that are missing, damaged or do not fit.
+    begun: the configuration with which the run began, if it is resumed: its values are kept. Raises UserError
+    with all adapters that are missing, damaged or do not fit.
     """
     adapters: dict[str, AdapterConfig] = {}
     problems: list[Problem] = []
@@ -111,7 +113,10 @@ def _resolve_and_check(
     for outline in by_source.values():
         if outline.peft_type not in PEFT_TYPES[adapter.method]:
             types = " or ".join(PEFT_TYPES[adapter.method])
-            hint = f"has the PEFT type {outline.peft_type}, and an adapter of method {adapter.method} starts from {types}"
+            hint = (
+                f"has the PEFT type {outline.peft_type}, and "
+                f"an adapter of method {adapter.method} starts from {types}"
+            )
             raise user_error(f"{key}.init_from", outline.source, hint)
         _check_modules(outline, key, config, model())
     values = {
@@ -128,7 +133,8 @@ def _resolve_and_check(
 def read_outline(source: str, key: str, model_modules: Sequence[str]) -> PeftOutline:
     """What the PEFT adapter in a folder or on the hub is. model_modules: all module names of the base model.
 
-    Raises UserError, naming `key`, for an adapter that is missing, damaged or has options that no adapter here has.
+    Raises UserError, naming `key`, for an adapter that is missing, damaged or has options that no adapter
+    here has.
     """
     config, tensors = read_files(source, key)
     check_harmless(config, source, key)
@@ -165,13 +171,17 @@ def _layer_shape(peft_type: str, module: str, tensors: Mapping[str, Tensor]) -> 
 def _agreed(
     name: str, outlines: Sequence[PeftOutline], adapter: AdapterConfig, key: str, model: nn.Module
 ) -> Any:
-    """The value of a key that the recipe leaves out. Raises UserError where the adapters of several tasks differ in it."""
+    """The value of a key that the recipe leaves out. Raises UserError where the adapters of several tasks
+    differ in it."""
     first, *others = outlines
     value = _value_of(name, first, adapter, model)
     for other in others:
         theirs = _value_of(name, other, adapter, model)
         if theirs != value:
-            hint = f"has {name} {theirs!r}, and {first.source} has {value!r}: give their tasks adapters of their own (adapters.*.tasks)"
+            hint = (
+                f"has {name} {theirs!r}, and {first.source} has {value!r}: give their tasks adapters of "
+                "their own (adapters.*.tasks)"
+            )
             raise user_error(f"{key}.init_from", other.source, hint)
     return value
 
@@ -202,7 +212,10 @@ def _check_modules(outline: PeftOutline, key: str, config: RunConfig, model: nn.
     missing = [module for module in outline.shapes if module not in known]
     trained_on = f" (it was trained on {outline.base})" if outline.base else ""
     if missing:
-        hint = f"has tensors for {missing[0]}, which {config.model.path} lacks: its base model is another one{trained_on}"
+        hint = (
+            f"has tensors for {missing[0]}, which {config.model.path} lacks: "
+            f"its base model is another one{trained_on}"
+        )
         raise user_error(f"{key}.init_from", outline.source, hint)
     if outline.base is not None and PurePath(outline.base).name != PurePath(config.model.path).name:
         logger.warning(
@@ -215,7 +228,8 @@ def _check_modules(outline: PeftOutline, key: str, config: RunConfig, model: nn.
 
 
 def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, model: nn.Module) -> None:
-    """Raises UserError where the adapter of a run differs from the one that it starts from. written: the recipe's entry."""
+    """Raises UserError where the adapter of a run differs from the one that it starts from. written: the
+    recipe's entry."""
     key, source = f"adapters.{spec.family}", outline.source
     if outline.variant is not None and outline.variant != ("residual" if spec.offset else "pure"):
         raise user_error(
@@ -233,7 +247,10 @@ def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, 
         scaling = outline.alpha / (rank**0.5 if outline.rslora else rank)
         if abs(scaling - spec.scaling) > 1e-9:
             name = "rslora" if spec.rslora != outline.rslora and written.rslora is not None else "alpha"
-            hint = f"is not that of {source}: set alpha to {outline.alpha:g} and rslora to {str(outline.rslora).lower()}, or remove both"
+            hint = (
+                f"is not that of {source}: set alpha to {outline.alpha:g} and rslora to "
+                f"{str(outline.rslora).lower()}, or remove both"
+            )
             raise user_error(f"{key}.{name}", getattr(spec, name), hint)
     targets = find_targets(model, spec)
     _check_layers(spec, outline, written, set(targets))
@@ -241,12 +258,16 @@ def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, 
         target = targets[module]
         if spec.method == "ia3" and target.feedforward != (module in outline.feedforward):
             side = "input" if module in outline.feedforward else "output"
-            hint = f"does not fit {source}, which scales the {side} of {module}: remove this key, so that it is read from there"
+            hint = (
+                f"does not fit {source}, which scales the {side} of {module}: remove this key, "
+                "so that it is read from there"
+            )
             raise user_error(f"{key}.feedforward_modules", written.feedforward_modules, hint)
         if outputs not in (None, target.out_features) or inputs not in (None, target.in_features):
             theirs = " x ".join(str(size) for size in (outputs, inputs) if size is not None)
             hint = (
-                f"adapts {module} as a layer of size {theirs}, and here it is {target.out_features} x {target.in_features}: "
+                f"adapts {module} as a layer of size {theirs}, and here it is {target.out_features} x "
+                f"{target.in_features}: "
                 "its base model is another one"
             )
             raise user_error(f"{key}.init_from", source, hint)
@@ -258,8 +279,14 @@ def _check_layers(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfi
     key, value = f"adapters.{spec.family}.{name}", getattr(written, name)
     remove = "remove this key, so that the layers are read from there"
     if surplus := sorted(targets - outline.shapes.keys()):
-        hint = f"selects {len(surplus)} layers that {outline.source} has no tensors for, such as {surplus[0]}: {remove}"
+        hint = (
+            f"selects {len(surplus)} layers that {outline.source} has no tensors for, "
+            f"such as {surplus[0]}: {remove}"
+        )
         raise user_error(key, value, hint)
     if absent := sorted(outline.shapes.keys() - targets):
-        hint = f"leaves out {len(absent)} layers that {outline.source} has tensors for, such as {absent[0]}: {remove}"
+        hint = (
+            f"leaves out {len(absent)} layers that {outline.source} has tensors for, "
+            f"such as {absent[0]}: {remove}"
+        )
         raise user_error(key, value, hint)

@@ -173,7 +173,10 @@ def recipe_text(raw: Mapping[str, Any], tasks: Mapping[str, GuessedTask], *, out
     lines += [
         "training:",
         f"  steps: {training['steps']} # {EPOCHS} times over the data, but {FEWEST_STEPS} to {MOST_STEPS:,}",
-        f"  tokens_per_step: {training['tokens_per_step']} # of all adapters; an example counts once per adapter",
+        (
+            f"  tokens_per_step: {training['tokens_per_step']} # of all adapters; "
+            "an example counts once per adapter"
+        ),
         f"  tokens_per_microbatch: {training['tokens_per_microbatch']} # what fits in memory",
         f"  max_length: {training['max_length']} # longer examples are cut (or truncation: split, drop)",
         "evaluation:",

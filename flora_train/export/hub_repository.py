@@ -69,8 +69,8 @@ class Repository:
     base: str
     """Their base model."""
     snippet: str | None = None
-    """Python source that uses the first adapter, for a README.md with a table of all adapters. None: README.md is
-    the card of the only adapter."""
+    """Python source that uses the first adapter, for a README.md with a table of all adapters. None:
+    README.md is the card of the only adapter."""
 
     def overview(self, existing: Entries) -> dict[str, bytes]:
         """Path -> content of the files that describe these adapters and the existing ones."""

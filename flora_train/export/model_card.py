@@ -39,9 +39,9 @@ def write_card(
     """Write README.md into the folder of an exported adapter; returns the folder.
 
     report: the report of its run, None if there is none yet; example: input of the snippet's generate() call;
-    svd_lora: the LoRA that the folder holds in place of the adapter; losses: held-out nats per token of "base",
-    "adapter" and "LoRA"; origin: a sentence on its origin; source, subfolder: where the snippet loads the adapter
-    from (default: the folder's name).
+    svd_lora: the LoRA that the folder holds in place of the adapter; losses: held-out nats per token of
+    "base", "adapter" and "LoRA"; origin: a sentence on its origin; source, subfolder: where the snippet loads
+    the adapter from (default: the folder's name).
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 

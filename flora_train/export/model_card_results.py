@@ -203,6 +203,7 @@ def _speech_rows(report: Report, name: str) -> Iterator[tuple[SpeechLanguage, Tr
 def _sampling(suite: CodeSuite, part: LanguageScores) -> str:
     samples = plural(suite.num_samples, "completion")
     return (
-        f"{part.problems} of {part.available} problems, {samples} each of up to {suite.max_new_tokens} tokens "
+        f"{part.problems} of {part.available} problems, "
+        f"{samples} each of up to {suite.max_new_tokens} tokens "
         f"at temperature {suite.temperature:g}"
     )

@@ -121,8 +121,8 @@ def _problems(error: Exception | None) -> tuple[Problem, ...]:
 
 
 def check_alike(facts: Callable[[], Mapping[str, JsonValue]]) -> None:
-    """Raises UserError, on all processes, if a machine has other data, another base model or another recipe than the
-    first.
+    """Raises UserError, on all processes, if a machine has other data, another base model or another recipe
+    than the first.
 
     facts: returns key -> what must be the same; called only where there are several processes.
     """

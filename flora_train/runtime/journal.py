@@ -88,13 +88,14 @@ class Journal(Generic[Entry]):
         write_atomically(self.settings, lambda path: path.write_text(text, encoding="utf-8"))
 
     def check(self, settings: Mapping[str, JsonValue]) -> None:
-        """Compare these settings with the recorded ones, before the others are known. Changes nothing. Raises UserError
-        as `claim` does."""
+        """Compare these settings with the recorded ones, before the others are known. Changes nothing. Raises
+        UserError as `claim` does."""
         if self.settings.exists() and self._has_entries():
             self._compare(read_object(self.settings, self.remedy), settings, settings)
 
     def has_other_settings(self, settings: Mapping[str, JsonValue], partial: bool = False) -> bool:
-        """Whether the folder has entries that were made with other settings. partial: compare only these keys."""
+        """Whether the folder has entries that were made with other settings. partial: compare only these
+        keys."""
         if not self.settings.exists() or not self._has_entries():
             return False
         recorded = read_object(self.settings, self.remedy)

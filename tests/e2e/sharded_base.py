@@ -1,4 +1,5 @@
-"""Run by test_sharded_base.py in two processes: a base that FSDP2 shards gives the numbers of the plain one."""
+"""Run by test_sharded_base.py in two processes: a base that FSDP2 shards gives the numbers of the plain
+one."""
 
 from __future__ import annotations
 

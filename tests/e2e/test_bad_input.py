@@ -1,6 +1,8 @@
-"""Whatever a user gets wrong is answered with exit status 2 and one line per problem, before anything is written.
+"""Whatever a user gets wrong is answered with exit status 2 and one line per problem, before anything is
+written.
 
-What needs a loaded model to be found (a target that matches nothing) is here too; a full disk is tested with the run folder.
+What needs a loaded model to be found (a target that matches nothing) is here too; a full disk is tested with
+the run folder.
 """
 
 from __future__ import annotations
@@ -114,7 +116,10 @@ def listing(folder: Path) -> dict[str, int]:
         (
             ["tasks.lua.text='# {dok}'"],
             [
-                "tasks.lua.text = '# {dok}': 'dok' is not a column of the training rows; *. Did you mean 'doc'?"
+                (
+                    "tasks.lua.text = '# {dok}': 'dok' is not a column of the training rows; *. "
+                    "Did you mean 'doc'?"
+                )
             ],
         ),
         (
@@ -132,7 +137,10 @@ def listing(folder: Path) -> dict[str, int]:
                 "adapters.y={method: ia3, lr: 1}",
             ],
             [
-                "training.tokens_per_step = 16: cannot hold one draw of task 'lua': 1 example(s) of up to 7 tokens for each of 3 *"
+                (
+                    "training.tokens_per_step = 16: cannot hold one draw of task 'lua': 1 example(s) of up "
+                    "to 7 tokens for each of 3 *"
+                )
             ],
         ),
         (
@@ -153,7 +161,10 @@ def listing(folder: Path) -> dict[str, int]:
         (
             ["adapters.lora.target_modules=[q_prj]"],
             [
-                "adapters.lora.target_modules = 'q_prj': matches no module of LlamaForCausalLM; it has *. Did you mean 'q_proj'?"
+                (
+                    "adapters.lora.target_modules = 'q_prj': matches no module of LlamaForCausalLM; it has "
+                    "*. Did you mean 'q_proj'?"
+                )
             ],
         ),
     ],
@@ -196,9 +207,9 @@ def test_adapters_whose_joined_names_collide_are_refused(complain: Complain) -> 
     (line,) = complain(
         "recipe=bad.yaml", "tasks.lua-lora.train=lua.jsonl", "adapters.lora-lora={method: ia3, lr: 1}"
     )
-    assert (
-        line
-        == "adapters = 'lua-lora-lora': two adapters (task-adapter) would have this name: rename a task or adapter"
+    assert line == (
+        "adapters = 'lua-lora-lora': two adapters (task-adapter) would have this name: "
+        "rename a task or adapter"
     )
 
 
@@ -228,7 +239,10 @@ def occupy(folder: Path, finished: bool | None) -> None:
         (
             False,
             [],
-            "holds an unfinished run: choose another output_dir, resume=true to continue it, or overwrite=true",
+            (
+                "holds an unfinished run: choose another output_dir, "
+                "resume=true to continue it, or overwrite=true"
+            ),
         ),
         (None, [], "is not empty and holds no run of ours"),
         (None, ["resume=true"], "is not empty and holds no run of ours"),
@@ -248,7 +262,10 @@ def test_output_folder_that_holds_something_is_refused_and_kept(
     [
         (
             "tasks.lua.train={hub: nobody/nothing}",
-            "tasks.lua.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE forbids access to the hub: *",
+            (
+                "tasks.lua.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE "
+                "forbids access to the hub: *"
+            ),
         ),
         ("model.path=nobody/nothing", "model.path = 'nobody/nothing': *"),
     ],

@@ -1,4 +1,5 @@
-"""What users get by default on GPUs and on CPUs that multiply bfloat16: a base in bfloat16, from training to export.
+"""What users get by default on GPUs and on CPUs that multiply bfloat16: a base in bfloat16, from training to
+export.
 
 `model.dtype=bfloat16` is what `auto` is there; the recipes of the other end-to-end tests name float32."""
 

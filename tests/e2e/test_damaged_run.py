@@ -1,4 +1,5 @@
-"""Whatever stands in report.json or run.json, and wherever nothing can be written: a result, or one clear error."""
+"""Whatever stands in report.json or run.json, and wherever nothing can be written: a result, or one clear
+error."""
 
 from __future__ import annotations
 

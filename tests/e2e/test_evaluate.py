@@ -81,7 +81,10 @@ def test_other_settings_have_a_report_of_their_own(run: Path, other_rows: Path) 
     [
         (
             "training.steps=3",
-            "training: cannot be changed for a run that is trained: give evaluation.KEY=VALUE or tasks.TASK.KEY=",
+            (
+                "training: cannot be changed for a run that is trained: "
+                "give evaluation.KEY=VALUE or tasks.TASK.KEY="
+            ),
         ),
         (
             "tasks.leters.validation=x",

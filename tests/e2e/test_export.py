@@ -107,7 +107,10 @@ def test_the_card_has_results_and_a_snippet_that_loads_the_adapter(run: Path, na
     assert "## Limits\n\n- " in card
     snippet = re.search(r"```python\n(.*?)```", card, re.S)
     assert snippet is not None
-    checks = "assert model.peft_config['default'].peft_type.value in ('LORA', 'IA3', 'HIRA') and tokenizer('a')['input_ids']"
+    checks = (
+        "assert model.peft_config['default'].peft_type.value in ('LORA', 'IA3', 'HIRA') and "
+        "tokenizer('a')['input_ids']"
+    )
     loaded = python("-c", snippet[1] + checks, folder=run / "adapters")
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.strip()  # what model.generate wrote
@@ -122,7 +125,10 @@ def test_flora_under_a_type_of_its_own_keeps_its_rank(run: Path, checkpoint: Pat
     assert (config["peft_type"], config["r"]) == ("FLORA", 2)
     snippet = re.search(r"```python\n(.*?)```", (run / "flora" / names[0] / "README.md").read_text(), re.S)
     assert snippet is not None
-    show = f"import torch\nids = torch.tensor({IDS.tolist()})\nwith torch.no_grad():\n    torch.save(model(ids).logits, 'logits')\n"
+    show = (
+        f"import torch\nids = torch.tensor({IDS.tolist()})\nwith torch.no_grad():\n"
+        "    torch.save(model(ids).logits, 'logits')\n"
+    )
     loaded = python("-c", snippet[1] + show, folder=run / "flora")
     assert loaded.returncode == 0, loaded.stderr
     torch.testing.assert_close(

@@ -42,7 +42,8 @@ def train(
 
 
 def check_what_is_left(folder: Path) -> None:
-    """Every file is readable as a whole, no temporary file remains, and the run does not call itself finished."""
+    """Every file is readable as a whole, no temporary file remains, and the run does not call itself
+    finished."""
     assert not list(folder.rglob(".*tmp*"))
     assert not json.loads((folder / "run.json").read_text())["finished"]
     for line in (

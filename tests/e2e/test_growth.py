@@ -1,4 +1,5 @@
-"""A task is added to a finished run on the command line: its adapters are trained, the others' files stay what they were."""
+"""A task is added to a finished run on the command line: its adapters are trained, the others' files stay
+what they were."""
 
 from __future__ import annotations
 

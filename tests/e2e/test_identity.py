@@ -1,4 +1,5 @@
-"""Base and data are those that a run was trained with, or it is refused by name; what a flag allows is written into every result."""
+"""Base and data are those that a run was trained with, or it is refused by name; what a flag allows is
+written into every result."""
 
 from __future__ import annotations
 

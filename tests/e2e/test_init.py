@@ -59,7 +59,10 @@ def test_a_recipe_for_files_and_folders_runs_as_it_stands(
         ),
         (
             ["clips.tsv"],
-            "clips.tsv: holds clips (path) with transcripts (sentence), and their language is not known: give --language cs",
+            (
+                "clips.tsv: holds clips (path) with transcripts (sentence), and "
+                "their language is not known: give --language cs"
+            ),
         ),
         (["empty"], "empty: holds no files"),
         (["support.jsonl", "src/support.jsonl"], "would be a second task support"),

@@ -1,4 +1,5 @@
-"""launch/supervise.sh: a run that is started again until it has ended. launch/slurm.sh: what it decides (test_slurm.py: on a cluster)."""
+"""launch/supervise.sh: a run that is started again until it has ended. launch/slurm.sh: what it decides
+(test_slurm.py: on a cluster)."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def test_a_mistake_is_not_started_for_ever(tmp_path: Path) -> None:
 def test_a_job_goes_back_to_the_queue_if_it_got_further(
     does: str, status: int, goes_back: bool, tmp_path: Path
 ) -> None:
-    """srun and scontrol are stand-ins: one leaves what a run would leave, the other notes what it is asked for."""
+    """srun and scontrol are stand-ins: one leaves what a run would leave, the other notes what it is asked
+    for."""
     programs = {
         "srun": f"{does}; exit {status}",
         "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "$@" > asked; fi',

@@ -1,4 +1,5 @@
-"""What plain PEFT makes of a run's adapters is said by the plan and before training, and holds for the folders."""
+"""What plain PEFT makes of a run's adapters is said by the plan and before training, and holds for the
+folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Machines that do not have the same files: all of them end, and say which. Two processes here, each in a folder of its own."""
+"""Machines that do not have the same files: all of them end, and say which. Two processes here, each in a
+folder of its own."""
 
 from __future__ import annotations
 

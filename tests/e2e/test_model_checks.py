@@ -78,7 +78,10 @@ def test_an_example_longer_than_the_positions_is_one_error(command: str, tmp_pat
     assert main([command, *words]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert said == [
-        "error: training.max_length = 64: tasks.one.train has an example of 41 tokens, and the model has positions for 24: give at most 24"
+        (
+            "error: training.max_length = 64: tasks.one.train has an example of 41 tokens, and the model has "
+            "positions for 24: give at most 24"
+        )
     ]
     assert not (tmp_path / "run").exists()
 
@@ -180,7 +183,8 @@ def test_a_prompt_without_room_is_one_error(command: str, tmp_path: Path, capfd:
     assert main([command, *words, "evaluation.max_new_tokens=15"]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert said == [
-        "error: evaluation.max_new_tokens = 15: with a prompt of 10 tokens is more than the 24 that the model can read: "
+        "error: evaluation.max_new_tokens = 15: "
+        "with a prompt of 10 tokens is more than the 24 that the model can read: "
         "give at most 14"
     ]
 

@@ -1,4 +1,5 @@
-"""Two real processes and one run folder: one works in it, the other is told; and only the run's own files are ever deleted."""
+"""Two real processes and one run folder: one works in it, the other is told; and only the run's own files are
+ever deleted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Windows and macOS, as far as Linux can tell: what Python has on Linux only is not there, and a run trains all the same."""
+"""Windows and macOS, as far as Linux can tell: what Python has on Linux only is not there, and a run trains
+all the same."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 for name in [name for name in sys.modules if name in ("fcntl", "resource") or name.startswith("flora_train")]:
     del sys.modules[name]
-for module, name in ((os, "sched_getaffinity"), (os, "posix_fallocate"), (os, "sysconf"), (signal, "pthread_sigmask")):
+for module, name in ((os, "sched_getaffinity"), (os, "posix_fallocate"), (os, "sysconf"), \
+                     (signal, "pthread_sigmask")):
     delattr(module, name)
 read_text, is_dir = pathlib.Path.read_text, pathlib.Path.is_dir
 def no_proc(path, *args, **kwargs):
@@ -30,7 +32,8 @@ def no_proc(path, *args, **kwargs):
 pathlib.Path.read_text = no_proc
 pathlib.Path.is_dir = lambda path: not str(path).startswith("/proc") and is_dir(path)
 """
-"""What other packages have loaded by then is theirs: on those systems they have files of their own for them."""
+"""What other packages have loaded by then is theirs: on those systems they have files of their own for
+them."""
 
 
 def run(*words: str, cache: Path) -> subprocess.CompletedProcess[str]:
@@ -52,15 +55,14 @@ def test_a_run_trains_and_reports_without_linux(trained: Path) -> None:
 
 
 def test_every_module_is_imported_without_linux(tmp_path: Path) -> None:
-    program = (
-        WITHOUT
-        + (
-            "import importlib, pkgutil, flora_train\n"
-            "skipped = ('_triton', 'shipped', '__main__', 'peft_plugin')\n"  # what is registered once in a process
-            "names = [m.name for m in pkgutil.walk_packages(flora_train.__path__, 'flora_train.') if not any(s in m.name for s in skipped)]\n"
-            "[importlib.import_module(name) for name in names]\n"
-            "print(len(names))"
-        )
+    program = WITHOUT + (
+        "import importlib, pkgutil, flora_train\n"
+        # what is registered once in a process
+        "skipped = ('_triton', 'shipped', '__main__', 'peft_plugin')\n"
+        "names = [m.name for m in pkgutil.walk_packages(flora_train.__path__, 'flora_train.') if not "
+        "any(s in m.name for s in skipped)]\n"
+        "[importlib.import_module(name) for "
+        "name in names]\nprint(len(names))"
     )
     done = python("-c", program, environment=launch_environment(tmp_path))
     assert done.returncode == 0, done.stderr

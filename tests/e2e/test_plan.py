@@ -1,4 +1,5 @@
-"""flora-train plan says what a run takes; a run with as few slots as it says ends with the bytes of one with room for all."""
+"""flora-train plan says what a run takes; a run with as few slots as it says ends with the bytes of one with
+room for all."""
 
 from __future__ import annotations
 
@@ -136,7 +137,8 @@ def test_activations_of_many_layers_follow_from_one_and_two(
 def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
     found: Capacity, recipe: Path, launch: Launch, tmp_path: Path
 ) -> None:
-    """Two processes, one of them stopped by a full run's folder of its own: adapters, held-out losses, texts."""
+    """Two processes, one of them stopped by a full run's folder of its own: adapters, held-out losses,
+    texts."""
     assert found.step_slots == 3
     runs = []
     for name, words in {
@@ -177,7 +179,10 @@ def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
         ),
         (
             {"activations": 10**12},
-            r"training\.tokens_per_microbatch = 60: keeps 1000\.0 GB .*: give \d+, or model\.gradient_checkpointing",
+            (
+                r"training\.tokens_per_microbatch = 60: keeps 1000\.0 GB .*: give \d+, or "
+                r"model\.gradient_checkpointing"
+            ),
         ),
         ({"processes": 10**6}, r"adapters\.device_slots = 'auto': has no room"),
         (

@@ -1,4 +1,5 @@
-"""flora-train push against a hub on loopback: huggingface_hub's own client does the work, and the hub breaks in the middle of it."""
+"""flora-train push against a hub on loopback: huggingface_hub's own client does the work, and the hub breaks
+in the middle of it."""
 
 from __future__ import annotations
 
@@ -122,7 +123,8 @@ def test_one_private_repository_in_one_commit_that_plain_peft_loads(
     program = f"""
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(checkpoint)!r}), "me/tiny", subfolder="digits-flora")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(checkpoint)!r}), "me/tiny", \
+                                  subfolder="digits-flora")
 print(model.peft_config["default"].peft_type.value)
 """
     loaded = call(program, hub, tmp_path)

@@ -43,7 +43,8 @@ def test_a_loop_of_one_s_own_and_transformers_trainer(checkpoint: Path, tmp_path
     checks = """
 import json
 before = [bank.row(i).clone() for i in range(len(specs))]
-assert [round(x, 4) for x in first_losses] > [round(x, 4) for x in losses.tolist()], (first_losses, losses.tolist())
+assert [round(x, 4) for x in first_losses] > [round(x, 4) for x in losses.tolist()], \
+    (first_losses, losses.tolist())
 """
     own_loop = (
         BLOCKS[2]
@@ -70,7 +71,10 @@ def test_flora_in_plain_peft(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_torch_is_not_loaded_before_something_needs_it() -> None:
-    program = "import sys, flora_train; flora_train.load_config; assert 'torch' not in sys.modules; flora_train.make_spec; print(flora_train.nothing)"
+    program = (
+        "import sys, flora_train; flora_train.load_config; assert 'torch' not in sys.modules; "
+        "flora_train.make_spec; print(flora_train.nothing)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,5 @@
-"""A run that is killed, or stopped by a signal, continues with resume=true and ends with the bytes of one that was not."""
+"""A run that is killed, or stopped by a signal, continues with resume=true and ends with the bytes of one
+that was not."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def wait_for_a_checkpoint(folder: Path, step: int, poll: Callable[[], int | None
 
 @pytest.fixture
 def kill_after() -> Kill:
-    """Start a run and kill it, with all its processes, as soon as it has written a checkpoint of `step` or later; returns what it said.
+    """Start a run and kill it, with all its processes, as soon as it has written a checkpoint of `step` or
+    later; returns what it said.
 
     Two processes are signalled as a cluster does it: also through their launcher."""
 

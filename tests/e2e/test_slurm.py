@@ -1,4 +1,5 @@
-"""launch/slurm.sh on a cluster of two nodes: SLURM's own daemons, both nodes on this machine, each with a launcher of its own."""
+"""launch/slurm.sh on a cluster of two nodes: SLURM's own daemons, both nodes on this machine, each with a
+launcher of its own."""
 
 from __future__ import annotations
 

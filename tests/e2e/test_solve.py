@@ -1,4 +1,5 @@
-"""From a trained run to pass@k by command: generated once, killed and resumed, never mixed, alike on one process and on two."""
+"""From a trained run to pass@k by command: generated once, killed and resumed, never mixed, alike on one
+process and on two."""
 
 from __future__ import annotations
 

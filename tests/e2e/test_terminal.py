@@ -1,4 +1,5 @@
-"""A run and its terminal: whose reader has left, whose encoding is ASCII, and at which somebody presses Ctrl-C."""
+"""A run and its terminal: whose reader has left, whose encoding is ASCII, and at which somebody presses
+Ctrl-C."""
 
 from __future__ import annotations
 

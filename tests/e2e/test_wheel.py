@@ -1,4 +1,5 @@
-"""The package as users install it: wheel and sdist hold what a run needs, and runs do without the source tree."""
+"""The package as users install it: wheel and sdist hold what a run needs, and runs do without the source
+tree."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""On a GPU: the same training as on the CPU, and no waiting for the device inside a layer. The kernels' own tests, in
-tests/unit/kernels, run on a GPU where there is one, with the same parameters (`make test-gpu`)."""
+"""On a GPU: the same training as on the CPU, and no waiting for the device inside a layer. The kernels' own
+tests, in tests/unit/kernels, run on a GPU where there is one, with the same parameters (`make test-gpu`)."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def test_a_layer_s_forward_and_backward_replay_from_a_cuda_graph(dtype: torch.dt
 @pytest.mark.parametrize("rank", [4, 16, 32, 64])
 @pytest.mark.parametrize("lengths", [(64, 0, 300, 7), (2048, 1024)], ids=["short", "long"])
 def test_layers_of_many_tiles(rank: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Wide enough that every program takes several tiles and launches add up, which is too slow for the interpreter."""
+    """Wide enough that every program takes several tiles and launches add up, which is too slow for the
+    interpreter."""
     from flora_train.kernels.flora.triton_op import FusedFlora
 
     generator = torch.Generator("cuda").manual_seed(rank)

@@ -1,4 +1,5 @@
-"""Does every architecture attach with sensible defaults, train mixed, keep adapters apart, and export to plain PEFT?
+"""Does every architecture attach with sensible defaults, train mixed, keep adapters apart, and export to
+plain PEFT?
 
 docs/architectures.md is this file's table: `pytest tests/unit/test_architectures.py --update-docs` writes it.
 """
@@ -85,7 +86,8 @@ def named(bank: AdapterBank, ids: Sequence[int] | Any) -> list[tuple[int, str]]:
 def exports(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
-    """architecture -> adapter -> (our logits, plain PEFT's logits from the exported folder), for all that are tested."""
+    """architecture -> adapter -> (our logits, plain PEFT's logits from the exported folder), for all that are
+    tested."""
     root, x, ours = tmp_path_factory.mktemp("exports"), tokens(3), {}
     tested = {item.name for item in request.session.items if item.path == request.path}
     for architecture in ARCHITECTURES:
@@ -153,30 +155,63 @@ def document(rows: Sequence[Coverage]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Each architecture is tested as a tiny random-weight model in float32 (`tests/unit/test_architectures.py`, which also",
-        "writes this page): adapters attach to the default targets below, fLoRA (both variants), LoRA and IA3 train mixed in the",
-        f"same batches, every adapter equals the same adapter trained alone (max \\|dW\\| <= {ISOLATED:g} after 12 steps), and each",
+        (
+            "Each architecture is tested as a tiny random-weight model in float32 "
+            "(`tests/unit/test_architectures.py`, which also"
+        ),
+        (
+            "writes this page): adapters attach to the default targets below, fLoRA (both variants), LoRA "
+            "and IA3 train mixed in the"
+        ),
+        (
+            "same batches, every adapter equals the same adapter trained alone (max \\|dW\\| <= "
+            f"{ISOLATED:g} after 12 steps), and each"
+        ),
         f"exported adapter gives the same logits in plain PEFT (max difference <= {SAME_LOGITS:g}).",
         "",
-        "| architecture | transformers class | fLoRA and LoRA (`default`) | IA3 scales the output of | IA3 scales the input of |",
+        (
+            "| architecture | transformers class | fLoRA and LoRA (`default`) | IA3 scales the output of | "
+            "IA3 scales the input of |"
+        ),
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.name} | `{row.model_class}` | {code(row.targets)} | {code(row.scaled_outputs)} | {code(row.scaled_inputs)} |"
+        (
+            f"| {row.name} | `{row.model_class}` | {code(row.targets)} | {code(row.scaled_outputs)} | "
+            f"{code(row.scaled_inputs)} |"
+        )
         for row in rows
     ]
     lines += [
         "",
-        "IA3's defaults are PEFT's, where PEFT has them. T5 is covered as a model only: the data pipeline of a run makes causal",
+        (
+            "IA3's defaults are PEFT's, where PEFT has them. T5 is covered as a model only: the data "
+            "pipeline of a run makes causal"
+        ),
         "batches, and speech batches for Whisper and similar models.",
         "",
         "## Other families",
         "",
-        "Any other causal model is probed before training, on a few tokens. The probe determines which of its linear layers process",
-        "rows independently (the others get no adapter, and a line reports them), whether a row's loss and gradient depend on its own",
-        "past alone (otherwise the model is refused by name, with the module where rows meet), and whether rows can be decoded",
-        "together with keys and values as their only state (otherwise one row at a time, by the model's own `generate`, or by reading",
-        "all tokens again). IA3 needs `target_modules` and `feedforward_modules` there. Results on tiny random models",
+        (
+            "Any other causal model is probed before training, on a few tokens. The probe determines which "
+            "of its linear layers process"
+        ),
+        (
+            "rows independently (the others get no adapter, and a line reports them), whether a row's loss "
+            "and gradient depend on its own"
+        ),
+        (
+            "past alone (otherwise the model is refused by name, with the module where rows meet), and "
+            "whether rows can be decoded"
+        ),
+        (
+            "together with keys and values as their only state (otherwise one row at a time, by the model's "
+            "own `generate`, or by reading"
+        ),
+        (
+            "all tokens again). IA3 needs `target_modules` and `feedforward_modules` there. "
+            "Results on tiny random models"
+        ),
         "(`tests/unit/test_families.py`):",
         "",
         "| `model_type` | adapters | decoding |",

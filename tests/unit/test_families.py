@@ -1,4 +1,5 @@
-"""Every family of causal models is trained right, or refused or reduced with one clear line before training."""
+"""Every family of causal models is trained right, or refused or reduced with one clear line before
+training."""
 
 from __future__ import annotations
 
@@ -101,7 +102,8 @@ def test_mixed_texts_are_those_of_the_models_own_generate(name: str) -> None:
 
 @torch.no_grad()
 def _written(model: Any, ids: torch.Tensor, batching: str) -> torch.Tensor:
-    """Six tokens, by the model's own generate; by its forward where its generate does not give what that gives."""
+    """Six tokens, by the model's own generate; by its forward where its generate does not give what that
+    gives."""
     if batching != "uncached":
         options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": byte_tokenizer().pad_token_id}
         return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]

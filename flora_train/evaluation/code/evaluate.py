@@ -92,7 +92,10 @@ def load_suites(config: RunConfig) -> tuple[tuple[Suite, ...], Sequence[str], Ma
     """
     task_languages = languages_of(config)
     if not task_languages:
-        hint = "no task has a language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, rb, ...)"
+        hint = (
+            "no task has a language: give tasks.<name>.language, a key of eval/languages.yaml (lua, pl, "
+            "rb, ...)"
+        )
         raise user_error("evaluation.problems", config.evaluation.problems, hint)
     table = load_languages(config.evaluation.cpu_seconds)
     _check_languages(config, task_languages, table)

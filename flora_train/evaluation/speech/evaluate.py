@@ -139,7 +139,10 @@ class _SpeechEvaluation:
                     if logged is None:
                         missing.append((name, example, adapter))
                     elif (logged.clip_sha, logged.adapter_sha) != (sha, self.digests[adapter]):
-                        hint = "was made with other weights of this adapter or from another file (was it trained further?)"
+                        hint = (
+                            "was made with other weights of this adapter or "
+                            "from another file (was it trained further?)"
+                        )
                         location = f"{self.log.path}: {'/'.join(map(str, key))}"
                         raise user_error(location, None, f"{hint}: {self.log.remedy}")
         return missing

@@ -158,7 +158,10 @@ def test_ia3_without_a_default_for_the_architecture_names_what_there_is(
 ) -> None:
     model: Any = tiny_model("phi")
     monkeypatch.setattr(model.config, "model_type", "phi_to_come")  # the tests share this configuration
-    hint = "IA3 has no default for architecture 'phi_to_come': choose from dense, fc1, fc2, k_proj, q_proj, v_proj"
+    hint = (
+        "IA3 has no default for architecture 'phi_to_come': choose from dense, fc1, fc2, k_proj, "
+        "q_proj, v_proj"
+    )
     with pytest.raises(UserError, match=rf"adapters\.ia3\.target_modules: {hint}"):
         AdapterBank.attach(model, [spec("ia3")])
     with pytest.raises(UserError, match=rf"adapters\.ia3\.feedforward_modules: {hint}"):

@@ -141,7 +141,8 @@ def test_rust_keeps_lifetimes_drops_attributes_examples_and_tests():
 
 def test_go_strings_runes_and_interfaces_do_not_count_as_braces():
     source = (
-        "// Show shows v.\n//\n//go:noinline\nfunc Show(v interface{}, m map[string]struct{}) (s string, err error) {\n"
+        "// Show shows v.\n//\n//go:noinline\nfunc Show(v interface{}, m map[string]struct{}) (s string, "
+        "err error) {\n"
         "\ts = `{` + \"{\" + string('{')\n\tif v == nil {\n\t\treturn\n\t}\n\treturn\n}\n"
         "func (b *Box[T]) Open() {\n\tb.open = true\n\treturn\n}\n"
     )
@@ -159,7 +160,10 @@ def test_d_signature_is_one_line_and_its_brace_stays_below():
 
 
 def test_python_docstring_belongs_to_the_prompt():
-    source = 'def twice(x: int) -> int:\n    """Doubles it.\n\n    :param x: a number\n    """\n    y = 2 * x\n    return y\n'
+    source = (
+        'def twice(x: int) -> int:\n    """Doubles it.\n\n    :param x: '
+        'a number\n    """\n    y = 2 * x\n    return y\n'
+    )
     (function,) = python.functions(source + "\n@cached\ndef other():\n    return 1\n")
     assert function.prompt == 'def twice(x: int) -> int:\n    """Doubles it."""'
     assert function.completion == "\n    y = 2 * x\n    return y"

@@ -46,7 +46,10 @@ def test_builder_downloads_nothing_before_its_packages_are_installed(
 ) -> None:
     """In an interpreter without site-packages, whose pip would fail in another way."""
     script = Path(pypi_model.__file__).with_name(f"{name}.py")
-    without = "import sys, runpy; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; sys.argv = sys.argv[1:]; "
+    without = (
+        "import sys, runpy; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; "
+        "sys.argv = sys.argv[1:]; "
+    )
     start = f"import numpy, numpy.typing; {without} runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [
         sys.executable,

@@ -1,4 +1,5 @@
-"""Do the builder and the check notice evaluation problems in training data?  And are the shipped data clean?"""
+"""Do the builder and the check notice evaluation problems in training data?  And are the shipped data
+clean?"""
 
 from __future__ import annotations
 
@@ -60,7 +61,10 @@ def test_eight_words_of_a_description_are_an_overlap_and_seven_are_not(problems:
 
 
 def test_description_leaves_out_examples_and_code():
-    prompt = "#include<vector>\n// Adds x\n// and y\n// >>> add(2, 3)\n// five\n// Really.\nint add(int x, int y) {\n"
+    prompt = (
+        "#include<vector>\n// Adds x\n// and y\n// >>> add(2, 3)\n// five\n// Really.\n"
+        "int add(int x, int y) {\n"
+    )
     assert "".join(description(prompt).replace("/", "").split()) == "AddsxandyReally."
 
 

@@ -25,17 +25,21 @@ def test_words_spell_a_mapping(words: list[str], layer: dict[str, object]) -> No
     assert parse_overrides(words) == layer
 
 
+NO_MULTIRUN = "is Hydra syntax: there is no multirun, because every adapter of a recipe trains in one run"
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["+a.b=1"], "+a.b=1: is Hydra syntax: write a.b=1, keys need no +"),
         (["++a.b=1"], "++a.b=1: is Hydra syntax: write a.b=1, keys need no +"),
         (["~a.b"], "~a.b: is Hydra syntax: keys cannot be removed; write a.b=VALUE to change it"),
-        (["-m"], "-m: is Hydra syntax: there is no multirun, because every adapter of a recipe trains in one run"),
-        (["--multirun"], "--multirun: is Hydra syntax: there is no multirun, because every adapter of a recipe trains in one run"),
+        (["-m"], f"-m: {NO_MULTIRUN}"),
+        (["--multirun"], f"--multirun: {NO_MULTIRUN}"),
         (["--a.b", "5"], "--a.b 5: options are written key=value: a.b=5"),
         (["--a.b=5"], "--a.b=5: options are written key=value: a.b=5"),
-        (["--tasks.a-b.max-examples=5"], "--tasks.a-b.max-examples=5: options are written key=value: tasks.a-b.max_examples=5"),
+        (["--tasks.a-b.max-examples=5"],
+         "--tasks.a-b.max-examples=5: options are written key=value: tasks.a-b.max_examples=5"),
         (["--resume"], "--resume: options are written key=value: resume=VALUE"),
         (["quickstart"], "quickstart: expected key=value. Did you mean recipe=quickstart?"),
         (["quikstart"], "quikstart: expected key=value. Did you mean 'quickstart'?"),

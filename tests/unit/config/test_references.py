@@ -1,4 +1,5 @@
-"""`${key}` is another key's value; nothing is read from the environment, and no chain or bomb of references is followed without end."""
+"""`${key}` is another key's value; nothing is read from the environment, and no chain or bomb of references
+is followed without end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Options of other trainers and our former names are answered with the key that is meant, wherever they stand."""
+"""Options of other trainers and our former names are answered with the key that is meant, wherever they
+stand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What is not ours is shown on a terminal and never obeyed, and a stream that takes no more does not end a command."""
+"""What is not ours is shown on a terminal and never obeyed, and a stream that takes no more does not end a
+command."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ def test_ratio_is_a_share_of_the_adapters_own_steps_of_which_one_remains(
 def test_ratio_and_steps_together_are_refused() -> None:
     found = faults(adapters__lora__warmup_steps=3, adapters__lora__warmup_ratio=0.1)
     assert found == {
-        "adapters.lora.warmup_ratio": "adapters.lora.warmup_ratio = 0.1: and warmup_steps = 3 both set the warm-up: "
+        "adapters.lora.warmup_ratio": "adapters.lora.warmup_ratio = 0.1: and "
+        "warmup_steps = 3 both set the warm-up: "
         "remove one of them"
     }
 

@@ -1,4 +1,5 @@
-"""YAML of any length is read in linear time; bombs, tags, and what a mapping would lose are refused with their line."""
+"""YAML of any length is read in linear time; bombs, tags, and what a mapping would lose are refused with
+their line."""
 
 from __future__ import annotations
 

@@ -205,7 +205,8 @@ def test_fair_never_lets_a_task_wait_longer_than_the_others_need_to_catch_up() -
             tokens = int(lengths[draw.task][list(draw.examples)].sum())
             waiting = {task: 0 if task == draw.task else n + tokens for task, n in waiting.items()}
             longest = max(longest, *waiting.values())
-    # a task just served is at most 500 tokens per weight ahead; each other one gets as much, and at most one draw more
+    # a task just served is at most 500 tokens per weight ahead; each other one gets as much, and at most one
+    # draw more
     assert longest <= sum(500 * s.weight + 500 for s in mix.streams if s.name != "short")
 
 
@@ -264,7 +265,8 @@ def test_once_all_have_left_steps_are_empty() -> None:
 
 
 def test_tasks_take_turns_and_none_falls_behind() -> None:
-    """Twelve tasks, four at a time, turns of five steps: after every third turn all have had the same, up to a draw."""
+    """Twelve tasks, four at a time, turns of five steps: after every third turn all have had the same, up to
+    a draw."""
     lengths = np.random.default_rng(0).integers(5, 60, 50)
     mix = mixture(
         [stream(f"t{i}", lengths) for i in range(12)], "fair", budget=400, active_tasks=4, turn_steps=5

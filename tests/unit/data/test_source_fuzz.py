@@ -1,4 +1,5 @@
-"""Whatever a file of rows holds, reading it ends with rows or with one error that names it, and reading a task with tokens or one."""
+"""Whatever a file of rows holds, reading it ends with rows or with one error that names it, and reading a
+task with tokens or one."""
 
 from __future__ import annotations
 

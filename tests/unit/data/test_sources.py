@@ -203,9 +203,8 @@ def test_missing_files_and_folders_name_the_key_and_where_was_looked(write, tmp_
     write("full/a.lua", "x")
     assert refusal(files="none.jsonl") == f"tasks.t.train = 'none.jsonl': no such file in {tmp_path}"
     assert refusal(files="full/*.jsonl").startswith("tasks.t.train = 'full/*.jsonl': no such file")
-    assert (
-        refusal(files="full")
-        == "tasks.t.train = 'full': is a folder: write tasks.t.train.folder=full and tasks.t.train.glob=PATTERN"
+    assert refusal(files="full") == (
+        "tasks.t.train = 'full': is a folder: write tasks.t.train.folder=full and tasks.t.train.glob=PATTERN"
     )
     assert refusal(folder="none") == f"tasks.t.train.folder = 'none': no such folder in {tmp_path}"
     assert refusal(folder="full", glob="*.py") == "tasks.t.train.glob = '*.py': matches no file in full"
@@ -232,7 +231,8 @@ def test_hub_name_while_offline_says_so_and_what_to_do() -> None:
     )
     done = python("-c", code, environment={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.stdout == (
-        "tasks.t.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE forbids access to the hub: unset it. "
+        "tasks.t.train.hub = 'nobody/nothing': is not in the local cache, and HF_HUB_OFFLINE forbids access "
+        "to the hub: unset it. "
         "Instead, use files or a folder\n"
     ), done.stderr
 
@@ -328,7 +328,7 @@ def test_a_thousand_files_are_read_as_one_source(write) -> None:
 def test_binary_text_without_a_wrong_byte_is_found_by_its_zeros(write) -> None:
     write("src/a.lua", "x")
     write("src/b.lua", b"\x7fELF\0\0")
-    assert (
-        refusal(folder="src")
-        == "tasks.t.train = 'src/b.lua': is not text: character 4 is a zero, as in binary files and in UTF-16: narrow tasks.t.train.glob"
+    assert refusal(folder="src") == (
+        "tasks.t.train = 'src/b.lua': is not text: character 4 is a zero, as in binary files and in "
+        "UTF-16: narrow tasks.t.train.glob"
     )

@@ -1,4 +1,5 @@
-"""Special tokens in a recipe's templates are tokens, those in rows are text; text is tokenised as the tokenizer itself does it."""
+"""Special tokens in a recipe's templates are tokens, those in rows are text; text is tokenised as the
+tokenizer itself does it."""
 
 from __future__ import annotations
 
@@ -286,9 +287,9 @@ def test_special_tokens_in_rows_are_counted_in_a_note_that_says_how_they_are_rea
     write("b.jsonl", [{"text": "plain"}] * 4)
     sources = {"a": {"train": "a.jsonl"}, "b": {"train": "b.jsonl"}}
     (note,) = notes_on_rows(load(tokenizer, **sources), run_config(sources))
-    assert (
-        note
-        == "special tokens written in rows of a (30: <e> 20, <p> 10) are text; tasks.a.special_tokens=true makes them tokens"
+    assert note == (
+        "special tokens written in rows of a (30: <e> 20, <p> 10) are text; "
+        "tasks.a.special_tokens=true makes them tokens"
     )
     sources["a"]["special_tokens"] = True
     (note,) = notes_on_rows(load(tokenizer, **sources), run_config(sources))

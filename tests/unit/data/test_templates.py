@@ -52,15 +52,18 @@ def test_half_a_character_in_json_becomes_the_replacement_character() -> None:
     [
         ({"text": "cod"}, "tasks.t.text = 'cod': 'cod' is not a column of the training rows; "
          "they have code or doc. Did you mean 'code'?"),
-        ({"text": "# {dok}\n{code}"}, "tasks.t.text = '# {dok}\\n{code}': 'dok' is not a column of the training rows; "
-         "they have code or doc. Did you mean 'doc'?"),
+        ({"text": "# {dok}\n{code}"}, "tasks.t.text = '# {dok}\\n{code}': "
+         "'dok' is not a column of the training rows; they have code or doc. Did you mean 'doc'?"),
         ({"text": "{code"}, "tasks.t.text = '{code': is not a template: "
          "expected '}' before end of string (a literal brace is written twice)"),
         ({"text": "{code}}"}, "tasks.t.text = '{code}}': is not a template: "
          "Single '}' encountered in format string (a literal brace is written twice)"),
-        ({"text": "{}"}, "tasks.t.text = '{}': is not a template: braces must contain the name of a column only"),
-        ({"text": "{code:>5}"}, "tasks.t.text = '{code:>5}': is not a template: braces must contain the name of a column only"),
-        ({"text": "{code!r}"}, "tasks.t.text = '{code!r}': is not a template: braces must contain the name of a column only"),
+        ({"text": "{}"},
+         "tasks.t.text = '{}': is not a template: braces must contain the name of a column only"),
+        ({"text": "{code:>5}"},
+         "tasks.t.text = '{code:>5}': is not a template: braces must contain the name of a column only"),
+        ({"text": "{code!r}"},
+         "tasks.t.text = '{code!r}': is not a template: braces must contain the name of a column only"),
         ({}, "tasks.t: name the columns: text, or prompt and completion; the rows have doc, code"),
     ],
 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""A log that grows: every damaged line is found when it is opened, and nobody else's file is overwritten or deleted."""
+"""A log that grows: every damaged line is found when it is opened, and nobody else's file is overwritten or
+deleted."""
 
 from __future__ import annotations
 

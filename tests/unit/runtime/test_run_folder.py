@@ -351,9 +351,10 @@ def changed(config: RunConfig, **evaluation: Any) -> RunConfig:
 
 
 ONLY_AT_THE_END = {
-    "bootstrap_samples": 300, "confidence": 0.9, "max_new_tokens": 5, "problems": ["starter"], "languages": ["lua"], "max_problems": 3,
-    "num_samples": 4, "pass_at_k": [2], "temperature": 0.5, "top_p": 0.5, "beams": 2, "embedded_clips": 1, "batch_rows": 2, "sandbox": "none",
-    "cpu_seconds": 3.0, "workers": 1,
+    "bootstrap_samples": 300, "confidence": 0.9, "max_new_tokens": 5, "problems": ["starter"],
+    "languages": ["lua"], "max_problems": 3, "num_samples": 4, "pass_at_k": [2], "temperature": 0.5,
+    "top_p": 0.5, "beams": 2, "embedded_clips": 1, "batch_rows": 2, "sandbox": "none", "cpu_seconds": 3.0,
+    "workers": 1,
 }  # fmt: skip
 DURING_TRAINING = {"interval": 3, "select_best": False, "max_examples": 7}
 

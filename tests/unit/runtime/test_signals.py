@@ -1,4 +1,5 @@
-"""Told to end, a run finishes its step; told again, it ends as any program would; afterwards signals are what they were."""
+"""Told to end, a run finishes its step; told again, it ends as any program would; afterwards signals are what
+they were."""
 
 from __future__ import annotations
 

@@ -107,7 +107,8 @@ def make_trainer(
 def collate_pairs(
     config: Any, rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_token: int
 ) -> MixedBatch:
-    """Rows -> a batch of an encoder-decoder: its encoder reads the prompt (Whisper's: features), its decoder learns the rest."""
+    """Rows -> a batch of an encoder-decoder: its encoder reads the prompt (Whisper's: features), its decoder
+    learns the rest."""
 
     def padded(parts: list[np.ndarray], fill: int) -> torch.Tensor:
         return pad_sequence(
@@ -165,7 +166,8 @@ def train_together(trainer: Trainer, plans: Sequence[StepPlan]) -> None:
 def largest_difference_to_training_alone(
     together: Trainer, plans: Sequence[StepPlan], folder: Path, **options: Any
 ) -> dict[str, float]:
-    """max |dW| per adapter between the trained bank and every adapter trained alone on its part of the same plans."""
+    """max |dW| per adapter between the trained bank and every adapter trained alone on its part of the same
+    plans."""
     differences = {}
     for name, adapter in together.bank.ids.items():
         alone = make_trainer([together.bank.specs[adapter]], folder, **options)
@@ -178,7 +180,8 @@ def largest_difference_to_training_alone(
 
 
 def moved(trainer: Trainer, architecture: str = "llama") -> dict[str, float]:
-    """How far every adapter is from its start: an isolation test on adapters that stand still proves nothing."""
+    """How far every adapter is from its start: an isolation test on adapters that stand still proves
+    nothing."""
     start = AdapterBank.attach(tiny_model(architecture), trainer.bank.specs)
     return {
         name: float((start.row(i) - trainer.bank.row(i)).abs().max()) for name, i in trainer.bank.ids.items()

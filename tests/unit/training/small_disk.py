@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond `size` bytes. CPython ignores the signal, so that writes fail with EFBIG."""
+    """No file of this process can grow beyond `size` bytes. CPython ignores the signal, so that writes fail
+    with EFBIG."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,5 @@
-"""Can tasks join a run that was interrupted, or had ended, and are the adapters that were there left as they are?"""
+"""Can tasks join a run that was interrupted, or had ended, and are the adapters that were there left as they
+are?"""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def config_of(names: str, **more: Any) -> RunConfig:
 
 
 def trainer_of(folder: Path, tasks: str) -> Trainer:
-    """The adapters of these tasks among six, all methods: ids of the old ones are others where more are there."""
+    """The adapters of these tasks among six, all methods: ids of the old ones are others where more are
+    there."""
     folder.mkdir(exist_ok=True)
     specs = [spec for spec in mixed_specs(lr=5e-3) if spec.task in tasks]
     trainer = make_trainer(specs, folder, interval=4, steps=8, save_every=2, optimizer="adamw")

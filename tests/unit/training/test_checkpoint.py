@@ -1,4 +1,5 @@
-"""Does an interrupted run end with the bytes of one that was not, and is every wrong checkpoint recognised?"""
+"""Does an interrupted run end with the bytes of one that was not, and is every wrong checkpoint
+recognised?"""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def stop_before(trainer: Trainer, number: int) -> None:
 
 
 def result(trainer: Trainer) -> dict[str, Any]:
-    """What a run leaves: adapters (selected and last), optimizer, tallies, records of metrics.jsonl without their clocks."""
+    """What a run leaves: adapters (selected and last), optimizer, tallies, records of metrics.jsonl without
+    their clocks."""
     records = [
         {key: value for key, value in record.items() if "second" not in key and key != "time_shares"}
         for kind in ("step", "evaluation")

@@ -1,4 +1,5 @@
-"""Whatever file of an interrupted run is damaged: the resumed run ends as if preserved_state, or says so before its first step."""
+"""Whatever file of an interrupted run is damaged: the resumed run ends as if preserved_state, or says so
+before its first step."""
 
 from __future__ import annotations
 
@@ -146,9 +147,9 @@ def test_damaged_metrics_that_every_checkpoint_needs_are_refused_before_training
     before = {path: path.read_bytes() for path in files(folder)}
     told = resumed(folder, preserved_state)
     assert (
-        "metrics.jsonl: is damaged, cut short or missing, and every checkpoint needs it: put it back from a copy"
-        in told
-    )
+        "metrics.jsonl: is damaged, cut short or missing, and every checkpoint needs it: "
+        "put it back from a copy"
+    ) in told
     assert {path: path.read_bytes() for path in files(folder)} == before
 
 

@@ -1,4 +1,5 @@
-"""Who may divide the base, and what it takes then. That the numbers are right: tests/e2e/test_run.py, in two processes."""
+"""Who may divide the base, and what it takes then. That the numbers are right: tests/e2e/test_run.py, in two
+processes."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ def test_an_engine_of_the_launcher_is_refused(
     monkeypatch.setenv(variable, "true")
     with pytest.raises(
         UserError,
-        match=rf"{variable} = 'true': {engine} of accelerate's configuration has no effect.* model\.fsdp=true shards the base",
+        match=(
+            rf"{variable} = 'true': {engine} of accelerate's configuration has no effect.* model\.fsdp=true "
+            r"shards the base"
+        ),
     ):
         check_launcher()
 

@@ -1,4 +1,5 @@
-"""One adapter goes wrong in every way there is: the others are the same to the last bit, and it does what the policy says."""
+"""One adapter goes wrong in every way there is: the others are the same to the last bit, and it does what the
+policy says."""
 
 from __future__ import annotations
 

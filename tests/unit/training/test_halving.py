@@ -1,4 +1,5 @@
-"""Of a sweep's settings, those with the lower held-out losses go on; the winner learns as it would have alone."""
+"""Of a sweep's settings, those with the lower held-out losses go on; the winner learns as it would have
+alone."""
 
 from __future__ import annotations
 

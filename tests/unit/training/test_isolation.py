@@ -137,7 +137,8 @@ def test_i2_absent_adapter_and_its_optimizer_state_are_bit_identical(tmp_path: P
 def test_i3_a_poisoned_adapter_leaves_the_others_bit_identical(
     tmp_path: Path, optimizer: str, victim: int, poison: float
 ) -> None:
-    """NaN or Inf in one adapter's parameters spoils its loss and gradient; it is skipped, the others do not notice."""
+    """NaN or Inf in one adapter's parameters spoils its loss and gradient; it is skipped, the others do not
+    notice."""
     healthy, poisoned = (make_trainer(mixed_specs(), tmp_path, optimizer=optimizer) for _ in range(2))
     plans = plans_of(healthy, 6)
     assert any(victim in plan.label_tokens for plan in plans[1:])
@@ -205,7 +206,8 @@ def test_i4_changing_the_routing_before_backward_ends_is_refused(tmp_path: Path,
 
 
 def test_dropout_masks_are_the_adapter_s_own_and_survive_recomputation(tmp_path: Path) -> None:
-    """The same example, the same adapter: its gradient under dropout does not depend on neighbours or checkpointing."""
+    """The same example, the same adapter: its gradient under dropout does not depend on neighbours or
+    checkpointing."""
     specs = [replace(s, dropout=0.3) if s.method == "lora" else s for s in mixed_specs(lr=1e-2)]
     together = make_trainer(specs, tmp_path)
     plans = plans_of(together, 5)

@@ -1,6 +1,8 @@
-"""The guarantees of test_isolation.py on a base in bfloat16, which is the default on GPUs and on CPUs that multiply it fast.
+"""The guarantees of test_isolation.py on a base in bfloat16, which is the default on GPUs and on CPUs that
+multiply it fast.
 
-I2 and I3 hold to the bit there, too. Where float32 allows 1e-5, the tolerance here is that of a number with eight bits."""
+I2 and I3 hold to the bit there, too. Where float32 allows 1e-5, the tolerance here is that of a number with
+eight bits."""
 
 from __future__ import annotations
 

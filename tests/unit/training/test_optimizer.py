@@ -110,7 +110,8 @@ def test_slots_of_a_pool_move_the_same_whether_all_or_some_are_present(optimizer
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("present", [range(6), (0, 3, 4)], ids=["all", "some"])
 def test_the_triton_kernel_moves_adapters_as_torch_does(present: Sequence[int]) -> None:
-    """Three steps, in the second of which one adapter's gradient is not finite: values, moments, step counts and gradients."""
+    """Three steps, in the second of which one adapter's gradient is not finite: values, moments, step counts
+    and gradients."""
     steppers = []
     for name in ("torch", "triton"):
         use_backend(name, DEVICE)

@@ -1,4 +1,5 @@
-"""Does it matter to any number where adapters live? Not to the last bit; and what is moved is what theory says must be."""
+"""Does it matter to any number where adapters live? Not to the last bit; and what is moved is what theory
+says must be."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 @pytest.mark.quick("skip-sgd-memory", "rollback-adamw-disk")
 def test_a_run_ends_with_the_same_bits(disk: bool, optimizer: str, policy: str, tmp_path: Path) -> None:
-    """Weights, moments, selection, and all that is logged; one adapter starts with a weight that is not finite."""
+    """Weights, moments, selection, and all that is logged; one adapter starts with a weight that is not
+    finite."""
     found = []
     for name, slots in (("resident", None), ("paged", SLOTS)):
         trainer = trainer_in(tmp_path / name, slots, disk, optimizer=optimizer, guard={"policy": policy})
@@ -123,8 +125,9 @@ def one_kind(count: int) -> list[Any]:
 
 
 def least_loads(uses: list[set[int]], slots: int) -> int:
-    """Belady's own rule on a list of steps, written without our code: loads of a memory that starts empty, where a step's adapters
-    come while the one before computes, whose adapters stay as long as others can leave."""
+    """Belady's own rule on a list of steps, written without our code: loads of a memory that starts empty,
+    where a step's adapters come while the one before computes, whose adapters stay as long as others can
+    leave."""
     inside: set[int] = set()
     loads = 0
     for now, wanted in enumerate(uses):

@@ -1,4 +1,5 @@
-"""A model whose rows are not apart in training is refused by name, and one whose rows are is left as it was."""
+"""A model whose rows are not apart in training is refused by name, and one whose rows are is left as it
+was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The guarantees on speech: windows, shared encodings, cross-attention, dropout and SpecAugment change nothing in who learns what."""
+"""The guarantees on speech: windows, shared encodings, cross-attention, dropout and SpecAugment change
+nothing in who learns what."""
 
 from __future__ import annotations
 
@@ -186,7 +187,8 @@ def test_a_nan_in_one_adapter_leaves_the_others_bit_for_bit(corpus: Path, tmp_pa
 def test_lora_in_the_mix_equals_pefts_own_loop_on_the_same_batches(
     kind: str, corpus: Path, tmp_path: Path
 ) -> None:
-    """PEFT's LoRA on transformers' own model, its cross entropy, torch's SGD (AdamW would blow rounding up): no code of ours but the batches."""
+    """PEFT's LoRA on transformers' own model, its cross entropy, torch's SGD (AdamW would blow rounding up):
+    no code of ours but the batches."""
     specs = [
         spec("lora", "en", "lora", rank=2, lr=0.05, max_grad_norm=None),
         spec("flora", "cs", lr=2e-3),

@@ -1,4 +1,5 @@
-"""Adapters that have learnt what they will leave, each by its own held-out loss; the others go on as if nothing had happened."""
+"""Adapters that have learnt what they will leave, each by its own held-out loss; the others go on as if
+nothing had happened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Batches of clips: each clip once, decoder inputs and labels, and augmentation that depends on the example only."""
+"""Batches of clips: each clip once, decoder inputs and labels, and augmentation that depends on the example
+only."""
 
 from __future__ import annotations
 

@@ -171,7 +171,10 @@ def test_a_hub_data_sets_audio_column_is_decoded_here(tmp_path: Path) -> None:
     [
         (
             {"speech": {"language": "xx"}},
-            r"speech\.language = 'xx': is a language that this model has no token for.*speech\.token=<\|xx\|>",
+            (
+                r"speech\.language = 'xx': is a language that this model has no token "
+                r"for.*speech\.token=<\|xx\|>"
+            ),
         ),
         (
             {"speech": {"language": "mn", "token": "<|rn|>"}},

@@ -1,4 +1,5 @@
-"""Completions and verdicts on disk: both layouts are read, an interrupted execution is resumed, nothing is mixed."""
+"""Completions and verdicts on disk: both layouts are read, an interrupted execution is resumed, nothing is
+mixed."""
 
 from __future__ import annotations
 

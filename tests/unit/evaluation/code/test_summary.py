@@ -1,4 +1,5 @@
-"""Means over languages cover the same languages for all families; the number of differences grows linearly."""
+"""Means over languages cover the same languages for all families; the number of differences grows
+linearly."""
 
 from __future__ import annotations
 

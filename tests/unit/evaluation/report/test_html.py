@@ -25,7 +25,8 @@ def estimate(value: float | None, half: float = 0.01) -> dict[str, Any]:
 
 
 def run(differences: dict[str, dict[str, float | None]], **changes: Any) -> dict[str, Any]:
-    """report.json of a run, which tests may change. differences: task -> family -> bits per byte against the base, None for not finite."""
+    """report.json of a run, which tests may change. differences: task -> family -> bits per byte against the
+    base, None for not finite."""
     counts: Any = {
         "unusable": {},
         **dict.fromkeys(("empty", "over_long_split", "over_long_dropped", "prompt_too_long"), 0),
@@ -307,9 +308,9 @@ def test_summary_of_one_adapter_follows_its_interval(difference: float | None, w
 def test_summary_names_the_best_method_and_whether_its_lead_is_clear() -> None:
     text = summary({"lua": {"flora": -0.20, "lora": -0.10}, "perl": {"flora": -0.10, "lora": -0.101}})
     assert (
-        "The best method is flora on lua (−0.200 bits per byte, 95 % interval −0.210 to −0.190) and lora on perl"
-        in text
-    )
+        "The best method is flora on lua (−0.200 bits per byte, 95 % interval −0.210 to −0.190) and "
+        "lora on perl"
+    ) in text
     assert "The lead over the next method is not clear on perl: the interval includes zero." in text
     assert "is clear on all 3 tasks." in summary({task: {"flora": -0.2, "lora": -0.1} for task in "abc"})
     assert "still worse than the base" in summary({"lua": {"flora": 0.2, "lora": 0.3}})
@@ -330,9 +331,9 @@ def test_figures_that_are_not_finite_are_named_and_never_best() -> None:
 def test_everything_left_out_or_cut_is_counted_in_words() -> None:
     page = page_of(run(THREE))
     assert (
-        "Of 3,702 training rows, 51 were left out by the limit on examples and 15 were cut off at the length limit."
-        in page
-    )
+        "Of 3,702 training rows, 51 were left out by the limit on examples and "
+        "15 were cut off at the length limit."
+    ) in page
 
 
 def test_a_task_without_adapter_has_no_target_share() -> None:

@@ -121,7 +121,8 @@ def test_a_run_without_problems_has_no_such_section() -> None:
 def test_the_summary_says_what_is_not_clear() -> None:
     last = summarise(Report.model_validate(results_of(code=[suite_of("lua", "pl")])))[-1]
     assert last == (
-        "pass@1 on the starter problems over 2 languages: base 10.0\u00a0%, flora 40.0\u00a0% and lora 30.0\u00a0% (no clear "
+        "pass@1 on the starter problems over 2 languages: base 10.0\u00a0%, flora 40.0\u00a0% and lora "
+        "30.0\u00a0% (no clear "
         "difference to the base)."
     )
 

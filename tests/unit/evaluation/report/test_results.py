@@ -176,7 +176,8 @@ def test_base_of_the_curves_is_judged_on_the_same_examples_as_they_are(
 
 
 def test_base_of_the_curves_equals_an_evaluation_of_the_base_during_training(tmp_path: Path) -> None:
-    """The real figures: what `evaluate_heldout` gives on the first examples, and the report from all of them."""
+    """The real figures: what `evaluate_heldout` gives on the first examples, and the report from all of
+    them."""
     model = tiny_model()
     bank = AdapterBank.attach(model, [spec("lora", "a")])
     perturb(bank)

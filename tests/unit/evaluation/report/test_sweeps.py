@@ -16,7 +16,8 @@ from tests.unit.evaluation.report.test_html import THREE, Outline, page_of, run
 
 
 def sweep_run(losses: dict[str, dict[str, float | None]], settings: dict[str, dict[str, Any]]) -> Report:
-    """A report with one sweep, x, on every task. losses: task -> family -> difference to the base; settings: of a family."""
+    """A report with one sweep, x, on every task. losses: task -> family -> difference to the base; settings:
+    of a family."""
     content = run(losses)
     for task, families in losses.items():
         members = []

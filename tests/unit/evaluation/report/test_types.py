@@ -1,4 +1,5 @@
-"""Reading report.json: a round trip keeps every value, and what does not fit is one line that names the key."""
+"""Reading report.json: a round trip keeps every value, and what does not fit is one line that names the
+key."""
 
 from __future__ import annotations
 

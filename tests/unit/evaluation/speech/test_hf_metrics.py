@@ -15,7 +15,8 @@ SCRIPT = """
 import os
 from flora_train.evaluation.speech.hf_metrics import WordErrorRate
 rank = int(os.environ["RANK"])
-metric = WordErrorRate(normalizer="letters", num_process=2, process_id=rank, experiment_id="test", cache_dir=os.environ["FOLDER"])
+metric = WordErrorRate(normalizer="letters", num_process=2, process_id=rank, experiment_id="test", \
+                       cache_dir=os.environ["FOLDER"])
 said = [["One fish.", "two fish"], ["red fish", "blue fish!"]][rank]
 heard = [["one fish", "two dish"], ["red", "blue fish fish"]][rank]
 print(metric.compute(predictions=heard, references=said))

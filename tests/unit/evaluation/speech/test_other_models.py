@@ -1,4 +1,5 @@
-"""Other encoder-decoders than Whisper transcribe mixed batches as transformers' generate does clip by clip."""
+"""Other encoder-decoders than Whisper transcribe mixed batches as transformers' generate does clip by
+clip."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ SOLUTIONS: Mapping[str, Mapping[str, Any]] = {
     path.stem: yaml.safe_load(path.read_text())
     for path in sorted((FIXTURES / "starter_solutions").glob("*.yaml"))
 }
-"""Language -> `correct` and `wrong`, each problem name -> body; bodies that give x or its size; `closer`, which ends every body."""
+"""Language -> `correct` and `wrong`, each problem name -> body; bodies that give x or its size; `closer`,
+which ends every body."""
 INTERPRETED = ("lua", "pl", "rb", "js", "php", "py", "r")
 DEFINED = r"(?:function|sub|def)\s+([\w.:]+)|([\w.:]+)\s*=\s*function\b"
 PROBLEM = {
@@ -97,7 +98,8 @@ def test_all_right_solutions_pass_and_all_wrong_ones_fail_a_check(key: str, sand
 
 
 def surprises(key: str, sandbox: Sandbox, most: int | None = None) -> dict[str, Verdict]:
-    """The programs of a language that did not end as they should, of the first `most` right and wrong ones each."""
+    """The programs of a language that did not end as they should, of the first `most` right and wrong ones
+    each."""
     language = working(key, sandbox)
     bodies = {
         (kind, name): SOLUTIONS[key][kind][name]

@@ -1,4 +1,5 @@
-"""Attempts of hostile programs, and what stops them. As root, the sandbox first changes to an ordinary user."""
+"""Attempts of hostile programs, and what stops them. As root, the sandbox first changes to an ordinary
+user."""
 
 from __future__ import annotations
 

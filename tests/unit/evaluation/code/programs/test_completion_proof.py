@@ -56,7 +56,10 @@ FAKES = {
         "    import atexit, os\n    atexit.register(getattr(os, '_ex' + 'it'), 0)\n    return 0",
     ],
     "php": [
-        "    return 0;\n}\nset_exception_handler(function () {}); register_shutdown_function(fn () => exit(0));",
+        (
+            "    return 0;\n}\nset_exception_handler(function () {}); register_shutdown_function(fn () => "
+            "exit(0));"
+        ),
         "    eval('ex' . 'it(0);');\n}",
     ],
     "cpp": [
@@ -64,11 +67,15 @@ FAKES = {
         "    return 0; }\nstruct Leave { Leave() { (std::_Exit)(0); } } leave; long unused() {",
     ],
 }
-"""Language -> completions of HumanEval_35 that pass, mostly without a word that the flag of words looks for."""
+"""Language -> completions of HumanEval_35 that pass, mostly without a word that the flag of words looks
+for."""
 ADD: dict[str, tuple[str, str, str, list[str]]] = {
     "sh": (
         "add() {\n",
-        '}\n\ncandidate() {\n    add "$@"\n}\n\nset -e\nrun_test() {\n    [[ $(candidate "1" "2") = "3" ]]\n}\n\nrun_test\n',
+        (
+            '}\n\ncandidate() {\n    add "$@"\n}\n\nset -e\nrun_test() {\n'
+            '    [[ $(candidate "1" "2") = "3" ]]\n}\n\nrun_test\n'
+        ),
         "    echo $(($1 + $2))",
         [
             "    echo 0\n}\ntrap 'exit 0' EXIT\nunused() {\n:",
@@ -78,7 +85,10 @@ ADD: dict[str, tuple[str, str, str, list[str]]] = {
     ),
     "r": (
         "add <- function(x, y) {",
-        "test_humaneval <- function() {\n    candidate <- add\n    stopifnot(isTRUE(all.equal(candidate(1, 2), 3)))\n}\ntest_humaneval()",
+        (
+            "test_humaneval <- function() {\n    candidate <- add\n"
+            "    stopifnot(isTRUE(all.equal(candidate(1, 2), 3)))\n}\ntest_humaneval()"
+        ),
         "\n    x + y\n}",
         [
             "\n    0\n}\nstopifnot <- function(...) NULL",
@@ -95,7 +105,10 @@ ADD: dict[str, tuple[str, str, str, list[str]]] = {
     ),
     "rkt": (
         "#lang racket\n(define (add x y)",
-        "(require rackunit)\n\n(define (test-humaneval)\n\n  (let (( candidate add))\n    (check-equal? (candidate 1 2) 3)\n))\n\n(test-humaneval)",
+        (
+            "(require rackunit)\n\n(define (test-humaneval)\n\n  (let (( candidate add))\n"
+            "    (check-equal? (candidate 1 2) 3)\n))\n\n(test-humaneval)"
+        ),
         " (+ x y))",
         [" 0)\n((eval 'exit (make-base-namespace)) 0)"],
     ),
@@ -110,8 +123,10 @@ ADD: dict[str, tuple[str, str, str, list[str]]] = {
     ),
     "go": (
         'package add_test\n\nimport (\n    "testing"\n    "fmt"\n)\n\nfunc add(x int, y int) int {',
-        "func TestAdd(t *testing.T) {\n  candidate := add\n\ttype test struct {\n\t\tactual   interface{}\n\t\texpected interface{}\n\t}\n"
-        "   tests := []test{\n     { actual: candidate(1, 2), expected: 3 },\n   }\n\n\tfor i, tc := range tests {\n"
+        "func TestAdd(t *testing.T) {\n  candidate := add\n\ttype test struct {\n\t\tactual   interface{}\n"
+        "\t\texpected interface{}\n\t}\n"
+        "   tests := []test{\n     { actual: candidate(1, 2), expected: 3 },\n   }\n\n"
+        "\tfor i, tc := range tests {\n"
         '\t\tt.Run(fmt.Sprintf("test num % d", i), func(t *testing.T) {\n'
         '\t\t\tif fmt.Sprintf("%v", tc.actual) != fmt.Sprintf("%v", tc.expected) {\n'
         "\t\t\t\tt.Errorf(\"expected '%s', got '%s'\", tc.expected, tc.actual)\n\t\t\t}\n\t\t})\n\t}\n}\n",
@@ -124,22 +139,30 @@ ADD: dict[str, tuple[str, str, str, list[str]]] = {
         "{\n    return x + y;\n}",
         [
             "{ return 0; }\nvoid main() {}\n__EOF__",
-            "{ return 0; }\nshared static this() { import core.runtime; Runtime.moduleUnitTester = () => true; }",
+            (
+                "{ return 0; }\nshared static this() { import core.runtime; Runtime.moduleUnitTester = () => "
+                "true; }"
+            ),
         ],
     ),
     "java": (
         "import java.util.*;\nclass Problem {\n    public static long add(long x, long y) {",
-        "    }\n    public static void main(String[] args) {\n    assert(add((1l), (2l)) == (3l));\n    }\n\n}\n",
+        (
+            "    }\n    public static void main(String[] args) {\n    assert(add((1l), "
+            "(2l)) == (3l));\n    }\n\n}\n"
+        ),
         "\n        return x + y;",
         [
             " Thread.setDefaultUncaughtExceptionHandler((t, e) -> Runtime.getRuntime().halt(0)); return 0;",
-            ' try { Class.forName("java.lang." + "Sys" + "tem").getMethod("ex" + "it", int.class).invoke(null, 0); }'
+            ' try { Class.forName("java.lang." + "Sys" + "tem").getMethod("ex" + "it", '
+            "int.class).invoke(null, 0); }"
             " catch (Exception e) { } return 0;",
         ],
     ),
     "ts": (
         "function add(x: number, y: number): number {",
-        "declare var require: any;\nconst assert = require('node:assert');\n\n\nfunction test() {\n  let candidate = add;\n"
+        "declare var require: any;\nconst assert = require('node:assert');\n\n\nfunction test() {\n"
+        "  let candidate = add;\n"
         "  assert.deepEqual(candidate(1, 2),3);\n}\n\ntest();",
         "\n  return x + y;\n}",
         [
@@ -148,11 +171,20 @@ ADD: dict[str, tuple[str, str, str, list[str]]] = {
         ],
     ),
     "cs": (
-        "using System;\nusing System.Diagnostics;\nusing System.Linq;\nclass Problem {\n    public static long Add(long x, long y) {",
-        "    }\n    public static void Main(string[] args) {\n    Debug.Assert(Add((1L), (2L)) == (3L));\n    }\n\n}\n",
+        (
+            "using System;\nusing System.Diagnostics;\nusing System.Linq;\nclass Problem {\n"
+            "    public static long Add(long x, long y) {"
+        ),
+        (
+            "    }\n    public static void Main(string[] args) {\n"
+            "    Debug.Assert(Add((1L), (2L)) == (3L));\n    }\n\n}\n"
+        ),
         "\n        return x + y;",
         [
-            " return 0; }\n    class Debug { public static void Assert(bool holds) { } }\n    static void Unused() {",
+            (
+                " return 0; }\n    class Debug { public static void Assert(bool holds) { } }\n"
+                "    static void Unused() {"
+            ),
             ' typeof(Environment).GetMethod("Ex" + "it").Invoke(null, new object[] { 0 }); return 0;',
         ],
     ),
@@ -168,14 +200,18 @@ ADD: dict[str, tuple[str, str, str, list[str]]] = {
     ),
     "clj": (
         "(defn add\n  [x y]\n",
-        "(require '[clojure.test :refer [deftest is run-test]])\n\n(def candidate add)\n\n(deftest test-humaneval\n\n"
+        "(require '[clojure.test :refer [deftest is run-test]])\n\n(def candidate add)\n\n"
+        "(deftest test-humaneval\n\n"
         "  (is (= (candidate 1 2) 3))\n)\n\n(run-test test-humaneval)",
         "  (+ x y))",
         ['  0)\n(println "0 failures, 0 errors")'],
     ),
     "hs": (
         "import System.Exit\nimport System.IO.Unsafe (unsafePerformIO)\nadd :: Int -> Int -> Int\nadd x y =",
-        '\nmain :: IO ()\nmain = do\n  let candidate = add\n  if candidate 1 2 == 3 then pure () else error "assertion failed"\n  pure ()\n',
+        (
+            "\nmain :: IO ()\nmain = do\n  let candidate = add\n"
+            '  if candidate 1 2 == 3 then pure () else error "assertion failed"\n  pure ()\n'
+        ),
         " x + y",
         [" unsafePerformIO exitSuccess"],
     ),
@@ -186,14 +222,16 @@ ADD: dict[str, tuple[str, str, str, list[str]]] = {
         [" 0 }\n    def assert(holds: Boolean): Unit = {}\n    def unused() = {"],
     ),
     "ada": (
-        "package Placeholder is\n   function Add (X : Integer; Y : Integer) return Integer;\nend Placeholder;\n\n"
+        "package Placeholder is\n   function Add (X : Integer; Y : "
+        "Integer) return Integer;\nend Placeholder;\n\n"
         "package body Placeholder is\n   function Add (X : Integer; Y : Integer) return Integer",
         "\n   end Add;\n\nend Placeholder;\n\nwith Placeholder; use Placeholder;\n\nprocedure Main is\n\n"
         "   function Candidate (X : Integer; Y : Integer) return Integer renames Placeholder.Add;\n\nbegin\n"
         "   pragma Assert (Candidate (1, 2) = 3);\nend Main;",
         " is\n   begin\n      return X + Y;",
         [
-            ' is\n      procedure Leave (Status : Integer);\n      pragma Import (C, Leave, "_exit");\n   begin\n      Leave (X - 1);\n'
+            ' is\n      procedure Leave (Status : Integer);\n      pragma Import (C, Leave, "_exit");\n'
+            "   begin\n      Leave (X - 1);\n"
             "      return Y;",
         ],
     ),

@@ -15,9 +15,15 @@ from flora_train.evaluation.code.programs.languages import TABLE, load_languages
 
 ROWS: dict[str, Any] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.text(max_size=4), max_size=2),
-    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2), st.sampled_from(["(", "[", "*", "(?P<", "../x", "/etc/passwd"]),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.text(max_size=4), max_size=2),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+    st.sampled_from(["(", "[", "*", "(?P<", "../x", "/etc/passwd"]),
+)
 
 
 def said(content: str | bytes, folder: Path) -> list[str]:
@@ -46,7 +52,10 @@ def test_a_recursive_row_is_refused_or_read(tmp_path: Path) -> None:
     [
         (
             {"assertion": "("},
-            ": lua.assertion = '(': is not a valid regular expression: missing ), unterminated subpattern at position 0",
+            (
+                ": lua.assertion = '(': is not a valid regular expression: missing ), unterminated "
+                "subpattern at position 0"
+            ),
         ),
         (
             {"exits": "*"},

@@ -17,27 +17,55 @@ from tests.unit.evaluation.code.conftest import working
 LIMIT = 192 << 20
 """Small, so that the tests are quick."""
 HELD = {
-    "shared mapping": "import mmap, time\nm = mmap.mmap(-1, 300 << 20)\nfor i in range(0, 300 << 20, 4096): m[i] = 1\ntime.sleep(9)",
-    "shared by two": "import mmap, os, time\nm = mmap.mmap(-1, 300 << 20)\nos.fork()\nfor i in range(0, 300 << 20, 4096): m[i] = 1\ntime.sleep(9)",
-    "many processes": "import os, time\nfor i in range(6):\n  if os.fork() == 0:\n    x = b'1' * (60 << 20); time.sleep(9)\ntime.sleep(9)",
-    "daemons": "import os, time\nfor i in range(6):\n  if os.fork() == 0:\n    os.setsid()\n    if os.fork(): os._exit(0)\n"
+    "shared mapping": (
+        "import mmap, time\nm = mmap.mmap(-1, 300 << 20)\nfor i in range(0, 300 << 20, 4096): "
+        "m[i] = 1\ntime.sleep(9)"
+    ),
+    "shared by two": (
+        "import mmap, os, time\nm = mmap.mmap(-1, 300 << 20)\nos.fork()\n"
+        "for i in range(0, 300 << 20, 4096): m[i] = 1\ntime.sleep(9)"
+    ),
+    "many processes": (
+        "import os, time\nfor i in range(6):\n  if os.fork() == 0:\n"
+        "    x = b'1' * (60 << 20); time.sleep(9)\ntime.sleep(9)"
+    ),
+    "daemons": "import os, time\nfor i in range(6):\n  if os.fork() == 0:\n    os.setsid()\n"
+    "    if os.fork(): os._exit(0)\n"
     "    x = b'1' * (60 << 20); time.sleep(9)\ntime.sleep(9)",
-    "files": "import time\nx = b'1' * (60 << 20)\nfor d in ('/tmp', '/dev/shm'):\n  for i in range(2): open(f'{d}/{i}', 'wb').write(x)\ntime.sleep(9)",
+    "files": (
+        "import time\nx = b'1' * (60 << 20)\nfor d in ('/tmp', '/dev/shm'):\n"
+        "  for i in range(2): open(f'{d}/{i}', 'wb').write(x)\ntime.sleep(9)"
+    ),
     "deleted files": "import time\nx = b'1' * (50 << 20)\nf = [open(f'/tmp/{i}', 'wb') for i in range(4)]\n"
     "import os\nfor i, g in enumerate(f): os.unlink(f'/tmp/{i}'); g.write(x); g.flush()\ntime.sleep(9)",
-    "names of files": "import os\nfor i in range(400_000): os.close(os.open(f'/tmp/{i}', os.O_CREAT | os.O_WRONLY))",
-    "page tables": "import ctypes, time\nc = ctypes.CDLL(None)\nc.mmap.restype = ctypes.c_void_p\nat = c.mmap(None, ctypes.c_size_t(1 << 43), 1, 0x4022, -1, ctypes.c_long(0))\n"
-    "c.madvise(ctypes.c_void_p(at), ctypes.c_size_t(1 << 43), 15)\nfor i in range(80_000): ctypes.string_at(at + (i << 21), 1)\ntime.sleep(9)",
-    "sockets": "import socket, time\nk = [socket.socketpair() for _ in range(400)]\nfor a, b in k:\n  a.setblocking(False)\n  try:\n    while True: a.send(b'1' * 65536)\n"
+    "names of files": (
+        "import os\nfor i in range(400_000): os.close(os.open(f'/tmp/{i}', os.O_CREAT | os.O_WRONLY))"
+    ),
+    "page tables": "import ctypes, time\nc = ctypes.CDLL(None)\nc.mmap.restype = ctypes.c_void_p\n"
+    "at = c.mmap(None, ctypes.c_size_t(1 << 43), 1, 0x4022, -1, ctypes.c_long(0))\n"
+    "c.madvise(ctypes.c_void_p(at), ctypes.c_size_t(1 << 43), 15)\n"
+    "for i in range(80_000): ctypes.string_at(at + (i << 21), 1)\ntime.sleep(9)",
+    "sockets": "import socket, time\nk = [socket.socketpair() for _ in range(400)]\nfor a, b in k:\n"
+    "  a.setblocking(False)\n  try:\n    while True: a.send(b'1' * 65536)\n"
     "  except BlockingIOError: pass\ntime.sleep(9)",
 }
 DENIED_CALLS = {
     "memfd_create": "import os\nos.memfd_create('x')",
-    "shmget": "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nif c.shmget(0, 4096, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'shmget')",
-    "msgget": "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nif c.msgget(0, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'msgget')",
-    "semget": "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nif c.semget(0, 9, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'semget')",
+    "shmget": (
+        "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\n"
+        "if c.shmget(0, 4096, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'shmget')"
+    ),
+    "msgget": (
+        "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\n"
+        "if c.msgget(0, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'msgget')"
+    ),
+    "semget": (
+        "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\n"
+        "if c.semget(0, 9, 0o1600) < 0: raise OSError(ctypes.get_errno(), 'semget')"
+    ),
     "keyctl": "import ctypes, platform\nc = ctypes.CDLL(None, use_errno=True)\n"
-    "n = {'x86_64': 250, 'aarch64': 219}[platform.machine()]\nif c.syscall(n, 0, -3, 0) < 0: raise OSError(ctypes.get_errno(), 'keyctl')",
+    "n = {'x86_64': 250, 'aarch64': 219}[platform.machine()]\n"
+    "if c.syscall(n, 0, -3, 0) < 0: raise OSError(ctypes.get_errno(), 'keyctl')",
 }
 
 
@@ -68,7 +96,10 @@ def test_unconfined_memory_is_limited_over_all_processes(what: str, sandbox: San
 
 def test_shared_memory_is_counted_once(sandbox: Sandbox, tmp_path: Path) -> None:
     working("py", sandbox)
-    source = "import mmap, os, time\nm = mmap.mmap(-1, 80 << 20)\nm[:] = b'1' * (80 << 20)\nfor i in range(3):\n  os.fork()\nn = m[:1]; time.sleep(0.5)"
+    source = (
+        "import mmap, os, time\nm = mmap.mmap(-1, 80 << 20)\nm[:] = b'1' * (80 << 20)\nfor i in range(3):\n"
+        "  os.fork()\nn = m[:1]; time.sleep(0.5)"
+    )
     assert not held(source, "bubblewrap", tmp_path)
 
 

@@ -21,15 +21,18 @@ from tests.unit.evaluation.code.conftest import working
 CANARY = "canary-5f2c"
 LOOK = """
 for p in /proc/[0-9]*; do
-  for f in environ cmdline maps mountinfo mounts mountstats cgroup status stat comm auxv limits; do cat $p/$f; done
+  for f in environ cmdline maps mountinfo mounts mountstats cgroup status stat comm auxv limits; do \
+    cat $p/$f; done
   ls -l $p/fd $p/cwd $p/exe $p/root $p/map_files
 done 2>/dev/null | tr '\\0' '\\n'
-env; pwd; pwd -P; hostname; cat /proc/sys/kernel/hostname /proc/keys /proc/key-users; ls -a / /tmp /program /usr /dev/shm
+env; pwd; pwd -P; hostname; cat /proc/sys/kernel/hostname /proc/keys /proc/key-users; ls -a / /tmp /program \
+/usr /dev/shm
 cat /proc/1/mem /no/such/file; ls $OLDPWD /program/..; /program/nothing
 """
 PYTHON = """
 import os, sys
-print(sys.argv, __file__, os.getcwd(), sys.path, dict(os.environ), open("/proc/1/environ", "rb").read(), os.uname())
+print(sys.argv, __file__, os.getcwd(), sys.path, dict(os.environ))
+print(open("/proc/1/environ", "rb").read(), os.uname())
 def memory(pid):
     with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as mem:
         for line in maps:
@@ -52,9 +55,12 @@ raise ValueError("the traceback names a path")
 SOURCES = {
     "sh": LOOK + "false",
     "py": PYTHON,
-    "lua": "for _, n in ipairs{'environ', 'cmdline', 'mountinfo', 'maps'} do for p = 1, 9 do local f = io.open('/proc/' .. p .. '/' .. n)\n"
-    "if f then print((f:read('a'):gsub('%z', '\\n'))) end end end\nprint(arg[0], os.getenv('HF_TOKEN'))\nerror('where')",
-    "js": "const fs = require('fs');\nfor (const n of ['environ', 'cmdline', 'mountinfo', 'maps']) for (let p = 1; p < 9; p++)\n"
+    "lua": "for _, n in ipairs{'environ', 'cmdline', 'mountinfo', 'maps'} do for p = 1, 9 do "
+    "local f = io.open('/proc/' .. p .. '/' .. n)\n"
+    "if f then print((f:read('a'):gsub('%z', '\\n'))) end end end\nprint(arg[0], "
+    "os.getenv('HF_TOKEN'))\nerror('where')",
+    "js": "const fs = require('fs');\nfor (const n of ['environ', 'cmdline', 'mountinfo', 'maps']) "
+    "for (let p = 1; p < 9; p++)\n"
     "try { console.log(fs.readFileSync(`/proc/${p}/${n}`, 'latin1')); } catch {}\n"
     "console.log(process.env, __filename, process.argv, require('os').hostname()); null.x",
 }
@@ -63,7 +69,8 @@ SOURCES = {
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home, current folder and temporary folder with the canary in their names, and the canary in the environment."""
+    """A home, current folder and temporary folder with the canary in their names, and the canary in the
+    environment."""
     home = tmp_path / CANARY
     (home / "tmp").mkdir(parents=True)
     (home / "run").mkdir()
@@ -131,7 +138,10 @@ def test_unconfined_programs_have_a_clean_environment(
     for key, source in {
         "sh": "env; tr '\\0' '\\n' < /proc/self/environ; false",
         "py": "import os; print(dict(os.environ), os.path.expanduser('~')); assert 0",
-        "cpp": "#include <bits/stdc++.h>\nextern char **environ;\nint main() { for (char **e = environ; *e; ++e) std::cerr << *e << std::endl; assert(0); }",
+        "cpp": (
+            "#include <bits/stdc++.h>\nextern char **environ;\n"
+            "int main() { for (char **e = environ; *e; ++e) std::cerr << *e << std::endl; assert(0); }"
+        ),
     }.items():
         verdict = execute(Program(working(key, sandbox), source), unconfined)
         assert verdict.status == "AssertionError", verdict

@@ -51,7 +51,10 @@ def test_a_failed_run_has_its_status(key: str, source: str, status: str, sandbox
     assert verdict.status == status, verdict
 
 
-BASH = 'f() {\n{}\n}\ncandidate() {\n    f "$@"\n}\nset -e\nrun_test() {\n    [[ $(candidate) = "{}" ]]\n}\nrun_test'
+BASH = (
+    'f() {\n{}\n}\ncandidate() {\n    f "$@"\n}\nset -e\nrun_test() {\n    [[ $(candidate) = "{}" ]]\n}\n'
+    "run_test"
+)
 FOREVER = "    while :; do :; done"
 
 
@@ -97,5 +100,8 @@ def test_a_compiler_that_runs_out_of_time_is_a_timeout(sandbox: Sandbox) -> None
     language = working("cpp", sandbox)
     assert language.compile is not None
     slow = {"compile": [*language.compile, "-fconstexpr-ops-limit=999999999999"], "compile_seconds": 1.0}
-    source = "constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\nconstexpr long x = f(60);\nint main() {}"
+    source = (
+        "constexpr long f(long n) { return n < 2 ? n : f(n - 1) + f(n - 2); }\nconstexpr long x = f(60);\n"
+        "int main() {}"
+    )
     assert execute(Program(language.model_copy(update=slow), source), sandbox).status == "Timeout"
