@@ -201,11 +201,11 @@ def training_facts(context: RunContext, seconds: Mapping[str, float]) -> RunFact
 def recorded_facts(folder: RunFolder) -> RunFacts | None:
     """The facts of training in run.json, so that a later evaluation reports these and not its own; None if
     there are none. Raises UserError if they are damaged."""
-    recorded = folder.facts().get("training")
+    recorded = folder.facts().training.model_dump(exclude_unset=True)
     if not recorded:
         return None
     try:
-        known = {key: value for key, value in dict(recorded).items() if key in RunFacts.model_fields}
+        known = {key: value for key, value in recorded.items() if key in RunFacts.model_fields}
         return RunFacts.model_validate(known)
     except (ValidationError, ValueError, TypeError) as error:
         hint = f"is damaged (training: {first_line(error)}): restore it from a copy"

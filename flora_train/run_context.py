@@ -294,7 +294,7 @@ def load_run(
 
 def as_it_began(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The configuration with the dtype at the run's begin: `auto` may mean another one on this machine."""
-    dtype = folder.facts().get("base_dtype")
+    dtype = folder.facts().base_dtype
     if config.model.dtype != "auto" or dtype not in ("float32", "bfloat16"):
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
@@ -329,9 +329,7 @@ def note_differences(folder: RunFolder, command: str, differences: Sequence[str]
     """Record in run.json which differences a command was allowed to ignore."""
     if not differences:
         return
-    entries = folder.facts().get("allowed")
-    if not isinstance(entries, list):
-        entries = []
+    entries = folder.facts().allowed or []
     entry = {"command": command, "when": now(), "differences": list(differences)}
     folder.update_run_json(allowed=[*entries, entry])
 

@@ -81,7 +81,7 @@ def tracker_files(config: RunConfig, folder: RunFolder) -> list[str]:
 
 def _wandb_id(folder: RunFolder) -> str:
     """A hash of where and when the run began: a folder that is used again is another run."""
-    begun = folder.facts().get("started", "")
+    begun = folder.facts().started
     return sha256(f"{folder.path.resolve()} {begun}".encode()).hexdigest()[:16]
 
 

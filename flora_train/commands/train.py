@@ -8,11 +8,12 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from flora_train.commands.run_result import RunResult
+from flora_train.config.json_format import JsonObject
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain, safe_streams
 from flora_train.config.unused_keys import notes_on_unused
@@ -170,12 +171,12 @@ def claim_folder(context: RunContext, plan: Plan | None) -> None:
         logger.warning(note)
 
 
-def origin_of(context: RunContext) -> dict[str, Any]:
+def origin_of(context: RunContext) -> JsonObject:
     """What identifies base, tokenizer and, by task, examples, for run.json."""
     return {
         "base": base_identity(context.config.model),
         "tokenizer": tokenizer_hash(context.tokenizer),
-        "data": {name: data_of(task) for name, task in context.tasks.items()},
+        "data": {name: data_of(task).model_dump(exclude_none=True) for name, task in context.tasks.items()},
     }
 
 

@@ -7,12 +7,13 @@ import math
 import os
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast, overload
 
 from flora_train.config.errors import first_line, user_error
-from flora_train.config.json_format import parse_object
+from flora_train.config.json_format import JsonObject, parse_object
 from flora_train.runtime.atomic import disk_errors
 from flora_train.runtime.journal import append_line, whole_lines
+from flora_train.runtime.metric_records import EvaluationRecord, Record, RecordKind, StepRecord
 
 
 class MetricsFile:
@@ -22,7 +23,7 @@ class MetricsFile:
         self.path = path
         self._hashed = 0, sha256()
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Append a record. Raises UserError if the disk is full; then the file holds what it held before."""
         append_line(self.path, json.dumps(_finite(record), allow_nan=False))
 
@@ -58,7 +59,13 @@ class MetricsFile:
                 os.truncate(self.path, size)
             self._hashed = 0, sha256()
 
-    def read(self, kind: str) -> list[dict[str, Any]]:
+    @overload
+    def read(self, kind: Literal["step"]) -> list[StepRecord]: ...
+
+    @overload
+    def read(self, kind: Literal["evaluation"]) -> list[EvaluationRecord]: ...
+
+    def read(self, kind: RecordKind) -> list[StepRecord] | list[EvaluationRecord]:
         """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is
         no record.
         """
@@ -69,9 +76,12 @@ class MetricsFile:
             raise user_error(str(self.path), None, hint)
         lines = whole_lines(self.path.read_bytes()).split(b"\n")[:-1]
         records = [self._record(number, line) for number, line in enumerate(lines, 1)]
-        return [record for record in records if record["kind"] == kind]
+        of_kind = [record for record in records if record["kind"] == kind]
+        if kind == "step":
+            return cast(list[StepRecord], of_kind)
+        return cast(list[EvaluationRecord], of_kind)
 
-    def _record(self, number: int, line: bytes) -> dict[str, Any]:
+    def _record(self, number: int, line: bytes) -> JsonObject:
         try:
             record = parse_object(line)
             if not isinstance(record["kind"], str) or not isinstance(record.get("step", 0), int):
@@ -84,7 +94,7 @@ class MetricsFile:
         return record
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """The value with null in place of numbers that are not finite, which JSON cannot express."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}

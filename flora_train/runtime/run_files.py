@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
+
+from pydantic import ValidationError
 
 from flora_train.config.errors import user_error
-from flora_train.config.json_format import parse_object, read_object
+from flora_train.config.json_format import JsonObject, JsonValue, parse_object, read_object
 from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.manifest import Manifest
+from flora_train.runtime.metric_records import EvaluationRecord, Record, RecordKind, SavedMetrics, StepRecord
 from flora_train.runtime.metrics_file import MetricsFile
+from flora_train.runtime.run_info import RunInfo, first_problem
 
 
 class RunFiles:
@@ -33,15 +37,22 @@ class RunFiles:
     def finished(self) -> bool:
         return bool(self.known_facts.get("finished"))
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> RunInfo:
         """The content of run.json. Raises UserError if it is damaged."""
-        facts = read_object(self.run_json, "put it back from a copy, or train again into another output_dir")
-        if problem := _find_problem(facts):
-            raise user_error(str(self.run_json), None, f"is damaged ({problem}): put it back from a copy")
-        return facts
+        return self._validate(self._read_run_json())
+
+    def _read_run_json(self) -> JsonObject:
+        return read_object(self.run_json, "put it back from a copy, or train again into another output_dir")
+
+    def _validate(self, content: JsonObject) -> RunInfo:
+        try:
+            return RunInfo.model_validate(content)
+        except ValidationError as error:
+            hint = f"is damaged ({first_problem(error)}): put it back from a copy"
+            raise user_error(str(self.run_json), None, hint) from error
 
     @property
-    def known_facts(self) -> dict[str, Any]:
+    def known_facts(self) -> JsonObject:
         """The content of run.json; empty if there is none, or one that was not written by flora_train."""
         if not self.run_json.is_file():
             return {}
@@ -53,12 +64,14 @@ class RunFiles:
             return {}
         return content
 
-    def write_run_json(self, content: dict[str, Any]) -> None:
+    def write_run_json(self, content: Mapping[str, JsonValue]) -> None:
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(self.run_json, lambda path: path.write_text(text, encoding="utf-8"))
 
     def update_run_json(self, **content: Any) -> None:
-        self.write_run_json({**self.facts(), **content})
+        before = self._read_run_json()
+        self._validate(before)
+        self.write_run_json({**before, **content})
 
     @property
     def manifest(self) -> Manifest | None:
@@ -77,10 +90,16 @@ class RunFiles:
         if extended != manifest:
             self.update_run_json(files=extended.to_json())
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
+    def append_metrics(self, record: Record) -> None:
         self._metrics.append(record)
 
-    def read_metrics(self, kind: str) -> list[dict[str, Any]]:
+    @overload
+    def read_metrics(self, kind: Literal["step"]) -> list[StepRecord]: ...
+
+    @overload
+    def read_metrics(self, kind: Literal["evaluation"]) -> list[EvaluationRecord]: ...
+
+    def read_metrics(self, kind: RecordKind) -> list[StepRecord] | list[EvaluationRecord]:
         """The records of one kind (`step`, `evaluation`), oldest first. Raises UserError for a line that is
         no record.
         """
@@ -95,7 +114,7 @@ class RunFiles:
         """SHA-256 of the first `size` bytes of metrics.jsonl."""
         return self._metrics.digest(size)
 
-    def saved_metrics(self) -> dict[str, Any]:
+    def saved_metrics(self) -> SavedMetrics:
         """Flush metrics.jsonl to disk; returns its size and SHA-256."""
         return {
             "metrics_size": self._metrics.sync(),
@@ -110,29 +129,10 @@ class RunFiles:
         """Raises UserError if metrics.jsonl cannot be read, or is not what it was when the run finished."""
         self.read_metrics("step")
         facts = self.facts()
-        size, sha256 = facts.get("metrics_size"), facts.get("metrics_sha256")
-        if isinstance(size, int) and (self.metrics_size != size or self.metrics_digest(size) != sha256):
+        size, sha256 = facts.metrics_size, facts.metrics_sha256
+        if size is not None and (self.metrics_size != size or self.metrics_digest(size) != sha256):
             hint = (
                 "is not what it was when the run finished: put it back from a copy, or train again "
                 "(overwrite=true)"
             )
             raise user_error(str(self.metrics), None, hint)
-
-
-def _find_problem(facts: Mapping[str, Any]) -> str | None:
-    """What is wrong with the content of run.json; None if nothing is."""
-    training, ended = facts.get("training", {}), facts.get("ended", {})
-    checks: list[tuple[str, object, type]] = [
-        ("finished", facts.get("finished"), bool),
-        ("started", facts.get("started", ""), str),
-        ("training", training, dict),
-        ("ended", ended, dict),
-    ]
-    if isinstance(training, dict):
-        checks.append(("training.seconds", training.get("seconds", {}), dict))
-    if isinstance(ended, dict):
-        checks += [(f"ended.{key}", ended.get(key, {}), dict) for key in ("joined", "identity")]
-    for key, value, expected in checks:
-        if not isinstance(value, expected):
-            return f"{key} is no {expected.__name__}"
-    return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flora_train.config.errors import UserError, user_error
+from flora_train.config.json_format import JsonValue
 from flora_train.config.load import load_saved, save_config
 from flora_train.config.paths import exists
 from flora_train.config.schema import RunConfig
@@ -122,7 +123,7 @@ class RunFolder(RunFiles):
         status = self.enter(config)
         manifest = Manifest.of(config.adapter_names, (*RUN_FILES, *also))
         previous, previous_facts = self.manifest, self.known_facts
-        started = now()
+        started: JsonValue = now()
         if status != "new":
             started = previous_facts.get("started", started)
         # run.json first: it marks the folder as a run even if the disk is full before the second file

@@ -10,6 +10,7 @@ from typing import Any
 
 from flora_train.config.errors import UserError, user_error
 from flora_train.runtime.config_changes import differences
+from flora_train.runtime.metric_records import AdapterMetrics, StoppedAdapter
 from flora_train.runtime.run_folder import RunFolder, open_run
 from flora_train.training.best_adapters import BestCheckpoint, load_best
 from flora_train.training.checkpoint import Identity
@@ -30,7 +31,7 @@ class FinishedRun:
     tokens: Mapping[str, int]
     """Adapter name -> tokens it was trained on."""
     task_tokens: Mapping[str, int]
-    quarantined: Mapping[str, Mapping[str, Any]]
+    quarantined: Mapping[str, StoppedAdapter]
     """Adapter name -> step and reason."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,22 +67,25 @@ def read_finished_run(
     """
     folder, bank = context.folder, context.bank
     _, config_then = open_run(folder.path)
-    facts = folder.facts()
-    if "ended" not in facts:
+    run = folder.facts()
+    if run.ended is None:
         hint = "was finished by an older version, which recorded too little to add tasks to it"
         raise user_error("output_dir", str(folder.path), hint)
     added = [task for task in context.tasks if task not in config_then.tasks]
-    if problems := differences(
-        facts["ended"]["identity"], identity(added), f"when the run in {folder.path} ended"
-    ):
+    if problems := differences(run.ended.identity, identity(added), f"when the run in {folder.path} ended"):
         raise UserError(*problems)
     known = [adapter for adapter, spec in enumerate(bank.specs) if spec.task in config_then.tasks]
     best = load_best(bank, known, folder.best_adapters)
-    return _from_metrics(folder, facts, by_name(best, bank.specs))
+    seconds = run.training.evaluation_seconds
+    return _from_metrics(folder, seconds, joined=run.ended.joined, best=by_name(best, bank.specs))
 
 
 def _from_metrics(
-    folder: RunFolder, facts: Mapping[str, Any], best: Mapping[str, BestCheckpoint]
+    folder: RunFolder,
+    evaluation_seconds: float,
+    *,
+    joined: Mapping[str, int],
+    best: Mapping[str, BestCheckpoint],
 ) -> FinishedRun:
     records = folder.read_metrics("step")
     if not records:
@@ -89,15 +93,14 @@ def _from_metrics(
             str(folder.metrics), None, "has no record of the run's steps: put it back from a copy"
         )
     last, step = records[-1], max(record["step"] for record in records)
-    latest: dict[str, Any] = {}
+    latest: dict[str, AdapterMetrics] = {}
     for record in records:
         latest |= record["adapters"]
-    evaluation_seconds = facts["training"]["seconds"]["evaluate during training"]
     return FinishedRun(
         progress=TrainState(step, step, step, last["seconds"], evaluation_seconds),
-        joined=facts["ended"]["joined"],
+        joined=joined,
         best=best,
-        tokens={name: adapter.get("tokens", 0) for name, adapter in latest.items()},
+        tokens={name: int(adapter.get("tokens") or 0) for name, adapter in latest.items()},
         task_tokens=last["task_tokens"],
         quarantined=last.get("quarantined", {}),
     )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import RunConfig
 from flora_train.config.sweep import SweepConfig
+from flora_train.runtime.metric_records import RetiredAdapter
 from flora_train.training.train_state import by_id, by_name
 
 logger = logging.getLogger(__name__)
@@ -63,11 +64,12 @@ class EarlyStopping:
         )
         return bool(impatient or eliminated)
 
-    def record(self) -> dict[str, dict[str, Any]]:
+    def record(self) -> dict[str, RetiredAdapter]:
         """Adapter name -> step and reason, for the log."""
-        stopped = {
-            adapter: asdict(entry) for adapter, entry in self.retired.items() if entry.why != "finished"
-        }
+        stopped: dict[int, RetiredAdapter] = {}
+        for adapter, entry in self.retired.items():
+            if entry.why != "finished":
+                stopped[adapter] = {"step": entry.step, "why": entry.why}
         return by_name(stopped, self.specs)
 
     def state_dict(self) -> dict[str, Any]:

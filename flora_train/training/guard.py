@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.training_schema import GuardConfig
+from flora_train.runtime.metric_records import StoppedAdapter
 from flora_train.training.optimizer import AdapterStep, BankOptimizer
 from flora_train.training.train_state import by_id, by_name
 
@@ -83,11 +84,12 @@ class Guard:
                 self._roll_back(adapter)
                 self._count(adapter, anomalies.get(adapter, "its gradient is not finite"), step)
 
-    def record(self) -> dict[str, dict[str, Any]]:
+    def record(self) -> dict[str, StoppedAdapter]:
         """Name of a quarantined adapter -> step and reason, for the log."""
-        return by_name(
-            {adapter: entry._asdict() for adapter, entry in self.quarantined.items()}, self.bank.specs
-        )
+        stopped: dict[int, StoppedAdapter] = {}
+        for adapter, entry in self.quarantined.items():
+            stopped[adapter] = {"step": entry.step, "why": entry.why}
+        return by_name(stopped, self.bank.specs)
 
     def state_dict(self) -> dict[str, Any]:
         losses = {adapter: list(recent) for adapter, recent in self._losses.items()}

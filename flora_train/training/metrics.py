@@ -68,7 +68,7 @@ class TrainingMetrics:
             for adapter, tokens in self.recent_label_tokens.items()
         }
 
-    def flush(self) -> dict[str, dict[str, Any]]:
+    def flush(self) -> dict[str, dict[str, float]]:
         """Adapter name -> its part of a log record. The recent sums begin anew."""
         record = {}
         for adapter, loss in self.recent_losses().items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flora_train.adapters.spec import expand
 from flora_train.config.errors import user_error
+from flora_train.runtime.metric_records import RecordKind
 from flora_train.runtime.run_folder import open_run
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 COLUMNS = ("step", "adapter", "task", "method", "metric", "value")
 RUN_METRICS = ("seconds", "tokens", "tokens_per_second")
 """Metrics of a whole run, which have no adapter, task and method."""
-PREFIXES = {"step": "", "evaluation": "heldout_"}
+PREFIXES: dict[RecordKind, str] = {"step": "", "evaluation": "heldout_"}
 """Kind of a record in metrics.jsonl -> beginning of its metrics' names."""
 
 
@@ -46,7 +47,9 @@ def read_metrics(run: str | os.PathLike[str]) -> pandas.DataFrame:
         for record in folder.read_metrics(kind):
             step = record["step"]
             rows += [
-                (step, None, None, None, metric, record[metric]) for metric in RUN_METRICS if metric in record
+                (step, None, None, None, metric, record.get(metric))
+                for metric in RUN_METRICS
+                if metric in record
             ]
             for name, metrics in record["adapters"].items():
                 spec = specs[name]

@@ -16,6 +16,7 @@ from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
 from flora_train.data.tokenization import tokenizer_hash
 from flora_train.models.base_identity import base_identity
+from flora_train.runtime.run_info import RunInfo, SplitSize, TaskData
 
 logger = logging.getLogger(__name__)
 
@@ -35,24 +36,19 @@ class Origin:
 
     base: Mapping[str, str] | None
     """SHA-256 of its files (see base_identity); None if unknown."""
-    data: Mapping[str, Mapping[str, Any]]
+    data: Mapping[str, TaskData]
     """Task -> SHA-256 of its examples, and counts of its splits."""
     tokenizer: str | None = None
     """Its SHA-256 (see tokenizer_hash); None if unknown."""
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any]) -> Origin:
+    def read(cls, run: RunInfo) -> Origin:
         """From the content of run.json."""
-        base, data, tokenizer = facts.get("base"), facts.get("data"), facts.get("tokenizer")
-        if not isinstance(base, dict) or not all(
-            isinstance(base.get(key), str) for key in ("weights", "config")
-        ):
-            base = None
-        if not isinstance(data, dict):
-            data = {}
-        if not isinstance(tokenizer, str):
-            tokenizer = None
-        return cls(base, {name: entry for name, entry in data.items() if isinstance(entry, dict)}, tokenizer)
+        base = None
+        if run.base is not None:
+            base = run.base.model_dump()
+        tasks = run.data or {}
+        return cls(base, {name: data for name, data in tasks.items() if data is not None}, run.tokenizer)
 
     def base_differences(self, config: RunConfig) -> list[Problem]:
         """A problem if the base at model.path differs. None where the base is not on this machine."""
@@ -84,7 +80,7 @@ class Origin:
         problems = []
         for name, task in tasks.items():
             then, now = self.data.get(name), data_of(task)
-            if then is not None and then.get("sha256") != now["sha256"]:
+            if then is not None and then.sha256 != now.sha256:
                 hint = (
                     f"gives other examples than the run was trained on ({_change(then, now)}): "
                     "held-out examples may have been trained on"
@@ -93,13 +89,14 @@ class Origin:
         return problems
 
 
-def data_of(task: Task) -> dict[str, Any]:
-    """What identifies a task's examples, for run.json."""
-    identity: dict[str, Any] = {"sha256": task.data_hash}
-    for name, split in (("train", task.train), ("validation", task.validation), ("test", task.test)):
-        if split is not None:
-            identity[name] = _counts(split)
-    return identity
+def data_of(task: Task) -> TaskData:
+    """What identifies a task's examples."""
+    test = None
+    if task.test is not None:
+        test = _size(task.test)
+    return TaskData(
+        sha256=task.data_hash, train=_size(task.train), validation=_size(task.validation), test=test
+    )
 
 
 def allowed(problems: Sequence[Problem], allow: bool, flag: str) -> list[str]:
@@ -117,21 +114,21 @@ def allowed(problems: Sequence[Problem], allow: bool, flag: str) -> list[str]:
     return sentences
 
 
-def _counts(split: TokenSplit) -> dict[str, int]:
-    return {"rows": split.counts.rows, "examples": split.counts.examples, "tokens": split.counts.tokens}
+def _size(split: TokenSplit) -> SplitSize:
+    return SplitSize(rows=split.counts.rows, examples=split.counts.examples, tokens=split.counts.tokens)
 
 
-def _change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _change(then: TaskData, now: TaskData) -> str:
     """The first count that differs. Equal counts can be of different rows."""
-    names = {"train": "training", "validation": "validation", "test": "test"}
-    for split, name in names.items():
-        for unit in ("rows", "examples", "tokens"):
-            before, after = _count(then, split, unit), _count(now, split, unit)
-            if before != after:
-                return f"{before} {name} {unit} then, {after} now"
+    sizes = {
+        "training": (then.train, now.train),
+        "validation": (then.validation, now.validation),
+        "test": (then.test, now.test),
+    }
+    for name, (size_then, size_now) in sizes.items():
+        before, after = size_then or SplitSize(), size_now or SplitSize()
+        for unit in SplitSize.model_fields:
+            count_before, count_after = getattr(before, unit), getattr(after, unit)
+            if count_before != count_after:
+                return f"{count_before} {name} {unit} then, {count_after} now"
     return "as many rows, with another content, format or tokenizer"
-
-
-def _count(counts: Mapping[str, Any], split: str, unit: str) -> Any:
-    of_split = counts.get(split)
-    return of_split.get(unit) if isinstance(of_split, dict) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from flora_train.runtime.distributed import (
     wait_for_everyone,
     world,
 )
+from flora_train.runtime.metric_records import EvaluationRecord, Record, StepRecord
 from flora_train.runtime.progress import ProgressBar, share_and_time_left
 from flora_train.runtime.signals import Interrupted, StopSignals
 from flora_train.training.context import TrainingContext
@@ -156,7 +156,7 @@ class Trainer(ResumableTraining):
         adapters = metrics.flush()
         for name, entry in adapters.items():
             entry["rollbacks"] = self.guard.rolled_back[self.bank.ids[name]]
-        record = {
+        record: StepRecord = {
             "kind": "step",
             "step": state.step,
             "seconds": round(state.seconds, 3),
@@ -190,7 +190,7 @@ class Trainer(ResumableTraining):
         state.evaluated = state.step
         state.evaluation_seconds += time.monotonic() - started
         some_retire = self.early_stopping.after_evaluation(losses, state.step)
-        record = {
+        record: EvaluationRecord = {
             "kind": "evaluation",
             "step": state.step,
             "max_examples": limit,
@@ -248,6 +248,6 @@ class Trainer(ResumableTraining):
         interval = self.config.evaluation.interval or self.end
         return self.state.evaluation_is_due(interval, self.early_stopping.halving.rungs)
 
-    def _record(self, record: dict[str, Any], scalars: dict[str, float]) -> None:
+    def _record(self, record: Record, scalars: dict[str, float]) -> None:
         on_main_process(lambda: self.folder.append_metrics(record))
         self.metric_logger.log(scalars, step=record["step"])

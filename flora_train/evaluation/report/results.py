@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -40,6 +39,7 @@ from flora_train.evaluation.report.types import (
     UnusableClips,
 )
 from flora_train.evaluation.speech.score_types import SpeechResults
+from flora_train.runtime.metric_records import Record
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.best_adapters import BestCheckpoint
 from flora_train.training.heldout import HeldOut
@@ -151,20 +151,21 @@ def read_training_record(folder: RunFolder) -> TrainingRecord:
     for record in steps:
         for name, counts in record["adapters"].items():
             adapters[name] = AdapterCounts(
-                counts["tokens"], counts.get("skipped_steps", 0), counts.get("rollbacks", 0)
+                tokens=int(counts["tokens"] or 0),
+                skipped_steps=int(counts.get("skipped_steps") or 0),
+                rollbacks=int(counts.get("rollbacks") or 0),
             )
-    last: Mapping[str, Any] = {"task_tokens": {}}
+    task_tokens: dict[str, int] = {}
+    quarantined = {}
     if steps:
-        last = steps[-1]
-    quarantined = {
-        name: Quarantine(step=entry["step"], reason=entry["why"])
-        for name, entry in last.get("quarantined", {}).items()
-    }
+        task_tokens = steps[-1]["task_tokens"]
+        for name, stopped in steps[-1].get("quarantined", {}).items():
+            quarantined[name] = Quarantine(step=stopped["step"], reason=stopped["why"])
     retired = {}
-    for record in folder.read_metrics("evaluation"):
-        for name, entry in record.get("left", {}).items():
+    for evaluation in folder.read_metrics("evaluation"):
+        for name, entry in evaluation.get("left", {}).items():
             retired[name] = Retirement(step=entry["step"], reason=entry["why"])
-    return TrainingRecord(last["task_tokens"], adapters, quarantined, retired)
+    return TrainingRecord(task_tokens, adapters, quarantined, retired)
 
 
 def examples_hash(split: TokenSplit) -> str:
@@ -382,7 +383,7 @@ def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]
     )
 
 
-def _loss_curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float | None]]]:
+def _loss_curves(records: Sequence[Record]) -> dict[str, list[tuple[int, float | None]]]:
     """Adapter -> (step, loss) of every record that has it."""
     curves: dict[str, list[tuple[int, float | None]]] = {}
     for record in records:
