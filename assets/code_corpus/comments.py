@@ -1,4 +1,4 @@
-"""What of a comment is worth learning?  Description: no rulers, directives, licences or switched-off code."""
+"""Reduces comments to their description: no rulers, directives, licences or switched-off code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where are the functions of a D file?"""
+"""Functions of D files."""
 
 from __future__ import annotations
 

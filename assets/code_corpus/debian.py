@@ -1,4 +1,4 @@
-"""How do a Debian package's files get here?  `apt-get download` and `dpkg-deb -x`; nothing is installed."""
+"""Fetches and unpacks Debian packages (`apt-get download`, `dpkg-deb -x`); nothing is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Has nearly the same code been taken already?  Token shingles, compared exactly (the corpora are small)."""
+"""Finds near-duplicates of code by token shingles, compared exactly (the corpora are small)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which examples does one source file give, and why were its other functions dropped?"""
+"""Examples from one source file, and the reasons why its other functions were dropped."""
 
 from __future__ import annotations
 

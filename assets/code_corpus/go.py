@@ -1,4 +1,4 @@
-"""Where are the functions of a Go file?"""
+"""Functions of Go files."""
 
 from __future__ import annotations
 

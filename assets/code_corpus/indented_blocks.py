@@ -1,4 +1,4 @@
-"""Where does a Ruby or Perl function end?  At the first closing line that is as deep as its signature.
+"""Ends of Ruby and Perl functions: the first closing line that is indented as its signature.
 
 Both languages are hard to tokenise (regular expressions, quoting operators), and published code is indented
 well, so the indentation decides, and whatever does not fit is left out.

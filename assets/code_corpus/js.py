@@ -1,4 +1,4 @@
-"""Where are the functions of a JavaScript file?"""
+"""Functions of JavaScript files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which module knows the functions of which language?"""
+"""The languages and the module that extracts the functions of each."""
 
 from __future__ import annotations
 

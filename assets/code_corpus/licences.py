@@ -1,4 +1,4 @@
-"""May this file be shipped, and under which licence?  Reads Debian's machine-readable copyright files.
+"""Licences of a package's files, from Debian's machine-readable copyright files.
 
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/ ("DEP-5"). The file names
 source-tree paths, and a package holds installed paths, so patterns are matched loosely: by every tail of

@@ -1,4 +1,4 @@
-"""Which lines of a Ruby or Perl file are code?  The others can fool a search for `end`."""
+"""Classifies the lines of Ruby and Perl files: those that are not code can mislead a search for `end`."""
 
 from __future__ import annotations
 

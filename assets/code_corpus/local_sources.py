@@ -1,4 +1,4 @@
-"""Which Debian packages are the other languages' corpora made of?  Reads `local_sources.yaml`."""
+"""Reads `local_sources.yaml`: the Debian packages of the corpora that are built locally."""
 
 from __future__ import annotations
 

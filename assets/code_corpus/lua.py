@@ -1,4 +1,4 @@
-"""Where are the functions of a Lua file?  Strings and comments are masked, block keywords counted."""
+"""Functions of Lua files: strings and comments are masked, block keywords counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who wrote the shipped examples, and under which licences?  Writes NOTICE.md and the folder `licenses/`."""
+"""Writes NOTICE.md and the folder `licenses/`: authors and licences of the shipped examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which characters of a brace language's file are code?  Comments, strings and patterns are blanked out."""
+"""Masks comments, strings and patterns in source code of languages with braces."""
 
 from __future__ import annotations
 

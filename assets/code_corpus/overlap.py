@@ -1,4 +1,4 @@
-"""Does an example give away an evaluation problem, by the name of a function or by its description?"""
+"""Finds evaluation problems in an example, by the name of a function or by its description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where are the subroutines of a Perl file?"""
+"""Subroutines of Perl files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where are the functions and methods of a PHP file?"""
+"""Functions and methods of PHP files."""
 
 from __future__ import annotations
 

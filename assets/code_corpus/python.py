@@ -1,4 +1,4 @@
-"""Where are the functions of a Python file?  Python's own parser says."""
+"""Functions of Python files, found with Python's own parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where are the methods of a Ruby file?"""
+"""Methods of Ruby files."""
 
 from __future__ import annotations
 

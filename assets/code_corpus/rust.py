@@ -1,4 +1,4 @@
-"""Where are the functions of a Rust file?"""
+"""Functions of Rust files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the candidate examples are shipped?  A seeded choice that no single package dominates."""
+"""Selects the examples that are shipped: a seeded choice in which no single package dominates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is a function, to the extraction of every language?"""
+"""The function that the extraction of every language returns."""
 
 from __future__ import annotations
 

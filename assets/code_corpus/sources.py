@@ -1,4 +1,4 @@
-"""Which Debian packages is each shipped language's corpus made of, and which of them are held out?
+"""Debian packages of each shipped language's corpus, for training and held out.
 
 A held-out package never shares its Debian source package with a training one (checked when the corpus is
 built). `perl-modules-5.36` is left out on purpose: its copyright file names paths of the source tree

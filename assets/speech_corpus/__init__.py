@@ -1,1 +1,1 @@
-"""Where is human speech with transcripts in Debian? Three sources, one module each."""
+"""Human speech with transcripts in Debian packages: three sources, one module each."""

@@ -1,4 +1,4 @@
-"""What is a recording? A clip in some package, what is said in it, and who may be compared with whom."""
+"""A recording: a clip in a package, its transcript and its speaker."""
 
 from __future__ import annotations
 

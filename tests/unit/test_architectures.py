@@ -1,5 +1,4 @@
-"""Does every architecture attach with sensible defaults, train mixed, keep adapters apart, and export to
-plain PEFT?
+"""Every architecture attaches with default targets, trains mixed and isolated, and exports to plain PEFT.
 
 docs/architectures.md is this file's table: `pytest tests/unit/test_architectures.py --update-docs` writes it.
 """

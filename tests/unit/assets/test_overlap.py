@@ -1,5 +1,4 @@
-"""Do the builder and the check notice evaluation problems in training data?  And are the shipped data
-clean?"""
+"""The builder and the check find evaluation problems in training data; the shipped data have none."""
 
 from __future__ import annotations
 

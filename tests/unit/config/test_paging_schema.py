@@ -1,4 +1,4 @@
-"""Where are slots given, and what is refused?"""
+"""Options of paging: defaults, places where slots are given, and what is refused."""
 
 from __future__ import annotations
 

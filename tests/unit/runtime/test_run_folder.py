@@ -1,4 +1,4 @@
-"""Is nothing of a user's overwritten, and nothing of ours half-written?"""
+"""Run folders: no file of a user is overwritten, and no file of a run is partly written."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Can tasks join a run that was interrupted, or had ended, and are the adapters that were there left as they
-are?"""
+"""Tasks join an interrupted or a finished run; the adapters that it had stay unchanged."""
 
 from __future__ import annotations
 

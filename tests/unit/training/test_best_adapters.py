@@ -1,4 +1,4 @@
-"""Is the best state of every adapter kept, and given back bit by bit?"""
+"""The best state of every adapter is saved and restored bit by bit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Does an interrupted run end with the bytes of one that was not, and is every wrong checkpoint
-recognised?"""
+"""A resumed run ends with the bytes of an uninterrupted one; every wrong checkpoint is recognised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Are the losses of a row those of plain cross entropy, without the logits that nobody needs?"""
+"""A row's loss equals plain cross entropy, and unneeded logits are not computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the bank's optimizer torch's own, adapter by adapter, in few calls?"""
+"""The bank's optimizer equals torch's, adapter by adapter, in few calls."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Does it matter to any number where adapters live? Not to the last bit; and what is moved is what theory
-says must be."""
+"""Paging changes no bit of any result, and moves exactly what the theory requires."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Are learning rates what their names promise?"""
+"""Learning-rate schedules: values at every step."""
 
 from __future__ import annotations
 

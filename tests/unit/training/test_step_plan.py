@@ -1,4 +1,4 @@
-"""Does a step's plan say what the step will do?"""
+"""A step's plan predicts the step exactly."""
 
 from __future__ import annotations
 

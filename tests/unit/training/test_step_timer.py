@@ -1,4 +1,4 @@
-"""Do the shares of a step's time add up, and does measuring the base change nothing?"""
+"""Shares of a step's time add up, and measuring the base changes no result."""
 
 from __future__ import annotations
 
