@@ -179,8 +179,8 @@ def _agreed(
         theirs = _value_of(name, other, adapter, model)
         if theirs != value:
             hint = (
-                f"has {name} {theirs!r}, and {first.source} has {value!r}: give their tasks adapters of "
-                "their own (adapters.*.tasks)"
+                f"has {name} {theirs!r}, and {first.source} has {value!r}: give their tasks "
+                "separate adapters (adapters.*.tasks)"
             )
             raise user_error(f"{key}.init_from", other.source, hint)
     return value
@@ -200,7 +200,7 @@ def _value_of(name: str, outline: PeftOutline, adapter: AdapterConfig, model: nn
 
 
 def _rank_for(outline: PeftOutline, variant: str | None) -> int | None:
-    """The rank of ours that computes the same: a pure fLoRA is a HIRA of one rank more."""
+    """The rank of the equivalent adapter here: a pure fLoRA is a HIRA of one rank more."""
     if outline.peft_type == "HIRA" and variant == "pure" and outline.rank is not None:
         return outline.rank - 1
     return outline.rank
@@ -214,7 +214,7 @@ def _check_modules(outline: PeftOutline, key: str, config: RunConfig, model: nn.
     if missing:
         hint = (
             f"has tensors for {missing[0]}, which {config.model.path} lacks: "
-            f"its base model is another one{trained_on}"
+            f"its base model differs{trained_on}"
         )
         raise user_error(f"{key}.init_from", outline.source, hint)
     if outline.base is not None and PurePath(outline.base).name != PurePath(config.model.path).name:
@@ -268,7 +268,7 @@ def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, 
             hint = (
                 f"adapts {module} as a layer of size {theirs}, and here it is {target.out_features} x "
                 f"{target.in_features}: "
-                "its base model is another one"
+                "its base model differs"
             )
             raise user_error(f"{key}.init_from", source, hint)
 

@@ -94,7 +94,7 @@ def _select(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str]) ->
         names = [name for name in selected if _ends_with(name, [suffix])]
         if names and all(name in unusable for name in names):
             layer = f"{names[0]} of {type(model).__name__}"
-            hint = f"no adapter can be attached to {layer}, which {unusable[names[0]]}: leave it out"
+            hint = f"no adapter can be attached to {layer}, which {unusable[names[0]]}: remove it"
             raise user_error(key, suffix, hint)
     return selected
 

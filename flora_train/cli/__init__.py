@@ -1,4 +1,4 @@
-"""The command line. Each command's arguments stand in a module of this package, its work in `commands`."""
+"""The command line. Each command's arguments are in a module of this package, its work in `commands`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flora_train.config.terminal_text import plain, safe_streams, write_failure
 from flora_train.runtime.logging import init_logging, stop_logging
 from flora_train.runtime.signals import SAVED, STOPPED, Interrupted, stop_on_interrupt
 
-# torch's threads wait for each other by spinning, which starves whatever else wants the same cores: another
+# torch's threads wait for each other by spinning, which starves other processes on the same cores: another
 # process, or the threads that compute adapters (kernels/cpu_threads.py). It is read when torch loads, which
 # is after this module.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -36,8 +36,8 @@ _keep_freed_memory()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (default: of the process's own arguments).
 
-    Returns the exit status: 0, 2 after an error that the user can correct, 75 (SAVED) where a run was told to
-    stop (SIGTERM, SIGINT) and can be resumed, or 130 (STOPPED) after Ctrl-C elsewhere.
+    Returns the exit status: 0, 2 after an error that the user can correct, 75 (SAVED) where a run was asked
+    to stop (SIGTERM, SIGINT) and can be resumed, or 130 (STOPPED) after Ctrl-C elsewhere.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with safe_streams():
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     sys.stdout.flush()
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
-                print("interrupted: what was written is whole", file=sys.stderr)
+                print("interrupted: files that were written are complete", file=sys.stderr)
             return STOPPED
         finally:
             stop_logging()

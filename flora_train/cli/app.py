@@ -16,7 +16,7 @@ from flora_train.config.errors import Problem, UserError, choices, did_you_mean
 
 PROGRAM = "flora-train"
 COMPLETION = "_FLORA_TRAIN_COMPLETE"
-"""The variable in which a shell asks for completions."""
+"""The variable that a shell sets to request completions."""
 COMMANDS = (
     "train",
     "init",
@@ -31,7 +31,7 @@ COMMANDS = (
     "convert",
     "push",
 )
-"""In the order of the help. Each stands in a module of this package with the same name."""
+"""In the order of the help. Each is in a module of this package with the same name."""
 HELP = ("-h", "--help")
 
 ParserError: Any = typer.BadParameter.__mro__[1]
@@ -57,7 +57,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises UserError with every argument that is not of a form that this command takes."""
-        if ctx.resilient_parsing:  # a shell asks for completions
+        if ctx.resilient_parsing:  # a shell requests completions
             return super().parse_args(ctx, args)
         if set(HELP) & set(args):
             _print_help(ctx)
@@ -212,7 +212,7 @@ def _print_help(ctx: Any) -> None:
 
 
 def _problem(error: Any) -> Problem:
-    """What the parser says, in the form of every other error."""
+    """The parser's error in the form of all other errors."""
     usage = ""
     if error.ctx is not None:
         usage = " ".join(error.ctx.get_usage().split()).removeprefix("Usage: ")

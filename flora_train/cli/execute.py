@@ -71,5 +71,5 @@ def execute(
 
 
 def _number(text: str) -> int | str:
-    """A whole number, or what is no number, for the error."""
+    """A whole number, or the text that is not one, for the error."""
     return int(text) if text.isdecimal() else text

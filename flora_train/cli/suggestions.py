@@ -56,7 +56,7 @@ def option_for_assignment(arg: str, options: Mapping[str, Any], *, takes_overrid
 
 def _recipe_key(key: str) -> str | None:
     """The key of `evaluation` or of a task that is meant; None if there is none."""
-    from flora_train.config.suggestions import full_key  # loads the schema of recipes, which takes a moment
+    from flora_train.config.suggestions import full_key  # loading the schema of recipes is slow
 
     section, _, _ = key.partition(".")
     meant = full_key(key.split("."))

@@ -48,7 +48,7 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
     config, tensors = read_peft(source, "adapter")
     peft_type = peft_type_of(config)
     if peft_type != "LORA":
-        advice = "HIRA and IA3 go on as they are, with adapters.NAME.init_from"
+        advice = "HIRA and IA3 need no conversion, use adapters.NAME.init_from"
         hint = f"is of kind {peft_type}: LORA is converted; {advice}"
         raise user_error("adapter", source, hint)
     base = options.model or config.get("base_model_name_or_path")

@@ -108,7 +108,7 @@ def _recipe_facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -
     in_triton = runs_in_triton(torch.empty(0, dtype=dtype))
     backend = "triton" if in_triton else "torch"
     yield "backend", f"{backend} (kernels.backend={config.kernels.backend})"
-    yield "triton", why_not_triton(device) or "can run here; kernels.backend=triton asks for it"
+    yield "triton", why_not_triton(device) or "can run here; kernels.backend=triton selects it"
     yield "precision", f"{_precision(dtype)} (kernels.precision={config.kernels.precision})"
     machine_name = calibrated_on(Work(1, False, 1, 1, 1, 1, device=device.type, triton=in_triton))
     thresholds = "not measured on such a device: a CPU's"
@@ -119,9 +119,9 @@ def _recipe_facts(config: RunConfig, device: torch.device, dtype: torch.dtype) -
 
 def _precision(dtype: torch.dtype) -> str:
     if splits(dtype):
-        return "M - 1 is kept apart from 1"
+        return "M - 1 is computed separately from 1"
     if dtype.itemsize == 2:
-        return "no part of M is kept apart"
+        return "no part of M is computed separately"
     return "has no meaning in float32"
 
 

@@ -34,7 +34,7 @@ class ExecuteOptions(ConfigModel):
     pass_at_k: Ks = [1]
     """pass@k for these k."""
     sandbox: Sandbox = "bubblewrap"
-    """none runs programs unconfined, and every verdict says so."""
+    """none runs programs unconfined, and every verdict records it."""
     cpu_seconds: float | None = Field(None, ge=0.01, le=86_400)
     """CPU time limit of one program, in seconds. Default: that of its language, in eval/languages.yaml."""
     workers: int | None = Field(None, ge=1, le=MOST_PROCESSES)

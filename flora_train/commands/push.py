@@ -95,7 +95,9 @@ def _check_finished(folder: RunFolder, chosen: Sequence[AdapterSpec]) -> None:
     """Raises UserError where a run is not finished, or an adapter was deleted."""
     run = str(folder.path)
     if not folder.finished:
-        raise user_error("run", run, "is not finished: it trains still, or goes on with resume=true")
+        raise user_error(
+            "run", run, "is not finished: it is still training, or can be resumed with resume=true"
+        )
     missing = [spec.name for spec in chosen if not (folder.adapters / spec.name).is_dir()]
     if missing:
         raise user_error("run", run, f"has no folder of {missing[0]}: flora-train export {run} writes it")
@@ -152,18 +154,18 @@ def _send(repositories: Sequence[Repository], options: PushOptions) -> None:
         user = with_retries(lambda: str(api.whoami()["name"]))
         _send_all(api, repositories, options)
     except LocalTokenNotFoundError as error:
-        raise _failed(options, "needs you to be logged in: hf auth login, or HF_TOKEN=...;") from error
+        raise _failed(options, "requires a login: hf auth login, or HF_TOKEN=...;") from error
     except OfflineModeIsEnabled as error:
         raise _failed(options, "cannot be reached, HF_HUB_OFFLINE=1 forbids it: unset it,") from error
     except HfHubHTTPError as error:
         raise _failed(options, f"{_refusal(error, user)},") from error
     except AnswerError as error:
         raise _failed(
-            options, f"the hub gave an answer that makes no sense ({error}); what it has stays: push again,"
+            options, f"the hub's answer cannot be interpreted ({error}); uploaded files stay: push again,"
         ) from error
     except OSError as error:
         raise _failed(
-            options, f"broke off ({first_line(error)}); what the hub has stays: push again,"
+            options, f"broke off ({first_line(error)}); uploaded files stay: push again,"
         ) from error
 
 
@@ -174,10 +176,10 @@ def _failed(options: PushOptions, reason: str) -> UserError:
 def _refusal(error: Any, user: str) -> str:
     status = error.response.status_code
     if status == 401:
-        return "the hub does not know your token: hf auth login"
+        return "the hub rejects your token: run hf auth login"
     if status == 403:
-        return f"may not be written by you ({user})"
-    return f"the hub answered {status}: {first_line(error)}; what it has stays, push again"
+        return f"is not writable for user {user}"
+    return f"the hub answered {status}: {first_line(error)}; uploaded files stay, push again"
 
 
 def _send_all(api: Any, repositories: Sequence[Repository], options: PushOptions) -> None:

@@ -1,4 +1,4 @@
-"""flora-train report: draw a run's report again, or several runs beside each other."""
+"""flora-train report: draw a run's report again, or compare several runs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def write_reports(runs: Sequence[str], *, out: str | None = None, table: str | N
     reports = [read_report(folder) for folder in folders]
     if len(runs) == 1:
         if out is not None:
-            raise user_error(
-                "out", out, "is for several runs beside each other; one has its page in its folder"
-            )
+            raise user_error("out", out, "is for several runs; the page of one run is in its folder")
         page = _rewrite(folders[0], reports[0])
     else:
         page = _compare(runs, reports, out)

@@ -79,7 +79,7 @@ def train_run(config: RunConfig) -> RunResult:
 
     Raises:
         UserError: Bad input; before any long work where it can be known.
-        Interrupted: The run was told to stop while it trained, and is saved; `resume=true` continues it.
+        Interrupted: The run was stopped during training and is saved; `resume=true` continues it.
     """
     started = time.monotonic()
     folder = RunFolder(Path(config.folder))

@@ -149,13 +149,13 @@ class _Resolver:
         match = BODY.fullmatch(body.strip())
         if match is None:
             return self._blame(
-                place, text, f"holds ${{{body}}}, which is no key such as ${{training.steps}} {LITERALLY}"
+                place, text, f"holds ${{{body}}}, which is not a key such as ${{training.steps}} {LITERALLY}"
             )
         try:
             target, value = _find(self.top, _target(match, place))
         except (KeyError, IndexError, ValueError):
             return self._blame(
-                place, text, f"refers to {body.strip()}, which is no key of this configuration {LITERALLY}"
+                place, text, f"refers to {body.strip()}, which is not a key of this configuration {LITERALLY}"
             )
         if any(opened[: len(target)] == target for opened in self.open):
             return self._blame(place, text, "refers to itself")

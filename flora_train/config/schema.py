@@ -64,7 +64,7 @@ class RunConfig(ConfigModel):
     guard: GuardConfig = GuardConfig()
     """What happens after a step with a bad loss or gradient."""
     paging: PagingConfig = PagingConfig()
-    """Where adapters are kept that do not fit on the device."""
+    """Storage of the adapters that do not fit on the device."""
     kernels: KernelsConfig = KernelsConfig()
     """Which implementation computes the adapters."""
     tracking: TrackingConfig = TrackingConfig()

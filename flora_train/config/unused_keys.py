@@ -81,7 +81,7 @@ def _of_source(source: SourceConfig) -> Iterator[tuple[str, str]]:
             "requires folder: set it, or write the pattern into files",
         )
     if "sample_by" in given and not any(_may_be_text(file) for file in source.files or ()):
-        yield "sample_by", "is for .txt files, and there are none: remove it"
+        yield "sample_by", "applies to .txt files only, and the source has none: remove it"
 
 
 def _may_be_text(file: str) -> bool:

@@ -34,7 +34,7 @@ AUDIO, SENTENCE = ("path", "audio", "file"), ("sentence", "text", "transcription
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 TABLES = (".tsv", ".csv", ".jsonl")
 MOST_LABELS, ROWS_PER_LABEL = 20, 10
-"""A column with at most so many values, of at least so many rows each, makes a task of each value."""
+"""A column with at most this many values, each in at least this many rows, becomes one task per value."""
 SHOWN_COLUMNS = 8
 """Columns that a note names."""
 
@@ -54,7 +54,7 @@ def guess_tasks(source: str, language: str | None) -> dict[str, GuessedTask]:
     """Task name -> task of a file or folder.
 
     A folder of clips (LANGUAGE/clips.tsv) makes a task for each language. language: of clips, instead of the
-    name of their folder. Raises UserError where the kind of task cannot be told.
+    name of their folder. Raises UserError where the kind of task cannot be determined.
     """
     path = Path(source)
     name = _task_name(path)

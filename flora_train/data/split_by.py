@@ -184,7 +184,7 @@ def _group(rows: Sequence[Row], column: str, key: str, split: str) -> dict[str, 
         columns: dict[str, None] = {}
         for row in rows:
             columns |= dict.fromkeys(map(str, row))
-        hint = f"is no column with values in the {split} rows; they have {choices(columns)}."
+        hint = f"is not a column with values in the {split} rows; they have {choices(columns)}."
         raise user_error(key, column, hint + did_you_mean(column, columns))
     if empty:
         hint = f"is empty in {empty:,} of {len(rows):,} {split} rows: fill it, or remove these rows"

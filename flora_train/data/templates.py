@@ -27,7 +27,7 @@ class PromptCompletion:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to learn: no text, or empty columns in the template."""
+        """Whether the example is empty: no text, or empty columns in the template."""
         parts = [self.completion[a:b] for a, b in self.completion_rows] or [self.completion]
         return all(not part or part.isspace() for part in parts)
 

@@ -87,7 +87,7 @@ class _Documents:
     def add(self, prompt: Encoded, completion: Encoded) -> None:
         """Append the documents of one example."""
         self.written += prompt.written + completion.written
-        if not len(completion.ids):  # the tokenizer knows none of its characters
+        if not len(completion.ids):  # the tokenizer has none of its characters
             self.fates["empty"] += 1
             return
         head, begins = _head(self.encoder, prompt.ids, completion.ids)

@@ -51,7 +51,7 @@ def dequantized(layer: nn.Module, dtype: torch.dtype, keep: bool = False) -> Ite
 
 
 def _read(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """Through PEFT, which knows the call of every quantizer."""
+    """Through PEFT, which has the call of every quantizer."""
     # Imported here, because it takes seconds to load.
     from peft.utils.integrations import dequantize_module_weight
 

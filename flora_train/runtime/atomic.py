@@ -163,7 +163,7 @@ class disk_errors:
             raise user_error(str(self.path), None, hint) from error
         free = _free_megabytes(self.path)
         room = "" if free is None else f" ({free:.1f} MB free)"
-        hint = f"the disk is full{room}: what was there is kept; make room and run again"
+        hint = f"the disk is full{room}: existing files are kept; free some space and run again"
         raise user_error(str(self.path), None, hint) from error
 
 

@@ -32,11 +32,11 @@ def damaged_file() -> Iterator[None]:
 
 
 def check_regular(path: Path) -> None:
-    """Raises DamagedError for a pipe or a device, whose reader would wait forever. A missing file is no error
-    here.
+    """Raises DamagedError for a pipe or a device, which would block the reader forever. A missing file is no
+    error here.
     """
     if path.exists() and not path.is_file():
-        raise DamagedError("it is no regular file")
+        raise DamagedError("it is not a regular file")
 
 
 def verify(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:

@@ -37,7 +37,7 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
 
 
 def on_any_process(condition: bool, device: torch.device) -> bool:
-    """Whether the condition holds on at least one process; the same answer on all."""
+    """Whether the condition holds on at least one process; the result is the same on all."""
     return bool(sum_over_processes(torch.tensor(float(condition), device=device)))
 
 

@@ -103,14 +103,14 @@ class Journal(Generic[Entry]):
         return any(recorded.get(key) != settings.get(key) for key in keys)
 
     def read(self) -> dict[tuple[Any, ...], Entry]:
-        """All entries by key. Raises UserError for a line that is damaged, or is no entry."""
+        """All entries by key. Raises UserError for a line that is damaged or not an entry."""
         entries: dict[tuple[Any, ...], Entry] = {}
         for file in self._files():
             for number, line in enumerate(_read_lines(file).split(b"\n")[:-1], 1):
                 entry = self._parse(f"{file}:{number}", line)
                 if entry.key in entries:
                     key = "/".join(map(str, entry.key))
-                    raise user_error(f"{file}:{number}", key, f"stands twice: {self.remedy}")
+                    raise user_error(f"{file}:{number}", key, f"occurs twice: {self.remedy}")
                 entries[entry.key] = entry
         return entries
 
@@ -130,7 +130,7 @@ class Journal(Generic[Entry]):
             return _entry(self.kind, line)
         except (ValueError, TypeError, RecursionError) as error:
             hint = (
-                f"is no {self.word} of ours, or damaged: delete this line, and it is made again; or "
+                f"is damaged, or not a {self.word}: delete this line to have it computed again; or "
                 f"{self.remedy}"
             )
             raise user_error(location, None, hint) from error
@@ -157,7 +157,11 @@ class Journal(Generic[Entry]):
         except (OSError, ValueError, RecursionError):
             recorded = None
         if not isinstance(recorded, dict) or recorded.keys() != settings.keys():
-            raise user_error(str(self.settings), None, f"is not ours and would be overwritten: {self.remedy}")
+            raise user_error(
+                str(self.settings),
+                None,
+                f"was not written by flora_train and would be overwritten: {self.remedy}",
+            )
 
     def _has_entries(self) -> bool:
         return any(_read_lines(file) for file in self._files())
@@ -190,7 +194,7 @@ def _entry(kind: type[Entry], line: bytes) -> Entry:
         raise ValueError("its checksum does not match")
     for key, hint in _hints(kind).items():
         if not _fits(content.get(key), hint):
-            raise TypeError(f"{key} is no {hint}")
+            raise TypeError(f"{key} is not of type {hint}")
     return kind(**content)
 
 
@@ -204,7 +208,7 @@ def _checksum(content: Mapping[str, JsonValue]) -> str:
 
 def _read_lines(file: Path) -> bytes:
     if file.exists() and not file.is_file():
-        raise user_error(str(file), None, "is no file: move it away")
+        raise user_error(str(file), None, "is not a file: move it away")
     try:
         return whole_lines(file.read_bytes())
     except OSError as error:

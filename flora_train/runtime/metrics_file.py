@@ -72,7 +72,7 @@ class MetricsFile:
         if not self.path.exists():
             return []
         if not self.path.is_file():
-            hint = "is no file: put it back from a copy, or train again (overwrite=true)"
+            hint = "is not a file: put it back from a copy, or train again (overwrite=true)"
             raise user_error(str(self.path), None, hint)
         lines = whole_lines(self.path.read_bytes()).split(b"\n")[:-1]
         records = [self._record(number, line) for number, line in enumerate(lines, 1)]

@@ -24,7 +24,7 @@ from flora_train.runtime.run_lock import RunLock
 logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 60.0
-"""Seconds that a resumed run waits for the lock: a process that was told to stop finishes its step first."""
+"""Seconds that a resumed run waits for the lock: a process that was asked to stop finishes its step first."""
 
 LONGEST_ENDING = "..safetensors.4194304.tmp"
 """What is added to an adapter's name in the names of its files, at most."""
@@ -45,8 +45,8 @@ class RunFolder(RunFiles):
     def status(self, config: RunConfig) -> RunStatus:
         """What a run of this configuration is for its folder.
 
-        Raises UserError if the folder holds something else: files that are no run, a run that is neither to
-        be resumed nor to be overwritten, or one of another configuration (with every key that differs).
+        Raises UserError if the folder holds something else: files that are not a run, a run that is neither
+        to be resumed nor to be overwritten, or one of another configuration (with every key that differs).
         """
         check_not_data(config, self.path)
         self._check_names(config)
@@ -54,7 +54,7 @@ class RunFolder(RunFiles):
             self._check_not_inside_a_run()
             return "new"
         if not self.known_facts:
-            hint = "is not empty and holds no run of ours: choose another folder"
+            hint = "is not empty and holds no run: choose another folder"
             raise user_error("output_dir", str(self.path), hint)
         if config.resume:
             return self._status_of_resumed(config)
@@ -111,7 +111,7 @@ class RunFolder(RunFiles):
         Raises UserError as `status` does, or if another process works in the folder.
         """
         with disk_errors(self.path):
-            self.status(config)  # nothing is created in a folder that is refused
+            self.status(config)  # a folder that is refused stays unchanged
             self.lock(LOCK_TIMEOUT if config.resume else 0.0)
             return self.status(config)  # another process may have changed it before this one had the lock
 

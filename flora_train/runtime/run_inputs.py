@@ -25,7 +25,7 @@ def check_not_replaced(config: RunConfig, folder: Path) -> None:
     for key, name in _inputs(config):
         paths = glob.glob(name) or [name]
         if any(real_path(find_file(path)).is_relative_to(replaced) for path in paths):
-            problems.append(Problem(key, name, f"lies in the run that overwrite=true would delete: {OTHER}"))
+            problems.append(Problem(key, name, f"is in the run that overwrite=true would delete: {OTHER}"))
     if problems:
         raise UserError(*problems)
 
@@ -37,8 +37,7 @@ def check_not_data(config: RunConfig, folder: Path) -> None:
         for pattern in _patterns(source):
             if any(_names(pattern, str(own / name)) for name in RUN_FILES):
                 hint = (
-                    f"lies where {key} looks for rows ({pattern}), which would find the run's own files: "
-                    f"{OTHER}"
+                    f"is where {key} reads rows ({pattern}), which would match the run's own files: {OTHER}"
                 )
                 problems.append(Problem("output_dir", str(folder), hint))
     if problems:

@@ -1,4 +1,4 @@
-"""Adds tasks to a finished run: its adapters stay as they are, and the run continues with those of the new
+"""Adds tasks to a finished run: its adapters stay unchanged, and the run continues with those of the new
 tasks.
 """
 

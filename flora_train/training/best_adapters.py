@@ -53,7 +53,7 @@ class BestAdapters:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Entries whose file is of a later step are dropped: that step comes again, and its evaluation
-        decides anew.
+        decides again.
         """
         for adapter, entry in by_id(state, self.bank.specs).items():
             if best_step(self.folder, self.bank.specs[adapter].name) == entry["step"]:

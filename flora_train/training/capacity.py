@@ -80,7 +80,7 @@ def check_fits(config: RunConfig, capacity: Capacity) -> None:
             f"in files{fewer}"
         )
         raise user_error("paging.host", config.paging.host, hint)
-    elsewhere = "are free: choose another place, or make room"
+    elsewhere = "are free: choose another place, or free some space"
     if capacity.pages > capacity.free_pages:
         hint = f"needs {format_size(capacity.pages)} for adapters, where {free_pages} {elsewhere}"
         raise user_error("paging.folder", config.paging.folder, hint)
@@ -100,7 +100,7 @@ def _check_device(config: RunConfig, capacity: Capacity) -> None:
     if capacity.on_device > rest:
         slots = max(0, beside_base - capacity.activations) // (PLANES * FLOAT * capacity.largest)
         needed, free = format_size(capacity.on_device), format_size(max(0, rest))
-        hint = f"needs {needed} beside the base, where {free} are free: give {slots}"
+        hint = f"needs {needed} in addition to the base, where {free} are free: give {slots}"
         if capacity.shared:
             hint += " and paging.host=disk"
         if slots < capacity.step_slots:

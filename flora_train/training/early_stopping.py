@@ -84,7 +84,7 @@ class EarlyStopping:
     def _retire(self, adapters: Iterable[int], retirement: Retirement, reason: str) -> None:
         for adapter in adapters:
             self.retired[adapter] = retirement
-            logger.info(f"{self.specs[adapter].name} leaves after step {retirement.step}: {reason}")
+            logger.info(f"{self.specs[adapter].name} stops training after step {retirement.step}: {reason}")
 
 
 class Patience:
@@ -139,10 +139,10 @@ class SuccessiveHalving:
             self.rungs = sorted({max(1, steps // self.factor**i) for i in range(1, needed + 1)})
 
     def eliminated(self, losses: Mapping[int, float], step: int, retired: Collection[int]) -> list[int]:
-        """Adapters that leave after `step` steps.
+        """Adapters eliminated after `step` steps.
 
         losses: held-out, by adapter id, of the active adapters; NaN counts as the highest. retired: adapters
-        that left before, for whatever reason.
+        that were retired before, for any reason.
         """
         if step not in self.rungs:
             return []

@@ -65,7 +65,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def largest_part(model: nn.Module, processes: int) -> float:
-    """The largest share of the base's values that a process holds at one time: its shards of the layers, two
+    """The largest share of the base's values that a process holds at once: its shards of the layers, two
     gathered layers (one is fetched while the other runs), and all modules outside of the layers.
     """
     sizes = [_numbers(layer) for layer in layers_of(model)]

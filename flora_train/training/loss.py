@@ -16,7 +16,7 @@ from flora_train.models.speech_encoder import as_encoder_outputs, model_inputs
 from flora_train.training.step_timer import StepTimer
 
 CHUNK = 128
-"""Positions whose logits are in memory at one time."""
+"""Number of positions whose logits are in memory at once."""
 
 
 class RowLosses:

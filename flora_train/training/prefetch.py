@@ -19,7 +19,7 @@ class AdapterPrefetcher:
     """Loads the adapters that the mixture will draw, up to the run's last step. Without paging it does
     nothing.
 
-    Raises UserError if a step within LOOKAHEAD needs more adapters at one time than the device has room for.
+    Raises UserError if a step within LOOKAHEAD needs more adapters at once than the device has room for.
     """
 
     def __init__(self, bank: AdapterBank, mixture: TaskMixture, first_step: int, end: int) -> None:

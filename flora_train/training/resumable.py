@@ -119,7 +119,7 @@ class ResumableTraining:
         return [adapter for name, adapter in self.bank.ids.items() if name not in state["optimizer"]["steps"]]
 
     def extend(self, finished_run: FinishedRun, init_adapters: Callable[[list[int]], None]) -> None:
-        """Begin after the last step of a finished run, whose adapters stay as they are, and save a
+        """Begin after the last step of a finished run, whose adapters stay unchanged, and save a
         checkpoint.
 
         Call it before the folder is claimed: a kill then leaves the finished run as it was. init_adapters:
@@ -130,7 +130,7 @@ class ResumableTraining:
         added = [task for task, step in self.joined.items() if step == self.state.step]
         unchanged = len(finished_run.best)
         logger.info(
-            f"{', '.join(added)} join after step {self.state.step}; {unchanged} adapters stay as they are"
+            f"{', '.join(added)} join after step {self.state.step}; {unchanged} adapters stay unchanged"
         )
         self.save()
         self.finish_saving()

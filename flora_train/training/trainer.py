@@ -49,7 +49,7 @@ class Trainer(ResumableTraining):
             check_packing(self.row_losses, packed[0])
         self.signals = StopSignals()
         self.stop_requested = False
-        """Whether any process was told to stop, as of the last step."""
+        """Whether any process was asked to stop, as of the last step."""
         self.next_plan: StepPlan | None = None
         self._first_step = 0
         """The first step of this sitting, counted from 0."""
@@ -172,7 +172,7 @@ class Trainer(ResumableTraining):
 
     def evaluate(self, progress: ProgressBar) -> None:
         """Evaluate the active adapters on held-out examples, save those that improved, and retire those that
-        are to stop; then the following steps are planned anew.
+        are to stop; then the following steps are planned again.
         """
         state, limit, started = self.state, self.config.evaluation.max_examples, time.monotonic()
 
@@ -221,7 +221,7 @@ class Trainer(ResumableTraining):
 
     def time_base(self, plan: StepPlan) -> None:
         """Measure once how long the base alone takes for a micro-batch, so that the cost of the adapters can
-        be told. The state of the run does not change.
+        be reported. The state of the run does not change.
         """
         batch = self.make_batch(max(plan.microbatches, key=lambda rows: rows[0].length * len(rows)))
         with self.bank.without_adapters():

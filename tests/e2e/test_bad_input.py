@@ -244,9 +244,9 @@ def occupy(folder: Path, finished: bool | None) -> None:
                 "resume=true to continue it, or overwrite=true"
             ),
         ),
-        (None, [], "is not empty and holds no run of ours"),
-        (None, ["resume=true"], "is not empty and holds no run of ours"),
-        (None, ["overwrite=true"], "is not empty and holds no run of ours"),
+        (None, [], "is not empty and holds no run"),
+        (None, ["resume=true"], "is not empty and holds no run"),
+        (None, ["overwrite=true"], "is not empty and holds no run"),
     ],
 )
 def test_output_folder_that_holds_something_is_refused_and_kept(

@@ -35,12 +35,12 @@ def test_few_tokens_and_precision_change_what_it_says(
     ]
     assert main(["doctor", f"recipe={recipe}", *options]) == 0
     said = capsys.readouterr().out
-    assert "no part of M is kept apart (kernels.precision=fused)" in said
+    assert "no part of M is computed separately (kernels.precision=fused)" in said
     assert "rank expansion" in said
     assert "one term" in said
     assert main(["doctor", f"recipe={recipe}", *options, "kernels.precision=split"]) == 0
     said = capsys.readouterr().out
-    assert "M - 1 is kept apart from 1" in said
+    assert "M - 1 is computed separately from 1" in said
     assert "one term" not in said
 
 

@@ -25,7 +25,7 @@ def test_a_task_joins_a_finished_run(recipe: Path, launch: Launch, tmp_path: Pat
     before, kept = adapters(run), json.loads((run / "eval" / "report.json").read_text())
     done = launch(*words, f"tasks.more.train={rows}", processes=2)
     assert done.returncode == 0, done.stderr
-    assert "more join after step 12; 6 adapters stay as they are" in done.stderr
+    assert "more join after step 12; 6 adapters stay unchanged" in done.stderr
     after, report = adapters(run), json.loads((run / "eval" / "report.json").read_text())
     assert after.keys() - before.keys() == {"more-flora", "more-lora", "more-ia3"}
     assert {name: after[name] for name in before} == before

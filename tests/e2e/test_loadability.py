@@ -57,9 +57,9 @@ def test_a_trained_lora_is_the_same_in_plain_peft_though_peft_would_drop_it(
     done = launch(f"recipe={lora}", f"output_dir={run}", "training.steps=3")
     assert done.returncode == 0, done.stderr
     assert done.stderr.index("note: lora: plain PEFT ignores") < done.stderr.index("2 adapters on 2 tasks")
-    assert "an ADALORA of the same numbers" in done.stderr
+    assert "exported as an equal ADALORA" in done.stderr
     assert "PeftModel.from_pretrained loads them)" in done.stdout
-    assert "PEFT calls it ADALORA" in (run / "adapters" / "letters-lora" / "README.md").read_text()
+    assert "PEFT names it ADALORA" in (run / "adapters" / "letters-lora" / "README.md").read_text()
     bank = load_run(str(run))[0].bank
     adapted = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(experts).eval(), run / "adapters" / "letters-lora"

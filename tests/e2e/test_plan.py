@@ -175,7 +175,10 @@ def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
         ),
         (
             {"on_device": 10**12},
-            r"adapters\.device_slots = 'auto': needs 1000\.0 GB beside the base, where .* are free: give \d+",
+            (
+                r"adapters\.device_slots = 'auto': needs 1000\.0 GB in addition to the base, where .* are "
+                r"free: give \d+"
+            ),
         ),
         (
             {"activations": 10**12},

@@ -139,7 +139,7 @@ def test_a_push_that_breaks_off_is_finished_by_another(run: Path, hub: Hub, push
     hub.faults = [["PUT", "/lfs/", 403, 99]]
     broken = push(str(run), "--repo", "me/tiny")
     assert broken.returncode == 2
-    assert "adapter_model.safetensors' to the Hub.); what the hub has stays: push again" in broken.stderr
+    assert "adapter_model.safetensors' to the Hub.); uploaded files stay: push again" in broken.stderr
     assert hub.repos["me/tiny"].commits == []
     hub.faults = []
     sent = len(hub.lfs)
@@ -234,7 +234,7 @@ def test_adapters_of_another_run_and_what_is_not_ours_are_left_alone(run: Path, 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--repo", f"{OTHERS}/tiny"], f"repo = '{OTHERS}/tiny': may not be written by you ({ME})"),
+        (["--repo", f"{OTHERS}/tiny"], f"repo = '{OTHERS}/tiny': is not writable for user {ME}"),
         (["digits-flra", "--repo", "me/tiny"], "adapter = 'digits-flra': there are "),
         (["--repo", "tiny"], "repo = 'tiny': "),
         ([], "repo: "),
@@ -258,8 +258,8 @@ def check_who_is_not_let_in(done: Said | subprocess.CompletedProcess[str], hub: 
 @pytest.mark.parametrize(
     ("token", "line"),
     [
-        ("hf_wrong", "the hub does not know your token: hf auth login"),
-        ("", "needs you to be logged in: hf auth login, or HF_TOKEN=..."),
+        ("hf_wrong", "the hub rejects your token: run hf auth login"),
+        ("", "requires a login: hf auth login, or HF_TOKEN=..."),
     ],
 )
 def test_who_is_not_let_in_hears_how(
@@ -284,7 +284,7 @@ def test_a_run_that_trains_still_is_refused(run: Path, hub: Hub, push: Push) -> 
     finally:
         state.write_text(before)
     assert done.returncode == 2
-    assert "is not finished: it trains still, or goes on with resume=true" in done.stderr
+    assert "is not finished: it is still training, or can be resumed with resume=true" in done.stderr
 
 
 def test_an_existing_public_repository_is_not_filled_unless_public_is_given(

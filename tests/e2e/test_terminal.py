@@ -134,7 +134,7 @@ def test_ctrl_c_while_clips_are_read_is_one_line_and_leaves_no_process(
         time.sleep(0.005)
     done = interrupted(begun)
     assert done.returncode == 130
-    assert done.stderr.splitlines()[-1] == "interrupted: what was written is whole"
+    assert done.stderr.splitlines()[-1] == "interrupted: files that were written are complete"
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -159,7 +159,7 @@ module.{stage} = stopped
     words = ["train", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "training.steps=2"]
     done = python("-c", program + MAIN.format(words=words), environment=launch_environment(tmp_path))
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == "interrupted: what was written is whole"
+    assert done.stderr.splitlines()[-1] == "interrupted: files that were written are complete"
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.tmp"))
     if at == "final_evaluation":
@@ -181,7 +181,7 @@ module.shipped = shipped
 """
     done = python("-c", program + MAIN.format(words=["recipes"]), environment=dict(os.environ))
     assert done.returncode == 130
-    assert done.stderr == "interrupted: what was written is whole\n"
+    assert done.stderr == "interrupted: files that were written are complete\n"
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)])

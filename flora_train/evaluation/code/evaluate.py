@@ -69,7 +69,7 @@ def plan_evaluation(config: RunConfig, need_sandbox: bool = True) -> Plan | None
     problems.
 
     Called before training. Raises UserError for an unknown language or suite, for tasks without a language,
-    or if no sandbox works: nothing runs unconfined unless the user asked for it. need_sandbox=False: without
+    or if no sandbox works: nothing runs unconfined unless the user requested it. need_sandbox=False: without
     a sandbox no language is evaluated, and the plan says why.
     """
     if not config.evaluation.problems:

@@ -45,7 +45,7 @@ def read_summary(folder: Path) -> CodeSuite | None:
     file = folder / SCORES
     if not file.exists():
         return None
-    return read_results(file, CodeSuite, "delete it, and flora-train solve writes it anew")
+    return read_results(file, CodeSuite, "delete it, and flora-train solve writes it again")
 
 
 def write_summary(summary: CodeSuite, folder: Path) -> None:

@@ -70,7 +70,7 @@ def read_summary(folder: Path) -> SpeechResults | None:
     file = folder / "speech" / SCORES
     if not file.exists():
         return None
-    return read_results(file, SpeechResults, "delete it, and flora-train evaluate writes it anew")
+    return read_results(file, SpeechResults, "delete it, and flora-train evaluate writes it again")
 
 
 def write_summary(summary: SpeechResults, folder: Path) -> None:

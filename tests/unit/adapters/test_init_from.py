@@ -221,4 +221,4 @@ def test_adapter_of_another_base_model_is_refused_under_init_from(
     written = written.model_copy(update={"model": written.model.model_copy(update={"path": str(other)})})
     (problem,) = refusal(lambda: resolve_init_from(written))
     assert problem.key == "adapters.x.init_from"
-    assert "its base model is another one" in problem.hint
+    assert "its base model differs" in problem.hint

@@ -39,10 +39,10 @@ def test_references_are_the_values_that_they_name(raw: dict[str, Any], found: di
         ({"a": "${a}"}, "a = '${a}': refers to itself"),
         ({"a": {"b": "${c}"}, "c": {"d": "${a}"}}, "refers to itself"),
         ({"a": ["${a}"]}, "refers to itself"),
-        ({"a": "${b.c}", "b": 1}, "a = '${b.c}': refers to b.c, which is no key"),
+        ({"a": "${b.c}", "b": 1}, "a = '${b.c}': refers to b.c, which is not a key"),
         ({"a": "${b"}, "has ${ without a closing }"),
-        ({"a": "${}"}, "is no key such as"),
-        ({"a": "${${b}}", "b": "c"}, "is no key such as"),
+        ({"a": "${}"}, "is not a key such as"),
+        ({"a": "${${b}}", "b": "c"}, "is not a key such as"),
         ({"a": "x${b}", "b": {"c": 1}}, "puts b, which holds keys or a list, into a text"),
         (
             {f"a{i}": f"${{a{i + 1}}}${{a{i + 1}}}" for i in range(60)} | {"a60": "xx"},

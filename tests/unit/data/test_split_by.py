@@ -166,7 +166,7 @@ def test_values_that_would_have_one_name_get_names_of_their_own(values: list[str
     [
         (
             [{"text": "a", "language": "cs"}] * 4,
-            r"is no column with values in the train rows; they have language or text\. Did you mean",
+            r"is not a column with values in the train rows; they have language or text\. Did you mean",
         ),
         (
             [{"text": "a", "lang": "cs"}, {"text": "a"}, {"text": "a", "lang": ""}],

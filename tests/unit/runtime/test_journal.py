@@ -83,7 +83,7 @@ def test_growing_log_does_not_overwrite_the_settings_of_something_else(tmp_path:
     file.parent.mkdir()
     for text in ('{"editor.fontSize": 12}', "[1]", "no JSON", "[" * 100_000):
         file.write_text(text)
-        with pytest.raises(UserError, match="is not ours and would be overwritten"):
+        with pytest.raises(UserError, match="was not written by flora_train and would be overwritten"):
             CompletionLog(tmp_path / "starter").claim(SETTINGS)
         assert file.read_text() == text
 
@@ -119,7 +119,7 @@ def test_damaged_scores_are_found_before_an_evaluation(tmp_path: Path, text: str
     log = log_in(tmp_path)
     (log.path / "scores.json").write_text(text)
     with pytest.raises(
-        UserError, match=r"scores\.json: is damaged.*: delete it, and flora-train solve writes it anew"
+        UserError, match=r"scores\.json: is damaged.*: delete it, and flora-train solve writes it again"
     ):
         check_evaluation(tmp_path, {"starter": {}}, CONFIG)
 

@@ -143,7 +143,7 @@ def test_folder_that_is_not_ours_is_never_deleted(tmp_path: Path, files: dict[st
         (tmp_path / name).write_text(text)
     before = content(tmp_path)
     for action in (RunFolder(tmp_path).status, RunFolder(tmp_path).claim):
-        with pytest.raises(UserError, match="is not empty and holds no run of ours: choose another folder"):
+        with pytest.raises(UserError, match="is not empty and holds no run: choose another folder"):
             action(run_config(mode))
     assert content(tmp_path) == before
 
@@ -151,7 +151,7 @@ def test_folder_that_is_not_ours_is_never_deleted(tmp_path: Path, files: dict[st
 def test_file_in_the_folder_s_place_is_never_deleted(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("mine")
-    with pytest.raises(UserError, match="holds no run of ours"):
+    with pytest.raises(UserError, match="holds no run"):
         RunFolder(path).claim(run_config("replace"))
     assert path.read_text() == "mine"
 
@@ -195,7 +195,7 @@ def test_metrics_line_that_does_not_fit_is_taken_back(tmp_path: Path, padding: i
     whole = folder.metrics.read_bytes()
     with (
         file_size_limit(room),
-        pytest.raises(UserError, match=r"metrics\.jsonl: the disk is full .* make room and run again"),
+        pytest.raises(UserError, match=r"metrics\.jsonl: the disk is full .* free some space and run again"),
     ):
         folder.append_metrics(record)
     assert folder.metrics.read_bytes() == whole

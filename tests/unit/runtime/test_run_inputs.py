@@ -41,7 +41,7 @@ def test_a_run_is_not_replaced_by_one_that_reads_from_it(tmp_path: Path) -> None
         ("adapters.lora.init_from", {"init_from": str(folder.path / "adapters" / "{task}-lora")}),
     ]
     for key, change in inputs:
-        with pytest.raises(UserError, match=rf"{key} = .*: lies in the run that overwrite=true would delete"):
+        with pytest.raises(UserError, match=rf"{key} = .*: is in the run that overwrite=true would delete"):
             folder.status(config_of(folder.path, **change))
     assert folder.status(config_of(folder.path)) == "new"
 

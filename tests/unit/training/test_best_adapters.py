@@ -158,5 +158,5 @@ def test_a_pipe_in_the_place_of_a_kept_file_is_an_error_and_no_wait(
 ) -> None:
     os.mkfifo(adapter_file(tmp_path, "a-flora"))
     assert (best_step(tmp_path, "a-flora"), verified_step(tmp_path, "a-flora")) == (None, None)
-    with pytest.raises(UserError, match="is not a whole checkpoint of a-flora: it is no regular file"):
+    with pytest.raises(UserError, match="is not a whole checkpoint of a-flora: it is not a regular file"):
         load_adapter(bank, 0, tmp_path)

@@ -12,8 +12,8 @@ from flora_train.evaluation.code.programs.languages import Language
 def exits_early(language: Language, completion: str) -> bool:
     """Whether the completion, cut at its stop token, has words outside comments that end a program early.
 
-    This is a search for words, not a parse: a flagged pass deserves a look, and other ways to end a program
-    are missed.
+    This is a search for words, not a parse: a flagged pass should be inspected, and other ways to end a
+    program are missed.
     """
     # after code, a comment is recognised only if it contains no quotes, as the sign may be inside a string
     comment = rf"^\s*(?:{language.comment}).*$|\s(?:{language.comment})[^\n\"'`]*$"
