@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flora_train.adapters.peft_config import check_harmless, peft_type_of
+from flora_train.adapters.peft_config import check_harmless
 from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES, check_targets, check_tensors, read_files
 from flora_train.adapters.spec import AdapterSpec, make_spec
 from flora_train.adapters.targets import find_targets, shortest_suffixes
@@ -141,21 +141,20 @@ def read_outline(source: str, key: str, model_modules: Sequence[str]) -> PeftOut
     modules = check_tensors(config, tensors, source, key=key)
     if modules <= set(model_modules):
         check_targets(config, modules, model_modules, source=source, key=key)
-    peft_type = peft_type_of(config)
+    peft_type = config.peft_type
     shapes = {module: _layer_shape(peft_type, module, tensors) for module in sorted(modules)}
-    base = config.get("base_model_name_or_path")
     return PeftOutline(
         source=source,
         peft_type=peft_type,
-        rank=config.get("init_r" if peft_type == "ADALORA" else "r"),
-        alpha=config.get("lora_alpha"),
-        rslora=peft_type == "LORA" and bool(config.get("use_rslora")),
-        variant=config.get("variant") if peft_type == "FLORA" else None,
+        rank=config.rank,
+        alpha=config.alpha,
+        rslora=peft_type == "LORA" and config.rslora,
+        variant=config.variant if peft_type == "FLORA" else None,
         shapes=shapes,
         feedforward=frozenset(
             module for module, (outputs, _) in shapes.items() if peft_type == "IA3" and outputs is None
         ),
-        base=base if isinstance(base, str) else None,
+        base=config.base_model,
     )
 
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flora_train.config.errors import UserError, choices, first_line, user_error
+from flora_train.config.json_format import JsonObject, JsonValue
 from flora_train.config.paths import find_file
 
 CONFIG = "adapter_config.json"
@@ -175,6 +177,9 @@ REQUIRED = {
     "FLORA": ("r", "variant"),
 }
 
+RANK_KEYS = {"ADALORA": "init_r"}
+"""PEFT type -> the key of its rank, if it is not `r`."""
+
 CONVERT = (
     "its tensors are relative to a changed base model: save it again with PEFT's "
     "save_pretrained(folder, path_initial_model_for_weight_conversion=...), which writes a plain LoRA"
@@ -189,13 +194,58 @@ HINTS = {
 }
 
 
-def peft_type_of(config: Mapping[str, Any]) -> str:
-    """The adapter's PEFT type: LORA, IA3, HIRA, ..."""
-    peft_type = config["peft_type"]
-    return str(getattr(peft_type, "value", peft_type))
+@dataclass(frozen=True)
+class PeftConfig:
+    """The content of adapter_config.json. Options of another type than expected are None until `check_harmless`
+    refuses them."""
+
+    options: Mapping[str, JsonValue]
+    """All keys of the file."""
+
+    @property
+    def peft_type(self) -> str:
+        """LORA, IA3, HIRA, ..."""
+        return str(self.options["peft_type"])
+
+    @property
+    def rank(self) -> int | None:
+        """None where the PEFT type has no rank."""
+        rank = self.options.get(RANK_KEYS.get(self.peft_type, "r"))
+        return rank if isinstance(rank, int) else None
+
+    @property
+    def alpha(self) -> float | None:
+        alpha = self.options.get("lora_alpha")
+        return alpha if isinstance(alpha, int | float) else None
+
+    @property
+    def rslora(self) -> bool:
+        """Whether alpha is divided by the square root of the rank."""
+        return bool(self.options.get("use_rslora"))
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A in a LORA."""
+        assert self.rank is not None, "check_harmless requires it"
+        assert self.alpha is not None, "check_harmless requires it"
+        if self.rslora:
+            return self.alpha / self.rank**0.5
+        return self.alpha / self.rank
+
+    @property
+    def variant(self) -> str | None:
+        """Of a FLORA: pure or residual."""
+        variant = self.options.get("variant")
+        return variant if isinstance(variant, str) else None
+
+    @property
+    def base_model(self) -> str | None:
+        """Folder or name on the hub."""
+        base = self.options.get("base_model_name_or_path")
+        return base if isinstance(base, str) else None
 
 
-def read_config(source: str, key: str) -> dict[str, Any]:
+def read_config(source: str, key: str) -> PeftConfig:
     """The content of adapter_config.json. Raises UserError, naming `key`, where it is missing or damaged.
 
     source: a folder, or a name on the hub.
@@ -213,7 +263,7 @@ def read_config(source: str, key: str) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise user_error(key, source, f"is not a PEFT adapter: {CONFIG} has no peft_type")
-    return config
+    return PeftConfig(config)
 
 
 def _config_file(source: str) -> Path:
@@ -230,9 +280,9 @@ def _config_file(source: str) -> Path:
     return file
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, JsonValue]]) -> JsonObject:
     """A JSON object. Raises ValueError for a key that occurs twice."""
-    content: dict[str, Any] = {}
+    content: JsonObject = {}
     for name, value in pairs:
         if name in content:
             raise ValueError(f"{CONFIG} has the key {name!r} twice")
@@ -240,28 +290,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def check_harmless(config: Mapping[str, Any], source: str, key: str) -> None:
+def check_harmless(config: PeftConfig, source: str, key: str) -> None:
     """Raises UserError for the first key of adapter_config.json that is missing or not known to be
     harmless."""
-    peft_type = peft_type_of(config)
+    peft_type = config.peft_type
     if peft_type not in HARMLESS:
         raise user_error(key, source, f"has the PEFT type {peft_type}: supported are {choices(HARMLESS)}")
     rules = HARMLESS[peft_type]
-    for name, value in config.items():
+    for name, value in config.options.items():
         is_harmless = rules.get(name, _off)
         if not is_harmless(value):
             raise _refused(name, value, source, key=key, known=name in rules)
     for name in REQUIRED[peft_type]:
-        if name not in config:
+        if name not in config.options:
             raise user_error(key, source, f"is damaged: {CONFIG} has no {name}")
 
 
-def check_init(config: Mapping[str, Any], source: str, key: str) -> None:
+def check_init(config: PeftConfig, source: str, key: str) -> None:
     """Raises UserError for a LORA that PEFT loads onto a changed base model, or whose base model it cannot
     restore."""
     name = "init_lora_weights"
-    if name in config and not INITS(config[name]):
-        raise _refused(name, config[name], source, key=key, known=True)
+    if name in config.options and not INITS(config.options[name]):
+        raise _refused(name, config.options[name], source, key=key, known=True)
 
 
 def _refused(name: str, value: Any, source: str, *, key: str, known: bool) -> UserError:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from flora_train.adapters.peft_config import CONFIG, peft_type_of, read_config
+from flora_train.adapters.peft_config import CONFIG, PeftConfig, read_config
 from flora_train.config.errors import first_line, user_error
 from flora_train.config.paths import find_file
 
@@ -30,13 +29,10 @@ SUFFIXES = {
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Keys of adapter_config.json that select the adapted modules."""
 
-RANK_KEYS = {"ADALORA": "init_r"}
-"""PEFT type -> the key of its rank, if it is not `r`."""
-
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def read_files(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_files(source: str, key: str) -> tuple[PeftConfig, dict[str, Tensor]]:
     """The content of adapter_config.json and the tensors, on the CPU, of a PEFT adapter of any type.
 
     source: a folder, or a name on the hub. Raises UserError, naming `key`, where a file is missing or
@@ -67,15 +63,13 @@ def read_files(source: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]
     return config, tensors
 
 
-def check_tensors(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str, *, key: str
-) -> set[str]:
+def check_tensors(config: PeftConfig, tensors: Mapping[str, Tensor], source: str, *, key: str) -> set[str]:
     """The names of the adapted modules.
 
     Raises UserError for a tensor that the adapter's type does not have, for a missing tensor, and for a shape
     or dtype that does not agree with adapter_config.json.
     """
-    peft_type = peft_type_of(config)
+    peft_type = config.peft_type
     suffixes_of: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
         suffix = _suffix(name, peft_type)
@@ -107,13 +101,13 @@ def _suffix(name: str, peft_type: str) -> str | None:
     return next((suffix for suffix in SUFFIXES[peft_type] if name.endswith(f".{suffix}")), None)
 
 
-def _fits(peft_type: str, suffix: str, shape: tuple[int, ...], *, config: Mapping[str, Any]) -> bool:
+def _fits(peft_type: str, suffix: str, shape: tuple[int, ...], *, config: PeftConfig) -> bool:
     """Whether a tensor of this shape agrees with the rank in adapter_config.json."""
     if len(shape) != 2 or 0 in shape:
         return False
     if peft_type == "IA3":
         return 1 in shape
-    rank = config[RANK_KEYS.get(peft_type, "r")]
+    rank = config.rank
     if suffix == "lora_E":
         return shape == (rank, 1)
     rank_dimension = int("_B" in suffix)
@@ -121,7 +115,7 @@ def _fits(peft_type: str, suffix: str, shape: tuple[int, ...], *, config: Mappin
 
 
 def check_targets(
-    config: Mapping[str, Any],
+    config: PeftConfig,
     modules: Collection[str],
     model_modules: Iterable[str],
     *,
@@ -132,13 +126,13 @@ def check_targets(
 
     modules: those with tensors; model_modules: the names of all modules of the base model.
     """
-    target_modules = config.get("target_modules")
+    target_modules = config.options.get("target_modules")
     if target_modules is None or target_modules == "all-linear":
         return  # PEFT then selects by the model's type; the tensors show which modules those were
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    options = {name: config[name] for name in SELECTION if config.get(name) is not None}
+    options = {name: config.options[name] for name in SELECTION if config.options.get(name) is not None}
     try:
         selection = LoraConfig(**options)  # every PEFT type reads these keys in the same way
         targets = {name for name in model_modules if name and check_target_module_exists(selection, name)}

@@ -8,7 +8,6 @@ from pathlib import Path
 from pydantic import Field
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.peft_config import peft_type_of
 from flora_train.adapters.peft_tensors import check_targets
 from flora_train.adapters.spec import make_spec
 from flora_train.config.adapter_schema import AdapterConfig
@@ -20,7 +19,7 @@ from flora_train.config.terminal_text import print_plain
 from flora_train.export.model_card import in_code, write_card
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_forms import BaseModel
-from flora_train.export.peft_import import fit_lora, modules_of, read_peft, scale_of
+from flora_train.export.peft_import import fit_lora, modules_of, read_peft
 from flora_train.models.loading import load_base_model
 from flora_train.runtime.atomic import check_writable
 from flora_train.runtime.environment import default_device
@@ -46,12 +45,12 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
         raise user_error("out", str(folder), "exists already: choose another, or delete it")
     check_writable(folder)
     config, tensors = read_peft(source, "adapter")
-    peft_type = peft_type_of(config)
+    peft_type = config.peft_type
     if peft_type != "LORA":
         advice = "HIRA and IA3 need no conversion, use adapters.NAME.init_from"
         hint = f"is of kind {peft_type}: LORA is converted; {advice}"
         raise user_error("adapter", source, hint)
-    base = options.model or config.get("base_model_name_or_path")
+    base = options.model or config.base_model
     if not base:
         raise user_error(
             "model", None, f"{source} names no base model: give --model, a folder or a name on the hub"
@@ -69,13 +68,13 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
         default_steps=1,
     )
     bank = AdapterBank.attach(base_model, [replace(spec, name=folder.name)])
-    numbers, error = fit_lora(bank, folder.name, tensors, scale=scale_of(config), key="adapter")
+    numbers, error = fit_lora(bank, folder.name, tensors, scale=config.scale, key="adapter")
     for module, params in bank.parameters_of(folder.name).items():
         for param, view in params.items():
             view.copy_(numbers[f"{module}.{param}"])
     export_peft(bank, folder.name, folder, base=BaseModel(base), replace=False)
     closeness = f"|W0 * (B A) - dW| / |dW| = {error:.3f} over {len(modules)} layers"
-    fit = f"of rank {config['r']} by weighted least squares, a close fit and not always the closest"
+    fit = f"of rank {config.rank} by weighted least squares, a close fit and not always the closest"
     origin = f"Fitted to the LoRA `{in_code(source)}` {fit}: {closeness}."
     write_card(None, bank.specs[0], folder, origin=origin)
     print_plain(f"{folder}: fLoRA of rank {options.rank}, {closeness}")

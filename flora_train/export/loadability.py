@@ -21,7 +21,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from flora_train.adapters.methods import METHODS
-from flora_train.adapters.peft_config import peft_type_of
 from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec
@@ -102,7 +101,7 @@ class Loadability:
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        suffixes = tuple(f".{suffix}" for suffix in SUFFIXES[peft_type_of(config)])
+        suffixes = tuple(f".{suffix}" for suffix in SUFFIXES[str(config["peft_type"])])
         modules = {_without_suffix(name.removeprefix(PREFIX), suffixes) for name in shapes}
         if self.empty_model is None or not modules <= self.names.keys():
             return None
@@ -117,7 +116,7 @@ class Loadability:
         return self._problems[key]
 
     def _load(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Problem | None:
-        peft_type = peft_type_of(config)
+        peft_type = str(config["peft_type"])
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -144,7 +143,7 @@ def _load_with_peft(
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-    if peft_type_of(config) == "FLORA":
+    if str(config["peft_type"]) == "FLORA":
         import flora_train.peft_plugin  # noqa: F401  (registers FLORA with peft)
     renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     in_file = {_renamed(name, renames): tensor for name, tensor in tensors.items()}

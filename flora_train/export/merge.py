@@ -15,6 +15,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.layer import AdapterLinear
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import user_error
+from flora_train.config.json_format import JsonValue
 from flora_train.runtime.atomic import temporary_folder
 
 
@@ -63,7 +64,7 @@ def save_merged(
     folder: Path,
     *,
     preprocessors: Sequence[Any],
-    origin: Mapping[str, Any] | None = None,
+    origin: Mapping[str, JsonValue] | None = None,
 ) -> Path:
     """Merge and save as a transformers checkpoint, complete or not at all.
 

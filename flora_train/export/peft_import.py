@@ -16,13 +16,14 @@ from flora_train.adapters.peft_config import (
     ADALORA_EPSILON,
     ANY_TYPE,
     SOME_LAYERS,
+    PeftConfig,
     check_harmless,
-    peft_type_of,
 )
 from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES, check_targets, check_tensors, read_files
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, user_error
+from flora_train.config.json_format import JsonObject
 from flora_train.export.low_rank import modulation, relative_norm
 from flora_train.export.peft_format import peft_config, peft_tensors
 from flora_train.export.peft_forms import BaseModel
@@ -33,7 +34,7 @@ from flora_train.training.fsdp import full_tensor
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-PeftAdapter = tuple[dict[str, Any], dict[str, Tensor]]
+PeftAdapter = tuple[PeftConfig, dict[str, Tensor]]
 """Content of adapter_config.json, and the tensors by PEFT's names."""
 
 
@@ -87,7 +88,7 @@ def read_peft(source: str, key: str) -> PeftAdapter:
     config, tensors = read_files(source, key)
     check_harmless(config, source, key)
     check_tensors(config, tensors, source, key=key)
-    peft_type = peft_type_of(config)
+    peft_type = config.peft_type
     if peft_type == "ADALORA":
         return _as_lora(config, tensors)
     if peft_type == "FLORA":
@@ -97,42 +98,40 @@ def read_peft(source: str, key: str) -> PeftAdapter:
     return config, tensors
 
 
-def _as_hira(config: dict[str, Any], tensors: dict[str, Tensor]) -> PeftAdapter:
+def _as_hira(config: PeftConfig, tensors: dict[str, Tensor]) -> PeftAdapter:
     """The HIRA that computes the same as this FLORA."""
     converted: dict[str, Tensor] = {}
     for name, A in tensors.items():
         if name.endswith("flora_A"):
             stem = name.removesuffix("flora_A")
-            factors = as_hira(A, tensors[f"{stem}flora_B"], float(config["variant"] == "residual"))
+            factors = as_hira(A, tensors[f"{stem}flora_B"], float(config.variant == "residual"))
             converted |= {f"{stem}{suffix}": tensor for suffix, tensor in factors.items()}
-    rank = config["r"] + (config["variant"] == "pure")
-    dropout = config.get("flora_dropout", 0.0)
-    return {**_common_keys(config), "peft_type": "HIRA", "r": rank, "hira_dropout": dropout}, converted
+    assert config.rank is not None, "check_harmless requires it"
+    rank = config.rank + (config.variant == "pure")
+    dropout = config.options.get("flora_dropout", 0.0)
+    options = {**_common_keys(config), "peft_type": "HIRA", "r": rank, "hira_dropout": dropout}
+    return PeftConfig(options), converted
 
 
-def _as_lora(config: dict[str, Any], tensors: dict[str, Tensor]) -> PeftAdapter:
+def _as_lora(config: PeftConfig, tensors: dict[str, Tensor]) -> PeftAdapter:
     """The LORA that computes the same as this ADALORA, which adds alpha / (r + 1e-5) B (E * A) with E [r,
     1]."""
-    rank = config["init_r"]
+    rank = config.rank
+    assert rank is not None, "check_harmless requires it"
     converted: dict[str, Tensor] = {}
     for name, E in tensors.items():
         if name.endswith("lora_E"):
             stem = name.removesuffix("lora_E")
             A = tensors[f"{stem}lora_A"].double() * E.double() * (rank / (rank + ADALORA_EPSILON))
             converted |= {f"{stem}lora_A.weight": A.float(), f"{stem}lora_B.weight": tensors[f"{stem}lora_B"]}
-    options = {"r": rank, "lora_alpha": config["lora_alpha"], "lora_dropout": config.get("lora_dropout", 0.0)}
-    return {**_common_keys(config), "peft_type": "LORA", **options}, converted
+    dropout = config.options.get("lora_dropout", 0.0)
+    scale = {"r": rank, "lora_alpha": config.alpha, "lora_dropout": dropout}
+    return PeftConfig({**_common_keys(config), "peft_type": "LORA", **scale}), converted
 
 
-def _common_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+def _common_keys(config: PeftConfig) -> JsonObject:
     """The keys that do not depend on the PEFT type."""
-    return {name: value for name, value in config.items() if name in ANY_TYPE or name in SOME_LAYERS}
-
-
-def scale_of(config: Mapping[str, Any]) -> float:
-    """The factor of B A in a LORA."""
-    divisor = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
-    return config["lora_alpha"] / divisor
+    return {name: value for name, value in config.options.items() if name in ANY_TYPE or name in SOME_LAYERS}
 
 
 def _parameters(
@@ -141,7 +140,7 @@ def _parameters(
     """`<module>.<parameter>` -> the bank's parameter that corresponds to the PEFT adapter's tensors."""
     config, tensors = peft_adapter
     spec = bank.specs[bank.id_of(name)]
-    if peft_type_of(config) == "LORA" and spec.method == "flora" and spec.offset:
+    if config.peft_type == "LORA" and spec.method == "flora" and spec.offset:
         return _fitted(bank, name, peft_adapter, source=source, key=key)
     _check_method(bank, name, config, source=source, key=key)
     expected = peft_tensors(bank, name)
@@ -179,7 +178,7 @@ def _fitted(
         expected, {tensor for tensor in tensors if tensor.endswith(".lora_A.weight")}, source, key=key
     )
     check_targets(config, modules_of(config, tensors), bank.base_names(), source=source, key=key)
-    parameters, error = fit_lora(bank, name, tensors, scale=scale_of(config), key=key)
+    parameters, error = fit_lora(bank, name, tensors, scale=config.scale, key=key)
     rank = bank.specs[bank.id_of(name)].rank
     fit = f"|W0 * (B A) - dW| / |dW| = {error:.3f}"
     logger.info(f"{name} starts as W0 * (1 + B A) of rank {rank} fitted to {source}: {fit}")
@@ -230,29 +229,29 @@ def check_layers(expected: Collection[str], names: Collection[str], source: str,
         raise user_error(key, source, f"has {len(surplus)} more tensors, such as {min(surplus)}: {hint}")
 
 
-def modules_of(config: Mapping[str, Any], tensors: Collection[str]) -> set[str]:
+def modules_of(config: PeftConfig, tensors: Collection[str]) -> set[str]:
     """The modules that these tensors adapt."""
-    suffix = f".{SUFFIXES[peft_type_of(config)][0]}"
+    suffix = f".{SUFFIXES[config.peft_type][0]}"
     return {name.removeprefix(PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix)}
 
 
-def _check_method(bank: AdapterBank, name: str, config: Mapping[str, Any], *, source: str, key: str) -> None:
+def _check_method(bank: AdapterBank, name: str, config: PeftConfig, *, source: str, key: str) -> None:
     """Raises UserError where the PEFT adapter has another PEFT type, rank or scale than the bank's
     adapter."""
     expected, spec = peft_config(bank, name, BaseModel("")), bank.specs[bank.id_of(name)]
-    peft_type, rank = peft_type_of(config), config.get("r")
+    peft_type, rank = config.peft_type, config.rank
     if peft_type != expected["peft_type"]:
         allowed = expected["peft_type"]
         hint = f"has the PEFT type {peft_type}, and an adapter of method {spec.method} starts from {allowed}"
         raise user_error(key, source, hint)
-    if "r" in expected and rank != expected["r"]:
-        own_rank = config["r"] - (expected["r"] - spec.rank)
+    if rank is not None and rank != expected["r"]:
+        own_rank = rank - (expected["r"] - spec.rank)
         raise user_error(
             f"adapters.{spec.family}.rank",
             spec.rank,
             f"differs from the rank of {source}: set it to {own_rank}",
         )
-    if spec.method == "lora" and abs(scale_of(config) - spec.scaling) > 1e-9:
-        alpha, rslora = config["lora_alpha"], bool(config.get("use_rslora"))
+    if spec.method == "lora" and abs(config.scale - spec.scaling) > 1e-9:
+        alpha, rslora = config.alpha, config.rslora
         hint = f"differs from the alpha of {source}: set it to {alpha:g}, and rslora to {rslora}"
         raise user_error(f"adapters.{spec.family}.alpha", spec.alpha, hint)

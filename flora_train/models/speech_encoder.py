@@ -83,7 +83,7 @@ def allow_short_windows(model: Any) -> None:
     encoder.embed_positions.register_forward_hook(truncate)
 
 
-def model_inputs(model: Any, batch: MixedBatch) -> dict[str, Any]:
+def model_inputs(model: Any, batch: MixedBatch) -> dict[str, Tensor | BaseModelOutput]:
     """The arguments of the model's forward.
 
     Where the batch holds each clip once (`clips`) and no row's adapter changes the encoder, every clip is

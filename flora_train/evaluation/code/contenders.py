@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.peft_config import check_init, peft_type_of
+from flora_train.adapters.peft_config import check_init
 from flora_train.adapters.peft_tensors import read_files
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import UserError, first_line, user_error
@@ -85,7 +85,7 @@ def check_peft_contenders(sources: Sequence[str], used_names: Collection[str]) -
                 "contenders", source, f"another contender has the name {name!r}: rename its folder"
             )
         written, _ = read_files(source, "contenders")
-        if peft_type_of(written) == "LORA":
+        if written.peft_type == "LORA":
             check_init(written, source, "contenders")
         try:
             config = PeftConfig.from_pretrained(_local_or_hub(source))

@@ -19,7 +19,7 @@ from peft import AdaLoraConfig, HiraConfig, IA3Config, LoraConfig, get_peft_mode
 from safetensors.torch import load_file, save_file
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.peft_config import HARMLESS, check_harmless
+from flora_train.adapters.peft_config import HARMLESS, PeftConfig, check_harmless
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError
 from flora_train.export.peft_import import init_from_peft, read_peft
@@ -331,7 +331,7 @@ def test_any_value_of_any_key_is_accepted_or_a_user_error(kind: str, data: st.Da
     if not isinstance(config["peft_type"], str):
         config["peft_type"] = kind
     with suppress(UserError):
-        check_harmless(config, "adapter", "key")
+        check_harmless(PeftConfig(config), "adapter", "key")
 
 
 @pytest.fixture(scope="module")
