@@ -232,17 +232,18 @@ def mappings_across_borders(modules: Iterable[Module]) -> list[Place]:
 
 
 def untyped_aliases(modules: Iterable[Module]) -> set[tuple[str, str]]:
-    """(module, name) of names that stand for an untyped mapping: `Row = dict[str, Any]`."""
+    """(module, name) of names that stand for a type with an untyped mapping: `Rows = list[dict[str, Any]]`."""
     aliases = set()
     for module in modules:
         for node in module.tree.body:
             if isinstance(node, ast.Assign):
-                target = node.targets[0]
+                target, value = node.targets[0], node.value
             elif isinstance(node, ast.AnnAssign) and node.value is not None:
-                target = node.target
+                target, value = node.target, node.value
             else:
                 continue
-            if isinstance(target, ast.Name) and node.value is not None and _is_untyped_subscript(node.value):
+            is_untyped = any(_is_untyped_subscript(part) for part in ast.walk(value))
+            if isinstance(target, ast.Name) and is_untyped:
                 aliases.add((module.name, target.id))
     return aliases
 
