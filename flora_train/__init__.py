@@ -58,7 +58,7 @@ HOMES = {
     "read_metrics": "flora_train.training.metrics_table",
     "train": "flora_train.commands.train:train_run",
 }
-"""Name -> module, and what it is called there: torch loads only when something is asked for that needs it."""
+"""Name -> module and name in it. torch is loaded only when a name that needs it is used."""
 
 
 def __getattr__(name: str) -> Any:

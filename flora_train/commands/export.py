@@ -59,7 +59,7 @@ class ExportOptions(ConfigModel):
         if value is not None and info.data.get("as_", "lora-svd") != "lora-svd":
             raise ValueError(f"has no meaning for --as {info.data['as_']}: it is for --as lora-svd")
         if value is not None and info.data.get("rank") is not None:
-            raise ValueError("and rank both choose the rank: give one")
+            raise ValueError("and rank both set the rank: give one")
         return value
 
 

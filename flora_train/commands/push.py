@@ -243,7 +243,7 @@ def _is_private(api: Any, name: str) -> bool | None:
     def ask() -> bool | None:
         try:
             private = api.repo_info(name).private
-        except GatedRepoError:  # everybody sees that it is there
+        except GatedRepoError:  # its existence is public
             return False
         except RepositoryNotFoundError:
             return None
@@ -258,9 +258,7 @@ def check_visibility(name: str, private: bool | None, public: bool) -> None:
     """Raises UserError if a repository is public and --public was not given. private: None if there is no
     repository."""
     if private is False and not public:
-        hint = (
-            "exists and is public: give --public to push for everybody to see, or choose another repository"
-        )
+        hint = "exists and is public: give --public to publish the adapters, or choose another repository"
         raise user_error("repo", name, hint)
 
 

@@ -29,7 +29,7 @@ SWEPT = (
 )
 """Keys of an adapter that may be lists of values, each of which becomes an adapter."""
 MOST_MEMBERS = 10_000
-"""Adapters that the sweeps of a run may make."""
+"""Largest number of adapters from the sweeps of one run."""
 LIMIT = f"at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
 LISTS = ("tasks", "target_modules", "feedforward_modules")
 """Keys whose value is a list."""

@@ -90,7 +90,7 @@ def _may_be_text(file: str) -> bool:
 
 
 def notes_on_unused(tasks: Mapping[str, TaskConfig], problems: bool) -> list[str]:
-    """Notes on keys that another setting disables, one for all tasks alike.
+    """Notes on keys that another setting disables, one for all tasks together.
 
     problems: whether programming problems are solved.
     """

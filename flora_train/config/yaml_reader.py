@@ -52,8 +52,7 @@ FLOAT = re.compile(
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a text. line: from 1, None where it is not known; given: what stands
-    there."""
+    """One error in a text. line: from 1, None where it is not known; given: the text at that place."""
 
     line: int | None
     given: str | None

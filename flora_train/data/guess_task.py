@@ -44,7 +44,7 @@ class GuessedTask:
     """One task of a recipe."""
 
     keys: Mapping[str, JsonValue]
-    """Its keys, as they stand in the recipe."""
+    """Its keys, as in the recipe."""
     description: str
     """What was seen, in one line."""
     is_speech: bool = False

@@ -20,14 +20,14 @@ from flora_train.data.sources import read_rows, source_files
 from flora_train.data.templates import cell_text
 
 MOST_TASKS = 10_000
-"""Tasks that one split_by may make."""
+"""Largest number of tasks from one split_by."""
 LONGEST_PART = 64
 """Characters of a value that its task's name has."""
 SPELLED = {"+": "p", "#": "sharp", "&": "and", "%": "percent"}
-"""Characters that tell values such as C, C++ and C# apart, as they are written in names."""
+"""Characters that distinguish values such as C, C++ and C#, with their spelling in names."""
 
 MOST_SOURCES = 8
-"""Sources whose rows are kept until all tasks are loaded."""
+"""Sources whose rows are cached until all tasks are loaded."""
 _read: dict[tuple[object, ...], dict[str, list[Row]]] = {}
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def task_rows(task: TaskConfig, split: str, key: str) -> list[Row]:
 
 
 def forget_rows() -> None:
-    """Free the rows that are kept so that the tasks of one source read it once."""
+    """Free the rows that are cached so that the tasks of one source read it once."""
     _read.clear()
 
 
@@ -126,7 +126,7 @@ def _with_value(task: Mapping[str, Any], value: str) -> dict[str, Any]:
 
 
 def _chosen(tasks: Sequence[str] | None, made: Mapping[str, Mapping[str, str]]) -> list[str] | None:
-    """The tasks of an adapter, with those that were made in place of the task that stands for them."""
+    """The tasks of an adapter, with the tasks made by split_by in place of the task that has it."""
     if tasks is None:
         return None
     chosen: list[str] = []

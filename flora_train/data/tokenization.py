@@ -193,7 +193,7 @@ def pad_token(tokenizer: Any) -> int:
 
 
 def _cut(length: int, room: int, truncation: str) -> tuple[str, list[tuple[int, int]]]:
-    """The fate of `length` tokens where `room` tokens fit, and the spans of them that are used."""
+    """The treatment of `length` tokens where `room` tokens fit, and the spans of them that are used."""
     if length <= room:
         return "whole", [(0, length)]
     if room < 1:

@@ -60,9 +60,9 @@ class Journal(Generic[Entry]):
         self.kind = kind
         """Type of the entries."""
         self.word = word
-        """What an entry is called in messages."""
+        """Name of an entry in messages."""
         self.remedy = remedy
-        """What a user does about entries of another kind, in messages."""
+        """Remedy for entries of another kind, in messages."""
         self.settings = path / "settings.json"
 
     def claim(self, settings: Mapping[str, JsonValue], restart: bool = False) -> None:

@@ -101,7 +101,7 @@ def may_draw_progress(console: Console) -> bool:
 
 
 def is_terminal() -> bool:
-    """Whether standard error is a terminal, also while a progress bar stands in front of it."""
+    """Whether standard error is a terminal, also while a progress bar wraps it."""
     stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
     return stream is not None and stream.isatty()
 

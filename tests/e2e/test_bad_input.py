@@ -298,7 +298,7 @@ def test_hub_name_while_offline_is_refused(complain: Complain, tmp_path: Path, w
         ),
         (
             ["export", "nowhere", "--as", "lora-svd", "--rank", "8", "--max-error=0.1"],
-            "max_error = 0.1: and rank both choose the rank: give one",
+            "max_error = 0.1: and rank both set the rank: give one",
         ),
         (
             ["export", "nowhere", "--max-eror", "1"],

@@ -218,9 +218,7 @@ def test_every_command_says_in_one_line_that_a_file_system_is_read_only(
     assert elsewhere.returncode == 0, elsewhere.stderr  # what is only read may lie there
 
 
-def test_what_is_in_the_way_of_a_folder_or_file_is_named(
-    finished: Path, recipe: Path, tmp_path: Path
-) -> None:
+def test_obstacle_of_a_folder_or_file_is_named(finished: Path, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for place, reason in (

@@ -46,7 +46,7 @@ def test_few_tokens_and_precision_change_what_it_says(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs it")
 @pytest.mark.parametrize("word", ["model.quantization=4bit"])
-def test_what_cannot_run_here_is_refused_after_the_diagnosis(
+def test_doctor_refuses_an_impossible_recipe_after_the_diagnosis(
     word: str, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", f"recipe={recipe}", word]) == 2

@@ -208,7 +208,7 @@ def test_only_a_lora_is_converted_and_nothing_is_overwritten(
     ],
     ids=" ".join,
 )
-def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_computed(
+def test_unwritable_folder_is_reported_before_anything_is_computed(
     run: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word.format(run=run) for word in words]) == 2

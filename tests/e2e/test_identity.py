@@ -208,7 +208,7 @@ def test_an_adapter_named_twice_is_written_once(place: Path) -> None:
         assert status == 0, said
 
 
-def test_two_that_solve_into_one_folder_are_told(place: Path) -> None:
+def test_second_solve_into_one_folder_is_refused(place: Path) -> None:
     with (place / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         status, said = call(place, *SOLVE, f"--out={place}")

@@ -70,7 +70,7 @@ def test_a_recipe_for_files_and_folders_runs_as_it_stands(
         (["support.jsonl", "--modle", "x"], "--modle: unknown option"),
     ],
 )
-def test_what_cannot_be_a_task_is_said_before_anything_is_written(
+def test_files_that_cannot_be_a_task_are_refused_before_anything_is_written(
     files: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

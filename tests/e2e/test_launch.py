@@ -58,7 +58,7 @@ def test_a_killed_run_is_started_again_and_ends_with_the_same_bytes(
     assert adapter_bytes(run) == adapter_bytes(tmp_path / "whole")
 
 
-def test_who_tells_the_supervisor_to_end_tells_the_run(recipe: Path, tmp_path: Path) -> None:
+def test_signal_to_the_supervisor_reaches_the_run(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = (f"recipe={recipe}", "training.steps=100000", "training.save_every=5", "resume=true")
     with supervised(run, *words) as process:

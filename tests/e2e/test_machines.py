@@ -63,7 +63,7 @@ def test_the_same_files_train(machines: list[Path]) -> None:
     assert statuses == [0, 0], said
 
 
-def test_what_only_one_lacks_is_said_and_ends_all(machines: list[Path]) -> None:
+def test_file_missing_on_one_machine_is_named_and_ends_all(machines: list[Path]) -> None:
     (machines[1] / "rows.jsonl").unlink()
     statuses, said = train_on(machines)
     assert statuses == [2, 2], said
@@ -73,7 +73,7 @@ def test_what_only_one_lacks_is_said_and_ends_all(machines: list[Path]) -> None:
     assert not (machines[0].parent / "machinerun").exists()
 
 
-def test_what_breaks_on_one_only_ends_all(machines: list[Path]) -> None:
+def test_failure_on_one_machine_ends_all(machines: list[Path]) -> None:
     """Not an error of ours: a weight file that is cut off."""
     weights = machines[1] / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])

@@ -269,7 +269,7 @@ def test_a_run_says_what_it_leaves_out_and_ends(
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
-def test_a_model_whose_rows_cannot_be_told_apart_is_refused_by_both(
+def test_model_with_indistinguishable_rows_is_refused_by_plan_and_train(
     command: str, tmp_path: Path, capfd: Any
 ) -> None:
     tokenizer = byte_tokenizer()

@@ -35,7 +35,7 @@ def found(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Capacity:
     )
 
 
-def test_the_plan_is_said_and_leaves_nothing(
+def test_plan_is_printed_and_writes_no_file(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -68,7 +68,7 @@ def test_the_plan_counts_special_tokens_that_rows_hold(
     assert "(40: <end> 40) are text; tasks." in said
 
 
-def test_a_run_of_many_hours_is_told_how_to_be_shorter(found: Capacity, recipe: Path) -> None:
+def test_plan_of_many_hours_says_how_to_shorten_the_run(found: Capacity, recipe: Path) -> None:
     config = load_config([f"recipe={recipe}"])
     said = [
         dict(plan_lines(config, replace(found, step_seconds=seconds)))["time"] for seconds in (1.0, 1000.0)
@@ -201,7 +201,7 @@ def test_a_run_with_the_least_slots_ends_with_the_same_bytes(
         ({"on_disk": 10**15}, r"output_dir = .*: needs 1000000\.0 GB"),
     ],
 )
-def test_what_does_not_fit_names_the_setting(
+def test_plan_that_does_not_fit_names_the_setting(
     change: dict[str, int], words: str, found: Capacity, recipe: Path
 ) -> None:
     config = load_config([f"recipe={recipe}"])

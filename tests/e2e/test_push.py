@@ -194,7 +194,7 @@ def test_a_repository_for_each_and_a_collection(run: Path, hub: Hub, push: Push)
     assert [item["id"] for item in collection["items"]] == list(hub.repos)
 
 
-def test_a_dry_run_asks_nothing_and_says_everything(run: Path, hub: Hub, push: Push) -> None:
+def test_dry_run_sends_nothing_and_lists_everything(run: Path, hub: Hub, push: Push) -> None:
     done = push(str(run), "--dry-run", "--repo", "me/tiny")
     assert done.returncode == 0, done.stderr
     assert hub.asked == []
@@ -202,7 +202,7 @@ def test_a_dry_run_asks_nothing_and_says_everything(run: Path, hub: Hub, push: P
     assert done.stdout.count("adapter_model.safetensors") == len(ADAPTERS)
 
 
-def test_adapters_of_another_run_and_what_is_not_ours_are_left_alone(run: Path, hub: Hub, push: Push) -> None:
+def test_push_keeps_adapters_of_other_runs_and_unknown_files(run: Path, hub: Hub, push: Push) -> None:
     assert push(str(run), "digits-flora", "--repo", "me/tiny").returncode == 0
     repo = hub.repos["me/tiny"]
     assert push(str(run), "digits-lora", "--repo", "me/tiny").returncode == 0
@@ -247,7 +247,7 @@ def test_bad_input_is_one_clear_error(run: Path, hub: Hub, push: Push, words: li
     assert not any(repo.commits for repo in hub.repos.values())
 
 
-def check_who_is_not_let_in(done: Said | subprocess.CompletedProcess[str], hub: Hub, line: str) -> None:
+def check_refused_user(done: Said | subprocess.CompletedProcess[str], hub: Hub, line: str) -> None:
     assert done.returncode == 2, done.stderr
     assert line in done.stderr
     assert "use the folders as they are: plain peft loads them" in done.stderr
@@ -262,17 +262,17 @@ def check_who_is_not_let_in(done: Said | subprocess.CompletedProcess[str], hub: 
         ("", "requires a login: hf auth login, or HF_TOKEN=..."),
     ],
 )
-def test_who_is_not_let_in_hears_how(
+def test_refused_user_learns_how_to_log_in(
     run: Path, hub: Hub, push: Push, monkeypatch: pytest.MonkeyPatch, token: str, line: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
-    check_who_is_not_let_in(push(str(run), "--repo", "me/tiny"), hub, line)
+    check_refused_user(push(str(run), "--repo", "me/tiny"), hub, line)
 
 
-def test_who_is_offline_hears_how(run: Path, hub: Hub) -> None:
+def test_offline_push_says_how_to_go_online(run: Path, hub: Hub) -> None:
     environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}
     done = python("-m", "flora_train", "push", str(run), "--repo", "me/tiny", environment=environment)
-    check_who_is_not_let_in(done, hub, "cannot be reached, HF_HUB_OFFLINE=1 forbids it")
+    check_refused_user(done, hub, "cannot be reached, HF_HUB_OFFLINE=1 forbids it")
 
 
 def test_a_run_that_trains_still_is_refused(run: Path, hub: Hub, push: Push) -> None:
@@ -300,9 +300,7 @@ def test_an_existing_public_repository_is_not_filled_unless_public_is_given(
     assert len(hub.repos["me/tiny"].commits) == 1
 
 
-def test_a_private_repository_that_is_to_be_public_stays_private_and_it_is_said(
-    run: Path, hub: Hub, push: Push
-) -> None:
+def test_existing_private_repository_stays_private_with_a_warning(run: Path, hub: Hub, push: Push) -> None:
     hub.repos["me/tiny"] = Repo(True, {".gitattributes": b""})
     done = push(str(run), "digits-flora", "--repo", "me/tiny", "--public")
     assert done.returncode == 0, done.stderr
@@ -324,7 +322,7 @@ def test_one_public_repository_of_several_is_found_before_anything_is_sent(
     "wait",
     ["99999999999", "3153600000", "Fri, 31 Dec 9999 23:59:59 GMT", "inf", "nan", "-5", "soon", "9" * 400],
 )
-def test_a_wait_that_the_hub_asks_for_is_bounded(
+def test_wait_requested_by_the_hub_is_bounded(
     run: Path, hub: Hub, push: Push, monkeypatch: pytest.MonkeyPatch, wait: str
 ) -> None:
     waited: list[float] = []

@@ -275,7 +275,7 @@ def test_tensorboard_gets_per_adapter_metrics(launch: Launch, recipe: Path, tmp_
     assert final.value == pytest.approx(contenders["letters-flora"]["bits_per_byte"]["value"], rel=1e-6)
 
 
-def test_wandb_is_offline_by_default_and_knows_a_run_that_is_taken_up_again(
+def test_wandb_is_offline_by_default_and_continues_a_resumed_run(
     launch: Launch, recipe: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

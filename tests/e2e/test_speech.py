@@ -115,7 +115,7 @@ def test_the_report_has_error_rates_of_base_and_adapters(finished: Path) -> None
     assert "Whether completions are correct" not in page
 
 
-def test_clips_that_cannot_be_used_are_said_and_listed(finished: Path) -> None:
+def test_unusable_clips_are_counted_and_listed(finished: Path) -> None:
     listed = (finished / "clips_left_out.tsv").read_text().splitlines()
     assert listed[0] == "task\tsplit\treason\tfile"
     assert [line.rpartition("/")[2] for line in listed[1:]] == ["absent.wav"]

@@ -40,7 +40,7 @@ def finished(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def test_a_run_whose_readers_have_left_trains_to_its_end(recipe: Path, tmp_path: Path) -> None:
+def test_run_with_broken_pipes_trains_to_its_end(recipe: Path, tmp_path: Path) -> None:
     words = ["train", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "training.steps=4"]
     done = python(
         "-c",
@@ -52,7 +52,7 @@ def test_a_run_whose_readers_have_left_trains_to_its_end(recipe: Path, tmp_path:
 
 
 @pytest.mark.parametrize("command", ["report", "evaluate", "export"])
-def test_a_command_whose_reader_has_left_ends_quietly(command: str, finished: Path, tmp_path: Path) -> None:
+def test_broken_pipe_ends_a_command_quietly(command: str, finished: Path, tmp_path: Path) -> None:
     program = NO_READER.format(numbers=(1,)) + MAIN.format(words=[command, str(finished)])
     done = python("-c", program, environment=launch_environment(tmp_path))
     assert done.returncode == 0, done.stderr

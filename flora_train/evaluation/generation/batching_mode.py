@@ -246,7 +246,8 @@ class _Probe:
             hook.remove()
 
     def batched(self) -> list[Tensor]:
-        """Logits in a batch that the second row joins later and that the first row leaves."""
+        """Logits in a batch to which the second row is added later and from which the first row is
+        removed."""
         with decoding_attention(self.model):
             cache, first = self._start(self.prompts[0])
             second_cache, second = self._start(self.prompts[1])

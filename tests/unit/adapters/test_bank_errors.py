@@ -168,7 +168,7 @@ def test_ia3_without_a_default_for_the_architecture_names_what_there_is(
         AdapterBank.attach(model, [spec("ia3", target_modules=["fc2"])])
 
 
-def test_feedforward_module_that_is_no_target_is_refused() -> None:
+def test_feedforward_module_that_is_not_a_target_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"adapters\.ia3\.feedforward_modules = 'up_proj': matches none of the targets k_proj"
     ):
@@ -178,7 +178,7 @@ def test_feedforward_module_that_is_no_target_is_refused() -> None:
 
 
 @pytest.mark.parametrize("routed", [4, 3, 12], ids=["no-divisor", "divisor", "multiple"])
-def test_wrong_number_of_routed_rows_is_said_clearly(bank: AdapterBank, routed: int) -> None:
+def test_wrong_number_of_routed_rows_is_a_clear_error(bank: AdapterBank, routed: int) -> None:
     """6 rows of 10 tokens divide evenly among 3 or 12 routed rows, and would silently use wrong adapters."""
     with pytest.raises(
         RuntimeError, match=rf"{routed} routed rows; call bank\.route with one adapter per row"

@@ -188,7 +188,7 @@ def test_task_in_the_name_stands_for_every_task(config: Make, tmp_path: Path) ->
         ({"method": "flora", "variant": "pure"}, "variant", "set it to residual"),
     ],
 )
-def test_what_does_not_fit_is_refused_under_the_key_to_change(
+def test_init_from_that_does_not_fit_is_refused_under_the_key_to_change(
     adapter: dict[str, Any], key: str, hint: str, config: Make, tmp_path: Path
 ) -> None:
     source = lora(tmp_path / "a")

@@ -107,7 +107,7 @@ def test_a_layer_that_scales_its_product_is_left_out() -> None:
     }
 
 
-def test_a_layer_that_makes_the_logits_is_no_target() -> None:
+def test_output_layer_is_not_a_target() -> None:
     model: Any = tiny_model("qwen3")
     model.get_output_embeddings = lambda: None  # as of a classifier
     assert usable_and_not(model)[1] == {"lm_head": "makes the logits"}

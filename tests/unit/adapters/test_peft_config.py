@@ -144,7 +144,7 @@ def test_a_difference_to_a_changed_base_is_refused_and_its_conversion_is_read(
     ],
     ids=str,
 )
-def test_what_peft_saved_with_another_meaning_is_refused_by_name(
+def test_peft_options_with_another_meaning_are_refused_by_name(
     options: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForSequenceClassification
@@ -207,7 +207,7 @@ def test_a_configuration_that_is_not_known_to_be_harmless_is_refused(
         started(folder, spec("lora", rank=4, alpha=6.0, target_modules=TARGETS))
 
 
-def test_what_a_newer_peft_writes_and_leaves_off_is_no_hindrance(tmp_path: Path) -> None:
+def test_configuration_of_a_newer_peft_is_accepted(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "a")
     edit(
         folder,

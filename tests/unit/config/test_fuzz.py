@@ -122,7 +122,7 @@ def test_any_mapping_is_a_configuration_or_one_error(raw: dict[str, Any]) -> Non
 
 
 @given(recipes())
-def test_what_is_valid_is_written_and_read_back_equal(
+def test_valid_configuration_round_trips(
     tmp_path_factory: pytest.TempPathFactory, raw: dict[str, Any]
 ) -> None:
     config = answered(lambda: validate(raw))

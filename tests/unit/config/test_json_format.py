@@ -44,7 +44,7 @@ def test_rows_may_hold_numbers_that_are_missing_and_files_of_ours_may_not() -> N
         (b'{"a": "\xff"}', "is not UTF-8 text (byte 7)"),
     ],
 )
-def test_what_cannot_be_read_is_named_in_one_line(text: str | bytes, reason: str) -> None:
+def test_unreadable_json_is_named_in_one_line(text: str | bytes, reason: str) -> None:
     for parse in (parse_json, parse_object):
         with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
             parse(text)

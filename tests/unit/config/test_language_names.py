@@ -82,7 +82,7 @@ MULTIPL_E = {
 
 
 @pytest.mark.parametrize("word", MULTIPL_E)
-def test_language_key_knows_multipl_es_words(word: str) -> None:
+def test_language_key_accepts_names_of_multipl_e(word: str) -> None:
     key = MULTIPL_E[word]
     assert language_key(word) == key
     table = load_languages()
@@ -99,7 +99,7 @@ def test_every_word_means_a_language_of_the_table() -> None:
     assert language_key("klingon") == "klingon"
 
 
-def test_the_installer_knows_the_same_words() -> None:
+def test_installer_accepts_the_same_language_names() -> None:
     script = PROJECT_ROOT / "eval" / "install_toolchains.sh"
     words = [word for others in NAMES.values() for word in others]
     look = 'source <(sed -n "/^key_of()/,/^}/p" "$0"); for word in "$@"; do key_of "$word"; done'

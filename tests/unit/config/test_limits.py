@@ -135,7 +135,7 @@ def test_sweep_of_a_million_is_refused_before_it_is_expanded() -> None:
     assert time.process_time() - started < 2
 
 
-def test_sweep_over_a_number_in_quotes_is_no_bomb() -> None:
+def test_sweep_over_a_number_in_quotes_is_harmless() -> None:
     started = time.process_time()
     assert faults(adapters={"x": {"method": "lora", "lr": ["1e99999999", 1]}})
     assert time.process_time() - started < 1

@@ -59,7 +59,7 @@ def test_references_are_the_values_that_they_name(raw: dict[str, Any], found: di
         ({f"a{i}": [f"${{a{i - 1}}}"] if i else [1] for i in range(5000)}, "nests more than 64 levels deep"),
     ],
 )
-def test_what_means_nothing_or_has_no_end_is_an_error_at_once(raw: dict[str, Any], line: str) -> None:
+def test_invalid_or_endless_references_are_an_error_at_once(raw: dict[str, Any], line: str) -> None:
     started = time.process_time()
     assert line in str(refusal(lambda: resolve(raw))[0])
     assert time.process_time() - started < 1

@@ -234,7 +234,7 @@ def test_configuration_is_frozen() -> None:
 
 @pytest.mark.parametrize("name", ["base", "Base", "BASE"])
 @pytest.mark.parametrize("section", ["tasks", "adapters"])
-def test_nothing_is_called_as_reports_call_the_base(section: str, name: str) -> None:
+def test_name_of_the_base_in_reports_is_reserved(section: str, name: str) -> None:
     raw = small()
     raw[section][name] = raw[section].pop(next(iter(raw[section])))
     (problem,) = refusal(lambda: validate(raw))

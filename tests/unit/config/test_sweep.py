@@ -103,7 +103,7 @@ def test_the_command_line_sweeps_and_what_is_saved_is_the_same_run(tmp_path: Pat
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused(
+def test_contradicting_sweep_options_are_refused(
     adapters: dict[str, Any], sections: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):

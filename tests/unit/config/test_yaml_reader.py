@@ -66,7 +66,7 @@ def within_a_second(action: Callable[[], Any]) -> Any:
         ("a: 1\n---\na: 2\n", "a second document begins here (line 2)"),
     ],
 )
-def test_what_cannot_be_meant_is_one_error_within_a_second(
+def test_invalid_yaml_is_one_error_within_a_second(
     tmp_path: Path, monkeypatch: Any, text: str, line: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -101,7 +101,9 @@ def test_bombs_on_the_command_line_are_one_error_that_names_the_key(word: str) -
         ("~nobody-here/x.yaml", "no such file"),
     ],
 )
-def test_recipe_that_is_no_file_is_one_error(tmp_path: Path, monkeypatch: Any, kind: str, line: str) -> None:
+def test_recipe_that_is_not_a_file_is_one_error(
+    tmp_path: Path, monkeypatch: Any, kind: str, line: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     (found,) = within_a_second(lambda: loading_faults(f"recipe={kind}"))
@@ -116,7 +118,7 @@ def test_recipe_in_another_encoding_says_so(tmp_path: Path, encoding: str) -> No
     assert found == f"{path}: is not readable YAML: it is not UTF-8 text; save it as UTF-8"
 
 
-def test_byte_order_mark_is_no_part_of_the_first_key() -> None:
+def test_byte_order_mark_is_not_part_of_the_first_key() -> None:
     assert read("\ufeffname: x\n") == {"name": "x"}
 
 
@@ -156,7 +158,7 @@ TEXTS = [
 ]
 
 
-def test_what_is_written_is_read_back_equal() -> None:
+def test_written_yaml_round_trips() -> None:
     value = {"texts": TEXTS, **dict.fromkeys(TEXTS), "deep": [{"a": [[], {}]}, 1e-12, 10**30, True, None]}
     assert read(write(value)) == value
 

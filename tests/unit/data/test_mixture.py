@@ -134,7 +134,7 @@ def test_expected_token_shares_are_those_that_are_drawn(strategy: str, options: 
         assert tokens[task] / tokens.total() == pytest.approx(share, abs=0.02)
 
 
-def test_who_joins_later_may_expect_less() -> None:
+def test_token_shares_count_only_the_steps_of_each_task() -> None:
     early, late = stream("early", [10] * 200), replace(stream("late", [10] * 200, 3.0), begins=10, ends=30)
     mix = mixture([replace(early, ends=20), late])
     tokens = Counter(draw.task for number in range(30) for draw in mix.step(number))
@@ -227,7 +227,7 @@ def test_adapters_leave_after_their_own_steps_and_the_task_with_the_last() -> No
 
 
 @each_strategy
-def test_budget_of_those_who_left_goes_to_the_others(strategy: str, options: dict[str, float]) -> None:
+def test_budget_of_retired_tasks_goes_to_the_others(strategy: str, options: dict[str, float]) -> None:
     mix = mixture(
         [stream("a", [10] * 30, x=2), stream("b", [10] * 30, y=50)], strategy, budget=100, **options
     )
@@ -246,7 +246,7 @@ def test_draw_that_cannot_fit_into_a_step_is_an_error_with_the_number_that_does(
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "fair"])
-def test_who_leaves_changes_no_step_before_and_is_in_none_after(strategy: str) -> None:
+def test_retired_task_is_in_no_later_step_and_changes_no_earlier_one(strategy: str) -> None:
     config = MixtureConfig(strategy=strategy)
     whole, left = TaskMixture(three(), config, 1000, 0), {"a-1": 4, "b-0": 4}
     without = TaskMixture(three(), config, 1000, 0, left)
@@ -258,7 +258,7 @@ def test_who_leaves_changes_no_step_before_and_is_in_none_after(strategy: str) -
     ), "its part is given away"
 
 
-def test_once_all_have_left_steps_are_empty() -> None:
+def test_steps_are_empty_after_all_tasks_are_retired() -> None:
     streams = [stream("a", [10, 20], **{"a-0": FOR_EVER})]
     gone = TaskMixture(streams, MixtureConfig(), 100, 0, {"a-0": 2})
     assert [bool(gone.step(n)) for n in range(4)] == [True, True, False, False]
@@ -283,7 +283,7 @@ def test_tasks_take_turns_and_none_falls_behind() -> None:
             assert max(served.values()) - min(served.values()) < 2 * 60 + 5 * 400 / 4
 
 
-def test_what_did_not_fit_before_a_turn_ended_is_drawn_at_the_next() -> None:
+def test_draw_that_did_not_fit_in_a_turn_is_first_in_the_next() -> None:
     """Every example of a task once an epoch, in the order of one that has no turns."""
     lengths = np.random.default_rng(1).integers(5, 60, 50)
     streams = [stream(f"t{i}", lengths) for i in range(4)]

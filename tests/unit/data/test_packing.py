@@ -59,7 +59,7 @@ def test_no_two_sequences_would_fit_into_one(pieces: TokenSplit) -> None:
     assert shortest + second > MAX_LENGTH
 
 
-def test_labels_begin_anew_with_every_piece_and_positions_say_where(tokenizer: Any) -> None:
+def test_labels_and_positions_restart_with_every_packed_document(tokenizer: Any) -> None:
     split = pack(
         tokenize(
             [PromptCompletion("ab", "cd"), PromptCompletion("", "efg")], tokenizer, 9, truncation="truncate"

@@ -280,7 +280,7 @@ def test_missing_numbers_are_counted_as_empty_and_never_learnt(write, load, toke
 
 
 @pytest.mark.parametrize("truncation", ["truncate", "drop"])
-def test_of_a_text_of_a_hundred_megabytes_no_more_is_tokenised_than_can_be_used(truncation: str) -> None:
+def test_long_text_is_tokenised_only_as_far_as_it_is_used(truncation: str) -> None:
     tokenizer, text = smollm2(), "many words of text, " * 5_000_000
     tokenize([PromptCompletion("", "warm up")], tokenizer, 64, truncation=truncation)
     before, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

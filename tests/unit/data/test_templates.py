@@ -123,7 +123,7 @@ def test_numbers_that_are_no_text_are_an_error(value: Any, reason: str) -> None:
         examples([{"text": value}])
 
 
-def test_example_knows_which_parts_of_it_are_columns() -> None:
+def test_example_records_which_parts_are_columns() -> None:
     (example,) = examples([{"a": "xy", "b": "z"}], prompt="<{a}|{b}>", completion="{b}")
     assert [example.prompt[a:b] for a, b in example.prompt_rows] == ["xy", "z"]
     assert [example.completion[a:b] for a, b in example.completion_rows] == ["z"]

@@ -37,7 +37,7 @@ def test_only_the_completion_and_the_end_token_are_learnt(tokenizer: Any) -> Non
     assert split.label_counts.tolist() == [3]
 
 
-def test_prompt_is_tokenised_apart_as_generation_sees_it() -> None:
+def test_prompt_is_tokenised_separately_as_in_generation() -> None:
     tokenizer = byte_tokenizer(merges=(("b", "c"),))
     together, apart = (
         tokenizer("abcd")["input_ids"],
@@ -128,7 +128,7 @@ def test_counts_add_up_and_lengths_stay_in_bounds(policy: str, start: bool, max_
     assert counts.label_tokens == split.label_counts.sum()
 
 
-def test_prompt_that_fills_the_length_is_counted_apart(tokenizer: Any) -> None:
+def test_prompt_that_fills_the_length_is_counted_separately(tokenizer: Any) -> None:
     split = tokenize(
         [PromptCompletion("abcd", "e"), PromptCompletion("abc", "e")], tokenizer, 4, truncation="truncate"
     )

@@ -37,7 +37,7 @@ def test_tables_name_every_method_and_mark_the_adapter(run: str, adapter: str, t
         assert all(" [" in row[-1] for row in table.rows[1:])
 
 
-def test_a_suite_of_the_hub_is_told_in_its_format_and_ours_is_not() -> None:
+def test_benchmark_entries_hold_suites_of_the_hub_only() -> None:
     found = report("multipl_e_local")
     (suite,) = (suite for suite in found.code if suite.suite == "multipl_e")
     (lua,) = (language for language in suite.languages if language.language == "lua")
@@ -53,7 +53,7 @@ def test_a_suite_of_the_hub_is_told_in_its_format_and_ours_is_not() -> None:
     assert benchmarks(report("quickstart"), "lua-flora") == []
 
 
-def test_nothing_is_told_where_nothing_was_measured() -> None:
+def test_card_results_are_empty_without_measurements() -> None:
     assert (
         tables(None, "lua-flora")
         == card_results(None, "lua-flora")

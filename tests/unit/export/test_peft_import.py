@@ -110,7 +110,7 @@ def test_an_adapter_that_peft_made_gives_the_same_logits(kind: str, tmp_path: Pa
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_and_changes_nothing(
+def test_adapter_that_does_not_fit_is_refused_without_changes(
     ours: AdapterSpec, words: str, tmp_path: Path
 ) -> None:
     folder = made_by_peft(THEIRS["LoRA"][0], tmp_path / "theirs")
@@ -143,7 +143,7 @@ def test_a_residual_flora_comes_closer_to_a_lora_with_its_rank(
     assert distances[-1] < 0.05
 
 
-def test_a_hira_adapter_is_no_pure_flora(tmp_path: Path) -> None:
+def test_hira_adapter_is_not_a_pure_flora(tmp_path: Path) -> None:
     folder = made_by_peft(THEIRS["HiRA"][0], tmp_path / "theirs")
     pure = spec("flora", rank=2, variant="pure", target_modules=TARGETS)
     bank = AdapterBank.attach(tiny_model(), [replace(pure, init_from=str(folder))])
@@ -165,7 +165,7 @@ def test_options_that_no_adapter_here_has_are_refused(option: str, value: Any, t
         init_from_peft(bank, range(len(bank.specs)))
 
 
-def test_what_is_no_adapter_is_named(tmp_path: Path) -> None:
+def test_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
     bank = AdapterBank.attach(tiny_model(), [replace(THEIRS["LoRA"][1], init_from=str(tmp_path))])
     with pytest.raises(UserError, match=r"adapters\.lora\.init_from = .*is not a PEFT adapter"):
         init_from_peft(bank, range(len(bank.specs)))

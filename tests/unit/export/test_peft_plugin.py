@@ -88,7 +88,7 @@ def test_two_adapters_take_turns_and_do_not_mix(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_begins_as_the_base_and_has_the_gradients_of_the_bank(variant: str) -> None:
+def test_peft_flora_starts_as_the_base_and_has_the_gradients_of_the_bank(variant: str) -> None:
     targets = ["q_proj", "down_proj"]
     model: Any = get_peft_model(
         tiny_model().double(), FloraConfig(r=3, variant=variant, target_modules=targets)
@@ -140,7 +140,7 @@ def test_bad_values_are_refused(words: dict[str, Any], message: str) -> None:
         FloraConfig(**words)
 
 
-def test_what_is_no_linear_layer_is_refused() -> None:
+def test_layer_that_is_not_linear_is_refused() -> None:
     with pytest.raises(
         TypeError, match="embed_tokens has the type Embedding: fLoRA supports Linear and Conv1D"
     ):

@@ -21,7 +21,7 @@ def logits_of(svd_lora: SvdLora, architecture: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", FEW)
 @pytest.mark.parametrize("family", ["pure", "residual", "rslora", "lora_subset", "ia3_explicit"])
-def test_at_full_rank_it_is_the_adapter_and_below_it_comes_closer(architecture: str, family: str) -> None:
+def test_svd_lora_is_exact_at_full_rank_and_closer_with_every_rank(architecture: str, family: str) -> None:
     bank, name = perturbed_bank(architecture), f"task-{family}"
     ours, plain = logits(bank, tokens(3), [name] * 3), plain_logits(architecture, tokens(3))
     full = compute_svd_lora(bank, name, rank=48, max_error=None)
@@ -33,7 +33,7 @@ def test_at_full_rank_it_is_the_adapter_and_below_it_comes_closer(architecture: 
     assert errors == pytest.approx(sorted(errors, reverse=True), abs=1e-6)
 
 
-def test_it_takes_the_rank_that_the_error_asks_for() -> None:
+def test_rank_is_the_smallest_within_the_error() -> None:
     bank, shares = perturbed_bank("llama"), []
     found = compute_svd_lora(bank, "task-residual", rank=None, max_error=0.3, report=shares.append)
     assert found.error <= 0.3

@@ -44,7 +44,7 @@ def batch_of(adapters: list[int], bank: AdapterBank, window: int = WINDOW) -> Mi
 
 
 @torch.no_grad()
-def test_the_longest_window_is_heard_as_before() -> None:
+def test_longest_window_is_encoded_as_before() -> None:
     before, after = tiny_whisper().eval(), tiny_whisper().eval()
     allow_short_windows(after)
     features = torch.randn(2, MEL_BINS, 2 * POSITIONS, generator=torch.Generator().manual_seed(0))
@@ -97,7 +97,7 @@ def test_positions_of_an_encoder_whose_weights_are_saved_in_half_precision_are_c
     )
 
 
-def test_what_is_saved_says_the_longest_window(tmp_path: Path) -> None:
+def test_saved_encoder_records_the_longest_window(tmp_path: Path) -> None:
     model = tiny_whisper()
     allow_short_windows(model)
     with torch.no_grad():

@@ -56,7 +56,7 @@ def read_or_refused(log: CompletionLog) -> list[LoggedCompletion]:
         return list(log.read().values())
     except UserError as error:
         (problem,) = error.problems
-        hint = "delete this line, and it is made again" in problem.hint
+        hint = "delete this line to have it computed again" in problem.hint
         return [] if hint and "completions-0.jsonl:" in problem.key else [entry(-1)]
 
 
@@ -140,7 +140,7 @@ def test_a_log_line_without_checksum_is_checked_for_its_types(tmp_path: Path) ->
     file.write_text(json.dumps(row) + "\n")
     assert list(log.read().values()) == [entry(0)]
     file.write_text(json.dumps({**row, "sample": "0"}) + "\n")
-    with pytest.raises(UserError, match="is no completion of ours"):
+    with pytest.raises(UserError, match="is damaged, or not a completion"):
         log.read()
 
 

@@ -156,7 +156,7 @@ def test_file_in_the_folder_s_place_is_never_deleted(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
-def test_opening_what_is_no_run_says_where_runs_are(tmp_path: Path) -> None:
+def test_opening_a_folder_without_a_run_says_where_runs_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a run folder .* runs are in outputs/"):
         open_run(tmp_path)
 

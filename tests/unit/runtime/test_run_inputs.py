@@ -53,7 +53,7 @@ def test_a_run_does_not_write_where_it_looks_for_rows(tmp_path: Path) -> None:
         f"{tmp_path}/**/*.jsonl",
     ):
         folder = RunFolder(tmp_path / "outputs" / "run")
-        with pytest.raises(UserError, match="would find the run's own files"):
+        with pytest.raises(UserError, match="would match the run's own files"):
             folder.status(config_of(folder.path, train=train))
     for train in (
         {"folder": str(tmp_path), "glob": "**/*.py"},
@@ -95,7 +95,7 @@ def test_a_pattern_of_one_level_does_not_find_the_runs_own_files_either(tmp_path
         f"{tmp_path}/*/run/metrics.jsonl",
         {"folder": str(run), "glob": "eval/*.json"},
     ):
-        with pytest.raises(UserError, match="would find the run's own files"):
+        with pytest.raises(UserError, match="would match the run's own files"):
             RunFolder(run).status(config_of(run, train=train))
     for train in (
         f"{tmp_path}/*/*.jsonl",

@@ -103,7 +103,7 @@ def test_lock_is_not_inherited_by_a_fork(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("log_to_stderr")
-def test_lock_where_there_are_no_locks_is_said_and_not_enforced(
+def test_lock_on_a_file_system_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*args: object) -> None:

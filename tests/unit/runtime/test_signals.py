@@ -55,7 +55,7 @@ def tell_to_end_in_step(trainer: Trainer, number: int) -> None:
     trainer.step = told  # type: ignore[method-assign]
 
 
-def test_the_step_in_which_it_is_told_is_the_last_and_is_saved(tmp_path: Path) -> None:
+def test_step_of_a_signal_is_the_last_and_is_saved(tmp_path: Path) -> None:
     trainer = make_trainer(mixed_specs(lr=2e-3), tmp_path, steps=10, save_every=100)
     tell_to_end_in_step(trainer, 5)
     with pytest.raises(Interrupted, match="saved after step 5") as pause:

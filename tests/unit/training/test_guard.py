@@ -137,7 +137,7 @@ def test_the_others_are_the_same_to_the_last_bit(
         assert (ill.metrics.skipped[victim], ill.optimizer.steps[victim]) == (lost, STEPS - lost)
 
 
-def test_it_goes_back_to_the_last_checkpoint_step_moments_included(
+def test_rollback_restores_the_last_checkpoint_step_with_moments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_in(tmp_path / "one", {"policy": "quarantine"})
@@ -233,7 +233,7 @@ def test_a_spike_is_measured_by_the_adapters_own_losses(tmp_path: Path) -> None:
         ({"policy": "ignore"}, r"guard\.policy = 'ignore': must be quarantine, rollback or skip"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(guard: dict[str, Any], words: str) -> None:
+def test_invalid_guard_is_refused(guard: dict[str, Any], words: str) -> None:
     raw = {
         "name": "test",
         "model": {"path": "unused"},

@@ -42,12 +42,12 @@ def test_rungs_suffice_until_one_is_left(
     assert SuccessiveHalving(members("a", count), halving(**options), steps).rungs == rungs
 
 
-def test_nothing_is_halved_without_a_sweep_or_with_all() -> None:
+def test_halving_has_no_rungs_without_a_sweep_or_with_strategy_all() -> None:
     assert SuccessiveHalving(members("a", 4, sweep=None), halving(), 100).rungs == []
     assert SuccessiveHalving(members("a", 4), SweepConfig(), 100).rungs == []
 
 
-def test_of_each_task_the_higher_losses_leave() -> None:
+def test_halving_retires_the_higher_losses_of_each_task() -> None:
     judge = SuccessiveHalving(
         [*members("a", 4), *members("b", 3), spec("lora", "a", "alone")], halving(), 100
     )
@@ -75,7 +75,7 @@ def trainer(folder: Path, strategy: str = "halving") -> Trainer:
     return make_trainer(specs, folder, steps=16, sweep=strategy)
 
 
-def test_the_others_get_the_part_of_those_who_left(tmp_path: Path) -> None:
+def test_remaining_adapters_share_the_budget_of_retired_ones(tmp_path: Path) -> None:
     one, whole = trainer(tmp_path / "one"), trainer(tmp_path / "whole", "all")
     one.train()
     whole.train()

@@ -38,13 +38,13 @@ def test_the_last_step_s_rows_are_timed_both_ways_and_nothing_changes(tmp_path: 
     assert not any(pool.gradients.any() for pool in trainer.bank.pools)
 
 
-def test_one_adapter_has_nothing_to_be_apart_from(tmp_path: Path) -> None:
+def test_joint_speedup_of_one_adapter_is_not_measured(tmp_path: Path) -> None:
     trainer = make_trainer(mixed_specs()[:1], tmp_path, compare_separate=True)
     trainer.train()
     assert time_joint_vs_separate(trainer) is None
 
 
-def test_nothing_is_measured_unless_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_speedup_is_measured_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(mixed_specs(), tmp_path)
     trainer.train()
     monkeypatch.setattr(trainer, "plan", lambda number: pytest.fail("a step was planned"))

@@ -32,7 +32,7 @@ def test_a_model_is_refused_exactly_if_packed_pieces_would_see_each_other(name: 
 
 
 @pytest.mark.parametrize("method", ["flora", "lora", "ia3"])
-def test_gradients_of_packed_pieces_are_those_of_the_pieces_apart(method: str, tmp_path: Path) -> None:
+def test_gradients_of_packed_documents_equal_those_of_separate_ones(method: str, tmp_path: Path) -> None:
     trainer: Any = make_trainer([spec(method, rank=2) if method != "ia3" else spec(method)], tmp_path)
     apart = random_split(5, 12)
     together = pack(apart, 40)
@@ -50,7 +50,7 @@ def test_gradients_of_packed_pieces_are_those_of_the_pieces_apart(method: str, t
     torch.testing.assert_close(gradients(together), first, rtol=2e-4, atol=1e-6)
 
 
-def test_a_piece_does_not_notice_what_stands_beside_it(tmp_path: Path) -> None:
+def test_packed_document_is_independent_of_its_neighbours(tmp_path: Path) -> None:
     trainer: Any = make_trainer([spec("flora", rank=2)], tmp_path)
     split = pack(random_split(5, 12), 40)
     row = Row(0, "a", 0, int(split.lengths[0]))

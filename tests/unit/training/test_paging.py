@@ -144,7 +144,7 @@ def least_loads(uses: list[set[int]], slots: int) -> int:
     return loads
 
 
-def test_what_is_loaded_is_the_least_that_a_rule_can_load(tmp_path: Path) -> None:
+def test_paging_loads_as_little_as_beladys_rule(tmp_path: Path) -> None:
     """Nine adapters in three tasks, of which a step has one or two."""
     trainer = make_trainer(one_kind(9), tmp_path, paging=Paging(6), steps=40, tokens_per_step=42)
     plans = plans_of(trainer, 40)

@@ -22,7 +22,7 @@ CAUSAL = [name for name in ARCHITECTURES if name not in ("t5", "whisper")]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_rows_that_stay_apart_are_let_through(architecture: str, dtype: torch.dtype) -> None:
+def test_model_with_independent_rows_is_accepted(architecture: str, dtype: torch.dtype) -> None:
     model = tiny_model(architecture, dtype).requires_grad_(False)
     torch.manual_seed(7)
     before = torch.get_rng_state()

@@ -36,7 +36,7 @@ def observed(losses: list[float], patience: int | None, min_delta: float = 0.0) 
         ([3, 4, 5, 6], None, 0.0, None),
     ],
 )
-def test_it_stops_after_so_many_evaluations_that_were_no_better(
+def test_patience_is_a_number_of_evaluations_without_improvement(
     losses: list[float], patience: int | None, min_delta: float, at: int | None
 ) -> None:
     assert observed(losses, patience, min_delta) == at
@@ -67,7 +67,7 @@ def trainer(folder: Path, **training: int) -> Trainer:
     return make_trainer(specs, folder, interval=2, **{"steps": 12, **training})
 
 
-def test_who_stops_stays_as_it_is_and_the_others_train_on(tmp_path: Path) -> None:
+def test_stopped_adapter_stays_unchanged_and_the_others_train_on(tmp_path: Path) -> None:
     one = trainer(tmp_path / "one")
     one.train()
     assert one.early_stopping.record() == {
@@ -130,7 +130,7 @@ def test_a_run_ends_when_all_have_stopped(tmp_path: Path) -> None:
         ({"patience": 0}, {"interval": 5}, r"adapters\.x\.patience = 0"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(
+def test_invalid_patience_is_refused(
     adapter: dict[str, float], evaluation: dict[str, int], words: str
 ) -> None:
     raw = {
