@@ -69,7 +69,7 @@ class TrainingMetrics:
         }
 
     def flush(self) -> dict[str, dict[str, float]]:
-        """Adapter name -> its part of a log record. The recent sums begin anew."""
+        """Adapter name -> its part of a log record. The recent sums are reset."""
         record = {}
         for adapter, loss in self.recent_losses().items():
             last = self.last_steps[adapter]

@@ -98,7 +98,8 @@ def measures(reports: Sequence[Report]) -> list[Measure]:
 
 
 def seed_groups(reports: Sequence[Report]) -> list[list[int]]:
-    """Indices of runs whose configurations differ in the seed only, in groups. Other runs are groups of one."""
+    """Indices of runs whose configurations differ in the seed only, in groups. Other runs are groups of
+    one."""
     alike: dict[str, list[int]] = {}
     seeds = []
     for i, report in enumerate(reports):
@@ -137,7 +138,10 @@ def verdicts(
         groups = [[i] for i in range(len(names))]
     joined = [" and ".join(names[i] for i in group) for group in groups]
     if len(groups) == 1:
-        return f"{joined[0]} differ only in the seed: none is better, and their range is the variation between seeds."
+        return (
+            f"{joined[0]} differ only in the seed: none is better, and "
+            "their range is the variation between seeds."
+        )
     sentences = [sentence for measure in compared if (sentence := _verdict(measure, joined, groups))]
     return " ".join(sentences) or "The runs have no task and method in common."
 

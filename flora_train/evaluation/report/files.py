@@ -26,12 +26,15 @@ def read_report(folder: RunFolder) -> Report:
             "or evaluate its best checkpoints with flora-train evaluate"
         )
         raise user_error("run", str(folder.path), hint)
-    hint = f"flora-train evaluate {folder.path} writes it anew"
+    hint = f"flora-train evaluate {folder.path} writes it again"
     content = read_object(path, hint)
     version = content.get("schema_version", content.get("schema"))
     if isinstance(version, int) and version != SCHEMA_VERSION:
         age = "an older" if version < SCHEMA_VERSION else "a newer"
-        reason = f"was written by {age} version of flora-train (schema {version}, this version reads {SCHEMA_VERSION})"
+        reason = (
+            f"was written by {age} version of flora-train (schema {version}, "
+            f"this version reads {SCHEMA_VERSION})"
+        )
         raise user_error(str(path), None, f"{reason}: {hint}")
     if "schema_version" not in content:
         raise user_error(str(path), None, f"is damaged (schema_version is missing): {hint}")
@@ -60,7 +63,7 @@ def write_report(report: Report, folder: Path) -> Path:
 def write_comparison(reports: Mapping[str, Report], html: Path) -> None:
     """Write a page that compares runs. reports: label of a run -> its report.
 
-    Raises UserError if `html` exists and is no page of this package.
+    Raises UserError if `html` exists and was not written by this package.
     """
     from flora_train.evaluation.report.html import render_comparison  # loads matplotlib, which takes a second
 

@@ -200,7 +200,8 @@ def _sweep_panels(report: Report) -> list[SweepPanels]:
 def _pass_table(
     suite: CodeSuite,
 ) -> tuple[list[LanguageScores | MacroScores], list[str], list[str], list[str]]:
-    """Parts of the table of pass@k, which ends with the mean over languages, and name, problems and samples of each."""
+    """Parts of the table of pass@k, which ends with the mean over languages, and name, problems and samples
+    of each."""
     parts: list[LanguageScores | MacroScores] = []
     names, problems, samples = [], [], []
     for part in suite.languages:
@@ -265,7 +266,8 @@ def joint_speedup_text(speedup: JointSpeedup | None) -> str:
     if speedup.measured is not None and speedup.measured < speedup.adapters:
         remark = f", estimated from {speedup.measured} of {speedup.adapters} adapters"
     return (
-        f"{ratio} times as long, with the base loaded {speedup.adapters} times: forward and backward of the last step's "
+        f"{ratio} times as long, with the base loaded {speedup.adapters} times: "
+        "forward and backward of the last step's "
         f"rows took {joint} s jointly and {separate} s adapter by adapter (a single measurement{remark})"
     )
 

@@ -126,11 +126,13 @@ def not_measured(config: RunConfig, executed: bool) -> list[str]:
     if not executed:
         items.append("Whether completions are correct: no program was executed. Held-out loss is not pass@k.")
     items.append(
-        "Variation between seeds: every adapter was trained once. Intervals cover the choice of held-out examples only."
+        "Variation between seeds: every adapter was trained once. "
+        "Intervals cover the choice of held-out examples only."
     )
     if any(adapter.sweep for adapter in config.adapters.values()):
         items.append(
-            "An untouched test set for sweeps: winners were chosen on the same held-out examples, which favours them."
+            "An untouched test set for sweeps: winners were chosen on the same held-out examples, "
+            "which favours them."
         )
     else:
         items.append("Other learning rates: every method was trained at the recipe's learning rate only.")
@@ -171,7 +173,8 @@ def read_training_record(folder: RunFolder) -> TrainingRecord:
 def examples_hash(split: TokenSplit) -> str:
     """SHA-256 of a split's examples: sound and sentences of clips, tokens of text.
 
-    It does not depend on the task's other splits, so that runs with the same held-out rows have the same hash.
+    It does not depend on the task's other splits, so that runs with the same held-out rows have the same
+    hash.
     """
     digest = sha256()
     names: tuple[str, ...] = ("tokens", "offsets", "prompt_lengths", "label_bytes", "packs")

@@ -59,7 +59,10 @@ def _code(suite: CodeSuite) -> str:
         scores = suite.macro
         where = f"over {len(suite.macro.languages)} languages"
     else:
-        return f"On the {suite.suite} problems nothing could be compared: see the list of what was not evaluated."
+        return (
+            f"On the {suite.suite} problems nothing could be compared: "
+            "see the list of what was not evaluated."
+        )
     k = suite.pass_at_k[0]
     values: list[str] = []
     for contender in scores.contenders:
@@ -182,7 +185,8 @@ def _best_methods(best: Mapping[str, ContenderResult], results: Sequence[TaskRes
 def _best_on_each_task(
     best: Mapping[str, ContenderResult], results: Sequence[TaskResult], *, named: bool
 ) -> list[str]:
-    """`flora on lua (−0.200, −0.210 to −0.190)` for each task; the first with unit and level. named: with the family."""
+    """`flora on lua (−0.200, −0.210 to −0.190)` for each task; the first with unit and level. named: with the
+    family."""
     digits, level = shared_digits(results), percent(results[0].confidence)
     remarks = {"worse": ", still worse than the base", "unclear": ", not clearly different from the base"}
     cases: list[str] = []

@@ -77,8 +77,8 @@ def draw_svg(
 ) -> Markup:
     """An SVG element for the page, with one pair of axes.
 
-    name: prefix of ids, unique in the page; size: width and height in pixels; box: left and right edge of the axes,
-    and the margins below and above them, in pixels. Without a title, screen readers skip the panel.
+    name: prefix of ids, unique in the page; size: width and height in pixels; box: left and right edge of the
+    axes, and the margins below and above them, in pixels. Without a title, screen readers skip the panel.
     """
     width, height = size
     left, right, below, above = box
@@ -92,7 +92,10 @@ def draw_svg(
     role = 'aria-hidden="true"'
     if title:
         role = f'role="img" aria-labelledby="{name}-title {name}-desc"'
-        labels = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
+        labels = (
+            f'<title id="{name}-title">{escape(title)}</title>'
+            f'<desc id="{name}-desc">{escape(description)}</desc>'
+        )
         body = labels + body
     return Markup(
         f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" {role}>{body}</svg>'
@@ -100,7 +103,8 @@ def draw_svg(
 
 
 def _compacted(svg: str, name: str) -> str:
-    """Matplotlib's drawing without metadata and style sheet, with prefixed ids and coordinates of two decimals."""
+    """Matplotlib's drawing without metadata and style sheet, with prefixed ids and coordinates of two
+    decimals."""
     body = "<g>" + svg.partition('<g id="figure_1">')[2].rpartition("</svg>")[0]
     used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', body))
 

@@ -20,7 +20,8 @@ LETTER_WIDTH = 7.0
 LEAST_RATIO = 4
 """Ratio of the largest to the smallest value from which on the axis is logarithmic."""
 DODGE = 0.02
-"""Shift between series at the same value, relative to the axis, so that their intervals are not on one line."""
+"""Shift between series at the same value, relative to the axis, so that their intervals are not on one
+line."""
 MOST_DODGE = 0.08
 
 
@@ -96,7 +97,8 @@ def _scale(values: Sequence[Setting]) -> _Scale:
 
 
 def _limits(plot: SweepPlot) -> tuple[float, float]:
-    """The vertical axis: the base, and every interval within five times the median distance from the middle."""
+    """The vertical axis: the base, and every interval within five times the median distance from the
+    middle."""
     estimates = [point.loss for series in plot.series for point in series.points if point.loss is not None]
     centre = plot.base
     if centre is None:
@@ -124,7 +126,8 @@ def _draw_series(
     style: FamilyStyle,
     limits: tuple[float, float],
 ) -> None:
-    """Points in the order of their values, joined by a line, with intervals; arrows at the edge for points outside."""
+    """Points in the order of their values, joined by a line, with intervals; arrows at the edge for points
+    outside."""
     places: list[tuple[float, Estimate]] = []
     for point in series.points:
         if point.loss is not None:

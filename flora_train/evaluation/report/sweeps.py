@@ -1,4 +1,5 @@
-"""Sweeps in the report: their swept keys, their points against each key, and whether a winner's lead is clear."""
+"""Sweeps in the report: their swept keys, their points against each key, and whether a winner's lead is
+clear."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ HEADINGS = {
 
 
 def swept_settings(adapters: Mapping[str, AdapterConfig]) -> dict[str, dict[str, Setting]]:
-    """Family -> values of the keys in which the settings of its sweep differ. adapters: family -> its configuration."""
+    """Family -> values of the keys in which the settings of its sweep differ. adapters: family -> its
+    configuration."""
     sweeps: dict[str, list[str]] = {}
     for family, adapter in adapters.items():
         if adapter.sweep is not None:

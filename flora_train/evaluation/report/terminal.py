@@ -27,7 +27,8 @@ LEFT_ALIGNED = ("task", "language", "method")
 
 
 def print_results(report: Report, console: Console | None = None) -> None:
-    """Held-out bits per byte of the base and every adapter, per task, with the difference to the base and its interval.
+    """Held-out bits per byte of the base and every adapter, per task, with the difference to the base and its
+    interval.
 
     The best is bold. Fits 80 columns.
     """

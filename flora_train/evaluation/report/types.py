@@ -45,7 +45,8 @@ class JointSpeedup(ResultModel):
 
 
 class RunFacts(Environment, ResultModel):
-    """Where, with what and at what cost a run was trained and evaluated. What was not recorded is None or empty."""
+    """Where, with what and at what cost a run was trained and evaluated. What was not recorded is None or
+    empty."""
 
     model: Text | None = None
     """The base model's `model.path`."""
@@ -241,7 +242,8 @@ class TaskResult(ResultModel):
 
     @cached_property
     def lead_is_clear(self) -> bool:
-        """Whether the interval of the difference between the best two adapters excludes zero, or only one is finite."""
+        """Whether the interval of the difference between the best two adapters excludes zero, or only one is
+        finite."""
         if len(self.ranked) < 2:
             return bool(self.ranked)
         first_two = {contender.family for contender in self.ranked[:2]}

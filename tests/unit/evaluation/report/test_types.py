@@ -75,7 +75,7 @@ def test_a_report_of_another_version_is_one_line_that_says_how_to_renew_it(
         read_report(folder_with(tmp_path, content))
     (problem,) = error.value.problems
     assert str(problem) == (
-        f"{tmp_path / 'run/eval/report.json'}: {line}: flora-train evaluate {tmp_path / 'run'} writes it anew"
+        f"{tmp_path / 'run/eval/report.json'}: {line}: flora-train evaluate {tmp_path / 'run'} writes it again"
     )
 
 
@@ -128,7 +128,7 @@ def test_a_damaged_value_is_one_line_that_names_its_key(path: str, value: object
         read_report(folder_with(tmp_path, content))
     (problem,) = error.value.problems
     assert f"is damaged, or was written by another version ({path}" in problem.hint
-    assert problem.hint.endswith("writes it anew")
+    assert problem.hint.endswith("writes it again")
 
 
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:
