@@ -232,7 +232,7 @@ def mappings_across_borders(modules: Iterable[Module]) -> list[Place]:
 
 
 def untyped_aliases(modules: Iterable[Module]) -> set[tuple[str, str]]:
-    """(module, name) of names that stand for a type with an untyped mapping: `Rows = list[dict[str, Any]]`."""
+    """(module, name) of aliases of a type with an untyped mapping: `Rows = list[dict[str, Any]]`."""
     aliases = set()
     for module in modules:
         for node in module.tree.body:

@@ -196,8 +196,10 @@ HINTS = {
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The content of adapter_config.json. Options of another type than expected are None until `check_harmless`
-    refuses them."""
+    """The content of adapter_config.json.
+
+    Options of another type than expected are None until `check_harmless` refuses them.
+    """
 
     options: Mapping[str, JsonValue]
     """All keys of the file."""

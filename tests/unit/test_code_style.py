@@ -9,8 +9,6 @@ import pytest
 from benchmarks import code_style
 from benchmarks.code_style import Module, Place, read_modules, working_tree
 
-not_reached = pytest.mark.xfail(reason="not reached yet", strict=False)
-
 
 @pytest.fixture(scope="module")
 def modules() -> list[Module]:
@@ -21,25 +19,21 @@ def listed(places: list[Place]) -> str:
     return "\n".join(str(place) for place in places)
 
 
-@not_reached
 def test_inline_conditionals_are_rare(modules: list[Module]) -> None:
     places = code_style.inline_conditionals(modules)
     assert code_style.per_100_lines(places, modules) <= 1.5, listed(places)
 
 
-@not_reached
 def test_nested_comprehensions_are_rare(modules: list[Module]) -> None:
     places = code_style.nested_comprehensions(modules)
     assert code_style.per_100_lines(places, modules) <= 0.2, listed(places)
 
 
-@not_reached
 def test_at_most_nine_modules_are_loose_in_the_root(modules: list[Module]) -> None:
     places = code_style.loose_modules(modules)
     assert len(places) <= 9, listed(places)
 
 
-@not_reached
 def test_readme_has_at_most_130_lines() -> None:
     assert len(working_tree()["README.md"].splitlines()) <= 130
 
@@ -49,13 +43,11 @@ def test_no_untyped_mapping_crosses_a_packages_border(modules: list[Module]) -> 
     assert not places, listed(places)
 
 
-@not_reached
 def test_no_line_is_longer_than_110_characters(modules: list[Module]) -> None:
     places = code_style.long_lines(modules)
     assert not places, listed(places)
 
 
-@not_reached
 def test_no_module_docstring_is_a_question(modules: list[Module]) -> None:
     places = code_style.question_docstrings(modules)
     assert not places, listed(places)

@@ -75,7 +75,8 @@ def test_a_report_of_another_version_is_one_line_that_says_how_to_renew_it(
         read_report(folder_with(tmp_path, content))
     (problem,) = error.value.problems
     assert str(problem) == (
-        f"{tmp_path / 'run/eval/report.json'}: {line}: flora-train evaluate {tmp_path / 'run'} writes it again"
+        f"{tmp_path / 'run/eval/report.json'}: {line}: "
+        f"flora-train evaluate {tmp_path / 'run'} writes it again"
     )
 
 
