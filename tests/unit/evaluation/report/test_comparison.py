@@ -85,7 +85,7 @@ def test_a_method_that_is_clearly_better_wins_its_tasks_and_no_other(report: dic
     )
 
 
-def test_a_suite_in_which_more_is_better_is_read_so(report: dict[str, Any]) -> None:
+def test_suite_in_which_higher_is_better_is_compared_accordingly(report: dict[str, Any]) -> None:
     other = copy.deepcopy(report)
     for suite in other["code"]:
         for part in suite["languages"]:
@@ -205,7 +205,7 @@ def test_error_rates_on_other_clips_are_not_compared(report: dict[str, Any]) -> 
         (["a", "a"], ["a (1)", "a (2)"]),
     ],
 )
-def test_runs_are_called_by_what_tells_them_apart(paths: list[str], expected: list[str]) -> None:
+def test_names_of_runs_are_their_distinguishing_parts(paths: list[str], expected: list[str]) -> None:
     assert labels(paths) == expected
 
 
@@ -232,7 +232,7 @@ def test_by_command(report: dict[str, Any], tmp_path: Path, capsys: pytest.Captu
     assert main(["report", runs[0], str(tmp_path / "nowhere")]) == 2
     said_wrong = capsys.readouterr().err
     assert "out = 'other.pdf': is a page: give it a name that ends in .html" in said_wrong
-    assert "out = 'other.html': is for several runs beside each other" in said_wrong
+    assert "out = 'other.html': is for several runs; the page of one run is in its folder" in said_wrong
     assert "is not a run folder" in said_wrong
     assert main(["report", runs[0]]) == 0
     assert (tmp_path / "a" / "eval" / "report.html").exists()

@@ -253,7 +253,7 @@ def test_control_characters_and_lone_surrogates_of_completions_stay_harmless_and
     assert page.encode("utf-8")
 
 
-def test_nothing_external_is_loaded_and_no_script_but_its_own_runs() -> None:
+def test_page_loads_nothing_external_and_runs_its_own_script_only() -> None:
     page = page_of(run(THREE))
     assert not re.search(r"""(?:src|href|action|data|xmlns)\s*=\s*["']?\s*(?:https?:|//)""", page)
     assert not re.search(r"url\(\s*['\"]?(?!#)", page)

@@ -106,7 +106,7 @@ def test_values_differences_and_what_was_left_out_stand_in_the_page() -> None:
     assert "Nothing was executed" not in text
 
 
-def test_time_limits_that_differ_by_language_are_all_said() -> None:
+def test_page_lists_time_limits_that_differ_by_language() -> None:
     suite = suite_of("lua", "java")
     suite["languages"][1]["cpu_seconds"] = 20.0
     assert "The limit of CPU time was 15 or 20 seconds, depending on the language." in text_of(
@@ -127,7 +127,7 @@ def test_the_summary_says_what_is_not_clear() -> None:
     )
 
 
-def test_what_was_not_evaluated_is_named_and_no_score_of_zero() -> None:
+def test_missing_evaluation_is_named_and_is_not_a_score_of_zero() -> None:
     missing = [{"language": "jl", "reason": "Julia does not run here <b>: apt-get install julia"}]
     nothing = suite_of(
         languages=[], macro={"languages": [], "contenders": [], "differences": []}, not_evaluated=missing
@@ -138,7 +138,7 @@ def test_what_was_not_evaluated_is_named_and_no_score_of_zero() -> None:
     assert "nothing could be compared" in text_of(page)
 
 
-def test_running_without_a_sandbox_is_said_aloud() -> None:
+def test_page_warns_about_a_run_without_sandbox() -> None:
     assert "without a sandbox" in text_of(page_of(results_of(code=[suite_of("lua", sandbox="none")])))
     assert "without a sandbox" not in text_of(page_of(results_of(code=[suite_of("lua")])))
 

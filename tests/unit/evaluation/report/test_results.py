@@ -105,7 +105,7 @@ def test_adapter_whose_loss_is_not_finite_is_never_best(tmp_path: Path, victim: 
 
 
 @pytest.mark.parametrize("wrong", [NAN, INF])
-def test_nobody_is_best_where_no_loss_is_finite_and_every_form_of_the_report_copes(
+def test_report_without_finite_losses_has_no_best_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: float
 ) -> None:
     results = results_of(tmp_path, {"flora": wrong, "lora": wrong})
@@ -158,7 +158,7 @@ def test_report_is_valid_json_whatever_the_losses(tmp_path: Path, losses: dict[s
         assert (contender.difference_to_base.finite is not None) == finite
 
 
-def test_base_that_is_not_finite_is_told_and_adapters_are_still_ranked(tmp_path: Path) -> None:
+def test_base_that_is_not_finite_is_reported_and_adapters_are_still_ranked(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"flora": 2.0, "lora": 1.5}, base=NAN)
     assert results.results[0].base.loss is None
     assert results.curves.base == {"a": None}
@@ -166,9 +166,7 @@ def test_base_that_is_not_finite_is_told_and_adapters_are_still_ranked(tmp_path:
 
 
 @pytest.mark.parametrize("first", [None, 2])
-def test_base_of_the_curves_is_judged_on_the_same_examples_as_they_are(
-    tmp_path: Path, first: int | None
-) -> None:
+def test_base_of_the_curves_is_evaluated_on_the_same_examples(tmp_path: Path, first: int | None) -> None:
     results = results_of(tmp_path, {"lora": 2.0}, max_examples=first)
     share = np.linspace(0.9, 1.1, 6)[:first]
     assert results.curves.base == {"a": pytest.approx(3.0 * share.mean() / 5)}

@@ -59,7 +59,7 @@ def test_markdown_has_a_row_per_task_and_a_column_per_method(report: Report) -> 
         )
 
 
-def test_several_runs_are_told_apart(report: Report) -> None:
+def test_table_of_several_runs_names_the_run(report: Report) -> None:
     text = as_markdown(scores_of({"first": report, "second": report}))
     assert (
         text.count("| first | ")
@@ -82,7 +82,7 @@ def test_latex_uses_booktabs_and_escapes_names(report: Report) -> None:
         assert row.count("&") == 2 + len(report.families)
 
 
-def test_a_value_that_is_not_finite_is_said(report: Report) -> None:
+def test_table_marks_values_that_are_not_finite(report: Report) -> None:
     first = report.results[0]
     broken = first.base.bits_per_byte.replace(value=None, low=None, high=None, excludes_zero=False)
     result = first.replace(base=first.base.replace(bits_per_byte=broken))
