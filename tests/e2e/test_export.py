@@ -190,7 +190,7 @@ def test_only_a_lora_is_converted_and_nothing_is_overwritten(
         ([str(tmp_path / "pissa"), "--out", str(tmp_path / "x")], "init_lora_weights='pissa'"),
         (
             [str(run / "adapters" / "digits-ia3"), "--out", str(tmp_path / "x")],
-            "is of kind IA3: LORA is converted; HIRA and IA3 go on",
+            "is of kind IA3: LORA is converted; HIRA and IA3 need no conversion",
         ),
         ([str(run / "adapters" / "digits-lora"), "--out", str(tmp_path)], "exists already: choose another"),
         (["/nowhere", "--out", str(tmp_path / "x")], "adapter = '/nowhere': is not a PEFT adapter"),
