@@ -44,8 +44,16 @@ SPEECH = {"speech": {"language": "cs"}, "train": "cs.train.tsv"}
         ({"train": {"files": "a.jsonl", "split": "dev"}}, "train.split", "give the split's files instead"),
         ({"train": {"files": "a.jsonl", "glob": "*.x"}}, "train.glob", "requires folder"),
         ({"train": {"hub": "a/b", "glob": "*.x"}}, "train.glob", "requires folder"),
-        ({"train": {"files": "a.jsonl", "sample_by": "document"}}, "train.sample_by", "applies to .txt files only"),
-        ({"train": {"folder": "src", "sample_by": "document"}}, "train.sample_by", "applies to .txt files only"),
+        (
+            {"train": {"files": "a.jsonl", "sample_by": "document"}},
+            "train.sample_by",
+            "applies to .txt files only",
+        ),
+        (
+            {"train": {"folder": "src", "sample_by": "document"}},
+            "train.sample_by",
+            "applies to .txt files only",
+        ),
         (
             {"train": "a.jsonl", "validation": {"files": "b.jsonl", "glob": "*"}},
             "validation.glob",
