@@ -121,8 +121,8 @@ def test_an_example_that_changes_its_neighbours_positions_is_one_error(
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(said) == 1
     assert (
-        "training.max_length = 64: tasks.one.train has an example of 21 tokens; beyond 16 the model recomputes"
-        in said[0]
+        "training.max_length = 64: tasks.one.train has an example of 21 tokens; beyond 16 the model "
+        "recomputes" in said[0]
     )
     load_data(load_config([*words, "training.max_length=16"]))
 
