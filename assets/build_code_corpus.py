@@ -1,5 +1,4 @@
-"""Builds `<language>.{train,validation}.jsonl`: short functions and files in Lua, Perl, Ruby and other
-languages.
+"""Builds `<language>.{train,validation}.jsonl`: short functions and files in Lua, Perl, Ruby and others.
 
     python assets/build_code_corpus.py --exclude-prompts <folder with MultiPL-E's humaneval-*.jsonl>
     python assets/build_code_corpus.py --languages php js go rust d --output assets/code_local

@@ -1,5 +1,4 @@
-"""Builds `<language>.{train,validation,test}.jsonl` and their clips: human speech with transcripts from
-Debian packages.
+"""Builds `<language>.{train,validation,test}.jsonl` and clips: human speech from Debian packages.
 
     python assets/build_speech_corpus.py --languages cs nl ro bg --output assets/speech_local
 

@@ -1,5 +1,4 @@
-"""The final evaluation of a run: losses, programs, transcripts and samples; then exports, report and
-cards."""
+"""The final evaluation of a run: losses, programs, transcripts, samples; then exports, report and cards."""
 
 from __future__ import annotations
 

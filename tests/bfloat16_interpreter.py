@@ -1,6 +1,7 @@
-"""bfloat16 in Triton's interpreter, which keeps it as uint16: its own matmul multiplies these as integers and
-its casts cut off what should be rounded. `install` mends both; `test_interpreter.py` fails when Triton no
-longer needs it."""
+"""Corrects bfloat16 in Triton's interpreter.
+
+The interpreter stores bfloat16 as uint16: its matmul multiplies these as integers, and its casts truncate
+instead of rounding. `install` corrects both; `test_interpreter.py` fails when Triton no longer needs it."""
 
 from __future__ import annotations
 

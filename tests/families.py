@@ -1,5 +1,4 @@
-"""Causal model families of transformers as tiny random models, and what is promised of each before
-training."""
+"""Causal model families of transformers as tiny random models, with the promises made before training."""
 
 from __future__ import annotations
 

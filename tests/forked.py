@@ -1,5 +1,4 @@
-"""`python WORDS`, forked from a process that has loaded torch and transformers: loading takes most of the
-time of a short run.
+"""`python WORDS` forked from a process that has loaded torch and transformers, which saves most of the time.
 
 Nothing else is shared: each has an environment, arguments, streams and an exit status of its own, and may be
 killed.

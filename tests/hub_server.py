@@ -1,5 +1,4 @@
-"""A hub on loopback that speaks what huggingface_hub's client asks when it pushes: login, repositories, LFS,
-commits, files, collections.
+"""A hub on loopback for huggingface_hub's client: login, repositories, LFS, commits, files, collections.
 
 It holds everything in memory and breaks when told to: `faults` is a list of [method, part of the path,
 answer, how many times more], where an answer is a status, "drop", which closes the connection without a word,

@@ -1,5 +1,4 @@
-"""Tiny encoder-decoders of speech beside Whisper, with random weights: Moonshine, which hears the wave, and
-Speech2Text."""
+"""Tiny encoder-decoders of speech with random weights: Moonshine (waveform input) and Speech2Text."""
 
 from __future__ import annotations
 

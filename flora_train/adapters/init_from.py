@@ -1,5 +1,4 @@
-"""Reads what a recipe leaves out from the PEFT adapters that init_from names, and checks that they fit,
-before anything is loaded."""
+"""Completes and checks adapters that start from PEFT adapters (init_from), before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Run by test_sharded_base.py in two processes: a base that FSDP2 shards gives the numbers of the plain
-one."""
+"""Run by test_sharded_base.py in two processes: a base sharded by FSDP2 gives the same numbers."""
 
 from __future__ import annotations
 

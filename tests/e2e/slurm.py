@@ -1,5 +1,4 @@
-"""A SLURM cluster of two nodes on this machine: its own daemons and commands, on the loopback, all their
-files in one folder."""
+"""A SLURM cluster of two nodes on this machine, on the loopback, with all its files in one folder."""
 
 from __future__ import annotations
 

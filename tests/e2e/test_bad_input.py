@@ -1,5 +1,4 @@
-"""Whatever a user gets wrong is answered with exit status 2 and one line per problem, before anything is
-written.
+"""Wrong input ends with exit status 2 and one line per problem, before anything is written.
 
 What needs a loaded model to be found (a target that matches nothing) is here too; a full disk is tested with
 the run folder.

@@ -1,5 +1,4 @@
-"""What users get by default on GPUs and on CPUs that multiply bfloat16: a base in bfloat16, from training to
-export.
+"""A base in bfloat16, the default on GPUs and CPUs that multiply it fast, from training to export.
 
 `model.dtype=bfloat16` is what `auto` is there; the recipes of the other end-to-end tests name float32."""
 

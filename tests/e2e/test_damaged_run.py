@@ -1,5 +1,4 @@
-"""Whatever stands in report.json or run.json, and wherever nothing can be written: a result, or one clear
-error."""
+"""Damaged report.json and run.json, and unwritable places: a result, or one clear error."""
 
 from __future__ import annotations
 

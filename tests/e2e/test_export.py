@@ -145,7 +145,7 @@ def test_flora_under_a_type_of_its_own_keeps_its_rank(run: Path, checkpoint: Pat
     )
 
 
-def test_a_lora_becomes_a_flora_that_a_run_goes_on_from(
+def test_converted_lora_is_a_flora_that_a_run_starts_from(
     run: Path, recipe: Path, checkpoint: Path, launch: Launch, tmp_path: Path
 ) -> None:
     source, out = run / "adapters" / "digits-lora", tmp_path / "digits"

@@ -1,5 +1,4 @@
-"""A task is added to a finished run on the command line: its adapters are trained, the others' files stay
-what they were."""
+"""A task is added to a finished run: its adapters are trained, the others' files stay unchanged."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Base and data are those that a run was trained with, or it is refused by name; what a flag allows is
-written into every result."""
+"""A run's base and data are verified: a difference is refused, or allowed by a flag and noted in results."""
 
 from __future__ import annotations
 
@@ -153,7 +152,7 @@ def test_a_report_needs_neither_base_nor_data(place: Path) -> None:
     assert status == 0, said
 
 
-def test_a_run_that_goes_on_refuses_another_base_and_other_rows(place: Path) -> None:
+def test_resumed_run_refuses_another_base_and_other_rows(place: Path) -> None:
     state = place / "outputs" / "tiny" / "run.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "finished": False}))
     words = ["train", "recipe=tiny.yaml", "training.steps=3", "evaluation.interval=null", "resume=true"]

@@ -1,5 +1,4 @@
-"""launch/supervise.sh: a run that is started again until it has ended. launch/slurm.sh: what it decides
-(test_slurm.py: on a cluster)."""
+"""launch/supervise.sh restarts a run until it has ended; the decisions of launch/slurm.sh."""
 
 from __future__ import annotations
 
@@ -92,9 +91,7 @@ def test_a_mistake_is_not_started_for_ever(tmp_path: Path) -> None:
     ],
     ids=["saved", "evaluated", "no further", "half saved", "finished"],
 )
-def test_a_job_goes_back_to_the_queue_if_it_got_further(
-    does: str, status: int, goes_back: bool, tmp_path: Path
-) -> None:
+def test_job_is_requeued_if_it_made_progress(does: str, status: int, goes_back: bool, tmp_path: Path) -> None:
     """srun and scontrol are stand-ins: one leaves what a run would leave, the other notes what it is asked
     for."""
     programs = {

@@ -1,5 +1,4 @@
-"""What plain PEFT makes of a run's adapters is said by the plan and before training, and holds for the
-folders."""
+"""Which adapters plain PEFT loads: the plan and the run state it, and the exported folders confirm it."""
 
 from __future__ import annotations
 

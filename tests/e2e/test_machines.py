@@ -1,5 +1,4 @@
-"""Machines that do not have the same files: all of them end, and say which. Two processes here, each in a
-folder of its own."""
+"""Machines with different files: all of them end, and the error names the machine (two processes here)."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ def test_transcripts_longer_than_the_decoders_positions_are_refused(tmp_path: Pa
         ),
     ],
 )
-def test_a_run_says_what_it_leaves_out_and_ends(
+def test_run_reports_what_it_leaves_out_and_finishes(
     name: str, notes: list[str], tmp_path: Path, capfd: Any
 ) -> None:
     tokenizer = byte_tokenizer()

@@ -1,5 +1,4 @@
-"""Two real processes and one run folder: one works in it, the other is told; and only the run's own files are
-ever deleted."""
+"""Two processes and one run folder: the second is refused; only the run's own files are ever deleted."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Windows and macOS, as far as Linux can tell: what Python has on Linux only is not there, and a run trains
-all the same."""
+"""A run trains without Python's Linux-only parts, as on Windows and macOS."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""flora-train plan says what a run takes; a run with as few slots as it says ends with the bytes of one with
-room for all."""
+"""flora-train plan: a run with the slots that it states ends with the bytes of a run without paging."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""flora-train push against a hub on loopback: huggingface_hub's own client does the work, and the hub breaks
-in the middle of it."""
+"""flora-train push against a hub on loopback with huggingface_hub's client, and with failures of the hub."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_ten_lines_do_what_the_command_line_does(recipe: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "outputs/from_python/run.json").read_text())["finished"]
 
 
-def test_a_loop_of_one_s_own_and_transformers_trainer(checkpoint: Path, tmp_path: Path) -> None:
+def test_custom_loop_and_transformers_trainer(checkpoint: Path, tmp_path: Path) -> None:
     checks = """
 import json
 before = [bank.row(i).clone() for i in range(len(specs))]

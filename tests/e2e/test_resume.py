@@ -1,5 +1,4 @@
-"""A run that is killed, or stopped by a signal, continues with resume=true and ends with the bytes of one
-that was not."""
+"""A killed or stopped run resumes and ends with the bytes of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -114,7 +113,7 @@ def test_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
     assert not list(parts.rglob("step-*"))
 
 
-def test_a_run_goes_on_with_another_number_of_processes(
+def test_run_resumes_with_another_number_of_processes(
     launch: Launch, kill_after: Kill, recipe: Path, tmp_path: Path
 ) -> None:
     words, parts = (f"recipe={recipe}", *WORDS), tmp_path / "parts"
@@ -141,7 +140,7 @@ def test_unfinished_run_of_another_configuration_is_refused_before_the_model_loa
     ]
 
 
-def test_a_run_that_is_stop_requested_says_so_by_its_exit_status(recipe: Path, tmp_path: Path) -> None:
+def test_stopped_run_ends_with_its_exit_status(recipe: Path, tmp_path: Path) -> None:
     words = (
         f"recipe={recipe}",
         "training.steps=100000",

@@ -1,5 +1,4 @@
-"""launch/slurm.sh on a cluster of two nodes: SLURM's own daemons, both nodes on this machine, each with a
-launcher of its own."""
+"""launch/slurm.sh on a SLURM cluster of two nodes on this machine, each with its own launcher."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ def test_two_nodes_train_what_two_processes_train(
 
 
 @pytest.mark.parametrize("accident", ["told to end", "a node is lost", "a process is killed"])
-def test_the_job_goes_back_to_the_queue_and_ends_with_the_same_bytes(
+def test_job_is_requeued_and_ends_with_the_same_bytes(
     accident: str, slurm: Cluster, whole: Path, recipe: Path, tmp_path: Path
 ) -> None:
     said, run = tmp_path / "said.txt", tmp_path / "run"

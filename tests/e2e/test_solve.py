@@ -1,5 +1,4 @@
-"""From a trained run to pass@k by command: generated once, killed and resumed, never mixed, alike on one
-process and on two."""
+"""flora-train solve: from a run to pass@k, killed and resumed, the same with one process and two."""
 
 from __future__ import annotations
 
@@ -125,7 +124,7 @@ def test_a_report_of_another_version_is_refused_before_anything_is_written(mine:
     assert completions(mine / "eval" / "trivial") == before
 
 
-def test_killed_generation_goes_on_and_ends_with_what_an_uninterrupted_one_writes(
+def test_killed_generation_resumes_and_writes_the_same_as_an_uninterrupted_one(
     run: Path, tmp_path: Path
 ) -> None:
     words = ("evaluation.num_samples=40", "evaluation.batch_rows=8")

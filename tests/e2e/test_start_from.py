@@ -19,7 +19,7 @@ def before(recipe: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactor
     return run
 
 
-def test_adapters_begin_where_those_of_another_run_ended(before: Path, recipe: Path, launch: Launch) -> None:
+def test_adapters_start_from_those_of_another_run(before: Path, recipe: Path, launch: Launch) -> None:
     """One step at a rate that moves nothing much."""
     run = before.parent / "after"
     words = [

@@ -1,5 +1,4 @@
-"""A run and its terminal: whose reader has left, whose encoding is ASCII, and at which somebody presses
-Ctrl-C."""
+"""A run and its terminal: a broken pipe, an ASCII encoding, Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The package as users install it: wheel and sdist hold what a run needs, and runs do without the source
-tree."""
+"""The package as users install it: wheel and sdist contain what a run needs."""
 
 from __future__ import annotations
 

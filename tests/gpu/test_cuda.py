@@ -37,7 +37,7 @@ def test_training_on_the_gpu_equals_training_on_the_cpu(tmp_path: Path, optimize
 
 
 @pytest.mark.parametrize("disk", [False, True], ids=["pinned", "files"])
-def test_adapters_that_come_and_go_keep_the_bits_of_those_that_stay(disk: bool, tmp_path: Path) -> None:
+def test_joining_and_retiring_adapters_change_no_bit_of_the_others(disk: bool, tmp_path: Path) -> None:
     """Copies run beside the steps, on a stream of their own."""
     resident, paged = (
         paging_trainer(tmp_path / str(slots), slots, disk, device="cuda") for slots in (None, SLOTS)

@@ -1,5 +1,4 @@
-"""Every family of causal models is trained right, or refused or reduced with one clear line before
-training."""
+"""Families of causal models: trained correctly, or refused or reduced with one clear line before training."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def test_a_base_of_type_auto_is_loaded_as_the_run_began(tmp_path: Path, began: s
     assert as_it_began(auto, folder).model.dtype == began
 
 
-def test_a_type_that_the_recipe_names_stays(tmp_path: Path) -> None:
+def test_dtype_of_the_recipe_precedes_the_recorded_one(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_run_json({"finished": False, "base_dtype": "bfloat16"})
     raw = small()

@@ -1,5 +1,4 @@
-"""Sweeps in the report: their swept keys, their points against each key, and whether a winner's lead is
-clear."""
+"""Sweeps in the report: swept keys, points against each key, and whether a winner's lead is clear."""
 
 from __future__ import annotations
 

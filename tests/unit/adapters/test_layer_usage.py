@@ -114,7 +114,7 @@ def test_output_layer_is_not_a_target() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "whisper", "t5", "bloom"])
-def test_a_model_whose_layers_all_run_keeps_all_and_is_left_as_it_was(architecture: str) -> None:
+def test_probe_finds_all_layers_usable_and_changes_nothing(architecture: str) -> None:
     model: Any = tiny_model(architecture).train()
     model.model.layers[0].eval() if architecture == "llama" else None
     modes = {name: module.training for name, module in model.named_modules()}
@@ -136,7 +136,7 @@ def test_gradient_checkpointing_hides_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", ["mamba", "phimoe", "gemma3", "jamba"])
-def test_a_model_that_is_not_loaded_says_the_same(name: str, tmp_path: Path) -> None:
+def test_layer_usage_without_weights_is_the_same(name: str, tmp_path: Path) -> None:
     family_config(name).save_pretrained(tmp_path)
     config = ModelConfig(path=str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == name

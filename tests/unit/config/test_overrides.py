@@ -64,7 +64,7 @@ def test_value_that_yaml_cannot_read_is_named_with_the_fix() -> None:
     assert problem.hint.endswith("text needs its own quotes: 'tasks.lua.text=\"...\"'")
 
 
-def test_all_wrong_words_come_at_once() -> None:
+def test_invalid_arguments_are_reported_together() -> None:
     assert len(refusal(lambda: parse_overrides(["+a=1", "~b", "c=[", "d", "e=1"]))) == 4
 
 

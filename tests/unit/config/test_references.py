@@ -1,5 +1,4 @@
-"""`${key}` is another key's value; nothing is read from the environment, and no chain or bomb of references
-is followed without end."""
+"""`${key}` is the value of another key; the environment is never read, and endless references are refused."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_outermost_key_that_belongs_to_a_section_is_suggested_with_its_section()
     assert faults(steps=3)["steps"].endswith("Did you mean 'training.steps'?")
 
 
-def test_all_errors_of_all_sections_come_at_once_each_with_key_value_and_fix() -> None:
+def test_errors_of_all_sections_are_reported_together_with_key_value_and_hint() -> None:
     found = faults(
         name="not a name",
         seed=-1,

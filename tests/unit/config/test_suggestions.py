@@ -1,5 +1,4 @@
-"""Options of other trainers and our former names are answered with the key that is meant, wherever they
-stand."""
+"""Options of other trainers and former names are answered with the key that is meant, in any section."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What is not ours is shown on a terminal and never obeyed, and a stream that takes no more does not end a
-command."""
+"""Foreign text is shown on a terminal without being obeyed; a broken stream does not end a command."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""YAML of any length is read in linear time; bombs, tags, and what a mapping would lose are refused with
-their line."""
+"""YAML is read in linear time; bombs, tags and mappings that would lose a key are refused with their line."""
 
 from __future__ import annotations
 

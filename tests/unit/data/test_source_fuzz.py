@@ -1,5 +1,4 @@
-"""Whatever a file of rows holds, reading it ends with rows or with one error that names it, and reading a
-task with tokens or one."""
+"""Reading any file of rows ends with rows, or with one error that names it; loading a task likewise."""
 
 from __future__ import annotations
 

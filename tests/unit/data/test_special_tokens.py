@@ -1,5 +1,4 @@
-"""Special tokens in a recipe's templates are tokens, those in rows are text; text is tokenised as the
-tokenizer itself does it."""
+"""Special tokens in templates are tokens, those in rows are text; text has the tokenizer's own tokens."""
 
 from __future__ import annotations
 

@@ -114,7 +114,9 @@ def change_content(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     "change", ["content", "tokenizer", "end token", "max_length", "truncation", "template"]
 )
-def test_cache_is_keyed_by_whatever_changes_the_tokens(write, load, tmp_path: Path, change: str) -> None:
+def test_cache_key_covers_everything_that_changes_the_tokens(
+    write, load, tmp_path: Path, change: str
+) -> None:
     write("a.jsonl", ROWS)
     task, tokenizer = {"train": "a.jsonl", "validation": "a.jsonl"}, byte_tokenizer()
     first = load(tokenizer, a=task)["a"]
@@ -249,7 +251,7 @@ def test_validation_rows_must_have_the_training_rows_columns(write, load, tokeni
         load(tokenizer, a={"train": "a.jsonl", "validation": "v.jsonl"})
 
 
-def test_faults_of_all_tasks_come_at_once(write, load, tokenizer: Any) -> None:
+def test_errors_of_all_tasks_are_reported_together(write, load, tokenizer: Any) -> None:
     write("good.jsonl", ROWS)
     write("empty.jsonl", "")
     tasks = {

@@ -79,7 +79,7 @@ def test_attribute_access_in_a_template_is_a_column_name_not_code() -> None:
     assert examples([{"a.b": "x"}], text="<{a.b}>") == [PromptCompletion("", "<x>")]
 
 
-def test_all_lacking_columns_come_at_once() -> None:
+def test_missing_columns_are_reported_together() -> None:
     assert len(refusals([{"a": "x"}], prompt="{b} {c}", completion="d")) == 3
 
 

@@ -29,7 +29,7 @@ def losses(n: int, seed: int = 0) -> NDArray[np.float64]:
     return np.random.default_rng(seed).gamma(4.0, 2.0, n)
 
 
-def test_one_example_says_nothing_of_others() -> None:
+def test_interval_of_one_example_is_its_value_and_excludes_nothing() -> None:
     heldout = HeldOut("a", {0: np.array([3.0]), -1: np.array([5.0])}, np.array([4]), np.array([10]))
     difference = compare(heldout, samples=100, confidence=0.95, seed=0).differences[0, -1]
     assert difference.value < 0

@@ -59,7 +59,7 @@ def test_a_weight_that_stands_in_two_places_is_not_merged(shared: str) -> None:
     assert torch.equal(first.up_proj.base_layer.weight, before)
 
 
-def test_merging_leaves_no_adapter_layer_and_other_layers_as_they_were() -> None:
+def test_merging_removes_adapter_layers_and_changes_no_other_layer() -> None:
     bank = perturbed_bank("llama")
     targets = set(bank.pools[bank_pool(bank, "task-lora_subset")].targets)
     model = merge_into_base(bank, "task-lora_subset")

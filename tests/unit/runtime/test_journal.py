@@ -1,5 +1,4 @@
-"""A log that grows: every damaged line is found when it is opened, and nobody else's file is overwritten or
-deleted."""
+"""The journal: every damaged line is found on opening, and no other file is overwritten or deleted."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_resume_keeps_a_finished_run_of_the_same_configuration(tmp_path: Path) -
     assert content(tmp_path) == before
 
 
-def test_resume_goes_on_in_the_folder_of_an_unfinished_run(tmp_path: Path) -> None:
+def test_resume_continues_an_unfinished_run(tmp_path: Path) -> None:
     folder = overwrite(tmp_path, finished=False)
     begun = json.loads(folder.run_json.read_text())["started"]
     config = run_config("resume", num_threads=3)  # how a run is computed may change
@@ -138,7 +138,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("mode", ["refuse", "resume", "replace"])
 @pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
-def test_folder_that_is_not_ours_is_never_deleted(tmp_path: Path, files: dict[str, str], mode: str) -> None:
+def test_folder_without_a_run_is_never_deleted(tmp_path: Path, files: dict[str, str], mode: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     before = content(tmp_path)
@@ -255,7 +255,7 @@ def test_interrupted_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Pa
     assert content(tmp_path) == {"file": b"old"}
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_is_then(
+def test_file_is_synced_before_the_rename_and_its_folder_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     happened: list[str] = []
@@ -365,7 +365,7 @@ def test_every_key_of_the_evaluation_is_known_to_decide_training_or_not() -> Non
 
 
 @pytest.mark.parametrize("key", ONLY_AT_THE_END)
-def test_settings_used_only_for_evaluation_may_change_when_a_run_goes_on(tmp_path: Path, key: str) -> None:
+def test_settings_used_only_for_evaluation_may_change_on_resume(tmp_path: Path, key: str) -> None:
     folder = overwrite(tmp_path, finished=False)
     config = changed(
         run_config("resume"),
@@ -377,19 +377,19 @@ def test_settings_used_only_for_evaluation_may_change_when_a_run_goes_on(tmp_pat
 
 
 @pytest.mark.parametrize("key", DURING_TRAINING)
-def test_settings_that_select_adapters_may_not(tmp_path: Path, key: str) -> None:
+def test_settings_that_select_adapters_may_not_change_on_resume(tmp_path: Path, key: str) -> None:
     folder = overwrite(tmp_path, finished=False)
     with pytest.raises(UserError, match=f"evaluation.{key} = "):
         folder.status(changed(run_config("resume"), **{key: DURING_TRAINING[key]}))
 
 
-def test_finished_run_is_not_taken_for_one_of_another_evaluation(tmp_path: Path) -> None:
+def test_finished_run_with_another_evaluation_is_refused(tmp_path: Path) -> None:
     folder = overwrite(tmp_path, finished=True)
     with pytest.raises(UserError, match=r"evaluation\.num_samples = 3: was 20"):
         folder.status(changed(run_config("resume"), num_samples=3))
 
 
-def test_texts_of_a_task_that_are_not_learnt_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
+def test_texts_of_a_task_that_are_not_learnt_may_change_on_resume(tmp_path: Path) -> None:
     folder = overwrite(tmp_path, finished=False)
     raw = run_config("resume").model_dump(mode="json")
     for key, value in {"sample_prompts": ["a"], "license": "mit", "language": "lua"}.items():

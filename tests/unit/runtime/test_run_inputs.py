@@ -46,7 +46,7 @@ def test_a_run_is_not_replaced_by_one_that_reads_from_it(tmp_path: Path) -> None
     assert folder.status(config_of(folder.path)) == "new"
 
 
-def test_a_run_does_not_write_where_it_looks_for_rows(tmp_path: Path) -> None:
+def test_run_folder_inside_a_data_pattern_is_refused(tmp_path: Path) -> None:
     for train in (
         {"folder": str(tmp_path)},
         {"folder": str(tmp_path), "glob": "**/*.json"},

@@ -1,5 +1,4 @@
-"""Told to end, a run finishes its step; told again, it ends as any program would; afterwards signals are what
-they were."""
+"""Signals: the first finishes and saves the step, the second ends the process; handlers are restored."""
 
 from __future__ import annotations
 
@@ -84,7 +83,7 @@ def test_stop_requested_in_the_last_evaluation_it_is_saved_and_ends_before_the_f
     assert again.state.step == again.state.evaluated == 3
 
 
-def test_a_pause_does_not_wait_for_an_evaluation_which_is_made_up_for(tmp_path: Path) -> None:
+def test_stop_skips_a_due_evaluation_which_the_resumed_run_does(tmp_path: Path) -> None:
     def run(name: str) -> Trainer:
         return make_trainer(
             mixed_specs(lr=2e-3, patience=1), tmp_path / name, steps=8, interval=2, save_every=100

@@ -128,7 +128,7 @@ def test_the_newcomer_learns_as_if_it_had_been_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_a_grown_run_that_is_interrupted_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+def test_extended_run_that_is_interrupted_resumes_with_the_same_bits(tmp_path: Path) -> None:
     results = []
     for name, stop in (("whole", None), ("parts", 13)):
         finish(trainer_of(tmp_path / name, "ab"))
@@ -145,7 +145,7 @@ def test_a_grown_run_that_is_interrupted_goes_on_with_the_same_bits(tmp_path: Pa
         assert all(torch.equal(a, b) for a, b in zip(state, results[1][name], strict=True)), name
 
 
-def test_tasks_join_an_interrupted_run_whose_adapters_go_on(tmp_path: Path) -> None:
+def test_tasks_join_an_interrupted_run_whose_adapters_train_on(tmp_path: Path) -> None:
     first = trainer_of(tmp_path, "ac")
     stop_before(first, 5)
     saved = trainer_of(tmp_path, "ac")

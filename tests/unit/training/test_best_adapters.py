@@ -58,7 +58,7 @@ def test_equal_loss_keeps_the_earlier_state(bank: AdapterBank, tmp_path: Path) -
     assert selection.best[0].step == 5
 
 
-def test_without_best_the_latest_is_kept_whatever_its_loss(bank: AdapterBank, tmp_path: Path) -> None:
+def test_latest_state_is_saved_without_select_best(bank: AdapterBank, tmp_path: Path) -> None:
     selection = BestAdapters(bank, tmp_path, select_best=False)
     for step, loss in ((5, 1.0), (10, 3.0), (15, nan)):
         perturb(bank)

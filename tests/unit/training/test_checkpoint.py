@@ -138,7 +138,7 @@ def test_more_can_be_kept_and_what_a_kill_cut_off_is_removed(tmp_path: Path) -> 
     assert not cut_off.exists()
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_state_of_its_step(
+def test_training_continues_while_a_checkpoint_of_its_step_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, may_write = (

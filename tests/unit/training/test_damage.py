@@ -1,5 +1,4 @@
-"""Whatever file of an interrupted run is damaged: the resumed run ends as if preserved_state, or says so
-before its first step."""
+"""Resuming with any damaged file: the run ends as undisturbed, or refuses before its first step."""
 
 from __future__ import annotations
 
@@ -71,7 +70,7 @@ def files(folder: Path) -> list[Path]:
 @pytest.mark.attack
 @at_most(8)
 @given(data=st.data())
-def test_resume_ends_as_undisturbed_or_refuses_at_once_whatever_is_damaged(
+def test_resume_with_any_damaged_file_ends_as_undisturbed_or_refuses_at_once(
     data: st.DataObject,
     stopped: Path,
     preserved_state: dict[str, Any],
@@ -127,7 +126,7 @@ def test_checkpoint_with_a_damaged_word_in_its_header_is_passed_over(
 
 
 @pytest.mark.usefixtures("log_to_stderr")
-def test_damaged_metrics_after_the_checkpoint_before_send_the_run_back_to_it(
+def test_damaged_metrics_after_a_checkpoint_resume_from_that_checkpoint(
     stopped: Path, preserved_state: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copy_of(stopped, tmp_path)

@@ -1,5 +1,4 @@
-"""Who may divide the base, and what it takes then. That the numbers are right: tests/e2e/test_run.py, in two
-processes."""
+"""Sharding the base: accepted models and memory per process (values: tests/e2e/test_run.py)."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def test_every_layer_is_gathered_by_itself(name: str) -> None:
     assert len(layers_of(model)) == 2
 
 
-def test_a_process_holds_its_part_of_the_layers_two_of_them_whole_and_what_is_outside() -> None:
+def test_process_holds_its_shards_two_whole_layers_and_the_rest() -> None:
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4
     )
@@ -51,7 +50,7 @@ def test_a_process_holds_its_part_of_the_layers_two_of_them_whole_and_what_is_ou
     assert largest_part(model, 4) == pytest.approx((8 / 4 * layer + 2 * layer + outside) / total)
 
 
-def test_a_quantised_or_a_speech_model_stays_whole() -> None:
+def test_quantised_and_speech_models_are_not_sharded() -> None:
     with pytest.raises(
         UserError,
         match=r"model\.fsdp = True: cannot shard a base model in 8bit: set model\.quantization=none",

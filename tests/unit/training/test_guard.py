@@ -1,5 +1,4 @@
-"""One adapter goes wrong in every way there is: the others are the same to the last bit, and it does what the
-policy says."""
+"""One adapter fails in every possible way: the others stay bitwise the same, and the policy is applied."""
 
 from __future__ import annotations
 
@@ -168,7 +167,7 @@ def load_state(trainer: Trainer, adapter: int) -> list[torch.Tensor]:
     return [tensors[f"pool{number}.{part}"][slot] for part in ("values", "first", "second")]
 
 
-def test_after_so_many_rollbacks_it_is_quarantined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_is_quarantined_after_its_rollbacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_in(tmp_path / "one", {"policy": "rollback", "rollbacks": 2})
     victim = trainer.bank.ids[VICTIM]
     with monkeypatch.context() as patch:

@@ -1,5 +1,4 @@
-"""Of a sweep's settings, those with the lower held-out losses go on; the winner learns as it would have
-alone."""
+"""Successive halving: the settings with the lower losses remain; the winner learns as it would alone."""
 
 from __future__ import annotations
 

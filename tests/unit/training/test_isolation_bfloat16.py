@@ -73,9 +73,7 @@ def test_i2_absent_adapter_in_bfloat16_is_bit_identical(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", range(6))
 @pytest.mark.quick("0", "3")
-def test_i3_a_poisoned_adapter_in_bfloat16_leaves_the_others_bit_identical(
-    tmp_path: Path, victim: int
-) -> None:
+def test_i3_poisoned_adapter_in_bfloat16_changes_no_bit_of_the_others(tmp_path: Path, victim: int) -> None:
     healthy, poisoned = (make_trainer(mixed_specs(), tmp_path, dtype=DTYPE) for _ in range(2))
     plans = plans_of(healthy, 5)
     assert any(victim in plan.label_tokens for plan in plans[1:])

@@ -182,7 +182,7 @@ def test_bfloat16_base_gives_float32_losses_near_the_float32_ones() -> None:
     torch.testing.assert_close(half, wide, rtol=2e-2, atol=0)
 
 
-def test_hooks_are_gone_after_a_failure() -> None:
+def test_hooks_are_removed_after_a_failure() -> None:
     """A forward that fails must not leave the head cutting positions away."""
     model, batch = cast(Any, tiny_model()), mixed_batch()
     row_losses = RowLosses(model)

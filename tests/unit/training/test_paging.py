@@ -90,7 +90,7 @@ def test_copies_are_where_the_pages_are(disk: bool, tmp_path: Path, monkeypatch:
     assert [is_in_a_file(copy, tmp_path) for copy in copies] == [disk] * len(copies)
 
 
-def test_every_step_leaves_the_same_bits_of_every_adapter(tmp_path: Path) -> None:
+def test_every_step_gives_the_same_bits_of_every_adapter(tmp_path: Path) -> None:
     resident, paged = (trainer_in(tmp_path / str(slots), slots) for slots in (None, SLOTS))
     absent = 0
     for number, plan in enumerate(plans_of(resident, 12)):
@@ -105,7 +105,7 @@ def test_every_step_leaves_the_same_bits_of_every_adapter(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, SLOTS), (SLOTS, None)])
-def test_a_run_goes_on_with_other_slots(before: int | None, after: int | None, tmp_path: Path) -> None:
+def test_run_resumes_with_other_slots(before: int | None, after: int | None, tmp_path: Path) -> None:
     whole = trainer_in(tmp_path / "whole", None)
     whole.train()
     stop_before(trainer_in(tmp_path / "parts", before), 8)

@@ -1,5 +1,4 @@
-"""A model whose rows are not apart in training is refused by name, and one whose rows are is left as it
-was."""
+"""A model whose rows are not independent in training is refused by name; any other stays unchanged."""
 
 from __future__ import annotations
 

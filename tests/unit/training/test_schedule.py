@@ -21,11 +21,11 @@ def test_warmup_rises_linearly_from_a_first_step_that_moves(schedule: str) -> No
     assert rates(ours, 5) == pytest.approx([2.0, 4.0, 6.0, 8.0, 8.0])
 
 
-def test_constant_stays() -> None:
+def test_constant_schedule_is_constant() -> None:
     assert rates(spec("lora", lr=3.0, lr_schedule="constant", max_steps=5), 7) == [3.0] * 7
 
 
-def test_linear_falls_to_zero_at_max_steps_and_stays_there() -> None:
+def test_linear_schedule_falls_to_zero_at_max_steps_and_stays_there() -> None:
     assert rates(spec("lora", lr=4.0, lr_schedule="linear", max_steps=4), 7) == pytest.approx(
         [4, 3, 2, 1, 0, 0, 0]
     )
@@ -34,7 +34,7 @@ def test_linear_falls_to_zero_at_max_steps_and_stays_there() -> None:
     )
 
 
-def test_cosine_falls_by_half_a_cosine_to_zero() -> None:
+def test_cosine_schedule_is_half_a_cosine_to_zero() -> None:
     values = rates(spec("lora", lr=2.0, lr_schedule="cosine", max_steps=8), 10)
     assert values[0] == 2.0
     assert values[2] == pytest.approx(1 + 0.5**0.5)

@@ -1,5 +1,4 @@
-"""The guarantees on speech: windows, shared encodings, cross-attention, dropout and SpecAugment change
-nothing in who learns what."""
+"""The isolation guarantees on speech: windows, shared encodings, cross-attention, dropout and SpecAugment."""
 
 from __future__ import annotations
 
@@ -155,7 +154,7 @@ def test_trained_together_equals_trained_alone(
         assert difference < 1e-5, f"{name} differs by {difference}"
 
 
-def test_absent_adapters_stay_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
+def test_absent_adapters_are_bitwise_unchanged(corpus: Path, tmp_path: Path) -> None:
     together = trainer_of(specs_of(lr=2e-3, weight_decay=0.1), corpus, tmp_path)
     for number, plan in enumerate(plans_of(together)):
         before = snapshot(together)
@@ -166,7 +165,7 @@ def test_absent_adapters_stay_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
             assert same == (adapter not in plan.label_tokens), name
 
 
-def test_a_nan_in_one_adapter_leaves_the_others_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
+def test_nan_in_one_adapter_changes_no_bit_of_the_others(corpus: Path, tmp_path: Path) -> None:
     results = []
     for damage in (False, True):
         trainer = trainer_of(specs_of(lr=2e-3), corpus, tmp_path)

@@ -62,7 +62,7 @@ def test_microbatches_hold_their_budget_and_are_ordered_by_adapter(tmp_path: Pat
             assert [row.adapter for row in rows] == sorted(row.adapter for row in rows)
 
 
-def test_adapter_leaves_after_its_own_last_step_and_the_run_ends_with_the_last(tmp_path: Path) -> None:
+def test_adapter_retires_after_its_last_step_and_the_run_ends_with_the_last_one(tmp_path: Path) -> None:
     specs = [spec("lora", "a", max_steps=2), spec("ia3", "a", max_steps=4), spec("flora", "b", max_steps=3)]
     trainer = make_trainer(specs, tmp_path)
     plans = plans_of(trainer, 40)

@@ -1,5 +1,4 @@
-"""Adapters that have learnt what they will leave, each by its own held-out loss; the others go on as if
-nothing had happened."""
+"""Early stopping of each adapter by its own held-out loss, without any effect on the others."""
 
 from __future__ import annotations
 

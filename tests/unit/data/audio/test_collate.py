@@ -1,5 +1,4 @@
-"""Batches of clips: each clip once, decoder inputs and labels, and augmentation that depends on the example
-only."""
+"""Batches of clips: each clip once, decoder inputs and labels, augmentation by example."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_an_archive_is_unpacked_once(release: Path, tmp_path: Path, monkeypatch:
     assert unpacked.name.startswith("cs-")
 
 
-def test_a_damaged_archive_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_archive_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     archive = tmp_path / "cs.tar.gz"
     archive.write_bytes(b"\x1f\x8b no archive")

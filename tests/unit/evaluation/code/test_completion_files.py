@@ -1,5 +1,4 @@
-"""Completions and verdicts on disk: both layouts are read, an interrupted execution is resumed, nothing is
-mixed."""
+"""Files of completions and verdicts: both layouts, resumed executions, no mixing."""
 
 from __future__ import annotations
 

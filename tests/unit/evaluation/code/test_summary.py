@@ -1,5 +1,4 @@
-"""Means over languages cover the same languages for all families; the number of differences grows
-linearly."""
+"""Means over languages cover the same languages for all families; differences grow linearly in number."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_base_requests_complete_as_the_plain_model() -> None:
         assert text == tokenizer.decode(written, skip_special_tokens=True)
 
 
-def test_completion_leaves_training_mode_and_routing_as_they_were() -> None:
+def test_completion_restores_training_mode_and_routing() -> None:
     tokenizer = byte_tokenizer()
     bank = AdapterBank.attach(model_for("llama", tokenizer), [spec("lora")])
     bank.model.train()

@@ -1,5 +1,4 @@
-"""Reading report.json: a round trip keeps every value, and what does not fit is one line that names the
-key."""
+"""report.json: a round trip keeps every value, and an error is one line that names the key."""
 
 from __future__ import annotations
 

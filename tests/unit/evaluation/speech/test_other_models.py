@@ -1,5 +1,4 @@
-"""Other encoder-decoders than Whisper transcribe mixed batches as transformers' generate does clip by
-clip."""
+"""Encoder-decoders other than Whisper: mixed batches give the transcripts of transformers' generate."""
 
 from __future__ import annotations
 

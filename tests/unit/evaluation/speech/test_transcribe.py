@@ -1,5 +1,4 @@
-"""Mixed transcription equals the model alone, clip by clip and without a cache, for every adapter and with
-beams."""
+"""Mixed transcription equals the model alone, clip by clip, for every adapter and with beams."""
 
 from __future__ import annotations
 

@@ -95,9 +95,7 @@ def test_near_one_calls_what_is_not_finite_near() -> None:
 
 @pytest.mark.parametrize("name", TORCH_FORMULATIONS)
 @pytest.mark.parametrize("offset", [[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-def test_one_adapter_far_from_one_or_not_finite_leaves_the_other_as_it_is(
-    name: str, offset: list[float]
-) -> None:
+def test_extreme_or_nonfinite_adapter_does_not_change_the_other(name: str, offset: list[float]) -> None:
     A, B = factors(4, 1.01, offset[1], "B")
     x, weight = torch.randn(TOKENS, IN).bfloat16().to(DEVICE), torch.randn(OUT, IN).bfloat16().to(DEVICE)
     alike = []

@@ -62,7 +62,7 @@ def test_the_ops_keep_their_contract_with_torch() -> None:
 
 
 @pytest.mark.usefixtures("triton_backend")
-def test_a_base_output_that_lies_across_memory_is_added_to_all_the_same() -> None:
+def test_base_output_that_is_not_contiguous_is_added_to() -> None:
     segments = segments_of((3, 5))
     y, x, A, B = (
         random(OUT, 8, seed=0).T,

@@ -47,7 +47,7 @@ def test_a_folder_is_a_suite_of_its_name_and_a_limit_is_remembered(folder: Path)
     assert suite.missing == {"lua": f"{folder} has no problems in it"}
 
 
-def test_a_name_is_that_of_the_folder_however_it_is_written(
+def test_suite_name_is_that_of_the_folder_for_any_spelling(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)

@@ -1,5 +1,4 @@
-"""Attempts of hostile programs, and what stops them. As root, the sandbox first changes to an ordinary
-user."""
+"""Hostile programs and what stops them. As root, the sandbox first changes to an ordinary user."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def hurried_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hurried_clock")
-def test_a_fork_bomb_stays_inside(sandbox: Sandbox) -> None:
+def test_fork_bomb_is_confined(sandbox: Sandbox) -> None:
     verdict = attack(sandbox, "sh", ":(){ :|:& };:; sleep 1; :")
     assert verdict.seconds < 20
     assert attack(sandbox, "sh", "true").status == "OK"
