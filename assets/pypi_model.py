@@ -107,7 +107,7 @@ def sha256_of(path: Path) -> str:
 def check_ours(output: Path) -> None:
     """Raises BuildError if the folder holds anything that its manifest does not name: it is not deleted."""
     if output.is_symlink() or not output.is_dir():
-        raise BuildError(f"{output} is no folder: choose another --output, or delete it by hand")
+        raise BuildError(f"{output} is not a folder: choose another --output, or delete it by hand")
     names = {path.name for path in output.iterdir()}
     try:
         ours = set(json.loads((output / MANIFEST_NAME).read_text(encoding="utf-8"))["sha256"])

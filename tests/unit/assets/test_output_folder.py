@@ -72,7 +72,7 @@ def test_model_builder_may_replace_what_its_manifest_names(tmp_path: Path) -> No
     )
     pypi_model.check_ours(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(pypi_model.BuildError, match="is no folder"):
+    with pytest.raises(pypi_model.BuildError, match="is not a folder"):
         pypi_model.check_ours(tmp_path / "link")
 
 
