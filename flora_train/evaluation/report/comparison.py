@@ -98,8 +98,7 @@ def measures(reports: Sequence[Report]) -> list[Measure]:
 
 
 def seed_groups(reports: Sequence[Report]) -> list[list[int]]:
-    """Indices of runs whose configurations differ in the seed only, in groups. Other runs are groups of
-    one."""
+    """Indices of runs in groups: runs whose configurations differ in the seed only are one group."""
     alike: dict[str, list[int]] = {}
     seeds = []
     for i, report in enumerate(reports):

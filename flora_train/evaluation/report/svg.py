@@ -103,8 +103,7 @@ def draw_svg(
 
 
 def _compacted(svg: str, name: str) -> str:
-    """Matplotlib's drawing without metadata and style sheet, with prefixed ids and coordinates of two
-    decimals."""
+    """Matplotlib's drawing without metadata and style sheet; ids are prefixed, coordinates rounded."""
     body = "<g>" + svg.partition('<g id="figure_1">')[2].rpartition("</svg>")[0]
     used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', body))
 

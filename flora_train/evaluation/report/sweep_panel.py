@@ -97,8 +97,7 @@ def _scale(values: Sequence[Setting]) -> _Scale:
 
 
 def _limits(plot: SweepPlot) -> tuple[float, float]:
-    """The vertical axis: the base, and every interval within five times the median distance from the
-    middle."""
+    """The vertical axis: the base, and intervals within five times the median distance from the middle."""
     estimates = [point.loss for series in plot.series for point in series.points if point.loss is not None]
     centre = plot.base
     if centre is None:

@@ -118,8 +118,7 @@ def _error_rates(run: str, report: Report) -> Iterator[Score]:
 
 
 def as_csv(scores: Sequence[Score]) -> str:
-    """A line per task and method, with numbers as they are in report.json; empty where a number is not
-    finite."""
+    """A line per task and method, with the numbers of report.json; empty where one is not finite."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -45,8 +45,7 @@ class JointSpeedup(ResultModel):
 
 
 class RunFacts(Environment, ResultModel):
-    """Where, with what and at what cost a run was trained and evaluated. What was not recorded is None or
-    empty."""
+    """Machine, versions, settings and costs of a run. Values that were not recorded are None or empty."""
 
     model: Text | None = None
     """The base model's `model.path`."""
@@ -242,8 +241,7 @@ class TaskResult(ResultModel):
 
     @cached_property
     def lead_is_clear(self) -> bool:
-        """Whether the interval of the difference between the best two adapters excludes zero, or only one is
-        finite."""
+        """Whether the interval between the best two adapters excludes zero, or only one is finite."""
         if len(self.ranked) < 2:
             return bool(self.ranked)
         first_two = {contender.family for contender in self.ranked[:2]}
