@@ -33,8 +33,25 @@ WHOLE_TEXTS = ("text", "content", "code")
 AUDIO, SENTENCE = ("path", "audio", "file"), ("sentence", "text", "transcription", "transcript")
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 TABLES = (".tsv", ".csv", ".jsonl")
+LABELS = (
+    "task",
+    "label",
+    "labels",
+    "language",
+    "lang",
+    "category",
+    "class",
+    "intent",
+    "topic",
+    "domain",
+    "customer",
+    "tenant",
+    "dataset",
+    "subset",
+)
+"""Names of columns of labels, the likeliest first. A column of another name is only mentioned."""
 MOST_LABELS, ROWS_PER_LABEL = 20, 10
-"""A column with at most this many values, each in at least this many rows, becomes one task per value."""
+"""A column of labels has at most this many values, each in at least this many rows."""
 SHOWN_COLUMNS = 8
 """Columns that a note names."""
 
@@ -193,7 +210,7 @@ def _pair_task(source: str, rows: Sequence[Row], prompt: str, completion: str) -
 def _with_labels(
     keys: Mapping[str, JsonValue], description: str, rows: Sequence[Row], *, used: Sequence[str]
 ) -> GuessedTask:
-    """A task of text, divided by its column of labels, if it has one."""
+    """A task of text, divided by a column whose name says that it holds labels, if it has one."""
     labels = {
         column: counts
         for column in _columns(rows)
@@ -201,7 +218,14 @@ def _with_labels(
     }
     if not labels:
         return GuessedTask(keys, f"{description}{_unused(rows, used)}")
-    column = min(labels, key=lambda name: len(labels[name]))
+    named = [column for column in labels if column.lower() in LABELS]
+    if not named:
+        column = min(labels, key=lambda name: len(labels[name]))
+        note = (
+            f"; split_by: {cell_text(column)} would make a task of each of its {len(labels[column])} values"
+        )
+        return GuessedTask(keys, f"{description}{_unused(rows, used)}{note}")
+    column = min(named, key=lambda name: LABELS.index(name.lower()))
     values = ", ".join(
         f"{' '.join(value.split())} {count:,}" for value, count in labels[column].most_common()
     )

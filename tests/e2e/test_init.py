@@ -140,6 +140,19 @@ def test_a_column_of_labels_makes_a_task_of_each(
     ]
 
 
+def test_a_column_that_may_not_hold_labels_is_mentioned_and_splits_nothing(
+    files: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"a {i} b" * 3, "kind": ("file", "function")[i % 2]} for i in range(40)]
+    (files / "code.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = files / "kinds.yaml"
+    assert main(["init", str(files / "code.jsonl"), "--model", str(checkpoint), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "not used: kind; split_by: kind would make a task of each of its 2 values" in shown
+    assert "3 adapters" in shown
+    assert load_config([f"recipe={out}"]).tasks["code"].split_by is None
+
+
 def test_folders_of_languages_make_a_speech_task_each(
     files: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -240,7 +240,7 @@ def test_another_encoder_decoder_trains_and_is_measured(
     assert done.returncode == 0, done.stderr
     for part in report_of(tmp_path / "run")["speech"]["languages"]:
         assert [contender["family"] for contender in part["contenders"]] == ["base", "flora", "lora"]
-        assert all(contender["wer"]["N"] > 0 for contender in part["contenders"])
+        assert all(contender["wer"]["units"] > 0 for contender in part["contenders"])
     base = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
     PeftModel.from_pretrained(base, tmp_path / "run" / "adapters" / "cs-lora")
     transcribed = run_snippet(tmp_path / "run" / "adapters" / "cs-lora", tmp_path)
