@@ -58,7 +58,9 @@ class StopSignals:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        # after a first signal the launcher's own may still follow, while the run ends
+        if not self.stop_requested:
+            self._restore()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
