@@ -1,7 +1,7 @@
 """A hub on loopback for the real clients: huggingface_hub, transformers, datasets and peft.
 
-It serves models and data sets for reading, accepts pushes, and fails when told to (faults.py). As a process of its
-own: `python -m tests.hub_server FOLDER`.
+It serves models and data sets for reading, accepts pushes, and fails when told to (faults.py). As a process
+of its own: `python -m tests.hub_server FOLDER`.
 
 storage.py   repositories, their files and commits
 faults.py    the failures that can be injected

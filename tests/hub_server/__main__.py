@@ -1,4 +1,6 @@
-"""Serves FOLDER/models/ORG/NAME/... and FOLDER/datasets/ORG/NAME/... as a hub on loopback until it is stopped.
+"""Serves FOLDER/models/ORG/NAME/... and FOLDER/datasets/ORG/NAME/... as a hub on loopback.
+
+Runs until it is stopped.
 
 Prints the environment in which clients use it. `--faults all` injects every fault that a reader survives.
 """
