@@ -26,7 +26,7 @@ from flora_train.export.peft_forms import BaseModel
 from flora_train.export.usage_snippet import generation_example
 from flora_train.run_context import RunContext
 from flora_train.runtime.distributed import on_main_process, world
-from flora_train.runtime.environment import dtype_of, environment, now, peak_memory
+from flora_train.runtime.environment import count_parameters, dtype_of, environment, now, peak_memory
 from flora_train.runtime.manifest import PEFT_WARNING
 from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import RunFolder
@@ -188,6 +188,7 @@ def training_facts(context: RunContext, seconds: Mapping[str, float]) -> RunFact
     return RunFacts(
         **dict(environment()),
         model=context.config.model.path,
+        base_parameters=count_parameters(context.model),
         dtype=dtype_of(context.model),
         device=str(context.bank.device),
         processes=world()[1],

@@ -27,14 +27,23 @@ def report(
             help="Write the results as a table: .csv, .md or .tex (LaTeX, booktabs).", metavar="FILE"
         ),
     ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            help="Show published results beside those of one run: the word paper, for the fLoRA paper's "
+            "tables, or a YAML file of the same form.",
+            metavar="paper|FILE.yaml",
+        ),
+    ] = None,
 ) -> None:
-    """Write a run's report again, or compare several runs.
+    """Write a run's report again, compare several runs, or show published results beside one.
 
     Nothing is evaluated.
 
     \b
     Example: flora-train report outputs/quickstart outputs/quickstart_sweep --table results.md
+             flora-train report outputs/multipl_e --beside paper
     """
     from flora_train.commands.report import write_reports
 
-    write_reports(runs, out=out, table=table)
+    write_reports(runs, out=out, table=table, beside=beside)

@@ -9,38 +9,55 @@ from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import print_plain
 from flora_train.evaluation.report.comparison import labels, measures, seed_groups, verdicts, with_seeds
 from flora_train.evaluation.report.files import read_report, write_comparison, write_report
+from flora_train.evaluation.report.published import load_published
+from flora_train.evaluation.report.published_rows import ComparedTable, beside_published
+from flora_train.evaluation.report.published_tables import write_compared
 from flora_train.evaluation.report.tables import check_table_name, write_table
+from flora_train.evaluation.report.terminal import print_published
 from flora_train.evaluation.report.types import Report
 from flora_train.runtime.run_folder import RunFolder, open_run_folder
 
 
-def write_reports(runs: Sequence[str], *, out: str | None = None, table: str | None = None) -> None:
+def write_reports(
+    runs: Sequence[str], *, out: str | None = None, table: str | None = None, beside: str | None = None
+) -> None:
     """Write the report of one run again, or one page that compares several runs. Nothing is evaluated.
 
     out: the page of several runs, which ends in .html. Default: comparison.html beside the first run. table:
-    a file of the results, which ends in .csv, .md or .tex. Raises UserError.
+    a file of the results, which ends in .csv, .md or .tex. beside: `paper`, or a file of published results,
+    which are printed and drawn beside those of one run; the table is then of these. Raises UserError.
     """
     if table is not None:
         check_table_name(Path(table))
+    if beside is not None and len(runs) > 1:
+        raise user_error("beside", beside, "is for one run: give one folder")
+    published = None if beside is None else load_published(beside)
     folders = [open_run_folder(run) for run in runs]
     reports = [read_report(folder) for folder in folders]
+    compared: list[ComparedTable] = []
+    if published is not None:
+        compared = beside_published(reports[0], published, run=runs[0], name=str(beside))
     if len(runs) == 1:
         if out is not None:
             raise user_error("out", out, "is for several runs; the page of one run is in its folder")
-        page = _rewrite(folders[0], reports[0])
+        page = _rewrite(folders[0], reports[0], compared)
+        print_published(compared)
     else:
         page = _compare(runs, reports, out)
     print_plain(page)
     if table is not None:
-        write_table(dict(zip(labels(runs), reports, strict=True)), Path(table))
+        if compared:
+            write_compared(compared, Path(table))
+        else:
+            write_table(dict(zip(labels(runs), reports, strict=True)), Path(table))
         print_plain(table)
 
 
-def _rewrite(folder: RunFolder, report: Report) -> Path:
+def _rewrite(folder: RunFolder, report: Report, compared: Sequence[ComparedTable]) -> Path:
     """The report of one run, written again."""
     folder.lock()
     try:
-        return write_report(report, folder.evaluation)
+        return write_report(report, folder.evaluation, compared)
     finally:
         folder.unlock()
 

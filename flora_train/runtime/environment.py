@@ -140,3 +140,11 @@ def peak_memory(device: torch.device) -> int:
 def dtype_of(model: nn.Module) -> str:
     """The dtype of a model's weights, as in `model.dtype`."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of a model's parameters. transformers' own count knows how 4-bit weights are packed."""
+    counted = getattr(model, "num_parameters", None)
+    if callable(counted):
+        return int(counted())
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flora_train.config.errors import user_error
 from flora_train.config.json_format import read_object
+from flora_train.evaluation.report.published_rows import ComparedTable
 from flora_train.evaluation.report.types import SCHEMA_VERSION, Report
 from flora_train.evaluation.result_model import validate_results
 from flora_train.runtime.atomic import disk_errors, write_atomically
@@ -48,11 +49,14 @@ def read_report_if_any(folder: RunFolder) -> Report | None:
     return read_report(folder)
 
 
-def write_report(report: Report, folder: Path) -> Path:
-    """Write report.json and the self-contained report.html; returns the path of the page."""
+def write_report(report: Report, folder: Path, published: Sequence[ComparedTable] = ()) -> Path:
+    """Write report.json and the self-contained report.html; returns the path of the page.
+
+    published: tables that the page shows beside the run's figures; report.json does not contain them.
+    """
     from flora_train.evaluation.report.html import render_html  # loads matplotlib, which takes a second
 
-    page = render_html(report)
+    page = render_html(report, published)
     text = json.dumps(report.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
     html = folder / "report.html"

@@ -39,6 +39,13 @@ from flora_train.evaluation.report.formatting import (
     verdict,
 )
 from flora_train.evaluation.report.heatmap import heatmaps
+from flora_train.evaluation.report.published_rows import ComparedTable
+from flora_train.evaluation.report.published_tables import (
+    measured_as,
+    method_label,
+    published_digits,
+    published_percent,
+)
 from flora_train.evaluation.report.summary_text import summarise
 from flora_train.evaluation.report.svg import FamilyStyle, family_styles
 from flora_train.evaluation.report.sweep_panel import sweep_panel
@@ -82,8 +89,8 @@ class SweepPanels:
     """Says that further tasks have no plot; empty if all have one."""
 
 
-def render_html(report: Report) -> str:
-    """The page of a run, as text."""
+def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
+    """The page of a run, as text. published: tables beside the run's figures."""
     styles = family_styles(report.families)
     limits = plots.difference_range(report.results)
     drawn = report.results[:MAX_DRAWN]
@@ -97,6 +104,7 @@ def render_html(report: Report) -> str:
     return _page(
         "report.html.j2",
         report=report,
+        published=published,
         keys={
             family: plots.legend_key(f"key-{i}", style) for i, (family, style) in enumerate(styles.items())
         },
@@ -149,8 +157,9 @@ def _page(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, estimate, count, listed, share, share_estimate, stage_duration, verdict)
-    environment.filters |= {function.__name__: function for function in filters}
+    filters = (number, estimate, count, listed, percent, share, share_estimate, stage_duration, verdict)
+    of_published = (measured_as, method_label, published_digits, published_percent)
+    environment.filters |= {function.__name__: function for function in (*filters, *of_published)}
     environment.filters["visible"] = lambda text: text.translate(CONTROL_PICTURES).strip("\n").rstrip()
     script = SCRIPT.read_text(encoding="utf-8")
     digest = b64encode(sha256(script.encode()).digest()).decode()

@@ -139,8 +139,8 @@ def as_markdown(scores: Sequence[Score]) -> str:
     for metric, group in _by_metric(scores).items():
         header, rows = _grid(group, _plain_cell)
         lines += [f"**{_title(metric, group)}**", ""]
-        lines += [_markdown_row(header), _markdown_row(["---"] * len(header))]
-        lines += [_markdown_row(row) for row in rows]
+        lines += [markdown_row(header), markdown_row(["---"] * len(header))]
+        lines += [markdown_row(row) for row in rows]
         lines.append("")
     return "\n".join([*lines, _legend(scores), ""])
 
@@ -149,13 +149,13 @@ def as_latex(scores: Sequence[Score]) -> str:
     """A table of booktabs for each metric: tasks x methods, with intervals."""
     blocks = ["% needs \\usepackage{booktabs}"]
     for metric, group in _by_metric(scores).items():
-        header, rows = _grid(group, _latex_cell, escape=_latex)
+        header, rows = _grid(group, _latex_cell, escape=latex_text)
         names = len(header) - len(_methods(group))
         caption = f"{_title(metric, group)}. {_legend(group)}"
         blocks += [
             "\\begin{table}",
             "  \\centering",
-            f"  \\caption{{{_latex(caption)}}}",
+            f"  \\caption{{{latex_text(caption)}}}",
             f"  \\begin{{tabular}}{{{'l' * names}{'r' * (len(header) - names)}}}",
             "    \\toprule",
             f"    {' & '.join(header)} \\\\",
@@ -251,9 +251,11 @@ def _legend(scores: Sequence[Score]) -> str:
     return f"Brackets: {percent} intervals. {stars}."
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _latex(text: str) -> str:
+def latex_text(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
     return re.sub(r"[\\~^&%$#_{}]", lambda match: LATEX_SPECIAL[match[0]], text)

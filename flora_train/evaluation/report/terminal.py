@@ -16,6 +16,8 @@ from flora_train.config.terminal_text import in_cell, print_plain, print_table, 
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
 from flora_train.evaluation.report.files import read_report
 from flora_train.evaluation.report.formatting import ascii_estimate, ascii_number
+from flora_train.evaluation.report.published_rows import ComparedTable
+from flora_train.evaluation.report.published_tables import caption, headings, lines_of
 from flora_train.evaluation.report.types import ContenderResult, Report, TaskResult
 from flora_train.evaluation.speech.score_types import SpeechResults
 from flora_train.runtime.manifest import PEFT_WARNING
@@ -120,6 +122,27 @@ def print_error_rates(speech: SpeechResults | None, console: Console | None = No
             )
             title = ""
     print_table(table, console)
+
+
+def print_published(tables: Sequence[ComparedTable], console: Console | None = None) -> None:
+    """Published tables beside the figures of a run, with what differs in their set-up. Fits 80 columns."""
+    console = console or Console(soft_wrap=True)
+    for compared in tables:
+        console.print(shown(f"\n{caption(compared)}", "bold"))
+        console.print(shown(f"published: {compared.source}"))
+        if compared.differs:
+            console.print(shown("Not a replication of the published results. In this run:"))
+            console.print(*(shown(f"  - {difference}") for difference in compared.differs), sep="\n")
+        else:
+            console.print(shown(compared.setup))
+        table = _table(*headings(compared))
+        table.padding = (0, 1, 0, 0)
+        for line in lines_of(compared):
+            cells = (line.published, line.published_change, line.value, line.change)
+            table.add_row(*map(in_cell, (line.language, line.method, *cells)))
+        print_table(table, console)
+        for note in compared.notes:
+            console.print(shown(f"note: {note}"))
 
 
 def print_completions(report: Report, console: Console | None = None) -> None:

@@ -49,6 +49,8 @@ class RunFacts(Environment, ResultModel):
 
     model: Text | None = None
     """The base model's `model.path`."""
+    base_parameters: Count | None = None
+    """Number of parameters of the base model."""
     dtype: Text | None = None
     """Of the base model's weights."""
     device: Text | None = None
