@@ -125,9 +125,19 @@ FAMILIES: dict[str, Family] = {
         Family({}),
     ),
     **dict.fromkeys(
-        ("gemma2", "gemma3_text", "cohere2", "modernbert-decoder", "persimmon", "stablelm", "nanochat"),
+        (
+            "gemma2",
+            "gemma3_text",
+            "cohere",
+            "cohere2",
+            "modernbert-decoder",
+            "persimmon",
+            "stablelm",
+            "nanochat",
+        ),
         Family({}),
     ),
+    **dict.fromkeys(("qwen2", "olmo", "olmo2", "olmo3", "granite", "smollm3", "phi3"), Family({})),
     "gpt_neo": Family(
         {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]}
     ),

@@ -13,15 +13,25 @@ from transformers.pytorch_utils import Conv1D
 
 from flora_train.adapters.methods import Target
 from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.target_groups import GROUPS, QUERY_KEY, query_key_layers
 from flora_train.config.errors import choices, did_you_mean, user_error
 
+WITHOUT_LIST = ("all-linear", "default")
+"""Values of target_modules that stand alone."""
 SPEECH = ("whisper", "speech_to_text", "moonshine")
+LIKE_LLAMA = ("cohere", "cohere2", "granite", "olmo", "olmo2", "olmo3", "smollm3", "stablelm")
 IA3_BEYOND_PEFT: dict[str, dict[str, tuple[str, ...]]] = {
     "target_modules": {
         "starcoder2": ("k_proj", "v_proj", "mlp.c_proj"),
+        "phi3": ("qkv_proj", "down_proj"),
+        **dict.fromkeys(LIKE_LLAMA, ("k_proj", "v_proj", "down_proj")),
         **dict.fromkeys(SPEECH, ("k_proj", "v_proj", "fc2")),
     },
-    "feedforward_modules": {"starcoder2": ("mlp.c_proj",), **dict.fromkeys(SPEECH, ("fc2",))},
+    "feedforward_modules": {
+        "starcoder2": ("mlp.c_proj",),
+        **dict.fromkeys(("phi3", *LIKE_LLAMA), ("down_proj",)),
+        **dict.fromkeys(SPEECH, ("fc2",)),
+    },
 }
 """Keys, values and the feed-forward output (as in the IA3 paper) of architectures that PEFT's table lacks."""
 
@@ -68,6 +78,8 @@ def find_targets(
     if spec.method != "ia3":
         return selected
     suffixes = spec.feedforward_modules
+    if suffixes is None and set(_entries(spec)) <= {*GROUPS}:
+        suffixes = ()
     for suffix in suffixes or ():
         if not any(_ends_with(name, [suffix]) for name in selected):
             hint = f"matches none of the targets {', '.join(endings(selected))}"
@@ -89,14 +101,36 @@ def _select(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str]) ->
     if spec.target_modules == "default":
         suffixes = _ia3_default(model, "target_modules", f"adapters.{spec.family}")
         return _match(model, available, suffixes, key=key)
-    selected = _match(model, available, spec.target_modules, key=key)
-    for suffix in spec.target_modules:
+    entries = _entries(spec)
+    suffixes = [entry for entry in entries if entry not in GROUPS]
+    chosen = {*_match(model, available, suffixes, key=key)}
+    if QUERY_KEY in entries:
+        chosen |= _query_and_key(model, available, key)
+    selected = {name: target for name, target in available.items() if name in chosen}
+    for suffix in suffixes:
         names = [name for name in selected if _ends_with(name, [suffix])]
         if names and all(name in unusable for name in names):
             layer = f"{names[0]} of {type(model).__name__}"
             hint = f"no adapter can be attached to {layer}, which {unusable[names[0]]}: remove it"
             raise user_error(key, suffix, hint)
     return selected
+
+
+def _entries(spec: AdapterSpec) -> tuple[str, ...]:
+    """`target_modules` as a list, also where it is one word."""
+    if isinstance(spec.target_modules, str):
+        return (spec.target_modules,)
+    return spec.target_modules
+
+
+def _query_and_key(model: nn.Module, available: Mapping[str, Target], key: str) -> set[str]:
+    """The layers of the group query-key. Raises UserError for a model in which none are found."""
+    names = query_key_layers(available)
+    if not names:
+        hint = f"{type(model).__name__} has no layers that are known to compute queries and keys: "
+        hint += f"list names in its place, of {choices(endings(available))}"
+        raise user_error(key, QUERY_KEY, hint)
+    return names
 
 
 def _below_parent(model: nn.Module, selected: Mapping[str, Target], spec: AdapterSpec) -> dict[str, Target]:
@@ -155,7 +189,9 @@ def _match(
         matches = [name for name in modules if _ends_with(name, [suffix])]
         if not matches:
             hint = f"matches no module of {type(model).__name__}; it has {', '.join(options)}."
-            raise user_error(key, suffix, hint + did_you_mean(suffix, options))
+            if suffix in WITHOUT_LIST:
+                hint += f" To select layers by {suffix}, write it without a list."
+            raise user_error(key, suffix, hint + did_you_mean(suffix, [*options, *GROUPS]))
         unsupported = next((name for name in matches if name not in available), None)
         if unsupported is not None:
             class_name = type(modules[unsupported]).__name__

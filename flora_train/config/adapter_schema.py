@@ -52,10 +52,15 @@ class AdapterConfig(ConfigModel):
     warmup_ratio: float | None = Field(None, ge=0, lt=1)
     """Warm-up as a share of the adapter's steps (max_steps, or else training.steps), rounded to whole steps,
     in place of warmup_steps. Default: warmup_steps counts."""
-    target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear"] = "default"
-    """Layers that the adapter changes: a list of module names or their endings, or all-linear (every linear
-    layer but the output head). default: with init_from, the layers of the PEFT adapter; else all-linear for
-    flora and lora, and PEFT's table (keys, values and the feed-forward output) for ia3."""
+    target_modules: (
+        Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear", "query-key"]
+    ) = "default"
+    """Layers that the adapter changes: a list of module names or their endings, all-linear (every linear
+    layer but the output head), or query-key (the query and key projections of attention, whatever the
+    architecture calls them: q_proj and k_proj, or the one matrix that has them fused with the values, such as
+    c_attn). A list may contain query-key beside names. default: with init_from, the layers of the PEFT
+    adapter; else all-linear for flora and lora, and keys, values and the feed-forward output for ia3 (PEFT's
+    table, where it has the architecture)."""
     parent_module: Text | None = None
     """Adapt only layers inside a module of this name. With decoder, the adapters of a speech model share its
     encoder. Default: the whole model."""
