@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,16 @@ SHARD = "400KB"
 """Largest shard of the weights, so that there are several, as of the published model."""
 
 
-def write_starcoder(folder: Path, texts: Iterable[str]) -> None:
+PRETRAINING_STEPS, ROWS, LENGTH = 120, 8, 128
+"""Of the training of the base, which takes seconds: attention of random weights would hardly matter, and
+neither would adapters of it."""
+
+
+def write_starcoder(folder: Path, texts: Sequence[str]) -> None:
     """Write the model and its tokenizer, trained on `texts`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, texts)
-    write_model(folder)
+    write_model(folder, texts)
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
@@ -79,8 +84,9 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
     _write_json(folder / "tokenizer_config.json", {**settings, **special})
 
 
-def write_model(folder: Path) -> None:
-    """Random weights in several shards, with StarCoder's configuration except for the sizes."""
+def write_model(folder: Path, texts: Sequence[str]) -> None:
+    """A model of a few seconds' training in several shards, with StarCoder's configuration except for the
+    sizes."""
     import torch
     from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
@@ -121,14 +127,36 @@ def write_model(folder: Path) -> None:
         "validate_runner_input": True,
         "vocab_size": vocabulary,
     }
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(20)
-    model = GPTBigCodeForCausalLM(GPTBigCodeConfig(**config))
-    torch.random.set_rng_state(generator_state)
+    with torch.random.fork_rng():
+        torch.manual_seed(20)
+        model = GPTBigCodeForCausalLM(GPTBigCodeConfig(**config))
+        _pretrain(model, folder, texts)
     model.save_pretrained(folder, max_shard_size=SHARD)
     _write_json(folder / "config.json", config)
     generation = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 0}
     _write_json(folder / "generation_config.json", {**generation, "transformers_version": "4.28.1"})
+
+
+def _pretrain(model: Any, folder: Path, texts: Sequence[str]) -> None:
+    """A few steps on one thread, so that the sums are the same on a machine with more cores."""
+    import torch
+    from tokenizers import Tokenizer
+
+    encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(list(texts))
+    tokens = torch.tensor([token for text in encoded for token in [*text.ids, 0]])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model.eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=PRETRAINING_STEPS)
+    for _ in range(PRETRAINING_STEPS):
+        starts = torch.randint(len(tokens) - LENGTH, (ROWS,))
+        rows = torch.stack([tokens[start : start + LENGTH] for start in starts.tolist()])
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(threads)
 
 
 def _write_json(path: Path, content: Any) -> None:
