@@ -90,6 +90,11 @@ class Manifest:
                     named.append(path)
         return sorted(named)
 
+    def leftovers(self, folder: Path) -> list[Path]:
+        """What killed writes of its files left below `folder`."""
+        files = self.files(folder)
+        return [file for file in files if any(map(TEMPORARY.match, file.relative_to(folder).parts))]
+
     def links(self, folder: Path) -> list[Path]:
         """Links below `folder` that replace folders of the run: files behind them may belong to others."""
         parents = {str(parent) for name in self.names for parent in PurePosixPath(name).parents} - {"."}
@@ -121,6 +126,17 @@ def delete(files: Sequence[Path], folder: Path, keep: Collection[Path] = ()) -> 
         while parent != folder and parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
             parent = parent.parent
+
+
+def delete_leftovers(manifest: Manifest, folder: Path) -> None:
+    """Delete what killed writes of the manifest's files left below `folder`. Raises OSError."""
+    delete(manifest.leftovers(folder), folder)
+    for parent, folders, _ in os.walk(folder, topdown=False):
+        for name in folders:
+            path = Path(parent, name)
+            match = TEMPORARY.match(name)
+            if match is not None and match[1] in manifest.adapters and not any(path.iterdir()):
+                path.rmdir()
 
 
 def _pattern(name: str) -> re.Pattern[str]:

@@ -16,7 +16,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.runtime.atomic import disk_errors, real_path, write_atomically
 from flora_train.runtime.config_changes import comparable, differences
 from flora_train.runtime.environment import environment, now
-from flora_train.runtime.manifest import RUN_FILES, Manifest, delete
+from flora_train.runtime.manifest import RUN_FILES, Manifest, delete, delete_leftovers
 from flora_train.runtime.run_files import RunFiles
 from flora_train.runtime.run_inputs import check_not_data, check_not_replaced
 from flora_train.runtime.run_lock import RunLock
@@ -116,7 +116,8 @@ class RunFolder(RunFiles):
             return self.status(config)  # another process may have changed it before this one had the lock
 
     def claim(self, config: RunConfig, also: Iterable[str] = (), **facts: Any) -> None:
-        """Make this the folder of the run. A run that it replaces is deleted, file by file, by its manifest.
+        """Make this the folder of the run. A run that it replaces is deleted, file by file, by its manifest;
+        of a run that it continues, what killed writes left.
 
         also: files that the run may write beside RUN_FILES; facts: more entries of run.json.
         """
@@ -133,6 +134,9 @@ class RunFolder(RunFiles):
         if status == "new" and previous is not None:
             self._delete(previous)
             self.write_run_json({**facts, "files": manifest.to_json()})
+        elif status != "new":
+            with disk_errors(self.path):
+                delete_leftovers(with_previous, self.path)
         write_atomically(self.config, lambda path: save_config(config, path))
 
     def _check_names(self, config: RunConfig) -> None:

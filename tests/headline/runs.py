@@ -19,11 +19,11 @@ from tests.forked import ROOT
 from tests.hub_server import TOKEN
 
 CODE_SIZES = (
-    "training.steps=6",
+    "training.steps=30",
     "training.max_length=128",
-    "training.tokens_per_step=6912",
+    "training.tokens_per_step=3456",
     "training.tokens_per_microbatch=3456",
-    "mixture.examples_per_draw=2",
+    "mixture.examples_per_draw=1",
     "evaluation.max_examples=4",
     "evaluation.max_problems=2",
     "evaluation.num_samples=2",

@@ -1,4 +1,4 @@
-"""recipe=multipl_e as it stands, against a hub on loopback: nothing but the sizes is smaller than for StarCoder."""
+"""recipe=multipl_e as it stands, against a hub on loopback, with a tiny StarCoder."""
 
 from __future__ import annotations
 
@@ -217,4 +217,5 @@ def test_pushed_adapters_equal_the_bank_when_plain_peft_loads_them(
     peft, bank = np.load(theirs), np.load(ours)
     for name in compared:
         np.testing.assert_allclose(peft[name], bank[name], rtol=1e-4, atol=1e-5, err_msg=name)
-        assert np.abs(peft[name] - peft["base"]).max() > 1e-4, name
+        error = np.abs(peft[name] - bank[name]).max()
+        assert np.abs(peft[name] - peft["base"]).max() > max(1e-5, 4 * error), name

@@ -100,6 +100,25 @@ def test_resume_continues_an_unfinished_run(tmp_path: Path) -> None:
     assert open_run(tmp_path)[1].num_threads == 3
 
 
+def test_resume_deletes_what_killed_writes_left_and_nothing_else(tmp_path: Path) -> None:
+    overwrite(tmp_path, finished=False)
+    left = (
+        "adapters/.a-lora.7.tmp/adapter_config.json",
+        "adapters/.a-lora.7.tmp/.adapter_model.safetensors.7.tmp",
+        "eval/.report.json.7.tmp",
+        "checkpoints/best/.a-lora.safetensors.7.tmp",
+    )
+    kept = ("adapters/.notes.7.tmp", "adapters/a-lora/adapter_config.json", "eval/.report.json.old")
+    for name in (*left, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "adapters" / ".a-lora.8.tmp").mkdir()
+    RunFolder(tmp_path).claim(run_config("resume"))
+    assert not any((tmp_path / name).exists() for name in left)
+    assert all((tmp_path / name).exists() for name in kept)
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == [".notes.7.tmp", "a-lora"]
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_resume_refuses_a_run_of_another_configuration_and_names_what_differs(
     tmp_path: Path, finished: bool
