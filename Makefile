@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS ?=
 MULTIPL_E ?=
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local test test-full test-chips test-attack test-gpu lint types format bench bench-quick bench-gpu docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local test test-full test-headline test-chips test-attack test-gpu lint types format bench bench-quick bench-gpu docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -43,6 +43,9 @@ test: $(INSTALLED_DEV) $(MODEL) lint types  ## run lint, types and the tests
 test-full: $(INSTALLED_DEV) $(MODEL)  ## run the slower tests that make test leaves out, and one attack of each module at more length
 	$(PYTEST) -n 2 --dist worksteal -m "full and not chips" $(ARGS)
 	$(PYTEST) -n 2 --dist worksteal -m attack --first-of-module --hypothesis-profile=longer $(ARGS)
+
+test-headline: $(INSTALLED_DEV)  ## run the two headline recipes against a hub on loopback with their own data limits and lengths (MULTIPL_E=FOLDER of prompts)
+	$(PYTEST) -m headline tests/headline $(ARGS)
 
 test-chips: $(INSTALLED_DEV)  ## compile the Triton kernels for every chip and type (make test-full: half precision on sm_80 and sm_90)
 	$(PYTEST) -m chips tests/unit/kernels $(ARGS)

@@ -28,6 +28,8 @@ from flora_train.data.token_split import TokenSplit
 from flora_train.data.tokenization import tokenize, tokenizer_hash
 
 CACHE_VERSION = 5
+MAX_NAMES = 4
+"""Tasks that a note names."""
 
 
 @dataclass(frozen=True)
@@ -93,25 +95,34 @@ def _missing_sources(tasks: Mapping[str, TaskConfig]) -> list[Problem]:
 
 
 def notes_on_rows(tasks: Mapping[str, Task], config: RunConfig) -> list[str]:
-    """Notes on special tokens that are written in rows, and how they are read."""
-    notes = []
+    """Notes on special tokens that are written in rows, and how they are read: one for all tasks that read
+    them alike."""
+    written_in: dict[bool, dict[str, Counter[str]]] = {}
     for name, task in tasks.items():
         written = Counter[str]()
         for split in (task.train, task.validation, task.test):
             if split is not None:
                 written.update(split.counts.special_tokens)
-        if not written:
-            continue
-        most_common = ", ".join(f"{token} {count:,}" for token, count in written.most_common(3))
-        if len(written) > 3:
-            most_common += f" and {len(written) - 3} more"
-        treatment = f"are text; tasks.{name}.special_tokens=true makes them tokens"
-        if config.tasks[name].special_tokens:
-            treatment = "are tokens"
-        notes.append(
-            f"special tokens written in rows of {name} ({written.total():,}: {most_common}) {treatment}"
-        )
-    return notes
+        if written:
+            written_in.setdefault(config.tasks[name].special_tokens, {})[name] = written
+    return [_note_on_special_tokens(by_task, as_tokens) for as_tokens, by_task in written_in.items()]
+
+
+def _note_on_special_tokens(written: Mapping[str, Counter[str]], as_tokens: bool) -> str:
+    """written: task -> special token -> how many times it is written."""
+    total = sum(written.values(), Counter[str]())
+    most_common = ", ".join(f"{token} {count:,}" for token, count in total.most_common(3))
+    if len(total) > 3:
+        most_common += f" and {len(total) - 3} more"
+    names = list(written)
+    where = ", ".join(names[:MAX_NAMES])
+    if (others := len(names) - MAX_NAMES) > 0:
+        where += f" and {others} more task{'s' * (others > 1)}"
+    treatment = "are tokens"
+    if not as_tokens:
+        key = f"tasks.{names[0]}" if len(names) == 1 else "task_defaults"
+        treatment = f"are text; {key}.special_tokens=true makes them tokens"
+    return f"special tokens written in rows of {where} ({total.total():,}: {most_common}) {treatment}"
 
 
 def _learners(config: RunConfig) -> Counter[str]:

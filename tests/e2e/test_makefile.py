@@ -56,7 +56,7 @@ def test_runs_need_no_tools_for_development(clone: Path, target: str) -> None:
     assert position(lines, "pip install") < position(lines, "build_smollm2.py")
 
 
-@pytest.mark.parametrize("target", ["test", "test-full", "test-attack"])
+@pytest.mark.parametrize("target", ["test", "test-full", "test-headline", "test-attack"])
 def test_tests_install_their_tools_before_they_run(clone: Path, target: str) -> None:
     lines = commands(clone, target)
     assert position(lines, "[dev]") < position(lines, "pytest")

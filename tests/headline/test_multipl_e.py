@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from flora_train.config.errors import UserError
 from flora_train.evaluation.code.programs.execute import preflight
 from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
@@ -102,17 +103,14 @@ def finished_run(material: Path, folder: Path, *words: str, processes: int = 1) 
         yield Finished(run, hub, environment, ended.stdout, ended.stderr)
 
 
-@pytest.fixture(scope="module")
-def finished(code_material: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    with finished_run(code_material, tmp_path_factory.mktemp("multipl_e"), *CODE_SIZES) as done_run:
-        yield done_run
-
-
 def runnable() -> dict[str, bool]:
     """Language -> whether its programs run here."""
     table = load_languages(None)
     rows = [table[key] for key in LANGUAGES.values()]
-    broken = preflight(rows, open_sandbox("bubblewrap"))
+    try:
+        broken = preflight(rows, open_sandbox("bubblewrap"))
+    except UserError:  # no sandbox: nothing is executed
+        broken = dict.fromkeys(LANGUAGES.values(), "no sandbox")
     return {key: key not in broken for key in LANGUAGES.values()}
 
 
@@ -127,7 +125,19 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.full
-def test_recipe_is_unchanged_but_for_the_sizes(finished: Finished) -> None:
+def test_recipe_runs_as_it_stands_from_training_to_adapters_on_the_hub(
+    code_material: Path, tmp_path: Path
+) -> None:
+    with finished_run(code_material, tmp_path, *CODE_SIZES) as finished:
+        check_configuration(finished)
+        check_adapters(finished)
+        check_requests(finished)
+        check_programs(finished)
+        check_pushed_adapters(finished, tmp_path)
+
+
+def check_configuration(finished: Finished) -> None:
+    """Nothing but the sizes differs from the recipe."""
     assert {word.partition("=")[0] for word in CODE_SIZES} <= set(SMALLER)
     recipe = flat(yaml.safe_load((ROOT / "recipes" / "multipl_e.yaml").read_text(encoding="utf-8")))
     ran = flat(yaml.safe_load((finished.run / "config.yaml").read_text(encoding="utf-8")))
@@ -136,8 +146,8 @@ def test_recipe_is_unchanged_but_for_the_sizes(finished: Finished) -> None:
             assert ran[key] == value or ran[key] == [value], key
 
 
-@pytest.mark.full
-def test_nine_languages_train_27_adapters_of_both_ranks_at_once(finished: Finished) -> None:
+def check_adapters(finished: Finished) -> None:
+    """Nine languages train 27 adapters of both ranks at once, on packed rows."""
     report = finished.report
     adapters = {adapter["name"]: adapter for adapter in report["adapters"]}
     expected = set()
@@ -153,17 +163,18 @@ def test_nine_languages_train_27_adapters_of_both_ranks_at_once(finished: Finish
         assert config["target_modules"] == ["c_attn"]
     for task in report["tasks"]:
         counts = task["train"]
-        assert counts["documents"] > counts["examples"], "packed"
+        assert counts["documents"] >= counts["examples"]
         assert counts["over_long_split"] > 0
         assert counts["empty"] >= 1
+    assert any(task["train"]["documents"] > task["train"]["examples"] for task in report["tasks"]), "packed"
     for result in report["results"]:
         values = [row["bits_per_byte"]["value"] for row in (result["base"], *result["contenders"])]
         assert np.isfinite(values).all()
         assert len(set(values)) == 4, "every adapter has learnt something of its own"
 
 
-@pytest.mark.full
-def test_only_the_files_that_the_recipe_needs_are_read(finished: Finished) -> None:
+def check_requests(finished: Finished) -> None:
+    """Only the files that the recipe needs are read."""
     asked = [path for _, path in finished.hub.asked]
     for task in LANGUAGES:
         assert any(f"/data/{task}/" in path for path in asked), task
@@ -174,8 +185,8 @@ def test_only_the_files_that_the_recipe_needs_are_read(finished: Finished) -> No
     assert "examples/s" not in finished.stderr, "no bars of other libraries"
 
 
-@pytest.mark.full
-def test_programs_of_every_installed_language_are_executed(finished: Finished) -> None:
+def check_programs(finished: Finished) -> None:
+    """Programs are executed in every language whose toolchain is installed, and the others are named."""
     runs_here = runnable()
     (suite,) = finished.report["code"]
     evaluated = {part["language"] for part in suite["languages"]}
@@ -191,10 +202,8 @@ def test_programs_of_every_installed_language_are_executed(finished: Finished) -
         assert "does not run here" in part["reason"]
 
 
-@pytest.mark.full
-def test_pushed_adapters_equal_the_bank_when_plain_peft_loads_them(
-    finished: Finished, tmp_path: Path
-) -> None:
+def check_pushed_adapters(finished: Finished, tmp_path: Path) -> None:
+    """Loaded from the hub by plain PEFT, they give the logits of the bank."""
     pushed = done(command("push", str(finished.run), "--repo", REPOSITORY), finished.environment)
     assert pushed.returncode == 0, pushed.stderr
     repository = finished.hub.repos[REPOSITORY]

@@ -295,6 +295,18 @@ def test_special_tokens_in_rows_are_counted_in_a_note_that_says_how_they_are_rea
     assert note == "special tokens written in rows of a (30: <e> 20, <p> 10) are tokens"
 
 
+def test_special_tokens_of_many_tasks_are_one_note(write, load) -> None:
+    write("a.jsonl", [{"text": f"x{i}<e>y"} for i in range(10)])
+    sources = {name: {"train": "a.jsonl"} for name in "abcdef"}
+    (note,) = notes_on_rows(load(byte_tokenizer(), **sources), run_config(sources))
+    assert note == (
+        "special tokens written in rows of a, b, c, d and 2 more tasks (60: <e> 60) are text; "
+        "task_defaults.special_tokens=true makes them tokens"
+    )
+    sources["b"]["special_tokens"] = True
+    assert len(notes_on_rows(load(byte_tokenizer(), **sources), run_config(sources))) == 2
+
+
 def test_cached_tokens_know_what_was_template_and_what_was_row(write, load) -> None:
     tokenizer = byte_tokenizer()
     write("a.jsonl", [{"text": "x<e>", "plain": "x"}] * 4)
