@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import first_line, user_error
+from flora_train.data.hub_commits import commits_of
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.generation import complete
@@ -195,6 +196,7 @@ def training_facts(context: RunContext, seconds: Mapping[str, float]) -> RunFact
         peak_memory_bytes=peak_memory(context.bank.device),
         finished=now(),
         seconds=dict(seconds),
+        hub_commits=commits_of(context.config),
     )
 
 

@@ -21,10 +21,10 @@ from flora_train.config.errors import UserError, choices, did_you_mean, first_li
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import print_plain
 from flora_train.evaluation.report.files import read_report_if_any
-from flora_train.export.hub_client import AnswerError, check_repository_name, with_retries
 from flora_train.export.hub_repository import MANIFEST, Entries, Repository, Staging, read_entries, stage
 from flora_train.run_context import check_base
 from flora_train.runtime.atomic import disk_errors
+from flora_train.runtime.hub_client import AnswerError, check_repository_name, with_retries
 from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import RunFolder, open_run
 from flora_train.training.origin import OriginOptions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from flora_train.config.json_format import JsonObject
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import plain, safe_streams
 from flora_train.config.unused_keys import notes_on_unused
+from flora_train.data.hub_commits import commits_of, resolve_commits
 from flora_train.data.task import notes_on_rows
 from flora_train.data.tokenization import tokenizer_hash
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation, prompts_of
@@ -51,6 +53,7 @@ from flora_train.runtime.distributed import (
     wait_for_everyone,
 )
 from flora_train.runtime.environment import dtype_of
+from flora_train.runtime.hub_snapshot import pin_commits
 from flora_train.runtime.manifest import suite_files
 from flora_train.runtime.run_folder import RunFolder, RunStatus
 from flora_train.runtime.signals import Interrupted
@@ -85,6 +88,7 @@ def train_run(config: RunConfig) -> RunResult:
     folder = RunFolder(Path(config.folder))
     accelerator = make_accelerator(config, folder)
     on_every_process(lambda: check_world_size(config.num_processes, accelerator.num_processes))
+    pin_commits(on_main_process(lambda: resolve_commits(config, _recorded_commits(config, folder))))
     config = on_every_process(lambda: resolve_config(config, folder))
     check_alike(lambda: comparable(config, with_evaluation=True))
     status = on_main_process(lambda: folder.enter(config))
@@ -101,6 +105,13 @@ def train_run(config: RunConfig) -> RunResult:
     finally:
         folder.unlock()
     return RunResult(folder.path)
+
+
+def _recorded_commits(config: RunConfig, folder: RunFolder) -> Mapping[str, str]:
+    """The commits of the hub that the run began with, where it is resumed."""
+    if not config.resume or not folder.known_facts:
+        return {}
+    return folder.facts().hub_commits or {}
 
 
 def _train_run(
@@ -176,6 +187,7 @@ def origin_of(context: RunContext) -> JsonObject:
     return {
         "base": base_identity(context.config.model),
         "tokenizer": tokenizer_hash(context.tokenizer),
+        "hub_commits": commits_of(context.config),
         "data": {name: data_of(task).model_dump(exclude_none=True) for name, task in context.tasks.items()},
     }
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from itertools import islice
+from pathlib import Path
 
-from flora_train.config.errors import first_line, user_error
+from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.task_schema import SourceConfig
 from flora_train.data.file_rows import Row
-
-GATED = ("gated", "401", "403", "restricted", "authenticated")
-"""Words in the errors for a data set whose terms have to be accepted."""
+from flora_train.data.hub_dataset import HubDataset, undecoded
+from flora_train.runtime.hub_client import explain, is_outage
+from flora_train.runtime.hub_snapshot import HubError, open_snapshot
 
 
 def hub_rows(source: SourceConfig, key: str) -> list[Row]:
@@ -20,28 +20,39 @@ def hub_rows(source: SourceConfig, key: str) -> list[Row]:
     except ImportError:
         hint = "needs the datasets package: pip install 'flora-train[hub]'"
         raise user_error(f"{key}.hub", source.hub, hint) from None
-    options = {"data_dir": source.data_dir, "split": source.split, "revision": source.revision}
-    streaming = source.max_rows is not None
+    datasets.disable_progress_bars()
     try:
-        # a data set in the local cache is loaded offline as well
-        rows = datasets.load_dataset(source.hub, source.subset, streaming=streaming, **options)
-        for name, feature in (getattr(rows, "features", None) or {}).items():
-            if isinstance(feature, datasets.Audio):  # as bytes, which data/audio decodes
-                rows = rows.cast_column(name, datasets.Audio(decode=False))
-        return list(islice(rows, source.max_rows))
+        if Path(str(source.hub)).is_dir():
+            return _folder_rows(source)
+        return _rows(source)
+    except (HubError, UserError) as error:
+        raise _error(source, key, first_line(error)) from error
     except (
         Exception
     ) as error:  # the library raises many types, all of which mean that the source cannot be used
-        raise user_error(f"{key}.hub", source.hub, _reason(source, error)) from error
+        reason = f"cannot be read ({type(error).__name__}: {first_line(error)})"
+        if is_outage(error):
+            reason = explain(error, str(source.hub), "dataset", source.revision)
+        raise _error(source, key, reason) from error
 
 
-def _reason(source: SourceConfig, error: Exception) -> str:
+def _rows(source: SourceConfig) -> list[Row]:
+    snapshot = open_snapshot(str(source.hub), source.revision, "dataset")
+    with HubDataset(snapshot, source.data_dir) as dataset:
+        rows = dataset.rows(source.subset, source.split, source.max_rows)
+        return list(islice(rows, source.max_rows))
+
+
+def _folder_rows(source: SourceConfig) -> list[Row]:
+    """The rows of a data set in a folder of this machine."""
+    import datasets
+
+    options = {"data_dir": source.data_dir, "split": source.split}
+    rows = datasets.load_dataset(source.hub, source.subset, streaming=source.max_rows is not None, **options)
+    return list(islice(undecoded(rows), source.max_rows))
+
+
+def _error(source: SourceConfig, key: str, reason: str) -> UserError:
     """Why a data set cannot be loaded, and what can be used instead."""
     instead = f"Instead, use {source.fallback_hint or 'files or a folder'}"
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        return f"is not in the local cache, and HF_HUB_OFFLINE forbids access to the hub: unset it. {instead}"
-    message = f"{type(error).__name__}: {error}".lower()
-    if any(word in message for word in GATED):
-        page = f"https://huggingface.co/datasets/{source.hub}"
-        return f"is gated: accept its terms on {page}, then run `hf auth login`. {instead}"
-    return f"cannot be loaded ({type(error).__name__}: {first_line(error)}). {instead}"
+    return user_error(f"{key}.hub", source.hub, f"{reason}. {instead}")

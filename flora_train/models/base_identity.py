@@ -4,7 +4,7 @@ changed."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from flora_train.config.json_format import parse_object
 from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import find_file
 from flora_train.runtime.atomic import real_path, user_cache, write_atomically
+from flora_train.runtime.hub_snapshot import pinned_commit
 
 HASHES_FILE = ".flora_train_sha256.json"
 """Cache beside the model's files: name -> size, times and SHA-256."""
@@ -59,24 +60,40 @@ def base_folder(model: ModelConfig) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    revision = pinned_commit(model.path, model.revision, "model") or model.revision
     try:
-        path = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        path = try_to_load_from_cache(model.path, "config.json", revision=revision)
     except (HFValidationError, OSError):
         return None
-    return Path(path).parent if isinstance(path, str) else None
+    if not isinstance(path, str):
+        return None
+    folder = Path(path).parent
+    expected = weight_names(folder, {file.name for file in folder.iterdir()}, with_missing=True)
+    is_complete = all((folder / name).is_file() for name in expected)
+    return folder if is_complete else None  # a download that was interrupted
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The existing weight files that transformers loads from this folder, sorted."""
-    first = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    return [folder / name for name in weight_names(folder, {path.name for path in folder.glob("*")})]
+
+
+def weight_names(folder: Path, present: Collection[str], *, with_missing: bool = False) -> list[str]:
+    """The weight files that transformers loads, sorted.
+
+    folder: contains the index of shards; present: the files that there are; with_missing: also the shards
+    of the index that there are not.
+    """
+    first = next((name for name in WEIGHTS if name in present), None)
     if first is None:
-        names = {path.name for path in (*folder.glob("*.safetensors"), *folder.glob("*.bin"))}
-    elif first.suffix == ".json":
-        names = _shards(first)
+        names = {name for name in present if name.endswith((".safetensors", ".bin")) and "/" not in name}
+    elif first.endswith(".json"):
+        names = _shards(folder / first)
     else:
-        names = {first.name}
-    names |= set(ADAPTER)
-    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+        names = {first}
+    if with_missing:
+        return sorted(names)
+    return sorted((names | set(ADAPTER)) & set(present))
 
 
 def _shards(index: Path) -> set[str]:

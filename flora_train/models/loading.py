@@ -3,7 +3,6 @@ its weights."""
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from flora_train.config.errors import first_line, user_error
 from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import IS_CHECKOUT, PROJECT_ROOT, find_file
 from flora_train.config.schema import RunConfig
+from flora_train.models.hub_files import download_model
 from flora_train.models.speech_encoder import allow_short_windows, is_speech_model, is_whisper
+from flora_train.runtime.hub_snapshot import HubError
 
 LAYER_COUNTS = {
     "num_hidden_layers",
@@ -105,7 +106,8 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
             "quantization_config": _quantization_config(config, options["dtype"]),
             "device_map": {"": device},
         }
-    model, loaded = _from_pretrained(_auto_class(model_config), config, output_loading_info=True, **options)
+    options["output_loading_info"] = True
+    model, loaded = _from_pretrained(_auto_class(model_config), config, weights=True, **options)
     # transformers only warns, and initialises missing weights at random.
     parameters = {name for name, _ in model.named_parameters()}
     if missing := sorted(loaded["missing_keys"] & parameters):
@@ -191,17 +193,12 @@ def _is_intel() -> bool:
         return False
 
 
-def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> Any:
-    local = find_file(source.path)
-    is_local = local.exists()
-    location = str(local) if is_local else source.path
-    looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
-    if looks_local and not is_local:
-        raise user_error("model.path", source.path, f"no such folder{_how_to_build(source.path)}")
+def _from_pretrained(auto_class: Any, source: ModelConfig, *, weights: bool = False, **options: Any) -> Any:
+    """What an auto class of transformers loads. weights: download the weights, too."""
+    location = _location(source, weights=weights)
     try:
-        return auto_class.from_pretrained(
+        loaded = auto_class.from_pretrained(
             location,
-            revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             **options,
         )
@@ -209,12 +206,34 @@ def _from_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> An
         Exception
     ) as error:  # transformers and the readers below it raise their own types for a damaged file
         hint = f"cannot be loaded: {_reason(error)}"
-        if os.environ.get("HF_HUB_OFFLINE") == "1" and not is_local:
-            reason = (
-                "is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE=1 forbids a download"
-            )
-            hint = f"{reason}: give a local folder, or unset HF_HUB_OFFLINE"
         raise user_error("model.path", source.path, hint) from error
+    if not find_file(source.path).exists():
+        _set_name(loaded, source.path)
+    return loaded
+
+
+def _set_name(loaded: Any, name: str) -> None:
+    """Name what was loaded from the hub's cache as the hub does; what is saved says where it came from."""
+    parts = loaded if isinstance(loaded, tuple) else (loaded,)
+    for part in (*parts, *(getattr(part, "config", None) for part in parts)):
+        if hasattr(part, "name_or_path"):
+            part.name_or_path = name
+
+
+def _location(source: ModelConfig, *, weights: bool) -> str:
+    """The folder of the base model: a local one, or the downloaded files of a commit on the hub.
+
+    transformers would treat a file that the hub fails to send as a file that the model does not have.
+    """
+    local = find_file(source.path)
+    if local.exists():
+        return str(local)
+    if source.path.startswith((".", "/", "~")) or source.path.count("/") > 1:
+        raise user_error("model.path", source.path, f"no such folder{_how_to_build(source.path)}")
+    try:
+        return str(download_model(source.path, source.revision, weights=weights))
+    except HubError as error:
+        raise user_error("model.path", source.path, str(error)) from error
 
 
 def _how_to_build(path: str) -> str:

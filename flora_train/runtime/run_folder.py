@@ -16,6 +16,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.runtime.atomic import disk_errors, real_path, write_atomically
 from flora_train.runtime.config_changes import comparable, differences
 from flora_train.runtime.environment import environment, now
+from flora_train.runtime.hub_snapshot import pin_commits
 from flora_train.runtime.manifest import RUN_FILES, Manifest, delete, delete_leftovers
 from flora_train.runtime.run_files import RunFiles
 from flora_train.runtime.run_inputs import check_not_data, check_not_replaced
@@ -217,10 +218,13 @@ def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, RunConfig]:
 
 
 def open_run_folder(path: str | os.PathLike[str]) -> RunFolder:
-    """A run on disk, whose configuration is not read. Raises UserError if the folder holds no run."""
+    """A run on disk, whose configuration is not read. The hub is read at the commits that the run recorded.
+
+    Raises UserError if the folder holds no run.
+    """
     folder = RunFolder(Path(path))
     if not exists(folder.run_json) or not exists(folder.config):
         hint = "is not a run folder (no run.json and config.yaml in it); runs are in outputs/"
         raise user_error("run", str(path), hint)
-    folder.facts()
+    pin_commits(folder.facts().hub_commits or {})
     return folder

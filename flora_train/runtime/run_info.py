@@ -99,6 +99,8 @@ class RunInfo(RunPart):
     """SHA-256 of the tokenizer."""
     data: Annotated[dict[str, Annotated[TaskData | None, Lenient]] | None, Lenient] = None
     """Task -> its examples."""
+    hub_commits: Annotated[dict[str, StrictStr] | None, Lenient] = None
+    """Repository on the hub and revision -> the commit that was read."""
     training: TrainingCosts = TrainingCosts()
     ended: EndedRun | None = None
     """None: the run has not finished, or an older version finished it."""

@@ -3,6 +3,7 @@
 It serves models and data sets for reading, accepts pushes, and fails when told to (faults.py). As a process
 of its own: `python -m tests.hub_server FOLDER`.
 
+client.py    points the clients of a test at the hub
 storage.py   repositories, their files and commits
 faults.py    the failures that can be injected
 handler.py   dispatch of a request: faults, tokens, endpoints

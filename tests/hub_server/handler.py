@@ -133,7 +133,8 @@ class Handler(Reading, Pushing, BaseHTTPRequestHandler):
             return False
         key, rest = self._split(self.parts)
         repo = self.hub.repos.get(self.hub.renamed.get(key, key))
-        if self.parts[:2] in (["api", "models"], ["api", "datasets"]) or rest[:1] == ["resolve"]:
+        is_file = rest[:1] == ["resolve"] or self.parts[:2] == ["api", "resolve-cache"]
+        if self.parts[:2] in (["api", "models"], ["api", "datasets"]) or is_file:
             reads = self.command in ("GET", "HEAD") or rest[:1] == ["paths-info"]
         else:
             reads = False
@@ -144,7 +145,6 @@ class Handler(Reading, Pushing, BaseHTTPRequestHandler):
         if repo is None or (repo.private and token != TOKEN):
             self.refuse("missing" if token else "hidden", path)
             return False
-        is_file = rest[:1] == ["resolve"] or self.parts[:2] == ["api", "resolve-cache"]
         if repo.gated and token != TOKEN and is_file and rest[-1] not in OPEN_FILES:
             self.refuse("gated 403" if token else "gated 401", path)
             return False

@@ -303,6 +303,7 @@ def _cost(report: Report) -> dict[str, str]:
         "GPU": facts.machine.gpu or "none",
         "Processor": _processor(facts),
         "Model": " in ".join(filter(None, (facts.model, facts.dtype))),
+        "Read from the hub": ", ".join(f"{name} ({sha[:12]})" for name, sha in facts.hub_commits.items()),
         "Versions": _versions(facts),
         "Commit": facts.commit or "not recorded",
         "Command": facts.command,

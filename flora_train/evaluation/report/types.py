@@ -66,6 +66,8 @@ class RunFacts(Environment, ResultModel):
     joined: dict[Text, Step] = {}
     """Tasks that were added to the run -> their first step."""
     joint_speedup: JointSpeedup | None = None
+    hub_commits: dict[Text, Text] = {}
+    """Repository on the hub and revision -> the commit that was read."""
     not_for_plain_peft: dict[Text, Text] = {}
     """Adapter whose exported folder plain PEFT does not load -> the reason."""
     config: Text = ""

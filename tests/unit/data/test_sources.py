@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import gzip
-import itertools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.config.task_schema import SourceConfig, TaskConfig
+from flora_train.config.task_schema import TaskConfig
 from flora_train.data.sources import READERS, read_rows
 from tests.forked import python
 
@@ -235,40 +233,6 @@ def test_hub_name_while_offline_says_so_and_what_to_do() -> None:
         "to the hub: unset it. "
         "Instead, use files or a folder\n"
     ), done.stderr
-
-
-class Gate(Exception):
-    """As the hub's client words it."""
-
-
-@pytest.mark.parametrize("fallback_hint", [None, "data_config=local"])
-def test_gated_hub_data_says_how_to_get_it_and_what_can_stand_in(
-    monkeypatch: pytest.MonkeyPatch, fallback_hint: str | None
-) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise Gate("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.")
-
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("datasets.load_dataset", refuse)
-    line = refusal(hub="a/b", data_dir="data/lua", fallback_hint=fallback_hint)
-    assert (
-        "is gated: accept its terms on https://huggingface.co/datasets/a/b, then run `hf auth login`" in line
-    )
-    assert line.endswith(f"Instead, use {fallback_hint or 'files or a folder'}")
-
-
-def test_a_limit_on_hub_rows_streams_and_reads_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, object] = {}
-
-    def load(*args: object, **options: object) -> Iterator[dict[str, int]]:
-        asked.update(options)
-        return ({"n": n} for n in itertools.count())
-
-    monkeypatch.setattr("datasets.load_dataset", load)
-    source = SourceConfig(hub="a/b", data_dir="data/lua", max_rows=3)
-    assert read_rows(source, "tasks.t.train") == [{"n": 0}, {"n": 1}, {"n": 2}]
-    assert asked["streaming"] is True
-    assert asked["data_dir"] == "data/lua"
 
 
 def test_unclosed_quote_deep_in_a_table_names_the_line_where_it_is_opened(write) -> None:

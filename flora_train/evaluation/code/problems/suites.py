@@ -11,11 +11,13 @@ from pathlib import Path
 from flora_train.config.errors import choices, first_line, user_error
 from flora_train.config.language_names import language_key
 from flora_train.config.load import find_file
+from flora_train.data.hub_commits import HUB_PREFIX
+from flora_train.data.hub_dataset import HubDataset
 from flora_train.evaluation.code.problems.problem import Problem, load_problems, problems_of_rows, prompt_file
 from flora_train.evaluation.code.problems.starter import STARTER_LANGUAGES, load_starter_problems
+from flora_train.runtime.hub_snapshot import HubError, open_snapshot
 
 STARTER = "starter"
-HUB = "hub:"
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,16 @@ def load_suite(source: str, languages: Iterable[str], limit: int | None) -> Suit
 
 def suite_name(source: str) -> str:
     """`starter`, or the last part of a folder or hub name, in lower case."""
-    if source.startswith(HUB):
-        return Path(source.removeprefix(HUB)).name.lower()
+    if source.startswith(HUB_PREFIX):
+        return Path(source.removeprefix(HUB_PREFIX)).name.lower()
     return find_file(source).resolve().name.lower()
 
 
 def _problems(source: str, language: str) -> Mapping[str, Problem] | None:
     if source == STARTER:
         return load_starter_problems(language) if language in STARTER_LANGUAGES else None
-    if source.startswith(HUB):
-        return _from_hub(source.removeprefix(HUB), language)
+    if source.startswith(HUB_PREFIX):
+        return _from_hub(source, language)
     folder = find_file(source)
     if not folder.is_dir():
         hint = (
@@ -90,22 +92,27 @@ def _problems(source: str, language: str) -> Mapping[str, Problem] | None:
     return load_problems(folder, language)
 
 
-def _from_hub(name: str, language: str) -> Mapping[str, Problem] | None:
+def _from_hub(source: str, language: str) -> Mapping[str, Problem] | None:
+    name = source.removeprefix(HUB_PREFIX)
     try:
-        from datasets import get_dataset_config_names, load_dataset
+        import datasets
     except ImportError as error:
         hint = "needs datasets: pip install 'flora-train[hub]'"
-        raise user_error("evaluation.problems", HUB + name, hint) from error
+        raise user_error("evaluation.problems", source, hint) from error
+    datasets.disable_progress_bars()
     try:
-        subset = _subset(get_dataset_config_names(name), language)
-        if subset is None:
-            return None
-        rows = load_dataset(name, subset, split="test")
-    except Exception as error:  # the hub's client has many types: no network, gated access, unknown revision
+        with HubDataset(open_snapshot(name, None, "dataset")) as dataset:
+            subset = _subset(dataset.configurations(), language)
+            if subset is None:
+                return None
+            rows = list(dataset.rows(subset, "test"))
+    except Exception as error:  # the libraries raise many types, for a damaged file for example
+        reason = f"cannot be read ({type(error).__name__}: {first_line(error)})"
+        if isinstance(error, HubError):
+            reason = str(error)
         alternative = "give a folder with MultiPL-E's humaneval-<language>.jsonl, or starter"
-        hint = f"cannot be downloaded ({first_line(error)}): {alternative}"
-        raise user_error("evaluation.problems", HUB + name, hint) from error
-    return problems_of_rows(language, ((f"{name} {subset} {i}", dict(row)) for i, row in enumerate(rows)))
+        raise user_error("evaluation.problems", source, f"{reason}. Instead, {alternative}") from error
+    return problems_of_rows(language, ((f"{name} {subset} {i}", row) for i, row in enumerate(rows)))
 
 
 def _subset(configurations: Iterable[str], language: str) -> str | None:

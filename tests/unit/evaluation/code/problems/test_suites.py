@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from flora_train.config.errors import UserError, user_error
@@ -14,6 +17,8 @@ from flora_train.config.schema import RunConfig
 from flora_train.evaluation.code import evaluate
 from flora_train.evaluation.code.evaluate import plan_evaluation
 from flora_train.evaluation.code.problems.suites import load_suite
+from tests.hub_server import Hub, serve
+from tests.hub_server.client import go_offline, use_hub
 
 ROWS = [{"name": f"p{i}", "prompt": "x=1 #", "tests": "true", "stop_tokens": ["\n"]} for i in range(5)]
 
@@ -68,19 +73,46 @@ def test_starter_problems_exist_in_their_languages() -> None:
     assert "hs" in suite.missing
 
 
-def test_problems_of_the_hub_are_read_and_its_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.get_dataset_config_names", lambda name: ["humaneval-sh"])
-    monkeypatch.setattr("datasets.load_dataset", lambda *words, **options: ROWS)
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with the problems in the layout of nuprl/MultiPL-E."""
+    suite = tmp_path / "suite"
+    configurations = ""
+    for subset in ("humaneval-sh", "mbpp-sh"):
+        (suite / subset).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(ROWS), suite / subset / "test-00000-of-00001.parquet")
+        configurations += (
+            f"- config_name: {subset}\n  data_files:\n  - split: test\n    path: {subset}/test-*\n"
+        )
+    (suite / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
+    with serve() as hub:
+        hub.add_folder("nuprl/MultiPL-E", suite, "dataset")
+        use_hub(monkeypatch, hub, tmp_path / "cache")
+        yield hub
+
+
+def test_problems_of_the_hub_are_read_whatever_fails_for_a_while(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_faults("all")
     suite = load_suite("hub:nuprl/MultiPL-E", ["sh", "py"], None)
     assert (suite.name, list(suite.problems), list(suite.missing)) == ("multipl-e", ["sh"], ["py"])
+    local = load_suite(str(folder), ["sh"], None).problems["sh"]
+    prompts = [problem.prompt for problem in suite.problems["sh"].values()]
+    assert prompts == [problem.prompt for problem in local.values()]
+    go_offline(monkeypatch)
+    assert load_suite("hub:nuprl/MultiPL-E", ["sh"], None).sha("sh") == suite.sha("sh")
 
-    def refuse(name: str) -> list[str]:
-        raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr("datasets.get_dataset_config_names", refuse)
-    with pytest.raises(
-        UserError, match=r"cannot be downloaded \(.*no route.*: give a folder with MultiPL-E's"
-    ):
+def test_problems_that_the_hub_does_not_give_are_one_error_with_an_alternative(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alternative = "Instead, give a folder with MultiPL-E's humaneval-<language>.jsonl, or starter"
+    with pytest.raises(UserError, match=rf"the hub has no such data set.*{alternative}"):
+        load_suite("hub:nuprl/MultiPL", ["sh"], None)
+    hub.repos["datasets/nuprl/MultiPL-E"].gated = True
+    use_hub(monkeypatch, hub, tmp_path / "cache", token=None)
+    with pytest.raises(UserError, match=r"evaluation\.problems = 'hub:nuprl/MultiPL-E': is gated: accept"):
         load_suite("hub:nuprl/MultiPL-E", ["sh"], None)
 
 

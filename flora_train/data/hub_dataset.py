@@ -1,0 +1,184 @@
+"""Rows of a hub data set, read from its files in their order, of which no more are downloaded than needed.
+
+The `datasets` library decides which files belong to a configuration and a split, and reads them. It sees a
+folder with the names of all files and the contents of those that were downloaded, so that it makes the same
+decisions without a network.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from flora_train.config.errors import choices
+from flora_train.data.file_rows import Row
+from flora_train.runtime.hub_client import with_retries
+from flora_train.runtime.hub_snapshot import HubError, HubFile, HubSnapshot, is_offline
+
+DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
+"""Files that describe configurations, splits and columns."""
+LARGEST_DOWNLOAD = 4 << 30
+"""Bytes of a file up to which it is downloaded although only its first rows are read."""
+READ_TOGETHER = ("folder", "webdataset")
+"""Parts of the names of builders whose files do not stand alone: clips and their table."""
+
+logger = logging.getLogger(__name__)
+
+
+class HubDataset:
+    """A data set at one commit. Use it as a context: its folder of names is temporary.
+
+    data_dir: the folder of the data set that is read; None: all of it.
+    """
+
+    def __init__(self, snapshot: HubSnapshot, data_dir: str | None = None) -> None:
+        self.snapshot, self.data_dir = snapshot, data_dir
+        self._temporary = TemporaryDirectory(prefix="flora_train_hub_")
+
+    def __enter__(self) -> HubDataset:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._temporary.cleanup()
+
+    def configurations(self) -> list[str]:
+        """Names of its configurations."""
+        import datasets
+
+        return list(datasets.get_dataset_config_names(str(self._outline)))
+
+    def rows(self, subset: str | None, split: str, limit: int | None = None) -> Iterator[dict[str, object]]:
+        """The rows of a split. limit: how many of them are used. Raises HubError, and what the reader raises
+        for a damaged file."""
+        import datasets
+
+        builder = self._builder(subset)
+        files = builder.config.data_files
+        if split not in files:
+            if "[" in split or "+" in split or split == "all":
+                yield from self._rows_of_expression(builder, subset, split)
+                return
+            raise HubError(f"has no split {split!r}: its splits are {choices(map(str, files))}")
+        parts: list[list[str]] = [[path] for path in files[split]]
+        module = type(builder).__module__
+        are_archives = any(path.endswith(".zip") for path in files[split])
+        if are_archives or any(name in module for name in READ_TOGETHER):
+            parts = [list(files[split])]
+        for part in parts:
+            sources = [self._source(path, limit) for path in part]
+            data_files = {datasets.NamedSplit(split): _as_data_files(sources)}
+            builder.config.data_files = datasets.data_files.DataFilesDict(data_files)
+            is_remote = any("://" in source for source in sources)
+            yield from _stream(builder, split, name=self.snapshot.name, is_remote=is_remote)
+
+    def _builder(self, subset: str | None) -> Any:
+        import datasets
+
+        names = [] if self.data_dir else self.configurations()
+        if subset is not None and names and subset not in names:
+            raise HubError(f"has no configuration {subset!r}: set subset to {choices(names)}")
+        if subset is None and len(names) > 1 and not self._has_default():
+            raise HubError(f"has several configurations: set subset to {choices(names)}")
+        return datasets.load_dataset_builder(str(self._outline), subset, **self._options())
+
+    def _has_default(self) -> bool:
+        """Whether the description marks one of the configurations as the default."""
+        import datasets
+
+        return datasets.get_dataset_default_config_name(str(self._outline)) is not None
+
+    def _options(self) -> dict[str, Any]:
+        return {"data_dir": self.data_dir, "cache_dir": str(Path(self._temporary.name) / "cache")}
+
+    @cached_property
+    def _files(self) -> dict[str, HubFile]:
+        return {file.path: file for file in self.snapshot.files(self.data_dir)}
+
+    @cached_property
+    def _outline(self) -> Path:
+        """A folder with an empty file for each file of the data set, and its descriptions."""
+        folder = Path(self._temporary.name) / self.snapshot.name.rpartition("/")[2]
+        for path, file in self._files.items():
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path in DESCRIPTIONS:
+                target.symlink_to(self.snapshot.download(file).resolve())
+            else:
+                target.touch()
+        return folder
+
+    def _file(self, path: str) -> HubFile | None:
+        """The file of an empty file; None for a path elsewhere, which a description may name."""
+        outline = str(self._outline.resolve())
+        if not path.startswith(f"{outline}/"):
+            return None
+        return self._files[path.removeprefix(f"{outline}/")]
+
+    def _source(self, path: str, limit: int | None) -> str:
+        """What is read in place of an empty file: a downloaded file, or the address of a very large one."""
+        file = self._file(path)
+        if file is None:
+            return path
+        if limit is not None and file.size > LARGEST_DOWNLOAD and not is_offline():
+            note = (
+                f"{file.path} of {self.snapshot.name} has {file.size / 2**30:.1f} GB: only its first rows are"
+            )
+            logger.warning(f"{note} requested, and they are not kept for offline use")
+            return f"hf://datasets/{self.snapshot.name}@{self.snapshot.commit}/{file.path}"
+        return str(self.snapshot.download(file))
+
+    def _rows_of_expression(self, builder: Any, subset: str | None, split: str) -> Iterator[Row]:
+        """The rows of `train[:10%]` or `train+validation`, for which all files are read."""
+        import datasets
+
+        for paths in builder.config.data_files.values():
+            for path in paths:
+                if self._file(path) is not None:
+                    target = Path(path)
+                    target.unlink()
+                    target.symlink_to(Path(self._source(path, None)).resolve())
+        rows = datasets.load_dataset(str(self._outline), subset, split=split, **self._options())
+        yield from undecoded(rows)
+
+
+def undecoded(rows: Any) -> Any:
+    """A data set whose clips stay bytes, which data/audio decodes."""
+    import datasets
+
+    for name, feature in (getattr(rows, "features", None) or {}).items():
+        if isinstance(feature, datasets.Audio):
+            rows = rows.cast_column(name, datasets.Audio(decode=False))
+    return rows
+
+
+def _as_data_files(paths: Sequence[str]) -> Any:
+    from datasets.data_files import DataFilesList
+
+    return DataFilesList(list(paths), [(path,) for path in paths])
+
+
+def _stream(builder: Any, split: str, *, name: str, is_remote: bool) -> Iterator[Row]:
+    """The rows of the builder's files. A remote file is opened again where the connection broke."""
+    done = 0
+    if not is_remote:
+        yield from undecoded(builder.as_streaming_dataset(split=split))
+        return
+    iterator: Iterator[Mapping[str, Any]] | None = None
+
+    def next_row() -> Mapping[str, Any] | None:
+        nonlocal iterator
+        try:
+            if iterator is None:
+                iterator = iter(undecoded(builder.as_streaming_dataset(split=split)).skip(done))
+            return next(iterator, None)
+        except Exception:
+            iterator = None
+            raise
+
+    while (row := with_retries(next_row, name)) is not None:
+        done += 1
+        yield dict(row)
