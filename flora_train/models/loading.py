@@ -248,10 +248,10 @@ def empty_model(config: ModelConfig) -> nn.Module:
     """The base model's modules without weights (on the meta device)."""
     published = load_model_config(config)
     with torch.device("meta"):
-        return _from_config(published, config)
+        return build_model(published, config)
 
 
-def _from_config(published: Any, config: ModelConfig, **options: Any) -> nn.Module:
+def build_model(published: Any, config: ModelConfig, **options: Any) -> nn.Module:
     """A model of this configuration with random weights. Raises UserError if it cannot be built."""
     try:
         model: nn.Module = _auto_class(published).from_config(
@@ -278,7 +278,7 @@ def shallow_model(config: ModelConfig, layers: int, device: torch.device) -> nn.
     options: dict[str, Any] = {"dtype": resolve_dtype(config.dtype, device)}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
-    model = _from_config(published, config, **options)
+    model = build_model(published, config, **options)
     return _prepare(model.to(device), config, published)
 
 
@@ -306,7 +306,7 @@ def zero_model(config: ModelConfig, layers: int | None = None) -> nn.Module:
     published = load_model_config(config) if layers is None else _shallow_config(config, layers)
     disable_dropout(published)
     with torch.device("meta"):
-        empty = _from_config(published, config, dtype=torch.float32)
+        empty = build_model(published, config, dtype=torch.float32)
     return _prepare(empty._apply(lambda tensor: torch.zeros_like(tensor, device="cpu")), config, published)
 
 

@@ -1,0 +1,248 @@
+"""What a forward of a micro-batch keeps for its backward, and its arithmetic, from shapes alone: for planning on
+a machine that has neither the weights nor the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flora_train.adapters.pool import Pool
+from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.targets import Target, linear_layers
+from flora_train.config.model_schema import ModelConfig
+from flora_train.kernels.flora.cost_model import Work, choose_formulation
+from flora_train.models.loading import build_model, disable_dropout, load_model_config
+from flora_train.models.probe_inputs import feature_shape
+from flora_train.models.speech_encoder import is_speech_model
+from flora_train.training.fsdp import layers_of
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The rows of a micro-batch."""
+
+    rows: int
+    tokens: int
+    """Of one row."""
+    window: int = 0
+    """Encoder positions of one row; 0 for text."""
+
+    @property
+    def length(self) -> int:
+        """Tokens and encoder positions of one row, which training.tokens_per_microbatch counts."""
+        return self.tokens + self.window
+
+
+@dataclass
+class StepMemory:
+    """Bytes that the forward of a micro-batch keeps, and its floating point operations."""
+
+    batch: BatchShape
+    kept: int = 0
+    """By all layers and what is around them."""
+    inputs: int = 0
+    """Of the layers' inputs, which checkpointing keeps instead."""
+    largest_layer: int = 0
+    """Kept by the layer that keeps the most."""
+    in_layers: int = 0
+    """Kept by all layers."""
+    flops: int = 0
+    """Of the linear layers and attention in one forward, without the output head."""
+
+    def of_rows(self, rows: int, *, checkpointing: bool) -> int:
+        """Bytes that a micro-batch of `rows` rows takes at most, from the forward to the end of the backward.
+
+        The backward of a layer needs about as much as the layer keeps. With checkpointing, a layer is
+        computed again before.
+        """
+        share = rows / self.batch.rows
+        if checkpointing:
+            outside = self.kept - self.in_layers
+            return int(share * (outside + self.inputs + 2 * self.largest_layer))
+        return int(share * (self.kept + self.largest_layer))
+
+
+def measure_shapes(config: ModelConfig, pools: Sequence[Pool], batch: BatchShape) -> StepMemory:
+    """Run the model on tensors that have shapes and no data, in bfloat16, as it runs on a GPU.
+
+    Layers with adapters keep what the adapters' kernels keep. The methods are mixed in a micro-batch as the
+    adapters are in the run.
+    """
+    published = load_model_config(config)
+    disable_dropout(published)
+    with FakeTensorMode(), torch.enable_grad():
+        model = build_model(published, config, dtype=torch.bfloat16).requires_grad_(False).eval()
+        _replace_layers(model, pools, batch, keeps_inputs=config.quantization == "8bit")
+        memory = StepMemory(batch)
+        inputs = _inputs(model, batch)
+        with _recorded(model, memory):
+            model.base_model(**inputs, use_cache=False)
+    memory.flops += _attention_flops(published, batch)
+    return memory
+
+
+def _inputs(model: Any, batch: BatchShape) -> dict[str, Tensor]:
+    tokens = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
+    if not is_speech_model(model.config):
+        # Packed documents do not attend to each other, which takes a mask.
+        mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
+        return {"input_ids": tokens, "attention_mask": mask}
+    shape = feature_shape(model.config)
+    assert shape is not None
+    return {
+        model.main_input_name: torch.zeros(batch.rows, *shape, dtype=torch.bfloat16),
+        "decoder_input_ids": tokens,
+    }
+
+
+class _KeepsAsAdapter(torch.autograd.Function):
+    """Keeps the input of an adapted layer and `features` more numbers for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, parameter: Tensor, features: int) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        ctx.save_for_backward(x, y.new_empty(rows, features))
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None, None]:
+        raise NotImplementedError("only the forward of a plan runs")
+
+
+class _PlannedLinear(nn.Module):
+    """A frozen linear layer, with what its adapters keep."""
+
+    def __init__(self, base: nn.Module, target: Target, features: int | None) -> None:
+        super().__init__()
+        self.base, self.features = base, features
+        self.in_features, self.out_features = target.in_features, target.out_features
+        self.parameter = nn.Parameter(torch.zeros(1))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.features is None:
+            return y
+        return _KeepsAsAdapter.apply(x, y, self.parameter, self.features)
+
+
+def _replace_layers(
+    model: nn.Module, pools: Sequence[Pool], batch: BatchShape, *, keeps_inputs: bool
+) -> None:
+    """keeps_inputs: a layer without adapters keeps its input, too, as bitsandbytes' 8-bit layers do."""
+    adapters = sum(len(pool.specs) for pool in pools)
+    for name, target in linear_layers(model).items():
+        features: float | None = 0 if keeps_inputs else None
+        for pool in pools:
+            if name in pool.targets:
+                share = len(pool.specs) / adapters
+                kept = _kept_features(pool.specs[0], pool.targets[name], batch)
+                features = (features or 0) + share * kept
+        parent, _, child = name.rpartition(".")
+        layer = model.get_submodule(name)
+        whole = None if features is None else round(features)
+        setattr(model.get_submodule(parent), child, _PlannedLinear(layer, target, whole))
+
+
+def _kept_features(spec: AdapterSpec, target: Target, batch: BatchShape) -> int:
+    """Numbers that an adapter's kernel keeps for a token, beside the layer's input."""
+    if spec.method == "lora":
+        return spec.rank
+    if spec.method == "ia3":
+        return 0 if target.feedforward else target.out_features
+    work = Work(
+        rank=spec.rank,
+        residual=bool(spec.offset),
+        tokens=batch.rows * batch.length,
+        segments=batch.rows,
+        in_features=target.in_features,
+        out_features=target.out_features,
+        bytes_each=2,
+        split=True,
+        device="cuda",
+    )
+    if choose_formulation(work) != "rank_expanded":
+        return 0
+    return spec.rank * target.out_features
+
+
+@dataclass
+class _Record:
+    """The storages that autograd keeps, each counted in the layer that keeps it first."""
+
+    ignored: set[int]
+    layer: int = -1
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Layer (-1: outside) -> bytes."""
+    seen: dict[int, Tensor] = field(default_factory=dict)
+    """Key of a storage -> a tensor that keeps the key from being used again."""
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.seen and key not in self.ignored:
+            self.seen[key] = tensor
+            self.sizes[self.layer] = self.sizes.get(self.layer, 0) + storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def _recorded(model: nn.Module, memory: StepMemory) -> Iterator[None]:
+    """Fill `memory` from what runs in the context."""
+    record = _Record({parameter.untyped_storage()._cdata for parameter in model.parameters()})
+    handles = []
+
+    def enter(number: int) -> Any:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            record.layer = number
+            hidden = args[0] if args else kwargs["hidden_states"]
+            memory.inputs += hidden.numel() * hidden.element_size()
+
+        return begin
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        record.layer = -1
+
+    def count(module: Any, args: tuple[Any, ...]) -> None:
+        memory.flops += 2 * args[0].numel() * module.out_features
+
+    for number, layer in enumerate(layers_of(model)):
+        handles.append(layer.register_forward_pre_hook(enter(number), with_kwargs=True))
+        handles.append(layer.register_forward_hook(leave))
+    for module in model.modules():
+        if isinstance(module, _PlannedLinear):
+            handles.append(module.register_forward_pre_hook(count))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(record.pack, lambda tensor: tensor):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    memory.kept = sum(record.sizes.values())
+    of_layers = {number: size for number, size in record.sizes.items() if number >= 0}
+    memory.in_layers = sum(of_layers.values())
+    memory.largest_layer = max(of_layers.values(), default=0)
+
+
+def _attention_flops(published: Any, batch: BatchShape) -> int:
+    """Of the products of queries with keys and of weights with values, in one forward."""
+    text = published.get_text_config(decoder=True)
+    if not batch.window:
+        causal = batch.tokens**2 // 2
+        return 4 * batch.rows * text.num_hidden_layers * text.hidden_size * causal
+    encoder = published.encoder_layers * batch.window**2
+    decoder = published.decoder_layers * batch.tokens * (batch.tokens // 2 + batch.window)
+    return 4 * batch.rows * published.d_model * (encoder + decoder)
