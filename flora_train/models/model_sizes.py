@@ -106,7 +106,9 @@ def _save_from_hub(config: ModelConfig, folder: str) -> None:
         (problem,) = error.problems
         hint = "is neither a folder, nor in the hub's cache, nor a published model whose sizes are known here"
         if published_model(config.path) is not None:
-            hint = f"has no revision {config.revision!r} in the hub's cache, and the sizes known here are main's"
+            hint = (
+                f"has no revision {config.revision!r} in the hub's cache, and the sizes known here are main's"
+            )
         raise user_error("model.path", config.path, f"{hint}: it {problem.hint}") from error
 
 

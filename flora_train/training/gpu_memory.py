@@ -39,11 +39,9 @@ class GpuSetup:
     gigabytes: int
     """Of each GPU."""
     gpus: int = 1
+    is_sharded: bool = False
+    """Whether the GPUs share the base (model.fsdp), instead of holding all of it each."""
     quantization: Quantization = "none"
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.gpus > 1
 
     @property
     def name(self) -> str:
@@ -54,17 +52,17 @@ class GpuSetup:
             name += f", {self.quantization}"
         return name
 
-    @property
-    def overrides(self) -> list[str]:
-        """Keys that the setup itself needs."""
-        if self.is_sharded:
+    def overrides(self, config: RunConfig) -> list[str]:
+        """Keys that the setup itself needs, and that the recipe does not have."""
+        if self.is_sharded and not config.model.fsdp:
             return ["model.fsdp=true"]
-        if self.quantization != "none":
+        if self.quantization != config.model.quantization:
             return [f"model.quantization={self.quantization}"]
         return []
 
 
 SETUPS = (GpuSetup(80), GpuSetup(24), GpuSetup(80, 2), GpuSetup(80, 8))
+"""Text models are sharded over several GPUs; speech models have to be whole on each."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +251,9 @@ def base_bytes(model: nn.Module, itemsize: int, quantization: str) -> int:
 def plan_gpus(needs: Needs) -> list[GpuPlan]:
     """A plan for each of SETUPS. A GPU that is too small for the base gets it in 8 bit."""
     plans = []
+    is_text = not is_speech_model(needs.model.config)
     for setup in SETUPS:
+        setup = replace(setup, is_sharded=is_text and setup.gpus > 1)
         if not setup.is_sharded and needs.config.model.quantization != "none":
             setup = replace(setup, quantization=needs.config.model.quantization)
         plan = needs.plan(setup)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import expand
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.collate import SpeechCollate
@@ -43,11 +44,18 @@ def adapters_of_steps(config: RunConfig, tasks: Mapping[str, Task]) -> list[froz
     """The adapters of each of the first STEPS_PLANNED steps."""
     mixture = make_mixture(tasks, expand(config), config)
     adapters = []
-    for number in _planned_steps(config):
+    for number in planned_steps(config):
         draws = mixture.step(number)
         if draws:
             adapters.append(frozenset(name for draw in draws for name in draw.adapters))
     return adapters
+
+
+def step_slots(pools: Sequence[Pool], steps: Sequence[Collection[str]]) -> int:
+    """Slots of the largest adapter that the adapters of one step fill at most."""
+    value_counts = {spec.name: pool.row_size for pool in pools for spec in pool.specs}
+    step_values = max(sum(value_counts[name] for name in names) for names in steps)
+    return -(-step_values // max(pool.row_size for pool in pools))
 
 
 def cost_of_a_step(
@@ -84,7 +92,7 @@ def measure(
     """
     specs = expand(config)
     mixture = make_mixture(tasks, specs, config)
-    number = max(_planned_steps(config), key=lambda number: _tokens_of(mixture, number))
+    number = max(planned_steps(config), key=lambda number: _tokens_of(mixture, number))
     names = {name for draw in mixture.step(number) for name in draw.adapters}
     present = [spec for spec in specs if spec.name in names]
     model = shallow_model(config.model, layers, device)
@@ -117,7 +125,8 @@ def measure(
     return Cost(seconds * share, activations)
 
 
-def _planned_steps(config: RunConfig) -> range:
+def planned_steps(config: RunConfig) -> range:
+    """The steps that a plan looks at."""
     return range(min(config.training.steps, STEPS_PLANNED))
 
 
