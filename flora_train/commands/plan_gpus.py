@@ -185,8 +185,8 @@ def _on_hours(report: GpuReport) -> Iterator[str]:
     speeds = ", ".join(f"{method} {speed:,}" for method, speed in MEASURED_SPEED.items())
     yield (
         f"From one measurement, by parameters and tokens: a step of StarCoder2-3B on {MEASURED_ON} "
-        f"({SOURCE}, tokens/s: {speeds}). 24 GB: by the data sheets of an RTX 4090 and an H100. Several GPUs: "
-        "an even share each. Neither was measured."
+        f"({SOURCE}, tokens/s: {speeds}). 24 GB: by the data sheets of an RTX 4090 and an H100. Several "
+        "GPUs: an even share each. Neither was measured."
     )
     if report.work.completions:
         seconds = sum(count / PROGRAMS_A_SECOND[kind] for kind, count in report.programs.items())

@@ -52,12 +52,13 @@ def missing_here(config: RunConfig, sizes: ModelSizes) -> list[str]:
     on_hub, no_release = [], []
     for name in sorted(learnt_tasks(config)):
         task = config.tasks[name]
-        for split, source in (("train", task.train), ("validation", task.validation), ("test", task.test)):
-            if source is None:
+        sources = {"train": task.train, "validation": task.validation, "test": task.test}
+        for split, place in sources.items():
+            if place is None:
                 continue
-            if source.hub is not None:
+            if place.hub is not None:
                 on_hub.append(name)
-            elif not _has_release(source, f"tasks.{name}.{split}"):
+            elif not _has_release(place, f"tasks.{name}.{split}"):
                 no_release.append(name)
     if on_hub:
         reasons.append(f"the rows of {_names(on_hub)} are on the hub")

@@ -1,5 +1,4 @@
-"""Hours of a run on a GPU that this machine does not have, estimated from the speed of a training step that was
-measured on one."""
+"""Hours of a run on a GPU that this machine does not have, estimated from a step that was measured on one."""
 
 from __future__ import annotations
 
@@ -121,7 +120,7 @@ def _head_operations(model: Any) -> int:
 
 
 def _heldout_rows(config: RunConfig, specs: Sequence[AdapterSpec], tasks: Mapping[str, Task]) -> _Rows:
-    """Rows of all held-out evaluations: some examples at intervals, all at the end, there by the base, too."""
+    """Rows of all held-out evaluations: some examples at intervals, and all, with the base, at the end."""
     evaluation, rows = config.evaluation, _Rows()
     times = config.training.steps // (evaluation.interval or config.training.steps)
     for spec in specs:

@@ -1,5 +1,4 @@
-"""What a forward of a micro-batch keeps for its backward, and its arithmetic, from shapes alone: for planning on
-a machine that has neither the weights nor the GPU."""
+"""What the forward of a micro-batch keeps for its backward, and its operations, from shapes alone."""
 
 from __future__ import annotations
 
@@ -77,7 +76,8 @@ def measure_shapes(config: ModelConfig, pools: Sequence[Pool], batch: BatchShape
     published = load_model_config(config)
     disable_dropout(published)
     with FakeTensorMode(), torch.enable_grad():
-        model = build_model(published, config, dtype=torch.bfloat16).requires_grad_(False).eval()
+        model: Any = build_model(published, config, dtype=torch.bfloat16)
+        model.requires_grad_(False).eval()
         _replace_layers(model, pools, batch, keeps_inputs=config.quantization == "8bit")
         memory = StepMemory(batch)
         inputs = _inputs(model, batch)
