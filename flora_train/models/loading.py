@@ -16,6 +16,7 @@ from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import IS_CHECKOUT, PROJECT_ROOT, find_file
 from flora_train.config.schema import RunConfig
 from flora_train.models.hub_files import download_model
+from flora_train.models.published_tokenizer import add_declared_start, splits_otherwise
 from flora_train.models.speech_encoder import allow_short_windows, is_speech_model, is_whisper
 from flora_train.runtime.hub_snapshot import HubError
 
@@ -32,10 +33,27 @@ LAYER_COUNTS = {
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The base model's tokenizer. Raises UserError if it cannot be loaded from the folder or hub name."""
-    from transformers import AutoTokenizer
+    """The base model's tokenizer, as its repository publishes it.
 
-    return _from_pretrained(AutoTokenizer, config)
+    Raises UserError if it cannot be loaded from the folder or hub name.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+    from transformers.utils import cached_file
+
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    local = find_file(config.path)
+    location = str(local) if local.exists() else config.path
+    # The files are in the hub's cache by now.
+    options = {"revision": config.revision, "local_files_only": True}
+    quiet = dict.fromkeys(
+        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+    )
+    file = cached_file(location, "tokenizer.json", **options, **quiet)
+    if splits_otherwise(tokenizer, None if file is None else Path(file)):
+        tokenizer = _from_pretrained(PreTrainedTokenizerFast, config)
+    add_declared_start(tokenizer, get_tokenizer_config(location, **options))
+    return tokenizer
 
 
 def load_feature_extractor(config: ModelConfig) -> Any:
