@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from flora_train.config.base import MOST_ROWS, ConfigModel, PathText, Text
 from flora_train.config.language_names import ProgrammingLanguage
+from flora_train.config.moved_datasets import moved_hint
 from flora_train.config.speech_schema import SpeechConfig
 
 
@@ -47,6 +48,13 @@ class SourceConfig(ConfigModel):
     """Pattern of the files in folder. Hidden files (.git) are left out."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """How a .txt file is divided into rows, as in the datasets library. Blank lines separate paragraphs."""
+
+    @field_validator("hub")
+    @classmethod
+    def _is_on_the_hub(cls, hub: str | None) -> str | None:
+        if hub is not None and (hint := moved_hint(hub)):
+            raise ValueError(hint)
+        return hub
 
     @field_validator("locale")
     @classmethod

@@ -8,6 +8,7 @@ from math import isinf, isnan
 from typing import Any
 
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
+from flora_train.config.moved_datasets import identifiers_hint
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.file_rows import Row
 
@@ -118,6 +119,7 @@ class Formatter:
                     hint = (
                         f"{column!r} is not a column of the {rows_name} rows; they have {choices(columns)}."
                     )
+                    hint += identifiers_hint(rows)
                     problems.append(
                         Problem(template.key, template.source, hint + did_you_mean(column, columns))
                     )
@@ -140,6 +142,8 @@ def make_formatter(task: TaskConfig, rows: list[Row], key: str) -> Formatter:
             text = "text"
         else:
             hint = f"name the columns: text, or prompt and completion; the rows have {', '.join(columns)}"
+            if explained := identifiers_hint(rows):
+                hint += f".{explained}"
             raise user_error(key, None, hint)
     if text is not None:
         formatter = Formatter(None, parse_template(text, f"{key}.text"))
