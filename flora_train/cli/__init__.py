@@ -85,4 +85,6 @@ def _fail(error: UserError) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in error.problems:
             print(f"error: {plain(problem)}", file=sys.stderr)
+        if error.advice is not None:
+            print(plain(error.advice), file=sys.stderr)
     return 2

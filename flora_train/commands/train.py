@@ -33,6 +33,7 @@ from flora_train.export.peft_import import init_from_peft
 from flora_train.final_evaluation import reported_speedup, run_final_evaluation, training_facts
 from flora_train.models.base_identity import base_identity
 from flora_train.models.probe_inputs import count_tokens, noise_features
+from flora_train.prerequisites import check_prerequisites
 from flora_train.run_context import (
     RunContext,
     as_it_began,
@@ -70,7 +71,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@safe_streams()
 def train_run(config: RunConfig) -> RunResult:
     """Train, evaluate, report and export one run.
 
@@ -84,6 +84,13 @@ def train_run(config: RunConfig) -> RunResult:
         UserError: Bad input; before any long work where it can be known.
         Interrupted: The run was stopped during training and is saved; `resume=true` continues it.
     """
+    check_prerequisites(config)
+    return train_checked(config)
+
+
+@safe_streams()
+def train_checked(config: RunConfig) -> RunResult:
+    """`train_run`, after `check_prerequisites`."""
     started = time.monotonic()
     folder = RunFolder(Path(config.folder))
     accelerator = make_accelerator(config, folder)

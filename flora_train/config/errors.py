@@ -38,11 +38,18 @@ class Problem:
 
 
 class UserError(Exception):
-    """All problems of an input at once. The command line prints them without a traceback."""
+    """All problems of an input at once. The command line prints them without a traceback.
 
-    def __init__(self, *problems: Problem) -> None:
+    advice: one line that follows the problems, such as what can be run instead.
+    """
+
+    def __init__(self, *problems: Problem, advice: str | None = None) -> None:
         self.problems: tuple[Problem, ...] = problems
-        super().__init__("\n".join(str(problem) for problem in problems))
+        self.advice = advice
+        lines = [str(problem) for problem in problems]
+        if advice is not None:
+            lines.append(advice)
+        super().__init__("\n".join(lines))
 
 
 def user_error(key: str, value: object, hint: str) -> UserError:

@@ -156,6 +156,10 @@ class TrainingConfig(ConfigModel):
     """With compare_separate: seconds that the measurement may take. If they do not suffice for all adapters,
     the cost is estimated from those that were measured. Default: 60."""
 
+    allow_slow: bool = False
+    """Train on a CPU even if it is estimated to take more than 30 days. false: the run is refused before
+    anything is downloaded."""
+
     @field_validator("compare_separate_seconds")
     @classmethod
     def _requires_comparison(cls, seconds: float | None, info: ValidationInfo) -> float | None:

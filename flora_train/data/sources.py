@@ -8,7 +8,7 @@ from pathlib import Path
 from flora_train.config.errors import choices, first_line, user_error
 from flora_train.config.paths import PROJECT_ROOT, find_file
 from flora_train.config.task_schema import SourceConfig
-from flora_train.data.audio.common_voice import release_file, release_rows
+from flora_train.data.audio.common_voice import check_release, release_file, release_rows
 from flora_train.data.file_rows import READERS, Row, decode, file_rows
 from flora_train.data.globs import files_matching
 from flora_train.data.hub_rows import hub_rows
@@ -56,6 +56,16 @@ def source_files(source: SourceConfig, key: str) -> list[Path]:
     return list(paths)
 
 
+def check_present(source: SourceConfig, key: str) -> None:
+    """Raises UserError if a local source is missing. Reads no rows, and unpacks no archive."""
+    if source.common_voice is not None:
+        check_release(source, key)
+    elif source.folder is not None:
+        _existing_folder(source.folder, key)
+    else:
+        source_files(source, key)
+
+
 def _check_file(path: Path, key: str) -> None:
     if path.is_dir():
         raise user_error(key, str(path), f"is a folder: write {key}.folder={path} and {key}.glob=PATTERN")
@@ -87,13 +97,18 @@ def _matches(pattern: str, key: str) -> list[Path]:
     raise user_error(key, pattern, hint)
 
 
-def _files_below(name: str, pattern: str, key: str) -> list[Path]:
+def _existing_folder(name: str, key: str) -> Path:
     try:
         folder = find_file(name)
         if not folder.is_dir():
             raise user_error(f"{key}.folder", name, f"no such folder in {Path.cwd()}")
     except (OSError, ValueError, RuntimeError) as error:
         raise user_error(f"{key}.folder", name, f"is not a readable path: {first_line(error)}") from None
+    return folder
+
+
+def _files_below(name: str, pattern: str, key: str) -> list[Path]:
+    folder = _existing_folder(name, key)
     try:
         files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
         visible = [path for path in files if not _is_hidden(path.relative_to(folder))]

@@ -96,6 +96,19 @@ def weight_names(folder: Path, present: Collection[str], *, with_missing: bool =
     return sorted((names | set(ADAPTER)) & set(present))
 
 
+def weights_are_complete(folder: Path) -> bool:
+    """Whether a folder has a config.json, and every weight file that its index names."""
+    indices = [folder / name for name in WEIGHTS if name.endswith(".json") and (folder / name).is_file()]
+    single = any((folder / name).is_file() for name in WEIGHTS if not name.endswith(".json"))
+    complete = single or any(_is_complete(folder, index) for index in indices)
+    return complete and (folder / "config.json").is_file()
+
+
+def _is_complete(folder: Path, index: Path) -> bool:
+    shards = _shards(index)
+    return bool(shards) and all((folder / name).is_file() for name in shards)
+
+
 def _shards(index: Path) -> set[str]:
     try:
         shards = parse_object(index.read_bytes()).get("weight_map")

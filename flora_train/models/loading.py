@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from flora_train.config.errors import first_line, user_error
+from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.model_schema import ModelConfig
-from flora_train.config.paths import IS_CHECKOUT, PROJECT_ROOT, find_file
+from flora_train.config.paths import find_file
 from flora_train.config.schema import RunConfig
 from flora_train.models.hub_files import download_model
+from flora_train.models.model_path import missing_folder
 from flora_train.models.published_tokenizer import add_declared_start, splits_otherwise
 from flora_train.models.speech_encoder import allow_short_windows, is_speech_model, is_whisper
 from flora_train.runtime.hub_snapshot import HubError
@@ -246,20 +247,13 @@ def _location(source: ModelConfig, *, weights: bool) -> str:
     local = find_file(source.path)
     if local.exists():
         return str(local)
-    if source.path.startswith((".", "/", "~")) or source.path.count("/") > 1:
-        raise user_error("model.path", source.path, f"no such folder{_how_to_build(source.path)}")
+    missing = missing_folder(source.path)
+    if missing is not None:
+        raise UserError(missing)
     try:
         return str(download_model(source.path, source.revision, weights=weights))
     except HubError as error:
         raise user_error("model.path", source.path, str(error)) from error
-
-
-def _how_to_build(path: str) -> str:
-    builder = {"smollm2-135m": "build_smollm2.py", "whisper-base": "build_whisper.py"}.get(Path(path).name)
-    if builder is None:
-        return ""
-    script = f"assets/{builder}" if IS_CHECKOUT else f"{PROJECT_ROOT / 'assets' / builder} --output {path}"
-    return f"; build it with: python {script}"
 
 
 def empty_model(config: ModelConfig) -> nn.Module:

@@ -39,7 +39,7 @@ RUNTIME_KEYS: IncludedKeys = {
         ("output_dir", "overwrite", "resume", "num_processes", "num_threads", "tracking", "paging"), True
     ),
     "audio": {"workers", "cache_gigabytes"},
-    "training": {"keep_checkpoints", "compare_separate", "compare_separate_seconds"},
+    "training": {"keep_checkpoints", "compare_separate", "compare_separate_seconds", "allow_slow"},
 }
 """Keys that may change when a run is resumed. Other processes or threads change sums in their last digits."""
 

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from flora_train.config.terminal_text import plain
+from flora_train.runtime.hub_retries import hide_retries, show_retries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +22,8 @@ def init_logging(level: int | str = logging.INFO) -> None:
     """Print the package's log lines on standard error, as the command line does. A second call replaces the
     first.
 
-    Lines have no timestamp and no level, and warnings begin with `note: `. For other formats, files or
+    Lines have no timestamp and no level, and warnings begin with `note: `. The hub's client prints a line for
+    every retry; one line a minute replaces them. For other formats, files or
     filters, configure the logger `flora_train` with the standard library instead of calling this.
 
     Args:
@@ -34,6 +36,7 @@ def init_logging(level: int | str = logging.INFO) -> None:
     logger.propagate = (
         False  # some notebooks give the root logger a handler, which would print each line again
     )
+    hide_retries()
 
 
 def stop_logging() -> None:
@@ -43,6 +46,7 @@ def stop_logging() -> None:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
         logger.propagate = True
+        show_retries()
 
 
 class MainProcessFilter(logging.Filter):

@@ -43,6 +43,13 @@ def release_file(source: SourceConfig, key: str) -> Path:
     return table
 
 
+def check_release(source: SourceConfig, key: str) -> None:
+    """Raises UserError if the release, or the table in its folder, is missing. An archive is not
+    unpacked."""
+    if _release_path(source, key).is_dir():
+        release_file(source, key)
+
+
 def release_rows(source: SourceConfig, key: str, read_table: Callable[[Path], list[Row]]) -> list[Row]:
     """The split's rows.
 

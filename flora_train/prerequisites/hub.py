@@ -1,0 +1,217 @@
+"""What is missing at the hub: network, login, terms, repositories."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+
+from flora_train.prerequisites.cache import is_cached
+from flora_train.prerequisites.findings import Findings, enumerate_names
+from flora_train.prerequisites.needs import Need
+from flora_train.runtime.hub_probe import (
+    Answer,
+    Repository,
+    endpoint,
+    go_offline,
+    has_token,
+    is_offline,
+    probe,
+    proxy,
+    shown_url,
+)
+
+KNOWN_GATED = (
+    "bigcode/starcoder",
+    "bigcode/starcoderbase*",
+    "bigcode/starcoderplus",
+    "bigcode/the-stack*",
+    "meta-llama/*",
+)
+"""Repositories whose terms have to be accepted, for messages without a network."""
+PUBLIC_HUB = "https://huggingface.co"
+
+
+def check_hub(needs: Sequence[Need], findings: Findings) -> dict[Repository, Answer]:
+    """Find out what of the hub cannot be read. Returns its answers on repositories that can be."""
+    if not needs:
+        return {}
+    cached = [need for need in needs if is_cached(need.repository)]
+    if is_offline():
+        _check_cache(needs, cached, findings)
+        return {}
+    missing = [need for need in needs if need not in cached]
+    answers = probe([need.repository for need in missing or needs[:1]])
+    first = next(iter(answers.values()))
+    if first.access == "unreachable" and not missing:
+        go_offline()
+        findings.notes.append(
+            f"{_host()} cannot be reached ({first.reason}): all that the run needs from it is in its cache"
+        )
+        findings.rows.append(("hub", f"{_host()} cannot be reached; all repositories are in its cache"))
+        return {}
+    if first.access in ("unreachable", "not a hub"):
+        _add_unreachable(first, missing, cached, findings)
+        _add_unchecked_login(missing, findings)
+        return {}
+    findings.rows.append(("hub", f"{_host()} answers"))
+    _check_answers(missing, answers, findings)
+    return {repository: answer for repository, answer in answers.items() if answer.access == "ok"}
+
+
+def _host() -> str:
+    return shown_url(endpoint()).partition("://")[2] or shown_url(endpoint())
+
+
+def _check_cache(needs: Sequence[Need], cached: Sequence[Need], findings: Findings) -> None:
+    """With HF_HUB_OFFLINE=1: add a problem for every repository that is not in the cache."""
+    for need in needs:
+        name = need.repository.name
+        if need in cached:
+            findings.rows.append(("cache", f"{need.described} is in the hub's cache"))
+        elif need.keys[0] == "model.path":
+            hint = (
+                "is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE=1 forbids a download: "
+                "give a local folder, or unset HF_HUB_OFFLINE"
+            )
+            findings.add("model.path", name, hint, suggests_smaller=True)
+        elif need.repository.type == "dataset":
+            hint = "is not in the local cache, and HF_HUB_OFFLINE forbids access to the hub: unset it"
+            if need.fallback_hint:
+                hint += f". Instead, use {need.fallback_hint}"
+            findings.add(need.keys[0], name, hint, suggests_smaller=True)
+    names = [need.repository.name for need in cached]
+    if names and findings.problems:
+        findings.notes.append(f"in the hub's cache: {enumerate_names(names)}")
+
+
+def _add_unreachable(
+    answer: Answer, missing: Sequence[Need], cached: Sequence[Need], findings: Findings
+) -> None:
+    names = enumerate_names([need.described for need in missing])
+    through = proxy()
+    via = "" if through is None else f" through the proxy {through}"
+    state = f"cannot be reached{via} ({answer.reason})"
+    if answer.access == "not a hub":
+        state = f"does not answer as the hub{via}: {answer.reason}"
+    ways = ["connect this machine"]
+    ways.append("correct HF_ENDPOINT" if _has_own_endpoint() else "set HF_ENDPOINT to a mirror")
+    ways.append("set HTTPS_PROXY to a proxy" if through is None else "correct the proxy")
+    hint = (
+        f"{_host()} {state}, and the run needs {names} from there: {', '.join(ways)}, or run "
+        "`hf download` where there is a network, copy its cache here, and set HF_HUB_OFFLINE=1"
+    )
+    if cached:
+        hint += f" (in the cache: {enumerate_names([need.repository.name for need in cached])})"
+    findings.add("network", None, hint, suggests_smaller=True)
+    findings.rows.append(("hub", f"{_host()} {state}"))
+
+
+def _has_own_endpoint() -> bool:
+    return bool(os.environ.get("HF_ENDPOINT")) and endpoint() != PUBLIC_HUB
+
+
+def _add_unchecked_login(missing: Sequence[Need], findings: Findings) -> None:
+    """Without a network, terms cannot be checked; a missing token is known."""
+    gated = [need for need in missing if any(fnmatch(need.repository.name, name) for name in KNOWN_GATED)]
+    if not gated or has_token():
+        return
+    names = enumerate_names([need.repository.name for need in gated])
+    hint = f"no token is on this machine, and {names} cannot be read without one: {_how_to_accept(gated)}"
+    findings.add("login", None, hint, suggests_smaller=True)
+    findings.rows.append(("hub login", "no token"))
+
+
+def _how_to_accept(needs: Sequence[Need]) -> str:
+    pages = enumerate_names([_page(need.repository) for need in needs])
+    return f"accept the terms on {pages}, then run `hf auth login` (or set HF_TOKEN)"
+
+
+def _page(repository: Repository) -> str:
+    return f"{shown_url(endpoint())}/{repository.page}"
+
+
+def _check_answers(needs: Sequence[Need], answers: Mapping[Repository, Answer], findings: Findings) -> None:
+    """Add a problem for every kind of refusal."""
+    by_access: dict[str, list[Need]] = {}
+    for need in needs:
+        by_access.setdefault(answers[need.repository].access, []).append(need)
+    for access, group in by_access.items():
+        reason = answers[group[0].repository].reason
+        described = enumerate_names([need.described for need in group])
+        if access == "busy":
+            findings.notes.append(f"the hub is slow or busy ({reason}): requests are repeated for some time")
+        elif access == "login":
+            gated = "is gated" if len(group) == 1 else "are gated"
+            hint = f"{described} {gated}, and no token is on this machine: {_how_to_accept(group)}"
+            findings.add("login", None, hint, suggests_smaller=True)
+        elif access == "token":
+            page = f"{shown_url(endpoint())}/settings/tokens"
+            hint = (
+                f"the hub refuses the token of this machine ({reason or 'it answered 401'}): create one on "
+                f"{page}, then run `hf auth login` (or set HF_TOKEN)"
+            )
+            findings.add("login", None, hint, suggests_smaller=True)
+        elif access == "terms":
+            pages = enumerate_names([_page(need.repository) for need in group])
+            hint = (
+                f"this token may not read {described} ({reason}): accept the terms on {pages} with the "
+                "account of the token"
+            )
+            findings.add("terms", None, hint, suggests_smaller=True)
+        else:
+            _add_problems_of_names(access, group, answers, findings)
+    for need in needs:
+        access = answers[need.repository].access
+        findings.rows.append((need.repository.type, f"{need.described}: {ROWS.get(access, access)}"))
+
+
+ROWS = {
+    "ok": "can be read",
+    "login": "gated: needs a login",
+    "token": "the token is refused",
+    "terms": "gated: the terms are not accepted",
+    "hidden": "private, or there is none",
+    "missing": "there is none",
+    "revision": "no such revision",
+    "busy": "not known: the hub is slow or busy",
+}
+"""Access -> state in a row of `flora-train doctor`."""
+
+
+def _add_problems_of_names(
+    access: str, needs: Sequence[Need], answers: Mapping[Repository, Answer], findings: Findings
+) -> None:
+    """Add a problem for each repository that does not exist or cannot be read."""
+    for need in needs:
+        repository, reason = need.repository, answers[need.repository].reason
+        kind = "model" if repository.type == "model" else "data set"
+        key, value = need.keys[0], repository.name
+        if access == "revision":
+            key, value = _revision_key(need.keys[0]), str(repository.revision)
+            hint = f"{repository.name} has no such branch, tag or commit"
+        elif access == "missing":
+            hint = f"there is no such {kind} on {_host()}, and no such folder here: check the name"
+        elif access == "hidden":
+            hint = (
+                f"there is no such {kind} on {_host()}, or it is private: check the name, or run "
+                "`hf auth login`"
+            )
+        else:
+            hint = (
+                f"{_host()} refuses to show it ({reason}): a fine-grained token needs the permission to "
+                "read gated repositories, and a network may filter the hub"
+            )
+        if len(need.keys) > 1:
+            hint += f" (also named by {len(need.keys) - 1} other keys)"
+        if need.fallback_hint:
+            hint += f". Instead, use {need.fallback_hint}"
+        findings.add(key, value, hint)
+
+
+def _revision_key(key: str) -> str:
+    """The key beside the one that names a repository."""
+    section, _, last = key.rpartition(".")
+    if last in ("path", "hub"):
+        return f"{section}.revision"
+    return key
