@@ -28,7 +28,7 @@ def read_rows(source: SourceConfig, key: str) -> list[Row]:
     elif source.folder is not None:
         rows = _folder_rows(source, key)
     elif source.common_voice is not None:
-        rows = release_rows(source, key, lambda table: list(file_rows(table, source, key)))
+        rows = release_rows(source, key)
     else:
         rows = []
         for path in source_files(source, key):

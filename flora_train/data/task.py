@@ -14,6 +14,7 @@ from typing import Any
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
+from flora_train.data.audio.common_voice import check_clips_exist
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.audio.speech_task import load_speech_task
@@ -82,13 +83,15 @@ def load_tasks(
 
 
 def _missing_sources(tasks: Mapping[str, TaskConfig]) -> list[Problem]:
-    """Problems of the files of all sources."""
+    """Problems of the files of all sources. Warns about clips of releases that are missing."""
     problems: list[Problem] = []
     for name, task in tasks.items():
         for split, source in (("train", task.train), ("validation", task.validation), ("test", task.test)):
             try:
                 if source is not None:
                     source_files(source, f"tasks.{name}.{split}")
+                if source is not None and source.common_voice is not None:
+                    check_clips_exist(source, f"tasks.{name}.{split}")
             except UserError as error:
                 problems += error.problems
     return problems

@@ -1,6 +1,6 @@
 """Builds what `recipe=common_voice` asks for: a tiny `openai/whisper-large`, and a release of Common Voice.
 
-    python -m tests.headline.build_speech OUT                      12 training, 4 dev and 4 test clips a language
+    python -m tests.headline.build_speech OUT                      clips of each language: 12 train, 4 dev, 4 test
     python -m tests.headline.build_speech OUT --clips 400 220 40   enough to reach the recipe's own limits
 
 OUT/models/openai/whisper-large is served by `python -m tests.hub_server OUT`; OUT/cv-corpus-... is the
@@ -64,8 +64,8 @@ LEFT_OUT = {
 README = """\
 # {locale}: not Common Voice
 
-This folder has the layout of a Common Voice release. Its clips were spoken by espeak-ng (voice `{voice}`), and its
-sentences were written for the tests of this project (CC0). espeak-ng has no Mongolian voice: a Kazakh one
+This folder has the layout of a Common Voice release. Its clips were spoken by espeak-ng (voice `{voice}`), and
+its sentences were written for the tests of this project (CC0). espeak-ng has no Mongolian voice: a Kazakh one
 reads Mongolian, whose letters it knows.
 """
 

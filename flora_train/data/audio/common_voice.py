@@ -2,28 +2,33 @@
 
 Layout (Mozilla Data Collective; columns are found by their header because they change between releases):
 cv-corpus-<version>-<date>/<locale>/{train,dev,test,validated,...}.tsv, clip_durations.tsv, clips/*.mp3
+
+Cells are not quoted, and sentences with a tab or a line end therefore break their rows.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from flora_train.config.errors import choices, did_you_mean, first_line, user_error
 from flora_train.config.paths import find_file
 from flora_train.config.task_schema import SourceConfig
+from flora_train.data.file_rows import Row, decode
 from flora_train.runtime.atomic import disk_errors, user_cache
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
 REQUIRED_COLUMNS = ("path", "sentence")
+LOCALE = r"[\w-]+"
+FAULT = "fault"
+"""Key of a row that cannot be used; the value is the reason."""
+DAMAGED_ROW = "damaged row of the table"
 
 
 def release_file(source: SourceConfig, key: str) -> Path:
@@ -32,6 +37,8 @@ def release_file(source: SourceConfig, key: str) -> Path:
     An archive is unpacked once, into the cache. Raises UserError naming what is missing.
     """
     release = _release_path(source, key)
+    if release.is_dir() and (archive := _archive_in(release, str(source.locale))) is not None:
+        release = archive
     if release.is_file():
         release = _unpacked(release, key)
     folder = _language_folder(release, source, key)
@@ -46,29 +53,58 @@ def release_file(source: SourceConfig, key: str) -> Path:
 def check_release(source: SourceConfig, key: str) -> None:
     """Raises UserError if the release, or the table in its folder, is missing. An archive is not
     unpacked."""
-    if _release_path(source, key).is_dir():
+    release = _release_path(source, key)
+    if release.is_dir() and _archive_in(release, str(source.locale)) is None:
         release_file(source, key)
 
 
-def release_rows(source: SourceConfig, key: str, read_table: Callable[[Path], list[Row]]) -> list[Row]:
+def release_rows(source: SourceConfig, key: str) -> list[Row]:
     """The split's rows.
 
     `path` is the clip's file, `seconds` its length if the release states it, `release` the release's name.
+    A row with too many or too few cells has a `fault`, and its `path` is that of the table with the line.
     """
     table = release_file(source, key)
-    rows = read_table(table)
+    rows = _table_rows(table, key)
     if rows and (missing := [column for column in REQUIRED_COLUMNS if column not in rows[0]]):
         raise user_error(str(table), None, f"has no column {missing[0]!r}: it has {choices(rows[0])}")
-    seconds = _durations(table.with_name("clip_durations.tsv"), read_table)
+    seconds = _durations(table.with_name("clip_durations.tsv"), key)
     release = release_name(table)
     completed = []
     for row in rows:
-        clip = str(table.parent / "clips" / str(row["path"] or ""))
-        entry = {**row, "path": clip, "release": release}
+        entry = {**row, "release": release}
+        if FAULT not in row:
+            entry["path"] = str(table.parent / "clips" / row["path"])
+            entry["sentence"] = _unquoted(row["sentence"])
         if row["path"] in seconds:
             entry["seconds"] = seconds[row["path"]]
         completed.append(entry)
     return completed
+
+
+def check_clips_exist(source: SourceConfig, key: str) -> None:
+    """Warn about rows whose clip is not in the release's folder; clips are looked up, not read.
+
+    Raises UserError if none of them is there.
+    """
+    table = release_file(source, key)
+    folder = table.parent / "clips"
+    try:
+        present = {entry.name for entry in os.scandir(folder)}
+    except OSError:
+        present = set()
+    listed = {
+        str(row["path"]): None for row in _table_rows(table, key) if row.get("path") and FAULT not in row
+    }
+    missing = [clip for clip in listed if clip not in present]
+    if not missing:
+        return
+    first = folder / missing[0]
+    if len(missing) == len(listed):
+        hint = f"lists {len(listed):,} clips, of which none exists ({first}): unpack the whole archive"
+        raise user_error(key, str(table), hint)
+    amount = f"{len(missing):,} of {len(listed):,} clips are missing"
+    logger.warning(f"{key}: {amount} and will be left out (the first: {first})")
 
 
 def release_name(table: Path) -> str:
@@ -95,12 +131,29 @@ def _release_path(source: SourceConfig, key: str) -> Path:
     return path
 
 
+def _archive_in(folder: Path, locale: str) -> Path | None:
+    """The newest archive of a language in a folder of downloads that does not have it unpacked as well."""
+    if any(folder.glob("*.tsv")) or (folder / locale).is_dir() or any(folder.glob(f"cv-corpus-*/{locale}")):
+        return None
+    if not re.fullmatch(LOCALE, locale):
+        return None
+    archives = sorted(folder.glob(f"cv-corpus-*-{locale}.tar.gz"), key=_version)
+    return next(reversed(archives), None)
+
+
+def _version(path: Path) -> list[int]:
+    """The numbers in the name of a release, by which 10.0 is newer than 9.0."""
+    return [int(number) for number in re.findall("[0-9]+", path.name)]
+
+
 def _language_folder(release: Path, source: SourceConfig, key: str) -> Path:
     locale = str(source.locale)
-    if not re.fullmatch(r"[\w-]+", locale):
+    if not re.fullmatch(LOCALE, locale):
         hint = "must be the name of a language's folder in the release: letters, digits, _ and -"
         raise user_error(f"{key}.locale", locale, hint)
-    inner_folders = sorted(release.glob(f"cv-corpus-*/{locale}"), reverse=True)
+    inner_folders = sorted(
+        release.glob(f"cv-corpus-*/{locale}"), key=lambda folder: _version(folder.parent), reverse=True
+    )
     for folder in (release / locale, *inner_folders, release):
         if any(folder.glob("*.tsv")) and folder.name == locale:
             return folder
@@ -113,12 +166,45 @@ def _language_folder(release: Path, source: SourceConfig, key: str) -> Path:
     raise user_error(f"{key}.locale", locale, hint)
 
 
-def _durations(table: Path, read_table: Callable[[Path], list[Row]]) -> dict[str, float]:
+def _table_rows(table: Path, key: str) -> list[Row]:
+    """The rows of a table, as column -> cell. A row without the header's number of cells has a fault."""
+    try:
+        lines = decode(table).split("\n")
+    except (OSError, ValueError) as error:
+        raise user_error(key, str(table), f"cannot be read: {first_line(error)}") from None
+    header = lines[0].split("\t")
+    rows: list[Row] = []
+    damaged: list[str] = []
+    for number, line in enumerate(lines[1:], start=2):
+        cells = line.split("\t")
+        if len(cells) == len(header):
+            rows.append(dict(zip(header, cells, strict=True)))
+        elif line.strip():
+            rows.append({**dict.fromkeys(header, ""), "path": f"{table}:{number}", FAULT: DAMAGED_ROW})
+            amount = "more" if len(cells) > len(header) else "fewer"
+            damaged.append(f"line {number} has {amount} cells than the header")
+    if damaged and len(damaged) == len(rows):
+        raise user_error(key, str(table), f"cannot be read: {damaged[0]}, and no line has as many")
+    return rows
+
+
+def _unquoted(sentence: str) -> str:
+    """A sentence without the quoting of CSV files, which some releases have: \"\"\"Yes,\"\" she said.\"
+
+    Quotation marks around a sentence that has none inside belong to it.
+    """
+    inner = sentence[1:-1]
+    if sentence[:1] == sentence[-1:] == '"' and '""' in inner and '"' not in inner.replace('""', ""):
+        return inner.replace('""', '"')
+    return sentence
+
+
+def _durations(table: Path, key: str) -> dict[str, float]:
     """Clip -> seconds, from the release's table of durations (clip, duration[ms]) if it has one."""
     if not table.exists():
         return {}
     seconds = {}
-    for row in read_table(table):
+    for row in _table_rows(table, key):
         column = next((name for name in row if name.startswith("duration")), None)
         if column is not None and row.get("clip") and re.fullmatch("[0-9]{1,12}", str(row[column])):
             seconds[str(row["clip"])] = int(row[column]) / 1000

@@ -17,6 +17,8 @@ from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.config.paths import find_file
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig, TaskConfig
+from flora_train.data.audio.common_voice import FAULT
+from flora_train.data.audio.decode import MISSING
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit, Utterance, speech_split
 from flora_train.data.cache import cached
@@ -38,6 +40,9 @@ NO_SENTENCE, TOO_LONG, REPEATED, HELD_OUT, TOO_MANY_TOKENS = (
     "transcript longer than training.max_length",
 )
 
+ABSENT = (-1, -1)
+"""The stamp of a clip that does not exist."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -47,9 +52,11 @@ class Line:
     sentence: str
     speaker: str
     stamp: tuple[int, int]
-    """Size and modification time of the clip's file; (-1, -1) if it does not exist."""
+    """Size and modification time of the clip's file; ABSENT if it does not exist."""
     seconds: float | None
     """Length of the clip, if the source states it."""
+    fault: str | None = None
+    """Reason why the row cannot be used, if the source states one."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +171,15 @@ class _SplitBuilder:
         self, lines: Sequence[Line], excluded: Sequence[Line]
     ) -> tuple[list[Line], dict[str, list[str]]]:
         """Lines that may be sampled, and the paths of the others by reason, before any decoding."""
+        excluded = [line for line in excluded if line.fault is None]
         excluded_paths = {line.path for line in excluded}
         excluded_sentences = {_normalised_sentence(line) for line in excluded}
         usable: dict[str, Line] = {}
         unusable: dict[str, list[str]] = defaultdict(list)
         for line in lines:
-            if not line.sentence.strip():
+            if line.fault is not None:
+                unusable[line.fault].append(line.path)
+            elif not line.sentence.strip():
                 unusable[NO_SENTENCE].append(line.path)
             elif line.path in usable:
                 unusable[REPEATED].append(line.path)
@@ -177,6 +187,8 @@ class _SplitBuilder:
                 unusable[HELD_OUT].append(line.path)
             elif line.seconds is not None and line.seconds > self.speech_processor.max_seconds:
                 unusable[TOO_LONG].append(line.path)
+            elif line.stamp == ABSENT:
+                unusable[MISSING].append(line.path)
             else:
                 usable[line.path] = line
         return list(usable.values()), dict(unusable)
@@ -255,7 +267,8 @@ def _lines(
         seconds = row.get("seconds")
         if not isinstance(seconds, float):
             seconds = None
-        lines.append(Line(path, " ".join(sentence.split()), speaker, _stamp(path), seconds))
+        fault = row.get(FAULT) if source.common_voice is not None else None
+        lines.append(Line(path, " ".join(sentence.split()), speaker, _stamp(path), seconds, fault))
     return lines
 
 
@@ -301,7 +314,7 @@ def _stamp(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        return -1, -1
+        return ABSENT
     return status.st_size, status.st_mtime_ns
 
 
