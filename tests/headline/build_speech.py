@@ -1,6 +1,6 @@
 """Builds what `recipe=common_voice` asks for: a tiny `openai/whisper-large`, and a release of Common Voice.
 
-    python -m tests.headline.build_speech OUT                      clips of each language: 12 train, 4 dev, 4 test
+    python -m tests.headline.build_speech OUT                      clips a language: 12 train, 4 dev, 4 test
     python -m tests.headline.build_speech OUT --clips 400 220 40   enough to reach the recipe's own limits
 
 OUT/models/openai/whisper-large is served by `python -m tests.hub_server OUT`; OUT/cv-corpus-... is the

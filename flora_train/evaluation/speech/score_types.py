@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -74,6 +75,15 @@ class Utterance(ResultModel):
     adapter: tuple[AlignedPiece, ...]
     audio: Annotated[Text, Field(pattern=r"^data:audio/")] | None
     """The clip as a data URL, which a page can play."""
+
+    @cached_property
+    def direction(self) -> Literal["ltr", "rtl"]:
+        """The direction in which the reference is written: that of its first letter."""
+        for character in self.reference:
+            direction = unicodedata.bidirectional(character)
+            if direction in ("L", "R", "AL"):
+                return "ltr" if direction == "L" else "rtl"
+        return "ltr"
 
 
 class SpeechLanguage(ResultModel):
