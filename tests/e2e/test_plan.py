@@ -64,7 +64,7 @@ def test_the_plan_counts_special_tokens_that_rows_hold(
     words = [f"tasks.{name}={{train: {tmp_path / 'rows.jsonl'}, text: text}}" for name in config.tasks]
     assert main(["plan", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", *words]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "(40: <end> 40) are text; tasks." in said
+    assert "(80: <end> 80) are text; task_defaults." in said
 
 
 def test_plan_of_many_hours_says_how_to_shorten_the_run(found: Capacity, recipe: Path) -> None:
