@@ -291,7 +291,11 @@ def _request(
     from huggingface_hub.utils import get_session
 
     for _ in range(MOST_REDIRECTS):
-        options: dict[str, Any] = {"headers": dict(headers), "timeout": time_limit(), "follow_redirects": False}
+        options: dict[str, Any] = {
+            "headers": dict(headers),
+            "timeout": time_limit(),
+            "follow_redirects": False,
+        }
         with get_session().stream(method, url, **options) as response:
             on_begin()
             body = b""

@@ -102,7 +102,10 @@ class LanguageScores(ResultModel):
 
 
 class MacroScores(ResultModel):
-    """Means over the languages in which every family that is shown takes part."""
+    """Means over the languages in which every family that is shown takes part.
+
+    Families of one method on different tasks (`joined_families.py`) count as one.
+    """
 
     languages: tuple[Text, ...]
     contenders: tuple[PassRates, ...]

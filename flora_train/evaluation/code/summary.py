@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flora_train.adapters.spec import expand
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.bootstrap import compared_pairs
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
@@ -27,6 +28,7 @@ from flora_train.evaluation.code.score_types import (
     PassRates,
 )
 from flora_train.evaluation.code.scores import Scores
+from flora_train.evaluation.joined_families import joined_families
 from flora_train.evaluation.result_model import read_results
 from flora_train.runtime.atomic import write_atomically
 
@@ -115,7 +117,7 @@ def summarise(config: RunConfig, given: SuiteRecords) -> CodeSuite:
         completions=len(executed),
         tokens=sum(entry.tokens for entry in executed),
         languages=languages,
-        macro=_macro(given.contenders, scores, options.pass_at_k),
+        macro=_macro(given.contenders, scores, options.pass_at_k, joined=_joined(config)),
         not_evaluated=_not_evaluated(given),
     )
 
@@ -162,12 +164,22 @@ def _differences(
     return differences
 
 
-def _macro(contenders: Sequence[Contender], scores: Scores, ks: Sequence[int]) -> MacroScores:
-    """Means over the languages that all families shown have in common."""
+def _joined(config: RunConfig) -> dict[str, str]:
+    """Family -> its name in means over languages, where that is not its own."""
+    specs = expand(config)
+    return joined_families((spec.family, spec.task, (spec.method, spec.offset, spec.lr)) for spec in specs)
+
+
+def _macro(
+    contenders: Sequence[Contender], scores: Scores, ks: Sequence[int], *, joined: Mapping[str, str]
+) -> MacroScores:
+    """Means over the languages that all families shown have in common. joined: families that are shown under
+    one name."""
     adapters: dict[str, dict[str, str]] = {}
     for contender in contenders:
         scored = {key: contender.name for key in contender.languages if scores.has((contender.name, key))}
-        adapters.setdefault(contender.family, {}).update(scored)
+        name = joined.get(contender.family, contender.family)
+        adapters.setdefault(name, {}).update(scored)
     shared = _widest({family: frozenset(names) for family, names in adapters.items()})
     if not shared:
         return MacroScores(languages=(), contenders=(), differences=())

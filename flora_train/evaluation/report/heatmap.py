@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flora_train.evaluation.report.formatting import NOT_FINITE, number, share, verdict
+from flora_train.evaluation.report.formatting import NOT_FINITE, number, share, shared_digits, verdict
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
 
@@ -46,7 +46,8 @@ def heatmaps(report: Report) -> list[Heatmap]:
     losses = {}
     for result in report.results:
         losses[result.task] = {family: row.difference_to_base for family, row in result.by_family.items()}
-    maps = [_heatmap("held-out loss, bits per byte", losses, lambda value: number(value, 2, "+"))]
+    digits = max(2, shared_digits(report.results) - 1)
+    maps = [_heatmap("held-out loss, bits per byte", losses, lambda value: number(value, digits, "+"))]
     for suite in report.code:
         k = suite.pass_at_k[0]
         passed = {}

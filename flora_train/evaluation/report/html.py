@@ -39,6 +39,7 @@ from flora_train.evaluation.report.formatting import (
     verdict,
 )
 from flora_train.evaluation.report.heatmap import heatmaps
+from flora_train.evaluation.report.joined_report import note_on_joined_families, with_joined_families
 from flora_train.evaluation.report.published_rows import ComparedTable
 from flora_train.evaluation.report.published_tables import (
     measured_as,
@@ -91,6 +92,8 @@ class SweepPanels:
 
 def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
     """The page of a run, as text. published: tables beside the run's figures."""
+    note = note_on_joined_families(report)
+    report = with_joined_families(report)
     styles = family_styles(report.families)
     limits = plots.difference_range(report.results)
     drawn = report.results[:MAX_DRAWN]
@@ -101,6 +104,9 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
     for i, result in enumerate(drawn):
         adapters = [adapter for adapter in report.adapters if adapter.task == result.task]
         curve_panels.append(curves.curve_panel(f"curve-{i}", result.task, adapters, report.curves, styles))
+    summary = summarise(report)
+    if note is not None:
+        summary.append(note)
     return _page(
         "report.html.j2",
         report=report,
@@ -108,7 +114,7 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
         keys={
             family: plots.legend_key(f"key-{i}", style) for i, (family, style) in enumerate(styles.items())
         },
-        summary=summarise(report),
+        summary=summary,
         digits=shared_digits(report.results),
         confidence=percent(report.results[0].confidence),
         difference_panels=difference_panels,

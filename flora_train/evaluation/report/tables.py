@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.evaluation.report.formatting import NOT_FINITE, shared_digits
+from flora_train.evaluation.report.joined_report import with_joined_families
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
 from flora_train.runtime.atomic import write_atomically
@@ -182,7 +183,10 @@ def write_table(reports: Mapping[str, Report], path: Path) -> None:
     """Write the results of runs in the format of the file's name. reports: label of a run -> its report.
     Raises UserError."""
     check_table_name(path)
-    text = FORMATS[path.suffix](scores_of(reports))
+    shown = reports
+    if path.suffix != ".csv":
+        shown = {run: with_joined_families(report) for run, report in reports.items()}
+    text = FORMATS[path.suffix](scores_of(shown))
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
