@@ -42,6 +42,14 @@ SMALLER = (
     "task_defaults.max_validation_examples",
 )
 """Keys that may differ from the recipe."""
+FEW = (
+    "training.steps=2",
+    "evaluation.max_examples=4",
+    "evaluation.max_problems=2",
+    "evaluation.num_samples=2",
+    "task_defaults.max_validation_examples=12",
+)
+"""What is smaller with the recipe's own data limits and lengths."""
 REPOSITORY = "me/nine-languages"
 PEFT_LOGITS = """
 import sys
@@ -134,6 +142,27 @@ def test_recipe_runs_as_it_stands_from_training_to_adapters_on_the_hub(
         check_requests(finished)
         check_programs(finished)
         check_pushed_adapters(finished, tmp_path)
+
+
+@pytest.mark.headline
+def test_recipe_runs_with_its_own_data_limits_and_lengths(large_code_material: Path, tmp_path: Path) -> None:
+    with finished_run(large_code_material, tmp_path, *FEW) as finished:
+        check_configuration(finished)
+        check_adapters(finished)
+        check_requests(finished)
+        check_programs(finished)
+        report = finished.report
+        rows = {task["name"]: task["train"]["rows"] + task["validation"]["rows"] for task in report["tasks"]}
+        assert rows["d"] == 20_000, "the limit on rows, of more"
+        assert rows["julia"] < 20_000, "all rows, of fewer"
+        steps = int(FEW[0].partition("=")[2])
+        for adapter in report["adapters"]:
+            assert adapter["tokens"] > 0.6 * steps * 8 * 1024, (
+                "eight examples of up to 1,024 tokens in a step"
+            )
+        file = finished.run / "eval" / "multipl-e" / "completions-0.jsonl"
+        lengths = [json.loads(line)["tokens"] for line in file.read_text(encoding="utf-8").splitlines()]
+        assert max(lengths) == 1024
 
 
 def check_configuration(finished: Finished) -> None:
