@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.forked import ROOT
 from tests.headline.conftest import add_repositories
 from tests.headline.runs import (
     CODE_SIZES,
