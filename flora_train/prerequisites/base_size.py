@@ -32,7 +32,7 @@ class BaseSize:
 
 
 def size_of_base(model: ModelConfig, answers: Mapping[Repository, Answer]) -> BaseSize:
-    """The size of the base. answers: of the hub, on repositories that can be read."""
+    """The size of the base. answers: of the hub."""
     if is_local(model.path):
         return BaseSize(_parameters_of_folder(find_file(model.path)))
     repository = Repository("model", model.path, model.revision, file="config.json", with_sizes=True)

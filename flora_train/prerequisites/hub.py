@@ -33,7 +33,7 @@ PUBLIC_HUB = "https://huggingface.co"
 
 
 def check_hub(needs: Sequence[Need], findings: Findings) -> dict[Repository, Answer]:
-    """Find out what of the hub cannot be read. Returns its answers on repositories that can be."""
+    """Find out what of the hub cannot be read. Returns the hub's answers."""
     if not needs:
         return {}
     cached = [need for need in needs if is_cached(need.repository)]
@@ -56,7 +56,7 @@ def check_hub(needs: Sequence[Need], findings: Findings) -> dict[Repository, Ans
         return {}
     findings.rows.append(("hub", f"{_host()} answers"))
     _check_answers(missing, answers, findings)
-    return {repository: answer for repository, answer in answers.items() if answer.access == "ok"}
+    return answers
 
 
 def _host() -> str:
@@ -135,7 +135,10 @@ def _check_answers(needs: Sequence[Need], answers: Mapping[Repository, Answer], 
     """Add a problem for every kind of refusal."""
     by_access: dict[str, list[Need]] = {}
     for need in needs:
-        by_access.setdefault(answers[need.repository].access, []).append(need)
+        access = answers[need.repository].access
+        findings.rows.append((need.repository.type, f"{need.described}: {ROWS.get(access, access)}"))
+        if access != "ok":
+            by_access.setdefault(access, []).append(need)
     for access, group in by_access.items():
         reason = answers[group[0].repository].reason
         described = enumerate_names([need.described for need in group])
@@ -161,9 +164,6 @@ def _check_answers(needs: Sequence[Need], answers: Mapping[Repository, Answer], 
             findings.add("terms", None, hint, suggests_smaller=True)
         else:
             _add_problems_of_names(access, group, answers, findings)
-    for need in needs:
-        access = answers[need.repository].access
-        findings.rows.append((need.repository.type, f"{need.described}: {ROWS.get(access, access)}"))
 
 
 ROWS = {

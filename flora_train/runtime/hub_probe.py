@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from urllib.parse import quote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -242,14 +242,12 @@ def _check_file(repository: Repository, information: JsonObject, headers: Mappin
         if isinstance(sibling, dict) and isinstance(sibling.get("rfilename"), str):
             size = sibling.get("size")
             files[sibling["rfilename"]] = size if isinstance(size, int) else None
+    sizes = {name: size for name, size in files.items() if size is not None}
     file = _file_to_check(repository, list(files))
     answer = Answer("ok")
     if file is not None:
         answer = _interpret(_head(repository, file, headers), "authorization" in headers)
-    if answer.access != "ok":
-        return answer
-    sizes = {name: size for name, size in files.items() if size is not None}
-    return Answer("ok", files=sizes, parameters=_parameters(information))
+    return replace(answer, files=sizes, parameters=_parameters(information))
 
 
 def _file_to_check(repository: Repository, files: Sequence[str]) -> str | None:
