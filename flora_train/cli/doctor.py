@@ -21,6 +21,9 @@ def doctor(overrides: RecipeOverrides = None) -> None:
     from flora_train.config.load import load_config
 
     config = load_config(overrides)
-    from flora_train.commands.doctor import check_recipe
+    from flora_train.prerequisites.doctor import checked_recipe
 
-    check_recipe(config)
+    with checked_recipe(config):
+        from flora_train.commands.doctor import check_recipe
+
+        check_recipe(config)

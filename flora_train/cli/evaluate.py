@@ -21,6 +21,9 @@ def evaluate(
     \b
     Example: flora-train evaluate outputs/quickstart tasks.lua.validation=held_out.jsonl
     """
+    from flora_train.prerequisites import check_saved_run
+
+    check_saved_run(run, overrides or (), with_tasks=True)
     from flora_train.commands.evaluate import evaluate_and_show
     from flora_train.training.origin import OriginOptions
 

@@ -41,6 +41,9 @@ def solve(
     \b
     Example: flora-train solve outputs/quickstart evaluation.problems=starter evaluation.num_samples=20
     """
+    from flora_train.prerequisites import check_saved_run
+
+    check_saved_run(run, overrides or (), with_tasks=False, adapters=split_list(contenders) or ())
     from flora_train.commands.solve import solve_run
 
     solve_run(

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flora_train.config.errors import UserError
+from flora_train.config.load import load_saved
+from flora_train.config.run_overrides import with_overrides
 from flora_train.config.schema import RunConfig
 from flora_train.prerequisites.alternatives import what_runs_instead
 from flora_train.prerequisites.base_size import size_of_base
@@ -41,12 +43,25 @@ def check_prerequisites(
     raise_missing(config, findings, needs)
 
 
+def check_saved_run(
+    run: str, overrides: Sequence[str] = (), *, with_tasks: bool, adapters: Sequence[str] = ()
+) -> None:
+    """`check_prerequisites` for a command that loads a run on disk; what is wrong with its folder or the
+    overrides is left to that command."""
+    try:
+        config = with_overrides(load_saved(RunFiles(Path(run)).config), overrides)
+    except (UserError, OSError):
+        return
+    check_prerequisites(config, trains=False, with_tasks=with_tasks, adapters=adapters)
+
+
 def find_missing(
     config: RunConfig, *, trains: bool = True, with_tasks: bool = True, adapters: Sequence[str] = ()
 ) -> tuple[Findings, list[Need]]:
     """What is missing, and what is needed from the hub. Arguments as of `check_prerequisites`."""
     findings = Findings()
     files = missing_files(config, with_tasks=with_tasks)
+    findings.lacks_base = any(problem.key == "model.path" for problem in files)
     needs = hub_needs(config, with_tasks=with_tasks, adapters=adapters)
     answers = check_hub(needs, findings)
     findings.problems += files

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from flora_train.models.base_identity import weight_files, weights_are_complete
+from flora_train.prerequisites.needs import Need
 from flora_train.runtime.hub_probe import OPEN_FILES, Repository
 
 
@@ -19,14 +18,17 @@ def cached_model(repository: Repository) -> Path | None:
     return folder
 
 
-def is_cached(repository: Repository) -> bool:
-    """Whether a run could read the repository without the hub, as far as the cache shows it."""
-    if repository.type == "dataset":
-        return _has_files(_snapshot(repository)) or _is_prepared(repository.name)
-    if repository.file == "config.json":
-        return cached_model(repository) is not None
+def not_cached(need: Need) -> Need | None:
+    """What a run could not read without the hub, as far as the cache shows it; None if it could read all."""
+    repository = need.repository
     folder = _snapshot(repository)
-    return folder is not None and bool(weight_files(folder))
+    if repository.type == "dataset":
+        return need.without(lambda name: _has_files(folder, name))
+    if repository.file == "config.json":
+        is_cached = cached_model(repository) is not None
+    else:
+        is_cached = folder is not None and bool(weight_files(folder))
+    return None if is_cached else need
 
 
 def _snapshot(repository: Repository) -> Path | None:
@@ -46,28 +48,8 @@ def _snapshot(repository: Repository) -> Path | None:
     return None
 
 
-def _has_files(folder: Path | None) -> bool:
-    """Whether a snapshot has a file of rows."""
-    if folder is None:
+def _has_files(snapshot: Path | None, folder: str) -> bool:
+    """Whether a snapshot has a file of rows below a folder."""
+    if snapshot is None:
         return False
-    return any(path.is_file() and path.name not in OPEN_FILES for path in folder.rglob("*"))
-
-
-def _is_prepared(name: str) -> bool:
-    """Whether datasets has rows of the data set in its own cache."""
-    wanted = _plain(name.replace("/", "___"))
-    return any(_plain(folder.name) == wanted for folder in _prepared_folders())
-
-
-def _prepared_folders() -> Iterator[Path]:
-    from huggingface_hub import constants
-
-    cache = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
-    folder = Path(cache).expanduser()
-    if folder.is_dir():
-        yield from (path for path in folder.iterdir() if path.is_dir())
-
-
-def _plain(name: str) -> str:
-    """A name as datasets writes it, without what differs between its versions: case and single _."""
-    return "/".join(part.replace("_", "") for part in name.lower().split("___"))
+    return any(path.is_file() and path.name not in OPEN_FILES for path in (snapshot / folder).rglob("*"))

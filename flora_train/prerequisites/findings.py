@@ -19,6 +19,8 @@ class Findings:
     """(heading, state)."""
     suggests_smaller: bool = False
     """Whether another recipe helps: something is missing that it does not need."""
+    lacks_base: bool = False
+    """Whether not even the configuration of the base model can be read."""
 
     def add(self, key: str, value: object, hint: str, *, suggests_smaller: bool = False) -> None:
         """Add a problem. suggests_smaller: a smaller recipe does not have it."""

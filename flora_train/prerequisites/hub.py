@@ -6,10 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 
-from flora_train.prerequisites.cache import is_cached
+from flora_train.data.hub_commits import HUB_PREFIX
+from flora_train.prerequisites.cache import not_cached
 from flora_train.prerequisites.findings import Findings, enumerate_names
 from flora_train.prerequisites.needs import Need
 from flora_train.runtime.hub_probe import (
+    Access,
     Answer,
     Repository,
     endpoint,
@@ -36,11 +38,12 @@ def check_hub(needs: Sequence[Need], findings: Findings) -> dict[Repository, Ans
     """Find out what of the hub cannot be read. Returns the hub's answers."""
     if not needs:
         return {}
-    cached = [need for need in needs if is_cached(need.repository)]
+    missing = [rest for need in needs if (rest := not_cached(need)) is not None]
+    names = {need.repository for need in missing}
+    cached = [need.repository.name for need in needs if need.repository not in names]
     if is_offline():
-        _check_cache(needs, cached, findings)
+        _check_cache(missing, cached, findings)
         return {}
-    missing = [need for need in needs if need not in cached]
     answers = probe([need.repository for need in missing or needs[:1]])
     first = next(iter(answers.values()))
     if first.access == "unreachable" and not missing:
@@ -48,7 +51,6 @@ def check_hub(needs: Sequence[Need], findings: Findings) -> dict[Repository, Ans
         findings.notes.append(
             f"{_host()} cannot be reached ({first.reason}): all that the run needs from it is in its cache"
         )
-        findings.rows.append(("hub", f"{_host()} cannot be reached; all repositories are in its cache"))
         return {}
     if first.access in ("unreachable", "not a hub"):
         _add_unreachable(first, missing, cached, findings)
@@ -63,30 +65,40 @@ def _host() -> str:
     return shown_url(endpoint()).partition("://")[2] or shown_url(endpoint())
 
 
-def _check_cache(needs: Sequence[Need], cached: Sequence[Need], findings: Findings) -> None:
+def _check_cache(missing: Sequence[Need], cached: Sequence[str], findings: Findings) -> None:
     """With HF_HUB_OFFLINE=1: add a problem for every repository that is not in the cache."""
-    for need in needs:
-        name = need.repository.name
-        if need in cached:
-            findings.rows.append(("cache", f"{need.described} is in the hub's cache"))
-        elif need.keys[0] == "model.path":
+    for need in missing:
+        hint = "is not in the local cache, and HF_HUB_OFFLINE forbids access to the hub: unset it"
+        if need.keys[0] == "model.path":
             hint = (
                 "is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE=1 forbids a download: "
                 "give a local folder, or unset HF_HUB_OFFLINE"
             )
-            findings.add("model.path", name, hint, suggests_smaller=True)
-        elif need.repository.type == "dataset":
-            hint = "is not in the local cache, and HF_HUB_OFFLINE forbids access to the hub: unset it"
-            if need.fallback_hint:
-                hint += f". Instead, use {need.fallback_hint}"
-            findings.add(need.keys[0], name, hint, suggests_smaller=True)
-    names = [need.repository.name for need in cached]
-    if names and findings.problems:
-        findings.notes.append(f"in the hub's cache: {enumerate_names(names)}")
+        elif need.folders[0]:
+            hint = f"{need.folders[0]} of it {hint}"
+        _add_for_name(need, hint, findings)
+        findings.suggests_smaller = True
+    if cached:
+        findings.rows.append(("cache", f"has {enumerate_names(cached)}"))
+        if missing:
+            findings.notes.append(f"in the hub's cache: {enumerate_names(cached)}")
+
+
+def _add_for_name(need: Need, hint: str, findings: Findings) -> None:
+    """Add a problem of the key that names a repository."""
+    if len(need.keys) > 1:
+        hint += f" (as for {len(need.keys) - 1} other keys)"
+    if need.fallback_hint:
+        hint += f". Instead, use {need.fallback_hint}"
+    key, value = need.keys[0], need.repository.name
+    if key == "evaluation.problems":
+        value = HUB_PREFIX + value
+    findings.add(key, value, hint)
+    findings.lacks_base |= key == "model.path"
 
 
 def _add_unreachable(
-    answer: Answer, missing: Sequence[Need], cached: Sequence[Need], findings: Findings
+    answer: Answer, missing: Sequence[Need], cached: Sequence[str], findings: Findings
 ) -> None:
     names = enumerate_names([need.described for need in missing])
     through = proxy()
@@ -98,13 +110,19 @@ def _add_unreachable(
     ways.append("correct HF_ENDPOINT" if _has_own_endpoint() else "set HF_ENDPOINT to a mirror")
     ways.append("set HTTPS_PROXY to a proxy" if through is None else "correct the proxy")
     hint = (
-        f"{_host()} {state}, and the run needs {names} from there: {', '.join(ways)}, or run "
-        "`hf download` where there is a network, copy its cache here, and set HF_HUB_OFFLINE=1"
+        f"{_host()} {state}, and the run needs {names} from there: {', '.join(ways)}, or fill the cache "
+        "(HF_HOME) by a run where there is a network, copy it here, and set HF_HUB_OFFLINE=1"
     )
     if cached:
-        hint += f" (in the cache: {enumerate_names([need.repository.name for need in cached])})"
+        hint += f" (in the cache: {enumerate_names(cached)})"
     findings.add("network", None, hint, suggests_smaller=True)
+    findings.lacks_base |= _name_base(missing)
     findings.rows.append(("hub", f"{_host()} {state}"))
+
+
+def _name_base(needs: Sequence[Need]) -> bool:
+    """Whether the base model is among what is needed."""
+    return any(need.keys[0] == "model.path" for need in needs)
 
 
 def _has_own_endpoint() -> bool:
@@ -133,37 +151,41 @@ def _page(repository: Repository) -> str:
 
 def _check_answers(needs: Sequence[Need], answers: Mapping[Repository, Answer], findings: Findings) -> None:
     """Add a problem for every kind of refusal."""
-    by_access: dict[str, list[Need]] = {}
+    groups: dict[Access, list[Need]] = {}
     for need in needs:
         access = answers[need.repository].access
         findings.rows.append((need.repository.type, f"{need.described}: {ROWS.get(access, access)}"))
-        if access != "ok":
-            by_access.setdefault(access, []).append(need)
-    for access, group in by_access.items():
+        groups.setdefault(access, []).append(need)
+    for access, group in groups.items():
         reason = answers[group[0].repository].reason
-        described = enumerate_names([need.described for need in group])
         if access == "busy":
             findings.notes.append(f"the hub is slow or busy ({reason}): requests are repeated for some time")
-        elif access == "login":
-            gated = "is gated" if len(group) == 1 else "are gated"
-            hint = f"{described} {gated}, and no token is on this machine: {_how_to_accept(group)}"
-            findings.add("login", None, hint, suggests_smaller=True)
-        elif access == "token":
-            page = f"{shown_url(endpoint())}/settings/tokens"
-            hint = (
-                f"the hub refuses the token of this machine ({reason or 'it answered 401'}): create one on "
-                f"{page}, then run `hf auth login` (or set HF_TOKEN)"
-            )
-            findings.add("login", None, hint, suggests_smaller=True)
-        elif access == "terms":
-            pages = enumerate_names([_page(need.repository) for need in group])
-            hint = (
-                f"this token may not read {described} ({reason}): accept the terms on {pages} with the "
-                "account of the token"
-            )
-            findings.add("terms", None, hint, suggests_smaller=True)
-        else:
-            _add_problems_of_names(access, group, answers, findings)
+        elif access in ("login", "token", "terms"):
+            key, hint = _login_hint(access, group, reason)
+            findings.add(key, None, hint, suggests_smaller=True)
+            findings.lacks_base |= _name_base(group)
+        elif access != "ok":
+            for need in group:
+                _add_refused(need, answers[need.repository], findings)
+
+
+def _login_hint(access: Access, needs: Sequence[Need], reason: str) -> tuple[str, str]:
+    """(key, hint) of the problem of repositories that need another login."""
+    described = enumerate_names([need.described for need in needs])
+    if access == "token":
+        page = f"{shown_url(endpoint())}/settings/tokens"
+        return "login", (
+            f"the hub refuses the token of this machine ({reason or 'it answered 401'}): create one on "
+            f"{page}, then run `hf auth login` (or set HF_TOKEN)"
+        )
+    if access == "terms":
+        pages = enumerate_names([_page(need.repository) for need in needs])
+        return "terms", (
+            f"this token may not read {described} ({reason}): accept the terms on {pages} with the account "
+            "of the token (hf auth whoami)"
+        )
+    gated = "is gated" if len(needs) == 1 else "are gated"
+    return "login", f"{described} {gated}, and no token is on this machine: {_how_to_accept(needs)}"
 
 
 ROWS = {
@@ -179,34 +201,26 @@ ROWS = {
 """Access -> state in a row of `flora-train doctor`."""
 
 
-def _add_problems_of_names(
-    access: str, needs: Sequence[Need], answers: Mapping[Repository, Answer], findings: Findings
-) -> None:
-    """Add a problem for each repository that does not exist or cannot be read."""
-    for need in needs:
-        repository, reason = need.repository, answers[need.repository].reason
-        kind = "model" if repository.type == "model" else "data set"
-        key, value = need.keys[0], repository.name
-        if access == "revision":
-            key, value = _revision_key(need.keys[0]), str(repository.revision)
-            hint = f"{repository.name} has no such branch, tag or commit"
-        elif access == "missing":
-            hint = f"there is no such {kind} on {_host()}, and no such folder here: check the name"
-        elif access == "hidden":
-            hint = (
-                f"there is no such {kind} on {_host()}, or it is private: check the name, or run "
-                "`hf auth login`"
-            )
-        else:
-            hint = (
-                f"{_host()} refuses to show it ({reason}): a fine-grained token needs the permission to "
-                "read gated repositories, and a network may filter the hub"
-            )
-        if len(need.keys) > 1:
-            hint += f" (also named by {len(need.keys) - 1} other keys)"
-        if need.fallback_hint:
-            hint += f". Instead, use {need.fallback_hint}"
-        findings.add(key, value, hint)
+def _add_refused(need: Need, answer: Answer, findings: Findings) -> None:
+    """Add a problem for a repository that does not exist or cannot be read."""
+    repository = need.repository
+    kind = "model" if repository.type == "model" else "data set"
+    if answer.access == "revision":
+        hint = f"{repository.name} has no such branch, tag or commit"
+        findings.add(_revision_key(need.keys[0]), repository.revision, hint)
+        findings.lacks_base |= _name_base([need])
+        return
+    hint = f"there is no such {kind} on {_host()}, and no such folder here: check the name"
+    if answer.access == "hidden":
+        hint = (
+            f"there is no such {kind} on {_host()}, or it is private: check the name, or run `hf auth login`"
+        )
+    elif answer.access == "refused":
+        hint = (
+            f"{_host()} refuses to show it ({answer.reason}): a fine-grained token needs the permission to "
+            "read gated repositories, and a network may filter the hub"
+        )
+    _add_for_name(need, hint, findings)
 
 
 def _revision_key(key: str) -> str:

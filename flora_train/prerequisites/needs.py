@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from flora_train.config.errors import Problem, UserError
 from flora_train.config.paths import find_file
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig, TaskConfig
+from flora_train.data.hub_commits import HUB_PREFIX
 from flora_train.data.sources import check_present
 from flora_train.models.model_path import is_local, missing_folder
 from flora_train.runtime.hub_probe import Repository
-
-HUB_PROBLEMS = "hub:"
-"""Beginning of an entry of evaluation.problems that names a data set of the hub."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,17 @@ class Need:
     repository: Repository
     keys: tuple[str, ...]
     """Keys of the configuration that name it."""
+    folders: tuple[str, ...] = ("",)
+    """The folder of it that each key reads; "": all of it."""
     fallback_hint: str | None = None
     """What can replace it."""
+
+    def without(self, cached: Callable[[str], bool]) -> Need | None:
+        """What is left without the folders that are cached; None if all of them are."""
+        rest = [(key, name) for key, name in zip(self.keys, self.folders, strict=True) if not cached(name)]
+        if not rest:
+            return None
+        return replace(self, keys=tuple(key for key, _ in rest), folders=tuple(name for _, name in rest))
 
     @property
     def described(self) -> str:
@@ -64,9 +71,13 @@ def hub_needs(config: RunConfig, *, with_tasks: bool = True, adapters: Sequence[
         earlier = needs.get(key)
         if earlier is None:
             needs[key] = need
-        else:
-            keys = tuple(dict.fromkeys((*earlier.keys, *need.keys)))
-            needs[key] = Need(earlier.repository, keys, earlier.fallback_hint or need.fallback_hint)
+        elif need.keys[0] not in earlier.keys:
+            needs[key] = Need(
+                earlier.repository,
+                (*earlier.keys, *need.keys),
+                (*earlier.folders, *need.folders),
+                earlier.fallback_hint or need.fallback_hint,
+            )
     return list(needs.values())
 
 
@@ -76,13 +87,14 @@ def _needs(config: RunConfig, with_tasks: bool, adapters: Sequence[str]) -> Iter
         repository = Repository("model", base.path, base.revision, file="config.json", with_sizes=True)
         yield Need(repository, ("model.path",))
     for entry in config.evaluation.problems:
-        if entry.startswith(HUB_PROBLEMS) and any(task.language for task in config.tasks.values()):
-            name = entry.removeprefix(HUB_PROBLEMS)
+        if entry.startswith(HUB_PREFIX) and any(task.language for task in config.tasks.values()):
+            name = entry.removeprefix(HUB_PREFIX)
             yield Need(Repository("dataset", name), ("evaluation.problems",))
     if with_tasks:
         for key, source in sources_of(config):
             if source.hub is not None and not find_file(source.hub).exists():
-                yield Need(_data_set(source), (f"{key}.hub",), source.fallback_hint)
+                repository = _data_set(source)
+                yield Need(repository, (f"{key}.hub",), (repository.file or "",), source.fallback_hint)
     for key, name in [*_starts(config), *(("contenders", name) for name in adapters)]:
         if not find_file(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
             yield Need(Repository("model", name, file="adapter_config.json"), (key,))

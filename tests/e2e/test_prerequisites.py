@@ -21,6 +21,7 @@ from tests.hub_server import STRANGER, TOKEN, Fault, Hub, serve
 
 SECONDS = 20
 """Far more than an answer takes on an idle machine; the client's own retries wait for 23 s."""
+LANGUAGES = ("d", "julia", "lua", "perl", "r", "racket", "ruby", "rust", "swift")
 PROGRAM = """
 import sys
 from flora_train.cli import main
@@ -82,7 +83,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     model.mkdir()
     (model / "config.json").write_text("{}")
     write_safetensors(model / "model.safetensors", 1000)
-    for name in ("data/d/a.parquet", "data/lua/a.parquet", "README.md"):
+    for name in ("README.md", *(f"data/{language}/a.parquet" for language in LANGUAGES)):
         file = tmp_path / "rows" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"rows")
@@ -200,7 +201,7 @@ def test_with_token_and_a_tiny_model_the_check_is_silent(hub: Hub, tmp_path: Pat
         ),
         (
             ["evaluation.problems=hub:nuprl/MultiPLE"],
-            "error: evaluation.problems = 'nuprl/MultiPLE': there is no such data set on",
+            "error: evaluation.problems = 'hub:nuprl/MultiPLE': there is no such data set on",
         ),
     ],
 )
@@ -208,7 +209,7 @@ def test_wrong_names_and_revisions_are_named_with_their_key(
     words: list[str], expected: str, hub: Hub, tmp_path: Path
 ) -> None:
     env = environment(tmp_path, hub.url, HF_TOKEN=TOKEN)
-    (line,) = refusal(ask(PROGRAM, "train", "recipe=multipl_e", *words, env=env))
+    line = refusal(ask(PROGRAM, "train", "recipe=multipl_e", *words, env=env))[0]
     assert line.startswith(expected)
 
 
@@ -287,8 +288,8 @@ def test_offline_says_what_the_cache_lacks(hub: Hub, tmp_path: Path) -> None:
     done = ask(PROGRAM, "train", "recipe=multipl_e", env=env | {"HF_HUB_OFFLINE": "1"})
     cached, problems, rows, instead = refusal(done)
     assert cached == "note: in the hub's cache: bigcode/starcoder"
-    assert problems.startswith("error: evaluation.problems = 'nuprl/MultiPL-E': is not in the local cache")
-    assert rows.startswith("error: tasks.d.train.hub = 'bigcode/the-stack-dedup': is not in the local cache")
+    assert problems.startswith("error: evaluation.problems = 'hub:nuprl/MultiPL-E': is not in the local")
+    assert rows.startswith("error: tasks.d.train.hub = 'bigcode/the-stack-dedup': data/d/ of it is not in")
     assert "recipe=multipl_e_local" in instead
     assert len(hub.asked) == asked
 
