@@ -12,7 +12,7 @@ from typing import Any
 
 from flora_train.config.errors import UserError, choices, first_line, user_error
 from flora_train.config.json_format import JsonObject, JsonValue
-from flora_train.config.paths import find_file
+from flora_train.models.hub_files import adapter_folder
 
 CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -269,14 +269,7 @@ def read_config(source: str, key: str) -> PeftConfig:
 
 
 def _config_file(source: str) -> Path:
-    folder = find_file(source)
-    if not folder.exists():
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise ValueError("there is no such folder")
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(source, CONFIG))
-    file = folder / CONFIG
+    file = adapter_folder(source) / CONFIG
     if not file.is_file():
         raise ValueError(f"there is no {CONFIG}")
     return file

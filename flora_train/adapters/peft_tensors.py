@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flora_train.adapters.peft_config import CONFIG, PeftConfig, read_config
 from flora_train.config.errors import first_line, user_error
-from flora_train.config.paths import find_file
+from flora_train.models.hub_files import adapter_folder
 
 PREFIX = "base_model.model."
 """The start of every tensor name in a PEFT file."""
@@ -41,12 +41,11 @@ def read_files(source: str, key: str) -> tuple[PeftConfig, dict[str, Tensor]]:
     from peft.utils import load_peft_weights
 
     config = read_config(source, key)
-    folder = find_file(source)
-    location = str(folder) if folder.exists() else source
-    if folder.exists() and not any((folder / name).is_file() for name in WEIGHTS):
+    folder = adapter_folder(source)
+    if not any((folder / name).is_file() for name in WEIGHTS):
         raise user_error(key, source, f"is not a PEFT adapter: it lacks {WEIGHTS[0]} (or {WEIGHTS[1]})")
     try:
-        tensors = load_peft_weights(location, device="cpu")
+        tensors = load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # safetensors, pickle and the hub client each raise their own types
         raise user_error(
             key, source, f"is not a PEFT adapter: its tensors cannot be read: {first_line(error)}"

@@ -30,8 +30,8 @@ class SourceConfig(ConfigModel):
     revision: str | None = None
     """Branch, tag or commit of the hub data set. Default: its main branch."""
     max_rows: int | None = Field(None, ge=1, le=MOST_ROWS)
-    """Number of rows of the hub data set that are read, streamed from its beginning, for data sets that are
-    larger than the disk. Default: all rows."""
+    """Number of rows of the hub data set that are read from its beginning, for data sets that are larger than
+    the disk: no more of its files are downloaded than hold these rows. Default: all rows."""
     fallback_hint: str | None = None
     """Local source that can replace the hub data set, for the error message when the hub cannot be
     reached."""

@@ -51,6 +51,9 @@ def _repositories(config: RunConfig) -> Iterator[tuple[str, str | None, RepoType
     """(name, revision, type) of each repository that the configuration names."""
     if not _is_local(config.model.path):
         yield config.model.path, config.model.revision, "model"
+    for adapter in config.adapters.values():
+        if adapter.init_from is not None and not _is_local(adapter.init_from):
+            yield adapter.init_from, None, "model"
     for task in config.tasks.values():
         for source in (task.train, task.validation, task.test):
             if source is not None and source.hub is not None and not Path(source.hub).is_dir():

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flora_train.config.errors import choices
+from flora_train.config.errors import choices, first_line
 from flora_train.data.file_rows import Row
 from flora_train.runtime.hub_client import with_retries
 from flora_train.runtime.hub_snapshot import HubError, HubFile, HubSnapshot, is_offline
@@ -73,7 +73,14 @@ class HubDataset:
             data_files = {datasets.NamedSplit(split): _as_data_files(sources)}
             builder.config.data_files = datasets.data_files.DataFilesDict(data_files)
             is_remote = any("://" in source for source in sources)
-            yield from _stream(builder, split, name=self.snapshot.name, is_remote=is_remote)
+            try:
+                yield from _stream(builder, split, name=self.snapshot.name, is_remote=is_remote)
+            except Exception as error:  # the library and the readers below it have many types
+                if is_remote:
+                    raise
+                files = choices(path.removeprefix(f"{self._outline.resolve()}/") for path in part[:3])
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                raise HubError(f"its file {files} cannot be read ({reason})") from error
 
     def _builder(self, subset: str | None) -> Any:
         import datasets

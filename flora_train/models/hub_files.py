@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from flora_train.config.paths import find_file
 from flora_train.models.base_identity import weight_names
 from flora_train.runtime.hub_snapshot import HubFile, open_snapshot
 
@@ -39,6 +40,17 @@ def download_model(name: str, revision: str | None, *, weights: bool) -> Path:
         for path in weight_names(snapshot.folder, files):
             snapshot.download(files[path])
     return snapshot.folder
+
+
+def adapter_folder(source: str) -> Path:
+    """The folder of a PEFT adapter: a local one, or the downloaded files of the hub. Raises HubError, and
+    ValueError for a local folder that does not exist."""
+    folder = find_file(source)
+    if folder.exists():
+        return folder
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ValueError("there is no such folder")
+    return download_model(source, None, weights=True)
 
 
 def _is_description(file: HubFile) -> bool:

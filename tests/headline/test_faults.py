@@ -12,6 +12,7 @@ from tests.hub_server import serve
 from tests.hub_server.faults import all_faults
 
 pytestmark = pytest.mark.full
+SIZES = (*CODE_SIZES, "training.steps=6")
 OF_THE_CLIENT = ("Retrying in", "HTTP Error", "Trying to resume", "Rate limited", "thrown while requesting")
 """Parts of the lines that the hub's client logs about its own attempts."""
 
@@ -27,7 +28,7 @@ def test_a_run_with_every_fault_of_the_hub_ends_with_the_figures_of_one_without(
             add_repositories(hub, code_material)
             hub.add_faults(*faults)
             environment = hub_environment(hub.url, folder / "home")
-            ended = done(launched("multipl_e", folder / "run", *CODE_SIZES), environment)
+            ended = done(launched("multipl_e", folder / "run", *SIZES), environment)
             assert ended.returncode == 0, ended.stderr
             runs[name] = figures(folder / "run")
             injected = dict(hub.injected)

@@ -19,8 +19,8 @@ from flora_train.adapters.peft_config import check_init
 from flora_train.adapters.peft_tensors import read_files
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import UserError, first_line, user_error
-from flora_train.config.paths import find_file
 from flora_train.config.schema import RunConfig
+from flora_train.models.hub_files import adapter_folder
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def check_peft_contenders(sources: Sequence[str], used_names: Collection[str]) -
         if written.peft_type == "LORA":
             check_init(written, source, "contenders")
         try:
-            config = PeftConfig.from_pretrained(_local_or_hub(source))
+            config = PeftConfig.from_pretrained(str(adapter_folder(source)))
         except Exception as error:  # PEFT and the hub's client have their own types
             hint = f"is not a PEFT adapter in a folder or on the hub: {first_line(error)}"
             raise user_error("contenders", source, hint) from error
@@ -149,7 +149,7 @@ def _load(source: str, base: nn.Module) -> Any:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model = PeftModel.from_pretrained(base, _local_or_hub(source))
+            model = PeftModel.from_pretrained(base, str(adapter_folder(source)))
         _check_all_tensors_used(model, source, [str(warning.message) for warning in caught])
     except UserError:
         raise
@@ -159,18 +159,12 @@ def _load(source: str, base: nn.Module) -> Any:
     return model
 
 
-def _local_or_hub(source: str) -> str:
-    """The folder, or the name on the hub if there is no such folder."""
-    local = find_file(source)
-    return str(local) if local.exists() else source
-
-
 def _check_all_tensors_used(model: Any, source: str, warned: Sequence[str]) -> None:
     """Raises UserError if PEFT ignored tensors of the file or found none for a layer, as it warns at most."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     hint = "does not fit this base model: PEFT would ignore tensors"
-    tensors = load_peft_weights(_local_or_hub(source), device=str(next(model.parameters()).device))
+    tensors = load_peft_weights(str(adapter_folder(source)), device=str(next(model.parameters()).device))
     if ignored := set_peft_model_state_dict(model, tensors).unexpected_keys:
         raise user_error("contenders", source, f"{hint}, such as {ignored[0]}")
     if any("missing adapter keys" in text for text in warned):

@@ -312,3 +312,29 @@ def test_a_very_large_file_is_streamed_and_survives_a_dropped_connection(
     monkeypatch.setattr("flora_train.data.hub_dataset.LARGEST_DOWNLOAD", 100)
     hub.add_faults(Fault("drop", "/cdn/*", times=2), Fault("503", "*/resolve/*", times=2))
     assert read(max_rows=110) == rows[:110]
+
+
+def test_rows_without_content_are_empty_and_a_shard_without_the_column_is_read_as_such(
+    hub: Hub, rows: list[Row], tmp_path: Path
+) -> None:
+    shards = tmp_path / "stack/data/lua"
+    table = pa.table({"content": ["x", None, ""], "path": ["a", "b", "c"]})
+    pq.write_table(table, shards / "train-00001-of-00003.parquet")
+    pq.write_table(pa.table({"path": ["d"]}), shards / "train-00002-of-00003.parquet")
+    given = read()
+    assert [row["content"] for row in given[ROWS:]] == ["x", None, "", None]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 no more", b"<html>"])
+def test_a_shard_that_is_damaged_on_the_hub_is_named(hub: Hub, tmp_path: Path, content: bytes) -> None:
+    file = "data/lua/train-00001-of-00003.parquet"
+    (tmp_path / "stack" / file).write_bytes(content)
+    line = refusal()
+    assert f"its file {file} cannot be read (" in line
+    assert line.count("\n") == 0
+
+
+def test_a_shard_with_other_columns_is_named(hub: Hub, tmp_path: Path) -> None:
+    file = "data/lua/train-00002-of-00003.parquet"
+    pq.write_table(pa.table({"text": ["x"], "n": [1]}), tmp_path / "stack" / file)
+    assert f"its file {file} cannot be read (" in refusal()
