@@ -122,6 +122,20 @@ def python(
     )
 
 
+def _read_hub_settings(environment: Mapping[str, str]) -> None:
+    """What the hub's client reads from the environment when it is imported."""
+    constants.HF_HUB_OFFLINE = environment.get("HF_HUB_OFFLINE") == "1"
+    if "HF_ENDPOINT" in environment:
+        constants.ENDPOINT = environment["HF_ENDPOINT"]
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = (
+            constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        constants.HF_HUB_DISABLE_XET = True
+    if "HF_HOME" in environment:
+        constants.HF_HUB_CACHE = os.path.join(environment["HF_HOME"], "hub")
+        constants.HF_TOKEN_PATH = os.path.join(environment["HF_HOME"], "token")
+
+
 def _become(words: list[str], environment: dict[str, str], folder: Path, streams: list[Path]) -> None:
     for number, file in enumerate(streams, start=1):
         with file.open("wb") as stream:
@@ -130,9 +144,7 @@ def _become(words: list[str], environment: dict[str, str], folder: Path, streams
     os.environ.update(environment)
     os.chdir(folder)
     base_model.multiplies_bfloat16_fast = lambda device: False
-    constants.HF_HUB_OFFLINE = (
-        environment.get("HF_HUB_OFFLINE") == "1"
-    )  # the one variable of ours that is read at import
+    _read_hub_settings(environment)
     try:
         if words[0] == "-m":
             sys.argv = words[1:]
