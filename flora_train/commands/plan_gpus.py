@@ -63,7 +63,8 @@ def report_on_gpus(
     adapter_bytes = PLANES * FLOAT * sum(len(pool.specs) * pool.row_size for pool in pools)
     specs = [spec for pool in pools for spec in pool.specs]
     programs = _programs(config)
-    needs = Needs(config, model, adapter_bytes, step)
+    gathered_bytes = FLOAT * max(pool.row_size for pool in pools)
+    needs = Needs(config, model, adapter_bytes=adapter_bytes, gathered_bytes=gathered_bytes, step=step)
     work = work_of(config, model, specs, tasks=tasks, step=step, completions=sum(programs.values()))
     return GpuReport(plan_gpus(needs), work, programs)
 

@@ -101,7 +101,7 @@ class GpuMemory:
     whole_base: int
     """While texts are generated, a sharded base is whole on every GPU."""
     adapters: int
-    """With gradients and moments."""
+    """With gradients and moments, and the copies that a micro-batch uses."""
     activations: int
     """Of a training step."""
     generation: int
@@ -150,6 +150,8 @@ class Needs:
     model: nn.Module
     """Without weights."""
     adapter_bytes: int
+    gathered_bytes: int
+    """Of the largest adapter's parameters: each that is in a micro-batch is copied for it."""
     step: StepMemory
 
     def plan(self, setup: GpuSetup) -> GpuPlan:
@@ -174,7 +176,7 @@ class Needs:
         return GpuMemory(
             base=int(share * whole),
             whole_base=whole,
-            adapters=self.adapter_bytes,
+            adapters=self.adapter_bytes + rows * self.gathered_bytes,
             activations=activations + self._loss_bytes(rows) + self._weight_bytes(setup),
             generation=settings.batch_rows * self._bytes_of_a_text(),
         )
@@ -214,7 +216,7 @@ class Needs:
         widest = max(target.out_features for target in linear_layers(model).values())
         if is_speech_model(model.config):
             read = self.step.batch.window
-            states = 2 * settings.decoder_layers * width
+            states = 2 * model.config.decoder_layers * width
         elif evaluation.problems:
             read = PROMPT_TOKENS
             states = 2 * settings.num_hidden_layers * key_width(settings)

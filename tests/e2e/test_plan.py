@@ -1,12 +1,17 @@
-"""flora-train plan: a run with the slots that it states ends with the bytes of a run without paging."""
+"""flora-train plan: a run with the slots that it states ends with the bytes of a run without paging; plans
+from published sizes need no network."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.file_download
 import pytest
 import torch
 
@@ -207,3 +212,143 @@ def test_plan_that_does_not_fit_names_the_setting(
     check_fits(config, found)
     with pytest.raises(UserError, match=words):
         check_fits(config, replace(found, **change))  # type: ignore[arg-type]
+
+
+class NoNetwork:
+    """Counts attempts to reach any address, and refuses them."""
+
+    def __init__(self) -> None:
+        self.attempts: list[object] = []
+
+    def refuse(self, *address: object, **options: object) -> None:
+        self.attempts.append(address)
+        raise OSError("no network in this test")
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> NoNetwork:
+    network = NoNetwork()
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, network.refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", network.refuse)
+    return network
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["plan", *words]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_multipl_e_is_planned_without_weights_rows_or_network(
+    network: NoNetwork, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    text = planned(capsys, "recipe=multipl_e", f"output_dir={tmp_path / 'run'}")
+    assert network.attempts == []
+    for part in (
+        "bigcode/starcoder (15,517,456,384 parameters) is not on this machine",
+        "the rows of d, julia, lua, perl, r, racket, ruby, rust, swift are on the hub",
+        "7 x flora, rank 1: 501,760 numbers each",
+        "at most 27 adapters",
+        "GPUs, estimated",
+        "1 x 80 GB 31.0",
+        "1 x 24 GB, 8bit 15.9",
+        "2 x 80 GB, fsdp",
+        "8 x 80 GB, fsdp",
+        "model.quantization=8bit model.gradient_checkpointing=non_reentrant",
+        "Hours, estimated",
+        "benchmarks/results/large_step_cuda.md",
+        "579,600 texts are generated",
+    ):
+        assert part in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_common_voice_is_planned_without_weights_release_or_network(
+    network: NoNetwork, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    text = planned(capsys, "recipe=common_voice", f"output_dir={tmp_path / 'run'}")
+    assert network.attempts == []
+    for part in (
+        "openai/whisper-large (1,543,304,960 parameters) is not on this machine",
+        "there is no release with the clips of ar, cs, hi, lt, mn, mr",
+        "each clip is counted as 1500 encoder positions and 40 tokens",
+        "at most 30 adapters",
+        "1000 test clips a language",
+    ):
+        assert part in text
+    assert "fsdp" not in text  # a speech model is whole on every GPU
+    assert list(tmp_path.iterdir()) == []
+
+
+def hub_cache_of(checkpoint: Path, cache: Path, name: str) -> Path:
+    """The hub's cache with a checkpoint under a hub name; the snapshot's folder."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    snapshot = folder / "snapshots" / "0123456789012345678901234567890123456789"
+    shutil.copytree(checkpoint, snapshot)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(snapshot.name)
+    return snapshot
+
+
+def test_the_table_overrides_neither_a_folder_nor_the_cache_nor_a_revision(
+    recipe: Path,
+    checkpoint: Path,
+    network: NoNetwork,
+    *,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = f"output_dir={tmp_path / 'run'}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.file_download.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    named = ("model.path=huggingfacetb/SmolLM2-360M", "model.dtype=float32")
+    text = planned(capsys, f"recipe={recipe}", run, *named)
+    assert "HuggingFaceTB/SmolLM2-360M (361,821,120 parameters) is not on this machine" in text
+    # A revision is not in the table.
+    assert main(["plan", f"recipe={recipe}", run, *named, "model.revision=v2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1
+    assert "has no revision 'v2' in the hub's cache" in error
+    # A folder of this name in the working directory, and the cache, come first.
+    snapshot = hub_cache_of(checkpoint, tmp_path / "cache", "HuggingFaceTB/SmolLM2-360M")
+    text = planned(capsys, f"recipe={recipe}", run, "model.path=HuggingFaceTB/SmolLM2-360M")
+    assert "is not on this machine" not in text
+    assert "12 steps" in text
+    (snapshot / "model.safetensors").unlink()
+    text = planned(capsys, f"recipe={recipe}", run, "model.path=HuggingFaceTB/SmolLM2-360M")
+    assert "HuggingFaceTB/SmolLM2-360M is in the hub's cache without tokenizer or weights" in text
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / "HuggingFaceTB" / "SmolLM2-360M")
+    text = planned(capsys, f"recipe={recipe}", run, "model.path=HuggingFaceTB/SmolLM2-360M")
+    assert "hub's cache" not in text
+    assert "12 steps" in text
+
+
+def test_a_model_that_nothing_knows_is_one_error_after_one_attempt(
+    recipe: Path,
+    network: NoNetwork,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    words = [f"recipe={recipe}", f"output_dir={tmp_path / 'run'}", "model.path=nobody/nothing-7b"]
+    assert main(["plan", *words]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "model.path = 'nobody/nothing-7b': is neither a folder, nor in the hub's cache" in error
+    assert "cannot be reached" in error
+    assert len(network.attempts) <= 2  # one, and the resolution of the name
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_no_line_of_the_tables_is_longer_than_the_terminal(
+    columns: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["plan", "recipe=multipl_e", f"output_dir={tmp_path / 'run'}"]) == 0
+    _, tables = capsys.readouterr().out.split("GPUs, estimated")
+    assert max(len(line.rstrip()) for line in tables.splitlines()) <= columns
