@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a CUDA GPU, most important first: tests, calibration, a large model's step, kernels, precision.
+# Everything that wants a CUDA GPU, most important first: tests, calibration, a large model's step, the headline recipe, kernels, precision.
 # Usage: benchmarks/gpu.sh [PYTHON]     Results go to benchmarks/results/*_cuda.*, and to $OUT where that is set. A part that
 # fails or takes longer than PART_SECONDS (default 540) does not keep the others from running.
 set -uo pipefail
@@ -16,6 +16,7 @@ part() {
 part "$PYTHON" -m pytest -q tests/gpu tests/unit/kernels
 part "$PYTHON" benchmarks/calibrate.py --save
 part "$PYTHON" benchmarks/large_step.py --save
+part "$PYTHON" benchmarks/headline_gpu.py --save
 part "$PYTHON" benchmarks/kernel_times.py --save
 part "$PYTHON" benchmarks/kernels.py --precision fused --save
 part "$PYTHON" benchmarks/kernels.py --save

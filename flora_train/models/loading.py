@@ -283,10 +283,16 @@ def _reason(error: Exception) -> str:
     return f"one of its files is damaged ({type(error).__name__}: {first_line(error)})"
 
 
-def shallow_model(config: ModelConfig, layers: int, device: torch.device) -> nn.Module:
-    """A model of this shape with `layers` layers (encoder and decoder: each) and random weights, to measure
-    the cost of a layer."""
+def shallow_model(
+    config: ModelConfig, layers: int, device: torch.device, *, decoder_layers: int | None = None
+) -> nn.Module:
+    """A model of this shape with `layers` layers and random weights, to measure the cost of a layer.
+
+    decoder_layers: of an encoder-decoder. Default: as many as its encoder has.
+    """
     published = _shallow_config(config, layers)
+    if decoder_layers is not None:
+        published.decoder_layers = decoder_layers
     options: dict[str, Any] = {"dtype": resolve_dtype(config.dtype, device)}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
@@ -322,18 +328,20 @@ def zero_model(config: ModelConfig, layers: int | None = None) -> nn.Module:
     return _prepare(empty._apply(lambda tensor: torch.zeros_like(tensor, device="cpu")), config, published)
 
 
-def count_layers(config: ModelConfig) -> int:
-    """Layers of the published model; for an encoder-decoder, the mean of both. Raises UserError for a damaged
-    configuration."""
+def count_layers(config: ModelConfig) -> tuple[int, int | None]:
+    """Layers of the published model, or of its encoder and its decoder (None: it has none of its own).
+
+    Raises UserError for a damaged configuration.
+    """
     published = load_model_config(config)
     encoder, decoder = getattr(published, "encoder_layers", None), getattr(published, "decoder_layers", None)
-    if isinstance(encoder, int) and isinstance(decoder, int) and encoder + decoder > 0:
-        return round((encoder + decoder) / 2)
+    if isinstance(encoder, int) and isinstance(decoder, int) and min(encoder, decoder) > 0:
+        return encoder, decoder
     count = getattr(published.get_text_config(decoder=True), "num_hidden_layers", None)
     if not isinstance(count, int) or count < 1:
         hint = f"has {count!r} layers according to its config.json: the file is damaged"
         raise user_error("model.path", config.path, hint)
-    return count
+    return count, None
 
 
 def _auto_class(model_config: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,16 +67,25 @@ def cost_of_a_step(
     pad_token: int,
     speech_processor: SpeechProcessor | None,
 ) -> Cost:
-    """The cost with all layers, extrapolated from what the second layer adds to the first."""
-    one, two = (
-        measure(config, device, tasks, layers=layers, pad_token=pad_token, speech_processor=speech_processor)
-        for layers in (1, 2)
-    )
-    more_layers = count_layers(config.model) - 1
-    return Cost(
-        one.step_seconds + more_layers * max(0.0, two.step_seconds - one.step_seconds),
-        one.activations + more_layers * max(0, two.activations - one.activations),
-    )
+    """The cost with all layers, extrapolated from what a second layer adds to the first: of the model, or of
+    its encoder and of its decoder if they differ in number."""
+    measured = partial(measure, config, device, tasks, pad_token=pad_token, speech_processor=speech_processor)
+    layers, decoder_layers = count_layers(config.model)
+    one = measured(layers=1)
+    if decoder_layers in (None, layers):
+        return _extended(one, [(layers, measured(layers=2))])
+    two_encoders = measured(layers=2, decoder_layers=1)
+    two_decoders = measured(layers=1, decoder_layers=2)
+    return _extended(one, [(layers, two_encoders), (decoder_layers or 1, two_decoders)])
+
+
+def _extended(one: Cost, parts: Sequence[tuple[int, Cost]]) -> Cost:
+    """The cost of all layers. parts: (number of layers, the cost with two of them)."""
+    seconds, activations = one.step_seconds, one.activations
+    for layers, two in parts:
+        seconds += (layers - 1) * max(0.0, two.step_seconds - one.step_seconds)
+        activations += (layers - 1) * max(0, two.activations - one.activations)
+    return Cost(seconds, activations)
 
 
 def measure(
@@ -86,16 +96,19 @@ def measure(
     layers: int,
     pad_token: int,
     speech_processor: SpeechProcessor | None,
+    decoder_layers: int | None = None,
 ) -> Cost:
     """Run the largest micro-batch of the step with the most tokens: forward, backward and update, with the
     adapters of that step only. Takes the faster of two timed steps, after one warm-up.
+
+    decoder_layers: of an encoder-decoder. Default: as many as its encoder has.
     """
     specs = expand(config)
     mixture = make_mixture(tasks, specs, config)
     number = max(planned_steps(config), key=lambda number: _tokens_of(mixture, number))
     names = {name for draw in mixture.step(number) for name in draw.adapters}
     present = [spec for spec in specs if spec.name in names]
-    model = shallow_model(config.model, layers, device)
+    model = shallow_model(config.model, layers, device, decoder_layers=decoder_layers)
     features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
     bank = AdapterBank.attach(model, present, seed=config.seed, features=features)
     check_rows(model, pad_token, features)
