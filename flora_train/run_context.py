@@ -19,7 +19,7 @@ from flora_train.adapters.init_from import resolve_init_from
 from flora_train.adapters.layer_usage import describe_left_out
 from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
-from flora_train.config.errors import user_error
+from flora_train.config.errors import choices, user_error
 from flora_train.config.load import load_saved
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.collate import SpeechCollate
@@ -37,11 +37,19 @@ from flora_train.models.loading import (
     empty_model,
     load_base_model,
     load_feature_extractor,
+    load_generation_settings,
     load_model_config,
     load_tokenizer,
 )
 from flora_train.models.probe_inputs import noise_features
-from flora_train.models.speech_encoder import count_positions, is_speech_model, is_whisper, max_text_tokens
+from flora_train.models.speech_encoder import (
+    count_positions,
+    is_distilled,
+    is_english_only,
+    is_speech_model,
+    is_whisper,
+    max_text_tokens,
+)
 from flora_train.runtime.atomic import user_cache
 from flora_train.runtime.checksum import fingerprint
 from flora_train.runtime.distributed import on_every_process, on_main_process
@@ -219,7 +227,9 @@ def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any)
     English-only Whisper.
     """
     if is_whisper(model_config):
-        check_multilingual(tokenizer, config.model.path)
+        english_only = is_english_only(model_config, load_generation_settings(config.model))
+        check_multilingual(tokenizer, config.model.path, english_only)
+        warn_if_distilled(config, model_config)
     for package in ("soundfile", "soxr", "jiwer"):
         if find_spec(package) is None:
             hint = f"speech tasks need the package {package}: pip install 'flora-train[speech]'"
@@ -242,6 +252,18 @@ def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any)
         audio=config.audio,
         progress=ProgressBar,
     )
+
+
+def warn_if_distilled(config: RunConfig, model_config: Any) -> None:
+    """Log a warning for other languages than English on a layout that distil-whisper trained on English."""
+    languages = {task.speech.language for task in config.tasks.values() if task.speech is not None}
+    others = sorted(languages - {"en"})
+    if others and is_distilled(model_config):
+        layout = f"{config.model.path} has {model_config.decoder_layers} decoder layers"
+        logger.warning(
+            f"{layout}, as the models that distil-whisper trained on English alone: unless it was distilled "
+            f"on {choices(others)}, expect many more errors than with openai/whisper-large-v3-turbo"
+        )
 
 
 def _windows(config: RunConfig, model_config: Any, extractor: Any) -> Windows:

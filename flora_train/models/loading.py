@@ -3,6 +3,7 @@ its weights."""
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,27 @@ def load_tokenizer(config: ModelConfig) -> Any:
     Raises UserError if it cannot be loaded from the folder or hub name.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-    from transformers.utils import cached_file
 
     tokenizer = _from_pretrained(AutoTokenizer, config)
-    local = find_file(config.path)
-    location = str(local) if local.exists() else config.path
-    # The files are in the hub's cache by now.
-    options = {"revision": config.revision, "local_files_only": True}
-    quiet = dict.fromkeys(
-        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
-    )
-    file = cached_file(location, "tokenizer.json", **options, **quiet)
-    if splits_otherwise(tokenizer, None if file is None else Path(file)):
+    folder = Path(_location(config, weights=False))
+    if splits_otherwise(tokenizer, folder / "tokenizer.json"):
         tokenizer = _from_pretrained(PreTrainedTokenizerFast, config)
-    add_declared_start(tokenizer, get_tokenizer_config(location, **options))
+    add_declared_start(tokenizer, _settings_in(folder / "tokenizer_config.json"))
     return tokenizer
+
+
+def load_generation_settings(config: ModelConfig) -> dict[str, Any]:
+    """The content of generation_config.json; empty if the model has none."""
+    return _settings_in(Path(_location(config, weights=False)) / "generation_config.json")
+
+
+def _settings_in(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def load_feature_extractor(config: ModelConfig) -> Any:

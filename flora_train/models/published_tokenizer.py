@@ -13,14 +13,14 @@ LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "Cohe
 """Classes of tokenizer_config.json for which `add_bos_token` has always had a meaning."""
 
 
-def splits_otherwise(tokenizer: Any, file: Path | None) -> bool:
+def splits_otherwise(tokenizer: Any, file: Path) -> bool:
     """Whether a byte-level tokenizer splits text otherwise than its tokenizer.json says.
 
     Classes of transformers 5 that build their own pipeline leave out steps of the file. One is
     GPT2Tokenizer, for StarCoder2's single digits.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if file is None or backend is None:
+    if backend is None or not file.is_file():
         return False
     published = json.loads(file.read_text(encoding="utf-8"))
     if "ByteLevel" not in [step["type"] for step in _steps(published.get("pre_tokenizer"))]:

@@ -140,9 +140,18 @@ def language_tokens(vocabulary: Any) -> list[str]:
     return sorted(word for word in vocabulary if re.fullmatch(r"<\|[a-z]{2,3}\|>", word))
 
 
-def check_multilingual(tokenizer: Any, model_path: str) -> None:
-    """Raises UserError unless the tokenizer is that of a multilingual Whisper."""
+def check_multilingual(tokenizer: Any, model_path: str, is_english_only: bool = False) -> None:
+    """Raises UserError unless the tokenizer is that of a multilingual Whisper.
+
+    is_english_only: what the model's own files say; the tokenizers of English-only models have tokens of
+    languages, too, which those models never saw.
+    """
     vocabulary = tokenizer.get_vocab()
+    if is_english_only:
+        same_size = model_path.removesuffix(".en")
+        instead = same_size if same_size != model_path else "one without .en in its name"
+        hint = f"is an English-only Whisper, which was trained without language tokens: use {instead}"
+        raise user_error("model.path", model_path, hint)
     if missing := [word for word in (START, TRANSCRIBE, NO_TIMESTAMPS) if word not in vocabulary]:
         hint = f"has no token {missing[0]}: speech tasks need a multilingual Whisper model"
         raise user_error("model.path", model_path, hint)
