@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from flora_train.config.errors import UserError
+from flora_train.config.model_schema import ModelConfig
 from flora_train.config.schema import RunConfig
 from flora_train.config.speech_schema import SpeechConfig
 from flora_train.data.audio.speech_processor import NO_TIMESTAMPS, START, TRANSCRIBE
-from flora_train.models.loading import load_model_config
+from flora_train.models.loading import load_model_config, tokenizer_in_code
 from flora_train.models.speech_encoder import is_whisper
 
 
@@ -24,16 +26,24 @@ class GenerationExample:
     max_new_tokens: int = 64
     decoder_prompt: tuple[str, ...] = ()
     """Speech models: the decoder's first tokens, by name. Empty: the model's start token."""
+    tokenizer: tuple[str, str] = ("AutoTokenizer", "")
+    """Text models: the class that loads the tokenizer, and its further options."""
 
 
 def generation_example(config: RunConfig, task: str) -> GenerationExample:
     """The example for a task: its first sample prompt, or its decoder prompt, as in the run's evaluation."""
     task_config = config.tasks[task]
     prompts = task_config.sample_prompts or [GenerationExample.prompt]
-    decoder_prompt: tuple[str, ...] = ()
     if task_config.speech is not None:
         decoder_prompt = _decoder_prompt(config, task_config.speech)
-    return GenerationExample(prompts[0], config.evaluation.max_new_tokens, decoder_prompt)
+        return GenerationExample(prompts[0], config.evaluation.max_new_tokens, decoder_prompt)
+    tokenizer = _tokenizer(config.model)
+    return GenerationExample(prompts[0], config.evaluation.max_new_tokens, tokenizer=tokenizer)
+
+
+@cache
+def _tokenizer(model: ModelConfig) -> tuple[str, str]:
+    return tokenizer_in_code(model)
 
 
 def _decoder_prompt(config: RunConfig, speech: SpeechConfig) -> tuple[str, ...]:
@@ -77,7 +87,7 @@ def usage_snippet(
             first_imports.append("import torch")
         imports = first_imports + imports
     else:
-        auto_class, reader = "AutoModelForCausalLM", "AutoTokenizer"
+        auto_class, reader = "AutoModelForCausalLM", example.tokenizer[0]
         generate = _complete(base, example)
     imports.append(f"from transformers import {auto_class}, {reader}")
     load = [
@@ -88,8 +98,9 @@ def usage_snippet(
 
 
 def _complete(base: str, example: GenerationExample) -> list[str]:
+    reader, options = example.tokenizer
     return [
-        f"tokenizer = AutoTokenizer.from_pretrained({base})",
+        f"tokenizer = {reader}.from_pretrained({base}{options})",
         "",
         f"prompt = {python_literal(example.prompt)}",
         'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)',

@@ -16,6 +16,7 @@ from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import find_file
 from flora_train.config.schema import RunConfig
+from flora_train.data.text_encoder import start_tokens
 from flora_train.models.hub_files import download_model
 from flora_train.models.model_path import missing_folder
 from flora_train.models.published_tokenizer import add_declared_start, splits_otherwise
@@ -47,6 +48,32 @@ def load_tokenizer(config: ModelConfig) -> Any:
         tokenizer = _from_pretrained(PreTrainedTokenizerFast, config)
     add_declared_start(tokenizer, _settings_in(folder / "tokenizer_config.json"))
     return tokenizer
+
+
+def tokenizer_in_code(config: ModelConfig) -> tuple[str, str]:
+    """The class of transformers with which a program loads the same tokenizer, and its further options.
+
+    AutoTokenizer, unless it would read texts otherwise than `load_tokenizer`'s. Nothing is downloaded: where
+    the base model is not on this machine, the answer is AutoTokenizer, too.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoTokenizer
+
+    if not find_file(config.path).exists():
+        file = try_to_load_from_cache(config.path, "tokenizer.json", revision=config.revision)
+        if not isinstance(file, str):
+            return "AutoTokenizer", ""
+        config = config.model_copy(update={"path": str(Path(file).parent)})
+    try:
+        automatic, ours = _from_pretrained(AutoTokenizer, config), load_tokenizer(config)
+    except UserError:  # damaged
+        return "AutoTokenizer", ""
+    options = ""
+    if start_tokens(automatic) != start_tokens(ours):
+        options = ", add_bos_token=True"
+    if type(automatic) is type(ours):
+        return "AutoTokenizer", options
+    return "PreTrainedTokenizerFast", options
 
 
 def load_generation_settings(config: ModelConfig) -> dict[str, Any]:
