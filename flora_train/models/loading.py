@@ -59,14 +59,14 @@ def tokenizer_in_code(config: ModelConfig) -> tuple[str, str]:
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoTokenizer
 
-    if not find_file(config.path).exists():
-        file = try_to_load_from_cache(config.path, "tokenizer.json", revision=config.revision)
-        if not isinstance(file, str):
-            return "AutoTokenizer", ""
-        config = config.model_copy(update={"path": str(Path(file).parent)})
     try:
+        if not find_file(config.path).exists():
+            file = try_to_load_from_cache(config.path, "tokenizer.json", revision=config.revision)
+            if not isinstance(file, str):
+                return "AutoTokenizer", ""
+            config = config.model_copy(update={"path": str(Path(file).parent)})
         automatic, ours = _from_pretrained(AutoTokenizer, config), load_tokenizer(config)
-    except UserError:  # damaged
+    except (UserError, ValueError):  # damaged, or not a name on the hub
         return "AutoTokenizer", ""
     options = ""
     if start_tokens(automatic) != start_tokens(ours):

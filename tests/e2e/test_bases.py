@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -29,8 +30,14 @@ from flora_train.data.templates import PromptCompletion
 from flora_train.data.token_split import TokenSplit
 from flora_train.data.tokenization import pad_token, tokenize
 from flora_train.evaluation.generation import complete
+from flora_train.export.usage_snippet import GenerationExample, usage_snippet
 from flora_train.models.context_length import max_readable_length
-from flora_train.models.loading import load_base_model, load_model_config, load_tokenizer
+from flora_train.models.loading import (
+    load_base_model,
+    load_model_config,
+    load_tokenizer,
+    tokenizer_in_code,
+)
 from flora_train.run_context import load_run
 from flora_train.training.loss import RowLosses
 from flora_train.training.row_check import check_rows
@@ -94,6 +101,22 @@ def test_tokens_are_those_of_the_published_files(name: str, base: ModelConfig) -
     assert (*tokens[: len(layout.start)], tokens[-1]) == (*layout.start, layout.end)
     assert tokens.count(layout.end) == 1
     assert tokenizer.convert_ids_to_tokens(pad_token(tokenizer)) == (layout.pad or layout.end)
+
+
+@ALL
+def test_program_of_a_card_reads_texts_as_training_does(name: str, base: ModelConfig) -> None:
+    class_name, options = tokenizer_in_code(base)
+    assert class_name == ("PreTrainedTokenizerFast" if name == "starcoder2" else "AutoTokenizer")
+    assert options == (", add_bos_token=True" if name == "deepseek-coder" else "")
+    read_options = dict.fromkeys(("add_bos_token",) if options else (), True)
+    theirs = getattr(transformers, class_name).from_pretrained(base.path, **read_options)
+    texts = [*code(), *ODD]
+    assert theirs(texts)["input_ids"] == load_tokenizer(base)(texts)["input_ids"]
+    example = GenerationExample("x", 8, tokenizer=(class_name, options))
+    config = {"base_model_name_or_path": "some/base", "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    snippet = usage_snippet(config, example, source="some/adapter")
+    assert f'tokenizer = {class_name}.from_pretrained("some/base"{options})' in snippet
+    assert f"from transformers import AutoModelForCausalLM, {class_name}" in snippet
 
 
 @ALL
@@ -235,6 +258,9 @@ def test_recipe_trains_and_plain_peft_loads_what_it_exports(
     assert loaded.returncode == 0, loaded.stderr
     theirs = load_file(tmp_path / "peft" / "logits.safetensors")
     assert theirs.keys() == context.bank.ids.keys()
+    class_name, options = tokenizer_in_code(base)
+    card = (folder / "adapters" / "perl-lora" / "README.md").read_text(encoding="utf-8")
+    assert f'tokenizer = {class_name}.from_pretrained("{base.path}"{options})' in card
     with torch.no_grad():
         plain = load_base_model(base, CPU)(input_ids=ids).logits
         for adapter, logits in theirs.items():
