@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 
 from flora_train.cli.app import command
 from flora_train.cli.arguments import RecipeOverrides
@@ -22,9 +23,9 @@ def train(overrides: RecipeOverrides = None) -> None:
     from flora_train.config.load import load_config
 
     config = load_config(overrides or [])
-    logger.info(
-        f"{config.name}: {len(config.tasks)} tasks, base {config.model.path}, run folder {config.folder}"
-    )
+    chosen = (adapter.tasks or config.tasks for adapter in config.adapters.values())
+    tasks = len(set(chain.from_iterable(chosen)))
+    logger.info(f"{config.name}: {tasks} tasks, base {config.model.path}, run folder {config.folder}")
     from flora_train.runtime.signals import end_with_launcher
 
     end_with_launcher()

@@ -212,5 +212,7 @@ def _one_thread() -> None:
     """Limit a worker to one core, as workers share the cores."""
     import torch
 
+    # the decoder of mp3 files prints a line about each damaged one, which is counted and listed
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
