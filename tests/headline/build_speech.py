@@ -1,7 +1,7 @@
 """Builds what `recipe=common_voice` asks for: a tiny `openai/whisper-large`, and a release of Common Voice.
 
     python -m tests.headline.build_speech OUT                      clips a language: 12 train, 4 dev, 4 test
-    python -m tests.headline.build_speech OUT --clips 400 220 40   enough to reach the recipe's own limits
+    python -m tests.headline.build_speech OUT --clips 40 205 6     enough to reach the recipe's own limits
 
 OUT/models/openai/whisper-large is served by `python -m tests.hub_server OUT`; OUT/cv-corpus-... is the
 release's folder, with six languages, and OUT/archives has the same as one .tar.gz per language. Sentences are
@@ -64,9 +64,9 @@ LEFT_OUT = {
 README = """\
 # {locale}: not Common Voice
 
-This folder has the layout of a Common Voice release. Its clips were spoken by espeak-ng (voice `{voice}`), and
-its sentences were written for the tests of this project (CC0). espeak-ng has no Mongolian voice: a Kazakh one
-reads Mongolian, whose letters it knows.
+This folder has the layout of a Common Voice release. Its clips were spoken by espeak-ng (voice `{voice}`),
+and its sentences were written for the tests of this project (CC0). espeak-ng has no Mongolian voice: a
+Kazakh one reads Mongolian, whose letters it knows.
 """
 
 

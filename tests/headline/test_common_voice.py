@@ -1,4 +1,4 @@
-"""recipe=common_voice as it stands, with a release in the official layout and a tiny Whisper large from a hub on loopback."""
+"""recipe=common_voice as it stands: a release in the official layout, and a tiny Whisper from a local hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flora_train.evaluation.speech.normalize import normalizer_of
 from tests.forked import ROOT
 from tests.headline.build_speech import LEFT_OUT, RELEASE, SENTENCES
 from tests.headline.runs import command, done, hub_environment, launched
-from tests.headline.speech_material import SHORT, SPEECH_SIZES, built_speech, release_of
+from tests.headline.speech_material import FULL, SHORT, SPEECH_SIZES, built_speech, release_of
 from tests.hub_server import Hub, serve
 
 LANGUAGES = {"ar": 50272, "cs": 50283, "lt": 50293, "mr": 50320, "mn": 50314, "hi": 50276}
@@ -146,6 +146,26 @@ def test_recipe_runs_as_it_stands_from_clips_to_adapters_on_the_hub(
         check_pushed_adapters(finished, tmp_path)
 
 
+@pytest.mark.headline
+@needs_espeak
+def test_recipe_runs_with_its_own_lengths_and_data_limits(tmp_path: Path) -> None:
+    """Whole windows of 30 s, and steps of 300,000 positions and tokens, of which two are trained."""
+    with finished_run(built_speech(FULL), tmp_path, "training.steps=2") as finished:
+        check_adapters(finished)
+        for task in finished.report["tasks"]:
+            assert task["validation"]["examples"] == 200, "task_defaults.max_validation_examples"
+            assert task["validation"]["unsampled"] == FULL[1] - 200
+        for result in finished.report["results"]:
+            assert result["examples"] == 100, "evaluation.max_examples"
+        for adapter in finished.report["adapters"]:
+            clips = 2 * 6
+            assert clips * 1500 < adapter["tokens"] < clips * 1948, "six clips a step, and no seventh draw"
+        speech = finished.report["speech"]
+        assert speech["max_new_tokens"] == 224
+        assert speech["window_step"] is None
+        assert [part["clips"] for part in speech["languages"]] == [FULL[2]] * 6
+
+
 def check_configuration(finished: Finished) -> None:
     """Nothing but the sizes and the release's path differs from the recipe."""
     assert {word.partition("=")[0] for word in SPEECH_SIZES} <= SMALLER
@@ -239,7 +259,7 @@ def check_requests(finished: Finished) -> None:
 
 
 def check_pushed_adapters(finished: Finished, tmp_path: Path) -> None:
-    """Loaded from the hub by plain PEFT, they give the logits of the bank. Languages have their own tokens."""
+    """Loaded from the hub by plain PEFT, they give the logits of the bank; languages have their tokens."""
     pushed = done(command("push", str(finished.run), "--repo", REPOSITORY), finished.environment)
     assert pushed.returncode == 0, pushed.stderr
     for adapter in finished.report["adapters"]:

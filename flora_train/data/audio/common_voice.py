@@ -141,9 +141,9 @@ def _archive_in(folder: Path, locale: str) -> Path | None:
     return next(reversed(archives), None)
 
 
-def _version(path: Path) -> list[int]:
-    """The numbers in the name of a release, by which 10.0 is newer than 9.0."""
-    return [int(number) for number in re.findall("[0-9]+", path.name)]
+def _version(path: Path) -> tuple[bool, list[int]]:
+    """Order of releases by name: 10.0 is newer than 9.0, and a delta, without splits, comes last."""
+    return "-delta-" not in path.name, [int(number) for number in re.findall("[0-9]+", path.name)]
 
 
 def _language_folder(release: Path, source: SourceConfig, key: str) -> Path:

@@ -9,6 +9,7 @@ import pytest
 
 from flora_train.config.errors import UserError
 from flora_train.config.task_schema import SourceConfig
+from flora_train.data.audio.common_voice import DAMAGED_ROW, check_clips_exist
 from flora_train.data.sources import read_rows
 from tests.speech import write_clip
 
@@ -30,6 +31,12 @@ def release(tmp_path: Path) -> Path:
     return folder.parent
 
 
+def packed(release: Path, archive: Path) -> Path:
+    with tarfile.open(archive, "w:gz") as out:
+        out.add(release, arcname=release.name)
+    return archive
+
+
 def rows_of(place: Path, split: str = "dev", locale: str = "cs") -> list[dict]:
     return read_rows(SourceConfig(common_voice=str(place), locale=locale, split=split), "tasks.cs.validation")
 
@@ -49,9 +56,7 @@ def test_the_release_folder_and_the_language_folder_are_equivalent(release: Path
 
 def test_an_archive_is_unpacked_once(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    archive = tmp_path / "cs.tar.gz"
-    with tarfile.open(archive, "w:gz") as out:
-        out.add(release, arcname=release.name)
+    archive = packed(release, tmp_path / "cs.tar.gz")
     first = rows_of(archive)
     assert [row["sentence"] for row in first] == [row["sentence"] for row in rows_of(release)]
     assert Path(first[0]["path"]).exists()
@@ -88,3 +93,66 @@ def test_a_missing_part_of_a_release_is_named(release: Path) -> None:
     table.write_text(f"{HEADER}\na\tb\tc\td\te\tf\tone tab too many\n")
     with pytest.raises(UserError, match=r"line 2 has more cells than the header"):
         rows_of(release)
+
+
+def test_rows_that_a_tab_or_a_line_end_broke_have_a_fault(release: Path) -> None:
+    table = release / "cs" / "dev.tsv"
+    table.write_text(
+        f"{HEADER}\r\n"
+        "1\tx\ta.mp3\tone\ttab\t2\tcs\r\n"
+        "1\tx\tb.mp3\tone line\nend\t2\tcs\r\n"
+        "1\tx\tc.mp3\twhole\t2\tcs\r\n\r\n",
+        encoding="utf-8-sig",
+        newline="",
+    )
+    rows = rows_of(release)
+    assert [row.get("fault") for row in rows] == [DAMAGED_ROW, DAMAGED_ROW, DAMAGED_ROW, None]
+    assert [row["path"] for row in rows[:3]] == [f"{table}:{line}" for line in (2, 3, 4)]
+    assert rows[3]["sentence"] == "whole"
+    table.write_text(f"{HEADER}\nonly\tfour\tcells\there\n")
+    with pytest.raises(UserError, match=r"line 2 has fewer cells than the header"):
+        rows_of(release)
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        ('"""Yes,"" she said."', '"Yes," she said.'),
+        ('"A ""word"" here"', 'A "word" here'),
+        ('"Yes."', '"Yes."'),
+        ('"Yes," she said.', '"Yes," she said.'),
+        ('"Yes," she said, "no"', '"Yes," she said, "no"'),
+        ('""', '""'),
+        ('"', '"'),
+    ],
+)
+def test_the_quoting_of_csv_files_is_undone(release: Path, cell: str, sentence: str) -> None:
+    (release / "cs" / "dev.tsv").write_text(f"{HEADER}\n1\tx\ta.mp3\t{cell}\t2\tcs\n", encoding="utf-8")
+    assert [row["sentence"] for row in rows_of(release)] == [sentence]
+
+
+def test_a_folder_of_archives_is_a_release(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    expected = [row["sentence"] for row in rows_of(release)]
+    for name in ("cv-corpus-9.0-2022-04-27", "cv-corpus-10.0-2022-07-04", "cv-corpus-23.0-delta-2025-09-05"):
+        packed(release.rename(release.with_name(name)), downloads / f"{name}-cs.tar.gz")
+        release = release.with_name(name)
+    rows = rows_of(downloads)
+    assert [row["sentence"] for row in rows] == expected
+    assert rows[0]["release"] == "cv-corpus-10.0-2022-07-04"
+    with pytest.raises(UserError, match="locale = 'hi'"):
+        rows_of(downloads, locale="hi")
+
+
+def test_missing_clips_are_named_without_reading_any(release: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = SourceConfig(common_voice=str(release), locale="cs", split="test")
+    check_clips_exist(source, "tasks.cs.test")
+    first = release / "cs" / "clips" / "common_voice_cs_2.mp3"
+    assert f"tasks.cs.test: 1 of 2 clips are missing and will be left out (the first: {first})" in caplog.text
+    (release / "cs" / "clips" / "common_voice_cs_1.mp3").unlink()
+    with pytest.raises(UserError, match=r"lists 2 clips, of which none exists .*unpack the whole archive"):
+        check_clips_exist(source, "tasks.cs.test")
