@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import tarfile
-import tempfile
 from pathlib import Path
+
+from filelock import FileLock
 
 from flora_train.config.errors import choices, did_you_mean, first_line, user_error
 from flora_train.config.paths import find_file
@@ -215,25 +216,31 @@ def _unpacked(archive: Path, key: str) -> Path:
     """The folder with the archive's content. It appears only once it is complete."""
     status = archive.stat()
     name = f"{archive.name.removesuffix('.tar.gz')}-{status.st_size:x}-{status.st_mtime_ns:x}"
-    cache = user_cache("releases")
-    folder = cache / name
+    folder = user_cache("releases") / name
     if folder.is_dir():
         return folder
-    logger.info(f"unpacking {archive} ({status.st_size / 1e9:.1f} GB) into {folder}")
-    with disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".", dir=cache))
+    locks = user_cache("locks")
+    for parent in (folder.parent, locks):
+        with disk_errors(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+    # the processes of a run share the archive, which one of them unpacks
+    with FileLock(locks / f"{name}.lock"):
+        if not folder.is_dir():
+            logger.info(f"unpacking {archive} ({status.st_size / 1e9:.1f} GB) into {folder}")
+            _unpack(archive, folder, key)
+    return folder
+
+
+def _unpack(archive: Path, folder: Path, key: str) -> None:
+    """Unpack into a folder beside `folder`, which may be there from a call that was killed, and rename it."""
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         with tarfile.open(archive) as content:
             content.extractall(temporary, filter="data")
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
+        temporary.rename(folder)
     except Exception as error:  # damaged archives raise many types
         hint = f"cannot be unpacked: {first_line(error)}"
         raise user_error(f"{key}.common_voice", str(archive), hint) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -63,6 +65,28 @@ def test_an_archive_is_unpacked_once(release: Path, tmp_path: Path, monkeypatch:
     assert first[0]["release"] == release.name
     assert rows_of(archive) == first
     (unpacked,) = (tmp_path / "cache" / "flora_train" / "releases").iterdir()
+    assert unpacked.name.startswith("cs-")
+
+
+def test_what_a_killed_process_unpacked_is_removed(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    archive = packed(release, tmp_path / "cs.tar.gz")
+    program = "import os, sys, tarfile\nfrom pathlib import Path\n"
+    program += "from flora_train.data.audio import common_voice\n"
+    program += "def extractall(self, folder, **options):\n"
+    program += (
+        "    Path(folder).mkdir()\n    (Path(folder) / 'half').write_bytes(bytes(9))\n    os._exit(7)\n"
+    )
+    program += "tarfile.TarFile.extractall = extractall\n"
+    program += "common_voice._unpacked(Path(sys.argv[1]), 'tasks.cs.train')\n"
+    killed = subprocess.run([sys.executable, "-c", program, str(archive)], check=False)
+    releases = tmp_path / "cache" / "flora_train" / "releases"
+    assert killed.returncode == 7
+    assert len(list(releases.iterdir())) == 1
+    assert rows_of(archive)
+    (unpacked,) = releases.iterdir()
     assert unpacked.name.startswith("cs-")
 
 
