@@ -129,6 +129,8 @@ def figures(run: Path) -> dict[str, Any]:
     verdicts: dict[str, Any] = {}
     for suite in report["code"]:
         file = run / "eval" / suite["suite"] / "verdicts.jsonl"
+        if not file.exists():  # no language runs here
+            continue
         for line in file.read_text(encoding="utf-8").splitlines():
             verdict = json.loads(line)
             key = "/".join(str(verdict[name]) for name in ("adapter", "language", "name", "sample"))
