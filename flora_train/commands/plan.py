@@ -20,7 +20,8 @@ from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.spec import expand
 from flora_train.commands.plan_gpus import can_report, print_gpus, report_on_gpus
 from flora_train.commands.plan_sizes import missing_here, print_from_sizes
-from flora_train.commands.plan_text import plan_lines, print_lines
+from flora_train.commands.plan_text import LONG, plan_lines, print_lines, print_notes
+from flora_train.config.errors import UserError
 from flora_train.config.schema import RunConfig
 from flora_train.config.unused_keys import notes_on_unused
 from flora_train.data.audio.speech_processor import SpeechProcessor
@@ -50,7 +51,8 @@ def plan_run(config: RunConfig) -> None:
     refused or not fit.
 
     Where the model or the rows are not on this machine, the plan follows from the model's sizes alone and is
-    about other machines: nothing is downloaded, and the memory of this machine is not checked.
+    about other machines: nothing is downloaded, and the memory of this machine is not checked. GPUs that are
+    not here are also planned for a run that does not fit here or takes long.
     """
     folder = RunFolder(Path(config.folder))
     config = resolve_config(config, folder)
@@ -72,11 +74,25 @@ def plan_run(config: RunConfig) -> None:
             capacity = _capacity(planned, data)
             print_lines(console, plan_lines(planned, capacity))
             model = empty_model(planned.model)
-            print_lines(console, (("note", note) for note in notes(model, capacity.pools)))
-            if default_device().type != "cuda" and can_report(planned, model):
-                print_gpus(console, planned, report_on_gpus(planned, model, capacity.pools, data.tasks))
-        check_fits(planned, capacity)
+            print_notes(console, notes(model, capacity.pools))
+            try:
+                check_fits(planned, capacity)
+                is_long = capacity.step_seconds * planned.training.steps > LONG
+            except UserError:
+                _print_other_gpus(console, planned, capacity.pools, data.tasks)
+                raise
+            if is_long:
+                _print_other_gpus(console, planned, capacity.pools, data.tasks)
         folder.status(config)
+
+
+def _print_other_gpus(
+    console: Console, config: RunConfig, pools: Sequence[Pool], tasks: Mapping[str, Task]
+) -> None:
+    """What the run would take on GPUs, unless this machine has one."""
+    model = empty_model(config.model)
+    if default_device().type != "cuda" and can_report(model):
+        print_gpus(console, config, report_on_gpus(config, model, pools, tasks))
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def _on_hours(report: GpuReport) -> Iterator[str]:
         )
 
 
-def can_report(config: RunConfig, model: nn.Module) -> bool:
+def can_report(model: nn.Module) -> bool:
     """Whether the micro-batch of a model can be planned from shapes: text models, and Whisper."""
     model_type = getattr(model.config, "model_type", None)
     return not is_speech_model(model.config) or model_type == "whisper"

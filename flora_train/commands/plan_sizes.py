@@ -12,7 +12,7 @@ from torch import nn
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.spec import expand
 from flora_train.commands.plan_gpus import can_report, print_gpus, report_on_gpus
-from flora_train.commands.plan_text import adapter_lines, disk_line, print_lines
+from flora_train.commands.plan_text import adapter_lines, disk_line, print_lines, print_notes
 from flora_train.config.errors import UserError, user_error
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig
@@ -124,8 +124,8 @@ def print_from_sizes(
     host = f"{format_size(storage['copies'])} a process: a copy while a checkpoint is written"
     disk = disk_line(config, storage["checkpoint"], storage["on_disk"], free=storage["free_disk"])
     print_lines(console, [("host", host), disk])
-    print_lines(console, (("note", note) for note in notes(model, pools)))
-    if can_report(config, model):
+    print_notes(console, notes(model, pools))
+    if can_report(model):
         print_gpus(console, config, report_on_gpus(config, model, pools, tasks))
 
 

@@ -26,6 +26,12 @@ def print_lines(console: Console, lines: Iterable[tuple[str, str]]) -> None:
         console.print(shown(f"{name:10} {value}"))
 
 
+def print_notes(console: Console, notes: Iterable[str]) -> None:
+    """What other programs do with the adapters."""
+    for note in notes:
+        console.print(shown(f"note: {note}"))
+
+
 def plan_lines(config: RunConfig, capacity: Capacity) -> Iterator[tuple[str, str]]:
     """(heading, line) of the plan."""
     yield from (("note", note) for note in capacity.notes)

@@ -352,3 +352,16 @@ def test_no_line_of_the_tables_is_longer_than_the_terminal(
     assert main(["plan", "recipe=multipl_e", f"output_dir={tmp_path / 'run'}"]) == 0
     _, tables = capsys.readouterr().out.split("GPUs, estimated")
     assert max(len(line.rstrip()) for line in tables.splitlines()) <= columns
+
+
+def test_other_gpus_are_planned_for_a_run_that_is_long_or_does_not_fit_here(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"recipe={recipe}", f"output_dir={tmp_path / 'run'}"]
+    assert "GPUs" not in planned(capsys, *words)
+    assert "1 x 80 GB" in planned(capsys, *words, "training.steps=10000000")
+    monkeypatch.setattr("flora_train.commands.plan.free_memory", lambda: 10_000)
+    assert main(["plan", *words]) == 2
+    printed = capsys.readouterr()
+    assert "1 x 80 GB" in printed.out
+    assert "has no room" in printed.err
