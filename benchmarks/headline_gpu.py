@@ -41,7 +41,7 @@ from flora_train.training.gpu_memory import GpuMemory
 RESULT = Path(__file__).parent / "results" / f"headline_{DEVICE.type}.md"
 CODE = Path(__file__).parents[1] / "assets" / "code"
 PUBLISHED = "bigcode/starcoderbase-1b"
-TINY = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_inner": 256}
+TINY = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_inner": 256, "vocab_size": 2048}
 TINY_KEYS = [
     "training.max_length=64",
     "training.tokens_per_step=13824",

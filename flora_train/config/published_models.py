@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,7 +19,7 @@ class PublishedModel:
     name: str
     """On the hub, as its authors write it."""
     parameters: int
-    config: Mapping[str, Any]
+    config: Mapping[str, str | int | bool]
     """The values of its config.json that decide its sizes, model_type among them."""
 
 
