@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.model_schema import ModelConfig
-from flora_train.config.paths import find_file
 from flora_train.config.published_models import PublishedModel, published_model
 from flora_train.models.loading import load_feature_extractor, load_model_config
+from flora_train.models.model_path import is_local, missing_folder
 from flora_train.models.speech_encoder import is_speech_model
 
 CONNECTION_SECONDS = 4.0
@@ -48,8 +48,7 @@ def model_sizes(config: ModelConfig) -> Iterator[ModelSizes]:
     UserError if it does not answer.
     """
     path = config.path
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if find_file(path).exists() or looks_local:
+    if is_local(path) or missing_folder(path):  # a missing folder is an error of whoever loads it
         yield ModelSizes(config, path, "folder")
         return
     if snapshot := cached_snapshot(config):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from transformers import (
 )
 
 from flora_train.commands.export import export_adapters
+from flora_train.config.load import load_config
+from flora_train.data.tokenization import pad_token
+from flora_train.run_context import load_data
+from flora_train.training.step_cost import cost_of_a_step, measure
 from tests.e2e.conftest import Launch
 from tests.forked import python
 from tests.other_speech import save_tiny
@@ -66,6 +72,34 @@ def speech_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "tiny_speech.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def test_a_plan_counts_the_layers_of_encoder_and_decoder_apart(speech_recipe: Path, tmp_path: Path) -> None:
+    """As in a Whisper turbo, whose decoder is shallow: the cost of two numbers of layers is extrapolated."""
+    config = load_config([f"recipe={speech_recipe}", f"output_dir={tmp_path / 'run'}", "audio.workers=0"])
+    shallow = tmp_path / "shallow"
+    shutil.copytree(config.model.path, shallow)
+    (shallow / "model.safetensors").unlink()  # no weights are read
+    settings = json.loads((shallow / "config.json").read_text())
+    layers = {"encoder_layers": 5, "num_hidden_layers": 5, "decoder_layers": 2}
+    (shallow / "config.json").write_text(json.dumps(settings | layers))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(shallow)})})
+    device = torch.device("cpu")
+    tokenizer, tasks, processor = load_data(config)
+    assert processor is not None
+    measured = partial(
+        measure, config, device, tasks, pad_token=pad_token(tokenizer), speech_processor=processor
+    )
+    try:
+        whole = measured(layers=5, decoder_layers=2)
+        cost = cost_of_a_step(
+            config, device, tasks, pad_token=pad_token(tokenizer), speech_processor=processor
+        )
+        least = measured(layers=2, decoder_layers=2)
+    finally:
+        processor.store.close()
+    assert whole.activations > 1.5 * least.activations
+    assert cost.activations == pytest.approx(whole.activations, rel=0.03)
 
 
 @pytest.fixture(scope="module")
