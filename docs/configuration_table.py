@@ -41,6 +41,7 @@ to them or changes them. |
 | `adapters.device_slots` | The same as `paging.device_slots`. |
 
 - A value is YAML: `training.steps=20`, `evaluation.interval=null`, `adapters.flora.tasks=[lua,perl]`.
+- `adapters.NAME=null` and `tasks.NAME=null` on the command line leave an entry of the recipe out.
 - A list where one value is expected makes a [sweep](sweeps.md).
 - `${training.steps}` in a recipe is replaced by the value of that key, after the command line was read;
   `\\${` stands for the two characters.

@@ -2,6 +2,7 @@
 
     recipes/NAME.yaml   may name a `data_config`, whose tasks come first, and `task_defaults` for all tasks
     key.sub=value       an override, which takes precedence over both
+    adapters.NAME=null  leaves an entry of `adapters` or `tasks` out
 
 `${other.key}` is resolved last, so that it refers to overridden values; `\\${` stands for the two characters.
 Nothing is read from the environment, so that no secret is written into a run folder.
@@ -9,7 +10,7 @@ Nothing is read from the environment, so that no secret is written into a run fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 
 from flora_train.config import yaml_writer
 from flora_train.config.consistency import AdapterOutline, disagreements
-from flora_train.config.errors import Problem, UserError, choices, user_error
+from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
 from flora_train.config.overrides import merge, parse_overrides
 from flora_train.config.paths import (
     PROJECT_ROOT,
@@ -56,11 +57,12 @@ def load_config(words: Sequence[str]) -> RunConfig:
         names = choices(shipped("recipes"))
         hint = f"is required: recipe=NAME with NAME one of {names}, or recipe=path/to/file.yaml"
         raise user_error("recipe", None, hint)
+    overrides, left_out = _split_off_nulls(overrides)
     raw = merge(_read_config("recipe", recipe), overrides)
     data_config = raw.pop("data_config", None)
     if data_config is not None:
         raw = merge(_read_config("data_config", data_config), raw)
-    raw = resolve(raw)
+    raw = _without(resolve(raw), left_out)
     defaults, tasks = raw.pop("task_defaults", None) or {}, raw.get("tasks")
     if not isinstance(defaults, dict):
         raise user_error("task_defaults", defaults, "must hold keys, as every task does")
@@ -103,6 +105,34 @@ def load_saved(path: Path) -> RunConfig:
         return validate(resolve(read_yaml(path)))
     except UserError as error:
         raise UserError(*(_in_file(path, problem) for problem in error.problems)) from None
+
+
+def _split_off_nulls(overrides: RawConfig) -> tuple[RawConfig, dict[str, list[str]]]:
+    """The overrides without `adapters.NAME=null` and `tasks.NAME=null`, and these names by section."""
+    kept = dict(overrides)
+    left_out: dict[str, list[str]] = {}
+    for section in ("adapters", "tasks"):
+        entries = overrides.get(section)
+        if isinstance(entries, dict):
+            left_out[section] = [name for name, entry in entries.items() if entry is None]
+            kept[section] = {name: entry for name, entry in entries.items() if entry is not None}
+    return kept, left_out
+
+
+def _without(raw: RawConfig, left_out: Mapping[str, Sequence[str]]) -> RawConfig:
+    """The configuration without some entries, to which others may have referred. Raises UserError for unknown
+    names."""
+    remaining = dict(raw)
+    for section, names in left_out.items():
+        entries = raw.get(section)
+        known = entries if isinstance(entries, dict) else {}
+        for name in names:
+            if name not in known:
+                hint = f"there is none to leave out; there are {choices(known)}.{did_you_mean(name, known)}"
+                raise user_error(f"{section}.{name}", None, hint)
+        if names:
+            remaining[section] = {name: entry for name, entry in known.items() if name not in names}
+    return remaining
 
 
 def _read_config(kind: str, name: object) -> RawConfig:

@@ -3,6 +3,7 @@ programs."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -120,7 +121,10 @@ def _syntax_problem(argument: str) -> Problem | None:
     elif argument.startswith("+"):
         hint = f"is Hydra syntax: write {plain}, keys need no +"
     elif argument.startswith("~"):
-        hint = f"is Hydra syntax: keys cannot be removed; write {plain.partition('=')[0]}=VALUE to change it"
+        key = plain.partition("=")[0]
+        hint = f"is Hydra syntax: keys cannot be removed; write {key}=VALUE to change it"
+        if re.fullmatch(r"(adapters|tasks)\.[^.]+", key):
+            hint = f"is Hydra syntax: write {key}=null to leave it out"
     elif argument.startswith("-"):
         hint = f"options are written key=value: {_as_override(plain)}"
     elif "=" not in argument or argument.startswith("="):

@@ -101,6 +101,37 @@ def test_task_can_be_changed_and_added_on_the_command_line(write) -> None:
     assert tasks["perl"].truncation == "drop"
 
 
+def test_adapters_and_tasks_are_left_out_by_null_though_others_refer_to_them(write) -> None:
+    lua = "tasks: {lua: {train: x.jsonl, text: c}, perl: {train: '${tasks.lua.train}', text: c}}\n"
+    write("mine.yaml", RECIPE + lua)
+    config = load_config(["recipe=mine.yaml", "adapters.b={method: ia3, lr: 1e-3}"])
+    first = next(iter(config.adapters))
+    words = [
+        "recipe=mine.yaml",
+        "adapters.b={method: ia3, lr: 1e-3}",
+        "tasks.lua=null",
+        f"adapters.{first}=null",
+    ]
+    config = load_config(words)
+    assert list(config.adapters) == ["b"]
+    assert list(config.tasks) == ["perl"]
+    assert config.tasks["perl"].train.files == ["x.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("tasks.lau=null", "tasks.lau: there is none to leave out; there are lua. Did you mean 'lua'?"),
+        ("tasks.lua=null", "tasks = {}: must have at least 1 item(s)"),
+    ],
+)
+def test_what_cannot_be_left_out_is_an_error(write, word: str, line: str) -> None:
+    write("mine.yaml", RECIPE + TASKS)
+    with pytest.raises(UserError) as raised:
+        load_config(["recipe=mine.yaml", word])
+    assert line in str(raised.value)
+
+
 def test_fault_of_task_defaults_is_reported_once_and_there(write) -> None:
     write("mine.yaml", RECIPE + "task_defaults: {over_lnog: drop, weight: -1}\n"
           "tasks: {a: {train: x}, b: {train: x}, c: {train: x, weight: -2}}\n")  # fmt: skip

@@ -34,6 +34,7 @@ NO_MULTIRUN = "is Hydra syntax: there is no multirun, because every adapter of a
         (["+a.b=1"], "+a.b=1: is Hydra syntax: write a.b=1, keys need no +"),
         (["++a.b=1"], "++a.b=1: is Hydra syntax: write a.b=1, keys need no +"),
         (["~a.b"], "~a.b: is Hydra syntax: keys cannot be removed; write a.b=VALUE to change it"),
+        (["~adapters.lora"], "~adapters.lora: is Hydra syntax: write adapters.lora=null to leave it out"),
         (["-m"], f"-m: {NO_MULTIRUN}"),
         (["--multirun"], f"--multirun: {NO_MULTIRUN}"),
         (["--a.b", "5"], "--a.b 5: options are written key=value: a.b=5"),
