@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from flora_train.config.language_names import language_key
@@ -15,8 +16,9 @@ from flora_train.runtime.config_changes import flat
 
 TOLERANCE = 0.1
 """Relative difference of sizes up to which they count as equal, as papers round them."""
+COUNT_TOLERANCE = 0.25
+"""Of the examples of a step, whose lengths vary."""
 MOST_NAMES = 6
-NOTHING = "none"
 
 
 def same_model(model: str | None, published: str | None) -> bool:
@@ -45,12 +47,7 @@ def setup_differences(
     return [
         *_of_model(report, setup, settings),
         *_of_data(config, setup, parts),
-        *_number("steps", settings.get("training.steps"), setup.steps),
-        *_number(
-            "examples per step and adapter",
-            settings.get("mixture.examples_per_draw"),
-            setup.examples_per_step,
-        ),
+        *_of_steps(report, config, setup, steps=settings.get("training.steps"), parts=parts),
         *_of_adapters(table, shown),
         *_of_problems(table, parts),
         *_number("samples per problem", _least_samples(parts), setup.num_samples),
@@ -112,6 +109,23 @@ def _of_data(config: Mapping[str, Any], setup: Setup, parts: Sequence[MeasuredPa
             others.append(source)
     if others:
         yield f"training data {listed(list(dict.fromkeys(others)), 2)} instead of {setup.data}"
+
+
+def _of_steps(
+    report: Report, config: Mapping[str, Any], setup: Setup, *, steps: Any, parts: Sequence[MeasuredPart]
+) -> Iterator[str]:
+    """The number of steps, and the examples in them on average: a step has as many as its tokens hold."""
+    yield from _number("steps", steps, setup.steps)
+    languages = {part.language for part in parts}
+    of_task = task_languages(config)
+    per_step = []
+    for task in report.tasks:
+        if of_task.get(task.name) in languages and isinstance(steps, int) and steps > 0:
+            per_step.append(task.epochs * task.train.examples / steps)
+    if per_step and setup.examples_per_step is not None:
+        mean = float(f"{fmean(per_step):.2g}")
+        if not _close(mean, setup.examples_per_step, COUNT_TOLERANCE):
+            yield from _number("examples per step and adapter", mean, setup.examples_per_step)
 
 
 def _source(train: Any) -> str:

@@ -119,7 +119,7 @@ def test_everything_that_differs_from_the_papers_setup_is_named() -> None:
         "quantization none instead of 8bit",
         "instead of The Stack",
         "20 steps instead of 1,500",
-        "1 example per step and adapter instead of 8",
+        "1.3 examples per step and adapter instead of 8",
         "variant residual of flora instead of pure",
         "rank 4 of flora instead of 1",
         "learning rate 0.02 of flora instead of 0.008",
@@ -134,7 +134,6 @@ def like_the_paper() -> Content:
     content = with_config(
         content_of("multipl_e_local"),
         training__steps=1500,
-        mixture__examples_per_draw=8,
         model__quantization="8bit",
         model__path="bigcode/starcoder",
     )
@@ -146,6 +145,8 @@ def like_the_paper() -> Content:
         "model": "bigcode/starcoder",
         "base_parameters": 15_517_456_384,
     }
+    for task in content["tasks"]:
+        task["epochs"] = 8 * 1500 / task["train"]["examples"]
     rates = {"flora": 8e-3, "ia3": 5e-3, "lora": 1e-4}
     for adapter in content["adapters"]:
         adapter |= {"lr": rates[adapter["method"]]}
@@ -172,6 +173,14 @@ def test_a_tiny_model_of_the_papers_name_is_no_replication() -> None:
     content["facts"]["base_parameters"] = 820_000
     (table,) = compared(content)
     assert table.differs == ["820 thousand parameters instead of 15.5 billion"]
+
+
+def test_steps_with_other_numbers_of_examples_are_no_replication() -> None:
+    content = like_the_paper()
+    for task in content["tasks"]:
+        task["epochs"] *= 9
+    (table,) = compared(content)
+    assert table.differs == ["72 examples per step and adapter instead of 8"]
 
 
 def test_a_part_of_the_problems_is_no_replication() -> None:
