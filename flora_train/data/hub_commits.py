@@ -32,7 +32,7 @@ def resolve_commits(config: RunConfig, recorded: Mapping[str, str]) -> dict[str,
     """
     forget_commits()
     pin_commits(recorded)
-    for name, revision, repo_type in _repositories(config):
+    for name, revision, repo_type in dict.fromkeys(_repositories(config)):
         with suppress(HubError):
             open_snapshot(name, revision, repo_type)
     commits = commits_of(config)
@@ -48,13 +48,19 @@ def commits_of(config: RunConfig) -> dict[str, str]:
 
 
 def _repositories(config: RunConfig) -> Iterator[tuple[str, str | None, RepoType]]:
-    """(name, revision, type) of each repository that the configuration names."""
+    """(name, revision, type) of each repository that the run reads; tasks that no adapter learns are not
+    read."""
     if not _is_local(config.model.path):
         yield config.model.path, config.model.revision, "model"
     for adapter in config.adapters.values():
         if adapter.init_from is not None and not _is_local(adapter.init_from):
             yield adapter.init_from, None, "model"
-    for task in config.tasks.values():
+    learnt: set[str] = set()
+    for adapter in config.adapters.values():
+        learnt.update(adapter.tasks or config.tasks)
+    for task_name, task in config.tasks.items():
+        if task_name not in learnt and task.split_by is None:
+            continue
         for source in (task.train, task.validation, task.test):
             if source is not None and source.hub is not None and not Path(source.hub).is_dir():
                 yield source.hub, source.revision, "dataset"
