@@ -35,9 +35,9 @@ from flora_train.models.loading import (
     check_model_type,
     check_quantization,
     empty_model,
+    is_english_only,
     load_base_model,
     load_feature_extractor,
-    load_generation_settings,
     load_model_config,
     load_tokenizer,
 )
@@ -45,7 +45,6 @@ from flora_train.models.probe_inputs import noise_features
 from flora_train.models.speech_encoder import (
     count_positions,
     is_distilled,
-    is_english_only,
     is_speech_model,
     is_whisper,
     max_text_tokens,
@@ -227,8 +226,7 @@ def build_speech_processor(config: RunConfig, model_config: Any, tokenizer: Any)
     English-only Whisper.
     """
     if is_whisper(model_config):
-        english_only = is_english_only(model_config, load_generation_settings(config.model))
-        check_multilingual(tokenizer, config.model.path, english_only)
+        check_multilingual(tokenizer, config.model.path, is_english_only(config.model, model_config))
         warn_if_distilled(config, model_config)
     for package in ("soundfile", "soxr", "jiwer"):
         if find_spec(package) is None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from flora_train.config.paths import IS_CHECKOUT, PROJECT_ROOT
 
@@ -12,8 +10,6 @@ COMMON_VOICE = re.compile(r"mozilla-foundation/common_voice\w*", re.IGNORECASE)
 """Former repositories of Common Voice. Since October 2025 the Mozilla Data Collective distributes it."""
 STACK_V2 = re.compile(r"bigcode/the-stack-v2[\w-]*", re.IGNORECASE)
 """Repositories that hold identifiers of files, and no contents."""
-IDENTIFIER = "blob_id"
-"""Column of The Stack v2: the identifier of a file at Software Heritage."""
 
 
 def moved_hint(name: str) -> str | None:
@@ -25,26 +21,17 @@ def moved_hint(name: str) -> str | None:
             "and locale (cs) in place of hub (docs/speech.md)"
         )
     if STACK_V2.fullmatch(name):
+        download = f"{stack_v2_script()} --data-set {name} --language LANGUAGE --rows 20000 --out FILE.jsonl"
         return (
             "holds identifiers of files, without their code: accept its terms (bulk downloads need an "
-            f"agreement with Software Heritage), run `{_script()} --data-set {name} --language LANGUAGE "
-            "--rows 20000 --out FILE.jsonl`, and give FILE.jsonl in place of this source (docs/data.md)"
+            f"agreement with Software Heritage), run `{download}`, and give FILE.jsonl in place of this source "
+            "(docs/data.md)"
         )
     return None
 
 
-def identifiers_hint(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence for rows that identify files of The Stack v2 instead of holding their text; else nothing."""
-    if not rows:
-        return ""
-    files = rows[0].get("files")
-    first = files[0] if isinstance(files, list) and files else None
-    if IDENTIFIER in rows[0] or (isinstance(first, Mapping) and IDENTIFIER in first):
-        return f" They identify files of The Stack v2: `{_script()} --ids` downloads them (docs/data.md)."
-    return ""
-
-
-def _script() -> str:
+def stack_v2_script() -> str:
+    """The command that downloads code of The Stack v2, without its options."""
     path = "assets/download_stack_v2.py"
     if not IS_CHECKOUT:
         path = str(PROJECT_ROOT / path)

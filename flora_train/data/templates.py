@@ -8,10 +8,12 @@ from math import isinf, isnan
 from typing import Any
 
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
-from flora_train.config.moved_datasets import identifiers_hint
+from flora_train.config.moved_datasets import stack_v2_script
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.file_rows import Row
 
+IDENTIFIER = "blob_id"
+"""Column of The Stack v2: the identifier of a file at Software Heritage."""
 Span = tuple[int, int]
 
 
@@ -119,7 +121,7 @@ class Formatter:
                     hint = (
                         f"{column!r} is not a column of the {rows_name} rows; they have {choices(columns)}."
                     )
-                    hint += identifiers_hint(rows)
+                    hint += _identifiers_hint(rows)
                     problems.append(
                         Problem(template.key, template.source, hint + did_you_mean(column, columns))
                     )
@@ -142,7 +144,7 @@ def make_formatter(task: TaskConfig, rows: list[Row], key: str) -> Formatter:
             text = "text"
         else:
             hint = f"name the columns: text, or prompt and completion; the rows have {', '.join(columns)}"
-            if explained := identifiers_hint(rows):
+            if explained := _identifiers_hint(rows):
                 hint += f".{explained}"
             raise user_error(key, None, hint)
     if text is not None:
@@ -177,3 +179,15 @@ def _columns(rows: list[Row]) -> list[str]:
     for row in rows:
         columns |= dict.fromkeys(map(str, row))
     return list(columns)
+
+
+def _identifiers_hint(rows: list[Row]) -> str:
+    """A sentence for rows that identify files of The Stack v2 instead of holding their text; else nothing."""
+    if not rows:
+        return ""
+    files = rows[0].get("files")
+    first = files[0] if isinstance(files, list) and files else None
+    if IDENTIFIER in rows[0] or (isinstance(first, dict) and IDENTIFIER in first):
+        script = f"{stack_v2_script()} --ids"
+        return f" They identify files of The Stack v2: `{script}` downloads them (docs/data.md)."
+    return ""

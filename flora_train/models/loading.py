@@ -3,7 +3,6 @@ its weights."""
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ from flora_train.config.schema import RunConfig
 from flora_train.data.text_encoder import start_tokens
 from flora_train.models.hub_files import download_model
 from flora_train.models.model_path import missing_folder
-from flora_train.models.published_tokenizer import add_declared_start, splits_otherwise
+from flora_train.models.published_tokenizer import add_declared_start, settings_in, splits_otherwise
 from flora_train.models.speech_encoder import allow_short_windows, is_speech_model, is_whisper
 from flora_train.runtime.hub_snapshot import HubError
 
+ENGLISH_VOCABULARY = 51_864
+"""Of every English-only Whisper; multilingual ones have one token more, or two."""
 LAYER_COUNTS = {
     "num_hidden_layers",
     "num_layers",
@@ -46,7 +47,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     folder = Path(_location(config, weights=False))
     if splits_otherwise(tokenizer, folder / "tokenizer.json"):
         tokenizer = _from_pretrained(PreTrainedTokenizerFast, config)
-    add_declared_start(tokenizer, _settings_in(folder / "tokenizer_config.json"))
+    add_declared_start(tokenizer, folder / "tokenizer_config.json")
     return tokenizer
 
 
@@ -76,18 +77,13 @@ def tokenizer_in_code(config: ModelConfig) -> tuple[str, str]:
     return "PreTrainedTokenizerFast", options
 
 
-def load_generation_settings(config: ModelConfig) -> dict[str, Any]:
-    """The content of generation_config.json; empty if the model has none."""
-    return _settings_in(Path(_location(config, weights=False)) / "generation_config.json")
-
-
-def _settings_in(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def is_english_only(config: ModelConfig, model_config: Any) -> bool:
+    """Whether the base is a Whisper of English alone (`.en`), by its published files."""
+    vocabulary = getattr(model_config, "vocab_size", 0)
+    if not is_whisper(model_config) or vocabulary > ENGLISH_VOCABULARY:
+        return False
+    settings = settings_in(Path(_location(config, weights=False)) / "generation_config.json")
+    return vocabulary == ENGLISH_VOCABULARY or settings.get("is_multilingual") is False
 
 
 def load_feature_extractor(config: ModelConfig) -> Any:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from flora_train.data.text_encoder import start_tokens
-from flora_train.data.tokenizer_copies import pipeline_of
 
 LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 """Classes of tokenizer_config.json for which `add_bos_token` has always had a meaning."""
@@ -25,9 +24,11 @@ def splits_otherwise(tokenizer: Any, file: Path) -> bool:
     published = json.loads(file.read_text(encoding="utf-8"))
     if "ByteLevel" not in [step["type"] for step in _steps(published.get("pre_tokenizer"))]:
         return False
-    loaded = pipeline_of(backend)
-    parts = ("normalizer", "pre_tokenizer")
-    return any(_steps(published.get(part)) != _steps(loaded.get(part)) for part in parts)
+    for part, loaded in (("normalizer", backend.normalizer), ("pre_tokenizer", backend.pre_tokenizer)):
+        built = None if loaded is None else json.loads(loaded.__getstate__())
+        if _steps(published.get(part)) != _steps(built):
+            return True
+    return False
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:
@@ -42,14 +43,24 @@ def _steps(part: Any) -> list[dict[str, Any]]:
     return [part]
 
 
-def add_declared_start(tokenizer: Any, settings: dict[str, Any]) -> None:
-    """Put the beginning token before each text, if tokenizer_config.json (`settings`) declares it.
+def add_declared_start(tokenizer: Any, file: Path) -> None:
+    """Put the beginning token before each text, if tokenizer_config.json (`file`) declares it.
 
     transformers 5 reads this from tokenizer.json alone, where DeepSeek-Coder's files do not have it.
     """
+    settings = settings_in(file)
     declared = settings.get("add_bos_token") is True
     known = str(settings.get("tokenizer_class")).removesuffix("Fast") in LLAMA_CLASSES
     if not declared or not known or tokenizer.bos_token_id is None or start_tokens(tokenizer):
         return
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         tokenizer.add_bos_token = True
+
+
+def settings_in(file: Path) -> Any:
+    """The content of a JSON file with settings; empty where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -3,7 +3,7 @@ do not change it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import copy
 from functools import cache
 from typing import Any
@@ -16,8 +16,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from flora_train.data.audio.features import extracted
 from flora_train.data.batch import MixedBatch
 
-ENGLISH_VOCABULARY = 51_864
-"""Of every English-only Whisper; multilingual ones have one token more, or two."""
 DISTILLED_LAYERS, LEAST_LAYERS = 2, 12
 """Layers of the decoder of distil-whisper's larger models, and the least number that such an encoder has. No
 other published model has as few decoder layers beside as many encoder layers."""
@@ -35,14 +33,6 @@ def is_speech_model(model_config: Any) -> bool:
 def is_whisper(model_config: Any) -> bool:
     """Whether it is a Whisper, which has windows of 30 s and prompts of four tokens."""
     return getattr(model_config, "model_type", None) == "whisper"
-
-
-def is_english_only(model_config: Any, generation_settings: Mapping[str, Any]) -> bool:
-    """Whether it is a Whisper of English alone (`.en`), by its published files."""
-    vocabulary = getattr(model_config, "vocab_size", 0)
-    if vocabulary > ENGLISH_VOCABULARY:
-        return False
-    return vocabulary == ENGLISH_VOCABULARY or generation_settings.get("is_multilingual") is False
 
 
 def is_distilled(model_config: Any) -> bool:

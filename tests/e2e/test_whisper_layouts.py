@@ -20,8 +20,8 @@ from flora_train.config.errors import UserError
 from flora_train.config.model_schema import ModelConfig
 from flora_train.config.speech_schema import SpeechConfig
 from flora_train.data.audio.speech_processor import language_tokens
-from flora_train.models.loading import load_tokenizer
-from flora_train.models.speech_encoder import is_distilled, is_english_only
+from flora_train.models.loading import is_english_only, load_tokenizer
+from flora_train.models.speech_encoder import is_distilled
 from flora_train.run_context import load_run
 from tests.e2e.conftest import Launch
 from tests.forked import ROOT
@@ -142,10 +142,12 @@ def test_english_only_model_is_refused_in_one_line(release: Path, launch: Launch
     ],
 )
 def test_english_only_models_by_their_files(
-    vocabulary: int, is_multilingual: bool | None, english: bool
+    vocabulary: int, is_multilingual: bool | None, english: bool, tmp_path: Path
 ) -> None:
-    settings = {} if is_multilingual is None else {"is_multilingual": is_multilingual}
-    assert is_english_only(SimpleNamespace(vocab_size=vocabulary), settings) == english
+    if is_multilingual is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"is_multilingual": is_multilingual}))
+    model_config = SimpleNamespace(model_type="whisper", vocab_size=vocabulary)
+    assert is_english_only(ModelConfig(path=str(tmp_path)), model_config) == english
 
 
 @pytest.mark.parametrize(
