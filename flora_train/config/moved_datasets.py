@@ -24,8 +24,8 @@ def moved_hint(name: str) -> str | None:
         download = f"{stack_v2_script()} --data-set {name} --language LANGUAGE --rows 20000 --out FILE.jsonl"
         return (
             "holds identifiers of files, without their code: accept its terms (bulk downloads need an "
-            f"agreement with Software Heritage), run `{download}`, and give FILE.jsonl in place of this source "
-            "(docs/data.md)"
+            f"agreement with Software Heritage), run `{download}`, and give FILE.jsonl in place of this "
+            "source (docs/data.md)"
         )
     return None
 
