@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from flora_train.config.paths import exists, find_file
 from flora_train.config.schema import RunConfig
 from flora_train.prerequisites.needs import Need, learnt_tasks
+from flora_train.runtime.hub_probe import is_offline
 
 BUILT = {
     "multipl_e_local": {"setup": "assets/models/smollm2-135m", "code-local": "assets/code_local"},
@@ -33,7 +34,10 @@ def what_runs_instead(config: RunConfig, needs: Sequence[Need]) -> str | None:
     return f"what runs here instead: {command}"
 
 
-def _with_other_rows(needs: Sequence[Need]) -> str:
+def _with_other_rows(needs: Sequence[Need]) -> str | None:
+    """What replaces the rows of a recipe of any other kind. Offline, the problems say it themselves."""
+    if is_offline():
+        return None
     hints = list(dict.fromkeys(need.fallback_hint for need in needs if need.fallback_hint))
     if hints:
         return f"what runs here instead: {', or '.join(hints)}"
