@@ -15,7 +15,7 @@ from flora_train.prerequisites.alternatives import what_runs_instead
 from flora_train.prerequisites.base_size import size_of_base
 from flora_train.prerequisites.findings import Findings
 from flora_train.prerequisites.hub import check_hub
-from flora_train.prerequisites.needs import Need, hub_needs, missing_files
+from flora_train.prerequisites.needs import Need, hub_needs, learnt_tasks, missing_files
 from flora_train.prerequisites.resources import check_disk, check_resources
 from flora_train.runtime.run_files import RunFiles
 
@@ -88,5 +88,14 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def _has_new_tasks(config: RunConfig, files: RunFiles) -> bool:
+    """Whether a task is learnt that the finished run does not have."""
     recorded = files.known_facts.get("data")
-    return not isinstance(recorded, dict) or not set(config.tasks) <= set(recorded)
+    if not isinstance(recorded, dict):
+        return True
+    for name, task in learnt_tasks(config).items():
+        is_known = name in recorded
+        if task.is_split:
+            is_known = any(other.startswith(f"{name}_") for other in recorded)
+        if not is_known:
+            return True
+    return False

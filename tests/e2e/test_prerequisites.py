@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from flora_train.config.load import load_config, save_config
 from tests.forked import ROOT
 from tests.hub_server import STRANGER, TOKEN, Fault, Hub, serve
 
@@ -324,3 +325,51 @@ def test_two_processes_answer_once(tmp_path: Path) -> None:
     assert done.stderr.count("error: network: ") == 1
     assert done.stderr.count("what runs here instead: ") == 1
     assert "Retrying" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["evaluate", "solve"])
+def test_commands_on_a_run_check_the_hub_first(command: str, tmp_path: Path) -> None:
+    save_config(load_config(["recipe=multipl_e"]), tmp_path / "config.yaml")
+    with closed_port() as endpoint:
+        done = ask(PROGRAM, command, str(tmp_path), env=environment(tmp_path, endpoint))
+    assert done.returncode == 2
+    assert done.stdout == "torch was not loaded\n"
+    network, *others = done.stderr.splitlines()
+    assert network.startswith("error: network: ")
+    assert ("bigcode/the-stack-dedup" in network) == (command == "evaluate")
+    assert not any(line.startswith("error: GPU: ") for line in others)
+
+
+def test_doctor_lists_the_checks_as_its_rows(hub: Hub, tmp_path: Path) -> None:
+    env = environment(tmp_path, hub.url, HF_TOKEN="")
+    done = ask(PROGRAM, "doctor", "recipe=multipl_e", env=env)
+    assert done.returncode == 2
+    rows = done.stdout.splitlines()
+    assert f"hub         {hub.url.removeprefix('http://')} answers" in rows
+    assert "model       bigcode/starcoder (model.path): gated: needs a login" in rows
+    assert "dataset     nuprl/MultiPL-E (evaluation.problems): can be read" in rows
+    assert any(row.startswith("base size   the base needs 0.0 GB in ") for row in rows)
+    assert done.stderr.startswith("error: login: bigcode/starcoder (model.path) and bigcode/the-stack-dedup")
+
+
+def test_doctor_diagnoses_a_recipe_whose_rows_are_missing(checkpoint: Path, tmp_path: Path) -> None:
+    with closed_port() as endpoint:
+        env = environment(tmp_path, endpoint)
+        words = ["recipe=multipl_e", f"model.path={checkpoint}"]
+        done = ask(PROGRAM, "doctor", *words, env=env)
+    assert done.returncode == 2
+    assert "\nmissing     network: " in done.stdout
+    assert "9 x ia3" in done.stdout
+    assert done.stderr.startswith("error: recipe = 'multipl_e': lacks what the ")
+
+
+def test_a_finished_run_is_shown_without_the_hub(tmp_path: Path) -> None:
+    words = ["recipe=multipl_e", "resume=true", f"output_dir={tmp_path / 'run'}"]
+    (tmp_path / "run").mkdir()
+    data = dict.fromkeys(LANGUAGES)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"finished": True, "data": data}))
+    with closed_port() as endpoint:
+        env = environment(tmp_path, endpoint)
+        assert ask(CHECK, *words, env=env).stdout == "complete\n"
+        other = "adapters.ia3.tasks=[lua,php]"
+        assert "network: " in ask(CHECK, *words, other, env=env).stderr
