@@ -43,6 +43,8 @@ def size_of_base(model: ModelConfig, answers: Mapping[Repository, Answer]) -> Ba
     download = 0 if answer is None else bytes_of_weights(answer.files)
     if answer is not None and (answer.parameters or download):
         return BaseSize(answer.parameters or download // FLOAT32, download)
+    if answer is not None and answer.access == "busy":
+        return BaseSize(0)  # it may be another model than the published one of this name
     return BaseSize(published_parameters(model.path) or 0)
 
 

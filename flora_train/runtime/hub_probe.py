@@ -35,6 +35,8 @@ slowly, with 429 or with 5xx."""
 
 LIMIT = 2.5
 """Seconds for the first answer of the hub, and again for all others."""
+REPETITIONS, PAUSE = 2, 1.0
+"""How many times a hub that answers 429 or 5xx is asked again, and seconds before each."""
 LONGEST_ANSWER = 64 << 20
 """Bytes of an answer that is read."""
 MOST_REDIRECTS = 5
@@ -71,6 +73,8 @@ class Answer:
     """File -> bytes, where sizes were requested and are known."""
     parameters: int | None = None
     """Of its safetensors files."""
+    status: int = 0
+    """Of the answer that makes the hub busy."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,10 @@ def time_limit() -> float:
 
 
 def probe(repositories: Sequence[Repository]) -> dict[Repository, Answer]:
-    """The hub's answers. Where the first request gets none, no other is made, and all are `unreachable`."""
+    """The hub's answers. Where the first request gets none, no other is made, and all are `unreachable`.
+
+    A hub that answers 429 or 5xx is asked again.
+    """
     if not repositories:
         return {}
     limit = time_limit()
@@ -148,7 +155,13 @@ def probe(repositories: Sequence[Repository]) -> dict[Repository, Answer]:
     answers = _ask_all([first], limit, late="unreachable")
     if answers[first].access == "unreachable":
         return dict.fromkeys(repositories, answers[first])
-    return answers | _ask_all(others, limit, late="busy")
+    answers |= _ask_all(others, limit, late="busy")
+    for _ in range(REPETITIONS):
+        busy = [repository for repository, answer in answers.items() if answer.status]
+        if busy:
+            time.sleep(PAUSE)
+            answers |= _ask_all(busy, limit, late="busy")
+    return answers
 
 
 def can_connect(url: str) -> str | None:
@@ -226,7 +239,7 @@ def _ask_once(repository: Repository, on_begin: Callable[[], None]) -> Answer:
             information = parse_object(response.body)
         except (ValueError, RecursionError):
             return Answer("not a hub", "its answer is not that of a hub")
-        return _check_file(repository, information, headers)
+        return _read_information(repository, information, headers)
     if response.status in (404, 405, 501) and "x-error-code" not in response.headers:
         # a mirror of files may lack this address
         file = repository.file or {"model": "config.json", "dataset": "README.md"}[repository.type]
@@ -234,7 +247,7 @@ def _ask_once(repository: Repository, on_begin: Callable[[], None]) -> Answer:
     return _interpret(response, "authorization" in headers)
 
 
-def _check_file(repository: Repository, information: JsonObject, headers: Mapping[str, str]) -> Answer:
+def _read_information(repository: Repository, information: JsonObject, headers: Mapping[str, str]) -> Answer:
     """The answer for a repository that exists: files of a gated one need more rights than its information."""
     siblings = information.get("siblings")
     files: dict[str, int | None] = {}
@@ -243,11 +256,20 @@ def _check_file(repository: Repository, information: JsonObject, headers: Mappin
             size = sibling.get("size")
             files[sibling["rfilename"]] = size if isinstance(size, int) else None
     sizes = {name: size for name, size in files.items() if size is not None}
-    file = _file_to_check(repository, list(files))
     answer = Answer("ok")
-    if file is not None:
-        answer = _interpret(_head(repository, file, headers), "authorization" in headers)
+    if information.get("gated") is not False:
+        answer = _check_access(repository, list(files), headers)
     return replace(answer, files=sizes, parameters=_parameters(information))
+
+
+def _check_access(repository: Repository, files: Sequence[str], headers: Mapping[str, str]) -> Answer:
+    """Whether the files of a gated repository may be read; by one of them where a mirror cannot say it."""
+    url = f"{endpoint()}/api/{repository.type}s/{quote(repository.name)}/auth-check"
+    response = _request("GET", url, headers)
+    file = _file_to_check(repository, files)
+    if response.status in (404, 405, 501) and file is not None:
+        response = _head(repository, file, headers)
+    return _interpret(response, "authorization" in headers)
 
 
 def _file_to_check(repository: Repository, files: Sequence[str]) -> str | None:
@@ -322,7 +344,7 @@ def _interpret(response: _Response, with_token: bool) -> Answer:
     if status < 400 or code == "EntryNotFound":
         return Answer("ok")
     if status in (408, 429) or status >= 500:
-        return Answer("busy", f"answered {status}")
+        return Answer("busy", f"answered {status}", status=status)
     if code == "GatedRepo":
         if status == 401 or not with_token:
             return Answer("login", message)

@@ -133,7 +133,7 @@ class Handler(Reading, Pushing, BaseHTTPRequestHandler):
             return False
         key, rest = self._split(self.parts)
         repo = self.hub.repos.get(self.hub.renamed.get(key, key))
-        is_file = rest[:1] == ["resolve"] or self.parts[:2] == ["api", "resolve-cache"]
+        is_file = rest[:1] in (["resolve"], ["auth-check"]) or self.parts[:2] == ["api", "resolve-cache"]
         if self.parts[:2] in (["api", "models"], ["api", "datasets"]) or is_file:
             reads = self.command in ("GET", "HEAD") or rest[:1] == ["paths-info"]
         else:

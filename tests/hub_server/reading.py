@@ -42,6 +42,8 @@ class Reading:
         repo = self.hub.repos[key]
         if rest[:1] == ["refs"]:
             return self._references(repo)
+        if rest == ["auth-check"]:  # not permitted requests were refused before
+            return self.say(200, b"OK")
         revision = rest[1] if len(rest) > 1 else MAIN
         commit = repo.resolve(revision)
         if commit is None:
