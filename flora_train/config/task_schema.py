@@ -38,8 +38,8 @@ class SourceConfig(ConfigModel):
     files: list[PathText] | None = Field(None, min_length=1)
     """Paths or globs of .jsonl, .json, .parquet, .csv, .tsv or .txt files."""
     common_voice: PathText | None = None
-    """A Common Voice release as it is downloaded: its folder (cv-corpus-<version>/), or the .tar.gz of a
-    language."""
+    """A Common Voice release as it is downloaded: its folder (cv-corpus-<version>/), the .tar.gz of a
+    language, or a folder of these."""
     locale: Text | None = Field(None, validate_default=True)
     """Language of the Common Voice release (cs, mr, ...), which is the name of its folder there."""
     folder: PathText | None = Field(None, validate_default=True)
