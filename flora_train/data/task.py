@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,8 @@ def load_tasks(
     learners = _learners(config)
     learnt = {name: task for name, task in config.tasks.items() if learners[name]}
     problems = _missing_sources(learnt)  # before any data is read
+    if problems and speech_processor is not None:  # reading the clips of the others may take an hour
+        raise UserError(*_each_once(problems))
     missing = {problem.key.split(".")[1] for problem in problems if problem.key.startswith("tasks.")}
     load: Callable[..., Task] = load_text_task
     if speech_processor is not None:
@@ -95,6 +97,14 @@ def _missing_sources(tasks: Mapping[str, TaskConfig]) -> list[Problem]:
             except UserError as error:
                 problems += error.problems
     return problems
+
+
+def _each_once(problems: Sequence[Problem]) -> list[Problem]:
+    """Problems without those that repeat one of another key, as where all languages have one release."""
+    different: dict[tuple[str, str], Problem] = {}
+    for problem in problems:
+        different.setdefault((str(problem.value), problem.hint), problem)
+    return list(different.values())
 
 
 def notes_on_rows(tasks: Mapping[str, Task], config: RunConfig) -> list[str]:

@@ -126,7 +126,7 @@ def finished_run(
         run = folder / "run"
         data = f"tasks.ar.train.common_voice={source or release_of(material)}"
         started = launched("common_voice", run, data, *words, processes=processes)
-        ended = done(started, environment, timeout=1800)
+        ended = done(started, environment, timeout=3600)
         assert ended.returncode == 0, ended.stderr
         yield Finished(run, hub, environment, ended.stderr)
 
@@ -164,6 +164,25 @@ def test_recipe_runs_with_its_own_lengths_and_data_limits(tmp_path: Path) -> Non
         assert speech["max_new_tokens"] == 224
         assert speech["window_step"] is None
         assert [part["clips"] for part in speech["languages"]] == [FULL[2]] * 6
+
+
+@pytest.mark.full
+@needs_espeak
+def test_a_missing_release_or_language_is_named_once_before_any_clip_is_read(
+    speech_material: Path, tmp_path: Path
+) -> None:
+    with speech_hub(speech_material) as hub:
+        environment = hub_environment(hub.url, tmp_path / "home")
+        archive = speech_material / "archives" / f"{RELEASE}-ar.tar.gz"
+        expected = {tmp_path / "nothing": ["ar"], archive: ["cs", "lt", "mr", "mn", "hi"]}
+        for source, languages in expected.items():
+            data = f"tasks.ar.train.common_voice={source}"
+            refused = done(launched("common_voice", tmp_path / "run", data), environment)
+            assert refused.returncode != 0
+            errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+            assert [error.split(".")[1] for error in errors] == languages
+            assert "read clips" not in refused.stderr
+            assert not any("model.safetensors" in path for method, path in hub.asked if method == "GET")
 
 
 def check_configuration(finished: Finished) -> None:
