@@ -16,11 +16,15 @@ from typing import Any
 
 from flora_train.config.errors import choices, first_line
 from flora_train.data.file_rows import Row
+from flora_train.data.hub_description import Description
 from flora_train.runtime.hub_client import with_retries
 from flora_train.runtime.hub_snapshot import HubError, HubFile, HubSnapshot, is_offline
 
-DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
-"""Files that describe configurations, splits and columns."""
+README = "README.md"
+DESCRIPTIONS = (README, ".huggingface.yaml")
+"""Files that describe configurations, splits and columns; the later ones are stronger."""
+INFORMATION = "dataset_infos.json"
+"""The description of older data sets, which is short."""
 LARGEST_DOWNLOAD = 4 << 30
 """Bytes of a file up to which it is downloaded although only its first rows are read."""
 READ_TOGETHER = ("folder", "webdataset")
@@ -49,18 +53,20 @@ class HubDataset:
         """Names of its configurations."""
         import datasets
 
-        return list(datasets.get_dataset_config_names(str(self._outline)))
+        listed = self._description.configurations
+        return listed or list(datasets.get_dataset_config_names(str(self._outline)))
 
     def rows(self, subset: str | None, split: str, limit: int | None = None) -> Iterator[dict[str, object]]:
         """The rows of a split. limit: how many of them are used. Raises HubError, and what the reader raises
         for a damaged file."""
         import datasets
 
-        builder = self._builder(subset)
+        configuration = self._description.choose(subset, self.data_dir)
+        builder = self._builder(configuration)
         files = builder.config.data_files
         if split not in files:
             if "[" in split or "+" in split or split == "all":
-                yield from self._rows_of_expression(builder, subset, split)
+                yield from self._rows_of_expression(builder, configuration, split)
                 return
             raise HubError(f"has no split {split!r}: its splits are {choices(map(str, files))}")
         parts: list[list[str]] = [[path] for path in files[split]]
@@ -82,21 +88,13 @@ class HubDataset:
                 reason = f"{type(error).__name__}: {first_line(error)}"
                 raise HubError(f"its file {files} cannot be read ({reason})") from error
 
-    def _builder(self, subset: str | None) -> Any:
+    def _builder(self, configuration: str | None) -> Any:
         import datasets
 
-        names = [] if self.data_dir else self.configurations()
-        if subset is not None and names and subset not in names:
-            raise HubError(f"has no configuration {subset!r}: set subset to {choices(names)}")
-        if subset is None and len(names) > 1 and not self._has_default():
-            raise HubError(f"has several configurations: set subset to {choices(names)}")
-        return datasets.load_dataset_builder(str(self._outline), subset, **self._options())
-
-    def _has_default(self) -> bool:
-        """Whether the description marks one of the configurations as the default."""
-        import datasets
-
-        return datasets.get_dataset_default_config_name(str(self._outline)) is not None
+        readme = self._outline / README
+        readme.unlink(missing_ok=True)
+        readme.write_text(self._description.readme(configuration), encoding="utf-8")
+        return datasets.load_dataset_builder(str(self._outline), configuration, **self._options())
 
     def _options(self) -> dict[str, Any]:
         return {"data_dir": self.data_dir, "cache_dir": str(Path(self._temporary.name) / "cache")}
@@ -106,15 +104,21 @@ class HubDataset:
         return {file.path: file for file in self.snapshot.files(self.data_dir)}
 
     @cached_property
+    def _description(self) -> Description:
+        present = [self._files[name] for name in DESCRIPTIONS if name in self._files]
+        return Description([self.snapshot.download(file) for file in present])
+
+    @cached_property
     def _outline(self) -> Path:
-        """A folder with an empty file for each file of the data set, and its descriptions."""
+        """A folder with an empty file for each file of the data set, and what describes them."""
         folder = Path(self._temporary.name) / self.snapshot.name.rpartition("/")[2]
+        folder.mkdir()
         for path, file in self._files.items():
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            if path in DESCRIPTIONS:
+            if path == INFORMATION:
                 target.symlink_to(self.snapshot.download(file).resolve())
-            else:
+            elif path not in DESCRIPTIONS:
                 target.touch()
         return folder
 
@@ -138,7 +142,7 @@ class HubDataset:
             return f"hf://datasets/{self.snapshot.name}@{self.snapshot.commit}/{file.path}"
         return str(self.snapshot.download(file))
 
-    def _rows_of_expression(self, builder: Any, subset: str | None, split: str) -> Iterator[Row]:
+    def _rows_of_expression(self, builder: Any, configuration: str | None, split: str) -> Iterator[Row]:
         """The rows of `train[:10%]` or `train+validation`, for which all files are read."""
         import datasets
 
@@ -148,7 +152,7 @@ class HubDataset:
                     target = Path(path)
                     target.unlink()
                     target.symlink_to(Path(self._source(path, None)).resolve())
-        rows = datasets.load_dataset(str(self._outline), subset, split=split, **self._options())
+        rows = datasets.load_dataset(str(self._outline), configuration, split=split, **self._options())
         yield from undecoded(rows)
 
 

@@ -222,8 +222,10 @@ def explain(error: Exception, name: str, repo_type: str = "model", revision: str
 
 def repository_page(name: str, repo_type: str) -> str:
     """Web page of a repository, on which its terms are accepted."""
+    from huggingface_hub import constants
+
     folder = {"model": "", "dataset": "datasets/"}[repo_type]
-    return f"https://huggingface.co/{folder}{name}"
+    return f"{constants.ENDPOINT}/{folder}{name}"
 
 
 def _retry_after(header: str | None, *, default: float) -> float:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from flora_train.config.errors import UserError
+from flora_train.config.errors import UserError, first_line
 from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.hub_client import (
     OFFLINE_HINT,
@@ -119,6 +119,8 @@ def _resolve(name: str, revision: str | None, repo_type: RepoType) -> str:
             raise HubError(reason) from error
         logger.warning(f"{name}: {reason}. The local cache has its commit {cached[:12]}, which is used")
         return cached
+    if commit == cached:
+        return commit
     try:
         write_atomically(reference, lambda path: path.write_text(commit, encoding="utf-8"))
     except UserError as error:  # a cache that cannot be written to costs the next offline run, not this one
@@ -235,7 +237,10 @@ class HubSnapshot:
     def _fetch(self, file: HubFile) -> Path:
         from huggingface_hub import hf_hub_download
 
-        path = Path(hf_hub_download(self.name, file.path, repo_type=self.repo_type, revision=self.commit))
+        try:
+            path = Path(hf_hub_download(self.name, file.path, repo_type=self.repo_type, revision=self.commit))
+        except RuntimeError as error:  # of the client for large files, for a connection that broke
+            raise ConnectionError(first_line(error)) from error
         size = path.stat().st_size
         if size != file.size:
             _remove(path)

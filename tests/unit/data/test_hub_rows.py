@@ -217,7 +217,7 @@ def test_a_gated_data_set_says_how_to_get_it_and_what_can_stand_in(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fallback_hint: str | None
 ) -> None:
     hub.repos[KEY].gated = True
-    page = f"https://huggingface.co/datasets/{STACK}"
+    page = f"{hub.url}/datasets/{STACK}"
     use_hub(monkeypatch, hub, tmp_path / "cache", token=None)
     line = refusal(fallback_hint=fallback_hint)
     assert f"is gated: accept its terms on {page}, then run `hf auth login`" in line

@@ -175,7 +175,7 @@ def test_a_gated_model_is_refused_with_what_to_do(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.repos[NAME].gated = True
-    page = f"https://huggingface.co/{NAME}"
+    page = f"{hub.url}/{NAME}"
     use_hub(monkeypatch, hub, tmp_path / "cache", token=None)
     assert refusal() == (
         f"model.path = {NAME!r}: is gated: accept its terms on {page}, then run `hf auth login`"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -57,12 +58,13 @@ def load_suite(source: str, languages: Iterable[str], limit: int | None) -> Suit
     """
     problems_of: dict[str, Mapping[str, Problem]] = {}
     missing: dict[str, str] = {}
-    for language in languages:
-        problems = _problems(source, language)
-        if problems is None:
-            missing[language] = f"{source} has no problems in it"
-        else:
-            problems_of[language] = problems
+    with _opened(source) as dataset:
+        for language in languages:
+            problems = _problems(source, language, dataset)
+            if problems is None:
+                missing[language] = f"{source} has no problems in it"
+            else:
+                problems_of[language] = problems
     if not problems_of:
         raise user_error("evaluation.problems", source, f"has no problems in {choices(missing)}")
     return Suite(suite_name(source), source, problems_of, limit, missing)
@@ -75,11 +77,42 @@ def suite_name(source: str) -> str:
     return find_file(source).resolve().name.lower()
 
 
-def _problems(source: str, language: str) -> Mapping[str, Problem] | None:
+@contextmanager
+def _opened(source: str) -> Iterator[HubDataset | None]:
+    """The data set that a source names; None for other sources."""
+    if not source.startswith(HUB_PREFIX):
+        yield None
+        return
+    try:
+        import datasets
+    except ImportError as error:
+        hint = "needs datasets: pip install 'flora-train[hub]'"
+        raise user_error("evaluation.problems", source, hint) from error
+    datasets.disable_progress_bars()
+    with _hub_errors(source):
+        dataset = HubDataset(open_snapshot(source.removeprefix(HUB_PREFIX), None, "dataset"))
+    with dataset:
+        yield dataset
+
+
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
+    """Raises UserError for what cannot be read from the hub."""
+    try:
+        yield
+    except Exception as error:  # the libraries raise many types, for a damaged file for example
+        reason = f"cannot be read ({type(error).__name__}: {first_line(error)})"
+        if isinstance(error, HubError):
+            reason = str(error)
+        alternative = "give a folder with MultiPL-E's humaneval-<language>.jsonl, or starter"
+        raise user_error("evaluation.problems", source, f"{reason}. Instead, {alternative}") from error
+
+
+def _problems(source: str, language: str, dataset: HubDataset | None) -> Mapping[str, Problem] | None:
     if source == STARTER:
         return load_starter_problems(language) if language in STARTER_LANGUAGES else None
-    if source.startswith(HUB_PREFIX):
-        return _from_hub(source, language)
+    if dataset is not None:
+        return _from_hub(source, language, dataset)
     folder = find_file(source)
     if not folder.is_dir():
         hint = (
@@ -92,26 +125,13 @@ def _problems(source: str, language: str) -> Mapping[str, Problem] | None:
     return load_problems(folder, language)
 
 
-def _from_hub(source: str, language: str) -> Mapping[str, Problem] | None:
-    name = source.removeprefix(HUB_PREFIX)
-    try:
-        import datasets
-    except ImportError as error:
-        hint = "needs datasets: pip install 'flora-train[hub]'"
-        raise user_error("evaluation.problems", source, hint) from error
-    datasets.disable_progress_bars()
-    try:
-        with HubDataset(open_snapshot(name, None, "dataset")) as dataset:
-            subset = _subset(dataset.configurations(), language)
-            if subset is None:
-                return None
-            rows = list(dataset.rows(subset, "test"))
-    except Exception as error:  # the libraries raise many types, for a damaged file for example
-        reason = f"cannot be read ({type(error).__name__}: {first_line(error)})"
-        if isinstance(error, HubError):
-            reason = str(error)
-        alternative = "give a folder with MultiPL-E's humaneval-<language>.jsonl, or starter"
-        raise user_error("evaluation.problems", source, f"{reason}. Instead, {alternative}") from error
+def _from_hub(source: str, language: str, dataset: HubDataset) -> Mapping[str, Problem] | None:
+    with _hub_errors(source):
+        subset = _subset(dataset.configurations(), language)
+        if subset is None:
+            return None
+        rows = list(dataset.rows(subset, "test"))
+    name = dataset.snapshot.name
     return problems_of_rows(language, ((f"{name} {subset} {i}", row) for i, row in enumerate(rows)))
 
 
