@@ -288,7 +288,6 @@ def local_data(folder: Path) -> list[str]:
         "evaluation.max_examples=4",
         "evaluation.problems=[]",
         "mixture.examples_per_draw=1",
-        "model.dtype=float32",
     ]
     for language in LANGUAGES:
         rows = []

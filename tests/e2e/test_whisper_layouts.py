@@ -58,7 +58,6 @@ def words_of(base: Path, release: Path, folder: Path) -> list[str]:
         "evaluation.max_new_tokens=6",
         "audio.window_step=1",
         "audio.workers=0",
-        "model.dtype=float32",
         "num_threads=1",
     ]
 

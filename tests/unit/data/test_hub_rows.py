@@ -338,3 +338,26 @@ def test_a_shard_with_other_columns_is_named(hub: Hub, tmp_path: Path) -> None:
     file = "data/lua/train-00002-of-00003.parquet"
     pq.write_table(pa.table({"text": ["x"], "n": [1]}), tmp_path / "stack" / file)
     assert f"its file {file} cannot be read (" in refusal()
+
+
+def test_data_set_that_a_script_reads_is_read_from_its_conversion(hub: Hub, tmp_path: Path) -> None:
+    """As google/fleurs is: the main branch has a script and archives, another one has parquet files."""
+    scripted, converted = tmp_path / "scripted", tmp_path / "converted"
+    scripted.mkdir()
+    (scripted / "fleurs.py").write_text("VERSION = 1\n")
+    (scripted / "README.md").write_text("# FLEURS\n")
+    table = pa.Table.from_pylist([{"transcription": "jedna"}, {"transcription": "dva"}])
+    for split in ("train", "test"):
+        (converted / "cs_cz" / split).mkdir(parents=True)
+        pq.write_table(
+            table.slice(0, 2 if split == "train" else 1), converted / "cs_cz" / split / "0000.parquet"
+        )
+    hub.add_folder("google/fleurs", scripted, "dataset")
+    hub.add_folder("google/fleurs", converted, "dataset", revision="refs/convert/parquet")
+    message = refusal(hub="google/fleurs", data_dir=None, subset="cs_cz")
+    assert (
+        "is read by a script, which datasets no longer runs: set revision to refs/convert/parquet" in message
+    )
+    options = {"hub": "google/fleurs", "data_dir": "cs_cz", "revision": "refs/convert/parquet"}
+    assert read(**options) == table.to_pylist()
+    assert read(**options, split="test") == table.to_pylist()[:1]
