@@ -18,7 +18,7 @@ from flora_train.adapters.layer_usage import describe_left_out, unusable_by_shap
 from flora_train.adapters.paging import OF_FREE_MEMORY, PLANES
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.spec import expand
-from flora_train.commands.plan_gpus import can_report, print_gpus, report_on_gpus
+from flora_train.commands.plan_gpus import print_report
 from flora_train.commands.plan_sizes import missing_here, print_from_sizes
 from flora_train.commands.plan_text import LONG, plan_lines, print_lines, print_notes
 from flora_train.config.errors import UserError
@@ -91,8 +91,8 @@ def _print_other_gpus(
 ) -> None:
     """What the run would take on GPUs, unless this machine has one."""
     model = empty_model(config.model)
-    if default_device().type != "cuda" and can_report(model):
-        print_gpus(console, config, report_on_gpus(config, model, pools, tasks))
+    if default_device().type != "cuda":
+        print_report(console, config, model, pools=pools, tasks=tasks)
 
 
 @dataclass(frozen=True)

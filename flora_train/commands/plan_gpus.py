@@ -12,13 +12,16 @@ from torch import nn
 
 from flora_train.adapters.paging import PLANES
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.spec import AdapterSpec
+from flora_train.config.errors import UserError
 from flora_train.config.language_names import language_key
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
 from flora_train.data.task import Task
 from flora_train.evaluation.code.contenders import languages_of
+from flora_train.evaluation.code.problems.suites import HUB_PREFIX, load_suite
 from flora_train.evaluation.code.programs.languages import load_languages
-from flora_train.models.speech_encoder import is_speech_model
+from flora_train.models.speech_encoder import is_speech_model, is_whisper
 from flora_train.runtime.progress import duration
 from flora_train.training.capacity import FLOAT, format_size
 from flora_train.training.gpu_hours import (
@@ -33,7 +36,7 @@ from flora_train.training.gpu_hours import (
     work_of,
 )
 from flora_train.training.gpu_memory import CONTEXT, FRAGMENTATION, GpuPlan, Needs, plan_gpus
-from flora_train.training.step_memory import BatchShape, measure_shapes
+from flora_train.training.step_memory import BatchShape, dtype_on_gpu, measure_shapes
 
 CORES = 16
 """Cores that execute programs, in the estimate."""
@@ -62,7 +65,7 @@ def report_on_gpus(
     step = measure_shapes(config.model, pools, batch)
     adapter_bytes = PLANES * FLOAT * sum(len(pool.specs) * pool.row_size for pool in pools)
     specs = [spec for pool in pools for spec in pool.specs]
-    programs = _programs(config)
+    programs = _programs(config, specs)
     gathered_bytes = FLOAT * max(pool.row_size for pool in pools)
     needs = Needs(config, model, adapter_bytes=adapter_bytes, gathered_bytes=gathered_bytes, step=step)
     work = work_of(config, model, specs, tasks=tasks, step=step, completions=sum(programs.values()))
@@ -81,30 +84,39 @@ def largest_batch(config: RunConfig, tasks: Mapping[str, Task]) -> BatchShape:
     return BatchShape(rows, length - window, window)
 
 
-def _programs(config: RunConfig) -> dict[str, int]:
+def _programs(config: RunConfig, specs: Sequence[AdapterSpec]) -> dict[str, int]:
     """Programs of all languages, by how they are run: of the base and of every adapter of the language."""
     programs = {"interpreted": 0, "compiled": 0}
     if not config.evaluation.problems:
         return programs
     evaluation, table = config.evaluation, load_languages(config.evaluation.cpu_seconds)
     of_tasks = languages_of(config)
-    problems = min(evaluation.max_problems or PROBLEMS_OF_A_LANGUAGE, PROBLEMS_OF_A_LANGUAGE)
     for key in sorted(evaluation.languages or set(of_tasks.values())):
-        tasks = [task for task, language in of_tasks.items() if language == key]
-        learners = sum(
-            len(set(tasks) & set(adapter.tasks or config.tasks)) for adapter in config.adapters.values()
-        )
+        learners = sum(of_tasks.get(spec.task) == key for spec in specs)
         language = table.get(language_key(key))
         is_compiled = language is not None and language.compile is not None
         kind = "compiled" if is_compiled else "interpreted"
+        problems = sum(_count_problems(config, source, key) for source in evaluation.problems)
         programs[kind] += problems * evaluation.num_samples * (1 + learners)
     return programs
+
+
+def _count_problems(config: RunConfig, source: str, language: str) -> int:
+    """Problems of a suite in one language: on the hub, as many as MultiPL-E's."""
+    count = PROBLEMS_OF_A_LANGUAGE
+    if not source.startswith(HUB_PREFIX):
+        try:
+            count = len(load_suite(source, [language], None).problems[language])
+        except UserError:  # the suite has none in this language, or is missing, which the run reports
+            count = 0
+    return min(count, config.evaluation.max_problems or count)
 
 
 def print_gpus(console: Console, config: RunConfig, report: GpuReport) -> None:
     """The tables, and where their numbers come from."""
     console.print()
-    console.print("GPUs, estimated: GB of memory on each, with the base in bfloat16")
+    dtype = str(dtype_on_gpu(config.model)).removeprefix("torch.")
+    console.print(f"GPUs, estimated: GB of memory on each, with the base in {dtype}")
     table = _table("", "base", "adapters", "step", "generation", "total", "")
     for plan in report.plans:
         memory = plan.memory
@@ -161,7 +173,7 @@ def _hours_table(report: GpuReport) -> Table:
     work = report.work
     columns = ["training", "held-out"]
     if work.completions:
-        columns += [f"texts of {SHORT_TEXT} tokens", f"of {work.max_new_tokens}, the most"]
+        columns += [f"texts of {tokens} tokens" for tokens in _text_lengths(work)]
     if work.clip:
         columns.append(f"{CLIPS} test clips a language")
     table = _table("", *columns)
@@ -173,13 +185,16 @@ def _hours_table(report: GpuReport) -> Table:
                 operations[method] += count
         times = [hours(operations, size, gpus), hours(work.heldout, size, gpus)]
         if work.completions:
-            short = min(SHORT_TEXT, work.max_new_tokens)
-            times.append(generation_hours(work, short, size, gpus))
-            times.append(generation_hours(work, work.max_new_tokens, size, gpus))
+            times += [generation_hours(work, tokens, size, gpus) for tokens in _text_lengths(work)]
         if work.clip:
             times.append(hours({"flora": CLIPS * work.contenders * work.clip}, size, gpus))
         table.add_row(plan.setup.name, *(duration(3600 * time) for time in times))
     return table
+
+
+def _text_lengths(work: Work) -> list[int]:
+    """Of a usual text and of the longest."""
+    return sorted({min(SHORT_TEXT, work.max_new_tokens), work.max_new_tokens})
 
 
 def _on_hours(report: GpuReport) -> Iterator[str]:
@@ -192,9 +207,10 @@ def _on_hours(report: GpuReport) -> Iterator[str]:
     if report.work.completions:
         seconds = sum(count / PROGRAMS_A_SECOND[kind] for kind, count in report.programs.items())
         yield (
-            f"Problems: {report.work.completions:,} texts are generated (at the step's speed: decoding was "
-            f"not measured on a GPU), and executed in {seconds / 3600:.0f} core hours, "
-            f"{duration(seconds / CORES)} on {CORES} cores (by Lua and C++ in {EXECUTION_SOURCE})."
+            f"Problems: {report.work.completions:,} texts are generated (at the speed of the step, "
+            "which decoding reaches at best; it was not measured on a GPU), and executed in "
+            f"{seconds / 3600:.0f} core hours, {duration(seconds / CORES)} on {CORES} cores (by Lua and C++ "
+            f"in {EXECUTION_SOURCE})."
         )
     if report.work.clip:
         yield (
@@ -203,7 +219,16 @@ def _on_hours(report: GpuReport) -> Iterator[str]:
         )
 
 
-def can_report(model: nn.Module) -> bool:
-    """Whether the micro-batch of a model can be planned from shapes: text models, and Whisper."""
-    model_type = getattr(model.config, "model_type", None)
-    return not is_speech_model(model.config) or model_type == "whisper"
+def print_report(
+    console: Console, config: RunConfig, model: nn.Module, *, pools: Sequence[Pool], tasks: Mapping[str, Task]
+) -> None:
+    """Plan other GPUs, or say why they cannot be planned."""
+    if is_speech_model(model.config) and not is_whisper(model.config):
+        return
+    try:
+        report = report_on_gpus(config, model, pools, tasks)
+    except UserError as error:
+        for problem in error.problems:
+            console.print(shown(f"note: other GPUs: {problem}"))
+        return
+    print_gpus(console, config, report)

@@ -11,7 +11,7 @@ from torch import nn
 
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.spec import expand
-from flora_train.commands.plan_gpus import can_report, print_gpus, report_on_gpus
+from flora_train.commands.plan_gpus import print_report
 from flora_train.commands.plan_text import adapter_lines, disk_line, print_lines, print_notes
 from flora_train.config.errors import UserError, user_error
 from flora_train.config.schema import RunConfig
@@ -125,8 +125,7 @@ def print_from_sizes(
     disk = disk_line(config, storage["checkpoint"], storage["on_disk"], free=storage["free_disk"])
     print_lines(console, [("host", host), disk])
     print_notes(console, notes(model, pools))
-    if can_report(model):
-        print_gpus(console, config, report_on_gpus(config, model, pools, tasks))
+    print_report(console, config, model, pools=pools, tasks=tasks)
 
 
 def _on_rows(config: RunConfig, window: int) -> str:

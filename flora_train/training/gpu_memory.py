@@ -13,12 +13,10 @@ from flora_train.config.schema import RunConfig
 from flora_train.models.speech_encoder import is_speech_model
 from flora_train.training.fsdp import largest_part
 from flora_train.training.loss import CHUNK
-from flora_train.training.step_memory import StepMemory
+from flora_train.training.step_memory import StepMemory, dtype_on_gpu
 
 Quantization = Literal["none", "8bit", "4bit"]
 
-BFLOAT16 = 2
-"""Bytes of a value of the base: these GPUs multiply bfloat16 fast, so that model.dtype=auto chooses it."""
 QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5}
 """Bytes of a weight of a quantized linear layer."""
 CONTEXT = 1.0e9
@@ -169,7 +167,7 @@ class Needs:
         return GpuPlan(setup, memory, None, None)
 
     def memory(self, setup: GpuSetup, settings: Settings) -> GpuMemory:
-        whole = base_bytes(self.model, BFLOAT16, setup.quantization)
+        whole = base_bytes(self.model, self._itemsize, setup.quantization)
         share = largest_part(self.model, setup.gpus) if setup.is_sharded else 1.0
         rows = max(1, settings.tokens_per_microbatch // self.step.batch.length)
         activations = self.step.of_rows(rows, checkpointing=settings.checkpointing)
@@ -180,6 +178,11 @@ class Needs:
             activations=activations + self._loss_bytes(rows) + self._weight_bytes(setup),
             generation=settings.batch_rows * self._bytes_of_a_text(),
         )
+
+    @property
+    def _itemsize(self) -> int:
+        """Bytes of a value of the base."""
+        return dtype_on_gpu(self.config.model).itemsize
 
     def _choices(self, now: Settings) -> Iterator[Settings]:
         length = self.step.batch.length
@@ -198,15 +201,15 @@ class Needs:
     def _loss_bytes(self, rows: int) -> int:
         """Of the hidden states before the output head, their gradient, and the logits of CHUNK tokens."""
         vocabulary, width = self._head()
-        hidden = 2 * BFLOAT16 * rows * self.step.batch.tokens * width
-        return hidden + CHUNK * vocabulary * (BFLOAT16 + 3 * 4)
+        hidden = 2 * self._itemsize * rows * self.step.batch.tokens * width
+        return hidden + CHUNK * vocabulary * (self._itemsize + 3 * 4)
 
     def _weight_bytes(self, setup: GpuSetup) -> int:
         """Of the largest weight that is dequantized."""
         if setup.quantization == "none":
             return 0
         targets = linear_layers(self.model).values()
-        return BFLOAT16 * max(target.in_features * target.out_features for target in targets)
+        return self._itemsize * max(target.in_features * target.out_features for target in targets)
 
     def _bytes_of_a_text(self) -> int:
         """Keys and values of one text that is generated, and reading its prompt or encoding its clip."""
@@ -222,8 +225,8 @@ class Needs:
             states = 2 * settings.num_hidden_layers * key_width(settings)
         else:
             return 0
-        kept = BFLOAT16 * states * (read + evaluation.max_new_tokens)
-        return kept + BFLOAT16 * read * (2 * widest + 6 * width)
+        kept = self._itemsize * states * (read + evaluation.max_new_tokens)
+        return kept + self._itemsize * read * (2 * widest + 6 * width)
 
     def _head(self) -> tuple[int, int]:
         model: Any = self.model

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import Target, linear_layers
+from flora_train.config.errors import first_line, user_error
 from flora_train.config.model_schema import ModelConfig
 from flora_train.kernels.flora.cost_model import Work, choose_formulation
 from flora_train.models.loading import build_model, disable_dropout, load_model_config
@@ -67,36 +68,57 @@ class StepMemory:
         return int(share * (self.kept + self.largest_layer))
 
 
+def dtype_on_gpu(config: ModelConfig) -> torch.dtype:
+    """The dtype of the base on a GPU that multiplies bfloat16 fast, whatever this machine has."""
+    return torch.float32 if config.dtype == "float32" else torch.bfloat16
+
+
 def measure_shapes(config: ModelConfig, pools: Sequence[Pool], batch: BatchShape) -> StepMemory:
-    """Run the model on tensors that have shapes and no data, in bfloat16, as it runs on a GPU.
+    """Run the model on tensors that have shapes and no data, in the dtype that it has on a GPU.
 
     Layers with adapters keep what the adapters' kernels keep. The methods are mixed in a micro-batch as the
-    adapters are in the run.
+    adapters are in the run. Raises UserError for an architecture that cannot run without data.
     """
     published = load_model_config(config)
     disable_dropout(published)
+    try:
+        memory = _measure(published, config, pools, batch, with_mask=True)
+    except Exception:  # some architectures take masks of their own shape
+        try:
+            memory = _measure(published, config, pools, batch, with_mask=False)
+        except Exception as error:
+            hint = f"cannot be planned from its shapes ({type(error).__name__}: {first_line(error)})"
+            raise user_error("model.path", config.path, hint) from error
+    memory.flops += _attention_flops(published, batch)
+    return memory
+
+
+def _measure(
+    published: Any, config: ModelConfig, pools: Sequence[Pool], batch: BatchShape, *, with_mask: bool
+) -> StepMemory:
+    """with_mask: of packed documents, which do not attend to each other."""
     with FakeTensorMode(), torch.enable_grad():
-        model: Any = build_model(published, config, dtype=torch.bfloat16)
+        model: Any = build_model(published, config, dtype=dtype_on_gpu(config))
         model.requires_grad_(False).eval()
         _replace_layers(model, pools, batch, keeps_inputs=config.quantization == "8bit")
         memory = StepMemory(batch)
         inputs = _inputs(model, batch)
+        if not with_mask:
+            inputs.pop("attention_mask", None)
         with _recorded(model, memory):
             model.base_model(**inputs, use_cache=False)
-    memory.flops += _attention_flops(published, batch)
     return memory
 
 
 def _inputs(model: Any, batch: BatchShape) -> dict[str, Tensor]:
     tokens = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
     if not is_speech_model(model.config):
-        # Packed documents do not attend to each other, which takes a mask.
         mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
         return {"input_ids": tokens, "attention_mask": mask}
     shape = feature_shape(model.config)
     assert shape is not None
     return {
-        model.main_input_name: torch.zeros(batch.rows, *shape, dtype=torch.bfloat16),
+        model.main_input_name: torch.zeros(batch.rows, *shape, dtype=model.dtype),
         "decoder_input_ids": tokens,
     }
 
@@ -139,9 +161,7 @@ class _PlannedLinear(nn.Module):
         return _KeepsAsAdapter.apply(x, y, self.parameter, self.features)
 
 
-def _replace_layers(
-    model: nn.Module, pools: Sequence[Pool], batch: BatchShape, *, keeps_inputs: bool
-) -> None:
+def _replace_layers(model: Any, pools: Sequence[Pool], batch: BatchShape, *, keeps_inputs: bool) -> None:
     """keeps_inputs: a layer without adapters keeps its input, too, as bitsandbytes' 8-bit layers do."""
     adapters = sum(len(pool.specs) for pool in pools)
     for name, target in linear_layers(model).items():
@@ -149,7 +169,7 @@ def _replace_layers(
         for pool in pools:
             if name in pool.targets:
                 share = len(pool.specs) / adapters
-                kept = _kept_features(pool.specs[0], pool.targets[name], batch)
+                kept = _kept_features(pool.specs[0], pool.targets[name], batch, dtype=model.dtype)
                 features = (features or 0) + share * kept
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)
@@ -157,7 +177,7 @@ def _replace_layers(
         setattr(model.get_submodule(parent), child, _PlannedLinear(layer, target, whole))
 
 
-def _kept_features(spec: AdapterSpec, target: Target, batch: BatchShape) -> int:
+def _kept_features(spec: AdapterSpec, target: Target, batch: BatchShape, *, dtype: torch.dtype) -> int:
     """Numbers that an adapter's kernel keeps for a token, beside the layer's input."""
     if spec.method == "lora":
         return spec.rank
@@ -170,8 +190,8 @@ def _kept_features(spec: AdapterSpec, target: Target, batch: BatchShape) -> int:
         segments=batch.rows,
         in_features=target.in_features,
         out_features=target.out_features,
-        bytes_each=2,
-        split=True,
+        bytes_each=dtype.itemsize,
+        split=dtype == torch.bfloat16,
         device="cuda",
     )
     if choose_formulation(work) != "rank_expanded":

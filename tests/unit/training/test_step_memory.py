@@ -28,11 +28,13 @@ from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.model_schema import ModelConfig
 from flora_train.models.loading import empty_model
 from flora_train.training.fsdp import layers_of
-from flora_train.training.gpu_memory import BFLOAT16, base_bytes
+from flora_train.training.gpu_memory import base_bytes
 from flora_train.training.step_memory import BatchShape, measure_shapes
+from tests.architectures import ARCHITECTURES, tiny_model
 
 GPU_FIGURES = Path(__file__).parents[3] / "benchmarks" / "results" / "large_step_cuda.md"
 ROWS, LENGTH = 6, 128
+BFLOAT16 = 2
 
 
 def specs_of(method: str, count: int, **keys: Any) -> list[AdapterSpec]:
@@ -119,6 +121,24 @@ def test_a_text_model_keeps_what_its_shapes_say(model_type: str, method: str, tm
     ids = torch.ones(ROWS, LENGTH, dtype=torch.long)
     measured = kept_on_cpu(model, specs, {"input_ids": ids, "attention_mask": mask})
     assert memory.kept == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("t5", "whisper")])
+def test_every_architecture_is_planned(name: str, tmp_path: Path) -> None:
+    pools = pools_in(tmp_path, tiny_model(name).config, specs_of("flora", 2, rank=2))
+    memory = measure_shapes(ModelConfig(path=str(tmp_path)), pools, BatchShape(4, 16))
+    assert 0 < memory.in_layers < memory.kept
+    assert memory.flops > 0
+
+
+def test_a_base_in_float32_keeps_twice_as_much(tmp_path: Path) -> None:
+    pools = pools_in(tmp_path, TEXT["llama"], specs_of("lora", 2, rank=2))
+    kept = [
+        measure_shapes(ModelConfig(path=str(tmp_path), dtype=dtype), pools, BatchShape(ROWS, LENGTH)).kept
+        for dtype in ("auto", "bfloat16", "float32")
+    ]
+    assert kept[0] == kept[1]
+    assert 1.4 < kept[2] / kept[1] <= 2.1
 
 
 def test_a_speech_model_keeps_what_its_shapes_say(tmp_path: Path) -> None:
