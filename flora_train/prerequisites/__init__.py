@@ -17,6 +17,7 @@ from flora_train.prerequisites.findings import Findings
 from flora_train.prerequisites.hub import check_hub
 from flora_train.prerequisites.needs import Need, hub_needs, learnt_tasks, missing_files
 from flora_train.prerequisites.resources import check_disk, check_resources
+from flora_train.prerequisites.trackers import check_trackers
 from flora_train.runtime.run_files import RunFiles
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ def find_missing(
     answers = check_hub(needs, findings)
     findings.problems += files
     findings.suggests_smaller |= any(".common_voice" in problem.key for problem in files)
+    if trains:
+        check_trackers(config, findings)
     base = size_of_base(config.model, answers)
     check_resources(config, base, findings, trains=trains)
     if needs:

@@ -242,7 +242,7 @@ def _ask_once(repository: Repository, on_begin: Callable[[], None]) -> Answer:
         return _read_information(repository, information, headers)
     if response.status in (404, 405, 501) and "x-error-code" not in response.headers:
         # a mirror of files may lack this address
-        file = repository.file or {"model": "config.json", "dataset": "README.md"}[repository.type]
+        file = "README.md" if repository.type == "dataset" else repository.file or "config.json"
         response = _head(repository, file, headers)
     return _interpret(response, "authorization" in headers)
 
@@ -267,7 +267,8 @@ def _check_access(repository: Repository, files: Sequence[str], headers: Mapping
     url = f"{endpoint()}/api/{repository.type}s/{quote(repository.name)}/auth-check"
     response = _request("GET", url, headers)
     file = _file_to_check(repository, files)
-    if response.status in (404, 405, 501) and file is not None:
+    is_known = response.status // 100 == 2 or "x-error-code" in response.headers
+    if file is not None and (not is_known or response.status == 404):
         response = _head(repository, file, headers)
     return _interpret(response, "authorization" in headers)
 

@@ -373,3 +373,16 @@ def test_a_finished_run_is_shown_without_the_hub(tmp_path: Path) -> None:
         assert ask(CHECK, *words, env=env).stdout == "complete\n"
         other = "adapters.ia3.tasks=[lua,php]"
         assert "network: " in ask(CHECK, *words, other, env=env).stderr
+
+
+def test_a_tracker_that_is_online_needs_login_and_server(hub: Hub, tmp_path: Path) -> None:
+    words = ["recipe=multipl_e", "tracking.trackers=[wandb]", "tracking.online=true"]
+    env = environment(tmp_path, hub.url, HF_TOKEN=TOKEN, HOME=str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        env.pop(name, None)
+    with closed_port() as server:
+        login, network = refusal(ask(PROGRAM, "train", *words, env=env | {"WANDB_BASE_URL": server}))
+    assert login.startswith("error: tracking.online = True: wandb has no login here: run `wandb login`")
+    assert network.startswith(f"error: tracking.online = True: {server} cannot be reached (")
+    ready = {"WANDB_BASE_URL": hub.url, "WANDB_API_KEY": "0" * 40}
+    assert ask(CHECK, *words, env=env | ready).stdout == "complete\n"
