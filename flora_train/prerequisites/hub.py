@@ -104,6 +104,8 @@ def _add_unreachable(
     through = proxy()
     via = "" if through is None else f" through the proxy {through}"
     state = f"cannot be reached{via} ({answer.reason})"
+    if answer.reason.startswith("no answer"):
+        state += ", HF_HUB_ETAG_TIMEOUT=20 waits longer"
     if answer.access == "not a hub":
         state = f"does not answer as the hub{via}: {answer.reason}"
     ways = ["connect this machine"]

@@ -33,7 +33,7 @@ Access = Literal[
 private, or no such repository; missing: no such repository; refused: another 4xx; busy: the hub answers
 slowly, with 429 or with 5xx."""
 
-LIMIT = 2.5
+LIMIT = 2.0
 """Seconds for the first answer of the hub, and again for all others."""
 REPETITIONS, PAUSE = 2, 1.0
 """How many times a hub that answers 429 or 5xx is asked again, and seconds before each."""
@@ -267,8 +267,10 @@ def _check_access(repository: Repository, files: Sequence[str], headers: Mapping
     url = f"{endpoint()}/api/{repository.type}s/{quote(repository.name)}/auth-check"
     response = _request("GET", url, headers)
     file = _file_to_check(repository, files)
-    is_known = response.status // 100 == 2 or "x-error-code" in response.headers
-    if file is not None and (not is_known or response.status == 404):
+    is_unclear = response.status in (405, 501)
+    if response.status // 100 == 4 and response.status not in (408, 429):
+        is_unclear = response.status == 404 or "x-error-code" not in response.headers
+    if file is not None and is_unclear:
         response = _head(repository, file, headers)
     return _interpret(response, "authorization" in headers)
 

@@ -43,6 +43,7 @@ def hub_environment(url: str | None, home: Path) -> dict[str, str]:
         "HF_HOME": str(home / "huggingface"),
         "XDG_CACHE_HOME": str(home / "cache"),
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_ETAG_TIMEOUT": "30",  # a hub on a busy machine is slow to answer
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": str(ROOT),
