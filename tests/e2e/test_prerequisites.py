@@ -244,10 +244,14 @@ def test_a_proxy_is_used_and_named_without_its_password(tmp_path: Path) -> None:
 
 
 def test_the_path_of_a_mirror_is_part_of_its_address(hub: Hub, tmp_path: Path) -> None:
-    hub.faults.append(["GET", "/mirror/hf/api/models/bigcode/starcoder", (503, b"{}", {}), 9])
-    done = ask(CHECK, "recipe=multipl_e", env=environment(tmp_path, f"{hub.url}/mirror/hf", HF_TOKEN=TOKEN))
-    assert "/mirror/hf/api/models/bigcode/starcoder" in [path for _, path in hub.asked]
-    assert "the hub is slow or busy (answered 503)" in done.stderr
+    env = environment(tmp_path, f"{hub.url}/mirror/hf", HF_TOKEN=TOKEN)
+    lines = refusal(ask(PROGRAM, "train", "recipe=multipl_e", env=env))
+    host = hub.url.removeprefix("http://")
+    assert lines[0].startswith(
+        f"error: model.path = 'bigcode/starcoder': there is no such model on {host}/mirror/hf, "
+    )
+    assert {path for _, path in hub.asked} >= {"/mirror/hf/api/models/bigcode/starcoder"}
+    assert all(path.startswith("/mirror/hf/") for _, path in hub.asked)
 
 
 def test_the_token_is_not_sent_to_another_server(hub: Hub, tmp_path: Path) -> None:
