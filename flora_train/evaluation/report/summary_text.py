@@ -93,9 +93,9 @@ def _speech(speech: SpeechResults) -> str:
         if len(tasks) > MAX_LANGUAGES:
             shown += f" and {len(tasks) - MAX_LANGUAGES} more"
         methods.append(f"{family} in {shown or 'none'}")
-    total = plural(len(speech.languages), "language")
     if not any(better.values()):
-        return f"No method has a significantly lower error rate than the base in any of {total}."
+        return "No method has a significantly lower error rate than the base in any language."
+    total = plural(len(speech.languages), "language")
     return f"Error rate is significantly lower than the base: {'; '.join(methods)} (of {total})."
 
 

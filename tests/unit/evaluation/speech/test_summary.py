@@ -141,3 +141,36 @@ def test_no_clip_is_embedded_with_embedded_clips_0(summary: SpeechResults, tmp_p
     (part,) = summarise(run, {"cs": split}, bank, transcripts=transcripts).languages
     assert part.utterances
     assert all(utterance.audio is None for utterance in part.utterances)
+
+
+@pytest.mark.parametrize(
+    ("reference", "direction"),
+    [
+        ("هذا السؤال أسهل.", "rtl"),
+        ("12. «שלום» world", "rtl"),
+        ("यह सवाल", "ltr"),
+        ("GPU هذا", "ltr"),
+        ("12.", "ltr"),
+    ],
+)
+def test_utterances_are_shown_in_the_direction_of_their_first_letter(
+    summary: SpeechResults, reference: str, direction: str
+) -> None:
+    (part,) = summary.languages
+    utterance = part.utterances[0].replace(reference=reference)
+    assert utterance.direction == direction
+    shown = summary.replace(languages=(part.replace(language="ar", utterances=(utterance,)),))
+    page = page_of(results_of({"cs": {"flora": -0.2, "lora": -0.1}}, speech=shown))
+    assert f'<dt>reference</dt><dd lang="ar" dir="{direction}">{reference}</dd>' in page
+    assert '<del dir="auto">' in page
+
+
+def test_no_method_that_is_better_than_the_base_is_one_sentence(summary: SpeechResults) -> None:
+    (part,) = summary.languages
+    worse = tuple(
+        difference.replace(wer_normalized=difference.wer_normalized.replace(value=0.1, low=0.05, high=0.2))
+        for difference in part.differences
+    )
+    shown = summary.replace(languages=(part.replace(differences=worse),))
+    page = page_of(results_of({"cs": {"flora": -0.2, "lora": -0.1}}, speech=shown))
+    assert "No method has a significantly lower error rate than the base in any language." in page
