@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 REQUIRED_COLUMNS = ("path", "sentence")
 LOCALE = r"[\w-]+"
-FAULT = "fault"
+FAULT = "fault of the row"
 """Key of a row that cannot be used; the value is the reason."""
 DAMAGED_ROW = "damaged row of the table"
 
@@ -63,12 +63,13 @@ def release_rows(source: SourceConfig, key: str) -> list[Row]:
     """The split's rows.
 
     `path` is the clip's file, `seconds` its length if the release states it, `release` the release's name.
-    A row with too many or too few cells has a `fault`, and its `path` is that of the table with the line.
+    A row with too many or too few cells has a FAULT, and its `path` is that of the table with the line.
     """
     table = release_file(source, key)
     rows = _table_rows(table, key)
-    if rows and (missing := [column for column in REQUIRED_COLUMNS if column not in rows[0]]):
-        raise user_error(str(table), None, f"has no column {missing[0]!r}: it has {choices(rows[0])}")
+    whole = next((row for row in rows if FAULT not in row), None)
+    if whole is not None and (missing := [column for column in REQUIRED_COLUMNS if column not in whole]):
+        raise user_error(str(table), None, f"has no column {missing[0]!r}: it has {choices(whole)}")
     seconds = _durations(table.with_name("clip_durations.tsv"), key)
     release = release_name(table)
     completed = []
@@ -134,9 +135,9 @@ def _release_path(source: SourceConfig, key: str) -> Path:
 
 def _archive_in(folder: Path, locale: str) -> Path | None:
     """The newest archive of a language in a folder of downloads that does not have it unpacked as well."""
-    if any(folder.glob("*.tsv")) or (folder / locale).is_dir() or any(folder.glob(f"cv-corpus-*/{locale}")):
-        return None
     if not re.fullmatch(LOCALE, locale):
+        return None
+    if any(folder.glob("*.tsv")) or (folder / locale).is_dir() or any(folder.glob(f"cv-corpus-*/{locale}")):
         return None
     archives = sorted(folder.glob(f"cv-corpus-*-{locale}.tar.gz"), key=_version)
     return next(reversed(archives), None)

@@ -11,7 +11,7 @@ import pytest
 
 from flora_train.config.errors import UserError
 from flora_train.config.task_schema import SourceConfig
-from flora_train.data.audio.common_voice import DAMAGED_ROW, check_clips_exist
+from flora_train.data.audio.common_voice import DAMAGED_ROW, FAULT, check_clips_exist
 from flora_train.data.sources import read_rows
 from tests.speech import write_clip
 
@@ -114,6 +114,12 @@ def test_a_missing_part_of_a_release_is_named(release: Path) -> None:
     table.write_text("client_id\tpath\n1\tx.mp3\n")
     with pytest.raises(UserError, match=r"dev\.tsv: has no column 'sentence': it has client_id or path"):
         rows_of(release)
+    table.write_text("client_id\tpath\n1\tx.mp3\ttoo many\n1\tx.mp3\n")
+    with pytest.raises(UserError, match=r"dev\.tsv: has no column 'sentence'"):
+        rows_of(release)
+    table.write_text("client_id\tsentence\n1\tx\ttoo many\n1\tx\n")
+    with pytest.raises(UserError, match=r"dev\.tsv: has no column 'path'"):
+        rows_of(release)
     table.write_text(f"{HEADER}\na\tb\tc\td\te\tf\tone tab too many\n")
     with pytest.raises(UserError, match=r"line 2 has more cells than the header"):
         rows_of(release)
@@ -130,7 +136,7 @@ def test_rows_that_a_tab_or_a_line_end_broke_have_a_fault(release: Path) -> None
         newline="",
     )
     rows = rows_of(release)
-    assert [row.get("fault") for row in rows] == [DAMAGED_ROW, DAMAGED_ROW, DAMAGED_ROW, None]
+    assert [row.get(FAULT) for row in rows] == [DAMAGED_ROW, DAMAGED_ROW, DAMAGED_ROW, None]
     assert [row["path"] for row in rows[:3]] == [f"{table}:{line}" for line in (2, 3, 4)]
     assert rows[3]["sentence"] == "whole"
     table.write_text(f"{HEADER}\nonly\tfour\tcells\there\n")
