@@ -30,6 +30,7 @@ LARGEST_DOWNLOAD = 4 << 30
 READ_TOGETHER = ("folder", "webdataset")
 """Parts of the names of builders whose files do not stand alone: clips and their table."""
 
+READER = logging.getLogger("datasets")
 logger = logging.getLogger(__name__)
 
 
@@ -44,9 +45,12 @@ class HubDataset:
         self._temporary = TemporaryDirectory(prefix="flora_train_hub_")
 
     def __enter__(self) -> HubDataset:
+        self._level = READER.level
+        READER.setLevel(logging.CRITICAL)  # its exceptions say the same
         return self
 
     def __exit__(self, *error: object) -> None:
+        READER.setLevel(self._level)
         self._temporary.cleanup()
 
     def configurations(self) -> list[str]:

@@ -25,6 +25,10 @@ KINDS = {
 """Kind of fault -> what happens."""
 
 
+COMMIT = "?" * 40
+"""Pattern of a commit: of a reader that has resolved the branch before."""
+
+
 @dataclass
 class Fault:
     """A failure of requests whose path matches the pattern."""
@@ -72,7 +76,7 @@ def all_faults() -> list[Fault]:
         Fault("drop", "/cdn/*", each=True, methods=("GET",)),
         Fault("resize", "/cdn/*.parquet", methods=("GET",), after=3),
         Fault("corrupt", "/cdn/*.parquet", methods=("GET",), after=5),
-        Fault("commit", "/datasets/*/resolve/*.parquet", each=True),
+        Fault("commit", f"/datasets/*/resolve/{COMMIT}/*.parquet", each=True),
         Fault("redirect", "*/resolve/*", times=2, after=6),
         Fault("relative redirect", "*/resolve/*", times=2, after=7),
     ]

@@ -326,12 +326,15 @@ def test_rows_without_content_are_empty_and_a_shard_without_the_column_is_read_a
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 no more", b"<html>"])
-def test_a_shard_that_is_damaged_on_the_hub_is_named(hub: Hub, tmp_path: Path, content: bytes) -> None:
+def test_a_shard_that_is_damaged_on_the_hub_is_named(
+    hub: Hub, tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
     file = "data/lua/train-00001-of-00003.parquet"
     (tmp_path / "stack" / file).write_bytes(content)
     line = refusal()
     assert f"its file {file} cannot be read (" in line
     assert line.count("\n") == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_a_shard_with_other_columns_is_named(hub: Hub, tmp_path: Path) -> None:
