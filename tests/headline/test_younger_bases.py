@@ -22,7 +22,7 @@ def test_one_key_chooses_the_base(name: str, code_hub: Hub, tmp_path: Path) -> N
     code_hub.add_folder(layout.path, save_base(name, tmp_path / "base"), "model")
     environment = hub_environment(code_hub.url, tmp_path / "home")
     words = launched("multipl_e", run, f"model.path={layout.path}", *CODE_SIZES, *FEW)
-    finished = done(words, environment)
+    finished = done(words, environment, timeout=900)
     assert finished.returncode == 0, finished.stderr
     report = json.loads((run / "eval" / "report.json").read_text(encoding="utf-8"))
     assert len(report["results"]) == 9
