@@ -28,7 +28,7 @@ def test_a_run_with_every_fault_of_the_hub_ends_with_the_figures_of_one_without(
             add_repositories(hub, code_material)
             hub.add_faults(*faults)
             environment = hub_environment(hub.url, folder / "home")
-            ended = done(launched("multipl_e", folder / "run", *SIZES), environment)
+            ended = done(launched("multipl_e", folder / "run", *SIZES), environment, timeout=900)
             assert ended.returncode == 0, ended.stderr
             runs[name] = figures(folder / "run")
             injected = dict(hub.injected)
