@@ -27,7 +27,7 @@ def test_one_key_chooses_the_base(name: str, code_hub: Hub, tmp_path: Path) -> N
     report = json.loads((run / "eval" / "report.json").read_text(encoding="utf-8"))
     assert len(report["results"]) == 9
     (suite,) = report["code"]
-    assert suite["suite"] == "humaneval"
+    assert suite["suite"] == "multipl-e"
     configs = sorted((run / "adapters").glob("*/adapter_config.json"))
     assert len(configs) == 27
     for file in configs:
