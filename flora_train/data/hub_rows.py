@@ -12,13 +12,6 @@ from flora_train.data.hub_dataset import HubDataset, undecoded
 from flora_train.runtime.hub_client import explain, is_outage
 from flora_train.runtime.hub_snapshot import HubError, open_snapshot
 
-NO_SCRIPTS = "scripts are no longer supported"
-"""In the error of datasets for a data set that is read by a script of its own."""
-CONVERTED = (
-    "is read by a script, which datasets no longer runs: set revision to refs/convert/parquet, where the hub "
-    "keeps a conversion of most such data sets, and data_dir to the name of the subset instead of subset"
-)
-
 
 def hub_rows(source: SourceConfig, key: str) -> list[Row]:
     """All rows of a hub data set, or its first max_rows. Raises UserError if it cannot be loaded."""
@@ -38,9 +31,7 @@ def hub_rows(source: SourceConfig, key: str) -> list[Row]:
         Exception
     ) as error:  # the library raises many types, all of which mean that the source cannot be used
         reason = f"cannot be read ({type(error).__name__}: {first_line(error)})"
-        if NO_SCRIPTS in str(error):
-            reason = CONVERTED
-        elif is_outage(error):
+        if is_outage(error):
             reason = explain(error, str(source.hub), "dataset", source.revision)
         raise _error(source, key, reason) from error
 

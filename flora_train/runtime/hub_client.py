@@ -33,6 +33,8 @@ READ_TIMEOUT = 300.0
 OFFLINE_HINT = "HF_HUB_OFFLINE forbids access to the hub: unset it"
 CONSISTENCY = "Consistency check failed"
 """In the client's error for a file whose size differs from the size in the hub's headers."""
+FAILED_UPLOAD = "Error while uploading"
+"""Start of the client's error for an upload that failed."""
 MOST_CAUSES = 10
 """Exceptions in a chain that are searched for the hub's answer."""
 
@@ -277,10 +279,10 @@ def _capped_reset(match: re.Match[str]) -> str:
 def _is_connection_error(error: Exception) -> bool:
     """Recognised by class name, because the client's HTTP library depends on its version.
 
-    A RuntimeError is raised by an upload whose own attempts failed.
+    An upload whose own attempts failed raises a RuntimeError.
     """
-    if isinstance(error, RecursionError):
-        return False
-    if isinstance(error, (ConnectionError, RuntimeError)):
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(FAILED_UPLOAD)
+    if isinstance(error, ConnectionError):
         return True
     return any(cls.__name__ == "TransportError" for cls in type(error).__mro__)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -364,3 +365,98 @@ def test_data_set_that_a_script_reads_is_read_from_its_conversion(hub: Hub, tmp_
     options = {"hub": "google/fleurs", "data_dir": "cs_cz", "revision": "refs/convert/parquet"}
     assert read(**options) == table.to_pylist()
     assert read(**options, split="test") == table.to_pylist()[:1]
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def lines(*texts: str) -> str:
+    return "".join(json.dumps({"content": text}) + "\n" for text in texts)
+
+
+@pytest.mark.parametrize("folder", ["data/lua/", "./data/lua", "/data/lua", "data//lua", "data/l*"])
+def test_a_folder_is_found_however_it_is_written(hub: Hub, rows: list[Row], folder: str) -> None:
+    assert read(data_dir=folder) == rows
+
+
+@pytest.mark.parametrize("climb", ["", "../" * 2, "../" * 12])
+@pytest.mark.parametrize("split", ["train", "train[:1]"])
+def test_a_description_cannot_name_files_of_this_machine(
+    hub: Hub, tmp_path: Path, climb: str, split: str
+) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    path = str(secret)
+    if climb:
+        path = climb + path.lstrip("/")
+    card = f"---\nconfigs:\n- config_name: a\n  data_files: {path}\n---\n"
+    hub.add_folder("o/s", write(tmp_path / "s", {"README.md": card, "train.jsonl": lines("x")}), "dataset")
+    line = refusal(hub="o/s", data_dir=None, split=split)
+    assert "does not belong to it" in line or "Unable to find" in line
+
+
+def test_shards_without_rows_are_left_out(hub: Hub, rows: list[Row], tmp_path: Path) -> None:
+    shards = tmp_path / "stack/data/lua"
+    empty = pq.read_table(shards / "train-00000-of-00003.parquet").slice(0, 0)
+    pq.write_table(empty, shards / "train-00000-of-00003.parquet")
+    assert read() == rows[ROWS:]
+    files = {"train-0.jsonl": "", "train-1.jsonl": lines("x", "y"), "train-2.jsonl": ""}
+    hub.add_folder("o/empty", write(tmp_path / "empty", files), "dataset")
+    assert read(hub="o/empty", data_dir=None) == [{"content": "x"}, {"content": "y"}]
+
+
+def test_tables_in_archives_are_read(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    for number in range(2):
+        with ZipFile(folder / f"train{number}.zip", "w") as archive:
+            archive.writestr("a.jsonl", lines(f"{number}a", f"{number}b"))
+    hub.add_folder("o/archives", folder, "dataset")
+    given = read(hub="o/archives", data_dir=None)
+    assert [row["content"] for row in given] == ["0a", "0b", "1a", "1b"]
+    assert read(hub="o/archives", data_dir=None, split="train[1:3]") == given[1:3]
+
+
+def test_a_program_is_not_run_and_its_converted_rows_are_read(hub: Hub, tmp_path: Path) -> None:
+    hub.add_folder("o/old", write(tmp_path / "old", {"old.py": "import datasets\n"}), "dataset")
+    converted = tmp_path / "converted"
+    table = shard(converted / "default/train", 0)
+    hub.add_folder("o/old", converted, "dataset", revision="refs/convert/parquet")
+    line = refusal(hub="o/old", data_dir=None)
+    assert "is read by a script, which datasets no longer runs" in line
+    assert "refs/convert/parquet" in line
+    assert "network" not in line
+    assert read(hub="o/old", data_dir=None, revision="refs/convert/parquet") == table
+
+
+def test_media_are_not_decoded(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "media"
+    folder.mkdir()
+    clip = {"bytes": b"RIFF", "path": "a.wav"}
+    table = [{"clips": [clip], "film": clip, "content": "x"}]
+    features = {
+        "clips": {"feature": {"_type": "Audio"}, "_type": "List"},
+        "film": {"_type": "Video"},
+        "content": {"dtype": "string", "_type": "Value"},
+    }
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pa.Table.from_pylist(table).replace_schema_metadata(metadata), folder / "train.parquet")
+    hub.add_folder("o/media", folder, "dataset")
+    assert read(hub="o/media", data_dir=None) == table
+
+
+def test_a_damaged_shard_is_one_line_without_temporary_folders(
+    hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stack/data/lua/train-00001-of-00003.parquet").write_bytes(b"<html>")
+    refusal()
+    assert "Failed to read" not in capfd.readouterr().err
+    card = "---\nconfigs:\n- config_name: a\n  data_files: none.jsonl\n---\n"
+    hub.add_folder("o/s", write(tmp_path / "s", {"README.md": card}), "dataset")
+    line = refusal(hub="o/s", data_dir=None)
+    assert "Unable to find 'none.jsonl')" in line
+    assert "flora_train_hub_" not in line
