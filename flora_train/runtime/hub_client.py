@@ -6,6 +6,7 @@ cover every request, cap each wait, and report it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ READ_TIMEOUT = 300.0
 OFFLINE_HINT = "HF_HUB_OFFLINE forbids access to the hub: unset it"
 CONSISTENCY = "Consistency check failed"
 """In the client's error for a file whose size differs from the size in the hub's headers."""
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 FAILED_UPLOAD = "Error while uploading"
 """Start of the client's error for an upload that failed."""
 MOST_CAUSES = 10
@@ -171,7 +173,7 @@ def is_unreachable(error: Exception) -> bool:
 
 def explain(error: Exception, name: str, repo_type: str = "model", revision: str | None = None) -> str:
     """Why a repository cannot be read, and what to do about it, as the end of a sentence that names it."""
-    from huggingface_hub import get_token
+    from huggingface_hub import constants, get_token
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -189,6 +191,11 @@ def explain(error: Exception, name: str, repo_type: str = "model", revision: str
     status = None
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        cache = f"the hub's cache ({constants.HF_HUB_CACHE})"
+        return f"cannot be written to {cache}: {error.strerror}; set HF_HOME to a folder with room"
+    if isinstance(error, UnicodeEncodeError):
+        return "the token of this machine has characters that no token has: correct HF_TOKEN"
     if isinstance(error, OfflineModeIsEnabled):
         return f"is not in the local cache, and {OFFLINE_HINT}"
     if isinstance(error, GatedRepoError):

@@ -460,3 +460,31 @@ def test_a_damaged_shard_is_one_line_without_temporary_folders(
     line = refusal(hub="o/s", data_dir=None)
     assert "Unable to find 'none.jsonl')" in line
     assert "flora_train_hub_" not in line
+
+
+def test_a_token_that_cannot_be_one_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "caf\u00e9")
+    assert "correct HF_TOKEN" in refusal()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device without room here")
+def test_a_cache_without_room_is_named(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*args: object, **options: object) -> str:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+        return ""
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cannot)
+    line = refusal()
+    assert f"{tmp_path / 'cache'}): No space left on device; set HF_HOME" in line
+
+
+def test_a_commit_that_the_cache_has_is_not_written_again(
+    hub: Hub, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read() == rows
+    (reference,) = (tmp_path / "cache").glob("*/refs/main")
+    before = reference.stat().st_ino
+    start_again(monkeypatch)
+    assert read() == rows
+    assert reference.stat().st_ino == before
