@@ -14,6 +14,7 @@ from flora_train.runtime.hub_probe import (
     Access,
     Answer,
     Repository,
+    check_settings,
     endpoint,
     go_offline,
     has_token,
@@ -36,6 +37,7 @@ PUBLIC_HUB = "https://huggingface.co"
 
 def check_hub(needs: Sequence[Need], findings: Findings) -> dict[Repository, Answer]:
     """Find out what of the hub cannot be read. Returns the hub's answers."""
+    check_settings()
     if not needs:
         return {}
     missing = [rest for need in needs if (rest := not_cached(need)) is not None]
@@ -177,7 +179,7 @@ def _login_hint(access: Access, needs: Sequence[Need], reason: str) -> tuple[str
     if access == "token":
         page = f"{shown_url(endpoint())}/settings/tokens"
         return "login", (
-            f"the hub refuses the token of this machine ({reason or 'it answered 401'}): create one on "
+            f"the token of this machine is refused ({reason or 'it answered 401'}): create one on "
             f"{page}, then run `hf auth login` (or set HF_TOKEN)"
         )
     if access == "terms":

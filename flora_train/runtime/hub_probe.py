@@ -12,7 +12,7 @@ from typing import Any, Literal
 from urllib.parse import quote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from flora_train.config.errors import first_line
+from flora_train.config.errors import first_line, user_error
 from flora_train.config.json_format import JsonObject, parse_object
 
 RepositoryType = Literal["model", "dataset"]
@@ -82,6 +82,19 @@ class _Response:
     status: int
     headers: Mapping[str, str]
     body: bytes
+
+
+def check_settings() -> None:
+    """Raises UserError for an environment variable that the hub's client cannot interpret."""
+    try:
+        from huggingface_hub import constants  # noqa: F401
+    except ValueError as error:
+        reason = first_line(error)
+        values = {name: value for name, value in sorted(os.environ.items()) if name.startswith("HF_")}
+        named = [name for name, value in values.items() if value and repr(value) in reason]
+        name = named[0] if named else "HF_ENDPOINT"
+        hint = f"the hub's client cannot interpret it ({reason}): correct or unset it"
+        raise user_error(name, values.get(name, "").rpartition("@")[2], hint) from error
 
 
 def endpoint() -> str:
@@ -227,7 +240,12 @@ def _ask(repository: Repository, on_begin: Callable[[], None]) -> Answer:
 
 
 def _ask_once(repository: Repository, on_begin: Callable[[], None]) -> Answer:
-    headers = _headers()
+    try:
+        headers = _headers()
+    except OSError as error:
+        return Answer("token", f"its file cannot be read: {_failure(error)}")
+    if not headers.get("authorization", "").isascii():
+        return Answer("token", "it has characters that no token has")
     url = f"{endpoint()}/api/{repository.type}s/{quote(repository.name)}"
     if repository.revision is not None:
         url += f"/revision/{quote(repository.revision, safe='')}"

@@ -168,7 +168,7 @@ def test_without_network_everything_that_is_missing_is_said_at_once(
     ("token", "expected"),
     [
         ("", "error: login: bigcode/starcoder (model.path) and bigcode/the-stack-dedup"),
-        ("hf_wrong", "error: login: the hub refuses the token"),
+        ("hf_wrong", "error: login: the token of this machine is refused"),
         (
             STRANGER,
             "error: terms: this token may not read bigcode/starcoder (model.path) and bigcode/the-stack",
@@ -393,3 +393,23 @@ def test_a_tracker_that_is_online_needs_login_and_server(hub: Hub, tmp_path: Pat
     assert network.startswith(f"error: tracking.online = True: {server} cannot be reached (")
     ready = {"WANDB_BASE_URL": hub.url, "WANDB_API_KEY": "0" * 40}
     assert ask(CHECK, *words, env=env | ready).stdout == "complete\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        (
+            "HF_ENDPOINT",
+            "http://[::1",
+            "error: HF_ENDPOINT = 'http://[::1': the hub's client cannot interpret",
+        ),
+        ("HF_HUB_ETAG_TIMEOUT", "soon", "error: HF_HUB_ETAG_TIMEOUT = 'soon': the hub's client cannot"),
+        ("HF_TOKEN", "caf\u00e9", "error: login: the token of this machine is refused (it has characters"),
+        ("HF_TOKEN_PATH", "/", "error: login: the token of this machine is refused (its file cannot be read"),
+    ],
+)
+def test_settings_that_the_client_cannot_use_are_named(
+    hub: Hub, tmp_path: Path, name: str, value: str, expected: str
+) -> None:
+    env = environment(tmp_path, hub.url) | {name: value}
+    assert refusal(ask(PROGRAM, "train", "recipe=multipl_e", env=env))[0].startswith(expected)
