@@ -156,7 +156,10 @@ def test_recipe_runs_with_its_own_lengths_and_data_limits(tmp_path: Path) -> Non
             assert task["validation"]["examples"] == 200, "task_defaults.max_validation_examples"
             assert task["validation"]["unsampled"] == FULL[1] - 200
         for result in finished.report["results"]:
-            assert result["examples"] == 100, "evaluation.max_examples"
+            assert result["examples"] == 200, "the final evaluation has all held-out examples"
+        records = map(json.loads, (finished.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        limits = [record["max_examples"] for record in records if record["kind"] == "evaluation"]
+        assert limits == [100], "evaluation.max_examples"
         for adapter in finished.report["adapters"]:
             clips = 2 * 6
             assert clips * 1500 < adapter["tokens"] < clips * 1948, "six clips a step, and no seventh draw"
