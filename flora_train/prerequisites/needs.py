@@ -14,6 +14,9 @@ from flora_train.data.sources import check_present
 from flora_train.models.model_path import is_local, missing_folder
 from flora_train.runtime.hub_probe import Repository
 
+MOST_SHOWN = 8
+"""Problems of local files that are shown one by one."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -143,4 +146,9 @@ def missing_files(config: RunConfig, *, with_tasks: bool = True) -> list[Problem
         if others:
             hint += f" (also for {len(others)} other sources)"
         problems.append(Problem(first.key, first.value, hint))
+    left_out = problems[MOST_SHOWN:]
+    if left_out:
+        last = problems[MOST_SHOWN - 1]
+        hint = f"{last.hint} (and {len(left_out):,} more like it)"
+        problems[MOST_SHOWN - 1 :] = [Problem(last.key, last.value, hint)]
     return problems

@@ -413,3 +413,11 @@ def test_settings_that_the_client_cannot_use_are_named(
 ) -> None:
     env = environment(tmp_path, hub.url) | {name: value}
     assert refusal(ask(PROGRAM, "train", "recipe=multipl_e", env=env))[0].startswith(expected)
+
+
+def test_hundreds_of_missing_files_are_a_few_lines(hub: Hub, tmp_path: Path) -> None:
+    rows = [f"tasks.t{number}.train=rows{number}.jsonl" for number in range(300)]
+    env = environment(tmp_path, hub.url)
+    lines = refusal(ask(PROGRAM, "train", "recipe=quickstart", "data_config=null", *rows, env=env))
+    assert len(lines) < 15
+    assert any("(and " in line and "more like it)" in line for line in lines)
