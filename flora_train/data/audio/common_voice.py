@@ -13,12 +13,12 @@ import os
 import re
 import shutil
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from filelock import FileLock
 
 from flora_train.config.errors import choices, did_you_mean, first_line, user_error
-from flora_train.config.paths import find_file
+from flora_train.config.paths import exists, find_file
 from flora_train.config.task_schema import SourceConfig
 from flora_train.data.file_rows import Row, decode
 from flora_train.runtime.atomic import disk_errors, user_cache
@@ -30,6 +30,7 @@ LOCALE = r"[\w-]+"
 FAULT = "fault of the row"
 """Key of a row that cannot be used; the value is the reason."""
 DAMAGED_ROW = "damaged row of the table"
+NOT_IN_CLIPS = "path that is not of a file in clips/"
 
 
 def release_file(source: SourceConfig, key: str) -> Path:
@@ -63,7 +64,8 @@ def release_rows(source: SourceConfig, key: str) -> list[Row]:
     """The split's rows.
 
     `path` is the clip's file, `seconds` its length if the release states it, `release` the release's name.
-    A row with too many or too few cells has a FAULT, and its `path` is that of the table with the line.
+    A row with too many or too few cells, or with a path that leads out of the folder of clips, has a FAULT,
+    and its `path` is that of the table with the line.
     """
     table = release_file(source, key)
     rows = _table_rows(table, key)
@@ -98,7 +100,7 @@ def check_clips_exist(source: SourceConfig, key: str) -> None:
     listed = {
         str(row["path"]): None for row in _table_rows(table, key) if row.get("path") and FAULT not in row
     }
-    missing = [clip for clip in listed if clip not in present]
+    missing = [clip for clip in listed if clip not in present and not _in_subfolder(folder, clip)]
     if not missing:
         return
     first = folder / missing[0]
@@ -107,6 +109,11 @@ def check_clips_exist(source: SourceConfig, key: str) -> None:
         raise user_error(key, str(table), hint)
     amount = f"{len(missing):,} of {len(listed):,} clips are missing"
     logger.warning(f"{key}: {amount} and will be left out (the first: {first})")
+
+
+def _in_subfolder(folder: Path, clip: str) -> bool:
+    """Whether a clip is a file below a folder inside that of the clips."""
+    return "/" in clip and exists(folder / clip)
 
 
 def release_name(table: Path) -> str:
@@ -169,18 +176,30 @@ def _language_folder(release: Path, source: SourceConfig, key: str) -> Path:
 
 
 def _table_rows(table: Path, key: str) -> list[Row]:
-    """The rows of a table, as column -> cell. A row without the header's number of cells has a fault."""
+    """The rows of a table, as column -> cell.
+
+    A row without the header's number of cells has a fault, as does one whose clip is not below the folder of
+    clips: a table from elsewhere must not have other files read.
+    """
     try:
         lines = decode(table).split("\n")
     except (OSError, ValueError) as error:
         raise user_error(key, str(table), f"cannot be read: {first_line(error)}") from None
     header = lines[0].split("\t")
+    repeated = [column for column in REQUIRED_COLUMNS if header.count(column) > 1]
+    if repeated:
+        raise user_error(
+            str(table), None, f"has the column {repeated[0]!r} more than once: leave one of them"
+        )
     rows: list[Row] = []
     damaged: list[str] = []
     for number, line in enumerate(lines[1:], start=2):
         cells = line.split("\t")
         if len(cells) == len(header):
-            rows.append(dict(zip(header, cells, strict=True)))
+            row: Row = dict(zip(header, cells, strict=True))
+            if "path" in row and not _is_below(str(row["path"])):
+                row |= {"path": f"{table}:{number}", FAULT: NOT_IN_CLIPS}
+            rows.append(row)
         elif line.strip():
             rows.append({**dict.fromkeys(header, ""), "path": f"{table}:{number}", FAULT: DAMAGED_ROW})
             amount = "more" if len(cells) > len(header) else "fewer"
@@ -188,6 +207,12 @@ def _table_rows(table: Path, key: str) -> list[Row]:
     if damaged and len(damaged) == len(rows):
         raise user_error(key, str(table), f"cannot be read: {damaged[0]}, and no line has as many")
     return rows
+
+
+def _is_below(path: str) -> bool:
+    """Whether a relative path names a file below its folder, links aside."""
+    parts = PurePath(path).parts
+    return bool(parts) and ".." not in parts and not PurePath(path).is_absolute()
 
 
 def _unquoted(sentence: str) -> str:

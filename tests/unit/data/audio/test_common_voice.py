@@ -11,7 +11,7 @@ import pytest
 
 from flora_train.config.errors import UserError
 from flora_train.config.task_schema import SourceConfig
-from flora_train.data.audio.common_voice import DAMAGED_ROW, FAULT, check_clips_exist
+from flora_train.data.audio.common_voice import DAMAGED_ROW, FAULT, NOT_IN_CLIPS, check_clips_exist
 from flora_train.data.sources import read_rows
 from tests.speech import write_clip
 
@@ -141,6 +141,28 @@ def test_rows_that_a_tab_or_a_line_end_broke_have_a_fault(release: Path) -> None
     assert rows[3]["sentence"] == "whole"
     table.write_text(f"{HEADER}\nonly\tfour\tcells\there\n")
     with pytest.raises(UserError, match=r"line 2 has fewer cells than the header"):
+        rows_of(release)
+
+
+def test_no_file_outside_the_folder_of_clips_is_read(release: Path, caplog: pytest.LogCaptureFixture) -> None:
+    secret = release.parent / "secret.mp3"
+    write_clip(secret, 0.5)
+    write_clip(release / "cs" / "clips" / "part" / "a.mp3", 0.5)
+    table = release / "cs" / "dev.tsv"
+    paths = ["../../../secret.mp3", str(secret), "part/../../../../secret.mp3", "", ".", "part/a.mp3"]
+    lines = [f"1\tx\t{path}\tsentence\t2\tcs" for path in paths]
+    table.write_text("\n".join([HEADER, *lines]), encoding="utf-8")
+    rows = rows_of(release)
+    assert [row.get(FAULT) for row in rows] == [NOT_IN_CLIPS] * 5 + [None]
+    assert [row["path"] for row in rows[:2]] == [f"{table}:2", f"{table}:3"]
+    check_clips_exist(SourceConfig(common_voice=str(release), locale="cs", split="dev"), "tasks.cs.dev")
+    assert "missing" not in caplog.text
+
+
+@pytest.mark.parametrize("column", ["sentence", "path"])
+def test_a_repeated_column_is_an_error(release: Path, column: str) -> None:
+    (release / "cs" / "dev.tsv").write_text(f"{HEADER}\t{column}\n1\tx\ta.mp3\tone\t2\tcs\ttwo\n")
+    with pytest.raises(UserError, match=rf"dev\.tsv: has the column '{column}' more than once"):
         rows_of(release)
 
 
