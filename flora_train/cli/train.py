@@ -29,9 +29,10 @@ def train(overrides: RecipeOverrides = None) -> None:
     from flora_train.runtime.signals import end_with_launcher
 
     end_with_launcher()
-    from flora_train.prerequisites import check_prerequisites
+    from flora_train.prerequisites import check_prerequisites, spans_machines
 
-    check_prerequisites(config)
+    if not spans_machines():
+        check_prerequisites(config)
     # torch loads only once the recipe is known to be valid, and what it needs to be available
     from flora_train.commands.train import train_checked
 

@@ -33,7 +33,7 @@ from flora_train.export.peft_import import init_from_peft
 from flora_train.final_evaluation import reported_speedup, run_final_evaluation, training_facts
 from flora_train.models.base_identity import base_identity
 from flora_train.models.probe_inputs import count_tokens, noise_features
-from flora_train.prerequisites import check_prerequisites
+from flora_train.prerequisites import check_prerequisites, spans_machines
 from flora_train.run_context import (
     RunContext,
     as_it_began,
@@ -84,17 +84,20 @@ def train_run(config: RunConfig) -> RunResult:
         UserError: Bad input; before any long work where it can be known.
         Interrupted: The run was stopped during training and is saved; `resume=true` continues it.
     """
-    check_prerequisites(config)
+    if not spans_machines():
+        check_prerequisites(config)
     return train_checked(config)
 
 
 @safe_streams()
 def train_checked(config: RunConfig) -> RunResult:
-    """`train_run`, after `check_prerequisites`."""
+    """`train_run`, after `check_prerequisites` unless there are several machines."""
     started = time.monotonic()
     folder = RunFolder(Path(config.folder))
     accelerator = make_accelerator(config, folder)
     on_every_process(lambda: check_world_size(config.num_processes, accelerator.num_processes))
+    if spans_machines():
+        on_every_process(lambda: check_prerequisites(config))
     pin_commits(on_main_process(lambda: resolve_commits(config, _recorded_commits(config, folder))))
     config = on_every_process(lambda: resolve_config(config, folder))
     check_alike(lambda: comparable(config, with_evaluation=True))

@@ -28,7 +28,8 @@ def check_prerequisites(
 ) -> None:
     """Raises one UserError with all that is missing for a run, before anything is downloaded.
 
-    Only the first process of each machine checks; the others wait for it when they join.
+    Only the first process of each machine checks; the others wait for it when they join. Where a run has
+    several machines, call it once they have joined: a machine that ended would leave the others waiting.
 
     Args:
         config: The run.
@@ -41,7 +42,16 @@ def check_prerequisites(
     findings, needs = find_missing(config, trains=trains, with_tasks=with_tasks, adapters=adapters)
     for note in findings.notes:
         logger.warning(note)
+    findings.suggests_smaller &= trains  # a run that exists has no smaller one
     raise_missing(config, findings, needs)
+
+
+def spans_machines() -> bool:
+    """Whether this process belongs to a run that has several machines."""
+    try:
+        return int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    except ValueError:
+        return False
 
 
 def check_saved_run(

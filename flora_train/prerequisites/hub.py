@@ -76,6 +76,8 @@ def _check_cache(missing: Sequence[Need], cached: Sequence[str], findings: Findi
                 "is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE=1 forbids a download: "
                 "give a local folder, or unset HF_HUB_OFFLINE"
             )
+        elif need.keys[0] == "contenders" or need.keys[0].endswith(".init_from"):
+            hint = f"is not a PEFT adapter's folder here, {hint.removeprefix('is ')}"
         elif need.folders[0]:
             hint = f"{need.folders[0]} of it {hint}"
         _add_for_name(need, hint, findings)

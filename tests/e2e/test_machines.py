@@ -24,7 +24,7 @@ training: {steps: 2, max_length: 32}
 """
 ON_MACHINE = """
 import os
-os.environ["LOCAL_RANK"] = "0"  # each is the first of its machine
+os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # each is the only one of its machine
 os.chdir(os.environ["MACHINES"] + os.environ["RANK"])
 from flora_train.cli import main
 raise SystemExit(main(["train", "recipe=recipe.yaml", "output_dir=" + os.environ["MACHINES"] + "run"]))

@@ -131,11 +131,13 @@ def test_unfinished_run_of_another_configuration_is_refused_before_the_model_loa
 ) -> None:
     words = (f"recipe={recipe}", *WORDS, f"output_dir={tmp_path / 'run'}", "resume=true")
     kill_after(10, tmp_path / "run", *words)
-    refused = launch(*words, "adapters.lora.rank=3", "model.path=/nowhere")
+    other = tmp_path / "other"
+    other.mkdir()
+    refused = launch(*words, "adapters.lora.rank=3", f"model.path={other}")
     assert refused.returncode in (1, 2)
     told = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
     assert [line.split(": was")[0] for line in told] == [
-        "error: model.path = '/nowhere'",
+        f"error: model.path = '{other}'",
         "error: adapters.lora.rank = 3",
     ]
 

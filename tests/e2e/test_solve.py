@@ -205,7 +205,10 @@ def test_a_peft_adapter_from_disk_is_one_more_contender_and_an_exported_one_writ
             ["language=[sh]"],
             "language = '[sh]': options of this command begin with --. Did you mean '--languages'?",
         ),
-        (["--contenders=nothing/here"], "contenders = 'nothing/here': is not a PEFT adapter"),
+        (
+            ["--contenders=nothing/here"],
+            "contenders = 'nothing/here': is not a PEFT adapter's folder here, not in the local cache, and",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(run: Path, words: list[str], message: str) -> None:

@@ -124,7 +124,8 @@ def test_english_only_model_is_refused_in_one_line(release: Path, launch: Launch
     done = launch(*words_of(base, release, tmp_path / "run"))
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert line.startswith(f"error: model.path = '{base}': is an English-only Whisper, which was trained")
+    assert line.startswith("error: model.path = ")
+    assert "is an English-only Whisper, which was trained" in line
     assert line.endswith(f"use {tmp_path / 'whisper-tiny'}")
 
 
