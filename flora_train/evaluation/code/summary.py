@@ -86,6 +86,7 @@ def summarise(config: RunConfig, given: SuiteRecords) -> CodeSuite:
     cut = Counter((entry.adapter, entry.language) for entry in executed if entry.ended == "length")
     seconds = {key[1]: record["cpu_seconds"] for key, record in given.records.items()}
     languages = []
+    names = {key: entry.name for key, entry in load_languages().items()}
     for language in given.known:
         scored = [contender for contender in given.contenders if scores.has((contender.name, language))]
         if scored:
@@ -93,7 +94,7 @@ def summarise(config: RunConfig, given: SuiteRecords) -> CodeSuite:
             languages.append(
                 LanguageScores(
                     language=language,
-                    name=load_languages()[language].name,
+                    name=names[language],
                     problems=max(len(scores.problems((contender.name, language))) for contender in scored),
                     available=available,
                     prompts_sha=prompts_sha,

@@ -22,6 +22,8 @@ MEAN_AND_DEVIATION = re.compile(rf"\s*({NUMBER})\s*(?:(?:±|\+/?-)\s*({NUMBER})\
 ABSENT = ("-", "–", "—", "")
 """A cell without a value, as papers write it."""
 LARGEST = 1e9
+MOST_ERRORS = 10
+"""Errors per word that a recogniser hardly makes, even one that repeats itself."""
 
 Amount = Annotated[float, Field(ge=0, le=LARGEST)]
 Positive = Annotated[float, Field(gt=0, le=1e18)]
@@ -142,6 +144,8 @@ class PublishedTable(ConfigModel):
                     raise ValueError(
                         f"{language}.{method} is {cell.mean:g}, but {metric} is at most {most:g}"
                     )
+        if not any(rows.values()):
+            raise ValueError("must have a figure of at least one method: base: 17.3")
         return rows
 
     @property
@@ -154,6 +158,17 @@ class PublishedTable(ConfigModel):
         """All methods, the base first."""
         methods = dict.fromkeys(method for row in self.results.values() for method in row)
         return sorted(methods, key=lambda method: method != "base")
+
+    @property
+    def doubts(self) -> list[str]:
+        """A sentence where the figures are rather of the other unit."""
+        means = [cell.mean for row in self.results.values() for cell in row.values() if cell is not None]
+        highest = max(means, default=0.0)
+        if self.unit == "percent" and 0 < highest < 1:
+            return ["All published figures are below 1 %: if they are fractions, write unit: fraction."]
+        if self.unit == "fraction" and highest > MOST_ERRORS:
+            return ["Published rates are above 1,000 %: if they are percentages, write unit: percent."]
+        return []
 
     def fraction(self, language: str, method: str) -> Cell | None:
         """A published figure as a fraction; None if there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from flora_train.config.errors import user_error
@@ -149,7 +150,7 @@ def _compared(
         if part is not None:
             left_out |= dict.fromkeys(_left_out(part, shown[language]))
     differs = setup_differences(report, config, table, measured, shown=shown)
-    notes = [*table.notes, *_notes(report, shown, left_out)]
+    notes = [*table.notes, *table.doubts, *_notes(report, shown, left_out)]
     return ComparedTable(
         title=table.title,
         source=source,
@@ -179,10 +180,12 @@ def _name(table: PublishedTable, language: str) -> str:
     """A language's name for readers."""
     if language in table.names:
         return table.names[language]
-    known = {}
-    if table.k is not None:
-        known = {key: entry.name for key, entry in load_languages().items()}
-    return known.get(language, language)
+    return language if table.k is None else _program_names().get(language, language)
+
+
+@cache
+def _program_names() -> dict[str, str]:
+    return {key: entry.name for key, entry in load_languages().items()}
 
 
 def _choose(report: Report, table: PublishedTable, part: MeasuredPart, method: str) -> list[Contender]:

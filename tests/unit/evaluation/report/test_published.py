@@ -94,6 +94,27 @@ def test_both_units_give_the_same_fraction(unit: str, given: float, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("metric", "unit", "given", "doubt"),
+    [
+        ("pass@1", "percent", (0.3, 0.41), "unit: fraction"),
+        ("pass@1", "percent", (0.3, 4.1), None),
+        ("pass@1", "percent", (0, 0), None),
+        ("wer", "fraction", (0.3, 4.1), None),
+        ("wer", "fraction", (30, 41), "unit: percent"),
+    ],
+)
+def test_figures_that_look_like_the_other_unit_are_doubted(
+    metric: str, unit: str, given: tuple[float, float], doubt: str | None, tmp_path: Path
+) -> None:
+    results = f"{{lua: {{base: {given[0]}, flora: {given[1]}}}}}"
+    text = with_results(results, f", unit: {unit}").replace("pass@1", metric)
+    (table,) = read(text, tmp_path).tables
+    assert [sentence.rpartition("write ")[2].rstrip(".") for sentence in table.doubts] == [
+        *filter(None, [doubt])
+    ]
+
+
+@pytest.mark.parametrize(
     ("text", "key", "hint"),
     [
         ("a: 1", "source", "is required"),
@@ -103,6 +124,7 @@ def test_both_units_give_the_same_fraction(unit: str, given: float, tmp_path: Pa
         ("[]", "results.yaml", "must hold keys and values"),
         ("source: [", "results.yaml:", "YAML"),
         (with_results("{}"), "tables.0.results", "at least 1 item"),
+        (with_results("{lua: {}}"), "tables.0.results", "a figure of at least one method"),
         (with_results("{lua: 3}"), "tables.0.results.lua = 3", "must hold keys and values"),
         (
             with_results("{lua: {base: yes}}"),

@@ -96,6 +96,13 @@ def test_languages_that_only_one_side_has_are_shown_without_a_figure() -> None:
     ]
 
 
+def test_a_long_table_with_figures_of_the_other_unit_is_drawn_and_says_so() -> None:
+    results: Content = {f"l{number}": {"base": 0.1, "flora": 0.2} for number in range(2000)}
+    (table,) = compared(content_of("multipl_e_local"), published({"lua": {"base": 0.3}, **results}))
+    assert len(table.by_language) >= 2001
+    assert any("unit: fraction" in note for note in table.notes)
+
+
 def test_error_rates_are_those_of_text_as_it_is_written() -> None:
     content = content_of("speech_local")
     (table,) = compared(content)
