@@ -88,7 +88,7 @@ def weight_names(folder: Path, present: Collection[str], *, with_missing: bool =
     if first is None:
         names = {name for name in present if name.endswith((".safetensors", ".bin")) and "/" not in name}
     elif first.endswith(".json"):
-        names = _shards(folder / first)
+        names = shards_in(folder / first)
     else:
         names = {first}
     if with_missing:
@@ -105,11 +105,12 @@ def weights_are_complete(folder: Path) -> bool:
 
 
 def _is_complete(folder: Path, index: Path) -> bool:
-    shards = _shards(index)
+    shards = shards_in(index)
     return bool(shards) and all((folder / name).is_file() for name in shards)
 
 
-def _shards(index: Path) -> set[str]:
+def shards_in(index: Path) -> set[str]:
+    """The files that an index of shards names; none if it cannot be read."""
     try:
         shards = parse_object(index.read_bytes()).get("weight_map")
     except (OSError, ValueError, RecursionError):

@@ -253,7 +253,8 @@ def _from_pretrained(auto_class: Any, source: ModelConfig, *, weights: bool = Fa
     except (
         Exception
     ) as error:  # transformers and the readers below it raise their own types for a damaged file
-        hint = f"cannot be loaded: {_reason(error)}"
+        # the folder in the hub's cache says nothing to a user
+        hint = f"cannot be loaded: {_reason(error).replace(location, source.path)}"
         raise user_error("model.path", source.path, hint) from error
     if not find_file(source.path).exists():
         _set_name(loaded, source.path)
@@ -307,6 +308,10 @@ def _reason(error: Exception) -> str:
     """What is wrong with a model's files, in one line."""
     if "ignore_mismatched_sizes" in str(error):
         return "the shapes of its weights do not match its config.json"
+    if "trust_remote_code" in str(error) and "custom code" in str(error):
+        return "it comes with code of its own: read that, then set model.trust_remote_code=true to run it"
+    if "backend tokenizer" in str(error):
+        return "it has no tokenizer that can be read (tokenizer.json, or tokenizer.model with sentencepiece)"
     if isinstance(error, (OSError, ValueError, ImportError, SafetensorError)):
         return first_line(error)
     return f"one of its files is damaged ({type(error).__name__}: {first_line(error)})"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 from flora_train.adapters.peft_tensors import read_files
 from flora_train.config.errors import UserError
 from flora_train.config.model_schema import ModelConfig
-from flora_train.models.base_identity import base_identity
+from flora_train.models.base_identity import base_folder, base_identity
+from flora_train.models.hub_files import MOST_BYTES
 from flora_train.models.loading import load_base_model, load_model_config, load_tokenizer
 from flora_train.runtime.hub_snapshot import pin_commits, pinned_commits
 from tests.e2e.conftest import save_tiny_checkpoint
@@ -84,6 +87,109 @@ def test_the_configuration_and_the_tokenizer_are_read_without_weights(hub: Hub, 
     assert "pytorch_model.bin" not in sent(hub)
     assert "plot.png" not in sent(hub)
     assert base_identity(CONFIG) == base_identity(ModelConfig(path=str(folder)))
+
+
+BESIDE = (
+    "model.fp16.safetensors",
+    "consolidated.safetensors",
+    "model-q4.gguf",
+    "training_args.bin",
+    "adapter_model.safetensors",
+    "m.nemo",
+    "m.npy",
+    "samples.jsonl",
+    "original/consolidated.00.pth",
+    "original/params.json",
+    "onnx/model.onnx",
+    "onnx/config.json",
+    "fp16/model.safetensors",
+)
+"""What repositories have beside the files that transformers loads."""
+
+
+def test_what_transformers_does_not_load_is_not_downloaded(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit(NAME, {path: path.encode() for path in BESIDE})
+    with (folder / "weights").open("wb") as large:
+        large.truncate(MOST_BYTES + 1)
+    hub.add_folder("me/large", folder)
+    check_same(weights(), weights(str(folder)))
+    load_tokenizer(CONFIG)
+    downloaded = {file.relative_to(base_folder_of(NAME)).as_posix() for file in files_of(NAME)}
+    assert not downloaded & set(BESIDE)
+    check_same(weights("me/large"), weights(str(folder)))
+    assert "weights" not in {file.name for file in files_of("me/large")}
+
+
+def base_folder_of(name: str) -> Path:
+    folder = base_folder(ModelConfig(path=name))
+    assert folder is not None
+    return folder
+
+
+def files_of(name: str) -> list[Path]:
+    return [path for path in base_folder_of(name).rglob("*") if path.is_file()]
+
+
+def without_a_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def with_a_shard_outside(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text(encoding="utf-8")
+    index.write_text(text.replace("model-00002", "../model-00002"), encoding="utf-8")
+
+
+def with_a_damaged_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
+def without_an_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (without_a_shard, "names model-00002-of-00003.safetensors, which it does not have"),
+        (with_a_shard_outside, "names ../model-00002-of-00003.safetensors, which it does not have"),
+        (with_a_damaged_index, "its model.safetensors.index.json names no weights: it is damaged"),
+        (without_an_index, "has no weights that transformers loads .*, only model-00001-of-"),
+    ],
+)
+def test_a_repository_that_cannot_be_loaded_is_refused_before_its_weights_are_downloaded(
+    change: Callable[[Path], None], reason: str, hub: Hub, folder: Path
+) -> None:
+    change(folder)
+    hub.add_folder("me/incomplete", folder)
+    line = refusal(ModelConfig(path="me/incomplete"))
+    assert re.search(reason, line)
+    assert str(folder.parent) not in line
+    assert not {name for name in sent(hub) if name.endswith((".safetensors", ".bin"))}
+
+
+def test_code_of_a_repository_is_run_with_trust_remote_code_only(hub: Hub, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    code = "from transformers import GPTBigCodeConfig\n\nclass MineConfig(GPTBigCodeConfig):\n    pass\n"
+    (folder / "configuration_mine.py").write_text(code, encoding="utf-8")
+    hub.add_folder("me/mine", folder)
+    mine = ModelConfig(path="me/mine")
+    assert "comes with code of its own: read that, then set model.trust_remote_code=true" in refusal(mine)
+    trusted = mine.model_copy(update={"trust_remote_code": True})
+    assert type(load_model_config(trusted)).__name__ == "MineConfig"
+
+
+def test_a_repository_without_a_tokenizer_is_refused(hub: Hub, folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    hub.add_folder("me/wordless", folder)
+    with pytest.raises(UserError, match=r"it has no tokenizer that can be read \(tokenizer\.json, or"):
+        load_tokenizer(ModelConfig(path="me/wordless"))
 
 
 SURVIVED = {
