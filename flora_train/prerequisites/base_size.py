@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import find_file
 from flora_train.config.published_models import published_parameters
-from flora_train.models.base_identity import weight_files
+from flora_train.models.base_identity import WEIGHTS, weight_files
 from flora_train.models.model_path import is_local
 from flora_train.prerequisites.cache import cached_model
 from flora_train.runtime.hub_probe import Answer, Repository
@@ -49,7 +50,15 @@ def size_of_base(model: ModelConfig, answers: Mapping[Repository, Answer]) -> Ba
 
 
 def bytes_of_weights(files: Mapping[str, int]) -> int:
-    """Bytes of the weight files that transformers downloads: safetensors where there are any."""
+    """Bytes of the weight files that transformers loads: of one format and number format alone."""
+    first = next((name for name in WEIGHTS if name in files), "")
+    if first in files and not first.endswith(".json"):
+        return files[first]
+    stem, _, ending = first.removesuffix(".index.json").partition(".")
+    shard = re.compile(rf"{stem}-\d+-of-\d+\.{ending}")
+    shards = sum(size for name, size in files.items() if shard.fullmatch(name))
+    if shards:
+        return shards
     for ending in (".safetensors", ".bin"):
         sizes = [size for name, size in files.items() if name.endswith(ending) and "/" not in name]
         if sizes:

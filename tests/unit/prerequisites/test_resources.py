@@ -122,6 +122,13 @@ def test_weights_are_counted_once_where_a_repository_has_two_formats() -> None:
     assert bytes_of_weights(files) == 7
     assert bytes_of_weights({"pytorch_model-1.bin": 5, "README.md": 2}) == 5
     assert bytes_of_weights({}) == 0
+    duplicates = {"consolidated.safetensors": 9, "model.fp32-00001-of-00002.safetensors": 8, "adapter.bin": 4}
+    shards = {"model-00001-of-00002.safetensors": 2, "model-00002-of-00002.safetensors": 3}
+    index = {"model.safetensors.index.json": 1, "pytorch_model.bin": 20}
+    assert bytes_of_weights({**duplicates, **shards, **index}) == 5
+    assert bytes_of_weights({**duplicates, **shards, **index, "model.safetensors": 6}) == 6
+    assert bytes_of_weights({"training_args.bin": 4, "pytorch_model.bin": 20}) == 20
+    assert bytes_of_weights({"a.safetensors": 3, "model.safetensors.index.json": 1}) == 3
 
 
 @pytest.mark.parametrize(
