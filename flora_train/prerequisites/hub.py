@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 
 from flora_train.data.hub_commits import HUB_PREFIX
@@ -11,6 +12,7 @@ from flora_train.prerequisites.cache import not_cached
 from flora_train.prerequisites.findings import Findings, enumerate_names
 from flora_train.prerequisites.needs import Need
 from flora_train.runtime.hub_probe import (
+    UNLIKE_A_HUB,
     Access,
     Answer,
     Repository,
@@ -54,6 +56,8 @@ def check_hub(needs: Sequence[Need], findings: Findings) -> dict[Repository, Ans
             f"{_host()} cannot be reached ({first.reason}): all that the run needs from it is in its cache"
         )
         return {}
+    if len(answers) > 1 and all(answer.reason == UNLIKE_A_HUB for answer in answers.values()):
+        first = replace(first, access="not a hub", reason="it answers 404 to every question")
     if first.access in ("unreachable", "not a hub"):
         _add_unreachable(first, missing, cached, findings)
         _add_unchecked_login(missing, findings)
@@ -217,6 +221,8 @@ def _add_refused(need: Need, answer: Answer, findings: Findings) -> None:
         findings.lacks_base |= _name_base([need])
         return
     hint = f"there is no such {kind} on {_host()}, and no such folder here: check the name"
+    if answer.reason == UNLIKE_A_HUB:
+        hint += f", and HF_ENDPOINT ({answer.reason})"
     if answer.access == "hidden":
         hint = (
             f"there is no such {kind} on {_host()}, or it is private: check the name, or run `hf auth login`"

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from flora_train.config.errors import UserError, first_line, user_error
 
@@ -212,6 +213,9 @@ def explain(error: Exception, name: str, repo_type: str = "model", revision: str
     if isinstance(error, RepositoryNotFoundError):
         hint = f"the hub has no such {noun}, or this login may not see it: check the name"
         return hint if get_token() is not None else f"{hint}, and run `hf auth login` for a private one"
+    if isinstance(error, HfHubHTTPError) and status == 404 and "x-error-code" not in error.response.headers:
+        host = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
+        return f"{host} answers 404, and not as a hub does: check the name of the {noun}, and HF_ENDPOINT"
     if status == 401:
         return "the hub refuses the login: run `hf auth login` with a valid token, or correct HF_TOKEN"
     if status == 403:

@@ -43,6 +43,8 @@ MOST_REDIRECTS = 5
 CLOSED = {"RemoteProtocolError", "ReadError"}
 """Exceptions of the client for a connection that was closed: by name, because its HTTP library depends on its
 version."""
+UNLIKE_A_HUB = "it answers 404, and not as a hub does"
+"""Reason of an answer that another server, or a mirror that lacks the repository, has given."""
 OPEN_FILES = ("README.md", ".gitattributes")
 """Files of a gated repository that can be read without access."""
 
@@ -262,6 +264,8 @@ def _ask_once(repository: Repository, on_begin: Callable[[], None]) -> Answer:
         # a mirror of files may lack this address
         file = "README.md" if repository.type == "dataset" else repository.file or "config.json"
         response = _head(repository, file, headers)
+        if response.status == 404 and "x-error-code" not in response.headers:
+            return Answer("missing", UNLIKE_A_HUB)
     return _interpret(response, "authorization" in headers)
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,43 @@ def test_what_is_no_hub_is_said(tmp_path: Path) -> None:
     assert "does not answer as the hub" in refusal(done)[0]
 
 
+@contextmanager
+def file_server() -> Iterator[str]:
+    """Another web server, which has no such files and answers without the hub's headers."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NotFound)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class NotFound(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *values: object) -> None:
+        """Without lines in the output of the tests."""
+
+
+def test_a_server_that_is_no_hub_is_taken_for_a_wrong_address(tmp_path: Path) -> None:
+    with file_server() as url:
+        env = environment(tmp_path, url)
+        several = refusal(ask(PROGRAM, "train", "recipe=multipl_e", env=env))
+        words = ["model.path=me/base", "training.allow_slow=true"]
+        one = refusal(ask(PROGRAM, "train", "recipe=quickstart", *words, env=env))
+        plan = ask(PROGRAM, "plan", "recipe=quickstart", "model.path=me/base", env=env)
+    assert several[0].startswith(f"error: network: {url.removeprefix('http://')} does not answer as the hub")
+    assert "correct HF_ENDPOINT" in several[0]
+    assert not [line for line in several if "there is no such" in line]
+    assert one[0].startswith("error: model.path = 'me/base': there is no such model on ")
+    assert "check the name, and HF_ENDPOINT (it answers 404, and not as a hub does)" in one[0]
+    assert "answers 404, and not as a hub does: check the name of the model, and HF_ENDPOINT" in plan.stderr
+
+
 def test_a_proxy_is_used_and_named_without_its_password(tmp_path: Path) -> None:
     with closed_port() as proxy:
         address = proxy.replace("http://", "http://user:secret@")
@@ -248,7 +286,7 @@ def test_the_path_of_a_mirror_is_part_of_its_address(hub: Hub, tmp_path: Path) -
     lines = refusal(ask(PROGRAM, "train", "recipe=multipl_e", env=env))
     host = hub.url.removeprefix("http://")
     assert lines[0].startswith(
-        f"error: model.path = 'bigcode/starcoder': there is no such model on {host}/mirror/hf, "
+        f"error: network: {host}/mirror/hf does not answer as the hub: it answers 404 "
     )
     assert {path for _, path in hub.asked} >= {"/mirror/hf/api/models/bigcode/starcoder"}
     assert all(path.startswith("/mirror/hf/") for _, path in hub.asked)
