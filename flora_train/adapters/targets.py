@@ -68,8 +68,8 @@ def find_targets(
     selected = _select(model, spec, unusable)
     reason = next((reason for name, reason in unusable.items() if name in selected), None)
     selected = {name: target for name, target in selected.items() if name not in unusable}
-    if spec.parent_module is not None:
-        selected = _below_parent(model, selected, spec)
+    if spec.parent_module is not None and selected:
+        selected = _below_parent(selected, spec)
     if not selected:
         hint = f"{type(model).__name__} has no linear layer to adapt"
         if reason is not None:
@@ -133,16 +133,16 @@ def _query_and_key(model: nn.Module, available: Mapping[str, Target], key: str) 
     return names
 
 
-def _below_parent(model: nn.Module, selected: Mapping[str, Target], spec: AdapterSpec) -> dict[str, Target]:
+def _below_parent(selected: Mapping[str, Target], spec: AdapterSpec) -> dict[str, Target]:
     """The selected layers below a module that is named `parent_module`. Raises UserError if there are
     none."""
     below = {name: target for name, target in selected.items() if spec.parent_module in name.split(".")[:-1]}
     if not below:
         parts: set[str] = set()
-        for name in linear_layers(model):
+        for name in selected:
             parts.update(part for part in name.split(".")[:-1] if not part.isdigit())
         options = sorted(parts)
-        hint = f"no target is below it; there are {choices(options)}."
+        hint = f"no target is below it; they are below {choices(options)}."
         hint += did_you_mean(str(spec.parent_module), options)
         raise user_error(f"adapters.{spec.family}.parent_module", spec.parent_module, hint)
     return below

@@ -110,6 +110,16 @@ def test_group_beside_names_and_below_a_parent() -> None:
     names = find_targets(tiny_model("whisper"), decoder)
     assert all(name.startswith("model.decoder.") for name in names)
     assert any("encoder_attn" in name for name in names)
+    with pytest.raises(UserError, match="no target is below it; they are below .*self_attn") as raised:
+        find_targets(model, spec("lora", target_modules="query-key", parent_module="mlp"))
+    assert "mlp" not in str(raised.value).partition("they are below")[2]
+
+
+def test_fused_and_separate_projections_of_one_model_are_all_selected() -> None:
+    names = ["h.0.attn.c_attn", "h.0.crossattention.q_attn", "h.0.crossattention.c_attn", "h.0.mlp.c_fc"]
+    names += ["h.1.attn.q_proj", "h.1.attn.k_proj", "h.1.attn.v_proj", "h.1.attn.qkv_proj"]
+    left_out = {"h.0.mlp.c_fc", "h.1.attn.v_proj"}
+    assert query_key_layers(names) == {*names} - left_out
 
 
 @pytest.mark.parametrize(
