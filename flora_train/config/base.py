@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     StringConstraints,
     ValidationInfo,
@@ -45,6 +46,20 @@ def _possible_path(text: str) -> str:
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
 PathText = Annotated[Text, AfterValidator(_possible_path)]
 """A file, a folder, a glob, or a name on the hub."""
+
+
+def _as_written(value: Any) -> Any:
+    """A tag such as 1.10 would otherwise be another one."""
+    if isinstance(value, float):
+        raise ValueError(
+            "is a number to YAML, which leaves no trace of how it was written: put it in quotes "
+            "(on a command line in two kinds: '\"1.10\"')"
+        )
+    return value
+
+
+Revision = Annotated[str | None, BeforeValidator(_as_written)]
+"""A branch, tag or commit on the hub."""
 
 
 class ConfigModel(BaseModel):

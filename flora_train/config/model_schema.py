@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from flora_train.config.base import ConfigModel, PathText
+from flora_train.config.base import ConfigModel, PathText, Revision
 
 
 class ModelConfig(ConfigModel):
     path: PathText
     """Folder of a transformers checkpoint, or a name on the Hugging Face hub."""
-    revision: str | None = None
+    revision: Revision = None
     """Branch, tag or commit on the hub. Default: the hub's main branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the frozen base model. auto: bfloat16 where the hardware multiplies it faster, else

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from flora_train.config.base import MOST_ROWS, ConfigModel, PathText, Text
+from flora_train.config.base import MOST_ROWS, ConfigModel, PathText, Revision, Text
 from flora_train.config.language_names import ProgrammingLanguage
 from flora_train.config.moved_datasets import moved_hint
 from flora_train.config.speech_schema import SpeechConfig
@@ -27,7 +27,7 @@ class SourceConfig(ConfigModel):
     data_dir: str | None = None
     """Folder of the hub data set that is read, for data sets with a folder per language (data/lua). Default:
     all of it."""
-    revision: str | None = None
+    revision: Revision = None
     """Branch, tag or commit of the hub data set. Default: its main branch."""
     max_rows: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Number of rows of the hub data set that are read from its beginning, for data sets that are larger than

@@ -108,7 +108,10 @@ def _save_from_hub(config: ModelConfig, folder: str) -> None:
             hint = (
                 f"has no revision {config.revision!r} in the hub's cache, and the sizes known here are main's"
             )
-        raise user_error("model.path", config.path, f"{hint}: it {problem.hint}") from error
+        reason = problem.hint
+        if not reason.startswith("the hub"):
+            reason = f"it {reason}"
+        raise user_error("model.path", config.path, f"{hint}: {reason}") from error
 
 
 def _check_hub(config: ModelConfig) -> None:

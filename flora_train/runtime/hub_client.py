@@ -215,7 +215,9 @@ def explain(error: Exception, name: str, repo_type: str = "model", revision: str
         return hint if get_token() is not None else f"{hint}, and run `hf auth login` for a private one"
     if isinstance(error, HfHubHTTPError) and status == 404 and "x-error-code" not in error.response.headers:
         host = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
-        return f"{host} answers 404, and not as a hub does: check the name of the {noun}, and HF_ENDPOINT"
+        return (
+            f"the hub at {host} answers 404, and not as a hub: check the name of the {noun}, and HF_ENDPOINT"
+        )
     if status == 401:
         return "the hub refuses the login: run `hf auth login` with a valid token, or correct HF_TOKEN"
     if status == 403:

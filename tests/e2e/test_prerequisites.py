@@ -269,7 +269,7 @@ def test_a_server_that_is_no_hub_is_taken_for_a_wrong_address(tmp_path: Path) ->
     assert not [line for line in several if "there is no such" in line]
     assert one[0].startswith("error: model.path = 'me/base': there is no such model on ")
     assert "check the name, and HF_ENDPOINT (it answers 404, and not as a hub does)" in one[0]
-    assert "answers 404, and not as a hub does: check the name of the model, and HF_ENDPOINT" in plan.stderr
+    assert "answers 404, and not as a hub: check the name of the model, and HF_ENDPOINT" in plan.stderr
 
 
 def test_a_proxy_is_used_and_named_without_its_password(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from flora_train.config.load import validate
+from flora_train.config.errors import UserError
+from flora_train.config.load import load_config, validate
 from tests.unit.config.helpers import SMALL, faults, refusal, small
 
 
@@ -271,3 +272,9 @@ def test_names_that_join_to_one_are_refused() -> None:
     raw["tasks"], raw["adapters"] = dict.fromkeys(["a", "a-b"], task), dict.fromkeys(["b-c", "c"], adapter)
     (problem,) = refusal(lambda: validate(raw))
     assert problem.value == "a-b-c"
+
+
+def test_a_tag_that_yaml_reads_as_a_number_is_to_be_quoted() -> None:
+    assert load_config(["recipe=quickstart", "model.revision='1.10'"]).model.revision == "1.10"
+    with pytest.raises(UserError, match=r"model\.revision = 1\.1: is a number to YAML.*put it in quotes"):
+        load_config(["recipe=quickstart", "model.revision=1.10"])
