@@ -276,6 +276,9 @@ def _location(source: ModelConfig, *, weights: bool) -> str:
     """
     local = find_file(source.path)
     if local.exists():
+        if local.is_dir() and source.path.count("/") == 1 and not (local / "config.json").exists():
+            hint = f"is a folder here ({local.absolute()}) without config.json, and read before the hub: "
+            raise user_error("model.path", source.path, hint + "rename it, or complete it")
         return str(local)
     missing = missing_folder(source.path)
     if missing is not None:

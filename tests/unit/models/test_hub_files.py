@@ -184,6 +184,18 @@ def test_code_of_a_repository_is_run_with_trust_remote_code_only(hub: Hub, folde
     assert type(load_model_config(trusted)).__name__ == "MineConfig"
 
 
+def test_an_empty_folder_of_the_model_s_name_is_named(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / NAME).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    line = refusal()
+    assert (
+        f"is a folder here ({tmp_path / 'here' / NAME}) without config.json, and read before the hub" in line
+    )
+    assert hub.asked == []
+
+
 def test_a_repository_without_a_tokenizer_is_refused(hub: Hub, folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
