@@ -13,8 +13,12 @@ from flora_train.data.file_rows import READERS, Row, decode, file_rows
 from flora_train.data.globs import files_matching
 from flora_train.data.hub_rows import hub_rows
 
-BUILT = {"assets/code_local/": "code-local", "assets/speech_local/": "speech-local"}
-"""Folders that are built once -> the make target that builds them."""
+BUILT = {
+    "assets/code_local/": "make code-local",
+    "assets/speech_local/": "make speech-local",
+    "assets/udhr_local/": "python assets/build_many_languages.py",
+}
+"""Folders that are built once -> the command that builds them."""
 
 
 def read_rows(source: SourceConfig, key: str) -> list[Row]:
@@ -91,9 +95,9 @@ def _matches(pattern: str, key: str) -> list[Path]:
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero in it, an unknown ~user
         raise user_error(key, pattern, f"is not a readable path: {first_line(error)}") from None
     hint = f"no such file in {Path.cwd()}"
-    for folder, target in BUILT.items():
+    for folder, command in BUILT.items():
         if pattern.startswith(folder):
-            hint += f"; build it with: make {target}"
+            hint += f"; build it with: {command}"
     raise user_error(key, pattern, hint)
 
 
