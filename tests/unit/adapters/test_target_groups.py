@@ -110,7 +110,7 @@ def test_group_beside_names_and_below_a_parent() -> None:
     names = find_targets(tiny_model("whisper"), decoder)
     assert all(name.startswith("model.decoder.") for name in names)
     assert any("encoder_attn" in name for name in names)
-    with pytest.raises(UserError, match="no target is below it; they are below .*self_attn") as raised:
+    with pytest.raises(UserError, match=r"no target is below it; they are below .*self_attn") as raised:
         find_targets(model, spec("lora", target_modules="query-key", parent_module="mlp"))
     assert "mlp" not in str(raised.value).partition("they are below")[2]
 
