@@ -257,10 +257,13 @@ def _lines(
             raise user_error(f"{key.rpartition('.')[0]}.speech.{name}", column, hint)
     manifests = source_files(source, key)
     base = manifests[0].parent if manifests and source.common_voice is None else Path()
+    is_remote = source.hub is not None and not Path(source.hub).is_dir()
     lines = []
     for row in rows:
         sentence, speaker = (_text(row, column, key) for column in (speech.sentence, speech.speaker))
         try:
+            if is_remote:
+                _check_embedded(row.get(audio))
             path = _clip_file(row.get(audio), base, cache)
         except ValueError as error:
             raise user_error(key, None, f"column {audio!r} {error}") from None
@@ -279,6 +282,21 @@ def _text(row: Row, column: str | None, key: str) -> str:
         return cell_text(row.get(column))
     except ValueError as error:
         raise user_error(key, None, f"column {column!r} {error}") from None
+
+
+def _check_embedded(value: Any) -> None:
+    """Raises ValueError for a clip that a data set of the hub names instead of holding it: the path would be
+    that of a file on this machine."""
+    path = value
+    if isinstance(value, Mapping):
+        path = value.get("path")
+        if value.get("bytes") is not None:
+            return
+    if path:
+        raise ValueError(
+            f"has the path {str(path)[:80]!r} instead of a clip: data sets on the hub must hold the bytes; "
+            "download this one, and give its manifest under files"
+        )
 
 
 def _clip_file(value: Any, base: Path, cache: Path) -> str:

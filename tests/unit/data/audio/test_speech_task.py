@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from flora_train.config.errors import UserError
@@ -14,6 +16,8 @@ from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.task import Task, load_tasks
+from tests.hub_server import serve
+from tests.hub_server.client import use_hub
 from tests.speech import POSITIONS, tiny_speech_processor, write_clip, write_corpus, write_manifest
 
 
@@ -133,9 +137,6 @@ def test_held_out_clips_have_other_sentences_or_speakers(tmp_path: Path) -> None
 
 
 def test_audio_may_be_bytes_as_in_hub_data_sets(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     clips = [write_clip(tmp_path / f"{i}.flac", 0.5, seed=i).read_bytes() for i in range(4)]
     rows = [
         {"audio": {"bytes": clip, "path": "x.flac"}, "text": f"sentence {i}"} for i, clip in enumerate(clips)
@@ -164,6 +165,21 @@ def test_a_hub_data_sets_audio_column_is_decoded_here(tmp_path: Path) -> None:
         assert isinstance(task.train, SpeechSplit)
         assert len(task.train) + len(task.validation) == more.get("max_rows", 4)
         assert task.train.seconds[0] == 0.5
+
+
+def test_data_set_of_the_hub_cannot_name_files_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = write_clip(tmp_path / "secret.wav", 0.5)
+    rows = {"audio": [{"bytes": None, "path": str(secret)}] * 2, "text": ["one", "two"]}
+    (tmp_path / "set").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "set" / "train.parquet")
+    speech = {"language": "cs", "audio": "audio", "sentence": "text"}
+    with serve() as hub:
+        hub.add_folder("somebody/clips", tmp_path / "set", "dataset")
+        use_hub(monkeypatch, hub, tmp_path / "cache")
+        with pytest.raises(UserError, match="instead of a clip: data sets on the hub must hold the bytes"):
+            load({"train": {"hub": "somebody/clips"}}, tmp_path, speech=speech)
 
 
 @pytest.mark.parametrize(
