@@ -100,6 +100,7 @@ def change(hub: Hub) -> None:
     hub.commit(MODEL, {"config.json": json.dumps(changed).encode()})
 
 
+@pytest.mark.full
 def test_commits_are_recorded_and_a_run_with_failures_has_the_same_results(
     hub: Hub, train: Run, tmp_path: Path
 ) -> None:
