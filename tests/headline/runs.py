@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from tests.forked import ROOT
-from tests.hub_server import TOKEN
+from tests.hub_server import TOKEN, Hub
 
 CODE_SIZES = (
     "training.steps=30",
@@ -32,8 +33,42 @@ CODE_SIZES = (
 )
 """What of recipe=multipl_e is smaller here; everything else is the recipe's."""
 
+Finish = Callable[[int], "Finished"]
+"""Number of processes -> a run that nobody interrupted."""
+Reached = Callable[[], bool]
+"""Whether a run has reached a stage."""
 PATIENCE = 300
 """Seconds that a run may take."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, the hub that it used, and what it printed."""
+
+    run: Path
+    hub: Hub
+    environment: Mapping[str, str]
+    stdout: str
+    stderr: str
+
+    @property
+    def report(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.run / "eval" / "report.json").read_text(encoding="utf-8"))
+        return content
+
+
+@contextmanager
+def uninterrupted(start: Callable[[int], AbstractContextManager[Finished]]) -> Iterator[Finish]:
+    """Runs by their number of processes, each started when it is first needed."""
+    known: dict[int, Finished] = {}
+    with ExitStack() as stack:
+
+        def run(processes: int) -> Finished:
+            if processes not in known:
+                known[processes] = stack.enter_context(start(processes))
+            return known[processes]
+
+        yield run
 
 
 def hub_environment(url: str | None, home: Path) -> dict[str, str]:

@@ -8,9 +8,8 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from flora_train.evaluation.speech.error_rates import character_errors, word_err
 from flora_train.evaluation.speech.normalize import normalizer_of
 from tests.forked import ROOT
 from tests.headline.build_speech import LEFT_OUT, RELEASE, SENTENCES
-from tests.headline.runs import command, done, hub_environment, launched
+from tests.headline.runs import Finished, command, done, hub_environment, launched
 from tests.headline.speech_material import FULL, SHORT, SPEECH_SIZES, built_speech, release_of
 from tests.hub_server import Hub, serve
 
@@ -93,21 +92,6 @@ def release(speech_material: Path) -> Path:
     return release_of(speech_material)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A finished run, the hub that it used, and what it printed."""
-
-    run: Path
-    hub: Hub
-    environment: Mapping[str, str]
-    stderr: str
-
-    @property
-    def report(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.run / "eval" / "report.json").read_text(encoding="utf-8"))
-        return content
-
-
 @contextmanager
 def speech_hub(material: Path) -> Iterator[Hub]:
     """A hub with openai/whisper-large."""
@@ -128,7 +112,7 @@ def finished_run(
         started = launched("common_voice", run, data, *words, processes=processes)
         ended = done(started, environment, timeout=3600)
         assert ended.returncode == 0, ended.stderr
-        yield Finished(run, hub, environment, ended.stderr)
+        yield Finished(run, hub, environment, ended.stdout, ended.stderr)
 
 
 @pytest.mark.full

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.headline.runs import done, figures, hub_environment, interrupted, launched, lines
+from tests.headline.runs import (
+    Finish,
+    Finished,
+    Reached,
+    done,
+    figures,
+    hub_environment,
+    interrupted,
+    launched,
+    lines,
+    uninterrupted,
+)
 from tests.headline.speech_material import SHORT, SPEECH_SIZES, built_speech, release_of
-from tests.headline.test_common_voice import Finished, finished_run, needs_espeak, speech_hub
+from tests.headline.test_common_voice import finished_run, needs_espeak, speech_hub
 
 SIZES = (*SPEECH_SIZES, "training.steps=4", "training.save_every=2")
-Finish = Callable[[int], Finished]
-Reached = Callable[[], bool]
 pytestmark = [pytest.mark.headline, needs_espeak]
 
 
@@ -28,18 +37,13 @@ def material() -> Path:
 @pytest.fixture(scope="module")
 def finish(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     """`finish(2)`: a run of two processes that nobody interrupted."""
-    known: dict[int, Finished] = {}
-    with ExitStack() as stack:
 
-        def run(processes: int) -> Finished:
-            if processes not in known:
-                words = [*SIZES, f"num_processes={processes}"]
-                folder = tmp_path_factory.mktemp("whole")
-                run = finished_run(material, folder, *words, processes=processes)
-                known[processes] = stack.enter_context(run)
-            return known[processes]
+    def start(processes: int) -> AbstractContextManager[Finished]:
+        words = [*SIZES, f"num_processes={processes}"]
+        return finished_run(material, tmp_path_factory.mktemp("whole"), *words, processes=processes)
 
-        yield run
+    with uninterrupted(start) as finish:
+        yield finish
 
 
 def stages(run: Path, home: Path) -> dict[str, Reached]:

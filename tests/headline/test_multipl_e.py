@@ -6,9 +6,8 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from flora_train.evaluation.code.programs.languages import load_languages
 from flora_train.evaluation.code.programs.sandbox import open_sandbox
 from tests.forked import ROOT
 from tests.headline.conftest import add_repositories
-from tests.headline.runs import CODE_SIZES, command, done, figures, hub_environment, launched
-from tests.hub_server import Hub, serve
+from tests.headline.runs import CODE_SIZES, Finished, command, done, figures, hub_environment, launched
+from tests.hub_server import serve
 
 LANGUAGES = {"d": "d", "julia": "jl", "lua": "lua", "perl": "pl", "r": "r", "racket": "rkt"}
 LANGUAGES |= {"ruby": "rb", "rust": "rs", "swift": "swift"}
@@ -81,22 +80,6 @@ for name in sys.argv[3:]:
 np.savez(sys.argv[2], **arrays)
 """
 """Logits of the run's bank: RUN FILE ADAPTER..."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished run, the hub that it used, and what it printed."""
-
-    run: Path
-    hub: Hub
-    environment: Mapping[str, str]
-    stdout: str
-    stderr: str
-
-    @property
-    def report(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.run / "eval" / "report.json").read_text(encoding="utf-8"))
-        return content
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from tests.forked import ROOT
 from tests.headline.conftest import add_repositories
 from tests.headline.runs import (
     CODE_SIZES,
+    Finish,
+    Finished,
+    Reached,
     command,
     done,
     figures,
@@ -21,31 +24,24 @@ from tests.headline.runs import (
     interrupted,
     launched,
     lines,
+    uninterrupted,
 )
-from tests.headline.test_multipl_e import Finished, finished_run
+from tests.headline.test_multipl_e import finished_run
 from tests.hub_server import Hub, serve
 
 SIZES = (*CODE_SIZES, "training.steps=6", "training.save_every=2")
-Finish = Callable[[int], Finished]
-Reached = Callable[[], bool]
 
 
 @pytest.fixture(scope="module")
 def finish(code_material: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     """`finish(2)`: a run of two processes that nobody interrupted."""
-    known: dict[int, Finished] = {}
-    with ExitStack() as stack:
 
-        def run(processes: int) -> Finished:
-            if processes not in known:
-                words = [*SIZES, f"num_processes={processes}"]
-                folder = tmp_path_factory.mktemp("whole")
-                known[processes] = stack.enter_context(
-                    finished_run(code_material, folder, *words, processes=processes)
-                )
-            return known[processes]
+    def start(processes: int) -> AbstractContextManager[Finished]:
+        words = [*SIZES, f"num_processes={processes}"]
+        return finished_run(code_material, tmp_path_factory.mktemp("whole"), *words, processes=processes)
 
-        yield run
+    with uninterrupted(start) as finish:
+        yield finish
 
 
 def stages(run: Path, home: Path) -> dict[str, Reached]:
