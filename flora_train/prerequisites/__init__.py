@@ -16,7 +16,7 @@ from flora_train.prerequisites.base_size import size_of_base
 from flora_train.prerequisites.findings import Findings
 from flora_train.prerequisites.hub import check_hub
 from flora_train.prerequisites.needs import Need, hub_needs, learnt_tasks, missing_files
-from flora_train.prerequisites.resources import check_disk, check_resources
+from flora_train.prerequisites.resources import check_disk, check_resources, process_counts
 from flora_train.prerequisites.trackers import check_trackers
 from flora_train.runtime.run_files import RunFiles
 
@@ -48,10 +48,8 @@ def check_prerequisites(
 
 def spans_machines() -> bool:
     """Whether this process belongs to a run that has several machines."""
-    try:
-        return int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    except ValueError:
-        return False
+    local, everywhere = process_counts()
+    return everywhere > local
 
 
 def check_saved_run(

@@ -50,8 +50,7 @@ class Machine:
 
     @staticmethod
     def measure() -> Machine:
-        local = _count("LOCAL_WORLD_SIZE", 1)
-        return Machine(find_gpus(), free_host_memory(), local, _count("WORLD_SIZE", local))
+        return Machine(find_gpus(), free_host_memory(), *process_counts())
 
     @property
     def on_cpu(self) -> bool:
@@ -66,6 +65,12 @@ class Machine:
         if self.gpus.devices:
             return min(gpu.free for gpu in self.gpus.devices[: self.local_processes])
         return self.free_host // self.local_processes
+
+
+def process_counts() -> tuple[int, int]:
+    """Processes of the run on this machine, and on all machines."""
+    local = _count("LOCAL_WORLD_SIZE", 1)
+    return local, _count("WORLD_SIZE", local)
 
 
 def _count(variable: str, default: int) -> int:
