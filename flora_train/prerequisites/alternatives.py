@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from flora_train.config.paths import exists, find_file
 from flora_train.config.schema import RunConfig
 from flora_train.prerequisites.needs import Need, learnt_tasks
-from flora_train.runtime.hub_probe import is_offline
+from flora_train.runtime.hub_snapshot import is_offline
 
 BUILT = {
     "multipl_e_local": {"setup": "assets/models/smollm2-135m", "code-local": "assets/code_local"},

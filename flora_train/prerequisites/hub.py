@@ -20,11 +20,11 @@ from flora_train.runtime.hub_probe import (
     endpoint,
     go_offline,
     has_token,
-    is_offline,
     probe,
     proxy,
     shown_url,
 )
+from flora_train.runtime.hub_snapshot import is_offline
 
 KNOWN_GATED = (
     "bigcode/starcoder",

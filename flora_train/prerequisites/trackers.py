@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 from flora_train.config.schema import RunConfig
 from flora_train.prerequisites.findings import Findings
-from flora_train.runtime.hub_probe import can_connect, is_offline, shown_url
+from flora_train.runtime.hub_probe import can_connect, shown_url
+from flora_train.runtime.hub_snapshot import is_offline
 
 WANDB = "https://api.wandb.ai"
 

@@ -123,13 +123,6 @@ def proxy() -> str | None:
     return shown_url(address if "://" in address else f"http://{address}")
 
 
-def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids requests."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
 def go_offline() -> None:
     """Use the hub's cache only, as with HF_HUB_OFFLINE=1, from now on and in processes that are started."""
     from huggingface_hub import constants
