@@ -257,9 +257,10 @@ def _digest(path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file from the cache, with the blob that it links to."""
-    if path.is_symlink():
-        path.resolve().unlink(missing_ok=True)
+    """Remove a file from the cache, with the blob that it links to; a user's own file behind a link stays."""
+    target = path.resolve()
+    if path.is_symlink() and target.parent.name == "blobs":
+        target.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
