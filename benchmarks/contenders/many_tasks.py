@@ -16,7 +16,7 @@ from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
 from flora_train.config.load import validate
 from flora_train.data.task import Task
-from flora_train.data.token_split import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit, spans_after
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.context import TrainingContext
 from flora_train.training.trainer import Trainer
@@ -74,7 +74,7 @@ def random_split(seed: int, longest: int, vocabulary: int) -> TokenSplit:
     return TokenSplit(
         tokens=generator.integers(2, vocabulary, lengths.sum()).astype(np.int32),
         offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
-        prompt_lengths=np.zeros(EXAMPLES, dtype=np.int32),
+        **spans_after(np.zeros(EXAMPLES), lengths),
         label_bytes=lengths.astype(np.int64),
         pack_offsets=np.arange(EXAMPLES + 1),
         counts=SplitCounts(rows=EXAMPLES, examples=EXAMPLES, tokens=int(lengths.sum())),

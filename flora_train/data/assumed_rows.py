@@ -8,7 +8,7 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.audio.speech_split import Utterance, speech_split
 from flora_train.data.task import Task
-from flora_train.data.token_split import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit, spans_after
 
 TRANSCRIPT_TOKENS = 40
 """Decoder tokens of a clip: a sentence of Common Voice with its prompt."""
@@ -47,7 +47,7 @@ def _split(length: int, examples: int, window: int) -> TokenSplit:
     return TokenSplit(
         tokens=np.zeros(examples * length, dtype=np.int32),
         offsets=np.arange(examples + 1, dtype=np.int64) * length,
-        prompt_lengths=np.zeros(examples, dtype=np.int32),
+        **spans_after(np.zeros(examples), np.full(examples, length)),
         label_bytes=np.zeros(examples, dtype=np.int64),
         pack_offsets=np.arange(examples + 1, dtype=np.int64),
         counts=SplitCounts(rows=examples, documents=examples, examples=examples),

@@ -132,12 +132,12 @@ def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_toke
         documents = split_of(row.task).documents(row.example)
         packed |= len(documents) > 1
         start = 0
-        for tokens, prompt in documents:
+        for tokens, spans in documents:
             end = start + len(tokens)
             input_ids[i, start:end] = tokens
             positions[i, start:end] = np.arange(len(tokens))
-            learnt = start + max(prompt, 1)
-            labels[i, learnt:end] = input_ids[i, learnt:end]
+            for begin, stop in spans + start:
+                labels[i, begin:stop] = input_ids[i, begin:stop]
             start = end
         mask[i, :start] = 1
         positions[i, start:] = np.arange(length - start)

@@ -36,10 +36,12 @@ def pack(split: TokenSplit, max_length: int) -> TokenSplit:
     order = [document for sequence in sequences for document in sequence]
     tokens = np.split(split.tokens, split.offsets[1:-1])
     sizes = [len(sequence) for sequence in sequences]
+    span_counts = np.diff(split.span_offsets)[order]
     return TokenSplit(
         tokens=np.concatenate([split.tokens[:0], *(tokens[document] for document in order)]),
         offsets=np.concatenate([[0], lengths[order].cumsum()]).astype(np.int64),
-        prompt_lengths=split.prompt_lengths[order],
+        spans=np.concatenate([split.spans[:0], *map(split.learnt_spans, order)]),
+        span_offsets=np.concatenate([[0], span_counts.cumsum()]).astype(np.int64),
         label_bytes=split.label_bytes[order],
         pack_offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
         counts=replace(split.counts, examples=len(sequences)),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from flora_train.config.errors import choices, first_line, user_error
 from flora_train.config.paths import PROJECT_ROOT, find_file
 from flora_train.config.task_schema import SourceConfig
 from flora_train.data.audio.common_voice import check_release, release_file, release_rows
+from flora_train.data.documents import LocatedRow
 from flora_train.data.file_rows import READERS, Row, decode, file_rows
 from flora_train.data.globs import files_matching
 from flora_train.data.hub_rows import hub_rows
@@ -27,21 +29,29 @@ def read_rows(source: SourceConfig, key: str) -> list[Row]:
     Raises UserError if a file is missing, empty, unreadable or of an unknown type, or the hub cannot be
     reached.
     """
+    return [row.cells for row in located_rows(source, key)]
+
+
+def located_rows(source: SourceConfig, key: str) -> list[LocatedRow]:
+    """The rows of `read_rows`, with their places in the files."""
+    name = source.hub or source.folder or source.common_voice
     if source.hub is not None:
-        rows = hub_rows(source, key)
+        rows = _numbered(hub_rows(source, key), source.hub)
     elif source.folder is not None:
-        rows = _folder_rows(source, key)
+        rows = _numbered(_folder_rows(source, key), source.folder)
     elif source.common_voice is not None:
-        rows = release_rows(source, key)
+        rows = _numbered(release_rows(source, key), source.common_voice)
     else:
         rows = []
         for path in source_files(source, key):
-            rows += file_rows(path, source, key)
+            rows += _numbered(file_rows(path, source, key), str(path))
     if not rows:
-        raise user_error(
-            key, source.hub or source.folder or source.common_voice or source.files, "holds no rows"
-        )
+        raise user_error(key, name or source.files, "holds no rows")
     return rows
+
+
+def _numbered(rows: Iterable[Row], file: str) -> list[LocatedRow]:
+    return [LocatedRow(row, file, number) for number, row in enumerate(rows, start=1)]
 
 
 def source_files(source: SourceConfig, key: str) -> list[Path]:

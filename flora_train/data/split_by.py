@@ -15,8 +15,8 @@ from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig, TaskConfig
-from flora_train.data.file_rows import Row
-from flora_train.data.sources import read_rows, source_files
+from flora_train.data.documents import LocatedRow, outline
+from flora_train.data.sources import located_rows, source_files
 from flora_train.data.templates import cell_text
 
 MOST_TASKS = 10_000
@@ -28,7 +28,7 @@ SPELLED = {"+": "p", "#": "sharp", "&": "and", "%": "percent"}
 
 MOST_SOURCES = 8
 """Sources whose rows are cached until all tasks are loaded."""
-_read: dict[tuple[object, ...], dict[str, list[Row]]] = {}
+_read: dict[tuple[object, ...], dict[str, list[LocatedRow]]] = {}
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +61,14 @@ def expand_split_tasks(config: RunConfig) -> RunConfig:
     return validate({**raw, "tasks": tasks, "adapters": adapters})
 
 
-def task_rows(task: TaskConfig, split: str, key: str) -> list[Row]:
+def task_rows(task: TaskConfig, split: str, key: str) -> list[LocatedRow]:
     """The rows of a split ("train", "validation" or "test") of a task; `key` is the task's configuration key.
 
-    Raises UserError as `read_rows` does, and where a task of one value has no row.
+    Raises UserError as `located_rows` does, and where a task of one value has no row.
     """
     source: SourceConfig = getattr(task, split)
     if task.split_by is None:
-        return read_rows(source, f"{key}.{split}")
+        return located_rows(source, f"{key}.{split}")
     by_value = _rows_by_value(source, task.split_by, key, split)
     rows = by_value.get(str(task.split_value), [])
     if not rows:
@@ -154,7 +154,7 @@ def _sanitized(value: str) -> str:
     return re.sub(r"[^A-Za-z0-9-]+", "_", plain).strip("_-")
 
 
-def _rows_by_value(source: SourceConfig, column: str, key: str, split: str) -> Mapping[str, list[Row]]:
+def _rows_by_value(source: SourceConfig, column: str, key: str, split: str) -> Mapping[str, list[LocatedRow]]:
     """Value -> the rows of a source that have it in `column`, in their order. Read once for all tasks of the
     source."""
     files = source_files(source, f"{key}.{split}")
@@ -162,7 +162,7 @@ def _rows_by_value(source: SourceConfig, column: str, key: str, split: str) -> M
     if content not in _read:
         if len(_read) >= MOST_SOURCES:
             _read.clear()
-        _read[content] = _group(read_rows(source, f"{key}.{split}"), column, f"{key}.split_by", split)
+        _read[content] = _group(located_rows(source, f"{key}.{split}"), column, f"{key}.split_by", split)
     return _read[content]
 
 
@@ -171,19 +171,17 @@ def _stamp(path: Path) -> tuple[str, int, int]:
     return str(path), status.st_size, status.st_mtime_ns
 
 
-def _group(rows: Sequence[Row], column: str, key: str, split: str) -> dict[str, list[Row]]:
-    by_value: dict[str, list[Row]] = {}
+def _group(rows: Sequence[LocatedRow], column: str, key: str, split: str) -> dict[str, list[LocatedRow]]:
+    by_value: dict[str, list[LocatedRow]] = {}
     for number, row in enumerate(rows, start=1):
         try:
-            value = cell_text(row.get(column)).strip()
+            value = cell_text(row.cells.get(column)).strip()
         except ValueError as error:
             raise user_error(key, column, f"row {number} of {split} {error}") from None
         by_value.setdefault(value, []).append(row)
     empty = len(by_value.get("", ()))
     if empty == len(rows):
-        columns: dict[str, None] = {}
-        for row in rows:
-            columns |= dict.fromkeys(map(str, row))
+        columns = outline(rows).columns
         hint = f"is not a column with values in the {split} rows; they have {choices(columns)}."
         raise user_error(key, column, hint + did_you_mean(column, columns))
     if empty:

@@ -19,16 +19,20 @@ from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.audio.speech_task import load_speech_task
 from flora_train.data.cache import cached
+from flora_train.data.documents import LocatedRow, RowEncoder, outline
 from flora_train.data.mixture import draw_problem
 from flora_train.data.packing import pack
+from flora_train.data.row_encoders import make_row_encoder
 from flora_train.data.sources import source_files
 from flora_train.data.split_by import forget_rows, task_rows
 from flora_train.data.splits import hold_out, sample, seed_of_rows
-from flora_train.data.templates import PromptCompletion, make_formatter
-from flora_train.data.token_split import TokenSplit
-from flora_train.data.tokenization import tokenize, tokenizer_hash
+from flora_train.data.token_split import SplitBuilder, TokenSplit
+from flora_train.data.tokenization import tokenizer_hash
+from flora_train.runtime.progress import ProgressBar
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
+PROGRESS_ROWS = 1000
+"""Rows after which the progress of a split is shown."""
 MAX_NAMES = 4
 """Tasks that a note names."""
 
@@ -162,60 +166,43 @@ def load_spoken_task(
 def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path) -> Task:
     """Read, split, format and tokenize one task, or load the result from `cache`."""
     key = f"tasks.{name}"
+    max_length = config.training.max_length
     train_rows = task_rows(task, "train", key)
-    format_row = make_formatter(task, train_rows, key)
+    encoder = make_row_encoder(task, tokenizer, rows=outline(train_rows), max_length=max_length, key=key)
     if task.validation is not None:
         held_rows = task_rows(task, "validation", key)
-        format_row.check(held_rows, "validation")
+        encoder.check(outline(held_rows), "validation")
     else:
         seed = seed_of_rows(config, name, "split")
         train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed, key=key)
-    setting = [
-        CACHE_VERSION,
-        config.training.max_length,
-        task.truncation,
-        tokenizer_hash(tokenizer),
-        task.special_tokens,
-    ]
     splits = {}
     digest = hashlib.sha256()
     limits = {"train": task.max_examples, "validation": task.max_validation_examples}
     for split, rows in (("train", train_rows), ("validation", held_rows)):
         chosen = sample(rows, limits[split], seed_of_rows(config, name, split))
-        examples, unsampled = [format_row(row) for row in chosen], len(rows) - len(chosen)
-        packing = (
-            split == "train" and task.packing
-        )  # held-out examples are resampled by intervals, and never packed
-        content = _hash([*setting, packing, unsampled], examples)
+        unsampled = len(rows) - len(chosen)
+        # held-out examples are resampled by intervals, and never packed
+        packing = split == "train" and task.packing
+        setting = [CACHE_VERSION, encoder.setting, tokenizer_hash(tokenizer), packing, unsampled]
+        content = _hash(setting, chosen)
         digest.update(content.encode())
-        make = partial(
-            _tokenize, examples, tokenizer, task, name=f"{name} ({split})", config=config, unsampled=unsampled
-        )
+        make = partial(_tokenize, chosen, encoder, unsampled=unsampled, name=f"{name} ({split})")
         if packing:
-            make = partial(_packed, make, config.training.max_length)
+            make = partial(_packed, make, max_length)
         splits[split] = cached(cache / f"{content[:32]}.npz", TokenSplit, make)
-        _check_not_empty(splits[split], f"{key}.{split}", config.training.max_length)
+        _check_not_empty(splits[split], f"{key}.{split}", max_length)
     return Task(name, task.weight, splits["train"], splits["validation"], digest.hexdigest())
 
 
-def _tokenize(
-    examples: list[PromptCompletion],
-    tokenizer: Any,
-    task: TaskConfig,
-    *,
-    name: str,
-    config: RunConfig,
-    unsampled: int,
-) -> TokenSplit:
-    return tokenize(
-        examples,
-        tokenizer,
-        config.training.max_length,
-        truncation=task.truncation,
-        unsampled=unsampled,
-        special_tokens=task.special_tokens,
-        name=name,
-    )
+def _tokenize(rows: Sequence[LocatedRow], encoder: RowEncoder, *, unsampled: int, name: str) -> TokenSplit:
+    """name: of the split, for its progress bar."""
+    builder = SplitBuilder()
+    with ProgressBar(f"tokenize {name}", len(rows)) as progress:
+        for done, example in enumerate(encoder.encode(rows), start=1):
+            builder.add(example)
+            if done % PROGRESS_ROWS == 0:
+                progress.update(done)
+    return builder.split(unsampled=unsampled)
 
 
 def _check_not_empty(split: TokenSplit, key: str, max_length: int) -> None:
@@ -235,9 +222,8 @@ def _packed(make: Callable[[], TokenSplit], max_length: int) -> TokenSplit:
     return pack(make(), max_length)
 
 
-def _hash(setting: list[Any], examples: list[PromptCompletion]) -> str:
+def _hash(setting: list[Any], rows: Sequence[LocatedRow]) -> str:
     digest = hashlib.sha256(json.dumps(setting).encode())
-    for example in examples:
-        content = [example.prompt, example.completion, example.prompt_rows, example.completion_rows]
-        digest.update(json.dumps(content).encode())
+    for row in rows:
+        digest.update(json.dumps(row.cells, sort_keys=True, default=repr).encode())
     return digest.hexdigest()

@@ -8,8 +8,10 @@ from math import isinf, isnan
 from typing import Any
 
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
+from flora_train.config.json_format import JsonValue
 from flora_train.config.moved_datasets import stack_v2_script
 from flora_train.config.task_schema import TaskConfig
+from flora_train.data.documents import RowsOutline
 from flora_train.data.file_rows import Row
 
 IDENTIFIER = "blob_id"
@@ -107,29 +109,35 @@ class Formatter:
         completion, completion_rows = self.completion.render(row)
         return PromptCompletion(prompt, completion, prompt_rows, completion_rows)
 
-    def check(self, rows: list[Row], rows_name: str) -> None:
+    @property
+    def setting(self) -> JsonValue:
+        """The templates, for the key of the cache."""
+        prompt = None if self.prompt is None else self.prompt.source
+        return [prompt, self.completion.source]
+
+    def check(self, rows: RowsOutline, rows_name: str) -> None:
         """Raises UserError if a column is in no row. Rows that lack it have an empty text there.
 
         rows_name: of the rows, for the error, such as `training`.
         """
-        columns = _columns(rows)
         problems: list[Problem] = []
         templates = [self.completion] if self.prompt is None else [self.prompt, self.completion]
         for template in templates:
             for column in template.columns:
-                if column not in columns:
+                if column not in rows.columns:
                     hint = (
-                        f"{column!r} is not a column of the {rows_name} rows; they have {choices(columns)}."
+                        f"{column!r} is not a column of the {rows_name} rows; they have "
+                        f"{choices(rows.columns)}."
                     )
                     hint += _identifiers_hint(rows)
                     problems.append(
-                        Problem(template.key, template.source, hint + did_you_mean(column, columns))
+                        Problem(template.key, template.source, hint + did_you_mean(column, rows.columns))
                     )
         if problems:
             raise UserError(*problems)
 
 
-def make_formatter(task: TaskConfig, rows: list[Row], key: str) -> Formatter:
+def make_formatter(task: TaskConfig, rows: RowsOutline, key: str) -> Formatter:
     """The formatter of a task, checked against its training rows.
 
     Default: the columns `prompt` and `completion` if the rows have both, else `text`. Raises UserError if a
@@ -137,13 +145,13 @@ def make_formatter(task: TaskConfig, rows: list[Row], key: str) -> Formatter:
     """
     prompt, completion, text = task.prompt, task.completion, task.text
     if prompt is None and text is None:
-        columns = _columns(rows)
-        if {"prompt", "completion"} <= set(columns):
+        if {"prompt", "completion"} <= set(rows.columns):
             prompt, completion = "prompt", "completion"
-        elif "text" in columns:
+        elif "text" in rows.columns:
             text = "text"
         else:
-            hint = f"name the columns: text, or prompt and completion; the rows have {', '.join(columns)}"
+            columns = ", ".join(rows.columns)
+            hint = f"name the columns: text, or prompt and completion; the rows have {columns}"
             if explained := _identifiers_hint(rows):
                 hint += f".{explained}"
             raise user_error(key, None, hint)
@@ -174,20 +182,14 @@ def parse_template(source: str, key: str) -> Template:
     return Template(key, source, tuple((text, column) for text, column, _, _ in parsed))
 
 
-def _columns(rows: list[Row]) -> list[str]:
-    columns: dict[str, None] = {}
-    for row in rows:
-        columns |= dict.fromkeys(map(str, row))
-    return list(columns)
-
-
-def _identifiers_hint(rows: list[Row]) -> str:
+def _identifiers_hint(rows: RowsOutline) -> str:
     """A sentence for rows that identify files of The Stack v2 instead of holding their text; else nothing."""
-    if not rows:
+    if rows.first is None:
         return ""
-    files = rows[0].get("files")
+    row = rows.first.cells
+    files = row.get("files")
     first = files[0] if isinstance(files, list) and files else None
-    if IDENTIFIER in rows[0] or (isinstance(first, dict) and IDENTIFIER in first):
+    if IDENTIFIER in row or (isinstance(first, dict) and IDENTIFIER in first):
         script = f"{stack_v2_script()} --ids"
         return f" They identify files of The Stack v2: `{script}` downloads them (docs/data.md)."
     return ""

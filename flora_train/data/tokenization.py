@@ -1,10 +1,9 @@
-"""Tokenizes examples: prompt and completion with start and end tokens, cut to a maximum length."""
+"""Tokenizes prompts and completions, with start and end tokens, cut to a maximum length."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,18 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.config.errors import user_error
+from flora_train.data.documents import EncodedDocument, EncodedExample, Fate
 from flora_train.data.templates import PromptCompletion
 from flora_train.data.text_encoder import TextEncoder, start_tokens
 from flora_train.data.token_cache import Encoded
-from flora_train.data.token_split import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitBuilder, TokenSplit
 from flora_train.data.tokenizer_copies import Place
-from flora_train.runtime.progress import ProgressBar
 
 CHUNK_EXAMPLES, CHUNK_CHARACTERS = 1024, 1 << 22
 """Examples and characters that are tokenized in one call: tokenizers keep the offsets of all of them in
 memory."""
-PROGRESS_CHARACTERS = 1 << 23
-"""Characters of a split from which on its progress is shown."""
 LAST_TOKENS = 8
 """Tokens at the end of a text among which its own end token is searched."""
 
@@ -36,60 +33,49 @@ def tokenize(
     truncation: str,
     unsampled: int = 0,
     special_tokens: bool = False,
-    name: str = "",
 ) -> TokenSplit:
-    """Token ids of prompt + completion + end token for each example. Examples that are left out are counted.
+    """The split of `examples`, tokenized as `ExampleTokenizer` does. Examples that are left out are counted.
+
+    unsampled: rows that were left out before, for the counts; special_tokens: special tokens that are written
+    in rows are tokens, not text.
+    """
+    encode = ExampleTokenizer(
+        tokenizer, max_length=max_length, truncation=truncation, special_tokens=special_tokens
+    )
+    builder = SplitBuilder()
+    for example in encode(examples):
+        builder.add(example)
+    return builder.split(unsampled=unsampled)
+
+
+class ExampleTokenizer:
+    """Makes the token ids of prompt + completion + end token of examples.
 
     Prompt and completion are tokenized separately, so that training reads a prompt as generation does, and
     the completion as text that continues it. Start and end tokens occur once, even if the text contains them.
     A truncated example has no end token.
-
-    unsampled: rows that were left out before, for the counts; special_tokens: special tokens that are written
-    in rows are tokens, not text; name: of the split, for the progress bar of a large one.
     """
-    used = [example for example in examples if not example.is_empty]
-    encoder = TextEncoder(tokenizer, special_tokens)
-    documents = _Documents(tokenizer, encoder, max_length, truncation)
-    documents.fates["empty"] = len(examples) - len(used)
-    characters = [len(example.prompt) + len(example.completion) for example in used]
-    encoded = _encode(encoder, used, max_length, truncation=truncation)
-    if name and sum(characters) >= PROGRESS_CHARACTERS:
-        encoded = _with_progress(encoded, characters, name)
-    for prompt, completion in encoded:
-        documents.add(prompt, completion)
-    return documents.split(rows=len(examples) + unsampled, unsampled=unsampled)
 
-
-def _with_progress(
-    encoded: Iterator[tuple[Encoded, Encoded]], characters: Sequence[int], name: str
-) -> Iterator[tuple[Encoded, Encoded]]:
-    """The same, with a progress bar over the characters that are tokenized."""
-    done = 0
-    with ProgressBar(f"tokenize {name}", sum(characters)) as progress:
-        for size, example in zip(characters, encoded, strict=True):
-            done += size
-            progress.update(done)
-            yield example
-
-
-class _Documents:
-    """Documents of a split, added example by example."""
-
-    def __init__(self, tokenizer: Any, encoder: TextEncoder, max_length: int, truncation: str) -> None:
-        self.tokenizer, self.encoder = tokenizer, encoder
+    def __init__(
+        self, tokenizer: Any, *, max_length: int, truncation: str, special_tokens: bool = False
+    ) -> None:
+        self.tokenizer, self.encoder = tokenizer, TextEncoder(tokenizer, special_tokens)
         self.max_length, self.truncation = max_length, truncation
-        self.tokens: list[NDArray[np.int32]] = []
-        self.prompt_lengths: list[int] = []
-        self.label_bytes: list[int] = []
-        self.fates = Counter[str]()
-        self.written = Counter[str]()
 
-    def add(self, prompt: Encoded, completion: Encoded) -> None:
-        """Append the documents of one example."""
-        self.written += prompt.written + completion.written
+    def __call__(self, examples: Sequence[PromptCompletion]) -> Iterator[EncodedExample]:
+        """One encoded example for each of `examples`, in their order."""
+        with_text = [example for example in examples if not example.is_empty]
+        encoded = _encode(self.encoder, with_text, self.max_length, truncation=self.truncation)
+        for example in examples:
+            if example.is_empty:
+                yield EncodedExample((), "empty")
+            else:
+                yield self._documents(*next(encoded))
+
+    def _documents(self, prompt: Encoded, completion: Encoded) -> EncodedExample:
+        written = prompt.written + completion.written
         if not len(completion.ids):  # the tokenizer has none of its characters
-            self.fates["empty"] += 1
-            return
+            return EncodedExample((), "empty", written)
         head, begins = _head(self.encoder, prompt.ids, completion.ids)
         end_token = own_end(self.tokenizer, completion)
         ids = completion.ids[begins:]
@@ -98,44 +84,16 @@ class _Documents:
         truncation = self.truncation
         if truncation == "split" and len(prompt.ids):
             truncation = "truncate"
-        fate, spans = _cut(len(ids), self.max_length - len(head), truncation)
-        self.fates[fate] += 1
-        for begin, end in spans:
-            self.tokens.append(np.concatenate([head, ids[begin:end]]).astype(np.int32))
-            self.prompt_lengths.append(len(head))
+        fate, parts = cut(len(ids), self.max_length - len(head), truncation)
+        documents = []
+        for begin, end in parts:
+            tokens = np.concatenate([head, ids[begin:end]]).astype(np.int32)
             first_learnt = begin
             if not head:  # nothing precedes the first token, so that it is not predicted
                 first_learnt += 1
-            self.label_bytes.append(
-                _bytes_between(completion, begins + first_learnt, begins + end, end_token=end_token)
-            )
-
-    def split(self, *, rows: int, unsampled: int) -> TokenSplit:
-        """All documents, each an example of its own."""
-        lengths = np.array([len(document) for document in self.tokens], dtype=np.int64)
-        prompt_lengths = np.array(self.prompt_lengths, dtype=np.int32)
-        counts = SplitCounts(
-            rows=rows,
-            unsampled=unsampled,
-            empty=self.fates["empty"],
-            over_long_truncated=self.fates["truncate"],
-            over_long_split=self.fates["split"],
-            over_long_dropped=self.fates["drop"],
-            prompt_too_long=self.fates["prompt_too_long"],
-            documents=len(lengths),
-            examples=len(lengths),
-            tokens=int(lengths.sum()),
-            label_tokens=int((lengths - np.maximum(prompt_lengths, 1)).sum()),
-            special_tokens=dict(self.written),
-        )
-        return TokenSplit(
-            tokens=np.concatenate([np.empty(0, dtype=np.int32), *self.tokens]),
-            offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
-            prompt_lengths=prompt_lengths,
-            label_bytes=np.array(self.label_bytes, dtype=np.int64),
-            pack_offsets=np.arange(len(lengths) + 1, dtype=np.int64),
-            counts=counts,
-        )
+            label_bytes = _bytes_between(completion, begins + first_learnt, begins + end, end_token=end_token)
+            documents.append(EncodedDocument(tokens, [(len(head), len(tokens))], label_bytes))
+        return EncodedExample(tuple(documents), fate, written)
 
 
 def _bytes_between(completion: Encoded, begin: int, end: int, *, end_token: int | None) -> int:
@@ -192,7 +150,7 @@ def pad_token(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id)
 
 
-def _cut(length: int, room: int, truncation: str) -> tuple[str, list[tuple[int, int]]]:
+def cut(length: int, room: int, truncation: str) -> tuple[Fate, list[tuple[int, int]]]:
     """The treatment of `length` tokens where `room` tokens fit, and the spans of them that are used."""
     if length <= room:
         return "whole", [(0, length)]

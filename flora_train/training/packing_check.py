@@ -11,7 +11,7 @@ import torch
 
 from flora_train.config.errors import user_error
 from flora_train.data.batch import Row, collate
-from flora_train.data.token_split import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit, spans_after
 from flora_train.models.loading import set_mode
 from flora_train.training.loss import RowLosses
 
@@ -55,17 +55,19 @@ def _last_loss(row_losses: RowLosses, documents: list[np.ndarray]) -> float:
     split = TokenSplit(
         tokens=np.concatenate(documents),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        prompt_lengths=np.array([*lengths[:-1], 0], dtype=np.int32),  # only the last has labels
+        **spans_after(np.array([*lengths[:-1], 0]), np.array(lengths)),  # only the last has labels
         label_bytes=np.zeros(len(documents), dtype=np.int64),
         pack_offsets=np.array([0, len(documents)]),
         counts=SplitCounts(),
     )
     # a second row with other borders: some attentions separate documents only in batches of one row
+    other = spans_after(np.array([2, 0]), np.array([2, sum(lengths) - 2]))
     neighbour = replace(
         split,
         offsets=np.array([0, 2, sum(lengths)]),
         pack_offsets=np.array([0, 2]),
-        prompt_lengths=np.array([2, 0]),
+        spans=other["spans"],
+        span_offsets=other["span_offsets"],
     )
     rows = [Row(-1, name, 0, sum(lengths)) for name in ("tested", "neighbour")]
     batch = collate(rows, {"tested": split, "neighbour": neighbour}.__getitem__, 0)

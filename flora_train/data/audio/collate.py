@@ -86,15 +86,16 @@ def _decoder_tokens(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The decoder's input ids and labels, both [B, L]."""
     examples = [split_of(row.task).example(row.example) for row in rows]
-    prompts = [int(split_of(row.task).prompt_lengths[row.example]) for row in rows]
+    spans = [split_of(row.task).learnt_spans(row.example) for row in rows]
     length = max(map(len, examples)) - 1
     if length == rows[0].window:  # dropout distinguishes decoder and encoder activations by their lengths
         length += 1
     input_ids = np.full((len(rows), length), pad_token, dtype=np.int64)
     labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
-    for i, (tokens, prompt) in enumerate(zip(examples, prompts, strict=True)):
+    for i, (tokens, learnt) in enumerate(zip(examples, spans, strict=True)):
         input_ids[i, : len(tokens) - 1] = tokens[:-1]
-        labels[i, prompt - 1 : len(tokens) - 1] = tokens[prompt:]
+        for begin, end in learnt:
+            labels[i, begin - 1 : end - 1] = tokens[begin:end]
     return input_ids, labels
 
 

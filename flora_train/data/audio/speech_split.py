@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.data.audio.features import ClipRef
-from flora_train.data.token_split import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit, spans_after
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def speech_split(utterances: Sequence[Utterance], prompt_tokens: int, counts: Sp
     return SpeechSplit(
         tokens=np.concatenate([np.empty(0, dtype=np.int32), *(u.tokens for u in utterances)]),
         offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
-        prompt_lengths=np.full(len(utterances), prompt_tokens, dtype=np.int32),
+        **spans_after(np.full(len(utterances), prompt_tokens), lengths),
         label_bytes=np.array([len(u.sentence.encode()) for u in utterances], dtype=np.int64),
         pack_offsets=np.arange(len(utterances) + 1, dtype=np.int64),
         counts=counts,

@@ -87,7 +87,7 @@ def load_speech_task(
     origins: list[str] = []
     for split, source in sources.items():
         if source is not None:
-            rows = task_rows(task, split, key)
+            rows = [row.cells for row in task_rows(task, split, key)]
             origins += [str(row["release"]) for row in rows[:1] if "release" in row]
             lines[split] = _lines(rows, source, task, key=f"{key}.{split}", cache=cache)
     if "validation" not in lines:

@@ -177,12 +177,11 @@ def examples_hash(split: TokenSplit) -> str:
     hash.
     """
     digest = sha256()
-    names: tuple[str, ...] = ("tokens", "offsets", "prompt_lengths", "label_bytes", "packs")
+    names: tuple[str, ...] = ("tokens", "offsets", "spans", "span_offsets", "label_bytes", "pack_offsets")
     if hasattr(split, "shas"):
         names = ("shas", "samples", "sentences")
     for name in names:
-        attribute = "pack_offsets" if name == "packs" else name  # the hash of known runs has the former name
-        values = np.ascontiguousarray(getattr(split, attribute))
+        values = np.ascontiguousarray(getattr(split, name))
         digest.update(f"{name}\x1f{values.shape}\x1f".encode())
         if values.dtype.kind == "U":
             digest.update("\x1f".join(values.tolist()).encode())

@@ -11,6 +11,7 @@ from flora_train.config.paths import PROJECT_ROOT
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.templates import make_formatter
 from tests.forked import python
+from tests.rows import outline_of
 from tests.unit.config.helpers import faults
 
 STACK_V2 = ("", "-dedup", "-train-full-ids", "-train-smol-ids")
@@ -58,12 +59,14 @@ def test_rows_of_identifiers_are_recognised_wherever_they_come_from(
     row: dict[str, Any], options: dict[str, str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        make_formatter(TaskConfig(train="rows.parquet", **options), [row], "tasks.lua")
+        make_formatter(TaskConfig(train="rows.parquet", **options), outline_of([row]), "tasks.lua")
     (problem,) = caught.value.problems
     assert "They identify files of The Stack v2: `python assets/download_stack_v2.py --ids`" in str(problem)
 
 
 def test_other_rows_without_the_column_get_no_such_hint() -> None:
     with pytest.raises(UserError, match="not a column") as caught:
-        make_formatter(TaskConfig(train="rows.parquet", text="content"), [{"code": "x"}], "tasks.lua")
+        make_formatter(
+            TaskConfig(train="rows.parquet", text="content"), outline_of([{"code": "x"}]), "tasks.lua"
+        )
     assert "Stack" not in str(caught.value)

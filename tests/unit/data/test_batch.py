@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flora_train.data.batch import IGNORE, Row, collate, group_by_length, share_of_rank
-from flora_train.data.token_split import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit, spans_after
 
 
 def random_rows(n: int, seed: int = 0) -> list[Row]:
@@ -73,7 +73,7 @@ def test_shares_of_processes_are_alike_in_tokens_though_groups_shrink(processes:
 SPLIT = TokenSplit(
     tokens=np.array([11, 12, 13, 14, 15, 21, 22, 31, 32, 33], dtype=np.int32),
     offsets=np.array([0, 5, 7, 10]),
-    prompt_lengths=np.array([2, 0, 1], dtype=np.int32),
+    **spans_after(np.array([2, 0, 1]), np.array([5, 2, 3])),
     label_bytes=np.array([3, 1, 2]),
     pack_offsets=np.arange(4),
     counts=SplitCounts(),

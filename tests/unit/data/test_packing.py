@@ -28,9 +28,9 @@ def pieces(tokenizer: Any) -> TokenSplit:
     )
 
 
-def contents(split: TokenSplit) -> list[tuple[tuple[int, ...], int]]:
+def contents(split: TokenSplit) -> list[tuple[list[int], list[list[int]]]]:
     return sorted(
-        (tuple(tokens.tolist()), prompt) for i in range(len(split)) for tokens, prompt in split.documents(i)
+        (tokens.tolist(), spans.tolist()) for i in range(len(split)) for tokens, spans in split.documents(i)
     )
 
 

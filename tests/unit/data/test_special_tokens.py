@@ -18,6 +18,7 @@ from flora_train.data.templates import PromptCompletion, make_formatter
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.token_split import TokenSplit
 from flora_train.data.tokenization import tokenize, tokenizer_hash
+from tests.rows import outline_of
 from tests.unit.data.conftest import byte_tokenizer, run_config
 from tests.unit.data.many_tokenizers import KINDS, MARKS, smollm2, unigram, words
 
@@ -32,7 +33,7 @@ def special_ids(tokenizer: Any, ids: Any) -> list[int]:
 
 def rendered(rows: list[dict[str, Any]], **task: Any) -> list[PromptCompletion]:
     config = run_config({"t": {"train": "unused.jsonl", **task}}).tasks["t"]
-    return [make_formatter(config, rows, "tasks.t")(row) for row in rows]
+    return [make_formatter(config, outline_of(rows), "tasks.t")(row) for row in rows]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,7 +185,8 @@ def test_completion_is_read_as_the_text_after_the_prompt_without_a_space_more_or
 ) -> None:
     tokenizer = make(kind)
     split = tokenize([PromptCompletion(prompt, completion)], tokenizer, 64, truncation="truncate")
-    ((ids, read),) = split.documents(0)
+    ((ids, spans),) = split.documents(0)
+    read = int(spans[0, 0])
     start = len(TextEncoder(tokenizer).start)
     assert tokenizer.decode(ids[start:-1]) == tokenizer.decode(
         tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
@@ -220,9 +222,10 @@ def test_completion_after_a_special_token_is_read_as_the_tokenizer_reads_the_who
 def test_decoded_completion_keeps_its_first_space(kind: str, completion: str) -> None:
     tokenizer = make(kind)
     encoder = TextEncoder(tokenizer)
-    ((ids, read),) = tokenize(
+    ((ids, spans),) = tokenize(
         [PromptCompletion("the ab:", completion)], tokenizer, 64, truncation="truncate"
     ).documents(0)
+    read = int(spans[0, 0])
     assert encoder.decode_after(ids[:read].tolist(), ids[read:].tolist()) == completion
 
 
@@ -243,7 +246,7 @@ def test_start_and_end_token_that_a_text_has_itself_are_not_doubled(
     if text == "{s}one{e}" and kind != "unigram-first":  # which puts no space before a text behind a token
         alone = tokenize([plain], tokenizer, 64, truncation=truncation)
         assert (ids, split.label_bytes.tolist()) == (alone.example(0).tolist(), alone.label_bytes.tolist())
-        assert split.prompt_lengths.tolist() == alone.prompt_lengths.tolist()
+        assert split.spans.tolist() == alone.spans.tolist()
 
 
 def test_start_token_that_a_prompt_has_itself_is_not_doubled_in_training_nor_generation() -> None:

@@ -99,7 +99,7 @@ def test_second_load_takes_the_same_arrays_from_the_cache(
     first = load(tokenizer, a={"train": "a.jsonl"})["a"]
     before = cache_files(tmp_path)
     assert len(before) == 2
-    monkeypatch.setattr("flora_train.data.task.tokenize", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("flora_train.data.task._tokenize", lambda *_: pytest.fail("tokenised again"))
     again = load(tokenizer, a={"train": "a.jsonl"})["a"]
     assert same(first.train, again.train)
     assert same(first.validation, again.validation)

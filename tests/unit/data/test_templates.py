@@ -9,10 +9,11 @@ import pytest
 from flora_train.config.errors import UserError
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.templates import PromptCompletion, make_formatter
+from tests.rows import outline_of
 
 
 def examples(rows: list[dict[str, Any]], **task: Any) -> list[PromptCompletion]:
-    return list(map(make_formatter(TaskConfig(train="unused", **task), rows, "tasks.t"), rows))
+    return list(map(make_formatter(TaskConfig(train="unused", **task), outline_of(rows), "tasks.t"), rows))
 
 
 def refusals(rows: list[dict[str, Any]], **task: Any) -> list[str]:

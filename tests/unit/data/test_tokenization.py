@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from flora_train.config.errors import UserError
-from flora_train.data import tokenization
 from flora_train.data.batch import IGNORE, Row, collate
 from flora_train.data.templates import PromptCompletion
 from flora_train.data.token_split import SplitCounts, TokenSplit
@@ -33,7 +32,7 @@ def test_only_the_completion_and_the_end_token_are_learnt(tokenizer: Any) -> Non
     split = tokenize([PromptCompletion("ab", "cd")], tokenizer, 16, truncation="truncate")
     assert tokenizer.decode(split.example(0)) == "abcd<e>"
     assert learnt_text(split, 0, tokenizer) == "cd<e>"
-    assert split.prompt_lengths.tolist() == [2]
+    assert split.spans.tolist() == [[2, 5]]
     assert split.label_counts.tolist() == [3]
 
 
@@ -189,7 +188,7 @@ def test_saved_split_loads_equal_and_leaves_no_temporary_file(tokenizer: Any, tm
     split = tokenize([LONG, PromptCompletion("a", "b")], tokenizer, 8, truncation="split")
     split.save(tmp_path / "x.npz")
     again = TokenSplit.load(tmp_path / "x.npz")
-    for name in ("tokens", "offsets", "prompt_lengths", "label_bytes"):
+    for name in ("tokens", "offsets", "spans", "span_offsets", "label_bytes"):
         assert np.array_equal(getattr(split, name), getattr(again, name))
         assert getattr(split, name).dtype == getattr(again, name).dtype
     assert split.counts == again.counts
@@ -225,16 +224,3 @@ def test_tokenizer_without_padding_token_pads_with_its_end_token_which_is_learnt
     batch = collate(rows, lambda task: split, pad_token(tokenizer))
     assert tokenizer.decode(batch.labels[1][batch.labels[1] != IGNORE]) == "ab<e>"
     assert batch.inputs["attention_mask"].sum(1).tolist() == split.lengths.tolist()
-
-
-def test_large_split_shows_its_progress_and_a_small_one_does_not(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    examples = [PromptCompletion("", "abc")] * 3
-    with caplog.at_level("INFO"):
-        small = tokenize(examples, tokenizer, 16, truncation="truncate", name="lua (train)")
-        assert not caplog.records
-        monkeypatch.setattr(tokenization, "PROGRESS_CHARACTERS", 9)
-        large = tokenize(examples, tokenizer, 16, truncation="truncate", name="lua (train)")
-    assert caplog.messages[0].startswith("tokenize lua (train): ")
-    assert large.tokens.tolist() == small.tokens.tolist()

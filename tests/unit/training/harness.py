@@ -19,7 +19,7 @@ from flora_train.config.load import validate
 from flora_train.config.sweep import SweepConfig
 from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
 from flora_train.data.task import Task
-from flora_train.data.token_split import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit, spans_after
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.context import TrainingContext
 from flora_train.training.step_plan import StepPlan, plan_step
@@ -36,7 +36,7 @@ def random_split(seed: int, examples: int, least_prompt: int = 0, longest: int =
     return TokenSplit(
         tokens=generator.integers(2, VOCABULARY, lengths.sum()).astype(np.int32),
         offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
-        prompt_lengths=generator.integers(least_prompt, 3, examples).astype(np.int32),
+        **spans_after(generator.integers(least_prompt, 3, examples), lengths),
         label_bytes=lengths.astype(np.int64),
         pack_offsets=np.arange(examples + 1),
         counts=SplitCounts(rows=examples, examples=examples, tokens=int(lengths.sum())),
@@ -116,7 +116,7 @@ def collate_pairs(
         )
 
     found = [
-        (split_of(row.task).example(row.example), split_of(row.task).prompt_lengths[row.example])
+        (split_of(row.task).example(row.example), int(split_of(row.task).learnt_spans(row.example)[0, 0]))
         for row in rows
     ]
     read, mask = (

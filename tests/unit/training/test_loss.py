@@ -54,7 +54,7 @@ def mixed_batch() -> MixedBatch:
     rows = [Row(adapter, "a", i, int(split.lengths[i])) for i, adapter in enumerate([-1, 0, 0, 1, 2])]
     batch = collate(rows, lambda task: split, PAD)
     assert len({row.length for row in rows}) > 1
-    assert split.prompt_lengths.max() > 1
+    assert split.spans[:, 0].max() > 1
     return batch
 
 

@@ -54,7 +54,8 @@ def test_packed_document_is_independent_of_its_neighbours(tmp_path: Path) -> Non
     trainer: Any = make_trainer([spec("flora", rank=2)], tmp_path)
     split = pack(random_split(5, 12), 40)
     row = Row(0, "a", 0, int(split.lengths[0]))
-    (first, _), (second, prompt), *_ = split.documents(0)
+    (first, _), (second, spans), *_ = split.documents(0)
+    prompt = int(spans[0, 0])
 
     def loss_of_second() -> float:
         batch = collate([row], lambda task: split, PAD)

@@ -11,7 +11,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.data.task import Task, _learners
-from flora_train.data.token_split import SplitCounts, TokenSplit
+from flora_train.data.token_split import SplitCounts, TokenSplit, spans_after
 from flora_train.training.step_plan import make_mixture
 from tests.conftest import spec
 
@@ -35,7 +35,7 @@ def test_mixture_of_many_tasks_is_made_and_drawn_in_linear_time(config: RunConfi
     split = TokenSplit(
         tokens=np.zeros(32, dtype=np.int32),
         offsets=np.arange(0, 33, 8),
-        prompt_lengths=np.zeros(4, dtype=np.int32),
+        **spans_after(np.zeros(4), np.full(4, 8)),
         label_bytes=np.full(4, 8),
         pack_offsets=np.arange(5),
         counts=SplitCounts(rows=4, examples=4, tokens=32),

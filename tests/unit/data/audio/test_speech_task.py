@@ -49,7 +49,7 @@ def test_a_clip_is_prompt_sentence_and_end(tmp_path: Path) -> None:
     words = speech_processor.tokenizer.decode(split.example(1))
     assert words == "<|startoftranscript|><|cs|><|transcribe|><|notimestamps|> two fish cs 1<|endoftext|>"
     assert split.sentences[1] == "two fish cs 1"
-    assert split.prompt_lengths[1] == 4
+    assert split.learnt_spans(1).tolist() == [[4, len(split.example(1))]]
     assert split.label_counts[1] == len(split.example(1)) - 4
     assert split.seconds[1] == pytest.approx(0.7)
     assert (split.lengths == np.diff(split.offsets) + POSITIONS).all()

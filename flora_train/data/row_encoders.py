@@ -1,0 +1,20 @@
+"""The encoder of a task's rows, by the format of the rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flora_train.config.task_schema import TaskConfig
+from flora_train.data.documents import RowEncoder, RowsOutline
+from flora_train.data.text_rows import TextRowEncoder
+
+
+def make_row_encoder(
+    task: TaskConfig, tokenizer: Any, *, rows: RowsOutline, max_length: int, key: str
+) -> RowEncoder:
+    """The encoder of a task. A worker process can make the same one from the same arguments.
+
+    rows: the training rows; max_length: training.max_length; key: the task's configuration key. Raises
+    UserError if the rows do not have the columns that the task names, or a template is malformed.
+    """
+    return TextRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)
