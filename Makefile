@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
+TRL := .venv-trl/.installed
 MODEL := assets/models/smollm2-135m/manifest.json
 WHISPER := assets/models/whisper-base/manifest.json
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -10,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS ?=
 MULTIPL_E ?=
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local test test-full test-headline test-chips test-attack test-gpu lint types format bench bench-quick bench-gpu docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local test test-full test-headline test-chips test-attack test-trl trl-env test-gpu lint types format bench bench-quick bench-gpu docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -40,7 +41,8 @@ speech-local: $(INSTALLED)  ## on Debian 12: build Whisper base and human speech
 test: $(INSTALLED_DEV) $(MODEL) lint types  ## run lint, types and the tests
 	$(PYTEST) -n 2 --dist worksteal $(ARGS)
 
-test-full: $(INSTALLED_DEV) $(MODEL)  ## run the slower tests that make test leaves out, and one attack of each module at more length
+test-full: $(INSTALLED_DEV) $(MODEL) $(TRL)  ## run the slower tests that make test leaves out, the comparisons with TRL, and one attack of each module at more length
+	$(PYTEST) -m trl tests/trl $(ARGS)
 	$(PYTEST) -n 2 --dist worksteal -m "full and not chips" $(ARGS)
 	$(PYTEST) -n 2 --dist worksteal -m attack --first-of-module --hypothesis-profile=longer $(ARGS)
 
@@ -52,6 +54,11 @@ test-chips: $(INSTALLED_DEV)  ## compile the Triton kernels for every chip and t
 
 test-attack: $(INSTALLED_DEV) $(MODEL)  ## run the sandbox, fuzz and damage suites at full length (make test runs them short)
 	$(PYTEST) -n 2 --dist worksteal -m attack --hypothesis-profile=attack $(ARGS)
+
+test-trl: $(INSTALLED_DEV) $(MODEL) $(TRL)  ## compare chats and preferences with TRL, which runs in .venv-trl
+	$(PYTEST) -m trl tests/trl $(ARGS)
+
+trl-env: $(TRL)  ## install TRL into .venv-trl, an environment of its own, for its comparisons
 
 test-gpu:  ## on a machine with a GPU: run its tests and those of the kernels (PYTHON=... without .venv)
 	$(PYTHON) -m pytest tests/gpu tests/unit/kernels $(ARGS)
@@ -98,7 +105,7 @@ figures: $(INSTALLED)  ## copy the committed results into README and docs
 	$(BIN)/python benchmarks/update_figures.py
 
 clean:  ## remove the environment and the built models (outputs/ stays)
-	rm -rf .venv assets/models
+	rm -rf .venv .venv-trl assets/models
 
 # what runs: the package with everything a recipe can name
 $(INSTALLED): pyproject.toml constraints.txt
@@ -111,6 +118,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 # what tests: tools for development
 $(INSTALLED_DEV): $(INSTALLED)
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+# what tests compare with: TRL beside the same versions of everything else
+$(TRL): tests/trl/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/trl/requirements.txt
 	touch $@
 
 # the environment comes first, but a new environment does not make a built model out of date

@@ -17,6 +17,7 @@ PREREQUISITES = [
     "constraints.txt",
     *(f"assets/{name}" for name in ("build_smollm2.py", "build_whisper.py", "pypi_model.py")),
     *(f"assets/{name}.requirements.txt" for name in ("smollm2", "whisper")),
+    "tests/trl/requirements.txt",
 ]
 
 
@@ -25,7 +26,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the Makefile and its prerequisites, in which nothing is installed or built."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("Makefile", *PREREQUISITES):
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     return folder
 
@@ -56,7 +57,7 @@ def test_runs_need_no_tools_for_development(clone: Path, target: str) -> None:
     assert position(lines, "pip install") < position(lines, "build_smollm2.py")
 
 
-@pytest.mark.parametrize("target", ["test", "test-full", "test-headline", "test-attack"])
+@pytest.mark.parametrize("target", ["test", "test-full", "test-headline", "test-attack", "test-trl"])
 def test_tests_install_their_tools_before_they_run(clone: Path, target: str) -> None:
     lines = commands(clone, target)
     assert position(lines, "[dev]") < position(lines, "pytest")
