@@ -109,3 +109,15 @@ def mixed_task_types(tasks: Mapping[str, TaskConfig]) -> Problem | None:
         "make two runs"
     )
     return Problem(f"tasks.{text}.speech", None, hint)
+
+
+def small_draws(tasks: Mapping[str, TaskConfig], examples_per_draw: int) -> Problem | None:
+    """KTO compares every completion with the others of its draw."""
+    kto = [name for name, task in tasks.items() if task.objective == "kto"]
+    if not kto or examples_per_draw > 1:
+        return None
+    hint = (
+        f"is too small for the objective kto of tasks.{kto[0]}, whose KL term is computed within a draw: "
+        "set it to at least 2; 4 to 16 are usual"
+    )
+    return Problem("mixture.examples_per_draw", examples_per_draw, hint)

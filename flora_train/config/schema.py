@@ -6,7 +6,13 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flora_train.config.adapter_schema import AdapterConfig, adapter_name
 from flora_train.config.base import MOST_PROCESSES, ConfigModel, Name, PathText
-from flora_train.config.consistency import AdapterOutline, Contradictions, disagreements, mixed_task_types
+from flora_train.config.consistency import (
+    AdapterOutline,
+    Contradictions,
+    disagreements,
+    mixed_task_types,
+    small_draws,
+)
 from flora_train.config.errors import Problem
 from flora_train.config.evaluation_schema import EvaluationConfig
 from flora_train.config.model_schema import ModelConfig
@@ -83,6 +89,8 @@ class RunConfig(ConfigModel):
         split_tasks = [name for name, task in self.tasks.items() if task.is_split]
         problems = disagreements(list(self.tasks), outlines, self.training.steps, split_tasks=split_tasks)
         if not problems and (problem := mixed_task_types(self.tasks)):
+            problems = [problem]
+        if not problems and (problem := small_draws(self.tasks, self.mixture.examples_per_draw)):
             problems = [problem]
         problems = problems or ignored_keys(self.tasks) or self._sweep_problems() or self._patience_problems()
         if problems:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from flora_train.config.base import MOST_ROWS, ConfigModel, PathText, Revision, Text
 from flora_train.config.language_names import ProgrammingLanguage
 from flora_train.config.moved_datasets import moved_hint
+from flora_train.config.preference_schema import PAIRED, PreferenceKeys
 from flora_train.config.speech_schema import SpeechConfig
 
 
@@ -96,7 +97,7 @@ def _source_shorthand(value: Any) -> Any:
 Source = Annotated[SourceConfig, BeforeValidator(_source_shorthand)]
 
 
-class TaskConfig(ConfigModel):
+class TaskConfig(PreferenceKeys):
     train: Source
     """Rows to learn from: a file, a list of files, or a source with hub, files, common_voice or folder. Test
     splits are refused."""
@@ -174,6 +175,11 @@ class TaskConfig(ConfigModel):
     @field_validator("completion")
     @classmethod
     def _both_or_neither(cls, completion: str | None, info: ValidationInfo) -> str | None:
+        objective = info.data.get("objective")
+        if objective in PAIRED and completion is not None:
+            raise ValueError(f"has no meaning for objective {objective}, which learns chosen: remove it")
+        if objective in PAIRED or objective == "kto" or info.data.get("chosen") is not None:
+            return completion
         if "prompt" in info.data and (completion is None) != (info.data["prompt"] is None):
             raise ValueError("prompt and completion belong together: give both, or text for a single column")
         return completion
@@ -185,7 +191,23 @@ class TaskConfig(ConfigModel):
             info.data.get("prompt") is not None or info.data.get("completion") is not None
         ):
             raise ValueError("give text, or prompt and completion, not both")
+        if text is not None and (info.data.get("objective") not in (None, "sft") or info.data.get("chosen")):
+            raise ValueError("has no meaning for preferences, which compare completions of a prompt: remove it")
         return text
+
+    @field_validator("truncation")
+    @classmethod
+    def _pairs_are_whole(cls, truncation: str, info: ValidationInfo) -> str:
+        if truncation == "split" and info.data.get("objective") not in (None, "sft"):
+            raise ValueError("cannot divide the completions of a preference: use truncate or drop")
+        return truncation
+
+    @field_validator("packing")
+    @classmethod
+    def _pairs_are_not_packed(cls, packing: bool, info: ValidationInfo) -> bool:
+        if packing and info.data.get("objective") not in (None, "sft"):
+            raise ValueError("has no meaning for preferences, whose completions are separate rows: remove it")
+        return packing
 
     @field_validator("train")
     @classmethod
@@ -213,7 +235,7 @@ class TaskConfig(ConfigModel):
         return self.split_by is not None and self.split_value is None
 
 
-TEXT_ONLY = ("prompt", "completion", "text", "packing", "language")
+TEXT_ONLY = ("prompt", "completion", "text", "packing", "language", "objective")
 
 
 def _stem(file: str) -> str:
