@@ -32,6 +32,15 @@ class Row:
     """Whether its adapter does not change the encoder."""
     seed: int | None = None
     """Seed of the noise that the input gets, None for no noise."""
+    document: int = 0
+    """Of a preference: 0 for the chosen or only completion, 1 for the rejected one."""
+    unit: int | None = None
+    """Number, within its step, of the rows that a loss couples: a pair, or a draw. None: no other row."""
+    frozen: bool = False
+    """Whether it gets no gradient: rows of the reference, and rows that the KL term of KTO is computed
+    from."""
+    completion_of: int | None = None
+    """The example whose completion follows this example's prompt, for the KL term. None: its own."""
 
     @property
     def tokens(self) -> int:
@@ -89,25 +98,88 @@ def group_by_length(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     """Micro-batches of at most `max_tokens` padded tokens, with similar lengths together, each ordered by
     adapter.
 
-    A row that is longer than `max_tokens` gets a micro-batch of its own. Rows of different encoder windows
-    are not mixed, so that no clip is padded because of another; neither are rows that share an encoding and
-    rows that do not.
+    Rows that a loss couples stay together. Those of the reference are in every micro-batch that compares an
+    adapter with them, once for all its adapters. What is longer than `max_tokens` gets a micro-batch of its
+    own. Rows of different encoder windows are not mixed, so that no clip is padded because of another;
+    neither are rows that share an encoding and rows that do not.
     """
+    groups: list[_Group] = []
+    for unit in _coupled(rows):
+        if not groups or not groups[-1].has_room(unit, max_tokens):
+            groups.append(_Group())
+        groups[-1].add(unit)
+    return [sorted(group.rows, key=lambda row: row.adapter) for group in groups]
 
-    def encoding(row: Row) -> tuple[int, bool]:
-        return -row.window, row.shares_encoding
 
-    def order(row: Row) -> tuple[Any, ...]:
-        return (*encoding(row), -row.length, row.task, row.example, row.adapter)
+@dataclass(frozen=True)
+class _Unit:
+    """Rows that enter a micro-batch together."""
 
-    groups: list[list[Row]] = []
-    for row in sorted(rows, key=order):
-        fits = groups and groups[-1][0].length * (len(groups[-1]) + 1) <= max_tokens
-        if fits and encoding(groups[-1][0]) == encoding(row):
-            groups[-1].append(row)
+    rows: tuple[Row, ...]
+    reference: tuple[Row, ...] = ()
+    """Rows of the base that these are compared with, which other adapters share."""
+
+    @property
+    def encoding(self) -> tuple[int, bool]:
+        return -self.rows[0].window, self.rows[0].shares_encoding
+
+    @property
+    def longest(self) -> int:
+        return max(row.length for row in (*self.rows, *self.reference))
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        first = self.rows[0]
+        return (*self.encoding, -self.longest, first.task, first.example, first.unit or 0, first.adapter)
+
+
+class _Group:
+    """A micro-batch that is filled with units, the longest first."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.longest = 0
+        self._references: set[tuple[str, int | None]] = set()
+        self._encoding: tuple[int, bool] | None = None
+
+    def has_room(self, unit: _Unit, max_tokens: int) -> bool:
+        count = len(self.rows) + len(self._added(unit))
+        return self._encoding == unit.encoding and self.longest * count <= max_tokens
+
+    def add(self, unit: _Unit) -> None:
+        self.rows += self._added(unit)
+        self.longest = max(self.longest, unit.longest)
+        self._encoding = unit.encoding
+        if unit.reference:
+            self._references.add((unit.rows[0].task, unit.rows[0].unit))
+
+    def _added(self, unit: _Unit) -> tuple[Row, ...]:
+        """The rows of a unit that are not in the micro-batch yet."""
+        if (unit.rows[0].task, unit.rows[0].unit) in self._references:
+            return unit.rows
+        return (*unit.rows, *unit.reference)
+
+
+def _coupled(rows: Sequence[Row]) -> list[_Unit]:
+    """The units of rows, the longest first."""
+    units: list[_Unit] = []
+    coupled: dict[tuple[str, int, int], list[Row]] = {}
+    references: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if row.unit is None:
+            units.append(_Unit((row,)))
+        elif row.adapter < 0:
+            references.setdefault((row.task, row.unit), []).append(row)
         else:
-            groups.append([row])
-    return [sorted(group, key=lambda row: row.adapter) for group in groups]
+            coupled.setdefault((row.task, row.unit, row.adapter), []).append(row)
+    for (task, unit, _), members in coupled.items():
+        units.append(_Unit(tuple(members), tuple(references.get((task, unit), ()))))
+    return sorted(units, key=lambda unit: unit.order)
+
+
+def padded_tokens(rows: Sequence[Row]) -> int:
+    """Positions that a micro-batch of these rows computes, including padding and the encoder."""
+    return len(rows) * max((row.length for row in rows), default=0)
 
 
 def share_of_rank(groups: Sequence[Sequence[Row]], rank: int, processes: int) -> list[list[Row]]:
@@ -129,7 +201,7 @@ def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_toke
     positions = np.empty((len(rows), length), dtype=np.int64)
     packed = False
     for i, row in enumerate(rows):
-        documents = split_of(row.task).documents(row.example)
+        documents = split_of(row.task).sequence(row.example, row.document, row.completion_of)
         packed |= len(documents) > 1
         start = 0
         for tokens, spans in documents:

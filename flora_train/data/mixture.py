@@ -40,6 +40,16 @@ class Stream:
     """First step in which it is drawn."""
     ends: float = inf
     """First step after the last one in which it is drawn."""
+    shared: NDArray[np.int64] | None = None
+    """int64 [n]: further tokens of each example, whatever the number of adapters that learn from it."""
+
+    def tokens(self, examples: Sequence[int], adapters: int) -> int:
+        """Tokens of these examples for this many adapters."""
+        chosen = list(examples)
+        tokens = int(self.lengths[chosen].sum()) * adapters
+        if self.shared is not None:
+            tokens += int(self.shared[chosen].sum())
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -121,8 +131,7 @@ class TaskMixture:
 
     def tokens_of(self, draw: Draw) -> int:
         """Tokens of a draw for all its adapters."""
-        lengths = self.streams[self._places[draw.task]].lengths
-        return int(lengths[list(draw.examples)].sum()) * len(draw.adapters)
+        return self.streams[self._places[draw.task]].tokens(draw.examples, len(draw.adapters))
 
     def _fill_step(self) -> tuple[Draw, ...]:
         self._let_join()
@@ -136,8 +145,7 @@ class TaskMixture:
             adapters = self._learners(stream)
             if not adapters:
                 continue
-            tokens = int(stream.lengths[list(examples)].sum())
-            budget -= tokens * len(adapters)
+            budget -= stream.tokens(examples, len(adapters))
             if budget < 0:
                 self._postponed = choice
                 break
@@ -241,7 +249,12 @@ class TaskMixture:
         for stream in self.streams:
             examples = self.config.examples_per_draw
             problem = draw_problem(
-                stream.name, stream.lengths, len(stream.max_steps), examples, self.tokens_per_step
+                stream.name,
+                stream.lengths,
+                len(stream.max_steps),
+                examples,
+                self.tokens_per_step,
+                shared=stream.shared,
             )
             if problem is not None:
                 raise UserError(problem)
@@ -260,17 +273,28 @@ def _endless_examples(stream: Stream, seed: int) -> Iterator[int]:
 
 
 def draw_problem(
-    task: str, lengths: NDArray[np.int64], adapters: int, examples: int, tokens_per_step: int
+    task: str,
+    lengths: NDArray[np.int64],
+    adapters: int,
+    examples: int,
+    tokens_per_step: int,
+    *,
+    shared: NDArray[np.int64] | None = None,
 ) -> Problem | None:
     """The problem if one draw of a task for all its adapters does not fit into a step, or None.
 
-    lengths: int [n], tokens of its examples; examples: number of examples per draw.
+    lengths: int [n], tokens of its examples; examples: number of examples per draw; shared: see Stream.
     """
     longest = int(lengths.max())
-    if (needed := longest * adapters * examples) <= tokens_per_step:
+    needed = longest * adapters * examples
+    more = ""
+    if shared is not None and int(shared.max()):
+        needed = int((lengths * adapters + shared).max()) * examples
+        more = f" and up to {int(shared.max())} tokens of its reference"
+    if needed <= tokens_per_step:
         return None
     hint = (
         f"cannot hold one draw of task {task!r}: {examples} example(s) of up to {longest} tokens for each of "
-        f"{adapters} adapters; raise it to {needed}, or shorten training.max_length"
+        f"{adapters} adapters{more}; raise it to {needed}, or shorten training.max_length"
     )
     return Problem("training.tokens_per_step", tokens_per_step, hint)

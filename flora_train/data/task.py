@@ -22,6 +22,7 @@ from flora_train.data.cache import cached
 from flora_train.data.documents import LocatedRow, RowEncoder, outline
 from flora_train.data.mixture import draw_problem
 from flora_train.data.packing import pack
+from flora_train.data.preferences.preference import Preference
 from flora_train.data.row_encoders import make_row_encoder
 from flora_train.data.sources import source_files
 from flora_train.data.split_by import forget_rows, task_rows
@@ -51,6 +52,8 @@ class Task:
     """Clips that error rates are measured on; None: those of the validation split."""
     origin: str = ""
     """Name of the release that the rows come from, if it has one."""
+    preference: Preference | None = None
+    """The objective of preferences; None: every token of a completion is learnt."""
 
 
 def load_tasks(

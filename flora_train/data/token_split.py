@@ -118,6 +118,13 @@ class TokenSplit:
         """The learnt spans of a document, int32 [s, 2]."""
         return self.spans[self.span_offsets[document] : self.span_offsets[document + 1]]
 
+    def sequence(
+        self, index: int, document: int = 0, completion_of: int | None = None
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """The documents of one row of an example. document and completion_of: see Row; only preferences have
+        them."""
+        return self.documents(index)
+
     def _per_example(self, per_document: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.diff(np.concatenate([[0], per_document.cumsum()])[self.pack_offsets])
 

@@ -1,0 +1,1 @@
+"""Preferences: pairs of a chosen and a rejected completion, and completions that are labelled good or bad."""
