@@ -22,6 +22,7 @@ from flora_train.data.cache import cached
 from flora_train.data.documents import LocatedRow, RowEncoder, outline
 from flora_train.data.mixture import draw_problem
 from flora_train.data.packing import pack
+from flora_train.data.preferences.costs import largest_unit, row_costs, unit_problem
 from flora_train.data.preferences.preference import Preference
 from flora_train.data.row_encoders import make_row_encoder
 from flora_train.data.sources import source_files
@@ -74,7 +75,6 @@ def load_tasks(
     load: Callable[..., Task] = load_text_task
     if speech_processor is not None:
         load = partial(load_spoken_task, speech_processor=speech_processor)
-    step = (config.mixture.examples_per_draw, config.training.tokens_per_step)
     for name, task in learnt.items():
         if name in missing:
             continue
@@ -83,12 +83,41 @@ def load_tasks(
         except UserError as error:
             problems += error.problems
             continue
-        if problem := draw_problem(name, tasks[name].train.lengths, learners[name], *step):
-            problems.append(problem)
+        problems += _draw_problems(tasks[name], config)
     forget_rows()
     if problems:
         raise UserError(*problems)
     return tasks
+
+
+def _draw_problems(task: Task, config: RunConfig) -> list[Problem]:
+    """Problems of draws that do not fit into a step, or into a micro-batch if a loss couples their rows."""
+    cached = []
+    for adapter in config.adapters.values():
+        if task.name not in (adapter.tasks or config.tasks):
+            continue
+        has_initial_state = adapter.init_from is not None
+        cached.append(task.preference is not None and task.preference.reads_cache(has_initial_state))
+    examples = config.mixture.examples_per_draw
+    costs = row_costs(task.train, task.preference, cached)
+    problems = [
+        draw_problem(
+            task.name,
+            costs.lengths,
+            len(cached),
+            examples,
+            config.training.tokens_per_step,
+            shared=costs.shared,
+        ),
+        unit_problem(
+            task.name,
+            task.preference,
+            largest_unit(task.train, task.preference, cached, examples),
+            examples=examples,
+            tokens_per_microbatch=config.training.tokens_per_microbatch,
+        ),
+    ]
+    return [problem for problem in problems if problem is not None]
 
 
 def _missing_sources(tasks: Mapping[str, TaskConfig]) -> list[Problem]:

@@ -50,8 +50,9 @@ class FinishedRun:
                 "skipped": {},
                 "task_tokens": self.task_tokens,
                 "gradient_bytes_sent": 0,
-                "recent_nats": {},
-                "recent_label_tokens": {},
+                "recent_loss_sums": {},
+                "recent_counts": {},
+                "recent_rewards": {},
                 "last_steps": {},
             },
         }

@@ -123,11 +123,37 @@ def run_dummy_passes(row_losses: RowLosses, bank: AdapterBank, groups: Sequence[
         return
     rank, processes = world()
     passes = [len(share_of_rank(groups, other, processes)) for other in range(processes)]
+    for number in range(passes[rank], max(passes)):
+        if torch.is_grad_enabled():
+            run_dummy_frozen_pass(row_losses, bank, groups, number)
+        _dummy_pass(row_losses, bank)
+
+
+def run_dummy_frozen_pass(
+    row_losses: RowLosses, bank: AdapterBank, groups: Sequence[Sequence[Row]], number: int
+) -> None:
+    """Run a sharded base without gradients if another process does so for the rows of its group `number` that
+    get none, and this process has no such rows.
+    """
+    if not is_sharded(row_losses.model):
+        return
+    rank, processes = world()
+    frozen = [_has_frozen_rows(groups, number, other, processes) for other in range(processes)]
+    if any(frozen) and not frozen[rank]:
+        with torch.no_grad():
+            _dummy_pass(row_losses, bank)
+
+
+def _has_frozen_rows(groups: Sequence[Sequence[Row]], number: int, rank: int, processes: int) -> bool:
+    share = share_of_rank(groups, rank, processes)
+    return number < len(share) and any(row.frozen for row in share[number])
+
+
+def _dummy_pass(row_losses: RowLosses, bank: AdapterBank) -> None:
     two = torch.zeros(1, 2, dtype=torch.long, device=bank.device)
-    for _ in range(max(passes) - passes[rank]):
-        with bank.without_adapters():
-            losses = row_losses(
-                MixedBatch({"input_ids": two, "attention_mask": two + 1}, two, two[:, 0] - 1, ())
-            )
-            if torch.is_grad_enabled():
-                losses.sum().backward()
+    with bank.without_adapters():
+        losses = row_losses(
+            MixedBatch({"input_ids": two, "attention_mask": two + 1}, two, two[:, 0] - 1, ())
+        )
+        if torch.is_grad_enabled():
+            losses.sum().backward()

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.spec import BASE_ID, AdapterSpec
+from flora_train.training.objectives import RewardSums, StepTotals
 from flora_train.training.optimizer import AdapterStep
 from flora_train.training.step_plan import StepPlan
 from flora_train.training.train_state import by_id, by_name
@@ -39,33 +40,39 @@ class TrainingMetrics:
         """Task -> tokens drawn from it."""
         self.gradient_bytes_sent = 0
         """Bytes of gradients that this process has put into exchanges."""
-        self.recent_nats: Counter[int] = Counter()
-        self.recent_label_tokens: Counter[int] = Counter()
+        self.recent_loss_sums: dict[int, float] = defaultdict(float)
+        """Adapter id -> its losses, each times the tokens or preferences that it is a mean over."""
+        self.recent_counts: Counter[int] = Counter()
+        """Adapter id -> these tokens or preferences."""
+        self.recent_rewards: dict[int, RewardSums] = {}
         self.last_steps: dict[int, AdapterStep] = {}
         """Adapter id -> its last update."""
         self._shown_losses: dict[str, str] = {}
         """Family -> its mean loss on the last progress line."""
 
     def count(
-        self, plan: StepPlan, nats: Sequence[float], steps: Mapping[int, AdapterStep], bytes_sent: int
+        self, plan: StepPlan, totals: StepTotals, steps: Mapping[int, AdapterStep], bytes_sent: int
     ) -> None:
-        """Add a step. nats: summed loss by adapter id; bytes_sent: of gradients, by this process."""
+        """Add a step. bytes_sent: of gradients, by this process."""
         self.gradient_bytes_sent += bytes_sent
         for rows in plan.microbatches:
             for row in rows:
-                self.tokens[row.adapter] += row.length
+                if row.adapter != BASE_ID:
+                    self.tokens[row.adapter] += row.length
         self.task_tokens.update(plan.task_tokens)
-        for adapter, tokens in plan.label_tokens.items():
-            self.recent_nats[adapter] += nats[adapter]  # type: ignore[assignment]
-            self.recent_label_tokens[adapter] += tokens
+        for adapter, count in totals.counts.items():
+            self.recent_loss_sums[adapter] += totals.loss_sums[adapter]
+            self.recent_counts[adapter] += count
             self.skipped[adapter] += steps[adapter].skipped
+        for adapter, rewards in totals.rewards.items():
+            self.recent_rewards[adapter] = self.recent_rewards.get(adapter, RewardSums()) + rewards
         self.last_steps.update(steps)
 
     def recent_losses(self) -> dict[int, float]:
-        """Nats per label token since the last log record, of the adapters that were trained."""
+        """Mean losses since the last log record, of the adapters that were trained: nats per label token, or
+        losses of preferences."""
         return {
-            adapter: self.recent_nats[adapter] / tokens
-            for adapter, tokens in self.recent_label_tokens.items()
+            adapter: self.recent_loss_sums[adapter] / count for adapter, count in self.recent_counts.items()
         }
 
     def flush(self) -> dict[str, dict[str, float]]:
@@ -80,8 +87,12 @@ class TrainingMetrics:
                 "tokens": self.tokens[adapter],
                 "skipped_steps": self.skipped[adapter],
             }
-        self.recent_nats.clear()
-        self.recent_label_tokens.clear()
+            rewards = self.recent_rewards.get(adapter)
+            if rewards is not None:
+                record[self.specs[adapter].name] |= rewards.metrics(self.recent_counts[adapter])
+        self.recent_loss_sums.clear()
+        self.recent_counts.clear()
+        self.recent_rewards.clear()
         return record
 
     def summary(self, seconds: float) -> dict[str, str]:
@@ -95,13 +106,15 @@ class TrainingMetrics:
 
     def state_dict(self) -> dict[str, Any]:
         steps = {adapter: asdict(step) for adapter, step in self.last_steps.items()}
+        rewards = {adapter: asdict(sums) for adapter, sums in self.recent_rewards.items()}
         return {
             "tokens": by_name(self.tokens, self.specs),
             "skipped": by_name(self.skipped, self.specs),
             "task_tokens": dict(self.task_tokens),
             "gradient_bytes_sent": self.gradient_bytes_sent,
-            "recent_nats": by_name(self.recent_nats, self.specs),
-            "recent_label_tokens": by_name(self.recent_label_tokens, self.specs),
+            "recent_loss_sums": by_name(self.recent_loss_sums, self.specs),
+            "recent_counts": by_name(self.recent_counts, self.specs),
+            "recent_rewards": by_name(rewards, self.specs),
             "last_steps": by_name(steps, self.specs),
         }
 
@@ -110,8 +123,10 @@ class TrainingMetrics:
         self.skipped = Counter(by_id(state["skipped"], self.specs))
         self.task_tokens = Counter(state["task_tokens"])
         self.gradient_bytes_sent = state["gradient_bytes_sent"]
-        self.recent_nats = Counter(by_id(state["recent_nats"], self.specs))
-        self.recent_label_tokens = Counter(by_id(state["recent_label_tokens"], self.specs))
+        self.recent_loss_sums = defaultdict(float, by_id(state["recent_loss_sums"], self.specs))
+        self.recent_counts = Counter(by_id(state["recent_counts"], self.specs))
+        rewards = by_id(state["recent_rewards"], self.specs)
+        self.recent_rewards = {adapter: RewardSums(**sums) for adapter, sums in rewards.items()}
         steps = by_id(state["last_steps"], self.specs)
         self.last_steps = {adapter: AdapterStep(**step) for adapter, step in steps.items()}
 

@@ -5,82 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from flora_train.adapters.spec import BASE_ID, AdapterSpec
-from flora_train.config.errors import Problem
+from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import Row
-from flora_train.data.preferences.preference import BATCH, Preference
+from flora_train.data.preferences.preference import Preference
 from flora_train.data.preferences.split import PreferenceSplit
-from flora_train.data.task import Task
-
-
-def reads_cache(preference: Preference, spec: AdapterSpec) -> bool:
-    """Whether an adapter's reference was computed before training: its initial state, or a cached base."""
-    return preference.has_reference and (preference.reference != BATCH or spec.init_from is not None)
-
-
-@dataclass(frozen=True)
-class RowCosts:
-    """Tokens of the rows of every training example, as the mixture counts them."""
-
-    lengths: NDArray[np.int64]
-    """[n], for each adapter."""
-    shared: NDArray[np.int64] | None = None
-    """[n], for all adapters together: rows of the base."""
-
-
-def row_costs(task: Task, specs: Sequence[AdapterSpec]) -> RowCosts:
-    """The costs of a task's examples for its adapters. The rows of the KL term of a draw have no more tokens
-    than the draw's own rows, of which they are a permutation.
-    """
-    preference, split = task.preference, task.train
-    if preference is None or not isinstance(split, PreferenceSplit):
-        return RowCosts(split.lengths)
-    if preference.is_supervised:
-        return RowCosts(np.diff(split.offsets)[split.pack_offsets[:-1]])
-    own = shared = split.lengths
-    uses_cache = [reads_cache(preference, spec) for spec in specs]
-    if preference.objective == "kto":
-        drawn = split.lengths
-        if any(uses_cache):
-            drawn = np.maximum(drawn, split.kl_lengths)
-        own, shared = own + drawn, 2 * shared
-    if not preference.has_reference or all(uses_cache):
-        return RowCosts(own)
-    return RowCosts(own, shared)
-
-
-def largest_unit(task: Task, specs: Sequence[AdapterSpec], examples_per_draw: int) -> int:
-    """Padded tokens of the largest rows that a loss of this task couples, with those of the reference; 0
-    where it couples none."""
-    preference, split = task.preference, task.train
-    if preference is None or preference.is_supervised or not isinstance(split, PreferenceSplit):
-        return 0
-    rows = 2
-    if preference.objective == "kto":
-        rows *= examples_per_draw
-    if preference.has_reference and not all(reads_cache(preference, spec) for spec in specs):
-        rows *= 2
-    return rows * split.longest_row
-
-
-def unit_problem(
-    task: Task, specs: Sequence[AdapterSpec], examples_per_draw: int, tokens_per_microbatch: int
-) -> Problem | None:
-    """The problem if rows that a loss couples do not fit into one micro-batch, or None."""
-    needed = largest_unit(task, specs, examples_per_draw)
-    if needed <= tokens_per_microbatch:
-        return None
-    unit, remedy = "a pair", "shorten training.max_length"
-    if task.preference is not None and task.preference.objective == "kto":
-        unit, remedy = f"a draw of {examples_per_draw} examples", "lower mixture.examples_per_draw"
-    hint = (
-        f"cannot hold {unit} of task {task.name!r} with its reference, which its loss compares in one "
-        f"micro-batch: raise it to {needed}, or {remedy}"
-    )
-    return Problem("training.tokens_per_microbatch", tokens_per_microbatch, hint)
 
 
 @dataclass

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import Row, group_by_length
-from flora_train.data.mixture import Stream, TaskMixture
+from flora_train.data.mixture import Draw, Stream, TaskMixture
+from flora_train.data.preferences.costs import row_costs
+from flora_train.data.preferences.preference import Preference
+from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.splits import seed_of
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
+from flora_train.training.preference_rows import DrawRows, heldout_preference_rows
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,15 @@ class StepPlan:
 
     microbatches: tuple[tuple[Row, ...], ...]
     label_tokens: Mapping[int, int]
-    """Adapter id -> its label tokens in the whole step."""
+    """Adapter id -> its label tokens in the whole step, of rows with a gradient."""
     tokens: int
     """Tokens of all rows."""
     task_tokens: Mapping[str, int]
     """Task -> tokens drawn from it, counted once whatever the number of adapters that learn from them."""
+    preferences: Mapping[int, int] = field(default_factory=dict)
+    """Adapter id -> pairs, or labelled completions, that it learns a preference from in the whole step."""
+    chosen_tokens: Mapping[int, int] = field(default_factory=dict)
+    """Adapter id -> label tokens of the chosen completions of these pairs."""
 
 
 def make_mixture(
@@ -39,58 +47,121 @@ def make_mixture(
     """The mixture over the tasks that have adapters. left: adapter name -> the first step without it; joined:
     task -> the first step with it (default 0); each has training.steps from there.
     """
-    limits_of: dict[str, dict[str, int]] = defaultdict(dict)
+    specs_of: dict[str, list[AdapterSpec]] = defaultdict(list)
     for spec in specs:
-        limits_of[spec.task][spec.name] = spec.max_steps
+        specs_of[spec.task].append(spec)
     streams = []
     for task in tasks.values():
-        if limits := limits_of.get(task.name):
-            begins = (joined or {}).get(task.name, 0)
-            streams.append(
-                Stream(
-                    task.name, task.train.lengths, task.weight, limits, begins, begins + config.training.steps
-                )
-            )
+        learners = specs_of.get(task.name)
+        if learners is None:
+            continue
+        limits = {spec.name: spec.max_steps for spec in learners}
+        begins = (joined or {}).get(task.name, 0)
+        ends = begins + config.training.steps
+        costs = row_costs(task.train, task.preference, _cached(task, learners))
+        streams.append(
+            Stream(task.name, costs.lengths, task.weight, limits, begins, ends, shared=costs.shared)
+        )
     return TaskMixture(streams, config.mixture, config.training.tokens_per_step, config.seed, left)
+
+
+def _cached(task: Task, learners: Sequence[AdapterSpec]) -> list[bool]:
+    """Of each adapter of a task, whether its reference was computed before training."""
+    if task.preference is None:
+        return [False] * len(learners)
+    return [task.preference.reads_cache(spec.init_from is not None) for spec in learners]
 
 
 def plan_step(
     mixture: TaskMixture, number: int, tasks: Mapping[str, Task], bank: AdapterBank, max_tokens: int
 ) -> StepPlan | None:
     """Step `number` (from 0), or None when every adapter has left."""
-    rows: list[Row] = []
-    label_tokens: dict[int, int] = defaultdict(int)
-    task_tokens: dict[str, int] = defaultdict(int)
+    rows = _StepRows(mixture.seed, number, bank)
     for draw in mixture.step(number):
-        split = tasks[draw.task].train
-        for example in draw.examples:
-            length, window = int(split.lengths[example]), split.window(example)
-            task_tokens[draw.task] += length
-            for name in draw.adapters:
-                adapter = bank.ids[name]
-                seed = (
-                    None
-                    if window == 0
-                    else seed_of(mixture.seed, f"augment {number}", draw.task, str(example))
-                )
-                rows.append(
-                    Row(adapter, draw.task, example, length, window, bank.shares_encoding(adapter), seed)
-                )
-                label_tokens[adapter] += int(split.label_counts[example])
-    if not rows:
+        task = tasks[draw.task]
+        if task.preference is None:
+            rows.add_texts(draw, task.train)
+        else:
+            rows.add_preferences(draw, task)
+    if not rows.rows:
         return None
     return StepPlan(
-        microbatches=tuple(map(tuple, group_by_length(rows, max_tokens))),
-        label_tokens=dict(label_tokens),
-        tokens=sum(row.length for row in rows),
-        task_tokens=dict(task_tokens),
+        microbatches=tuple(map(tuple, group_by_length(rows.rows, max_tokens))),
+        label_tokens=dict(rows.label_tokens),
+        tokens=sum(row.length for row in rows.rows),
+        task_tokens=dict(rows.task_tokens),
+        preferences=dict(rows.preferences),
+        chosen_tokens=dict(rows.chosen_tokens),
     )
 
 
+class _StepRows:
+    """The rows of a step and their counts, added draw by draw."""
+
+    def __init__(self, seed: int, number: int, bank: AdapterBank) -> None:
+        self.seed, self.number, self.bank = seed, number, bank
+        self.rows: list[Row] = []
+        self.label_tokens: dict[int, int] = defaultdict(int)
+        self.task_tokens: dict[str, int] = defaultdict(int)
+        self.preferences: dict[int, int] = defaultdict(int)
+        self.chosen_tokens: dict[int, int] = defaultdict(int)
+        self._units = 0
+
+    def add_texts(self, draw: Draw, split: TokenSplit) -> None:
+        for example in draw.examples:
+            length, window = int(split.lengths[example]), split.window(example)
+            self.task_tokens[draw.task] += length
+            seed = None
+            if window:
+                seed = seed_of(self.seed, f"augment {self.number}", draw.task, str(example))
+            for name in draw.adapters:
+                adapter = self.bank.ids[name]
+                shares = self.bank.shares_encoding(adapter)
+                self.rows.append(Row(adapter, draw.task, example, length, window, shares, seed))
+                self.label_tokens[adapter] += int(split.label_counts[example])
+
+    def add_preferences(self, draw: Draw, task: Task) -> None:
+        split, preference = task.train, task.preference
+        assert preference is not None and isinstance(split, PreferenceSplit)
+        maker = DrawRows(draw.task, preference, split)
+        in_batch: list[int] = []
+        cached: list[int] = []
+        for name in draw.adapters:
+            adapter = self.bank.ids[name]
+            reads_cache = preference.reads_cache(self.bank.specs[adapter].init_from is not None)
+            group = cached if reads_cache else in_batch
+            group.append(adapter)
+        made = list(maker.rows(draw.examples, in_batch, cached=cached, first_unit=self._units))
+        self._units += maker.units(len(draw.examples))
+        self.rows += made
+        self.task_tokens[draw.task] += sum(
+            split.size(example, document)
+            for example in draw.examples
+            for document in range(1 + split.is_paired)
+        )
+        for row in made:
+            if row.frozen:
+                continue
+            learnt = split.learnt(row.example, row.document)
+            self.label_tokens[row.adapter] += learnt
+            if row.unit is not None and row.document == 0:
+                self.preferences[row.adapter] += 1
+                self.chosen_tokens[row.adapter] += learnt
+
+
 def heldout_rows(
-    bank: AdapterBank, adapters: Sequence[int], task: str, split: TokenSplit, max_examples: int | None = None
+    bank: AdapterBank,
+    adapters: Sequence[int],
+    task: str,
+    split: TokenSplit,
+    max_examples: int | None = None,
+    *,
+    preference: Preference | None = None,
 ) -> list[Row]:
     """The first held-out examples of a task for every one of these adapters (-1: the base model)."""
+    if preference is not None and isinstance(split, PreferenceSplit):
+        examples = len(split) if max_examples is None else min(len(split), max_examples)
+        return heldout_preference_rows(task, preference, split, adapters, examples)
     return [
         Row(adapter, task, i, int(length), split.window(i), bank.shares_encoding(adapter))
         for i, length in enumerate(split.lengths[:max_examples])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import batched
 
 import torch
 from torch import Tensor
 
 from flora_train.adapters.routing import RowNoise
-from flora_train.data.batch import MixedBatch, Row, prefetch, share_of_rank
+from flora_train.adapters.spec import BASE_ID
+from flora_train.data.batch import MixedBatch, Row, padded_tokens, prefetch, share_of_rank
 from flora_train.data.splits import seed_of
 from flora_train.data.token_split import TokenSplit
 from flora_train.models.loading import set_mode
@@ -25,15 +27,19 @@ from flora_train.runtime.metric_records import EvaluationRecord, Record, StepRec
 from flora_train.runtime.progress import ProgressBar, share_and_time_left
 from flora_train.runtime.signals import Interrupted, StopSignals
 from flora_train.training.context import TrainingContext
-from flora_train.training.fsdp import run_dummy_passes
-from flora_train.training.heldout import HeldOut, evaluate_heldout
+from flora_train.training.fsdp import run_dummy_frozen_pass, run_dummy_passes
+from flora_train.training.heldout import HeldOut, evaluate_heldout, heldout_metrics
 from flora_train.training.loss import RowLosses
 from flora_train.training.metrics import MetricLogger, NullMetricLogger, tracker_keys
+from flora_train.training.objectives import COLUMNS, MicrobatchLoss, RowNats, StepSums, StepTotals
 from flora_train.training.optimizer import sum_gradients
 from flora_train.training.packing_check import check_packing
 from flora_train.training.resumable import ResumableTraining
 from flora_train.training.step_plan import StepPlan
 from flora_train.training.step_timer import StepTimer
+
+FORWARDS_PER_STEP = 3
+"""Cost of a forward and backward, in forwards."""
 
 
 class Trainer(ResumableTraining):
@@ -44,6 +50,9 @@ class Trainer(ResumableTraining):
         self.metric_logger: MetricLogger = metric_logger or NullMetricLogger()
         self.timer = StepTimer(self.bank.device, self.config.training.log_every)
         self.row_losses = RowLosses(self.model, self.timer)
+        self.task_of = [self.tasks[spec.task] for spec in self.bank.specs]
+        """The task of each adapter."""
+        self.microbatch_loss = MicrobatchLoss(self.tasks, self.references)
         packed = [name for name, task in self.tasks.items() if task.train.is_packed]
         if packed:
             check_packing(self.row_losses, packed[0])
@@ -115,38 +124,55 @@ class Trainer(ResumableTraining):
 
     def step(self, number: int, plan: StepPlan) -> None:
         """Accumulate the micro-batches of a step and update its adapters. Each adapter's loss is the mean
-        over its own tokens of the whole step, on all processes (I1).
+        over its own tokens, pairs or labelled completions of the whole step, on all processes (I1).
         """
         with self.timer.step(number), self.prefetcher.resident(number, plan.label_tokens):
-            nats = self._accumulate_gradients(number, plan)
+            sums = self._accumulate_gradients(number, plan)
             with self.timer.part("exchange"):
-                stop = nats.new_tensor([self.signals.stop_requested])  # a signal to one process stops all
+                stop = sums.new_tensor([self.signals.stop_requested])  # a signal to one process stops all
                 bytes_sent = sum_gradients(self.bank, plan.label_tokens)
-                *totals, stops = sum_over_processes(torch.cat([nats, stop])).tolist()
+                *flat, stops = sum_over_processes(torch.cat([sums.flatten(), stop])).tolist()
             with self.timer.part("optimizer"):
-                losses = {adapter: totals[adapter] / tokens for adapter, tokens in plan.label_tokens.items()}
-                anomalies = self.guard.find_anomalies(losses)
+                totals = StepTotals(plan, list(batched(flat, COLUMNS)), self.task_of)
+                anomalies = self.guard.find_anomalies(totals.losses)
                 updates = self.optimizer.step(plan.label_tokens, anomalies)
         self.metrics.count(plan, totals, updates, bytes_sent)
         self.guard.apply_policy(anomalies, updates, number + 1)
         self.stop_requested = stops > 0
 
     def _accumulate_gradients(self, number: int, plan: StepPlan) -> Tensor:
-        """Forward and backward of this process's micro-batches; summed losses by adapter id, float64."""
-        nats = torch.zeros(len(self.bank.specs), dtype=torch.float64, device=self.bank.device)
-        weights = torch.zeros(len(self.bank.specs), device=self.bank.device)
-        for adapter, tokens in plan.label_tokens.items():
-            weights[adapter] = 1.0 / tokens
-        for rows in share_of_rank(plan.microbatches, *world()):
-            with self.timer.part("data"):
-                batch = self.make_batch(rows)
-            self.timer.count_tokens(batch.padded_tokens)
-            self.bank.route(batch.adapter_ids, [self.noise(number, row) for row in rows])
-            losses = self.row_losses(batch)
-            (losses * weights[batch.adapter_ids]).sum().backward()
-            nats.index_add_(0, batch.adapter_ids, losses.detach().double())
+        """Forward and backward of this process's micro-batches; sums by adapter id, float64 [adapters,
+        COLUMNS].
+        """
+        sums = StepSums(len(self.bank.specs), self.bank.device)
+        for i, rows in enumerate(share_of_rank(plan.microbatches, *world())):
+            frozen = self.frozen_pass(rows)
+            if frozen is None:
+                run_dummy_frozen_pass(self.row_losses, self.bank, plan.microbatches, i)
+            learnt = self.learnt_pass(rows, number)
+            self.microbatch_loss(learnt, frozen, plan=plan, sums=sums).backward()
         run_dummy_passes(self.row_losses, self.bank, plan.microbatches)
-        return nats
+        return sums.sums
+
+    def frozen_pass(self, rows: Sequence[Row]) -> RowNats | None:
+        """The forward of the rows that get no gradient, without dropout; None if there are none."""
+        frozen = [row for row in rows if row.frozen]
+        if not frozen:
+            return None
+        with self.timer.part("data"):
+            batch = self.make_batch(frozen)
+        self.timer.count_tokens(batch.padded_tokens // FORWARDS_PER_STEP)
+        with torch.no_grad(), self.bank.routed(batch.adapter_ids):
+            return RowNats(frozen, self.row_losses(batch))
+
+    def learnt_pass(self, rows: Sequence[Row], number: int) -> RowNats:
+        """The forward of the other rows, with the noise of step `number`."""
+        learnt = [row for row in rows if not row.frozen]
+        with self.timer.part("data"):
+            batch = self.make_batch(learnt)
+        self.timer.count_tokens(batch.padded_tokens)
+        self.bank.route(batch.adapter_ids, [self.noise(number, row) for row in learnt])
+        return RowNats(learnt, self.row_losses(batch))
 
     def log(self) -> None:
         """Write a record of the steps since the last one."""
@@ -183,9 +209,10 @@ class Trainer(ResumableTraining):
         adapters: dict[str, dict[str, float]] = {}
         for result in self.heldout(limit, report).values():
             for adapter in result.nats:
-                loss = losses[adapter] = result.loss(adapter)
-                name = self.bank.specs[adapter].name
-                adapters[name] = {"loss": loss, "bits_per_byte": result.bits_per_byte(adapter)}
+                if adapter == BASE_ID:  # the reference
+                    continue
+                losses[adapter] = result.objective_loss(adapter)
+                adapters[self.bank.specs[adapter].name] = heldout_metrics(result, adapter)
         self.best_adapters.offer(losses, state.step)
         state.evaluated = state.step
         state.evaluation_seconds += time.monotonic() - started
@@ -223,7 +250,8 @@ class Trainer(ResumableTraining):
         """Measure once how long the base alone takes for a micro-batch, so that the cost of the adapters can
         be reported. The state of the run does not change.
         """
-        batch = self.make_batch(max(plan.microbatches, key=lambda rows: rows[0].length * len(rows)))
+        largest = max(plan.microbatches, key=padded_tokens)
+        batch = self.make_batch([row for row in largest if not row.frozen])
         with self.bank.without_adapters():
             self.timer.time_base(lambda: self.row_losses(batch).sum().backward(), batch.padded_tokens)
 
@@ -235,7 +263,10 @@ class Trainer(ResumableTraining):
 
     def noise(self, number: int, row: Row) -> RowNoise:
         """The dropout noise of a row in step `number`."""
-        seed = seed_of(self.config.seed, f"dropout {number}", row.task, str(row.example))
+        row_name = str(row.example)
+        if row.document:
+            row_name = f"{row.example} {row.document}"
+        seed = seed_of(self.config.seed, f"dropout {number}", row.task, row_name)
         tokens = row.tokens - 1 if row.window else row.tokens  # a decoder does not read the last token
         return RowNoise(seed, tokens, row.window)
 

@@ -31,6 +31,11 @@ class Preference:
     def has_reference(self) -> bool:
         return self.objective in REFERRED
 
+    def reads_cache(self, has_initial_state: bool) -> bool:
+        """Whether an adapter's reference is computed before training: its initial state (init_from), or a
+        cached base."""
+        return self.has_reference and (self.reference == CACHED or has_initial_state)
+
     @property
     def is_supervised(self) -> bool:
         """Whether the chosen completion is learnt like any text."""
