@@ -83,24 +83,29 @@ def compare_ratios(
     Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13 (percentile interval of a ratio of sums).
     """
     n, ids = len(denominators), sorted(numerators)
-    generator = np.random.default_rng(seed)
-    rows = max(1, MAX_WEIGHTS // n)
     parts: dict[int, list[NDArray[np.float64]]] = {contender: [] for contender in ids}
     # a loss that is not finite makes ratios NaN
     with np.errstate(invalid="ignore", divide="ignore"):
-        for first in range(0, samples, rows):
-            size = min(rows, samples - first)
-            weights = generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
+        for weights in resampled_weights(n, samples=samples, seed=seed):
             sums = weights @ denominators
             for contender in ids:
                 parts[contender].append(weights @ numerators[contender] / sums)
         resampled = {contender: np.concatenate(parts[contender]) for contender in ids}
         values = {contender: float(numerators[contender].sum() / denominators.sum()) for contender in ids}
-        estimator = _Estimator(confidence, single_example=n == 1)
+        estimator = Estimator(confidence, single_example=n == 1)
         return Comparison(
             contenders={contender: estimator(values[contender], resampled[contender]) for contender in ids},
             differences=_Differences(values, resampled, estimator),
         )
+
+
+def resampled_weights(n: int, *, samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """Blocks [resamples, n] of the times that each example is drawn in a resample of n examples."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, MAX_WEIGHTS // n)
+    for first in range(0, samples, rows):
+        size = min(rows, samples - first)
+        yield generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
 
 
 def compared_pairs(
@@ -120,7 +125,7 @@ def compared_pairs(
 
 
 @dataclass(frozen=True)
-class _Estimator:
+class Estimator:
     """Computes percentile intervals."""
 
     confidence: float
@@ -138,7 +143,7 @@ class _Differences(Mapping[tuple[int, int], Estimate]):
 
     values_of: Mapping[int, float]
     resampled: Mapping[int, NDArray[np.float64]]
-    estimator: _Estimator
+    estimator: Estimator
 
     def __getitem__(self, pair: tuple[int, int]) -> Estimate:
         a, b = pair

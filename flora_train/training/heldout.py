@@ -19,6 +19,7 @@ from flora_train.models.loading import set_mode
 from flora_train.runtime.distributed import is_main_process, sum_over_processes, world
 from flora_train.training.fsdp import run_dummy_passes
 from flora_train.training.loss import RowLosses
+from flora_train.training.preference_heldout import HeldOutPreferences
 from flora_train.training.step_plan import heldout_rows
 
 Batch = Sequence[Row]
@@ -37,6 +38,8 @@ class HeldOut:
     """[n]"""
     label_bytes: NDArray[np.int64]
     """[n]"""
+    preferences: HeldOutPreferences | None = None
+    """Log-probabilities and losses of a preference task."""
 
     def loss(self, contender: int, first: int | None = None) -> float:
         """Mean nats per label token, over all examples or the first of them."""

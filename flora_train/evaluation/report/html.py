@@ -40,6 +40,7 @@ from flora_train.evaluation.report.formatting import (
 )
 from flora_train.evaluation.report.heatmap import heatmaps
 from flora_train.evaluation.report.joined_report import note_on_joined_families, with_joined_families
+from flora_train.evaluation.report.preference_figures import LABELLED, PAIRED, examples_of, setting_of
 from flora_train.evaluation.report.published_rows import ComparedTable
 from flora_train.evaluation.report.published_tables import (
     measured_as,
@@ -122,6 +123,9 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
         pass_panels=[_pass_panels(i, suite, styles) for i, suite in enumerate(report.code)],
         pass_tables=[_pass_table(suite) for suite in report.code],
         **_speech_columns(report.speech),
+        preference_families=_preference_families(report),
+        paired_figures=PAIRED,
+        labelled_figures=LABELLED,
         sweep_panels=_sweep_panels(report),
         winner_is_clear=partial(winner_is_clear, report=report),
         heatmaps=heatmaps(report),
@@ -165,7 +169,9 @@ def _page(template: str, **content: Any) -> str:
     )
     filters = (number, estimate, count, listed, percent, share, share_estimate, stage_duration, verdict)
     of_published = (measured_as, method_label, published_digits, published_percent)
-    environment.filters |= {function.__name__: function for function in (*filters, *of_published)}
+    of_preferences = (examples_of, setting_of)
+    functions = (*filters, *of_published, *of_preferences)
+    environment.filters |= {function.__name__: function for function in functions}
     environment.filters["visible"] = lambda text: text.translate(CONTROL_PICTURES).strip("\n").rstrip()
     script = SCRIPT.read_text(encoding="utf-8")
     digest = b64encode(sha256(script.encode()).digest()).decode()
@@ -247,6 +253,14 @@ def _speech_columns(speech: SpeechResults | None) -> dict[str, dict[Rate, list[s
             units[rate].append(count(part.contenders[0].rate(rate).units))
             normalizers[rate].append("none" if rate == "wer" else part.normalizer)
     return {"speech_units": units, "normalizers": normalizers}
+
+
+def _preference_families(report: Report) -> list[str]:
+    """Families that take part in a preference task, the base first."""
+    families: dict[str, None] = {}
+    for result in report.preferences:
+        families |= dict.fromkeys(result.by_family)
+    return list(families)
 
 
 def left_out(splits: Sequence[SplitSummary]) -> list[str]:

@@ -18,7 +18,7 @@ def with_joined_families(report: Report) -> Report:
     if not names:
         return report
     content = report.model_dump(mode="json")
-    for part in ("adapters", "results", "code", "speech"):
+    for part in ("adapters", "results", "code", "speech", "preferences"):
         content[part] = _renamed(content[part], names)
     for sample in content["completions"]:
         texts = sample["completions"].items()

@@ -19,6 +19,8 @@ from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
 from flora_train.evaluation.bootstrap import Comparison, compare, compared_pairs, finite
 from flora_train.evaluation.code.score_types import CodeSuite
+from flora_train.evaluation.preferences.score_types import PreferenceResult
+from flora_train.evaluation.preferences.scores import ContenderNames, preference_result
 from flora_train.evaluation.report.sweeps import swept_settings
 from flora_train.evaluation.report.types import (
     AdapterFacts,
@@ -116,6 +118,7 @@ def build_results(
         completions=evaluation.completions,
         code=evaluation.code,
         speech=evaluation.speech,
+        preferences=_preference_results(config, bank, evaluation.heldout),
         not_measured=[*limits, *facts.origin_differences],
     )
 
@@ -346,6 +349,27 @@ def _task_result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> Task
         contenders=contenders,
         differences=_differences(bank, adapters, best, comparison),
     )
+
+
+def _preference_results(
+    config: RunConfig, bank: AdapterBank, heldout: Mapping[str, HeldOut]
+) -> list[PreferenceResult]:
+    options = config.evaluation
+    names = {BASE_ID: ContenderNames("base", "base")}
+    names |= {i: ContenderNames(spec.name, spec.family) for i, spec in enumerate(bank.specs)}
+    results = []
+    for task, losses in heldout.items():
+        if losses.preferences is not None:
+            result = preference_result(
+                task,
+                losses.preferences,
+                names,
+                samples=options.bootstrap_samples,
+                confidence=options.confidence,
+                seed=seed_of(config.seed, task),
+            )
+            results.append(result)
+    return results
 
 
 def _perplexity(loss: float) -> float | None:

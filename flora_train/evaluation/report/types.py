@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from flora_train.config.base import MOST_STEPS
 from flora_train.evaluation.code.score_types import CodeSuite
+from flora_train.evaluation.preferences.score_types import PreferenceResult
 from flora_train.evaluation.result_model import (
     Confidence,
     Count,
@@ -23,7 +24,7 @@ from flora_train.evaluation.result_model import (
 from flora_train.evaluation.speech.score_types import SpeechResults
 from flora_train.runtime.environment import Environment
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 """Version of report.json; raised whenever a reader of an older version would miss or misread something."""
 
 Step = Annotated[Count, Field(le=MOST_STEPS)]
@@ -315,7 +316,7 @@ class SampleCompletion(ResultModel):
 class Report(ResultModel):
     """The results of a run, report.json."""
 
-    schema_version: Literal[6] = SCHEMA_VERSION
+    schema_version: Literal[7] = SCHEMA_VERSION
     name: Text
     facts: RunFacts
     tasks: tuple[TaskSummary, ...]
@@ -329,6 +330,8 @@ class Report(ResultModel):
     """Scores on suites of programming problems."""
     speech: SpeechResults | None = None
     """Error rates of spoken tasks."""
+    preferences: tuple[PreferenceResult, ...] = ()
+    """Rewards on held-out preferences, a result per preference task."""
     not_measured: tuple[Text, ...]
     """What a reader might take for granted and the report does not show, as sentences."""
 
@@ -340,6 +343,11 @@ class Report(ResultModel):
         _check_known("results", (result.task for result in self.results), tasks)
         for result in self.results:
             _check_known(f"results of {result.task}", (row.family for row in result.contenders), families)
+        _check_known("preferences", (result.task for result in self.preferences), tasks)
+        for preference in self.preferences:
+            names = [row.family for row in preference.contenders]
+            _check_known(f"preferences of {preference.task}", names, {"base", *families})
+            _check_known(f"preferences of {preference.task}", ["base"], names)
         for sample in self.completions:
             _check_known(f"completions of {sample.task}", ["base"], sample.completions)
         return self

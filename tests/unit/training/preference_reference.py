@@ -6,7 +6,7 @@ Independent of flora_train: NumPy alone, derivatives by hand. What TRL 1.16 comp
   ORPO divide it by the number of these tokens, DPO and KTO do not.
 - DPO (`sigmoid`) ignores `label_smoothing`. TRL's smoothed form is `robust` (Chowdhury et al. 2024), which
   divides by 1 - 2 * smoothing; the conservative form (Mitchell 2023) does not.
-- The SFT term of ORPO is the cross entropy of prompt and chosen completion, all tokens but the first, as a mean
+- The SFT term of ORPO is the cross entropy of prompt and chosen completion, all tokens but the first, a mean
   over these tokens of the whole batch. The SFT term of DPO covers the tokens of chosen completions alone.
 - KTO's KL term is one constant per batch: max(0, mean of log-ratios of mismatched rows), where row i has its
   own prompt and the completion of row i - 1. The weights of rows do not enter the denominator of the mean.

@@ -1,0 +1,1 @@
+"""Rewards of held-out preferences: types, and their computation from log-probabilities."""
