@@ -114,13 +114,16 @@ class AdapterBank:
         return bank
 
     def route(
-        self, adapters: Tensor | Sequence[int] | Sequence[str], noise: Sequence[RowNoise] | None = None
+        self,
+        adapters: Tensor | Sequence[int] | Sequence[str],
+        noise: Sequence[RowNoise | None] | None = None,
     ) -> None:
         """Set which adapter each row of the next batch uses. The routing stays until the next call.
 
         Args:
             adapters: [B], adapter ids (-1: the base model) or names (`__base__`: the base model).
-            noise: Seeds of dropout, one per row. Default: no dropout.
+            noise: Seeds of dropout and NEFTune noise, one per row; None for a row without. Default: neither
+                in any row.
 
         Raises:
             UserError: An adapter name or id is unknown.
@@ -235,12 +238,13 @@ class AdapterBank:
         pool, member = self.location[adapter]
         return pool.state(member)
 
-    def add_plane(self, name: str) -> None:
-        """Add optimizer state: one number for every parameter of every adapter, initially 0."""
+    def add_plane(self, name: str, pools: Sequence[Pool] | None = None) -> None:
+        """Add optimizer state: one number for every parameter of every adapter (of these pools), initially
+        0."""
         if self.pager is not None:
-            self.pager.add_plane(name)
+            self.pager.add_plane(name, pools)
             return
-        for pool in self.pools:
+        for pool in self.pools if pools is None else pools:
             pool.planes[name] = torch.zeros_like(pool.values)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -352,11 +356,14 @@ class AdapterBank:
 
     def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         self.router.recomputes = _recomputes(self.model)
-        if self.router.routing is not None and torch.is_grad_enabled() and self.router.recomputes:
+        routing = self.router.routing
+        if routing is None:
+            return output
+        if torch.is_grad_enabled() and self.router.recomputes:
             self.router.expect_backward(output)
             # Cloned, because some models change their embeddings in place, which autograd forbids for a leaf.
-            return output.clone()
-        return output
+            output = output.clone()
+        return routing.perturb(output) if routing.embedding_noise else output
 
 
 def _recomputes(model: nn.Module) -> bool:

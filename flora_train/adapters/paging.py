@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flora_train.adapters.host_memory import allocate_host_rows, free_memory
-from flora_train.adapters.pool import Pool
+from flora_train.adapters.pool import Pool, numbers_of
 from flora_train.config.errors import user_error
 
 NextUse = Callable[[int], float]
@@ -31,8 +31,6 @@ NextUse = Callable[[int], float]
 OF_FREE_MEMORY = 0.5
 """auto: the share of the device memory that is free after loading the base model; activations need the
 rest."""
-PLANES = 4
-"""Values, gradients, and AdamW's two moments."""
 
 
 def _unknown(adapter: int) -> float:
@@ -55,10 +53,10 @@ class Paging:
         total = sum(len(pool.specs) * pool.row_size for pool in pools)
         slots = self.device_slots
         if slots is None and device.type == "cpu":
-            _check_memory(PLANES * dtype.itemsize * total)
+            _check_memory(dtype.itemsize * numbers_of(pools))
         if slots is None and device.type == "cuda":
             free_bytes, _ = torch.cuda.mem_get_info(device)
-            bytes_per_slot = PLANES * dtype.itemsize * largest
+            bytes_per_slot = dtype.itemsize * largest * max(pool.plane_count for pool in pools)
             slots = max(1, int(free_bytes * OF_FREE_MEMORY) // bytes_per_slot)
         if slots is None or slots * largest >= total:
             return None
@@ -123,11 +121,11 @@ class Pager:
         self._copying: Future[None] | torch.cuda.Event | None = None
         self.add_plane("values")
 
-    def add_plane(self, name: str) -> None:
-        """Add one number for every parameter of every adapter, initially 0."""
+    def add_plane(self, name: str, pools: Sequence[Pool] | None = None) -> None:
+        """Add one number for every parameter of every adapter (of these pools), initially 0."""
         self.flush_to_host()
         pinned = self._stream is not None
-        for pool in self.pools:
+        for pool in self.pools if pools is None else pools:
             pool.host[name] = allocate_host_rows(
                 len(pool.specs), pool.row_size, self.dtype, pinned=pinned, folder=self.folder
             )
@@ -277,9 +275,7 @@ class Pager:
         start = 0
         for pool, count in zip(self.pools, rows, strict=True):
             end = start + count * pool.row_size
-            planes = {
-                name: arena[start:end].view(count, pool.row_size) for name, arena in self._arenas.items()
-            }
+            planes = {name: self._arenas[name][start:end].view(count, pool.row_size) for name in pool.host}
             pool.use_storage(planes, self._gradients[start:end].view(count, pool.row_size))
             start = end
 

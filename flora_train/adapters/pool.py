@@ -21,6 +21,9 @@ from flora_train.adapters.methods import METHODS, AdapterMethod, Target
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import find_targets
 
+PLANES = 4
+"""Values, gradients, and AdamW's two moments."""
+
 
 class GatherRows(torch.autograd.Function):
     """The rows of the adapters in this batch. The backward adds to the pool's gradients; other rows are not
@@ -59,12 +62,34 @@ class Pool:
         """With a pager: plane -> [members, P] on the host."""
         self.layout: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
         """Module -> parameter -> its offset in the row, and its shape."""
+        self._lr_ratio_columns: Tensor | None = None
         self.row_size = 0
         for name, target in targets.items():
             self.layout[name] = {}
             for param, shape in self.method.shapes(specs[0], target).items():
                 self.layout[name][param] = (self.row_size, shape)
                 self.row_size += prod(shape)
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether an adapter of this pool has an average of its weights (ema_decay)."""
+        return any(spec.ema_decay is not None for spec in self.specs)
+
+    @property
+    def plane_count(self) -> int:
+        """Numbers that are stored for a parameter, its gradient among them."""
+        return PLANES + self.has_averages
+
+    def lr_ratio_columns(self, device: torch.device) -> Tensor:
+        """Bool [P]: the numbers of a row whose learning rate is lr_ratio x lr."""
+        if self._lr_ratio_columns is None or self._lr_ratio_columns.device != device:
+            columns = torch.zeros(self.row_size, dtype=torch.bool)
+            for layout in self.layout.values():
+                for param in self.method.lr_ratio_parameters & layout.keys():
+                    start, shape = layout[param]
+                    columns[start : start + prod(shape)] = True
+            self._lr_ratio_columns = columns.to(device)
+        return self._lr_ratio_columns
 
     def allocate(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Allocate rows for all members on the device. Values are NaN until `initialise` or a checkpoint sets
@@ -95,11 +120,13 @@ class Pool:
         return {name: rows[slot] for name, rows in self.planes.items()}
 
     def initialise(self, member: int, seed: int) -> None:
-        """Set the initial values of one adapter, which depend only on the seed, its name and the layer."""
+        """Set the initial values of one adapter, which depend only on its seed (or else the given one), its
+        name and the layer."""
         spec, views = self.specs[member], self.row(member)
+        seed = spec.seed_in(seed)
         for name, layout in self.layout.items():
             params = {p: torch.empty(shape, dtype=views[name][p].dtype) for p, (_, shape) in layout.items()}
-            self.method.initialise(params, spec, seeded_generator(seed, spec.name, name))
+            self.method.initialise(params, spec, seeded_generator(seed, spec.seed_name, name))
             for param, view in views[name].items():
                 view.copy_(params[param])
 
@@ -125,6 +152,12 @@ class Pool:
             view = storage.as_strided((storage.shape[0], *shape), strides, storage.storage_offset() + start)
             views[param] = view.detach().requires_grad_() if leaf else view
         return views
+
+
+def numbers_of(pools: Iterable[Pool], gradients: bool = True) -> int:
+    """Numbers that are stored for all adapters of these pools."""
+    omitted = 0 if gradients else 1
+    return sum(len(pool.specs) * pool.row_size * (pool.plane_count - omitted) for pool in pools)
 
 
 def pool_key(spec: AdapterSpec) -> tuple[str, int, object, object, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -32,15 +32,36 @@ class Span:
 
 @dataclass(frozen=True)
 class RowNoise:
-    """What dropout in one row depends on."""
+    """What dropout and NEFTune noise in one row depend on."""
 
     seed: int
-    """Of the example and the step."""
+    """Of the adapter's seed, the example and the step."""
     length: int
     """Tokens of the row without padding."""
     window: int = 0
     """Positions of its encoder window, which has no padding; 0 if there is none, or if it is as long as the
     tokens."""
+    documents: tuple[int, ...] = ()
+    """Lengths of the documents that are packed into the row. Empty: it is one document."""
+
+
+@dataclass(frozen=True)
+class EmbeddingNoise:
+    """NEFTune noise on the input embeddings of one row."""
+
+    row: int
+    """Index in the batch."""
+    spec: AdapterSpec
+    noise: RowNoise
+
+    def sample(self, width: int, device: torch.device) -> Tensor:
+        """Uniform noise [length, width] of at most alpha / sqrt(L width) in a document of L tokens."""
+        generator = seeded_generator(self.noise.seed, self.spec.seed_name, "input embeddings", device=device)
+        uniform = torch.rand(self.noise.length, width, generator=generator, device=device) * 2.0 - 1.0
+        lengths = self.noise.documents or (self.noise.length,)
+        limits = [[self.spec.neftune_noise_alpha / (length * width) ** 0.5] for length in lengths]
+        repeats = torch.tensor(lengths, device=device)
+        return uniform * torch.tensor(limits, device=device).repeat_interleave(repeats, dim=0)
 
 
 @dataclass
@@ -54,8 +75,10 @@ class Routing:
     """LongTensor [B] that groups the rows by adapter; None if they are grouped already."""
     inverse: Tensor | None = None
     """The inverse permutation of `order`."""
-    noise: tuple[RowNoise, ...] | None = None
-    """One per row, in grouped order. None: no dropout (evaluation)."""
+    noise: tuple[RowNoise | None, ...] | None = None
+    """One per row, in grouped order; None for rows without noise. None: no noise at all (evaluation)."""
+    embedding_noise: tuple[EmbeddingNoise, ...] = ()
+    """NEFTune noise of the rows that have it."""
     _by_pools: dict[frozenset[int], tuple[Span, ...]] = field(default_factory=dict, repr=False)
 
     def spans_for(self, pools: frozenset[int]) -> tuple[Span, ...]:
@@ -85,12 +108,35 @@ class Routing:
                 continue
             for row in range(first, end):
                 noise = self.noise[span.start + row]
-                generator = seeded_generator(noise.seed, spec.name, module, device=x.device)
+                if noise is None:
+                    continue
+                generator = seeded_generator(noise.seed, spec.seed_name, module, device=x.device)
                 length = noise.window if tokens_per_row == noise.window else noise.length
                 keep = torch.rand(length, x.shape[1], generator=generator, device=x.device) >= spec.dropout
                 start = row * tokens_per_row
                 mask[start : start + length] = keep.to(x.dtype) / (1 - spec.dropout)
         return x * mask
+
+    @torch.compiler.disable(reason="the noise changes with every batch")
+    def perturb(self, embeddings: Tensor) -> Tensor:
+        """Input embeddings [B, L, d] with NEFTune noise. Rows without noise keep all their bits.
+
+        Noise depends only on the row's noise and the adapter: a recomputed forward adds the same, and neither
+        the other rows of the batch nor the padding that they cause change it. Source: Jain et al., "NEFTune:
+        Noisy Embeddings Improve Instruction Finetuning", ICLR 2024.
+        """
+        if not self.embedding_noise:
+            return embeddings
+        if embeddings.shape[0] != self.rows:
+            shape = tuple(embeddings.shape)
+            raise RuntimeError(f"input embeddings of shape {shape} do not hold the {self.rows} routed rows")
+        noise = torch.zeros_like(embeddings)
+        is_noisy = torch.zeros(self.rows, 1, 1, dtype=torch.bool, device=embeddings.device)
+        for entry in self.embedding_noise:
+            sample = entry.sample(embeddings.shape[-1], embeddings.device)[: embeddings.shape[1]]
+            noise[entry.row, : len(sample)] = sample.to(embeddings.dtype)
+            is_noisy[entry.row] = True
+        return torch.where(is_noisy, embeddings + noise, embeddings)
 
 
 class BatchRouting:
@@ -138,7 +184,7 @@ def build_routing(
     location: Sequence[tuple[Pool, int]],
     device: torch.device,
     *,
-    noise: Sequence[RowNoise] | None = None,
+    noise: Sequence[RowNoise | None] | None = None,
 ) -> Routing:
     """The routing for one adapter id per row (-1: base model); `location[id]` is its pool and its position
     there."""
@@ -162,10 +208,26 @@ def build_routing(
         specs = tuple(pool.specs[position] for position in positions)
         spans.append(Span(pool, start, end, segments, slots, specs))
     grouped_noise = None if noise is None else tuple(noise[row] for row in order)
+    on_embeddings = _embedding_noise(ids, location, noise or ())
+    routing = Routing(len(ids), tuple(spans), noise=grouped_noise, embedding_noise=on_embeddings)
     if order == list(range(len(ids))):
-        return Routing(len(ids), tuple(spans), noise=grouped_noise)
+        return routing
     permutation = torch.tensor(order, device=device)
-    return Routing(len(ids), tuple(spans), permutation, permutation.argsort(), grouped_noise)
+    return replace(routing, order=permutation, inverse=permutation.argsort())
+
+
+def _embedding_noise(
+    ids: Sequence[int], location: Sequence[tuple[Pool, int]], noise: Sequence[RowNoise | None]
+) -> tuple[EmbeddingNoise, ...]:
+    entries = []
+    for row, (adapter, row_noise) in enumerate(zip(ids, noise, strict=False)):
+        if adapter == BASE_ID or row_noise is None:
+            continue
+        pool, member = location[adapter]
+        spec = pool.specs[member]
+        if spec.neftune_noise_alpha:
+            entries.append(EmbeddingNoise(row, spec, row_noise))
+    return tuple(entries)
 
 
 def _runs(sorted_ids: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -47,6 +47,22 @@ class AdapterSpec:
     init_from: str | None = None
     patience: int | None = None
     min_delta: float = 0.0
+    lr_ratio: float = 1.0
+    neftune_noise_alpha: float = 0.0
+    ema_decay: float | None = None
+    seed: int | None = None
+    """None: the run's seed."""
+    seeds_of: str | None = None
+
+    @property
+    def seed_name(self) -> str:
+        """The name that the adapter's random numbers depend on: an adapter of a list of seeds draws what it
+        would draw without the list."""
+        return adapter_name(self.task, self.seeds_of) if self.seeds_of else self.name
+
+    def seed_in(self, run_seed: int) -> int:
+        """The seed of the adapter's random numbers in a run of this seed."""
+        return run_seed if self.seed is None else self.seed
 
 
 def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: int) -> AdapterSpec:
@@ -93,6 +109,11 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: 
         init_from=init_from,
         patience=adapter.patience,
         min_delta=adapter.min_delta or 0.0,
+        lr_ratio=adapter.lr_ratio or 1.0,
+        neftune_noise_alpha=adapter.neftune_noise_alpha or 0.0,
+        ema_decay=adapter.ema_decay,
+        seed=adapter.seed,
+        seeds_of=adapter.seeds_of,
     )
 
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from flora_train.adapters.host_memory import free_memory
 from flora_train.adapters.layer_usage import describe_left_out, unusable_by_shape
-from flora_train.adapters.paging import OF_FREE_MEMORY, PLANES
-from flora_train.adapters.pool import Pool, build_pools
+from flora_train.adapters.paging import OF_FREE_MEMORY
+from flora_train.adapters.pool import Pool, build_pools, numbers_of
 from flora_train.adapters.spec import expand
 from flora_train.commands.plan_gpus import print_report
 from flora_train.commands.plan_sizes import missing_here, print_from_sizes
@@ -66,7 +66,7 @@ def plan_run(config: RunConfig) -> None:
                 sizes=sizes,
                 reasons=reasons,
                 pools_of=pools_of,
-                storage_of=lambda planned, values: _storage(planned, values, paged=False),
+                storage_of=lambda planned, pools: _storage(planned, pools, paged=False),
             )
             folder.status(config)
             return
@@ -135,9 +135,13 @@ def _capacity(config: RunConfig, data: _Data) -> Capacity:
     steps = adapters_of_steps(config, tasks)
     free_device = _free_memory(device)
     base = _base_bytes(config, device)
-    slots = _slots(config, device, free=free_device - base, largest=largest, values=values)
-    storage = _storage(config, values, paged=slots is not None)
-    slot_values = values if slots is None else slots * largest
+    planes = max(pool.plane_count for pool in pools)
+    bytes_per_slot = planes * FLOAT * largest
+    slots = _slots(config, device, free=free_device - base, bytes_per_slot=bytes_per_slot)
+    if slots is not None and slots * largest >= values:
+        slots = None
+    storage = _storage(config, pools, paged=slots is not None)
+    on_device = FLOAT * numbers_of(pools) if slots is None else slots * bytes_per_slot
     return Capacity(
         pools=pools,
         largest=largest,
@@ -145,7 +149,7 @@ def _capacity(config: RunConfig, data: _Data) -> Capacity:
         step_slots=step_slots(pools, steps),
         slots=slots,
         base=base,
-        on_device=PLANES * FLOAT * slot_values,
+        on_device=on_device,
         activations=cost.activations,
         free_device=free_device,
         free_host=free_memory(),
@@ -178,23 +182,19 @@ def _base_bytes(config: RunConfig, device: torch.device) -> int:
     return int(share * base_bytes(model, itemsize, config.model.quantization))
 
 
-def _slots(config: RunConfig, device: torch.device, *, free: int, largest: int, values: int) -> int | None:
-    """Slots of the largest adapter on the device; None where all adapters fit. free: bytes beside the
-    base."""
-    slots: int | None = None
+def _slots(config: RunConfig, device: torch.device, *, free: int, bytes_per_slot: int) -> int | None:
+    """Slots of the largest adapter on the device; None: no limit. free: bytes beside the base."""
     if config.paging.device_slots != "auto":
-        slots = config.paging.device_slots
-    elif device.type == "cuda":
-        slots = max(1, int(free * OF_FREE_MEMORY) // (PLANES * FLOAT * largest))
-    if slots is not None and slots * largest < values:
-        return slots
+        return config.paging.device_slots
+    if device.type == "cuda":
+        return max(1, int(free * OF_FREE_MEMORY) // bytes_per_slot)
     return None
 
 
-def _storage(config: RunConfig, values: int, *, paged: bool) -> dict[str, int]:
-    """The fields of Capacity on host memory and disks. values: of all adapters; paged: not all of them are on
-    the device."""
-    state = FLOAT * (PLANES - 1) * values  # no gradient outlives its step
+def _storage(config: RunConfig, pools: Sequence[Pool], *, paged: bool) -> dict[str, int]:
+    """The fields of Capacity on host memory and disks. paged: not all adapters are on the device."""
+    values = sum(len(pool.specs) * pool.row_size for pool in pools)
+    state = FLOAT * numbers_of(pools, gradients=False)  # no gradient outlives its step
     on_host, copies = 0, state
     if paged:
         on_host = state

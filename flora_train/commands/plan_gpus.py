@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from flora_train.adapters.paging import PLANES
-from flora_train.adapters.pool import Pool
+from flora_train.adapters.pool import Pool, numbers_of
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import UserError
 from flora_train.config.language_names import language_key
@@ -63,7 +62,7 @@ def report_on_gpus(
     """model: without weights. tasks: with their rows, or with assumed ones."""
     batch = largest_batch(config, tasks)
     step = measure_shapes(config.model, pools, batch)
-    adapter_bytes = PLANES * FLOAT * sum(len(pool.specs) * pool.row_size for pool in pools)
+    adapter_bytes = FLOAT * numbers_of(pools)
     specs = [spec for pool in pools for spec in pool.specs]
     programs = _programs(config, specs)
     gathered_bytes = FLOAT * max(pool.row_size for pool in pools)

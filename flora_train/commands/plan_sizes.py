@@ -32,7 +32,7 @@ from flora_train.training.step_cost import adapters_of_steps, step_slots
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 PoolsOf = Callable[[RunConfig], list[Pool]]
-Storage = Callable[[RunConfig, int], dict[str, int]]
+Storage = Callable[[RunConfig, list[Pool]], dict[str, int]]
 
 
 def missing_here(config: RunConfig, sizes: ModelSizes) -> list[str]:
@@ -102,7 +102,7 @@ def print_from_sizes(
     """Print what is known without weights and rows.
 
     pools_of: finds the run's adapters by running a model of this shape; storage_of: host memory and disk for
-    this many numbers of adapters.
+    the adapters of these pools.
     """
     model: Any = empty_model(config.model)
     check_model_type(model.config, config)
@@ -115,7 +115,7 @@ def print_from_sizes(
     else:
         pools = pools_of(config)
     steps = adapters_of_steps(config, tasks)
-    storage = storage_of(config, sum(len(pool.specs) * pool.row_size for pool in pools))
+    storage = storage_of(config, pools)
     print_lines(console, (("plan", reason) for reason in (*reasons, "nothing is downloaded")))
     print_lines(console, [("rows", _on_rows(config, window))])
     unused = notes_on_unused(config.tasks, bool(config.evaluation.problems))

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 
-from flora_train.adapters.paging import PLANES
 from flora_train.adapters.pool import Pool
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
@@ -78,8 +77,11 @@ def _pool_line(pool: Pool) -> str:
     names = " + ".join(f"{count} x {family}" for family, count in families.items())
     if pool.specs[0].rank:
         names += f", rank {pool.specs[0].rank}"
-    size = format_size(PLANES * FLOAT * pool.row_size)
-    return f"{names}: {pool.row_size:,} numbers each, {size} with gradient and moments"
+    size = format_size(pool.plane_count * FLOAT * pool.row_size)
+    parts = "gradient and moments"
+    if pool.has_averages:
+        parts = "gradient, moments and average"
+    return f"{names}: {pool.row_size:,} numbers each, {size} with {parts}"
 
 
 def _device_line(capacity: Capacity) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -27,9 +28,16 @@ class AdapterConfig(ConfigModel):
     init_from, that of the PEFT adapter."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """lora only: dropout probability on the input of A, seeded for each adapter and step. Default: 0."""
+    neftune_noise_alpha: float | None = Field(None, gt=0, le=1_000_000)
+    """NEFTune (Jain et al. 2024): in training, uniform noise of at most alpha / sqrt(L d) is added to the
+    input embeddings of this adapter's rows, for documents of L tokens and embeddings of width d. Seeded for
+    each adapter, step and example. Usual values are 5 to 15. Default: no noise."""
     lr: float = Field(gt=0, le=1e30)
     """Peak learning rate. flora and ia3 need 10 to 50 times the learning rate of lora: sweep it for each
     method."""
+    lr_ratio: float | None = Field(None, gt=0, le=1_000_000)
+    """flora and lora: the learning rate of B is lr_ratio x lr, that of A is lr (LoRA+, Hayou et al. 2024, who
+    recommend 16 for lora). Default: 1."""
     weight_decay: float = Field(0.0, ge=0, le=10_000)
     """Decoupled weight decay towards zero. Zero is not the identity for ia3 and pure flora: leave it at 0
     there."""
@@ -52,6 +60,10 @@ class AdapterConfig(ConfigModel):
     warmup_ratio: float | None = Field(None, ge=0, lt=1)
     """Warm-up as a share of the adapter's steps (max_steps, or else training.steps), rounded to whole steps,
     in place of warmup_steps. Default: warmup_steps counts."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Evaluate, select and export an exponential moving average of the weights instead of the last weights:
+    after each of its own steps, the adapter's average keeps ema_decay of what it was, with Adam's correction
+    of the first steps. Training continues from the weights themselves. Default: no average."""
     target_modules: (
         Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear", "query-key"]
     ) = "default"
@@ -76,11 +88,18 @@ class AdapterConfig(ConfigModel):
     the name of the task, as in outputs/before/adapters/{task}-lora. rank, alpha, rslora, variant,
     target_modules and feedforward_modules are read from its adapter_config.json where they are not given.
     With evaluation.interval, step 0 is evaluated. Default: the identity."""
+    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    """Seed of this adapter's initialization, dropout and NEFTune noise; the examples and their order are
+    those of the run's seed. A list of seeds makes an adapter for each, and the report gives mean and standard
+    deviation over them. Default: seed of the run."""
     sweep: Name | None = None
-    """The entry of `adapters` that this adapter was expanded from, where a list of values stood for one. Set
+    """The entry of `adapters` that this adapter was expanded from, where lists of values stood for other keys
+    than seed. Set by the program."""
+    seeds_of: Name | None = None
+    """What the name of this adapter would be without its seed, where a list of seeds stood in its entry. Set
     by the program."""
 
-    @field_validator("rank", "variant", "alpha", "rslora", "dropout", "feedforward_modules")
+    @field_validator("rank", "variant", "alpha", "rslora", "dropout", "lr_ratio", "feedforward_modules")
     @classmethod
     def _belongs_to_the_method(cls, value: Any, info: ValidationInfo) -> Any:
         method, owners = info.data.get("method"), OWNERS[str(info.field_name)]
@@ -93,10 +112,11 @@ class AdapterConfig(ConfigModel):
     @field_validator("weight_decay")
     @classmethod
     def _decays(cls, weight_decay: float, info: ValidationInfo) -> float:
-        lr = info.data.get("lr")
-        if lr is not None and lr * weight_decay > 1:
+        lr, ratio = info.data.get("lr"), info.data.get("lr_ratio") or 1.0
+        if lr is not None and lr * max(1.0, ratio) * weight_decay > 1:
+            rate = f"lr = {lr:g}" if ratio <= 1 else f"lr x lr_ratio = {lr * ratio:g}"
             effect = "every step would flip the signs of the weights"
-            raise ValueError(f"times lr = {lr:g} is more than 1, so that {effect}: lower it")
+            raise ValueError(f"times {rate} is more than 1, so that {effect}: lower it")
         return weight_decay
 
     @field_validator("min_delta")
@@ -121,6 +141,16 @@ class AdapterConfig(ConfigModel):
             raise ValueError(f"and warmup_steps = {steps} both set the warm-up: remove one of them")
         return warmup_ratio
 
+    @field_validator("seed")
+    @classmethod
+    def _has_an_effect(cls, seed: int | None, info: ValidationInfo) -> int | None:
+        if seed is not None and not _is_random(info.data):
+            raise ValueError(
+                "has no effect: this adapter begins at fixed values, and has neither dropout nor "
+                "neftune_noise_alpha: remove it"
+            )
+        return seed
+
     def warmup_for(self, steps: int) -> int:
         """Warm-up steps of an adapter of `steps` steps, at least one of which follows the warm-up."""
         if self.warmup_ratio is None:
@@ -134,9 +164,18 @@ OWNERS = {
     "alpha": ("lora",),
     "rslora": ("lora",),
     "dropout": ("lora",),
+    "lr_ratio": ("flora", "lora"),
     "feedforward_modules": ("ia3",),
 }
 """Key of an adapter -> the methods that have it. Keys that are not listed belong to all methods."""
+
+
+def _is_random(adapter: Mapping[str, Any]) -> bool:
+    """Whether the seed of an adapter changes anything. adapter: its valid keys."""
+    if adapter.get("dropout") or adapter.get("neftune_noise_alpha"):
+        return True
+    all_ones = adapter.get("variant") == "pure" and adapter.get("rank") == 1
+    return adapter.get("method") != "ia3" and not all_ones and adapter.get("init_from") is None
 
 
 def warmup_hint(warmup_steps: int, limit_key: str, limit: int | None) -> str | None:

@@ -20,14 +20,19 @@ SWEPT = (
     "alpha",
     "variant",
     "dropout",
+    "neftune_noise_alpha",
+    "lr_ratio",
     "weight_decay",
     "max_grad_norm",
     "lr_schedule",
     "warmup_steps",
     "warmup_ratio",
     "max_steps",
+    "ema_decay",
 )
-"""Keys of an adapter that may be lists of values, each of which becomes an adapter."""
+"""Settings of an adapter that may be lists of values, each of which becomes an adapter."""
+SEED = "seed"
+"""The key that may be a list as well, and is no setting: no seed is better than another."""
 MOST_MEMBERS = 10_000
 """Largest number of adapters from the sweeps of one run."""
 LIMIT = f"at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
@@ -65,7 +70,8 @@ class SweepConfig(ConfigModel):
 
 
 def expand_sweeps(adapters: Any) -> Any:
-    """`adapters` of a raw configuration with every sweep expanded; `sweep` of a member names its entry.
+    """`adapters` of a raw configuration with every sweep expanded; `sweep` of a member names its entry, and
+    `seeds_of` what it would be called without its seed.
 
     Raises UserError for a list of a key that cannot be swept, an empty list, and one with a value twice.
     """
@@ -80,29 +86,50 @@ def expand_sweeps(adapters: Any) -> Any:
         )
         for key, value in values.items():
             _check(f"adapters.{name}.{key}", key, value)
-        swept = {key: value for key, value in values.items() if key in SWEPT}
+        swept = {key: value for key, value in values.items() if key in SWEPT or key == SEED}
         count = prod(map(len, swept.values()))
         if count + len(expanded) > MOST_MEMBERS:
             hint = f"is a sweep over {count:,} combinations of values: {LIMIT}"
             raise user_error(f"adapters.{name}", None, hint)
         for combination in product(*swept.values()):
             chosen = dict(zip(swept, combination, strict=True))
-            member = "_".join([str(name), *(f"{key}{_short(value)}" for key, value in chosen.items())])
+            member = _member_name(str(name), chosen)
             if member in expanded or (chosen and member in adapters):
                 raise user_error(
                     "adapters",
                     member,
                     f"is the name of two adapters, one of them from the sweep adapters.{name}: rename one",
                 )
-            expanded[member] = {**adapter, **chosen, "sweep": str(name)} if chosen else adapter
+            expanded[member] = adapter
+            if chosen:
+                expanded[member] = {**adapter, **chosen, **_origin(str(name), chosen)}
     return expanded
+
+
+def _member_name(entry: str, chosen: Mapping[str, Any]) -> str:
+    return "_".join([entry, *(f"{key}{_short(value)}" for key, value in chosen.items())])
+
+
+def _origin(entry: str, chosen: Mapping[str, Any]) -> dict[str, str]:
+    """The keys that say which entry a member of a sweep was expanded from. chosen: its values of the lists.
+
+    A list of seeds alone is no sweep: there is nothing to choose.
+    """
+    settings = {key: value for key, value in chosen.items() if key != SEED}
+    origin = {}
+    if settings:
+        origin["sweep"] = entry
+    if SEED in chosen:
+        origin["seeds_of"] = _member_name(entry, settings)
+    return origin
 
 
 def _check(key: str, option: str, values: list[Any]) -> None:
     if option in LISTS:
         return
-    if option not in SWEPT:
-        raise user_error(key, values, f"cannot be swept: a list of values may stand for {choices(SWEPT)}")
+    if option not in (*SWEPT, SEED):
+        hint = f"cannot be swept: a list of values may stand for {choices((*SWEPT, SEED))}"
+        raise user_error(key, values, hint)
     if not values:
         raise user_error(key, values, "is an empty sweep: give one or several values")
     if len(values) > MOST_MEMBERS:

@@ -13,19 +13,28 @@ BLOCK = 1024
 
 @triton.jit
 def _adamw(
-    values, gradients, first, second, slots, numbers, size, beta1, beta2, eps, BLOCK: tl.constexpr,
+    values, gradients, first, second, slots, numbers, in_B, size, beta1, beta2, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row; numbers[k]: clip factor, decay factor, -lr / (1 - beta1^t), sqrt(1 - beta2^t)."""
+    """One block of one row; numbers[k]: clip factor, decay factor, -lr / (1 - beta1^t), sqrt(1 - beta2^t).
+
+    WIDTH 6: in columns where in_B is set, numbers 4 and 5 are the decay factor and the rate instead.
+    """
     k = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
     index = tl.load(slots + k).to(tl.int64) * size + column
-    gradient = tl.load(gradients + index, mask=mask, other=0.0) * tl.load(numbers + 4 * k)
+    gradient = tl.load(gradients + index, mask=mask, other=0.0) * tl.load(numbers + WIDTH * k)
     m, v = tl.load(first + index, mask=mask, other=0.0), tl.load(second + index, mask=mask, other=0.0)
     m += (1.0 - beta1) * (gradient - m)
     v = v * beta2 + (1.0 - beta2) * gradient * gradient
-    value = tl.load(values + index, mask=mask, other=0.0) * tl.load(numbers + 4 * k + 1)
-    value += m * tl.load(numbers + 4 * k + 2) / (tl.sqrt(v) / tl.load(numbers + 4 * k + 3) + eps)
+    decay, rate = tl.load(numbers + WIDTH * k + 1), tl.load(numbers + WIDTH * k + 2)
+    if WIDTH == 6:
+        is_B = tl.load(in_B + column, mask=mask, other=0) != 0
+        decay = tl.where(is_B, tl.load(numbers + WIDTH * k + 4), decay)
+        rate = tl.where(is_B, tl.load(numbers + WIDTH * k + 5), rate)
+    value = tl.load(values + index, mask=mask, other=0.0) * decay
+    value += m * rate / (tl.sqrt(v) / tl.load(numbers + WIDTH * k + 3) + eps)
     tl.store(first + index, m, mask=mask)
     tl.store(second + index, v, mask=mask)
     tl.store(values + index, value, mask=mask)
@@ -39,6 +48,7 @@ def fused_adamw(
     second: Tensor,
     slots: Tensor,
     numbers: Tensor,
+    in_B: Tensor | None = None,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
@@ -46,10 +56,12 @@ def fused_adamw(
     gradients.
 
     numbers: [K, 4] float32, row k for slots[k]: clip factor, decay factor, -lr / (1 - beta1^t), sqrt(1 -
-    beta2^t).
+    beta2^t). in_B: [P] bool, the columns that have a learning rate of their own; then numbers is [K, 6], and
+    numbers 4 and 5 are decay factor and rate there.
     """
-    size = values.shape[1]
+    size, width = values.shape[1], 4 if in_B is None else 6
     with torch.cuda.device_of(values):
         _adamw[(len(slots), triton.cdiv(size, BLOCK))](
-            values, gradients, first, second, slots, numbers, size, *betas, eps, BLOCK=BLOCK
-        )
+            values, gradients, first, second, slots, numbers, slots if in_B is None else in_B, size, *betas,
+            eps, WIDTH=width, BLOCK=BLOCK,
+        )  # fmt: skip

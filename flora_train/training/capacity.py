@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flora_train.adapters.paging import PLANES
 from flora_train.adapters.pool import Pool
 from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
 
 FLOAT = 4
-"""Bytes of one value of an adapter, of its gradient and of its moments."""
+"""Bytes of one value of an adapter, of its gradient, its moments and its average."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Capacity:
     """Slots on the device. None: for all adapters."""
     base: int
     on_device: int
-    """Adapters on the device, with gradients and moments."""
+    """Adapters on the device, with gradients, moments and averages."""
     activations: int
     """Kept for the backward of one micro-batch."""
     free_device: int
@@ -98,7 +97,8 @@ def _check_device(config: RunConfig, capacity: Capacity) -> None:
     beside_base = capacity.free_device // processes - capacity.base
     rest = beside_base - capacity.host if capacity.shared else beside_base
     if capacity.on_device > rest:
-        slots = max(0, beside_base - capacity.activations) // (PLANES * FLOAT * capacity.largest)
+        planes = max(pool.plane_count for pool in capacity.pools)
+        slots = max(0, beside_base - capacity.activations) // (planes * FLOAT * capacity.largest)
         needed, free = format_size(capacity.on_device), format_size(max(0, rest))
         hint = f"needs {needed} in addition to the base, where {free} are free: give {slots}"
         if capacity.shared:

@@ -152,8 +152,6 @@ def _has_frozen_rows(groups: Sequence[Sequence[Row]], number: int, rank: int, pr
 def _dummy_pass(row_losses: RowLosses, bank: AdapterBank) -> None:
     two = torch.zeros(1, 2, dtype=torch.long, device=bank.device)
     with bank.without_adapters():
-        losses = row_losses(
-            MixedBatch({"input_ids": two, "attention_mask": two + 1}, two, two[:, 0] - 1, ())
-        )
+        losses = row_losses(MixedBatch({"input_ids": two, "attention_mask": two + 1}, two, two[:, 0] - 1, ()))
         if torch.is_grad_enabled():
             losses.sum().backward()

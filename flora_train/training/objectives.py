@@ -50,7 +50,6 @@ class References(Protocol):
 class RewardSums:
     """Sums over the pairs, or labelled completions, that an adapter learnt from."""
 
-
     accurate: float = 0.0
     """Pairs, or completions, that are ordered as their labels say."""
     chosen: float = 0.0

@@ -9,7 +9,8 @@ rows per pool, whatever the number of adapters and layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import cos, inf, isfinite, pi
 from typing import Any
@@ -28,6 +29,8 @@ from flora_train.training.train_state import by_name
 
 MOMENTS = ("first", "second")
 """AdamW's planes of the bank."""
+AVERAGE = "average"
+"""The plane of averaged weights, in pools that have adapters with ema_decay."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class AdapterStep:
 
 
 class BankOptimizer:
-    """Updates the adapters of a step. Its state are two planes of the bank (AdamW's moments), which the
-    bank's tensors hold, and the step count of every adapter.
+    """Updates the adapters of a step. Its state are planes of the bank (AdamW's moments, averaged weights),
+    which the bank's tensors hold, and the step count of every adapter.
     """
 
     def __init__(self, bank: AdapterBank, config: TrainingConfig) -> None:
@@ -52,6 +55,9 @@ class BankOptimizer:
         """Updates so far, by adapter id."""
         for name in MOMENTS if config.optimizer == "adamw" else ():
             bank.add_plane(name)
+        averaged = [pool for pool in bank.pools if pool.has_averages]
+        if averaged:
+            bank.add_plane(AVERAGE, averaged)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": by_name(dict(enumerate(self.steps)), self.bank.specs)}
@@ -84,6 +90,7 @@ class BankOptimizer:
                 self.steps[adapter] += 1
             ((_, _, moving_rows),) = self.bank.by_pool(moving)
             self._update(pool, moving_rows, moving, [results[adapter] for adapter in moving])
+            self._average(pool, moving)
         pool.gradients[rows] = 0.0
         return results
 
@@ -91,7 +98,11 @@ class BankOptimizer:
         self, pool: Pool, rows: Tensor | slice, adapters: list[int], steps: list[AdapterStep]
     ) -> None:
         coefficients = self._coefficients(pool, adapters, steps)
-        clip, decay, rate, root = coefficients.split(1, dim=1)
+        clip, decay, rate, root, *of_B = coefficients.split(1, dim=1)
+        in_B = None
+        if of_B:
+            in_B = pool.lr_ratio_columns(pool.values.device)
+            decay, rate = torch.where(in_B, of_B[0], decay), torch.where(in_B, of_B[1], rate)
         if self.config.optimizer == "sgd":
             pool.values[rows] = (pool.values[rows] * decay).addcmul_(pool.gradients[rows] * clip, rate)
             return
@@ -107,6 +118,7 @@ class BankOptimizer:
                 second=second,
                 slots=slots,
                 numbers=coefficients,
+                in_B=in_B,
                 betas=self.config.betas,
                 eps=self.config.eps,
             )
@@ -119,17 +131,64 @@ class BankOptimizer:
         denominator = v.sqrt().div_(root).add_(self.config.eps)
         pool.values[rows] = (pool.values[rows] * decay).addcdiv_(m.mul(rate), denominator)
 
+    def _average(self, pool: Pool, adapters: Iterable[int]) -> None:
+        """Add the new weights to the averages of adapters with ema_decay.
+
+        With weights w_1, ..., w_t after its own steps and decay d, the average is
+        sum_i d^(t-i) w_i / sum_i d^(t-i): what Adam's bias correction makes of an average that begins at 0.
+        """
+        decays = {}
+        for adapter in adapters:
+            decay = self.bank.specs[adapter].ema_decay
+            if decay is not None:
+                decays[adapter] = decay
+        if not decays:
+            return
+        shares = [[(1.0 - decay) / (1.0 - decay ** self.steps[a])] for a, decay in decays.items()]
+        ((_, _, rows),) = self.bank.by_pool(decays)
+        averages, values = pool.planes[AVERAGE], pool.values
+        averages[rows] = averages[rows].lerp_(
+            values[rows], torch.tensor(shares, dtype=values.dtype, device=values.device)
+        )
+
+    @contextmanager
+    def averaged_weights(self, adapters: Iterable[int]) -> Iterator[None]:
+        """A context in which these adapters hold the averages of their weights, where they have them."""
+        swapped = []
+        for adapter in adapters:
+            if self.bank.specs[adapter].ema_decay is not None and self.steps[adapter] > 0:
+                swapped.append(adapter)
+        self._swap_averages(swapped)
+        try:
+            yield
+        finally:
+            self._swap_averages(swapped)
+
+    @torch.no_grad()
+    def _swap_averages(self, adapters: Iterable[int]) -> None:
+        for adapter in adapters:
+            state = self.bank.state(adapter)
+            values = state["values"].clone()
+            state["values"].copy_(state[AVERAGE])
+            state[AVERAGE].copy_(values)
+
     def _coefficients(self, pool: Pool, adapters: list[int], steps: list[AdapterStep]) -> Tensor:
         """Clip factor, weight decay factor, negative learning rate and root of the second bias correction:
-        [adapters, 4].
+        [adapters, 4]. Where an adapter has lr_ratio, also decay factor and negative learning rate of B:
+        [adapters, 6].
         """
         beta1, beta2 = self.config.betas if self.config.optimizer == "adamw" else (0.0, 0.0)
+        with_ratio = any(self.bank.specs[adapter].lr_ratio != 1.0 for adapter in adapters)
         rows = []
         for adapter, step in zip(adapters, steps, strict=True):
             spec, count = self.bank.specs[adapter], self.steps[adapter]
             clip = min(1.0, (spec.max_grad_norm or inf) / (step.gradient_norm + 1e-6))
             decay = 1.0 - step.lr * spec.weight_decay
-            rows.append([clip, decay, -step.lr / (1.0 - beta1**count), (1.0 - beta2**count) ** 0.5])
+            rate = -step.lr / (1.0 - beta1**count)
+            row = [clip, decay, rate, (1.0 - beta2**count) ** 0.5]
+            if with_ratio:
+                row += [1.0 - step.lr * spec.lr_ratio * spec.weight_decay, rate * spec.lr_ratio]
+            rows.append(row)
         return torch.tensor(rows, dtype=pool.values.dtype, device=pool.values.device)
 
 

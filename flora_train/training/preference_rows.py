@@ -56,9 +56,7 @@ class DrawRows:
             for document in (0, 1):
                 yield self._row(adapter, example, document, unit=unit, frozen=adapter == BASE_ID)
 
-    def _labelled(
-        self, adapter: int, examples: Sequence[int], unit: int, *, in_batch: bool
-    ) -> Iterator[Row]:
+    def _labelled(self, adapter: int, examples: Sequence[int], unit: int, *, in_batch: bool) -> Iterator[Row]:
         for i, example in enumerate(examples):
             partner = examples[i - 1]
             if not in_batch:

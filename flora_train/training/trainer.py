@@ -197,8 +197,8 @@ class Trainer(ResumableTraining):
         self._record(record, tracker_keys("train", self.bank.specs, adapters))
 
     def evaluate(self, progress: ProgressBar) -> None:
-        """Evaluate the active adapters on held-out examples, save those that improved, and retire those that
-        are to stop; then the following steps are planned again.
+        """Evaluate the active adapters on held-out examples (the averages of those with ema_decay), save
+        those that improved, and retire those that are to stop; then the following steps are planned again.
         """
         state, limit, started = self.state, self.config.evaluation.max_examples, time.monotonic()
 
@@ -207,13 +207,15 @@ class Trainer(ResumableTraining):
 
         losses: dict[int, float] = {}
         adapters: dict[str, dict[str, float]] = {}
-        for result in self.heldout(limit, report).values():
-            for adapter in result.nats:
-                if adapter == BASE_ID:  # the reference
-                    continue
-                losses[adapter] = result.objective_loss(adapter)
-                adapters[self.bank.specs[adapter].name] = heldout_metrics(result, adapter)
-        self.best_adapters.offer(losses, state.step)
+        active = [i for i in range(len(self.bank.specs)) if i not in self.early_stopping.retired]
+        with self.optimizer.averaged_weights(active):
+            for result in self.heldout(limit, report).values():
+                for adapter in result.nats:
+                    if adapter == BASE_ID:  # the reference
+                        continue
+                    losses[adapter] = result.objective_loss(adapter)
+                    adapters[self.bank.specs[adapter].name] = heldout_metrics(result, adapter)
+            self.best_adapters.offer(losses, state.step)
         state.evaluated = state.step
         state.evaluation_seconds += time.monotonic() - started
         some_retire = self.early_stopping.after_evaluation(losses, state.step)
@@ -262,13 +264,18 @@ class Trainer(ResumableTraining):
         return self.tasks[task].train
 
     def noise(self, number: int, row: Row) -> RowNoise:
-        """The dropout noise of a row in step `number`."""
+        """The dropout and NEFTune noise of a row in step `number`."""
+        spec = self.bank.specs[row.adapter]
         row_name = str(row.example)
         if row.document:
             row_name = f"{row.example} {row.document}"
-        seed = seed_of(self.config.seed, f"dropout {number}", row.task, row_name)
+        seed = seed_of(spec.seed_in(self.config.seed), f"dropout {number}", row.task, row_name)
         tokens = row.tokens - 1 if row.window else row.tokens  # a decoder does not read the last token
-        return RowNoise(seed, tokens, row.window)
+        documents: tuple[int, ...] = ()
+        split = self.training_split(row.task)
+        if spec.neftune_noise_alpha and split.is_packed:
+            documents = tuple(len(document) for document, *_ in split.documents(row.example))
+        return RowNoise(seed, tokens, row.window, documents)
 
     def _starts_from_trained_adapters(self) -> bool:
         """Whether the adapters' losses before training are worth an evaluation."""

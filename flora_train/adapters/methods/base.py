@@ -48,6 +48,8 @@ class AdapterMethod(ABC):
     `methods/__init__.py`."""
 
     name: str
+    lr_ratio_parameters: frozenset[str] = frozenset()
+    """Parameters whose learning rate is lr_ratio x lr."""
 
     @abstractmethod
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from flora_train.kernels.segments import Segments
 
 class Lora(AdapterMethod):
     name = "lora"
+    lr_ratio_parameters = frozenset({"B"})
 
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
         return {"A": (spec.rank, target.in_features), "B": (target.out_features, spec.rank)}

@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.paging import PLANES
-from flora_train.adapters.pool import Pool, build_pools
+from flora_train.adapters.pool import PLANES, Pool, build_pools
 from flora_train.adapters.spec import AdapterSpec, make_spec
 from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.model_schema import ModelConfig
