@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from flora_train import __version__
-from flora_train.cli.suggestions import LONG_OPTION, option_for_assignment, unknown_option
+from flora_train.cli.suggestions import LONG_OPTION, Keys, option_for_assignment, unknown_option
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean
 
 PROGRAM = "flora-train"
@@ -21,6 +21,7 @@ COMMANDS = (
     "train",
     "init",
     "doctor",
+    "data",
     "plan",
     "recipes",
     "evaluate",
@@ -45,6 +46,7 @@ class Command(TyperCommand):
 
     usage = ""
     takes_overrides = False
+    takes_recipe = False
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [self.usage]
@@ -72,6 +74,12 @@ class Command(TyperCommand):
             options.update(dict.fromkeys((name for name in param.opts if name.startswith("-")), param))
         return options
 
+    def _keys(self) -> Keys:
+        """The keys of recipes that this command takes."""
+        if self.takes_recipe:
+            return "all"
+        return "results" if self.takes_overrides else "none"
+
     def _problems(self, args: Sequence[str]) -> Iterator[Problem]:
         options = self._options()
         free_form = self.context_settings.get("ignore_unknown_options", False)
@@ -92,9 +100,9 @@ class Command(TyperCommand):
                     value_of = name
             elif LONG_OPTION.match(arg):
                 if not free_form:
-                    yield unknown_option(name, arg, options, takes_overrides=self.takes_overrides)
+                    yield unknown_option(name, arg, options, keys=self._keys())
             elif not free_form:
-                problem = option_for_assignment(arg, options, takes_overrides=self.takes_overrides)
+                problem = option_for_assignment(arg, options, keys=self._keys())
                 if problem is not None:
                     yield problem
 
@@ -140,13 +148,14 @@ app = typer.Typer(
 
 
 def command(
-    usage: str, *, overrides: bool = False, free_form: bool = False
+    usage: str, *, overrides: bool = False, recipe: bool = False, free_form: bool = False
 ) -> Callable[[Function], Function]:
     """Register a function as a command of its name. usage: its arguments; overrides: it takes key=value for
-    some keys; free_form: it takes nothing else, so that options of other programs reach the function."""
+    some keys; recipe: it takes all keys; free_form: it takes nothing else, so that options of other programs
+    reach the function."""
 
     def register(function: Function) -> Function:
-        members = {"usage": usage, "takes_overrides": overrides}
+        members = {"usage": usage, "takes_overrides": overrides, "takes_recipe": recipe}
         settings = {"ignore_unknown_options": free_form}
         app.command(cls=type("Command", (Command,), members), context_settings=settings)(function)
         return function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flora_train.config.errors import Problem, choices, did_you_mean
 
@@ -19,12 +19,15 @@ OTHER_NAMES = {
 }
 """Options of earlier versions and of other programs -> this program's."""
 
+Keys = Literal["none", "results", "all"]
+"""The keys of recipes that a command takes as key=value: none, those of `evaluation` and `tasks`, or all."""
 
-def unknown_option(name: str, arg: str, options: Collection[str], *, takes_overrides: bool) -> Problem:
+
+def unknown_option(name: str, arg: str, options: Collection[str], *, keys: Keys) -> Problem:
     """An option that a command does not have. arg: as it was written, perhaps with its value."""
     _, _, value = arg.partition("=")
     key = name.lstrip("-").replace("-", "_")
-    if takes_overrides and (recipe_key := _recipe_key(key)) is not None:
+    if (recipe_key := _recipe_key(key, keys)) is not None:
         return Problem(
             name, None, f"keys of the recipe are written key=value: {recipe_key}={value or 'VALUE'}"
         )
@@ -33,7 +36,7 @@ def unknown_option(name: str, arg: str, options: Collection[str], *, takes_overr
     )
 
 
-def option_for_assignment(arg: str, options: Mapping[str, Any], *, takes_overrides: bool) -> Problem | None:
+def option_for_assignment(arg: str, options: Mapping[str, Any], *, keys: Keys) -> Problem | None:
     """The problem of `prompts=FOLDER` where the command has an option --prompts; None for anything else."""
     match = ASSIGNMENT.fullmatch(arg)
     if match is None:
@@ -46,7 +49,9 @@ def option_for_assignment(arg: str, options: Mapping[str, Any], *, takes_overrid
         if getattr(options[name], "is_flag", False):
             flag = name
         return Problem(key, value or None, f"options of this command begin with --. Did you mean {flag!r}?")
-    if takes_overrides and (recipe_key := _recipe_key(key)) is not None:
+    if keys == "all":  # loading the recipe has better suggestions for its keys
+        return None
+    if (recipe_key := _recipe_key(key, keys)) is not None:
         return Problem(key, value or None, f"unknown key. Did you mean {f'{recipe_key}={value}'!r}?")
     closest = _closest(name, options)
     if closest:
@@ -54,15 +59,19 @@ def option_for_assignment(arg: str, options: Mapping[str, Any], *, takes_overrid
     return None
 
 
-def _recipe_key(key: str) -> str | None:
-    """The key of `evaluation` or of a task that is meant; None if there is none."""
+def _recipe_key(key: str, keys: Keys) -> str | None:
+    """The key of a recipe that is meant, of those that a command takes; None if there is none."""
+    if keys == "none":
+        return None
     from flora_train.config.suggestions import full_key  # loading the schema of recipes is slow
 
     section, _, _ = key.partition(".")
     meant = full_key(key.split("."))
     if meant is None and "." in key:
         meant = key
-    if meant is not None and (section == "tasks" or meant.startswith("evaluation.")):
+    if keys == "all" or meant is None:
+        return meant
+    if section == "tasks" or meant.startswith("evaluation."):
         return meant
     return None
 

@@ -1,0 +1,156 @@
+"""Examples as text, with the learnt part highlighted, as `flora-train data` prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.text import Text
+
+from flora_train.config.task_schema import TaskConfig
+from flora_train.config.terminal_text import plain, shown
+from flora_train.data.audio.speech_split import SpeechSplit
+from flora_train.data.task import Task
+from flora_train.data.token_split import TokenSplit
+from flora_train.data.token_text import Piece, token_pieces
+from flora_train.data.tokenizer_copies import special_tokens_of
+
+LEARNT, SPECIAL, READ = "black on green", "magenta", ""
+"""Styles, where the terminal has colours."""
+MARKS = (("[[", "]]"), ("<<", ">>"), ("{{{", "}}}"), ("[[[learnt:", ":learnt]]]"))
+"""What encloses learnt text where there are no colours: the first of these that occurs in no example."""
+MARGIN = "| "
+"""Before every line of an example."""
+LONGEST_PIECE = 1000
+"""Characters of a piece that is printed in full, unless everything is asked for."""
+PIECE_ENDS = (700, 200)
+"""Characters that are printed of a longer one, from its begin and from its end."""
+MOST_PIECES = 60
+"""Pieces of a document that are printed, unless everything is asked for."""
+
+Document = tuple[NDArray[np.int32], Sequence[tuple[int, int]]]
+"""Tokens, and (begin, end) of those that are learnt."""
+
+
+class ExamplePrinter:
+    """Prints examples on a console, with colours or marks."""
+
+    def __init__(self, console: Console, tokenizer: Any, *, full: bool = False) -> None:
+        self.console, self.tokenizer, self.full = console, tokenizer, full
+        self.colours = console.color_system is not None and not console.no_color
+        self.marks = MARKS[0]
+        self._special = sorted(special_tokens_of(tokenizer).values(), key=len, reverse=True)
+
+    def print_legend(self, splits: Iterable[tuple[TokenSplit, Sequence[int]]]) -> None:
+        """Say what the highlighting means. splits: the examples that will be printed."""
+        if self.colours:
+            line = Text.assemble(
+                ("learnt text", LEARNT), "  text that is only read  ", ("special tokens", SPECIAL)
+            )
+        else:
+            self.marks = self._unused_marks(splits)
+            line = Text(f"Learnt text is between {self.marks[0]} and {self.marks[1]}; the rest is only read.")
+        self.console.print(line)
+
+    def print_example(self, task: Task, config: TaskConfig, index: int) -> None:
+        """One training example with its documents."""
+        split = task.train
+        documents = documents_of(split, index)
+        title = f"\n{task.name}, training example {index + 1:,} of {len(split):,}"
+        if isinstance(split, SpeechSplit):
+            title += f": {split.paths[index]}, {split.seconds[index]:.1f} s"
+        if len(documents) > 1:
+            title += f": {len(documents)} packed documents"
+        self.console.print(shown(title, "bold", keep="\n"))
+        for number, document in enumerate(documents, 1):
+            self._print_document(document, f"document {number}, " if len(documents) > 1 else "")
+
+    def _print_document(self, document: Document, name: str) -> None:
+        tokens, spans = document
+        learnt = sum(end - begin for begin, end in spans)
+        self.console.print(shown(f"{name}{len(tokens):,} tokens, {learnt:,} learnt", "dim"))
+        pieces = self._shortened(token_pieces(self.tokenizer, tokens, spans))
+        text = self._rendered(pieces)
+        for line in text.split("\n", allow_blank=True):
+            self.console.print(Text(MARGIN, style="dim").append_text(line))
+
+    def _rendered(self, pieces: Sequence[Piece]) -> Text:
+        """Pieces with styles, or with marks around those that are learnt."""
+        text = Text()
+        inside = False
+        for piece in pieces:
+            if piece.learnt != inside and not self.colours:
+                text.append(self.marks[0] if piece.learnt else self.marks[1])
+            inside = piece.learnt
+            text.append_text(self._piece(piece))
+        if inside and not self.colours:
+            text.append(self.marks[1])
+        return text
+
+    def _piece(self, piece: Piece) -> Text:
+        if piece.special:
+            return Text(plain(piece.text, keep=""), style=_style(SPECIAL, piece))
+        return Text(plain(self._escaped(piece.text)), style=_style(READ, piece))
+
+    def _escaped(self, text: str) -> str:
+        """A text with a backslash before everything that looks like a special token, and is none."""
+        for token in self._special:
+            text = text.replace(token, f"\\{token}")
+        return text
+
+    def _shortened(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces without the middle of long ones."""
+        if self.full:
+            return pieces
+        left_out = len(pieces) - MOST_PIECES
+        if left_out > 0:
+            half = MOST_PIECES // 2
+            note = Piece(f"\n... {left_out:,} pieces (--full prints all) ...\n", False, False)
+            pieces = [*pieces[:half], note, *pieces[-half:]]
+        return [_shorter(piece) for piece in pieces]
+
+    def _unused_marks(self, splits: Iterable[tuple[TokenSplit, Sequence[int]]]) -> tuple[str, str]:
+        """The first marks that no example contains."""
+        texts = list(self._texts(splits))
+        for marks in MARKS[:-1]:
+            if not any(mark in text for text in texts for mark in marks):
+                return marks
+        return MARKS[-1]
+
+    def _texts(self, splits: Iterable[tuple[TokenSplit, Sequence[int]]]) -> Iterator[str]:
+        for split, indices in splits:
+            for index in indices:
+                yield str(self.tokenizer.decode(split.example(index).tolist(), skip_special_tokens=False))
+
+
+def documents_of(split: TokenSplit, index: int) -> list[Document]:
+    """The documents of an example."""
+    documents: list[Document] = []
+    for tokens, prompt_length in split.documents(index):
+        begin = max(prompt_length, 1)
+        documents.append((tokens, [(begin, len(tokens))]))
+    return documents
+
+
+def choose_examples(split: TokenSplit, number: int) -> list[int]:
+    """Examples at equal distances, of which the first is the first one."""
+    number = min(number, len(split))
+    return [i * len(split) // number for i in range(number)]
+
+
+def _style(style: str, piece: Piece) -> str:
+    if not piece.learnt:
+        return style
+    return f"{style or 'black'} on green" if style else LEARNT
+
+
+def _shorter(piece: Piece) -> Piece:
+    left_out = len(piece.text) - sum(PIECE_ENDS)
+    if len(piece.text) <= LONGEST_PIECE:
+        return piece
+    first, last = PIECE_ENDS
+    text = f"{piece.text[:first]} ... {left_out:,} characters (--full prints all) ... {piece.text[-last:]}"
+    return Piece(text, piece.learnt, piece.special)
