@@ -33,11 +33,9 @@ def token_pieces(tokenizer: Any, tokens: NDArray[np.int32], spans: Iterable[tupl
     pieces: list[Piece] = []
     before = 0
     for begin, end in pairwise(bounds):
-        is_special = int(tokens[begin]) in special
-        if is_special:
-            text = special[int(tokens[begin])]
-        else:
-            text = _text(tokenizer, tokens, before, begin, end=end)
+        text = special.get(int(tokens[begin]))
+        is_special = text is not None
+        text = text or _text(tokenizer, tokens, before, begin, end=end)
         pieces.append(Piece(text, bool(learnt[begin]), is_special))
         before = begin
     return pieces

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,57 +24,22 @@ from flora_train.evaluation.generation.batching_mode import (
 )
 from flora_train.evaluation.generation.context_limit import check_room
 from flora_train.evaluation.generation.kv_cache import RowCache
+from flora_train.evaluation.generation.requests import (
+    Blocks,
+    Ended,
+    Generated,
+    Request,
+    Row,
+    Stream,
+    without_end,
+)
 from flora_train.evaluation.generation.sampling import Sampling
 from flora_train.models.loading import set_mode
 
-Ended = Literal["stop", "end", "length"]
-Blocks = Callable[[Iterable[int]], Sequence[Collection[int]]]
-"""Splits adapter ids into groups that fit in one batch, such as `bank.blocks`."""
 REFILL = 0.75
 """Prompts are read in when at most this share of the batch is in use; one at a time would cost a forward pass
 each.
 """
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt for one adapter."""
-
-    adapter: int
-    """The adapter's id; -1 is the base model."""
-    prompt: str
-    keys: tuple[str, ...]
-    """A name for every sample to be generated; its random draws depend on it."""
-    stops: tuple[str, ...] = ()
-    """A text ends before the first of these strings."""
-    special_tokens: bool = False
-    """Whether special tokens written in the prompt are tokens (a recipe's prompt) or text."""
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One sample."""
-
-    request: int
-    sample: int
-    text: str
-    tokens: int
-    """Number of tokens generated, including those after a stop string."""
-    ended: Ended
-    """At a stop string, at the model's end token, or at max_new_tokens."""
-
-
-@dataclass
-class _Row:
-    """One sample while it is decoded."""
-
-    request: int
-    sample: int
-    adapter: int
-    key: str
-    stops: tuple[str, ...]
-    prompt: list[int]
-    tokens: list[int] = field(default_factory=list)
 
 
 class Decoder:
@@ -102,22 +66,29 @@ class Decoder:
         self.encoder = TextEncoder(tokenizer)
         self.device = next(model.parameters()).device
         self._parameters = parameters_of(model)
-        self._end_tokens = _end_tokens(model, tokenizer)
+        self._end_tokens = frozenset(_end_tokens(model, tokenizer))
+        self._stream: Stream = lambda request, sample, tokens: None
 
     @torch.no_grad()
-    def run(self, requests: Sequence[Request], report: Callable[[Generated], None]) -> None:
+    def run(
+        self,
+        requests: Sequence[Request],
+        report: Callable[[Generated], None],
+        stream: Stream = lambda request, sample, tokens: None,
+    ) -> None:
         """Call `report` for every sample as it ends, starting with the longest prompts.
 
         Raises UserError if a prompt and its continuation are longer than the model can read.
         """
-        prompts = [self.encoder.prompt(request.prompt, request.special_tokens) for request in requests]
+        self._stream = stream
+        prompts = [self._prompt(request) for request in requests]
         check_room(self.model.config, max(map(len, prompts), default=0), self.max_new_tokens)
         order = sorted(range(len(requests)), key=lambda i: -len(prompts[i]))
         training = self.model.training
         self.model.eval()
         try:
             for block in self.blocks({request.adapter for request in requests}):
-                waiting: deque[list[_Row]] = deque()
+                waiting: deque[list[Row]] = deque()
                 for i in order:
                     if requests[i].adapter in block:
                         waiting.extend(self._rows(i, requests[i], prompts[i]))
@@ -125,7 +96,7 @@ class Decoder:
         finally:
             set_mode(self.model, training)
 
-    def _decode(self, waiting: deque[list[_Row]], report: Callable[[Generated], None]) -> None:
+    def _decode(self, waiting: deque[list[Row]], report: Callable[[Generated], None]) -> None:
         mode = batching_mode(self.model)
         if mode == "batched":
             self._decode_batched(waiting, report)
@@ -134,8 +105,8 @@ class Decoder:
             for row in rows:
                 self._decode_row(mode, row, report)
 
-    def _decode_batched(self, waiting: deque[list[_Row]], report: Callable[[Generated], None]) -> None:
-        live: list[_Row] = []
+    def _decode_batched(self, waiting: deque[list[Row]], report: Callable[[Generated], None]) -> None:
+        live: list[Row] = []
         cache: RowCache | None = None
         with decoding_attention(self.model):
             while waiting or live:
@@ -153,7 +124,7 @@ class Decoder:
                     live = [live[i] for i in cache.drop(ended)]
                     cache = cache if live else None
 
-    def _decode_row(self, mode: BatchingMode, row: _Row, report: Callable[[Generated], None]) -> None:
+    def _decode_row(self, mode: BatchingMode, row: Row, report: Callable[[Generated], None]) -> None:
         def choose(logits: Tensor) -> int:
             self._draw(logits, [row])
             return row.tokens[-1]
@@ -168,25 +139,32 @@ class Decoder:
                 max_new_tokens=self.max_new_tokens,
             )
 
-    def _admit(self, waiting: deque[list[_Row]], num_live: int) -> list[list[_Row]]:
+    def _admit(self, waiting: deque[list[Row]], num_live: int) -> list[list[Row]]:
         """Groups of rows to read in now: none while the batch is nearly full, otherwise as many as fit."""
         if num_live > REFILL * self.max_rows:
             return []
-        admitted: list[list[_Row]] = []
+        admitted: list[list[Row]] = []
         room = self.max_rows - num_live
         while waiting and len(waiting[0]) <= room:
             room -= len(waiting[0])
             admitted.append(waiting.popleft())
         return admitted
 
-    def _rows(self, index: int, request: Request, prompt: list[int]) -> list[list[_Row]]:
+    def _prompt(self, request: Request) -> list[int]:
+        if isinstance(request.prompt, str):
+            return self.encoder.prompt(request.prompt, request.special_tokens)
+        return list(request.prompt)
+
+    def _rows(self, index: int, request: Request, prompt: list[int]) -> list[list[Row]]:
         """A request's samples, in groups that fit in a batch and read their prompt together."""
+        end_tokens = request.end_tokens | self._end_tokens
         rows = [
-            _Row(index, i, request.adapter, key, request.stops, prompt) for i, key in enumerate(request.keys)
+            Row(index, i, request.adapter, key, request.stops, prompt, end_tokens)
+            for i, key in enumerate(request.keys)
         ]
         return [rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows)]
 
-    def _read(self, admitted: Sequence[Sequence[_Row]]) -> RowCache:
+    def _read(self, admitted: Sequence[Sequence[Row]]) -> RowCache:
         """Run each prompt through the model once, and draw the first token of each of its samples."""
         prompts = [rows[0].prompt for rows in admitted]
         longest, pad = max(map(len, prompts)), pad_token(self.tokenizer)
@@ -206,7 +184,7 @@ class Decoder:
         self._draw(logits, rows)
         return cache
 
-    def _step(self, live: Sequence[_Row], cache: RowCache) -> None:
+    def _step(self, live: Sequence[Row], cache: RowCache) -> None:
         cache.append_token()
         ids = torch.tensor([[row.tokens[-1]] for row in live], device=self.device)
         self._draw(self._forward(ids, cache, [row.adapter for row in live]), live)
@@ -216,17 +194,18 @@ class Decoder:
         with self.route(adapters):
             return next_logits(self.model, ids, cache, parameters=self._parameters)
 
-    def _draw(self, logits: Tensor, rows: Sequence[_Row]) -> None:
+    def _draw(self, logits: Tensor, rows: Sequence[Row]) -> None:
         tokens = self.sampling.choose(logits, [row.key for row in rows], [len(row.tokens) for row in rows])
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
+            self._stream(row.request, row.sample, row.tokens)
 
-    def _ended(self, row: _Row, report: Callable[[Generated], None]) -> bool:
+    def _ended(self, row: Row, report: Callable[[Generated], None]) -> bool:
         """Whether the row has ended; if so, it is reported."""
-        at_end, full = row.tokens[-1] in self._end_tokens, len(row.tokens) >= self.max_new_tokens
+        at_end, full = row.tokens[-1] in row.end_tokens, len(row.tokens) >= self.max_new_tokens
         if not (at_end or full or self._may_hold_stop(row)):
             return False
-        text = self.encoder.decode_after(row.prompt, row.tokens)
+        text = self.encoder.decode_after(row.prompt, without_end(row.tokens, row.end_tokens))
         positions = [text.find(stop) for stop in row.stops]
         cut = min((position for position in positions if position >= 0), default=None)
         ended: Ended
@@ -241,7 +220,7 @@ class Decoder:
         report(Generated(row.request, row.sample, text[:cut], len(row.tokens), ended))
         return True
 
-    def _may_hold_stop(self, row: _Row) -> bool:
+    def _may_hold_stop(self, row: Row) -> bool:
         """Whether the last tokens decode to a stop string; as a token has at least one byte, these few
         suffice.
         """
