@@ -105,6 +105,7 @@ def heldout_losses(
             collate=context.collate,
             absent=absent,
             log=log,
+            references=context.references,
         )
 
 

@@ -192,9 +192,7 @@ class TaskConfig(PreferenceKeys):
         ):
             raise ValueError("give text, or prompt and completion, not both")
         if text is not None and (info.data.get("objective") not in (None, "sft") or info.data.get("chosen")):
-            raise ValueError(
-                "has no meaning for preferences, which compare completions of a prompt: remove it"
-            )
+            raise ValueError("has no meaning for preferences, which compare completions: remove it")
         return text
 
     @field_validator("truncation")

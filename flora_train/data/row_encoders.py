@@ -6,6 +6,7 @@ from typing import Any
 
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.documents import RowEncoder, RowsOutline
+from flora_train.data.preferences.rows import PreferenceRowEncoder, has_pairs
 from flora_train.data.text_rows import TextRowEncoder
 
 
@@ -17,4 +18,6 @@ def make_row_encoder(
     rows: the training rows; max_length: training.max_length; key: the task's configuration key. Raises
     UserError if the rows do not have the columns that the task names, or a template is malformed.
     """
+    if task.prefers or (task.objective == "sft" and has_pairs(task, rows.columns)):
+        return PreferenceRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)
     return TextRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)

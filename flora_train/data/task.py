@@ -23,7 +23,9 @@ from flora_train.data.documents import LocatedRow, RowEncoder, outline
 from flora_train.data.mixture import draw_problem
 from flora_train.data.packing import pack
 from flora_train.data.preferences.costs import largest_unit, row_costs, unit_problem
-from flora_train.data.preferences.preference import Preference
+from flora_train.data.preferences.preference import Preference, preference_of
+from flora_train.data.preferences.rows import PreferenceRowEncoder, check_labels
+from flora_train.data.preferences.split import preference_split
 from flora_train.data.row_encoders import make_row_encoder
 from flora_train.data.sources import source_files
 from flora_train.data.split_by import forget_rows, task_rows
@@ -32,7 +34,7 @@ from flora_train.data.token_split import SplitBuilder, TokenSplit
 from flora_train.data.tokenization import tokenizer_hash
 from flora_train.runtime.progress import ProgressBar
 
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 PROGRESS_ROWS = 1000
 """Rows after which the progress of a split is shown."""
 MAX_NAMES = 4
@@ -207,7 +209,7 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
     else:
         seed = seed_of_rows(config, name, "split")
         train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed, key=key)
-    splits = {}
+    splits: dict[str, TokenSplit] = {}
     digest = hashlib.sha256()
     limits = {"train": task.max_examples, "validation": task.max_validation_examples}
     for split, rows in (("train", train_rows), ("validation", held_rows)):
@@ -223,7 +225,13 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
             make = partial(_packed, make, max_length)
         splits[split] = cached(cache / f"{content[:32]}.npz", TokenSplit, make)
         _check_not_empty(splits[split], f"{key}.{split}", max_length)
-    return Task(name, task.weight, splits["train"], splits["validation"], digest.hexdigest())
+    preference = None
+    if isinstance(encoder, PreferenceRowEncoder):
+        preference = preference_of(task)
+        splits = {name: preference_split(tokens, max_length) for name, tokens in splits.items()}
+        check_labels(splits["train"].labels, key)
+    train, validation = splits["train"], splits["validation"]
+    return Task(name, task.weight, train, validation, digest.hexdigest(), preference=preference)
 
 
 def _tokenize(rows: Sequence[LocatedRow], encoder: RowEncoder, *, unsampled: int, name: str) -> TokenSplit:

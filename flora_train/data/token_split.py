@@ -72,6 +72,8 @@ class TokenSplit:
     """int64 [n + 1]: example i holds the documents pack_offsets[i]:pack_offsets[i + 1], which do not attend
     to each other."""
     counts: SplitCounts
+    labels: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_), kw_only=True)
+    """bool [n]: of unpaired preferences, whether each completion is good; else empty."""
 
     def __len__(self) -> int:
         return len(self.pack_offsets) - 1
@@ -174,6 +176,7 @@ class SplitBuilder:
         self._spans: list[tuple[int, int]] = []
         self._span_offsets = [0]
         self._label_bytes: list[int] = []
+        self._labels: list[bool] = []
         self._fates = Counter[str]()
         self._written = Counter[str]()
 
@@ -181,6 +184,8 @@ class SplitBuilder:
         """Append the documents of one row."""
         self._fates[example.fate] += 1
         self._written += example.special_tokens
+        if example.documents and example.label is not None:
+            self._labels.append(example.label)
         for document in example.documents:
             self._tokens.append(document.tokens)
             self._offsets.append(self._offsets[-1] + len(document.tokens))
@@ -215,4 +220,5 @@ class SplitBuilder:
             label_bytes=np.array(self._label_bytes, dtype=np.int64),
             pack_offsets=np.arange(documents + 1, dtype=np.int64),
             counts=counts,
+            labels=np.array(self._labels, dtype=np.bool_),
         )

@@ -15,6 +15,7 @@ from flora_train.data.batch import Row
 from flora_train.runtime.atomic import disk_errors
 from flora_train.runtime.distributed import on_main_process, world
 from flora_train.runtime.journal import Journal
+from flora_train.training.preference_rows import RowKey, row_key
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class LoggedBatch:
     example: int
     losses: list[float]
     """Nats per row, summed over its tokens with a loss."""
+    part: int = 0
+    """The part of a preference that the row stands for."""
 
     @property
-    def key(self) -> tuple[str, int, int]:
-        return self.task, self.adapter, self.example
+    def key(self) -> RowKey:
+        return self.task, self.adapter, self.example, self.part
 
 
 class HeldoutJournal:
@@ -43,7 +46,7 @@ class HeldoutJournal:
         self.bank, self.data = bank, data
         self.log = Journal(path, LoggedBatch, "piece", "delete it")
 
-    def known(self, batches: Sequence[Sequence[Row]]) -> dict[tuple[str, int, int], list[float]]:
+    def known(self, batches: Sequence[Sequence[Row]]) -> dict[RowKey, list[float]]:
         """The losses in the journal, for every process before one of them writes. batches: those of all
         processes.
         """
@@ -59,7 +62,8 @@ class HeldoutJournal:
 
     def add(self, batch: Sequence[Row], losses: Sequence[float]) -> None:
         """Append the losses of a batch."""
-        self.writer.append(LoggedBatch(batch[0].task, batch[0].adapter, batch[0].example, list(losses)))
+        task, adapter, example, part = row_key(batch[0])
+        self.writer.append(LoggedBatch(task, adapter, example, list(losses), part))
 
     def delete(self) -> None:
         """Delete the journal. Called once the report is written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from flora_train.data.batch import Collate
 from flora_train.data.batch import collate as collate_text
 from flora_train.data.task import Task
 from flora_train.runtime.run_folder import RunFolder
+from flora_train.training.references import References
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,5 +28,7 @@ class TrainingContext:
     pad_token: int
     collate: Collate = collate_text
     """Makes the batches of the run's tasks."""
+    references: References = field(default_factory=References)
+    """Of preferences, where they are computed before training."""
     base_hash: str | None = None
     """Fingerprint of the base model, where it is sharded; elsewhere it is computed when it is needed."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import Collate, Row, collate, group_by_length, prefetch, share_of_rank
+from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.task import Task
 from flora_train.data.tokenization import TokenSplit
 from flora_train.models.loading import set_mode
@@ -20,11 +21,18 @@ from flora_train.runtime.distributed import is_main_process, sum_over_processes,
 from flora_train.training.fsdp import run_dummy_passes
 from flora_train.training.loss import RowLosses
 from flora_train.training.preference_heldout import HeldOutPreferences
+from flora_train.training.preference_results import (
+    HeldOutReferences,
+    needs_base,
+    preference_results,
+    reward_metrics,
+)
+from flora_train.training.preference_rows import RowKey, part_of, row_key
 from flora_train.training.step_plan import heldout_rows
 
 Batch = Sequence[Row]
-Sums = dict[tuple[str, int], NDArray[np.float64]]
-"""(task, contender) -> summed loss of every example."""
+Sums = dict[tuple[str, int, int], NDArray[np.float64]]
+"""(task, contender, part of an example) -> summed loss of every example. Parts: see `part_of`."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,19 @@ class HeldOut:
     label_bytes: NDArray[np.int64]
     """[n]"""
     preferences: HeldOutPreferences | None = None
-    """Log-probabilities and losses of a preference task."""
+    """Log-probabilities and losses of a preference task, whose other fields here are about its chosen
+    completions."""
 
     def loss(self, contender: int, first: int | None = None) -> float:
         """Mean nats per label token, over all examples or the first of them."""
         return float(self.nats[contender][:first].sum() / self.label_tokens[:first].sum())
+
+    def objective_loss(self, contender: int) -> float:
+        """The mean loss of the task's objective, which the best state is selected by: nats per label token,
+        or the loss of preferences."""
+        if self.preferences is None:
+            return self.loss(contender)
+        return float(self.preferences.losses[contender].mean())
 
     def bits_per_byte(self, contender: int) -> float:
         """Bits per UTF-8 byte of the label text: comparable between tokenizers."""
@@ -51,9 +67,9 @@ class HeldOut:
 
 
 class LossLog(Protocol):
-    """Keeps losses across kills. The key of a batch is the task, adapter and example of its first row."""
+    """Keeps losses across kills. The key of a batch is that of its first row: see `row_key`."""
 
-    def known(self, batches: Sequence[Batch]) -> Mapping[tuple[str, int, int], Sequence[float]]: ...
+    def known(self, batches: Sequence[Batch]) -> Mapping[RowKey, Sequence[float]]: ...
 
     def add(self, batch: Batch, losses: Sequence[float]) -> None: ...
 
@@ -72,32 +88,35 @@ def evaluate_heldout(
     collate: Collate = collate,
     absent: Collection[int] = (),
     log: LossLog | None = None,
+    references: HeldOutReferences | None = None,
 ) -> dict[str, HeldOut]:
     """Held-out losses per task. All its adapters are mixed in the same batches, which all processes share.
 
     max_tokens: padded tokens per forward pass; max_examples: limit per task; report: called with the share
     done; absent:
-    adapters that are not evaluated; log: batches in it are not computed again. Afterwards the model is routed
-    to the plain base.
+    adapters that are not evaluated; log: batches in it are not computed again; references: of preferences,
+    where they were computed before. Afterwards the model is routed to the plain base.
     """
     contenders = _contenders(bank, absent)
     evaluated = {task.name: task for task in tasks if task.name in contenders}
     sums: Sums = {}
     batches: list[Batch] = []
     for name, task in evaluated.items():
-        if with_base:
+        if with_base or needs_base(task, contenders[name], references):
             contenders[name].append(BASE_ID)
         examples = min(len(task.validation), max_examples or len(task.validation))
-        for contender in contenders[name]:
-            sums[name, contender] = np.zeros(examples)
         # a batch is of one task, so that few adapters have to be on the device, with more rows each
-        rows = heldout_rows(bank, contenders[name], name, task.validation, max_examples)
+        rows = heldout_rows(
+            bank, contenders[name], name, task.validation, max_examples, preference=task.preference
+        )
+        for row in rows:
+            sums.setdefault((name, row.adapter, part_of(row)), np.zeros(examples))
         batches += group_by_length(rows, max_tokens)
     known = {} if log is None else log.known(batches)
     if is_main_process():  # one process adds known losses, as all are summed
         for batch in batches:
-            _add(sums, batch, known.get(_key(batch), ()))
-    unknown = [batch for batch in batches if _key(batch) not in known]
+            _add(sums, batch, known.get(row_key(batch[0]), ()))
+    unknown = [batch for batch in batches if row_key(batch[0]) not in known]
 
     def split_of(task: str) -> TokenSplit:
         return evaluated[task].validation
@@ -121,12 +140,25 @@ def evaluate_heldout(
     nats = _sum_over_processes(sums, bank.device)
     results = {}
     for name, task in evaluated.items():
-        split = task.validation
-        of_task = {contender: nats[name, contender] for contender in contenders[name]}
-        results[name] = HeldOut(
-            name, of_task, split.label_counts[:max_examples], split.example_bytes[:max_examples]
-        )
+        split, first = task.validation, slice(max_examples)
+        of_task = {contender: nats[name, contender, 0] for contender in contenders[name]}
+        preferences = None
+        if task.preference is not None and isinstance(split, PreferenceSplit):
+            counts, sizes = split.learnt_counts(0), split.learnt_bytes(0)
+            if not task.preference.is_supervised:
+                preferences = preference_results(task, nats, contenders[name], references)
+        else:
+            counts, sizes = split.label_counts, split.example_bytes
+        results[name] = HeldOut(name, of_task, counts[first], sizes[first], preferences)
     return results
+
+
+def heldout_metrics(result: HeldOut, contender: int) -> dict[str, float]:
+    """The metrics of a contender, for the log."""
+    metrics = {"loss": result.objective_loss(contender), "bits_per_byte": result.bits_per_byte(contender)}
+    if result.preferences is not None:
+        metrics |= reward_metrics(result.preferences, contender)
+    return metrics
 
 
 def _contenders(bank: AdapterBank, absent: Collection[int]) -> dict[str, list[int]]:
@@ -157,7 +189,7 @@ def _run_share(
 
 def _add(sums: Sums, batch: Batch, losses: Sequence[float]) -> None:
     for row, loss in zip(batch, losses, strict=False):
-        sums[row.task, row.adapter][row.example] = loss
+        sums[row.task, row.adapter, part_of(row)][row.example] = loss
 
 
 def _sum_over_processes(sums: Sums, device: torch.device) -> Sums:
@@ -165,7 +197,3 @@ def _sum_over_processes(sums: Sums, device: torch.device) -> Sums:
     total = sum_over_processes(flat).cpu().numpy()
     ends = np.cumsum([len(part) for part in sums.values()])
     return dict(zip(sums, np.split(total, ends[:-1]), strict=True))
-
-
-def _key(batch: Batch) -> tuple[str, int, int]:
-    return batch[0].task, batch[0].adapter, batch[0].example

@@ -6,8 +6,10 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from flora_train.data.batch import Row, group_by_length
+from flora_train.adapters.spec import BASE_ID
+from flora_train.data.batch import Row, group_by_length, padded_tokens
 from flora_train.runtime.distributed import world
 from flora_train.runtime.progress import ProgressBar
 from flora_train.training.fsdp import is_sharded
@@ -86,9 +88,16 @@ def _separate_batches(trainer: Trainer, microbatches: Batches) -> list[list[list
     all.
     """
     rows_of: dict[int, list[Row]] = {}
-    for rows in microbatches:
-        for row in rows:
+    references: dict[tuple[str, int | None], dict[Row, None]] = {}
+    for row in chain.from_iterable(microbatches):
+        if row.adapter == BASE_ID:
+            references.setdefault((row.task, row.unit), {})[row] = None
+        else:
             rows_of.setdefault(row.adapter, []).append(row)
+    for rows in rows_of.values():
+        units = dict.fromkeys((row.task, row.unit) for row in rows if row.unit is not None)
+        for unit in units:
+            rows += references.get(unit, ())
     families: dict[str, list[int]] = {}
     for adapter in sorted(rows_of):
         families.setdefault(trainer.bank.specs[adapter].family, []).append(adapter)
@@ -120,7 +129,7 @@ def _time_separately(
 
 
 def _padded_tokens(batches: Batches) -> int:
-    return sum(rows[0].length * len(rows) for rows in batches)
+    return sum(map(padded_tokens, batches))
 
 
 def _seconds(trainer: Trainer, batches: Batches) -> float:
@@ -128,9 +137,8 @@ def _seconds(trainer: Trainer, batches: Batches) -> float:
     bank, started = trainer.bank, trainer.timer.now()
     try:
         for rows in batches:
-            batch = trainer.make_batch(rows)
-            bank.route(batch.adapter_ids, [trainer.noise(trainer.state.step, row) for row in rows])
-            trainer.row_losses(batch).sum().backward()
+            trainer.frozen_pass(rows)
+            trainer.learnt_pass(rows, trainer.state.step).nats.sum().backward()
         return trainer.timer.now() - started
     finally:
         for pool in bank.pools:

@@ -85,10 +85,10 @@ class StepSums:
 class StepTotals:
     """What the sums of a step, on all processes, say about each of its adapters.
 
-    sums: by adapter id, COLUMNS numbers each; task_of: by adapter id.
+    sums: of StepSums, flat; task_of: by adapter id.
     """
 
-    def __init__(self, plan: StepPlan, sums: Sequence[Sequence[float]], task_of: Sequence[Task]) -> None:
+    def __init__(self, plan: StepPlan, sums: Sequence[float], task_of: Sequence[Task]) -> None:
         self.losses: dict[int, float] = {}
         """Adapter id -> its loss: nats per token, or the mean loss of its preferences with the weighted nats
         per token of the chosen completions."""
@@ -99,7 +99,7 @@ class StepTotals:
         self.rewards: dict[int, RewardSums] = {}
         """Adapter id -> rewards, for adapters that learn preferences."""
         for adapter, tokens in plan.label_tokens.items():
-            columns = sums[adapter]
+            columns = sums[adapter * COLUMNS : (adapter + 1) * COLUMNS]
             preferences = plan.preferences.get(adapter)
             if preferences is None:
                 self.counts[adapter], self.losses[adapter] = tokens, columns[NATS] / tokens

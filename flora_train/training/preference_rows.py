@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import Row
 from flora_train.data.preferences.preference import Preference
 from flora_train.data.preferences.split import PreferenceSplit
+
+RowKey: TypeAlias = tuple[str, int, int, int]
+"""(task, adapter, example, part) of a held-out row."""
+CHOSEN, REJECTED, KL = range(3)
+"""Parts of a preference: the chosen or only completion, the rejected one, and the row of the KL term."""
+
+
+def part_of(row: Row) -> int:
+    """The part of its example that a row stands for."""
+    return row.document if row.completion_of is None else KL
+
+
+def row_key(row: Row) -> RowKey:
+    """What identifies a row among held-out rows."""
+    return row.task, row.adapter, row.example, part_of(row)
 
 
 @dataclass
@@ -96,9 +112,11 @@ def heldout_preference_rows(
     for example in range(examples):
         for contender in contenders:
             rows.append(Row(contender, task, example, split.size(example)))
+            if preference.is_supervised:
+                continue
             if split.is_paired:
                 rows.append(Row(contender, task, example, split.size(example, 1), document=1))
-            elif preference.objective == "kto":
+            else:
                 partner = split.partner(example)
                 length = split.size(example, completion_of=partner)
                 rows.append(Row(contender, task, example, length, completion_of=partner))

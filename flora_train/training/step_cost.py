@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from flora_train.adapters.spec import expand
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.collate import SpeechCollate
 from flora_train.data.audio.speech_processor import SpeechProcessor
-from flora_train.data.batch import collate
+from flora_train.data.batch import collate, padded_tokens
 from flora_train.data.mixture import TaskMixture
 from flora_train.data.task import Task
 from flora_train.models.loading import count_layers, set_mode, shallow_model
@@ -149,12 +149,15 @@ def _tokens_of(mixture: TaskMixture, number: int) -> int:
 
 def _largest_microbatch(plan: StepPlan) -> tuple[StepPlan, float]:
     """A step of the largest micro-batch alone, and how many times its padded tokens the whole step has."""
-    padded = [rows[0].length * len(rows) for rows in plan.microbatches]
+    padded = [padded_tokens(rows) for rows in plan.microbatches]
     largest = padded.index(max(padded))
     rows = plan.microbatches[largest]
     adapters = {row.adapter for row in rows}
     label_tokens = {adapter: count for adapter, count in plan.label_tokens.items() if adapter in adapters}
-    return StepPlan((rows,), label_tokens, padded[largest], {}), sum(padded) / padded[largest]
+    part = replace(
+        plan, microbatches=(rows,), label_tokens=label_tokens, tokens=padded[largest], task_tokens={}
+    )
+    return part, sum(padded) / padded[largest]
 
 
 def _time_steps(trainer: Trainer, plan: StepPlan) -> tuple[float, _SavedTensors]:

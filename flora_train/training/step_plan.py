@@ -122,7 +122,8 @@ class _StepRows:
 
     def add_preferences(self, draw: Draw, task: Task) -> None:
         split, preference = task.train, task.preference
-        assert preference is not None and isinstance(split, PreferenceSplit)
+        assert preference is not None
+        assert isinstance(split, PreferenceSplit)
         maker = DrawRows(draw.task, preference, split)
         in_batch: list[int] = []
         cached: list[int] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import batched
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from flora_train.training.fsdp import run_dummy_frozen_pass, run_dummy_passes
 from flora_train.training.heldout import HeldOut, evaluate_heldout, heldout_metrics
 from flora_train.training.loss import RowLosses
 from flora_train.training.metrics import MetricLogger, NullMetricLogger, tracker_keys
-from flora_train.training.objectives import COLUMNS, MicrobatchLoss, RowNats, StepSums, StepTotals
+from flora_train.training.objectives import MicrobatchLoss, RowNats, StepSums, StepTotals
 from flora_train.training.optimizer import sum_gradients
 from flora_train.training.packing_check import check_packing
 from flora_train.training.resumable import ResumableTraining
@@ -52,7 +51,7 @@ class Trainer(ResumableTraining):
         self.row_losses = RowLosses(self.model, self.timer)
         self.task_of = [self.tasks[spec.task] for spec in self.bank.specs]
         """The task of each adapter."""
-        self.microbatch_loss = MicrobatchLoss(self.tasks, self.references)
+        self.microbatch_loss = MicrobatchLoss(self.tasks, context.references)
         packed = [name for name, task in self.tasks.items() if task.train.is_packed]
         if packed:
             check_packing(self.row_losses, packed[0])
@@ -133,7 +132,7 @@ class Trainer(ResumableTraining):
                 bytes_sent = sum_gradients(self.bank, plan.label_tokens)
                 *flat, stops = sum_over_processes(torch.cat([sums.flatten(), stop])).tolist()
             with self.timer.part("optimizer"):
-                totals = StepTotals(plan, list(batched(flat, COLUMNS)), self.task_of)
+                totals = StepTotals(plan, flat, self.task_of)
                 anomalies = self.guard.find_anomalies(totals.losses)
                 updates = self.optimizer.step(plan.label_tokens, anomalies)
         self.metrics.count(plan, totals, updates, bytes_sent)
@@ -246,6 +245,7 @@ class Trainer(ResumableTraining):
             report=report,
             collate=self.context.collate,
             absent=self.early_stopping.retired,
+            references=self.context.references,
         )
 
     def time_base(self, plan: StepPlan) -> None:
