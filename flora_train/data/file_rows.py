@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
-import io
 import json
-import re
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -15,12 +12,21 @@ from typing import Any
 from flora_train.config.errors import first_line, user_error
 from flora_train.config.json_format import DuplicateKeyError, parse_json
 from flora_train.config.task_schema import SourceConfig
+from flora_train.data.text_files import decode, lines_of, paragraphs_of, text_chunks
 
 Row = dict[str, Any]
+NumberedRows = Iterator[tuple[int, Row]]
+
+PARQUET_BUFFER = 1 << 20
+"""Bytes of a column that are read at once from a parquet file."""
+BATCH_ROWS, BATCH_BYTES = 1024, 1 << 24
+"""Rows, and about how many bytes, of a parquet file that are decoded at once."""
 
 
-def file_rows(path: Path, source: SourceConfig, key: str) -> Iterator[Row]:
-    """The rows of a file, by its ending. Raises UserError, naming `key`, if it cannot be read."""
+def file_rows(path: Path, source: SourceConfig, key: str) -> Iterator[tuple[int, Row]]:
+    """(number, row) of a file, by its ending, one after the other: only a .json file is read as a whole. The
+    number is that of the line in files of JSON lines. Raises UserError, naming `key`, if it cannot be read.
+    """
     try:
         yield from READERS[path.suffix.lower()](path, source)
     except (OSError, ValueError, csv.Error) as error:
@@ -31,9 +37,8 @@ def file_rows(path: Path, source: SourceConfig, key: str) -> Iterator[Row]:
         ) from None
 
 
-def _read_jsonl(path: Path, source: SourceConfig) -> Iterator[Row]:
-    # not splitlines: U+2028 and similar characters occur unescaped in JSON text
-    for number, line in enumerate(decode(path).split("\n"), start=1):
+def _read_jsonl(path: Path, source: SourceConfig) -> NumberedRows:
+    for number, line in enumerate(lines_of(text_chunks(path)), start=1):
         if not line.strip():
             continue
         try:
@@ -42,10 +47,10 @@ def _read_jsonl(path: Path, source: SourceConfig) -> Iterator[Row]:
             raise ValueError(f"line {number} {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"line {number} must be a JSON object with columns")
-        yield row
+        yield number, row
 
 
-def _read_json(path: Path, source: SourceConfig) -> Iterator[Row]:
+def _read_json(path: Path, source: SourceConfig) -> NumberedRows:
     text = decode(path)
     try:
         content = parse_json(text)
@@ -55,7 +60,7 @@ def _read_json(path: Path, source: SourceConfig) -> Iterator[Row]:
         raise ValueError(f"it {error}") from None
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError("it must be a JSON list of objects")
-    yield from content
+    yield from enumerate(content, start=1)
 
 
 def _row_with_duplicate_key(text: str) -> str:
@@ -72,30 +77,38 @@ def _row_with_duplicate_key(text: str) -> str:
     return "it"
 
 
-def _read_csv(path: Path, source: SourceConfig) -> Iterator[Row]:
-    text = decode(path)
-    # the csv module's limit of 128 KiB per cell is less than a long source file has
-    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
-    try:
-        rows = list(_table(text, path.suffix.lower() == ".tsv"))
-    finally:
-        csv.field_size_limit(limit)
-    yield from rows
-
-
-def _table(text: str, tabs: bool) -> Iterator[Row]:
+def _read_csv(path: Path, source: SourceConfig) -> NumberedRows:
     """Rows by the names of the header; a row may be shorter. Raises ValueError that names the first wrong
     line."""
-    lines = io.StringIO(text, newline="")
+    tabs = path.suffix.lower() == ".tsv"
+    header: list[str] | None = None
+    count = 0
+    for line, cells in _csv_lines(path, tabs):
+        if header is None:
+            if cells:
+                header = _checked_header(cells, tabs)
+        elif len(cells) > len(header):
+            raise ValueError(f"line {line} has more cells than the header")
+        elif cells:
+            count += 1
+            yield count, dict(zip_longest(header, cells))
+
+
+def _csv_lines(path: Path, tabs: bool) -> Iterator[tuple[int, list[str]]]:
+    """(number of the first line, cells) of each row of a table."""
     # tab-separated corpora (Common Voice) contain bare quotation marks; with commas, an unclosed one would
     # swallow rows
     dialect: dict[str, Any] = {"strict": True}
     if tabs:
         dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    lines = (f"{line}\n" for line in lines_of(text_chunks(path)))
     reader = csv.reader(lines, **dialect)
-    header: list[str] | None = None
+    # the csv module's limit of 128 KiB per cell is less than a long source file has
+    longest = path.stat().st_size
     while True:
         begin = reader.line_num + 1
+        limit = csv.field_size_limit()
+        csv.field_size_limit(max(longest, limit))
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -103,15 +116,11 @@ def _table(text: str, tabs: bool) -> Iterator[Row]:
             if tabs:
                 hint = ""
             raise ValueError(f"line {begin}: {error}{hint}") from None
+        finally:
+            csv.field_size_limit(limit)
         if cells is None:
             return
-        if header is None:
-            if cells:
-                header = _checked_header(cells, tabs)
-        elif len(cells) > len(header):
-            raise ValueError(f"line {begin} has more cells than the header")
-        elif cells:
-            yield dict(zip_longest(header, cells))
+        yield begin, cells
 
 
 def _checked_header(names: list[str], tabs: bool) -> list[str]:
@@ -138,18 +147,28 @@ def _first_duplicate(names: list[str]) -> str | None:
     return None
 
 
-def _read_parquet(path: Path, source: SourceConfig) -> Iterator[Row]:
+def _read_parquet(path: Path, source: SourceConfig) -> NumberedRows:
     import pyarrow.parquet as parquet
 
+    count = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        # with a buffer, no row group is read as a whole
+        with parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER) as file:
             twice = _first_duplicate([_name_of(field) for field in file.schema_arrow])
             if twice is not None:
                 raise ValueError(f"has the column {twice!r} twice: one of them would be lost")
-            rows = file.read().to_pylist()
+            for batch in file.iter_batches(batch_size=_rows_per_batch(file.metadata)):
+                yield from enumerate(batch.to_pylist(), start=count + 1)
+                count += batch.num_rows
     except Exception as error:  # a damaged file raises many types, of pyarrow and of Python
         raise ValueError(first_line(error)) from None
-    yield from rows
+
+
+def _rows_per_batch(metadata: Any) -> int:
+    """Rows of a parquet file that are read at once."""
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    row_size = max(1, size // max(1, metadata.num_rows))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // row_size))
 
 
 def _name_of(field: Any) -> str:
@@ -161,43 +180,19 @@ def _name_of(field: Any) -> str:
     return str(field.name)
 
 
-def _read_text(path: Path, source: SourceConfig) -> Iterator[Row]:
-    text = decode(path)
+def _read_text(path: Path, source: SourceConfig) -> NumberedRows:
+    parts: Iterator[str]
     if source.sample_by == "line":
-        parts = [line.rstrip("\n") for line in io.StringIO(text)]
+        parts = lines_of(text_chunks(path))
     elif source.sample_by == "paragraph":
-        parts = re.split(r"\n{2,}", text.strip("\n"))
+        parts = paragraphs_of(lines_of(text_chunks(path)))
     else:
-        parts = [text]
-    yield from ({"text": part} for part in parts)
+        parts = iter([decode(path)])
+    for number, part in enumerate(parts, start=1):
+        yield number, {"text": part}
 
 
-def decode(path: Path) -> str:
-    """The text of a file, with \n as line ends. Raises ValueError if it is not UTF-8 text."""
-    content = path.read_bytes()
-    for mark, encoding in ENCODINGS:
-        if content.startswith(mark):
-            raise ValueError(f"is not UTF-8 text (byte 0): it is {encoding}")
-    try:
-        text = content.decode("utf-8-sig")  # with or without the byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text (byte {error.start})") from None
-    if (at := text.find("\0")) >= 0:
-        raise ValueError(f"is not text: character {at} is a zero, as in binary files and in UTF-16")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-ENCODINGS = (
-    (codecs.BOM_UTF32_LE, "UTF-32: save it as UTF-8"),
-    (codecs.BOM_UTF16_LE, "UTF-16: save it as UTF-8"),
-    (codecs.BOM_UTF16_BE, "UTF-16: save it as UTF-8"),
-    (b"\x1f\x8b", "compressed (gzip): unpack it"),
-    (b"PK\x03\x04", "compressed (zip): unpack it"),
-)
-"""First bytes of files in other formats, and what to do with them."""
-
-
-READERS: dict[str, Callable[[Path, SourceConfig], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, SourceConfig], NumberedRows]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from flora_train.runtime.hub_client import explain, is_outage
 from flora_train.runtime.hub_snapshot import HubError, open_snapshot
 
 
-def hub_rows(source: SourceConfig, key: str) -> list[Row]:
-    """All rows of a hub data set, or its first max_rows. Raises UserError if it cannot be loaded."""
+def hub_rows(source: SourceConfig, key: str) -> Iterator[Row]:
+    """The rows of a hub data set, or its first max_rows, file by file. Raises UserError if it cannot be
+    loaded."""
     try:
         import datasets
     except ImportError:
@@ -22,9 +24,8 @@ def hub_rows(source: SourceConfig, key: str) -> list[Row]:
         raise user_error(f"{key}.hub", source.hub, hint) from None
     datasets.disable_progress_bars()
     try:
-        if Path(str(source.hub)).is_dir():
-            return _folder_rows(source)
-        return _rows(source)
+        rows = _folder_rows if Path(str(source.hub)).is_dir() else _rows
+        yield from rows(source)
     except (HubError, UserError) as error:
         raise _error(source, key, first_line(error)) from error
     except (
@@ -36,20 +37,20 @@ def hub_rows(source: SourceConfig, key: str) -> list[Row]:
         raise _error(source, key, reason) from error
 
 
-def _rows(source: SourceConfig) -> list[Row]:
+def _rows(source: SourceConfig) -> Iterator[Row]:
     snapshot = open_snapshot(str(source.hub), source.revision, "dataset")
     with HubDataset(snapshot, source.data_dir) as dataset:
         rows = dataset.rows(source.subset, source.split, source.max_rows)
-        return list(islice(rows, source.max_rows))
+        yield from islice(rows, source.max_rows)
 
 
-def _folder_rows(source: SourceConfig) -> list[Row]:
+def _folder_rows(source: SourceConfig) -> Iterator[Row]:
     """The rows of a data set in a folder of this machine."""
     import datasets
 
     options = {"data_dir": source.data_dir, "split": source.split}
     rows = datasets.load_dataset(source.hub, source.subset, streaming=source.max_rows is not None, **options)
-    return list(islice(undecoded(rows), source.max_rows))
+    yield from islice(undecoded(rows), source.max_rows)
 
 
 def _error(source: SourceConfig, key: str, reason: str) -> UserError:

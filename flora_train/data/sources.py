@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flora_train.config.errors import choices, first_line, user_error
@@ -11,9 +11,10 @@ from flora_train.config.paths import PROJECT_ROOT, find_file
 from flora_train.config.task_schema import SourceConfig
 from flora_train.data.audio.common_voice import check_release, release_file, release_rows
 from flora_train.data.documents import LocatedRow
-from flora_train.data.file_rows import READERS, Row, decode, file_rows
+from flora_train.data.file_rows import READERS, Row, file_rows
 from flora_train.data.globs import files_matching
 from flora_train.data.hub_rows import hub_rows
+from flora_train.data.text_files import decode
 
 BUILT = {
     "assets/code_local/": "make code-local",
@@ -24,34 +25,42 @@ BUILT = {
 
 
 def read_rows(source: SourceConfig, key: str) -> list[Row]:
-    """All rows of a source, as column -> value. key: its configuration key, for errors.
+    """All rows of a source that is small, as column -> value. Raises UserError as `located_rows` does."""
+    return [row.cells for row in located_rows(source, key)]
+
+
+def located_rows(source: SourceConfig, key: str) -> Iterator[LocatedRow]:
+    """The rows of a source with their places in the files, one after the other. key: its configuration key,
+    for errors.
 
     Raises UserError if a file is missing, empty, unreadable or of an unknown type, or the hub cannot be
     reached.
     """
-    return [row.cells for row in located_rows(source, key)]
-
-
-def located_rows(source: SourceConfig, key: str) -> list[LocatedRow]:
-    """The rows of `read_rows`, with their places in the files."""
-    name = source.hub or source.folder or source.common_voice
-    if source.hub is not None:
-        rows = _numbered(hub_rows(source, key), source.hub)
-    elif source.folder is not None:
-        rows = _numbered(_folder_rows(source, key), source.folder)
-    elif source.common_voice is not None:
-        rows = _numbered(release_rows(source, key), source.common_voice)
-    else:
-        rows = []
-        for path in source_files(source, key):
-            rows += _numbered(file_rows(path, source, key), str(path))
-    if not rows:
+    empty = True
+    for row in _located(source, key):
+        empty = False
+        yield row
+    if empty:
+        name = source.hub or source.folder or source.common_voice
         raise user_error(key, name or source.files, "holds no rows")
-    return rows
 
 
-def _numbered(rows: Iterable[Row], file: str) -> list[LocatedRow]:
-    return [LocatedRow(row, file, number) for number, row in enumerate(rows, start=1)]
+def _located(source: SourceConfig, key: str) -> Iterator[LocatedRow]:
+    if source.hub is not None:
+        yield from _numbered(hub_rows(source, key), source.hub)
+    elif source.folder is not None:
+        yield from _folder_rows(source, key)
+    elif source.common_voice is not None:
+        yield from _numbered(release_rows(source, key), source.common_voice)
+    else:
+        for path in source_files(source, key):
+            for number, row in file_rows(path, source, key):
+                yield LocatedRow(row, str(path), number)
+
+
+def _numbered(rows: Iterable[Row], file: str) -> Iterator[LocatedRow]:
+    for number, row in enumerate(rows, start=1):
+        yield LocatedRow(row, file, number)
 
 
 def source_files(source: SourceConfig, key: str) -> list[Path]:
@@ -143,12 +152,11 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _folder_rows(source: SourceConfig, key: str) -> list[Row]:
-    paths, rows = source_files(source, key), []
+def _folder_rows(source: SourceConfig, key: str) -> Iterator[LocatedRow]:
     root = find_file(str(source.folder))
-    for path in paths:
+    for path in source_files(source, key):
         try:
-            rows.append({"text": decode(path), "path": path.relative_to(root).as_posix()})
+            row = {"text": decode(path), "path": path.relative_to(root).as_posix()}
         except (OSError, ValueError) as error:
             raise user_error(key, str(path), f"{first_line(error)}: narrow {key}.glob") from None
-    return rows
+        yield LocatedRow(row, str(path), 1)

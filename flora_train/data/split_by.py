@@ -68,7 +68,7 @@ def task_rows(task: TaskConfig, split: str, key: str) -> list[LocatedRow]:
     """
     source: SourceConfig = getattr(task, split)
     if task.split_by is None:
-        return located_rows(source, f"{key}.{split}")
+        return list(located_rows(source, f"{key}.{split}"))
     by_value = _rows_by_value(source, task.split_by, key, split)
     rows = by_value.get(str(task.split_value), [])
     if not rows:
@@ -162,7 +162,9 @@ def _rows_by_value(source: SourceConfig, column: str, key: str, split: str) -> M
     if content not in _read:
         if len(_read) >= MOST_SOURCES:
             _read.clear()
-        _read[content] = _group(located_rows(source, f"{key}.{split}"), column, f"{key}.split_by", split)
+        _read[content] = _group(
+            list(located_rows(source, f"{key}.{split}")), column, f"{key}.split_by", split
+        )
     return _read[content]
 
 

@@ -20,7 +20,8 @@ from filelock import FileLock
 from flora_train.config.errors import choices, did_you_mean, first_line, user_error
 from flora_train.config.paths import exists, find_file
 from flora_train.config.task_schema import SourceConfig
-from flora_train.data.file_rows import Row, decode
+from flora_train.data.file_rows import Row
+from flora_train.data.text_files import decode
 from flora_train.runtime.atomic import disk_errors, user_cache
 
 logger = logging.getLogger(__name__)
