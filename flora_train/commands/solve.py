@@ -197,6 +197,9 @@ def _write_report(
     extended = report.replace(
         facts=report.facts.replace(origin_differences=all_differences),
         code=summaries,
-        not_measured=[*not_measured(job.recorded, executed=True), *all_differences],
+        not_measured=[
+            *not_measured(job.recorded, executed=True, preferences=bool(report.preferences)),
+            *all_differences,
+        ],
     )
     return write_report(extended, job.folder.evaluation)

@@ -8,7 +8,15 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from flora_train.evaluation.code.score_types import CodeScore, CodeSuite, LanguageScores
-from flora_train.evaluation.report.formatting import estimate, number, percent, plural
+from flora_train.evaluation.preferences.score_types import PreferenceResult, PreferenceScore
+from flora_train.evaluation.report.formatting import estimate, number, percent, plural, share_estimate
+from flora_train.evaluation.report.preference_figures import (
+    METRIC_NAMES,
+    FigureText,
+    examples_of,
+    figures_of,
+    setting_of,
+)
 from flora_train.evaluation.report.types import ContenderResult, HeldoutScore, Report, TaskResult
 from flora_train.evaluation.speech.score_types import Rate, SpeechLanguage, TranscriptionScore
 
@@ -50,27 +58,33 @@ class CardMetric:
     dataset: str
     subset: str
     metric: str
-    """pass@1, wer or bits_per_byte."""
+    """pass@1, wer, bits_per_byte, or a figure of preferences."""
     value: float
     note: str
     """How it was measured, and on how many examples."""
 
 
 def tables(report: Report | None, name: str) -> list[Table]:
-    """Held-out bits per byte, pass@k of every suite and error rates, as far as the report has them."""
+    """Held-out bits per byte, rewards, pass@k and error rates, as far as the report has them."""
     if report is None:
         return []
     heldout = [_heldout_table(result, name) for result, _ in _heldout_rows(report, name)]
     code = [_code_table(suite, part, name) for suite, part, _ in _code_rows(report, name)]
     speech = [_speech_table(part, name) for part, _ in _speech_rows(report, name)]
-    return [*heldout, *code, *speech]
+    preferences = [_preference_table(result, name) for result, _ in _preference_rows(report, name)]
+    return [*heldout, *preferences, *code, *speech]
 
 
 def card_results(report: Report | None, name: str) -> list[CardMetric]:
     """Every metric of the adapter itself that is finite."""
     if report is None:
         return []
-    return [*_heldout_metrics(report, name), *_code_metrics(report, name), *_speech_metrics(report, name)]
+    return [
+        *_heldout_metrics(report, name),
+        *_preference_metrics(report, name),
+        *_code_metrics(report, name),
+        *_speech_metrics(report, name),
+    ]
 
 
 def benchmarks(report: Report | None, name: str) -> list[dict[str, Any]]:
@@ -91,6 +105,17 @@ def _heldout_metrics(report: Report, name: str) -> Iterator[CardMetric]:
         if row.bits_per_byte.value is not None:
             note = f"{result.examples} held-out examples"
             yield CardMetric(result.task, "held out", "bits_per_byte", row.bits_per_byte.value, note)
+
+
+def _preference_metrics(report: Report, name: str) -> Iterator[CardMetric]:
+    for result, row in _preference_rows(report, name):
+        for text in figures_of(result):
+            value = row.figure(text.figure)
+            if value is not None and value.value is not None:
+                note = f"{examples_of(result)}, {setting_of(result)}"
+                yield CardMetric(
+                    result.task, "held-out preferences", METRIC_NAMES[text.figure], value.value, note
+                )
 
 
 def _code_metrics(report: Report, name: str) -> Iterator[CardMetric]:
@@ -126,6 +151,34 @@ def _heldout_table(result: TaskResult, name: str) -> Table:
         name,
         cells={"bits per byte": bits_per_byte},
         to_base={row.family: estimate(row.difference_to_base) for row in result.contenders},
+    )
+
+
+def _preference_table(result: PreferenceResult, name: str) -> Table:
+    def written(text: FigureText, row: PreferenceScore) -> str:
+        value = row.figure(text.figure)
+        if value is None:
+            return ""
+        return share_estimate(value) if text.in_percent else estimate(value, sign="")
+
+    level = percent(result.confidence).replace("\u00a0", " ")
+    shown = figures_of(result)[: 3 if result.is_paired else 2]
+    meanings = "; ".join(f"{text.name}: {text.meaning}" for text in shown)
+    note = (
+        f"{examples_of(result)}, {setting_of(result)}; {level} intervals of a paired bootstrap over them; "
+        f"the difference is that of the {shown[0].name}. {meanings[0].upper()}{meanings[1:]}. "
+        "Shares are percentages, in which ties count one half. Higher is better."
+    )
+    return _table(
+        "Held-out preferences",
+        note,
+        result.contenders,
+        name,
+        cells={text.name: partial(written, text) for text in shown},
+        to_base={
+            family: share_estimate(difference.reward_accuracy, "+")
+            for family, difference in result.to_base.items()
+        },
     )
 
 
@@ -182,6 +235,13 @@ def _table(
 
 def _heldout_rows(report: Report, name: str) -> list[tuple[TaskResult, ContenderResult]]:
     return [(result, row) for result in report.results for row in result.contenders if row.name == name]
+
+
+def _preference_rows(report: Report, name: str) -> Iterator[tuple[PreferenceResult, PreferenceScore]]:
+    for result in report.preferences:
+        for row in result.contenders:
+            if row.name == name:
+                yield result, row
 
 
 def _code_rows(report: Report, name: str) -> Iterator[tuple[CodeSuite, LanguageScores, CodeScore]]:

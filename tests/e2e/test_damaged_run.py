@@ -103,7 +103,7 @@ TEXTS = [
     "NaN",
     '{"finished": NaN}',
     '{"schema": 5}',
-    '{"schema_version": 6}',
+    '{"schema_version": 7}',
     "9" * 10_000,
     "\ufeff{}",
     "{}",

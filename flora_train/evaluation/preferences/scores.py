@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
+from flora_train.config.schema import RunConfig
+from flora_train.data.splits import seed_of
 from flora_train.evaluation.bootstrap import Estimator, compared_pairs, resampled_weights
 from flora_train.evaluation.preferences.score_types import (
     PreferenceDifference,
@@ -16,6 +19,7 @@ from flora_train.evaluation.preferences.score_types import (
     PreferenceScore,
 )
 from flora_train.evaluation.result_model import Interval
+from flora_train.training.heldout import HeldOut
 from flora_train.training.preference_heldout import HeldOutPreferences
 
 Vector = NDArray[np.float64]
@@ -43,6 +47,28 @@ class _Resampled:
 
 Figures = Mapping[str, _Resampled]
 """Name of a figure -> its values."""
+
+
+def preference_results(
+    config: RunConfig, bank: AdapterBank, heldout: Mapping[str, HeldOut]
+) -> list[PreferenceResult]:
+    """The result of every preference task. heldout: task -> held-out losses of base and adapters."""
+    options = config.evaluation
+    names = {BASE_ID: ContenderNames("base", "base")}
+    names |= {i: ContenderNames(spec.name, spec.family) for i, spec in enumerate(bank.specs)}
+    results = []
+    for task, losses in heldout.items():
+        if losses.preferences is not None:
+            result = preference_result(
+                task,
+                losses.preferences,
+                names,
+                samples=options.bootstrap_samples,
+                confidence=options.confidence,
+                seed=seed_of(config.seed, task),
+            )
+            results.append(result)
+    return results
 
 
 def preference_result(
@@ -203,17 +229,13 @@ def _intervals(figures: Figures, estimator: Estimator) -> dict[str, Interval | N
         samples = figure.samples
         if not len(samples):
             samples = np.full(1, np.nan)
-        intervals[name] = estimator(figure.value, samples).interval()
+        with np.errstate(invalid="ignore"):
+            intervals[name] = estimator(figure.value, samples).interval()
     return intervals
 
 
 def _best(adapters: list[int], figures: Mapping[int, Figures]) -> int | None:
-    """The adapter with the highest reward accuracy, among equal ones the one with the lowest loss."""
-    ranked = []
-    for adapter in adapters:
-        accuracy, loss = figures[adapter]["reward_accuracy"].value, figures[adapter]["loss"].value
-        if np.isfinite(accuracy) and np.isfinite(loss):
-            ranked.append((-accuracy, loss, adapter))
-    if not ranked:
-        return None
-    return min(ranked)[2]
+    """The adapter with the lowest loss."""
+    losses = {adapter: figures[adapter]["loss"].value for adapter in adapters}
+    finite = [adapter for adapter in adapters if np.isfinite(losses[adapter])]
+    return min(finite, key=lambda adapter: losses[adapter], default=None)

@@ -18,6 +18,7 @@ from flora_train.evaluation.report.formatting import (
     share,
     stage_duration,
 )
+from flora_train.evaluation.report.preference_figures import figures_of, values_of
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
 from flora_train.runtime.config_changes import flat
@@ -72,19 +73,17 @@ class RunMetric:
     """The difference to the base on the same examples; None for the base."""
     examples: tuple[object, ...]
     """Identifies the examples and how they were evaluated: metrics are comparable where it is equal."""
+    in_percent: bool = False
+    higher_is_better: bool = False
 
     @property
     def compared(self) -> Interval:
         """The interval that runs are compared by."""
         return self.change or self.estimate
 
-    @property
-    def higher_is_better(self) -> bool:
-        return self.title.startswith("pass@")
-
 
 def measures(reports: Sequence[Report]) -> list[Measure]:
-    """Held-out loss, pass@k and error rates of every task and method."""
+    """Held-out loss, pass@k, error rates and rewards of every task and method."""
     groups = seed_groups(reports)
     metrics: dict[str, dict[tuple[str, str], dict[int, RunMetric]]] = {}
     for i, report in enumerate(reports):
@@ -230,6 +229,7 @@ def _metrics(report: Report) -> Iterator[RunMetric]:
     yield from _heldout_metrics(report)
     yield from _code_metrics(report)
     yield from _speech_metrics(report)
+    yield from _preference_metrics(report)
 
 
 def _heldout_metrics(report: Report) -> Iterator[RunMetric]:
@@ -254,7 +254,16 @@ def _code_metrics(report: Report) -> Iterator[RunMetric]:
                 examples = (part.prompts_sha, part.problems, *sampling)
                 for row in part.contenders:
                     change = part.to_base.get(row.family, {}).get(k)
-                    yield RunMetric(title, part.name, row.family, row.pass_at[k], change, examples)
+                    yield RunMetric(
+                        title,
+                        part.name,
+                        row.family,
+                        row.pass_at[k],
+                        change,
+                        examples,
+                        in_percent=True,
+                        higher_is_better=True,
+                    )
 
 
 def _speech_metrics(report: Report) -> Iterator[RunMetric]:
@@ -270,6 +279,29 @@ def _speech_metrics(report: Report) -> Iterator[RunMetric]:
             if difference is not None:
                 change = difference.rate(part.metric)
             yield RunMetric("Error rate", part.task, row.family, row.rate(part.metric), change, examples)
+
+
+def _preference_metrics(report: Report) -> Iterator[RunMetric]:
+    hashes = {task.name: task.heldout_hash or task.data_hash for task in report.tasks}
+    for result in report.preferences:
+        examples: tuple[object, ...] = (hashes[result.task], result.examples)
+        for text in figures_of(result):
+            # margins and losses grow with beta; shares do not
+            of_figure = examples if text.in_percent else (*examples, result.objective, result.beta)
+            title = f"{text.name.capitalize()} on held-out preferences"
+            if text.in_percent:
+                title += ", percent"
+            for row, value, difference in values_of(result, text):
+                yield RunMetric(
+                    title,
+                    result.task,
+                    row.family,
+                    value,
+                    difference,
+                    of_figure,
+                    in_percent=text.in_percent,
+                    higher_is_better=not text.lower_is_better,
+                )
 
 
 def _row(what: tuple[str, str], metrics: Mapping[int, RunMetric], groups: Sequence[Sequence[int]]) -> Row:
@@ -310,8 +342,8 @@ def _over_seeds(metrics: Mapping[int, RunMetric], group: Sequence[int]) -> str:
             return ""
         values.append(metrics[i].estimate.value)
     known = [value for value in values if value is not None]
-    higher_is_better = metrics[group[0]].higher_is_better
-    mean, low, high = (_write(value, higher_is_better) for value in (fmean(known), min(known), max(known)))
+    in_percent = metrics[group[0]].in_percent
+    mean, low, high = (_write(value, in_percent) for value in (fmean(known), min(known), max(known)))
     return f"{mean} ({low} to {high})"
 
 
@@ -321,12 +353,12 @@ def _cell(metric: RunMetric, best: bool) -> Cell:
         sign = ""
 
     def write(value: float) -> str:
-        return _write(value, metric.higher_is_better, sign)
+        return _write(value, metric.in_percent, sign)
 
     change = bracketed(metric.compared, write)
     if metric.change is None:
         change = change.partition(" ")[2]
-    return Cell(_write(metric.estimate.value, metric.higher_is_better), change, best)
+    return Cell(_write(metric.estimate.value, metric.in_percent), change, best)
 
 
 def _write(value: float | None, as_percent: bool, sign: str = "") -> str:

@@ -42,10 +42,12 @@ class Heatmap:
 
 
 def heatmaps(report: Report) -> list[Heatmap]:
-    """Maps of held-out loss, every suite and error rates, where there are two tasks or more."""
+    """Maps of loss, every suite, reward accuracy and error rates, where there are two tasks or more."""
     losses = {}
     for result in report.results:
-        losses[result.task] = {family: row.difference_to_base for family, row in result.by_family.items()}
+        if result.objective == "sft":
+            of_task = {family: row.difference_to_base for family, row in result.by_family.items()}
+            losses[result.task] = of_task
     digits = max(2, shared_digits(report.results) - 1)
     maps = [_heatmap("held-out loss, bits per byte", losses, lambda value: number(value, digits, "+"))]
     for suite in report.code:
@@ -55,10 +57,18 @@ def heatmaps(report: Report) -> list[Heatmap]:
             passed[scores.name] = {family: d[k].negated() for family, d in scores.to_base.items()}
         title = f"pass@{k} on {suite.suite} problems, percentage points"
         maps.append(_heatmap(title, passed, lambda value: share(-value, "+")))
+    if report.preferences:
+        accuracies = {}
+        for part in report.preferences:
+            of_task = {family: d.reward_accuracy.negated() for family, d in part.to_base.items()}
+            accuracies[part.task] = of_task
+        title = "reward accuracy on held-out preferences, percentage points"
+        maps.append(_heatmap(title, accuracies, lambda value: share(-value, "+")))
     if report.speech is not None:
         rates = {}
-        for part in report.speech.languages:
-            rates[part.task] = {family: d.rate(part.metric) for family, d in part.to_base.items()}
+        for spoken in report.speech.languages:
+            of_task = {family: d.rate(spoken.metric) for family, d in spoken.to_base.items()}
+            rates[spoken.task] = of_task
         maps.append(_heatmap("error rate", rates, lambda value: number(value, 2, "+")))
     return [heatmap for heatmap in maps if heatmap.tasks > 1]
 

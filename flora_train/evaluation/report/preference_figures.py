@@ -10,6 +10,15 @@ from flora_train.evaluation.result_model import Interval
 
 OBJECTIVES = {"dpo": "DPO", "ipo": "IPO", "orpo": "ORPO", "kto": "KTO"}
 
+METRIC_NAMES: dict[Figure, str] = {
+    "reward_accuracy": "reward_accuracy",
+    "reward_margin": "reward_margin",
+    "chosen_likelier": "chosen_likelier",
+    "chosen_likelier_per_token": "chosen_likelier_per_token",
+    "loss": "preference_loss",
+}
+"""Figure -> its key for trackers and model cards."""
+
 
 @dataclass(frozen=True)
 class FigureText:

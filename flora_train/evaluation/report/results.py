@@ -19,8 +19,7 @@ from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
 from flora_train.evaluation.bootstrap import Comparison, compare, compared_pairs, finite
 from flora_train.evaluation.code.score_types import CodeSuite
-from flora_train.evaluation.preferences.score_types import PreferenceResult
-from flora_train.evaluation.preferences.scores import ContenderNames, preference_result
+from flora_train.evaluation.preferences.scores import preference_results
 from flora_train.evaluation.report.sweeps import swept_settings
 from flora_train.evaluation.report.types import (
     AdapterFacts,
@@ -36,6 +35,7 @@ from flora_train.evaluation.report.types import (
     SplitSummary,
     SweepMember,
     SweepResult,
+    TaskObjective,
     TaskResult,
     TaskSummary,
     UnusableClips,
@@ -104,7 +104,9 @@ def build_results(
         summaries.append(
             _task_summary(task, config.tasks[name], tokens=tokens, target_share=shares.get(name, 0.0))
         )
-    limits = not_measured(config, executed=bool(evaluation.code) or evaluation.speech is not None)
+    preferences = preference_results(config, bank, evaluation.heldout)
+    executed = bool(evaluation.code) or evaluation.speech is not None
+    limits = not_measured(config, executed=executed, preferences=bool(preferences))
     return Report(
         name=config.name,
         facts=facts,
@@ -118,14 +120,22 @@ def build_results(
         completions=evaluation.completions,
         code=evaluation.code,
         speech=evaluation.speech,
-        preferences=_preference_results(config, bank, evaluation.heldout),
+        preferences=preferences,
         not_measured=[*limits, *facts.origin_differences],
     )
 
 
-def not_measured(config: RunConfig, executed: bool) -> list[str]:
-    """What a reader might take for granted and the report does not show."""
+def not_measured(config: RunConfig, *, executed: bool, preferences: bool) -> list[str]:
+    """What a reader might take for granted and the report does not show.
+
+    executed: whether programs were executed or clips transcribed; preferences: whether rewards are shown.
+    """
     items = []
+    if preferences:
+        items.append(
+            "Whether what the adapters write is preferred: rewards are those of the given completions of "
+            "held-out preferences. Nothing was generated for them, and no judge compared it."
+        )
     if not executed:
         items.append("Whether completions are correct: no program was executed. Held-out loss is not pass@k.")
     items.append(
@@ -208,23 +218,40 @@ def sweep_results(
     for sweep, task in dict.fromkeys(
         (spec.sweep, spec.task) for spec in bank.specs if spec.sweep is not None
     ):
+        specs = [spec for spec in bank.specs if (spec.sweep, spec.task) == (sweep, task)]
         members = []
-        for spec in bank.specs:
-            if (spec.sweep, spec.task) == (sweep, task):
-                bits = finite(heldout[task].bits_per_byte(bank.ids[spec.name]))
-                member = SweepMember(
-                    family=spec.family,
-                    settings=dict(settings.get(spec.family, {})),
-                    bits_per_byte=bits,
-                    retired=retired.get(spec.name),
-                )
-                members.append(member)
-        measured = {
-            member.family: member.bits_per_byte for member in members if member.bits_per_byte is not None
-        }
-        winner = min(measured, key=lambda family: measured[family], default=None)
-        results.append(SweepResult(sweep=sweep, task=task, winner=winner, members=members))
+        for spec in specs:
+            adapter = bank.ids[spec.name]
+            preference_loss = None
+            if heldout[task].preferences is not None:
+                preference_loss = finite(_mean_loss(heldout[task], adapter))
+            member = SweepMember(
+                family=spec.family,
+                settings=dict(settings.get(spec.family, {})),
+                bits_per_byte=finite(heldout[task].bits_per_byte(adapter)),
+                preference_loss=preference_loss,
+                retired=retired.get(spec.name),
+            )
+            members.append(member)
+        losses = {spec.family: _mean_loss(heldout[task], bank.ids[spec.name]) for spec in specs}
+        measured = [family for family, loss in losses.items() if math.isfinite(loss)]
+        winner = min(measured, key=lambda family: losses[family], default=None)
+        objective = _objective(heldout[task])
+        results.append(
+            SweepResult(sweep=sweep, task=task, objective=objective, winner=winner, members=members)
+        )
     return results
+
+
+def _objective(heldout: HeldOut) -> TaskObjective:
+    return "sft" if heldout.preferences is None else heldout.preferences.objective
+
+
+def _mean_loss(heldout: HeldOut, adapter: int) -> float:
+    """The loss that adapters of a task are compared by: of the objective, or bits per byte."""
+    if heldout.preferences is None:
+        return heldout.bits_per_byte(adapter)
+    return float(heldout.preferences.losses[adapter].mean())
 
 
 def _task_summary(task: Task, task_config: TaskConfig, *, tokens: int, target_share: float) -> TaskSummary:
@@ -318,8 +345,9 @@ def _task_result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> Task
     options, seed = config.evaluation, seed_of(config.seed, heldout.task)
     comparison = compare(heldout, samples=options.bootstrap_samples, confidence=options.confidence, seed=seed)
     adapters = [adapter for adapter in heldout.nats if adapter != BASE_ID]
-    measured = [adapter for adapter in adapters if math.isfinite(heldout.bits_per_byte(adapter))]
-    best = min(measured, key=heldout.bits_per_byte, default=None)
+    losses = {adapter: _mean_loss(heldout, adapter) for adapter in adapters}
+    measured = [adapter for adapter, loss in losses.items() if math.isfinite(loss)]
+    best = min(measured, key=lambda adapter: losses[adapter], default=None)
     contenders = []
     for adapter in adapters:
         spec = bank.specs[adapter]
@@ -341,6 +369,7 @@ def _task_result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> Task
     )
     return TaskResult(
         task=heldout.task,
+        objective=_objective(heldout),
         examples=len(heldout.label_bytes),
         label_tokens=int(heldout.label_tokens.sum()),
         label_bytes=int(heldout.label_bytes.sum()),
@@ -349,27 +378,6 @@ def _task_result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> Task
         contenders=contenders,
         differences=_differences(bank, adapters, best, comparison),
     )
-
-
-def _preference_results(
-    config: RunConfig, bank: AdapterBank, heldout: Mapping[str, HeldOut]
-) -> list[PreferenceResult]:
-    options = config.evaluation
-    names = {BASE_ID: ContenderNames("base", "base")}
-    names |= {i: ContenderNames(spec.name, spec.family) for i, spec in enumerate(bank.specs)}
-    results = []
-    for task, losses in heldout.items():
-        if losses.preferences is not None:
-            result = preference_result(
-                task,
-                losses.preferences,
-                names,
-                samples=options.bootstrap_samples,
-                confidence=options.confidence,
-                seed=seed_of(config.seed, task),
-            )
-            results.append(result)
-    return results
 
 
 def _perplexity(loss: float) -> float | None:

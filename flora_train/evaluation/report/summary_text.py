@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
+from flora_train.evaluation.preferences.score_types import PreferenceResult
 from flora_train.evaluation.report.formatting import (
     NOT_FINITE,
     count,
@@ -18,6 +19,7 @@ from flora_train.evaluation.report.formatting import (
     shared_digits,
     verdict,
 )
+from flora_train.evaluation.report.preference_figures import examples_of
 from flora_train.evaluation.report.types import ContenderResult, Report, TaskResult
 from flora_train.evaluation.speech.score_types import SpeechResults
 
@@ -27,8 +29,14 @@ MAX_LANGUAGES = 6
 
 
 def summarise(report: Report) -> list[str]:
-    """Paragraphs on held-out loss against the base, methods against each other, programs and speech."""
-    paragraphs = [f"{_training(report)} {_against_base(report.results)}", *_between_methods(report.results)]
+    """Paragraphs on held-out loss against the base, methods against each other, preferences, programs and
+    speech."""
+    results = [result for result in report.results if result.objective == "sft"]
+    paragraphs = [_training(report)]
+    if results:
+        paragraphs = [f"{_training(report)} {_against_base(results)}", *_between_methods(results)]
+    if report.preferences:
+        paragraphs.append(_preferences(report.preferences))
     paragraphs += map(_code, report.code)
     if report.speech is not None:
         paragraphs.append(_speech(report.speech))
@@ -77,6 +85,32 @@ def _code(suite: CodeSuite) -> str:
     first, *others = values or ["nothing"]
     methods = f", {listed(others)}" if others else ""
     return f"pass@{k} on the {suite.suite} problems {where}: {first}{methods}."
+
+
+def _preferences(results: Sequence[PreferenceResult]) -> str:
+    """Reward accuracy of each adapter; of many adapters, how many are clearly above the base."""
+    cases: list[str] = []
+    better: list[str] = []
+    for result in results:
+        for family, difference in result.to_base.items():
+            conclusion = verdict(difference.reward_accuracy.negated())
+            value = result.by_family[family].reward_accuracy.value
+            case = f"{family} on {result.task} {share(value)}\u00a0% of {examples_of(result)}"
+            remarks = {"unclear": ", no clear difference to the base", "worse": ", clearly below the base"}
+            cases.append(case + remarks.get(conclusion, ""))
+            if conclusion == "better":
+                better.append(f"{family} on {result.task}")
+    if len(cases) <= MAX_NAMES:
+        return f"Reward accuracy on held-out preferences: {'; '.join(cases)}."
+    if not better:
+        return (
+            f"Of {count(len(cases))} adapters none has a reward accuracy on held-out preferences "
+            "that is clearly above the base's."
+        )
+    return (
+        f"Reward accuracy on held-out preferences is clearly above the base's for {count(len(better))} of "
+        f"{count(len(cases))} adapters ({listed(better, MAX_NAMES)})."
+    )
 
 
 def _speech(speech: SpeechResults) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.sweep import SWEPT
 from flora_train.evaluation.report.types import Report, SweepMember, SweepResult, TaskResult
+from flora_train.evaluation.result_model import Interval
 
 Setting = float | str
 Estimate = tuple[float, float, float]
@@ -71,11 +72,11 @@ class SweepPlot:
 
 
 def sweep_plots(report: Report) -> dict[str, list[SweepPlot]]:
-    """Swept key -> a plot for each task that has a sweep of it."""
+    """Swept key -> a plot for each task that has a sweep of it. Preference tasks have none."""
     results = {result.task: result for result in report.results}
     plots: dict[str, dict[str, SweepPlot]] = {}
     for sweep in report.sweeps:
-        if sweep.task not in results:
+        if sweep.task not in results or sweep.objective != "sft":
             continue
         result = results[sweep.task]
         for key in _keys(sweep):
@@ -92,18 +93,30 @@ def heading(key: str) -> str:
 
 def winner_is_clear(sweep: SweepResult, report: Report) -> bool:
     """Whether the interval of the difference between the best two settings of a sweep excludes zero."""
-    measured = [
-        (member.bits_per_byte, member.family) for member in sweep.members if member.bits_per_byte is not None
-    ]
+    measured = []
+    for member in sweep.members:
+        loss = sweep.loss(member)
+        if loss is not None:
+            measured.append((loss, member.family))
     ranked = [family for _, family in sorted(measured)]
     if len(ranked) < 2:
         return bool(ranked)
-    for result in report.results:
-        if result.task == sweep.task:
-            for difference in result.differences:
-                if {difference.first, difference.second} == set(ranked[:2]):
-                    return difference.bits_per_byte.excludes_zero
+    for first, second, difference in _loss_differences(sweep, report):
+        if {first, second} == set(ranked[:2]):
+            return difference.excludes_zero
     return False
+
+
+def _loss_differences(sweep: SweepResult, report: Report) -> Iterator[tuple[str, str, Interval]]:
+    """First and second family of each pair on the sweep's task, and the difference of their losses."""
+    if sweep.objective == "sft":
+        for result in report.results:
+            if result.task == sweep.task:
+                yield from ((row.first, row.second, row.bits_per_byte) for row in result.differences)
+        return
+    for preferences in report.preferences:
+        if preferences.task == sweep.task:
+            yield from ((row.first, row.second, row.loss) for row in preferences.differences)
 
 
 def _keys(sweep: SweepResult) -> list[str]:

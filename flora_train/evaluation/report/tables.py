@@ -12,6 +12,7 @@ from pathlib import Path
 from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.evaluation.report.formatting import NOT_FINITE, shared_digits
 from flora_train.evaluation.report.joined_report import with_joined_families
+from flora_train.evaluation.report.preference_figures import examples_of, figures_of, values_of
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
 from flora_train.runtime.atomic import write_atomically
@@ -65,6 +66,8 @@ class Score:
     """To the base model; None for the base."""
     examples: int
     confidence: float
+    note: str = ""
+    """Examples, for Markdown and LaTeX, such as `120 pairs`."""
 
     @property
     def is_clearly_better(self) -> bool:
@@ -79,6 +82,7 @@ def scores_of(reports: Mapping[str, Report]) -> list[Score]:
     scores: list[Score] = []
     for run, report in reports.items():
         scores += [*_losses(run, report), *_pass_rates(run, report), *_error_rates(run, report)]
+        scores += _preferences(run, report)
     return scores
 
 
@@ -116,6 +120,16 @@ def _error_rates(run: str, report: Report) -> Iterator[Score]:
                 difference = part.to_base[score.family].rate(part.metric)
             common = (score.rate(part.metric), difference, part.clips, report.speech.confidence)
             yield Score(run, metric, part.task, score.family, *common)
+
+
+def _preferences(run: str, report: Report) -> Iterator[Score]:
+    for result in report.preferences:
+        for text in figures_of(result):
+            digits = PERCENT_DIGITS if text.in_percent else 3
+            metric = Metric(text.name, text.lower_is_better, digits, in_percent=text.in_percent)
+            for row, value, difference in values_of(result, text):
+                common = (value, difference, result.examples, result.confidence, examples_of(result))
+                yield Score(run, metric, result.task, row.family, *common)
 
 
 def as_csv(scores: Sequence[Score]) -> str:
@@ -208,10 +222,13 @@ def _grid(
     """Header and rows: the run, if there are several, the task, and a cell per method."""
     methods = _methods(scores)
     cells = {(score.run, score.task, score.method): cell(score) for score in scores}
+    notes = {(score.run, score.task): score.note for score in scores}
     with_run = len({score.run for score in scores}) > 1
     rows = []
     for run, task in dict.fromkeys((score.run, score.task) for score in scores):
-        names = [run, task] if with_run else [task]
+        note = notes[run, task]
+        label = f"{task} ({note})" if note else task
+        names = [run, label] if with_run else [label]
         rows.append([*map(escape, names), *(cells.get((run, task, method), "") for method in methods)])
     header = ["run", "task"] if with_run else ["task"]
     return [*header, *map(escape, methods)], rows

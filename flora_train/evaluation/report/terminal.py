@@ -14,6 +14,7 @@ from rich.table import Table
 
 from flora_train.config.terminal_text import in_cell, print_plain, print_table, shown
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
+from flora_train.evaluation.preferences.score_types import PreferenceResult
 from flora_train.evaluation.report.files import read_report
 from flora_train.evaluation.report.formatting import ascii_estimate, ascii_number
 from flora_train.evaluation.report.published_rows import ComparedTable
@@ -42,7 +43,7 @@ def print_results(report: Report, console: Console | None = None) -> None:
         table.add_row(in_cell(result.task), "base", ascii_number(result.base.bits_per_byte.value), "")
         for contender in result.contenders:
             style = ""
-            if contender.best:
+            if contender.best and result.objective == "sft":
                 style = "bold"
             cells = (
                 contender.family + _remark(result, contender),
@@ -55,7 +56,7 @@ def print_results(report: Report, console: Console | None = None) -> None:
 
 def _remark(result: TaskResult, contender: ContenderResult) -> str:
     """` (best)` only among several methods, and marked where the lead is not clear."""
-    if not contender.best or len(result.contenders) == 1:
+    if not contender.best or len(result.contenders) == 1 or result.objective != "sft":
         return ""
     return " (best)" if result.lead_is_clear else " (best, unclear)"
 
@@ -124,6 +125,41 @@ def print_error_rates(speech: SpeechResults | None, console: Console | None = No
     print_table(table, console)
 
 
+def print_preferences(results: Sequence[PreferenceResult], console: Console | None = None) -> None:
+    """Rewards of held-out preferences of the base and every adapter, per task. Fits 80 columns."""
+    console = console or Console(soft_wrap=True)
+    for kind, title in (
+        ("pairs", "held-out pairs: share whose chosen completion has the higher reward"),
+        ("rows", "held-out labelled rows: share whose reward has the sign of the label"),
+    ):
+        shown_results = [result for result in results if result.is_paired == (kind == "pairs")]
+        if not shown_results:
+            continue
+        console.print(shown(f"\n{title}", "bold"))
+        level = _level(shown_results[0].confidence)
+        headings = ["task", "method", kind, f"accuracy [{level}]", "margin"]
+        if kind == "pairs":
+            headings.append("likelier")
+        table = _table(*headings)
+        for result in shown_results:
+            names = [result.task, str(result.examples)]
+            for contender in result.contenders:
+                cells = [
+                    names[0],
+                    contender.family,
+                    names[1],
+                    ascii_estimate(contender.reward_accuracy),
+                    ascii_number(contender.reward_margin.value),
+                ]
+                if contender.chosen_likelier is not None:
+                    cells.append(ascii_number(contender.chosen_likelier.value))
+                table.add_row(*map(in_cell, cells))
+                names = ["", ""]
+        print_table(table, console)
+        if kind == "pairs":
+            console.print(shown("likelier: share whose chosen completion has the higher log-probability"))
+
+
 def print_published(tables: Sequence[ComparedTable], console: Console | None = None) -> None:
     """Published tables beside the figures of a run, with what differs in their set-up. Fits 80 columns."""
     console = console or Console(soft_wrap=True)
@@ -170,6 +206,7 @@ def show(folder: RunFolder) -> None:
     print_sweeps(report)
     print_pass_at_k(report.code)
     print_error_rates(report.speech)
+    print_preferences(report.preferences)
     print_completions(report)
     names = [result.best.name for result in report.results if result.best is not None]
     best = next(iter(names), "ADAPTER")

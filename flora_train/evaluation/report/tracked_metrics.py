@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from flora_train.evaluation.report.preference_figures import METRIC_NAMES, figures_of, values_of
 from flora_train.evaluation.report.types import Report
 
 
 def final_metrics(report: Report) -> dict[str, float]:
-    """`final/<task>/<method>/<metric>` -> value, of base and adapters: bits_per_byte, pass@k and wer."""
+    """`final/<task>/<method>/<metric>` -> value, of base and adapters: bits_per_byte, pass@k, wer,
+    and reward_accuracy and others of preferences."""
     metrics: dict[str, float | None] = {}
     for result in report.results:
         for row in (result.base, *result.contenders):
@@ -23,4 +25,9 @@ def final_metrics(report: Report) -> dict[str, float]:
                 metrics[f"final/{language.task}/{contender.family}/wer"] = contender.rate(
                     language.metric
                 ).value
+    for preferences in report.preferences:
+        for text in figures_of(preferences):
+            for contestant, figure, _ in values_of(preferences, text):
+                key = f"final/{preferences.task}/{contestant.family}/{METRIC_NAMES[text.figure]}"
+                metrics[key] = figure.value
     return {key: value for key, value in metrics.items() if value is not None}

@@ -29,6 +29,7 @@ SCHEMA_VERSION: Final = 7
 
 Step = Annotated[Count, Field(le=MOST_STEPS)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+TaskObjective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
 LossPoint = tuple[Step, Measurement | None]
 """A step, and the loss there in nats per token."""
 TokenPoint = tuple[Step, Count]
@@ -202,7 +203,8 @@ class ContenderResult(HeldoutScore):
     difference_to_base: Interval
     """Bits per byte, negative where the adapter is better."""
     best: bool
-    """Whether it has the lowest bits per byte of its task."""
+    """Whether it has the lowest bits per byte of its task; of a preference task, the lowest mean loss of the
+    objective."""
 
 
 class Difference(ResultModel):
@@ -217,6 +219,9 @@ class TaskResult(ResultModel):
     """Base and adapters of one task on the same held-out examples."""
 
     task: Text
+    objective: TaskObjective = "sft"
+    """What the task's adapters minimise. The losses are those of the next token all the same: of the chosen
+    completions of pairs, and of the completions of KTO."""
     examples: Count
     label_tokens: Count
     label_bytes: Count
@@ -233,7 +238,7 @@ class TaskResult(ResultModel):
 
     @property
     def best(self) -> ContenderResult | None:
-        """The adapter with the lowest bits per byte. None if no loss is finite."""
+        """The adapter with the lowest loss. None if no loss is finite."""
         return next((contender for contender in self.contenders if contender.best), None)
 
     @cached_property
@@ -264,6 +269,8 @@ class SweepMember(ResultModel):
     """Swept key -> its value."""
     bits_per_byte: Measurement | None
     """On held-out examples."""
+    preference_loss: Measurement | None = None
+    """Mean loss of the objective on held-out examples of a preference task."""
     retired: Retirement | None = None
 
 
@@ -272,9 +279,17 @@ class SweepResult(ResultModel):
 
     sweep: Text
     task: Text
+    objective: TaskObjective = "sft"
     winner: Text | None
-    """Family with the lowest bits per byte. None if none is finite."""
+    """Family with the lowest bits per byte, of a preference task with the lowest loss of the objective. None
+    if none is finite."""
     members: tuple[SweepMember, ...]
+
+    def loss(self, member: SweepMember) -> float | None:
+        """The loss that the settings are compared by."""
+        if self.objective == "sft":
+            return member.bits_per_byte
+        return member.preference_loss
 
     @cached_property
     def by_family(self) -> dict[str, SweepMember]:

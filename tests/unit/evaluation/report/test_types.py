@@ -54,14 +54,14 @@ def test_kept_pages_show_the_kept_reports(name: str) -> None:
 @pytest.mark.parametrize(
     ("marks", "line"),
     [
-        ({"schema": 5}, "was written by an older version of flora-train (schema 5, this version reads 6)"),
+        ({"schema": 5}, "was written by an older version of flora-train (schema 5, this version reads 7)"),
         (
             {"schema_version": 5},
-            "was written by an older version of flora-train (schema 5, this version reads 6)",
+            "was written by an older version of flora-train (schema 5, this version reads 7)",
         ),
         (
             {"schema_version": 99},
-            "was written by a newer version of flora-train (schema 99, this version reads 6)",
+            "was written by a newer version of flora-train (schema 99, this version reads 7)",
         ),
         ({}, "is damaged (schema_version is missing)"),
     ],
