@@ -18,7 +18,7 @@ from flora_train.evaluation.report.formatting import (
     share,
     stage_duration,
 )
-from flora_train.evaluation.report.preference_figures import figures_of, values_of
+from flora_train.evaluation.report.preference_figures import figures_of, setting_of, values_of
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
 from flora_train.runtime.config_changes import flat
@@ -73,6 +73,8 @@ class RunMetric:
     """The difference to the base on the same examples; None for the base."""
     examples: tuple[object, ...]
     """Identifies the examples and how they were evaluated: metrics are comparable where it is equal."""
+    setting: str = ""
+    """What else the metric depends on, such as beta."""
     in_percent: bool = False
     higher_is_better: bool = False
 
@@ -284,10 +286,10 @@ def _speech_metrics(report: Report) -> Iterator[RunMetric]:
 def _preference_metrics(report: Report) -> Iterator[RunMetric]:
     hashes = {task.name: task.heldout_hash or task.data_hash for task in report.tasks}
     for result in report.preferences:
-        examples: tuple[object, ...] = (hashes[result.task], result.examples)
+        examples = (hashes[result.task], result.examples)
         for text in figures_of(result):
             # margins and losses grow with beta; shares do not
-            of_figure = examples if text.in_percent else (*examples, result.objective, result.beta)
+            setting = "" if text.in_percent else setting_of(result)
             title = f"{text.name.capitalize()} on held-out preferences"
             if text.in_percent:
                 title += ", percent"
@@ -298,7 +300,8 @@ def _preference_metrics(report: Report) -> Iterator[RunMetric]:
                     row.family,
                     value,
                     difference,
-                    of_figure,
+                    examples,
+                    setting=setting,
                     in_percent=text.in_percent,
                     higher_is_better=not text.lower_is_better,
                 )
@@ -306,10 +309,12 @@ def _preference_metrics(report: Report) -> Iterator[RunMetric]:
 
 def _row(what: tuple[str, str], metrics: Mapping[int, RunMetric], groups: Sequence[Sequence[int]]) -> Row:
     """metrics: run -> its metric."""
-    comparable = len({metric.examples for metric in metrics.values()}) == 1
     best: Sequence[int] = []
-    note = "not of the same examples"
-    if comparable:
+    if len({metric.examples for metric in metrics.values()}) > 1:
+        note = "not of the same examples"
+    elif len({metric.setting for metric in metrics.values()}) > 1:
+        note = "with another objective or beta"
+    else:
         best, note = _best_group(metrics, groups), ""
     cells: list[Cell | None] = [None] * sum(map(len, groups))
     for i, metric in metrics.items():
