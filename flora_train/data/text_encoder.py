@@ -52,6 +52,7 @@ class TextEncoder:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._pipeline = {} if self._backend is None else pipeline_of(self._backend)
         self._hidden_tokens = self._find_hidden_tokens()
+        self.is_slow = self._backend is None
         self._copies: dict[tuple[Place, bool, bool], Any] = {}
 
     def prompt(self, text: str, special_tokens: bool) -> list[int]:
@@ -79,6 +80,12 @@ class TextEncoder:
             if self.place_after(prompt) == "token" and self._spaced_after_token
             else text
         )
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """A pattern of the texts of all special tokens; it matches nothing if there are none."""
+        texts = sorted({text.strip() for text in self.special.values()} - {""}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
     @cached_property
     def _spaced_after_token(self) -> bool:

@@ -1,0 +1,60 @@
+"""Checks that a template writes what a conversation has: some leave out roles, tools or calls silently."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flora_train.data.chat.messages import Conversation
+from flora_train.data.chat.template import ChatTemplate, Form, TemplateError
+
+WORD = "qzxvwk"
+"""Stands for a text that must come out."""
+
+
+class CompletenessCheck:
+    """Finds what a template leaves out. Each kind of message is tried once, in the first row that has it."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self._tried: set[tuple[str, ...]] = set()
+
+    def __call__(self, conversation: Conversation, form: Form) -> None:
+        """Raises ValueError that names what the template does not write."""
+        has_tools = "tools" if conversation.tools else ""
+        for position, message in enumerate(conversation.messages):
+            role = message["role"]
+            if role != "assistant" and self._is_new(role, str(position == 0), has_tools):
+                changed = {**message, "content": WORD}
+                self._try(conversation, position, changed, form, f"messages of the role {role!r}")
+            if message.get("tool_calls") and self._is_new("tool_calls", has_tools):
+                calls = [
+                    {**call, "function": {**call["function"], "name": WORD}} for call in message["tool_calls"]
+                ]
+                self._try(conversation, position, {**message, "tool_calls": calls}, form, "tool calls")
+        if conversation.tools and self._is_new("tools"):
+            function = {"name": WORD, "description": WORD, "parameters": {"type": "object", "properties": {}}}
+            tools = ({"type": "function", "function": function},)
+            self._require(replace(conversation, tools=tools), form, "the definitions of tools")
+
+    def _is_new(self, *kind: str) -> bool:
+        is_new = kind not in self._tried
+        self._tried.add(kind)
+        return is_new
+
+    def _try(
+        self, conversation: Conversation, position: int, changed: dict[str, object], form: Form, part: str
+    ) -> None:
+        messages = list(conversation.messages)
+        messages[position] = changed
+        self._require(replace(conversation, messages=tuple(messages)), form, part)
+
+    def _require(self, conversation: Conversation, form: Form, part: str) -> None:
+        try:
+            text = self.template.render(conversation, form=form).text
+        except TemplateError:  # it reads the text, so that it does not leave it out
+            return
+        if WORD not in text.lower():
+            raise ValueError(
+                f"{self.template.name} leaves out {part}: give chat_template one that writes them, or remove "
+                "them from the row"
+            )
