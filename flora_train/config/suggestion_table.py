@@ -79,6 +79,30 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
     ),
     **dict.fromkeys(("wd", "decay", "weight_decay_rate", "l2"), (Suggestion(f"{ADAPTER}.weight_decay"),)),
     **dict.fromkeys(
+        (
+            "loraplus_lr_ratio",
+            "lora_plus_lr_ratio",
+            "loraplus",
+            "lora_plus",
+            "loraplus_ratio",
+            "lr_ratio_b",
+            "lora_b_lr_ratio",
+        ),
+        (Suggestion(f"{ADAPTER}.lr_ratio", "Write the learning rate of B as a multiple of lr, such as 16."),),
+    ),
+    **dict.fromkeys(
+        ("neftune", "neftune_alpha", "noise_alpha", "neft_alpha", "noisy_embedding_alpha"),
+        (Suggestion(f"{ADAPTER}.neftune_noise_alpha", "Write a number such as 5."),),
+    ),
+    **dict.fromkeys(
+        ("ema", "use_ema", "ema_model", "ema_rate", "ema_beta", "ema_alpha", "ema_momentum", "polyak"),
+        (Suggestion(f"{ADAPTER}.ema_decay", "Write a share such as 0.99."),),
+    ),
+    **dict.fromkeys(
+        ("seeds", "init_seed", "model_seed", "adapter_seed", "lora_seed"),
+        (Suggestion(f"{ADAPTER}.seed", "Write a number, or a list that makes an adapter for each seed."),),
+    ),
+    **dict.fromkeys(
         ("early_stopping_patience", "early_stopping"),
         (Suggestion(f"{ADAPTER}.patience", "Write the number of evaluations without improvement."),),
     ),

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.base import LONGEST_NAME, MOST_STEPS, ConfigModel
 from flora_train.config.errors import choices, user_error
 from flora_train.config.paths import RawConfig
@@ -125,8 +126,8 @@ def _origin(entry: str, chosen: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check(key: str, option: str, values: list[Any]) -> None:
-    if option in LISTS:
-        return
+    if option in LISTS or option not in AdapterConfig.model_fields:
+        return  # of unknown keys, the schema says what they are called here
     if option not in (*SWEPT, SEED):
         hint = f"cannot be swept: a list of values may stand for {choices((*SWEPT, SEED))}"
         raise user_error(key, values, hint)

@@ -139,7 +139,8 @@ class SuccessiveHalving:
             self.rungs = sorted({max(1, steps // self.factor**i) for i in range(1, needed + 1)})
 
     def eliminated(self, losses: Mapping[int, float], step: int, retired: Collection[int]) -> list[int]:
-        """Adapters eliminated after `step` steps.
+        """Adapters eliminated after `step` steps. The seeds of a setting stay or leave together, by their
+        mean loss.
 
         losses: held-out, by adapter id, of the active adapters; NaN counts as the highest. retired: adapters
         that were retired before, for any reason.
@@ -153,23 +154,28 @@ class SuccessiveHalving:
             if remaining > needed:
                 continue  # a smaller sweep than others is halved at the last rungs
             survivors = math.ceil(len(members) / self.factor ** (needed - remaining + 1))
-            active = [adapter for adapter in members if adapter not in retired]
-            active.sort(key=lambda adapter: (_nan_last(losses[adapter]), adapter))
-            leaving += active[survivors:]
+            active = [[seed for seed in seeds if seed not in retired] for seeds in members]
+            ranked = sorted((_mean_loss(losses, seeds), seeds) for seeds in active if seeds)
+            for _, seeds in ranked[survivors:]:
+                leaving += seeds
         return sorted(leaving)
 
     def _rungs_needed(self, members: int) -> int:
-        """Rungs until one of `members` adapters is left."""
+        """Rungs until one of `members` settings is left."""
         return math.ceil(round(math.log(members, self.factor), 9))
 
 
-def _sweeps(specs: Sequence[AdapterSpec]) -> list[list[int]]:
-    """The adapters of every sweep on every task."""
-    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+def _sweeps(specs: Sequence[AdapterSpec]) -> list[list[list[int]]]:
+    """The settings of every sweep on every task; each is one adapter, or its adapters of several seeds."""
+    groups: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for adapter, spec in enumerate(specs):
         if spec.sweep is not None:
-            groups[spec.task, spec.sweep].append(adapter)
-    return list(groups.values())
+            groups[spec.task, spec.sweep][spec.seeds_of or spec.family].append(adapter)
+    return [list(settings.values()) for settings in groups.values()]
+
+
+def _mean_loss(losses: Mapping[int, float], adapters: Sequence[int]) -> float:
+    return sum(_nan_last(losses[adapter]) for adapter in adapters) / len(adapters)
 
 
 def _nan_last(loss: float) -> float:

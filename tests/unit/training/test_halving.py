@@ -96,3 +96,17 @@ def test_remaining_adapters_share_the_budget_of_retired_ones(tmp_path: Path) -> 
         len({(r.task, r.example) for g in plan.microbatches for r in g}) for plan in before if plan
     )
     assert whole.early_stopping.retired == {}
+
+
+def test_seeds_of_a_setting_stay_or_leave_together() -> None:
+    """By their mean: the best single seed is of the setting that leaves."""
+    specs = [
+        spec("lora", "a", f"x{i}_seed{seed}", sweep="x", seed=seed, seeds_of=f"x{i}")
+        for i in range(2)
+        for seed in range(2)
+    ]
+    judge = SuccessiveHalving(specs, halving(), 100)
+    assert judge.rungs == [50]  # of two settings
+    assert judge.eliminated(dict(enumerate([1.0, 9.0, 3.0, 4.0])), 50, ()) == [0, 1]
+    assert judge.eliminated(dict(enumerate([1.0, 2.0, 3.0, nan])), 50, ()) == [2, 3]
+    assert judge.eliminated(dict(enumerate([1.0, 9.0, 3.0, 4.0])), 50, {1}) == [2, 3]
