@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from flora_train.adapters.peft_config import check_harmless
 from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES, check_targets, check_tensors, read_files
-from flora_train.adapters.spec import AdapterSpec, make_spec
+from flora_train.adapters.spec import AdapterSpec, make_spec, scaling_of
 from flora_train.adapters.targets import find_targets, shortest_suffixes
 from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.errors import Problem, UserError, user_error
+from flora_train.config.name_patterns import value_for
 from flora_train.config.schema import RunConfig
 from flora_train.models.loading import empty_model
 
@@ -35,6 +36,8 @@ class PeftOutline:
     """Rank of B A; None for IA3."""
     alpha: float | None
     rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
     variant: str | None
     """Of a FLORA; None for other types."""
     shapes: Mapping[str, tuple[int | None, int | None]]
@@ -82,8 +85,8 @@ def resolve_init_from(config: RunConfig, begun: RunConfig | None = None) -> RunC
 def _left_out(adapter: AdapterConfig) -> list[str]:
     """Keys that are read from the PEFT adapter."""
     keys = {
-        "flora": ("rank", "variant"),
-        "lora": ("rank", "alpha", "rslora"),
+        "flora": ("rank", "rank_pattern", "variant"),
+        "lora": ("rank", "rank_pattern", "alpha", "alpha_pattern", "rslora"),
         "ia3": ("feedforward_modules",),
     }[adapter.method]
     missing = [key for key in keys if getattr(adapter, key) is None]
@@ -148,6 +151,8 @@ def read_outline(source: str, key: str, model_modules: Sequence[str]) -> PeftOut
         rank=config.rank,
         alpha=config.alpha,
         rslora=peft_type == "LORA" and config.rslora,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
         variant=config.variant if peft_type == "FLORA" else None,
         shapes=shapes,
         feedforward=frozenset(
@@ -191,17 +196,21 @@ def _value_of(name: str, outline: PeftOutline, adapter: AdapterConfig, model: nn
     if name == "feedforward_modules":
         return shortest_suffixes(outline.shapes, outline.feedforward)
     if name == "rank":
-        return _rank_for(outline, adapter.variant)
-    return {"alpha": outline.alpha, "rslora": outline.rslora, "variant": outline.variant or adapter.variant}[
-        name
-    ]
+        return None if outline.rank is None else outline.rank - _extra_ranks(outline, adapter.variant)
+    if name == "rank_pattern":
+        more = _extra_ranks(outline, adapter.variant)
+        return {pattern: rank - more for pattern, rank in outline.rank_pattern.items()} or None
+    return {
+        "alpha": outline.alpha,
+        "alpha_pattern": dict(outline.alpha_pattern) or None,
+        "rslora": outline.rslora,
+        "variant": outline.variant or adapter.variant,
+    }[name]
 
 
-def _rank_for(outline: PeftOutline, variant: str | None) -> int | None:
-    """The rank of the equivalent adapter here: a pure fLoRA is a HIRA of one rank more."""
-    if outline.peft_type == "HIRA" and variant == "pure" and outline.rank is not None:
-        return outline.rank - 1
-    return outline.rank
+def _extra_ranks(outline: PeftOutline, variant: str | None) -> int:
+    """Ranks that the equivalent adapter here does not have: a pure fLoRA is a HIRA of one rank more."""
+    return int(outline.peft_type == "HIRA" and variant == "pure")
 
 
 def _check_modules(outline: PeftOutline, key: str, config: RunConfig, model: nn.Module) -> None:
@@ -236,20 +245,10 @@ def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, 
     from_lora = spec.method == "flora" and outline.peft_type in ("LORA", "ADALORA")
     if from_lora and not spec.offset:
         raise user_error(f"{key}.variant", written.variant, "cannot start from a LORA: set it to residual")
-    rank = _rank_for(outline, "residual" if spec.offset else "pure")
-    if spec.method != "ia3" and not from_lora and spec.rank != rank:
-        raise user_error(
-            f"{key}.rank", spec.rank, f"is not that of {source}: set it to {rank}, or remove this key"
-        )
-    if spec.method == "lora" and outline.alpha is not None and rank:
-        scaling = outline.alpha / (rank**0.5 if outline.rslora else rank)
-        if abs(scaling - spec.scaling) > 1e-9:
-            name = "rslora" if spec.rslora != outline.rslora and written.rslora is not None else "alpha"
-            hint = (
-                f"is not that of {source}: set alpha to {outline.alpha:g} and rslora to "
-                f"{str(outline.rslora).lower()}, or remove both"
-            )
-            raise user_error(f"{key}.{name}", getattr(spec, name), hint)
+    if spec.method != "ia3" and not from_lora:
+        _check_ranks(spec, outline)
+    if spec.method == "lora" and outline.alpha is not None:
+        _check_scaling(spec, outline, written)
     targets = find_targets(model, spec)
     _check_layers(spec, outline, written, set(targets))
     for module, (outputs, inputs) in outline.shapes.items():
@@ -271,9 +270,45 @@ def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, 
             raise user_error(f"{key}.init_from", source, hint)
 
 
+def _check_ranks(spec: AdapterSpec, outline: PeftOutline) -> None:
+    """Raises UserError where a module's rank is not that of the PEFT adapter."""
+    more = _extra_ranks(outline, "residual" if spec.offset else "pure")
+    for module in outline.shapes:
+        own, theirs = spec.at(module).rank, value_for(outline.rank_pattern, module, outline.rank)
+        if theirs is None or own == theirs - more:
+            continue
+        option, fix = "rank", f"set it to {theirs - more}, or remove this key"
+        if spec.rank_pattern or outline.rank_pattern:
+            option, fix = "rank_pattern", f"{module} has {theirs - more} there: remove rank and rank_pattern"
+        raise user_error(f"adapters.{spec.family}.{option}", own, f"is not that of {outline.source}: {fix}")
+
+
+def _check_scaling(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig) -> None:
+    """Raises UserError where a module's update is scaled otherwise than in the PEFT adapter."""
+    key, source = f"adapters.{spec.family}", outline.source
+    assert outline.alpha is not None
+    for module in outline.shapes:
+        rank = value_for(outline.rank_pattern, module, outline.rank)
+        alpha = value_for(outline.alpha_pattern, module, outline.alpha)
+        if rank is None or abs(scaling_of(rank, alpha, outline.rslora) - spec.at(module).scaling) <= 1e-9:
+            continue
+        if spec.alpha_pattern or outline.alpha_pattern:
+            hint = f"is not that of {source} on {module}: remove alpha, alpha_pattern and rslora"
+            raise user_error(f"{key}.alpha_pattern", spec.at(module).alpha, hint)
+        name = "rslora" if spec.rslora != outline.rslora and written.rslora is not None else "alpha"
+        hint = (
+            f"is not that of {source}: set alpha to {outline.alpha:g} and rslora to "
+            f"{str(outline.rslora).lower()}, or remove both"
+        )
+        raise user_error(f"{key}.{name}", getattr(spec, name), hint)
+
+
 def _check_layers(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, targets: set[str]) -> None:
     """Raises UserError where the adapter of a run is on other layers than the one that it starts from."""
-    name = "target_modules" if written.target_modules != "default" else "parent_module"
+    limits = ("exclude_modules", "layers_to_transform", "parent_module")
+    name = "target_modules"
+    if written.target_modules == "default":
+        name = next((limit for limit in limits if getattr(written, limit) is not None), "parent_module")
     key, value = f"adapters.{spec.family}.{name}", getattr(written, name)
     remove = "remove this key, so that the layers are read from there"
     if surplus := sorted(targets - outline.shapes.keys()):

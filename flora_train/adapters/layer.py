@@ -103,7 +103,8 @@ class AdapterLinear(nn.Module):
         )
         params = span.pool.gather(target.name, span.slots)
         segments = span.segments.scaled(tokens_per_row)
+        specs = [spec.at(target.name) for spec in span.specs]
         feedforward = target.feedforward
         return span.pool.method.forward(
-            x, site, params, specs=span.specs, feedforward=feedforward, segments=segments
+            x, site, params, specs=specs, feedforward=feedforward, segments=segments
         )

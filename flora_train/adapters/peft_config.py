@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flora_train.adapters.spec import scaling_of
 from flora_train.config.errors import UserError, choices, first_line, user_error
 from flora_train.config.json_format import JsonObject, JsonValue
+from flora_train.config.name_patterns import check_pattern_keys, value_for
 from flora_train.models.hub_files import adapter_folder
 
 CONFIG = "adapter_config.json"
@@ -58,6 +60,23 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _pattern_of(rule: Rule) -> Rule:
+    """Of a rank_pattern or alpha_pattern: regular expressions with values that `rule` accepts."""
+
+    def is_pattern(value: Any) -> bool:
+        if value is None:
+            return True
+        if not isinstance(value, dict) or not all(map(rule, value.values())):
+            return False
+        try:
+            check_pattern_keys(value)
+        except ValueError:
+            return False
+        return True
+
+    return is_pattern
+
+
 def _positive(value: Any) -> bool:
     return _number(value) and value > 0
 
@@ -86,7 +105,7 @@ runtime_config from files."""
 SOME_LAYERS: dict[str, Rule] = {
     "layers_to_transform": _numbers,
     "layers_pattern": _names,
-    "rank_pattern": _off,
+    "rank_pattern": _pattern_of(_size),
 }
 """The adapted layers are compared with the adapter's tensors (peft_tensors.py)."""
 
@@ -106,7 +125,7 @@ LORA: dict[str, Rule] = {
     "use_rslora": _flag,
     "init_lora_weights": INITS,
     "bias": _one_of("none"),
-    "alpha_pattern": _off,
+    "alpha_pattern": _pattern_of(_number),
     "megatron_config": _off,
     "megatron_core": _anything,
     "qalora_group_size": _anything,
@@ -136,6 +155,8 @@ it converts a CorDA."""
 ADALORA: dict[str, Rule] = {
     **LORA,
     "r": _anything,
+    "rank_pattern": _off,
+    "alpha_pattern": _off,
     "lora_alpha": _positive,
     "use_rslora": _anything,
     "init_r": _size,
@@ -191,6 +212,8 @@ HINTS = {
     "init_r": "must be a whole number of 1 or more",
     "lora_alpha": "must be a number",
     "variant": "must be 'pure' or 'residual'",
+    "rank_pattern": "must have regular expressions as keys and whole numbers of 1 or more as values",
+    "alpha_pattern": "must have regular expressions as keys and numbers as values",
 }
 
 
@@ -226,13 +249,27 @@ class PeftConfig:
         return bool(self.options.get("use_rslora"))
 
     @property
-    def scale(self) -> float:
-        """The factor of B A in a LORA."""
-        assert self.rank is not None, "check_harmless requires it"
-        assert self.alpha is not None, "check_harmless requires it"
-        if self.rslora:
-            return self.alpha / self.rank**0.5
-        return self.alpha / self.rank
+    def rank_pattern(self) -> dict[str, int]:
+        """Pattern -> rank of the modules that it matches."""
+        pattern: Any = self.options.get("rank_pattern")
+        return dict(pattern) if isinstance(pattern, dict) else {}
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """Pattern -> alpha of the modules that it matches."""
+        pattern: Any = self.options.get("alpha_pattern")
+        return dict(pattern) if isinstance(pattern, dict) else {}
+
+    def rank_at(self, module: str) -> int | None:
+        """The rank on one module."""
+        return value_for(self.rank_pattern, module, self.rank)
+
+    def scale_at(self, module: str) -> float:
+        """The factor of B A in a LORA on one module."""
+        rank, alpha = self.rank_at(module), value_for(self.alpha_pattern, module, self.alpha)
+        assert rank is not None, "check_harmless requires it"
+        assert alpha is not None, "check_harmless requires it"
+        return scaling_of(rank, alpha, self.rslora)
 
     @property
     def variant(self) -> str | None:

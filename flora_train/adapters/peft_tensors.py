@@ -80,13 +80,13 @@ def check_tensors(config: PeftConfig, tensors: Mapping[str, Tensor], source: str
         if tensor.dtype not in DTYPES:
             hint = f"{name} has dtype {tensor.dtype}: float32, float16 and bfloat16 are supported"
             raise user_error(key, source, hint)
-        if not _fits(peft_type, suffix, tuple(tensor.shape), config=config):
+        module = name.removeprefix(PREFIX).removesuffix(f".{suffix}")
+        if not _fits(suffix, tuple(tensor.shape), module, config=config):
             shape = tuple(tensor.shape)
             hint = (
                 f"{name} has shape {shape}, which {CONFIG} does not allow: the files do not belong together"
             )
             raise user_error(key, source, hint)
-        module = name.removeprefix(PREFIX).removesuffix(f".{suffix}")
         suffixes_of.setdefault(module, set()).add(suffix)
     for module, suffixes in suffixes_of.items():
         if missing := set(SUFFIXES[peft_type]) - suffixes:
@@ -100,13 +100,13 @@ def _suffix(name: str, peft_type: str) -> str | None:
     return next((suffix for suffix in SUFFIXES[peft_type] if name.endswith(f".{suffix}")), None)
 
 
-def _fits(peft_type: str, suffix: str, shape: tuple[int, ...], *, config: PeftConfig) -> bool:
-    """Whether a tensor of this shape agrees with the rank in adapter_config.json."""
+def _fits(suffix: str, shape: tuple[int, ...], module: str, *, config: PeftConfig) -> bool:
+    """Whether a tensor of this shape agrees with the module's rank in adapter_config.json."""
     if len(shape) != 2 or 0 in shape:
         return False
-    if peft_type == "IA3":
+    if config.peft_type == "IA3":
         return 1 in shape
-    rank = config.rank
+    rank = config.rank_at(module)
     if suffix == "lora_E":
         return shape == (rank, 1)
     rank_dimension = int("_B" in suffix)

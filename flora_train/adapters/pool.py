@@ -1,6 +1,6 @@
 """Storage of adapters as rows: one adapter is one row of a [slots, P] tensor.
 
-Adapters of the same method, rank and targets share a pool. A layer's parameters are views of the pool's
+Adapters of the same method, ranks and targets share a pool. A layer's parameters are views of the pool's
 tensor, so that clipping, the optimizer, checkpoints and communication handle an adapter as one vector instead
 of layer by layer.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flora_train.adapters.methods import METHODS, AdapterMethod, Target
 from flora_train.adapters.spec import AdapterSpec
-from flora_train.adapters.targets import find_targets
+from flora_train.adapters.targets import check_patterns, find_targets
 
 PLANES = 4
 """Values, gradients, and AdamW's two moments."""
@@ -66,7 +66,7 @@ class Pool:
         self.row_size = 0
         for name, target in targets.items():
             self.layout[name] = {}
-            for param, shape in self.method.shapes(specs[0], target).items():
+            for param, shape in self.method.shapes(specs[0].at(name), target).items():
                 self.layout[name][param] = (self.row_size, shape)
                 self.row_size += prod(shape)
 
@@ -126,7 +126,8 @@ class Pool:
         seed = spec.seed_in(seed)
         for name, layout in self.layout.items():
             params = {p: torch.empty(shape, dtype=views[name][p].dtype) for p, (_, shape) in layout.items()}
-            self.method.initialise(params, spec, seeded_generator(seed, spec.seed_name, name))
+            generator = seeded_generator(seed, spec.seed_name, name)
+            self.method.initialise(params, spec.at(name), generator)
             for param, view in views[name].items():
                 view.copy_(params[param])
 
@@ -160,9 +161,11 @@ def numbers_of(pools: Iterable[Pool], gradients: bool = True) -> int:
     return sum(len(pool.specs) * pool.row_size * (pool.plane_count - omitted) for pool in pools)
 
 
-def pool_key(spec: AdapterSpec) -> tuple[str, int, object, object, object]:
-    """Adapters with the same key share a pool."""
-    return spec.method, spec.rank, spec.target_modules, spec.feedforward_modules, spec.parent_module
+def pool_key(spec: AdapterSpec) -> tuple[object, ...]:
+    """Adapters with the same key share a pool: all their tensors have the same shapes."""
+    ranks = spec.rank, spec.rank_pattern
+    layers = spec.exclude_modules, spec.layers_to_transform, spec.layers_pattern, spec.parent_module
+    return spec.method, ranks, spec.target_modules, spec.feedforward_modules, *layers
 
 
 def build_pools(
@@ -180,7 +183,10 @@ def build_pools(
     pools: list[Pool] = []
     left_out: dict[str, str] = {}
     for members in groups.values():
-        pools.append(Pool(members[0].method, members, find_targets(model, members[0], unusable)))
+        targets = find_targets(model, members[0], unusable)
+        for spec in members:
+            check_patterns(spec, targets)
+        pools.append(Pool(members[0].method, members, targets))
         selected = find_targets(model, members[0])
         left_out |= {name: reason for name, reason in unusable.items() if name in selected}
     return pools, left_out

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 from flora_train.config.adapter_schema import AdapterConfig, adapter_name
+from flora_train.config.name_patterns import as_pairs, value_for
 from flora_train.config.schema import RunConfig
 
 BASE = "__base__"
@@ -13,7 +16,7 @@ BASE = "__base__"
 BASE_ID = -1
 """The id of the base model in batches."""
 
-DEFAULT_RANK = {"flora": 4, "lora": 8, "ia3": 0}
+DEFAULT_RANK = {"flora": 4, "lora": 8, "dora": 8, "ia3": 0}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class AdapterSpec:
     offset: float
     """flora: 0 for the pure variant, 1 for the residual one."""
     scaling: float
-    """lora: alpha / rank, or alpha / sqrt(rank) with rslora."""
+    """lora and dora: alpha / rank, or alpha / sqrt(rank) with rslora."""
     alpha: float
     rslora: bool
     dropout: float
@@ -53,6 +56,12 @@ class AdapterSpec:
     seed: int | None = None
     """None: the run's seed."""
     seeds_of: str | None = None
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    """(pattern, rank) in the order of the entry; the first pattern that matches a module counts."""
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
 
     @property
     def seed_name(self) -> str:
@@ -63,6 +72,29 @@ class AdapterSpec:
     def seed_in(self, run_seed: int) -> int:
         """The seed of the adapter's random numbers in a run of this seed."""
         return run_seed if self.seed is None else self.seed
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether rank or scaling differ between modules."""
+        return bool(self.rank_pattern or self.alpha_pattern)
+
+    def at(self, module: str) -> AdapterSpec:
+        """The adapter as it is on one module: with the rank, alpha and scaling there, without patterns."""
+        return _spec_at(self, module) if self.has_patterns else self
+
+
+@lru_cache(maxsize=2**16)
+def _spec_at(spec: AdapterSpec, module: str) -> AdapterSpec:
+    rank = value_for(dict(spec.rank_pattern), module, spec.rank)
+    alpha = value_for(dict(spec.alpha_pattern), module, spec.alpha)
+    return replace(
+        spec,
+        rank=rank,
+        alpha=alpha,
+        scaling=scaling_of(rank, alpha, spec.rslora),
+        rank_pattern=(),
+        alpha_pattern=(),
+    )
 
 
 def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: int) -> AdapterSpec:
@@ -80,8 +112,6 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: 
     rank = adapter.rank or DEFAULT_RANK[adapter.method]
     alpha = adapter.alpha or 2.0 * rank
     steps = adapter.max_steps or default_steps
-    selection = adapter.target_modules
-    inputs = adapter.feedforward_modules
     init_from = adapter.init_from
     if init_from is not None:
         init_from = init_from.replace("{task}", task)
@@ -92,7 +122,7 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: 
         method=adapter.method,
         rank=rank,
         offset=0.0 if adapter.variant == "pure" else 1.0,
-        scaling=_scaling(rank, alpha, bool(adapter.rslora)),
+        scaling=scaling_of(rank, alpha, bool(adapter.rslora)),
         alpha=alpha,
         rslora=bool(adapter.rslora),
         dropout=adapter.dropout or 0.0,
@@ -102,8 +132,8 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: 
         lr_schedule=adapter.lr_schedule,
         warmup_steps=adapter.warmup_for(steps),
         max_steps=steps,
-        target_modules=selection if isinstance(selection, str) else tuple(selection),
-        feedforward_modules=None if inputs is None else tuple(inputs),
+        target_modules=_hashable(adapter.target_modules),
+        feedforward_modules=_hashable(adapter.feedforward_modules),
         parent_module=adapter.parent_module,
         sweep=adapter.sweep,
         init_from=init_from,
@@ -114,10 +144,21 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: 
         ema_decay=adapter.ema_decay,
         seed=adapter.seed,
         seeds_of=adapter.seeds_of,
+        rank_pattern=as_pairs(adapter.rank_pattern),
+        alpha_pattern=as_pairs(adapter.alpha_pattern),
+        exclude_modules=_hashable(adapter.exclude_modules),
+        layers_to_transform=_hashable(adapter.layers_to_transform),
+        layers_pattern=_hashable(adapter.layers_pattern),
     )
 
 
-def _scaling(rank: int, alpha: float, rslora: bool) -> float:
+def _hashable(value: Any) -> Any:
+    """A list as a tuple, any other value as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def scaling_of(rank: int, alpha: float, rslora: bool) -> float:
+    """The factor of B A in a LoRA."""
     if rank == 0:
         return 1.0
     return alpha / rank**0.5 if rslora else alpha / rank

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from flora_train.adapters.methods import Target
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.target_groups import GROUPS, QUERY_KEY, query_key_layers
+from flora_train.adapters.target_limits import limited
 from flora_train.config.errors import choices, did_you_mean, user_error
+from flora_train.config.name_patterns import SELECTIONS, ends_with, is_regex, matches_ending
 
 WITHOUT_LIST = ("all-linear", "default")
 """Values of target_modules that stand alone."""
@@ -75,45 +78,63 @@ def find_targets(
         if reason is not None:
             hint += f" that an adapter can be attached to ({reason})"
         raise user_error(f"{key}.target_modules", spec.target_modules, hint)
+    check_patterns(spec, selected)
     if spec.method != "ia3":
         return selected
     suffixes = spec.feedforward_modules
     if suffixes is None and set(_entries(spec)) <= {*GROUPS}:
         suffixes = ()
     for suffix in suffixes or ():
-        if not any(_ends_with(name, [suffix]) for name in selected):
+        if not any(ends_with(name, [suffix]) for name in selected):
             hint = f"matches none of the targets {', '.join(endings(selected))}"
             raise user_error(f"{key}.feedforward_modules", suffix, hint)
     if suffixes is None:
         suffixes = tuple(_ia3_default(model, "feedforward_modules", key))
     for name, target in selected.items():
-        if _ends_with(name, suffixes):
+        if ends_with(name, suffixes):
             selected[name] = replace(target, feedforward=True)
     return selected
 
 
 def _select(model: nn.Module, spec: AdapterSpec, unusable: Mapping[str, str]) -> dict[str, Target]:
-    """The layers that `target_modules` selects, usable or not."""
+    """The layers that `target_modules` and its limits select, usable or not."""
     available = linear_layers(model)
+    suffixes: list[str] = []
     if spec.target_modules == "all-linear" or (spec.target_modules == "default" and spec.method != "ia3"):
-        return available
-    key = f"adapters.{spec.family}.target_modules"
-    if spec.target_modules == "default":
+        chosen = {*available}
+    elif is_regex(spec.target_modules):
+        chosen = _match_regex(model, available, spec)
+    elif spec.target_modules == "default":
         suffixes = _ia3_default(model, "target_modules", f"adapters.{spec.family}")
-        return _match(model, available, suffixes, key=key)
-    entries = _entries(spec)
-    suffixes = [entry for entry in entries if entry not in GROUPS]
-    chosen = {*_match(model, available, suffixes, key=key)}
-    if QUERY_KEY in entries:
-        chosen |= _query_and_key(model, available, key)
+        chosen = _match(model, available, suffixes, key=f"adapters.{spec.family}.target_modules")
+    else:
+        suffixes = [entry for entry in _entries(spec) if entry not in GROUPS]
+        chosen = _match(model, available, suffixes, key=f"adapters.{spec.family}.target_modules")
+        if QUERY_KEY in _entries(spec):
+            chosen |= _query_and_key(model, available, f"adapters.{spec.family}.target_modules")
+    chosen = limited(model, chosen, spec)
+    _check_supported(model, chosen, available, spec=spec, suffixes=suffixes)
     selected = {name: target for name, target in available.items() if name in chosen}
+    if spec.target_modules != "default":
+        _check_usable(model, selected, unusable, spec=spec, suffixes=suffixes)
+    return selected
+
+
+def _check_usable(
+    model: nn.Module,
+    selected: Collection[str],
+    unusable: Mapping[str, str],
+    *,
+    spec: AdapterSpec,
+    suffixes: Iterable[str],
+) -> None:
+    """Raises UserError for an entry of target_modules that selects unusable layers only."""
     for suffix in suffixes:
-        names = [name for name in selected if _ends_with(name, [suffix])]
+        names = [name for name in selected if ends_with(name, [suffix])]
         if names and all(name in unusable for name in names):
             layer = f"{names[0]} of {type(model).__name__}"
             hint = f"no adapter can be attached to {layer}, which {unusable[names[0]]}: remove it"
-            raise user_error(key, suffix, hint)
-    return selected
+            raise user_error(f"adapters.{spec.family}.target_modules", suffix, hint)
 
 
 def _entries(spec: AdapterSpec) -> tuple[str, ...]:
@@ -174,31 +195,69 @@ def _suffixes(name: str) -> list[str]:
     return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
 
 
-def _ends_with(name: str, suffixes: Iterable[str]) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
-
-
 def _match(
     model: nn.Module, available: Mapping[str, Target], suffixes: Sequence[str], *, key: str
-) -> dict[str, Target]:
-    """The available layers that end in one of `suffixes`. Raises UserError for a suffix of no or of an
-    unsupported module."""
-    modules = dict(model.named_modules())
+) -> set[str]:
+    """The modules that end in one of `suffixes`, whatever their type. Raises UserError for a suffix of no
+    module."""
+    modules = [name for name, _ in model.named_modules()]
     options = endings(available)
     for suffix in suffixes:
-        matches = [name for name in modules if _ends_with(name, [suffix])]
-        if not matches:
+        if not any(ends_with(name, [suffix]) for name in modules):
             hint = f"matches no module of {type(model).__name__}; it has {', '.join(options)}."
             if suffix in WITHOUT_LIST:
                 hint += f" To select layers by {suffix}, write it without a list."
             raise user_error(key, suffix, hint + did_you_mean(suffix, [*options, *GROUPS]))
-        unsupported = next((name for name in matches if name not in available), None)
-        if unsupported is not None:
-            class_name = type(modules[unsupported]).__name__
-            supported = f"supported are Linear and Conv1D below the output head: {', '.join(options)}"
-            hint = f"matches {unsupported}, a {class_name}; {supported}"
-            raise user_error(key, suffix, hint)
-    return {name: target for name, target in available.items() if _ends_with(name, suffixes)}
+    return {name for name in modules if ends_with(name, suffixes)}
+
+
+def _match_regex(model: nn.Module, available: Mapping[str, Target], spec: AdapterSpec) -> set[str]:
+    """The modules whose complete name the regular expression in `target_modules` matches, as in PEFT. Raises
+    UserError where there are none."""
+    expression = str(spec.target_modules)
+    names = {name for name, _ in model.named_modules() if name and re.fullmatch(expression, name)}
+    if names:
+        return names
+    options = endings(available)
+    hint = f"is a regular expression that matches the complete name of no module of {type(model).__name__}, "
+    hint += f"such as {next(iter(available), 'none')}"
+    if any(ends_with(name, [expression]) for name, _ in model.named_modules()):
+        hint += f". To select modules by their ending, write a list: [{expression}]"
+    elif meant := did_you_mean(expression, [*SELECTIONS, *options]):
+        hint += f".{meant}"
+    else:
+        hint += f"; modules end in {', '.join(options)}"
+    raise user_error(f"adapters.{spec.family}.target_modules", expression, hint)
+
+
+def _check_supported(
+    model: nn.Module,
+    chosen: Collection[str],
+    available: Mapping[str, Target],
+    *,
+    spec: AdapterSpec,
+    suffixes: Sequence[str],
+) -> None:
+    """Raises UserError for a selected module that is no supported layer."""
+    for name, module in model.named_modules():
+        if name in chosen and name not in available:
+            entry = next((suffix for suffix in suffixes if ends_with(name, [suffix])), spec.target_modules)
+            class_name = type(module).__name__
+            options = ", ".join(endings(available))
+            supported = f"supported are Linear and Conv1D below the output head: {options}"
+            hint = f"matches {name}, a {class_name}; {supported}"
+            raise user_error(f"adapters.{spec.family}.target_modules", entry, hint)
+
+
+def check_patterns(spec: AdapterSpec, targets: Collection[str]) -> None:
+    """Raises UserError for a key of rank_pattern or alpha_pattern that matches none of the targets."""
+    for option, pairs in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for pattern, _ in pairs:
+            if not any(matches_ending(pattern, name) for name in targets):
+                options = endings(targets)
+                hint = f"matches none of the targets, which end in {', '.join(options)}."
+                hint += did_you_mean(pattern, options)
+                raise user_error(f"adapters.{spec.family}.{option}", pattern, hint)
 
 
 def _ia3_default(model: nn.Module, option: str, key: str) -> list[str]:

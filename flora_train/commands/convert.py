@@ -68,7 +68,7 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
         default_steps=1,
     )
     bank = AdapterBank.attach(base_model, [replace(spec, name=folder.name)])
-    numbers, error = fit_lora(bank, folder.name, tensors, scale=config.scale, key="adapter")
+    numbers, error = fit_lora(bank, folder.name, (config, tensors), key="adapter")
     for module, params in bank.parameters_of(folder.name).items():
         for param, view in params.items():
             view.copy_(numbers[f"{module}.{param}"])

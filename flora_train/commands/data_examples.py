@@ -128,11 +128,9 @@ class ExamplePrinter:
 
 def documents_of(split: TokenSplit, index: int) -> list[Document]:
     """The documents of an example."""
-    documents: list[Document] = []
-    for tokens, prompt_length in split.documents(index):
-        begin = max(prompt_length, 1)
-        documents.append((tokens, [(begin, len(tokens))]))
-    return documents
+    return [
+        (tokens, [(int(begin), int(end)) for begin, end in spans]) for tokens, spans in split.documents(index)
+    ]
 
 
 def choose_examples(split: TokenSplit, number: int) -> list[int]:

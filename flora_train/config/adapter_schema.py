@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from flora_train.config.base import MOST_STEPS, ConfigModel, Name, PathText, Text
+from flora_train.config.name_patterns import (
+    MOST_LAYERS,
+    Regex,
+    check_layers_pattern,
+    check_pattern_keys,
+    check_regex,
+    check_target_regex,
+    is_regex,
+)
+
+Rank = Annotated[int, Field(ge=1, le=8192)]
+Alpha = Annotated[float, Field(gt=0, le=1_000_000)]
+LayerIndex = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 
 
 class AdapterConfig(ConfigModel):
-    method: Literal["flora", "lora", "ia3"]
-    """flora: W0 * (B A), elementwise. lora: W0 + alpha / rank * B A. ia3: a learned scale for each output,
-    and for each input of feed-forward layers."""
-    rank: int | None = Field(None, ge=1, le=8192)
-    """Rank of B A, for flora and lora. Default: 4 for flora, 8 for lora; with init_from, that of the PEFT
-    adapter."""
+    method: Literal["flora", "lora", "dora", "ia3"]
+    """flora: W0 * (B A), elementwise. lora: W0 + alpha / rank * B A. dora: the weight of lora, each of whose
+    rows is given a learned norm. ia3: a learned scale for each output, and for each input of feed-forward
+    layers."""
+    rank: Rank | None = None
+    """Rank of B A, for flora, lora and dora. Default: 4 for flora, 8 for lora and dora; with init_from, that
+    of the PEFT adapter."""
+    rank_pattern: dict[Text, Rank] | None = None
+    """Other ranks for some layers, as in PEFT: {pattern: rank}. A pattern is the end of a module name, from a
+    dot on, or a regular expression for it; the first that matches counts. Default: rank everywhere; with
+    init_from, that of the PEFT adapter."""
     variant: Literal["pure", "residual"] | None = None
     """flora only. residual: W0 * (1 + B A). pure: W0 * (B A), as in the paper. Default: residual; with
     init_from, that of the PEFT adapter."""
-    alpha: float | None = Field(None, gt=0, le=1_000_000)
-    """lora only: the update is scaled by alpha / rank. Default: 2 x rank; with init_from, that of the PEFT
-    adapter."""
+    alpha: Alpha | None = None
+    """lora and dora: the update is scaled by alpha / rank. Default: 2 x rank; with init_from, that of the
+    PEFT adapter."""
+    alpha_pattern: dict[Text, Alpha] | None = None
+    """lora and dora: other alphas for some layers, as in PEFT: {pattern: alpha}, with patterns as in
+    rank_pattern. Default: alpha everywhere; with init_from, that of the PEFT adapter."""
     rslora: bool | None = None
-    """lora only: scale the update by alpha / sqrt(rank) instead (Kalajdzievski 2023). Default: false; with
-    init_from, that of the PEFT adapter."""
+    """lora and dora: scale the update by alpha / sqrt(rank) instead (Kalajdzievski 2023). Default: false;
+    with init_from, that of the PEFT adapter."""
     dropout: float | None = Field(None, ge=0, lt=1)
-    """lora only: dropout probability on the input of A, seeded for each adapter and step. Default: 0."""
+    """lora and dora: dropout probability on the input of A, seeded for each adapter and step. With dora, as
+    in PEFT, the layer's own weight gets that input, too, where its rows are given their norm. Default: 0."""
     neftune_noise_alpha: float | None = Field(None, gt=0, le=1_000_000)
     """NEFTune (Jain et al. 2024): in training, uniform noise of at most alpha / sqrt(L d) is added to the
     input embeddings of this adapter's rows, for documents of L tokens and embeddings of width d. Seeded for
@@ -36,8 +58,8 @@ class AdapterConfig(ConfigModel):
     """Peak learning rate. flora and ia3 need 10 to 50 times the learning rate of lora: sweep it for each
     method."""
     lr_ratio: float | None = Field(None, gt=0, le=1_000_000)
-    """flora and lora: the learning rate of B is lr_ratio x lr, that of A is lr (LoRA+, Hayou et al. 2024, who
-    recommend 16 for lora). Default: 1."""
+    """flora, lora and dora: the learning rate of B is lr_ratio x lr, that of A is lr (LoRA+, Hayou et al.
+    2024, who recommend 16 for lora). Default: 1."""
     weight_decay: float = Field(0.0, ge=0, le=10_000)
     """Decoupled weight decay towards zero. Zero is not the identity for ia3 and pure flora: leave it at 0
     there."""
@@ -65,14 +87,26 @@ class AdapterConfig(ConfigModel):
     after each of its own steps, the adapter's average keeps ema_decay of what it was, with Adam's correction
     of the first steps. Training continues from the weights themselves. Default: no average."""
     target_modules: (
-        Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear", "query-key"]
+        Annotated[list[Text], Field(min_length=1)] | Literal["default", "all-linear", "query-key"] | Regex
     ) = "default"
     """Layers that the adapter changes: a list of module names or their endings, all-linear (every linear
     layer but the output head), or query-key (the query and key projections of attention, whatever the
     architecture calls them: q_proj and k_proj, or the one matrix that has them fused with the values, such as
-    c_attn). A list may contain query-key beside names. default: with init_from, the layers of the PEFT
-    adapter; else all-linear for flora and lora, and keys, values and the feed-forward output for ia3 (PEFT's
-    table, where it has the architecture)."""
+    c_attn). A list may contain query-key beside names. Other text is, as in PEFT, a regular expression that
+    must match complete module names, such as '.*layers[.][0-9][.].*_proj'. default: with init_from, the
+    layers of the PEFT adapter; else all-linear for flora, lora and dora, and keys, values and the
+    feed-forward output for ia3 (PEFT's table, where it has the architecture)."""
+    exclude_modules: Annotated[list[Text], Field(min_length=1)] | Regex | None = None
+    """Modules among the targets that the adapter does not change, as in PEFT: a list of names or their
+    endings, or one regular expression for complete names. Default: none."""
+    layers_to_transform: LayerIndex | Annotated[list[LayerIndex], Field(min_length=1)] | None = None
+    """Indices, from 0, of the layers that are adapted, as in PEFT; targets outside of them are left out. Not
+    with a regular expression in target_modules. Default: all layers."""
+    layers_pattern: Annotated[list[Text], Field(min_length=1)] | Text | None = Field(
+        None, validate_default=True
+    )
+    """With layers_to_transform: the name of the list of layers, such as layers or h, that it counts in.
+    Default: the first numbered part of a module's name, from the second part on."""
     parent_module: Text | None = None
     """Adapt only layers inside a module of this name. With decoder, the adapters of a speech model share its
     encoder. Default: the whole model."""
@@ -85,9 +119,9 @@ class AdapterConfig(ConfigModel):
     init_from: PathText | None = None
     """Start from the parameters of a PEFT adapter (LORA, IA3, or HIRA for flora) instead of the identity: its
     folder, or its name on the hub. A residual flora can also start close to a LORA. {task} in it stands for
-    the name of the task, as in outputs/before/adapters/{task}-lora. rank, alpha, rslora, variant,
-    target_modules and feedforward_modules are read from its adapter_config.json where they are not given.
-    With evaluation.interval, step 0 is evaluated. Default: the identity."""
+    the name of the task, as in outputs/before/adapters/{task}-lora. rank, alpha, their patterns, rslora,
+    variant, target_modules and feedforward_modules are read from its adapter_config.json where they are not
+    given. With evaluation.interval, step 0 is evaluated. Default: the identity."""
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
     """Seed of this adapter's initialization, dropout and NEFTune noise; the examples and their order are
     those of the run's seed. A list of seeds makes an adapter for each, and the report gives mean and standard
@@ -99,15 +133,63 @@ class AdapterConfig(ConfigModel):
     """What the name of this adapter would be without its seed, where a list of seeds stood in its entry. Set
     by the program."""
 
-    @field_validator("rank", "variant", "alpha", "rslora", "dropout", "lr_ratio", "feedforward_modules")
+    @field_validator(
+        "rank",
+        "rank_pattern",
+        "variant",
+        "alpha",
+        "alpha_pattern",
+        "rslora",
+        "dropout",
+        "lr_ratio",
+        "feedforward_modules",
+    )
     @classmethod
     def _belongs_to_the_method(cls, value: Any, info: ValidationInfo) -> Any:
         method, owners = info.data.get("method"), OWNERS[str(info.field_name)]
         if value is not None and method is not None and method not in owners:
-            raise ValueError(
-                f"has no meaning for method {method}; it belongs to {' and '.join(owners)}: remove it"
-            )
+            raise ValueError(f"has no meaning for method {method}; it belongs to {listed(owners)}: remove it")
         return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns_compile(cls, pattern: dict[str, Any] | None) -> dict[str, Any] | None:
+        check_pattern_keys(pattern or {})
+        return pattern
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _selects(cls, selection: Any) -> Any:
+        return check_target_regex(selection) if isinstance(selection, str) else selection
+
+    @field_validator("exclude_modules")
+    @classmethod
+    def _excludes(cls, exclude: list[str] | str | None) -> list[str] | str | None:
+        if isinstance(exclude, str):
+            check_regex(exclude)
+        return exclude
+
+    @field_validator("layers_to_transform")
+    @classmethod
+    def _layers_of_names(cls, layers: Any, info: ValidationInfo) -> Any:
+        if layers is not None and is_regex(info.data.get("target_modules")):
+            raise ValueError(
+                "cannot be combined with a regular expression in target_modules, as in PEFT: "
+                "put the layers into the expression, or give target_modules a list of names"
+            )
+        return [layers] if isinstance(layers, int) else layers
+
+    @field_validator("layers_pattern")
+    @classmethod
+    def _requires_layers(cls, pattern: list[str] | str | None, info: ValidationInfo) -> Any:
+        if pattern is None:
+            return pattern
+        if info.data.get("layers_to_transform") is None:
+            raise ValueError("requires layers_to_transform: set it, or remove this key")
+        names = [pattern] if isinstance(pattern, str) else pattern
+        for name in names:
+            check_layers_pattern(name)
+        return names
 
     @field_validator("weight_decay")
     @classmethod
@@ -159,12 +241,14 @@ class AdapterConfig(ConfigModel):
 
 
 OWNERS = {
-    "rank": ("flora", "lora"),
+    "rank": ("flora", "lora", "dora"),
+    "rank_pattern": ("flora", "lora", "dora"),
     "variant": ("flora",),
-    "alpha": ("lora",),
-    "rslora": ("lora",),
-    "dropout": ("lora",),
-    "lr_ratio": ("flora", "lora"),
+    "alpha": ("lora", "dora"),
+    "alpha_pattern": ("lora", "dora"),
+    "rslora": ("lora", "dora"),
+    "dropout": ("lora", "dora"),
+    "lr_ratio": ("flora", "lora", "dora"),
     "feedforward_modules": ("ia3",),
 }
 """Key of an adapter -> the methods that have it. Keys that are not listed belong to all methods."""
@@ -176,6 +260,12 @@ def _is_random(adapter: Mapping[str, Any]) -> bool:
         return True
     all_ones = adapter.get("variant") == "pure" and adapter.get("rank") == 1
     return adapter.get("method") != "ia3" and not all_ones and adapter.get("init_from") is None
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def warmup_hint(warmup_steps: int, limit_key: str, limit: int | None) -> str | None:

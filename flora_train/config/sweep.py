@@ -37,7 +37,14 @@ SEED = "seed"
 MOST_MEMBERS = 10_000
 """Largest number of adapters from the sweeps of one run."""
 LIMIT = f"at most {MOST_MEMBERS:,} adapters are made by sweeps in one run"
-LISTS = ("tasks", "target_modules", "feedforward_modules")
+LISTS = (
+    "tasks",
+    "target_modules",
+    "feedforward_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
 """Keys whose value is a list."""
 
 

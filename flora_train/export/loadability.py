@@ -70,7 +70,8 @@ class Loadability:
     def written(self, layers: Layers, spec: AdapterSpec) -> Written:
         """The form of adapters with these settings on these layers."""
         positions = [(target.name, target.feedforward) for target in layers.values()]
-        key = (spec.method, spec.offset, spec.rslora, spec.dropout > 0, *positions)
+        patterns = spec.rank_pattern, spec.alpha_pattern
+        key = (spec.method, spec.offset, spec.rslora, spec.dropout > 0, patterns, *positions)
         if key not in self._forms:
             self._forms[key] = self._choose_form(layers, spec)
         return self._forms[key]
@@ -90,7 +91,7 @@ class Loadability:
             return None
         parameters: dict[str, dict[str, Tensor]] = {}
         for module, target in layers.items():
-            shapes = METHODS[spec.method].shapes(spec, target)
+            shapes = METHODS[spec.method].shapes(spec.at(module), target)
             parameters[module] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         config = config_of(self.empty_model, self.names, layers, spec=spec, base=BaseModel(""), form=form)
         return self._load(config, tensors_of(parameters, layers, spec, form=form))

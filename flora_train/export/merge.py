@@ -36,7 +36,7 @@ def merge_into_base(bank: AdapterBank, name: str) -> nn.Module:
             target = pool.targets[module]
             weight, bias = dense_weight(layer.base_layer, target), layer.bias
             merged, merged_bias = pool.method.merge(
-                weight, bias, params, spec=spec, feedforward=target.feedforward
+                weight, bias, params, spec=spec.at(module), feedforward=target.feedforward
             )
             weight.copy_(merged)
             if bias is not None and merged_bias is not None:

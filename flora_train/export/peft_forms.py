@@ -48,8 +48,10 @@ def config_of(
             "variant": variant,
             "target_modules": targets,
         }
+        if spec.rank_pattern:
+            method["rank_pattern"] = dict(spec.rank_pattern)
     elif form == "ADALORA":
-        method = _adalora_config(spec, targets)
+        method = _adalora_config(spec, targets, _largest_rank(spec, layers))
     else:
         method = METHODS[spec.method].peft_config(spec, targets, inputs)
     return {
@@ -62,11 +64,25 @@ def config_of(
     }
 
 
-def _adalora_config(spec: AdapterSpec, targets: list[str]) -> dict[str, Any]:
+def _largest_rank(spec: AdapterSpec, layers: Layers) -> int:
+    return max(spec.at(module).rank for module in layers)
+
+
+def _adalora_config(spec: AdapterSpec, targets: list[str], rank: int) -> dict[str, Any]:
     """PEFT requires a schedule of ranks, which has no meaning after training; this one passes its checks."""
-    schedule = {"init_r": spec.rank, "target_r": spec.rank, "tinit": 0, "tfinal": 0, "total_step": 1}
-    scale = {"lora_alpha": spec.scaling * spec.rank, "lora_dropout": spec.dropout}
+    schedule = {"init_r": rank, "target_r": rank, "tinit": 0, "tfinal": 0, "total_step": 1}
+    scale = {"lora_alpha": spec.scaling * rank, "lora_dropout": spec.dropout}
     return {"peft_type": "ADALORA", **schedule, **scale, "bias": "none", "target_modules": targets}
+
+
+def _adalora_tensors(params: Mapping[str, Tensor], scaling: float, rank: int) -> dict[str, Tensor]:
+    """An ADALORA has the same rank and scale in every module: missing ranks are 0, and lora_E has what the
+    module's scale differs by. scaling: relative to that of adapter_config.json."""
+    missing = rank - len(params["A"])
+    A = nn.functional.pad(params["A"], (0, 0, 0, missing))
+    B = nn.functional.pad(params["B"], (0, missing))
+    E = A.new_full((rank, 1), scaling * (rank + ADALORA_EPSILON) / rank)
+    return {"lora_A": A, "lora_B": B, "lora_E": E}
 
 
 def tensors_of(
@@ -79,10 +95,11 @@ def tensors_of(
         if form == "FLORA":
             by_suffix: Mapping[str, Tensor] = {"flora_A": params["A"], "flora_B": params["B"]}
         elif form == "ADALORA":
-            ones = params["A"].new_full((spec.rank, 1), (spec.rank + ADALORA_EPSILON) / spec.rank)
-            by_suffix = {"lora_A": params["A"], "lora_B": params["B"], "lora_E": ones}
+            scaling = spec.at(module).scaling / spec.scaling
+            by_suffix = _adalora_tensors(params, scaling, _largest_rank(spec, layers))
         else:
-            by_suffix = METHODS[spec.method].peft_tensors(params, spec, layers[module].feedforward)
+            method = METHODS[spec.method]
+            by_suffix = method.peft_tensors(params, spec.at(module), layers[module].feedforward)
         tensors |= {f"{PREFIX}{module}.{suffix}": tensor for suffix, tensor in by_suffix.items()}
     return tensors
 

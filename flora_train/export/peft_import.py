@@ -107,10 +107,11 @@ def _as_hira(config: PeftConfig, tensors: dict[str, Tensor]) -> PeftAdapter:
             factors = as_hira(A, tensors[f"{stem}flora_B"], float(config.variant == "residual"))
             converted |= {f"{stem}{suffix}": tensor for suffix, tensor in factors.items()}
     assert config.rank is not None, "check_harmless requires it"
-    rank = config.rank + (config.variant == "pure")
+    more = int(config.variant == "pure")
+    ranks: JsonObject = {pattern: rank + more for pattern, rank in config.rank_pattern.items()}
     dropout = config.options.get("flora_dropout", 0.0)
-    options = {**_common_keys(config), "peft_type": "HIRA", "r": rank, "hira_dropout": dropout}
-    return PeftConfig(options), converted
+    own: JsonObject = {"peft_type": "HIRA", "r": config.rank + more, "rank_pattern": ranks}
+    return PeftConfig({**_common_keys(config), **own, "hira_dropout": dropout}), converted
 
 
 def _as_lora(config: PeftConfig, tensors: dict[str, Tensor]) -> PeftAdapter:
@@ -161,7 +162,8 @@ def _parameters(
             name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
         }
         try:
-            params = pool.method.from_peft(by_suffix, pool.specs[member], target.feedforward)
+            spec = pool.specs[member].at(module)
+            params = pool.method.from_peft(by_suffix, spec, target.feedforward)
         except ValueError as error:
             raise user_error(key, source, str(error)) from error
         parameters |= {f"{module}.{param}": tensor for param, tensor in params.items()}
@@ -178,7 +180,7 @@ def _fitted(
         expected, {tensor for tensor in tensors if tensor.endswith(".lora_A.weight")}, source, key=key
     )
     check_targets(config, modules_of(config, tensors), bank.base_names(), source=source, key=key)
-    parameters, error = fit_lora(bank, name, tensors, scale=config.scale, key=key)
+    parameters, error = fit_lora(bank, name, peft_adapter, key=key)
     rank = bank.specs[bank.id_of(name)].rank
     fit = f"|W0 * (B A) - dW| / |dW| = {error:.3f}"
     logger.info(f"{name} starts as W0 * (1 + B A) of rank {rank} fitted to {source}: {fit}")
@@ -186,16 +188,14 @@ def _fitted(
 
 
 @torch.no_grad()
-def fit_lora(
-    bank: AdapterBank, name: str, tensors: Mapping[str, Tensor], *, scale: float, key: str
-) -> tuple[dict[str, Tensor], float]:
+def fit_lora(bank: AdapterBank, name: str, lora: PeftAdapter, *, key: str) -> tuple[dict[str, Tensor], float]:
     """The parameters of a residual fLoRA that adds nearly the same as a LORA, and the error of the fit.
 
-    tensors: of the LORA, by PEFT's names; scale: its factor of B A. Returns `<module>.<parameter>` -> tensor,
-    and |W0 * (B A) - dW| / |dW|, Frobenius over all layers. The fit is close but not always the closest. A
-    product cannot change a weight that is 0, which the error includes. Raises UserError for a LORA of another
-    base model.
+    Returns `<module>.<parameter>` -> tensor, and |W0 * (B A) - dW| / |dW|, Frobenius over all layers. The fit
+    is close but not always the closest. A product cannot change a weight that is 0, which the error includes.
+    Raises UserError for a LORA of another base model.
     """
+    config, tensors = lora
     pool, member = bank.location[bank.id_of(name)]
     parameters: dict[str, Tensor] = {}
     squared_error = squared_norm = 0.0
@@ -209,8 +209,8 @@ def fit_lora(
             if shape != tuple(weight.shape):
                 hint = f"has shape {tuple(weight.shape)} here and {shape} in the LORA: the base model differs"
                 raise user_error(key, module, hint)
-            delta = scale * (lora_B @ lora_A)
-            B, A = modulation(weight, delta, pool.specs[member].rank)
+            delta = config.scale_at(module) * (lora_B @ lora_A)
+            B, A = modulation(weight, delta, pool.specs[member].at(module).rank)
             squared_error += float((weight * (B.double() @ A.double()) - delta).square().sum())
             squared_norm += float(delta.square().sum())
             parameters |= {f"{module}.A": A, f"{module}.B": B}
@@ -244,14 +244,24 @@ def _check_method(bank: AdapterBank, name: str, config: PeftConfig, *, source: s
         allowed = expected["peft_type"]
         hint = f"has the PEFT type {peft_type}, and an adapter of method {spec.method} starts from {allowed}"
         raise user_error(key, source, hint)
-    if rank is not None and rank != expected["r"]:
-        own_rank = rank - (expected["r"] - spec.rank)
-        raise user_error(
-            f"adapters.{spec.family}.rank",
-            spec.rank,
-            f"differs from the rank of {source}: set it to {own_rank}",
-        )
-    if spec.method == "lora" and abs(config.scale - spec.scaling) > 1e-9:
-        alpha, rslora = config.alpha, config.rslora
-        hint = f"differs from the alpha of {source}: set it to {alpha:g}, and rslora to {rslora}"
-        raise user_error(f"adapters.{spec.family}.alpha", spec.alpha, hint)
+    more = 0
+    if rank is not None:
+        more = expected["r"] - spec.rank
+    has_patterns = spec.has_patterns or bool(config.rank_pattern or config.alpha_pattern)
+    for module in bank.parameters_of(name):
+        own, theirs = spec.at(module), config.rank_at(module)
+        if theirs is not None and theirs != own.rank + more:
+            hint = f"differs from the rank of {source}"
+            option, fix = "rank", f": set it to {theirs - more}"
+            if has_patterns:
+                option = "rank_pattern"
+                fix = f", {theirs - more} on {module}: remove rank and rank_pattern"
+            raise user_error(f"adapters.{spec.family}.{option}", own.rank, hint + fix)
+        if peft_type == "LORA" and abs(config.scale_at(module) - own.scaling) > 1e-9:
+            hint = f"differs from the alpha of {source}"
+            option, fix = "alpha", f": set it to {config.alpha:g}, and rslora to {config.rslora}"
+            if has_patterns:
+                option = "alpha_pattern"
+                scale = config.scale_at(module)
+                fix = f", which scales {module} by {scale:g}: remove alpha, alpha_pattern and rslora"
+            raise user_error(f"adapters.{spec.family}.{option}", own.alpha, hint + fix)

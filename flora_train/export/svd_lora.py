@@ -78,6 +78,11 @@ def compute_svd_lora(
         target_modules=tuple(pool.targets),
         feedforward_modules=None,
         parent_module=None,
+        rank_pattern=(),
+        alpha_pattern=(),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
         init_from=None,
     )
     error = relative_norm(squared_error, squared_norm)
@@ -91,9 +96,8 @@ def deltas(bank: AdapterBank, name: str) -> Iterator[tuple[str, Tensor]]:
     for module, params in bank.parameters_of(name).items():
         target, layer = pool.targets[module], _layer(bank, module)
         weight = dense_weight(layer.base_layer, target).double()
-        merged, _ = pool.method.merge(
-            weight, None, params, spec=pool.specs[member], feedforward=target.feedforward
-        )
+        spec = pool.specs[member].at(module)
+        merged, _ = pool.method.merge(weight, None, params, spec=spec, feedforward=target.feedforward)
         yield module, merged - weight
 
 
@@ -113,8 +117,9 @@ def _changed_biases(bank: AdapterBank, name: str) -> int:
         bias: Tensor | None = layer.bias
         if bias is not None:
             weight = dense_weight(layer.base_layer, target)
+            spec = pool.specs[member].at(module)
             _, merged_bias = pool.method.merge(
-                weight, bias, params, spec=pool.specs[member], feedforward=target.feedforward
+                weight, bias, params, spec=spec, feedforward=target.feedforward
             )
             changed += merged_bias is not None and not torch.equal(merged_bias, bias)
     return changed

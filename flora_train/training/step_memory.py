@@ -169,7 +169,7 @@ def _replace_layers(model: Any, pools: Sequence[Pool], batch: BatchShape, *, kee
         for pool in pools:
             if name in pool.targets:
                 share = len(pool.specs) / adapters
-                kept = _kept_features(pool.specs[0], pool.targets[name], batch, dtype=model.dtype)
+                kept = _kept_features(pool.specs[0].at(name), pool.targets[name], batch, dtype=model.dtype)
                 features = (features or 0) + share * kept
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)

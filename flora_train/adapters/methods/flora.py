@@ -60,10 +60,16 @@ class Flora(AdapterMethod):
     def peft_config(
         self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
     ) -> dict[str, object]:
-        rank = spec.rank
-        if not spec.offset:
-            rank += 1  # for a pure adapter, see docs/math.md
-        return {"peft_type": "HIRA", "r": rank, "target_modules": target_modules, "hira_dropout": 0.0}
+        more = 0 if spec.offset else 1  # for a pure adapter, see docs/math.md
+        config: dict[str, object] = {
+            "peft_type": "HIRA",
+            "r": spec.rank + more,
+            "target_modules": target_modules,
+            "hira_dropout": 0.0,
+        }
+        if spec.rank_pattern:
+            config["rank_pattern"] = {pattern: rank + more for pattern, rank in spec.rank_pattern}
+        return config
 
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
         return as_hira(params["A"], params["B"], spec.offset)

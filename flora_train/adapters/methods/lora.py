@@ -49,18 +49,28 @@ class Lora(AdapterMethod):
     def peft_config(
         self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
     ) -> dict[str, object]:
-        return {
-            "peft_type": "LORA",
-            "r": spec.rank,
-            "lora_alpha": spec.alpha,
-            "use_rslora": spec.rslora,
-            "lora_dropout": spec.dropout,
-            "bias": "none",
-            "target_modules": target_modules,
-        }
+        return lora_config(spec, target_modules)
 
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
         return {"lora_A.weight": params["A"], "lora_B.weight": params["B"]}
 
     def from_peft(self, tensors: Params, spec: AdapterSpec, feedforward: bool) -> Params:
         return {"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]}
+
+
+def lora_config(spec: AdapterSpec, target_modules: list[str]) -> dict[str, object]:
+    """The own keys of a LORA in PEFT's adapter_config.json."""
+    config: dict[str, object] = {
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "use_rslora": spec.rslora,
+        "lora_dropout": spec.dropout,
+        "bias": "none",
+        "target_modules": target_modules,
+    }
+    if spec.rank_pattern:
+        config["rank_pattern"] = dict(spec.rank_pattern)
+    if spec.alpha_pattern:
+        config["alpha_pattern"] = dict(spec.alpha_pattern)
+    return config

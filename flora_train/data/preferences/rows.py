@@ -79,7 +79,7 @@ class PreferenceRowEncoder:
     def _check_row(self, row: LocatedRow) -> None:
         for column, key in self.completions.columns.items():
             is_prompt = key.endswith(".prompt")
-            if row.values.get(column) is None and not is_prompt:
+            if row.cells.get(column) is None and not is_prompt:
                 hint = f"has no {column!r} in {row.where}: give the completion, or remove the row"
                 raise user_error(key, None, hint)
 
@@ -113,7 +113,7 @@ def _learns(example: EncodedExample) -> bool:
 
 
 def _label(row: LocatedRow, column: str, key: str) -> bool:
-    value = row.values.get(column)
+    value = row.cells.get(column)
     if isinstance(value, bool | np.bool_):
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):  # tables have text only
