@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from flora_train.config.base import MOST_ROWS, ConfigModel, PathText, Revision, Text
+from flora_train.config.chat_schema import CHAT_KEYS, ChatKeys, chat_key_of
 from flora_train.config.language_names import ProgrammingLanguage
 from flora_train.config.moved_datasets import moved_hint
 from flora_train.config.preference_schema import PAIRED, PreferenceKeys
@@ -97,7 +98,7 @@ def _source_shorthand(value: Any) -> Any:
 Source = Annotated[SourceConfig, BeforeValidator(_source_shorthand)]
 
 
-class TaskConfig(PreferenceKeys):
+class TaskConfig(PreferenceKeys, ChatKeys):
     train: Source
     """Rows to learn from: a file, a list of files, or a source with hub, files, common_voice or folder. Test
     splits are refused."""
@@ -182,6 +183,8 @@ class TaskConfig(PreferenceKeys):
             return completion
         if "prompt" in info.data and (completion is None) != (info.data["prompt"] is None):
             raise ValueError("prompt and completion belong together: give both, or text for a single column")
+        if completion is not None and info.data.get("messages") is not None:
+            raise ValueError("give messages, or prompt and completion, not both")
         return completion
 
     @field_validator("text")
@@ -193,6 +196,8 @@ class TaskConfig(PreferenceKeys):
             raise ValueError("give text, or prompt and completion, not both")
         if text is not None and (info.data.get("objective") not in (None, "sft") or info.data.get("chosen")):
             raise ValueError("has no meaning for preferences, which compare completions: remove it")
+        if text is not None and (key := chat_key_of(info)) is not None:
+            raise ValueError(f"is learnt as a whole, and {key} belongs to conversations: remove one of them")
         return text
 
     @field_validator("truncation")
@@ -235,7 +240,7 @@ class TaskConfig(PreferenceKeys):
         return self.split_by is not None and self.split_value is None
 
 
-TEXT_ONLY = ("prompt", "completion", "text", "packing", "language", "objective")
+TEXT_ONLY = (*CHAT_KEYS, "prompt", "completion", "text", "packing", "language", "objective")
 
 
 def _stem(file: str) -> str:

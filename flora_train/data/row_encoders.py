@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flora_train.config.task_schema import TaskConfig
+from flora_train.data.chat.rows import ChatRowEncoder, chat_columns, check_chat_keys
 from flora_train.data.documents import RowEncoder, RowsOutline
 from flora_train.data.preferences.rows import PreferenceRowEncoder, has_pairs
 from flora_train.data.text_rows import TextRowEncoder
@@ -20,4 +21,8 @@ def make_row_encoder(
     """
     if task.prefers or (task.objective == "sft" and has_pairs(task, rows.columns)):
         return PreferenceRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)
+    columns = chat_columns(task, rows)
+    if columns is not None:
+        return ChatRowEncoder(task, tokenizer, columns=columns, rows=rows, max_length=max_length, key=key)
+    check_chat_keys(task, rows, key)
     return TextRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)

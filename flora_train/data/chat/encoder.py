@@ -138,6 +138,12 @@ class ChatEncoder:
             return []
         return self._row_tokens.spans(conversation, text, self.template, prompt=prompt, form=form)
 
+    def start_of(self, encoded: EncodedConversation) -> list[int]:
+        """The start tokens with which a conversation begins, or none."""
+        start = self.text.start
+        ids = encoded.encoded.ids[encoded.first :]
+        return list(start) if start and ids[: len(start)].tolist() == start else []
+
     def _repeated_start(self, encoded: Encoded) -> int:
         """Tokens at the beginning that the start tokens repeat: a text begins with them once."""
         start, ids = self.text.start, encoded.ids
