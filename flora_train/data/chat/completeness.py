@@ -16,6 +16,8 @@ class CompletenessCheck:
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
+        self.notes: list[str] = []
+        """What the template leaves out although a conversation can do without."""
         self._tried: set[tuple[str, ...]] = set()
 
     def __call__(self, conversation: Conversation, form: Form) -> None:
@@ -34,7 +36,8 @@ class CompletenessCheck:
         if conversation.tools and self._is_new("tools"):
             function = {"name": WORD, "description": WORD, "parameters": {"type": "object", "properties": {}}}
             tools = ({"type": "function", "function": function},)
-            self._require(replace(conversation, tools=tools), form, "the definitions of tools")
+            if not self._writes(replace(conversation, tools=tools), form):
+                self.notes.append(f"{self.template.name} does not write the definitions of tools")
 
     def _is_new(self, *kind: str) -> bool:
         is_new = kind not in self._tried
@@ -46,15 +49,15 @@ class CompletenessCheck:
     ) -> None:
         messages = list(conversation.messages)
         messages[position] = changed
-        self._require(replace(conversation, messages=tuple(messages)), form, part)
-
-    def _require(self, conversation: Conversation, form: Form, part: str) -> None:
-        try:
-            text = self.template.render(conversation, form=form).text
-        except TemplateError:  # it reads the text, so that it does not leave it out
-            return
-        if WORD not in text.lower():
+        if not self._writes(replace(conversation, messages=tuple(messages)), form):
             raise ValueError(
                 f"{self.template.name} leaves out {part}: give chat_template one that writes them, or remove "
                 "them from the row"
             )
+
+    def _writes(self, conversation: Conversation, form: Form) -> bool:
+        try:
+            text = self.template.render(conversation, form=form).text
+        except TemplateError:  # it reads the text, so that it does not leave it out
+            return True
+        return WORD in text.lower()

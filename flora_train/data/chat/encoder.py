@@ -76,7 +76,7 @@ class ChatEncoder:
         self.text = TextEncoder(tokenizer, special_tokens)
         self._row_tokens = RowTokens(self.text.special)
         self._turns = TurnFinder(template, self.text.special_pattern)
-        self._check_complete = CompletenessCheck(template)
+        self.check_complete = CompletenessCheck(template)
 
     def document(self, conversation: Conversation, learn: Learn = "assistant") -> EncodedDocument:
         """A conversation and its learnt tokens. Raises ValueError with the reason if they cannot be told."""
@@ -119,7 +119,7 @@ class ChatEncoder:
         try:
             form = self.template.form_of(conversation)
             rendered = self.template.render(conversation, form=form)
-            self._check_complete(conversation, form)
+            self.check_complete(conversation, form)
             return _Prepared(form, rendered, self._rows(conversation, rendered.text, form))
         except ValueError as error:
             return error

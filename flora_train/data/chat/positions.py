@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,22 @@ class TokenPositions:
             return None if first is None or last is None else (first, last)
         if self.cut_before(begin):
             return self.count, self.count
-        return self._before(begin), self._after(end)
+        return self._before(begin), self.until(end)
+
+    def until(self, character: int) -> int:
+        """The fewest tokens that hold everything before a character, as transformers finds them.
+
+        White space that is several tokens (as a line end is to SentencePiece) is held by the first.
+        """
+        if self.encoder.is_slow or self.cut_before(character):
+            return self.count
+        size = self._bytes(character)
+        positions = range(self.count + 1)
+        tokens = bisect_left(positions, size, key=self.encoded.bytes_before)
+        last_with_it = bisect_right(positions, size, key=self.encoded.bytes_before) - 1
+        if last_with_it > tokens and not self.text[character - 1].isspace():
+            tokens = last_with_it
+        return min(tokens, self.count)
 
     def after_special(self, begin: int, end: int) -> int | None:
         """The character after the last special token of the template in begin:end; None if there is none."""
@@ -84,13 +99,6 @@ class TokenPositions:
     def _before(self, character: int) -> int:
         """The most tokens that end at or before a character."""
         return bisect_right(range(self.count + 1), self._bytes(character), key=self.encoded.bytes_before) - 1
-
-    def _after(self, character: int) -> int:
-        """The fewest tokens that hold everything before a character."""
-        tokens = self._before(character)
-        if self.encoded.bytes_before(tokens) < self._bytes(character):
-            tokens += 1
-        return min(tokens, self.count)
 
     def _is_at(self, tokens: int, character: int) -> bool:
         return self.encoder.is_slow or self.encoded.bytes_before(tokens) == self._bytes(character)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -29,6 +30,8 @@ JSON_FILES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 """Endings of files whose records have no fields of other records."""
 CHUNK_ROWS = 128
 """Conversations that are tokenized in one call."""
+
+logger = logging.getLogger(__name__)
 
 
 def chat_columns(task: TaskConfig, rows: RowsOutline) -> ChatColumns | None:
@@ -145,6 +148,7 @@ class ChatRowEncoder:
 
     def encode(self, rows: Sequence[LocatedRow]) -> Iterator[EncodedExample]:
         limit = None if self.task.truncation == "split" and self.learn == "all" else self.max_length
+        notes = self.encoder.check_complete.notes
         for begin in range(0, len(rows), CHUNK_ROWS):
             chunk = rows[begin : begin + CHUNK_ROWS]
             conversations = [self.conversation(row) for row in chunk]
@@ -153,6 +157,8 @@ class ChatRowEncoder:
                 if isinstance(one, ValueError):
                     raise self._error(row, one)
                 yield self._example(conversation, one)
+            while notes:
+                logger.warning("%s: %s", self.key, notes.pop())
 
     def _error(self, row: LocatedRow, error: ValueError) -> Exception:
         return user_error(self.key, None, f"{row.where}: {error}")

@@ -175,7 +175,7 @@ class TurnFinder:
         if position < 0:
             return 0
         if position == len(conversation.messages) - 1:
-            return tokens.count
+            return tokens.until(len(text))
         rendered = self.template.render(conversation.before(position + 1), form=form).text
         end = self._shared(rendered, text)
         if end < begin or self._closing.fullmatch(rendered, end) is None:
@@ -187,10 +187,11 @@ class TurnFinder:
         exact = tokens.exact(end)
         if exact is None:  # what follows the end token may be one token with the next message
             after = tokens.after_special(begin, end)
-            exact = None if after is None else tokens.exact(after)
+            end = end if after is None else after
+            exact = tokens.exact(end)
         if exact is None:
             raise ValueError(_merged(position, self.template.name, "end"))
-        return exact
+        return min(exact, tokens.until(end))
 
     def _shared(self, beginning: str, text: str) -> int:
         """Characters that a text shares with a beginning of it, up to a special token that differs."""
