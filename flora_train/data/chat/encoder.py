@@ -13,7 +13,7 @@ from flora_train.data.chat.completeness import CompletenessCheck
 from flora_train.data.chat.messages import Conversation
 from flora_train.data.chat.positions import TokenPositions
 from flora_train.data.chat.row_text import RowTokens, Span
-from flora_train.data.chat.template import ChatTemplate, Form, Rendered
+from flora_train.data.chat.template import ChatTemplate, Form, Rendered, TemplateError
 from flora_train.data.chat.turns import Learn, TurnFinder
 from flora_train.data.documents import EncodedDocument
 from flora_train.data.text_encoder import TextEncoder
@@ -136,7 +136,12 @@ class ChatEncoder:
         """The special tokens in a text that the row writes."""
         if not self._row_tokens.written(conversation):
             return []
-        return self._row_tokens.spans(conversation, text, self.template, prompt=prompt, form=form)
+        try:
+            return self._row_tokens.spans(conversation, text, self.template, prompt=prompt, form=form)
+        except TemplateError:
+            if self.text.special_tokens:  # they are tokens wherever they are written
+                return []
+            raise
 
     def start_of(self, encoded: EncodedConversation) -> list[int]:
         """The start tokens with which a conversation begins, or none."""

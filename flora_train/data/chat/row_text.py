@@ -67,17 +67,25 @@ class RowTokens:
         ours: set[tuple[int, str]] = set()
         parts = [(-1, list(conversation.tools)), *enumerate([one] for one in conversation.messages)]
         for position, values in parts:
-            for token in sorted(
-                {match[0] for text in _texts(values) for match in self._pattern.finditer(text)}
-            ):
-                if rendered(partial(_is_one, (position, token))) is not None:
-                    ours.add((position, token))
+            for token in self._tokens_in(values):
+                more = {*ours, (position, token)}
+                if rendered(partial(_is_in, more)) is not None:
+                    ours = more
                 elif token not in template.source_for(conversation):
                     raise TemplateError(_CHANGES.format(template.name, token))
-        result = rendered(lambda position, token: (position, token) in ours)
+                else:  # with <think>, a template reads </think>, too
+                    ours = {one for one in ours if one[0] != position or _bare(one[1]) != _bare(token)}
+        result = rendered(partial(_is_in, ours))
         if result is None:
-            raise TemplateError(_CHANGES.format(template.name, "of this row"))
+            raise TemplateError(_CHANGES.format(template.name, "in this row"))
         return result
+
+    def _tokens_in(self, values: Any) -> list[str]:
+        """The special tokens in values of a row."""
+        tokens: set[str] = set()
+        for text in _texts(values):
+            tokens.update(match[0] for match in self._pattern.finditer(text))
+        return sorted(tokens)
 
     def _marked(
         self, conversation: Conversation, mark: str, chosen: Callable[[int, str], bool]
@@ -106,8 +114,12 @@ class RowTokens:
                 yield begin, end
 
 
-def _is_one(chosen: tuple[int, str], position: int, token: str) -> bool:
-    return (position, token) == chosen
+def _is_in(chosen: set[tuple[int, str]], position: int, token: str) -> bool:
+    return (position, token) in chosen
+
+
+def _bare(token: str) -> str:
+    return token.replace("/", "")
 
 
 _CHANGES = (

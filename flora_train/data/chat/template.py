@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -47,8 +47,11 @@ class Form:
     """Arguments of tool calls are JSON text, not objects."""
     empty_content: bool = False
     """A message without content has an empty one."""
+    content_parts: bool = False
+    """Contents are lists of one part of text, as templates of models with images read them."""
 
 
+_WORD = "qzxvwk"
 FORMS = (Form(), Form(empty_content=True), Form(True), Form(True, True))
 """In the order in which they are tried."""
 
@@ -136,9 +139,10 @@ class ChatTemplate:
     def form_of(self, conversation: Conversation) -> Form:
         """The first form in which the template renders a conversation. Raises TemplateError."""
         first: TemplateError | None = None
-        for form in FORMS:
-            if form != FORMS[0] and not _differs(conversation, form):
+        for plain_form in FORMS:
+            if plain_form != FORMS[0] and not _differs(conversation, plain_form):
                 continue
+            form = replace(plain_form, content_parts=self._reads_parts)
             try:
                 self._render(conversation, False, form)
             except TemplateError as error:
@@ -147,6 +151,18 @@ class ChatTemplate:
                 return form
         assert first is not None
         raise first
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template writes contents that are lists of parts, and not those that are text."""
+        message = Conversation(({"role": "user", "content": _WORD},))
+        written = []
+        for form in (Form(), Form(content_parts=True)):
+            try:
+                written.append(_WORD in self._render(message, False, form).text)
+            except TemplateError:
+                written.append(False)
+        return written == [False, True]
 
     def _render(self, conversation: Conversation, prompt: bool, form: Form) -> Rendered:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -241,6 +257,8 @@ def _in_form(message: Message, form: Form) -> Message:
     changed = dict(message)
     if form.empty_content:
         changed.setdefault("content", "")
+    if form.content_parts and "content" in changed:
+        changed["content"] = [{"type": "text", "text": changed["content"]}]
     if form.arguments_as_text and "tool_calls" in message:
         changed["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
     return changed
