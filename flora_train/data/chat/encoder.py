@@ -18,6 +18,7 @@ from flora_train.data.chat.turns import Learn, TurnFinder
 from flora_train.data.documents import EncodedDocument
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.token_cache import Encoded
+from flora_train.data.tokenizer_copies import Place
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class ChatEncoder:
         self.text = TextEncoder(tokenizer, special_tokens)
         self._row_tokens = RowTokens(self.text.special)
         self._turns = TurnFinder(template, self.text.special_pattern)
+        self._beginnings: dict[tuple[Place, str], NDArray[np.int32]] = {}
         self.check_complete = CompletenessCheck(template)
 
     def document(self, conversation: Conversation, learn: Learn = "assistant") -> EncodedDocument:
@@ -88,7 +90,7 @@ class ChatEncoder:
     def prompt(self, conversation: Conversation) -> NDArray[np.int32]:
         """The tokens of a conversation and of the beginning of the assistant's next turn. Raises
         ValueError."""
-        form = self.template.form_of(conversation)
+        form, _ = self.template.first_rendering(conversation)
         text = self.template.render(conversation, prompt=True, form=form).text
         rows = self._rows(conversation, text, form, prompt=True)
         (encoded,) = self.text.encode([(text, rows)], more=True)
@@ -117,8 +119,7 @@ class ChatEncoder:
 
     def _prepare(self, conversation: Conversation) -> _Prepared | ValueError:
         try:
-            form = self.template.form_of(conversation)
-            rendered = self.template.render(conversation, form=form)
+            form, rendered = self.template.first_rendering(conversation)
             self.check_complete(conversation, form)
             return _Prepared(form, rendered, self._rows(conversation, rendered.text, form))
         except ValueError as error:
@@ -127,7 +128,8 @@ class ChatEncoder:
     def _encoded(
         self, conversation: Conversation, prepared: _Prepared, encoded: Encoded, learn: Learn
     ) -> EncodedConversation:
-        positions = TokenPositions(self.text, prepared.rendered.text, prepared.rows, encoded)
+        text, rows = prepared.rendered.text, prepared.rows
+        positions = TokenPositions(self.text, text, rows, encoded, self._beginnings)
         spans = self._turns.learnt(conversation, prepared.form, prepared.rendered, positions, learn)
         special = frozenset(self.text.special)
         return EncodedConversation(encoded, tuple(spans), special, self._repeated_start(encoded))

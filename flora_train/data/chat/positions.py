@@ -12,16 +12,27 @@ from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.token_cache import Encoded, Spans
 from flora_train.data.tokenizer_copies import Place
 
+SHORT, MOST_BEGINNINGS = 64, 256
+"""Characters of a beginning whose tokens are kept, and how many are kept."""
+
 
 class TokenPositions:
     """The tokens of a text by its characters.
 
     text, rows: as they were encoded (rows: spans of special tokens that are text); encoded: their tokens, or
-    the first of them.
+    the first of them; beginnings: tokens of short texts of the template that were made before.
     """
 
-    def __init__(self, encoder: TextEncoder, text: str, rows: Spans, encoded: Encoded) -> None:
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        text: str,
+        rows: Spans,
+        encoded: Encoded,
+        beginnings: dict[tuple[Place, str], NDArray[np.int32]],
+    ) -> None:
         self.encoder, self.text, self.rows, self.encoded = encoder, text, rows, encoded
+        self.beginnings = beginnings
         self.count = len(encoded.ids)
         self._covered = encoded.bytes_before(self.count)
 
@@ -128,7 +139,13 @@ class TokenPositions:
             (max(a, begin) - begin, min(b, end) - begin) for a, b in self.rows if a < end and b > begin
         )
         place: Place = "start" if begin == 0 else "token"
-        (encoded,) = self.encoder.encode([(self.text[begin:end], rows)], place, more=True)
+        text = self.text[begin:end]
+        known = self.beginnings.get((place, text)) if not rows else None
+        if known is not None:
+            return known
+        (encoded,) = self.encoder.encode([(text, rows)], place, more=True)
+        if not rows and len(text) <= SHORT and len(self.beginnings) < MOST_BEGINNINGS:
+            self.beginnings[place, text] = encoded.ids
         return encoded.ids
 
 

@@ -133,22 +133,22 @@ class ChatTemplate:
 
         form: of the messages; default: the first that the template can render. Raises TemplateError.
         """
-        form = form or self.form_of(conversation)
+        if form is None:
+            form, _ = self.first_rendering(conversation)
         return self._render(conversation, prompt, form)
 
-    def form_of(self, conversation: Conversation) -> Form:
-        """The first form in which the template renders a conversation. Raises TemplateError."""
+    def first_rendering(self, conversation: Conversation) -> tuple[Form, Rendered]:
+        """The first form in which the template renders a conversation, and the text. Raises
+        TemplateError."""
         first: TemplateError | None = None
         for plain_form in FORMS:
             if plain_form != FORMS[0] and not _differs(conversation, plain_form):
                 continue
             form = replace(plain_form, content_parts=self._reads_parts)
             try:
-                self._render(conversation, False, form)
+                return form, self._render(conversation, False, form)
             except TemplateError as error:
                 first = first or error
-            else:
-                return form
         assert first is not None
         raise first
 

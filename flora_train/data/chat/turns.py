@@ -195,10 +195,10 @@ class TurnFinder:
 
     def _shared(self, beginning: str, text: str) -> int:
         """Characters that a text shares with a beginning of it, up to a special token that differs."""
+        if text.startswith(beginning):
+            return len(beginning)
         pairs = enumerate(zip(beginning, text, strict=False))
         shared = next((i for i, (a, b) in pairs if a != b), min(len(beginning), len(text)))
-        if shared == len(beginning):
-            return shared
         for match in self._special.finditer(beginning):
             if match.start() < shared < match.end():
                 return match.start()
