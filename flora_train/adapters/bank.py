@@ -20,6 +20,7 @@ from flora_train.adapters.routing import BatchRouting, RowNoise, build_routing
 from flora_train.adapters.spec import BASE, BASE_ID, AdapterSpec
 from flora_train.adapters.targets import check_base, linear_layers
 from flora_train.config.errors import choices, did_you_mean, user_error
+from flora_train.models.loading import recomputes
 from flora_train.models.speech_encoder import encoder_name
 
 
@@ -349,13 +350,13 @@ class AdapterBank:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Reentrant checkpointing computes no gradients unless an input requires grad."""
-        if self.router.routing is not None and torch.is_grad_enabled() and _recomputes(self.model):
+        if self.router.routing is not None and torch.is_grad_enabled() and recomputes(self.model):
             states: Tensor = args[0] if args else kwargs["hidden_states"]
             if not states.requires_grad:
                 states.requires_grad_(True)
 
     def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        self.router.recomputes = _recomputes(self.model)
+        self.router.recomputes = recomputes(self.model)
         routing = self.router.routing
         if routing is None:
             return output
@@ -364,11 +365,3 @@ class AdapterBank:
             # Cloned, because some models change their embeddings in place, which autograd forbids for a leaf.
             output = output.clone()
         return routing.perturb(output) if routing.embedding_noise else output
-
-
-def _recomputes(model: nn.Module) -> bool:
-    """Whether activations are checkpointed. transformers 5.20 renamed the property; the old name warns."""
-    name = "is_gradient_checkpointing"
-    if hasattr(type(model), "is_activation_checkpointing"):
-        name = "is_activation_checkpointing"
-    return model.training and getattr(model, name, False)

@@ -3,6 +3,8 @@ its weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -400,6 +402,27 @@ def set_mode(model: nn.Module, training: bool) -> None:
     if training:
         for module in model.modules():
             module.training = module is model or hasattr(module, "gradient_checkpointing")
+
+
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """A context in which no activations are checkpointed, for a forward without a backward."""
+    if not (model.training and recomputes(model)):
+        yield
+        return
+    set_mode(model, training=False)
+    try:
+        yield
+    finally:
+        set_mode(model, training=True)
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether activations are checkpointed. transformers 5.20 renamed the property; the old name warns."""
+    name = "is_gradient_checkpointing"
+    if hasattr(type(model), "is_activation_checkpointing"):
+        name = "is_activation_checkpointing"
+    return model.training and getattr(model, name, False)
 
 
 def disable_dropout(config: Any) -> None:

@@ -13,7 +13,7 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import MixedBatch, Row, padded_tokens, prefetch, share_of_rank
 from flora_train.data.splits import seed_of
 from flora_train.data.token_split import TokenSplit
-from flora_train.models.loading import set_mode
+from flora_train.models.loading import set_mode, without_checkpointing
 from flora_train.runtime.distributed import (
     on_any_process,
     on_every_process,
@@ -161,7 +161,7 @@ class Trainer(ResumableTraining):
         with self.timer.part("data"):
             batch = self.make_batch(frozen)
         self.timer.count_tokens(batch.padded_tokens // FORWARDS_PER_STEP)
-        with torch.no_grad(), self.bank.routed(batch.adapter_ids):
+        with torch.no_grad(), self.bank.routed(batch.adapter_ids), without_checkpointing(self.model):
             return RowNats(frozen, self.row_losses(batch))
 
     def learnt_pass(self, rows: Sequence[Row], number: int) -> RowNats:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.paging import Paging
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.spec import BASE_ID, AdapterSpec
 from flora_train.config.load import validate
 from flora_train.config.sweep import SweepConfig
 from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
+from flora_train.data.documents import EncodedDocument, EncodedExample
+from flora_train.data.preferences.preference import Preference
+from flora_train.data.preferences.split import PreferenceSplit, preference_split
 from flora_train.data.task import Task
-from flora_train.data.token_split import SplitCounts, TokenSplit, spans_after
+from flora_train.data.token_split import SplitBuilder, SplitCounts, TokenSplit, spans_after
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.context import TrainingContext
 from flora_train.training.step_plan import StepPlan, plan_step
@@ -43,6 +46,27 @@ def random_split(seed: int, examples: int, least_prompt: int = 0, longest: int =
     )
 
 
+def random_preferences(
+    seed: int, examples: int, objective: str, limit: int = 16, *, shared: int = 3
+) -> PreferenceSplit:
+    """Pairs whose completions continue the same prompt of 1 to `shared` tokens, or labelled completions."""
+    generator = np.random.default_rng(seed)
+    builder = SplitBuilder()
+    completions = 1 if objective == "kto" else 2
+    for number in range(examples):
+        prompt = generator.integers(2, VOCABULARY, generator.integers(1, shared + 1))
+        documents = []
+        for _ in range(completions):
+            completion = generator.integers(2, VOCABULARY, generator.integers(2, limit - shared + 1))
+            tokens = np.concatenate([prompt, completion]).astype(np.int32)
+            documents.append(EncodedDocument(tokens, [(len(prompt), len(tokens))], len(completion)))
+        label = None
+        if objective == "kto":
+            label = number % 3 > 0
+        builder.add(EncodedExample(tuple(documents), "whole", label=label))
+    return preference_split(builder.split(), limit)
+
+
 def make_trainer(
     specs: Sequence[AdapterSpec],
     folder: Path,
@@ -54,9 +78,14 @@ def make_trainer(
     guard: dict[str, Any] | None = None,
     paging: Paging | None = None,
     dtype: torch.dtype = torch.float32,
+    preferences: Mapping[str, Preference] | None = None,
+    examples_per_draw: int = 1,
     **training: Any,
 ) -> Trainer:
-    """A trainer for `specs` on tasks a, b and c; same arguments, same trainer."""
+    """A trainer for `specs` on tasks a, b and c; same arguments, same trainer.
+
+    preferences: of the tasks that are not plain text.
+    """
     source = {"train": "unused.jsonl"}
     config = validate(
         {
@@ -64,7 +93,7 @@ def make_trainer(
             "model": {"path": "unused"},
             "tasks": dict.fromkeys("abc", source),
             "adapters": {"unused": {"method": "ia3", "lr": 1e-3}},
-            "mixture": {"strategy": "uniform"},
+            "mixture": {"strategy": "uniform", "examples_per_draw": examples_per_draw},
             "training": {
                 "steps": 20,
                 "tokens_per_step": 90,
@@ -86,6 +115,9 @@ def make_trainer(
         name: (random_split(i, 40, least), random_split(10 + i, 6, least)) for i, name in enumerate("abc")
     }
     tasks = {name: Task(name, 1.0, *halves, "") for name, halves in splits.items()}
+    for number, (name, preference) in enumerate((preferences or {}).items()):
+        halves = (random_preferences(20 + 2 * number + i, (24, 5)[i], preference.objective) for i in (0, 1))
+        tasks[name] = Task(name, 1.0, *halves, "", preference=preference)
     bank = AdapterBank.attach(model, specs, paging=paging)
     config = config.model_copy(
         update={"sweep": SweepConfig.model_validate({"strategy": sweep})}
@@ -149,13 +181,29 @@ def only(plan: StepPlan, adapter: int) -> StepPlan | None:
     """The part of a plan that concerns one adapter, whose id becomes 0; None if it is absent."""
     if adapter not in plan.label_tokens:
         return None
-    groups = [
-        tuple(replace(row, adapter=0) for row in group if row.adapter == adapter)
-        for group in plan.microbatches
-    ]
+    groups = []
+    for group in plan.microbatches:
+        units = {(row.task, row.unit) for row in group if row.adapter == adapter and row.unit is not None}
+        rows = [
+            row
+            for row in group
+            if row.adapter == adapter or (row.adapter == BASE_ID and (row.task, row.unit) in units)
+        ]
+        groups.append(tuple(replace(row, adapter=0 if row.adapter == adapter else BASE_ID) for row in rows))
     return replace(
-        plan, microbatches=tuple(filter(None, groups)), label_tokens={0: plan.label_tokens[adapter]}
+        plan,
+        microbatches=tuple(filter(None, groups)),
+        label_tokens={0: plan.label_tokens[adapter]},
+        preferences=_of_first(plan.preferences, adapter),
+        chosen_tokens=_of_first(plan.chosen_tokens, adapter),
     )
+
+
+def _of_first(counts: Mapping[int, int], adapter: int) -> dict[int, int]:
+    """The count of one adapter, whose id becomes 0."""
+    if adapter in counts:
+        return {0: counts[adapter]}
+    return {}
 
 
 def train_together(trainer: Trainer, plans: Sequence[StepPlan]) -> None:
