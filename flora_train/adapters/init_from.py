@@ -11,7 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from flora_train.adapters.peft_config import check_harmless
-from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES, check_targets, check_tensors, read_files
+from flora_train.adapters.peft_equivalents import as_lora, without_zero_ranks
+from flora_train.adapters.peft_tensors import (
+    PREFIX,
+    SUFFIXES,
+    check_targets,
+    check_tensors,
+    read_files,
+)
 from flora_train.adapters.spec import AdapterSpec, make_spec, scaling_of
 from flora_train.adapters.targets import find_targets, shortest_suffixes
 from flora_train.config.adapter_schema import AdapterConfig
@@ -145,6 +152,10 @@ def read_outline(source: str, key: str, model_modules: Sequence[str]) -> PeftOut
         check_targets(config, modules, model_modules, source=source, key=key)
     peft_type = config.peft_type
     shapes = {module: _layer_shape(peft_type, module, tensors) for module in sorted(modules)}
+    if peft_type == "HIRA":
+        config, _ = without_zero_ranks(config, tensors)
+    elif peft_type == "ADALORA":
+        config, _ = as_lora(config, tensors)
     return PeftOutline(
         source=source,
         peft_type=peft_type,

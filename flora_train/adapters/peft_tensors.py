@@ -106,11 +106,12 @@ def _fits(suffix: str, shape: tuple[int, ...], module: str, *, config: PeftConfi
         return False
     if config.peft_type == "IA3":
         return 1 in shape
-    rank = config.rank_at(module)
     if suffix == "lora_E":
-        return shape == (rank, 1)
-    rank_dimension = int("_B" in suffix)
-    return shape[rank_dimension] == rank
+        return shape == (config.rank, 1)
+    ranks = [config.rank_at(module)]
+    if config.peft_type == "HIRA":
+        ranks.append(config.rank)  # peft 0.21 does not use the rank_pattern of a HIRA
+    return shape[int("_B" in suffix)] in ranks
 
 
 def check_targets(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -53,7 +53,10 @@ def config_of(
     elif form == "ADALORA":
         method = _adalora_config(spec, targets, _largest_rank(spec, layers))
     else:
-        method = METHODS[spec.method].peft_config(spec, targets, inputs)
+        own = METHODS[spec.method]
+        if own.one_rank_in_peft:
+            spec = replace(spec, rank=_largest_rank(spec, layers), rank_pattern=())
+        method = own.peft_config(spec, targets, inputs)
     return {
         **method,
         "base_model_name_or_path": base.path,
@@ -75,12 +78,20 @@ def _adalora_config(spec: AdapterSpec, targets: list[str], rank: int) -> dict[st
     return {"peft_type": "ADALORA", **schedule, **scale, "bias": "none", "target_modules": targets}
 
 
+def _padded(tensors: Mapping[str, Tensor], missing: int) -> dict[str, Tensor]:
+    """The factors with more ranks, which are 0."""
+    padded: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        pad = (0, missing) if "_B" in name else (0, 0, 0, missing)
+        padded[name] = nn.functional.pad(tensor, pad)
+    return padded
+
+
 def _adalora_tensors(params: Mapping[str, Tensor], scaling: float, rank: int) -> dict[str, Tensor]:
     """An ADALORA has the same rank and scale in every module: missing ranks are 0, and lora_E has what the
     module's scale differs by. scaling: relative to that of adapter_config.json."""
-    missing = rank - len(params["A"])
-    A = nn.functional.pad(params["A"], (0, 0, 0, missing))
-    B = nn.functional.pad(params["B"], (0, missing))
+    factors = {"lora_A": params["A"], "lora_B": params["B"]}
+    A, B = _padded(factors, rank - len(params["A"])).values()
     E = A.new_full((rank, 1), scaling * (rank + ADALORA_EPSILON) / rank)
     return {"lora_A": A, "lora_B": B, "lora_E": E}
 
@@ -100,6 +111,8 @@ def tensors_of(
         else:
             method = METHODS[spec.method]
             by_suffix = method.peft_tensors(params, spec.at(module), layers[module].feedforward)
+            if method.one_rank_in_peft:
+                by_suffix = _padded(by_suffix, _largest_rank(spec, layers) - spec.at(module).rank)
         tensors |= {f"{PREFIX}{module}.{suffix}": tensor for suffix, tensor in by_suffix.items()}
     return tensors
 

@@ -11,21 +11,25 @@ import torch
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.methods.flora import as_hira
-from flora_train.adapters.peft_config import (
-    ADALORA_EPSILON,
-    ANY_TYPE,
-    SOME_LAYERS,
-    PeftConfig,
-    check_harmless,
+from flora_train.adapters.peft_config import PeftConfig, check_harmless
+from flora_train.adapters.peft_equivalents import (
+    PeftAdapter,
+    as_lora,
+    flora_as_hira,
+    without_zero_ranks,
 )
-from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES, check_targets, check_tensors, read_files
+from flora_train.adapters.peft_tensors import (
+    PREFIX,
+    SUFFIXES,
+    check_targets,
+    check_tensors,
+    read_files,
+)
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, user_error
-from flora_train.config.json_format import JsonObject
 from flora_train.export.low_rank import modulation, relative_norm
-from flora_train.export.peft_format import peft_config, peft_tensors
+from flora_train.export.peft_format import peft_config
 from flora_train.export.peft_forms import BaseModel
 from flora_train.runtime.distributed import on_every_process
 from flora_train.runtime.progress import ProgressBar
@@ -34,8 +38,6 @@ from flora_train.training.fsdp import full_tensor
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-PeftAdapter = tuple[PeftConfig, dict[str, Tensor]]
-"""Content of adapter_config.json, and the tensors by PEFT's names."""
 
 
 @torch.no_grad()
@@ -90,49 +92,14 @@ def read_peft(source: str, key: str) -> PeftAdapter:
     check_tensors(config, tensors, source, key=key)
     peft_type = config.peft_type
     if peft_type == "ADALORA":
-        return _as_lora(config, tensors)
+        return as_lora(config, tensors)
+    if peft_type == "HIRA":
+        return without_zero_ranks(config, tensors)
     if peft_type == "FLORA":
         import flora_train.peft_plugin  # noqa: F401  (registers FLORA with peft)
 
-        return _as_hira(config, tensors)
+        return flora_as_hira(config, tensors)
     return config, tensors
-
-
-def _as_hira(config: PeftConfig, tensors: dict[str, Tensor]) -> PeftAdapter:
-    """The HIRA that computes the same as this FLORA."""
-    converted: dict[str, Tensor] = {}
-    for name, A in tensors.items():
-        if name.endswith("flora_A"):
-            stem = name.removesuffix("flora_A")
-            factors = as_hira(A, tensors[f"{stem}flora_B"], float(config.variant == "residual"))
-            converted |= {f"{stem}{suffix}": tensor for suffix, tensor in factors.items()}
-    assert config.rank is not None, "check_harmless requires it"
-    more = int(config.variant == "pure")
-    ranks: JsonObject = {pattern: rank + more for pattern, rank in config.rank_pattern.items()}
-    dropout = config.options.get("flora_dropout", 0.0)
-    own: JsonObject = {"peft_type": "HIRA", "r": config.rank + more, "rank_pattern": ranks}
-    return PeftConfig({**_common_keys(config), **own, "hira_dropout": dropout}), converted
-
-
-def _as_lora(config: PeftConfig, tensors: dict[str, Tensor]) -> PeftAdapter:
-    """The LORA that computes the same as this ADALORA, which adds alpha / (r + 1e-5) B (E * A) with E [r,
-    1]."""
-    rank = config.rank
-    assert rank is not None, "check_harmless requires it"
-    converted: dict[str, Tensor] = {}
-    for name, E in tensors.items():
-        if name.endswith("lora_E"):
-            stem = name.removesuffix("lora_E")
-            A = tensors[f"{stem}lora_A"].double() * E.double() * (rank / (rank + ADALORA_EPSILON))
-            converted |= {f"{stem}lora_A.weight": A.float(), f"{stem}lora_B.weight": tensors[f"{stem}lora_B"]}
-    dropout = config.options.get("lora_dropout", 0.0)
-    scale = {"r": rank, "lora_alpha": config.alpha, "lora_dropout": dropout}
-    return PeftConfig({**_common_keys(config), "peft_type": "LORA", **scale}), converted
-
-
-def _common_keys(config: PeftConfig) -> JsonObject:
-    """The keys that do not depend on the PEFT type."""
-    return {name: value for name, value in config.options.items() if name in ANY_TYPE or name in SOME_LAYERS}
 
 
 def _parameters(
@@ -144,7 +111,7 @@ def _parameters(
     if config.peft_type == "LORA" and spec.method == "flora" and spec.offset:
         return _fitted(bank, name, peft_adapter, source=source, key=key)
     _check_method(bank, name, config, source=source, key=key)
-    expected = peft_tensors(bank, name)
+    expected = _expected_tensors(bank, name)
     check_layers(expected.keys(), tensors.keys(), source, key=key)
     for tensor in expected:
         shape, expected_shape = tuple(tensors[tensor].shape), tuple(expected[tensor].shape)
@@ -168,6 +135,17 @@ def _parameters(
             raise user_error(key, source, str(error)) from error
         parameters |= {f"{module}.{param}": tensor for param, tensor in params.items()}
     return parameters
+
+
+def _expected_tensors(bank: AdapterBank, name: str) -> dict[str, Tensor]:
+    """The tensors of the adapter by PEFT's names, each of its own rank."""
+    pool, member = bank.location[bank.id_of(name)]
+    expected: dict[str, Tensor] = {}
+    for module, params in bank.parameters_of(name).items():
+        spec, feedforward = pool.specs[member].at(module), pool.targets[module].feedforward
+        by_suffix = pool.method.peft_tensors(params, spec, feedforward)
+        expected |= {f"{PREFIX}{module}.{suffix}": tensor for suffix, tensor in by_suffix.items()}
+    return expected
 
 
 def _fitted(
@@ -239,14 +217,12 @@ def _check_method(bank: AdapterBank, name: str, config: PeftConfig, *, source: s
     """Raises UserError where the PEFT adapter has another PEFT type, rank or scale than the bank's
     adapter."""
     expected, spec = peft_config(bank, name, BaseModel("")), bank.specs[bank.id_of(name)]
-    peft_type, rank = config.peft_type, config.rank
+    peft_type = config.peft_type
     if peft_type != expected["peft_type"]:
         allowed = expected["peft_type"]
         hint = f"has the PEFT type {peft_type}, and an adapter of method {spec.method} starts from {allowed}"
         raise user_error(key, source, hint)
-    more = 0
-    if rank is not None:
-        more = expected["r"] - spec.rank
+    more = int(spec.method == "flora" and not spec.offset)
     has_patterns = spec.has_patterns or bool(config.rank_pattern or config.alpha_pattern)
     for module in bank.parameters_of(name):
         own, theirs = spec.at(module), config.rank_at(module)

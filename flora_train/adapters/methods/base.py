@@ -50,6 +50,8 @@ class AdapterMethod(ABC):
     name: str
     lr_ratio_parameters: frozenset[str] = frozenset()
     """Parameters whose learning rate is lr_ratio x lr."""
+    one_rank_in_peft: bool = False
+    """Whether PEFT gives all modules of its type the rank `r`, whatever its rank_pattern."""
 
     @abstractmethod
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from flora_train.kernels.segments import Segments
 class Flora(AdapterMethod):
     name = "flora"
     lr_ratio_parameters = frozenset({"B"})
+    one_rank_in_peft = True  # peft 0.21 reads the rank_pattern of a HIRA, and does not use it
 
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
         return {"A": (spec.rank, target.in_features), "B": (target.out_features, spec.rank)}
@@ -60,16 +61,10 @@ class Flora(AdapterMethod):
     def peft_config(
         self, spec: AdapterSpec, target_modules: list[str], feedforward_modules: list[str]
     ) -> dict[str, object]:
-        more = 0 if spec.offset else 1  # for a pure adapter, see docs/math.md
-        config: dict[str, object] = {
-            "peft_type": "HIRA",
-            "r": spec.rank + more,
-            "target_modules": target_modules,
-            "hira_dropout": 0.0,
-        }
-        if spec.rank_pattern:
-            config["rank_pattern"] = {pattern: rank + more for pattern, rank in spec.rank_pattern}
-        return config
+        rank = spec.rank
+        if not spec.offset:
+            rank += 1  # for a pure adapter, see docs/math.md
+        return {"peft_type": "HIRA", "r": rank, "target_modules": target_modules, "hira_dropout": 0.0}
 
     def peft_tensors(self, params: Params, spec: AdapterSpec, feedforward: bool) -> dict[str, Tensor]:
         return as_hira(params["A"], params["B"], spec.offset)

@@ -44,7 +44,7 @@ def chat_columns(task: TaskConfig, rows: RowsOutline) -> ChatColumns | None:
         return _with_tools(task, rows, ChatColumns(messages=task.messages))
     if task.text is not None:
         return None
-    first: Mapping[str, Any] = rows.first.values if rows.first is not None else {}
+    first: Mapping[str, Any] = rows.first.cells if rows.first is not None else {}
     if task.prompt is None:
         named = next((column for column in MESSAGE_COLUMNS if _is_chat_column(column, rows, first)), None)
         if named is not None:
@@ -136,7 +136,7 @@ class ChatRowEncoder:
     def conversation(self, row: LocatedRow) -> Conversation:
         """The conversation of a row. Raises UserError that names the row."""
         try:
-            found = parse_conversation(row.values, self.columns, merged=merges_fields(row.file))
+            found = parse_conversation(row.cells, self.columns, merged=merges_fields(row.file))
             if self.learn != "all" and not found.assistant_turns:
                 raise ValueError(
                     "the conversation has no turn of the assistant, so that nothing is learnt: add one, "

@@ -98,7 +98,7 @@ def test_errors_of_all_sections_are_reported_together_with_key_value_and_hint() 
 @pytest.mark.parametrize(
     ("changes", "key", "hint"),
     [
-        ({"adapters__ia3__rank": 4}, "adapters.ia3.rank", "it belongs to flora and lora: remove it"),
+        ({"adapters__ia3__rank": 4}, "adapters.ia3.rank", "it belongs to flora, lora and dora: remove it"),
         ({"adapters__ia3__dropout": 0.1}, "adapters.ia3.dropout", "it belongs to lora"),
         ({"adapters__lora__variant": "pure"}, "adapters.lora.variant", "it belongs to flora"),
         (
