@@ -112,7 +112,24 @@ class AdapterBank:
         bank._wrap_layers()
         for pool, member in bank.location:
             pool.initialise(member, seed)
+        bank._initialise_from_weights()
         return bank
+
+    @torch.no_grad()
+    def _initialise_from_weights(self) -> None:
+        """Set the initial values that depend on the frozen weights, in pools whose method has some."""
+        for pool in self.pools:
+            if not pool.method.begins_with_weight:
+                continue
+            values: dict[str, dict[str, Tensor]] = {}
+            for module in pool.targets:
+                layer: Any = self.model.get_submodule(module)
+                with layer.weight_context(torch.float32) as weight:
+                    values[module] = pool.method.values_of_weight(weight)
+            for member in range(len(pool.specs)):
+                for module, views in pool.row(member).items():
+                    for param, value in values[module].items():
+                        views[param].copy_(value)
 
     def route(
         self,

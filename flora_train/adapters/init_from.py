@@ -20,6 +20,7 @@ from flora_train.adapters.peft_tensors import (
     read_files,
 )
 from flora_train.adapters.spec import AdapterSpec, make_spec, scaling_of
+from flora_train.adapters.subtracted_init import find_initial, plain_config
 from flora_train.adapters.targets import find_targets, shortest_suffixes
 from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.errors import Problem, UserError, user_error
@@ -27,7 +28,12 @@ from flora_train.config.name_patterns import value_for
 from flora_train.config.schema import RunConfig
 from flora_train.models.loading import empty_model
 
-PEFT_TYPES = {"flora": ("HIRA", "FLORA", "LORA", "ADALORA"), "lora": ("LORA", "ADALORA"), "ia3": ("IA3",)}
+PEFT_TYPES = {
+    "flora": ("HIRA", "FLORA", "LORA", "ADALORA"),
+    "lora": ("LORA", "ADALORA"),
+    "dora": ("LORA", "ADALORA"),
+    "ia3": ("IA3",),
+}
 """Method -> the PEFT types of adapters that it can start from."""
 
 logger = logging.getLogger(__name__)
@@ -45,6 +51,8 @@ class PeftOutline:
     rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    is_dora: bool
+    """Whether a LORA is a DoRA."""
     variant: str | None
     """Of a FLORA; None for other types."""
     shapes: Mapping[str, tuple[int | None, int | None]]
@@ -89,11 +97,15 @@ def resolve_init_from(config: RunConfig, begun: RunConfig | None = None) -> RunC
     return config.model_copy(update={"adapters": adapters})
 
 
+LORA_KEYS = ("rank", "rank_pattern", "alpha", "alpha_pattern", "rslora")
+
+
 def _left_out(adapter: AdapterConfig) -> list[str]:
     """Keys that are read from the PEFT adapter."""
     keys = {
         "flora": ("rank", "rank_pattern", "variant"),
-        "lora": ("rank", "rank_pattern", "alpha", "alpha_pattern", "rslora"),
+        "lora": LORA_KEYS,
+        "dora": LORA_KEYS,
         "ia3": ("feedforward_modules",),
     }[adapter.method]
     missing = [key for key in keys if getattr(adapter, key) is None]
@@ -127,6 +139,9 @@ def _resolve_and_check(
                 f"an adapter of method {adapter.method} starts from {types}"
             )
             raise user_error(f"{key}.init_from", outline.source, hint)
+        if outline.is_dora and adapter.method != "dora":
+            hint = f"is a DoRA, and an adapter of method {adapter.method} cannot start from it: write dora"
+            raise user_error(f"{key}.init_from", outline.source, hint)
         _check_modules(outline, key, config, model())
     values = {
         name: _agreed(name, list(by_source.values()), adapter, key, model()) for name in _left_out(adapter)
@@ -156,6 +171,8 @@ def read_outline(source: str, key: str, model_modules: Sequence[str]) -> PeftOut
         config, _ = without_zero_ranks(config, tensors)
     elif peft_type == "ADALORA":
         config, _ = as_lora(config, tensors)
+    find_initial(config, source, key)
+    is_dora, config = config.is_dora, plain_config(config)
     return PeftOutline(
         source=source,
         peft_type=peft_type,
@@ -164,6 +181,7 @@ def read_outline(source: str, key: str, model_modules: Sequence[str]) -> PeftOut
         rslora=peft_type == "LORA" and config.rslora,
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
+        is_dora=is_dora,
         variant=config.variant if peft_type == "FLORA" else None,
         shapes=shapes,
         feedforward=frozenset(
@@ -258,7 +276,7 @@ def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, 
         raise user_error(f"{key}.variant", written.variant, "cannot start from a LORA: set it to residual")
     if spec.method != "ia3" and not from_lora:
         _check_ranks(spec, outline)
-    if spec.method == "lora" and outline.alpha is not None:
+    if spec.method in ("lora", "dora") and outline.alpha is not None:
         _check_scaling(spec, outline, written)
     targets = find_targets(model, spec)
     _check_layers(spec, outline, written, set(targets))

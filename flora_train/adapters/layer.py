@@ -86,7 +86,8 @@ class AdapterLinear(nn.Module):
             y = y.view(routing.rows, tokens_per_row, -1).index_select(0, routing.inverse)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _weight(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+    def weight_context(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        """A context that provides the frozen weight as [out, in]; a quantized one in this dtype."""
         if self._quantised:
             return dequantized(self.base_layer, dtype, keep=self.router.recomputes)
         return nullcontext(dense_weight(self.base_layer, self.target))
@@ -97,7 +98,7 @@ class AdapterLinear(nn.Module):
         target = span.pool.targets[self.target.name]
         site = Site(
             base=self.base_layer,
-            weight=lambda: self._weight(linear_dtype(x)),
+            weight=lambda: self.weight_context(linear_dtype(x)),
             bias=self.bias,
             dropout=lambda rows: routing.dropout(rows, target.name, span, tokens_per_row=tokens_per_row),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ def _off(value: Any) -> bool:
 
 def _flag(value: Any) -> bool:
     return isinstance(value, bool)
+
+
+def _optional_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
 
 
 def _text(value: Any) -> bool:
@@ -113,6 +118,26 @@ INITS = _one_of(None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base model unchanged. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
 change it; MiCA computes something else."""
 
+REPEATABLE_INITS = ("pissa", "olora")
+"""Values of init_lora_weights whose change of the base model depends on its weights alone."""
+OTHER_INITS = ("corda", "lora_ga")
+"""Values whose change depends on data as well; it is known from the initial adapter."""
+
+
+def subtracted_init(value: Any) -> str | None:
+    """The method that subtracts its initial adapter from the base model, by the name of its folder of PEFT's
+    conversion: pissa, olora, corda or lora_ga. None for every other value of init_lora_weights."""
+    if not isinstance(value, str):
+        return None
+    if value in (*REPEATABLE_INITS, *OTHER_INITS):
+        return value
+    return "pissa" if re.fullmatch(r"pissa_niter_\d+", value) else None
+
+
+def _known_init(value: Any) -> bool:
+    return INITS(value) or subtracted_init(value) is not None
+
+
 ADALORA_EPSILON = 1e-5
 """PEFT divides the update of an ADALORA by its rank plus this."""
 
@@ -123,7 +148,8 @@ LORA: dict[str, Rule] = {
     "lora_alpha": _number,
     "lora_dropout": _number,
     "use_rslora": _flag,
-    "init_lora_weights": INITS,
+    "use_dora": _optional_flag,
+    "init_lora_weights": _known_init,
     "bias": _one_of("none"),
     "alpha_pattern": _pattern_of(_number),
     "megatron_config": _off,
@@ -132,7 +158,6 @@ LORA: dict[str, Rule] = {
     **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), _anything),
     **dict.fromkeys(
         (
-            "use_dora",
             "lora_bias",
             "use_qalora",
             "layer_replication",
@@ -157,6 +182,8 @@ ADALORA: dict[str, Rule] = {
     "r": _anything,
     "rank_pattern": _off,
     "alpha_pattern": _off,
+    "use_dora": _off,
+    "init_lora_weights": INITS,
     "lora_alpha": _positive,
     "use_rslora": _anything,
     "init_r": _size,
@@ -247,6 +274,17 @@ class PeftConfig:
     def rslora(self) -> bool:
         """Whether alpha is divided by the square root of the rank."""
         return bool(self.options.get("use_rslora"))
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether a LORA is a DoRA."""
+        return self.peft_type == "LORA" and bool(self.options.get("use_dora"))
+
+    @property
+    def subtracted_init(self) -> str | None:
+        """The method (such as pissa) that subtracts its initial adapter from the base model; None for an
+        adapter of an unchanged base model."""
+        return subtracted_init(self.options.get("init_lora_weights")) if self.peft_type == "LORA" else None
 
     @property
     def rank_pattern(self) -> dict[str, int]:

@@ -26,6 +26,16 @@ SUFFIXES = {
 }
 """PEFT type -> what follows the module in a tensor's name. Every adapted module has each of them."""
 
+MAGNITUDE = "lora_magnitude_vector"
+"""The additional tensor of a DoRA, which is a LORA in PEFT."""
+
+
+def suffixes_of(config: PeftConfig) -> tuple[str, ...]:
+    """What follows the module in the names of an adapter's tensors."""
+    suffixes: tuple[str, ...] = SUFFIXES[config.peft_type]
+    return (*suffixes, MAGNITUDE) if config.is_dora else suffixes
+
+
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Keys of adapter_config.json that select the adapted modules."""
 
@@ -69,9 +79,9 @@ def check_tensors(config: PeftConfig, tensors: Mapping[str, Tensor], source: str
     or dtype that does not agree with adapter_config.json.
     """
     peft_type = config.peft_type
-    suffixes_of: dict[str, set[str]] = {}
+    suffixes_in: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
-        suffix = _suffix(name, peft_type)
+        suffix = next((suffix for suffix in suffixes_of(config) if name.endswith(f".{suffix}")), None)
         if suffix is None or not name.startswith(PREFIX):
             hint = (
                 f"holds {name}, which is not a tensor of a plain {peft_type}: training cannot start from it"
@@ -87,21 +97,19 @@ def check_tensors(config: PeftConfig, tensors: Mapping[str, Tensor], source: str
                 f"{name} has shape {shape}, which {CONFIG} does not allow: the files do not belong together"
             )
             raise user_error(key, source, hint)
-        suffixes_of.setdefault(module, set()).add(suffix)
-    for module, suffixes in suffixes_of.items():
-        if missing := set(SUFFIXES[peft_type]) - suffixes:
+        suffixes_in.setdefault(module, set()).add(suffix)
+    for module, suffixes in suffixes_in.items():
+        if missing := {*suffixes_of(config)} - suffixes:
             raise user_error(key, source, f"is damaged: it lacks {PREFIX}{module}.{min(missing)}")
-    if not suffixes_of:
+    if not suffixes_in:
         raise user_error(key, source, "is damaged: it holds no tensors")
-    return set(suffixes_of)
-
-
-def _suffix(name: str, peft_type: str) -> str | None:
-    return next((suffix for suffix in SUFFIXES[peft_type] if name.endswith(f".{suffix}")), None)
+    return set(suffixes_in)
 
 
 def _fits(suffix: str, shape: tuple[int, ...], module: str, *, config: PeftConfig) -> bool:
     """Whether a tensor of this shape agrees with the module's rank in adapter_config.json."""
+    if suffix == MAGNITUDE:
+        return len(shape) == 1 and 0 not in shape
     if len(shape) != 2 or 0 in shape:
         return False
     if config.peft_type == "IA3":

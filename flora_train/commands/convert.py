@@ -19,7 +19,7 @@ from flora_train.config.terminal_text import print_plain
 from flora_train.export.model_card import in_code, write_card
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_forms import BaseModel
-from flora_train.export.peft_import import fit_lora, modules_of, read_peft
+from flora_train.export.peft_import import fit_lora, modules_of, on_base_of, read_peft
 from flora_train.models.loading import load_base_model
 from flora_train.runtime.atomic import check_writable
 from flora_train.runtime.environment import default_device
@@ -50,6 +50,9 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
         advice = "HIRA and IA3 need no conversion, use adapters.NAME.init_from"
         hint = f"is of kind {peft_type}: LORA is converted; {advice}"
         raise user_error("adapter", source, hint)
+    if config.is_dora:
+        hint = "is a DoRA: LORA is converted; train it on with method dora, use adapters.NAME.init_from"
+        raise user_error("adapter", source, hint)
     base = options.model or config.base_model
     if not base:
         raise user_error(
@@ -68,7 +71,8 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
         default_steps=1,
     )
     bank = AdapterBank.attach(base_model, [replace(spec, name=folder.name)])
-    numbers, error = fit_lora(bank, folder.name, (config, tensors), key="adapter")
+    lora = on_base_of(bank, (config, tensors), source, key="adapter")
+    numbers, error = fit_lora(bank, folder.name, lora, key="adapter")
     for module, params in bank.parameters_of(folder.name).items():
         for param, view in params.items():
             view.copy_(numbers[f"{module}.{param}"])

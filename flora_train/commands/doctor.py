@@ -169,6 +169,11 @@ def _choice(method: str, work: Work) -> Choice:
         return Choice(
             f"shrink and expand ({backend})", "the base layer, and two thin matmuls that add to its output"
         )
+    if method == "dora":
+        return Choice(
+            f"shrink, expand and one scale ({backend})",
+            "the base layer, two thin matmuls that add to its output, and a product a feature",
+        )
     if method == "ia3":
         return Choice(f"one scale ({backend})", "the base layer, and a product a feature")
     decision = decide(work, thresholds_for(work))

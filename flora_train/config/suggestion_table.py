@@ -56,7 +56,7 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
     "lora_target_linear": (Suggestion(f"{ADAPTER}.target_modules", "Write all-linear."),),
     **dict.fromkeys(
         ("peft_type", "peft_method", "adapter", "adapter_type", "finetuning_type", "peft"),
-        (Suggestion(f"{ADAPTER}.method", "Write flora, lora or ia3."),),
+        (Suggestion(f"{ADAPTER}.method", "Write flora, lora, dora or ia3."),),
     ),
     **dict.fromkeys(
         ("learning_rate", "learningrate", "max_lr", "base_lr", "peak_lr", "lora_lr"),
@@ -123,7 +123,7 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
         (Suggestion(f"{ADAPTER}.init_from", "Write the folder or hub name of a PEFT adapter."),),
     ),
     **dict.fromkeys(
-        ("lora", "lora_config", "peft_config", "flora", "ia3", "methods"),
+        ("lora", "lora_config", "peft_config", "flora", "dora", "ia3", "methods"),
         (Suggestion("adapters", "Write adapters.NAME.method=lora and further keys below adapters.NAME."),),
     ),
     # training

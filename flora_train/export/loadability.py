@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from flora_train.adapters.methods import METHODS
-from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES
+from flora_train.adapters.peft_config import PeftConfig
+from flora_train.adapters.peft_tensors import PREFIX, suffixes_of
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import first_line, user_error
@@ -102,7 +103,7 @@ class Loadability:
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        suffixes = tuple(f".{suffix}" for suffix in SUFFIXES[str(config["peft_type"])])
+        suffixes = tuple(f".{suffix}" for suffix in suffixes_of(PeftConfig(config)))
         modules = {_without_suffix(name.removeprefix(PREFIX), suffixes) for name in shapes}
         if self.empty_model is None or not modules <= self.names.keys():
             return None
@@ -139,7 +140,8 @@ def _load_with_peft(
     model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[set[str], set[str]]:
     """The names of tensors in the file that PEFT ignores, and of tensors that it creates without the file."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig as WrittenConfig
+    from peft import PeftModel
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -148,7 +150,7 @@ def _load_with_peft(
         import flora_train.peft_plugin  # noqa: F401  (registers FLORA with peft)
     renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     in_file = {_renamed(name, renames): tensor for name, tensor in tensors.items()}
-    peft_config = PeftConfig.from_peft_type(**config)
+    peft_config = WrittenConfig.from_peft_type(**config)
     model_type: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config["task_type"], PeftModel)
     adapted = model_type(model, peft_config, ADAPTER, low_cpu_mem_usage=True)
     result = set_peft_model_state_dict(adapted, in_file, ADAPTER, low_cpu_mem_usage=True)

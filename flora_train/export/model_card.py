@@ -21,7 +21,7 @@ from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.manifest import PEFT_WARNING
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-METHOD_TITLES = {"flora": "fLoRA (HiRA in PEFT)", "lora": "LoRA", "ia3": "IA3"}
+METHOD_TITLES = {"flora": "fLoRA (HiRA in PEFT)", "lora": "LoRA", "dora": "DoRA", "ia3": "IA3"}
 
 
 def write_card(

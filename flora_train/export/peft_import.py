@@ -19,6 +19,7 @@ from flora_train.adapters.peft_equivalents import (
     without_zero_ranks,
 )
 from flora_train.adapters.peft_tensors import (
+    MAGNITUDE,
     PREFIX,
     SUFFIXES,
     check_targets,
@@ -26,11 +27,13 @@ from flora_train.adapters.peft_tensors import (
     read_files,
 )
 from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.subtracted_init import WeightOf, find_initial, on_original_base
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.export.low_rank import modulation, relative_norm
 from flora_train.export.peft_format import peft_config
 from flora_train.export.peft_forms import BaseModel
+from flora_train.kernels.dora.op import adapted_norms
 from flora_train.runtime.distributed import on_every_process
 from flora_train.runtime.progress import ProgressBar
 from flora_train.training.fsdp import full_tensor
@@ -53,8 +56,12 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
         lambda: _for_each(specs, lambda spec, source, key: read_peft(source, key))
     )
 
+    on_base: dict[str, PeftAdapter] = {}
+
     def converted(spec: AdapterSpec, source: str, key: str) -> Mapping[str, Tensor]:
-        return _parameters(bank, spec.name, peft_adapters[spec.name], source=source, key=key)
+        if source not in on_base:
+            on_base[source] = on_base_of(bank, peft_adapters[spec.name], source, key=key)
+        return _parameters(bank, spec.name, on_base[source], source=source, key=key)
 
     for name, values in _for_each(specs, converted).items():
         for module, params in bank.parameters_of(name).items():
@@ -110,6 +117,8 @@ def _parameters(
     spec = bank.specs[bank.id_of(name)]
     if config.peft_type == "LORA" and spec.method == "flora" and spec.offset:
         return _fitted(bank, name, peft_adapter, source=source, key=key)
+    if config.peft_type == "LORA" and spec.method == "dora" and not config.is_dora:
+        config, tensors = _as_dora(bank, peft_adapter, source, key=key)
     _check_method(bank, name, config, source=source, key=key)
     expected = _expected_tensors(bank, name)
     check_layers(expected.keys(), tensors.keys(), source, key=key)
@@ -135,6 +144,50 @@ def _parameters(
             raise user_error(key, source, str(error)) from error
         parameters |= {f"{module}.{param}": tensor for param, tensor in params.items()}
     return parameters
+
+
+def on_base_of(bank: AdapterBank, adapter: PeftAdapter, source: str, *, key: str) -> PeftAdapter:
+    """A PiSSA or similar as the LORA of the bank's base model, other adapters unchanged. Raises UserError
+    where it does not fit. Collective, if the base model is sharded."""
+    initial = find_initial(adapter[0], source, key)
+    return on_original_base(adapter, _weights_of(bank, source, key), initial=initial, source=source, key=key)
+
+
+def _weights_of(bank: AdapterBank, source: str, key: str) -> WeightOf:
+    """Module -> its frozen weight [out, in], whole and dense. Raises UserError for a module without
+    adapter."""
+    targets = {name: target for pool in bank.pools for name, target in pool.targets.items()}
+
+    def weight_of(module: str) -> Tensor:
+        if module not in targets:
+            raise user_error(
+                key, source, f"adapts {module}, where the run has no adapter: remove target_modules"
+            )
+        layer: Any = bank.model.get_submodule(module)
+        with layer.weight_context(torch.float32) as weight:
+            return full_tensor(weight)
+
+    return weight_of
+
+
+def _as_dora(bank: AdapterBank, adapter: PeftAdapter, source: str, *, key: str) -> PeftAdapter:
+    """The DoRA that computes what a LORA computes: its magnitudes are the norms of the adapted weights."""
+    config, tensors = adapter
+    weight_of = _weights_of(bank, source, key)
+    magnitudes: dict[str, Tensor] = {}
+    for name, A in tensors.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        stem = name.removesuffix(".lora_A.weight")
+        module = stem.removeprefix(PREFIX)
+        weight, B = weight_of(module), tensors[f"{stem}.lora_B.weight"]
+        if (len(B), A.shape[1]) != tuple(weight.shape):
+            hint = f"adapts {module} as {len(B)} x {A.shape[1]}, and here it is {tuple(weight.shape)}: "
+            raise user_error(key, source, f"{hint}the base model differs")
+        scaling = [config.scale_at(module)]
+        factors = A.to(weight.device)[None], B.to(weight.device)[None]
+        magnitudes[f"{stem}.{MAGNITUDE}"] = adapted_norms(weight, *factors, scaling)[0]
+    return PeftConfig({**config.options, "use_dora": True}), {**tensors, **magnitudes}
 
 
 def _expected_tensors(bank: AdapterBank, name: str) -> dict[str, Tensor]:
@@ -221,6 +274,9 @@ def _check_method(bank: AdapterBank, name: str, config: PeftConfig, *, source: s
     if peft_type != expected["peft_type"]:
         allowed = expected["peft_type"]
         hint = f"has the PEFT type {peft_type}, and an adapter of method {spec.method} starts from {allowed}"
+        raise user_error(key, source, hint)
+    if config.is_dora != (spec.method == "dora"):
+        hint = f"is a DoRA, and an adapter of method {spec.method} cannot start from it: write dora"
         raise user_error(key, source, hint)
     more = int(spec.method == "flora" and not spec.offset)
     has_patterns = spec.has_patterns or bool(config.rank_pattern or config.alpha_pattern)

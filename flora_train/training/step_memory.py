@@ -181,6 +181,8 @@ def _kept_features(spec: AdapterSpec, target: Target, batch: BatchShape, *, dtyp
     """Numbers that an adapter's kernel keeps for a token, beside the layer's input."""
     if spec.method == "lora":
         return spec.rank
+    if spec.method == "dora":
+        return spec.rank + target.out_features
     if spec.method == "ia3":
         return 0 if target.feedforward else target.out_features
     work = Work(

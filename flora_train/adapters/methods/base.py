@@ -52,6 +52,8 @@ class AdapterMethod(ABC):
     """Parameters whose learning rate is lr_ratio x lr."""
     one_rank_in_peft: bool = False
     """Whether PEFT gives all modules of its type the rank `r`, whatever its rank_pattern."""
+    begins_with_weight: bool = False
+    """Whether `values_of_weight` has initial values."""
 
     @abstractmethod
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:
@@ -61,6 +63,10 @@ class AdapterMethod(ABC):
     def initialise(self, params: Params, spec: AdapterSpec, generator: torch.Generator) -> None:
         """Fill the parameters of one adapter (float32, CPU) so that the layer computes what the base layer
         computes."""
+
+    def values_of_weight(self, weight: Tensor) -> dict[str, Tensor]:
+        """Initial values that depend on the frozen weight [out, in] alone: parameter name -> tensor."""
+        return {}
 
     @abstractmethod
     def forward(
