@@ -147,9 +147,8 @@ class BankOptimizer:
         shares = [[(1.0 - decay) / (1.0 - decay ** self.steps[a])] for a, decay in decays.items()]
         ((_, _, rows),) = self.bank.by_pool(decays)
         averages, values = pool.planes[AVERAGE], pool.values
-        averages[rows] = averages[rows].lerp_(
-            values[rows], torch.tensor(shares, dtype=values.dtype, device=values.device)
-        )
+        share = torch.tensor(shares, dtype=values.dtype, device=values.device)
+        averages[rows] = averages[rows].addcmul_(values[rows] - averages[rows], share)
 
     @contextmanager
     def averaged_weights(self, adapters: Iterable[int]) -> Iterator[None]:
