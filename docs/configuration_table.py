@@ -103,7 +103,7 @@ def type_text(annotation: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         return f"[{', '.join(type_text(part, []) for part in get_args(annotation))}]"
     if origin is dict:
-        return "tables by name"
+        return "table" if get_args(annotation)[1] is Any else "tables by name"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "table"
     return SIMPLE_TYPES.get(annotation, getattr(annotation, "__name__", str(annotation))) + bounds_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +12,8 @@ from pydantic import ValidationError
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.errors import first_line, user_error
+from flora_train.config.sample_prompts import SamplePrompt
+from flora_train.data.chat.prompts import Prompt, sample_prompts
 from flora_train.data.hub_commits import commits_of
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code
 from flora_train.evaluation.code.summary import read_summaries
@@ -18,7 +21,7 @@ from flora_train.evaluation.generation import complete
 from flora_train.evaluation.heldout_journal import HeldoutJournal
 from flora_train.evaluation.report.files import write_report
 from flora_train.evaluation.report.results import Evaluation, build_results
-from flora_train.evaluation.report.types import JointSpeedup, RunFacts, SampleCompletion
+from flora_train.evaluation.report.types import DialogueMessage, JointSpeedup, RunFacts, SampleCompletion
 from flora_train.evaluation.speech.evaluate import evaluate_speech
 from flora_train.evaluation.speech.summary import read_summary
 from flora_train.export.model_card import write_card
@@ -160,15 +163,16 @@ def _peft_warnings(context: RunContext) -> dict[str, str]:
 
 def sample_completions(context: RunContext) -> list[SampleCompletion]:
     """Every task's sample prompts, continued by the base model and by the task's adapters in one batch."""
-    requests: list[tuple[str, int]] = []
-    prompts: list[tuple[str, str, list[str]]] = []
+    requests: list[tuple[Prompt, int]] = []
+    prompts: list[tuple[str, SamplePrompt, list[str]]] = []
     for name, task in context.config.tasks.items():
         specs = [spec for spec in context.bank.specs if spec.task == name]
         if specs:
             families = ["base", *(spec.family for spec in specs)]
             ids = [BASE_ID, *(context.bank.ids[spec.name] for spec in specs)]
-            for prompt in task.sample_prompts:
-                prompts.append((name, prompt, families))
+            rendered = sample_prompts(task, context.tokenizer, f"tasks.{name}")
+            for written, prompt in zip(task.sample_prompts, rendered, strict=True):
+                prompts.append((name, written, families))
                 requests += [(prompt, adapter) for adapter in ids]
     if not requests:
         return []
@@ -179,10 +183,21 @@ def sample_completions(context: RunContext) -> list[SampleCompletion]:
         )
     )
     samples = []
-    for name, prompt, families in prompts:
+    for name, written, families in prompts:
         completions = {family: next(texts) for family in families}
-        samples.append(SampleCompletion(task=name, prompt=prompt, completions=completions))
+        samples.append(SampleCompletion(task=name, prompt=_reported(written), completions=completions))
     return samples
+
+
+def _reported(prompt: SamplePrompt) -> str | tuple[DialogueMessage, ...]:
+    """A prompt as the report has it."""
+    if isinstance(prompt, str):
+        return prompt
+    messages = []
+    for message in prompt:
+        content = message.get("content") or json.dumps(message.get("tool_calls"), ensure_ascii=False)
+        messages.append(DialogueMessage(role=message["role"], content=content))
+    return tuple(messages)
 
 
 def training_facts(context: RunContext, seconds: Mapping[str, float]) -> RunFacts:

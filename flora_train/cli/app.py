@@ -25,6 +25,7 @@ COMMANDS = (
     "plan",
     "recipes",
     "evaluate",
+    "chat",
     "report",
     "solve",
     "execute",

@@ -31,8 +31,8 @@ PIECE_ENDS = (700, 200)
 MOST_PIECES = 60
 """Pieces of a document that are printed, unless everything is asked for."""
 
-Document = tuple[NDArray[np.int32], Sequence[tuple[int, int]]]
-"""Tokens, and (begin, end) of those that are learnt."""
+Document = tuple[NDArray[np.int32], NDArray[np.int32]]
+"""Tokens [n], and the spans [s, 2] of those that are learnt."""
 
 
 class ExamplePrinter:
@@ -58,7 +58,7 @@ class ExamplePrinter:
     def print_example(self, task: Task, config: TaskConfig, index: int) -> None:
         """One training example with its documents."""
         split = task.train
-        documents = documents_of(split, index)
+        documents = split.documents(index)
         title = f"\n{task.name}, training example {index + 1:,} of {len(split):,}"
         if isinstance(split, SpeechSplit):
             title += f": {split.paths[index]}, {split.seconds[index]:.1f} s"
@@ -70,7 +70,7 @@ class ExamplePrinter:
 
     def _print_document(self, document: Document, name: str) -> None:
         tokens, spans = document
-        learnt = sum(end - begin for begin, end in spans)
+        learnt = int((spans[:, 1] - spans[:, 0]).sum())
         self.console.print(shown(f"{name}{len(tokens):,} tokens, {learnt:,} learnt", "dim"))
         pieces = self._shortened(token_pieces(self.tokenizer, tokens, spans))
         text = self._rendered(pieces)
@@ -124,13 +124,6 @@ class ExamplePrinter:
         for split, indices in splits:
             for index in indices:
                 yield str(self.tokenizer.decode(split.example(index).tolist(), skip_special_tokens=False))
-
-
-def documents_of(split: TokenSplit, index: int) -> list[Document]:
-    """The documents of an example."""
-    return [
-        (tokens, [(int(begin), int(end)) for begin, end in spans]) for tokens, spans in split.documents(index)
-    ]
 
 
 def choose_examples(split: TokenSplit, number: int) -> list[int]:

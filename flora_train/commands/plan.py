@@ -228,7 +228,7 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
     suites: Sequence[Suite] = ()
     if config.evaluation.problems:
         suites, *_ = load_suites(config)
-    prompts = prompts_of(config, suites)
+    prompts = prompts_of(config, suites, tokenizer)
     model = empty_model(config.model)
     if prompts and not is_speech_model(model.config):
         check_prompts(

@@ -259,7 +259,7 @@ def check_texts(context: RunContext, plan: Plan | None) -> None:
     evaluation.max_new_tokens. Logs where texts are generated one row at a time. Collective where the base is
     sharded."""
     config, processor = context.config, context.speech_processor
-    prompts = prompts_of(config, plan.suites if plan else ())
+    prompts = prompts_of(config, plan.suites if plan else (), context.tokenizer)
     if processor is not None:
         check_transcribing(context.model, noise_features(processor.store.extractor))
         return

@@ -13,6 +13,7 @@ from flora_train.config.chat_schema import CHAT_KEYS, ChatKeys, chat_key_of
 from flora_train.config.language_names import ProgrammingLanguage
 from flora_train.config.moved_datasets import moved_hint
 from flora_train.config.preference_schema import PAIRED, PreferenceKeys
+from flora_train.config.sample_prompts import SamplePrompt
 from flora_train.config.speech_schema import SpeechConfig
 
 
@@ -156,8 +157,9 @@ class TaskConfig(PreferenceKeys, ChatKeys):
     other, ...)."""
     weight: float = Field(1.0, gt=0, le=1e6)
     """Share in the mixture, relative to the other tasks."""
-    sample_prompts: list[Text] = []
-    """Prompts that the base model and every adapter complete at the end of the run."""
+    sample_prompts: list[SamplePrompt] = []
+    """Prompts that the base model and every adapter complete at the end of the run: texts, which are
+    continued as they are, or lists of messages with role and content, which are answered."""
 
     @field_validator("weight")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,11 +22,11 @@ class Piece:
     """Whether this is one special token, rather than text."""
 
 
-def token_pieces(tokenizer: Any, tokens: NDArray[np.int32], spans: Iterable[tuple[int, int]]) -> list[Piece]:
-    """The pieces of a document. spans: (begin, end) of its learnt tokens."""
+def token_pieces(tokenizer: Any, tokens: NDArray[np.int32], spans: NDArray[np.int32]) -> list[Piece]:
+    """The pieces of a document. spans: int32 [s, 2], begin and end of its learnt tokens."""
     special = special_tokens_of(tokenizer)
     learnt = np.zeros(len(tokens), dtype=np.bool_)
-    for begin, end in spans:
+    for begin, end in spans.tolist():
         learnt[begin:end] = True
     bounds = _boundaries(tokens.tolist(), learnt, special)
     pieces: list[Piece] = []

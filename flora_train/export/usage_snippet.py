@@ -10,10 +10,12 @@ from typing import Any
 
 from flora_train.config.errors import UserError
 from flora_train.config.model_schema import ModelConfig
+from flora_train.config.sample_prompts import Messages, SamplePrompt
 from flora_train.config.schema import RunConfig
 from flora_train.config.speech_schema import SpeechConfig
 from flora_train.data.audio.speech_processor import NO_TIMESTAMPS, START, TRANSCRIBE
-from flora_train.models.loading import load_model_config, tokenizer_in_code
+from flora_train.data.chat.template import ChatTemplate
+from flora_train.models.loading import load_model_config, load_tokenizer, tokenizer_in_code
 from flora_train.models.speech_encoder import is_whisper
 
 
@@ -21,29 +23,48 @@ from flora_train.models.speech_encoder import is_whisper
 class GenerationExample:
     """The input of the snippet's `generate()` call."""
 
-    prompt: str = "Once upon a time"
-    """Text models: the prompt."""
+    prompt: SamplePrompt = "Once upon a time"
+    """Text models: the prompt, or messages."""
     max_new_tokens: int = 64
     decoder_prompt: tuple[str, ...] = ()
     """Speech models: the decoder's first tokens, by name. Empty: the model's start token."""
     tokenizer: tuple[str, str] = ("AutoTokenizer", "")
     """Text models: the class that loads the tokenizer, and its further options."""
+    chat_template: str | None = None
+    """For messages: the template, where it is not the tokenizer's own."""
 
 
 def generation_example(config: RunConfig, task: str) -> GenerationExample:
     """The example for a task: its first sample prompt, or its decoder prompt, as in the run's evaluation."""
     task_config = config.tasks[task]
-    prompts = task_config.sample_prompts or [GenerationExample.prompt]
+    prompt = next(iter(task_config.sample_prompts), GenerationExample.prompt)
     if task_config.speech is not None:
         decoder_prompt = _decoder_prompt(config, task_config.speech)
-        return GenerationExample(prompts[0], config.evaluation.max_new_tokens, decoder_prompt)
-    tokenizer = _tokenizer(config.model)
-    return GenerationExample(prompts[0], config.evaluation.max_new_tokens, tokenizer=tokenizer)
+        return GenerationExample(prompt, config.evaluation.max_new_tokens, decoder_prompt)
+    template = None
+    own_template = getattr(task_config, "chat_template", None)
+    if not isinstance(prompt, str) and own_template is not None:
+        template = _template(config.model, own_template, f"tasks.{task}")
+    return GenerationExample(
+        prompt,
+        config.evaluation.max_new_tokens,
+        tokenizer=_tokenizer(config.model),
+        chat_template=template,
+    )
 
 
 @cache
 def _tokenizer(model: ModelConfig) -> tuple[str, str]:
     return tokenizer_in_code(model)
+
+
+@cache
+def _template(model: ModelConfig, name: str, key: str) -> str | None:
+    """The chat template of a task; None if base or template are no longer available."""
+    try:
+        return ChatTemplate.of(load_tokenizer(model), name, key).source
+    except UserError:
+        return None
 
 
 def _decoder_prompt(config: RunConfig, speech: SpeechConfig) -> tuple[str, ...]:
@@ -99,13 +120,36 @@ def usage_snippet(
 
 def _complete(base: str, example: GenerationExample) -> list[str]:
     reader, options = example.tokenizer
+    load = f"tokenizer = {reader}.from_pretrained({base}{options})"
+    if not isinstance(example.prompt, str):
+        return [load, *_answer(example.prompt, example)]
     return [
-        f"tokenizer = {reader}.from_pretrained({base}{options})",
+        load,
         "",
         f"prompt = {python_literal(example.prompt)}",
         'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)',
         f"output = model.generate(**inputs, max_new_tokens={example.max_new_tokens})",
         "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+    ]
+
+
+def _answer(messages: Messages, example: GenerationExample) -> list[str]:
+    """The snippet's lines that answer messages."""
+    template = []
+    if example.chat_template is not None:
+        template = [f"tokenizer.chat_template = {python_literal(example.chat_template)}"]
+    return [
+        *template,
+        "",
+        "messages = [",
+        *(f"    {_python_value(message)}," for message in messages),
+        "]",
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        ").to(model.device)",
+        f"output = model.generate(**inputs, max_new_tokens={example.max_new_tokens})",
+        'answer = output[0, inputs["input_ids"].shape[1] :]',
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
     ]
 
 
@@ -129,6 +173,18 @@ def _transcribe(base: str, example: GenerationExample) -> list[str]:
         f"output = model.generate(**inputs{options}, max_new_tokens={example.max_new_tokens})",
         "print(processor.batch_decode(output, skip_special_tokens=True)[0])",
     ]
+
+
+def _python_value(value: Any) -> str:
+    """A value of a message as Python source."""
+    if isinstance(value, str):
+        return python_literal(value)
+    if isinstance(value, Mapping):
+        items = (f"{python_literal(str(key))}: {_python_value(item)}" for key, item in value.items())
+        return f"{{{', '.join(items)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_python_value, value))}]"
+    return repr(value)
 
 
 def python_literal(text: str) -> str:

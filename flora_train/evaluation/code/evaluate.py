@@ -18,6 +18,7 @@ from flora_train.config.errors import Problem as Fault
 from flora_train.config.errors import UserError, choices, user_error
 from flora_train.config.json_format import JsonObject, JsonValue
 from flora_train.config.schema import RunConfig
+from flora_train.data.chat.prompts import sample_prompts
 from flora_train.evaluation.code.completion_files import Completion
 from flora_train.evaluation.code.completion_log import CompletionLog, LoggedCompletion
 from flora_train.evaluation.code.contenders import (
@@ -117,13 +118,17 @@ def load_suites(config: RunConfig) -> tuple[tuple[Suite, ...], Sequence[str], Ma
     return suites, keys, table
 
 
-def prompts_of(config: RunConfig, suites: Sequence[Suite]) -> dict[str, Prompts]:
-    """Configuration key -> the prompts that will be completed after training, as the model gets them."""
+def prompts_of(config: RunConfig, suites: Sequence[Suite], tokenizer: Any) -> dict[str, Prompts]:
+    """Configuration key -> the prompts that will be completed after training, as the model gets them.
+
+    Raises UserError for messages that cannot be rendered.
+    """
     learnt = learnt_tasks(config)
     prompts: dict[str, Prompts] = {}
     for name, task in config.tasks.items():
         if name in learnt and task.sample_prompts:
-            prompts[f"tasks.{name}.sample_prompts"] = (task.sample_prompts, True)
+            rendered = sample_prompts(task, tokenizer, f"tasks.{name}")
+            prompts[f"tasks.{name}.sample_prompts"] = ([prompt.content for prompt in rendered], True)
     problem_prompts = _prompts(suites)
     if problem_prompts:
         prompts["evaluation.problems"] = (problem_prompts, False)

@@ -10,8 +10,9 @@ from flora_train.config.model_schema import ModelConfig
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.models.context_length import declared_positions, independent_up_to, max_readable_length
 
-Prompts = tuple[Sequence[str], bool]
-"""Texts, and whether special tokens written in them are tokens (in a recipe) or text (in problems)."""
+Prompts = tuple[Sequence[str | tuple[int, ...]], bool]
+"""Texts or token ids, and whether special tokens written in texts are tokens (in a recipe) or text (in
+problems)."""
 
 
 def check_prompts(
@@ -31,27 +32,40 @@ def check_prompts(
     longest, encoder = 0, TextEncoder(tokenizer)
     for key, (texts, special_tokens) in prompts.items():
         for text in texts:
-            ids = encoder.prompt(text, special_tokens)
+            shown: str | None = None
+            if isinstance(text, str):
+                shown, ids = text, encoder.prompt(text, special_tokens)
+            else:
+                ids = list(text)
             longest = max(longest, len(ids))
             if not ids:
                 hint = (
                     "has no tokens, and the tokenizer adds no start token: give the model a text to begin "
                     "with"
                 )
-                raise user_error(key, text, hint)
+                raise user_error(key, shown, hint)
             if max(ids) >= vocabulary:
                 token = tokenizer.convert_ids_to_tokens(max(ids))
                 hint = (
                     f"has the token {token!r} with the id {max(ids)}, but the model's tokens are 0 to "
                     f"{vocabulary - 1}"
                 )
-                raise user_error(key, text, hint)
+                raise user_error(key, shown, hint)
     check_room(model_config, longest, max_new_tokens)
     if not longest:
         return
     limit = max_readable_length(model, model_config, longest + max_new_tokens - 1)
     if limit is not None:  # the last token is generated, not read
         raise _too_long(limit + 1, longest, max_new_tokens)
+
+
+def context_length(model: ModelConfig, model_config: Any) -> int | None:
+    """The most tokens that a row of a batch can have; None if there is no limit."""
+    declared, independent = declared_positions(model_config), independent_up_to(model_config)
+    readable = None
+    if declared is not None:
+        readable = max_readable_length(model, model_config, declared)
+    return min((limit for limit in (declared, independent, readable) if limit is not None), default=None)
 
 
 def check_room(model_config: Any, longest: int, max_new_tokens: int) -> None:

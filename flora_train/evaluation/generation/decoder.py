@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.data.chat.prompts import Prompt
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.tokenization import pad_token
 from flora_train.evaluation.generation.attention import decoding_attention
@@ -236,12 +237,12 @@ def complete(
     bank: AdapterBank,
     tokenizer: Any,
     *,
-    requests: Sequence[tuple[str, int]],
+    requests: Sequence[tuple[Prompt, int]],
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy completions of (prompt, adapter id) requests, in order; -1 is the base model.
 
-    The prompts are from a recipe: special tokens written in them are tokens.
+    The prompts are from a recipe: special tokens written in texts are tokens.
     """
     texts = [""] * len(requests)
 
@@ -252,8 +253,19 @@ def complete(
     decoder = Decoder(
         model, tokenizer, bank.routed, sampling=greedy, max_new_tokens=max_new_tokens, blocks=bank.blocks
     )
-    decoder.run([Request(adapter, prompt, ("",), special_tokens=True) for prompt, adapter in requests], store)
+    decoder.run([_greedy_request(prompt, adapter) for prompt, adapter in requests], store)
     return texts
+
+
+def _greedy_request(prompt: Prompt, adapter: int) -> Request:
+    return Request(
+        adapter,
+        prompt.content,
+        keys=("",),
+        stops=prompt.stops,
+        special_tokens=True,
+        end_tokens=prompt.end_tokens,
+    )
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -196,7 +196,11 @@ def print_completions(report: Report, console: Console | None = None) -> None:
             texts.append((f"after, {best.family}", sample.completions[best.family]))
         for title, text in texts:
             console.print(shown(f"\n{sample.task} ({title})", "bold"))
-            console.print(shown(sample.prompt, "dim"), shown(text.rstrip()), sep="")
+            if sample.is_dialogue:
+                console.print(shown(sample.prompt_text, "dim"))
+                console.print(shown(f"assistant: {text.strip()}"))
+                continue
+            console.print(shown(sample.prompt_text, "dim"), shown(text.rstrip()), sep="")
 
 
 def show(folder: RunFolder) -> None:

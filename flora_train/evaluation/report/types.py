@@ -319,13 +319,34 @@ class Curves(ResultModel):
         return self
 
 
+class DialogueMessage(ResultModel):
+    """A message of a sample prompt."""
+
+    role: Text
+    content: Text
+    """What it says; JSON of its tool calls, where it says nothing."""
+
+
 class SampleCompletion(ResultModel):
     """A prompt, continued by the base model and by the adapters of its task."""
 
     task: Text
-    prompt: Text
+    prompt: Text | tuple[DialogueMessage, ...]
+    """A text, or messages, of which the last is answered."""
     completions: dict[Text, Text]
     """Family, or "base" -> text."""
+
+    @property
+    def is_dialogue(self) -> bool:
+        """Whether messages were answered."""
+        return not isinstance(self.prompt, str)
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt in one text: messages begin with their role."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(f"{message.role}: {message.content}" for message in self.prompt)
 
 
 class Report(ResultModel):
