@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 from pydantic import Field
 from rich.console import Console
@@ -109,9 +111,18 @@ def _prompters(config: RunConfig, specs: Sequence[AdapterSpec], options: ChatOpt
         raise user_error("chat_template", None, hint)
     made: dict[str | None, Prompter] = {}
     for template_name in set(names.values()):
-        template = ChatTemplate.of(tokenizer, template_name, "chat")
+        template = _template(tokenizer, template_name)
         made[template_name] = TemplatePrompter(ChatEncoder(template, tokenizer), options.system)
     return {name: made[template_name] for name, template_name in names.items()}
+
+
+def _template(tokenizer: Any, name: str | None) -> ChatTemplate:
+    """The chat template. Raises UserError, whose key is the option's."""
+    try:
+        return ChatTemplate.of(tokenizer, name, "")
+    except UserError as error:
+        problems = [replace(problem, key="--chat-template") for problem in error.problems]
+        raise UserError(*problems) from None
 
 
 def _session(context: RunContext, prompters: Mapping[str, Prompter], options: ChatOptions) -> ChatSession:
@@ -137,7 +148,7 @@ class _Chat:
         self.console = Console(soft_wrap=True, highlight=False)
 
     def run(self) -> None:
-        self._print(f"{self._who()} of {self.run_name}. /help lists commands, Ctrl-D leaves.")
+        self._print(f"{self.run_name}: {self._who()}. /help lists commands, Ctrl-D leaves")
         if (note := batching_note(self.session.bank.model)) is not None:
             self._print(note)
         with _interruptible(self.input.interactive):
@@ -149,7 +160,7 @@ class _Chat:
                     self._answer(said)
                 except UserError as error:
                     for problem in error.problems:
-                        self._print(f"error: {problem}")
+                        self._print(f"error: {problem}", "red")
                 except KeyboardInterrupt:
                     if not self.input.interactive:
                         raise
@@ -189,15 +200,15 @@ class _Chat:
 
     def _who(self) -> str:
         """Who answers, as a sentence without an end."""
-        names = self.session.chosen
-        if len(names) == 1:
-            return "the base answers"
-        others = len(self.session.contenders) - len(names)
+        *names, last = self.session.chosen
+        others = len(self.session.contenders) - len(self.session.chosen)
         more = f" ({others} more: /adapter lists them)" if others else ""
-        return f"the base and {', '.join(names[1:])} answer{more}"
+        if not names:
+            return f"{last} answers{more}"
+        return f"{', '.join(names)} and {last} answer{more}"
 
-    def _print(self, line: str) -> None:
-        self.console.print(shown(line, "dim"))
+    def _print(self, line: str, style: str = "dim") -> None:
+        self.console.print(shown(line, style))
 
 
 @contextmanager
