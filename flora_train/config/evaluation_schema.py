@@ -39,7 +39,8 @@ class EvaluationConfig(ConfigModel):
     problems: Annotated[list[PathText], BeforeValidator(_one_or_several)] = []
     """Programming problems that the base model and the adapters solve at the end of the run, in the language
     of each task: starter (easy ones that come with this package), a folder of MultiPL-E's
-    humaneval-<language>.jsonl, or hub:nuprl/MultiPL-E. A list combines several. Default: none."""
+    humaneval-<language>.jsonl, a table of your own (.yaml, in the format of eval/starter_problems.yaml), or
+    hub:nuprl/MultiPL-E. A list combines several. Default: none."""
     languages: ProgrammingLanguages | None = Field(None, min_length=1)
     """Programming languages to evaluate. Default: those of all tasks with tasks.*.language."""
     max_problems: int | None = Field(None, ge=1, le=MOST_ROWS)

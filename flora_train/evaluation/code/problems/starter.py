@@ -1,4 +1,4 @@
-"""The starter problems: easy problems for very small models, rendered in every language from one table."""
+"""The starter problems and tables like theirs: easy problems for very small models, in every language."""
 
 from __future__ import annotations
 
@@ -67,6 +67,8 @@ class StarterProblem(ConfigModel):
     args: dict[SnakeCase, ArgumentType] = Field(min_length=1)
     returns: ArgumentType
     tests: list[StarterTest] = Field(min_length=4)
+    solutions: dict[Text, Text] = {}
+    """Language -> body of a correct function, for tests of the table; a model never sees it."""
 
     @model_validator(mode="after")
     def _tests_fit_the_signature(self) -> StarterProblem:

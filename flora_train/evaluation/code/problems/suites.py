@@ -1,4 +1,4 @@
-"""Suites named by `evaluation.problems`: the starter problems, a folder of prompt files, or the hub."""
+"""Suites named by `evaluation.problems`: the starter problems, a folder, a table, or the hub."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from flora_train.evaluation.code.problems.starter import STARTER_LANGUAGES, load
 from flora_train.runtime.hub_snapshot import HubError, open_snapshot
 
 STARTER = "starter"
+TABLE_SUFFIXES = (".yaml", ".yml")
+"""Endings of a table of problems."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,12 @@ def load_suite(source: str, languages: Iterable[str], limit: int | None) -> Suit
 
 
 def suite_name(source: str) -> str:
-    """`starter`, or the last part of a folder or hub name, in lower case."""
+    """`starter`, or the last part of a folder, table or hub name, in lower case and without .yaml."""
     if source.startswith(HUB_PREFIX):
         return Path(source.removeprefix(HUB_PREFIX)).name.lower()
-    return find_file(source).resolve().name.lower()
+    path = find_file(source).resolve()
+    name = path.stem if path.suffix in TABLE_SUFFIXES else path.name
+    return name.lower()
 
 
 @contextmanager
@@ -114,9 +118,12 @@ def _problems(source: str, language: str, dataset: HubDataset | None) -> Mapping
     if dataset is not None:
         return _from_hub(source, language, dataset)
     folder = find_file(source)
+    if folder.suffix in TABLE_SUFFIXES and folder.is_file():
+        return load_starter_problems(language, folder) if language in STARTER_LANGUAGES else None
     if not folder.is_dir():
         hint = (
-            "is not a folder: give starter, a folder with MultiPL-E's humaneval-<language>.jsonl, or "
+            "is not a folder: give starter, a folder with MultiPL-E's humaneval-<language>.jsonl, a table "
+            "of your own problems (.yaml, in the format of eval/starter_problems.yaml), or "
             "hub:nuprl/MultiPL-E (for evaluation only, never for training)"
         )
         raise user_error("evaluation.problems", source, hint)

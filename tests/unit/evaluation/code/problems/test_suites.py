@@ -59,6 +59,22 @@ def test_suite_name_is_that_of_the_folder_for_any_spelling(
     assert load_suite(".", ["sh"], None).name == load_suite(f"{folder}/../Mine/", ["sh"], None).name == "mine"
 
 
+def test_a_table_of_own_problems_is_a_suite_of_its_name(tmp_path: Path) -> None:
+    table = tmp_path / "Mine.yaml"
+    row = {"name": "add_one", "doc": "Adds one.", "args": {"n": "int"}, "returns": "int"}
+    tests = [{"args": [n], "result": n + 1} for n in range(4)]
+    solved = {**row, "tests": tests, "solutions": {"lua": "return n + 1"}}
+    table.write_text(json.dumps({"problems": [solved]}))
+    suite = load_suite(str(table), ["lua", "sh"], None)
+    assert suite.name == "mine"
+    assert list(suite.problems["lua"]) == ["add_one"]
+    assert "return n + 1" not in suite.problems["lua"]["add_one"].program("")
+    assert suite.missing == {"sh": f"{table} has no problems in it"}
+    table.write_text(json.dumps({"problems": [{**row, "tests": tests[:3]}]}))
+    with pytest.raises(UserError, match=r"add_one\.tests"):
+        load_suite(str(table), ["lua"], None)
+
+
 def test_another_prompt_is_another_suite(folder: Path) -> None:
     before = load_suite(str(folder), ["sh"], None).sha("sh")
     (folder / "humaneval-sh.jsonl").write_text(
