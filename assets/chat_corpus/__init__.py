@@ -1,0 +1,1 @@
+"""Dialogues of the PyPI package chatterbot-corpus: topics, splits and their notice."""
