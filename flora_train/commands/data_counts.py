@@ -68,8 +68,7 @@ def learnt_share(split: TokenSplit) -> float:
 
 def longest(split: TokenSplit) -> int:
     """Tokens of the longest example."""
-    ends = split.offsets[split.pack_offsets]
-    return int((ends[1:] - ends[:-1]).max(initial=0))
+    return int(split.token_lengths.max(initial=0))
 
 
 def print_counts(console: Console, task: Task) -> None:

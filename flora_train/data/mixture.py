@@ -264,11 +264,8 @@ def _endless_examples(stream: Stream, seed: int) -> Iterator[int]:
     """The task's examples, every epoch in a new order."""
     epoch = 0
     while True:
-        yield from (
-            np.random.default_rng(seed_of(seed, stream.name, f"epoch {epoch}"))
-            .permutation(len(stream.lengths))
-            .tolist()
-        )
+        random = np.random.default_rng(seed_of(seed, stream.name, f"epoch {epoch}"))
+        yield from map(int, random.permutation(len(stream.lengths)))
         epoch += 1
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flora_train.config.errors import user_error
 from flora_train.config.schema import RunConfig
@@ -59,6 +60,26 @@ def hold_out(
         held.update(members[index])
     training = [row for i, row in enumerate(rows) if i not in held]
     return training, [row for i, row in enumerate(rows) if i in held]
+
+
+def hold_out_rows(
+    count: int, fraction: float, seed: int, *, key: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(training rows, held-out rows) of `count` rows, by their indexes: the same as `hold_out` chooses."""
+    if count < 2:
+        hint = f"has {count} row: none can be held out; give a validation source or more rows"
+        raise user_error(f"{key}.train", None, hint)
+    held = np.zeros(count, dtype=np.bool_)
+    target = max(1, round(fraction * count))
+    held[np.random.default_rng(seed).permutation(count)[:-1][:target]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def sample_rows(rows: NDArray[np.int64], limit: int | None, seed: int) -> NDArray[np.int64]:
+    """At most `limit` of these indexes: the same as `sample` chooses."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])]
 
 
 def sample(rows: Sequence[Item], limit: int | None, seed: int) -> list[Item]:

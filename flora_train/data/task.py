@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,32 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import Problem, UserError, user_error
+from flora_train.config.errors import Problem, UserError
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.audio.common_voice import check_clips_exist
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.audio.speech_task import load_speech_task
-from flora_train.data.cache import cached
-from flora_train.data.documents import LocatedRow, RowEncoder, outline
 from flora_train.data.mixture import draw_problem
-from flora_train.data.packing import pack
 from flora_train.data.preferences.costs import largest_unit, row_costs, unit_problem
 from flora_train.data.preferences.preference import Preference, preference_of
 from flora_train.data.preferences.rows import PreferenceRowEncoder, check_labels
 from flora_train.data.preferences.split import preference_split
-from flora_train.data.row_encoders import make_row_encoder
 from flora_train.data.sources import source_files
-from flora_train.data.split_by import forget_rows, task_rows
-from flora_train.data.splits import hold_out, sample, seed_of_rows
-from flora_train.data.token_split import SplitBuilder, TokenSplit
-from flora_train.data.tokenization import tokenizer_hash
-from flora_train.runtime.progress import ProgressBar
+from flora_train.data.split_by import forget_rows
+from flora_train.data.text_splits import load_text_splits
+from flora_train.data.token_split import TokenSplit
 
-CACHE_VERSION = 7
-PROGRESS_ROWS = 1000
-"""Rows after which the progress of a split is shown."""
 MAX_NAMES = 4
 """Tasks that a note names."""
 
@@ -198,72 +187,14 @@ def load_spoken_task(
 
 
 def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path) -> Task:
-    """Read, split, format and tokenize one task, or load the result from `cache`."""
-    key = f"tasks.{name}"
-    max_length = config.training.max_length
-    train_rows = task_rows(task, "train", key)
-    encoder = make_row_encoder(task, tokenizer, rows=outline(train_rows), max_length=max_length, key=key)
-    if task.validation is not None:
-        held_rows = task_rows(task, "validation", key)
-        encoder.check(outline(held_rows), "validation")
-    else:
-        seed = seed_of_rows(config, name, "split")
-        train_rows, held_rows = hold_out(train_rows, task.validation_fraction, seed, key=key)
-    splits: dict[str, TokenSplit] = {}
-    digest = hashlib.sha256()
-    limits = {"train": task.max_examples, "validation": task.max_validation_examples}
-    for split, rows in (("train", train_rows), ("validation", held_rows)):
-        chosen = sample(rows, limits[split], seed_of_rows(config, name, split))
-        unsampled = len(rows) - len(chosen)
-        # held-out examples are resampled by intervals, and never packed
-        packing = split == "train" and task.packing
-        setting = [CACHE_VERSION, encoder.setting, tokenizer_hash(tokenizer), packing, unsampled]
-        content = _hash(setting, chosen)
-        digest.update(content.encode())
-        make = partial(_tokenize, chosen, encoder, unsampled=unsampled, name=f"{name} ({split})")
-        if packing:
-            make = partial(_packed, make, max_length)
-        splits[split] = cached(cache / f"{content[:32]}.npz", TokenSplit, make)
-        _check_not_empty(splits[split], f"{key}.{split}", max_length)
+    """A task of text."""
+    loaded = load_text_splits(name, task, config, tokenizer, cache)
+    splits = dict(loaded.splits)
     preference = None
-    if isinstance(encoder, PreferenceRowEncoder):
+    if isinstance(loaded.encoder, PreferenceRowEncoder):
         preference = preference_of(task)
-        splits = {name: preference_split(tokens, max_length) for name, tokens in splits.items()}
-        check_labels(splits["train"].labels, key)
+        max_length = config.training.max_length
+        splits = {split: preference_split(tokens, max_length) for split, tokens in splits.items()}
+        check_labels(splits["train"].labels, f"tasks.{name}")
     train, validation = splits["train"], splits["validation"]
-    return Task(name, task.weight, train, validation, digest.hexdigest(), preference=preference)
-
-
-def _tokenize(rows: Sequence[LocatedRow], encoder: RowEncoder, *, unsampled: int, name: str) -> TokenSplit:
-    """name: of the split, for its progress bar."""
-    builder = SplitBuilder()
-    with ProgressBar(f"tokenize {name}", len(rows)) as progress:
-        for done, example in enumerate(encoder.encode(rows), start=1):
-            builder.add(example)
-            if done % PROGRESS_ROWS == 0:
-                progress.update(done)
-    return builder.split(unsampled=unsampled)
-
-
-def _check_not_empty(split: TokenSplit, key: str, max_length: int) -> None:
-    """Raises UserError with the counts if a split has no example."""
-    if len(split):
-        return
-    counts = split.counts
-    hint = (
-        f"no usable example among {counts.rows} rows: {counts.empty} empty, "
-        f"{counts.over_long_dropped} over-long, "
-        f"{counts.prompt_too_long} with a prompt of training.max_length = {max_length} tokens or more"
-    )
-    raise user_error(key, None, hint)
-
-
-def _packed(make: Callable[[], TokenSplit], max_length: int) -> TokenSplit:
-    return pack(make(), max_length)
-
-
-def _hash(setting: list[Any], rows: Sequence[LocatedRow]) -> str:
-    digest = hashlib.sha256(json.dumps(setting).encode())
-    for row in rows:
-        digest.update(json.dumps(row.cells, sort_keys=True, default=repr).encode())
-    return digest.hexdigest()
+    return Task(name, task.weight, train, validation, loaded.data_hash, preference=preference)

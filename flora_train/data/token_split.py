@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,8 +10,7 @@ from typing import Any, Self, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from flora_train.data.documents import EncodedExample
-from flora_train.runtime.atomic import write_atomically
+from flora_train.data.array_file import load_arrays, write_arrays
 
 
 @dataclass(frozen=True)
@@ -74,20 +71,38 @@ class TokenSplit:
     counts: SplitCounts
     labels: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_), kw_only=True)
     """bool [n]: of unpaired preferences, whether each completion is good; else empty."""
+    order: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64), kw_only=True)
+    """int64 [m]: the documents in the order of the examples, where several are packed into one; else empty:
+    they are stored in that order."""
 
     def __len__(self) -> int:
         return len(self.pack_offsets) - 1
 
     @property
     def lengths(self) -> NDArray[np.int64]:
+        """Tokens per example, with its `window`."""
+        return self.token_lengths
+
+    @property
+    def token_lengths(self) -> NDArray[np.int64]:
         """Tokens per example."""
-        return np.diff(self.offsets[self.pack_offsets])
+        return self._per_example(np.diff(self.offsets))
 
     @property
     def label_counts(self) -> NDArray[np.int64]:
         """Learnt tokens per example."""
         learnt = np.concatenate([[0], (self.spans[:, 1] - self.spans[:, 0]).cumsum(dtype=np.int64)])
-        return np.diff(learnt[self.span_offsets[self.pack_offsets]])
+        return self._per_example(np.diff(learnt[self.span_offsets]))
+
+    def length(self, index: int) -> int:
+        """Tokens of an example, with its `window`."""
+        numbers = self.numbers(index)
+        return int((self.offsets[numbers + 1] - self.offsets[numbers]).sum()) + self.window(index)
+
+    def label_count(self, index: int) -> int:
+        """Learnt tokens of an example."""
+        spans = [self.learnt_spans(number) for number in self.numbers(index)]
+        return int(sum((part[:, 1] - part[:, 0]).sum() for part in spans))
 
     @property
     def example_bytes(self) -> NDArray[np.int64]:
@@ -103,18 +118,27 @@ class TokenSplit:
         """Encoder positions of an example, 0 for text."""
         return 0
 
+    def numbers(self, index: int) -> NDArray[np.int64]:
+        """The documents of an example, by their place in `offsets`."""
+        numbers = np.arange(self.pack_offsets[index], self.pack_offsets[index + 1])
+        if len(self.order):
+            return self.order[numbers]
+        return numbers
+
     def example(self, index: int) -> NDArray[np.int32]:
         """Token ids of an example."""
-        return self.tokens[
-            self.offsets[self.pack_offsets[index]] : self.offsets[self.pack_offsets[index + 1]]
-        ]
+        numbers = self.numbers(index)
+        if len(numbers) == 1:
+            return self.document_tokens(numbers[0])
+        return np.concatenate([self.tokens[:0], *map(self.document_tokens, numbers)])
 
     def documents(self, index: int) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
         """The documents of an example: tokens [n], and the learnt spans [s, 2] among them."""
-        return [
-            (self.tokens[self.offsets[i] : self.offsets[i + 1]], self.learnt_spans(i))
-            for i in range(self.pack_offsets[index], self.pack_offsets[index + 1])
-        ]
+        return [(self.document_tokens(i), self.learnt_spans(i)) for i in self.numbers(index)]
+
+    def document_tokens(self, document: int) -> NDArray[np.int32]:
+        """Token ids of a document."""
+        return self.tokens[self.offsets[document] : self.offsets[document + 1]]
 
     def learnt_spans(self, document: int) -> NDArray[np.int32]:
         """The learnt spans of a document, int32 [s, 2]."""
@@ -128,25 +152,21 @@ class TokenSplit:
         return self.documents(index)
 
     def _per_example(self, per_document: NDArray[np.int64]) -> NDArray[np.int64]:
+        if len(self.order):
+            per_document = per_document[self.order]
         return np.diff(np.concatenate([[0], per_document.cumsum()])[self.pack_offsets])
 
     def save(self, path: Path) -> None:
         """Write the split atomically. Raises UserError if it cannot be written."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "counts"}
-        counts = np.array(json.dumps(asdict(self.counts)))
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays, counts=counts)
-
-        write_atomically(path, write)
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "counts"}
+        write_arrays(path, arrays, asdict(self.counts))
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        with np.load(path) as content:
-            counts = SplitCounts(**json.loads(str(content["counts"])))
-            arrays = {f.name: content[f.name] for f in fields(cls) if f.name != "counts"}
-        return cls(**arrays, counts=counts)
+        """The split in a file, memory-mapped. Raises OSError, ValueError or TypeError if it is missing or
+        damaged."""
+        arrays, counts = load_arrays(path)
+        return cls(**arrays, counts=SplitCounts(**counts))
 
 
 class LearntSpans(TypedDict):
@@ -165,60 +185,3 @@ def spans_after(prompt_lengths: NDArray[Any], lengths: NDArray[Any]) -> LearntSp
     spans = np.stack([begins, lengths], axis=1)[begins < lengths]
     span_offsets = np.concatenate([[0], np.cumsum(begins < lengths)])
     return LearntSpans(spans=spans.astype(np.int32), span_offsets=span_offsets.astype(np.int64))
-
-
-class SplitBuilder:
-    """Builds a TokenSplit, whose examples are its documents, from encoded rows."""
-
-    def __init__(self) -> None:
-        self._tokens: list[NDArray[np.int32]] = [np.empty(0, dtype=np.int32)]
-        self._offsets = [0]
-        self._spans: list[tuple[int, int]] = []
-        self._span_offsets = [0]
-        self._label_bytes: list[int] = []
-        self._labels: list[bool] = []
-        self._fates = Counter[str]()
-        self._written = Counter[str]()
-
-    def add(self, example: EncodedExample) -> None:
-        """Append the documents of one row."""
-        self._fates[example.fate] += 1
-        self._written += example.special_tokens
-        if example.documents and example.label is not None:
-            self._labels.append(example.label)
-        for document in example.documents:
-            self._tokens.append(document.tokens)
-            self._offsets.append(self._offsets[-1] + len(document.tokens))
-            predicted = ((max(begin, 1), end) for begin, end in document.spans)
-            self._spans += [(begin, end) for begin, end in predicted if begin < end]
-            self._span_offsets.append(len(self._spans))
-            self._label_bytes.append(document.label_bytes)
-
-    def split(self, *, unsampled: int = 0) -> TokenSplit:
-        """The split. unsampled: rows that were left out before they were encoded, for the counts."""
-        fates, documents = self._fates, len(self._offsets) - 1
-        spans = np.array(self._spans, dtype=np.int32).reshape(-1, 2)
-        counts = SplitCounts(
-            rows=fates.total() + unsampled,
-            unsampled=unsampled,
-            empty=fates["empty"],
-            over_long_truncated=fates["truncate"],
-            over_long_split=fates["split"],
-            over_long_dropped=fates["drop"],
-            prompt_too_long=fates["prompt_too_long"],
-            documents=documents,
-            examples=documents,
-            tokens=self._offsets[-1],
-            label_tokens=int((spans[:, 1] - spans[:, 0]).sum()),
-            special_tokens=dict(self._written),
-        )
-        return TokenSplit(
-            tokens=np.concatenate(self._tokens),
-            offsets=np.array(self._offsets, dtype=np.int64),
-            spans=spans,
-            span_offsets=np.array(self._span_offsets, dtype=np.int64),
-            label_bytes=np.array(self._label_bytes, dtype=np.int64),
-            pack_offsets=np.arange(documents + 1, dtype=np.int64),
-            counts=counts,
-            labels=np.array(self._labels, dtype=np.bool_),
-        )

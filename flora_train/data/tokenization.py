@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from flora_train.config.errors import user_error
 from flora_train.data.documents import EncodedDocument, EncodedExample, Fate
+from flora_train.data.split_builder import SplitBuilder
 from flora_train.data.templates import PromptCompletion
 from flora_train.data.text_encoder import TextEncoder, start_tokens
 from flora_train.data.token_cache import Encoded
-from flora_train.data.token_split import SplitBuilder, TokenSplit
+from flora_train.data.token_split import TokenSplit
 from flora_train.data.tokenizer_copies import Place
 
 CHUNK_EXAMPLES, CHUNK_CHARACTERS = 1024, 1 << 22

@@ -43,7 +43,7 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, to be filled and then renamed to it. It is removed at the end if it is
     still there. Raises UserError if it cannot be written.
     """
-    temporary = _temporary_name(folder)
+    temporary = temporary_name(folder)
     with disk_errors(folder):
         temporary.mkdir(parents=True)
         try:
@@ -55,7 +55,7 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _temporary_file(path: Path, write: Write) -> Iterator[Path]:
     """A temporary file beside `path` with its content on disk; removed at the end if it is still there."""
-    temporary = _temporary_name(path)
+    temporary = temporary_name(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -68,7 +68,7 @@ def _temporary_file(path: Path, write: Write) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def _temporary_name(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """A hidden neighbour of this process. Manifest recognises the form of the name."""
     name, encoded = path.name, os.fsencode(path.name)
     if len(encoded) >= LONGEST_NAME:

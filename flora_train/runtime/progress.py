@@ -27,9 +27,12 @@ class Display(Protocol):
 
 
 class ProgressBar:
-    """Progress over `total` units of one stage, for instance steps. Silent in all but the main process."""
+    """Progress over `total` units of one stage, for instance steps (None: as many as there are). Silent in
+    all but the main process."""
 
-    def __init__(self, stage: str, total: float, begun: float = 0.0, *, line_every: float = 30.0) -> None:
+    def __init__(
+        self, stage: str, total: float | None, begun: float = 0.0, *, line_every: float = 30.0
+    ) -> None:
         self.stage, self.total = plain(stage, keep=""), total
         self.begun = begun
         """Units that were done before this sitting."""
@@ -44,7 +47,10 @@ class ProgressBar:
         """done: units so far; facts: short texts for the line; force_line: write a log line now."""
         if self.silent:
             return
-        parts = [f"{100 * done / self.total:3.0f}%", self._times(done)]
+        share = ""
+        if self.total is not None:
+            share = f"{100 * done / self.total:3.0f}%"
+        parts = [share, self._times(done)]
         parts += [plain(f"{key} {value}", keep="") for key, value in (facts or {}).items()]
         detail = "  ".join(filter(None, parts))
         if self._display is not None:
@@ -73,10 +79,12 @@ class ProgressBar:
         seconds, done_now = self.seconds, done - self.begun
         if not done_now:
             return ""
+        if self.total is None:
+            return f"{duration(seconds)} elapsed"
         return f"{duration(seconds)} elapsed, {duration(seconds * (self.total - done) / done_now)} left"
 
 
-def make_display(stage: str, total: float) -> Display | None:
+def make_display(stage: str, total: float | None) -> Display | None:
     """What draws progress here; None where log lines are written instead."""
     console = error_console()
     if not may_draw_progress(console):
@@ -89,7 +97,7 @@ def make_display(stage: str, total: float) -> Display | None:
 class TerminalBar:
     """A bar of rich, on a terminal or in a notebook that has ipywidgets."""
 
-    def __init__(self, stage: str, total: float, console: Console) -> None:
+    def __init__(self, stage: str, total: float | None, console: Console) -> None:
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

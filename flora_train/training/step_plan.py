@@ -109,16 +109,17 @@ class _StepRows:
 
     def add_texts(self, draw: Draw, split: TokenSplit) -> None:
         for example in draw.examples:
-            length, window = int(split.lengths[example]), split.window(example)
+            length, window = split.length(example), split.window(example)
             self.task_tokens[draw.task] += length
             seed = None
             if window:
                 seed = seed_of(self.seed, f"augment {self.number}", draw.task, str(example))
+            label_tokens = split.label_count(example)
             for name in draw.adapters:
                 adapter = self.bank.ids[name]
                 shares = self.bank.shares_encoding(adapter)
                 self.rows.append(Row(adapter, draw.task, example, length, window, shares, seed))
-                self.label_tokens[adapter] += int(split.label_counts[example])
+                self.label_tokens[adapter] += label_tokens
 
     def add_preferences(self, draw: Draw, task: Task) -> None:
         split, preference = task.train, task.preference

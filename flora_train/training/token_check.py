@@ -12,6 +12,7 @@ import numpy as np
 
 from flora_train.config.errors import Problem, UserError
 from flora_train.config.schema import RunConfig
+from flora_train.data.array_file import blocks
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
 from flora_train.data.tokenization import pad_token
@@ -49,9 +50,9 @@ def _special_tokens(config: RunConfig, tokenizer: Any, rows: int) -> Iterator[Pr
 
 def _unknown_tokens(tokenizer: Any, tasks: Mapping[str, Task], rows: int) -> Iterator[Problem]:
     for key, split in _splits(tasks):
-        beyond = split.tokens[split.tokens >= rows]
-        if len(beyond):
-            number = int(beyond[0])
+        largest = max((int(block.max()) for block in blocks(split.tokens)), default=-1)
+        if largest >= rows:
+            number = largest
             hint = (
                 f"holds the token {tokenizer.convert_ids_to_tokens(number)!r} with the id {number}, and the "
                 "model has the tokens 0 to "

@@ -54,7 +54,7 @@ def stages(run: Path, home: Path) -> dict[str, Reached]:
         return len(list(folder.glob(pattern))) >= count
 
     return {
-        "reading clips": lambda: has_files(home / "cache", "**/tokens/*.npz", 3),
+        "reading clips": lambda: has_files(home / "cache", "**/tokens/*.tokens", 3),
         "training": lambda: has_files(run, "checkpoints/step-*"),
         "evaluating held-out examples": lambda: (run / "eval" / "heldout").exists(),
         "exporting": lambda: has_files(run, "adapters/*/adapter_model.safetensors", 3),

@@ -144,7 +144,7 @@ class _SplitBuilder:
         build = partial(
             self._check_and_tokenise, split, chosen, unusable, unsampled=unsampled, rows=len(lines)
         )
-        built = cached(self.cache / f"{key[:32]}.npz", SpeechSplit, build)
+        built = cached(self.cache / f"{key[:32]}.tokens", SpeechSplit, build)
         if not len(built):
             reasons = ", ".join(f"{len(paths)} {reason}" for reason, paths in built.counts.unusable.items())
             first = next(chain.from_iterable(built.counts.unusable.values()), "")

@@ -14,6 +14,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
+from flora_train.data.array_file import blocks
 from flora_train.data.splits import seed_of
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
@@ -194,12 +195,13 @@ def examples_hash(split: TokenSplit) -> str:
     if hasattr(split, "shas"):
         names = ("shas", "samples", "sentences")
     for name in names:
-        values = np.ascontiguousarray(getattr(split, name))
+        values = getattr(split, name)
         digest.update(f"{name}\x1f{values.shape}\x1f".encode())
         if values.dtype.kind == "U":
             digest.update("\x1f".join(values.tolist()).encode())
         else:
-            digest.update(values.astype(np.int64).tobytes())
+            for block in blocks(values):
+                digest.update(block.astype(np.int64).tobytes())
     return digest.hexdigest()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from flora_train.data.batch import IGNORE, Row, collate
-from flora_train.data.packing import pack
+from flora_train.data.packing import best_fit_decreasing, pack
 from flora_train.data.templates import PromptCompletion
 from flora_train.data.token_split import TokenSplit
 from flora_train.data.tokenization import tokenize
@@ -84,3 +85,39 @@ def test_a_batch_without_packed_rows_keeps_its_mask(pieces: TokenSplit) -> None:
 
 def test_an_empty_split_stays_empty(tokenizer: Any) -> None:
     assert len(pack(tokenize([], tokenizer, 8, truncation="drop"), 8)) == 0
+
+
+def packed_one_by_one(lengths: list[int], max_length: int) -> list[list[int]]:
+    """Best fit decreasing as it is defined, document by document."""
+    rooms: list[list[int]] = []  # [tokens that still fit, sequence]
+    members: list[list[int]] = []
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [entry for entry in rooms if entry[0] >= lengths[document]]
+        if not fitting:
+            fitting = [[max_length, len(members)]]
+            rooms += fitting
+            members.append([])
+        best = min(fitting)
+        best[0] -= lengths[document]
+        members[best[1]].append(document)
+    return sorted(sorted(documents) for documents in members)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_documents_of_one_length_are_placed_as_one_by_one(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    max_length = int(random.integers(1, 60))
+    lengths = random.integers(1, 1 + random.integers(1, max_length + 1), size=random.integers(1, 300))
+    sequence_of, count = best_fit_decreasing(lengths.astype(np.int64), max_length)
+    members: list[list[int]] = [[] for _ in range(count)]
+    for document, sequence in enumerate(sequence_of):
+        members[sequence].append(document)
+    assert sorted(members) == packed_one_by_one(lengths.tolist(), max_length)
+
+
+def test_a_million_documents_are_packed_in_seconds() -> None:
+    lengths = np.random.default_rng(0).integers(1, 400, size=1_000_000)
+    began = time.process_time()
+    sequence_of, count = best_fit_decreasing(lengths, 512)
+    assert time.process_time() - began < 20
+    assert np.bincount(sequence_of, weights=lengths, minlength=count).max() <= 512

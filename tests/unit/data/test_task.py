@@ -99,7 +99,9 @@ def test_second_load_takes_the_same_arrays_from_the_cache(
     first = load(tokenizer, a={"train": "a.jsonl"})["a"]
     before = cache_files(tmp_path)
     assert len(before) == 2
-    monkeypatch.setattr("flora_train.data.task._tokenize", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(
+        "flora_train.data.text_splits._Builder._build", lambda *_: pytest.fail("tokenised again")
+    )
     again = load(tokenizer, a={"train": "a.jsonl"})["a"]
     assert same(first.train, again.train)
     assert same(first.validation, again.validation)
@@ -200,12 +202,11 @@ def test_full_disk_leaves_no_half_written_cache_file(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def full(file: Any, **arrays: Any) -> None:
-        file.write(b"half")
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     write("a.jsonl", ROWS)
-    monkeypatch.setattr("flora_train.data.tokenization.np.savez", full)
+    monkeypatch.setattr("flora_train.data.array_file.os.fsync", full)
     load(tokenizer, a={"train": "a.jsonl"})
     assert "the disk is full" in caplog.text
     assert os.listdir(tmp_path / "cache") == []

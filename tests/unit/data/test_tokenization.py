@@ -186,13 +186,13 @@ def test_label_bytes_of_a_truncated_text_differ_from_its_tokens_by_less_than_a_c
 
 def test_saved_split_loads_equal_and_leaves_no_temporary_file(tokenizer: Any, tmp_path: Path) -> None:
     split = tokenize([LONG, PromptCompletion("a", "b")], tokenizer, 8, truncation="split")
-    split.save(tmp_path / "x.npz")
-    again = TokenSplit.load(tmp_path / "x.npz")
+    split.save(tmp_path / "x.tokens")
+    again = TokenSplit.load(tmp_path / "x.tokens")
     for name in ("tokens", "offsets", "spans", "span_offsets", "label_bytes"):
         assert np.array_equal(getattr(split, name), getattr(again, name))
         assert getattr(split, name).dtype == getattr(again, name).dtype
     assert split.counts == again.counts
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tokens"]
 
 
 def test_no_examples_make_an_empty_split(tokenizer: Any) -> None:
