@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from pydantic import ValidationError
 
@@ -27,8 +28,10 @@ from flora_train.evaluation.speech.summary import read_summary
 from flora_train.export.model_card import write_card
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_forms import BaseModel
+from flora_train.export.peft_import import init_from_peft
 from flora_train.export.usage_snippet import generation_example
 from flora_train.run_context import RunContext
+from flora_train.runtime.checksum import fingerprint
 from flora_train.runtime.distributed import on_main_process, world
 from flora_train.runtime.environment import count_parameters, dtype_of, environment, now, peak_memory
 from flora_train.runtime.manifest import PEFT_WARNING
@@ -39,6 +42,7 @@ from flora_train.training.fsdp import unshard
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.joint_speedup import JointSpeedup as MeasuredSpeedup
 from flora_train.training.loss import RowLosses
+from flora_train.training.references import prepare_references
 
 
 def run_final_evaluation(
@@ -54,6 +58,11 @@ def run_final_evaluation(
     started = time.monotonic()
     hashes = {name: task.data_hash for name, task in context.tasks.items()}
     log = HeldoutJournal(folder.evaluation / "heldout", context.bank, hashes)
+    prepare_references(
+        context,
+        base_hash=lambda: context.base_hash or fingerprint(context.model),
+        init_adapters=partial(init_from_peft, context.bank),
+    )
     heldout = heldout_losses(context, context.bank, log=log)
     if publish:
         on_main_process(lambda: export_all(context))

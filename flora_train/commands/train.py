@@ -131,18 +131,24 @@ def _train_run(
     plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
     context = load_checked(config, folder, accelerator.device, status=status, plan=plan)
     trainer = Trainer(context, accelerator)
+    fresh: list[int] = []
+    """Adapters that are in their initial state."""
     check_alike(trainer.identity)
     if status == "extended":
         finished_run = on_every_process(lambda: read_finished_run(context, trainer.identity))
         trainer.extend(finished_run, partial(init_from_peft, context.bank))
+        fresh = [context.bank.ids[name] for name in context.bank.ids if name not in finished_run.best]
     elif status == "new":
-        init_from_peft(context.bank, range(len(context.bank.specs)))
+        fresh = list(range(len(context.bank.specs)))
+        init_from_peft(context.bank, fresh)
     claim_folder(context, plan)
     on_every_process(lambda: begin_tracking(accelerator, config, folder))
     adapters, tasks, dtype = len(context.bank.specs), len(context.tasks), dtype_of(context.model)
     logger.info(f"{adapters} adapters on {tasks} tasks, base in {dtype}, on {accelerator.device}")
     if status == "interrupted":
-        init_from_peft(context.bank, trainer.resume())
+        fresh = trainer.resume()
+        init_from_peft(context.bank, fresh)
+    trainer.prepare_references(partial(init_from_peft, context.bank), fresh)
     load_seconds = time.monotonic() - started
     try:
         trainer.train()

@@ -23,6 +23,7 @@ RUN_FILES = (
     "clips_left_out.tsv",
     "checkpoints/step-{n}.safetensors",
     "checkpoints/best/{adapter}.safetensors",
+    "references/{adapter}.{part}.safetensors",
     *(f"adapters/{{adapter}}/{file}" for file in PEFT_FILES),
     "eval/report.json",
     "eval/report.html",

@@ -48,6 +48,11 @@ class EarlyStopping:
         """Adapter id -> its retirement."""
 
     @property
+    def may_retire(self) -> bool:
+        """Whether adapters can retire before their max_steps."""
+        return bool(self.halving.groups) or any(spec.patience is not None for spec in self.specs)
+
+    @property
     def first_absent_steps(self) -> dict[str, int]:
         """Adapter name -> the first step without it, counted from 0."""
         return {self.specs[adapter].name: retirement.step for adapter, retirement in self.retired.items()}

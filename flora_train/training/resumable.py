@@ -22,6 +22,7 @@ from flora_train.training.guard import Guard
 from flora_train.training.metrics import TrainingMetrics
 from flora_train.training.optimizer import BankOptimizer
 from flora_train.training.prefetch import AdapterPrefetcher
+from flora_train.training.references import prepare_references
 from flora_train.training.step_plan import StepPlan, make_mixture, plan_step
 from flora_train.training.train_state import TrainState
 
@@ -150,6 +151,38 @@ class ResumableTraining:
         absent = self.early_stopping.first_absent_steps
         self.mixture = make_mixture(self.tasks, self.bank.specs, self.config, absent, self.joined)
         self.prefetcher = AdapterPrefetcher(self.bank, self.mixture, self.state.step, self.end)
+
+    def prepare_references(
+        self, init_adapters: Callable[[list[int]], None], fresh: Collection[int] = ()
+    ) -> None:
+        """Compute the references that preferences need before training, or read them from disk.
+
+        init_adapters: loads the initial state of adapters with init_from; fresh: adapters that are in it.
+        """
+        prepare_references(
+            self.context,
+            base_hash=self._base_hash,
+            init_adapters=init_adapters,
+            fresh=fresh,
+            trained_on=self._examples_trained_on(),
+        )
+
+    def _examples_trained_on(self) -> dict[str, Collection[int]]:
+        """Preference task -> the training examples that the rest of the run may draw."""
+        examples: dict[str, Collection[int]] = {}
+        for name, task in self.tasks.items():
+            if task.preference is not None:
+                examples[name] = range(len(task.train))
+        if not examples or self.early_stopping.may_retire:
+            return examples
+        drawn: dict[str, set[int]] = {name: set() for name in examples}
+        for number in range(self.state.step, self.end):
+            for draw in self.mixture.step(number):
+                if draw.task in drawn:
+                    drawn[draw.task].update(draw.examples)
+            if all(len(drawn[name]) == len(every) for name, every in examples.items()):
+                break
+        return dict(drawn)
 
     def plan(self, number: int) -> StepPlan | None:
         """The rows of step `number`, counted from 0; None when no adapter is left."""
