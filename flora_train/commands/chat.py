@@ -98,7 +98,7 @@ def _prompters(config: RunConfig, specs: Sequence[AdapterSpec], options: ChatOpt
     if options.plain:
         plain_prompter = PlainPrompter(TextEncoder(tokenizer))
         return dict.fromkeys([BASE, *(spec.name for spec in specs)], plain_prompter)
-    names = {spec.name: getattr(config.tasks[spec.task], "chat_template", None) for spec in specs}
+    names = {spec.name: config.tasks[spec.task].chat_template for spec in specs}
     own = getattr(tokenizer, "chat_template", None)
     names = {BASE: None if own else next(filter(None, names.values()), None), **names}
     if options.chat_template is not None:

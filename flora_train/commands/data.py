@@ -23,6 +23,8 @@ from flora_train.runtime.environment import default_device
 FEW_TASKS = 12
 """Up to this number of tasks, examples of all are printed if no number is asked for."""
 DEFAULT_EXAMPLES = 2
+SHOWN_KEYS = ("objective", "learn", "chat_template")
+"""Keys of a task that its heading names, where they are given."""
 
 
 class DataOptions(ConfigModel):
@@ -82,15 +84,17 @@ def _print_tasks(
         console.print(shown(f"\n{_heading(name, config)}", "bold", keep="\n"))
         print_counts(console, task)
         for index in chosen[name]:
-            printer.print_example(task, config.tasks[name], index)
+            printer.print_example(task, index)
 
 
 def _heading(name: str, config: RunConfig) -> str:
     """A task's name, and how its rows are read."""
     task = config.tasks[name]
-    facts = [f"training.max_length {config.training.max_length:,}", f"truncation {task.truncation}"]
+    facts = [f"{key} {value}" for key in SHOWN_KEYS if (value := getattr(task, key)) is not None]
     if task.speech is not None:
-        facts = [f"speech ({task.speech.language})"]
+        facts.append(f"speech ({task.speech.language})")
+    else:
+        facts.append(f"max_length {config.training.max_length:,}")
     if task.packing:
         facts.append("packing")
     return f"{name}: {', '.join(facts)}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from flora_train.config.terminal_text import in_cell, print_table
+from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
 from flora_train.runtime.progress import duration
@@ -50,7 +52,9 @@ def count_lines(task: Task) -> Counts:
         numbers["documents"] = [split.counts.documents for split in splits]
         numbers["packed sequences"] = [len(split) if split.is_packed else 0 for split in splits]
     else:
-        numbers["examples"] = [len(split) for split in splits]
+        is_paired = isinstance(task.train, PreferenceSplit) and task.train.is_paired
+        name = "pairs" if is_paired else "examples"
+        numbers[name] = [len(split) for split in splits]
     numbers["tokens"] = [split.counts.tokens for split in splits]
     numbers["learnt tokens"] = [split.counts.label_tokens for split in splits]
     lines = {label: [f"{value:,}" for value in values] for label, values in numbers.items()}
@@ -67,8 +71,11 @@ def learnt_share(split: TokenSplit) -> float:
 
 
 def longest(split: TokenSplit) -> int:
-    """Tokens of the longest example."""
-    return int(split.token_lengths.max(initial=0))
+    """Tokens of the longest example; of a pair, those of its longer document."""
+    lengths = split.token_lengths
+    if isinstance(split, PreferenceSplit):
+        lengths = np.diff(split.offsets)
+    return int(lengths.max(initial=0))
 
 
 def print_counts(console: Console, task: Task) -> None:

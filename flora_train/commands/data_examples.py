@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from flora_train.config.task_schema import TaskConfig
 from flora_train.config.terminal_text import plain, shown
 from flora_train.data.audio.speech_split import SpeechSplit
+from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
 from flora_train.data.token_text import Piece, token_pieces
@@ -20,8 +20,10 @@ from flora_train.data.tokenizer_copies import special_tokens_of
 
 LEARNT, SPECIAL, READ = "black on green", "magenta", ""
 """Styles, where the terminal has colours."""
-MARKS = (("[[", "]]"), ("<<", ">>"), ("{{{", "}}}"), ("[[[learnt:", ":learnt]]]"))
+MARKS = (("[[", "]]"), ("{{", "}}"), ("[[[[", "]]]]"), ("{learnt: ", " :learnt}"))
 """What encloses learnt text where there are no colours: the first of these that occurs in no example."""
+WIDE_MARKS = ("\u27e6", "\u27e7")
+"""The second choice, where the output can be any character."""
 MARGIN = "| "
 """Before every line of an example."""
 LONGEST_PIECE = 1000
@@ -30,6 +32,8 @@ PIECE_ENDS = (700, 200)
 """Characters that are printed of a longer one, from its begin and from its end."""
 MOST_PIECES = 60
 """Pieces of a document that are printed, unless everything is asked for."""
+MOST_DOCUMENTS = 3
+"""The same of the documents of a packed example."""
 
 Document = tuple[NDArray[np.int32], NDArray[np.int32]]
 """Tokens [n], and the spans [s, 2] of those that are learnt."""
@@ -55,25 +59,49 @@ class ExamplePrinter:
             line = Text(f"Learnt text is between {self.marks[0]} and {self.marks[1]}; the rest is only read.")
         self.console.print(line)
 
-    def print_example(self, task: Task, config: TaskConfig, index: int) -> None:
+    def print_example(self, task: Task, index: int) -> None:
         """One training example with its documents."""
         split = task.train
-        documents = split.documents(index)
         title = f"\n{task.name}, training example {index + 1:,} of {len(split):,}"
         if isinstance(split, SpeechSplit):
             title += f": {split.paths[index]}, {split.seconds[index]:.1f} s"
-        if len(documents) > 1:
-            title += f": {len(documents)} packed documents"
+        elif isinstance(split, PreferenceSplit) and not split.is_paired:
+            title += f": {'a good' if split.labels[index] else 'a bad'} completion"
         self.console.print(shown(title, "bold", keep="\n"))
-        for number, document in enumerate(documents, 1):
-            self._print_document(document, f"document {number}, " if len(documents) > 1 else "")
+        documents = split.documents(index)
+        if isinstance(split, PreferenceSplit) and split.is_paired:
+            self._print_pair(*documents)
+            return
+        names = [""]
+        if len(documents) > 1:
+            names = [f"document {number} of {len(documents)}, " for number in range(1, len(documents) + 1)]
+        most = len(documents) if self.full else MOST_DOCUMENTS
+        for name, document in zip(names[:most], documents, strict=False):
+            self._print_document(document, name)
+        if len(documents) > most:
+            self._print_note(f"{len(documents) - most:,} more packed documents (--full prints all)")
+
+    def _print_pair(self, chosen: Document, rejected: Document) -> None:
+        """The prompt of a pair once, and both completions below it."""
+        tokens, spans = chosen
+        begin = int(spans[0, 0])
+        self._print_note(f"prompt, {begin:,} tokens")
+        self._print_pieces(token_pieces(self.tokenizer, tokens[:begin], spans[:0]))
+        for name, document in (("chosen", chosen), ("rejected", rejected)):
+            tokens, spans = document
+            self._print_note(f"{name}, {len(tokens) - begin:,} tokens, {_learnt(spans):,} learnt")
+            self._print_pieces(token_pieces(self.tokenizer, tokens, spans, first=begin))
 
     def _print_document(self, document: Document, name: str) -> None:
         tokens, spans = document
-        learnt = int((spans[:, 1] - spans[:, 0]).sum())
-        self.console.print(shown(f"{name}{len(tokens):,} tokens, {learnt:,} learnt", "dim"))
-        pieces = self._shortened(token_pieces(self.tokenizer, tokens, spans))
-        text = self._rendered(pieces)
+        self._print_note(f"{name}{len(tokens):,} tokens, {_learnt(spans):,} learnt")
+        self._print_pieces(token_pieces(self.tokenizer, tokens, spans))
+
+    def _print_note(self, text: str) -> None:
+        self.console.print(shown(text, "dim"))
+
+    def _print_pieces(self, pieces: list[Piece]) -> None:
+        text = self._rendered(self._shortened(pieces))
         for line in text.split("\n", allow_blank=True):
             self.console.print(Text(MARGIN, style="dim").append_text(line))
 
@@ -115,7 +143,10 @@ class ExamplePrinter:
     def _unused_marks(self, splits: Iterable[tuple[TokenSplit, Sequence[int]]]) -> tuple[str, str]:
         """The first marks that no example contains."""
         texts = list(self._texts(splits))
-        for marks in MARKS[:-1]:
+        candidates = list(MARKS[:-1])
+        if self.console.encoding.startswith("utf"):
+            candidates.insert(1, WIDE_MARKS)
+        for marks in candidates:
             if not any(mark in text for text in texts for mark in marks):
                 return marks
         return MARKS[-1]
@@ -124,6 +155,11 @@ class ExamplePrinter:
         for split, indices in splits:
             for index in indices:
                 yield str(self.tokenizer.decode(split.example(index).tolist(), skip_special_tokens=False))
+
+
+def _learnt(spans: NDArray[np.int32]) -> int:
+    """Number of learnt tokens."""
+    return int((spans[:, 1] - spans[:, 0]).sum())
 
 
 def choose_examples(split: TokenSplit, number: int) -> list[int]:

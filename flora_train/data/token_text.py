@@ -22,8 +22,14 @@ class Piece:
     """Whether this is one special token, rather than text."""
 
 
-def token_pieces(tokenizer: Any, tokens: NDArray[np.int32], spans: NDArray[np.int32]) -> list[Piece]:
-    """The pieces of a document. spans: int32 [s, 2], begin and end of its learnt tokens."""
+def token_pieces(
+    tokenizer: Any, tokens: NDArray[np.int32], spans: NDArray[np.int32], first: int = 0
+) -> list[Piece]:
+    """The pieces of a document.
+
+    spans: int32 [s, 2], begin and end of its learnt tokens. first: the token that the first piece begins
+    with, at which a span begins.
+    """
     special = special_tokens_of(tokenizer)
     learnt = np.zeros(len(tokens), dtype=np.bool_)
     for begin, end in spans.tolist():
@@ -35,7 +41,8 @@ def token_pieces(tokenizer: Any, tokens: NDArray[np.int32], spans: NDArray[np.in
         text = special.get(int(tokens[begin]))
         is_special = text is not None
         text = text or _text(tokenizer, tokens, before, begin, end=end)
-        pieces.append(Piece(text, bool(learnt[begin]), is_special))
+        if begin >= first:
+            pieces.append(Piece(text, bool(learnt[begin]), is_special))
         before = begin
     return pieces
 

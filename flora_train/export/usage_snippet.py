@@ -42,7 +42,7 @@ def generation_example(config: RunConfig, task: str) -> GenerationExample:
         decoder_prompt = _decoder_prompt(config, task_config.speech)
         return GenerationExample(prompt, config.evaluation.max_new_tokens, decoder_prompt)
     template = None
-    own_template = getattr(task_config, "chat_template", None)
+    own_template = task_config.chat_template
     if not isinstance(prompt, str) and own_template is not None:
         template = _template(config.model, own_template, f"tasks.{task}")
     return GenerationExample(

@@ -38,7 +38,7 @@ def sample_prompts(task: TaskConfig, tokenizer: Any, key: str) -> list[Prompt]:
             continue
         if encoder is None:
             encoder = ChatEncoder(
-                ChatTemplate.of(tokenizer, getattr(task, "chat_template", None), key), tokenizer
+                ChatTemplate.of(tokenizer, task.chat_template, key), tokenizer
             )
         try:
             conversation = Conversation(tuple(parse_messages(prompt)))
