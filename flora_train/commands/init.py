@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,12 @@ from flora_train.config.base import ConfigModel, Name, PathText, Text
 from flora_train.config.command_options import read_options
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.config.load import load_config, validate
+from flora_train.config.model_schema import ModelConfig
 from flora_train.config.terminal_text import plain, print_plain
+from flora_train.data.chat.completeness import writes_tool_calls
+from flora_train.data.chat.template import ChatTemplate, suggested_template
 from flora_train.data.guess_task import GuessedTask, guess_tasks
+from flora_train.models.loading import load_tokenizer
 from flora_train.run_context import load_data, resolve_config
 from flora_train.runtime.atomic import write_atomically
 
@@ -57,6 +61,7 @@ def init_recipe(sources: Sequence[str], **values: object) -> None:
     options = read_options(InitOptions, values)
     tasks = _guess_all(sources, options.language)
     model = options.model or _default_model(tasks)
+    tasks = _with_template(model, tasks)
     name = options.name or _run_name(options.out, tasks)
     out = Path(options.out or f"{name}.yaml")
     if out.exists():
@@ -101,6 +106,25 @@ def _default_model(tasks: Mapping[str, GuessedTask]) -> str:
     if all(task.is_speech for task in tasks.values()):
         return SPEECH_MODEL
     return TEXT_MODEL
+
+
+def _with_template(model: str, tasks: Mapping[str, GuessedTask]) -> dict[str, GuessedTask]:
+    """The tasks, those of conversations with a shipped chat template where the base's tokenizer has none, or
+    has one that does not write tool calls."""
+    if not any(task.is_chat for task in tasks.values()):
+        return dict(tasks)
+    tokenizer = load_tokenizer(ModelConfig(path=model))
+    writes_calls = False
+    if tokenizer.chat_template:
+        writes_calls = writes_tool_calls(ChatTemplate.of(tokenizer, None, "model"))
+    result = {}
+    for name, task in tasks.items():
+        needs_template = not tokenizer.chat_template or (task.calls_tools and not writes_calls)
+        keys = dict(task.keys)
+        if task.is_chat and needs_template:
+            keys["chat_template"] = suggested_template(tokenizer)
+        result[name] = replace(task, keys=keys)
+    return result
 
 
 def _run_name(out: str | None, tasks: Mapping[str, GuessedTask]) -> str:

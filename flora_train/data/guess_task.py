@@ -6,7 +6,7 @@ import glob
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from flora_train.config.errors import UserError, choices, user_error
 from flora_train.config.json_format import JsonValue
 from flora_train.config.task_schema import SourceConfig
+from flora_train.data.chat.messages import CALLS, is_message_list
+from flora_train.data.chat.rows import MESSAGE_COLUMNS, SYSTEM, TOOL_COLUMNS
 from flora_train.data.file_rows import Row
 from flora_train.data.sources import read_rows
 from flora_train.data.templates import cell_text
@@ -65,6 +67,9 @@ class GuessedTask:
     description: str
     """What was seen, in one line."""
     is_speech: bool = False
+    is_chat: bool = False
+    calls_tools: bool = False
+    """Whether the assistant of its conversations calls tools."""
 
 
 def guess_tasks(source: str, language: str | None) -> dict[str, GuessedTask]:
@@ -146,6 +151,9 @@ def _guess_file(source: str, language: str | None) -> GuessedTask:
     clips = _clip_columns(rows)
     if clips is not None:
         return _speech_task(source, rows, clips, language)
+    chat = _guess_chat(source, rows)
+    if chat is not None:
+        return chat
     for prompt, completion in PAIRS:
         if prompt in columns and completion in columns:
             return _pair_task(source, rows, prompt, completion)
@@ -158,6 +166,48 @@ def _guess_file(source: str, language: str | None) -> GuessedTask:
         raise user_error(source, None, hint)
     keys = {"train": source, "text": text}
     return _with_labels(keys, f"{len(rows):,} rows, {text} is learnt whole", rows, used=[text])
+
+
+def _guess_chat(source: str, rows: Sequence[Row]) -> GuessedTask | None:
+    """A task of conversations, if a column has lists of messages, or a prompt and its completion do."""
+    chats = [column for column in _columns(rows) if _holds_messages(rows, column)]
+    prompt, completion = PAIRS[0]
+    keys: dict[str, JsonValue] = {"train": source}
+    if {prompt, completion} <= set(chats):
+        keys |= {"prompt": prompt, "completion": completion}
+        learnt = f"the assistant's turns of {completion} are learnt after {prompt}"
+    elif {"chosen", "rejected"} & set(chats) or not chats:
+        return None
+    else:
+        messages = next((column for column in MESSAGE_COLUMNS if column in chats), chats[0])
+        keys |= {"messages": messages}
+        learnt = f"the assistant's turns of {messages} are learnt"
+    description = f"{len(rows):,} conversations, {learnt}"
+    tools = next((column for column in TOOL_COLUMNS if any(row.get(column) for row in rows)), None)
+    if tools is not None:
+        keys["tools"] = tools
+        description += f", with {tools}"
+    used = [str(keys[key]) for key in ("messages", "prompt", "completion", "tools") if key in keys]
+    if any(row.get(SYSTEM) for row in rows):
+        used.append(SYSTEM)
+    calls = any(_calls_tools(row.get(column)) for row in rows for column in chats)
+    return replace(_with_labels(keys, description, rows, used=used), is_chat=True, calls_tools=calls)
+
+
+def _calls_tools(cell: object) -> bool:
+    if isinstance(cell, str):
+        return '"tool_calls"' in cell or '"function_call"' in cell
+    messages = cell if isinstance(cell, list) else []
+    return any(
+        message.get("tool_calls") or message.get("function_call") or message.get("from") in CALLS
+        for message in messages
+        if isinstance(message, dict)
+    )
+
+
+def _holds_messages(rows: Sequence[Row], column: str) -> bool:
+    first = next((row[column] for row in rows if row.get(column) is not None), None)
+    return is_message_list(first)
 
 
 def _rows(source: str) -> list[Row]:

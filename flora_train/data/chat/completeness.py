@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flora_train.data.chat.messages import Conversation
+from flora_train.data.chat.messages import Conversation, Message
 from flora_train.data.chat.template import ChatTemplate, Form, TemplateError
 
 WORD = "qzxvwk"
 """Stands for a text that must come out."""
+
+
+def writes_tool_calls(template: ChatTemplate) -> bool:
+    """Whether a template writes calls of tools and their results."""
+    call = {"type": "function", "id": "abcdefghi", "function": {"name": "a", "arguments": {}}}
+    messages: list[Message] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "a", "tool_call_id": "abcdefghi", "content": "a"},
+        {"role": "assistant", "content": "a"},
+    ]
+    conversation = Conversation(tuple(messages))
+    try:
+        form, _ = template.first_rendering(conversation)
+        CompletenessCheck(template)(conversation, form)
+    except ValueError:
+        return False
+    return True
 
 
 class CompletenessCheck:
@@ -51,8 +69,8 @@ class CompletenessCheck:
         messages[position] = changed
         if not self._writes(replace(conversation, messages=tuple(messages)), form):
             raise ValueError(
-                f"{self.template.name} leaves out {part}: give chat_template one that writes them, or remove "
-                "them from the row"
+                f"{self.template.name} leaves out {part}: set chat_template to one that writes them (chatml, "
+                "for example), or remove them from the row"
             )
 
     def _writes(self, conversation: Conversation, form: Form) -> bool:

@@ -18,14 +18,16 @@ from flora_train.data.chat.messages import (
     is_message_list,
     parse_conversation,
 )
-from flora_train.data.chat.template import ChatTemplate
+from flora_train.data.chat.template import ChatTemplate, lacking_tokens
 from flora_train.data.chat.turns import Learn
 from flora_train.data.documents import EncodedExample, LocatedRow, RowsOutline
 from flora_train.data.tokenization import cut
 
 MESSAGE_COLUMNS = ("messages", "conversations")
 """Columns of conversations that need not be named."""
-PROMPT, COMPLETION, TOOLS, SYSTEM = "prompt", "completion", "tools", "system"
+TOOL_COLUMNS = ("tools", "functions")
+"""Columns of definitions of tools that need not be named."""
+PROMPT, COMPLETION, SYSTEM = "prompt", "completion", "system"
 JSON_FILES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 """Endings of files whose records have no fields of other records."""
 CHUNK_ROWS = 128
@@ -83,7 +85,7 @@ def _is_chat_column(column: str, rows: RowsOutline, first: Mapping[str, Any]) ->
 def _with_tools(task: TaskConfig, rows: RowsOutline, columns: ChatColumns) -> ChatColumns:
     tools = task.tools
     if tools is None:
-        tools = next((name for name in (TOOLS, "functions") if name in rows.columns), None)
+        tools = next((name for name in TOOL_COLUMNS if name in rows.columns), None)
     system = SYSTEM if SYSTEM in rows.columns else None
     return ChatColumns(columns.messages, columns.prompt, columns.completion, tools, system)
 
@@ -108,6 +110,9 @@ class ChatRowEncoder:
         self.learn: Learn = task.learn or "assistant"
         self.check(rows, "training")
         self.template = ChatTemplate.of(tokenizer, task.chat_template, key)
+        if lacking := lacking_tokens(self.template, tokenizer):
+            tokens = ", ".join(lacking)
+            logger.warning(f"{key}: the base has no token for {tokens} of the chat template: ordinary text")
         self.encoder = ChatEncoder(self.template, tokenizer, task.special_tokens)
 
     @property
@@ -158,7 +163,7 @@ class ChatRowEncoder:
                     raise self._error(row, one)
                 yield self._example(conversation, one)
             while notes:
-                logger.warning("%s: %s", self.key, notes.pop())
+                logger.warning(f"{self.key}: {notes.pop()}")
 
     def _error(self, row: LocatedRow, error: ValueError) -> Exception:
         return user_error(self.key, None, f"{row.where}: {error}")

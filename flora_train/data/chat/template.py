@@ -17,6 +17,7 @@ from flora_train.data.chat.messages import Conversation, Message
 from flora_train.data.text_encoder import start_tokens
 
 SHIPPED = Path(__file__).parent / "templates"
+TOKEN = re.compile(r"<\|\w+\|>")
 CHATML = ("<|im_start|>", "<|im_end|>")
 RECOMMENDED = "plain"
 """The shipped template that every tokenizer can render."""
@@ -84,7 +85,7 @@ class ChatTemplate:
             if not own:
                 hint = (
                     "is needed: the base's tokenizer has no chat template; give the path of a .jinja file or "
-                    f"a shipped template, for example chat_template: {_suggested(tokenizer)}"
+                    f"a shipped template, for example chat_template: {suggested_template(tokenizer)}"
                 )
                 raise user_error(f"{key}.chat_template", None, hint)
             if "default" not in own:
@@ -219,13 +220,13 @@ def _shipped_source(name: str, tokenizer: Any) -> str:
 
 
 def lacking_tokens(template: ChatTemplate, tokenizer: Any) -> list[str]:
-    """Tokens of ChatML that a template writes and the tokenizer does not know: they are ordinary text."""
+    """Tokens such as <|im_start|> that a template writes and the tokenizer does not know: they are ordinary
+    text."""
     known = tokenizer.get_added_vocab()
-    written = [token for token in CHATML if token in template.source]
-    return [token for token in written if token not in known]
+    return [token for token in dict.fromkeys(TOKEN.findall(template.source)) if token not in known]
 
 
-def _suggested(tokenizer: Any) -> str:
+def suggested_template(tokenizer: Any) -> str:
     """The shipped template that suits a tokenizer."""
     known = tokenizer.get_added_vocab()
     return "chatml" if set(CHATML) <= known.keys() else RECOMMENDED
