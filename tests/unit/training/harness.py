@@ -19,6 +19,7 @@ from flora_train.config.load import validate
 from flora_train.config.sweep import SweepConfig
 from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
 from flora_train.data.documents import EncodedDocument, EncodedExample
+from flora_train.data.packing import pack
 from flora_train.data.preferences.preference import Preference
 from flora_train.data.preferences.split import PreferenceSplit, preference_split
 from flora_train.data.task import Task
@@ -67,6 +68,19 @@ def random_preferences(
     return preference_split(builder.split(), limit)
 
 
+def random_chats(seed: int, examples: int, longest: int = 16) -> TokenSplit:
+    """Examples of random tokens of which several spans are learnt."""
+    generator = np.random.default_rng(seed)
+    builder = SplitBuilder()
+    for _ in range(examples):
+        length = int(generator.integers(6, longest + 1))
+        begins = np.sort(generator.choice(np.arange(1, length - 1, 2), 2, replace=False))
+        spans = [(int(begin), int(begin) + 1) for begin in begins]
+        tokens = generator.integers(2, VOCABULARY, length).astype(np.int32)
+        builder.add(EncodedExample((EncodedDocument(tokens, spans, 2),), "whole"))
+    return builder.split()
+
+
 def make_trainer(
     specs: Sequence[AdapterSpec],
     folder: Path,
@@ -80,11 +94,13 @@ def make_trainer(
     dtype: torch.dtype = torch.float32,
     preferences: Mapping[str, Preference] | None = None,
     examples_per_draw: int = 1,
+    chats: Sequence[str] = (),
+    packed_chats: Sequence[str] = (),
     **training: Any,
 ) -> Trainer:
     """A trainer for `specs` on tasks a, b and c; same arguments, same trainer.
 
-    preferences: of the tasks that are not plain text.
+    preferences: of the tasks that are not plain text; chats, packed_chats: tasks of conversations.
     """
     source = {"train": "unused.jsonl"}
     config = validate(
@@ -114,6 +130,10 @@ def make_trainer(
     splits = {
         name: (random_split(i, 40, least), random_split(10 + i, 6, least)) for i, name in enumerate("abc")
     }
+    for i, name in enumerate((*chats, *packed_chats)):
+        splits[name] = random_chats(40 + i, 40), random_chats(50 + i, 6)
+    for name in packed_chats:
+        splits[name] = pack(splits[name][0], 40), splits[name][1]
     tasks = {name: Task(name, 1.0, *halves, "") for name, halves in splits.items()}
     for number, (name, preference) in enumerate((preferences or {}).items()):
         halves = (random_preferences(20 + 2 * number + i, (24, 5)[i], preference.objective) for i in (0, 1))

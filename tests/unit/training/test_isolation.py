@@ -80,6 +80,28 @@ def test_trained_together_equals_trained_alone(
     assert max(differences.values()) <= 1e-5, differences
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+def test_conversations_among_plain_rows_trained_together_equal_those_trained_alone(
+    tmp_path: Path, optimizer: str, packed: bool
+) -> None:
+    """Rows of which several spans are learnt share micro-batches with rows that are learnt whole."""
+    lr = {"adamw": 2e-3, "sgd": 0.4}[optimizer]
+    specs = [replace(s, dropout=0.2) if s.name == "a-lora" else s for s in mixed_specs(lr=lr)]
+    options: dict[str, Any] = {"optimizer": optimizer, "chats": ("a",), "tokens_per_step": 220}
+    options |= {"packed_chats": ("b",)} if packed else {"chats": ("a", "b")}
+    together = make_trainer(specs, tmp_path, **options)
+    splits = {name: task.train for name, task in together.context.tasks.items()}
+    assert all(len(splits[name].learnt_spans(0)) == 2 for name in "ab")
+    assert splits["b"].is_packed == packed
+    plans = plans_of(together)
+    assert any({row.task for row in rows} == {"a", "b", "c"} for plan in plans for rows in plan.microbatches)
+    train_together(together, plans)
+    assert min(moved(together).values()) > 3e-4
+    differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
+    assert max(differences.values()) <= 1e-5, differences
+
+
 def test_i1_gradient_depends_on_the_adapters_own_examples_only(tmp_path: Path) -> None:
     trainer = make_trainer(mixed_specs(), tmp_path)
     plan = plans_of(trainer, 1)[0]

@@ -15,7 +15,7 @@ from flora_train.training.loss import RowLosses
 from flora_train.training.packing_check import check_packing
 from tests.architectures import ARCHITECTURES, tiny_model
 from tests.conftest import spec
-from tests.unit.training.harness import PAD, make_trainer, random_split
+from tests.unit.training.harness import PAD, make_trainer, random_chats, random_split
 
 CAUSAL = [name for name in ARCHITECTURES if name not in ("t5", "whisper")]
 SEE_EACH_OTHER = {"bloom", "falcon", "opt"}  # their masks or distances come from attention_mask
@@ -32,9 +32,12 @@ def test_a_model_is_refused_exactly_if_packed_pieces_would_see_each_other(name: 
 
 
 @pytest.mark.parametrize("method", ["flora", "lora", "ia3"])
-def test_gradients_of_packed_documents_equal_those_of_separate_ones(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make_split", [random_split, random_chats], ids=["texts", "conversations"])
+def test_gradients_of_packed_documents_equal_those_of_separate_ones(
+    method: str, make_split: Any, tmp_path: Path
+) -> None:
     trainer: Any = make_trainer([spec(method, rank=2) if method != "ia3" else spec(method)], tmp_path)
-    apart = random_split(5, 12)
+    apart = make_split(5, 12)
     together = pack(apart, 40)
     assert together.is_packed
 
