@@ -22,8 +22,9 @@ from flora_train.data.documents import EncodedDocument, EncodedExample
 from flora_train.data.packing import pack
 from flora_train.data.preferences.preference import Preference
 from flora_train.data.preferences.split import PreferenceSplit, preference_split
+from flora_train.data.split_builder import SplitBuilder
 from flora_train.data.task import Task
-from flora_train.data.token_split import SplitBuilder, SplitCounts, TokenSplit, spans_after
+from flora_train.data.token_split import SplitCounts, TokenSplit, spans_after
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.context import TrainingContext
 from flora_train.training.step_plan import StepPlan, plan_step

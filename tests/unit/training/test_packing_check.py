@@ -36,7 +36,8 @@ def test_a_model_is_refused_exactly_if_packed_pieces_would_see_each_other(name: 
 def test_gradients_of_packed_documents_equal_those_of_separate_ones(
     method: str, make_split: Any, tmp_path: Path
 ) -> None:
-    trainer: Any = make_trainer([spec(method, rank=2) if method != "ia3" else spec(method)], tmp_path)
+    options = {} if method == "ia3" else {"rank": 2}
+    trainer: Any = make_trainer([spec(method, "a", **options)], tmp_path)
     apart = make_split(5, 12)
     together = pack(apart, 40)
     assert together.is_packed
@@ -54,7 +55,7 @@ def test_gradients_of_packed_documents_equal_those_of_separate_ones(
 
 
 def test_packed_document_is_independent_of_its_neighbours(tmp_path: Path) -> None:
-    trainer: Any = make_trainer([spec("flora", rank=2)], tmp_path)
+    trainer: Any = make_trainer([spec("flora", "a", rank=2)], tmp_path)
     split = pack(random_split(5, 12), 40)
     row = Row(0, "a", 0, int(split.lengths[0]))
     (first, _), (second, spans), *_ = split.documents(0)
