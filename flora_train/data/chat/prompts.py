@@ -37,9 +37,7 @@ def sample_prompts(task: TaskConfig, tokenizer: Any, key: str) -> list[Prompt]:
             prompts.append(Prompt(prompt))
             continue
         if encoder is None:
-            encoder = ChatEncoder(
-                ChatTemplate.of(tokenizer, task.chat_template, key), tokenizer
-            )
+            encoder = ChatEncoder(ChatTemplate.of(tokenizer, task.chat_template, key), tokenizer)
         try:
             conversation = Conversation(tuple(parse_messages(prompt)))
             ids = tuple(encoder.prompt(conversation).tolist())

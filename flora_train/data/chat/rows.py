@@ -120,7 +120,7 @@ class ChatRowEncoder:
         template = self.template
         return {
             "columns": asdict(self.columns),
-            "template": [template.source, dict(template.variants)],
+            "template": [template.source, template.variants.get("tool_use")],
             "variables": {name: str(value) for name, value in template.variables.items()},
             "today": template.today.isoformat(),
             "learn": self.learn,

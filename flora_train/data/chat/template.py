@@ -107,8 +107,8 @@ class ChatTemplate:
         for source in {template.source, *template.variants.values()}:
             try:
                 _compile(source, template.today)
-            except TemplateSyntaxError as error:
-                hint = f"is not a template: line {error.lineno}: {first_line(error)}"
+            except TemplateSyntaxError as error:  # its first line is our comment
+                hint = f"is not a template: line {error.lineno - 1}: {first_line(error)}"
                 raise user_error(f"{key}.chat_template", template.name, hint) from None
         return template
 
