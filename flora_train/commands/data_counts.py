@@ -20,7 +20,7 @@ LEFT_OUT = {
     "unsampled": "left out: over the limit on examples",
     "empty": "left out: without text to learn",
     "over_long_dropped": "left out: longer than max_length",
-    "prompt_too_long": "left out: the prompt alone fills max_length",
+    "prompt_too_long": "left out: nothing learnt within max_length",
 }
 """Field of a split's counts -> label of its line."""
 CHANGED = {

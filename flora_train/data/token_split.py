@@ -33,7 +33,7 @@ class SplitCounts:
     over_long_dropped: int = 0
     """Longer than max_length and left out."""
     prompt_too_long: int = 0
-    """Left out because the prompt alone fills max_length."""
+    """Left out because the prompt, or what precedes the first learnt turn, fills max_length."""
     documents: int = 0
     """Pieces of text that are learnt: more than the rows used where long ones are split."""
     examples: int = 0

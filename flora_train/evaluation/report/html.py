@@ -71,7 +71,7 @@ LEFT_OUT = {
     "unsampled": "were left out by the limit on examples",
     "empty": "had no text to learn",
     "over_long_dropped": "were dropped as too long",
-    "prompt_too_long": "were left out because the prompt alone fills the length limit",
+    "prompt_too_long": "were left out because what precedes the learnt text fills the length limit",
     "over_long_truncated": "were cut off at the length limit",
     "over_long_split": "were split into several examples",
 }
