@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from flora_train.config.errors import Problem, UserError, choices, did_you_mean, user_error
 from flora_train.config.json_format import JsonObject
 from flora_train.config.task_schema import TaskConfig
+from flora_train.data.chat.rows import check_chat_keys
 from flora_train.data.documents import EncodedExample, Fate, LocatedRow, RowsOutline
+from flora_train.data.preferences.messages import MessageCompletions, holds_messages
 from flora_train.data.preferences.text import CompletionTokenizer, TextCompletions
 
 LEFT_OUT: tuple[Fate, ...] = ("empty", "prompt_too_long", "drop")
@@ -44,8 +46,14 @@ class PreferenceRowEncoder:
     ) -> None:
         self.key = key
         self.columns = _columns(task, rows, key)
-        self.completions: CompletionTokenizer = TextCompletions(
-            task, tokenizer, self.columns.prompt, self.columns.completions, max_length=max_length, key=key
+        prompt, completions = self.columns.prompt, self.columns.completions
+        make: type[TextCompletions] | type[MessageCompletions] = TextCompletions
+        if holds_messages(rows, prompt, completions):
+            make = MessageCompletions
+        else:
+            check_chat_keys(task, rows, key)
+        self.completions: CompletionTokenizer = make(
+            task, tokenizer, prompt, completions, max_length=max_length, key=key
         )
         self.check(rows, "training")
 
