@@ -18,6 +18,7 @@ from flora_train.config.terminal_text import plain, print_plain
 from flora_train.data.chat.completeness import writes_tool_calls
 from flora_train.data.chat.template import ChatTemplate, suggested_template
 from flora_train.data.guess_task import GuessedTask, guess_tasks
+from flora_train.data.preferences.costs import largest_unit, row_costs
 from flora_train.models.loading import load_tokenizer
 from flora_train.run_context import load_data, resolve_config
 from flora_train.runtime.atomic import write_atomically
@@ -53,6 +54,8 @@ class Sizes:
     steps: int
     tokens: int
     """Of one step."""
+    microbatch: int = 4096
+    """Tokens of one forward pass."""
 
 
 def init_recipe(sources: Sequence[str], **values: object) -> None:
@@ -66,7 +69,7 @@ def init_recipe(sources: Sequence[str], **values: object) -> None:
     out = Path(options.out or f"{name}.yaml")
     if out.exists():
         raise user_error("out", str(out), "exists already: choose another, or delete it")
-    sizes = fitting_sizes(raw_recipe(name, model, tasks, Sizes(0, 100, 1 << 20)))
+    sizes = fitting_sizes(raw_recipe(name, model, tasks, Sizes(0, 100, 1 << 20, 1 << 20)))
     text = recipe_text(raw_recipe(name, model, tasks, sizes), tasks, out=out, adapters=sizes.adapters)
     write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"), new=True)
     load_config([f"recipe={out}"])
@@ -137,6 +140,9 @@ def _run_name(out: str | None, tasks: Mapping[str, GuessedTask]) -> str:
 
 def raw_recipe(name: str, model: str, tasks: Mapping[str, GuessedTask], sizes: Sizes) -> dict[str, Any]:
     """The recipe as plain mappings."""
+    mixture = {}
+    if any(task.keys.get("objective") == "kto" for task in tasks.values()):
+        mixture = {"mixture": {"examples_per_draw": EXAMPLES_PER_DRAW}}
     max_length = MAX_LENGTH
     if any(task.is_speech for task in tasks.values()):
         max_length = SPEECH_LENGTH
@@ -149,10 +155,11 @@ def raw_recipe(name: str, model: str, tasks: Mapping[str, GuessedTask], sizes: S
             "lora": {"method": "lora", "rank": 8, "lr": 2e-3, "warmup_ratio": 0.1},
             "ia3": {"method": "ia3", "lr": 2e-2, "warmup_ratio": 0.1},
         },
+        **mixture,
         "training": {
             "steps": sizes.steps,
             "tokens_per_step": sizes.tokens,
-            "tokens_per_microbatch": min(sizes.tokens, 4096),
+            "tokens_per_microbatch": min(sizes.tokens, sizes.microbatch),
             "max_length": max_length,
         },
         "evaluation": {"interval": max(1, sizes.steps // EVALUATIONS)},
@@ -167,12 +174,22 @@ def fitting_sizes(raw: dict[str, Any]) -> Sizes:
     if speech_processor is not None:
         speech_processor.store.close()
     families = len(config.adapters)
-    longest = max(int(task.train.lengths.max()) for task in tasks.values())
-    draw = EXAMPLES_PER_DRAW * families * longest
-    tokens = max(4096, -(-draw // 1024) * 1024)
-    total = sum(int(task.train.lengths.sum()) for task in tasks.values())
-    steps = EPOCHS * total * families // tokens
-    return Sizes(families * len(tasks), min(MOST_STEPS, max(FEWEST_STEPS, steps)), tokens)
+    in_batch = [False] * families
+    longest, total, unit = 0, 0, 0
+    for task in tasks.values():
+        costs = row_costs(task.train, task.preference, in_batch)
+        tokens_of_examples = costs.of(families)
+        longest = max(longest, int(tokens_of_examples.max()))
+        total += int(tokens_of_examples.sum())
+        unit = max(unit, largest_unit(task.train, task.preference, in_batch, EXAMPLES_PER_DRAW))
+    tokens = max(4096, _rounded(EXAMPLES_PER_DRAW * longest), _rounded(unit))
+    steps = min(MOST_STEPS, max(FEWEST_STEPS, EPOCHS * total // tokens))
+    return Sizes(families * len(tasks), steps, tokens, max(min(tokens, 4096), _rounded(unit)))
+
+
+def _rounded(tokens: int) -> int:
+    """The next multiple of 1024."""
+    return -(-tokens // 1024) * 1024
 
 
 def recipe_text(raw: Mapping[str, Any], tasks: Mapping[str, GuessedTask], *, out: Path, adapters: int) -> str:
@@ -194,6 +211,9 @@ def recipe_text(raw: Mapping[str, Any], tasks: Mapping[str, GuessedTask], *, out
         lines += _task_lines(name, task)
     lines.append("adapters: # each learns every task; sweep with lists: lr: [1.0e-2, 2.0e-2]")
     lines += [f"  {family}: {_flow_style(adapter)}" for family, adapter in raw["adapters"].items()]
+    if "mixture" in raw:
+        draw = raw["mixture"]["examples_per_draw"]
+        lines += ["mixture:", f"  examples_per_draw: {draw} # kto compares the examples of a draw"]
     lines += [
         "training:",
         f"  steps: {training['steps']} # {EPOCHS} times over the data, but {FEWEST_STEPS} to {MOST_STEPS:,}",

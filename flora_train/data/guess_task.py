@@ -17,6 +17,7 @@ from flora_train.config.task_schema import SourceConfig
 from flora_train.data.chat.messages import CALLS, is_message_list
 from flora_train.data.chat.rows import MESSAGE_COLUMNS, SYSTEM, TOOL_COLUMNS
 from flora_train.data.file_rows import Row
+from flora_train.data.guess_preferences import guess_preferences
 from flora_train.data.sources import read_rows
 from flora_train.data.templates import cell_text
 from flora_train.runtime.atomic import real_path
@@ -154,6 +155,11 @@ def _guess_file(source: str, language: str | None) -> GuessedTask:
     chat = _guess_chat(source, rows)
     if chat is not None:
         return chat
+    preferences = guess_preferences(rows)
+    if preferences is not None:
+        keys = {"train": source, **preferences.keys}
+        task = _with_labels(keys, preferences.description, rows, used=preferences.used)
+        return replace(task, is_chat=preferences.holds_messages)
     for prompt, completion in PAIRS:
         if prompt in columns and completion in columns:
             return _pair_task(source, rows, prompt, completion)

@@ -23,6 +23,11 @@ class RowCosts:
     shared: NDArray[np.int64] | None = None
     """[n], for all adapters together: rows of the base."""
 
+    def of(self, adapters: int) -> NDArray[np.int64]:
+        """[n], for this many adapters."""
+        tokens = self.lengths * adapters
+        return tokens if self.shared is None else tokens + self.shared
+
 
 def row_costs(split: TokenSplit, preference: Preference | None, cached: Sequence[bool]) -> RowCosts:
     """The costs of a task's examples. cached: of each adapter, whether its reference was computed before.

@@ -9,12 +9,14 @@ from flora_train.config.errors import user_error
 from flora_train.config.json_format import JsonValue
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.chat.messages import ChatColumns, is_message_list
-from flora_train.data.chat.rows import TOOLS, ChatRowEncoder
+from flora_train.data.chat.rows import ChatRowEncoder
 from flora_train.data.chat.values import as_json
 from flora_train.data.documents import EncodedExample, LocatedRow, RowsOutline
 
 Messages = list[Any]
 COLUMNS = ChatColumns(prompt="prompt", completion="completion", tools="tools")
+TOOLS = "tools"
+"""Default column of the functions that an assistant may call."""
 ROWS_AT_ONCE = 256
 """Rows that are tokenized in one call."""
 
