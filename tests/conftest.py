@@ -54,14 +54,17 @@ def spec(
 
 
 def mixed_specs(**options: Any) -> list[AdapterSpec]:
-    """Six adapters: every method, fLoRA in both variants, two ranks of fLoRA and LoRA, and a target set of
-    its own."""
+    """Seven adapters: every method, fLoRA in both variants, two ranks of fLoRA and LoRA, a target set of its
+    own, and a DoRA whose rank and scale differ between modules."""
     return [
         spec("flora", "a", "flora", rank=3, variant="residual", **options),
         spec("flora", "b", "flora_one", rank=1, variant="pure", **options),
         spec("flora", "c", "pure", rank=3, variant="pure", **options),
         spec("lora", "a", "lora", rank=4, **options),
         spec("lora", "b", "lora_some", rank=2, target_modules=["q_proj", "down_proj"], **options),
+        spec(
+            "dora", "c", "dora", rank=2, rank_pattern={"k_proj": 3}, alpha_pattern={"v_proj": 1.0}, **options
+        ),
         spec("ia3", "a", "ia3", **options),
     ]
 

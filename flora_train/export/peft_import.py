@@ -97,6 +97,7 @@ def read_peft(source: str, key: str) -> PeftAdapter:
     config, tensors = read_files(source, key)
     check_harmless(config, source, key)
     check_tensors(config, tensors, source, key=key)
+    find_initial(config, source, key)
     peft_type = config.peft_type
     if peft_type == "ADALORA":
         return as_lora(config, tensors)

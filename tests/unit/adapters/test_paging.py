@@ -84,7 +84,7 @@ def test_texts_and_exports_are_those_of_adapters_that_never_move() -> None:
 def test_a_batch_of_more_adapters_than_have_room_is_refused() -> None:
     bank = AdapterBank.attach(tiny_model(), twelve(), paging=Paging(2))
     with pytest.raises(
-        UserError, match=r"device_slots = 2: is too small for the 12 adapters of a step or batch: set it to 6"
+        UserError, match=r"device_slots = 2: is too small for the 12 adapters of a step or batch: set it to 8"
     ):
         bank.route(range(12))
     bank.route([0, -1, 1])  # and nothing is lost

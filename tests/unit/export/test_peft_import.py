@@ -153,9 +153,7 @@ def test_hira_adapter_is_not_a_pure_flora(tmp_path: Path) -> None:
         init_from_peft(bank, range(len(bank.specs)))
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 5.5})]
-)
+@pytest.mark.parametrize(("option", "value"), [("lora_bias", True), ("bias", "all"), ("use_qalora", True)])
 def test_options_that_no_adapter_here_has_are_refused(option: str, value: Any, tmp_path: Path) -> None:
     folder = made_by_peft(THEIRS["LoRA"][0], tmp_path / "theirs")
     file = folder / "adapter_config.json"

@@ -26,8 +26,8 @@ ADAMW = {"optimizer": "adamw", "betas": (0.8, 0.95), "eps": 1e-6}
 
 
 def own_settings() -> list[AdapterSpec]:
-    """Six adapters, no two alike in learning rate, decay, clipping and schedule."""
-    clips = [None, 0.5, 1.0, 1e3, 0.01, 2.0]
+    """Seven adapters, no two alike in learning rate, decay, clipping and schedule."""
+    clips = [None, 0.5, 1.0, 1e3, 0.01, 2.0, 0.2]
     schedules = ["constant", "linear", "cosine"]
     return [
         replace(
