@@ -21,6 +21,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import PeftType, register_peft_method
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,9 +44,10 @@ class FloraConfig(PeftConfig):
         modules_to_save: Modules that are trained and saved completely.
         layers_to_transform: Indices of the layers with adapters. Default: all.
         layers_pattern: Name of the list of layers that `layers_to_transform` refers to.
+        rank_pattern: Other ranks for some layers: the end of a module name, or a regular expression -> rank.
 
     Raises:
-        ValueError: The rank is below 1, or the variant is unknown.
+        ValueError: A rank is below 1, or the variant is unknown.
     """
 
     r: int = 4
@@ -59,12 +61,14 @@ class FloraConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = getattr(PeftType, PEFT_TYPE)
-        if self.r < 1:
-            raise ValueError(f"r = {self.r}: the rank must be at least 1")
+        for rank in (self.r, *(self.rank_pattern or {}).values()):
+            if rank < 1:
+                raise ValueError(f"r = {rank}: the rank must be at least 1")
         if self.variant not in ("pure", "residual"):
             raise ValueError(
                 f"variant = {self.variant!r}: must be pure, W0 * (B A), or residual, W0 * (1 + B A)"
@@ -89,7 +93,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("flora_A", "flora_B")
     other_param_names = ("flora_offset", "flora_dropout")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig, rank: int) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.transposed = isinstance(base_layer, Conv1D)
@@ -102,11 +106,11 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         self._weight_before_merge: Tensor | None = None
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, rank)
 
-    def update_layer(self, adapter_name: str, config: FloraConfig) -> None:
+    def update_layer(self, adapter_name: str, config: FloraConfig, rank: int) -> None:
         """Add an adapter that starts as the identity: B A = 1, or 0 for a residual one."""
-        A, B = torch.randn(config.r, self.in_features), torch.zeros(self.out_features, config.r)
+        A, B = torch.randn(rank, self.in_features), torch.zeros(self.out_features, rank)
         if config.variant == "pure":
             A[0], B[:, 0] = 1.0, 1.0
         else:
@@ -196,14 +200,16 @@ class FloraModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
+        patterns = peft_config.rank_pattern or {}
+        rank = patterns.get(get_pattern_key(list(patterns), current_key), peft_config.r)
         if isinstance(target, FloraLinear):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, rank)
             return
         if not isinstance(target, nn.Linear | Conv1D):
             raise TypeError(
                 f"{current_key} has the type {type(target).__name__}: fLoRA supports Linear and Conv1D"
             )
-        layer = FloraLinear(target, adapter_name, peft_config)
+        layer = FloraLinear(target, adapter_name, peft_config, rank)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

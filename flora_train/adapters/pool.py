@@ -91,6 +91,12 @@ class Pool:
             self._lr_ratio_columns = columns.to(device)
         return self._lr_ratio_columns
 
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """The smallest and the largest rank of an adapter's layers; 0 for a method without rank."""
+        ranks = {self.specs[0].at(module).rank for module in self.targets}
+        return min(ranks), max(ranks)
+
     def allocate(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Allocate rows for all members on the device. Values are NaN until `initialise` or a checkpoint sets
         them."""

@@ -164,6 +164,13 @@ def scaling_of(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / rank**0.5 if rslora else alpha / rank
 
 
+def rank_text(rank: int | None, smallest: int | None) -> str:
+    """`8`, or `2 to 8` where the ranks of the layers differ; empty without rank."""
+    if smallest is not None and smallest != rank:
+        return f"{smallest} to {rank}"
+    return str(rank or "")
+
+
 def expand(config: RunConfig) -> list[AdapterSpec]:
     """One adapter for every pair of an adapter family and a task, so that baselines train in the same run."""
     specs = []

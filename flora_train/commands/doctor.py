@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import disk_usage
@@ -15,7 +15,7 @@ from rich.console import Console
 from flora_train.adapters.host_memory import free_memory
 from flora_train.adapters.layer_usage import unusable_by_shape
 from flora_train.adapters.pool import Pool, build_pools
-from flora_train.adapters.spec import AdapterSpec, expand
+from flora_train.adapters.spec import AdapterSpec, expand, rank_text
 from flora_train.config.errors import UserError
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
@@ -90,9 +90,9 @@ def check_recipe(config: RunConfig) -> None:
 def _pool_name(pool: Pool) -> str:
     families = Counter(spec.family for spec in pool.specs)
     names = " + ".join(f"{number} x {family}" for family, number in families.items())
-    rank = pool.specs[0].rank
-    if rank:
-        names += f", rank {rank}"
+    smallest, largest = pool.ranks
+    if largest:
+        names += f", rank {rank_text(largest, smallest)}"
     return names
 
 
@@ -129,13 +129,14 @@ def choices_of(
     pool: Pool, tokens_per_adapter: float, dtype: torch.dtype, device: torch.device
 ) -> dict[Choice, list[str]]:
     """Choice -> the layers that use it, as `60 q_proj 576 x 576`."""
-    targets = pool.targets.values()
-    shapes = Counter(
-        (target.name.rpartition(".")[2], target.in_features, target.out_features) for target in targets
-    )
+    shapes: Counter[tuple[str, int, int, int]] = Counter()
+    for name, target in pool.targets.items():
+        rank = pool.specs[0].at(name).rank
+        shapes[name.rpartition(".")[2], target.in_features, target.out_features, rank] += 1
     choices: dict[Choice, list[str]] = defaultdict(list)
-    for (name, in_features, out_features), count in shapes.items():
-        work = _work(pool.specs, tokens_per_adapter, (in_features, out_features), dtype=dtype, device=device)
+    for (name, in_features, out_features, rank), count in shapes.items():
+        members = [replace(spec, rank=rank) for spec in pool.specs]
+        work = _work(members, tokens_per_adapter, (in_features, out_features), dtype=dtype, device=device)
         choices[_choice(pool.specs[0].method, work)].append(f"{count} {name} {in_features} x {out_features}")
     return choices
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Console
 
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.spec import rank_text
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
 from flora_train.run_context import paging_of
@@ -75,8 +76,9 @@ def time_line(config: RunConfig, step_seconds: float) -> str:
 def _pool_line(pool: Pool) -> str:
     families = Counter(spec.family for spec in pool.specs)
     names = " + ".join(f"{count} x {family}" for family, count in families.items())
-    if pool.specs[0].rank:
-        names += f", rank {pool.specs[0].rank}"
+    smallest, largest = pool.ranks
+    if largest:
+        names += f", rank {rank_text(largest, smallest)}"
     size = format_size(pool.plane_count * FLOAT * pool.row_size)
     parts = "gradient and moments"
     if pool.has_averages:

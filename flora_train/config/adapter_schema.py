@@ -58,8 +58,8 @@ class AdapterConfig(ConfigModel):
     """Peak learning rate. flora and ia3 need 10 to 50 times the learning rate of lora: sweep it for each
     method."""
     lr_ratio: float | None = Field(None, gt=0, le=1_000_000)
-    """flora, lora and dora: the learning rate of B is lr_ratio x lr, that of A is lr (LoRA+, Hayou et al.
-    2024, who recommend 16 for lora). Default: 1."""
+    """flora, lora and dora: the learning rate of B (and, as in PEFT, of dora's norms) is lr_ratio x lr, that
+    of A is lr (LoRA+, Hayou et al. 2024, who recommend 16 for lora). Default: 1."""
     weight_decay: float = Field(0.0, ge=0, le=10_000)
     """Decoupled weight decay towards zero. Zero is not the identity for ia3 and pure flora: leave it at 0
     there."""

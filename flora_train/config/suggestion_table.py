@@ -51,7 +51,25 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
             "lora_modules",
             "modules",
         ),
-        (Suggestion(f"{ADAPTER}.target_modules", "Write a list of module names, all-linear or default."),),
+        (
+            Suggestion(
+                f"{ADAPTER}.target_modules",
+                "Write a list of names, all-linear, default or a regular expression.",
+            ),
+        ),
+    ),
+    "use_dora": (Suggestion(f"{ADAPTER}.method", "Write dora."),),
+    **dict.fromkeys(
+        ("ranks", "rank_patterns", "layer_ranks"),
+        (Suggestion(f"{ADAPTER}.rank_pattern", "Write {pattern: rank}, as in PEFT."),),
+    ),
+    **dict.fromkeys(
+        ("exclude", "excluded_modules", "ignore_modules", "exclude_module"),
+        (Suggestion(f"{ADAPTER}.exclude_modules"),),
+    ),
+    **dict.fromkeys(
+        ("lora_layers", "num_lora_layers", "layer_indices", "layers_to_adapt"),
+        (Suggestion(f"{ADAPTER}.layers_to_transform", "Write a list of indices from 0."),),
     ),
     "lora_target_linear": (Suggestion(f"{ADAPTER}.target_modules", "Write all-linear."),),
     **dict.fromkeys(

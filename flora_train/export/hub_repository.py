@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.spec import AdapterSpec, rank_text
 from flora_train.config.errors import user_error
 from flora_train.config.json_format import parse_object, read_object
 from flora_train.config.schema import RunConfig
@@ -41,6 +41,9 @@ class HubEntry(ResultModel):
     task: Text
     method: Text
     rank: Count | None = None
+    """The largest rank of its layers."""
+    smallest_rank: Count | None = None
+    """Where the ranks of its layers differ."""
     bits_per_byte: Interval | None = None
     """On held-out text. None: not evaluated."""
     difference_to_base: Interval | None = None
@@ -103,7 +106,7 @@ def _table_row(entry: HubEntry) -> dict[str, str]:
     """Cells of the table of adapters, as Markdown."""
     method = entry.method
     if entry.rank is not None:
-        method += f", rank {entry.rank}"
+        method += f", rank {rank_text(entry.rank, entry.smallest_rank)}"
     bits = change = ""
     if entry.bits_per_byte is not None and entry.difference_to_base is not None:
         bits, change = number(entry.bits_per_byte.value), estimate(entry.difference_to_base)
@@ -166,10 +169,14 @@ def stage(
 
 
 def _entry(spec: AdapterSpec, report: Report | None, *, run: str, base: str) -> HubEntry:
-    bits = change = None
+    bits = change = smallest_rank = None
+    rank = spec.rank or None
     results: Sequence[TaskResult] = ()
     if report is not None:
         results = report.results
+        for facts in report.adapters:
+            if facts.name == spec.name:
+                rank, smallest_rank = facts.rank, facts.smallest_rank
     for result in results:
         for contender in result.contenders:
             if contender.name == spec.name:
@@ -179,7 +186,8 @@ def _entry(spec: AdapterSpec, report: Report | None, *, run: str, base: str) -> 
         base=base,
         task=spec.task,
         method=METHOD_TITLES[spec.method],
-        rank=spec.rank or None,
+        rank=rank,
+        smallest_rank=smallest_rank,
         bits_per_byte=bits,
         difference_to_base=change,
     )

@@ -16,6 +16,7 @@ from flora_train.kernels.segments import Segments
 
 class Dora(AdapterMethod):
     name = "dora"
+    lr_ratio_parameters = frozenset({"B", "m"})  # of m, too, as in PEFT's create_loraplus_optimizer
     begins_with_weight = True
 
     def shapes(self, spec: AdapterSpec, target: Target) -> dict[str, tuple[int, ...]]:

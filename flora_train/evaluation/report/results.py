@@ -320,7 +320,10 @@ def _adapter_facts(
     spec = bank.specs[adapter]
     pool, _ = bank.location[adapter]
     counts = record.adapters.get(spec.name, AdapterCounts())
-    selected = variant = None
+    smallest, largest = pool.ranks
+    selected = variant = smallest_rank = None
+    if smallest != largest:
+        smallest_rank = smallest
     if adapter in best:
         selected = best[adapter].step
     if spec.method == "flora":
@@ -330,7 +333,8 @@ def _adapter_facts(
         task=spec.task,
         family=spec.family,
         method=spec.method,
-        rank=spec.rank or None,
+        rank=largest or None,
+        smallest_rank=smallest_rank,
         variant=variant,
         lr=spec.lr,
         parameters=pool.row_size,

@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
+from flora_train.adapters.spec import rank_text
 from flora_train.config.base import MOST_STEPS
 from flora_train.evaluation.code.score_types import CodeSuite
 from flora_train.evaluation.preferences.score_types import PreferenceResult
@@ -163,6 +164,9 @@ class AdapterFacts(ResultModel):
     """Key of the recipe's `adapters`."""
     method: Text
     rank: Count | None
+    """The largest rank of its layers."""
+    smallest_rank: Count | None = None
+    """Where the ranks of its layers differ (rank_pattern)."""
     variant: Text | None
     """fLoRA: pure or residual."""
     lr: Number
@@ -176,6 +180,11 @@ class AdapterFacts(ResultModel):
     rollbacks: Count = 0
     quarantined: Quarantine | None = None
     retired: Retirement | None = None
+
+    @property
+    def rank_text(self) -> str:
+        """The rank, or the smallest and the largest one; empty without rank."""
+        return rank_text(self.rank, self.smallest_rank)
 
 
 class HeldoutScore(ResultModel):
