@@ -140,7 +140,8 @@ def _resolve_and_check(
             )
             raise user_error(f"{key}.init_from", outline.source, hint)
         if outline.is_dora and adapter.method != "dora":
-            hint = f"is a DoRA, and an adapter of method {adapter.method} cannot start from it: write dora"
+            hint = f"is a DoRA, and an adapter of method {adapter.method} cannot start from it: "
+            hint += "set method to dora"
             raise user_error(f"{key}.init_from", outline.source, hint)
         _check_modules(outline, key, config, model())
     values = {
@@ -226,6 +227,8 @@ def _value_of(name: str, outline: PeftOutline, adapter: AdapterConfig, model: nn
         return shortest_suffixes(outline.shapes, outline.feedforward)
     if name == "rank":
         return None if outline.rank is None else outline.rank - _extra_ranks(outline, adapter.variant)
+    if name == "rank_pattern" and _is_fitted(adapter, outline) and adapter.rank is not None:
+        return None
     if name == "rank_pattern":
         more = _extra_ranks(outline, adapter.variant)
         return {pattern: rank - more for pattern, rank in outline.rank_pattern.items()} or None
@@ -235,6 +238,11 @@ def _value_of(name: str, outline: PeftOutline, adapter: AdapterConfig, model: nn
         "rslora": outline.rslora,
         "variant": outline.variant or adapter.variant,
     }[name]
+
+
+def _is_fitted(adapter: AdapterConfig, outline: PeftOutline) -> bool:
+    """Whether the adapter is a fLoRA close to a LORA, whose rank is free."""
+    return adapter.method == "flora" and outline.peft_type in ("LORA", "ADALORA")
 
 
 def _extra_ranks(outline: PeftOutline, variant: str | None) -> int:

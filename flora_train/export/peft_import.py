@@ -277,7 +277,7 @@ def _check_method(bank: AdapterBank, name: str, config: PeftConfig, *, source: s
         hint = f"has the PEFT type {peft_type}, and an adapter of method {spec.method} starts from {allowed}"
         raise user_error(key, source, hint)
     if config.is_dora != (spec.method == "dora"):
-        hint = f"is a DoRA, and an adapter of method {spec.method} cannot start from it: write dora"
+        hint = f"is a DoRA, and an adapter of method {spec.method} cannot start from it: set method to dora"
         raise user_error(key, source, hint)
     more = int(spec.method == "flora" and not spec.offset)
     has_patterns = spec.has_patterns or bool(config.rank_pattern or config.alpha_pattern)

@@ -182,12 +182,12 @@ def test_converted_lora_is_a_flora_that_a_run_starts_from(
 def test_only_a_lora_is_converted_and_nothing_is_overwritten(
     run: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(init_lora_weights="pissa_niter_1", target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config).save_pretrained(
         tmp_path / "pissa"
     )
     for words, line in (
-        ([str(tmp_path / "pissa"), "--out", str(tmp_path / "x")], "init_lora_weights='pissa'"),
+        ([str(tmp_path / "pissa"), "--out", str(tmp_path / "x")], "init_lora_weights='pissa_niter_1'"),
         (
             [str(run / "adapters" / "digits-ia3"), "--out", str(tmp_path / "x")],
             "is of kind IA3: LORA is converted; HIRA and IA3 need no conversion",

@@ -84,6 +84,41 @@ def test_lora_reads_rank_alpha_rslora_and_targets(
     assert chosen.keys() == wanted.keys()
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_patterns_and_magnitudes_are_read(method: str, config: Make, tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"down_proj": 5}, "alpha_pattern": {r"1\..*q_proj": 2}}
+    source = lora(tmp_path / "a", use_dora=method == "dora", **patterns)
+    resolved = resolve_init_from(config(method=method, init_from=source))
+    adapter = resolved.adapters["x"]
+    assert (adapter.rank, adapter.rank_pattern) == (3, {"down_proj": 5})
+    assert (adapter.alpha, adapter.alpha_pattern) == (7.0, {r"1\..*q_proj": 2.0})
+    save_config(resolved, tmp_path / "config.yaml")
+    assert load_config([f"recipe={tmp_path / 'config.yaml'}"]) == resolved
+    assert resolve_init_from(config(method=method, init_from=source, rank=3)) == resolved
+    flora = config(method="flora", init_from=source)
+    if method == "dora":
+        (problem,) = refusal(lambda: resolve_init_from(flora))
+        assert "is a DoRA, and an adapter of method flora" in problem.hint
+        return
+    assert resolve_init_from(flora).adapters["x"].rank_pattern == {"down_proj": 5}
+    wide = resolve_init_from(config(method="flora", init_from=source, rank=9)).adapters["x"]
+    assert (wide.rank, wide.rank_pattern) == (9, None)
+    for key, value in (("rank_pattern", {"down_proj": 4}), ("alpha_pattern", {"q_proj": 2})):
+        other = config(method="lora", init_from=source, **{key: value})
+        (problem,) = refusal(lambda other=other: resolve_init_from(other))
+        assert problem.key == f"adapters.x.{key}"
+        assert "is not that of" in problem.hint
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_pissa_is_read_as_a_lora_of_twice_the_rank(rslora: bool, config: Make, tmp_path: Path) -> None:
+    source = lora(tmp_path / "a", init_lora_weights="pissa", use_rslora=rslora, rank_pattern={"down_proj": 5})
+    (ours,) = expand(resolve_init_from(config(method="lora", init_from=source)))
+    assert (ours.rank, ours.rank_pattern) == (6, (("down_proj", 10),))
+    assert ours.scaling == pytest.approx(7 / (3**0.5 if rslora else 3))
+    assert ours.at("x.down_proj").scaling == pytest.approx(7 / (5**0.5 if rslora else 5))
+
+
 def test_layers_of_some_blocks_only_are_read(config: Make, tmp_path: Path) -> None:
     source = lora(tmp_path / "a", layers_to_transform=[1], layers_pattern="layers")
     resolved = resolve_init_from(config(method="lora", init_from=source))

@@ -113,7 +113,7 @@ def test_a_lora_with_harmless_options_gives_peft_s_logits(options: dict[str, Any
     [
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
         ({"init_lora_weights": "mica"}, "init_lora_weights"),
-        ({"use_dora": True}, "is a DoRA.*write dora"),
+        ({"use_dora": True}, "is a DoRA.*set method to dora"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from pydantic import ValidationError
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.peft_config import PeftConfig
@@ -27,6 +28,7 @@ from flora_train.export.peft_import import init_from_peft
 from flora_train.export.svd_lora import compute_svd_lora
 from tests.architectures import ARCHITECTURES, model_inputs, tiny_model
 from tests.conftest import perturb, spec
+from tests.unit.adapters.helpers import logits
 
 WHAT_PEFT_WARNS_OF = ("did not match any targeted module", "no modules were excluded")
 TOKENS = torch.arange(14).view(2, 7) % 90
@@ -178,3 +180,91 @@ def options_for(architecture: str) -> dict[str, Any]:
         "rank_pattern": {rf"1\..*{last}": 5, first: 2},
         "alpha_pattern": {last: 4.0, rf".*1.*{first}": 12.0},
     }
+
+
+def test_a_lora_is_read_as_a_dora_that_computes_the_same(tmp_path: Path) -> None:
+    plain = spec("lora", **options_for("llama"))
+    bank = AdapterBank.attach(tiny_model().eval(), [plain])
+    perturb(bank)
+    folder = export_peft(bank, plain.name, tmp_path / "lora", base=BaseModel("base"))
+    dora = spec("dora", **options_for("llama"), init_from=str(folder))
+    again = AdapterBank.attach(tiny_model().eval(), [dora])
+    init_from_peft(again, [0])
+    torch.testing.assert_close(
+        logits(again, TOKENS, [0, 0]), logits(bank, TOKENS, [0, 0]), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_options_hold_for_every_method() -> None:
+    options = {"layers_to_transform": 1, "exclude_modules": r".*\.k_proj"}
+    for method in ("flora", "lora", "dora", "ia3"):
+        targets = find_targets(tiny_model(), spec(method, **options))
+        assert {name.split(".")[2] for name in targets} == {"1"}
+        assert not any(name.endswith("k_proj") for name in targets)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"target_modules": r".*q_prj"},
+            r"target_modules = '\.\*q_prj': is a regular expression that matches",
+        ),
+        (
+            {"target_modules": "q_proj"},
+            r"'q_proj': is a regular .* such as model\..*write a list: \[q_proj\]",
+        ),
+        ({"target_modules": "qproj"}, r"'qproj': is a regular expression .* Did you mean 'q_proj'\?"),
+        (
+            {"target_modules": r".*self_attn.*"},
+            r"matches model\.layers\.0\.self_attn, a LlamaAttention; supp",
+        ),
+        ({"rank_pattern": {"q_prj": 2}}, r"rank_pattern = 'q_prj': matches none .* mean 'q_proj'\?"),
+        ({"alpha_pattern": {"layers.7": 2}}, r"alpha_pattern = 'layers.7': matches none of the targets"),
+        ({"exclude_modules": ["lm_hed"]}, r"exclude_modules = 'lm_hed': matches no module .* 'lm_head'\?"),
+        ({"exclude_modules": "lm_head|x"}, None),
+        ({"exclude_modules": "q_proj"}, r"'q_proj': is a regular expression .* write a list: \[q_proj\]"),
+        ({"exclude_modules": ".*"}, r"exclude_modules = '\.\*': excludes all 14 modules that target_modules"),
+        ({"layers_to_transform": [1, 2]}, r"layers_to_transform = 2: is no layer of Llama.*; it has 0, 1"),
+        (
+            {"layers_to_transform": 1, "layers_pattern": "layer"},
+            r"layers_pattern = 'layer': is no list of layers .* it has layers\. Did you mean 'layers'\?",
+        ),
+        (
+            {"layers_to_transform": 1, "target_modules": ["layers.0.self_attn.q_proj"]},
+            r"layers_to_transform = \[1\]: has no layer with a module that target_modules select.* layers 0",
+        ),
+    ],
+    ids=str,
+)
+def test_options_that_fit_nothing_name_key_value_and_fix(options: dict[str, Any], words: str | None) -> None:
+    if words is None:
+        assert find_targets(tiny_model(), spec("lora", **options))
+        return
+    with pytest.raises(UserError, match=words):
+        find_targets(tiny_model(), spec("lora", **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_modules": ".*(q_proj"}, "is not a regular expression: missing"),
+        ({"target_modules": "all_linear"}, "Did you mean 'all-linear'"),
+        ({"exclude_modules": "*q"}, "is not a regular expression: nothing to repeat"),
+        ({"rank_pattern": {"q)": 2}}, r"has the key 'q\)', which is not a regular expression"),
+        ({"rank_pattern": {"q": 0}}, "greater than or equal to 1"),
+        ({"alpha_pattern": {"q": 0}}, "greater than 0"),
+        ({"layers_pattern": "layers"}, "requires layers_to_transform"),
+        ({"layers_to_transform": [-1]}, "greater than or equal to 0"),
+        ({"layers_to_transform": 1, "target_modules": ".*q_proj"}, "cannot be combined with a regular"),
+        ({"layers_to_transform": 1, "layers_pattern": "("}, "which is not a regular expression"),
+        ({"exclude_modules": []}, "at least 1"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        spec("lora", **options)
+    if "pattern" in next(iter(options)) and options.keys() != {"layers_pattern"}:
+        with pytest.raises(ValidationError, match="has no meaning for method ia3"):
+            spec("ia3", **{key: {"q": 1} for key in options})

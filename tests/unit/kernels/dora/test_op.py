@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -10,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from flora_train.adapters.methods import Site
+from flora_train.adapters.methods.dora import Dora
 from flora_train.kernels.dora.op import adapted_norms, dora_add
 from flora_train.kernels.dora.reference import dora_reference
 from flora_train.kernels.segments import Segments
+from tests.conftest import spec
 from tests.triton_device import DTYPES, TOLERANCE, relative_error
 from tests.unit.kernels.segmented import IN, LENGTHS, OUT, assert_close, exactly, random, segments_of
 
@@ -82,6 +87,34 @@ def test_norms_are_those_of_the_formed_weights_in_blocks_of_rows(monkeypatch: py
     torch.testing.assert_close(adapted_norms(weight, A, B, scaling).double(), expected, rtol=1e-5, atol=1e-6)
     half = adapted_norms(weight.bfloat16(), A, B, scaling)
     assert half.dtype == torch.float32
+
+
+def test_the_layer_with_dropout_is_the_reference() -> None:
+    segments = segments_of((4, 3))
+    base = nn.Linear(IN, OUT)
+    x, mask = random(7, IN, seed=0), (random(7, IN, seed=1) > 0.3) / 0.6
+    params = {
+        "A": random(2, 3, IN, seed=2, scale=0.2).requires_grad_(),
+        "B": random(2, OUT, 3, seed=3, scale=0.2).requires_grad_(),
+        "m": (random(2, OUT, seed=4).abs() + 0.5).requires_grad_(),
+    }
+    site = Site(base, lambda: nullcontext(base.weight), base.bias, lambda x: x * mask)
+    specs = [spec("dora", alpha=4.0, rank=2), spec("dora", alpha=1.0, rank=2)]
+    ours = Dora().forward(x, site, params, specs=specs, feedforward=False, segments=segments)
+    exact = exactly(*params.values())
+    expected = dora_reference(
+        x.double(),
+        base.weight.double(),
+        *exact,
+        scaling=[2.0, 0.5],
+        segments=segments,
+        dropped=(x * mask).double(),
+    )
+    dy = random(7, OUT, seed=5)
+    ours.backward(dy)
+    expected.backward(dy.double())
+    assert relative_error(ours, expected + base.bias.double()) <= TOLERANCE[torch.float32]
+    assert_close(tuple(params.values()), exact, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["linear", "without bias", "conv1d"])
