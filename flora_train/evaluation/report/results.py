@@ -418,9 +418,16 @@ def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]
         training=_loss_curves(steps),
         heldout=_loss_curves(folder.read_metrics("evaluation")),
         drawn=drawn,
-        base={name: finite(losses.loss(BASE_ID, first)) for name, losses in heldout.items()},
+        base={name: finite(_curve_loss(losses, first)) for name, losses in heldout.items()},
         heldout_examples=first,
     )
+
+
+def _curve_loss(heldout: HeldOut, first: int | None) -> float:
+    """The base's loss on the first examples, as training logs it of adapters."""
+    if heldout.preferences is None:
+        return heldout.loss(BASE_ID, first)
+    return float(heldout.preferences.losses[BASE_ID][:first].mean())
 
 
 def _loss_curves(records: Sequence[Record]) -> dict[str, list[tuple[int, float | None]]]:

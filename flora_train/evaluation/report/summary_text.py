@@ -34,7 +34,11 @@ def summarise(report: Report) -> list[str]:
     results = [result for result in report.results if result.objective == "sft"]
     paragraphs = [_training(report)]
     if results:
-        paragraphs = [f"{_training(report)} {_against_base(results)}", *_between_methods(results)]
+        scope = ""
+        if len(results) < len(report.results):
+            names = listed([result.task for result in results], MAX_NAMES)
+            scope = f" This is said of {names}; the other tasks learn a preference."
+        paragraphs = [f"{_training(report)} {_against_base(results)}{scope}", *_between_methods(results)]
     if report.preferences:
         paragraphs.append(_preferences(report.preferences))
     paragraphs += map(_code, report.code)

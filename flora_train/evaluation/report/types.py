@@ -32,7 +32,7 @@ Step = Annotated[Count, Field(le=MOST_STEPS)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 TaskObjective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
 LossPoint = tuple[Step, Measurement | None]
-"""A step, and the loss there in nats per token."""
+"""A step, and the loss there: nats per token, or the objective's mean loss of a preference task."""
 TokenPoint = tuple[Step, Count]
 """A step, and the tokens drawn until then."""
 
