@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -59,14 +59,12 @@ def survey_rows(rows: Iterable[LocatedRow], name: str, folder: Path) -> Survey:
     columns: dict[str, None] = {}
     first: LocatedRow | None = None
     count = 0
-    progress = _RowsRead(name)
-    with _temporary_file(folder) as file, progress:
-        for count, row in enumerate(rows, start=1):
+    with _temporary_file(folder) as file:
+        for row in with_progress(rows, name):
+            count += 1
             columns |= dict.fromkeys(map(str, row.cells))
             first = first or row
             file.write(row_digest(row))
-            if count % CHECKED_EVERY == 0:
-                progress.update(count)
         file.flush()
         digests = np.empty((0, DIGEST), dtype=np.uint8)
         if count:
@@ -74,26 +72,19 @@ def survey_rows(rows: Iterable[LocatedRow], name: str, folder: Path) -> Survey:
     return Survey(RowsOutline(tuple(columns), first), digests)
 
 
-class _RowsRead:
-    """Progress of reading rows whose number is not known yet. Silent where it takes no time."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._started = time.monotonic()
-        self._bar: ProgressBar | None = None
-
-    def __enter__(self) -> _RowsRead:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, count: int) -> None:
-        if self._bar is None and time.monotonic() - self._started > SHOWN_AFTER:
-            self._bar = ProgressBar(f"read {self.name}", None)
-        if self._bar is not None:
-            self._bar.update(count, {"rows": f"{count:,}"})
+def with_progress(rows: Iterable[LocatedRow], name: str) -> Iterator[LocatedRow]:
+    """The same rows, whose number is shown while they are read, unless that takes no time."""
+    started = time.monotonic()
+    bar: ProgressBar | None = None
+    try:
+        for count, row in enumerate(rows):
+            if count % CHECKED_EVERY == 0 and time.monotonic() - started > SHOWN_AFTER:
+                bar = bar or ProgressBar(f"read {name}", None)
+                bar.update(count, {"rows": f"{count:,}"})
+            yield row
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _temporary_file(folder: Path) -> IO[bytes]:

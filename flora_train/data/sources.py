@@ -45,6 +45,16 @@ def located_rows(source: SourceConfig, key: str) -> Iterator[LocatedRow]:
         raise user_error(key, name or source.files, "holds no rows")
 
 
+class SourceRows(Iterable[LocatedRow]):
+    """The rows of a source, which is read at every iteration. key: its configuration key."""
+
+    def __init__(self, source: SourceConfig, key: str) -> None:
+        self.source, self.key = source, key
+
+    def __iter__(self) -> Iterator[LocatedRow]:
+        return located_rows(self.source, self.key)
+
+
 def _located(source: SourceConfig, key: str) -> Iterator[LocatedRow]:
     if source.hub is not None:
         yield from _numbered(hub_rows(source, key), source.hub)

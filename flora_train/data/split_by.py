@@ -7,17 +7,18 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flora_train.config.errors import choices, did_you_mean, user_error
+from flora_train.config.errors import choices, user_error
 from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig, TaskConfig
-from flora_train.data.documents import LocatedRow, outline
-from flora_train.data.sources import located_rows, source_files
-from flora_train.data.templates import cell_text
+from flora_train.data.documents import LocatedRow
+from flora_train.data.row_groups import RowGroups, RowsOfValue, group_rows
+from flora_train.data.row_survey import with_progress
+from flora_train.data.sources import SourceRows, source_files
 
 MOST_TASKS = 10_000
 """Largest number of tasks from one split_by."""
@@ -28,7 +29,7 @@ SPELLED = {"+": "p", "#": "sharp", "&": "and", "%": "percent"}
 
 MOST_SOURCES = 8
 """Sources whose rows are cached until all tasks are loaded."""
-_read: dict[tuple[object, ...], dict[str, list[LocatedRow]]] = {}
+_read: dict[tuple[object, ...], RowGroups] = {}
 
 logger = logging.getLogger(__name__)
 
@@ -61,35 +62,35 @@ def expand_split_tasks(config: RunConfig) -> RunConfig:
     return validate({**raw, "tasks": tasks, "adapters": adapters})
 
 
-def task_rows(task: TaskConfig, split: str, key: str) -> list[LocatedRow]:
-    """The rows of a split ("train", "validation" or "test") of a task; `key` is the task's configuration key.
+def task_rows(task: TaskConfig, split: str, key: str) -> Iterable[LocatedRow]:
+    """The rows of a split ("train", "validation" or "test") of a task, which can be iterated more than once;
+    `key` is the task's configuration key.
 
-    Raises UserError as `located_rows` does, and where a task of one value has no row.
+    Raises UserError where a task of one value has no row; iterating raises it as `located_rows` does.
     """
     source: SourceConfig = getattr(task, split)
     if task.split_by is None:
-        return list(located_rows(source, f"{key}.{split}"))
-    by_value = _rows_by_value(source, task.split_by, key, split)
-    rows = by_value.get(str(task.split_value), [])
-    if not rows:
-        hint = f"is in no row of {key}.{split}; values of {task.split_by} are {choices(by_value)}"
+        return SourceRows(source, f"{key}.{split}")
+    groups = _rows_by_value(source, task.split_by, key, split)
+    if str(task.split_value) not in groups.counts:
+        hint = f"is in no row of {key}.{split}; values of {task.split_by} are {choices(groups.counts)}"
         raise user_error(f"{key}.split_value", task.split_value, hint)
-    return rows
+    return RowsOfValue(groups, str(task.split_value))
 
 
 def forget_rows() -> None:
-    """Free the rows that are cached so that the tasks of one source read it once."""
+    """Free the rows that are kept so that the tasks of one source read it once."""
     _read.clear()
 
 
 def _made_tasks(name: str, task: TaskConfig) -> dict[str, str]:
     """Name -> value of the tasks that a split_by makes, in the order of the values."""
     key, column = f"tasks.{name}", str(task.split_by)
-    train = _rows_by_value(task.train, column, key, "train")
+    train = _rows_by_value(task.train, column, key, "train").counts
     if len(train) > MOST_TASKS:
         hint = f"has {len(train):,} different values, which would be tasks: at most {MOST_TASKS:,} are made"
         raise user_error(f"{key}.split_by", column, hint)
-    single = [value for value, rows in train.items() if len(rows) < 2]
+    single = [value for value, count in train.items() if count < 2]
     if task.validation is None and single:
         hint = (
             f"has {len(single):,} value(s) with one row, {single[0]!r} for example, so that none can be held "
@@ -98,9 +99,9 @@ def _made_tasks(name: str, task: TaskConfig) -> dict[str, str]:
         raise user_error(f"{key}.split_by", column, hint)
     for split in ("validation", "test"):
         source: SourceConfig | None = getattr(task, split)
-        missing = (
-            train.keys() - _rows_by_value(source, column, key, split).keys() if source is not None else ()
-        )
+        if source is None:
+            continue
+        missing = train.keys() - _rows_by_value(source, column, key, split).counts.keys()
         if missing:
             hint = f"has the value {min(missing)!r} in train and not in {split}: give rows of every value"
             raise user_error(f"{key}.split_by", column, hint)
@@ -154,39 +155,19 @@ def _sanitized(value: str) -> str:
     return re.sub(r"[^A-Za-z0-9-]+", "_", plain).strip("_-")
 
 
-def _rows_by_value(source: SourceConfig, column: str, key: str, split: str) -> Mapping[str, list[LocatedRow]]:
-    """Value -> the rows of a source that have it in `column`, in their order. Read once for all tasks of the
-    source."""
+def _rows_by_value(source: SourceConfig, column: str, key: str, split: str) -> RowGroups:
+    """The rows of a source by their values in `column`. Read once for all tasks of the source."""
     files = source_files(source, f"{key}.{split}")
     content = (source.model_dump_json(), column, *(_stamp(path) for path in files))
     if content not in _read:
         if len(_read) >= MOST_SOURCES:
             _read.clear()
-        _read[content] = _group(
-            list(located_rows(source, f"{key}.{split}")), column, f"{key}.split_by", split
-        )
+        name = f"{key.removeprefix('tasks.')} ({split})"
+        rows = with_progress(SourceRows(source, f"{key}.{split}"), name)
+        _read[content] = group_rows(rows, column, f"{key}.split_by", split)
     return _read[content]
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
     status = path.stat()
     return str(path), status.st_size, status.st_mtime_ns
-
-
-def _group(rows: Sequence[LocatedRow], column: str, key: str, split: str) -> dict[str, list[LocatedRow]]:
-    by_value: dict[str, list[LocatedRow]] = {}
-    for number, row in enumerate(rows, start=1):
-        try:
-            value = cell_text(row.cells.get(column)).strip()
-        except ValueError as error:
-            raise user_error(key, column, f"row {number} of {split} {error}") from None
-        by_value.setdefault(value, []).append(row)
-    empty = len(by_value.get("", ()))
-    if empty == len(rows):
-        columns = outline(rows).columns
-        hint = f"is not a column with values in the {split} rows; they have {choices(columns)}."
-        raise user_error(key, column, hint + did_you_mean(column, columns))
-    if empty:
-        hint = f"is empty in {empty:,} of {len(rows):,} {split} rows: fill it, or remove these rows"
-        raise user_error(key, column, hint)
-    return by_value
