@@ -20,7 +20,7 @@ from flora_train.adapters.pool import Pool, build_pools, numbers_of
 from flora_train.adapters.spec import expand
 from flora_train.commands.plan_gpus import print_report
 from flora_train.commands.plan_sizes import missing_here, print_from_sizes
-from flora_train.commands.plan_text import LONG, plan_lines, print_lines, print_notes
+from flora_train.commands.plan_text import LONG, existing_folder, plan_lines, print_lines, print_notes
 from flora_train.config.errors import UserError
 from flora_train.config.schema import RunConfig
 from flora_train.config.unused_keys import notes_on_unused
@@ -72,7 +72,7 @@ def plan_run(config: RunConfig) -> None:
             return
         with _loaded(planned) as data:
             capacity = _capacity(planned, data)
-            print_lines(console, plan_lines(planned, capacity))
+            print_lines(console, plan_lines(planned, capacity, data.tasks))
             model = empty_model(planned.model)
             print_notes(console, notes(model, capacity.pools))
             try:
@@ -200,7 +200,7 @@ def _storage(config: RunConfig, pools: Sequence[Pool], *, paged: bool) -> dict[s
         on_host = state
     if config.guard.policy != "skip":
         copies += state
-    run_folder = _existing(Path(config.folder))
+    run_folder = existing_folder(Path(config.folder))
     on_disk = (config.training.keep_checkpoints + 1) * state + 2 * FLOAT * values
     storage = {
         "on_host": on_host,
@@ -216,8 +216,8 @@ def _storage(config: RunConfig, pools: Sequence[Pool], *, paged: bool) -> dict[s
         return storage
     # One process writes checkpoints.
     pages = (config.num_processes or 1) * (on_host + copies - state) + state
-    storage |= {"on_host": 0, "copies": 0, "free_pages": disk_usage(_existing(folder)).free}
-    if _existing(folder).stat().st_dev != run_folder.stat().st_dev:
+    storage |= {"on_host": 0, "copies": 0, "free_pages": disk_usage(existing_folder(folder)).free}
+    if existing_folder(folder).stat().st_dev != run_folder.stat().st_dev:
         return storage | {"pages": pages}
     return storage | {"on_disk": on_disk + pages}
 
@@ -239,11 +239,6 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
             model_config=model.config,
             max_new_tokens=config.evaluation.max_new_tokens,
         )
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def pools_of(config: RunConfig) -> list[Pool]:

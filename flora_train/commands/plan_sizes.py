@@ -12,7 +12,13 @@ from torch import nn
 from flora_train.adapters.pool import Pool, build_pools
 from flora_train.adapters.spec import expand
 from flora_train.commands.plan_gpus import print_report
-from flora_train.commands.plan_text import adapter_lines, disk_line, print_lines, print_notes
+from flora_train.commands.plan_text import (
+    adapter_lines,
+    assumed_tokens_line,
+    disk_line,
+    print_lines,
+    print_notes,
+)
 from flora_train.config.errors import UserError, user_error
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig
@@ -124,6 +130,8 @@ def print_from_sizes(
     host = f"{format_size(storage['copies'])} a process: a copy while a checkpoint is written"
     disk = disk_line(config, storage["checkpoint"], storage["on_disk"], free=storage["free_disk"])
     print_lines(console, [("host", host), disk])
+    if not window:
+        print_lines(console, [assumed_tokens_line(config.training.max_length)])
     print_notes(console, notes(model, pools))
     print_report(console, config, model, pools=pools, tasks=tasks)
 

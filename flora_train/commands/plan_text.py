@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from shutil import disk_usage
 
 from rich.console import Console
 
@@ -11,11 +13,16 @@ from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import rank_text
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
-from flora_train.run_context import paging_of
+from flora_train.data.task import Task
+from flora_train.run_context import cache_folder, paging_of
 from flora_train.runtime.progress import duration
 from flora_train.training.capacity import FLOAT, Capacity, format_size
 from flora_train.training.step_cost import STEPS_PLANNED
 
+MANY_ROWS = 100_000_000
+"""Rows for which the disk that tokens need is told, whatever the data."""
+TOKEN_BYTES, ROW_BYTES = 4, 40
+"""Bytes on disk of a token, and of a row besides them."""
 LONG = 3600.0
 """Seconds of training from which on the plan says how to shorten it."""
 
@@ -32,13 +39,16 @@ def print_notes(console: Console, notes: Iterable[str]) -> None:
         console.print(shown(f"note: {note}"))
 
 
-def plan_lines(config: RunConfig, capacity: Capacity) -> Iterator[tuple[str, str]]:
-    """(heading, line) of the plan."""
+def plan_lines(
+    config: RunConfig, capacity: Capacity, tasks: Mapping[str, Task] | None = None
+) -> Iterator[tuple[str, str]]:
+    """(heading, line) of the plan. tasks: for the line on their tokens."""
     yield from (("note", note) for note in capacity.notes)
     yield from adapter_lines(config, capacity.pools, capacity.step_adapters, capacity.step_slots)
     yield "device", _device_line(capacity)
     yield "host", _host_line(config, capacity)
     yield disk_line(config, capacity.checkpoint, capacity.on_disk, free=capacity.free_disk)
+    yield from tokens_line(config, tasks or {})
     if capacity.pages:
         free = f"{format_size(capacity.free_pages)} are free"
         yield "pages", f"{format_size(capacity.pages)} in {paging_of(config).folder}; {free}"
@@ -61,6 +71,34 @@ def adapter_lines(
 def disk_line(config: RunConfig, checkpoint: int, on_disk: int, *, free: int) -> tuple[str, str]:
     kept = f"a checkpoint {format_size(checkpoint)}, {config.training.keep_checkpoints} are kept"
     return "disk", f"{format_size(on_disk)} at most ({kept}); {format_size(free)} are free"
+
+
+def tokens_line(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[tuple[str, str]]:
+    """What the tokens of the texts take on disk, here and for many rows of this length; nothing where all
+    tasks are of clips."""
+    splits = []
+    for name, task in tasks.items():
+        if config.tasks[name].speech is None:
+            splits += [task.train, task.validation]
+    rows = sum(split.counts.rows - split.counts.unsampled for split in splits)
+    if not rows:
+        return
+    size, folder = sum(split.nbytes for split in splits), cache_folder()
+    many = f"{MANY_ROWS:,} rows of this length need {format_size(size / rows * MANY_ROWS)}"
+    free = format_size(disk_usage(existing_folder(folder)).free)
+    yield "tokens", f"{format_size(size)} on disk for {rows:,} rows in {folder}; {many}; {free} are free"
+
+
+def assumed_tokens_line(max_length: int) -> tuple[str, str]:
+    """The most that tokens take on disk where the rows are not known."""
+    row = ROW_BYTES + TOKEN_BYTES * max_length
+    most = format_size(row * MANY_ROWS)
+    return "tokens", f"at most {format_size(row)} a row on disk: {MANY_ROWS:,} rows need at most {most}"
+
+
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def time_line(config: RunConfig, step_seconds: float) -> str:

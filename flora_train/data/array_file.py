@@ -97,6 +97,8 @@ class ArrayWriter:
         for name, items in arrays.items():
             column = self._columns[name] = _Column(items.dtype, items.shape[1:])
             column.append(items)
+            if self._temporary is not None:
+                self._to_temporary_file(column)
         if self.path is None:
             return self._in_memory()
         if self._temporary is not None:
@@ -134,8 +136,13 @@ class ArrayWriter:
             self._columns[self._first].move_to(first, self.path)
             for name, column in self._columns.items():
                 if name != self._first:
-                    file = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
-                    column.move_to(file, self.path)
+                    self._to_temporary_file(column)
+
+    def _to_temporary_file(self, column: _Column) -> None:
+        assert self.path is not None
+        with disk_errors(self.path):
+            file = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+            column.move_to(file, self.path)
 
     def publish(self, facts: JsonObject) -> Arrays:
         """Rename the file to its path. Returns the arrays, memory-mapped. Raises UserError if it cannot be
@@ -213,7 +220,8 @@ class _Column:
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # a full disk, which was reported
+                self.file.close()
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], facts: JsonObject) -> None:

@@ -60,7 +60,7 @@ class SplitBuilder:
     @property
     def bytes_so_far(self) -> int:
         """Bytes of the arrays."""
-        return self._file.size
+        return self._file.size + sum(tokens.nbytes for tokens in self._tokens)
 
     def add(self, example: EncodedExample) -> None:
         """Append the documents of one row. Raises UserError if the disk is full."""

@@ -51,7 +51,7 @@ def _bytes(path: Path) -> Iterator[tuple[int, bytes]]:
             if content.startswith(mark):
                 raise ValueError(f"is not UTF-8 text (byte 0): it is {encoding}")
         position = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
-        content = content[position:]
+        content = content[position:] or file.read(CHUNK_BYTES)
         while content:
             yield position, content
             position += len(content)

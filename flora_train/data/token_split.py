@@ -151,6 +151,11 @@ class TokenSplit:
         them."""
         return self.documents(index)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, in memory or on disk."""
+        return sum(getattr(self, f.name).nbytes for f in fields(self) if f.name != "counts")
+
     def _per_example(self, per_document: NDArray[np.int64]) -> NDArray[np.int64]:
         if len(self.order):
             per_document = per_document[self.order]
