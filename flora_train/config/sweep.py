@@ -108,9 +108,12 @@ def expand_sweeps(adapters: Any) -> Any:
                     member,
                     f"is the name of two adapters, one of them from the sweep adapters.{name}: rename one",
                 )
-            expanded[member] = adapter
-            if chosen:
-                expanded[member] = {**adapter, **chosen, **_origin(str(name), chosen)}
+            origin = _origin(str(name), chosen)
+            group = origin.get("seeds_of", name)
+            if group != name and group in adapters:
+                hint = f"is also the name under which reports show the seeds of adapters.{name}: rename one"
+                raise user_error("adapters", group, hint)
+            expanded[member] = {**adapter, **chosen, **origin} if chosen else adapter
     return expanded
 
 

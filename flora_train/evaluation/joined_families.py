@@ -14,7 +14,7 @@ def joined_families(adapters: Iterable[FamilyOnTask]) -> dict[str, str]:
     They are alike, no task has two of them, and one of them has a name that the others begin with.
     """
     tasks_of: dict[Hashable, dict[str, list[str]]] = {}
-    for family, task, settings in adapters:
+    for family, task, settings in dict.fromkeys(adapters):
         tasks_of.setdefault(settings, {}).setdefault(family, []).append(task)
     joined: dict[str, str] = {}
     for families in tasks_of.values():

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StrictBool,
+    ValidationError,
+    model_serializer,
+)
 
 from flora_train.config.errors import did_you_mean, user_error
 from flora_train.config.json_format import read_object
@@ -19,6 +27,7 @@ __all__ = [
     "Number",
     "ResultModel",
     "Seconds",
+    "SparseModel",
     "Text",
     "read_results",
     "validate_results",
@@ -44,14 +53,33 @@ class ResultModel(BaseModel):
         return type(self)(**{**fields, **changes})
 
 
-class Interval(ResultModel):
+class SparseModel(ResultModel):
+    """A part of the results with fields that few runs have, such as those of several seeds."""
+
+    written_if_set: ClassVar[tuple[str, ...]] = ()
+    """Fields that files contain only where they differ from their default."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        for name in self.written_if_set:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del content[name]
+        return content
+
+
+class Interval(SparseModel):
     """A value and its bootstrap percentile interval. What is not finite is None, as JSON has no NaN."""
+
+    written_if_set = ("deviation",)
 
     value: Measurement | None
     low: Measurement | None
     high: Measurement | None
     excludes_zero: StrictBool
     """Whether the sign of the value is clear. Never true for an interval from a single example."""
+    deviation: Annotated[Measurement, Field(ge=0)] | None = None
+    """Standard deviation over seeds, where the value is the mean over several seeds."""
 
     @property
     def finite(self) -> tuple[float, float, float] | None:
@@ -65,7 +93,13 @@ class Interval(ResultModel):
         if self.finite is None:
             return self
         value, low, high = self.finite
-        return Interval(value=-value, low=-high, high=-low, excludes_zero=self.excludes_zero)
+        return Interval(
+            value=-value,
+            low=-high,
+            high=-low,
+            excludes_zero=self.excludes_zero,
+            deviation=self.deviation,
+        )
 
 
 Model = TypeVar("Model", bound=ResultModel)

@@ -15,6 +15,7 @@ from flora_train.evaluation.result_model import (
     Number,
     ResultModel,
     Seconds,
+    SparseModel,
     Text,
 )
 
@@ -71,8 +72,10 @@ class DecidedProblem(ResultModel):
     adapter: ProgramExample
 
 
-class LanguageScores(ResultModel):
+class LanguageScores(SparseModel):
     """Scores in one programming language."""
+
+    written_if_set = ("over_seeds",)
 
     language: Text
     """Key of eval/languages.yaml."""
@@ -84,8 +87,10 @@ class LanguageScores(ResultModel):
     prompts_sha: Text
     """SHA-256 of the problems."""
     contenders: tuple[CodeScore, ...]
+    over_seeds: tuple[CodeScore, ...] = ()
+    """Means, and sums of counts, of adapters that differ in their seed only, under their common name."""
     differences: tuple[CodeDifference, ...]
-    """Each adapter against the base, and each pair of adapters."""
+    """Each adapter against the base, and each pair of adapters; of seeds, their means in pairs."""
     cpu_seconds: Seconds
     """CPU time limit of a program."""
     wins_and_losses: tuple[DecidedProblem, ...]
@@ -101,14 +106,18 @@ class LanguageScores(ResultModel):
         return differences_to_base(self.differences)
 
 
-class MacroScores(ResultModel):
+class MacroScores(SparseModel):
     """Means over the languages in which every family that is shown takes part.
 
     Families of one method on different tasks (`joined_families.py`) count as one.
     """
 
+    written_if_set = ("over_seeds",)
+
     languages: tuple[Text, ...]
     contenders: tuple[PassRates, ...]
+    over_seeds: tuple[PassRates, ...] = ()
+    """Means of adapters that differ in their seed only, under their common name."""
     differences: tuple[CodeDifference, ...]
 
     @cached_property

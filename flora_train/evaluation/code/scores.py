@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from zlib import crc32
 
 import numpy as np
@@ -44,7 +45,10 @@ class Scores:
         resamples: int = 2000,
         confidence: float = 0.95,
         seed: int = 0,
+        seeds: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
+        """seeds: name of a mean over seeds -> the adapters that it is the mean of."""
+        self.seeds = seeds
         self.resamples, self.tail, self.seed = resamples, (1 - confidence) / 2, seed
         self.ended: dict[Cell, Counter[str]] = defaultdict(Counter)
         self.early_exits: Counter[Cell] = Counter()
@@ -59,15 +63,27 @@ class Scores:
 
     def has(self, cell: Cell) -> bool:
         """Whether there are verdicts on this adapter in this language."""
-        return cell in self._passed
+        return all(member in self._passed for member in self._members(cell))
 
     def problems(self, cell: Cell) -> list[str]:
         """The names of the problems that it tried."""
-        return sorted(self._passed[cell])
+        first, *others = (self._passed[member].keys() for member in self._members(cell))
+        return sorted(set(first).intersection(*others))
 
     def num_samples(self, cell: Cell) -> int:
         """Samples per problem; the smallest number where they differ."""
-        return min(map(len, self._passed[cell].values()), default=0)
+        return min(
+            (len(samples) for member in self._members(cell) for samples in self._passed[member].values()),
+            default=0,
+        )
+
+    def count_ended(self, cell: Cell) -> Counter[str]:
+        """Status -> number of programs; of a mean over seeds, of all of them."""
+        return sum((self.ended[member] for member in self._members(cell)), Counter())
+
+    def count_early_exits(self, cell: Cell) -> int:
+        """Programs that passed, but end early."""
+        return sum(self.early_exits[member] for member in self._members(cell))
 
     def pass_at(self, cell: Cell, k: int) -> Estimate:
         """The mean over problems. Raises ValueError if a problem has fewer than k samples.
@@ -99,11 +115,19 @@ class Scores:
         return self._mean(parts, of_shares=False)
 
     def _values(self, cell: Cell, names: Sequence[str], k: int) -> NDArray[np.float64]:
-        passed = self._passed[cell]
-        return np.array([pass_at_k(len(passed[name]), sum(passed[name]), k) for name in names])
+        values = []
+        for member in self._members(cell):
+            passed = self._passed[member]
+            values.append([pass_at_k(len(passed[name]), sum(passed[name]), k) for name in names])
+        return np.array(values, dtype=np.float64).mean(axis=0)
+
+    def _members(self, cell: Cell) -> list[Cell]:
+        adapter, language = cell
+        return [(member, language) for member in self.seeds.get(adapter, (adapter,))]
 
     def _paired(self, cell: Cell, other: Cell, k: int) -> tuple[str, NDArray[np.float64]]:
-        names = [name for name in self.problems(cell) if name in self._passed[other]]
+        tried = set(self.problems(other))
+        names = [name for name in self.problems(cell) if name in tried]
         return cell[1], self._values(cell, names, k) - self._values(other, names, k)
 
     def _mean(self, parts: Sequence[tuple[str, NDArray[np.float64]]], of_shares: bool = True) -> Estimate:

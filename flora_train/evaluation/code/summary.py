@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flora_train.adapters.spec import expand
+from flora_train.adapters.spec import AdapterSpec, expand
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.bootstrap import compared_pairs
 from flora_train.evaluation.code.completion_log import Key, LoggedCompletion
@@ -27,9 +27,10 @@ from flora_train.evaluation.code.score_types import (
     NotEvaluated,
     PassRates,
 )
-from flora_train.evaluation.code.scores import Scores
+from flora_train.evaluation.code.scores import Cell, Scores
 from flora_train.evaluation.joined_families import joined_families
-from flora_train.evaluation.result_model import read_results
+from flora_train.evaluation.result_model import Interval, read_results
+from flora_train.evaluation.seeds import SeedGroup, over_seeds, seed_groups
 from flora_train.runtime.atomic import write_atomically
 
 SCORES = "scores.json"
@@ -76,11 +77,14 @@ class SuiteRecords:
 def summarise(config: RunConfig, given: SuiteRecords) -> CodeSuite:
     """Score a suite."""
     options = config.evaluation
+    specs = expand(config)
+    groups = seed_groups(specs)
     scores = Scores(
         given.records.values(),
         resamples=options.bootstrap_samples,
         confidence=options.confidence,
         seed=config.seed,
+        seeds={group.name: [specs[i].name for i in group.members] for group in groups},
     )
     executed = [entry for entry in given.logged if entry.key in given.records]
     cut = Counter((entry.adapter, entry.language) for entry in executed if entry.ended == "length")
@@ -89,6 +93,7 @@ def summarise(config: RunConfig, given: SuiteRecords) -> CodeSuite:
     names = {key: entry.name for key, entry in load_languages().items()}
     for language in given.known:
         scored = [contender for contender in given.contenders if scores.has((contender.name, language))]
+        means = _means(groups, specs, scored)
         if scored:
             available, prompts_sha = given.known[language]
             languages.append(
@@ -99,7 +104,8 @@ def summarise(config: RunConfig, given: SuiteRecords) -> CodeSuite:
                     available=available,
                     prompts_sha=prompts_sha,
                     contenders=[_score(c, language, scores, cut=cut, ks=options.pass_at_k) for c in scored],
-                    differences=_differences(scored, language, scores, ks=options.pass_at_k),
+                    over_seeds=[_score(c, language, scores, cut=cut, ks=options.pass_at_k) for c in means],
+                    differences=_differences([*scored, *means], language, scores, ks=options.pass_at_k),
                     cpu_seconds=seconds[language],
                     wins_and_losses=given.decided.get(language, ()),
                 )
@@ -118,9 +124,28 @@ def summarise(config: RunConfig, given: SuiteRecords) -> CodeSuite:
         completions=len(executed),
         tokens=sum(entry.tokens for entry in executed),
         languages=languages,
-        macro=_macro(given.contenders, scores, options.pass_at_k, joined=_joined(config)),
+        macro=_macro(
+            [*given.contenders, *_means(groups, specs, given.contenders)],
+            scores,
+            options.pass_at_k,
+            joined=_joined(specs),
+        ),
         not_evaluated=_not_evaluated(given),
     )
+
+
+def _means(
+    groups: Sequence[SeedGroup], specs: Sequence[AdapterSpec], contenders: Sequence[Contender]
+) -> list[Contender]:
+    """The mean over seeds of each group whose adapters are all among the contenders, as a contender."""
+    by_name = {contender.name: contender for contender in contenders}
+    means = []
+    for group in groups:
+        names = [specs[i].name for i in group.members]
+        if by_name.keys() >= set(names):
+            first = by_name[names[0]]
+            means.append(Contender(group.name, group.family, first.adapter, first.languages, ""))
+    return means
 
 
 def _not_evaluated(given: SuiteRecords) -> list[NotEvaluated]:
@@ -142,15 +167,27 @@ def _score(
     ks: Sequence[int],
 ) -> CodeScore:
     cell = contender.name, language
+    members = scores.seeds.get(contender.name, (contender.name,))
+    ended = scores.count_ended(cell)
     return CodeScore(
         name=contender.name,
         family=contender.family,
         samples=scores.num_samples(cell),
-        pass_at={k: scores.pass_at(cell, k).interval() for k in ks},
-        ended={status: scores.ended[cell][status] for status in STATUSES},
-        suspicious=scores.early_exits[cell],
-        cut=cut.get(cell, 0),
+        pass_at={k: _pass_at(scores, cell, k) for k in ks},
+        ended={status: ended[status] for status in STATUSES},
+        suspicious=scores.count_early_exits(cell),
+        cut=sum(cut.get((member, language), 0) for member in members),
     )
+
+
+def _pass_at(scores: Scores, cell: Cell, k: int) -> Interval:
+    """pass@k; of a mean over seeds with their deviation."""
+    name, language = cell
+    interval = scores.pass_at(cell, k).interval()
+    if name not in scores.seeds:
+        return interval
+    members = [(member, language) for member in scores.seeds[name]]
+    return over_seeds(interval, [scores.pass_at(member, k).value for member in members])
 
 
 def _differences(
@@ -159,16 +196,22 @@ def _differences(
     rates = {c.name: scores.pass_at((c.name, language), min(ks)).value for c in contenders}
     families = {contender.name: contender.family for contender in contenders}
     differences = []
-    for a, b in _pairs(rates):
+    for a, b in _pairs(rates, seeds=_single_seeds(scores)):
         pass_at = {k: scores.difference(a, b, language=language, k=k).interval() for k in ks}
         differences.append(CodeDifference(first=families[a], second=families[b], pass_at=pass_at))
     return differences
 
 
-def _joined(config: RunConfig) -> dict[str, str]:
+def _single_seeds(scores: Scores) -> set[str]:
+    """The adapters that are compared as a part of a mean over seeds only."""
+    return {member for members in scores.seeds.values() for member in members}
+
+
+def _joined(specs: Sequence[AdapterSpec]) -> dict[str, str]:
     """Family -> its name in means over languages, where that is not its own."""
-    specs = expand(config)
-    return joined_families((spec.family, spec.task, (spec.method, spec.offset, spec.lr)) for spec in specs)
+    return joined_families(
+        (spec.seeds_of or spec.family, spec.task, (spec.method, spec.offset, spec.lr)) for spec in specs
+    )
 
 
 def _macro(
@@ -181,22 +224,48 @@ def _macro(
         scored = {key: contender.name for key in contender.languages if scores.has((contender.name, key))}
         name = joined.get(contender.family, contender.family)
         adapters.setdefault(name, {}).update(scored)
-    shared = _widest({family: frozenset(names) for family, names in adapters.items()})
+    single = _single_seeds(scores)
+    seeds = {family for family, names in adapters.items() if single.intersection(names.values())}
+    compared = {family: frozenset(names) for family, names in adapters.items() if family not in seeds}
+    shared = _widest(compared)
     if not shared:
         return MacroScores(languages=(), contenders=(), differences=())
-    shown = {family: names for family, names in adapters.items() if set(shared) <= set(names)}
     names_of = {}
-    for family, names in shown.items():
-        names_of[family] = {key: names[key] for key in shared}
-    means = []
+    for family, names in adapters.items():
+        if set(shared) <= set(names):
+            names_of[family] = {key: names[key] for key in shared}
+    rates = {}
     for family, names in names_of.items():
-        means.append(PassRates(family=family, pass_at={k: scores.macro(names, k).interval() for k in ks}))
-    rates = {family: scores.macro(names, min(ks)).value for family, names in names_of.items()}
+        rates[family] = PassRates(family=family, pass_at={k: _macro_rate(scores, names, k) for k in ks})
+    means = [family for family, names in names_of.items() if scores.seeds.keys() & set(names.values())]
+    values = {family: scores.macro(names, min(ks)).value for family, names in names_of.items()}
     differences = []
-    for a, b in _pairs(rates):
+    for a, b in _pairs(values, seeds):
         pass_at = {k: scores.macro_difference(names_of[a], names_of[b], k).interval() for k in ks}
         differences.append(CodeDifference(first=a, second=b, pass_at=pass_at))
-    return MacroScores(languages=shared, contenders=means, differences=differences)
+    return MacroScores(
+        languages=shared,
+        contenders=[rate for family, rate in rates.items() if family not in means],
+        over_seeds=[rates[family] for family in means],
+        differences=differences,
+    )
+
+
+def _macro_rate(scores: Scores, adapters: Mapping[str, str], k: int) -> Interval:
+    """The mean over languages; of means over seeds with the deviation of the seeds' means over languages.
+
+    adapters: language -> adapter, or mean over seeds.
+    """
+    interval = scores.macro(adapters, k).interval()
+    groups = {language: scores.seeds.get(name, ()) for language, name in adapters.items()}
+    counts = {len(group) for group in groups.values()}
+    if len(counts) > 1 or 0 in counts:
+        return interval
+    values = []
+    for seed in range(counts.pop()):
+        of_seed = {language: group[seed] for language, group in groups.items()}
+        values.append(scores.macro(of_seed, k).value)
+    return over_seeds(interval, values)
 
 
 def _widest(languages_of: Mapping[str, frozenset[str]]) -> list[str]:
@@ -211,12 +280,14 @@ def _widest(languages_of: Mapping[str, frozenset[str]]) -> list[str]:
     return sorted(widest)
 
 
-def _pairs(rates: Mapping[str, float]) -> list[tuple[str, str]]:
+def _pairs(rates: Mapping[str, float], seeds: Collection[str] = ()) -> list[tuple[str, str]]:
     """Each contender with the base, then each pair of contenders; of many contenders, each with the best.
 
-    rates: contender -> pass@k; the base model is "base".
+    rates: contender -> pass@k; the base model is "base". seeds: contenders that only their mean is paired
+    for.
     """
     contenders = [contender for contender in rates if contender != "base"]
-    best = max(contenders, key=lambda contender: rates[contender], default=None)
     with_base = [(contender, "base") for contender in contenders if "base" in rates]
-    return [*with_base, *compared_pairs(contenders, best)]
+    compared = [contender for contender in contenders if contender not in seeds]
+    best = max(compared, key=lambda contender: rates[contender], default=None)
+    return [*with_base, *compared_pairs(compared, best)]

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool
 
-from flora_train.evaluation.result_model import Confidence, Count, Interval, Number, ResultModel, Text
+from flora_train.evaluation.result_model import (
+    Confidence,
+    Count,
+    Interval,
+    Number,
+    ResultModel,
+    SparseModel,
+    Text,
+)
 
 Figure = Literal["reward_accuracy", "reward_margin", "chosen_likelier", "chosen_likelier_per_token", "loss"]
 """A figure of `PreferenceFigures`."""
@@ -53,8 +61,10 @@ class PreferenceDifference(PreferenceFigures):
     second: Text
 
 
-class PreferenceResult(ResultModel):
+class PreferenceResult(SparseModel):
     """Base and adapters of one preference task on the same held-out pairs, or labelled rows."""
+
+    written_if_set = ("over_seeds",)
 
     task: Text
     objective: Literal["dpo", "ipo", "orpo", "kto"]
@@ -68,8 +78,10 @@ class PreferenceResult(ResultModel):
     confidence: Confidence
     contenders: Annotated[tuple[PreferenceScore, ...], Field(min_length=1)]
     """The base and the task's adapters."""
+    over_seeds: tuple[PreferenceScore, ...] = ()
+    """Means of adapters that differ in their seed only, under their common name."""
     differences: tuple[PreferenceDifference, ...]
-    """Each adapter against the base, and adapters against each other."""
+    """Each adapter against the base, and adapters against each other; of seeds, their means in pairs."""
 
     @property
     def is_paired(self) -> bool:

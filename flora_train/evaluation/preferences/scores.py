@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from flora_train.evaluation.preferences.score_types import (
     PreferenceScore,
 )
 from flora_train.evaluation.result_model import Interval
+from flora_train.evaluation.seeds import SeedGroup, compared_ids, group_ids, over_seeds, seed_groups
 from flora_train.training.heldout import HeldOut
 from flora_train.training.preference_heldout import HeldOutPreferences
 
@@ -56,6 +57,7 @@ def preference_results(
     options = config.evaluation
     names = {BASE_ID: ContenderNames("base", "base")}
     names |= {i: ContenderNames(spec.name, spec.family) for i, spec in enumerate(bank.specs)}
+    groups = seed_groups(bank.specs)
     results = []
     for task, losses in heldout.items():
         if losses.preferences is not None:
@@ -66,6 +68,7 @@ def preference_results(
                 samples=options.bootstrap_samples,
                 confidence=options.confidence,
                 seed=seed_of(config.seed, task),
+                groups=groups,
             )
             results.append(result)
     return results
@@ -79,11 +82,12 @@ def preference_result(
     samples: int,
     confidence: float,
     seed: int,
+    groups: Sequence[SeedGroup] = (),
 ) -> PreferenceResult:
     """Figures of every contender, and their differences, with intervals at `confidence`.
 
     names: of each contender id. samples: number of resamples; the unit of resampling is a pair, or a labelled
-    row, the same for every contender.
+    row, the same for every contender. groups: adapters, of any task, that differ in their seed only.
     """
     ids = [BASE_ID, *(contender for contender in heldout.losses if contender != BASE_ID)]
     n = len(heldout.losses[BASE_ID])
@@ -97,8 +101,15 @@ def preference_result(
         intervals = _intervals(figures[contender], estimator)
         contenders.append(PreferenceScore(name=identity.name, family=identity.family, **intervals))
     adapters = ids[1:]
-    pairs = [(adapter, BASE_ID) for adapter in adapters]
-    pairs += compared_pairs(adapters, _best(adapters, figures))
+    means, with_means, names = [], group_ids(groups, adapters), dict(names)
+    for i, group in with_means.items():
+        names[i] = ContenderNames(group.name, group.family)
+        figures[i] = _mean_figures([figures[member] for member in group.members])
+        spread = _with_deviations(_intervals(figures[i], estimator), figures, group)
+        means.append(PreferenceScore(name=group.name, family=group.family, **spread))
+    compared = compared_ids(adapters, with_means)
+    pairs = [(adapter, BASE_ID) for adapter in (*adapters, *with_means)]
+    pairs += compared_pairs(compared, _best(compared, figures))
     differences = []
     for first, second in pairs:
         between = {name: figures[first][name] - figures[second][name] for name in figures[first]}
@@ -119,6 +130,7 @@ def preference_result(
         base_is_reference=heldout.objective != "orpo" and _rewards_are_zero(heldout),
         confidence=confidence,
         contenders=contenders,
+        over_seeds=means,
         differences=differences,
     )
 
@@ -232,6 +244,27 @@ def _intervals(figures: Figures, estimator: Estimator) -> dict[str, Interval | N
         with np.errstate(invalid="ignore"):
             intervals[name] = estimator(figure.value, samples).interval()
     return intervals
+
+
+def _mean_figures(seeds: Sequence[Figures]) -> dict[str, _Resampled]:
+    """The means over seeds, on all examples and on every resample."""
+    means = {}
+    for name in seeds[0]:
+        value = float(np.mean([figures[name].value for figures in seeds]))
+        means[name] = _Resampled(value, np.mean([figures[name].samples for figures in seeds], axis=0))
+    return means
+
+
+def _with_deviations(
+    intervals: Mapping[str, Interval | None], figures: Mapping[int, Figures], group: SeedGroup
+) -> dict[str, Interval | None]:
+    """The intervals of a group's means, with the deviations over its seeds."""
+    spread: dict[str, Interval | None] = dict(intervals)
+    for name, mean in intervals.items():
+        if mean is not None:
+            values = [float(figures[member][name].value) for member in group.members]
+            spread[name] = over_seeds(mean, values)
+    return spread
 
 
 def _best(adapters: list[int], figures: Mapping[int, Figures]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,29 +15,23 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.array_file import blocks
-from flora_train.data.splits import seed_of
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
-from flora_train.evaluation.bootstrap import Comparison, compare, compared_pairs, finite
+from flora_train.evaluation.bootstrap import finite
 from flora_train.evaluation.code.score_types import CodeSuite
 from flora_train.evaluation.preferences.scores import preference_results
+from flora_train.evaluation.report.formatting import listed
+from flora_train.evaluation.report.heldout_results import sweep_results, task_result
 from flora_train.evaluation.report.sweeps import swept_settings
 from flora_train.evaluation.report.types import (
     AdapterFacts,
-    BaseResult,
-    ContenderResult,
     Curves,
-    Difference,
     Quarantine,
     Report,
     Retirement,
     RunFacts,
     SampleCompletion,
     SplitSummary,
-    SweepMember,
-    SweepResult,
-    TaskObjective,
-    TaskResult,
     TaskSummary,
     UnusableClips,
 )
@@ -50,6 +44,8 @@ from flora_train.training.step_plan import make_mixture
 
 MAX_DRAWN_POINTS = 40
 """Points of the curve of tokens drawn."""
+MAX_FAMILIES = 8
+"""Families that a sentence names."""
 MAX_PATHS = 5
 """Paths of clips that were left out, for each reason."""
 
@@ -113,7 +109,7 @@ def build_results(
         facts=facts,
         tasks=summaries,
         adapters=[_adapter_facts(bank, i, evaluation.best, record) for i in range(len(bank.specs))],
-        results=[_task_result(config, bank, heldout) for heldout in evaluation.heldout.values()],
+        results=[task_result(config, bank, heldout) for heldout in evaluation.heldout.values()],
         sweeps=sweep_results(
             bank, evaluation.heldout, record.retired, settings=swept_settings(config.adapters)
         ),
@@ -139,10 +135,8 @@ def not_measured(config: RunConfig, *, executed: bool, preferences: bool) -> lis
         )
     if not executed:
         items.append("Whether completions are correct: no program was executed. Held-out loss is not pass@k.")
-    items.append(
-        "Variation between seeds: every adapter was trained once. "
-        "Intervals cover the choice of held-out examples only."
-    )
+    if note := _not_measured_between_seeds(config):
+        items.append(note)
     if any(adapter.sweep for adapter in config.adapters.values()):
         items.append(
             "An untouched test set for sweeps: winners were chosen on the same held-out examples, "
@@ -158,6 +152,23 @@ def not_measured(config: RunConfig, *, executed: bool, preferences: bool) -> lis
             "which favours all adapters slightly over the base model."
         )
     return items
+
+
+def _not_measured_between_seeds(config: RunConfig) -> str | None:
+    """The sentence on what was trained with one seed only; None if nothing was."""
+    seeds = Counter(adapter.seeds_of or name for name, adapter in config.adapters.items())
+    single = [name for name, count in seeds.items() if count == 1]
+    if not single:
+        return None
+    if len(single) == len(seeds):
+        return (
+            "Variation between seeds: every adapter was trained once. "
+            "Intervals cover the choice of held-out examples only."
+        )
+    return (
+        f"Variation between seeds of {listed(single, MAX_FAMILIES)}: trained with one seed only. "
+        "Intervals cover the choice of held-out examples only."
+    )
 
 
 def read_training_record(folder: RunFolder) -> TrainingRecord:
@@ -203,57 +214,6 @@ def examples_hash(split: TokenSplit) -> str:
             for block in blocks(values):
                 digest.update(block.astype(np.int64).tobytes())
     return digest.hexdigest()
-
-
-def sweep_results(
-    bank: AdapterBank,
-    heldout: Mapping[str, HeldOut],
-    retired: Mapping[str, Retirement],
-    *,
-    settings: Mapping[str, Mapping[str, float | str]],
-) -> list[SweepResult]:
-    """A result for every sweep and task.
-
-    retired: adapter name -> its retirement; settings: family -> values of the swept keys.
-    """
-    results = []
-    for sweep, task in dict.fromkeys(
-        (spec.sweep, spec.task) for spec in bank.specs if spec.sweep is not None
-    ):
-        specs = [spec for spec in bank.specs if (spec.sweep, spec.task) == (sweep, task)]
-        members = []
-        for spec in specs:
-            adapter = bank.ids[spec.name]
-            preference_loss = None
-            if heldout[task].preferences is not None:
-                preference_loss = finite(_mean_loss(heldout[task], adapter))
-            member = SweepMember(
-                family=spec.family,
-                settings=dict(settings.get(spec.family, {})),
-                bits_per_byte=finite(heldout[task].bits_per_byte(adapter)),
-                preference_loss=preference_loss,
-                retired=retired.get(spec.name),
-            )
-            members.append(member)
-        losses = {spec.family: _mean_loss(heldout[task], bank.ids[spec.name]) for spec in specs}
-        measured = [family for family, loss in losses.items() if math.isfinite(loss)]
-        winner = min(measured, key=lambda family: losses[family], default=None)
-        objective = _objective(heldout[task])
-        results.append(
-            SweepResult(sweep=sweep, task=task, objective=objective, winner=winner, members=members)
-        )
-    return results
-
-
-def _objective(heldout: HeldOut) -> TaskObjective:
-    return "sft" if heldout.preferences is None else heldout.preferences.objective
-
-
-def _mean_loss(heldout: HeldOut, adapter: int) -> float:
-    """The loss that adapters of a task are compared by: of the objective, or bits per byte."""
-    if heldout.preferences is None:
-        return heldout.bits_per_byte(adapter)
-    return float(heldout.preferences.losses[adapter].mean())
 
 
 def _task_summary(task: Task, task_config: TaskConfig, *, tokens: int, target_share: float) -> TaskSummary:
@@ -332,6 +292,8 @@ def _adapter_facts(
         name=spec.name,
         task=spec.task,
         family=spec.family,
+        seed=spec.seed,
+        seeds_of=spec.seeds_of,
         method=spec.method,
         rank=largest or None,
         smallest_rank=smallest_rank,
@@ -345,62 +307,6 @@ def _adapter_facts(
         quarantined=record.quarantined.get(spec.name),
         retired=record.retired.get(spec.name),
     )
-
-
-def _task_result(config: RunConfig, bank: AdapterBank, heldout: HeldOut) -> TaskResult:
-    options, seed = config.evaluation, seed_of(config.seed, heldout.task)
-    comparison = compare(heldout, samples=options.bootstrap_samples, confidence=options.confidence, seed=seed)
-    adapters = [adapter for adapter in heldout.nats if adapter != BASE_ID]
-    losses = {adapter: _mean_loss(heldout, adapter) for adapter in adapters}
-    measured = [adapter for adapter, loss in losses.items() if math.isfinite(loss)]
-    best = min(measured, key=lambda adapter: losses[adapter], default=None)
-    contenders = []
-    for adapter in adapters:
-        spec = bank.specs[adapter]
-        contenders.append(
-            ContenderResult(
-                name=spec.name,
-                family=spec.family,
-                bits_per_byte=comparison.contenders[adapter].interval(),
-                loss=finite(heldout.loss(adapter)),
-                perplexity=_perplexity(heldout.loss(adapter)),
-                difference_to_base=comparison.differences[adapter, BASE_ID].interval(),
-                best=adapter == best,
-            )
-        )
-    base = BaseResult(
-        bits_per_byte=comparison.contenders[BASE_ID].interval(),
-        loss=finite(heldout.loss(BASE_ID)),
-        perplexity=_perplexity(heldout.loss(BASE_ID)),
-    )
-    return TaskResult(
-        task=heldout.task,
-        objective=_objective(heldout),
-        examples=len(heldout.label_bytes),
-        label_tokens=int(heldout.label_tokens.sum()),
-        label_bytes=int(heldout.label_bytes.sum()),
-        confidence=options.confidence,
-        base=base,
-        contenders=contenders,
-        differences=_differences(bank, adapters, best, comparison),
-    )
-
-
-def _perplexity(loss: float) -> float | None:
-    """exp(loss), limited to what a float can hold."""
-    return finite(math.exp(min(loss, 700.0)))
-
-
-def _differences(
-    bank: AdapterBank, adapters: Sequence[int], best: int | None, comparison: Comparison
-) -> list[Difference]:
-    differences = []
-    for a, b in compared_pairs(adapters, best):
-        bits = comparison.differences[a, b].interval()
-        differences.append(
-            Difference(first=bank.specs[a].family, second=bank.specs[b].family, bits_per_byte=bits)
-        )
-    return differences
 
 
 def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]) -> Curves:

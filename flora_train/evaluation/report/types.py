@@ -20,6 +20,7 @@ from flora_train.evaluation.result_model import (
     Number,
     ResultModel,
     Seconds,
+    SparseModel,
     Text,
 )
 from flora_train.evaluation.speech.score_types import SpeechResults
@@ -155,13 +156,19 @@ class Retirement(ResultModel):
     reason: Literal["patience", "halving"]
 
 
-class AdapterFacts(ResultModel):
+class AdapterFacts(SparseModel):
     """Hyper-parameters of an adapter, and what happened to it during training."""
+
+    written_if_set = ("seed", "seeds_of")
 
     name: Text
     task: Text
     family: Text
     """Key of the recipe's `adapters`."""
+    seed: Count | None = None
+    """None: the run's."""
+    seeds_of: Text | None = None
+    """The family without its seed, where the recipe lists several seeds."""
     method: Text
     rank: Count | None
     """The largest rank of its layers."""
@@ -213,7 +220,7 @@ class ContenderResult(HeldoutScore):
     """Bits per byte, negative where the adapter is better."""
     best: bool
     """Whether it has the lowest bits per byte of its task; of a preference task, the lowest mean loss of the
-    objective."""
+    objective. Of seeds only their mean can have it: no seed is better than another."""
 
 
 class Difference(ResultModel):
@@ -224,8 +231,10 @@ class Difference(ResultModel):
     bits_per_byte: Interval
 
 
-class TaskResult(ResultModel):
+class TaskResult(SparseModel):
     """Base and adapters of one task on the same held-out examples."""
+
+    written_if_set = ("over_seeds",)
 
     task: Text
     objective: TaskObjective = "sft"
@@ -237,8 +246,11 @@ class TaskResult(ResultModel):
     confidence: Confidence
     base: BaseResult
     contenders: Annotated[tuple[ContenderResult, ...], Field(min_length=1)]
+    over_seeds: tuple[ContenderResult, ...] = ()
+    """Means of adapters that differ in their seed only, under their common name."""
     differences: tuple[Difference, ...]
-    """Between adapters: of every pair, or, of very many adapters, of each with the best."""
+    """Between adapters, and means over seeds in the place of their adapters: of every pair, or, of very many
+    adapters, of each with the best."""
 
     @cached_property
     def by_family(self) -> dict[str, ContenderResult]:
@@ -247,8 +259,9 @@ class TaskResult(ResultModel):
 
     @property
     def best(self) -> ContenderResult | None:
-        """The adapter with the lowest loss. None if no loss is finite."""
-        return next((contender for contender in self.contenders if contender.best), None)
+        """The adapter, or mean over seeds, with the lowest loss. None if no loss is finite."""
+        contenders = (*self.contenders, *self.over_seeds)
+        return next((contender for contender in contenders if contender.best), None)
 
     @cached_property
     def ranked(self) -> list[ContenderResult]:
@@ -270,14 +283,20 @@ class TaskResult(ResultModel):
         return False
 
 
-class SweepMember(ResultModel):
-    """One setting of a sweep."""
+class SweepMember(SparseModel):
+    """One setting of a sweep: an adapter, or several that differ in their seed only."""
+
+    written_if_set = ("seeds", "deviation")
 
     family: Text
     settings: dict[Text, Number | Text] = {}
     """Swept key -> its value."""
     bits_per_byte: Measurement | None
-    """On held-out examples."""
+    """On held-out examples; the mean over seeds."""
+    seeds: Count = 1
+    """Number of adapters."""
+    deviation: Measurement | None = None
+    """Standard deviation over seeds of the loss that settings are compared by."""
     preference_loss: Measurement | None = None
     """Mean loss of the objective on held-out examples of a preference task."""
     retired: Retirement | None = None

@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flora_train.evaluation.result_model import Confidence, Count, Interval, ResultModel, Seconds, Text
+from flora_train.evaluation.result_model import (
+    Confidence,
+    Count,
+    Interval,
+    ResultModel,
+    Seconds,
+    SparseModel,
+    Text,
+)
 
 Rate = Literal["wer", "wer_normalized", "cer"]
 """Word error rate as written, word error rate of normalised text, character error rate of normalised text."""
@@ -86,8 +94,10 @@ class Utterance(ResultModel):
         return "ltr"
 
 
-class SpeechLanguage(ResultModel):
+class SpeechLanguage(SparseModel):
     """Error rates on the test clips of one task."""
+
+    written_if_set = ("over_seeds",)
 
     task: Text
     language: Text
@@ -99,8 +109,10 @@ class SpeechLanguage(ResultModel):
     clips: Count
     seconds: Seconds
     contenders: Annotated[tuple[TranscriptionScore, ...], Field(min_length=1)]
+    over_seeds: tuple[TranscriptionScore, ...] = ()
+    """Means, and sums of counts, of adapters that differ in their seed only, under their common name."""
     differences: tuple[RateDifference, ...]
-    """Each adapter against the base, and each pair of adapters."""
+    """Each adapter against the base, and each pair of adapters; of seeds, their means in pairs."""
     utterances: tuple[Utterance, ...]
 
     @cached_property

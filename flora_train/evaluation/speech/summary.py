@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, BASE_ID
@@ -19,8 +22,9 @@ from flora_train.config.schema import RunConfig
 from flora_train.data.audio.decode import RATE, ClipError, read_clip
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.splits import seed_of
-from flora_train.evaluation.bootstrap import Comparison, Estimate, compare_ratios, compared_pairs
+from flora_train.evaluation.bootstrap import Comparison, Estimate, compare_ratios, compared_pairs, finite
 from flora_train.evaluation.result_model import read_results
+from flora_train.evaluation.seeds import SeedGroup, compared_ids, deviation, group_ids, seed_groups
 from flora_train.evaluation.speech.error_rates import Errors, aligned, character_errors, word_errors
 from flora_train.evaluation.speech.normalize import label, normalizer_name, normalizer_of, primary_metric
 from flora_train.evaluation.speech.score_types import (
@@ -145,20 +149,29 @@ def _language(
         texts[i] = [of_clip[clip].text for clip in range(len(split))]
     task = TaskTranscripts(split, families, [str(sentence) for sentence in split.sentences], texts)
     normalizer = normalizer_name(speech)
-    errors = {rate: _errors_of_all(rate, normalizer, speech.language, task=task) for rate in RATES}
+    groups = group_ids(seed_groups(bank.specs, name), specs)
+    families |= {i: group.family for i, group in groups.items()}
+    errors = {
+        rate: _errors_of_all(rate, normalizer, speech.language, task=task, groups=groups) for rate in RATES
+    }
     seed = seed_of(config.seed, name, "error rates")
-    compared = {rate: _compare(config, errors[rate], seed) for rate in RATES}
+    compared = {rate: _compare(config, errors[rate], seed, groups=groups) for rate in RATES}
     contenders = []
+    ended = {i: Counter(transcript.ended for transcript in of_contender[i].values()) for i in names}
     for i, contender in names.items():
         rates = {rate: _error_rate(compared[rate].contenders[i], errors[rate][i]) for rate in RATES}
-        ended = Counter(transcript.ended for transcript in of_contender[i].values())
         contender_name = "base" if i == BASE_ID else contender
         contenders.append(
-            TranscriptionScore(name=contender_name, family=families[i], **rates, ended=dict(ended))
+            TranscriptionScore(name=contender_name, family=families[i], **rates, ended=dict(ended[i]))
         )
+    means = []
+    for i, group in groups.items():
+        rates = {rate: _mean_rate(i, group, compared[rate], errors[rate][i]) for rate in RATES}
+        counts = sum((ended[member] for member in group.members), Counter())
+        means.append(TranscriptionScore(name=group.name, family=group.family, **rates, ended=dict(counts)))
     differences = []
     metric: Rate = "cer" if primary_metric(speech) == "cer" else "wer_normalized"
-    for a, b in _pairs(compared[metric]):
+    for a, b in _pairs(compared[metric], groups):
         by_rate = {rate: compared[rate].differences[a, b].interval() for rate in RATES}
         differences.append(RateDifference(first=families[a], second=families[b], **by_rate))
     normalize = normalizer_of(_of_words(normalizer), speech.language)
@@ -175,15 +188,28 @@ def _language(
         clips=len(split),
         seconds=float(split.seconds.sum()),
         contenders=contenders,
+        over_seeds=means,
         differences=differences,
         utterances=utterances,
     )
     return part, clips
 
 
-def _compare(config: RunConfig, errors: Mapping[int, Errors], seed: int) -> Comparison:
+def _mean_rate(i: int, group: SeedGroup, compared: Comparison, errors: Errors) -> ErrorRate:
+    """The mean over seeds, with their deviation. errors: their sums."""
+    rate = _error_rate(compared.contenders[i], errors)
+    values = [finite(compared.contenders[member].value) for member in group.members]
+    return rate.replace(deviation=deviation(values))
+
+
+def _compare(
+    config: RunConfig, errors: Mapping[int, Errors], seed: int, *, groups: Mapping[int, SeedGroup]
+) -> Comparison:
+    """Error rates of contenders, and mean rates of groups, of which `errors` has the sums."""
     options = config.evaluation
-    totals = {i: counts.total for i, counts in errors.items()}
+    totals: dict[int, NDArray[Any]] = {i: counts.total for i, counts in errors.items()}
+    for i, group in groups.items():
+        totals[i] = totals[i] / len(group.members)
     return compare_ratios(
         totals,
         errors[BASE_ID].units,
@@ -208,12 +234,24 @@ def _error_rate(estimate: Estimate, errors: Errors) -> ErrorRate:
     )
 
 
-def _errors_of_all(rate: Rate, normalizer: str, language: str, *, task: TaskTranscripts) -> dict[int, Errors]:
-    """Contender -> its errors."""
-    return {
+def _errors_of_all(
+    rate: Rate, normalizer: str, language: str, *, task: TaskTranscripts, groups: Mapping[int, SeedGroup]
+) -> dict[int, Errors]:
+    """Contender -> its errors; group -> the sums over its seeds."""
+    errors = {
         i: _errors(rate, normalizer, language, references=task.references, transcripts=texts)
         for i, texts in task.texts.items()
     }
+    sums = {}
+    for i, group in groups.items():
+        seeds = [errors[member] for member in group.members]
+        sums[i] = Errors(
+            substitutions=np.sum([counts.substitutions for counts in seeds], axis=0),
+            deletions=np.sum([counts.deletions for counts in seeds], axis=0),
+            insertions=np.sum([counts.insertions for counts in seeds], axis=0),
+            units=np.sum([counts.units for counts in seeds], axis=0),
+        )
+    return errors | sums
 
 
 def _errors(
@@ -233,12 +271,14 @@ def _of_words(normalizer: str) -> str:
     return "letters" if normalizer == "unspaced" else normalizer
 
 
-def _pairs(comparison: Comparison) -> list[tuple[int, int]]:
-    """Each adapter with the base, then each pair of adapters; of many adapters, each with the best."""
+def _pairs(comparison: Comparison, groups: Mapping[int, SeedGroup]) -> list[tuple[int, int]]:
+    """Each adapter with the base, then each pair of adapters, or means over seeds in the place of their
+    adapters; of many, each with the best."""
     rates = {i: estimate.value for i, estimate in comparison.contenders.items() if i != BASE_ID}
-    finite_rates = {i: rate for i, rate in rates.items() if math.isfinite(rate)}
+    compared = compared_ids((i for i in rates if i not in groups), groups)
+    finite_rates = {i: rates[i] for i in compared if math.isfinite(rates[i])}
     best = min(finite_rates, key=lambda i: finite_rates[i], default=None)
-    return [*((adapter, BASE_ID) for adapter in rates), *compared_pairs(list(rates), best)]
+    return [*((i, BASE_ID) for i in rates), *compared_pairs(compared, best)]
 
 
 def _utterances(

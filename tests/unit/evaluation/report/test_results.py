@@ -20,7 +20,8 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.config.load import validate
 from flora_train.data.task import Task
 from flora_train.evaluation.report.files import read_report, write_report
-from flora_train.evaluation.report.results import Evaluation, build_results, examples_hash, sweep_results
+from flora_train.evaluation.report.heldout_results import sweep_results
+from flora_train.evaluation.report.results import Evaluation, build_results, examples_hash
 from flora_train.evaluation.report.terminal import print_completions, print_results, print_sweeps, show
 from flora_train.evaluation.report.types import Report, Retirement, RunFacts, SampleCompletion, SweepMember
 from flora_train.final_evaluation import run_final_evaluation
