@@ -103,7 +103,7 @@ class ExamplePrinter:
     def _print_pieces(self, pieces: list[Piece]) -> None:
         text = self._rendered(self._shortened(pieces))
         for line in text.split("\n", allow_blank=True):
-            self.console.print(Text(MARGIN, style="dim").append_text(line))
+            self.console.print(Text().append(MARGIN, style="dim").append_text(line))
 
     def _rendered(self, pieces: Sequence[Piece]) -> Text:
         """Pieces with styles, or with marks around those that are learnt."""
