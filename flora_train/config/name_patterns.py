@@ -115,6 +115,6 @@ def _ending(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
-def as_pairs(patterns: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+def as_pairs(patterns: Mapping[str, Value] | None) -> tuple[tuple[str, Value], ...]:
     """A mapping as a hashable value that keeps its order."""
     return tuple((patterns or {}).items())

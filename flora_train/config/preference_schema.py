@@ -47,7 +47,7 @@ class PreferenceKeys(ConfigModel):
     """The same of the other completion. Default: rejected."""
     label: Text | None = None
     """kto only: column that is true for a good completion and false for a bad one. Default: label."""
-    beta: float | None = Field(None, le=1e6)
+    beta: float | None = Field(None, gt=0, le=1e6)
     """dpo, ipo, kto: how closely an adapter stays to its reference; larger is closer. orpo: weight of the
     odds ratio. Default: 0.1."""
     label_smoothing: float | None = Field(None, ge=0, lt=0.5)
@@ -76,13 +76,6 @@ class PreferenceKeys(ConfigModel):
         if objective not in owners:
             raise ValueError(f"has no meaning for objective {objective}; it belongs to {choices(owners)}")
         return value
-
-    @field_validator("beta")
-    @classmethod
-    def _prefers_at_all(cls, beta: float | None) -> float | None:
-        if beta is not None and beta <= 0:
-            raise ValueError("must be more than 0, or nothing would be learnt from the preference; try 0.1")
-        return beta
 
     @field_validator("rejected")
     @classmethod

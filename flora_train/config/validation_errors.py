@@ -112,11 +112,11 @@ def _as_written(loc: Sequence[Any], raw: Any) -> tuple[str, ...]:
 
 
 def _keys_of(loc: Sequence[str]) -> list[str]:
-    """The keys that the schema allows in a section."""
+    """The keys that the schema allows in a section, those that are required first."""
     section: Any = RunConfig
     for part in loc:
         section = _section_below(section, part)
-    keys = list(section.model_fields)
+    keys = sorted(section.model_fields, key=lambda name: not section.model_fields[name].is_required())
     if section is RunConfig:
         keys += ONLY_IN_FILES
     return keys
