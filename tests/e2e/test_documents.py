@@ -97,7 +97,7 @@ def test_configuration_page_has_every_key_with_a_meaning() -> None:
     assert not [row for row in cells if not row[-1].strip()], "a key without a meaning"
 
 
-@pytest.mark.parametrize("name", ["data", "speech"])
+@pytest.mark.parametrize("name", ["data", "speech", "chat"])
 def test_yaml_in_the_pages_is_valid(name: str) -> None:
     page = ROOT / "docs" / f"{name}.md"
     for block in blocks(page, "yaml"):
