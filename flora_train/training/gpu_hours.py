@@ -11,6 +11,7 @@ from torch import nn
 
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import RunConfig
+from flora_train.data.preferences.preference import BATCH, Preference
 from flora_train.data.task import Task
 from flora_train.training.step_cost import planned_steps
 from flora_train.training.step_memory import StepMemory
@@ -54,6 +55,20 @@ class Work:
     """Adapters and the base, each in its languages: transcripts of one clip of every language."""
 
 
+def learnt_rows(preference: Preference | None) -> int:
+    """Rows with a gradient that an example has for each adapter."""
+    return 2 if preference is not None and preference.is_paired else 1
+
+
+def heldout_rows_of(preference: Preference | None) -> int:
+    """Rows that a held-out example has for each contender."""
+    return 1 if preference is None or preference.is_supervised else 2
+
+
+def _sum(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    return {method: first.get(method, 0.0) + second.get(method, 0.0) for method in {**first, **second}}
+
+
 @dataclass
 class _Rows:
     """Method -> rows."""
@@ -81,14 +96,19 @@ def work_of(
     head = _head_operations(model)
     labels = step.batch.tokens * head
     methods = {spec.name: spec.method for spec in specs}
-    trained = _Rows()
+    trained, frozen = _Rows(), _Rows()
     mixture, numbers = make_mixture(tasks, specs, config), planned_steps(config)
     for draw in chain.from_iterable(mixture.step(number) for number in numbers):
+        examples = len(draw.examples) * config.training.steps / len(numbers)
+        preference = tasks[draw.task].preference
         for adapter in draw.adapters:
-            rows = len(draw.examples) * config.training.steps / len(numbers)
-            trained.add(methods[adapter], rows)
+            trained.add(methods[adapter], examples * learnt_rows(preference))
+            if preference is not None and preference.objective == "kto":
+                frozen.add(methods[adapter], examples)  # of the KL term
+        if preference is not None and preference.has_reference and preference.reference == BATCH:
+            frozen.add("base", examples * 2)
     return Work(
-        training=trained.times(2 * (forward + labels)),
+        training=_sum(trained.times(2 * (forward + labels)), frozen.times(forward + labels)),
         recomputing=trained.times(forward),
         heldout=_heldout_rows(config, specs, tasks).times(forward + labels),
         generated_token=forward / step.batch.length + head,
@@ -124,8 +144,9 @@ def _heldout_rows(config: RunConfig, specs: Sequence[AdapterSpec], tasks: Mappin
     evaluation, rows = config.evaluation, _Rows()
     times = config.training.steps // (evaluation.interval or config.training.steps)
     for spec in specs:
-        examples = len(tasks[spec.task].validation)
-        rows.add(spec.method, examples + times * min(examples, evaluation.max_examples or examples))
+        examples, of_each = len(tasks[spec.task].validation), heldout_rows_of(tasks[spec.task].preference)
+        evaluated = examples + times * min(examples, evaluation.max_examples or examples)
+        rows.add(spec.method, of_each * evaluated)
     for task in tasks.values():
-        rows.add("base", len(task.validation))
+        rows.add("base", heldout_rows_of(task.preference) * len(task.validation))
     return rows
