@@ -25,6 +25,7 @@ from flora_train.adapters.targets import find_targets, shortest_suffixes
 from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.config.name_patterns import value_for
+from flora_train.config.preference_schema import REFERRED
 from flora_train.config.schema import RunConfig
 from flora_train.models.loading import empty_model
 
@@ -262,6 +263,13 @@ def _check_modules(outline: PeftOutline, key: str, config: RunConfig, model: nn.
         )
         raise user_error(f"{key}.init_from", outline.source, hint)
     if outline.base is not None and PurePath(outline.base).name != PurePath(config.model.path).name:
+        if referring := _referring_tasks(key, config):
+            hint = (
+                f"is the reference of {referring[0]}, and was trained on the base model {outline.base}: give "
+                "an adapter of this base (if it is the same base under another name, correct "
+                "base_model_name_or_path in its adapter_config.json)"
+            )
+            raise user_error(f"{key}.init_from", outline.source, hint)
         logger.warning(
             "%s.init_from: %s was trained on the base model %s, and model.path is %s",
             key,
@@ -269,6 +277,13 @@ def _check_modules(outline: PeftOutline, key: str, config: RunConfig, model: nn.
             outline.base,
             config.model.path,
         )
+
+
+def _referring_tasks(key: str, config: RunConfig) -> list[str]:
+    """The tasks whose objective compares this adapter with its initial state."""
+    adapter = config.adapters[key.removeprefix("adapters.")]
+    tasks = adapter.tasks or list(config.tasks)
+    return [f"tasks.{task}" for task in tasks if config.tasks[task].objective in REFERRED]
 
 
 def _check_fit(spec: AdapterSpec, outline: PeftOutline, written: AdapterConfig, model: nn.Module) -> None:

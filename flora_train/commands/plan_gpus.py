@@ -16,6 +16,7 @@ from flora_train.config.errors import UserError
 from flora_train.config.language_names import language_key
 from flora_train.config.schema import RunConfig
 from flora_train.config.terminal_text import shown
+from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.task import Task
 from flora_train.evaluation.code.contenders import languages_of
 from flora_train.evaluation.code.problems.suites import HUB_PREFIX, load_suite
@@ -75,10 +76,14 @@ def largest_batch(config: RunConfig, tasks: Mapping[str, Task]) -> BatchShape:
     """The micro-batch of the longest rows."""
     length = window = 0
     for task in tasks.values():
-        lengths = task.train.lengths
-        longest = int(lengths.argmax())
-        if lengths[longest] > length:
-            length, window = int(lengths[longest]), task.train.window(longest)
+        split = task.train
+        if isinstance(split, PreferenceSplit):  # each completion is a row
+            if split.longest_row > length:
+                length, window = split.longest_row, 0
+            continue
+        longest = int(split.lengths.argmax())
+        if split.lengths[longest] > length:
+            length, window = int(split.lengths[longest]), split.window(longest)
     rows = max(1, config.training.tokens_per_microbatch // length)
     return BatchShape(rows, length - window, window)
 

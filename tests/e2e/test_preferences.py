@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from math import log
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,14 @@ def test_settings_that_cannot_be_meant_are_refused(
     refuse: Any, task: str, words: list[str], problem: str
 ) -> None:
     assert problem in refuse(task, None, *words)
+
+
+def test_a_reference_of_another_base_is_refused(refuse: Any, finished: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished / "adapters" / "dpo-lora", adapter)
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "base_model_name_or_path": "other/base"}))
+    words = ("adapters.flora=null", "adapters.lora.rank=null", f"adapters.lora.init_from={adapter}")
+    told = refuse("dpo", None, *words)
+    assert "is the reference of tasks.dpo, and was trained on the base model other/base" in told
