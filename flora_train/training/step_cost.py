@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.pool import Pool
+from flora_train.adapters.shallow import on_shallow_model
 from flora_train.adapters.spec import expand
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.collate import SpeechCollate
@@ -20,7 +21,7 @@ from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.batch import collate, padded_tokens
 from flora_train.data.mixture import TaskMixture
 from flora_train.data.task import Task
-from flora_train.models.loading import count_layers, set_mode, shallow_model
+from flora_train.models.loading import count_layers, empty_model, set_mode, shallow_model
 from flora_train.models.probe_inputs import noise_features
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.context import TrainingContext
@@ -110,6 +111,8 @@ def measure(
     present = [spec for spec in specs if spec.name in names]
     model = shallow_model(config.model, layers, device, decoder_layers=decoder_layers)
     features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
+    full = empty_model(config.model)
+    present = [on_shallow_model(spec, model, full) for spec in present]
     bank = AdapterBank.attach(model, present, seed=config.seed, features=features)
     check_rows(model, pad_token, features)
     plan = plan_step(mixture, number, tasks, bank, config.training.tokens_per_microbatch)

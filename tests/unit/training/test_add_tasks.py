@@ -113,7 +113,7 @@ def test_another_base_or_other_data_is_refused_and_a_quarantined_adapter_stays_s
         assert not after.checkpoints.files()
     after, asked = trainer_of(tmp_path, "abc"), list[int]()
     extend(after, asked.extend)
-    assert asked == [after.bank.ids["c-pure"]]
+    assert asked == [after.bank.ids["c-pure"], after.bank.ids["c-dora"]]
     assert after.guard.quarantined == {after.bank.ids["a-lora"]: (3, "its loss is not finite")}
 
 
