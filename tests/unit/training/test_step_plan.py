@@ -41,7 +41,7 @@ def test_all_methods_of_a_task_see_the_same_examples_in_the_same_step(tmp_path: 
 
 def test_tokens_are_counted_per_adapter_and_once_per_task(tmp_path: Path) -> None:
     trainer = make_trainer(mixed_specs(), tmp_path)
-    adapters_of = {"a": 3, "b": 2, "c": 1}
+    adapters_of = {"a": 3, "b": 2, "c": 2}
     for plan in plans_of(trainer):
         lengths = [
             int(trainer.tasks[row.task].train.lengths[row.example])
