@@ -61,7 +61,7 @@ def curve_panel(
         _label_steps(axes, 5)
 
     ends = [_curve_end(adapter, heldout[adapter.name]) for adapter in adapters]
-    description = f"Held-out loss in nats per token: {'; '.join(ends)}."
+    description = f"Held-out loss: {'; '.join(ends)}."
     return draw_svg(
         name,
         (WIDTH, 200),
