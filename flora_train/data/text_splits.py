@@ -21,6 +21,8 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.cache import load_cached
 from flora_train.data.documents import LocatedRow, RowEncoder
+from flora_train.data.encoding import encode_chunks
+from flora_train.data.encoding_worker import EncoderArguments
 from flora_train.data.packing import pack
 from flora_train.data.row_encoders import make_row_encoder
 from flora_train.data.row_survey import Survey, row_digest, survey_rows
@@ -30,6 +32,7 @@ from flora_train.data.splits import hold_out_rows, sample_rows, seed_of_rows
 from flora_train.data.token_split import TokenSplit
 from flora_train.data.tokenization import tokenizer_hash
 from flora_train.runtime.distributed import is_main_process
+from flora_train.runtime.environment import available_cpus
 from flora_train.runtime.progress import ProgressBar
 
 CACHE_VERSION = 8
@@ -91,7 +94,8 @@ def load_text_splits(
         split: _part(setting, surveys, source, chosen=chosen, limit=limit, cache=cache)
         for split, (source, chosen, limit) in _chosen_rows(name, task, config, surveys).items()
     }
-    builder = _Builder(name, rows, surveys, encoder=encoder, parts=parts)
+    arguments = EncoderArguments(task, tokenizer, outline, max_length, key)
+    builder = _Builder(name, rows, surveys, encoder=encoder, arguments=arguments, parts=parts)
     splits = builder.load_or_build()
     digest = hashlib.sha256()
     for split, part in parts.items():
@@ -138,10 +142,11 @@ class _Builder:
         surveys: Mapping[str, Survey],
         *,
         encoder: RowEncoder,
+        arguments: EncoderArguments,
         parts: Mapping[str, _Part],
     ) -> None:
         self.name, self.rows, self.surveys = name, rows, surveys
-        self.encoder, self.parts = encoder, parts
+        self.encoder, self.arguments, self.parts = encoder, arguments, parts
 
     def load_or_build(self) -> dict[str, TokenSplit]:
         """The splits, by name."""
@@ -173,10 +178,15 @@ class _Builder:
             builders = [stack.enter_context(SplitBuilder(part.path)) for part in parts.values()]
             if total >= MANY_ROWS:
                 progress.update(0)
-            for chunk, rows in self._chunks(source, list(parts.values())):
-                for example in self.encoder.encode(rows):
-                    builders[chunk].add(example)
-                done += len(rows)
+            chunks = self._chunks(source, list(parts.values()))
+            encoded = encode_chunks(
+                chunks, self.encoder, self.arguments, rows=total, processors=available_cpus()
+            )
+            stack.callback(encoded.close)
+            for part, examples in encoded:
+                for example in examples:
+                    builders[part].add(example)
+                done += len(examples)
                 if total >= CHUNK_ROWS:
                     progress.update(done)
                 if done < total and total >= MANY_ROWS:
