@@ -50,7 +50,7 @@ def table(measurements: Sequence[Measurement]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(measurements: Sequence[Measurement], *, packing: bool) -> str:
+def page(measurements: Sequence[Measurement], *, packing: bool, byte_tokens: bool) -> str:
     """The page that is saved."""
     made = environment()
     versions = {"Python": made.python, **made.packages}
@@ -58,11 +58,15 @@ def page(measurements: Sequence[Measurement], *, packing: bool) -> str:
     command = "python benchmarks/large_data.py --save"
     if packing:
         command += " --packing"
+    text = "(SmolLM2's tokenizer)"
+    if byte_tokens:
+        command += " --byte-tokens"
+        text = "(199 digits, and a token for each byte, which takes little time)"
     return f"""# Memory and seconds of loading many rows
 
 {shown}; {made.machine.processor}, {made.machine.cpus} cores, shared with other work; commit {made.commit}.
 `{command}` prints this file.
-Rows of 200 tokens (SmolLM2's tokenizer) from one .jsonl file, one .parquet file, and a data set of parquet
+Rows of 200 tokens {text} from one .jsonl file, one .parquet file, and a data set of parquet
 files on a hub on loopback. `peak` is the largest RssAnon of the main process while it loads the task, draws
 200 steps of 16,384 tokens and collates them; each line is a process of its own.
 
