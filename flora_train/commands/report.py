@@ -9,6 +9,7 @@ from flora_train.config.errors import user_error
 from flora_train.config.terminal_text import print_plain
 from flora_train.evaluation.report.comparison import labels, measures, seed_groups, verdicts, with_seeds
 from flora_train.evaluation.report.files import read_report, write_comparison, write_report
+from flora_train.evaluation.report.joined_seeds import with_joined_seeds
 from flora_train.evaluation.report.published import load_published
 from flora_train.evaluation.report.published_rows import ComparedTable, beside_published
 from flora_train.evaluation.report.published_tables import write_compared
@@ -36,7 +37,7 @@ def write_reports(
     reports = [read_report(folder) for folder in folders]
     compared: list[ComparedTable] = []
     if published is not None:
-        compared = beside_published(reports[0], published, run=runs[0], name=str(beside))
+        compared = beside_published(with_joined_seeds(reports[0]), published, run=runs[0], name=str(beside))
     if len(runs) == 1:
         if out is not None:
             raise user_error("out", out, "is for several runs; the page of one run is in its folder")
@@ -71,5 +72,6 @@ def _compare(runs: Sequence[str], reports: Sequence[Report], out: str | None) ->
         raise user_error("out", out, "is a page: give it a name that ends in .html")
     named = dict(zip(labels(runs), reports, strict=True))
     write_comparison(named, page)
-    print_plain(verdicts(with_seeds(list(named), reports), measures(reports), seed_groups(reports)))
+    joined = [with_joined_seeds(report) for report in reports]
+    print_plain(verdicts(with_seeds(list(named), joined), measures(joined), seed_groups(joined)))
     return page

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flora_train.evaluation.report.files import read_report
+from flora_train.evaluation.report.joined_seeds import with_joined_seeds
 from flora_train.evaluation.report.types import Report
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.metrics_table import read_metrics
@@ -51,13 +52,14 @@ class RunResult(os.PathLike[str]):
         rows = [
             "<tr><th>task</th><th>method</th><th>held-out bits per byte</th><th>difference to base</th></tr>"
         ]
-        for result in self.report.results:
+        for result in with_joined_seeds(self.report).results:
             rows.append(_table_row(result.task, "base", _number(result.base.bits_per_byte.value), ""))
             for contender in result.contenders:
-                value, difference = contender.bits_per_byte.value, contender.difference_to_base.value
-                rows.append(
-                    _table_row(result.task, contender.family, _number(value), _number(difference, "+"))
-                )
+                value, difference = contender.bits_per_byte, contender.difference_to_base.value
+                shown = _number(value.value)
+                if value.deviation is not None:
+                    shown += f" \u00b1 {_number(value.deviation)}"
+                rows.append(_table_row(result.task, contender.family, shown, _number(difference, "+")))
         page = escape(str(self.path / "eval" / "report.html"))
         table = f"<table>{''.join(rows)}</table>"
         return f'<p>{escape(str(self.path))}</p>{table}<p>Report: <a href="{page}">{page}</a></p>'

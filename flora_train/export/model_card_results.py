@@ -9,7 +9,14 @@ from typing import Any, Protocol, TypeVar
 
 from flora_train.evaluation.code.score_types import CodeScore, CodeSuite, LanguageScores
 from flora_train.evaluation.preferences.score_types import PreferenceResult, PreferenceScore
-from flora_train.evaluation.report.formatting import estimate, number, percent, plural, share_estimate
+from flora_train.evaluation.report.formatting import (
+    PLUS_MINUS,
+    estimate,
+    mean_number,
+    percent,
+    plural,
+    share_estimate,
+)
 from flora_train.evaluation.report.preference_figures import (
     METRIC_NAMES,
     FigureText,
@@ -140,7 +147,7 @@ def _speech_metrics(report: Report, name: str) -> Iterator[CardMetric]:
 
 def _heldout_table(result: TaskResult, name: str) -> Table:
     def bits_per_byte(row: HeldoutScore) -> str:
-        return number(row.bits_per_byte.value)
+        return mean_number(row.bits_per_byte)
 
     level = percent(result.confidence).replace("\u00a0", " ")
     rows: list[HeldoutScore] = [result.base, *result.contenders]
@@ -150,7 +157,10 @@ def _heldout_table(result: TaskResult, name: str) -> Table:
         rows,
         name,
         cells={"bits per byte": bits_per_byte},
-        to_base={row.family: estimate(row.difference_to_base) for row in result.contenders},
+        to_base={
+            row.family: estimate(row.difference_to_base) for row in (*result.contenders, *result.over_seeds)
+        },
+        means=result.over_seeds,
     )
 
 
@@ -179,6 +189,7 @@ def _preference_table(result: PreferenceResult, name: str) -> Table:
             family: share_estimate(difference.reward_accuracy, "+")
             for family, difference in result.to_base.items()
         },
+        means=result.over_seeds,
     )
 
 
@@ -195,6 +206,7 @@ def _code_table(suite: CodeSuite, part: LanguageScores, name: str) -> Table:
         name,
         cells={f"pass@{k}": partial(pass_at, k) for k in suite.pass_at_k},
         to_base={family: estimate(difference[first]) for family, difference in part.to_base.items()},
+        means=part.over_seeds,
     )
 
 
@@ -211,6 +223,7 @@ def _speech_table(part: SpeechLanguage, name: str) -> Table:
         to_base={
             family: estimate(difference.rate(part.metric)) for family, difference in part.to_base.items()
         },
+        means=part.over_seeds,
     )
 
 
@@ -222,11 +235,18 @@ def _table(
     *,
     cells: Mapping[str, Callable[[Row], str]],
     to_base: Mapping[str, str],
+    means: Sequence[Row],
 ) -> Table:
-    """cells: heading -> text of a contender; to_base: family -> text of its difference to the base."""
+    """cells: heading -> text of a contender; to_base: family -> text of its difference to the base; means:
+    over seeds, which follow the contenders."""
     rows = []
-    for contender in contenders:
+    mean_families = {row.family for row in means}
+    if means:
+        note += f" {PLUS_MINUS}: standard deviation over seeds."
+    for contender in (*contenders, *means):
         label = "base model" if contender.family == "base" else contender.family
+        if contender.family in mean_families:
+            label += ", mean over seeds"
         texts = [write(contender) for write in cells.values()]
         rows.append((label, *texts, to_base.get(contender.family, "")))
     own = [index for index, contender in enumerate(contenders) if contender.name == name]

@@ -105,7 +105,9 @@ def summarise(config: RunConfig, given: SuiteRecords) -> CodeSuite:
                     prompts_sha=prompts_sha,
                     contenders=[_score(c, language, scores, cut=cut, ks=options.pass_at_k) for c in scored],
                     over_seeds=[_score(c, language, scores, cut=cut, ks=options.pass_at_k) for c in means],
-                    differences=_differences([*scored, *means], language, scores, ks=options.pass_at_k),
+                    differences=_differences(
+                        _in_order(scored, means, scores), language, scores, ks=options.pass_at_k
+                    ),
                     cpu_seconds=seconds[language],
                     wins_and_losses=given.decided.get(language, ()),
                 )
@@ -146,6 +148,17 @@ def _means(
             first = by_name[names[0]]
             means.append(Contender(group.name, group.family, first.adapter, first.languages, ""))
     return means
+
+
+def _in_order(contenders: Sequence[Contender], means: Sequence[Contender], scores: Scores) -> list[Contender]:
+    """The contenders with each mean before its first seed."""
+    before = {scores.seeds[mean.name][0]: mean for mean in means}
+    ordered = []
+    for contender in contenders:
+        if contender.name in before:
+            ordered.append(before[contender.name])
+        ordered.append(contender)
+    return ordered
 
 
 def _not_evaluated(given: SuiteRecords) -> list[NotEvaluated]:

@@ -13,6 +13,8 @@ from flora_train.evaluation.report.formatting import (
     bracketed,
     count,
     listed,
+    mean_number,
+    mean_share,
     number,
     plural,
     share,
@@ -363,7 +365,8 @@ def _cell(metric: RunMetric, best: bool) -> Cell:
     change = bracketed(metric.compared, write)
     if metric.change is None:
         change = change.partition(" ")[2]
-    return Cell(_write(metric.estimate.value, metric.in_percent), change, best)
+    write_mean = mean_share if metric.in_percent else mean_number
+    return Cell(write_mean(metric.estimate), change, best)
 
 
 def _write(value: float | None, as_percent: bool, sign: str = "") -> str:

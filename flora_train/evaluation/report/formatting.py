@@ -13,6 +13,7 @@ from flora_train.runtime.progress import duration
 
 NOT_FINITE = "not finite"
 ABSENT = "–"
+PLUS_MINUS = "\u00b1"
 
 Verdict = Literal["better", "worse", "unclear", "not finite"]
 
@@ -79,7 +80,28 @@ def estimate(value: Interval, digits: int = 3, sign: str = "+") -> str:
 
 def ascii_estimate(value: Interval, sign: str = "") -> str:
     """Value and interval for terminals, as `-0.040 [-0.054, -0.028]`."""
-    return bracketed(value, lambda figure: f"{figure:{sign}.3f}")
+    return bracketed(value, lambda figure: f"{figure:{sign}.3f}", "+/-")
+
+
+def mean_number(value: Interval, digits: int = 3) -> str:
+    """A value, and its standard deviation over seeds where it is a mean over them: `0.812 ± 0.004`."""
+    return number(value.value, digits) + _spread(value, lambda figure: number(figure, digits))
+
+
+def mean_share(value: Interval) -> str:
+    """The same of a probability, in percent."""
+    return share(value.value) + _spread(value, share)
+
+
+def ascii_mean(value: Interval) -> str:
+    """The same for terminals, as `0.812 +/- 0.004`."""
+    return ascii_number(value.value) + _spread(value, ascii_number, "+/-")
+
+
+def _spread(value: Interval, write: Callable[[float], str], sign: str = PLUS_MINUS) -> str:
+    if value.deviation is None:
+        return ""
+    return f" {sign} {write(value.deviation)}"
 
 
 def ascii_number(value: float | None) -> str:
@@ -94,12 +116,14 @@ def share_estimate(value: Interval, sign: str = "") -> str:
     return bracketed(value, lambda figure: share(figure, sign))
 
 
-def bracketed(value: Interval, write: Callable[[float], str]) -> str:
-    """`value [low, high]`, each number as `write` writes it."""
+def bracketed(value: Interval, write: Callable[[float], str], plus_minus: str = PLUS_MINUS) -> str:
+    """`value [low, high]`, each number as `write` writes it; of a mean over seeds `value ± deviation [low,
+    high]`."""
     if value.finite is None:
         return NOT_FINITE
     middle, low, high = map(write, value.finite)
-    return f"{middle} [{low}, {high}]"
+    spread = _spread(value, lambda figure: write(figure).lstrip("+"), plus_minus)
+    return f"{middle}{spread} [{low}, {high}]"
 
 
 def count(value: int | None) -> str:

@@ -30,6 +30,8 @@ from flora_train.evaluation.report.formatting import (
     count,
     estimate,
     listed,
+    mean_number,
+    mean_share,
     number,
     percent,
     share,
@@ -40,6 +42,7 @@ from flora_train.evaluation.report.formatting import (
 )
 from flora_train.evaluation.report.heatmap import heatmaps
 from flora_train.evaluation.report.joined_report import note_on_joined_families, with_joined_families
+from flora_train.evaluation.report.joined_seeds import note_on_seeds, with_joined_seeds
 from flora_train.evaluation.report.preference_figures import LABELLED, PAIRED, examples_of, setting_of
 from flora_train.evaluation.report.published_rows import ComparedTable
 from flora_train.evaluation.report.published_tables import (
@@ -48,6 +51,7 @@ from flora_train.evaluation.report.published_tables import (
     published_digits,
     published_percent,
 )
+from flora_train.evaluation.report.seed_tables import seed_tables
 from flora_train.evaluation.report.summary_text import summarise
 from flora_train.evaluation.report.svg import FamilyStyle, family_styles
 from flora_train.evaluation.report.sweep_panel import sweep_panel
@@ -93,7 +97,10 @@ class SweepPanels:
 
 def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
     """The page of a run, as text. published: tables beside the run's figures."""
-    note = note_on_joined_families(report)
+    notes = [note_on_seeds(report)]
+    tables_of_seeds = seed_tables(report)
+    report = with_joined_seeds(report)
+    notes.append(note_on_joined_families(report))
     report = with_joined_families(report)
     styles = family_styles(report.families)
     limits = plots.difference_range(report.results)
@@ -106,8 +113,7 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
         adapters = [adapter for adapter in report.adapters if adapter.task == result.task]
         curve_panels.append(curves.curve_panel(f"curve-{i}", result.task, adapters, report.curves, styles))
     summary = summarise(report)
-    if note is not None:
-        summary.append(note)
+    summary += [note for note in notes if note is not None]
     return _page(
         "report.html.j2",
         report=report,
@@ -116,6 +122,8 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
             family: plots.legend_key(f"key-{i}", style) for i, (family, style) in enumerate(styles.items())
         },
         summary=summary,
+        seeds_note=notes[0],
+        seed_tables=tables_of_seeds,
         digits=shared_digits(report.results),
         confidence=percent(report.results[0].confidence),
         difference_panels=difference_panels,
@@ -145,6 +153,7 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
 
 def render_comparison(reports: Mapping[str, Report]) -> str:
     """The page of several runs, as text. reports: label of a run -> its report."""
+    reports = {label: with_joined_seeds(report) for label, report in reports.items()}
     runs = list(reports.values())
     compared, groups, names = measures(runs), seed_groups(runs), with_seeds(list(reports), runs)
     return _page(
@@ -167,7 +176,10 @@ def _page(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, estimate, count, listed, percent, share, share_estimate, stage_duration, verdict)
+    filters = (
+        number, mean_number, estimate, count, listed, percent, share, mean_share, share_estimate,
+        stage_duration, verdict,
+    )  # fmt: skip
     of_published = (measured_as, method_label, published_digits, published_percent)
     of_preferences = (examples_of, setting_of)
     functions = (*filters, *of_published, *of_preferences)

@@ -78,7 +78,7 @@ def values_of(
     result: PreferenceResult, text: FigureText
 ) -> Iterator[tuple[PreferenceScore, Interval, Interval | None]]:
     """Each contender with its value, and the difference to the base; None for the base."""
-    for contender in result.contenders:
+    for contender in (*result.contenders, *result.over_seeds):
         value = contender.figure(text.figure)
         if value is None:
             continue

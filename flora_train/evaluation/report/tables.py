@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_train.config.errors import choices, did_you_mean, user_error
-from flora_train.evaluation.report.formatting import NOT_FINITE, shared_digits
+from flora_train.evaluation.report.formatting import NOT_FINITE, PLUS_MINUS, shared_digits
 from flora_train.evaluation.report.joined_report import with_joined_families
+from flora_train.evaluation.report.joined_seeds import with_joined_seeds
 from flora_train.evaluation.report.preference_figures import examples_of, figures_of, values_of
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
@@ -32,6 +33,7 @@ COLUMNS = (
     "clear",
     "examples",
     "confidence",
+    "deviation",
 )
 """Of a CSV file, which has a line per task and method."""
 LATEX_SPECIAL = {
@@ -91,7 +93,7 @@ def _losses(run: str, report: Report) -> Iterator[Score]:
     for result in report.results:
         common = (result.examples, result.confidence)
         yield Score(run, metric, result.task, "base", result.base.bits_per_byte, None, *common)
-        for row in result.contenders:
+        for row in (*result.contenders, *result.over_seeds):
             yield Score(
                 run, metric, result.task, row.family, row.bits_per_byte, row.difference_to_base, *common
             )
@@ -102,7 +104,7 @@ def _pass_rates(run: str, report: Report) -> Iterator[Score]:
         for k in suite.pass_at_k:
             metric = Metric(f"pass@{k} on {suite.suite}", False, PERCENT_DIGITS, in_percent=True)
             for part in suite.languages:
-                for score in part.contenders:
+                for score in (*part.contenders, *part.over_seeds):
                     difference = part.to_base.get(score.family, {}).get(k)
                     common = (score.pass_at[k], difference, part.problems, suite.confidence)
                     yield Score(run, metric, part.language, score.family, *common)
@@ -114,7 +116,7 @@ def _error_rates(run: str, report: Report) -> Iterator[Score]:
     names = {"wer_normalized": "word error rate", "cer": "character error rate"}
     for part in report.speech.languages:
         metric = Metric(names[part.metric], True, PERCENT_DIGITS, in_percent=True)
-        for score in part.contenders:
+        for score in (*part.contenders, *part.over_seeds):
             difference = None
             if score.family in part.to_base:
                 difference = part.to_base[score.family].rate(part.metric)
@@ -144,7 +146,7 @@ def as_csv(scores: Sequence[Score]) -> str:
             change = [difference.value, difference.low, difference.high, difference.excludes_zero]
         estimate = [value.value, value.low, value.high]
         place = [score.run, score.metric.name, score.task, score.method]
-        writer.writerow([*place, *estimate, *change, score.examples, score.confidence])
+        writer.writerow([*place, *estimate, *change, score.examples, score.confidence, value.deviation])
     return text.getvalue()
 
 
@@ -199,7 +201,7 @@ def write_table(reports: Mapping[str, Report], path: Path) -> None:
     check_table_name(path)
     shown = reports
     if path.suffix != ".csv":
-        shown = {run: with_joined_families(report) for run, report in reports.items()}
+        shown = {run: with_joined_families(with_joined_seeds(report)) for run, report in reports.items()}
     text = FORMATS[path.suffix](scores_of(shown))
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -240,6 +242,8 @@ def _formatted(score: Score) -> tuple[str, str] | None:
         return None
     factor = 100 if score.metric.in_percent else 1
     value, low, high = (f"{factor * bound:.{score.metric.digits}f}" for bound in score.value.finite)
+    if score.value.deviation is not None:
+        value += f" {PLUS_MINUS} {factor * score.value.deviation:.{score.metric.digits}f}"
     return value, f"[{low}, {high}]"
 
 
@@ -256,7 +260,8 @@ def _latex_cell(score: Score) -> str:
     if numbers is None:
         return NOT_FINITE
     mark = "$^{*}$" if score.is_clearly_better else ""
-    return f"{numbers[0]}{mark} {{\\footnotesize {numbers[1]}}}"
+    value = numbers[0].replace(PLUS_MINUS, "$\\pm$")
+    return f"{value}{mark} {{\\footnotesize {numbers[1]}}}"
 
 
 def _title(metric: str, scores: Sequence[Score]) -> str:
@@ -269,7 +274,10 @@ def _title(metric: str, scores: Sequence[Score]) -> str:
 def _legend(scores: Sequence[Score]) -> str:
     percent = f"{100 * scores[0].confidence:g} %"
     stars = "*: better than the base, by an interval of the difference that excludes zero"
-    return f"Brackets: {percent} intervals. {stars}."
+    legend = f"Brackets: {percent} intervals. {stars}."
+    if any(score.value.deviation is not None for score in scores):
+        legend += f" {PLUS_MINUS}: standard deviation over seeds."
+    return legend
 
 
 def markdown_row(cells: Sequence[str]) -> str:

@@ -16,7 +16,8 @@ from flora_train.config.terminal_text import in_cell, print_plain, print_table, 
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
 from flora_train.evaluation.preferences.score_types import PreferenceResult
 from flora_train.evaluation.report.files import read_report
-from flora_train.evaluation.report.formatting import ascii_estimate, ascii_number
+from flora_train.evaluation.report.formatting import PLUS_MINUS, ascii_estimate, ascii_mean, ascii_number
+from flora_train.evaluation.report.joined_seeds import adapters_of, note_on_seeds, with_joined_seeds
 from flora_train.evaluation.report.published_rows import ComparedTable
 from flora_train.evaluation.report.published_tables import caption, headings, lines_of
 from flora_train.evaluation.report.types import ContenderResult, Report, TaskResult
@@ -47,7 +48,7 @@ def print_results(report: Report, console: Console | None = None) -> None:
                 style = "bold"
             cells = (
                 contender.family + _remark(result, contender),
-                ascii_number(contender.bits_per_byte.value),
+                ascii_mean(contender.bits_per_byte),
                 ascii_estimate(contender.difference_to_base, "+"),
             )
             table.add_row("", *(in_cell(text, style) for text in cells))
@@ -116,10 +117,10 @@ def print_error_rates(speech: SpeechResults | None, console: Console | None = No
             table.add_row(
                 in_cell(title),
                 in_cell(contender.family),
-                ascii_number(contender.wer.value),
-                ascii_number(contender.wer_normalized.value),
+                ascii_mean(contender.wer),
+                ascii_mean(contender.wer_normalized),
                 change,
-                ascii_number(contender.cer.value),
+                ascii_mean(contender.cer),
             )
             title = ""
     print_table(table, console)
@@ -149,10 +150,10 @@ def print_preferences(results: Sequence[PreferenceResult], console: Console | No
                     contender.family,
                     names[1],
                     ascii_estimate(contender.reward_accuracy),
-                    ascii_number(contender.reward_margin.value),
+                    ascii_mean(contender.reward_margin),
                 ]
                 if contender.chosen_likelier is not None:
-                    cells.append(ascii_number(contender.chosen_likelier.value))
+                    cells.append(ascii_mean(contender.chosen_likelier))
                 table.add_row(*map(in_cell, cells))
                 names = ["", ""]
         print_table(table, console)
@@ -192,8 +193,11 @@ def print_completions(report: Report, console: Console | None = None) -> None:
         printed.add(sample.task)
         texts = [("before", sample.completions["base"])]
         best = results[sample.task].best
-        if best is not None and best.family in sample.completions:
-            texts.append((f"after, {best.family}", sample.completions[best.family]))
+        if best is not None:
+            families = [adapter.family for adapter in adapters_of(report, sample.task, best.family)]
+            shown_families = [family for family in families if family in sample.completions]
+            for family in shown_families[:1]:  # of several seeds the first
+                texts.append((f"after, {family}", sample.completions[family]))
         for title, text in texts:
             console.print(shown(f"\n{sample.task} ({title})", "bold"))
             if sample.is_dialogue:
@@ -206,13 +210,19 @@ def print_completions(report: Report, console: Console | None = None) -> None:
 def show(folder: RunFolder) -> None:
     """Print the results of a run and the paths of its files."""
     report = read_report(folder)
-    print_results(report)
-    print_sweeps(report)
-    print_pass_at_k(report.code)
-    print_error_rates(report.speech)
-    print_preferences(report.preferences)
+    joined = with_joined_seeds(report)
+    print_results(joined)
+    if note := note_on_seeds(report):
+        print_plain(f"\n{note.replace(PLUS_MINUS, '+/-')}")
+    print_sweeps(joined)
+    print_pass_at_k(joined.code)
+    print_error_rates(joined.speech)
+    print_preferences(joined.preferences)
     print_completions(report)
-    names = [result.best.name for result in report.results if result.best is not None]
+    names = []
+    for result in report.results:
+        if result.best is not None:
+            names += [adapter.name for adapter in adapters_of(report, result.task, result.best.family)]
     best = next(iter(names), "ADAPTER")
     stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.facts.seconds.items())
     print_plain(

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 from flora_train.evaluation.report.preference_figures import METRIC_NAMES, figures_of, values_of
 from flora_train.evaluation.report.types import Report
+from flora_train.evaluation.result_model import Interval
 
 
 def final_metrics(report: Report) -> dict[str, float]:
     """`final/<task>/<method>/<metric>` -> value, of base and adapters: bits_per_byte, pass@k, wer,
-    and reward_accuracy and others of preferences."""
+    and reward_accuracy and others of preferences; of means over seeds also `<metric>_deviation`."""
     metrics: dict[str, float | None] = {}
     for result in report.results:
-        for row in (result.base, *result.contenders):
-            metrics[f"final/{result.task}/{row.family}/bits_per_byte"] = row.bits_per_byte.value
+        for row in (result.base, *result.contenders, *result.over_seeds):
+            _add(metrics, f"final/{result.task}/{row.family}/bits_per_byte", row.bits_per_byte)
     for suite in report.code:
         for part in suite.languages:
-            for score in part.contenders:
+            for score in (*part.contenders, *part.over_seeds):
                 for k, estimate in score.pass_at.items():
-                    key = f"final/{suite.suite}/{part.language}/{score.family}/pass@{k}"
-                    metrics[key] = estimate.value
+                    _add(metrics, f"final/{suite.suite}/{part.language}/{score.family}/pass@{k}", estimate)
     if report.speech is not None:
         for language in report.speech.languages:
-            for contender in language.contenders:
-                metrics[f"final/{language.task}/{contender.family}/wer"] = contender.rate(
-                    language.metric
-                ).value
+            for contender in (*language.contenders, *language.over_seeds):
+                rate = contender.rate(language.metric)
+                _add(metrics, f"final/{language.task}/{contender.family}/wer", rate)
     for preferences in report.preferences:
         for text in figures_of(preferences):
             for contestant, figure, _ in values_of(preferences, text):
                 key = f"final/{preferences.task}/{contestant.family}/{METRIC_NAMES[text.figure]}"
-                metrics[key] = figure.value
+                _add(metrics, key, figure)
     return {key: value for key, value in metrics.items() if value is not None}
+
+
+def _add(metrics: dict[str, float | None], key: str, value: Interval) -> None:
+    metrics[key] = value.value
+    if value.deviation is not None:
+        metrics[f"{key}_deviation"] = value.deviation
