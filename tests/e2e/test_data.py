@@ -158,7 +158,7 @@ def test_long_examples_are_shortened_unless_all_is_asked_for(
     rows = [{"prompt": "p" * 3000, "completion": "c"}] * 4
     task = {"train": write_rows(tmp_path / "rows.jsonl", rows)}
     recipe = write_recipe(tmp_path, base, {"plain": task})
-    sizes = ["training.tokens_per_step=8000", "training.tokens_per_microbatch=8000"]
+    sizes = ["training.tokens_per_step=16000", "training.tokens_per_microbatch=8000"]
     words = [f"recipe={recipe}", "training.max_length=3500", *sizes]
     shown = output(capsys, *words)
     assert f"| {'p' * 700} ... 2,100 characters (--full prints all) ... {'p' * 200}[[c<e>]]\n" in shown

@@ -89,6 +89,17 @@ def test_every_option_that_the_commands_share_is_in_each_of_them(capsys: pytest.
             "--allow-different-data",
         ],
         "convert": ["--out", "--rank", "--model"],
+        "data": ["--task", "--examples", "--full"],
+        "chat": [
+            "--system",
+            "--temperature",
+            "--top-p",
+            "--max-new-tokens",
+            "--seed",
+            "--chat-template",
+            "--plain",
+            "--allow-different-base",
+        ],
     }
     for command, options in expected.items():
         assert main([command, "--help"]) == 0
