@@ -41,7 +41,9 @@ class UserInput:
 
     def read(self) -> str | Command | None:
         """The next text or command; None at the end. Raises UserError for an unknown command."""
-        text = self._text()
+        text: str | None = ""
+        while text == "":
+            text = self._text()
         if text is None:
             return None
         if not text.startswith("/") or text.startswith("//"):
@@ -54,7 +56,7 @@ class UserInput:
         return Command(name.removeprefix("/"), tuple(arguments))
 
     def _text(self) -> str | None:
-        """A line that is not empty, or the lines between two BLOCKs."""
+        """A line that is not empty, or the lines between two BLOCKs; None at the end."""
         while True:
             line = self._line(PROMPT)
             if line is None:
@@ -68,9 +70,9 @@ class UserInput:
         while not text.rstrip().endswith(BLOCK):
             line = self._line(CONTINUED)
             if line is None:
-                return text
+                break
             text += f"\n{line}"
-        return text.rstrip().removesuffix(BLOCK)
+        return text.rstrip().removesuffix(BLOCK).strip("\n")
 
     def _line(self, prompt: str) -> str | None:
         if self.interactive:
