@@ -10,8 +10,11 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS ?=
 MULTIPL_E ?=
+PROBLEMS := assets/preference_problems
+SAMPLED := evaluation.problems=[$(PROBLEMS)/training_problems.yaml,$(PROBLEMS)/heldout_problems.yaml] \
+	evaluation.temperature=0.9 evaluation.num_samples=3 evaluation.max_new_tokens=48 evaluation.batch_rows=96
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local test test-full test-headline test-chips test-attack test-trl trl-env test-gpu lint types format bench bench-quick bench-gpu docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local test test-full test-headline test-chips test-attack test-trl trl-env test-gpu lint types format bench bench-quick bench-gpu docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -37,6 +40,17 @@ speech-local: $(INSTALLED)  ## on Debian 12: build Whisper base and human speech
 	$(PIP) --editable '.[speech-corpus]'
 	$(MAKE) $(WHISPER)
 	$(BIN)/python assets/build_speech_corpus.py --languages cs nl ro bg
+
+chat-local: $(INSTALLED) $(MODEL)  ## build the dialogues in eight languages again (assets/chat, shipped) and train recipe chat_local on them
+	$(BIN)/python assets/build_chat_corpus.py
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=chat_local resume=true $(ARGS)
+
+preferences-local: $(INSTALLED) $(MODEL)  ## train on functions, sample programs for our training problems, pair those that pass with those that fail, train on the pairs
+	eval/install_toolchains.sh --if-possible lua pl rb
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=preferences_sft_local resume=true
+	HF_HUB_OFFLINE=1 $(BIN)/flora-train solve outputs/preferences_sft_local $(SAMPLED) --out outputs/preference_samples
+	$(BIN)/python assets/build_preference_pairs.py outputs/preference_samples
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=preferences_local resume=true $(ARGS)
 
 test: $(INSTALLED_DEV) $(MODEL) lint types  ## run lint, types and the tests
 	$(PYTEST) -n 2 --dist worksteal $(ARGS)

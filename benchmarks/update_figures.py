@@ -2,8 +2,9 @@
 
 Usage: python benchmarks/update_figures.py [--check]   (--check: change nothing, only compare)
 
-Results come from `make quickstart`, `make sweep` and recipe multipl_e_local (benchmarks/results/<name>.json
-is that run's eval/report.json) and from `python benchmarks/joint.py --save`.
+Results come from `make quickstart`, `make sweep`, `make chat-local`, `make preferences-local` and recipe
+multipl_e_local (benchmarks/results/<name>.json is that run's eval/report.json), from
+`python benchmarks/joint.py --save` and from `python benchmarks/before_after.py --save`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flora_train.evaluation.report.terminal import (
     print_completions,
     print_error_rates,
     print_pass_at_k,
+    print_preferences,
     print_results,
 )
 from flora_train.evaluation.report.types import AdapterFacts, ContenderResult, Report
@@ -131,6 +133,34 @@ def parsing(results: Report) -> str:
         shares = (f"{1 - refused / programs:.2f} ({cut / programs:.2f})" for refused, cut, programs in counts)
         rows.append(f"| {part.name} | {' | '.join(shares)} |")
     return "\n".join(rows)
+
+
+def chat_block() -> str:
+    """Results of recipe chat_local: held-out loss of the assistant's turns, and a dialogue of each task."""
+    results = read_report("chat_local")
+    return f"{printed(results, print_completions)}\n\n{machine(results)}"
+
+
+def preferences_sft_block() -> str:
+    """Results of recipe preferences_sft_local: held-out loss of functions."""
+    results = read_report("preferences_sft_local")
+    return f"{printed(results.replace(code=()))}\n\n{machine(results)}"
+
+
+def preferences_block() -> str:
+    """Results of recipe preferences_local: rewards of held-out pairs."""
+    results = read_report("preferences_local")
+    output = io.StringIO()
+    print_preferences(results.preferences, Console(file=output, width=140, soft_wrap=True))
+    return f"~~~\n{output.getvalue().strip()}\n~~~\n\n{machine(results)}"
+
+
+def preferences_solved_block() -> str:
+    """pass@1 after supervised learning and after DPO: the tables of benchmarks/results."""
+    text = (RESULTS / "preferences_solved_cpu.md").read_text(encoding="utf-8")
+    tables = text[text.index("## ") :].replace("## ", "#### ")
+    heading = text.split("\n")[2]
+    return f"{tables.strip()}\n\n<sub>{heading}</sub>"
 
 
 def speech_block() -> str:
@@ -255,6 +285,12 @@ def updated(text: str) -> str:
     """A text with updated figures between `<!-- figures: NAME -->` and `<!-- end -->`."""
     blocks = {"quickstart": quickstart_block, "sweep": sweep_block, "joint": joint_block, "code": code_block}
     blocks |= {"speech": speech_block, "speech_sweep": speech_sweep_block}
+    blocks |= {
+        "chat": chat_block,
+        "preferences_sft": preferences_sft_block,
+        "preferences": preferences_block,
+        "preferences_solved": preferences_solved_block,
+    }
     blocks |= {
         "quickstart_excerpt": quickstart_excerpt,
         "crossover": crossover_block,
