@@ -2,7 +2,8 @@
 
     flora-train solve outputs/preferences_sft_local --out outputs/preference_samples \\
         evaluation.problems=[assets/preference_problems/training_problems.yaml,\\
-assets/preference_problems/heldout_problems.yaml] evaluation.temperature=0.9 evaluation.num_samples=3
+assets/preference_problems/heldout_problems.yaml] \\
+        evaluation.temperature=0.9 evaluation.num_samples=3 --languages lua,rb
     python assets/build_preference_pairs.py outputs/preference_samples
 
 Pairs of the training problems are for training, those of the held-out problems are held out.
@@ -24,7 +25,7 @@ from preference_pairs.samples import read_samples
 ASSETS = Path(__file__).resolve().parent
 DEFAULT_OUTPUT = ASSETS / "preferences"
 TASKS = {"lua": "lua", "pl": "perl", "rb": "ruby"}
-"""Language -> task of data_configs/preferences_local.yaml."""
+"""Language -> task, as in data_configs."""
 TABLES = {"train": "training_problems", "validation": "heldout_problems"}
 """Split -> table in assets/preference_problems, and folder of its samples."""
 
