@@ -4,6 +4,7 @@ from published sizes need no network."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from dataclasses import replace
@@ -19,11 +20,12 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import expand
 from flora_train.cli import main
 from flora_train.commands.plan import measure_capacity, plan_lines
+from flora_train.commands.plan_text import tokens_line
 from flora_train.config.errors import UserError
 from flora_train.config.load import load_config
 from flora_train.models.loading import load_base_model
 from flora_train.run_context import load_data
-from flora_train.training.capacity import Capacity, check_fits
+from flora_train.training.capacity import Capacity, check_fits, format_size
 from flora_train.training.optimizer import BankOptimizer
 from flora_train.training.step_cost import measure
 from tests.e2e.conftest import Launch
@@ -57,7 +59,23 @@ def test_plan_is_printed_and_writes_no_file(
         "12 steps",
     ):
         assert words in said
+    assert re.search(r"tokens +[\d.]+ kB on disk for [\d,]+ rows in .*tokens; 100,000,000 rows of", said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_disk_of_many_rows_follows_from_those_that_are_here(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config([f"recipe={recipe}", f"output_dir={tmp_path / 'run'}"])
+    _, tasks, _ = load_data(config)
+    splits = [split for task in tasks.values() for split in (task.train, task.validation)]
+    rows = sum(split.counts.rows - split.counts.unsampled for split in splits)
+    size = sum(split.nbytes for split in splits)
+    assert size > 4 * sum(split.counts.tokens for split in splits)
+    ((heading, line),) = tokens_line(config, tasks)
+    assert heading == "tokens"
+    assert f"for {rows:,} rows" in line
+    assert f"need {format_size(size * 10**8 / rows)};" in line
 
 
 def test_the_plan_counts_special_tokens_that_rows_hold(
