@@ -134,6 +134,11 @@ class TextEncoder:
                 found[i] = self._in_windows(text, rows, place, more, limit)
         return [found[i] for i in range(len(texts))]
 
+    def in_pieces(self, text: str, rows: Spans, place: Place) -> Encoded:
+        """Tokens of a text in which only the special tokens between `rows` are tokens, made as those of a
+        text are whose rows write special tokens. More text follows it."""
+        return self._with_rows_as_text(text, rows, place, True, Counter())
+
     def _in_windows(self, text: str, rows: Spans, place: Place, more: bool, limit: int | None) -> Encoded:
         parts: list[Encoded] = []
         tokens, begin = 0, 0

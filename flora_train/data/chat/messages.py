@@ -134,14 +134,27 @@ def is_message_list(value: Any) -> bool:
             value = parse_json(value)
         except ValueError:
             return False
+    value = _as_rows(value)
     if not isinstance(value, list) or not value:
         return False
     return all(isinstance(one, Mapping) and ("role" in one or "from" in one) for one in value)
 
 
+def _as_rows(value: Any) -> Any:
+    """Messages that are kept as columns, `{"role": [...], "content": [...]}`, as older data sets of the hub
+    have them, as rows; any other value as it is."""
+    if not isinstance(value, Mapping) or not ({"role", "from"} & value.keys()):
+        return value
+    columns = list(value.values())
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
 def _message_list(value: Any, name: str) -> Sequence[Any]:
     if isinstance(value, str):
         value = as_json(value, f"{name!r} is text that")
+    value = _as_rows(value)
     if value is None:
         raise ValueError(f"has no {name!r}: give it messages, or remove the row")
     if not isinstance(value, list):

@@ -112,7 +112,10 @@ class TokenPositions:
         return bisect_right(range(self.count + 1), self._bytes(character), key=self.encoded.bytes_before) - 1
 
     def _is_at(self, tokens: int, character: int) -> bool:
-        return self.encoder.is_slow or self.encoded.bytes_before(tokens) == self._bytes(character)
+        """Whether tokens end at a character; special tokens may have taken white space after it, too."""
+        if self.encoder.is_slow or self.is_special(tokens - 1):
+            return True
+        return self.encoded.bytes_before(tokens) == self._bytes(character)
 
     def _last_special(self, character: int) -> tuple[int, int] | None:
         """(its end, number of tokens up to it) of the last special token before a character."""
@@ -122,7 +125,7 @@ class TokenPositions:
             if not self._is_token(match):
                 continue
             tokens = self._before(match.end())
-            if self._is_at(tokens, match.end()) and self.is_special(tokens - 1):
+            if self.is_special(tokens - 1) and self.encoded.bytes_before(tokens) == self._bytes(match.end()):
                 return match.end(), tokens
             return None
         return None
@@ -143,6 +146,8 @@ class TokenPositions:
         known = self.beginnings.get((place, text)) if not rows else None
         if known is not None:
             return known
+        if self.encoder.is_slow and self.encoded.written and not self.encoder.special_tokens:
+            return self.encoder.in_pieces(text, rows, place).ids  # as the whole was
         (encoded,) = self.encoder.encode([(text, rows)], place, more=True)
         if not rows and len(text) <= SHORT and len(self.beginnings) < MOST_BEGINNINGS:
             self.beginnings[place, text] = encoded.ids

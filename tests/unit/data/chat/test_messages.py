@@ -28,6 +28,7 @@ def parsed(messages: Any, merged: bool = False, **row: Any) -> Any:
         pytest.param(
             [{"role": "user", "content": ["h", {"type": "text", "text": "i"}]}, ANSWER], id="two parts"
         ),
+        pytest.param({"role": ["user", "assistant"], "content": ["hi", "yes"]}, id="columns"),
         pytest.param([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}], id="sharegpt"),
         pytest.param([{"from": "user", "value": "hi"}, {"from": "model", "value": "yes"}], id="other names"),
         pytest.param(
