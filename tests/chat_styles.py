@@ -7,6 +7,7 @@ file; the others are written here in the same style.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -282,3 +283,15 @@ def save_tokenizer(name: str, folder: Path) -> Path:
     """The tokenizer of a style as a folder."""
     style_tokenizer(name).save_pretrained(folder / name)
     return folder / name
+
+
+MARKUP = re.compile(r"<\|?[a-z_]+\|?>|</[a-z_]+>|<\uff5c[^\uff5c]+\uff5c>|\[/?[A-Z_]+\]")
+"""What looks like a special token in a template."""
+
+
+def tokenizer_of(template: str) -> Any:
+    """A small tokenizer with everything in a template that looks like a special token."""
+    core = byte_level(pre_tokenizers.Sequence([split(GPT4_WORDS), bytes_only()]))
+    tokens = ["<s>", "</s>", *sorted(set(MARKUP.findall(template)))]
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")

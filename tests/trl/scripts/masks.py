@@ -55,5 +55,5 @@ results = {}
 for case in request["cases"]:
     template, examples = tokenized(case)
     results[case["name"]] = {"template": template, "examples": examples}
-names = sorted(path.name for path in shipped.glob("*_training.jinja"))
-Path(request["json"]).write_text(json.dumps({"cases": results, "templates": names}))
+templates = {path.name: path.read_text(encoding="utf-8") for path in sorted(shipped.glob("*_training.jinja"))}
+Path(request["json"]).write_text(json.dumps({"cases": results, "templates": templates}))
