@@ -113,6 +113,7 @@ def _prompters(config: RunConfig, specs: Sequence[AdapterSpec], options: ChatOpt
     for template_name in set(names.values()):
         template = _template(tokenizer, template_name)
         made[template_name] = TemplatePrompter(ChatEncoder(template, tokenizer), options.system)
+        made[template_name].prompt([{"role": "user", "content": "Hello"}])  # it may refuse the system prompt
     return {name: made[template_name] for name, template_name in names.items()}
 
 

@@ -19,6 +19,7 @@ from flora_train.config.model_schema import ModelConfig
 from flora_train.evaluation.generation import Decoder, Generated, Request, Sampling
 from flora_train.evaluation.generation.context_limit import context_length
 from flora_train.evaluation.generation.streaming import TextStream
+from flora_train.models.probe_inputs import count_tokens
 
 REFRESH = 0.08
 """Seconds between two updates of the display."""
@@ -81,6 +82,7 @@ class ChatSession:
         chosen = [self.contenders[name] for name in self.chosen]
         message = {"role": "user", "content": text}
         prompts = [contender.prompter.prompt([*contender.history, message]) for contender in chosen]
+        self._check_tokens(prompts)
         max_new_tokens = self._room(chosen, prompts)
         turn = _Turn(self, chosen, prompts, display=display)
         with stop_requests(stoppable) as is_stopped:
@@ -89,6 +91,14 @@ class ChatSession:
             if answer.text or answer.ended:
                 contender.history += [message, {"role": "assistant", "content": answer.text}]
         return self._notes(chosen, turn, max_new_tokens)
+
+    def _check_tokens(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises UserError if the model has no embedding of a token."""
+        largest, known = max(map(max, prompts)), count_tokens(self.bank.model)
+        if largest >= known:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            hint = f"has the id {largest}, and the model's tokens are 0 to {known - 1}: choose another one"
+            raise user_error("--chat-template", token, hint)
 
     def _room(self, chosen: Sequence[Contender], prompts: Sequence[Sequence[int]]) -> int:
         """Tokens of an answer that fit after all prompts. Raises UserError if there are none."""

@@ -18,8 +18,10 @@ from flora_train.data.token_split import TokenSplit
 from flora_train.data.token_text import Piece, token_pieces
 from flora_train.data.tokenizer_copies import special_tokens_of
 
-LEARNT, SPECIAL, READ = "black on green", "magenta", ""
+LEARNT, SPECIAL, LEARNT_SPECIAL = "black on bright_green", "magenta", "bold white on green"
 """Styles, where the terminal has colours."""
+STYLES = {(True, False): LEARNT, (True, True): LEARNT_SPECIAL, (False, True): SPECIAL, (False, False): ""}
+"""(learnt, special token) -> style."""
 MARKS = (("[[", "]]"), ("{{", "}}"), ("[[[[", "]]]]"), ("{learnt: ", " :learnt}"))
 """What encloses learnt text where there are no colours: the first of these that occurs in no example."""
 WIDE_MARKS = ("\u27e6", "\u27e7")
@@ -52,7 +54,11 @@ class ExamplePrinter:
         """Say what the highlighting means. splits: the examples that will be printed."""
         if self.colours:
             line = Text.assemble(
-                ("learnt text", LEARNT), "  text that is only read  ", ("special tokens", SPECIAL)
+                ("learnt text", LEARNT),
+                "  ",
+                ("learnt special token", LEARNT_SPECIAL),
+                "  text that is only read  ",
+                ("special token", SPECIAL),
             )
         else:
             self.marks = self._unused_marks(splits)
@@ -119,9 +125,10 @@ class ExamplePrinter:
         return text
 
     def _piece(self, piece: Piece) -> Text:
+        style = STYLES[piece.learnt, piece.special]
         if piece.special:
-            return Text(plain(piece.text, keep=""), style=_style(SPECIAL, piece))
-        return Text(plain(self._escaped(piece.text)), style=_style(READ, piece))
+            return Text(plain(piece.text, keep=""), style=style)
+        return Text(plain(self._escaped(piece.text)), style=style)
 
     def _escaped(self, text: str) -> str:
         """A text with a backslash before everything that looks like a special token, and is none."""
@@ -166,12 +173,6 @@ def choose_examples(split: TokenSplit, number: int) -> list[int]:
     """Examples at equal distances, of which the first is the first one."""
     number = min(number, len(split))
     return [i * len(split) // number for i in range(number)]
-
-
-def _style(style: str, piece: Piece) -> str:
-    if not piece.learnt:
-        return style
-    return f"{style or 'black'} on green" if style else LEARNT
 
 
 def _shorter(piece: Piece) -> Piece:

@@ -146,7 +146,7 @@ def test_marks_are_those_that_no_example_contains(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     coloured = output(capsys, f"recipe={recipe}")
-    assert "p\x1b[30;42mt[[1]]\x1b[0m" in coloured
+    assert "p\x1b[30;102mt[[1]]\x1b[0m" in coloured
     assert "\u27e6" not in coloured
     monkeypatch.setenv("NO_COLOR", "1")
     assert "| \x1b[0mp\u27e6t[[1]]<e>\u27e7\n" in output(capsys, f"recipe={recipe}")
