@@ -14,21 +14,24 @@ WORDS = ("alpha", "omega", "theta")
 def end_of_turn(encoder: ChatEncoder) -> tuple[frozenset[int], tuple[str, ...]]:
     """(special tokens, strings) that end a turn.
 
-    Where no special token follows what the assistant says, a turn ends where the template begins the next
-    one. Both are empty for a template that separates turns by white space only, or cannot be probed.
+    Strings are what the template writes after the content and the tokenizer has no token for, or, where no
+    special token follows either, what the next turn begins with. Both are empty for a template that separates
+    turns by white space only, or cannot be probed.
     """
     try:
-        tokens = frozenset(_special_after_content(encoder))
-        strings = () if tokens else tuple(_text_after_content(encoder))
+        document = encoder.document(_conversation(2), learn="last")
+        learnt = [int(token) for begin, end in document.spans for token in document.tokens[begin:end]]
+        tokens = frozenset(_special_at_the_end(encoder, learnt))
+        written = encoder.tokenizer.decode(learnt, skip_special_tokens=True).partition(WORDS[1])[2].strip()
+        if not tokens and not written:
+            written = _next_beginning(encoder)
     except ValueError:  # the template accepts no such conversation
         return frozenset(), ()
-    return tokens, strings
+    return tokens, (written,) if written else ()
 
 
-def _special_after_content(encoder: ChatEncoder) -> Iterator[int]:
+def _special_at_the_end(encoder: ChatEncoder, learnt: list[int]) -> Iterator[int]:
     """The special tokens at the end of a learnt turn, with nothing but white space between them."""
-    document = encoder.document(_conversation(2), learn="last")
-    learnt = [int(token) for begin, end in document.spans for token in document.tokens[begin:end]]
     for token in reversed(learnt):
         if token in encoder.text.special:
             yield token
@@ -36,13 +39,14 @@ def _special_after_content(encoder: ChatEncoder) -> Iterator[int]:
             return
 
 
-def _text_after_content(encoder: ChatEncoder) -> Iterator[str]:
-    """What stands between the assistant's content and the next message."""
+def _next_beginning(encoder: ChatEncoder) -> str:
+    """What stands between the assistant's content and the next message; empty if that is white space."""
     text = encoder.template.render(_conversation(3)).text
-    _, found, rest = text.partition(WORDS[1])
-    between, found_next, _ = rest.partition(WORDS[2])
-    if found and found_next and between.strip():
-        yield between.rstrip()
+    rest = text.partition(WORDS[1])[2]
+    between, next_content, _ = rest.partition(WORDS[2])
+    if not next_content or not between.strip():
+        return ""
+    return between.rstrip()
 
 
 def _conversation(length: int) -> Conversation:

@@ -58,3 +58,11 @@ def test_chatml_of_smollm2(name: str | None) -> None:
     base = smollm2()
     encoder = ChatEncoder(ChatTemplate.of(base, name, "tasks.talk"), base)
     assert end_of_turn(encoder) == (frozenset({base.convert_tokens_to_ids("<|im_end|>")}), ())
+
+
+def test_a_token_that_the_tokenizer_lacks_is_a_string() -> None:
+    base = byte_tokenizer()
+    encoder = ChatEncoder(ChatTemplate.of(base, "chatml", "tasks.talk"), base)
+    assert end_of_turn(encoder) == (frozenset({base.eos_token_id}), ("<|im_end|>",))
+    plain = ChatEncoder(ChatTemplate.of(base, "plain", "tasks.talk"), base)
+    assert end_of_turn(plain) == (frozenset({base.eos_token_id}), ())
