@@ -172,7 +172,7 @@ def _peft_warnings(context: RunContext) -> dict[str, str]:
 
 def sample_completions(context: RunContext) -> list[SampleCompletion]:
     """Every task's sample prompts, continued by the base model and by the task's adapters in one batch."""
-    requests: list[tuple[Prompt, int]] = []
+    requests: list[tuple[str | Prompt, int]] = []
     prompts: list[tuple[str, SamplePrompt, list[str]]] = []
     for name, task in context.config.tasks.items():
         specs = [spec for spec in context.bank.specs if spec.task == name]

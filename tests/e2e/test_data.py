@@ -60,7 +60,7 @@ def test_counts_and_examples_of_prompts_and_completions(base: Path, tmp_path: Pa
         "used": ["4", "2"],
         "left out: over the limit on examples": ["0", "1"],
         "left out: without text to learn": ["1", "0"],
-        "left out: the prompt alone fills max_length": ["1", "0"],
+        "left out: nothing learnt within max_length": ["1", "0"],
         "cut off at max_length": ["1", "0"],
         "examples": ["4", "2"],
         "tokens": ["50", "12"],

@@ -237,7 +237,7 @@ def complete(
     bank: AdapterBank,
     tokenizer: Any,
     *,
-    requests: Sequence[tuple[Prompt, int]],
+    requests: Sequence[tuple[str | Prompt, int]],
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy completions of (prompt, adapter id) requests, in order; -1 is the base model.
@@ -257,7 +257,9 @@ def complete(
     return texts
 
 
-def _greedy_request(prompt: Prompt, adapter: int) -> Request:
+def _greedy_request(prompt: str | Prompt, adapter: int) -> Request:
+    if isinstance(prompt, str):
+        prompt = Prompt(prompt)
     return Request(
         adapter,
         prompt.content,
