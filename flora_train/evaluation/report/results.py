@@ -196,7 +196,7 @@ def read_training_record(folder: RunFolder) -> TrainingRecord:
 
 
 def examples_hash(split: TokenSplit) -> str:
-    """SHA-256 of a split's examples: sound and sentences of clips, tokens of text.
+    """SHA-256 of a split's examples: sound and sentences of clips, tokens and labels of text.
 
     It does not depend on the task's other splits, so that runs with the same held-out rows have the same
     hash.
@@ -205,6 +205,8 @@ def examples_hash(split: TokenSplit) -> str:
     names: tuple[str, ...] = ("tokens", "offsets", "spans", "span_offsets", "label_bytes", "pack_offsets")
     if hasattr(split, "shas"):
         names = ("shas", "samples", "sentences")
+    elif len(split.labels):
+        names = (*names, "labels")
     for name in names:
         values = getattr(split, name)
         digest.update(f"{name}\x1f{values.shape}\x1f".encode())

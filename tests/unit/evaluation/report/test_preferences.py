@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from flora_train.evaluation.preferences.score_types import PreferenceResult
 from flora_train.evaluation.preferences.scores import ContenderNames, preference_result
 from flora_train.evaluation.report import comparison
 from flora_train.evaluation.report.html import render_comparison, render_html
+from flora_train.evaluation.report.results import examples_hash
 from flora_train.evaluation.report.summary_text import summarise
 from flora_train.evaluation.report.sweeps import sweep_plots, winner_is_clear
 from flora_train.evaluation.report.tables import as_csv, as_latex, as_markdown, scores_of
@@ -25,6 +27,7 @@ from flora_train.evaluation.report.types import Report
 from flora_train.export.model_card_results import card_results, tables
 from flora_train.training.preference_heldout import HeldOutPreferences, Objective
 from tests.unit.evaluation.report.test_html import run
+from tests.unit.training.harness import random_preferences
 
 FAMILIES = ("flora", "lora")
 
@@ -237,6 +240,13 @@ def test_a_sweep_of_a_preference_task_is_won_by_the_loss_of_its_objective(report
     text = text_of(render_html(swept))
     assert "the mean loss of the objective on held-out preferences" in text
     assert re.search(r"best\s+0\.450", text)
+
+
+def test_rows_with_other_labels_are_other_examples() -> None:
+    split = random_preferences(1, 6, "kto")
+    changed = replace(split, labels=~split.labels)
+    assert examples_hash(split) == examples_hash(random_preferences(1, 6, "kto"))
+    assert examples_hash(split) != examples_hash(changed)
 
 
 @pytest.mark.parametrize(
