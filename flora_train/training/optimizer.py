@@ -10,7 +10,7 @@ rows per pool, whatever the number of adapters and layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import cos, inf, isfinite, pi
 from typing import Any
@@ -237,6 +237,12 @@ class TorchBankOptimizer(torch.optim.Optimizer):
         bank = self.rows.bank
         self.rows.step([adapter for adapter in range(len(bank.specs)) if bank.gradient_row(adapter).any()])
         return loss
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """A context in which adapters with ema_decay hold the averages of their weights, for evaluation and
+        export.
+        """
+        return self.rows.averaged_weights(range(len(self.rows.bank.specs)))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all adapters."""

@@ -17,7 +17,7 @@ from flora_train.adapters.pool import numbers_of
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.training_schema import TrainingConfig
 from flora_train.training.best_adapters import load_adapter
-from flora_train.training.optimizer import AVERAGE, BankOptimizer
+from flora_train.training.optimizer import AVERAGE, BankOptimizer, TorchBankOptimizer
 from flora_train.training.trainer import Trainer
 from tests.architectures import tiny_model
 from tests.conftest import mixed_specs, spec
@@ -210,3 +210,17 @@ def test_averages_follow_the_triton_optimizer() -> None:
         banks.append(bank)
     for name, tensor in banks[0].tensors().items():
         torch.testing.assert_close(banks[1].tensors()[name], tensor, rtol=2e-6, atol=1e-7)
+
+
+def test_torch_s_interface_gives_the_averages() -> None:
+    bank = AdapterBank.attach(tiny_model(), averaged_specs())
+    optimizer = TorchBankOptimizer(bank, TrainingConfig(steps=100))
+    for step in range(2):
+        draw_gradients(bank, step)
+        optimizer.step()
+    weights = bank.row(0).clone()
+    with optimizer.averaged_weights():
+        average = bank.row(0).clone()
+    assert torch.equal(bank.row(0), weights)
+    assert torch.equal(bank.state(0)[AVERAGE], average)
+    assert not torch.equal(average, weights)
