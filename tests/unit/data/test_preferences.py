@@ -10,6 +10,7 @@ import pytest
 from flora_train.config.errors import UserError
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.documents import EncodedExample
+from flora_train.data.guess_preferences import guess_preferences
 from flora_train.data.preferences.split import PreferenceSplit, preference_split
 from flora_train.data.row_encoders import make_row_encoder
 from flora_train.data.split_builder import SplitBuilder
@@ -152,3 +153,24 @@ def test_a_supervised_task_of_pairs_has_both_completions_for_its_evaluation() ->
     assert texts(encode(rows, objective="sft")[0]) == texts(encode(rows, objective="dpo")[0])
     (plain,) = encode([{"prompt": "p ", "completion": "yes"}], objective="sft")
     assert len(plain.documents) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "objective", "holds_messages"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "dpo", False),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD], "score": 1}, "dpo", True),
+        ({"prompt": "p", "completion": "a", "label": True}, "kto", False),
+        ({"prompt": "p", "completion": "a", "label": "lua"}, None, False),
+        ({"text": "a"}, None, False),
+    ],
+)
+def test_preferences_are_guessed_by_their_columns(
+    row: dict[str, Any], objective: str | None, holds_messages: bool
+) -> None:
+    guessed = guess_preferences([row] * 3)
+    assert (guessed is None) == (objective is None)
+    if guessed is not None:
+        assert guessed.keys == {"objective": objective}
+        assert guessed.holds_messages == holds_messages
+        assert set(guessed.used) == row.keys() - {"score"}
