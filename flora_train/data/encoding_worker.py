@@ -4,6 +4,7 @@ output, each a pickle after its length.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -60,6 +61,7 @@ def receive(file: IO[bytes]) -> Any:
 def main() -> None:
     """Answer requests until the other process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
+    logging.disable(logging.WARNING)  # the other process has said it
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     requests = sys.stdin.buffer

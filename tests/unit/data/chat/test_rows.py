@@ -11,7 +11,9 @@ import pytest
 
 from flora_train.config.errors import UserError
 from flora_train.data.chat.rows import ChatRowEncoder
-from flora_train.data.documents import EncodedExample
+from flora_train.data.documents import EncodedExample, LocatedRow
+from flora_train.data.encoding import Workers
+from flora_train.data.encoding_worker import EncoderArguments
 from flora_train.data.row_encoders import make_row_encoder
 from flora_train.data.text_rows import TextRowEncoder
 from tests.rows import located, outline_of
@@ -165,6 +167,22 @@ def test_records_of_parquet_lose_the_fields_of_other_records(tokenizer: Any) -> 
         texts += learnt(tokenizer, list(made.encode(located(rows, file))))
     assert texts[0] == ['{"name": "f", "arguments": {"b": 1}}<e>']
     assert texts[1] == ['{"name": "f", "arguments": {"a": null, "b": 1}}<e>']
+
+
+def test_other_processes_encode_the_same_and_name_the_same_bad_row(tokenizer: Any) -> None:
+    rows = located([CHAT, {"messages": [USER, ANSWER, USER, ANSWER]}], "chats.jsonl")
+    config = run_config({"t": {"train": "unused.jsonl", "learn": "last"}}).tasks["t"]
+    arguments = EncoderArguments(config, tokenizer, outline_of([CHAT]), 200, "tasks.t")
+    here = encoded(tokenizer, [row.cells for row in rows], learn="last")
+    with Workers(arguments, 1) as workers:
+        assert workers.are_ready()
+        ((_, there),) = workers.encode(iter([(0, rows)]))
+        assert [learnt(tokenizer, [a]) for a in there] == [learnt(tokenizer, [a]) for a in here]
+        bad = [LocatedRow({"messages": []}, "chats.jsonl", 7)]
+        with pytest.raises(
+            UserError, match=r"tasks\.t: chats\.jsonl, row 7: 'messages' is an empty conversation"
+        ):
+            list(workers.encode(iter([(0, bad)])))
 
 
 def test_tokens_that_the_base_lacks_are_named_once(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
