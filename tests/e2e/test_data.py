@@ -149,7 +149,7 @@ def test_marks_are_those_that_no_example_contains(
     assert "p\x1b[30;102mt[[1]]\x1b[0m" in coloured
     assert "\u27e6" not in coloured
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "| \x1b[0mp\u27e6t[[1]]<e>\u27e7\n" in output(capsys, f"recipe={recipe}")
+    assert "| \x1b[0mp\u27e6t[[1]]\x1b[1m<e>\x1b[0m\u27e7\n" in output(capsys, f"recipe={recipe}")
 
 
 def test_long_examples_are_shortened_unless_all_is_asked_for(
