@@ -6,7 +6,10 @@ on the same pairs, and their steps take turns: one of ours, which updates 8 adap
 training loop. A step of ours is planned, collated, computed and applied; one of TRL's is an iteration of
 `DPOTrainer.train()`, without logging. The reference of both is the base in the same step.
 
-Usage: python benchmarks/preferences_vs_trl.py [--model tiny|smollm2] [--repeats 7] [--save]
+With --threads 1 the processor's time is measured, which is the time of an idle machine, also where other
+programs run; with more threads it is the clock.
+
+Usage: python benchmarks/preferences_vs_trl.py [--model tiny|smollm2] [--threads 2] [--repeats 7] [--save]
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapted_layer import seconds, where
+from adapted_layer import where
 
 # isort: split
 import numpy as np
@@ -248,11 +252,14 @@ def measure(
     }
     for trainer in ours.values():
         assert trainer.bank.pools[0].row_size == theirs.parameters
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {"TRL": [], **{form: [] for form in FORMS}}
     for repeat in range(repeats + 2):  # the first two warm up
         of_repeat = {"TRL": theirs.steps(ADAPTERS)}
         for form, trainer in ours.items():
-            of_repeat[form] = seconds(trainer.step)
+            started = clock()
+            trainer.step()
+            of_repeat[form] = clock() - started
         if repeat >= 2:
             for name, value in of_repeat.items():
                 times[name].append(value)
@@ -278,6 +285,9 @@ def report(names: Sequence[str], python: Path, repeats: int) -> str:
         "tiny": "Llama of 4 layers, d = 256, vocabulary of 1,000, random weights",
         "smollm2": "SmolLM2-135M",
     }
+    clock = ""
+    if torch.get_num_threads() == 1:
+        clock = ", of the processor's time on one thread"
     lines = [
         f"# A DPO step of {ADAPTERS} LoRA adapters at once, against TRL's trainer adapter by adapter",
         "",
@@ -285,8 +295,8 @@ def report(names: Sequence[str], python: Path, repeats: int) -> str:
         "",
         f"Rank {RANK} on every linear layer, AdamW, float32, rows of {LENGTH} tokens, of which {PROMPT} are "
         f"the prompt, reference in the batch. Seconds of one step of all {ADAPTERS} adapters: medians of "
-        f"{repeats} repeats that took turns; times as fast: median (range) of the ratios of the same repeat. "
-        "One task: all adapters "
+        f"{repeats} repeats that took turns{clock}; times as fast: median (range) of the ratios of the same "
+        "repeat. One task: all adapters "
         "learn from the same pairs, whose reference is computed once. 8 tasks: each from pairs of its own.",
         "",
     ]
@@ -321,6 +331,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=sorted(PAIRS), help="default: tiny, and smollm2 where it is built")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both processes")
     parser.add_argument(
         "--trl-python",
         default=os.environ.get("FLORA_TRL_PYTHON", str(ROOT / ".venv-trl" / "bin" / "python")),
@@ -331,6 +342,7 @@ def main() -> None:
     python = Path(options.trl_python)
     if not python.exists():
         raise SystemExit(f"there is no {python}: run make trl-env")
+    torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     names = [options.model] if options.model else ["tiny", *(["smollm2"] if SMOLLM2.exists() else [])]
     text = report(names, python, options.repeats)
