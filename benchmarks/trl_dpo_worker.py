@@ -34,15 +34,13 @@ def main():
             self.left -= 1
             if not self.left:
                 answer(clock() - self.started)
-                if not self.wait():
-                    control.should_training_stop = True
+                self.wait()
 
         def wait(self):
             line = sys.stdin.readline()
             if not line:
-                return False
+                sys.exit()
             self.left, self.started = int(line), clock()
-            return True
 
     config = DPOConfig(
         output_dir=request["output"],
