@@ -116,7 +116,7 @@ SOME_LAYERS: dict[str, Rule] = {
 
 INITS = _one_of(None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base model unchanged. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
-change it; MiCA computes something else."""
+change it; MiCA freezes B."""
 
 REPEATABLE_INITS = ("pissa", "olora")
 """Values of init_lora_weights whose change of the base model depends on its weights alone."""
@@ -232,6 +232,12 @@ CONVERT = (
     "its tensors are relative to a changed base model: save it again with PEFT's "
     "save_pretrained(folder, path_initial_model_for_weight_conversion=...), which writes a plain LoRA"
 )
+INIT_HINTS = {
+    "loftq": "its tensors are relative to a base model that PEFT quantized, which is not known: merge the "
+    "adapter in PEFT, and give the merged model as model.path",
+    "mica": "its B is frozen, which no method here does; set this key to true in the file to train A and B",
+}
+"""Value of init_lora_weights -> its hint, where it is not that of all."""
 HINTS = {
     "init_lora_weights": CONVERT,
     "task_type": "supported are causal and encoder-decoder language models, and adapters without a task_type",
@@ -389,6 +395,8 @@ def _refused(name: str, value: Any, source: str, *, key: str, known: bool) -> Us
     if len(given) > 60:
         given = f"{given[:57]}..."
     hint = HINTS.get(name, "this option is not supported, so that training cannot start from the adapter")
+    if name == "init_lora_weights" and isinstance(value, str):
+        hint = INIT_HINTS.get(value, hint)
     if not known:
         hint = (
             "unknown key, which may change what the adapter computes: remove it from the file if it does not"

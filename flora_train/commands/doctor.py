@@ -137,7 +137,10 @@ def choices_of(
     for (name, in_features, out_features, rank), count in shapes.items():
         members = [replace(spec, rank=rank) for spec in pool.specs]
         work = _work(members, tokens_per_adapter, (in_features, out_features), dtype=dtype, device=device)
-        choices[_choice(pool.specs[0].method, work)].append(f"{count} {name} {in_features} x {out_features}")
+        label = f"{count} {name} {in_features} x {out_features}"
+        if pool.ranks[0] != pool.ranks[1]:
+            label += f" (rank {rank})"
+        choices[_choice(pool.specs[0].method, work)].append(label)
     return choices
 
 

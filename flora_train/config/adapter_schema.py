@@ -258,7 +258,8 @@ def _is_random(adapter: Mapping[str, Any]) -> bool:
     """Whether the seed of an adapter changes anything. adapter: its valid keys."""
     if adapter.get("dropout") or adapter.get("neftune_noise_alpha"):
         return True
-    all_ones = adapter.get("variant") == "pure" and adapter.get("rank") == 1
+    one_rank = adapter.get("rank") == 1 and not adapter.get("rank_pattern")
+    all_ones = adapter.get("variant") == "pure" and one_rank
     return adapter.get("method") != "ia3" and not all_ones and adapter.get("init_from") is None
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.methods import METHODS
 from flora_train.adapters.peft_config import PeftConfig
 from flora_train.adapters.peft_equivalents import as_lora
 from flora_train.adapters.targets import endings, find_targets, linear_layers
@@ -193,6 +195,18 @@ def test_a_lora_is_read_as_a_dora_that_computes_the_same(tmp_path: Path) -> None
     torch.testing.assert_close(
         logits(again, TOKENS, [0, 0]), logits(bank, TOKENS, [0, 0]), atol=1e-5, rtol=1e-5
     )
+
+
+def test_lr_ratio_of_a_dora_is_that_of_the_parameters_that_peft_gives_it() -> None:
+    config = LoraConfig(target_modules=["q_proj"], use_dora=True)
+    model = get_peft_model(tiny_model(), config)
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=1.0, loraplus_lr_ratio=4.0)
+    faster = [
+        parameter for group in optimizer.param_groups if group["lr"] == 4.0 for parameter in group["params"]
+    ]
+    names = {name for name, parameter in model.named_parameters() if any(parameter is p for p in faster)}
+    kinds = {"lora_B": "B", "lora_magnitude_vector": "m"}
+    assert {kinds[name.split(".")[-3]] for name in names} == METHODS["dora"].lr_ratio_parameters
 
 
 def test_options_hold_for_every_method() -> None:
