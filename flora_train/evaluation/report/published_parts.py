@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from flora_train.config.adapter_schema import adapter_name
 from flora_train.evaluation.code.problems.suites import STARTER
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores
 from flora_train.evaluation.report.published import PublishedTable
@@ -70,6 +71,8 @@ class Measured:
 def measured_by(report: Report, table: PublishedTable) -> list[Measured]:
     """What the run measured by the table's metric: for pass@k, on each suite of such problems."""
     adapters = {adapter.name: adapter for adapter in report.adapters}
+    for adapter in report.adapters:  # means over seeds, which have the name of none of them
+        adapters.setdefault(adapter_name(adapter.task, adapter.family), adapter)
     if table.k is not None:
         return [
             _of_suite(suite, table.k, adapters)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.paging import Paging
-from flora_train.adapters.pool import numbers_of
+from flora_train.adapters.pool import build_pools, numbers_of
 from flora_train.adapters.spec import AdapterSpec
+from flora_train.commands.plan_text import _pool_line
 from flora_train.config.training_schema import TrainingConfig
 from flora_train.training.best_adapters import load_adapter
 from flora_train.training.optimizer import AVERAGE, BankOptimizer, TorchBankOptimizer
@@ -25,11 +26,11 @@ from tests.unit.training.harness import make_trainer
 from tests.unit.training.test_checkpoint import assert_equal, result, stop_before
 from tests.unit.training.test_optimizer import draw_gradients
 
-DECAYS = {"a-flora": 0.9, "c-pure": 0.5, "a-lora": 0.99, "a-ia3": 0.7}
+DECAYS = {"a-flora": 0.9, "c-pure": 0.5, "a-lora": 0.99, "c-dora": 0.8, "a-ia3": 0.7}
 
 
 def averaged_specs(decays: dict[str, float] = DECAYS) -> list[AdapterSpec]:
-    """Four adapters with averages in pools of their own, one in a pool with one that has none."""
+    """Five adapters with averages, one of them in a pool with one that has none."""
     specs = [replace(s, ema_decay=decays.get(s.name)) for s in mixed_specs(lr=5e-3)]
     return [*specs, replace(specs[3], name="b-lora", task="b", ema_decay=None)]
 
@@ -69,7 +70,7 @@ def test_only_pools_with_averages_store_them() -> None:
     bank = AdapterBank.attach(tiny_model(), averaged_specs())
     BankOptimizer(bank, TrainingConfig(steps=100))
     with_averages = {pool.specs[0].name for pool in bank.pools if AVERAGE in pool.planes}
-    assert with_averages == {"a-flora", "a-lora", "a-ia3"}
+    assert with_averages == {"a-flora", "a-lora", "c-dora", "a-ia3"}
     stored = sum(rows.numel() for pool in bank.pools for rows in (*pool.planes.values(), pool.gradients))
     assert stored == numbers_of(bank.pools)
     assert sum(tensor.numel() for tensor in bank.tensors().values()) == numbers_of(bank.pools, False)
@@ -108,8 +109,8 @@ def test_averages_are_evaluated_and_selected_and_training_goes_on_from_the_weigh
 
 def test_before_its_first_step_an_adapter_is_evaluated_as_it_is(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path / "run")
-    before = {i: trainer.bank.row(i).clone() for i in range(7)}
-    with trainer.optimizer.averaged_weights(range(7)):
+    before = {i: trainer.bank.row(i).clone() for i in range(8)}
+    with trainer.optimizer.averaged_weights(range(8)):
         assert all(torch.equal(trainer.bank.row(i), row) for i, row in before.items())
 
 
@@ -120,7 +121,7 @@ def test_weights_return_after_an_evaluation_that_failed(tmp_path: Path) -> None:
         assert plan is not None
         trainer.step(number, plan)
     before = {name: tensor.clone() for name, tensor in trainer.bank.tensors().items()}
-    with pytest.raises(KeyError), trainer.optimizer.averaged_weights(range(7)):
+    with pytest.raises(KeyError), trainer.optimizer.averaged_weights(range(8)):
         raise KeyError
     assert all(torch.equal(trainer.bank.tensors()[name], tensor) for name, tensor in before.items())
 
@@ -145,7 +146,7 @@ def test_interrupted_run_ends_with_the_same_bits(stop: int, optimizer: str, tmp_
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_paging_changes_no_bit(disk: bool, tmp_path: Path) -> None:
     next_task = {"a": "b", "b": "c", "c": "a"}
-    specs = averaged_specs()[:6]
+    specs = [s for s in averaged_specs() if s.name not in ("b-lora", "c-dora")]
     specs += [replace(s, task=next_task[s.task], name=f"{next_task[s.task]}2-{s.family}") for s in specs]
     found = []
     for name, slots in (("resident", None), ("paged", 5)):
@@ -206,7 +207,7 @@ def test_averages_follow_the_triton_optimizer() -> None:
         stepper = BankOptimizer(bank, TrainingConfig(steps=100))
         for step in range(3):
             draw_gradients(bank, step)
-            stepper.step(range(7))
+            stepper.step(range(8))
         banks.append(bank)
     for name, tensor in banks[0].tensors().items():
         torch.testing.assert_close(banks[1].tensors()[name], tensor, rtol=2e-6, atol=1e-7)
@@ -224,3 +225,13 @@ def test_torch_s_interface_gives_the_averages() -> None:
     assert torch.equal(bank.row(0), weights)
     assert torch.equal(bank.state(0)[AVERAGE], average)
     assert not torch.equal(average, weights)
+
+
+def test_plan_counts_the_average() -> None:
+    specs = averaged_specs()
+    pools, _ = build_pools(tiny_model(), specs)
+    lines = {pool.specs[0].name: _pool_line(pool) for pool in pools}
+    assert lines["a-flora"].endswith("with gradient, moments and average")
+    assert lines["b-flora_one"].endswith("with gradient and moments")
+    (largest,) = (pool for pool in pools if pool.specs[0].name == "a-lora")
+    assert f"{5 * 4 * largest.row_size / 1e3:.1f} kB" in lines["a-lora"]

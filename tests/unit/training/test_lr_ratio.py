@@ -29,8 +29,8 @@ BETAS, EPS = (0.8, 0.95), 1e-6
 
 
 def own_ratios() -> list[AdapterSpec]:
-    """Two adapters with a ratio in pools of their own, and two in one pool, of which one has none."""
-    ratios = {"a-flora": 16.0, "c-pure": 0.25, "a-lora": 4.0}
+    """Adapters with ratios in pools of their own, and two in one pool, of which one has none."""
+    ratios = {"a-flora": 16.0, "c-pure": 0.25, "a-lora": 4.0, "c-dora": 2.0}
     specs = [
         replace(s, lr_ratio=ratios.get(s.name, 1.0), lr=10.0 ** -(2 + i / 3), weight_decay=0.1 * i)
         for i, s in enumerate(mixed_specs())
@@ -47,7 +47,7 @@ class Reference:
         self.parts: list[tuple[slice, float]] = []
         for layout in pool.layout.values():
             for name, (start, shape) in layout.items():
-                ratio = self.spec.lr_ratio if name == "B" else 1.0
+                ratio = self.spec.lr_ratio if name in ("B", "m") else 1.0
                 self.parts.append((slice(start, start + prod(shape)), self.spec.lr * ratio))
         self.weights = bank.row(adapter).double().numpy().copy()
         self.first, self.second = np.zeros_like(self.weights), np.zeros_like(self.weights)
@@ -113,7 +113,7 @@ def test_adapter_without_a_ratio_keeps_its_bits_beside_one_with(optimizer: str) 
 
 
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("present", [range(7), (0, 3, 4, 6), (1, 5)], ids=["all", "some", "without a ratio"])
+@pytest.mark.parametrize("present", [range(8), (0, 3, 4, 6), (1, 7)], ids=["all", "some", "without a ratio"])
 def test_the_triton_kernel_moves_adapters_as_torch_does(present: Sequence[int]) -> None:
     banks = []
     for name in ("torch", "triton"):
@@ -128,17 +128,25 @@ def test_the_triton_kernel_moves_adapters_as_torch_does(present: Sequence[int]) 
         torch.testing.assert_close(banks[1].tensors()[name], tensor, rtol=2e-6, atol=1e-7)
 
 
-def test_training_equals_peft_s_loraplus_optimizer() -> None:
+NAMES = {
+    "A": "lora_A.default.weight",
+    "B": "lora_B.default.weight",
+    "m": "lora_magnitude_vector.default.weight",
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_training_equals_peft_s_loraplus_optimizer(method: str) -> None:
     """Forward, backward and ten steps on the same batches, with decay."""
     targets = ["q_proj", "down_proj"]
-    ours = spec("lora", rank=3, target_modules=targets, lr=1e-3, lr_ratio=16, weight_decay=0.2)
+    ours = spec(method, rank=3, target_modules=targets, lr=1e-3, lr_ratio=16, weight_decay=0.2)
     bank = AdapterBank.attach(tiny_model(), [replace(ours, max_grad_norm=None)])
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, use_dora=method == "dora")
     theirs: Any = get_peft_model(tiny_model(), config)
     parameters = dict(theirs.named_parameters())
     for module, params in bank.parameters_of(ours.name).items():
         for name, tensor in params.items():
-            parameters[f"base_model.model.{module}.lora_{name}.default.weight"].data.copy_(tensor)
+            parameters[f"base_model.model.{module}.{NAMES[name]}"].data.copy_(tensor)
     judge = create_loraplus_optimizer(
         theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.2,
         betas=BETAS, eps=EPS,
@@ -155,7 +163,7 @@ def test_training_equals_peft_s_loraplus_optimizer() -> None:
         stepper.step([0])
     for module, params in bank.parameters_of(ours.name).items():
         for name, tensor in params.items():
-            expected = parameters[f"base_model.model.{module}.lora_{name}.default.weight"]
+            expected = parameters[f"base_model.model.{module}.{NAMES[name]}"]
             torch.testing.assert_close(tensor, expected.detach(), rtol=1e-4, atol=1e-5)
             assert name == "A" or expected.abs().max() > 0.05  # B has left zero
 
