@@ -12,7 +12,7 @@ ARGS ?=
 MULTIPL_E ?=
 PROBLEMS := assets/preference_problems
 SAMPLED := evaluation.problems=[$(PROBLEMS)/training_problems.yaml,$(PROBLEMS)/heldout_problems.yaml] \
-	evaluation.temperature=0.9 evaluation.num_samples=3 evaluation.max_new_tokens=48 evaluation.batch_rows=96 --languages lua,rb
+	evaluation.temperature=0.5 evaluation.num_samples=4 evaluation.max_new_tokens=48 evaluation.batch_rows=96 --languages lua,rb
 
 .PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local test test-full test-headline test-chips test-attack test-trl trl-env test-gpu lint types format bench bench-quick bench-gpu docs figures clean
 

@@ -3,7 +3,7 @@
     flora-train solve outputs/preferences_sft_local --out outputs/preference_samples \\
         evaluation.problems=[assets/preference_problems/training_problems.yaml,\\
 assets/preference_problems/heldout_problems.yaml] \\
-        evaluation.temperature=0.9 evaluation.num_samples=3 --languages lua,rb
+        evaluation.temperature=0.5 evaluation.num_samples=4 --languages lua,rb
     python assets/build_preference_pairs.py outputs/preference_samples
 
 Pairs of the training problems are for training, those of the held-out problems are held out.
