@@ -21,6 +21,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.methods import METHODS
 from flora_train.adapters.peft_config import PeftConfig
 from flora_train.adapters.peft_equivalents import as_lora
+from flora_train.adapters.spec import rank_text
 from flora_train.adapters.targets import endings, find_targets, linear_layers
 from flora_train.config.errors import UserError
 from flora_train.export.merge import merge_into_base
@@ -282,3 +283,10 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
     if "pattern" in next(iter(options)) and options.keys() != {"layers_pattern"}:
         with pytest.raises(ValidationError, match="has no meaning for method ia3"):
             spec("ia3", **{key: {"q": 1} for key in options})
+
+
+def test_ranks_of_a_pool_and_their_text() -> None:
+    patterns = {"rank_pattern": {"q_proj": 2, "v_proj": 9}}
+    bank = AdapterBank.attach(tiny_model(), [spec("lora", rank=4, **patterns), spec("ia3")])
+    assert [pool.ranks for pool in bank.pools] == [(2, 9), (0, 0)]
+    assert (rank_text(9, 2), rank_text(4, None), rank_text(4, 4), rank_text(0, 0)) == ("2 to 9", "4", "4", "")
