@@ -13,7 +13,15 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.training.optimizer import AVERAGE
 from flora_train.training.trainer import Trainer
 from tests.conftest import mixed_specs
-from tests.unit.training.harness import make_trainer, moved, only, plans_of, train_together
+from tests.unit.training.harness import (
+    largest_difference_to_training_alone,
+    make_trainer,
+    moved,
+    only,
+    plans_of,
+    train_together,
+)
+from tests.unit.training.test_preferences import BUDGET, MIXED
 
 
 def specs(**options: Any) -> list[AdapterSpec]:
@@ -22,6 +30,7 @@ def specs(**options: Any) -> list[AdapterSpec]:
         "a-flora": {"lr_ratio": 4.0, "neftune_noise_alpha": 5.0},
         "b-flora_one": {"ema_decay": 0.9, "neftune_noise_alpha": 5.0, "seed": 7},
         "a-lora": {"lr_ratio": 8.0, "ema_decay": 0.8, "neftune_noise_alpha": 10.0, "dropout": 0.2, "seed": 3},
+        "c-dora": {"lr_ratio": 2.0, "neftune_noise_alpha": 3.0},
         "a-ia3": {"ema_decay": 0.5, "neftune_noise_alpha": 5.0},
     }
     return [replace(s, **changes.get(s.name, {})) for s in mixed_specs(**options)]
@@ -57,7 +66,7 @@ def test_trained_together_equals_trained_alone(
     options = {"optimizer": optimizer, **options}
     together = make_trainer(specs(lr=lr, weight_decay=0.1), tmp_path, **options)
     plans = plans_of(together)
-    assert any(len(plan.label_tokens) < 6 for plan in plans)
+    assert any(len(plan.label_tokens) < 7 for plan in plans)
     train_together(together, plans)
     assert min(moved(together).values()) > 1e-3
     averages_together = averages(together)
@@ -73,13 +82,33 @@ def test_trained_together_equals_trained_alone(
             assert (average - averages_together[name]).abs().max() <= 1e-5, name
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.quick("adamw")
+def test_packed_chats_and_preferences_trained_together_equal_those_trained_alone(
+    tmp_path: Path, optimizer: str
+) -> None:
+    """With noise and dropout on packed conversations, DPO pairs and KTO rows, and references without."""
+    options = {"preferences": MIXED, "packed_chats": ["a"], **BUDGET, "optimizer": optimizer}
+    lr = {"adamw": 1e-3, "sgd": 0.1}[optimizer]
+    together = make_trainer(specs(lr=lr), tmp_path, **options)
+    plans = plans_of(together)
+    rows = [row for plan in plans for rows in plan.microbatches for row in rows]
+    packed = [together.noise(0, row) for row in rows if row.task == "a"]
+    assert any(len(noise.documents) > 1 for noise in packed)
+    assert any(row.frozen for row in rows)
+    train_together(together, plans)
+    differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
+    assert max(differences.values()) <= 1e-5, differences
+    assert min(moved(together).values()) > 3e-4
+
+
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
 def test_recomputed_forward_sees_the_same_noise(checkpointing: str, tmp_path: Path) -> None:
     rows = []
     for mode in ("off", checkpointing):
         trainer = make_trainer(specs(lr=1e-2), tmp_path, checkpointing=mode, optimizer="sgd")
         train_together(trainer, plans_of(trainer, 4))
-        rows.append([trainer.bank.row(i).clone() for i in range(6)])
+        rows.append([trainer.bank.row(i).clone() for i in range(7)])
     for ours, theirs in zip(*rows, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
