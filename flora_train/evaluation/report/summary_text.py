@@ -162,7 +162,10 @@ def _against_base(results: Sequence[TaskResult]) -> str:
     if diverged := names[NOT_FINITE]:
         shown = listed(diverged, MAX_NAMES)
         parts.append(f"{len(diverged)} cannot be compared, the held-out loss is not finite ({shown})")
-    return f"Of {count(total)} adapters, {'; '.join(parts)}."
+    nouns = "adapters"
+    if any(row.bits_per_byte.deviation is not None for result in results for row in result.contenders):
+        nouns = "adapters and means over seeds"
+    return f"Of {count(total)} {nouns}, {'; '.join(parts)}."
 
 
 def _predict(adapters: int) -> str:
@@ -174,9 +177,12 @@ def _one_against_base(result: TaskResult, level: str) -> str:
     difference, digits = result.contenders[0].difference_to_base, shared_digits([result])
     value = number(difference.value, digits, "+")
     figures = f"{value} bits per byte, {level} interval {interval(difference, digits)}"
+    predicts = "It predicts"
+    if result.contenders[0].bits_per_byte.deviation is not None:
+        predicts = "In the mean over their seeds they predict"
     return {
-        "better": f"It predicts held-out text better than the base model: {figures}.",
-        "worse": f"It predicts held-out text worse than the base model: {figures}.",
+        "better": f"{predicts} held-out text better than the base model: {figures}.",
+        "worse": f"{predicts} held-out text worse than the base model: {figures}.",
         "unclear": f"There is no clear difference to the base model on held-out text: {figures}.",
         NOT_FINITE: "Its held-out loss is not finite, so it cannot be compared with the base model.",
     }[verdict(difference)]

@@ -26,6 +26,7 @@ from flora_train.evaluation.report.html import render_comparison, render_html
 from flora_train.evaluation.report.joined_seeds import adapters_of, note_on_seeds, with_joined_seeds
 from flora_train.evaluation.report.results import Evaluation, build_results
 from flora_train.evaluation.report.seed_tables import seed_tables
+from flora_train.evaluation.report.summary_text import summarise
 from flora_train.evaluation.report.tables import write_table
 from flora_train.evaluation.report.terminal import print_pass_at_k, print_results, print_sweeps
 from flora_train.evaluation.report.tracked_metrics import final_metrics
@@ -130,6 +131,15 @@ def test_seeds_alone_are_no_sweep(tmp_path: Path) -> None:
     page = render_html(report)
     assert 'id="sweeps"' not in page
     assert 'id="seeds"' in page
+
+
+def test_summary_speaks_of_means(tmp_path: Path) -> None:
+    many = " ".join(summarise(with_joined_seeds(report_of(tmp_path))))
+    assert "8 adapters on task a were trained in one run" in many
+    assert "The best method is lora_lr2e-3" in many
+    flora = {name: loss for name, loss in LOSSES.items() if name.startswith("flora")}
+    alone = " ".join(summarise(with_joined_seeds(report_of(tmp_path, flora))))
+    assert "In the mean over their seeds they predict held-out text better" in alone
 
 
 def test_differences_are_between_means(tmp_path: Path) -> None:

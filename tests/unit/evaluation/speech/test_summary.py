@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE, expand
+from flora_train.config.load import validate
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.evaluation.report.terminal import print_error_rates
@@ -174,3 +176,40 @@ def test_no_method_that_is_better_than_the_base_is_one_sentence(summary: SpeechR
     shown = summary.replace(languages=(part.replace(differences=worse),))
     page = page_of(results_of({"cs": {"flora": -0.2, "lora": -0.1}}, speech=shown))
     assert "No method has a significantly lower error rate than the base in any language." in page
+
+
+def test_error_rates_of_seeds_have_a_mean_and_a_deviation(tmp_path: Path) -> None:
+    files = write_corpus(tmp_path, "cs", held=6)
+    split = load(files, tmp_path).test
+    assert isinstance(split, SpeechSplit)
+    raw = config(files, embedded_clips=0).model_dump(mode="json")
+    raw["adapters"] = {
+        "lora": {"method": "lora", "lr": 1e-3, "seed": [0, 1]},
+        "flora": {"method": "flora", "lr": 1e-3},
+    }
+    run = validate(raw)
+    bank = AdapterBank.attach(loaded_tiny_whisper(), expand(run))
+    wrong = {"__base__": 3, "cs-lora_seed0": 2, "cs-lora_seed1": 0, "cs-flora": 1}
+    transcripts = []
+    for adapter, n in wrong.items():
+        for i, sentence in enumerate(split.sentences):
+            words = str(sentence).split()
+            transcripts.append(Transcript(adapter, "cs", i, " ".join(["wrong"] * n + words[n:]), "end"))
+    (part,) = summarise(run, {"cs": split}, bank, transcripts=transcripts).languages
+    (mean,) = part.over_seeds
+    rates = [part.by_family[f"lora_seed{seed}"].wer_normalized for seed in (0, 1)]
+    values = [rate.value or 0.0 for rate in rates]
+    assert mean.name == "cs-lora"
+    assert mean.wer_normalized.value == pytest.approx(sum(values) / 2)
+    assert mean.wer_normalized.deviation == pytest.approx(stdev(values))
+    assert mean.wer_normalized.substitutions == sum(rate.substitutions for rate in rates)
+    assert mean.wer_normalized.units == 2 * rates[0].units
+    assert mean.ended == {"end": 12}
+    pairs = {(difference.first, difference.second) for difference in part.differences}
+    assert pairs - {("lora", "flora"), ("flora", "lora")} == {
+        ("lora_seed0", "base"),
+        ("lora_seed1", "base"),
+        ("flora", "base"),
+        ("lora", "base"),
+    }
+    assert len(pairs) == 5
