@@ -319,9 +319,9 @@ def report(names: Sequence[str], python: Path, repeats: int) -> str:
                 print(lines[-1], file=sys.stderr)
         lines.append("")
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    lines.append(
-        f"TRL's environment: {named}. `python benchmarks/preferences_vs_trl.py --save` prints this file."
-    )
+    model = f"--model {names[0]} " if len(names) == 1 else ""
+    command = f"python benchmarks/preferences_vs_trl.py {model}--threads {torch.get_num_threads()} --save"
+    lines.append(f"TRL's environment: {named}. `{command}` prints this file.")
     return "\n".join(lines)
 
 
