@@ -23,7 +23,8 @@ from flora_train.models.loading import load_tokenizer
 from flora_train.run_context import load_data, resolve_config
 from flora_train.runtime.atomic import write_atomically
 
-TEXT_MODEL, SPEECH_MODEL = "HuggingFaceTB/SmolLM2-135M", "openai/whisper-base"
+TEXT_MODEL, CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"
+SPEECH_MODEL = "openai/whisper-base"
 EXAMPLES_PER_DRAW = 4
 MAX_LENGTH = 512
 """Tokens of an example of text."""
@@ -108,6 +109,8 @@ def _guess_all(sources: Sequence[str], language: str | None) -> dict[str, Guesse
 def _default_model(tasks: Mapping[str, GuessedTask]) -> str:
     if all(task.is_speech for task in tasks.values()):
         return SPEECH_MODEL
+    if any(task.is_chat for task in tasks.values()):
+        return CHAT_MODEL
     return TEXT_MODEL
 
 

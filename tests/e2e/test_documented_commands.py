@@ -99,6 +99,11 @@ def write_data(folder: Path) -> None:
     (folder / "data").mkdir()
     rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(40)]
     (folder / "data" / "support.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chats = []
+    for row in rows:
+        turns = (("user", row["question"]), ("assistant", row["answer"]))
+        chats.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    (folder / "data" / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
     (folder / "src").mkdir()
     for n in range(30):
         (folder / "src" / f"module_{n}.py").write_text(f"def add_{n}(x):\n    return x + {n}\n")

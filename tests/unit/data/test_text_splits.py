@@ -218,7 +218,7 @@ print(json.dumps([memory.stop(), len(task.train), task.train.counts.tokens]))
 @pytest.mark.full
 @pytest.mark.parametrize("packing", ["unpacked", "packed"])
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, packing: str) -> None:
-    """RssAnon for 200,000 rows of 200 tokens is at most 60 MB above that for 10,000; the tokens alone have
+    """RssAnon for 200,000 rows of 200 tokens is at most 100 MB above that for 10,000; the tokens alone have
     160 MB."""
     peaks = []
     for count in (10_000, 200_000):
@@ -231,7 +231,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, packing: str) -> Non
         assert tokens == 200 * round(count * 0.95)
         assert (examples < count * 0.6) == (packing == "packed")
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 60e6
+    assert peaks[1] - peaks[0] < 100e6
 
 
 TWICE = """
