@@ -154,7 +154,11 @@ class TokenSplit:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, in memory or on disk."""
-        return sum(getattr(self, f.name).nbytes for f in fields(self) if f.name != "counts")
+        return sum(array.nbytes for array in self._arrays().values())
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        """Name -> array. Splits of other kinds have no arrays of their own."""
+        return {f.name: getattr(self, f.name) for f in fields(TokenSplit) if f.name != "counts"}
 
     def _per_example(self, per_document: NDArray[np.int64]) -> NDArray[np.int64]:
         if len(self.order):
@@ -163,8 +167,7 @@ class TokenSplit:
 
     def save(self, path: Path) -> None:
         """Write the split atomically. Raises UserError if it cannot be written."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "counts"}
-        write_arrays(path, arrays, asdict(self.counts))
+        write_arrays(path, self._arrays(), asdict(self.counts))
 
     @classmethod
     def load(cls, path: Path) -> Self:

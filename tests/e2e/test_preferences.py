@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from math import log
 from pathlib import Path
@@ -95,6 +96,13 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 def adapters_of(run: Path) -> dict[str, bytes]:
     files = sorted((run / "adapters").glob("*/adapter_model.safetensors"))
     return {file.parent.name: file.read_bytes() for file in files}
+
+
+def test_a_plan_states_the_disk_that_preferences_take(
+    preferences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", f"recipe={preferences}", f"output_dir={tmp_path / 'run'}"]) == 0
+    assert re.search(r"tokens +[\d.]+ kB on disk for 240 rows in ", capsys.readouterr().out)
 
 
 def test_every_objective_learns_beside_text(finished: Path) -> None:
