@@ -11,11 +11,12 @@ from flora_train.config.errors import Problem, UserError, choices, did_you_mean,
 from flora_train.config.json_format import JsonValue
 from flora_train.config.moved_datasets import stack_v2_script
 from flora_train.config.task_schema import TaskConfig
-from flora_train.data.documents import RowsOutline
-from flora_train.data.file_rows import Row
+from flora_train.data.documents import LocatedRow, RowsOutline
 
 IDENTIFIER = "blob_id"
 """Column of The Stack v2: the identifier of a file at Software Heritage."""
+PAIR = {"chosen", "rejected"}
+"""Columns of the completions of a pair."""
 Span = tuple[int, int]
 
 
@@ -50,10 +51,10 @@ class Template:
     def columns(self) -> list[str]:
         return [column for _, column in self.segments if column is not None]
 
-    def render(self, row: Row) -> tuple[str, tuple[Span, ...]]:
+    def render(self, row: LocatedRow) -> tuple[str, tuple[Span, ...]]:
         """The text of a row, and the spans of its columns in it. A missing column is empty.
 
-        Raises UserError for a value that is neither text nor number.
+        Raises UserError for a value that is neither text nor number, with the row's place.
         """
         parts: list[str] = []
         spans: list[Span] = []
@@ -66,11 +67,11 @@ class Template:
                 spans.append((length - len(cell), length))
         return "".join(parts), tuple(spans)
 
-    def _cell(self, row: Row, column: str) -> str:
+    def _cell(self, row: LocatedRow, column: str) -> str:
         try:
-            return cell_text(row.get(column))
+            return cell_text(row.cells.get(column))
         except ValueError as error:
-            raise user_error(self.key, self.source, f"column {column!r} {error}") from None
+            raise user_error(self.key, self.source, f"{row.where}: column {column!r} {error}") from None
 
 
 def cell_text(value: Any) -> str:
@@ -104,7 +105,7 @@ class Formatter:
     prompt: Template | None
     completion: Template
 
-    def __call__(self, row: Row) -> PromptCompletion:
+    def __call__(self, row: LocatedRow) -> PromptCompletion:
         prompt, prompt_rows = self.prompt.render(row) if self.prompt else ("", ())
         completion, completion_rows = self.completion.render(row)
         return PromptCompletion(prompt, completion, prompt_rows, completion_rows)
@@ -152,6 +153,8 @@ def make_formatter(task: TaskConfig, rows: RowsOutline, key: str) -> Formatter:
         else:
             columns = ", ".join(rows.columns)
             hint = f"name the columns: text, or prompt and completion; the rows have {columns}"
+            if set(rows.columns) >= PAIR:
+                hint += ". For pairs of completions set objective: dpo (or ipo, orpo, sft)"
             if explained := _identifiers_hint(rows):
                 hint += f".{explained}"
             raise user_error(key, None, hint)

@@ -41,4 +41,4 @@ class TextRowEncoder:
         self.formatter.check(rows, split)
 
     def encode(self, rows: Sequence[LocatedRow]) -> Iterator[EncodedExample]:
-        return self.tokenize([self.formatter(row.cells) for row in rows])
+        return self.tokenize([self.formatter(row) for row in rows])

@@ -250,6 +250,7 @@ def test_bad_rows_are_named_with_file_and_number(refuse: Any) -> None:
         ("dpo", ["tasks.dpo.packing=true"], "tasks.dpo.packing = True: has no meaning for preferences"),
         ("dpo", ["tasks.dpo.label=x"], "tasks.dpo.label = 'x': has no meaning for objective dpo"),
         ("dpo", ["tasks.dpo.truncation=split"], "tasks.dpo.truncation = 'split': cannot divide"),
+        ("dpo", ["tasks.dpo.messages=chosen"], "tasks.dpo.messages = 'chosen': has no meaning for prefer"),
         ("text", ["tasks.text.beta=0.1"], "tasks.text.beta = 0.1: requires objective"),
         ("text", ["tasks.text.chosen=x"], "tasks.text.chosen = 'x': requires objective"),
         (

@@ -12,7 +12,8 @@ from flora_train.data.chat.template import ChatTemplate, Form, Rendered, Templat
 
 Learn = Literal["assistant", "last", "all"]
 Span = tuple[int, int]
-TEMPLATE_FIX = "use learn: last, or a chat_template that marks what is learnt with {% generation %}"
+MARKED_FIX = "use a chat_template that marks what is learnt with {% generation %}"
+TEMPLATE_FIX = f"use learn: last, or {MARKED_FIX.removeprefix('use ')}"
 
 
 class TurnFinder:
@@ -120,7 +121,8 @@ class TurnFinder:
         begin = self._turn_begin(conversation, form, text, position)
         first = tokens.exact(begin)
         if first is None:
-            raise ValueError(_merged(position, self.template.name))
+            in_template = text[begin - 1 : begin].isspace() and not text[begin : begin + 1].isspace()
+            raise ValueError(_merged(position, self.template.name, in_template=in_template))
         return first, self._message_end(conversation, form, text, tokens, position, begin)
 
     def _turn_begin(self, conversation: Conversation, form: Form, text: str, position: int) -> int:
@@ -142,7 +144,7 @@ class TurnFinder:
             if without == with_prompt:
                 raise ValueError(
                     f"{self.template.name} writes no generation prompt (add_generation_prompt), so that it "
-                    f"is not known where the text of message {position + 1} begins: {TEMPLATE_FIX}"
+                    f"is not known where the text of message {position + 1} begins: {MARKED_FIX}"
                 )
         return len(with_prompt)
 
@@ -216,8 +218,8 @@ class TurnFinder:
             added = with_prompt[len(before) :]
             return (
                 f"{self.template.name} begins the assistant's turn with {added!r} for generation, which "
-                f"message {position + 1} does not begin with, so that what is learnt cannot be told: use a "
-                "chat_template that marks what is learnt with {% generation %}"
+                f"message {position + 1} does not begin with, so that what is learnt cannot be told: "
+                f"{MARKED_FIX}"
             )
         return (
             f"{self.template.name} renders the messages before message {position + 1} in another way when "
@@ -226,10 +228,14 @@ class TurnFinder:
         )
 
 
-def _merged(position: int, name: str, place: str = "beginning") -> str:
+def _merged(position: int, name: str, place: str = "beginning", *, in_template: bool = False) -> str:
+    """in_template: the white space that is one token with the message is the template's."""
+    remedy = f"remove white space at the {place} of its content"
+    if in_template:
+        remedy = f"{MARKED_FIX}, or whose generation prompt does not end with white space"
     return (
         f"the {place} of message {position + 1} is one token with text of {name}, so that what is learnt "
-        f"cannot be told: remove white space at the {place} of its content"
+        f"cannot be told: {remedy}"
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from flora_train.config.errors import user_error
 from flora_train.config.json_format import JsonValue
 from flora_train.config.task_schema import TaskConfig
-from flora_train.data.chat.messages import ChatColumns, is_message_list
-from flora_train.data.chat.rows import ChatRowEncoder
+from flora_train.data.chat.messages import ChatColumns, is_message_list, parse_conversation
+from flora_train.data.chat.rows import ChatRowEncoder, merges_fields
 from flora_train.data.chat.values import as_json
 from flora_train.data.documents import EncodedExample, LocatedRow, RowsOutline
 
@@ -47,10 +47,6 @@ class MessageCompletions:
         max_length: int,
         key: str,
     ) -> None:
-        for name in ("messages", "learn"):
-            if getattr(task, name) is not None:
-                hint = "has no meaning for preferences, whose completions are learnt: remove it"
-                raise user_error(f"{key}.{name}", getattr(task, name), hint)
         self.prompt, self.names, self.key = prompt, tuple(completions), key
         self.tools = task.tools or TOOLS
         columns = RowsOutline(("prompt", "completion", "tools", self.tools), None)
@@ -82,6 +78,10 @@ class MessageCompletions:
         """The conversation of each completion, with the columns prompt and completion."""
         lists = [self._list(row, column, "assistant") for column in self.names]
         prompt = self._prompt(row, lists)
+        for name, messages in zip(self.names, lists, strict=True):
+            self._check_messages(row, name, messages)
+        if self.prompt is not None and prompt:
+            self._check_messages(row, self.prompt, prompt)
         conversations = []
         for name, messages in zip(self.names, lists, strict=True):
             completion = messages
@@ -126,6 +126,15 @@ class MessageCompletions:
         if not isinstance(cell, list) or not cell or not all(isinstance(one, Mapping) for one in cell):
             raise self._error(row, f"{column!r} must hold messages: a list with role and content of each")
         return list(cell)
+
+    def _check_messages(self, row: LocatedRow, column: str, messages: Messages) -> None:
+        """Raises UserError that names the column for a message that cannot be read."""
+        try:
+            parse_conversation(
+                {column: messages}, ChatColumns(messages=column), merged=merges_fields(row.file)
+            )
+        except ValueError as error:
+            raise self._error(row, str(error)) from None
 
     def _check_prompts(self, row: LocatedRow, examples: Sequence[EncodedExample]) -> None:
         """Raises UserError if the completions of a row do not follow the same tokens."""

@@ -45,6 +45,10 @@ class PreferenceRowEncoder:
         self, task: TaskConfig, tokenizer: Any, *, rows: RowsOutline, max_length: int, key: str
     ) -> None:
         self.key = key
+        for name in ("messages", "learn"):
+            if getattr(task, name) is not None:
+                hint = "has no meaning for preferences, whose completions are learnt: remove it"
+                raise user_error(f"{key}.{name}", getattr(task, name), hint)
         self.columns = _columns(task, rows, key)
         prompt, completions = self.columns.prompt, self.columns.completions
         make: type[TextCompletions] | type[MessageCompletions] = TextCompletions
@@ -98,21 +102,27 @@ class PreferenceRowEncoder:
         if self.columns.label is not None:
             label = _label(row, self.columns.label, f"{self.key}.label")
         elif self.completions.are_same(row):
-            chosen, rejected = self.columns.completions
-            hint = f"is the same as {chosen!r} in {row.where}: a pair needs two; remove the row"
-            raise user_error(f"{self.key}.rejected", rejected, hint)
+            raise self._same(row)
         for reason in LEFT_OUT:
             if any(one.fate == reason for one in documents):
                 return EncodedExample((), reason, written)
         if any(not _learns(one) for one in documents):
             return EncodedExample((), "empty", written)
         tokens = [one.documents[0].tokens for one in documents]
-        if len(tokens) > 1 and np.array_equal(tokens[0], tokens[1]):  # cut off where they differ
-            return EncodedExample((), "drop", written)
         fate: Fate = "whole"
         if any(one.fate == "truncate" for one in documents):
             fate = "truncate"
+        if len(tokens) > 1 and np.array_equal(tokens[0], tokens[1]):
+            if fate == "whole":
+                raise self._same(row, " once they are tokenized")
+            return EncodedExample((), "drop", written)  # cut off where they differ
         return EncodedExample(tuple(one.documents[0] for one in documents), fate, written, label)
+
+    def _same(self, row: LocatedRow, condition: str = "") -> UserError:
+        """The error for a row whose completions are the same. condition: says when they are."""
+        chosen, rejected = self.columns.completions
+        hint = f"is the same as {chosen!r} in {row.where}{condition}: a pair needs two; remove the row"
+        return user_error(f"{self.key}.rejected", rejected, hint)
 
 
 def _learns(example: EncodedExample) -> bool:

@@ -77,13 +77,13 @@ class TextCompletions:
         return columns
 
     def are_same(self, row: LocatedRow) -> bool:
-        texts = {template.render(row.cells)[0] for template in self.templates}
+        texts = {template.render(row)[0] for template in self.templates}
         return len(texts) < len(self.templates)
 
     def encode(self, rows: Sequence[LocatedRow]) -> Iterator[list[EncodedExample]]:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             chunk = rows[start : start + ROWS_AT_ONCE]
-            examples = [formatter(row.cells) for row in chunk for formatter in self.formatters]
+            examples = [formatter(row) for row in chunk for formatter in self.formatters]
             encoded = self.tokenize(examples)
             for _ in chunk:
                 yield [next(encoded) for _ in self.formatters]

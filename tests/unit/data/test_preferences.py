@@ -107,6 +107,23 @@ def test_labelled_completions_of_messages_are_read_in_both_layouts() -> None:
             "begin with a turn of the assistant, after the same prompt",
         ),
         ({"chosen": [USER, GOOD], "rejected": [USER]}, "'rejected' holds the prompt only"),
+        (
+            {"chosen": [USER, GOOD], "rejected": [USER, {**GOOD, "weight": 1}]},
+            "is the same as 'chosen' in rows.jsonl, row 1 once they are tokenized",
+        ),
+        (
+            {"chosen": [USER, GOOD], "rejected": [USER, {**GOOD, "content": None}]},
+            "message 2 of 'rejected' (assistant) has no content",
+        ),
+        (
+            {"chosen": [USER, {**BAD, "role": "robot"}], "rejected": [USER, BAD]},
+            "message 2 of 'chosen' has the unknown role 'robot'",
+        ),
+        (
+            {"chosen": [USER, GOOD], "rejected": [USER, {**BAD, "tool_calls": [{"function": {}}]}]},
+            "message 2 of 'rejected' has a tool call without a name",
+        ),
+        ({"prompt": "p", "chosen": "x", "rejected": ["y"]}, "column 'rejected' holds a list"),
     ],
 )
 def test_rows_that_are_no_pairs_are_refused(row: dict[str, Any], reason: str) -> None:

@@ -18,7 +18,7 @@ from flora_train.data.templates import PromptCompletion, make_formatter
 from flora_train.data.text_encoder import TextEncoder
 from flora_train.data.token_split import TokenSplit
 from flora_train.data.tokenization import tokenize, tokenizer_hash
-from tests.rows import outline_of
+from tests.rows import located, outline_of
 from tests.unit.data.conftest import byte_tokenizer, run_config
 from tests.unit.data.many_tokenizers import KINDS, MARKS, smollm2, unigram, words
 
@@ -33,7 +33,8 @@ def special_ids(tokenizer: Any, ids: Any) -> list[int]:
 
 def rendered(rows: list[dict[str, Any]], **task: Any) -> list[PromptCompletion]:
     config = run_config({"t": {"train": "unused.jsonl", **task}}).tasks["t"]
-    return [make_formatter(config, outline_of(rows), "tasks.t")(row) for row in rows]
+    formatter = make_formatter(config, outline_of(rows), "tasks.t")
+    return [formatter(row) for row in located(rows)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,11 +9,12 @@ import pytest
 from flora_train.config.errors import UserError
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.templates import PromptCompletion, make_formatter
-from tests.rows import outline_of
+from tests.rows import located, outline_of
 
 
 def examples(rows: list[dict[str, Any]], **task: Any) -> list[PromptCompletion]:
-    return list(map(make_formatter(TaskConfig(train="unused", **task), outline_of(rows), "tasks.t"), rows))
+    formatter = make_formatter(TaskConfig(train="unused", **task), outline_of(rows), "tasks.t")
+    return [formatter(row) for row in located(rows)]
 
 
 def refusals(rows: list[dict[str, Any]], **task: Any) -> list[str]:
@@ -74,6 +75,11 @@ def test_unusable_column_or_template_names_key_value_and_what_there_is(
     assert refusals([{"doc": "d", "code": "c"}], **task) == [line]
 
 
+def test_pairs_without_an_objective_are_told_what_to_set() -> None:
+    (line,) = refusals([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    assert "the rows have prompt, chosen, rejected. For pairs of completions set objective: dpo" in line
+
+
 def test_attribute_access_in_a_template_is_a_column_name_not_code() -> None:
     (line,) = refusals([{"a": "x"}], text="{a.__class__}")
     assert "'a.__class__' is not a column" in line
@@ -87,10 +93,8 @@ def test_missing_columns_are_reported_together() -> None:
 @pytest.mark.parametrize("value", [["a"], {"a": 1}, b"bytes"])
 def test_value_that_is_neither_text_nor_number_is_an_error(value: Any) -> None:
     (line,) = refusals([{"text": "fine"}, {"text": value}])
-    assert (
-        line
-        == f"tasks.t.text = 'text': column 'text' holds a {type(value).__name__}: it must be text or a number"
-    )
+    reason = f"column 'text' holds a {type(value).__name__}: it must be text or a number"
+    assert line == f"tasks.t.text = 'text': rows.jsonl, row 2: {reason}"
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), ""])

@@ -182,6 +182,7 @@ HEADS = (
 )
 THINKS = DROPS.replace("'|assistant:'", "'|assistant:<think>'")
 MERGES = without_marks(TURNS).replace("assistant:", "assistant:\\n")
+SPACE = without_marks(TURNS).replace("assistant:", "assistant: ")
 REASONED = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b", "reasoning_content": "r"},
@@ -205,9 +206,10 @@ def test_a_template_that_drops_earlier_reasoning_is_an_error_unless_only_the_las
 @pytest.mark.parametrize(
     ("source", "content", "reason"),
     [
-        (HEADS, "b", "a template writes no generation prompt"),
+        (HEADS, "b", "where the text of message 2 begins: use a chat_template that marks what is learnt"),
         (THINKS, "b", "begins the assistant's turn with '|assistant:<think>' for generation"),
-        (MERGES, "\nb", "the beginning of message 2 is one token with text of a template"),
+        (MERGES, "\nb", "of a template, so that what is learnt cannot be told: remove white space"),
+        (SPACE, "b", "of a template, so that what is learnt cannot be told: use a chat_template that marks"),
         ("{{- messages[5].content.missing }}", "b", "a template cannot render it"),
         ("{{- raise_exception('no system') }}", "b", "a template cannot render it: no system"),
         ("x", "b", "a template leaves out messages of the role 'user'"),
@@ -219,7 +221,7 @@ def test_a_template_that_drops_earlier_reasoning_is_an_error_unless_only_the_las
     ],
 )
 def test_what_cannot_be_told_is_an_error_with_the_reason(source: str, content: str, reason: str) -> None:
-    tokenizer = byte_tokenizer(merges=(("Ċ", "Ċ"),))
+    tokenizer = byte_tokenizer(merges=(("Ċ", "Ċ"), ("Ġ", "b")))
     said = conversation(("user", "a"), ("assistant", content))
     with pytest.raises(ValueError, match=re.escape(reason)):
         chat_encoder(tokenizer, source, turn="|").document(said)
