@@ -40,7 +40,8 @@ def chat_columns(task: TaskConfig, rows: RowsOutline) -> ChatColumns | None:
     """The columns of a task of conversations, None for a task of text.
 
     rows: the training rows. Without `messages`, rows are conversations where their column `messages` or
-    `conversations` holds lists, or where their prompt and completion do.
+    `conversations` holds lists, or where their prompt and completion do; also where they have no other column
+    that need not be named.
     """
     if task.messages is not None:
         return _with_tools(task, rows, ChatColumns(messages=task.messages))
@@ -54,6 +55,10 @@ def chat_columns(task: TaskConfig, rows: RowsOutline) -> ChatColumns | None:
     prompt, completion = task.prompt or PROMPT, task.completion or COMPLETION
     if is_message_list(first.get(prompt)) and is_message_list(first.get(completion)):
         return _with_tools(task, rows, ChatColumns(prompt=prompt, completion=completion))
+    if task.prompt is None and not _has_text_columns(rows):  # the first row may be malformed
+        named = next((column for column in MESSAGE_COLUMNS if column in rows.columns), None)
+        if named is not None:
+            return _with_tools(task, rows, ChatColumns(messages=named))
     return None
 
 
@@ -80,6 +85,11 @@ def _is_chat_column(column: str, rows: RowsOutline, first: Mapping[str, Any]) ->
         return False
     value = first.get(column)
     return value is None or isinstance(value, list) or is_message_list(value)
+
+
+def _has_text_columns(rows: RowsOutline) -> bool:
+    """Whether rows have columns of text that need not be named."""
+    return "text" in rows.columns or {PROMPT, COMPLETION} <= set(rows.columns)
 
 
 def _with_tools(task: TaskConfig, rows: RowsOutline, columns: ChatColumns) -> ChatColumns:

@@ -75,6 +75,12 @@ def test_columns_of_conversations_are_found_or_named(
     assert learnt(tokenizer, encoded(tokenizer, [row], **task)) == [texts]
 
 
+@pytest.mark.parametrize("value", ['[{"role": "user"', "a note", 5, {}])
+def test_a_first_row_that_is_malformed_is_named(tokenizer: Any, value: Any) -> None:
+    with pytest.raises(UserError, match=r"tasks\.t: chats\.jsonl, row 1: 'messages'"):
+        encoded(tokenizer, [{"messages": value}, CHAT])
+
+
 def test_other_rows_stay_text(tokenizer: Any) -> None:
     for row in ({"text": "a"}, {"prompt": "a", "completion": "b"}, {"messages": "a note", "text": "b"}):
         assert isinstance(encoder(tokenizer, [row]), TextRowEncoder)
