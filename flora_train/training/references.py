@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID, AdapterSpec
 from flora_train.config.errors import UserError, user_error
 from flora_train.config.json_format import JsonObject
@@ -60,6 +61,17 @@ class References:
         """Part -> log p of every held-out example, for the reference of an adapter; None where its reference
         is the base, whose rows are in the evaluation."""
         return self.validation.get(adapter)
+
+
+def zero_references(bank: AdapterBank, tasks: Mapping[str, Task]) -> References:
+    """References of 0 everywhere, for steps whose cost is measured without training."""
+    references = References()
+    for adapter, spec in enumerate(bank.specs):
+        task = tasks[spec.task]
+        if task.preference is not None and task.preference.reads_cache(spec.init_from is not None):
+            zeros = np.zeros(len(task.train))
+            references.training[adapter] = dict.fromkeys((CHOSEN, REJECTED, KL), zeros)
+    return references
 
 
 @dataclass

@@ -25,6 +25,7 @@ from flora_train.models.loading import count_layers, empty_model, set_mode, shal
 from flora_train.models.probe_inputs import noise_features
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.context import TrainingContext
+from flora_train.training.references import zero_references
 from flora_train.training.row_check import check_rows
 from flora_train.training.step_plan import StepPlan, make_mixture, plan_step
 from flora_train.training.trainer import Trainer
@@ -131,6 +132,7 @@ def measure(
             bank=bank,
             pad_token=pad_token,
             collate=make_batch,
+            references=zero_references(bank, tasks),
         )
     )
     set_mode(model, training=True)

@@ -285,3 +285,18 @@ def test_a_reference_of_another_base_is_refused(refuse: Any, finished: Path, tmp
     words = ("adapters.flora=null", "adapters.lora.rank=null", f"adapters.lora.init_from={adapter}")
     told = refuse("dpo", None, *words)
     assert "is the reference of tasks.dpo, and was trained on the base model other/base" in told
+
+
+@pytest.mark.parametrize("objective", ["ipo", "kto", "sft"])
+def test_a_plan_measures_preferences(
+    objective: str, preferences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the reference is computed before training, which a plan does not do."""
+    others = [f"tasks.{name}=null" for name in (*OBJECTIVES, "text") if name != objective]
+    words = [f"recipe={preferences}", f"output_dir={tmp_path / 'run'}", *others]
+    if objective == "kto":
+        words.append("tasks.kto.reference=cached")
+    assert main(["plan", *words]) == 0
+    planned = capsys.readouterr().out
+    assert "activations of a micro-batch" in planned
+    assert "on disk for 40 rows" in planned
