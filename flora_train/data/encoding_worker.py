@@ -55,7 +55,10 @@ def receive(file: IO[bytes]) -> Any:
     if len(header) < LENGTH.size:
         raise EOFError
     (length,) = LENGTH.unpack(header)
-    return pickle.loads(file.read(length))
+    data = file.read(length)
+    if len(data) < length:
+        raise EOFError
+    return pickle.loads(data)
 
 
 def main() -> None:
@@ -66,8 +69,12 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     requests = sys.stdin.buffer
     try:
-        arguments: EncoderArguments = receive(requests)
-        encode = _encoder(arguments)
+        try:
+            encode = _encoder(receive(requests))
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            # of a module that only the other process has, which encodes the rows itself
+            send(answers, Answer(failure=first_line(error)))
+            return
         send(answers, Answer())
         while True:
             send(answers, encode(receive(requests)))

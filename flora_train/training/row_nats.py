@@ -35,7 +35,9 @@ def compute_nats(
     routed to the plain base.
     """
     places = {row: place for place, row in enumerate(rows)}
-    batches = group_by_length(rows, max_tokens)
+    batches: list[list[Row]] = []
+    for block in bank.blocks(row.adapter for row in rows):
+        batches += group_by_length([row for row in rows if row.adapter in block], max_tokens)
     share = share_of_rank(batches, *world())
     nats = torch.zeros(len(rows), dtype=torch.float64, device=bank.device)
     training = row_losses.model.training

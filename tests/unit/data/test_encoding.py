@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from flora_train.config.task_schema import TaskConfig
 from flora_train.data import encoding
 from flora_train.data.documents import LocatedRow, outline
 from flora_train.data.encoding import Chunk, Speed, Workers, encode_chunks
-from flora_train.data.encoding_worker import EncoderArguments
+from flora_train.data.encoding_worker import Answer, EncoderArguments, send
 from flora_train.data.row_encoders import make_row_encoder
 
 CHUNKS = [
@@ -85,10 +88,40 @@ def test_a_process_that_is_killed_is_an_error(tokenizer: Any) -> None:
             contents(workers.encode(iter(CHUNKS)))
 
 
+def test_a_process_that_is_killed_while_it_answers_is_an_error(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginning of its answer is there, and not the rest."""
+    whole = io.BytesIO()
+    send(whole, Answer(failure="x" * 100))
+    begun = tmp_path / "answer"
+    begun.write_bytes(whole.getvalue()[:-50])
+    with Workers(arguments_for(tokenizer), 1) as workers:
+        assert workers.are_ready()
+        with begun.open("rb") as answer:
+            monkeypatch.setattr(workers._processes[0], "stdout", answer)
+            with pytest.raises(UserError, match=r"tasks\.t: a process that encodes rows ended"):
+                contents(workers.encode(iter(CHUNKS)))
+
+
 def test_what_cannot_be_sent_is_encoded_here(tokenizer: Any) -> None:
     tokenizer.unsendable = lambda: None
     with Workers(arguments_for(tokenizer), 1) as workers:
         assert not workers.are_ready()
+
+
+class OfThisProcess:
+    """A part of a tokenizer whose module another process cannot import."""
+
+    def __reduce__(self) -> Any:
+        return import_module, ("a_module_of_the_main_process",)
+
+
+def test_what_cannot_be_received_is_encoded_here(tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer.unknown = OfThisProcess()
+    with Workers(arguments_for(tokenizer), 1) as workers:
+        assert not workers.are_ready()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
