@@ -49,6 +49,7 @@ class PreferenceRowEncoder:
             if getattr(task, name) is not None:
                 hint = "has no meaning for preferences, whose completions are learnt: remove it"
                 raise user_error(f"{key}.{name}", getattr(task, name), hint)
+        check_text_keys(task, key)
         self.columns = _columns(task, rows, key)
         prompt, completions = self.columns.prompt, self.columns.completions
         make: type[TextCompletions] | type[MessageCompletions] = TextCompletions
@@ -163,6 +164,16 @@ def has_pairs(task: TaskConfig, columns: Sequence[str]) -> bool:
         return True
     names_text = task.text is not None or task.completion is not None
     return not names_text and {"chosen", "rejected"} <= set(columns)
+
+
+def check_text_keys(task: TaskConfig, key: str) -> None:
+    """Raises UserError if a task whose rows are pairs has keys that are for text only."""
+    if task.packing:
+        hint = "has no meaning for pairs, of which each is a row of its own: remove it"
+        raise user_error(f"{key}.packing", True, hint)
+    if task.truncation == "split":
+        hint = "cannot divide the completions of a pair: use truncate or drop"
+        raise user_error(f"{key}.truncation", task.truncation, hint)
 
 
 def check_labels(labels: NDArray[np.bool_], key: str) -> None:

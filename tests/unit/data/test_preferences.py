@@ -191,3 +191,12 @@ def test_preferences_are_guessed_by_their_columns(
         assert guessed.keys == {"objective": objective}
         assert guessed.holds_messages == holds_messages
         assert set(guessed.used) == row.keys() - {"score"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("packing", True), ("truncation", "split")])
+def test_pairs_whose_chosen_completion_is_learnt_have_no_keys_of_text(name: str, value: Any) -> None:
+    """Whether rows are pairs is not known before they are read."""
+    text = encode([{"text": "4"}], objective="sft", **{name: value})
+    assert [example.fate for example in text] == ["whole"]
+    with pytest.raises(UserError, match=rf"tasks\.t\.{name} = "):
+        encode([{"prompt": "2 + 2 = ", "chosen": "4", "rejected": "five"}], objective="sft", **{name: value})
