@@ -50,6 +50,9 @@ def test_the_report_has_means_over_seeds(whole: Path) -> None:
     assert "±" in (whole / "eval" / "report.html").read_text()
     card = (whole / "adapters" / "letters-lora_seed1" / "README.md").read_text()
     assert "lora, mean over seeds" in card
+    assert (
+        "; learning rate of B x 4.0 (LoRA+); NEFTune noise 5.0; average of the weights with decay 0.7" in card
+    )
 
 
 def test_what_is_exported_is_the_average(whole: Path) -> None:
