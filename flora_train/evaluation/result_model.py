@@ -64,7 +64,7 @@ class SparseModel(ResultModel):
         content: dict[str, Any] = serialize(self)
         for name in self.written_if_set:
             if getattr(self, name) == type(self).model_fields[name].default:
-                del content[name]
+                content.pop(name, None)  # there is none if the caller excludes None
         return content
 
 

@@ -31,6 +31,7 @@ from flora_train.evaluation.report.tables import write_table
 from flora_train.evaluation.report.terminal import print_pass_at_k, print_results, print_sweeps
 from flora_train.evaluation.report.tracked_metrics import final_metrics
 from flora_train.evaluation.report.types import Report, RunFacts, SampleCompletion
+from flora_train.evaluation.result_model import Interval
 from flora_train.evaluation.seeds import SeedGroup, deviation, seed_groups
 from flora_train.export.model_card_results import tables
 from flora_train.runtime.run_folder import RunFolder
@@ -381,3 +382,11 @@ def test_rewards_are_means_over_seeds() -> None:
 )
 def test_deviation_is_that_of_a_sample(values: list[float | None], expected: float | None) -> None:
     assert deviation(values) == (None if expected is None else pytest.approx(expected))
+
+
+def test_an_interval_without_deviation_is_written_without_it() -> None:
+    """Also by callers that leave out every None, as the manifest of a repository on the hub does."""
+    interval = Interval(value=1.0, low=0.0, high=None, excludes_zero=False)
+    written = {"value": 1.0, "low": 0.0, "high": None, "excludes_zero": False}
+    assert interval.model_dump() == written
+    assert interval.model_dump(exclude_none=True) == {k: v for k, v in written.items() if v is not None}
