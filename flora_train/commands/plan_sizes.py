@@ -20,6 +20,7 @@ from flora_train.commands.plan_text import (
     print_notes,
 )
 from flora_train.config.errors import UserError, user_error
+from flora_train.config.preference_schema import PAIRED
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import SourceConfig
 from flora_train.config.unused_keys import notes_on_unused
@@ -131,7 +132,7 @@ def print_from_sizes(
     disk = disk_line(config, storage["checkpoint"], storage["on_disk"], free=storage["free_disk"])
     print_lines(console, [("host", host), disk])
     if not window:
-        print_lines(console, [assumed_tokens_line(config.training.max_length)])
+        print_lines(console, [assumed_tokens_line(config.training.max_length, _documents(config))])
     print_notes(console, notes(model, pools))
     print_report(console, config, model, pools=pools, tasks=tasks)
 
@@ -139,9 +140,16 @@ def print_from_sizes(
 def _on_rows(config: RunConfig, window: int) -> str:
     if window:
         return f"each clip is counted as {window} encoder positions and {TRANSCRIPT_TOKENS} tokens"
-    return (
-        f"each is counted as training.max_length = {config.training.max_length} tokens, as packed rows have"
-    )
+    length = config.training.max_length
+    line = f"each is counted as training.max_length = {length} tokens, as packed rows have"
+    if any(task.prefers for task in config.tasks.values()):
+        line += "; of preferences, one completion is counted, without reference: their steps take longer"
+    return line
+
+
+def _documents(config: RunConfig) -> int:
+    """The most documents that a row of a task has: two in a pair."""
+    return max(2 if task.objective in PAIRED or task.chosen else 1 for task in config.tasks.values())
 
 
 def _window(config: RunConfig, model: nn.Module) -> int:

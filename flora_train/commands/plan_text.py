@@ -89,9 +89,9 @@ def tokens_line(config: RunConfig, tasks: Mapping[str, Task]) -> Iterator[tuple[
     yield "tokens", f"{format_size(size)} on disk for {rows:,} rows in {folder}; {many}; {free} are free"
 
 
-def assumed_tokens_line(max_length: int) -> tuple[str, str]:
-    """The most that tokens take on disk where the rows are not known."""
-    row = ROW_BYTES + TOKEN_BYTES * max_length
+def assumed_tokens_line(max_length: int, documents: int) -> tuple[str, str]:
+    """The most that tokens take on disk where the rows are not known. documents: of a row."""
+    row = documents * (ROW_BYTES + TOKEN_BYTES * max_length)
     most = format_size(row * MANY_ROWS)
     return "tokens", f"at most {format_size(row)} a row on disk: {MANY_ROWS:,} rows need at most {most}"
 

@@ -75,8 +75,8 @@ class AdapterConfig(ConfigModel):
     held-out loss, after which the adapter is no longer trained and the others share its part of the batch.
     Default: no early stopping."""
     min_delta: float | None = Field(None, gt=0, le=1_000_000, validate_default=True)
-    """With patience: decrease of the loss, in nats per token, that counts as better. Default: any
-    decrease."""
+    """With patience: decrease of the loss that counts as better, in nats per token, or in the loss of
+    preferences. Default: any decrease."""
     warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)
     """Number of the adapter's first steps over which the learning rate rises linearly."""
     warmup_ratio: float | None = Field(None, ge=0, lt=1)

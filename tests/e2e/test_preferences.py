@@ -300,3 +300,15 @@ def test_a_plan_measures_preferences(
     planned = capsys.readouterr().out
     assert "activations of a micro-batch" in planned
     assert "on disk for 40 rows" in planned
+
+
+def test_a_plan_without_rows_counts_both_documents_of_a_pair(
+    preferences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = [f"tasks.{name}=null" for name in (*OBJECTIVES, "text") if name != "dpo"]
+    words = [f"recipe={preferences}", f"output_dir={tmp_path / 'run'}", *others, "training.max_length=115"]
+    words += ["tasks.dpo.train={hub: some/pairs}", "training.tokens_per_step=9000"]
+    assert main(["plan", *words]) == 0
+    planned = capsys.readouterr().out
+    assert "of preferences, one completion is counted" in planned
+    assert "at most 1.0 kB a row on disk" in planned
