@@ -119,7 +119,7 @@ class ArrayWriter:
         try:
             with disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                for stale in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+                for stale in self.path.parent.glob(f".*{self.path.suffix}.*.tmp"):
                     _remove_if_abandoned(stale)
                 self._temporary = temporary_name(self.path)
                 first = self._temporary.open("w+b")

@@ -274,7 +274,8 @@ def _alone(part: _Part, name: str, *, large: bool) -> Iterator[None]:
         time.sleep(HEAD_START)
     folder = part.path.parent.parent / "locks"
     lock = FileLock(folder / f"{part.path.stem}.lock")
-    with suppress(OSError):  # without a lock, each process makes the tokens
+    # without a lock (a file system may have none), each process makes the tokens
+    with suppress(OSError, NotImplementedError):
         folder.mkdir(parents=True, exist_ok=True)
         while not lock.is_locked:
             try:

@@ -113,12 +113,14 @@ def test_damage_is_found(tmp_path_factory: pytest.TempPathFactory, at: float, cu
 def test_abandoned_files_of_killed_processes_are_deleted_and_others_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also those of other contents, which need not be made again: they may be large."""
     monkeypatch.setattr(array_file, "ABANDONED", -1.0)
-    dead, alive, other = (tmp_path / f".{name}.tmp" for name in ("a.999999999", "a.1", "b.999999999"))
-    for path in (dead, alive, other):
+    names = ("a.tokens.999999999", "a.tokens.1", "b.tokens.999999999", "b.other.999999999")
+    dead, alive, dead_other, unrelated = (tmp_path / f".{name}.tmp" for name in names)
+    for path in (dead, alive, dead_other, unrelated):
         path.touch()
-    write_arrays(tmp_path / "a", ARRAYS, {})
-    assert (dead.exists(), alive.exists(), other.exists()) == (False, True, True)
+    write_arrays(tmp_path / "a.tokens", ARRAYS, {})
+    assert [path.exists() for path in (dead, alive, dead_other, unrelated)] == [False, True, False, True]
 
 
 def test_blocks_are_the_array() -> None:
