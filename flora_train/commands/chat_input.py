@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from flora_train.config.errors import did_you_mean, user_error
+from flora_train.config.terminal_text import plain
 
 PROMPT, CONTINUED = "you> ", "...> "
 BLOCK = '"""'
@@ -77,13 +78,19 @@ class UserInput:
     def _line(self, prompt: str) -> str | None:
         if self.interactive:
             try:
-                return input(prompt)
+                return _without_surrogates(input(prompt))
             except EOFError:
                 print()
                 return None
         line = sys.stdin.readline()
         if not line:
             return None
-        line = line.rstrip("\r\n")
-        print(f"{prompt}{line}", flush=True)
+        line = _without_surrogates(line.rstrip("\r\n"))
+        print(f"{prompt}{plain(line)}", flush=True)
         return line
+
+
+def _without_surrogates(text: str) -> str:
+    """A text whose bytes that are not UTF-8, which Python reads as lone surrogates, are replaced: tokenizers
+    reject them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

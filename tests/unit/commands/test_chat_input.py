@@ -31,6 +31,7 @@ def read_all(typed: str, monkeypatch: pytest.MonkeyPatch) -> list[str | Command]
         ("/adapter  a  b \n", [Command("adapter", ("a", "b"))]),
         ("//etc/hosts\n", ["/etc/hosts"]),
         ("windows\r\n", ["windows"]),
+        ("not \udcff UTF-8 \U0001f600\n", ["not \ufffd UTF-8 \U0001f600"]),
         ("", []),
     ],
 )
@@ -38,6 +39,13 @@ def test_lines_become_texts_and_commands(
     typed: str, expected: list[str | Command], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert read_all(typed, monkeypatch) == expected
+
+
+def test_what_controls_a_terminal_is_shown_escaped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_all("a \x1b[31m\n", monkeypatch) == ["a \x1b[31m"]
+    assert capsys.readouterr().out == "you> a \\x1b[31m\n"
 
 
 def test_unknown_command_has_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
