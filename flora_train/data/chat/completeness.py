@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flora_train.data.chat.messages import Conversation, Message
+from flora_train.config.errors import choices
+from flora_train.data.chat.messages import REASONING, Conversation, Message
 from flora_train.data.chat.template import ChatTemplate, Form, TemplateError
 
 WORD = "qzxvwk"
@@ -51,11 +52,28 @@ class CompletenessCheck:
                     {**call, "function": {**call["function"], "name": WORD}} for call in message["tool_calls"]
                 ]
                 self._try(conversation, position, {**message, "tool_calls": calls}, form, "tool calls")
+        self._note_reasoning(conversation, form)
         if conversation.tools and self._is_new("tools"):
             function = {"name": WORD, "description": WORD, "parameters": {"type": "object", "properties": {}}}
             tools = ({"type": "function", "function": function},)
             if not self._writes(replace(conversation, tools=tools), form):
                 self.notes.append(f"{self.template.name} does not write the definitions of tools")
+
+    def _note_reasoning(self, conversation: Conversation, form: Form) -> None:
+        """Note it if the reasoning of the last turn, which no template drops on purpose, is left out."""
+        turns = conversation.assistant_turns
+        if not turns:
+            return
+        message = conversation.messages[turns[-1]]
+        keys = [key for key in REASONING if message.get(key)]
+        if not keys or not self._is_new("reasoning", *keys):
+            return
+        messages = list(conversation.messages)
+        messages[turns[-1]] = {**message, **dict.fromkeys(keys, WORD)}
+        if not self._writes(replace(conversation, messages=tuple(messages)), form):
+            self.notes.append(
+                f"{self.template.name} does not write {choices(keys)} of the assistant's messages"
+            )
 
     def _is_new(self, *kind: str) -> bool:
         is_new = kind not in self._tried

@@ -227,6 +227,17 @@ def test_what_cannot_be_told_is_an_error_with_the_reason(source: str, content: s
         chat_encoder(tokenizer, source, turn="|").document(said)
 
 
+def test_reasoning_of_the_last_turn_that_is_not_written_is_noted() -> None:
+    said = conversation(messages=REASONED)
+    for source, notes in (
+        (DROPS, []),
+        (TURNS, ["a template does not write reasoning_content of the assistant's messages"]),
+    ):
+        chats = chat_encoder(byte_tokenizer(), source, turn="|")
+        chats.document(said, "last")
+        assert chats.check_complete.notes == notes
+
+
 def test_a_conversation_that_the_assistant_begins_is_learnt_from_its_beginning() -> None:
     tokenizer = byte_tokenizer()
     needs_first = "{%- set first = messages[0].role + '' %}" + without_marks(TURNS)
