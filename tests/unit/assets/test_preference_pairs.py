@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from assets.preference_pairs.pairs import Sample, make_pairs
+from assets.preference_pairs.pairs import MOST_PAIRS, Sample, make_pairs
 from flora_train.evaluation.code.problems.starter import load_starter_problems
+from flora_train.evaluation.code.programs.execute import Program, Verdict, execute_all
+from flora_train.evaluation.code.programs.languages import load_languages
+from flora_train.evaluation.code.programs.sandbox import Sandbox, open_sandbox
 
 ROOT = Path(__file__).resolve().parents[3]
 PROBLEMS = ROOT / "assets/preference_problems"
+SHIPPED = ROOT / "assets/preferences"
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed: eval/install_toolchains.sh")
+    return open_sandbox("bubblewrap")
 
 
 def program(name: str, text: str, status: str = "OK", **changes: Any) -> Sample:
@@ -127,3 +140,38 @@ def test_builder_refuses_samples_of_other_problems_and_unfinished_ones(tmp_path:
     finished = build(tmp_path / "samples", tmp_path / "pairs")
     assert finished.returncode == 1
     assert "verdicts.jsonl: no such file; run flora-train solve to its end" in finished.stderr
+
+
+@pytest.mark.parametrize("task", ["lua", "ruby"])
+def test_shipped_pairs_are_of_our_own_problems_and_no_problem_is_in_both_splits(task: str) -> None:
+    language = {"lua": "lua", "ruby": "rb"}[task]
+    notice = (SHIPPED / "NOTICE.md").read_text(encoding="utf-8")
+    for split, table in (("train", "training_problems"), ("validation", "heldout_problems")):
+        problems = load_starter_problems(language, PROBLEMS / f"{table}.yaml")
+        lines = (SHIPPED / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) >= 10
+        assert f"{len(rows)} pairs of" in notice
+        assert len({(row["chosen"], row["rejected"], row["problem"]) for row in rows}) == len(rows)
+        for row in rows:
+            problem = problems[row["problem"]]
+            assert row["prompt"] == problem.prompt.rstrip()
+            assert "".join(row["chosen"].split()) != "".join(row["rejected"].split())
+            assert problem.cut(row["chosen"]) == row["chosen"]
+            assert {row["chosen_from"], row["rejected_from"]} <= {f"{task}-flora", f"{task}-lora"}
+        assert max(Counter(row["problem"] for row in rows).values()) <= MOST_PAIRS
+
+
+@pytest.mark.parametrize("task", ["lua", "ruby"])
+def test_shipped_pairs_pass_and_fail_as_they_say(task: str, sandbox: Sandbox) -> None:
+    language = load_languages()[{"lua": "lua", "ruby": "rb"}[task]]
+    if shutil.which(language.run[0]) is None:
+        pytest.skip(f"{language.name} is not installed: eval/install_toolchains.sh {language.key}")
+    problems = load_starter_problems(language.key, PROBLEMS / "heldout_problems.yaml")
+    lines = (SHIPPED / f"{task}.validation.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for column, passes in (("chosen", True), ("rejected", False)):
+        programs = [Program(language, problems[row["problem"]].program(row[column])) for row in rows]
+        verdicts: dict[int, Verdict] = {}
+        execute_all(programs, sandbox, workers=2, report=verdicts.__setitem__)
+        assert [verdicts[number].status == "OK" for number in range(len(rows))] == [passes] * len(rows)
