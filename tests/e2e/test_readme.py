@@ -21,7 +21,7 @@ def test_readme_has_the_two_commands() -> None:
 
 
 def test_error_shown_in_the_documents_is_the_one_that_is_printed() -> None:
-    (block,) = blocks(ROOT / "docs" / "commands.md", "console")
+    block, *_ = blocks(ROOT / "docs" / "commands.md", "console")
     command, expected = block.text.strip().splitlines()
     words = shlex.split(command.removeprefix("$ flora-train "))
     done = subprocess.run(

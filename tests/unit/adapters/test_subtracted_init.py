@@ -114,10 +114,10 @@ def test_a_random_initialisation_is_read_with_its_initial_adapter(where: str, tm
 def test_an_initial_adapter_of_another_size_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "theirs", "pissa_niter_2")
     trained(tmp_path / "other", "pissa", initial=tmp_path / "pissa_init", r=2)
-    with pytest.raises(UserError, match=r"theirs.*does not begin as .*pissa_init.*differ"):
+    with pytest.raises(UserError, match=r"does not begin as .*pissa_init.*differ"):
         read_peft(str(tmp_path / "theirs"), "key")
     (tmp_path / "pissa_init" / "adapter_model.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"theirs.*initial adapter that cannot be read"):
+    with pytest.raises(UserError, match=r"initial adapter that cannot be read"):
         read_peft(str(tmp_path / "theirs"), "key")
 
 
