@@ -19,7 +19,7 @@ from flora_train.adapters.init_from import resolve_init_from
 from flora_train.adapters.layer_usage import describe_left_out
 from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
-from flora_train.config.errors import choices, user_error
+from flora_train.config.errors import UserError, choices, user_error
 from flora_train.config.load import load_saved
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.collate import SpeechCollate
@@ -185,7 +185,12 @@ def load_data(
         speech_processor = build_speech_processor(config, model_config, tokenizer)
     tasks = {}
     if with_tasks:
-        tasks = load_tasks(config, tokenizer, cache_folder(), speech_processor)
+        try:
+            tasks = load_tasks(config, tokenizer, cache_folder(), speech_processor)
+        except UserError:
+            if speech_processor is not None:
+                speech_processor.store.close()  # its processes would keep this one alive
+            raise
     if speech_processor is not None:
         check_transcripts(config, speech_processor)
     if tasks:
