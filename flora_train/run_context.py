@@ -19,7 +19,7 @@ from flora_train.adapters.init_from import resolve_init_from
 from flora_train.adapters.layer_usage import describe_left_out
 from flora_train.adapters.paging import Paging
 from flora_train.adapters.spec import expand
-from flora_train.config.errors import UserError, choices, user_error
+from flora_train.config.errors import choices, user_error
 from flora_train.config.load import load_saved
 from flora_train.config.schema import RunConfig
 from flora_train.data.audio.collate import SpeechCollate
@@ -132,12 +132,18 @@ def _load(
     prepare(config, device)
     check_quantization(config.model, device)
     tokenizer, tasks, speech_processor = load_data(config, with_tasks)
-    model = load_base_model(config.model, torch.device("cpu") if sharded else device)
-    base_hash = fingerprint(model) if sharded else None
-    features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
-    bank = AdapterBank.attach(
-        model, expand(config), seed=config.seed, paging=paging_of(config), device=device, features=features
-    )
+    with closed_after_error(speech_processor):
+        model = load_base_model(config.model, torch.device("cpu") if sharded else device)
+        base_hash = fingerprint(model) if sharded else None
+        features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
+        bank = AdapterBank.attach(
+            model,
+            expand(config),
+            seed=config.seed,
+            paging=paging_of(config),
+            device=device,
+            features=features,
+        )
     return RunContext(
         config=config,
         folder=folder,
@@ -184,21 +190,28 @@ def load_data(
     if is_speech_model(model_config):
         speech_processor = build_speech_processor(config, model_config, tokenizer)
     tasks = {}
-    if with_tasks:
-        try:
+    with closed_after_error(speech_processor):
+        if with_tasks:
             tasks = load_tasks(config, tokenizer, cache_folder(), speech_processor)
-        except UserError:
-            if speech_processor is not None:
-                speech_processor.store.close()  # its processes would keep this one alive
-            raise
-    if speech_processor is not None:
-        check_transcripts(config, speech_processor)
-    if tasks:
-        check_tokens(config, tokenizer, tasks)
+        if speech_processor is not None:
+            check_transcripts(config, speech_processor)
+        if tasks:
+            check_tokens(config, tokenizer, tasks)
     unused = sorted(config.tasks.keys() - tasks.keys())
     if with_tasks and unused:
         logger.warning(f"no adapter learns {', '.join(unused)}: not read")
     return tokenizer, tasks, speech_processor
+
+
+@contextmanager
+def closed_after_error(speech_processor: SpeechProcessor | None) -> Iterator[None]:
+    """A context that ends the background workers of a speech processor if an error leaves it."""
+    try:
+        yield
+    except BaseException:
+        if speech_processor is not None:
+            speech_processor.store.close()
+        raise
 
 
 def check_transcripts(config: RunConfig, speech_processor: SpeechProcessor) -> None:
@@ -308,12 +321,13 @@ def load_run(
     device = make_accelerator(config, folder, trackers=False).device
     differences = on_main_process(lambda: check_base(folder, config, allow))
     context = load_context(config, folder, device, with_tasks=with_tasks)
-    if not differences:  # a base from the hub is downloaded only now
-        differences = on_main_process(lambda: check_base(folder, config, allow))
-    differences += on_main_process(lambda: check_same_tokenizer(folder, context, allow))
-    differences += on_main_process(lambda: check_data(folder, context.tasks, allow, changed_tasks))
-    adapters = range(len(context.bank.specs))
-    best = on_every_process(lambda: load_best(context.bank, adapters, folder.best_adapters))
+    with closed_after_error(context.speech_processor):
+        if not differences:  # a base from the hub is downloaded only now
+            differences = on_main_process(lambda: check_base(folder, config, allow))
+        differences += on_main_process(lambda: check_same_tokenizer(folder, context, allow))
+        differences += on_main_process(lambda: check_data(folder, context.tasks, allow, changed_tasks))
+        adapters = range(len(context.bank.specs))
+        best = on_every_process(lambda: load_best(context.bank, adapters, folder.best_adapters))
     return replace(context, differences=tuple(differences)), best
 
 

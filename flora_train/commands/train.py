@@ -39,6 +39,7 @@ from flora_train.run_context import (
     as_it_began,
     check_base,
     check_data,
+    closed_after_error,
     load_context,
     make_accelerator,
     resolve_config,
@@ -130,6 +131,15 @@ def _train_run(
     """`train_run`, while no other process works in the folder. started: time.monotonic() at its start."""
     plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
     context = load_checked(config, folder, accelerator.device, status=status, plan=plan)
+    with closed_after_error(context.speech_processor):
+        _train_loaded(context, accelerator, status=status, plan=plan, started=started)
+
+
+def _train_loaded(
+    context: RunContext, accelerator: Accelerator, *, status: RunStatus, plan: Plan | None, started: float
+) -> None:
+    """Train, evaluate and report a loaded run."""
+    config, folder = context.config, context.folder
     trainer = Trainer(context, accelerator)
     fresh: list[int] = []
     """Adapters that are in their initial state."""
@@ -155,7 +165,6 @@ def _train_run(
     except Interrupted as pause:
         if is_main_process():
             folder.update_run_json(interrupted=pause.step)
-        context.close()
         raise
     on_main_process(lambda: record_training(context, trainer, load_seconds))
     run_final_evaluation(context, trainer.best_adapters.best, plan)
@@ -176,11 +185,12 @@ def load_checked(
     loaded = config if status == "new" else as_it_began(config, folder)
     context = load_context(loaded, folder, device, sharded=uses_sharding(config))
     context = replace(context, config=config)  # compared with that of the run's beginning
-    if status != "new":
-        on_main_process(lambda: check_data(folder, context.tasks, OriginOptions()))
-    on_every_process(context.check_model)
-    on_every_process(lambda: check_texts(context, plan))
-    on_main_process(lambda: log_notes(context.model, context.bank.pools))
+    with closed_after_error(context.speech_processor):
+        if status != "new":
+            on_main_process(lambda: check_data(folder, context.tasks, OriginOptions()))
+        on_every_process(context.check_model)
+        on_every_process(lambda: check_texts(context, plan))
+        on_main_process(lambda: log_notes(context.model, context.bank.pools))
     return context
 
 

@@ -89,7 +89,7 @@ def test_packed_chats_and_preferences_trained_together_equal_those_trained_alone
 ) -> None:
     """With noise and dropout on packed conversations, DPO pairs and KTO rows, and references without."""
     options = {"preferences": MIXED, "packed_chats": ["a"], **BUDGET, "optimizer": optimizer}
-    lr = {"adamw": 1e-3, "sgd": 0.1}[optimizer]
+    lr = {"adamw": 1e-3, "sgd": 1.0}[optimizer]
     together = make_trainer(specs(lr=lr), tmp_path, **options)
     plans = plans_of(together)
     rows = [row for plan in plans for rows in plan.microbatches for row in rows]
@@ -99,7 +99,7 @@ def test_packed_chats_and_preferences_trained_together_equal_those_trained_alone
     train_together(together, plans)
     differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
     assert max(differences.values()) <= 1e-5, differences
-    assert min(moved(together).values()) > 3e-4
+    assert min(moved(together).values()) > 1e-3
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
