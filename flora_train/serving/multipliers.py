@@ -1,0 +1,45 @@
+"""What a multiplicative adapter (fLoRA, IA3) does to the linear layers of the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """One layer of an adapter: y = keep_base * W x + sum over k of B[:, k] * (W (A[k] * x)) + bias.
+
+    A fLoRA of rank r is W0 * (B A), plus W0 itself where keep_base is true. An IA3 has rank 1: it scales by
+    its deviation from 1.
+    """
+
+    A: Tensor
+    """[rank, inputs], float32."""
+    B: Tensor
+    """[outputs, rank], float32."""
+    keep_base: bool = True
+    """Whether the base model's own product is added: false for a pure fLoRA."""
+    scales_output: bool = False
+    """Whether this is an IA3 of outputs: A is 1, and the layer's bias is scaled too."""
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class MultiplicativeAdapter:
+    """A fLoRA or an IA3, read from its folder."""
+
+    method: Literal["flora", "ia3"]
+    multipliers: Mapping[str, Multiplier]
+    """Name of a linear layer, as transformers names it -> what the adapter does there."""
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a layer."""
+        return max(multiplier.rank for multiplier in self.multipliers.values())
