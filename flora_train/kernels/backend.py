@@ -49,9 +49,14 @@ def use_precision(precision: Precision) -> None:
     _split = precision != "fused"
 
 
+def is_triton() -> bool:
+    """Whether the Triton kernels are selected in this process."""
+    return _backend == "triton"
+
+
 def runs_in_triton(x: Tensor, rank: int = 1) -> bool:
     """Whether the Triton kernels compute tokens of this dtype. float64, for references, runs in torch."""
-    return _backend == "triton" and x.dtype != torch.float64 and rank <= MAX_TRITON_RANK
+    return is_triton() and x.dtype != torch.float64 and rank <= MAX_TRITON_RANK
 
 
 def splits(dtype: torch.dtype) -> bool:

@@ -26,9 +26,19 @@ class Multiplier:
     scales_output: bool = False
     """Whether this is an IA3 of outputs: A is 1, and the layer's bias is scaled too."""
 
+    scales_input: bool = False
+    """Whether this is an IA3 of inputs: B is 1."""
+
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    @property
+    def scales(self) -> str:
+        """'input', 'output' or, for a fLoRA, ''."""
+        if self.scales_input:
+            return "input"
+        return "output" if self.scales_output else ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,246 @@
+"""vLLM's LoRA layers, extended by multiplicative adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.lora.layers import (
+    ColumnParallelLinearWithLoRA,
+    LogitsProcessorWithLoRA,
+    MergedColumnParallelLinearVariableSliceWithLoRA,
+    MergedColumnParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithLoRA,
+    QKVParallelLinearWithLoRA,
+    ReplicatedLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+
+from flora_train.serving.batch_rows import BatchRows
+from flora_train.serving.multipliers import Multiplier
+from flora_train.serving.projection import LayerFactors, SlotUse, project
+
+RECOVERED_ROWS = 512
+"""Inputs whose weights are recovered at once."""
+
+STANDARD = (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+"""Layers of vLLM that compute no more than x W^T + bias."""
+
+
+@dataclass
+class CurrentBatch:
+    """The multiplicative rows of the batch that runs now: one object for all layers of a model."""
+
+    rows: BatchRows | None = None
+    """None where every token uses the base model or a LoRA: every layer is then vLLM's own."""
+
+
+class SpareSlotMixin:
+    """One more slot on a CPU, which stays 0: vLLM's CPU code reads the last slot for tokens of the base
+    model."""
+
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        spare = int(_device_of(self).type == "cpu")
+        super().create_lora_weights(max_loras + spare, lora_config, model_config)
+
+
+class MultiplicativeMixin(SpareSlotMixin):
+    """Adds multiplicative adapters to one of vLLM's LoRA layers.
+
+    Their factors are in the slots of vLLM's LoRA, which is not computed for their tokens. vLLM's own code
+    cuts them for merged layers and tensor parallelism.
+    """
+
+    def __init__(self, base_layer: Any) -> None:
+        super().__init__(base_layer)
+        self.batch = CurrentBatch()
+        self.factors: LayerFactors | None = None
+        """None until a multiplicative adapter uses the layer."""
+        self._recovered: Tensor | None = None
+
+    def reset_lora(self, index: int) -> None:
+        super().reset_lora(index)
+        if self.factors is not None:
+            self.factors.uses.pop(index, None)
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.batch.rows is None:
+            return super().apply(x, bias)
+        return self._project(x, self.batch.rows, bias)
+
+    def use_multipliers(self, index: int, multipliers: list[Multiplier | None]) -> None:
+        """Make a slot multiplicative, after `set_lora` has written its factors.
+
+        multipliers: those of the layer's slices, or the only one of all slices; None: not adapted.
+        """
+        if len(multipliers) == 1:
+            multipliers *= self.n_slices
+        if self.factors is None:
+            A = [stacked[:, 0] for stacked in self.lora_a_stacked]
+            B = [torch.zeros_like(stacked[:, 0].mT).contiguous() for stacked in self.lora_b_stacked]
+            self.factors = LayerFactors(A, B)
+        for slice_B, stacked in zip(self.factors.B, self.lora_b_stacked, strict=True):
+            slice_B[index].copy_(stacked[index, 0].T)
+        self.factors.uses[index] = SlotUse(
+            tuple(0 if m is None else m.rank for m in multipliers),
+            tuple(m is None or m.keep_base for m in multipliers),
+            tuple("" if m is None else m.scales for m in multipliers),
+        )
+
+    def full_weight(self) -> Tensor:
+        """This process's part of the base model's weight, [outputs, inputs].
+
+        On a CPU, vLLM keeps only a packed form of it. It is multiplied by unit vectors, which is exact, and
+        kept.
+        """
+        weight = self.base_layer.weight
+        if weight.numel():
+            return weight
+        if self._recovered is None:
+            parts = []
+            dtype = self.lora_a_stacked[0].dtype
+            for start in range(0, self.input_size, RECOVERED_ROWS):
+                stop = min(start + RECOVERED_ROWS, self.input_size)
+                unit_vectors = torch.zeros(stop - start, self.input_size, dtype=dtype)
+                unit_vectors[:, start:stop].fill_diagonal_(1)
+                parts.append(self._product(unit_vectors))
+            self._recovered = torch.cat(parts).T.contiguous()
+        return self._recovered
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x W^T in vLLM's kernel."""
+        return self.base_layer.quant_method.apply(self.base_layer, x, None)
+
+    def _project(self, x: Tensor, rows: BatchRows, bias: Tensor | None) -> Tensor:
+        flat = x.flatten(0, 1) if x.ndim == 3 else x
+        if self.factors is None:
+            y = self._product(flat)
+            if bias is not None:
+                y += bias
+        else:
+            y = project(flat, self.factors, rows, base=self._product, weight=self.full_weight, bias=bias)
+        if rows.has_lora:
+            self.punica_wrapper.add_lora_linear(
+                y, flat, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
+            )
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def why_unsupported(layer: Any) -> str | None:
+    """Why a multiplicative adapter cannot use this layer of a model; None if it can."""
+    if not isinstance(layer, MultiplicativeMixin):
+        return f"it is a {type(layer).__name__}, for which only LoRA is served"
+    base = layer.base_layer
+    if type(base.quant_method) is not UnquantizedLinearMethod:
+        return (
+            f"its weight is quantised ({type(base.quant_method).__name__}): serve the base model unquantised"
+        )
+    if type(base).forward not in [standard.forward for standard in STANDARD]:
+        return f"{type(base).__name__} has a forward of its own"
+    return None
+
+
+def _device_of(layer: Any) -> torch.device:
+    if isinstance(layer, VocabParallelEmbeddingWithLoRA):
+        return layer.base_layer.weight.device
+    return layer.device
+
+
+class SpareSlotEmbedding(SpareSlotMixin, VocabParallelEmbeddingWithLoRA):
+    pass
+
+
+class AdaptedLogits(SpareSlotMixin, LogitsProcessorWithLoRA):
+    """vLLM's logits with LoRA, computed only while an adapter has factors for the output layer.
+
+    vLLM always computes them, for one row of each request, and fails where a request also asks for the
+    log-probabilities of its prompt.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapted: set[int] = set()
+        """Slots whose adapter changes the output layer."""
+
+    def set_lora(self, index: int, lora_a: Tensor, lora_b: Tensor) -> None:
+        super().set_lora(index, lora_a, lora_b)
+        self.adapted.add(index)
+
+    def reset_lora(self, index: int) -> None:
+        super().reset_lora(index)
+        self.adapted.discard(index)
+
+    def _get_logits(
+        self,
+        hidden_states: Tensor,
+        lm_head: Any,
+        embedding_bias: Tensor | None = None,
+        skip_gather: bool = False,
+    ) -> Tensor | None:
+        if not self.adapted:
+            head = getattr(lm_head, "base_layer", lm_head)
+            return self.base_layer._get_logits(hidden_states, head, embedding_bias, skip_gather)
+        if len(hidden_states) != len(self.punica_wrapper.sampler_indices):
+            # A prompt's log-probabilities: which adapter it has is not known here. Numbers that are not
+            # finite fail this request alone.
+            shape = (len(hidden_states), self.base_layer.org_vocab_size)
+            return hidden_states.new_full(shape, torch.nan)
+        return super()._get_logits(hidden_states, lm_head, embedding_bias, skip_gather)
+
+
+class MultiplicativeColumnParallelLinear(MultiplicativeMixin, ColumnParallelLinearWithLoRA):
+    pass
+
+
+class MultiplicativeMergedColumnParallelLinear(MultiplicativeMixin, MergedColumnParallelLinearWithLoRA):
+    pass
+
+
+class MultiplicativeQKVParallelLinear(MultiplicativeMixin, QKVParallelLinearWithLoRA):
+    pass
+
+
+class MultiplicativeMergedQKVParallelLinear(MultiplicativeMixin, MergedQKVParallelLinearWithLoRA):
+    pass
+
+
+class MultiplicativeRowParallelLinear(MultiplicativeMixin, RowParallelLinearWithLoRA):
+    pass
+
+
+class MultiplicativeReplicatedLinear(MultiplicativeMixin, ReplicatedLinearWithLoRA):
+    pass
+
+
+class MultiplicativeVariableSliceLinear(MultiplicativeMixin, MergedColumnParallelLinearVariableSliceWithLoRA):
+    pass
+
+
+LAYERS = (
+    SpareSlotEmbedding,
+    MultiplicativeColumnParallelLinear,
+    MultiplicativeMergedColumnParallelLinear,
+    MultiplicativeQKVParallelLinear,
+    MultiplicativeMergedQKVParallelLinear,
+    MultiplicativeRowParallelLinear,
+    MultiplicativeReplicatedLinear,
+    MultiplicativeVariableSliceLinear,
+)
+"""Classes that vLLM prefers to its own ones of the same layers (see `install` in manager.py)."""

@@ -1,0 +1,197 @@
+"""Loads multiplicative adapters into vLLM's LoRA slots, and tells the layers which tokens use them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import vllm.lora.utils
+import vllm.lora.worker_manager
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+
+from flora_train.kernels.backend import use_backend
+from flora_train.serving.adapter_files import read_adapter
+from flora_train.serving.batch_rows import BatchRows
+from flora_train.serving.layers import (
+    LAYERS,
+    AdaptedLogits,
+    CurrentBatch,
+    MultiplicativeMixin,
+    why_unsupported,
+)
+from flora_train.serving.multipliers import MultiplicativeAdapter, Multiplier
+
+PREFIX = "base_model.model."
+
+
+class MultiplicativeModel(LoRAModel):
+    """A multiplicative adapter in the form in which vLLM keeps LoRAs: A and B of every module."""
+
+    multipliers: dict[str, Multiplier]
+    """Name of a module, as vLLM names it before merging -> what the adapter does there."""
+
+
+class MultiplicativeManager(LRUCacheLoRAModelManager):
+    """vLLM's manager of the adapters of one process, for LoRA and multiplicative adapters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        use_backend("auto", self.device)
+        self.batch = CurrentBatch()
+        self._compiled = [m for m in self.model.modules() if getattr(m, "do_not_compile", None) is False]
+        for layer in self.modules.values():
+            if isinstance(layer, MultiplicativeMixin):
+                layer.batch = self.batch
+
+    def read(self, adapter: MultiplicativeAdapter, lora_id: int) -> MultiplicativeModel:
+        """The adapter as vLLM keeps it. Raises ValueError where this model cannot serve it exactly."""
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        mapper = None if mapper is None else mapper.get_rename_mapper()
+        tensors = {}
+        multipliers = {}
+        for name, multiplier in adapter.multipliers.items():
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = multiplier.A
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = multiplier.B
+            served_name, _ = parse_fine_tuned_lora_name(f"{PREFIX}{name}.lora_A.weight", mapper)
+            multipliers[served_name] = multiplier
+        self._check(multipliers)
+        scale_of_one = PEFTHelper(r=1, lora_alpha=1, target_modules=[])
+        model = MultiplicativeModel.from_lora_tensors(
+            lora_id,
+            tensors,
+            scale_of_one,
+            device="cpu",
+            dtype=self.lora_config.lora_dtype,
+            weights_mapper=mapper,
+        )
+        model.rank = adapter.rank
+        model.multipliers = multipliers
+        return model
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        is_new = super().activate_adapter(lora_id)
+        model = self._registered_adapters.cache[lora_id]
+        if is_new and isinstance(model, MultiplicativeModel):
+            slot = self.lora_index_to_id.index(lora_id)
+            for name, layer in self.modules.items():
+                multipliers = [model.multipliers.get(part) for part in self.packed_modules.get(name, [name])]
+                if any(multiplier is not None for multiplier in multipliers):
+                    layer.use_multipliers(slot, multipliers)
+        return is_new
+
+    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        multiplicative = {
+            lora_id: slot
+            for slot, lora_id in enumerate(self.lora_index_to_id)
+            if lora_id is not None and self._is_multiplicative(lora_id)
+        }
+        self.batch.rows = self._rows(mapping.index_mapping, multiplicative)
+        for module in self._compiled:
+            # Compiled code is that of batches without multiplicative rows.
+            module.do_not_compile = self.batch.rows is not None
+        if self.batch.rows is not None:
+            mapping = LoRAMapping(
+                _without(mapping.index_mapping, multiplicative),
+                _without(mapping.prompt_mapping, multiplicative),
+                is_prefill=mapping.is_prefill,
+                type=mapping.type,
+            )
+        super()._set_adapter_mapping(mapping)
+
+    def remove_all_adapters(self) -> None:
+        super().remove_all_adapters()
+        self.batch.rows = None
+
+    def _is_multiplicative(self, lora_id: int) -> bool:
+        return isinstance(self._registered_adapters.cache.get(lora_id), MultiplicativeModel)
+
+    def _rows(self, ids: Iterable[int], multiplicative: dict[int, int]) -> BatchRows | None:
+        tokens_of: dict[int, list[int]] = {}
+        has_lora = False
+        for token, lora_id in enumerate(ids):
+            slot = multiplicative.get(lora_id)
+            if slot is not None:
+                tokens_of.setdefault(slot, []).append(token)
+            elif lora_id:
+                has_lora = True
+        if not tokens_of:
+            return None
+        return BatchRows(
+            {slot: tuple(tokens) for slot, tokens in tokens_of.items()},
+            has_lora,
+            self.lora_config.max_lora_rank,
+            self.device,
+        )
+
+    def _check(self, multipliers: dict[str, Multiplier]) -> None:
+        """Raises ValueError for a module that the model lacks, or that cannot be multiplied exactly."""
+        layer_of = {
+            part: layer
+            for name, layer in self.modules.items()
+            for part in self.packed_modules.get(name, [name])
+        }
+        limit = self.lora_config.max_lora_rank
+        for name, multiplier in multipliers.items():
+            if name not in layer_of:
+                raise ValueError(f"the model has no linear layer {name}, which the adapter changes")
+            layer = layer_of[name]
+            if (reason := why_unsupported(layer)) is not None:
+                raise ValueError(f"{name} cannot be multiplied: {reason}")
+            if multiplier.rank > limit:
+                problem = f"{name} has rank {multiplier.rank}, above --max-lora-rank {limit}"
+                raise ValueError(f"{problem}: start vLLM with a higher limit")
+
+
+def _without(ids: Iterable[int], multiplicative: dict[int, int]) -> tuple[int, ...]:
+    """Multiplicative adapters as the base model."""
+    return tuple(0 if lora_id in multiplicative else lora_id for lora_id in ids)
+
+
+def install() -> None:
+    """Make vLLM use these layers and this manager."""
+    classes = vllm.lora.utils._all_lora_classes
+    if LAYERS[0] in classes:
+        return
+    if isinstance(classes, set):
+        raise TypeError("this version of vLLM chooses LoRA layers in no order")
+    vllm.lora.utils._all_lora_classes = (*LAYERS, *classes)
+    vllm.lora.utils.LogitsProcessorWithLoRA = AdaptedLogits
+    LRUCacheWorkerLoRAManager._manager_cls = MultiplicativeManager
+    _install_loader()
+    _install_eager_batches()
+
+
+def _install_loader() -> None:
+    load_lora = WorkerLoRAManager._load_adapter
+
+    @functools.wraps(load_lora)
+    def load_adapter(self: WorkerLoRAManager, lora_request: LoRARequest) -> LoRAModel:
+        adapter = read_adapter(get_adapter_absolute_path(lora_request.lora_path))
+        if not isinstance(adapter, MultiplicativeAdapter):
+            return load_lora(self, lora_request)
+        return self._adapter_manager.read(adapter, lora_request.lora_int_id)
+
+    WorkerLoRAManager._load_adapter = load_adapter
+
+
+def _install_eager_batches() -> None:
+    """CUDA graphs hold batches without multiplicative rows; others run without a graph."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    determine = GPUModelRunner._determine_batch_execution_and_padding
+
+    @functools.wraps(determine)
+    def determine_without_graph(self: Any, *args: Any, **kwargs: Any) -> Any:
+        manager = getattr(getattr(self, "lora_manager", None), "_adapter_manager", None)
+        if isinstance(manager, MultiplicativeManager) and manager.batch.rows is not None:
+            kwargs["force_eager"] = True
+        return determine(self, *args, **kwargs)
+
+    GPUModelRunner._determine_batch_execution_and_padding = determine_without_graph
