@@ -394,7 +394,7 @@ def _refused(name: str, value: Any, source: str, *, key: str, known: bool) -> Us
     given = repr(value)
     if len(given) > 60:
         given = f"{given[:57]}..."
-    hint = HINTS.get(name, "this option is not supported, so that training cannot start from the adapter")
+    hint = HINTS.get(name, "this option is not supported, so that the adapter cannot be used here")
     if name == "init_lora_weights" and isinstance(value, str):
         hint = INIT_HINTS.get(value, hint)
     if not known:

@@ -83,9 +83,7 @@ def check_tensors(config: PeftConfig, tensors: Mapping[str, Tensor], source: str
     for name, tensor in tensors.items():
         suffix = next((suffix for suffix in suffixes_of(config) if name.endswith(f".{suffix}")), None)
         if suffix is None or not name.startswith(PREFIX):
-            hint = (
-                f"holds {name}, which is not a tensor of a plain {peft_type}: training cannot start from it"
-            )
+            hint = f"holds {name}, which is not a tensor of a plain {peft_type}: it cannot be used here"
             raise user_error(key, source, hint)
         if tensor.dtype not in DTYPES:
             hint = f"{name} has dtype {tensor.dtype}: float32, float16 and bfloat16 are supported"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -18,9 +18,9 @@ class Multiplier:
     """
 
     A: Tensor
-    """[rank, inputs], float32."""
+    """[rank, inputs], float32. [1, 1] where the same number holds for all inputs: an IA3 of outputs."""
     B: Tensor
-    """[outputs, rank], float32."""
+    """[outputs, rank], float32. [1, 1] where the same number holds for all outputs: an IA3 of inputs."""
     keep_base: bool = True
     """Whether the base model's own product is added: false for a pure fLoRA."""
     scales_output: bool = False
@@ -39,6 +39,11 @@ class Multiplier:
         if self.scales_input:
             return "input"
         return "output" if self.scales_output else ""
+
+    def expanded(self, inputs: int, outputs: int) -> Multiplier:
+        """The same with A [rank, inputs] and B [outputs, rank]."""
+        A, B = self.A.expand(self.rank, inputs), self.B.expand(outputs, self.rank)
+        return replace(self, A=A.contiguous(), B=B.contiguous())
 
 
 @dataclass(frozen=True)

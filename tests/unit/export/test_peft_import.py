@@ -159,7 +159,7 @@ def test_options_that_no_adapter_here_has_are_refused(option: str, value: Any, t
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
     bank = AdapterBank.attach(tiny_model(), [replace(THEIRS["LoRA"][1], init_from=str(folder))])
-    with pytest.raises(UserError, match=f"{option}.*training cannot start from"):
+    with pytest.raises(UserError, match=f"{option}.*cannot be used here"):
         init_from_peft(bank, range(len(bank.specs)))
 
 
