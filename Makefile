@@ -4,6 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 TRL := .venv-trl/.installed
+SERVING := .venv-serving/.installed
+SERVING_PIP := .venv-serving/bin/python -m pip install --quiet
 MODEL := assets/models/smollm2-135m/manifest.json
 WHISPER := assets/models/whisper-base/manifest.json
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -14,7 +16,7 @@ PROBLEMS := assets/preference_problems
 SAMPLED := evaluation.problems=[$(PROBLEMS)/training_problems.yaml,$(PROBLEMS)/heldout_problems.yaml] \
 	evaluation.temperature=0.5 evaluation.num_samples=4 evaluation.max_new_tokens=48 evaluation.batch_rows=96 --languages lua,rb
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local test test-full test-headline test-chips test-attack test-trl trl-env test-gpu lint types format bench bench-quick bench-gpu docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local test test-full test-headline test-chips test-attack test-trl trl-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -74,6 +76,11 @@ test-trl: $(INSTALLED_DEV) $(MODEL) $(TRL)  ## compare chats and preferences wit
 
 trl-env: $(TRL)  ## install TRL into .venv-trl, an environment of its own, for its comparisons
 
+test-serving: $(SERVING) $(MODEL)  ## serve adapters with vLLM on the CPU, which runs in .venv-serving
+	OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest -m serving tests/serving $(ARGS)
+
+serving-env: $(SERVING)  ## install vLLM for a CPU into .venv-serving, an environment of its own, with this package
+
 test-gpu:  ## on a machine with a GPU: run its tests and those of the kernels (PYTHON=... without .venv)
 	$(PYTHON) -m pytest tests/gpu tests/unit/kernels $(ARGS)
 
@@ -118,8 +125,8 @@ docs: $(INSTALLED_DEV)  ## build the documentation into outputs/site and check e
 figures: $(INSTALLED)  ## copy the committed results into README and docs
 	$(BIN)/python benchmarks/update_figures.py
 
-clean:  ## remove the environment and the built models (outputs/ stays)
-	rm -rf .venv .venv-trl assets/models
+clean:  ## remove the environments and the built models (outputs/ stays)
+	rm -rf .venv .venv-trl .venv-serving assets/models
 
 # what runs: the package with everything a recipe can name
 $(INSTALLED): pyproject.toml constraints.txt
@@ -138,6 +145,14 @@ $(INSTALLED_DEV): $(INSTALLED)
 $(TRL): tests/trl/requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/trl/requirements.txt
+	touch $@
+
+# what serves: vLLM for a CPU with versions of its own; torch alone brings what it depends on, which differs between its builds
+$(SERVING): tests/serving/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-serving
+	$(SERVING_PIP) --constraint tests/serving/requirements.txt torch
+	$(SERVING_PIP) --no-deps --requirement tests/serving/requirements.txt
+	$(SERVING_PIP) --no-deps --editable .
 	touch $@
 
 # the environment comes first, but a new environment does not make a built model out of date

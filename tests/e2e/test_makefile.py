@@ -18,6 +18,7 @@ PREREQUISITES = [
     *(f"assets/{name}" for name in ("build_smollm2.py", "build_whisper.py", "pypi_model.py")),
     *(f"assets/{name}.requirements.txt" for name in ("smollm2", "whisper")),
     "tests/trl/requirements.txt",
+    "tests/serving/requirements.txt",
 ]
 
 
@@ -61,6 +62,14 @@ def test_runs_need_no_tools_for_development(clone: Path, target: str) -> None:
 def test_tests_install_their_tools_before_they_run(clone: Path, target: str) -> None:
     lines = commands(clone, target)
     assert position(lines, "[dev]") < position(lines, "pytest")
+
+
+def test_vllm_is_installed_in_an_environment_of_its_own_before_its_tests(clone: Path) -> None:
+    lines = commands(clone, "test-serving")
+    assert position(lines, "tests/serving/requirements.txt") < position(lines, "-m serving")
+    assert not [line for line in lines if "vllm" in line or "[dev]" in line]
+    removed = next(line for line in commands(clone, "clean") if line.startswith("rm"))
+    assert ".venv-serving" in removed.split()
 
 
 def test_speech_packages_are_installed_before_anything_is_downloaded(clone: Path) -> None:
