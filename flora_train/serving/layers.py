@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from flora_train.serving.batch_rows import BatchRows
+from flora_train.serving.fit import LayerFacts
 from flora_train.serving.multipliers import Multiplier
 from flora_train.serving.projection import LayerFactors, SlotUse, project
 
@@ -52,7 +53,13 @@ class CurrentBatch:
     """None where every token uses the base model or a LoRA: every layer is then vLLM's own."""
 
 
-class SpareSlotMixin:
+if TYPE_CHECKING:
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA as LoraLayer
+else:
+    LoraLayer = object
+
+
+class SpareSlotMixin(LoraLayer):
     """One more slot on a CPU, which stays 0: vLLM's CPU code reads the last slot for tokens of the base
     model."""
 
@@ -143,17 +150,31 @@ class MultiplicativeMixin(SpareSlotMixin):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def why_unsupported(layer: Any) -> str | None:
-    """Why a multiplicative adapter cannot use this layer of a model; None if it can."""
-    if not isinstance(layer, MultiplicativeMixin):
-        return f"it is a {type(layer).__name__}, for which only LoRA is served"
+def facts_of(layer: MultiplicativeMixin, parts: int) -> list[LayerFacts]:
+    """What the adapters' modules must agree with: one entry for each of the `parts` that the layer merges."""
     base = layer.base_layer
+    sizes = [base.output_size]
+    if isinstance(base, QKVParallelLinear):
+        query, key = (heads * base.head_size for heads in (base.total_num_heads, base.total_num_kv_heads))
+        sizes = [query, key, key]
+    elif isinstance(base, MergedColumnParallelLinear):
+        sizes = list(base.output_sizes)
+    if parts == 1:
+        sizes = [sum(sizes)]
+    obstacle = _obstacle(base)
+    if parts != len(sizes):
+        obstacle = f"is merged with others in a way that only LoRA is served on ({type(base).__name__})"
+        sizes = [0] * parts
+    later = bool(base.skip_bias_add and base.bias is not None)
+    return [LayerFacts(base.input_size, size, obstacle=obstacle, bias_is_added_later=later) for size in sizes]
+
+
+def _obstacle(base: Any) -> str | None:
+    """Why a product with this layer's weight cannot be exact."""
     if type(base.quant_method) is not UnquantizedLinearMethod:
-        return (
-            f"its weight is quantised ({type(base.quant_method).__name__}): serve the base model unquantised"
-        )
+        return f"is quantised ({type(base.quant_method).__name__})"
     if type(base).forward not in [standard.forward for standard in STANDARD]:
-        return f"{type(base).__name__} has a forward of its own"
+        return f"is computed in a way of its own ({type(base).__name__})"
     return None
 
 
@@ -205,7 +226,26 @@ class AdaptedLogits(SpareSlotMixin, LogitsProcessorWithLoRA):
         return super()._get_logits(hidden_states, lm_head, embedding_bias, skip_gather)
 
 
-class MultiplicativeColumnParallelLinear(MultiplicativeMixin, ColumnParallelLinearWithLoRA):
+class OneModuleMixin(MultiplicativeMixin):
+    """A merged layer that is one module of the checkpoint.
+
+    Models of transformers' own code do not name it among their packed modules, and vLLM then serves no LoRA
+    on it.
+    """
+
+    @classmethod
+    def can_replace_layer(
+        cls, source_layer: Any, lora_config: Any, packed_modules_list: list[str], model_config: Any = None
+    ) -> bool:
+        return super().can_replace_layer(
+            source_layer=source_layer,
+            lora_config=lora_config,
+            packed_modules_list=packed_modules_list or [""],
+            model_config=model_config,
+        )
+
+
+class MultiplicativeColumnParallelLinear(OneModuleMixin, ColumnParallelLinearWithLoRA):
     pass
 
 
@@ -213,7 +253,7 @@ class MultiplicativeMergedColumnParallelLinear(MultiplicativeMixin, MergedColumn
     pass
 
 
-class MultiplicativeQKVParallelLinear(MultiplicativeMixin, QKVParallelLinearWithLoRA):
+class MultiplicativeQKVParallelLinear(OneModuleMixin, QKVParallelLinearWithLoRA):
     pass
 
 

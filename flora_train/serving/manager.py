@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import vllm.lora.utils
 import vllm.lora.worker_manager
 from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from flora_train.kernels.backend import use_backend
-from flora_train.serving.adapter_files import read_adapter
+from flora_train.serving.adapter_files import LoraFolder, read_adapter
 from flora_train.serving.batch_rows import BatchRows
-from flora_train.serving.layers import (
-    LAYERS,
-    AdaptedLogits,
-    CurrentBatch,
-    MultiplicativeMixin,
-    why_unsupported,
-)
+from flora_train.serving.fit import LayerFacts, check_fits
+from flora_train.serving.layers import LAYERS, AdaptedLogits, CurrentBatch, MultiplicativeMixin, facts_of
 from flora_train.serving.multipliers import MultiplicativeAdapter, Multiplier
 
 PREFIX = "base_model.model."
+NOT_LINEAR = "is not a linear layer, and fLoRA and IA3 are served on linear layers only"
+
+FULLY_SHARDED = "is sharded by --fully-sharded-loras, with which only LoRA is served"
 
 
 class MultiplicativeModel(LoRAModel):
@@ -50,30 +51,64 @@ class MultiplicativeManager(LRUCacheLoRAModelManager):
             if isinstance(layer, MultiplicativeMixin):
                 layer.batch = self.batch
 
+    def check(self, adapter: LoraFolder | MultiplicativeAdapter, source: str) -> None:
+        """Raises UserError where this model cannot serve the adapter exactly.
+
+        vLLM itself checks a LoRA's layers that are not linear.
+        """
+        facts: dict[str, LayerFacts] = {}
+        left_to_vllm: dict[str, LayerFacts] = {}
+        for name, layer in self.modules.items():
+            parts = self.packed_modules.get(name, [name])
+            if isinstance(layer, MultiplicativeMixin):
+                facts |= zip(parts, facts_of(layer, len(parts)), strict=True)
+            else:
+                is_linear = isinstance(layer, BaseLinearLayerWithLoRA)
+                obstacle = FULLY_SHARDED if is_linear else NOT_LINEAR
+                left_to_vllm |= dict.fromkeys((name, *parts), LayerFacts(0, 0, obstacle=obstacle))
+        elsewhere = [
+            name for name, module in self.model.named_modules() if isinstance(module, PPMissingLayer)
+        ]
+        prefixes = [*(getattr(self.model, "lora_skip_prefixes", None) or ()), *elsewhere]
+        if isinstance(adapter, LoraFolder):
+            names = {self.served_name(name): shapes for name, shapes in adapter.layers.items()}
+            checked = {name: shapes for name, shapes in names.items() if name not in left_to_vllm}
+            adapter = replace(adapter, layers=checked)
+        else:
+            facts = left_to_vllm | facts
+            adapter = replace(adapter, multipliers=self._by_served_name(adapter))
+        limit = self.lora_config.max_lora_rank
+        check_fits(adapter, facts, max_rank=limit, source=source, ignored_prefixes=prefixes)
+
+    def served_name(self, name: str) -> str:
+        """vLLM's name of a module, from that of transformers."""
+        served, _ = parse_fine_tuned_lora_name(f"{PREFIX}{name}.lora_A.weight", self._name_mapper())
+        return served
+
     def read(self, adapter: MultiplicativeAdapter, lora_id: int) -> MultiplicativeModel:
-        """The adapter as vLLM keeps it. Raises ValueError where this model cannot serve it exactly."""
-        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
-        mapper = None if mapper is None else mapper.get_rename_mapper()
+        """A checked adapter in the form in which vLLM keeps it."""
         tensors = {}
-        multipliers = {}
         for name, multiplier in adapter.multipliers.items():
             tensors[f"{PREFIX}{name}.lora_A.weight"] = multiplier.A
             tensors[f"{PREFIX}{name}.lora_B.weight"] = multiplier.B
-            served_name, _ = parse_fine_tuned_lora_name(f"{PREFIX}{name}.lora_A.weight", mapper)
-            multipliers[served_name] = multiplier
-        self._check(multipliers)
-        scale_of_one = PEFTHelper(r=1, lora_alpha=1, target_modules=[])
         model = MultiplicativeModel.from_lora_tensors(
             lora_id,
             tensors,
-            scale_of_one,
+            PEFTHelper(r=1, lora_alpha=1, target_modules=[]),  # a scale of 1
             device="cpu",
             dtype=self.lora_config.lora_dtype,
-            weights_mapper=mapper,
+            weights_mapper=self._name_mapper(),
         )
         model.rank = adapter.rank
-        model.multipliers = multipliers
+        model.multipliers = self._by_served_name(adapter)
         return model
+
+    def _name_mapper(self) -> Any:
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        return None if mapper is None else mapper.get_rename_mapper()
+
+    def _by_served_name(self, adapter: MultiplicativeAdapter) -> dict[str, Multiplier]:
+        return {self.served_name(name): multiplier for name, multiplier in adapter.multipliers.items()}
 
     def activate_adapter(self, lora_id: int) -> bool:
         is_new = super().activate_adapter(lora_id)
@@ -130,24 +165,6 @@ class MultiplicativeManager(LRUCacheLoRAModelManager):
             self.device,
         )
 
-    def _check(self, multipliers: dict[str, Multiplier]) -> None:
-        """Raises ValueError for a module that the model lacks, or that cannot be multiplied exactly."""
-        layer_of = {
-            part: layer
-            for name, layer in self.modules.items()
-            for part in self.packed_modules.get(name, [name])
-        }
-        limit = self.lora_config.max_lora_rank
-        for name, multiplier in multipliers.items():
-            if name not in layer_of:
-                raise ValueError(f"the model has no linear layer {name}, which the adapter changes")
-            layer = layer_of[name]
-            if (reason := why_unsupported(layer)) is not None:
-                raise ValueError(f"{name} cannot be multiplied: {reason}")
-            if multiplier.rank > limit:
-                problem = f"{name} has rank {multiplier.rank}, above --max-lora-rank {limit}"
-                raise ValueError(f"{problem}: start vLLM with a higher limit")
-
 
 def _without(ids: Iterable[int], multiplicative: dict[int, int]) -> tuple[int, ...]:
     """Multiplicative adapters as the base model."""
@@ -173,8 +190,10 @@ def _install_loader() -> None:
 
     @functools.wraps(load_lora)
     def load_adapter(self: WorkerLoRAManager, lora_request: LoRARequest) -> LoRAModel:
-        adapter = read_adapter(get_adapter_absolute_path(lora_request.lora_path))
-        if not isinstance(adapter, MultiplicativeAdapter):
+        path = get_adapter_absolute_path(lora_request.lora_path)
+        adapter = read_adapter(path, shown=lora_request.lora_name)
+        self._adapter_manager.check(adapter, lora_request.lora_name)
+        if isinstance(adapter, LoraFolder):
             return load_lora(self, lora_request)
         return self._adapter_manager.read(adapter, lora_request.lora_int_id)
 
