@@ -26,6 +26,7 @@ COMMANDS = (
     "recipes",
     "evaluate",
     "chat",
+    "serve",
     "report",
     "solve",
     "execute",

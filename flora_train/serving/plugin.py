@@ -5,6 +5,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Install the parts of the plugin. vLLM calls this in every process; a second call changes nothing."""
-    from flora_train.serving import manager
+    from flora_train.serving import catalogue, manager
 
     manager.install()
+    catalogue.install()

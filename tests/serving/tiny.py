@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -103,3 +105,34 @@ def export_adapters(base: Path, folder: Path, specs: list[AdapterSpec] | None = 
             bank, one.name, folder / one.name, base=BaseModel(str(base)), own_type=own_type
         )
     return Exported(base, folders, bank, AutoTokenizer.from_pretrained(base))
+
+
+def save_recipe(folder: Path, base: Path) -> Path:
+    """Two small tasks x three methods, a few steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = {"letters": "abcdefgh", "digits": "01234567"}
+    for name, alphabet in tasks.items():
+        rows = [
+            {"prompt": alphabet[i % 8], "completion": (alphabet * 4)[i % 8 + 1 : i % 8 + 9 + i % 5]}
+            for i in range(60)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    content = {
+        "name": "tiny",
+        "num_threads": 1,
+        "model": {"path": str(base), "dtype": "float32"},
+        "tasks": {
+            name: {"train": str(folder / f"{name}.jsonl"), "sample_prompts": [alphabet[0]]}
+            for name, alphabet in tasks.items()
+        },
+        "adapters": {
+            "flora": {"method": "flora", "rank": 2, "lr": 0.1},
+            "lora": {"method": "lora", "rank": 2, "lr": 0.05},
+            "ia3": {"method": "ia3", "lr": 0.1},
+        },
+        "training": {"steps": 6, "tokens_per_step": 100, "tokens_per_microbatch": 60, "max_length": 32},
+        "evaluation": {"interval": None, "max_new_tokens": 4, "bootstrap_samples": 100},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
