@@ -20,10 +20,12 @@ from urllib.request import Request, urlopen
 
 from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.terminal_text import plain
+from flora_train.serving.launch import CHECK_ONLY
 from flora_train.serving.vllm_flags import Flags
 
 logger = logging.getLogger(__name__)
 
+LAUNCH = (sys.executable, "-m", "flora_train.serving.launch")
 POLL = 0.5
 """Seconds between two questions whether the server is ready."""
 PATIENCE = 60.0
@@ -95,7 +97,7 @@ class VllmServer:
         """Let the server finish and end; kill it if it does not."""
         if self.process.poll() is not None:
             return
-        self.process.send_signal(signal.SIGINT)
+        self.process.terminate()
         try:
             self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -116,7 +118,7 @@ def running_server(
     """A context in which `vllm serve` runs, starts it, and ends it. SIGTERM ends it as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *words],
+        [*LAUNCH, *words],
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno(),  # standard output is for what this command says
@@ -171,15 +173,8 @@ def free_port(host: str, port: int) -> int:
 
 def check_flags(words: Sequence[str]) -> None:
     """Let vLLM's own parser read a command line, before anything long. Raises UserError."""
-    script = (
-        "import sys\n"
-        "from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args\n"
-        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-        "parser = make_arg_parser(FlexibleArgumentParser())\n"
-        "validate_parsed_serve_args(parser.parse_args(sys.argv[1:]))\n"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", script, *words],
+        [*LAUNCH, CHECK_ONLY, *words],
         env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
         capture_output=True,
         text=True,

