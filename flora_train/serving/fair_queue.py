@@ -143,8 +143,8 @@ class FairQueue(Generic[Item]):
         self._aside[client] = None
         return item
 
-    def admit(self, item: Item, prompt_tokens: int, *, cached: int = 0) -> None:
-        """Charge a request that was taken, and runs now, for its prompt.
+    def admit(self, item: Item, prompt_tokens: int, *, cached: int = 0) -> float:
+        """Charge a request that was taken, and runs now, for its prompt; returns the charge.
 
         Args:
             prompt_tokens: length of the prompt. What the request was charged for is not charged again.
@@ -152,8 +152,9 @@ class FairQueue(Generic[Item]):
         """
         client = self._requests[item].client
         self._no_longer_aside(client)
-        self.charge_prompt(item, prompt_tokens, cached=cached)
+        charge = self.charge_prompt(item, prompt_tokens, cached=cached)
         self._leave_if_empty(client)
+        return charge
 
     def put_back(self, items: Iterable[Item]) -> None:
         """Put requests that were taken back before the others of their clients, in the given order."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+PARTS = ("manager", "catalogue", "fairness")
+"""Modules of this package whose `install` changes vLLM."""
+
 
 def register() -> None:
     """Install the parts of the plugin. vLLM calls this in every process; a second call changes nothing."""
-    from flora_train.serving import catalogue, manager
+    from importlib import import_module
 
-    manager.install()
-    catalogue.install()
+    for part in PARTS:
+        import_module(f"flora_train.serving.{part}").install()
