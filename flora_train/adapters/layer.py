@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flora_train.adapters.methods import Site, Target
 from flora_train.adapters.pool import Pool
@@ -64,6 +65,10 @@ class AdapterLinear(nn.Module):
         routing = self.router.routing
         if routing is None:
             return self.base_layer(x)
+        if routing.merged is not None and not torch.is_grad_enabled():
+            merged = routing.merged.get(self.target.name)
+            if merged is not None:
+                return F.linear(x, merged.weight, merged.bias)
         spans = routing.spans_for(self._pool_ids)
         if len(spans) == 1 and spans[0].pool is None:
             return self.base_layer(x)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +65,15 @@ class EmbeddingNoise:
         return uniform * torch.tensor(limits, device=device).repeat_interleave(repeats, dim=0)
 
 
+class MergedLayer(NamedTuple):
+    """A linear layer with an adapter merged into it."""
+
+    weight: Tensor
+    """[out, in]."""
+    bias: Tensor | None
+    """[out]."""
+
+
 @dataclass
 class Routing:
     """The spans of one batch of B rows."""
@@ -79,6 +89,8 @@ class Routing:
     """One per row, in grouped order; None for rows without noise. None: no noise at all (evaluation)."""
     embedding_noise: tuple[EmbeddingNoise, ...] = ()
     """NEFTune noise of the rows that have it."""
+    merged: Mapping[str, MergedLayer] | None = None
+    """Module name -> its layer with the only adapter of these rows merged, for forwards without gradients."""
     _by_pools: dict[frozenset[int], tuple[Span, ...]] = field(default_factory=dict, repr=False)
 
     def spans_for(self, pools: frozenset[int]) -> tuple[Span, ...]:

@@ -16,7 +16,7 @@ from flora_train.commands.chat_display import Answer, Display
 from flora_train.commands.chat_prompts import Message, Prompter
 from flora_train.config.errors import user_error
 from flora_train.config.model_schema import ModelConfig
-from flora_train.evaluation.generation import Decoder, Generated, Request, Sampling
+from flora_train.evaluation.generation import Decoder, Generated, MergedDecoding, Request, Sampling
 from flora_train.evaluation.generation.context_limit import context_length
 from flora_train.evaluation.generation.streaming import TextStream
 from flora_train.models.probe_inputs import count_tokens
@@ -61,6 +61,7 @@ class ChatSession:
     ) -> None:
         self.bank, self.tokenizer, self.contenders = bank, tokenizer, contenders
         self.model_config, self.settings = model, settings
+        self.merging = MergedDecoding(bank)
         self.chosen: list[str] = list(contenders)
         """Names of those who answer."""
 
@@ -162,6 +163,7 @@ class _Turn:
             sampling=settings.sampling,
             max_new_tokens=max_new_tokens,
             blocks=bank.blocks,
+            merging=self.session.merging,
         )
         self._streams = [
             TextStream(decoder.encoder, prompt, contender.prompter.stops)

@@ -40,7 +40,7 @@ from flora_train.evaluation.code.programs.verdicts import collect_verdicts, have
 from flora_train.evaluation.code.score_types import DecidedProblem
 from flora_train.evaluation.code.summary import SuiteRecords, read_summary, summarise, write_summary
 from flora_train.evaluation.code.wins_and_losses import wins_and_losses
-from flora_train.evaluation.generation import Decoder, Sampling, check_prompts
+from flora_train.evaluation.generation import Decoder, MergedDecoding, Sampling, check_prompts
 from flora_train.evaluation.generation.context_limit import Prompts
 from flora_train.models.probe_inputs import count_tokens
 from flora_train.runtime.checksum import fingerprint
@@ -180,6 +180,8 @@ def evaluate_code(
         for log in logs.values():
             on_main_process(partial(_claim, log, settings, plan, config=config, restart=restart))
 
+    merging = MergedDecoding(bank)
+
     def generate(model: nn.Module, route: Route, contenders: Sequence[Contender]) -> None:
         decoder = Decoder(
             model,
@@ -189,6 +191,7 @@ def evaluate_code(
             max_new_tokens=options.max_new_tokens,
             max_rows=options.batch_rows,
             blocks=bank.blocks,
+            merging=merging if model is bank.model else None,
         )
         for suite in plan.suites:
             log = logs[suite.name]

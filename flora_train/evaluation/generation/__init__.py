@@ -6,6 +6,8 @@ streaming.py      the text of a row while its tokens arrive
 batching_mode.py  whether rows can share a batch, or are generated one at a time
 attention.py      attention of one new token per row, on a CPU
 kv_cache.py       keys and values of the rows being decoded
+merged_decoding.py  merges the only adapter of a batch into the weights where that is faster
+merge_costs.py    what merging costs and saves, measured
 context_limit.py  checks that a prompt and its continuation fit in the context
 sampling.py       the next token of every row; a draw depends on its row only
 """
@@ -13,6 +15,7 @@ sampling.py       the next token of every row; a draw depends on its row only
 from flora_train.evaluation.generation.batching_mode import batching_note
 from flora_train.evaluation.generation.context_limit import check_prompts, check_room
 from flora_train.evaluation.generation.decoder import Decoder, complete
+from flora_train.evaluation.generation.merged_decoding import MergedDecoding
 from flora_train.evaluation.generation.requests import Blocks, Generated, Request
 from flora_train.evaluation.generation.sampling import Sampling
 
@@ -20,6 +23,7 @@ __all__ = [
     "Blocks",
     "Decoder",
     "Generated",
+    "MergedDecoding",
     "Request",
     "Sampling",
     "batching_note",

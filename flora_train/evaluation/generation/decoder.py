@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
@@ -25,6 +25,7 @@ from flora_train.evaluation.generation.batching_mode import (
 )
 from flora_train.evaluation.generation.context_limit import check_room
 from flora_train.evaluation.generation.kv_cache import RowCache
+from flora_train.evaluation.generation.merged_decoding import MergedDecoding
 from flora_train.evaluation.generation.requests import (
     Blocks,
     Ended,
@@ -48,7 +49,8 @@ class Decoder:
 
     route: maps the adapter ids of a batch's rows to a context in which the model applies them (`bank.routed`,
     or a null context for a model without a bank). max_rows: rows decoded at the same time. blocks: splits
-    adapter ids into groups that fit in one batch (`bank.blocks`).
+    adapter ids into groups that fit in one batch (`bank.blocks`). merging: merges the adapter of a batch of
+    one adapter where that is faster; it belongs to the bank of `route`.
     """
 
     def __init__(
@@ -61,7 +63,11 @@ class Decoder:
         max_new_tokens: int,
         max_rows: int = 32,
         blocks: Blocks = lambda adapters: [frozenset(adapters)],
+        merging: MergedDecoding | None = None,
     ) -> None:
+        if merging is not None:
+            route = merging.routed
+        self.merging = merging
         self.model, self.tokenizer, self.route, self.sampling = model, tokenizer, route, sampling
         self.max_new_tokens, self.max_rows, self.blocks = max_new_tokens, max_rows, blocks
         self.encoder = TextEncoder(tokenizer)
@@ -95,6 +101,8 @@ class Decoder:
                         waiting.extend(self._rows(i, requests[i], prompts[i]))
                 self._decode(waiting, report)
         finally:
+            if self.merging is not None:
+                self.merging.release()
             set_mode(self.model, training)
 
     def _decode(self, waiting: deque[list[Row]], report: Callable[[Generated], None]) -> None:
@@ -102,8 +110,12 @@ class Decoder:
         if mode == "batched":
             self._decode_batched(waiting, report)
             return
-        for rows in waiting:
-            for row in rows:
+        while waiting:
+            rows = waiting.popleft()
+            while rows:
+                row = rows.pop(0)
+                coming = [group for group in (rows, *waiting) if group]
+                self._merge_if_cheaper([row], coming, max_rows=1)
                 self._decode_row(mode, row, report)
 
     def _decode_batched(self, waiting: deque[list[Row]], report: Callable[[Generated], None]) -> None:
@@ -119,11 +131,24 @@ class Decoder:
                     else:
                         cache.join(new_cache)
                 elif cache is not None:
+                    self._merge_if_cheaper(live, waiting, max_rows=self.max_rows)
                     self._step(live, cache)
                 ended = [i for i, row in enumerate(live) if self._ended(row, report)]
                 if ended and cache is not None:
                     live = [live[i] for i in cache.drop(ended)]
                     cache = cache if live else None
+
+    def _merge_if_cheaper(
+        self, live: Sequence[Row], waiting: Iterable[Sequence[Row]], *, max_rows: int
+    ) -> None:
+        if self.merging is not None:
+            self.merging.prepare(
+                live,
+                waiting,
+                limit=self.max_new_tokens,
+                max_rows=max_rows,
+                admit_at=int(REFILL * max_rows),
+            )
 
     def _decode_row(self, mode: BatchingMode, row: Row, report: Callable[[Generated], None]) -> None:
         def choose(logits: Tensor) -> int:
@@ -219,6 +244,8 @@ class Decoder:
         else:  # the last tokens decode differently without those before
             return False
         report(Generated(row.request, row.sample, text[:cut], len(row.tokens), ended))
+        if self.merging is not None:
+            self.merging.note_length(len(row.tokens))
         return True
 
     def _may_hold_stop(self, row: Row) -> bool:
@@ -251,7 +278,13 @@ def complete(
 
     greedy = Sampling(temperature=0.0, top_p=1.0, seed=0)
     decoder = Decoder(
-        model, tokenizer, bank.routed, sampling=greedy, max_new_tokens=max_new_tokens, blocks=bank.blocks
+        model,
+        tokenizer,
+        bank.routed,
+        sampling=greedy,
+        max_new_tokens=max_new_tokens,
+        blocks=bank.blocks,
+        merging=MergedDecoding(bank),
     )
     decoder.run([_greedy_request(prompt, adapter) for prompt, adapter in requests], store)
     return texts
