@@ -11,27 +11,38 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+Index = Tensor | slice
+"""Numbers as a LongTensor, or as a slice where they follow each other: indexing then copies nothing."""
+
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Tokens whose adapters have one rank on a layer."""
+    """Tokens whose adapters have one rank on a layer, in the order of their slots."""
 
-    tokens: Tensor | slice
-    """Positions in the batch, LongTensor [n], or the slice of them where they follow each other."""
+    tokens: Index
+    """Positions in the batch, n of them."""
+    slots: Index
+    """The slot of each token."""
     count: int
     """n."""
     rank: int
 
+    @property
+    def rows(self) -> int:
+        """Rows that the group adds: one for every rank of every token."""
+        return self.count * self.rank
+
 
 @dataclass(frozen=True)
 class AddedRows:
-    """One row for every rank of every token, in groups: all ranks of a token follow each other."""
+    """The rows that ranks add, group by group: all ranks of a token follow each other."""
 
-    tokens: Tensor
-    """The token of each row, LongTensor [N]."""
-    factors: Tensor
-    """The row of the slots' factors [S * R, features], LongTensor [N]."""
     groups: tuple[RankGroup, ...]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return sum(group.rows for group in self.groups)
 
 
 @dataclass
@@ -42,12 +53,10 @@ class BatchRows:
     """Slot -> positions of its tokens in the batch, ascending."""
     has_lora: bool
     """Whether other tokens use a LoRA."""
-    slot_rank: int
-    """R."""
     device: torch.device
     _added: dict[tuple[tuple[int, int], ...], AddedRows | None] = field(default_factory=dict)
     _positions: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    _parts: dict[tuple[int, ...], tuple[Tensor, BatchRows]] = field(default_factory=dict)
+    _parts: dict[tuple[int, ...], BatchRows] = field(default_factory=dict)
 
     def added(self, ranks: Sequence[tuple[int, int]]) -> AddedRows | None:
         """The rows that the ranks of these slots add; None where there are none.
@@ -74,45 +83,44 @@ class BatchRows:
             self._positions[key] = torch.tensor(repeated, dtype=torch.long, device=self.device)
         return self._positions[key]
 
-    def without(self, slots: tuple[int, ...], tokens: int) -> tuple[Tensor, BatchRows]:
-        """The other tokens of a batch of this length: their positions [T - n], and the rows among them."""
-        key = (tokens, *slots)
-        if key not in self._parts:
+    def all_but(self, slots: tuple[int, ...], tokens: int) -> Tensor:
+        """Positions of the tokens of a batch of this length that use none of these slots, LongTensor."""
+        key = (-2, tokens, *slots)
+        if key not in self._positions:
             taken = {token for slot in slots for token in self.tokens_of[slot]}
             others = [token for token in range(tokens) if token not in taken]
-            new = {token: number for number, token in enumerate(others)}
+            self._positions[key] = torch.tensor(others, dtype=torch.long, device=self.device)
+        return self._positions[key]
+
+    def without(self, slots: tuple[int, ...], tokens: int) -> tuple[Tensor, BatchRows]:
+        """`all_but` these slots [T - n], and the rows among them."""
+        positions = self.all_but(slots, tokens)
+        key = (tokens, *slots)
+        if key not in self._parts:
+            new = {token: number for number, token in enumerate(positions.tolist())}
             tokens_of = {
                 slot: tuple(new[token] for token in its)
                 for slot, its in self.tokens_of.items()
                 if slot not in slots
             }
-            positions = torch.tensor(others, dtype=torch.long, device=self.device)
-            self._parts[key] = positions, BatchRows(tokens_of, self.has_lora, self.slot_rank, self.device)
-        return self._parts[key]
+            self._parts[key] = BatchRows(tokens_of, self.has_lora, self.device)
+        return positions, self._parts[key]
 
     def _add(self, ranks: tuple[tuple[int, int], ...]) -> AddedRows | None:
         by_rank: dict[int, list[tuple[int, int]]] = {}
         for slot, rank in ranks:
             if rank:
-                by_rank.setdefault(rank, []).extend((token, slot) for token in self.tokens_of[slot])
+                by_rank.setdefault(rank, []).extend((slot, token) for token in self.tokens_of[slot])
         if not by_rank:
             return None
-        tokens: list[int] = []
-        factors: list[int] = []
         groups = []
         for rank, pairs in sorted(by_rank.items()):
             pairs.sort()
-            for token, slot in pairs:
-                tokens += [token] * rank
-                factors += range(slot * self.slot_rank, slot * self.slot_rank + rank)
-            groups.append(RankGroup(self._group([token for token, _ in pairs]), len(pairs), rank))
-        return AddedRows(
-            torch.tensor(tokens, dtype=torch.long, device=self.device),
-            torch.tensor(factors, dtype=torch.long, device=self.device),
-            tuple(groups),
-        )
+            slots, tokens = (list(numbers) for numbers in zip(*pairs, strict=True))
+            groups.append(RankGroup(self._index(tokens), self._index(slots), len(pairs), rank))
+        return AddedRows(tuple(groups))
 
-    def _group(self, tokens: list[int]) -> Tensor | slice:
-        if tokens[-1] - tokens[0] + 1 == len(tokens):
-            return slice(tokens[0], tokens[-1] + 1)
-        return torch.tensor(tokens, dtype=torch.long, device=self.device)
+    def _index(self, numbers: list[int]) -> Index:
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            return slice(numbers[0], numbers[0] + len(numbers))
+        return torch.tensor(numbers, dtype=torch.long, device=self.device)

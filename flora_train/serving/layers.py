@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+from vllm import _custom_ops
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
     LogitsProcessorWithLoRA,
@@ -34,6 +38,9 @@ from flora_train.serving.projection import LayerFactors, SlotUse, project
 
 RECOVERED_ROWS = 512
 """Inputs whose weights are recovered at once."""
+
+PACKED_BLOCK = 32
+"""Rows of vLLM's packed weights that are handled together, as in vLLM's own layers."""
 
 STANDARD = (
     ColumnParallelLinear,
@@ -81,6 +88,7 @@ class MultiplicativeMixin(SpareSlotMixin):
         self.factors: LayerFactors | None = None
         """None until a multiplicative adapter uses the layer."""
         self._recovered: Tensor | None = None
+        self._slice_products: list[Callable[[Tensor], Tensor]] = []
 
     def reset_lora(self, index: int) -> None:
         super().reset_lora(index)
@@ -131,9 +139,13 @@ class MultiplicativeMixin(SpareSlotMixin):
             self._recovered = torch.cat(parts).T.contiguous()
         return self._recovered
 
-    def _product(self, x: Tensor) -> Tensor:
-        """x W^T in vLLM's kernel."""
-        return self.base_layer.quant_method.apply(self.base_layer, x, None)
+    def _product(self, x: Tensor, s: int | None = None) -> Tensor:
+        """x W^T in vLLM's kernel, or the outputs of slice `s`."""
+        if s is None or self.n_slices == 1:
+            return self.base_layer.quant_method.apply(self.base_layer, x, None)
+        if not self._slice_products:
+            self._slice_products = [_product_with(W) for W in self.full_weight().split(self.output_slices)]
+        return self._slice_products[s](x)
 
     def _project(self, x: Tensor, rows: BatchRows, bias: Tensor | None) -> Tensor:
         flat = x.flatten(0, 1) if x.ndim == 3 else x
@@ -142,12 +154,28 @@ class MultiplicativeMixin(SpareSlotMixin):
             if bias is not None:
                 y += bias
         else:
-            y = project(flat, self.factors, rows, base=self._product, weight=self.full_weight, bias=bias)
+            y = project(flat, self.factors, rows, product=self._product, weight=self.full_weight, bias=bias)
         if rows.has_lora:
             self.punica_wrapper.add_lora_linear(
                 y, flat, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
             )
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _product_with(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """x -> x W^T. On a CPU with a packed copy of W, as vLLM's own layers have."""
+    if weight.is_cpu and _custom_ops._supports_onednn:
+        try:
+            packed = _custom_ops.create_onednn_mm(weight.T, PACKED_BLOCK)
+        except RuntimeError:
+            pass  # as in vLLM: not every CPU and dtype has it
+        else:
+            return partial(_packed_product, packed)
+    return lambda x: linear(x, weight)
+
+
+def _packed_product(packed: Any, x: Tensor) -> Tensor:
+    return _custom_ops.onednn_mm(packed, x, None)
 
 
 def facts_of(layer: MultiplicativeMixin, parts: int) -> list[LayerFacts]:

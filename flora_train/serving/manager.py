@@ -161,7 +161,6 @@ class MultiplicativeManager(LRUCacheLoRAModelManager):
         return BatchRows(
             {slot: tuple(tokens) for slot, tokens in tokens_of.items()},
             has_lora,
-            self.lora_config.max_lora_rank,
             self.device,
         )
 

@@ -55,14 +55,15 @@ def project(
     factors: LayerFactors,
     rows: BatchRows,
     *,
-    base: Callable[[Tensor], Tensor],
+    product: Callable[[Tensor, int | None], Tensor],
     weight: Callable[[], Tensor],
     bias: Tensor | None,
 ) -> Tensor:
     """y [T, outputs] of x [T, inputs]: the base model's product, changed where a token's adapter is
     multiplicative.
 
-    base: x -> x W^T in the engine's own kernel; weight: W [outputs, inputs], called only where it is needed.
+    product: x -> x W^T in the engine's own kernel, or with a number, the outputs of that slice; weight:
+    W [outputs, inputs], called only where W * M is formed.
     Tokens of slots that the layer does not know are those of the base model. The rows of all ranks are
     multiplied by W together with the base's rows, so that W is read once; where a slot has so many tokens
     that forming W * M costs less (kernels/flora/cost_model.py), its tokens are multiplied by that.
@@ -70,14 +71,12 @@ def project(
     used = {slot: factors.uses[slot] for slot in rows.tokens_of if slot in factors.uses}
     formed = tuple(slot for slot, use in used.items() if _forms(x, use, len(rows.tokens_of[slot])))
     if not formed:
-        return _expanded(x, factors, rows, used=used, base=base, weight=weight, bias=bias)
+        return _expanded(x, factors, rows, used=used, product=product, bias=bias)
     y = x.new_empty(len(x), sum(B.shape[2] for B in factors.B))
     positions, others = rows.without(formed, len(x))
     if len(positions):
         rest = {slot: use for slot, use in used.items() if slot not in formed}
-        y[positions] = _expanded(
-            x[positions], factors, others, used=rest, base=base, weight=weight, bias=bias
-        )
+        y[positions] = _expanded(x[positions], factors, others, used=rest, product=product, bias=bias)
     _add_formed(y, x, factors, rows, used={slot: used[slot] for slot in formed}, weight=weight(), bias=bias)
     return y
 
@@ -113,30 +112,95 @@ def _expanded(
     rows: BatchRows,
     *,
     used: dict[int, SlotUse],
-    base: Callable[[Tensor], Tensor],
-    weight: Callable[[], Tensor],
+    product: Callable[[Tensor, int | None], Tensor],
     bias: Tensor | None,
 ) -> Tensor:
     """`project` with one more row for each rank of each token."""
-    slices = range(len(factors.B))
     plain = {slot: use for slot, use in used.items() if not any(use.scales)}
-    added = [rows.added([(slot, use.ranks[s]) for slot, use in plain.items()]) for s in slices]
-    scaling = [_scaling(used, s, "input") for s in slices]
-    if len(factors.B) > 1 and any(scaling[s] or added[s] is not None for s in slices):
-        sizes = [B.shape[2] for B in factors.B]
+    sizes = [B.shape[2] for B in factors.B]
+    parts = [_part(rows, used, plain, s=s, tokens=len(x)) for s in range(len(sizes))]
+    if len(sizes) > 1 and any(part.changes for part in parts):
         y = x.new_empty(len(x), sum(sizes))
-        for s, (part, W) in enumerate(zip(y.split(sizes, dim=1), weight().split(sizes), strict=True)):
-            products = linear(_with_added(x, factors.A[s], rows, scaling[s], added[s]), W)
-            part.copy_(products[: len(x)])
-            _add_products(part, products[len(x) :], factors.B[s], added[s], _dropped(rows, plain, s))
+        for s, (part, of_slice) in enumerate(zip(parts, y.split(sizes, dim=1), strict=True)):
+            products = product(part.inputs(x, factors.A[s], rows), s)
+            of_slice.copy_(part.outputs(products, factors.B[s], len(x)))
     else:
-        products = base(_with_added(x, factors.A[0], rows, scaling[0], added[0]))
-        y = products[: len(x)]
-        _add_products(y, products[len(x) :], factors.B[0], added[0], _dropped(rows, plain, 0))
+        products = product(parts[0].inputs(x, factors.A[0], rows), None)
+        y = parts[0].outputs(products, factors.B[0], len(x))
     if bias is not None:
         y += bias
     _scale_outputs(y, factors, rows, used)
     return y
+
+
+@dataclass(frozen=True)
+class Part:
+    """One slice of the outputs: which rows are multiplied by its weight."""
+
+    scaled: tuple[int, ...]
+    """Slots of IA3s that scale the inputs."""
+    added: AddedRows | None
+    kept: Tensor | None
+    """Positions of the tokens that have a row of their own, because the base model's product is part of their
+    result; None: all."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether other rows than those of the base model are multiplied."""
+        return bool(self.scaled) or self.added is not None
+
+    def inputs(self, x: Tensor, A: Tensor, rows: BatchRows) -> Tensor:
+        """The rows to be multiplied: x [T, inputs] of the kept tokens, then A[k] * x. A: [S, R, inputs]."""
+        if self.scaled:
+            positions = rows.positions(self.scaled)
+            x = x.index_add(0, positions, x[positions] * A[rows.slots_of_tokens(self.scaled), 0])
+        if self.added is None:
+            return x
+        own = x if self.kept is None else x[self.kept]
+        inputs = x.new_empty(len(own) + self.added.count, x.shape[1])
+        inputs[: len(own)] = own
+        start = len(own)
+        for group in self.added.groups:
+            stop = start + group.rows
+            out = inputs[start:stop].view(group.count, group.rank, -1)
+            torch.mul(x[group.tokens][:, None], A[group.slots, : group.rank], out=out)
+            start = stop
+        return inputs
+
+    def outputs(self, products: Tensor, B: Tensor, tokens: int) -> Tensor:
+        """[T, outputs] from the products of `inputs`. B: [S, R, outputs]."""
+        if self.added is None:
+            return products
+        start = len(products) - self.added.count
+        if self.kept is None:
+            y = products[:start]
+        else:
+            y = products.new_zeros(tokens, products.shape[1])
+            y[self.kept] = products[:start]
+        for group in self.added.groups:
+            stop = start + group.rows
+            terms = products[start:stop].view(group.count, group.rank, -1)
+            scales = B[group.slots, : group.rank]
+            if isinstance(group.tokens, slice):
+                _add_terms(y[group.tokens], terms, scales)
+            else:
+                total = y.new_zeros(group.count, y.shape[1])
+                _add_terms(total, terms, scales)
+                y.index_add_(0, group.tokens, total)
+            start = stop
+        return y
+
+
+def _part(
+    rows: BatchRows, used: dict[int, SlotUse], plain: dict[int, SlotUse], *, s: int, tokens: int
+) -> Part:
+    """plain: the slots of fLoRAs among `used`; tokens: T."""
+    dropped = tuple(slot for slot, use in plain.items() if not use.keep_base[s])
+    return Part(
+        scaled=_scaling(used, s, "input"),
+        added=rows.added([(slot, use.ranks[s]) for slot, use in plain.items()]),
+        kept=rows.all_but(dropped, tokens) if dropped else None,
+    )
 
 
 def _scaling(used: dict[int, SlotUse], s: int, what: str) -> tuple[int, ...]:
@@ -144,51 +208,14 @@ def _scaling(used: dict[int, SlotUse], s: int, what: str) -> tuple[int, ...]:
     return tuple(slot for slot, use in used.items() if use.scales[s] == what)
 
 
-def _with_added(
-    x: Tensor, A: Tensor, rows: BatchRows, scaling: tuple[int, ...], added: AddedRows | None
-) -> Tensor:
-    """[T + N, inputs]: x, scaled for the slots of `scaling`, and the added rows A[k] * x.
-
-    A: [S, R, inputs].
-    """
-    if scaling:
-        positions = rows.positions(scaling)
-        x = x.index_add(0, positions, x[positions] * A[rows.slots_of_tokens(scaling), 0])
-    if added is None:
-        return x
-    extended = x.new_empty(len(x) + len(added.tokens), x.shape[1])
-    extended[: len(x)] = x
-    gathered = torch.index_select(x, 0, added.tokens, out=extended[len(x) :])
-    gathered *= A.flatten(0, 1).index_select(0, added.factors)
-    return extended
-
-
-def _dropped(rows: BatchRows, used: dict[int, SlotUse], s: int) -> Tensor | None:
-    """Positions of the tokens to which the base model's product of slice `s` is not added."""
-    slots = tuple(slot for slot, use in used.items() if not use.keep_base[s])
-    return rows.positions(slots) if slots else None
-
-
-def _add_products(
-    y: Tensor, products: Tensor, B: Tensor, added: AddedRows | None, dropped: Tensor | None
-) -> None:
-    """Add the products [N, outputs] of the added rows, times B, to y [T, outputs]. B: [S, R, outputs]."""
-    if added is None:
-        return
-    if dropped is not None:
-        y[dropped] = 0
-    products *= B.flatten(0, 1).index_select(0, added.factors)
-    start = 0
-    for group in added.groups:
-        stop = start + group.count * group.rank
-        terms = products[start:stop]
-        if group.rank > 1:
-            terms = terms.view(group.count, group.rank, -1).sum(1)
-        if isinstance(group.tokens, slice):
-            y[group.tokens] += terms
-        else:
-            y.index_add_(0, group.tokens, terms)
-        start = stop
+def _add_terms(y: Tensor, terms: Tensor, scales: Tensor) -> None:
+    """Add the sum of terms * scales over the ranks, both [n, rank, outputs], to y [n, outputs]."""
+    if y.is_cpu and y.dtype in (torch.float32, torch.float64):
+        for k in range(terms.shape[1]):
+            y.addcmul_(terms[:, k], scales[:, k])
+    else:
+        # The sum over the ranks is rounded once.
+        y += terms.mul_(scales).sum(1)
 
 
 def _scale_outputs(y: Tensor, factors: LayerFactors, rows: BatchRows, used: dict[int, SlotUse]) -> None:

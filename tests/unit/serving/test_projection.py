@@ -83,13 +83,13 @@ def run(layer: Layer, x: Tensor, slot_of: list[int]) -> tuple[Tensor, list[int]]
     }
     counts = []
 
-    def base(tokens: Tensor) -> Tensor:
+    def product(tokens: Tensor, s: int | None) -> Tensor:
         counts.append(len(tokens))
-        return tokens @ layer.weight.T
+        return tokens @ (layer.weight if s is None else layer.weight.split(layer.sizes)[s]).T
 
-    rows = BatchRows(tokens_of, False, RANK, x.device)
-    y = project(x, layer.factors, rows, base=base, weight=lambda: layer.weight, bias=layer.bias)
-    again = project(x, layer.factors, rows, base=base, weight=lambda: layer.weight, bias=layer.bias)
+    rows = BatchRows(tokens_of, False, x.device)
+    y = project(x, layer.factors, rows, product=product, weight=lambda: layer.weight, bias=layer.bias)
+    again = project(x, layer.factors, rows, product=product, weight=lambda: layer.weight, bias=layer.bias)
     assert torch.equal(y, again)
     return y, counts
 
@@ -139,6 +139,10 @@ def test_base_and_ranks_are_one_product() -> None:
     slot_of = [0, 1, -1]
     _, counts = run(layer, torch.randn(3, INPUTS, dtype=torch.float64), slot_of)
     assert counts == [3 + 4 + 1] * 2
+    _, counts = run(
+        layer, torch.randn(3, INPUTS, dtype=torch.float64), [2, 2, -1]
+    )  # pure: no row of the base
+    assert counts == [1 + 3 + 3] * 2
     _, counts = run(layer, torch.randn(2, INPUTS, dtype=torch.float64), [3, 4])
     assert counts == [2, 2]
 
