@@ -26,8 +26,7 @@ from flora_train.evaluation.report.types import DialogueMessage, JointSpeedup, R
 from flora_train.evaluation.speech.evaluate import evaluate_speech
 from flora_train.evaluation.speech.summary import read_summary
 from flora_train.export.model_card import write_card
-from flora_train.export.peft_format import export_peft
-from flora_train.export.peft_forms import BaseModel
+from flora_train.export.peft_format import base_of, export_peft
 from flora_train.export.peft_import import init_from_peft
 from flora_train.export.usage_snippet import generation_example
 from flora_train.run_context import RunContext
@@ -123,7 +122,7 @@ def heldout_losses(
 
 def export_all(context: RunContext) -> None:
     """Write a PEFT folder of each adapter."""
-    base = BaseModel(context.config.model.path, context.config.model.revision)
+    base = base_of(context)
     for name in context.bank.ids:
         export_peft(context.bank, name, context.folder.adapters / name, base=base)
 

@@ -21,8 +21,7 @@ from flora_train.config.terminal_text import in_cell, print_plain, print_table
 from flora_train.evaluation.report.files import read_report_if_any
 from flora_train.export.merge import save_merged
 from flora_train.export.model_card import write_card
-from flora_train.export.peft_format import check_new, export_peft
-from flora_train.export.peft_forms import BaseModel
+from flora_train.export.peft_format import base_of, check_new, export_peft
 from flora_train.export.svd_lora import SvdLora, compute_svd_lora, write_into
 from flora_train.export.usage_snippet import generation_example
 from flora_train.final_evaluation import heldout_losses
@@ -158,15 +157,11 @@ def _chosen_names(bank: AdapterBank, names: Sequence[str], as_: str) -> list[str
     return list(dict.fromkeys(names)) or possible
 
 
-def _base_of(context: RunContext) -> BaseModel:
-    return BaseModel(context.config.model.path, context.config.model.revision)
-
-
 def _export_exact(
     context: RunContext, names: Sequence[str], out: Path, *, own_type: bool, replace: bool
 ) -> None:
     """PEFT folders, without loss. own_type: under the type of flora_train.peft_plugin."""
-    report, base = read_report_if_any(context.folder), _base_of(context)
+    report, base = read_report_if_any(context.folder), base_of(context)
     for name in names:
         export_peft(context.bank, name, out / name, base=base, own_type=own_type, replace=replace)
         spec = context.bank.specs[context.bank.ids[name]]
@@ -217,7 +212,7 @@ def _export_svd(
     for lora in loras:
         write_into(bank, lora)
         folder = out / lora.spec.name
-        export_peft(bank, lora.spec.name, folder, base=_base_of(context), always_lora=True, replace=replace)
+        export_peft(bank, lora.spec.name, folder, base=base_of(context), always_lora=True, replace=replace)
     after = _heldout(context, bank, ())
     losses = {}
     for lora in loras:

@@ -23,7 +23,7 @@ from flora_train.export.model_card import METHOD_TITLES, in_code, in_line, write
 from flora_train.export.model_card_results import benchmarks
 from flora_train.export.usage_snippet import GenerationExample, generation_example, usage_snippet
 from flora_train.runtime.atomic import disk_errors, write_atomically
-from flora_train.runtime.manifest import PEFT_FILES, PEFT_WARNING
+from flora_train.runtime.manifest import BASE_RECORD, PEFT_FILES, PEFT_WARNING
 from flora_train.runtime.run_folder import RunFolder
 
 MANIFEST = "flora_train.json"
@@ -200,7 +200,9 @@ def _stage_adapter(
     folder.mkdir(parents=True)
     for name in PEFT_FILES:  # other files in the adapter's folder are not published
         file = run.adapters / spec.name / name
-        if name in ("README.md", PEFT_WARNING) and not file.exists():
+        if name == BASE_RECORD and staging.base is not None:
+            continue  # the hash is that of the run's own base model
+        if name in ("README.md", BASE_RECORD, PEFT_WARNING) and not file.exists():
             continue
         if not file.is_file():
             raise user_error("run", str(run.path), f"lacks {file}: flora-train export {run.path} writes it")

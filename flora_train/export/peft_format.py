@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +15,10 @@ from flora_train.config.errors import user_error
 from flora_train.export.loadability import loadability_of
 from flora_train.export.peft_forms import BaseModel, Form, config_of, tensors_of
 from flora_train.runtime.atomic import disk_errors, temporary_folder
-from flora_train.runtime.manifest import PEFT_WARNING
+from flora_train.runtime.manifest import BASE_RECORD, PEFT_WARNING
+
+if TYPE_CHECKING:
+    from flora_train.run_context import RunContext
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -36,10 +39,10 @@ def export_peft(
     A pure fLoRA of rank r becomes an equal HiRA of rank r + 1, a residual one a HiRA of rank r. Where plain
     PEFT does not load the result, NOT_FOR_PLAIN_PEFT.txt beside it states the reason.
 
-    base: what adapter_config.json names as the base model; own_type: write a FLORA of rank r, which needs
-    flora_train.peft_plugin, instead of a HiRA; always_lora: write a LORA even where plain PEFT would drop
-    tensors of it and an equal ADALORA would be written; replace: overwrite these files. Returns the folder.
-    Raises UserError if they cannot be written.
+    base: what adapter_config.json names as the base model, and BASE_RECORD, if its identity is known;
+    own_type: write a FLORA of rank r, which needs flora_train.peft_plugin, instead of a HiRA;
+    always_lora: write a LORA even where plain PEFT would drop tensors of it and an equal ADALORA would be
+    written; replace: overwrite these files. Returns the folder. Raises UserError if they cannot be written.
     """
     if not replace:
         check_new(folder)
@@ -48,6 +51,9 @@ def export_peft(
         save_file(_tensors(bank, name, form), temporary / WEIGHTS, {"format": "pt"})
         content = json.dumps(_config(bank, name, base=base, form=form), indent=2) + "\n"
         (temporary / CONFIG).write_text(content, encoding="utf-8")
+        if base.identity is not None:
+            record = json.dumps({"base": dict(base.identity)}, indent=2) + "\n"
+            (temporary / BASE_RECORD).write_text(record, encoding="utf-8")
         if (problem := loadability_of(bank.model).problem_of(temporary)) is not None:
             (temporary / PEFT_WARNING).write_text(f"{problem.text}\n", encoding="utf-8")
         _move(temporary, folder, replace)
@@ -64,11 +70,20 @@ def _move(temporary: Path, folder: Path, replace: bool) -> None:
     if not replace or not folder.exists():
         temporary.rename(folder)
         return
-    for file in (CONFIG, PEFT_WARNING):
+    for file in (CONFIG, BASE_RECORD, PEFT_WARNING):
         (folder / file).unlink(missing_ok=True)
-    for file in (WEIGHTS, PEFT_WARNING, CONFIG):
+    for file in (WEIGHTS, BASE_RECORD, PEFT_WARNING, CONFIG):
         if (temporary / file).exists():
             (temporary / file).replace(folder / file)
+
+
+def base_of(context: RunContext) -> BaseModel:
+    """The base model that a run was trained on, with the hash of its weights that run.json records."""
+    model, identity = context.config.model, None
+    recorded = context.folder.facts().base
+    if recorded is not None:
+        identity = recorded.model_dump()
+    return BaseModel(model.path, model.revision, identity)
 
 
 def check_new(folder: Path, key: str = "out") -> None:

@@ -29,6 +29,8 @@ class BaseModel:
     """Folder or name on the hub."""
     revision: str | None = None
     """Hub branch, tag or commit."""
+    identity: Mapping[str, str] | None = None
+    """SHA-256 of its files (see base_identity), for BASE_RECORD; None if unknown."""
 
 
 def config_of(

@@ -14,7 +14,10 @@ from typing import Any
 PEFT_WARNING = "NOT_FOR_PLAIN_PEFT.txt"
 """Written beside an adapter that plain PEFT does not load; it states the reason."""
 
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", PEFT_WARNING, "README.md")
+BASE_RECORD = "flora_train_base.json"
+"""Written beside an adapter: the SHA-256 of the base model that it was trained on. PEFT ignores it."""
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", BASE_RECORD, PEFT_WARNING, "README.md")
 
 RUN_FILES = (
     "config.yaml",

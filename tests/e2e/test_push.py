@@ -22,7 +22,7 @@ from tests.hub_server import ME, OTHERS, TOKEN, Hub, Repo, serve
 
 ADAPTERS = sorted(f"{task}-{method}" for task in ("letters", "digits") for method in ("flora", "lora", "ia3"))
 Push = Callable[..., "Said"]
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "flora_train_base.json"}
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,7 @@ def test_a_repository_for_each_and_a_collection(run: Path, hub: Hub, push: Push)
         assert not repo.private
         assert len(repo.commits) == 1
         assert json.loads(repo.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+        assert "flora_train_base.json" not in repo.files  # it names the weights of the other base model
         assert f'PeftModel.from_pretrained(base, "{name}")' in repo.files["README.md"].decode()
         assert "base_model: org/base" in repo.files["README.md"].decode()
     (collection,) = hub.collections.values()

@@ -84,7 +84,11 @@ def test_run_folder_holds_what_the_documentation_says(finished: Path) -> None:
     assert sorted(path.stem for path in (finished / "checkpoints").rglob("*.*")) == ADAPTERS
     for name in ("config.yaml", "metrics.jsonl", "run.json", "eval/report.html", "eval/report.json"):
         assert (finished / name).stat().st_size > 0, name
-    assert json.loads((finished / "run.json").read_text())["finished"]
+    facts = json.loads((finished / "run.json").read_text())
+    assert facts["finished"]
+    for name in ADAPTERS:
+        record = json.loads((finished / "adapters" / name / "flora_train_base.json").read_text())
+        assert record == {"base": facts["base"]}
     assert not list(finished.rglob("*.tmp"))
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -241,3 +241,13 @@ def test_a_new_adapter_is_not_written_into_a_folder_that_was_filled_meanwhile(
         export_peft(bank, bank.specs[0].name, folder, base=BaseModel("base"), replace=False)
     assert (folder / "adapter_model.safetensors").read_text() == "of another"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_base_s_hash_is_written_beside_the_adapter_and_replaced(tmp_path: Path) -> None:
+    bank, folder = perturbed_bank("llama"), tmp_path / "adapter"
+    hashes = {"weights": "a1", "config": "b2"}
+    export_peft(bank, "task-pure", folder, base=BaseModel("base", identity=hashes))
+    assert json.loads((folder / "flora_train_base.json").read_text()) == {"base": hashes}
+    PeftModel.from_pretrained(tiny_model(), folder)
+    export_peft(bank, "task-pure", folder, base=BaseModel("base"))
+    assert not (folder / "flora_train_base.json").exists()
