@@ -25,8 +25,6 @@ from flora_train.serving.snapshots import SnapshotStore
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = "0.32"
-"""Versions of vLLM that are tested."""
 INSTALLED = "_flora_train_admission"
 """Attribute of an engine class that is patched, and of an engine with its Admission."""
 REFUSALS: ContextVar[list[str] | None] = ContextVar("refusals", default=None)
@@ -37,28 +35,9 @@ WRAPPED = (
 )
 """What vLLM's processes put around the message of an error."""
 
-_unsupported: str | None = None
-
-
-def why_unsupported() -> str | None:
-    """Why adapters are not admitted here, so that fLoRA and IA3 cannot be served; None if they are."""
-    return _unsupported
-
 
 def install() -> None:
-    """Patch vLLM's engines and its list of served models. A second call changes nothing.
-
-    Where vLLM is not as expected, nothing is patched: vLLM's own LoRA stays as it is, and `why_unsupported`
-    has the reason.
-    """
-    global _unsupported
-    missing = _missing_seams()
-    if missing:
-        _unsupported = (
-            f"this version of vLLM lacks {', '.join(missing)}: fLoRA and IA3 are served with vLLM {SUPPORTED}"
-        )
-        logger.warning(_unsupported)
-        return
+    """Patch vLLM's engines and its list of served models. A second call changes nothing."""
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -70,20 +49,18 @@ def install() -> None:
     admission_patches.patch_models(OpenAIServingModels)
 
 
-def _missing_seams() -> list[str]:
-    """What is patched or called and this vLLM does not have."""
-    try:
-        from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-        from vllm.entrypoints.serve import create_error_response  # noqa: F401
-        from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError  # noqa: F401
-        from vllm.lora.request import LoRARequest
-        from vllm.lora.utils import get_adapter_absolute_path  # noqa: F401
-        from vllm.v1.engine import EngineCoreRequest  # noqa: F401
-        from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.engine.exceptions import EngineDeadError  # noqa: F401
-        from vllm.v1.engine.llm_engine import LLMEngine
-    except ImportError as error:
-        return [str(error)]
+def check_seams() -> None:
+    """Raises ImportError or TypeError where vLLM lacks what is patched or called."""
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve import create_error_response  # noqa: F401
+    from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError  # noqa: F401
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.utils import get_adapter_absolute_path  # noqa: F401
+    from vllm.v1.engine import EngineCoreRequest  # noqa: F401
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError  # noqa: F401
+    from vllm.v1.engine.llm_engine import LLMEngine
+
     expected: list[tuple[Any, str, tuple[str, ...]]] = [
         (OpenAIServingModels, "load_lora_adapter", ("request",)),
         (OpenAIServingModels, "unload_lora_adapter", ("request",)),
@@ -97,7 +74,11 @@ def _missing_seams() -> list[str]:
             *((engine, name, ("lora_id",)) for name in ("remove_lora", "pin_lora")),
             (engine, "list_loras", ()),
         ]
-    return [f"{owner.__name__}.{name}" for owner, name, names in expected if not _takes(owner, name, names)]
+    missing = [
+        f"{owner.__name__}.{name}" for owner, name, names in expected if not _takes(owner, name, names)
+    ]
+    if missing:
+        raise TypeError(f"it has no {', '.join(missing)} as it is patched here")
 
 
 def _takes(owner: Any, name: str, parameters: tuple[str, ...]) -> bool:

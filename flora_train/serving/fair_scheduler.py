@@ -19,6 +19,7 @@ from flora_train.config.errors import user_error
 from flora_train.serving.client_identity import create_secret, marked_client, secret
 from flora_train.serving.fair_queue import FairQueue
 from flora_train.serving.fairness import BASE_CLIENT, adapter_client, load_settings
+from flora_train.serving.served_adapters import client_name
 from flora_train.serving.slot_turns import SlotTurns
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class FairScheduler(Scheduler):
             return client
         if request.lora_request is None:
             return BASE_CLIENT
-        return adapter_client(request.lora_request.lora_name)
+        return adapter_client(client_name(request.lora_request.lora_name))
 
     def schedule(self, *args: Any, **options: Any) -> SchedulerOutput:
         self._choose_victim()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,15 @@ from flora_train.serving.snapshots import Snapshot, SnapshotStore, stamps_of
 GRACE = 60.0
 """Seconds for which a copy stays after its last request. A request that ended for its client may still run
 for a step."""
+
+
+OTHER_CONTENT = re.compile(r"@[0-9a-f]{8}$")
+"""The end of the name under which the engine knows a later content of an adapter."""
+
+
+def client_name(name: str) -> str:
+    """The client's name of an adapter of the engine."""
+    return OTHER_CONTENT.sub("", name)
 
 
 @dataclass(frozen=True)
