@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from flora_train.config.base import ConfigModel, Text
 from flora_train.config.errors import Problem, UserError, did_you_mean
@@ -20,7 +20,15 @@ VARIABLE = "FLORA_TRAIN_FAIRNESS"
 BASE_CLIENT = "base"
 """The client of requests without an adapter and without an API key."""
 
-Weight = Annotated[float, Field(ge=1e-6, le=1e6)]
+
+def _no_boolean(value: Any) -> Any:
+    """`lua: yes` would otherwise be the weight 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+Weight = Annotated[float, BeforeValidator(_no_boolean), Field(ge=1e-6, le=1e6)]
 Price = Annotated[float, Field(ge=0, le=1e6)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
