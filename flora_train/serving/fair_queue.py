@@ -99,13 +99,16 @@ class FairQueue(Generic[Item]):
         self._heap: list[tuple[float, int, _Client[Item]]] = []
         self._idle_heap: list[tuple[float, int, _Client[Item]]] = []
         self._aside: dict[_Client[Item], None] = {}
+        self._candidates: dict[_Client[Item], None] | None = None
         self._left_last: _Client[Item] | None = None
         self._arrivals = count(1)
         self._waiting = 0
         self._idle = 0
 
     def __len__(self) -> int:
-        """Number of waiting requests, without those that are set aside."""
+        """Number of waiting requests of candidates, without those that are set aside."""
+        if self._candidates is not None:
+            return sum(len(client.waiting) for client in self._candidates)
         return self._waiting
 
     def __iter__(self) -> Iterator[Item]:
@@ -176,6 +179,16 @@ class FairQueue(Generic[Item]):
         self._leave_if_empty(request.client)
         return True
 
+    def narrow(self, may_run: Callable[[Hashable], bool]) -> None:
+        """Let only some clients be next, until `widen`: where none of the others' requests could run now, so
+        that they need not be taken one by one."""
+        clients = self._clients.values() if self._candidates is None else self._candidates
+        self._candidates = {client: None for client in clients if client.waiting and may_run(client.name)}
+
+    def widen(self) -> None:
+        """Let all clients be next again."""
+        self._candidates = None
+
     def release(self, item: Item) -> None:
         """Forget that a request was taken: it is neither admitted nor put back."""
         client = self._requests[item].client
@@ -238,7 +251,7 @@ class FairQueue(Generic[Item]):
         that left it last. It never falls."""
         counters = [client.counter for client in self._aside]
         if self._waiting:
-            counters.append(self._first().counter)
+            counters.append(self._least().counter)
         if counters:
             return min(counters)
         if self._left_last is not None:
@@ -268,7 +281,17 @@ class FairQueue(Generic[Item]):
         self._forget_idle()
 
     def _first(self) -> _Client[Item]:
-        """The client whose request is next. Counters only grow, so an outdated entry is found at the top."""
+        """The client whose request is next."""
+        if self._candidates is None:
+            return self._least()
+        waiting = [client for client in self._candidates if client.waiting]
+        if not waiting:
+            raise IndexError("no request waits")
+        return min(waiting, key=lambda client: (client.counter, client.joined))
+
+    def _least(self) -> _Client[Item]:
+        """The waiting client with the least counter. Counters only grow, so an outdated entry of the heap is
+        found at its top."""
         while self._heap:
             counter, joined, client = self._heap[0]
             if not client.waiting:

@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from flora_train.config.errors import user_error
 from flora_train.serving.client_identity import create_secret, marked_client, secret
 from flora_train.serving.fair_queue import FairQueue
-from flora_train.serving.fairness import BASE_CLIENT, adapter_client, load_settings
+from flora_train.serving.fairness import BASE_CLIENT, adapter_client, is_adapter, load_settings
 from flora_train.serving.served_adapters import client_name
 from flora_train.serving.slot_turns import SlotTurns
 
@@ -36,11 +36,14 @@ class FairRequestQueue(RequestQueue):
         self,
         fair: FairQueue[Request],
         client_of: Callable[[Request], Hashable],
+        *,
         on_charge: Callable[[Request, float], None],
+        on_skip: Callable[[Request], None],
     ) -> None:
         self._fair = fair
         self._client_of = client_of
         self._on_charge = on_charge
+        self._on_skip = on_skip
         self._taken: Request | None = None
         self._aside: set[Request] = set()
         self.skipped: list[Request] = []
@@ -65,6 +68,7 @@ class FairRequestQueue(RequestQueue):
     def prepend_requests(self, requests: Iterable[Request]) -> None:
         """Put requests that were skipped back. The last of them comes first, as in vLLM's own queues."""
         self.settle()
+        self._fair.widen()
         returned = list(requests)
         returned.reverse()
         self._aside.difference_update(returned)
@@ -85,12 +89,14 @@ class FairRequestQueue(RequestQueue):
         if request.status != RequestStatus.RUNNING:
             self.skipped.append(request)
             self._aside.add(request)
+            self._on_skip(request)
             return
         cached = request.num_computed_tokens
         self._on_charge(request, self._fair.admit(request, request.num_prompt_tokens, cached=cached))
 
     def end_step(self) -> None:
         """Release the requests that were taken and wait in another queue now."""
+        self._fair.widen()
         for request in self._aside:
             self._fair.release(request)
         self._aside.clear()
@@ -131,7 +137,9 @@ class FairScheduler(Scheduler):
             most_idle=settings.most_idle_clients,
         )
         self.slot_turns: SlotTurns[Request] = SlotTurns(settings.slot_lead)
-        self.waiting = FairRequestQueue(self.fair, self.client_of, self._charged)
+        self.waiting = FairRequestQueue(
+            self.fair, self.client_of, on_charge=self._charged, on_skip=self._skipped
+        )
         logger.info("Fair scheduling by %s, prices %s", type(self).__name__, self.fair.prices)
 
     def client_of(self, request: Request) -> str:
@@ -200,14 +208,39 @@ class FairScheduler(Scheduler):
             turns.done()
         if turns.waiting is not None or not self.waiting.skipped or self.lora_config is None:
             return
-        loaded = {request.lora_request.lora_int_id for request in self.running if request.lora_request}
-        if len(loaded) < self.lora_config.max_loras:
-            return
+        slots = self._full_slots()
         for request in self.waiting.skipped:
-            adapter = request.lora_request
-            if self._waits(request) and adapter is not None and adapter.lora_int_id not in loaded:
+            if self._lacks_slot(request, slots):
                 turns.wait(request)
                 return
+
+    def _full_slots(self) -> dict[int, str] | None:
+        """Adapters of running requests, number and name; None while a slot is free."""
+        slots = {}
+        for request in self.running:
+            if request.lora_request is not None:
+                slots[request.lora_request.lora_int_id] = request.lora_request.lora_name
+        if self.lora_config is None or len(slots) < self.lora_config.max_loras:
+            return None
+        return slots
+
+    def _lacks_slot(self, request: Request, slots: dict[int, str] | None) -> bool:
+        adapter = request.lora_request
+        if slots is None or adapter is None or adapter.lora_int_id in slots:
+            return False
+        return self._waits(request)
+
+    def _skipped(self, request: Request) -> None:
+        """Once a request was skipped because its adapter has no slot, pass over the others all at once."""
+        if request.lora_request is None:
+            return
+        if self._gives_way(request):
+            given_way = self.fair.client_of(request)
+            self.fair.narrow(lambda client: client != given_way or not is_adapter(client))
+        slots = self._full_slots()
+        if slots is not None and self._lacks_slot(request, slots):
+            loaded = {adapter_client(name) for name in slots.values()}
+            self.fair.narrow(lambda client: client in loaded or not is_adapter(client))
 
     def _waits(self, request: Request) -> bool:
         return request in self.fair and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)

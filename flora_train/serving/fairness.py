@@ -17,6 +17,7 @@ from flora_train.serving.fair_queue import MOST_IDLE, Prices
 
 VARIABLE = "FLORA_TRAIN_FAIRNESS"
 """Environment variable: a YAML or JSON file with the settings, or the settings themselves as JSON."""
+ADAPTER = "adapter:"
 BASE_CLIENT = "base"
 """The client of requests without an adapter and without an API key."""
 
@@ -35,7 +36,12 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 def adapter_client(name: str) -> str:
     """The client of requests to an adapter without an API key."""
-    return f"adapter:{name}"
+    return f"{ADAPTER}{name}"
+
+
+def is_adapter(client: Hashable) -> bool:
+    """Whether a client is an adapter, so that all its requests need the same slot."""
+    return isinstance(client, str) and client.startswith(ADAPTER)
 
 
 class PriceSettings(ConfigModel):

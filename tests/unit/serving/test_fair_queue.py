@@ -370,3 +370,23 @@ def test_an_empty_queue_has_no_head() -> None:
     with pytest.raises(IndexError):
         queue.take()
     assert not list(queue)
+
+
+def test_only_candidates_are_next_until_all_are_again() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for item in ("a1", "a2", "b1", "c1", "c2"):
+        queue.add(item, item[0])
+    queue.take()
+    queue.narrow(lambda client: client != "a")
+    assert len(queue) == 3
+    assert [queue.take(), queue.take()] == ["b1", "c1"]
+    queue.narrow(lambda client: client != "c")
+    assert len(queue) == 0
+    with pytest.raises(IndexError):
+        queue.head()
+    # who is no candidate is queued all the same
+    assert queue.floor() == 0
+    queue.widen()
+    queue.put_back(["a1", "b1", "c1"])
+    assert list(queue) == ["a1", "a2", "b1", "c1", "c2"]
+    assert len(queue) == 5
