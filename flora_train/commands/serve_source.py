@@ -55,7 +55,8 @@ def open_adapters(run: str, base: str | None) -> tuple[AdapterSource, Run | None
     folder, config = open_run(path)
     speech = [name for name, task in config.tasks.items() if task.speech is not None]
     if speech:
-        hint = f"has speech tasks ({choices(speech)}), and vLLM's plugin serves causal models of text only"
+        names = ", ".join(sorted(speech))
+        hint = f"has speech tasks ({names}), and vLLM's plugin serves causal models of text only"
         raise user_error("run", run, hint)
     if base is not None:
         raise user_error("--base", base, f"is for adapters without a run; {run} names its base")
