@@ -226,8 +226,8 @@ async def measure(options: argparse.Namespace) -> list[str]:
         f"{where()}. {Path(options.model).name}, float32, at most {ROWS} requests at once, prompts of "
         f"{PROMPT} and outputs of {OUTPUT} tokens. The engine serves {capacity:.2f} requests a second; the "
         f"flood sends {both[FLOOD]:.2f}, the small client {both[SMALL]:.2f}. {options.rounds} rounds, the "
-        f"ways in turn, {options.seconds:.0f} s each, and half of that with the flood alone. A request that is "
-        "not answered at the end counts with the time until then. "
+        f"ways in turn, {options.seconds:.0f} s each, and half of that with the flood alone. A request that "
+        "is not answered at the end counts with the time until then. "
         f"{options.note + ' ' if options.note else ''}Load of the machine at the end: {load:.1f}. "
         "`.venv-serving/bin/python benchmarks/fairness.py --save` writes this file.",
         "",
