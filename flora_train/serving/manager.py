@@ -19,6 +19,7 @@ from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_nam
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from flora_train.config.errors import user_error
 from flora_train.kernels.backend import use_backend
 from flora_train.serving.adapter_files import LoraFolder, read_adapter
 from flora_train.serving.batch_rows import BatchRows
@@ -30,6 +31,10 @@ PREFIX = "base_model.model."
 NOT_LINEAR = "is not a linear layer, and fLoRA and IA3 are served on linear layers only"
 
 FULLY_SHARDED = "is sharded by --fully-sharded-loras, with which only LoRA is served"
+NO_GRAPHS = (
+    "is multiplicative, and vLLM's second model runner would replay CUDA graphs without it: start vLLM with "
+    "--enforce-eager, or with VLLM_USE_V2_MODEL_RUNNER=0"
+)
 
 
 class MultiplicativeModel(LoRAModel):
@@ -46,6 +51,13 @@ class MultiplicativeManager(LRUCacheLoRAModelManager):
         super().__init__(*args, **kwargs)
         use_backend("auto", self.device)
         self.batch = CurrentBatch()
+        self.plain_loras: set[int] = set()
+        """Ids of LoRAs that were checked. An id stands for the content of the files (admission.py)."""
+        config = kwargs["vllm_config"]
+        has_graphs = self.device.type == "cuda" and not config.model_config.enforce_eager
+        self._without_graphs = (
+            NO_GRAPHS if has_graphs and getattr(config, "use_v2_model_runner", False) else None
+        )
         self._compiled = [m for m in self.model.modules() if getattr(m, "do_not_compile", None) is False]
         for layer in self.modules.values():
             if isinstance(layer, MultiplicativeMixin):
@@ -56,8 +68,24 @@ class MultiplicativeManager(LRUCacheLoRAModelManager):
 
         vLLM itself checks a LoRA's layers that are not linear.
         """
+        facts, others = self._facts
+        if isinstance(adapter, LoraFolder):
+            names = {self.served_name(name): shapes for name, shapes in adapter.layers.items()}
+            checked = {name: shapes for name, shapes in names.items() if name not in others}
+            adapter = replace(adapter, layers=checked)
+        else:
+            if self._without_graphs is not None:
+                raise user_error("adapter", source, self._without_graphs)
+            facts = others | facts
+            adapter = replace(adapter, multipliers=self._by_served_name(adapter))
+        limit = self.lora_config.max_lora_rank
+        check_fits(adapter, facts, max_rank=limit, source=source, ignored_prefixes=self._ignored)
+
+    @functools.cached_property
+    def _facts(self) -> tuple[dict[str, LayerFacts], dict[str, LayerFacts]]:
+        """Of the modules on which everything is served, and of those on which vLLM serves LoRA."""
         facts: dict[str, LayerFacts] = {}
-        left_to_vllm: dict[str, LayerFacts] = {}
+        others: dict[str, LayerFacts] = {}
         for name, layer in self.modules.items():
             parts = self.packed_modules.get(name, [name])
             if isinstance(layer, MultiplicativeMixin):
@@ -65,20 +93,15 @@ class MultiplicativeManager(LRUCacheLoRAModelManager):
             else:
                 is_linear = isinstance(layer, BaseLinearLayerWithLoRA)
                 obstacle = FULLY_SHARDED if is_linear else NOT_LINEAR
-                left_to_vllm |= dict.fromkeys((name, *parts), LayerFacts(0, 0, obstacle=obstacle))
-        elsewhere = [
-            name for name, module in self.model.named_modules() if isinstance(module, PPMissingLayer)
-        ]
-        prefixes = [*(getattr(self.model, "lora_skip_prefixes", None) or ()), *elsewhere]
-        if isinstance(adapter, LoraFolder):
-            names = {self.served_name(name): shapes for name, shapes in adapter.layers.items()}
-            checked = {name: shapes for name, shapes in names.items() if name not in left_to_vllm}
-            adapter = replace(adapter, layers=checked)
-        else:
-            facts = left_to_vllm | facts
-            adapter = replace(adapter, multipliers=self._by_served_name(adapter))
-        limit = self.lora_config.max_lora_rank
-        check_fits(adapter, facts, max_rank=limit, source=source, ignored_prefixes=prefixes)
+                others |= dict.fromkeys((name, *parts), LayerFacts(0, 0, obstacle=obstacle))
+        return facts, others
+
+    @functools.cached_property
+    def _ignored(self) -> list[str]:
+        """Starts of the names of modules that this process does not have, or that vLLM leaves out."""
+        modules = self.model.named_modules()
+        elsewhere = [name for name, module in modules if isinstance(module, PPMissingLayer)]
+        return [*(getattr(self.model, "lora_skip_prefixes", None) or ()), *elsewhere]
 
     def served_name(self, name: str) -> str:
         """vLLM's name of a module, from that of transformers."""
@@ -189,12 +212,18 @@ def _install_loader() -> None:
 
     @functools.wraps(load_lora)
     def load_adapter(self: WorkerLoRAManager, lora_request: LoRARequest) -> LoRAModel:
-        path = get_adapter_absolute_path(lora_request.lora_path)
-        adapter = read_adapter(path, shown=lora_request.lora_name)
-        self._adapter_manager.check(adapter, lora_request.lora_name)
-        if isinstance(adapter, LoraFolder):
+        manager = self._adapter_manager
+        if lora_request.lora_int_id in manager.plain_loras:
             return load_lora(self, lora_request)
-        return self._adapter_manager.read(adapter, lora_request.lora_int_id)
+        adapter = read_adapter(
+            get_adapter_absolute_path(lora_request.lora_path), shown=lora_request.lora_name
+        )
+        manager.check(adapter, lora_request.lora_name)
+        if isinstance(adapter, MultiplicativeAdapter):
+            return manager.read(adapter, lora_request.lora_int_id)
+        lora = load_lora(self, lora_request)
+        manager.plain_loras.add(lora_request.lora_int_id)
+        return lora
 
     WorkerLoRAManager._load_adapter = load_adapter
 
