@@ -33,8 +33,9 @@ from vllm.model_executor.layers.linear import (
 
 from flora_train.serving.batch_rows import BatchRows
 from flora_train.serving.fit import LayerFacts
+from flora_train.serving.layer_plan import SlotUse
 from flora_train.serving.multipliers import Multiplier
-from flora_train.serving.projection import LayerFactors, SlotUse, project
+from flora_train.serving.projection import LayerFactors, project
 
 RECOVERED_ROWS = 512
 """Inputs whose weights are recovered at once."""
@@ -93,7 +94,7 @@ class MultiplicativeMixin(SpareSlotMixin):
     def reset_lora(self, index: int) -> None:
         super().reset_lora(index)
         if self.factors is not None:
-            self.factors.uses.pop(index, None)
+            self.factors.drop(index)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.batch.rows is None:
@@ -113,11 +114,12 @@ class MultiplicativeMixin(SpareSlotMixin):
             self.factors = LayerFactors(A, B)
         for slice_B, stacked in zip(self.factors.B, self.lora_b_stacked, strict=True):
             slice_B[index].copy_(stacked[index, 0].T)
-        self.factors.uses[index] = SlotUse(
+        use = SlotUse(
             tuple(0 if m is None else m.rank for m in multipliers),
             tuple(m is None or m.keep_base for m in multipliers),
             tuple("" if m is None else m.scales for m in multipliers),
         )
+        self.factors.use(index, use)
 
     def full_weight(self) -> Tensor:
         """This process's part of the base model's weight, [outputs, inputs].

@@ -8,34 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flora_train.kernels.backend import MAX_TRITON_RANK, is_triton, splits
-from flora_train.kernels.flora.cost_model import Work, thresholds_for
 from flora_train.kernels.flora.op import flora_linear
-from flora_train.kernels.segments import Segments
-from flora_train.serving.batch_rows import AddedRows, BatchRows
+from flora_train.serving.batch_rows import BatchRows
+from flora_train.serving.layer_plan import FormedGroup, LayerPlan, SlicePlan, SlotUse, plan_layer
 
-
-@dataclass(frozen=True)
-class SlotUse:
-    """What the adapter in a slot does on one layer."""
-
-    ranks: tuple[int, ...]
-    """Rank on each slice; 0 where the slice is not adapted."""
-    keep_base: tuple[bool, ...]
-    """Whether the base model's product is added, for each slice."""
-    scales: tuple[str, ...]
-    """What an IA3 scales on each slice, 'input' or 'output'; '' for a fLoRA and where it is not adapted."""
-
-    @property
-    def rank(self) -> int:
-        return max(self.ranks)
+Product = Callable[[Tensor, int | None], Tensor]
+"""x -> x W^T in the engine's own kernel, or with a number, the outputs of that slice."""
 
 
 @dataclass
@@ -47,7 +30,25 @@ class LayerFactors:
     B: Sequence[Tensor]
     """For each slice [S, R, outputs of the slice]."""
     uses: dict[int, SlotUse] = field(default_factory=dict)
-    """Slot -> its use. Slots that are not here leave the layer as it is."""
+    """Slot -> its use. Slots that are not here leave the layer as it is. Changed by `use` and `drop` only."""
+    _last: tuple[BatchRows, int, torch.dtype, LayerPlan] | None = None
+
+    def use(self, slot: int, use: SlotUse) -> None:
+        """Change what a slot does."""
+        self.uses[slot] = use
+        self._last = None
+
+    def drop(self, slot: int) -> None:
+        """Make a slot leave the layer as it is."""
+        self.uses.pop(slot, None)
+        self._last = None
+
+    def plan(self, rows: BatchRows, x: Tensor) -> LayerPlan:
+        """The plan for this batch: that of the step before, while the batch stays the same."""
+        if self._last is None or self._last[:3] != (rows, len(x), x.dtype):
+            plan = plan_layer(rows, self.uses, slices=len(self.B), tokens=len(x), dtype=x.dtype)
+            self._last = rows, len(x), x.dtype, plan
+        return self._last[3]
 
 
 def project(
@@ -55,157 +56,109 @@ def project(
     factors: LayerFactors,
     rows: BatchRows,
     *,
-    product: Callable[[Tensor, int | None], Tensor],
+    product: Product,
     weight: Callable[[], Tensor],
     bias: Tensor | None,
 ) -> Tensor:
     """y [T, outputs] of x [T, inputs]: the base model's product, changed where a token's adapter is
     multiplicative.
 
-    product: x -> x W^T in the engine's own kernel, or with a number, the outputs of that slice; weight:
-    W [outputs, inputs], called only where W * M is formed.
-    Tokens of slots that the layer does not know are those of the base model. The rows of all ranks are
-    multiplied by W together with the base's rows, so that W is read once; where a slot has so many tokens
-    that forming W * M costs less (kernels/flora/cost_model.py), its tokens are multiplied by that.
+    weight: W [outputs, inputs], called only where W * M is formed. Tokens of slots that the layer does not
+    know are those of the base model. The rows of all ranks are multiplied by W together with the base's rows,
+    so that W is read once; where a slot has so many tokens that forming W * M costs less
+    (kernels/flora/cost_model.py), its tokens are multiplied by that.
     """
-    used = {slot: factors.uses[slot] for slot in rows.tokens_of if slot in factors.uses}
-    formed = tuple(slot for slot, use in used.items() if _forms(x, use, len(rows.tokens_of[slot])))
-    if not formed:
-        return _expanded(x, factors, rows, used=used, product=product, bias=bias)
+    plan = factors.plan(rows, x)
+    if plan.expanded is None:
+        return _expanded(x, factors, plan, product=product, bias=bias)
     y = x.new_empty(len(x), sum(B.shape[2] for B in factors.B))
-    positions, others = rows.without(formed, len(x))
-    if len(positions):
-        rest = {slot: use for slot, use in used.items() if slot not in formed}
-        y[positions] = _expanded(x[positions], factors, others, used=rest, product=product, bias=bias)
-    _add_formed(y, x, factors, rows, used={slot: used[slot] for slot in formed}, weight=weight(), bias=bias)
+    if len(plan.expanded):
+        y[plan.expanded] = _expanded(x[plan.expanded], factors, plan, product=product, bias=bias)
+    sizes = [B.shape[2] for B in factors.B]
+    parts = zip(y.split(sizes, dim=1), weight().split(sizes), plan.formed, strict=True)
+    for s, (of_slice, W, groups) in enumerate(parts):
+        for group in groups:
+            of_slice[group.positions] = _formed(x[group.positions], W, factors.A[s], factors.B[s], group)
+    if bias is not None:
+        y[plan.formed_tokens] += bias
     return y
 
 
-def _forms(x: Tensor, use: SlotUse, tokens: int) -> bool:
-    return not any(use.scales) and forms_weight(use.rank, tokens, x.dtype, x.device.type)
-
-
-@lru_cache(maxsize=4096)
-def forms_weight(rank: int, tokens: int, dtype: torch.dtype, device: str) -> bool:
-    """Whether W * M is formed for this many tokens of one adapter, because that costs less than one more row
-    for each rank of each token. Costs are in tokens through W."""
-    work = Work(
-        rank=rank,
-        residual=True,
-        tokens=tokens,
-        segments=1,
-        in_features=1,
-        out_features=1,
-        bytes_each=dtype.itemsize,
-        split=splits(dtype),
-        device=device,
-        triton=device == "cuda" and is_triton() and rank <= MAX_TRITON_RANK,
+def _formed(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, group: FormedGroup) -> Tensor:
+    """Products with W * M, [n, outputs]. A: [S, R, inputs], B: [S, R, outputs]."""
+    if group.rank == 0:
+        return linear(x, weight)
+    return flora_linear(
+        x,
+        weight,
+        A[group.slots, : group.rank],
+        B[group.slots, : group.rank].mT,
+        offset=group.offset,
+        segments=group.segments,
     )
-    thresholds = thresholds_for(work)
-    expanding = rank * tokens * thresholds.expanding / 100
-    return expanding > thresholds.forming + thresholds.forming_a_rank * rank + work.split * tokens
 
 
 def _expanded(
-    x: Tensor,
-    factors: LayerFactors,
-    rows: BatchRows,
-    *,
-    used: dict[int, SlotUse],
-    product: Callable[[Tensor, int | None], Tensor],
-    bias: Tensor | None,
+    x: Tensor, factors: LayerFactors, plan: LayerPlan, *, product: Product, bias: Tensor | None
 ) -> Tensor:
-    """`project` with one more row for each rank of each token."""
-    plain = {slot: use for slot, use in used.items() if not any(use.scales)}
-    sizes = [B.shape[2] for B in factors.B]
-    parts = [_part(rows, used, plain, s=s, tokens=len(x)) for s in range(len(sizes))]
-    if len(sizes) > 1 and any(part.changes for part in parts):
+    """`project` of the tokens whose ranks add rows."""
+    if plan.by_slice:
+        sizes = [B.shape[2] for B in factors.B]
         y = x.new_empty(len(x), sum(sizes))
-        for s, (part, of_slice) in enumerate(zip(parts, y.split(sizes, dim=1), strict=True)):
-            products = product(part.inputs(x, factors.A[s], rows), s)
-            of_slice.copy_(part.outputs(products, factors.B[s], len(x)))
+        for s, (part, of_slice) in enumerate(zip(plan.slices, y.split(sizes, dim=1), strict=True)):
+            products = product(_inputs(x, factors.A[s], part), s)
+            of_slice.copy_(_outputs(products, factors.B[s], part, len(x)))
     else:
-        products = product(parts[0].inputs(x, factors.A[0], rows), None)
-        y = parts[0].outputs(products, factors.B[0], len(x))
+        part = plan.slices[0]
+        products = product(_inputs(x, factors.A[0], part), None)
+        y = _outputs(products, factors.B[0], part, len(x))
     if bias is not None:
         y += bias
-    _scale_outputs(y, factors, rows, used)
+    _scale_outputs(y, factors, plan)
     return y
 
 
-@dataclass(frozen=True)
-class Part:
-    """One slice of the outputs: which rows are multiplied by its weight."""
+def _inputs(x: Tensor, A: Tensor, part: SlicePlan) -> Tensor:
+    """The rows to be multiplied: x [T, inputs] of the kept tokens, then A[k] * x. A: [S, R, inputs]."""
+    if part.scaled_inputs is not None:
+        positions, slots = part.scaled_inputs.positions, part.scaled_inputs.slots
+        x = x.index_add(0, positions, x[positions] * A[slots, 0])
+    if not part.groups:
+        return x
+    own = x if part.kept is None else x[part.kept]
+    inputs = x.new_empty(len(own) + part.added, x.shape[1])
+    inputs[: len(own)] = own
+    start = len(own)
+    for group in part.groups:
+        stop = start + group.rows
+        out = inputs[start:stop].view(group.count, group.rank, -1)
+        torch.mul(x[group.tokens][:, None], A[group.slots, : group.rank], out=out)
+        start = stop
+    return inputs
 
-    scaled: tuple[int, ...]
-    """Slots of IA3s that scale the inputs."""
-    added: AddedRows | None
-    kept: Tensor | None
-    """Positions of the tokens that have a row of their own, because the base model's product is part of their
-    result; None: all."""
 
-    @property
-    def changes(self) -> bool:
-        """Whether other rows than those of the base model are multiplied."""
-        return bool(self.scaled) or self.added is not None
-
-    def inputs(self, x: Tensor, A: Tensor, rows: BatchRows) -> Tensor:
-        """The rows to be multiplied: x [T, inputs] of the kept tokens, then A[k] * x. A: [S, R, inputs]."""
-        if self.scaled:
-            positions = rows.positions(self.scaled)
-            x = x.index_add(0, positions, x[positions] * A[rows.slots_of_tokens(self.scaled), 0])
-        if self.added is None:
-            return x
-        own = x if self.kept is None else x[self.kept]
-        inputs = x.new_empty(len(own) + self.added.count, x.shape[1])
-        inputs[: len(own)] = own
-        start = len(own)
-        for group in self.added.groups:
-            stop = start + group.rows
-            out = inputs[start:stop].view(group.count, group.rank, -1)
-            torch.mul(x[group.tokens][:, None], A[group.slots, : group.rank], out=out)
-            start = stop
-        return inputs
-
-    def outputs(self, products: Tensor, B: Tensor, tokens: int) -> Tensor:
-        """[T, outputs] from the products of `inputs`. B: [S, R, outputs]."""
-        if self.added is None:
-            return products
-        start = len(products) - self.added.count
-        if self.kept is None:
-            y = products[:start]
+def _outputs(products: Tensor, B: Tensor, part: SlicePlan, tokens: int) -> Tensor:
+    """[T, outputs] from the products of `_inputs`. B: [S, R, outputs]."""
+    if not part.groups:
+        return products
+    start = len(products) - part.added
+    if part.kept is None:
+        y = products[:start]
+    else:
+        y = products.new_zeros(tokens, products.shape[1])
+        y[part.kept] = products[:start]
+    for group in part.groups:
+        stop = start + group.rows
+        terms = products[start:stop].view(group.count, group.rank, -1)
+        scales = B[group.slots, : group.rank]
+        if isinstance(group.tokens, slice):
+            _add_terms(y[group.tokens], terms, scales)
         else:
-            y = products.new_zeros(tokens, products.shape[1])
-            y[self.kept] = products[:start]
-        for group in self.added.groups:
-            stop = start + group.rows
-            terms = products[start:stop].view(group.count, group.rank, -1)
-            scales = B[group.slots, : group.rank]
-            if isinstance(group.tokens, slice):
-                _add_terms(y[group.tokens], terms, scales)
-            else:
-                total = y.new_zeros(group.count, y.shape[1])
-                _add_terms(total, terms, scales)
-                y.index_add_(0, group.tokens, total)
-            start = stop
-        return y
-
-
-def _part(
-    rows: BatchRows, used: dict[int, SlotUse], plain: dict[int, SlotUse], *, s: int, tokens: int
-) -> Part:
-    """plain: the slots of fLoRAs among `used`; tokens: T."""
-    dropped = tuple(slot for slot, use in plain.items() if not use.keep_base[s])
-    return Part(
-        scaled=_scaling(used, s, "input"),
-        added=rows.added([(slot, use.ranks[s]) for slot, use in plain.items()]),
-        kept=rows.all_but(dropped, tokens) if dropped else None,
-    )
-
-
-def _scaling(used: dict[int, SlotUse], s: int, what: str) -> tuple[int, ...]:
-    """The slots that scale the input or the output of slice `s`."""
-    return tuple(slot for slot, use in used.items() if use.scales[s] == what)
+            total = y.new_zeros(group.count, y.shape[1])
+            _add_terms(total, terms, scales)
+            y.index_add_(0, group.tokens, total)
+        start = stop
+    return y
 
 
 def _add_terms(y: Tensor, terms: Tensor, scales: Tensor) -> None:
@@ -218,49 +171,13 @@ def _add_terms(y: Tensor, terms: Tensor, scales: Tensor) -> None:
         y += terms.mul_(scales).sum(1)
 
 
-def _scale_outputs(y: Tensor, factors: LayerFactors, rows: BatchRows, used: dict[int, SlotUse]) -> None:
+def _scale_outputs(y: Tensor, factors: LayerFactors, plan: LayerPlan) -> None:
     """Multiply the outputs of the IA3s that scale them by 1 + B."""
     start = 0
-    for s, B in enumerate(factors.B):
+    for part, B in zip(plan.slices, factors.B, strict=True):
         stop = start + B.shape[2]
-        if slots := _scaling(used, s, "output"):
-            positions, part = rows.positions(slots), y[:, start:stop]
-            deviation = B[:, 0].index_select(0, rows.slots_of_tokens(slots))
-            part.index_add_(0, positions, part[positions] * deviation)
+        if part.scaled_outputs is not None:
+            positions, slots = part.scaled_outputs.positions, part.scaled_outputs.slots
+            of_slice = y[:, start:stop]
+            of_slice.index_add_(0, positions, of_slice[positions] * B[slots, 0])
         start = stop
-
-
-def _add_formed(
-    y: Tensor,
-    x: Tensor,
-    factors: LayerFactors,
-    rows: BatchRows,
-    *,
-    used: dict[int, SlotUse],
-    weight: Tensor,
-    bias: Tensor | None,
-) -> None:
-    """Write the products by W * M of the slots in `used` into their rows of y."""
-    sizes = [B.shape[2] for B in factors.B]
-    for s, (part, W) in enumerate(zip(y.split(sizes, dim=1), weight.split(sizes), strict=True)):
-        by_rank: dict[int, list[int]] = {}
-        for slot, use in used.items():
-            by_rank.setdefault(use.ranks[s], []).append(slot)
-        for rank, slots in by_rank.items():
-            positions = rows.positions(tuple(slots))
-            tokens = x[positions]
-            if rank == 0:
-                part[positions] = linear(tokens, W)
-                continue
-            part[positions] = flora_linear(
-                tokens,
-                W,
-                factors.A[s][slots, :rank],
-                factors.B[s][slots, :rank].mT,
-                offset=[float(used[slot].keep_base[s]) for slot in slots],
-                segments=Segments(
-                    tuple(accumulate((len(rows.tokens_of[slot]) for slot in slots), initial=0))
-                ),
-            )
-    if bias is not None:
-        y[rows.positions(tuple(used))] += bias

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_train.serving import projection
+from flora_train.serving import layer_plan
 from flora_train.serving.batch_rows import BatchRows
-from flora_train.serving.projection import LayerFactors, SlotUse, forms_weight, project
+from flora_train.serving.layer_plan import SlotUse, forms_weight
+from flora_train.serving.projection import LayerFactors, project
 
 RANK = 6
 INPUTS = 24
@@ -126,7 +127,7 @@ def test_every_token_gets_its_own_adapter(mix: str, sizes: list[int], bias: bool
 
 @pytest.mark.parametrize("form", [False, True], ids=["expanded", "formed"])
 def test_both_ways_give_the_same(form: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "forms_weight", lambda *_: form)
+    monkeypatch.setattr(layer_plan, "forms_weight", lambda *_: form)
     for sizes in ([20], [16, 8, 8]):
         layer = make_layer(sizes, bias=True)
         x = torch.randn(len(MIXES["interleaved"]), INPUTS, dtype=torch.float64)
@@ -145,6 +146,28 @@ def test_base_and_ranks_are_one_product() -> None:
     assert counts == [1 + 3 + 3] * 2
     _, counts = run(layer, torch.randn(2, INPUTS, dtype=torch.float64), [3, 4])
     assert counts == [2, 2]
+
+
+def test_a_slot_may_change_while_the_batch_stays() -> None:
+    layer = make_layer([16, 8, 8], bias=True)
+    x, slot_of = torch.randn(2, INPUTS, dtype=torch.float64), [0, 1]
+    rows = BatchRows({0: (0,), 1: (1,)}, False, x.device)
+
+    def result() -> Tensor:
+        return project(
+            x,
+            layer.factors,
+            rows,
+            product=lambda tokens, s: tokens @ layer.weight.split(layer.sizes)[s].T,
+            weight=lambda: layer.weight,
+            bias=layer.bias,
+        )
+
+    torch.testing.assert_close(result(), expected(layer, x, slot_of))
+    layer.factors.use(0, SlotUse((2,) * 3, (False,) * 3, ("",) * 3))
+    torch.testing.assert_close(result(), expected(layer, x, slot_of))
+    layer.factors.drop(1)
+    torch.testing.assert_close(result(), expected(layer, x, slot_of))
 
 
 def test_many_tokens_of_one_adapter_form_its_weight() -> None:
