@@ -80,7 +80,7 @@ def serve(
     Options that are not listed here, and everything after --, are passed on to vLLM. Ctrl-C ends the server.
 
     \b
-    Example: flora-train serve outputs/quickstart lua-flora lua-lora --port 8001 --max-num-seqs 16
+    Example: flora-train serve outputs/quickstart lua-flora lua-lora --port 8001 --check
     """
     from flora_train.commands.serve import serve_run
 

