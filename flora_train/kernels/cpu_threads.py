@@ -116,7 +116,9 @@ class Scratch(threading.local):
             or buffer.dtype != like.dtype
             or buffer.device != like.device
         ):
-            buffer = self.buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+            # A tensor that is created in inference mode could not be written to in training afterwards.
+            with torch.inference_mode(mode=False):
+                buffer = self.buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
         return buffer[:size].view(rows, stride)[:, :columns]
 
 

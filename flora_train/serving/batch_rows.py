@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class BatchRows:
-    """The tokens of one batch that use multiplicative adapters. Shared by all layers, while the batch stays the
+    """The tokens of one batch that use multiplicative adapters. All layers share it while the batch stays the
     same."""
 
     tokens_of: Mapping[int, tuple[int, ...]]
@@ -27,8 +27,8 @@ class BatchRows:
     _cached: dict[Hashable, object] = field(default_factory=dict)
 
     def cached(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What was made for this key before, or the new result of `make`: layers that use the slots alike share
-        it."""
+        """What was made for this key before, or the new result of `make`. Layers that use the slots alike
+        share it."""
         if key not in self._cached:
             self._cached[key] = make()
         return self._cached[key]  # type: ignore[return-value]

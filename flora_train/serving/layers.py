@@ -34,6 +34,7 @@ from vllm.model_executor.layers.linear import (
 from flora_train.serving.batch_rows import BatchRows
 from flora_train.serving.fit import LayerFacts
 from flora_train.serving.layer_plan import SlotUse
+from flora_train.serving.merged_layers import MergedRows, MergedWeight, merged_lora, merged_multipliers
 from flora_train.serving.multipliers import Multiplier
 from flora_train.serving.projection import LayerFactors, project
 
@@ -59,6 +60,13 @@ class CurrentBatch:
 
     rows: BatchRows | None = None
     """None where every token uses the base model or a LoRA: every layer is then vLLM's own."""
+    merged: MergedRows | None = None
+    """The tokens of the adapter that is merged; None where no token uses merged weights."""
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether code that was compiled or captured for vLLM's own batches cannot compute this one."""
+        return self.rows is not None or self.merged is not None
 
 
 if TYPE_CHECKING:
@@ -88,6 +96,8 @@ class MultiplicativeMixin(SpareSlotMixin):
         self.batch = CurrentBatch()
         self.factors: LayerFactors | None = None
         """None until a multiplicative adapter uses the layer."""
+        self.merged: MergedWeight | None = None
+        """The weight with the merged adapter; None where that leaves the layer as it is."""
         self._recovered: Tensor | None = None
         self._slice_products: list[Callable[[Tensor], Tensor]] = []
 
@@ -97,9 +107,41 @@ class MultiplicativeMixin(SpareSlotMixin):
             self.factors.drop(index)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.batch.merged is not None:
+            return self._apply_merged(x, self.batch.merged, bias)
         if self.batch.rows is None:
             return super().apply(x, bias)
         return self._project(x, self.batch.rows, bias)
+
+    def _apply_merged(self, x: Tensor, rows: MergedRows, bias: Tensor | None) -> Tensor:
+        """The tokens of the merged adapter through its weight, all others as ever through the base model's.
+
+        In the rest of the batch, tokens of the merged adapter are those of the base model.
+        """
+        flat = x.flatten(0, 1) if x.ndim == 3 else x
+        if rows.positions is None and self.merged is not None:
+            return self.merged.product(flat, bias).view(*x.shape[:-1], -1)
+        y = super().apply(x, bias) if self.batch.rows is None else self._project(x, self.batch.rows, bias)
+        if rows.positions is not None and self.merged is not None:
+            y.view(len(flat), -1)[rows.positions] = self.merged.product(flat[rows.positions], bias)
+        return y
+
+    def merged_with(self, slot: int) -> MergedWeight | None:
+        """The weight with the adapter in this slot; None if the adapter leaves the layer as it is."""
+        factors = self.factors
+        uses = {} if factors is None else factors.uses
+        if slot not in uses and not any(bool(stacked[slot].any()) for stacked in self.lora_b_stacked):
+            return None
+        recovered = self._recovered
+        weight = self.full_weight()
+        self._recovered = recovered  # a copy that nothing else needs is not kept
+        if factors is None or slot not in uses:
+            A = [stacked[slot, 0] for stacked in self.lora_a_stacked]
+            B = [stacked[slot, 0] for stacked in self.lora_b_stacked]
+            return merged_lora(weight, A, B)
+        A = [part[slot] for part in factors.A]
+        B = [part[slot] for part in factors.B]
+        return merged_multipliers(weight, A, B, uses[slot])
 
     def use_multipliers(self, index: int, multipliers: list[Multiplier | None]) -> None:
         """Make a slot multiplicative, after `set_lora` has written its factors.
@@ -191,7 +233,7 @@ def facts_of(layer: MultiplicativeMixin, parts: int) -> list[LayerFacts]:
         sizes = list(base.output_sizes)
     if parts == 1:
         sizes = [sum(sizes)]
-    obstacle = _obstacle(base)
+    obstacle = obstacle_to_products(base)
     if parts != len(sizes):
         obstacle = f"is merged with others in a way that only LoRA is served on ({type(base).__name__})"
         sizes = [0] * parts
@@ -199,7 +241,7 @@ def facts_of(layer: MultiplicativeMixin, parts: int) -> list[LayerFacts]:
     return [LayerFacts(base.input_size, size, obstacle=obstacle, bias_is_added_later=later) for size in sizes]
 
 
-def _obstacle(base: Any) -> str | None:
+def obstacle_to_products(base: Any) -> str | None:
     """Why a product with this layer's weight cannot be exact."""
     if type(base.quant_method) is not UnquantizedLinearMethod:
         return f"is quantised ({type(base.quant_method).__name__})"

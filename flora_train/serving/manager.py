@@ -152,8 +152,8 @@ class MultiplicativeManager(LRUCacheLoRAModelManager):
         }
         self.batch.rows = self._rows(mapping.index_mapping, multiplicative)
         for module in self._compiled:
-            # Compiled code is that of batches without multiplicative rows.
-            module.do_not_compile = self.batch.rows is not None
+            # Compiled code is that of batches without multiplicative or merged rows.
+            module.do_not_compile = self.batch.is_eager
         if self.batch.rows is not None:
             mapping = LoRAMapping(
                 _without(mapping.index_mapping, multiplicative),
@@ -195,6 +195,7 @@ def _without(ids: Iterable[int], multiplicative: dict[int, int]) -> tuple[int, .
 
 def install() -> None:
     """Make vLLM use these layers and this manager."""
+    LRUCacheWorkerLoRAManager._manager_cls = _manager_class()
     classes = vllm.lora.utils._all_lora_classes
     if LAYERS[0] in classes:
         return
@@ -202,9 +203,14 @@ def install() -> None:
         raise TypeError("this version of vLLM chooses LoRA layers in no order")
     vllm.lora.utils._all_lora_classes = (*LAYERS, *classes)
     vllm.lora.utils.LogitsProcessorWithLoRA = AdaptedLogits
-    LRUCacheWorkerLoRAManager._manager_cls = MultiplicativeManager
     _install_loader()
     _install_eager_batches()
+
+
+def _manager_class() -> type[MultiplicativeManager]:
+    from flora_train.serving.merging_manager import MergingManager, max_requests
+
+    return MultiplicativeManager if max_requests() is None else MergingManager
 
 
 def _install_loader() -> None:
@@ -229,7 +235,7 @@ def _install_loader() -> None:
 
 
 def _install_eager_batches() -> None:
-    """CUDA graphs hold batches without multiplicative rows; others run without a graph."""
+    """CUDA graphs hold batches without multiplicative or merged rows; others run without a graph."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     determine = GPUModelRunner._determine_batch_execution_and_padding
@@ -237,7 +243,7 @@ def _install_eager_batches() -> None:
     @functools.wraps(determine)
     def determine_without_graph(self: Any, *args: Any, **kwargs: Any) -> Any:
         manager = getattr(getattr(self, "lora_manager", None), "_adapter_manager", None)
-        if isinstance(manager, MultiplicativeManager) and manager.batch.rows is not None:
+        if isinstance(manager, MultiplicativeManager) and manager.batch.is_eager:
             kwargs["force_eager"] = True
         return determine(self, *args, **kwargs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Adapter = int | None
@@ -51,8 +51,9 @@ class MergePolicy:
     However patient, an adapter stays merged at a loss for at most `max_requests` of its requests.
     """
 
-    def __init__(self, costs: MergeCosts, *, max_requests: int) -> None:
-        self.costs, self.max_requests = costs, max_requests
+    def __init__(self, costs_of: Callable[[int], MergeCosts], *, max_requests: int) -> None:
+        """costs_of: the present measurements for an adapter."""
+        self.costs_of, self.max_requests = costs_of, max_requests
         self.merged: Adapter = None
         self.patience = 1
         self.switches = 0
@@ -78,22 +79,27 @@ class MergePolicy:
         self._benefit += current - self._gain(self._previous, rows, total)
         self._add_regrets(rows, total, current)
         self._count_overtaken(current, started or {})
-        best = max(self._regrets, key=lambda choice: self._regrets[choice], default=None)
+        possible = [choice for choice in self._regrets if choice is None or rows.get(choice)]
+        best = max(possible, key=lambda choice: self._regrets[choice], default=self.merged)
         if self._overtaken > self.max_requests:
             self._switch(None)
-        elif best in self._regrets and self._regrets[best] > self.patience * self._switching_seconds(best):
-            self._switch(best)
+        elif best != self.merged:
+            seconds = self._switching_seconds(self.merged, best)
+            if self._regrets[best] > self.patience * seconds:
+                self._switch(best)
         return self.merged
 
-    def update_costs(self, costs: MergeCosts) -> None:
-        """Use newer measurements from the next step on."""
-        self.costs = costs
+    def forget(self) -> None:
+        """Nothing is merged any more: the adapter was unloaded."""
+        self.merged, self._previous = None, None
+        self._regrets.clear()
+        self._benefit, self._overtaken = 0.0, 0
 
     def _gain(self, choice: Adapter, rows: Mapping[Adapter, int], total: int) -> float:
         if choice is None:
             return 0.0
         own = rows.get(choice, 0)
-        return self.costs.gain(own, total - own)
+        return self.costs_of(choice).gain(own, total - own)
 
     def _add_regrets(self, rows: Mapping[Adapter, int], total: int, current: float) -> None:
         choices = {None, *rows, *self._regrets} - {self.merged}
@@ -110,15 +116,13 @@ class MergePolicy:
         else:
             self._overtaken += started.get(self.merged, 0)
 
-    def _switching_seconds(self, choice: Adapter) -> float:
-        """The time of the switch and of the one that takes it back."""
-        if self.merged is None or choice is None:
-            return self.costs.round_trip
-        return 2 * self.costs.round_trip
+    def _switching_seconds(self, *choices: Adapter) -> float:
+        """The time to merge and unmerge these adapters."""
+        return sum(self.costs_of(choice).round_trip for choice in choices if choice is not None)
 
     def _switch(self, choice: Adapter) -> None:
         if self.switches:
-            seconds = self.costs.round_trip
+            seconds = self._switching_seconds(self._previous, self.merged)
             if self._benefit < seconds:
                 self.patience *= PATIENCE_FACTOR
             elif self._benefit > PATIENCE_FACTOR * self.patience * seconds:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from flora_train.kernels.cpu_threads import SCRATCH, Job, divide, division_for, run_jobs
+from flora_train.kernels.cpu_threads import SCRATCH, Job, Scratch, divide, division_for, run_jobs
 from flora_train.kernels.segments import Segments
 
 FEATURES = 1000
@@ -95,3 +95,12 @@ def test_scratch_is_kept_for_the_next_layer_and_grows() -> None:
     assert large.shape == (80, 16)
     assert large.stride() == (32, 1)
     assert SCRATCH.matrix("test", (8, 16), like.double()).dtype == torch.float64
+
+
+def test_scratch_memory_made_in_inference_mode_is_of_use_in_training() -> None:
+    scratch = Scratch()
+    with torch.inference_mode():
+        scratch.matrix("product", (4, 4), torch.ones(1)).fill_(1.0)
+    matrix = scratch.matrix("product", (4, 4), torch.ones(1))
+    torch.mm(torch.ones(4, 2), torch.ones(2, 4), out=matrix)
+    assert torch.equal(matrix, torch.full((4, 4), 2.0))

@@ -64,9 +64,10 @@ def step_seconds(costs: MergeCosts, merged: Adapter, rows: Counter[Adapter]) -> 
 
 def seconds_of(policy: MergePolicy, steps: list[Step]) -> float:
     """The clock at the end: steps and switches."""
-    clock, costs, merged = 0.0, policy.costs, policy.merged
+    clock, merged = 0.0, policy.merged
     for step in steps:
         choice = policy.step(step.rows, step.started)
+        costs = policy.costs_of(1)
         if choice != merged:
             clock += (merged is not None) * costs.unmerge_seconds
             clock += (choice is not None) * costs.merge_seconds
@@ -91,7 +92,7 @@ def test_stationary_traffic_takes_hardly_more_than_the_best_fixed_choice(share: 
     shares: dict[Adapter, float] = {1: share, 2: (1 - share) / 2, None: (1 - share) / 2}
     for seed in range(2):
         steps = trace(shares, 6000, seed=seed, load=load)
-        policy = MergePolicy(COSTS, max_requests=10**9)
+        policy = MergePolicy(lambda adapter: COSTS, max_requests=10**9)
         best = seconds_at_best(COSTS, steps, [1, 2])
         assert seconds_of(policy, steps) <= (1 + MARGIN) * best
 
@@ -123,7 +124,7 @@ def test_any_costs_and_any_stationary_traffic(
 ) -> None:
     costs = MergeCosts(merge, unmerge, saved, saved_per_row, foreign, foreign_per_row)
     steps = trace({1: share, 2: 1 - share}, 3000, seed=seed, load=load)
-    policy = MergePolicy(costs, max_requests=10**9)
+    policy = MergePolicy(lambda adapter: costs, max_requests=10**9)
     taken = seconds_of(policy, steps)
     # What is learnt at the beginning costs a few switches, however short the trace.
     assert taken <= (1 + MARGIN) * seconds_at_best(costs, steps, [1, 2]) + 6 * costs.round_trip
@@ -141,7 +142,7 @@ def total_differences(costs: MergeCosts, steps: list[Step]) -> float:
 
 
 def test_an_adapter_that_dominates_is_merged_and_unmerged_when_the_mix_changes() -> None:
-    policy = MergePolicy(COSTS, max_requests=1000)
+    policy = MergePolicy(lambda adapter: COSTS, max_requests=1000)
     dominated, mixed = Counter({1: 8}), Counter({1: 2, 2: 3, 3: 2, None: 1})
     states = [policy.step(dominated) for _ in range(40)]
     gain = COSTS.gain(8, 0)
@@ -159,14 +160,14 @@ def test_an_adapter_that_dominates_is_merged_and_unmerged_when_the_mix_changes()
 
 
 def test_equal_shares_are_never_merged() -> None:
-    policy = MergePolicy(COSTS, max_requests=1000)
+    policy = MergePolicy(lambda adapter: COSTS, max_requests=1000)
     for _ in range(1000):
         assert policy.step(Counter({1: 2, 2: 2, 3: 2, None: 2})) is None
 
 
 def test_a_mix_that_keeps_changing_ends_in_few_switches() -> None:
     """Each change lasts as long as a switch of an impatient policy takes, so that it never pays."""
-    policy = MergePolicy(COSTS, max_requests=10**9)
+    policy = MergePolicy(lambda adapter: COSTS, max_requests=10**9)
     own, mixed = Counter({1: 8}), Counter({1: 2, 2: 6})
     steps_own = int(COSTS.round_trip / COSTS.gain(8, 0)) + 1
     steps_mixed = int(COSTS.round_trip / -COSTS.gain(2, 6)) + 1
@@ -182,7 +183,7 @@ def test_a_merged_adapter_is_at_a_loss_for_a_bounded_number_of_its_requests(
     max_requests: int, seed: int
 ) -> None:
     random = Random(seed)
-    policy = MergePolicy(COSTS, max_requests=max_requests)
+    policy = MergePolicy(lambda adapter: COSTS, max_requests=max_requests)
     for _ in range(100):
         policy.step(Counter({1: 8}))
     assert policy.merged == 1
@@ -200,22 +201,31 @@ def test_a_merged_adapter_is_at_a_loss_for_a_bounded_number_of_its_requests(
 
 def test_no_row_is_excluded() -> None:
     """The policy only chooses a state; it has no way to delay a request."""
-    policy = MergePolicy(COSTS, max_requests=5)
+    policy = MergePolicy(lambda adapter: COSTS, max_requests=5)
     for step in trace({1: 0.9, 2: 0.1}, 2000, seed=0):
         assert policy.step(step.rows, step.started) in (None, 1, 2)
 
 
-def test_newer_costs_are_used() -> None:
-    policy = MergePolicy(COSTS, max_requests=5)
-    policy.update_costs(MergeCosts(1e9, 1e9, 0.01, 0.001, 0.01, 0.003))
+def test_costs_are_those_of_each_adapter_and_may_change() -> None:
+    costs = {1: COSTS, 2: MergeCosts(1e9, 1e9, 0.01, 0.001, 0.01, 0.003)}
+    policy = MergePolicy(lambda adapter: costs[adapter], max_requests=5)
     for _ in range(1000):
-        assert policy.step(Counter({1: 8})) is None
-    policy.update_costs(COSTS)
-    assert policy.step(Counter({1: 8})) == 1
+        assert policy.step(Counter({2: 8})) is None
+    costs[2] = COSTS
+    assert policy.step(Counter({2: 8})) == 2
+
+
+def test_an_adapter_that_is_unloaded_is_forgotten() -> None:
+    policy = MergePolicy(lambda adapter: COSTS, max_requests=5)
+    for _ in range(100):
+        policy.step(Counter({1: 8}))
+    policy.forget()
+    assert policy.merged is None
+    assert policy.step(Counter({1: 8})) is None
 
 
 def test_an_empty_step_changes_nothing() -> None:
-    policy = MergePolicy(COSTS, max_requests=5)
+    policy = MergePolicy(lambda adapter: COSTS, max_requests=5)
     for _ in range(100):
         policy.step(Counter({1: 8}))
     assert policy.step(Counter()) == 1
