@@ -103,9 +103,11 @@ class FairRequestQueue(RequestQueue):
         self.skipped.clear()
 
     def __bool__(self) -> bool:
-        return len(self._fair) > 0
+        return len(self) > 0
 
     def __len__(self) -> int:
+        # a request that was skipped may narrow the queue
+        self.settle()
         return len(self._fair)
 
     def __iter__(self) -> Iterator[Request]:

@@ -174,6 +174,17 @@ def test_an_adapter_without_a_slot_neither_blocks_nor_starves(loras: Exported) -
             assert traffic.waiting(B)
             backlog(traffic, A, B)
             assert difference(traffic, A, B) <= BOUND + 2 * LEAD
+            traffic.run()
+            # where nothing but requests without a slot waits
+            traffic.send(A, 10, 20)
+            traffic.send(B, 10, 20)
+            traffic.run(2)
+            late = traffic.send(C, 10, 5, count=10) + traffic.send(D, 10, 5, count=10)
+            traffic.run(5)
+            assert not any(traffic.tokens[identifier] for identifier in late)
+            assert len(traffic.scheduler.waiting) == 20
+            traffic.run()
+            assert all(len(traffic.tokens[identifier]) == 5 for identifier in late)
 
 
 def test_two_clients_take_turns_with_one_slot(loras: Exported) -> None:
