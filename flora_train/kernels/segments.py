@@ -73,6 +73,7 @@ def _scaled(segments: Segments, tokens_per_row: int) -> Segments:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # kept for training steps, too
 def segment_of_units(segments: Segments, device: torch.device) -> Tensor:
     """The segment of every unit, LongTensor [U]. Built once per batch, because building it waits for the
     device."""
@@ -111,6 +112,7 @@ def per_segment(numbers: Sequence[float], like: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # kept for training steps, too
 def _numbers(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device=device)
 

@@ -20,6 +20,7 @@ MIN_PROGRAMS = 512
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # kept for training steps, too
 def tile_table(segments: Segments, device: torch.device, tokens: int = TILE_TOKENS) -> tuple[Tensor, Tensor]:
     """(bounds [K + 1], table [T // tokens + K, 3]), int32.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from flora_train.kernels.flora.reference import modulated_weight
-from flora_train.serving.projection import SlotUse
+from flora_train.serving.layer_plan import SlotUse
 
 
 @dataclass(frozen=True)

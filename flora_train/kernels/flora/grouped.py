@@ -89,6 +89,7 @@ def _batched_matmul(grouped: Tensor, weights: Tensor, segments: Segments) -> Ten
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # kept for training steps, too
 def _padding_index(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
     """The token of each of the K * longest slots (T for padding), and the slot of each token."""
     longest = max(segments.lengths)

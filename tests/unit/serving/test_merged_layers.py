@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from flora_train.serving.batch_rows import BatchRows
+from flora_train.serving.layer_plan import SlotUse
 from flora_train.serving.merged_layers import MergedWeight, merged_lora, merged_multipliers
-from flora_train.serving.projection import LayerFactors, SlotUse, project
+from flora_train.serving.projection import LayerFactors, project
 
 INPUTS, SIZES, RANK, SLOTS, TOKENS = 24, (16, 8, 8), 5, 3, 6
 SLOT = 1
