@@ -35,9 +35,13 @@ def test_merged_multipliers_equal_the_projection(use: SlotUse, with_bias: bool) 
     bias = random(sum(SIZES)) if with_bias else None
     A = [random(SLOTS, RANK, INPUTS) + s for s in range(len(SIZES))]
     B = [random(SLOTS, RANK, size) for size in SIZES]
-    rows = BatchRows({SLOT: tuple(range(TOKENS))}, False, RANK, torch.device("cpu"))
+    rows = BatchRows({SLOT: tuple(range(TOKENS))}, False, torch.device("cpu"))
     factors = LayerFactors(A, B, {SLOT: use})
-    expected = project(x, factors, rows, base=lambda x: linear(x, weight), weight=lambda: weight, bias=bias)
+
+    def product(tokens: Tensor, s: int | None) -> Tensor:
+        return linear(tokens, weight if s is None else weight.split(SIZES)[s])
+
+    expected = project(x, factors, rows, product=product, weight=lambda: weight, bias=bias)
     merged = merged_multipliers(weight, [part[SLOT] for part in A], [part[SLOT] for part in B], use)
     torch.testing.assert_close(merged.product(x, bias), expected, rtol=1e-5, atol=1e-4)
     assert not torch.allclose(expected, linear(x, weight, bias), atol=1e-2)
