@@ -18,7 +18,7 @@ from flora_train.adapters.peft_config import PeftConfig, check_harmless, read_co
 from flora_train.adapters.peft_equivalents import PeftAdapter, as_lora
 from flora_train.adapters.peft_tensors import PREFIX, SUFFIXES, WEIGHTS, check_tensors, read_files
 from flora_train.config.errors import Problem, UserError, user_error
-from flora_train.serving.lora_folders import LayerShapes, check_lora
+from flora_train.serving.lora_folders import BASE_EMBEDDINGS, LayerShapes, check_lora
 from flora_train.serving.multipliers import MultiplicativeAdapter, Multiplier
 
 KEY = "adapter"
@@ -92,6 +92,13 @@ def _read(folder: Path) -> LoraFolder | MultiplicativeAdapter:
         return LoraFolder(folder, check_lora(config, tensors, source, key=KEY))
     check_harmless(config, source, KEY)
     _, tensors = read_files(source, KEY)
+    marks = ("_embedding_", *BASE_EMBEDDINGS)
+    embedded = next((name for name in tensors if any(mark in name for mark in marks)), None)
+    if embedded is not None:
+        hint = (
+            f"adapts an embedding or the output layer ({embedded}): fLoRA and IA3 are served on others only"
+        )
+        raise user_error(KEY, source, f"{hint}; serve it as a model (flora-train export RUN --as merged)")
     modules = check_tensors(config, tensors, source, key=KEY)
     if config.peft_type == "ADALORA":
         converted = as_lora(config, tensors)

@@ -128,7 +128,7 @@ class Admission:
             logger.warning(warning)
         return served
 
-    def failure(self, error: Exception, served: ServedAdapter) -> Exception:
+    def failure(self, error: Exception, request: Any, served: ServedAdapter) -> Exception:
         """The error for the client, made from one that the engine raised when it loaded the adapter."""
         from vllm.exceptions import LoRAAdapterNotFoundError
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -140,7 +140,8 @@ class Admission:
             match = pattern.match(reason)
             if match is not None:
                 reason = match["reason"]
-        return refused(reason.replace(served.path, str(served.source)))
+        reason = reason.replace(served.path, request.lora_path).replace(served.name, request.lora_name)
+        return refused(reason)
 
     def running(self) -> Iterator[str]:
         """The paths of the adapters of unfinished requests."""

@@ -56,7 +56,7 @@ def async_patches(originals: dict[str, Callable[..., Awaitable[Any]]]) -> dict[s
                     if not admission.adapters.serves(served):
                         with suppress(Exception):  # it may be loaded in part
                             await originals["remove_lora"](engine, served.int_id)
-                    raise admission.failure(error, served) from error
+                    raise admission.failure(error, request, served) from error
                 admission.admit(request, served)
             return served
 
@@ -87,7 +87,7 @@ def async_patches(originals: dict[str, Callable[..., Awaitable[Any]]]) -> dict[s
 
     async def list_loras(self: Any) -> set[int]:
         adapters = admission_of(self).adapters
-        return {adapters.client_id(name) for name in await originals["list_loras"](self)}
+        return adapters.client_ids(await originals["list_loras"](self))
 
     async def pin_lora(self: Any, lora_id: int) -> bool:
         names = admission_of(self).adapters.engine_ids(lora_id)
@@ -112,7 +112,7 @@ def sync_patches(originals: dict[str, Callable[..., Any]]) -> dict[str, Callable
                 if not admission.adapters.serves(served):
                     with suppress(Exception):  # it may be loaded in part
                         originals["remove_lora"](engine, served.int_id)
-                raise admission.failure(error, served) from error
+                raise admission.failure(error, request, served) from error
             admission.admit(request, served)
         return served
 
@@ -138,7 +138,7 @@ def sync_patches(originals: dict[str, Callable[..., Any]]) -> dict[str, Callable
 
     def list_loras(self: Any) -> set[int]:
         adapters = admission_of(self).adapters
-        return {adapters.client_id(name) for name in originals["list_loras"](self)}
+        return adapters.client_ids(originals["list_loras"](self))
 
     def pin_lora(self: Any, lora_id: int) -> bool:
         names = admission_of(self).adapters.engine_ids(lora_id)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flora_train.serving.snapshots import Snapshot, SnapshotStore, stamps_of
+from flora_train.serving.snapshots import SnapshotStore, stamps_of
 
 GRACE = 60.0
 """Seconds for which a copy stays after its last request. A request that ended for its client may still run
@@ -62,7 +62,7 @@ class ServedAdapters:
         self.store = store
         self._clock = clock
         self._served: dict[AdapterKey, ServedAdapter] = {}
-        self._first_content: dict[str, str] = {}
+        self._first_path: dict[str, str] = {}
         self._in_admission: Counter[str] = Counter()
         self._unneeded_since: dict[str, float] = {}
         self._next_check = 0.0
@@ -75,17 +75,14 @@ class ServedAdapters:
         """Copy the adapter's folder and check it. It is served once it is admitted. Raises UserError."""
         stamps = stamps_of(source)
         snapshot = self.store.take(source, key.name, salt=salt)
-        name = self._name_for(key.name, snapshot)
-        return ServedAdapter(name, snapshot.int_id, str(snapshot.folder), source, stamps)
-
-    def _name_for(self, name: str, snapshot: Snapshot) -> str:
-        first = self._first_content.setdefault(name, snapshot.digest)
-        if first == snapshot.digest:
-            return name
-        return f"{name}@{snapshot.digest[:8]}"
+        name, path = key.name, str(snapshot.folder)
+        if self._first_path.get(name, path) != path:
+            name = f"{name}@{snapshot.digest[:8]}"
+        return ServedAdapter(name, snapshot.int_id, path, source, stamps)
 
     def admit(self, key: AdapterKey, served: ServedAdapter) -> None:
         """From now on, requests for `key` get this, and those for another path of its name and id nothing."""
+        self._first_path.setdefault(key.name, served.path)
         others = [other for other in self._served if (other.name, other.int_id) == (key.name, key.int_id)]
         for other in others:
             del self._served[other]
@@ -100,12 +97,13 @@ class ServedAdapters:
         keys = [key for key in self._served if key.name == name or key.int_id == int_id]
         return [self._served.pop(key) for key in keys]
 
-    def client_id(self, int_id: int) -> int:
-        """The id by which a client knows an adapter of the engine."""
+    def client_ids(self, int_ids: Iterable[int]) -> set[int]:
+        """The ids by which clients know adapters of the engine."""
+        names: dict[int, set[int]] = {int_id: set() for int_id in int_ids}
         for key, served in self._served.items():
-            if served.int_id == int_id:
-                return key.int_id
-        return int_id
+            if served.int_id in names:
+                names[served.int_id].add(key.int_id)
+        return set().union(*(known or {int_id} for int_id, known in names.items()))
 
     def engine_ids(self, int_id: int) -> list[int]:
         """The ids by which the engine knows a client's adapter."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from tests.unit.serving.adapter_folders import (
     loaded_by_peft,
     saved_by_peft,
 )
+from tests.unit.serving.damages import DAMAGES
 
 LLAMA = ["q_proj", "down_proj"]
 CASES: dict[str, tuple[str, Any]] = {
@@ -242,7 +242,7 @@ LAYER = "base_model.model.model.layers.0.self_attn.v_proj"
         (HIRA, removed("hira_A"), "is damaged: it lacks .*hira_A"),
         (HIRA, reshaped("hira_A"), "has shape .*the files do not belong together"),
         (HIRA, lambda tensors: dict.fromkeys(()) or {"x": torch.zeros(1)}, "not a tensor of a plain HIRA"),
-        (HIRA, added("base_model.model.model.embed_tokens.hira_embedding_A", (3, 8)), "hira_embedding_A"),
+        (HIRA, added("base_model.model.model.embed_tokens.hira_embedding_A", (3, 8)), "adapts an embedding"),
         (HIRA, added("base_model.model.lm_head.weight", (8, 8)), "not a tensor of a plain HIRA"),
         (LORA, removed("lora_B"), "has .*lora_A.weight, and no B of that layer"),
         (LORA, reshaped("lora_A"), "has shape .*and adapter_config.json the rank 3"),
@@ -334,85 +334,6 @@ def test_ia3_whose_shapes_contradict_its_configuration_is_refused(tmp_path: Path
     change_config(folder, feedforward_modules=["q_proj", "down_proj"])
     with pytest.raises(UserError, match="feedforward_modules makes it one of inputs"):
         read_adapter(folder)
-
-
-def empty_file(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes(b"")
-
-
-def half_file(folder: Path) -> None:
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
-
-
-def text_file(folder: Path) -> None:
-    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-
-
-def no_weights(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-
-
-def pipe_for_weights(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    os.mkfifo(folder / WEIGHTS)
-
-
-def dangling_weights(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    (folder / WEIGHTS).symlink_to(folder / "nowhere")
-
-
-def no_config(folder: Path) -> None:
-    (folder / CONFIG).unlink()
-
-
-def half_config(folder: Path) -> None:
-    (folder / CONFIG).write_text((folder / CONFIG).read_text()[:40])
-
-
-def list_config(folder: Path) -> None:
-    (folder / CONFIG).write_text("[]")
-
-
-def deep_config(folder: Path) -> None:
-    (folder / CONFIG).write_text("[" * 100_000)
-
-
-def binary_config(folder: Path) -> None:
-    (folder / CONFIG).write_bytes(b"\xff\xfe\x00")
-
-
-def vanished(folder: Path) -> None:
-    shutil.rmtree(folder)
-
-
-def file_in_place(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.write_text("x")
-
-
-def looping_link(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.symlink_to(folder)
-
-
-DAMAGES = [
-    (empty_file, "tensors cannot be read"),
-    (half_file, "tensors cannot be read"),
-    (text_file, "tensors cannot be read"),
-    (no_weights, "lacks adapter_model.safetensors"),
-    (pipe_for_weights, "lacks adapter_model.safetensors"),
-    (dangling_weights, "lacks adapter_model.safetensors"),
-    (no_config, "no adapter_config.json"),
-    (half_config, "is not a PEFT adapter"),
-    (list_config, "has no peft_type"),
-    (deep_config, "nested too deeply"),
-    (binary_config, "is not a PEFT adapter"),
-    (vanished, "no such folder"),
-    (file_in_place, "is not a folder"),
-    (looping_link, "no such folder|cannot be read"),
-]
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES)

@@ -9,7 +9,7 @@ import pytest
 from peft import HiraConfig
 
 from flora_train.config.errors import UserError
-from flora_train.serving.served_adapters import GRACE, AdapterKey, ServedAdapter, ServedAdapters
+from flora_train.serving.served_adapters import GRACE, AdapterKey, ServedAdapter, ServedAdapters, client_name
 from flora_train.serving.snapshots import SnapshotStore
 from tests.unit.serving.adapter_folders import change_tensors, saved_by_peft
 
@@ -78,6 +78,15 @@ def test_the_same_content_under_two_names_is_one_copy(adapters: ServedAdapters, 
     assert adapters.get(AdapterKey("ruby", 2, str(folder))) == ruby
 
 
+def test_a_content_that_was_not_admitted_takes_no_name(adapters: ServedAdapters, folder: Path) -> None:
+    key = AdapterKey("lua", 1, str(folder))
+    adapters.copy(key, folder)
+    rewrite(folder)
+    assert admitted(adapters, key).name == "lua"
+    assert client_name("lua@0123abcd") == client_name("lua") == "lua"
+    assert client_name("lua@home") == "lua@home"
+
+
 def test_a_bad_content_leaves_the_good_one(adapters: ServedAdapters, folder: Path) -> None:
     key = AdapterKey("lua", 1, str(folder))
     good = admitted(adapters, key)
@@ -90,9 +99,13 @@ def test_a_bad_content_leaves_the_good_one(adapters: ServedAdapters, folder: Pat
 
 def test_ids_are_translated_in_both_directions(adapters: ServedAdapters, folder: Path) -> None:
     served = admitted(adapters, AdapterKey("lua", 7, str(folder)))
-    assert adapters.client_id(served.int_id) == 7
+    assert adapters.client_ids([served.int_id]) == {7}
     assert adapters.engine_ids(7) == [served.int_id]
-    assert adapters.client_id(3) == 3
+    assert adapters.client_ids([3, served.int_id]) == {3, 7}
+    admitted(adapters, AdapterKey("ruby", 8, str(folder)))
+    assert adapters.client_ids([served.int_id]) == {7, 8}
+    adapters.forget(int_id=8)
+    assert adapters.client_ids([]) == set()
     assert adapters.engine_ids(3) == [3]
     assert adapters.forget(int_id=7) == [served]
     assert adapters.engine_ids(7) == [7]

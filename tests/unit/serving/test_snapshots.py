@@ -22,7 +22,7 @@ from flora_train.serving import snapshots
 from flora_train.serving.adapter_files import read_adapter
 from flora_train.serving.snapshots import FOLDER_VARIABLE, SnapshotStore
 from tests.unit.serving.adapter_folders import CONFIG, WEIGHTS, change_config, change_tensors, saved_by_peft
-from tests.unit.serving.test_adapter_files import DAMAGES
+from tests.unit.serving.damages import DAMAGES
 
 HIRA = HiraConfig(r=2, target_modules=["q_proj"])
 
