@@ -26,7 +26,14 @@ from flora_train.config.errors import choices, user_error
 from flora_train.config.terminal_text import print_plain
 from flora_train.runtime.hub_snapshot import HubError
 from flora_train.serving.catalogue import VARIABLE
-from flora_train.serving.vllm_flags import Flags, Launch, command, cpu_environment, split_words
+from flora_train.serving.vllm_flags import (
+    GPU_ENVIRONMENT,
+    Flags,
+    Launch,
+    command,
+    cpu_environment,
+    split_words,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +212,8 @@ def _environment(served: Served, options: ServeOptions) -> dict[str, str]:
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING"}
     if is_on_cpu():
         defaults |= cpu_environment(psutil.virtual_memory().available)
+    else:
+        defaults |= GPU_ENVIRONMENT
     environment = {name: value for name, value in defaults.items() if name not in os.environ}
     if options.allow_loading:
         environment[ALLOW_LOADING] = "1"

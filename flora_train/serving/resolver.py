@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import re
 from http import HTTPStatus
 from typing import Any
 
@@ -78,16 +77,9 @@ async def load(models: OpenAIServingModels, resolver: CatalogueResolver, name: s
         except UserError as error:
             return _refusal(name, "; ".join(problem.hint for problem in error.problems))
         except Exception as error:  # of the engine, which has many
-            return _refusal(name, _reason(error))
+            return _refusal(name, str(error) or type(error).__name__)
         models.lora_requests[name] = request
         return None
-
-
-def _reason(error: Exception) -> str:
-    """The message of an error, without what the engine adds to that of a worker."""
-    message = str(error) or type(error).__name__
-    of_worker = re.search(r"Worker failed with error '(.*)', please check", message, re.DOTALL)
-    return of_worker[1] if of_worker else message
 
 
 def _refusal(name: str, reason: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> ErrorResponse:

@@ -17,6 +17,9 @@ rank."""
 MOST_ON_HOST = 256
 """Adapters in host memory, unless --max-cpu-loras says otherwise; further ones are read again when they are
 needed."""
+GPU_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""vLLM's second model runner would replay CUDA graphs in which fLoRA and IA3 are missing, so that the plugin
+refuses them there (manager.py)."""
 MOST_CACHE = 16
 """GiB of the cache of keys and values on a CPU, where as much is free."""
 RESERVED = {
