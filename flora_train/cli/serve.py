@@ -58,7 +58,7 @@ def serve(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Largest difference that --check allows. Default: 1e-3 in float32, 0.2 in bfloat16.",
+            help="Largest difference that --check allows. Default: 1e-3 in float32, 1 in bfloat16.",
             metavar="X",
             show_default=False,
         ),

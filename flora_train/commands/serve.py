@@ -64,7 +64,7 @@ class ServeOptions(ConfigModel):
     check: bool = False
     """Compare log-probabilities with the trainer's own before the server is announced."""
     tolerance: float | None = Field(None, gt=0)
-    """Largest difference that the check allows. Default: 1e-3 in float32, 0.2 in bfloat16."""
+    """Largest difference that the check allows. Default: 1e-3 in float32, 1 in bfloat16."""
     allow_different_base: bool = False
     """Accept another base at model.path than the run was trained on."""
 
@@ -132,7 +132,7 @@ def _serve(run: str, served: Served, options: ServeOptions, *, flags: Flags, por
         reference = None
         if options.check:
             check_flags(words)
-            reference = _reference(run, served, base_name, options)
+            reference = _reference(run, served, base_name, options, dtype=flags.value("--dtype"))
         logger.info(f"starting vLLM with {served.base.path} and {len(served.adapters):,} adapters")
         environment = _environment(served, options)
         with running_server(words, environment, host=options.host, port=port, flags=flags) as server:
@@ -164,24 +164,29 @@ def _check(server: Any, reference: Any, options: ServeOptions) -> None:
 
     tolerance = options.tolerance or reference.tolerance
     comparisons = compare(server, reference)
-    print_comparisons(comparisons, tolerance)
+    print_comparisons(comparisons, reference, tolerance)
     sys.stdout.flush()
     check_comparisons(comparisons, tolerance)
 
 
-def _reference(run: str, served: Served, base_name: str, options: ServeOptions) -> Any:
-    """What the trainer computes. Its base leaves the memory before the server loads its own."""
+def _reference(run: str, served: Served, base_name: str, options: ServeOptions, *, dtype: str | None) -> Any:
+    """What the trainer computes. Its base leaves the memory before the server loads its own. dtype: that of
+    the server, if the user chose it."""
     import torch
 
     from flora_train.commands.serve_check import reference_of_folders, reference_of_run
     from flora_train.training.origin import OriginOptions
 
+    if dtype not in (None, "float32", "bfloat16"):
+        hint = "is a number format in which the trainer does not compute: give float32 or bfloat16"
+        raise user_error("--dtype", dtype, f"{hint}, or leave --check out")
     logger.info("computing log-probabilities with the trainer's own adapters")
     if served.run is not None:
         allow = OriginOptions(allow_different_base=options.allow_different_base)
-        reference = reference_of_run(run, base_name, list(served.adapters), allow=allow)
+        reference = reference_of_run(run, base_name, list(served.adapters), dtype=dtype, allow=allow)
     else:
-        reference = reference_of_folders(served.model, base_name, served.adapters)
+        model = served.model.model_copy(update={"dtype": dtype or served.base.dtype})
+        reference = reference_of_folders(model, base_name, served.adapters)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

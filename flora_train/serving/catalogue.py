@@ -263,6 +263,7 @@ def install() -> None:
     """
     sources = os.environ.get(VARIABLE)
     if sources:
+        catalogue = open_catalogue(sources)
         from flora_train.serving import resolver
 
-        resolver.install(open_catalogue(sources))
+        resolver.install(catalogue)

@@ -52,7 +52,7 @@ def test_the_base_and_all_adapters_are_served_as_they_were_trained(served: Serve
     listed = [model["id"] for model in served.get("/v1/models")["data"]]
     assert listed[0] == "base"
     assert sorted(listed[2:]) == NAMES
-    differences = re.findall(r"^ *(\S+) +\d+ +(\d\.\d\de[-+]\d\d) +the same", served.output, re.M)
+    differences = re.findall(r"^ *(\S+) +\d+ +(\d\.\d\de[-+]\d\d) +\d+\.\d\d +the same", served.output, re.M)
     assert sorted(name for name, _ in differences) == ["base", *NAMES]
     assert max(float(value) for _, value in differences) <= 1e-4
     assert len({served.complete(name, "0a") for name in ["base", *NAMES]}) > 3

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
 from flora_train.commands.serve_check import (
     Comparison,
     Expected,
+    Reference,
     check_comparisons,
     compare_one,
     print_comparisons,
@@ -71,9 +74,12 @@ def test_a_difference_above_the_tolerance_names_the_worst(capsys: pytest.Capture
         Comparison("a\x1b", 9, 0.5, False),
         Comparison("b", 9, 0.1, True),
     ]
-    print_comparisons(results, 1e-3)
+    before = Expected((5, 6, 7), (-1.5, -2.0), (8,), (-0.5,))
+    expected = {"base": [before], "a\x1b": [EXPECTED], "b": [before]}
+    print_comparisons(results, Reference(expected, torch.float32), 1e-3)
     table = capsys.readouterr().out
-    assert "5.00e-01   differ" in table
+    assert re.search(r"5\.00e-01 +0\.50 +differ", table)
+    assert re.search(r"1\.00e-01 +0\.00 +the same", table)
     assert "\x1b" not in table
     with pytest.raises(UserError, match=r"differ by up to 5.00e-01 .* 2 of 3 models"):
         check_comparisons(results, 1e-3)

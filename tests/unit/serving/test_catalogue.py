@@ -12,11 +12,13 @@ import pytest
 from flora_train.config.errors import UserError
 from flora_train.runtime.hub_snapshot import HubError
 from flora_train.serving.catalogue import (
+    VARIABLE,
     Catalogue,
     FolderSource,
     HubSource,
     SingleSource,
     choose,
+    install,
     open_catalogue,
     open_source,
 )
@@ -134,6 +136,14 @@ def test_other_sources_are_refused(source: str, message: str) -> None:
 def test_an_empty_catalogue_is_refused() -> None:
     with pytest.raises(UserError, match="names no source"):
         open_catalogue(os.pathsep)
+
+
+def test_a_wrong_variable_is_an_error_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    install()
+    monkeypatch.setenv(VARIABLE, "./nowhere")
+    with pytest.raises(UserError, match=f"{VARIABLE} = './nowhere': there is no such folder"):
+        install()
 
 
 def test_unknown_names_get_a_suggestion(folder: Path) -> None:
