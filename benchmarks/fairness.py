@@ -109,7 +109,7 @@ class Bench:
 
         current_client.set(self.clients[client])
         self.number += 1
-        prompt = [100 + (self.number * 31 + place * 7) % 10_000 for place in range(PROMPT)]
+        prompt = [3 + (self.number * 31 + place * 7) % 26 for place in range(PROMPT)]
         params = SamplingParams(
             temperature=0, max_tokens=OUTPUT, ignore_eos=True, output_kind=RequestOutputKind.DELTA
         )
