@@ -217,11 +217,11 @@ class FairScheduler(Scheduler):
                 return
 
     def _full_slots(self) -> dict[int, str] | None:
-        """Adapters of running requests, number and name; None while a slot is free."""
+        """Adapters of running requests, number and client's name; None while a slot is free."""
         slots = {}
         for request in self.running:
             if request.lora_request is not None:
-                slots[request.lora_request.lora_int_id] = request.lora_request.lora_name
+                slots[request.lora_request.lora_int_id] = client_name(request.lora_request.lora_name)
         if self.lora_config is None or len(slots) < self.lora_config.max_loras:
             return None
         return slots
