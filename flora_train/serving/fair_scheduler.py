@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from flora_train.config.errors import user_error
 from flora_train.serving.client_identity import create_secret, marked_client, secret
 from flora_train.serving.fair_queue import FairQueue
-from flora_train.serving.fairness import BASE_CLIENT, adapter_client, is_adapter, load_settings
+from flora_train.serving.fairness import BASE_CLIENT, adapter_client, check_policy, is_adapter, load_settings
 from flora_train.serving.served_adapters import client_name
 from flora_train.serving.slot_turns import SlotTurns
 
@@ -278,13 +278,7 @@ class AsyncFairScheduler(FairScheduler, AsyncScheduler):
 
 def check_configuration(vllm_config: Any) -> None:
     """Raises UserError for settings of vLLM that contradict fair scheduling."""
-    if vllm_config.scheduler_config.policy != "fcfs":
-        raise user_error(
-            "--scheduling-policy",
-            vllm_config.scheduler_config.policy,
-            "FairScheduler has an order of its own: leave this out, and give clients weights "
-            "(FLORA_TRAIN_FAIRNESS), or leave out --scheduler-cls",
-        )
+    check_policy(vllm_config.scheduler_config.policy)
     if vllm_config.model_config.is_diffusion:
         raise user_error(
             "--scheduler-cls", "FairScheduler", "diffusion models need vLLM's own scheduler: leave this out"

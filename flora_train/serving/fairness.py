@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError
 
 from flora_train.config.base import ConfigModel, Text
-from flora_train.config.errors import Problem, UserError, did_you_mean
+from flora_train.config.errors import Problem, UserError, did_you_mean, user_error
 from flora_train.config.paths import read_mapping, read_yaml
 from flora_train.serving.client_identity import client_of_hash, create_secret, secret
 from flora_train.serving.fair_queue import MOST_IDLE, Prices
@@ -98,6 +98,17 @@ def install() -> None:
     """
     create_secret()
     load_settings().weights_by_client()
+
+
+def check_policy(policy: str | None) -> None:
+    """Raises UserError for an order of requests that contradicts a fair one."""
+    if policy not in (None, "fcfs"):
+        raise user_error(
+            "--scheduling-policy",
+            policy,
+            "FairScheduler has an order of its own: leave this out, and give clients weights "
+            f"({VARIABLE}), or leave out --scheduler-cls",
+        )
 
 
 def load_settings() -> FairnessSettings:

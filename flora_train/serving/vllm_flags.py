@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_train.config.errors import user_error
+from flora_train.serving import fairness
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts as --max-lora-rank."""
@@ -60,6 +61,9 @@ class Flags:
                 raise user_error(name, None, "is an option of flora-train serve: give it before --")
             if name in RESERVED:
                 raise user_error(name, None, f"cannot be passed on: {RESERVED[name]}")
+        if "FairScheduler" in (self.value("--scheduler-cls") or ""):
+            fairness.check_policy(self.value("--scheduling-policy"))
+            fairness.load_settings()
 
 
 def _name(word: str) -> str | None:

@@ -12,6 +12,7 @@ from flora_train.serving import client_identity
 from flora_train.serving.client_identity import client_of_hash, key_hash, secret
 from flora_train.serving.fair_queue import Prices
 from flora_train.serving.fairness import VARIABLE, install, load_settings
+from flora_train.serving.vllm_flags import Flags
 
 DIGEST = key_hash("sk-1")
 
@@ -106,6 +107,24 @@ def test_all_wrong_keys_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError) as caught:
         install()
     assert len(caught.value.problems) == 3
+
+
+def test_flags_that_contradict_fair_scheduling_are_refused_before_anything_starts() -> None:
+    fair = ("--scheduler-cls", "flora_train.serving.fair_scheduler.FairScheduler")
+    Flags((*fair, "--scheduling-policy", "fcfs")).check()
+    Flags(("--scheduling-policy", "priority")).check()
+    for words in ((*fair, "--scheduling-policy=priority"), ("--scheduling_policy", "priority", *fair)):
+        with pytest.raises(
+            UserError, match="--scheduling-policy = 'priority': FairScheduler has an order of"
+        ):
+            Flags(words).check()
+
+
+def test_wrong_weights_are_refused_by_flora_train_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, '{"weights": {"a": 0}}')
+    Flags().check()
+    with pytest.raises(UserError, match=r"weights\.a = 0"):
+        Flags(("--scheduler-cls=flora_train.serving.fair_scheduler.FairScheduler",)).check()
 
 
 def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
