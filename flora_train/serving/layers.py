@@ -174,10 +174,9 @@ class MultiplicativeMixin(SpareSlotMixin):
             return weight
         if self._recovered is None:
             parts = []
-            dtype = self.lora_a_stacked[0].dtype
             for start in range(0, self.input_size, RECOVERED_ROWS):
                 stop = min(start + RECOVERED_ROWS, self.input_size)
-                unit_vectors = torch.zeros(stop - start, self.input_size, dtype=dtype)
+                unit_vectors = torch.zeros(stop - start, self.input_size, dtype=weight.dtype)
                 unit_vectors[:, start:stop].fill_diagonal_(1)
                 parts.append(self._product(unit_vectors))
             self._recovered = torch.cat(parts).T.contiguous()
