@@ -25,6 +25,7 @@ from flora_train.config.command_options import read_options
 from flora_train.config.errors import choices, user_error
 from flora_train.config.terminal_text import print_plain
 from flora_train.runtime.hub_snapshot import HubError
+from flora_train.serving.base_match import ALLOW_VARIABLE
 from flora_train.serving.catalogue import VARIABLE
 from flora_train.serving.vllm_flags import (
     GPU_ENVIRONMENT,
@@ -222,6 +223,8 @@ def _environment(served: Served, options: ServeOptions) -> dict[str, str]:
     environment = {name: value for name, value in defaults.items() if name not in os.environ}
     if options.allow_loading:
         environment[ALLOW_LOADING] = "1"
+    if options.allow_different_base:
+        environment[ALLOW_VARIABLE] = "1"
     if options.on_demand:
         environment[VARIABLE] = served.source.pinned()
         if os.pathsep in environment[VARIABLE]:

@@ -15,6 +15,8 @@ from flora_train.models.base_identity import base_folder, base_identity
 from flora_train.runtime.manifest import BASE_RECORD
 from flora_train.serving.adapter_files import KEY
 
+ALLOW_VARIABLE = "FLORA_TRAIN_ALLOW_DIFFERENT_BASE"
+"""Environment variable: with `1`, other weights are a warning."""
 MOST_RECORD_BYTES = 2**16
 """Size limit of BASE_RECORD, which has two hashes."""
 
@@ -33,7 +35,8 @@ def check_base(folder: Path, served: ServedBase, source: str) -> str | None:
     """A warning if the adapter names another base model than the served one, else None.
 
     folder: of the adapter; source: what an error names. Raises UserError where the adapter's folder records
-    the hash of its base model's weights and those of the served one differ. The hash of the served one is
+    the hash of its base model's weights and those of the served one differ, unless ALLOW_VARIABLE allows it.
+    The hash of the served one is
     computed once, until its files change.
     """
     try:
@@ -44,12 +47,14 @@ def check_base(folder: Path, served: ServedBase, source: str) -> str | None:
     if recorded is not None:
         now = _identity(served)
         if now is not None and now["weights"] != recorded["weights"]:
-            hint = (
+            difference = (
                 f"was trained on other weights (SHA-256 {recorded['weights'][:12]}) than those of "
-                f"{served.path} ({now['weights'][:12]}): serve its own base model, or remove {BASE_RECORD} "
-                "from the adapter's folder if both are the same model in another format"
+                f"{served.path} ({now['weights'][:12]})"
             )
-            raise user_error(KEY, source, hint)
+            if os.environ.get(ALLOW_VARIABLE) == "1":
+                return f"{source} {difference}"
+            hint = f"serve its own base model, or set {ALLOW_VARIABLE}=1 if both are one in two formats"
+            raise user_error(KEY, source, f"{difference}: {hint}")
         if now is not None:
             return None
     named = read_config(str(folder), KEY).base_model

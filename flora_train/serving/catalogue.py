@@ -18,6 +18,7 @@ from flora_train.config.errors import UserError, choices, did_you_mean, user_err
 from flora_train.config.json_format import JsonValue, parse_object
 from flora_train.config.paths import exists, find_file
 from flora_train.runtime.hub_snapshot import HubFile, HubSnapshot, open_snapshot
+from flora_train.runtime.manifest import BASE_RECORD
 from flora_train.runtime.run_files import RunFiles
 
 logger = logging.getLogger(__name__)
@@ -117,9 +118,13 @@ class HubSource:
         folders: dict[str, dict[str, HubFile]] = {}
         for file in self.snapshot.files():
             folder, _, name = file.path.rpartition("/")
-            if name in (CONFIG, *WEIGHTS) and "/" not in folder:
+            if name in (CONFIG, BASE_RECORD, *WEIGHTS) and "/" not in folder:
                 folders.setdefault(folder, {})[name] = file
-        complete = {folder: files for folder, files in folders.items() if CONFIG in files and len(files) > 1}
+        complete = {
+            folder: files
+            for folder, files in folders.items()
+            if CONFIG in files and any(name in files for name in WEIGHTS)
+        }
         if "" in complete:  # an adapter at the top is named by the manifest, or else by the repository
             name = self.repository.rpartition("/")[2]
             if len(self._manifest) == 1:
@@ -143,10 +148,12 @@ class HubSource:
         return sorted(self._files)
 
     def fetch(self, name: str) -> Path:
-        """Downloads configuration and tensors, and nothing else. Raises HubError."""
+        """Downloads configuration, tensors and the base model's hash, and nothing else. Raises HubError."""
         files = self._files[name]
         weights = next(files[weights] for weights in WEIGHTS if weights in files)
         self.snapshot.download(weights)
+        if BASE_RECORD in files:
+            self.snapshot.download(files[BASE_RECORD])
         return self.describe(name)
 
     def describe(self, name: str) -> Path:

@@ -15,7 +15,7 @@ from flora_train.config.model_schema import ModelConfig
 from flora_train.models import base_identity as identity_module
 from flora_train.models.base_identity import base_identity
 from flora_train.runtime.manifest import BASE_RECORD
-from flora_train.serving.base_match import ServedBase, check_base, same_model
+from flora_train.serving.base_match import ALLOW_VARIABLE, ServedBase, check_base, same_model
 from tests.architectures import tiny_model
 from tests.unit.serving.adapter_folders import change_config, saved_by_peft
 
@@ -54,9 +54,16 @@ def test_other_weights_under_the_same_name_are_refused(adapter: Path, base: Path
     other.lm_head.weight.data += 1  # type: ignore[union-attr,operator]
     other.save_pretrained(base)  # type: ignore[operator]
     with pytest.raises(
-        UserError, match=r"adapter = 'a': was trained on other weights .*remove flora_train_base\.json"
+        UserError,
+        match=r"adapter = 'a': was trained on other weights .*set FLORA_TRAIN_ALLOW_DIFFERENT_BASE=1",
     ):
         check_base(adapter, ServedBase(str(base)), "a")
+
+
+def test_other_weights_can_be_allowed(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (adapter / BASE_RECORD).write_text(json.dumps({"base": {"weights": "0" * 64}}))
+    monkeypatch.setenv(ALLOW_VARIABLE, "1")
+    assert "was trained on other weights" in (check_base(adapter, ServedBase(str(base)), "a") or "")
 
 
 def test_without_a_hash_another_name_is_a_warning(adapter: Path, base: Path, tmp_path: Path) -> None:

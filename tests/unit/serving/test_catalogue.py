@@ -11,6 +11,7 @@ import pytest
 
 from flora_train.config.errors import UserError
 from flora_train.runtime.hub_snapshot import HubError
+from flora_train.runtime.manifest import BASE_RECORD
 from flora_train.serving.catalogue import (
     VARIABLE,
     Catalogue,
@@ -167,6 +168,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     repository = tmp_path / "repository"
     adapter(repository / "lua-lora", rank=8)
     adapter(repository / "deep" / "inside")
+    (repository / "lua-lora" / BASE_RECORD).write_text("{}")
     (repository / "report.html").write_text("report")
     (repository / "flora_train.json").write_text(json.dumps({"adapters": {"lua-lora": {"rank": 6}}}))
     with serve() as hub:
@@ -184,7 +186,7 @@ def test_a_repository_lists_its_adapters_and_downloads_one(hub: Hub) -> None:
     assert source.rank("lua-lora") == 6
     assert not [path for _, path in hub.asked if "adapter_model" in path]
     folder = source.fetch("lua-lora")
-    files = ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["adapter_config.json", "adapter_model.safetensors", BASE_RECORD]
     assert sorted(path.name for path in folder.iterdir()) == files
     assert not [path for _, path in hub.asked if "report" in path or "inside" in path]
 
