@@ -116,7 +116,7 @@ def _serve(run: str, served: Served, options: ServeOptions, *, flags: Flags, por
     """Start the server and wait for its end."""
     from flora_train.commands.serve_server import api_key, check_flags, running_server
 
-    names = _base_names(served, flags)
+    names = base_names(served, flags)
     base_name = names[0] if names else str(flags.value("--served-model-name"))
     with TemporaryDirectory(prefix="flora-train-serve-") as temporary:
         launch = Launch(
@@ -126,7 +126,7 @@ def _serve(run: str, served: Served, options: ServeOptions, *, flags: Flags, por
             len(served.adapters) + served.later,
             options.host,
             port,
-            chat_template=_chat_template(served, flags, Path(temporary)),
+            chat_template=chat_template_file(served, flags, Path(temporary)),
             base_names=names,
         )
         words = command(launch, flags, on_cpu=is_on_cpu())
@@ -146,7 +146,7 @@ def _serve(run: str, served: Served, options: ServeOptions, *, flags: Flags, por
                     server.address,
                     (base_name, served.base.path),
                     served.forms,
-                    example=_example(served, base_name, own_template=launch.chat_template),
+                    example=example_request(served, base_name, own_template=launch.chat_template),
                     more=served.later,
                     has_key=api_key(flags) is not None,
                 )
@@ -205,7 +205,7 @@ def is_on_cpu() -> bool:
     return True
 
 
-def _base_names(served: Served, flags: Flags) -> tuple[str, ...]:
+def base_names(served: Served, flags: Flags) -> tuple[str, ...]:
     """Names of the base in requests that no adapter has; none where the flags name it."""
     if "--served-model-name" in flags:
         return ()
@@ -233,7 +233,7 @@ def _environment(served: Served, options: ServeOptions) -> dict[str, str]:
     return environment
 
 
-def _chat_template(served: Served, flags: Flags, folder: Path) -> Path | None:
+def chat_template_file(served: Served, flags: Flags, folder: Path) -> Path | None:
     """A file with the chat template that the run's tasks name instead of the tokenizer's, if they do."""
     if served.run is None or "--chat-template" in flags:
         return None
@@ -256,7 +256,7 @@ def _chat_template(served: Served, flags: Flags, folder: Path) -> Path | None:
     return path
 
 
-def _example(served: Served, base_name: str, own_template: Path | None) -> Example:
+def example_request(served: Served, base_name: str, own_template: Path | None) -> Example:
     """A request to the first adapter, with a prompt of its task. own_template: instead of the tokenizer's."""
     model = next(iter(served.adapters), base_name)
     if served.run is None:
