@@ -242,6 +242,10 @@ class FairQueue(Generic[Item]):
             return self._clients[client].counter
         return self.floor()
 
+    def weight(self, client: Hashable) -> float:
+        """The weight of a client."""
+        return self._weight_of(client)
+
     def counters(self) -> dict[Hashable, float]:
         """The counters of all clients that are remembered."""
         return {name: client.counter for name, client in self._clients.items()}

@@ -16,6 +16,13 @@ FILE = "FLORA_TRAIN_TEST_RECORD"
 class RecordingScheduler(FairScheduler):
     def add_request(self, request: Any) -> None:
         super().add_request(request)
-        record = {"id": request.request_id, "client": self.client_of(request)}
+        client = self.client_of(request)
+        weight = self.fair.weight(client)
+        record = {
+            "id": request.request_id,
+            "client": client,
+            "weight": weight,
+            "server": request.client_index,
+        }
         with Path(os.environ[FILE]).open("a") as stream:
             stream.write(json.dumps(record) + "\n")

@@ -12,6 +12,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from flora_train.serving.client_identity import key_hash
+from flora_train.serving.fairness import VARIABLE
 from tests.serving.recording import FILE
 from tests.serving.server import SMALL, VLLM, Server, free_port
 from tests.serving.tiny import Exported
@@ -29,7 +31,7 @@ class Recorded:
 
     def send(
         self, path: str, content: dict[str, Any], key: str | None, headers: dict[str, str] | None = None
-    ) -> tuple[int, str, list[dict[str, str]]]:
+    ) -> tuple[int, str, list[dict[str, Any]]]:
         """Status, response (headers and body), and what the scheduler got because of it."""
         everything = {"Content-Type": "application/json", **(headers or {})}
         if key is not None:
@@ -48,7 +50,7 @@ class Recorded:
         new, self.seen = lines[self.seen :], len(lines)
         return status, text, new
 
-    def completion(self, key: str, model: str = BASE, **more: Any) -> list[dict[str, str]]:
+    def completion(self, key: str, model: str = BASE, **more: Any) -> list[dict[str, Any]]:
         headers = more.pop("headers", None)
         content = {"model": model, "prompt": "abc", "max_tokens": 2, **more}
         status, text, records = self.send("/v1/completions", content, key, headers)
@@ -70,8 +72,10 @@ def recorded(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> It
         "--scheduler-cls", "tests.serving.recording.RecordingScheduler",
         "--middleware", "flora_train.serving.client_middleware.ClientMiddleware",
         "--api-key", ALICE, BOB, "--chat-template", "{{ messages[0].content }}",
+        "--api-server-count", "2",
     ]  # fmt: skip
-    environment = {FILE: str(folder / "record"), "VLLM_LOGGING_LEVEL": "INFO"}
+    settings = json.dumps({"key_weights": {key_hash(ALICE): 3}})
+    environment = {FILE: str(folder / "record"), "VLLM_LOGGING_LEVEL": "INFO", VARIABLE: settings}
     server = Server(words, port, folder / "log", environment)
     try:
         yield Recorded(server.wait_until_ready(), folder / "record")
@@ -87,6 +91,21 @@ def test_each_key_is_a_client_whatever_its_adapter(recorded: Recorded) -> None:
     assert first["client"].startswith("key:")
     assert other["client"].startswith("key:")
     assert other["client"] != first["client"]
+
+
+def test_keys_have_their_weights(recorded: Recorded) -> None:
+    assert recorded.completion(ALICE)[0]["weight"] == 3
+    assert recorded.completion(BOB)[0]["weight"] == 1
+
+
+def test_all_api_servers_name_the_same_client(recorded: Recorded) -> None:
+    records = []
+    for _ in range(60):  # the system chooses the server that a connection goes to
+        records += recorded.completion(ALICE, max_tokens=1)
+        if len({record["server"] for record in records}) == 2:
+            break
+    assert len({record["server"] for record in records}) == 2
+    assert len({record["client"] for record in records}) == 1
 
 
 def test_all_ways_in_name_the_client(recorded: Recorded) -> None:

@@ -211,6 +211,9 @@ def test_preempted_requests_are_charged_once(loras: Exported, scheduler: str) ->
         assert list(traffic.charges.values()) == [20 + 2 * 60] * 12
         assert all(len(tokens) == 60 for tokens in traffic.tokens.values())
         assert difference(traffic, A, B) <= 2 * max(20, 2 * 8 * 32)
+        # who is furthest ahead is preempted (a step that preempts several decides once)
+        first = {step: (victim, rest) for step, victim, rest in reversed(traffic.victims)}
+        assert all(victim >= rest for victim, rest in first.values())
 
 
 def test_texts_are_those_of_the_stock_scheduler(loras: Exported) -> None:
@@ -233,6 +236,18 @@ def test_texts_are_those_of_the_stock_scheduler(loras: Exported) -> None:
     assert texts["fair"] == texts["stock"]
     assert texts["fair async"] == texts["stock async"] == texts["stock"]
     assert all(len(tokens) == 12 + number for number, tokens in enumerate(texts["fair"].values()))
+
+
+def test_requests_that_wait_for_their_grammar_hold_nobody_up(traffic: Traffic) -> None:
+    structured = traffic.send(A, 10, 6, count=3, regex="[ab]{4}")
+    plain = traffic.send(B, 10, 6, count=3)
+    traffic.run()
+    assert all(len(traffic.tokens[identifier]) == 6 for identifier in plain)
+    allowed = {traffic.llm.get_tokenizer().convert_tokens_to_ids(letter) for letter in "ab"}
+    for identifier in structured:
+        assert len(traffic.tokens[identifier][:4]) == 4
+        assert set(traffic.tokens[identifier][:4]) <= allowed
+        assert traffic.charges[traffic.internal(identifier)] == 10 + 2 * len(traffic.tokens[identifier])
 
 
 def test_the_priority_policy_is_refused(loras: Exported) -> None:

@@ -90,6 +90,8 @@ class Traffic:
     order: list[str] = field(default_factory=list)
     """Requests, as they gave their first tokens."""
     preemptions: int = 0
+    victims: list[tuple[int, float, float]] = field(default_factory=list)
+    """Step, counter of the client of a preempted request, and the largest counter of those that go on."""
 
     def __post_init__(self) -> None:
         scheduler = self.scheduler
@@ -104,9 +106,12 @@ class Traffic:
             scheduler.waiting._on_charge = record
         preempt = scheduler._preempt_request
 
-        def count(*args: Any, **options: Any) -> None:
+        def count(request: Any, *args: Any, **options: Any) -> None:
+            if hasattr(scheduler, "fair"):
+                rest = [scheduler._counter(other) for other in scheduler.running]
+                self.victims.append((len(self.leads), scheduler._counter(request), max(rest, default=0.0)))
             self.preemptions += 1
-            preempt(*args, **options)
+            preempt(request, *args, **options)
 
         scheduler._preempt_request = count
 
@@ -114,11 +119,18 @@ class Traffic:
     def scheduler(self) -> Any:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
-    def send(self, client: str | None, prompt: int, output: int, *, count: int = 1) -> list[str]:
+    def internal(self, identifier: str) -> str:
+        """The engine's own id of a request."""
+        [name] = [name for name in self.charges if name.startswith(f"{identifier}-")]
+        return name
+
+    def send(
+        self, client: str | None, prompt: int, output: int, *, count: int = 1, regex: str | None = None
+    ) -> list[str]:
         """Send requests of a client; returns their ids."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         names = list(self.exported.folders)
         adapter = None
@@ -129,7 +141,11 @@ class Traffic:
             number = len(self.sent)
             text = [3 + (number * 7 + place * (number + 3)) % 26 for place in range(prompt)]
             params = SamplingParams(
-                temperature=0, max_tokens=output, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+                temperature=0,
+                max_tokens=output,
+                ignore_eos=regex is None,
+                output_kind=RequestOutputKind.DELTA,
+                structured_outputs=None if regex is None else StructuredOutputsParams(regex=regex),
             )
             identifier = f"{client}-{number}"
             self.llm.llm_engine.add_request(
