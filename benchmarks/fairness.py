@@ -1,7 +1,7 @@
 """A small client beside one that floods the server: first come, first served; a rate limit; FairScheduler.
 
 vLLM with SmolLM2-135M (or --model) on this machine. Both clients send requests of the same lengths at fixed
-times: the flood at twice what the engine can serve, the small client at a tenth of it. Every way of serving
+times: the flood at twice what the engine can serve, the small client at a fifth of it. Every way of serving
 has its window of --seconds in each round, in turn. Afterwards the flood is alone, where a fair scheduler must
 serve as much as any other (work conservation). Response times count from the moment a request is sent.
 
@@ -34,7 +34,7 @@ RESULT = ROOT / "benchmarks" / "results" / "fairness_cpu.md"
 FLOOD, SMALL = "flood", "small"
 PROMPT, OUTPUT = 32, 16
 ROWS = 8
-FLOODING, SPARING = 2.0, 0.1
+FLOODING, SPARING = 2.0, 0.2
 """Requests of the two clients a second, as a fraction of what the engine can serve."""
 LIMITS = (0.5, 1.0)
 """Rate limits of one client, as a fraction of what the engine can serve: half of it is a share of two."""
@@ -127,14 +127,16 @@ class Bench:
                 window.tokens[client] += new
         window.responses[client].append(time.perf_counter() - sent)
 
-    async def capacity(self) -> float:
+    async def capacity(self, rounds: int = 3) -> float:
         """Requests a second that the engine serves, all rows busy."""
         rates = []
         for fair in (False, True):
             window = Window(0)
             started = time.perf_counter()
-            await asyncio.gather(*(self.request(fair, FLOOD, window, float("inf")) for _ in range(3 * ROWS)))
-            rates.append(3 * ROWS / (time.perf_counter() - started))
+            await asyncio.gather(
+                *(self.request(fair, FLOOD, window, float("inf")) for _ in range(rounds * ROWS))
+            )
+            rates.append(rounds * ROWS / (time.perf_counter() - started))
         return statistics.mean(rates)
 
     async def window(
@@ -205,9 +207,9 @@ def where() -> str:
 
 async def measure(options: argparse.Namespace) -> list[str]:
     bench = Bench(options.model)
-    await bench.capacity()
+    await bench.capacity(1)
     capacity = await bench.capacity()
-    both = {FLOOD: FLOODING * capacity, SMALL: max(SPARING * capacity, 3 / options.seconds)}
+    both = {FLOOD: FLOODING * capacity, SMALL: max(SPARING * capacity, 4 / options.seconds)}
     alone = {FLOOD: FLOODING * capacity, SMALL: 0.0}
     results: dict[tuple[str, bool], list[Window]] = {}
     for _ in range(options.rounds):
