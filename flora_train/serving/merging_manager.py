@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -147,20 +148,29 @@ class MergingManager(MultiplicativeManager):
     @torch.inference_mode()
     def _switch(self, choice: int | None) -> None:
         """Merge this adapter instead of the present one; None: merge none."""
+        layers = [layer for layer in self.modules.values() if isinstance(layer, MultiplicativeMixin)]
+        started = self._now()
+        for layer in layers:
+            layer.merged = None
+        unmerged = self._now()
         if self.merged is not None:
+            self._correct(self.merged, unmerge_seconds=unmerged - started)
             logger.info("Unmerged adapter %d", self.merged)
-        for layer in self.modules.values():
-            if isinstance(layer, MultiplicativeMixin):
-                layer.merged = None
         self.merged = choice
         self._last_mapping = None
         if choice is None:
             return
         slot = self.lora_index_to_id.index(choice)
-        for layer in self.modules.values():
-            if isinstance(layer, MultiplicativeMixin):
-                layer.merged = layer.merged_with(slot)
-        logger.info("Merged adapter %d", choice)
+        for layer in layers:
+            layer.merged = layer.merged_with(slot)
+        seconds = self._now() - unmerged
+        self._correct(choice, merge_seconds=seconds)
+        logger.info("Merged adapter %d in %.3f s", choice, seconds)
+
+    def _correct(self, lora_id: int, **seconds: float) -> None:
+        """Replace what was measured on samples of the layers."""
+        if lora_id in self._costs_of_id:
+            self._costs_of_id[lora_id] = replace(self._costs_of_id[lora_id], **seconds)
 
     def _forget(self, lora_id: int) -> None:
         """The adapter of this id is unloaded or replaced."""
@@ -247,17 +257,17 @@ class MergingManager(MultiplicativeManager):
         for layer, count in samples:
             seconds = []
             for _ in range(REPEATS + 1):
-                self._synchronize()
-                started = time.perf_counter()
+                started = self._now()
                 run(layer)
-                self._synchronize()
-                seconds.append(time.perf_counter() - started)
+                seconds.append(self._now() - started)
             total += count * min(seconds[1:])
         return total
 
-    def _synchronize(self) -> None:
+    def _now(self) -> float:
+        """The time when all work so far is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def _weight_bytes(layer: MultiplicativeMixin) -> int:
