@@ -38,7 +38,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora, rank 8": {"method": "dora", "rank": 8},
     "ia3": {"method": "ia3"},
 }
-SIZES = ((1, 8), (1, 48), (8, 8), (8, 48))
+SIZES = ((1, 8), (1, 32), (8, 16))
 """Rows and new tokens of each."""
 
 

@@ -129,7 +129,9 @@ class MergingManager(MultiplicativeManager):
 
     def _is_mergeable(self, lora_id: int, layers: Collection[Any]) -> bool:
         """Whether merged weights of these layers would be exact, and fit into the memory."""
-        if self.supports_mm or self._registered_adapters.cache[lora_id].modules_to_save:
+        if self._without_graphs or self.supports_mm:
+            return False
+        if self._registered_adapters.cache[lora_id].modules_to_save:
             return False
         for layer in layers:
             if not isinstance(layer, MultiplicativeMixin) or obstacle_to_products(layer.base_layer):

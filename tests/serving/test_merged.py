@@ -135,12 +135,15 @@ def test_every_method_gives_its_texts_merged(
     manager = manager_of(merging_engine)
     before = base_weights(manager)
     use_costs(manager, foreign_per_step=foreign)
+    seen: set[int] = set()
     for name in exported.folders:
-        lora_id = request(exported, name).lora_int_id
         merges.clear()
         rows: list[tuple[str | None, str]] = [(name, prompt) for prompt in PROMPTS]
         assert generate(merging_engine, exported, rows) == [exported.greedy(*row, TOKENS) for row in rows]
-        assert (lora_id, "all") in merges
+        [lora_id] = {merged for merged, used in merges if used == "all"}
+        assert lora_id in manager.lora_index_to_id
+        assert lora_id not in seen
+        seen.add(lora_id)
         others = [other for other in (None, *exported.folders) if other != name][:3]
         rows += [(other, prompt) for other, prompt in zip(others, PROMPTS, strict=False)]
         assert generate(merging_engine, exported, rows) == [exported.greedy(*row, TOKENS) for row in rows]
@@ -177,9 +180,9 @@ def test_an_unloaded_adapter_is_unmerged(
     manager = manager_of(merging_engine)
     use_costs(manager)
     name = next(name for name in exported.folders if "residual" in name)
-    lora_id = request(exported, name).lora_int_id
     generate(merging_engine, exported, [(name, prompt) for prompt in PROMPTS])
-    assert manager.merged == lora_id
+    lora_id = manager.merged
+    assert lora_id is not None
     merged = [layer.merged for layer in manager.modules.values() if getattr(layer, "merged", None)]
     assert merged
     merging_engine.llm_engine.remove_lora(lora_id)
