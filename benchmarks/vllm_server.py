@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +39,7 @@ DEFAULTS = {
 
 
 def use_serving_environment() -> None:
-    """Continue this script in an environment with vLLM: `make serving-env` installs it where it is missing."""
+    """Continue this script in an environment with vLLM, which `make serving-env` installs where missing."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if find_spec("vllm") is not None:
@@ -65,7 +65,7 @@ def free_port() -> int:
 
 
 class Server:
-    """vLLM's OpenAI-compatible server with the plugin, or without it as users without this package have it."""
+    """vLLM's OpenAI-compatible server with the plugin, or without it, as stock vLLM."""
 
     def __init__(
         self,
@@ -165,14 +165,10 @@ class Server:
         """End it and its engine."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
-        try:  # what is left of its session
+        with suppress(ProcessLookupError):  # what is left of its session
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 
@@ -195,8 +191,10 @@ def running(*servers: Server) -> Iterator[None]:
             server.stop()
 
 
-def save_adapters(model: Path, folder: Path, methods: Mapping[str, Mapping[str, Any]], count: int) -> None:
-    """Write `count` different adapters of each family to `folder/FAMILY-NUMBER`.
+def adapter_banks(
+    model: Path, folder: Path, methods: Mapping[str, Mapping[str, Any]], count: int
+) -> Iterator[tuple[str, Any]]:
+    """Write `count` different adapters of each family to `folder/FAMILY-NUMBER`; yield (family, its bank).
 
     methods: family -> options of the adapter, `method` among them. Every parameter gets 1 % noise.
     """
@@ -220,3 +218,10 @@ def save_adapters(model: Path, folder: Path, methods: Mapping[str, Mapping[str, 
             row = bank.row(i)
             row += 0.01 * torch.randn(row.shape, generator=generator)
             export_peft(bank, spec.name, folder / f"{family}-{i}", base=BaseModel(str(model)))
+        yield family, bank
+
+
+def save_adapters(model: Path, folder: Path, methods: Mapping[str, Mapping[str, Any]], count: int) -> None:
+    """`adapter_banks` for the folders alone."""
+    for _ in adapter_banks(model, folder, methods, count):
+        pass
