@@ -187,7 +187,7 @@ def _base(model: ModelConfig) -> Base:
     path, revision = model.path, None
     if exists(local):
         path = str(local)
-    elif model.path.count("/") != 1 or model.path.startswith((".", "/", "~")):
+    elif model.path.count("/") > 1 or model.path.startswith((".", "/", "~")):
         raise user_error("base model", model.path, "there is no such folder: put it there, or give --base")
     else:
         revision = pinned_commit(model.path, model.revision, "model") or model.revision
