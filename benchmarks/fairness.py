@@ -1,9 +1,10 @@
 """A small client beside one that floods the server: first come, first served; a rate limit; FairScheduler.
 
-vLLM with SmolLM2-135M (or --model) on this machine. Both clients send requests of the same lengths at fixed
-times: the flood at twice what the engine can serve, the small client at a fifth of it. Every way of serving
-has its window of --seconds in each round, in turn. Afterwards the flood is alone, where a fair scheduler must
-serve as much as any other (work conservation). Response times count from the moment a request is sent.
+vLLM with SmolLM2-135M (or --model, or --tiny) on this machine. Both clients send requests of the same lengths
+at fixed times: the flood at twice what the engine can serve, the small client at a fifth of it. Every way of
+serving has its window of --seconds in each round, in turn. Afterwards the flood is alone, where a fair
+scheduler must serve as much as any other (work conservation). Response times count from the moment a request
+is sent.
 
 Usage: .venv-serving/bin/python benchmarks/fairness.py [--save]     (make serving-env)
 """
@@ -19,6 +20,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 for name, value in {
     "HF_HUB_OFFLINE": "1",
@@ -95,6 +97,7 @@ class Bench:
                 max_model_len=512,
                 max_num_seqs=ROWS,
                 enable_prefix_caching=False,
+                skip_tokenizer_init=True,
                 scheduler_cls=scheduler,
             )
             self.engines[scheduler is not None] = AsyncLLM.from_engine_args(arguments)
@@ -205,6 +208,18 @@ def where() -> str:
     )
 
 
+def save_tiny(folder: Path) -> str:
+    """Write a random-weight Llama of four layers, for machines that are too busy for SmolLM2."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=1024, num_key_value_heads=2, max_position_embeddings=512, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
 async def measure(options: argparse.Namespace) -> list[str]:
     bench = Bench(options.model)
     await bench.capacity(1)
@@ -222,6 +237,7 @@ async def measure(options: argparse.Namespace) -> list[str]:
     for engine in bench.engines.values():
         engine.shutdown()
     load = os.getloadavg()[0]
+    tiny = " --tiny" * options.tiny
     lines = [
         "# Fairness: a small client beside one that floods",
         "",
@@ -231,7 +247,7 @@ async def measure(options: argparse.Namespace) -> list[str]:
         f"ways in turn, {options.seconds:.0f} s each, and half of that with the flood alone. A request that "
         "is not answered at the end counts with the time until then. "
         f"{options.note + ' ' if options.note else ''}Load of the machine at the end: {load:.1f}. "
-        "`.venv-serving/bin/python benchmarks/fairness.py --save` writes this file.",
+        f"`.venv-serving/bin/python benchmarks/fairness.py{tiny} --save` writes this file.",
         "",
         "| way | small client: response, s (median / worst) | its time to first token, s (median) | its "
         "tokens/s | refused of its requests | flood: response, s (median) | all tokens/s | all tokens/s, "
@@ -263,6 +279,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(ROOT / "assets" / "models" / "smollm2-135m"))
+    parser.add_argument("--tiny", action="store_true", help="a random-weight model of four layers")
     parser.add_argument("--seconds", type=float, default=40.0, help="length of a window")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -270,7 +287,10 @@ def main() -> None:
     )
     parser.add_argument("--save", action="store_true", help=f"write {RESULT}")
     options = parser.parse_args()
-    lines = asyncio.run(measure(options))
+    with TemporaryDirectory() as folder:
+        if options.tiny:
+            options.model = save_tiny(Path(folder) / "random-weight Llama of 4 layers, d = 256")
+        lines = asyncio.run(measure(options))
     print("\n".join(lines))
     if options.save:
         RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
