@@ -25,13 +25,18 @@ OWN_TYPE = "own"
 """The family of an adapter that is exported as a FLORA."""
 
 
-def save_base(folder: Path, **sizes: Any) -> Path:
-    """Write a random-weight Llama of two layers and a character tokenizer. Its heads have 32 numbers, the
-    fewest that vLLM's attention on a CPU computes."""
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer whose tokens are characters."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     special = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def save_base(folder: Path, **sizes: Any) -> Path:
+    """Write a random-weight Llama of two layers and a character tokenizer. Its heads have 32 numbers, the
+    fewest that vLLM's attention on a CPU computes."""
+    save_tokenizer(folder)
     torch.manual_seed(0)
     shape = {
         "hidden_size": 64,
