@@ -18,6 +18,7 @@ part "$PYTHON" benchmarks/calibrate.py --save
 part "$PYTHON" benchmarks/large_step.py --save
 part "$PYTHON" benchmarks/headline_gpu.py --save
 part "$PYTHON" benchmarks/kernel_times.py --save
+part "$PYTHON" benchmarks/serving_layer.py --quick --save
 part "$PYTHON" benchmarks/kernels.py --precision fused --save
 part "$PYTHON" benchmarks/kernels.py --save
 part "$PYTHON" benchmarks/precision.py --save
