@@ -50,7 +50,7 @@ class Contender:
     """What is measured against others: a kind of adapter on one of the servers."""
 
     family: str
-    """`lora4`, `flora4`, `ia3` or `base`."""
+    """`lora4`, `flora4` (residual), `pure4` (fLoRA as in the paper), `ia3` or `base`."""
     plugin: bool
 
     @property
@@ -88,13 +88,14 @@ def families(ranks: Sequence[int]) -> dict[str, dict[str, Any]]:
     for rank in ranks:
         methods[f"lora{rank}"] = {"method": "lora", "rank": rank}
         methods[f"flora{rank}"] = {"method": "flora", "rank": rank}
+        methods[f"pure{rank}"] = {"method": "flora", "rank": rank, "variant": "pure"}
     return methods
 
 
 def contenders(ranks: Sequence[int]) -> list[Contender]:
     """Of one pair of servers."""
     loras = [f"lora{rank}" for rank in ranks]
-    floras = [f"flora{rank}" for rank in ranks]
+    floras = [f"{variant}{rank}" for variant in ("flora", "pure") for rank in ranks]
     return [
         *(Contender(family, plugin=True) for family in ("base", "ia3", *loras, *floras)),
         *(Contender(family, plugin=False) for family in ("base", *loras)),
@@ -239,7 +240,7 @@ def report(results: dict[str, Results], counts: dict[bool, Counter[str]], option
         f"{facts.machine.processor}, {facts.machine.threads} threads; {versions()}; commit {facts.commit}.",
         f"{options.model.name}, float32, eager. {REQUESTS} requests of {REQUESTS} adapters in each batch, "
         f"{INPUT_TOKENS} random tokens in and {options.tokens} out, over HTTP with `vllm bench serve`; fLoRA "
-        "(residual) and LoRA",
+        "(pure as in the paper, and residual) and LoRA",
         f"on all linear layers; medians of {options.rounds} rounds in which all contenders took turns, in "
         "random order. A server for",
         "each `--max-lora-rank` (8, 16, 32, the least that the rank allows), with the plugin and with stock "
@@ -260,26 +261,28 @@ def throughput_table(results: Results, ranks: Sequence[int]) -> list[str]:
     lines = [
         "Generated tokens per second.",
         "",
-        "| rank | base | IA3 | fLoRA | LoRA | LoRA, stock vLLM | base, stock vLLM | fLoRA / LoRA | "
-        "LoRA / stock LoRA |",
-        "|---" * 9 + "|",
+        "| rank | base | IA3 | pure fLoRA | residual fLoRA | LoRA | LoRA, stock vLLM | base, stock vLLM | "
+        "pure fLoRA / LoRA | residual fLoRA / LoRA | LoRA / stock LoRA |",
+        "|---" * 11 + "|",
     ]
     for rank in ranks:
         slots = slot_rank_of(rank)
         lora, flora = Contender(f"lora{rank}", plugin=True), Contender(f"flora{rank}", plugin=True)
+        pure = Contender(f"pure{rank}", plugin=True)
         stock = Contender(f"lora{rank}", plugin=False)
         columns = [
             Contender("base", True),
             Contender("ia3", True),
+            pure,
             flora,
             lora,
             stock,
             Contender("base", False),
         ]
         rates = " | ".join(f"{results.median(slots, one):.1f}" for one in columns)
-        ours = results.ratio(slots, flora, lora)
+        ratios = [f"**{results.ratio(slots, one, lora):.2f}**" for one in (pure, flora)]
         theirs = results.ratio(slots, lora, stock)
-        lines.append(f"| {rank} | {rates} | **{ours:.2f}** | {theirs:.3f} |")
+        lines.append(f"| {rank} | {rates} | {' | '.join(ratios)} | {theirs:.3f} |")
     return lines
 
 
@@ -288,14 +291,15 @@ def latency_table(results: Results, ranks: Sequence[int]) -> list[str]:
     lines = [
         "Milliseconds until the first token / for each further token, means of a round's requests.",
         "",
-        "| rank | base | IA3 | fLoRA | LoRA | LoRA, stock vLLM |",
-        "|---" * 6 + "|",
+        "| rank | base | IA3 | pure fLoRA | residual fLoRA | LoRA | LoRA, stock vLLM |",
+        "|---" * 7 + "|",
     ]
     for rank in ranks:
         slots = slot_rank_of(rank)
         columns = [
             Contender("base", True),
             Contender("ia3", True),
+            Contender(f"pure{rank}", True),
             Contender(f"flora{rank}", True),
             Contender(f"lora{rank}", True),
             Contender(f"lora{rank}", False),
@@ -311,22 +315,25 @@ def latency_table(results: Results, ranks: Sequence[int]) -> list[str]:
 
 def goals(results: Results, ranks: Sequence[int]) -> list[str]:
     """The critical rank and the goals, one line each."""
-    ours, theirs = {}, {}
+    ours: dict[str, dict[int, float]] = {"pure": {}, "flora": {}}
+    theirs = {}
     for rank in ranks:
         slots = slot_rank_of(rank)
         lora = Contender(f"lora{rank}", plugin=True)
-        ours[rank] = results.ratio(slots, Contender(f"flora{rank}", plugin=True), lora)
         theirs[rank] = results.ratio(slots, lora, Contender(f"lora{rank}", plugin=False))
-    slower = [rank for rank in ranks if ours[rank] < 1]
-    critical = "Critical rank: fLoRA is as fast as LoRA or faster at every rank measured."
-    if slower:
-        critical = f"Critical rank: fLoRA falls below LoRA at rank {slower[0]}."
-    lines = [critical]
-    small = [ours[rank] for rank in ranks if rank <= 4]
-    if small:
-        lines.append(goal_line("fLoRA at rank <= 4, of LoRA's throughput", min(small), 1.0))
-    if 16 in ranks:
-        lines.append(goal_line("fLoRA at rank 16, of LoRA's throughput", ours[16], 0.5))
+        for variant, ratios in ours.items():
+            ratios[rank] = results.ratio(slots, Contender(f"{variant}{rank}", plugin=True), lora)
+    lines = []
+    for variant, name in (("pure", "pure fLoRA (the paper's)"), ("flora", "residual fLoRA")):
+        ratios = ours[variant]
+        slower = [rank for rank in ranks if ratios[rank] < 1]
+        critical = f"Critical rank: {name} falls below LoRA at rank {slower[0]}." if slower else ""
+        lines.append(f"- {critical or f'Critical rank: {name} is nowhere slower than LoRA.'}")
+        small = [ratios[rank] for rank in ranks if rank <= 4]
+        if small:
+            lines.append(goal_line(f"{name} at rank <= 4, of LoRA's throughput", min(small), 1.0))
+        if 16 in ranks:
+            lines.append(goal_line(f"{name} at rank 16, of LoRA's throughput", ratios[16], 0.5))
     lines.append(goal_line("LoRA with the plugin, of stock vLLM's throughput", min(theirs.values()), 0.95))
     return lines
 
