@@ -40,12 +40,14 @@ def install() -> None:
     """Patch vLLM's engines and its list of served models. A second call changes nothing."""
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from flora_train.serving import admission_patches
 
     admission_patches.patch_engine(AsyncLLM, admission_patches.async_patches)
     admission_patches.patch_engine(LLMEngine, admission_patches.sync_patches)
+    admission_patches.patch_core(EngineCore)
     admission_patches.patch_models(OpenAIServingModels)
 
 
@@ -58,13 +60,17 @@ def check_seams() -> None:
     from vllm.lora.utils import get_adapter_absolute_path  # noqa: F401
     from vllm.v1.engine import EngineCoreRequest  # noqa: F401
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.exceptions import EngineDeadError  # noqa: F401
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor.abstract import Executor
 
     expected: list[tuple[Any, str, tuple[str, ...]]] = [
         (OpenAIServingModels, "load_lora_adapter", ("request",)),
         (OpenAIServingModels, "unload_lora_adapter", ("request",)),
         (OpenAIServingModels, "resolve_lora", ("lora_name",)),
+        (EngineCore, "add_lora", ("lora_request",)),
+        (Executor, "collective_rpc", ("method", "args")),
         (LoRARequest, "__init__", ("lora_name", "lora_int_id", "lora_path", "load_inplace")),
     ]
     for engine in (AsyncLLM, LLMEngine):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 from flora_train.serving.admission import INSTALLED, REFUSALS, admission_of, engine_request
 from flora_train.serving.served_adapters import ServedAdapter
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("add_request", "add_lora", "remove_lora", "list_loras", "pin_lora")
 """What is patched in an engine."""
@@ -156,6 +159,37 @@ def patch_engine(engine: Any, patches: Callable[[dict[str, Any]], dict[str, Any]
     for name, method in patches(originals).items():
         setattr(engine, name, functools.wraps(originals[name])(method))
     setattr(engine, INSTALLED, True)
+
+
+def patch_core(core: Any) -> None:
+    """Let the process that commands the workers ask them for the reason of a refusal.
+
+    An error that workers raise is read from the first of them alone: the answers of the others would be
+    taken for those of the next call (seen with vLLM 0.32 and tensor parallelism).
+    """
+    if INSTALLED in vars(core):
+        return
+    original = core.add_lora
+
+    @functools.wraps(original)
+    def add_lora(self: Any, lora_request: Any) -> bool:
+        for reason in self.model_executor.collective_rpc(refusal_of_worker, args=(lora_request,)):
+            if reason is not None:
+                raise ValueError(reason)
+        return True
+
+    core.add_lora = add_lora
+    setattr(core, INSTALLED, True)
+
+
+def refusal_of_worker(worker: Any, lora_request: Any) -> str | None:
+    """Load an adapter in a worker. Returns the reason if it cannot be."""
+    try:
+        worker.add_lora(lora_request)
+    except Exception as error:  # of vLLM's loader, which raises many types
+        logger.info("%s is not loaded", lora_request.lora_name, exc_info=True)
+        return str(error) or type(error).__name__
+    return None
 
 
 def patch_models(models: Any) -> None:
