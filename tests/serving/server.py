@@ -15,7 +15,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-TIMEOUT = 240.0
+TIMEOUT = 600.0
 """Seconds until a server must answer."""
 
 VLLM = ("-m", "flora_train.serving.launch")

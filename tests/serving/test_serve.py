@@ -122,7 +122,7 @@ def serve_briefly(*words: object) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
 
 
