@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 for name, value in {
     "HF_HUB_OFFLINE": "1",
@@ -38,6 +39,7 @@ PROMPT, OUTPUT = 32, 16
 ROWS = 8
 FLOODING, SPARING = 2.0, 0.2
 """Requests of the two clients a second, as a fraction of what the engine can serve."""
+STEPS = 600
 LIMITS = (0.5, 1.0)
 """Rate limits of one client, as a fraction of what the engine can serve: half of it is a share of two."""
 
@@ -274,12 +276,126 @@ def row(name: str, together: list[Window], alone: list[Window]) -> str:
     )
 
 
+def measure_in_steps(options: argparse.Namespace) -> list[str]:
+    """The same traffic with the engine's steps as the clock, whatever else the machine does."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    capacity = ROWS / OUTPUT
+    both = {FLOOD: FLOODING * capacity, SMALL: SPARING * capacity}
+    lines = [
+        "# Fairness: a small client beside one that floods, in steps of the engine",
+        "",
+        f"{where()}. {Path(options.model).name}, float32, at most {ROWS} requests at once, prompts of "
+        f"{PROMPT} and outputs of {OUTPUT} tokens. Time is counted in steps of the engine, because the "
+        "machine was shared with other jobs: figures of seconds were noise. The engine serves "
+        f"{capacity:.2f} requests a step; the flood sends {both[FLOOD]:.2f}, the small client "
+        f"{both[SMALL]:.2f}, for {STEPS} steps. A request that is not answered at the end counts with the "
+        "steps until then. A rate limit is that of one client in 100 steps. "
+        "`.venv-serving/bin/python benchmarks/fairness.py --tiny --in-steps --save` writes this file.",
+        "",
+        "| way | small client: response, steps (median / worst) | its tokens a step | refused of its "
+        "requests | flood: response, steps (median) | all tokens a step | all tokens a step, flood alone |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    limits: dict[str, float | None] = {"first come, first served": None}
+    for part in LIMITS:
+        limits[f"rate limit {100 * part * capacity:.0f}"] = 100 * part * capacity
+    for fair in (False, True):
+        llm = step_engine(options.model, fair)
+        for name, limit in ({"FairScheduler": None} if fair else limits).items():
+            together = window_in_steps(llm, both, limit)
+            alone = window_in_steps(llm, {FLOOD: both[FLOOD], SMALL: 0.0}, limit)
+            tried = together.refused[SMALL] + together.sent[SMALL]
+            small = together.responses[SMALL]
+            lines.append(
+                f"| {name} | {statistics.median(small):.0f} / {max(small):.0f} | "
+                f"{together.tokens[SMALL] / STEPS:.2f} | {together.refused[SMALL]} of {tried} | "
+                f"{statistics.median(together.responses[FLOOD]):.0f} | "
+                f"{together.tokens.total() / STEPS:.2f} | {alone.tokens.total() / STEPS:.2f} |"
+            )
+            print(lines[-1], flush=True)
+        llm.llm_engine.engine_core.shutdown()
+    return lines
+
+
+def step_engine(model: str, fair: bool) -> Any:
+    """An engine of this process."""
+    from vllm import LLM
+
+    from flora_train.serving.client_identity import create_secret
+    from flora_train.serving.client_middleware import mark_request_ids
+
+    create_secret()
+    mark_request_ids()
+    scheduler = "flora_train.serving.fair_scheduler.FairScheduler" if fair else None
+    return LLM(
+        model,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=ROWS,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        scheduler_cls=scheduler,
+    )
+
+
+def window_in_steps(llm: Any, rates: dict[str, float], limit: float | None) -> Window:
+    """Requests at fixed steps."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from flora_train.serving.client_identity import client_of_hash, key_hash, secret
+    from flora_train.serving.client_middleware import current_client
+
+    engine = llm.llm_engine
+    window = Window(STEPS)
+    # a hundred steps are ten seconds of the limit
+    limiter = None if limit is None else RateLimit(limit * 6)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=OUTPUT,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    waiting: dict[str, tuple[str, int]] = {}
+    due = Counter[str]()
+    for step in range(STEPS):
+        for client in (FLOOD, SMALL):
+            while due[client] + 0.5 < rates[client] * (step + 1):
+                due[client] += 1
+                if limiter is not None and not limiter.admits(client, step / 10):
+                    window.refused[client] += 1
+                    continue
+                current_client.set(client_of_hash(key_hash(client), secret()))
+                name = f"{client}-{due[client]}"
+                prompt = [3 + (due[client] * 31 + place * 7) % 26 for place in range(PROMPT)]
+                engine.add_request(name, {"prompt_token_ids": prompt}, params)
+                waiting[name] = (client, step)
+                window.sent[client] += 1
+        if not engine.has_unfinished_requests():
+            continue
+        for output in engine.step():
+            client, sent = waiting[output.request_id]
+            window.tokens[client] += len(output.outputs[0].token_ids)
+            if output.finished:
+                window.responses[client].append(step + 1 - sent)
+                del waiting[output.request_id]
+    for client, sent in waiting.values():
+        window.responses[client].append(STEPS - sent)
+    engine.abort_request(list(waiting))
+    while engine.has_unfinished_requests():
+        engine.step()
+    return window
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(ROOT / "assets" / "models" / "smollm2-135m"))
     parser.add_argument("--tiny", action="store_true", help="a random-weight model of four layers")
+    parser.add_argument("--in-steps", action="store_true", help="count time in steps of the engine")
     parser.add_argument("--seconds", type=float, default=40.0, help="length of a window")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -290,7 +406,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         if options.tiny:
             options.model = save_tiny(Path(folder) / "random-weight Llama of 4 layers, d = 256")
-        lines = asyncio.run(measure(options))
+        lines = measure_in_steps(options) if options.in_steps else asyncio.run(measure(options))
     print("\n".join(lines))
     if options.save:
         RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
