@@ -39,7 +39,7 @@ PROMPT, OUTPUT = 32, 16
 ROWS = 8
 FLOODING, SPARING = 2.0, 0.2
 """Requests of the two clients a second, as a fraction of what the engine can serve."""
-STEPS = 600
+STEPS = 240
 LIMITS = (0.5, 1.0)
 """Rate limits of one client, as a fraction of what the engine can serve: half of it is a share of two."""
 
