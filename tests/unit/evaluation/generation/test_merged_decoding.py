@@ -21,11 +21,13 @@ from flora_train.adapters.merged import (
 )
 from flora_train.adapters.paging import Paging
 from flora_train.adapters.routing import MergedLayer
+from flora_train.config.model_schema import ModelConfig
 from flora_train.evaluation.generation import Decoder, Generated, MergedDecoding, Request, Sampling
 from flora_train.evaluation.generation import merged_decoding as module_under_test
 from flora_train.evaluation.generation.merge_costs import LayerCosts, measure_layers
 from flora_train.evaluation.generation.merged_decoding import worthwhile
 from flora_train.evaluation.generation.requests import Row
+from flora_train.models.loading import load_base_model, load_tokenizer
 from flora_train.training.fsdp import apply_fsdp
 from tests.architectures import ARCHITECTURES
 from tests.conftest import spec
@@ -37,6 +39,7 @@ CAUSAL = [name for name in ARCHITECTURES if name not in ("t5", "whisper")]
 OWN_LINEAR = ("falcon",)
 """Architectures with a class of linear layers of their own, which are not merged."""
 GREEDY, WARM = Sampling(0.0, 1.0, 0), Sampling(1.0, 0.95, 3)
+SMOLLM2 = Path(__file__).resolve().parents[4] / "assets" / "models" / "smollm2-135m"
 METHODS = ("flora", "pure", "lora", "dora", "ia3")
 
 
@@ -421,3 +424,36 @@ def test_models_that_decode_one_row_at_a_time_merge_between_rows(monkeypatch: py
 def test_the_adapters_of_these_tests_differ() -> None:
     requests = [Request(adapter, "return", ("",)) for adapter in range(-1, len(METHODS))]
     assert len(set(decode(bank_for(), requests).values())) == len(METHODS) + 1
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs make model")
+def test_smollm2_decides_by_itself_and_keeps_its_texts() -> None:
+    config = ModelConfig(path=str(SMOLLM2), dtype="float32")
+    model, tokenizer = load_base_model(config, torch.device("cpu")).eval(), load_tokenizer(config)
+    specs = [spec("flora", rank=4), spec("lora", rank=4), spec("ia3")]
+    bank = AdapterBank.attach(model, specs)
+    for adapter in range(len(specs)):
+        row = bank.row(adapter)
+        row += 0.01 * torch.randn(row.shape, generator=torch.Generator().manual_seed(adapter))
+    prompt = "# Returns the sum of two numbers.\ndef add(a, b):"
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    merging = MergedDecoding(bank)
+    for adapter in range(len(specs)):
+        with torch.no_grad():
+            with bank.routed([adapter]):
+                expected = model(ids, use_cache=False).logits.log_softmax(-1)
+            with routed_merged(bank, [adapter], merged_weights(bank, adapter)):
+                result = model(ids, use_cache=False).logits.log_softmax(-1)
+        assert (result - expected).abs().max() <= 1e-4
+        texts: list[dict[int, str]] = []
+        for chosen in (None, merging):
+            generated: dict[int, str] = {}
+
+            def store(sample: Generated, generated: dict[int, str] = generated) -> None:
+                generated[sample.sample] = sample.text
+
+            decoder = Decoder(model, tokenizer, bank.routed, sampling=WARM, max_new_tokens=8, merging=chosen)
+            decoder.run([Request(adapter, prompt, ("a", "b"))], store)
+            texts.append(generated)
+        assert texts[0] == texts[1]
