@@ -16,7 +16,7 @@ PROBLEMS := assets/preference_problems
 SAMPLED := evaluation.problems=[$(PROBLEMS)/training_problems.yaml,$(PROBLEMS)/heldout_problems.yaml] \
 	evaluation.temperature=0.5 evaluation.num_samples=4 evaluation.max_new_tokens=48 evaluation.batch_rows=96 --languages lua,rb
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local test test-full test-headline test-chips test-attack test-trl trl-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local test test-full test-headline test-chips test-attack test-trl trl-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -113,11 +113,17 @@ bench: $(INSTALLED) $(MODEL)  ## benchmark joint training beside its peers, laye
 	$(BIN)/python benchmarks/paging.py --save
 	$(BIN)/python benchmarks/thousand.py --save
 	$(BIN)/python benchmarks/scaling.py --save
+	$(BIN)/python benchmarks/serving_layer.py --save
 
 bench-quick: $(INSTALLED)  ## run the first three benchmarks in ten minutes: fewer repeats, the small model only
 	$(BIN)/python benchmarks/joint.py --quick
 	$(BIN)/python benchmarks/layer.py --quick --repeats 5
 	$(BIN)/python benchmarks/memory.py
+
+bench-serving: $(SERVING) $(MODEL)  ## benchmark serving with vLLM on the CPU: against rank, 2,000 adapters, half an hour of mixed load
+	.venv-serving/bin/python benchmarks/serving.py --save
+	.venv-serving/bin/python benchmarks/serving_many.py --save
+	.venv-serving/bin/python benchmarks/serving_load.py --save
 
 docs: $(INSTALLED_DEV)  ## build the documentation into outputs/site and check every link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

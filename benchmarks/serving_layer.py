@@ -241,8 +241,8 @@ class Row:
         if goal is not None:
             verdict = f"{goal:.1f}: {'reached' if self.speed >= goal else 'MISSED'}"
         return (
-            f"| {self.case.name} | {self.rank} | {1e6 * self.base:.0f} | {self.flora:.2f} | {self.lora:.2f} | "
-            f"**{self.speed:.2f}** | {verdict} | {self.form} |"
+            f"| {self.case.name} | {self.rank} | {1e6 * self.base:.0f} | {self.flora:.2f} | "
+            f"{self.lora:.2f} | **{self.speed:.2f}** | {verdict} | {self.form} |"
         )
 
 

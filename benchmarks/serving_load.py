@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 from load_cases import ANSWERED, BODIES, COMPLETIONS, FIELDS, LOAD, LOADS, REFUSED, UNLOAD, UNLOADS
@@ -54,6 +54,8 @@ TIE = 1e-3
 GROWTH = 0.03
 """Of memory, that counts as flat."""
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--gpu-memory-utilization", "0.2")
+CACHE = ("--num-gpu-blocks-override", "48", "--max-num-seqs", "8")
+"""Blocks of 128 tokens, so few that requests wait for them, and that all are in memory after a minute."""
 SLOTS = ("--enable-lora", "--max-loras", "4", "--max-cpu-loras", "6", "--max-lora-rank", "8")
 
 
@@ -369,6 +371,14 @@ def growth(memory: list[int]) -> float:
     return median(memory[-third:]) / median(memory[third : 2 * third]) - 1
 
 
+def slope(memory: list[int]) -> float:
+    """Bytes per minute in the last third, by least squares; samples are two seconds apart."""
+    last = memory[-(len(memory) // 3) :]
+    if len(last) < 3:
+        return 0.0
+    return linear_regression([number / 30 for number in range(len(last))], last).slope
+
+
 def report(load: Load, options: argparse.Namespace) -> str:
     """Markdown."""
     from flora_train.runtime.environment import environment
@@ -394,7 +404,8 @@ def report(load: Load, options: argparse.Namespace) -> str:
         first, most, last = (round(size / 1e6) for size in (memory[0], max(memory), memory[-1]))
         lines.append(
             f"Resident memory of the {process}: {first} MB at first, {most} MB at most, {last} MB at last; "
-            f"{change:+.1%} from the middle third to the last: {verdict}."
+            f"{change:+.1%} from the middle third to the last: {verdict}. In the last third "
+            f"{slope(memory) / 1e6:+.2f} MB a minute."
         )
     lines += ["", f"Faults: {len(seen.faults)}."]
     lines += [f"- {fault[:500]!r}" for fault in seen.faults[:20]]
@@ -425,7 +436,7 @@ def main() -> None:
         server = Server(
             options.model,
             options.log or folder / "server.log",
-            [*FLAGS, *SLOTS, "--max-num-seqs", "8"],
+            [*FLAGS, *CACHE, *SLOTS],
             environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
         )
         load = Load(server, folder, expected, inputs, options.seed)

@@ -1,5 +1,5 @@
-"""The one short test of vLLM that `.ci/run` runs: base and adapters mixed in one batch, as the trainer's bank
-computes them."""
+"""A short test of vLLM that `.ci/run` runs, beside one case of test_logprobs.py: the base and adapters mixed
+in one batch, as the trainer's bank computes them."""
 
 from __future__ import annotations
 
