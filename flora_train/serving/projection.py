@@ -162,13 +162,13 @@ def _outputs(products: Tensor, B: Tensor, part: SlicePlan, tokens: int) -> Tenso
 
 
 def _add_terms(y: Tensor, terms: Tensor, scales: Tensor) -> None:
-    """Add the sum of terms * scales over the ranks, both [n, rank, outputs], to y [n, outputs]."""
-    if y.is_cpu and y.dtype in (torch.float32, torch.float64):
-        for k in range(terms.shape[1]):
-            y.addcmul_(terms[:, k], scales[:, k])
-    else:
-        # The sum over the ranks is rounded once.
-        y += terms.mul_(scales).sum(1)
+    """Add the sum of terms * scales over the ranks, both [n, rank, outputs], to y [n, outputs].
+
+    In half precision, the sum is rounded once.
+    """
+    if terms.dtype in (torch.bfloat16, torch.float16):
+        terms = terms.float()
+    y += terms.mul_(scales).sum(1)
 
 
 def _scale_outputs(y: Tensor, factors: LayerFactors, plan: LayerPlan) -> None:
