@@ -34,7 +34,9 @@ from typing import Any
 
 from vllm_server import MODEL, ROOT, Server, running, save_adapters, use_serving_environment, versions
 
-RESULT = Path(__file__).parent / "results" / "serving_cpu.md"
+RESULTS = Path(__file__).parent / "results"
+FILES = {"bfloat16": "serving_cpu.md", "float32": "serving_float32_cpu.md"}
+"""Number format -> file of the result. vLLM serves this model in bfloat16 unless it is told otherwise."""
 RANKS = (1, 2, 4, 8, 16, 32)
 QUICK_RANKS = (4, 16)
 BUDGETS = {"throughput": 2048, "latency": 128}
@@ -42,7 +44,7 @@ BUDGETS = {"throughput": 2048, "latency": 128}
 REQUESTS = 8
 """In each batch, and adapters of every kind."""
 INPUT_TOKENS = 64
-FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--gpu-memory-utilization", "0.2")
+FLAGS = ("--enforce-eager", "--max-model-len", "512", "--gpu-memory-utilization", "0.2")
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,15 @@ def compare(folder: Path, options: argparse.Namespace, budget: int) -> Results:
         servers = {}
         for plugin in (True, False):
             names = [name for one in everyone if one.plugin == plugin for name in one.modules]
-            flags = [*FLAGS, "--max-num-seqs", str(REQUESTS), "--max-num-batched-tokens", str(budget)]
+            flags = [
+                *FLAGS,
+                "--dtype",
+                options.dtype,
+                "--max-num-seqs",
+                str(REQUESTS),
+                "--max-num-batched-tokens",
+                str(budget),
+            ]
             flags += ["--enable-lora", "--max-loras", str(REQUESTS), "--max-lora-rank", str(slot_rank)]
             flags += ["--max-cpu-loras", str(len(names))]
             log = folder / f"server_{budget}_{slot_rank}_{plugin}.log"
@@ -199,7 +209,6 @@ def count_operations(model: Path, folder: Path) -> None:
 
     engine = LLM(
         str(model),
-        dtype="float32",
         enforce_eager=True,
         enable_lora=True,
         max_loras=4,
@@ -238,8 +247,8 @@ def report(results: dict[str, Results], counts: dict[bool, Counter[str]], option
         "# Serving with vLLM: fLoRA, LoRA, IA3 and the base against rank",
         "",
         f"{facts.machine.processor}, {facts.machine.threads} threads; {versions()}; commit {facts.commit}.",
-        f"{options.model.name}, float32, eager. {REQUESTS} requests of {REQUESTS} adapters in each batch, "
-        f"{INPUT_TOKENS} random tokens in and {options.tokens} out, over HTTP with `vllm bench serve`; fLoRA "
+        f"{options.model.name}, {options.dtype}, eager. {REQUESTS} requests of {REQUESTS} adapters in each "
+        f"batch, {INPUT_TOKENS} random tokens in and {options.tokens} out, over HTTP with `vllm bench serve`; fLoRA "
         "(pure as in the paper, and residual) and LoRA",
         f"on all linear layers; medians of {options.rounds} rounds in which all contenders took turns, in "
         "random order. A server for",
@@ -371,7 +380,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="generated for a request; default: 48, with --quick 24")
     parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
+    parser.add_argument("--dtype", choices=list(FILES), default="bfloat16")
+    parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=None)
+    parser.add_argument("--save", action="store_true", help=f"write {' or '.join(FILES.values())}")
     parser.add_argument("--count-operations", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     use_serving_environment()
@@ -382,7 +393,8 @@ def main() -> None:
     options.rounds = options.rounds or (3 if options.quick else 5)
     options.tokens = options.tokens or (24 if options.quick else 48)
     options.ranks = sorted(options.ranks or (QUICK_RANKS if options.quick else RANKS))
-    budgets = {name: BUDGETS[name] for name in BUDGETS if name == "throughput" or not options.quick}
+    chosen = options.budgets or (["throughput"] if options.quick else list(BUDGETS))
+    budgets = {name: BUDGETS[name] for name in chosen}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         small = {"lora": {"method": "lora", "rank": 4}, "flora": {"method": "flora", "rank": 4}}
@@ -393,7 +405,7 @@ def main() -> None:
     text = report(results, counts, options)
     print(text)
     if options.save:
-        RESULT.write_text(text, encoding="utf-8")
+        (RESULTS / FILES[options.dtype]).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
