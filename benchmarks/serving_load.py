@@ -7,7 +7,8 @@ malformed ones (load_cases.py) among them. At the same time they load adapters a
 others under the same names, delete or rewrite their folders, and load folders that are half-written. Every
 finished answer is compared with the greedy tokens of the trainer's bank, computed beforehand; a token that
 the bank finds as probable as another one to 1e-3 may differ. Resident memory is sampled every two seconds;
-its growth is that from the middle third of the time to the last.
+its growth is that from the middle third of the time to the last. The server has a small cache of keys and
+values and oneDNN a small one of compiled matmuls, so that both are full soon and do not count as growth.
 
 Usage: python benchmarks/serving_load.py [--minutes 30] [--model FOLDER] [--seed N] [--save]
 Exits with status 1 if anything was wrong. Runs in .venv-serving, which `make serving-env` installs.
@@ -56,6 +57,8 @@ GROWTH = 0.03
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--gpu-memory-utilization", "0.2")
 CACHE = ("--num-gpu-blocks-override", "48", "--max-num-seqs", "8")
 """Blocks of 128 tokens, so few that requests wait for them, and that all are in memory after a minute."""
+ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+"""oneDNN keeps 1,024 compiled matmuls, one for each number of rows, which takes it hours to fill."""
 SLOTS = ("--enable-lora", "--max-loras", "4", "--max-cpu-loras", "6", "--max-lora-rank", "8")
 
 
@@ -437,7 +440,7 @@ def main() -> None:
             options.model,
             options.log or folder / "server.log",
             [*FLAGS, *CACHE, *SLOTS],
-            environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+            environment=ENVIRONMENT,
         )
         load = Load(server, folder, expected, inputs, options.seed)
         with running(server):
