@@ -42,6 +42,7 @@ def use_serving_environment() -> None:
     """Continue this script in an environment with vLLM, which `make serving-env` installs where missing."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `running` ends the servers
     if find_spec("vllm") is not None:
         return
     if not PYTHON.exists():
