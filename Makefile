@@ -77,7 +77,7 @@ test-trl: $(INSTALLED_DEV) $(MODEL) $(TRL)  ## compare chats and preferences wit
 trl-env: $(TRL)  ## install TRL into .venv-trl, an environment of its own, for its comparisons
 
 test-serving: $(SERVING) $(MODEL)  ## serve adapters with vLLM on the CPU, which runs in .venv-serving
-	OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest -m serving tests/serving $(ARGS)
+	OMP_NUM_THREADS=2 .venv-serving/bin/python -m pytest -m serving tests/serving $(ARGS)
 
 serving-env: $(SERVING)  ## install vLLM for a CPU into .venv-serving, an environment of its own, with this package
 

@@ -248,8 +248,8 @@ def report(results: dict[str, Results], counts: dict[bool, Counter[str]], option
         "",
         f"{facts.machine.processor}, {facts.machine.threads} threads; {versions()}; commit {facts.commit}.",
         f"{options.model.name}, {options.dtype}, eager. {REQUESTS} requests of {REQUESTS} adapters in each "
-        f"batch, {INPUT_TOKENS} random tokens in and {options.tokens} out, over HTTP with `vllm bench serve`; fLoRA "
-        "(pure as in the paper, and residual) and LoRA",
+        f"batch, {INPUT_TOKENS} random tokens in and {options.tokens} out, over HTTP with "
+        "`vllm bench serve`; fLoRA (pure as in the paper, and residual) and LoRA",
         f"on all linear layers; medians of {options.rounds} rounds in which all contenders took turns, in "
         "random order. A server for",
         "each `--max-lora-rank` (8, 16, 32, the least that the rank allows), with the plugin and with stock "

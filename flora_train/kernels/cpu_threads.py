@@ -84,10 +84,14 @@ def division_for(segments: Segments, device: torch.device) -> Division:
 
 
 def run_jobs(division: Division, work: Callable[[Job], None]) -> None:
-    """Call `work` for every job, without recording gradients. Raises what `work` raises."""
+    """Call `work` for every job, without recording gradients. Raises what `work` raises.
+
+    Threads run in the caller's inference mode: outside it, they could not write to its tensors.
+    """
+    is_inference = torch.is_inference_mode_enabled()
 
     def run(jobs: tuple[Job, ...]) -> None:
-        with torch.no_grad():
+        with torch.inference_mode(is_inference), torch.no_grad():
             for job in jobs:
                 work(job)
 

@@ -25,14 +25,14 @@ WEIGHT = random(OUT, IN, seed=3)
 def flora(formulation: str) -> Forward:
     function = TORCH_FORMULATIONS[formulation]  # type: ignore[index]
     return lambda x, A, B, segments: function.apply(
-        x, WEIGHT, A, B, [0.0, 1.0, 1.0], segments, splits(x.dtype)
+        x, WEIGHT, A, B, [0.0, 1.0, 1.0][: len(segments)], segments, splits(x.dtype)
     )
 
 
 FORWARDS: dict[str, Forward] = {
     **{name: flora(name) for name in TORCH_FORMULATIONS},
     "lora": lambda x, A, B, segments: lora_add(
-        x @ WEIGHT.T, x, A, B, scaling=[1.0, 0.5, 2.0], segments=segments
+        x @ WEIGHT.T, x, A, B, scaling=[1.0, 0.5, 2.0][: len(segments)], segments=segments
     ),
     "ia3": lambda x, A, B, segments: ia3_scale(x @ WEIGHT.T, B[:, :, 0], segments),
 }
@@ -54,3 +54,17 @@ def test_a_call_in_inference_mode_leaves_training_possible(name: str, backend: s
     torch.testing.assert_close(y.detach(), expected)
     assert leaves[0].grad is not None
     use_backend("auto", DEVICE)
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_threads_write_to_the_tensors_of_inference_mode(name: str) -> None:
+    segments = Segments((0, 40, 97 + list(FORWARDS).index(name)))  # segments of this case alone
+    x, A, B = random(segments.tokens, IN, seed=2), random(2, RANK, IN, seed=6), random(2, OUT, RANK, seed=7)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            y = FORWARDS[name](x, A, B, segments)
+        torch.testing.assert_close(y, FORWARDS[name](x, A, B, segments))
+    finally:
+        torch.set_num_threads(threads)
