@@ -202,7 +202,12 @@ def load_parser() -> Any:
     """The parser with all commands."""
     for name in COMMANDS:
         import_module(f"flora_train.cli.{name}")
-    return typer.main.get_command(app)
+    parser = typer.main.get_command(app)
+    for option in parser.params:
+        if option.name == "show_completion":
+            # Shorter than typer's text, so that the list of commands fits a screen.
+            option.help = "Show completion for the current shell."  # type: ignore[attr-defined]
+    return parser
 
 
 def check_arguments(argv: Sequence[str]) -> None:

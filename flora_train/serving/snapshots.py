@@ -4,7 +4,6 @@ running request."""
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -30,6 +29,11 @@ from flora_train.config.errors import Problem, UserError, user_error
 from flora_train.runtime.atomic import user_cache
 from flora_train.runtime.manifest import BASE_RECORD
 from flora_train.serving.adapter_files import KEY, MOST_BYTES, LoraFolder, check_files, read_adapter
+
+try:
+    import fcntl
+except ImportError:  # Windows, where vLLM does not run
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 

@@ -60,8 +60,14 @@ def test_every_module_is_imported_without_linux(tmp_path: Path) -> None:
         "skipped = ('_triton', 'shipped', '__main__', 'peft_plugin')\n"
         "names = [m.name for m in pkgutil.walk_packages(flora_train.__path__, 'flora_train.') if not "
         "any(s in m.name for s in skipped)]\n"
-        "[importlib.import_module(name) for "
-        "name in names]\nprint(len(names))"
+        "for name in names:\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except ModuleNotFoundError as error:\n"
+        # these run in vLLM's environment alone
+        "        if error.name != 'vllm' or not name.startswith('flora_train.serving.'):\n"
+        "            raise\n"
+        "print(len(names))"
     )
     done = python("-c", program, environment=launch_environment(tmp_path))
     assert done.returncode == 0, done.stderr

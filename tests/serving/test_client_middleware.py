@@ -14,7 +14,6 @@ import pytest
 
 from flora_train.serving.client_identity import key_hash
 from flora_train.serving.fairness import VARIABLE
-from tests.serving.recording import FILE
 from tests.serving.server import SMALL, VLLM, Server, free_port
 from tests.serving.tiny import Exported
 
@@ -75,6 +74,8 @@ def recorded(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> It
         "--api-server-count", "2",
     ]  # fmt: skip
     settings = json.dumps({"key_weights": {key_hash(ALICE): 3}})
+    from tests.serving.recording import FILE
+
     environment = {FILE: str(folder / "record"), "VLLM_LOGGING_LEVEL": "INFO", VARIABLE: settings}
     server = Server(words, port, folder / "log", environment)
     try:
