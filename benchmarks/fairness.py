@@ -286,7 +286,8 @@ def measure_in_steps(options: argparse.Namespace) -> list[str]:
         "",
         f"{where()}. {Path(options.model).name}, float32, at most {ROWS} requests at once, prompts of "
         f"{PROMPT} and outputs of {OUTPUT} tokens. Time is counted in steps of the engine, because the "
-        "machine was shared with other jobs: figures of seconds were noise. The engine serves "
+        "machine was shared with other jobs: seconds could not be compared (the flood did not overload the "
+        "engine in every window). The engine serves "
         f"{capacity:.2f} requests a step; the flood sends {both[FLOOD]:.2f}, the small client "
         f"{both[SMALL]:.2f}, for {STEPS} steps. A request that is not answered at the end counts with the "
         "steps until then. A rate limit is that of one client in 100 steps. "

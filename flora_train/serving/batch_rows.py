@@ -35,20 +35,19 @@ class BatchRows:
 
     def positions(self, slots: Sequence[int]) -> Tensor:
         """Positions of the tokens of these slots, slot by slot, LongTensor."""
-        return self._numbers([token for slot in slots for token in self.tokens_of[slot]])
+        return self.numbers([token for slot in slots for token in self.tokens_of[slot]])
 
     def slots_of_tokens(self, slots: Sequence[int]) -> Tensor:
         """The slot of each token of `positions`, LongTensor."""
-        return self._numbers([slot for slot in slots for _ in self.tokens_of[slot]])
+        return self.numbers([slot for slot in slots for _ in self.tokens_of[slot]])
 
     def all_but(self, slots: Sequence[int], tokens: int) -> Tensor:
         """Positions of the tokens of a batch of this length that use none of these slots, LongTensor."""
-        taken = {token for slot in slots for token in self.tokens_of[slot]}
-        return self._numbers([token for token in range(tokens) if token not in taken])
+        return self.numbers(self._others(slots, tokens))
 
     def without(self, slots: Sequence[int], tokens: int) -> BatchRows:
         """The rows among `all_but` these slots, whose tokens are numbered anew."""
-        new = {token: number for number, token in enumerate(self.all_but(slots, tokens).tolist())}
+        new = {token: number for number, token in enumerate(self._others(slots, tokens))}
         others = {slot: its for slot, its in self.tokens_of.items() if slot not in slots}
         tokens_of = {slot: tuple(new[token] for token in its) for slot, its in others.items()}
         return BatchRows(tokens_of, self.has_lora, self.device)
@@ -57,7 +56,12 @@ class BatchRows:
         """The numbers as an index."""
         if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
             return slice(numbers[0], numbers[0] + len(numbers))
-        return self._numbers(numbers)
+        return self.numbers(numbers)
 
-    def _numbers(self, numbers: list[int]) -> Tensor:
+    def _others(self, slots: Sequence[int], tokens: int) -> list[int]:
+        taken = {token for slot in slots for token in self.tokens_of[slot]}
+        return [token for token in range(tokens) if token not in taken]
+
+    def numbers(self, numbers: list[int]) -> Tensor:
+        """The numbers as a LongTensor on the device."""
         return torch.tensor(numbers, dtype=torch.long, device=self.device)

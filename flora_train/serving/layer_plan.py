@@ -92,7 +92,8 @@ class FormedGroup:
 
     positions: Tensor
     """Slot by slot, LongTensor [n]."""
-    slots: list[int]
+    slots: Tensor
+    """Those slots, LongTensor."""
     rank: int
     """0: W itself."""
     offset: list[float]
@@ -185,7 +186,9 @@ def _formed_groups(rows: BatchRows, formed: dict[int, SlotUse], s: int) -> tuple
     for rank, slots in by_rank.items():
         bounds = accumulate((len(rows.tokens_of[slot]) for slot in slots), initial=0)
         offset = [float(formed[slot].keep_base[s]) for slot in slots]
-        groups.append(FormedGroup(rows.positions(slots), slots, rank, offset, Segments(tuple(bounds))))
+        groups.append(
+            FormedGroup(rows.positions(slots), rows.numbers(slots), rank, offset, Segments(tuple(bounds)))
+        )
     return tuple(groups)
 
 
