@@ -47,18 +47,19 @@ class HeldoutJournal:
         self.log = Journal(path, LoggedBatch, "piece", "delete it")
 
     def known(self, batches: Sequence[Sequence[Row]]) -> dict[RowKey, list[float]]:
-        """The losses in the journal, for every process before one of them writes. batches: those of all
-        processes.
+        """The losses in the journal. batches: those of all processes.
+
+        Collective: the main process reads, so that all processes know the same losses, and share the same
+        batches, even if one of them has written before another one asks.
         """
         settings: JsonObject = {
             "adapters": self._adapters_sha(),
             "data": dict(self.data),
             "batches": sha256(repr(batches).encode()).hexdigest(),
         }
-        on_main_process(lambda: self._claim(settings))
-        known = {key: entry.losses for key, entry in self.log.read().items()}
+        losses: dict[RowKey, list[float]] = on_main_process(lambda: self._claimed(settings))
         self.writer = self.log.writer(world()[0])
-        return known
+        return losses
 
     def add(self, batch: Sequence[Row], losses: Sequence[float]) -> None:
         """Append the losses of a batch."""
@@ -70,13 +71,16 @@ class HeldoutJournal:
         with disk_errors(self.log.path):
             self.log.delete()
 
-    def _claim(self, settings: Mapping[str, JsonValue]) -> None:
+    def _claimed(self, settings: Mapping[str, JsonValue]) -> dict[RowKey, list[float]]:
+        """Reserve the folder, and return the losses in it."""
         try:
             self.log.claim(settings)
-            self.log.read()
+            entries = self.log.read()
         except UserError:
             self.delete()
             self.log.claim(settings)
+            entries = {}
+        return {key: entry.losses for key, entry in entries.items()}
 
     def _adapters_sha(self) -> str:
         digests = [self.bank.digest(adapter) for adapter in range(len(self.bank.specs))]

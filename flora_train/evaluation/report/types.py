@@ -359,7 +359,7 @@ class SampleCompletion(ResultModel):
     """A prompt, continued by the base model and by the adapters of its task."""
 
     task: Text
-    prompt: Text | tuple[DialogueMessage, ...]
+    prompt: Text | Annotated[tuple[DialogueMessage, ...], Field(min_length=1)]
     """A text, or messages, of which the last is answered."""
     completions: dict[Text, Text]
     """Family, or "base" -> text."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
@@ -16,6 +20,7 @@ from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.loss import RowLosses
 from tests.architectures import tiny_model
 from tests.conftest import perturb, spec
+from tests.forked import python
 from tests.unit.training.harness import PAD, random_split
 
 TASKS = [
@@ -37,13 +42,17 @@ class Counted:
         return self.inner(batch)
 
 
-@pytest.fixture
-def bank() -> AdapterBank:
+def perturbed_bank() -> AdapterBank:
     found = AdapterBank.attach(
         tiny_model(), [spec(method, task) for task in "ab" for method in ("flora", "lora")]
     )
     perturb(found)
     return found
+
+
+@pytest.fixture
+def bank() -> AdapterBank:
+    return perturbed_bank()
 
 
 def log_of(folder: Path, bank: AdapterBank, **data: str) -> HeldoutJournal:
@@ -108,3 +117,38 @@ def test_losses_of_other_adapters_or_rows_are_deleted(bank: AdapterBank, tmp_pat
         expected,
     )
     assert last.done == whole.done
+
+
+class SlowJournal(HeldoutJournal):
+    """The second process reads it when the first one has written losses."""
+
+    def known(self, batches: Any) -> Any:
+        if dist.get_rank() == 1:
+            time.sleep(1.0)
+        return super().known(batches)
+
+
+def evaluate_in_two_processes(folder: str) -> None:
+    """What each of two processes runs: the second writes nats.json."""
+    dist.init_process_group("gloo")
+    bank = perturbed_bank()
+    log = SlowJournal(Path(folder) / "heldout", bank, {task.name: task.data_hash for task in TASKS})
+    found = evaluated(bank, Counted(bank.model), log)
+    if dist.get_rank() == 1:
+        nats = {name: {a: n.tolist() for a, n in held.nats.items()} for name, held in found.items()}
+        (Path(folder) / "nats.json").write_text(json.dumps(nats))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_process_that_reads_the_journal_late_leaves_no_batch_out(bank: AdapterBank, tmp_path: Path) -> None:
+    done = python("-m", __name__, str(tmp_path), processes=2)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "nats.json").read_text())
+    for name, held in evaluated(bank, Counted(bank.model), None).items():
+        for adapter, nats in held.nats.items():
+            assert found[name][str(adapter)] == pytest.approx(nats.tolist(), rel=1e-5)
+
+
+if __name__ == "__main__":
+    evaluate_in_two_processes(sys.argv[1])

@@ -219,3 +219,10 @@ def test_reading_a_report_of_a_thousand_adapters_takes_little_longer_than_parsin
     validated = time.process_time() - started - parsed
     assert len(report.adapters) == 1026
     assert validated < 20 * parsed + 1.0
+
+
+def test_a_sample_prompt_without_messages_is_refused(tmp_path: Path) -> None:
+    content = json.loads((RESULTS / "quickstart.json").read_text(encoding="utf-8"))
+    content["completions"][0]["prompt"] = []
+    with pytest.raises(UserError, match="prompt"):
+        read_report(folder_with(tmp_path, content))
