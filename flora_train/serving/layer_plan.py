@@ -29,6 +29,9 @@ class SlotUse:
     """Whether the base model's product is added, for each slice."""
     scales: tuple[str, ...]
     """What an IA3 scales on each slice, 'input' or 'output'; '' for a fLoRA and where it is not adapted."""
+    near_one: bool = False
+    """Whether the mean of a fLoRA's M is near 1 on every slice (`near_one` in kernels/flora/materialised.py),
+    so that half precision loses least with W0 and W0 * (M - 1)."""
 
     @property
     def is_flora(self) -> bool:
@@ -88,16 +91,16 @@ class SlicePlan:
 
 @dataclass(frozen=True)
 class FormedGroup:
-    """Tokens that are multiplied by W * M of their slot, on one slice."""
+    """Tokens that are multiplied by W * M of their slot, on one slice, or by W * (M - 1) beside W."""
 
-    positions: Tensor
-    """Slot by slot, LongTensor [n]."""
+    positions: Index
+    """Slot by slot, n of them."""
     slots: Tensor
     """Those slots, LongTensor."""
     rank: int
     """0: W itself."""
     offset: list[float]
-    """Of each slot: 1 where the base model's product is added, else 0."""
+    """Of each slot: 1 where the base model's product is added, else 0; less 1 for W * (M - 1)."""
     segments: Segments
 
 
@@ -113,6 +116,9 @@ class LayerPlan:
     """For each slice."""
     formed_tokens: Tensor | None
     """Positions of the tokens of `formed`; None: there are none."""
+    added: tuple[tuple[FormedGroup, ...], ...]
+    """For each slice, tokens whose W * (M - 1) is formed. The base model's product is computed with the other
+    tokens."""
 
     @property
     def by_slice(self) -> bool:
@@ -135,15 +141,25 @@ def plan_layer(
 def _plan(
     rows: BatchRows, used: dict[int, SlotUse], *, slices: int, tokens: int, dtype: torch.dtype
 ) -> LayerPlan:
-    formed = {
-        slot: use
-        for slot, use in used.items()
-        if use.is_flora and forms_weight(max(use.ranks), len(rows.tokens_of[slot]), dtype, rows.device.type)
-    }
-    rest = {slot: use for slot, use in used.items() if slot not in formed}
+    added: dict[int, SlotUse] = {}
+    formed: dict[int, SlotUse] = {}
+    device = rows.device.type
+    for slot, use in used.items():
+        beside_base = use.near_one and splits(dtype) and device == "cpu"
+        if use.is_flora and forms_weight(
+            max(use.ranks),
+            len(rows.tokens_of[slot]),
+            dtype,
+            device,
+            keep_base=all(use.keep_base),
+            beside_base=beside_base,
+        ):
+            (added if beside_base else formed)[slot] = use
+    rest = {slot: use for slot, use in used.items() if slot not in added and slot not in formed}
+    deviations = tuple(_formed_groups(rows, added, s, subtracted=1.0) for s in range(slices))
     if not formed:
         parts = tuple(_slice_plan(rows, rest, s=s, tokens=tokens) for s in range(slices))
-        return LayerPlan(parts, None, ((),) * slices, None)
+        return LayerPlan(parts, None, ((),) * slices, None, deviations)
     others = rows.without(list(formed), tokens)
     positions = rows.all_but(list(formed), tokens)
     return LayerPlan(
@@ -151,6 +167,7 @@ def _plan(
         positions,
         tuple(_formed_groups(rows, formed, s) for s in range(slices)),
         rows.positions(list(formed)),
+        deviations,
     )
 
 
@@ -178,24 +195,46 @@ def _scaled(rows: BatchRows, used: dict[int, SlotUse], s: int, what: str) -> Sca
     return Scaled(rows.positions(slots), rows.slots_of_tokens(slots)) if slots else None
 
 
-def _formed_groups(rows: BatchRows, formed: dict[int, SlotUse], s: int) -> tuple[FormedGroup, ...]:
+def _formed_groups(
+    rows: BatchRows, formed: dict[int, SlotUse], s: int, subtracted: float = 0.0
+) -> tuple[FormedGroup, ...]:
     by_rank: dict[int, list[int]] = {}
-    for slot, use in formed.items():
-        by_rank.setdefault(use.ranks[s], []).append(slot)
+    for slot in sorted(formed, key=lambda slot: rows.tokens_of[slot]):  # tokens of a prompt stay neighbours
+        if formed[slot].ranks[s] or not subtracted:
+            by_rank.setdefault(formed[slot].ranks[s], []).append(slot)
     groups = []
     for rank, slots in by_rank.items():
         bounds = accumulate((len(rows.tokens_of[slot]) for slot in slots), initial=0)
-        offset = [float(formed[slot].keep_base[s]) for slot in slots]
-        groups.append(
-            FormedGroup(rows.positions(slots), rows.numbers(slots), rank, offset, Segments(tuple(bounds)))
-        )
+        positions = rows.index([token for slot in slots for token in rows.tokens_of[slot]])
+        offset = [formed[slot].keep_base[s] - subtracted for slot in slots]
+        groups.append(FormedGroup(positions, rows.numbers(slots), rank, offset, Segments(tuple(bounds))))
     return tuple(groups)
 
 
+CPU_EXPANDING, CPU_FORMING = 1.4, 75
+"""Costs on a CPU, in tokens through W: of a row for a rank of a token, with the products around it, and of
+forming W * M of one adapter (benchmarks/results/serving_layer_cpu.md)."""
+
+
 @lru_cache(maxsize=4096)
-def forms_weight(rank: int, tokens: int, dtype: torch.dtype, device: str) -> bool:
+def forms_weight(
+    rank: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    keep_base: bool = True,
+    beside_base: bool = False,
+) -> bool:
     """Whether W * M is formed for this many tokens of one adapter, because that costs less than one more row
-    for each rank of each token. Costs are in tokens through W."""
+    for each rank of each token. Costs are in tokens through W.
+
+    keep_base: whether the tokens have a row of the base model where no weight is formed; beside_base: whether
+    they have one where W * (M - 1) is formed. GPUs form weights as in training.
+    """
+    if device == "cpu":
+        expanded = (keep_base + CPU_EXPANDING * rank) * tokens
+        return expanded > (1 + beside_base) * tokens + CPU_FORMING
     work = Work(
         rank=rank,
         residual=True,

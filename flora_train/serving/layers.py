@@ -160,6 +160,7 @@ class MultiplicativeMixin(SpareSlotMixin):
             tuple(0 if m is None else m.rank for m in multipliers),
             tuple(m is None or m.keep_base for m in multipliers),
             tuple("" if m is None else m.scales for m in multipliers),
+            all(m is None or m.is_near_one for m in multipliers),
         )
         self.factors.use(index, use)
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from flora_train.kernels.flora.materialised import near_one
+
 
 @dataclass(frozen=True)
 class Multiplier:
@@ -39,6 +41,13 @@ class Multiplier:
         if self.scales_input:
             return "input"
         return "output" if self.scales_output else ""
+
+    @property
+    def is_near_one(self) -> bool:
+        """Whether this is a fLoRA whose M is near 1 (see `near_one`)."""
+        if self.scales:
+            return False
+        return bool(near_one(self.A[None], self.B[None], self.A.new_tensor([float(self.keep_base)])))
 
     def expanded(self, inputs: int, outputs: int) -> Multiplier:
         """The same with A [rank, inputs] and B [outputs, rank]."""

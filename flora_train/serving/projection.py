@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from flora_train.kernels.flora.inference import multiply_modulated
 from flora_train.kernels.flora.op import flora_linear
 from flora_train.serving.batch_rows import BatchRows
 from flora_train.serving.layer_plan import FormedGroup, LayerPlan, SlicePlan, SlotUse, plan_layer
@@ -70,7 +71,29 @@ def project(
     """
     plan = factors.plan(rows, x)
     if plan.expanded is None:
-        return _expanded(x, factors, plan, product=product, bias=bias)
+        y = _expanded(x, factors, plan, product=product, bias=bias)
+    else:
+        y = _partly_formed(x, factors, plan, product=product, weight=weight, bias=bias)
+    if any(plan.added):
+        sizes = [B.shape[2] for B in factors.B]
+        parts = zip(y.split(sizes, dim=1), weight().split(sizes), plan.added, strict=True)
+        for s, (of_slice, W, groups) in enumerate(parts):
+            for group in groups:
+                _add_deviations(of_slice, x, W, factors.A[s], factors.B[s], group)
+    return y
+
+
+def _partly_formed(
+    x: Tensor,
+    factors: LayerFactors,
+    plan: LayerPlan,
+    *,
+    product: Product,
+    weight: Callable[[], Tensor],
+    bias: Tensor | None,
+) -> Tensor:
+    """`project` where W * M is formed for some tokens."""
+    assert plan.expanded is not None
     y = x.new_empty(len(x), sum(B.shape[2] for B in factors.B))
     if len(plan.expanded):
         y[plan.expanded] = _expanded(x[plan.expanded], factors, plan, product=product, bias=bias)
@@ -88,6 +111,10 @@ def _formed(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, group: FormedGroup)
     """Products with W * M, [n, outputs]. A: [S, R, inputs], B: [S, R, outputs]."""
     if group.rank == 0:
         return linear(x, weight)
+    if x.is_cpu:
+        y = x.new_empty(len(x), len(weight))
+        _multiply(y, x, weight, A, B, group=group, add=False)
+        return y
     return flora_linear(
         x,
         weight,
@@ -95,6 +122,33 @@ def _formed(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, group: FormedGroup)
         B[group.slots, : group.rank].mT,
         offset=group.offset,
         segments=group.segments,
+    )
+
+
+def _add_deviations(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, group: FormedGroup) -> None:
+    """Add the products with W * (M - 1), in place. y: [T, outputs of the slice]; A: [S, R, inputs]; B: [S, R,
+    outputs]."""
+    if isinstance(group.positions, slice):
+        _multiply(y[group.positions], x[group.positions], weight, A, B, group=group, add=True)
+        return
+    total = x.new_empty(group.segments.tokens, y.shape[1])
+    _multiply(total, x[group.positions], weight, A, B, group=group, add=False)
+    y.index_add_(0, group.positions, total)
+
+
+def _multiply(
+    y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *, group: FormedGroup, add: bool
+) -> None:
+    """y [n, outputs] = x [n, inputs] by the weights of a group, on a CPU."""
+    multiply_modulated(
+        y,
+        x,
+        weight,
+        A[group.slots, : group.rank],
+        B[group.slots, : group.rank].mT,
+        constant=group.offset,
+        segments=group.segments,
+        add=add,
     )
 
 
