@@ -204,8 +204,10 @@ def count_operations(model: Path, folder: Path) -> None:
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            calls[str(func)] += 1
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if not (str(func).startswith("aten.to.") and result is args[0]):  # nothing to convert
+                calls[str(func)] += 1
+            return result
 
     engine = LLM(
         str(model),

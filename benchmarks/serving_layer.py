@@ -1,12 +1,15 @@
 """One served linear layer without the engine: the plugin's fLoRA, and LoRA in vLLM's form, at decoding,
 prefill and with adapters of single tokens, as multiples of the plain matmul.
 
-LoRA is what computes it fastest of: vLLM's Triton kernels (on a GPU with vLLM installed), batched matmuls
-with gathered factors (vLLM's form on a CPU), one pair of matmuls for each adapter. fLoRA is
-flora_train.serving.projection.project as the plugin calls it, residual, with a plan that is made once for a
-batch. Factors have the layer's number format, in slots of rank 8, 16 or 32. All forms take turns; each figure
-is the median of the rounds' ratios. On a GPU everything is measured twice: as Python launches it, and in a
-CUDA graph. vLLM runs batches with fLoRA without graphs.
+LoRA in vLLM's form: its Triton kernels on a GPU with vLLM installed, else batched matmuls with gathered
+factors, as its CPU code has. Beside it stands the fastest of all forms, which include a pair of matmuls for
+each adapter. fLoRA is flora_train.serving.projection.project as the plugin calls it, residual, with a plan
+that is made once for a batch. Factors have the layer's number format, in slots of rank 8, 16 or 32. All forms
+take turns; each figure is the median of the rounds' ratios. On a GPU everything is measured twice: as Python
+launches it, and in a CUDA graph. vLLM runs batches with fLoRA without graphs.
+
+On a CPU, a second table says from how many tokens of an adapter forming W * M is faster than a row for each
+rank: the plugin's rule (layer_plan.py) is fitted to it.
 
 Usage: python benchmarks/serving_layer.py [--device cuda] [--quick] [--rounds N] [--save]
 """
@@ -30,6 +33,7 @@ from torch.nn.functional import linear
 
 from flora_train.kernels.backend import use_backend
 from flora_train.runtime.environment import environment
+from flora_train.serving import layer_plan
 from flora_train.serving.batch_rows import BatchRows
 from flora_train.serving.layer_plan import SlotUse
 from flora_train.serving.projection import LayerFactors, project
@@ -39,8 +43,12 @@ RANKS = (1, 2, 4, 8, 16, 32)
 QUICK_RANKS = (4, 16)
 SHAPES = {"cpu": [(576, 576), (576, 1536), (1536, 576)], "cuda": [(4096, 4096), (4096, 11008), (11008, 4096)]}
 """(inputs, outputs): those of SmolLM2-135M, and of Llama-2 7B."""
+CROSSOVER_TOKENS, CROSSOVER_RANKS = (4, 8, 16, 32, 64), (2, 4, 16)
+CROSSOVER_ADAPTERS = 8
 GOALS = {1: 1.0, 2: 1.0, 4: 1.0, 16: 0.8}
-"""Rank -> least speed, of LoRA's."""
+"""Rank -> least speed, of that of LoRA in vLLM's form."""
+VLLM_FORMS = ("vLLM's Triton kernels", "gathered")
+"""The first that a batch has is vLLM's."""
 SECONDS = 0.05
 """That one timing should take."""
 Form = Callable[[], Tensor]
@@ -102,7 +110,7 @@ class Layer:
         self.rows = BatchRows(tokens_of, False, device)
         self.factors = LayerFactors([self.A], [self.B])
         for slot in tokens_of:
-            self.factors.use(slot, SlotUse((rank,), (True,), ("",)))
+            self.factors.use(slot, SlotUse((rank,), (True,), ("",), near_one=True))
         self.runs = [(slot, len(list(run))) for slot, run in groupby(slots)]
 
     def base(self) -> Tensor:
@@ -228,26 +236,29 @@ class Row:
     base: float
     """Seconds."""
     flora: float
-    lora: float
-    """Multiples of the base."""
-    speed: float
-    """Of fLoRA, of LoRA's."""
-    form: str
-    """The fastest of LoRA's."""
+    """Multiple of the base."""
+    loras: dict[str, float]
+    """Form of LoRA -> multiple of the base."""
+    speeds: dict[str, float]
+    """Form of LoRA -> fLoRA's speed, of its speed."""
 
     def markdown(self) -> str:
         goal = GOALS.get(self.rank)
-        verdict = ""
-        if goal is not None:
-            verdict = f"{goal:.1f}: {'reached' if self.speed >= goal else 'MISSED'}"
+        own = next((form for form in VLLM_FORMS if form in self.loras), None)
+        best = min(self.loras, key=self.loras.__getitem__)
+        lora, speed, verdict = "", "does not fit", ""
+        if own is not None:
+            lora, speed = f"{self.loras[own]:.2f}", f"**{self.speeds[own]:.2f}**"
+            if goal is not None:
+                verdict = f"{goal:.1f}: {'reached' if self.speeds[own] >= goal else 'MISSED'}"
         return (
             f"| {self.case.name} | {self.rank} | {1e6 * self.base:.0f} | {self.flora:.2f} | "
-            f"{self.lora:.2f} | **{self.speed:.2f}** | {verdict} | {self.form} |"
+            f"{lora} | {speed} | {verdict} | {self.speeds[best]:.2f} ({best}) |"
         )
 
 
 HEADER = [
-    "| batch | rank | matmul, us | fLoRA | LoRA | fLoRA's speed, of LoRA's | goal | LoRA by |",
+    "| batch | rank | matmul, us | fLoRA | LoRA | fLoRA's speed, of LoRA's | goal | of the fastest LoRA's |",
     "|---" * 8 + "|",
 ]
 
@@ -262,7 +273,6 @@ def compare(layer: Layer, rounds: int, graph: bool) -> Row | None:
             return None
     seconds = measure(forms, rounds, layer.device)
     loras = [name for name in forms if name not in ("base", "flora")]
-    best = min(loras, key=lambda name: median(seconds[name]))
 
     def ratio(first: str, second: str) -> float:
         return median(a / b for a, b in zip(seconds[first], seconds[second], strict=True))
@@ -272,10 +282,42 @@ def compare(layer: Layer, rounds: int, graph: bool) -> Row | None:
         layer.rank,
         median(seconds["base"]),
         ratio("flora", "base"),
-        ratio(best, "base"),
-        ratio(best, "flora"),
-        best,
+        {name: ratio(name, "base") for name in loras},
+        {name: ratio(name, "flora") for name in loras},
     )
+
+
+def crossover(dtype: torch.dtype, rounds: int) -> list[str]:
+    """Markdown: the time of rows for all ranks, as a multiple of the time with W * M formed."""
+    device, shape = torch.device("cpu"), SHAPES["cpu"][1]
+    lines = [
+        "",
+        "## Where forming W * M overtakes a row for each rank",
+        "",
+        f"{shape[0]} x {shape[1]}, {CROSSOVER_ADAPTERS} adapters with as many tokens each: the time of the",
+        "rows, as a multiple of the time with W * M formed; **bold** where the plugin forms it.",
+        "",
+        "| rank | " + " | ".join(f"{tokens} tokens" for tokens in CROSSOVER_TOKENS) + " |",
+        "|---" * (len(CROSSOVER_TOKENS) + 1) + "|",
+    ]
+    chosen = layer_plan.forms_weight
+    for rank in CROSSOVER_RANKS:
+        cells = []
+        for tokens in CROSSOVER_TOKENS:
+            case = Case("", tokens * CROSSOVER_ADAPTERS, CROSSOVER_ADAPTERS)
+            forms = {}
+            for forming in (False, True):
+                layer_plan.forms_weight = lambda *_, answer=forming, **__: answer  # type: ignore[assignment]
+                layer = Layer(case, shape, rank, device=device, dtype=dtype)
+                layer.flora()  # makes the plan
+                forms[str(forming)] = layer.flora
+            seconds = measure(forms, rounds, device)
+            ratio = median(a / b for a, b in zip(seconds["False"], seconds["True"], strict=True))
+            layer_plan.forms_weight = chosen
+            is_formed = chosen(rank, tokens, dtype, "cpu", beside_base=dtype == torch.bfloat16)
+            cells.append(f"**{ratio:.2f}**" if is_formed else f"{ratio:.2f}")
+        lines.append(f"| {rank} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def check(layer: Layer) -> None:
@@ -329,7 +371,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.dtype is None:
-        options.dtype = "bfloat16" if device.type == "cuda" else "float32"
+        options.dtype = "bfloat16"  # in which vLLM serves
     dtype = getattr(torch, options.dtype)
     use_backend("auto", device)
     facts = environment()
@@ -338,12 +380,14 @@ def main() -> None:
         machine = torch.cuda.get_device_name()
     with torch.inference_mode():
         rows = tables(options, device, dtype)
+        if device.type == "cpu":
+            rows += crossover(dtype, options.rounds)
     lines = [
         "# One served layer: fLoRA and LoRA as multiples of the plain matmul",
         "",
         f"{machine}; torch {torch.__version__}, {options.dtype}; commit {facts.commit}.",
-        f"Medians of {options.rounds} rounds in which all forms took turns. fLoRA is residual. LoRA is the",
-        "fastest of the forms that vLLM and torch have for it (last column).",
+        f"Medians of {options.rounds} rounds in which all forms took turns. fLoRA is residual. LoRA is in",
+        "vLLM's form; the last column has fLoRA's speed against the fastest form that torch or vLLM has.",
         "`python benchmarks/serving_layer.py --save` prints this file.",
         *rows,
     ]
