@@ -35,8 +35,8 @@ from typing import Any
 from vllm_server import MODEL, ROOT, Server, running, save_adapters, use_serving_environment, versions
 
 RESULTS = Path(__file__).parent / "results"
-FILES = {"bfloat16": "serving_cpu.md", "float32": "serving_float32_cpu.md"}
-"""Number format -> file of the result. vLLM serves this model in bfloat16 unless it is told otherwise."""
+DTYPES = ("bfloat16", "float32")
+"""vLLM serves this model in bfloat16 unless it is told otherwise."""
 RANKS = (1, 2, 4, 8, 16, 32)
 QUICK_RANKS = (4, 16)
 BUDGETS = {"throughput": 2048, "latency": 128}
@@ -74,9 +74,15 @@ class Results:
     def ratio(
         self, slot_rank: int, first: Contender, second: Contender, key: str = "output_throughput"
     ) -> float:
-        """The median of the rounds' ratios first / second."""
+        """The median of `ratios`."""
+        return median(self.ratios(slot_rank, first, second, key))
+
+    def ratios(
+        self, slot_rank: int, first: Contender, second: Contender, key: str = "output_throughput"
+    ) -> list[float]:
+        """The ratio first / second of every round."""
         pairs = zip(self.rows[slot_rank, first], self.rows[slot_rank, second], strict=True)
-        return median(a[key] / b[key] for a, b in pairs)
+        return [a[key] / b[key] for a, b in pairs]
 
 
 def slot_rank_of(rank: int) -> int:
@@ -240,8 +246,10 @@ def count_operations(model: Path, folder: Path) -> None:
     print(json.dumps(calls))
 
 
-def report(results: dict[str, Results], counts: dict[bool, Counter[str]], options: argparse.Namespace) -> str:
-    """Markdown."""
+def report(
+    budget: str, results: Results, counts: dict[bool, Counter[str]], options: argparse.Namespace
+) -> str:
+    """Markdown of one budget."""
     from flora_train.runtime.environment import environment
 
     facts = environment()
@@ -258,12 +266,11 @@ def report(results: dict[str, Results], counts: dict[bool, Counter[str]], option
         "vLLM side by side.",
         "`python benchmarks/serving.py --save` prints this file.",
     ]
-    for name, of_budget in results.items():
-        lines += ["", f"## {name.capitalize()}: {BUDGETS[name]} tokens a step", ""]
-        lines += throughput_table(of_budget, options.ranks)
-        if name == "latency":
-            lines += ["", *latency_table(of_budget, options.ranks)]
-        lines += ["", *goals(of_budget, options.ranks)]
+    lines += ["", f"## {budget.capitalize()}: {BUDGETS[budget]} tokens a step", ""]
+    lines += throughput_table(results, options.ranks)
+    if budget == "latency":
+        lines += ["", *latency_table(results, options.ranks)]
+    lines += ["", *goals(results, options.ranks)]
     return "\n".join([*lines, "", *operations_text(counts)]) + "\n"
 
 
@@ -327,11 +334,14 @@ def latency_table(results: Results, ranks: Sequence[int]) -> list[str]:
 def goals(results: Results, ranks: Sequence[int]) -> list[str]:
     """The critical rank and the goals, one line each."""
     ours: dict[str, dict[int, float]] = {"pure": {}, "flora": {}}
-    theirs = {}
+    theirs: dict[int, float] = {}
+    rounds: list[float] = []
     for rank in ranks:
         slots = slot_rank_of(rank)
         lora = Contender(f"lora{rank}", plugin=True)
-        theirs[rank] = results.ratio(slots, lora, Contender(f"lora{rank}", plugin=False))
+        stock = Contender(f"lora{rank}", plugin=False)
+        theirs[rank] = results.ratio(slots, lora, stock)
+        rounds += results.ratios(slots, lora, stock)
         for variant, ratios in ours.items():
             ratios[rank] = results.ratio(slots, Contender(f"{variant}{rank}", plugin=True), lora)
     lines = []
@@ -346,6 +356,7 @@ def goals(results: Results, ranks: Sequence[int]) -> list[str]:
         if 16 in ranks:
             lines.append(goal_line(f"{name} at rank 16, of LoRA's throughput", ratios[16], 0.5))
     lines.append(goal_line("LoRA with the plugin, of stock vLLM's throughput", min(theirs.values()), 0.95))
+    lines.append(f"  The median over all ranks and rounds is {median(rounds):.3f}.")
     return lines
 
 
@@ -382,9 +393,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="generated for a request; default: 48, with --quick 24")
     parser.add_argument("--ranks", type=int, nargs="+", choices=RANKS)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--dtype", choices=list(FILES), default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=None)
-    parser.add_argument("--save", action="store_true", help=f"write {' or '.join(FILES.values())}")
+    parser.add_argument("--save", action="store_true", help="write results/serving_*_cpu.md, of each budget")
     parser.add_argument("--count-operations", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     use_serving_environment()
@@ -403,11 +414,12 @@ def main() -> None:
         save_adapters(options.model, folder / "counted", small, 2)
         counts = operations(options.model, folder / "counted")
         save_adapters(options.model, folder, families(options.ranks), REQUESTS)
-        results = {name: compare(folder, options, budget) for name, budget in budgets.items()}
-    text = report(results, counts, options)
-    print(text)
-    if options.save:
-        (RESULTS / FILES[options.dtype]).write_text(text, encoding="utf-8")
+        for name, budget in budgets.items():
+            text = report(name, compare(folder, options, budget), counts, options)
+            print(text)
+            if options.save:
+                suffix = "" if options.dtype == DTYPES[0] else f"_{options.dtype}"
+                (RESULTS / f"serving_{name}{suffix}_cpu.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
