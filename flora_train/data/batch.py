@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from flora_train.data.labels.spec import Target
+from flora_train.data.labels.split import LabelSplit
 from flora_train.data.token_split import TokenSplit
 
 IGNORE = -100
@@ -54,7 +57,7 @@ class MixedBatch:
 
     inputs: Mapping[str, Tensor]
     """Arguments of the model. Causal models: input_ids and attention_mask (or position_ids, see `collate`),
-    int64 [B, T], right-padded."""
+    int64 [B, T], right-padded. With labelled texts also token_type_ids, where some are not 0."""
     labels: Tensor
     """int64 [B, T], IGNORE at prompts and padding."""
     adapter_ids: Tensor
@@ -62,6 +65,9 @@ class MixedBatch:
     rows: tuple[Row, ...]
     clips: Tensor | None = None
     """int64 [B]: index of each row's clip in the inputs, if these hold every clip once."""
+    targets: Sequence[Target | None] | None = None
+    """What each row of a labelled text is labelled with (see `LabelSplit.target`), None for other rows; None
+    if there is no labelled text."""
 
     @property
     def padded_tokens(self) -> int:
@@ -193,6 +199,8 @@ def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_toke
 
     Where an example holds several documents, the batch has position_ids that restart at every document (and
     at the padding) instead of a mask, from which transformers keeps documents from attending to each other.
+    Labelled texts are never packed, so that a batch of them has a mask: the last token of a row is the last
+    one that its mask has.
     """
     length = max(row.length for row in rows)
     input_ids = np.full((len(rows), length), pad_token, dtype=np.int64)
@@ -218,5 +226,39 @@ def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_toke
         inputs["position_ids"] = torch.from_numpy(positions)
     else:
         inputs["attention_mask"] = torch.from_numpy(mask)
+    types = _token_types(rows, split_of, length)
+    if types is not None:
+        inputs["token_type_ids"] = torch.from_numpy(types)
     ids = torch.tensor([row.adapter for row in rows])
-    return MixedBatch(inputs, torch.from_numpy(labels), ids, tuple(rows))
+    targets = targets_of(rows, split_of)
+    return MixedBatch(inputs, torch.from_numpy(labels), ids, tuple(rows), targets=targets)
+
+
+def targets_of(
+    rows: Sequence[Row], split_of: Callable[[str], TokenSplit]
+) -> tuple[Target | None, ...] | None:
+    """What each row is labelled with; None if no row is a labelled text."""
+    targets: list[Target | None] = []
+    for row in rows:
+        split = split_of(row.task)
+        target = None
+        if isinstance(split, LabelSplit):
+            target = split.target(row.example)
+        targets.append(target)
+    if all(target is None for target in targets):
+        return None
+    return tuple(targets)
+
+
+def _token_types(
+    rows: Sequence[Row], split_of: Callable[[str], TokenSplit], length: int
+) -> NDArray[np.int64] | None:
+    """The token types of labelled texts, 0 in other rows and padding; None if all are 0, which is what a
+    model takes them for without this argument."""
+    types = np.zeros((len(rows), length), dtype=np.int64)
+    for i, row in enumerate(rows):
+        split = split_of(row.task)
+        of_row = split.types(row.example) if isinstance(split, LabelSplit) else None
+        if of_row is not None:
+            types[i, : len(of_row)] = of_row
+    return types if types.any() else None

@@ -67,6 +67,8 @@ class EncodedDocument:
     """The tokens that are learnt. The first token of a document is never predicted."""
     label_bytes: int
     """UTF-8 bytes of the learnt text, for bits per byte. The end token has none."""
+    types: NDArray[np.int8] | None = None
+    """int8 [n]: the types of the tokens of a labelled text; None if the tokenizer has none."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class EncodedExample:
     """Special token -> number of times that it is written in the row."""
     label: bool | None = None
     """Of an unpaired preference: whether the completion is desirable."""
+    target: tuple[float, ...] = ()
+    """Of a labelled text: what it is labelled with, see `LabelSplit.target`."""
 
 
 class RowEncoder(Protocol):

@@ -24,6 +24,9 @@ TYPES: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
     "pack_offsets": (np.int64, ()),
     "labels": (np.bool_, ()),
     "order": (np.int64, ()),
+    "targets": (np.float64, ()),
+    "target_offsets": (np.int64, ()),
+    "token_types": (np.int8, ()),
 }
 """The arrays of a split: type and shape of their items. The largest is the first."""
 DOCUMENTS = 1024
@@ -45,7 +48,11 @@ class SplitBuilder:
         self._span_counts: list[int] = []
         self._label_bytes: list[int] = []
         self._labels: list[bool] = []
+        self._targets: list[float] = []
+        self._target_counts: list[int] = []
+        self._types: list[NDArray[np.int8]] = []
         self._total, self._documents, self._learnt, self._total_spans = 0, 0, 0, 0
+        self._total_targets = 0
         self._fates = Counter[str]()
         self._written = Counter[str]()
 
@@ -77,6 +84,10 @@ class SplitBuilder:
                     self._spans.append((begin or 1, end))
             self._span_counts.append(len(self._spans) - before)
             self._label_bytes.append(document.label_bytes)
+            self._targets += example.target
+            self._target_counts.append(len(example.target))
+            if document.types is not None:
+                self._types.append(document.types)
         if len(self._tokens) >= DOCUMENTS:
             self._flush()
 
@@ -96,13 +107,18 @@ class SplitBuilder:
             label_bytes=np.array(self._label_bytes, dtype=np.int64),
             pack_offsets=numbers,
             labels=np.array(self._labels, dtype=np.bool_),
+            targets=np.array(self._targets, dtype=np.float64),
+            target_offsets=self._total_targets + np.cumsum(self._target_counts, dtype=np.int64),
+            token_types=np.concatenate([np.empty(0, dtype=np.int8), *self._types]),
         )
+        self._total_targets += len(self._targets)
         self._total += int(lengths.sum())
         self._documents += documents
         self._total_spans += len(spans)
         self._learnt += int((spans[:, 1] - spans[:, 0]).sum())
         self._tokens, self._spans, self._span_counts = [], [], []
         self._label_bytes, self._labels = [], []
+        self._targets, self._target_counts, self._types = [], [], []
 
     def split(self, *, unsampled: int = 0) -> TokenSplit:
         """The split, published at its path. unsampled: rows that were left out before they were encoded, for
@@ -127,5 +143,5 @@ class SplitBuilder:
         return TokenSplit(**arrays, counts=counts)
 
 
-OFFSETS = ("offsets", "span_offsets", "pack_offsets")
+OFFSETS = ("offsets", "span_offsets", "pack_offsets", "target_offsets")
 """Arrays that begin with a zero."""

@@ -16,6 +16,7 @@ from flora_train.data.audio.common_voice import check_clips_exist
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.audio.speech_task import load_speech_task
+from flora_train.data.labels.spec import LabelSpec
 from flora_train.data.mixture import draw_problem
 from flora_train.data.preferences.costs import largest_unit, row_costs, unit_problem
 from flora_train.data.preferences.preference import Preference, preference_of
@@ -46,6 +47,8 @@ class Task:
     """Name of the release that the rows come from, if it has one."""
     preference: Preference | None = None
     """The objective of preferences; None: every token of a completion is learnt."""
+    label: LabelSpec | None = None
+    """The labels of texts, from which each of its adapters learns a head; None: there is no head."""
 
 
 def load_tasks(

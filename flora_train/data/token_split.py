@@ -74,6 +74,15 @@ class TokenSplit:
     order: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64), kw_only=True)
     """int64 [m]: the documents in the order of the examples, where several are packed into one; else empty:
     they are stored in that order."""
+    targets: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), kw_only=True)
+    """float64 [t]: of labelled texts, what they are labelled with; else empty."""
+    target_offsets: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(1, dtype=np.int64), kw_only=True
+    )
+    """int64 [m + 1]: document j is labelled with targets[target_offsets[j]:target_offsets[j + 1]]."""
+    token_types: NDArray[np.int8] = field(default_factory=lambda: np.empty(0, dtype=np.int8), kw_only=True)
+    """int8 [sum of lengths]: of labelled texts, the type of each token, where the tokenizer has types; else
+    empty."""
 
     def __len__(self) -> int:
         return len(self.pack_offsets) - 1
