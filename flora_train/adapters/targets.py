@@ -18,10 +18,21 @@ from flora_train.adapters.target_groups import GROUPS, QUERY_KEY, query_key_laye
 from flora_train.adapters.target_limits import limited
 from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.config.name_patterns import SELECTIONS, ends_with, is_regex, matches_ending
+from flora_train.models.encoders import head_names
 
 WITHOUT_LIST = ("all-linear", "default")
 """Values of target_modules that stand alone."""
 SPEECH = ("whisper", "speech_to_text", "moonshine")
+LIKE_BERT = (
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
 LIKE_LLAMA = ("cohere", "cohere2", "granite", "olmo", "olmo2", "olmo3", "smollm3", "stablelm")
 IA3_BEYOND_PEFT: dict[str, dict[str, tuple[str, ...]]] = {
     "target_modules": {
@@ -29,22 +40,34 @@ IA3_BEYOND_PEFT: dict[str, dict[str, tuple[str, ...]]] = {
         "phi3": ("qkv_proj", "down_proj"),
         **dict.fromkeys(LIKE_LLAMA, ("k_proj", "v_proj", "down_proj")),
         **dict.fromkeys(SPEECH, ("k_proj", "v_proj", "fc2")),
+        **dict.fromkeys(LIKE_BERT, ("key", "value", "output.dense")),
+        "distilbert": ("k_lin", "v_lin", "ffn.lin2"),
+        "mpnet": ("attn.k", "attn.v", "output.dense"),
+        "albert": ("key", "value", "ffn_output"),
+        "modernbert": ("Wqkv", "mlp.Wo"),
     },
     "feedforward_modules": {
         "starcoder2": ("mlp.c_proj",),
         **dict.fromkeys(("phi3", *LIKE_LLAMA), ("down_proj",)),
         **dict.fromkeys(SPEECH, ("fc2",)),
+        **dict.fromkeys(LIKE_BERT, ("output.dense",)),
+        "distilbert": ("ffn.lin2",),
+        "mpnet": ("output.dense",),
+        "albert": ("ffn_output",),
+        "modernbert": ("mlp.Wo",),
     },
 }
 """Keys, values and the feed-forward output (as in the IA3 paper) of architectures that PEFT's table lacks."""
 
 
 def linear_layers(model: Any) -> dict[str, Target]:
-    """Module name -> Target of every layer that adapters support; the output head is excluded."""
+    """Module name -> Target of every layer that adapters support; the output head is excluded, and of an
+    encoder everything that makes the outputs of a head from its last states."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    excluded = head_names(model)
     targets = {}
     for name, module in model.named_modules():
-        if module is head:
+        if module is head or name in excluded:
             continue
         if isinstance(module, nn.Linear) or hasattr(module, "W_q"):  # HQQ's layer is not an nn.Linear
             targets[name] = Target(name, module.in_features, module.out_features, transposed=False)

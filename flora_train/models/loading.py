@@ -18,6 +18,13 @@ from flora_train.config.model_schema import ModelConfig
 from flora_train.config.paths import find_file
 from flora_train.config.schema import RunConfig
 from flora_train.data.text_encoder import start_tokens
+from flora_train.models.encoders import (
+    encoder_class,
+    has_labels,
+    head_names,
+    is_encoder,
+    record_new_parameters,
+)
 from flora_train.models.hub_files import download_model
 from flora_train.models.model_path import missing_folder
 from flora_train.models.published_tokenizer import add_declared_start, settings_in, splits_otherwise
@@ -110,6 +117,9 @@ def load_preprocessors(config: ModelConfig, tokenizer: Any) -> list[Any]:
 def check_model_type(model_config: Any, config: RunConfig) -> None:
     """Raises UserError where the tasks are speech and the model reads text, or the other way round."""
     path, model_type = config.model.path, model_config.model_type
+    if is_encoder(model_config):
+        _check_encoder_tasks(config, model_type)
+        return
     if not any(task.speech is not None for task in config.tasks.values()):
         if is_speech_model(model_config):
             raise user_error(
@@ -127,6 +137,20 @@ def check_model_type(model_config: Any, config: RunConfig) -> None:
     if config.model.fsdp:
         hint = "is for text models: a speech model must be whole on every process"
         raise user_error("model.fsdp", True, hint)
+
+
+def _check_encoder_tasks(config: RunConfig, model_type: str) -> None:
+    """Raises UserError where a task is not one that an encoder can learn."""
+    for name, task in config.tasks.items():
+        if not has_labels(task):
+            hint = (
+                f"is a {model_type} model, which reads in both directions and predicts no next token, and "
+                f"tasks.{name} is to be learnt token by token: give it label (or token_labels), or choose a "
+                "causal model (a model of BERT's kind is one with is_decoder=true in its config.json)"
+            )
+            raise user_error("model.path", config.model.path, hint)
+    if config.model.fsdp:
+        raise user_error("model.fsdp", True, "an encoder must be whole on every process: leave it off")
 
 
 def load_model_config(config: ModelConfig) -> Any:
@@ -157,18 +181,38 @@ def load_base_model(config: ModelConfig, device: torch.device) -> nn.Module:
             "device_map": {"": device},
         }
     options["output_loading_info"] = True
-    model, loaded = _from_pretrained(_auto_class(model_config), config, weights=True, **options)
+    with _without_load_report(is_encoder(model_config)):
+        model, loaded = _from_pretrained(_auto_class(model_config), config, weights=True, **options)
     # transformers only warns, and initialises missing weights at random.
     parameters = {name for name, _ in model.named_parameters()}
-    if missing := sorted(loaded["missing_keys"] & parameters):
+    absent = loaded["missing_keys"] & parameters
+    in_head = frozenset(name for name in absent if name.rpartition(".")[0] in head_names(model))
+    if missing := sorted(absent - in_head):
         names = missing[0]
         if len(missing) > 1:
             names += f", and {len(missing) - 1} more"
         hint = f"has no weights for {names}: its files do not belong together, or one is missing"
         raise user_error("model.path", config.path, hint)
+    if is_encoder(model_config):
+        record_new_parameters(model, in_head)
     if config.quantization == "none":
         model = model.to(device)
     return _prepare(model, config, model_config)
+
+
+@contextmanager
+def _without_load_report(is_expected: bool) -> Iterator[None]:
+    """A context in which transformers does not list the weights that a checkpoint lacks, where it lacks those
+    of a head: every adapter brings its own."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    if is_expected:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _prepare(model: Any, config: ModelConfig, model_config: Any) -> nn.Module:
@@ -388,6 +432,8 @@ def _auto_class(model_config: Any) -> Any:
 
     if is_speech_model(model_config):
         return AutoModelForSpeechSeq2Seq
+    if is_encoder(model_config):
+        return encoder_class(model_config)
     return AutoModelForCausalLM
 
 
