@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
     PretrainedConfig,
 )
@@ -92,9 +93,58 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """model_type of transformers -> (its name for people, sizes)."""
 
+ENCODER_SIZES = {**SIZES, "bos_token_id": 2, "eos_token_id": 1}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BERT", ENCODER_SIZES),
+    "roberta": ("RoBERTa", ENCODER_SIZES),
+    "distilbert": (
+        "DistilBERT",
+        {
+            "vocab_size": VOCABULARY,
+            "dim": 32,
+            "hidden_dim": 48,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "camembert": ("CamemBERT", ENCODER_SIZES),
+    "deberta-v2": (
+        "DeBERTa-v2",
+        {
+            **ENCODER_SIZES,
+            "pos_att_type": ["p2c", "c2p"],
+            "relative_attention": True,
+            "position_buckets": 8,
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+            "pooler_hidden_size": 32,
+        },
+    ),
+    "modernbert": (
+        "ModernBERT",
+        {
+            **ENCODER_SIZES,
+            "cls_token_id": 2,
+            "sep_token_id": 1,
+            "local_attention": 8,
+            "global_attn_every_n_layers": 2,
+            "classifier_pooling": "mean",
+        },
+    ),
+    "electra": ("ELECTRA", {**ENCODER_SIZES, "embedding_size": 16}),
+    "albert": ("ALBERT", {**ENCODER_SIZES, "embedding_size": 16}),
+    "mpnet": ("MPNet", ENCODER_SIZES),
+    "xlm-roberta": ("XLM-RoBERTa", ENCODER_SIZES),
+}
+"""Encoders: model_type of transformers -> (its name for people, sizes)."""
+
 
 def architecture_config(architecture: str) -> PretrainedConfig:
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture][1])
+    sizes = {**ARCHITECTURES, **ENCODERS}[architecture][1]
+    config = AutoConfig.for_model(architecture, **sizes)
     disable_dropout(config)
     return config
 
@@ -102,6 +152,8 @@ def architecture_config(architecture: str) -> PretrainedConfig:
 def auto_class(config: PretrainedConfig) -> Any:
     if config.model_type == "whisper":
         return AutoModelForSpeechSeq2Seq
+    if config.model_type in ENCODERS:
+        return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 

@@ -233,6 +233,23 @@ class AdapterBank:
         pool, member = self.location[self.id_of(name)]
         return pool.row(member)
 
+    def head_of(self, name: str) -> dict[str, Tensor]:
+        """The parameters of the head of one adapter.
+
+        Args:
+            name: Name of the adapter.
+
+        Returns:
+            Parameter name, as in a checkpoint of transformers -> view of the adapter's values; empty for an
+            adapter without head.
+
+        Raises:
+            UserError: The name is unknown.
+        """
+        self._settle()
+        pool, member = self.location[self.id_of(name)]
+        return pool.head_row(member)
+
     def base_names(self) -> list[str]:
         """The names of all modules of the model as it was before `attach`."""
         names = (name.replace(".base_layer", "") for name, _ in self.model.named_modules())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from hashlib import sha256
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_train.adapters.heads import Head, head_of
 from flora_train.adapters.methods import METHODS, AdapterMethod, Target
+from flora_train.adapters.seeds import seeded_generator
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import check_patterns, find_targets
 
@@ -48,11 +49,19 @@ class Pool:
     gradients: Tensor
     """[slots, P]."""
 
-    def __init__(self, method: str, specs: Sequence[AdapterSpec], targets: Mapping[str, Target]) -> None:
+    def __init__(
+        self,
+        method: str,
+        specs: Sequence[AdapterSpec],
+        targets: Mapping[str, Target],
+        head: Head | None = None,
+    ) -> None:
         self.method: AdapterMethod = METHODS[method]
         self.specs = tuple(specs)
         """A member is a position in this tuple."""
         self.targets = dict(targets)
+        self.head = head
+        """Makes the outputs of the adapters of label tasks; None for all other tasks."""
         self.slot_of: dict[int, int] = {}
         """Member -> its row on the device. The same number, unless a pager decides which members are on the
         device."""
@@ -62,13 +71,20 @@ class Pool:
         """With a pager: plane -> [members, P] on the host."""
         self.layout: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
         """Module -> parameter -> its offset in the row, and its shape."""
-        self._lr_ratio_columns: Tensor | None = None
+        self.head_layout: dict[str, tuple[int, tuple[int, ...]]] = {}
+        """Parameter of the head -> its offset in the row, and its shape."""
+        self._rate_columns: Tensor | None = None
         self.row_size = 0
         for name, target in targets.items():
             self.layout[name] = {}
             for param, shape in self.method.shapes(specs[0].at(name), target).items():
                 self.layout[name][param] = (self.row_size, shape)
                 self.row_size += prod(shape)
+        self.head_start = self.row_size
+        """The offset of the head in the row: its parameters are the last ones."""
+        for param, shape in (head.parameters if head is not None else {}).items():
+            self.head_layout[param] = (self.row_size, shape)
+            self.row_size += prod(shape)
 
     @property
     def has_averages(self) -> bool:
@@ -80,21 +96,22 @@ class Pool:
         """Numbers that are stored for a parameter, its gradient among them."""
         return PLANES + self.has_averages
 
-    def lr_ratio_columns(self, device: torch.device) -> Tensor:
-        """Bool [P]: the numbers of a row whose learning rate is lr_ratio x lr."""
-        if self._lr_ratio_columns is None or self._lr_ratio_columns.device != device:
-            columns = torch.zeros(self.row_size, dtype=torch.bool)
+    def rate_columns(self, device: torch.device) -> Tensor:
+        """uint8 [P]: which learning rate a number of a row has. 0: lr; 1: lr_ratio x lr; 2: head_lr."""
+        if self._rate_columns is None or self._rate_columns.device != device:
+            columns = torch.zeros(self.row_size, dtype=torch.uint8)
             for layout in self.layout.values():
                 for param in self.method.lr_ratio_parameters & layout.keys():
                     start, shape = layout[param]
-                    columns[start : start + prod(shape)] = True
-            self._lr_ratio_columns = columns.to(device)
-        return self._lr_ratio_columns
+                    columns[start : start + prod(shape)] = 1
+            columns[self.head_start :] = 2
+            self._rate_columns = columns.to(device)
+        return self._rate_columns
 
     @property
     def ranks(self) -> tuple[int, int]:
         """The smallest and the largest rank of an adapter's layers; 0 for a method without rank."""
-        ranks = {self.specs[0].at(module).rank for module in self.targets}
+        ranks = {self.specs[0].at(module).rank for module in self.targets} or {0}
         return min(ranks), max(ranks)
 
     def allocate(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -111,6 +128,8 @@ class Pool:
         # Leaves that require grad, so that autograd calls GatherRows.backward; they share the pool's memory.
         self._leaves = {name: self._views(self.values, name, leaf=True) for name in self.layout}
         self._leaf_gradients = {name: self._views(self.gradients, name) for name in self.layout}
+        self._head_leaves = self._head_views(self.values, leaf=True)
+        self._head_gradients = self._head_views(self.gradients)
 
     @property
     def values(self) -> Tensor:
@@ -136,6 +155,10 @@ class Pool:
             self.method.initialise(params, spec.at(name), generator)
             for param, view in views[name].items():
                 view.copy_(params[param])
+        if self.head is not None:
+            values = self.head.initial(seed, spec.seed_name)
+            for param, view in self.head_row(member).items():
+                view.copy_(values[param])
 
     def row(self, member: int) -> dict[str, dict[str, Tensor]]:
         """Module -> parameter -> view of one adapter's values, on the device or the host."""
@@ -147,14 +170,36 @@ class Pool:
             }
         return views
 
+    def head_row(self, member: int) -> dict[str, Tensor]:
+        """Parameter of the head -> view of one adapter's values, on the device or the host."""
+        values = self.state(member)["values"]
+        return {
+            p: values[start : start + prod(shape)].view(shape)
+            for p, (start, shape) in self.head_layout.items()
+        }
+
+    def gather_head(self, slots: Tensor) -> dict[str, Tensor]:
+        """Parameter of the head -> [K, ...] for the adapters in `slots` [K], differentiable into
+        `gradients`."""
+        gradients = self._head_gradients
+        return {p: GatherRows.apply(leaf, gradients[p], slots) for p, leaf in self._head_leaves.items()}
+
     def gather(self, module: str, slots: Tensor) -> dict[str, Tensor]:
         """Parameter -> [K, ...] for the adapters in `slots` [K], differentiable into `gradients`."""
         gradients = self._leaf_gradients[module]
         return {p: GatherRows.apply(leaf, gradients[p], slots) for p, leaf in self._leaves[module].items()}
 
     def _views(self, storage: Tensor, module: str, leaf: bool = False) -> dict[str, Tensor]:
+        return self._views_of(storage, self.layout[module], leaf)
+
+    def _head_views(self, storage: Tensor, leaf: bool = False) -> dict[str, Tensor]:
+        return self._views_of(storage, self.head_layout, leaf)
+
+    def _views_of(
+        self, storage: Tensor, layout: Mapping[str, tuple[int, tuple[int, ...]]], leaf: bool
+    ) -> dict[str, Tensor]:
         views = {}
-        for param, (start, shape) in self.layout[module].items():
+        for param, (start, shape) in layout.items():
             strides = (self.row_size, *torch.empty(shape, device="meta").stride())
             view = storage.as_strided((storage.shape[0], *shape), strides, storage.storage_offset() + start)
             views[param] = view.detach().requires_grad_() if leaf else view
@@ -171,7 +216,7 @@ def pool_key(spec: AdapterSpec) -> tuple[object, ...]:
     """Adapters with the same key share a pool: all their tensors have the same shapes."""
     ranks = spec.rank, spec.rank_pattern
     layers = spec.exclude_modules, spec.layers_to_transform, spec.layers_pattern, spec.parent_module
-    return spec.method, ranks, spec.target_modules, spec.feedforward_modules, *layers
+    return spec.method, ranks, spec.target_modules, spec.feedforward_modules, *layers, spec.head
 
 
 def build_pools(
@@ -190,15 +235,11 @@ def build_pools(
     left_out: dict[str, str] = {}
     for members in groups.values():
         targets = find_targets(model, members[0], unusable)
+        shape = members[0].head
+        head = None if shape is None else head_of(model, shape)
         for spec in members:
             check_patterns(spec, targets)
-        pools.append(Pool(members[0].method, members, targets))
+        pools.append(Pool(members[0].method, members, targets, head))
         selected = find_targets(model, members[0])
         left_out |= {name: reason for name, reason in unusable.items() if name in selected}
     return pools, left_out
-
-
-def seeded_generator(seed: int, *key: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose state depends only on the seed and the key."""
-    digest = sha256("\x1f".join(map(str, (seed, *key))).encode()).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flora_train.adapters.pool import Pool, seeded_generator
+from flora_train.adapters.pool import Pool
+from flora_train.adapters.seeds import seeded_generator
 from flora_train.adapters.spec import BASE_ID, AdapterSpec
 from flora_train.kernels.segments import Segments
 

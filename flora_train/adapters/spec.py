@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from flora_train.config.adapter_schema import AdapterConfig, adapter_name
 from flora_train.config.name_patterns import as_pairs, value_for
 from flora_train.config.schema import RunConfig
+from flora_train.data.labels.spec import LabelSpec
 
 BASE = "__base__"
 """The name of the base model: rows with this name use no adapter."""
@@ -16,7 +17,23 @@ BASE = "__base__"
 BASE_ID = -1
 """The id of the base model in batches."""
 
-DEFAULT_RANK = {"flora": 4, "lora": 8, "dora": 8, "ia3": 0}
+DEFAULT_RANK = {"flora": 4, "lora": 8, "dora": 8, "ia3": 0, "head": 0}
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The shape of an adapter's head."""
+
+    kind: Literal["text", "tokens"]
+    """Whether it has outputs for a text, or for each token."""
+    outputs: int
+    """Their number."""
+
+
+def head_shape(labels: LabelSpec) -> HeadShape:
+    """The shape of the heads that learn these labels."""
+    kind: Literal["text", "tokens"] = "tokens" if labels.task_type == "tokens" else "text"
+    return HeadShape(kind, labels.outputs)
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,14 @@ class AdapterSpec:
     exclude_modules: tuple[str, ...] | str | None = None
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
+    head: HeadShape | None = None
+    """Of an adapter of a label task; None for all other tasks."""
+    head_lr: float | None = None
+
+    @property
+    def head_lr_ratio(self) -> float:
+        """The learning rate of the head relative to that of the other parameters."""
+        return 1.0 if self.head_lr is None else self.head_lr / self.lr
 
     @property
     def seed_name(self) -> str:
@@ -97,7 +122,9 @@ def _spec_at(spec: AdapterSpec, module: str) -> AdapterSpec:
     )
 
 
-def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: int) -> AdapterSpec:
+def make_spec(
+    task: str, family: str, adapter: AdapterConfig, *, default_steps: int, head: HeadShape | None = None
+) -> AdapterSpec:
     """The adapter of one task that an entry of `adapters:` in a recipe describes.
 
     Args:
@@ -105,6 +132,7 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: 
         family: Key of the entry; the adapter's name is `<task>-<family>`.
         adapter: The entry.
         default_steps: Training steps, if the entry sets no max_steps.
+        head: The shape of its head, if the task has labels.
 
     Returns:
         The specification, with defaults filled in.
@@ -149,6 +177,8 @@ def make_spec(task: str, family: str, adapter: AdapterConfig, *, default_steps: 
         exclude_modules=_hashable(adapter.exclude_modules),
         layers_to_transform=_hashable(adapter.layers_to_transform),
         layers_pattern=_hashable(adapter.layers_pattern),
+        head=head,
+        head_lr=adapter.head_lr,
     )
 
 

@@ -90,6 +90,8 @@ def find_targets(
     unusable: layers that no adapter can be attached to -> the reason (layer_usage.py). Raises UserError when
     a name matches no module, an unsupported module, or only unusable layers.
     """
+    if spec.method == "head":
+        return {}
     key = f"adapters.{spec.family}"
     selected = _select(model, spec, unusable)
     reason = next((reason for name, reason in unusable.items() if name in selected), None)

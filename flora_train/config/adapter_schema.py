@@ -24,10 +24,10 @@ LayerIndex = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 
 
 class AdapterConfig(ConfigModel):
-    method: Literal["flora", "lora", "dora", "ia3"]
+    method: Literal["flora", "lora", "dora", "ia3", "head"]
     """flora: W0 * (B A), elementwise. lora: W0 + alpha / rank * B A. dora: the weight of lora, each of whose
     rows is given a learned norm. ia3: a learned scale for each output, and for each input of feed-forward
-    layers."""
+    layers. head: no layer is changed, and only a head is trained, for tasks with labels (the baseline)."""
     rank: Rank | None = None
     """Rank of B A, for flora, lora and dora. Default: 4 for flora, 8 for lora and dora; with init_from, that
     of the PEFT adapter."""
@@ -60,6 +60,8 @@ class AdapterConfig(ConfigModel):
     lr_ratio: float | None = Field(None, gt=0, le=1_000_000)
     """flora, lora and dora: the learning rate of B (and, as in PEFT, of dora's norms) is lr_ratio x lr, that
     of A is lr (LoRA+, Hayou et al. 2024, who recommend 16 for lora). Default: 1."""
+    head_lr: float | None = Field(None, gt=0, le=1e30)
+    """Tasks with labels: peak learning rate of the head, which follows the same schedule. Default: lr."""
     weight_decay: float = Field(0.0, ge=0, le=10_000)
     """Decoupled weight decay towards zero. Zero is not the identity for ia3 and pure flora: leave it at 0
     there."""
@@ -162,6 +164,15 @@ class AdapterConfig(ConfigModel):
     def _selects(cls, selection: Any) -> Any:
         return check_target_regex(selection) if isinstance(selection, str) else selection
 
+    @field_validator(
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "parent_module"
+    )
+    @classmethod
+    def _has_layers(cls, selection: Any, info: ValidationInfo) -> Any:
+        if info.data.get("method") == "head" and selection not in (None, "default"):
+            raise ValueError("has no meaning for method head, which changes no layer: remove it")
+        return selection
+
     @field_validator("exclude_modules")
     @classmethod
     def _excludes(cls, exclude: list[str] | str | None) -> list[str] | str | None:
@@ -195,6 +206,10 @@ class AdapterConfig(ConfigModel):
     @classmethod
     def _decays(cls, weight_decay: float, info: ValidationInfo) -> float:
         lr, ratio = info.data.get("lr"), info.data.get("lr_ratio") or 1.0
+        head_lr = info.data.get("head_lr")
+        if head_lr is not None and head_lr * weight_decay > 1:
+            effect = "every step would flip the signs of the head's weights"
+            raise ValueError(f"times head_lr = {head_lr:g} is more than 1, so that {effect}: lower it")
         if lr is not None and lr * max(1.0, ratio) * weight_decay > 1:
             rate = f"lr = {lr:g}" if ratio <= 1 else f"lr x lr_ratio = {lr * ratio:g}"
             effect = "every step would flip the signs of the weights"

@@ -1,4 +1,4 @@
-"""Next-token losses of every row, without the logits of all positions at once."""
+"""Losses of every row: of its next tokens, without the logits of all positions at once, or of its label."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from flora_train.data.batch import IGNORE, MixedBatch
 from flora_train.models.speech_encoder import as_encoder_outputs, model_inputs
+from flora_train.training.label_loss import LabelLosses
 from flora_train.training.step_timer import StepTimer
 
 CHUNK = 128
@@ -20,29 +21,45 @@ CHUNK = 128
 
 
 class RowLosses:
-    """Next-token losses of a model, summed per row. Determines once, at the start, how the model makes its
-    logits.
-    """
+    """Losses of a model, summed per row. Determines once, at the start, how the model makes its logits."""
 
-    def __init__(self, model: nn.Module, timer: StepTimer | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, timer: StepTimer | None = None, labels: LabelLosses | None = None
+    ) -> None:
         self.model = model
-        self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self.labels = labels
+        """Of labelled texts; None where no adapter has a head."""
+        self.head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+        """None for an encoder, all of whose rows have labels."""
         self.encoder_decoder = _is_encoder_decoder(model)
-        self.head_makes_logits = _head_makes_logits(model, self.head)
+        self.head_makes_logits = self.head is not None and _head_makes_logits(model, self.head)
         self.timer = timer or StepTimer(next(model.parameters()).device, 1)
 
     def __call__(self, batch: MixedBatch) -> Tensor:
-        """Sum of the next-token losses (nats) of every row, float32 [B], differentiable once.
+        """Sum of the losses of every row, float32 [B], differentiable once: of next tokens (in nats), or of
+        its label.
 
         A causal model's labels are its inputs: position i predicts label i + 1. An encoder-decoder's decoder
         reads them shifted right (decoder_input_ids of the batch): position i predicts label i. Logits are
         computed only at positions with a label and, unless the architecture changes them after the output
         head (soft caps, scales), only CHUNK of them at a time.
         """
+        if batch.targets is None or self.labels is None:
+            return self._next_tokens(batch)
+        with _body_states(self.model) as states:
+            losses = self._next_tokens(batch)
+        with self.timer.part("loss"):
+            return losses + self.labels(batch, states[0])
+
+    def _next_tokens(self, batch: MixedBatch) -> Tensor:
+        inputs = model_inputs(self.model, batch)
+        if self.head is None:
+            self.model(**inputs)
+            return torch.zeros(len(batch.labels), device=batch.labels.device)
         labels = batch.labels if self.encoder_decoder else F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
         learnt = labels != IGNORE
         with _head_input(self.head, learnt, first_only=self.head_makes_logits) as hidden:
-            logits = self.model(**model_inputs(self.model, batch), use_cache=False).logits
+            logits = self.model(**inputs, use_cache=False).logits
         with self.timer.part("loss"):
             if self.head_makes_logits:
                 losses = ChunkedCrossEntropy.apply(
@@ -52,6 +69,18 @@ class RowLosses:
                 losses = F.cross_entropy(logits[0].float(), labels[learnt], reduction="none")
         rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[learnt]
         return losses.new_zeros(len(labels)).index_add(0, rows, losses)
+
+
+@contextmanager
+def _body_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Capture the last states [B, L, d] of the model's body."""
+    caught: list[Tensor] = []
+    body: nn.Module = model.base_model  # type: ignore[assignment]
+    handle = body.register_forward_hook(lambda module, args, output: caught.append(output[0]))
+    try:
+        yield caught
+    finally:
+        handle.remove()
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -42,8 +42,8 @@ class TrainingMetrics:
         """Bytes of gradients that this process has put into exchanges."""
         self.recent_loss_sums: dict[int, float] = defaultdict(float)
         """Adapter id -> its losses, each times the tokens or preferences that it is a mean over."""
-        self.recent_counts: Counter[int] = Counter()
-        """Adapter id -> these tokens or preferences."""
+        self.recent_counts: dict[int, float] = defaultdict(int)
+        """Adapter id -> these tokens, preferences or weights."""
         self.recent_rewards: dict[int, RewardSums] = {}
         self.last_steps: dict[int, AdapterStep] = {}
         """Adapter id -> its last update."""
@@ -71,9 +71,10 @@ class TrainingMetrics:
     def recent_losses(self) -> dict[int, float]:
         """Mean losses since the last log record, of the adapters that were trained: nats per label token, or
         losses of preferences."""
-        return {
-            adapter: self.recent_loss_sums[adapter] / count for adapter, count in self.recent_counts.items()
-        }
+        losses: dict[int, float] = {}
+        for adapter, count in self.recent_counts.items():
+            losses[adapter] = self.recent_loss_sums[adapter] / count if count else 0.0
+        return losses
 
     def flush(self) -> dict[str, dict[str, float]]:
         """Adapter name -> its part of a log record. The recent sums are reset."""
@@ -89,7 +90,7 @@ class TrainingMetrics:
             }
             rewards = self.recent_rewards.get(adapter)
             if rewards is not None:
-                record[self.specs[adapter].name] |= rewards.metrics(self.recent_counts[adapter])
+                record[self.specs[adapter].name] |= rewards.metrics(round(self.recent_counts[adapter]))
         self.recent_loss_sums.clear()
         self.recent_counts.clear()
         self.recent_rewards.clear()
@@ -124,7 +125,7 @@ class TrainingMetrics:
         self.task_tokens = Counter(state["task_tokens"])
         self.gradient_bytes_sent = state["gradient_bytes_sent"]
         self.recent_loss_sums = defaultdict(float, by_id(state["recent_loss_sums"], self.specs))
-        self.recent_counts = Counter(by_id(state["recent_counts"], self.specs))
+        self.recent_counts = defaultdict(int, by_id(state["recent_counts"], self.specs))
         rewards = by_id(state["recent_rewards"], self.specs)
         self.recent_rewards = {adapter: RewardSums(**sums) for adapter, sums in rewards.items()}
         steps = by_id(state["last_steps"], self.specs)

@@ -92,8 +92,9 @@ class StepTotals:
         self.losses: dict[int, float] = {}
         """Adapter id -> its loss: nats per token, or the mean loss of its preferences with the weighted nats
         per token of the chosen completions."""
-        self.counts: dict[int, int] = {}
-        """Adapter id -> what its loss is a mean over: label tokens, pairs or labelled completions."""
+        self.counts: dict[int, float] = {}
+        """Adapter id -> what its loss is a mean over: label tokens, pairs, labelled completions, or weights
+        of labelled texts."""
         self.loss_sums: dict[int, float] = {}
         """Adapter id -> loss times count."""
         self.rewards: dict[int, RewardSums] = {}
@@ -102,7 +103,8 @@ class StepTotals:
             columns = sums[adapter * COLUMNS : (adapter + 1) * COLUMNS]
             preferences = plan.preferences.get(adapter)
             if preferences is None:
-                self.counts[adapter], self.losses[adapter] = tokens, columns[NATS] / tokens
+                self.counts[adapter] = tokens
+                self.losses[adapter] = columns[NATS] / tokens if tokens else 0.0
                 self.loss_sums[adapter] = columns[NATS]
                 continue
             self.counts[adapter] = preferences
@@ -160,7 +162,8 @@ class MicrobatchLoss:
     def _token_weight(self, row: Row, plan: StepPlan) -> float:
         """The weight of -log p of a row as such."""
         if row.unit is None:
-            return 1.0 / plan.label_tokens[row.adapter]
+            count = plan.label_tokens[row.adapter]
+            return 1.0 / count if count else 0.0
         preference = self.tasks[row.task].preference
         assert preference is not None
         if row.document or not preference.sft_weight:

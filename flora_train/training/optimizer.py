@@ -98,11 +98,15 @@ class BankOptimizer:
         self, pool: Pool, rows: Tensor | slice, adapters: list[int], steps: list[AdapterStep]
     ) -> None:
         coefficients = self._coefficients(pool, adapters, steps)
-        clip, decay, rate, root, *of_B = coefficients.split(1, dim=1)
-        in_B = None
-        if of_B:
-            in_B = pool.lr_ratio_columns(pool.values.device)
-            decay, rate = torch.where(in_B, of_B[0], decay), torch.where(in_B, of_B[1], rate)
+        clip, decay, rate, root, *others = coefficients.split(1, dim=1)
+        groups = None
+        if others:
+            groups = pool.rate_columns(pool.values.device)
+            for group, (its_decay, its_rate) in enumerate(
+                zip(others[::2], others[1::2], strict=True), start=1
+            ):
+                decay = torch.where(groups == group, its_decay, decay)
+                rate = torch.where(groups == group, its_rate, rate)
         if self.config.optimizer == "sgd":
             pool.values[rows] = (pool.values[rows] * decay).addcmul_(pool.gradients[rows] * clip, rate)
             return
@@ -118,7 +122,7 @@ class BankOptimizer:
                 second=second,
                 slots=slots,
                 numbers=coefficients,
-                in_B=in_B,
+                groups=groups,
                 betas=self.config.betas,
                 eps=self.config.eps,
             )
@@ -173,20 +177,21 @@ class BankOptimizer:
 
     def _coefficients(self, pool: Pool, adapters: list[int], steps: list[AdapterStep]) -> Tensor:
         """Clip factor, weight decay factor, negative learning rate and root of the second bias correction:
-        [adapters, 4]. Where an adapter has lr_ratio, also decay factor and negative learning rate of B:
-        [adapters, 6].
+        [adapters, 4]. Where an adapter has lr_ratio or head_lr, also decay factor and negative learning rate
+        of B and of the head: [adapters, 8].
         """
         beta1, beta2 = self.config.betas if self.config.optimizer == "adamw" else (0.0, 0.0)
-        with_ratio = any(self.bank.specs[adapter].lr_ratio != 1.0 for adapter in adapters)
+        specs = [self.bank.specs[adapter] for adapter in adapters]
+        one_rate = all(spec.lr_ratio == 1.0 and spec.head_lr is None for spec in specs)
         rows = []
-        for adapter, step in zip(adapters, steps, strict=True):
-            spec, count = self.bank.specs[adapter], self.steps[adapter]
+        for adapter, spec, step in zip(adapters, specs, steps, strict=True):
+            count = self.steps[adapter]
             clip = min(1.0, (spec.max_grad_norm or inf) / (step.gradient_norm + 1e-6))
             decay = 1.0 - step.lr * spec.weight_decay
             rate = -step.lr / (1.0 - beta1**count)
             row = [clip, decay, rate, (1.0 - beta2**count) ** 0.5]
-            if with_ratio:
-                row += [1.0 - step.lr * spec.lr_ratio * spec.weight_decay, rate * spec.lr_ratio]
+            for ratio in () if one_rate else (spec.lr_ratio, spec.head_lr_ratio):
+                row += [1.0 - step.lr * ratio * spec.weight_decay, rate * ratio]
             rows.append(row)
         return torch.tensor(rows, dtype=pool.values.dtype, device=pool.values.device)
 

@@ -10,6 +10,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import Row, group_by_length
+from flora_train.data.labels.split import LabelSplit
 from flora_train.data.mixture import Draw, Stream, TaskMixture
 from flora_train.data.preferences.costs import row_costs
 from flora_train.data.preferences.preference import Preference
@@ -17,6 +18,7 @@ from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.splits import seed_of
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
+from flora_train.training.label_loss import label_weight
 from flora_train.training.preference_rows import DrawRows, heldout_preference_rows
 
 
@@ -25,8 +27,9 @@ class StepPlan:
     """A step of the whole run. Every process makes the same plan, so that they need not exchange it."""
 
     microbatches: tuple[tuple[Row, ...], ...]
-    label_tokens: Mapping[int, int]
-    """Adapter id -> its label tokens in the whole step, of rows with a gradient."""
+    label_tokens: Mapping[int, float]
+    """Adapter id -> its label tokens in the whole step, of rows with a gradient; of labelled texts, the sum
+    of their weights (see `label_weight`)."""
     tokens: int
     """Tokens of all rows."""
     task_tokens: Mapping[str, int]
@@ -101,7 +104,7 @@ class _StepRows:
     def __init__(self, seed: int, number: int, bank: AdapterBank) -> None:
         self.seed, self.number, self.bank = seed, number, bank
         self.rows: list[Row] = []
-        self.label_tokens: dict[int, int] = defaultdict(int)
+        self.label_tokens: dict[int, float] = defaultdict(int)
         self.task_tokens: dict[str, int] = defaultdict(int)
         self.preferences: dict[int, int] = defaultdict(int)
         self.chosen_tokens: dict[int, int] = defaultdict(int)
@@ -114,7 +117,9 @@ class _StepRows:
             seed = None
             if window:
                 seed = seed_of(self.seed, f"augment {self.number}", draw.task, str(example))
-            label_tokens = split.label_count(example)
+            label_tokens: float = split.label_count(example)
+            if isinstance(split, LabelSplit):
+                label_tokens = label_weight(split, example)
             for name in draw.adapters:
                 adapter = self.bank.ids[name]
                 shares = self.bank.shares_encoding(adapter)

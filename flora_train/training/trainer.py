@@ -28,6 +28,7 @@ from flora_train.runtime.signals import Interrupted, StopSignals
 from flora_train.training.context import TrainingContext
 from flora_train.training.fsdp import run_dummy_frozen_pass, run_dummy_passes
 from flora_train.training.heldout import HeldOut, evaluate_heldout, heldout_metrics
+from flora_train.training.label_loss import LabelLosses
 from flora_train.training.loss import RowLosses
 from flora_train.training.metrics import MetricLogger, NullMetricLogger, tracker_keys
 from flora_train.training.objectives import MicrobatchLoss, RowNats, StepSums, StepTotals
@@ -48,7 +49,7 @@ class Trainer(ResumableTraining):
         super().__init__(context)
         self.metric_logger: MetricLogger = metric_logger or NullMetricLogger()
         self.timer = StepTimer(self.bank.device, self.config.training.log_every)
-        self.row_losses = RowLosses(self.model, self.timer)
+        self.row_losses = RowLosses(self.model, self.timer, labels=LabelLosses(self.bank, self.tasks))
         self.task_of = [self.tasks[spec.task] for spec in self.bank.specs]
         """The task of each adapter."""
         self.microbatch_loss = MicrobatchLoss(self.tasks, context.references)

@@ -3,9 +3,12 @@
 from flora_train.adapters.methods.base import AdapterMethod, Params, Site, Target
 from flora_train.adapters.methods.dora import Dora
 from flora_train.adapters.methods.flora import Flora
+from flora_train.adapters.methods.head import HeadOnly
 from flora_train.adapters.methods.ia3 import Ia3
 from flora_train.adapters.methods.lora import Lora
 
-METHODS: dict[str, AdapterMethod] = {method.name: method for method in (Flora(), Lora(), Dora(), Ia3())}
+METHODS: dict[str, AdapterMethod] = {
+    method.name: method for method in (Flora(), Lora(), Dora(), Ia3(), HeadOnly())
+}
 
 __all__ = ["METHODS", "AdapterMethod", "Params", "Site", "Target"]

@@ -14,11 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.paging import Paging
-from flora_train.adapters.spec import BASE_ID, AdapterSpec
+from flora_train.adapters.spec import BASE_ID, AdapterSpec, head_shape
 from flora_train.config.load import validate
 from flora_train.config.sweep import SweepConfig
 from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
 from flora_train.data.documents import EncodedDocument, EncodedExample
+from flora_train.data.labels.spec import LabelSpec
+from flora_train.data.labels.split import LabelSplit, label_split
 from flora_train.data.packing import pack
 from flora_train.data.preferences.preference import Preference
 from flora_train.data.preferences.split import PreferenceSplit, preference_split
@@ -82,6 +84,25 @@ def random_chats(seed: int, examples: int, longest: int = 16) -> TokenSplit:
     return builder.split()
 
 
+def random_labels(seed: int, examples: int, label: LabelSpec, longest: int = 14) -> LabelSplit:
+    """Texts of 4 to `longest` random tokens with random labels."""
+    generator = np.random.default_rng(seed)
+    builder = SplitBuilder()
+    for _ in range(examples):
+        tokens = generator.integers(3, VOCABULARY, generator.integers(4, longest + 1)).astype(np.int32)
+        target: Any = (float(generator.normal()),)
+        if label.task_type == "single":
+            target = (float(generator.integers(len(label.labels))),)
+        elif label.task_type == "multi":
+            target = tuple(generator.integers(0, 2, len(label.labels)).astype(float))
+        elif label.task_type == "tokens":
+            values = generator.integers(len(label.labels), size=len(tokens)).astype(float)
+            values[0] = values[-1] = IGNORE
+            target = tuple(values)
+        builder.add(EncodedExample((EncodedDocument(tokens, (), 0),), "whole", target=target))
+    return label_split(builder.split(), label)
+
+
 def make_trainer(
     specs: Sequence[AdapterSpec],
     folder: Path,
@@ -97,18 +118,22 @@ def make_trainer(
     examples_per_draw: int = 1,
     chats: Sequence[str] = (),
     packed_chats: Sequence[str] = (),
+    labels: Mapping[str, LabelSpec] | None = None,
     **training: Any,
 ) -> Trainer:
     """A trainer for `specs` on tasks a, b and c; same arguments, same trainer.
 
-    preferences: of the tasks that are not plain text; chats, packed_chats: tasks of conversations.
+    preferences: of the tasks that are not plain text; chats, packed_chats: tasks of conversations; labels: of
+    the tasks of labelled texts, which may have other names.
     """
+    labels = labels or {}
+    specs = [replace(s, head=head_shape(labels[s.task])) if s.task in labels else s for s in specs]
     source = {"train": "unused.jsonl"}
     config = validate(
         {
             "name": "test",
             "model": {"path": "unused"},
-            "tasks": dict.fromkeys("abc", source),
+            "tasks": dict.fromkeys((*"abc", *(labels or {})), source),
             "adapters": {"unused": {"method": "ia3", "lr": 1e-3}},
             "mixture": {"strategy": "uniform", "examples_per_draw": examples_per_draw},
             "training": {
@@ -139,6 +164,9 @@ def make_trainer(
     for number, (name, preference) in enumerate((preferences or {}).items()):
         halves = (random_preferences(20 + 2 * number + i, (24, 5)[i], preference.objective) for i in (0, 1))
         tasks[name] = Task(name, 1.0, *halves, "", preference=preference)
+    for number, (name, label) in enumerate(labels.items()):
+        halves = (random_labels(60 + 2 * number + i, (40, 7)[i], label) for i in (0, 1))
+        tasks[name] = Task(name, 1.0, *halves, "", label=label)
     bank = AdapterBank.attach(model, specs, paging=paging)
     config = config.model_copy(
         update={"sweep": SweepConfig.model_validate({"strategy": sweep})}

@@ -1,0 +1,87 @@
+"""Heads of all kinds, mixed with each other and with plain adapters, train as if each were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flora_train.adapters.spec import AdapterSpec
+from flora_train.data.labels.spec import LabelSpec
+from tests.conftest import spec
+from tests.unit.training.harness import (
+    largest_difference_to_training_alone,
+    make_trainer,
+    moved,
+    plans_of,
+    train_together,
+)
+
+LABELS: Mapping[str, LabelSpec] = {
+    "three": LabelSpec("single", ("x", "y", "z"), (0.5, 1.0, 2.0)),
+    "two": LabelSpec("single", ("n", "y")),
+    "many": LabelSpec("multi", ("p", "q", "r", "s")),
+    "number": LabelSpec("regression"),
+    "tags": LabelSpec("tokens", ("O", "B", "I"), (0.3, 1.0, 1.0)),
+}
+RATES = {"sgd": 0.2, "adamw": 2e-3}
+ISOLATED = 1e-5
+
+
+def label_specs(**options: Any) -> list[AdapterSpec]:
+    """A head of each size and kind, each with another method, and one alone."""
+    lr = options["lr"]
+    return [
+        spec("flora", "three", rank=3, variant="residual", head_lr=lr / 2, **options),
+        spec("lora", "three", rank=2, **options),
+        spec("head", "three", **options),
+        spec("flora", "two", "pure", rank=2, variant="pure", **options),
+        spec("lora", "many", rank=2, lr_ratio=2.0, **options),
+        spec("ia3", "number", **options),
+        replace(spec("lora", "tags", rank=2, **options), dropout=0.1),
+        spec("head", "tags", weight_decay=0.1, **options),
+    ]
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_heads_trained_together_equal_those_trained_alone(
+    tmp_path: Path, architecture: str, optimizer: str
+) -> None:
+    settings: dict[str, Any] = {"optimizer": optimizer, "tokens_per_step": 180, "tokens_per_microbatch": 128}
+    options = {"architecture": architecture, "labels": LABELS, **settings}
+    together = make_trainer(label_specs(lr=RATES[optimizer]), tmp_path, **options)
+    plans = plans_of(together)
+    assert any(len(plan.label_tokens) < len(together.bank.specs) for plan in plans)
+    assert any(len({row.task for row in rows}) > 2 for plan in plans for rows in plan.microbatches)
+    train_together(together, plans)
+    assert min(moved(together, architecture).values()) > 1e-3
+    differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
+    assert max(differences.values()) <= ISOLATED, differences
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_heads_of_a_decoder_train_beside_plain_adapters(
+    tmp_path: Path, architecture: str, optimizer: str
+) -> None:
+    settings: dict[str, Any] = {"optimizer": optimizer, "tokens_per_step": 220, "tokens_per_microbatch": 160}
+    options = {"architecture": architecture, "labels": LABELS, **settings}
+    lr = RATES[optimizer]
+    fast = {"sgd": 2.0, "adamw": lr}[optimizer]
+    plain = [
+        spec("flora", "a", rank=3, variant="residual", lr=fast),
+        spec("lora", "b", rank=2, lr=fast),
+        spec("ia3", "c", lr=fast),
+    ]
+    together = make_trainer([*plain, *label_specs(lr=lr)], tmp_path, **options)
+    plans = plans_of(together)
+    mixed = [{row.task in LABELS for row in rows} for plan in plans for rows in plan.microbatches]
+    assert {True, False} in mixed
+    train_together(together, plans)
+    assert min(moved(together, architecture).values()) > 1e-3
+    differences = largest_difference_to_training_alone(together, plans, tmp_path, **options)
+    assert max(differences.values()) <= ISOLATED, differences
