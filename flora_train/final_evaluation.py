@@ -40,6 +40,7 @@ from flora_train.training.best_adapters import BestCheckpoint
 from flora_train.training.fsdp import unshard
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.joint_speedup import JointSpeedup as MeasuredSpeedup
+from flora_train.training.label_loss import LabelLosses
 from flora_train.training.loss import RowLosses
 from flora_train.training.references import prepare_references
 
@@ -106,7 +107,7 @@ def heldout_losses(
     """
     with ProgressBar("evaluate", 1.0) as progress:
         return evaluate_heldout(
-            RowLosses(bank.model),
+            RowLosses(bank.model, labels=LabelLosses(bank, context.tasks)),
             bank,
             context.tasks.values(),
             max_tokens=2 * context.config.training.tokens_per_microbatch,

@@ -20,6 +20,9 @@ from flora_train.runtime.checksum import DamagedError, check_regular, damaged_fi
 from flora_train.runtime.distributed import on_every_process, on_main_process
 from flora_train.training.train_state import by_id, by_name
 
+HEAD = "head:"
+"""What the names of a head's parameters begin with in an adapter's file."""
+
 
 @dataclass(frozen=True)
 class BestCheckpoint:
@@ -98,10 +101,7 @@ def adapter_file(folder: Path, name: str) -> Path:
 def save_adapter(bank: AdapterBank, adapter: int, folder: Path, facts: dict[str, Any]) -> None:
     """Write the parameters of one adapter, with `facts` (step, held-out loss) in the header, atomically."""
     name = bank.specs[adapter].name
-    tensors = {}
-    for module, parameters in bank.parameters_of(name).items():
-        for parameter, tensor in parameters.items():
-            tensors[f"{module}.{parameter}"] = tensor.detach().cpu().contiguous()
+    tensors = {key: view.detach().cpu().contiguous() for key, view in _views(bank, name).items()}
     header = with_checksums(tensors, json.dumps({**facts, "adapter": name}))
     write_atomically(adapter_file(folder, name), lambda path: save_file(tensors, path, header))
 
@@ -140,17 +140,24 @@ def load_adapter(bank: AdapterBank, adapter: int, folder: Path) -> dict[str, Any
     try:
         written, tensors = _read(path)
         facts = _facts_of(name, written)
-        for module, parameters in bank.parameters_of(name).items():
-            for parameter, view in parameters.items():
-                tensor = tensors[f"{module}.{parameter}"]
-                if tensor.shape != view.shape:
-                    hint = f"has shape {tuple(tensor.shape)}, the adapter {tuple(view.shape)}"
-                    raise user_error(str(path), f"{module}.{parameter}", hint)
-                view.copy_(tensor)
+        for key, view in _views(bank, name).items():
+            tensor = tensors[key]
+            if tensor.shape != view.shape:
+                hint = f"has shape {tuple(tensor.shape)}, the adapter {tuple(view.shape)}"
+                raise user_error(str(path), key, hint)
+            view.copy_(tensor)
     except (KeyError, DamagedError) as error:
         hint = "put it back from a copy, or train again (overwrite=true)"
         raise user_error(str(path), None, f"is not a whole checkpoint of {name}: {error}; {hint}") from error
     return facts
+
+
+def _views(bank: AdapterBank, name: str) -> dict[str, Tensor]:
+    """Name in an adapter's file -> view of its parameters."""
+    views: dict[str, Tensor] = {}
+    for module, parameters in bank.parameters_of(name).items():
+        views |= {f"{module}.{parameter}": view for parameter, view in parameters.items()}
+    return views | {f"{HEAD}{parameter}": view for parameter, view in bank.head_of(name).items()}
 
 
 def _facts_of(name: str, facts: dict[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import Collate, Row, collate, group_by_length, prefetch, share_of_rank
+from flora_train.data.labels.split import LabelSplit
 from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.task import Task
 from flora_train.data.tokenization import TokenSplit
 from flora_train.models.loading import set_mode
 from flora_train.runtime.distributed import is_main_process, sum_over_processes, world
 from flora_train.training.fsdp import run_dummy_passes
+from flora_train.training.label_heldout import HeldOutLabels, OutputStore
+from flora_train.training.label_loss import label_weight
 from flora_train.training.loss import RowLosses
 from flora_train.training.preference_heldout import HeldOutPreferences
 from flora_train.training.preference_results import (
@@ -42,21 +45,25 @@ class HeldOut:
     task: str
     nats: Mapping[int, NDArray[np.float64]]
     """Contender id (-1: base) -> [n], summed over the label tokens of an example."""
-    label_tokens: NDArray[np.int64]
-    """[n]"""
+    label_tokens: NDArray[np.int64] | NDArray[np.float64]
+    """[n]; of labelled texts, the weights of their losses."""
     label_bytes: NDArray[np.int64]
     """[n]"""
     preferences: HeldOutPreferences | None = None
     """Log-probabilities and losses of a preference task, whose other fields here are about its chosen
     completions."""
+    labels: HeldOutLabels | None = None
+    """What the heads of a label task make of the texts. There is no base among its contenders, since a base
+    has no head, and its losses have no bits per byte."""
 
     def loss(self, contender: int, first: int | None = None) -> float:
         """Mean nats per label token, over all examples or the first of them."""
-        return float(self.nats[contender][:first].sum() / self.label_tokens[:first].sum())
+        count = self.label_tokens[:first].sum()
+        return float(self.nats[contender][:first].sum() / count) if count else 0.0
 
     def objective_loss(self, contender: int) -> float:
         """The mean loss of the task's objective, which the best state is selected by: nats per label token,
-        or the loss of preferences."""
+        the loss of preferences, or the weighted mean of the losses of labels."""
         if self.preferences is None:
             return self.loss(contender)
         return float(self.preferences.losses[contender].mean())
@@ -100,9 +107,12 @@ def evaluate_heldout(
     contenders = _contenders(bank, absent)
     evaluated = {task.name: task for task in tasks if task.name in contenders}
     sums: Sums = {}
+    outputs: Sums = {}
+    stores: dict[str, OutputStore] = {}
     batches: list[Batch] = []
     for name, task in evaluated.items():
-        if with_base or needs_base(task, contenders[name], references):
+        with_labels = isinstance(task.validation, LabelSplit)
+        if not with_labels and (with_base or needs_base(task, contenders[name], references)):
             contenders[name].append(BASE_ID)
         examples = min(len(task.validation), max_examples or len(task.validation))
         # a batch is of one task, so that few adapters have to be on the device, with more rows each
@@ -111,6 +121,9 @@ def evaluate_heldout(
         )
         for row in rows:
             sums.setdefault((name, row.adapter, part_of(row)), np.zeros(examples))
+        if isinstance(task.validation, LabelSplit) and task.label is not None:
+            stores[name] = OutputStore(task.label, task.validation, examples)
+            outputs |= {(name, adapter, 0): np.zeros(stores[name].size) for adapter in contenders[name]}
         batches += group_by_length(rows, max_tokens)
     known = {} if log is None else log.known(batches)
     if is_main_process():  # one process adds known losses, as all are summed
@@ -126,7 +139,10 @@ def evaluate_heldout(
         with bank.routed(inputs.adapter_ids):
             losses = row_losses(inputs).double().tolist()
         _add(sums, batch, losses)
-        if log is not None:
+        task = batch[0].task
+        if task in stores:
+            _add_outputs(outputs, batch, row_losses, stores[task])
+        elif log is not None:
             log.add(batch, losses)
 
     training = row_losses.model.training
@@ -138,23 +154,34 @@ def evaluate_heldout(
         bank.abandon()  # a process without a batch still has the routing of its last step
         set_mode(row_losses.model, training)
     nats = _sum_over_processes(sums, bank.device)
+    by_contender = _sum_over_processes(outputs, bank.device)
     results = {}
     for name, task in evaluated.items():
         split, first = task.validation, slice(max_examples)
         of_task = {contender: nats[name, contender, 0] for contender in contenders[name]}
-        preferences = None
-        if task.preference is not None and isinstance(split, PreferenceSplit):
+        preferences = labels = None
+        counts: NDArray[np.int64] | NDArray[np.float64]
+        if isinstance(split, LabelSplit) and name in stores:
+            weights = [label_weight(split, example) for example in range(len(split))]
+            counts, sizes = np.array(weights), np.zeros(len(split), dtype=np.int64)
+            flat = {contender: by_contender[name, contender, 0] for contender in contenders[name]}
+            labels = stores[name].result(flat)
+        elif task.preference is not None and isinstance(split, PreferenceSplit):
             counts, sizes = split.learnt_counts(0), split.learnt_bytes(0)
             if not task.preference.is_supervised:
                 preferences = preference_results(task, nats, contenders[name], references)
         else:
             counts, sizes = split.label_counts, split.example_bytes
-        results[name] = HeldOut(name, of_task, counts[first], sizes[first], preferences)
+        results[name] = HeldOut(name, of_task, counts[first], sizes[first], preferences, labels)
     return results
 
 
 def heldout_metrics(result: HeldOut, contender: int) -> dict[str, float]:
     """The metrics of a contender, for the log."""
+    if result.labels is not None:
+        accuracy = result.labels.accuracy(contender)
+        metrics = {"loss": result.loss(contender)}
+        return metrics if accuracy is None else {**metrics, "accuracy": accuracy}
     metrics = {"loss": result.objective_loss(contender), "bits_per_byte": result.bits_per_byte(contender)}
     if result.preferences is not None:
         metrics |= reward_metrics(result.preferences, contender)
@@ -192,7 +219,18 @@ def _add(sums: Sums, batch: Batch, losses: Sequence[float]) -> None:
         sums[row.task, row.adapter, part_of(row)][row.example] = loss
 
 
+def _add_outputs(outputs: Sums, batch: Batch, row_losses: RowLosses, store: OutputStore) -> None:
+    """Add what heads made of the rows of the last batch."""
+    assert row_losses.labels is not None
+    for position, values in row_losses.labels.outputs.items():
+        row = batch[position]
+        flat = values.double().cpu().numpy().reshape(-1)
+        outputs[row.task, row.adapter, 0][store.place(row.example)] = flat
+
+
 def _sum_over_processes(sums: Sums, device: torch.device) -> Sums:
+    if not sums:
+        return {}
     flat = torch.from_numpy(np.concatenate(list(sums.values()))).to(device)
     total = sum_over_processes(flat).cpu().numpy()
     ends = np.cumsum([len(part) for part in sums.values()])

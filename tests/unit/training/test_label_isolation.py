@@ -71,11 +71,13 @@ def test_heads_of_a_decoder_train_beside_plain_adapters(
     settings: dict[str, Any] = {"optimizer": optimizer, "tokens_per_step": 220, "tokens_per_microbatch": 160}
     options = {"architecture": architecture, "labels": LABELS, **settings}
     lr = RATES[optimizer]
-    fast = {"sgd": 2.0, "adamw": lr}[optimizer]
+    fast = lr
+    if (architecture, optimizer) == ("gpt2", "sgd"):  # its random weights are small
+        fast = 100 * lr
     plain = [
         spec("flora", "a", rank=3, variant="residual", lr=fast),
-        spec("lora", "b", rank=2, lr=fast),
-        spec("ia3", "c", lr=fast),
+        spec("lora", "b", rank=2, lr=lr),
+        spec("ia3", "c", lr=lr),
     ]
     together = make_trainer([*plain, *label_specs(lr=lr)], tmp_path, **options)
     plans = plans_of(together)
