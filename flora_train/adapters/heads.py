@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+SAVED_BY_PEFT = ("classifier", "score")
+"""PEFT saves every module whose name ends like this with the adapter of a classifier. Where the base's
+checkpoint contains one, adapters begin with its values."""
+
 
 class Head:
     """The heads of one shape: the names and shapes of their parameters, initial values and outputs."""
@@ -46,7 +50,9 @@ class Head:
             if name.startswith(pooler) or not name.startswith(prefix):
                 shapes[name] = tuple(parameter.shape)
         self._template.set_submodule(prefix[:-1], self._body)
-        frozen = _in_base(model, shapes)
+        complete = _in_base(model, shapes)
+        self._copied = {module for module in complete if module.endswith(SAVED_BY_PEFT)}
+        frozen = complete - self._copied
         self.parameters: Shapes = {
             name: shape for name, shape in shapes.items() if _module(name, prefix) not in frozen
         }
@@ -56,8 +62,8 @@ class Head:
         self._frozen = tuple(name for name in shapes if name not in self.parameters)
 
     def initial(self, seed: int, name: str) -> dict[str, Tensor]:
-        """Initial values as transformers', which depend on the seed, the adapter's name and the shape
-        alone."""
+        """Initial values as transformers': they depend on the seed, the adapter's name and the shape alone,
+        beside what the base's checkpoint contains."""
         module = copy.deepcopy(self._template).to_empty(device="cpu")
         generator = seeded_generator(seed, name, "head")
         with torch.random.fork_rng(devices=[]):
@@ -65,6 +71,10 @@ class Head:
             with torch.no_grad():
                 module.apply(module._init_weights)  # type: ignore[arg-type]
         values = dict(module.named_parameters())
+        if self._copied:
+            of_base = dict(self._model.named_parameters())
+            prefix = body_prefix(self._model)
+            values |= {n: of_base[n] for n in self.parameters if _module(n, prefix) in self._copied}
         return {name: values[name].detach() for name in self.parameters}
 
     def __call__(self, states: Tensor, lengths: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -14,17 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from flora_train.adapters.heads import Head, head_model
 from flora_train.adapters.methods import METHODS
 from flora_train.adapters.peft_config import PeftConfig
 from flora_train.adapters.peft_tensors import PREFIX, suffixes_of
 from flora_train.adapters.pool import Pool
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.spec import AdapterSpec, HeadShape
 from flora_train.config.errors import first_line, user_error
 from flora_train.export.peft_forms import BaseModel, Form, Layers, config_of, model_class, tensors_of
 
@@ -62,49 +63,71 @@ class Loadability:
 
     def __init__(self, model: nn.Module) -> None:
         self.empty_model = _without_weights(model)
+        self._model = ref(model)
+        self._with_heads: dict[HeadShape, nn.Module] = {}
         self.names: dict[str, None] = {}
         if self.empty_model is not None:
             self.names = dict.fromkeys(name for name, _ in self.empty_model.named_modules())
         self._forms: dict[tuple[Any, ...], Written] = {}
         self._problems: dict[tuple[Any, ...], Problem | None] = {}
 
-    def written(self, layers: Layers, spec: AdapterSpec) -> Written:
-        """The form of adapters with these settings on these layers."""
+    def written(self, layers: Layers, spec: AdapterSpec, head: Head | None = None) -> Written:
+        """The form of adapters with these settings on these layers, and with a head like this."""
         positions = [(target.name, target.feedforward) for target in layers.values()]
         patterns = spec.rank_pattern, spec.alpha_pattern
-        key = (spec.method, spec.offset, spec.rslora, spec.dropout > 0, patterns, *positions)
+        shape = None if head is None else head.shape
+        key = (spec.method, spec.offset, spec.rslora, spec.dropout > 0, patterns, shape, *positions)
         if key not in self._forms:
-            self._forms[key] = self._choose_form(layers, spec)
+            self._forms[key] = self._choose_form(layers, spec, head)
         return self._forms[key]
 
-    def _choose_form(self, layers: Layers, spec: AdapterSpec) -> Written:
-        problem = self._problem_of_form(layers, spec, "own")
+    def _choose_form(self, layers: Layers, spec: AdapterSpec, head: Head | None) -> Written:
+        problem = self._problem_of_form(layers, spec, "own", head=head)
         if (
             problem is None
             or spec.method != "lora"
-            or self._problem_of_form(layers, spec, "ADALORA") is not None
+            or self._problem_of_form(layers, spec, "ADALORA", head=head) is not None
         ):
             return Written("own", problem)
         return Written("ADALORA", avoided=problem)
 
-    def _problem_of_form(self, layers: Layers, spec: AdapterSpec, form: Form) -> Problem | None:
+    def _plain_model(self, head: Head | None) -> nn.Module:
+        """A copy of the model, without weights, that an adapter with this head is loaded onto."""
+        if head is None:
+            return copy.deepcopy(self.empty_model)  # type: ignore[return-value]
+        model = self._model()
+        assert model is not None
+        if head.shape not in self._with_heads:
+            self._with_heads[head.shape] = head_model(model, head.shape)
+        return copy.deepcopy(self._with_heads[head.shape])
+
+    def _problem_of_form(
+        self, layers: Layers, spec: AdapterSpec, form: Form, *, head: Head | None
+    ) -> Problem | None:
         if self.empty_model is None or not layers.keys() <= self.names.keys():
             return None
         parameters: dict[str, dict[str, Tensor]] = {}
         for module, target in layers.items():
             shapes = METHODS[spec.method].shapes(spec.at(module), target)
             parameters[module] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        config = config_of(self.empty_model, self.names, layers, spec=spec, base=BaseModel(""), form=form)
-        return self._load(config, tensors_of(parameters, layers, spec, form=form))
+        base = BaseModel("")
+        config = config_of(self.empty_model, self.names, layers, spec=spec, base=base, form=form, head=head)
+        tensors = tensors_of(parameters, layers, spec, form=form)
+        for parameter, shape in (head.parameters if head is not None else {}).items():
+            tensors[f"{PREFIX}{parameter}"] = torch.empty(shape, device="meta")
+        return self._load(config, tensors, head)
 
-    def problem_of(self, folder: Path) -> Problem | None:
-        """Why plain PEFT does not load the adapter in this folder. None if it does, or if that is unknown."""
+    def problem_of(self, folder: Path, head: Head | None = None) -> Problem | None:
+        """Why plain PEFT does not load the adapter in this folder. None if it does, or if that is unknown.
+        head: of an adapter of a label task."""
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         suffixes = tuple(f".{suffix}" for suffix in suffixes_of(PeftConfig(config)))
-        modules = {_without_suffix(name.removeprefix(PREFIX), suffixes) for name in shapes}
+        of_head = {f"{PREFIX}{parameter}" for parameter in (head.parameters if head is not None else ())}
+        in_layers = shapes.keys() - of_head
+        modules = {_without_suffix(name.removeprefix(PREFIX), suffixes) for name in in_layers}
         if self.empty_model is None or not modules <= self.names.keys():
             return None
         relevant = {name: value for name, value in config.items() if name not in IRRELEVANT}
@@ -114,15 +137,17 @@ class Loadability:
         key = (json.dumps(relevant, sort_keys=True), *sorted(shapes.items()))
         if key not in self._problems:
             tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-            self._problems[key] = self._load(config, tensors)
+            self._problems[key] = self._load(config, tensors, head)
         return self._problems[key]
 
-    def _load(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Problem | None:
+    def _load(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], head: Head | None
+    ) -> Problem | None:
         peft_type = str(config["peft_type"])
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                ignored, created = _load_with_peft(copy.deepcopy(self.empty_model), config, tensors)
+                ignored, created = _load_with_peft(self._plain_model(head), config, tensors)
         except NotImplementedError:  # the model needs numbers while it is built: unknown
             return None
         except Exception as error:  # PEFT and torch each raise their own types
@@ -213,7 +238,7 @@ def notes(model: nn.Module, pools: Iterable[Pool]) -> Iterator[str]:
     noted = set()
     for pool in pools:
         for spec in {spec.family: spec for spec in pool.specs}.values():
-            written = checks.written(pool.targets, spec)
+            written = checks.written(pool.targets, spec, pool.head)
             if spec.family not in noted and (written.problem or written.avoided):
                 noted.add(spec.family)
                 yield _note(spec.family, written)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.peft_tensors import PREFIX
 from flora_train.config.errors import user_error
 from flora_train.export.loadability import loadability_of
 from flora_train.export.peft_forms import BaseModel, Form, config_of, tensors_of
@@ -54,7 +55,8 @@ def export_peft(
         if base.identity is not None:
             record = json.dumps({"base": dict(base.identity)}, indent=2) + "\n"
             (temporary / BASE_RECORD).write_text(record, encoding="utf-8")
-        if (problem := loadability_of(bank.model).problem_of(temporary)) is not None:
+        pool, _ = bank.location[bank.id_of(name)]
+        if (problem := loadability_of(bank.model).problem_of(temporary, pool.head)) is not None:
             (temporary / PEFT_WARNING).write_text(f"{problem.text}\n", encoding="utf-8")
         _move(temporary, folder, replace)
     return folder
@@ -110,7 +112,7 @@ def _form(bank: AdapterBank, name: str, own_type: bool, *, always_lora: bool) ->
 def form_of(bank: AdapterBank, name: str) -> Form:
     """The form of the adapter that plain PEFT loads."""
     pool, member = bank.location[bank.id_of(name)]
-    return loadability_of(bank.model).written(pool.targets, pool.specs[member]).form
+    return loadability_of(bank.model).written(pool.targets, pool.specs[member], pool.head).form
 
 
 def peft_config(bank: AdapterBank, name: str, base: BaseModel, *, own_type: bool = False) -> dict[str, Any]:
@@ -126,10 +128,12 @@ def peft_tensors(bank: AdapterBank, name: str, *, own_type: bool = False) -> dic
 def _config(bank: AdapterBank, name: str, *, base: BaseModel, form: Form) -> dict[str, Any]:
     pool, member = bank.location[bank.id_of(name)]
     spec = pool.specs[member]
-    return config_of(bank.model, bank.base_names(), pool.targets, spec=spec, base=base, form=form)
+    names = bank.base_names()
+    return config_of(bank.model, names, pool.targets, spec=spec, base=base, form=form, head=pool.head)
 
 
 def _tensors(bank: AdapterBank, name: str, form: Form) -> dict[str, Tensor]:
     pool, member = bank.location[bank.id_of(name)]
     tensors = tensors_of(bank.parameters_of(name), pool.targets, pool.specs[member], form=form)
+    tensors |= {f"{PREFIX}{parameter}": tensor for parameter, tensor in bank.head_of(name).items()}
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from flora_train.adapters.heads import Head
 from flora_train.adapters.methods import METHODS, Target
 from flora_train.adapters.peft_config import ADALORA_EPSILON
 from flora_train.adapters.peft_tensors import PREFIX
@@ -33,10 +34,22 @@ class BaseModel:
     """SHA-256 of its files (see base_identity), for BASE_RECORD; None if unknown."""
 
 
+TASK_TYPES = {"text": "SEQ_CLS", "tokens": "TOKEN_CLS"}
+"""Kind of a head -> PEFT's task type."""
+
+
 def config_of(
-    model: nn.Module, names: Iterable[str], layers: Layers, *, spec: AdapterSpec, base: BaseModel, form: Form
+    model: nn.Module,
+    names: Iterable[str],
+    layers: Layers,
+    *,
+    spec: AdapterSpec,
+    base: BaseModel,
+    form: Form,
+    head: Head | None = None,
 ) -> dict[str, Any]:
-    """The content of adapter_config.json. names: all modules of the model before any adapter was attached."""
+    """The content of adapter_config.json. names: all modules of the model before any adapter was attached;
+    head: of an adapter of a label task, whose modules PEFT saves as a whole."""
     names = list(names)
     # Selected separately: PEFT requires every entry of feedforward_modules to be an entry of target_modules.
     inputs = shortest_suffixes(names, [target.name for target in layers.values() if target.feedforward])
@@ -59,11 +72,15 @@ def config_of(
         if own.one_rank_in_peft:
             spec = replace(spec, rank=_largest_rank(spec, layers), rank_pattern=())
         method = own.peft_config(spec, targets, inputs)
+    task_type = task_type_of(model)
+    if head is not None:
+        method["modules_to_save"] = [module.rpartition(".")[2] for module in head.modules]
+        task_type = TASK_TYPES[head.shape.kind]
     return {
         **method,
         "base_model_name_or_path": base.path,
         "revision": base.revision,
-        "task_type": task_type_of(model),
+        "task_type": task_type,
         "inference_mode": True,
         "fan_in_fan_out": any(target.transposed for target in layers.values()),
     }

@@ -3,11 +3,12 @@
 python load_with_peft.py FOLDER...
 
 A folder holds base/, class (of transformers), inputs.safetensors and adapters/<name>/, and gets
-logits.safetensors.
+logits.safetensors. heads.json, if there is one, has the class and the number of labels of each adapter.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -38,8 +39,15 @@ def main(*folders: str) -> None:
             getattr(transformers, (folder / "class").read_text()),
         )
         logits = {}
+        heads = {}
+        if (folder / "heads.json").exists():
+            heads = json.loads((folder / "heads.json").read_text())
         for adapter in sorted((folder / "adapters").iterdir()):
-            model = auto_class.from_pretrained(folder / "base").eval()
+            options = {}
+            if adapter.name in heads:
+                auto_class = getattr(transformers, heads[adapter.name][0])
+                options["num_labels"] = heads[adapter.name][1]
+            model = auto_class.from_pretrained(folder / "base", **options).eval()
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter(
                     "error", UserWarning
