@@ -46,7 +46,9 @@ class PreferenceKeys(ConfigModel):
     rejected: Text | None = Field(None, validate_default=True)
     """The same of the other completion. Default: rejected."""
     label: Text | None = None
-    """kto only: column that is true for a good completion and false for a bad one. Default: label."""
+    """Column of the labels of texts: each adapter of the task learns a head that predicts them, or the words
+    of a verbalizer. With objective: kto, the column that is true for a good completion and false for a bad
+    one, by default label. Default: the rows have no labels."""
     beta: float | None = Field(None, gt=0, le=1e6)
     """dpo, ipo, kto: how closely an adapter stays to its reference; larger is closer. orpo: weight of the
     odds ratio. Default: 0.1."""
@@ -71,6 +73,8 @@ class PreferenceKeys(ConfigModel):
         if value is None or "objective" not in info.data:
             return value
         objective, owners = info.data["objective"], OWNERS[str(info.field_name)]
+        if objective is None and info.field_name == "label":  # of a task of labelled texts
+            return value
         if objective is None:
             raise ValueError(f"requires objective: set it to {choices(owners)}, or remove this key")
         if objective not in owners:

@@ -10,9 +10,10 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from flora_train.config.base import MOST_ROWS, ConfigModel, PathText, Revision, Text
 from flora_train.config.chat_schema import CHAT_KEYS, ChatKeys, chat_key_of
+from flora_train.config.label_schema import LABEL_KEYS, LabelKeys
 from flora_train.config.language_names import ProgrammingLanguage
 from flora_train.config.moved_datasets import moved_hint
-from flora_train.config.preference_schema import PAIRED, PreferenceKeys
+from flora_train.config.preference_schema import PAIRED
 from flora_train.config.sample_prompts import SamplePrompt
 from flora_train.config.speech_schema import SpeechConfig
 
@@ -99,15 +100,15 @@ def _source_shorthand(value: Any) -> Any:
 Source = Annotated[SourceConfig, BeforeValidator(_source_shorthand)]
 
 
-class TaskConfig(PreferenceKeys, ChatKeys):
+class TaskConfig(LabelKeys, ChatKeys):
     train: Source
     """Rows to learn from: a file, a list of files, or a source with hub, files, common_voice or folder. Test
     splits are refused."""
     validation: Source | None = None
     """Held-out rows. Default: validation_fraction of the training rows, chosen by split_seed."""
     test: Source | None = None
-    """Speech: clips that error rates are measured on, which are used neither for training nor for selection.
-    Default: the validation rows."""
+    """Speech and labelled texts: rows that results are measured on, which are used neither for training nor
+    for selection. Default: test_fraction of the training rows if that is given, else the validation rows."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the training rows that is held out if there is no validation source."""
     split_by: Text | None = None
@@ -125,15 +126,18 @@ class TaskConfig(PreferenceKeys, ChatKeys):
     """Column, or template with {columns}, that is read but not learnt."""
     completion: Text | None = Field(None, validate_default=True)
     """Column, or template with {columns}, that is learnt after the prompt."""
-    text: Text | None = None
+    text: Text | list[Text] | None = Field(None, validate_default=True)
     """Column, or template with {columns}, that is learnt as a whole, instead of prompt and completion.
-    Default: the columns prompt and completion if the rows have them, else text."""
+    Default: the columns prompt and completion if the rows have them, else text. Of labelled texts: what is
+    labelled, which can be a list of two, a pair of texts that the tokenizer joins; with token_labels the
+    column of lists of tokens, by default tokens."""
     max_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Largest number of training rows, a random sample by split_seed. Default: all."""
     max_validation_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Largest number of held-out rows, a random sample by split_seed. Default: all."""
     max_test_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
-    """Speech: largest number of test rows, a random sample by split_seed. Default: all."""
+    """Speech and labelled texts: largest number of test rows, a random sample by split_seed. Default:
+    all."""
     truncation: Literal["truncate", "split", "drop"] = "truncate"
     """What happens to examples of more than training.max_length tokens; the report counts each. truncate: the
     end is cut off. split: they are divided into equal parts (examples with a prompt are truncated). drop:
@@ -168,6 +172,20 @@ class TaskConfig(PreferenceKeys, ChatKeys):
             raise ValueError(f"must be at least {LEAST_WEIGHT:g}: the task would not be drawn")
         return weight
 
+    @field_validator("label", "token_labels")
+    @classmethod
+    def _conversations_have_no_labels(cls, column: str | None, info: ValidationInfo) -> str | None:
+        if column is not None and info.data.get("objective") is None and (key := chat_key_of(info)):
+            raise ValueError(f"is of labelled texts, and {key} belongs to conversations: remove one of them")
+        return column
+
+    @field_validator("prompt")
+    @classmethod
+    def _words_follow_a_prompt(cls, prompt: str | None, info: ValidationInfo) -> str | None:
+        if prompt is not None and has_head(info):
+            raise ValueError("has no meaning for labelled texts without verbalizer: give text instead")
+        return prompt
+
     @field_validator("split_value")
     @classmethod
     def _requires_split_by(cls, split_value: str | None, info: ValidationInfo) -> str | None:
@@ -178,6 +196,10 @@ class TaskConfig(PreferenceKeys, ChatKeys):
     @field_validator("completion")
     @classmethod
     def _both_or_neither(cls, completion: str | None, info: ValidationInfo) -> str | None:
+        if is_labelled(info):
+            if completion is not None:
+                raise ValueError("has no meaning for labelled texts: what is learnt is the label; remove it")
+            return completion
         objective = info.data.get("objective")
         if objective in PAIRED and completion is not None:
             raise ValueError(f"has no meaning for objective {objective}, which learns chosen: remove it")
@@ -191,7 +213,12 @@ class TaskConfig(PreferenceKeys, ChatKeys):
 
     @field_validator("text")
     @classmethod
-    def _one_format(cls, text: str | None, info: ValidationInfo) -> str | None:
+    def _one_format(cls, text: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
+        if is_labelled(info):
+            _check_labelled_text(text, info)
+            return text
+        if isinstance(text, list):
+            raise ValueError("is a list, which only labelled texts can be: name one column, or set label")
         if text is not None and (
             info.data.get("prompt") is not None or info.data.get("completion") is not None
         ):
@@ -207,6 +234,8 @@ class TaskConfig(PreferenceKeys, ChatKeys):
     def _pairs_are_whole(cls, truncation: str, info: ValidationInfo) -> str:
         if truncation == "split" and info.data.get("objective") not in (None, "sft"):
             raise ValueError("cannot divide the completions of a preference: use truncate or drop")
+        if truncation == "split" and is_labelled(info):
+            raise ValueError("cannot divide a text that is labelled as a whole: use truncate or drop")
         return truncation
 
     @field_validator("packing")
@@ -214,7 +243,21 @@ class TaskConfig(PreferenceKeys, ChatKeys):
     def _pairs_are_not_packed(cls, packing: bool, info: ValidationInfo) -> bool:
         if packing and info.data.get("objective") not in (None, "sft"):
             raise ValueError("has no meaning for preferences, whose completions are separate rows: remove it")
+        if packing and has_head(info):
+            raise ValueError(
+                "has no meaning for labelled texts: encoders read in both directions, so that the texts of a "
+                "sequence would see each other; remove it"
+            )
         return packing
+
+    @field_validator("language", "sample_prompts")
+    @classmethod
+    def _heads_write_no_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and has_head(info):
+            raise ValueError(
+                "needs an adapter that writes text, and those of this task predict labels: remove it"
+            )
+        return value
 
     @field_validator("train")
     @classmethod
@@ -229,7 +272,7 @@ class TaskConfig(PreferenceKeys, ChatKeys):
     @field_validator("speech")
     @classmethod
     def _text_is_not_speech(cls, speech: SpeechConfig | None, info: ValidationInfo) -> SpeechConfig | None:
-        text_keys = [key for key in TEXT_ONLY if info.data.get(key)]
+        text_keys = [key for key in TEXT_ONLY if info.data.get(key) not in (None, False)]
         if speech is not None and text_keys:
             raise ValueError(
                 f"belongs to a task of clips, {text_keys[0]} to a task of text: remove one of them"
@@ -242,7 +285,47 @@ class TaskConfig(PreferenceKeys, ChatKeys):
         return self.split_by is not None and self.split_value is None
 
 
-TEXT_ONLY = (*CHAT_KEYS, "prompt", "completion", "text", "packing", "language", "objective")
+TEXT_ONLY = (
+    *CHAT_KEYS,
+    "prompt",
+    "completion",
+    "text",
+    "packing",
+    "language",
+    "objective",
+    "label",
+    *LABEL_KEYS,
+)
+
+
+def is_labelled(info: ValidationInfo) -> bool:
+    """Whether the keys above this one make a task of labelled texts."""
+    names_label = info.data.get("label") is not None and info.data.get("objective") is None
+    return names_label or info.data.get("token_labels") is not None
+
+
+def has_head(info: ValidationInfo) -> bool:
+    """Whether the keys above this one make a task whose adapters learn a head."""
+    return is_labelled(info) and info.data.get("verbalizer") is None
+
+
+def _check_labelled_text(text: str | list[str] | None, info: ValidationInfo) -> None:
+    """Raises ValueError for a list that is no pair, and for a second text of what has one."""
+    if text is not None and info.data.get("prompt") is not None:
+        raise ValueError("give text or prompt, which are the same for a verbalizer, not both")
+    if not isinstance(text, list):
+        return
+    if len(text) != 2:
+        raise ValueError(f"has {len(text)} columns: give one, or a list of two for pairs of texts")
+    if text[0] == text[1]:
+        raise ValueError(f"names {text[0]!r} twice: a pair has two texts")
+    if info.data.get("token_labels") is not None:
+        raise ValueError("is a pair, and token_labels labels the tokens of one text: name one column")
+    if info.data.get("verbalizer") is not None:
+        raise ValueError(
+            f"is a pair: with a verbalizer, write both into a template, such as "
+            f"{'{' + text[0] + '}'} {'{' + text[1] + '}'}"
+        )
 
 
 def _stem(file: str) -> str:

@@ -28,15 +28,20 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
         source: SourceConfig | None = getattr(task, split)
         for key, hint in _of_source(source) if source is not None else ():
             yield f"{split}.{key}", getattr(source, key), hint
+    if task.is_labelled:
+        yield from _of_labelled(task)
+        return
     if task.speech is None:
         if task.test is not None:
             yield (
                 "test",
                 None,
-                "is for speech tasks: a task of text is measured on its validation rows; remove it",
+                "is for speech tasks and labelled texts: another task of text is measured on its "
+                "validation rows; remove it",
             )
         if task.max_test_examples is not None:
-            yield "max_test_examples", task.max_test_examples, "is for speech tasks: remove it"
+            hint = "is for speech tasks and labelled texts: remove it"
+            yield "max_test_examples", task.max_test_examples, hint
         return
     if task.max_test_examples is not None and task.test is None:
         hint = "requires test: set it, or use max_validation_examples"
@@ -61,6 +66,18 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
         )
     if task.train.common_voice is not None and task.speech.audio != "path":
         yield "speech.audio", task.speech.audio, "is always path in a Common Voice release: remove it"
+
+
+def _of_labelled(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
+    if task.test is not None and task.test_fraction is not None:
+        yield "test_fraction", task.test_fraction, "is not used, because test is given: remove one of them"
+    if task.max_test_examples is not None and task.test is None and task.test_fraction is None:
+        hint = "requires test or test_fraction: set one, or use max_validation_examples"
+        yield "max_test_examples", task.max_test_examples, hint
+    fractions = task.validation_fraction + (task.test_fraction or 0)
+    if task.validation is None and fractions >= 1:
+        hint = f"and validation_fraction = {task.validation_fraction:g} leave no training rows: lower them"
+        yield "test_fraction", task.test_fraction, hint
 
 
 def _of_source(source: SourceConfig) -> Iterator[tuple[str, str]]:

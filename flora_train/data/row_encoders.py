@@ -7,6 +7,8 @@ from typing import Any
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.chat.rows import ChatRowEncoder, chat_columns, check_chat_keys
 from flora_train.data.documents import RowEncoder, RowsOutline
+from flora_train.data.labels.rows import LabelRowEncoder
+from flora_train.data.labels.verbalizer import VerbalizerRowEncoder
 from flora_train.data.preferences.rows import PreferenceRowEncoder, has_pairs
 from flora_train.data.text_rows import TextRowEncoder
 
@@ -19,6 +21,10 @@ def make_row_encoder(
     rows: the training rows; max_length: training.max_length; key: the task's configuration key. Raises
     UserError if the rows do not have the columns that the task names, or a template is malformed.
     """
+    if task.has_head:
+        return LabelRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)
+    if task.is_labelled:
+        return VerbalizerRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)
     if task.prefers or (task.objective == "sft" and has_pairs(task, rows.columns)):
         return PreferenceRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)
     columns = chat_columns(task, rows)

@@ -87,3 +87,61 @@ def sample(rows: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
     if limit is None or limit >= len(rows):
         return list(rows)
     return [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:limit])]
+
+
+def hold_out_strata(
+    strata: NDArray[np.int64], fraction: float, seed: int, *, key: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(training rows, held-out rows) by their indexes, with the same share of every stratum held out.
+
+    strata: of each row. A stratum of two or more rows has at least one of them on each side; the row of a
+    stratum that has one is a training row. Raises UserError if no stratum has two.
+    """
+    counts = np.bincount(strata)
+    held_counts = held_of_strata(counts, max(1, round(fraction * len(strata))))
+    if not held_counts.any():
+        hint = (
+            f"has {len(strata)} row(s), and no two with the same label, so that none can be held out: give a "
+            "validation source or more rows, or set stratify: false"
+        )
+        raise user_error(f"{key}.train", None, hint)
+    held = np.zeros(len(strata), dtype=np.bool_)
+    order = np.random.default_rng(seed).permutation(len(strata))
+    for stratum in np.flatnonzero(held_counts):
+        held[order[strata[order] == stratum][: held_counts[stratum]]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def held_of_strata(counts: NDArray[np.int64], target: int) -> NDArray[np.int64]:
+    """Rows of each stratum that are held out, together `target` where that is possible: in proportion, with
+    the largest remainders rounded up."""
+    lowest, highest = np.minimum(counts // 2, 1), np.maximum(counts - 1, 0)
+    exact = counts * target / max(1, counts.sum())
+    held = np.clip(np.floor(exact).astype(np.int64), lowest, highest)
+    for stratum in np.argsort(held - exact, kind="stable"):
+        if held.sum() >= target:
+            break
+        held[stratum] += held[stratum] < highest[stratum]
+    return held
+
+
+def sample_strata(
+    rows: NDArray[np.int64], strata: NDArray[np.int64], limit: int | None, seed: int
+) -> NDArray[np.int64]:
+    """At most `limit` of these indexes, in their order: one of every stratum as far as the limit allows, then
+    in proportion. A smaller sample with the same seed is part of a larger one.
+
+    strata: of these rows.
+    """
+    if limit is None or limit >= len(rows):
+        return rows
+    order = np.random.default_rng(seed).permutation(len(rows))
+    sizes = np.bincount(strata)
+    seen = np.zeros_like(sizes)
+    share = np.empty(len(rows))
+    for index in order:
+        stratum = strata[index]
+        share[index] = seen[stratum] / sizes[stratum]
+        seen[stratum] += 1
+    chosen = order[np.argsort(share[order], kind="stable")[:limit]]
+    return rows[np.sort(chosen)]

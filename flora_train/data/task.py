@@ -14,9 +14,12 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.audio.common_voice import check_clips_exist
 from flora_train.data.audio.speech_processor import SpeechProcessor
-from flora_train.data.audio.speech_split import SpeechSplit
 from flora_train.data.audio.speech_task import load_speech_task
+from flora_train.data.labels.choices import ChoiceSplit
+from flora_train.data.labels.load import labelled_texts
+from flora_train.data.labels.rows import LabelRowEncoder
 from flora_train.data.labels.spec import LabelSpec
+from flora_train.data.labels.verbalizer import VerbalizerRowEncoder
 from flora_train.data.mixture import draw_problem
 from flora_train.data.preferences.costs import largest_unit, row_costs, unit_problem
 from flora_train.data.preferences.preference import Preference, preference_of
@@ -41,14 +44,26 @@ class Task:
     validation: TokenSplit
     data_hash: str
     """SHA-256 of rows, format and tokenizer, which is the key of the cache."""
-    test: SpeechSplit | None = None
-    """Clips that error rates are measured on; None: those of the validation split."""
+    test: TokenSplit | None = None
+    """Clips, or labelled texts, that results are measured on; None: those of the validation split."""
     origin: str = ""
     """Name of the release that the rows come from, if it has one."""
     preference: Preference | None = None
     """The objective of preferences; None: every token of a completion is learnt."""
     label: LabelSpec | None = None
     """The labels of texts, from which each of its adapters learns a head; None: there is no head."""
+
+    @property
+    def evaluated(self) -> TokenSplit:
+        """The examples that results are measured on: test rows, or else the held-out ones."""
+        return self.validation if self.test is None else self.test
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The labels that its texts are evaluated by; None for regression, and for texts without labels."""
+        if isinstance(self.evaluated, ChoiceSplit):
+            return self.evaluated.label_names
+        return None if self.label is None else self.label.labels or None
 
 
 def load_tasks(
@@ -192,12 +207,23 @@ def load_spoken_task(
 def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: Any, cache: Path) -> Task:
     """A task of text."""
     loaded = load_text_splits(name, task, config, tokenizer, cache)
-    splits = dict(loaded.splits)
-    preference = None
-    if isinstance(loaded.encoder, PreferenceRowEncoder):
+    encoder, splits = loaded.encoder, dict(loaded.splits)
+    preference, label = None, None
+    if isinstance(encoder, PreferenceRowEncoder):
         preference = preference_of(task)
         max_length = config.training.max_length
         splits = {split: preference_split(tokens, max_length) for split, tokens in splits.items()}
         check_labels(splits["train"].labels, f"tasks.{name}")
-    train, validation = splits["train"], splits["validation"]
-    return Task(name, task.weight, train, validation, loaded.data_hash, preference=preference)
+    elif isinstance(encoder, LabelRowEncoder | VerbalizerRowEncoder):
+        labelled = labelled_texts(task, encoder, splits, loaded.label_surveys)
+        splits, label = labelled.splits, labelled.label
+    return Task(
+        name,
+        task.weight,
+        splits["train"],
+        splits["validation"],
+        loaded.data_hash,
+        test=splits.get("test"),
+        preference=preference,
+        label=label,
+    )

@@ -159,7 +159,7 @@ def make_formatter(task: TaskConfig, rows: RowsOutline, key: str) -> Formatter:
                 hint += f".{explained}"
             raise user_error(key, None, hint)
     if text is not None:
-        formatter = Formatter(None, parse_template(text, f"{key}.text"))
+        formatter = Formatter(None, parse_template(str(text), f"{key}.text"))
     else:
         formatter = Formatter(
             parse_template(str(prompt), f"{key}.prompt"), parse_template(str(completion), f"{key}.completion")

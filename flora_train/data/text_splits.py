@@ -23,12 +23,14 @@ from flora_train.data.cache import load_cached
 from flora_train.data.documents import LocatedRow, RowEncoder
 from flora_train.data.encoding import encode_chunks
 from flora_train.data.encoding_worker import EncoderArguments
+from flora_train.data.labels.resolve import with_labels
+from flora_train.data.labels.survey import LabelSurvey
 from flora_train.data.packing import pack
+from flora_train.data.row_choice import ChosenRows, choose_rows
 from flora_train.data.row_encoders import make_row_encoder
 from flora_train.data.row_survey import Survey, row_digest, survey_rows
 from flora_train.data.split_builder import SplitBuilder
 from flora_train.data.split_by import task_rows
-from flora_train.data.splits import hold_out_rows, sample_rows, seed_of_rows
 from flora_train.data.token_split import TokenSplit
 from flora_train.data.tokenization import tokenizer_hash
 from flora_train.runtime.distributed import is_main_process
@@ -55,6 +57,8 @@ class TextSplits:
     splits: Mapping[str, TokenSplit]
     data_hash: str
     encoder: RowEncoder
+    label_surveys: Mapping[str, LabelSurvey]
+    """Source -> the labels of its rows; empty for other tasks than labelled texts."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +85,29 @@ def load_text_splits(
     """
     key = f"tasks.{name}"
     rows = {"train": task_rows(task, "train", key)}
-    if task.validation is not None:
-        rows["validation"] = task_rows(task, "validation", key)
-    surveys = {split: survey_rows(rows[split], f"{name} ({split})", cache) for split in rows}
+    for split in ("validation", "test"):
+        if getattr(task, split) is not None:
+            rows[split] = task_rows(task, split, key)
+    labels = {split: LabelSurvey(task, key) for split in rows if task.is_labelled}
+    surveys = {
+        split: survey_rows(_observed(rows[split], labels.get(split)), f"{name} ({split})", cache)
+        for split in rows
+    }
+    if labels:
+        task = with_labels(task, labels, key)
     outline = surveys["train"].outline
     max_length = config.training.max_length
     encoder = make_row_encoder(task, tokenizer, rows=outline, max_length=max_length, key=key)
-    if "validation" in surveys:
-        encoder.check(surveys["validation"].outline, "validation")
+    for split in surveys.keys() - {"train"}:
+        encoder.check(surveys[split].outline, split)
     setting = [CACHE_VERSION, encoder.setting, tokenizer_hash(tokenizer)]
+    strata = None
+    if task.is_stratified:
+        strata = {split: survey.strata for split, survey in labels.items()}
+    sizes = {split: len(survey) for split, survey in surveys.items()}
     parts = {
-        split: _part(setting, surveys, source, chosen=chosen, limit=limit, cache=cache)
-        for split, (source, chosen, limit) in _chosen_rows(name, task, config, surveys).items()
+        split: _part(setting, surveys[chosen.source], chosen, cache)
+        for split, chosen in choose_rows(name, task, config, sizes, strata=strata).items()
     }
     arguments = EncoderArguments(task, tokenizer, outline, max_length, key)
     builder = _Builder(name, rows, surveys, encoder=encoder, arguments=arguments, parts=parts)
@@ -105,31 +120,12 @@ def load_text_splits(
         _check_not_empty(splits[split], f"{key}.{split}", max_length)
         if packing:
             splits[split] = pack(splits[split], max_length)
-    return TextSplits(splits, digest.hexdigest(), encoder)
+    return TextSplits(splits, digest.hexdigest(), encoder, labels)
 
 
-def _chosen_rows(
-    name: str, task: TaskConfig, config: RunConfig, surveys: Mapping[str, Survey]
-) -> dict[str, tuple[str, NDArray[np.int64], NDArray[np.int64]]]:
-    """Split -> the source of its rows, all its rows, and those of them that are used."""
-    count = len(surveys["train"])
-    if "validation" in surveys:
-        train, held = np.arange(count), np.arange(len(surveys["validation"]))
-        sources = {"train": "train", "validation": "validation"}
-    else:
-        seed = seed_of_rows(config, name, "split")
-        train, held = hold_out_rows(count, task.validation_fraction, seed, key=f"tasks.{name}")
-        sources = {"train": "train", "validation": "train"}
-    limits = {"train": task.max_examples, "validation": task.max_validation_examples}
-    rows = {"train": train, "validation": held}
-    return {
-        split: (
-            sources[split],
-            rows[split],
-            sample_rows(rows[split], limits[split], seed_of_rows(config, name, split)),
-        )
-        for split in rows
-    }
+def _observed(rows: Iterable[LocatedRow], survey: LabelSurvey | None) -> Iterable[LocatedRow]:
+    """The same rows, whose labels are collected while they are read."""
+    return rows if survey is None else survey.observe(rows)
 
 
 class _Builder:
@@ -244,19 +240,10 @@ class _Builder:
             raise user_error(str(folder), None, hint)
 
 
-def _part(
-    setting: list[Any],
-    surveys: Mapping[str, Survey],
-    source: str,
-    *,
-    chosen: NDArray[np.int64],
-    limit: NDArray[np.int64],
-    cache: Path,
-) -> _Part:
-    """chosen: the rows of a split; limit: those of them that are used."""
-    unsampled = len(chosen) - len(limit)
-    content = surveys[source].content_hash([*setting, unsampled], limit)
-    return _Part(source, limit, unsampled, content, cache / f"{content[:32]}.tokens")
+def _part(setting: list[Any], survey: Survey, chosen: ChosenRows, cache: Path) -> _Part:
+    unsampled = len(chosen.rows) - len(chosen.used)
+    content = survey.content_hash([*setting, unsampled], chosen.used)
+    return _Part(chosen.source, chosen.used, unsampled, content, cache / f"{content[:32]}.tokens")
 
 
 def _size(row: LocatedRow) -> int:

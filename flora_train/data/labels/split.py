@@ -53,9 +53,14 @@ class LabelSplit(TokenSplit):
         if self.spec.task_type == "multi":
             counts = values.reshape(-1, len(self.spec.labels)).sum(axis=0)
         else:
-            known = values[values >= 0].astype(np.int64)
-            counts = np.bincount(known, minlength=len(self.spec.labels))
+            counts = np.bincount(label_numbers(self), minlength=len(self.spec.labels))
         return {label: int(count) for label, count in zip(self.spec.labels, counts, strict=True)}
+
+
+def label_numbers(split: TokenSplit) -> NDArray[np.int64]:
+    """int64: the labels of all examples with one label each, or of all tokens that have one."""
+    values = np.asarray(split.targets)
+    return values[values >= 0].astype(np.int64)
 
 
 def label_split(split: TokenSplit, spec: LabelSpec) -> LabelSplit:
