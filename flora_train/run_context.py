@@ -28,7 +28,7 @@ from flora_train.data.audio.features import FeatureStore
 from flora_train.data.audio.speech_processor import GRAIN, SpeechProcessor, Windows, check_multilingual
 from flora_train.data.batch import Collate, collate
 from flora_train.data.split_by import expand_split_tasks
-from flora_train.data.task import Task, load_tasks
+from flora_train.data.task import Task, label_names, load_tasks
 from flora_train.data.tokenization import check_tokenizer, pad_token
 from flora_train.kernels.backend import use_backend, use_precision
 from flora_train.models.loading import (
@@ -138,7 +138,7 @@ def _load(
         features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
         bank = AdapterBank.attach(
             model,
-            expand(config),
+            expand(config, label_names(tasks) if with_tasks else recorded_labels(folder)),
             seed=config.seed,
             paging=paging_of(config),
             device=device,
@@ -183,7 +183,8 @@ def load_data(
 ) -> tuple[Any, dict[str, Task], SpeechProcessor | None]:
     """Tokenizer, tasks (none without `with_tasks`), and the speech processor of a speech model."""
     tokenizer = load_tokenizer(config.model)
-    check_tokenizer(tokenizer, config.model.path)
+    if not all(task.has_head for task in config.tasks.values()):
+        check_tokenizer(tokenizer, config.model.path)
     model_config = load_model_config(config.model)
     check_model_type(model_config, config)
     speech_processor = None
@@ -228,6 +229,12 @@ def check_transcripts(config: RunConfig, speech_processor: SpeechProcessor) -> N
                 f"give at most {room}"
             )
             raise user_error("evaluation.max_new_tokens", config.evaluation.max_new_tokens, hint)
+
+
+def recorded_labels(folder: RunFolder) -> dict[str, list[str]]:
+    """Task -> its labels, as they were when the run began."""
+    data = folder.facts().data or {}
+    return {name: task.labels for name, task in data.items() if task is not None and task.labels}
 
 
 def paging_of(config: RunConfig) -> Paging:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal
 
 from flora_train.config.adapter_schema import AdapterConfig, adapter_name
 from flora_train.config.name_patterns import as_pairs, value_for
 from flora_train.config.schema import RunConfig
+from flora_train.config.task_schema import TaskConfig
 from flora_train.data.labels.spec import LabelSpec
 
 BASE = "__base__"
@@ -17,6 +20,8 @@ BASE = "__base__"
 BASE_ID = -1
 """The id of the base model in batches."""
 
+FEWEST_LABELS = ("no", "yes")
+"""Stand for labels that are not known yet."""
 DEFAULT_RANK = {"flora": 4, "lora": 8, "dora": 8, "ia3": 0, "head": 0}
 
 
@@ -201,10 +206,28 @@ def rank_text(rank: int | None, smallest: int | None) -> str:
     return str(rank or "")
 
 
-def expand(config: RunConfig) -> list[AdapterSpec]:
-    """One adapter for every pair of an adapter family and a task, so that baselines train in the same run."""
+LabelNames = Mapping[str, Sequence[str]]
+"""Task -> its labels, for tasks whose labels were read from their rows."""
+
+
+def expand(config: RunConfig, labels: LabelNames = MappingProxyType({})) -> list[AdapterSpec]:
+    """One adapter for every pair of an adapter family and a task, so that baselines train in the same run.
+
+    labels: of tasks with heads. Without them, a head has the labels that the configuration names, or two.
+    """
+    heads = {name: _configured_head(task, labels.get(name)) for name, task in config.tasks.items()}
     specs = []
     for family, adapter in config.adapters.items():
         for task in adapter.tasks or config.tasks:
-            specs.append(make_spec(task, family, adapter, default_steps=config.training.steps))
+            steps = config.training.steps
+            specs.append(make_spec(task, family, adapter, default_steps=steps, head=heads.get(task)))
     return specs
+
+
+def _configured_head(task: TaskConfig, labels: Sequence[str] | None) -> HeadShape | None:
+    if not task.has_head:
+        return None
+    if task.regression:
+        return HeadShape("text", 1)
+    outputs = len(labels or task.labels or FEWEST_LABELS)
+    return HeadShape("text" if task.token_labels is None else "tokens", outputs)

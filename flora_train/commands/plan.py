@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from flora_train.config.errors import UserError
 from flora_train.config.schema import RunConfig
 from flora_train.config.unused_keys import notes_on_unused
 from flora_train.data.audio.speech_processor import SpeechProcessor
-from flora_train.data.task import Task, notes_on_rows
+from flora_train.data.task import Task, label_names, notes_on_rows
 from flora_train.data.tokenization import pad_token
 from flora_train.evaluation.code.evaluate import load_suites, prompts_of
 from flora_train.evaluation.code.problems.suites import Suite
@@ -129,7 +130,7 @@ def _capacity(config: RunConfig, data: _Data) -> Capacity:
     cost = cost_of_a_step(
         config, device, tasks, pad_token=data.pad_token, speech_processor=data.speech_processor
     )
-    pools = pools_of(config)
+    pools = pools_of(config, tasks)
     largest = max(pool.row_size for pool in pools)
     values = sum(len(pool.specs) * pool.row_size for pool in pools)
     steps = adapters_of_steps(config, tasks)
@@ -241,13 +242,15 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
         )
 
 
-def pools_of(config: RunConfig) -> list[Pool]:
-    """The pools that the run's bank will have, without memory."""
+def pools_of(config: RunConfig, tasks: Mapping[str, Task] = MappingProxyType({})) -> list[Pool]:
+    """The pools that the run's bank will have, without memory. tasks: where the labels of heads were read
+    from their rows."""
     model = empty_model(config.model)
     features = None
     if is_speech_model(model.config):
         features = noise_features(load_feature_extractor(config.model))
-    pools, reasons = build_pools(model, expand(config), unusable_by_shape(config.model, model, features))
+    specs = expand(config, label_names(tasks))
+    pools, reasons = build_pools(model, specs, unusable_by_shape(config.model, model, features))
     if reasons:
         targets = {name for pool in pools for name in pool.targets}
         logger.warning(f"no adapter is attached to {describe_left_out(reasons, targets)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -238,15 +238,14 @@ class AdapterConfig(ConfigModel):
             raise ValueError(f"and warmup_steps = {steps} both set the warm-up: remove one of them")
         return warmup_ratio
 
-    @field_validator("seed")
-    @classmethod
-    def _has_an_effect(cls, seed: int | None, info: ValidationInfo) -> int | None:
-        if seed is not None and not _is_random(info.data):
-            raise ValueError(
-                "has no effect: this adapter begins at fixed values, and has neither dropout nor "
-                "neftune_noise_alpha: remove it"
-            )
-        return seed
+    @property
+    def is_random(self) -> bool:
+        """Whether its seed changes anything but a head."""
+        if self.dropout or self.neftune_noise_alpha:
+            return True
+        one_rank = self.rank == 1 and not self.rank_pattern
+        all_ones = self.variant == "pure" and one_rank
+        return self.method not in ("ia3", "head") and not all_ones and self.init_from is None
 
     def warmup_for(self, steps: int) -> int:
         """Warm-up steps of an adapter of `steps` steps, at least one of which follows the warm-up."""
@@ -267,15 +266,6 @@ OWNERS = {
     "feedforward_modules": ("ia3",),
 }
 """Key of an adapter -> the methods that have it. Keys that are not listed belong to all methods."""
-
-
-def _is_random(adapter: Mapping[str, Any]) -> bool:
-    """Whether the seed of an adapter changes anything. adapter: its valid keys."""
-    if adapter.get("dropout") or adapter.get("neftune_noise_alpha"):
-        return True
-    one_rank = adapter.get("rank") == 1 and not adapter.get("rank_pattern")
-    all_ones = adapter.get("variant") == "pure" and one_rank
-    return adapter.get("method") != "ia3" and not all_ones and adapter.get("init_from") is None
 
 
 def listed(names: Sequence[str]) -> str:

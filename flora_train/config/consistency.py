@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flora_train.config.adapter_schema import adapter_name, warmup_hint
+from flora_train.config.adapter_schema import AdapterConfig, adapter_name, warmup_hint
 from flora_train.config.base import LONGEST_NAME
 from flora_train.config.errors import MOST_PROBLEMS, Problem, choices, did_you_mean
 from flora_train.config.task_schema import TaskConfig
@@ -109,6 +109,40 @@ def mixed_task_types(tasks: Mapping[str, TaskConfig]) -> Problem | None:
         "make two runs"
     )
     return Problem(f"tasks.{text}.speech", None, hint)
+
+
+def heads_without_labels(
+    tasks: Mapping[str, TaskConfig], adapters: Mapping[str, AdapterConfig]
+) -> Problem | None:
+    """A head is learnt from labels: method head needs them in all tasks, head_lr in one."""
+    for name, adapter in adapters.items():
+        of_adapter = [task for task in adapter.tasks or tasks if task in tasks]
+        without = [task for task in of_adapter if not tasks[task].has_head]
+        if adapter.method == "head" and without:
+            hint = (
+                f"is for tasks with labels, and tasks.{without[0]} has none that a head learns: give it "
+                f"label (or token_labels), or list other tasks in adapters.{name}.tasks"
+            )
+            return Problem(f"adapters.{name}.method", "head", hint)
+        if adapter.head_lr is not None and of_adapter and len(without) == len(of_adapter):
+            hint = "is not used, because no task of this adapter has labels that a head learns: remove it"
+            return Problem(f"adapters.{name}.head_lr", adapter.head_lr, hint)
+    return None
+
+
+def idle_seed(tasks: Mapping[str, TaskConfig], adapters: Mapping[str, AdapterConfig]) -> Problem | None:
+    """A seed of an adapter that draws no random number."""
+    for name, adapter in adapters.items():
+        begins_with_head = adapter.init_from is None and any(
+            tasks[task].has_head for task in adapter.tasks or tasks if task in tasks
+        )
+        if adapter.seed is not None and not (adapter.is_random or begins_with_head):
+            hint = (
+                "has no effect: this adapter begins at fixed values, and has neither dropout nor "
+                "neftune_noise_alpha: remove it"
+            )
+            return Problem(f"adapters.{name}.seed", adapter.seed, hint)
+    return None
 
 
 def small_draws(tasks: Mapping[str, TaskConfig], examples_per_draw: int) -> Problem | None:

@@ -10,6 +10,8 @@ from flora_train.config.consistency import (
     AdapterOutline,
     Contradictions,
     disagreements,
+    heads_without_labels,
+    idle_seed,
     mixed_task_types,
     small_draws,
 )
@@ -91,6 +93,10 @@ class RunConfig(ConfigModel):
         if not problems and (problem := mixed_task_types(self.tasks)):
             problems = [problem]
         if not problems and (problem := small_draws(self.tasks, self.mixture.examples_per_draw)):
+            problems = [problem]
+        if not problems and (problem := heads_without_labels(self.tasks, self.adapters)):
+            problems = [problem]
+        if not problems and (problem := idle_seed(self.tasks, self.adapters)):
             problems = [problem]
         problems = problems or ignored_keys(self.tasks) or self._sweep_problems() or self._patience_problems()
         if problems:

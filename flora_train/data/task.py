@@ -152,6 +152,11 @@ def _each_once(problems: Sequence[Problem]) -> list[Problem]:
     return list(different.values())
 
 
+def label_names(tasks: Mapping[str, Task]) -> dict[str, tuple[str, ...]]:
+    """Task -> its labels, of the tasks whose adapters learn a head for labels."""
+    return {name: task.label.labels for name, task in tasks.items() if task.label is not None}
+
+
 def notes_on_rows(tasks: Mapping[str, Task], config: RunConfig) -> list[str]:
     """Notes on special tokens that are written in rows, and how they are read: one for all tasks that read
     them alike."""

@@ -142,12 +142,12 @@ def check_tokenizer(tokenizer: Any, model_path: str) -> None:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """The padding token, or the end token if a tokenizer has none.
+    """The padding token, or the end token if a tokenizer has none, or the first one if it has neither.
 
     Labels and masks depend on lengths, so that padding is never learnt while the end token of a text is.
     """
     if tokenizer.pad_token_id is None:
-        return int(tokenizer.eos_token_id)
+        return int(tokenizer.eos_token_id or 0)
     return int(tokenizer.pad_token_id)
 
 

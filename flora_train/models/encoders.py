@@ -93,11 +93,3 @@ def record_new_parameters(model: nn.Module, names: frozenset[str]) -> None:
     for name in names:
         parameters[name].data.zero_()
     model._flora_new_parameters = names  # type: ignore[assignment]
-
-
-def has_labels(task: Any) -> bool:
-    """Whether adapters of this task, an entry of `tasks`, learn a head: it has labels that are not scored as
-    words."""
-    labels = getattr(task, "label", None) or getattr(task, "token_labels", None)
-    is_preference = getattr(task, "objective", None) not in (None, "sft")
-    return bool(labels) and not is_preference and getattr(task, "verbalizer", None) is None

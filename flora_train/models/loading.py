@@ -20,7 +20,6 @@ from flora_train.config.schema import RunConfig
 from flora_train.data.text_encoder import start_tokens
 from flora_train.models.encoders import (
     encoder_class,
-    has_labels,
     head_names,
     is_encoder,
     record_new_parameters,
@@ -142,7 +141,7 @@ def check_model_type(model_config: Any, config: RunConfig) -> None:
 def _check_encoder_tasks(config: RunConfig, model_type: str) -> None:
     """Raises UserError where a task is not one that an encoder can learn."""
     for name, task in config.tasks.items():
-        if not has_labels(task):
+        if not task.has_head:
             hint = (
                 f"is a {model_type} model, which reads in both directions and predicts no next token, and "
                 f"tasks.{name} is to be learnt token by token: give it label (or token_labels), or choose a "

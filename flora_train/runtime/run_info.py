@@ -59,6 +59,8 @@ class TaskData(RunPart):
     train: Annotated[SplitSize | None, Lenient] = None
     validation: Annotated[SplitSize | None, Lenient] = None
     test: Annotated[SplitSize | None, Lenient] = None
+    labels: Annotated[list[StrictStr] | None, Lenient] = None
+    """Of a task whose adapters have heads: its labels, in the order of their outputs."""
 
 
 class TrainingCosts(BaseModel):

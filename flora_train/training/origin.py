@@ -95,7 +95,11 @@ def data_of(task: Task) -> TaskData:
     if task.test is not None:
         test = _size(task.test)
     return TaskData(
-        sha256=task.data_hash, train=_size(task.train), validation=_size(task.validation), test=test
+        sha256=task.data_hash,
+        train=_size(task.train),
+        validation=_size(task.validation),
+        test=test,
+        labels=None if task.label is None else list(task.label.labels),
     )
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.data.batch import IGNORE, MixedBatch, Row
+from flora_train.models.encoders import is_encoder
 from flora_train.models.probe_inputs import (
     device_of,
     gradients_enabled,
@@ -21,6 +22,7 @@ from flora_train.models.probe_inputs import (
     probe_inputs,
 )
 from flora_train.models.speech_encoder import is_speech_model
+from flora_train.training.encoder_check import check_encoder
 from flora_train.training.loss import RowLosses
 
 TESTED, SHORT, LONG = 4, 6, 9
@@ -50,6 +52,9 @@ def check_rows(model: Any, pad_token: int, features: Tensor | None = None) -> No
     """
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     if (encoder_decoder and not is_speech_model(model.config)) or probe_inputs(model, 1, 2, features) is None:
+        return
+    if is_encoder(model.config):
+        check_encoder(model, pad_token)
         return
     if model.get_output_embeddings() is None:
         hint = "has no output head that makes logits of its last states: it cannot be trained here"

@@ -20,7 +20,7 @@ from flora_train.data.audio.collate import SpeechCollate
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.batch import collate, padded_tokens
 from flora_train.data.mixture import TaskMixture
-from flora_train.data.task import Task
+from flora_train.data.task import Task, label_names
 from flora_train.models.loading import count_layers, empty_model, set_mode, shallow_model
 from flora_train.models.probe_inputs import noise_features
 from flora_train.runtime.run_folder import RunFolder
@@ -45,7 +45,7 @@ class Cost:
 
 def adapters_of_steps(config: RunConfig, tasks: Mapping[str, Task]) -> list[frozenset[str]]:
     """The adapters of each of the first STEPS_PLANNED steps."""
-    mixture = make_mixture(tasks, expand(config), config)
+    mixture = make_mixture(tasks, expand(config, label_names(tasks)), config)
     adapters = []
     for number in planned_steps(config):
         draws = mixture.step(number)
@@ -105,7 +105,7 @@ def measure(
 
     decoder_layers: of an encoder-decoder. Default: as many as its encoder has.
     """
-    specs = expand(config)
+    specs = expand(config, label_names(tasks))
     mixture = make_mixture(tasks, specs, config)
     number = max(planned_steps(config), key=lambda number: _tokens_of(mixture, number))
     names = {name for draw in mixture.step(number) for name in draw.adapters}

@@ -36,8 +36,8 @@ def check_tokens(config: RunConfig, tokenizer: Any, tasks: Mapping[str, Task]) -
 
 
 def _special_tokens(config: RunConfig, tokenizer: Any, rows: int) -> Iterator[Problem]:
-    for kind, number in (("padding", pad_token(tokenizer)), ("end", int(tokenizer.eos_token_id))):
-        if number >= rows:
+    for kind, number in (("padding", pad_token(tokenizer)), ("end", tokenizer.eos_token_id)):
+        if number is not None and number >= rows:
             hint = (
                 f"its tokenizer's {kind} token {tokenizer.convert_ids_to_tokens(number)!r} has the id "
                 f"{number}, and the model has the "
