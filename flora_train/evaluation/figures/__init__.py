@@ -1,0 +1,1 @@
+"""Figures of predictions: computed from predictions and references, with bootstrap intervals."""
