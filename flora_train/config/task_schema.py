@@ -12,6 +12,7 @@ from flora_train.config.base import MOST_ROWS, ConfigModel, PathText, Revision, 
 from flora_train.config.chat_schema import CHAT_KEYS, ChatKeys, chat_key_of
 from flora_train.config.label_schema import LABEL_KEYS, LabelKeys
 from flora_train.config.language_names import ProgrammingLanguage
+from flora_train.config.metric_names import Metrics
 from flora_train.config.moved_datasets import moved_hint
 from flora_train.config.preference_schema import PAIRED
 from flora_train.config.sample_prompts import SamplePrompt
@@ -164,6 +165,17 @@ class TaskConfig(LabelKeys, ChatKeys):
     sample_prompts: list[SamplePrompt] = []
     """Prompts that the base model and every adapter complete at the end of the run: texts, which are
     continued as they are, or lists of messages with role and content, which are answered."""
+
+    metrics: Metrics = []
+    """Metrics of the held-out rows at the end of the run, beside the loss. perplexity: of the learnt tokens.
+    exact_match, rouge_l, chrf, bleu (the last two need the extra text-metrics): the base model and every
+    adapter answer the held-out prompts greedily, and the answers are compared with the completions.
+    MODULE:FUNCTION: a function of your own, which is called with the lists of answers and of completions and
+    returns a number, such as my_metrics:score."""
+    max_metric_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
+    """Largest number of held-out prompts that are answered for metrics, the first ones. Default: all."""
+    max_new_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    """Largest number of tokens of an answer for metrics. Default: evaluation.max_new_tokens."""
 
     @field_validator("weight")
     @classmethod

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from flora_train.config.errors import Problem
+from flora_train.config.metric_names import needs_answers
 from flora_train.config.task_schema import SourceConfig, TaskConfig
 
 OF_HUB = ("subset", "data_dir", "revision", "max_rows", "fallback_hint")
@@ -28,6 +29,7 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
         source: SourceConfig | None = getattr(task, split)
         for key, hint in _of_source(source) if source is not None else ():
             yield f"{split}.{key}", getattr(source, key), hint
+    yield from _of_metrics(task)
     if task.is_labelled:
         yield from _of_labelled(task)
         return
@@ -78,6 +80,26 @@ def _of_labelled(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
     if task.validation is None and fractions >= 1:
         hint = f"and validation_fraction = {task.validation_fraction:g} leave no training rows: lower them"
         yield "test_fraction", task.test_fraction, hint
+
+
+def _of_metrics(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
+    if task.metrics and task.speech is not None:
+        yield (
+            "metrics",
+            task.metrics,
+            "is for text: of clips, error rates are measured (speech.metric); remove it",
+        )
+    elif task.metrics and task.objective is not None:
+        yield (
+            "metrics",
+            task.metrics,
+            "is for prompts with completions: of preferences, rewards are measured; remove it",
+        )
+    if not needs_answers(task.metrics):
+        for key in ("max_metric_examples", "max_new_tokens"):
+            if getattr(task, key) is not None:
+                hint = "requires metrics of answers, such as rouge_l: set metrics, or remove it"
+                yield key, getattr(task, key), hint
 
 
 def _of_source(source: SourceConfig) -> Iterator[tuple[str, str]]:

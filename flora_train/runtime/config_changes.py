@@ -66,7 +66,16 @@ FINAL_EVALUATION_KEYS = frozenset(
 """Keys of `evaluation` that have no effect before the end of training. The others select or retire adapters.
 """
 TASK_EVALUATION_KEYS = frozenset(
-    {"language", "license", "sample_prompts", "speech.normalizer", "speech.metric"}
+    {
+        "language",
+        "license",
+        "max_metric_examples",
+        "max_new_tokens",
+        "metrics",
+        "sample_prompts",
+        "speech.normalizer",
+        "speech.metric",
+    }
 )
 """Keys of a task that have no effect before the end of training."""
 
