@@ -16,6 +16,10 @@ from flora_train.config.errors import first_line, user_error
 from flora_train.config.sample_prompts import SamplePrompt
 from flora_train.data.chat.prompts import Prompt, sample_prompts
 from flora_train.data.hub_commits import commits_of
+from flora_train.evaluation.answers.figures import answer_figures
+from flora_train.evaluation.answers.generate import generate_answers
+from flora_train.evaluation.answers.journal import AnswerLog
+from flora_train.evaluation.answers.prompts import AnsweredTask, answered_tasks
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code
 from flora_train.evaluation.code.summary import read_summaries
 from flora_train.evaluation.generation import complete
@@ -63,12 +67,24 @@ def run_final_evaluation(
         base_hash=lambda: context.base_hash or fingerprint(context.model),
         init_adapters=partial(init_from_peft, context.bank),
     )
+    answered = answered_tasks(config, context.tasks, context.model, context.tokenizer)
     heldout = heldout_losses(context, context.bank, log=log)
     if publish:
         on_main_process(lambda: export_all(context))
     seconds = {"evaluate at the end": time.monotonic() - started}
-    if plan is not None or any(task.sample_prompts for task in config.tasks.values()):
+    if plan is not None or answered or any(task.sample_prompts for task in config.tasks.values()):
         unshard(context.model)
+    if answered:
+        started = time.monotonic()
+        generate_answers(
+            config,
+            answered,
+            context.model,
+            bank=context.bank,
+            tokenizer=context.tokenizer,
+            folder=folder.evaluation,
+        )
+        seconds["answer prompts"] = time.monotonic() - started
     if plan is not None:
         started = time.monotonic()
         evaluate_code(
@@ -94,7 +110,7 @@ def run_final_evaluation(
         )
         context.close()
         seconds["transcribe"] = time.monotonic() - started
-    on_main_process(lambda: write_results(context, best, heldout, seconds=seconds, publish=publish))
+    on_main_process(lambda: write_results(context, best, heldout, answered, seconds=seconds, publish=publish))
     on_main_process(log.delete)
 
 
@@ -132,11 +148,13 @@ def write_results(
     context: RunContext,
     best: Mapping[int, BestCheckpoint],
     heldout: Mapping[str, HeldOut],
+    answered: Sequence[AnsweredTask] = (),
     *,
     seconds: Mapping[str, float],
     publish: bool,
 ) -> None:
-    """Write sample completions, report and model cards. seconds: stage of the evaluation -> its time."""
+    """Write sample completions, report and model cards. answered: tasks whose answers are in the journal;
+    seconds: stage of the evaluation -> its time."""
     config, bank, folder = context.config, context.bank, context.folder
     started = time.monotonic()
     completions = sample_completions(context)
@@ -150,7 +168,11 @@ def write_results(
         not_for_plain_peft=_peft_warnings(context),
     )
     code, speech = read_summaries(folder.evaluation), read_summary(folder.evaluation)
-    evaluation = Evaluation(heldout, best, completions, code, speech)
+    answers = {}
+    if answered:
+        answers = AnswerLog(folder.evaluation).read()
+    figures = answer_figures(config, bank, heldout, answered, answers)
+    evaluation = Evaluation(heldout, best, completions, code, speech, figures.results, notes=figures.notes)
     report = build_results(config, folder, context.tasks, bank, evaluation=evaluation, facts=facts)
     write_report(report, folder.evaluation)
     if publish:

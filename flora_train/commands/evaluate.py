@@ -12,6 +12,7 @@ from hashlib import sha256
 from flora_train.config.load import save_config
 from flora_train.config.run_overrides import changed_tasks, with_overrides
 from flora_train.config.schema import RunConfig
+from flora_train.evaluation.answers.figures import check_metrics
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation
 from flora_train.evaluation.report.files import read_report
 from flora_train.evaluation.report.terminal import show
@@ -67,6 +68,7 @@ def _evaluate(run: str, overrides: Sequence[str], allow: OriginOptions) -> RunFo
     config = with_overrides(open_run(run)[1], overrides)
     with locked(run) as folder:
         plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
+        on_main_process(lambda: check_metrics(config))
         results = _folder_of(config, folder) if overrides else folder
         if overrides:
             on_main_process(lambda: _claim(results, folder, config, plan))

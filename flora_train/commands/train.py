@@ -21,6 +21,8 @@ from flora_train.config.unused_keys import notes_on_unused
 from flora_train.data.hub_commits import commits_of, resolve_commits
 from flora_train.data.task import notes_on_rows
 from flora_train.data.tokenization import tokenizer_hash
+from flora_train.evaluation.answers.figures import check_metrics
+from flora_train.evaluation.answers.prompts import answered_tasks, check_answered
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation, prompts_of
 from flora_train.evaluation.generation import batching_note, check_prompts
 from flora_train.evaluation.report.files import read_report
@@ -130,6 +132,7 @@ def _train_run(
 ) -> None:
     """`train_run`, while no other process works in the folder. started: time.monotonic() at its start."""
     plan = on_main_process(lambda: plan_evaluation(config, need_sandbox=False))
+    on_main_process(lambda: check_metrics(config))
     context = load_checked(config, folder, accelerator.device, status=status, plan=plan)
     with closed_after_error(context.speech_processor):
         _train_loaded(context, accelerator, status=status, plan=plan, started=started)
@@ -276,19 +279,22 @@ def check_texts(context: RunContext, plan: Plan | None) -> None:
     sharded."""
     config, processor = context.config, context.speech_processor
     prompts = prompts_of(config, plan.suites if plan else (), context.tokenizer)
+    answered = answered_tasks(config, context.tasks, context.model, context.tokenizer)
     if processor is not None:
         check_transcribing(context.model, noise_features(processor.store.extractor))
         return
-    if not prompts:
+    if not prompts and not answered:
         return
-    check_prompts(
-        context.tokenizer,
-        prompts,
-        vocabulary=count_tokens(context.model),
-        model=config.model,
-        model_config=context.model.config,
-        max_new_tokens=config.evaluation.max_new_tokens,
-    )
+    check_answered(config, answered, context.model, context.tokenizer)
+    if prompts:
+        check_prompts(
+            context.tokenizer,
+            prompts,
+            vocabulary=count_tokens(context.model),
+            model=config.model,
+            model_config=context.model.config,
+            max_new_tokens=config.evaluation.max_new_tokens,
+        )
     note = batching_note(context.model)
     if note is not None:
         logger.warning(note)

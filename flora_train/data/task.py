@@ -15,6 +15,7 @@ from flora_train.config.task_schema import TaskConfig
 from flora_train.data.audio.common_voice import check_clips_exist
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_task import load_speech_task
+from flora_train.data.chat.rows import ChatRowEncoder
 from flora_train.data.labels.choices import ChoiceSplit
 from flora_train.data.labels.load import labelled_texts
 from flora_train.data.labels.rows import LabelRowEncoder
@@ -50,6 +51,8 @@ class Task:
     """Name of the release that the rows come from, if it has one."""
     preference: Preference | None = None
     """The objective of preferences; None: every token of a completion is learnt."""
+    is_chat: bool = False
+    """Whether its rows are conversations."""
     label: LabelSpec | None = None
     """The labels of texts, from which each of its adapters learns a head; None: there is no head."""
 
@@ -231,4 +234,5 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         test=splits.get("test"),
         preference=preference,
         label=label,
+        is_chat=isinstance(encoder, ChatRowEncoder),
     )

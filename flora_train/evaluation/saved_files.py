@@ -8,6 +8,7 @@ from pathlib import Path
 from flora_train.adapters.spec import expand
 from flora_train.config.errors import UserError, first_line, user_error
 from flora_train.config.schema import RunConfig
+from flora_train.evaluation.answers.journal import AnswerLog
 from flora_train.evaluation.code.completion_log import CompletionLog
 from flora_train.evaluation.code.evaluate import Plan
 from flora_train.evaluation.code.evaluate import settings_of as code_settings
@@ -51,6 +52,7 @@ def check_evaluation(
         read_summary(log.path)
         if not (restart and have_other_limits(log.verdicts, sandbox, languages)):
             _check_verdicts(log.verdicts, config, languages)
+    AnswerLog(folder).read()
     transcripts = transcript_log(folder)
     if not (restart and transcripts.has_other_settings(speech_settings(config), partial=True)):
         transcripts.read()

@@ -8,7 +8,10 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from flora_train.evaluation.code.score_types import CodeScore, CodeSuite, LanguageScores
+from flora_train.evaluation.figures.result_types import FigureResult, FigureScore
+from flora_train.evaluation.figures.texts import key_of, text_of
 from flora_train.evaluation.preferences.score_types import PreferenceResult, PreferenceScore
+from flora_train.evaluation.report.figure_tables import figure_estimate, rows_of
 from flora_train.evaluation.report.formatting import (
     PLUS_MINUS,
     estimate,
@@ -65,21 +68,22 @@ class CardMetric:
     dataset: str
     subset: str
     metric: str
-    """pass@1, wer, bits_per_byte, or a figure of preferences."""
+    """pass@1, wer, bits_per_byte, or a figure of preferences, answers or labels."""
     value: float
     note: str
     """How it was measured, and on how many examples."""
 
 
 def tables(report: Report | None, name: str) -> list[Table]:
-    """Held-out bits per byte, rewards, pass@k and error rates, as far as the report has them."""
+    """Held-out bits per byte, rewards, figures, pass@k and error rates, as far as the report has them."""
     if report is None:
         return []
     heldout = [_heldout_table(result, name) for result, _ in _heldout_rows(report, name)]
     code = [_code_table(suite, part, name) for suite, part, _ in _code_rows(report, name)]
     speech = [_speech_table(part, name) for part, _ in _speech_rows(report, name)]
     preferences = [_preference_table(result, name) for result, _ in _preference_rows(report, name)]
-    return [*heldout, *preferences, *code, *speech]
+    figures = [_figure_table(results, name) for results in _figure_rows(report, name)]
+    return [*heldout, *preferences, *figures, *code, *speech]
 
 
 def card_results(report: Report | None, name: str) -> list[CardMetric]:
@@ -89,6 +93,7 @@ def card_results(report: Report | None, name: str) -> list[CardMetric]:
     return [
         *_heldout_metrics(report, name),
         *_preference_metrics(report, name),
+        *_figure_metrics(report, name),
         *_code_metrics(report, name),
         *_speech_metrics(report, name),
     ]
@@ -123,6 +128,17 @@ def _preference_metrics(report: Report, name: str) -> Iterator[CardMetric]:
                 yield CardMetric(
                     result.task, "held-out preferences", METRIC_NAMES[text.figure], value.value, note
                 )
+
+
+def _figure_metrics(report: Report, name: str) -> Iterator[CardMetric]:
+    for results in _figure_rows(report, name):
+        for result in results:
+            value = next(row.value.value for row in result.contenders if row.name == name)
+            if value is not None:
+                note = f"{plural(result.examples, 'held-out example')}"
+                if result.setting:
+                    note += f", {result.setting}"
+                yield CardMetric(result.task, "held out", key_of(result.figure), value, note)
 
 
 def _code_metrics(report: Report, name: str) -> Iterator[CardMetric]:
@@ -190,6 +206,39 @@ def _preference_table(result: PreferenceResult, name: str) -> Table:
             for family, difference in result.to_base.items()
         },
         means=result.over_seeds,
+    )
+
+
+def _figure_table(results: Sequence[FigureResult], name: str) -> Table:
+    """A row for each contender and baseline of one task, a column for each figure."""
+
+    def written(result: FigureResult, row: FigureScore) -> str:
+        scores = {other.family: other for other, _ in rows_of(result)}
+        if row.family not in scores:
+            return ""
+        return figure_estimate(scores[row.family].value, text_of(result))
+
+    first = results[0]
+    text = text_of(first)
+    level = percent(first.confidence).replace("\u00a0", " ")
+    directions = [f"{text_of(result).name}: {text_of(result).meaning}" for result in results]
+    note = f"{plural(first.examples, 'example')}; {level} intervals of a paired bootstrap over them; "
+    if first.to_base:
+        note += f"the difference is that of the {text.name}. "
+    note += f"{'; '.join(directions)}. "
+    lower = [text_of(result).name for result in results if result.lower_is_better]
+    note += f"Lower is better for {', '.join(lower)}. " if lower else ""
+    note += "Shares are percentages."
+    return _table(
+        "Figures",
+        note,
+        [*first.contenders, *first.baselines],
+        name,
+        cells={text_of(result).name: partial(written, result) for result in results},
+        to_base={
+            family: figure_estimate(difference, text, "+") for family, difference in first.to_base.items()
+        },
+        means=first.over_seeds,
     )
 
 
@@ -262,6 +311,15 @@ def _preference_rows(report: Report, name: str) -> Iterator[tuple[PreferenceResu
         for row in result.contenders:
             if row.name == name:
                 yield result, row
+
+
+def _figure_rows(report: Report, name: str) -> Iterator[list[FigureResult]]:
+    """The figures of each task that the adapter takes part in, those of the same examples together."""
+    groups: dict[tuple[str, int, str], list[FigureResult]] = {}
+    for result in report.figures:
+        if any(row.name == name for row in result.contenders):
+            groups.setdefault((result.task, result.examples, result.setting), []).append(result)
+    yield from groups.values()
 
 
 def _code_rows(report: Report, name: str) -> Iterator[tuple[CodeSuite, LanguageScores, CodeScore]]:

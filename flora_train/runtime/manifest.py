@@ -30,6 +30,8 @@ RUN_FILES = (
     *(f"adapters/{{adapter}}/{file}" for file in PEFT_FILES),
     "eval/report.json",
     "eval/report.html",
+    "eval/answers/settings.json",
+    "eval/answers/answers-{n}.jsonl",
     "eval/heldout/settings.json",
     "eval/heldout/pieces-{n}.jsonl",
     "eval/speech/settings.json",

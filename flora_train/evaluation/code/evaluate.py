@@ -47,7 +47,7 @@ from flora_train.runtime.checksum import fingerprint
 from flora_train.runtime.distributed import on_main_process, wait_for_everyone
 from flora_train.runtime.environment import available_cpus, dtype_of
 
-RESERVED_NAMES = ("", "heldout", "speech", "report.html", "report.json")
+RESERVED_NAMES = ("", "answers", "heldout", "speech", "report.html", "report.json")
 """Names in a run's folder eval/ that no suite may have, as its results are in a folder of its name."""
 
 Generate = Callable[[nn.Module, Route, Sequence[Contender]], None]

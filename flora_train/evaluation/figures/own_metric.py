@@ -63,7 +63,7 @@ def lower_is_better(function: OwnMetric) -> bool:
 
 
 def own_value(function: OwnMetric, predictions: Sequence[str], references: Sequence[str]) -> float:
-    """What the function returns. Raises ValueError with the reason if it raises or returns no finite number."""
+    """What the function returns. Raises ValueError with the reason if it raises or gives no finite number."""
     try:
         value = function(list(predictions), list(references))
     except (Exception, SystemExit) as error:

@@ -21,6 +21,14 @@ class FigureText:
     digits: int = 3
     """Decimals, where it is not shown times 100."""
 
+    @property
+    def title(self) -> str:
+        """The name at the beginning of a sentence. Names such as chrF and my_metrics:score stay as they are."""
+        first = self.name.partition(" ")[0]
+        if not first.isalpha() or not first.islower():
+            return self.name
+        return f"{first.capitalize()}{self.name[len(first) :]}"
+
 
 FIGURES = {
     "accuracy": FigureText("accuracy", "examples whose label is right"),
@@ -65,5 +73,5 @@ def text_of(result: FigureResult) -> FigureText:
 
 
 def key_of(figure: str) -> str:
-    """A figure's key for trackers and cards: of module:function the function."""
-    return figure.rpartition(":")[2]
+    """A figure's key for trackers and cards: module:function is module.function."""
+    return figure.replace(":", ".")

@@ -13,6 +13,7 @@ from flora_train.models.context_length import declared_positions, independent_up
 Prompts = tuple[Sequence[str | tuple[int, ...]], bool]
 """Texts or token ids, and whether special tokens written in texts are tokens (in a recipe) or text (in
 problems)."""
+MAX_NEW_TOKENS = "evaluation.max_new_tokens"
 
 
 def check_prompts(
@@ -23,14 +24,16 @@ def check_prompts(
     model: ModelConfig,
     model_config: Any,
     max_new_tokens: int,
+    key: str = MAX_NEW_TOKENS,
 ) -> None:
     """Raises UserError for a prompt without tokens, with unknown tokens, or without room for its
     continuation.
 
     prompts: configuration key -> texts. vocabulary: number of token ids that the model has embeddings of.
+    key: the key of max_new_tokens.
     """
     longest, encoder = 0, TextEncoder(tokenizer)
-    for key, (texts, special_tokens) in prompts.items():
+    for key_of_texts, (texts, special_tokens) in prompts.items():
         for text in texts:
             shown: str | None = None
             if isinstance(text, str):
@@ -43,20 +46,20 @@ def check_prompts(
                     "has no tokens, and the tokenizer adds no start token: give the model a text to begin "
                     "with"
                 )
-                raise user_error(key, shown, hint)
+                raise user_error(key_of_texts, shown, hint)
             if max(ids) >= vocabulary:
                 token = tokenizer.convert_ids_to_tokens(max(ids))
                 hint = (
                     f"has the token {token!r} with the id {max(ids)}, but the model's tokens are 0 to "
                     f"{vocabulary - 1}"
                 )
-                raise user_error(key, shown, hint)
-    check_room(model_config, longest, max_new_tokens)
+                raise user_error(key_of_texts, shown, hint)
+    check_room(model_config, longest, max_new_tokens, key)
     if not longest:
         return
     limit = max_readable_length(model, model_config, longest + max_new_tokens - 1)
     if limit is not None:  # the last token is generated, not read
-        raise _too_long(limit + 1, longest, max_new_tokens)
+        raise _too_long(limit + 1, longest, max_new_tokens, key)
 
 
 def context_length(model: ModelConfig, model_config: Any) -> int | None:
@@ -68,23 +71,23 @@ def context_length(model: ModelConfig, model_config: Any) -> int | None:
     return min((limit for limit in (declared, independent, readable) if limit is not None), default=None)
 
 
-def check_room(model_config: Any, longest: int, max_new_tokens: int) -> None:
+def check_room(model_config: Any, longest: int, max_new_tokens: int, key: str = MAX_NEW_TOKENS) -> None:
     """Raises UserError if a prompt of `longest` tokens and its continuation exceed the model's context
-    length.
+    length. key: that of max_new_tokens.
     """
     limit, independent_limit = declared_positions(model_config), independent_up_to(model_config)
     if limit is not None and longest + max_new_tokens > limit:
-        raise _too_long(limit, longest, max_new_tokens)
+        raise _too_long(limit, longest, max_new_tokens, key)
     if independent_limit is not None and longest + max_new_tokens > independent_limit:
         meaning = "up to which a row's positions do not depend on its neighbours"
-        raise _too_long(independent_limit, longest, max_new_tokens, meaning=meaning)
+        raise _too_long(independent_limit, longest, max_new_tokens, key, meaning=meaning)
 
 
 def _too_long(
-    limit: int, longest: int, max_new_tokens: int, *, meaning: str = "that the model can read"
+    limit: int, longest: int, max_new_tokens: int, key: str, *, meaning: str = "that the model can read"
 ) -> UserError:
     allowed = f"give at most {limit - longest}"
     if longest >= limit:
         allowed = "no continuation fits, whatever its length: remove the prompt"
     hint = f"with a prompt of {longest} tokens is more than the {limit} {meaning}: {allowed}"
-    return user_error("evaluation.max_new_tokens", max_new_tokens, hint)
+    return user_error(key, max_new_tokens, hint)

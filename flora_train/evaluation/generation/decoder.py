@@ -73,7 +73,7 @@ class Decoder:
         self.encoder = TextEncoder(tokenizer)
         self.device = next(model.parameters()).device
         self._parameters = parameters_of(model)
-        self._end_tokens = frozenset(_end_tokens(model, tokenizer))
+        self._end_tokens = end_tokens_of(model, tokenizer)
         self._stream: Stream = lambda request, sample, tokens: None
 
     @torch.no_grad()
@@ -303,9 +303,9 @@ def _greedy_request(prompt: str | Prompt, adapter: int) -> Request:
     )
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens_of(model: Any, tokenizer: Any) -> frozenset[int]:
     """The end tokens of the tokenizer and of the model's generation_config."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if not isinstance(configured, list):
         configured = [configured]
-    return {token for token in (tokenizer.eos_token_id, *configured) if isinstance(token, int)}
+    return frozenset(token for token in (tokenizer.eos_token_id, *configured) if isinstance(token, int))

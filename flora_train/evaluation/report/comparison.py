@@ -8,6 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from flora_train.config.paths import read_mapping
+from flora_train.evaluation.figures.texts import text_of
+from flora_train.evaluation.report.figure_tables import rows_of
 from flora_train.evaluation.report.formatting import (
     ABSENT,
     bracketed,
@@ -87,7 +89,7 @@ class RunMetric:
 
 
 def measures(reports: Sequence[Report]) -> list[Measure]:
-    """Held-out loss, pass@k, error rates and rewards of every task and method."""
+    """Held-out loss, pass@k, error rates, rewards and figures of every task and method."""
     groups = seed_groups(reports)
     metrics: dict[str, dict[tuple[str, str], dict[int, RunMetric]]] = {}
     for i, report in enumerate(reports):
@@ -234,6 +236,7 @@ def _metrics(report: Report) -> Iterator[RunMetric]:
     yield from _code_metrics(report)
     yield from _speech_metrics(report)
     yield from _preference_metrics(report)
+    yield from _figure_metrics(report)
 
 
 def _heldout_metrics(report: Report) -> Iterator[RunMetric]:
@@ -307,6 +310,26 @@ def _preference_metrics(report: Report) -> Iterator[RunMetric]:
                     in_percent=text.in_percent,
                     higher_is_better=not text.lower_is_better,
                 )
+
+
+def _figure_metrics(report: Report) -> Iterator[RunMetric]:
+    hashes = {task.name: task.heldout_hash or task.data_hash for task in report.tasks}
+    for result in report.figures:
+        text = text_of(result)
+        title = f"{text.title} on held-out examples"
+        if text.in_percent:
+            title += ", percent"
+        for row, difference in rows_of(result):
+            yield RunMetric(
+                title,
+                result.task,
+                row.family,
+                row.value,
+                difference,
+                (hashes[result.task], result.examples, result.setting),
+                in_percent=text.in_percent,
+                higher_is_better=not result.lower_is_better,
+            )
 
 
 def _row(what: tuple[str, str], metrics: Mapping[int, RunMetric], groups: Sequence[Sequence[int]]) -> Row:

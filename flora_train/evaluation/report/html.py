@@ -26,6 +26,14 @@ from flora_train.evaluation.report.comparison import (
     verdicts,
     with_seeds,
 )
+from flora_train.evaluation.report.figure_tables import (
+    figure_estimate,
+    figure_tables,
+    figure_value,
+    figure_verdict,
+    is_shown_whole,
+    score_of,
+)
 from flora_train.evaluation.report.formatting import (
     count,
     estimate,
@@ -132,6 +140,7 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
         pass_tables=[_pass_table(suite) for suite in report.code],
         **_speech_columns(report.speech),
         preference_families=_preference_families(report),
+        figure_tables=figure_tables(report.figures),
         paired_figures=PAIRED,
         labelled_figures=LABELLED,
         sweep_panels=_sweep_panels(report),
@@ -182,7 +191,8 @@ def _page(template: str, **content: Any) -> str:
     )  # fmt: skip
     of_published = (measured_as, method_label, published_digits, published_percent)
     of_preferences = (examples_of, setting_of)
-    functions = (*filters, *of_published, *of_preferences)
+    of_figures = (figure_estimate, figure_value, figure_verdict, is_shown_whole, score_of)
+    functions = (*filters, *of_published, *of_preferences, *of_figures)
     environment.filters |= {function.__name__: function for function in functions}
     environment.filters["visible"] = lambda text: text.translate(CONTROL_PICTURES).strip("\n").rstrip()
     script = SCRIPT.read_text(encoding="utf-8")

@@ -18,8 +18,9 @@ def with_joined_families(report: Report) -> Report:
     if not names:
         return report
     content = report.model_dump(mode="json")
-    for part in ("adapters", "results", "code", "speech", "preferences"):
-        content[part] = _renamed(content[part], names)
+    for part in ("adapters", "results", "code", "speech", "preferences", "figures", "confusions"):
+        if part in content:
+            content[part] = _renamed(content[part], names)
     for sample in content["completions"]:
         texts = sample["completions"].items()
         sample["completions"] = {names.get(family, family): text for family, text in texts}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from flora_train.evaluation.code.score_types import LanguageScores, MacroScores
+from flora_train.evaluation.figures.result_types import FigureResult
 from flora_train.evaluation.preferences.score_types import PreferenceResult
 from flora_train.evaluation.report.types import AdapterFacts, Report, TaskResult
 from flora_train.evaluation.speech.score_types import SpeechLanguage
@@ -19,7 +20,9 @@ class OfFamily(Protocol):
 
 
 Row = TypeVar("Row", bound=OfFamily)
-Part = TypeVar("Part", TaskResult, LanguageScores, MacroScores, SpeechLanguage, PreferenceResult)
+Part = TypeVar(
+    "Part", TaskResult, LanguageScores, MacroScores, SpeechLanguage, PreferenceResult, FigureResult
+)
 
 
 def with_joined_seeds(report: Report) -> Report:
@@ -43,6 +46,7 @@ def with_joined_seeds(report: Report) -> Report:
         code=code,
         speech=speech,
         preferences=[_joined(part, families) for part in report.preferences],
+        figures=[_joined(part, families) for part in report.figures],
     )
 
 

@@ -19,6 +19,7 @@ from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
 from flora_train.evaluation.bootstrap import finite
 from flora_train.evaluation.code.score_types import CodeSuite
+from flora_train.evaluation.figures.result_types import ConfusionMatrix, FigureResult
 from flora_train.evaluation.preferences.scores import preference_results
 from flora_train.evaluation.report.formatting import listed
 from flora_train.evaluation.report.heldout_results import sweep_results, task_result
@@ -61,6 +62,10 @@ class Evaluation:
     completions: Sequence[SampleCompletion] = ()
     code: Sequence[CodeSuite] = ()
     speech: SpeechResults | None = None
+    figures: Sequence[FigureResult] = ()
+    confusions: Sequence[ConfusionMatrix] = ()
+    notes: Sequence[str] = ()
+    """Sentences on what could not be measured."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,9 @@ def build_results(
         code=evaluation.code,
         speech=evaluation.speech,
         preferences=preferences,
-        not_measured=[*limits, *facts.origin_differences],
+        figures=evaluation.figures,
+        confusions=evaluation.confusions,
+        not_measured=[*limits, *evaluation.notes, *facts.origin_differences],
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
 from flora_train.evaluation.preferences.score_types import PreferenceResult
+from flora_train.evaluation.report.figure_tables import not_above_baselines
 from flora_train.evaluation.report.formatting import (
     NOT_FINITE,
     count,
@@ -41,6 +42,8 @@ def summarise(report: Report) -> list[str]:
         paragraphs = [f"{_training(report)} {_against_base(results)}{scope}", *_between_methods(results)]
     if report.preferences:
         paragraphs.append(_preferences(report.preferences))
+    if baselines := " ".join(not_above_baselines(report.figures)):
+        paragraphs.append(baselines)
     paragraphs += map(_code, report.code)
     if report.speech is not None:
         paragraphs.append(_speech(report.speech))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_train.config.errors import choices, did_you_mean, user_error
+from flora_train.evaluation.figures.texts import text_of
+from flora_train.evaluation.report.figure_tables import rows_of
 from flora_train.evaluation.report.formatting import NOT_FINITE, PLUS_MINUS, shared_digits
 from flora_train.evaluation.report.joined_report import with_joined_families
 from flora_train.evaluation.report.joined_seeds import with_joined_seeds
@@ -84,7 +86,7 @@ def scores_of(reports: Mapping[str, Report]) -> list[Score]:
     scores: list[Score] = []
     for run, report in reports.items():
         scores += [*_losses(run, report), *_pass_rates(run, report), *_error_rates(run, report)]
-        scores += _preferences(run, report)
+        scores += [*_preferences(run, report), *_figures(run, report)]
     return scores
 
 
@@ -132,6 +134,16 @@ def _preferences(run: str, report: Report) -> Iterator[Score]:
             for row, value, difference in values_of(result, text):
                 common = (value, difference, result.examples, result.confidence, examples_of(result))
                 yield Score(run, metric, result.task, row.family, *common)
+
+
+def _figures(run: str, report: Report) -> Iterator[Score]:
+    for result in report.figures:
+        text = text_of(result)
+        digits = PERCENT_DIGITS if text.in_percent else text.digits
+        metric = Metric(text.name, result.lower_is_better, digits, in_percent=text.in_percent)
+        for row, difference in rows_of(result):
+            common = (row.value, difference, result.examples, result.confidence)
+            yield Score(run, metric, result.task, row.family, *common)
 
 
 def as_csv(scores: Sequence[Score]) -> str:

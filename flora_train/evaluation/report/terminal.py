@@ -14,7 +14,14 @@ from rich.table import Table
 
 from flora_train.config.terminal_text import in_cell, print_plain, print_table, shown
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
+from flora_train.evaluation.figures.result_types import FigureResult
 from flora_train.evaluation.preferences.score_types import PreferenceResult
+from flora_train.evaluation.report.figure_tables import (
+    ascii_figure,
+    figure_tables,
+    not_above_baselines,
+    rows_of,
+)
 from flora_train.evaluation.report.files import read_report
 from flora_train.evaluation.report.formatting import PLUS_MINUS, ascii_estimate, ascii_mean, ascii_number
 from flora_train.evaluation.report.joined_seeds import adapters_of, note_on_seeds, with_joined_seeds
@@ -161,6 +168,27 @@ def print_preferences(results: Sequence[PreferenceResult], console: Console | No
             console.print(shown("likelier: share whose chosen completion has the higher log-probability"))
 
 
+def print_figures(results: Sequence[FigureResult], console: Console | None = None) -> None:
+    """Figures of answers, labels and losses of the base, every adapter and baselines. Fits 80 columns."""
+    console = console or Console(soft_wrap=True)
+    for figure in figure_tables(results):
+        text, level = figure.text, _level(figure.results[0].confidence)
+        unit = ", percent" if text.in_percent else ""
+        console.print(shown(f"\n{figure.title.removesuffix('.')}{unit}", "bold"))
+        table = _table("task", "method", f"{text.name} [{level}]", "difference to base")
+        for result in figure.results:
+            title = result.task
+            for row, difference in rows_of(result):
+                change = ""
+                if difference is not None:
+                    change = ascii_figure(difference, text, "+")
+                table.add_row(*map(in_cell, (title, row.family, ascii_figure(row.value, text), change)))
+                title = ""
+        print_table(table, console)
+    for sentence in not_above_baselines(results):
+        console.print(shown(sentence))
+
+
 def print_published(tables: Sequence[ComparedTable], console: Console | None = None) -> None:
     """Published tables beside the figures of a run, with what differs in their set-up. Fits 80 columns."""
     console = console or Console(soft_wrap=True)
@@ -218,6 +246,7 @@ def show(folder: RunFolder) -> None:
     print_pass_at_k(joined.code)
     print_error_rates(joined.speech)
     print_preferences(joined.preferences)
+    print_figures(joined.figures)
     print_completions(report)
     names = []
     for result in report.results:

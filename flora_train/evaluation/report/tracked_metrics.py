@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flora_train.evaluation.figures.texts import key_of
+from flora_train.evaluation.report.figure_tables import rows_of
 from flora_train.evaluation.report.preference_figures import METRIC_NAMES, figures_of, values_of
 from flora_train.evaluation.report.types import Report
 from flora_train.evaluation.result_model import Interval
@@ -9,7 +11,8 @@ from flora_train.evaluation.result_model import Interval
 
 def final_metrics(report: Report) -> dict[str, float]:
     """`final/<task>/<method>/<metric>` -> value, of base and adapters: bits_per_byte, pass@k, wer,
-    and reward_accuracy and others of preferences; of means over seeds also `<metric>_deviation`."""
+    reward_accuracy and others of preferences, and the figures of answers and labels; of means over seeds also
+    `<metric>_deviation`."""
     metrics: dict[str, float | None] = {}
     for result in report.results:
         for row in (result.base, *result.contenders, *result.over_seeds):
@@ -29,6 +32,10 @@ def final_metrics(report: Report) -> dict[str, float]:
             for contestant, figure, _ in values_of(preferences, text):
                 key = f"final/{preferences.task}/{contestant.family}/{METRIC_NAMES[text.figure]}"
                 _add(metrics, key, figure)
+    for result_of_figure in report.figures:
+        for scored, _ in rows_of(result_of_figure):
+            name = f"{scored.family}/{key_of(result_of_figure.figure)}"
+            _add(metrics, f"final/{result_of_figure.task}/{name}", scored.value)
     return {key: value for key, value in metrics.items() if value is not None}
 
 

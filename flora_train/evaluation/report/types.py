@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from flora_train.adapters.spec import rank_text
 from flora_train.config.base import MOST_STEPS
 from flora_train.evaluation.code.score_types import CodeSuite
+from flora_train.evaluation.figures.result_types import ConfusionMatrix, FigureResult
 from flora_train.evaluation.preferences.score_types import PreferenceResult
 from flora_train.evaluation.result_model import (
     Confidence,
@@ -377,8 +378,10 @@ class SampleCompletion(ResultModel):
         return "\n".join(f"{message.role}: {message.content}" for message in self.prompt)
 
 
-class Report(ResultModel):
+class Report(SparseModel):
     """The results of a run, report.json."""
+
+    written_if_set = ("figures", "confusions")
 
     schema_version: Literal[7] = SCHEMA_VERSION
     name: Text
@@ -396,6 +399,10 @@ class Report(ResultModel):
     """Error rates of spoken tasks."""
     preferences: tuple[PreferenceResult, ...] = ()
     """Rewards on held-out preferences, a result per preference task."""
+    figures: tuple[FigureResult, ...] = ()
+    """Figures of answers, labels and losses: a result per task and figure."""
+    confusions: tuple[ConfusionMatrix, ...] = ()
+    """How often each label was predicted, a matrix per task of labels and contender."""
     not_measured: tuple[Text, ...]
     """What a reader might take for granted and the report does not show, as sentences."""
 
@@ -412,6 +419,11 @@ class Report(ResultModel):
             names = [row.family for row in preference.contenders]
             _check_known(f"preferences of {preference.task}", names, {"base", *families})
             _check_known(f"preferences of {preference.task}", ["base"], names)
+        for figure in self.figures:
+            _check_known("figures", [figure.task], tasks)
+            names = [row.family for row in figure.contenders]
+            _check_known(f"figures of {figure.task}", names, {"base", *families})
+        _check_known("confusions", (matrix.task for matrix in self.confusions), tasks)
         for sample in self.completions:
             _check_known(f"completions of {sample.task}", ["base"], sample.completions)
         return self
