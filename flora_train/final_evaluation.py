@@ -129,6 +129,7 @@ def heldout_losses(
             max_tokens=2 * context.config.training.tokens_per_microbatch,
             pad_token=context.pad_token,
             with_base=True,
+            with_test=True,
             report=progress.update,
             collate=context.collate,
             absent=absent,
@@ -171,8 +172,10 @@ def write_results(
     answers = {}
     if answered:
         answers = AnswerLog(folder.evaluation).read()
-    figures = answer_figures(config, bank, heldout, answered, answers)
-    evaluation = Evaluation(heldout, best, completions, code, speech, figures.results, notes=figures.notes)
+    figures = answer_figures(config, bank, heldout, answered, answers, loaded=context.tasks)
+    evaluation = Evaluation(
+        heldout, best, completions, code, speech, figures.results, figures.confusions, figures.notes
+    )
     report = build_results(config, folder, context.tasks, bank, evaluation=evaluation, facts=facts)
     write_report(report, folder.evaluation)
     if publish:

@@ -91,6 +91,7 @@ def evaluate_heldout(
     pad_token: int,
     max_examples: int | None = None,
     with_base: bool = False,
+    with_test: bool = False,
     report: Callable[[float], None] = lambda share: None,
     collate: Collate = collate,
     absent: Collection[int] = (),
@@ -99,30 +100,30 @@ def evaluate_heldout(
 ) -> dict[str, HeldOut]:
     """Held-out losses per task. All its adapters are mixed in the same batches, which all processes share.
 
-    max_tokens: padded tokens per forward pass; max_examples: limit per task; report: called with the share
-    done; absent:
-    adapters that are not evaluated; log: batches in it are not computed again; references: of preferences,
-    where they were computed before. Afterwards the model is routed to the plain base.
+    max_tokens: padded tokens per forward pass; max_examples: limit per task; with_test: evaluate label tasks
+    on their test rows, where they have some; report: called with the share done; absent: adapters that are
+    not evaluated; log: batches in it are not computed again; references: of preferences, where they were
+    computed before. Afterwards the model is routed to the plain base.
     """
     contenders = _contenders(bank, absent)
     evaluated = {task.name: task for task in tasks if task.name in contenders}
+    splits = {name: _split(task, with_test) for name, task in evaluated.items()}
     sums: Sums = {}
     outputs: Sums = {}
     stores: dict[str, OutputStore] = {}
     batches: list[Batch] = []
     for name, task in evaluated.items():
-        with_labels = isinstance(task.validation, LabelSplit)
+        split = splits[name]
+        with_labels = isinstance(split, LabelSplit)
         if not with_labels and (with_base or needs_base(task, contenders[name], references)):
             contenders[name].append(BASE_ID)
-        examples = min(len(task.validation), max_examples or len(task.validation))
+        examples = min(len(split), max_examples or len(split))
         # a batch is of one task, so that few adapters have to be on the device, with more rows each
-        rows = heldout_rows(
-            bank, contenders[name], name, task.validation, max_examples, preference=task.preference
-        )
+        rows = heldout_rows(bank, contenders[name], name, split, max_examples, preference=task.preference)
         for row in rows:
             sums.setdefault((name, row.adapter, part_of(row)), np.zeros(examples))
-        if isinstance(task.validation, LabelSplit) and task.label is not None:
-            stores[name] = OutputStore(task.label, task.validation, examples)
+        if isinstance(split, LabelSplit) and task.label is not None:
+            stores[name] = OutputStore(task.label, split, examples)
             outputs |= {(name, adapter, 0): np.zeros(stores[name].size) for adapter in contenders[name]}
         batches += group_by_length(rows, max_tokens)
     known = {} if log is None else log.known(batches)
@@ -132,7 +133,7 @@ def evaluate_heldout(
     unknown = [batch for batch in batches if row_key(batch[0]) not in known]
 
     def split_of(task: str) -> TokenSplit:
-        return evaluated[task].validation
+        return splits[task]
 
     def compute(batch: Batch) -> None:
         inputs = collate(batch, split_of, pad_token).to(bank.device)
@@ -157,7 +158,7 @@ def evaluate_heldout(
     by_contender = _sum_over_processes(outputs, bank.device)
     results = {}
     for name, task in evaluated.items():
-        split, first = task.validation, slice(max_examples)
+        split, first = splits[name], slice(max_examples)
         of_task = {contender: nats[name, contender, 0] for contender in contenders[name]}
         preferences = labels = None
         counts: NDArray[np.int64] | NDArray[np.float64]
@@ -174,6 +175,11 @@ def evaluate_heldout(
             counts, sizes = split.label_counts, split.example_bytes
         results[name] = HeldOut(name, of_task, counts[first], sizes[first], preferences, labels)
     return results
+
+
+def _split(task: Task, with_test: bool) -> TokenSplit:
+    """The examples of a task that are evaluated."""
+    return task.evaluated if with_test and task.label is not None else task.validation
 
 
 def heldout_metrics(result: HeldOut, contender: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flora_train.data.batch import IGNORE
-from flora_train.data.labels.spec import LabelSpec
+from flora_train.data.labels.spec import LabelSpec, Target
 from flora_train.data.labels.split import LabelSplit
 
 Values: TypeAlias = NDArray[np.float64]
@@ -21,6 +21,8 @@ of those of its tokens that have one."""
 
 LIKELY = 0.0
 """The logit from which on a text has one of several labels: a probability of one half."""
+LARGEST_LOGIT = 500.0
+"""Beyond it, exp has no number."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,35 @@ class HeldOutLabels:
             return np.stack(self.outputs[adapter]) if self.examples else np.empty((0, self.spec.outputs))
         labelled = [self.outputs[adapter][i][self._has_label(i)] for i in range(self.examples)]
         return np.concatenate([np.empty((0, self.spec.outputs)), *labelled])
+
+    def scores(self, adapter: int) -> Values | None:
+        """The probability of each label of each text, [n, labels]; None for regression and tokens."""
+        if self.spec.task_type not in ("single", "multi"):
+            return None
+        logits = self.logits(adapter)
+        if self.spec.task_type == "multi":
+            return 1.0 / (1.0 + np.exp(-np.clip(logits, -LARGEST_LOGIT, LARGEST_LOGIT)))
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+    def predicted(self, adapter: int) -> list[Target]:
+        """What the adapter predicts for each text, in the form of `targets`. A token without label has the
+        most likely one, too."""
+        return [self._predicted(values) for values in self.outputs[adapter]]
+
+    def _predicted(self, values: Values) -> Target:
+        if self.spec.task_type == "regression":
+            return float(values[0])
+        if self.spec.task_type == "single":
+            return int(values.argmax())
+        if self.spec.task_type == "tokens":
+            return tuple(int(label) for label in values.argmax(axis=1))
+        return tuple(float(value > LIKELY) for value in values)
+
+    @property
+    def targets(self) -> list[Target]:
+        """What each text is labelled with, see `LabelSplit.target`."""
+        return [self.split.target(i) for i in range(self.examples)]
 
     def predictions(self, adapter: int) -> Predictions:
         """What the adapter predicts for each text."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from types import MappingProxyType
 
 import numpy as np
 
@@ -15,9 +16,11 @@ from flora_train.config.errors import Problem, UserError
 from flora_train.config.metric_names import OF_LOSS, SACREBLEU, is_function
 from flora_train.config.schema import RunConfig
 from flora_train.data.splits import seed_of
+from flora_train.data.task import Task
 from flora_train.evaluation.answers.generate import adapter_name
 from flora_train.evaluation.answers.journal import Key, LoggedAnswer
 from flora_train.evaluation.answers.prompts import AnsweredTask, contenders_of
+from flora_train.evaluation.figures.heldout_labels import heldout_label_figures
 from flora_train.evaluation.figures.intervals import (
     ContenderNames,
     Contenders,
@@ -26,7 +29,7 @@ from flora_train.evaluation.figures.intervals import (
 )
 from flora_train.evaluation.figures.overlap import exact_match_statistic, rouge_l_statistic
 from flora_train.evaluation.figures.own_metric import load_own_metric, lower_is_better, own_statistic
-from flora_train.evaluation.figures.result_types import FigureResult
+from flora_train.evaluation.figures.result_types import ConfusionMatrix, FigureResult
 from flora_train.evaluation.figures.sacrebleu_scores import bleu_statistic, chrf_statistic
 from flora_train.evaluation.figures.statistic import Matrix, Statistic, Vector
 from flora_train.evaluation.figures.texts import FIGURES
@@ -51,6 +54,7 @@ class AnswerFigures:
     """The figures of all tasks, and what is to be said of them."""
 
     results: list[FigureResult] = field(default_factory=list)
+    confusions: list[ConfusionMatrix] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Sentences on what could not be measured."""
 
@@ -88,14 +92,21 @@ def answer_figures(
     heldout: Mapping[str, HeldOut],
     tasks: Sequence[AnsweredTask],
     answers: Mapping[Key, LoggedAnswer],
+    *,
+    loaded: Mapping[str, Task] = MappingProxyType({}),
 ) -> AnswerFigures:
-    """The figures that tasks name, in the order in which they name them.
+    """The figures that tasks name, in the order in which they name them, and those of labels.
 
-    heldout: task -> held-out losses; answers: the content of the journal.
+    heldout: task -> held-out losses; answers: the content of the journal; loaded: tasks with their examples.
     """
     figures = AnswerFigures()
     answered = {task.name: task for task in tasks}
     for name, losses in heldout.items():
+        if losses.labels is not None and name in loaded:
+            of_labels = heldout_label_figures(config, bank, loaded[name], losses.labels)
+            figures.results += of_labels.figures
+            figures.confusions += of_labels.confusions
+            continue
         for metric in config.tasks[name].metrics:
             if metric in OF_LOSS:
                 figures.results.append(_perplexity(config, bank, losses))

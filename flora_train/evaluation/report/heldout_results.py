@@ -127,6 +127,8 @@ def sweep_results(
 
 
 def objective_of(heldout: HeldOut) -> TaskObjective:
+    if heldout.labels is not None:
+        return "labels"
     return "sft" if heldout.preferences is None else heldout.preferences.objective
 
 
@@ -137,6 +139,8 @@ def mean_loss(heldout: HeldOut, adapters: Sequence[int]) -> float:
 
 
 def _loss(heldout: HeldOut, adapter: int) -> float:
+    if heldout.labels is not None:
+        return heldout.loss(adapter)
     if heldout.preferences is None:
         return heldout.bits_per_byte(adapter)
     return float(heldout.preferences.losses[adapter].mean())
@@ -151,8 +155,10 @@ def _member(
     retired: Mapping[str, Retirement],
 ) -> SweepMember:
     """A setting's losses, and its retirement if all its seeds have retired."""
-    preference_loss = None
-    if heldout.preferences is not None:
+    preference_loss = bits_per_byte = None
+    if heldout.labels is None:
+        bits_per_byte = finite(sum(heldout.bits_per_byte(adapter) for adapter in ids) / len(ids))
+    if heldout.preferences is not None or heldout.labels is not None:
         preference_loss = finite(mean_loss(heldout, ids))
     retirements = [retired[spec.name] for spec in seeds if spec.name in retired]
     retirement = None
@@ -160,7 +166,7 @@ def _member(
         retirement = max(retirements, key=lambda entry: entry.step)
     return SweepMember(
         family=family,
-        bits_per_byte=finite(sum(heldout.bits_per_byte(adapter) for adapter in ids) / len(ids)),
+        bits_per_byte=bits_per_byte,
         seeds=len(ids),
         deviation=deviation(_loss(heldout, adapter) for adapter in ids),
         preference_loss=preference_loss,

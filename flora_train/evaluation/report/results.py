@@ -114,7 +114,11 @@ def build_results(
         facts=facts,
         tasks=summaries,
         adapters=[_adapter_facts(bank, i, evaluation.best, record) for i in range(len(bank.specs))],
-        results=[task_result(config, bank, heldout) for heldout in evaluation.heldout.values()],
+        results=[
+            task_result(config, bank, heldout)
+            for heldout in evaluation.heldout.values()
+            if heldout.labels is None
+        ],
         sweeps=sweep_results(
             bank, evaluation.heldout, record.retired, settings=swept_settings(config.adapters)
         ),
@@ -333,7 +337,11 @@ def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]
         training=_loss_curves(steps),
         heldout=_loss_curves(folder.read_metrics("evaluation")),
         drawn=drawn,
-        base={name: finite(_curve_loss(losses, first)) for name, losses in heldout.items()},
+        base={
+            name: finite(_curve_loss(losses, first))
+            for name, losses in heldout.items()
+            if losses.labels is None
+        },
         heldout_examples=first,
     )
 

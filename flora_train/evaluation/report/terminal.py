@@ -44,6 +44,8 @@ def print_results(report: Report, console: Console | None = None) -> None:
     The best is bold. Fits 80 columns.
     """
     console = console or Console(soft_wrap=True)
+    if not report.results:
+        return
     console.print(shown(f"\n{report.name}: held-out bits per byte, lower is better", "bold"))
     level = _level(report.results[0].confidence)
     table = _table("task", "method", "bits per byte", f"difference to base [{level}]")
@@ -252,6 +254,7 @@ def show(folder: RunFolder) -> None:
     for result in report.results:
         if result.best is not None:
             names += [adapter.name for adapter in adapters_of(report, result.task, result.best.family)]
+    names += [adapter.name for adapter in report.adapters if not report.results]
     best = next(iter(names), "ADAPTER")
     stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.facts.seconds.items())
     print_plain(

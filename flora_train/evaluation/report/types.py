@@ -32,7 +32,7 @@ SCHEMA_VERSION: Final = 7
 
 Step = Annotated[Count, Field(le=MOST_STEPS)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-TaskObjective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
+TaskObjective = Literal["sft", "dpo", "ipo", "orpo", "kto", "labels"]
 LossPoint = tuple[Step, Measurement | None]
 """A step, and the loss there: nats per token, or the objective's mean loss of a preference task."""
 TokenPoint = tuple[Step, Count]
@@ -299,7 +299,7 @@ class SweepMember(SparseModel):
     deviation: Measurement | None = None
     """Standard deviation over seeds of the loss that settings are compared by."""
     preference_loss: Measurement | None = None
-    """Mean loss of the objective on held-out examples of a preference task."""
+    """Mean loss of the objective on held-out examples of a preference task, or of a task with heads."""
     retired: Retirement | None = None
 
 
@@ -310,8 +310,8 @@ class SweepResult(ResultModel):
     task: Text
     objective: TaskObjective = "sft"
     winner: Text | None
-    """Family with the lowest bits per byte, of a preference task with the lowest loss of the objective. None
-    if none is finite."""
+    """Family with the lowest bits per byte, of a preference task or a task with heads with the lowest loss of
+    the objective. None if none is finite."""
     members: tuple[SweepMember, ...]
 
     def loss(self, member: SweepMember) -> float | None:
@@ -388,7 +388,8 @@ class Report(SparseModel):
     facts: RunFacts
     tasks: tuple[TaskSummary, ...]
     adapters: tuple[AdapterFacts, ...]
-    results: Annotated[tuple[TaskResult, ...], Field(min_length=1)]
+    results: tuple[TaskResult, ...]
+    """Held-out losses, of every task but those with heads, which have figures."""
     """Held-out losses, a result per task that adapters learn."""
     sweeps: tuple[SweepResult, ...] = ()
     curves: Curves
@@ -405,6 +406,12 @@ class Report(SparseModel):
     """How often each label was predicted, a matrix per task of labels and contender."""
     not_measured: tuple[Text, ...]
     """What a reader might take for granted and the report does not show, as sentences."""
+
+    @property
+    def confidence(self) -> float | None:
+        """Level of the intervals; None if nothing was evaluated."""
+        measured = (*self.results, *self.figures)
+        return measured[0].confidence if measured else None
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
