@@ -18,6 +18,7 @@ from flora_train.adapters.peft_tensors import (
     check_targets,
     check_tensors,
     read_files,
+    split_head,
 )
 from flora_train.adapters.spec import AdapterSpec, make_spec, scaling_of
 from flora_train.adapters.subtracted_init import find_initial, plain_config
@@ -34,6 +35,7 @@ PEFT_TYPES = {
     "lora": ("LORA", "ADALORA"),
     "dora": ("LORA", "ADALORA"),
     "ia3": ("IA3",),
+    "head": ("LORA", "ADALORA", "HIRA", "FLORA", "IA3"),
 }
 """Method -> the PEFT types of adapters that it can start from."""
 
@@ -117,6 +119,10 @@ def _resolve_and_check(
     config: RunConfig, family: str, adapter: AdapterConfig, model: Callable[[], nn.Module]
 ) -> AdapterConfig:
     key = f"adapters.{family}"
+    if adapter.method == "head":
+        for task in adapter.tasks or config.tasks:
+            check_has_head(str(adapter.init_from).replace("{task}", task), f"{key}.init_from")
+        return adapter
     outlines: dict[str, PeftOutline] = {}
     problems: list[Problem] = []
     by_source: dict[str, PeftOutline] = {}
@@ -156,13 +162,21 @@ def _resolve_and_check(
     return resolved
 
 
+def check_has_head(source: str, key: str) -> None:
+    """Raises UserError unless the PEFT adapter has a head."""
+    _, _, head = split_head(*read_files(source, key))
+    if not head:
+        hint = "has no head (modules_to_save), and an adapter of method head starts from one"
+        raise user_error(key, source, hint)
+
+
 def read_outline(source: str, key: str, model_modules: Sequence[str]) -> PeftOutline:
     """What the PEFT adapter in a folder or on the hub is. model_modules: all module names of the base model.
 
     Raises UserError, naming `key`, for an adapter that is missing, damaged or has options that no adapter
     here has.
     """
-    config, tensors = read_files(source, key)
+    config, tensors, _ = split_head(*read_files(source, key))
     check_harmless(config, source, key)
     modules = check_tensors(config, tensors, source, key=key)
     if modules <= set(model_modules):

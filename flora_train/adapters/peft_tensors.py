@@ -36,6 +36,33 @@ def suffixes_of(config: PeftConfig) -> tuple[str, ...]:
     return (*suffixes, MAGNITUDE) if config.is_dora else suffixes
 
 
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
+"""PEFT's task types of adapters with a head."""
+
+
+def split_head(
+    config: PeftConfig, tensors: Mapping[str, Tensor]
+) -> tuple[PeftConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter without its head, and the head: parameter, as in a checkpoint of transformers -> tensor.
+
+    The head of a classifier are the modules that PEFT saves as a whole. Of other task types, nothing is
+    changed: a whole module may be any part of a model.
+    """
+    saved = config.options.get("modules_to_save")
+    if config.options.get("task_type") not in HEAD_TASKS or not isinstance(saved, list):
+        return config, dict(tensors), {}
+    names = {str(name) for name in saved} | {"classifier", "score"}
+    head: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parameter = name.removeprefix(PREFIX)
+        if names & set(parameter.split(".")[:-1]):
+            head[parameter] = tensor
+    rest = {name: tensor for name, tensor in tensors.items() if name.removeprefix(PREFIX) not in head}
+    left_out = ("modules_to_save", "task_type")
+    options = {key: value for key, value in config.options.items() if key not in left_out}
+    return PeftConfig(options), rest, head
+
+
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Keys of adapter_config.json that select the adapted modules."""
 

@@ -12,7 +12,7 @@ from flora_train.config.adapter_schema import AdapterConfig, adapter_name
 from flora_train.config.name_patterns import as_pairs, value_for
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
-from flora_train.data.labels.spec import LabelSpec
+from flora_train.data.labels.spec import LabelSpec, LabelType
 
 BASE = "__base__"
 """The name of the base model: rows with this name use no adapter."""
@@ -87,6 +87,8 @@ class AdapterSpec:
     head: HeadShape | None = None
     """Of an adapter of a label task; None for all other tasks."""
     head_lr: float | None = None
+    labels: LabelSpec | None = None
+    """The labels that the head predicts, without weights."""
 
     @property
     def head_lr_ratio(self) -> float:
@@ -128,7 +130,7 @@ def _spec_at(spec: AdapterSpec, module: str) -> AdapterSpec:
 
 
 def make_spec(
-    task: str, family: str, adapter: AdapterConfig, *, default_steps: int, head: HeadShape | None = None
+    task: str, family: str, adapter: AdapterConfig, *, default_steps: int, labels: LabelSpec | None = None
 ) -> AdapterSpec:
     """The adapter of one task that an entry of `adapters:` in a recipe describes.
 
@@ -137,7 +139,7 @@ def make_spec(
         family: Key of the entry; the adapter's name is `<task>-<family>`.
         adapter: The entry.
         default_steps: Training steps, if the entry sets no max_steps.
-        head: The shape of its head, if the task has labels.
+        labels: What its head predicts, if the task has labels.
 
     Returns:
         The specification, with defaults filled in.
@@ -182,8 +184,9 @@ def make_spec(
         exclude_modules=_hashable(adapter.exclude_modules),
         layers_to_transform=_hashable(adapter.layers_to_transform),
         layers_pattern=_hashable(adapter.layers_pattern),
-        head=head,
+        head=None if labels is None else head_shape(labels),
         head_lr=adapter.head_lr,
+        labels=labels,
     )
 
 
@@ -215,19 +218,21 @@ def expand(config: RunConfig, labels: LabelNames = MappingProxyType({})) -> list
 
     labels: of tasks with heads. Without them, a head has the labels that the configuration names, or two.
     """
-    heads = {name: _configured_head(task, labels.get(name)) for name, task in config.tasks.items()}
+    labels_of = {name: _configured_labels(task, labels.get(name)) for name, task in config.tasks.items()}
     specs = []
     for family, adapter in config.adapters.items():
         for task in adapter.tasks or config.tasks:
             steps = config.training.steps
-            specs.append(make_spec(task, family, adapter, default_steps=steps, head=heads.get(task)))
+            specs.append(make_spec(task, family, adapter, default_steps=steps, labels=labels_of.get(task)))
     return specs
 
 
-def _configured_head(task: TaskConfig, labels: Sequence[str] | None) -> HeadShape | None:
+def _configured_labels(task: TaskConfig, labels: Sequence[str] | None) -> LabelSpec | None:
     if not task.has_head:
         return None
     if task.regression:
-        return HeadShape("text", 1)
-    outputs = len(labels or task.labels or FEWEST_LABELS)
-    return HeadShape("text" if task.token_labels is None else "tokens", outputs)
+        return LabelSpec("regression")
+    task_type: LabelType = "multi" if task.multi_label else "single"
+    if task.token_labels is not None:
+        task_type = "tokens"
+    return LabelSpec(task_type, tuple(labels or task.labels or FEWEST_LABELS))

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.peft_tensors import check_targets
+from flora_train.adapters.peft_tensors import check_targets, read_files, split_head
 from flora_train.adapters.spec import make_spec
 from flora_train.config.adapter_schema import AdapterConfig
 from flora_train.config.base import ConfigModel, PathText
@@ -45,6 +45,10 @@ def convert_adapter(adapter: str, *, out: str, rank: int = 8, model: str | None 
         raise user_error("out", str(folder), "exists already: choose another, or delete it")
     check_writable(folder)
     config, tensors = read_peft(source, "adapter")
+    _, _, head = split_head(*read_files(source, "adapter"))
+    if head:
+        hint = "has a head: adapters of language models are converted; use adapters.NAME.init_from"
+        raise user_error("adapter", source, hint)
     peft_type = config.peft_type
     if peft_type != "LORA":
         advice = "HIRA and IA3 need no conversion, use adapters.NAME.init_from"

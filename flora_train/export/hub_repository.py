@@ -19,11 +19,12 @@ from flora_train.config.schema import RunConfig
 from flora_train.evaluation.report.formatting import estimate, number
 from flora_train.evaluation.report.types import Report, TaskResult
 from flora_train.evaluation.result_model import Count, Interval, ResultModel, Text
+from flora_train.export.label_names import read_labels
 from flora_train.export.model_card import METHOD_TITLES, in_code, in_line, write_card
 from flora_train.export.model_card_results import benchmarks
 from flora_train.export.usage_snippet import GenerationExample, generation_example, usage_snippet
 from flora_train.runtime.atomic import disk_errors, write_atomically
-from flora_train.runtime.manifest import BASE_RECORD, PEFT_FILES, PEFT_WARNING
+from flora_train.runtime.manifest import BASE_RECORD, LABELS, PEFT_FILES, PEFT_WARNING
 from flora_train.runtime.run_folder import RunFolder
 
 MANIFEST = "flora_train.json"
@@ -164,7 +165,13 @@ def stage(
     for name, folder in folders.items():
         files |= {f"{name}/{path}": file for path, file in _files(folder).items()}
     example = generation_example(config, specs[0].task)
-    snippet = usage_snippet(_read_config(first_folder), example, source=staging.repo, subfolder=specs[0].name)
+    snippet = usage_snippet(
+        _read_config(first_folder),
+        example,
+        source=staging.repo,
+        subfolder=specs[0].name,
+        labels=read_labels(first_folder),
+    )
     return [Repository(staging.repo, files, entries, base, snippet)]
 
 
@@ -202,7 +209,7 @@ def _stage_adapter(
         file = run.adapters / spec.name / name
         if name == BASE_RECORD and staging.base is not None:
             continue  # the hash is that of the run's own base model
-        if name in ("README.md", BASE_RECORD, PEFT_WARNING) and not file.exists():
+        if name in ("README.md", BASE_RECORD, LABELS, PEFT_WARNING) and not file.exists():
             continue
         if not file.is_file():
             raise user_error("run", str(run.path), f"lacks {file}: flora-train export {run.path} writes it")

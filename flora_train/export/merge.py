@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flora_train.adapters.bank import AdapterBank
+from flora_train.adapters.heads import head_model
 from flora_train.adapters.layer import AdapterLinear
+from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import user_error
 from flora_train.config.json_format import JsonValue
+from flora_train.export.label_names import PROBLEM_TYPES
 from flora_train.runtime.atomic import temporary_folder
 
 
@@ -58,6 +61,21 @@ def _check_not_shared(model: nn.Module, modules: Iterable[str]) -> None:
             raise user_error("as", "merged", hint)
 
 
+def _with_head(model: Any, spec: AdapterSpec, head: Mapping[str, Tensor]) -> nn.Module:
+    """The model of transformers' class for the adapter's labels, with its head."""
+    assert spec.head is not None
+    plain: Any = head_model(model, spec.head)
+    values = {**model.state_dict(), **head}
+    plain.load_state_dict({key: values[key] for key in plain.state_dict()}, assign=True)
+    if spec.labels is not None:
+        if spec.labels.task_type != "tokens":
+            plain.config.problem_type = PROBLEM_TYPES[spec.labels.task_type]
+        if spec.labels.labels:
+            plain.config.id2label = dict(enumerate(spec.labels.labels))
+            plain.config.label2id = {label: number for number, label in enumerate(spec.labels.labels)}
+    return plain
+
+
 def save_merged(
     bank: AdapterBank,
     name: str,
@@ -75,7 +93,10 @@ def save_merged(
     if folder.exists():
         raise user_error("output folder", str(folder), "exists already: choose another folder")
     with temporary_folder(folder) as temporary:
+        head = {name: tensor.clone() for name, tensor in bank.head_of(name).items()}
         model: Any = merge_into_base(bank, name)
+        if head:
+            model = _with_head(model, bank.specs[bank.id_of(name)], head)
         model.save_pretrained(temporary)
         for preprocessor in preprocessors:
             preprocessor.save_pretrained(temporary)

@@ -14,6 +14,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.paths import find_file
 from flora_train.config.terminal_text import plain
 from flora_train.evaluation.report.types import AdapterFacts, Report, TaskSummary
+from flora_train.export.label_names import read_labels
 from flora_train.export.model_card_results import CardMetric, card_results, tables
 from flora_train.export.svd_lora import SvdLora
 from flora_train.export.usage_snippet import GenerationExample, usage_snippet
@@ -21,7 +22,19 @@ from flora_train.runtime.atomic import write_atomically
 from flora_train.runtime.manifest import PEFT_WARNING
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-METHOD_TITLES = {"flora": "fLoRA (HiRA in PEFT)", "lora": "LoRA", "dora": "DoRA", "ia3": "IA3"}
+HUB_TASKS = {
+    None: "automatic-speech-recognition",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+}
+"""PEFT's task type -> the hub's name of the task, where it is not the generation of text."""
+METHOD_TITLES = {
+    "flora": "fLoRA (HiRA in PEFT)",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "ia3": "IA3",
+    "head": "head",
+}
 
 
 def write_card(
@@ -57,7 +70,7 @@ def write_card(
         tasks = {row.name: row for row in report.tasks}
     task = tasks.get(spec.task)
     is_speech, own_type = config["task_type"] is None, config["peft_type"] == "FLORA"
-    hub_task = "automatic-speech-recognition" if is_speech else "text-generation"
+    hub_task = HUB_TASKS.get(config["task_type"], "text-generation")
     title = METHOD_TITLES[spec.method] if svd_lora is None else "LoRA"
     if own_type:
         title = "fLoRA"
@@ -91,7 +104,11 @@ def write_card(
         base=in_code(base),
         revision=in_code(config.get("revision") or ""),
         snippet=usage_snippet(
-            config, example or GenerationExample(), source=source or folder.name, subfolder=subfolder
+            config,
+            example or GenerationExample(),
+            source=source or folder.name,
+            subfolder=subfolder,
+            labels=read_labels(folder),
         ),
         needs_clip=is_speech,
         task=spec.task,

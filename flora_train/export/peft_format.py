@@ -12,11 +12,13 @@ from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.peft_tensors import PREFIX
+from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import user_error
+from flora_train.export.label_names import labels_content
 from flora_train.export.loadability import loadability_of
 from flora_train.export.peft_forms import BaseModel, Form, config_of, tensors_of
 from flora_train.runtime.atomic import disk_errors, temporary_folder
-from flora_train.runtime.manifest import BASE_RECORD, PEFT_WARNING
+from flora_train.runtime.manifest import BASE_RECORD, LABELS, PEFT_WARNING
 
 if TYPE_CHECKING:
     from flora_train.run_context import RunContext
@@ -52,6 +54,9 @@ def export_peft(
         save_file(_tensors(bank, name, form), temporary / WEIGHTS, {"format": "pt"})
         content = json.dumps(_config(bank, name, base=base, form=form), indent=2) + "\n"
         (temporary / CONFIG).write_text(content, encoding="utf-8")
+        if (labels := _spec_of(bank, name).labels) is not None:
+            text = json.dumps(labels_content(labels), indent=2, ensure_ascii=False) + "\n"
+            (temporary / LABELS).write_text(text, encoding="utf-8")
         if base.identity is not None:
             record = json.dumps({"base": dict(base.identity)}, indent=2) + "\n"
             (temporary / BASE_RECORD).write_text(record, encoding="utf-8")
@@ -72,11 +77,15 @@ def _move(temporary: Path, folder: Path, replace: bool) -> None:
     if not replace or not folder.exists():
         temporary.rename(folder)
         return
-    for file in (CONFIG, BASE_RECORD, PEFT_WARNING):
+    for file in (CONFIG, BASE_RECORD, LABELS, PEFT_WARNING):
         (folder / file).unlink(missing_ok=True)
-    for file in (WEIGHTS, BASE_RECORD, PEFT_WARNING, CONFIG):
+    for file in (WEIGHTS, BASE_RECORD, LABELS, PEFT_WARNING, CONFIG):
         if (temporary / file).exists():
             (temporary / file).replace(folder / file)
+
+
+def _spec_of(bank: AdapterBank, name: str) -> AdapterSpec:
+    return bank.specs[bank.id_of(name)]
 
 
 def base_of(context: RunContext) -> BaseModel:

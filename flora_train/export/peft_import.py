@@ -25,15 +25,18 @@ from flora_train.adapters.peft_tensors import (
     check_targets,
     check_tensors,
     read_files,
+    split_head,
 )
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.subtracted_init import WeightOf, find_initial, on_original_base
 from flora_train.adapters.targets import dense_weight
 from flora_train.config.errors import Problem, UserError, user_error
+from flora_train.export.label_names import read_labels
 from flora_train.export.low_rank import modulation, relative_norm
 from flora_train.export.peft_format import peft_config
 from flora_train.export.peft_forms import BaseModel
 from flora_train.kernels.dora.op import adapted_norms
+from flora_train.models.hub_files import adapter_folder
 from flora_train.runtime.distributed import on_every_process
 from flora_train.runtime.progress import ProgressBar
 from flora_train.training.fsdp import full_tensor
@@ -53,9 +56,13 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
     """
     specs = [bank.specs[adapter] for adapter in adapters]
     peft_adapters = on_every_process(
-        lambda: _for_each(specs, lambda spec, source, key: read_peft(source, key))
+        lambda: _for_each(
+            [spec for spec in specs if spec.method != "head"],
+            lambda spec, source, key: read_peft(source, key),
+        )
     )
 
+    heads = on_every_process(lambda: _for_each(specs, _read_head))
     on_base: dict[str, PeftAdapter] = {}
 
     def converted(spec: AdapterSpec, source: str, key: str) -> Mapping[str, Tensor]:
@@ -63,10 +70,44 @@ def init_from_peft(bank: AdapterBank, adapters: Iterable[int]) -> None:
             on_base[source] = on_base_of(bank, peft_adapters[spec.name], source, key=key)
         return _parameters(bank, spec.name, on_base[source], source=source, key=key)
 
-    for name, values in _for_each(specs, converted).items():
+    layered = [spec for spec in specs if spec.method != "head"]
+    for name, values in _for_each(layered, converted).items():
         for module, params in bank.parameters_of(name).items():
             for param, view in params.items():
                 view.copy_(values[f"{module}.{param}"])
+    for name, head in heads.items():
+        _copy_head(bank, name, head)
+
+
+def _copy_head(bank: AdapterBank, name: str, head: Mapping[str, Tensor]) -> None:
+    """Copy the head of a PEFT adapter, if the adapter has one of the same shapes; otherwise its head stays as
+    it was initialised."""
+    views = bank.head_of(name)
+    source = bank.specs[bank.id_of(name)].init_from
+    if not views or not head:
+        return
+    if {key: view.shape for key, view in views.items()} != {key: t.shape for key, t in head.items()}:
+        logger.warning(f"{name} begins with a new head: that of {source} has other outputs or another form")
+        return
+    for key, view in views.items():
+        view.copy_(head[key])
+
+
+def _read_head(spec: AdapterSpec, source: str, key: str) -> dict[str, Tensor]:
+    """The head of a PEFT adapter; empty where the adapter's own stays as it was initialised.
+
+    Raises UserError for an adapter with a head whose task has no labels, and for method head without one.
+    """
+    _, _, head = split_head(*read_files(source, key))
+    if head and spec.head is None:
+        hint = f"has a head (modules_to_save), and tasks.{spec.task} has no labels that one learns"
+        raise user_error(key, source, hint)
+    if spec.labels is not None and head:
+        theirs = read_labels(adapter_folder(source))
+        if theirs is not None and theirs.names != spec.labels.labels:
+            logger.warning(f"{spec.name} begins with a new head: that of {source} has other labels")
+            return {}
+    return head
 
 
 def _for_each(
@@ -94,7 +135,7 @@ def read_peft(source: str, key: str) -> PeftAdapter:
     FLORA is returned as the equal HIRA, ADALORA as the equal LORA. Raises UserError, naming `key`, for other
     PEFT types and for options and tensors that are not known to be harmless.
     """
-    config, tensors = read_files(source, key)
+    config, tensors, _ = split_head(*read_files(source, key))
     check_harmless(config, source, key)
     check_tensors(config, tensors, source, key=key)
     find_initial(config, source, key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,9 @@ from flora_train.config.schema import RunConfig
 from flora_train.config.speech_schema import SpeechConfig
 from flora_train.data.audio.speech_processor import NO_TIMESTAMPS, START, TRANSCRIBE
 from flora_train.data.chat.template import ChatTemplate
+from flora_train.export.label_names import LabelNames
+from flora_train.export.label_snippet import label_snippet
+from flora_train.export.python_source import python_literal
 from flora_train.models.loading import load_model_config, load_tokenizer, tokenizer_in_code
 from flora_train.models.speech_encoder import is_whisper
 
@@ -85,12 +87,15 @@ def usage_snippet(
     *,
     source: str,
     subfolder: str | None = None,
+    labels: LabelNames | None = None,
 ) -> str:
     """Python source that runs as it stands, once the adapter is at `source`.
 
     adapter_config: content of adapter_config.json; source: folder or hub name of the adapter; subfolder: its
-    folder there.
+    folder there; labels: of an adapter with a head.
     """
+    if labels is not None:
+        return label_snippet(adapter_config, labels, source=source, subfolder=subfolder)
     base = python_literal(adapter_config["base_model_name_or_path"])
     if (revision := adapter_config.get("revision")) is not None:
         base += f", revision={python_literal(revision)}"
@@ -185,9 +190,3 @@ def _python_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_python_value, value))}]"
     return repr(value)
-
-
-def python_literal(text: str) -> str:
-    """A Python string literal without control or invisible characters."""
-    literal = json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
-    return literal.replace("```", "\\x60\\x60\\x60")  # would end the code block of the card

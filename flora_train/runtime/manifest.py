@@ -17,7 +17,17 @@ PEFT_WARNING = "NOT_FOR_PLAIN_PEFT.txt"
 BASE_RECORD = "flora_train_base.json"
 """Written beside an adapter: the SHA-256 of the base model that it was trained on. PEFT ignores it."""
 
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", BASE_RECORD, PEFT_WARNING, "README.md")
+LABELS = "labels.json"
+"""Written beside an adapter with a head: the names of its outputs. PEFT ignores it."""
+
+PEFT_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    BASE_RECORD,
+    LABELS,
+    PEFT_WARNING,
+    "README.md",
+)
 
 RUN_FILES = (
     "config.yaml",

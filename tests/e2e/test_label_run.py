@@ -62,3 +62,10 @@ def test_run_reports_figures_of_labels_and_exports_heads(run: Path) -> None:
     assert tensors["base_model.model.classifier.weight"].shape == (2, 32)
     config = json.loads((run / "adapters" / "tags-head" / "adapter_config.json").read_text())
     assert config["task_type"] == "TOKEN_CLS"
+    labels = json.loads((run / "adapters" / "kind-flora" / "labels.json").read_text())
+    assert labels == {
+        "problem_type": "single_label_classification",
+        "id2label": {"0": "fruit", "1": "metal"},
+    }
+    card = (run / "adapters" / "kind-flora" / "README.md").read_text()
+    assert 'labels = ["fruit", "metal"]' in card

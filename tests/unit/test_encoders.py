@@ -41,7 +41,7 @@ LABELS: Mapping[str, LabelSpec] = {
     "number": LabelSpec("regression"),
     "tags": LabelSpec("tokens", ("O", "B", "I", "E")),
 }
-DECODERS = ("llama", "gpt2", "opt", "gpt_neox")
+DECODERS = ("llama", "gpt2", "qwen3", "gpt_neox")
 SAME_LOGITS = 1e-5
 LENGTHS = (11, 7, 4)
 

@@ -389,8 +389,7 @@ class Report(SparseModel):
     tasks: tuple[TaskSummary, ...]
     adapters: tuple[AdapterFacts, ...]
     results: tuple[TaskResult, ...]
-    """Held-out losses, of every task but those with heads, which have figures."""
-    """Held-out losses, a result per task that adapters learn."""
+    """Held-out losses, a result per task that adapters learn; not of tasks with heads, which have figures."""
     sweeps: tuple[SweepResult, ...] = ()
     curves: Curves
     completions: tuple[SampleCompletion, ...] = ()
