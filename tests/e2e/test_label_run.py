@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 import flora_train
 from flora_train.config.load import validate
@@ -46,6 +47,31 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("labels")
     return Path(flora_train.train(validate(recipe(folder))))
+
+
+def test_two_processes_train_what_one_trains(run: Path, launch: Any, tmp_path: Path) -> None:
+    settings = recipe(tmp_path, output_dir=str(tmp_path / "two"))
+    settings["model"]["path"] = str(run.parent.parent / "base")
+    for task in settings["tasks"].values():
+        task["train"] = str(run.parent.parent / "rows.jsonl")
+    (tmp_path / "labels.yaml").write_text(json.dumps(settings))
+    done = launch(f"recipe={tmp_path / 'labels.yaml'}", "num_processes=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    (two,) = (path.parent for path in (tmp_path / "two").rglob("run.json"))
+    for folder in (run / "adapters").iterdir():
+        one = load_file(folder / "adapter_model.safetensors")
+        other = load_file(two / "adapters" / folder.name / "adapter_model.safetensors")
+        for name, tensor in one.items():
+            assert (tensor - other[name]).abs().max() <= 1e-5, (folder.name, name)
+
+
+def test_merged_model_predicts_labels(run: Path, tmp_path: Path) -> None:
+    """A plain model of transformers' class, with the names of the labels."""
+    (folder,) = flora_train.export_adapters(run, ["kind-flora"], "merged", out=tmp_path / "merged")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "fruit", 1: "metal"}
+    head = load_file(run / "adapters" / "kind-flora" / "adapter_model.safetensors")
+    assert model.classifier.weight.equal(head["base_model.model.classifier.weight"])
 
 
 def test_run_reports_figures_of_labels_and_exports_heads(run: Path) -> None:

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flora_train.adapters.bank import AdapterBank
-from flora_train.adapters.spec import AdapterSpec
+from flora_train.adapters.heads import head_of
+from flora_train.adapters.spec import AdapterSpec, HeadShape
 from flora_train.adapters.targets import endings
 from flora_train.config.paths import PROJECT_ROOT
 from flora_train.export.peft_format import export_peft
 from flora_train.export.peft_forms import BaseModel
-from tests.architectures import ARCHITECTURES, auto_class, model_inputs, tiny_model
+from tests.architectures import ARCHITECTURES, ENCODERS, auto_class, model_inputs, tiny_model
 from tests.conftest import perturb, spec
 from tests.families import FAMILIES, Family
 from tests.unit.adapters.helpers import tokens
@@ -147,6 +148,46 @@ def coverage(architecture: str) -> Coverage:
     )
 
 
+def encoder_lines() -> list[str]:
+    """The section on bases of label tasks."""
+    lines = [
+        "## Encoders",
+        "",
+        "Bases of tasks with labels ([heads.md](heads.md)), tested in the same way by",
+        "`tests/unit/test_encoders.py`: heads of texts, numbers and tokens, with fLoRA, LoRA, IA3",
+        f"and alone, train mixed in the same batches as if alone (<= {ISOLATED:g}), and exported heads",
+        f"give the same logits in plain PEFT (<= {SAME_LOGITS:g}). A head consists of what a checkpoint",
+        "of pretraining lacks of transformers' class for classification; the pooler of BERT and ALBERT",
+        "stays frozen where the checkpoint has it.",
+        "",
+        (
+            "| architecture | fLoRA and LoRA (`default`) | IA3 scales the output of | "
+            "IA3 scales the input of | head |"
+        ),
+        "|---|---|---|---|---|",
+    ]
+    for architecture, (name, _) in ENCODERS.items():
+        model: Any = tiny_model(architecture)
+        bank = AdapterBank.attach(model, default_specs())
+        pools = {pool.specs[0].method: pool for pool in bank.pools}
+        ia3 = pools["ia3"].targets.values()
+        outputs = endings(t.name for t in ia3 if not t.feedforward)
+        inputs = endings(t.name for t in ia3 if t.feedforward)
+        head = head_of(model, HeadShape("text", 3)).modules
+        if architecture == "modernbert":  # its `head` is part of a checkpoint of pretraining
+            head = ("classifier",)
+        cells = (endings(pools["lora"].targets), outputs, inputs, head)
+        listed = [", ".join(f"`{word}`" for word in words) for words in cells]
+        lines.append(f"| {name} | {' | '.join(listed)} |")
+    lines += [
+        "",
+        "DeBERTa's queries and keys also read the positions, which are no rows of a batch: no adapter is",
+        "attached to them. Decoders have heads, too: a linear layer on the last token, or on every token.",
+        "",
+    ]
+    return lines
+
+
 def document(rows: Sequence[Coverage]) -> str:
     def code(words: Sequence[str]) -> str:
         return ", ".join(f"`{word}`" for word in words)
@@ -189,6 +230,7 @@ def document(rows: Sequence[Coverage]) -> str:
         ),
         "batches, and speech batches for Whisper and similar models.",
         "",
+        *encoder_lines(),
         "## Other families",
         "",
         (
