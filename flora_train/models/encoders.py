@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -70,6 +71,12 @@ def head_names(model: Any) -> frozenset[str]:
         if name and (not in_body or POOLER in name.split(".")):
             names.add(name)
     return frozenset(names)
+
+
+def reads_token_types(model: Any) -> bool:
+    """Whether the model has an embedding for the type of a token, of which there are two or more."""
+    reads = "token_type_ids" in signature(model.base_model.forward).parameters
+    return reads and getattr(model.config, "type_vocab_size", 2) > 1
 
 
 def new_parameters(model: nn.Module) -> frozenset[str]:

@@ -135,7 +135,9 @@ def _counted_as(method: str) -> str:
 
 
 def _head_operations(model: Any) -> int:
-    """Of the output head for one token in a forward."""
+    """Of the output head for one token in a forward; an encoder has none."""
+    if model.get_output_embeddings() is None:
+        return 0
     return 2 * model.get_output_embeddings().weight.numel()
 
 

@@ -229,7 +229,10 @@ class Needs:
         return kept + self._itemsize * read * (2 * widest + 6 * width)
 
     def _head(self) -> tuple[int, int]:
+        """Vocabulary and width of the output head; of an encoder, which has none, no vocabulary."""
         model: Any = self.model
+        if model.get_output_embeddings() is None:
+            return 0, model.get_input_embeddings().weight.shape[1]
         vocabulary, width = model.get_output_embeddings().weight.shape
         return vocabulary, width
 

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from flora_train.data.batch import IGNORE, MixedBatch
+from flora_train.models.encoders import reads_token_types
 from flora_train.models.speech_encoder import as_encoder_outputs, model_inputs
 from flora_train.training.label_loss import LabelLosses
 from flora_train.training.step_timer import StepTimer
@@ -32,6 +33,7 @@ class RowLosses:
         self.head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
         """None for an encoder, all of whose rows have labels."""
         self.encoder_decoder = _is_encoder_decoder(model)
+        self._reads_types = self.head is None and reads_token_types(model)
         self.head_makes_logits = self.head is not None and _head_makes_logits(model, self.head)
         self.timer = timer or StepTimer(next(model.parameters()).device, 1)
 
@@ -53,6 +55,8 @@ class RowLosses:
 
     def _next_tokens(self, batch: MixedBatch) -> Tensor:
         inputs = model_inputs(self.model, batch)
+        if not self._reads_types:
+            inputs.pop("token_type_ids", None)
         if self.head is None:
             self.model(**inputs)
             return torch.zeros(len(batch.labels), device=batch.labels.device)

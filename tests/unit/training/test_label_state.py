@@ -137,3 +137,13 @@ def test_head_has_a_rate_a_decay_and_a_clip_of_its_adapter(tmp_path: Path) -> No
 def test_dropout_of_the_base_and_its_heads_is_off() -> None:
     bank = AdapterBank.attach(tiny_model("bert"), [spec("head", "three")])
     assert all(module.p == 0 for module in bank.model.modules() if isinstance(module, torch.nn.Dropout))
+
+
+@pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
+def test_recomputed_activations_train_the_same(tmp_path: Path, checkpointing: str) -> None:
+    plain = label_trainer(tmp_path / "plain")
+    recomputing = label_trainer(tmp_path / "recomputing", checkpointing=checkpointing)
+    for trainer in (plain, recomputing):
+        train_together(trainer, plans_of(trainer, 4))
+    for adapter, own in enumerate(plain.bank.specs):
+        assert torch.equal(plain.bank.row(adapter), recomputing.bank.row(adapter)), own.name
