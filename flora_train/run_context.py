@@ -18,7 +18,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.init_from import resolve_init_from
 from flora_train.adapters.layer_usage import describe_left_out
 from flora_train.adapters.paging import Paging
-from flora_train.adapters.spec import expand
+from flora_train.adapters.spec import LabelNames, expand
 from flora_train.config.errors import choices, user_error
 from flora_train.config.load import load_saved
 from flora_train.config.schema import RunConfig
@@ -136,9 +136,12 @@ def _load(
         model = load_base_model(config.model, torch.device("cpu") if sharded else device)
         base_hash = fingerprint(model) if sharded else None
         features = None if speech_processor is None else noise_features(speech_processor.store.extractor)
+        labels: LabelNames = label_names(tasks)
+        if not with_tasks:
+            labels = recorded_labels(folder)
         bank = AdapterBank.attach(
             model,
-            expand(config, label_names(tasks) if with_tasks else recorded_labels(folder)),
+            expand(config, labels),
             seed=config.seed,
             paging=paging_of(config),
             device=device,

@@ -139,6 +139,11 @@ def head_of(model: nn.Module, shape: HeadShape) -> Head:
 _HEADS: WeakKeyDictionary[nn.Module, dict[HeadShape, Head]] = WeakKeyDictionary()
 
 
+def shapes_of(head: Head | None) -> Shapes:
+    """The shapes of a head's parameters; none where there is no head."""
+    return {} if head is None else head.parameters
+
+
 def rows_of_heads(routing: Routing) -> Iterator[tuple[list[int], Head, dict[str, Tensor]]]:
     """For each adapter of a batch that has a head: the positions of its rows, the head, and its parameters,
     differentiable into the pool's gradients."""

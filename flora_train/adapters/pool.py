@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora_train.adapters.heads import Head, head_of
+from flora_train.adapters.heads import Head, head_of, shapes_of
 from flora_train.adapters.methods import METHODS, AdapterMethod, Target
 from flora_train.adapters.seeds import seeded_generator
 from flora_train.adapters.spec import AdapterSpec
@@ -82,7 +82,7 @@ class Pool:
                 self.row_size += prod(shape)
         self.head_start = self.row_size
         """The offset of the head in the row: its parameters are the last ones."""
-        for param, shape in (head.parameters if head is not None else {}).items():
+        for param, shape in shapes_of(head).items():
             self.head_layout[param] = (self.row_size, shape)
             self.row_size += prod(shape)
 

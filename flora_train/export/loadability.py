@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from flora_train.adapters.heads import Head, head_model
+from flora_train.adapters.heads import Head, head_model, shapes_of
 from flora_train.adapters.methods import METHODS
 from flora_train.adapters.peft_config import PeftConfig
 from flora_train.adapters.peft_tensors import PREFIX, suffixes_of
@@ -113,7 +113,7 @@ class Loadability:
         base = BaseModel("")
         config = config_of(self.empty_model, self.names, layers, spec=spec, base=base, form=form, head=head)
         tensors = tensors_of(parameters, layers, spec, form=form)
-        for parameter, shape in (head.parameters if head is not None else {}).items():
+        for parameter, shape in shapes_of(head).items():
             tensors[f"{PREFIX}{parameter}"] = torch.empty(shape, device="meta")
         return self._load(config, tensors, head)
 
@@ -125,7 +125,7 @@ class Loadability:
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         suffixes = tuple(f".{suffix}" for suffix in suffixes_of(PeftConfig(config)))
-        of_head = {f"{PREFIX}{parameter}" for parameter in (head.parameters if head is not None else ())}
+        of_head = {f"{PREFIX}{parameter}" for parameter in shapes_of(head)}
         in_layers = shapes.keys() - of_head
         modules = {_without_suffix(name.removeprefix(PREFIX), suffixes) for name in in_layers}
         if self.empty_model is None or not modules <= self.names.keys():

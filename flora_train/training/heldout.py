@@ -142,7 +142,7 @@ def evaluate_heldout(
         _add(sums, batch, losses)
         task = batch[0].task
         if task in stores:
-            _add_outputs(outputs, batch, row_losses, stores[task])
+            _add_outputs(outputs, batch, row_losses, store=stores[task])
         elif log is not None:
             log.add(batch, losses)
 
@@ -158,23 +158,50 @@ def evaluate_heldout(
     by_contender = _sum_over_processes(outputs, bank.device)
     results = {}
     for name, task in evaluated.items():
-        split, first = splits[name], slice(max_examples)
-        of_task = {contender: nats[name, contender, 0] for contender in contenders[name]}
-        preferences = labels = None
-        counts: NDArray[np.int64] | NDArray[np.float64]
-        if isinstance(split, LabelSplit) and name in stores:
-            weights = [label_weight(split, example) for example in range(len(split))]
-            counts, sizes = np.array(weights), np.zeros(len(split), dtype=np.int64)
-            flat = {contender: by_contender[name, contender, 0] for contender in contenders[name]}
-            labels = stores[name].result(flat)
-        elif task.preference is not None and isinstance(split, PreferenceSplit):
-            counts, sizes = split.learnt_counts(0), split.learnt_bytes(0)
-            if not task.preference.is_supervised:
-                preferences = preference_results(task, nats, contenders[name], references)
+        store = stores.get(name)
+        if store is None:
+            results[name] = _result(
+                task,
+                splits[name],
+                contenders[name],
+                nats=nats,
+                references=references,
+                max_examples=max_examples,
+            )
         else:
-            counts, sizes = split.label_counts, split.example_bytes
-        results[name] = HeldOut(name, of_task, counts[first], sizes[first], preferences, labels)
+            results[name] = _label_result(task, store, contenders[name], nats=nats, outputs=by_contender)
     return results
+
+
+def _result(
+    task: Task,
+    split: TokenSplit,
+    contenders: Sequence[int],
+    *,
+    nats: Sums,
+    references: HeldOutReferences | None,
+    max_examples: int | None,
+) -> HeldOut:
+    first = slice(max_examples)
+    of_task = {contender: nats[task.name, contender, 0] for contender in contenders}
+    preferences = None
+    if task.preference is not None and isinstance(split, PreferenceSplit):
+        counts, sizes = split.learnt_counts(0), split.learnt_bytes(0)
+        if not task.preference.is_supervised:
+            preferences = preference_results(task, nats, contenders, references)
+    else:
+        counts, sizes = split.label_counts, split.example_bytes
+    return HeldOut(task.name, of_task, counts[first], sizes[first], preferences)
+
+
+def _label_result(
+    task: Task, store: OutputStore, contenders: Sequence[int], *, nats: Sums, outputs: Sums
+) -> HeldOut:
+    weights = np.array([label_weight(store.split, example) for example in range(store.examples)])
+    of_task = {contender: nats[task.name, contender, 0] for contender in contenders}
+    labels = store.result({contender: outputs[task.name, contender, 0] for contender in contenders})
+    sizes = np.zeros(store.examples, dtype=np.int64)
+    return HeldOut(task.name, of_task, weights, sizes, labels=labels)
 
 
 def _split(task: Task, with_test: bool) -> TokenSplit:
@@ -225,7 +252,7 @@ def _add(sums: Sums, batch: Batch, losses: Sequence[float]) -> None:
         sums[row.task, row.adapter, part_of(row)][row.example] = loss
 
 
-def _add_outputs(outputs: Sums, batch: Batch, row_losses: RowLosses, store: OutputStore) -> None:
+def _add_outputs(outputs: Sums, batch: Batch, row_losses: RowLosses, *, store: OutputStore) -> None:
     """Add what heads made of the rows of the last batch."""
     assert row_losses.labels is not None
     for position, values in row_losses.labels.outputs.items():
