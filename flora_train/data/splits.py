@@ -118,10 +118,10 @@ def held_of_strata(counts: NDArray[np.int64], target: int) -> NDArray[np.int64]:
     lowest, highest = np.minimum(counts // 2, 1), np.maximum(counts - 1, 0)
     exact = counts * target / max(1, counts.sum())
     held = np.clip(np.floor(exact).astype(np.int64), lowest, highest)
-    for stratum in np.argsort(held - exact, kind="stable"):
-        if held.sum() >= target:
-            break
-        held[stratum] += held[stratum] < highest[stratum]
+    order = np.argsort(held - exact, kind="stable")
+    while held.sum() < target and (held < highest).any():
+        open_strata = order[held[order] < highest[order]]
+        held[open_strata[: target - held.sum()]] += 1
     return held
 
 

@@ -141,11 +141,11 @@ class LabelledTextTokenizer:
         try:
             listed = self.tokenizer([["a", "a"]], is_split_into_words=True, add_special_tokens=False)
             spaced = self.tokenizer([[" a", " a"]], is_split_into_words=True, add_special_tokens=False)
-            whole = self.tokenizer(["a a"], add_special_tokens=False)
+            whole = self.tokenizer(["a a", " a a"], add_special_tokens=False)
         except (AssertionError, ValueError):  # of tokenizers that need add_prefix_space=True for lists
             return True
-        last = whole["input_ids"][0][-1]
-        return listed["input_ids"][0][-1] != last and spaced["input_ids"][0][-1] == last
+        without, with_space = whole["input_ids"]
+        return listed["input_ids"][0] != without and spaced["input_ids"][0] == with_space
 
 
 def _first_tokens(word_ids: Sequence[int | None]) -> tuple[int | None, ...]:
