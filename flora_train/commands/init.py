@@ -235,6 +235,8 @@ def recipe_text(raw: Mapping[str, Any], tasks: Mapping[str, GuessedTask], *, out
 def _task_lines(name: str, task: GuessedTask) -> list[str]:
     advice = "or give validation: FILE, if rows of one origin resemble each other"
     held_out = f"    validation_fraction: 0.05 # held out by seed; {advice}"
+    if task.is_labelled:
+        held_out = f"    validation_fraction: 0.1 # held out by seed, label by label; {advice}"
     keys = [f"    {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in task.keys.items()]
     return [f"  {name}: # {plain(task.description, keep='')}", *keys, held_out]
 

@@ -17,6 +17,7 @@ from flora_train.config.task_schema import SourceConfig
 from flora_train.data.chat.messages import CALLS, is_message_list
 from flora_train.data.chat.rows import MESSAGE_COLUMNS, SYSTEM, TOOL_COLUMNS
 from flora_train.data.file_rows import Row
+from flora_train.data.guess_labels import guess_labels
 from flora_train.data.guess_preferences import guess_preferences
 from flora_train.data.sources import read_rows
 from flora_train.data.templates import cell_text
@@ -71,6 +72,8 @@ class GuessedTask:
     is_chat: bool = False
     calls_tools: bool = False
     """Whether the assistant of its conversations calls tools."""
+    is_labelled: bool = False
+    """Whether its adapters learn a head that predicts labels."""
 
 
 def guess_tasks(source: str, language: str | None) -> dict[str, GuessedTask]:
@@ -163,6 +166,11 @@ def _guess_file(source: str, language: str | None) -> GuessedTask:
     for prompt, completion in PAIRS:
         if prompt in columns and completion in columns:
             return _pair_task(source, rows, prompt, completion)
+    labels = guess_labels(rows)
+    if labels is not None:
+        keys = {"train": source, **labels.keys}
+        description = f"{labels.description}{_unused(rows, labels.used)}"
+        return GuessedTask(keys, description, is_labelled=True)
     text = next((column for column in WHOLE_TEXTS if column in columns), None)
     if text is None:
         hint = (

@@ -116,11 +116,11 @@ def test_the_run_is_named_after_its_recipe(
         assert load_config([f"recipe={out}"]).name == name
 
 
-def test_a_column_of_labels_makes_a_task_of_each(
+def test_a_column_of_customers_makes_a_task_of_each(
     files: Path, checkpoint: Path, launch: Launch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [
-        {"text": f"a {i} b" * 3, "label": ("good", "bad")[i % 2], "id": i, "day": str(i % 7)}
+        {"text": f"a {i} b" * 3, "customer": ("good", "bad")[i % 2], "id": i, "day": str(i % 7)}
         for i in range(40)
     ]
     (files / "reviews.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -128,16 +128,74 @@ def test_a_column_of_labels_makes_a_task_of_each(
     assert main(["init", str(files / "reviews.jsonl"), "--model", str(checkpoint), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert (
-        "40 rows, text is learnt whole; one task for each label: good 20, bad 20; not used: id, day" in shown
+        "40 rows, text is learnt whole; one task for each customer: good 20, bad 20; not used: id, day"
+        in shown
     )
     assert "6 adapters" in shown
-    assert load_config([f"recipe={out}"]).tasks["reviews"].split_by == "label"
+    assert load_config([f"recipe={out}"]).tasks["reviews"].split_by == "customer"
     done = launch(f"recipe={out}", f"output_dir={files / 'run'}", "training.steps=3")
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (files / "run" / "adapters").iterdir())
     assert names == [
         f"reviews_{label}-{family}" for label in ("bad", "good") for family in ("flora", "ia3", "lora")
     ]
+
+
+LABELLED: dict[str, tuple[list[dict[str, object]], dict[str, object], str]] = {
+    "reviews": (
+        [{"text": f"a {i}", "label": "yes" if i % 3 else "no", "day": f"day {i}"} for i in range(30)],
+        {"text": "text", "label": "label"},
+        "30 rows, of which label labels text: yes 20, no 10; not used: day",
+    ),
+    "entailment": (
+        [{"premise": f"a {i}", "hypothesis": f"b {i}", "label": i % 3} for i in range(30)],
+        {"text": ["premise", "hypothesis"], "label": "label"},
+        "30 rows, of which label labels premise and hypothesis: 0 10, 1 10, 2 10",
+    ),
+    "similarity": (
+        [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": i / 4} for i in range(30)],
+        {"text": ["sentence1", "sentence2"], "label": "score", "regression": True},
+        "30 rows, score is a number that is predicted from sentence1 and sentence2",
+    ),
+    "films": (
+        [{"description": f"a {i}", "labels": ["war"] * (i % 2) + ["love"] * (i % 3 > 0)} for i in range(30)],
+        {"text": "description", "label": "labels", "multi_label": True},
+        "with any number of: love 20, war 15",
+    ),
+    "names": (
+        [{"tokens": ["Ann", "sees", "it"], "ner_tags": ["B-PER", "O", "O"]} for _ in range(30)],
+        {"text": "tokens", "token_labels": "ner_tags"},
+        "30 rows, of which ner_tags labels each of the tokens: O 60, B-PER 30",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labelled_texts_become_a_task_of_labels(
+    name: str, files: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, keys, description = LABELLED[name]
+    source, out = files / f"{name}.jsonl", files / f"{name}.yaml"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    assert main(["init", str(source), "--model", str(checkpoint), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert description in shown
+    assert "3 adapters" in shown
+    task = load_config([f"recipe={out}"]).tasks[name]
+    assert {key: getattr(task, key) for key in keys} == keys
+    assert task.split_by is None
+    assert task.has_head
+
+
+def test_completions_with_a_category_are_no_labelled_texts(
+    files: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"a {i}", "completion": "b", "category": "xy"[i % 2]} for i in range(40)]
+    (files / "dolly.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = files / "dolly.yaml"
+    assert main(["init", str(files / "dolly.jsonl"), "--model", str(checkpoint), "--out", str(out)]) == 0
+    task = load_config([f"recipe={out}"]).tasks["dolly"]
+    assert (task.split_by, task.is_labelled) == ("category", False)
 
 
 def test_a_column_that_may_not_hold_labels_is_mentioned_and_splits_nothing(
