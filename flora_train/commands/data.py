@@ -14,6 +14,7 @@ from flora_train.config.base import ConfigModel, Text
 from flora_train.config.command_options import read_options
 from flora_train.config.errors import choices, did_you_mean, user_error
 from flora_train.config.schema import RunConfig
+from flora_train.config.task_schema import TaskConfig
 from flora_train.config.terminal_text import shown
 from flora_train.data.split_by import expand_split_tasks
 from flora_train.data.task import Task, notes_on_rows
@@ -78,13 +79,31 @@ def _print_tasks(
     number = DEFAULT_EXAMPLES if options.examples is None else options.examples
     printer = ExamplePrinter(console, tokenizer, full=options.full)
     chosen = {name: choose_examples(task.train, number) for name, task in tasks.items()}
-    if number:
-        printer.print_legend((task.train, chosen[name]) for name, task in tasks.items())
+    learnt = [task for task in tasks.values() if task.label is None]
+    if number and learnt:
+        printer.print_legend((task.train, chosen[task.name]) for task in learnt)
     for name, task in tasks.items():
         console.print(shown(f"\n{_heading(name, config)}", "bold", keep="\n"))
         print_counts(console, task)
         for index in chosen[name]:
             printer.print_example(task, index)
+
+
+def label_facts(task: TaskConfig) -> str:
+    """How a task of labelled texts learns its labels."""
+    if task.verbalizer is not None:
+        words = ", ".join(
+            f"{label} {word.strip()}" for label, word in list(task.verbalizer.items())[:FEW_TASKS]
+        )
+        return f"words of labels ({words})"
+    kind = "one label"
+    if task.token_labels is not None:
+        kind = "a label of each token"
+    elif task.regression:
+        kind = "a number"
+    elif task.multi_label:
+        kind = "any number of labels"
+    return f"a head for {kind}"
 
 
 def _heading(name: str, config: RunConfig) -> str:
@@ -95,6 +114,8 @@ def _heading(name: str, config: RunConfig) -> str:
         facts.append(f"speech ({task.speech.language})")
     else:
         facts.append(f"max_length {config.training.max_length:,}")
+    if task.is_labelled:
+        facts.append(label_facts(task))
     if task.packing:
         facts.append("packing")
     return f"{name}: {', '.join(facts)}"

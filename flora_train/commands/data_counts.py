@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flora_train.config.terminal_text import in_cell, print_table
+from flora_train.data.labels.choices import ChoiceSplit
+from flora_train.data.labels.split import LabelSplit
 from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
@@ -28,6 +30,9 @@ CHANGED = {
     "over_long_split": "divided at max_length",
 }
 """The same of rows that are used in part, or in parts."""
+
+MOST_LABELS = 30
+"""Labels that are counted one by one."""
 
 Counts = dict[str, list[str]]
 """Label of a line -> its value in each split of the task."""
@@ -56,13 +61,49 @@ def count_lines(task: Task) -> Counts:
         name = "pairs" if is_paired else "examples"
         numbers[name] = [len(split) for split in splits]
     numbers["tokens"] = [split.counts.tokens for split in splits]
-    numbers["learnt tokens"] = [split.counts.label_tokens for split in splits]
+    has_head = isinstance(task.train, LabelSplit)
+    if not has_head:
+        numbers["learnt tokens"] = [split.counts.label_tokens for split in splits]
     lines = {label: [f"{value:,}" for value in values] for label, values in numbers.items()}
-    lines["share learnt"] = [f"{learnt_share(split):.0%}" for split in splits]
+    if not has_head:
+        lines["share learnt"] = [f"{learnt_share(split):.0%}" for split in splits]
     lines["tokens of the longest"] = [f"{longest(split):,}" for split in splits]
     if any(split.counts.seconds for split in splits):
         lines["length of the clips"] = [duration(split.counts.seconds) for split in splits]
+    return lines | label_lines(splits)
+
+
+def label_lines(splits: list[TokenSplit]) -> Counts:
+    """Of labelled texts: the examples of each label with their share, the most frequent label of the first
+    split first; or the range of numbers."""
+    labelled = [split for split in splits if isinstance(split, LabelSplit | ChoiceSplit)]
+    if not labelled:
+        return {}
+    if isinstance(labelled[0], LabelSplit) and labelled[0].spec.task_type == "regression":
+        return {"numbers, lowest to highest": [_range(np.asarray(split.targets)) for split in labelled]}
+    counts = [split.label_counts_by_name for split in labelled]
+    totals = [_units(split) for split in labelled]
+    order = sorted(counts[0], key=lambda label: -counts[0][label])
+    lines = {}
+    for label in order[:MOST_LABELS]:
+        shares = zip(counts, totals, strict=True)
+        lines[f"label {label}"] = [f"{of[label]:,} ({of[label] / max(1, n):.0%})" for of, n in shares]
+    rest = order[MOST_LABELS:]
+    if rest:
+        name = f"{len(rest):,} more labels"
+        lines[name] = [f"{sum(of[label] for label in rest):,}" for of in counts]
     return lines
+
+
+def _units(split: LabelSplit | ChoiceSplit) -> int:
+    """Examples, or tokens that have a label."""
+    if isinstance(split, LabelSplit) and split.spec.task_type == "tokens":
+        return sum(split.label_counts_by_name.values())
+    return len(split.offsets) - 1
+
+
+def _range(values: np.ndarray) -> str:
+    return f"{values.min():g} to {values.max():g}" if len(values) else ""
 
 
 def learnt_share(split: TokenSplit) -> float:
@@ -105,6 +146,8 @@ def _overview_lines(task: Task) -> Iterator[tuple[str, ...]]:
     for heading, split in splits_of(task).items():
         numbers = (split.counts.rows, _used(split), len(split), split.counts.tokens)
         share = f"{learnt_share(split):.0%}"
+        if isinstance(split, LabelSplit):
+            share = "label"
         yield heading, *(f"{number:,}" for number in numbers), share, f"{longest(split):,}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from rich.text import Text
 
 from flora_train.config.terminal_text import plain, shown
 from flora_train.data.audio.speech_split import SpeechSplit
+from flora_train.data.labels.choices import ChoiceSplit
+from flora_train.data.labels.split import LabelSplit
 from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
@@ -73,10 +76,17 @@ class ExamplePrinter:
             title += f": {split.paths[index]}, {split.seconds[index]:.1f} s"
         elif isinstance(split, PreferenceSplit) and not split.is_paired:
             title += f": {'a good' if split.labels[index] else 'a bad'} completion"
+        elif isinstance(split, LabelSplit) and split.spec.task_type != "tokens":
+            title += f": {split.target_text(index)}"
+        elif isinstance(split, ChoiceSplit) and not split.is_packed:
+            title += f": {split.label_names[split.references[index]]}"
         self.console.print(shown(title, "bold", keep="\n"))
         documents = split.documents(index)
         if isinstance(split, PreferenceSplit) and split.is_paired:
             self._print_pair(*documents)
+            return
+        if isinstance(split, LabelSplit):
+            self._print_labelled(split, index, documents[0])
             return
         names = [""]
         if len(documents) > 1:
@@ -97,6 +107,23 @@ class ExamplePrinter:
             tokens, spans = document
             self._print_note(f"{name}, {len(tokens) - begin:,} tokens, {_learnt(spans):,} learnt")
             self._print_pieces(token_pieces(self.tokenizer, tokens, spans, first=begin))
+
+    def _print_labelled(self, split: LabelSplit, index: int, document: Document) -> None:
+        """A text, and below it the labels of its words if it is tagged."""
+        tokens, spans = document
+        self._print_note(f"{len(tokens):,} tokens")
+        self._print_pieces(token_pieces(self.tokenizer, tokens, spans))
+        if split.spec.task_type != "tokens":
+            return
+        values = split.target_values(index)
+        begins = np.flatnonzero(values >= 0)
+        pairs = []
+        for begin, end in pairwise([*begins.tolist(), len(tokens)]):
+            word = self.tokenizer.decode(tokens[begin:end].tolist(), skip_special_tokens=True).strip()
+            pairs.append(f"{word}/{split.spec.labels[int(values[begin])]}")
+        most = len(pairs) if self.full else MOST_PIECES
+        more = f" and {len(pairs) - most:,} more" if len(pairs) > most else ""
+        self._print_note(f"labels: {' '.join(pairs[:most])}{more}")
 
     def _print_document(self, document: Document, name: str) -> None:
         tokens, spans = document

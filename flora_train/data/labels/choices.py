@@ -26,6 +26,12 @@ class ChoiceSplit(TokenSplit):
         return self.words.labels
 
     @property
+    def label_counts_by_name(self) -> dict[str, int]:
+        """Label -> number of examples that have it."""
+        counts = np.bincount(self.references, minlength=len(self.label_names))
+        return {label: int(count) for label, count in zip(self.label_names, counts, strict=True)}
+
+    @property
     def references(self) -> NDArray[np.int64]:
         """int64 [m]: the number of the label of each document."""
         return np.asarray(self.targets)[0::2].astype(np.int64)

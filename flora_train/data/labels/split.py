@@ -37,6 +37,17 @@ class LabelSplit(TokenSplit):
         """The numbers of `target`, as they are stored."""
         return self.targets[self.target_offsets[index] : self.target_offsets[index + 1]]
 
+    def target_text(self, index: int) -> str:
+        """The label of an example, or its labels, or its number, as text; of a tagged text, the labels of its
+        tokens."""
+        values = self.target_values(index)
+        if self.spec.task_type == "regression":
+            return f"{values[0]:g}"
+        if self.spec.task_type == "multi":
+            has = [label for label, value in zip(self.spec.labels, values, strict=True) if value > 0]
+            return ", ".join(has) or "no label"
+        return " ".join(self.spec.labels[int(value)] for value in values if value >= 0)
+
     def types(self, index: int) -> NDArray[np.int8] | None:
         """The token types of an example (0 for the first text of a pair, 1 for the second, with most
         tokenizers); None if the tokenizer has none."""
