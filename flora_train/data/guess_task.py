@@ -168,9 +168,8 @@ def _guess_file(source: str, language: str | None) -> GuessedTask:
             return _pair_task(source, rows, prompt, completion)
     labels = guess_labels(rows)
     if labels is not None:
-        keys = {"train": source, **labels.keys}
         description = f"{labels.description}{_unused(rows, labels.used)}"
-        return GuessedTask(keys, description, is_labelled=True)
+        return GuessedTask({"train": source, **labels.keys}, description, is_labelled=True)
     text = next((column for column in WHOLE_TEXTS if column in columns), None)
     if text is None:
         hint = (

@@ -108,6 +108,51 @@ def test_pairs_are_prompt_chosen_and_rejected(base: Path, tmp_path: Path, capsys
     assert "marks, training example 4 of 6: a bad completion\n" in shown
 
 
+def test_labelled_texts_show_their_labels_and_how_many_have_them(
+    base: Path, tmp_path: Path, capsys: Shown
+) -> None:
+    label = "b\x1b[31m"
+    rows = [
+        {
+            "text": f"t{i}",
+            "pair": "u",
+            "label": "a" if i % 3 else label,
+            "both": ["x", "y"][: i % 3],
+            "n": i / 4,
+            "tokens": ["go", "on"],
+            "tags": ["V", "P"],
+        }
+        for i in range(12)
+    ]
+    train = write_rows(tmp_path / "rows.jsonl", rows)
+    source = {"train": train, "validation": train}
+    tasks = {
+        "one": {**source, "label": "label", "text": ["text", "pair"]},
+        "many": {**source, "label": "both", "multi_label": True},
+        "number": {**source, "label": "n", "regression": True},
+        "words": {**source, "label": "label", "prompt": "{text}?", "verbalizer": {"a": "no", label: "yes"}},
+        "tags": {**source, "token_labels": "tags"},
+    }
+    recipe = write_recipe(tmp_path, base, tasks)
+    shown = output(capsys, f"recipe={recipe}", "--examples", "1")
+    assert "\x1b" not in shown
+    assert "one: max_length 128, a head for one label" in shown
+    assert counts(shown, "one")["label a"] == ["8 (67%)", "8 (67%)"]
+    assert counts(shown, "one")["label b\\x1b[31m"] == ["4 (33%)", "4 (33%)"]
+    assert "learnt tokens" not in counts(shown, "one")
+    assert "one, training example 1 of 12: b\\x1b[31m\n3 tokens\n| t0u\n" in shown
+    assert counts(shown, "many")["label x"] == ["8 (67%)", "8 (67%)"]
+    assert counts(shown, "many")["label y"] == ["4 (33%)", "4 (33%)"]
+    assert "many, training example 1 of 12: no label\n" in shown
+    assert counts(shown, "number")["numbers, lowest to highest"] == ["0 to 2.75", "0 to 2.75"]
+    assert "number, training example 1 of 12: 0\n" in shown
+    assert "words of labels (a no, b\\x1b[31m yes)" in shown
+    assert counts(shown, "words")["label a"] == ["8 (67%)", "8 (67%)"]
+    assert "words, training example 1 of 12: b\\x1b[31m\n8 tokens, 5 learnt\n| t0?[[ yes<e>]]\n" in shown
+    assert counts(shown, "tags")["label P"] == ["12 (50%)", "12 (50%)"]
+    assert "|  go on\nlabels: go/V on/P\n" in shown
+
+
 def test_packed_examples_show_their_first_documents(base: Path, tmp_path: Path, capsys: Shown) -> None:
     rows = [{"text": f"row {i:02}"} for i in range(40)]
     task = {"train": write_rows(tmp_path / "rows.jsonl", rows), "packing": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from flora_train.config.task_schema import TaskConfig
 from flora_train.data.documents import EncodedDocument, EncodedExample, Fate, LocatedRow, RowsOutline
 from flora_train.data.labels.reader import LabelledRow, LabelReader
 from flora_train.data.labels.tokenize import LabelledTextTokenizer, TokenizedText
+
+logger = logging.getLogger(__name__)
 
 IGNORE = -100
 """The label of tokens that have none, which cross_entropy ignores."""
@@ -36,6 +39,12 @@ class LabelRowEncoder:
             tokenizer, max_length, special_tokens=task.special_tokens, is_tagging=self.is_tagging
         )
         self.tokenize.check_room(len(self.reader.sources))
+        if len(self.reader.sources) > 1 and not self.tokenize.separates_pairs:
+            first, second = self.reader.sources
+            logger.warning(
+                f"{key}.text: this tokenizer writes nothing between the texts of a pair; a template does, such "
+                f"as text: '{{{first}}} {{{second}}}' with a line end or words between them"
+            )
 
     @property
     def setting(self) -> JsonObject:

@@ -84,6 +84,17 @@ class LabelledTextTokenizer:
             hint = f"has no room for a text beside {special} special tokens: raise it to {special + texts}"
             raise user_error("training.max_length", self.max_length, hint)
 
+    @property
+    def separates_pairs(self) -> bool:
+        """Whether the tokenizer writes a special token between the texts of a pair, or tells them apart by
+        their types."""
+        if self.has_types:
+            return True
+        single = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        pair = self.tokenizer("a", "a", add_special_tokens=True)["input_ids"]
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return len(pair) > len(single) + len(plain)
+
     def _encode(
         self,
         texts: Sequence[tuple[Text, ...]],

@@ -79,6 +79,19 @@ def test_a_pair_is_joined_with_token_types(load_films: Any) -> None:
         assert max(expected["token_type_ids"]) == 1
 
 
+def test_a_pair_that_the_tokenizer_does_not_separate_is_a_warning(
+    load_films: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"label": "label", "text": ["text", "question"]}
+    with caplog.at_level(logging.WARNING):
+        load_films(bert_tokenizer(), **options)
+        load_films(roberta_tokenizer(), **options)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        load_films(byte_tokenizer(), **options)
+    assert "tasks.films.text: this tokenizer writes nothing between the texts of a pair" in caplog.text
+
+
 def test_a_text_of_a_template(load_films: Any) -> None:
     tokenizer = bert_tokenizer()
     task = load_films(tokenizer, label="label", text="{text} . {question}")
