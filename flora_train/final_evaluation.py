@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from types import MappingProxyType
 
 from pydantic import ValidationError
 
@@ -16,12 +17,14 @@ from flora_train.config.errors import first_line, user_error
 from flora_train.config.sample_prompts import SamplePrompt
 from flora_train.data.chat.prompts import Prompt, sample_prompts
 from flora_train.data.hub_commits import commits_of
+from flora_train.data.labels.choices import ChoiceSplit
 from flora_train.evaluation.answers.figures import answer_figures
 from flora_train.evaluation.answers.generate import generate_answers
 from flora_train.evaluation.answers.journal import AnswerLog
 from flora_train.evaluation.answers.prompts import AnsweredTask, answered_tasks
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code
 from flora_train.evaluation.code.summary import read_summaries
+from flora_train.evaluation.figures.choices import choice_figures
 from flora_train.evaluation.generation import complete
 from flora_train.evaluation.heldout_journal import HeldoutJournal
 from flora_train.evaluation.report.files import write_report
@@ -41,6 +44,7 @@ from flora_train.runtime.manifest import PEFT_WARNING
 from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.best_adapters import BestCheckpoint
+from flora_train.training.choice_scores import ChoiceScores, score_choices
 from flora_train.training.fsdp import unshard
 from flora_train.training.heldout import HeldOut, evaluate_heldout
 from flora_train.training.joint_speedup import JointSpeedup as MeasuredSpeedup
@@ -69,6 +73,7 @@ def run_final_evaluation(
     )
     answered = answered_tasks(config, context.tasks, context.model, context.tokenizer)
     heldout = heldout_losses(context, context.bank, log=log)
+    choices = choice_scores(context, context.bank)
     if publish:
         on_main_process(lambda: export_all(context))
     seconds = {"evaluate at the end": time.monotonic() - started}
@@ -110,7 +115,11 @@ def run_final_evaluation(
         )
         context.close()
         seconds["transcribe"] = time.monotonic() - started
-    on_main_process(lambda: write_results(context, best, heldout, answered, seconds=seconds, publish=publish))
+    on_main_process(
+        lambda: write_results(
+            context, best, heldout, answered, choices=choices, seconds=seconds, publish=publish
+        )
+    )
     on_main_process(log.delete)
 
 
@@ -138,6 +147,26 @@ def heldout_losses(
         )
 
 
+def choice_scores(
+    context: RunContext, bank: AdapterBank, *, absent: Sequence[int] = ()
+) -> dict[str, ChoiceScores]:
+    """Scores of the words of labels, of the base and of the bank's adapters. absent: ids of adapters that are
+    not evaluated."""
+    if not any(isinstance(task.evaluated, ChoiceSplit) for task in context.tasks.values()):
+        return {}
+    with ProgressBar("score the words of labels", 1.0) as progress:
+        return score_choices(
+            RowLosses(bank.model),
+            bank,
+            context.tasks,
+            max_tokens=2 * context.config.training.tokens_per_microbatch,
+            pad_token=context.pad_token,
+            collate=context.collate,
+            absent=absent,
+            report=progress.update,
+        )
+
+
 def export_all(context: RunContext) -> None:
     """Write a PEFT folder of each adapter."""
     base = base_of(context)
@@ -151,11 +180,12 @@ def write_results(
     heldout: Mapping[str, HeldOut],
     answered: Sequence[AnsweredTask] = (),
     *,
+    choices: Mapping[str, ChoiceScores] = MappingProxyType({}),
     seconds: Mapping[str, float],
     publish: bool,
 ) -> None:
     """Write sample completions, report and model cards. answered: tasks whose answers are in the journal;
-    seconds: stage of the evaluation -> its time."""
+    choices: task -> scores of the words of its labels; seconds: stage of the evaluation -> its time."""
     config, bank, folder = context.config, context.bank, context.folder
     started = time.monotonic()
     completions = sample_completions(context)
@@ -173,6 +203,10 @@ def write_results(
     if answered:
         answers = AnswerLog(folder.evaluation).read()
     figures = answer_figures(config, bank, heldout, answered, answers, loaded=context.tasks)
+    for name, scores in choices.items():
+        of_words = choice_figures(config, bank, context.tasks[name], scores)
+        figures.results += of_words.figures
+        figures.confusions += of_words.confusions
     evaluation = Evaluation(
         heldout, best, completions, code, speech, figures.results, figures.confusions, figures.notes
     )

@@ -42,8 +42,8 @@ class LabelRowEncoder:
         if len(self.reader.sources) > 1 and not self.tokenize.separates_pairs:
             first, second = self.reader.sources
             logger.warning(
-                f"{key}.text: this tokenizer writes nothing between the texts of a pair; a template does, such "
-                f"as text: '{{{first}}} {{{second}}}' with a line end or words between them"
+                f"{key}.text: this tokenizer writes nothing between the texts of a pair; a template does, "
+                f"such as text: '{{{first}}} {{{second}}}' with a line end or words between them"
             )
 
     @property

@@ -1,0 +1,108 @@
+"""Runs of labelled texts: words of a verbalizer beside other tasks, from files to the figures of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flora_train.cli import main
+from flora_train.evaluation.report.files import read_report
+from flora_train.evaluation.report.types import Report
+from flora_train.runtime.run_folder import RunFolder
+from tests.e2e.chat_base import save_chat_base, write_recipe, write_rows
+
+
+def films(count: int) -> list[dict[str, Any]]:
+    """A third of the films are bad, which most of their letters tell."""
+    rows = []
+    for i in range(count):
+        is_bad = i % 3 == 0
+        letter = "b" if is_bad else "g"
+        rows.append({"text": f"{4 * letter}{i % 7}", "label": "neg" if is_bad else "pos"})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat_base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def recipe(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words")
+    train = write_rows(folder / "films.jsonl", films(60))
+    tasks = {
+        "words": {
+            "train": train,
+            "test": write_rows(folder / "held.jsonl", films(15)),
+            "label": "label",
+            "prompt": "{text}:",
+            "verbalizer": {"neg": "no", "pos": "ok"},
+        },
+        "text": {"train": train, "text": "text"},
+    }
+    training = {"steps": 60, "tokens_per_step": 800, "tokens_per_microbatch": 800, "max_length": 64}
+    return write_recipe(folder, base, tasks, name="words", training=training)
+
+
+@pytest.fixture(scope="module")
+def report(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    out = tmp_path_factory.mktemp("run") / "run"
+    assert main(["train", f"recipe={recipe}", f"output_dir={out}"]) == 0
+    return read_report(RunFolder(out))
+
+
+def test_the_report_has_figures_of_labels_for_base_and_adapters(report: Report) -> None:
+    figures = {figure.figure: figure for figure in report.figures if figure.task == "words"}
+    assert {"accuracy", "balanced_accuracy", "macro_f1", "weighted_f1", "mcc", "auroc"} <= figures.keys()
+    accuracy = figures["accuracy"]
+    assert accuracy.examples == 15
+    assert list(accuracy.by_family) == ["base", "flora", "lora"]
+    majority = accuracy.baselines[0]
+    assert (majority.name, majority.value.value) == ("majority label", pytest.approx(10 / 15))
+    assert not any(figure.task == "text" for figure in report.figures)
+
+
+def test_adapters_learn_the_words_of_labels(report: Report) -> None:
+    figures = {figure.figure: figure for figure in report.figures}
+    for family in ("flora", "lora"):
+        assert figures["accuracy"].by_family[family].value.value == 1.0
+        assert figures["auroc"].by_family[family].value.value == 1.0
+    matrices = {matrix.family: matrix for matrix in report.confusions if matrix.task == "words"}
+    assert matrices["lora"].labels == ("neg", "pos")
+    assert [list(row) for row in matrices["lora"].counts] == [[5, 0], [0, 10]]
+
+
+BAD = [
+    ({"verbalizer": {"neg": "no", "pos": "no"}}, "tasks.words.verbalizer", "the same word 'no'"),
+    (
+        {"verbalizer": {"neg": "no", "pos": "nope"}},
+        "tasks.words.verbalizer",
+        "begins with the tokens of 'no'",
+    ),
+    ({"verbalizer": {"neg": "no", "other": "yes"}}, "tasks.words.label", "films.jsonl, row 2"),
+    ({"regression": True}, "tasks.words.verbalizer", "remove one of them"),
+    ({"labels": ["neg", "pos", "mixed"]}, "tasks.words.verbalizer", "no word for the label 'mixed'"),
+]
+
+
+@pytest.mark.parametrize(("change", "key", "message"), BAD)
+def test_bad_words_are_an_error_before_the_model_is_loaded(
+    change: dict[str, Any], key: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_chat_base(tmp_path / "model")
+    (base / "model.safetensors").unlink()
+    task = {
+        "train": write_rows(tmp_path / "films.jsonl", films(20)),
+        "label": "label",
+        "prompt": "{text}:",
+        "verbalizer": {"neg": "no", "pos": "ok"},
+        **change,
+    }
+    recipe = write_recipe(tmp_path, base, {"words": task})
+    assert main(["train", f"recipe={recipe}", f"output_dir={tmp_path / 'run'}"]) == 2
+    shown = capsys.readouterr().err
+    assert key in shown
+    assert message in shown
