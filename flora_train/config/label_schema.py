@@ -71,8 +71,8 @@ class LabelKeys(PreferenceKeys):
     of them held out; the row of a label that has one is a training row. Default: true, and false with
     multi_label, regression and token_labels, which cannot be stratified."""
     test_fraction: float | None = Field(None, gt=0, lt=1)
-    """Share of the training rows that is set apart as test rows, before validation_fraction. Default:
-    none."""
+    """Share of the training rows that is set apart as test rows, before validation_fraction. If test is
+    given, too, these rows are left out. Default: none."""
 
     @field_validator("class_weights", "verbalizer", mode="before")
     @classmethod

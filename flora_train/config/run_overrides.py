@@ -34,7 +34,9 @@ def with_overrides(config: RunConfig, words: Sequence[str]) -> RunConfig:
             hint += did_you_mean(name, config.tasks)
             raise user_error(f"tasks.{name}", None, hint)
         if isinstance(task, dict):
-            _replace_sources(recorded["tasks"][name], task, is_text=config.tasks[name].speech is None)
+            own = config.tasks[name]
+            has_test = own.speech is not None or own.is_labelled
+            _replace_sources(recorded["tasks"][name], task, has_test=has_test)
     return validate(merge(recorded, overrides))
 
 
@@ -51,9 +53,10 @@ def _tasks_of(overrides: RawConfig) -> RawConfig:
     return tasks
 
 
-def _replace_sources(recorded: RawConfig, task: RawConfig, *, is_text: bool) -> None:
-    """A source that is given replaces the recorded one as a whole: its other keys belong to other files."""
-    if is_text and "test" in task and "validation" not in task:
+def _replace_sources(recorded: RawConfig, task: RawConfig, *, has_test: bool) -> None:
+    """A source that is given replaces the recorded one as a whole: its other keys belong to other files.
+    has_test: whether the task can have test rows."""
+    if not has_test and "test" in task and "validation" not in task:
         task["validation"] = task.pop("test")
     for source in SOURCES:
         if source in task:

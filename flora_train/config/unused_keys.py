@@ -71,8 +71,6 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
 
 
 def _of_labelled(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
-    if task.test is not None and task.test_fraction is not None:
-        yield "test_fraction", task.test_fraction, "is not used, because test is given: remove one of them"
     if task.max_test_examples is not None and task.test is None and task.test_fraction is None:
         hint = "requires test or test_fraction: set one, or use max_validation_examples"
         yield "max_test_examples", task.max_test_examples, hint

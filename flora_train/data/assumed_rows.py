@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.audio.speech_split import Utterance, speech_split
+from flora_train.data.labels.reader import label_type_of
+from flora_train.data.labels.spec import LabelSpec
+from flora_train.data.labels.split import label_split
 from flora_train.data.task import Task
 from flora_train.data.token_split import SplitCounts, TokenSplit, spans_after
 
 TRANSCRIPT_TOKENS = 40
 """Decoder tokens of a clip: a sentence of Common Voice with its prompt."""
+ASSUMED_LABELS = ("first", "second")
+"""Labels of a task that names none."""
 EXAMPLES = 64
 """Examples of an assumed split; a mixture repeats them."""
 
@@ -30,8 +37,40 @@ def assumed_tasks(config: RunConfig, window: int = 0) -> dict[str, Task]:
         if name in learnt:
             train = _split(config.training.max_length, EXAMPLES, window)
             validation = _split(config.training.max_length, heldout_examples(task), window)
-            tasks[name] = Task(name, task.weight, train, validation, data_hash="")
+            label = None
+            if task.has_head:
+                label = assumed_labels(task)
+                train, validation = _labelled(train, label), _labelled(validation, label)
+            tasks[name] = Task(name, task.weight, train, validation, data_hash="", label=label)
     return tasks
+
+
+def assumed_labels(task: TaskConfig) -> LabelSpec:
+    """The labels that a task names, else two."""
+    task_type = label_type_of(task)
+    if task_type == "regression":
+        return LabelSpec(task_type)
+    return LabelSpec(task_type, tuple(task.known_labels or ASSUMED_LABELS))
+
+
+def _labelled(split: TokenSplit, label: LabelSpec) -> TokenSplit:
+    """The same examples, all labelled with the first label."""
+    offsets = np.arange(len(split) + 1, dtype=np.int64) * label.outputs
+    if label.task_type in ("single", "regression"):
+        offsets = np.arange(len(split) + 1, dtype=np.int64)
+    elif label.task_type == "tokens":
+        offsets = split.offsets
+    nothing_learnt = np.zeros(len(split) + 1, dtype=np.int64)
+    return label_split(
+        replace(
+            split,
+            spans=np.empty((0, 2), dtype=np.int32),
+            span_offsets=nothing_learnt,
+            targets=np.zeros(int(offsets[-1])),
+            target_offsets=offsets,
+        ),
+        label,
+    )
 
 
 def heldout_examples(task: TaskConfig) -> int:

@@ -52,10 +52,10 @@ def choose_rows(
         held[split], train = train[part], train[rest]
     splits = {"train": ("train", train)}
     for split in ("validation", "test"):
-        if split in held:
-            splits[split] = ("train", held[split])
-        elif split in sizes:
+        if split in sizes:
             splits[split] = (split, np.arange(sizes[split]))
+        elif split in held:
+            splits[split] = ("train", held[split])
     limits = {
         "train": task.max_examples,
         "validation": task.max_validation_examples,
@@ -75,7 +75,7 @@ def choose_rows(
 def _fractions(task: TaskConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     """Split -> the share of the rows left that is held out for it."""
     fractions = {}
-    if task.test_fraction is not None and "test" not in sizes:
+    if task.test_fraction is not None:
         fractions["test"] = task.test_fraction
     if "validation" not in sizes:
         fractions["validation"] = task.validation_fraction / (1 - fractions.get("test", 0.0))

@@ -1,4 +1,4 @@
-"""Runs of labelled texts: words of a verbalizer beside other tasks, from files to the figures of the report."""
+"""Runs of labelled texts: words of a verbalizer beside other tasks, from files to the report."""
 
 from __future__ import annotations
 

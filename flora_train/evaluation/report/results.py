@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +15,8 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.array_file import blocks
+from flora_train.data.labels.choices import ChoiceSplit
+from flora_train.data.labels.split import LabelSplit
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
 from flora_train.evaluation.bootstrap import finite
@@ -218,6 +220,8 @@ def examples_hash(split: TokenSplit) -> str:
         names = ("shas", "samples", "sentences")
     elif len(split.labels):
         names = (*names, "labels")
+    for text in _target_texts(split):
+        digest.update(f"\x1f{text}".encode())
     for name in names:
         values = getattr(split, name)
         digest.update(f"{name}\x1f{values.shape}\x1f".encode())
@@ -227,6 +231,14 @@ def examples_hash(split: TokenSplit) -> str:
             for block in blocks(values):
                 digest.update(block.astype(np.int64).tobytes())
     return digest.hexdigest()
+
+
+def _target_texts(split: TokenSplit) -> Iterator[str]:
+    """What each example of labelled texts is labelled with, whatever the order of the labels."""
+    if isinstance(split, LabelSplit):
+        yield from (split.target_text(i) for i in range(len(split)))
+    elif isinstance(split, ChoiceSplit):
+        yield from (split.label_names[label] for label in split.references)
 
 
 def _task_summary(task: Task, task_config: TaskConfig, *, tokens: int, target_share: float) -> TaskSummary:

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from flora_train.config.errors import UserError
+from flora_train.data.assumed_rows import assumed_tasks
 from flora_train.data.labels.choices import ChoiceSplit
 from flora_train.data.labels.split import LabelSplit
 from flora_train.data.splits import held_of_strata, hold_out_strata, sample_strata
 from flora_train.data.token_split import TokenSplit
-from tests.unit.data.conftest import byte_tokenizer
+from flora_train.evaluation.report.results import examples_hash
+from tests.unit.data.conftest import byte_tokenizer, run_config
 from tests.unit.data.labels.texts import bert_tokenizer, films, roberta_tokenizer
 
 
@@ -238,6 +240,18 @@ def test_rows_are_held_out_label_by_label_for_test_and_validation(load_films: An
     other = load_films(tokenizer, rows=rows, seed=1, **options)
     assert texts_of(other.validation, tokenizer) != texts[1]
     assert other.validation.label_counts_by_name == counts[1]
+
+
+def test_a_test_source_replaces_the_rows_that_were_set_apart(write: Any, load: Any) -> None:
+    """So that a later evaluation on other rows does not change what was held out."""
+    write("films.jsonl", films(60))
+    write("other.jsonl", films(6))
+    task = {"train": "films.jsonl", "label": "label", "test_fraction": 0.2}
+    own, other = (load(bert_tokenizer(), a=keys)["a"] for keys in (task, {**task, "test": "other.jsonl"}))
+    assert (len(own.test), len(other.test)) == (12, 6)
+    assert own.evaluated is own.test
+    assert texts_of(own.train, bert_tokenizer()) == texts_of(other.train, bert_tokenizer())
+    assert texts_of(own.validation, bert_tokenizer()) == texts_of(other.validation, bert_tokenizer())
 
 
 def test_the_row_of_a_label_that_has_one_is_a_training_row(
@@ -493,3 +507,42 @@ def test_labels_of_tables_are_text(write: Any, load: Any) -> None:
     rows = [json.loads(json.dumps({"text": f"a {i}", "label": float(i % 2)})) for i in range(20)]
     write("b.jsonl", rows)
     assert load(bert_tokenizer(), a={"train": "b.jsonl", "label": "label"})["a"].label == task.label
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels", "target"),
+    [
+        ({"label": "y", "labels": ["a", "b", "c"]}, ("a", "b", "c"), 0),
+        ({"label": "y"}, ("first", "second"), 0),
+        ({"label": "y", "multi_label": True, "labels": ["a", "b"]}, ("a", "b"), (0.0, 0.0)),
+        ({"label": "y", "regression": True}, (), 0.0),
+        ({"token_labels": "y"}, ("first", "second"), (0,) * 64),
+    ],
+)
+def test_rows_that_are_elsewhere_are_assumed_with_labels(keys: Any, labels: Any, target: Any) -> None:
+    task = assumed_tasks(run_config({"a": {"train": {"hub": "some/data"}, **keys}}))["a"]
+    assert task.label is not None
+    assert task.label.labels == labels
+    assert isinstance(task.train, LabelSplit)
+    assert task.train.target(3) == target
+    assert task.train.length(3) == 64
+    assert task.train.label_counts.sum() == 0
+
+
+def test_the_hash_of_examples_is_of_their_labels_in_any_order(load_films: Any) -> None:
+    options = {"label": "label", "validation_fraction": 0.2}
+    words = {"prompt": "{text}", "verbalizer": {"pos": "x", "neg": "y"}}
+    for tokenizer, more in ((bert_tokenizer(), {}), (byte_tokenizer(), words)):
+        own = examples_hash(load_films(tokenizer, **options, **more).validation)
+        assert own == examples_hash(
+            load_films(tokenizer, labels=["pos", "neg"], **options, **more).validation
+        )
+        swapped = {"pos": "neg", "neg": "pos"}
+        rows = [{**row, "label": swapped[row["label"]]} for row in films()]
+        assert own != examples_hash(load_films(tokenizer, rows=rows, **options, **more).validation)
+    stars = [{**row, "stars": row["stars"] + 0.25} for row in films()]
+    hashes = {
+        examples_hash(load_films(bert_tokenizer(), rows=rows, label="stars", regression=True).validation)
+        for rows in (films(), stars)
+    }
+    assert len(hashes) == 2
