@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flora_train.cli import main
+from flora_train.commands.evaluate import evaluate_run
 from flora_train.evaluation.report.files import read_report
 from flora_train.evaluation.report.types import Report
 from flora_train.runtime.run_folder import RunFolder
@@ -48,10 +49,15 @@ def recipe(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     assert main(["train", f"recipe={recipe}", f"output_dir={out}"]) == 0
-    return read_report(RunFolder(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(run: Path) -> Report:
+    return read_report(RunFolder(run))
 
 
 def test_the_report_has_figures_of_labels_for_base_and_adapters(report: Report) -> None:
@@ -73,6 +79,16 @@ def test_adapters_learn_the_words_of_labels(report: Report) -> None:
     matrices = {matrix.family: matrix for matrix in report.confusions if matrix.task == "words"}
     assert matrices["lora"].labels == ("neg", "pos")
     assert [list(row) for row in matrices["lora"].counts] == [[5, 0], [0, 10]]
+
+
+def test_other_test_rows_can_be_evaluated_later(run: Path, report: Report, tmp_path: Path) -> None:
+    other = write_rows(tmp_path / "other.jsonl", films(6))
+    later = evaluate_run(run, [f"tasks.words.test={other}"])
+    figures = {figure.figure: figure for figure in later.figures}
+    assert figures["accuracy"].examples == 6
+    assert figures["accuracy"].by_family["lora"].value.value == 1.0
+    bits = {result.task: result.base.bits_per_byte.value for result in report.results}
+    assert {result.task: result.base.bits_per_byte.value for result in later.results} == bits
 
 
 BAD = [
