@@ -51,9 +51,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_train_what_one_trains(run: Path, launch: Any, tmp_path: Path) -> None:
     settings = recipe(tmp_path, output_dir=str(tmp_path / "two"))
-    settings["model"]["path"] = str(run.parent.parent / "base")
+    settings["model"]["path"] = str(run.parent / "base")
     for task in settings["tasks"].values():
-        task["train"] = str(run.parent.parent / "rows.jsonl")
+        task["train"] = str(run.parent / "rows.jsonl")
     (tmp_path / "labels.yaml").write_text(json.dumps(settings))
     done = launch(f"recipe={tmp_path / 'labels.yaml'}", "num_processes=2", processes=2)
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def test_merged_model_predicts_labels(run: Path, tmp_path: Path) -> None:
 
 
 def test_run_reports_figures_of_labels_and_exports_heads(run: Path) -> None:
-    report = json.loads((run / "evaluation" / "report.json").read_text())
+    report = json.loads((run / "eval" / "report.json").read_text())
     figures = {(figure["task"], figure["figure"]) for figure in report["figures"]}
     assert {
         ("kind", "macro_f1"),

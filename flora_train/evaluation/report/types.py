@@ -409,8 +409,9 @@ class Report(SparseModel):
     @property
     def confidence(self) -> float | None:
         """Level of the intervals; None if nothing was evaluated."""
-        measured = (*self.results, *self.figures)
-        return measured[0].confidence if measured else None
+        levels = [result.confidence for result in self.results]
+        levels += [figure.confidence for figure in self.figures]
+        return levels[0] if levels else None
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
