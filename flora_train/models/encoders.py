@@ -85,12 +85,8 @@ def new_parameters(model: nn.Module) -> frozenset[str]:
     recorded: frozenset[str] | None = getattr(model, "_flora_new_parameters", None)
     if recorded is not None:
         return recorded
-    outside = head_names(model)
-    return frozenset(
-        name
-        for name, _ in model.named_parameters()
-        if name.rpartition(".")[0] in outside and POOLER not in name.split(".")
-    )
+    prefix = body_prefix(model)
+    return frozenset(name for name, _ in model.named_parameters() if not name.startswith(prefix))
 
 
 def record_new_parameters(model: nn.Module, names: frozenset[str]) -> None:
