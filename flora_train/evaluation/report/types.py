@@ -415,6 +415,8 @@ class Report(SparseModel):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
+        if not self.results and not self.figures:
+            raise ValueError("results and figures are empty: a report has results of some task")
         tasks = {task.name for task in self.tasks}
         families = {adapter.family for adapter in self.adapters}
         _check_known("adapters", (adapter.task for adapter in self.adapters), tasks)
