@@ -39,6 +39,7 @@ def _labels_are_text(value: Any) -> Any:
 Label = Annotated[Text, BeforeValidator(_as_label)]
 HIGHEST_WEIGHT = 1e6
 """Of a label."""
+Weight = Annotated[float, Field(gt=0, le=HIGHEST_WEIGHT)]
 
 
 class LabelKeys(PreferenceKeys):
@@ -58,7 +59,7 @@ class LabelKeys(PreferenceKeys):
     JSON text of a list, or a single label."""
     regression: bool = False
     """Whether label is a column of numbers, which the head predicts."""
-    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    class_weights: Literal["balanced"] | dict[str, Weight] | None = None
     """Weight of each label in the loss, which is the weighted mean over the rows of an adapter in a step.
     balanced: inversely proportional to the number of training examples of a label, as in scikit-learn (rows /
     (labels x rows of the label)). A mapping: label -> weight, 1 where it has none. Default: all are equal."""
