@@ -28,6 +28,8 @@ from flora_train.config.unused_keys import notes_on_unused
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.task import Task, label_names, notes_on_rows
 from flora_train.data.tokenization import pad_token
+from flora_train.evaluation.answers.figures import check_metrics
+from flora_train.evaluation.answers.prompts import answered_tasks, check_answered
 from flora_train.evaluation.code.evaluate import load_suites, prompts_of
 from flora_train.evaluation.code.problems.suites import Suite
 from flora_train.evaluation.generation import check_prompts
@@ -117,7 +119,7 @@ def _loaded(config: RunConfig) -> Iterator[_Data]:
     """The data of the run."""
     prepare(config, default_device())
     tokenizer, tasks, speech_processor = load_data(config)
-    check_texts(config, tokenizer)
+    check_texts(config, tokenizer, tasks)
     try:
         yield _Data(tasks, pad_token(tokenizer), speech_processor)
     finally:
@@ -223,9 +225,10 @@ def _storage(config: RunConfig, pools: Sequence[Pool], *, paged: bool) -> dict[s
     return storage | {"on_disk": on_disk + pages}
 
 
-def check_texts(config: RunConfig, tokenizer: Any) -> None:
-    """Raises UserError where a prompt cannot be completed, or leaves no room for its completion, as the run
-    would."""
+def check_texts(config: RunConfig, tokenizer: Any, tasks: Mapping[str, Task]) -> None:
+    """Raises UserError where a prompt cannot be completed, or leaves no room for its completion, or a metric
+    cannot be computed, as the run would."""
+    check_metrics(config)
     suites: Sequence[Suite] = ()
     if config.evaluation.problems:
         suites, *_ = load_suites(config)
@@ -240,6 +243,7 @@ def check_texts(config: RunConfig, tokenizer: Any) -> None:
             model_config=model.config,
             max_new_tokens=config.evaluation.max_new_tokens,
         )
+    check_answered(config, answered_tasks(config, tasks, model, tokenizer), model, tokenizer)
 
 
 def pools_of(config: RunConfig, tasks: Mapping[str, Task] = MappingProxyType({})) -> list[Pool]:

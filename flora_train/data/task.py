@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from flora_train.config.errors import Problem, UserError
 from flora_train.config.schema import RunConfig
@@ -16,6 +16,7 @@ from flora_train.data.audio.common_voice import check_clips_exist
 from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_task import load_speech_task
 from flora_train.data.chat.rows import ChatRowEncoder
+from flora_train.data.documents import RowEncoder
 from flora_train.data.labels.choices import ChoiceSplit
 from flora_train.data.labels.load import labelled_texts
 from flora_train.data.labels.rows import LabelRowEncoder
@@ -28,8 +29,12 @@ from flora_train.data.preferences.rows import PreferenceRowEncoder, check_labels
 from flora_train.data.preferences.split import preference_split
 from flora_train.data.sources import source_files
 from flora_train.data.split_by import forget_rows
+from flora_train.data.text_rows import TextRowEncoder
 from flora_train.data.text_splits import load_text_splits
 from flora_train.data.token_split import TokenSplit
+
+TaskFormat: TypeAlias = Literal["text", "prompt", "chat"]
+"""Texts that are learnt as a whole, prompts with completions, or conversations."""
 
 MAX_NAMES = 4
 """Tasks that a note names."""
@@ -51,8 +56,8 @@ class Task:
     """Name of the release that the rows come from, if it has one."""
     preference: Preference | None = None
     """The objective of preferences; None: every token of a completion is learnt."""
-    is_chat: bool = False
-    """Whether its rows are conversations."""
+    format: TaskFormat = "text"
+    """What its rows are, unless they are preferences."""
     label: LabelSpec | None = None
     """The labels of texts, from which each of its adapters learns a head; None: there is no head."""
 
@@ -234,5 +239,13 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         test=splits.get("test"),
         preference=preference,
         label=label,
-        is_chat=isinstance(encoder, ChatRowEncoder),
+        format=_format_of(loaded.encoder),
     )
+
+
+def _format_of(encoder: RowEncoder) -> TaskFormat:
+    if isinstance(encoder, ChatRowEncoder):
+        return "chat"
+    if isinstance(encoder, TextRowEncoder) and encoder.formatter.prompt is not None:
+        return "prompt"
+    return "text"

@@ -14,6 +14,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import Problem, UserError
 from flora_train.config.metric_names import needs_answers
 from flora_train.config.schema import RunConfig
+from flora_train.config.task_schema import TaskConfig
 from flora_train.data.chat.encoder import ChatEncoder
 from flora_train.data.chat.end_of_turn import end_of_turn
 from flora_train.data.chat.template import ChatTemplate
@@ -102,11 +103,13 @@ def contenders_of(specs: Sequence[AdapterSpec], task: str) -> list[int]:
 def _answered_task(config: RunConfig, task: Task, model: nn.Module, tokenizer: Any) -> AnsweredTask:
     options, key = config.tasks[task.name], f"tasks.{task.name}"
     end_tokens, stops = end_tokens_of(model, tokenizer), tuple[str, ...]()
-    if task.is_chat:
+    if task.format == "chat":
         template = ChatTemplate.of(tokenizer, options.chat_template, key)
         of_turn, stops = end_of_turn(ChatEncoder(template, tokenizer, options.special_tokens))
         end_tokens |= of_turn
-    prompts = tuple(_prompts(task, TextEncoder(tokenizer), end_tokens, stops))
+    prompts: tuple[HeldoutPrompt, ...] = ()
+    if _has_prompts(task, options):
+        prompts = tuple(_prompts(task, TextEncoder(tokenizer), end_tokens, stops))
     if not prompts:
         raise _without_prompts(task, f"{key}.metrics", options.metrics)
     return AnsweredTask(
@@ -120,13 +123,18 @@ def _answered_task(config: RunConfig, task: Task, model: nn.Module, tokenizer: A
     )
 
 
+def _has_prompts(task: Task, options: TaskConfig) -> bool:
+    """Whether the rows of a task have prompts, whose completions are learnt."""
+    if isinstance(task.validation, PreferenceSplit) or task.format == "text":
+        return False
+    return options.learn != "all"
+
+
 def _prompts(
     task: Task, encoder: TextEncoder, end_tokens: frozenset[int], stops: tuple[str, ...]
 ) -> Iterator[HeldoutPrompt]:
     """The prompts of examples whose completion is whole: the last learnt span of each follows one."""
     split = task.validation
-    if isinstance(split, PreferenceSplit):
-        return
     may_be_cut = split.counts.over_long_truncated > 0
     for example in range(len(split)):
         ((tokens, spans),) = split.documents(example)

@@ -23,8 +23,7 @@ class FigureText:
 
     @property
     def title(self) -> str:
-        """The name at the beginning of a sentence. Names such as chrF and my_metrics:score stay as they
-        are."""
+        """The name at the beginning of a sentence. Names such as chrF and my_metrics:score stay the same."""
         first = self.name.partition(" ")[0]
         if not first.isalpha() or not first.islower():
             return self.name
