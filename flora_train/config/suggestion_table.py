@@ -28,6 +28,7 @@ BFLOAT16 = "Write bfloat16, float32 or auto."
 ALPHA = "The update is scaled by alpha / rank, as in PEFT."
 PROMPT = "Write a column, or a template such as '{question}'."
 TRACKERS = "Write a list such as [wandb] or [tensorboard]."
+METRICS = "Write a list such as [rouge_l, chrf], or a function of your own as module:function."
 OVERWRITE = "Write true (formerly replace) or false (formerly refuse)."
 
 SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
@@ -536,6 +537,10 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
     "spike": (Suggestion("guard.spike_factor"),),
     **dict.fromkeys(
         ("sampling_strategy", "mixing_strategy", "interleave_strategy"), (Suggestion("mixture.strategy"),)
+    ),
+    **dict.fromkeys(
+        ("metric", "figures", "figure", "compute_metrics", "eval_metrics", "metric_list", "scorers"),
+        (Suggestion(f"{TASK}.metrics", METRICS),),
     ),
     **dict.fromkeys(
         ("weights", "sampling_weight", "probability", "probabilities"), (Suggestion(f"{TASK}.weight"),)

@@ -24,6 +24,7 @@ from flora_train.evaluation.report.tables import scores_of
 from flora_train.evaluation.report.tracked_metrics import final_metrics
 from flora_train.evaluation.report.types import Report
 from flora_train.runtime.run_folder import open_run
+from tests.documents import ROOT, blocks
 from tests.e2e.conftest import WORDS, Launch
 
 METRICS = ["exact_match", "rouge_l", "chrf", "bleu", "perplexity"]
@@ -242,22 +243,25 @@ def test_two_processes_answer_alike(answering: Path, finished: Path, launch: Lau
 def test_a_function_of_ones_own_evaluates_a_finished_run(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the one in docs/figures.md, and of one that is no mean over examples."""
+    (documented,) = blocks(ROOT / "docs" / "figures.md", "python")
     (tmp_path / "first_letters.py").write_text(
-        "def share(predictions, references):\n"
-        "    return sum(p[:1] == y[:1] for p, y in zip(predictions, references)) / len(references)\n"
+        f"{documented.text}\n"
         "def distinct(predictions, references):\n"
         "    return len(set(predictions))\n"
         "distinct.lower_is_better = True\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    names = ["first_letters:share", "first_letters:distinct"]
+    names = ["first_letters:score", "first_letters:distinct"]
     report = evaluate(str(finished), [f"tasks.letters.metrics={json.dumps(names)}"])
     results = {result.figure: result for result in report.figures if result.task == "letters"}
     assert list(results) == names
     predictions, references = texts(finished, "letters", "letters-flora")
-    share = sum(p[:1] == y[:1] for p, y in zip(predictions, references, strict=True)) / len(references)
+    share = sum(p.split()[:1] == y.split()[:1] for p, y in zip(predictions, references, strict=True)) / len(
+        references
+    )
     assert results[names[0]].by_family["flora"].value.value == pytest.approx(share)
     assert results[names[1]].by_family["flora"].value.value == len(set(predictions))
     assert results[names[1]].lower_is_better
-    assert "final/letters/flora/first_letters.share" in final_metrics(report)
+    assert "final/letters/flora/first_letters.score" in final_metrics(report)

@@ -25,6 +25,7 @@ TASKS = ("lua", "perl", "ruby")
 PROMPTS = ROOT / "tests" / "fixtures" / "multipl_e_problems"
 PYTHON_BLOCKS = {
     "README.md": "tests/e2e/test_documented_commands.py",
+    "docs/figures.md": "tests/e2e/test_answers.py",
     "docs/serving.md": "tests/e2e/test_documented_commands.py",
     "docs/python.md": "tests/e2e/test_python.py",
     "docs/tutorial.md": "tests/e2e/test_tutorial.py",

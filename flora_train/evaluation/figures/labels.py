@@ -103,8 +103,11 @@ def label_figures(
         baselines: Name -> predictions of further baselines, such as a bag of words.
 
     Returns:
-        A result for each figure of the task's type. The first baseline predicts the same for every example.
+        A result for each figure of the task's type that all contenders have; nothing without examples. The
+        first baseline predicts the same for every example.
     """
+    if not len(references) or not predictions:
+        return LabelFigures([], [])
     constant = _constant(spec, references if training is None else training, references)
     named = {MAJORITY[spec.task_type]: constant, **(baselines or {})}
     ids = {FIRST_BASELINE - i: name for i, name in enumerate(named)}
@@ -115,8 +118,9 @@ def label_figures(
     compared = Contenders(contenders.names, contenders.groups, ids)
     comparison = FigureComparison(task, figures, compared, examples=n, confidence=resampling.confidence)
     first = figures[next(iter(predictions))]
+    shared = [name for name in first if all(name in figures[i] for i in predictions)]
     return LabelFigures(
-        figures=[comparison.result(name, FIGURES[name].lower_is_better) for name in first],
+        figures=[comparison.result(name, FIGURES[name].lower_is_better) for name in shared],
         confusions=_confusions(task, spec, predictions, references, contenders=contenders),
     )
 

@@ -72,9 +72,32 @@ def test_the_majority_stands_beside_the_adapters() -> None:
     ]
 
 
-def test_base_without_scores_has_no_area() -> None:
-    with pytest.raises(KeyError):
-        by_figure(single())["auroc"]
+def test_a_figure_is_shown_if_all_contenders_have_it() -> None:
+    assert "auroc" not in by_figure(single())
+    scores = LabelPredictions([0, 1, 1], np.array([[0.8, 0.2], [0.4, 0.6], [0.3, 0.7]]))
+    without = LabelPredictions([0, 1, 1])
+    for predictions, figures in (({0: scores, 1: scores}, {"auroc"}), ({0: scores, 1: without}, set())):
+        result = label_figures(
+            "spam",
+            Spec("single", ("a", "b")),
+            predictions,
+            [0, 1, 1],
+            contenders=Contenders(NAMES),
+            resampling=RESAMPLING,
+        )
+        assert by_figure(result).keys() & {"auroc"} == figures
+
+
+def test_nothing_is_shown_without_examples() -> None:
+    nothing = label_figures(
+        "spam",
+        Spec("single", ("a", "b")),
+        {0: LabelPredictions([])},
+        [],
+        contenders=Contenders(NAMES),
+        resampling=RESAMPLING,
+    )
+    assert nothing == LabelFigures([], [])
 
 
 def test_confusions_count_examples() -> None:
