@@ -40,7 +40,8 @@ def check_evaluation(
     """
     sandbox = config.evaluation.sandbox
     report_files = [folder / "report.json", folder / "report.html"]
-    check_paths(folders=[folder, *(folder / suite for suite in suites)], files=report_files)
+    answers = AnswerLog(folder)
+    check_paths(folders=[folder, answers.path, *(folder / suite for suite in suites)], files=report_files)
     for suite, languages in suites.items():
         log = CompletionLog(folder / suite)
         settings = {"problems": suite, **code_settings(config)}
@@ -52,7 +53,7 @@ def check_evaluation(
         read_summary(log.path)
         if not (restart and have_other_limits(log.verdicts, sandbox, languages)):
             _check_verdicts(log.verdicts, config, languages)
-    AnswerLog(folder).read()
+    answers.read()
     transcripts = transcript_log(folder)
     if not (restart and transcripts.has_other_settings(speech_settings(config), partial=True)):
         transcripts.read()

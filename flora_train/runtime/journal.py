@@ -129,8 +129,9 @@ class Journal(Generic[Entry]):
         try:
             return _entry(self.kind, line)
         except (ValueError, TypeError, RecursionError) as error:
+            article = "an" if self.word[0] in "aeiou" else "a"
             hint = (
-                f"is damaged, or not a {self.word}: delete this line to have it computed again; or "
+                f"is damaged, or not {article} {self.word}: delete this line to have it computed again; or "
                 f"{self.remedy}"
             )
             raise user_error(location, None, hint) from error

@@ -94,10 +94,17 @@ def _centred(numbers: Vector) -> Vector:
 def _variance(weights: Matrix, numbers: Vector | Matrix) -> Vector:
     """Sum of squares around the mean of each resample, exactly 0 where it is rounding."""
     examples = weights.sum(axis=1)
-    squares = (weights * numbers**2).sum(axis=1)
-    sums = (weights * numbers).sum(axis=1)
+    squares = _sums(weights, numbers**2)
+    sums = _sums(weights, numbers)
     variance = squares - sums**2 / examples
     return np.where(variance <= NO_SPREAD * squares, 0.0, variance)
+
+
+def _sums(weights: Matrix, numbers: Vector | Matrix) -> Vector:
+    """The weighted sum in each resample. numbers: [n], or [R, n] if they differ between resamples."""
+    if numbers.ndim == 1:
+        return weights @ numbers
+    return (weights * numbers).sum(axis=1)
 
 
 def _r2(squared_errors: Vector, variance: Vector) -> Vector:
@@ -109,7 +116,6 @@ def _r2(squared_errors: Vector, variance: Vector) -> Vector:
 def _correlation(weights: Matrix, x: Vector | Matrix, y: Vector | Matrix) -> Vector:
     """Pearson's correlation in each resample, NaN where x or y has no variance."""
     examples = weights.sum(axis=1)
-    sums = (weights * x).sum(axis=1) * (weights * y).sum(axis=1)
-    covariance = (weights * x * y).sum(axis=1) - sums / examples
+    covariance = _sums(weights, x * y) - _sums(weights, x) * _sums(weights, y) / examples
     scale = np.sqrt(_variance(weights, x)) * np.sqrt(_variance(weights, y))
     return np.clip(covariance / np.where(scale > 0, scale, np.nan), -1.0, 1.0)
