@@ -4,7 +4,10 @@ libraries, in every place that shows results."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,11 @@ from flora_train.evaluation.report.files import read_report
 from flora_train.evaluation.report.tables import scores_of
 from flora_train.evaluation.report.tracked_metrics import final_metrics
 from flora_train.evaluation.report.types import Report
+from flora_train.runtime.journal import whole_lines
 from flora_train.runtime.run_folder import open_run
 from tests.documents import ROOT, blocks
-from tests.e2e.conftest import WORDS, Launch
+from tests.e2e.conftest import WORDS, Launch, launch_environment
+from tests.forked import python, start
 
 METRICS = ["exact_match", "rouge_l", "chrf", "bleu", "perplexity"]
 TEMPLATE = """{%- for message in messages %}
@@ -222,6 +227,35 @@ def test_a_journal_that_was_cut_is_completed(finished: Path, tmp_path: Path) -> 
     assert main(["evaluate", str(folder)]) == 0
     assert answers_of(folder) == answers_of(finished)
     assert report_of(folder).figures == report_of(finished).figures
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_kill_while_prompts_are_answered_loses_no_answer(
+    answering: Path, finished: Path, tmp_path: Path, processes: int
+) -> None:
+    folder = tmp_path / "killed"
+    words = [f"recipe={answering}", f"output_dir={folder}", "evaluation.batch_rows=1"]
+    words += ["num_processes=2"] * (processes - 1)
+    environment = launch_environment(tmp_path / "cache")
+    ranks = start(["train.py", *words], environment, processes)
+    journal = folder / "eval" / "answers" / "answers-0.jsonl"
+    deadline = time.monotonic() + 200
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+        assert time.monotonic() < deadline
+        assert ranks[0].poll() is None
+        time.sleep(0.002)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.wait(60)
+    kept = whole_lines(journal.read_bytes())
+    assert 3 <= kept.count(b"\n") < len(answers_of(finished))
+    done = python("train.py", *words, "resume=true", environment=environment, processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert journal.read_bytes().startswith(kept)
+    assert answers_of(folder).keys() == answers_of(finished).keys()
+    if processes == 1:
+        assert report_of(folder).figures == report_of(finished).figures
 
 
 def test_two_processes_answer_alike(answering: Path, finished: Path, launch: Launch, tmp_path: Path) -> None:
