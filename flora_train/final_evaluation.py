@@ -24,6 +24,7 @@ from flora_train.evaluation.answers.journal import AnswerLog
 from flora_train.evaluation.answers.prompts import AnsweredTask, answered_tasks
 from flora_train.evaluation.code.evaluate import Plan, evaluate_code
 from flora_train.evaluation.code.summary import read_summaries
+from flora_train.evaluation.embeddings.figures import embedding_figures
 from flora_train.evaluation.figures.choices import choice_figures
 from flora_train.evaluation.generation import complete
 from flora_train.evaluation.heldout_journal import HeldoutJournal
@@ -35,6 +36,7 @@ from flora_train.evaluation.speech.summary import read_summary
 from flora_train.export.model_card import write_card
 from flora_train.export.peft_format import base_of, export_peft
 from flora_train.export.peft_import import init_from_peft
+from flora_train.export.sentence_transformers import write_embedding_files
 from flora_train.export.usage_snippet import generation_example
 from flora_train.run_context import RunContext
 from flora_train.runtime.checksum import fingerprint
@@ -171,7 +173,8 @@ def export_all(context: RunContext) -> None:
     """Write a PEFT folder of each adapter."""
     base = base_of(context)
     for name in context.bank.ids:
-        export_peft(context.bank, name, context.folder.adapters / name, base=base)
+        folder = export_peft(context.bank, name, context.folder.adapters / name, base=base)
+        write_embedding_files(context, name, folder)
 
 
 def write_results(
@@ -207,8 +210,16 @@ def write_results(
         of_words = choice_figures(config, bank, context.tasks[name], scores)
         figures.results += of_words.figures
         figures.confusions += of_words.confusions
+    of_embeddings = embedding_figures(config, bank, heldout)
     evaluation = Evaluation(
-        heldout, best, completions, code, speech, figures.results, figures.confusions, figures.notes
+        heldout,
+        best,
+        completions,
+        code,
+        speech,
+        [*figures.results, *of_embeddings],
+        figures.confusions,
+        figures.notes,
     )
     report = build_results(config, folder, context.tasks, bank, evaluation=evaluation, facts=facts)
     write_report(report, folder.evaluation)

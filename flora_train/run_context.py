@@ -186,7 +186,7 @@ def load_data(
 ) -> tuple[Any, dict[str, Task], SpeechProcessor | None]:
     """Tokenizer, tasks (none without `with_tasks`), and the speech processor of a speech model."""
     tokenizer = load_tokenizer(config.model)
-    if not all(task.has_head for task in config.tasks.values()):
+    if not all(task.has_head or task.embeds for task in config.tasks.values()):
         check_tokenizer(tokenizer, config.model.path)
     model_config = load_model_config(config.model)
     check_model_type(model_config, config)

@@ -19,6 +19,7 @@ from flora_train.adapters.peft_tensors import (
     check_tensors,
     read_files,
     split_head,
+    with_whole_names,
 )
 from flora_train.adapters.spec import AdapterSpec, make_spec, scaling_of
 from flora_train.adapters.subtracted_init import find_initial, plain_config
@@ -178,6 +179,8 @@ def read_outline(source: str, key: str, model_modules: Sequence[str]) -> PeftOut
     """
     config, tensors, _ = split_head(*read_files(source, key))
     check_harmless(config, source, key)
+    modules = check_tensors(config, tensors, source, key=key)
+    tensors = with_whole_names(tensors, modules, model_modules)
     modules = check_tensors(config, tensors, source, key=key)
     if modules <= set(model_modules):
         check_targets(config, modules, model_modules, source=source, key=key)

@@ -147,6 +147,25 @@ def _fits(suffix: str, shape: tuple[int, ...], module: str, *, config: PeftConfi
     return shape[int("_B" in suffix)] in ranks
 
 
+def with_whole_names(
+    tensors: Mapping[str, Tensor], modules: Collection[str], model_modules: Collection[str]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter by the names that the whole model has for its modules: those of embeddings
+    are named as the model's body (AutoModel) names them. Others are unchanged.
+
+    modules: those with tensors; model_modules: all modules of the whole model.
+    """
+    names = set(model_modules)
+    unknown = min((module for module in modules if module not in names), default=None)
+    if unknown is None:
+        return dict(tensors)
+    prefixes = [name.removesuffix(unknown) for name in names if name.endswith(f".{unknown}")]
+    for prefix in sorted(prefixes, key=len):
+        if all(f"{prefix}{module}" in names for module in modules):
+            return {f"{PREFIX}{prefix}{name.removeprefix(PREFIX)}": tensors[name] for name in tensors}
+    return dict(tensors)
+
+
 def check_targets(
     config: PeftConfig,
     modules: Collection[str],

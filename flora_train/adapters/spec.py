@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from flora_train.config.adapter_schema import AdapterConfig, adapter_name
+from flora_train.config.embedding_schema import POOLING, Pooling
 from flora_train.config.name_patterns import as_pairs, value_for
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
@@ -89,6 +90,8 @@ class AdapterSpec:
     head_lr: float | None = None
     labels: LabelSpec | None = None
     """The labels that the head predicts, without weights."""
+    pooling: Pooling | None = None
+    """How embeddings are made, of an adapter that learns them; None for all other tasks."""
 
     @property
     def head_lr_ratio(self) -> float:
@@ -223,7 +226,10 @@ def expand(config: RunConfig, labels: LabelNames = MappingProxyType({})) -> list
     for family, adapter in config.adapters.items():
         for task in adapter.tasks or config.tasks:
             steps = config.training.steps
-            specs.append(make_spec(task, family, adapter, default_steps=steps, labels=labels_of.get(task)))
+            spec = make_spec(task, family, adapter, default_steps=steps, labels=labels_of.get(task))
+            if config.tasks[task].embeds:
+                spec = replace(spec, pooling=config.tasks[task].pooling or POOLING)
+            specs.append(spec)
     return specs
 
 

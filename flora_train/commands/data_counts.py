@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flora_train.config.terminal_text import in_cell, print_table
+from flora_train.data.embeddings.split import EmbeddingSplit
 from flora_train.data.labels.choices import ChoiceSplit
 from flora_train.data.labels.split import LabelSplit
 from flora_train.data.preferences.split import PreferenceSplit
@@ -59,13 +60,15 @@ def count_lines(task: Task) -> Counts:
     else:
         is_paired = isinstance(task.train, PreferenceSplit) and task.train.is_paired
         name = "pairs" if is_paired else "examples"
+        if isinstance(task.train, EmbeddingSplit):
+            name = "triplets" if task.train.spec.has_negatives else "pairs"
         numbers[name] = [len(split) for split in splits]
     numbers["tokens"] = [split.counts.tokens for split in splits]
-    has_head = isinstance(task.train, LabelSplit)
-    if not has_head:
+    learns_tokens = not isinstance(task.train, EmbeddingSplit | LabelSplit)
+    if learns_tokens:
         numbers["learnt tokens"] = [split.counts.label_tokens for split in splits]
     lines = {label: [f"{value:,}" for value in values] for label, values in numbers.items()}
-    if not has_head:
+    if learns_tokens:
         lines["share learnt"] = [f"{learnt_share(split):.0%}" for split in splits]
     lines["tokens of the longest"] = [f"{longest(split):,}" for split in splits]
     if any(split.counts.seconds for split in splits):
@@ -114,7 +117,7 @@ def learnt_share(split: TokenSplit) -> float:
 def longest(split: TokenSplit) -> int:
     """Tokens of the longest example; of a pair, those of its longer document."""
     lengths = split.token_lengths
-    if isinstance(split, PreferenceSplit):
+    if isinstance(split, PreferenceSplit | EmbeddingSplit):
         lengths = np.diff(split.offsets)
     return int(lengths.max(initial=0))
 

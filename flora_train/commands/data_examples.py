@@ -13,6 +13,8 @@ from rich.text import Text
 
 from flora_train.config.terminal_text import plain, shown
 from flora_train.data.audio.speech_split import SpeechSplit
+from flora_train.data.embeddings.rows import NAMES
+from flora_train.data.embeddings.split import EmbeddingSplit
 from flora_train.data.labels.choices import ChoiceSplit
 from flora_train.data.labels.split import LabelSplit
 from flora_train.data.preferences.split import PreferenceSplit
@@ -89,6 +91,11 @@ class ExamplePrinter:
             self._print_labelled(split, index, documents[0])
             return
         names = [""]
+        if isinstance(split, EmbeddingSplit):
+            for name, (tokens, spans) in zip(NAMES, documents, strict=False):
+                self._print_note(f"{name}, {len(tokens):,} tokens")
+                self._print_pieces(token_pieces(self.tokenizer, tokens, spans))
+            return
         if len(documents) > 1:
             names = [f"document {number} of {len(documents)}, " for number in range(1, len(documents) + 1)]
         most = len(documents) if self.full else MOST_DOCUMENTS

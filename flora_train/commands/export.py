@@ -22,13 +22,14 @@ from flora_train.evaluation.report.files import read_report_if_any
 from flora_train.export.merge import save_merged
 from flora_train.export.model_card import write_card
 from flora_train.export.peft_format import base_of, check_new, export_peft
+from flora_train.export.sentence_transformers import write_embedding_files
 from flora_train.export.svd_lora import SvdLora, compute_svd_lora, write_into
 from flora_train.export.usage_snippet import generation_example
 from flora_train.final_evaluation import heldout_losses
 from flora_train.models.loading import load_base_model, load_model_config, load_preprocessors
 from flora_train.run_context import RunContext, load_run, locked, note_differences
 from flora_train.runtime.atomic import check_writable, real_path
-from flora_train.runtime.manifest import PEFT_FILES, PEFT_WARNING
+from flora_train.runtime.manifest import EMBEDDING_FILES, PEFT_FILES, PEFT_WARNING
 from flora_train.runtime.progress import ProgressBar
 from flora_train.runtime.run_folder import open_run
 from flora_train.training.origin import OriginOptions
@@ -134,7 +135,7 @@ def _export(run: str, names: Sequence[str], options: ExportOptions, allow: Origi
 def _claim(context: RunContext, names: Sequence[str], out: Path, *, in_default: bool, as_: str) -> bool:
     """Note the files in the run's manifest, if they are written into its own folder. Returns whether files
     that are there are the run's, and may be replaced. Raises UserError if files of others are in the way."""
-    files = [f"{FOLDERS[as_]}/{{adapter}}/{file}" for file in PEFT_FILES]
+    files = [f"{FOLDERS[as_]}/{{adapter}}/{file}" for file in (*PEFT_FILES, *EMBEDDING_FILES)]
     is_own = in_default and (as_ == "peft" or context.folder.names(files))
     if not is_own:
         for name in names:
@@ -173,6 +174,7 @@ def _export_exact(
     report, base = read_report_if_any(context.folder), base_of(context)
     for name in names:
         export_peft(context.bank, name, out / name, base=base, own_type=own_type, replace=replace)
+        write_embedding_files(context, name, out / name)
         spec = context.bank.specs[context.bank.ids[name]]
         example = generation_example(context.config, spec.task)
         write_card(report, spec, out / name, example=example, origin=" ".join(context.differences))
@@ -204,8 +206,10 @@ def _export_merged(run: str, names: Sequence[str], out: Path, allow: OriginOptio
         }
         preprocessors = load_preprocessors(model_settings, context.tokenizer)
         save_merged(context.bank, name, out / name, preprocessors=preprocessors, origin=origin)
+        write_embedding_files(context, name, out / name)
         if real_path(out) == real_path(context.folder.path / FOLDERS["merged"]):
-            context.folder.add_files(f"merged/{name}/{path.name}" for path in (out / name).iterdir())
+            files = [path for path in (out / name).rglob("*") if path.is_file()]
+            context.folder.add_files(path.relative_to(out.parent).as_posix() for path in files)
     return [out / name for name in names]
 
 
@@ -222,6 +226,7 @@ def _export_svd(
         write_into(bank, lora)
         folder = out / lora.spec.name
         export_peft(bank, lora.spec.name, folder, base=base_of(context), always_lora=True, replace=replace)
+        write_embedding_files(context, lora.spec.name, folder)
     after = _heldout(context, bank, ())
     losses = {}
     for lora in loras:

@@ -146,7 +146,14 @@ def idle_seed(tasks: Mapping[str, TaskConfig], adapters: Mapping[str, AdapterCon
 
 
 def small_draws(tasks: Mapping[str, TaskConfig], examples_per_draw: int) -> Problem | None:
-    """KTO compares every completion with the others of its draw."""
+    """KTO compares every completion with the others of its draw; the loss of embeddings, every pair."""
+    pairs = [name for name, task in tasks.items() if needs_other_pairs(task)]
+    if pairs and examples_per_draw < 2:
+        hint = (
+            f"is too small for the embeddings of tasks.{pairs[0]}, whose negatives are the other texts of a "
+            "draw: set it to at least 2; 16 to 64 are usual"
+        )
+        return Problem("mixture.examples_per_draw", examples_per_draw, hint)
     kto = [name for name, task in tasks.items() if task.objective == "kto"]
     if not kto or examples_per_draw > 1:
         return None
@@ -155,3 +162,8 @@ def small_draws(tasks: Mapping[str, TaskConfig], examples_per_draw: int) -> Prob
         "set it to at least 2; 4 to 16 are usual"
     )
     return Problem("mixture.examples_per_draw", examples_per_draw, hint)
+
+
+def needs_other_pairs(task: TaskConfig) -> bool:
+    """Whether a row of the task has no negative but the texts of other rows of its draw."""
+    return task.embeds and (task.negative is None or bool(task.symmetric))

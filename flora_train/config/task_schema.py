@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from flora_train.config.base import MOST_ROWS, ConfigModel, PathText, Revision, Text
 from flora_train.config.chat_schema import CHAT_KEYS, ChatKeys, chat_key_of
+from flora_train.config.embedding_schema import EMBEDDING_KEYS, EmbeddingKeys
 from flora_train.config.label_schema import LABEL_KEYS, LabelKeys
 from flora_train.config.language_names import ProgrammingLanguage
 from flora_train.config.metric_names import Metrics
@@ -101,7 +102,18 @@ def _source_shorthand(value: Any) -> Any:
 Source = Annotated[SourceConfig, BeforeValidator(_source_shorthand)]
 
 
-class TaskConfig(LabelKeys, ChatKeys):
+NOT_OF_EMBEDDINGS = {
+    "prompt": "has no meaning for embeddings, whose texts are anchor, positive and negative: remove it",
+    "completion": "has no meaning for embeddings, whose texts are anchor, positive and negative: remove it",
+    "text": "has no meaning for embeddings, whose texts are anchor, positive and negative: remove it",
+    "packing": "has no meaning for embeddings, of which each text is a row of its own: remove it",
+    "language": "needs adapters that write programs, and those of this task learn embeddings: remove it",
+    "sample_prompts": "needs adapters that write text, and those of this task learn embeddings: remove it",
+}
+"""Keys that a task of embeddings cannot have -> the reason."""
+
+
+class TaskConfig(EmbeddingKeys, LabelKeys, ChatKeys):
     train: Source
     """Rows to learn from: a file, a list of files, or a source with hub, files, common_voice or folder. Test
     splits are refused."""
@@ -248,6 +260,8 @@ class TaskConfig(LabelKeys, ChatKeys):
             raise ValueError("cannot divide the completions of a preference: use truncate or drop")
         if truncation == "split" and is_labelled(info):
             raise ValueError("cannot divide a text that is labelled as a whole: use truncate or drop")
+        if truncation == "split" and info.data.get("anchor") is not None:
+            raise ValueError("cannot divide texts whose embeddings are learnt: use truncate or drop")
         return truncation
 
     @field_validator("packing")
@@ -269,6 +283,22 @@ class TaskConfig(LabelKeys, ChatKeys):
             raise ValueError(
                 "needs an adapter that writes text, and those of this task predict labels: remove it"
             )
+        return value
+
+    @field_validator("anchor")
+    @classmethod
+    def _embeddings_have_texts_of_their_own(cls, anchor: str | None, info: ValidationInfo) -> str | None:
+        names = ("objective", "chosen", "rejected", "label", "token_labels", *CHAT_KEYS)
+        other = next((name for name in names if info.data.get(name) is not None), None)
+        if anchor is not None and other is not None:
+            raise ValueError(f"makes this a task of embeddings, and {other} one of another kind: remove one")
+        return anchor
+
+    @field_validator(*NOT_OF_EMBEDDINGS)
+    @classmethod
+    def _embeddings_are_no_text_to_write(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and value != "truncate" and info.data.get("anchor") is not None:
+            raise ValueError(NOT_OF_EMBEDDINGS[str(info.field_name)])
         return value
 
     @field_validator("train")
@@ -307,6 +337,7 @@ TEXT_ONLY = (
     "objective",
     "label",
     *LABEL_KEYS,
+    *EMBEDDING_KEYS,
 )
 
 

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flora_train.config.embedding_schema import Pooling
+from flora_train.data.embeddings.split import EmbeddingSplit
 from flora_train.data.labels.spec import Target
 from flora_train.data.labels.split import LabelSplit
 from flora_train.data.token_split import TokenSplit
@@ -36,7 +38,8 @@ class Row:
     seed: int | None = None
     """Seed of the noise that the input gets, None for no noise."""
     document: int = 0
-    """Of a preference: 0 for the chosen or only completion, 1 for the rejected one."""
+    """Of a preference: 0 for the chosen or only completion, 1 for the rejected one. Of a pair or triplet of
+    texts: 0 for the anchor, 1 for the positive, 2 for the negative."""
     unit: int | None = None
     """Number, within its step, of the rows that a loss couples: a pair, or a draw. None: no other row."""
     frozen: bool = False
@@ -68,6 +71,8 @@ class MixedBatch:
     targets: Sequence[Target | None] | None = None
     """What each row of a labelled text is labelled with (see `LabelSplit.target`), None for other rows; None
     if there is no labelled text."""
+    poolings: Sequence[Pooling | None] | None = None
+    """How the embedding of each row is made, None for rows without; None if no row has one."""
 
     @property
     def padded_tokens(self) -> int:
@@ -230,8 +235,30 @@ def collate(rows: Sequence[Row], split_of: Callable[[str], TokenSplit], pad_toke
     if types is not None:
         inputs["token_type_ids"] = torch.from_numpy(types)
     ids = torch.tensor([row.adapter for row in rows])
-    targets = targets_of(rows, split_of)
-    return MixedBatch(inputs, torch.from_numpy(labels), ids, tuple(rows), targets=targets)
+    return MixedBatch(
+        inputs,
+        torch.from_numpy(labels),
+        ids,
+        tuple(rows),
+        targets=targets_of(rows, split_of),
+        poolings=poolings_of(rows, split_of),
+    )
+
+
+def poolings_of(
+    rows: Sequence[Row], split_of: Callable[[str], TokenSplit]
+) -> tuple[Pooling | None, ...] | None:
+    """How the embedding of each row is made; None if no row has one."""
+    poolings: list[Pooling | None] = []
+    for row in rows:
+        split = split_of(row.task)
+        pooling = None
+        if isinstance(split, EmbeddingSplit):
+            pooling = split.spec.pooling
+        poolings.append(pooling)
+    if all(pooling is None for pooling in poolings):
+        return None
+    return tuple(poolings)
 
 
 def targets_of(

@@ -7,6 +7,7 @@ from typing import Any
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.chat.rows import ChatRowEncoder, chat_columns, check_chat_keys
 from flora_train.data.documents import RowEncoder, RowsOutline
+from flora_train.data.embeddings.rows import EmbeddingRowEncoder
 from flora_train.data.labels.rows import LabelRowEncoder
 from flora_train.data.labels.verbalizer import VerbalizerRowEncoder
 from flora_train.data.preferences.rows import PreferenceRowEncoder, has_pairs
@@ -25,6 +26,8 @@ def make_row_encoder(
         return LabelRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)
     if task.is_labelled:
         return VerbalizerRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)
+    if task.embeds:
+        return EmbeddingRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)
     if task.prefers or (task.objective == "sft" and has_pairs(task, rows.columns)):
         return PreferenceRowEncoder(task, tokenizer, rows=rows, max_length=max_length, key=key)
     columns = chat_columns(task, rows)

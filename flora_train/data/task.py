@@ -17,6 +17,10 @@ from flora_train.data.audio.speech_processor import SpeechProcessor
 from flora_train.data.audio.speech_task import load_speech_task
 from flora_train.data.chat.rows import ChatRowEncoder
 from flora_train.data.documents import RowEncoder
+from flora_train.data.embeddings.costs import embedding_problems
+from flora_train.data.embeddings.rows import EmbeddingRowEncoder
+from flora_train.data.embeddings.spec import EmbeddingSpec, embedding_of
+from flora_train.data.embeddings.split import embedding_split
 from flora_train.data.labels.choices import ChoiceSplit
 from flora_train.data.labels.load import labelled_texts
 from flora_train.data.labels.rows import LabelRowEncoder
@@ -60,6 +64,8 @@ class Task:
     """What its rows are, unless they are preferences."""
     label: LabelSpec | None = None
     """The labels of texts, from which each of its adapters learns a head; None: there is no head."""
+    embedding: EmbeddingSpec | None = None
+    """How embeddings are made and learnt from pairs or triplets; None: the task learns none."""
 
     @property
     def evaluated(self) -> TokenSplit:
@@ -134,6 +140,13 @@ def _draw_problems(task: Task, config: RunConfig) -> list[Problem]:
             tokens_per_microbatch=config.training.tokens_per_microbatch,
         ),
     ]
+    problems += embedding_problems(
+        task.name,
+        task.train,
+        task.validation,
+        examples=examples,
+        tokens_per_microbatch=config.training.tokens_per_microbatch,
+    )
     return [problem for problem in problems if problem is not None]
 
 
@@ -221,7 +234,7 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
     """A task of text."""
     loaded = load_text_splits(name, task, config, tokenizer, cache)
     encoder, splits = loaded.encoder, dict(loaded.splits)
-    preference, label = None, None
+    preference, label, embedding = None, None, None
     if isinstance(encoder, PreferenceRowEncoder):
         preference = preference_of(task)
         max_length = config.training.max_length
@@ -230,6 +243,10 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
     elif isinstance(encoder, LabelRowEncoder | VerbalizerRowEncoder):
         labelled = labelled_texts(task, encoder, splits, loaded.label_surveys)
         splits, label = labelled.splits, labelled.label
+    elif isinstance(encoder, EmbeddingRowEncoder):
+        embedding = embedding_of(task, config.mixture.examples_per_draw)
+        assert embedding is not None
+        splits = {split: embedding_split(tokens, embedding) for split, tokens in splits.items()}
     return Task(
         name,
         task.weight,
@@ -240,6 +257,7 @@ def load_text_task(name: str, task: TaskConfig, config: RunConfig, tokenizer: An
         preference=preference,
         label=label,
         format=_format_of(loaded.encoder),
+        embedding=embedding,
     )
 
 

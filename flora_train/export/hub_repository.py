@@ -24,7 +24,7 @@ from flora_train.export.model_card import METHOD_TITLES, in_code, in_line, write
 from flora_train.export.model_card_results import benchmarks
 from flora_train.export.usage_snippet import GenerationExample, generation_example, usage_snippet
 from flora_train.runtime.atomic import disk_errors, write_atomically
-from flora_train.runtime.manifest import BASE_RECORD, LABELS, PEFT_FILES, PEFT_WARNING
+from flora_train.runtime.manifest import BASE_RECORD, EMBEDDING_FILES, LABELS, PEFT_FILES, PEFT_WARNING
 from flora_train.runtime.run_folder import RunFolder
 
 MANIFEST = "flora_train.json"
@@ -205,8 +205,10 @@ def _stage_adapter(
 ) -> Path:
     folder = staging.folder / "adapters" / spec.name
     folder.mkdir(parents=True)
-    for name in PEFT_FILES:  # other files in the adapter's folder are not published
+    for name in (*PEFT_FILES, *EMBEDDING_FILES):  # other files in the adapter's folder are not published
         file = run.adapters / spec.name / name
+        if name in EMBEDDING_FILES and not file.exists():
+            continue
         if name == BASE_RECORD and staging.base is not None:
             continue  # the hash is that of the run's own base model
         if name in ("README.md", BASE_RECORD, LABELS, PEFT_WARNING) and not file.exists():
@@ -214,6 +216,7 @@ def _stage_adapter(
         if not file.is_file():
             raise user_error("run", str(run.path), f"lacks {file}: flora-train export {run.path} writes it")
         with disk_errors(folder / name):
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)
     content = _checked_config(run, spec.name)
     if staging.base is not None:
@@ -255,7 +258,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    return {file.name: file for file in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {file.relative_to(folder).as_posix(): file for file in files}
 
 
 def _scores(name: str, staging: Staging) -> dict[str, Path]:

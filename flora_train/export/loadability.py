@@ -27,7 +27,17 @@ from flora_train.adapters.peft_tensors import PREFIX, suffixes_of
 from flora_train.adapters.pool import Pool
 from flora_train.adapters.spec import AdapterSpec, HeadShape
 from flora_train.config.errors import first_line, user_error
-from flora_train.export.peft_forms import BaseModel, Form, Layers, config_of, model_class, tensors_of
+from flora_train.export.peft_forms import (
+    EMBEDDINGS,
+    BaseModel,
+    Form,
+    Layers,
+    config_of,
+    model_class,
+    names_in_peft,
+    tensors_of,
+)
+from flora_train.models.encoders import body_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +86,8 @@ class Loadability:
         positions = [(target.name, target.feedforward) for target in layers.values()]
         patterns = spec.rank_pattern, spec.alpha_pattern
         shape = None if head is None else head.shape
-        key = (spec.method, spec.offset, spec.rslora, spec.dropout > 0, patterns, shape, *positions)
+        embeds = spec.pooling is not None
+        key = (spec.method, spec.offset, spec.rslora, spec.dropout > 0, patterns, shape, embeds, *positions)
         if key not in self._forms:
             self._forms[key] = self._choose_form(layers, spec, head)
         return self._forms[key]
@@ -115,7 +126,7 @@ class Loadability:
         tensors = tensors_of(parameters, layers, spec, form=form)
         for parameter, shape in shapes_of(head).items():
             tensors[f"{PREFIX}{parameter}"] = torch.empty(shape, device="meta")
-        return self._load(config, tensors, head)
+        return self._load(config, names_in_peft(tensors, self.empty_model, spec), head)
 
     def problem_of(self, folder: Path, head: Head | None = None) -> Problem | None:
         """Why plain PEFT does not load the adapter in this folder. None if it does, or if that is unknown.
@@ -128,7 +139,12 @@ class Loadability:
         of_head = {f"{PREFIX}{parameter}" for parameter in shapes_of(head)}
         in_layers = shapes.keys() - of_head
         modules = {_without_suffix(name.removeprefix(PREFIX), suffixes) for name in in_layers}
-        if self.empty_model is None or not modules <= self.names.keys():
+        if self.empty_model is None:
+            return None
+        prefix = ""
+        if config["task_type"] == EMBEDDINGS:
+            prefix = body_prefix(self.empty_model)
+        if not {f"{prefix}{module}" for module in modules} <= self.names.keys():
             return None
         relevant = {name: value for name, value in config.items() if name not in IRRELEVANT}
         for name in relevant:
@@ -147,7 +163,10 @@ class Loadability:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                ignored, created = _load_with_peft(self._plain_model(head), config, tensors)
+                model: Any = self._plain_model(head)
+                if config["task_type"] == EMBEDDINGS:
+                    model = model.base_model
+                ignored, created = _load_with_peft(model, config, tensors)
         except NotImplementedError:  # the model needs numbers while it is built: unknown
             return None
         except Exception as error:  # PEFT and torch each raise their own types

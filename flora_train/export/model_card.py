@@ -16,6 +16,7 @@ from flora_train.config.terminal_text import plain
 from flora_train.evaluation.report.types import AdapterFacts, Report, TaskSummary
 from flora_train.export.label_names import read_labels
 from flora_train.export.model_card_results import CardMetric, card_results, tables
+from flora_train.export.peft_forms import EMBEDDINGS
 from flora_train.export.svd_lora import SvdLora
 from flora_train.export.usage_snippet import GenerationExample, usage_snippet
 from flora_train.runtime.atomic import write_atomically
@@ -26,6 +27,7 @@ HUB_TASKS = {
     None: "automatic-speech-recognition",
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
+    EMBEDDINGS: "sentence-similarity",
 }
 """PEFT's task type -> the hub's name of the task, where it is not the generation of text."""
 METHOD_TITLES = {
@@ -71,6 +73,7 @@ def write_card(
     task = tasks.get(spec.task)
     is_speech, own_type = config["task_type"] is None, config["peft_type"] == "FLORA"
     hub_task = HUB_TASKS.get(config["task_type"], "text-generation")
+    embeds = config["task_type"] == EMBEDDINGS
     title = METHOD_TITLES[spec.method] if svd_lora is None else "LoRA"
     if own_type:
         title = "fLoRA"
@@ -90,7 +93,7 @@ def write_card(
     ]
     card_data = ModelCardData(
         base_model=None if find_file(base).exists() else base,
-        library_name="peft",
+        library_name="sentence-transformers" if embeds else "peft",
         tags=["flora_train", config["peft_type"].lower()],
         model_name=spec.name if eval_results else None,
         eval_results=eval_results or None,

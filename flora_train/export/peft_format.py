@@ -16,7 +16,7 @@ from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import user_error
 from flora_train.export.label_names import labels_content
 from flora_train.export.loadability import loadability_of
-from flora_train.export.peft_forms import BaseModel, Form, config_of, tensors_of
+from flora_train.export.peft_forms import BaseModel, Form, config_of, names_in_peft, tensors_of
 from flora_train.runtime.atomic import disk_errors, temporary_folder
 from flora_train.runtime.manifest import BASE_RECORD, LABELS, PEFT_WARNING
 
@@ -145,4 +145,5 @@ def _tensors(bank: AdapterBank, name: str, form: Form) -> dict[str, Tensor]:
     pool, member = bank.location[bank.id_of(name)]
     tensors = tensors_of(bank.parameters_of(name), pool.targets, pool.specs[member], form=form)
     tensors |= {f"{PREFIX}{parameter}": tensor for parameter, tensor in bank.head_of(name).items()}
+    tensors = names_in_peft(tensors, bank.model, pool.specs[member])
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}

@@ -14,6 +14,7 @@ from flora_train.adapters.peft_config import ADALORA_EPSILON
 from flora_train.adapters.peft_tensors import PREFIX
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.targets import shortest_suffixes
+from flora_train.models.encoders import body_prefix
 
 Form = Literal["own", "FLORA", "ADALORA"]
 """own: LORA, IA3, and HIRA for fLoRA. FLORA: fLoRA under its own PEFT type. ADALORA: a LoRA with unchanged
@@ -34,6 +35,8 @@ class BaseModel:
     """SHA-256 of its files (see base_identity), for BASE_RECORD; None if unknown."""
 
 
+EMBEDDINGS = "FEATURE_EXTRACTION"
+"""PEFT's task type of adapters that learn embeddings, which it loads onto the body of a model (AutoModel)."""
 TASK_TYPES = {"text": "SEQ_CLS", "tokens": "TOKEN_CLS"}
 """Kind of a head -> PEFT's task type."""
 
@@ -51,6 +54,8 @@ def config_of(
     """The content of adapter_config.json. names: all modules of the model before any adapter was attached;
     head: of an adapter of a label task, whose modules PEFT saves as a whole."""
     names = list(names)
+    if spec.pooling is not None:
+        names, layers = _in_body(body_prefix(model), names, layers)
     # Selected separately: PEFT requires every entry of feedforward_modules to be an entry of target_modules.
     inputs = shortest_suffixes(names, [target.name for target in layers.values() if target.feedforward])
     outputs = shortest_suffixes(names, [target.name for target in layers.values() if not target.feedforward])
@@ -76,6 +81,8 @@ def config_of(
     if head is not None:
         method["modules_to_save"] = [module.rpartition(".")[2] for module in head.modules]
         task_type = TASK_TYPES[head.shape.kind]
+    elif spec.pooling is not None:
+        task_type = EMBEDDINGS
     return {
         **method,
         "base_model_name_or_path": base.path,
@@ -84,6 +91,23 @@ def config_of(
         "inference_mode": True,
         "fan_in_fan_out": any(target.transposed for target in layers.values()),
     }
+
+
+def _in_body(prefix: str, names: list[str], layers: Layers) -> tuple[list[str], dict[str, Target]]:
+    """Names and layers as the body of a model has them. prefix: of the names of its modules."""
+    in_body = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    targets = {}
+    for module, target in layers.items():
+        targets[module.removeprefix(prefix)] = replace(target, name=target.name.removeprefix(prefix))
+    return in_body, targets
+
+
+def names_in_peft(tensors: Mapping[str, Tensor], model: nn.Module, spec: AdapterSpec) -> dict[str, Tensor]:
+    """The tensors of an adapter by their names in PEFT: of embeddings the names in the model's body."""
+    if spec.pooling is None:
+        return dict(tensors)
+    whole = f"{PREFIX}{body_prefix(model)}"
+    return {f"{PREFIX}{name.removeprefix(whole)}": tensor for name, tensor in tensors.items()}
 
 
 def _largest_rank(spec: AdapterSpec, layers: Layers) -> int:

@@ -26,6 +26,7 @@ from flora_train.adapters.peft_tensors import (
     check_tensors,
     read_files,
     split_head,
+    with_whole_names,
 )
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.adapters.subtracted_init import WeightOf, find_initial, on_original_base
@@ -192,6 +193,8 @@ def on_base_of(bank: AdapterBank, adapter: PeftAdapter, source: str, *, key: str
     """A PiSSA or similar as the LORA of the bank's base model, other adapters unchanged. Raises UserError
     where it does not fit. Collective, if the base model is sharded."""
     initial = find_initial(adapter[0], source, key)
+    config, tensors = adapter
+    adapter = config, with_whole_names(tensors, modules_of(config, tensors), bank.base_names())
     return on_original_base(adapter, _weights_of(bank, source, key), initial=initial, source=source, key=key)
 
 

@@ -16,6 +16,7 @@ from flora_train.data.audio.speech_processor import NO_TIMESTAMPS, START, TRANSC
 from flora_train.data.chat.template import ChatTemplate
 from flora_train.export.label_names import LabelNames
 from flora_train.export.label_snippet import label_snippet
+from flora_train.export.peft_forms import EMBEDDINGS
 from flora_train.export.python_source import python_literal
 from flora_train.models.loading import load_model_config, load_tokenizer, tokenizer_in_code
 from flora_train.models.speech_encoder import is_whisper
@@ -102,6 +103,8 @@ def usage_snippet(
     adapter = python_literal(source)
     if subfolder is not None:
         adapter += f", subfolder={python_literal(subfolder)}"
+    if adapter_config["task_type"] == EMBEDDINGS:
+        return _embed(adapter_config, source, subfolder)
     imports = ["from peft import PeftModel"]
     if adapter_config["peft_type"] == "FLORA":
         imports.insert(0, "import flora_train.peft_plugin")
@@ -121,6 +124,26 @@ def usage_snippet(
         f"model = PeftModel.from_pretrained(base, {adapter}).eval()",
     ]
     return "\n".join([*imports, "", *load, *generate])
+
+
+def _embed(adapter_config: Mapping[str, Any], source: str, subfolder: str | None) -> str:
+    """The snippet of an adapter that learnt embeddings, whose folder sentence-transformers loads."""
+    imports = ["from sentence_transformers import SentenceTransformer"]
+    folder = python_literal(source)
+    if subfolder is not None:
+        imports.insert(0, "from huggingface_hub import snapshot_download")
+        folder = f"snapshot_download({folder}) + {python_literal('/' + subfolder)}"
+    if adapter_config["peft_type"] == "FLORA":
+        imports.insert(0, "import flora_train.peft_plugin")
+    return "\n".join(
+        [
+            *imports,
+            "",
+            f"model = SentenceTransformer({folder})",
+            'embeddings = model.encode(["A first text.", "A second text."])',
+            "print(model.similarity(embeddings, embeddings))",
+        ]
+    )
 
 
 def _complete(base: str, example: GenerationExample) -> list[str]:

@@ -119,6 +119,7 @@ def check_model_type(model_config: Any, config: RunConfig) -> None:
     if is_encoder(model_config):
         _check_encoder_tasks(config, model_type)
         return
+    _check_pooling(config, model_type)
     if not any(task.speech is not None for task in config.tasks.values()):
         if is_speech_model(model_config):
             raise user_error(
@@ -141,15 +142,27 @@ def check_model_type(model_config: Any, config: RunConfig) -> None:
 def _check_encoder_tasks(config: RunConfig, model_type: str) -> None:
     """Raises UserError where a task is not one that an encoder can learn."""
     for name, task in config.tasks.items():
-        if not task.has_head:
+        if not (task.has_head or task.embeds):
             hint = (
                 f"is a {model_type} model, which reads in both directions and predicts no next token, and "
-                f"tasks.{name} is to be learnt token by token: give it label (or token_labels), or choose a "
-                "causal model (a model of BERT's kind is one with is_decoder=true in its config.json)"
+                f"tasks.{name} is to be learnt token by token: give it label (or token_labels), or anchor "
+                "and positive, or choose a causal model (a model of BERT's kind is one with is_decoder=true "
+                "in its config.json)"
             )
             raise user_error("model.path", config.model.path, hint)
     if config.model.fsdp:
         raise user_error("model.fsdp", True, "an encoder must be whole on every process: leave it off")
+
+
+def _check_pooling(config: RunConfig, model_type: str) -> None:
+    """Raises UserError where embeddings are those of a token that has read nothing."""
+    for name, task in config.tasks.items():
+        if task.pooling == "cls":
+            hint = (
+                f"is the first token, which in a {model_type} model has read no other one: use mean or last, "
+                "or an encoder"
+            )
+            raise user_error(f"tasks.{name}.pooling", "cls", hint)
 
 
 def load_model_config(config: ModelConfig) -> Any:

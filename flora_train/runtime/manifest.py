@@ -17,6 +17,29 @@ PEFT_WARNING = "NOT_FOR_PLAIN_PEFT.txt"
 BASE_RECORD = "flora_train_base.json"
 """Written beside an adapter: the SHA-256 of the base model that it was trained on. PEFT ignores it."""
 
+POOLING_FILE = "1_Pooling/config.json"
+"""Beside an adapter that learnt embeddings: how sentence-transformers makes them."""
+
+EMBEDDING_FILES = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    POOLING_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""What is written beside an adapter that learnt embeddings, for sentence-transformers. A tokenizer has some
+of its files."""
+
 LABELS = "labels.json"
 """Written beside an adapter with a head: the names of its outputs. PEFT ignores it."""
 
@@ -37,7 +60,7 @@ RUN_FILES = (
     "checkpoints/step-{n}.safetensors",
     "checkpoints/best/{adapter}.safetensors",
     "references/{adapter}.{part}.safetensors",
-    *(f"adapters/{{adapter}}/{file}" for file in PEFT_FILES),
+    *(f"adapters/{{adapter}}/{file}" for file in (*PEFT_FILES, *EMBEDDING_FILES)),
     "eval/report.json",
     "eval/report.html",
     "eval/answers/settings.json",

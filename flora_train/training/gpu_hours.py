@@ -11,7 +11,7 @@ from torch import nn
 
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import RunConfig
-from flora_train.data.preferences.preference import BATCH, Preference
+from flora_train.data.preferences.preference import BATCH
 from flora_train.data.task import Task
 from flora_train.training.step_cost import planned_steps
 from flora_train.training.step_memory import StepMemory
@@ -55,13 +55,19 @@ class Work:
     """Adapters and the base, each in its languages: transcripts of one clip of every language."""
 
 
-def learnt_rows(preference: Preference | None) -> int:
+def learnt_rows(task: Task) -> int:
     """Rows with a gradient that an example has for each adapter."""
+    if task.embedding is not None:
+        return task.embedding.texts
+    preference = task.preference
     return 2 if preference is not None and preference.is_paired else 1
 
 
-def heldout_rows_of(preference: Preference | None) -> int:
+def heldout_rows_of(task: Task) -> int:
     """Rows that a held-out example has for each contender."""
+    if task.embedding is not None:
+        return task.embedding.texts
+    preference = task.preference
     return 1 if preference is None or preference.is_supervised else 2
 
 
@@ -102,7 +108,7 @@ def work_of(
         examples = len(draw.examples) * config.training.steps / len(numbers)
         preference = tasks[draw.task].preference
         for adapter in draw.adapters:
-            trained.add(methods[adapter], examples * learnt_rows(preference))
+            trained.add(methods[adapter], examples * learnt_rows(tasks[draw.task]))
             if preference is not None and preference.objective == "kto":
                 frozen.add(methods[adapter], examples)  # of the KL term
         if preference is not None and preference.has_reference and preference.reference == BATCH:
@@ -135,10 +141,9 @@ def _counted_as(method: str) -> str:
 
 
 def _head_operations(model: Any) -> int:
-    """Of the output head for one token in a forward; an encoder has none."""
-    if model.get_output_embeddings() is None:
-        return 0
-    return 2 * model.get_output_embeddings().weight.numel()
+    """Of the output head for one token in a forward; 0 for an encoder, which has none."""
+    head = model.get_output_embeddings()
+    return 0 if head is None else 2 * head.weight.numel()
 
 
 def _heldout_rows(config: RunConfig, specs: Sequence[AdapterSpec], tasks: Mapping[str, Task]) -> _Rows:
@@ -146,9 +151,9 @@ def _heldout_rows(config: RunConfig, specs: Sequence[AdapterSpec], tasks: Mappin
     evaluation, rows = config.evaluation, _Rows()
     times = config.training.steps // (evaluation.interval or config.training.steps)
     for spec in specs:
-        examples, of_each = len(tasks[spec.task].validation), heldout_rows_of(tasks[spec.task].preference)
+        examples, of_each = len(tasks[spec.task].validation), heldout_rows_of(tasks[spec.task])
         evaluated = examples + times * min(examples, evaluation.max_examples or examples)
         rows.add(spec.method, of_each * evaluated)
     for task in tasks.values():
-        rows.add("base", heldout_rows_of(task.preference) * len(task.validation))
+        rows.add("base", heldout_rows_of(task) * len(task.validation))
     return rows

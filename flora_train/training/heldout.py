@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from flora_train.data.task import Task
 from flora_train.data.tokenization import TokenSplit
 from flora_train.models.loading import set_mode
 from flora_train.runtime.distributed import is_main_process, sum_over_processes, world
+from flora_train.training.embedding_heldout import Embedder, HeldOutEmbeddings, evaluate_embeddings
 from flora_train.training.fsdp import run_dummy_passes
 from flora_train.training.label_heldout import HeldOutLabels, OutputStore
 from flora_train.training.label_loss import label_weight
@@ -55,6 +57,14 @@ class HeldOut:
     labels: HeldOutLabels | None = None
     """What the heads of a label task make of the texts. There is no base among its contenders, since a base
     has no head, and its losses have no bits per byte."""
+    embeddings: HeldOutEmbeddings | None = None
+    """How well anchors find their positives, of a task of embeddings: `nats` are the losses of its examples,
+    which have no bits per byte."""
+
+    @property
+    def has_text(self) -> bool:
+        """Whether text is predicted, whose losses are bits per byte; not of labels and embeddings."""
+        return self.labels is None and self.embeddings is None
 
     def loss(self, contender: int, first: int | None = None) -> float:
         """Mean nats per label token, over all examples or the first of them."""
@@ -106,7 +116,9 @@ def evaluate_heldout(
     computed before. Afterwards the model is routed to the plain base.
     """
     contenders = _contenders(bank, absent)
-    evaluated = {task.name: task for task in tasks if task.name in contenders}
+    all_tasks = {task.name: task for task in tasks if task.name in contenders}
+    evaluated = {name: task for name, task in all_tasks.items() if task.embedding is None}
+    share = _share_of_text(all_tasks, contenders)
     splits = {name: _split(task, with_test) for name, task in evaluated.items()}
     sums: Sums = {}
     outputs: Sums = {}
@@ -149,7 +161,12 @@ def evaluate_heldout(
     training = row_losses.model.training
     row_losses.model.eval()
     try:
-        _run_share(unknown, compute, lambda batch: prefetch(collate, batch, split_of), report)
+        _run_share(
+            unknown,
+            compute,
+            lambda batch: prefetch(collate, batch, split_of),
+            lambda done: report(share * done),
+        )
         run_dummy_passes(row_losses, bank, unknown)
     finally:
         bank.abandon()  # a process without a batch still has the routing of its last step
@@ -170,7 +187,44 @@ def evaluate_heldout(
             )
         else:
             results[name] = _label_result(task, store, contenders[name], nats=nats, outputs=by_contender)
-    return results
+    embed = Embedder(row_losses, bank, collate, max_tokens, pad_token)
+    learn_embeddings = [task for task in all_tasks.values() if task.embedding is not None]
+    for number, task in enumerate(learn_embeddings):
+        if with_base:
+            contenders[task.name].append(BASE_ID)
+        report_part = partial(_report_part, report, share, number, len(learn_embeddings))
+        results[task.name] = _heldout_embeddings(
+            embed, task, contenders[task.name], max_examples, report_part
+        )
+    return {name: results[name] for name in all_tasks}
+
+
+def _share_of_text(tasks: Mapping[str, Task], contenders: Mapping[str, Sequence[int]]) -> float:
+    """The share of the tokens of all tasks that tasks without embeddings have."""
+    tokens = {name: len(contenders[name]) * task.validation.counts.tokens for name, task in tasks.items()}
+    of_text = sum(tokens[name] for name, task in tasks.items() if task.embedding is None)
+    return of_text / max(1, sum(tokens.values()))
+
+
+def _report_part(report: Callable[[float], None], begin: float, number: int, parts: int, done: float) -> None:
+    """Report `done` of one of several equal parts of the work that follows `begin`."""
+    report(begin + (1 - begin) * (number + done) / parts)
+
+
+def _heldout_embeddings(
+    embed: Embedder,
+    task: Task,
+    contenders: Sequence[int],
+    max_examples: int | None,
+    report: Callable[[float], None],
+) -> HeldOut:
+    """The results of a task of embeddings."""
+    embeddings = evaluate_embeddings(embed, task, contenders, max_examples, report)
+    examples = len(next(iter(embeddings.losses.values())))
+    nothing = np.zeros(examples, dtype=np.int64)
+    return HeldOut(
+        task.name, embeddings.losses, np.ones(examples, dtype=np.int64), nothing, embeddings=embeddings
+    )
 
 
 def _result(
@@ -211,6 +265,8 @@ def _split(task: Task, with_test: bool) -> TokenSplit:
 
 def heldout_metrics(result: HeldOut, contender: int) -> dict[str, float]:
     """The metrics of a contender, for the log."""
+    if result.embeddings is not None:
+        return result.embeddings.metrics(contender)
     if result.labels is not None:
         accuracy = result.labels.accuracy(contender)
         metrics = {"loss": result.loss(contender)}

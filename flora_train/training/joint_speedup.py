@@ -13,6 +13,7 @@ from flora_train.data.batch import Row, group_by_length, padded_tokens
 from flora_train.runtime.distributed import world
 from flora_train.runtime.progress import ProgressBar
 from flora_train.training.fsdp import is_sharded
+from flora_train.training.pooling import sum_of
 from flora_train.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _seconds(trainer: Trainer, batches: Batches) -> float:
     try:
         for rows in batches:
             trainer.frozen_pass(rows)
-            trainer.learnt_pass(rows, trainer.state.step).nats.sum().backward()
+            sum_of(trainer.learnt_pass(rows, trainer.state.step)).backward()
         return trainer.timer.now() - started
     finally:
         for pool in bank.pools:

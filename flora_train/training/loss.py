@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,10 +17,21 @@ from flora_train.data.batch import IGNORE, MixedBatch
 from flora_train.models.encoders import reads_token_types
 from flora_train.models.speech_encoder import as_encoder_outputs, model_inputs
 from flora_train.training.label_loss import LabelLosses
+from flora_train.training.pooling import Embeddings, pool
 from flora_train.training.step_timer import StepTimer
 
 CHUNK = 128
 """Number of positions whose logits are in memory at once."""
+
+
+@dataclass(frozen=True)
+class RowOutputs:
+    """What the losses of the rows of a batch are made of."""
+
+    nats: Tensor
+    """The loss of every row, float32 [B]: -log p of its label tokens, or of its label."""
+    embeddings: Embeddings | None = None
+    """Of the rows that have one."""
 
 
 class RowLosses:
@@ -36,6 +49,27 @@ class RowLosses:
         self._reads_types = self.head is None and reads_token_types(model)
         self.head_makes_logits = self.head is not None and _head_makes_logits(model, self.head)
         self.timer = timer or StepTimer(next(model.parameters()).device, 1)
+
+    def outputs(self, batch: MixedBatch) -> RowOutputs:
+        """The losses of every row, and embeddings, of one forward pass."""
+        if batch.poolings is None:
+            return RowOutputs(self(batch))
+        with _body_states(self.model) as states:
+            nats = self(batch)
+        with self.timer.part("loss"):
+            return RowOutputs(nats, pool(states[0], batch))
+
+    @cached_property
+    def width(self) -> int:
+        """Size of the last hidden states, found by running the model on one token. Collective where the base
+        is sharded."""
+        device = next(self.model.parameters()).device
+        with torch.no_grad(), _body_states(self.model) as states:
+            self.model(
+                input_ids=torch.ones(1, 1, dtype=torch.long, device=device),
+                attention_mask=torch.ones(1, 1, dtype=torch.long, device=device),
+            )
+        return states[0].shape[-1]
 
     def __call__(self, batch: MixedBatch) -> Tensor:
         """Sum of the losses of every row, float32 [B], differentiable once: of next tokens (in nats), or of

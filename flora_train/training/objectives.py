@@ -15,6 +15,8 @@ from flora_train.data.batch import Row
 from flora_train.data.preferences.preference import Preference
 from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.task import Task
+from flora_train.training.embedding_draws import draw_losses
+from flora_train.training.pooling import Embeddings
 from flora_train.training.preference_loss import (
     Completions,
     PairScores,
@@ -25,7 +27,8 @@ from flora_train.training.preference_loss import (
 from flora_train.training.step_plan import StepPlan
 
 NATS, PREFERENCE, ACCURATE, CHOSEN, REJECTED, CHOSEN_COUNT, REJECTED_COUNT = range(7)
-"""Columns of a step's sums for each adapter: -log p of learnt tokens; losses of preferences; pairs or rows
+"""Columns of a step's sums for each adapter: -log p of learnt tokens; losses of preferences or of pairs of
+texts; pairs or rows
 that are ordered right; rewards of chosen (good) and rejected (bad) completions, and their numbers."""
 COLUMNS = 7
 
@@ -36,6 +39,8 @@ class RowNats:
 
     rows: Sequence[Row]
     nats: Tensor
+    embeddings: Embeddings | None = None
+    """Of the rows that have one."""
 
 
 class References(Protocol):
@@ -93,14 +98,18 @@ class StepTotals:
         """Adapter id -> its loss: nats per token, or the mean loss of its preferences with the weighted nats
         per token of the chosen completions."""
         self.counts: dict[int, float] = {}
-        """Adapter id -> what its loss is a mean over: label tokens, pairs, labelled completions, or weights
-        of labelled texts."""
+        """Adapter id -> what its loss is a mean over: label tokens, pairs, labelled completions, weights of
+        labelled texts, or texts with their positives."""
         self.loss_sums: dict[int, float] = {}
         """Adapter id -> loss times count."""
         self.rewards: dict[int, RewardSums] = {}
         """Adapter id -> rewards, for adapters that learn preferences."""
         for adapter, tokens in plan.label_tokens.items():
             columns = sums[adapter * COLUMNS : (adapter + 1) * COLUMNS]
+            if adapter in plan.texts:
+                self.counts[adapter], self.loss_sums[adapter] = plan.texts[adapter], columns[PREFERENCE]
+                self.losses[adapter] = columns[PREFERENCE] / plan.texts[adapter]
+                continue
             preferences = plan.preferences.get(adapter)
             if preferences is None:
                 self.counts[adapter] = tokens
@@ -146,6 +155,12 @@ class MicrobatchLoss:
             return loss
         scores = _Scores(self, learnt, frozen)
         for task, units in _units_by_task(rows).items():
+            if self.tasks[task].embedding is not None:
+                losses, adapters = draw_losses(self.tasks[task], rows, learnt.embeddings, units)
+                sums.add(PREFERENCE, adapters, losses)
+                shares = [1.0 / plan.texts[adapter] for adapter in adapters.tolist()]
+                loss = loss + (losses * torch.tensor(shares, device=losses.device).to(losses.dtype)).sum()
+                continue
             preference = self.tasks[task].preference
             assert preference is not None
             if preference.objective == "kto":
@@ -165,8 +180,7 @@ class MicrobatchLoss:
             count = plan.label_tokens[row.adapter]
             return 1.0 / count if count else 0.0
         preference = self.tasks[row.task].preference
-        assert preference is not None
-        if row.document or not preference.sft_weight:
+        if preference is None or row.document or not preference.sft_weight:
             return 0.0
         return preference.sft_weight / plan.chosen_tokens[row.adapter]
 

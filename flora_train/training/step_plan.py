@@ -10,6 +10,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.schema import RunConfig
 from flora_train.data.batch import Row, group_by_length
+from flora_train.data.embeddings.split import EmbeddingSplit
 from flora_train.data.labels.split import LabelSplit
 from flora_train.data.mixture import Draw, Stream, TaskMixture
 from flora_train.data.preferences.costs import row_costs
@@ -38,6 +39,8 @@ class StepPlan:
     """Adapter id -> pairs, or labelled completions, that it learns a preference from in the whole step."""
     chosen_tokens: Mapping[int, int] = field(default_factory=dict)
     """Adapter id -> label tokens of the chosen completions of these pairs."""
+    texts: Mapping[int, int] = field(default_factory=dict)
+    """Adapter id -> pairs or triplets of texts that it learns embeddings from in the whole step."""
 
 
 def make_mixture(
@@ -82,7 +85,9 @@ def plan_step(
     rows = _StepRows(mixture.seed, number, bank)
     for draw in mixture.step(number):
         task = tasks[draw.task]
-        if task.preference is None:
+        if task.embedding is not None:
+            rows.add_embeddings(draw, task)
+        elif task.preference is None:
             rows.add_texts(draw, task.train)
         else:
             rows.add_preferences(draw, task)
@@ -95,6 +100,7 @@ def plan_step(
         task_tokens=dict(rows.task_tokens),
         preferences=dict(rows.preferences),
         chosen_tokens=dict(rows.chosen_tokens),
+        texts=dict(rows.texts),
     )
 
 
@@ -108,6 +114,7 @@ class _StepRows:
         self.task_tokens: dict[str, int] = defaultdict(int)
         self.preferences: dict[int, int] = defaultdict(int)
         self.chosen_tokens: dict[int, int] = defaultdict(int)
+        self.texts: dict[int, int] = defaultdict(int)
         self._units = 0
 
     def add_texts(self, draw: Draw, split: TokenSplit) -> None:
@@ -155,6 +162,21 @@ class _StepRows:
                 self.preferences[row.adapter] += 1
                 self.chosen_tokens[row.adapter] += learnt
 
+    def add_embeddings(self, draw: Draw, task: Task) -> None:
+        """The texts of a draw, which the loss couples: for each adapter they are one unit."""
+        split = task.train
+        assert isinstance(split, EmbeddingSplit)
+        unit = self._units
+        self._units += 1
+        sizes = [(i, part, split.size(i, part)) for i in draw.examples for part in range(split.spec.texts)]
+        self.task_tokens[draw.task] += sum(size for _, _, size in sizes)
+        for name in draw.adapters:
+            adapter = self.bank.ids[name]
+            for example, document, size in sizes:
+                self.rows.append(Row(adapter, draw.task, example, size, document=document, unit=unit))
+            self.label_tokens[adapter] += 0  # it takes part in the step
+            self.texts[adapter] += len(draw.examples)
+
 
 def heldout_rows(
     bank: AdapterBank,
@@ -169,6 +191,13 @@ def heldout_rows(
     if preference is not None and isinstance(split, PreferenceSplit):
         examples = len(split) if max_examples is None else min(len(split), max_examples)
         return heldout_preference_rows(task, preference, split, adapters, examples)
+    if isinstance(split, EmbeddingSplit):
+        return [
+            Row(adapter, task, i, split.size(i, document), document=document)
+            for i in range(len(split))[:max_examples]
+            for document in range(split.spec.texts)
+            for adapter in adapters
+        ]
     return [
         Row(adapter, task, i, int(length), split.window(i), bank.shares_encoding(adapter))
         for i, length in enumerate(split.lengths[:max_examples])

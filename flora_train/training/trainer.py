@@ -34,6 +34,7 @@ from flora_train.training.metrics import MetricLogger, NullMetricLogger, tracker
 from flora_train.training.objectives import MicrobatchLoss, RowNats, StepSums, StepTotals
 from flora_train.training.optimizer import sum_gradients
 from flora_train.training.packing_check import check_packing
+from flora_train.training.pooling import sum_of
 from flora_train.training.resumable import ResumableTraining
 from flora_train.training.step_plan import StepPlan
 from flora_train.training.step_timer import StepTimer
@@ -172,7 +173,8 @@ class Trainer(ResumableTraining):
             batch = self.make_batch(learnt)
         self.timer.count_tokens(batch.padded_tokens)
         self.bank.route(batch.adapter_ids, [self.noise(number, row) for row in learnt])
-        return RowNats(learnt, self.row_losses(batch))
+        outputs = self.row_losses.outputs(batch)
+        return RowNats(learnt, outputs.nats, outputs.embeddings)
 
     def log(self) -> None:
         """Write a record of the steps since the last one."""
@@ -256,7 +258,9 @@ class Trainer(ResumableTraining):
         largest = max(plan.microbatches, key=padded_tokens)
         batch = self.make_batch([row for row in largest if not row.frozen])
         with self.bank.without_adapters():
-            self.timer.time_base(lambda: self.row_losses(batch).sum().backward(), batch.padded_tokens)
+            self.timer.time_base(
+                lambda: sum_of(self.row_losses.outputs(batch)).backward(), batch.padded_tokens
+            )
 
     def make_batch(self, rows: Sequence[Row]) -> MixedBatch:
         return self.context.collate(rows, self.training_split, self.context.pad_token).to(self.bank.device)

@@ -27,6 +27,7 @@ PYTHON_BLOCKS = {
     "README.md": "tests/e2e/test_documented_commands.py",
     "docs/figures.md": "tests/e2e/test_answers.py",
     "docs/serving.md": "tests/e2e/test_documented_commands.py",
+    "docs/embeddings.md": "tests/e2e/test_sentence_transformers.py",
     "docs/python.md": "tests/e2e/test_python.py",
     "docs/tutorial.md": "tests/e2e/test_tutorial.py",
 }

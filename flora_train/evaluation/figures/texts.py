@@ -59,6 +59,13 @@ FIGURES = {
     "rouge_l": FigureText("ROUGE-L", "longest common subsequence of words, F-measure as in rouge_score"),
     "chrf": FigureText("chrF", "n-grams of characters, 0 to 100, as in sacrebleu", False, digits=1),
     "bleu": FigureText("BLEU", "n-grams of words, 0 to 100, as in sacrebleu", False, digits=1),
+    "recall_at_1": FigureText(
+        "recall at 1", "anchors whose positive is the closest of all held-out texts that it is searched among"
+    ),
+    "mrr": FigureText("MRR", "mean of 1 / rank of the positive by its similarity to the anchor"),
+    "contrastive_loss": FigureText(
+        "contrastive loss", "mean loss of a held-out pair in a group", False, lower_is_better=True
+    ),
     "perplexity": FigureText(
         "perplexity", "exp of the held-out loss per token of this tokenizer", False, True, digits=2
     ),

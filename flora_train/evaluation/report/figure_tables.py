@@ -61,7 +61,7 @@ class FigureTable:
         """Further columns: (heading, class, a cell for each task)."""
         columns = [("examples", "", [count(result.examples) for result in self.results])]
         if any(result.setting for result in self.results):
-            columns.append(("answers", "word", [result.setting for result in self.results]))
+            columns.append(("setting", "word", [result.setting for result in self.results]))
         return columns
 
 

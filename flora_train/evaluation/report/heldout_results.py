@@ -129,6 +129,8 @@ def sweep_results(
 def objective_of(heldout: HeldOut) -> TaskObjective:
     if heldout.labels is not None:
         return "labels"
+    if heldout.embeddings is not None:
+        return "embeddings"
     return "sft" if heldout.preferences is None else heldout.preferences.objective
 
 
@@ -139,11 +141,9 @@ def mean_loss(heldout: HeldOut, adapters: Sequence[int]) -> float:
 
 
 def _loss(heldout: HeldOut, adapter: int) -> float:
-    if heldout.labels is not None:
-        return heldout.loss(adapter)
-    if heldout.preferences is None:
+    if heldout.has_text and heldout.preferences is None:
         return heldout.bits_per_byte(adapter)
-    return float(heldout.preferences.losses[adapter].mean())
+    return heldout.objective_loss(adapter)
 
 
 def _member(
@@ -156,10 +156,10 @@ def _member(
 ) -> SweepMember:
     """A setting's losses, and its retirement if all its seeds have retired."""
     preference_loss = bits_per_byte = None
-    if heldout.labels is None:
-        bits_per_byte = finite(sum(heldout.bits_per_byte(adapter) for adapter in ids) / len(ids))
-    if heldout.preferences is not None or heldout.labels is not None:
+    if objective_of(heldout) != "sft":
         preference_loss = finite(mean_loss(heldout, ids))
+    if heldout.has_text:
+        bits_per_byte = finite(sum(heldout.bits_per_byte(adapter) for adapter in ids) / len(ids))
     retirements = [retired[spec.name] for spec in seeds if spec.name in retired]
     retirement = None
     if len(retirements) == len(seeds):

@@ -113,13 +113,14 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
     styles = family_styles(report.families)
     limits = plots.difference_range(report.results)
     drawn = report.results[:MAX_DRAWN]
+    curve_axes = _curve_axes(report)
     difference_panels = [
         plots.difference_panel(f"difference-{i}", result, styles, limits) for i, result in enumerate(drawn)
     ]
     curve_panels = []
-    for i, result in enumerate(drawn):
-        adapters = [adapter for adapter in report.adapters if adapter.task == result.task]
-        curve_panels.append(curves.curve_panel(f"curve-{i}", result.task, adapters, report.curves, styles))
+    for i, task in enumerate(list(curve_axes)[:MAX_DRAWN]):
+        adapters = [adapter for adapter in report.adapters if adapter.task == task]
+        curve_panels.append(curves.curve_panel(f"curve-{i}", task, adapters, report.curves, styles))
     summary = summarise(report)
     summary += [note for note in notes if note is not None]
     return _page(
@@ -134,6 +135,7 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
         seed_tables=tables_of_seeds,
         digits=shared_digits(report.results),
         confidence=percent(report.confidence or 0.0),
+        curve_axes=list(curve_axes.items()),
         difference_panels=difference_panels,
         curve_panels=curve_panels,
         pass_panels=[_pass_panels(i, suite, styles) for i, suite in enumerate(report.code)],
@@ -158,6 +160,15 @@ def render_html(report: Report, published: Sequence[ComparedTable] = ()) -> str:
         few_examples=FEW_EXAMPLES,
         max_points=curves.MAX_POINTS,
     )
+
+
+def _curve_axes(report: Report) -> dict[str, str]:
+    """Task that adapters learn -> what the vertical axis of its loss curves is."""
+    axes = dict.fromkeys((adapter.task for adapter in report.adapters), "loss of the objective")
+    for result in report.results:
+        if result.objective == "sft":
+            axes[result.task] = "nats per token"
+    return axes
 
 
 def render_comparison(reports: Mapping[str, Report]) -> str:

@@ -116,11 +116,7 @@ def build_results(
         facts=facts,
         tasks=summaries,
         adapters=[_adapter_facts(bank, i, evaluation.best, record) for i in range(len(bank.specs))],
-        results=[
-            task_result(config, bank, heldout)
-            for heldout in evaluation.heldout.values()
-            if heldout.labels is None
-        ],
+        results=[task_result(config, bank, part) for part in evaluation.heldout.values() if part.has_text],
         sweeps=sweep_results(
             bank, evaluation.heldout, record.retired, settings=swept_settings(config.adapters)
         ),
@@ -146,7 +142,7 @@ def not_measured(config: RunConfig, *, executed: bool, preferences: bool) -> lis
             "Whether what the adapters write is preferred: rewards are those of the given completions of "
             "held-out preferences. Nothing was generated for them, and no judge compared it."
         )
-    if not executed:
+    if not executed and not all(task.embeds for task in config.tasks.values()):
         items.append("Whether completions are correct: no program was executed. Held-out loss is not pass@k.")
     if note := _not_measured_between_seeds(config):
         items.append(note)
@@ -352,7 +348,7 @@ def _curves(config: RunConfig, folder: RunFolder, heldout: Mapping[str, HeldOut]
         base={
             name: finite(_curve_loss(losses, first))
             for name, losses in heldout.items()
-            if losses.labels is None
+            if BASE_ID in losses.nats
         },
         heldout_examples=first,
     )

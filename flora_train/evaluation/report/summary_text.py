@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from flora_train.evaluation.code.score_types import CodeSuite, LanguageScores, MacroScores
+from flora_train.evaluation.figures.result_types import FigureResult
 from flora_train.evaluation.preferences.score_types import PreferenceResult
-from flora_train.evaluation.report.figure_tables import not_above_baselines
+from flora_train.evaluation.report.figure_tables import figure_verdict, not_above_baselines
 from flora_train.evaluation.report.formatting import (
     NOT_FINITE,
     count,
@@ -42,6 +43,8 @@ def summarise(report: Report) -> list[str]:
         paragraphs = [f"{_training(report)} {_against_base(results)}{scope}", *_between_methods(results)]
     if report.preferences:
         paragraphs.append(_preferences(report.preferences))
+    if embeddings := [figure for figure in report.figures if figure.figure == "recall_at_1"]:
+        paragraphs.append(_embeddings(embeddings))
     if baselines := " ".join(not_above_baselines(report.figures)):
         paragraphs.append(baselines)
     paragraphs += map(_code, report.code)
@@ -62,6 +65,27 @@ def _training(report: Report) -> str:
     return (
         f"{plural(len(report.adapters), 'adapter')} on {where} {verb} trained in one run on {model}{length}."
     )
+
+
+def _embeddings(results: Sequence[FigureResult]) -> str:
+    """How many adapters find more positives than the base."""
+    better: list[str] = []
+    worse: list[str] = []
+    adapters = 0
+    for result in results:
+        for family, difference in result.to_base.items():
+            adapters += 1
+            conclusion = figure_verdict(difference, result.lower_is_better)
+            if conclusion in ("better", "worse"):
+                names = {"better": better, "worse": worse}[conclusion]
+                names.append(f"{family} on {result.task}")
+    sentence = (
+        f"Recall at 1 of held-out embeddings is clearly above the base's for {count(len(better))} of "
+        f"{plural(adapters, 'adapter')}"
+    )
+    if worse:
+        sentence += f", and clearly below it for {listed(worse, MAX_NAMES)}"
+    return f"{sentence}."
 
 
 def _code(suite: CodeSuite) -> str:

@@ -114,6 +114,9 @@ def _loss_differences(sweep: SweepResult, report: Report) -> Iterator[tuple[str,
             if result.task == sweep.task:
                 yield from ((row.first, row.second, row.bits_per_byte) for row in result.differences)
         return
+    for figure in report.figures:
+        if figure.task == sweep.task and figure.figure == "contrastive_loss":
+            yield from ((row.first, row.second, row.value) for row in figure.differences)
     for preferences in report.preferences:
         if preferences.task == sweep.task:
             yield from ((row.first, row.second, row.loss) for row in preferences.differences)

@@ -43,9 +43,9 @@ def print_results(report: Report, console: Console | None = None) -> None:
 
     The best is bold. Fits 80 columns.
     """
-    console = console or Console(soft_wrap=True)
     if not report.results:
         return
+    console = console or Console(soft_wrap=True)
     console.print(shown(f"\n{report.name}: held-out bits per byte, lower is better", "bold"))
     level = _level(report.results[0].confidence)
     table = _table("task", "method", "bits per byte", f"difference to base [{level}]")
@@ -78,7 +78,17 @@ def print_sweeps(report: Report, console: Console | None = None) -> None:
     for result in report.sweeps:
         winners.setdefault(result.sweep, []).append(f"{result.winner or 'none'} on {result.task}")
     for sweep, names in winners.items():
-        console.print(shown(f"\nsweep {sweep}: lowest bits per byte for {', '.join(names)}"))
+        console.print(
+            shown(f"\nsweep {sweep}: lowest {_compared_loss(report, sweep)} for {', '.join(names)}")
+        )
+
+
+def _compared_loss(report: Report, sweep: str) -> str:
+    """What the settings of a sweep are compared by."""
+    objectives = {result.objective for result in report.sweeps if result.sweep == sweep}
+    if objectives == {"sft"}:
+        return "bits per byte"
+    return "held-out loss"
 
 
 def print_pass_at_k(suites: Sequence[CodeSuite], console: Console | None = None) -> None:
@@ -254,8 +264,7 @@ def show(folder: RunFolder) -> None:
     for result in report.results:
         if result.best is not None:
             names += [adapter.name for adapter in adapters_of(report, result.task, result.best.family)]
-    names += [adapter.name for adapter in report.adapters if not report.results]
-    best = next(iter(names), "ADAPTER")
+    best = next(iter([*names, *(adapter.name for adapter in report.adapters)]), "ADAPTER")
     stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.facts.seconds.items())
     print_plain(
         f"\nreport    {folder.evaluation / 'report.html'}\n"

@@ -32,7 +32,7 @@ SCHEMA_VERSION: Final = 7
 
 Step = Annotated[Count, Field(le=MOST_STEPS)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-TaskObjective = Literal["sft", "dpo", "ipo", "orpo", "kto", "labels"]
+TaskObjective = Literal["sft", "dpo", "ipo", "orpo", "kto", "labels", "embeddings"]
 LossPoint = tuple[Step, Measurement | None]
 """A step, and the loss there: nats per token, or the objective's mean loss of a preference task."""
 TokenPoint = tuple[Step, Count]
@@ -293,13 +293,13 @@ class SweepMember(SparseModel):
     settings: dict[Text, Number | Text] = {}
     """Swept key -> its value."""
     bits_per_byte: Measurement | None
-    """On held-out examples; the mean over seeds."""
+    """On held-out examples; the mean over seeds. None of labels and embeddings."""
     seeds: Count = 1
     """Number of adapters."""
     deviation: Measurement | None = None
     """Standard deviation over seeds of the loss that settings are compared by."""
     preference_loss: Measurement | None = None
-    """Mean loss of the objective on held-out examples of a preference task, or of a task with heads."""
+    """Mean loss of the objective on held-out examples of a task of preferences, labels or embeddings."""
     retired: Retirement | None = None
 
 
@@ -310,8 +310,8 @@ class SweepResult(ResultModel):
     task: Text
     objective: TaskObjective = "sft"
     winner: Text | None
-    """Family with the lowest bits per byte, of a preference task or a task with heads with the lowest loss of
-    the objective. None if none is finite."""
+    """Family with the lowest bits per byte; of preferences, labels and embeddings with the lowest loss of the
+    objective. None if none is finite."""
     members: tuple[SweepMember, ...]
 
     def loss(self, member: SweepMember) -> float | None:
@@ -389,7 +389,8 @@ class Report(SparseModel):
     tasks: tuple[TaskSummary, ...]
     adapters: tuple[AdapterFacts, ...]
     results: tuple[TaskResult, ...]
-    """Held-out losses, a result per task that adapters learn; not of tasks with heads, which have figures."""
+    """Held-out losses of text, a result per task that adapters learn; tasks of labels and of embeddings have
+    `figures` instead."""
     sweeps: tuple[SweepResult, ...] = ()
     curves: Curves
     completions: tuple[SampleCompletion, ...] = ()

@@ -19,6 +19,8 @@ from flora_train.config.load import validate
 from flora_train.config.sweep import SweepConfig
 from flora_train.data.batch import IGNORE, MixedBatch, Row, collate
 from flora_train.data.documents import EncodedDocument, EncodedExample
+from flora_train.data.embeddings.spec import EmbeddingSpec
+from flora_train.data.embeddings.split import EmbeddingSplit, embedding_split
 from flora_train.data.labels.spec import LabelSpec
 from flora_train.data.labels.split import LabelSplit, label_split
 from flora_train.data.packing import pack
@@ -71,6 +73,24 @@ def random_preferences(
     return preference_split(builder.split(), limit)
 
 
+def random_embeddings(seed: int, examples: int, spec: EmbeddingSpec, longest: int = 9) -> EmbeddingSplit:
+    """Pairs or triplets of 3 to `longest` random tokens. Every fourth positive is that of the pair before."""
+    generator = np.random.default_rng(seed)
+    builder = SplitBuilder()
+    positive = np.zeros(0, dtype=np.int32)
+    for number in range(examples):
+        texts = [
+            generator.integers(2, VOCABULARY, generator.integers(3, longest + 1)).astype(np.int32)
+            for _ in range(spec.texts)
+        ]
+        if number % 4 == 3:
+            texts[1] = positive
+        positive = texts[1]
+        documents = tuple(EncodedDocument(text, (), 0) for text in texts)
+        builder.add(EncodedExample(documents, "whole"))
+    return embedding_split(builder.split(), spec)
+
+
 def random_chats(seed: int, examples: int, longest: int = 16) -> TokenSplit:
     """Examples of random tokens of which several spans are learnt."""
     generator = np.random.default_rng(seed)
@@ -115,6 +135,7 @@ def make_trainer(
     paging: Paging | None = None,
     dtype: torch.dtype = torch.float32,
     preferences: Mapping[str, Preference] | None = None,
+    embeddings: Mapping[str, EmbeddingSpec] | None = None,
     examples_per_draw: int = 1,
     chats: Sequence[str] = (),
     packed_chats: Sequence[str] = (),
@@ -123,8 +144,8 @@ def make_trainer(
 ) -> Trainer:
     """A trainer for `specs` on tasks a, b and c; same arguments, same trainer.
 
-    preferences: of the tasks that are not plain text; chats, packed_chats: tasks of conversations; labels: of
-    the tasks of labelled texts, which may have other names.
+    preferences, embeddings: of the tasks that are not plain text; chats, packed_chats: tasks of
+    conversations; labels: of the tasks of labelled texts, which may have other names.
     """
     labels = labels or {}
     specs = [replace(s, head=head_shape(labels[s.task])) if s.task in labels else s for s in specs]
@@ -167,6 +188,9 @@ def make_trainer(
     for number, (name, label) in enumerate(labels.items()):
         halves = (random_labels(60 + 2 * number + i, (40, 7)[i], label) for i in (0, 1))
         tasks[name] = Task(name, 1.0, *halves, "", label=label)
+    for number, (name, embedding) in enumerate((embeddings or {}).items()):
+        pairs = (random_embeddings(60 + 2 * number + i, (24, 7)[i], embedding) for i in (0, 1))
+        tasks[name] = Task(name, 1.0, *pairs, "", embedding=embedding)
     bank = AdapterBank.attach(model, specs, paging=paging)
     config = config.model_copy(
         update={"sweep": SweepConfig.model_validate({"strategy": sweep})}
@@ -245,6 +269,7 @@ def only(plan: StepPlan, adapter: int) -> StepPlan | None:
         label_tokens={0: plan.label_tokens[adapter]},
         preferences=_of_first(plan.preferences, adapter),
         chosen_tokens=_of_first(plan.chosen_tokens, adapter),
+        texts=_of_first(plan.texts, adapter),
     )
 
 
