@@ -192,10 +192,8 @@ def evaluate_heldout(
     for number, task in enumerate(learn_embeddings):
         if with_base:
             contenders[task.name].append(BASE_ID)
-        report_part = partial(_report_part, report, share, number, len(learn_embeddings))
-        results[task.name] = _heldout_embeddings(
-            embed, task, contenders[task.name], max_examples, report_part
-        )
+        of_part = partial(_report_part, report, share, number, len(learn_embeddings))
+        results[task.name] = _heldout_embeddings(embed, task, contenders[task.name], max_examples, of_part)
     return {name: results[name] for name in all_tasks}
 
 

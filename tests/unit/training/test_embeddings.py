@@ -16,10 +16,11 @@ from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import Row, collate, padded_tokens
 from flora_train.data.embeddings.spec import EmbeddingSpec
 from flora_train.data.embeddings.split import EmbeddingSplit
+from flora_train.data.labels.spec import LabelSpec
 from flora_train.data.preferences.preference import Preference
 from flora_train.training.heldout import evaluate_heldout
 from flora_train.training.objectives import StepTotals
-from tests.conftest import mixed_specs, perturb
+from tests.conftest import mixed_specs, perturb, spec
 from tests.unit.training.embedding_reference import contrastive, cosine
 from tests.unit.training.harness import (
     largest_difference_to_training_alone,
@@ -260,3 +261,35 @@ def searched_by_hand(trainer: Any, contender: int, spec: EmbeddingSpec) -> tuple
         first.append(float(rank == 1))
         reciprocal.append(1 / rank)
     return losses, first, reciprocal
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "modernbert"])
+def test_embeddings_of_an_encoder_mix_with_each_other_and_with_labels(
+    tmp_path: Path, architecture: str, optimizer: str
+) -> None:
+    """Pairs, triplets, classes and tags share micro-batches, and each adapter equals itself alone."""
+    lr = {"adamw": 2e-3, "sgd": 0.2}[optimizer]
+    embeddings = {"b": MIXED["b"], "c": EmbeddingSpec("cls", 0.2, has_negatives=True)}
+    labels = {"a": LabelSpec("single", ("x", "y", "z")), "tags": LabelSpec("tokens", ("O", "B"))}
+    specs = [
+        spec("lora", "a", rank=2, lr=lr),
+        spec("flora", "b", rank=3, variant="residual", lr=lr),
+        spec("lora", "b", rank=2, lr=lr, dropout=0.2),
+        spec("flora", "c", "pure", rank=2, variant="pure", lr=lr),
+        spec("lora", "c", rank=2, lr=lr),
+        spec("head", "tags", lr=lr),
+    ]
+    options = {**BUDGET, "architecture": architecture, "optimizer": optimizer, "labels": labels}
+    options |= {"tokens_per_step": 900, "tokens_per_microbatch": 600}
+    together = make_trainer(specs, tmp_path, embeddings=embeddings, **options)
+    plans = plans_of(together)
+    tasks = [{row.task for row in rows} for plan in plans for rows in plan.microbatches]
+    assert any({"b", "c"} <= mixed and mixed & set(labels) for mixed in tasks)
+    train_together(together, plans)
+    differences = largest_difference_to_training_alone(
+        together, plans, tmp_path, embeddings=embeddings, **options
+    )
+    assert max(differences.values()) <= 1e-5, differences
+    distances = moved(together, architecture)
+    assert min(distance for name, distance in distances.items() if name[0] in "bc") > 1e-4
