@@ -68,14 +68,14 @@ def test_embeddings_trained_together_equal_those_trained_alone(
 def specs_of(architecture: str, lr: float) -> list[Any]:
     """The mixed adapters, one of them with dropout; of GPT-2 those that its layers' names allow."""
     specs = []
-    for spec in mixed_specs(lr=lr):
+    for one in mixed_specs(lr=lr):
         if architecture == "gpt2":
-            if spec.method == "ia3" or spec.rank_pattern:
+            if one.method == "ia3" or one.rank_pattern:
                 continue
-            spec = replace(spec, target_modules=("c_attn", "c_fc"))
-        if spec.name == "b-lora_some":
-            spec = replace(spec, dropout=0.2)
-        specs.append(spec)
+            one = replace(one, target_modules=("c_attn", "c_fc"))
+        if one.name == "b-lora_some":
+            one = replace(one, dropout=0.2)
+        specs.append(one)
     return specs
 
 
