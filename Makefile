@@ -4,6 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 TRL := .venv-trl/.installed
+LM_EVAL := .venv-lm-eval/.installed
+LM_EVAL_PIP := .venv-lm-eval/bin/python -m pip install --quiet
 SERVING := .venv-serving/.installed
 SERVING_PIP := .venv-serving/bin/python -m pip install --quiet
 MODEL := assets/models/smollm2-135m/manifest.json
@@ -16,7 +18,7 @@ PROBLEMS := assets/preference_problems
 SAMPLED := evaluation.problems=[$(PROBLEMS)/training_problems.yaml,$(PROBLEMS)/heldout_problems.yaml] \
 	evaluation.temperature=0.5 evaluation.num_samples=4 evaluation.max_new_tokens=48 evaluation.batch_rows=96 --languages lua,rb
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local test test-full test-headline test-chips test-attack test-trl trl-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -76,6 +78,11 @@ test-trl: $(INSTALLED_DEV) $(MODEL) $(TRL)  ## compare chats and preferences wit
 
 trl-env: $(TRL)  ## install TRL into .venv-trl, an environment of its own, for its comparisons
 
+test-lm-eval: $(LM_EVAL)  ## compare flora-train lm-eval with lm_eval itself, which runs in .venv-lm-eval
+	OMP_NUM_THREADS=1 .venv-lm-eval/bin/python -m pytest -m lm_eval tests/lm_eval $(ARGS)
+
+lm-eval-env: $(LM_EVAL)  ## install lm-evaluation-harness into .venv-lm-eval, an environment of its own, with this package
+
 test-serving: $(SERVING) $(MODEL)  ## serve adapters with vLLM on the CPU, which runs in .venv-serving
 	OMP_NUM_THREADS=2 .venv-serving/bin/python -m pytest -m serving tests/serving $(ARGS)
 
@@ -132,7 +139,7 @@ figures: $(INSTALLED)  ## copy the committed results into README and docs
 	$(BIN)/python benchmarks/update_figures.py
 
 clean:  ## remove the environments and the built models (outputs/ stays)
-	rm -rf .venv .venv-trl .venv-serving assets/models
+	rm -rf .venv .venv-trl .venv-lm-eval .venv-serving assets/models
 
 # what runs: the package with everything a recipe can name
 $(INSTALLED): pyproject.toml constraints.txt
@@ -151,6 +158,13 @@ $(INSTALLED_DEV): $(INSTALLED)
 $(TRL): tests/trl/requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/trl/requirements.txt
+	touch $@
+
+# what evaluates: lm_eval, whose tables need python-dateutil 2, beside the same versions of everything else
+$(LM_EVAL): tests/lm_eval/requirements.txt pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lm-eval
+	grep -v '^python-dateutil==' constraints.txt > .venv-lm-eval/constraints.txt
+	$(LM_EVAL_PIP) --constraint .venv-lm-eval/constraints.txt --requirement tests/lm_eval/requirements.txt --editable '.[lm-eval]'
 	touch $@
 
 # what serves: vLLM for a CPU with versions of its own; torch alone brings what it depends on, which differs between its builds

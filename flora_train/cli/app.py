@@ -25,6 +25,7 @@ COMMANDS = (
     "plan",
     "recipes",
     "evaluate",
+    "lm-eval",
     "chat",
     "serve",
     "report",
@@ -34,7 +35,7 @@ COMMANDS = (
     "convert",
     "push",
 )
-"""In the order of the help. Each is in a module of this package with the same name."""
+"""In the order of the help. Each is in a module of this package with the same name, with _ instead of -."""
 HELP = ("-h", "--help")
 
 ParserError: Any = typer.BadParameter.__mro__[1]
@@ -201,12 +202,12 @@ def run_command(argv: Sequence[str]) -> int:
 def load_parser() -> Any:
     """The parser with all commands."""
     for name in COMMANDS:
-        import_module(f"flora_train.cli.{name}")
+        import_module(f"flora_train.cli.{name.replace('-', '_')}")
     parser = typer.main.get_command(app)
     for option in parser.params:
         if option.name == "show_completion":
-            # Shorter than typer's text, so that the list of commands fits a screen.
-            option.help = "Show completion for the current shell."  # type: ignore[attr-defined]
+            # Rarely used; without it, the list of commands fits a screen.
+            option.hidden = True  # type: ignore[attr-defined]
     return parser
 
 

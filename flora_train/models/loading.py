@@ -59,6 +59,15 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+def load_auto_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer that other programs load, with AutoTokenizer alone. Raises UserError if it cannot be
+    loaded.
+    """
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, config)
+
+
 def tokenizer_in_code(config: ModelConfig) -> tuple[str, str]:
     """The class of transformers with which a program loads the same tokenizer, and its further options.
 

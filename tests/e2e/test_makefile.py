@@ -18,6 +18,7 @@ PREREQUISITES = [
     *(f"assets/{name}" for name in ("build_smollm2.py", "build_whisper.py", "pypi_model.py")),
     *(f"assets/{name}.requirements.txt" for name in ("smollm2", "whisper")),
     "tests/trl/requirements.txt",
+    "tests/lm_eval/requirements.txt",
     "tests/serving/requirements.txt",
 ]
 

@@ -16,7 +16,7 @@ from flora_train.evaluation.generation.batching_mode import batching_note
 from flora_train.evaluation.generation.context_limit import check_prompts, check_room
 from flora_train.evaluation.generation.decoder import Decoder, complete
 from flora_train.evaluation.generation.merged_decoding import MergedDecoding
-from flora_train.evaluation.generation.requests import Blocks, Generated, Request
+from flora_train.evaluation.generation.requests import Blocks, Generated, Request, Row
 from flora_train.evaluation.generation.sampling import Sampling
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Generated",
     "MergedDecoding",
     "Request",
+    "Row",
     "Sampling",
     "batching_note",
     "check_prompts",

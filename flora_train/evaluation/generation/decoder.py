@@ -27,6 +27,7 @@ from flora_train.evaluation.generation.context_limit import check_room
 from flora_train.evaluation.generation.kv_cache import RowCache
 from flora_train.evaluation.generation.merged_decoding import MergedDecoding
 from flora_train.evaluation.generation.requests import (
+    Adjust,
     Blocks,
     Ended,
     Generated,
@@ -50,7 +51,8 @@ class Decoder:
     route: maps the adapter ids of a batch's rows to a context in which the model applies them (`bank.routed`,
     or a null context for a model without a bank). max_rows: rows decoded at the same time. blocks: splits
     adapter ids into groups that fit in one batch (`bank.blocks`). merging: merges the adapter of a batch of
-    one adapter where that is faster; it belongs to the bank of `route`.
+    one adapter where that is faster; it belongs to the bank of `route`. adjust: changes the logits [B, V] of
+    rows before tokens are drawn from them.
     """
 
     def __init__(
@@ -64,10 +66,11 @@ class Decoder:
         max_rows: int = 32,
         blocks: Blocks = lambda adapters: [frozenset(adapters)],
         merging: MergedDecoding | None = None,
+        adjust: Adjust | None = None,
     ) -> None:
         if merging is not None:
             route = merging.routed
-        self.merging = merging
+        self.merging, self.adjust = merging, adjust
         self.model, self.tokenizer, self.route, self.sampling = model, tokenizer, route, sampling
         self.max_new_tokens, self.max_rows, self.blocks = max_new_tokens, max_rows, blocks
         self.encoder = TextEncoder(tokenizer)
@@ -185,7 +188,16 @@ class Decoder:
         """A request's samples, in groups that fit in a batch and read their prompt together."""
         end_tokens = request.end_tokens | self._end_tokens
         rows = [
-            Row(index, i, request.adapter, key, request.stops, prompt, end_tokens)
+            Row(
+                index,
+                i,
+                request.adapter,
+                key,
+                request.stops,
+                prompt,
+                end_tokens,
+                ends_after=request.ends_after,
+            )
             for i, key in enumerate(request.keys)
         ]
         return [rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows)]
@@ -221,6 +233,8 @@ class Decoder:
             return next_logits(self.model, ids, cache, parameters=self._parameters)
 
     def _draw(self, logits: Tensor, rows: Sequence[Row]) -> None:
+        if self.adjust is not None:
+            logits = self.adjust(logits, rows)
         tokens = self.sampling.choose(logits, [row.key for row in rows], [len(row.tokens) for row in rows])
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
@@ -229,6 +243,8 @@ class Decoder:
     def _ended(self, row: Row, report: Callable[[Generated], None]) -> bool:
         """Whether the row has ended; if so, it is reported."""
         at_end, full = row.tokens[-1] in row.end_tokens, len(row.tokens) >= self.max_new_tokens
+        if row.ends_after is not None:
+            at_end = at_end or row.ends_after(row.tokens)
         if not (at_end or full or self._may_hold_stop(row)):
             return False
         text = self.encoder.decode_after(row.prompt, without_end(row.tokens, row.end_tokens))

@@ -6,9 +6,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 Ended = Literal["stop", "end", "length"]
 Blocks = Callable[[Iterable[int]], Sequence[Collection[int]]]
 """Splits adapter ids into groups that fit in one batch, such as `bank.blocks`."""
+EndsAfter = Callable[[Sequence[int]], bool]
+"""Whether a text ends after all its tokens so far."""
 Stream = Callable[[int, int, Sequence[int]], None]
 """Receives the number of a request, the number of its sample, and all its tokens so far, after each token.
 What it raises ends the generation."""
@@ -30,6 +34,8 @@ class Request:
     """Whether special tokens written in a text are tokens (a recipe's prompt) or text."""
     end_tokens: frozenset[int] = frozenset()
     """Tokens that end the text, beside the model's own end tokens."""
+    ends_after: EndsAfter | None = None
+    """Whether these tokens end the text, beside stop strings and end tokens."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,12 @@ class Row:
     stops: tuple[str, ...]
     prompt: list[int]
     end_tokens: Set[int]
+    ends_after: EndsAfter | None = None
     tokens: list[int] = field(default_factory=list)
+
+
+Adjust = Callable[[Tensor, Sequence[Row]], Tensor]
+"""The logits [B, V] that the next tokens of these rows are drawn from, instead of those of the model."""
 
 
 def without_end(tokens: Sequence[int], end_tokens: Collection[int]) -> Sequence[int]:

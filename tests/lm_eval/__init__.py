@@ -1,0 +1,1 @@
+"""Comparisons with lm-evaluation-harness, an optional package (`make test-lm-eval`)."""
