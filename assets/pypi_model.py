@@ -69,7 +69,7 @@ def build(
             check_ours(output)
             shutil.rmtree(output)
         finished.rename(output)
-    size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
+    size = sum(path.stat().st_size for path in files_of(output)) / 1e6
     print(f"{output}: {size:.0f} MB, {said}")
 
 
@@ -104,11 +104,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_of(folder: Path) -> list[Path]:
+    """All files in the folder and in the folders below it, and links, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
 def check_ours(output: Path) -> None:
     """Raises BuildError if the folder holds anything that its manifest does not name: it is not deleted."""
     if output.is_symlink() or not output.is_dir():
         raise BuildError(f"{output} is not a folder: choose another --output, or delete it by hand")
-    names = {path.name for path in output.iterdir()}
+    names = {path.relative_to(output).as_posix() for path in files_of(output)}
     try:
         ours = set(json.loads((output / MANIFEST_NAME).read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -122,7 +127,8 @@ def check_ours(output: Path) -> None:
 
 def write_manifest(folder: Path, source: str) -> None:
     """Record the source and the SHA-256 of every file in `folder`."""
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST_NAME}
+    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files_of(folder)}
+    files.pop(MANIFEST_NAME, None)
     manifest = {"source": source, "sha256": files}
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

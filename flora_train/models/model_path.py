@@ -7,7 +7,11 @@ from pathlib import Path
 from flora_train.config.errors import Problem
 from flora_train.config.paths import IS_CHECKOUT, PROJECT_ROOT, exists, find_file
 
-BUILDERS = {"smollm2-135m": "build_smollm2.py", "whisper-base": "build_whisper.py"}
+BUILDERS = {
+    "minilm-l6": "build_minilm.py",
+    "smollm2-135m": "build_smollm2.py",
+    "whisper-base": "build_whisper.py",
+}
 """Folder of a model -> the script in assets/ that builds it."""
 
 

@@ -15,8 +15,9 @@ from tests.e2e.conftest import ROOT
 PREREQUISITES = [
     "pyproject.toml",
     "constraints.txt",
-    *(f"assets/{name}" for name in ("build_smollm2.py", "build_whisper.py", "pypi_model.py")),
-    *(f"assets/{name}.requirements.txt" for name in ("smollm2", "whisper")),
+    *(f"assets/build_{name}.py" for name in ("minilm", "smollm2", "whisper")),
+    "assets/pypi_model.py",
+    *(f"assets/{name}.requirements.txt" for name in ("minilm", "smollm2", "whisper")),
     "tests/trl/requirements.txt",
     "tests/lm_eval/requirements.txt",
     "tests/serving/requirements.txt",

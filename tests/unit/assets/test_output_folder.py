@@ -39,7 +39,12 @@ def test_model_builder_keeps_a_folder_that_it_did_not_build(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("build_smollm2", "torch"), ("build_whisper", "torch"), ("build_speech_corpus", "soundfile")],
+    [
+        ("build_minilm", "torch"),
+        ("build_smollm2", "torch"),
+        ("build_speech_corpus", "soundfile"),
+        ("build_whisper", "torch"),
+    ],
 )
 def test_builder_downloads_nothing_before_its_packages_are_installed(
     name: str, first: str, tmp_path: Path
@@ -74,6 +79,20 @@ def test_model_builder_may_replace_what_its_manifest_names(tmp_path: Path) -> No
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(pypi_model.BuildError, match="is not a folder"):
         pypi_model.check_ours(tmp_path / "link")
+
+
+def test_model_builder_names_files_in_folders_and_keeps_others(tmp_path: Path) -> None:
+    (tmp_path / "pooling").mkdir()
+    for name in ("model.safetensors", "pooling/config.json"):
+        (tmp_path / name).write_text("built")
+    pypi_model.write_manifest(tmp_path, "a")
+    assert pypi_model.problem_with(tmp_path, "a") is None
+    pypi_model.check_ours(tmp_path)
+    (tmp_path / "pooling" / "mine.txt").write_text("mine")
+    with pytest.raises(pypi_model.BuildError, match=r"holds pooling/mine\.txt, which was not built here"):
+        pypi_model.check_ours(tmp_path)
+    (tmp_path / "pooling" / "config.json").write_text("damaged")
+    assert pypi_model.problem_with(tmp_path, "a") == "pooling/config.json is truncated or was changed"
 
 
 def test_speech_corpus_builder_keeps_a_folder_that_it_did_not_build(tmp_path: Path) -> None:
