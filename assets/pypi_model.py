@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -172,8 +172,8 @@ def download_wheels(requirements: Path, names: list[str], folder: Path) -> list[
     return [next(folder.glob(f"{name.split('==')[0].replace('-', '_')}-*.whl")) for name in names]
 
 
-def edit_json(path: Path, changes: dict[str, str], dropped: tuple[str, ...]) -> None:
+def edit_json(path: Path, changes: Mapping[str, object], dropped: tuple[str, ...]) -> None:
     """Set the keys of `changes` in a JSON object file and remove the keys in `dropped`."""
-    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    content = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     kept = {key: value for key, value in content.items() if key not in dropped}
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
