@@ -19,7 +19,7 @@ PROBLEMS := assets/preference_problems
 SAMPLED := evaluation.problems=[$(PROBLEMS)/training_problems.yaml,$(PROBLEMS)/heldout_problems.yaml] \
 	evaluation.temperature=0.5 evaluation.num_samples=4 evaluation.max_new_tokens=48 evaluation.batch_rows=96 --languages lua,rb
 
-.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
+.PHONY: help quickstart setup setup-dev sweep code-local speech-local chat-local preferences-local clinical test test-full test-headline test-chips test-attack test-trl trl-env test-lm-eval lm-eval-env test-serving serving-env test-gpu lint types format bench bench-quick bench-gpu bench-serving docs figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/'
@@ -56,6 +56,12 @@ preferences-local: $(INSTALLED) $(MODEL)  ## train on functions, sample programs
 	HF_HUB_OFFLINE=1 $(BIN)/flora-train solve outputs/preferences_sft_local $(SAMPLED) --out outputs/preference_samples
 	$(BIN)/python assets/build_preference_pairs.py outputs/preference_samples
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=preferences_local resume=true $(ARGS)
+
+clinical: $(INSTALLED) $(MINILM)  ## build an encoder, diagnoses and e-mails, train recipe clinical on them, and compare it with simpler methods and full fine-tuning
+	$(PIP) scikit-learn
+	$(BIN)/python assets/build_clinical_corpus.py
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file launch/single.yaml train.py recipe=clinical resume=true $(ARGS)
+	for method in baselines gated full "adapters outputs/clinical" "table outputs/clinical"; do HF_HUB_OFFLINE=1 $(BIN)/python studies/clinical.py $$method || exit 1; done
 
 test: $(INSTALLED_DEV) $(MODEL) lint types  ## run lint, types and the tests
 	$(PYTEST) -n 2 --dist worksteal $(ARGS)
