@@ -146,5 +146,5 @@ def write_tasks(file: Path, counts: Sequence[TaskCounts], *, title: str, folder:
 
 
 MAIL = "mail"
-MAIL_WEIGHT = 8
+MAIL_WEIGHT = 18
 """Share of the mails in the mixture, which counts tokens: they are long."""

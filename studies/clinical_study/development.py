@@ -15,7 +15,7 @@ from .scores import FIGURE
 from .tasks import SIZES, StudyError, StudyTask
 
 SEED = 1
-RATES = {"gated": (1e-4, 3e-4, 1e-3, 3e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4)}
+RATES = {"gated": (1e-4, 3e-4, 1e-3, 3e-3), "full": (1e-4, 3e-4, 1e-3)}
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 Predict = Callable[[StudyTask], list[str]]
 

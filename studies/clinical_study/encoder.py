@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from .tasks import StudyTask
 
-STEPS, BATCH = 60, 16
-"""Optimizer steps, and texts of each: about the texts that every adapter of recipe=clinical learns from."""
+STEPS, BATCH = 40, 16
+"""Optimizer steps, and texts of each, as max_steps and examples_per_draw of recipe=clinical."""
 MAX_LENGTH = 256
 """Tokens of the longest text, as training.max_length of the recipe."""
 WARMUP_RATIO = 0.1

@@ -280,5 +280,6 @@ def test_command_line_makes_predictions_and_a_table(tmp_path: Path, encoder: Enc
 
 def test_comparison_runs_have_the_budget_of_the_recipe() -> None:
     recipe = yaml.safe_load((ROOT / "recipes" / "clinical.yaml").read_text(encoding="utf-8"))
-    assert recipe["training"]["steps"] == STEPS
+    assert {adapter["max_steps"] for adapter in recipe["adapters"].values()} == {STEPS}
+    assert recipe["mixture"]["examples_per_draw"] == BATCH
     assert recipe["training"]["max_length"] == MAX_LENGTH
