@@ -19,6 +19,7 @@ from flora_train.data.text_files import decode
 BUILT = {
     "assets/code_local/": "make code-local",
     "assets/speech_local/": "make speech-local",
+    "assets/clinical_local/": "python assets/build_clinical_corpus.py",
     "assets/udhr_local/": "python assets/build_many_languages.py",
 }
 """Folders that are built once -> the command that builds them."""

@@ -202,6 +202,8 @@ def test_missing_files_and_folders_name_the_key_and_where_was_looked(write, tmp_
     assert refusal(files="none.jsonl") == f"tasks.t.train = 'none.jsonl': no such file in {tmp_path}"
     line = refusal(files="assets/udhr_local/no-such-language.jsonl")
     assert line.endswith("; build it with: python assets/build_many_languages.py")
+    line = refusal(files="assets/clinical_local/no-such-chapter.jsonl")
+    assert line.endswith("; build it with: python assets/build_clinical_corpus.py")
     assert refusal(files="full/*.jsonl").startswith("tasks.t.train = 'full/*.jsonl': no such file")
     assert refusal(files="full") == (
         "tasks.t.train = 'full': is a folder: write tasks.t.train.folder=full and tasks.t.train.glob=PATTERN"
