@@ -30,6 +30,7 @@ from clinical_study.exported import predict_all, read_run
 from clinical_study.scores import SAMPLES, task_scores
 from clinical_study.table import Study, write_study
 from clinical_study.tasks import DATA, ROOT, SEEDS, Predictions, StudyError, StudyTask, load_tasks
+from transformers.utils import logging
 
 from flora_train.config.errors import UserError
 from flora_train.runtime.environment import environment
@@ -137,6 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line: returns 0, or 1 with a one-line error."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         run_command(options)
     except (StudyError, UserError, OSError) as error:

@@ -27,9 +27,9 @@ def predict_all(run: Path, tasks: Sequence[StudyTask], encoder: Encoder, predict
         if task is None:
             continue
         method, seed = adapter.seeds_of or adapter.family, adapter.seed
-        if predictions.has(method, task, seed):
-            continue
         folder = run / "adapters" / adapter.name
+        if predictions.has(method, task, seed) and _is_newer(predictions.file(method, task, seed), folder):
+            continue
         predictions.write(method, task, seed, predict(task, load(folder, task, encoder), encoder))
         print(f"{adapter.name}: predicted", flush=True)
 
@@ -41,3 +41,9 @@ def load(folder: Path, task: StudyTask, encoder: Encoder) -> Any:
     if not folder.is_dir():
         raise StudyError(f"{folder}: no such folder; the run has not exported this adapter")
     return PeftModel.from_pretrained(encoder.classifier(len(task.labels)), folder).eval()
+
+
+def _is_newer(file: Path, folder: Path) -> bool:
+    """Whether predictions were made after the adapter, and not from an earlier run's."""
+    weights = folder / "adapter_model.safetensors"
+    return weights.exists() and file.stat().st_mtime > weights.stat().st_mtime

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
+from flora_train.evaluation.figures.result_types import FigureResult, FigureScore
+from flora_train.evaluation.result_model import Interval
 from studies.clinical_study.bag_of_words import majority, tfidf
 from studies.clinical_study.encoder import (
     BATCH,
@@ -227,6 +230,33 @@ def test_study_says_what_beats_no_baseline(predictions: Predictions) -> None:
     row = next(line for line in text.splitlines() if line.startswith("| 50 | IA3 "))
     assert "+0.000 [+0.000, +0.000]" in row
     assert "E-mails" not in text
+
+
+def figure_of(**values: float) -> FigureResult:
+    scores = []
+    for family, value in values.items():
+        interval = Interval(value=value, low=value, high=value, excludes_zero=False)
+        scores.append(FigureScore(name=family, family=family, value=interval))
+    return FigureResult(
+        task=TASK.key, figure="macro_f1", lower_is_better=False, examples=40, confidence=0.95,
+        contenders=scores, differences=(),
+    )  # fmt: skip
+
+
+def test_study_compares_the_runs_report_with_exported_adapters(predictions: Predictions) -> None:
+    scores = task_scores(TASK, predictions)
+    equal = figure_of(lora=scores["lora"].value, ia3=scores["ia3"].value, another=0.5)
+    other = figure_of(lora=scores["lora"].value - 0.25)
+
+    def section(*figures: FigureResult) -> str:
+        report = SimpleNamespace(figures=figures)
+        lines = write_study(Study([TASK], {TASK.key: scores}, report))  # type: ignore[arg-type]
+        return "\n".join(lines).partition("## The run's own report")[2]
+
+    assert "Of 2 values of macro-F1 in report.json, 0 differ" in section(equal)
+    assert "the largest difference is 0.25" in section(other)
+    assert f"| ch01_n50 | LoRA | {scores['lora'].value - 0.25:.4f} |" in section(other)
+    assert "No exported adapter has predictions" in section()
 
 
 def test_predictions_of_another_test_set_are_refused(predictions: Predictions) -> None:
