@@ -208,8 +208,6 @@ FAMILIES: dict[str, Family] = {
     # refused
     "xlnet": Family({}, refused="does not have its rows first: transformer.layer.0.ff.layer_1 gets"),
     "bert-generation": Family({}, refused=NOT_CAUSAL),
-    "xlm-roberta": Family({}, refused=NOT_CAUSAL),
-    "electra": Family({}, refused=NOT_CAUSAL),
     "cpmant": Family({}, refused=f"({NOT_CAUSAL}|changes a row's loss)"),
     "reformer": Family(
         {
@@ -234,7 +232,6 @@ QUICK = (
     "ctrl",
     "gpt_oss",
     "rwkv",
-    "xlm-roberta",
     "cpmant",
     "git",
     "gemma2",

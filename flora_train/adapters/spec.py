@@ -168,7 +168,7 @@ def make_spec(
         weight_decay=adapter.weight_decay,
         max_grad_norm=adapter.max_grad_norm,
         lr_schedule=adapter.lr_schedule,
-        warmup_steps=adapter.warmup_for(steps),
+        warmup_steps=adapter.warmup_for(min(steps, default_steps)),
         max_steps=steps,
         target_modules=_hashable(adapter.target_modules),
         feedforward_modules=_hashable(adapter.feedforward_modules),

@@ -82,7 +82,7 @@ class AdapterConfig(ConfigModel):
     warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)
     """Number of the adapter's first steps over which the learning rate rises linearly."""
     warmup_ratio: float | None = Field(None, ge=0, lt=1)
-    """Warm-up as a share of the adapter's steps (max_steps, or else training.steps), rounded to whole steps,
+    """Warm-up as a share of the adapter's steps (max_steps, at most training.steps), rounded to whole steps,
     in place of warmup_steps. Default: warmup_steps counts."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Evaluate, select and export an exponential moving average of the weights instead of the last weights:

@@ -62,8 +62,8 @@ class Row:
     stops: tuple[str, ...]
     prompt: list[int]
     end_tokens: Set[int]
-    ends_after: EndsAfter | None = None
     tokens: list[int] = field(default_factory=list)
+    ends_after: EndsAfter | None = None
 
 
 Adjust = Callable[[Tensor, Sequence[Row]], Tensor]

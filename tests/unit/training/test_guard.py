@@ -13,6 +13,7 @@ from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
 from flora_train.config.load import validate
 from flora_train.training import trainer as trainer_module
+from flora_train.training.loss import RowOutputs
 from flora_train.training.trainer import Trainer
 from tests.conftest import mixed_specs
 from tests.unit.training.harness import make_trainer
@@ -48,6 +49,9 @@ class Harm:
                 if trainer.model.training and wrong.any():
                     found = found.index_copy(0, wrong.nonzero()[:, 0], found[wrong] * self.factor)
                 return found
+
+            def outputs(harmed, batch: Any) -> RowOutputs:
+                return RowOutputs(harmed(batch))
 
         def summed(bank: AdapterBank, adapters: Any) -> int:
             sent = exchange(bank, adapters)

@@ -238,7 +238,7 @@ def test_a_sweep_of_a_preference_task_is_won_by_the_loss_of_its_objective(report
     assert winner_is_clear(swept.sweeps[0], swept)
     assert sweep_plots(swept) == {}
     text = text_of(render_html(swept))
-    assert "the mean loss of the objective on held-out preferences" in text
+    assert "the mean loss of the objective on held-out examples" in text
     assert re.search(r"best\s+0\.450", text)
 
 
