@@ -213,7 +213,7 @@ def test_second_solve_into_one_folder_is_refused(place: Path) -> None:
         status, said = call(place, *SOLVE, f"--out={place}")
     assert status == 2
     assert said.startswith("error: output_dir = '")
-    assert "': another process trains or evaluates in it" in said
+    assert ": another process trains or evaluates in it" in said
     assert not (place / "trivial" / "verdicts.jsonl").exists()
 
 
