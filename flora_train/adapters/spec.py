@@ -94,6 +94,11 @@ class AdapterSpec:
     """How embeddings are made, of an adapter that learns them; None for all other tasks."""
 
     @property
+    def writes_text(self) -> bool:
+        """Whether the adapter continues texts: those of labels have a head, and others learn embeddings."""
+        return self.head is None and self.pooling is None
+
+    @property
     def head_lr_ratio(self) -> float:
         """The learning rate of the head relative to that of the other parameters."""
         return 1.0 if self.head_lr is None else self.head_lr / self.lr

@@ -62,9 +62,9 @@ def chat_with_run(
     """
     folder, config = open_run(run)
     options = read_options(ChatOptions, values)
-    specs = {spec.name: spec for spec in expand(config) if spec.head is None}
+    specs = {spec.name: spec for spec in expand(config) if spec.writes_text}
     if not specs:
-        raise user_error("run", run, "has tasks of labels only: their adapters write no text")
+        raise user_error("run", run, "has tasks of labels or embeddings only: their adapters write no text")
     if any(task.speech is not None for task in config.tasks.values()):
         raise user_error("run", run, "has speech tasks: only models of text can be talked to")
     if not folder.adapters.is_dir() or not any(folder.adapters.iterdir()):

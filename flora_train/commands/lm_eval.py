@@ -91,10 +91,9 @@ def lm_eval_run(
 
 def _chosen(config: RunConfig, names: Sequence[str]) -> list[str]:
     """The adapters of these names, or all that write text. Raises UserError for an unknown name."""
-    # an adapter with a head of its own predicts labels
-    known = [spec.name for spec in expand(config) if spec.head is None]
+    known = [spec.name for spec in expand(config) if spec.writes_text]
     if not known:
-        hint = "has tasks of labels only: lm-evaluation-harness evaluates language models"
+        hint = "has tasks of labels or embeddings only: lm-evaluation-harness evaluates language models"
         raise user_error("run", config.folder, hint)
     for name in names:
         if name not in known:

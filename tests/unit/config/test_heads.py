@@ -77,3 +77,9 @@ def test_labels_make_the_shape_of_a_head(
 ) -> None:
     (spec,) = expand(validate(recipe({"method": "lora"}, {"kind": {**ROWS, **task}})), labels)
     assert spec.head == shape
+
+
+def test_adapters_of_labels_and_embeddings_write_no_text() -> None:
+    tasks = {"kind": LABELLED, "plain": ROWS, "pairs": {**ROWS, "anchor": "question", "positive": "answer"}}
+    content = recipe({"method": "lora"}, tasks) | {"mixture": {"examples_per_draw": 4}}
+    assert [spec.writes_text for spec in expand(validate(content))] == [False, True, False]
