@@ -151,7 +151,9 @@ def rows_of_heads(routing: Routing) -> Iterator[tuple[list[int], Head, dict[str,
     for span in routing.spans:
         if span.pool is None or span.slots is None or span.pool.head is None:
             continue
-        parameters = span.pool.gather_head(span.slots)
+        gathered = span.pool.gather_head(span.slots)
+        # Unbound at once: the backward of an index for each adapter would fill all of them with zeros.
+        parameters = {name: values.unbind() for name, values in gathered.items()}
         for k, first, end in span.segments:
             rows = [order[row] for row in range(span.start + first, span.start + end)]
             yield rows, span.pool.head, {name: values[k] for name, values in parameters.items()}

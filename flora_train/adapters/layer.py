@@ -82,9 +82,12 @@ class AdapterLinear(nn.Module):
         rows = x.reshape(routing.rows, tokens_per_row, x.shape[-1])
         if routing.order is not None:
             rows = rows.index_select(0, routing.order)
+        # One split of all rows: the backward of a slice for each span would fill the whole batch with zeros
+        # as many times.
+        parts = rows.split([span.end - span.start for span in spans])
         outputs = []
-        for span in spans:
-            tokens = rows[span.start : span.end].reshape(-1, x.shape[-1])
+        for span, part in zip(spans, parts, strict=True):
+            tokens = part.reshape(-1, x.shape[-1])
             outputs.append(self._run(span, tokens, tokens_per_row, routing=routing))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if routing.inverse is not None:

@@ -39,10 +39,16 @@ class LabelLosses:
         if routing is None:
             return losses + states.float().mean(dim=(1, 2))
         lengths = torch.tensor([row.tokens for row in batch.rows], device=states.device)
-        for rows, head, parameters in rows_of_heads(routing):
+        heads = list(rows_of_heads(routing))
+        # One gather and one split of all rows with a head: the backward of an index for each adapter would
+        # fill the whole batch with zeros as many times.
+        ordered = [row for rows, _, _ in heads for row in rows]
+        gathered = states.index_select(0, torch.tensor(ordered, dtype=torch.long, device=states.device))
+        parts = gathered.split([len(rows) for rows, _, _ in heads])
+        for (rows, head, parameters), part in zip(heads, parts, strict=True):
             longest = max(batch.rows[row].tokens for row in rows)
             index = torch.tensor(rows, device=states.device)
-            outputs = head(states[index, :longest], lengths[index], parameters)
+            outputs = head(part[:, :longest], lengths[index], parameters)
             spec = self.specs[batch.rows[rows[0]].task]
             targets = _targets(batch, rows)
             losses = losses.index_add(0, index, row_losses(spec, outputs, targets).float())
