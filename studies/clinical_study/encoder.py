@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from .tasks import StudyTask
 
-STEPS, BATCH = 40, 16
+STEPS, BATCH = 30, 16
 """Optimizer steps, and texts of each, as max_steps and examples_per_draw of recipe=clinical."""
-MAX_LENGTH = 256
+MAX_LENGTH = 128
 """Tokens of the longest text, as training.max_length of the recipe."""
 WARMUP_RATIO = 0.1
 TEST_BATCH = 64
