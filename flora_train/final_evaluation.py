@@ -75,7 +75,7 @@ def run_final_evaluation(
     )
     answered = answered_tasks(config, context.tasks, context.model, context.tokenizer)
     heldout = heldout_losses(context, context.bank, log=log)
-    choices = choice_scores(context, context.bank)
+    choices = choice_scores(context, context.bank, log=log.part("words"))
     if publish:
         on_main_process(lambda: export_all(context))
     seconds = {"evaluate at the end": time.monotonic() - started}
@@ -130,7 +130,7 @@ def heldout_losses(
 ) -> dict[str, HeldOut]:
     """Losses of the base and of the bank's adapters on every held-out example.
 
-    absent: ids of adapters that are not evaluated; log: where losses are kept until all are there.
+    absent: ids of adapters that are not evaluated; log: where results are kept until all are there.
     """
     with ProgressBar("evaluate", 1.0) as progress:
         return evaluate_heldout(
@@ -150,10 +150,12 @@ def heldout_losses(
 
 
 def choice_scores(
-    context: RunContext, bank: AdapterBank, *, absent: Sequence[int] = ()
+    context: RunContext, bank: AdapterBank, *, absent: Sequence[int] = (), log: HeldoutJournal | None = None
 ) -> dict[str, ChoiceScores]:
-    """Scores of the words of labels, of the base and of the bank's adapters. absent: ids of adapters that are
-    not evaluated."""
+    """Scores of the words of labels, of the base and of the bank's adapters.
+
+    absent: ids of adapters that are not evaluated; log: where scores are kept until all are there.
+    """
     if not any(isinstance(task.evaluated, ChoiceSplit) for task in context.tasks.values()):
         return {}
     with ProgressBar("score the words of labels", 1.0) as progress:
@@ -166,6 +168,7 @@ def choice_scores(
             collate=context.collate,
             absent=absent,
             report=progress.update,
+            log=log,
         )
 
 
@@ -210,6 +213,7 @@ def write_results(
         of_words = choice_figures(config, bank, context.tasks[name], scores)
         figures.results += of_words.figures
         figures.confusions += of_words.confusions
+        figures.notes += of_words.notes
     of_embeddings = embedding_figures(config, bank, heldout)
     evaluation = Evaluation(
         heldout,

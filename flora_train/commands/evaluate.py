@@ -14,6 +14,7 @@ from flora_train.config.run_overrides import changed_tasks, with_overrides
 from flora_train.config.schema import RunConfig
 from flora_train.evaluation.answers.figures import check_metrics
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation
+from flora_train.evaluation.figures.own_labels import check_label_metrics
 from flora_train.evaluation.report.files import read_report
 from flora_train.evaluation.report.terminal import show
 from flora_train.evaluation.report.types import Report
@@ -77,6 +78,7 @@ def _evaluate(run: str, overrides: Sequence[str], allow: OriginOptions) -> RunFo
         context, saved = load_run(
             run, with_tasks=True, allow=allow, overridden=config, changed_tasks=changed_tasks(overrides)
         )
+        on_main_process(lambda: check_label_metrics(config, context.tasks))
         changes = [f"Evaluated with {word}." for word in overrides]
         context = replace(context, folder=results, differences=(*changes, *context.differences))
         on_main_process(lambda: note_differences(folder, "evaluate", context.differences))

@@ -32,6 +32,8 @@ from flora_train.evaluation.answers.figures import check_metrics
 from flora_train.evaluation.answers.prompts import answered_tasks, check_answered
 from flora_train.evaluation.code.evaluate import load_suites, prompts_of
 from flora_train.evaluation.code.problems.suites import Suite
+from flora_train.evaluation.figures.own_labels import check_label_metrics
+from flora_train.evaluation.figures.selection import selections_of
 from flora_train.evaluation.generation import check_prompts
 from flora_train.export.loadability import notes
 from flora_train.models.loading import empty_model, load_feature_extractor, resolve_dtype
@@ -161,7 +163,7 @@ def _capacity(config: RunConfig, data: _Data) -> Capacity:
         processes=config.num_processes or 1,
         notes=[
             *notes_on_rows(tasks, config),
-            *notes_on_unused(config.tasks, bool(config.evaluation.problems)),
+            *notes_on_unused(config.tasks, bool(config.evaluation.problems), selects=config.compares_states),
         ],
         **storage,
     )
@@ -229,6 +231,8 @@ def check_texts(config: RunConfig, tokenizer: Any, tasks: Mapping[str, Task]) ->
     """Raises UserError where a prompt cannot be completed, or leaves no room for its completion, or a metric
     cannot be computed, as the run would."""
     check_metrics(config)
+    check_label_metrics(config, tasks)
+    selections_of(config, tasks)
     suites: Sequence[Suite] = ()
     if config.evaluation.problems:
         suites, *_ = load_suites(config)

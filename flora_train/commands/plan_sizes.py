@@ -125,7 +125,8 @@ def print_from_sizes(
     storage = storage_of(config, pools)
     print_lines(console, (("plan", reason) for reason in (*reasons, "nothing is downloaded")))
     print_lines(console, [("rows", _on_rows(config, window))])
-    unused = notes_on_unused(config.tasks, bool(config.evaluation.problems))
+    problems, selects = bool(config.evaluation.problems), config.compares_states
+    unused = notes_on_unused(config.tasks, problems, selects=selects)
     print_lines(console, (("note", note) for note in unused))
     print_lines(console, adapter_lines(config, pools, max(map(len, steps)), step_slots(pools, steps)))
     host = f"{format_size(storage['copies'])} a process: a copy while a checkpoint is written"

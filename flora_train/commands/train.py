@@ -24,6 +24,8 @@ from flora_train.data.tokenization import tokenizer_hash
 from flora_train.evaluation.answers.figures import check_metrics
 from flora_train.evaluation.answers.prompts import answered_tasks, check_answered
 from flora_train.evaluation.code.evaluate import Plan, plan_evaluation, prompts_of
+from flora_train.evaluation.figures.own_labels import check_label_metrics
+from flora_train.evaluation.figures.selection import selections_of
 from flora_train.evaluation.generation import batching_note, check_prompts
 from flora_train.evaluation.report.files import read_report
 from flora_train.evaluation.report.terminal import show
@@ -193,8 +195,9 @@ def load_checked(
             on_main_process(lambda: check_data(folder, context.tasks, OriginOptions()))
         on_every_process(context.check_model)
         on_every_process(lambda: check_texts(context, plan))
+        selections = on_every_process(lambda: selections_of(config, context.tasks))
         on_main_process(lambda: log_notes(context.model, context.bank.pools))
-    return context
+    return replace(context, selections=selections)
 
 
 def claim_folder(context: RunContext, plan: Plan | None) -> None:
@@ -206,7 +209,7 @@ def claim_folder(context: RunContext, plan: Plan | None) -> None:
     on_main_process(lambda: report_left_out(context))
     for note in (
         *notes_on_rows(tasks, config),
-        *notes_on_unused(config.tasks, bool(config.evaluation.problems)),
+        *notes_on_unused(config.tasks, bool(config.evaluation.problems), selects=config.compares_states),
     ):
         logger.warning(note)
 
@@ -279,6 +282,7 @@ def check_texts(context: RunContext, plan: Plan | None) -> None:
     sharded."""
     config, processor = context.config, context.speech_processor
     prompts = prompts_of(config, plan.suites if plan else (), context.tokenizer)
+    check_label_metrics(config, context.tasks)
     answered = answered_tasks(config, context.tasks, context.model, context.tokenizer)
     if processor is not None:
         check_transcribing(context.model, noise_features(processor.store.extractor))

@@ -74,11 +74,11 @@ class AdapterConfig(ConfigModel):
     """Number of the adapter's own steps, after which it is no longer trained. Default: training.steps."""
     patience: int | None = Field(None, ge=1, le=MOST_STEPS)
     """Early stopping: number of evaluations in a row (one every evaluation.interval steps) without a better
-    held-out loss, after which the adapter is no longer trained and the others share its part of the batch.
-    Default: no early stopping."""
+    held-out loss (or figure: tasks.*.select_by), after which the adapter is no longer trained and the others
+    share its part of the batch. Default: no early stopping."""
     min_delta: float | None = Field(None, gt=0, le=1_000_000, validate_default=True)
     """With patience: decrease of the loss that counts as better, in nats per token, or in the loss of
-    preferences. Default: any decrease."""
+    preferences; with tasks.*.select_by, the improvement of the figure. Default: any."""
     warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)
     """Number of the adapter's first steps over which the learning rate rises linearly."""
     warmup_ratio: float | None = Field(None, ge=0, lt=1)

@@ -25,7 +25,8 @@ class EvaluationConfig(ConfigModel):
     interval: int | None = Field(None, ge=1, le=MOST_STEPS)
     """Number of steps between two evaluations on the held-out rows. null: evaluate only at the end."""
     select_best: bool = True
-    """For every adapter, use the parameters of its best evaluation. false: use those of its last step."""
+    """For every adapter, use the parameters of its best evaluation: that of the lowest held-out loss, or of
+    the best figure (tasks.*.select_by). false: use those of its last step."""
     max_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Number of held-out examples per task in the evaluations during training, which select the best
     parameters. The report uses all examples. Default: all."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
@@ -18,6 +20,15 @@ OF_ANSWERS = ("exact_match", "rouge_l", *SACREBLEU)
 """Metrics of texts that are generated for held-out prompts."""
 METRICS = (*OF_LOSS, *OF_ANSWERS)
 
+OF_LABELS = {
+    "single": ("accuracy", "balanced_accuracy", "macro_f1", "weighted_f1", "mcc", "auroc"),
+    "multi": ("micro_f1", "macro_f1", "subset_accuracy", "auroc"),
+    "regression": ("mse", "mae", "r2", "pearson", "spearman"),
+    "tokens": ("token_accuracy", "token_macro_f1", "entity_f1"),
+}
+"""Type of a task of labels -> its figures, which no key has to name. entity_f1 is of tags such as B-PER."""
+OF_EMBEDDINGS = ("recall_at_1", "mrr")
+"""Figures of tasks of embeddings, beside their loss."""
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 """module:function"""
 
@@ -27,9 +38,9 @@ def is_function(metric: str) -> bool:
     return ":" in metric
 
 
-def needs_answers(metrics: list[str]) -> bool:
-    """Whether texts have to be generated for these metrics."""
-    return any(metric not in OF_LOSS for metric in metrics)
+def functions_of(metrics: Sequence[str]) -> list[str]:
+    """The functions of the user's own among metrics."""
+    return [metric for metric in metrics if is_function(metric)]
 
 
 def _check_metric(metric: str) -> str:
@@ -40,8 +51,22 @@ def _check_metric(metric: str) -> str:
             "is no function: write module:function, such as my_metrics:score for a file my_metrics.py in the "
             "folder that the run is started in"
         )
+    if any(metric in figures for figures in OF_LABELS.values()):
+        raise ValueError("needs no key: it is measured of every task whose texts have such labels; remove it")
     hint = f"is not a metric; there are {choices(METRICS)}, or a function of your own as module:function."
     raise ValueError(hint + did_you_mean(metric, METRICS))
+
+
+def _check_selection(figure: str) -> str:
+    figures = sorted({*OF_EMBEDDINGS, *chain.from_iterable(OF_LABELS.values())})
+    if figure in figures or FUNCTION.fullmatch(figure):
+        return figure
+    hint = f"is not a figure; there are {choices(('loss', *figures))}, or a function as module:function."
+    raise ValueError(hint + did_you_mean(figure, figures))
+
+
+def _as_default(value: Any) -> Any:
+    return None if value == "loss" else value
 
 
 def _one_or_several(value: Any) -> Any:
@@ -60,3 +85,8 @@ Metrics = Annotated[
     BeforeValidator(_one_or_several),
     AfterValidator(_each_once),
 ]
+
+SelectionFigure = Annotated[
+    Annotated[Text, AfterValidator(_check_selection)] | None, BeforeValidator(_as_default)
+]
+"""A figure of held-out labels or embeddings; None: the held-out loss."""

@@ -121,6 +121,14 @@ class RunConfig(ConfigModel):
         return []
 
     @property
+    def compares_states(self) -> bool:
+        """Whether states of adapters are compared during training."""
+        if self.sweep.strategy == "halving":
+            return True
+        has_patience = any(adapter.patience is not None for adapter in self.adapters.values())
+        return self.evaluation.interval is not None and (self.evaluation.select_best or has_patience)
+
+    @property
     def adapter_names(self) -> list[str]:
         """Names of all adapters, in the order of the bank: every entry of `adapters` with each of its
         tasks."""

@@ -29,6 +29,7 @@ ALPHA = "The update is scaled by alpha / rank, as in PEFT."
 PROMPT = "Write a column, or a template such as '{question}'."
 TRACKERS = "Write a list such as [wandb] or [tensorboard]."
 METRICS = "Write a list such as [rouge_l, chrf], or a function of your own as module:function."
+FIGURE = "Write a figure of labels or embeddings, such as macro_f1 or mrr."
 OVERWRITE = "Write true (formerly replace) or false (formerly refuse)."
 
 SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
@@ -307,6 +308,10 @@ SUGGESTIONS: dict[str, tuple[Suggestion, ...]] = {
     "k": (Suggestion("evaluation.pass_at_k", "Write a list such as [1, 10]."),),
     **dict.fromkeys(
         ("load_best_model_at_end", "load_best", "save_best"), (Suggestion("evaluation.select_best"),)
+    ),
+    **dict.fromkeys(
+        ("metric_for_best_model", "best_metric", "selection_metric"),
+        (Suggestion(f"{TASK}.select_by", FIGURE),),
     ),
     **dict.fromkeys(("num_beams", "beam_size", "n_beams"), (Suggestion("evaluation.beams"),)),
     "played_clips": (Suggestion("evaluation.embedded_clips"),),

@@ -13,7 +13,15 @@ from flora_train.config.chat_schema import CHAT_KEYS, ChatKeys, chat_key_of
 from flora_train.config.embedding_schema import EMBEDDING_KEYS, EmbeddingKeys
 from flora_train.config.label_schema import LABEL_KEYS, LabelKeys
 from flora_train.config.language_names import ProgrammingLanguage
-from flora_train.config.metric_names import Metrics
+from flora_train.config.metric_names import (
+    OF_EMBEDDINGS,
+    OF_LABELS,
+    OF_LOSS,
+    Metrics,
+    SelectionFigure,
+    functions_of,
+    is_function,
+)
 from flora_train.config.moved_datasets import moved_hint
 from flora_train.config.preference_schema import PAIRED
 from flora_train.config.sample_prompts import SamplePrompt
@@ -183,7 +191,14 @@ class TaskConfig(EmbeddingKeys, LabelKeys, ChatKeys):
     exact_match, rouge_l, chrf, bleu (the last two need the extra text-metrics): the base model and every
     adapter answer the held-out prompts greedily, and the answers are compared with the completions.
     MODULE:FUNCTION: a function of your own, which is called with the lists of answers and of completions and
-    returns a number, such as my_metrics:score."""
+    returns a number, such as my_metrics:score; of labelled texts, with the lists of predicted labels and of
+    labels."""
+    select_by: SelectionFigure = None
+    """Figure of the held-out rows that the best state of an adapter is selected by (evaluation.select_best),
+    and that patience and halving go by. Of labels: accuracy, balanced_accuracy, macro_f1, weighted_f1, mcc or
+    auroc; of several labels micro_f1, macro_f1, subset_accuracy or auroc; of numbers mse, mae, r2, pearson or
+    spearman; of tokens token_accuracy, token_macro_f1 or entity_f1; or a function of your own as in metrics.
+    Of embeddings: recall_at_1 or mrr. Default: the held-out loss (loss)."""
     max_metric_examples: int | None = Field(None, ge=1, le=MOST_ROWS)
     """Largest number of held-out prompts that are answered for metrics, the first ones. Default: all."""
     max_new_tokens: int | None = Field(None, ge=1, le=1_000_000)
@@ -320,6 +335,38 @@ class TaskConfig(EmbeddingKeys, LabelKeys, ChatKeys):
                 f"belongs to a task of clips, {text_keys[0]} to a task of text: remove one of them"
             )
         return speech
+
+    @property
+    def label_metrics(self) -> list[str]:
+        """The metrics that are computed from predicted labels: functions of the user's own."""
+        return functions_of(self.metrics) if self.is_labelled else []
+
+    @property
+    def label_functions(self) -> list[tuple[str, str]]:
+        """(key, function) of the user's own functions of predicted labels."""
+        functions = [("metrics", metric) for metric in self.label_metrics]
+        if self.is_labelled and self.select_by is not None and is_function(self.select_by):
+            functions.append(("select_by", self.select_by))
+        return functions
+
+    @property
+    def selectable(self) -> tuple[str, ...]:
+        """The figures that best states can be selected by, beside the loss and functions."""
+        if self.embeds:
+            return OF_EMBEDDINGS
+        if self.token_labels is not None:
+            return OF_LABELS["tokens"]
+        if not self.is_labelled:
+            return ()
+        kinds = {"multi": self.multi_label, "regression": self.regression}
+        return OF_LABELS[next((kind for kind, has_kind in kinds.items() if has_kind), "single")]
+
+    @property
+    def answer_metrics(self) -> list[str]:
+        """The metrics for which texts have to be generated."""
+        if self.is_labelled:
+            return []
+        return [metric for metric in self.metrics if metric not in OF_LOSS]
 
     @property
     def is_split(self) -> bool:

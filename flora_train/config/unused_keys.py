@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from flora_train.config.errors import Problem
-from flora_train.config.metric_names import needs_answers
+from flora_train.config.errors import Problem, choices
+from flora_train.config.metric_names import METRICS, OF_ANSWERS, is_function
 from flora_train.config.task_schema import SourceConfig, TaskConfig
 
 OF_HUB = ("subset", "data_dir", "revision", "max_rows", "fallback_hint")
@@ -30,6 +30,7 @@ def _of_task(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
         for key, hint in _of_source(source) if source is not None else ():
             yield f"{split}.{key}", getattr(source, key), hint
     yield from _of_metrics(task)
+    yield from _of_selection(task)
     if task.is_labelled:
         yield from _of_labelled(task)
         return
@@ -93,11 +94,39 @@ def _of_metrics(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
             task.metrics,
             "is for prompts with completions: of preferences, rewards are measured; remove it",
         )
-    if not needs_answers(task.metrics):
+    elif task.metrics and task.embeds:
+        yield (
+            "metrics",
+            task.metrics,
+            "is for text and labels: of embeddings, recall at 1 and MRR are measured; remove it",
+        )
+    elif task.is_labelled:
+        useless = METRICS if task.has_head else OF_ANSWERS
+        for metric in task.metrics:
+            if metric in useless:
+                hint = "is of text that is written; of labels, figures are measured without a key: remove it"
+                yield "metrics", metric, hint
+    if not task.answer_metrics:
         for key in ("max_metric_examples", "max_new_tokens"):
             if getattr(task, key) is not None:
                 hint = "requires metrics of answers, such as rouge_l: set metrics, or remove it"
                 yield key, getattr(task, key), hint
+
+
+def _of_selection(task: TaskConfig) -> Iterator[tuple[str, Any, str]]:
+    figure = task.select_by
+    if figure is None or figure in task.selectable:
+        return
+    if not task.selectable:
+        hint = (
+            "is for labelled texts and embeddings: the best states of other tasks are those of the lowest "
+            "held-out loss; remove it"
+        )
+        yield "select_by", figure, hint
+    elif not is_function(figure):
+        yield "select_by", figure, f"is no figure of this task; there are {choices(task.selectable)}"
+    elif task.embeds:
+        yield "select_by", figure, f"is a function, and embeddings have {choices(task.selectable)}: use one"
 
 
 def _of_source(source: SourceConfig) -> Iterator[tuple[str, str]]:
@@ -126,13 +155,16 @@ def _may_be_text(file: str) -> bool:
     return ending == ".txt" or any(mark in (ending or file) for mark in MAGIC)
 
 
-def notes_on_unused(tasks: Mapping[str, TaskConfig], problems: bool) -> list[str]:
+def notes_on_unused(tasks: Mapping[str, TaskConfig], problems: bool, *, selects: bool = True) -> list[str]:
     """Notes on keys that another setting disables, one for all tasks together.
 
-    problems: whether programming problems are solved.
+    problems: whether programming problems are solved; selects: whether states are compared during training.
     """
     found: dict[str, list[str]] = {}
     for name, task in tasks.items():
+        if task.select_by is not None and not selects:
+            hint = "select_by is not used: no states are compared (evaluation.interval and select_best)"
+            found.setdefault(hint, []).append(name)
         if task.language is not None and not problems:
             found.setdefault("language is not used: evaluation.problems names no problems", []).append(name)
         if (

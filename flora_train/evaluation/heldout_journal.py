@@ -1,12 +1,17 @@
-"""HeldoutJournal: held-out losses of a final evaluation, so that it can be resumed after a kill."""
+"""HeldoutJournal: the results of rows in a final evaluation, so that it can be resumed after a kill."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flora_train.adapters.bank import AdapterBank
 from flora_train.config.errors import UserError
@@ -16,72 +21,102 @@ from flora_train.runtime.atomic import disk_errors
 from flora_train.runtime.distributed import on_main_process, world
 from flora_train.runtime.journal import Journal
 from flora_train.training.preference_rows import RowKey, row_key
+from flora_train.training.result_log import BatchResults
 
 
 @dataclass(frozen=True)
 class LoggedBatch:
-    """Losses of a batch, which is identified by its first row."""
+    """Results of a batch, which is identified by its first row. Numbers are base64 of their bytes: JSON has
+    no NaN."""
 
     task: str
     adapter: int
     example: int
-    losses: list[float]
-    """Nats per row, summed over its tokens with a loss."""
+    losses: str
+    """float64: the loss of each row, summed over its tokens."""
+    outputs: list[str]
+    """float32, of each row: the outputs of its head, or its embedding."""
     part: int = 0
-    """The part of a preference that the row stands for."""
+    """The part of an example that the row stands for."""
 
     @property
     def key(self) -> RowKey:
         return self.task, self.adapter, self.example, self.part
 
+    @property
+    def results(self) -> BatchResults:
+        """Raises ValueError if the numbers are damaged."""
+        losses = np.frombuffer(b64decode(self.losses, validate=True), "<f8").tolist()
+        return BatchResults(losses, [_floats(text) for text in self.outputs])
+
 
 class HeldoutJournal:
-    """The journal of held-out losses in a folder of a run.
+    """The journal of held-out losses, outputs of heads, scores of words and embeddings in a folder of a run.
 
-    Losses of other adapters, rows or batches than requested are deleted: they are of an earlier evaluation.
+    Results of other adapters, rows or batches than requested are deleted: they are of an earlier evaluation.
     """
 
-    def __init__(self, path: Path, bank: AdapterBank, data: Mapping[str, str]) -> None:
-        """data: task -> SHA-256 of its rows."""
+    def __init__(
+        self,
+        path: Path,
+        bank: AdapterBank,
+        data: Mapping[str, str],
+        adapters_sha: Callable[[], str] | None = None,
+    ) -> None:
+        """data: task -> SHA-256 of its rows; adapters_sha: of the bank's parameters."""
         self.bank, self.data = bank, data
+        self.adapters_sha = adapters_sha or cache(partial(_sha_of_adapters, bank))
         self.log = Journal(path, LoggedBatch, "piece", "delete it")
 
-    def known(self, batches: Sequence[Sequence[Row]]) -> dict[RowKey, list[float]]:
-        """The losses in the journal. batches: those of all processes.
+    def known(self, batches: Sequence[Sequence[Row]]) -> dict[RowKey, BatchResults]:
+        """The results in the journal. batches: those of all processes.
 
-        Collective: the main process reads, so that all processes know the same losses, and share the same
+        Collective: the main process reads, so that all processes know the same results, and share the same
         batches, even if one of them has written before another one asks.
         """
         settings: JsonObject = {
-            "adapters": self._adapters_sha(),
+            "adapters": self.adapters_sha(),
             "data": dict(self.data),
             "batches": sha256(repr(batches).encode()).hexdigest(),
         }
-        losses: dict[RowKey, list[float]] = on_main_process(lambda: self._claimed(settings))
+        results: dict[RowKey, BatchResults] = on_main_process(lambda: self._claimed(settings))
         self.writer = self.log.writer(world()[0])
-        return losses
+        return results
 
-    def add(self, batch: Sequence[Row], losses: Sequence[float]) -> None:
-        """Append the losses of a batch."""
+    def add(self, batch: Sequence[Row], results: BatchResults) -> None:
+        """Append the results of a batch."""
         task, adapter, example, part = row_key(batch[0])
-        self.writer.append(LoggedBatch(task, adapter, example, list(losses), part))
+        losses = b64encode(np.asarray(results.losses, "<f8").tobytes()).decode()
+        outputs = [b64encode(values.astype("<f4").tobytes()).decode() for values in results.outputs]
+        self.writer.append(LoggedBatch(task, adapter, example, losses, outputs, part))
+
+    def part(self, name: str) -> HeldoutJournal:
+        """A journal for other batches, in a folder of this one."""
+        return HeldoutJournal(self.log.path / name, self.bank, self.data, self.adapters_sha)
 
     def delete(self) -> None:
-        """Delete the journal. Called once the report is written."""
+        """Delete the journal and its parts. Called once the report is written."""
         with disk_errors(self.log.path):
+            for folder in self.log.path.glob("*"):
+                if folder.is_dir():
+                    Journal(folder, LoggedBatch, "piece", "delete it").delete()
             self.log.delete()
 
-    def _claimed(self, settings: Mapping[str, JsonValue]) -> dict[RowKey, list[float]]:
-        """Reserve the folder, and return the losses in it."""
+    def _claimed(self, settings: Mapping[str, JsonValue]) -> dict[RowKey, BatchResults]:
+        """Reserve the folder, and return the results in it."""
         try:
             self.log.claim(settings)
-            entries = self.log.read()
-        except UserError:
+            return {key: entry.results for key, entry in self.log.read().items()}
+        except (UserError, ValueError):
             self.delete()
             self.log.claim(settings)
-            entries = {}
-        return {key: entry.losses for key, entry in entries.items()}
+            return {}
 
-    def _adapters_sha(self) -> str:
-        digests = [self.bank.digest(adapter) for adapter in range(len(self.bank.specs))]
-        return sha256(json.dumps(digests).encode()).hexdigest()
+
+def _sha_of_adapters(bank: AdapterBank) -> str:
+    digests = [bank.digest(adapter) for adapter in range(len(bank.specs))]
+    return sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _floats(text: str) -> NDArray[np.float32]:
+    return np.frombuffer(b64decode(text, validate=True), "<f4").astype(np.float32)

@@ -67,6 +67,8 @@ RUN_FILES = (
     "eval/answers/answers-{n}.jsonl",
     "eval/heldout/settings.json",
     "eval/heldout/pieces-{n}.jsonl",
+    "eval/heldout/{part}/settings.json",
+    "eval/heldout/{part}/pieces-{n}.jsonl",
     "eval/speech/settings.json",
     "eval/speech/transcripts-{n}.jsonl",
     "eval/speech/error_rates.json",

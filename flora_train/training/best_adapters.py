@@ -1,4 +1,4 @@
-"""The best parameters of every adapter: those of its lowest held-out loss so far, kept on disk."""
+"""The best parameters of every adapter: those of its best held-out loss or figure so far, kept on disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,13 @@ class BestCheckpoint:
     """The step of the run."""
     loss: float
     """Held-out loss there, in nats per token."""
+    score: float | None = None
+    """What states are compared by, where that is not the loss; lower is better."""
+
+    @property
+    def compared(self) -> float:
+        """What states are compared by."""
+        return self.loss if self.score is None else self.score
 
 
 class BestAdapters:
@@ -44,12 +52,18 @@ class BestAdapters:
         self.best: dict[int, BestCheckpoint] = {}
         """Adapter id -> its state on disk."""
 
-    def offer(self, losses: Mapping[int, float], step: int) -> None:
-        """Save the adapters that improved. losses: held-out, by adapter id, after `step` steps of the run."""
-        improved = {adapter: loss for adapter, loss in losses.items() if self._is_improvement(adapter, loss)}
-        for adapter, loss in improved.items():
-            self.best[adapter] = BestCheckpoint(step, loss)
-        on_main_process(lambda: self._save(improved, step))
+    def offer(
+        self, losses: Mapping[int, float], step: int, scores: Mapping[int, float] = MappingProxyType({})
+    ) -> None:
+        """Save the adapters that improved.
+
+        losses: held-out, by adapter id, after `step` steps of the run; scores: what states are compared by,
+        of adapters for which that is not the loss. Lower is better.
+        """
+        offered = {i: BestCheckpoint(step, loss, scores.get(i)) for i, loss in losses.items()}
+        improved = {i: state for i, state in offered.items() if self._is_improvement(i, state)}
+        self.best |= improved
+        on_main_process(lambda: self._save(improved))
 
     def state_dict(self) -> dict[str, Any]:
         return by_name({adapter: asdict(best) for adapter, best in self.best.items()}, self.bank.specs)
@@ -68,14 +82,17 @@ class BestAdapters:
         """
         on_every_process(lambda: load_best(self.bank, self.best, self.folder))
 
-    def _is_improvement(self, adapter: int, loss: float) -> bool:
+    def _is_improvement(self, adapter: int, state: BestCheckpoint) -> bool:
         if not self.select_best or adapter not in self.best:
             return True
-        return _is_better(loss, self.best[adapter].loss)
+        return _is_better(state.compared, self.best[adapter].compared)
 
-    def _save(self, losses: Mapping[int, float], step: int) -> None:
-        for adapter, loss in losses.items():
-            save_adapter(self.bank, adapter, self.folder, {"step": step, "heldout_loss": loss})
+    def _save(self, states: Mapping[int, BestCheckpoint]) -> None:
+        for adapter, state in states.items():
+            facts = {"step": state.step, "heldout_loss": state.loss}
+            if state.score is not None:
+                facts["score"] = state.score
+            save_adapter(self.bank, adapter, self.folder, facts)
 
 
 def load_best(bank: AdapterBank, adapters: Iterable[int], folder: Path) -> dict[int, BestCheckpoint]:
@@ -85,13 +102,13 @@ def load_best(bank: AdapterBank, adapters: Iterable[int], folder: Path) -> dict[
     best = {}
     for adapter in adapters:
         facts = load_adapter(bank, adapter, folder)
-        best[adapter] = BestCheckpoint(facts["step"], facts["heldout_loss"])
+        best[adapter] = BestCheckpoint(facts["step"], facts["heldout_loss"], facts.get("score"))
     return best
 
 
-def _is_better(loss: float, than: float) -> bool:
+def _is_better(score: float, than: float) -> bool:
     """Any number is better than NaN."""
-    return loss < than or (isnan(than) and not isnan(loss))
+    return score < than or (isnan(than) and not isnan(score))
 
 
 def adapter_file(folder: Path, name: str) -> Path:

@@ -25,11 +25,14 @@ class CheckpointDependencies:
         if not self._metrics_are_whole(state):
             return Problem(str(self.folder.metrics), None, "is damaged, cut short or missing")
         step = state["progress"]["step"]
+        first_again = step + 1
+        if state["progress"]["evaluated"] < step:
+            first_again = step  # a checkpoint is saved before the evaluation of its step
         for name, best in state["best"].items():
             on_disk, expected = self._step_of(name), best["step"]
             improved_at = newest["best"].get(name, {"step": -1})["step"]
             # training is deterministic: what was saved after this checkpoint is computed again
-            recomputed = improved_at > step or (on_disk is not None and on_disk > step)
+            recomputed = improved_at >= first_again or (on_disk is not None and on_disk >= first_again)
             if on_disk != expected and not recomputed:
                 problem = (
                     "is damaged or missing" if on_disk is None else f"is of step {on_disk}, not {expected}"

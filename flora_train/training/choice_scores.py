@@ -15,6 +15,7 @@ from flora_train.data.labels.choices import ChoiceSplit
 from flora_train.data.labels.spec import LabelSpec
 from flora_train.data.task import Task
 from flora_train.training.loss import RowLosses
+from flora_train.training.result_log import ResultLog
 from flora_train.training.row_nats import compute_nats
 
 
@@ -55,21 +56,24 @@ def score_choices(
     collate: Collate = collate,
     absent: Collection[int] = (),
     report: Callable[[float], None] = lambda share: None,
+    log: ResultLog | None = None,
+    during_training: bool = False,
 ) -> dict[str, ChoiceScores]:
     """Task -> its scores, of the tasks with a verbalizer. Base and adapters are mixed in the same batches.
     Collective.
 
     max_tokens: padded tokens per forward pass; max_examples: limit per task; absent: adapters that are not
-    evaluated; report: called with the share done.
+    evaluated; report: called with the share done; log: batches in it are not computed again;
+    during_training: score the adapters alone, on validation rows.
     """
-    splits = {name: task.evaluated for name, task in tasks.items()}
+    splits = {name: task.validation if during_training else task.evaluated for name, task in tasks.items()}
     chosen = {name: split for name, split in splits.items() if isinstance(split, ChoiceSplit)}
     rows: list[Row] = []
     contenders: dict[str, list[int]] = {}
     for name, split in chosen.items():
         ids = [i for i, spec in enumerate(bank.specs) if spec.task == name and i not in absent]
         if ids:
-            contenders[name] = [BASE_ID, *ids]
+            contenders[name] = ids if during_training else [BASE_ID, *ids]
             rows += _rows(name, split, contenders[name], _examples(split, max_examples))
     if not rows:
         return {}
@@ -82,6 +86,7 @@ def score_choices(
         pad_token=pad_token,
         collate=collate,
         report=report,
+        log=log,
     )
     results, start = {}, 0
     for name, ids in contenders.items():

@@ -14,6 +14,7 @@ from flora_train.data.batch import collate as collate_text
 from flora_train.data.task import Task
 from flora_train.runtime.run_folder import RunFolder
 from flora_train.training.references import References
+from flora_train.training.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,5 +31,7 @@ class TrainingContext:
     """Makes the batches of the run's tasks."""
     references: References = field(default_factory=References)
     """Of preferences, where they are computed before training."""
+    selections: Mapping[str, Selection] = field(default_factory=dict)
+    """Task -> the figure that its best states are selected by, of tasks for which that is not the loss."""
     base_hash: str | None = None
     """Fingerprint of the base model, where it is sharded; elsewhere it is computed when it is needed."""

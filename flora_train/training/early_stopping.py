@@ -42,6 +42,8 @@ class EarlyStopping:
 
     def __init__(self, specs: Sequence[AdapterSpec], config: RunConfig) -> None:
         self.specs = specs
+        self.figures = {name: task.select_by for name, task in config.tasks.items()}
+        """Task -> what its adapters are compared by; None: the held-out loss."""
         self.patience = Patience(specs)
         self.halving = SuccessiveHalving(specs, config.sweep, config.training.steps)
         self.retired: dict[int, Retirement] = {}
@@ -58,15 +60,12 @@ class EarlyStopping:
         return {self.specs[adapter].name: retirement.step for adapter, retirement in self.retired.items()}
 
     def after_evaluation(self, losses: Mapping[int, float], step: int) -> bool:
-        """Held-out losses of the active adapters after `step` steps; returns whether adapters retire."""
+        """Held-out losses of the active adapters after `step` steps, or the scores of `Selection`; returns
+        whether adapters retire."""
         impatient = self.patience.observe(losses)
-        self._retire(
-            impatient, Retirement(step, "patience"), "its held-out loss has not improved within its patience"
-        )
+        self._retire(impatient, Retirement(step, "patience"), "has not improved within its patience")
         eliminated = self.halving.eliminated(losses, step, self.retired)
-        self._retire(
-            eliminated, Retirement(step, "halving"), "its held-out loss is among the highest of its sweep"
-        )
+        self._retire(eliminated, Retirement(step, "halving"), "is among the worst of its sweep")
         return bool(impatient or eliminated)
 
     def record(self) -> dict[str, RetiredAdapter]:
@@ -89,7 +88,10 @@ class EarlyStopping:
     def _retire(self, adapters: Iterable[int], retirement: Retirement, reason: str) -> None:
         for adapter in adapters:
             self.retired[adapter] = retirement
-            logger.info(f"{self.specs[adapter].name} stops training after step {retirement.step}: {reason}")
+            spec = self.specs[adapter]
+            compared = self.figures.get(spec.task) or "held-out loss"
+            step = retirement.step
+            logger.info(f"{spec.name} stops training after step {step}: its {compared} {reason}")
 
 
 class Patience:

@@ -19,10 +19,12 @@ from flora_train.data.embeddings.split import ANCHOR, POSITIVE, EmbeddingSplit
 from flora_train.data.task import Task
 from flora_train.data.token_split import TokenSplit
 from flora_train.models.loading import set_mode
-from flora_train.runtime.distributed import sum_over_processes, world
+from flora_train.runtime.distributed import is_main_process, sum_over_processes, world
 from flora_train.training.embedding_loss import DrawEmbeddings, DrawTexts, contrastive_losses
 from flora_train.training.fsdp import run_dummy_passes
 from flora_train.training.loss import RowLosses
+from flora_train.training.preference_rows import row_key
+from flora_train.training.result_log import BatchResults, ResultLog
 
 Values = NDArray[np.float64]
 MOST_NUMBERS = 1 << 28
@@ -65,18 +67,30 @@ class Embedder:
     collate: Collate
     max_tokens: int
     pad_token: int
+    log: ResultLog | None = None
 
     @torch.no_grad()
     def __call__(
-        self, rows: Sequence[Row], split: TokenSplit, report: Callable[[float], None]
+        self, rows: Sequence[Row], split: TokenSplit, report: Callable[[float], None], part: str = "all"
     ) -> NDArray[np.float32]:
-        """[rows, d], the same on every process. Collective. Afterwards the model is routed to the base."""
+        """[rows, d], the same on every process. Collective. Afterwards the model is routed to the base.
+
+        part: the name of the rows in the log.
+        """
         places = {row: place for place, row in enumerate(rows)}
         batches = group_by_length(rows, self.max_tokens)
-        share = share_of_rank(batches, *world())
+        log = None if self.log is None else self.log.part(part)
+        known = {} if log is None else log.known(batches)
+        unknown = [batch for batch in batches if row_key(batch[0]) not in known]
+        share = share_of_rank(unknown, *world())
         training = self.row_losses.model.training
         self.row_losses.model.eval()
         values = torch.zeros(len(rows), self.row_losses.width, device=self.bank.device)
+        if is_main_process():  # one process adds known embeddings, as all are summed
+            for batch in batches:
+                if row_key(batch[0]) in known:
+                    outputs = np.stack(known[row_key(batch[0])].outputs)
+                    values[[places[row] for row in batch]] = torch.from_numpy(outputs).to(values)
         try:
             for done, batch in enumerate(share, start=1):
                 inputs = self.collate(batch, lambda task: split, self.pad_token).to(self.bank.device)
@@ -84,8 +98,11 @@ class Embedder:
                     embeddings = self.row_losses.outputs(inputs).embeddings
                 assert embeddings is not None
                 values[[places[batch[i]] for i in embeddings.positions]] = embeddings.values.float()
+                if log is not None:
+                    computed = values[[places[row] for row in batch]].cpu().numpy()
+                    log.add(batch, BatchResults(outputs=list(computed)))
                 report(done / len(share))
-            run_dummy_passes(self.row_losses, self.bank, batches)
+            run_dummy_passes(self.row_losses, self.bank, unknown)
         finally:
             self.bank.abandon()
             set_mode(self.row_losses.model, training)
@@ -107,14 +124,15 @@ def evaluate_embeddings(
     found: dict[int, tuple[Values, Values, Values]] = {}
     search = _Search(texts)
     size = max(1, MOST_NUMBERS // (examples * split.spec.texts * embed.row_losses.width))
-    for group in _groups(embed.bank, contenders, size):
+    for number, group in enumerate(_groups(embed.bank, contenders, size)):
         rows = [
             Row(contender, task.name, i, split.size(i, part), document=part)
             for contender in group
             for part in range(split.spec.texts)
             for i in range(examples)
         ]
-        values = embed(rows, split, partial(_report, report, len(found), len(group), len(contenders)))
+        of_group = partial(_report, report, len(found), len(group), len(contenders))
+        values = embed(rows, split, of_group, f"embeddings-{task.name}-{number}")
         by_contender = values.reshape(len(group), split.spec.texts, examples, -1)
         for contender, parts in zip(group, torch.from_numpy(by_contender), strict=True):
             found[contender] = (heldout_losses(parts, texts, split.spec), *search.ranks(parts))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from flora_train.adapters.bank import AdapterBank
 from flora_train.adapters.spec import BASE_ID
 from flora_train.data.batch import Collate, Row, collate, group_by_length, prefetch, share_of_rank
+from flora_train.data.labels.choices import ChoiceSplit
 from flora_train.data.labels.split import LabelSplit
 from flora_train.data.preferences.split import PreferenceSplit
 from flora_train.data.task import Task
@@ -32,7 +32,8 @@ from flora_train.training.preference_results import (
     preference_results,
     reward_metrics,
 )
-from flora_train.training.preference_rows import RowKey, part_of, row_key
+from flora_train.training.preference_rows import part_of, row_key
+from flora_train.training.result_log import BatchResults, ResultLog
 from flora_train.training.step_plan import heldout_rows
 
 Batch = Sequence[Row]
@@ -83,14 +84,6 @@ class HeldOut:
         return float(self.nats[contender].sum() / np.log(2) / self.label_bytes.sum())
 
 
-class LossLog(Protocol):
-    """Keeps losses across kills. The key of a batch is that of its first row: see `row_key`."""
-
-    def known(self, batches: Sequence[Batch]) -> Mapping[RowKey, Sequence[float]]: ...
-
-    def add(self, batch: Batch, losses: Sequence[float]) -> None: ...
-
-
 @torch.no_grad()
 def evaluate_heldout(
     row_losses: RowLosses,
@@ -105,14 +98,14 @@ def evaluate_heldout(
     report: Callable[[float], None] = lambda share: None,
     collate: Collate = collate,
     absent: Collection[int] = (),
-    log: LossLog | None = None,
+    log: ResultLog | None = None,
     references: HeldOutReferences | None = None,
 ) -> dict[str, HeldOut]:
     """Held-out losses per task. All its adapters are mixed in the same batches, which all processes share.
 
-    max_tokens: padded tokens per forward pass; max_examples: limit per task; with_test: evaluate label tasks
-    on their test rows, where they have some; report: called with the share done; absent: adapters that are
-    not evaluated; log: batches in it are not computed again; references: of preferences, where they were
+    max_tokens: padded tokens per forward pass; max_examples: limit per task; with_test: evaluate labelled
+    texts on their test rows, where they have some; report: called with the share done; absent: adapters that
+    are not evaluated; log: batches in it are not computed again; references: of preferences, where they were
     computed before. Afterwards the model is routed to the plain base.
     """
     contenders = _contenders(bank, absent)
@@ -139,9 +132,11 @@ def evaluate_heldout(
             outputs |= {(name, adapter, 0): np.zeros(stores[name].size) for adapter in contenders[name]}
         batches += group_by_length(rows, max_tokens)
     known = {} if log is None else log.known(batches)
-    if is_main_process():  # one process adds known losses, as all are summed
+    if is_main_process():  # one process adds known results, as all are summed
         for batch in batches:
-            _add(sums, batch, known.get(row_key(batch[0]), ()))
+            results_before = known.get(row_key(batch[0]), BatchResults())
+            _add(sums, batch, results_before.losses)
+            _add_outputs(outputs, batch, results_before.outputs, stores=stores)
     unknown = [batch for batch in batches if row_key(batch[0]) not in known]
 
     def split_of(task: str) -> TokenSplit:
@@ -151,12 +146,13 @@ def evaluate_heldout(
         inputs = collate(batch, split_of, pad_token).to(bank.device)
         with bank.routed(inputs.adapter_ids):
             losses = row_losses(inputs).double().tolist()
+        heads = []
+        if batch[0].task in stores:
+            heads = _outputs_of_heads(batch, row_losses)
         _add(sums, batch, losses)
-        task = batch[0].task
-        if task in stores:
-            _add_outputs(outputs, batch, row_losses, store=stores[task])
-        elif log is not None:
-            log.add(batch, losses)
+        _add_outputs(outputs, batch, heads, stores=stores)
+        if log is not None:
+            log.add(batch, BatchResults(losses, heads))
 
     training = row_losses.model.training
     row_losses.model.eval()
@@ -187,7 +183,7 @@ def evaluate_heldout(
             )
         else:
             results[name] = _label_result(task, store, contenders[name], nats=nats, outputs=by_contender)
-    embed = Embedder(row_losses, bank, collate, max_tokens, pad_token)
+    embed = Embedder(row_losses, bank, collate, max_tokens, pad_token, log)
     learn_embeddings = [task for task in all_tasks.values() if task.embedding is not None]
     for number, task in enumerate(learn_embeddings):
         if with_base:
@@ -258,7 +254,8 @@ def _label_result(
 
 def _split(task: Task, with_test: bool) -> TokenSplit:
     """The examples of a task that are evaluated."""
-    return task.evaluated if with_test and task.label is not None else task.validation
+    is_labelled = isinstance(task.validation, LabelSplit | ChoiceSplit)
+    return task.evaluated if with_test and is_labelled else task.validation
 
 
 def heldout_metrics(result: HeldOut, contender: int) -> dict[str, float]:
@@ -306,13 +303,22 @@ def _add(sums: Sums, batch: Batch, losses: Sequence[float]) -> None:
         sums[row.task, row.adapter, part_of(row)][row.example] = loss
 
 
-def _add_outputs(outputs: Sums, batch: Batch, row_losses: RowLosses, *, store: OutputStore) -> None:
-    """Add what heads made of the rows of the last batch."""
+def _outputs_of_heads(batch: Batch, row_losses: RowLosses) -> list[NDArray[np.float32]]:
+    """What heads made of the rows of the last batch, flat."""
     assert row_losses.labels is not None
-    for position, values in row_losses.labels.outputs.items():
-        row = batch[position]
-        flat = values.double().cpu().numpy().reshape(-1)
-        outputs[row.task, row.adapter, 0][store.place(row.example)] = flat
+    values = row_losses.labels.outputs
+    return [values[position].cpu().numpy().reshape(-1) for position in range(len(batch))]
+
+
+def _add_outputs(
+    outputs: Sums,
+    batch: Batch,
+    heads: Sequence[NDArray[np.float32]],
+    *,
+    stores: Mapping[str, OutputStore],
+) -> None:
+    for row, flat in zip(batch, heads, strict=False):
+        outputs[row.task, row.adapter, 0][stores[row.task].place(row.example)] = flat
 
 
 def _sum_over_processes(sums: Sums, device: torch.device) -> Sums:

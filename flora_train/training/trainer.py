@@ -25,6 +25,7 @@ from flora_train.runtime.distributed import (
 from flora_train.runtime.metric_records import EvaluationRecord, Record, StepRecord
 from flora_train.runtime.progress import ProgressBar, share_and_time_left
 from flora_train.runtime.signals import Interrupted, StopSignals
+from flora_train.training.choice_scores import ChoiceScores, score_choices
 from flora_train.training.context import TrainingContext
 from flora_train.training.fsdp import run_dummy_frozen_pass, run_dummy_passes
 from flora_train.training.heldout import HeldOut, evaluate_heldout, heldout_metrics
@@ -36,6 +37,7 @@ from flora_train.training.optimizer import sum_gradients
 from flora_train.training.packing_check import check_packing
 from flora_train.training.pooling import sum_of
 from flora_train.training.resumable import ResumableTraining
+from flora_train.training.selection import measured
 from flora_train.training.step_plan import StepPlan
 from flora_train.training.step_timer import StepTimer
 
@@ -211,16 +213,25 @@ class Trainer(ResumableTraining):
         adapters: dict[str, dict[str, float]] = {}
         active = [i for i in range(len(self.bank.specs)) if i not in self.early_stopping.retired]
         with self.optimizer.averaged_weights(active):
-            for result in self.heldout(limit, report).values():
+            results = self.heldout(limit, report)
+            selections, words = self.context.selections, self.scores_of_words(limit)
+            # functions of the user's own need not be deterministic
+            figures = on_main_process(lambda: measured(selections, results, words))
+            for result in results.values():
                 for adapter in result.nats:
                     if adapter == BASE_ID:  # the reference
                         continue
                     losses[adapter] = result.objective_loss(adapter)
                     adapters[self.bank.specs[adapter].name] = heldout_metrics(result, adapter)
-            self.best_adapters.offer(losses, state.step)
+            scores: dict[int, float] = {}
+            for adapter, value in figures.items():
+                selection = selections[self.bank.specs[adapter].task]
+                scores[adapter] = selection.score(value)
+                adapters[self.bank.specs[adapter].name][selection.figure.replace(":", ".")] = value
+            self.best_adapters.offer(losses, state.step, scores)
         state.evaluated = state.step
         state.evaluation_seconds += time.monotonic() - started
-        some_retire = self.early_stopping.after_evaluation(losses, state.step)
+        some_retire = self.early_stopping.after_evaluation({**losses, **scores}, state.step)
         record: EvaluationRecord = {
             "kind": "evaluation",
             "step": state.step,
@@ -249,6 +260,21 @@ class Trainer(ResumableTraining):
             collate=self.context.collate,
             absent=self.early_stopping.retired,
             references=self.context.references,
+        )
+
+    def scores_of_words(self, max_examples: int | None) -> dict[str, ChoiceScores]:
+        """The scores of held-out words, of the tasks whose best states are selected by them."""
+        tasks = {name: self.tasks[name] for name, one in self.context.selections.items() if one.of_words}
+        return score_choices(
+            self.row_losses,
+            self.bank,
+            tasks,
+            max_tokens=2 * self.config.training.tokens_per_microbatch,
+            pad_token=self.context.pad_token,
+            max_examples=max_examples,
+            collate=self.context.collate,
+            absent=self.early_stopping.retired,
+            during_training=True,
         )
 
     def time_base(self, plan: StepPlan) -> None:

@@ -41,11 +41,14 @@ def recipe(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "label": "label",
             "prompt": "{text}:",
             "verbalizer": {"neg": "no", "pos": "ok"},
+            "metrics": ["tests.own_metrics:share", "perplexity"],
+            "select_by": "accuracy",
         },
         "text": {"train": train, "text": "text"},
     }
+    evaluation = {"interval": 20, "max_new_tokens": 8, "bootstrap_samples": 100}
     training = {"steps": 60, "tokens_per_step": 800, "tokens_per_microbatch": 800, "max_length": 64}
-    return write_recipe(folder, base, tasks, name="words", training=training)
+    return write_recipe(folder, base, tasks, name="words", training=training, evaluation=evaluation)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,37 @@ def test_other_test_rows_can_be_evaluated_later(run: Path, report: Report, tmp_p
     assert figures["accuracy"].examples == 6
     assert figures["accuracy"].by_family["lora"].value.value == 1.0
     bits = {result.task: result.base.bits_per_byte.value for result in report.results}
-    assert {result.task: result.base.bits_per_byte.value for result in later.results} == bits
+    others = {result.task: result for result in later.results}
+    assert others["text"].base.bits_per_byte.value == bits["text"]
+    assert others["words"].base.bits_per_byte.value != bits["words"]
+
+
+def test_all_results_of_words_are_those_of_test_rows(report: Report) -> None:
+    """Also bits per byte and perplexity."""
+    (result,) = [result for result in report.results if result.task == "words"]
+    assert result.examples == 15
+    figures = {figure.figure: figure for figure in report.figures if figure.task == "words"}
+    assert {figure.examples for figure in figures.values()} == {15}
+    assert figures["perplexity"].by_family["lora"].value.value == pytest.approx(
+        result.by_family["lora"].perplexity
+    )
+
+
+def test_a_function_of_the_users_own_is_called_with_labels(report: Report) -> None:
+    figures = {figure.figure: figure for figure in report.figures if figure.task == "words"}
+    own, known = figures["tests.own_metrics:share"], figures["accuracy"]
+    assert own.by_family == known.by_family
+    assert own.to_base == known.to_base
+    assert own.baselines[0].value.value == pytest.approx(10 / 15)
+
+
+def test_the_best_state_has_the_highest_accuracy_of_words(run: Path, report: Report) -> None:
+    records = RunFolder(run).read_metrics("evaluation")
+    assert [record["step"] for record in records] == [20, 40, 60]
+    for adapter in report.adapters:
+        if adapter.task == "words":
+            accuracies = [record["adapters"][adapter.name]["accuracy"] for record in records]
+            assert adapter.selected_step == 20 * (1 + accuracies.index(max(accuracies)))  # type: ignore[type-var]
 
 
 BAD = [
@@ -99,6 +132,8 @@ BAD = [
         "begins with the tokens of 'no'",
     ),
     ({"verbalizer": {"neg": "no", "other": "yes"}}, "tasks.words.label", "films.jsonl, row 2"),
+    ({"metrics": "rouge_l"}, "tasks.words.metrics", "is of text that is written"),
+    ({"metrics": "my:f", "max_new_tokens": 4}, "tasks.words.max_new_tokens", "requires metrics of answers"),
     ({"regression": True}, "tasks.words.verbalizer", "remove one of them"),
     ({"labels": ["neg", "pos", "mixed"]}, "tasks.words.verbalizer", "no word for the label 'mixed'"),
 ]

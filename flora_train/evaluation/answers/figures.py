@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from types import MappingProxyType
 
@@ -28,7 +29,12 @@ from flora_train.evaluation.figures.intervals import (
     resampled_figures,
 )
 from flora_train.evaluation.figures.overlap import exact_match_statistic, rouge_l_statistic
-from flora_train.evaluation.figures.own_metric import load_own_metric, lower_is_better, own_statistic
+from flora_train.evaluation.figures.own_metric import (
+    import_own_metric,
+    load_own_metric,
+    lower_is_better,
+    own_statistic,
+)
 from flora_train.evaluation.figures.result_types import ConfusionMatrix, FigureResult
 from flora_train.evaluation.figures.sacrebleu_scores import bleu_statistic, chrf_statistic
 from flora_train.evaluation.figures.statistic import Matrix, Statistic, Vector
@@ -69,13 +75,20 @@ def check_metrics(config: RunConfig) -> None:
             if metric in SACREBLEU and find_spec("sacrebleu") is None:
                 hint = "sacrebleu is not installed: pip install 'flora-train[text-metrics]', or remove it"
                 problems.append(Problem(key, metric, hint))
-            elif is_function(metric):
-                try:
-                    load_own_metric(metric, key)
-                except UserError as error:
-                    problems += error.problems
+            elif is_function(metric) and metric not in config.tasks[name].label_metrics:
+                problems += _problems_of(partial(load_own_metric, metric, key))
+        for own_key, metric in config.tasks[name].label_functions:  # see check_label_metrics
+            problems += _problems_of(partial(import_own_metric, metric, f"tasks.{name}.{own_key}"))
     if problems:
         raise UserError(*problems)
+
+
+def _problems_of(load: Callable[[], object]) -> Sequence[Problem]:
+    try:
+        load()
+    except UserError as error:
+        return error.problems
+    return ()
 
 
 def learnt_tasks(config: RunConfig) -> list[str]:
@@ -106,6 +119,7 @@ def answer_figures(
             of_labels = heldout_label_figures(config, bank, loaded[name], losses.labels)
             figures.results += of_labels.figures
             figures.confusions += of_labels.confusions
+            figures.notes += of_labels.notes
             continue
         for metric in config.tasks[name].metrics:
             if metric in OF_LOSS:

@@ -12,7 +12,6 @@ from torch import nn
 
 from flora_train.adapters.spec import AdapterSpec
 from flora_train.config.errors import Problem, UserError
-from flora_train.config.metric_names import needs_answers
 from flora_train.config.schema import RunConfig
 from flora_train.config.task_schema import TaskConfig
 from flora_train.data.chat.encoder import ChatEncoder
@@ -68,7 +67,7 @@ def answered_tasks(
     answered: list[AnsweredTask] = []
     problems: list[Problem] = []
     for name, task in tasks.items():
-        if needs_answers(config.tasks[name].metrics):
+        if config.tasks[name].answer_metrics:
             try:
                 answered.append(_answered_task(config, task, model, tokenizer))
             except UserError as error:
@@ -111,10 +110,10 @@ def _answered_task(config: RunConfig, task: Task, model: nn.Module, tokenizer: A
     if _has_prompts(task, options):
         prompts = tuple(_prompts(task, TextEncoder(tokenizer), end_tokens, stops))
     if not prompts:
-        raise _without_prompts(task, f"{key}.metrics", options.metrics)
+        raise _without_prompts(task, f"{key}.metrics", options.answer_metrics)
     return AnsweredTask(
         name=task.name,
-        metrics=tuple(options.metrics),
+        metrics=tuple(options.answer_metrics),
         prompts=prompts[: options.max_metric_examples],
         examples=len(task.validation),
         max_new_tokens=options.max_new_tokens or config.evaluation.max_new_tokens,

@@ -8,7 +8,8 @@ from flora_train.data.labels.split import LabelSplit
 from flora_train.data.splits import seed_of
 from flora_train.data.task import Task
 from flora_train.evaluation.figures.intervals import ContenderNames, Contenders, Resampling
-from flora_train.evaluation.figures.labels import LabelFigures, LabelPredictions, label_figures
+from flora_train.evaluation.figures.labels import LabelFigures, label_figures
+from flora_train.evaluation.figures.predictions import LabelPredictions
 from flora_train.evaluation.seeds import seed_groups
 from flora_train.training.label_heldout import HeldOutLabels
 
@@ -34,4 +35,5 @@ def heldout_label_figures(
         contenders=Contenders(names, seed_groups(bank.specs)),
         resampling=Resampling(options.bootstrap_samples, options.confidence, seed_of(config.seed, task.name)),
         training=training,
+        metrics=config.tasks[task.name].label_metrics,
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flora_train.evaluation.figures.classification import (
     confusion_matrix,
@@ -22,6 +20,8 @@ from flora_train.evaluation.figures.intervals import (
     Resampling,
     resampled_figures,
 )
+from flora_train.evaluation.figures.own_labels import own_label_figures
+from flora_train.evaluation.figures.predictions import UNLABELLED, LabelPredictions, LabelSpecLike, Targets
 from flora_train.evaluation.figures.ranking import (
     auroc_statistic,
     multi_label_auroc_statistic,
@@ -34,8 +34,6 @@ from flora_train.evaluation.figures.texts import FIGURES
 
 MOST_LABELS = 200
 """Labels up to which a confusion matrix is written."""
-UNLABELLED = -100
-"""Of a token that has no label."""
 FIRST_BASELINE = -2
 MAJORITY = {
     "single": "majority label",
@@ -45,29 +43,6 @@ MAJORITY = {
 }
 """Type of a task -> name of the baseline that predicts the same for every example."""
 
-Targets = Sequence[Any] | NDArray[Any]
-"""What `LabelSplit.target` gives for each example."""
-
-
-class LabelSpecLike(Protocol):
-    """The labels of a task."""
-
-    @property
-    def task_type(self) -> Literal["single", "multi", "regression", "tokens"]: ...
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-
-
-@dataclass(frozen=True)
-class LabelPredictions:
-    """The predictions of one contender for all examples."""
-
-    targets: Targets
-    """In the form of the references."""
-    scores: NDArray[Any] | None = None
-    """single and multi: [n, labels], such as probabilities, for the AUROC; None: it is left out."""
-
 
 @dataclass(frozen=True)
 class LabelFigures:
@@ -76,6 +51,8 @@ class LabelFigures:
     figures: list[FigureResult]
     confusions: list[ConfusionMatrix]
     """Of base and adapters, where each example has one label."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences on what could not be measured."""
 
 
 def label_figures(
@@ -88,6 +65,7 @@ def label_figures(
     resampling: Resampling,
     training: Targets | None = None,
     baselines: Mapping[str, LabelPredictions] | None = None,
+    metrics: Sequence[str] = (),
 ) -> LabelFigures:
     """The figures of a task, with paired intervals over its held-out examples.
 
@@ -101,32 +79,43 @@ def label_figures(
         training: Targets of the training examples, from which the baseline takes the most frequent label, or
             the mean. None: those of the references.
         baselines: Name -> predictions of further baselines, such as a bag of words.
+        metrics: Functions of the user's own, as module:function.
 
     Returns:
-        A result for each figure of the task's type that all contenders have; nothing without examples. The
-        first baseline predicts the same for every example.
+        A result for each figure of the task's type that all contenders have, then for each function; nothing
+        without examples. The first baseline predicts the same for every example.
     """
     if not len(references) or not predictions:
         return LabelFigures([], [])
     constant = _constant(spec, references if training is None else training, references)
     named = {MAJORITY[spec.task_type]: constant, **(baselines or {})}
     ids = {FIRST_BASELINE - i: name for i, name in enumerate(named)}
-    statistics = {i: _statistic(spec, given, references) for i, given in predictions.items()}
-    statistics |= {i: _statistic(spec, named[name], references) for i, name in ids.items()}
+    statistics = {i: label_statistic_of(spec, given, references) for i, given in predictions.items()}
+    statistics |= {i: label_statistic_of(spec, named[name], references) for i, name in ids.items()}
     n = len(references)
     figures = resampled_figures(statistics, n, samples=resampling.samples, seed=resampling.seed)
     compared = Contenders(contenders.names, contenders.groups, ids)
     comparison = FigureComparison(task, figures, compared, examples=n, confidence=resampling.confidence)
     first = figures[next(iter(predictions))]
     shared = [name for name in first if all(name in figures[i] for i in predictions)]
+    own, notes = own_label_figures(
+        task,
+        spec,
+        metrics,
+        {**predictions, **{i: named[name] for i, name in ids.items()}},
+        references,
+        contenders=compared,
+        resampling=resampling,
+    )
     return LabelFigures(
-        figures=[comparison.result(name, FIGURES[name].lower_is_better) for name in shared],
+        figures=[*(comparison.result(name, FIGURES[name].lower_is_better) for name in shared), *own],
         confusions=_confusions(task, spec, predictions, references, contenders=contenders),
+        notes=notes,
     )
 
 
-def _statistic(spec: LabelSpecLike, predictions: LabelPredictions, references: Targets) -> Statistic:
-    """The figures of predictions."""
+def label_statistic_of(spec: LabelSpecLike, predictions: LabelPredictions, references: Targets) -> Statistic:
+    """The figures of predictions, by the type of the task."""
     targets, scores = predictions.targets, predictions.scores
     if spec.task_type == "regression":
         return regression_statistic(targets, references)

@@ -11,25 +11,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flora_train.config.errors import UserError, did_you_mean, first_line, user_error
 from flora_train.evaluation.figures.statistic import Matrix, Statistic, Vector
 
-OwnMetric = Callable[[list[str], list[str]], Any]
-"""Called with the answers and the completions of the same examples."""
+OwnMetric = Callable[[list[Any], list[Any]], Any]
+"""Called with the answers and the completions of the same examples, or with predicted labels and labels."""
 
 TRIED = (("one answer", "one answer"), ("", "a completion"), ("žluťoučký 42", "kůň\n42"))
 """Answers and completions that a function is called with before training."""
+TRIED_RESAMPLES = 3
+"""Resamples on which a function has to equal the mean over examples in order to be taken for one."""
 MOST_CALLS = 200
 """Resamples of a function that is no mean over examples: it is called for each of them."""
 SAME = 1e-9
 
 
 def load_own_metric(metric: str, key: str) -> OwnMetric:
-    """The function of a metric `module:function`, after it was called with a few made texts.
+    """The function of a metric `module:function` of texts, after it was called with a few made ones.
+
+    Raises UserError with the key if it cannot be imported, raises, or returns no finite number.
+    """
+    function = import_own_metric(metric, key)
+    predictions, references = zip(*TRIED, strict=True)
+    try_own_metric(function, predictions, references, metric=metric, key=key, examples="made texts")
+    return function
+
+
+def import_own_metric(metric: str, key: str) -> OwnMetric:
+    """The function of a metric `module:function`, which is not called.
 
     Modules are found as by `python -m`: also in the folder that the program was started in. Raises UserError
-    with the key if it cannot be imported, raises, or returns no finite number.
+    with the key if it cannot be imported.
     """
     module_name, _, function_name = metric.partition(":")
     folder = str(Path.cwd())
@@ -53,7 +67,6 @@ def load_own_metric(metric: str, key: str) -> OwnMetric:
     if not callable(function):
         hint = f"is a {type(function).__name__}: it must be a function of (predictions, references)"
         raise user_error(key, metric, hint)
-    _try(function, metric, key)
     return function
 
 
@@ -62,7 +75,7 @@ def lower_is_better(function: OwnMetric) -> bool:
     return bool(getattr(function, "lower_is_better", False))
 
 
-def own_value(function: OwnMetric, predictions: Sequence[str], references: Sequence[str]) -> float:
+def own_value(function: OwnMetric, predictions: Sequence[Any], references: Sequence[Any]) -> float:
     """What the function returns. Raises ValueError with the reason if it raises or gives no finite number."""
     try:
         value = function(list(predictions), list(references))
@@ -82,27 +95,43 @@ def own_value(function: OwnMetric, predictions: Sequence[str], references: Seque
 
 
 def own_statistic(
-    function: OwnMetric, name: str, predictions: Sequence[str], references: Sequence[str]
+    function: OwnMetric, name: str, predictions: Sequence[Any], references: Sequence[Any]
 ) -> Statistic:
     """The figure of a function, on all examples and on resamples. Raises ValueError as `own_value` does.
 
-    A function that is the mean of its values of single examples is called once for each example; others are
-    called for each of the first MOST_CALLS resamples. Where it raises or returns no number, the figure is
-    undefined.
+    A function that is the mean of its values of single examples, also on a few resamples, is called once for
+    each example; others are called for each of the first MOST_CALLS resamples. Where it raises or returns no
+    number, the figure is undefined.
     """
     value = own_value(function, predictions, references)
     single = [_value_or_nan(function, [p], [y]) for p, y in zip(predictions, references, strict=True)]
     numbers_of_examples = np.asarray(single)
-    if abs(numbers_of_examples.mean() - value) <= SAME * max(1.0, abs(value)):
+    resampling = _Resampling(function, name, predictions, references)
+    if _same(numbers_of_examples.mean(), value) and _is_mean(numbers_of_examples, resampling):
         return lambda weights: {name: weights @ numbers_of_examples / weights.sum(axis=1)}
-    return _Resampling(function, name, predictions, references)
+    return resampling
+
+
+def _is_mean(values: Vector, resampling: _Resampling) -> bool:
+    """Whether the function is the mean of its values of single examples on a few resamples, too."""
+    generator = np.random.default_rng(0)
+    for _ in range(TRIED_RESAMPLES):
+        weights = np.bincount(generator.integers(len(values), size=len(values)), minlength=len(values))
+        mean = float(weights @ values) / len(values)
+        if not _same(mean, resampling.value_of(weights)):
+            return False
+    return True
+
+
+def _same(mean: float, value: float) -> bool:
+    return abs(mean - value) <= SAME * max(1.0, abs(value))
 
 
 class _Resampling:
     """The figure of a function that is called with the examples of each resample."""
 
     def __init__(
-        self, function: OwnMetric, name: str, predictions: Sequence[str], references: Sequence[str]
+        self, function: OwnMetric, name: str, predictions: Sequence[Any], references: Sequence[Any]
     ) -> None:
         self.function, self.name = function, name
         self.predictions, self.references = predictions, references
@@ -114,29 +143,40 @@ class _Resampling:
             if self.calls > MOST_CALLS:
                 break
             self.calls += 1
-            drawn = np.repeat(np.arange(len(row)), row.astype(np.int64)).tolist()
-            predictions = [self.predictions[example] for example in drawn]
-            references = [self.references[example] for example in drawn]
-            values[i] = _value_or_nan(self.function, predictions, references)
+            values[i] = self.value_of(row)
         return {self.name: values}
 
+    def value_of(self, weights: NDArray[Any]) -> float:
+        """The function of the examples, each as often as its weight says; NaN where it has no value."""
+        drawn = np.repeat(np.arange(len(weights)), weights.astype(np.int64)).tolist()
+        predictions = [self.predictions[example] for example in drawn]
+        references = [self.references[example] for example in drawn]
+        return _value_or_nan(self.function, predictions, references)
 
-def _value_or_nan(function: OwnMetric, predictions: Sequence[str], references: Sequence[str]) -> float:
+
+def _value_or_nan(function: OwnMetric, predictions: Sequence[Any], references: Sequence[Any]) -> float:
     try:
         return own_value(function, predictions, references)
     except ValueError:
         return math.nan
 
 
-def _try(function: OwnMetric, metric: str, key: str) -> None:
-    """Raises UserError unless the function returns a number for made texts."""
-    predictions, references = zip(*TRIED, strict=True)
+def try_own_metric(
+    function: OwnMetric,
+    predictions: Sequence[Any],
+    references: Sequence[Any],
+    *,
+    metric: str,
+    key: str,
+    examples: str,
+) -> None:
+    """Raises UserError unless the function returns a number for these examples. examples: what they are."""
     try:
         own_value(function, predictions, references)
     except ValueError as error:
         hint = (
-            f"{error} for {len(TRIED)} made texts: it is called with two lists of texts, predictions and "
-            "references, and must return one finite number"
+            f"{error} for {len(predictions)} {examples}: it is called with two lists of equal length, "
+            "predictions and references, and must return one finite number"
         )
         raise user_error(key, metric, hint) from error
 

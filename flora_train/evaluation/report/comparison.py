@@ -242,6 +242,7 @@ def _metrics(report: Report) -> Iterator[RunMetric]:
 def _heldout_metrics(report: Report) -> Iterator[RunMetric]:
     title = "Held-out loss, bits per byte"
     hashes = {task.name: task.heldout_hash or task.data_hash for task in report.tasks}
+    hashes |= _hashes_of_labelled(report)
     for result in report.results:
         examples = (hashes[result.task], result.examples)
         base = result.base
@@ -312,8 +313,16 @@ def _preference_metrics(report: Report) -> Iterator[RunMetric]:
                 )
 
 
+def _hashes_of_labelled(report: Report) -> dict[str, str]:
+    """The hashes of test rows of the tasks with labels, whose results are those of test rows."""
+    clips = {part.task for part in report.speech.languages} if report.speech else set()
+    hashes = {task.name: task.test_hash for task in report.tasks if task.name not in clips}
+    return {name: test for name, test in hashes.items() if test is not None}
+
+
 def _figure_metrics(report: Report) -> Iterator[RunMetric]:
     hashes = {task.name: task.heldout_hash or task.data_hash for task in report.tasks}
+    hashes |= _hashes_of_labelled(report)
     for result in report.figures:
         text = text_of(result)
         title = f"{text.title} on held-out examples"

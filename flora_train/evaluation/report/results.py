@@ -153,7 +153,8 @@ def not_measured(config: RunConfig, *, executed: bool, preferences: bool) -> lis
         )
     else:
         items.append("Other learning rates: every method was trained at the recipe's learning rate only.")
-    if config.evaluation.select_best and config.evaluation.interval:
+    selected_on_results = not all(_has_test_rows(task) for task in config.tasks.values())
+    if config.evaluation.select_best and config.evaluation.interval and selected_on_results:
         first = config.evaluation.max_examples
         subset = f" (the first {first} of each task)" if first else ""
         items.append(
@@ -161,6 +162,11 @@ def not_measured(config: RunConfig, *, executed: bool, preferences: bool) -> lis
             "which favours all adapters slightly over the base model."
         )
     return items
+
+
+def _has_test_rows(task: TaskConfig) -> bool:
+    """Whether all its results are those of rows that no state was selected on."""
+    return task.is_labelled and (task.test is not None or task.test_fraction is not None)
 
 
 def _not_measured_between_seeds(config: RunConfig) -> str | None:

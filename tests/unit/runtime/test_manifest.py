@@ -18,6 +18,7 @@ OURS = [
     "adapters/.lua-flora.4711.tmp/adapter_config.json",
     "adapters/lua-flora/.README.md.12.tmp",
     "eval/heldout/pieces-3.jsonl",
+    "eval/heldout/embeddings-law-0/pieces-1.jsonl",
     "eval/starter/completions-0.jsonl",
 ]
 FOREIGN = [

@@ -28,11 +28,17 @@ WORDS = {"a": {"pos": "good", "neg": "awful"}, "b": {"x": "one", "y": "twotwo", 
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> dict[str, Task]:
+    return word_tasks(tmp_path)
+
+
+def word_tasks(folder: Path) -> dict[str, Task]:
+    """Two tasks with words, and one of plain text, whose rows are in a folder."""
+    folder.mkdir(exist_ok=True)
     configs = {}
     for name, words in WORDS.items():
         labels = list(words)
         rows = [{"text": "film " * (i % 4 + 1) + str(i), "label": labels[i % len(labels)]} for i in range(30)]
-        path = tmp_path / f"{name}.jsonl"
+        path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         configs[name] = {
             "train": str(path),
@@ -41,7 +47,7 @@ def tasks(tmp_path: Path) -> dict[str, Task]:
             "verbalizer": words,
             "validation_fraction": 0.2,
         }
-    configs["plain"] = {"train": str(tmp_path / "a.jsonl"), "text": "text"}
+    configs["plain"] = {"train": str(folder / "a.jsonl"), "text": "text"}
     config = validate(
         {
             "name": "test",
@@ -51,7 +57,7 @@ def tasks(tmp_path: Path) -> dict[str, Task]:
             "training": {"steps": 2, "max_length": 64},
         }
     )
-    return load_tasks(config, byte_tokenizer(), tmp_path / "cache")
+    return load_tasks(config, byte_tokenizer(), folder / "cache")
 
 
 def attached(paging: Paging | None = None) -> AdapterBank:

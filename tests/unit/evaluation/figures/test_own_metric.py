@@ -10,6 +10,7 @@ import pytest
 from flora_train.config.errors import UserError
 from flora_train.evaluation.figures.own_metric import (
     MOST_CALLS,
+    TRIED_RESAMPLES,
     load_own_metric,
     lower_is_better,
     own_statistic,
@@ -129,9 +130,31 @@ def test_means_over_examples_are_called_once_for_each() -> None:
         return sum(p == y for p, y in zip(predictions, references, strict=True)) / len(predictions)
 
     statistic = own_statistic(share, "m:share", ["a", "b", "c"], ["a", "x", "c"])
+    assert calls[:4] == [3, 1, 1, 1]
+    assert calls[4:] == [3] * TRIED_RESAMPLES
+    calls.clear()
     weights = np.array([[1.0, 1.0, 1.0], [0.0, 3.0, 0.0], [2.0, 1.0, 0.0]])
     assert statistic(weights)["m:share"] == pytest.approx([2 / 3, 0.0, 2 / 3])
-    assert calls == [3, 1, 1, 1]
+    assert not calls
+
+
+def test_a_figure_that_equals_the_mean_by_chance_is_resampled() -> None:
+    """Macro F1 is the accuracy where the errors of two equally frequent labels are equal."""
+
+    def macro_f1(predictions: list[str], references: list[str]) -> float:
+        scores = []
+        for label in sorted({*predictions, *references}):
+            pairs = list(zip(predictions, references, strict=True))
+            hits = sum(p == y == label for p, y in pairs)
+            scores.append(2 * hits / (predictions.count(label) + references.count(label)))
+        return sum(scores) / len(scores)
+
+    predictions, references = ["a", "a", "b", "b", "a", "b"], ["a", "a", "b", "b", "b", "a"]
+    statistic = own_statistic(macro_f1, "m:macro", predictions, references)
+    weights = np.array([[3.0, 0.0, 1.0, 0.0, 2.0, 0.0]])
+    expected = macro_f1(["a", "a", "a", "b", "a", "a"], ["a", "a", "a", "b", "b", "b"])
+    assert statistic(weights)["m:macro"] == pytest.approx([expected])
+    assert expected != pytest.approx(4 / 6)
 
 
 def test_others_are_called_for_resamples() -> None:
